@@ -1,0 +1,1 @@
+"""The window: a reader of folders that starts fast and never imports torch."""

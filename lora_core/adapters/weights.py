@@ -1,0 +1,54 @@
+"""The canonical in-memory adapter. File formats only translate to and from it, so n formats need n translators."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+LayerKey = tuple[str, str]
+"""(part, module path): part is "unet", "text_encoder", ...; the path is diffusers' own dotted name below the part,
+for text encoders always with the `text_model.` level ("text_model.encoder.layers.0.self_attn.q_proj")."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The update of one layer: W = W0 + strength * (alpha / rank) * up @ down (Hu et al. 2021, section 4.1).
+
+    Attributes:
+        down: (r, in) for a linear layer, (r, in, k, k) for a convolution.
+        up: (out, r) for a linear layer, (out, r, 1, 1) for a convolution.
+        alpha: the numerator of the scale.
+        magnitude: (out,) DoRA magnitudes, or None for plain LoRA.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    alpha: float
+    magnitude: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The inner width r."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    def delta(self) -> torch.Tensor:
+        """The update at strength 1 in the shape of the layer's weight, (out, in) or (out, in, k, k), in fp32."""
+        up, down = self.up.float(), self.down.float()
+        product = up.flatten(1) @ down.flatten(1)
+        return (self.scale * product).reshape(up.shape[0], *down.shape[1:])
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """A whole adapter: its layers by (part, module path), and the text metadata that a file carries."""
+
+    layers: dict[LayerKey, LayerWeights]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def parts(self) -> list[str]:
+        """The adapted components, in order of first appearance."""
+        return list(dict.fromkeys(part for part, _ in self.layers))

@@ -1,0 +1,1 @@
+"""Adapter files: each format translates to and from `AdapterWeights`, and to nothing else."""

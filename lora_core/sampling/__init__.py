@@ -1,0 +1,1 @@
+"""Making pictures with the base and any adapters."""

@@ -1,0 +1,193 @@
+"""Named choices as tables: optimizers, schedules, samplers, adapter kinds, targets, formats.
+
+A row names the code that it stands for as "module:attribute", imported only when it is used, so that a window without
+torch can list them all. The price is that editors cannot follow the reference: `tests/spec/test_choices.py` resolves every row.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_core.spec.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row.
+
+    Attributes:
+        title: what a person reads.
+        help: one sentence on when to take it.
+        load: "module:attribute" of the code behind it, or "" where the row is only a name.
+        defaults: keyword arguments that the code is called with.
+        extra: the optional package (extra of `pip install lora-easel[...]`) that it needs, or "".
+    """
+
+    title: str
+    help: str
+    load: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    extra: str = ""
+
+    def resolve(self) -> Any:
+        """Import what `load` names.
+
+        Raises:
+            ConfigError: the optional package is not installed.
+        """
+        module, _, attribute = self.load.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if not self.extra:
+                raise
+            raise ConfigError(
+                f"{self.title} needs the package {error.name}: install it with `pip install"
+                f" lora-easel[{self.extra}]`."
+            ) from error
+
+
+Table = dict[str, Choice]
+
+OPTIMIZERS: Table = {
+    "adamw": Choice("AdamW", "The safe default.", "torch.optim:AdamW", {"weight_decay": 0.01}),
+    "adam": Choice("Adam", "AdamW without weight decay.", "torch.optim:Adam"),
+    "nadam": Choice("NAdam", "Adam with Nesterov momentum.", "torch.optim:NAdam"),
+    "radam": Choice("RAdam", "Adam that needs less warm-up.", "torch.optim:RAdam"),
+    "adafactor": Choice("Adafactor", "Keeps far less state; for very large ranks.", "torch.optim:Adafactor"),
+    "sgd": Choice(
+        "SGD",
+        "Plain gradient descent with momentum; needs a much higher rate.",
+        "torch.optim:SGD",
+        {"momentum": 0.9},
+    ),
+    "lion": Choice(
+        "Lion",
+        "Half of AdamW's state; take a third of its learning rate.",
+        "lion_pytorch:Lion",
+        extra="optimizers",
+    ),
+    "prodigy": Choice(
+        "Prodigy",
+        "Finds its own learning rate; set the learning rate to 1.",
+        "prodigyopt:Prodigy",
+        {"safeguard_warmup": True, "use_bias_correction": True},
+        extra="optimizers",
+    ),
+}
+
+SCHEDULES: Table = {
+    "constant": Choice("Constant", "The same rate to the end.", "lora_core.training.schedules:constant"),
+    "linear": Choice("Linear", "Falls to zero in a straight line.", "lora_core.training.schedules:linear"),
+    "cosine": Choice(
+        "Cosine", "Falls to zero slowly at both ends; the default.", "lora_core.training.schedules:cosine"
+    ),
+    "cosine_restarts": Choice(
+        "Cosine with restarts",
+        "Three cosine falls, each from the full rate.",
+        "lora_core.training.schedules:cosine_restarts",
+    ),
+}
+
+LOSSES: Table = {
+    "mse": Choice(
+        "Squared error", "What the base was trained with.", "lora_core.training.loss:squared_error"
+    ),
+    "l1": Choice(
+        "Absolute error", "Less weight on a few large errors.", "lora_core.training.loss:absolute_error"
+    ),
+    "huber": Choice(
+        "Huber",
+        "Squared when small, absolute when large; robust to odd pictures.",
+        "lora_core.training.loss:huber_error",
+    ),
+}
+
+ADAPTERS: Table = {
+    "lora": Choice("LoRA", "Low-rank update of each chosen layer.", "lora_core.adapters.lora:LoraLayer"),
+}
+
+TARGETS: Table = {
+    "attention": Choice(
+        "Attention",
+        "q, k, v and out of each attention layer; the default.",
+        "lora_core.adapters.targets:ATTENTION",
+    ),
+    "kohya": Choice(
+        "Attention, projections and feed-forward",
+        "kohya's default set; fits more.",
+        "lora_core.adapters.targets:KOHYA",
+    ),
+}
+
+FORMATS: Table = {
+    "kohya": Choice(
+        "kohya (all tools)",
+        "A1111, Forge, ComfyUI, InvokeAI, kohya and diffusers read it.",
+        "lora_core.formats.kohya:to_file",
+    ),
+    "diffusers": Choice(
+        "diffusers / PEFT",
+        "For diffusers scripts; most other tools do not read it.",
+        "lora_core.formats.diffusers:to_file",
+    ),
+}
+
+# Named as in A1111; each is a diffusers scheduler and how it is configured.
+SAMPLERS: Table = {
+    "ddim": Choice("DDIM", "Plain and deterministic.", "diffusers.schedulers.scheduling_ddim:DDIMScheduler"),
+    "euler": Choice(
+        "Euler", "Fast and smooth.", "diffusers.schedulers.scheduling_euler_discrete:EulerDiscreteScheduler"
+    ),
+    "euler_a": Choice(
+        "Euler a",
+        "Adds noise at each step; livelier.",
+        "diffusers.schedulers.scheduling_euler_ancestral_discrete:EulerAncestralDiscreteScheduler",
+    ),
+    "heun": Choice(
+        "Heun", "Two looks a step.", "diffusers.schedulers.scheduling_heun_discrete:HeunDiscreteScheduler"
+    ),
+    "dpmpp_2m": Choice(
+        "DPM++ 2M",
+        "Sharp in 20 steps.",
+        "diffusers.schedulers.scheduling_dpmsolver_multistep:DPMSolverMultistepScheduler",
+    ),
+    "dpmpp_2m_karras": Choice(
+        "DPM++ 2M Karras",
+        "DPM++ 2M with more steps where detail forms.",
+        "diffusers.schedulers.scheduling_dpmsolver_multistep:DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True},
+    ),
+    "unipc": Choice(
+        "UniPC",
+        "Good in few steps.",
+        "diffusers.schedulers.scheduling_unipc_multistep:UniPCMultistepScheduler",
+    ),
+}
+
+PREDICTIONS: Table = {
+    "auto": Choice("As the base says", "Read from the base's own config."),
+    "epsilon": Choice("epsilon", "The base predicts the noise."),
+    "v_prediction": Choice("v", "The base predicts velocity."),
+}
+
+PRECISIONS: Table = {
+    "auto": Choice("Automatic", "bf16 where the device computes it fast, else fp32."),
+    "fp32": Choice("fp32", "Full precision; the most memory."),
+    "bf16": Choice("bf16", "Half the memory; for recent GPUs and CPUs."),
+    "fp16": Choice("fp16", "Half the memory; for older GPUs."),
+}
+
+
+def chosen(table: Table, name: str, setting: str) -> Choice:
+    """The row `name`, found by key or by title, whatever its case.
+
+    Raises:
+        ConfigError: there is no such row; the sentence lists those that there are.
+    """
+    wanted = name.strip().lower()
+    for key, choice in table.items():
+        if wanted in (key, choice.title.lower()):
+            return choice
+    raise ConfigError(f"{setting} = {name!r} is not known; choose one of {', '.join(table)}.")

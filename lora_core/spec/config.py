@@ -1,0 +1,211 @@
+"""A whole run's settings: reading them from TOML and the command line, checking them, writing them out.
+
+The settings themselves are declared in `spec/sections.py`.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from lora_core.spec import choices
+from lora_core.spec.errors import ConfigError
+from lora_core.spec.sections import (
+    AdapterSection,
+    DatasetSection,
+    LossSection,
+    ModelSection,
+    OptimSection,
+    PreviewSection,
+    SaveSection,
+    TrainSection,
+    ValidationSection,
+    setting,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one run; immutable, so that nothing can change it while the run goes on."""
+
+    name: str = setting("", "Name", "The run's name. Empty: date and dataset.")
+    seed: int = setting(0, "Seed", "Every random draw of the run follows from it.", span=(0, 2**32 - 1))
+    model: ModelSection = field(default_factory=ModelSection)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    dataset: DatasetSection = field(default_factory=DatasetSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    loss: LossSection = field(default_factory=LossSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    preview: PreviewSection = field(default_factory=PreviewSection)
+    save: SaveSection = field(default_factory=SaveSection)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """A config from nested tables as TOML gives them; what is absent takes its default.
+
+        Raises:
+            ConfigError: names every setting that is unknown, mistyped or out of range, all at once.
+        """
+        return cls().changed(flattened(values))
+
+    def changed(self, changes: Mapping[str, Any]) -> "RunConfig":
+        """This config with some settings replaced.
+
+        Args:
+            changes: dotted name ("adapter.rank") to value.
+
+        Raises:
+            ConfigError: names every setting that is unknown, mistyped or out of range, all at once.
+        """
+        problems: list[str] = []
+        by_section: dict[str, dict[str, Any]] = {}
+        known = {name: info for name, info, _ in settings()}
+        for name, value in changes.items():
+            if name not in known:
+                problems.append(_unknown(name, list(known)))
+                continue
+            try:
+                checked = checked_value(name, known[name], value)
+            except ConfigError as error:
+                problems.append(str(error))
+                continue
+            section, _, key = name.rpartition(".")
+            by_section.setdefault(section, {})[key] = checked
+        if problems:
+            raise ConfigError(" ".join(problems))
+        top = by_section.pop("", {})
+        sections = {s: dataclasses.replace(getattr(self, s), **values) for s, values in by_section.items()}
+        return dataclasses.replace(self, **top, **sections)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested tables with every setting written out."""
+        return dataclasses.asdict(self)
+
+    def get(self, name: str) -> Any:
+        """The value of a setting by its dotted name.
+
+        Raises:
+            ConfigError: there is no such setting.
+        """
+        value: Any = self
+        for key in name.split("."):
+            if not hasattr(value, key):
+                raise ConfigError(_unknown(name, [known for known, _, _ in settings()]))
+            value = getattr(value, key)
+        return value
+
+
+def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Each setting as (dotted name, dataclass field, default), in the order of declaration."""
+    default = RunConfig()
+    for top in dataclasses.fields(RunConfig):
+        value = getattr(default, top.name)
+        if not dataclasses.is_dataclass(value):
+            yield top.name, top, value
+            continue
+        for info in dataclasses.fields(value):
+            yield f"{top.name}.{info.name}", info, getattr(value, info.name)
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flattened(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def checked_value(name: str, info: dataclasses.Field[Any], value: Any) -> Any:
+    """`value` as the field's type, if it is legal.
+
+    Raises:
+        ConfigError: wrong type, out of range, or not among the choices.
+    """
+    typed = _as_type(name, info.type, value)
+    span, above, table = info.metadata["span"], info.metadata["above"], info.metadata["table"]
+    if span is not None and not span[0] <= typed <= span[1]:
+        raise ConfigError(f"{name} = {value} is out of range; it goes from {span[0]:g} to {span[1]:g}.")
+    if above is not None and not typed > above:
+        raise ConfigError(f"{name} = {value} is out of range; it must be above {above:g}.")
+    if isinstance(typed, float) and typed != typed:
+        raise ConfigError(f"{name} = {value} is not a number.")
+    if table is not None:
+        choices.chosen(table, typed, name)
+        typed = next(key for key, row in table.items() if typed.strip().lower() in (key, row.title.lower()))
+    return typed
+
+
+def _as_type(name: str, kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is list:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        raise ConfigError(f"{name} = {value!r} should be a list of texts.")
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
+        return int(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, str):
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    raise ConfigError(f"{name} = {value!r} should be {words[kind]}.")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"; did you mean {close[0]}?" if close else f". The sections are {', '.join(_sections())}."
+    return f"{name} is not a setting{hint}"
+
+
+def _sections() -> list[str]:
+    return [f.name for f in dataclasses.fields(RunConfig) if f.default_factory is not dataclasses.MISSING]
+
+
+def parsed_assignment(text: str) -> tuple[str, Any]:
+    """A `section.key=value` of the command line as (name, value).
+
+    The value is read as TOML; what is not TOML is a text, so that nobody has to quote twice.
+
+    Raises:
+        ConfigError: there is no `=`.
+    """
+    name, equals, raw = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {text!r} should read section.key=value.")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    kinds = {known: info.type for known, info, _ in settings()}
+    return name.strip(), raw if kinds.get(name.strip()) is str and not isinstance(value, str) else value
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: the file cannot be read or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The config {path} cannot be read: {error}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"The config {path} is not valid TOML: {error}.") from error
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as TOML, complete."""
+    return tomli_w.dumps(config.to_dict())

@@ -1,0 +1,32 @@
+"""The errors that a person can cause. Each message names the thing, the value and what to do.
+
+Everything that is not a `LoraError` is a defect of the program and keeps its traceback.
+"""
+
+
+class LoraError(Exception):
+    """A problem that a person can fix: shown as one sentence, exit code 1."""
+
+
+class ConfigError(LoraError):
+    """A setting that does not exist, has the wrong type or lies out of range."""
+
+
+class DatasetError(LoraError):
+    """Pictures or captions that cannot be used as they are."""
+
+
+class ModelFileError(LoraError):
+    """A base model that is missing, broken, or of a kind that cannot be trained here."""
+
+
+class AdapterFileError(LoraError):
+    """An adapter file that is missing, broken, or does not fit the base."""
+
+
+class RunError(LoraError):
+    """A run folder in a state that does not allow what was asked."""
+
+
+class OutOfMemory(LoraError):
+    """The device has too little memory for the settings; names the two settings to lower."""

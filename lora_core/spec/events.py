@@ -1,0 +1,183 @@
+"""The lines of `events.jsonl`: one dataclass a kind, one writer, any number of readers.
+
+Readers keep a byte offset and ignore a last line without its newline, so that they can look while the trainer writes.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What all lines share: `time` in seconds since the epoch, `step` in optimizer steps done."""
+
+    kind: ClassVar[str] = "Event"
+    time: float = field(default_factory=time.time)
+    step: int = 0
+
+    def __init_subclass__(cls) -> None:
+        """Register the kind under the class's own name."""
+        cls.kind = cls.__name__
+        KINDS[cls.kind] = cls
+
+
+KINDS: dict[str, type[Event]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event):
+    """The trainer came up; `steps` is where it will end."""
+
+    steps: int
+    pid: int
+    device: str
+    threads: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparing(Event):
+    """Work before the first step: `phase` in words, `done` of `total`."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """One optimizer step: its loss, the learning rate of the UNet, and seconds that it took."""
+
+    loss: float
+    lr: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validated(Event):
+    """Gain on held-out pictures: base loss minus adapted loss, mean over triples, with its standard error."""
+
+    gain: float
+    standard_error: float
+    base_loss: float
+    adapted_loss: float
+    best: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewDone(Event):
+    """Samples were drawn: `files` below the run folder, in the order of `prompts`."""
+
+    files: list[str]
+    prompts: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDone(Event):
+    """A checkpoint is whole on disk: `path` below the run folder."""
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned(Event):
+    """Something that a person should know but that does not end the run."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused(Event):
+    """The process ended on request, to go on later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopped(Event):
+    """The run ended early on request, its work kept; `export` is the file, below the run folder."""
+
+    export: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed(Event):
+    """The run goes on from `step`; later steps written before this line are void."""
+
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    """The run ended with an error: `reason` in a sentence."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handled(Event):
+    """A request was acted on; `request` is its id."""
+
+    request: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(Event):
+    """All steps are done; `export` is the file, below the run folder."""
+
+    export: str
+
+
+def to_line(event: Event) -> str:
+    """One line of JSON, newline included. Numbers that are not finite become null: JSON has no word for them."""
+    values = {"event": event.kind, **dataclasses.asdict(event)}
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
+def from_line(line: str) -> Event | None:
+    """The event of a line, or None where the line is of a kind or shape that this version does not know."""
+    try:
+        values: dict[str, Any] = json.loads(line)
+        known: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items() if k != "event"}
+        return KINDS[values["event"]](**known)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
+    """The whole lines from byte `offset` on, and the offset after the last of them."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.decode("utf-8", errors="replace").splitlines()
+    return [event for event in map(from_line, lines) if event is not None], offset + len(whole)
+
+
+class EventWriter:
+    """The one writer of an events file. Each line is one write, so that a kill leaves at most one half line."""
+
+    def __init__(self, path: Path) -> None:
+        """Open for appending; a half line left by a killed writer is ended first."""
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
+        size = os.fstat(self._handle).st_size
+        if size:
+            os.lseek(self._handle, size - 1, os.SEEK_SET)
+            if os.read(self._handle, 1) != b"\n":
+                os.write(self._handle, b"\n")
+
+    def write(self, event: Event) -> None:
+        """Append one line."""
+        os.write(self._handle, to_line(event).encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._handle)

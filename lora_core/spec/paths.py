@@ -1,0 +1,63 @@
+"""Where things are: the shipped assets, and the workspace in which everything that a person makes is kept."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+from lora_core.spec.errors import RunError
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+DEMO_BASE = ASSETS / "base"
+DEMO_TRAIN = ASSETS / "demo" / "train"
+PRESETS = ASSETS / "presets"
+
+
+def workspace(chosen: str | Path | None = None) -> Path:
+    """The workspace folder, made if absent: `chosen`, else LORA_EASEL_HOME, else the platform's user data folder.
+
+    Raises:
+        RunError: it cannot be made or written.
+    """
+    path = Path(
+        chosen
+        or os.environ.get("LORA_EASEL_HOME")
+        or platformdirs.user_data_dir("lora-easel", appauthor=False)
+    )
+    path = path.expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"The workspace {path} cannot be written ({error.strerror or error}); choose another with"
+            " --workspace."
+        ) from error
+    return path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file or none: a temporary file beside it, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable, where the platform can (Windows cannot open folders)."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

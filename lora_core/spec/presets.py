@@ -1,0 +1,27 @@
+"""Starting configs by goal, as TOML files in `assets/presets`: one table of settings a file, nothing but settings."""
+
+from typing import Any
+
+from lora_core.spec.config import flattened, load_toml
+from lora_core.spec.errors import ConfigError
+from lora_core.spec.paths import PRESETS
+
+GOALS = {"character": "Character", "style": "Style", "object": "Object"}
+LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
+
+
+def preset_names() -> list[str]:
+    """All presets: `demo`, and each goal with each level ("style-balanced")."""
+    return ["demo", *(f"{goal}-{level}" for goal in GOALS for level in LEVELS)]
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The settings of a preset, dotted name to value. A level alone ("quick") means it for a character.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    wanted = f"character-{name}" if name in LEVELS else name
+    if wanted not in preset_names():
+        raise ConfigError(f"The preset {name!r} does not exist; choose one of {', '.join(preset_names())}.")
+    return flattened(load_toml(PRESETS / f"{wanted}.toml"))

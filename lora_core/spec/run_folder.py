@@ -1,0 +1,251 @@
+"""A run is a folder, and the files in it are the only channel between the trainer and everybody else.
+
+The trainer alone writes `events.jsonl`; everybody may append to `requests.jsonl`, one line a write. Status is derived
+from the last events and from whether the trainer's process lives; it is never stored, so it can never be wrong.
+"""
+
+import json
+import os
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lora_core.spec.config import RunConfig, load_toml, to_toml
+from lora_core.spec.errors import RunError
+from lora_core.spec.events import read_events
+from lora_core.spec.paths import write_atomically
+from lora_core.spec.progress import Progress
+
+REQUESTS = ("stop", "pause", "save", "preview", "resume")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name, which is its folder's."""
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        """The frozen input, complete."""
+        return self.path / "config.toml"
+
+    @property
+    def events_file(self) -> Path:
+        """What happened, appended by the trainer."""
+        return self.path / "events.jsonl"
+
+    @property
+    def requests_file(self) -> Path:
+        """What people asked for."""
+        return self.path / "requests.jsonl"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the live trainer; the system frees it on a crash."""
+        return self.path / "run.lock"
+
+    @property
+    def process_file(self) -> Path:
+        """Which process holds the lock: pid and start time, for readers, who never try to take the lock."""
+        return self.path / "process.json"
+
+    @property
+    def plan_file(self) -> Path:
+        """What was chosen by measuring, once, before the first step."""
+        return self.path / "plan.json"
+
+    @property
+    def log_file(self) -> Path:
+        """The trainer's own output."""
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable states, one folder a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def previews(self) -> Path:
+        """Samples drawn while training."""
+        return self.path / "previews"
+
+    @property
+    def exports(self) -> Path:
+        """Files for other tools."""
+        return self.path / "export"
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunFolder":
+        """Make the folder and freeze its config.
+
+        Raises:
+            RunError: the name is taken, or the folder cannot be made.
+        """
+        folder = cls(path)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError as error:
+            raise RunError(
+                f"A run named {path.name} exists already in {path.parent}; go on with it by `resume {path}`,"
+                " or choose another --name."
+            ) from error
+        except OSError as error:
+            raise RunError(f"The run folder {path} cannot be made: {error.strerror or error}.") from error
+        for below in (folder.checkpoints, folder.previews, folder.exports):
+            below.mkdir()
+        write_atomically(folder.config_file, to_toml(config).encode())
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run.
+
+        Raises:
+            RunError: there is no run at `path`.
+        """
+        folder = cls(path)
+        if not folder.config_file.is_file():
+            raise RunError(f"{path} is not a run: it holds no config.toml.")
+        return folder
+
+    def config(self) -> RunConfig:
+        """The frozen settings.
+
+        Raises:
+            ConfigError: the file was edited into something illegal.
+        """
+        return RunConfig.from_dict(load_toml(self.config_file))
+
+    def request(self, do: str) -> str:
+        """Ask the trainer for something; returns the request's id.
+
+        Raises:
+            RunError: `do` is no request, or the folder cannot be written.
+        """
+        if do not in REQUESTS:
+            raise RunError(f"{do!r} is no request; choose one of {', '.join(REQUESTS)}.")
+        line = {"id": uuid.uuid4().hex, "do": do}
+        try:
+            handle = os.open(self.requests_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(handle, (json.dumps(line) + "\n").encode())
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise RunError(
+                f"The request cannot be written to {self.requests_file}: {error.strerror or error}."
+            ) from error
+        return line["id"]
+
+    def requests(self) -> list[dict[str, str]]:
+        """All requests in order; those before the last `resume` are void and left out."""
+        try:
+            text = self.requests_file.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        found: list[dict[str, str]] = []
+        for line in text.split("\n")[:-1]:
+            try:
+                request = json.loads(line)
+                if request["do"] == "resume":
+                    found.clear()
+                elif request["do"] in REQUESTS:
+                    found.append({"id": str(request["id"]), "do": request["do"]})
+            except (ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    def claim(self) -> None:
+        """Write down that this process is the trainer. Call it with the lock held."""
+        me = psutil.Process()
+        write_atomically(self.process_file, json.dumps({"pid": me.pid, "started": me.create_time()}).encode())
+
+    def live_process(self) -> psutil.Process | None:
+        """The trainer, if it lives. Pids are reused, so the start time must agree too."""
+        try:
+            named = json.loads(self.process_file.read_text())
+            process = psutil.Process(int(named["pid"]))
+            alive = (
+                abs(process.create_time() - float(named["started"])) < 1.0
+                and process.status() != psutil.STATUS_ZOMBIE
+            )
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+        return process if alive else None
+
+    def progress(self) -> Progress:
+        """All events so far, folded."""
+        progress = Progress()
+        progress.update(read_events(self.events_file)[0])
+        return progress
+
+    def status(self, progress: Progress | None = None) -> str:
+        """One of queued, preparing, running, paused, stopped, interrupted, done, failed."""
+        progress = progress or self.progress()
+        if self.live_process() is not None:
+            return "running" if progress.stepping else "preparing"
+        return progress.ending or ("interrupted" if progress.started else "queued")
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the whole checkpoints on disk, ascending."""
+        steps = []
+        for path in self.checkpoints.glob("step-*"):
+            match = re.fullmatch(r"step-(\d+)", path.name)
+            if match and (path / "adapter.safetensors").is_file():
+                steps.append(int(match[1]))
+        return sorted(steps)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint at `step`."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def summary(self) -> dict[str, Any]:
+        """The row of `runs --json`."""
+        progress = self.progress()
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "status": self.status(progress),
+            "step": progress.step,
+            "steps": progress.steps,
+            "loss": progress.smoothed_loss(),
+            "best_step": progress.best_step,
+            "reason": progress.reason,
+        }
+
+
+def runs_folder(workspace: Path) -> Path:
+    """Where a workspace keeps its runs."""
+    return workspace / "runs"
+
+
+def all_runs(workspace: Path) -> list[RunFolder]:
+    """The runs of a workspace, newest first."""
+    folder = runs_folder(workspace)
+    if not folder.is_dir():
+        return []
+    found = [RunFolder(path) for path in folder.iterdir() if (path / "config.toml").is_file()]
+    return sorted(found, key=lambda run: run.config_file.stat().st_mtime, reverse=True)
+
+
+def checked_name(name: str) -> str:
+    """A run name that every file system takes.
+
+    Raises:
+        RunError: the name is empty or holds characters that a folder name cannot.
+    """
+    if not re.fullmatch(r"[\w][\w .()-]{0,99}", name) or name != name.strip(" ."):
+        raise RunError(
+            f"The name {name!r} cannot be a folder's; use letters, digits, space, dot, dash and underscore."
+        )
+    return name

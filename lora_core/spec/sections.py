@@ -1,0 +1,260 @@
+"""The sections of a run's settings: every setting declared once, with all that people and programs need to know of it.
+
+A field's metadata is the only place that holds its title, help, range and choices: the window's labels and tooltips,
+`--help`, the reading of TOML, validation and the table of settings all read it from here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_core.spec import choices
+
+
+def setting(
+    default: Any,
+    title: str,
+    help: str,
+    *,
+    span: tuple[float, float] | None = None,
+    above: float | None = None,
+    table: choices.Table | None = None,
+) -> Any:
+    """A dataclass field that carries what people and programs need to know of it.
+
+    Args:
+        default: the value where none is given; a list is copied for each config.
+        title: the label in the window.
+        help: one or two sentences: what it does and when to change it.
+        span: smallest and largest legal value, both included.
+        above: values must be larger than this.
+        table: the legal names, as a table of choices.
+    """
+    metadata = {"title": title, "help": help, "span": span, "above": above, "table": table}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The frozen base model."""
+
+    base: str = setting("demo", "Base model", "`demo` for the embedded one, a diffusers folder, or a hub id.")
+    vae: str = setting("", "VAE", "A separate VAE folder, in place of the base's own. Empty: the base's own.")
+    prediction: str = setting(
+        "auto",
+        "Prediction",
+        "What the base predicts. Change it only if pictures come out as noise.",
+        table=choices.PREDICTIONS,
+    )
+
+
+@dataclass(frozen=True)
+class AdapterSection:
+    """The trained low-rank layers."""
+
+    kind: str = setting("lora", "Adapter", "The kind of adapter.", table=choices.ADAPTERS)
+    rank: int = setting(
+        16,
+        "Rank (size)",
+        "How many directions each layer may learn. More learns more detail and makes a larger file.",
+        span=(1, 1024),
+    )
+    alpha: float = setting(
+        16.0,
+        "Alpha",
+        "The update is scaled by alpha / rank. Keep it equal to rank unless a recipe says otherwise.",
+        above=0.0,
+    )
+    targets: str = setting(
+        "attention", "Layers", "Which layers of the base are adapted.", table=choices.TARGETS
+    )
+    dropout: float = setting(
+        0.0, "Dropout", "Share of an adapted layer's inputs zeroed in training.", span=(0.0, 0.99)
+    )
+    rank_dropout: float = setting(
+        0.0, "Rank dropout", "Share of the rank's directions left out at each step.", span=(0.0, 0.99)
+    )
+    module_dropout: float = setting(
+        0.0, "Module dropout", "Chance that a whole layer's update is left out at a step.", span=(0.0, 0.99)
+    )
+
+
+@dataclass(frozen=True)
+class DatasetSection:
+    """The pictures and their captions."""
+
+    path: str = setting(
+        "demo", "Dataset", "A folder of pictures with captions beside them, a zip of one, or `demo`."
+    )
+    trigger: str = setting(
+        "",
+        "Trigger word",
+        "A word that calls up what is learned; put in front of each caption that lacks it.",
+    )
+    repeats: int = setting(
+        1,
+        "Repeats",
+        "How often each picture is shown in an epoch, times the folder's own number.",
+        span=(1, 10_000),
+    )
+    flip: bool = setting(
+        False, "Flip", "Show each picture mirrored half of the time. Not for faces or writing."
+    )
+    caption_dropout: float = setting(
+        0.05,
+        "Caption dropout",
+        "Share of looks at a picture without its caption; keeps guidance working.",
+        span=(0.0, 1.0),
+    )
+    tag_dropout: float = setting(
+        0.0, "Tag dropout", "Share of comma-separated tags left out at each look.", span=(0.0, 1.0)
+    )
+    shuffle_tags: bool = setting(
+        False, "Shuffle tags", "Put comma-separated tags into a new order at each look."
+    )
+    keep_tags: int = setting(
+        0, "Keep tags", "The first so many tags are neither shuffled nor left out.", span=(0, 100)
+    )
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long, how large and in which number format."""
+
+    steps: int = setting(
+        800,
+        "Steps",
+        "Optimizer steps. About 100 a picture, between 800 and 3,000, is a good start.",
+        span=(1, 1_000_000),
+    )
+    batch_size: int = setting(1, "Batch size", "Pictures that go through the model at once.", span=(1, 256))
+    accumulate: int = setting(
+        1, "Accumulate", "Batches summed into one step: a larger batch without more memory.", span=(1, 1024)
+    )
+    resolution: int = setting(
+        0,
+        "Resolution",
+        "The side in pixels of a square with a bucket's area. 0: what the base was trained at.",
+        span=(0, 4096),
+    )
+    precision: str = setting(
+        "auto",
+        "Precision",
+        "Number format of the frozen base; the adapter is always fp32.",
+        table=choices.PRECISIONS,
+    )
+    checkpointing: bool = setting(
+        False,
+        "Gradient checkpointing",
+        "Computes activations twice and keeps far fewer: less memory, about a third slower.",
+    )
+    clip_skip: int = setting(
+        1,
+        "Clip skip",
+        "Which layer of the text encoder, counted from the last, conditions the picture. Many anime bases"
+        " want 2.",
+        span=(1, 8),
+    )
+    tokens: int = setting(
+        75, "Caption tokens", "How much of a caption is read: 75, 150 or 225 tokens.", span=(75, 225)
+    )
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """The optimizer and its learning rates."""
+
+    name: str = setting("adamw", "Optimizer", "The optimizer.", table=choices.OPTIMIZERS)
+    lr: float = setting(
+        1e-4,
+        "Learning rate",
+        "Of the UNet's adapter. What counts is this times alpha / rank.",
+        span=(0.0, 10.0),
+    )
+    text_encoder_lr: float = setting(
+        5e-5,
+        "Text encoder rate",
+        "Of the text encoder's adapter. 0: the text encoder is not trained.",
+        span=(0.0, 10.0),
+    )
+    schedule: str = setting(
+        "cosine", "Schedule", "How the rate changes over the run.", table=choices.SCHEDULES
+    )
+    warmup: float = setting(
+        0.05, "Warm-up", "Share of the steps over which the rate rises from zero.", span=(0.0, 1.0)
+    )
+    clip: float = setting(
+        1.0, "Gradient clipping", "Largest norm of the gradient. 0: no clipping.", span=(0.0, 1000.0)
+    )
+
+
+@dataclass(frozen=True)
+class LossSection:
+    """What is minimised."""
+
+    kind: str = setting("mse", "Loss", "How an error is weighed.", table=choices.LOSSES)
+    min_snr: float = setting(
+        5.0,
+        "Min-SNR",
+        "Evens out the weight of the noise levels (gamma of Hang et al. 2023). 0: off.",
+        span=(0.0, 100.0),
+    )
+    noise_offset: float = setting(
+        0.0,
+        "Noise offset",
+        "Lets very dark and very bright pictures be learned; 0.05 is usual. 0: off.",
+        span=(0.0, 1.0),
+    )
+
+
+@dataclass(frozen=True)
+class ValidationSection:
+    """The measurement on pictures that are kept out of training."""
+
+    every: int = setting(
+        100, "Validate every", "Steps between two validations. 0: never.", span=(0, 1_000_000)
+    )
+    pictures: float = setting(
+        0.1,
+        "Held-out pictures",
+        "Kept out of training and used to measure: a share below 1, or a number. 0: none.",
+        span=(0.0, 10_000.0),
+    )
+    triples: int = setting(
+        4, "Looks a picture", "Fixed (noise, timestep) pairs for each held-out picture.", span=(1, 1000)
+    )
+
+
+@dataclass(frozen=True)
+class PreviewSection:
+    """The samples drawn while training."""
+
+    every: int = setting(
+        100, "Sample every", "Steps between two rounds of samples. 0: never.", span=(0, 1_000_000)
+    )
+    prompts: list[str] = setting(
+        [], "Sample prompts", "One a line. Empty: captions of held-out or training pictures."
+    )
+    seed: int = setting(
+        0,
+        "Sample seed",
+        "The same noise at every round, so that only the adapter differs.",
+        span=(0, 2**32 - 1),
+    )
+    steps: int = setting(20, "Sampler steps", "Steps of the sampler for each sample.", span=(1, 200))
+    cfg: float = setting(5.0, "Guidance", "How strongly a sample follows its prompt.", span=(1.0, 30.0))
+    sampler: str = setting("ddim", "Sampler", "The sampler.", table=choices.SAMPLERS)
+
+
+@dataclass(frozen=True)
+class SaveSection:
+    """Checkpoints."""
+
+    every: int = setting(
+        100, "Save every", "Steps between two checkpoints. 0: only at the end.", span=(0, 1_000_000)
+    )
+    keep_last: int = setting(
+        3, "Keep last", "How many of the newest checkpoints stay on disk.", span=(1, 1000)
+    )
+    keep_best: bool = setting(True, "Keep best", "Keep the checkpoint with the best validation too.")

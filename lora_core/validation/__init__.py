@@ -1,0 +1,1 @@
+"""Measuring an adapter on fixed (picture, noise, timestep) triples."""
