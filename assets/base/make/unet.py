@@ -1,0 +1,236 @@
+"""Trains the UNet and the text encoder together on cached latents of the frozen VAE.
+
+v-prediction on a noise schedule that ends in pure noise (zero terminal SNR, Lin et al. 2023), plain mean
+square error: a min-SNR weight would be 0 at the last timestep.
+
+    python assets/base/make/unet.py --build BUILD --minutes 60
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from catalog import BACKGROUNDS, STYLES, THINGS, WHITE_SHARE, caption, training_caption
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from pictures import Icons, jittered, laid_on, load_icons, placed
+from tokenizer import END, START
+from torch import Tensor, nn
+from training import Clock, log_to, optimizers, save, update
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from whitening import trained_vae
+
+BATCH = 32
+AVERAGE = 0.998  # of the moving average of the weights, the weights that are shipped
+WIDTH = 128  # of the text encoder
+LATENT_SIDE = 16
+VARIANTS = 2  # cached latents of each picture on each background
+
+
+def new_unet() -> UNet2DConditionModel:
+    """Returns the untrained UNet; captions are attended to at 8 x 8 and 4 x 4, where shapes are decided."""
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIDE,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=[64, 96, 96],
+        layers_per_block=1,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,  # diffusers reads this as the number of heads
+        norm_num_groups=16,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Returns the untrained text encoder for this tokenizer."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_act="quick_gelu",
+        projection_dim=WIDTH,
+        bos_token_id=tokenizer.convert_tokens_to_ids(START),
+        eos_token_id=tokenizer.convert_tokens_to_ids(END),
+        pad_token_id=tokenizer.convert_tokens_to_ids(END),
+    )
+    encoder = CLIPTextModel(config)
+    nn.init.normal_(encoder.get_input_embeddings().weight, std=0.1)
+    return encoder
+
+
+def new_models(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """Returns what is trained here, as one module."""
+    return nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Returns the noise schedule and sampler that the base is trained for and shipped with."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def cached_latents(build: Path, icons: Icons) -> Tensor:
+    """Returns (things, styles, backgrounds, VARIANTS, 4, 16, 16) scaled latents, encoding them on the first call."""
+    path = build / "latents.pt"
+    if not path.exists():
+        vae, generator = trained_vae(build), torch.Generator().manual_seed(1)
+        rows = np.array([icons.index(label, name) for label in THINGS.values() for name in STYLES.values()])
+        parts = []
+        for ground in list(BACKGROUNDS.values()) * VARIANTS:
+            parts.append(encoded(vae, icons.rgba[rows], [ground] * len(rows), generator).half())
+        cube = torch.stack(parts).view(VARIANTS, len(BACKGROUNDS), len(THINGS), len(STYLES), 4, LATENT_SIDE, LATENT_SIDE)
+        save(path, {"latents": cube.permute(2, 3, 1, 0, 4, 5, 6).contiguous()})
+    return torch.load(path, weights_only=True)["latents"]
+
+
+@torch.no_grad()
+def encoded(vae: nn.Module, rgba: np.ndarray, grounds: list, generator: torch.Generator) -> Tensor:
+    """Returns the scaled latents of drawings laid on grounds."""
+    pictures = laid_on(placed(rgba, generator), jittered(grounds, generator))
+    with torch.autocast("cpu", torch.bfloat16):
+        means = [vae.encode(part).latent_dist.mean.float() for part in pictures.split(24)]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
+class Samples:
+    """Draws latents and captions from the cache."""
+
+    def __init__(self, latents: Tensor, tokenizer: CLIPTokenizer, seed: int):
+        """Keeps the names beside the cube's axes."""
+        self.latents, self.chance = latents, random.Random(seed)
+        self.names = [list(THINGS), list(STYLES), list(BACKGROUNDS)]
+        self.tokenizer, self._ids = tokenizer, {}
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """Returns latents (count, 4, 16, 16) and token ids (count, 77)."""
+        chosen, captions = [], []
+        for _ in range(count):
+            at = [self.chance.randrange(len(names)) for names in self.names]
+            if self.chance.random() < WHITE_SHARE:
+                at[2] = 0
+            chosen.append(self.latents[*at, self.chance.randrange(VARIANTS)])
+            captions.append(training_caption(*(n[i] for n, i in zip(self.names, at, strict=True)), self.chance))
+        return torch.stack(chosen).float(), self.ids(captions)
+
+    def ids(self, captions: list[str]) -> Tensor:
+        """Returns the padded token ids, tokenising each caption only once."""
+        for text in set(captions) - set(self._ids):
+            self._ids[text] = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return torch.cat([self._ids[text] for text in captions])
+
+
+def spread_timesteps(count: int, generator: torch.Generator, total: int = 1000) -> Tensor:
+    """Returns one random timestep from each of `count` equal parts of the schedule."""
+    return ((torch.arange(count) + torch.rand(count, generator=generator)) * total / count).long()
+
+
+def v_loss(models: nn.ModuleDict, latents: Tensor, ids: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
+    """Returns |v - v'|^2 per sample with v = sqrt(a) noise - sqrt(1 - a) latents."""
+    alphas = new_scheduler().alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+    target = alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
+    with torch.autocast("cpu", torch.bfloat16):
+        states = models["text_encoder"](ids).last_hidden_state
+        guess = models["unet"](noisy, timesteps, states).sample
+    return (guess.float() - target).square().mean(dim=(1, 2, 3))
+
+
+class Validation:
+    """The loss on every taught picture in a new place on a new background, with fixed noise."""
+
+    def __init__(self, build: Path, icons: Icons, samples: Samples):
+        """Encodes one picture a (thing, style), none of which is in the cache."""
+        generator, chance = torch.Generator().manual_seed(99), random.Random(99)
+        pairs = [(thing, style) for thing in THINGS for style in STYLES]
+        grounds = [chance.choice(list(BACKGROUNDS)) for _ in pairs]
+        rows = np.array([icons.index(THINGS[thing], STYLES[style]) for thing, style in pairs])
+        colours = [BACKGROUNDS[ground] for ground in grounds]
+        self.latents = encoded(trained_vae(build), icons.rgba[rows], colours, generator)
+        self.ids = samples.ids([caption(*pair, ground) for pair, ground in zip(pairs, grounds, strict=True)])
+        shuffled = torch.randperm(len(pairs), generator=generator)
+        self.timesteps = spread_timesteps(len(pairs), generator)[shuffled]
+        self.noise = torch.randn(self.latents.shape, generator=generator)
+
+    @torch.no_grad()
+    def loss(self, models: nn.ModuleDict) -> float:
+        """Returns the mean loss of the models as they are."""
+        parts = zip(*(t.split(54) for t in (self.latents, self.ids, self.timesteps, self.noise)), strict=True)
+        return float(torch.cat([v_loss(models, *part) for part in parts]).mean())
+
+
+class Average:
+    """An exponential moving average of the weights, quick to follow at the start."""
+
+    def __init__(self, models: nn.ModuleDict):
+        """Starts as a copy."""
+        self.weights = {name: value.detach().clone() for name, value in models.named_parameters()}
+
+    @torch.no_grad()
+    def follow(self, models: nn.ModuleDict, step: int) -> None:
+        """Moves towards the weights after one step."""
+        keep = min(AVERAGE, (1 + step) / (10 + step))
+        names, values = zip(*models.named_parameters(), strict=True)
+        torch._foreach_lerp_([self.weights[name] for name in names], list(values), 1 - keep)
+
+
+def train(build: Path, minutes: float, seed: int = 0) -> None:
+    """Trains to the end of the budget, going on from `build/unet.pt` if it is there."""
+    torch.manual_seed(seed)
+    log, icons, path = log_to(build / "unet.log"), load_icons(build), build / "unet.pt"
+    tokenizer = CLIPTokenizer.from_pretrained(build / "tokenizer")
+    models, shadow = new_models(tokenizer), new_models(tokenizer)
+    built = optimizers(models, {"lr": 5e-3, "weight_decay": 0.02}, {"lr": 1.5e-3})
+    clock, average = Clock(minutes), Average(models)
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        models.load_state_dict(state["models"])
+        average.weights = state["average"]
+        for optimizer, held in zip(built, state["optimizers"], strict=True):
+            optimizer.load_state_dict(held)
+        clock = Clock(minutes, state["spent"], state["step"])
+    generator = torch.Generator().manual_seed(seed + clock.step)
+    samples = Samples(cached_latents(build, icons), tokenizer, seed + clock.step)
+    validation, recent = Validation(build, icons, samples), 0.0
+    while not clock.done:
+        latents, ids = samples.draw(BATCH)
+        timesteps, noise = spread_timesteps(BATCH, generator), torch.randn(latents.shape, generator=generator)
+        loss = v_loss(models, latents, ids, timesteps, noise).mean()
+        loss.backward()
+        update(built, models, clock.factor(warm_up=100))
+        average.follow(models, clock.step)
+        clock.tick()
+        recent = 0.98 * recent + 0.02 * loss.item() if recent else loss.item()
+        if clock.step % 100 == 0:
+            passes = clock.step * BATCH / (len(THINGS) * len(STYLES))
+            log.info("step %d  %.0f s  loss %.4f  passes %.0f", clock.step, clock.spent, recent, passes)
+        if clock.checkpoint_due():
+            held = {"models": models.state_dict(), "average": average.weights, "spent": clock.spent, "step": clock.step}
+            save(path, {**held, "optimizers": [optimizer.state_dict() for optimizer in built]})
+            shadow.load_state_dict(average.weights, strict=False)
+            log.info("step %d  validation %.4f", clock.step, validation.loss(shadow.eval()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--build", type=Path, required=True, help="folder for caches and checkpoints")
+    parser.add_argument("--minutes", type=float, default=60, help="budget of training time")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    train(given.build, given.minutes)
