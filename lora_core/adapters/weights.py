@@ -1,12 +1,14 @@
-"""The canonical in-memory adapter. File formats only translate to and from it, so n formats need n translators."""
+"""The canonical in-memory adapter. File formats only translate to and from it, so n formats need n
+translators."""
 
 from dataclasses import dataclass, field
 
 import torch
 
 LayerKey = tuple[str, str]
-"""(part, module path): part is "unet", "text_encoder", ...; the path is diffusers' own dotted name below the part,
-for text encoders always with the `text_model.` level ("text_model.encoder.layers.0.self_attn.q_proj")."""
+"""(part, module path): part is "unet", "text_encoder", ...; the path is diffusers' own dotted name below the
+part, for text encoders always with the `text_model.` level
+("text_model.encoder.layers.0.self_attn.q_proj")."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class LayerWeights:
         return self.alpha / self.rank
 
     def delta(self) -> torch.Tensor:
-        """The update at strength 1 in the shape of the layer's weight, (out, in) or (out, in, k, k), in fp32."""
+        """The update at strength 1 in the shape of the layer's weight, (out, in) or (out, in, k, k), in
+        fp32."""
         up, down = self.up.float(), self.down.float()
         product = up.flatten(1) @ down.flatten(1)
         return (self.scale * product).reshape(up.shape[0], *down.shape[1:])

@@ -1,0 +1,171 @@
+"""Putting an adapter into a base: as trainable layers for training, or merged into the weights for use."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_core.adapters.lora import LoraLayer, LoraShape, Moment
+from lora_core.adapters.targets import Targets, layer_by_path, target_modules
+from lora_core.adapters.weights import AdapterWeights, LayerKey
+from lora_core.spec.errors import AdapterFileError, ConfigError
+
+
+@dataclass
+class Injected:
+    """Trainable layers in a base, by (part, module path)."""
+
+    layers: dict[LayerKey, LoraLayer]
+    moment: Moment
+
+    def parameters(self, part: str | None = None) -> list[nn.Parameter]:
+        """All trained tensors, or those of one part, in a fixed order."""
+        chosen = [layer for (owner, _), layer in self.layers.items() if part in (None, owner)]
+        return [tensor for layer in chosen for tensor in (layer.down, layer.up)]
+
+    def parts(self) -> list[str]:
+        """The adapted components."""
+        return list(dict.fromkeys(part for part, _ in self.layers))
+
+    def set_strength(self, strength: float) -> None:
+        """Multiply the update of every layer by `strength`; at 0 the base is computed, bit for bit."""
+        for layer in self.layers.values():
+            layer.strength = strength
+
+
+def inject(
+    modules: dict[str, nn.Module], parts: Iterable[str], targets: Targets, shape: LoraShape, seed: int
+) -> Injected:
+    """Replace the targeted layers of `parts` by trainable ones around them.
+
+    Args:
+        modules: components of the base by part.
+        parts: the parts to adapt.
+        targets: which layers.
+        shape: rank, alpha and dropout.
+        seed: of the random start and of the dropout masks.
+
+    Raises:
+        ConfigError: a part has no such layer.
+    """
+    moment = Moment(seed)
+    layers: dict[LayerKey, LoraLayer] = {}
+    for part in parts:
+        found = target_modules(part, modules[part], targets)
+        if not found:
+            raise ConfigError(
+                f"The {part} of this base has no layer that adapter.targets names; choose other targets."
+            )
+        for name, (path, base) in found.items():
+            layer = LoraLayer(base, f"{part}/{name}", shape, moment, seed)
+            _replace(modules[part], path, layer)
+            layers[part, name] = layer
+    return Injected(layers, moment)
+
+
+def remove(modules: dict[str, nn.Module], injected: Injected) -> None:
+    """Put the frozen layers back in place of the trainable ones."""
+    for (part, name), layer in injected.layers.items():
+        located = layer_by_path(part, modules[part], name)
+        if located is not None:
+            _replace(modules[part], located[0], layer.base)
+
+
+def adapter_weights(injected: Injected) -> AdapterWeights:
+    """The canonical form of what was trained."""
+    return AdapterWeights({key: layer.layer_weights() for key, layer in injected.layers.items()})
+
+
+def load_weights(injected: Injected, weights: AdapterWeights) -> None:
+    """Set trainable layers to an adapter's factors, bit for bit.
+
+    Raises:
+        AdapterFileError: the two do not have the same layers and shapes.
+    """
+    if set(weights.layers) != set(injected.layers):
+        odd = sorted(set(weights.layers) ^ set(injected.layers))[0]
+        raise AdapterFileError(
+            f"The saved adapter does not have the layers of this run; they differ at {' '.join(odd)}."
+        )
+    for key, layer in injected.layers.items():
+        saved = weights.layers[key]
+        if saved.down.numel() != layer.down.numel() or saved.up.numel() != layer.up.numel():
+            raise AdapterFileError(f"The saved adapter has other shapes than this run at {' '.join(key)}.")
+        layer.from_layer_weights(saved)
+
+
+def _replace(root: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, layer)
+
+
+@dataclass(frozen=True)
+class Strengthened:
+    """An adapter and how strongly it acts: on the UNet, and on the text encoders."""
+
+    weights: AdapterWeights
+    strength: float = 1.0
+    text_strength: float | None = None
+
+    def on(self, part: str) -> float:
+        """The strength on a part."""
+        return self.strength if part == "unet" or self.text_strength is None else self.text_strength
+
+
+class Merger:
+    """Adapters merged into a base's own weights, and taken out again.
+
+    Each change starts from a copy of W0, never from the last merge, so that nothing drifts: W = W0 + sum of s
+    (alpha/r) B A, summed in fp32. Where every strength is 0 the weight is W0 bit for bit. Inference costs
+    what the base costs.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        """Manage the components `modules`, by part."""
+        self._modules = modules
+        self._originals: dict[LayerKey, tuple[nn.Module, torch.Tensor]] = {}
+
+    def apply(self, adapters: list[Strengthened]) -> None:
+        """Make the base act as with exactly these adapters.
+
+        Raises:
+            AdapterFileError: a layer is not in this base or has another shape; nothing is changed then.
+        """
+        deltas: dict[LayerKey, list[tuple[float, AdapterWeights]]] = {}
+        for adapter in adapters:
+            for key in adapter.weights.layers:
+                self._keep_original(key, adapter.weights)
+                if adapter.on(key[0]) != 0:
+                    deltas.setdefault(key, []).append((adapter.on(key[0]), adapter.weights))
+        with torch.no_grad():
+            for key, (layer, original) in self._originals.items():
+                merged = original.float() if key in deltas else original
+                for strength, weights in deltas.get(key, []):
+                    delta = weights.layers[key].delta().to(original.device)
+                    merged = merged + strength * delta.reshape(original.shape)
+                layer.weight.copy_(merged)
+
+    def _keep_original(self, key: LayerKey, weights: AdapterWeights) -> None:
+        part, path = key
+        located = layer_by_path(part, self._modules[part], path) if part in self._modules else None
+        if located is None:
+            raise AdapterFileError(
+                f"The adapter has a layer {part} {path} that this base has not; it is for another base."
+            )
+        layer, update = located[1], weights.layers[key]
+        size = (update.up.shape[0], *update.down.shape[1:])
+        if layer.weight.numel() != _product(size) or layer.weight.shape[0] != size[0]:
+            raise AdapterFileError(
+                f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
+                f"{layer.weight.shape[1]} to {layer.weight.shape[0]}; it is for another base."
+            )
+        if key not in self._originals:
+            self._originals[key] = (layer, layer.weight.detach().clone())
+
+
+def _product(sizes: Iterable[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
