@@ -1,1 +1,1 @@
-"""What a run is: settings, choices, families, run folders and their events. No torch, so that it imports fast."""
+"""What a run is: settings, choices, families, run folders and events. No torch, so that it imports fast."""

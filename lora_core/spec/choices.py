@@ -1,7 +1,8 @@
 """Named choices as tables: optimizers, schedules, samplers, adapter kinds, targets, formats.
 
-A row names the code that it stands for as "module:attribute", imported only when it is used, so that a window without
-torch can list them all. The price is that editors cannot follow the reference: `tests/spec/test_choices.py` resolves every row.
+A row names the code that it stands for as "module:attribute", imported only when it is used, so that a window
+without torch can list them all. The price is that editors cannot follow the reference, so
+`tests/spec/test_choices.py` resolves every row.
 """
 
 import importlib

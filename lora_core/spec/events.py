@@ -1,6 +1,7 @@
 """The lines of `events.jsonl`: one dataclass a kind, one writer, any number of readers.
 
-Readers keep a byte offset and ignore a last line without its newline, so that they can look while the trainer writes.
+Readers keep a byte offset and ignore a last line without its newline, so that they can look while the trainer
+writes.
 """
 
 import dataclasses
@@ -133,7 +134,10 @@ class Finished(Event):
 
 
 def to_line(event: Event) -> str:
-    """One line of JSON, newline included. Numbers that are not finite become null: JSON has no word for them."""
+    """One line of JSON, newline included.
+
+    Numbers that are not finite become null: JSON has no word for them.
+    """
     values = {"event": event.kind, **dataclasses.asdict(event)}
     values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(values, ensure_ascii=False) + "\n"
@@ -158,12 +162,15 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
     except FileNotFoundError:
         return [], offset
     whole = data[: data.rfind(b"\n") + 1]
-    lines = whole.decode("utf-8", errors="replace").splitlines()
+    lines = whole.decode("utf-8", errors="replace").split("\n")
     return [event for event in map(from_line, lines) if event is not None], offset + len(whole)
 
 
 class EventWriter:
-    """The one writer of an events file. Each line is one write, so that a kill leaves at most one half line."""
+    """The one writer of an events file.
+
+    Each line is one write, so that a kill leaves at most one half line.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open for appending; a half line left by a killed writer is ended first."""

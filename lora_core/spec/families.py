@@ -1,6 +1,7 @@
 """The model families as rows of data: what the files of a base model do not say about themselves.
 
-A config that lies beside the weights always wins over a row. Nothing else in the project may branch on a family's name.
+A config that lies beside the weights always wins over a row. Nothing else in the project may branch on a
+family's name.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,9 @@ PRESETS = ASSETS / "presets"
 
 
 def workspace(chosen: str | Path | None = None) -> Path:
-    """The workspace folder, made if absent: `chosen`, else LORA_EASEL_HOME, else the platform's user data folder.
+    """The workspace folder, made if absent.
+
+    `chosen`, else the environment variable LORA_EASEL_HOME, else the platform's user data folder.
 
     Raises:
         RunError: it cannot be made or written.

@@ -1,4 +1,4 @@
-"""Starting configs by goal, as TOML files in `assets/presets`: one table of settings a file, nothing but settings."""
+"""Starting configs by goal: TOML files in `assets/presets` that hold settings and nothing else."""
 
 from typing import Any
 

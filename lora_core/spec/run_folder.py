@@ -1,7 +1,8 @@
 """A run is a folder, and the files in it are the only channel between the trainer and everybody else.
 
-The trainer alone writes `events.jsonl`; everybody may append to `requests.jsonl`, one line a write. Status is derived
-from the last events and from whether the trainer's process lives; it is never stored, so it can never be wrong.
+The trainer alone writes `events.jsonl`; everybody may append to `requests.jsonl`, one line a write. Status is
+derived from the last events and from whether the trainer's process lives; it is never stored, so it can never
+be wrong.
 """
 
 import json

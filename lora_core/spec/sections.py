@@ -1,7 +1,7 @@
-"""The sections of a run's settings: every setting declared once, with all that people and programs need to know of it.
+"""The sections of a run's settings: every setting declared once, with all there is to know of it.
 
-A field's metadata is the only place that holds its title, help, range and choices: the window's labels and tooltips,
-`--help`, the reading of TOML, validation and the table of settings all read it from here.
+A field's metadata is the only place that holds its title, help, range and choices: the window's labels and
+tooltips, `--help`, the reading of TOML, validation and the table of settings all read it from here.
 """
 
 from dataclasses import dataclass, field
