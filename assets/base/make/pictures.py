@@ -43,7 +43,8 @@ class Icons:
 
     def index(self, label: str, set_name: str) -> int:
         """Returns the row of the icon for this emojibase label in this set."""
-        return next(i for i, both in enumerate(zip(self.labels, self.sets, strict=True)) if both == (label, set_name))
+        pairs = list(zip(self.labels, self.sets, strict=True))
+        return pairs.index((label, set_name))
 
     def held_out(self) -> list[int]:
         """Returns the rows of the concepts that the VAE must not see."""
@@ -78,7 +79,7 @@ def drawings(build: Path) -> Iterator[tuple[str, str, str]]:
     """Yields (label, set, svg) for every concept of GROUPS that stands in all four sets."""
     icons = {name: package(build, f"@iconify-json/{name}", "icons.json") for name in SETS}
     names = {name: package(build, f"@iconify-json/{name}", "chars.json") for name in SETS}
-    names["fluent-emoji"] = names["fluent-emoji-flat"]  # the gradient set uses the flat set's names and has no table
+    names["fluent-emoji"] = names["fluent-emoji-flat"]  # one list of names for both, in one package
     names = {name: {_code(code): icon for code, icon in table.items()} for name, table in names.items()}
     for record in english(build):
         if record.get("group") not in GROUPS:
@@ -87,19 +88,22 @@ def drawings(build: Path) -> Iterator[tuple[str, str, str]]:
         if all(found[name] in icons[name]["icons"] for name in SETS):
             for name in SETS:
                 body, side = icons[name]["icons"][found[name]]["body"], icons[name]["width"]
-                head = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
                 yield record["label"], name, f'{head}viewBox="0 0 {side} {side}">{body}</svg>'
 
 
 def rendered(svg: str) -> np.ndarray:
     """Returns the drawing as (SIDE, SIDE, 4) uint8, cropped to what is visible, fitted and centred."""
-    whole = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIDE, height=2 * SIDE))))
-    whole = whole.convert("RGBA").convert("RGBa")  # premultiplied, so that resizing makes no dark fringe
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIDE, height=2 * SIDE))
+    whole = (
+        Image.open(io.BytesIO(png)).convert("RGBA").convert("RGBa")
+    )  # premultiplied, so that resizing makes no dark fringe
     visible = whole.crop(whole.getchannel("a").point(lambda a: 255 * (a > 8)).getbbox())
     scale = FIT / max(visible.size)
     size = (max(1, round(visible.width * scale)), max(1, round(visible.height * scale)))
+    corner = ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2)
     canvas = Image.new("RGBa", (SIDE, SIDE))
-    canvas.paste(visible.resize(size, Image.Resampling.LANCZOS), ((SIDE - size[0]) // 2, (SIDE - size[1]) // 2))
+    canvas.paste(visible.resize(size, Image.Resampling.LANCZOS), corner)
     return np.asarray(canvas).copy()
 
 
@@ -116,7 +120,9 @@ def load_icons(build: Path) -> Icons:
     return Icons(np.load(array, mmap_mode="r"), list(labels), list(sets))
 
 
-def placed(rgba: np.ndarray, generator: torch.Generator, smallest: float = 0.9, shift: float = 0.02) -> Tensor:
+def placed(
+    rgba: np.ndarray, generator: torch.Generator, smallest: float = 0.9, shift: float = 0.02
+) -> Tensor:
     """Returns the drawings scaled and shifted at random, as premultiplied (n, 4, SIDE, SIDE) in 0..1."""
     count = len(rgba)
     drawing = torch.from_numpy(np.ascontiguousarray(rgba)).permute(0, 3, 1, 2).float() / 255

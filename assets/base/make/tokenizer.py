@@ -1,4 +1,4 @@
-"""Trains the tokenizer: byte-level BPE in CLIP's format, 4096 tokens, from emojibase's English names and tags.
+"""Trains the tokenizer: byte-level BPE in CLIP's format, 4096 tokens, from emojibase's English words.
 
 Names, styles and colours that the base is taught weigh most, so that each of their words is one token.
 

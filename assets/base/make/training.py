@@ -26,7 +26,7 @@ class Muon(torch.optim.Optimizer):
     2502.16982), so that one learning rate does for all shapes.
     """
 
-    def __init__(self, weights: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float = 0, momentum: float = 0.95):
         """Takes weights of two or more dimensions."""
         super().__init__(list(weights), {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -97,7 +97,8 @@ class Clock:
 
     def factor(self, warm_up: int) -> float:
         """Returns the cosine over the budget, with a linear start over `warm_up` steps."""
-        return min(1.0, (self.step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent / self.total)))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.spent / self.total)))
+        return min(1.0, (self.step + 1) / warm_up) * cosine
 
     def checkpoint_due(self) -> bool:
         """Whether it is time to save; true once every CHECKPOINT_SECONDS, and at the end."""

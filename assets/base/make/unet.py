@@ -86,7 +86,7 @@ def new_scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def cached_latents(build: Path, icons: Icons) -> Tensor:
-    """Returns (things, styles, backgrounds, VARIANTS, 4, 16, 16) scaled latents, encoding them on the first call."""
+    """Returns scaled latents (things, styles, backgrounds, VARIANTS, 4, 16, 16), encoded on first call."""
     path = build / "latents.pt"
     if not path.exists():
         vae, generator = trained_vae(build), torch.Generator().manual_seed(1)
@@ -94,7 +94,8 @@ def cached_latents(build: Path, icons: Icons) -> Tensor:
         parts = []
         for ground in list(BACKGROUNDS.values()) * VARIANTS:
             parts.append(encoded(vae, icons.rgba[rows], [ground] * len(rows), generator).half())
-        cube = torch.stack(parts).view(VARIANTS, len(BACKGROUNDS), len(THINGS), len(STYLES), 4, LATENT_SIDE, LATENT_SIDE)
+        cube = torch.stack(parts).unflatten(1, (len(THINGS), len(STYLES)))
+        cube = cube.unflatten(0, (VARIANTS, len(BACKGROUNDS)))
         save(path, {"latents": cube.permute(2, 3, 1, 0, 4, 5, 6).contiguous()})
     return torch.load(path, weights_only=True)["latents"]
 
@@ -125,13 +126,15 @@ class Samples:
             if self.chance.random() < WHITE_SHARE:
                 at[2] = 0
             chosen.append(self.latents[*at, self.chance.randrange(VARIANTS)])
-            captions.append(training_caption(*(n[i] for n, i in zip(self.names, at, strict=True)), self.chance))
+            named = [names[i] for names, i in zip(self.names, at, strict=True)]
+            captions.append(training_caption(*named, self.chance))
         return torch.stack(chosen).float(), self.ids(captions)
 
     def ids(self, captions: list[str]) -> Tensor:
         """Returns the padded token ids, tokenising each caption only once."""
         for text in set(captions) - set(self._ids):
-            self._ids[text] = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            whole = self.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
+            self._ids[text] = whole.input_ids
         return torch.cat([self._ids[text] for text in captions])
 
 
@@ -220,8 +223,8 @@ def train(build: Path, minutes: float, seed: int = 0) -> None:
             passes = clock.step * BATCH / (len(THINGS) * len(STYLES))
             log.info("step %d  %.0f s  loss %.4f  passes %.0f", clock.step, clock.spent, recent, passes)
         if clock.checkpoint_due():
-            held = {"models": models.state_dict(), "average": average.weights, "spent": clock.spent, "step": clock.step}
-            save(path, {**held, "optimizers": [optimizer.state_dict() for optimizer in built]})
+            held = {"optimizers": [o.state_dict() for o in built], "spent": clock.spent, "step": clock.step}
+            save(path, {"models": models.state_dict(), "average": average.weights, **held})
             shadow.load_state_dict(average.weights, strict=False)
             log.info("step %d  validation %.4f", clock.step, validation.loss(shadow.eval()))
 

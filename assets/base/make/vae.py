@@ -67,7 +67,7 @@ class Batches:
         singles, extra = pictures[:count], list(pictures[count:].split(4))
         for i in (i for i in range(count) if small[i]):
             four = F.interpolate(extra.pop(), scale_factor=0.5, mode="area")
-            singles[i] = four.view(2, 2, 3, SIDE // 2, SIDE // 2).permute(2, 0, 3, 1, 4).reshape(3, SIDE, SIDE)
+            singles[i] = torch.cat([torch.cat([*four[:2]], dim=2), torch.cat([*four[2:]], dim=2)], dim=1)
         for i in range(count):
             if self._chance() < RESTYLED_SHARE:
                 singles[i] = recoloured(singles[i], self.generator)
@@ -91,7 +91,8 @@ class Batches:
 def recoloured(picture: Tensor, generator: torch.Generator) -> Tensor:
     """Returns the picture with mixed channels, or as a three-tone print between random colours."""
     if torch.rand((), generator=generator) < 0.5:
-        mix = torch.eye(3)[torch.randperm(3, generator=generator)] + 0.25 * torch.randn(3, 3, generator=generator)
+        swap = torch.eye(3)[torch.randperm(3, generator=generator)]
+        mix = swap + 0.25 * torch.randn(3, 3, generator=generator)
         return torch.einsum("ij,jhw->ihw", mix, picture).clamp(-1, 1)
     tone = (picture.mean(0, keepdim=True) + 1) / 2
     dark, middle, light = torch.rand(3, 3, 1, 1, generator=generator) * 2 - 1
@@ -115,7 +116,7 @@ def vae_loss(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator) -
     return gap.abs().mean() + gap.square().mean() + 0.5 * slopes + KL * kl + SPREAD * uneven
 
 
-def test_pictures(icons: Icons, count: int = 96) -> Tensor:
+def unseen_pictures(icons: Icons, count: int = 96) -> Tensor:
     """Returns the same pictures of held-out concepts at every call, on the twelve grounds in turn."""
     generator = torch.Generator().manual_seed(7)
     rows = icons.held_out()
@@ -154,7 +155,7 @@ def train(build: Path, minutes: float, seed: int = 0) -> None:
         for optimizer, held in zip(built, state["optimizers"], strict=True):
             optimizer.load_state_dict(held)
         clock = Clock(minutes, state["spent"], state["step"])
-    tests, generator = test_pictures(icons), torch.Generator().manual_seed(seed + clock.step)
+    tests, generator = unseen_pictures(icons), torch.Generator().manual_seed(seed + clock.step)
     batches, lowest = Batches(icons, generator), 0.0
     while not clock.done:
         loss = vae_loss(vae, batches.draw(BATCH), generator)
@@ -165,8 +166,8 @@ def train(build: Path, minutes: float, seed: int = 0) -> None:
         if clock.step % 20 == 0:
             log.info("step %d  %.0f s  loss %.4f", clock.step, clock.spent, lowest)
         if clock.checkpoint_due():
-            held = [optimizer.state_dict() for optimizer in built]
-            save(path, {"model": vae.state_dict(), "optimizers": held, "spent": clock.spent, "step": clock.step})
+            held = {"optimizers": [o.state_dict() for o in built], "spent": clock.spent, "step": clock.step}
+            save(path, {"model": vae.state_dict(), **held})
             spread = " ".join(f"{value:.3f}" for value in eigenvalues(vae, tests))
             log.info("step %d  held-out %.2f dB  eigenvalues %s", clock.step, decibels(vae, tests), spread)
 
