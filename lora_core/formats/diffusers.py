@@ -1,0 +1,192 @@
+"""The diffusers / PEFT format: `unet.<path>.lora_A.weight` (down) and `.lora_B.weight` (up), and its older
+spellings.
+
+The tensors carry no alpha: it stands in the header, as the arguments of a PEFT `LoraConfig` for each part.
+Without that header alpha is taken to be the rank.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.formats.layers import Tensors, check_plain, checked_layer
+from lora_core.formats.names import first_few, is_layer, unknown_layer, with_text_model
+from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.families import Family
+
+HEADER_KEY = "lora_adapter_metadata"
+"""Never in a kohya file: diffusers refuses a file that has both this and alphas among its tensors."""
+
+_PREFIX = re.compile(
+    r"(?:base_model\.model\.)?(?:(unet|text_encoder_2|text_encoder)\.)?(?:base_model\.model\.)?"
+)
+_LEAF = re.compile(
+    r"\.(?:processor\.)?(?:(?P<old>to_q|to_k|to_v|to_out)_lora\.|lora\.|lora_linear_layer\.)(?P<role>down|up)\.weight$"
+    r"|\.lora_(?P<peft>[AB])(?:\.default)?\.weight$|\.(?P<alpha>alpha)$"
+)
+_PEFT_ROLES = {"A": "down", "B": "up"}
+_OLD_LEAVES = {
+    "unet": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
+    "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
+}
+
+
+def matches(keys: Iterable[str]) -> bool:
+    """Whether tensors with these names are of this format."""
+    return any(
+        (leaf := _LEAF.search(key)) is not None and leaf["alpha"] is None and not key.startswith("lora_")
+        for key in keys
+    )
+
+
+def to_file(weights: AdapterWeights, family: Family, keep_alphas: bool = True) -> Tensors:
+    """The tensors of a file, by name; `header` must go into the same file.
+
+    Args:
+        weights: what to write; precisions stay as they are.
+        family: which parts there are.
+        keep_alphas: taken only so that all formats are called alike; this one always keeps each layer's
+        alpha.
+
+    Raises:
+        AdapterFileError: the family lacks a part, or a layer is no plain LoRA.
+    """
+    check_plain(weights)
+    tensors: Tensors = {}
+    for (part, path), layer in weights.layers.items():
+        if part not in family.parts:
+            raise AdapterFileError(f"{family.title} has no part {part!r}; it has {', '.join(family.parts)}.")
+        tensors[f"{part}.{path}.lora_A.weight"] = layer.down
+        tensors[f"{part}.{path}.lora_B.weight"] = layer.up
+    return tensors
+
+
+def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
+    """What the header must say so that diffusers gives each layer its rank and alpha; all values are
+    texts."""
+    values: dict[str, Any] = {}
+    for part in weights.parts():
+        layers = {_target(path): layer for (p, path), layer in weights.layers.items() if p == part}
+        rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+        alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+        config = {
+            "r": rank,
+            "lora_alpha": _plain(alpha),
+            "rank_pattern": {path: layer.rank for path, layer in layers.items() if layer.rank != rank},
+            "alpha_pattern": {
+                path: _plain(layer.alpha) for path, layer in layers.items() if layer.alpha != alpha
+            },
+            "target_modules": sorted(layers),
+        }
+        values |= {f"{part}.{key}": value for key, value in config.items()}
+    return {
+        HEADER_KEY: json.dumps(values, sort_keys=True),
+        "ss_base_model_version": family.base_version,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": family.modelspec,
+    }
+
+
+def _target(path: str) -> str:
+    """A layer as PEFT finds it by the end of its name, with and without the `text_model.` level.
+
+    The short forms ("q_proj") would adapt layers that the file leaves out; PEFT would leave random factors
+    there.
+    """
+    return path.removeprefix("text_model.")
+
+
+def _plain(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
+    """The adapter in a file's tensors and header.
+
+    Raises:
+        AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape, or says
+        that
+            the header's alphas cannot be read.
+    """
+    unknown = [key for key in tensors if _LEAF.search(key) is None]
+    if unknown:
+        raise AdapterFileError(
+            "The file holds tensors that belong to no plain LoRA of the diffusers format:"
+            f" {first_few(unknown)}."
+        )
+    by_layer: dict[LayerKey, Tensors] = {}
+    for key, tensor in tensors.items():
+        layer, role = _layer_and_role(key)
+        if role in by_layer.setdefault(layer, {}):
+            raise AdapterFileError(
+                f"The file holds the {role} half of {'.'.join(layer)} twice, once as {key!r}."
+            )
+        by_layer[layer][role] = tensor
+    alphas = _header_values(metadata)
+    layers: dict[LayerKey, LayerWeights] = {}
+    for (part, path), roles in by_layer.items():
+        checked = checked_layer(f"{part}.{path}", roles)
+        if "alpha" not in roles and f"{part}.lora_alpha" in alphas:
+            alpha = _header_alpha(alphas, part, path, checked.rank)
+            checked = LayerWeights(checked.down, checked.up, alpha)
+        layers[part, path] = checked
+    return AdapterWeights(layers, {k: v for k, v in metadata.items() if k != HEADER_KEY})
+
+
+def _layer_and_role(key: str) -> tuple[LayerKey, str]:
+    prefix, leaf = _PREFIX.match(key), _LEAF.search(key)
+    assert prefix is not None
+    assert leaf is not None
+    path = key[prefix.end() : leaf.start()]
+    # Files of one part alone carry no prefix; only text encoders have numbered encoder layers.
+    part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
+    if leaf["old"]:
+        path = f"{path}.{_OLD_LEAVES['unet' if part == 'unet' else 'text'][leaf['old']]}"
+    if part != "unet":
+        path = with_text_model(path)
+    if not is_layer(part, path):
+        raise AdapterFileError(unknown_layer(key, path))
+    role = "alpha" if leaf["alpha"] else leaf["role"] or _PEFT_ROLES[leaf["peft"]]
+    return (part, path), role
+
+
+def _header_values(metadata: Mapping[str, str]) -> dict[str, Any]:
+    raw = metadata.get(HEADER_KEY)
+    if not raw:
+        return {}
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(
+            f"The header's {HEADER_KEY} is not valid JSON, so alpha is unknown."
+        ) from error
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"The header's {HEADER_KEY} is not a table, so alpha is unknown.")
+    return values
+
+
+def _header_alpha(values: Mapping[str, Any], part: str, path: str, rank: int) -> float:
+    """A layer's alpha by PEFT's rules: the first pattern that the layer's name ends in, else the part's
+    own."""
+    alpha = values[f"{part}.lora_alpha"]
+    patterns = values.get(f"{part}.alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterFileError(f"The header's {part}.alpha_pattern is not a table, so alpha is unknown.")
+    for pattern, own in patterns.items():
+        # PEFT reads these as regular expressions; a file must not be able to make us run one.
+        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise AdapterFileError(f"The header gives alpha for {pattern!r}, which is not a layer's name.")
+        if f".{path}".endswith(f".{name}") or f".{_target(path)}".endswith(f".{name}"):
+            alpha = own
+            break
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterFileError(f"The header gives {part}.{path} the alpha {alpha!r}, which is not a number.")
+    # rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023); everything here scales by alpha / rank.
+    return float(alpha) * (math.sqrt(rank) if values.get(f"{part}.use_rslora") is True else 1.0)

@@ -1,0 +1,84 @@
+"""What an adapter file is, whoever wrote it: told from its header, its alphas and its hashes, without a base
+model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lora_core.formats import diffusers, kinds, kohya
+from lora_core.formats.container import Header, file_hashes, read_header
+from lora_core.spec.errors import AdapterFileError
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """What is known about an adapter file of any kind, LoHa, LoKr and DoRA included.
+
+    Returns:
+        `family`: a row of `FAMILIES`, else a title, else "unknown"; `format`: "kohya", "diffusers" or
+        "unknown"; `kind`: "LoRA", "LoCon", "LoHa", ...; `ranks` and `alphas`: the distinct values, ascending;
+        `modules`: how many are adapted; `parameters`: how many numbers, alphas not counted; `bytes`;
+        `sha256`, `autov2`, `autov3`; `hash_matches`: whether the header's own hash is right, None if it has
+        none; `metadata`: the header's texts.
+
+    Raises:
+        AdapterFileError: one sentence on what is wrong with the file.
+    """
+    path = Path(path)
+    header = read_header(path)
+    shapes = header.shapes
+    modules = kinds.keys_by_module(shapes)
+    ranks = sorted({rank for keys in modules.values() if (rank := _rank(keys, shapes))})
+    weights = [shape for key, shape in shapes.items() if not key.endswith(".alpha")]
+    return {
+        "family": kinds.family_name(shapes, header.metadata),
+        "format": _format(shapes),
+        "kind": kinds.kind_of(shapes),
+        "ranks": ranks,
+        "alphas": _alphas(path, header, ranks),
+        "modules": len(modules),
+        "parameters": sum(math.prod(shape) for shape in weights),
+        "bytes": path.stat().st_size,
+        **file_hashes(path),
+        "metadata": header.metadata,
+    }
+
+
+def _format(shapes: kinds.Shapes) -> str:
+    if kohya.matches(shapes):
+        return "kohya"
+    return "diffusers" if diffusers.matches(shapes) else "unknown"
+
+
+_RANK_AXES = {
+    "lora_down": 0,
+    "lora_A": 0,
+    "lora.down": 0,
+    "lora_linear_layer.down": 0,
+    "hada_w1_b": 0,
+    "lokr_w2_b": 0,
+}
+"""A part of a tensor's name, to the axis of its shape that is the rank."""
+
+
+def _rank(keys: list[str], shapes: kinds.Shapes) -> int:
+    for key in keys:
+        for part, axis in _RANK_AXES.items():
+            if part in key and key.endswith(("weight", part)) and len(shapes[key]) > 1:
+                return shapes[key][axis]
+    return 0
+
+
+def _alphas(path: Path, header: Header, ranks: list[int]) -> list[float]:
+    """The distinct alphas: among the tensors, else in a diffusers header, else equal to the ranks."""
+    names = [
+        name for name, shape in header.shapes.items() if name.endswith(".alpha") and math.prod(shape) == 1
+    ]
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            stored = [float(file.get_tensor(name).reshape(())) for name in names]
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise AdapterFileError(f"{path} cannot be read: {error}.") from error
+    claimed = stored or kinds.alpha_claims(header.metadata, diffusers.HEADER_KEY)
+    return sorted({alpha for alpha in claimed if math.isfinite(alpha)}) or [float(rank) for rank in ranks]

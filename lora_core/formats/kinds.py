@@ -1,0 +1,171 @@
+"""What a file is, told from names, shapes and header alone: the kind of adapter, and the family that it is
+for."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_core.formats.names import OTHER_UNETS
+from lora_core.spec.families import FAMILIES, Family
+
+Shapes = Mapping[str, Sequence[int]]
+
+LORA, LOCON = "LoRA", "LoCon"
+_KINDS = (
+    (re.compile(r"\.hada_w1_|\.hada_w2_"), "LoHa"),
+    (re.compile(r"\.lokr_w"), "LoKr"),
+    (re.compile(r"\.dora_scale$|\.lora_magnitude_vector"), "DoRA"),
+    (re.compile(r"\.oft_|\.boft_"), "OFT"),
+    (re.compile(r"\.on_input$|\.ia3_l"), "IA3"),
+    (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
+    (re.compile(r"\.diff(_b)?$"), "full difference"),
+    (re.compile(r"lora_controlnet|^control_model\.|^controlnet_"), "ControlNet"),
+    (re.compile(r"^lora_.*\.|\.lora_[AB]\.|[._]lora\.(down|up)\.|\.lora_linear_layer\."), LORA),
+    (re.compile(r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\."), "whole checkpoint"),
+    (re.compile(r"^(down_blocks|up_blocks)\.\d+\.resnets\."), "whole UNet"),
+    (re.compile(r"^text_model\.(encoder|embeddings)\."), "whole text encoder"),
+    (re.compile(r"^(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\."), "whole VAE"),
+    (re.compile(r"^(emb_params|string_to_param|clip_[lg])$"), "textual-inversion embedding"),
+)
+"""By names, the more special first."""
+
+OTHER_WIDTHS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+_OTHER_MODELSPECS = {
+    "stable-diffusion-v2": "Stable Diffusion 2.x",
+    "stable-diffusion-xl": "Stable Diffusion XL",
+    "stable-diffusion-3": "Stable Diffusion 3",
+    "stable-diffusion-v3": "Stable Diffusion 3",
+    "stable-cascade": "Stable Cascade",
+    "flux": "Flux",
+}
+"""How to name bases that are no row of `FAMILIES`; a row always wins."""
+
+_DOWN = r"[._](?:lora[_.](?:down|A|linear_layer\.down)|hada_w1_b)"
+_CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]" + _DOWN)
+_TEXT = re.compile(r"^(?:lora_te1?_|text_encoder\.).*[qkv]_proj" + _DOWN)
+_TEXT_2 = re.compile(r"^(?:lora_te2_|text_encoder_2\.)")
+_OTHER_STEMS = re.compile(rf"^(?:lora_unet_|unet\.)?({'|'.join(OTHER_UNETS)})".replace("_)", "[._])"))
+
+
+def kind_of(shapes: Shapes) -> str:
+    """What the tensors of a file make together, such as "LoRA" or "whole checkpoint"; "unknown" if nothing
+    known.
+
+    A LoRA that adapts convolutions larger than 1 x 1 is a LoCon.
+    """
+    for pattern, kind in _KINDS:
+        if any(pattern.search(key) for key in shapes):
+            convolutions = any(len(shape) == 4 and shape[2] > 1 for shape in shapes.values())
+            return LOCON if kind == LORA and convolutions else kind
+    return "unknown"
+
+
+def family_evidence(shapes: Shapes, metadata: Mapping[str, str]) -> list[set[str]]:
+    """Each sign of the family that a file is for, as the titles of the families that it allows; header
+    first."""
+    evidence = [_titles_of_version(metadata), _titles_of_modelspec(metadata)]
+    for key, shape in shapes.items():
+        if _CONTEXT.search(key) and len(shape) > 1:
+            evidence.append(_titles_of_width(shape[1]))
+            break
+    for key, shape in shapes.items():
+        if _TEXT.search(key) and len(shape) > 1:
+            evidence.append(_titles_of_text_width(shape[1]))
+            break
+    if any(_TEXT_2.search(key) for key in shapes):
+        evidence.append(
+            {f.title for f in FAMILIES.values() if len(f.text_encoders) > 1} or {OTHER_WIDTHS[2048]}
+        )
+    return [titles for titles in evidence if titles]
+
+
+def mismatch(shapes: Shapes, metadata: Mapping[str, str], family: Family) -> str:
+    """The title of the family that a file is for, if that is not `family`; else ""."""
+    for titles in family_evidence(shapes, metadata):
+        if family.title not in titles:
+            return " or ".join(sorted(titles))
+    return ""
+
+
+def family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    """The key of the family row, or a title where there is no row; "unknown" if nothing, or no one thing, is
+    said."""
+    evidence = family_evidence(shapes, metadata)
+    if not evidence:
+        return _other_base(shapes)
+    common = set.intersection(*evidence) or evidence[-1]
+    if len(common) != 1:
+        return "unknown"
+    title = next(iter(common))
+    return next((name for name, family in FAMILIES.items() if family.title == title), title)
+
+
+def _titles_of_version(metadata: Mapping[str, str]) -> set[str]:
+    version = metadata.get("ss_base_model_version", "")
+    if not version and metadata.get("ss_v2") == "True":
+        return {OTHER_WIDTHS[1024]}
+    return {f.title for f in FAMILIES.values() if f.base_version == version}
+
+
+def _titles_of_modelspec(metadata: Mapping[str, str]) -> set[str]:
+    architecture = metadata.get("modelspec.architecture", "")
+    rows = {f.title for f in FAMILIES.values() if f.modelspec == architecture}
+    others = {title for start, title in _OTHER_MODELSPECS.items() if architecture.lower().startswith(start)}
+    return rows or others
+
+
+def _titles_of_width(width: int) -> set[str]:
+    rows = {f.title for f in FAMILIES.values() if f.context_width == width}
+    return rows or {OTHER_WIDTHS.get(width, f"a base whose text context is {width} channels wide")}
+
+
+def _titles_of_text_width(width: int) -> set[str]:
+    rows = {
+        f.title
+        for f in FAMILIES.values()
+        if any(e.part == "text_encoder" and e.width == width for e in f.text_encoders)
+    }
+    # CLIP-L is the first text encoder of two families, one of which may have no row.
+    shared = {OTHER_WIDTHS[2048]} if width == 768 else set()
+    return rows | shared or {OTHER_WIDTHS.get(width, f"a base whose text encoder is {width} channels wide")}
+
+
+def _other_base(shapes: Shapes) -> str:
+    for key in shapes:
+        match = _OTHER_STEMS.search(key)
+        if match:
+            start = match[1].replace(".", "_")
+            return OTHER_UNETS[start].removeprefix("the layers of ").partition(",")[0]
+    return "unknown"
+
+
+def alpha_claims(metadata: Mapping[str, str], key: str) -> list[float]:
+    """Alphas that a header of the diffusers format lists, part by part; empty if it is absent or
+    unreadable."""
+    try:
+        values = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):
+        return []
+    if not isinstance(values, dict):
+        return []
+    numbers = [value for name, value in values.items() if name.endswith(".lora_alpha")]
+    for name, value in values.items():
+        if name.endswith(".alpha_pattern") and isinstance(value, dict):
+            numbers += value.values()
+    return [float(n) for n in numbers if isinstance(n, int | float) and not isinstance(n, bool)]
+
+
+def keys_by_module(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Tensor names grouped by the module that they adapt, in any format."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        if key.startswith("lora_"):
+            module = key.partition(".")[0]
+        else:
+            module = re.split(
+                r"[._](?:lora(?:_[A-Za-z]\w*)?|hada_\w+|lokr_\w+|oft_\w+|alpha|dora_scale)(?:\.|$)",
+                key,
+                maxsplit=1,
+            )[0]
+        groups.setdefault(module, []).append(key)
+    return groups

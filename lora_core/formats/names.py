@@ -1,0 +1,134 @@
+"""Layer names: the dotted paths of diffusers, and the stems of kohya files, in which each dot has become an
+underscore.
+
+A stem cannot simply be split, since underscores are part of the names too. So all adaptable layers are rows
+of a table in which `#` stands for a number; numbers are taken out of a name, the row is looked up, and they
+are put back. This needs no model. A family with other block names (`Family.kohya_block_names`) is one more
+table.
+"""
+
+import re
+from collections.abc import Iterable
+
+from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.families import Family
+
+_BLOCKS = ("down_blocks.#", "mid_block", "up_blocks.#")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.#")
+_TRANSFORMER = (
+    *(f"{attention}.{leaf}" for attention in ("attn1", "attn2") for leaf in _ATTENTION),
+    "ff.net.#.proj",
+    "ff.net.#",
+)
+_IN_BLOCK = (
+    "attentions.#.proj_in",
+    "attentions.#.proj_out",
+    *(f"attentions.#.transformer_blocks.#.{leaf}" for leaf in _TRANSFORMER),
+    *(f"resnets.#.{leaf}" for leaf in ("conv1", "conv2", "conv_shortcut", "time_emb_proj")),
+    "downsamplers.#.conv",
+    "upsamplers.#.conv",
+)
+UNET_PATHS = (
+    *(f"{block}.{leaf}" for block in _BLOCKS for leaf in _IN_BLOCK),
+    *("conv_in", "conv_out", "time_embedding.linear_#", "add_embedding.linear_#"),
+)
+_CLIP_LAYER = "text_model.encoder.layers.#"
+CLIP_PATHS = (
+    *(f"{_CLIP_LAYER}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    *(f"{_CLIP_LAYER}.mlp.{leaf}" for leaf in ("fc1", "fc2")),
+    "text_projection",
+)
+
+STEM_PARTS = {
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+}
+"""What a kohya key begins with, to the part that it adapts."""
+
+OTHER_UNETS = {
+    "input_blocks_": "the original block names of Stable Diffusion XL, which cannot be read yet",
+    "middle_block_": "the original block names of Stable Diffusion XL, which cannot be read yet",
+    "output_blocks_": "the original block names of Stable Diffusion XL, which cannot be read yet",
+    "double_blocks_": "the layers of Flux, which is no family that can be used here",
+    "single_blocks_": "the layers of Flux, which is no family that can be used here",
+    "joint_blocks_": "the layers of Stable Diffusion 3, which is no family that can be used here",
+}
+"""How the layer names of bases begin that are none of ours, to what to say about them."""
+
+_NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
+_STEM = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te)_(.+)")
+_PATHS = {"unet": set(UNET_PATHS), "text": set(CLIP_PATHS)}
+_BY_STEM = {kind: {path.replace(".", "_"): path for path in paths} for kind, paths in _PATHS.items()}
+
+
+def _kind(part: str) -> str:
+    return "unet" if part == "unet" else "text"
+
+
+def with_text_model(path: str) -> str:
+    """A text encoder's path with the `text_model.` level, which transformers 5.6 dropped from some
+    encoders."""
+    return f"text_model.{path}" if path.startswith(("encoder.", "embeddings.")) else path
+
+
+def is_layer(part: str, path: str) -> bool:
+    """Whether `path` can be an adaptable layer of `part`."""
+    return _NUMBER.sub("#", path) in _PATHS[_kind(part)]
+
+
+def layer_of_stem(stem: str) -> tuple[str, str]:
+    """(part, dotted path) of a kohya stem.
+
+    Raises:
+        AdapterFileError: it names no layer of a UNet or a CLIP text encoder.
+    """
+    match = _STEM.fullmatch(stem)
+    if match is None:
+        raise AdapterFileError(f"The file holds {stem!r}, which names no layer of a UNet or a text encoder.")
+    part, name = STEM_PARTS[match[1]], match[2]
+    if _kind(part) == "text" and name.startswith("encoder_layers_"):
+        name = f"text_model_{name}"
+    numbers = iter(_NUMBER.findall(name))
+    path = _BY_STEM[_kind(part)].get(_NUMBER.sub("#", name))
+    if path is None:
+        raise AdapterFileError(unknown_layer(stem, name))
+    return part, re.sub("#", lambda _: next(numbers), path)
+
+
+def unknown_layer(whole: str, name: str) -> str:
+    """The sentence on a layer that no table holds; `whole` is the name as the file has it."""
+    underscored = name.replace(".", "_")
+    for start, reason in OTHER_UNETS.items():
+        if underscored.startswith(start):
+            return f"The file holds {whole!r}: {reason}."
+    return f"The file holds {whole!r}, which names no layer of a UNet or a text encoder."
+
+
+def stem_of_layer(part: str, path: str, family: Family) -> str:
+    """The kohya stem of a layer.
+
+    Raises:
+        AdapterFileError: the family lacks the part, the layer has no such name, or the family's block names
+        are
+            not in a table yet.
+    """
+    prefixes = {"unet": "lora_unet"} | {e.part: e.kohya_prefix for e in family.text_encoders}
+    if part not in prefixes:
+        raise AdapterFileError(f"{family.title} has no part {part!r}; it has {', '.join(family.parts)}.")
+    if part == "unet" and family.kohya_block_names != "diffusers":
+        raise AdapterFileError(
+            f"Files of the kohya format for {family.title} use the block names {family.kohya_block_names!r},"
+            " which cannot be written yet; choose the diffusers format."
+        )
+    if not is_layer(part, path):
+        raise AdapterFileError(f"The layer {part}.{path} has no name in the kohya format.")
+    return f"{prefixes[part]}_{path.replace('.', '_')}"
+
+
+def first_few(names: Iterable[str], most: int = 3) -> str:
+    """Some names for a sentence: "a, b, c and 5 more"."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(repr(name) for name in listed[:most]) + more
