@@ -1,29 +1,254 @@
-"""Bringing files from outside into a dataset folder, safely."""
+"""Bringing files from outside into a dataset folder: dropped files, a folder, a zip.
 
-from dataclasses import dataclass
-from pathlib import Path
+Each file is judged by itself: what cannot be used is reported and does not keep the others out. Nothing that
+is there already is overwritten. A table of captions becomes one text file a picture, because pictures may get
+new names here and because the window edits text files.
+"""
 
-from lora_core.dataset.folder import Problem
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from lora_core.dataset.names import free_stem, safe_name
+from lora_core.dataset.pictures import SUFFIXES, checked_size
+from lora_core.dataset.records import Problem
+from lora_core.dataset.sidecars import (
+    CAPTION_SUFFIXES,
+    METADATA_NAMES,
+    folded,
+    metadata_captions,
+    read_text,
+    write_caption,
+)
+from lora_core.dataset.walk import files_below, is_junk, is_mask
+from lora_core.dataset.zips import Imported, Limits, unpack
+from lora_core.spec.errors import DatasetError
+
+__all__ = ["Imported", "Limits", "import_files", "import_folder", "unpack"]
+
+_MASK = "-masklabel"
+_THREADS = 4
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What was added, and what was not and why."""
+class _Incoming:
+    """A file on its way in: where it lies, and its relative path from the sender, made safe."""
 
-    added: list[Path]
-    skipped: list[Problem]
+    source: Path
+    name: PurePosixPath
+
+    @property
+    def suffix(self) -> str:
+        """In lower case."""
+        return self.name.suffix.casefold()
+
+    @property
+    def stem(self) -> str:
+        """The picture's stem, of its mask and its caption too."""
+        return self.name.stem[: -len(_MASK)] if self.is_mask else self.name.stem
+
+    @property
+    def set_name(self) -> str:
+        """Shared by a picture, its mask and its caption, which must keep together."""
+        return folded((self.name.parent / self.stem).as_posix())
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether it is a mask picture."""
+        return is_mask(Path(self.name)) and self.suffix in SUFFIXES
 
 
-def unpack(zip_path: Path, into: Path) -> Imported:
-    """Unpack a zip into a new folder."""
-    raise NotImplementedError
+@dataclass
+class _Import:
+    """One import under way."""
+
+    into: Path
+    added: list[Path] = field(default_factory=list)
+    skipped: list[Problem] = field(default_factory=list)
+    placed: dict[str, Path] = field(default_factory=dict)
+
+    def skip(self, source: Path, kind: str, sentence: str) -> None:
+        """Note that a file was left out, and why."""
+        self.skipped.append(Problem(source, kind, sentence))
 
 
 def import_files(files: list[Path], into: Path, names: list[str] | None = None) -> Imported:
-    """Copy files into a dataset folder."""
-    raise NotImplementedError
+    """Copy pictures, their captions and masks into a dataset folder, and unpack zips.
+
+    A name that is taken gets `-2`, a picture together with its caption. What is wrong with a file, a zip
+    included, is told in `skipped`.
+
+    Args:
+        files: where they lie now.
+        into: the dataset folder, made if absent.
+        names: what their sender calls them, with sub-folders before slashes; default the files' own names.
+
+    Raises:
+        DatasetError: the folder cannot be written, or the disk is too full.
+    """
+    under_way = _started(into, files)
+    loose: list[_Incoming] = []
+    for source, name in zip(files, names or [file.name for file in files], strict=True):
+        if any(is_junk(part) for part in PurePosixPath(name.replace("\\", "/")).parts):
+            continue
+        if PurePosixPath(name).suffix.casefold() == ".zip":
+            _import_zip(source, name, under_way)
+        else:
+            loose.append(_Incoming(source, safe_name(name)))
+    _import_all(loose, under_way)
+    return Imported(under_way.added, under_way.skipped)
 
 
 def import_folder(folder: Path, into: Path) -> Imported:
-    """Copy a folder's dataset into a dataset folder."""
-    raise NotImplementedError
+    """Copy the pictures, captions and masks below a folder into a dataset folder; `10_name` sub-folders stay.
+
+    Raises:
+        DatasetError: the folder does not exist, `into` cannot be written, or the disk is too full.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"The folder {folder} does not exist; check its path.")
+    found = list(files_below(folder))
+    files = [one for one in found if isinstance(one, Path) and not one.is_relative_to(into)]
+    under_way = _started(into, files)
+    under_way.skipped.extend(one for one in found if isinstance(one, Problem))
+    _import_all(
+        [_Incoming(file, safe_name(file.relative_to(folder).as_posix())) for file in files], under_way
+    )
+    return Imported(under_way.added, under_way.skipped)
+
+
+def _started(into: Path, files: list[Path]) -> _Import:
+    """An import, after a look at whether there is room.
+
+    Raises:
+        DatasetError: the folder cannot be written, or the disk is too full for the files.
+    """
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(into).free
+    except OSError as error:
+        raise DatasetError(
+            f"The folder {into} cannot be written ({error.strerror}); choose another."
+        ) from error
+    needed = sum(file.stat().st_size for file in files if file.is_file())
+    if needed > free:
+        raise DatasetError(
+            f"The files need {needed / 1e6:.0f} MB, and {into} has room for {free / 1e6:.0f} MB; free some"
+            " disk space."
+        )
+    return _Import(into)
+
+
+def _import_zip(source: Path, name: str, under_way: _Import) -> None:
+    """Unpack into a hidden folder and take over what is in it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=under_way.into) as temporary:
+            # The sender's name, so that messages do not speak of a temporary upload.
+            inside = unpack(source, Path(temporary) / "files")
+            inner = import_folder(Path(temporary) / "files", under_way.into)
+    except DatasetError as error:
+        under_way.skip(source, "zip", str(error).replace(source.name, PurePosixPath(name).name))
+        return
+    under_way.added.extend(inner.added)
+    under_way.skipped.extend([*inside.skipped, *inner.skipped])
+
+
+def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
+    sets: dict[str, list[_Incoming]] = {}
+    tables: list[_Incoming] = []
+    for one in incoming:
+        if folded(one.name.name) in METADATA_NAMES:
+            tables.append(one)
+        elif one.suffix in SUFFIXES or one.suffix in CAPTION_SUFFIXES:
+            sets.setdefault(one.set_name, []).append(one)
+        else:
+            sentence = f"{one.name} is neither a picture nor a caption nor a zip; it was left out."
+            under_way.skip(one.source, "other file", sentence)
+    listed = [one for members in sets.values() for one in members]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        faults = dict(zip(listed, threads.map(_fault, listed), strict=True))
+    under_way.skipped.extend(fault for fault in faults.values() if fault)
+    for members in sets.values():
+        _import_set([one for one in members if not faults[one]], under_way)
+    for table in tables:
+        _import_table(table, under_way)
+
+
+def _fault(one: _Incoming) -> Problem | None:
+    """What is wrong with a picture or a caption."""
+    if one.suffix in SUFFIXES:
+        size = checked_size(one.source, str(one.name))
+        return size if isinstance(size, Problem) else None
+    try:
+        read_text(one.source, str(one.name))
+    except DatasetError as error:
+        return Problem(one.source, "caption", str(error))
+    return None
+
+
+def _import_set(members: list[_Incoming], under_way: _Import) -> None:
+    """Copy a picture with its mask and caption under one free name."""
+    if not members:
+        return
+    # Two of a kind arrive only where a sender's names differ in case or in letters that had to be replaced.
+    kinds = {(one.is_mask, one.suffix): one for one in reversed(members)}
+    firsts = [one for one in members if kinds[one.is_mask, one.suffix] is one]
+    folder = under_way.into / members[0].name.parent
+    there = [path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_junk(path.name)]
+    stem = firsts[0].stem
+    has_picture = any(one.suffix in SUFFIXES and not one.is_mask for one in firsts)
+    if has_picture:
+        stem = free_stem(stem, [Path(name).stem for name in there])
+    for one in firsts:
+        target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
+        if not has_picture and folded(target.name) in map(folded, there):
+            sentence = f"{one.name} is there already and was left as it is; change it in its place."
+            under_way.skip(one.source, "already there", sentence)
+        else:
+            _place(one, target, under_way)
+    for one in members:
+        if one not in firsts:
+            _import_set([one], under_way)
+
+
+def _place(one: _Incoming, target: Path, under_way: _Import) -> None:
+    """Copy one file, whole or not at all."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(one.source, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        under_way.skip(
+            one.source, "unreadable", f"{one.name} cannot be copied ({error.strerror}); try it again."
+        )
+        return
+    under_way.added.append(target)
+    under_way.placed[folded(one.name.as_posix())] = target
+
+
+def _import_table(table: _Incoming, under_way: _Import) -> None:
+    """Write the rows of a table as text files beside the pictures that have none."""
+    captions, sentences = metadata_captions(table.source, str(table.name))
+    for sentence in sentences:
+        under_way.skip(table.source, "metadata", sentence)
+    for name, caption in captions.items():
+        shown = safe_name((table.name.parent / name).as_posix())
+        picture = under_way.placed.get(folded(shown.as_posix())) or _there(under_way.into / shown)
+        if picture is None:
+            sentence = (
+                f"{table.name} names {name}, which did not come along; add the picture and the table"
+                " together."
+            )
+            under_way.skip(table.source, "metadata", sentence)
+        elif not any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
+            write_caption(picture, caption)
+            under_way.added.append(picture.with_suffix(".txt"))
+
+
+def _there(path: Path) -> Path | None:
+    return path if path.is_file() else None

@@ -1,11 +1,232 @@
-"""What is wrong with a dataset, and what will be learned from it."""
+"""What is wrong with a dataset, and what will be learned from it.
 
+Everything here is advice: thresholds are set so that a sharp photo, a flat drawing and a short caption pass,
+and so that each finding says what to do about it.
+"""
+
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.dataset.folder import Dataset
+import numpy as np
+from PIL import Image
+
+from lora_core.dataset.buckets import bucket_of, fit
+from lora_core.dataset.captions import tag_counts, token_count
+from lora_core.dataset.folder import Dataset, ImageRecord, Problem
+from lora_core.dataset.pictures import small_rgb
+from lora_core.dataset.twins import Fingerprint, fingerprint, twin_groups
+from lora_core.spec.errors import DatasetError
+
+TOKENS_READ = 75
+# The steepest edges of a picture rise by this share of its contrast from one pixel to the next, or it is
+# blurred. An edge blurred by a Gaussian of s pixels has 1 / (s sqrt(2 pi)): 0.1 is a blur of 4 pixels at the
+# training size.
+_SHARP = 0.1
+_FLAT = 8.0
+_COMMON_SHARE = 0.8
+_FEWEST_CAPTIONS = 5
+_LONGEST_PHRASE = 6
+_THREADS = 4
+_SMALL_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "in",
+        "on",
+        "at",
+        "by",
+        "to",
+        "for",
+        "from",
+        "with",
+        "and",
+        "or",
+        "as",
+        "is",
+        "are",
+        "its",
+        "it",
+        "this",
+        "that",
+        "his",
+        "her",
+        "their",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is measured on a picture's pixels; `print` is None and `sharpness` 1 where it cannot be read any
+    more."""
+
+    print: Fingerprint | None
+    sharpness: float
 
 
 def audit(dataset: Dataset, resolution: int, multiple: int, tokenizer_folder: Path | None) -> dict[str, Any]:
-    """The findings, as plain values for JSON."""
-    raise NotImplementedError
+    """The findings, as plain values for JSON.
+
+    Args:
+        dataset: what was scanned.
+        resolution: that it will be trained at, in pixels.
+        multiple: what a bucket's sides are divisible by, in pixels.
+        tokenizer_folder: of the base; None leaves the length of captions unchecked.
+
+    Returns:
+        `pictures` and `captions`: how many there are; `problems`: picture (empty where all are meant), kind,
+        sentence; `tags`: tag, pictures; `shares`: picture, share of the training steps that look at it.
+
+    Raises:
+        ModelFileError: the tokenizer folder holds no tokenizer.
+    """
+    records = dataset.records
+    with ThreadPoolExecutor(_THREADS) as threads:
+        looks = list(threads.map(lambda record: _look(record, resolution, multiple), records))
+    names = _names(records)
+    problems = [
+        *dataset.problems,
+        *_size_problems(records, names, resolution),
+        *_blurred(records, names, looks),
+        *_twins(records, names, looks),
+        *_caption_problems(records, names, tokenizer_folder),
+    ]
+    captions = [record.caption for record in records if record.caption]
+    shown = 1 / max(1, sum(record.repeats for record in records))
+    return {
+        "pictures": len(records),
+        "captions": len(captions),
+        "problems": [
+            *({"picture": str(p.path), "kind": p.kind, "sentence": p.sentence} for p in problems),
+            *({"picture": "", "kind": "common phrase", "sentence": s} for s in _common_phrases(captions)),
+        ],
+        "tags": [{"tag": tag, "pictures": count} for tag, count in tag_counts(captions).items()],
+        "shares": [{"picture": str(r.path), "share": r.repeats * shown} for r in records],
+    }
+
+
+def sharpness(image: Image.Image) -> float:
+    """The steepest rise between neighbouring pixels, as a share of the picture's contrast; 1 for a flat
+    picture."""
+    grey = np.asarray(image.convert("L"), dtype=np.float64)
+    dark, bright = np.percentile(grey, (0.5, 99.5))
+    if bright - dark < _FLAT:
+        return 1.0
+    rises = np.concatenate([np.abs(np.diff(grey, axis=0)).ravel(), np.abs(np.diff(grey, axis=1)).ravel()])
+    # The very steepest could be a single broken pixel.
+    return float(np.percentile(rises, 99.9) / (bright - dark))
+
+
+def common_phrases(captions: list[str]) -> list[tuple[str, int]]:
+    """Phrases of up to six words that stand in over 80% of the captions, longest first, with how many have
+    them."""
+    counts: Counter[str] = Counter()
+    for caption in captions:
+        counts.update({phrase for part in re.split(r"[,.;:\n]", caption) for phrase in _phrases(part)})
+    common = [phrase for phrase, count in counts.items() if count > _COMMON_SHARE * len(captions)]
+    common.sort(key=lambda phrase: (-phrase.count(" "), phrase))
+    longest: list[str] = []
+    for phrase in common:
+        if not any(f" {phrase} " in f" {longer} " for longer in longest):
+            longest.append(phrase)
+    return [(phrase, counts[phrase]) for phrase in longest]
+
+
+def _phrases(part: str) -> set[str]:
+    """All runs of words that neither begin nor end with a small one: "photo" and "photo of a cat", not "of
+    a"."""
+    words = part.casefold().split()
+    runs = (
+        words[i:j] for i in range(len(words)) for j in range(i + 1, min(len(words), i + _LONGEST_PHRASE) + 1)
+    )
+    return {" ".join(run) for run in runs if run[0] not in _SMALL_WORDS and run[-1] not in _SMALL_WORDS}
+
+
+def _common_phrases(captions: list[str]) -> list[str]:
+    if len(captions) < _FEWEST_CAPTIONS:
+        return []
+    return [
+        f"“{phrase}” stands in {count} of {len(captions)} captions; unless it is your trigger, take it out of"
+        " most, or what you want to teach is learned by this phrase."
+        for phrase, count in common_phrases(captions)
+    ]
+
+
+def _look(record: ImageRecord, resolution: int, multiple: int) -> _Look:
+    try:
+        image = small_rgb(record.path, 2 * resolution)
+    except DatasetError:
+        return _Look(None, 1.0)
+    return _Look(fingerprint(image), sharpness(fit(image, bucket_of(*image.size, resolution, multiple))))
+
+
+def _names(records: list[ImageRecord]) -> list[str]:
+    """How pictures are named in sentences: the file's name, with its folder where two have the same."""
+    counts = Counter(record.path.name for record in records)
+    return [
+        record.path.name if counts[record.path.name] == 1 else f"{record.path.parent.name}/{record.path.name}"
+        for record in records
+    ]
+
+
+def _size_problems(records: list[ImageRecord], names: list[str], resolution: int) -> list[Problem]:
+    return [
+        Problem(
+            record.path,
+            "tiny",
+            f"{name} is only {record.width} x {record.height} pixels, under a quarter of the area that is"
+            f" trained at ({resolution} x {resolution}); use a larger copy if there is one.",
+        )
+        for record, name in zip(records, names, strict=True)
+        if record.width * record.height * 4 < resolution**2
+    ]
+
+
+def _blurred(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> list[Problem]:
+    return [
+        Problem(
+            record.path,
+            "blurred",
+            f"{name} has no sharp edge at the training size; leave it out, or its blur is learned too.",
+        )
+        for record, name, look in zip(records, names, looks, strict=True)
+        if look.sharpness < _SHARP
+    ]
+
+
+def _twins(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> list[Problem]:
+    return [
+        Problem(
+            records[index].path,
+            "twins",
+            f"{names[index]} looks the same as {names[first]}; keep one, or what they show is learned too"
+            " strongly.",
+        )
+        for index, first in enumerate(twin_groups([look.print for look in looks]))
+        if first != index
+    ]
+
+
+def _caption_problems(
+    records: list[ImageRecord], names: list[str], tokenizer_folder: Path | None
+) -> list[Problem]:
+    problems = []
+    for record, name in zip(records, names, strict=True):
+        if not record.caption:
+            sentence = f"{name} has no caption; describe in {record.path.stem}.txt what it shows."
+            problems.append(Problem(record.path, "no caption", sentence))
+        elif tokenizer_folder is not None:
+            tokens = max(token_count(line, tokenizer_folder) for line in record.caption.splitlines())
+            if tokens > TOKENS_READ:
+                sentence = (
+                    f"The caption of {name} has {tokens} tokens, and the model reads {TOKENS_READ}; shorten"
+                    " it, or raise train.tokens."
+                )
+                problems.append(Problem(record.path, "long caption", sentence))
+    return problems

@@ -1,5 +1,12 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and which part of it is seen."""
+"""Aspect-ratio buckets: which size a picture is trained at, and which part of it is seen.
 
+A picture is shrunk to about the area that the base was trained at, in its own shape, and never enlarged. The
+sides are rounded to what the model can take; of all the roundings near the ideal size, the one that cuts off
+least is taken.
+"""
+
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from PIL import Image
@@ -14,15 +21,69 @@ class Bucket:
 
 
 def bucket_of(width: int, height: int, resolution: int, multiple: int) -> Bucket:
-    """The size at which a picture of width x height pixels is trained."""
-    raise NotImplementedError
+    """The size at which a picture is trained.
+
+    Its area is at most resolution^2 and its sides are multiples of `multiple`. It fits into the picture, so
+    that nothing is enlarged, unless a side of the picture is shorter than `multiple`.
+
+    Args:
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        resolution: side in pixels of a square with the largest area.
+        multiple: what the sides must be divisible by, in pixels.
+    """
+    aspect = width / height
+    area = max(resolution, multiple) ** 2
+    scale = min(1.0, math.sqrt(area / (width * height)))
+    most_wide, most_high = max(width, multiple), max(height, multiple)
+    best = (math.inf, 0, Bucket(multiple, multiple))
+    for w, h in _roundings(width * scale, height * scale, multiple):
+        if w > most_wide or h > most_high or w * h > area:
+            continue
+        # To nine places, so that two shapes that cut off the same are told apart by their area and not by
+        # rounding.
+        error = round(abs(math.log(w / h / aspect)), 9)
+        best = min(best, (error, -w * h, Bucket(w, h)), key=lambda one: one[:2])
+    return best[2]
+
+
+def _roundings(width: float, height: float, multiple: int) -> Iterator[tuple[int, int]]:
+    """Sizes near width x height: either side rounded down or up, the other as its shape then asks, down or
+    up."""
+    aspect = width / height
+    for w in _down_and_up(width, multiple):
+        for h in _down_and_up(w / aspect, multiple):
+            yield w, h
+    for h in _down_and_up(height, multiple):
+        for w in _down_and_up(h * aspect, multiple):
+            yield w, h
+
+
+def _down_and_up(side: float, multiple: int) -> tuple[int, int]:
+    down = max(1, math.floor(side / multiple + 1e-6)) * multiple
+    return down, down + multiple
 
 
 def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, float, float]:
-    """The centred part of a picture that has the bucket's aspect: left, top, right, bottom in its pixels."""
-    raise NotImplementedError
+    """The largest centred part of a picture that has the bucket's shape.
+
+    Args:
+        width: of the picture, in pixels.
+        height: of the picture, in pixels.
+        bucket: the size it is trained at.
+
+    Returns:
+        Left, top, right, bottom, in pixels of the picture.
+    """
+    scale = max(bucket.width / width, bucket.height / height)
+    wide, high = min(width, bucket.width / scale), min(height, bucket.height / scale)
+    left, top = (width - wide) / 2, (height - high) / 2
+    return left, top, left + wide, top + high
 
 
 def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
-    """The picture cropped and resized to the bucket."""
-    raise NotImplementedError
+    """The picture cropped by `crop_box` and resized to the bucket."""
+    box = crop_box(*image.size, bucket)
+    if image.size == (bucket.width, bucket.height):
+        return image.copy()
+    return image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)

@@ -1,14 +1,37 @@
-"""What is drawn from a caption at each look, and how long it is for the text encoder."""
+"""What is drawn from a caption at each look, and how long it is for the text encoder.
 
+Only `Random.random` is used: it alone is promised to give the same numbers in every version of Python, and a
+run that is resumed after an update must see the same captions.
+"""
+
+import functools
 import random
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from lora_core.spec.errors import ModelFileError
+
+T = TypeVar("T")
+
+# The innermost braces that hold alternatives; braces without a bar are ordinary text.
+_WILDCARD = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
+
+# How CLIP cuts a text before byte pairs are merged. Source: Radford et al. 2021, clip/simple_tokenizer.py.
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """How a caption varies from look to look; shares from 0 to 1."""
+    """How a caption varies from look to look.
+
+    The dropouts are shares from 0 to 1; `keep_tags` is how many tags at the front stay as they are.
+    """
 
     trigger: str
     caption_dropout: float
@@ -18,20 +41,108 @@ class CaptionRules:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """The caption with the trigger in front, unless it holds it already."""
-    raise NotImplementedError
+    """The caption with the trigger in front, unless it stands in it as a word already; case does not count.
+
+    Each line is a caption of its own.
+    """
+    trigger = trigger.strip()
+    if not trigger:
+        return caption
+    word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
+    lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
+    return "\n".join(line if word.search(line) else _joined([trigger, line]) for line in lines)
 
 
 def drawn_caption(caption: str, rules: CaptionRules, draw: random.Random) -> str:
-    """The caption of one look."""
-    raise NotImplementedError
+    """The caption of one look; it depends on the arguments only.
+
+    With the chance `caption_dropout` it is empty. Else one of the caption's lines is drawn, then one of each
+    `{red|blue}`, then one of the parts between bars; then tags are left out and shuffled, and the trigger put
+    in front if it is not there.
+    """
+    if draw.random() < rules.caption_dropout:
+        return ""
+    lines = [line.strip() for line in caption.splitlines() if line.strip()]
+    text = _one_of(lines, draw) if lines else ""
+    while match := _WILDCARD.search(text):
+        text = text[: match.start()] + _one_of(match[1].split("|"), draw).strip() + text[match.end() :]
+    # A bar inside a word may be part of a tag, such as |_|.
+    text = _one_of(re.split(r"\s+\|\s+", text), draw).strip()
+    if rules.shuffle_tags or rules.tag_dropout > 0:
+        text = _joined(_varied_tags(tags_of(text), rules, draw))
+    return with_trigger(text, rules.trigger)
 
 
-def token_count(text: str, tokenizer_folder: Path) -> int:
-    """How many CLIP tokens a text has."""
-    raise NotImplementedError
+def tags_of(caption: str) -> list[str]:
+    """The parts between commas and line ends, without those that are empty."""
+    return [tag.strip() for tag in re.split(r"[,\n]", caption) if tag.strip()]
 
 
 def tag_counts(captions: Iterable[str]) -> dict[str, int]:
-    """In how many captions each tag stands."""
-    raise NotImplementedError
+    """In how many captions each tag stands, most frequent first; the first spelling stands for all cases."""
+    spelling: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for caption in captions:
+        for key, tag in {tag.casefold(): tag for tag in reversed(tags_of(caption))}.items():
+            spelling.setdefault(key, tag)
+            counts[key] = counts.get(key, 0) + 1
+    return {spelling[key]: counts[key] for key in sorted(counts, key=lambda key: (-counts[key], key))}
+
+
+def token_count(text: str, tokenizer_folder: Path) -> int:
+    """How many CLIP tokens a text has, without the marks of begin and end.
+
+    Args:
+        text: one caption.
+        tokenizer_folder: holds `vocab.json` and `merges.txt`.
+
+    Raises:
+        ModelFileError: the folder holds no tokenizer of this kind.
+    """
+    return len(_clip_tokenizer(tokenizer_folder.absolute()).encode(text, add_special_tokens=False).ids)
+
+
+@functools.lru_cache(maxsize=8)
+def _clip_tokenizer(folder: Path) -> Tokenizer:
+    try:
+        model = models.BPE.from_file(
+            str(folder / "vocab.json"),
+            str(folder / "merges.txt"),
+            unk_token=_CLIP_MARKS[1],
+            end_of_word_suffix="</w>",
+        )
+    except Exception as error:  # the library raises plain Exception
+        raise ModelFileError(
+            f"The tokenizer folder {folder} cannot be used ({error}); it needs vocab.json and merges.txt."
+        ) from error
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in _CLIP_MARKS])
+    return tokenizer
+
+
+def _varied_tags(tags: list[str], rules: CaptionRules, draw: random.Random) -> list[str]:
+    kept, rest = tags[: rules.keep_tags], tags[rules.keep_tags :]
+    if rules.tag_dropout > 0:
+        rest = [tag for tag in rest if draw.random() >= rules.tag_dropout]
+    if rules.shuffle_tags:
+        for last in range(len(rest) - 1, 0, -1):
+            other = int(draw.random() * (last + 1))
+            rest[last], rest[other] = rest[other], rest[last]
+    return kept + rest
+
+
+def _one_of(values: Sequence[T], draw: random.Random) -> T:
+    return values[int(draw.random() * len(values))] if len(values) > 1 else values[0]
+
+
+def _joined(tags: list[str]) -> str:
+    return ", ".join(tag for tag in tags if tag)

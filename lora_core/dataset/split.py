@@ -1,10 +1,61 @@
-"""Which pictures are kept out of training, to measure on."""
+"""Which pictures are kept out of training, to measure on.
+
+Each picture has a rank that follows from the seed and its name alone, so that adding pictures to a dataset
+hardly changes which ones are held out. A picture and its twins are on one side: a measurement on a copy of a
+training picture would praise learning by heart.
+"""
+
+import hashlib
 
 from lora_core.dataset.folder import ImageRecord
+from lora_core.dataset.sidecars import folded
+from lora_core.dataset.twins import fingerprints, twin_groups
+from lora_core.spec.errors import DatasetError
+
+_FEWEST_TO_TRAIN_ON = 2
 
 
 def held_out(
     records: list[ImageRecord], pictures: float, seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """The records to train on, and those to measure on."""
-    raise NotImplementedError
+    """The records to train on, and those to measure on, each in their old order.
+
+    Args:
+        records: all records.
+        pictures: a share if below 1, else a number of pictures. Where twins would have to be parted, it is
+        fewer.
+        seed: of the choice.
+
+    Raises:
+        DatasetError: fewer than two pictures would be left to train on.
+    """
+    wished = round(pictures * len(records)) if pictures < 1 else int(pictures)
+    if wished <= 0:
+        return list(records), []
+    most = len(records) - _FEWEST_TO_TRAIN_ON
+    if wished > most:
+        raise DatasetError(
+            f"Holding out {wished} of {len(records)} pictures leaves fewer than {_FEWEST_TO_TRAIN_ON} to"
+            f" train on; set validation.pictures to at most {max(0, most)}."
+        )
+    groups: dict[int, list[int]] = {}
+    for index, first in enumerate(_groups(records)):
+        groups.setdefault(first, []).append(index)
+    chosen: set[int] = set()
+    for members in sorted(groups.values(), key=lambda members: _rank(records[members[0]], members[0], seed)):
+        if len(chosen) + len(members) <= wished:
+            chosen.update(members)
+    train = [record for index, record in enumerate(records) if index not in chosen]
+    return train, [record for index, record in enumerate(records) if index in chosen]
+
+
+def _groups(records: list[ImageRecord]) -> list[int]:
+    """For each record the index of the first one of its group: the same file, or one that looks the same."""
+    by_look = twin_groups(fingerprints(record.path for record in records))
+    first: dict[str, int] = {}
+    return [by_look[first.setdefault(str(record.path), index)] for index, record in enumerate(records)]
+
+
+def _rank(record: ImageRecord, index: int, seed: int) -> tuple[str, int]:
+    name = folded(record.path.name)
+    return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogatepass")).hexdigest(), index
