@@ -111,7 +111,9 @@ def import_folder(folder: Path, into: Path) -> Imported:
     if not folder.is_dir():
         raise DatasetError(f"The folder {folder} does not exist; check its path.")
     found = list(files_below(folder))
-    files = [one for one in found if isinstance(one, Path) and not one.is_relative_to(into)]
+    # A dataset folder inside the folder that is imported would be copied into itself.
+    inner = into if into.is_relative_to(folder) else None
+    files = [one for one in found if isinstance(one, Path) and not (inner and one.is_relative_to(inner))]
     under_way = _started(into, files)
     under_way.skipped.extend(one for one in found if isinstance(one, Problem))
     _import_all(

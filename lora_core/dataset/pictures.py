@@ -20,7 +20,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from lora_core.dataset.records import Problem
 from lora_core.spec.errors import DatasetError
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
+# What phones call MPO is opened as JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 SUFFIXES = frozenset(
     [
         ".png",
@@ -67,6 +68,8 @@ pillow_heif.register_heif_opener()
 # Pillow only warns between one and two times its limit; here both are refused. Set once for the process,
 # because the standard library's way to catch warnings for a moment is not safe among threads.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+# A damaged EXIF block is no fault of the pixels.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 def open_rgb(path: Path) -> Image.Image:
