@@ -31,34 +31,8 @@ _COMMON_SHARE = 0.8
 _FEWEST_CAPTIONS = 5
 _LONGEST_PHRASE = 6
 _THREADS = 4
-_SMALL_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "in",
-        "on",
-        "at",
-        "by",
-        "to",
-        "for",
-        "from",
-        "with",
-        "and",
-        "or",
-        "as",
-        "is",
-        "are",
-        "its",
-        "it",
-        "this",
-        "that",
-        "his",
-        "her",
-        "their",
-    ]
-)
+_SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their"
+_SMALL_WORDS = frozenset(_SMALL.split())
 
 
 @dataclass(frozen=True)

@@ -22,33 +22,10 @@ from lora_core.spec.errors import DatasetError
 
 # What phones call MPO is opened as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
-SUFFIXES = frozenset(
-    [
-        ".png",
-        ".apng",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".mpo",
-        ".webp",
-        ".heic",
-        ".heif",
-        ".hif",
-        ".avif",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".tga",
-        ".jp2",
-    ]
+_ENDINGS = (
+    "png apng jpg jpeg jpe jfif mpo webp heic heif hif avif gif bmp dib tif tiff ppm pgm pbm pnm tga jp2"
 )
+SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
 SMALLEST_SIDE = 16
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 

@@ -66,22 +66,22 @@ def family_evidence(shapes: Shapes, metadata: Mapping[str, str]) -> list[set[str
     evidence = [_titles_of_version(metadata), _titles_of_modelspec(metadata)]
     for key, shape in shapes.items():
         if _CONTEXT.search(key) and len(shape) > 1:
-            evidence.append(_titles_of_width(shape[1]))
+            evidence.append(_titles_of_width(shape[1], rows))
             break
     for key, shape in shapes.items():
         if _TEXT.search(key) and len(shape) > 1:
-            evidence.append(_titles_of_text_width(shape[1]))
+            evidence.append(_titles_of_text_width(shape[1], rows))
             break
     if any(_TEXT_2.search(key) for key in shapes):
         evidence.append(
-            {f.title for f in FAMILIES.values() if len(f.text_encoders) > 1} or {OTHER_WIDTHS[2048]}
+            {f.title for f in rows if len(f.text_encoders) > 1} or {OTHER_WIDTHS[2048]}
         )
     return [titles for titles in evidence if titles]
 
 
 def mismatch(shapes: Shapes, metadata: Mapping[str, str], family: Family) -> str:
     """The title of the family that a file is for, if that is not `family`; else ""."""
-    for titles in family_evidence(shapes, metadata):
+    for titles in family_evidence(shapes, metadata, (*FAMILIES.values(), family)):
         if family.title not in titles:
             return " or ".join(sorted(titles))
     return ""
@@ -100,29 +100,29 @@ def family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
     return next((name for name, family in FAMILIES.items() if family.title == title), title)
 
 
-def _titles_of_version(metadata: Mapping[str, str]) -> set[str]:
+def _titles_of_version(metadata: Mapping[str, str], rows: Sequence[Family]) -> set[str]:
     version = metadata.get("ss_base_model_version", "")
     if not version and metadata.get("ss_v2") == "True":
         return {OTHER_WIDTHS[1024]}
-    return {f.title for f in FAMILIES.values() if f.base_version == version}
+    return {f.title for f in rows if f.base_version == version}
 
 
-def _titles_of_modelspec(metadata: Mapping[str, str]) -> set[str]:
+def _titles_of_modelspec(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
     architecture = metadata.get("modelspec.architecture", "")
-    rows = {f.title for f in FAMILIES.values() if f.modelspec == architecture}
+    rows = {f.title for f in families if f.modelspec == architecture}
     others = {title for start, title in _OTHER_MODELSPECS.items() if architecture.lower().startswith(start)}
     return rows or others
 
 
-def _titles_of_width(width: int) -> set[str]:
-    rows = {f.title for f in FAMILIES.values() if f.context_width == width}
+def _titles_of_width(width: int, families: Sequence[Family]) -> set[str]:
+    rows = {f.title for f in families if f.context_width == width}
     return rows or {OTHER_WIDTHS.get(width, f"a base whose text context is {width} channels wide")}
 
 
-def _titles_of_text_width(width: int) -> set[str]:
+def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
     rows = {
         f.title
-        for f in FAMILIES.values()
+        for f in families
         if any(e.part == "text_encoder" and e.width == width for e in f.text_encoders)
     }
     # CLIP-L is the first text encoder of two families, one of which may have no row.

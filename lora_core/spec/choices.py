@@ -23,6 +23,7 @@ class Choice:
         load: "module:attribute" of the code behind it, or "" where the row is only a name.
         defaults: keyword arguments that the code is called with.
         extra: the optional package (extra of `pip install lora-easel[...]`) that it needs, or "".
+        one_rate: an optimizer that works with one learning rate for everything that it trains.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Choice:
     load: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     extra: str = ""
+    one_rate: bool = False
 
     def resolve(self) -> Any:
         """Import what `load` names.
@@ -75,6 +77,7 @@ OPTIMIZERS: Table = {
         "prodigyopt:Prodigy",
         {"safeguard_warmup": True, "use_bias_correction": True},
         extra="optimizers",
+        one_rate=True,
     ),
 }
 

@@ -52,6 +52,15 @@ class Preparing(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Working(Event):
+    """Work between two steps that takes a while: `phase` in words, `done` of `total`."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
     """One optimizer step: its loss, the learning rate of the UNet, and seconds that it took."""
 

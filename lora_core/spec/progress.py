@@ -44,8 +44,10 @@ class Progress:
             case events.Preparing():
                 self.stepping = False
                 self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
+            case events.Working():
+                self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
             case events.StepDone():
-                self.stepping, self.step = True, event.step
+                self.stepping, self.step, self.phase = True, event.step, ""
                 self.losses.append(event)
             case events.Validated():
                 self.validations.append(event)

@@ -9,11 +9,14 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 from lora_core.spec.config import RunConfig, load_toml, to_toml
 from lora_core.spec.errors import RunError
@@ -166,10 +169,33 @@ class RunFolder:
                 continue
         return found
 
-    def claim(self) -> None:
-        """Write down that this process is the trainer. Call it with the lock held."""
-        me = psutil.Process()
-        write_atomically(self.process_file, json.dumps({"pid": me.pid, "started": me.create_time()}).encode())
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run's lock and say who holds it; this process is the trainer while the context is open.
+
+        Raises:
+            RunError: another process is training this run, or the folder cannot be written.
+        """
+        lock = FileLock(self.lock_file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(
+                f"The run {self.name} is being trained by another process; stop or pause it first."
+            ) from error
+        except OSError as error:
+            raise RunError(
+                f"The run folder {self.path} cannot be written: {error.strerror or error}."
+            ) from error
+        try:
+            me = psutil.Process()
+            write_atomically(
+                self.process_file, json.dumps({"pid": me.pid, "started": me.create_time()}).encode()
+            )
+            yield
+        finally:
+            self.process_file.unlink(missing_ok=True)
+            lock.release()
 
     def live_process(self) -> psutil.Process | None:
         """The trainer, if it lives. Pids are reused, so the start time must agree too."""

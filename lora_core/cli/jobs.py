@@ -1,0 +1,134 @@
+"""Verbs about runs: train, resume, stop, pause, save, preview, runs, serve."""
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+from lora_core.cli.progress import EventPrinter
+from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment
+from lora_core.spec.errors import ConfigError, RunError
+from lora_core.spec.paths import workspace
+from lora_core.spec.presets import preset
+from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add this module's verbs."""
+    train = verbs.add_parser("train", help="train an adapter on a dataset")
+    train.add_argument("dataset", help="a folder of pictures, a zip of one, or `demo`")
+    train.add_argument("--name", default="", help="the run's name; else date and dataset")
+    train.add_argument("--base", default="", help="`demo`, a diffusers folder, or a hub id")
+    train.add_argument("--config", type=Path, help="a TOML file of settings")
+    train.add_argument("--preset", default="", help="quick, balanced, high, or goal-level such as style-high")
+    train.add_argument("--set", action="append", default=[], metavar="section.key=value", help="one setting")
+    add_workspace(train)
+    train.set_defaults(run=_train)
+    resume = verbs.add_parser("resume", help="start a run or go on with it")
+    resume.add_argument("path", metavar="RUN", type=Path)
+    resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
+    resume.add_argument("--accept-changes", action="store_true", help="go on although something has changed")
+    resume.set_defaults(run=lambda options: resumed(RunFolder.open(options.path), options.steps))
+    words = {
+        "stop": "end a run, keep its work and export it",
+        "pause": "end a run's process, to go on later",
+        "save": "write a checkpoint now",
+        "preview": "draw samples now",
+    }
+    for word, help in words.items():
+        verb = verbs.add_parser(word, help=help)
+        verb.add_argument("path", metavar="RUN", type=Path)
+        verb.set_defaults(run=_request)
+    runs = verbs.add_parser("runs", help="list the runs of a workspace")
+    add_workspace(runs)
+    add_json(runs)
+    runs.set_defaults(run=_runs)
+    serve = verbs.add_parser("serve", help="the warm worker: JSON lines in, JSON lines out")
+    serve.set_defaults(run=_serve)
+
+
+def config_of(options: argparse.Namespace) -> RunConfig:
+    """The settings that a command line asks for: preset, then --config, then --base and --set.
+
+    Raises:
+        ConfigError: something is not a setting or not legal.
+    """
+    changes: dict[str, Any] = {}
+    if options.preset or options.dataset == "demo":
+        changes |= preset(options.preset or "demo")
+    if options.config:
+        changes |= flattened(load_toml(options.config))
+    demo = options.dataset == "demo"
+    changes["dataset.path"] = "demo" if demo else str(Path(options.dataset).expanduser().absolute())
+    if options.base:
+        changes["model.base"] = options.base
+    changes |= dict(parsed_assignment(text) for text in options.set)
+    config = RunConfig().changed(changes)
+    stem = "demo" if demo else re.sub(r"[^\w.-]+", "-", Path(options.dataset).stem).strip("-. ") or "dataset"
+    name = options.name or config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
+    return config.changed({"name": checked_name(name)})
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = config_of(options)
+    place = workspace(options.workspace)
+    if config.dataset.path != "demo" and not Path(config.dataset.path).exists():
+        raise ConfigError(
+            f"The dataset {config.dataset.path} does not exist; give a folder, a zip, or `demo`."
+        )
+    run = RunFolder.create(runs_folder(place) / config.name, config)
+    say(f"Run {run.name} in {run.path}")
+    return resumed(run, None)
+
+
+def resumed(run: RunFolder, steps: int | None) -> int:
+    """Train a run from where it stands; returns the exit code."""
+    if steps is not None and steps < 1:
+        raise ConfigError(f"--steps {steps} should be 1 or more.")
+    with run.held():
+        # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this line.
+        run.request("resume")
+        from lora_core.training.run import train
+
+        printer = EventPrinter(sys.stdout)
+        outcome = train(run, steps, printer.show)
+        printer.close()
+    if outcome.export is not None:
+        say(str(outcome.export))
+    return 130 if outcome.signalled else 0
+
+
+def _request(options: argparse.Namespace) -> int:
+    run = RunFolder.open(options.path)
+    if run.live_process() is None:
+        raise RunError(
+            f"The run {run.name} is not running (it is {run.status()}), so it cannot {options.verb}."
+        )
+    run.request(options.verb)
+    return 0
+
+
+def _runs(options: argparse.Namespace) -> int:
+    rows = [run.summary() for run in all_runs(workspace(options.workspace))]
+    if options.json:
+        say_json(rows)
+        return 0
+    if not rows:
+        say("No runs yet. Start one with `lora-easel train demo`.")
+    for row in rows:
+        loss = "" if row["loss"] is None else f"  loss {row['loss']:.4f}"
+        say(
+            f"{row['name']:30}  {row['status']:11}  step {row['step']} of {row['steps']}{loss} "
+            f" {row['reason']}"
+        )
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from lora_core import serve
+
+    serve.main()
+    return 0

@@ -1,0 +1,163 @@
+"""One picture from noise: classifier-free guidance around a diffusers scheduler.
+
+The noise of a picture depends on its seed and size alone and is drawn on the CPU, so that a seed means the
+same picture on every device, and base and adapter can be compared on the same noise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from lora_core.models.denoise import prediction
+from lora_core.models.encode import TextCondition, decoded_latents, text_condition
+from lora_core.models.load import BaseModel
+from lora_core.spec.choices import SAMPLERS, chosen
+from lora_core.spec.errors import ConfigError
+
+OnStep = Callable[[int, int], None]
+"""Called with (steps done, steps in all); what it raises ends the picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a picture is made from, text aside.
+
+    Attributes:
+        seed: of the noise.
+        steps: of the sampler.
+        cfg: guidance scale; 1 or less leaves the negative prompt out.
+        sampler: a key or title of `choices.SAMPLERS`.
+        width, height: in pixels; 0 is the base's own.
+    """
+
+    seed: int = 0
+    steps: int = 20
+    cfg: float = 5.0
+    sampler: str = "ddim"
+    width: int = 0
+    height: int = 0
+
+
+def sampler_of(base: BaseModel, name: str) -> Any:
+    """A fresh diffusers scheduler for `name`, configured as the base asks.
+
+    Raises:
+        ConfigError: there is no such sampler.
+    """
+    row = chosen(SAMPLERS, name, "sampler")
+    return row.resolve().from_config(base.scheduler_config, **row.defaults)
+
+
+def picture_size(base: BaseModel, picture: Picture) -> tuple[int, int]:
+    """Width and height in pixels.
+
+    Raises:
+        ConfigError: the base cannot make that size.
+    """
+    multiple = base.size_multiple
+    size = (picture.width or base.resolution, picture.height or base.resolution)
+    for word, side in zip(("width", "height"), size, strict=True):
+        if side < multiple or side > 4096 or side % multiple:
+            raise ConfigError(
+                f"{word} = {side} cannot be made; take a multiple of {multiple} between {multiple} and 4096."
+            )
+    return size
+
+
+def sampled_latents(
+    base: BaseModel,
+    picture: Picture,
+    text: TextCondition,
+    negative: TextCondition,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
+    """Latents (1, 4, h, w) after the last sampler step.
+
+    Source: Ho and Salimans 2022, equation 6, for the guidance.
+    """
+    width, height = picture_size(base, picture)
+    scheduler = sampler_of(base, picture.sampler)
+    scheduler.set_timesteps(picture.steps, device=base.device)
+    factor = base.pixels_a_latent
+    generator = torch.Generator().manual_seed(picture.seed)
+    shape = (1, base.unet.config.in_channels, height // factor, width // factor)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+    latents = noise.to(base.device) * scheduler.init_noise_sigma
+    guided = picture.cfg > 1
+    both = TextCondition(torch.cat([negative.context, text.context])) if guided else text
+    options = {"generator": generator} if "Ancestral" in type(scheduler).__name__ else {}
+    with torch.no_grad():
+        for done, timestep in enumerate(scheduler.timesteps, start=1):
+            seen = scheduler.scale_model_input(latents, timestep)
+            if guided:
+                without, with_text = prediction(base, torch.cat([seen, seen]), timestep, both).chunk(2)
+                output = without + picture.cfg * (with_text - without)
+            else:
+                output = prediction(base, seen, timestep, both)
+            latents = scheduler.step(output, timestep, latents, **options).prev_sample
+            if on_step is not None:
+                on_step(done, len(scheduler.timesteps))
+    return latents
+
+
+def generated(
+    base: BaseModel,
+    picture: Picture,
+    text: TextCondition,
+    negative: TextCondition,
+    on_step: OnStep | None = None,
+) -> Image.Image:
+    """The finished picture, RGB."""
+    pixels = decoded_latents(base, sampled_latents(base, picture, text, negative, on_step))[0]
+    return Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+def generated_from_prompt(
+    base: BaseModel, picture: Picture, prompt: str, negative: str = "", on_step: OnStep | None = None
+) -> Image.Image:
+    """The finished picture of a prompt, RGB."""
+    with torch.no_grad():
+        text, unwanted = (text_condition(base, [words]) for words in (prompt, negative))
+    return generated(base, picture, text, unwanted, on_step)
+
+
+def infotext(
+    base: BaseModel, picture: Picture, prompt: str, negative: str, adapters: list[tuple[str, float]]
+) -> str:
+    """Prompt and settings in the form that A1111 writes into its pictures and reads back."""
+    width, height = picture_size(base, picture)
+    loras = "".join(f" <lora:{name}:{strength:g}>" for name, strength in adapters)
+    lines = [prompt + loras]
+    if negative:
+        lines.append(f"Negative prompt: {negative}")
+    sampler = chosen(SAMPLERS, picture.sampler, "sampler").title
+    lines.append(
+        f"Steps: {picture.steps}, Sampler: {sampler}, CFG scale: {picture.cfg:g}, Seed: {picture.seed}, "
+        f"Size: {width}x{height}, Model: {Path(base.name).stem}"
+    )
+    return "\n".join(lines)
+
+
+def save_png(image: Image.Image, path: Path, parameters: str) -> None:
+    """Write a PNG with its settings inside, whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    info = PngInfo()
+    info.add_text("parameters", parameters)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"The picture cannot be written to {path}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""Latents and text conditions, encoded once and kept on disk by the hash of everything that they follow from.
+
+A changed picture, VAE, bucket or caption has another key, so nothing is ever stale. A file that cannot be
+read is made anew: the cache is never a reason to fail.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from lora_core.dataset.buckets import Bucket
+from lora_core.dataset.folder import ImageRecord
+from lora_core.dataset.pictures import content_hash
+from lora_core.models.encode import TextCondition, encoded_picture, text_condition
+from lora_core.models.images import picture_pixels
+from lora_core.models.load import BaseModel
+from lora_core.spec.paths import write_atomically
+
+
+class LatentCache:
+    """Latents of (picture, bucket, flip), in memory for this run and on disk for the next."""
+
+    def __init__(self, base: BaseModel, folder: Path) -> None:
+        """Keep files below `folder`."""
+        self._base = base
+        self._folder = folder
+        self._vae = _weights_hash(base.vae)
+        self._memory: dict[tuple[Path, Bucket, bool], torch.Tensor] = {}
+
+    def latents(self, record: ImageRecord, bucket: Bucket, flip: bool) -> torch.Tensor:
+        """(4, h, w) in fp32 on the CPU.
+
+        Raises:
+            DatasetError: the picture is not cached and cannot be read.
+        """
+        key = (record.path, bucket, flip)
+        if key not in self._memory:
+            name = _digest(content_hash(record.path), self._vae, bucket.width, bucket.height, flip)
+            self._memory[key] = _from_disk_or(
+                self._folder / f"{name}.safetensors",
+                lambda: encoded_picture(self._base, picture_pixels(record, bucket, flip)),
+            )
+        return self._memory[key]
+
+
+class TextSource:
+    """Text conditions of captions: live while the text encoder is trained, else encoded once and cached."""
+
+    def __init__(self, base: BaseModel, folder: Path, trained: bool, clip_skip: int, tokens: int) -> None:
+        """Keep files below `folder` where the encoder is not `trained`."""
+        self._base = base
+        self._folder = folder
+        self._trained = trained
+        self._how = (clip_skip, tokens)
+        self._memory: dict[str, TextCondition] = {}
+        self._encoders = "" if trained else "/".join(_weights_hash(m) for m in base.text_encoders.values())
+
+    def conditions(self, captions: list[str]) -> TextCondition:
+        """The condition of B captions, (B, T, D)."""
+        if self._trained:
+            return text_condition(self._base, captions, *self._how)
+        contexts = [self._cached(caption).context for caption in captions]
+        return TextCondition(torch.cat(contexts).to(self._base.device))
+
+    def condition(self, caption: str) -> TextCondition:
+        """The condition of one caption, (1, T, D)."""
+        return self.conditions([caption])
+
+    def _cached(self, caption: str) -> TextCondition:
+        if caption not in self._memory:
+            name = _digest(caption, self._encoders, *self._how, self._base.dtype)
+            context = _from_disk_or(self._folder / f"{name}.safetensors", lambda: self._encoded(caption))
+            self._memory[caption] = TextCondition(context)
+        return self._memory[caption]
+
+    def _encoded(self, caption: str) -> torch.Tensor:
+        with torch.no_grad():
+            return text_condition(self._base, [caption], *self._how).context.cpu()
+
+
+def _from_disk_or(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    try:
+        return load_file(path)["value"]
+    except (OSError, SafetensorError, KeyError):
+        value = make().contiguous()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save({"value": value}))
+    return value
+
+
+def _weights_hash(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()[:32]

@@ -1,0 +1,148 @@
+"""The file for other tools: factors, everything that is known about the run in the header, and the side
+file."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lora_core.adapters.weights import AdapterWeights
+from lora_core.dataset.captions import tag_counts
+from lora_core.formats.file import file_hashes, read_adapter, read_tensors, write_adapter
+from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
+from lora_core.models.load import BaseModel
+from lora_core.spec.config import RunConfig, to_toml
+from lora_core.spec.errors import RunError
+from lora_core.spec.families import FAMILIES, Family
+from lora_core.spec.paths import write_atomically
+from lora_core.spec.run_folder import RunFolder, checked_name
+from lora_core.training.batches import Item
+from lora_core.training.prepare import plain_caption, versions
+
+
+def export_facts(
+    config: RunConfig, base: BaseModel, items: list[Item], steps: int, started_at: float
+) -> ExportFacts:
+    """What a file's header says of a run."""
+    trigger = config.dataset.trigger
+    name = "demo" if config.dataset.path == "demo" else Path(config.dataset.path).stem
+    captions = [plain_caption(item.record.caption, trigger) for item in items]
+    resolution = config.train.resolution or base.resolution
+    section = config.adapter
+    return ExportFacts(
+        name=config.name,
+        family=base.family,
+        base_title=base.family.title if base.name == "demo" else Path(base.name).name,
+        rank=section.rank,
+        alpha=section.alpha,
+        steps=steps,
+        resolution=(resolution, resolution),
+        pictures=len(items),
+        started_at=started_at,
+        finished_at=time.time(),
+        version=versions()["lora-easel"],
+        clip_skip=config.train.clip_skip,
+        seed=config.seed,
+        trigger=trigger,
+        tag_frequency={name: tag_counts(captions)},
+        datasets={name: (config.dataset.repeats, len(items))},
+        buckets=Counter((item.bucket.width, item.bucket.height) for item in items),
+        prediction=base.noise.prediction,
+        settings=to_toml(config),
+        network_args={"targets": section.targets, "dropout": section.dropout},
+    )
+
+
+def write_export(
+    weights: AdapterWeights, path: Path, how: tuple[str, str], family: Family, header: dict[str, str]
+) -> Path:
+    """Write the adapter and the side file with its trigger word.
+
+    Args:
+        weights: the adapter.
+        path: the file to write.
+        how: (format, precision): a key of `choices.FORMATS`, and "fp32", "fp16" or "bf16".
+        family: of the base.
+        header: texts for the file's header.
+
+    Raises:
+        AdapterFileError: the file cannot be written, or read back as it was meant.
+    """
+    kind, precision = how
+    write_adapter(weights, path, kind, precision, family, header)
+    write_atomically(path.with_suffix(".json"), side_file(header.get("modelspec.trigger_phrase", "")))
+    return path
+
+
+def header_of(facts: ExportFacts) -> dict[str, str]:
+    """The texts of a file's header."""
+    return export_metadata(facts)
+
+
+def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:
+    """Export a checkpoint of a run.
+
+    Args:
+        run: the run.
+        which: "last", "best", or a step.
+        name: stem of the file, in the run's export folder.
+        how: (format, precision).
+
+    Returns:
+        {file, bytes, modules, sha256, works_in: [{tool, loads, note}]}.
+
+    Raises:
+        RunError: there is no such checkpoint, or the name cannot be a file's.
+        AdapterFileError: the file cannot be written.
+    """
+    step = _step_of(run, which)
+    folder = run.checkpoint(step)
+    header = dict(read_tensors(folder / "adapter.safetensors")[1])
+    weights = read_adapter(folder / "adapter.safetensors")
+    family = next(
+        (f for f in FAMILIES.values() if f.base_version == header.get("ss_base_model_version")), None
+    )
+    if family is None:
+        raise RunError(f"The checkpoint {folder} does not say which family of base it is for.")
+    stem = checked_name(name)
+    header["ss_output_name"] = header["modelspec.title"] = stem
+    path = write_export(weights, run.exports / f"{stem}.safetensors", how, family, header)
+    return {
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "modules": len(weights.layers),
+        "sha256": file_hashes(path)["sha256"],
+        "works_in": works_in(how[0], family),
+    }
+
+
+def _step_of(run: RunFolder, which: str) -> int:
+    steps = run.checkpoint_steps()
+    if not steps:
+        raise RunError(f"The run {run.name} has no checkpoint yet; let it train or press Save now.")
+    if which == "last":
+        return steps[-1]
+    wanted = run.progress().best_step if which == "best" else int(which) if which.isdigit() else None
+    if wanted not in steps:
+        kept = ", ".join(map(str, steps))
+        raise RunError(f"The run {run.name} has no checkpoint {which!r}; it has those of step {kept}.")
+    return wanted
+
+
+READERS = {
+    "kohya": ("A1111", "Forge", "ComfyUI", "InvokeAI", "kohya", "diffusers"),
+    "diffusers": ("diffusers",),
+}
+"""Which tools load a plain LoRA whole, by format: measured with their own loaders on 2026-11-24."""
+
+
+def works_in(kind: str, family: Family) -> list[dict[str, Any]]:
+    """What each tool makes of a file, as {tool, loads, note}."""
+    rows = []
+    for tool in READERS["kohya"]:
+        loads = tool in READERS[kind]
+        note = "reads every key" if loads else "drops keys of this format; export as kohya for it"
+        if loads and not family.portable:
+            note = f"reads the format; the file is of use only with the {family.title.lower()}"
+        rows.append({"tool": tool, "loads": loads, "note": note})
+    return rows

@@ -1,0 +1,92 @@
+"""The loss of one batch: timesteps and noise are drawn, the UNet predicts, the error is weighed."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from lora_core.models.denoise import prediction
+from lora_core.models.encode import TextCondition
+from lora_core.models.load import BaseModel
+from lora_core.models.noise import NoiseSchedule
+from lora_core.spec.choices import LOSSES, chosen
+from lora_core.spec.sections import LossSection
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random in one batch: `timesteps` (B,) and `noise` (B, 4, h, w)."""
+
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+
+def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator: torch.Generator) -> Draw:
+    """Timesteps stratified over the batch, and noise, both drawn on the CPU so that every device draws the
+    same.
+
+    Stratification keeps each timestep equally likely and makes the loss of a batch less noisy (Kingma et al.
+    2021, section I.1). The noise offset adds a constant to each channel (N. Guttenberg 2023).
+
+    Args:
+        latents: (B, 4, h, w).
+        timesteps: how many the base has.
+        noise_offset: standard deviation of the constant.
+        generator: on the CPU.
+    """
+    count = len(latents)
+    strata = torch.randperm(count, generator=generator).double()
+    position = (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    noise = torch.randn(latents.shape, generator=generator)
+    if noise_offset:
+        noise = noise + noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
+    chosen_timesteps = (position * timesteps).long().clamp(max=timesteps - 1)
+    return Draw(chosen_timesteps.to(latents.device), noise.to(latents.device))
+
+
+def training_loss(
+    base: BaseModel, latents: torch.Tensor, text: TextCondition, draw: Draw, rules: LossSection
+) -> torch.Tensor:
+    """The weighted mean loss of a batch, a scalar in fp32.
+
+    Args:
+        base: the base with the adapter in it.
+        latents: (B, 4, h, w) on the base's device.
+        text: B conditions.
+        draw: timesteps and noise.
+        rules: kind of error and its weights.
+    """
+    noisy = base.noise.noisy_latents(latents, draw.noise, draw.timesteps)
+    target = base.noise.target(latents, draw.noise, draw.timesteps)
+    error = chosen(LOSSES, rules.kind, "loss.kind").resolve()
+    losses = error(prediction(base, noisy, draw.timesteps, text), target).flatten(1).mean(1)
+    return (losses * min_snr_weight(base.noise, draw.timesteps, rules.min_snr)).mean()
+
+
+def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, (B,); ones where gamma is
+    0.
+
+    Source: Hang et al. 2023, section 3.4. For velocity at zero SNR the weight is 0: turn it off for such
+    bases.
+    """
+    if not gamma:
+        return torch.ones(len(timesteps), device=timesteps.device)
+    snr = noise.snr(timesteps)
+    divisor = snr if noise.prediction == "epsilon" else snr + 1.0
+    return snr.clamp(max=gamma) / divisor
+
+
+def squared_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Element by element."""
+    return F.mse_loss(predicted, target, reduction="none")
+
+
+def absolute_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Element by element."""
+    return F.l1_loss(predicted, target, reduction="none")
+
+
+def huber_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Element by element: half the square below 1, linear above."""
+    return F.smooth_l1_loss(predicted, target, reduction="none")

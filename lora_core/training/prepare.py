@@ -1,0 +1,239 @@
+"""Everything before the first step: the base opened, pictures read and encoded, the adapter injected."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from lora_core.adapters.inject import Injected, inject
+from lora_core.adapters.lora import LoraShape
+from lora_core.dataset.captions import CaptionRules, drawn_caption, with_trigger
+from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
+from lora_core.dataset.pictures import content_hash
+from lora_core.dataset.split import held_out
+from lora_core.models.device import best_device, dtype_of
+from lora_core.models.load import BaseModel, load_base
+from lora_core.spec.choices import OPTIMIZERS, TARGETS, chosen
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import ConfigError
+from lora_core.spec.paths import write_atomically
+from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.sections import OptimSection
+from lora_core.training.batches import Batches, Item, Looks, items_of, looks_in_all
+from lora_core.training.cache import LatentCache, TextSource
+from lora_core.training.loop import Trainee
+from lora_core.validation.gain import Measured
+from lora_core.validation.triples import looks_at
+
+Say = Callable[[str, int, int], None]
+"""Called with (phase, done, all) as the preparation goes on; what it raises ends it."""
+
+PACKAGES = ("lora-easel", "torch", "diffusers", "transformers")
+SAMPLE_PROMPTS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for this machine before the first step; a resume reads it and chooses nothing anew."""
+
+    precision: str
+    device: str
+    threads: int
+
+    @classmethod
+    def of(cls, run: RunFolder, config: RunConfig) -> "Plan":
+        """The plan on disk, else a new one, written down."""
+        try:
+            return cls(**json.loads(run.plan_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            pass
+        device = best_device()
+        dtype = dtype_of(config.train.precision, device)
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        plan = cls(precision, device.type, torch.get_num_threads())
+        write_atomically(run.plan_file, json.dumps(vars(plan)).encode())
+        return plan
+
+
+@dataclass
+class Session:
+    """A run ready to train.
+
+    Attributes:
+        trainee: base, adapter, optimizer, scaler.
+        batches: all micro-batches by number.
+        text: conditions of captions.
+        held_out: pictures to validate on.
+        train_items: pictures to train on.
+        prompts: of the samples.
+    """
+
+    trainee: Trainee
+    batches: Batches
+    text: TextSource
+    held_out: list[Measured]
+    train_items: list[Item]
+    prompts: list[str]
+
+
+def versions() -> dict[str, str]:
+    """The versions that bits may depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def prepared(run: RunFolder, config: RunConfig, plan: Plan, say: Say) -> Session:
+    """Do all that the first step needs.
+
+    Raises:
+        ConfigError, DatasetError, ModelFileError: in a sentence, what is wrong.
+    """
+    workspace = run.path.parent.parent
+    say("Reading the pictures", 0, 1)
+    dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
+    require_clean(dataset)
+    train, held = held_out(dataset.records, config.validation.pictures, config.seed)
+    say("Opening the base model", 0, 1)
+    device = torch.device(plan.device)
+    model = config.model
+    base = load_base(model.base, device, dtype_of(plan.precision, device), model.prediction, model.vae)
+    parts = trained_parts(base, config.optim)
+    encoders_trained = any(part != "unet" for part in parts)
+    latents = LatentCache(base, workspace / "cache" / "latents")
+    text = TextSource(
+        base, workspace / "cache" / "text", encoders_trained, config.train.clip_skip, config.train.tokens
+    )
+    resolution = config.train.resolution or base.resolution
+    items, held_items = (items_of(r, resolution, base.size_multiple) if r else [] for r in (train, held))
+    rules = caption_rules(config)
+    _encode_pictures(latents, items, held_items, config.dataset.flip, say)
+    prompts = sample_prompts(config, held or train)
+    if not encoders_trained:
+        _encode_texts(text, train, held, rules, [*prompts, ""], say)
+    measured = [_measured(item, latents, config, base) for item in held_items]
+    injected = injected_adapter(base, config, parts)
+    ready_for_training(base, config.train.checkpointing)
+    trainee = Trainee(
+        base, injected, optimizer_of(injected, base, config.optim), torch.amp.GradScaler(
+            device.type, enabled=base.dtype == torch.float16)
+    )  # fmt: skip
+    looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)
+    return Session(trainee, Batches(items, looks, latents), text, measured, items, prompts)
+
+
+def trained_parts(base: BaseModel, optim: OptimSection) -> list[str]:
+    """The parts whose learning rate is not zero.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    rates = part_rates(base, optim)
+    if not any(rates.values()):
+        raise ConfigError("Nothing would be trained: optim.lr and optim.text_encoder_lr are both 0.")
+    return [part for part, rate in rates.items() if rate]
+
+
+def part_rates(base: BaseModel, optim: OptimSection) -> dict[str, float]:
+    """Learning rate by part."""
+    return {part: optim.lr if part == "unet" else optim.text_encoder_lr for part in base.family.parts}
+
+
+def caption_rules(config: RunConfig) -> CaptionRules:
+    """How captions are drawn in training."""
+    data = config.dataset
+    return CaptionRules(
+        data.trigger, data.caption_dropout, data.tag_dropout, data.shuffle_tags, data.keep_tags
+    )
+
+
+def plain_caption(caption: str, trigger: str) -> str:
+    """One caption with nothing left to chance: the first alternative, the trigger in it, nothing dropped."""
+    return drawn_caption(caption, CaptionRules(trigger, 0.0, 0.0, False, 0), random.Random(0))
+
+
+def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
+    """What the samples show: the person's prompts with the trigger in them, else captions of `records`."""
+    if config.preview.prompts:
+        return [with_trigger(prompt, config.dataset.trigger) for prompt in config.preview.prompts]
+    captions = dict.fromkeys(plain_caption(record.caption, config.dataset.trigger) for record in records)
+    return list(captions)[:SAMPLE_PROMPTS]
+
+
+def injected_adapter(base: BaseModel, config: RunConfig, parts: list[str]) -> Injected:
+    """A fresh adapter in the base, as the config asks."""
+    section = config.adapter
+    shape = LoraShape(
+        section.rank, section.alpha, section.dropout, section.rank_dropout, section.module_dropout
+    )
+    targets = chosen(TARGETS, section.targets, "adapter.targets").resolve()
+    return inject(base.modules, parts, targets, shape, config.seed)
+
+
+def ready_for_training(base: BaseModel, checkpointing: bool) -> None:
+    """Put the adapted parts into training mode, which checkpointing needs; the base has no dropout of its
+    own."""
+    for module in base.modules.values():
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+            if hasattr(layer, "attention_dropout"):
+                layer.attention_dropout = 0.0
+        module.train()
+    if checkpointing:
+        base.unet.enable_gradient_checkpointing()
+        for encoder in base.text_encoders.values():
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def optimizer_of(injected: Injected, base: BaseModel, optim: OptimSection) -> torch.optim.Optimizer:
+    """The optimizer, with one group a part and the full rate kept as `initial_lr`.
+
+    Raises:
+        ConfigError: the optimizer's package is missing, or it cannot work with these rates.
+    """
+    row = chosen(OPTIMIZERS, optim.name, "optim.name")
+    rates = part_rates(base, optim)
+    groups: list[dict[str, Any]] = [
+        {"params": injected.parameters(part), "lr": rates[part], "initial_lr": rates[part]}
+        for part in injected.parts()
+    ]
+    if row.one_rate and len({group["lr"] for group in groups}) > 1:
+        raise ConfigError(
+            f"{row.title} works with one learning rate; set optim.text_encoder_lr to optim.lr ({optim.lr:g})"
+            " or to 0."
+        )
+    try:
+        return row.resolve()(groups, lr=optim.lr, **row.defaults)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
+
+
+def _encode_pictures(cache: LatentCache, items: list[Item], held: list[Item], flip: bool, say: Say) -> None:
+    wanted = [*looks_in_all(items, flip), *looks_in_all(held, False)]
+    for done, (item, mirrored) in enumerate(wanted):
+        say("Encoding pictures", done, len(wanted))
+        cache.latents(item.record, item.bucket, mirrored)
+    say("Encoding pictures", len(wanted), len(wanted))
+
+
+def _encode_texts(
+    text: TextSource, train: list[ImageRecord], held: list[ImageRecord], rules: CaptionRules,
+    more: list[str], say: Say,
+) -> None:  # fmt: skip
+    """Encode every caption that does not vary at random; the others are encoded when they first come up."""
+    captions = [plain_caption(record.caption, rules.trigger) for record in (*train, *held)]
+    wanted = list(dict.fromkeys([*captions, *more]))
+    for done, caption in enumerate(wanted):
+        say("Encoding captions", done, len(wanted))
+        text.condition(caption)
+
+
+def _measured(item: Item, cache: LatentCache, config: RunConfig, base: BaseModel) -> Measured:
+    latents = cache.latents(item.record, item.bucket, False)
+    looks = looks_at(
+        content_hash(item.record.path), latents, config.validation.triples, config.seed, base.noise.timesteps
+    )
+    return Measured(latents, looks, plain_caption(item.record.caption, config.dataset.trigger))
