@@ -60,10 +60,12 @@ def kind_of(shapes: Shapes) -> str:
     return "unknown"
 
 
-def family_evidence(shapes: Shapes, metadata: Mapping[str, str]) -> list[set[str]]:
-    """Each sign of the family that a file is for, as the titles of the families that it allows; header
+def family_evidence(
+    shapes: Shapes, metadata: Mapping[str, str], rows: Sequence[Family] = tuple(FAMILIES.values())
+) -> list[set[str]]:
+    """Each sign of the family that a file is for, as the titles that it allows; the header's signs come
     first."""
-    evidence = [_titles_of_version(metadata), _titles_of_modelspec(metadata)]
+    evidence = [_titles_of_version(metadata, rows), _titles_of_modelspec(metadata, rows)]
     for key, shape in shapes.items():
         if _CONTEXT.search(key) and len(shape) > 1:
             evidence.append(_titles_of_width(shape[1], rows))
@@ -73,9 +75,7 @@ def family_evidence(shapes: Shapes, metadata: Mapping[str, str]) -> list[set[str
             evidence.append(_titles_of_text_width(shape[1], rows))
             break
     if any(_TEXT_2.search(key) for key in shapes):
-        evidence.append(
-            {f.title for f in rows if len(f.text_encoders) > 1} or {OTHER_WIDTHS[2048]}
-        )
+        evidence.append({f.title for f in rows if len(f.text_encoders) > 1} or {OTHER_WIDTHS[2048]})
     return [titles for titles in evidence if titles]
 
 
@@ -100,11 +100,11 @@ def family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
     return next((name for name, family in FAMILIES.items() if family.title == title), title)
 
 
-def _titles_of_version(metadata: Mapping[str, str], rows: Sequence[Family]) -> set[str]:
+def _titles_of_version(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
     version = metadata.get("ss_base_model_version", "")
     if not version and metadata.get("ss_v2") == "True":
         return {OTHER_WIDTHS[1024]}
-    return {f.title for f in rows if f.base_version == version}
+    return {f.title for f in families if f.base_version == version}
 
 
 def _titles_of_modelspec(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:

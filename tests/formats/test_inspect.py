@@ -1,0 +1,129 @@
+import pytest
+import torch
+from conftest import BLOCK, CLIP, adapter, linear
+
+from lora_core.adapters.weights import AdapterWeights
+from lora_core.formats.container import serialised
+from lora_core.formats.file import write_adapter
+from lora_core.formats.inspect import inspect_file
+from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.families import FAMILIES
+
+# The row of cli.md, and autov2.
+KEYS = {"family", "format", "kind", "ranks", "alphas", "modules", "parameters", "bytes", "sha256", "autov2",
+"autov3",
+        "hash_matches", "metadata"}  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "f.safetensors"
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_our_own_files(path, format):
+    weights = AdapterWeights(
+        {
+            ("unet", f"{BLOCK}.attn2.to_k"): linear(4, 2.0, inside=128, outside=64),
+            ("unet", f"{BLOCK}.attn1.to_q"): linear(8, 2.0, inside=64, outside=64),
+            ("text_encoder", f"{CLIP}.self_attn.q_proj"): linear(4, 2.0, inside=128, outside=128),
+        }
+    )
+    write_adapter(weights, path, format, "fp16", FAMILIES["tiny"], {"ss_seed": "1"})
+    facts = inspect_file(path)
+    assert facts.keys() == KEYS
+    assert (facts["family"], facts["format"], facts["kind"]) == ("tiny", format, "LoRA")
+    assert facts["ranks"] == [4, 8]
+    assert facts["alphas"] == [2.0]
+    assert facts["modules"] == 3
+    assert facts["parameters"] == 4 * (128 + 64) + 8 * (64 + 64) + 4 * (128 + 128)
+    assert facts["bytes"] == path.stat().st_size
+    assert facts["hash_matches"] is True
+    assert facts["metadata"]["ss_seed"] == "1"
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_convolutions_and_several_alphas(path, family, format):
+    weights = adapter(alphas=(1.0, 2.0, 4.0, 4.0, 4.0))
+    write_adapter(weights, path, format, "fp32", family, {}, keep_alphas=True)
+    facts = inspect_file(path)
+    assert facts["kind"] == "LoCon"
+    assert facts["alphas"] == [1.0, 2.0, 4.0]
+
+
+Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+XL = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+OTHERS = {
+    "SDXL": (
+        {f"{XL}.lora_down.weight": (8, 2048), f"{XL}.lora_up.weight": (640, 8), f"{XL}.alpha": (),
+         "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (8, 1280),
+         "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": (5120, 8)},
+        {"family": "Stable Diffusion XL", "format": "kohya", "kind": "LoRA", "ranks": [8], "alphas": [1.0],
+        "modules": 2},
+    ),
+    "SD2": (
+        {f"{Q}.lora_down.weight": (8, 1024), f"{Q}.lora_up.weight": (64, 8)},
+        {"family": "Stable Diffusion 2.x", "alphas": [8.0]},
+    ),
+    "SD1": ({f"{Q}.lora_down.weight": (8, 768), f"{Q}.lora_up.weight": (64, 8)}, {"family": "sd15"}),
+    "SD1 in the old diffusers spelling": (
+        {f"unet.{BLOCK}.attn2.processor.to_k_lora.down.weight": (8, 768),
+         f"unet.{BLOCK}.attn2.processor.to_k_lora.up.weight": (64, 8),
+         f"unet.{BLOCK}.attn2.processor.to_q_lora.down.weight": (8, 64),
+         f"unet.{BLOCK}.attn2.processor.to_q_lora.up.weight": (64, 8)},
+        {"family": "sd15", "format": "diffusers", "kind": "LoRA", "ranks": [8], "modules": 2},
+    ),
+    "LoHa": (
+        {f"{Q}.hada_w1_a": (64, 4), f"{Q}.hada_w1_b": (4, 768), f"{Q}.hada_w2_a": (64, 4), f"{Q}.hada_w2_b":
+        (4, 768),
+         f"{Q}.alpha": ()},
+        {"family": "sd15", "format": "kohya", "kind": "LoHa", "ranks": [4], "alphas": [1.0], "modules": 1},
+    ),
+    "LoKr": (
+        {f"{Q}.lokr_w1": (8, 8), f"{Q}.lokr_w2_a": (8, 4), f"{Q}.lokr_w2_b": (4, 96), f"{Q}.alpha": ()},
+        {"format": "kohya", "kind": "LoKr", "ranks": [4], "modules": 1},
+    ),
+    "DoRA": (
+        {f"{Q}.lora_down.weight": (8, 768), f"{Q}.lora_up.weight": (64, 8), f"{Q}.dora_scale": (64, 1)},
+        {"family": "sd15", "kind": "DoRA", "ranks": [8], "modules": 1},
+    ),
+    "DoRA of PEFT": (
+        {f"unet.{BLOCK}.attn1.to_q.lora_A.weight": (8, 64), f"unet.{BLOCK}.attn1.to_q.lora_B.weight": (64, 8),
+         f"unet.{BLOCK}.attn1.to_q.lora_magnitude_vector": (64,)},
+        {"format": "diffusers", "kind": "DoRA", "ranks": [8], "modules": 1, "family": "unknown"},
+    ),
+    "Flux": (
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (8, 64),
+         "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": (64, 8)},
+        {"family": "Flux", "kind": "LoRA"},
+    ),
+    "whole checkpoint": ({"model.diffusion_model.out.2.weight": (4, 4)}, {"kind": "whole checkpoint",
+    "format": "unknown"}), "nothing known": ({"x": (2,)}, {"kind": "unknown", "format": "unknown", "family":
+    "unknown", "ranks": []}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_files_of_others(path, case):
+    shapes, expected = OTHERS[case]
+    path.write_bytes(serialised({key: torch.ones(shape) for key, shape in shapes.items()}, {}))
+    facts = inspect_file(path)
+    assert facts.keys() == KEYS
+    assert {key: facts[key] for key in expected} == expected
+    assert facts["hash_matches"] is None
+
+
+def test_a_broken_header_of_diffusers_does_not_matter(path):
+    shapes = {
+        f"unet.{BLOCK}.attn1.to_q.lora_A.weight": (8, 64),
+        f"unet.{BLOCK}.attn1.to_q.lora_B.weight": (64, 8),
+    }
+    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
+    path.write_bytes(serialised(tensors, {"lora_adapter_metadata": "{"}))
+    assert inspect_file(path)["alphas"] == [8.0]
+
+
+def test_a_broken_file_is_one_sentence(path):
+    path.write_bytes(b"<html>")
+    with pytest.raises(AdapterFileError, match="web page"):
+        inspect_file(path)

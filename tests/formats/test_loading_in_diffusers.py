@@ -1,0 +1,190 @@
+"""Our files in diffusers' own loader: no key is lost, and the strength is that of W0 + alpha / rank * up @
+down.
+
+The models are tiny but of the true layout. The expected weights are merged here by hand from the canonical
+adapter, with nothing of the format code between.
+"""
+
+import copy
+import logging
+
+import diffusers
+import pytest
+import torch
+from conftest import WIDTH
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from lora_core.formats.file import write_adapter
+from lora_core.formats.names import with_text_model
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=100,
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    )
+    return {"unet": unet.eval(), "text_encoder": clip.eval()}
+
+
+@pytest.fixture
+def pipeline(models):
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=2, layers_per_block=1)
+    return StableDiffusionPipeline(
+        **{name: copy.deepcopy(model) for name, model in models.items()},
+        vae=vae,
+        tokenizer=None,
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def layers_of(models, chosen, rank, alpha):
+    """Random factors for each chosen linear layer or convolution; rank and alpha are functions of the
+    number."""
+    draw = torch.Generator().manual_seed(1)
+    layers = {}
+    for part, model in models.items():
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d) or not chosen(part, name):
+                continue
+            r, a = rank(len(layers)), alpha(len(layers))
+            out, inside, *kernel = module.weight.shape
+            down = torch.randn(r, inside, *kernel, generator=draw) / inside
+            up = torch.randn(out, r, *(1 for _ in kernel), generator=draw)
+            layers[part, name if part == "unet" else with_text_model(name)] = LayerWeights(down, up, a)
+    return AdapterWeights(layers)
+
+
+def merged(models, weights):
+    result = {name: copy.deepcopy(model) for name, model in models.items()}
+    for (part, path), layer in weights.layers.items():
+        names = dict(result[part].named_modules())
+        weight = names.get(path, names.get(path.removeprefix("text_model."))).weight.data
+        product = layer.up.flatten(1).double() @ layer.down.flatten(1).double()
+        weight += (layer.alpha / layer.down.shape[0] * product).reshape(weight.shape).float()
+    return result
+
+
+@torch.no_grad()
+def outputs(unet, text_encoder):
+    draw = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, 100, (2, 9), generator=draw)
+    context = text_encoder(tokens).last_hidden_state
+    latents = torch.randn(2, 4, 8, 8, generator=draw)
+    return context, unet(latents, torch.tensor([3, 500]), context).sample
+
+
+def attention(part, name):
+    return "attn" in name and not name.endswith(("fc1", "fc2"))
+
+
+def kohya(part, name):
+    return part == "text_encoder" or ".attentions." in name
+
+
+def first_layer_only(part, name):
+    return name.startswith(
+        (
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+            "encoder.layers.0",
+            "text_model.encoder.layers.0",
+        )
+    )
+
+
+CASES = {
+    "attention": (attention, lambda i: 4, lambda i: 4.0),
+    "alpha is not the rank": (attention, lambda i: 4, lambda i: 1.0),
+    "alpha is no whole number": (attention, lambda i: 4, lambda i: 0.3),
+    "kohya's default targets": (kohya, lambda i: 4, lambda i: 8.0),
+    "convolutions too": (lambda part, name: True, lambda i: 2, lambda i: 1.0),
+    "mixed ranks": (kohya, lambda i: 2 + i % 3, lambda i: 2.0),
+    "mixed alphas": (kohya, lambda i: 4, lambda i: (4.0, 1.0, 0.7)[i % 3]),
+    "mixed both": (kohya, lambda i: 1 + i % 4, lambda i: (4.0, 1.0, 0.7)[i % 3]),
+    "some layers only": (first_layer_only, lambda i: 4, lambda i: 2.0),
+    "UNet only": (lambda part, name: part == "unet" and attention(part, name), lambda i: 4, lambda i: 2.0),
+    "text encoder only": (lambda part, name: part == "text_encoder", lambda i: 4, lambda i: 2.0),
+}
+
+
+class Heard(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def heard():
+    """All that diffusers, transformers and PEFT complain of: they only log the keys that they lose."""
+    handler = Heard()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield handler.messages
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.parametrize("case", CASES)
+def test_same_outputs_as_merged_by_hand(models, pipeline, family, tmp_path, heard, case, format):
+    weights = layers_of(models, *CASES[case])
+    path = tmp_path / "f.safetensors"
+    write_adapter(weights, path, format, "fp32", family, {"ss_output_name": "f"})
+
+    pipeline.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="ours")
+
+    absent = [part for part in models if part not in weights.parts()]
+    complaints = [message for message in heard if not ("No LoRA keys" in message and absent)]
+    assert not complaints
+    loaded = sum(
+        name.endswith("lora_A.ours")
+        for model in (pipeline.unet, pipeline.text_encoder)
+        for name, _ in model.named_modules()
+    )
+    assert loaded == len(weights.layers)
+    expected = outputs(**merged(models, weights))
+    plain = outputs(**models)
+    found = outputs(pipeline.unet, pipeline.text_encoder)
+    for ours, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    assert (expected[1] - plain[1]).abs().max() > 1e-3, (
+        "the adapter must matter, or the comparison proves nothing"
+    )
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_the_loaders_own_state_dict_names_each_layer(models, family, tmp_path, format):
+    weights = layers_of(models, *CASES["kohya's default targets"])
+    path = tmp_path / "f.safetensors"
+    write_adapter(weights, path, format, "fp16", family, {})
+    state, alphas, metadata = diffusers.StableDiffusionPipeline.lora_state_dict(
+        tmp_path, weight_name=path.name, return_lora_metadata=True
+    )
+    assert len(state) == 2 * len(weights.layers)
+    assert (metadata is None) == (format == "kohya")
+    assert set((alphas or {}).values()) == ({8.0} if format == "kohya" else set())
