@@ -1,5 +1,6 @@
 """Putting an adapter into a base: as trainable layers for training, or merged into the weights for use."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_core.adapters.lora import LoraLayer, LoraShape, Moment
-from lora_core.adapters.targets import Targets, layer_by_path, target_modules
+from lora_core.adapters.targets import Adaptable, Targets, layer_by_path, target_modules
 from lora_core.adapters.weights import AdapterWeights, LayerKey
 from lora_core.spec.errors import AdapterFileError, ConfigError
 
@@ -124,7 +125,7 @@ class Merger:
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         """Manage the components `modules`, by part."""
         self._modules = modules
-        self._originals: dict[LayerKey, tuple[nn.Module, torch.Tensor]] = {}
+        self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
 
     def apply(self, adapters: list[Strengthened]) -> None:
         """Make the base act as with exactly these adapters.
@@ -155,17 +156,10 @@ class Merger:
             )
         layer, update = located[1], weights.layers[key]
         size = (update.up.shape[0], *update.down.shape[1:])
-        if layer.weight.numel() != _product(size) or layer.weight.shape[0] != size[0]:
+        if layer.weight.numel() != math.prod(size) or layer.weight.shape[0] != size[0]:
             raise AdapterFileError(
                 f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
                 f"{layer.weight.shape[1]} to {layer.weight.shape[0]}; it is for another base."
             )
         if key not in self._originals:
             self._originals[key] = (layer, layer.weight.detach().clone())
-
-
-def _product(sizes: Iterable[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_core.adapters.targets import Adaptable
 from lora_core.adapters.weights import LayerWeights
 
 
@@ -47,10 +48,10 @@ class LoraLayer(nn.Module):
     Source: Hu et al. 2021, section 4.1, equation 3.
     """
 
-    def __init__(self, base: nn.Module, name: str, shape: LoraShape, moment: Moment, seed: int) -> None:
+    def __init__(self, base: Adaptable, name: str, shape: LoraShape, moment: Moment, seed: int) -> None:
         """Wrap `base`; `name` and `seed` decide the random start and the dropout masks."""
         super().__init__()
-        self.base = base
+        self.base: Adaptable = base
         self.name = name
         self.shape = shape
         self.moment = moment
@@ -77,7 +78,7 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), or (B, in, h, w) to (B, out, h', w')."""
-        frozen = self.base(x)
+        frozen: torch.Tensor = self.base(x)
         if self.strength == 0:
             return frozen
         scale = self.strength * self.shape.alpha / self.shape.rank

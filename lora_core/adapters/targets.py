@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 TEXT_LEVEL = "text_model."
+Adaptable = nn.Linear | nn.Conv2d
+"""The layers that a low-rank path can be put beside."""
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,26 @@ def canonical_path(part: str, path: str) -> str:
     return path if part == "unet" or path.startswith(TEXT_LEVEL) else TEXT_LEVEL + path
 
 
-def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, tuple[str, nn.Module]]:
+def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, tuple[str, Adaptable]]:
     """The layers of `module` to adapt: canonical path to (real path, layer), in the module's own order."""
     pattern = targets.pattern(part)
-    found = {}
+    found: dict[str, tuple[str, Adaptable]] = {}
     for path, layer in module.named_modules():
         name = canonical_path(part, path)
-        if isinstance(layer, nn.Linear | nn.Conv2d) and pattern.fullmatch(name):
+        if isinstance(layer, Adaptable) and pattern.fullmatch(name):
             found[name] = (path, layer)
     return found
 
 
-def layer_by_path(part: str, module: nn.Module, path: str) -> tuple[str, nn.Module] | None:
-    """The (real path, layer) that a canonical path names in `module`, or None."""
+def layer_by_path(part: str, module: nn.Module, path: str) -> tuple[str, Adaptable] | None:
+    """The (real path, frozen layer) that a canonical path names in `module`, or None."""
     for candidate in (path, path.removeprefix(TEXT_LEVEL)) if part != "unet" else (path,):
         try:
-            return candidate, module.get_submodule(candidate)
+            layer = module.get_submodule(candidate)
         except AttributeError:
             continue
+        # An adapted layer hides the frozen one behind it.
+        frozen = getattr(layer, "base", layer)
+        if isinstance(frozen, Adaptable):
+            return candidate, frozen
     return None

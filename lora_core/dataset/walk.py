@@ -12,7 +12,7 @@ _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
 
 def is_junk(name: str) -> bool:
     """A hidden file or folder, or one that a system leaves behind."""
-    return name.startswith(".") or folded(name) in _LEFT_BEHIND
+    return (name.startswith(".") and name.strip(".") != "") or folded(name) in _LEFT_BEHIND
 
 
 def is_mask(path: Path) -> bool:

@@ -66,24 +66,28 @@ class BaseModel:
     @property
     def pixels_a_latent(self) -> int:
         """How many pixels of a side become one latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        config: Any = self.vae.config
+        return int(2 ** (len(config.block_out_channels) - 1))
 
     @property
     def size_multiple(self) -> int:
         """Sides of pictures, in pixels, must be multiples of this, so that each level of the UNet divides
         evenly."""
-        return self.pixels_a_latent * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        config: Any = self.unet.config
+        return int(self.pixels_a_latent * 2 ** (len(config.block_out_channels) - 1))
 
     @property
     def resolution(self) -> int:
         """The side in pixels that the base was trained at: the UNet's own config says it, else the family."""
-        sample_size = self.unet.config.sample_size
+        config: Any = self.unet.config
+        sample_size = config.sample_size
         return sample_size * self.pixels_a_latent if isinstance(sample_size, int) else self.family.resolution
 
     @property
-    def text_multiple(self) -> int:
-        """Tokens of a caption that go through the text encoder at once, without begin and end."""
-        return int(next(iter(self.tokenizers.values())).model_max_length) - 2
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        config: Any = self.unet.config
+        return int(config.in_channels)
 
 
 def base_folder(name: str) -> Path:

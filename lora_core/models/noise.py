@@ -5,6 +5,7 @@ velocity.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -25,7 +26,8 @@ class NoiseSchedule:
     @classmethod
     def of(cls, scheduler: DDPMScheduler) -> "NoiseSchedule":
         """The schedule of a diffusers scheduler, zero terminal SNR included."""
-        return cls(scheduler.alphas_cumprod.float(), scheduler.config.prediction_type)
+        config: Any = scheduler.config
+        return cls(scheduler.alphas_cumprod.float(), config.prediction_type)
 
     @property
     def timesteps(self) -> int:

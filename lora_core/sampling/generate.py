@@ -86,7 +86,7 @@ def sampled_latents(
     scheduler.set_timesteps(picture.steps, device=base.device)
     factor = base.pixels_a_latent
     generator = torch.Generator().manual_seed(picture.seed)
-    shape = (1, base.unet.config.in_channels, height // factor, width // factor)
+    shape = (1, base.latent_channels, height // factor, width // factor)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     guided = picture.cfg > 1

@@ -180,7 +180,7 @@ def ready_for_training(base: BaseModel, checkpointing: bool) -> None:
             if isinstance(layer, torch.nn.Dropout):
                 layer.p = 0.0
             if hasattr(layer, "attention_dropout"):
-                layer.attention_dropout = 0.0
+                setattr(layer, "attention_dropout", 0.0)  # noqa: B010 - a module's attributes are typed as tensors
         module.train()
     if checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -206,9 +206,10 @@ def optimizer_of(injected: Injected, base: BaseModel, optim: OptimSection) -> to
             " or to 0."
         )
     try:
-        return row.resolve()(groups, lr=optim.lr, **row.defaults)
+        optimizer: torch.optim.Optimizer = row.resolve()(groups, lr=optim.lr, **row.defaults)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
+    return optimizer
 
 
 def _encode_pictures(cache: LatentCache, items: list[Item], held: list[Item], flip: bool, say: Say) -> None:

@@ -67,9 +67,8 @@ class Requests:
             self.signalled = True
 
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-        kept = {getattr(signal, n): None for n in names if hasattr(signal, n)}
-        for number in kept:
-            kept[number] = signal.signal(number, on_signal)
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        kept = {number: signal.signal(number, on_signal) for number in numbers}
         try:
             yield
         finally:
