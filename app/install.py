@@ -1,0 +1,298 @@
+"""Setting up: the environment .venv beside launch.py, the PyTorch build that suits the machine, and the
+project.
+
+Standard library only, for it runs before anything is installed. What is there is judged by a stamp that is
+written only after everything succeeded, so that a start which was broken off is gone on with, and a later
+start costs nothing.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+TORCH_INDEX = "https://download.pytorch.org/whl/"
+PROBE_SECONDS, SIGN_SECONDS = 5, 20
+LOCK = "launch.lock"
+
+
+def say(text: str) -> None:
+    """Write to the person, whatever characters the console has."""
+    with contextlib.suppress(AttributeError, OSError):  # started without a console
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+
+
+class SetupError(Exception):
+    """Something that a person has to put right first; the message says what and how."""
+
+
+def expected_stamp(extra: str) -> dict[str, str]:
+    """The stamp of an environment in which everything that this start needs is installed."""
+    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    return {"pyproject": digest, "extra": extra, "place": str(ROOT)}
+
+
+def written_stamp() -> dict[str, str]:
+    """What the last whole set-up wrote, or {}."""
+    try:
+        return dict(json.loads((VENV / "launch.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def write_stamp(extra: str, python: str) -> None:
+    """Note that everything is installed, for a Python of this version ("3.11")."""
+    temporary = VENV / "launch.json.tmp"
+    temporary.write_text(json.dumps({**expected_stamp(extra), "python": python}), encoding="utf-8")
+    os.replace(temporary, VENV / "launch.json")
+
+
+def is_ready(extra: str) -> bool:
+    """Whether .venv holds all that is needed; reads three small files and no more, to keep a start fast."""
+    stamp = written_stamp()
+    python = stamp.pop("python", "")
+    try:
+        lines = (VENV / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    home = dict(line.split(" = ", 1) for line in lines if " = " in line).get("home", "")
+    if stamp != expected_stamp(extra) or not PYTHON.exists() or not Path(home).is_dir():
+        return False
+    # A system upgrade can put another version behind the same name; it would not see what was installed.
+    same = os.path.realpath(PYTHON) == os.path.realpath(sys.executable)
+    return not same or python == "{}.{}".format(*sys.version_info)
+
+
+def graphics_card() -> tuple[bool, int, float]:
+    """Whether there is an NVIDIA card, its driver (580.65 -> 580) and compute capability, 0 if not told."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
+        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+        rows = [line.split(",") for line in done.stdout.splitlines()]
+        return True, int(rows[0][0].split(".")[0]), min(float(row[1]) for row in rows)
+    return bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia"), 0, 0.0
+
+
+def torch_index(system: str, nvidia: bool, driver: int, capability: float, amd: bool) -> str:
+    """The part of PyTorch's own index that suits a machine better than the default index does, or "".
+
+    The default index has CPU builds for Windows and macOS, and for Linux those of the newest CUDA. CUDA 13
+    wants a driver from 580 on and a card from Turing (7.5) on; CUDA 12.6 serves older ones up to Hopper
+    (9.0).
+
+    Source: the CUDA support matrix in RELEASE.md of github.com/pytorch/pytorch.
+    """
+    if system not in ("Windows", "Linux"):
+        return ""
+    if not nvidia:
+        return "cpu" if system == "Linux" and not amd else ""
+    if 0 < driver < 580 or 0 < capability < 7.5:
+        return "cu128" if capability >= 10 else "cu126"
+    return "cu130" if system == "Windows" else ""
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers within PROBE_SECONDS, the look-up of its name included."""
+    import urllib.request
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD")
+        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=PROBE_SECONDS):
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(PROBE_SECONDS)
+
+
+def pip(*arguments: str, quiet: bool = False) -> bool:
+    """Run `pip install` in .venv and show what it does; whether it succeeded."""
+    log = VENV / "pip.log"
+    log.unlink(missing_ok=True)
+    command = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check", "--log", str(log)]
+    command += ["install", *arguments]
+    foreign = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONHOME", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
+    environment["PYTHONIOENCODING"] = "utf-8"
+    if quiet or (sys.stdout and sys.stdout.isatty()):  # on a terminal pip draws its own progress bars
+        output = subprocess.DEVNULL if quiet else None
+        return not subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
+    ended = threading.Event()
+    threading.Thread(target=give_signs, args=(ended,), daemon=True).start()
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        for line in process.stdout or ():
+            text = worth_saying(line.decode("utf-8", "replace").strip())
+            if text:
+                say(f"  {text}")
+    ended.set()
+    return process.returncode == 0
+
+
+def give_signs(ended: threading.Event) -> None:
+    """Say now and then that the work goes on."""
+    began = time.monotonic()
+    while not ended.wait(SIGN_SECONDS):
+        say(f"  still at work after {time.monotonic() - began:.0f} s")
+
+
+def worth_saying(line: str) -> str:
+    """The short form of a line of pip's that a waiting person wants to see, or ""."""
+    if line.startswith("Downloading ") and line.endswith(" MB)"):
+        return line if float(line[:-4].rpartition("(")[2]) >= 10 else ""
+    if line.startswith("Installing collected packages:"):
+        return f"unpacking {line.count(',') + 1} packages"
+    return ""
+
+
+def pip_errors() -> str:
+    """The last lines in which pip's log speaks of an error."""
+    with contextlib.suppress(OSError):
+        log = (VENV / "pip.log").read_text(encoding="utf-8", errors="replace")
+        texts = [line.partition(" ")[2].strip() for line in log.splitlines()]
+        return "\n".join(f"  {text}" for text in [t for t in texts if t.startswith("ERROR")][-4:])
+    return ""
+
+
+def environment_version() -> str:
+    """The Python version ("3.11") of a whole .venv, or "" if it is absent or half made."""
+    probe = "import pip, sys; print('{}.{}'.format(*sys.version_info))"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [str(PYTHON), "-c", probe], capture_output=True, text=True, check=True, timeout=120
+        )
+        return done.stdout.strip()
+    return ""
+
+
+def make_environment() -> None:
+    """Make .venv, from nothing.
+
+    Raises:
+        SetupError: it cannot be made.
+    """
+    import venv
+
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SetupError(
+            "This Python lacks the package that makes environments: install it (Debian and Ubuntu:"
+            " `sudo apt install python3-venv`) and start again."
+        )
+    try:
+        for path in VENV.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        venv.EnvBuilder(symlinks=os.name != "nt", with_pip=True).create(VENV)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SetupError(
+            f"The environment {VENV} cannot be made ({error}): close what uses it, see that the disk is not"
+            " full and that the folder can be written, and start again."
+        ) from error
+
+
+def install_torch() -> None:
+    """Install the PyTorch build that suits the machine, where that is not the default index's."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    torch = next(text for text in project["dependencies"] if text.startswith("torch"))
+    index = torch_index(platform.system(), *graphics_card(), os.path.exists("/dev/kfd"))
+    if not index or pip("--no-index", "--no-deps", torch, quiet=True):  # it may be there, or on a local disk
+        return
+    if not answers(f"{TORCH_INDEX}{index}/"):
+        say("PyTorch's own index does not answer; its default build is taken (on Linux 3 GB to download).")
+        return
+    say(f"Installing PyTorch for {'this processor' if index == 'cpu' else 'the graphics card'} ...")
+    if not pip(torch, "--index-url", f"{TORCH_INDEX}{index}"):
+        say("That failed; the default build is taken instead.")
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let one process at a time set up. The lock is the system's: it is free again when its holder dies.
+
+    Raises:
+        SetupError: the folder cannot be written.
+    """
+    try:
+        VENV.mkdir(exist_ok=True)
+        handle = os.open(VENV / LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise SetupError(
+            f"{VENV} cannot be written ({error.strerror}): move the project to a folder of yours."
+        ) from error
+    try:
+        if not locked(handle):
+            say("Another start is setting up; waiting for it.")
+            while not locked(handle):
+                time.sleep(0.5)
+        yield
+    finally:
+        os.close(handle)
+
+
+def locked(handle: int) -> bool:
+    """Try to take the lock. Where the file system has no locks, it counts as taken."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+    return True
+
+
+def set_up(extra: str) -> None:
+    """Make .venv if there is no whole one, and install the project into it.
+
+    Raises:
+        SetupError: something failed that a person can put right.
+    """
+    if (platform.system(), platform.machine()) == ("Darwin", "x86_64"):
+        raise SetupError(
+            "PyTorch is made for Macs with Apple processors only; there, start launch.py with an arm64"
+            " Python."
+        )
+    began = time.monotonic()
+    with alone():
+        if is_ready(extra):  # by the start that was waited for
+            return
+        python = environment_version()
+        if not python:
+            say(f"Setting up in {VENV}, once: 2 GB of disk and some minutes, more with a graphics card.")
+            make_environment()
+            python = environment_version()
+        install_torch()
+        say("Installing the project and what it needs ...")
+        if not pip("--editable", f".[{extra}]" if extra else "."):
+            raise SetupError(
+                f"The installation failed.\n{pip_errors()}\nSee that the internet can be reached and that the"
+                " disk is not full, and start again: what was downloaded is kept. All of it:"
+                f" {VENV / 'pip.log'}"
+            )
+        write_stamp(extra, python)
+    say(f"Set up in {time.monotonic() - began:.0f} s.")

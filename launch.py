@@ -1,0 +1,104 @@
+"""LoRA Easel in one command.
+
+    python launch.py [options]             sets up on the first start, then opens the app in the browser
+    python launch.py test [pytest args]    sets up with the test tools, then runs the tests
+
+Only Python itself is needed (3.11, 3.12 or 3.13). Everything is installed into the folder .venv beside this
+file, once, and again when pyproject.toml changes (`app/install.py`). Delete .venv to set up afresh.
+"""
+
+# This file has to parse and run on Pythons that are too old, so that they show the sentence that says so:
+# everything that needs more than Python 3.6 is imported after the version is known to fit.
+import contextlib
+import os
+import subprocess
+import sys
+
+OLDEST, NEWEST = (3, 11), (3, 13)
+AGAIN = "LORA_EASEL_AGAIN"
+
+
+def version_problem(version: "tuple[int, ...]") -> str:
+    """Why this Python (major, minor, ...) cannot be used, or "" if it can."""
+    if OLDEST <= tuple(version[:2]) <= NEWEST:
+        return ""
+    oldest, newest, this = ("{}.{}".format(*numbers) for numbers in (OLDEST, NEWEST, version))
+    return (
+        f"LoRA Easel needs Python {oldest} to {newest}, and this is Python {this}: install Python {newest}"
+        f" and start launch.py with it (`python{newest} launch.py`, on Windows `py -{newest} launch.py`)."
+    )
+
+
+def held(code: int) -> int:
+    """`code`; after a failure, a console that Windows opened for a double-click stays open to be read."""
+    if (
+        os.name == "nt"
+        and code not in (0, 130)
+        and AGAIN not in os.environ
+        and sys.stdin
+        and sys.stdin.isatty()
+    ):
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            input("Press Enter to close. ")
+    return code
+
+
+def go_on(*command: str) -> int:
+    """Become `command`, or where a process cannot (Windows), wait for it and give its exit code."""
+    if os.name != "nt":
+        os.execv(command[0], command)
+    with subprocess.Popen(command) as child:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):  # the child gets Ctrl-C too and ends in its own way
+                return child.wait()
+
+
+def main(arguments: "list[str]") -> int:
+    """Set up if needed, then run the tests or the app; the exit code."""
+    from app import install
+
+    testing = arguments[:1] == ["test"]
+    extra = "test" if testing or install.written_stamp().get("extra") == "test" else ""
+    try:
+        if not install.is_ready(extra):
+            install.set_up(extra)
+        if testing:
+            os.chdir(install.ROOT)
+            return held(go_on(str(install.PYTHON), "-m", "pytest", *arguments[1:]))
+        if os.path.samefile(sys.prefix, install.VENV):
+            os.environ.pop(AGAIN, None)
+            return open_app(arguments)
+        if AGAIN in os.environ:
+            raise install.SetupError(f"The environment {install.VENV} is broken: delete it and start again.")
+        os.environ[AGAIN] = "1"
+        code = go_on(str(install.PYTHON), str(install.ROOT / "launch.py"), *arguments)
+        del os.environ[AGAIN]
+        return held(code)
+    except install.SetupError as error:
+        install.say(str(error))
+        return held(1)
+    except KeyboardInterrupt:
+        install.say("Interrupted; start again to go on.")
+        return 130
+
+
+def open_app(arguments: "list[str]") -> int:
+    """Open the window, in .venv's own process.
+
+    Raises:
+        SetupError: the project or one of its packages cannot be imported.
+    """
+    from app.install import VENV, SetupError
+
+    try:
+        from app.main import main as app_main
+    except ImportError as error:
+        raise SetupError(f"The app cannot be loaded ({error}): delete {VENV} and start again.") from error
+    return app_main(arguments)
+
+
+if __name__ == "__main__":
+    problem = version_problem(tuple(sys.version_info[:2]))
+    if problem:
+        sys.stderr.write(problem + "\n")
+    sys.exit(held(1) if problem else main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""The rules that keep the house in order, imports pointing left above all; read from the source, nothing
+runs."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = ["spec", "dataset", "models", "adapters", "formats", "sampling", "validation", "analysis", "training"]
+TENSORS = {"torch", "transformers", "diffusers", "accelerate", "peft"}
+FOLDERS = [ROOT / name for name in ("lora_core", "app", "assets")]
+TREES = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in [ROOT / "launch.py", *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
+}
+
+
+def below(*tops: str) -> list[str]:
+    return [name for name in TREES if name.startswith(tops)]
+
+
+def imports(name: str) -> Iterator[str]:
+    """Dotted names of all that a file imports, wherever in the file."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names)
+
+
+def place(dotted: str) -> int:
+    """Where a module of lora_core stands in the order; api, serve and __main__ stand right of all."""
+    part = dotted.split(".")[1]
+    return ORDER.index(part) if part in ORDER else len(ORDER)
+
+
+def test_imports_are_absolute() -> None:
+    assert [(name, i) for name in TREES for i in imports(name) if i.startswith(".")] == []
+
+
+def test_imports_point_left() -> None:
+    wrong = [
+        (name, imported)
+        for name in below("lora_core/")
+        for imported in imports(name)
+        if imported.startswith("lora_core.")
+        and place(imported) > place(name.removesuffix(".py").replace("/", "."))
+    ]
+    assert wrong == []
+
+
+def test_the_library_does_not_know_the_window() -> None:
+    assert [(n, i) for n in below("lora_core/") for i in imports(n) if i.split(".")[0] == "app"] == []
+
+
+def test_the_window_knows_folders_and_settings_alone() -> None:
+    allowed = ("lora_core.spec.", "lora_core.dataset.")
+    engine = [(n, i) for n in below("app/") for i in imports(n) if i.split(".")[0] == "lora_core"]
+    assert [(n, i) for n, i in engine if not i.startswith(allowed)] == []
+
+
+def test_the_light_side_imports_no_tensors() -> None:
+    light = below("app/", "lora_core/spec/", "lora_core/dataset/")
+    assert [(n, i) for n in light for i in imports(n) if i.split(".")[0] in TENSORS] == []
+
+
+def test_the_window_starts_without_torch() -> None:
+    code = "import sys, app.main; sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_setting_up_needs_the_standard_library_alone() -> None:
+    tops = {i.split(".")[0] for name in ("launch.py", "app/install.py") for i in imports(name)}
+    assert tops - set(sys.stdlib_module_names) == {"app"}
+
+
+def test_families_are_named_in_their_table_alone() -> None:
+    """Docstrings and comments may name them; code may not, for it would branch on a family's name."""
+    found = []
+    for name in set(below("app/", "lora_core/")) - {"lora_core/spec/families.py"}:
+        docstrings = {id(node.value) for node in ast.walk(TREES[name]) if isinstance(node, ast.Expr)}
+        for node in ast.walk(TREES[name]):
+            word = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
+            if isinstance(word, str) and id(node) not in docstrings and re.search(r"sd15|sd2\b|sdxl", word):
+                found.append((name, word))
+    assert found == []
+
+
+def test_files_and_functions_are_short() -> None:
+    long = [name for name in TREES if len((ROOT / name).read_text(encoding="utf-8").splitlines()) > 300]
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                long += [f"{name}: {node.name} has {lines} lines"] if lines > 60 else []
+    assert long == []
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    assert [n for n in TREES if Path(n).stem in ("util", "utils", "common", "helpers", "misc")] == []
