@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Draw
 
 from lora_core.dataset import zips
 from lora_core.dataset.archive import Limits, import_files, import_folder, unpack
 from lora_core.dataset.folder import open_dataset, scan
 from lora_core.spec.errors import DatasetError
+from tests.dataset.conftest import Draw
 
 
 def listed(folder: Path) -> list[str]:

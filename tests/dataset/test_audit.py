@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Draw, noise
 from PIL import Image, ImageFilter
 
 from lora_core.dataset.audit import audit, common_phrases, sharpness
 from lora_core.dataset.folder import scan
 from lora_core.spec.paths import DEMO_BASE
+from tests.dataset.conftest import Draw, noise
 
 WORDS = ("cat", "dog", "tree", "house", "boat", "lamp", "fish", "bird")
 

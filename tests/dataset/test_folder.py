@@ -6,7 +6,6 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import Draw
 from PIL import Image
 
 from lora_core.dataset.folder import (
@@ -18,6 +17,7 @@ from lora_core.dataset.folder import (
     write_caption,
 )
 from lora_core.spec.errors import DatasetError
+from tests.dataset.conftest import Draw
 
 
 def found(folder: Path) -> dict[str, str]:

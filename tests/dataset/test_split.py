@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from conftest import Draw, noise
 
 from lora_core.dataset.folder import ImageRecord, scan
 from lora_core.dataset.split import held_out
 from lora_core.spec.errors import DatasetError
+from tests.dataset.conftest import Draw, noise
 
 
 def records(count: int) -> list[ImageRecord]:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from conftest import Draw, noise
 from PIL import Image, ImageDraw, ImageEnhance
 
 from lora_core.dataset.twins import alike, fingerprint, fingerprints, twin_groups
+from tests.dataset.conftest import Draw, noise
 
 
 def disc(colour: str, x: int = 64) -> Image.Image:
