@@ -1,0 +1,42 @@
+"""All that the window knows, in one place: the workspace, the project, the runs, the worker.
+
+One desk a server, shared by every page: two pages of the same window show the same run and the same pictures.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+from app.jobs import Jobs, environment
+from app.project import Project
+from app.studio import Studio
+from app.worker import Worker
+
+
+class Desk:
+    """The state behind the pages."""
+
+    def __init__(self, workspace: Path, worker_command: list[str] | None = None) -> None:
+        """Open a workspace; `worker_command` replaces the warm worker in tests."""
+        self.workspace = workspace
+        self.project = Project(workspace / "projects" / "default")
+        self.jobs = Jobs(workspace)
+        self.generated = workspace / "generated"
+        self.generated.mkdir(exist_ok=True)
+        command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
+        self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
+        self.studio = Studio(self.worker, self.generated)
+
+    @property
+    def identity(self) -> str:
+        """Tells one workspace from another without naming its path to whoever asks."""
+        return hashlib.sha256(str(self.workspace.resolve()).encode()).hexdigest()[:16]
+
+    def is_new(self) -> bool:
+        """Whether this is a first visit: no pictures, no demo chosen, no run."""
+        project = self.project
+        return not project.uses_demo and not project.dataset().records and not self.jobs.all()
+
+    def close(self) -> None:
+        """End what must end with the window. Runs go on."""
+        self.worker.close()

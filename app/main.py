@@ -1,0 +1,194 @@
+"""Starts the window: arguments, port, guard, server. `launch.py` calls `main`; torch is never imported
+here."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import urllib.request
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from app.desk import Desk
+from app.guard import Guard, is_loopback
+from app.login import Login
+from app.page import mount
+from app.routes import add_routes
+from lora_core.spec.errors import LoraError, RunError
+from lora_core.spec.paths import workspace, write_atomically
+
+FIRST_PORT, PORTS_TRIED = 7860, 40
+PASSWORD_VARIABLE = "LORA_EASEL_PASSWORD"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The window's options."""
+    made = argparse.ArgumentParser(prog="launch.py", description="Open the window of LoRA Easel.")
+    made.add_argument(
+        "--port", type=int, help=f"the port to listen on; without it, {FIRST_PORT} or the next free one"
+    )
+    made.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on; beyond 127.0.0.1 only with a password"
+    )
+    made.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that browsers may call it by",
+    )
+    made.add_argument(
+        "--password-file", type=Path, metavar="FILE", help=f"holds the password; or set {PASSWORD_VARIABLE}"
+    )
+    made.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    made.add_argument("--workspace", metavar="DIR", help="where runs, projects and pictures are kept")
+    return made
+
+
+def main(arguments: list[str]) -> int:
+    """Open the window and serve it until Ctrl-C. Returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        password = _password(options.password_file)
+        if not is_loopback(options.host) and not password:
+            raise RunError(
+                f"Listening on {options.host} lets other computers in; give a password with --password-file"
+                f" or {PASSWORD_VARIABLE}."
+            )
+        desk = Desk(workspace(options.workspace))
+        running = _already_open(desk)
+        if running is not None and options.port in (None, running):
+            return _point_to(running, options)
+        listener = _listener(options.host, options.port)
+    except LoraError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return _serve(desk, listener, options, password)
+
+
+def build_app(desk: Desk, allowed: list[str], password: str = "") -> Any:
+    """The whole server as one ASGI app: guard, then login, then our routes and Gradio's."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    add_routes(app, desk)
+    inner: Any = mount(app, desk, desk.workspace / "tmp")
+    if password:
+        inner = Login(inner, password)
+    return Guard(inner, allowed)
+
+
+def _serve(desk: Desk, listener: socket.socket, options: argparse.Namespace, password: str) -> int:
+    port = listener.getsockname()[1]
+    allowed = [*options.allow_host]
+    if not is_loopback(options.host) and options.host not in ("0.0.0.0", "::"):
+        allowed.append(f"[{options.host}]" if ":" in options.host else options.host)
+    # With the default, Ctrl-C waits for as long as a page is open.
+    config = uvicorn.Config(
+        build_app(desk, allowed, password), log_level="warning", timeout_graceful_shutdown=1, lifespan="on"
+    )
+    server = _Server(config, f"http://127.0.0.1:{port}", not options.no_browser)
+    write_atomically(desk.workspace / "window.json", json.dumps({"port": port}).encode())
+    # uvicorn raises the signal again once it has shut down; without this the worker would be left behind.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        sys.stderr.write("\nLoRA Easel is closed. Runs that are going on go on.\n")
+    finally:
+        desk.close()
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Says when it is ready, in the words that scripts wait for."""
+
+    def __init__(self, config: uvicorn.Config, address: str, browser: bool) -> None:
+        super().__init__(config)
+        self.address, self.browser = address, browser
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            _say_ready(self.address, self.browser)
+
+
+def _say_ready(address: str, browser: bool) -> None:
+    sys.stdout.write(f"Ready at {address}\n")
+    sys.stdout.flush()
+    if browser:
+        # Some platforms wait for the browser to come up; the server must not.
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _password(file: Path | None) -> str:
+    if file is None:
+        return os.environ.get(PASSWORD_VARIABLE, "")
+    try:
+        password = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"The password file {file} cannot be read: {error}.") from error
+    if not password:
+        raise RunError(f"The password file {file} is empty.")
+    return password
+
+
+def _listener(host: str, port: int | None) -> socket.socket:
+    """A listening socket, on the port asked for or on the first free one.
+
+    Raises:
+        RunError: the port asked for is busy, or none is free, or the address is not this computer's.
+    """
+    for candidate in [port] if port is not None else range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        if os.name != "nt":
+            # On Windows this option would let two servers share the port.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, candidate))
+            listener.listen(128)
+        except OSError as error:
+            listener.close()
+            if port is not None:
+                raise RunError(
+                    f"Port {port} on {host} cannot be used ({error.strerror or error})."
+                ) from error
+            continue
+        if candidate not in (port, FIRST_PORT):
+            sys.stdout.write(f"Port {FIRST_PORT} is taken by another program; {candidate} it is.\n")
+        return listener
+    raise RunError(
+        f"No port between {FIRST_PORT} and {FIRST_PORT + PORTS_TRIED - 1} is free on {host}; give one with"
+        " --port."
+    )
+
+
+def _already_open(desk: Desk) -> int | None:
+    """The port of a window that is open on this workspace already."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        port = int(json.loads((desk.workspace / "window.json").read_text())["port"])
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://127.0.0.1:{port}/easel", timeout=2) as answer:
+            said = json.loads(answer.read(1000))
+        if said.get("app") == "lora-easel" and said.get("workspace") == desk.identity:
+            return port
+    return None
+
+
+def _point_to(port: int, options: argparse.Namespace) -> int:
+    sys.stdout.write("LoRA Easel is open on this workspace already.\n")
+    _say_ready(f"http://127.0.0.1:{port}", False)
+    if not options.no_browser:
+        webbrowser.open(f"http://127.0.0.1:{port}")
+    return 0

@@ -1,0 +1,50 @@
+"""The window at one moment: read once a poll, then shown by many pieces; and how a piece says what it
+shows."""
+
+from dataclasses import dataclass
+
+from app.desk import Desk
+from app.jobs import LIVE, RESUMABLE, Watch
+from app.plan import Plan
+from app.studio import View
+from lora_core.spec.progress import Progress
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the pieces of a page need, read once."""
+
+    desk: Desk
+    watch: Watch | None
+    state: str
+    runs: list[tuple[Watch, str]]
+    view: View
+    plan: Plan
+
+    @property
+    def progress(self) -> Progress:
+        """Of the shown run; empty where there is none."""
+        return self.watch.progress if self.watch else Progress()
+
+    @property
+    def live(self) -> bool:
+        """Whether a run is going on."""
+        return self.state in LIVE
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the shown run can be gone on with."""
+        return self.state in RESUMABLE and self.watch is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something changes by itself, so that pages should look often."""
+        return self.live or self.view.working
+
+
+def moment_of(desk: Desk) -> Moment:
+    """Read everything once."""
+    runs = [(watch, desk.jobs.state(watch)) for watch in desk.jobs.all()]
+    watch = desk.jobs.current()
+    state = next((s for w, s in runs if w is watch), "none")
+    return Moment(desk, watch, state, runs, desk.studio.view(), Plan(desk.project))

@@ -1,0 +1,177 @@
+"""The window's own routes: thumbnails, samples, downloads and captions, confined to folders that the person
+chose.
+
+Gradio's static files are readable without a login and its gallery copies every original; these routes stand
+behind the guard and the login like the page itself. A path from the page is resolved and must stay below its
+root.
+"""
+
+import asyncio
+import functools
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+
+from app.desk import Desk
+from app.project import relative_name
+from lora_core.dataset.captions import token_count
+from lora_core.dataset.pictures import thumbnail
+from lora_core.spec.errors import LoraError
+from lora_core.spec.paths import ASSETS, DEMO_BASE
+from lora_core.spec.run_folder import runs_folder
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
+# What browsers show by themselves; the rest is sent as a large thumbnail.
+SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+PUBLIC = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
+PUBLIC |= {"window.js": "text/javascript", "folder_drop.js": "text/javascript"}
+LARGEST_CAPTION = 1_000_000
+# Addresses carry the file's time, so that a changed file has another address and this can be long.
+KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
+
+
+class Refused(Exception):
+    """A path that leaves its root or names nothing there."""
+
+
+def below(root: Path, path: str, suffixes: set[str]) -> Path:
+    """The file at `path` below `root`.
+
+    Raises:
+        Refused: it lies elsewhere (`..`, an absolute path, a link that leads out), is missing, or of another
+        kind.
+    """
+    try:
+        whole, top = (root / path).resolve(strict=True), root.resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Refused(path) from error
+    if not whole.is_relative_to(top) or not whole.is_file() or whole.suffix.lower() not in suffixes:
+        raise Refused(path)
+    return whole
+
+
+def add_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the window's own routes to `app`."""
+    app.exception_handler(Refused)(_refused)
+    app.exception_handler(LoraError)(_problem)
+
+    @app.get("/easel")
+    async def who() -> Response:
+        return JSONResponse({"app": "lora-easel", "workspace": desk.identity})
+
+    app.get("/easel/assets/{name}")(_asset)
+
+    @app.get("/easel/picture/{kind}/{path:path}")
+    async def picture(kind: str, path: str) -> Response:
+        file = below(_root(desk, kind), path, PICTURES)
+        if file.suffix.lower() in SHOWN and kind != "dataset":
+            return FileResponse(file, media_type=SHOWN[file.suffix.lower()], headers=KEEP)
+        return await _small(file, 1024)
+
+    @app.get("/easel/thumb/{kind}/{path:path}")
+    async def thumb(kind: str, path: str) -> Response:
+        return await _small(below(_root(desk, kind), path, PICTURES), 256)
+
+    @app.get("/easel/download/{run}/{file}")
+    async def download(run: str, file: str) -> Response:
+        whole = below(runs_folder(desk.workspace), f"{run}/export/{file}", {".safetensors"})
+        return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
+
+    @app.post("/easel/caption")
+    async def caption(request: Request) -> Response:
+        sent = await _json(request)
+        text = str(sent.get("text", ""))
+        await asyncio.to_thread(desk.project.save_caption, str(sent.get("picture", "")), text)
+        return JSONResponse({"saved": True, "tokens": _tokens(text)})
+
+    @app.post("/easel/run")
+    async def run(request: Request) -> Response:
+        sent = await _json(request)
+        act = {"resume": desk.jobs.resume, "show": desk.jobs.show}.get(str(sent.get("do")))
+        if act is None:
+            raise Refused("no such action")
+        await asyncio.to_thread(act, str(sent.get("run", "")))
+        return JSONResponse({"done": True})
+
+    @app.post("/easel/tokens")
+    async def tokens(request: Request) -> Response:
+        sent = await _json(request)
+        return JSONResponse({"tokens": _tokens(str(sent.get("text", "")))})
+
+    @app.post("/easel/leave-out")
+    async def leave_out(request: Request) -> Response:
+        sent = await _json(request)
+        await asyncio.to_thread(desk.project.leave_out, str(sent.get("picture", "")))
+        return JSONResponse({"left_out": True})
+
+
+async def _asset(name: str) -> Response:
+    if name not in PUBLIC:
+        raise Refused(name)
+    return FileResponse(ASSETS / name, media_type=PUBLIC[name], headers={"Cache-Control": "no-cache"})
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return PlainTextResponse("There is no such file here.", status_code=404)
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    # The page shows the sentence; an error status would only add a line to the browser's console.
+    return JSONResponse({"problem": str(error)})
+
+
+def _root(desk: Desk, kind: str) -> Path:
+    roots = {
+        "dataset": desk.project.dataset_folder,
+        "run": runs_folder(desk.workspace),
+        "generated": desk.generated,
+    }
+    if kind not in roots:
+        raise Refused(kind)
+    return roots[kind]
+
+
+async def _json(request: Request) -> dict[str, Any]:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_CAPTION:
+            raise Refused("too long")
+    try:
+        sent = json.loads(body)
+    except ValueError as error:
+        raise Refused("not JSON") from error
+    if not isinstance(sent, dict):
+        raise Refused("not an object")
+    return sent
+
+
+def _tokens(text: str) -> int | None:
+    try:
+        return token_count(text, DEMO_BASE / "tokenizer")
+    except (LoraError, OSError, NotImplementedError):
+        return None
+
+
+@functools.lru_cache(maxsize=2048)
+def _thumbnail(path: Path, side: int, changed_at: int) -> bytes:
+    return thumbnail(path, side)
+
+
+async def _small(file: Path, side: int) -> Response:
+    data = await asyncio.to_thread(_thumbnail, file, side, file.stat().st_mtime_ns)
+    return Response(data, media_type="image/webp", headers=KEEP)
+
+
+def address(kind: str, root: Path, file: Path, size: str = "picture") -> str:
+    """The address of a picture in the window; its time is part of it, so that browsers may keep it for
+    ever."""
+    try:
+        version = file.stat().st_mtime_ns
+    except OSError:
+        version = 0
+    return f"/easel/{size}/{kind}/{quote(relative_name(file, root))}?v={version}"

@@ -1,0 +1,139 @@
+"""The Export tab: choose a checkpoint, name the file, take it, and see where it works."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+
+from app.bases import base_facts
+from app.jobs import Watch
+from app.loras import checkpoint_choices
+from app.moment import Moment, moment_of
+from app.parts import QUIET, Parts
+from app.words import safe
+from app.works_in import checkpoint_cards, works_in, written_line
+from lora_core.spec.choices import FORMATS
+from lora_core.spec.errors import LoraError
+from lora_core.spec.run_folder import checked_name
+
+TITLE = "Export"
+PRECISIONS = [("fp16, half the size", "fp16"), ("bf16", "bf16"), ("fp32, exact", "fp32")]
+# The page starts a download by itself once the file is written.
+START_DOWNLOAD = """(address) => { if (address) { const link = document.createElement("a");
+link.href = address; link.download = ""; document.body.append(link); link.click(); link.remove(); } }"""
+
+
+def build(parts: Parts) -> None:
+    """Lay out the tab and wire it."""
+    with gr.Row(elem_classes="page page-export"):
+        with gr.Column(elem_classes="main panel"):
+            gr.HTML("<h2>Export</h2>")
+            fields = _form(parts)
+            button = gr.Button(
+                "Download .safetensors", variant="primary", elem_id="export-download", elem_classes="big"
+            )
+            parts.live(button, lambda m: gr.update(interactive=bool(_with_checkpoints(m))))
+            written = gr.HTML(elem_id="export-written")
+            address = gr.Textbox(visible="hidden", elem_id="export-address")
+        with gr.Column(elem_classes="main"):
+            table = gr.HTML(works_in(None, True), elem_id="works-in")
+    _wire(parts, fields, button, [written, table, address])
+
+
+def _form(parts: Parts) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    made["run"] = gr.Dropdown(label="Run", elem_id="export-run", allow_custom_value=False)
+    cards = gr.HTML(elem_id="export-cards")
+    with gr.Row(elem_classes="pair"):
+        made["checkpoint"] = gr.Dropdown(label="Checkpoint", elem_id="checkpoint")
+        made["name"] = gr.Textbox(label="File name", elem_id="export-name", lines=1, max_lines=1)
+    with gr.Row(elem_classes="pair"):
+        formats = [(row.title, key) for key, row in FORMATS.items()]
+        made["format"] = gr.Dropdown(formats, value="kohya", label="Format", elem_id="export-format")
+        made["precision"] = gr.Dropdown(
+            PRECISIONS, value="fp16", label="Precision", elem_id="export-precision"
+        )
+    chosen = _Chosen(parts)
+    parts.live(made["run"], chosen.runs)
+    parts.live(made["checkpoint"], chosen.checkpoints)
+    parts.live(made["name"], chosen.name)
+    parts.live(cards, lambda m: checkpoint_cards(m, chosen.watch(m), chosen.checkpoint(m)))
+    parts.action(made["run"].input(chosen.choose_run, made["run"], None, **QUIET))
+    parts.action(made["checkpoint"].input(chosen.choose_checkpoint, made["checkpoint"], None, **QUIET))
+    return made
+
+
+def _with_checkpoints(moment: Moment) -> list[Watch]:
+    return [watch for watch, _ in moment.runs if watch.run.checkpoint_steps()]
+
+
+class _Chosen:
+    """Which run and checkpoint the tab is at: the person's choice, else the newest run and its best."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.project = parts.desk.project
+
+    def choose_run(self, name: str) -> None:
+        self.project.keep(export_run=name, export_checkpoint="")
+
+    def choose_checkpoint(self, key: str) -> None:
+        self.project.keep(export_checkpoint=key)
+
+    def watch(self, moment: Moment) -> Watch | None:
+        there = _with_checkpoints(moment)
+        kept = self.project.draft().get("export_run")
+        return next((w for w in there if w.run.name == kept), there[0] if there else None)
+
+    def checkpoint(self, moment: Moment) -> str:
+        watch = self.watch(moment)
+        keys = [key for _, key in checkpoint_choices(watch)] if watch else []
+        kept = str(self.project.draft().get("export_checkpoint") or "")
+        return kept if kept in keys else keys[0] if keys else ""
+
+    def runs(self, moment: Moment) -> Any:
+        watch = self.watch(moment)
+        names = [w.run.name for w in _with_checkpoints(moment)]
+        return gr.update(choices=names, value=watch.run.name if watch else None)
+
+    def checkpoints(self, moment: Moment) -> Any:
+        watch = self.watch(moment)
+        return gr.update(
+            choices=checkpoint_choices(watch) if watch else [], value=self.checkpoint(moment) or None
+        )
+
+    def name(self, moment: Moment) -> Any:
+        watch = self.watch(moment)
+        return gr.update(value=watch.run.name if watch else "")
+
+
+def _wire(parts: Parts, fields: dict[str, Any], button: Any, outputs: list[Any]) -> None:
+    desk = parts.desk
+
+    def write(run: str, checkpoint: str, name: str, form: str, precision: str) -> tuple[str, Any, str]:
+        try:
+            watch = next((w for w, _ in moment_of(desk).runs if w.run.name == run), None)
+            if watch is None:
+                raise LoraError("Choose a run first; there is none with a checkpoint yet.")
+            stem = checked_name(name.strip().removesuffix(".safetensors") or watch.run.name)
+        except LoraError as error:
+            return f'<p class="problem" role="alert">{safe(error)}</p>', gr.skip(), ""
+        request = {"run": str(watch.run.path), "checkpoint": checkpoint or "last", "name": stem}
+        reply = desk.worker.ask({"do": "export", **request, "format": form, "precision": precision})
+        if reply.state == "error":
+            return f'<p class="problem" role="alert">{safe(reply.message)}</p>', gr.skip(), ""
+        file = Path(str(reply.result["file"]))
+        link = f"/easel/download/{quote(watch.run.name)}/{quote(file.name)}"
+        return written_line(reply.result, precision, link), works_in(reply.result, _portable(watch)), link
+
+    inputs = [fields[name] for name in ("run", "checkpoint", "name", "format", "precision")]
+    done = button.click(write, inputs, outputs, **{**QUIET, "show_progress": "minimal"})
+    done.then(None, outputs[-1], None, js=START_DOWNLOAD, queue=False)
+    parts.action(done)
+
+
+def _portable(watch: Watch) -> bool:
+    """Whether other tools have the base that a run was trained on."""
+    config = watch.config()
+    family = base_facts(config.model.base).family if config else None
+    return family is None or family.portable

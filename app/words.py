@@ -1,0 +1,77 @@
+"""Numbers and states as a person reads them. Everything shown that somebody typed goes through `safe`."""
+
+import html
+import math
+
+UNKNOWN, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+
+STATES = {
+    "none": ("No run yet", ""),
+    "queued": ("Not started", ""),
+    "preparing": ("Preparing", "accent"),
+    "running": ("Running", "accent"),
+    "pausing": ("Pausing", "warn"),
+    "stopping": ("Stopping", "warn"),
+    "paused": ("Paused", "warn"),
+    "stopped": ("Stopped, work kept", ""),
+    "interrupted": ("Broken off", "warn"),
+    "done": ("Done", "good"),
+    "failed": ("Failed", "bad"),
+}
+
+
+def safe(text: object) -> str:
+    """Text for HTML, in attributes too."""
+    return html.escape(str(text), quote=True)
+
+
+def chip(text: str, tone: str = "") -> str:
+    """A small rounded label."""
+    return f'<span class="chip {tone}">{safe(text)}</span>'
+
+
+def state_chip(state: str) -> str:
+    """The label of a run's state."""
+    words, tone = STATES[state]
+    return chip(words, tone)
+
+
+def clock(seconds: float | None) -> str:
+    """Time as 4:12 or 1:04:12, or a dash where unknown."""
+    if seconds is None or not math.isfinite(seconds):
+        return UNKNOWN
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def about(seconds: float) -> str:
+    """A rough time: 40 s, 14 min, 2.5 h."""
+    if seconds < 90:
+        return f"{max(5, 5 * round(seconds / 5))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def file_size(size: float) -> str:
+    """Bytes as kB, MB or GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 1e3:.0f} kB"
+
+
+def pace(seconds_a_step: float | None) -> str:
+    """Speed as steps a second, or seconds a step where that is the clearer number."""
+    if not seconds_a_step:
+        return ""
+    return f"{1 / seconds_a_step:.1f} it/s" if seconds_a_step <= 1 else f"{seconds_a_step:.1f} s/it"
+
+
+def many(count: int, one: str, more: str | None = None) -> str:
+    """1 picture, 24 pictures."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
+def tile(value: str, note: str) -> str:
+    """A number with its unit in small print below."""
+    return f'<div><b class="num">{safe(value)}</b><small>{safe(note)}</small></div>'

@@ -1,0 +1,210 @@
+"""The client of the warm worker: one process that keeps a base model loaded and answers previews and exports.
+
+The window itself never imports torch. Requests wait in a queue and go out one at a time; a worker that died
+is started again for the next request, and the request in hand is answered with the reason, so nobody waits
+for ever.
+"""
+
+import json
+import os
+import queue
+import subprocess
+import threading
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+STARTING_TAKES = "Loading the drawing process, which takes some seconds the first time."
+
+
+@dataclass
+class Reply:
+    """What is known so far of one request."""
+
+    request: dict[str, Any]
+    state: str = "waiting"  # waiting, working, done, error
+    done: int = 0
+    total: int = 0
+    message: str = ""
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    finished: threading.Event = field(default_factory=threading.Event)
+
+
+class Worker:
+    """Owns the worker process."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log_file: Path) -> None:
+        """Remember how to start it; nothing is started before the first request or `warm()`."""
+        self.command = command
+        self.environment = environment
+        self.log_file = log_file
+        self.ready = False
+        self._queue: queue.Queue[Reply] = queue.Queue()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def warm(self) -> None:
+        """Start the process in the background, so that the first preview need not wait for it."""
+        if not self.ready:
+            self.submit({"do": "warm"})
+
+    def submit(self, request: dict[str, Any]) -> Reply:
+        """Queue a request; its reply fills up as the worker answers."""
+        reply = Reply({"id": uuid.uuid4().hex, **request})
+        self._queue.put(reply)
+        with self._lock:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._serve, daemon=True, name="worker-client")
+                self._thread.start()
+        return reply
+
+    def ask(self, request: dict[str, Any], timeout: float = 600.0) -> Reply:
+        """Queue a request and wait for its end."""
+        reply = self.submit(request)
+        if not reply.finished.wait(timeout):
+            reply.state, reply.message = "error", f"No answer came within {timeout:.0f} seconds."
+        return reply
+
+    def cancel(self, reply: Reply) -> None:
+        """Ask the worker to drop a request that it is at."""
+        self._write({"id": uuid.uuid4().hex, "do": "cancel", "target": reply.request["id"]})
+
+    def release(self) -> None:
+        """Have a running worker give its memory back; one that does not run holds none."""
+        if self.ready:
+            self.submit({"do": "release"})
+
+    def close(self) -> None:
+        """End the process; called when the window ends."""
+        self._closed = True
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        self._write({"id": uuid.uuid4().hex, "do": "quit"})
+        try:
+            process.wait(0.3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(1)
+
+    def _serve(self) -> None:
+        while not self._closed:
+            reply = self._queue.get()
+            reply.state = "working"
+            reply.message = "" if self.ready else STARTING_TAKES
+            try:
+                self._answer(reply)
+            except (OSError, ValueError) as error:
+                self._end(reply, "error", self._death(str(error)))
+
+    def _answer(self, reply: Reply) -> None:
+        process = self._running_process()
+        if process is None:
+            self._end(reply, "error", self._death("it could not be started"))
+            return
+        reply.message = ""
+        if reply.request["do"] == "warm":
+            self._end(reply, "done", "")
+            return
+        self._write(reply.request)
+        for message in _messages(process.stdout):
+            if message.get("id") == reply.request["id"] and self._take(reply, message):
+                return
+        self.ready = False
+        self._end(reply, "error", self._death(f"it ended with code {process.wait()}"))
+
+    def _take(self, reply: Reply, message: dict[str, Any]) -> bool:
+        """Fold one answer into the reply; true when it was the last."""
+        match message.get("event"):
+            case "progress":
+                reply.done, reply.total = int(message.get("done", 0)), int(message.get("total", 0))
+            case "picture":
+                reply.pictures.append(message)
+            case "done":
+                reply.result = message
+                self._end(reply, "done", "")
+                return True
+            case "error":
+                self._end(reply, "error", str(message.get("message", "It failed without a reason.")))
+                return True
+        return False
+
+    def _end(self, reply: Reply, state: str, message: str) -> None:
+        reply.state, reply.message = state, message
+        reply.finished.set()
+
+    def _running_process(self) -> subprocess.Popen[bytes] | None:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self.ready = False
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log_file, "ab") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self.environment,
+                # Ctrl-C in the terminal is for the window, which then ends the worker itself.
+                **detached(),
+            )
+        for message in _messages(self._process.stdout):
+            if message.get("event") == "ready":
+                self.ready = True
+                return self._process
+        return None
+
+    def _write(self, request: dict[str, Any]) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        with self._lock:
+            try:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            except OSError:
+                # The process is gone; whoever reads its output finds out and says so.
+                return
+
+    def _death(self, reason: str) -> str:
+        return f"The drawing process is gone: {reason}. {last_line(self.log_file)}".strip()
+
+
+def _messages(stream: IO[bytes] | None) -> Any:
+    """The JSON objects of a stream; other output of libraries is passed over."""
+    for line in stream or ():
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(message, dict):
+            yield message
+
+
+def detached() -> dict[str, Any]:
+    """Options of Popen that make a child outlive the terminal and the window."""
+    if os.name == "nt":
+        new_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        return {"creationflags": new_group | getattr(subprocess, "CREATE_NO_WINDOW", 0)}
+    return {"start_new_session": True}
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something, or ""."""
+    lines = log_tail(path, 40)
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def log_tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a log, read from its end so that its size does not matter."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 200 * lines))
+            return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []

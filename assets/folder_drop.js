@@ -1,0 +1,66 @@
+// Dropping anywhere on the window, folders with sub-folders included.
+//
+// Gradio's own upload box cannot read a dropped folder. So drops are caught before it sees them, folders are walked,
+// and all files are handed to the file input as if they had been picked. A file in a sub-folder is renamed to
+// `folder__name.jpg`, because an upload carries no folders and `10_name` must not be lost.
+(() => {
+  const MOST_FILES = 20000;
+  const holdsFiles = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
+
+  const allEntries = (folder) => new Promise((resolve, reject) => {
+    const reader = folder.createReader(), found = [];
+    // One call gives at most 100 entries; an empty answer is the end.
+    const more = () => reader.readEntries((part) => {
+      if (!part.length) return resolve(found);
+      found.push(...part);
+      more();
+    }, reject);
+    more();
+  });
+
+  const walk = async (entry, prefix, files) => {
+    if (files.length > MOST_FILES || entry.name.startsWith(".")) return;
+    if (entry.isFile) {
+      const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+      files.push(prefix ? new File([file], prefix + file.name, { type: file.type }) : file);
+    } else if (entry.isDirectory) {
+      for (const inside of await allEntries(entry)) await walk(inside, `${prefix}${entry.name}__`, files);
+    }
+  };
+
+  const dropped = async (transfer) => {
+    const entries = [...transfer.items].map((item) => item.webkitGetAsEntry && item.webkitGetAsEntry()).filter(Boolean);
+    const files = [];
+    // A single dropped folder is the dataset itself: its own name says nothing of the pictures in it.
+    for (const entry of entries) {
+      const alone = entries.length === 1 && entry.isDirectory && !/^\d+_/.test(entry.name);
+      if (alone) for (const inside of await allEntries(entry)) await walk(inside, "", files);
+      else await walk(entry, "", files);
+    }
+    return files;
+  };
+
+  const hand = (files) => {
+    const input = document.querySelector("#dataset-drop input[type=file]");
+    if (!input || !files.length) return;
+    const transfer = new DataTransfer();
+    files.forEach((file) => transfer.items.add(file));
+    input.files = transfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+    window.easel?.openTab("Dataset");
+  };
+
+  let depth = 0;
+  const mark = (on) => document.documentElement.classList.toggle("dropping", on);
+  addEventListener("dragenter", (event) => { if (holdsFiles(event)) { depth += 1; mark(true); } }, true);
+  addEventListener("dragleave", (event) => { if (holdsFiles(event)) { depth = Math.max(0, depth - 1); mark(depth > 0); } }, true);
+  addEventListener("dragover", (event) => { if (holdsFiles(event)) { event.preventDefault(); event.stopPropagation(); } }, true);
+  addEventListener("drop", async (event) => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    depth = 0;
+    mark(false);
+    hand(await dropped(event.dataTransfer));
+  }, true);
+})();
