@@ -1,5 +1,6 @@
-"""Pictures made in code: small, of known content, written anywhere."""
+"""Pictures and zips made in code: small, of known content, written anywhere."""
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,17 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """Blocks of random colours, 8 x 6 of them: sharp, and unlike those of any other seed."""
     values = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST)
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def packed(path: Path, *entries: tuple[str | zipfile.ZipInfo, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return path
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lora_core.dataset import folder
 from lora_core.dataset.folder import (
     Dataset,
     Problem,
@@ -20,11 +21,11 @@ from lora_core.spec.errors import DatasetError
 from tests.dataset.conftest import Draw
 
 
-def found(folder: Path) -> dict[str, str]:
+def found(root: Path) -> dict[str, str]:
     """Relative path to caption, and nothing may be wrong."""
-    dataset = scan(folder)
+    dataset = scan(root)
     assert dataset.problems == []
-    return {record.path.relative_to(folder).as_posix(): record.caption for record in dataset.records}
+    return {record.path.relative_to(root).as_posix(): record.caption for record in dataset.records}
 
 
 def test_order_and_what_is_no_picture(tmp_path: Path, draw: Draw) -> None:
@@ -186,7 +187,15 @@ def test_links_in_a_circle(tmp_path: Path, draw: Draw) -> None:
     assert list(found(tmp_path)) == ["a/x.png"]
 
 
-def test_open_a_folder_and_the_demo(tmp_path: Path, draw: Draw) -> None:
+def test_open_the_demo(tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "shipped" / "a.png", caption="x")
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folder, "DEMO_TRAIN", tmp_path / "shipped")
+    assert [record.caption for record in open_dataset("demo", tmp_path / "cache").records] == ["x"]
+
+
+def test_open_a_folder(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "mit Ä und Leer" / "a.png", caption="x")
     dataset = open_dataset(str(tmp_path / "mit Ä und Leer"), tmp_path / "cache")
     assert [record.caption for record in dataset.records] == ["x"]
