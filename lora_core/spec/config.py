@@ -5,6 +5,7 @@ The settings themselves are declared in `spec/sections.py`.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -132,14 +133,14 @@ def checked_value(name: str, info: dataclasses.Field[Any], value: Any) -> Any:
     Raises:
         ConfigError: wrong type, out of range, or not among the choices.
     """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} = {value} is not a number that can be used.")
     typed = _as_type(name, info.type, value)
     span, above, table = info.metadata["span"], info.metadata["above"], info.metadata["table"]
     if span is not None and not span[0] <= typed <= span[1]:
         raise ConfigError(f"{name} = {value} is out of range; it goes from {span[0]:g} to {span[1]:g}.")
     if above is not None and not typed > above:
         raise ConfigError(f"{name} = {value} is out of range; it must be above {above:g}.")
-    if isinstance(typed, float) and typed != typed:
-        raise ConfigError(f"{name} = {value} is not a number.")
     if table is not None:
         choices.chosen(table, typed, name)
         typed = next(key for key, row in table.items() if typed.strip().lower() in (key, row.title.lower()))
@@ -199,7 +200,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The config {path} cannot be read: {error}.") from error
     except tomllib.TOMLDecodeError as error:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import platformdirs
@@ -42,7 +43,7 @@ def workspace(chosen: str | Path | None = None) -> Path:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a whole file or none: a temporary file beside it, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

@@ -1,0 +1,170 @@
+"""Settings: what is legal, what is refused and in which words, and that writing and reading gives the
+same."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lora_core.spec.config import (
+    RunConfig,
+    flattened,
+    load_toml,
+    parsed_assignment,
+    settings,
+    to_toml,
+)
+from lora_core.spec.errors import ConfigError
+
+
+def refusal(**changes: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig().changed({name.replace("__", "."): value for name, value in changes.items()})
+    return str(caught.value)
+
+
+def test_a_misspelt_setting_is_answered_with_the_right_one() -> None:
+    assert refusal(adapter__rnak=8) == "adapter.rnak is not a setting; did you mean adapter.rank?"
+
+
+def test_a_setting_like_no_other_is_answered_with_the_sections() -> None:
+    assert "The sections are model, adapter, dataset" in refusal(xyzzy=1)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    told = refusal(adapter__rank=0, optim__nmae="adamw", train__steps="many", loss__kind="square")
+    for part in ("adapter.rank = 0", "optim.name?", "train.steps = 'many'", "loss.kind = 'square'"):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("adapter.rank", 0, "it goes from 1 to 1024"),
+        ("adapter.rank", 1025, "it goes from 1 to 1024"),
+        ("adapter.rank", 8.5, "should be a whole number"),
+        ("adapter.rank", True, "should be a whole number"),
+        ("adapter.rank", "8", "should be a whole number"),
+        ("adapter.alpha", 0, "must be above 0"),
+        ("adapter.alpha", float("inf"), "is not a number that can be used"),
+        ("adapter.dropout", 1.0, "it goes from 0 to 0.99"),
+        ("train.steps", float("inf"), "is not a number that can be used"),
+        ("train.steps", float("nan"), "is not a number that can be used"),
+        ("optim.lr", float("nan"), "is not a number that can be used"),
+        ("dataset.flip", 1, "should be true or false"),
+        ("model.base", 15, "should be a text"),
+        ("preview.prompts", "a tree", "should be a list of texts"),
+        ("preview.prompts", ["a tree", 3], "should be a list of texts"),
+        ("optim.name", "adamx", "choose one of adamw"),
+        ("adapter", {"rank": 8}, "is not a setting"),
+    ],
+)
+def test_what_is_refused(name: str, value: object, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig().changed({name: value})
+    assert part in str(caught.value)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("adapter.rank", 8.0, 8),
+        ("optim.lr", 1, 1.0),
+        ("optim.name", "AdamW", "adamw"),
+        ("preview.sampler", " DPM++ 2M Karras ", "dpmpp_2m_karras"),
+        ("preview.prompts", [], []),
+        ("seed", 2**32 - 1, 2**32 - 1),
+    ],
+)
+def test_what_is_taken(name: str, value: object, kept: object) -> None:
+    got = RunConfig().changed({name: value}).get(name)
+    assert got == kept
+    assert type(got) is type(kept)
+
+
+def test_a_refused_change_changes_nothing() -> None:
+    config = RunConfig()
+    with pytest.raises(ConfigError):
+        config.changed({"adapter.rank": 8, "adapter.alpha": -1})
+    assert config == RunConfig()
+
+
+def test_a_config_cannot_be_changed_in_place() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 1  # type: ignore[misc]
+
+
+def test_lists_are_not_shared_between_configs() -> None:
+    RunConfig().preview.prompts.append("a tree")
+    assert RunConfig().preview.prompts == []
+
+
+def test_toml_round_trip_is_complete() -> None:
+    config = RunConfig().changed(
+        {"name": 'ä "quoted" name', "adapter.alpha": 0.1, "preview.prompts": ["a tree\nby night", "\u2028"]}
+    )
+    text = to_toml(config)
+    assert RunConfig.from_dict(tomllib.loads(text)) == config
+    assert set(flattened(tomllib.loads(text))) == {name for name, _, _ in settings()}
+
+
+def test_every_default_is_legal() -> None:
+    assert RunConfig.from_dict(RunConfig().to_dict()) == RunConfig()
+
+
+def test_every_setting_explains_itself() -> None:
+    for name, info, _ in settings():
+        assert info.metadata["title"], name
+        assert info.metadata["help"].rstrip().endswith("."), name
+
+
+def test_get_refuses_what_is_no_setting() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean adapter\.rank"):
+        RunConfig().get("adapter.ranks")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("adapter.rank=8", "adapter.rank", 8),
+        ("optim.lr=1e-4", "optim.lr", 1e-4),
+        ("dataset.flip=true", "dataset.flip", True),
+        ("dataset.trigger=sks dog", "dataset.trigger", "sks dog"),
+        ('dataset.trigger="sks dog"', "dataset.trigger", "sks dog"),
+        ("dataset.trigger=1999", "dataset.trigger", "1999"),
+        ("dataset.trigger=true", "dataset.trigger", "true"),
+        ("dataset.trigger=", "dataset.trigger", ""),
+        ("model.base=C:\\models\\a=b", "model.base", "C:\\models\\a=b"),
+        ('preview.prompts=["a tree", "a house"]', "preview.prompts", ["a tree", "a house"]),
+        (" adapter.rank = 8", "adapter.rank", 8),
+        ("adapter.rank=eight", "adapter.rank", "eight"),
+    ],
+)
+def test_assignments_of_the_command_line(text: str, name: str, value: object) -> None:
+    assert parsed_assignment(text) == (name, value)
+
+
+def test_an_assignment_needs_its_sign() -> None:
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        parsed_assignment("adapter.rank 8")
+
+
+def test_a_file_of_windows_notepad_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 7\r\n")
+    assert load_toml(path) == {"seed": 7}
+
+
+@pytest.mark.parametrize("content", [b"seed = ", b"seed = '\xff'", b"seed = 1\nseed = 2"])
+def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        load_toml(path)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.toml cannot be read"):
+        load_toml(tmp_path / "nothing.toml")

@@ -1,0 +1,43 @@
+"""The shipped presets: each goal with each level, legal, and nothing but settings that a preset may hold."""
+
+import pytest
+
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import ConfigError
+from lora_core.spec.paths import PRESETS
+from lora_core.spec.presets import GOALS, LEVELS, preset, preset_names
+
+PERSONAL = ("name", "dataset.path", "dataset.trigger", "model.base", "model.vae")
+
+
+def test_there_is_a_file_for_each_name_and_no_other() -> None:
+    assert sorted(path.stem for path in PRESETS.glob("*.toml")) == sorted(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_preset_is_legal(name: str) -> None:
+    values = preset(name)
+    assert values
+    config = RunConfig().changed(values)
+    for key, value in values.items():
+        assert config.get(key) == value, f"{key} is not written as the config keeps it"
+
+
+@pytest.mark.parametrize("name", [f"{goal}-{level}" for goal in GOALS for level in LEVELS])
+def test_a_goal_leaves_a_persons_own_settings_alone(name: str) -> None:
+    assert set(preset(name)).isdisjoint(PERSONAL)
+
+
+def test_more_quality_takes_more_steps() -> None:
+    for goal in GOALS:
+        steps = [RunConfig().changed(preset(f"{goal}-{level}")).train.steps for level in LEVELS]
+        assert steps == sorted(steps)
+
+
+def test_a_level_alone_means_a_character() -> None:
+    assert preset("quick") == preset("character-quick")
+
+
+def test_an_unknown_preset_is_answered_with_all_names() -> None:
+    with pytest.raises(ConfigError, match="demo, character-quick"):
+        preset("best")

@@ -1,0 +1,299 @@
+"""launch.py and app/install.py without an installation: versions, stamps, which PyTorch, what pip's lines
+become."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import launch
+from app import install
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project folder with a .venv that looks whole, without a stamp."""
+    root = tmp_path / "my éasel"
+    python = root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("")
+    (root / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=2.8", "numpy"]\n')
+    (root / ".venv" / "pyvenv.cfg").write_text(f"home = {tmp_path}\nversion = 3.11.7\n")
+    monkeypatch.setattr(install, "ROOT", root)
+    monkeypatch.setattr(install, "VENV", root / ".venv")
+    monkeypatch.setattr(install, "PYTHON", python)
+    return root
+
+
+@pytest.mark.parametrize("version", [(3, 11), (3, 12, 1), (3, 13, 9, "final", 0)])
+def test_versions_that_fit(version: tuple[int, ...]) -> None:
+    assert launch.version_problem(version) == ""
+
+
+@pytest.mark.parametrize("version", [(2, 7), (3, 6), (3, 10, 12), (3, 14)])
+def test_other_versions_get_one_sentence(version: tuple[int, ...]) -> None:
+    problem = launch.version_problem(version)
+    assert problem.startswith(f"LoRA Easel needs Python 3.11 to 3.13, and this is Python 3.{version[1]}") or (
+        version == (2, 7) and "this is Python 2.7" in problem
+    )
+    assert "`python3.13 launch.py`" in problem
+    assert "\n" not in problem
+
+
+def test_the_versions_are_those_of_the_project() -> None:
+    oldest, newest = launch.OLDEST, launch.NEWEST
+    declared = f">={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"
+    assert f'requires-python = "{declared}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_an_old_python_gets_as_far_as_the_sentence() -> None:
+    """Parsed with the grammar of 3.6; and nothing is imported at the top that came later."""
+    tree = ast.parse((ROOT / "launch.py").read_text(encoding="utf-8"), feature_version=(3, 6))
+    tops = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert {name.name for node in tops for name in node.names} == {"contextlib", "os", "subprocess", "sys"}
+
+
+def test_a_stamp_makes_it_ready(place: Path) -> None:
+    assert not install.is_ready("")
+    install.write_stamp("", "3.11")
+    assert install.is_ready("")
+    assert not install.is_ready("test")
+
+
+def test_a_changed_project_is_installed_again(place: Path) -> None:
+    install.write_stamp("test", "3.11")
+    assert install.is_ready("test")
+    with open(place / "pyproject.toml", "a") as file:
+        file.write("# changed\n")
+    assert not install.is_ready("test")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "{", '{"pyproject": "0"}'])
+def test_a_broken_stamp_counts_for_nothing(place: Path, text: str) -> None:
+    (place / ".venv" / "launch.json").write_text(text)
+    assert not install.is_ready("")
+
+
+def test_a_moved_folder_is_installed_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install.write_stamp("", "3.11")
+    moved = place.with_name("moved")
+    place.rename(moved)
+    monkeypatch.setattr(install, "ROOT", moved)
+    monkeypatch.setattr(install, "VENV", moved / ".venv")
+    monkeypatch.setattr(install, "PYTHON", moved / ".venv" / "bin" / "python")
+    assert install.written_stamp()["place"] == str(place)
+    assert not install.is_ready("")
+
+
+@pytest.mark.parametrize("gone", ["bin/python", "pyvenv.cfg"])
+def test_a_broken_environment_is_noticed(place: Path, gone: str) -> None:
+    install.write_stamp("", "3.11")
+    (place / ".venv" / gone).unlink()
+    assert not install.is_ready("")
+
+
+def test_an_environment_whose_python_was_removed_is_noticed(place: Path) -> None:
+    install.write_stamp("", "3.11")
+    (place / ".venv" / "pyvenv.cfg").write_text(f"home = {place / 'nowhere'}\n")
+    assert not install.is_ready("")
+
+
+def test_an_upgrade_behind_the_same_name_is_noticed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", str(install.PYTHON))
+    install.write_stamp("", f"{sys.version_info[0]}.{sys.version_info[1]}")
+    assert install.is_ready("")
+    install.write_stamp("", "3.1")
+    assert not install.is_ready("")
+
+
+def test_half_an_environment_has_no_version(place: Path) -> None:
+    assert install.environment_version() == ""
+
+
+def test_this_environment_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
+    assert install.environment_version() == f"{sys.version_info[0]}.{sys.version_info[1]}"
+
+
+@pytest.mark.parametrize(
+    ("system", "nvidia", "driver", "capability", "amd", "index"),
+    [
+        ("Linux", False, 0, 0.0, False, "cpu"),
+        ("Linux", False, 0, 0.0, True, ""),
+        ("Linux", True, 580, 8.6, False, ""),
+        ("Linux", True, 0, 0.0, False, ""),
+        ("Linux", True, 550, 8.6, False, "cu126"),
+        ("Linux", True, 580, 6.1, False, "cu126"),
+        ("Windows", False, 0, 0.0, False, ""),
+        ("Windows", True, 0, 0.0, False, "cu130"),
+        ("Windows", True, 591, 12.0, False, "cu130"),
+        ("Windows", True, 572, 12.0, False, "cu128"),
+        ("Windows", True, 560, 8.9, False, "cu126"),
+        ("Windows", True, 580, 6.1, False, "cu126"),
+        ("Darwin", False, 0, 0.0, False, ""),
+    ],
+)
+def test_which_pytorch(
+    system: str, nvidia: bool, driver: int, capability: float, amd: bool, index: str
+) -> None:
+    assert install.torch_index(system, nvidia, driver, capability, amd) == index
+
+
+@pytest.mark.parametrize(
+    ("answer", "card"),
+    [
+        ("580.65.06, 8.6\n", (True, 580, 8.6)),
+        ("572.16, 12.0\n572.16, 6.1\n", (True, 572, 6.1)),
+        ("[N/A], [N/A]\n", (True, 0, 0.0)),
+        ("", (True, 0, 0.0)),
+    ],
+)
+def test_what_nvidia_smi_says(
+    answer: str, card: tuple[bool, int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.CompletedProcess([], 0, stdout=answer)
+    monkeypatch.setattr(install.subprocess, "run", lambda *arguments, **options: done)
+    monkeypatch.setattr(install.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert install.graphics_card() == card
+
+
+def pip_calls(
+    place: Path, monkeypatch: pytest.MonkeyPatch, *, local: bool, reachable: bool, works: bool
+) -> list:
+    """The installations that `install_torch` asks for on Linux without a graphics card."""
+    calls = []
+
+    def pip(*arguments: str, quiet: bool = False) -> bool:
+        calls.append(arguments)
+        return local if quiet else works
+
+    monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "answers", lambda url: reachable)
+    monkeypatch.setattr(install, "graphics_card", lambda: (False, 0, 0.0))
+    monkeypatch.setattr(install.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(install.os.path, "exists", lambda path: False)
+    install.install_torch()
+    return calls
+
+
+LOCAL = ("--no-index", "--no-deps", "torch>=2.8")
+INDEX = ("torch>=2.8", "--index-url", install.TORCH_INDEX + "cpu")
+
+
+def test_a_pytorch_that_is_there_is_taken(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pip_calls(place, monkeypatch, local=True, reachable=True, works=True) == [LOCAL]
+
+
+def test_the_index_is_asked_where_there_is_none(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pip_calls(place, monkeypatch, local=False, reachable=True, works=True) == [LOCAL, INDEX]
+
+
+def test_an_index_that_fails_or_is_silent_is_left(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pip_calls(place, monkeypatch, local=False, reachable=True, works=False) == [LOCAL, INDEX]
+    assert "the default build is taken instead" in capsys.readouterr().out
+    assert pip_calls(place, monkeypatch, local=False, reachable=False, works=True) == [LOCAL]
+    assert "does not answer" in capsys.readouterr().out
+
+
+def test_a_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "PROBE_SECONDS", 0.2)
+    assert not install.answers("http://127.0.0.1:9/")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("Downloading torch-2.8.0-cp311.whl (184.0 MB)", "Downloading torch-2.8.0-cp311.whl (184.0 MB)"),
+        ("Downloading six-1.16.0-py2.whl (11 kB)", ""),
+        ("Downloading gradio_client-2.7.whl (1.5 MB)", ""),
+        ("Installing collected packages: a, b, c", "unpacking 3 packages"),
+        ("Requirement already satisfied: six", ""),
+    ],
+)
+def test_what_is_said_of_pips_lines(line: str, said: str) -> None:
+    assert install.worth_saying(line) == said
+
+
+def test_the_errors_of_pips_log(place: Path) -> None:
+    stamp = "2026-01-01T12:00:00,000 "
+    lines = ["Collecting nothing", "ERROR: Could not find a version", "  detail", "ERROR: No matching é"]
+    (place / ".venv" / "pip.log").write_text("\n".join(stamp + line for line in lines), encoding="utf-8")
+    assert install.pip_errors() == "  ERROR: Could not find a version\n  ERROR: No matching é"
+
+
+def test_a_failed_installation_says_what_to_do_and_leaves_no_stamp(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pip(*arguments: str, quiet: bool = False) -> bool:
+        (place / ".venv" / "pip.log").write_text("T ERROR: No space left on device")
+        return False
+
+    monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "environment_version", lambda: "3.11")
+    monkeypatch.setattr(install, "install_torch", lambda: None)
+    with pytest.raises(install.SetupError, match=r"(?s)ERROR: No space left on device.*start again"):
+        install.set_up("")
+    assert install.written_stamp() == {}
+
+
+def test_one_process_sets_up_and_the_other_finds_it_done(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[tuple[str, ...]] = []
+    inside = threading.Event()
+
+    def pip(*arguments: str, quiet: bool = False) -> bool:
+        installed.append(arguments)
+        inside.set()
+        second.join(0.5)
+        assert second.is_alive()
+        return True
+
+    monkeypatch.setattr(install, "pip", pip)
+    monkeypatch.setattr(install, "environment_version", lambda: "3.11")
+    monkeypatch.setattr(install, "install_torch", lambda: None)
+    first = threading.Thread(target=install.set_up, args=("test",))
+    second = threading.Thread(target=lambda: inside.wait(10) and install.set_up("test"))
+    second.start()
+    first.start()
+    first.join()
+    second.join()
+    assert installed == [("--editable", ".[test]")]
+    assert json.loads((place / ".venv" / "launch.json").read_text())["extra"] == "test"
+
+
+def test_a_folder_that_cannot_be_written_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "VENV", place / "pyproject.toml" / ".venv")
+    with pytest.raises(install.SetupError, match="cannot be written"):
+        install.set_up("")
+
+
+def test_a_broken_environment_does_not_start_for_ever(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install.write_stamp("", "3.11")
+    monkeypatch.setenv(launch.AGAIN, "1")
+    assert launch.main(["--no-browser"]) == 1
+    assert "is broken: delete it and start again" in capsys.readouterr().out
+
+
+def test_pytest_gets_its_arguments_and_the_app_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[tuple[str, ...]] = []
+    monkeypatch.setattr(launch, "go_on", lambda *command: began.append(command) or 7)
+    monkeypatch.chdir(place)
+    install.write_stamp("test", "3.11")
+    monkeypatch.delenv(launch.AGAIN, raising=False)
+    assert launch.main(["test", "-k", "x y"]) == 7
+    assert launch.main(["--port", "1"]) == 7
+    python, script = str(install.PYTHON), str(install.ROOT / "launch.py")
+    assert began == [(python, "-m", "pytest", "-k", "x y"), (python, script, "--port", "1")]
+    assert launch.AGAIN not in os.environ
