@@ -1,5 +1,4 @@
-"""The safetensors container: reading it without trusting it, and writing it so that equal contents give equal
-bytes.
+"""The safetensors container: read without trust, written so that equal contents give equal bytes.
 
 The header is written here and not by the safetensors package, whose order of metadata differs from one save
 to the next. Reading checks each claim of the header first, so that a broken file gets one sentence and no

@@ -1,5 +1,4 @@
-"""The diffusers / PEFT format: `unet.<path>.lora_A.weight` (down) and `.lora_B.weight` (up), and its older
-spellings.
+"""The diffusers / PEFT format: `<part>.<path>.lora_A.weight` (down), `.lora_B.weight` (up); older spellings.
 
 The tensors carry no alpha: it stands in the header, as the arguments of a PEFT `LoraConfig` for each part.
 Without that header alpha is taken to be the rank.
@@ -26,9 +25,9 @@ HEADER_KEY = "lora_adapter_metadata"
 _PREFIX = re.compile(
     r"(?:base_model\.model\.)?(?:(unet|text_encoder_2|text_encoder)\.)?(?:base_model\.model\.)?"
 )
+_OLDER = r"(?:(?P<old>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)\.(?P<role>down|up)\.weight"
 _LEAF = re.compile(
-    r"\.(?:processor\.)?(?:(?P<old>to_q|to_k|to_v|to_out)_lora\.|lora\.|lora_linear_layer\.)(?P<role>down|up)\.weight$"
-    r"|\.lora_(?P<peft>[AB])(?:\.default)?\.weight$|\.(?P<alpha>alpha)$"
+    rf"\.(?:(?:processor\.)?{_OLDER}|lora_(?P<peft>[AB])(?:\.default)?\.weight|(?P<alpha>alpha))$"
 )
 _PEFT_ROLES = {"A": "down", "B": "up"}
 _OLD_LEAVES = {
@@ -68,8 +67,7 @@ def to_file(weights: AdapterWeights, family: Family, keep_alphas: bool = True) -
 
 
 def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
-    """What the header must say so that diffusers gives each layer its rank and alpha; all values are
-    texts."""
+    """What the header must say so that diffusers gives each layer its rank and alpha."""
     values: dict[str, Any] = {}
     for part in weights.parts():
         layers = {_target(path): layer for (p, path), layer in weights.layers.items() if p == part}
@@ -172,8 +170,7 @@ def _header_values(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _header_alpha(values: Mapping[str, Any], part: str, path: str, rank: int) -> float:
-    """A layer's alpha by PEFT's rules: the first pattern that the layer's name ends in, else the part's
-    own."""
+    """A layer's alpha by PEFT's rules: of the first pattern that ends its name, else of its part."""
     alpha = values[f"{part}.lora_alpha"]
     patterns = values.get(f"{part}.alpha_pattern") or {}
     if not isinstance(patterns, dict):

@@ -1,5 +1,4 @@
-"""Adapter files on disk: reading one of any known format, and writing one so that nothing half done is ever
-left."""
+"""Adapter files on disk: reading one of any known format, and writing one whole or not at all."""
 
 import contextlib
 import importlib

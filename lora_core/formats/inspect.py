@@ -1,5 +1,4 @@
-"""What an adapter file is, whoever wrote it: told from its header, its alphas and its hashes, without a base
-model."""
+"""What an adapter file is, whoever wrote it: told from its header, alphas and hashes, without a base."""
 
 import math
 from pathlib import Path

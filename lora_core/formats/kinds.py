@@ -1,5 +1,4 @@
-"""What a file is, told from names, shapes and header alone: the kind of adapter, and the family that it is
-for."""
+"""What a file is, told from names, shapes and header alone: the kind of adapter, and for which family."""
 
 import json
 import re
@@ -48,8 +47,7 @@ _OTHER_STEMS = re.compile(rf"^(?:lora_unet_|unet\.)?({'|'.join(OTHER_UNETS)})".r
 
 
 def kind_of(shapes: Shapes) -> str:
-    """What the tensors of a file make together, such as "LoRA" or "whole checkpoint"; "unknown" if nothing
-    known.
+    """What the tensors of a file make together, such as "LoRA" or "whole checkpoint", else "unknown".
 
     A LoRA that adapts convolutions larger than 1 x 1 is a LoCon.
     """
@@ -63,8 +61,7 @@ def kind_of(shapes: Shapes) -> str:
 def family_evidence(
     shapes: Shapes, metadata: Mapping[str, str], rows: Sequence[Family] = tuple(FAMILIES.values())
 ) -> list[set[str]]:
-    """Each sign of the family that a file is for, as the titles that it allows; the header's signs come
-    first."""
+    """Each sign of the family that a file is for, as the titles that it allows; the header's first."""
     evidence = [_titles_of_version(metadata, rows), _titles_of_modelspec(metadata, rows)]
     for key, shape in shapes.items():
         if _CONTEXT.search(key) and len(shape) > 1:
@@ -88,8 +85,7 @@ def mismatch(shapes: Shapes, metadata: Mapping[str, str], family: Family) -> str
 
 
 def family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
-    """The key of the family row, or a title where there is no row; "unknown" if nothing, or no one thing, is
-    said."""
+    """The key of the family's row, or a title where there is no row, or "unknown"."""
     evidence = family_evidence(shapes, metadata)
     if not evidence:
         return _other_base(shapes)
@@ -140,8 +136,7 @@ def _other_base(shapes: Shapes) -> str:
 
 
 def alpha_claims(metadata: Mapping[str, str], key: str) -> list[float]:
-    """Alphas that a header of the diffusers format lists, part by part; empty if it is absent or
-    unreadable."""
+    """The alphas that a header of the diffusers format lists; none if it is absent or unreadable."""
     try:
         values = json.loads(metadata.get(key, "{}"))
     except (ValueError, RecursionError):

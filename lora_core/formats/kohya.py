@@ -1,5 +1,4 @@
-"""The kohya format, the only one that all tools read: `<stem>.lora_down.weight`, `<stem>.lora_up.weight`,
-`<stem>.alpha`.
+"""The kohya format, the only one that all tools read: `<stem>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
 One alpha for the whole file, because diffusers 0.42 takes the most frequent alpha of a component for most
 layers; where layers differ, the difference goes into `lora_up`. Ranks may differ.
@@ -34,8 +33,7 @@ def matches(keys: Iterable[str]) -> bool:
 
 
 def file_alpha(weights: AdapterWeights) -> float:
-    """The alpha that a file for `weights` carries: the most frequent one, so that few layers have to be
-    scaled.
+    """The alpha of a file for `weights`: the most frequent one, so that few layers have to be scaled.
 
     Zero is never taken, since kohya's own loader reads it as "alpha = rank".
     """
@@ -91,8 +89,7 @@ def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
 
 
 def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
-    """The adapter in a file's tensors. Each layer may have its own rank and alpha; without alpha its scale is
-    1.
+    """The adapter in a file's tensors; ranks and alphas may differ, and without alpha the scale is 1.
 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape.

@@ -63,8 +63,7 @@ def _alpha(name: str, stored: torch.Tensor | None, rank: int) -> float:
 
 
 def _without_mid(name: str, down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:
-    """Tucker form up (out, r), mid (r, r, k, k), down (r, in, 1, 1) as a plain pair: mid and down become one
-    down.
+    """Tucker form, mid (r, r, k, k) and down (r, in, 1, 1), as a plain pair: both become one down.
 
     The update is sum_pq up[o, p] mid[p, q] down[q, i], so p can stay as the rank. Source: LyCORIS, Yeh et al.
     2023.

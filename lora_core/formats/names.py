@@ -1,5 +1,4 @@
-"""Layer names: the dotted paths of diffusers, and the stems of kohya files, in which each dot has become an
-underscore.
+"""Layer names: the dotted paths of diffusers, and kohya's stems, in which each dot is an underscore.
 
 A stem cannot simply be split, since underscores are part of the names too. So all adaptable layers are rows
 of a table in which `#` stands for a number; numbers are taken out of a name, the row is looked up, and they
@@ -68,8 +67,7 @@ def _kind(part: str) -> str:
 
 
 def with_text_model(path: str) -> str:
-    """A text encoder's path with the `text_model.` level, which transformers 5.6 dropped from some
-    encoders."""
+    """A text encoder's path with the `text_model.` level, which newer transformers dropped from some."""
     return f"text_model.{path}" if path.startswith(("encoder.", "embeddings.")) else path
 
 

@@ -10,7 +10,6 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from conftest import raw_file
 
 from lora_core.formats.container import (
     MAX_HEADER,
@@ -21,6 +20,7 @@ from lora_core.formats.container import (
     serialised,
 )
 from lora_core.spec.errors import AdapterFileError
+from tests.formats.conftest import raw_file
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 DATA = bytes(16)

@@ -3,11 +3,11 @@ import json
 
 import pytest
 import torch
-from conftest import BLOCK, CLIP, adapter, linear, same_bits
 
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats import diffusers, kohya
 from lora_core.spec.errors import AdapterFileError
+from tests.formats.conftest import BLOCK, CLIP, adapter, linear, same_bits
 
 PATH = f"{BLOCK}.attn1.to_q"
 

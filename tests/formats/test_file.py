@@ -6,7 +6,6 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from conftest import BLOCK, CLIP, adapter, linear, same_bits
 
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats import file as adapter_file
@@ -15,6 +14,7 @@ from lora_core.formats.file import read_adapter, write_adapter
 from lora_core.spec import choices
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.families import FAMILIES, TextEncoder
+from tests.formats.conftest import BLOCK, CLIP, adapter, linear, same_bits
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_numbers_that_are_not_finite_are_never_written(path, family, number, wha
     value = number if what == "alpha" else torch.full((4, 32) if what == "down" else (24, 4), number)
     path.write_bytes(b"the old file")
     for format in choices.FORMATS:
-        with pytest.raises(AdapterFileError, match="attn2.to_k"):
+        with pytest.raises(AdapterFileError, match=r"attn2\.to_k"):
             write_adapter(changed(adapter(), **{what: value}), path, format, "fp32", family, {})
     assert path.read_bytes() == b"the old file"
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from conftest import BLOCK, CLIP, adapter, linear
 
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats.container import serialised
@@ -8,6 +7,7 @@ from lora_core.formats.file import write_adapter
 from lora_core.formats.inspect import inspect_file
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import FAMILIES
+from tests.formats.conftest import BLOCK, CLIP, adapter, linear
 
 # The row of cli.md, and autov2.
 KEYS = {"family", "format", "kind", "ranks", "alphas", "modules", "parameters", "bytes", "sha256", "autov2",

@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import BLOCK, adapter, linear, same_bits
 
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats import kohya
 from lora_core.spec.errors import AdapterFileError
+from tests.formats.conftest import BLOCK, adapter, linear, same_bits
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 

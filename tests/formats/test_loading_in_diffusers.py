@@ -11,13 +11,23 @@ import logging
 import diffusers
 import pytest
 import torch
-from conftest import WIDTH
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.formats.file import write_adapter
+from lora_core.formats.file import read_adapter, write_adapter
 from lora_core.formats.names import with_text_model
+from tests.formats.conftest import WIDTH
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads only get into each other's way on layers of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -188,3 +198,52 @@ def test_the_loaders_own_state_dict_names_each_layer(models, family, tmp_path, f
     assert len(state) == 2 * len(weights.layers)
     assert (metadata is None) == (format == "kohya")
     assert set((alphas or {}).values()) == ({8.0} if format == "kohya" else set())
+
+
+def trained_by_peft(model, targets, settings):
+    """A PEFT adapter on `model` with factors that matter, and what diffusers' saver wants of it."""
+    patterns = {
+        key: {end: value for end, value in settings.get(key, {}).items() if end in targets}
+        for key in ("rank_pattern", "alpha_pattern")
+    }
+    config = LoraConfig(init_lora_weights=False, target_modules=targets, **settings | patterns)
+    inject_adapter_in_model(config, model)
+    return get_peft_model_state_dict(model), config.to_dict()
+
+
+UNET_TARGETS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.0.proj"]
+CLIP_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 4},
+        {"r": 4, "lora_alpha": 1},
+        {"r": 4, "lora_alpha": 2, "use_rslora": True},
+        {
+            "r": 4,
+            "lora_alpha": 2,
+            "rank_pattern": {"to_q": 2, "fc1": 3},
+            "alpha_pattern": {"to_v": 7, "k_proj": 9},
+        },
+    ],
+    ids=["plain", "alpha", "rslora", "patterns"],
+)
+def test_files_that_diffusers_wrote_are_read_at_their_strength(models, pipeline, family, tmp_path, settings):
+    torch.manual_seed(3)
+    unet, unet_config = trained_by_peft(pipeline.unet, UNET_TARGETS, settings)
+    text, text_config = trained_by_peft(pipeline.text_encoder, CLIP_TARGETS, settings)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=unet,
+        text_encoder_lora_layers=text,
+        unet_lora_adapter_metadata=unet_config,
+        text_encoder_lora_adapter_metadata=text_config,
+    )
+    weights = read_adapter(tmp_path / "pytorch_lora_weights.safetensors", family)
+
+    assert len(weights.layers) == (len(unet) + len(text)) // 2
+    expected = outputs(pipeline.unet, pipeline.text_encoder)
+    for ours, right in zip(outputs(**merged(models, weights)), expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)

@@ -46,7 +46,29 @@ def facts():
 
 
 # The table and the minimum of formats.md; the two hashes are the writer's.
-NEEDED = ["ss_output_name", "ss_base_model_version", "ss_v2", "modelspec.architecture", "ss_tag_frequency", "ss_sd_model_name", "ss_clip_skip", "ss_network_module", "ss_training_started_at", "ss_bucket_info", "ss_dataset_dirs", "ss_resolution", "ss_num_train_images", "ss_network_dim", "ss_network_alpha", "ss_network_args", "modelspec.sai_model_spec", "modelspec.implementation", "modelspec.title", "modelspec.date", "modelspec.resolution"]
+NEEDED = [
+    "ss_output_name",
+    "ss_base_model_version",
+    "ss_v2",
+    "modelspec.architecture",
+    "ss_tag_frequency",
+    "ss_sd_model_name",
+    "ss_clip_skip",
+    "ss_network_module",
+    "ss_training_started_at",
+    "ss_bucket_info",
+    "ss_dataset_dirs",
+    "ss_resolution",
+    "ss_num_train_images",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+    "modelspec.sai_model_spec",
+    "modelspec.implementation",
+    "modelspec.title",
+    "modelspec.date",
+    "modelspec.resolution",
+]
 
 
 def test_each_key_is_there_and_a_text(facts):
