@@ -4,6 +4,7 @@ The noise of a picture depends on its seed and size alone and is drawn on the CP
 same picture on every device, and base and adapter can be compared on the same noise.
 """
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from lora_core.models.encode import TextCondition, decoded_latents, text_conditi
 from lora_core.models.load import BaseModel
 from lora_core.spec.choices import SAMPLERS, chosen
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.paths import write_atomically
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, steps in all); what it raises ends the picture."""
@@ -152,12 +154,10 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     """
     info = PngInfo()
     info.add_text("parameters", parameters)
-    temporary = path.with_name(f".{path.name}.tmp")
+    data = io.BytesIO()
+    image.save(data, format="PNG", pnginfo=info)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
+        write_atomically(path, data.getvalue())
     except OSError as error:
         raise ConfigError(f"The picture cannot be written to {path}: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Where things are: the shipped assets, and the workspace in which everything that a person makes is kept."""
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -51,7 +52,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        # What went wrong above matters; that there is nothing to clean up does not.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from lora_core.adapters.inject import adapter_weights, load_weights
-from lora_core.sampling.generate import Picture, generated, infotext, save_png
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError, OutOfMemory, RunError
 from lora_core.spec.progress import Progress
 from lora_core.spec.run_folder import RunFolder
+from lora_core.training.between import HeldOut, drawn_samples
 from lora_core.training.checkpoint import (
     TrainState,
     clear_unfinished,
@@ -31,7 +31,6 @@ from lora_core.training.export import export_facts, header_of, write_export
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, Session, prepared, versions
 from lora_core.training.requests import Interrupted, Requests
-from lora_core.validation.gain import paired_gain, triple_losses
 
 EXPORT_PRECISION = "fp16"
 SECONDS_BETWEEN_NOTES = 0.5
@@ -120,7 +119,7 @@ class Conductor:
         self._resuming = before.started
         self._emit = emit
         self._best: dict[str, float] = {}
-        self._base_losses: torch.Tensor | None = None
+        self._held_out = HeldOut()
         self._noted = 0.0
         self._started_at = run.config_file.stat().st_mtime
 
@@ -217,45 +216,17 @@ class Conductor:
         return Outcome("done", export)
 
     def _validate(self, session: Session) -> None:
-        note = self._note("Validating")
-        injected = session.trainee.injected
-        measured = (session.trainee.base, session.held_out, session.text.condition, note)
-        _evaluating(session, True)
-        try:
-            if self._base_losses is None:
-                injected.set_strength(0.0)
-                self._base_losses = triple_losses(*measured)
-                injected.set_strength(1.0)
-            gain = paired_gain(self._base_losses, triple_losses(*measured))
-        finally:
-            injected.set_strength(1.0)
-            _evaluating(session, False)
+        gain = self._held_out.gain(session, self._note("Validating"))
         best = not self._best or gain.gain > self._best["gain"]
         if best:
             self._best = {"step": self.step, "gain": gain.gain}
         self._emit(events.Validated(step=self.step, best=best, **vars(gain)))
 
     def _preview(self, session: Session) -> None:
-        base, section = session.trainee.base, self._config.preview
-        how = Picture(section.seed, section.steps, section.cfg, section.sampler)
-        files = []
-        _evaluating(session, True)
-        try:
-            with torch.no_grad():
-                negative = session.text.condition("")
-                for number, prompt in enumerate(session.prompts):
-                    image = generated(
-                        base, how, session.text.condition(prompt), negative, self._note("Sampling")
-                    )
-                    path = self._run.previews / f"step-{self.step:06d}-{number}.png"
-                    save_png(
-                        image,
-                        path,
-                        infotext(base, how, prompt, "", [(self._run.name, 1.0)] if self.step else []),
-                    )
-                    files.append(self._below(path))
-        finally:
-            _evaluating(session, False)
+        stem = self._run.previews / f"step-{self.step:06d}"
+        name = self._run.name if self.step else ""
+        paths = drawn_samples(session, self._config.preview, stem, name, self._note("Sampling"))
+        files = [self._below(path) for path in paths]
         self._emit(events.PreviewDone(step=self.step, files=files, prompts=session.prompts))
 
     def _save(self, session: Session) -> None:
@@ -305,9 +276,3 @@ def _due(step: int, every: int, last: bool) -> bool:
     """Whether what is done `every` so many steps is due now: then, and at the end, but never where `every` is
     0."""
     return every > 0 and (last or step % every == 0)
-
-
-def _evaluating(session: Session, on: bool) -> None:
-    """Dropout off and on again for the adapted parts."""
-    for module in session.trainee.base.modules.values():
-        module.train(not on)

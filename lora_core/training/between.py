@@ -1,0 +1,73 @@
+"""What happens between steps with the adapter as it stands: validation on held-out pictures, and samples."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lora_core.sampling.generate import Picture, generated, infotext, save_png
+from lora_core.spec.sections import PreviewSection
+from lora_core.training.prepare import Session
+from lora_core.validation.gain import Gain, paired_gain, triple_losses
+
+Note = Callable[[int, int], None]
+"""Called with (done, all); what it raises ends the work."""
+
+
+class HeldOut:
+    """Gain on the held-out pictures; the base's losses on them are measured once."""
+
+    def __init__(self) -> None:
+        """Nothing is measured yet."""
+        self._base_losses: torch.Tensor | None = None
+
+    def gain(self, session: Session, note: Note) -> Gain:
+        """The gain of the adapter as it stands, on the same triples each time."""
+        injected = session.trainee.injected
+        measured = (session.trainee.base, session.held_out, session.text.condition, note)
+        with _evaluating(session):
+            try:
+                if self._base_losses is None:
+                    injected.set_strength(0.0)
+                    self._base_losses = triple_losses(*measured)
+            finally:
+                injected.set_strength(1.0)
+            return paired_gain(self._base_losses, triple_losses(*measured))
+
+
+def drawn_samples(session: Session, section: PreviewSection, stem: Path, name: str, note: Note) -> list[Path]:
+    """Draw one picture for each of the session's prompts, all with the section's seed.
+
+    Args:
+        session: the run.
+        section: how to sample.
+        stem: where to write, `-0.png`, `-1.png`, ... appended.
+        name: of the adapter, for the pictures' settings; "" where it is still the base.
+        note: called as each picture is denoised.
+    """
+    base = session.trainee.base
+    how = Picture(section.seed, section.steps, section.cfg, section.sampler)
+    used = [(name, 1.0)] if name else []
+    files = []
+    with _evaluating(session), torch.no_grad():
+        negative = session.text.condition("")
+        for number, prompt in enumerate(session.prompts):
+            image = generated(base, how, session.text.condition(prompt), negative, note)
+            path = stem.with_name(f"{stem.name}-{number}.png")
+            save_png(image, path, infotext(base, how, prompt, "", used))
+            files.append(path)
+    return files
+
+
+@contextmanager
+def _evaluating(session: Session) -> Iterator[None]:
+    """Dropout off in the adapted parts while the context is open."""
+    modules = session.trainee.base.modules.values()
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()

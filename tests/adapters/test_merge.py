@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from lora_core.adapters.inject import Merger, Strengthened, adapter_weights, inject, remove
+from lora_core.adapters.lora import LoraShape
+from lora_core.adapters.targets import KOHYA
+from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from lora_core.spec.errors import AdapterFileError
+from tests.tiny import tiny_text_encoder, tiny_unet
+
+
+def _adapter(seed: int, rank: int = 3) -> AdapterWeights:
+    modules = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
+    injected = inject(modules, ["unet", "text_encoder"], KOHYA, LoraShape(rank, 2.0 * rank), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in injected.parameters():
+            tensor.copy_(0.05 * torch.randn(tensor.shape, generator=generator))
+    return adapter_weights(injected)
+
+
+def _output(unet: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        return unet(latents, torch.tensor([500]), torch.randn(1, 7, 32, generator=generator)).sample
+
+
+@pytest.fixture
+def modules():
+    return {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
+
+
+def test_merged_equals_unmerged(modules):
+    injected = inject(modules, ["unet"], KOHYA, LoraShape(3, 6.0), 0)
+    with torch.no_grad():
+        for tensor in injected.parameters():
+            tensor.normal_(std=0.05)
+    weights = adapter_weights(injected)
+    for strength in (0.5, 1.0):
+        injected.set_strength(strength)
+        unmerged = _output(modules["unet"])
+        remove(modules, injected)
+        merger = Merger(modules)
+        merger.apply([Strengthened(weights, strength)])
+        torch.testing.assert_close(_output(modules["unet"]), unmerged, rtol=1e-4, atol=1e-5)
+        merger.apply([])
+        injected = inject(modules, ["unet"], KOHYA, LoraShape(3, 6.0), 0)
+        for key, layer in injected.layers.items():
+            layer.from_layer_weights(weights.layers[key])
+
+
+def test_strength_zero_and_taking_out_are_bit_equal_to_the_base(modules):
+    before = _output(modules["unet"])
+    merger = Merger(modules)
+    merger.apply([Strengthened(_adapter(1), 0.0)])
+    assert torch.equal(_output(modules["unet"]), before)
+    for strength in (1.0, 0.3, 1.7):
+        merger.apply([Strengthened(_adapter(1), strength)])
+    assert not torch.equal(_output(modules["unet"]), before)
+    merger.apply([])
+    assert torch.equal(_output(modules["unet"]), before)
+
+
+def test_merging_again_does_not_drift(modules):
+    merger = Merger(modules)
+    merger.apply([Strengthened(_adapter(1), 0.7)])
+    once = _output(modules["unet"])
+    for strength in (0.1, 1.3, 0.7):
+        merger.apply([Strengthened(_adapter(1), strength)])
+    assert torch.equal(_output(modules["unet"]), once)
+
+
+def test_two_adapters_add_up(modules):
+    layer = modules["unet"].get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    key = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    first, second = _adapter(1), _adapter(2, rank=5)
+    original = layer.weight.detach().clone()
+    Merger(modules).apply([Strengthened(first, 0.5), Strengthened(second, 2.0)])
+    expected = original + 0.5 * first.layers[key].delta() + 2.0 * second.layers[key].delta()
+    torch.testing.assert_close(layer.weight, expected)
+
+
+def test_text_strength_stands_apart(modules):
+    merger = Merger(modules)
+    text = modules["text_encoder"].get_submodule("encoder.layers.0.self_attn.q_proj").weight
+    before = text.detach().clone()
+    merger.apply([Strengthened(_adapter(1), 1.0, text_strength=0.0)])
+    assert torch.equal(text, before)
+
+
+def test_an_adapter_for_another_base_is_refused_and_nothing_changes(modules):
+    before = _output(modules["unet"])
+    good = _adapter(1)
+    wrong = dict(good.layers)
+    wrong["unet", "mid_block.attentions.0.proj_in"] = LayerWeights(torch.ones(2, 7), torch.ones(5, 2), 1.0)
+    merger = Merger(modules)
+    for layers, words in (
+        (wrong, "another base"),
+        ({("unet", "no.such.layer"): good.layers["unet", "mid_block.attentions.0.proj_in"]}, "has not"),
+        ({("text_encoder_2", "x"): good.layers["unet", "mid_block.attentions.0.proj_in"]}, "has not"),
+    ):
+        with pytest.raises(AdapterFileError, match=words):
+            merger.apply([Strengthened(AdapterWeights(layers))])
+    assert torch.equal(_output(modules["unet"]), before)

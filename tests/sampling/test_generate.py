@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from lora_core.models.load import load_base
+from lora_core.sampling.generate import Picture, generated_from_prompt, infotext, sampler_of, save_png
+from lora_core.spec.choices import SAMPLERS
+from lora_core.spec.errors import ConfigError
+from lora_core.spec.paths import DEMO_BASE
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("demo", CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_BASE, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sampler):
+    how = Picture(seed=5, steps=4, cfg=3.0, sampler=sampler)
+    ours = generated_from_prompt(base, how, "owl, on a red background", "blurry")
+    pipeline.scheduler = sampler_of(base, sampler)
+    theirs = pipeline(
+        "owl, on a red background", negative_prompt="blurry", num_inference_steps=4, guidance_scale=3.0,
+        height=128, width=128, generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    difference = np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean()
+    assert difference < 1.0, f"{difference} of 255"
+    assert ours.size == (128, 128)
+
+
+def test_a_seed_means_a_picture(base):
+    first, again, other = (
+        np.asarray(generated_from_prompt(base, Picture(seed=s, steps=2), "owl")) for s in (1, 1, 2)
+    )
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_without_guidance_the_negative_prompt_plays_no_part(base):
+    how = Picture(steps=2, cfg=1.0)
+    first = np.asarray(generated_from_prompt(base, how, "owl", "red"))
+    assert (first == np.asarray(generated_from_prompt(base, how, "owl", "blue"))).all()
+
+
+@pytest.mark.parametrize("size", [(100, 128), (128, 8), (8192, 128), (-32, 128)])
+def test_a_size_that_the_base_cannot_make_is_refused(base, size):
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        generated_from_prompt(base, Picture(steps=1, width=size[0], height=size[1]), "owl")
+
+
+def test_sizes_other_than_square_come_out(base):
+    assert generated_from_prompt(base, Picture(steps=1, width=96, height=160), "owl").size == (96, 160)
+
+
+def test_an_unknown_sampler_lists_the_known_ones(base):
+    with pytest.raises(ConfigError, match="dpmpp_2m"):
+        sampler_of(base, "magic")
+    assert type(sampler_of(base, "DPM++ 2M Karras")).__name__ == "DPMSolverMultistepScheduler"
+
+
+def test_the_settings_are_in_the_png(base, tmp_path):
+    how = Picture(seed=9, steps=12, cfg=3.5, sampler="euler_a")
+    text = infotext(base, how, "owl", "red", [("demo", 0.8)])
+    path = tmp_path / "new folder" / "é.png"
+    save_png(Image.new("RGB", (4, 4)), path, text)
+    assert (
+        Image.open(path).text["parameters"] == "owl <lora:demo:0.8>\nNegative prompt: red\n"
+        "Steps: 12, Sampler: Euler a, CFG scale: 3.5, Seed: 9, Size: 128x128, Model: demo"
+    )
+    assert not list(path.parent.glob(".*"))
+
+
+def test_a_picture_that_cannot_be_written_is_named(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "file" / "x.png", "")

@@ -1,0 +1,87 @@
+"""Stable Diffusion models of true layout and toy size with random weights, built in code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from lora_core.spec.paths import DEMO_BASE
+
+TOKENIZER = DEMO_BASE / "tokenizer"
+
+
+def tiny_unet(context_width: int = 32) -> UNet2DConditionModel:
+    """Two levels, attention in both, proj_in and proj_out 1x1 convolutions as in SD 1.x."""
+    torch.manual_seed(1)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=context_width,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+
+
+def tiny_text_encoder(width: int = 32, vocabulary: int = 4096) -> CLIPTextModel:
+    """Two layers of CLIP."""
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    """Two levels: one latent stands for 2x2 pixels."""
+    torch.manual_seed(3)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+
+
+def tiny_folder(path: Path, context_width: int = 768, prediction: str = "epsilon") -> Path:
+    """A diffusers folder that looks like SD 1.x from outside: its context is 768 wide, its prediction
+    epsilon."""
+    vocabulary = len(json.loads((TOKENIZER / "vocab.json").read_text(encoding="utf-8")))
+    tiny_unet(context_width).save_pretrained(path / "unet")
+    tiny_text_encoder(context_width, vocabulary).save_pretrained(path / "text_encoder")
+    tiny_vae().save_pretrained(path / "vae")
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        prediction_type=prediction,
+    )
+    scheduler.save_pretrained(path / "scheduler")
+    shutil.copytree(TOKENIZER, path / "tokenizer")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+    }
+    (path / "model_index.json").write_text(json.dumps(index))
+    return path
