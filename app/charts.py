@@ -8,7 +8,7 @@ from lora_core.spec.events import StepDone, Validated
 from lora_core.spec.progress import smoothed
 
 WIDTH, HEIGHT = 576, 200
-LEFT, RIGHT, TOP, BOTTOM = 44, 556, 20, 172
+LEFT, RIGHT, TOP, BOTTOM = 52, 556, 20, 172
 MOST_POINTS = 300
 
 Points = list[tuple[float, float]]
@@ -24,7 +24,7 @@ class Axes:
         self.y0 = math.floor(lowest / step + 1e-9) * step
         self.lines = max(2, math.ceil((highest - self.y0) / step - 1e-9)) + 1
         self.y1 = self.y0 + step * (self.lines - 1)
-        self.digits = max(0, -math.floor(math.log10(step)))
+        self.digits = max(0, math.ceil(-math.log10(step) - 1e-9))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the data lies in the drawing."""
@@ -54,7 +54,7 @@ class Axes:
 
 def _round_step(rough: float) -> float:
     scale = 10.0 ** math.floor(math.log10(rough))
-    return next(scale * nice for nice in (1, 2, 2.5, 5, 10) if scale * nice >= rough * 0.999)
+    return next(scale * nice for nice in (1, 2, 5, 10) if scale * nice >= rough * 0.999)
 
 
 def _svg(label: str, inside: str) -> str:

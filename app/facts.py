@@ -3,7 +3,7 @@ problem."""
 
 from app.bases import base_facts, export_bytes
 from app.moment import Moment
-from app.words import UNKNOWN, about, file_size, many, safe, tile
+from app.words import UNKNOWN, about, file_size, many, safe, scientific, tile
 from lora_core.spec.config import RunConfig
 
 
@@ -72,7 +72,7 @@ def _sentences(moment: Moment) -> list[str]:
         captions = "all with captions" if not bare else f"{bare} without a caption"
         sentences.append(f"{many(len(dataset.records), 'picture')}, {captions}.")
     scale = config.adapter.alpha / config.adapter.rank
-    sentences.append(f"Effective learning rate {config.optim.lr * scale:.1e}.")
+    sentences.append(f"Effective learning rate {scientific(config.optim.lr * scale)}.")
     if config.dataset.trigger:
         sentences.append(f"Trigger word: {config.dataset.trigger}.")
     held = config.validation.pictures

@@ -94,7 +94,7 @@ def findings(dataset: Dataset, skipped: list[Problem], demo: bool) -> str:
 
 
 DETAIL = """<aside class="panel detail" id="picture-detail" data-none="1">
-<div class="big" id="picture-big"><img alt="" hidden><div class="crop" hidden></div></div>
+<div class="frame" id="picture-big"><img alt="" hidden><div class="crop" hidden></div></div>
 <p class="small num" id="picture-facts">Choose a picture to see it large and to write its caption.</p>
 <label id="caption">Caption<textarea rows="4" disabled aria-describedby="caption-tokens"
  placeholder="What is in the picture, in words or tags"></textarea></label>

@@ -12,7 +12,7 @@ import gradio as gr
 from app import header
 from app.desk import Desk
 from app.moment import Moment, moment_of
-from app.parts import QUIET, Parts
+from app.parts import QUIET, Parts, piece
 from app.tabs import dataset, export, preview, train
 from app.tabs.train import asked
 from app.words import safe
@@ -38,7 +38,7 @@ def build_page(desk: Desk) -> gr.Blocks:
     ) as page:
         _header(parts)
         with gr.Row(elem_id="welcome") as welcome:
-            gr.HTML(WELCOME, elem_classes="grow")
+            piece(WELCOME, elem_classes="grow")
             use_demo = gr.Button(
                 "Try it with the demo", variant="primary", elem_id="use-demo", min_width=0, scale=0
             )
@@ -55,9 +55,9 @@ def build_page(desk: Desk) -> gr.Blocks:
 def _header(parts: Parts) -> None:
     with gr.Row(elem_id="easel-header"):
         with gr.Row(elem_classes="brand-row"):
-            gr.HTML(header.brand())
-            parts.live(gr.HTML(), header.project_chip)
-        parts.live(gr.HTML(elem_classes="grow"), header.run_bar)
+            piece(header.brand())
+            parts.live(piece(), header.project_chip)
+        parts.live(piece(elem_classes="grow"), header.run_bar)
         with gr.Row(elem_classes="header-actions"):
             for do in ("pause", "stop"):
                 button = gr.Button(do.title(), elem_id=do, min_width=0, scale=0, visible="hidden")
@@ -65,9 +65,9 @@ def _header(parts: Parts) -> None:
                 parts.action(button.click(functools.partial(asked, parts, do), None, None, **QUIET))
             resume = gr.Button("Resume", elem_id="resume", min_width=0, scale=0, visible="hidden")
             parts.live(resume, lambda m: gr.update(visible=True if m.resumable and not m.live else "hidden"))
-            parts.live(gr.HTML(), lambda m: header.memory())
-            gr.HTML(header.theme_switch())
-    note = gr.HTML(elem_id="header-note")
+            parts.live(piece(), lambda m: header.memory())
+            piece(header.theme_switch())
+    note = piece(elem_id="header-note")
 
     def resumed() -> str:
         moment = moment_of(parts.desk)

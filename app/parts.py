@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import gradio as gr
+
 from app.desk import Desk
 from app.moment import Moment
 
@@ -61,3 +63,8 @@ class Parts:
     def filled(self) -> list[Any]:
         """The values of all filled components, in their order."""
         return [fill.value() for fill in self.fills]
+
+
+def piece(value: str = "", **options: Any) -> Any:
+    """A piece of our own HTML, without the frame and the type that Gradio would give it."""
+    return gr.HTML(value, padding=False, apply_default_css=False, js_on_load=None, **options)

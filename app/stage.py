@@ -13,7 +13,7 @@ def state_line(moment: Moment) -> str:
     view = moment.view
     words = {
         "error": view.message,
-        "idle": "" if view.scene else "Nothing drawn yet.",
+        "idle": "Drawn. Move the strength to see more or less of it." if view.scene else "Nothing drawn yet.",
         "working": _working(view),
     }
     tone = "problem" if view.state == "error" else "small"

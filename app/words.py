@@ -67,6 +67,12 @@ def pace(seconds_a_step: float | None) -> str:
     return f"{1 / seconds_a_step:.1f} it/s" if seconds_a_step <= 1 else f"{seconds_a_step:.1f} s/it"
 
 
+def scientific(value: float) -> str:
+    """A learning rate as people write it: 1.0e-4."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
 def many(count: int, one: str, more: str | None = None) -> str:
     """1 picture, 24 pictures."""
     return f"{count:,} {one if count == 1 else more or one + 's'}"

@@ -18,6 +18,7 @@
   // ---- pictures -----------------------------------------------------------------------------------------------
   let chosen = null;   // the name of the picture shown large
   let filter = "all";
+  const saved = new Map();     // captions as they were before typing began
   const waiting = new Map();   // captions typed but not yet saved, by picture
 
   const thumbs = () => all("#dataset-grid [data-picture]");
@@ -117,11 +118,15 @@
     if (!entry) return;
     clearTimeout(entry.timer);
     const { text } = entry;
+    const before = (saved.get(name) ?? text).trim();
+    saved.set(name, text);
     try {
       const answer = await post("caption", { picture: name, text }, options);
       if (answer.problem) throw new Error(answer.problem);
       if (waiting.get(name) === entry) waiting.delete(name);
       if (name === chosen && !waiting.has(name)) { say("saved", "Saved"); showTokens(answer.tokens); }
+      // The counts below the grid change only when a caption appears or goes.
+      if (!before !== !text.trim()) press("refresh");
     } catch (error) {
       if (name === chosen) say("error", `Not saved: ${error.message || "the window does not answer"}`);
     }
@@ -134,6 +139,7 @@
     waiting.set(name, { text, timer: setTimeout(() => save(name), 300) });
     say("saving", "Saving");
     const thumb = thumbs().find((other) => other.dataset.picture === name);
+    if (!saved.has(name)) saved.set(name, thumb?.dataset.caption ?? "");
     if (thumb) thumb.dataset.caption = text;
     applyFilter();
   };
@@ -155,6 +161,13 @@
     if (state) { state.dataset.state = "working"; state.className = "small num"; state.textContent = "Drawing"; }
   };
 
+  // A tab's contents come into being when it is first opened.
+  const drawFirst = (tries = 40) => {
+    const ready = one("#generate") && one("#preview-state") && one("#prompt textarea")?.value;
+    if (!ready && tries) return setTimeout(() => drawFirst(tries - 1), 100);
+    if (!one("#preview-base")) press("generate");
+  };
+
   // ---- one listener a kind of event -----------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, a, [data-picture]");
@@ -167,7 +180,7 @@
     else if (target.id === "generate") markWorking();
     else if (data.press) press(data.press);
     else if (data.tab) openTab(data.tab);
-    else if (data.showPreview !== undefined) { openTab("Preview"); setTimeout(() => { if (!one("#preview-base")) press("generate"); }, 300); }
+    else if (data.showPreview !== undefined) { openTab("Preview"); drawFirst(); }
     else if (data.runShow) post("run", { do: "show", run: data.runShow }).then(() => press("refresh"));
     else if (data.runResume) post("run", { do: "resume", run: data.runResume }).then(() => press("refresh"));
     else if (data.copy !== undefined) navigator.clipboard.writeText(data.copy).then(() => { target.textContent = "Copied"; });

@@ -8,7 +8,7 @@ import gradio as gr
 from app.bases import base_facts
 from app.gallery import DETAIL, filters, findings, grid
 from app.moment import Moment
-from app.parts import QUIET, TYPING, Parts
+from app.parts import QUIET, TYPING, Parts, piece
 from app.words import many, safe
 from lora_core.dataset.archive import Imported, import_files, import_folder
 from lora_core.spec.errors import LoraError
@@ -23,17 +23,17 @@ def build(parts: Parts) -> None:
         with gr.Column(elem_classes="main"):
             _drop_zone(parts)
             with gr.Row(elem_classes="toolbar"):
-                parts.live(gr.HTML(elem_classes="grow"), lambda m: filters(m.desk.project.dataset()))
+                parts.live(piece(elem_classes="grow"), lambda m: filters(m.desk.project.dataset()))
                 _trigger(parts)
-            parts.live(gr.HTML(elem_id="dataset-grid"), _grid)
-            parts.live(gr.HTML(), _findings)
-        gr.HTML(DETAIL, elem_classes="side")
+            parts.live(piece(elem_id="dataset-grid"), _grid)
+            parts.live(piece(), _findings)
+        piece(DETAIL, elem_classes="side")
 
 
 def _drop_zone(parts: Parts) -> None:
     project = parts.desk.project
     with gr.Row(elem_id="dataset-drop"):
-        gr.HTML(
+        piece(
             f'<h2>Drop pictures, a folder or a .zip anywhere</h2><p class="small">{KINDS}</p>',
             elem_classes="grow",
         )
@@ -48,7 +48,7 @@ def _drop_zone(parts: Parts) -> None:
             max_lines=1,
         )
         take = gr.Button("Import", elem_id="dataset-import", min_width=0, scale=0)
-    note = gr.HTML(elem_id="import-note")
+    note = piece(elem_id="import-note")
 
     def uploaded(files: list[str] | None) -> str:
         paths = [Path(file) for file in files or []]

@@ -10,7 +10,7 @@ from app.bases import base_facts
 from app.jobs import Watch
 from app.loras import checkpoint_choices
 from app.moment import Moment, moment_of
-from app.parts import QUIET, Parts
+from app.parts import QUIET, Parts, piece
 from app.words import safe
 from app.works_in import checkpoint_cards, works_in, written_line
 from lora_core.spec.choices import FORMATS
@@ -27,24 +27,24 @@ link.href = address; link.download = ""; document.body.append(link); link.click(
 def build(parts: Parts) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-export"):
-        with gr.Column(elem_classes="main panel"):
-            gr.HTML("<h2>Export</h2>")
+        with gr.Column(elem_classes="main card"):
+            piece("<h2>Export</h2>")
             fields = _form(parts)
             button = gr.Button(
                 "Download .safetensors", variant="primary", elem_id="export-download", elem_classes="big"
             )
             parts.live(button, lambda m: gr.update(interactive=bool(_with_checkpoints(m))))
-            written = gr.HTML(elem_id="export-written")
+            written = piece(elem_id="export-written")
             address = gr.Textbox(visible="hidden", elem_id="export-address")
         with gr.Column(elem_classes="main"):
-            table = gr.HTML(works_in(None, True), elem_id="works-in")
+            table = piece(works_in(None, True), elem_id="works-in")
     _wire(parts, fields, button, [written, table, address])
 
 
 def _form(parts: Parts) -> dict[str, Any]:
     made: dict[str, Any] = {}
     made["run"] = gr.Dropdown(label="Run", elem_id="export-run", allow_custom_value=False)
-    cards = gr.HTML(elem_id="export-cards")
+    cards = piece(elem_id="export-cards")
     with gr.Row(elem_classes="pair"):
         made["checkpoint"] = gr.Dropdown(label="Checkpoint", elem_id="checkpoint")
         made["name"] = gr.Textbox(label="File name", elem_id="export-name", lines=1, max_lines=1)

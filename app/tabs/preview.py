@@ -9,7 +9,7 @@ import gradio as gr
 
 from app.loras import found_loras, owner
 from app.moment import Moment, moment_of
-from app.parts import QUIET, TYPING, Parts
+from app.parts import QUIET, TYPING, Parts, piece
 from app.stage import DEMO_PROMPT, stage, state_line, strip
 from app.studio import Scene
 from lora_core.spec.choices import SAMPLERS
@@ -21,19 +21,19 @@ LARGEST_SEED = 2**32 - 1
 def build(parts: Parts) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-preview"):
-        with gr.Column(elem_classes="side panel"):
+        with gr.Column(elem_classes="side card"):
             fields, strength = _form(parts)
             draw = gr.Button("Generate", variant="primary", elem_id="generate", elem_classes="big")
-            parts.live(gr.HTML(), state_line)
-            gr.HTML(
+            parts.live(piece(), state_line)
+            piece(
                 '<p class="small">Ctrl+Enter draws too. Same noise with and without the LoRA; the base stays'
                 " loaded, so a new strength needs no reload.</p>"
             )
         with gr.Column(elem_classes="main"):
-            with gr.Column(elem_classes="panel"):
-                gr.HTML("<h2>Base against LoRA</h2>")
-                parts.live(gr.HTML(elem_id="stage"), stage)
-            parts.live(gr.HTML(elem_id="strength-strip"), strip)
+            with gr.Column(elem_classes="card"):
+                piece("<h2>Base against LoRA</h2>")
+                parts.live(piece(elem_id="stage"), stage)
+            parts.live(piece(elem_id="strength-strip"), strip)
     _wire(parts, fields, strength, draw)
 
 

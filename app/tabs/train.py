@@ -9,7 +9,7 @@ from app import cards
 from app.facts import base_note, blockers, facts
 from app.form import FORM, GROUPS, command_line, form_values, group_fields, preset_config, summary, widget
 from app.moment import Moment, moment_of
-from app.parts import QUIET, TYPING, Parts
+from app.parts import QUIET, TYPING, Parts, piece
 from app.plan import choice, widget_values
 from app.words import safe
 from lora_core.spec.errors import LoraError
@@ -24,16 +24,16 @@ HIDDEN_INFO = "tip"
 def build(parts: Parts) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-train"):
-        with gr.Column(elem_classes="side panel"):
+        with gr.Column(elem_classes="side card"):
             widgets, goal, level = _form(parts)
             _start(parts, widgets)
         with gr.Column(elem_classes="main"):
-            parts.live(gr.HTML(elem_id="run-card"), cards.run_card)
+            parts.live(piece(elem_id="run-card"), cards.run_card)
             with gr.Row(elem_classes="run-actions"):
                 _requests(parts)
-            parts.live(gr.HTML(elem_id="charts"), cards.charts)
-            parts.live(gr.HTML(elem_id="samples"), cards.samples)
-            parts.live(gr.HTML(elem_id="earlier"), cards.earlier)
+            parts.live(piece(elem_id="charts"), cards.charts)
+            parts.live(piece(elem_id="samples"), cards.samples)
+            parts.live(piece(elem_id="earlier"), cards.earlier)
     _wire_form(parts, widgets, goal, level)
 
 
@@ -48,7 +48,7 @@ def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any]:
         info="The embedded base, or the path of a diffusers folder.",
         elem_classes=HIDDEN_INFO,
     )
-    parts.live(gr.HTML(), base_note)
+    parts.live(piece(), base_note)
     with gr.Row(elem_classes="pair"):
         goal = gr.Dropdown([(title, key) for key, title in GOALS.items()], label="Goal", elem_id="goal")
         levels = [*((title, key) for key, title in LEVELS.items()), ("Demo", "demo")]
@@ -64,7 +64,7 @@ def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any]:
         )
     for group in GROUPS:
         with gr.Column(elem_classes="group"):
-            note = gr.HTML(elem_classes="group-note")
+            note = piece(elem_classes="group-note")
             parts.live(note, functools.partial(_group_note, group))
             with gr.Accordion(group, open=False):
                 for name in group_fields(group):
@@ -107,15 +107,15 @@ def _wire_form(parts: Parts, widgets: dict[str, Any], goal: Any, level: Any) -> 
 
 def _start(parts: Parts, widgets: dict[str, Any]) -> None:
     desk = parts.desk
-    parts.live(gr.HTML(elem_id="changed"), _changed)
+    parts.live(piece(elem_id="changed"), _changed)
     name = gr.Textbox(
         label="Name of the run", placeholder="date and dataset", elem_id="run-name", lines=1, max_lines=1
     )
-    parts.live(gr.HTML(elem_id="facts"), facts)
+    parts.live(piece(elem_id="facts"), facts)
     start = gr.Button("Start training", variant="primary", elem_id="start", elem_classes="big")
     parts.live(start, lambda m: gr.update(interactive=not blockers(m)))
-    note = gr.HTML(elem_id="start-note")
-    parts.live(gr.HTML(elem_id="command"), _command)
+    note = piece(elem_id="start-note")
+    parts.live(piece(elem_id="command"), _command)
 
     def started(run_name: str, *values: Any) -> tuple[Any, str]:
         desk.project.keep(values=dict(zip(FORM, values, strict=True)))
