@@ -74,11 +74,12 @@ def save_checkpoint(
         os.rename(making, final)
         sync_folder(final.parent)
     except OSError as error:
-        shutil.rmtree(making, ignore_errors=True)
         raise RunError(
             f"The checkpoint of step {state.step} cannot be written to {final.parent}:"
             f" {error.strerror or error}. The one before it is whole; make room and resume."
         ) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     return final
 
 

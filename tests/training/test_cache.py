@@ -1,0 +1,72 @@
+import pytest
+import torch
+from PIL import Image
+
+from lora_core.dataset.buckets import Bucket
+from lora_core.dataset.folder import scan
+from lora_core.models.load import load_base
+from lora_core.training import cache
+from lora_core.training.cache import LatentCache, TextSource
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("demo", torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def record(tmp_path):
+    image = Image.new("RGB", (64, 64), "red")
+    image.paste("blue", (0, 0, 20, 64))
+    image.save(tmp_path / "a.png")
+    return scan(tmp_path).records[0]
+
+
+def _counted(monkeypatch, name):
+    calls = []
+    original = getattr(cache, name)
+    monkeypatch.setattr(cache, name, lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
+def test_latents_are_encoded_once_for_all_runs(base, record, tmp_path, monkeypatch):
+    calls = _counted(monkeypatch, "encoded_picture")
+    bucket = Bucket(64, 64)
+    first = LatentCache(base, tmp_path / "cache").latents(record, bucket, False)
+    again = LatentCache(base, tmp_path / "cache")
+    assert torch.equal(again.latents(record, bucket, False), first)
+    assert torch.equal(again.latents(record, bucket, False), first)
+    assert len(calls) == 1
+    assert not torch.equal(again.latents(record, bucket, True), first)
+    assert len(calls) == 2
+
+
+def test_a_changed_picture_is_encoded_anew(base, record, tmp_path):
+    bucket = Bucket(64, 64)
+    first = LatentCache(base, tmp_path / "cache").latents(record, bucket, False)
+    Image.new("RGB", (64, 64), "green").save(record.path)
+    assert not torch.equal(LatentCache(base, tmp_path / "cache").latents(record, bucket, False), first)
+
+
+def test_a_broken_cache_file_is_made_again(base, record, tmp_path):
+    bucket = Bucket(64, 64)
+    first = LatentCache(base, tmp_path / "cache").latents(record, bucket, False)
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for broken in (whole[:40], b"", b"x" * 200):
+        file.write_bytes(broken)
+        assert torch.equal(LatentCache(base, tmp_path / "cache").latents(record, bucket, False), first)
+        assert file.read_bytes() == whole
+
+
+def test_captions_are_encoded_once_unless_the_encoder_is_trained(base, tmp_path, monkeypatch):
+    calls = _counted(monkeypatch, "text_condition")
+    frozen = TextSource(base, tmp_path / "text", False, 1, 75)
+    both = frozen.conditions(["owl", "fox"]).context
+    assert torch.equal(frozen.condition("owl").context[0], both[0])
+    assert torch.equal(TextSource(base, tmp_path / "text", False, 1, 75).condition("fox").context[0], both[1])
+    assert len(calls) == 2
+    live = TextSource(base, tmp_path / "text", True, 1, 75)
+    torch.testing.assert_close(live.conditions(["owl", "fox"]).context, both)
+    live.conditions(["owl"])
+    assert len(calls) == 4

@@ -1,0 +1,193 @@
+"""The training generator: exact resume with everything random switched on, and that it learns."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from lora_core.adapters.inject import adapter_weights
+from lora_core.dataset.folder import scan
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import ConfigError, RunError
+from lora_core.spec.run_folder import RunFolder
+from lora_core.training import loop
+from lora_core.training.loop import StepPlan, training_steps
+from lora_core.training.prepare import Plan, prepared
+from lora_core.validation.gain import paired_gain, triple_losses
+from lora_core.validation.validate import measured_pictures
+
+STEPS = 4
+RANDOM = {
+    "dataset.flip": True, "dataset.shuffle_tags": True, "dataset.caption_dropout": 0.3, "dataset.tag_dropout":
+    0.2, "adapter.dropout": 0.2, "adapter.rank_dropout": 0.2, "adapter.module_dropout": 0.1,
+    "train.accumulate": 2, "train.batch_size": 2, "loss.noise_offset": 0.05,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(5):
+        image = Image.new("RGB", (64, 64), ("red", "blue", "green", "white", "black")[number])
+        ImageDraw.Draw(image).ellipse((10, 10, 30 + number, 50), fill="orange")
+        image.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"dot, number {number}, on a plain background")
+    return folder
+
+
+@pytest.fixture
+def config(pictures):
+    return RunConfig().changed({
+        "dataset.path": str(pictures), "adapter.rank": 2, "adapter.alpha": 2.0, "train.steps": STEPS,
+        "train.precision": "fp32", "optim.lr": 1e-3, "validation.pictures": 0.0, "loss.min_snr": 0.0,
+        "preview.prompts": ["dot"],
+    })  # fmt: skip
+
+
+def _session(tmp_path, config, name="run"):
+    path = tmp_path / "ws" / "runs" / name
+    run = RunFolder(path) if path.exists() else RunFolder.create(path, config)
+    return prepared(run, config, Plan.of(run, config), lambda *_: None)
+
+
+def _trained(session, config, done, until):
+    """Step from `done` to `until`; returns the adapter and the optimizer's state."""
+    steps = training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, STEPS), done)
+    for _ in range(until - done):
+        next(steps)
+    return adapter_weights(session.trainee.injected), session.trainee.optimizer.state_dict()
+
+
+def _equal(first, second):
+    return all(
+        torch.equal(first.layers[k].down, second.layers[k].down) and torch.equal(first.layers[k].up,
+        second.layers[k].up) for k in first.layers
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        RANDOM,
+        {**RANDOM, "optim.text_encoder_lr": 0.0, "train.checkpointing": True},
+        {"optim.name": "lion", "optim.schedule": "cosine_restarts"},
+        {"train.precision": "bf16"},
+    ],
+    ids=["plain", "all random", "frozen text, checkpointing", "lion, restarts", "bf16"],
+)
+def test_a_resume_equals_an_unbroken_run_bit_for_bit(tmp_path, config, changes):
+    config = config.changed(changes)
+    whole, _ = _trained(_session(tmp_path, config), config, 0, STEPS)
+    half, optimizer = _trained(_session(tmp_path, config), config, 0, 2)
+    session = _session(tmp_path, config)
+    for key, layer in session.trainee.injected.layers.items():
+        layer.from_layer_weights(half.layers[key])
+    session.trainee.optimizer.load_state_dict(optimizer)
+    rest, _ = _trained(session, config, 2, STEPS)
+    assert _equal(rest, whole)
+    assert not _equal(half, whole)
+
+
+def test_checkpointing_changes_no_gradient_and_keeps_less(tmp_path, config):
+    adapters, kept = [], []
+    for on in (False, True):
+        changed = config.changed({**RANDOM, "train.checkpointing": on})
+        session = _session(tmp_path, changed)
+        sizes = Counter()
+
+        def pack(tensor, sizes=sizes):
+            sizes["bytes"] += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            adapters.append(_trained(session, changed, 0, 1)[0])
+        kept.append(sizes["bytes"])
+    for key in adapters[0].layers:
+        torch.testing.assert_close(
+            adapters[0].layers[key].up, adapters[1].layers[key].up, rtol=1e-4, atol=1e-7
+        )
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_accumulating_equals_a_larger_batch(tmp_path, config):
+    """Two micro-batches of one weigh as one of two: the same draws are fed in by hand."""
+    session = _session(tmp_path, config.changed({"train.accumulate": 2}))
+    plan = StepPlan.of(config.changed({"train.accumulate": 2, "optim.clip": 0.0}), STEPS)
+    step = next(training_steps(session.trainee, session.batches, session.text, plan, 0))
+    both = [p.grad.clone() for p in session.trainee.injected.parameters()]
+    alone = []
+    losses = []
+    for number in range(2):
+        other = _session(tmp_path, config)
+        shifted = dataclasses.replace(plan, accumulate=1)
+        original = other.batches.batch
+        other.batches.batch = lambda n, original=original, number=number: original(number)
+        generator_shift = _noise_of(number)
+        with generator_shift:
+            losses.append(next(training_steps(other.trainee, other.batches, other.text, shifted, 0)).loss)
+        alone.append([p.grad.clone() for p in other.trainee.injected.parameters()])
+    assert step.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
+    for together, first, second in zip(both, *alone, strict=True):
+        torch.testing.assert_close(together, (first + second) / 2, rtol=1e-3, atol=1e-8)
+
+
+def _noise_of(number):
+    """Make micro-batch 0 draw the noise of micro-batch `number`."""
+    original = loop._noise_seed
+    return mock.patch.object(loop, "_noise_seed", lambda seed, _: original(seed, number))
+
+
+def test_it_learns(tmp_path, config):
+    """Measured on fixed triples of the training pictures, since the loss of single steps is mostly noise."""
+    config = config.changed(
+        {"optim.lr": 3e-3, "optim.warmup": 0.0, "optim.schedule": "constant", "train.batch_size": 4}
+    )
+    session = _session(tmp_path, config)
+    base, text = session.trainee.base, session.text
+    pictures = measured_pictures(base, scan(Path(config.dataset.path)).records, 8, 0)
+    before = triple_losses(base, pictures, text.condition)
+    list(training_steps(session.trainee, session.batches, text, StepPlan.of(config, 30), 0))
+    gain = paired_gain(before, triple_losses(base, pictures, text.condition))
+    assert gain.gain > 5 * gain.standard_error
+    assert gain.gain > 0.02 * gain.base_loss
+
+
+def test_a_loss_that_is_not_finite_ends_before_it_spoils_the_adapter(tmp_path, config):
+    session = _session(tmp_path, config)
+    before = adapter_weights(session.trainee.injected)
+    session.batches.batch = lambda n, original=session.batches.batch: dataclasses.replace(
+        original(n), latents=torch.full((1, 4, 8, 8), float("nan"))
+    )
+    with pytest.raises(RunError, match="step 1 is not finite"):
+        next(training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, STEPS), 0))
+    assert _equal(adapter_weights(session.trainee.injected), before)
+
+
+def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
+    config = config.changed({"optim.text_encoder_lr": 5e-4, "optim.warmup": 0.0, "optim.schedule": "linear"})
+    session = _session(tmp_path, config)
+    steps = training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, STEPS), 0)
+    rates = []
+    for step in steps:
+        rates.append((step.lr, session.trainee.optimizer.param_groups[1]["lr"]))
+    assert [r[0] for r in rates] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert [r[1] for r in rates] == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
+
+
+def test_settings_that_cannot_work_together_are_told(tmp_path, config):
+    with pytest.raises(ConfigError, match="Nothing would be trained"):
+        _session(tmp_path, config.changed({"optim.lr": 0.0, "optim.text_encoder_lr": 0.0}))
+    with pytest.raises(ConfigError, match="one learning rate"):
+        _session(tmp_path, config.changed({"optim.name": "prodigy"}), "other")
+
+
+def test_only_the_parts_with_a_rate_are_trained(tmp_path, config):
+    session = _session(tmp_path, config.changed({"optim.text_encoder_lr": 0.0}))
+    assert session.trainee.injected.parts() == ["unet"]
+    session = _session(tmp_path, config.changed({"optim.lr": 0.0}), "other")
+    assert session.trainee.injected.parts() == ["text_encoder"]
