@@ -31,7 +31,9 @@ def add_verbs(verbs: Verbs) -> None:
     resume.add_argument("path", metavar="RUN", type=Path)
     resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
     resume.add_argument("--accept-changes", action="store_true", help="go on although something has changed")
-    resume.set_defaults(run=lambda options: resumed(RunFolder.open(options.path), options.steps))
+    resume.set_defaults(
+        run=lambda options: resumed(RunFolder.open(options.path), options.steps, options.accept_changes)
+    )
     words = {
         "stop": "end a run, keep its work and export it",
         "pause": "end a run's process, to go on later",
@@ -84,7 +86,7 @@ def _train(options: argparse.Namespace) -> int:
     return resumed(run, None)
 
 
-def resumed(run: RunFolder, steps: int | None) -> int:
+def resumed(run: RunFolder, steps: int | None, accept_changes: bool = False) -> int:
     """Train a run from where it stands; returns the exit code."""
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps {steps} should be 1 or more.")
@@ -94,7 +96,7 @@ def resumed(run: RunFolder, steps: int | None) -> int:
         from lora_core.training.run import train
 
         printer = EventPrinter(sys.stdout)
-        outcome = train(run, steps, printer.show)
+        outcome = train(run, steps, printer.show, accept_changes)
         printer.close()
     if outcome.export is not None:
         say(str(outcome.export))

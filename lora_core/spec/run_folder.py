@@ -8,6 +8,7 @@ be wrong.
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def inputs_file(self) -> Path:
+        """Hashes of what the run's bits follow from, written at its first start."""
+        return self.path / "inputs.json"
+
+    @property
     def log_file(self) -> Path:
         """The trainer's own output."""
         return self.path / "log.txt"
@@ -90,25 +96,40 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
-        """Make the folder and freeze its config.
+        """Make the folder and freeze its config, whole or not at all.
+
+        A run of that name that failed before its first step holds nothing to go on with and is replaced, so
+        that a person who has mended what was wrong can give the same command again.
 
         Raises:
             RunError: the name is taken, or the folder cannot be made.
         """
-        folder = cls(path)
+        making = cls(path.with_name(f".{path.name}.{uuid.uuid4().hex}.making"))
         try:
-            path.mkdir(parents=True)
-        except FileExistsError as error:
-            raise RunError(
-                f"A run named {path.name} exists already in {path.parent}; go on with it by `resume {path}`,"
-                " or choose another --name."
-            ) from error
+            for below in (making.checkpoints, making.previews, making.exports):
+                below.mkdir(parents=True)
+            write_atomically(making.config_file, to_toml(config).encode())
+            if cls(path)._failed_at_once():
+                os.rename(path, making.path / "replaced")
+            if path.exists():
+                raise RunError(
+                    f"A run named {path.name} exists already in {path.parent}; go on with it by"
+                    f" `resume {path}`, or choose another --name."
+                )
+            os.rename(making.path, path)
+            shutil.rmtree(path / "replaced", ignore_errors=True)
         except OSError as error:
             raise RunError(f"The run folder {path} cannot be made: {error.strerror or error}.") from error
-        for below in (folder.checkpoints, folder.previews, folder.exports):
-            below.mkdir()
-        write_atomically(folder.config_file, to_toml(config).encode())
-        return folder
+        finally:
+            shutil.rmtree(making.path, ignore_errors=True)
+        return cls(path)
+
+    def _failed_at_once(self) -> bool:
+        """Whether it is a run that ended in failure before its first step."""
+        if not self.config_file.is_file():
+            return False
+        progress = self.progress()
+        return self.status(progress) == "failed" and not progress.step and not self.checkpoint_steps()
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -261,7 +282,8 @@ def all_runs(workspace: Path) -> list[RunFolder]:
     folder = runs_folder(workspace)
     if not folder.is_dir():
         return []
-    found = [RunFolder(path) for path in folder.iterdir() if (path / "config.toml").is_file()]
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
+    found = [RunFolder(path) for path in paths if (path / "config.toml").is_file()]
     return sorted(found, key=lambda run: run.config_file.stat().st_mtime, reverse=True)
 
 

@@ -17,7 +17,8 @@ from lora_core.spec.families import FAMILIES, Family
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder, checked_name
 from lora_core.training.batches import Item
-from lora_core.training.prepare import plain_caption, versions
+from lora_core.training.inputs import versions
+from lora_core.training.prepare import plain_caption
 
 
 def export_facts(

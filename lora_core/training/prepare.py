@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.sections import OptimSection
 from lora_core.training.batches import Batches, Item, Looks, items_of, looks_in_all
 from lora_core.training.cache import LatentCache, TextSource
+from lora_core.training.inputs import check_inputs
 from lora_core.training.loop import Trainee
 from lora_core.validation.gain import Measured
 from lora_core.validation.triples import looks_at
@@ -32,7 +32,6 @@ from lora_core.validation.triples import looks_at
 Say = Callable[[str, int, int], None]
 """Called with (phase, done, all) as the preparation goes on; what it raises ends it."""
 
-PACKAGES = ("lora-easel", "torch", "diffusers", "transformers")
 SAMPLE_PROMPTS = 2
 
 
@@ -80,21 +79,20 @@ class Session:
     prompts: list[str]
 
 
-def versions() -> dict[str, str]:
-    """The versions that bits may depend on."""
-    return {name: version(name) for name in PACKAGES}
-
-
-def prepared(run: RunFolder, config: RunConfig, plan: Plan, say: Say) -> Session:
+def prepared(
+    run: RunFolder, config: RunConfig, plan: Plan, say: Say, accept_changes: bool = False
+) -> Session:
     """Do all that the first step needs.
 
     Raises:
         ConfigError, DatasetError, ModelFileError: in a sentence, what is wrong.
+        RunError: what the run follows from has changed since it began, and that is not accepted.
     """
     workspace = run.path.parent.parent
     say("Reading the pictures", 0, 1)
     dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
     require_clean(dataset)
+    check_inputs(run, dataset.records, accept_changes)
     train, held = held_out(dataset.records, config.validation.pictures, config.seed)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)

@@ -28,8 +28,9 @@ from lora_core.training.checkpoint import (
     save_checkpoint,
 )
 from lora_core.training.export import export_facts, header_of, write_export
+from lora_core.training.inputs import versions
 from lora_core.training.loop import StepPlan, training_steps
-from lora_core.training.prepare import Plan, Session, prepared, versions
+from lora_core.training.prepare import Plan, Session, prepared
 from lora_core.training.requests import Interrupted, Requests
 
 EXPORT_PRECISION = "fp16"
@@ -47,13 +48,19 @@ class Outcome:
     signalled: bool = False
 
 
-def train(run: RunFolder, steps: int | None, on_event: Callable[[events.Event], None]) -> Outcome:
+def train(
+    run: RunFolder,
+    steps: int | None,
+    on_event: Callable[[events.Event], None],
+    accept_changes: bool = False,
+) -> Outcome:
     """Train a run from where it stands to its end, or until it is asked to stop. Call it with the run held.
 
     Args:
         run: the run.
         steps: train to so many steps in all; None for what was planned.
         on_event: called with each event after it is written.
+        accept_changes: go on although pictures, settings or packages are not those that the run began with.
 
     Raises:
         LoraError: what went wrong, in a sentence; it is in the events too.
@@ -61,11 +68,11 @@ def train(run: RunFolder, steps: int | None, on_event: Callable[[events.Event], 
     before = run.progress()
     config = run.config()
     goal = steps or before.steps or config.train.steps
-    if before.ending == "done" and goal <= before.step:
-        if steps is not None:
-            raise RunError(
-                f"The run {run.name} has done {before.step} steps; ask for more than that with --steps."
-            )
+    if steps is not None and steps <= before.step:
+        raise RunError(
+            f"The run {run.name} has done {before.step} steps; ask for more than that with --steps."
+        )
+    if before.ending == "done" and steps is None:
         return Outcome("done", run.path / before.export)
     clear_unfinished(run)
     writer = events.EventWriter(run.events_file)
@@ -77,7 +84,7 @@ def train(run: RunFolder, steps: int | None, on_event: Callable[[events.Event], 
     conductor = Conductor(run, config, goal, before, emit)
     try:
         with conductor.requests.signals():
-            return conductor.conduct()
+            return conductor.conduct(accept_changes)
     except torch.OutOfMemoryError as error:
         problem = OutOfMemory(
             "The device ran out of memory; lower train.batch_size or train.resolution, or set"
@@ -123,7 +130,7 @@ class Conductor:
         self._noted = 0.0
         self._started_at = run.config_file.stat().st_mtime
 
-    def conduct(self) -> Outcome:
+    def conduct(self, accept_changes: bool) -> Outcome:
         """Prepare, train, and end as asked."""
         plan = Plan.of(self._run, self._config)
         torch.set_num_threads(plan.threads)
@@ -137,7 +144,7 @@ class Conductor:
             )
         )
         try:
-            session = prepared(self._run, self._config, plan, self._prepare_note)
+            session = prepared(self._run, self._config, plan, self._prepare_note, accept_changes)
         except Interrupted:
             return self._end(None)
         self._take_up(session)
