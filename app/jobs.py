@@ -115,6 +115,9 @@ class Jobs:
         self._refuse_beside_another()
         name = checked_name(config.name) if config.name else self.free_name(config)
         run = RunFolder.create(runs_folder(self.workspace) / name, config.changed({"name": name}))
+        with self._lock:
+            # The name may have been that of a run that failed at once, whose events are gone now.
+            self._watches.pop(run.path, None)
         self._launch(run)
         return run
 

@@ -224,3 +224,28 @@ def test_names_that_every_file_system_takes(name: str) -> None:
 def test_names_that_some_file_system_refuses(name: str) -> None:
     with pytest.raises(RunError, match="cannot be a folder's"):
         checked_name(name)
+
+
+@pytest.mark.parametrize(
+    ("story", "free"),
+    [
+        ([STARTED, events.Failed(reason="No pictures.")], True),
+        ([STARTED, STEP, events.Failed(step=1, reason="The disk is full.")], False),
+        ([STARTED], False),
+        ([STARTED, events.Stopped(export="")], False),
+    ],
+)
+def test_a_run_that_failed_before_its_first_step_gives_its_name_back(
+    run: RunFolder, story: list[events.Event], free: bool
+) -> None:
+    write(run, *story)
+    if free:
+        again = RunFolder.create(run.path, RunConfig().changed({"adapter.rank": 8}))
+        assert again.config().adapter.rank == 8
+        assert again.status() == "queued"
+        assert not run.events_file.exists()
+    else:
+        with pytest.raises(RunError, match="resume"):
+            RunFolder.create(run.path, RunConfig())
+        assert run.config().adapter.rank == 4
+    assert [path.name for path in run.path.parent.iterdir()] == ["first"]
