@@ -178,6 +178,13 @@ class OptimSection:
         "Of the text encoder's adapter. 0: the text encoder is not trained.",
         span=(0.0, 10.0),
     )
+    text_encoder_until: float = setting(
+        1.0,
+        "Text encoder until",
+        "Share of the steps after which the text encoder's adapter stays as it is; less keeps it from"
+        " overfitting.",
+        span=(0.0, 1.0),
+    )
     schedule: str = setting(
         "cosine", "Schedule", "How the rate changes over the run.", table=choices.SCHEDULES
     )

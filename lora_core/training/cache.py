@@ -70,6 +70,10 @@ class TextSource:
         """The condition of one caption, (1, T, D)."""
         return self.conditions([caption])
 
+    def release(self) -> None:
+        """Free the text encoders: every caption that can come up is in memory now."""
+        self._base.text_encoders.clear()
+
     def _cached(self, caption: str) -> TextCondition:
         if caption not in self._memory:
             name = _digest(caption, self._encoders, *self._how, self._base.dtype)

@@ -85,7 +85,7 @@ def training_steps(
         began = time.perf_counter()
         factor = rate_factor(step, plan.steps, plan.schedule, plan.warmup)
         for group in trainee.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group["initial_lr"] * factor if step < group["until"] * plan.steps else 0.0
         trainee.optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for part in range(plan.accumulate):

@@ -111,6 +111,8 @@ def prepared(
     prompts = sample_prompts(config, held or train)
     if not encoders_trained:
         _encode_texts(text, train, held, rules, [*prompts, ""], say)
+        if not any(varies(record.caption, rules) for record in train):
+            text.release()
     measured = [_measured(item, latents, config, base) for item in held_items]
     injected = injected_adapter(base, config, parts)
     ready_for_training(base, config.train.checkpointing)
@@ -145,6 +147,11 @@ def caption_rules(config: RunConfig) -> CaptionRules:
     return CaptionRules(
         data.trigger, data.caption_dropout, data.tag_dropout, data.shuffle_tags, data.keep_tags
     )
+
+
+def varies(caption: str, rules: CaptionRules) -> bool:
+    """Whether a caption reads differently from look to look, other than by being left out."""
+    return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
 
 
 def plain_caption(caption: str, trigger: str) -> str:
@@ -187,7 +194,8 @@ def ready_for_training(base: BaseModel, checkpointing: bool) -> None:
 
 
 def optimizer_of(injected: Injected, base: BaseModel, optim: OptimSection) -> torch.optim.Optimizer:
-    """The optimizer, with one group a part and the full rate kept as `initial_lr`.
+    """The optimizer, with one group a part; `initial_lr` is its full rate, `until` the share of steps it is
+    trained for.
 
     Raises:
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
@@ -195,7 +203,12 @@ def optimizer_of(injected: Injected, base: BaseModel, optim: OptimSection) -> to
     row = chosen(OPTIMIZERS, optim.name, "optim.name")
     rates = part_rates(base, optim)
     groups: list[dict[str, Any]] = [
-        {"params": injected.parameters(part), "lr": rates[part], "initial_lr": rates[part]}
+        {
+            "params": injected.parameters(part),
+            "lr": rates[part],
+            "initial_lr": rates[part],
+            "until": 1.0 if part == "unet" else optim.text_encoder_until,
+        }
         for part in injected.parts()
     ]
     if row.one_rate and len({group["lr"] for group in groups}) > 1:

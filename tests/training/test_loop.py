@@ -15,6 +15,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError, RunError
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training import loop
+from lora_core.training.between import drawn_samples
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, prepared
 from lora_core.validation.gain import paired_gain, triple_losses
@@ -177,6 +178,27 @@ def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
         rates.append((step.lr, session.trainee.optimizer.param_groups[1]["lr"]))
     assert [r[0] for r in rates] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert [r[1] for r in rates] == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
+
+
+def test_the_text_encoder_stops_early_on_request(tmp_path, config):
+    config = config.changed({"optim.text_encoder_until": 0.5, "optim.schedule": "constant"})
+    session = _session(tmp_path, config)
+    steps = training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, STEPS), 0)
+    seen = []
+    for _ in steps:
+        text = adapter_weights(session.trainee.injected).layers
+        seen.append({key: layer.up for key, layer in text.items() if key[0] == "text_encoder"})
+    assert all(torch.equal(seen[1][key], seen[3][key]) for key in seen[0])
+    assert not all(torch.equal(seen[0][key], seen[1][key]) for key in seen[0])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_frozen_text_encoder_leaves_memory_once_no_caption_can_be_new(tmp_path, config, shuffle):
+    config = config.changed({"optim.text_encoder_lr": 0.0, "dataset.shuffle_tags": shuffle})
+    session = _session(tmp_path, config)
+    assert bool(session.trainee.base.text_encoders) == shuffle
+    _trained(session, config, 0, 1)
+    assert drawn_samples(session, config.preview, tmp_path / "sample", "x", lambda *_: None)[0].is_file()
 
 
 def test_settings_that_cannot_work_together_are_told(tmp_path, config):
