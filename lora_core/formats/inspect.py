@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_core.formats import diffusers, kinds, kohya
 from lora_core.formats.container import Header, file_hashes, read_header
+from lora_core.formats.layers import alpha_number
 from lora_core.spec.errors import AdapterFileError
 
 
@@ -76,7 +77,7 @@ def _alphas(path: Path, header: Header, ranks: list[int]) -> list[float]:
     ]
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            stored = [float(file.get_tensor(name).reshape(())) for name in names]
+            stored = [alpha_number(file.get_tensor(name)) for name in names]
     except (SafetensorError, OSError, RuntimeError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
     claimed = stored or kinds.alpha_claims(header.metadata, diffusers.HEADER_KEY)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from lora_core.adapters.weights import AdapterWeights, LayerWeights
@@ -56,10 +57,20 @@ def _alpha(name: str, stored: torch.Tensor | None, rank: int) -> float:
         return float(rank)
     if stored.numel() != 1:
         raise AdapterFileError(f"{name!r} has an alpha of shape {list(stored.shape)}; it must be one number.")
-    alpha = float(stored.reshape(()))
+    alpha = alpha_number(stored)
     if not math.isfinite(alpha):
         raise AdapterFileError(f"{name!r} has the alpha {alpha}, which is not a finite number.")
     return alpha
+
+
+def alpha_number(stored: torch.Tensor) -> float:
+    """The number in an alpha tensor; from fp32 the shortest decimal that rounds to it, 0.3 for 0.300000012.
+
+    So an alpha that a person wrote comes back as the same number, and a resumed run scales just as an
+    unbroken one.
+    """
+    number = float(stored.reshape(()))
+    return float(str(np.float32(number))) if stored.dtype == torch.float32 else number
 
 
 def _without_mid(name: str, down: torch.Tensor, mid: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,16 @@ def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
     assert MAX_HEADER < 2**25
 
 
+def test_no_length_of_a_header_makes_a_good_file_look_like_something_else(tmp_path):
+    """A header of 0x0480 bytes begins as pickles do, one of 0x3c as web pages do, one of 0x4b50 as zips
+    do."""
+    path = tmp_path / "f.safetensors"
+    raw = json.dumps(GOOD).encode()
+    for length in [*range(len(raw), len(raw) + 600), 0x280, 0x380, 0x480, 0x580, 0x4B50]:
+        raw_file(path, raw + b" " * (length - len(raw)), DATA)
+        assert read_header(path).shapes == {"a": [2, 2]}
+
+
 TENSORS = {
     "b.weight": torch.arange(6, dtype=torch.float16).reshape(2, 3),
     "a.weight": torch.arange(4, dtype=torch.float32),

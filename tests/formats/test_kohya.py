@@ -183,3 +183,9 @@ def test_header(family):
     assert header["ss_v2"] == "False"
     assert kohya.matches(["lora_te_encoder_layers_0_mlp_fc1.alpha"])
     assert not kohya.matches(["unet.conv_in.lora_A.weight", "lora_controlnet"])
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.1, 7.7, 1e-4, 12345.678, 1.0, 1e30])
+def test_an_alpha_comes_back_as_the_number_that_was_written(family, alpha):
+    weights = adapter(alphas=(alpha,) * 5)
+    assert same_bits(kohya.from_file(kohya.to_file(weights, family), {}), weights)
