@@ -14,13 +14,13 @@ import tempfile
 from pathlib import Path
 
 import torch
+from decoder import polished_vae
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from unet import new_models, new_scheduler
 from vae import new_vae
-from whitening import trained_vae
 
 FAMILY = {"family": "tiny"}
 
@@ -36,7 +36,7 @@ def trained_models(build: Path, tokenizer: CLIPTokenizer) -> nn.ModuleDict:
 
 def newest_vae(build: Path) -> AutoencoderKL:
     """Returns the VAE of the checkpoint, or a new one."""
-    return trained_vae(build) if (build / "vae.pt").exists() else new_vae()
+    return polished_vae(build) if (build / "vae.pt").exists() else new_vae()
 
 
 def save_text_encoder(encoder: CLIPTextModel, folder: Path) -> None:

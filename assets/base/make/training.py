@@ -1,19 +1,23 @@
-"""What both training scripts share: Muon, a schedule that follows the clock, checkpoints that survive a kill.
+"""What both training scripts share: Muon, a schedule by the clock, workers, checkpoints that survive a kill.
 
 The schedule runs over minutes instead of steps because what one has is an evening on a laptop, not a step
 count; time already spent is part of the checkpoint, so a run that was stopped goes on where it was.
+
+Workers are processes of one thread each that average their gradients once a step. Threads inside one process
+would wait for each other at every operation, which is slow as soon as anything else runs on the machine.
 """
 
 import logging
 import math
 import os
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 CHECKPOINT_SECONDS = 90
 
@@ -106,6 +110,36 @@ class Clock:
         if due:
             self._saved = time.monotonic()
         return due
+
+
+def share(model: nn.Module, clock: Clock) -> None:
+    """Averages the gradients and the time spent over all workers, so that they stay equal.
+
+    Raises:
+        SystemExit: the process that started the workers is gone, so this one ends too.
+    """
+    if not multiprocessing.parent_process().is_alive():
+        raise SystemExit
+    gradients = [weight.grad for weight in model.parameters()]
+    everything = torch.cat([torch.tensor([clock.spent]), *(gradient.flatten() for gradient in gradients)])
+    distributed.all_reduce(everything)
+    everything /= distributed.get_world_size()
+    clock.spent = float(everything[0])
+    for gradient, mean in zip(gradients, everything[1:].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def start_workers(work: Callable[..., None], count: int, *arguments: object) -> None:
+    """Runs `work(rank, *arguments)` in `count` processes that can `share`."""
+    with tempfile.TemporaryDirectory() as meeting:
+        multiprocessing.spawn(_join, (count, f"file://{meeting}/place", work, arguments), nprocs=count)
+
+
+def _join(rank: int, count: int, place: str, work: Callable[..., None], arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=count)
+    work(rank, *arguments)
+    distributed.destroy_process_group()
 
 
 def update(built: list[torch.optim.Optimizer], model: nn.Module, factor: float) -> None:

@@ -17,11 +17,11 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from pictures import Icons, jittered, laid_on, load_icons, placed
 from tokenizer import END, START
 from torch import Tensor, nn
-from training import Clock, log_to, optimizers, save, update
+from training import Clock, log_to, optimizers, save, share, start_workers, update
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from whitening import trained_vae
 
-BATCH = 32
+BATCH = 20  # of each worker
 AVERAGE = 0.998  # of the moving average of the weights, the weights that are shipped
 WIDTH = 128  # of the text encoder
 LATENT_SIDE = 16
@@ -192,48 +192,72 @@ class Average:
         torch._foreach_lerp_([self.weights[name] for name in names], list(values), 1 - keep)
 
 
-def train(build: Path, minutes: float, seed: int = 0) -> None:
-    """Trains to the end of the budget, going on from `build/unet.pt` if it is there."""
-    torch.manual_seed(seed)
-    log, icons, path = log_to(build / "unet.log"), load_icons(build), build / "unet.pt"
-    tokenizer = CLIPTokenizer.from_pretrained(build / "tokenizer")
-    models, shadow = new_models(tokenizer), new_models(tokenizer)
-    built = optimizers(models, {"lr": 5e-3, "weight_decay": 0.02}, {"lr": 1.5e-3})
-    clock, average = Clock(minutes), Average(models)
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        models.load_state_dict(state["models"])
-        average.weights = state["average"]
-        for optimizer, held in zip(built, state["optimizers"], strict=True):
-            optimizer.load_state_dict(held)
-        clock = Clock(minutes, state["spent"], state["step"])
-    generator = torch.Generator().manual_seed(seed + clock.step)
-    samples = Samples(cached_latents(build, icons), tokenizer, seed + clock.step)
-    validation, recent = Validation(build, icons, samples), 0.0
-    while not clock.done:
+class Run:
+    """One worker's share of the training: models, optimizers, averaged weights, clock; kept in `unet.pt`."""
+
+    def __init__(self, build: Path, minutes: float, tokenizer: CLIPTokenizer, seed: int):
+        """Starts anew, or where the checkpoint is."""
+        torch.manual_seed(seed)
+        self.models = new_models(tokenizer)
+        self.optimizers = optimizers(self.models, {"lr": 5e-3, "weight_decay": 0.02}, {"lr": 1.5e-3})
+        self.clock, self.average, self.path = Clock(minutes), Average(self.models), build / "unet.pt"
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            self.models.load_state_dict(state["models"])
+            self.average.weights = state["average"]
+            for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(held)
+            self.clock = Clock(minutes, state["spent"], state["step"])
+
+    def step(self, samples: Samples, generator: torch.Generator) -> float:
+        """Trains on one batch and returns its loss."""
         latents, ids = samples.draw(BATCH)
         timesteps, noise = spread_timesteps(BATCH, generator), torch.randn(latents.shape, generator=generator)
-        loss = v_loss(models, latents, ids, timesteps, noise).mean()
+        loss = v_loss(self.models, latents, ids, timesteps, noise).mean()
         loss.backward()
-        update(built, models, clock.factor(warm_up=100))
-        average.follow(models, clock.step)
-        clock.tick()
-        recent = 0.98 * recent + 0.02 * loss.item() if recent else loss.item()
-        if clock.step % 100 == 0:
-            passes = clock.step * BATCH / (len(THINGS) * len(STYLES))
-            log.info("step %d  %.0f s  loss %.4f  passes %.0f", clock.step, clock.spent, recent, passes)
-        if clock.checkpoint_due():
-            held = {"optimizers": [o.state_dict() for o in built], "spent": clock.spent, "step": clock.step}
-            save(path, {"models": models.state_dict(), "average": average.weights, **held})
-            shadow.load_state_dict(average.weights, strict=False)
-            log.info("step %d  validation %.4f", clock.step, validation.loss(shadow.eval()))
+        self.clock.tick()
+        share(self.models, self.clock)
+        update(self.optimizers, self.models, self.clock.factor(warm_up=100))
+        self.average.follow(self.models, self.clock.step)
+        return loss.item()
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        held = {"models": self.models.state_dict(), "average": self.average.weights}
+        spent = {"spent": self.clock.spent, "step": self.clock.step}
+        save(self.path, {**held, **spent, "optimizers": [o.state_dict() for o in self.optimizers]})
+
+
+def train(rank: int, build: Path, minutes: float, seed: int = 0) -> None:
+    """Trains to the end of the budget as one of the workers; the first also measures, logs and saves."""
+    tokenizer, icons = CLIPTokenizer.from_pretrained(build / "tokenizer"), load_icons(build)
+    run = Run(build, minutes, tokenizer, seed)
+    own_seed = seed + 1000 * run.clock.step + rank
+    samples = Samples(cached_latents(build, icons), tokenizer, own_seed)
+    generator, recent = torch.Generator().manual_seed(own_seed), 0.0
+    if rank == 0:
+        log, shadow = log_to(build / "unet.log"), new_models(tokenizer).eval()
+        validation = Validation(build, icons, samples)
+    while not run.clock.done:
+        loss = run.step(samples, generator)
+        recent = 0.98 * recent + 0.02 * loss if recent else loss
+        if rank > 0:
+            continue
+        if run.clock.step % 100 == 0:
+            log.info("step %d  %.0f s  loss %.4f", run.clock.step, run.clock.spent, recent)
+        if run.clock.checkpoint_due():
+            run.save()
+            shadow.load_state_dict({**shadow.state_dict(), **run.average.weights})
+            log.info("step %d  validation %.4f", run.clock.step, validation.loss(shadow))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", type=Path, required=True, help="folder for caches and checkpoints")
     parser.add_argument("--minutes", type=float, default=60, help="budget of training time")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes of one thread and BATCH samples each"
+    )
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    train(given.build, given.minutes)
+    cached_latents(given.build, load_icons(given.build))
+    start_workers(train, given.workers, given.build, given.minutes)

@@ -16,7 +16,7 @@ MEASURED_BATCHES = 24
 
 
 def trained_vae(build: Path) -> AutoencoderKL:
-    """Returns the VAE of the checkpoint in `build`, whitened once and kept there as `vae_white.pt`."""
+    """Returns the VAE of the checkpoint, whitened once and kept as `vae_white.pt`, for encoding."""
     vae, path = new_vae(), build / "vae_white.pt"
     if path.exists():
         vae.load_state_dict(torch.load(path, weights_only=True))
