@@ -216,12 +216,14 @@ def install_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     torch = next(text for text in project["dependencies"] if text.startswith("torch"))
     index = torch_index(platform.system(), *graphics_card(), os.path.exists("/dev/kfd"))
-    if not index or pip("--no-index", "--no-deps", torch, quiet=True):  # it may be there, or on a local disk
+    if not index:
+        return
+    say(f"Installing PyTorch for {'this processor' if index == 'cpu' else 'the graphics card'} ...")
+    if pip("--no-index", "--no-deps", torch, quiet=True):  # it may be there, or on a local disk
         return
     if not answers(f"{TORCH_INDEX}{index}/"):
         say("PyTorch's own index does not answer; its default build is taken (on Linux 3 GB to download).")
         return
-    say(f"Installing PyTorch for {'this processor' if index == 'cpu' else 'the graphics card'} ...")
     if not pip(torch, "--index-url", f"{TORCH_INDEX}{index}"):
         say("That failed; the default build is taken instead.")
 
