@@ -19,6 +19,7 @@ from lora_core.spec.progress import Progress
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
 
 LIVE = ("preparing", "running", "pausing", "stopping")
+TRAINER = (sys.executable, "-m", "lora_core", "resume")
 RESUMABLE = ("queued", "paused", "stopped", "interrupted", "failed")
 
 
@@ -69,8 +70,9 @@ class Watch:
 class Jobs:
     """The runs of a workspace."""
 
-    def __init__(self, workspace: Path) -> None:
-        """Watch the runs folder of `workspace`."""
+    def __init__(self, workspace: Path, trainer: tuple[str, ...] = TRAINER) -> None:
+        """Watch the runs folder of `workspace`; `trainer` is the command that a run's path is appended to."""
+        self.trainer = trainer
         self.workspace = workspace
         self._watches: dict[Path, Watch] = {}
         self._lock = threading.RLock()
@@ -152,7 +154,7 @@ class Jobs:
         with self._lock, open(run.log_file, "ab") as log:
             watch = self.watch(run)
             watch.started_here = subprocess.Popen(
-                [sys.executable, "-m", "lora_core", "resume", str(run.path)],
+                [*self.trainer, str(run.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -54,8 +54,9 @@ class Login:
 
     async def _answer(self, request: Request) -> Response:
         if request.url.path == "/easel/login" and request.method == "POST":
-            given = parse_qs(await _small_body(request)).get(b"password", [b""])[0]
-            if hmac.compare_digest(given, self.password):
+            body = (await _small_body(request)).decode("ascii", errors="replace")
+            given = parse_qs(body).get("password", [""])[0]
+            if hmac.compare_digest(given.encode(), self.password):
                 response = RedirectResponse("/", status_code=303)
                 response.set_cookie(COOKIE, self.key, httponly=True, samesite="strict")
                 return response

@@ -32,7 +32,11 @@ def _working(view: View) -> str:
 
 
 def stage(moment: Moment) -> str:
-    """The two pictures under one slider."""
+    """The two pictures under one slider, and beside them what was drawn before."""
+    return f'<div class="stage">{_compare(moment)}{_recent(moment)}</div>'
+
+
+def _compare(moment: Moment) -> str:
     view, root = moment.view, moment.desk.generated
     base = view.pictures.get(0.0)
     if view.scene is None or base is None:
@@ -60,6 +64,24 @@ def stage(moment: Moment) -> str:
         f' num">{label}</span><input type="range" class="split" min="0" max="100" value="50" aria-label="How'
         ' much of the picture shows the base"></div>'
     )
+
+
+def _recent(moment: Moment) -> str:
+    view, root = moment.view, moment.desk.generated
+    if len(view.recent) < 2:
+        return ""
+    buttons = []
+    for index, one in enumerate(view.recent):
+        source, words = (
+            safe(address("generated", root, one.picture)),
+            safe(f"{one.scene.prompt}, {one.strength:.2f}"),
+        )
+        buttons.append(
+            f'<button type="button" data-press="recent-{index}" title="{words}" aria-label="Settings of:'
+            f' {words}"><img src="{source}" alt=""></button>'
+        )
+    note = '<p class="small">A click puts its settings back.</p>'
+    return f'<div class="recent"><h3>Recent</h3><div>{"".join(buttons)}</div>{note}</div>'
 
 
 def _nearest(view: View) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from app.worker import Reply, Worker
 
+MOST_RECENT = 9
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 
 
@@ -33,6 +34,15 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Recent:
+    """A scene that was drawn before, and a picture of it."""
+
+    scene: Scene
+    strength: float
+    picture: Path
+
+
+@dataclass(frozen=True)
 class View:
     """What a page shows at a moment."""
 
@@ -44,6 +54,7 @@ class View:
     strength: float
     pictures: dict[float, Path]
     wanted_at: float
+    recent: tuple["Recent", ...] = ()
 
     @property
     def working(self) -> bool:
@@ -70,6 +81,7 @@ class Studio:
         self._wanted_at = 0.0
         self._error = ""
         self._drawn: dict[tuple[Scene, float], Path] = {}
+        self._looked_at: dict[Scene, float] = {}
         self._reply: Reply | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -81,6 +93,7 @@ class Studio:
                 self.worker.cancel(self._reply)
             self._scene, self._strength, self._error = scene, round(strength, 3), ""
             self._wanted_at = time.monotonic()
+            self._looked_at[scene] = self._strength
             if self._thread is None:
                 self._thread = threading.Thread(target=self._draw_for_ever, daemon=True, name="studio")
                 self._thread.start()
@@ -104,7 +117,18 @@ class Studio:
             state = "error" if self._error else "working" if working else "idle"
             message = self._error or (reply.message if reply is not None else "")
             done, total = (reply.done, reply.total) if reply is not None else (0, 0)
-            return View(state, message, done, total, scene, self._strength, pictures, self._wanted_at)
+            return View(
+                state, message, done, total, scene, self._strength, pictures, self._wanted_at, self._recent()
+            )
+
+    def _recent(self) -> tuple[Recent, ...]:
+        """The scenes drawn so far, newest first, each at the strength that it was looked at."""
+        found = []
+        for scene, strength in reversed(self._looked_at.items()):
+            picture = self._drawn.get((scene, strength)) or self._drawn.get((scene, 0.0))
+            if picture is not None:
+                found.append(Recent(scene, strength, picture))
+        return tuple(found[:MOST_RECENT])
 
     def _next(self) -> list[float] | None:
         """The strengths to draw next: those looked at, then the strip one by one."""

@@ -5,6 +5,7 @@ is started again for the next request, and the request in hand is answered with 
 for ever.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -82,7 +83,7 @@ class Worker:
         """End the process; called when the window ends."""
         self._closed = True
         process = self._process
-        if process is None or process.poll() is not None:
+        if process is None:
             return
         self._write({"id": uuid.uuid4().hex, "do": "quit"})
         try:
@@ -90,6 +91,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(1)
+        _close_pipes(process)
 
     def _serve(self) -> None:
         while not self._closed:
@@ -140,6 +142,8 @@ class Worker:
     def _running_process(self) -> subprocess.Popen[bytes] | None:
         if self._process is not None and self._process.poll() is None:
             return self._process
+        if self._process is not None:
+            _close_pipes(self._process)
         self.ready = False
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log_file, "ab") as log:
@@ -183,6 +187,14 @@ def _messages(stream: IO[bytes] | None) -> Any:
             continue
         if isinstance(message, dict):
             yield message
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            # What was still to be written has nobody to read it any more.
+            with contextlib.suppress(OSError, ValueError):
+                pipe.close()
 
 
 def detached() -> dict[str, Any]:

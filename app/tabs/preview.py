@@ -1,5 +1,6 @@
 """The Preview tab: a prompt, a strength, base and LoRA under one slider."""
 
+import dataclasses
 import functools
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ from app.loras import found_loras, owner
 from app.moment import Moment, moment_of
 from app.parts import QUIET, TYPING, Parts, piece
 from app.stage import DEMO_PROMPT, stage, state_line, strip
-from app.studio import Scene
+from app.studio import MOST_RECENT, Scene
 from lora_core.spec.choices import SAMPLERS
 
 TITLE = "Preview"
@@ -126,7 +127,22 @@ def _wire(parts: Parts, fields: dict[str, Any], strength: Any, draw: Any) -> Non
     def slid(value: float) -> None:
         desk.studio.look_at(float(value))
 
+    def put_back(index: int) -> list[Any]:
+        recent = desk.studio.view().recent
+        if index >= len(recent):
+            return [gr.skip() for _ in every]
+        one = recent[index]
+        desk.studio.want(one.scene, one.strength)
+        values = {**dataclasses.asdict(one.scene), "strength": one.strength}
+        desk.project.keep(
+            preview_lora=one.scene.lora, preview={n: values[n] for n in [*names, "strength"] if n != "lora"}
+        )
+        return [values[name] for name in [*names, "strength"]]
+
     every = [*fields.values(), strength]
+    for index in range(MOST_RECENT):
+        slot = gr.Button("Put its settings back", elem_id=f"recent-{index}", visible="hidden")
+        parts.action(slot.click(functools.partial(put_back, index), None, every, **QUIET))
     inputs = [fields[name].input for name in names if name != "lora"]
     gr.on([*inputs, strength.release], typed, every, None, **TYPING)
     parts.action(fields["lora"].input(lora_chosen, fields["lora"], None, **QUIET))

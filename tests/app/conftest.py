@@ -1,0 +1,28 @@
+"""A desk over a workspace of its own, and pictures to put on it."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.desk import Desk
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    workspace = tmp_path / "work space é"
+    workspace.mkdir()
+    return Desk(workspace, worker_command=["no-such-program"])
+
+
+@pytest.fixture
+def pictures(desk: Desk) -> list[Path]:
+    """Three pictures in the project, the last without a caption."""
+    made = []
+    for index, size in enumerate([(160, 160), (300, 200), (90, 210)]):
+        path = desk.project.pictures / f"picture-{index}.png"
+        Image.new("RGB", size, (40 * index, 90, 160)).save(path)
+        if index < 2:
+            path.with_suffix(".txt").write_text(f"a plain field, number {index}")
+        made.append(path)
+    return made

@@ -1,0 +1,94 @@
+"""The form: from metadata to widgets, from what was typed to settings."""
+
+import shlex
+
+import pytest
+
+from app.form import (
+    FORM,
+    GROUPS,
+    command_line,
+    config_of,
+    form_values,
+    group_fields,
+    preset_config,
+    summary,
+    typed,
+    widget,
+)
+from app.plan import Plan, widget_values
+from app.project import Project
+from lora_core.spec.config import RunConfig, parsed_assignment, settings
+from lora_core.spec.errors import ConfigError
+from lora_core.spec.presets import GOALS, LEVELS
+
+
+def test_every_setting_has_a_place() -> None:
+    placed = {name for group in GROUPS for name in group_fields(group)}
+    elsewhere = {"name", "dataset.path", "dataset.trigger", "model.base", "train.steps", "train.resolution"}
+    assert placed | elsewhere == {name for name, _, _ in settings()}
+
+
+@pytest.mark.parametrize("name", FORM)
+def test_a_widget_takes_its_words_from_the_setting(name: str) -> None:
+    info = {n: i for n, i, _ in settings()}[name]
+    made = widget(name)
+    assert (made.label, made.info) == (info.metadata["title"], info.metadata["help"])
+
+
+def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
+    config = RunConfig().changed({"preview.prompts": ["a cat", "a dog"], "optim.lr": 5e-5})
+    again, problems = config_of(dict(zip(FORM, form_values(config), strict=True)), RunConfig())
+    assert (again, problems) == (config, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("train.steps", 0, "Steps"),
+        ("train.steps", None, "Steps is empty."),
+        ("train.resolution", "large", "Resolution should be a number"),
+        ("adapter.rank", 5000, "Rank (size)"),
+        ("optim.lr", -1, "Learning rate"),
+    ],
+)
+def test_what_is_not_legal_is_a_sentence_with_the_field_s_own_name(
+    name: str, value: object, sentence: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        typed(name, value)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_resolution_may_be_typed() -> None:
+    assert typed("train.resolution", "640") == 640
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("level", [*LEVELS, "demo"])
+def test_the_command_line_means_the_same_settings(goal: str, level: str) -> None:
+    base = preset_config(goal, level)
+    config = base.changed(
+        {"dataset.path": "/a b/é", "optim.lr": 3e-4, "dataset.flip": True, "preview.prompts": ["it's"]}
+    )
+    words = shlex.split(command_line(config, goal, level))
+    assert words[:3] == ["lora-easel", "train", "/a b/é"]
+    sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    again = base.changed(dict(parsed_assignment(one) for one in sets)).changed({"dataset.path": words[2]})
+    assert again == config
+
+
+def test_a_group_says_what_was_changed() -> None:
+    base = RunConfig()
+    assert summary("Adapter", base, base) == "rank 16, alpha 16"
+    assert summary("Adapter", base.changed({"adapter.rank": 4}), base) == "1 changed from preset"
+
+
+def test_a_draft_survives_and_may_hold_what_is_not_legal(tmp_path) -> None:
+    values = dict(zip(FORM, form_values(RunConfig()), strict=True)) | {"train.steps": None, "optim.lr": 2e-4}
+    Project(tmp_path).keep(values=values, goal="object", level="quick", trigger="zwx")
+    again = Project(tmp_path)
+    plan = Plan(again)
+    assert plan.problems == ["Steps is empty."]
+    assert (plan.config.optim.lr, plan.config.dataset.trigger, plan.goal) == (2e-4, "zwx", "object")
+    assert widget_values(again)[FORM.index("train.steps")] is None

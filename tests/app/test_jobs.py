@@ -1,0 +1,155 @@
+"""Runs as the window sees them: written by hand here as a trainer would write them."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from app import cards, header
+from app.desk import Desk
+from app.facts import blockers, facts
+from app.jobs import Jobs
+from app.loras import checkpoint_choices, found_loras
+from app.moment import moment_of
+from lora_core.spec import events
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import RunError
+from lora_core.spec.run_folder import RunFolder, runs_folder
+
+HOSTILE = '<img src=x onerror="alert(1)">'
+
+
+def make_run(desk: Desk, name: str, *lines: events.Event) -> RunFolder:
+    run = RunFolder.create(runs_folder(desk.workspace) / name, RunConfig().changed({"name": name}))
+    run.events_file.write_text("".join(events.to_line(line) for line in lines))
+    return run
+
+
+def started(steps: int = 100) -> events.Event:
+    return events.Started(steps=steps, pid=1, device="cpu", threads=1, versions={})
+
+
+def step(number: int) -> events.Event:
+    return events.StepDone(step=number, loss=0.2, lr=1e-4, seconds=0.5)
+
+
+def come_alive(run: RunFolder) -> None:
+    """Make this very process the trainer."""
+    me = psutil.Process()
+    run.process_file.write_text(json.dumps({"pid": me.pid, "started": me.create_time()}))
+
+
+def test_states_and_words(desk: Desk) -> None:
+    assert moment_of(desk).state == "none"
+    run = make_run(desk, "first", started(), step(1), step(34))
+    assert moment_of(desk).state == "interrupted"
+    come_alive(run)
+    moment = moment_of(desk)
+    assert moment.state == "running"
+    assert header.run_words(moment) == "34%, step 34 of 100, 0:33 left"
+    assert 'aria-valuenow="34"' in header.run_bar(moment)
+    assert 'data-state="running" data-step="34" data-steps="100"' in cards.run_card(moment)
+    run.request("pause")
+    assert moment_of(desk).state == "pausing"
+    run.request("stop")
+    assert moment_of(desk).state == "stopping"
+
+
+def test_preparing_is_not_step_0(desk: Desk) -> None:
+    run = make_run(desk, "first", started(), events.Preparing(phase="Encoding pictures", done=3, total=12))
+    come_alive(run)
+    moment = moment_of(desk)
+    assert (moment.state, header.run_words(moment)) == ("preparing", "Preparing: Encoding pictures, 3 of 12")
+
+
+def test_a_failure_says_why(desk: Desk) -> None:
+    make_run(desk, "first", started(), step(3), events.Failed(step=3, reason=f"Out of memory {HOSTILE}."))
+    card = cards.run_card(moment_of(desk))
+    assert "Out of memory &lt;img" in card
+    assert "<img" not in card
+
+
+def test_a_process_that_ends_without_a_word_has_failed(desk: Desk) -> None:
+    jobs = Jobs(desk.workspace, (sys.executable, "-c", "import sys; sys.exit('the disk is full')"))
+    run = jobs.start(RunConfig().changed({"name": "broken"}))
+    watch = jobs.watch(run)
+    assert watch.started_here is not None
+    assert jobs.state(watch) in ("preparing", "failed")
+    watch.started_here.wait(60)
+    assert jobs.state(watch) == "failed"
+    assert watch.reason().endswith("the disk is full")
+
+
+def test_one_run_at_a_time(desk: Desk, pictures: list[Path]) -> None:
+    assert blockers(moment_of(desk)) == []
+    come_alive(make_run(desk, "first", started(), step(1)))
+    assert "first is going on" in blockers(moment_of(desk))[0]
+    with pytest.raises(RunError, match="first is going on"):
+        desk.jobs.start(RunConfig())
+    with pytest.raises(RunError, match="first is going on"):
+        desk.jobs.resume("first")
+
+
+def test_names_count_up(desk: Desk) -> None:
+    config = RunConfig().changed({"dataset.path": str(desk.project.pictures)})
+    first = desk.jobs.free_name(config)
+    make_run(desk, first)
+    assert desk.jobs.free_name(config) == f"{first}-2"
+    assert first == f"{time.strftime('%Y-%m-%d')}-pictures"
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "", "..", "a\x00b"])
+def test_names_that_are_no_folder_s_are_refused(desk: Desk, name: str) -> None:
+    with pytest.raises(RunError):
+        desk.jobs.resume(name)
+
+
+def test_facts_before_start(desk: Desk, pictures: list[Path]) -> None:
+    said = facts(moment_of(desk))
+    assert "3 pictures, 1 without a caption." in said
+    assert "Effective learning rate" in said
+    assert "start-why" not in said
+
+
+def test_without_pictures_start_says_why(desk: Desk) -> None:
+    assert 'id="start-why"' in facts(moment_of(desk))
+
+
+def test_what_a_run_left_can_be_looked_at(desk: Desk) -> None:
+    best = events.Validated(
+        step=50, gain=0.01, standard_error=0.001, base_loss=0.2, adapted_loss=0.19, best=True
+    )
+    run = make_run(
+        desk,
+        "first",
+        started(),
+        step(50),
+        best,
+        step(100),
+        events.Finished(step=100, export="export/a.safetensors"),
+    )
+    (run.exports / "a.safetensors").write_bytes(b"")
+    for number in (50, 100):
+        run.checkpoint(number).mkdir()
+        (run.checkpoint(number) / "adapter.safetensors").write_bytes(b"")
+    moment = moment_of(desk)
+    assert [one.title for one in found_loras(moment)] == [
+        "first, a",
+        "first, step 100",
+        "first, step 50, best",
+    ]
+    assert moment.watch is not None
+    choices = checkpoint_choices(moment.watch)
+    assert [key for _, key in choices] == ["best", "last", "100", "50"]
+
+
+def test_earlier_runs_are_listed_with_what_can_be_done(desk: Desk) -> None:
+    make_run(desk, "older", started(), step(5), events.Paused(step=5))
+    make_run(desk, "newer", started(), step(9), events.Finished(step=9, export=""))
+    desk.jobs.show("newer")
+    listed = cards.earlier(moment_of(desk))
+    assert 'data-run-resume="older"' in listed
+    assert "Paused" in listed

@@ -1,0 +1,107 @@
+"""HTML pieces: everything that a person or a file supplies is shown as text; charts hold few points."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app import charts, gallery, words
+from app.bases import BaseFacts, base_facts, export_bytes
+from app.works_in import works_in
+from lora_core.dataset.folder import Dataset, ImageRecord, Problem
+from lora_core.spec import events
+
+HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
+
+
+def base() -> BaseFacts:
+    return BaseFacts(None, None, 128, 16, "")
+
+
+def test_file_names_and_captions_are_text(tmp_path: Path) -> None:
+    record = ImageRecord(tmp_path / f"{HOSTILE.replace('/', '')}.png", 200, 100, HOSTILE)
+    shown = gallery.grid(Dataset([record], []), tmp_path, base(), 0)
+    assert "<img src=x" not in shown
+    assert shown.count("<img ") == 1
+    problem = Problem(tmp_path / "a.png", "broken", f"{HOSTILE} is damaged.")
+    assert "<img src=x" not in gallery.findings(Dataset([record], [problem]), [], False)
+
+
+def test_what_the_worker_says_of_tools_is_text() -> None:
+    shown = works_in({"works_in": [{"tool": HOSTILE, "loads": False, "note": HOSTILE}]}, False)
+    assert "<img" not in shown
+    assert "does not load" in shown
+    assert "only" in shown
+
+
+def test_the_crop_is_drawn_in_shares_of_the_picture(tmp_path: Path) -> None:
+    shown = gallery.grid(Dataset([ImageRecord(tmp_path / "a.png", 300, 200, "")], []), tmp_path, base(), 0)
+    left, top, right, bottom = (
+        float(side.rstrip("%")) for side in shown.split('data-crop="')[1].split('"')[0].split()
+    )
+    assert left == pytest.approx(right, abs=0.02)
+    assert top == pytest.approx(bottom, abs=0.02)
+    assert min(left, top) == 0
+
+
+def losses(count: int) -> list[events.StepDone]:
+    return [
+        events.StepDone(step=i, loss=0.2 + (i % 7) / 50, lr=1e-4, seconds=0.1) for i in range(1, count + 1)
+    ]
+
+
+def test_a_long_run_s_chart_is_as_small_as_a_short_one_s() -> None:
+    assert len(charts.loss_chart(losses(20_000))) < 12_000
+    assert charts.loss_chart(losses(2)).startswith("<svg")
+
+
+def test_a_chart_needs_two_finite_losses() -> None:
+    lost = [events.StepDone(step=i, loss=float("nan"), lr=1e-4, seconds=0.1) for i in range(5)]
+    assert "<svg" not in charts.loss_chart(lost)
+    assert "<svg" not in charts.gain_chart([])
+
+
+def test_gain_marks_the_best() -> None:
+    found = [
+        events.Validated(step=s, gain=g, standard_error=0.001, base_loss=0.2, adapted_loss=0.2 - g, best=True)
+        for s, g in ((10, 0.01), (20, 0.03), (30, 0.02))
+    ]
+    assert "best, step 20" in charts.gain_chart(found)
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert words.clock(252) == "4:12"
+    assert words.clock(3852) == "1:04:12"
+    assert words.clock(None) == words.UNKNOWN
+    assert words.about(840) == "14 min"
+    assert words.file_size(6_400_000) == "6.4 MB"
+    assert words.pace(0.4) == "2.5 it/s"
+    assert words.pace(2.0) == "2.0 s/it"
+    assert words.scientific(1e-4) == "1.0e-4"
+
+
+def test_the_embedded_base_is_described_from_its_files() -> None:
+    found = base_facts("demo")
+    assert found.problem == ""
+    assert found.family is not None
+    assert found.resolution == found.family.resolution
+
+
+def test_a_base_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    assert "There is no base model" in base_facts(str(tmp_path / "none")).problem
+    assert "no diffusers model" in base_facts(str(tmp_path)).problem
+    assert base_facts("owner/name").problem == ""
+
+
+def test_file_size_is_rank_times_both_sides(tmp_path: Path) -> None:
+    header = {
+        "down.attn1.to_q.weight": {"dtype": "F16", "shape": [32, 48], "data_offsets": [0, 0]},
+        "conv.weight": {"dtype": "F16", "shape": [9, 9, 3, 3], "data_offsets": [0, 0]},
+    }
+    raw = json.dumps(header).encode()
+    (tmp_path / "unet").mkdir()
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(len(raw).to_bytes(8, "little") + raw)
+    found = BaseFacts(tmp_path, None, 128, 16, "")
+    assert export_bytes(found, "attention", 4, False) == 2 * 4 * (32 + 48)
+    assert export_bytes(found, "attention", 4, True) is None

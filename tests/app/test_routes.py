@@ -1,0 +1,100 @@
+"""The window's own routes: what they give, and what they never give."""
+
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from PIL import Image
+from starlette.testclient import TestClient
+
+from app.desk import Desk
+from app.routes import Refused, add_routes, address, below
+
+
+@pytest.fixture
+def client(desk: Desk) -> TestClient:
+    app = FastAPI()
+    add_routes(app, desk)
+    return TestClient(app)
+
+
+def test_thumbnails_and_large_pictures(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+    for size, side in (("thumb", 256), ("picture", 1024)):
+        answer = client.get(address("dataset", desk.project.pictures, pictures[0], size))
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
+        assert len(answer.content) < side * side
+
+
+@pytest.mark.parametrize("kind", ["dataset", "run", "generated", "nothing"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../secret.png",
+        "..%2f..%2fsecret.png",
+        "%2e%2e/%2e%2e/secret.png",
+        "/etc/passwd",
+        "a%00.png",
+        "draft.json",
+        ".",
+    ],
+)
+def test_paths_that_lead_out_are_refused(client: TestClient, desk: Desk, kind: str, path: str) -> None:
+    Image.new("RGB", (8, 8)).save(desk.workspace / "secret.png")
+    for size in ("picture", "thumb"):
+        assert client.get(f"/easel/{size}/{kind}/{path}").status_code == 404
+
+
+def test_a_link_that_leads_out_is_refused(desk: Desk) -> None:
+    secret = desk.workspace / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    link = desk.project.pictures / "link.png"
+    link.symlink_to(secret)
+    with pytest.raises(Refused):
+        below(desk.project.pictures, "link.png", {".png"})
+
+
+def test_downloads_are_exports_alone(client: TestClient, desk: Desk) -> None:
+    exports = desk.workspace / "runs" / "first" / "export"
+    exports.mkdir(parents=True)
+    (exports / "first.safetensors").write_bytes(b"weights")
+    (exports.parent / "config.toml").write_text("")
+    answer = client.get("/easel/download/first/first.safetensors")
+    assert answer.content == b"weights"
+    assert "attachment" in answer.headers["content-disposition"]
+    assert client.get("/easel/download/first/..%2fconfig.toml").status_code == 404
+    assert client.get("/easel/download/..%2f..%2fruns%2ffirst/first.safetensors").status_code == 404
+
+
+def test_a_caption_is_saved_byte_for_byte(client: TestClient, pictures: list[Path]) -> None:
+    text = "<img src=x onerror=alert(1)> {{7*7}} \u202eabc 😀 \"quoted\" 'single'"
+    answer = client.post("/easel/caption", json={"picture": "picture-2.png", "text": text})
+    assert answer.json()["saved"]
+    assert pictures[2].with_suffix(".txt").read_text(encoding="utf-8").strip() == text
+
+
+def test_a_caption_of_no_picture_is_a_sentence(client: TestClient, pictures: list[Path]) -> None:
+    answer = client.post("/easel/caption", json={"picture": "../draft.png", "text": "x"})
+    assert "no picture named" in answer.json()["problem"]
+
+
+def test_what_is_left_out_can_be_taken_back(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+    client.post("/easel/leave-out", json={"picture": "picture-0.png"})
+    assert len(desk.project.dataset().records) == 2
+    assert (desk.project.path / "left out" / "picture-0.png").is_file()
+    assert (desk.project.path / "left out" / "picture-0.txt").is_file()
+
+
+@pytest.mark.parametrize("body", [b"", b"[1]", b"{", b"\xff", b'{"picture": 3}'])
+def test_broken_requests_do_no_harm(client: TestClient, pictures: list[Path], body: bytes) -> None:
+    assert client.post("/easel/caption", content=body).status_code in (200, 404)
+
+
+def test_who_it_is_says_no_path(client: TestClient, desk: Desk) -> None:
+    said = client.get("/easel").json()
+    assert said["app"] == "lora-easel"
+    assert str(desk.workspace) not in str(said)
+
+
+def test_assets_are_those_of_the_page_alone(client: TestClient) -> None:
+    assert client.get("/easel/assets/style.css").status_code == 200
+    assert client.get("/easel/assets/base/easel.json").status_code == 404
