@@ -4,6 +4,7 @@ Verbs that need torch import it inside, so that `runs` and `stop` answer at once
 """
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     _quiet_libraries()
+    _speak_any_letter()
     try:
         return int(options.run(options) or 0)
     except LoraError as error:
@@ -40,10 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output went away; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        sys.stderr.write(
+            f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.\n"
+        )
+        return 1
 
 
 def _quiet_libraries() -> None:
@@ -54,6 +57,13 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
+
+
+def _speak_any_letter() -> None:
+    """A name with a letter that the terminal lacks is shown with a `?`, which is better than not at all."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def run() -> None:

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 Verbs = Any
 """What `argparse.ArgumentParser.add_subparsers` gives."""
@@ -12,8 +13,20 @@ Verbs = Any
 
 def say(text: str) -> None:
     """One line on stdout, seen at once also through a pipe."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    write(sys.stdout, text + "\n")
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Write at once, for as long as there is somebody to read it.
+
+    Work goes on when the reader of the output goes away: `train ... | head` is no reason to lose a run. What
+    is still written then goes nowhere, so that the process does not fail on its last flush either.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say_json(document: Any) -> None:

@@ -28,7 +28,7 @@ def add_verbs(verbs: Verbs) -> None:
     add_workspace(train)
     train.set_defaults(run=_train)
     resume = verbs.add_parser("resume", help="start a run or go on with it")
-    resume.add_argument("path", metavar="RUN", type=Path)
+    resume.add_argument("path", metavar="RUN", type=_run_path)
     resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
     resume.add_argument("--accept-changes", action="store_true", help="go on although something has changed")
     resume.set_defaults(
@@ -42,7 +42,7 @@ def add_verbs(verbs: Verbs) -> None:
     }
     for word, help in words.items():
         verb = verbs.add_parser(word, help=help)
-        verb.add_argument("path", metavar="RUN", type=Path)
+        verb.add_argument("path", metavar="RUN", type=_run_path)
         verb.set_defaults(run=_request)
     runs = verbs.add_parser("runs", help="list the runs of a workspace")
     add_workspace(runs)
@@ -50,6 +50,11 @@ def add_verbs(verbs: Verbs) -> None:
     runs.set_defaults(run=_runs)
     serve = verbs.add_parser("serve", help="the warm worker: JSON lines in, JSON lines out")
     serve.set_defaults(run=_serve)
+
+
+def _run_path(text: str) -> Path:
+    """A run's folder in full: its name is the run's, and the workspace is found above it."""
+    return Path(text).expanduser().resolve()
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:

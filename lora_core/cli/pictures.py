@@ -1,6 +1,8 @@
 """Verbs that make or measure pictures: generate, validate."""
 
 import argparse
+import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,9 +58,9 @@ def file_and_strengths(text: str) -> tuple[Path, float, float | None]:
     number.
 
     Raises:
-        AdapterFileError: no such file.
+        AdapterFileError: no such file, or a strength that is not finite.
     """
-    if Path(text).is_file():
+    if Path(text).exists():
         return Path(text), 1.0, None
     numbers: list[float] = []
     rest = text
@@ -69,7 +71,9 @@ def file_and_strengths(text: str) -> tuple[Path, float, float | None]:
         except ValueError:
             break
         rest = head
-        if Path(rest).is_file():
+        if Path(rest).exists():
+            if not all(map(math.isfinite, numbers)):
+                raise AdapterFileError(f"The strength in {text} is not a finite number.")
             return Path(rest), numbers[0], numbers[1] if len(numbers) > 1 else None
     raise AdapterFileError(f"The adapter {rest} does not exist.")
 
@@ -97,6 +101,10 @@ def _generate(options: argparse.Namespace) -> int:
         raise ConfigError(f"--steps {options.steps} is out of range; it goes from 1 to 1000.")
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"--seed {options.seed} is out of range; it is a whole number from 0 on.")
+    if not math.isfinite(options.cfg):
+        raise ConfigError(f"--cfg {options.cfg} is out of range; take a number such as 5.")
+    if options.out:
+        _check_out(options.out)
     folder = None if options.out else workspace(options.workspace) / "generated"
     base, adapters, names = opened(options, options.precision)
     from lora_core.adapters.inject import Merger
@@ -112,6 +120,15 @@ def _generate(options: argparse.Namespace) -> int:
         save_png(image, path, infotext(base, how, options.prompt, options.negative, names))
         say(str(path))
     return 0
+
+
+def _check_out(path: Path) -> None:
+    """Refuse before the work rather than after it."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--out {path} should end in .png.")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--out {path} cannot be written; choose a file in a folder of yours.")
 
 
 def _numbered(path: Path, number: int) -> Path:

@@ -3,6 +3,7 @@
 import time
 from typing import TextIO
 
+from lora_core.cli import write
 from lora_core.spec import events
 from lora_core.spec.progress import Progress
 
@@ -18,7 +19,7 @@ class EventPrinter:
         self._stream = stream
         self._terminal = stream.isatty()
         self._progress = Progress()
-        self._last = 0.0
+        self._last = -SECONDS_BETWEEN_STEPS
         self._bar_shown = False
 
     def show(self, event: events.Event) -> None:
@@ -33,17 +34,16 @@ class EventPrinter:
         if not text:
             return
         if self._terminal and often:
-            self._stream.write("\r\x1b[2K" + self._bar() + text)
+            write(self._stream, "\r\x1b[2K" + self._bar() + text)
             self._bar_shown = True
         else:
             self.close()
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            write(self._stream, text + "\n")
 
     def close(self) -> None:
         """End the bar's line."""
         if self._bar_shown:
-            self._stream.write("\n")
+            write(self._stream, "\n")
             self._bar_shown = False
 
     def _bar(self) -> str:

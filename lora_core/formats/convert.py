@@ -28,6 +28,8 @@ def converted(source: Path, target: Path, format: str, keep_alphas: bool = False
     report = inspect_file(source)
     family = FAMILIES.get(str(report["family"]))
     if family is None:
+        # What is no LoRA at all gets the sentence that says so.
+        read_adapter(source)
         raise AdapterFileError(f"{source} is for {report['family']}, whose layers have no names here yet.")
     weights = read_adapter(source, family)
     dtype = next(iter(weights.layers.values())).down.dtype

@@ -146,7 +146,13 @@ def checked_folder(path: Path) -> Family:
         raise ModelFileError(
             f"The base {path} is an inpainting model (9 input channels), which cannot be trained here."
         )
-    family = family_of_context_width(int(unet_config.get("cross_attention_dim", 0)))
+    width = unet_config.get("cross_attention_dim")
+    if not isinstance(width, int):
+        raise ModelFileError(
+            f"The base {path} is of no family that can be trained here: its unet/config.json says"
+            f" cross_attention_dim = {width}, which should be one number."
+        )
+    family = family_of_context_width(width)
     missing = [name for name in OTHER_FILES if not (path / name).is_file()]
     for part in ("unet", "vae", *(encoder.part for encoder in family.text_encoders)):
         if not (path / part / "config.json").is_file():
@@ -199,12 +205,9 @@ def load_base(
     vae_folder = Path(vae).expanduser() if vae else path / "vae"
     parts = [encoder.part for encoder in family.text_encoders]
     try:
-        unet = UNet2DConditionModel.from_pretrained(path / "unet", **_how(path / "unet", dtype))
-        autoencoder = AutoencoderKL.from_pretrained(vae_folder, **_how(vae_folder, torch.float32))
-        encoders = {
-            part: CLIPTextModel.from_pretrained(path / part, dtype=dtype, local_files_only=True)
-            for part in parts
-        }
+        unet = _loaded(UNet2DConditionModel, path / "unet", **_how(path / "unet", dtype))
+        autoencoder = _loaded(AutoencoderKL, vae_folder, **_how(vae_folder, torch.float32))
+        encoders = {part: _loaded(CLIPTextModel, path / part, dtype=dtype) for part in parts}
         tokenizers = {
             part: CLIPTokenizer.from_pretrained(
                 path / part.replace("text_encoder", "tokenizer"), local_files_only=True
@@ -212,10 +215,10 @@ def load_base(
             for part in parts
         }
         noise = NoiseSchedule.of(DDPMScheduler.from_config(scheduler_config))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelFileError(
-            f"The base {path} cannot be opened: {first} Download it again or choose another."
+            f"The base {path} cannot be opened: {first.rstrip('.')}. Download it again or choose another."
         ) from error
     for module in (unet, autoencoder, *encoders.values()):
         module.requires_grad_(False).eval().to(device)
@@ -225,9 +228,29 @@ def load_base(
     )  # fmt: skip
 
 
+def _loaded(kind: Any, folder: Path, **how: Any) -> Any:
+    """A component from its folder.
+
+    The libraries fill what a file lacks with random numbers and only log it; here it is an error.
+
+    Raises:
+        ModelFileError: the folder is not there, or the weights are not those that its config asks for.
+    """
+    if not folder.is_dir():
+        raise ModelFileError(f"The folder {folder} does not exist.")
+    module, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **how)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelFileError(
+            f"The weights in {folder} lack {missing[0]}{more}; download them again or choose another base."
+        )
+    return module
+
+
 def _how(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     plain = (folder / "diffusion_pytorch_model.safetensors").is_file()
     return {
-        "torch_dtype": dtype, "local_files_only": True, "use_safetensors": True, "variant": None if plain else
+        "torch_dtype": dtype, "use_safetensors": True, "variant": None if plain else
         "fp16",
     }  # fmt: skip

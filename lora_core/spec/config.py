@@ -201,8 +201,10 @@ def load_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The config {path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise ConfigError(f"The config {path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The config {path} cannot be read: it is not UTF-8 text.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The config {path} is not valid TOML: {error}.") from error
 

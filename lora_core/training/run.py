@@ -95,6 +95,10 @@ def train(
     except LoraError as error:
         emit(events.Failed(step=conductor.step, reason=str(error)))
         raise
+    except OSError as error:
+        named = RunError(f"{error.filename or run.path} cannot be used: {error.strerror or error}.")
+        emit(events.Failed(step=conductor.step, reason=str(named)))
+        raise named from error
     except Exception as error:
         emit(
             events.Failed(
