@@ -24,10 +24,13 @@ class EventPrinter:
 
     def show(self, event: events.Event) -> None:
         """Show one event."""
+        phase = self._progress.phase
         self._progress.update([event])
         often = isinstance(event, events.StepDone | events.Working | events.Preparing)
+        new = isinstance(event, events.Preparing) and event.phase != phase
         ended = isinstance(event, events.StepDone) and event.step == self._progress.steps
-        if often and not ended and time.monotonic() - self._last < SECONDS_BETWEEN_STEPS:
+        soon = time.monotonic() - self._last < SECONDS_BETWEEN_STEPS
+        if often and soon and not new and not ended:
             return
         self._last = time.monotonic()
         text = described(event, self._progress)

@@ -1,0 +1,173 @@
+"""What the command line makes of its words."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from lora_core.__main__ import main, parser
+from lora_core.cli.jobs import config_of
+from lora_core.cli.pictures import file_and_strengths
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import AdapterFileError, ConfigError
+from lora_core.spec.run_folder import RunFolder
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "meant"),
+    [
+        ("a.safetensors", "a.safetensors", (1.0, None)),
+        ("a.safetensors", "a.safetensors:0.5", (0.5, None)),
+        ("a.safetensors", "a.safetensors:-1", (-1.0, None)),
+        ("a.safetensors", "a.safetensors:0", (0.0, None)),
+        ("a.safetensors", "a.safetensors:0.5:0.25", (0.5, 0.25)),
+        ("a.safetensors", "a.safetensors:1e-1:0", (0.1, 0.0)),
+        # A file whose own name ends like a strength is that file.
+        ("a.safetensors:0.5", "a.safetensors:0.5", (1.0, None)),
+        ("a.safetensors:0.5", "a.safetensors:0.5:2", (2.0, None)),
+        # A name with a colon in front, as of a drive.
+        ("C:\\loras\\a.safetensors", "C:\\loras\\a.safetensors", (1.0, None)),
+        ("C:\\loras\\a.safetensors", "C:\\loras\\a.safetensors:0.5", (0.5, None)),
+        ("C:a b.safetensors", "C:a b.safetensors:0.5:1", (0.5, 1.0)),
+        ("1:2", "1:2", (1.0, None)),
+        ("1:2", "1:2:3", (3.0, None)),
+    ],
+)
+def test_a_file_and_its_strengths(
+    file: str, text: str, meant: tuple[float, float | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(file).write_bytes(b"")
+    assert file_and_strengths(text) == (Path(file), *meant)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("no.safetensors", "no.safetensors"),
+        ("no.safetensors:0.5", "no.safetensors"),
+        ("no.safetensors:0.5:1", "no.safetensors"),
+        ("no.safetensors:strong", "no.safetensors:strong"),
+        ("C:\\no.safetensors:0.5", "C:\\no.safetensors"),
+        ("here.safetensors:1:2:3", "here.safetensors:1"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named_without_its_strength(
+    text: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterFileError) as error:
+        file_and_strengths(text)
+    assert str(error.value) == f"The adapter {named} does not exist."
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "0.5:nan"])
+def test_a_strength_must_be_finite(strength: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(AdapterFileError, match="finite"):
+        file_and_strengths(f"{file}:{strength}")
+
+
+def asked(*words: str) -> RunConfig:
+    return config_of(parser().parse_args(["train", *words]))
+
+
+def test_later_words_win(tmp_path: Path) -> None:
+    """Preset, then file, then --base and --set."""
+    file = tmp_path / "config.toml"
+    file.write_text(
+        'name = "from file"\n[adapter]\nrank = 5\n[model]\nbase = "from-file"\n', encoding="utf-8"
+    )
+    preset = asked("x", "--preset", "style-high")
+    assert preset.adapter.rank != 5
+    config = asked("x", "--preset", "style-high", "--config", str(file))
+    assert (config.adapter.rank, config.model.base, config.name) == (5, "from-file", "from file")
+    assert config.adapter.alpha == preset.adapter.alpha
+    words = ["x", "--config", str(file), "--base", "from-option", "--name", "mine", "--set", "adapter.rank=6"]
+    config = asked(*words)
+    assert (config.adapter.rank, config.model.base, config.name) == (6, "from-option", "mine")
+    config = asked(*words, "--set", "adapter.rank=7", "--set", "model.base=from-set")
+    assert (config.adapter.rank, config.model.base) == (7, "from-set")
+
+
+def test_the_demo_has_a_preset_of_its_own() -> None:
+    assert asked("demo") == asked("demo", "--preset", "demo").changed({"name": asked("demo").name})
+    assert asked("demo").train.batch_size != asked("elsewhere").train.batch_size
+    assert asked("demo", "--preset", "quick").optim == asked("elsewhere", "--preset", "quick").optim
+
+
+def test_a_dataset_is_kept_by_its_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert asked("pictures").dataset.path == str(tmp_path / "pictures")
+    assert asked("demo").dataset.path == "demo"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ending"),
+    [("demo", "demo"), ("my cats.zip", "my-cats"), ("./größe", "größe"), ("/", "dataset")],
+)
+def test_a_run_without_a_name_gets_date_and_dataset(dataset: str, ending: str) -> None:
+    name = asked(dataset).name
+    assert name[:2] == "20"
+    assert name[17:] == f"-{ending}"
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("adapter.rank=4", 4),
+        ("adapter.alpha=2", 2.0),
+        ("optim.lr=1e-3", 1e-3),
+        ("dataset.flip=true", True),
+        ("dataset.trigger=red fox", "red fox"),
+        ('dataset.trigger="red = fox"', "red = fox"),
+        ("dataset.trigger=2024", "2024"),
+        ("dataset.trigger=", ""),
+        ('preview.prompts=["a", "b"]', ["a", "b"]),
+        ("optim.name=AdamW", "adamw"),
+        (" adapter.rank = 4", 4),
+    ],
+)
+def test_a_setting_is_read_without_quotes(word: str, value: object) -> None:
+    assert asked("x", "--set", word).get(word.partition("=")[0].strip()) == value
+
+
+@pytest.mark.parametrize(
+    "word", ["adapter.rank=4.5", "dataset.flip=1", "preview.prompts=a", "train.steps=true"]
+)
+def test_a_setting_of_the_wrong_type_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="should be"):
+        asked("x", "--set", word)
+
+
+def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    actions = [a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    verbs = list(actions[0].choices)
+    promised = "train resume stop pause save preview runs generate inspect convert validate serve"
+    assert set(promised.split()) <= set(verbs)
+    for verb in verbs:
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--help"])
+        assert ended.value.code == 0
+        assert f"usage: lora-easel {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", [".", "../mine", "mine", "{}"])
+def test_a_run_is_found_from_wherever_one_stands(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name and its workspace follow from the folder, not from the word that it was called by."""
+    run = RunFolder.create(tmp_path / "runs" / "mine", RunConfig())
+    monkeypatch.chdir(run.path.parent if word == "mine" else run.path)
+    options = parser().parse_args(["resume", word.format(run.path)])
+    assert RunFolder.open(options.path).name == "mine"
+    assert options.path.parent.parent == tmp_path
+
+
+def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "--workspace", str(tmp_path), "--json"]) == 0
+    assert capsys.readouterr().out.strip() == "[]"
+    assert main(["runs", "--workspace", str(tmp_path)]) == 0
+    assert "train demo" in capsys.readouterr().out
