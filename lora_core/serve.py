@@ -5,14 +5,19 @@ the id. A strength that changes costs a merge of the factors, never a reload. `c
 is made.
 """
 
+import io
 import json
+import math
 import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
 
 from lora_core.adapters.inject import Merger, Strengthened
 from lora_core.formats.file import read_adapter
@@ -67,6 +72,13 @@ class Worker:
         except (KeyError, TypeError, ValueError) as error:
             message = f"The request is not understood: {type(error).__name__} {error}."
             self._answer({"id": name, "event": "error", "message": message})
+        except torch.OutOfMemoryError:
+            message = "The device ran out of memory; ask for a smaller picture."
+            self._answer({"id": name, "event": "error", "message": message})
+        except Exception as error:  # noqa: BLE001 - a defect costs one request, and its traceback is kept
+            traceback.print_exc()
+            message = f"A defect of the program: {type(error).__name__} {error}."
+            self._answer({"id": name, "event": "error", "message": message})
         finally:
             self.cancelled.discard(name)
 
@@ -100,6 +112,8 @@ class Worker:
         prompt, negative = str(request.get("prompt", "")), str(request.get("negative", ""))
         loras = [(row, self._adapter(str(row["file"]), base)) for row in request.get("loras", [])]
         strengths = [float(s) for s in request.get("strengths", [1.0])]
+        if not all(map(math.isfinite, strengths)):
+            raise ConfigError(f"The strengths {strengths} should be finite numbers.")
         folder = Path(str(request["out"]))
         files: list[str] = []
         done = 0
@@ -206,7 +220,10 @@ def _read(incoming: TextIO, waiting: "queue.Queue[Request | None]", worker: Work
 
 
 def main() -> None:
-    """Serve on the process's own stdin and stdout; what libraries print goes to stderr."""
+    """Serve on the process's own stdin and stdout, in UTF-8; what libraries print goes to stderr."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     outgoing = sys.stdout
     sys.stdout = sys.stderr
     serve(sys.stdin, outgoing)

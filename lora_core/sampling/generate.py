@@ -5,6 +5,7 @@ same picture on every device, and base and adapter can be compared on the same n
 """
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,16 @@ class Picture:
     sampler: str = "ddim"
     width: int = 0
     height: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no sampler can do."""
+        for word, value, legal in (
+            ("seed", self.seed, 0 <= self.seed < 2**63),
+            ("steps", self.steps, 1 <= self.steps <= 1000),
+            ("cfg", self.cfg, math.isfinite(self.cfg)),
+        ):
+            if not legal:
+                raise ConfigError(f"{word} = {value} is out of range.")
 
 
 def sampler_of(base: BaseModel, name: str) -> Any:

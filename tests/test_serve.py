@@ -1,0 +1,256 @@
+"""The warm worker as the window has it: a real process, lines of JSON in and out."""
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from lora_core.formats.file import file_hashes, write_adapter
+from lora_core.spec.config import RunConfig
+from lora_core.spec.families import FAMILIES
+from lora_core.spec.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 120.0
+"""Seconds; generous, for machines that do something else as well."""
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lora_core", "serve"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self._lines: queue.Queue[bytes] = queue.Queue()
+        self.complaints: list[bytes] = []
+        for read in (self._read, self._listen):
+            threading.Thread(target=read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        self.complaints.extend(self.process.stderr)
+
+    def send(self, request: object) -> None:
+        self.send_raw(json.dumps(request, ensure_ascii=False).encode())
+
+    def send_raw(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + b"\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        line = self._lines.get(timeout=PATIENCE)
+        found = json.loads(line.decode("utf-8"))
+        assert isinstance(found, dict)
+        return found
+
+    def answers(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """All answers to a request, the last of which is `done` or `error`."""
+        self.send(request)
+        return self.rest(request["id"])
+
+    def rest(self, name: str) -> list[dict[str, Any]]:
+        found = [self.answer()]
+        while found[-1]["event"] not in ("done", "error"):
+            found.append(self.answer())
+        assert {answer["id"] for answer in found} == {name}
+        return found
+
+    def error(self, request: dict[str, Any]) -> str:
+        answers = self.answers(request)
+        assert answers[-1]["event"] == "error", answers
+        return str(answers[-1]["message"])
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    try:
+        assert worker.answer() == {"id": None, "event": "ready"}
+        yield worker
+    finally:
+        worker.process.kill()
+        worker.process.wait()
+        for pipe in (worker.process.stdin, worker.process.stdout, worker.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Strong enough that every pixel shows it."""
+    path = tmp_path_factory.mktemp("lora") / "größe 木.safetensors"
+    draw = torch.Generator().manual_seed(0)
+    layer = LayerWeights(torch.randn(4, 128, generator=draw), torch.randn(96, 4, generator=draw), 4.0)
+    names = [f"down_blocks.1.attentions.0.transformer_blocks.0.attn2.{to}" for to in ("to_k", "to_v")]
+    weights = AdapterWeights({("unet", name): layer for name in names})
+    write_adapter(weights, path, "kohya", "fp32", FAMILIES["tiny"], {})
+    return path
+
+
+def wish(name: str, out: Path, **more: object) -> dict[str, Any]:
+    how = {"prompt": "a red cat", "steps": 2, "cfg": 3.0, "width": 64, "height": 64, "seed": 5}
+    return {"id": name, "do": "generate", "out": str(out), **how, **more}
+
+
+def pixels(path: str) -> bytes:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def test_strengths_share_one_noise_and_zero_is_the_base(worker: Worker, lora: Path, tmp_path: Path) -> None:
+    base = worker.answers(wish("base", tmp_path))[-1]["files"]
+    loras = [{"file": str(lora)}]
+    answers = worker.answers(wish("both", tmp_path / "Ausgabe ü", loras=loras, strengths=[0, 1]))
+    zero, one = answers[-1]["files"]
+    assert pixels(zero) == pixels(base[0])
+    assert pixels(one) != pixels(zero)
+    pictures = [a for a in answers if a["event"] == "picture"]
+    assert [(a["index"], a["strength"], a["file"]) for a in pictures] == [(0, 0.0, zero), (1, 1.0, one)]
+    ticks = [(a["done"], a["total"]) for a in answers if a["event"] == "progress"]
+    assert ticks == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert answers[-1]["seconds"] > 0
+    # What was merged for the last picture is out again for the next.
+    assert pixels(worker.answers(wish("again", tmp_path))[-1]["files"][0]) == pixels(base[0])
+
+
+def test_a_strength_multiplies_the_adapters_own(worker: Worker, lora: Path, tmp_path: Path) -> None:
+    half = [{"file": str(lora), "strength": 0.5}]
+    whole = [{"file": str(lora)}]
+    first = worker.answers(wish("1", tmp_path, loras=half, strengths=[1.0]))[-1]["files"][0]
+    second = worker.answers(wish("2", tmp_path, loras=whole, strengths=[0.5]))[-1]["files"][0]
+    assert first != second
+    assert pixels(first) == pixels(second)
+
+
+def test_an_adapter_that_changed_on_disk_is_read_again(worker: Worker, lora: Path, tmp_path: Path) -> None:
+    file = tmp_path / "changing.safetensors"
+    shutil.copy(lora, file)
+    before = worker.answers(wish("1", tmp_path, loras=[{"file": str(file)}]))[-1]["files"][0]
+    layer = LayerWeights(torch.ones(2, 128), torch.ones(96, 2), 2.0)
+    key = ("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
+    write_adapter(AdapterWeights({key: layer}), file, "kohya", "fp32", FAMILIES["tiny"], {})
+    after = worker.answers(wish("2", tmp_path, loras=[{"file": str(file)}]))[-1]["files"][0]
+    assert pixels(before) != pixels(after)
+
+
+def test_a_picture_under_way_is_cancelled(worker: Worker, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    worker.send(wish("long", out, steps=1000))
+    while worker.answer()["event"] != "progress":
+        pass
+    worker.send({"id": "c", "do": "cancel", "target": "long"})
+    last = worker.rest("long")[-1]
+    assert (last["event"], last["message"]) == ("error", "Cancelled.")
+    assert not out.exists()
+    assert worker.answers(wish("next", out))[-1]["event"] == "done"
+
+
+def test_one_that_waits_is_cancelled_too(worker: Worker, tmp_path: Path) -> None:
+    worker.send(wish("first", tmp_path, steps=20))
+    worker.send(wish("second", tmp_path, steps=1000))
+    worker.send({"id": "c", "do": "cancel", "target": "second"})
+    assert worker.rest("first")[-1]["event"] == "done"
+    assert worker.rest("second")[-1]["message"] == "Cancelled."
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"loras": [{"file": "/nowhere/a.safetensors"}]}, "does not exist"),
+        ({"base": "/nowhere/base"}, "/nowhere/base"),
+        ({"sampler": "magic"}, "sampler"),
+        ({"width": 100}, "width = 100"),
+        ({"steps": 0}, "steps = 0"),
+        ({"steps": "many"}, "many"),
+        ({"cfg": float("nan")}, "cfg"),
+        ({"seed": -1}, "seed"),
+        ({"strengths": [float("inf")]}, "strengths"),
+        ({"loras": "a.safetensors"}, "not understood"),
+        ({"loras": [{}]}, "file"),
+        ({"do": "fly"}, "'fly'"),
+        ({"do": "inspect"}, "file"),
+        ({"do": "inspect", "file": str(ROOT / "pyproject.toml")}, "pyproject.toml"),
+        ({"do": "export", "run": "/nowhere/run"}, "/nowhere/run"),
+    ],
+)
+def test_an_error_is_an_answer(worker: Worker, tmp_path: Path, more: dict[str, object], words: str) -> None:
+    message = worker.error(wish("bad", tmp_path / "out", **more))
+    assert words in message
+    assert message.endswith(".")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written(worker: Worker, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "file" in worker.error(wish("bad", tmp_path / "file"))
+
+
+@pytest.mark.parametrize("line", [b"{broken", b"", b"[1, 2]", b'"generate"', b"{}", b"\xff\xfe"])
+def test_a_line_that_is_no_request_is_answered(worker: Worker, line: bytes) -> None:
+    worker.send_raw(line)
+    answer = worker.answer()
+    assert (answer["id"], answer["event"]) == (None, "error")
+    assert "JSON object" in answer["message"]
+
+
+def test_inspect(worker: Worker, lora: Path) -> None:
+    report = worker.answers({"id": "i", "do": "inspect", "file": str(lora)})[-1]["report"]
+    assert (report["family"], report["format"], report["ranks"], report["modules"]) == (
+        "tiny",
+        "kohya",
+        [4],
+        2,
+    )
+
+
+def test_export_of_a_checkpoint(worker: Worker, lora: Path, tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "runs" / "mine", RunConfig())
+    ask = {"id": "e", "do": "export", "run": str(run.path)}
+    assert "no checkpoint yet" in worker.error(ask)
+    run.checkpoint(20).mkdir()
+    shutil.copy(lora, run.checkpoint(20) / "adapter.safetensors")
+    done = worker.answers(ask | {"name": "Katze ü", "format": "diffusers", "precision": "fp32"})[-1]
+    assert done["event"] == "done", done
+    file = Path(done["file"])
+    assert file == run.exports / "Katze ü.safetensors"
+    assert (done["bytes"], done["modules"]) == (file.stat().st_size, 2)
+    assert done["sha256"] == file_hashes(file)["sha256"]
+    assert [row["tool"] for row in done["works_in"] if row["loads"]] == ["diffusers"]
+    assert "'7'" in worker.error(ask | {"checkpoint": "7"})
+    assert "a/b" in worker.error(ask | {"name": "a/b"})
+    assert "fp12" in worker.error(ask | {"precision": "fp12"})
+    assert "onnx" in worker.error(ask | {"format": "onnx"})
+
+
+def test_memory_is_given_back_and_taken_again(worker: Worker, lora: Path, tmp_path: Path) -> None:
+    assert worker.answers({"id": "r", "do": "release"})[-1]["event"] == "done"
+    assert worker.answers(wish("after", tmp_path, loras=[{"file": str(lora)}]))[-1]["event"] == "done"
+
+
+def test_quit_ends_it_in_silence(worker: Worker) -> None:
+    """The last test of this module."""
+    worker.send({"id": "q", "do": "quit"})
+    assert worker.process.wait(PATIENCE) == 0
+    assert worker.complaints == []
