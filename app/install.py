@@ -66,16 +66,19 @@ def is_ready(extra: str) -> bool:
     """Whether .venv holds all that is needed; reads three small files and no more, to keep a start fast."""
     stamp = written_stamp()
     python = stamp.pop("python", "")
-    try:
-        lines = (VENV / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    home = dict(line.split(" = ", 1) for line in lines if " = " in line).get("home", "")
-    if stamp != expected_stamp(extra) or not PYTHON.exists() or not Path(home).is_dir():
+    if stamp != expected_stamp(extra) or not PYTHON.exists() or not has_base():
         return False
     # A system upgrade can put another version behind the same name; it would not see what was installed.
     same = os.path.realpath(PYTHON) == os.path.realpath(sys.executable)
     return not same or python == "{}.{}".format(*sys.version_info)
+
+
+def has_base() -> bool:
+    """Whether the Python that .venv was made from is still there."""
+    with contextlib.suppress(OSError):
+        text = (VENV / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")
+        return any(Path(line[7:]).is_dir() for line in text.splitlines() if line.startswith("home = "))
+    return False
 
 
 def graphics_card() -> tuple[bool, int, float]:
@@ -123,10 +126,9 @@ def answers(url: str) -> bool:
 
 def pip(*arguments: str, quiet: bool = False) -> bool:
     """Run `pip install` in .venv and show what it does; whether it succeeded."""
-    log = VENV / "pip.log"
-    log.unlink(missing_ok=True)
-    command = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check", "--log", str(log)]
-    command += ["install", *arguments]
+    (VENV / "pip.log").unlink(missing_ok=True)
+    command = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check"]
+    command += ["--log", str(VENV / "pip.log"), "install", *arguments]
     foreign = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONHOME", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in foreign}
     environment["PYTHONIOENCODING"] = "utf-8"
@@ -158,7 +160,7 @@ def worth_saying(line: str) -> str:
     if line.startswith("Downloading ") and line.endswith(" MB)"):
         return line if float(line[:-4].rpartition("(")[2]) >= 10 else ""
     if line.startswith("Installing collected packages:"):
-        return f"unpacking {line.count(',') + 1} packages"
+        return f"unpacking {line.count(',') + 1} packages" if "," in line else ""
     return ""
 
 
@@ -173,12 +175,10 @@ def pip_errors() -> str:
 
 def environment_version() -> str:
     """The Python version ("3.11") of a whole .venv, or "" if it is absent or half made."""
-    probe = "import pip, sys; print('{}.{}'.format(*sys.version_info))"
+    probe = [str(PYTHON), "-c", "import pip, sys; print('{}.{}'.format(*sys.version_info))"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            [str(PYTHON), "-c", probe], capture_output=True, text=True, check=True, timeout=120
-        )
-        return done.stdout.strip()
+        done = subprocess.run(probe, capture_output=True, text=True, check=True, timeout=120)
+        return done.stdout.strip() if has_base() else ""
     return ""
 
 
@@ -218,7 +218,7 @@ def install_torch() -> None:
     index = torch_index(platform.system(), *graphics_card(), os.path.exists("/dev/kfd"))
     if not index:
         return
-    say(f"Installing PyTorch for {'this processor' if index == 'cpu' else 'the graphics card'} ...")
+    say(f"PyTorch, the build for {'this processor' if index == 'cpu' else 'the graphics card'} ...")
     if pip("--no-index", "--no-deps", torch, quiet=True):  # it may be there, or on a local disk
         return
     if not answers(f"{TORCH_INDEX}{index}/"):
@@ -275,10 +275,7 @@ def set_up(extra: str) -> None:
         SetupError: something failed that a person can put right.
     """
     if (platform.system(), platform.machine()) == ("Darwin", "x86_64"):
-        raise SetupError(
-            "PyTorch is made for Macs with Apple processors only; there, start launch.py with an arm64"
-            " Python."
-        )
+        raise SetupError("On a Mac, PyTorch needs an Apple processor and a Python made for it (arm64).")
     began = time.monotonic()
     with alone():
         if is_ready(extra):  # by the start that was waited for

@@ -117,9 +117,11 @@ def test_half_an_environment_has_no_version(place: Path) -> None:
     assert install.environment_version() == ""
 
 
-def test_this_environment_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_that_runs_has_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "PYTHON", Path(sys.executable))
     assert install.environment_version() == f"{sys.version_info[0]}.{sys.version_info[1]}"
+    (place / ".venv" / "pyvenv.cfg").write_text("home = /nowhere\n")
+    assert install.environment_version() == ""
 
 
 @pytest.mark.parametrize(
