@@ -2,7 +2,7 @@
 
 `train/` is what `lora-easel train demo` learns from; `held_out/` shows other things in the same style, so
 that what carries over can be measured and not only what was memorised. The style is one of tone and palette:
-brightness alone decides the ink, from indigo over coral to cream, with a little paper grain. The shapes stay
+brightness alone decides the ink, from indigo over coral to gold, with a little paper grain. The shapes stay
 those of the base, which a small LoRA could not redraw from two dozen pictures.
 
     python assets/demo/make.py
@@ -25,8 +25,8 @@ TRIGGER = "duskprint"
 DRAWN_AS = "noto"  # the style of the base whose shapes the demo has
 SEED = 500
 
-INKS = ((34, 22, 74), (112, 40, 120), (232, 92, 92), (255, 186, 120), (255, 240, 214))
-"""From the darkest tone to the brightest, evenly spaced: indigo, plum, coral, apricot, cream."""
+INKS = ((30, 20, 78), (116, 34, 112), (224, 74, 88), (255, 142, 92), (255, 212, 150))
+"""From the darkest tone to the brightest, evenly spaced: indigo, plum, coral, orange, gold."""
 GRAIN = 3.0  # standard deviation of the paper grain, of 255
 BRIGHTNESS = (0.299, 0.587, 0.114)  # weights of red, green and blue (Rec. 601)
 DARKEST, BRIGHTEST = 0.05, 0.95  # brightnesses that get the first and the last ink
