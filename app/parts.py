@@ -68,3 +68,13 @@ class Parts:
 def piece(value: str = "", **options: Any) -> Any:
     """A piece of our own HTML, without the frame and the type that Gradio would give it."""
     return gr.HTML(value, padding=False, apply_default_css=False, js_on_load=None, **options)
+
+
+def edited(component: Any) -> Any:
+    """The event of a person's editing a field.
+
+    A text box swallows the first input after a value was put into it, a paste as well as a key; its change
+    does not. Change fires for values that the window puts in too, which is harmless where the draft then
+    stays as it is.
+    """
+    return component.change if isinstance(component, gr.Textbox) else component.input

@@ -8,7 +8,7 @@ import gradio as gr
 from app.bases import base_facts
 from app.gallery import DETAIL, filters, findings, grid
 from app.moment import Moment
-from app.parts import QUIET, TYPING, Parts, piece
+from app.parts import QUIET, TYPING, Parts, edited, piece
 from app.words import many, safe
 from lora_core.dataset.archive import Imported, import_files, import_folder
 from lora_core.spec.errors import LoraError
@@ -107,7 +107,7 @@ def _trigger(parts: Parts) -> None:
         min_width=230,
     )
     parts.fill(trigger, lambda: project.draft().get("trigger", ""))
-    parts.action(trigger.input(lambda text: project.keep(trigger=text.strip()), trigger, None, **TYPING))
+    parts.action(edited(trigger)(lambda text: project.keep(trigger=text.strip()), trigger, None, **TYPING))
 
 
 def _grid(moment: Moment) -> str:

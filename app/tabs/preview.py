@@ -10,7 +10,7 @@ import gradio as gr
 
 from app.loras import found_loras, owner
 from app.moment import Moment, moment_of
-from app.parts import QUIET, TYPING, Parts, piece
+from app.parts import QUIET, TYPING, Parts, edited, piece
 from app.stage import DEMO_PROMPT, stage, state_line, strip
 from app.studio import MOST_RECENT, Scene
 from lora_core.spec.choices import SAMPLERS
@@ -143,7 +143,7 @@ def _wire(parts: Parts, fields: dict[str, Any], strength: Any, draw: Any) -> Non
     for index in range(MOST_RECENT):
         slot = gr.Button("Put its settings back", elem_id=f"recent-{index}", visible="hidden")
         parts.action(slot.click(functools.partial(put_back, index), None, every, **QUIET))
-    inputs = [fields[name].input for name in names if name != "lora"]
+    inputs = [edited(fields[name]) for name in names if name != "lora"]
     gr.on([*inputs, strength.release], typed, every, None, **TYPING)
     parts.action(fields["lora"].input(lora_chosen, fields["lora"], None, **QUIET))
     parts.action(draw.click(generate, every, None, **TYPING))

@@ -9,7 +9,7 @@ from app import cards
 from app.facts import base_note, blockers, facts
 from app.form import FORM, GROUPS, command_line, form_values, group_fields, preset_config, summary, widget
 from app.moment import Moment, moment_of
-from app.parts import QUIET, TYPING, Parts, piece
+from app.parts import QUIET, TYPING, Parts, edited, piece
 from app.plan import choice, widget_values
 from app.words import safe
 from lora_core.spec.errors import LoraError
@@ -98,7 +98,7 @@ def _wire_form(parts: Parts, widgets: dict[str, Any], goal: Any, level: Any) -> 
         project.keep(goal=goal_key, level=level_key, values=values)
         return list(values.values())
 
-    parts.action(gr.on([field.input for field in fields], typed, fields, None, **TYPING))
+    parts.action(gr.on([edited(field) for field in fields], typed, fields, None, **TYPING))
     for chosen in (goal, level):
         parts.action(chosen.input(preset_chosen, [widgets["model.base"], goal, level], fields, **QUIET))
     reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")

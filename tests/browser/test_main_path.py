@@ -1,0 +1,145 @@
+"""The path of a person with pictures: drop, caption, train, look, take the file; then the file is loaded by
+diffusers."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} 😀"
+
+
+def open_tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def state_is(page, *states: str) -> None:
+    listed = ", ".join(f"#run-status[data-state={state}]" for state in states)
+    page.wait_for_selector(listed)
+
+
+def train(page, steps: int) -> None:
+    open_tab(page, "Train")
+    page.fill("#steps input", str(steps))
+    # The form is kept as it is typed; the fact shows that it has arrived.
+    page.wait_for_function(
+        f"document.querySelector('#command pre').textContent.includes('train.steps={steps}')"
+    )
+    page.click("#start")
+
+
+def test_from_pictures_to_a_file_that_diffusers_loads(
+    page, window: Any, pictures: list[Path], tmp_path: Path
+) -> None:
+    files = [*pictures, *(p.with_suffix(".txt") for p in pictures if p.with_suffix(".txt").exists())]
+    page.set_input_files("#dataset-drop input[type=file]", [str(file) for file in files])
+    page.wait_for_selector("#dataset-grid [data-picture]")
+    assert page.locator("#dataset-grid [data-picture]").count() == len(pictures)
+    page.click("#dataset-grid [data-picture='ball 0 é.png']")
+    page.fill("#caption textarea", HOSTILE)
+    page.wait_for_selector("#caption-state[data-state=saved]")
+    stored = window.workspace / "projects" / "default" / "pictures" / "ball 0 é.txt"
+    assert stored.read_text(encoding="utf-8").strip() == HOSTILE
+
+    train(page, 6)
+    state_is(page, "done")
+    assert page.locator("#run-status").get_attribute("data-step") == "6"
+    assert page.locator("#samples img").count() >= 2
+
+    open_tab(page, "Preview")
+    page.fill("#prompt textarea", "a ball")
+    page.fill("#seed input", "7")
+    page.click("#generate")
+    page.wait_for_selector("#preview-state[data-state=idle]")
+    base, full = (page.get_attribute(f"#preview-{which} img", "src") for which in ("base", "result"))
+    page.fill("#strength input[type=range]", "0.4")
+    page.wait_for_selector("#preview-state[data-state=working]")
+    page.wait_for_selector("#preview-state[data-state=idle]")
+    assert page.get_attribute("#preview-base img", "src") == base
+    assert page.get_attribute("#preview-result img", "src") != full
+    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 6")
+
+    open_tab(page, "Export")
+    page.fill("#export-name input, #export-name textarea", "my ball")
+    with page.expect_download() as download:
+        page.click("#export-download")
+    assert download.value.suggested_filename == "my ball.safetensors"
+    page.wait_for_selector("#works-in td")
+    assert "only with that base" in page.inner_text("#works-in")
+    file = tmp_path / "taken.safetensors"
+    download.value.save_as(file)
+    assert page.title() != "broken in"
+    assert_diffusers_loads(file)
+
+
+def assert_diffusers_loads(file: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from safetensors import safe_open
+
+    from lora_core.spec.paths import DEMO_BASE
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        DEMO_BASE, torch_dtype=torch.float32, local_files_only=True
+    )
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    injected = [name for name, _ in pipe.unet.named_modules() if name.endswith("lora_A")]
+    with safe_open(file, "pt") as opened:
+        written = [key for key in opened.keys() if key.endswith("lora_down.weight")]  # noqa: SIM118
+    assert len(injected) == len(written) > 0
+
+
+def test_a_dropped_folder_keeps_its_sub_folders(page, pictures: list[Path]) -> None:
+    drop(page, pictures[0].parent)
+    page.wait_for_selector("#dataset-grid [data-picture]")
+    names = page.eval_on_selector_all("[data-picture]", "found => found.map(one => one.dataset.picture)")
+    assert len(names) == len(pictures)
+    assert sum("3_more" in name for name in names) == 2
+
+
+def drop(page, path: Path) -> None:
+    """A real drop, as from a file manager."""
+    session = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": 400, "y": 500, "data": data})
+
+
+def test_the_run_outlives_page_and_server(page, new_page, watched, window: Any, pictures: list[Path]) -> None:
+    page.fill("#dataset-path input, #dataset-path textarea", str(pictures[0].parent))
+    page.click("#dataset-import")
+    page.wait_for_selector("#dataset-grid [data-picture]")
+    page.fill("#trigger input, #trigger textarea", "zwx ball")
+    train(page, 5000)
+    state_is(page, "running")
+    run = next((window.workspace / "runs").iterdir())
+    pid = json.loads((run / "process.json").read_text())["pid"]
+    watched.expected_away = True
+    page.close()
+    window.stop(signal.SIGKILL)
+    window.start()
+    watched.expected_away = False
+    for again in (new_page(), new_page()):
+        again.goto(window.address)
+        open_tab(again, "Train")
+        state_is(again, "running")
+        assert again.input_value("#steps input") == "5000"
+        open_tab(again, "Dataset")
+        assert again.input_value("#trigger input, #trigger textarea") == "zwx ball"
+    assert json.loads((run / "process.json").read_text())["pid"] == pid
+    open_tab(again, "Train")
+    again.click("#pause")
+    state_is(again, "paused")
+    again.click("#resume")
+    state_is(again, "running")
+    again.click("#stop")
+    state_is(again, "stopped")
+    assert list((run / "export").glob("*.safetensors"))
+
+
+def test_ctrl_c_ends_the_server_at_once_with_a_page_open(page, watched, window: Any) -> None:
+    watched.expected_away = True
+    began = time.monotonic()
+    assert window.stop() == 0
+    assert time.monotonic() - began < 4
