@@ -54,6 +54,13 @@ def test_a_name_is_given_once(run: RunFolder) -> None:
     assert run.config().adapter.rank == 4
 
 
+def test_a_run_that_is_being_made_is_not_listed(tmp_path: Path) -> None:
+    making = tmp_path / "runs" / ".first.0.making"
+    making.mkdir(parents=True)
+    (making / "config.toml").write_text("")
+    assert all_runs(tmp_path) == []
+
+
 def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds no config\.toml"):
         RunFolder.open(tmp_path)
