@@ -27,7 +27,7 @@ from lora_core.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from lora_core.training.export import export_facts, header_of, write_export
+from lora_core.training.export import export_facts, exported_checkpoint, header_of, write_export
 from lora_core.training.inputs import versions
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, Session, prepared
@@ -210,14 +210,22 @@ class Conductor:
         """Leave early, as asked: save, and for a stop export too."""
         request = next((r for r in self.requests.waiting() if r["do"] in ("stop", "pause")), None)
         pausing = request is not None and request["do"] == "pause" and not self.requests.signalled
-        if session is not None and self.step and self.step not in self._run.checkpoint_steps():
+        kept = self._run.checkpoint_steps()
+        if session is not None and self.step and self.step not in kept:
             self._save(session)
+        if session is None and kept:
+            self.step = kept[-1]
         if request is not None:
             self._handled(request)
         if pausing:
             self._emit(events.Paused(step=self.step))
             return Outcome("paused")
-        export = self._export(session) if session is not None and self.step else None
+        export = None
+        if self.step and session is None:
+            how = ("kohya", EXPORT_PRECISION)
+            export = Path(exported_checkpoint(self._run, "last", self._run.name, how)["file"])
+        elif self.step and session is not None:
+            export = self._export(session)
         self._emit(events.Stopped(step=self.step, export=self._below(export) if export else ""))
         return Outcome("stopped", export, self.requests.signalled)
 
