@@ -44,6 +44,7 @@ class Parts:
     lives: list[Live] = field(default_factory=list)
     fills: list[Fill] = field(default_factory=list)
     actions: list[Any] = field(default_factory=list)
+    trigger: Any = None
 
     def live(self, component: Any, shows: Callable[[Moment], Any]) -> Any:
         """Have a component follow the moment."""
@@ -70,11 +71,11 @@ def piece(value: str = "", **options: Any) -> Any:
     return gr.HTML(value, padding=False, apply_default_css=False, js_on_load=None, **options)
 
 
-def edited(component: Any) -> Any:
-    """The event of a person's editing a field.
+def edited(component: Any) -> list[Any]:
+    """The events of a person's editing a field.
 
-    A text box swallows the first input after a value was put into it, a paste as well as a key; its change
-    does not. Change fires for values that the window puts in too, which is harmless where the draft then
-    stays as it is.
+    A text box swallows the first input after a value was put into it, a paste as well as a key: leaving it
+    counts too. Its change event is of no use here, as it fires with empty fields before the draft is filled
+    in.
     """
-    return component.change if isinstance(component, gr.Textbox) else component.input
+    return [component.input, component.blur] if isinstance(component, gr.Textbox) else [component.input]

@@ -107,7 +107,9 @@ def _trigger(parts: Parts) -> None:
         min_width=230,
     )
     parts.fill(trigger, lambda: project.draft().get("trigger", ""))
-    parts.action(edited(trigger)(lambda text: project.keep(trigger=text.strip()), trigger, None, **TYPING))
+    save = gr.on(edited(trigger), lambda text: project.keep(trigger=text.strip()), trigger, None, **TYPING)
+    parts.action(save)
+    parts.trigger = trigger
 
 
 def _grid(moment: Moment) -> str:

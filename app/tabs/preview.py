@@ -143,7 +143,7 @@ def _wire(parts: Parts, fields: dict[str, Any], strength: Any, draw: Any) -> Non
     for index in range(MOST_RECENT):
         slot = gr.Button("Put its settings back", elem_id=f"recent-{index}", visible="hidden")
         parts.action(slot.click(functools.partial(put_back, index), None, every, **QUIET))
-    inputs = [edited(fields[name]) for name in names if name != "lora"]
+    inputs = [event for name in names if name != "lora" for event in edited(fields[name])]
     gr.on([*inputs, strength.release], typed, every, None, **TYPING)
     parts.action(fields["lora"].input(lora_chosen, fields["lora"], None, **QUIET))
     parts.action(draw.click(generate, every, None, **TYPING))

@@ -98,7 +98,7 @@ def _wire_form(parts: Parts, widgets: dict[str, Any], goal: Any, level: Any) -> 
         project.keep(goal=goal_key, level=level_key, values=values)
         return list(values.values())
 
-    parts.action(gr.on([edited(field) for field in fields], typed, fields, None, **TYPING))
+    parts.action(gr.on([event for field in fields for event in edited(field)], typed, fields, None, **TYPING))
     for chosen in (goal, level):
         parts.action(chosen.input(preset_chosen, [widgets["model.base"], goal, level], fields, **QUIET))
     reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")
@@ -117,8 +117,9 @@ def _start(parts: Parts, widgets: dict[str, Any]) -> None:
     note = piece(elem_id="start-note")
     parts.live(piece(elem_id="command"), _command)
 
-    def started(run_name: str, *values: Any) -> tuple[Any, str]:
-        desk.project.keep(values=dict(zip(FORM, values, strict=True)))
+    def started(run_name: str, trigger: str, *values: Any) -> tuple[Any, str]:
+        # The press of the button takes all with it: what was typed last may still be on its way to the draft.
+        desk.project.keep(values=dict(zip(FORM, values, strict=True)), trigger=trigger.strip())
         moment = moment_of(desk)
         problems = blockers(moment)
         try:
@@ -131,7 +132,7 @@ def _start(parts: Parts, widgets: dict[str, Any]) -> None:
         desk.worker.release()
         return "", ""
 
-    parts.action(start.click(started, [name, *widgets.values()], [name, note], **QUIET))
+    parts.action(start.click(started, [name, parts.trigger, *widgets.values()], [name, note], **QUIET))
 
 
 def _changed(moment: Moment) -> str:

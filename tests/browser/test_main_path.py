@@ -22,6 +22,7 @@ def state_is(page, *states: str) -> None:
 def train(page, steps: int) -> None:
     open_tab(page, "Train")
     page.fill("#steps input", str(steps))
+    page.press("#steps input", "Tab")
     # The form is kept as it is typed; the fact shows that it has arrived.
     page.wait_for_function(
         f"document.querySelector('#command pre').textContent.includes('train.steps={steps}')"
