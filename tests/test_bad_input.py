@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -86,6 +86,23 @@ def adapter(width: int) -> AdapterWeights:
 def draw(path: Path, color: str = "red", size: tuple[int, int] = (64, 64)) -> None:
     Image.new("RGB", size, color).save(path)
     path.with_suffix(".txt").write_text(f"a {color} square", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def quiet_libraries() -> Iterator[None]:
+    """As in a process of the command line, which quiets them before it imports them; here others came
+    first."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    kept = of_diffusers.get_verbosity(), of_transformers.get_verbosity()
+    of_diffusers.set_verbosity_error()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    yield
+    of_diffusers.set_verbosity(kept[0])
+    of_transformers.set_verbosity(kept[1])
+    of_transformers.enable_progress_bar()
 
 
 @pytest.fixture
