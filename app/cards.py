@@ -43,11 +43,7 @@ def _next_step(moment: Moment) -> str:
             ' learned</button><button type="button" class="own" data-tab="Export">Export</button></div>'
         )
     if moment.live:
-        return (
-            '<div class="row phone-hidden"><button type="button" class="own"'
-            ' data-press="pause">Pause</button><button type="button" class="own"'
-            ' data-press="stop">Stop</button></div>'
-        )
+        return ""
     return (
         '<div class="row"><button type="button" class="own primary" data-press="resume">Resume</button></div>'
     )

@@ -39,8 +39,10 @@ def facts(moment: Moment) -> str:
         tile(file_size(size) if size else UNKNOWN, "file size"),
     ]
     stops = blockers(moment)
+    # That a run is going on is no problem of the form's.
+    tone = "small" if moment.live and len(stops) == 1 else "problem"
     problems = "".join(f"<li>{safe(text)}</li>" for text in stops)
-    listed = f'<ul class="sentences problem" id="start-why">{problems}</ul>' if stops else ""
+    listed = f'<ul class="sentences {tone}" id="start-why">{problems}</ul>' if stops else ""
     return (
         f'<div class="facts three">{"".join(tiles)}</div><p'
         f' class="small">{safe(" ".join(_sentences(moment)))}</p>{listed}'

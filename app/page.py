@@ -37,7 +37,7 @@ def build_page(desk: Desk) -> gr.Blocks:
         title=header.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
         _header(parts)
-        with gr.Row(elem_id="welcome") as welcome:
+        with gr.Row(elem_id="welcome", visible=False) as welcome:
             piece(WELCOME, elem_classes="grow")
             use_demo = gr.Button(
                 "Try it with the demo", variant="primary", elem_id="use-demo", min_width=0, scale=0

@@ -5,7 +5,8 @@ from app.routes import address
 from app.studio import STRIP, View
 from app.words import safe
 
-DEMO_PROMPT = "an owl on a blue background"
+# In no picture of the demo's training set: what is seen is carried over, not remembered.
+DEMO_PROMPT = "octopus, duskprint style, on a sky blue background"
 
 
 def state_line(moment: Moment) -> str:

@@ -18,9 +18,13 @@ def checkpoint_cards(moment: Moment, watch: Watch | None, chosen: str) -> str:
         )
     steps = watch.run.checkpoint_steps()
     cards = []
-    if watch.progress.best_step in steps and watch.progress.best_step is not None:
-        cards.append(_card(moment, watch, "Best", watch.progress.best_step, chosen == "best"))
-    if steps:
+    best = watch.progress.best_step
+    if best is not None and best in steps:
+        title = "Best and last" if best == steps[-1] else "Best"
+        cards.append(
+            _card(moment, watch, title, best, chosen == "best" or (chosen == "last" and best == steps[-1]))
+        )
+    if steps and best != steps[-1]:
         cards.append(_card(moment, watch, "Last", steps[-1], chosen == "last"))
     if chosen.isdigit() and int(chosen) in steps:
         cards.append(_card(moment, watch, "Picked", int(chosen), True))

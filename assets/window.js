@@ -204,17 +204,19 @@
   });
 
   // ---- what must follow when Gradio replaces a piece ----------------------------------------------------------------
-  let lastGrid = null;
+  let lastNames = null;
   const settle = () => {
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
-    const grid = one("#dataset-grid .grid, #dataset-grid .empty");
-    if (grid !== lastGrid && one("#picture-detail")) {
-      lastGrid = grid;
+    // Gradio patches a piece in place: nodes stay the same, what was added to them here may be gone.
+    const names = one("#picture-detail") ? thumbs().map((thumb) => thumb.dataset.picture).join("|") : null;
+    const mine = thumbs().find((thumb) => thumb.dataset.picture === chosen);
+    if (names !== null && (names !== lastNames || (mine && !mine.classList.contains("on")))) {
+      lastNames = names;
       for (const thumb of thumbs()) if (waiting.has(thumb.dataset.picture)) thumb.dataset.caption = waiting.get(thumb.dataset.picture).text;
-      applyFilter();
-      show(thumbs().find((thumb) => thumb.dataset.picture === chosen) || thumbs()[0] || null);
+      show(mine || thumbs()[0] || null);
     }
+    if (names) applyFilter();
     const slider = one("input.split"), place = parseFloat(document.documentElement.style.getPropertyValue("--split"));
     if (slider && !Number.isNaN(place) && document.activeElement !== slider) slider.value = place;
     // A disabled button says why: the reason stands in the page, the pointer finds it too.

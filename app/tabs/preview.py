@@ -11,6 +11,7 @@ import gradio as gr
 from app.loras import found_loras, owner
 from app.moment import Moment, moment_of
 from app.parts import QUIET, TYPING, Parts, edited, piece
+from app.plan import Plan
 from app.stage import DEMO_PROMPT, stage, state_line, strip
 from app.studio import MOST_RECENT, Scene
 from lora_core.spec.choices import SAMPLERS
@@ -72,23 +73,19 @@ def _kept(parts: Parts) -> dict[str, Any]:
     """The tab's part of the draft, over what suits the shown run."""
     draft = parts.desk.project.draft().get("preview") or {}
     watch = parts.desk.jobs.current()
-    config = watch.config() if watch else None
+    preview = Plan(parts.desk.project).config.preview
     usual = {
-        "sampler": "ddim",
-        "steps": 20,
-        "cfg": 5.0,
-        "prompt": "",
-        "negative": "",
+        "sampler": preview.sampler,
+        "steps": preview.steps,
+        "cfg": preview.cfg,
         "seed": 1234,
         "strength": 1.0,
     }
-    if config is not None:
-        preview = config.preview
-        usual |= {"sampler": preview.sampler, "steps": preview.steps, "cfg": preview.cfg}
-    if watch is not None and watch.progress.previews and watch.progress.previews[0].prompts:
-        usual["prompt"] = watch.progress.previews[0].prompts[0]
-    elif parts.desk.project.uses_demo:
+    usual |= {"prompt": "", "negative": ""}
+    if parts.desk.project.uses_demo:
         usual["prompt"] = DEMO_PROMPT
+    elif watch is not None and watch.progress.previews and watch.progress.previews[0].prompts:
+        usual["prompt"] = watch.progress.previews[0].prompts[0]
     return {**usual, **{name: value for name, value in draft.items() if value not in (None, "")}}
 
 

@@ -28,9 +28,10 @@ def build(parts: Parts) -> None:
             widgets, goal, level = _form(parts)
             _start(parts, widgets)
         with gr.Column(elem_classes="main"):
-            parts.live(piece(elem_id="run-card"), cards.run_card)
-            with gr.Row(elem_classes="run-actions"):
-                _requests(parts)
+            with gr.Column(elem_classes="run-block"):
+                parts.live(piece(elem_id="run-card"), cards.run_card)
+                with gr.Row(elem_classes="run-actions"):
+                    _requests(parts)
             parts.live(piece(elem_id="charts"), cards.charts)
             parts.live(piece(elem_id="samples"), cards.samples)
             parts.live(piece(elem_id="earlier"), cards.earlier)
@@ -112,7 +113,9 @@ def _start(parts: Parts, widgets: dict[str, Any]) -> None:
         label="Name of the run", placeholder="date and dataset", elem_id="run-name", lines=1, max_lines=1
     )
     parts.live(piece(elem_id="facts"), facts)
-    start = gr.Button("Start training", variant="primary", elem_id="start", elem_classes="big")
+    start = gr.Button(
+        "Start training", variant="primary", interactive=False, elem_id="start", elem_classes="big"
+    )
     parts.live(start, lambda m: gr.update(interactive=not blockers(m)))
     note = piece(elem_id="start-note")
     parts.live(piece(elem_id="command"), _command)
