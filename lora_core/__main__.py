@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     _quiet_libraries()
+    _share_the_processor()
     _speak_any_letter()
     try:
         return int(options.run(options) or 0)
@@ -47,6 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.\n"
         )
         return 1
+
+
+def _share_the_processor() -> None:
+    """Let a thread that waits for its siblings sleep soon, where libgomp would have it spin.
+
+    Two trainings on two cores, steps of the embedded base: over 1.3 s each with ten times this count, 0.31 s
+    each by this one, and 0.16 s for one alone by either. It has to be set before torch is imported.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _quiet_libraries() -> None:

@@ -18,7 +18,7 @@ from lora_core.training import loop
 from lora_core.training.between import drawn_samples
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, prepared
-from lora_core.validation.gain import paired_gain, triple_losses
+from lora_core.validation.gain import triple_losses
 from lora_core.validation.validate import measured_pictures
 
 STEPS = 4
@@ -153,9 +153,10 @@ def test_it_learns(tmp_path, config):
     pictures = measured_pictures(base, scan(Path(config.dataset.path)).records, 8, 0)
     before = triple_losses(base, pictures, text.condition)
     list(training_steps(session.trainee, session.batches, text, StepPlan.of(config, 30), 0))
-    gain = paired_gain(before, triple_losses(base, pictures, text.condition))
-    assert gain.gain > 5 * gain.standard_error
-    assert gain.gain > 0.02 * gain.base_loss
+    after = triple_losses(base, pictures, text.condition)
+    # Five pictures differ too much for a small standard error: each of them has to be learned instead.
+    assert (before - after).mean(1).min() > 0
+    assert after.mean() < 0.9 * before.mean()
 
 
 def test_a_loss_that_is_not_finite_ends_before_it_spoils_the_adapter(tmp_path, config):
