@@ -6,7 +6,7 @@ from app.studio import STRIP, View
 from app.words import safe
 
 # In no picture of the demo's training set: what is seen is carried over, not remembered.
-DEMO_PROMPT = "octopus, duskprint style, on a sky blue background"
+DEMO_PROMPT = "house, duskprint style, on a sky blue background"
 
 
 def state_line(moment: Moment) -> str:

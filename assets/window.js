@@ -31,7 +31,7 @@
     if (!chip) return;
     chip.dataset.state = state;
     chip.textContent = text;
-    chip.className = `chip ${{ saved: "good", saving: "", error: "bad" }[state]}`;
+    chip.className = `chip ${{ saved: text === "Saved" ? "good" : "", saving: "", error: "bad" }[state]}`;
   };
 
   const showTokens = (count) => {
@@ -76,7 +76,9 @@
     image.hidden = crop.hidden = false;
     if (image.getAttribute("src") !== thumb.dataset.big) image.src = thumb.dataset.big;
     image.alt = chosen;
-    one("#picture-big").style.aspectRatio = thumb.dataset.ratio;
+    const [width, height] = thumb.dataset.ratio.split(" / ").map(Number), frame = one("#picture-big");
+    frame.style.aspectRatio = thumb.dataset.ratio;
+    frame.style.setProperty("--ratio", width / height);
     crop.style.inset = (([left, top, right, bottom]) => `${top} ${right} ${bottom} ${left}`)(thumb.dataset.crop.split(" "));
     one("#picture-facts").textContent = `${chosen}, ${thumb.dataset.facts}, crop shown`;
     const text = waiting.has(chosen) ? waiting.get(chosen).text : thumb.dataset.caption;
