@@ -2,7 +2,8 @@
 exported.
 
 Run it as `python -m tests.browser.screenshots [WORKSPACE]`. With a workspace that holds a finished run of the
-demo the training is skipped. Writes docs/<tab>-<width>[-dark].webp.
+demo the training is skipped. Writes docs/<tab>-<width>[-dark].webp,
+and docs/window.png while the demo trains.
 """
 
 import argparse
@@ -15,9 +16,21 @@ from PIL import Image
 
 from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Window
 
-TABS = ("Dataset", "Train", "Preview", "Export")
-WIDTHS = (1440, 390)
-PATIENCE = 600_000
+# What must be there before a tab is worth a picture.
+READY = {
+    "Dataset": ".thumb.on",
+    "Train": "#samples img",
+    "Preview": "#stage img",
+    "Export": "#export-cards img",
+}
+SHOTS = [(tab, 1440, "light") for tab in READY]
+SHOTS += [
+    ("Train", 1440, "dark"),
+    ("Preview", 1440, "dark"),
+    ("Train", 390, "light"),
+    ("Preview", 390, "dark"),
+]
+PATIENCE = 180_000
 
 
 def open_tab(page, name: str) -> None:
@@ -29,6 +42,10 @@ def prepare(page) -> None:
     if page.locator("#use-demo").is_visible():
         page.click("#use-demo")
         page.click("#start:enabled")
+        page.wait_for_selector("#run-status[data-state=running]")
+        # Three rounds of samples: the base, and two with something learned.
+        page.wait_for_selector("#samples .strip figure:nth-child(3)")
+        shoot(page, "window.png")
     open_tab(page, "Train")
     page.wait_for_selector("#run-status[data-state=done]")
     page.click("[data-show-preview]")
@@ -40,28 +57,27 @@ def prepare(page) -> None:
 
 
 def shoot(page, name: str) -> None:
-    """One picture, whole page, as WebP."""
-    page.evaluate("Promise.all([...document.images].map(one => one.decode().catch(() => null)))")
+    """One picture of the whole page, in docs/."""
+    # Pictures that are not shown are never loaded; waiting for those would be for ever.
+    shown = "[...document.images].filter(one => one.offsetParent)"
+    page.evaluate(f"Promise.all({shown}.map(one => one.decode().catch(() => null)))")
     image = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    image.convert("RGB").save(ROOT / "docs" / f"{name}.webp", quality=88, method=6)
+    options = {"quality": 88, "method": 6} if name.endswith("webp") else {"optimize": True}
+    image.convert("RGB").save(ROOT / "docs" / name, **options)
 
 
 def shoot_all(browser, address: str) -> None:
-    """Each tab at each width, light and dark."""
-    for scheme in ("light", "dark"):
-        for width in WIDTHS:
-            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-            page.set_default_timeout(PATIENCE)
-            page.goto(address)
-            page.wait_for_selector("[data-picture]")
-            for tab in TABS:
-                open_tab(page, tab)
-                page.wait_for_selector(
-                    {"Dataset": ".thumb.on", "Train": "#samples img"}.get(tab, "[role=tabpanel] img")
-                )
-                page.wait_for_timeout(500)
-                shoot(page, f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}")
-            page.close()
+    """Each tab, some of them dark or narrow."""
+    for tab, width, scheme in SHOTS:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.set_default_timeout(PATIENCE)
+        page.goto(address)
+        page.wait_for_selector("[data-picture]")
+        open_tab(page, tab)
+        page.wait_for_selector(READY[tab])
+        page.wait_for_timeout(700)
+        shoot(page, f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp")
+        page.close()
 
 
 def main(arguments: list[str]) -> int:
