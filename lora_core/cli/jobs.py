@@ -11,6 +11,7 @@ from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.cli.progress import EventPrinter
 from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment
 from lora_core.spec.errors import ConfigError, RunError
+from lora_core.spec.events import EventWriter, Stopped
 from lora_core.spec.paths import workspace
 from lora_core.spec.presets import preset
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
@@ -96,9 +97,14 @@ def resumed(run: RunFolder, steps: int | None, accept_changes: bool = False) -> 
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps {steps} should be 1 or more.")
     with run.held():
-        # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this line.
-        run.request("resume")
-        from lora_core.training.run import train
+        try:
+            # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this
+            # line.
+            run.request("resume")
+            from lora_core.training.run import train
+        except KeyboardInterrupt:
+            _note_stop(run)
+            raise
 
         printer = EventPrinter(sys.stdout)
         outcome = train(run, steps, printer.show, accept_changes)
@@ -106,6 +112,14 @@ def resumed(run: RunFolder, steps: int | None, accept_changes: bool = False) -> 
     if outcome.export is not None:
         say(str(outcome.export))
     return 130 if outcome.signalled else 0
+
+
+def _note_stop(run: RunFolder) -> None:
+    """Write down that the run was stopped before the trainer, which does so itself, was there."""
+    before = run.progress()
+    writer = EventWriter(run.events_file)
+    writer.write(Stopped(step=before.step, export=before.export))
+    writer.close()
 
 
 def _request(options: argparse.Namespace) -> int:
