@@ -14,6 +14,8 @@ from lora_core.spec.paths import DEMO_BASE
 
 # The sizes of SD 1.x, for a base whose configs cannot be read yet.
 USUAL_RESOLUTION, USUAL_MULTIPLE = 512, 64
+# What the file's header says of each layer: three tensors with long names.
+HEADER_A_LAYER = 450
 # Which weights a set of targets adapts, for the size of the file only; the trainer's own table is
 # lora_core/adapters/targets.py, which needs torch.
 ADAPTED = {
@@ -91,15 +93,15 @@ def export_bytes(facts: BaseFacts, targets: str, rank: int, text_encoder: bool) 
     if text_encoder:
         files.append(facts.folder / "text_encoder" / "model.safetensors")
     try:
-        sides = sum(_sides(file, targets, file.stat().st_mtime_ns) for file in files)
+        found = [_sides(file, targets, file.stat().st_mtime_ns) for file in files]
     except (OSError, ValueError):
         return None
-    return 2 * rank * sides
+    return sum(2 * rank * sides + HEADER_A_LAYER * layers for sides, layers in found)
 
 
 @functools.lru_cache(maxsize=32)
-def _sides(file: Path, targets: str, changed_at: int) -> int:
-    """The sum of in + out over the adapted layers, from the header of a safetensors file."""
+def _sides(file: Path, targets: str, changed_at: int) -> tuple[int, int]:
+    """The sum of in + out over the adapted layers and their number, from the header of a safetensors file."""
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > 100_000_000:
@@ -107,4 +109,4 @@ def _sides(file: Path, targets: str, changed_at: int) -> int:
         header: dict[str, Any] = json.loads(opened.read(length))
     pattern = re.compile(ADAPTED[targets])
     shapes = [row["shape"] for name, row in header.items() if pattern.fullmatch(name)]
-    return sum(shape[0] + shape[1] for shape in shapes if len(shape) >= 2)
+    return sum(shape[0] + shape[1] for shape in shapes), len(shapes)

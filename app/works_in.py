@@ -58,19 +58,19 @@ def works_in(result: dict[str, Any] | None, portable: bool) -> str:
     )
     if result is None:
         return (
-            '<div class="panel"><h2>Works in</h2><p class="small">Download writes the file, reads it back as'
-            f" each tool would, and says here which of them take it whole.</p>{own}</div>"
+            '<div class="panel"><h2>Works in</h2><p class="small">Download writes the file, reads it back'
+            f" bit for bit, and says here which tools read its format.</p>{own}</div>"
         )
     rows = "".join(_tool(row) for row in result.get("works_in", []))
     return (
         '<div class="panel"><div class="row apart"><h2>Works'
-        f" in</h2>{chip('read back and compared', 'good')}</div><table>{rows}</table>{own}</div>"
+        f" in</h2>{chip('read back, bit for bit', 'good')}</div><table>{rows}</table>{own}</div>"
     )
 
 
 def _tool(row: dict[str, Any]) -> str:
     loads = bool(row.get("loads"))
-    verdict = chip("loads whole", "good") if loads else chip("does not load", "warn")
+    verdict = chip("reads it", "good") if loads else chip("drops keys", "warn")
     return (
         f"<tr><td>{safe(row.get('tool', ''))}</td><td>{safe(row.get('note', ''))}</td><td>{verdict}</td></tr>"
     )

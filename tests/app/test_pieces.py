@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from app import charts, gallery, words
-from app.bases import BaseFacts, base_facts, export_bytes
+from app.bases import HEADER_A_LAYER, BaseFacts, base_facts, export_bytes
 from app.works_in import works_in
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem
 from lora_core.spec import events
@@ -103,5 +103,5 @@ def test_file_size_is_rank_times_both_sides(tmp_path: Path) -> None:
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(len(raw).to_bytes(8, "little") + raw)
     found = BaseFacts(tmp_path, None, 128, 16, "")
-    assert export_bytes(found, "attention", 4, False) == 2 * 4 * (32 + 48)
+    assert export_bytes(found, "attention", 4, False) == 2 * 4 * (32 + 48) + HEADER_A_LAYER
     assert export_bytes(found, "attention", 4, True) is None
