@@ -30,7 +30,7 @@ def test_file_names_and_captions_are_text(tmp_path: Path) -> None:
 def test_what_the_worker_says_of_tools_is_text() -> None:
     shown = works_in({"works_in": [{"tool": HOSTILE, "loads": False, "note": HOSTILE}]}, False)
     assert "<img" not in shown
-    assert "does not load" in shown
+    assert "drops keys" in shown
     assert "only" in shown
 
 
