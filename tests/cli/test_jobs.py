@@ -9,13 +9,19 @@ import pytest
 
 from lora_core.spec.run_folder import RunFolder
 
+# A child of a background job is born deaf to SIGINT, which nobody at a keyboard is.
+LISTENING = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " from lora_core.__main__ import main; sys.exit(main())"
+)
+
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a single child")
 def test_an_early_ctrl_c_is_a_stop(tmp_path):
     command = [
         sys.executable,
-        "-m",
-        "lora_core",
+        "-c",
+        LISTENING,
         "train",
         "demo",
         "--name",
