@@ -9,7 +9,7 @@ from typing import Any
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.dataset.captions import tag_counts
 from lora_core.formats.file import file_hashes, read_adapter, read_tensors, write_adapter
-from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
+from lora_core.formats.metadata import ExportFacts, side_file
 from lora_core.models.load import BaseModel
 from lora_core.spec.config import RunConfig, to_toml
 from lora_core.spec.errors import RunError
@@ -73,11 +73,6 @@ def write_export(
     write_adapter(weights, path, kind, precision, family, header)
     write_atomically(path.with_suffix(".json"), side_file(header.get("modelspec.trigger_phrase", "")))
     return path
-
-
-def header_of(facts: ExportFacts) -> dict[str, str]:
-    """The texts of a file's header."""
-    return export_metadata(facts)
 
 
 def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:

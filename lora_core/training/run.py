@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lora_core.adapters.inject import adapter_weights, load_weights
+from lora_core.formats.metadata import export_metadata
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError, OutOfMemory, RunError
@@ -27,7 +28,7 @@ from lora_core.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from lora_core.training.export import export_facts, exported_checkpoint, header_of, write_export
+from lora_core.training.export import export_facts, exported_checkpoint, write_export
 from lora_core.training.inputs import versions
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, Session, prepared
@@ -268,7 +269,9 @@ class Conductor:
 
     def _header(self, session: Session) -> dict[str, str]:
         base = session.trainee.base
-        return header_of(export_facts(self._config, base, session.train_items, self.step, self._started_at))
+        return export_metadata(
+            export_facts(self._config, base, session.train_items, self.step, self._started_at)
+        )
 
     def _prepare_note(self, phase: str, done: int, total: int) -> None:
         if done in (0, total) or time.monotonic() - self._noted > SECONDS_BETWEEN_NOTES:
