@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from lora_core.formats.container import read_header
 from lora_core.formats.file import DTYPES, read_adapter, write_adapter
 from lora_core.formats.inspect import inspect_file
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import FAMILIES
+from lora_core.spec.tensor_file import read_header
 
 
 def converted(source: Path, target: Path, format: str, keep_alphas: bool = False) -> list[str]:

@@ -11,12 +11,13 @@ import torch
 
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats import kinds
-from lora_core.formats.container import file_hashes, header_hashes, read_header, read_tensors, serialised
+from lora_core.formats.container import file_hashes, header_hashes, read_tensors, serialised
 from lora_core.formats.layers import Tensors, check_finite
 from lora_core.spec.choices import FORMATS, chosen
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
 from lora_core.spec.paths import sync_folder, write_atomically
+from lora_core.spec.tensor_file import read_header
 
 __all__ = ["DTYPES", "file_hashes", "read_adapter", "read_tensors", "write_adapter"]
 

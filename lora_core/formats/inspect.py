@@ -7,9 +7,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.formats import diffusers, kinds, kohya
-from lora_core.formats.container import Header, file_hashes, read_header
+from lora_core.formats.container import file_hashes
 from lora_core.formats.layers import alpha_number
 from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.tensor_file import Header, read_header
 
 
 def inspect_file(path: Path) -> dict[str, Any]:

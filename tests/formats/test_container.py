@@ -12,14 +12,13 @@ import safetensors.torch
 import torch
 
 from lora_core.formats.container import (
-    MAX_HEADER,
     file_hashes,
     header_hashes,
-    read_header,
     read_tensors,
     serialised,
 )
 from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.tensor_file import MAX_HEADER, read_header
 from tests.formats.conftest import raw_file
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
