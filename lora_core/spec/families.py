@@ -65,6 +65,9 @@ class Family:
         configs: the folder below `assets/families` with the configs for single files, "" if there is none.
         subject_blocks, style_blocks: regular expressions for the UNet paths that carry what is shown, and how
             it looks.
+        usual: whether an unmarked single file of this context width is taken to be of this row.
+        zero_negative: whether an empty negative prompt is a condition of zeros, and not an encoded empty
+        text.
         settings: what a run on such a base takes in place of the general defaults, dotted name to value.
         portable: whether files for this family are of use with bases that other tools have.
     """
@@ -84,6 +87,8 @@ class Family:
     configs: str = ""
     subject_blocks: str = ""
     style_blocks: str = ""
+    usual: bool = True
+    zero_negative: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     portable: bool = True
 
@@ -155,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         configs="sd2",
         subject_blocks=_COARSE,
         style_blocks=_FINE,
+        usual=False,
     ),
     "sd2_v": Family(
         name="sd2_v",
@@ -207,6 +213,7 @@ FAMILIES: dict[str, Family] = {
         # Frenkel et al. 2024 (B-LoRA), section 4: content and style each sit in one block of the decoder.
         subject_blocks=r"up_blocks\.0\.attentions\.0\..*",
         style_blocks=r"up_blocks\.0\.attentions\.1\..*",
+        zero_negative=True,
         # Both text encoders cost 1.6 GB in half precision; frozen, their output is encoded once and they go.
         settings={"optim.text_encoder_lr": 0.0, "optim.text_encoder_2_lr": 0.0},
     ),

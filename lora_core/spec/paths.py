@@ -14,6 +14,8 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 DEMO_BASE = ASSETS / "base"
 DEMO_TRAIN = ASSETS / "demo" / "train"
 PRESETS = ASSETS / "presets"
+FAMILY_CONFIGS = ASSETS / "families"
+CLIP_TOKENIZER = FAMILY_CONFIGS / "clip"
 
 
 def workspace(chosen: str | Path | None = None) -> Path:
