@@ -6,19 +6,20 @@ to the next. `spec/tensor_file.py` checks each claim of a header before a tensor
 
 import hashlib
 import json
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_core.formats.layers import Tensors
 from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.tensor_file import read_header
+from lora_core.spec.tensor_file import Header, read_header
 
-_TYPES = {
+TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,7 +33,8 @@ _TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+"""How a header names the number types."""
+_NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -49,11 +51,29 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
 
 
-def serialised(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """A whole safetensors file; the same contents always give the same bytes.
+def tensor_in(file: BinaryIO, header: Header, name: str) -> torch.Tensor:
+    """One tensor of an open file, read and nothing else: a base of many gigabytes is never in memory
+    whole."""
+    entry = header.tensors[name]
+    first, last = entry["data_offsets"]
+    file.seek(header.start + first)
+    data = bytearray(file.read(last - first))
+    if len(data) != last - first:
+        raise OSError(f"the tensor {name} is cut short")
+    # An empty tensor has no buffer to look at.
+    flat = torch.frombuffer(data, dtype=TYPES[entry["dtype"]]) if data else torch.empty(0)
+    return flat.reshape(entry["shape"])
 
-    Tensors are ordered by the size of their numbers and then by name, so that each is aligned.
-    """
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's numbers as they stand in a file."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def encoded_header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file: its length, then the header, padded so that tensors are
+    aligned."""
     header: dict[str, Any] = {}
     if metadata:
         # A lone surrogate, as from a badly decoded file name, would make the header unreadable for other
@@ -61,16 +81,40 @@ def serialised(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
         header["__metadata__"] = {
             key: metadata[key].encode("utf-8", "replace").decode("utf-8") for key in sorted(metadata)
         }
-    chunks, end = [], 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
-        tensor = tensors[name].detach().cpu().contiguous()
-        chunks.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-        offsets = [end, end + len(chunks[-1])]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        end = offsets[1]
-    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw = json.dumps(header | dict(entries), separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    return b"".join((struct.pack("<Q", len(raw)), raw, *chunks))
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def pieces(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file piece by piece, the header first; the same contents always give the same bytes.
+
+    Tensors are ordered by the size of their numbers and then by name, so that each is aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries, end = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        offsets = [end, end + tensor.numel() * tensor.dtype.itemsize]
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        end = offsets[1]
+    yield encoded_header(entries, metadata)
+    for name in order:
+        yield tensor_bytes(tensors[name])
+
+
+def serialised(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
+    """A whole safetensors file in memory; see `pieces`."""
+    return b"".join(pieces(tensors, metadata))
+
+
+def write_pieces(path: Path, data: Iterable[bytes | memoryview]) -> None:
+    """Write a file and see it onto the disk; for drafts, which are renamed once they have been checked."""
+    with open(path, "wb") as file:
+        for piece in data:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def header_hashes(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -80,12 +124,14 @@ def header_hashes(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, st
     from 1 MiB on, of the file with nothing but `ss_` keys in its header (so that later edits do not change
     it).
     """
-    data = serialised(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
-    start = 8 + int.from_bytes(data[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(memoryview(data)[start:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
-    }
+    whole, window, start = hashlib.sha256(), hashlib.sha256(), 0
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    for number, piece in enumerate(pieces(tensors, kept)):
+        if number:
+            whole.update(piece)
+        window.update(piece[max(0, 0x100000 - start) : max(0, 0x110000 - start)])
+        start += len(piece)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": window.hexdigest()[:8]}
 
 
 def file_hashes(path: Path) -> dict[str, Any]:

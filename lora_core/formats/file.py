@@ -11,18 +11,28 @@ import torch
 
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats import kinds
-from lora_core.formats.container import file_hashes, header_hashes, read_tensors, serialised
+from lora_core.formats.container import (
+    file_hashes,
+    header_hashes,
+    pieces,
+    read_tensors,
+    tensor_bytes,
+    tensor_in,
+    write_pieces,
+)
 from lora_core.formats.layers import Tensors, check_finite
 from lora_core.spec.choices import FORMATS, chosen
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
-from lora_core.spec.paths import sync_folder, write_atomically
+from lora_core.spec.paths import sync_folder
 from lora_core.spec.tensor_file import read_header
 
 __all__ = ["DTYPES", "file_hashes", "read_adapter", "read_tensors", "write_adapter"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The precisions that can be written."""
+AS_IT_IS = "as it is"
+"""In place of a precision: each tensor keeps its own."""
 
 _OWN_KEYS = {"lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "format"}
 """What the writer alone decides on, whatever the header that it is given says."""
@@ -37,8 +47,7 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
 
     Raises:
         AdapterFileError: the file is broken, holds no plain LoRA, holds numbers that are not finite, or is
-        for
-            another family.
+            for another family.
     """
     shapes = read_header(path).shapes
     kind = kinds.kind_of(shapes)
@@ -88,7 +97,7 @@ def write_adapter(
         weights: what to write.
         path: the file; an existing one is replaced.
         format: a row of `FORMATS`.
-        precision: "fp32", "fp16" or "bf16".
+        precision: "fp32", "fp16", "bf16" or `AS_IT_IS`.
         family: whose names to use.
         header: texts for the header, as from `metadata.export_metadata`; what follows from the weights is
         added.
@@ -100,7 +109,7 @@ def write_adapter(
             was read back differs from what was meant.
     """
     chosen(FORMATS, format, "format")
-    if precision not in DTYPES:
+    if precision not in (*DTYPES, AS_IT_IS):
         raise AdapterFileError(f"{precision!r} is no precision of a file; choose one of {', '.join(DTYPES)}.")
     check_finite(weights)
     translator = _translator(format)
@@ -110,12 +119,12 @@ def write_adapter(
     }
     texts = {key: value for key, value in header.items() if key not in _OWN_KEYS}
     texts |= translator.header(weights, family)
-    data = serialised(tensors, texts | header_hashes(tensors, texts))
+    texts |= header_hashes(tensors, texts)
     path = Path(path)
     # Beside the final name until it has been read back, so that a good file is never replaced by a bad one.
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        write_atomically(draft, data)
+        write_pieces(draft, pieces(tensors, texts))
         _check_written(draft, tensors)
         os.replace(draft, path)
         sync_folder(path.parent)
@@ -127,7 +136,7 @@ def write_adapter(
 
 
 def _cast(name: str, tensor: torch.Tensor, precision: str) -> torch.Tensor:
-    cast = tensor.detach().cpu().to(DTYPES[precision])
+    cast = tensor.detach().cpu().to(DTYPES.get(precision, tensor.dtype))
     if not torch.isfinite(cast).all():
         largest = float(tensor.abs().max())
         raise AdapterFileError(
@@ -137,17 +146,15 @@ def _cast(name: str, tensor: torch.Tensor, precision: str) -> torch.Tensor:
 
 
 def _check_written(path: Path, meant: Tensors) -> None:
-    found, _ = read_tensors(path)
-    if found.keys() != meant.keys():
+    header = read_header(path)
+    if header.tensors.keys() != meant.keys():
         raise AdapterFileError(
             f"{path} was read back with other tensors than were written; is the disk failing?"
         )
-    for name, tensor in meant.items():
-        same = found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        # As bytes, since NaN is unlike itself and -0.0 equals 0.0.
-        if not same or not torch.equal(_bytes(found[name]), _bytes(tensor)):
-            raise AdapterFileError(f"{name} was read back from {path} changed; is the disk failing?")
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    with open(path, "rb") as file:
+        for name, tensor in meant.items():
+            found = tensor_in(file, header, name)
+            same = found.dtype == tensor.dtype and found.shape == tensor.shape
+            # As bytes, since NaN is unlike itself and -0.0 equals 0.0.
+            if not same or tensor_bytes(found) != tensor_bytes(tensor):
+                raise AdapterFileError(f"{name} was read back from {path} changed; is the disk failing?")
