@@ -7,7 +7,11 @@ from lora_core.models.load import BaseModel
 
 
 def prediction(
-    base: BaseModel, noisy_latents: torch.Tensor, timesteps: torch.Tensor, text: TextCondition
+    base: BaseModel,
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    text: TextCondition,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the UNet predicts, (B, 4, h, w) in fp32.
 
@@ -16,9 +20,28 @@ def prediction(
         noisy_latents: (B, 4, h, w) in any number format.
         timesteps: (B,).
         text: the captions' condition, B of them.
+        sizes: (B, 6), for families that are told the picture's size: original height and width, top and left
+            of the crop, height and width after it, all in pixels (Podell et al. 2023, section 2.2). None is a
+            picture made at just this size.
     """
     dtype = base.dtype
+    more = {}
+    if base.family.size_conditioning:
+        assert text.pooled is not None
+        if sizes is None:
+            sizes = _own_sizes(noisy_latents, base.pixels_a_latent)
+        more["added_cond_kwargs"] = {
+            "text_embeds": text.pooled.to(dtype),
+            "time_ids": sizes.to(noisy_latents.device),
+        }
     output = base.unet(
-        noisy_latents.to(dtype), timesteps, encoder_hidden_states=text.context.to(dtype), return_dict=False
-    )
+        noisy_latents.to(dtype), timesteps, encoder_hidden_states=text.context.to(dtype), return_dict=False,
+        **more,
+    )  # fmt: skip
     return output[0].float()
+
+
+def _own_sizes(latents: torch.Tensor, pixels: int) -> torch.Tensor:
+    """(B, 6) for pictures of just this size, uncropped."""
+    height, width = (side * pixels for side in latents.shape[-2:])
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(len(latents), -1)

@@ -6,6 +6,12 @@ from typing import Any
 import torch
 
 from lora_core.models.load import BaseModel
+from lora_core.spec.families import TextEncoder
+
+CHUNK = 75
+"""Tokens of a caption that a CLIP text encoder reads at once, its begin and end marks not counted."""
+PENULTIMATE = 2
+"""The layer before the last, counted from the last."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,22 @@ class TextCondition:
 
     context: torch.Tensor
     pooled: torch.Tensor | None = None
+
+    @classmethod
+    def cat(cls, conditions: list["TextCondition"]) -> "TextCondition":
+        """Several one after the other along B."""
+        pooled = [c.pooled for c in conditions if c.pooled is not None]
+        return cls(torch.cat([c.context for c in conditions]), torch.cat(pooled) if pooled else None)
+
+    def expand(self, count: int) -> "TextCondition":
+        """One caption's condition (B = 1) for `count` pictures; no memory is copied."""
+        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
+        return TextCondition(self.context.expand(count, -1, -1), pooled)
+
+    def to(self, device: torch.device) -> "TextCondition":
+        """The same on another device."""
+        pooled = None if self.pooled is None else self.pooled.to(device)
+        return TextCondition(self.context.to(device), pooled)
 
 
 def encoded_picture(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -79,26 +101,55 @@ def text_condition(
 ) -> TextCondition:
     """The text encoders' hidden states of `captions`; differentiable where an adapter is in them.
 
+    Longer captions go through the encoders in chunks whose hidden states are joined along T; the pooled
+    projection is the first chunk's, as in A1111.
+
     Args:
         base: the base model.
         captions: B texts.
-        clip_skip: which layer counted from the last is taken; the final layer norm follows it.
+        clip_skip: which layer counted from the last is taken. Families that are conditioned on the last one
+            have the final layer norm after it; those conditioned on the penultimate, number 2, have none, and
+            never take a later one.
         tokens: 75, 150 or 225: one, two or three chunks, joined along T.
     """
-    chunks = max(1, round(tokens / 75))
-    contexts = []
+    chunks = max(1, round(tokens / CHUNK))
+    contexts, pooled = [], None
     for encoder in base.family.text_encoders:
         ids = torch.cat(
             [token_chunks(base.tokenizers[encoder.part], caption, chunks) for caption in captions]
         )
-        contexts.append(_hidden_states(base.text_encoders[encoder.part], ids.to(base.device), clip_skip))
+        hidden, projected = _encoded(
+            base.text_encoders[encoder.part], encoder, ids.to(base.device), clip_skip
+        )
+        contexts.append(hidden)
+        if projected is not None:
+            pooled = projected.reshape(len(captions), chunks, -1)[:, 0]
     context = torch.cat(contexts, dim=-1)
-    return TextCondition(context.reshape(len(captions), -1, context.shape[-1]))
+    return TextCondition(context.reshape(len(captions), -1, context.shape[-1]), pooled)
 
 
-def _hidden_states(encoder: Any, ids: torch.Tensor, clip_skip: int) -> torch.Tensor:
-    if clip_skip == 1:
-        return encoder(input_ids=ids).last_hidden_state
-    states = encoder(input_ids=ids, output_hidden_states=True).hidden_states
-    # transformers 5.6 took the `text_model` level out of CLIPTextModel.
-    return getattr(encoder, "text_model", encoder).final_layer_norm(states[-min(clip_skip, len(states))])
+def negative_condition(base: BaseModel, words: str, clip_skip: int = 1, tokens: int = 75) -> TextCondition:
+    """The condition of a negative prompt; of an empty one zeros, where the family was trained so."""
+    found = text_condition(base, [words], clip_skip, tokens)
+    if words.strip() or not base.family.zero_negative:
+        return found
+    return TextCondition(
+        torch.zeros_like(found.context), None if found.pooled is None else torch.zeros_like(found.pooled)
+    )
+
+
+def _encoded(
+    module: Any, encoder: TextEncoder, ids: torch.Tensor, clip_skip: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states (B, T, D) of the layer that is asked for, and the pooled projection (B, P) or None."""
+    if encoder.hidden == "last" and clip_skip == 1:
+        output = module(input_ids=ids)
+        return output.last_hidden_state, output.text_embeds if encoder.pooled else None
+    output = module(input_ids=ids, output_hidden_states=True)
+    states = output.hidden_states
+    least = PENULTIMATE if encoder.hidden == "penultimate" else 1
+    hidden = states[-min(max(clip_skip, least), len(states))]
+    if encoder.hidden == "last":
+        # transformers 5.6 took the `text_model` level out of CLIPTextModel.
+        hidden = getattr(module, "text_model", module).final_layer_norm(hidden)
+    return hidden, output.text_embeds if encoder.pooled else None

@@ -1,34 +1,42 @@
-"""Opening a base model from a diffusers folder, the embedded one, or the hub's local cache.
+"""Opening a base model: a diffusers folder, a single file, the embedded one, or one from the hub.
 
-Only submodules of diffusers and transformers are imported: the whole pipeline zoo takes ten seconds more.
+Components are built without memory for their weights and filled tensor by tensor from wherever each parameter
+lies, in the number format that is asked for: a base never takes more memory than it has weights. Only
+submodules of diffusers and transformers are imported: the whole pipeline zoo takes ten seconds more.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from lora_core.models.fill import Where, fill
+from lora_core.models.hub import in_local_cache
 from lora_core.models.noise import NoiseSchedule
+from lora_core.models.sources import (
+    Finder,
+    component_in_folder,
+    text_encoder_in_file,
+    unet_in_file,
+    vae_in_file,
+    weight_paths,
+)
+from lora_core.models.weight_files import WeightFile, opened_weights
+from lora_core.spec.base_facts import BaseFacts, base_facts, is_hub_id, single_file_facts
 from lora_core.spec.errors import ModelFileError
-from lora_core.spec.families import Family, family_of_context_width
-from lora_core.spec.paths import DEMO_BASE
+from lora_core.spec.families import Family, TextEncoder
+from lora_core.spec.paths import CLIP_TOKENIZER
+from lora_core.spec.tensor_file import Header
 
-WEIGHT_FILES = {
-    "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
-    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
-    "text_encoder": ("model.safetensors", "model.fp16.safetensors"),
-}
-OTHER_FILES = ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 @dataclass
@@ -37,13 +45,14 @@ class BaseModel:
 
     Attributes:
         name: what the person called it ("demo", a path, a hub id).
-        path: the diffusers folder.
+        path: the diffusers folder or the single file.
         family: its row.
         unet, vae, text_encoders, tokenizers: the components, the last two by part.
         noise: the noise schedule and what the UNet predicts.
         scheduler_config: the base's own sampler settings, for samplers to start from.
         device: where the components live.
         dtype: the number format of UNet and text encoders; the VAE is always fp32, where it cannot overflow.
+        facts: what its files say of it.
     """
 
     name: str
@@ -57,6 +66,7 @@ class BaseModel:
     scheduler_config: dict[str, Any]
     device: torch.device
     dtype: torch.dtype
+    facts: BaseFacts
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -78,10 +88,8 @@ class BaseModel:
 
     @property
     def resolution(self) -> int:
-        """The side in pixels that the base was trained at: the UNet's own config says it, else the family."""
-        config: Any = self.unet.config
-        sample_size = config.sample_size
-        return sample_size * self.pixels_a_latent if isinstance(sample_size, int) else self.family.resolution
+        """The side in pixels that the base was trained at."""
+        return self.facts.resolution
 
     @property
     def latent_channels(self) -> int:
@@ -90,167 +98,137 @@ class BaseModel:
         return int(config.in_channels)
 
 
-def base_folder(name: str) -> Path:
-    """The diffusers folder that `name` stands for.
-
-    Raises:
-        ModelFileError: nothing usable is there.
-    """
-    if name == "demo":
-        return DEMO_BASE
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file() or path.suffix in (".safetensors", ".ckpt"):
-        state = "is a single file" if path.is_file() else "does not exist"
-        raise ModelFileError(
-            f"The base {name} {state}; give the folder of a diffusers model (it holds unet/, vae/, ...)."
-        )
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _hub_folder(name)
-    raise ModelFileError(
-        f"The base {name!r} does not exist; give `demo`, a diffusers folder, or a hub id like owner/name."
-    )
-
-
-def _hub_folder(repo: str) -> Path:
-    patterns = [
-        "*.json",
-        "*.txt",
-        "*/*.json",
-        "*/*.txt",
-        "*/model.safetensors",
-        "*/diffusion_pytorch_model.safetensors",
-    ]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        pass
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelFileError(
-            f"The base {repo!r} is no folder here, not in the local hub cache, and cannot be downloaded "
-            f"({type(error).__name__}); check the name and the connection, or give a folder."
-        ) from error
-
-
-def checked_folder(path: Path) -> Family:
-    """The family of a diffusers folder, once every file that opening it needs is there.
-
-    Raises:
-        ModelFileError: names all that is missing, or the family that cannot be trained.
-    """
-    unet_config = _read_json(path / "unet" / "config.json")
-    if unet_config.get("in_channels", 4) == 9:
-        raise ModelFileError(
-            f"The base {path} is an inpainting model (9 input channels), which cannot be trained here."
-        )
-    width = unet_config.get("cross_attention_dim")
-    if not isinstance(width, int):
-        raise ModelFileError(
-            f"The base {path} is of no family that can be trained here: its unet/config.json says"
-            f" cross_attention_dim = {width}, which should be one number."
-        )
-    family = family_of_context_width(width)
-    missing = [name for name in OTHER_FILES if not (path / name).is_file()]
-    for part in ("unet", "vae", *(encoder.part for encoder in family.text_encoders)):
-        if not (path / part / "config.json").is_file():
-            missing.append(f"{part}/config.json")
-        kinds = WEIGHT_FILES.get(part, WEIGHT_FILES["text_encoder"])
-        if not any((path / part / name).is_file() for name in kinds):
-            missing.append(f"{part}/{kinds[0]}")
-    if missing:
-        raise ModelFileError(
-            f"The base {path} is not whole; it lacks {', '.join(missing)}. Download it again."
-        )
-    return family
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelFileError(
-            f"{path.parent.parent} is no diffusers model: it lacks {path.parent.name}/{path.name}."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ModelFileError(f"{path} holds no JSON object.")
-    return found
-
-
 def load_base(
     name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = ""
 ) -> BaseModel:
     """Open a base model, frozen, on `device`.
 
     Args:
-        name: "demo", a diffusers folder, or a hub id.
+        name: "demo", a diffusers folder, a single file, or a hub id.
         device: where to put the components.
         dtype: number format of UNet and text encoders.
-        prediction: "auto", or what the UNet predicts, against its config.
-        vae: folder of a VAE to use in place of the base's own, or "".
+        prediction: "auto", or what the UNet predicts, against all that the files say.
+        vae: a folder or file with a VAE to use in place of the base's own, or "".
 
     Raises:
         ModelFileError: names what is missing or broken.
     """
-    path = base_folder(name)
-    family = checked_folder(path)
-    scheduler_config = _read_json(path / "scheduler" / "scheduler_config.json")
-    if prediction != "auto":
-        scheduler_config["prediction_type"] = prediction
-    scheduler_config.setdefault("prediction_type", family.prediction)
-    vae_folder = Path(vae).expanduser() if vae else path / "vae"
-    parts = [encoder.part for encoder in family.text_encoders]
+    if is_hub_id(name) and not Path(name).expanduser().exists():
+        in_local_cache(name)
+    facts = base_facts(name, prediction)
+    parts = _FilledParts(facts, prediction, device)
+    facts, family = parts.facts, parts.family
     try:
-        unet = _loaded(UNet2DConditionModel, path / "unet", **_how(path / "unet", dtype))
-        autoencoder = _loaded(AutoencoderKL, vae_folder, **_how(vae_folder, torch.float32))
-        encoders = {part: _loaded(CLIPTextModel, path / part, dtype=dtype) for part in parts}
-        tokenizers = {
-            part: CLIPTokenizer.from_pretrained(
-                path / part.replace("text_encoder", "tokenizer"), local_files_only=True
-            )
-            for part in parts
-        }
-        noise = NoiseSchedule.of(DDPMScheduler.from_config(scheduler_config))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        autoencoder = parts.vae(vae)
+        encoders = {encoder.part: parts.text_encoder(encoder, dtype) for encoder in family.text_encoders}
+        tokenizers = {encoder.part: _tokenizer(facts, encoder) for encoder in family.text_encoders}
+        unet = parts.unet(dtype)
+        noise = NoiseSchedule.of(DDPMScheduler.from_config(facts.scheduler))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelFileError(
-            f"The base {path} cannot be opened: {first.rstrip('.')}. Download it again or choose another."
+            f"The base {facts.path} cannot be opened: {first.rstrip('.')}. Download it again or choose"
+            " another."
         ) from error
-    for module in (unet, autoencoder, *encoders.values()):
-        module.requires_grad_(False).eval().to(device)
     return BaseModel(
-        name=name, path=path, family=family, unet=unet, vae=autoencoder, text_encoders=encoders,
-        tokenizers=tokenizers, noise=noise, scheduler_config=scheduler_config, device=device, dtype=dtype,
+        name=name, path=facts.path, family=family, unet=unet, vae=autoencoder, text_encoders=encoders,
+        tokenizers=tokenizers, noise=noise, scheduler_config=dict(facts.scheduler), device=device,
+        dtype=dtype, facts=facts,
     )  # fmt: skip
 
 
-def _loaded(kind: Any, folder: Path, **how: Any) -> Any:
-    """A component from its folder.
+class _FilledParts:
+    """The components of a base, each built and filled when it is asked for."""
 
-    The libraries fill what a file lacks with random numbers and only log it; here it is an error.
+    def __init__(self, facts: BaseFacts, prediction: str, device: torch.device) -> None:
+        self._file: WeightFile | None = None
+        self._device = device
+        if facts.single_file:
+            self._file = opened_weights(facts.path)
+            if facts.family is None:
+                entries = {key: {"shape": shape} for key, shape in self._file.shapes.items()}
+                facts = single_file_facts(facts.name, facts.path, Header(entries, {}, 0), prediction)
+        assert facts.family is not None
+        self.facts = facts
+        self.family = facts.family
+        if not facts.single_file:
+            _check_folder(facts.path, self.family)
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        config = UNet2DConditionModel.load_config(self.facts.configs / "unet")
+        find = (
+            unet_in_file(self._file, self.family)
+            if self._file
+            else component_in_folder(self.facts.path / "unet", "unet")
+        )
+        with init_empty_weights(include_buffers=False):
+            unet = UNet2DConditionModel.from_config(config)
+        return self._ready(unet, find, dtype, "UNet")
+
+    def vae(self, other: str) -> AutoencoderKL:
+        """The VAE in fp32: the base's own, or the one that `other` names."""
+        configs, own = self.facts.configs / "vae", self.facts.path / "vae"
+        place = Path(other).expanduser() if other else own
+        if other and not place.exists():
+            raise ModelFileError(f"The VAE {other} does not exist; give a folder or a .safetensors file.")
+        if place.is_dir() and (other or not self._file):
+            configs = place
+            find = component_in_folder(place, "vae")
+            levels = 0
+        else:
+            levels = len(AutoencoderKL.load_config(configs)["block_out_channels"])
+            file = opened_weights(place) if other else self._file
+            assert file is not None
+            find = vae_in_file(file, levels)
+        with init_empty_weights(include_buffers=False):
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(configs))
+        lacking = "" if other else "Set model.vae to a VAE file."
+        return self._ready(vae, find, torch.float32, "VAE", lacking if self._file else "")
+
+    def text_encoder(self, encoder: TextEncoder, dtype: torch.dtype) -> Any:
+        config = CLIPTextConfig.from_pretrained(self.facts.configs / encoder.part, local_files_only=True)
+        kind: Any = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
+        find = (
+            text_encoder_in_file(self._file, encoder)
+            if self._file
+            else component_in_folder(self.facts.path / encoder.part, encoder.part)
+        )
+        with init_empty_weights(include_buffers=False):
+            module = kind(config)
+        return self._ready(module, find, dtype, encoder.part.replace("_", " "))
+
+    def _ready(self, module: Any, find: Finder, dtype: torch.dtype, title: str, advice: str = "") -> Any:
+        where = Where(self.facts.path, title, advice or "It is not whole, or of another kind.")
+        fill(module, find, dtype, self._device, where)
+        return module.eval().to(self._device)
+
+
+def _check_folder(path: Path, family: Family) -> None:
+    """Say at once all that a diffusers folder lacks.
 
     Raises:
-        ModelFileError: the folder is not there, or the weights are not those that its config asks for.
+        ModelFileError: names every missing file.
     """
-    if not folder.is_dir():
-        raise ModelFileError(f"The folder {folder} does not exist.")
-    module, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **how)
-    missing = sorted(report["missing_keys"])
+    missing = [name for name in ("scheduler/scheduler_config.json",) if not (path / name).is_file()]
+    for encoder in family.text_encoders:
+        folder = path / encoder.tokenizer
+        missing += [
+            f"{encoder.tokenizer}/{name}" for name in TOKENIZER_FILES if not (folder / name).is_file()
+        ]
+    for part in (*family.parts, "vae"):
+        if not (path / part / "config.json").is_file():
+            missing.append(f"{part}/config.json")
+        try:
+            weight_paths(path / part, part)
+        except ModelFileError as error:
+            missing.append(str(error).removeprefix(f"The folder {path / part} lacks ").rstrip("."))
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelFileError(
-            f"The weights in {folder} lack {missing[0]}{more}; download them again or choose another base."
+            f"The base {path} is not whole; it lacks {', '.join(missing)}. Download it again."
         )
-    return module
 
 
-def _how(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    plain = (folder / "diffusion_pytorch_model.safetensors").is_file()
-    return {
-        "torch_dtype": dtype, "use_safetensors": True, "variant": None if plain else
-        "fp16",
-    }  # fmt: skip
+def _tokenizer(facts: BaseFacts, encoder: TextEncoder) -> Any:
+    if not facts.single_file:
+        return CLIPTokenizer.from_pretrained(facts.path / encoder.tokenizer, local_files_only=True)
+    return CLIPTokenizer.from_pretrained(CLIP_TOKENIZER, pad_token=encoder.pad_token, local_files_only=True)

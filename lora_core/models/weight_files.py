@@ -70,7 +70,7 @@ class SafetensorsFile:
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self._start + first)
-                view = memoryview(buffer.numpy()).cast("B")
+                view = buffer.numpy().data
                 while len(view):
                     count = file.readinto(view)
                     if not count:
