@@ -1,7 +1,7 @@
 """Putting an adapter into a base: as trainable layers for training, or merged into the weights for use."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,18 +50,33 @@ def inject(
     Raises:
         ConfigError: a part has no such layer.
     """
-    moment = Moment(seed)
-    layers: dict[LayerKey, LoraLayer] = {}
+    shapes: dict[LayerKey, LoraShape] = {}
     for part in parts:
         found = target_modules(part, modules[part], targets)
         if not found:
             raise ConfigError(
                 f"The {part} of this base has no layer that adapter.targets names; choose other targets."
             )
-        for name, (path, base) in found.items():
-            layer = LoraLayer(base, f"{part}/{name}", shape, moment, seed)
-            _replace(modules[part], path, layer)
-            layers[part, name] = layer
+        shapes |= {(part, name): shape for name in found}
+    return inject_layers(modules, shapes, seed)
+
+
+def inject_layers(modules: dict[str, nn.Module], shapes: Mapping[LayerKey, LoraShape], seed: int) -> Injected:
+    """Replace each layer that `shapes` names by a trainable one of that shape around it.
+
+    Args:
+        modules: components of the base by part.
+        shapes: rank, alpha and dropout of each layer.
+        seed: of the random start and of the dropout masks.
+    """
+    moment = Moment(seed)
+    layers: dict[LayerKey, LoraLayer] = {}
+    for (part, name), shape in shapes.items():
+        located = layer_by_path(part, modules[part], name)
+        assert located is not None, f"{part} {name}"
+        path, base = located
+        layers[part, name] = LoraLayer(base, f"{part}/{name}", shape, moment, seed)
+        _replace(modules[part], path, layers[part, name])
     return Injected(layers, moment)
 
 

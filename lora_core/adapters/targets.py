@@ -1,9 +1,18 @@
-"""Which layers of a base are adapted: named sets of layers, as patterns over diffusers' module paths."""
+"""Which layers of a base are adapted: named sets of layers, as patterns over diffusers' module paths.
+
+The patterns themselves are rows of `choices.TARGETS` and of the families, so that a window without torch
+knows them
+too.
+"""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
+
+from lora_core.spec.choices import TARGETS, chosen
+from lora_core.spec.errors import ConfigError
+from lora_core.spec.families import Family
 
 TEXT_LEVEL = "text_model."
 Adaptable = nn.Linear | nn.Conv2d
@@ -12,27 +21,51 @@ Adaptable = nn.Linear | nn.Conv2d
 
 @dataclass(frozen=True)
 class Targets:
-    """A set of layers: full-match patterns for the UNet's paths and for the text encoders'."""
+    """A set of layers.
+
+    Attributes:
+        unet, text: full-match patterns for the UNet's paths and for the text encoders'; "" for none.
+        blocks: the field of a family that narrows the UNet's further, or "".
+    """
 
     unet: str
     text: str
+    blocks: str = ""
 
-    def pattern(self, part: str) -> re.Pattern[str]:
-        """The pattern for a part."""
-        return re.compile(self.unet if part == "unet" else self.text)
+    def pattern(self, part: str) -> re.Pattern[str] | None:
+        """The pattern for a part, or None where nothing of it is adapted."""
+        text = self.unet if part == "unet" else self.text
+        return re.compile(text) if text else None
+
+    def within(self, family: Family) -> "Targets":
+        """The same set with the family's blocks written into the pattern.
+
+        Raises:
+            ConfigError: the family does not say which blocks those are.
+        """
+        if not self.blocks:
+            return self
+        blocks = getattr(family, self.blocks)
+        if not blocks:
+            raise ConfigError(
+                f"Which blocks of the {family.title} carry what is not known, so adapter.targets cannot"
+                " choose them; choose attention, kohya or locon."
+            )
+        return replace(self, unet=rf"(?=(?:{blocks})\Z)(?:{self.unet})", blocks="")
 
 
-_ATTENTION = r"attn[12]\.(?:to_q|to_k|to_v|to_out\.0)"
+def named_targets(name: str, family: Family | None = None) -> Targets:
+    """The set of layers that `adapter.targets` names, narrowed to the family's blocks where it asks for that.
 
-ATTENTION = Targets(
-    unet=rf".*\.{_ATTENTION}",
-    text=r".*\.self_attn\.(?:q_proj|k_proj|v_proj|out_proj)",
-)
-# Everything linear below a Transformer2DModel: kohya sd-scripts' default modules.
-KOHYA = Targets(
-    unet=rf".*\.attentions\.\d+\.(?:proj_in|proj_out|.*\.{_ATTENTION}|.*\.ff\.net\.(?:0\.proj|2))",
-    text=r".*\.(?:self_attn\.(?:q_proj|k_proj|v_proj|out_proj)|mlp\.fc1|mlp\.fc2)",
-)
+    Raises:
+        ConfigError: there is no such set, or not for this family.
+    """
+    row = chosen(TARGETS, name, "adapter.targets")
+    targets: Targets = row.resolve()(**row.defaults)
+    return targets if family is None else targets.within(family)
+
+
+ATTENTION, KOHYA, LOCON = (Targets(**TARGETS[name].defaults) for name in ("attention", "kohya", "locon"))
 
 
 def canonical_path(part: str, path: str) -> str:
@@ -44,6 +77,8 @@ def canonical_path(part: str, path: str) -> str:
 def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, tuple[str, Adaptable]]:
     """The layers of `module` to adapt: canonical path to (real path, layer), in the module's own order."""
     pattern = targets.pattern(part)
+    if pattern is None:
+        return {}
     found: dict[str, tuple[str, Adaptable]] = {}
     for path, layer in module.named_modules():
         name = canonical_path(part, path)

@@ -112,18 +112,50 @@ ADAPTERS: Table = {
     "lora": Choice("LoRA", "Low-rank update of each chosen layer.", "lora_core.adapters.lora:LoraLayer"),
 }
 
+_ATTENTION = r"attn[12]\.(?:to_q|to_k|to_v|to_out\.0)"
+_TEXT_ATTENTION = r"self_attn\.(?:q_proj|k_proj|v_proj|out_proj)"
+# Everything linear below a Transformer2DModel or a CLIP layer: kohya sd-scripts' default modules.
+_KOHYA_UNET = rf".*\.attentions\.\d+\.(?:proj_in|proj_out|.*\.{_ATTENTION}|.*\.ff\.net\.(?:0\.proj|2))"
+_KOHYA_TEXT = rf".*\.(?:{_TEXT_ATTENTION}|mlp\.fc1|mlp\.fc2)"
+# What its convolution option adds: resnets and the changes of size between levels.
+_CONVOLUTIONS = (
+    r".*\.resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|.*\.(?:down|up)samplers\.\d+\.conv"
+)
+
 TARGETS: Table = {
     "attention": Choice(
         "Attention",
         "q, k, v and out of each attention layer; the default.",
-        "lora_core.adapters.targets:ATTENTION",
+        "lora_core.adapters.targets:Targets",
+        {"unet": rf".*\.{_ATTENTION}", "text": rf".*\.{_TEXT_ATTENTION}"},
     ),
     "kohya": Choice(
         "Attention, projections and feed-forward",
         "kohya's default set; fits more.",
-        "lora_core.adapters.targets:KOHYA",
+        "lora_core.adapters.targets:Targets",
+        {"unet": _KOHYA_UNET, "text": _KOHYA_TEXT},
+    ),
+    "locon": Choice(
+        "All of these and the convolutions (LoCon)",
+        "Fits textures and line work more closely; a larger file.",
+        "lora_core.adapters.targets:Targets",
+        {"unet": f"{_KOHYA_UNET}|{_CONVOLUTIONS}", "text": _KOHYA_TEXT},
+    ),
+    "style": Choice(
+        "Style blocks only",
+        "Only the blocks that carry how a picture looks; mixes well with a subject. No text encoder.",
+        "lora_core.adapters.targets:Targets",
+        {"unet": _KOHYA_UNET, "text": "", "blocks": "style_blocks"},
+    ),
+    "subject": Choice(
+        "Subject blocks only",
+        "Only the blocks that carry what is shown; mixes well with a style. No text encoder.",
+        "lora_core.adapters.targets:Targets",
+        {"unet": _KOHYA_UNET, "text": "", "blocks": "subject_blocks"},
     ),
 }
+"""Sets of layers: `unet` and `text` match a layer's whole path as diffusers names it, "" none; `blocks` is
+the field of a family that narrows the UNet's."""
 
 FORMATS: Table = {
     "kohya": Choice(

@@ -6,6 +6,7 @@ The settings themselves are declared in `spec/sections.py`.
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
@@ -28,8 +29,8 @@ from lora_core.spec.sections import (
     SaveSection,
     TrainSection,
     ValidationSection,
-    setting,
 )
+from lora_core.spec.setting import setting
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,17 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
             yield f"{top.name}.{info.name}", info, getattr(value, info.name)
 
 
+def is_pattern_table(info: dataclasses.Field[Any]) -> bool:
+    """Whether a setting is a table of pattern to number, such as `adapter.block_ranks`."""
+    return typing.get_origin(info.type) is dict
+
+
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted names."""
+    """Nested tables as dotted names; a setting that is itself a table stays whole."""
+    whole = {name for name, info, _ in settings() if is_pattern_table(info)}
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in whole:
             flat.update(flattened(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
@@ -131,16 +138,49 @@ def checked_value(name: str, info: dataclasses.Field[Any], value: Any) -> Any:
     """`value` as the field's type, if it is legal.
 
     Raises:
-        ConfigError: wrong type, out of range, or not among the choices.
+        ConfigError: wrong type, out of range, not among the choices, or a pattern that is no regular
+        expression.
     """
+    if is_pattern_table(info):
+        return _checked_table(name, info, value)
+    return _checked_one(name, info, info.type, value)
+
+
+def _checked_table(name: str, info: dataclasses.Field[Any], value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{name} = {value!r} should be a table of patterns, such as {{'mid_block' = 4}}; in TOML a"
+            " pattern with a backslash stands in single quotes."
+        )
+    kind = typing.get_args(info.type)[1]
+    checked = {}
+    for pattern, one in value.items():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(
+                f"{name} has the pattern {pattern!r}, which is no regular expression: {error}."
+            ) from error
+        if isinstance(one, Mapping):
+            raise ConfigError(
+                f"{name}: the pattern that begins with {pattern!r} holds a dot; put it into quotes."
+            )
+        checked[pattern] = _checked_one(f"{name} {pattern!r}", info, kind, one)
+    return checked
+
+
+def _checked_one(name: str, info: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} = {value} is not a number that can be used.")
-    typed = _as_type(name, info.type, value)
+    typed = _as_type(name, kind, value)
     span, above, table = info.metadata["span"], info.metadata["above"], info.metadata["table"]
     if span is not None and not span[0] <= typed <= span[1]:
         raise ConfigError(f"{name} = {value} is out of range; it goes from {span[0]:g} to {span[1]:g}.")
     if above is not None and not typed > above:
         raise ConfigError(f"{name} = {value} is out of range; it must be above {above:g}.")
+    among = info.metadata["among"]
+    if among is not None and typed not in among:
+        raise ConfigError(f"{name} = {value} is not possible; choose one of {', '.join(map(str, among))}.")
     if table is not None:
         choices.chosen(table, typed, name)
         typed = next(key for key, row in table.items() if typed.strip().lower() in (key, row.title.lower()))

@@ -4,47 +4,29 @@ A field's metadata is the only place that holds its title, help, range and choic
 tooltips, `--help`, the reading of TOML, validation and the table of settings all read it from here.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from lora_core.spec import choices
-
-
-def setting(
-    default: Any,
-    title: str,
-    help: str,
-    *,
-    span: tuple[float, float] | None = None,
-    above: float | None = None,
-    table: choices.Table | None = None,
-) -> Any:
-    """A dataclass field that carries what people and programs need to know of it.
-
-    Args:
-        default: the value where none is given; a list is copied for each config.
-        title: the label in the window.
-        help: one or two sentences: what it does and when to change it.
-        span: smallest and largest legal value, both included.
-        above: values must be larger than this.
-        table: the legal names, as a table of choices.
-    """
-    metadata = {"title": title, "help": help, "span": span, "above": above, "table": table}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from lora_core.spec.setting import setting
 
 
 @dataclass(frozen=True)
 class ModelSection:
     """The frozen base model."""
 
-    base: str = setting("demo", "Base model", "`demo` for the embedded one, a diffusers folder, or a hub id.")
-    vae: str = setting("", "VAE", "A separate VAE folder, in place of the base's own. Empty: the base's own.")
+    base: str = setting(
+        "demo",
+        "Base model",
+        "`demo` for the embedded one, a diffusers folder, a .safetensors file, or a hub id.",
+    )
+    vae: str = setting(
+        "", "VAE", "A separate VAE, a folder or a file, in place of the base's own. Empty: the base's own."
+    )
     prediction: str = setting(
         "auto",
         "Prediction",
-        "What the base predicts. Change it only if pictures come out as noise.",
+        "What the base predicts: noise (epsilon) or velocity (v). Change it only if pictures come out as"
+        " noise.",
         table=choices.PREDICTIONS,
     )
 
@@ -66,8 +48,32 @@ class AdapterSection:
         "The update is scaled by alpha / rank. Keep it equal to rank unless a recipe says otherwise.",
         above=0.0,
     )
+    rslora: bool = setting(
+        False,
+        "Rank-stabilised scale",
+        "Scales by alpha / sqrt(rank) instead of alpha / rank, so that large ranks learn as strongly as small"
+        " ones (rsLoRA).",
+    )
     targets: str = setting(
         "attention", "Layers", "Which layers of the base are adapted.", table=choices.TARGETS
+    )
+    init: str = setting(
+        "default",
+        "Start from",
+        "`default` for a fresh adapter, or the file of a LoRA, of any rank, to go on with.",
+    )
+    block_ranks: dict[str, int] = setting(
+        {},
+        "Ranks by block",
+        'Rank for the layers whose path holds a pattern, such as "mid_block" = 4 or "unet.*attn2" = 32; 0'
+        " leaves them out. Of several patterns that match, the last counts.",
+        span=(0, 1024),
+    )
+    block_alphas: dict[str, float] = setting(
+        {},
+        "Alphas by block",
+        "Alpha for the layers whose path holds a pattern; the others keep alpha.",
+        above=0.0,
     )
     dropout: float = setting(
         0.0, "Dropout", "Share of an adapted layer's inputs zeroed in training.", span=(0.0, 0.99)
@@ -153,11 +159,11 @@ class TrainSection:
         1,
         "Clip skip",
         "Which layer of the text encoder, counted from the last, conditions the picture. Many anime bases"
-        " want 2.",
+        " want 2. Bases that always take the layer before the last, such as SDXL, count it as 1 and 2.",
         span=(1, 8),
     )
     tokens: int = setting(
-        75, "Caption tokens", "How much of a caption is read: 75, 150 or 225 tokens.", span=(75, 225)
+        75, "Caption tokens", "How much of a caption is read: 75, 150 or 225 tokens.", among=(75, 150, 225)
     )
 
 
@@ -175,15 +181,28 @@ class OptimSection:
     text_encoder_lr: float = setting(
         5e-5,
         "Text encoder rate",
-        "Of the text encoder's adapter. 0: the text encoder is not trained.",
+        "Of the (first) text encoder's adapter. 0: the text encoder is not trained.",
+        span=(0.0, 10.0),
+    )
+    text_encoder_2_lr: float = setting(
+        0.0,
+        "Second text encoder rate",
+        "Of the second text encoder's adapter, where a base has two. 0: it is not trained.",
         span=(0.0, 10.0),
     )
     text_encoder_until: float = setting(
         1.0,
         "Text encoder until",
-        "Share of the steps after which the text encoder's adapter stays as it is; less keeps it from"
+        "Share of the steps after which the text encoders' adapter stays as it is; less keeps it from"
         " overfitting.",
         span=(0.0, 1.0),
+    )
+    block_lr: dict[str, float] = setting(
+        {},
+        "Rates by block",
+        "Learning rate for the layers whose path holds a pattern; 0: they are not trained. The last match"
+        " counts.",
+        span=(0.0, 10.0),
     )
     schedule: str = setting(
         "cosine", "Schedule", "How the rate changes over the run.", table=choices.SCHEDULES

@@ -1,0 +1,40 @@
+"""How a setting is declared: a dataclass field that carries all there is to know of it."""
+
+from dataclasses import field
+from typing import Any
+
+from lora_core.spec.choices import Table
+
+
+def setting(
+    default: Any,
+    title: str,
+    help: str,
+    *,
+    span: tuple[float, float] | None = None,
+    above: float | None = None,
+    among: tuple[int, ...] | None = None,
+    table: Table | None = None,
+) -> Any:
+    """A dataclass field that carries what people and programs need to know of it.
+
+    Args:
+        default: the value where none is given; a list or a table of patterns is copied for each config.
+        title: the label in the window.
+        help: one or two sentences: what it does and when to change it.
+        span: smallest and largest legal value, both included; of a table, each of its values.
+        above: values must be larger than this.
+        among: the only legal numbers.
+        table: the legal names, as a table of choices.
+    """
+    metadata = {
+        "title": title,
+        "help": help,
+        "span": span,
+        "above": above,
+        "among": among,
+        "table": table,
+    }
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
