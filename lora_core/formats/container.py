@@ -10,31 +10,17 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lora_core.formats.layers import Tensors
+from lora_core.models.weight_files import DTYPES
 from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.tensor_file import Header, read_header
+from lora_core.spec.tensor_file import read_header
 
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""How a header names the number types."""
-_NAMES = {dtype: name for name, dtype in TYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -51,24 +37,9 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
 
 
-def tensor_in(file: BinaryIO, header: Header, name: str) -> torch.Tensor:
-    """One tensor of an open file, read and nothing else: a base of many gigabytes is never in memory
-    whole."""
-    entry = header.tensors[name]
-    first, last = entry["data_offsets"]
-    file.seek(header.start + first)
-    data = bytearray(file.read(last - first))
-    if len(data) != last - first:
-        raise OSError(f"the tensor {name} is cut short")
-    # An empty tensor has no buffer to look at.
-    flat = torch.frombuffer(data, dtype=TYPES[entry["dtype"]]) if data else torch.empty(0)
-    return flat.reshape(entry["shape"])
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's numbers as they stand in a file."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's numbers as they stand in a file, as a flat tensor of bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def encoded_header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
@@ -100,7 +71,7 @@ def pieces(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | me
         end = offsets[1]
     yield encoded_header(entries, metadata)
     for name in order:
-        yield tensor_bytes(tensors[name])
+        yield as_bytes(tensors[name]).numpy().data
 
 
 def serialised(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:

@@ -12,15 +12,15 @@ import torch
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats import kinds
 from lora_core.formats.container import (
+    as_bytes,
     file_hashes,
     header_hashes,
     pieces,
     read_tensors,
-    tensor_bytes,
-    tensor_in,
     write_pieces,
 )
 from lora_core.formats.layers import Tensors, check_finite
+from lora_core.models.weight_files import SafetensorsFile
 from lora_core.spec.choices import FORMATS, chosen
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
@@ -33,6 +33,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """The precisions that can be written."""
 AS_IT_IS = "as it is"
 """In place of a precision: each tensor keeps its own."""
+
+TURNED_PLAIN = ("LoHa", "LoKr", "DoRA")
+"""Kinds of adapters that `analysis/plain.py` makes plain LoRAs of."""
 
 _OWN_KEYS = {"lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "format"}
 """What the writer alone decides on, whatever the header that it is given says."""
@@ -57,7 +60,7 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
             if kind == "unknown"
             else f"of the kind {kind!r}, not a plain LoRA"
         )
-        raise AdapterFileError(f"{path} cannot be used: it is {what}.")
+        raise AdapterFileError(f"{path} cannot be used: it is {what}.{merge_offer(path, kind)}")
     tensors, metadata = read_tensors(path)
     translator = next((m for m in map(_translator, FORMATS) if m.matches(tensors)), None)
     if translator is None:
@@ -75,6 +78,14 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
         raise AdapterFileError(f"{path} adapts {', '.join(extra)}, which the {family.title} does not have.")
     assert isinstance(weights, AdapterWeights)
     return weights
+
+
+def merge_offer(path: Path, kind: str) -> str:
+    """What to do with a file of a kind that can become a plain LoRA, as a sentence, or "" for the others."""
+    if kind not in TURNED_PLAIN:
+        return ""
+    base = " --base BASE" if kind == "DoRA" else ""
+    return f" `lora-easel merge {path.name} --out NEW.safetensors --rank 32{base}` makes a plain LoRA of it."
 
 
 def _translator(name: str) -> ModuleType:
@@ -146,15 +157,14 @@ def _cast(name: str, tensor: torch.Tensor, precision: str) -> torch.Tensor:
 
 
 def _check_written(path: Path, meant: Tensors) -> None:
-    header = read_header(path)
-    if header.tensors.keys() != meant.keys():
+    file = SafetensorsFile(path)
+    if file.shapes.keys() != meant.keys():
         raise AdapterFileError(
             f"{path} was read back with other tensors than were written; is the disk failing?"
         )
-    with open(path, "rb") as file:
-        for name, tensor in meant.items():
-            found = tensor_in(file, header, name)
-            same = found.dtype == tensor.dtype and found.shape == tensor.shape
-            # As bytes, since NaN is unlike itself and -0.0 equals 0.0.
-            if not same or tensor_bytes(found) != tensor_bytes(tensor):
-                raise AdapterFileError(f"{name} was read back from {path} changed; is the disk failing?")
+    for name, tensor in meant.items():
+        found = file.tensor(name)
+        same = found.dtype == tensor.dtype and found.shape == tensor.shape
+        # As bytes, since NaN is unlike itself and -0.0 equals 0.0.
+        if not same or not torch.equal(as_bytes(found), as_bytes(tensor)):
+            raise AdapterFileError(f"{name} was read back from {path} changed; is the disk failing?")
