@@ -15,7 +15,7 @@ import torch
 
 from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.formats.layers import Tensors, check_plain, checked_layer
-from lora_core.formats.names import first_few, is_layer, unknown_layer, with_text_model
+from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer, with_text_model
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
 
@@ -146,8 +146,7 @@ def _layer_and_role(key: str) -> tuple[LayerKey, str]:
     part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
     if leaf["old"]:
         path = f"{path}.{_OLD_LEAVES['unet' if part == 'unet' else 'text'][leaf['old']]}"
-    if part != "unet":
-        path = with_text_model(path)
+    path = with_text_model(path) if part != "unet" else from_ldm(path) or path
     if not is_layer(part, path):
         raise AdapterFileError(unknown_layer(key, path))
     role = "alpha" if leaf["alpha"] else leaf["role"] or _PEFT_ROLES[leaf["peft"]]

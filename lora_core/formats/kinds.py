@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from lora_core.formats.names import OTHER_UNETS
+from lora_core.formats.names import OTHER_UNETS, ldm_family
 from lora_core.spec.families import FAMILIES, Family
 
 Shapes = Mapping[str, Sequence[int]]
@@ -28,10 +28,7 @@ _KINDS = (
 )
 """By names, the more special first."""
 
-OTHER_WIDTHS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
 _OTHER_MODELSPECS = {
-    "stable-diffusion-v2": "Stable Diffusion 2.x",
-    "stable-diffusion-xl": "Stable Diffusion XL",
     "stable-diffusion-3": "Stable Diffusion 3",
     "stable-diffusion-v3": "Stable Diffusion 3",
     "stable-cascade": "Stable Cascade",
@@ -41,8 +38,14 @@ _OTHER_MODELSPECS = {
 
 _DOWN = r"[._](?:lora[_.](?:down|A|linear_layer\.down)|hada_w1_b)"
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]" + _DOWN)
-_TEXT = re.compile(r"^(?:lora_te1?_|text_encoder\.).*[qkv]_proj" + _DOWN)
+_TEXT = re.compile(
+    r"^(?:base_model\.model\.)?(?:lora_te1?_|text_encoder\.|text_model\.).*"
+    r"(?:(?:[qkv]|out)_proj|self_attn\.to_(?:[qkv]|out)|mlp[._]fc1)" + _DOWN
+)
 _TEXT_2 = re.compile(r"^(?:lora_te2_|text_encoder_2\.)")
+_LDM = re.compile(r"^(?:lora_unet_|unet\.)?(?:input_blocks|middle_block|output_blocks)[._]")
+_DEEP = re.compile(r"[._]transformer_blocks[._][2-9][._]")
+_PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 _OTHER_STEMS = re.compile(rf"^(?:lora_unet_|unet\.)?({'|'.join(OTHER_UNETS)})".replace("_)", "[._])"))
 
 
@@ -72,7 +75,7 @@ def family_evidence(
             evidence.append(_titles_of_text_width(shape[1], rows))
             break
     if any(_TEXT_2.search(key) for key in shapes):
-        evidence.append({f.title for f in rows if len(f.text_encoders) > 1} or {OTHER_WIDTHS[2048]})
+        evidence.append({f.title for f in rows if len(f.text_encoders) > 1})
     return [titles for titles in evidence if titles]
 
 
@@ -85,21 +88,53 @@ def mismatch(shapes: Shapes, metadata: Mapping[str, str], family: Family) -> str
 
 
 def family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
-    """The key of the family's row, or a title where there is no row, or "unknown"."""
+    """The key of the first row of the family's title, or a title where there is no row, or "unknown"."""
+    title = _title(shapes, metadata)
+    return next((name for name, family in FAMILIES.items() if family.title == title), title)
+
+
+def file_family(shapes: Shapes, metadata: Mapping[str, str]) -> Family | None:
+    """The exact row that a file is for, or None.
+
+    Where several rows share a title, the header chooses: by version, architecture or prediction; else the
+    first.
+    """
+    title = _title(shapes, metadata)
+    rows = [family for family in FAMILIES.values() if family.title == title]
+    prediction = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    for family in rows:
+        if metadata.get("ss_base_model_version") == family.base_version:
+            return family
+    for family in rows:
+        if metadata.get("modelspec.architecture") == family.modelspec:
+            return family
+    return next((family for family in rows if family.prediction == prediction), rows[0] if rows else None)
+
+
+def _title(shapes: Shapes, metadata: Mapping[str, str]) -> str:
     evidence = family_evidence(shapes, metadata)
     if not evidence:
-        return _other_base(shapes)
+        return _by_blocks(shapes)
     common = set.intersection(*evidence) or evidence[-1]
-    if len(common) != 1:
-        return "unknown"
-    title = next(iter(common))
-    return next((name for name, family in FAMILIES.items() if family.title == title), title)
+    if len(common) > 1:
+        # Two families share their first text encoder, but not how kohya files call it.
+        starts = {key.partition("_text_model")[0] for key in shapes if key.startswith("lora_te")}
+        common &= {f.title for f in FAMILIES.values() if f.text_encoders[0].kohya_prefix in starts}
+    return next(iter(common)) if len(common) == 1 else _by_blocks(shapes)
+
+
+def _by_blocks(shapes: Shapes) -> str:
+    """The title of a file whose widths and header do not tell: by names of blocks and depths of
+    transformers."""
+    if any(_LDM.search(key) or _DEEP.search(key) for key in shapes):
+        return ldm_family().title
+    return _other_base(shapes)
 
 
 def _titles_of_version(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
     version = metadata.get("ss_base_model_version", "")
     if not version and metadata.get("ss_v2") == "True":
-        return {OTHER_WIDTHS[1024]}
+        return {f.title for f in families if f.base_version.startswith("sd_v2")}
     return {f.title for f in families if f.base_version == version}
 
 
@@ -112,7 +147,7 @@ def _titles_of_modelspec(metadata: Mapping[str, str], families: Sequence[Family]
 
 def _titles_of_width(width: int, families: Sequence[Family]) -> set[str]:
     rows = {f.title for f in families if f.context_width == width}
-    return rows or {OTHER_WIDTHS.get(width, f"a base whose text context is {width} channels wide")}
+    return rows or {f"a base whose text context is {width} channels wide"}
 
 
 def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
@@ -121,9 +156,7 @@ def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
         for f in families
         if any(e.part == "text_encoder" and e.width == width for e in f.text_encoders)
     }
-    # CLIP-L is the first text encoder of two families, one of which may have no row.
-    shared = {OTHER_WIDTHS[2048]} if width == 768 else set()
-    return rows | shared or {OTHER_WIDTHS.get(width, f"a base whose text encoder is {width} channels wide")}
+    return rows or {f"a base whose text encoder is {width} channels wide"}
 
 
 def _other_base(shapes: Shapes) -> str:

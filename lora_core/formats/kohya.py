@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.formats.kinds import file_family
 from lora_core.formats.layers import Tensors, check_plain, checked_layer
 from lora_core.formats.names import STEM_PARTS, first_few, layer_of_stem, stem_of_layer
 from lora_core.spec.errors import AdapterFileError
@@ -91,6 +92,8 @@ def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
 def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
     """The adapter in a file's tensors; ranks and alphas may differ, and without alpha the scale is 1.
 
+    An alpha of 0 is taken at its word, as all tools but kohya's do: such a layer changes nothing.
+
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape.
     """
@@ -105,9 +108,10 @@ def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
         if _ROLES[leaf] in by_stem.setdefault(stem, {}):
             raise AdapterFileError(f"The file holds the {_ROLES[leaf]} half of {stem!r} twice.")
         by_stem[stem][_ROLES[leaf]] = tensor
+    family = file_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
     layers: dict[LayerKey, LayerWeights] = {}
     for stem, roles in by_stem.items():
-        key_of_layer = layer_of_stem(stem)
+        key_of_layer = layer_of_stem(stem, family)
         if key_of_layer in layers:
             raise AdapterFileError(
                 f"The file adapts {'.'.join(key_of_layer)} twice, the second time as {stem!r}."

@@ -2,15 +2,16 @@
 
 A stem cannot simply be split, since underscores are part of the names too. So all adaptable layers are rows
 of a table in which `#` stands for a number; numbers are taken out of a name, the row is looked up, and they
-are put back. This needs no model. A family with other block names (`Family.kohya_block_names`) is one more
-table.
+are put back. This needs no model. The original (ldm) block names, which some families have in kohya files
+(`Family.kohya_block_names`), are one more table; `models/ldm_names.py` knows what they are in diffusers.
 """
 
 import re
 from collections.abc import Iterable
 
+from lora_core.models.ldm_names import diffusers_unet_path, ldm_unet_path
 from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import Family
+from lora_core.spec.families import FAMILIES, Family
 
 _BLOCKS = ("down_blocks.#", "mid_block", "up_blocks.#")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.#")
@@ -31,6 +32,20 @@ UNET_PATHS = (
     *(f"{block}.{leaf}" for block in _BLOCKS for leaf in _IN_BLOCK),
     *("conv_in", "conv_out", "time_embedding.linear_#", "add_embedding.linear_#"),
 )
+_IN_LDM_BLOCK = (
+    *("#.proj_in", "#.proj_out"),
+    *(f"#.transformer_blocks.#.{leaf}" for leaf in _TRANSFORMER),
+    *(
+        f"#.{leaf}"
+        for leaf in ("in_layers.#", "out_layers.#", "emb_layers.#", "skip_connection", "op", "conv")
+    ),
+)
+LDM_PATHS = (
+    *(f"input_blocks.#.{leaf}" for leaf in _IN_LDM_BLOCK),
+    *(f"middle_block.{leaf}" for leaf in _IN_LDM_BLOCK),
+    *(f"output_blocks.#.{leaf}" for leaf in _IN_LDM_BLOCK),
+    *("input_blocks.#.#", "time_embed.#", "label_emb.#.#", "out.#"),
+)
 _CLIP_LAYER = "text_model.encoder.layers.#"
 CLIP_PATHS = (
     *(f"{_CLIP_LAYER}.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj", "out_proj")),
@@ -47,9 +62,6 @@ STEM_PARTS = {
 """What a kohya key begins with, to the part that it adapts."""
 
 OTHER_UNETS = {
-    "input_blocks_": "the original block names of Stable Diffusion XL, which cannot be read yet",
-    "middle_block_": "the original block names of Stable Diffusion XL, which cannot be read yet",
-    "output_blocks_": "the original block names of Stable Diffusion XL, which cannot be read yet",
     "double_blocks_": "the layers of Flux, which is no family that can be used here",
     "single_blocks_": "the layers of Flux, which is no family that can be used here",
     "joint_blocks_": "the layers of Stable Diffusion 3, which is no family that can be used here",
@@ -58,7 +70,7 @@ OTHER_UNETS = {
 
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
 _STEM = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te)_(.+)")
-_PATHS = {"unet": set(UNET_PATHS), "text": set(CLIP_PATHS)}
+_PATHS = {"unet": set(UNET_PATHS), "text": set(CLIP_PATHS), "ldm": set(LDM_PATHS)}
 _BY_STEM = {kind: {path.replace(".", "_"): path for path in paths} for kind, paths in _PATHS.items()}
 
 
@@ -76,8 +88,18 @@ def is_layer(part: str, path: str) -> bool:
     return _NUMBER.sub("#", path) in _PATHS[_kind(part)]
 
 
-def layer_of_stem(stem: str) -> tuple[str, str]:
-    """(part, dotted path) of a kohya stem.
+def ldm_family() -> Family:
+    """The family whose kohya files have the original block names: what such names mean, if nothing says
+    more."""
+    return next(family for family in FAMILIES.values() if family.kohya_block_names == "ldm")
+
+
+def layer_of_stem(stem: str, family: Family | None = None) -> tuple[str, str]:
+    """(part, dotted path) of a kohya stem, in diffusers' block names or in the original ones.
+
+    Args:
+        stem: what stands before the first dot of a key.
+        family: whose blocks the original names count; None for the family that has them in its files.
 
     Raises:
         AdapterFileError: it names no layer of a UNet or a CLIP text encoder.
@@ -88,11 +110,28 @@ def layer_of_stem(stem: str) -> tuple[str, str]:
     part, name = STEM_PARTS[match[1]], match[2]
     if _kind(part) == "text" and name.startswith("encoder_layers_"):
         name = f"text_model_{name}"
-    numbers = iter(_NUMBER.findall(name))
-    path = _BY_STEM[_kind(part)].get(_NUMBER.sub("#", name))
+    path = _dotted(name, _kind(part))
+    if path is None and part == "unet":
+        path = from_ldm(_dotted(name, "ldm") or "", family)
     if path is None:
         raise AdapterFileError(unknown_layer(stem, name))
-    return part, re.sub("#", lambda _: next(numbers), path)
+    return part, path
+
+
+def _dotted(name: str, kind: str) -> str | None:
+    """The dotted path of an underscored name, or None if the table `kind` lacks it."""
+    row = _BY_STEM[kind].get(_NUMBER.sub("#", name))
+    if row is None:
+        return None
+    numbers = iter(_NUMBER.findall(name))
+    return re.sub("#", lambda _: next(numbers), row)
+
+
+def from_ldm(path: str, family: Family | None = None) -> str | None:
+    """Diffusers' path of a UNet layer's original one, or None if it is none; `family` as in
+    `layer_of_stem`."""
+    found = diffusers_unet_path(path, (family or ldm_family()).attention_levels)
+    return found if found is not None and is_layer("unet", found) else None
 
 
 def unknown_layer(whole: str, name: str) -> str:
@@ -108,21 +147,17 @@ def stem_of_layer(part: str, path: str, family: Family) -> str:
     """The kohya stem of a layer.
 
     Raises:
-        AdapterFileError: the family lacks the part, the layer has no such name, or the family's block names
-        are
-            not in a table yet.
+        AdapterFileError: the family lacks the part, or the layer has no such name.
     """
     prefixes = {"unet": "lora_unet"} | {e.part: e.kohya_prefix for e in family.text_encoders}
     if part not in prefixes:
         raise AdapterFileError(f"{family.title} has no part {part!r}; it has {', '.join(family.parts)}.")
-    if part == "unet" and family.kohya_block_names != "diffusers":
-        raise AdapterFileError(
-            f"Files of the kohya format for {family.title} use the block names {family.kohya_block_names!r},"
-            " which cannot be written yet; choose the diffusers format."
-        )
-    if not is_layer(part, path):
+    named: str | None = path if is_layer(part, path) else None
+    if part == "unet" and named and family.kohya_block_names == "ldm":
+        named = ldm_unet_path(path, family.attention_levels)
+    if named is None:
         raise AdapterFileError(f"The layer {part}.{path} has no name in the kohya format.")
-    return f"{prefixes[part]}_{path.replace('.', '_')}"
+    return f"{prefixes[part]}_{named.replace('.', '_')}"
 
 
 def first_few(names: Iterable[str], most: int = 3) -> str:

@@ -40,8 +40,8 @@ def test_there_and_back(tmp_path, alphas, precision):
 def test_a_file_for_no_known_family_is_refused(tmp_path):
     source = tmp_path / "f.safetensors"
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v"
-    tensors = {f"{stem}.lora_down.weight": torch.ones(2, 2048), f"{stem}.lora_up.weight": torch.ones(5, 2)}
+    tensors = {f"{stem}.lora_down.weight": torch.ones(2, 1536), f"{stem}.lora_up.weight": torch.ones(5, 2)}
     source.write_bytes(serialised(tensors, {}))
-    with pytest.raises(AdapterFileError, match="Stable Diffusion XL"):
+    with pytest.raises(AdapterFileError, match="1536 channels wide"):
         converted(source, tmp_path / "g.safetensors", "diffusers")
     assert not (tmp_path / "g.safetensors").exists()

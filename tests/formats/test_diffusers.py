@@ -130,9 +130,9 @@ BAD = {
     ),
     "unknown layer": (pair("unet.conv_9.lora_A.weight", "unet.conv_9.lora_B.weight"), {}, "conv_9"),
     "other base": (
-        pair("unet.input_blocks.4.1.proj_in.lora_A.weight", "unet.input_blocks.4.1.proj_in.lora_B.weight"),
+        pair("unet.double_blocks.0.img_attn.lora_A.weight", "unet.double_blocks.0.img_attn.lora_B.weight"),
         {},
-        "Stable Diffusion XL",
+        "Flux",
     ),
     "twice": (PEFT | {f"unet.{PATH}.lora.down.weight": torch.ones(4, 6)}, {}, "twice"),
     "header no JSON": (PEFT, {diffusers.HEADER_KEY: "{"}, "not valid JSON"),

@@ -58,12 +58,12 @@ OTHERS = {
         {f"{XL}.lora_down.weight": (8, 2048), f"{XL}.lora_up.weight": (640, 8), f"{XL}.alpha": (),
          "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (8, 1280),
          "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": (5120, 8)},
-        {"family": "Stable Diffusion XL", "format": "kohya", "kind": "LoRA", "ranks": [8], "alphas": [1.0],
+        {"family": "sdxl", "format": "kohya", "kind": "LoRA", "ranks": [8], "alphas": [1.0],
         "modules": 2},
     ),
     "SD2": (
         {f"{Q}.lora_down.weight": (8, 1024), f"{Q}.lora_up.weight": (64, 8)},
-        {"family": "Stable Diffusion 2.x", "alphas": [8.0]},
+        {"family": "sd2", "alphas": [8.0]},
     ),
     "SD1": ({f"{Q}.lora_down.weight": (8, 768), f"{Q}.lora_up.weight": (64, 8)}, {"family": "sd15"}),
     "SD1 in the old diffusers spelling": (

@@ -1,13 +1,12 @@
 """The grammar of names against real models, which are built on the meta device and so cost nothing."""
 
-import dataclasses
-
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.formats import names
+from lora_core.formats.layout import family_layout
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import FAMILIES
 
@@ -66,6 +65,64 @@ def test_stems_of_one_model_never_collide(unet):
     assert len({names.stem_of_layer("unet", path, FAMILY) for path in paths}) == len(paths)
 
 
+SDXL = FAMILIES["sdxl"]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2", "sdxl"])
+def test_each_layer_of_a_family_both_ways_and_no_two_alike(name):
+    family = FAMILIES[name]
+    stems = {layer: names.stem_of_layer(*layer, family) for layer in family_layout(family)}
+    assert len(set(stems.values())) == len(stems)
+    for layer, stem in stems.items():
+        assert names.layer_of_stem(stem) == names.layer_of_stem(stem, family) == layer
+
+
+def test_sdxl_files_with_diffusers_block_names_are_read_too():
+    for part, path in family_layout(SDXL):
+        if part == "unet":
+            assert names.layer_of_stem("lora_unet_" + path.replace(".", "_")) == (part, path)
+
+
+# Names that sd-scripts' own conversion gives (library/sdxl_model_util.py, make_unet_conversion_map).
+IN_SDXL = {
+    "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    ),
+    "input_blocks_8_1_transformer_blocks_9_ff_net_0_proj": (
+        "down_blocks.2.attentions.1.transformer_blocks.9.ff.net.0.proj"
+    ),
+    "middle_block_0_emb_layers_1": "mid_block.resnets.0.time_emb_proj",
+    "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
+    "middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_5_1_transformer_blocks_1_attn2_to_out_0": (
+        "up_blocks.1.attentions.2.transformer_blocks.1.attn2.to_out.0"
+    ),
+    "output_blocks_5_2_conv": "up_blocks.1.upsamplers.0.conv",
+    "output_blocks_8_0_out_layers_3": "up_blocks.2.resnets.2.conv2",
+    "time_embed_0": "time_embedding.linear_1",
+    "label_emb_0_2": "add_embedding.linear_2",
+    "out_2": "conv_out",
+}
+
+
+@pytest.mark.parametrize("stem", IN_SDXL)
+def test_original_block_names(stem):
+    assert names.layer_of_stem(f"lora_unet_{stem}") == ("unet", IN_SDXL[stem])
+    assert names.stem_of_layer("unet", IN_SDXL[stem], SDXL) == f"lora_unet_{stem}"
+
+
+def test_original_names_of_sd1_count_its_own_blocks():
+    """Its coarsest level has no attention: what is output_blocks 3 there is the first of level 1."""
+    stem = "lora_unet_output_blocks_2_1_conv"
+    assert names.layer_of_stem(stem, FAMILY) == ("unet", "up_blocks.0.upsamplers.0.conv")
+    with pytest.raises(AdapterFileError, match="output_blocks_2_1_conv"):
+        names.layer_of_stem(stem, SDXL)
+
+
 @pytest.mark.parametrize(
     ("stem", "layer"),
     [
@@ -90,7 +147,9 @@ def test_other_stems(stem, layer):
 @pytest.mark.parametrize(
     ("stem", "words"),
     [
-        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "Stable Diffusion XL"),
+        ("lora_unet_input_blocks_12_0_op", "input_blocks_12_0_op"),
+        ("lora_unet_input_blocks_1_1_proj_in", "input_blocks_1_1_proj_in"),
+        ("lora_unet_input_blocks_1_0_in_layers_0", "in_layers_0"),
         ("lora_unet_double_blocks_0_img_attn_qkv", "Flux"),
         ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn3_to_q", "attn3_to_q"),
         ("lora_te3_encoder_block_0", "lora_te3_encoder_block_0"),
@@ -106,7 +165,7 @@ def test_unknown_stems_are_named(stem, words):
 def test_what_a_family_cannot_write_is_said():
     with pytest.raises(AdapterFileError, match="has no part 'text_encoder_2'"):
         names.stem_of_layer("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1", FAMILY)
-    with pytest.raises(AdapterFileError, match="cannot be written yet"):
-        names.stem_of_layer("unet", "conv_in", dataclasses.replace(FAMILY, kohya_block_names="ldm"))
+    with pytest.raises(AdapterFileError, match="no name in the kohya format"):
+        names.stem_of_layer("unet", "down_blocks.3.resnets.0.conv1", FAMILIES["sdxl"])
     with pytest.raises(AdapterFileError, match="no name in the kohya format"):
         names.stem_of_layer("unet", "down_blocks.0.something", FAMILY)

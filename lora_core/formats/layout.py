@@ -1,0 +1,109 @@
+"""Which layers a family's models have, and how large: worked out from its configs alone.
+
+No model is built, so that this takes milliseconds; the price is that the layout of UNet2DConditionModel and
+CLIPTextModel is written down here once more. A test compares it with the real classes.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lora_core.adapters.weights import LayerKey
+from lora_core.spec.families import Family
+from lora_core.spec.paths import DEMO_BASE, FAMILY_CONFIGS
+
+Layout = dict[LayerKey, tuple[int, ...]]
+"""Each linear layer and convolution, in the models' own order, to the shape of its weight."""
+
+
+def family_layout(family: Family) -> Layout:
+    """The layers of a family's UNet and text encoders; treat it as read-only."""
+    return _layout(FAMILY_CONFIGS / family.configs if family.configs else DEMO_BASE, family.parts)
+
+
+@lru_cache(maxsize=8)
+def _layout(folder: Path, parts: tuple[str, ...]) -> Layout:
+    layers: Layout = {}
+    for part in parts:
+        config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        found = _unet(config) if part == "unet" else _text_encoder(config)
+        layers |= {(part, path): shape for path, shape in found}
+    return layers
+
+
+Layers = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def _text_encoder(config: dict[str, Any]) -> Layers:
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    for number in range(config["num_hidden_layers"]):
+        start = f"text_model.encoder.layers.{number}"
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            yield f"{start}.self_attn.{name}", (width, width)
+        yield f"{start}.mlp.fc1", (inner, width)
+        yield f"{start}.mlp.fc2", (width, inner)
+    if "CLIPTextModelWithProjection" in config.get("architectures", ()):
+        yield "text_projection", (config["projection_dim"], width)
+
+
+def _unet(config: dict[str, Any]) -> Layers:
+    widths, depths = config["block_out_channels"], config.get("transformer_layers_per_block", 1)
+    depths = [depths] * len(widths) if isinstance(depths, int) else depths
+    time = 4 * widths[0]
+    resnets = config["layers_per_block"]
+    yield "conv_in", (widths[0], config["in_channels"], 3, 3)
+    yield "time_embedding.linear_1", (time, widths[0])
+    yield "time_embedding.linear_2", (time, time)
+    if config.get("addition_embed_type"):
+        yield "add_embedding.linear_1", (time, config["projection_class_embeddings_input_dim"])
+        yield "add_embedding.linear_2", (time, time)
+    skips = [widths[0]]
+    for block, kind in enumerate(config["down_block_types"]):
+        for index in range(resnets):
+            if kind.startswith("CrossAttn"):
+                start = f"down_blocks.{block}.attentions.{index}"
+                yield from _transformer(start, widths[block], depths[block], config)
+            yield from _resnet(f"down_blocks.{block}.resnets.{index}", skips[-1], widths[block], time)
+            skips.append(widths[block])
+        if block < len(widths) - 1:
+            yield f"down_blocks.{block}.downsamplers.0.conv", (widths[block], widths[block], 3, 3)
+            skips.append(widths[block])
+    below = widths[-1]
+    for block, kind in enumerate(config["up_block_types"]):
+        width, depth = widths[-1 - block], depths[-1 - block]
+        for index in range(resnets + 1):
+            if kind.startswith("CrossAttn"):
+                yield from _transformer(f"up_blocks.{block}.attentions.{index}", width, depth, config)
+            yield from _resnet(f"up_blocks.{block}.resnets.{index}", below + skips.pop(), width, time)
+            below = width
+        if block < len(widths) - 1:
+            yield f"up_blocks.{block}.upsamplers.0.conv", (width, width, 3, 3)
+    yield from _transformer("mid_block.attentions.0", widths[-1], depths[-1], config)
+    yield from _resnet("mid_block.resnets.0", widths[-1], widths[-1], time)
+    yield from _resnet("mid_block.resnets.1", widths[-1], widths[-1], time)
+    yield "conv_out", (config["out_channels"], widths[0], 3, 3)
+
+
+def _resnet(start: str, inside: int, width: int, time: int) -> Layers:
+    yield f"{start}.conv1", (width, inside, 3, 3)
+    yield f"{start}.time_emb_proj", (width, time)
+    yield f"{start}.conv2", (width, width, 3, 3)
+    if inside != width:
+        yield f"{start}.conv_shortcut", (width, inside, 1, 1)
+
+
+def _transformer(start: str, width: int, depth: int, config: dict[str, Any]) -> Layers:
+    ends = (width, width) if config.get("use_linear_projection") else (width, width, 1, 1)
+    yield f"{start}.proj_in", ends
+    for number in range(depth):
+        block = f"{start}.transformer_blocks.{number}"
+        for attention, inside in (("attn1", width), ("attn2", config["cross_attention_dim"])):
+            yield f"{block}.{attention}.to_q", (width, width)
+            yield f"{block}.{attention}.to_k", (width, inside)
+            yield f"{block}.{attention}.to_v", (width, inside)
+            yield f"{block}.{attention}.to_out.0", (width, width)
+        yield f"{block}.ff.net.0.proj", (8 * width, width)
+        yield f"{block}.ff.net.2", (width, 4 * width)
+    yield f"{start}.proj_out", ends
