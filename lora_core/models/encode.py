@@ -130,7 +130,11 @@ def text_condition(
 
 def negative_condition(base: BaseModel, words: str, clip_skip: int = 1, tokens: int = 75) -> TextCondition:
     """The condition of a negative prompt; of an empty one zeros, where the family was trained so."""
-    found = text_condition(base, [words], clip_skip, tokens)
+    return as_negative(base, words, text_condition(base, [words], clip_skip, tokens))
+
+
+def as_negative(base: BaseModel, words: str, found: TextCondition) -> TextCondition:
+    """The condition `found` of `words`, as a negative prompt is conditioned on."""
     if words.strip() or not base.family.zero_negative:
         return found
     return TextCondition(

@@ -18,6 +18,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from lora_core.models.file_configs import text_config, unet_config, vae_config
 from lora_core.models.fill import Where, fill
 from lora_core.models.hub import in_local_cache
 from lora_core.models.noise import NoiseSchedule
@@ -156,43 +157,41 @@ class _FilledParts:
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         config = UNet2DConditionModel.load_config(self.facts.configs / "unet")
-        find = (
-            unet_in_file(self._file, self.family)
-            if self._file
-            else component_in_folder(self.facts.path / "unet", "unet")
-        )
+        if self._file:
+            config = unet_config(config, self._file.shapes, self.family)
+            find = unet_in_file(self._file, self.family)
+        else:
+            find = component_in_folder(self.facts.path / "unet", "unet")
         with init_empty_weights(include_buffers=False):
             unet = UNet2DConditionModel.from_config(config)
         return self._ready(unet, find, dtype, "UNet")
 
     def vae(self, other: str) -> AutoencoderKL:
         """The VAE in fp32: the base's own, or the one that `other` names."""
-        configs, own = self.facts.configs / "vae", self.facts.path / "vae"
-        place = Path(other).expanduser() if other else own
+        place = Path(other).expanduser() if other else self.facts.path / "vae"
         if other and not place.exists():
             raise ModelFileError(f"The VAE {other} does not exist; give a folder or a .safetensors file.")
-        if place.is_dir() and (other or not self._file):
-            configs = place
+        if place.is_dir():
+            config = AutoencoderKL.load_config(place)
             find = component_in_folder(place, "vae")
-            levels = 0
         else:
-            levels = len(AutoencoderKL.load_config(configs)["block_out_channels"])
             file = opened_weights(place) if other else self._file
             assert file is not None
-            find = vae_in_file(file, levels)
+            config = vae_config(AutoencoderKL.load_config(self.facts.configs / "vae"), file.shapes)
+            find = vae_in_file(file, len(config["block_out_channels"]))
         with init_empty_weights(include_buffers=False):
-            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(configs))
-        lacking = "" if other else "Set model.vae to a VAE file."
-        return self._ready(vae, find, torch.float32, "VAE", lacking if self._file else "")
+            vae = AutoencoderKL.from_config(config)
+        advice = "Set model.vae to a VAE file." if self._file and not other else ""
+        return self._ready(vae, find, torch.float32, "VAE", advice)
 
     def text_encoder(self, encoder: TextEncoder, dtype: torch.dtype) -> Any:
         config = CLIPTextConfig.from_pretrained(self.facts.configs / encoder.part, local_files_only=True)
+        if self._file:
+            config = CLIPTextConfig(**text_config(config.to_dict(), self._file.shapes, encoder))
+            find = text_encoder_in_file(self._file, encoder)
+        else:
+            find = component_in_folder(self.facts.path / encoder.part, encoder.part)
         kind: Any = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
-        find = (
-            text_encoder_in_file(self._file, encoder)
-            if self._file
-            else component_in_folder(self.facts.path / encoder.part, encoder.part)
-        )
         with init_empty_weights(include_buffers=False):
             module = kind(config)
         return self._ready(module, find, dtype, encoder.part.replace("_", " "))
@@ -221,7 +220,7 @@ def _check_folder(path: Path, family: Family) -> None:
         try:
             weight_paths(path / part, part)
         except ModelFileError as error:
-            missing.append(str(error).removeprefix(f"The folder {path / part} lacks ").rstrip("."))
+            missing.append(f"{part}/{error}".replace(f"The folder {path / part} lacks ", "").rstrip("."))
     if missing:
         raise ModelFileError(
             f"The base {path} is not whole; it lacks {', '.join(missing)}. Download it again."

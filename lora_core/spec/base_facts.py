@@ -18,6 +18,8 @@ from lora_core.spec.tensor_file import Header, read_header
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """How the names of a single file's UNet and VAE begin."""
+PIXELS_A_LATENT = 8
+"""Of the VAE of every family that comes in single files."""
 SINGLE_FILES = (".safetensors", ".ckpt")
 _CONTEXT = re.compile(re.escape(UNET) + r".*\.attn2\.to_k\.weight")
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -150,7 +152,8 @@ def single_file_facts(name: str, path: Path, header: Header, prediction: str = "
     family = family_of_context_width(width, scheduler["prediction_type"])
     if not family.configs:
         raise ModelFileError(f"{path} is for the {family.title.lower()}, which is only used as a folder.")
-    return BaseFacts(name, path, family, family.resolution, 64, scheduler, told_by)
+    multiple = PIXELS_A_LATENT * 2 ** (len(family.attention_levels) - 1)
+    return BaseFacts(name, path, family, family.resolution, multiple, scheduler, told_by)
 
 
 def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict[str, Any], str]:
