@@ -73,8 +73,7 @@ def _sentences(moment: Moment) -> list[str]:
         bare = sum(not record.caption for record in dataset.records)
         captions = "all with captions" if not bare else f"{bare} without a caption"
         sentences.append(f"{many(len(dataset.records), 'picture')}, {captions}.")
-    scale = config.adapter.alpha / config.adapter.rank
-    sentences.append(f"Effective learning rate {scientific(config.optim.lr * scale)}.")
+    sentences.append(f"Effective learning rate {scientific(config.optim.lr * config.adapter.scale)}.")
     if config.dataset.trigger:
         sentences.append(f"Trigger word: {config.dataset.trigger}.")
     held = config.validation.pictures

@@ -11,7 +11,14 @@ from typing import Any
 
 import gradio as gr
 
-from lora_core.spec.config import RunConfig, checked_value, settings
+from lora_core.spec.config import (
+    RunConfig,
+    checked_value,
+    is_pattern_table,
+    pattern_lines,
+    patterns_of_lines,
+    settings,
+)
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.presets import preset
 
@@ -56,7 +63,9 @@ def widget(name: str, **options: Any) -> Any:
 
 
 def shown(name: str, value: Any) -> Any:
-    """A setting's value as its widget shows it: a list of texts is one a line."""
+    """A setting's value as its widget shows it: a list of texts, or a table of patterns, is one a line."""
+    if isinstance(value, dict):
+        return pattern_lines(value)
     return "\n".join(value) if isinstance(value, list) else value
 
 
@@ -75,9 +84,11 @@ def typed(name: str, value: Any) -> Any:
             raise ConfigError(f"{title} should be a number, not {value!r}.") from error
     if value is None:
         raise ConfigError(f"{title} is empty.")
-    if info.type not in (int, float, bool, str):
+    if info.type not in (int, float, bool, str) and not is_pattern_table(info):
         value = [line.strip() for line in str(value).splitlines() if line.strip()]
     try:
+        if is_pattern_table(info):
+            value = patterns_of_lines(name, str(value))
         return checked_value(name, info, value)
     except ConfigError as error:
         raise ConfigError(str(error).replace(name, title, 1)) from error
@@ -159,4 +170,7 @@ def command_line(config: RunConfig, goal: str, level: str) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        rows = (f"{json.dumps(pattern, ensure_ascii=False)} = {number}" for pattern, number in value.items())
+        return f"{{{', '.join(rows)}}}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

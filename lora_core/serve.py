@@ -23,7 +23,7 @@ from lora_core.adapters.inject import Merger, Strengthened
 from lora_core.formats.file import read_adapter
 from lora_core.formats.inspect import inspect_file
 from lora_core.models.device import best_device, dtype_of
-from lora_core.models.encode import text_condition
+from lora_core.models.encode import negative_condition, text_condition
 from lora_core.models.load import BaseModel, load_base
 from lora_core.sampling.generate import Picture, generated, infotext, save_png
 from lora_core.spec.errors import ConfigError, LoraError
@@ -133,7 +133,7 @@ class Worker:
         try:
             for index, factor in enumerate(strengths):
                 merger.apply([_strengthened(row, weights, factor) for row, weights in loras])
-                text, unwanted = (text_condition(base, [words]) for words in (prompt, negative))
+                text, unwanted = text_condition(base, [prompt]), negative_condition(base, negative)
                 image = generated(base, how, text, unwanted, on_step)
                 used = [
                     (Path(row["file"]).stem, float(row.get("strength", 1.0)) * factor) for row, _ in loras

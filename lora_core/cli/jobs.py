@@ -1,6 +1,7 @@
 """Verbs about runs: train, resume, stop, pause, save, preview, runs, serve."""
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -9,12 +10,18 @@ from typing import Any
 
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.cli.progress import EventPrinter
+from lora_core.spec.base_facts import base_facts
 from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment
-from lora_core.spec.errors import ConfigError, RunError
+from lora_core.spec.errors import ConfigError, ModelFileError, RunError
 from lora_core.spec.events import EventWriter, Stopped
+from lora_core.spec.families import Family
 from lora_core.spec.paths import workspace
-from lora_core.spec.presets import preset
+from lora_core.spec.presets import starting_settings
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
+
+PLACES = ("model.base", "model.vae", "adapter.init")
+"""Settings that may name a file or a folder."""
+NO_PLACES = ("", "demo", "default")
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -22,7 +29,9 @@ def add_verbs(verbs: Verbs) -> None:
     train = verbs.add_parser("train", help="train an adapter on a dataset")
     train.add_argument("dataset", help="a folder of pictures, a zip of one, or `demo`")
     train.add_argument("--name", default="", help="the run's name; else date and dataset")
-    train.add_argument("--base", default="", help="`demo`, a diffusers folder, or a hub id")
+    train.add_argument(
+        "--base", default="", help="`demo`, a diffusers folder, a .safetensors file, or a hub id"
+    )
     train.add_argument("--config", type=Path, help="a TOML file of settings")
     train.add_argument("--preset", default="", help="quick, balanced, high, or goal-level such as style-high")
     train.add_argument("--set", action="append", default=[], metavar="section.key=value", help="one setting")
@@ -59,25 +68,41 @@ def _run_path(text: str) -> Path:
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
-    """The settings that a command line asks for: preset, then --config, then --base and --set.
+    """The settings that a command line asks for: preset, what the base's family needs, then --config, then
+    --base
+    and --set.
 
     Raises:
         ConfigError: something is not a setting or not legal.
     """
-    changes: dict[str, Any] = {}
-    if options.preset or options.dataset == "demo":
-        changes |= preset(options.preset or "demo")
-    if options.config:
-        changes |= flattened(load_toml(options.config))
     demo = options.dataset == "demo"
-    changes["dataset.path"] = "demo" if demo else str(Path(options.dataset).expanduser().absolute())
+    asked: dict[str, Any] = flattened(load_toml(options.config)) if options.config else {}
+    asked["dataset.path"] = "demo" if demo else str(Path(options.dataset).expanduser().absolute())
     if options.base:
-        changes["model.base"] = options.base
-    changes |= dict(parsed_assignment(text) for text in options.set)
-    config = RunConfig().changed(changes)
+        asked["model.base"] = options.base
+    asked |= dict(parsed_assignment(text) for text in options.set)
+    start = options.preset or ("demo" if demo else "")
+    config = RunConfig().changed(starting_settings(start, _family_of(asked.get("model.base"))) | asked)
+    config = config.changed({name: _in_full(config.get(name)) for name in PLACES})
     stem = "demo" if demo else re.sub(r"[^\w.-]+", "-", Path(options.dataset).stem).strip("-. ") or "dataset"
     name = options.name or config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
     return config.changed({"name": checked_name(name)})
+
+
+def _family_of(base: object) -> Family | None:
+    """The family of a base, if it is there; what is wrong with it, the run says when it opens it."""
+    if not isinstance(base, str):
+        return None
+    try:
+        return base_facts(base).family
+    except ModelFileError:
+        return None
+
+
+def _in_full(place: str) -> str:
+    """The full path of what exists, since a run may be gone on with from elsewhere; other words stay."""
+    path = Path(place).expanduser()
+    return str(path.absolute()) if place not in NO_PLACES and path.exists() else place
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -89,6 +114,8 @@ def _train(options: argparse.Namespace) -> int:
         )
     run = RunFolder.create(runs_folder(place) / config.name, config)
     say(f"Run {run.name} in {run.path}")
+    with contextlib.suppress(ModelFileError):  # the run says it
+        say(f"Base: {base_facts(config.model.base, config.model.prediction).sentence}")
     return resumed(run, None)
 
 

@@ -81,6 +81,26 @@ def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, flo
     return left, top, left + wide, top + high
 
 
+def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int, int, int]:
+    """What a UNet with size conditioning is told of a picture (Podell et al. 2023, section 2.2).
+
+    The crop is the centred one of `crop_box`, so that a mirrored picture has the same numbers.
+
+    Args:
+        width: of the picture on disk, in pixels.
+        height: of the picture on disk, in pixels.
+        bucket: the size it is trained at.
+
+    Returns:
+        Original height and width, in pixels of the picture on disk; top and left of the crop, in pixels of
+        the
+        picture as it is resized before it is cropped, rounded; height and width of what is left, the bucket.
+    """
+    left, top, right, bottom = crop_box(width, height, bucket)
+    down, across = bucket.height / (bottom - top), bucket.width / (right - left)
+    return height, width, round(top * down), round(left * across), bucket.height, bucket.width
+
+
 def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
     """The picture cropped by `crop_box` and resized to the bucket."""
     box = crop_box(*image.size, bucket)

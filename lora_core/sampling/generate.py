@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lora_core.models.denoise import prediction
-from lora_core.models.encode import TextCondition, decoded_latents, text_condition
+from lora_core.models.encode import TextCondition, decoded_latents, negative_condition, text_condition
 from lora_core.models.load import BaseModel
 from lora_core.spec.choices import SAMPLERS, chosen
 from lora_core.spec.errors import ConfigError
@@ -103,7 +103,7 @@ def sampled_latents(
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     guided = picture.cfg > 1
-    both = TextCondition(torch.cat([negative.context, text.context])) if guided else text
+    both = TextCondition.cat([negative, text]) if guided else text
     options = {"generator": generator} if "Ancestral" in type(scheduler).__name__ else {}
     with torch.no_grad():
         for done, timestep in enumerate(scheduler.timesteps, start=1):
@@ -136,7 +136,7 @@ def generated_from_prompt(
 ) -> Image.Image:
     """The finished picture of a prompt, RGB."""
     with torch.no_grad():
-        text, unwanted = (text_condition(base, [words]) for words in (prompt, negative))
+        text, unwanted = text_condition(base, [prompt]), negative_condition(base, negative)
     return generated(base, picture, text, unwanted, on_step)
 
 

@@ -122,6 +122,29 @@ def is_pattern_table(info: dataclasses.Field[Any]) -> bool:
     return typing.get_origin(info.type) is dict
 
 
+def pattern_lines(table: Mapping[str, float]) -> str:
+    """A table of patterns as a person types it, one `pattern = number` a line."""
+    return "\n".join(f"{pattern} = {number}" for pattern, number in table.items())
+
+
+def patterns_of_lines(name: str, text: str) -> dict[str, float]:
+    """The table that the lines of `pattern_lines` stand for; the number comes after the last `=`.
+
+    Raises:
+        ConfigError: a line has no number; `name` is the setting's.
+    """
+    table = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        pattern, _, number = line.rpartition("=")
+        try:
+            table[pattern.strip().strip("\"'")] = float(number.replace(",", "."))
+        except ValueError as error:
+            raise ConfigError(
+                f"{name} has the line {line!r}, which should read: pattern = number."
+            ) from error
+    return table
+
+
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted names; a setting that is itself a table stays whole."""
     whole = {name for name, info, _ in settings() if is_pattern_table(info)}

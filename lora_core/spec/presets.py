@@ -4,6 +4,7 @@ from typing import Any
 
 from lora_core.spec.config import flattened, load_toml
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.families import Family
 from lora_core.spec.paths import PRESETS
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object"}
@@ -25,3 +26,16 @@ def preset(name: str) -> dict[str, Any]:
     if wanted not in preset_names():
         raise ConfigError(f"The preset {name!r} does not exist; choose one of {', '.join(preset_names())}.")
     return flattened(load_toml(PRESETS / f"{wanted}.toml"))
+
+
+def starting_settings(name: str, family: Family | None) -> dict[str, Any]:
+    """What a run starts from before a person changes anything, dotted name to value.
+
+    Args:
+        name: of a preset, or "" for the general defaults.
+        family: of the base, whose own settings count more than the preset's; None where it is not known.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    return (preset(name) if name else {}) | dict(family.settings if family else {})

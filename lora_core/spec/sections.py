@@ -4,6 +4,7 @@ A field's metadata is the only place that holds its title, help, range and choic
 tooltips, `--help`, the reading of TOML, validation and the table of settings all read it from here.
 """
 
+import math
 from dataclasses import dataclass
 
 from lora_core.spec import choices
@@ -84,6 +85,11 @@ class AdapterSection:
     module_dropout: float = setting(
         0.0, "Module dropout", "Chance that a whole layer's update is left out at a step.", span=(0.0, 0.99)
     )
+
+    @property
+    def scale(self) -> float:
+        """What the update is multiplied by, where no block has numbers of its own."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)

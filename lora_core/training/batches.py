@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_core.dataset.buckets import Bucket, bucket_of
+from lora_core.dataset.buckets import Bucket, bucket_of, size_conditioning
 from lora_core.dataset.captions import CaptionRules, drawn_caption
 from lora_core.dataset.folder import ImageRecord
 from lora_core.spec.errors import DatasetError
@@ -23,6 +23,13 @@ class Item:
     record: ImageRecord
     bucket: Bucket
 
+    @property
+    def sizes(self) -> torch.Tensor:
+        """(6,), see `size_conditioning`."""
+        return torch.tensor(
+            size_conditioning(self.record.width, self.record.height, self.bucket), dtype=torch.float32
+        )
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -32,11 +39,14 @@ class Batch:
         latents: (B, 4, h, w) on the CPU.
         captions: B texts as drawn for this look.
         names: B file names, for messages.
+        sizes: (B, 6) on the CPU: original height and width, top and left of the crop, height and width, in
+        pixels.
     """
 
     latents: torch.Tensor
     captions: list[str]
     names: list[str]
+    sizes: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,9 @@ class Batches:
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, counted from 0 over the whole run."""
         rows = [self._look(number, row, index) for row, index in enumerate(self._indices(number))]
-        latents, captions, names = zip(*rows, strict=True)
-        return Batch(torch.stack(latents), list(captions), list(names))
+        latents, captions, items = zip(*rows, strict=True)
+        names, sizes = [item.record.path.name for item in items], [item.sizes for item in items]
+        return Batch(torch.stack(latents), list(captions), names, torch.stack(sizes))
 
     def _indices(self, number: int) -> list[int]:
         epoch, place = divmod(number, self._an_epoch)
@@ -92,12 +103,12 @@ class Batches:
             self._epoch = (epoch, self._epoch_batches(epoch))
         return self._epoch[1][place]
 
-    def _look(self, number: int, row: int, index: int) -> tuple[torch.Tensor, str, str]:
+    def _look(self, number: int, row: int, index: int) -> tuple[torch.Tensor, str, Item]:
         draw = random.Random(f"{self._looks.seed}/look/{number}/{row}")
         item = self._items[index]
         flip = self._looks.flip and draw.random() < 0.5
         caption = drawn_caption(item.record.caption, self._looks.captions, draw)
-        return self._cache.latents(item.record, item.bucket, flip), caption, item.record.path.name
+        return self._cache.latents(item.record, item.bucket, flip), caption, item
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         """One epoch: each picture as often as it repeats, cut into batches of one bucket in random order.

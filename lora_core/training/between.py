@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lora_core.adapters.inject import Injected
 from lora_core.sampling.generate import Picture, generated, infotext, save_png
 from lora_core.spec.sections import PreviewSection
 from lora_core.training.prepare import Session
@@ -27,12 +28,9 @@ class HeldOut:
         injected = session.trainee.injected
         measured = (session.trainee.base, session.held_out, session.text.condition, note)
         with _evaluating(session):
-            try:
-                if self._base_losses is None:
-                    injected.set_strength(0.0)
+            if self._base_losses is None:
+                with _at_strength(injected, 0.0):
                     self._base_losses = triple_losses(*measured)
-            finally:
-                injected.set_strength(1.0)
             return paired_gain(self._base_losses, triple_losses(*measured))
 
 
@@ -43,21 +41,32 @@ def drawn_samples(session: Session, section: PreviewSection, stem: Path, name: s
         session: the run.
         section: how to sample.
         stem: where to write, `-0.png`, `-1.png`, ... appended.
-        name: of the adapter, for the pictures' settings; "" where it is still the base.
+        name: of the adapter, for the pictures' settings; "" for pictures of the base without it.
         note: called as each picture is denoised.
     """
     base = session.trainee.base
     how = Picture(section.seed, section.steps, section.cfg, section.sampler)
     used = [(name, 1.0)] if name else []
     files = []
-    with _evaluating(session), torch.no_grad():
-        negative = session.text.condition("")
+    injected = session.trainee.injected
+    with _evaluating(session), torch.no_grad(), _at_strength(injected, 1.0 if name else 0.0):
+        negative = session.text.negative()
         for number, prompt in enumerate(session.prompts):
             image = generated(base, how, session.text.condition(prompt), negative, note)
             path = stem.with_name(f"{stem.name}-{number}.png")
             save_png(image, path, infotext(base, how, prompt, "", used))
             files.append(path)
     return files
+
+
+@contextmanager
+def _at_strength(injected: Injected, strength: float) -> Iterator[None]:
+    """The adapter at `strength` while the context is open, at 1 afterwards."""
+    injected.set_strength(strength)
+    try:
+        yield
+    finally:
+        injected.set_strength(1.0)
 
 
 @contextmanager
@@ -71,3 +80,9 @@ def _evaluating(session: Session) -> Iterator[None]:
     finally:
         for module in modules:
             module.train()
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    """Whether what is done `every` so many steps is due now: then, and at the end, but never where `every` is
+    0."""
+    return every > 0 and (last or step % every == 0)

@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save
 from lora_core.dataset.buckets import Bucket
 from lora_core.dataset.folder import ImageRecord
 from lora_core.dataset.pictures import content_hash
-from lora_core.models.encode import TextCondition, encoded_picture, text_condition
+from lora_core.models.encode import (
+    CHUNK,
+    TextCondition,
+    as_negative,
+    encoded_picture,
+    text_condition,
+    token_chunks,
+)
 from lora_core.models.images import picture_pixels
 from lora_core.models.load import BaseModel
 from lora_core.spec.paths import write_atomically
@@ -42,8 +49,8 @@ class LatentCache:
             name = _digest(content_hash(record.path), self._vae, bucket.width, bucket.height, flip)
             self._memory[key] = _from_disk_or(
                 self._folder / f"{name}.safetensors",
-                lambda: encoded_picture(self._base, picture_pixels(record, bucket, flip)),
-            )
+                lambda: {"value": encoded_picture(self._base, picture_pixels(record, bucket, flip))},
+            )["value"]
         return self._memory[key]
 
 
@@ -60,15 +67,18 @@ class TextSource:
         self._encoders = "" if trained else "/".join(_weights_hash(m) for m in base.text_encoders.values())
 
     def conditions(self, captions: list[str]) -> TextCondition:
-        """The condition of B captions, (B, T, D)."""
+        """The condition of B captions, on the base's device."""
         if self._trained:
             return text_condition(self._base, captions, *self._how)
-        contexts = [self._cached(caption).context for caption in captions]
-        return TextCondition(torch.cat(contexts).to(self._base.device))
+        return TextCondition.cat([self._cached(caption) for caption in captions]).to(self._base.device)
 
     def condition(self, caption: str) -> TextCondition:
-        """The condition of one caption, (1, T, D)."""
+        """The condition of one caption, B = 1."""
         return self.conditions([caption])
+
+    def negative(self) -> TextCondition:
+        """The condition of an empty negative prompt, B = 1."""
+        return as_negative(self._base, "", self.condition(""))
 
     def release(self) -> None:
         """Free the text encoders: every caption that can come up is in memory now."""
@@ -76,24 +86,38 @@ class TextSource:
 
     def _cached(self, caption: str) -> TextCondition:
         if caption not in self._memory:
-            name = _digest(caption, self._encoders, *self._how, self._base.dtype)
-            context = _from_disk_or(self._folder / f"{name}.safetensors", lambda: self._encoded(caption))
-            self._memory[caption] = TextCondition(context)
+            found = _from_disk_or(
+                self._folder / f"{self._key(caption)}.safetensors", lambda: self._encoded(caption)
+            )
+            self._memory[caption] = TextCondition(found["value"], found.get("pooled"))
         return self._memory[caption]
 
-    def _encoded(self, caption: str) -> torch.Tensor:
+    def _key(self, caption: str) -> str:
+        """All that a condition follows from; token ids stand for the tokenizers and their padding."""
+        clip_skip, tokens = self._how
+        encoders = self._base.family.text_encoders
+        tokenizers = (self._base.tokenizers[encoder.part] for encoder in encoders)
+        ids = [token_chunks(tokenizer, caption, tokens // CHUNK).tolist() for tokenizer in tokenizers]
+        return _digest(self._encoders, encoders, ids, clip_skip, self._base.dtype)
+
+    def _encoded(self, caption: str) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return text_condition(self._base, [caption], *self._how).context.cpu()
+            found = text_condition(self._base, [caption], *self._how)
+        pooled = {} if found.pooled is None else {"pooled": found.pooled.cpu()}
+        return {"value": found.context.cpu(), **pooled}
 
 
-def _from_disk_or(path: Path, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _from_disk_or(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)["value"]
-    except (OSError, SafetensorError, KeyError):
-        value = make().contiguous()
+        found = load_file(path)
+        if "value" in found:
+            return found
+    except (OSError, SafetensorError):
+        pass
+    made = {name: tensor.contiguous() for name, tensor in make().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({"value": value}))
-    return value
+    write_atomically(path, save(made))
+    return made
 
 
 def _weights_hash(module: torch.nn.Module) -> str:

@@ -1,7 +1,8 @@
 """Checkpoints: all that a step depends on and that does not follow from (seed, step).
 
 A checkpoint is a folder that appears whole, by one rename. Its adapter is a kohya-format file that any tool
-can load; the optimizer's tensors lie beside it, and `state.json` names the SHA-256 of both, so that a broken
+can load, with a second one for exact factors where layers differ in alpha; the optimizer's tensors lie beside
+it, and `state.json` names the SHA-256 of both, so that a broken
 one is known.
 """
 
@@ -25,6 +26,9 @@ from lora_core.spec.paths import sync_folder, write_atomically
 from lora_core.spec.run_folder import RunFolder
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+FACTORS = "factors.safetensors"
+"""Beside an adapter whose layers have different alphas: its own file has one for all, which costs a
+rounding."""
 
 
 @dataclass
@@ -59,6 +63,8 @@ def save_checkpoint(
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
         write_adapter(weights, making / ADAPTER, "kohya", "fp32", family, header)
+        if len({layer.alpha for layer in weights.layers.values()}) > 1:
+            write_adapter(weights, making / FACTORS, "kohya", "fp32", family, header, keep_alphas=True)
         tensors, plain = _split(state.optimizer)
         write_atomically(making / OPTIMIZER, save(tensors))
         record = {
@@ -66,7 +72,7 @@ def save_checkpoint(
             "optimizer": plain,
             "scaler": state.scaler,
             "best": state.best,
-            "sha256": {name: _sha256(making / name) for name in (ADAPTER, OPTIMIZER)},
+            "sha256": {file.name: _sha256(file) for file in sorted(making.glob("*.safetensors"))},
         }
         write_atomically(making / STATE, json.dumps(record).encode())
         if final.exists():
@@ -94,7 +100,7 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, TrainState]:
         for name, digest in record["sha256"].items():
             if _sha256(path / name) != digest:
                 raise RunError(f"The checkpoint {path} is broken: {name} is not what was written.")
-        weights = read_adapter(path / ADAPTER)
+        weights = read_adapter(path / (FACTORS if FACTORS in record["sha256"] else ADAPTER))
         optimizer = _joined(load_file(path / OPTIMIZER), record["optimizer"])
     except (OSError, ValueError, KeyError, SafetensorError, AdapterFileError) as error:
         raise RunError(f"The checkpoint {path} is broken: {error}.") from error

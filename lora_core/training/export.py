@@ -16,6 +16,7 @@ from lora_core.spec.errors import RunError
 from lora_core.spec.families import FAMILIES, Family
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder, checked_name
+from lora_core.spec.sections import AdapterSection
 from lora_core.training.batches import Item
 from lora_core.training.inputs import versions
 from lora_core.training.prepare import plain_caption
@@ -50,8 +51,16 @@ def export_facts(
         buckets=Counter((item.bucket.width, item.bucket.height) for item in items),
         prediction=base.noise.prediction,
         settings=to_toml(config),
-        network_args={"targets": section.targets, "dropout": section.dropout},
+        network_args={"targets": section.targets, "dropout": section.dropout, **_unusual(section)},
     )
+
+
+def _unusual(section: AdapterSection) -> dict[str, Any]:
+    """What of the adapter's settings is worth a word in the header because it is not as usual."""
+    tables = {"block_ranks": section.block_ranks, "block_alphas": section.block_alphas}
+    return ({"rslora": True} if section.rslora else {}) | {
+        name: table for name, table in tables.items() if table
+    }
 
 
 def write_export(

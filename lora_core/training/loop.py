@@ -108,7 +108,7 @@ def _micro_batch(trainee: Trainee, batches: Batches, text: TextSource, plan: Ste
     generator = torch.Generator().manual_seed(_noise_seed(plan.seed, number))
     draw = drawn(latents, base.noise.timesteps, plan.loss.noise_offset, generator)
     condition = text.conditions(batch.captions)
-    loss = training_loss(base, latents, condition, draw, plan.loss) / plan.accumulate
+    loss = training_loss(base, latents, condition, draw, plan.loss, batch.sizes) / plan.accumulate
     trainee.scaler.scale(loss).backward()
     return float(loss.detach())
 

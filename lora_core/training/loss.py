@@ -45,7 +45,12 @@ def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator:
 
 
 def training_loss(
-    base: BaseModel, latents: torch.Tensor, text: TextCondition, draw: Draw, rules: LossSection
+    base: BaseModel,
+    latents: torch.Tensor,
+    text: TextCondition,
+    draw: Draw,
+    rules: LossSection,
+    sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weighted mean loss of a batch, a scalar in fp32.
 
@@ -55,11 +60,12 @@ def training_loss(
         text: B conditions.
         draw: timesteps and noise.
         rules: kind of error and its weights.
+        sizes: (B, 6), see `models.denoise.prediction`.
     """
     noisy = base.noise.noisy_latents(latents, draw.noise, draw.timesteps)
     target = base.noise.target(latents, draw.noise, draw.timesteps)
     error = chosen(LOSSES, rules.kind, "loss.kind").resolve()
-    losses = error(prediction(base, noisy, draw.timesteps, text), target).flatten(1).mean(1)
+    losses = error(prediction(base, noisy, draw.timesteps, text, sizes), target).flatten(1).mean(1)
     return (losses * min_snr_weight(base.noise, draw.timesteps, rules.min_snr)).mean()
 
 
@@ -67,14 +73,15 @@ def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) 
     """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, (B,); ones where gamma is
     0.
 
-    Source: Hang et al. 2023, section 3.4. For velocity at zero SNR the weight is 0: turn it off for such
-    bases.
+    At zero SNR the weight is 1 for epsilon, its limit, and 0 for velocity: turn it off for such bases.
+    Source: Hang et al. 2023, section 3.4.
     """
     if not gamma:
         return torch.ones(len(timesteps), device=timesteps.device)
     snr = noise.snr(timesteps)
-    divisor = snr if noise.prediction == "epsilon" else snr + 1.0
-    return snr.clamp(max=gamma) / divisor
+    if noise.prediction == "epsilon":
+        return (gamma / snr).clamp(max=1.0)
+    return snr.clamp(max=gamma) / (snr + 1.0)
 
 
 def squared_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

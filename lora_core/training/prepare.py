@@ -4,28 +4,29 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from lora_core.adapters.inject import Injected, inject
-from lora_core.adapters.lora import LoraShape
 from lora_core.dataset.captions import CaptionRules, drawn_caption, with_trigger
 from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
 from lora_core.dataset.pictures import content_hash
 from lora_core.dataset.split import held_out
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.load import BaseModel, load_base
-from lora_core.spec.choices import OPTIMIZERS, TARGETS, chosen
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import ConfigError
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
-from lora_core.spec.sections import OptimSection
 from lora_core.training.batches import Batches, Item, Looks, items_of, looks_in_all
 from lora_core.training.cache import LatentCache, TextSource
 from lora_core.training.inputs import check_inputs
 from lora_core.training.loop import Trainee
+from lora_core.training.trainee import (
+    adapter_plan,
+    injected_adapter,
+    optimizer_of,
+    ready_for_training,
+    start_file,
+)
 from lora_core.validation.gain import Measured
 from lora_core.validation.triples import looks_at
 
@@ -69,6 +70,7 @@ class Session:
         held_out: pictures to validate on.
         train_items: pictures to train on.
         prompts: of the samples.
+        notes: what a person should know before it starts, a sentence each.
     """
 
     trainee: Trainee
@@ -77,6 +79,7 @@ class Session:
     held_out: list[Measured]
     train_items: list[Item]
     prompts: list[str]
+    notes: list[str]
 
 
 def prepared(
@@ -85,60 +88,49 @@ def prepared(
     """Do all that the first step needs.
 
     Raises:
-        ConfigError, DatasetError, ModelFileError: in a sentence, what is wrong.
+        ConfigError, DatasetError, ModelFileError, AdapterFileError: in a sentence, what is wrong.
         RunError: what the run follows from has changed since it began, and that is not accepted.
     """
     workspace = run.path.parent.parent
     say("Reading the pictures", 0, 1)
     dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
     require_clean(dataset)
-    check_inputs(run, dataset.records, accept_changes)
+    check_inputs(run, dataset.records, accept_changes, start_file(config.adapter))
     train, held = held_out(dataset.records, config.validation.pictures, config.seed)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
     model = config.model
     base = load_base(model.base, device, dtype_of(plan.precision, device), model.prediction, model.vae)
-    parts = trained_parts(base, config.optim)
-    encoders_trained = any(part != "unet" for part in parts)
+    layout = adapter_plan(base, config)
     latents = LatentCache(base, workspace / "cache" / "latents")
     text = TextSource(
-        base, workspace / "cache" / "text", encoders_trained, config.train.clip_skip, config.train.tokens
+        base,
+        workspace / "cache" / "text",
+        layout.encoders_trained,
+        config.train.clip_skip,
+        config.train.tokens,
     )
     resolution = config.train.resolution or base.resolution
     items, held_items = (items_of(r, resolution, base.size_multiple) if r else [] for r in (train, held))
     rules = caption_rules(config)
     _encode_pictures(latents, items, held_items, config.dataset.flip, say)
     prompts = sample_prompts(config, held or train)
-    if not encoders_trained:
+    if not layout.encoders_trained:
         _encode_texts(text, train, held, rules, [*prompts, ""], say)
         if not any(varies(record.caption, rules) for record in train):
             text.release()
     measured = [_measured(item, latents, config, base) for item in held_items]
-    injected = injected_adapter(base, config, parts)
+    injected, notes = injected_adapter(base, layout, config.seed)
     ready_for_training(base, config.train.checkpointing)
     trainee = Trainee(
-        base, injected, optimizer_of(injected, base, config.optim), torch.amp.GradScaler(
-            device.type, enabled=base.dtype == torch.float16)
-    )  # fmt: skip
+        base,
+        injected,
+        optimizer_of(injected, layout, base, config.optim),
+        torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16),
+    )
     looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)
-    return Session(trainee, Batches(items, looks, latents), text, measured, items, prompts)
-
-
-def trained_parts(base: BaseModel, optim: OptimSection) -> list[str]:
-    """The parts whose learning rate is not zero.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    rates = part_rates(base, optim)
-    if not any(rates.values()):
-        raise ConfigError("Nothing would be trained: optim.lr and optim.text_encoder_lr are both 0.")
-    return [part for part, rate in rates.items() if rate]
-
-
-def part_rates(base: BaseModel, optim: OptimSection) -> dict[str, float]:
-    """Learning rate by part."""
-    return {part: optim.lr if part == "unet" else optim.text_encoder_lr for part in base.family.parts}
+    batches = Batches(items, looks, latents)
+    return Session(trainee, batches, text, measured, items, prompts, [*layout.notes, *notes])
 
 
 def caption_rules(config: RunConfig) -> CaptionRules:
@@ -167,62 +159,6 @@ def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
     return list(captions)[:SAMPLE_PROMPTS]
 
 
-def injected_adapter(base: BaseModel, config: RunConfig, parts: list[str]) -> Injected:
-    """A fresh adapter in the base, as the config asks."""
-    section = config.adapter
-    shape = LoraShape(
-        section.rank, section.alpha, section.dropout, section.rank_dropout, section.module_dropout
-    )
-    targets = chosen(TARGETS, section.targets, "adapter.targets").resolve()
-    return inject(base.modules, parts, targets, shape, config.seed)
-
-
-def ready_for_training(base: BaseModel, checkpointing: bool) -> None:
-    """Put the adapted parts into training mode, which checkpointing needs; the base has no dropout of its
-    own."""
-    for module in base.modules.values():
-        for layer in module.modules():
-            if isinstance(layer, torch.nn.Dropout):
-                layer.p = 0.0
-            if hasattr(layer, "attention_dropout"):
-                setattr(layer, "attention_dropout", 0.0)  # noqa: B010 - a module's attributes are typed as tensors
-        module.train()
-    if checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        for encoder in base.text_encoders.values():
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def optimizer_of(injected: Injected, base: BaseModel, optim: OptimSection) -> torch.optim.Optimizer:
-    """The optimizer, with one group a part; `initial_lr` is its full rate, `until` the share of steps it is
-    trained for.
-
-    Raises:
-        ConfigError: the optimizer's package is missing, or it cannot work with these rates.
-    """
-    row = chosen(OPTIMIZERS, optim.name, "optim.name")
-    rates = part_rates(base, optim)
-    groups: list[dict[str, Any]] = [
-        {
-            "params": injected.parameters(part),
-            "lr": rates[part],
-            "initial_lr": rates[part],
-            "until": 1.0 if part == "unet" else optim.text_encoder_until,
-        }
-        for part in injected.parts()
-    ]
-    if row.one_rate and len({group["lr"] for group in groups}) > 1:
-        raise ConfigError(
-            f"{row.title} works with one learning rate; set optim.text_encoder_lr to optim.lr ({optim.lr:g})"
-            " or to 0."
-        )
-    try:
-        optimizer: torch.optim.Optimizer = row.resolve()(groups, lr=optim.lr, **row.defaults)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
-    return optimizer
-
-
 def _encode_pictures(cache: LatentCache, items: list[Item], held: list[Item], flip: bool, say: Say) -> None:
     wanted = [*looks_in_all(items, flip), *looks_in_all(held, False)]
     for done, (item, mirrored) in enumerate(wanted):
@@ -248,4 +184,5 @@ def _measured(item: Item, cache: LatentCache, config: RunConfig, base: BaseModel
     looks = looks_at(
         content_hash(item.record.path), latents, config.validation.triples, config.seed, base.noise.timesteps
     )
-    return Measured(latents, looks, plain_caption(item.record.caption, config.dataset.trigger))
+    caption = plain_caption(item.record.caption, config.dataset.trigger)
+    return Measured(latents, looks, caption, item.sizes)

@@ -20,7 +20,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError, OutOfMemory, RunError
 from lora_core.spec.progress import Progress
 from lora_core.spec.run_folder import RunFolder
-from lora_core.training.between import HeldOut, drawn_samples
+from lora_core.training.between import HeldOut, drawn_samples, due
 from lora_core.training.checkpoint import (
     TrainState,
     clear_unfinished,
@@ -152,6 +152,8 @@ class Conductor:
             session = prepared(self._run, self._config, plan, self._prepare_note, accept_changes)
         except Interrupted:
             return self._end(None)
+        for note in session.notes:
+            self._emit(events.Warned(step=self.step, message=note))
         self._take_up(session)
         try:
             if self.step == 0 and self._config.preview.every:
@@ -186,11 +188,11 @@ class Conductor:
             self._emit(events.StepDone(step=step.number, loss=step.loss, lr=step.lr, seconds=step.seconds))
             last = step.number == self._goal
             asked = self._asked()
-            if session.held_out and _due(step.number, config.validation.every, last):
+            if session.held_out and due(step.number, config.validation.every, last):
                 self._validate(session)
-            if last or "save" in asked or _due(step.number, config.save.every, last):
+            if last or "save" in asked or due(step.number, config.save.every, last):
                 self._save(session)
-            if "preview" in asked or _due(step.number, config.preview.every, last):
+            if "preview" in asked or due(step.number, config.preview.every, last):
                 self._preview(session)
             if not last:
                 self.requests.check()
@@ -292,9 +294,3 @@ class Conductor:
 
     def _below(self, path: Path) -> str:
         return path.relative_to(self._run.path).as_posix()
-
-
-def _due(step: int, every: int, last: bool) -> bool:
-    """Whether what is done `every` so many steps is due now: then, and at the end, but never where `every` is
-    0."""
-    return every > 0 and (last or step % every == 0)

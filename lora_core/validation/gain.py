@@ -21,11 +21,14 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Measured:
-    """One picture ready to be measured: `latents` (4, h, w), its fixed looks, its caption."""
+    """One picture ready to be measured: `latents` (4, h, w), its fixed looks, its caption, and what a UNet
+    with size
+    conditioning is told of it, (6,); None for a picture of just its size."""
 
     latents: torch.Tensor
     looks: Looks
     caption: str
+    sizes: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def triple_losses(
     rows = []
     with torch.no_grad():
         for done, picture in enumerate(pictures, start=1):
-            text = condition(picture.caption).context
+            text = condition(picture.caption)
             losses = []
             for start in range(0, len(picture.looks.timesteps), BATCH):
                 noise = picture.looks.noise[start : start + BATCH].to(base.device)
@@ -63,8 +66,8 @@ def triple_losses(
                 latents = picture.latents.to(base.device).expand_as(noise)
                 noisy = base.noise.noisy_latents(latents, noise, timesteps)
                 target = base.noise.target(latents, noise, timesteps)
-                context = TextCondition(text.expand(len(noise), -1, -1))
-                error = prediction(base, noisy, timesteps, context) - target
+                sizes = None if picture.sizes is None else picture.sizes.expand(len(noise), -1)
+                error = prediction(base, noisy, timesteps, text.expand(len(noise)), sizes) - target
                 losses.append(error.double().square().flatten(1).mean(1).cpu())
             rows.append(torch.cat(losses))
             if on_picture is not None:

@@ -1,12 +1,13 @@
 """The `validate` verb: paired validation of an adapter on a folder of pictures."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lora_core.adapters.inject import Merger, Strengthened
-from lora_core.dataset.buckets import bucket_of
+from lora_core.dataset.buckets import bucket_of, size_conditioning
 from lora_core.dataset.folder import ImageRecord
 from lora_core.dataset.pictures import content_hash
 from lora_core.models.encode import TextCondition, encoded_picture, text_condition
@@ -23,7 +24,8 @@ def measured_pictures(base: BaseModel, records: list[ImageRecord], triples: int,
         bucket = bucket_of(record.width, record.height, base.resolution, base.size_multiple)
         latents = encoded_picture(base, picture_pixels(record, bucket))
         looks = looks_at(content_hash(record.path), latents, triples, seed, base.noise.timesteps)
-        pictures.append(Measured(latents, looks, record.caption))
+        sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
+        pictures.append(Measured(latents, looks, record.caption, sizes))
     return pictures
 
 
@@ -79,4 +81,4 @@ def _shuffled(pictures: list[Measured], seed: int) -> list[Measured]:
     order = list(range(len(pictures)))
     random.Random(seed).shuffle(order)
     giver = {order[i]: order[(i + 1) % len(order)] for i in range(len(order))}
-    return [Measured(p.latents, p.looks, pictures[giver[i]].caption) for i, p in enumerate(pictures)]
+    return [replace(picture, caption=pictures[giver[i]].caption) for i, picture in enumerate(pictures)]

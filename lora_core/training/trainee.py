@@ -1,0 +1,156 @@
+"""The adapter of a run and its optimizer: which layers, how large, at which rate, and what they start
+from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core.adapters.blocks import Blocks, LayerPlan, layer_plans
+from lora_core.adapters.inject import Injected, inject_layers
+from lora_core.adapters.lora import LoraShape
+from lora_core.adapters.start import begin_with
+from lora_core.adapters.targets import named_targets
+from lora_core.adapters.weights import AdapterWeights, LayerKey
+from lora_core.formats.file import read_adapter
+from lora_core.models.load import BaseModel
+from lora_core.spec.choices import OPTIMIZERS, chosen
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import AdapterFileError, ConfigError
+from lora_core.spec.families import Family
+from lora_core.spec.sections import AdapterSection, OptimSection
+
+FRESH = "default"
+"""The value of `adapter.init` for an adapter that starts from nothing."""
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What is to be trained.
+
+    Attributes:
+        layers: each layer's shape and rate.
+        start: the adapter to go on with, or None for a fresh one.
+        name: of the file that it comes from.
+        notes: what a person should know of it, a sentence each.
+    """
+
+    layers: dict[LayerKey, LayerPlan]
+    start: AdapterWeights | None
+    name: str
+    notes: list[str]
+
+    @property
+    def encoders_trained(self) -> bool:
+        """Whether a text encoder is among the adapted parts."""
+        return any(part != "unet" for part, _ in self.layers)
+
+
+def start_file(section: AdapterSection) -> Path | None:
+    """The file of the LoRA to go on with, or None."""
+    return None if section.init.strip() in ("", FRESH) else Path(section.init).expanduser()
+
+
+def adapter_plan(base: BaseModel, config: RunConfig) -> AdapterPlan:
+    """The plan that a config means for a base. Its text encoders have to be there still.
+
+    Raises:
+        ConfigError: it fits no layer, or nothing would be trained.
+        AdapterFileError: the LoRA to go on with is not there, is broken, or is for another family.
+    """
+    section, optim = config.adapter, config.optim
+    rates = part_rates(base.family, optim)
+    targets = named_targets(section.targets, base.family)
+    file = start_file(section)
+    if file is not None and not file.is_file():
+        raise AdapterFileError(
+            f"The LoRA {file} that adapter.init names does not exist; choose another file."
+        )
+    start = read_adapter(file, base.family) if file is not None else None
+    shape = LoraShape(
+        section.rank, section.alpha, section.dropout, section.rank_dropout, section.module_dropout
+    )
+    blocks = Blocks(section.block_ranks, section.block_alphas, optim.block_lr, section.rslora)
+    layers = layer_plans(base.modules, rates, targets, shape, blocks, start.layers if start else ())
+    notes = [
+        f"adapter.targets = {section.targets} names no layer of the {part.replace('_', ' ')}, so that is not"
+        " trained, whatever its learning rate."
+        for part, rate in rates.items()
+        if rate > 0 and targets.pattern(part) is None
+    ]
+    if optim.text_encoder_2_lr and len(base.family.text_encoders) < 2:
+        notes.append(f"optim.text_encoder_2_lr plays no part: the {base.family.title} has one text encoder.")
+    return AdapterPlan(layers, start, file.name if file else "", notes)
+
+
+def part_rates(family: Family, optim: OptimSection) -> dict[str, float]:
+    """Learning rate by part: the UNet's, then those of the text encoders in their order."""
+    rates = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
+    return dict(zip(family.parts, rates, strict=False))
+
+
+def injected_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Injected, list[str]]:
+    """The adapter in the base, as it starts, and sentences on what of an earlier one it could not take over.
+
+    Raises:
+        AdapterFileError: the LoRA to go on with does not fit.
+    """
+    injected = inject_layers(base.modules, {key: layer.shape for key, layer in plan.layers.items()}, seed)
+    notes = begin_with(injected, plan.start, plan.name) if plan.start is not None else []
+    for key, layer in injected.layers.items():
+        layer.requires_grad_(plan.layers[key].rate > 0)
+        layer.base.requires_grad_(False)
+    return injected, notes
+
+
+def ready_for_training(base: BaseModel, checkpointing: bool) -> None:
+    """Put the adapted parts into training mode, which checkpointing needs; the base has no dropout of its
+    own."""
+    for module in base.modules.values():
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+            if hasattr(layer, "attention_dropout"):
+                setattr(layer, "attention_dropout", 0.0)  # noqa: B010 - a module's attributes are typed as tensors
+        module.train()
+    if checkpointing:
+        base.unet.enable_gradient_checkpointing()
+        for encoder in base.text_encoders.values():
+            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def optimizer_of(
+    injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimSection
+) -> torch.optim.Optimizer:
+    """The optimizer, with one group for each part and rate, a part's own rate first; `initial_lr` is a
+    group's full
+    rate, `until` the share of steps it is trained for.
+
+    Raises:
+        ConfigError: the optimizer's package is missing, or it cannot work with these rates.
+    """
+    row = chosen(OPTIMIZERS, optim.name, "optim.name")
+    own = part_rates(base.family, optim)
+    groups: list[dict[str, Any]] = []
+    for part in injected.parts():
+        by_rate: dict[float, list[torch.nn.Parameter]] = {own[part]: []}
+        for key, layer in injected.layers.items():
+            if key[0] == part and plan.layers[key].rate > 0:
+                by_rate.setdefault(plan.layers[key].rate, []).extend((layer.down, layer.up))
+        until = 1.0 if part == "unet" else optim.text_encoder_until
+        groups += [
+            {"params": tensors, "lr": rate, "initial_lr": rate, "until": until}
+            for rate, tensors in by_rate.items()
+            if tensors
+        ]
+    if row.one_rate and len({group["lr"] for group in groups}) > 1:
+        raise ConfigError(
+            f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
+            f" ({optim.lr:g}) or to 0, and leave optim.block_lr empty."
+        )
+    try:
+        optimizer: torch.optim.Optimizer = row.resolve()(groups, lr=optim.lr, **row.defaults)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
+    return optimizer
