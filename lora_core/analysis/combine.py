@@ -80,8 +80,8 @@ def merged(
         AdapterFileError: two adapters give a layer different shapes, or nothing is left of any layer.
         ConfigError: the rank is no number of columns, or a row of `blocks` matches nothing.
     """
-    if rank is not None and not 1 <= rank <= MAX_RANK:
-        raise ConfigError(f"--rank {rank} is out of range; it goes from 1 to {MAX_RANK}.")
+    if rank is not None:
+        checked_rank(rank)
     for adapter in adapters:
         check_plain(adapter.weights)
     keys = dict.fromkeys(key for adapter in adapters for key in adapter.weights.layers)
@@ -106,6 +106,17 @@ def merged(
     if not pairs:
         raise AdapterFileError("With these strengths and weights nothing is left of any layer.")
     return with_one_alpha(pairs), loss
+
+
+def checked_rank(rank: int) -> int:
+    """The rank, if a layer can have it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not 1 <= rank <= MAX_RANK:
+        raise ConfigError(f"--rank {rank} is out of range; it goes from 1 to {MAX_RANK}.")
+    return rank
 
 
 def _stacked(key: LayerKey, terms: Sequence[tuple[float, LayerWeights]]) -> Pair:
