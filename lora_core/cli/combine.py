@@ -1,0 +1,59 @@
+"""The verb that puts adapters together: merge."""
+
+import argparse
+import time
+from pathlib import Path
+
+from lora_core.cli import Verbs, say
+from lora_core.cli.pictures import file_and_strengths
+from lora_core.spec.errors import ConfigError
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add this module's verbs."""
+    merge = verbs.add_parser("merge", help="merge adapters into one file, or into a base")
+    merge.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE[:STRENGTH[:TEXT_STRENGTH]]",
+        help="an adapter, LoHa, LoKr and DoRA too",
+    )
+    merge.add_argument(
+        "--out", type=Path, required=True, help="the file, or for a base's folder the folder, to make"
+    )
+    merge.add_argument(
+        "--rank", type=int, help="the best LoRA of this rank; else ranks add and nothing is lost"
+    )
+    merge.add_argument(
+        "--blocks",
+        default="",
+        metavar="TABLE",
+        help="a TOML file of pattern = weight, or 'mid_block=0.5,...'",
+    )
+    merge.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="of the merged file, else fp32")
+    merge.add_argument("--base", default="", help="the base of a DoRA, whose weights its update depends on")
+    merge.add_argument("--into-base", default="", metavar="B", help="merge into a copy of this base instead")
+    merge.set_defaults(run=_merge)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    files = [file_and_strengths(text) for text in options.files]
+    if options.into_base:
+        given = [f"--{n}" for n in ("rank", "base", "precision") if getattr(options, n) not in (None, "")]
+        if given:
+            raise ConfigError(
+                f"{given[0]} goes with a merged adapter, not with --into-base: there the base's own precision"
+                " stays and nothing is approximated."
+            )
+    from lora_core.analysis.merge import Ingredient, Wanted, merge_files, merge_files_into_base
+
+    ingredients = [Ingredient(path, strength, text) for path, strength, text in files]
+    if options.into_base:
+        said = merge_files_into_base(ingredients, options.into_base, options.out, options.blocks)
+    else:
+        wanted = Wanted(options.rank, options.blocks, options.precision or "fp32", options.base)
+        said = merge_files(ingredients, options.out, wanted, time.time())
+    for sentence in said:
+        say(sentence)
+    say(str(options.out))
+    return 0
