@@ -1,11 +1,12 @@
-"""Translating an adapter file from one format to another."""
+"""Translating an adapter file from one format to another, or from one spelling of a format to the usual
+one."""
 
 from pathlib import Path
 
-from lora_core.formats.file import DTYPES, read_adapter, write_adapter
-from lora_core.formats.inspect import inspect_file
+from lora_core.formats.file import AS_IT_IS, read_adapter, write_adapter
+from lora_core.formats.forms import in_own_form
+from lora_core.formats.kinds import family_name, file_family
 from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import FAMILIES
 from lora_core.spec.tensor_file import read_header
 
 
@@ -25,21 +26,34 @@ def converted(source: Path, target: Path, format: str, keep_alphas: bool = False
         AdapterFileError: the source cannot be read, is for a family that has no names here, or the target
             cannot be written.
     """
-    report = inspect_file(source)
-    family = FAMILIES.get(str(report["family"]))
+    header = read_header(source)
+    weights = read_adapter(source)
+    family = file_family(header.shapes, header.metadata)
     if family is None:
-        # What is no LoRA at all gets the sentence that says so.
-        read_adapter(source)
-        raise AdapterFileError(f"{source} is for {report['family']}, whose layers have no names here yet.")
-    weights = read_adapter(source, family)
-    dtype = next(iter(weights.layers.values())).down.dtype
-    precision = next((name for name, known in DTYPES.items() if known == dtype), "fp32")
-    header = dict(read_header(source).metadata)
-    write_adapter(weights, target, format, precision, family, header, keep_alphas)
+        name = family_name(header.shapes, header.metadata)
+        what = "does not say which family of base it is for" if name == "unknown" else f"is for {name}"
+        raise AdapterFileError(f"{source} {what}, so its layers have no names in another format.")
+    formed = in_own_form(weights, family)
+    notes = []
+    if any(formed.layers[key].down.shape != layer.down.shape for key, layer in weights.layers.items()):
+        notes.append("1 x 1 convolutions and linear layers now have the shapes that the base's layers have.")
+    if any(key.endswith("lora_mid.weight") for key in header.tensors):
+        notes.append("layers of three factors (Tucker) now have two, with the same product.")
+    write_adapter(formed, target, format, AS_IT_IS, family, header.metadata, keep_alphas)
+    return notes + _alpha_notes(format, len({layer.alpha for layer in weights.layers.values()}), keep_alphas)
+
+
+def _alpha_notes(format: str, alphas: int, keep_alphas: bool) -> list[str]:
     if format == "diffusers":
         return ["only diffusers reads this format whole; the other tools need the kohya format."]
-    if len({layer.alpha for layer in weights.layers.values()}) > 1:
-        if keep_alphas:
-            return ["the layers have different alphas, which diffusers reads at the wrong strength."]
-        return ["the layers had different alphas; the file has one, and the factors were scaled to match."]
-    return []
+    if alphas == 1:
+        return []
+    if keep_alphas:
+        return [
+            "the layers have different alphas, which diffusers reads at the wrong strength; A1111, Forge,"
+            " ComfyUI, InvokeAI and kohya read it right."
+        ]
+    return [
+        "the layers had different alphas; the file has one, and the factors were scaled to match. To keep"
+        " every bit, give --keep-alphas."
+    ]

@@ -123,7 +123,9 @@ def test_overflow_by_folding_alpha_is_refused(path, family):
 def test_a_file_that_comes_back_changed_is_not_called_done(path, family, monkeypatch):
     path.write_bytes(b"the old file")
     write = adapter_file.write_pieces
-    monkeypatch.setattr(adapter_file, "write_pieces", lambda p, data: write(p, [b"".join(data)[:-1] + b"\x55"]))
+    monkeypatch.setattr(
+        adapter_file, "write_pieces", lambda p, data: write(p, [b"".join(data)[:-1] + b"\x55"])
+    )
     with pytest.raises(AdapterFileError, match="read back"):
         write_adapter(adapter(), path, "kohya", "fp32", family, {})
     assert path.read_bytes() == b"the old file"
