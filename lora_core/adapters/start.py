@@ -49,7 +49,7 @@ def begin_with(injected: Injected, weights: AdapterWeights, name: str) -> list[s
         share = 1.0 - cut / whole if whole else 1.0
         notes.append(
             f"{shortened} layers of {name} have a higher rank than this run; their best approximation holds"
-            f" {100 * share:.1f}% of them."
+            f" {100 * share:.1f}% of their energy."
         )
     left = len(weights.layers) - len(common)
     if left:
@@ -82,7 +82,7 @@ def begun_layer(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights,
         left, small_up = torch.linalg.qr(up)
         right, small_down = torch.linalg.qr(down.T)
         u, singular, v = torch.linalg.svd(small_up @ small_down.T * scale)
-        squares = singular.square()
+        squares = (singular * fresh.scale).square()
         kept, lost = float(squares[: fresh.rank].sum()), float(squares[fresh.rank :].sum())
         count = min(fresh.rank, len(singular))
         root = singular[:count].sqrt()

@@ -3,7 +3,7 @@ import torch
 
 from lora_core.adapters.inject import Merger, Strengthened, adapter_weights, inject, remove
 from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.targets import KOHYA
+from lora_core.adapters.targets import KOHYA, layer_by_path
 from lora_core.adapters.weights import AdapterWeights, LayerWeights
 from lora_core.spec.errors import AdapterFileError
 from tests.tiny import tiny_text_encoder, tiny_unet
@@ -103,3 +103,58 @@ def test_an_adapter_for_another_base_is_refused_and_nothing_changes(modules):
         with pytest.raises(AdapterFileError, match=words):
             merger.apply([Strengthened(AdapterWeights(layers))])
     assert torch.equal(_output(modules["unet"]), before)
+
+
+def test_several_adapters_add_up_exactly_in_any_order(modules):
+    """Sum of strength x delta over the adapters, each layer on its own strength, whatever the ranks and the
+    order."""
+    adapters = [
+        Strengthened(_adapter(1), 0.5),
+        Strengthened(_adapter(2, rank=5), -1.25, text_strength=2.0),
+        Strengthened(_adapter(3, rank=1), 0.0, text_strength=0.25),
+        Strengthened(_adapter(4, rank=8), 1.5),
+    ]
+    originals = {
+        key: layer_by_path(key[0], modules[key[0]], key[1])[1].weight.detach().double().clone()
+        for key in adapters[0].weights.layers
+    }
+    merger = Merger(modules)
+    results = []
+    for order in (adapters, adapters[::-1], [adapters[2], adapters[0], adapters[3], adapters[1]]):
+        merger.apply(order)
+        results.append(
+            {key: layer_by_path(key[0], modules[key[0]], key[1])[1].weight.clone() for key in originals}
+        )
+    for key, original in originals.items():
+        expected = original
+        for adapter in adapters:
+            layer = adapter.weights.layers[key]
+            product = layer.up.double().flatten(1) @ layer.down.double().flatten(1)
+            strength = (0.5, 2.0 if key[0] != "unet" else -1.25, 0.25 if key[0] != "unet" else 0.0, 1.5)[
+                adapters.index(adapter)
+            ]
+            expected = expected + strength * 2.0 * product.reshape(original.shape)
+        for result in results:
+            torch.testing.assert_close(result[key].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_merged_adapters_and_live_layers_do_not_touch_each_other(modules):
+    """The live layer's update comes on top of the merged weight, and its factors stay as they are."""
+    injected = inject(modules, ["unet"], KOHYA, LoraShape(3, 6.0), 0)
+    with torch.no_grad():
+        for tensor in injected.parameters():
+            tensor.normal_(std=0.05)
+    before = [tensor.detach().clone() for tensor in injected.parameters()]
+    live, frozen = _output(modules["unet"]), _adapter(1)
+    merger = Merger(modules)
+    merger.apply([Strengthened(frozen, 0.8), Strengthened(_adapter(2), 0.3)])
+    both = _output(modules["unet"])
+    assert all(torch.equal(a, b) for a, b in zip(before, injected.parameters(), strict=True))
+    # The same sum, all of it merged.
+    trained = adapter_weights(injected)
+    merger.apply([])
+    assert torch.equal(_output(modules["unet"]), live)
+    remove(modules, injected)
+    merger.apply([Strengthened(frozen, 0.8), Strengthened(_adapter(2), 0.3), Strengthened(trained)])
+    torch.testing.assert_close(_output(modules["unet"]), both, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(both, live, atol=1e-3)
