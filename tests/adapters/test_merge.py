@@ -127,12 +127,11 @@ def test_several_adapters_add_up_exactly_in_any_order(modules):
         )
     for key, original in originals.items():
         expected = original
-        for adapter in adapters:
+        # Each adapter's strength on this part; alpha / rank is 2 for all.
+        strengths = (0.5, -1.25, 0.0, 1.5) if key[0] == "unet" else (0.5, 2.0, 0.25, 1.5)
+        for adapter, strength in zip(adapters, strengths, strict=True):
             layer = adapter.weights.layers[key]
             product = layer.up.double().flatten(1) @ layer.down.double().flatten(1)
-            strength = (0.5, 2.0 if key[0] != "unet" else -1.25, 0.25 if key[0] != "unet" else 0.0, 1.5)[
-                adapters.index(adapter)
-            ]
             expected = expected + strength * 2.0 * product.reshape(original.shape)
         for result in results:
             torch.testing.assert_close(result[key].double(), expected, rtol=1e-6, atol=1e-6)
