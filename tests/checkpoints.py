@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.models.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 from lora_core.spec.families import FAMILIES, Family
+from lora_core.spec.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 from lora_core.spec.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
 
 FULL: dict[str, dict[str, Any]] = {}

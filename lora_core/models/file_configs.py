@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_core.models.ldm_names import RESNETS, open_clip_path
 from lora_core.spec.base_facts import UNET, VAE
 from lora_core.spec.families import Family, TextEncoder
+from lora_core.spec.ldm_names import RESNETS, open_clip_path
 
 Shapes = Mapping[str, Sequence[int]]
 HEAD_WIDTH = 64

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lora_core.models.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 from lora_core.models.weight_files import SafetensorsFile, WeightFile
 from lora_core.spec.base_facts import UNET, VAE
 from lora_core.spec.errors import ModelFileError
 from lora_core.spec.families import Family, TextEncoder
+from lora_core.spec.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 
 WEIGHT_FILES = {
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
