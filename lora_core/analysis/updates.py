@@ -123,7 +123,7 @@ def _lokr(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 def _lokr_half(tensors: Mapping[str, torch.Tensor], n: str) -> torch.Tensor:
     a, b = tensors[f"lokr_w{n}_a"], tensors[f"lokr_w{n}_b"]
     if n == "2" and "lokr_t2" in tensors:
-        return torch.einsum("ijkl,ip,jr->prkl", tensors["lokr_t2"], a, b)
+        return torch.einsum("ijkl,ip,jr->prkl", tensors["lokr_t2"], a, b).contiguous()
     return a @ b.flatten(1)
 
 
@@ -150,7 +150,7 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
         return {key: Update(".".join(key), layer) for key, layer in layers.items()}, weights.metadata, family
     if family is None:
         raise AdapterFileError(_no_family(path))
-    other = kinds.mismatch(header.shapes, header.metadata, family)
+    other = kinds.mismatch(header.shapes, header.metadata, known) if known else ""
     if other:
         raise AdapterFileError(f"{path} is for {other}, the base is the {family.title}.")
     tensors, metadata = read_tensors(path)
