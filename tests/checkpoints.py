@@ -1,7 +1,8 @@
 """Stable Diffusion checkpoints of true block layout with random weights, as folders and as single files.
 
-Widths and depths are cut down (`NARROW`) or true (`FULL`); what is never cut is what tells a family: number
-and order of the blocks, width of the context, kinds of text encoders. Single files carry the original names;
+They come in three sizes: "narrow", widths and depths cut down; "deep", the true depth at cut widths; "full".
+What is never cut is what tells a family: number and order of the blocks, width of the context, kinds of text
+encoders. Single files carry the original names;
 `tests/models/test_single_files.py` has diffusers read them back.
 """
 
@@ -21,14 +22,13 @@ from lora_core.spec.families import FAMILIES, Family
 from lora_core.spec.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 from lora_core.spec.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
 
-FULL: dict[str, dict[str, Any]] = {}
 NARROW: dict[str, dict[str, Any]] = {
-    "unet": {"block_out_channels": (32, 64, 64, 64)},
     "vae": {"block_out_channels": (32, 32, 32, 32)},
     "text_encoder": {"num_hidden_layers": 2, "intermediate_size": 48},
     "text_encoder_2": {"num_hidden_layers": 2, "intermediate_size": 48},
 }
-"""What is smaller than in truth, by component; `narrow_unet` fits it to the family."""
+"""What is smaller than in truth, by component; `narrow_unet` has the UNet."""
+DEPTHS = ("num_hidden_layers", "transformer_layers_per_block")
 
 
 def narrow_unet(family: Family) -> dict[str, Any]:
@@ -45,25 +45,34 @@ def narrow_unet(family: Family) -> dict[str, Any]:
     }
 
 
-def components(family: Family, full: bool = False, seed: int = 0) -> Iterator[tuple[str, Any]]:
+def cut(family: Family, part: str, size: str) -> dict[str, Any]:
+    """The changes to a component's true config."""
+    if size == "full":
+        return {}
+    changes = narrow_unet(family) if part == "unet" else NARROW[part]
+    return {k: v for k, v in changes.items() if size == "narrow" or k not in DEPTHS}
+
+
+def components(family: Family, size: str = "narrow", seed: int = 0) -> Iterator[tuple[str, Any]]:
     """Each component of a base with random weights, as (part, module), one at a time."""
-    configs = FAMILY_CONFIGS / family.configs
-    cut = FULL if full else NARROW | {"unet": narrow_unet(family)}
+
+    def config(part: str) -> dict[str, Any]:
+        path = FAMILY_CONFIGS / family.configs / part / "config.json"
+        return json.loads(path.read_text()) | cut(family, part, size)
+
     torch.manual_seed(seed)
-    unet = json.loads((configs / "unet" / "config.json").read_text())
-    unet |= {"sample_size": family.resolution // 8} | cut.get("unet", {})
-    yield "unet", _random(lambda: UNet2DConditionModel.from_config(unet), full)
-    vae = json.loads((configs / "vae" / "config.json").read_text()) | cut.get("vae", {})
-    yield "vae", _random(lambda: AutoencoderKL.from_config(vae), full)
+    unet = config("unet") | {"sample_size": family.resolution // 8}
+    yield "unet", _random(lambda: UNet2DConditionModel.from_config(unet), size)
+    yield "vae", _random(lambda: AutoencoderKL.from_config(config("vae")), size)
     for encoder in family.text_encoders:
-        config = json.loads((configs / encoder.part / "config.json").read_text()) | cut.get(encoder.part, {})
         kind = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
-        yield encoder.part, _random(lambda kind=kind, config=config: kind(CLIPTextConfig(**config)), full)
+        made = CLIPTextConfig(**config(encoder.part))
+        yield encoder.part, _random(lambda kind=kind, made=made: kind(made), size)
 
 
-def _random(build: Any, full: bool) -> Any:
+def _random(build: Any, size: str) -> Any:
     """A module; for full size with small random numbers in bf16, since true initialisation takes minutes."""
-    if not full:
+    if size != "full":
         return build().eval()
     with init_empty_weights(include_buffers=False):
         module = build()
@@ -82,11 +91,11 @@ def scheduler_config(family: Family, **changes: Any) -> dict[str, Any]:
 
 
 def write_folder(
-    path: Path, name: str, dtype: torch.dtype = torch.float32, full: bool = False, seed: int = 0
+    path: Path, name: str, dtype: torch.dtype = torch.float32, size: str = "narrow", seed: int = 0
 ) -> Path:
     """A diffusers folder of the family `name`."""
     family = FAMILIES[name]
-    for part, module in components(family, full, seed):
+    for part, module in components(family, size, seed):
         module.to(dtype).save_pretrained(path / part)
         if hasattr(module.config, "sample_size") and part == "unet":
             assert (
@@ -139,7 +148,7 @@ def original_names(part: str, state: dict[str, torch.Tensor], family: Family) ->
 
 
 def write_single(
-    path: Path, name: str, dtype: torch.dtype = torch.float32, full: bool = False, seed: int = 0,
+    path: Path, name: str, dtype: torch.dtype = torch.float32, size: str = "narrow", seed: int = 0,
     markers: tuple[str, ...] = (), metadata: dict[str, str] | None = None, without: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
     """A single-file checkpoint with the weights of `write_folder` of the same family and seed.
@@ -148,7 +157,7 @@ def write_single(
         path: the file.
         name: of the family.
         dtype: of its numbers.
-        full: true widths and depths.
+        size: "narrow", "deep" or "full".
         seed: of the weights.
         markers: names of empty tensors, such as "v_pred".
         metadata: texts of the header.
@@ -156,7 +165,7 @@ def write_single(
     """
     family = FAMILIES[name]
     tensors: dict[str, torch.Tensor] = {}
-    for part, module in components(family, full, seed):
+    for part, module in components(family, size, seed):
         if part not in without:
             tensors |= original_names(part, {k: v.to(dtype) for k, v in module.state_dict().items()}, family)
     tensors |= {marker: torch.tensor([]) for marker in markers}

@@ -92,12 +92,15 @@ class PickledFile:
         """
         self.path = path
         try:
+            _check_zip(path)
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             raise ModelFileError(
                 f"{path} holds more than weights, which could run code when opened, so it is not; convert it"
                 " to .safetensors with a tool that you trust."
             ) from error
+        except ModelFileError:
+            raise
         except Exception as error:
             # torch names no common base for what a broken file can raise.
             raise ModelFileError(f"{path} cannot be read as a .ckpt: {type(error).__name__}.") from error
@@ -111,6 +114,19 @@ class PickledFile:
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor, in memory of its own."""
         return self._tensors[key].clone()
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse a zip that unpacks to more than it is: torch packs nothing when it saves.
+
+    Raises:
+        ModelFileError: something in it is compressed.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as packed:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in packed.infolist()):
+            raise ModelFileError(f"{path} is a compressed zip, which no .ckpt is; unpack it first.")
 
 
 def opened_weights(path: Path) -> WeightFile:

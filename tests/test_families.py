@@ -1,0 +1,154 @@
+"""Every family from a single file to the file for other tools, with no network: opened, trained, exported.
+
+The real command line in processes of its own, which cannot open a socket to anywhere.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from tests.checkpoints import write_folder, write_single
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {"sd15": 264, "sd2_v": 330, "sdxl": 986}
+"""Of kohya's default targets. Source: kohya sd-scripts' own count for each family."""
+NO_NETWORK = """
+import socket
+def refuse(*_args, **_more):
+    raise SystemExit("the network was asked")
+socket.socket.connect = socket.getaddrinfo = refuse
+"""
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[2:]).returncode
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024))
+sys.exit(code)
+"""
+"""Runs a command in a process of its own and writes down its peak, so that no other child's peak counts."""
+
+
+def pictures(folder: Path, side: int) -> Path:
+    """Two pictures with captions."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(2):
+        small = draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((side, side)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"thing {number}, a drawing")
+    return folder
+
+
+class Offline:
+    """The command line without a network, and the peak of its memory."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.peak = 0
+        (place / "site").mkdir()
+        (place / "site" / "sitecustomize.py").write_text(NO_NETWORK)
+
+    def __call__(self, *arguments: object) -> str:
+        command = [sys.executable, "-m", "lora_core", *map(str, arguments)]
+        environment = os.environ | {
+            "PYTHONPATH": str(self.place / "site"),
+            "HF_HOME": str(self.place / "hub"),
+        }
+        environment.pop("HF_HUB_OFFLINE", None)
+        wrapped = [sys.executable, "-c", PEAK, str(self.place / "peak"), *command]
+        done = subprocess.run(wrapped, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+        self.peak = int((self.place / "peak").read_text())
+        return done.stdout
+
+    def trained(self, base: Path, side: int, **settings: object) -> Path:
+        """The exported file of a short run."""
+        dataset = self.place / f"pictures {side}"
+        if not dataset.exists():
+            pictures(dataset, side)
+        number = len(list(self.place.glob("runs/*")))
+        chosen = {
+            "train.resolution": side, "preview.every": 0, "validation.pictures": 0, "adapter.rank": 4,
+        } | {key.replace("__", "."): value for key, value in settings.items()}  # fmt: skip
+        given = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
+        where = ["--base", base, "--workspace", self.place, "--name", f"run-{number}"]
+        return Path(self("train", dataset, *where, *given).splitlines()[-1])
+
+
+@pytest.fixture
+def offline(tmp_path: Path) -> Offline:
+    return Offline(tmp_path)
+
+
+def stems(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as opened:
+        return {key.partition(".")[0] for key in opened.keys()}  # noqa: SIM118 - no dict
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_single_file_is_opened_trained_and_exported_whole(
+    name: str, tmp_path: Path, offline: Offline
+) -> None:
+    base = write_single(tmp_path / f"{name} ü.safetensors", name, torch.float16, size="deep")
+    rates = {"optim__text_encoder_lr": 1e-4, "optim__text_encoder_2_lr": 1e-4 if name == "sdxl" else 0}
+    file = offline.trained(
+        base, 64, train__steps=2, adapter__targets="kohya", train__precision="fp32", **rates
+    )
+    base.unlink()
+    assert len(stems(file)) == MODULES[name]
+    report = json.loads(offline("inspect", file, "--json"))
+    assert (report["modules"], report["kind"], report["format"]) == (MODULES[name], "LoRA", "kohya")
+    tools = json.loads(offline("verify", file, "--json"))["tools"]
+    assert [tool["dropped"] for tool in tools] == [0] * 6
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_folder_trains_too(name: str, tmp_path: Path, offline: Offline) -> None:
+    base = write_folder(tmp_path / "base", name, torch.float16)
+    file = offline.trained(base, 64, train__steps=2, adapter__targets="locon", train__precision="fp32")
+    assert any("conv1" in stem or "in_layers_2" in stem for stem in stems(file))
+
+
+@pytest.mark.slow
+class TestFullSize:
+    """True widths: what memory a base really takes from the launch to the first optimizer step."""
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_sd15_takes_little_more_than_its_weights(self, precision, tmp_path, offline, capsys):
+        base = write_single(tmp_path / "base.safetensors", "sd15", torch.float32, size="full")
+        frozen = {"optim__text_encoder_lr": 0, "train__steps": 1, "train__precision": precision}
+        offline.trained(base, 256, **frozen)
+        size = 4 if precision == "fp32" else 2
+        # UNet and text encoder as the run holds them; the VAE is always fp32.
+        held = (859_520_964 + 123_060_480) * size + 83_653_863 * 4
+        with capsys.disabled():
+            sys.stdout.write(
+                f"\n  SD 1.5, {precision}: peak {offline.peak / 1e9:.2f} GB, {offline.peak / held:.2f} x\n"
+            )
+        assert offline.peak <= 1.6 * held
+        base.unlink()
+
+    def test_sdxl_trains_within_14_gb(self, tmp_path, offline, capsys):
+        base = write_single(tmp_path / "base.safetensors", "sdxl", torch.bfloat16, size="full")
+        offline.trained(base, 512, train__steps=1, train__precision="bf16")
+        with capsys.disabled():
+            sys.stdout.write(f"\n  SDXL, bf16, 512 px: peak {offline.peak / 1e9:.2f} GB\n")
+        assert offline.peak <= 14e9
+        base.unlink()
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_all_layers_train_and_export(self, name, tmp_path, offline):
+        base = write_single(tmp_path / "base.safetensors", name, torch.bfloat16, size="full")
+        rates = {"optim__text_encoder_lr": 1e-4, "optim__text_encoder_2_lr": 1e-4 if name == "sdxl" else 0}
+        file = offline.trained(
+            base, 256, train__steps=2, adapter__targets="kohya", train__precision="bf16", **rates
+        )
+        assert len(stems(file)) == MODULES[name]
+        base.unlink()
