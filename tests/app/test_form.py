@@ -37,7 +37,10 @@ def test_a_widget_takes_its_words_from_the_setting(name: str) -> None:
 
 
 def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
-    config = RunConfig().changed({"preview.prompts": ["a cat", "a dog"], "optim.lr": 5e-5})
+    config = RunConfig().changed({
+        "preview.prompts": ["a cat", "a dog"], "optim.lr": 5e-5,
+        "adapter.block_ranks": {r"unet\.mid_block": 4, "attn2": 0}, "optim.block_lr": {"mid_block": 1e-5},
+    })  # fmt: skip
     again, problems = config_of(dict(zip(FORM, form_values(config), strict=True)), RunConfig())
     assert (again, problems) == (config, [])
 
@@ -50,6 +53,8 @@ def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
         ("train.resolution", "large", "Resolution should be a number"),
         ("adapter.rank", 5000, "Rank (size)"),
         ("optim.lr", -1, "Learning rate"),
+        ("adapter.block_ranks", "mid_block", "Ranks by block has the line 'mid_block'"),
+        ("optim.block_lr", "mid_block = 11", "Rates by block 'mid_block' = 11"),
     ],
 )
 def test_what_is_not_legal_is_a_sentence_with_the_field_s_own_name(
@@ -69,7 +74,13 @@ def test_a_resolution_may_be_typed() -> None:
 def test_the_command_line_means_the_same_settings(goal: str, level: str) -> None:
     base = preset_config(goal, level)
     config = base.changed(
-        {"dataset.path": "/a b/é", "optim.lr": 3e-4, "dataset.flip": True, "preview.prompts": ["it's"]}
+        {
+            "dataset.path": "/a b/é",
+            "optim.lr": 3e-4,
+            "dataset.flip": True,
+            "preview.prompts": ["it's"],
+            "adapter.block_ranks": {r"unet\.mid_block": 4, "a b'": 0},
+        }
     )
     words = shlex.split(command_line(config, goal, level))
     assert words[:3] == ["lora-easel", "train", "/a b/é"]

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lora_core.__main__ import main, parser
 from lora_core.cli.jobs import config_of
@@ -90,6 +92,42 @@ def test_later_words_win(tmp_path: Path) -> None:
     assert (config.adapter.rank, config.model.base, config.name) == (6, "from-option", "mine")
     config = asked(*words, "--set", "adapter.rank=7", "--set", "model.base=from-set")
     assert (config.adapter.rank, config.model.base) == (7, "from-set")
+
+
+def test_what_the_bases_family_needs_stands_between_preset_and_words(tmp_path: Path) -> None:
+    """A single file of the largest family: its text encoders are off unless a word says otherwise."""
+    names = {
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": [640, 2048],
+        "model.diffusion_model.input_blocks.0.0.weight": [320, 4, 3, 3],
+    }
+    base = tmp_path / "large.safetensors"
+    save_file({name: torch.zeros(shape, dtype=torch.float16) for name, shape in names.items()}, base)
+    words = ["x", "--preset", "character-quick"]
+    assert asked(*words).optim.text_encoder_lr == 5e-5
+    for how in (["--base", str(base)], ["--set", f"model.base={base}"]):
+        config = asked(*words, *how)
+        assert (config.optim.text_encoder_lr, config.optim.lr) == (0.0, 1e-4)
+        config = asked(*words, *how, "--set", "optim.text_encoder_lr=1e-5")
+        assert (config.optim.text_encoder_lr, config.optim.text_encoder_2_lr) == (1e-5, 0.0)
+    file = tmp_path / "config.toml"
+    file.write_text(f"[model]\nbase = '{base}'\n[optim]\ntext_encoder_2_lr = 2e-5\n", encoding="utf-8")
+    config = asked(*words, "--config", str(file))
+    assert (config.optim.text_encoder_lr, config.optim.text_encoder_2_lr) == (0.0, 2e-5)
+
+
+def test_files_are_kept_by_their_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may be gone on with from another folder; what is no file here is left as it is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("lora.safetensors", "default", "demo"):
+        (tmp_path / name).write_bytes(b"")
+    config = asked("x", "--set", "adapter.init=lora.safetensors", "--set", "model.vae=no.safetensors")
+    assert (config.adapter.init, config.model.vae) == (str(tmp_path / "lora.safetensors"), "no.safetensors")
+    assert (asked("x").adapter.init, asked("x").model.base) == ("default", "demo")
+
+
+def test_a_table_is_one_word() -> None:
+    config = asked("x", "--set", 'adapter.block_ranks={"mid_block" = 4, "attn2" = 0}')
+    assert config.adapter.block_ranks == {"mid_block": 4, "attn2": 0}
 
 
 def test_the_demo_has_a_preset_of_its_own() -> None:

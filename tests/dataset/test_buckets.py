@@ -5,7 +5,7 @@ import math
 import pytest
 from PIL import Image
 
-from lora_core.dataset.buckets import Bucket, bucket_of, crop_box, fit
+from lora_core.dataset.buckets import Bucket, bucket_of, crop_box, fit, size_conditioning
 
 SIDES = (16, 40, 64, 100, 127, 128, 200, 333, 512, 640, 768, 1024, 1500, 4000)
 SIZES = [(w, h) for w in SIDES for h in SIDES]
@@ -83,6 +83,29 @@ def test_crop_box_is_centred_inside_and_of_the_bucket_s_shape() -> None:
 def test_crop_box_golden() -> None:
     """A 300 x 100 picture in a square: 100 wide in the middle."""
     assert crop_box(300, 100, Bucket(64, 64)) == (100.0, 0.0, 200.0, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket", "told"),
+    [
+        # Scaled by 0.48 to 96 x 38.4: 6.4 px are too much, half of them at the top, 3.2.
+        ((200, 80), Bucket(96, 32), (80, 200, 3, 0, 32, 96)),
+        # The same turned.
+        ((80, 200), Bucket(32, 96), (200, 80, 0, 3, 96, 32)),
+        # Scaled by 0.64 to 192 x 64: 128 px are too much, half of them at the left.
+        ((300, 100), Bucket(64, 64), (100, 300, 0, 64, 64, 64)),
+        # Nothing cut off, whatever the scale.
+        ((2048, 1024), Bucket(1408, 704), (1024, 2048, 0, 0, 704, 1408)),
+        # Enlarged: 20 x 40 to 64 x 128, half of 64 at the top.
+        ((20, 40), Bucket(64, 64), (40, 20, 32, 0, 64, 64)),
+    ],
+)
+def test_what_a_unet_is_told_of_the_size(
+    size: tuple[int, int], bucket: Bucket, told: tuple[int, ...]
+) -> None:
+    """Height before width, and the crop in pixels of the resized picture (Podell et al. 2023, section
+    2.2)."""
+    assert size_conditioning(*size, bucket) == told
 
 
 def test_fit_shows_the_middle() -> None:

@@ -12,6 +12,8 @@ from lora_core.spec.config import (
     flattened,
     load_toml,
     parsed_assignment,
+    pattern_lines,
+    patterns_of_lines,
     settings,
     to_toml,
 )
@@ -57,6 +59,19 @@ def test_all_problems_are_told_at_once() -> None:
         ("preview.prompts", "a tree", "should be a list of texts"),
         ("preview.prompts", ["a tree", 3], "should be a list of texts"),
         ("optim.name", "adamx", "choose one of adamw"),
+        ("train.tokens", 100, "choose one of 75, 150, 225"),
+        ("train.tokens", 0, "choose one of 75, 150, 225"),
+        ("adapter.block_ranks", 4, "should be a table of patterns"),
+        ("adapter.block_ranks", "{mid_block = 4}", "should be a table of patterns"),
+        ("adapter.block_ranks", {"mid_block": 1025}, "'mid_block' = 1025 is out of range"),
+        ("adapter.block_ranks", {"mid_block": -1}, "'mid_block' = -1 is out of range"),
+        ("adapter.block_ranks", {"mid_block": 2.5}, "'mid_block' = 2.5 should be a whole number"),
+        ("adapter.block_ranks", {"mid_block": True}, "should be a whole number"),
+        ("adapter.block_ranks", {"unet": {"mid_block": 4}}, "'unet' holds a dot; put it into quotes"),
+        ("adapter.block_ranks", {"(mid": 4}, "'(mid', which is no regular expression"),
+        ("adapter.block_alphas", {"mid_block": 0}, "'mid_block' = 0 is out of range; it must be above 0"),
+        ("optim.block_lr", {"mid_block": float("nan")}, "is not a number that can be used"),
+        ("optim.block_lr", {"*": 1e-4}, "'*', which is no regular expression"),
         ("adapter", {"rank": 8}, "is not a setting"),
     ],
 )
@@ -75,6 +90,10 @@ def test_what_is_refused(name: str, value: object, part: str) -> None:
         ("optim.name", "AdamW", "adamw"),
         ("preview.sampler", " DPM++ 2M Karras ", "dpmpp_2m_karras"),
         ("preview.prompts", [], []),
+        ("train.tokens", 150.0, 150),
+        ("adapter.block_ranks", {}, {}),
+        ("adapter.block_ranks", {"mid_block": 4.0, r"attn1\.to_q$": 0}, {"mid_block": 4, r"attn1\.to_q$": 0}),
+        ("optim.block_lr", {"mid_block": 0}, {"mid_block": 0.0}),
         ("seed", 2**32 - 1, 2**32 - 1),
     ],
 )
@@ -96,18 +115,60 @@ def test_a_config_cannot_be_changed_in_place() -> None:
         RunConfig().seed = 1  # type: ignore[misc]
 
 
-def test_lists_are_not_shared_between_configs() -> None:
+def test_lists_and_tables_are_not_shared_between_configs() -> None:
     RunConfig().preview.prompts.append("a tree")
+    RunConfig().adapter.block_ranks["mid_block"] = 4
     assert RunConfig().preview.prompts == []
+    assert RunConfig().adapter.block_ranks == {}
 
 
 def test_toml_round_trip_is_complete() -> None:
     config = RunConfig().changed(
-        {"name": 'ä "quoted" name', "adapter.alpha": 0.1, "preview.prompts": ["a tree\nby night", "\u2028"]}
+        {
+            "name": 'ä "quoted" name',
+            "adapter.alpha": 0.1,
+            "preview.prompts": ["a tree\nby night", "\u2028"],
+            "adapter.block_ranks": {r"unet\.mid_block": 4, "b": 2, "a": 0, "'\"": 1},
+            "optim.block_lr": {"mid_block": 1e-4},
+        }
     )
     text = to_toml(config)
     assert RunConfig.from_dict(tomllib.loads(text)) == config
     assert set(flattened(tomllib.loads(text))) == {name for name, _, _ in settings()}
+    # Of several patterns the last counts, so their order is part of the setting.
+    assert list(RunConfig.from_dict(tomllib.loads(text)).adapter.block_ranks) == [
+        r"unet\.mid_block",
+        "b",
+        "a",
+        "'\"",
+    ]
+
+
+def test_a_table_of_a_toml_file_stays_whole() -> None:
+    text = (
+        "[adapter]\nrank = 8\n[adapter.block_ranks]\n'unet\\.mid_block' = 4\nmid = 2\n[optim]\nblock_lr = {up"
+        " = 1e-4}"
+    )
+    assert flattened(tomllib.loads(text)) == {
+        "adapter.rank": 8,
+        "adapter.block_ranks": {r"unet\.mid_block": 4, "mid": 2},
+        "optim.block_lr": {"up": 1e-4},
+    }
+
+
+def test_a_table_as_lines() -> None:
+    table = {r"unet\.mid_block": 4, "a=b": 0.00005}
+    assert patterns_of_lines("x", pattern_lines(table)) == table
+    assert patterns_of_lines("x", ' "mid_block" = 0,5 \n\n') == {"mid_block": 0.5}
+    for line in ("mid_block", "mid_block = many", "mid_block ="):
+        with pytest.raises(ConfigError, match=r"x has the line 'mid_block.*pattern = number"):
+            patterns_of_lines("x", line)
+
+
+@pytest.mark.parametrize(("rank", "rslora", "scale"), [(16, False, 0.5), (16, True, 2.0), (4, True, 4.0)])
+def test_the_scale_of_the_update(rank: int, rslora: bool, scale: float) -> None:
+    config = RunConfig().changed({"adapter.rank": rank, "adapter.alpha": 8, "adapter.rslora": rslora})
+    assert config.adapter.scale == scale
 
 
 def test_every_default_is_legal() -> None:
@@ -140,6 +201,9 @@ def test_get_refuses_what_is_no_setting() -> None:
         ('preview.prompts=["a tree", "a house"]', "preview.prompts", ["a tree", "a house"]),
         (" adapter.rank = 8", "adapter.rank", 8),
         ("adapter.rank=eight", "adapter.rank", "eight"),
+        ('adapter.block_ranks={"mid_block"=4}', "adapter.block_ranks", {"mid_block": 4}),
+        (r"optim.block_lr={'unet\.mid'=1e-4, b=0}", "optim.block_lr", {r"unet\.mid": 1e-4, "b": 0}),
+        ("adapter.init=my lora.safetensors", "adapter.init", "my lora.safetensors"),
     ],
 )
 def test_assignments_of_the_command_line(text: str, name: str, value: object) -> None:

@@ -4,8 +4,9 @@ import pytest
 
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import PRESETS
-from lora_core.spec.presets import GOALS, LEVELS, preset, preset_names
+from lora_core.spec.presets import GOALS, LEVELS, preset, preset_names, starting_settings
 
 PERSONAL = ("name", "dataset.path", "dataset.trigger", "model.base", "model.vae")
 
@@ -36,6 +37,19 @@ def test_more_quality_takes_more_steps() -> None:
 
 def test_a_level_alone_means_a_character() -> None:
     assert preset("quick") == preset("character-quick")
+
+
+@pytest.mark.parametrize("family", [None, *FAMILIES.values()])
+def test_what_a_family_needs_counts_more_than_the_preset(family) -> None:
+    """Text encoders of the largest family are not trained unless a person asks for it."""
+    for name in ("", *preset_names()):
+        start = starting_settings(name, family)
+        config = RunConfig().changed(start)
+        own = dict(family.settings) if family else {}
+        for key, value in ({**preset(name), **own} if name else own).items():
+            assert config.get(key) == value
+    assert starting_settings("character-high", FAMILIES["sdxl"])["optim.text_encoder_lr"] == 0.0
+    assert starting_settings("character-high", FAMILIES["sd15"])["optim.text_encoder_lr"] == 5e-5
 
 
 def test_an_unknown_preset_is_answered_with_all_names() -> None:

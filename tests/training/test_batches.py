@@ -70,6 +70,14 @@ def test_flips_are_half_of_the_looks(tmp_path):
     assert (len(looks_in_all(items, True)), len(looks_in_all(items, False))) == (4, 2)
 
 
+def test_a_batch_says_the_sizes_of_its_pictures(tmp_path):
+    batches = _batches(_records(tmp_path, [(200, 80), (200, 84)]), size=2)
+    batch = batches.batch(0)
+    by_name = dict(zip(batch.names, batch.sizes.tolist(), strict=True))
+    # At 128 px with multiples of 32 both have the bucket 160 x 64: 0.8 x 80 = 64 and 0.8 x 84 = 67.2 px high.
+    assert by_name == {"0.png": [80, 200, 0, 0, 64, 160], "1.png": [84, 200, 2, 0, 64, 160]}
+
+
 def test_no_pictures_is_a_sentence(tmp_path):
     with pytest.raises(DatasetError, match="No picture"):
         items_of([], 128, 32)

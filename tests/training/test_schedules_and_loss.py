@@ -35,8 +35,9 @@ def _schedule(prediction):
 def test_min_snr_weights_are_those_of_the_paper():
     # SNR is 9, 1, 1/9, 0. epsilon: min(SNR, 5) / SNR; velocity: min(SNR, 5) / (SNR + 1).
     timesteps = torch.arange(4)
-    epsilon = min_snr_weight(_schedule("epsilon"), timesteps[:3], 5.0)
-    assert epsilon.tolist() == pytest.approx([5 / 9, 1.0, 1.0])
+    # At zero SNR the epsilon weight is its limit, 1, and not 0 / 0.
+    epsilon = min_snr_weight(_schedule("epsilon"), timesteps, 5.0)
+    assert epsilon.tolist() == pytest.approx([5 / 9, 1.0, 1.0, 1.0])
     velocity = min_snr_weight(_schedule("v_prediction"), timesteps, 5.0)
     assert velocity.tolist() == pytest.approx([0.5, 0.5, 0.1, 0.0])
     assert min_snr_weight(_schedule("epsilon"), timesteps, 0.0).tolist() == [1.0] * 4
