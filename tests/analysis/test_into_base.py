@@ -25,7 +25,7 @@ from lora_core.models.load import load_base
 from lora_core.spec.errors import AdapterFileError, LoraError, ModelFileError
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.tensor_file import read_header
-from tests.checkpoints import write_folder, write_single
+from tests.checkpoints import NARROW, write_folder, write_single
 
 CPU = torch.device("cpu")
 NAMES = ["sd15", "sd2", "sdxl"]
@@ -41,9 +41,15 @@ def _nothing_left(tmp_path):
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """(folder, single file) of the same weights by family; large, so that they are removed at the end."""
+    """(folder, single file) of the same weights by family; large, so that they are removed at the end.
+
+    The vocabularies are cut to a tenth, as nothing is said to the text encoders here.
+    """
     root = tmp_path_factory.mktemp("bases")
     made: dict[str, tuple[Path, Path]] = {}
+    patch = pytest.MonkeyPatch()
+    for part in ("text_encoder", "text_encoder_2"):
+        patch.setitem(NARROW, part, NARROW[part] | {"vocab_size": 4000})
 
     def pair(name: str) -> tuple[Path, Path]:
         if name not in made:
@@ -52,6 +58,7 @@ def bases(tmp_path_factory):
         return made[name]
 
     yield pair
+    patch.undo()
     shutil.rmtree(root)
 
 
