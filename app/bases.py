@@ -1,112 +1,128 @@
-"""What the window needs to know of a base model without loading it: read from the configs and file headers of
-its folder."""
+"""A base as the window shows it: what its files say, or the sentence why it cannot be used; and which bases
+there
+are to choose from."""
 
 import functools
-import json
-import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from app.desk import Desk
+from lora_core.spec.base_facts import BaseFacts, base_facts
 from lora_core.spec.errors import ModelFileError
-from lora_core.spec.families import Family, family_of_context_width
-from lora_core.spec.paths import DEMO_BASE
+from lora_core.spec.families import Family
+from lora_core.spec.paths import CLIP_TOKENIZER
 
-# The sizes of SD 1.x, for a base whose configs cannot be read yet.
+EMBEDDED = "demo"
+# What pictures are shown at while a base cannot be read.
 USUAL_RESOLUTION, USUAL_MULTIPLE = 512, 64
-# What the file's header says of each layer: three tensors with long names.
-HEADER_A_LAYER = 450
-# Which weights a set of targets adapts, for the size of the file only; the trainer's own table is
-# lora_core/adapters/targets.py, which needs torch.
-ADAPTED = {
-    "attention": r".*(attn[12]\.(to_[qkv]|to_out\.0)|self_attn\.(q|k|v|out)_proj)\.weight",
-    "kohya": (
-        r".*(attentions\.\d+\..*(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|proj_in|proj_out)"
-        r"|self_attn\.(q|k|v|out)_proj|mlp\.fc[12])\.weight"
-    ),
-}
+# Pages ask each second; files beside a base, such as a config, are looked at again after so long.
+FRESH_SECONDS = 20
 
 
 @dataclass(frozen=True)
-class BaseFacts:
-    """A base model as its folder describes it."""
+class Base:
+    """A base that a person named.
 
-    folder: Path | None
-    family: Family | None
-    resolution: int
-    multiple: int
-    prediction: str
+    Attributes:
+        name: as it was typed.
+        facts: what its files say, or None where it cannot be used.
+        problem: why not, in a sentence.
+    """
+
+    name: str
+    facts: BaseFacts | None
     problem: str = ""
+
+    @property
+    def family(self) -> Family | None:
+        """Its row, where that is known before it is loaded."""
+        return self.facts.family if self.facts else None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the one that comes with the program."""
+        return self.name in (EMBEDDED, "")
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels that it was trained at."""
+        return self.facts.resolution if self.facts else USUAL_RESOLUTION
+
+    @property
+    def multiple(self) -> int:
+        """What sides of pictures must be divisible by, in pixels."""
+        return self.facts.multiple if self.facts else USUAL_MULTIPLE
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its (first) tokenizer."""
+        return self.facts.tokenizer if self.facts else CLIP_TOKENIZER
+
+    @property
+    def guessed(self) -> bool:
+        """Whether how it predicts is a guess."""
+        return self.facts is not None and self.facts.guessed
 
     @property
     def sentence(self) -> str:
         """What a person should know of it, in one line."""
-        if self.problem:
-            return self.problem
-        if self.family is None:
-            return "What kind of base this is shows when the run starts."
-        predicts = "velocity" if self.prediction == "v_prediction" else "noise"
-        return f"{self.family.title}, trained at {self.resolution} px, predicts {predicts}."
-
-    @property
-    def tokenizer(self) -> Path:
-        """The folder of its tokenizer; the embedded base's where it has none."""
-        own = self.folder / "tokenizer" if self.folder else DEMO_BASE / "tokenizer"
-        return own if own.is_dir() else DEMO_BASE / "tokenizer"
+        return self.facts.sentence if self.facts else self.problem
 
 
-def base_facts(name: str) -> BaseFacts:
-    """What is known of the base that a person named: `demo`, a folder, or a hub id (of which nothing is
-    known)."""
-    name = name.strip()
-    folder = DEMO_BASE if name in ("demo", "") else Path(name).expanduser()
-    if not folder.is_dir():
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-        problem = "" if hub else f"There is no base model at {name}; give the folder of a diffusers model."
-        return BaseFacts(None, None, USUAL_RESOLUTION, USUAL_MULTIPLE, "", problem)
+def chosen_base(name: str, prediction: str = "auto") -> Base:
+    """What is known of the base that a person named.
+
+    Args:
+        name: `demo`, a diffusers folder, a single file, or a hub id in the local cache.
+        prediction: what was set, or "auto".
+    """
+    name = name.strip().strip('"')
+    return _base(name, prediction, _changed_at(name), int(time.monotonic() / FRESH_SECONDS))
+
+
+def _changed_at(name: str) -> tuple[int, int]:
     try:
-        unet, vae = _config(folder, "unet/config.json"), _config(folder, "vae/config.json")
-        family = family_of_context_width(int(unet["cross_attention_dim"]))
-        pixels = 2 ** (len(vae["block_out_channels"]) - 1)
-        size = unet.get("sample_size")
-        resolution = size * pixels if isinstance(size, int) else family.resolution
-        multiple = pixels * 2 ** (len(unet["block_out_channels"]) - 1)
-        scheduler = _config(folder, "scheduler/scheduler_config.json")
-        prediction = str(scheduler.get("prediction_type", family.prediction))
-    except (OSError, ValueError, KeyError, TypeError, ModelFileError) as error:
-        said = f"{error}" if isinstance(error, ModelFileError) else f"It is no diffusers model ({error})."
-        return BaseFacts(folder, None, USUAL_RESOLUTION, USUAL_MULTIPLE, "", f"{folder}: {said}")
-    return BaseFacts(folder, family, resolution, multiple, prediction)
-
-
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-    return config
-
-
-def export_bytes(facts: BaseFacts, targets: str, rank: int, text_encoder: bool) -> int | None:
-    """About how large the exported fp16 file is: rank x (in + out) numbers an adapted layer. None where
-    unknown."""
-    if facts.folder is None or targets not in ADAPTED:
-        return None
-    files = [facts.folder / "unet" / "diffusion_pytorch_model.safetensors"]
-    if text_encoder:
-        files.append(facts.folder / "text_encoder" / "model.safetensors")
-    try:
-        found = [_sides(file, targets, file.stat().st_mtime_ns) for file in files]
+        found = Path(name).expanduser().stat()
     except (OSError, ValueError):
-        return None
-    return sum(2 * rank * sides + HEADER_A_LAYER * layers for sides, layers in found)
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
-@functools.lru_cache(maxsize=32)
-def _sides(file: Path, targets: str, changed_at: int) -> tuple[int, int]:
-    """The sum of in + out over the adapted layers and their number, from the header of a safetensors file."""
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > 100_000_000:
-            raise ValueError("not a safetensors header")
-        header: dict[str, Any] = json.loads(opened.read(length))
-    pattern = re.compile(ADAPTED[targets])
-    shapes = [row["shape"] for name, row in header.items() if pattern.fullmatch(name)]
-    return sum(shape[0] + shape[1] for shape in shapes), len(shapes)
+@functools.lru_cache(maxsize=16)
+def _base(name: str, prediction: str, changed_at: tuple[int, int], period: int) -> Base:
+    try:
+        return Base(name, base_facts(name, prediction))
+    except ModelFileError as error:
+        return Base(name, None, str(error))
+
+
+def base_choices(desk: Desk) -> list[tuple[str, str]]:
+    """What the picker offers, as (words, value): the embedded base, those used before, and what other tools
+    have."""
+    choices = [("Embedded base (tiny)", EMBEDDED)]
+    offered: set[str] = set()
+    for seen in desk.places.bases():
+        if _key(seen) not in offered and _there(seen):
+            offered.add(_key(seen))
+            choices.append((f"{Path(seen).name or seen} (used before)", seen))
+    for tool, files in desk.tools.shelves():
+        for file in files:
+            if _key(str(file)) in offered:
+                continue
+            offered.add(_key(str(file)))
+            top = next((folder for folder in tool.models if file.is_relative_to(folder)), file.parent)
+            words = file.relative_to(top).as_posix() if file != top else file.name
+            choices.append((f"{tool.name}: {words}", str(file)))
+    return choices
+
+
+def _key(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def _there(name: str) -> bool:
+    """Whether a base that was used before can be offered: a hub id always, a file or folder where it still
+    is."""
+    return Path(name).expanduser().exists() or not Path(name).is_absolute()

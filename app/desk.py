@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 from app.jobs import Jobs, environment
+from app.places import Places
 from app.project import Project
 from app.studio import Studio
+from app.tools import OtherTools
 from app.worker import Worker
 
 
@@ -21,6 +23,8 @@ class Desk:
         self.workspace = workspace
         self.project = Project(workspace / "projects" / "default")
         self.jobs = Jobs(workspace)
+        self.places = Places(workspace / "places.json")
+        self.tools = OtherTools(self.places)
         self.generated = workspace / "generated"
         self.generated.mkdir(exist_ok=True)
         command = worker_command or [sys.executable, "-m", "lora_core", "serve"]

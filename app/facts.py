@@ -1,8 +1,9 @@
 """What will happen, said before Start in plain sentences: pictures, looks, time, file size, and each
 problem."""
 
-from app.bases import base_facts, export_bytes
+from app.form import for_family
 from app.moment import Moment
+from app.sizes import export_bytes
 from app.words import UNKNOWN, about, file_size, many, safe, scientific, tile
 from lora_core.spec.config import RunConfig
 
@@ -14,9 +15,8 @@ def blockers(moment: Moment) -> list[str]:
     if not dataset.records:
         found.append("There are no pictures yet: drop some on the Dataset tab.")
     found += [problem.sentence for problem in dataset.problems[:3]]
-    base = base_facts(plan.config.model.base)
-    if base.problem:
-        found.append(base.problem)
+    if plan.base.problem:
+        found.append(plan.base.problem)
     if moment.live and moment.watch:
         found.append(f"The run {moment.watch.run.name} is going on; pause or stop it first.")
     return found
@@ -27,8 +27,8 @@ def facts(moment: Moment) -> str:
     config, dataset = moment.plan.config, moment.desk.project.dataset()
     shown = sum(record.repeats for record in dataset.records) or 1
     looks = config.train.steps * config.train.batch_size * config.train.accumulate / shown
-    base = base_facts(config.model.base)
-    size = export_bytes(base, config.adapter.targets, config.adapter.rank, config.optim.text_encoder_lr > 0)
+    known = moment.plan.base.facts
+    size = export_bytes(known, config) if known else None
     seconds = usual_pace(moment, config)
     tiles = [
         tile(f"{looks:,.0f}" if dataset.records else UNKNOWN, "looks at each picture"),
@@ -84,6 +84,14 @@ def _sentences(moment: Moment) -> list[str]:
 
 
 def base_note(moment: Moment) -> str:
-    """What the chosen base is, in one line."""
-    found = base_facts(moment.plan.config.model.base)
-    return f'<p class="small">{safe(found.sentence)}</p>'
+    """What the chosen base is, and what the form starts with because of it."""
+    plan = moment.plan
+    tone = "problem" if plan.base.problem else "small"
+    sentences = [plan.base.sentence]
+    own = for_family(plan.goal, plan.level, plan.base.family)
+    if own:
+        sentences.append(f"For it the preset starts with {', '.join(own)}.")
+    trained_at = plan.config.train.resolution
+    if plan.base.facts and trained_at and trained_at != plan.base.resolution:
+        sentences.append(f"You train it at {trained_at} px.")
+    return f'<p class="{tone}" id="base-note" role="status">{safe(" ".join(sentences))}</p>'

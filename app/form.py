@@ -20,15 +20,17 @@ from lora_core.spec.config import (
     settings,
 )
 from lora_core.spec.errors import ConfigError
-from lora_core.spec.presets import preset
+from lora_core.spec.families import Family
+from lora_core.spec.presets import starting_settings
 
 # Which sections make up a folded group. What stands in the basic form or follows from elsewhere is left out
 # below.
 GROUPS = {
+    "Base model": ("model",),
     "Adapter": ("adapter",),
     "Learning": ("optim", "loss"),
     "Data": ("dataset",),
-    "Memory and speed": ("train", "model"),
+    "Memory and speed": ("train",),
     "Samples and saving": ("preview", "save", "validation", ""),
 }
 BASIC = ("model.base", "train.steps", "train.resolution")
@@ -99,9 +101,29 @@ def preset_name(goal: str, level: str) -> str:
     return "demo" if level == "demo" else f"{goal}-{level}"
 
 
-def preset_config(goal: str, level: str) -> RunConfig:
-    """The settings that a preset means, all others at their defaults."""
-    return RunConfig().changed(preset(preset_name(goal, level)))
+def preset_config(goal: str, level: str, family: Family | None = None) -> RunConfig:
+    """The settings that a preset means for a base of `family`, all others at their defaults."""
+    return RunConfig().changed(starting_settings(preset_name(goal, level), family))
+
+
+def for_family(goal: str, level: str, family: Family | None) -> list[str]:
+    """What the preset is for this family and not for others, as "title value" each."""
+    usual, own = preset_config(goal, level), preset_config(goal, level, family)
+    return [f"{FIELDS[n].metadata['title']} {own.get(n):g}" for n in FORM if own.get(n) != usual.get(n)]
+
+
+def carried_over(values: dict[str, Any], before: RunConfig, after: RunConfig) -> dict[str, Any]:
+    """The form's values once another base has other starting values: what was left at the start goes along.
+
+    Args:
+        values: dotted name to what the widget holds.
+        before: the starting values that the form was filled with.
+        after: those of the new base.
+    """
+    return {
+        name: shown(name, after.get(name)) if value == shown(name, before.get(name)) else value
+        for name, value in values.items()
+    }
 
 
 def form_values(config: RunConfig) -> list[Any]:
@@ -137,6 +159,7 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     if changed:
         return f"{changed} changed from preset"
     telling = {
+        "Base model": "",
         "Adapter": f"rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
         "Learning": f"{title_of('optim.name', config)}, {config.optim.lr:g}",
         "Data": "mirrored" if config.dataset.flip else "",
@@ -153,9 +176,16 @@ def title_of(name: str, config: RunConfig) -> str:
     return str(table[value].title) if table and value in table else str(value)
 
 
-def command_line(config: RunConfig, goal: str, level: str) -> str:
-    """The command that does what Start does: the preset, and each setting that differs from it."""
-    base = preset_config(goal, level)
+def command_line(config: RunConfig, goal: str, level: str, family: Family | None = None) -> str:
+    """The command that does what Start does: the preset, and each setting that differs from it.
+
+    Args:
+        config: the settings.
+        goal: of the preset.
+        level: of the preset.
+        family: of the base, whose starting values the command takes too.
+    """
+    base = preset_config(goal, level, family)
     parts = ["lora-easel", "train", config.dataset.path, "--preset", preset_name(goal, level)]
     if config.name:
         parts += ["--name", config.name]

@@ -6,7 +6,7 @@ instant with 1,000 pictures; `assets/window.js` has that half.
 
 from pathlib import Path
 
-from app.bases import BaseFacts
+from app.bases import Base
 from app.routes import address
 from app.words import TIMES, chip, many, safe
 from lora_core.dataset.buckets import bucket_of, crop_box
@@ -15,8 +15,8 @@ from lora_core.dataset.folder import Dataset, ImageRecord, Problem
 MOST_SENTENCES = 12
 
 
-def grid(dataset: Dataset, folder: Path, base: BaseFacts, resolution: int) -> str:
-    """One button a picture."""
+def grid(dataset: Dataset, folder: Path, base: Base, resolution: int, meter: str = "") -> str:
+    """One button a picture; `meter` changes where captions have to be counted again."""
     if not dataset.records:
         return (
             '<div class="empty"><h3>No pictures yet</h3><p class="small">15 to 30 sharp pictures of one thing'
@@ -25,7 +25,10 @@ def grid(dataset: Dataset, folder: Path, base: BaseFacts, resolution: int) -> st
         )
     size = resolution or base.resolution
     cells = [_cell(record, folder, size, base.multiple) for record in dataset.records]
-    return f'<div class="grid" role="group" aria-label="Pictures">{"".join(cells)}</div>'
+    return (
+        '<div class="grid" role="group" aria-label="Pictures"'
+        f' data-meter="{safe(meter)}">{"".join(cells)}</div>'
+    )
 
 
 def _cell(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> str:
@@ -66,8 +69,9 @@ def filters(dataset: Dataset) -> str:
     )
 
 
-def findings(dataset: Dataset, skipped: list[Problem], demo: bool) -> str:
-    """Chips with counts, and a sentence for each thing that is wrong."""
+def findings(dataset: Dataset, skipped: list[Problem], demo: bool, cut: str = "") -> str:
+    """Chips with counts, and a sentence for each thing that is wrong; `cut` is one on captions that are too
+    long."""
     bare = sum(not record.caption for record in dataset.records)
     ready = len(dataset.records) - bare
     chips = []
@@ -84,6 +88,7 @@ def findings(dataset: Dataset, skipped: list[Problem], demo: bool) -> str:
     if not chips:
         return ""
     sentences = [problem.sentence for problem in [*dataset.problems, *skipped]]
+    sentences = [cut, *sentences] if cut else sentences
     lines = "".join(f"<li>{safe(sentence)}</li>" for sentence in sentences[:MOST_SENTENCES])
     if len(sentences) > MOST_SENTENCES:
         lines += f"<li>And {len(sentences) - MOST_SENTENCES} more.</li>"
@@ -98,8 +103,10 @@ DETAIL = """<aside class="panel detail" id="picture-detail" data-none="1">
 <p class="small num" id="picture-facts">Choose a picture to see it large and to write its caption.</p>
 <label id="caption">Caption<textarea rows="4" disabled aria-describedby="caption-tokens"
  placeholder="What is in the picture, in words or tags"></textarea></label>
-<div class="row apart"><span class="small num" id="caption-tokens"></span>
+<div class="row apart"><span class="small num" id="caption-tokens"
+ title="Counted with the base's own tokenizer, the trigger word in front included"></span>
 <span class="chip" id="caption-state" data-state="saved" role="status"></span></div>
+<p class="small" id="caption-cut" hidden></p>
 <div class="row apart"><div class="row"><button type="button" class="own" data-step="-1"
 disabled>Previous</button> <button type="button" class="own" data-step="1" disabled>Next</button></div>
 <button type="button" class="own" id="leave-out" disabled>Leave out</button></div></aside>"""

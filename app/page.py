@@ -123,6 +123,7 @@ def _poll(parts: Parts, demo: gr.Blocks) -> None:
 
     def opened() -> list[Any]:
         desk.worker.warm()
+        desk.tools.look()
         desk.project.forget()
         return [*parts.filled(), *look({})]
 

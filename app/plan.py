@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from app.bases import EMBEDDED, Base, chosen_base
 from app.form import FORM, config_of, form_values, preset_config
 from app.project import DEMO, Project
 from lora_core.spec.config import RunConfig
@@ -14,8 +15,9 @@ class Plan:
         """Read the project's draft."""
         draft = project.draft()
         self.goal, self.level = choice(draft)
-        self.preset = preset_config(self.goal, self.level)
         values = {name: v for name, v in (draft.get("values") or {}).items() if name in FORM}
+        self.base = base_of(values)
+        self.preset = preset_config(self.goal, self.level, self.base.family)
         config, self.problems = config_of(values, self.preset)
         path = DEMO if project.uses_demo else str(project.pictures)
         self.trigger = str(draft.get("trigger") or "")
@@ -28,9 +30,15 @@ def choice(draft: dict[str, Any]) -> tuple[str, str]:
     return str(draft.get("goal") or "style"), str(level)
 
 
+def base_of(values: dict[str, Any]) -> Base:
+    """The base that the form's values name."""
+    name, prediction = values.get("model.base") or EMBEDDED, values.get("model.prediction") or "auto"
+    return chosen_base(str(name), str(prediction))
+
+
 def widget_values(project: Project) -> list[Any]:
     """What the form's widgets show: the draft as it was typed, the preset where nothing was."""
     draft = project.draft()
     typed = draft.get("values") or {}
-    standard = form_values(preset_config(*choice(draft)))
+    standard = form_values(preset_config(*choice(draft), base_of(typed).family))
     return [typed.get(name, value) for name, value in zip(FORM, standard, strict=True)]

@@ -7,6 +7,7 @@ root.
 """
 
 import asyncio
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -17,11 +18,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from app.desk import Desk
+from app.meter import counted
+from app.plan import Plan
 from app.project import relative_name
-from lora_core.dataset.captions import token_count
 from lora_core.dataset.pictures import thumbnail
 from lora_core.spec.errors import LoraError
-from lora_core.spec.paths import ASSETS, DEMO_BASE
+from lora_core.spec.paths import ASSETS
 from lora_core.spec.run_folder import runs_folder
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
@@ -86,7 +88,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         sent = await _json(request)
         text = str(sent.get("text", ""))
         await asyncio.to_thread(desk.project.save_caption, str(sent.get("picture", "")), text)
-        return JSONResponse({"saved": True, "tokens": _tokens(text)})
+        return JSONResponse({"saved": True, **_tokens(desk, text)})
 
     @app.post("/easel/run")
     async def run(request: Request) -> Response:
@@ -100,7 +102,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/easel/tokens")
     async def tokens(request: Request) -> Response:
         sent = await _json(request)
-        return JSONResponse({"tokens": _tokens(str(sent.get("text", "")))})
+        return JSONResponse(_tokens(desk, str(sent.get("text", ""))))
 
     @app.post("/easel/leave-out")
     async def leave_out(request: Request) -> Response:
@@ -150,11 +152,8 @@ async def _json(request: Request) -> dict[str, Any]:
     return sent
 
 
-def _tokens(text: str) -> int | None:
-    try:
-        return token_count(text, DEMO_BASE / "tokenizer")
-    except (LoraError, OSError, NotImplementedError):
-        return None
+def _tokens(desk: Desk, text: str) -> dict[str, Any]:
+    return dataclasses.asdict(counted(text, Plan(desk.project)))
 
 
 @functools.lru_cache(maxsize=2048)

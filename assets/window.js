@@ -34,19 +34,20 @@
     chip.className = `chip ${{ saved: text === "Saved" ? "good" : "", saving: "", error: "bad" }[state]}`;
   };
 
-  const showTokens = (count) => {
-    const place = one("#caption-tokens");
-    if (place) {
-      place.textContent = count == null ? "" : `${count} of 75 tokens`;
-      place.classList.toggle("over", count > 75);
-    }
+  const showTokens = ({ tokens = null, limit = 75, cut = "" } = {}) => {
+    const place = one("#caption-tokens"), rest = one("#caption-cut");
+    if (!place) return;
+    place.textContent = tokens == null ? "" : `${tokens} of ${limit} tokens`;
+    place.classList.toggle("over", tokens > limit);
+    rest.hidden = !cut;
+    rest.textContent = cut ? `Not read: ${cut}` : "";
   };
 
   const countTokens = async (name, text) => {
     try {
-      const { tokens } = await post("tokens", { text });
-      if (name === chosen) showTokens(tokens);
-    } catch { showTokens(null); }
+      const answer = await post("tokens", { text });
+      if (name === chosen) showTokens(answer);
+    } catch { showTokens(); }
   };
 
   const show = (thumb, focus = false) => {
@@ -67,7 +68,7 @@
       area.value = "";
       one("#picture-facts").textContent = "Choose a picture to see it large and to write its caption.";
       one("#caption-state").textContent = "";
-      showTokens(null);
+      showTokens();
       return;
     }
     const leaving = chosen;
@@ -126,7 +127,7 @@
       const answer = await post("caption", { picture: name, text }, options);
       if (answer.problem) throw new Error(answer.problem);
       if (waiting.get(name) === entry) waiting.delete(name);
-      if (name === chosen && !waiting.has(name)) { say("saved", "Saved"); showTokens(answer.tokens); }
+      if (name === chosen && !waiting.has(name)) { say("saved", "Saved"); showTokens(answer); }
       // The counts below the grid change only when a caption appears or goes.
       if (!before !== !text.trim()) press("refresh");
     } catch (error) {
@@ -206,7 +207,7 @@
   });
 
   // ---- what must follow when Gradio replaces a piece ----------------------------------------------------------------
-  let lastNames = null;
+  let lastNames = null, lastMeter = null;
   const settle = () => {
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
@@ -219,6 +220,12 @@
       show(mine || thumbs()[0] || null);
     }
     if (names) applyFilter();
+    // Another base, limit or trigger word counts in another way.
+    const meter = one("[data-meter]")?.dataset.meter ?? null;
+    if (meter !== lastMeter) {
+      lastMeter = meter;
+      if (chosen && one("#caption textarea")) countTokens(chosen, one("#caption textarea").value);
+    }
     const slider = one("input.split"), place = parseFloat(document.documentElement.style.getPropertyValue("--split"));
     if (slider && !Number.isNaN(place) && document.activeElement !== slider) slider.value = place;
     // A disabled button says why: the reason stands in the page, the pointer finds it too.
@@ -230,7 +237,7 @@
     if (asked) return;
     asked = true;
     requestAnimationFrame(() => { asked = false; settle(); });
-  }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-page-title", "disabled"] });
+  }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-page-title", "data-meter", "disabled"] });
 
   const theme = localStorage.getItem("easel-theme");
   if (theme) document.body.classList.toggle("dark", theme === "dark");

@@ -5,8 +5,8 @@ from typing import Any
 
 import gradio as gr
 
-from app.bases import base_facts
 from app.gallery import DETAIL, filters, findings, grid
+from app.meter import mark, too_long
 from app.moment import Moment
 from app.parts import QUIET, TYPING, Parts, edited, piece
 from app.words import many, safe
@@ -113,11 +113,13 @@ def _trigger(parts: Parts) -> None:
 
 
 def _grid(moment: Moment) -> str:
-    project, config = moment.desk.project, moment.plan.config
-    base = base_facts(config.model.base)
-    return grid(project.dataset(), project.dataset_folder, base, config.train.resolution)
+    project, plan = moment.desk.project, moment.plan
+    return grid(
+        project.dataset(), project.dataset_folder, plan.base, plan.config.train.resolution, mark(plan)
+    )
 
 
 def _findings(moment: Moment) -> str:
     project = moment.desk.project
-    return findings(project.dataset(), [] if project.uses_demo else project.notes, project.uses_demo)
+    dataset, skipped = project.dataset(), [] if project.uses_demo else project.notes
+    return findings(dataset, skipped, project.uses_demo, too_long(dataset, moment.plan))

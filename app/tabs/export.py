@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from app.bases import base_facts
+from app.bases import chosen_base
 from app.jobs import Watch
 from app.loras import checkpoint_choices
 from app.moment import Moment, moment_of
@@ -135,5 +135,5 @@ def _wire(parts: Parts, fields: dict[str, Any], button: Any, outputs: list[Any])
 def _portable(watch: Watch) -> bool:
     """Whether other tools have the base that a run was trained on."""
     config = watch.config()
-    family = base_facts(config.model.base).family if config else None
+    family = chosen_base(config.model.base).family if config else None
     return family is None or family.portable

@@ -6,7 +6,9 @@ from typing import Any
 import gradio as gr
 
 from app import cards
-from app.facts import base_note, blockers, facts
+from app.base_picker import HIDDEN_INFO, build_picker, wire_picker
+from app.bases import EMBEDDED, chosen_base
+from app.facts import blockers, facts
 from app.form import FORM, GROUPS, command_line, form_values, group_fields, preset_config, summary, widget
 from app.moment import Moment, moment_of
 from app.parts import QUIET, TYPING, Parts, edited, piece
@@ -16,16 +18,15 @@ from lora_core.spec.errors import LoraError
 from lora_core.spec.presets import GOALS, LEVELS
 
 TITLE = "Train"
-BASES = [("Embedded base (tiny)", "demo")]
-RESOLUTIONS = [("The base's own", 0), *((str(side), side) for side in (128, 256, 512, 768, 1024))]
-HIDDEN_INFO = "tip"
+RESOLUTIONS = (128, 256, 512, 768, 1024)
+FOLDED = [group for group in GROUPS if group != "Base model"]
 
 
 def build(parts: Parts) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-train"):
         with gr.Column(elem_classes="side card"):
-            widgets, goal, level = _form(parts)
+            widgets, goal, level, added = _form(parts)
             _start(parts, widgets)
         with gr.Column(elem_classes="main"):
             with gr.Column(elem_classes="run-block"):
@@ -36,20 +37,12 @@ def build(parts: Parts) -> None:
             parts.live(piece(elem_id="samples"), cards.samples)
             parts.live(piece(elem_id="earlier"), cards.earlier)
     _wire_form(parts, widgets, goal, level)
+    wire_picker(parts, widgets, added)
 
 
-def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any]:
+def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any, Any]:
     project = parts.desk.project
-    made: dict[str, Any] = {}
-    made["model.base"] = gr.Dropdown(
-        BASES,
-        label="Base model",
-        allow_custom_value=True,
-        elem_id="base-model",
-        info="The embedded base, or the path of a diffusers folder.",
-        elem_classes=HIDDEN_INFO,
-    )
-    parts.live(piece(), base_note)
+    made, added = build_picker(parts)
     with gr.Row(elem_classes="pair"):
         goal = gr.Dropdown([(title, key) for key, title in GOALS.items()], label="Goal", elem_id="goal")
         levels = [*((title, key) for key, title in LEVELS.items()), ("Demo", "demo")]
@@ -57,13 +50,14 @@ def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any]:
     with gr.Row(elem_classes="pair"):
         made["train.steps"] = widget("train.steps", elem_id="steps", elem_classes=HIDDEN_INFO)
         made["train.resolution"] = gr.Dropdown(
-            RESOLUTIONS,
+            _resolutions(0),
             label="Resolution",
             allow_custom_value=True,
             elem_id="resolution",
             elem_classes=HIDDEN_INFO,
         )
-    for group in GROUPS:
+    parts.live(made["train.resolution"], lambda m: gr.update(choices=_resolutions(m.plan.base.resolution)))
+    for group in FOLDED:
         with gr.Column(elem_classes="group"):
             note = piece(elem_classes="group-note")
             parts.live(note, functools.partial(_group_note, group))
@@ -75,7 +69,12 @@ def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any]:
         parts.fill(ordered[name], functools.partial(_widget_value, parts, index))
     parts.fill(goal, lambda: choice(project.draft())[0])
     parts.fill(level, lambda: choice(project.draft())[1])
-    return ordered, goal, level
+    return ordered, goal, level, added
+
+
+def _resolutions(own: int) -> list[tuple[str, int]]:
+    """The sizes to choose from; 0 stands for what the base was trained at."""
+    return [(f"The base's own{f', {own}' if own else ''}", 0), *((str(side), side) for side in RESOLUTIONS)]
 
 
 def _group_note(group: str, moment: Moment) -> str:
@@ -94,12 +93,14 @@ def _wire_form(parts: Parts, widgets: dict[str, Any], goal: Any, level: Any) -> 
         project.keep(values=dict(zip(FORM, values, strict=True)))
 
     def preset_chosen(base: str, goal_key: str, level_key: str) -> list[Any]:
-        values = dict(zip(FORM, form_values(preset_config(goal_key, level_key)), strict=True))
+        family = chosen_base(str(base or EMBEDDED)).family
+        values = dict(zip(FORM, form_values(preset_config(goal_key, level_key, family)), strict=True))
         values["model.base"] = base
         project.keep(goal=goal_key, level=level_key, values=values)
         return list(values.values())
 
-    parts.action(gr.on([event for field in fields for event in edited(field)], typed, fields, None, **TYPING))
+    kept = [field for name, field in widgets.items() if name != "model.base"]
+    parts.action(gr.on([event for field in kept for event in edited(field)], typed, fields, None, **TYPING))
     for chosen in (goal, level):
         parts.action(chosen.input(preset_chosen, [widgets["model.base"], goal, level], fields, **QUIET))
     reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")
@@ -153,7 +154,7 @@ def _changed(moment: Moment) -> str:
 
 def _command(moment: Moment) -> str:
     plan = moment.plan
-    line = safe(command_line(plan.config, plan.goal, plan.level))
+    line = safe(command_line(plan.config, plan.goal, plan.level, plan.base.family))
     return (
         f'<details><summary>As a command</summary><pre class="log" tabindex="0">{line}</pre>'
         f'<button type="button" class="own" data-copy="{line}">Copy</button></details>'

@@ -102,6 +102,16 @@ def token_count(text: str, tokenizer_folder: Path) -> int:
     return len(_clip_tokenizer(tokenizer_folder.absolute()).encode(text, add_special_tokens=False).ids)
 
 
+def part_beyond(text: str, limit: int, tokenizer_folder: Path) -> str:
+    """What of a text comes after its first `limit` tokens and is not read; "" where all of it is.
+
+    Raises:
+        ModelFileError: the folder holds no tokenizer of this kind.
+    """
+    offsets = _clip_tokenizer(tokenizer_folder.absolute()).encode(text, add_special_tokens=False).offsets
+    return text[offsets[limit][0] :] if len(offsets) > limit else ""
+
+
 @functools.lru_cache(maxsize=8)
 def _clip_tokenizer(folder: Path) -> Tokenizer:
     try:

@@ -22,6 +22,7 @@ PIXELS_A_LATENT = 8
 """Of the VAE of every family that comes in single files."""
 SINGLE_FILES = (".safetensors", ".ckpt")
 _CONTEXT = re.compile(re.escape(UNET) + r".*\.attn2\.to_k\.weight")
+GUESS = "a guess: nothing in or beside the file says it; change Prediction if pictures come out as noise"
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -51,6 +52,11 @@ class BaseFacts:
     def single_file(self) -> bool:
         """Whether all components lie in one file."""
         return self.path.is_file()
+
+    @property
+    def guessed(self) -> bool:
+        """Whether nothing says how it predicts, so that a person may have to."""
+        return self.told_by == GUESS
 
     @property
     def prediction(self) -> str:
@@ -180,8 +186,7 @@ def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict
         return scheduler, "the file's header says so"
     scheduler["prediction_type"] = usual.prediction
     rows = [family for family in FAMILIES.values() if family.context_width == width]
-    guess = "a guess: nothing in or beside the file says it; change Prediction if pictures come out as noise"
-    return scheduler, guess if len(rows) > 1 else ""
+    return scheduler, GUESS if len(rows) > 1 else ""
 
 
 def _config_beside(path: Path) -> tuple[dict[str, Any], str]:

@@ -1,12 +1,11 @@
 """HTML pieces: everything that a person or a file supplies is shown as text; charts hold few points."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from app import charts, gallery, words
-from app.bases import HEADER_A_LAYER, BaseFacts, base_facts, export_bytes
+from app.bases import Base, chosen_base
 from app.works_in import works_in
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem
 from lora_core.spec import events
@@ -14,8 +13,8 @@ from lora_core.spec import events
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
 
 
-def base() -> BaseFacts:
-    return BaseFacts(None, None, 128, 16, "")
+def base() -> Base:
+    return chosen_base("demo")
 
 
 def test_file_names_and_captions_are_text(tmp_path: Path) -> None:
@@ -78,30 +77,3 @@ def test_numbers_as_people_read_them() -> None:
     assert words.pace(0.4) == "2.5 it/s"
     assert words.pace(2.0) == "2.0 s/it"
     assert words.scientific(1e-4) == "1.0e-4"
-
-
-def test_the_embedded_base_is_described_from_its_files() -> None:
-    found = base_facts("demo")
-    assert found.problem == ""
-    assert found.family is not None
-    assert found.resolution == found.family.resolution
-
-
-def test_a_base_that_is_none_is_a_sentence(tmp_path: Path) -> None:
-    assert "There is no base model" in base_facts(str(tmp_path / "none")).problem
-    assert "no diffusers model" in base_facts(str(tmp_path)).problem
-    assert base_facts("owner/name").problem == ""
-
-
-def test_file_size_is_rank_times_both_sides(tmp_path: Path) -> None:
-    header = {
-        "down.attn1.to_q.weight": {"dtype": "F16", "shape": [32, 48], "data_offsets": [0, 0]},
-        "conv.weight": {"dtype": "F16", "shape": [9, 9, 3, 3], "data_offsets": [0, 0]},
-    }
-    raw = json.dumps(header).encode()
-    (tmp_path / "unet").mkdir()
-    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(len(raw).to_bytes(8, "little") + raw)
-    found = BaseFacts(tmp_path, None, 128, 16, "")
-    assert export_bytes(found, "attention", 4, False) == 2 * 4 * (32 + 48) + HEADER_A_LAYER
-    assert export_bytes(found, "attention", 4, True) is None

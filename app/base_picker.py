@@ -1,0 +1,117 @@
+"""The base picker of the Train tab: the dropdown, what the base is, and what choosing one does to the
+form."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.bases import EMBEDDED, base_choices, chosen_base
+from app.desk import Desk
+from app.facts import base_note
+from app.form import FORM, carried_over, preset_config, shown, widget
+from app.moment import Moment
+from app.parts import QUIET, Parts, piece
+from app.plan import choice
+from app.words import many, safe
+from lora_core.spec.other_tools import Machine, base_files, found_tools
+
+INFO = (
+    "Type to search. Or the path of a .safetensors file, of a diffusers folder, or of a folder full of"
+    " models."
+)
+HIDDEN_INFO = "tip"
+
+
+def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
+    """The dropdown, its notes, and the two settings that stand with it.
+
+    Returns:
+        The widgets by setting, and the place for what choosing a folder said.
+    """
+    made: dict[str, Any] = {}
+    made["model.base"] = gr.Dropdown(
+        base_choices(parts.desk),
+        label="Base model",
+        allow_custom_value=True,
+        filterable=True,
+        elem_id="base-model",
+        info=INFO,
+        elem_classes=HIDDEN_INFO,
+    )
+    parts.live(made["model.base"], lambda m: gr.update(choices=base_choices(m.desk)))
+    parts.live(piece(), base_note)
+    added = piece(elem_id="base-added")
+    with gr.Accordion("Prediction and VAE", open=False, elem_id="base-details") as details:
+        made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
+        made["model.vae"] = widget("model.vae", elem_id="model-vae", placeholder="the base's own")
+    parts.live(details, lambda m: gr.update(visible=not m.plan.base.embedded, open=_asks(m)))
+    return made, added
+
+
+def _asks(moment: Moment) -> bool:
+    """Whether the person has to look at the two settings: a guess may be wrong, and what was set may be in
+    the way."""
+    model = moment.plan.config.model
+    return moment.plan.base.guessed or model.prediction != "auto" or bool(model.vae)
+
+
+def wire_picker(parts: Parts, widgets: dict[str, Any], note: Any) -> None:
+    """Have a choice of a base fill the form with its starting values."""
+    fields = list(widgets.values())
+
+    def chosen(*values: Any) -> list[Any]:
+        said, changed = base_chosen(parts.desk, dict(zip(FORM, values, strict=True)))
+        parts.desk.project.keep(values=changed)
+        return [f'<p class="small" role="status">{safe(said)}</p>' if said else "", *changed.values()]
+
+    parts.action(widgets["model.base"].input(chosen, fields, [note, *fields], **QUIET))
+
+
+def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What choosing a base makes of the form.
+
+    A folder full of models is no base: it is remembered, and its models are offered from then on.
+
+    Args:
+        desk: where it is remembered.
+        values: the form with the new base in it, dotted name to what the widget holds.
+
+    Returns:
+        A sentence, or "", and the form's new values.
+    """
+    draft = desk.project.draft()
+    goal, level = choice(draft)
+    before = chosen_base(str((draft.get("values") or {}).get("model.base") or EMBEDDED))
+    name = str(values["model.base"] or "").strip().strip('"') or EMBEDDED
+    values = {**values, "model.base": name}
+    new = chosen_base(name)
+    if new.problem and (added := _added_folder(desk, Path(name).expanduser())):
+        return added, {**values, "model.base": before.name or EMBEDDED}
+    if new.facts is None:
+        return "", values
+    if not new.embedded:
+        desk.places.keep_base(name)
+    changed = carried_over(
+        values, preset_config(goal, level, before.family), preset_config(goal, level, new.family)
+    )
+    changed["model.base"] = name
+    if new.resolution != before.resolution:
+        # A size that suits another base is not meant for this one.
+        changed["train.resolution"] = shown("train.resolution", 0)
+    if name != before.name:
+        # What was set against one base's files says nothing of the next.
+        changed |= {"model.prediction": "auto", "model.vae": ""}
+    return "", changed
+
+
+def _added_folder(desk: Desk, folder: Path) -> str:
+    """Remember a folder with models in it; "" where it holds none."""
+    if not folder.is_dir():
+        return ""
+    found = {tool.name: len(base_files(tool)) for tool in found_tools([folder], Machine(()))}
+    if not sum(found.values()):
+        return ""
+    desk.places.keep_folder(folder.absolute())
+    desk.tools.look(wait=True)
+    return f"{many(sum(found.values()), 'base')} found in {folder}: open the list above to choose one."

@@ -1,0 +1,251 @@
+"""The base picker: what a base is said to be, what choosing it does to the form; and the token meter."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from app.base_picker import base_chosen
+from app.bases import base_choices, chosen_base
+from app.desk import Desk
+from app.facts import base_note, blockers
+from app.form import FORM, form_values, preset_config
+from app.meter import counted, too_long
+from app.moment import moment_of
+from app.places import Places
+from app.plan import Plan, widget_values
+from app.sizes import HEADER_A_LAYER, export_bytes
+from app.tools import OtherTools
+from lora_core.spec.config import RunConfig
+from lora_core.spec.other_tools import Machine, Tool, found_tools
+from tests.app.bases import UNET, checkpoint, write_header
+
+
+def draft_of(desk: Desk) -> dict[str, object]:
+    return dict(zip(FORM, widget_values(desk.project), strict=True))
+
+
+def choose(desk: Desk, name: str) -> tuple[str, dict[str, object]]:
+    said, values = base_chosen(desk, {**draft_of(desk), "model.base": name})
+    desk.project.keep(values=values)
+    return said, values
+
+
+def test_the_embedded_base_is_described_from_its_files() -> None:
+    found = chosen_base("demo")
+    assert found.embedded
+    assert found.facts is not None
+    assert (found.problem, found.resolution, found.multiple) == ("", 128, 32)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("sd15", ("Stable Diffusion 1.x, trained at 512 px, predicts noise.",)),
+        (
+            "sd2",
+            ("Stable Diffusion 2.x, trained at 768 px, predicts velocity", "a guess", "change Prediction"),
+        ),
+        ("sdxl", ("Stable Diffusion XL, trained at 1024 px, predicts noise.",)),
+    ],
+)
+def test_a_single_file_says_what_it_is(tmp_path: Path, family: str, words: tuple[str, ...]) -> None:
+    found = chosen_base(str(checkpoint(tmp_path / "böse base.safetensors", family)))
+    assert found.problem == ""
+    assert all(word in found.sentence for word in words)
+    assert found.guessed == ("a guess" in words)
+
+
+def test_the_prediction_that_was_set_counts(tmp_path: Path) -> None:
+    file = str(checkpoint(tmp_path / "two.safetensors", "sd2"))
+    found = chosen_base(file, "epsilon")
+    assert "512 px, predicts noise (as set)" in found.sentence
+    assert not found.guessed
+
+
+@pytest.mark.parametrize("kind", ["missing", "html", "flux", "inpainting", "folder", "hub"])
+def test_what_cannot_be_used_is_a_sentence(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "x.safetensors"
+    if kind == "html":
+        file.write_text("<!doctype html><html>" + " " * 100)
+    elif kind == "flux":
+        write_header(file, {"double_blocks.0.img_attn.norm.key_norm.scale": [128]})
+    elif kind == "inpainting":
+        checkpoint(file, "sd15", **{f"{UNET}input_blocks.0.0.weight": [320, 9, 3, 3]})
+    elif kind == "folder":
+        file = tmp_path
+    found = chosen_base("nobody/nothing-here" if kind == "hub" else str(file))
+    words = {
+        "missing": "does not exist",
+        "html": "a web page",
+        "flux": "a Flux model",
+        "inpainting": "an inpainting model",
+        "folder": "no diffusers model",
+        "hub": "hub cache",
+    }
+    assert found.facts is None
+    assert words[kind] in found.problem
+    assert found.sentence == found.problem
+    assert (found.resolution, found.multiple) == (512, 64)
+
+
+def test_a_large_base_brings_its_starting_values(desk: Desk, tmp_path: Path) -> None:
+    xl, one = (
+        checkpoint(tmp_path / "xl.safetensors", "sdxl"),
+        checkpoint(tmp_path / "one.safetensors", "sd15"),
+    )
+    desk.project.keep(goal="character", level="balanced")
+    assert draft_of(desk)["optim.text_encoder_lr"] == 5e-5
+    desk.project.keep(values={**draft_of(desk), "train.resolution": 512, "optim.lr": 3e-4})
+    said, values = choose(desk, str(xl))
+    assert said == ""
+    assert values["optim.text_encoder_lr"] == 0
+    assert values["train.resolution"] == 0
+    assert values["optim.lr"] == 3e-4
+    moment = moment_of(desk)
+    assert moment.plan.preset.optim.text_encoder_lr == 0
+    assert "starts with Text encoder rate 0." in base_note(moment)
+    assert "1024 px" in base_note(moment)
+    _, back = choose(desk, str(one))
+    assert back["optim.text_encoder_lr"] == 5e-5
+    assert "starts with" not in base_note(moment_of(desk))
+    assert desk.places.bases() == [str(one), str(xl)]
+
+
+def test_a_refused_base_stands_in_the_way(desk: Desk, tmp_path: Path) -> None:
+    file = tmp_path / "<b>x.safetensors"
+    file.write_text("<html>")
+    before = draft_of(desk)
+    assert choose(desk, str(file)) == ("", {**before, "model.base": str(file)})
+    moment = moment_of(desk)
+    assert any("a web page" in text for text in blockers(moment))
+    assert 'class="problem"' in base_note(moment)
+    assert "<b>" not in base_note(moment)
+    assert desk.places.bases() == []
+
+
+def test_a_folder_full_of_bases_is_remembered_and_offered(desk: Desk, tmp_path: Path) -> None:
+    folder = tmp_path / "my bases"
+    file = checkpoint(folder / "sub" / "one.safetensors", "sd15", size=150_000_000)
+    desk.tools = OtherTools(desk.places, lambda extra: found_tools(extra, Machine(())))
+    said, values = choose(desk, str(folder))
+    assert "1 base found" in said
+    assert values["model.base"] == "demo"
+    assert desk.places.folders() == [folder]
+    assert ("my bases: sub/one.safetensors", str(file)) in base_choices(desk)
+
+
+def test_the_list_names_each_base_once(desk: Desk, tmp_path: Path) -> None:
+    file = checkpoint(tmp_path / "ComfyUI" / "models" / "one.safetensors", "sd15", size=150_000_000)
+    tools = [Tool(name, file.parents[1], (file.parent,), None) for name in ("ComfyUI", "Other")]
+    desk.tools = OtherTools(desk.places, lambda extra: tools)
+    desk.tools.look(wait=True)
+    assert base_choices(desk)[1:] == [("ComfyUI: one.safetensors", str(file))]
+    desk.places.keep_base(str(file))
+    desk.places.keep_base(str(tmp_path / "gone.safetensors"))
+    assert base_choices(desk)[1:] == [("one.safetensors (used before)", str(file))]
+
+
+def test_places_survive_and_a_broken_file_counts_as_empty(tmp_path: Path) -> None:
+    places = Places(tmp_path / "places.json")
+    for index in range(40):
+        places.keep_base(f"/ä/{index}")
+    places.keep_lora_folder(tmp_path / "loras")
+    again = Places(tmp_path / "places.json")
+    assert again.bases()[:2] == ["/ä/39", "/ä/38"]
+    assert len(again.bases()) == 24
+    assert again.lora_folders() == [tmp_path / "loras"]
+    for text in ("{", "[]", '{"bases": [1, {}], "folders": "x"}'):
+        (tmp_path / "places.json").write_text(text)
+        assert Places(tmp_path / "places.json").bases() == []
+
+
+def test_a_search_that_fails_leaves_the_last_result(tmp_path: Path) -> None:
+    tools = OtherTools(Places(tmp_path / "p.json"), lambda extra: [Tool("A", tmp_path, (), tmp_path)])
+    tools.look(wait=True)
+    assert tools.lora_folders() == [("A", tmp_path)]
+    began = time.monotonic()
+    tools.look(wait=True)
+    assert time.monotonic() - began < 5
+
+
+def config(**changes: object) -> RunConfig:
+    rates = {"optim.text_encoder_lr": 0.0, "adapter.rank": 4}
+    return RunConfig().changed(rates | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def test_file_size_is_rank_times_both_sides(tmp_path: Path) -> None:
+    facts = chosen_base(str(checkpoint(tmp_path / "one.safetensors", "sd15"))).facts
+    assert facts is not None
+    attention = (320 + 320) + (768 + 320)
+    assert export_bytes(facts, config()) == 2 * 4 * attention + 2 * HEADER_A_LAYER
+    kohya = attention + (4 * 320 + 320)
+    assert export_bytes(facts, config(adapter__targets="kohya")) == 2 * 4 * kohya + 3 * HEADER_A_LAYER
+    conv = kohya + (320 * 9 + 320)
+    assert export_bytes(facts, config(adapter__targets="locon")) == 2 * 4 * conv + 4 * HEADER_A_LAYER
+    blocks = {"adapter.block_ranks": {"attn2": 16, r"to_k$": 2}}
+    sides = 16 * 640 + 2 * (768 + 320)
+    assert export_bytes(facts, config(**blocks)) == 2 * sides + 2 * HEADER_A_LAYER
+
+
+def test_text_encoders_of_single_files_count_with_their_rates(tmp_path: Path) -> None:
+    """12 layers of width 768 and 32 of width 1280, four projections each: the models' cards."""
+    facts = chosen_base(str(checkpoint(tmp_path / "xl.safetensors", "sdxl"))).facts
+    assert facts is not None
+    alone = export_bytes(facts, config())
+    first = export_bytes(facts, config(optim__text_encoder_lr=1e-5))
+    both = export_bytes(facts, config(optim__text_encoder_lr=1e-5, optim__text_encoder_2_lr=1e-5))
+    assert alone is not None
+    assert first is not None
+    assert both is not None
+    assert first - alone == 12 * 4 * (2 * 4 * 2 * 768 + HEADER_A_LAYER)
+    assert both - first == 32 * 4 * (2 * 4 * 2 * 1280 + HEADER_A_LAYER)
+
+
+def test_the_embedded_base_s_file_is_as_large_as_it_is_said_to_be() -> None:
+    """The demo's own export, rank 8 on attention of both parts, has 277,136 bytes."""
+    facts = chosen_base("demo").facts
+    assert facts is not None
+    size = export_bytes(facts, preset_config("style", "demo"))
+    assert size == pytest.approx(277_000, rel=0.2)
+
+
+def test_unknown_kinds_have_no_size(tmp_path: Path) -> None:
+    (tmp_path / "old.ckpt").write_bytes(b"PK\x03\x04")
+    facts = chosen_base(str(tmp_path / "old.ckpt")).facts
+    assert facts is not None
+    assert export_bytes(facts, config()) is None
+
+
+def plan_with(desk: Desk, **changes: object) -> Plan:
+    values = dict(zip(FORM, form_values(preset_config("style", "balanced")), strict=True))
+    desk.project.keep(values=values | {n.replace("__", "."): v for n, v in changes.items()})
+    return Plan(desk.project)
+
+
+def test_the_meter_counts_with_the_base_s_tokenizer(desk: Desk, tmp_path: Path) -> None:
+    """CLIP makes one token of each of these words, and of each comma (the published vocabulary)."""
+    file = str(checkpoint(tmp_path / "one.safetensors", "sd15"))
+    caption = ", ".join(["dog"] * 40)
+    found = counted(caption, plan_with(desk, model__base=file))
+    assert (found.tokens, found.limit) == (79, 75)
+    assert found.cut == ", dog, dog"
+    found = counted(caption, plan_with(desk, model__base=file, train__tokens=150))
+    assert (found.tokens, found.limit, found.cut) == (79, 150, "")
+
+
+def test_the_meter_counts_what_is_drawn(desk: Desk, tmp_path: Path) -> None:
+    plan = plan_with(desk, model__base=str(checkpoint(tmp_path / "one.safetensors", "sd15")))
+    assert counted("a {red|very very red} dog\ncat", plan).tokens == 5
+    assert counted("", plan).tokens == 0
+    desk.project.keep(trigger="blue cat")
+    assert counted("dog", Plan(desk.project)).tokens == 4
+
+
+def test_captions_that_are_cut_are_named(desk: Desk, pictures: list[Path]) -> None:
+    plan = plan_with(desk)
+    assert too_long(desk.project.dataset(), plan) == ""
+    desk.project.save_caption(pictures[0].name, "dog " * 90)
+    said = too_long(desk.project.dataset(), plan)
+    assert said.startswith("1 caption longer than the 75 tokens that are read (picture-0.png)")
+    assert "150" in said or "225" in said
