@@ -28,6 +28,7 @@ from lora_core.spec.events import read_events
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.tensor_file import read_header
 from lora_core.training.run import Outcome, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +139,13 @@ def test_a_run_tells_its_story(trained: Trained) -> None:
 def test_what_a_run_leaves_behind(trained: Trained) -> None:
     best = trained.run.progress().best_step
     assert trained.run.checkpoint_steps() == sorted({25, 30, *([best] if best else [])})
-    assert {path.name for path in trained.run.exports.iterdir()} == {"first.safetensors", "first.json"}
+    beside = {f"first{end}" for end in (".safetensors", ".json", ".md", ".preview.png")}
+    assert {path.name for path in trained.run.exports.iterdir()} == beside
+    # The last sample that was drawn, and not the base's.
+    newest = trained.run.path / "previews" / f"step-{STEPS:06d}-0.png"
+    assert (trained.run.exports / "first.preview.png").read_bytes() == newest.read_bytes()
+    thumbnail = read_header(trained.export).metadata["modelspec.thumbnail"]
+    assert thumbnail.startswith("data:image/jpeg;base64,")
     assert [path for path in trained.home.rglob(".*") if path.suffix in (".tmp", ".draft", ".making")] == []
     assert not trained.run.process_file.exists()
     checkpoint = read_adapter(trained.run.checkpoint(30) / "adapter.safetensors", FAMILIES["tiny"])

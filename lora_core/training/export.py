@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.dataset.captions import tag_counts
+from lora_core.formats.card import THUMBNAIL_KEY, thumbnail, thumbnail_text, write_beside
 from lora_core.formats.file import file_hashes, read_adapter, read_tensors, write_adapter
 from lora_core.formats.metadata import ExportFacts, side_file
 from lora_core.models.load import BaseModel
@@ -17,6 +18,7 @@ from lora_core.spec.families import FAMILIES, Family
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder, checked_name
 from lora_core.spec.sections import AdapterSection
+from lora_core.spec.tensor_file import read_header
 from lora_core.training.batches import Item
 from lora_core.training.inputs import versions
 from lora_core.training.prepare import plain_caption
@@ -64,9 +66,14 @@ def _unusual(section: AdapterSection) -> dict[str, Any]:
 
 
 def write_export(
-    weights: AdapterWeights, path: Path, how: tuple[str, str], family: Family, header: dict[str, str]
+    weights: AdapterWeights,
+    path: Path,
+    how: tuple[str, str],
+    family: Family,
+    header: dict[str, str],
+    picture: Path | None = None,
 ) -> Path:
-    """Write the adapter and the side file with its trigger word.
+    """Write the adapter, and beside it the side file with its trigger word, a page on it and its picture.
 
     Args:
         weights: the adapter.
@@ -74,14 +81,29 @@ def write_export(
         how: (format, precision): a key of `choices.FORMATS`, and "fp32", "fp16" or "bf16".
         family: of the base.
         header: texts for the file's header.
+        picture: a PNG that was drawn with the adapter, if there is one.
 
     Raises:
         AdapterFileError: the file cannot be written, or read back as it was meant.
     """
     kind, precision = how
+    if picture is not None:
+        try:
+            header = header | {THUMBNAIL_KEY: thumbnail_text(thumbnail(picture))}
+        except OSError:
+            # A damaged sample is no reason to lose what was trained.
+            picture = None
     write_adapter(weights, path, kind, precision, family, header)
     write_atomically(path.with_suffix(".json"), side_file(header.get("modelspec.trigger_phrase", "")))
+    write_beside(path, read_header(path).metadata, picture)
     return path
+
+
+def newest_sample(run: RunFolder, step: int) -> Path | None:
+    """The first of the pictures drawn last up to a step; none of step 0, which the base drew alone."""
+    drawn = [event for event in run.progress().previews if 0 < event.step <= step and event.files]
+    picture = run.path / drawn[-1].files[0] if drawn else None
+    return picture if picture is not None and picture.is_file() else None
 
 
 def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:
@@ -111,7 +133,8 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
         raise RunError(f"The checkpoint {folder} does not say which family of base it is for.")
     stem = checked_name(name)
     header["ss_output_name"] = header["modelspec.title"] = stem
-    path = write_export(weights, run.exports / f"{stem}.safetensors", how, family, header)
+    target = run.exports / f"{stem}.safetensors"
+    path = write_export(weights, target, how, family, header, newest_sample(run, step))
     return {
         "file": str(path),
         "bytes": path.stat().st_size,

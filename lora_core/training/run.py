@@ -28,7 +28,7 @@ from lora_core.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from lora_core.training.export import export_facts, exported_checkpoint, write_export
+from lora_core.training.export import export_facts, exported_checkpoint, newest_sample, write_export
 from lora_core.training.inputs import versions
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, Session, prepared
@@ -267,7 +267,8 @@ class Conductor:
         path = self._run.exports / f"{self._run.name}.safetensors"
         weights = adapter_weights(session.trainee.injected)
         how = ("kohya", EXPORT_PRECISION)
-        return write_export(weights, path, how, session.trainee.base.family, self._header(session))
+        picture = newest_sample(self._run, self.step)
+        return write_export(weights, path, how, session.trainee.base.family, self._header(session), picture)
 
     def _header(self, session: Session) -> dict[str, str]:
         base = session.trainee.base
