@@ -8,7 +8,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,27 +121,43 @@ def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
         )
     by_layer: dict[LayerKey, Tensors] = {}
     for key, tensor in tensors.items():
-        layer, role = _layer_and_role(key)
+        layer, role = layer_and_role(key)
         if role in by_layer.setdefault(layer, {}):
             raise AdapterFileError(
                 f"The file holds the {role} half of {'.'.join(layer)} twice, once as {key!r}."
             )
         by_layer[layer][role] = tensor
-    alphas = _header_values(metadata)
-    layers: dict[LayerKey, LayerWeights] = {}
-    for (part, path), roles in by_layer.items():
-        checked = checked_layer(f"{part}.{path}", roles)
-        if "alpha" not in roles and f"{part}.lora_alpha" in alphas:
-            alpha = _header_alpha(alphas, part, path, checked.rank)
-            checked = LayerWeights(checked.down, checked.up, alpha)
-        layers[part, path] = checked
-    return AdapterWeights(layers, {k: v for k, v in metadata.items() if k != HEADER_KEY})
+    layers = {layer: checked_layer(".".join(layer), roles) for layer, roles in by_layer.items()}
+    own = {layer for layer, roles in by_layer.items() if "alpha" in roles}
+    return with_header_alphas(layers, metadata, own)
 
 
-def _layer_and_role(key: str) -> tuple[LayerKey, str]:
+def with_header_alphas(
+    layers: Mapping[LayerKey, LayerWeights], metadata: Mapping[str, str], own: Container[LayerKey] = ()
+) -> AdapterWeights:
+    """The adapter of `layers` with the header's alphas, but for the layers in `own`, which have theirs.
+
+    Raises:
+        AdapterFileError: the header's alphas cannot be read.
+    """
+    values = header_values(metadata)
+    found = dict(layers)
+    for (part, path), layer in layers.items():
+        if (part, path) not in own and f"{part}.lora_alpha" in values:
+            found[part, path] = replace(layer, alpha=_header_alpha(values, part, path, layer.rank))
+    return AdapterWeights(found, {k: v for k, v in metadata.items() if k != HEADER_KEY})
+
+
+def layer_and_role(key: str) -> tuple[LayerKey, str]:
+    """The layer that a key is for, and the half: "down", "up", or "alpha".
+
+    Raises:
+        AdapterFileError: it names no layer.
+    """
     prefix, leaf = _PREFIX.match(key), _LEAF.search(key)
     assert prefix is not None
-    assert leaf is not None
+    if leaf is None:
+        raise AdapterFileError(f"The file holds {key!r}, which belongs to no plain LoRA.")
     path = key[prefix.end() : leaf.start()]
     # Files of one part alone carry no prefix; only text encoders have numbered encoder layers.
     part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
@@ -153,7 +170,12 @@ def _layer_and_role(key: str) -> tuple[LayerKey, str]:
     return (part, path), role
 
 
-def _header_values(metadata: Mapping[str, str]) -> dict[str, Any]:
+def header_values(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of PEFT's LoraConfigs in a file's header, by dotted name; none without such a header.
+
+    Raises:
+        AdapterFileError: they cannot be read.
+    """
     raw = metadata.get(HEADER_KEY)
     if not raw:
         return {}

@@ -34,7 +34,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     weights = [shape for key, shape in shapes.items() if not key.endswith(".alpha")]
     return {
         "family": kinds.family_name(shapes, header.metadata),
-        "format": _format(shapes),
+        "format": file_format(shapes),
         "kind": kinds.kind_of(shapes),
         "ranks": ranks,
         "alphas": _alphas(path, header, ranks),
@@ -46,7 +46,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
     }
 
 
-def _format(shapes: kinds.Shapes) -> str:
+def file_format(shapes: kinds.Shapes) -> str:
+    """Which format a file's names are of: "kohya", "diffusers" or "unknown"."""
     if kohya.matches(shapes):
         return "kohya"
     return "diffusers" if diffusers.matches(shapes) else "unknown"

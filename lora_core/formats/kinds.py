@@ -9,11 +9,11 @@ from lora_core.spec.families import FAMILIES, Family
 
 Shapes = Mapping[str, Sequence[int]]
 
-LORA, LOCON = "LoRA", "LoCon"
+LORA, LOCON, DORA = "LoRA", "LoCon", "DoRA"
 _KINDS = (
     (re.compile(r"\.hada_w1_|\.hada_w2_"), "LoHa"),
     (re.compile(r"\.lokr_w"), "LoKr"),
-    (re.compile(r"\.dora_scale$|\.lora_magnitude_vector"), "DoRA"),
+    (re.compile(r"\.dora_scale$|\.lora_magnitude_vector"), DORA),
     (re.compile(r"\.oft_|\.boft_"), "OFT"),
     (re.compile(r"\.on_input$|\.ia3_l"), "IA3"),
     (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
@@ -47,6 +47,15 @@ _LDM = re.compile(r"^(?:lora_unet_|unet\.)?(?:input_blocks|middle_block|output_b
 _DEEP = re.compile(r"[._]transformer_blocks[._][2-9][._]")
 _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 _OTHER_STEMS = re.compile(rf"^(?:lora_unet_|unet\.)?({'|'.join(OTHER_UNETS)})".replace("_)", "[._])"))
+
+
+ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "full difference")
+"""The kinds of which it is known here how tools read them."""
+
+
+def called(kind: str) -> str:
+    """A kind in a sentence after "it is"."""
+    return "no adapter that is known here" if kind == "unknown" else f"of the kind {kind!r}"
 
 
 def kind_of(shapes: Shapes) -> str:

@@ -16,7 +16,7 @@ from lora_core.formats.names import STEM_PARTS, first_few, layer_of_stem, stem_o
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
 
-_ROLES = {
+ROLES = {
     "lora_down.weight": "down",
     "lora_up.weight": "up",
     "lora_mid.weight": "mid",
@@ -97,7 +97,7 @@ def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape.
     """
-    unknown = [key for key in tensors if key.partition(".")[2] not in _ROLES]
+    unknown = [key for key in tensors if key.partition(".")[2] not in ROLES]
     if unknown:
         raise AdapterFileError(
             f"The file holds tensors that belong to no plain LoRA of the kohya format: {first_few(unknown)}."
@@ -105,9 +105,9 @@ def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     by_stem: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         stem, _, leaf = key.partition(".")
-        if _ROLES[leaf] in by_stem.setdefault(stem, {}):
-            raise AdapterFileError(f"The file holds the {_ROLES[leaf]} half of {stem!r} twice.")
-        by_stem[stem][_ROLES[leaf]] = tensor
+        if ROLES[leaf] in by_stem.setdefault(stem, {}):
+            raise AdapterFileError(f"The file holds the {ROLES[leaf]} half of {stem!r} twice.")
+        by_stem[stem][ROLES[leaf]] = tensor
     family = file_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
     layers: dict[LayerKey, LayerWeights] = {}
     for stem, roles in by_stem.items():

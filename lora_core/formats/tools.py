@@ -1,0 +1,316 @@
+"""How six tools read adapter files, as data: names of layers, spellings of factors, scales, reasons to
+refuse.
+
+Read off their loaders and checked by running them: A1111 1.10.1, Forge dfdcbab6, ComfyUI 0.3.64 (0.12 agrees
+in what is here), InvokeAI 8e71a8a5, kohya sd-scripts 48d368fa, diffusers 0.42.1 with transformers 5.24 and
+peft 0.21. `reading.py` interprets the rows; a tool that changes its rules needs another row here and nothing
+else.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a tool's files call the layers of a part.
+
+    Attributes:
+        part: "unet", "text_encoder", "text_encoder_2".
+        form: the name, with {path} (diffusers' dotted path), {flat} (with underscores), {ldm} and {ldm_flat}
+            (the original name), {bare} (without `text_model.`), {older} (q_proj as to_q, to_out.0 as to_out)
+            and {processor} (that below `.processor.`).
+        paths: a regular expression for the paths that have such a name; "" for all.
+        encoders: how many text encoders the family must have; 0 for any number.
+        blocks: which block names the family's own kohya files must have; "" for any.
+        open_clip: whether the part must (True) or must not (False) come from OpenCLIP; None for either.
+        given: a regular expression that some key must hold, or these names are not known.
+    """
+
+    part: str
+    form: str
+    paths: str = ""
+    encoders: int = 0
+    blocks: str = ""
+    open_clip: bool | None = None
+    given: str = ""
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """How a name goes on for the factors of a layer.
+
+    Attributes:
+        down, up, mid: what follows the name.
+        spelling: which of diffusers' spellings it is ("old", "linear" or "peft"); "kohya" otherwise.
+        alpha: what follows the name for its alpha; "" where the tool has none with these leaves.
+    """
+
+    down: str
+    up: str
+    mid: str = ""
+    spelling: str = "kohya"
+    alpha: str = ".alpha"
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One set of rules by which a tool reads a file.
+
+    Attributes:
+        names: of the layers.
+        leaves: of the factors; of several at one name, the first counts.
+        starts: the dialect is for files of which every key begins so; () for all other files.
+        others: the kinds besides plain LoRA that it applies, such as "LoHa".
+        ignores: leaves that it passes over without a word.
+        strict: what makes it refuse the whole file: "" nothing; "layers", a layer that it knows without a
+            pair; "stems", any name without one; "keys", any key that is left over.
+        alphas: "own", each layer its own; "component", the most frequent one of a component, but for the
+            layers in `own_alpha`; "header", those of the file's header.
+        own_alpha: part to the paths that keep their own alpha with "component".
+        zero_is_rank: whether alpha 0 is taken for "as the rank".
+        exact_shapes: whether a linear layer's factors must be 2-D and a convolution's 4-D.
+        most_unmatched: with more keys left over than this, nothing is loaded.
+        whole_attention: whether q, k, v and out of an OpenCLIP text encoder work only together.
+        spelled: whether a text encoder's spelling is guessed from some of its keys, as diffusers does.
+        needs_match: whether a component of which no layer is found refuses the file.
+        must_hold: a text that every key must hold.
+        one_naming: families with original block names: both namings in one file are refused ("refuse") or
+            the original ones are dropped ("drop").
+        told_by_shapes: whether the tool guesses the family from shapes, as InvokeAI does.
+    """
+
+    names: tuple[Names, ...]
+    leaves: tuple[Leaves, ...]
+    starts: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
+    strict: str = ""
+    alphas: str = "own"
+    own_alpha: tuple[tuple[str, str], ...] = ()
+    zero_is_rank: bool = False
+    exact_shapes: bool = False
+    most_unmatched: int | None = None
+    whole_attention: bool = False
+    spelled: bool = False
+    needs_match: bool = False
+    must_hold: str = ""
+    one_naming: str = ""
+    told_by_shapes: bool = False
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool and the dialects that it reads, tried in this order."""
+
+    name: str
+    dialects: tuple[Dialect, ...]
+
+
+OTHER_LEAVES = {
+    "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "full difference": ("diff", "diff_b"),
+    "DoRA": ("dora_scale",),
+}
+"""What follows a name's dot in files of other kinds."""
+
+SAME_BASE = {1280: 2048}
+"""A width that InvokeAI takes for a base's, to the width of that base's text context."""
+
+_KOHYA = Leaves(".lora_down.weight", ".lora_up.weight", ".lora_mid.weight")
+_KOHYA_PLAIN = Leaves(".lora_down.weight", ".lora_up.weight")
+_PEFT_LOSING_ALPHA = Leaves(".lora_A.weight", ".lora_B.weight", alpha="")
+_GRAPH_LEAVES = (
+    _KOHYA,
+    Leaves("_lora.down.weight", "_lora.up.weight"),
+    Leaves(".lora_A.weight", ".lora_B.weight"),
+    Leaves(".lora.down.weight", ".lora.up.weight"),
+    Leaves(".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+)
+_IN_ENCODER = r"text_model\..+"
+_IN_BLOCKS = r".*(?:attentions|resnets|downsamplers|upsamplers)\..+"
+_LDM_TOO = Names("unet", "lora_unet_{ldm_flat}")
+_FLAT = Names("unet", "lora_unet_{flat}")
+_TE = Names("text_encoder", "lora_te_{flat}", _IN_ENCODER, encoders=1)
+_TE1 = Names("text_encoder", "lora_te1_{flat}", _IN_ENCODER, encoders=2)
+_TE2 = Names("text_encoder_2", "lora_te2_{flat}", _IN_ENCODER, encoders=2)
+_OTHERS = ("LoHa", "LoKr", "full difference", "DoRA")
+
+_GRAPH_NAMES = (
+    _LDM_TOO,
+    _FLAT,
+    Names("unet", "diffusion_model.{ldm}"),
+    Names("unet", "lycoris_{flat}"),
+    Names("unet", "{processor}"),
+    Names("unet", "unet.{processor}"),
+    Names("text_encoder", "lora_te_{flat}", _IN_ENCODER),
+    Names("text_encoder", "lora_te1_{flat}", _IN_ENCODER),
+    Names("text_encoder", "text_encoder.{path}", _IN_ENCODER),
+    Names("text_encoder_2", "lora_te2_{flat}"),
+    Names("text_encoder_2", "text_encoder_2.{path}", _IN_ENCODER),
+)
+
+TOOLS = (
+    Tool(
+        "A1111",
+        (
+            Dialect(
+                (
+                    _LDM_TOO,
+                    Names("unet", "lora_unet_{flat}", r"(?!add_embedding).+", blocks="diffusers"),
+                    # It counts blocks as the first family does, where the coarsest level has no attention.
+                    Names(
+                        "unet",
+                        "lora_unet_{flat}",
+                        r"(?!add_embedding|up_blocks\.0\.upsamplers).+",
+                        blocks="ldm",
+                    ),
+                    _TE,
+                    Names("text_encoder", "lora_te1_{flat}", _IN_ENCODER, encoders=1, open_clip=False),
+                    _TE1,
+                    _TE2,
+                ),
+                (_KOHYA, _PEFT_LOSING_ALPHA),
+                others=_OTHERS,
+                strict="layers",
+                whole_attention=True,
+            ),
+        ),
+    ),
+    Tool("Forge", (Dialect(_GRAPH_NAMES, _GRAPH_LEAVES, others=_OTHERS, most_unmatched=12),)),
+    Tool(
+        "ComfyUI",
+        (
+            Dialect(
+                _GRAPH_NAMES,
+                (*_GRAPH_LEAVES, Leaves(".lora_A.default.weight", ".lora_B.default.weight")),
+                others=_OTHERS,
+            ),
+        ),
+    ),
+    Tool(
+        "InvokeAI",
+        (
+            Dialect(
+                (
+                    Names("unet", "lora_unet_{ldm_flat}", blocks="ldm"),
+                    _FLAT,
+                    _TE,
+                    _TE1,
+                    Names("text_encoder_2", "lora_te2_{flat}", encoders=2),
+                ),
+                (_KOHYA,),
+                others=_OTHERS,
+                strict="stems",
+                one_naming="refuse",
+                told_by_shapes=True,
+            ),
+        ),
+    ),
+    Tool(
+        "kohya",
+        (
+            Dialect(
+                (
+                    Names("unet", "lora_unet_{flat}", _IN_BLOCKS, blocks="diffusers"),
+                    Names("unet", "lora_unet_{ldm_flat}", _IN_BLOCKS, blocks="ldm"),
+                    Names(
+                        "unet", "lora_unet_{flat}", _IN_BLOCKS, blocks="ldm", given="down_blocks|up_blocks"
+                    ),
+                    _TE,
+                    _TE1,
+                    _TE2,
+                ),
+                (_KOHYA_PLAIN,),
+                zero_is_rank=True,
+                exact_shapes=True,
+            ),
+        ),
+    ),
+    Tool(
+        "diffusers",
+        (
+            Dialect(
+                (
+                    Names("unet", "lora_unet_{flat}", blocks="diffusers"),
+                    Names(
+                        "unet",
+                        "lora_unet_{ldm_flat}",
+                        r"conv_in|conv_out|time_embedding\..+",
+                        blocks="diffusers",
+                    ),
+                    Names("unet", "lora_unet_{ldm_flat}", blocks="ldm"),
+                    Names("unet", "lora_unet_{flat}", r"(?!add_embedding).+", blocks="ldm"),
+                    *(
+                        Names("text_encoder", f"lora_{te}_{{{form}}}")
+                        for te in ("te", "te1")
+                        for form in ("flat", "bare_flat")
+                    ),
+                    Names("text_encoder_2", "lora_te2_{flat}", encoders=2),
+                ),
+                (_KOHYA_PLAIN,),
+                starts=("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_"),
+                ignores=(".dora_scale",),
+                strict="keys",
+                alphas="component",
+                own_alpha=(
+                    ("unet", r"(?!.*\.attn[12]\.to_).+"),
+                    ("text_encoder_2", r".*\.mlp\.fc[12]|text_projection"),
+                ),
+                exact_shapes=True,
+                spelled=True,
+                needs_match=True,
+                one_naming="drop",
+            ),
+            Dialect(
+                (
+                    Names("unet", "unet.{path}"),
+                    Names("unet", "unet.{processor}"),
+                    Names("unet", "unet.{older}"),
+                    *(
+                        Names(part, f"{part}.{{{form}}}")
+                        for part, forms in (
+                            ("text_encoder", ("path", "bare", "older", "older_bare")),
+                            ("text_encoder_2", ("path", "older")),
+                        )
+                        for form in forms
+                    ),
+                ),
+                (
+                    Leaves(".lora_A.weight", ".lora_B.weight", spelling="peft", alpha=""),
+                    Leaves("_lora.down.weight", "_lora.up.weight", spelling="old", alpha=""),
+                    Leaves(
+                        ".lora_linear_layer.down.weight",
+                        ".lora_linear_layer.up.weight",
+                        spelling="linear",
+                        alpha="",
+                    ),
+                    Leaves(".lora.down.weight", ".lora.up.weight", spelling="unet", alpha=""),
+                ),
+                ignores=(".dora_scale",),
+                alphas="header",
+                exact_shapes=True,
+                spelled=True,
+                needs_match=True,
+                must_hold="lora",
+            ),
+        ),
+    ),
+)
+
+_ENDINGS = {
+    leaf
+    for tool in TOOLS
+    for dialect in tool.dialects
+    for pair in dialect.leaves
+    for leaf in (pair.down, pair.up, pair.mid, pair.alpha)
+    if leaf
+}
+SUFFIXES = (
+    *sorted(_ENDINGS, key=len, reverse=True),
+    *(f".{leaf}" for leaves in OTHER_LEAVES.values() for leaf in leaves),
+)
+"""All that can follow a layer's name in a key that some tool knows."""
+
+MEANT_FOR = {"kohya": tuple(tool.name for tool in TOOLS), "diffusers": ("diffusers",)}
+"""Which tools a file of a format is meant for."""
