@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.cli.progress import EventPrinter
-from lora_core.spec.base_facts import base_facts
+from lora_core.spec.base_facts import base_facts, is_hub_id
 from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment
 from lora_core.spec.errors import ConfigError, ModelFileError, RunError
 from lora_core.spec.events import EventWriter, Stopped
@@ -90,10 +90,16 @@ def config_of(options: argparse.Namespace) -> RunConfig:
 
 
 def _family_of(base: object) -> Family | None:
-    """The family of a base, if it is there; what is wrong with it, the run says when it opens it."""
+    """The family of a base, which is downloaded where it is a hub id; what is wrong with it, the run says
+    when it
+    opens it."""
     if not isinstance(base, str):
         return None
     try:
+        if is_hub_id(base) and not Path(base).expanduser().exists():
+            from lora_core.models.hub import in_local_cache
+
+            in_local_cache(base)
         return base_facts(base).family
     except ModelFileError:
         return None

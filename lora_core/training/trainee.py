@@ -150,7 +150,7 @@ def optimizer_of(
             f" ({optim.lr:g}) or to 0, and leave optim.block_lr empty."
         )
     try:
-        optimizer: torch.optim.Optimizer = row.resolve()(groups, lr=optim.lr, **row.defaults)
+        optimizer: torch.optim.Optimizer = row.resolve()(groups, lr=groups[0]["lr"], **row.defaults)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
     return optimizer

@@ -115,6 +115,13 @@ def test_what_the_bases_family_needs_stands_between_preset_and_words(tmp_path: P
     assert (config.optim.text_encoder_lr, config.optim.text_encoder_2_lr) == (0.0, 2e-5)
 
 
+def test_a_base_of_the_hub_is_fetched_before_its_family_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for = []
+    monkeypatch.setattr("lora_core.models.hub.in_local_cache", asked_for.append)
+    assert asked("x", "--base", "owner/name").optim.text_encoder_lr == 5e-5
+    assert asked_for == ["owner/name"]
+
+
 def test_files_are_kept_by_their_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run may be gone on with from another folder; what is no file here is left as it is."""
     monkeypatch.chdir(tmp_path)

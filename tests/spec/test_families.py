@@ -1,15 +1,39 @@
 """The table of families."""
 
+import re
+
 import pytest
 
+from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ModelFileError
 from lora_core.spec.families import FAMILIES, family_of_context_width
 
 
-def test_rows_are_told_apart_by_their_context_width() -> None:
+def test_rows_are_told_apart_by_context_width_and_prediction() -> None:
     for name, family in FAMILIES.items():
         assert family.name == name
-        assert family_of_context_width(family.context_width) is family
+        assert family_of_context_width(family.context_width, family.prediction) is family
+
+
+def test_a_width_alone_means_the_usual_row() -> None:
+    """1024 wide is velocity, as most tools take it."""
+    for width in {family.context_width for family in FAMILIES.values()}:
+        rows = [family for family in FAMILIES.values() if family.context_width == width]
+        assert [family_of_context_width(width)] == [family for family in rows if family.usual]
+        assert len({family.title for family in rows}) == 1
+    assert family_of_context_width(1024).prediction == "v_prediction"
+
+
+def test_blocks_are_regular_expressions_over_the_unets_paths() -> None:
+    for family in FAMILIES.values():
+        for blocks in (family.subject_blocks, family.style_blocks):
+            assert re.compile(blocks).fullmatch("conv_in") is None
+
+
+def test_what_a_family_takes_in_place_of_defaults_is_legal() -> None:
+    for family in FAMILIES.values():
+        config = RunConfig().changed(family.settings)
+        assert {name: config.get(name) for name in family.settings} == dict(family.settings)
 
 
 def test_context_is_the_encoders_side_by_side() -> None:
