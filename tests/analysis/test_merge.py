@@ -99,7 +99,9 @@ def test_a_rank_and_a_precision(files, tmp_path, capsys):
     out = tmp_path / "small.safetensors"
     code, lines, _ = run(capsys, "merge", *files, "--out", out, "--rank", 2, "--precision", "bf16")
     assert code == 0
-    assert re.search(r"At rank 2 .* by \d+\.\d\d% of its norm; the worst layer, text_encoder\..*, by", lines[1])
+    assert re.search(
+        r"At rank 2 .* by \d+\.\d\d% of its norm; the worst layer, text_encoder\..*, by", lines[1]
+    )
     assert inspect_file(out)["ranks"] == [2]
     assert {t.dtype for k, t in load_file(out).items() if "lora_" in k.split(".", 1)[1]} == {torch.bfloat16}
 

@@ -101,7 +101,10 @@ def test_each_factor_keeps_its_own_precision(tmp_path):
     converted(start, middle, "diffusers")
     converted(middle, end, "kohya")
     same_tensors(start, end)
-    assert {t.dtype for k, t in read_tensors(end)[0].items() if "lora_up" in k} == {torch.float32, torch.float64}
+    assert {t.dtype for k, t in read_tensors(end)[0].items() if "lora_up" in k} == {
+        torch.float32,
+        torch.float64,
+    }
 
 
 def test_other_spellings_become_the_usual_one(tmp_path):
