@@ -8,6 +8,8 @@ from app.routes import address
 from app.words import chip, file_size, safe
 from lora_core.spec.run_folder import runs_folder
 
+MOST_NAMES = 40
+
 
 def checkpoint_cards(moment: Moment, watch: Watch | None, chosen: str) -> str:
     """Best and last side by side, each with its newest sample and its gain."""
@@ -46,42 +48,89 @@ def _card(moment: Moment, watch: Watch, title: str, step: int, on: bool) -> str:
     )
 
 
+SAME_STRENGTH = 0.05
+"""The largest relative error of an update that rounding of the file's numbers can explain."""
+
+
+def tool_rows(verified: dict[str, Any]) -> str:
+    """A row a tool: a tick with how many keys it reads, or what goes wrong."""
+    return f"<table>{''.join(_tool(row) for row in verified.get('tools', []))}</table>"
+
+
+def _tool(row: dict[str, Any]) -> str:
+    keys, matched = int(row.get("keys") or 0), int(row.get("matched") or 0)
+    dropped: list[Any] = row.get("dropped") or []
+    error, note = row.get("max_delta_error"), str(row.get("note") or "")
+    if not matched:
+        return _row(row, note, chip("loads nothing", "bad"))
+    if dropped or matched < keys:
+        return _row(row, note, chip("drops keys", "bad"), _listed([str(name) for name in dropped]))
+    if error is None:
+        return _row(row, note, chip("may differ", "warn"))
+    if float(error) > SAME_STRENGTH:
+        return _row(row, note, chip("wrong strength", "bad"))
+    return _row(
+        row, f"{matched:,} of {keys:,} keys, same strength", chip("\N{CHECK MARK} reads it whole", "good")
+    )
+
+
+def _listed(names: list[str]) -> str:
+    """Names of keys, folded away."""
+    more = [f"and {len(names) - MOST_NAMES:,} more"] if len(names) > MOST_NAMES else []
+    lines = safe("\n".join(names[:MOST_NAMES] + more))
+    return f'<details><summary>Which keys</summary><pre class="log" tabindex="0">{lines}</pre></details>'
+
+
+def _row(row: dict[str, Any], said: str, verdict: str, listed: str = "") -> str:
+    name = safe(row.get("tool", ""))
+    return f'<tr><td>{name}</td><td class="num">{safe(said)}{listed}</td><td>{verdict}</td></tr>'
+
+
+def verdict_chip(verified: dict[str, Any]) -> str:
+    """The whole in one label."""
+    if verified.get("ok"):
+        return chip("read back and compared", "good")
+    return chip("not every tool reads it", "bad")
+
+
 def works_in(result: dict[str, Any] | None, portable: bool) -> str:
-    """The table of tools from the worker's answer."""
+    """What each tool makes of the written file, from the worker's answer."""
     own = (
         ""
         if portable
         else (
-            '<p class="small">This LoRA was made for the embedded base. Other tools read the file, but it is'
-            " of use only with that base, which no other tool has.</p>"
+            '<p class="small">This LoRA was made for the embedded base. Other tools read the format, but the'
+            " file is of use only with that base, which no other tool has.</p>"
         )
     )
     if result is None:
         return (
-            '<div class="panel"><h2>Works in</h2><p class="small">Download writes the file, reads it back'
-            f" bit for bit, and says here which tools read its format.</p>{own}</div>"
+            '<div class="panel"><h2>Works in</h2><p class="small">Once the file is written it is read back by'
+            " the rules of six tools, and what each would add to the base is compared with what was trained."
+            f" The answer stands here.</p>{own}</div>"
         )
-    rows = "".join(_tool(row) for row in result.get("works_in", []))
+    verified = result.get("works_in") or {}
     return (
-        '<div class="panel"><div class="row apart"><h2>Works'
-        f" in</h2>{chip('read back, bit for bit', 'good')}</div><table>{rows}</table>{own}</div>"
+        f'<div class="panel"><div class="row apart"><h2>Works in</h2>{verdict_chip(verified)}</div>'
+        f"{tool_rows(verified)}{own}</div>"
     )
 
 
-def _tool(row: dict[str, Any]) -> str:
-    loads = bool(row.get("loads"))
-    verdict = chip("reads it", "good") if loads else chip("drops keys", "warn")
+def path_line(path: object, words: str) -> str:
+    """Where a file lies, with a button that copies the path."""
+    text = safe(path)
     return (
-        f"<tr><td>{safe(row.get('tool', ''))}</td><td>{safe(row.get('note', ''))}</td><td>{verdict}</td></tr>"
+        f'<p class="small where">{safe(words)} <code>{text}</code> <button type="button" class="own quiet"'
+        f' data-copy="{text}">Copy path</button></p>'
     )
 
 
 def written_line(result: dict[str, Any], precision: str, address_of_file: str) -> str:
-    """What was written, and the link to have it again."""
+    """What was written and where, and the link to have it again."""
     size = file_size(float(result.get("bytes", 0)))
     name = str(result.get("file", "")).replace("\\", "/").rsplit("/", 1)[-1]
     return (
         f'<p class="small num" role="status">{safe(name)}, {size}, {safe(precision)},'
         f' {safe(result.get("modules", ""))} layers. <a href="{safe(address_of_file)}" download>Download'
-        " again</a></p>"
+        f" again</a></p>{path_line(result.get('file', ''), 'It lies at')}"
     )

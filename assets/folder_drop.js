@@ -40,14 +40,21 @@
     return files;
   };
 
+  // An adapter file is no picture: it goes to the panel that says what it is, where that is in the page.
+  const placeOf = (files) => {
+    const check = document.querySelector("#check-drop input[type=file]");
+    const adapter = files.length === 1 && files[0].name.endsWith(".safetensors");
+    return adapter && check ? [check, "Export"] : [document.querySelector("#dataset-drop input[type=file]"), "Dataset"];
+  };
+
   const hand = (files) => {
-    const input = document.querySelector("#dataset-drop input[type=file]");
+    const [input, tab] = placeOf(files);
     if (!input || !files.length) return;
     const transfer = new DataTransfer();
     files.forEach((file) => transfer.items.add(file));
     input.files = transfer.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
-    window.easel?.openTab("Dataset");
+    window.easel?.openTab(tab);
   };
 
   let depth = 0;

@@ -22,11 +22,12 @@ import torch
 from lora_core.adapters.inject import Merger, Strengthened
 from lora_core.formats.file import read_adapter
 from lora_core.formats.inspect import inspect_file
+from lora_core.formats.verify import verified
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.encode import negative_condition, text_condition
 from lora_core.models.load import BaseModel, load_base
 from lora_core.sampling.generate import Picture, generated, infotext, save_png
-from lora_core.spec.errors import ConfigError, LoraError
+from lora_core.spec.errors import AdapterFileError, ConfigError, LoraError
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.export import exported_checkpoint
 
@@ -53,8 +54,8 @@ class Worker:
         """Do one request; every problem becomes an answer, so that the worker goes on."""
         name = str(request.get("id", ""))
         verbs = {
-            "generate": self._generate, "export": self._export, "inspect": self._inspect, "release":
-            self._release,
+            "generate": self._generate, "export": self._export, "inspect": self._inspect, "verify":
+            self._verify, "release": self._release,
         }  # fmt: skip
         try:
             verb = verbs.get(str(request.get("do")))
@@ -158,6 +159,15 @@ class Worker:
 
     def _inspect(self, request: Request) -> dict[str, Any]:
         return {"report": inspect_file(Path(str(request["file"])))}
+
+    def _verify(self, request: Request) -> dict[str, Any]:
+        """What a file is, and what each tool makes of it; for a kind that cannot be verified, why not."""
+        file = Path(str(request["file"]))
+        report = inspect_file(file)
+        try:
+            return {"report": report, "verify": verified(file)}
+        except AdapterFileError as error:
+            return {"report": report, "problem": str(error)}
 
     def _release(self, request: Request) -> dict[str, Any]:
         self._base = self._merger = None

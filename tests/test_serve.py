@@ -225,6 +225,17 @@ def test_inspect(worker: Worker, lora: Path) -> None:
     )
 
 
+def test_verify_says_what_a_file_is_and_who_reads_it(worker: Worker, lora: Path, tmp_path: Path) -> None:
+    done = worker.answers({"id": "v", "do": "verify", "file": str(lora)})[-1]
+    assert (done["report"]["kind"], done["report"]["modules"]) == ("LoRA", 2)
+    assert [row["tool"] for row in done["verify"]["tools"]] == [
+        "A1111", "Forge", "ComfyUI", "InvokeAI", "kohya", "diffusers",
+    ]  # fmt: skip
+    broken = tmp_path / "x.safetensors"
+    broken.write_text("<html>")
+    assert "a web page" in worker.error({"id": "w", "do": "verify", "file": str(broken)})
+
+
 def test_export_of_a_checkpoint(worker: Worker, lora: Path, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "runs" / "mine", RunConfig())
     ask = {"id": "e", "do": "export", "run": str(run.path)}
@@ -237,7 +248,9 @@ def test_export_of_a_checkpoint(worker: Worker, lora: Path, tmp_path: Path) -> N
     assert file == run.exports / "Katze ü.safetensors"
     assert (done["bytes"], done["modules"]) == (file.stat().st_size, 2)
     assert done["sha256"] == file_hashes(file)["sha256"]
-    assert [row["tool"] for row in done["works_in"] if row["loads"]] == ["diffusers"]
+    rows = done["works_in"]["tools"]
+    assert done["works_in"]["ok"]
+    assert [row["tool"] for row in rows if row["matched"] == row["keys"]] == ["diffusers"]
     assert "'7'" in worker.error(ask | {"checkpoint": "7"})
     assert "a/b" in worker.error(ask | {"name": "a/b"})
     assert "fp12" in worker.error(ask | {"precision": "fp12"})

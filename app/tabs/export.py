@@ -1,4 +1,6 @@
-"""The Export tab: choose a checkpoint, name the file, take it, and see where it works."""
+"""The Export tab: choose a checkpoint, name the file, take it or have it put into another tool's folder, and
+see
+where it works; and a look at any other LoRA file."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,14 @@ from urllib.parse import quote
 import gradio as gr
 
 from app.bases import chosen_base
+from app.copy_panel import build_copy, checked_folder, copied_line, problem
+from app.copying import copied
+from app.desk import Desk
+from app.file_check import build_check
 from app.jobs import Watch
 from app.loras import checkpoint_choices
 from app.moment import Moment, moment_of
 from app.parts import QUIET, Parts, piece
-from app.words import safe
 from app.works_in import checkpoint_cards, works_in, written_line
 from lora_core.spec.choices import FORMATS
 from lora_core.spec.errors import LoraError
@@ -36,9 +41,11 @@ def build(parts: Parts) -> None:
             parts.live(button, lambda m: gr.update(interactive=bool(_with_checkpoints(m))))
             written = piece(elem_id="export-written")
             address = gr.Textbox(visible="hidden", elem_id="export-address")
+            buttons = {"download": button, **build_copy(parts, lambda m: bool(_with_checkpoints(m)))}
         with gr.Column(elem_classes="main"):
             table = piece(works_in(None, True), elem_id="works-in")
-    _wire(parts, fields, button, [written, table, address])
+            build_check(parts)
+    _wire(parts, fields, buttons, [written, table, address])
 
 
 def _form(parts: Parts) -> dict[str, Any]:
@@ -107,29 +114,54 @@ class _Chosen:
         return gr.update(value=watch.run.name if watch else "")
 
 
-def _wire(parts: Parts, fields: dict[str, Any], button: Any, outputs: list[Any]) -> None:
+def _wire(parts: Parts, fields: dict[str, Any], buttons: dict[str, Any], outputs: list[Any]) -> None:
     desk = parts.desk
 
-    def write(run: str, checkpoint: str, name: str, form: str, precision: str) -> tuple[str, Any, str]:
+    def download(*choice: str) -> tuple[str, Any, str]:
         try:
-            watch = next((w for w, _ in moment_of(desk).runs if w.run.name == run), None)
-            if watch is None:
-                raise LoraError("Choose a run first; there is none with a checkpoint yet.")
-            stem = checked_name(name.strip().removesuffix(".safetensors") or watch.run.name)
+            watch, result = written(desk, *choice)
         except LoraError as error:
-            return f'<p class="problem" role="alert">{safe(error)}</p>', gr.skip(), ""
-        request = {"run": str(watch.run.path), "checkpoint": checkpoint or "last", "name": stem}
-        reply = desk.worker.ask({"do": "export", **request, "format": form, "precision": precision})
-        if reply.state == "error":
-            return f'<p class="problem" role="alert">{safe(reply.message)}</p>', gr.skip(), ""
-        file = Path(str(reply.result["file"]))
+            return problem(error), gr.skip(), ""
+        file = Path(str(result["file"]))
         link = f"/easel/download/{quote(watch.run.name)}/{quote(file.name)}"
-        return written_line(reply.result, precision, link), works_in(reply.result, _portable(watch)), link
+        return written_line(result, choice[-1], link), works_in(result, _portable(watch)), link
+
+    def copy(folder: str, *choice: str) -> tuple[str, Any]:
+        try:
+            target = checked_folder(folder)
+            watch, result = written(desk, *choice)
+            done = copied(Path(str(result["file"])), target)
+        except LoraError as error:
+            return problem(error), gr.skip()
+        desk.places.keep_lora_folder(target)
+        return copied_line(desk, done), works_in(result, _portable(watch))
 
     inputs = [fields[name] for name in ("run", "checkpoint", "name", "format", "precision")]
-    done = button.click(write, inputs, outputs, **{**QUIET, "show_progress": "minimal"})
+    busy = {**QUIET, "show_progress": "minimal"}
+    done = buttons["download"].click(download, inputs, outputs, **busy)
     done.then(None, outputs[-1], None, js=START_DOWNLOAD, queue=False)
     parts.action(done)
+    note, table = buttons["copied"], outputs[1]
+    parts.action(buttons["copy"].click(copy, [buttons["folder"], *inputs], [note, table], **busy))
+
+
+def written(
+    desk: Desk, run: str, checkpoint: str, name: str, form: str, precision: str
+) -> tuple[Watch, dict[str, Any]]:
+    """Have the worker write the file. Returns the run and the worker's answer.
+
+    Raises:
+        LoraError: there is no such run, the name is no file's, or the worker could not write it.
+    """
+    watch = next((w for w, _ in moment_of(desk).runs if w.run.name == run), None)
+    if watch is None:
+        raise LoraError("Choose a run first; there is none with a checkpoint yet.")
+    stem = checked_name(name.strip().removesuffix(".safetensors") or watch.run.name)
+    request = {"run": str(watch.run.path), "checkpoint": checkpoint or "last", "name": stem}
+    reply = desk.worker.ask({"do": "export", **request, "format": form, "precision": precision})
+    if reply.state == "error":
+        raise LoraError(reply.message)
+    return watch, reply.result
 
 
 def _portable(watch: Watch) -> bool:

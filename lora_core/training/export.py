@@ -11,6 +11,7 @@ from lora_core.dataset.captions import tag_counts
 from lora_core.formats.card import THUMBNAIL_KEY, thumbnail, thumbnail_text, write_beside
 from lora_core.formats.file import file_hashes, read_adapter, read_tensors, write_adapter
 from lora_core.formats.metadata import ExportFacts, side_file
+from lora_core.formats.verify import verified
 from lora_core.models.load import BaseModel
 from lora_core.spec.config import RunConfig, to_toml
 from lora_core.spec.errors import RunError
@@ -116,7 +117,8 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
         how: (format, precision).
 
     Returns:
-        {file, bytes, modules, sha256, works_in: [{tool, loads, note}]}.
+        {file, bytes, modules, sha256, works_in}, the last what `verified` says of the file against the
+        checkpoint: {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
         RunError: there is no such checkpoint, or the name cannot be a file's.
@@ -140,7 +142,7 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
         "bytes": path.stat().st_size,
         "modules": len(weights.layers),
         "sha256": file_hashes(path)["sha256"],
-        "works_in": works_in(how[0], family),
+        "works_in": verified(path, family, live=weights),
     }
 
 
@@ -155,22 +157,3 @@ def _step_of(run: RunFolder, which: str) -> int:
         kept = ", ".join(map(str, steps))
         raise RunError(f"The run {run.name} has no checkpoint {which!r}; it has those of step {kept}.")
     return wanted
-
-
-READERS = {
-    "kohya": ("A1111", "Forge", "ComfyUI", "InvokeAI", "kohya", "diffusers"),
-    "diffusers": ("diffusers",),
-}
-"""Which tools load a plain LoRA whole, by format: measured with their own loaders on 2026-11-24."""
-
-
-def works_in(kind: str, family: Family) -> list[dict[str, Any]]:
-    """What each tool makes of a file, as {tool, loads, note}."""
-    rows = []
-    for tool in READERS["kohya"]:
-        loads = tool in READERS[kind]
-        note = "reads every key" if loads else "drops keys of this format; export as kohya for it"
-        if loads and not family.portable:
-            note = f"reads the format; the file is of use only with the {family.title.lower()}"
-        rows.append({"tool": tool, "loads": loads, "note": note})
-    return rows

@@ -6,7 +6,6 @@ import pytest
 
 from app import charts, gallery, words
 from app.bases import Base, chosen_base
-from app.works_in import works_in
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem
 from lora_core.spec import events
 
@@ -24,13 +23,6 @@ def test_file_names_and_captions_are_text(tmp_path: Path) -> None:
     assert shown.count("<img ") == 1
     problem = Problem(tmp_path / "a.png", "broken", f"{HOSTILE} is damaged.")
     assert "<img src=x" not in gallery.findings(Dataset([record], [problem]), [], False)
-
-
-def test_what_the_worker_says_of_tools_is_text() -> None:
-    shown = works_in({"works_in": [{"tool": HOSTILE, "loads": False, "note": HOSTILE}]}, False)
-    assert "<img" not in shown
-    assert "drops keys" in shown
-    assert "only" in shown
 
 
 def test_the_crop_is_drawn_in_shares_of_the_picture(tmp_path: Path) -> None:

@@ -1,0 +1,193 @@
+"""The Export tab: what each tool makes of a file, copying it into another tool's folder, and looking at any
+file."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import copying
+from app.copy_panel import checked_folder, copied_line, folder_choices
+from app.copying import copied
+from app.desk import Desk
+from app.file_check import report_html, trained, trigger_words, written_by
+from app.tools import OtherTools
+from app.works_in import tool_rows, works_in, written_line
+from lora_core.spec.errors import RunError
+from lora_core.spec.other_tools import Tool
+
+HOSTILE = '"><img src=x onerror=alert(1)>'
+
+
+def row(tool: str = "ComfyUI", **changes: Any) -> dict[str, Any]:
+    fine = {"keys": 264, "matched": 264, "dropped": [], "max_delta_error": 1e-4, "note": "reads every key"}
+    return {"tool": tool, **fine, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict", "said"),
+    [
+        ({}, "reads it whole", "264 of 264 keys, same strength"),
+        ({"matched": 262, "dropped": ["a.alpha", "b.alpha"], "note": "drops 2"}, "drops keys", "drops 2"),
+        ({"matched": 0, "dropped": ["a"], "note": "refuses it"}, "loads nothing", "refuses it"),
+        ({"max_delta_error": 1.0, "note": "2 times too strong"}, "wrong strength", "2 times too strong"),
+        ({"max_delta_error": None, "note": "in different ways"}, "may differ", "in different ways"),
+    ],
+)
+def test_a_row_a_tool(changes: dict[str, Any], verdict: str, said: str) -> None:
+    shown = tool_rows({"tools": [row(**changes)]})
+    assert verdict in shown
+    assert said in shown
+    assert ("Which keys" in shown) == (verdict == "drops keys")
+
+
+def test_what_the_worker_says_of_tools_is_text() -> None:
+    hostile = row(HOSTILE, matched=1, dropped=[HOSTILE] * 50, note=HOSTILE)
+    shown = works_in({"works_in": {"ok": False, "tools": [hostile]}}, portable=False)
+    assert "<img" not in shown
+    assert "and 10 more" in shown
+    assert "not every tool reads it" in shown
+    assert "only with that base" in shown
+    assert "only with that base" not in works_in(None, portable=True)
+    line = written_line({"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}, "fp16", "/x")
+    assert "<img" not in line
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    folder = tmp_path / "run" / "export"
+    folder.mkdir(parents=True)
+    (folder / "my dög.json").write_text('{"activation text": "zwx"}')
+    (folder / "my dög.preview.png").write_bytes(b"picture")
+    (folder / "my dög.md").write_text("a page for people")
+    file = folder / "my dög.safetensors"
+    file.write_bytes(b"weights")
+    return file
+
+
+@pytest.fixture
+def loras(tmp_path: Path) -> Path:
+    folder = tmp_path / "ComfyUI é" / "models" / "loras"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_an_export_is_copied_with_what_belongs_to_it(export: Path, loras: Path) -> None:
+    done = copied(export, loras)
+    assert sorted(os.listdir(loras)) == ["my dög.json", "my dög.preview.png", "my dög.safetensors"]
+    assert done.file.read_bytes() == b"weights"
+    assert (len(done.beside), done.kept, done.renamed) == (2, (), False)
+    assert copied(export, loras) == copying.Copied(done.file, (), (), False)
+
+
+def test_another_file_of_that_name_is_never_replaced(export: Path, loras: Path) -> None:
+    (loras / export.name).write_bytes(b"somebody else's")
+    (loras / "my dög-2.safetensors").symlink_to(loras / "nowhere")
+    done = copied(export, loras)
+    assert done.file == loras / "my dög-3.safetensors"
+    assert done.renamed
+    assert (loras / "my dög-3.json").is_file()
+    assert (loras / export.name).read_bytes() == b"somebody else's"
+
+
+def test_words_that_a_person_wrote_there_stay(export: Path, loras: Path) -> None:
+    copied(export, loras)
+    side = loras / "my dög.json"
+    side.write_text('{"activation text": "mine", "notes": "good at 0.7"}')
+    done = copied(export, loras)
+    assert (done.kept, done.renamed) == ((side,), False)
+    assert "good at 0.7" in side.read_text()
+
+
+def test_a_copy_that_fails_leaves_nothing_behind(
+    export: Path, loras: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"wei")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(copying.shutil, "copyfile", full)
+    with pytest.raises(RunError, match="No space left"):
+        copied(export, loras)
+    assert os.listdir(loras) == []
+
+
+def test_a_folder_that_is_none_is_a_sentence(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no folder at"):
+        copied(export, tmp_path / "gone")
+    for text, words in (("", "Choose a folder"), (str(tmp_path / "gone"), "no folder at"), (None, "Choose")):
+        with pytest.raises(RunError, match=words):
+            checked_folder(text)
+    assert checked_folder(f' "{tmp_path}" ') == tmp_path
+
+
+def test_folders_of_tools_and_folders_used_before_are_offered(
+    desk: Desk, loras: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    tools = [Tool("ComfyUI", loras.parents[1], (), loras), Tool("InvokeAI", tmp_path, (), None)]
+    desk.tools = OtherTools(desk.places, lambda extra: tools)
+    desk.tools.look(wait=True)
+    for folder in (loras, own, tmp_path / "gone"):
+        desk.places.keep_lora_folder(folder)
+    assert folder_choices(desk) == [(f"ComfyUI: {loras}", str(loras)), (str(own), str(own))]
+
+
+def test_what_was_copied_is_said(desk: Desk, export: Path, loras: Path) -> None:
+    tools = [Tool("ComfyUI", loras.parents[1], (), loras)]
+    desk.tools = OtherTools(desk.places, lambda extra: tools)
+    desk.tools.look(wait=True)
+    (loras / export.name).write_bytes(b"other")
+    said = copied_line(desk, copied(export, loras))
+    assert "Copied to ComfyUI, with its side files." in said
+    assert "this one is called my dög-2" in said
+    assert str(loras / "my dög-2.safetensors") in said
+
+
+@pytest.mark.parametrize(
+    ("metadata", "program"),
+    [
+        ({"software": '{"name": "ai-toolkit", "version": "0.5"}'}, "ai-toolkit 0.5"),
+        ({"ot_branch": "master", "modelspec.implementation": "x"}, "OneTrainer"),
+        ({"ss_sd_scripts_commit_hash": "abc", "ss_network_module": "networks.lora"}, "kohya sd-scripts"),
+        ({"ss_network_module": "networks.lora"}, "kohya sd-scripts"),
+        ({"modelspec.implementation": "https://github.com/owner/trainer"}, "owner/trainer"),
+        ({"software": "{"}, ""),
+        ({}, ""),
+    ],
+)
+def test_who_wrote_a_file(metadata: dict[str, str], program: str) -> None:
+    assert written_by(metadata) == program
+
+
+def test_trigger_words_are_those_said_else_the_frequent_tags() -> None:
+    tags = json.dumps({"10_dog": {"zwx dog": 12, "grass": 3}, "5_more": {"grass": 20, "bad": "x"}, "odd": 7})
+    assert trigger_words({"modelspec.trigger_phrase": " zwx ", "ss_tag_frequency": tags}) == "zwx"
+    assert trigger_words({"ss_tag_frequency": tags}) == "most frequent tags: grass, zwx dog"
+    assert trigger_words({"ss_tag_frequency": "[1"}) == ""
+    assert (
+        trained({"ss_sd_model_name": "v1-5", "ss_num_train_images": "20", "ss_steps": "x"})
+        == "on v1-5, 20 pictures"
+    )
+
+
+def test_a_report_shows_what_a_file_says_as_text() -> None:
+    report = {
+        "family": "sd15", "kind": "LoCon", "format": "kohya", "ranks": [1, 4, 8, 16, 32], "alphas": [1.0],
+        "modules": 264, "parameters": 9_437_184, "bytes": 18_900_000, "hash_matches": False,
+        "metadata": {"modelspec.trigger_phrase": HOSTILE, "software": json.dumps({"name": HOSTILE})},
+    }  # fmt: skip
+    shown = report_html(
+        f"{HOSTILE}.safetensors", {"report": report, "verify": {"ok": True, "tools": [row()]}}
+    )
+    assert "<img" not in shown
+    assert "Stable Diffusion 1.x" in shown
+    assert "1 to 32, 5 values" in shown
+    assert "its hash differs" in shown
+    assert "264 of 264 keys" in shown
+    shown = report_html("x", {"report": {**report, "family": HOSTILE}, "problem": HOSTILE})
+    assert "<img" not in shown
+    assert "<table>" not in shown
