@@ -24,6 +24,12 @@ _WILDCARD = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 # How CLIP cuts a text before byte pairs are merged. Source: Radford et al. 2021, clip/simple_tokenizer.py.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")
+COMMA = ",</w>"
+"""The token of a comma at the end of a word."""
+CHUNK = 75
+"""Tokens that a CLIP text encoder reads at once, its begin and end marks not counted."""
+WRAP = 20
+"""How many tokens back a full chunk looks for a comma to end at."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,45 @@ def token_count(text: str, tokenizer_folder: Path) -> int:
 
 
 def part_beyond(text: str, limit: int, tokenizer_folder: Path) -> str:
-    """What of a text comes after its first `limit` tokens and is not read; "" where all of it is.
+    """What of a text a limit of 75, 150 or 225 tokens leaves unread; "" where it leaves nothing.
 
     Raises:
         ModelFileError: the folder holds no tokenizer of this kind.
     """
-    offsets = _clip_tokenizer(tokenizer_folder.absolute()).encode(text, add_special_tokens=False).offsets
-    return text[offsets[limit][0] :] if len(offsets) > limit else ""
+    tokenizer = _clip_tokenizer(tokenizer_folder.absolute())
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    comma = tokenizer.token_to_id(COMMA)
+    rows = chunked(encoded.ids, -1 if comma is None else comma, max(1, limit // CHUNK))
+    read = sum(map(len, rows))
+    return text[encoded.offsets[read][0] :] if len(encoded.offsets) > read else ""
+
+
+def chunked(ids: list[int], comma: int, chunks: int) -> list[list[int]]:
+    """A caption's tokens as the chunks of 75 that a text encoder reads one by one.
+
+    A chunk that is full ends at its last comma where that is at most 20 tokens back, so that no tag is cut in
+    two; the last chunk is simply cut. As A1111 does (its setting "prompt word wrap length limit", 20).
+
+    Args:
+        ids: token numbers without begin and end.
+        comma: the comma's number, -1 where there is none.
+        chunks: how many are read at most.
+
+    Returns:
+        At most `chunks` lists of at most 75; what does not fit is left out.
+    """
+    rows: list[list[int]] = []
+    start = 0
+    while len(rows) < chunks and (start < len(ids) or not rows):
+        row = ids[start : start + CHUNK]
+        # A comma that itself comes next, right after a full chunk, moves nothing.
+        if len(rows) + 1 < chunks and len(ids) > start + CHUNK and ids[start + CHUNK] != comma:
+            commas = [place for place, token in enumerate(row) if token == comma]
+            if commas and CHUNK - commas[-1] <= WRAP:
+                row = row[: commas[-1] + 1]
+        rows.append(row)
+        start += len(row)
+    return rows
 
 
 @functools.lru_cache(maxsize=8)

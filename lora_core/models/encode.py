@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
+from lora_core.dataset.captions import CHUNK, COMMA, chunked
 from lora_core.models.load import BaseModel
 from lora_core.spec.families import TextEncoder
 
-CHUNK = 75
-"""Tokens of a caption that a CLIP text encoder reads at once, its begin and end marks not counted."""
 PENULTIMATE = 2
 """The layer before the last, counted from the last."""
 
@@ -76,22 +75,21 @@ def _shift(base: BaseModel) -> float:
 
 
 def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
-    """A caption as (chunks, L) token ids, each chunk with its own begin, end and padding, as A1111 does.
+    """A caption as (chunks, 77) token ids, each chunk with its own begin, end and padding.
+
+    Where the caption is cut into chunks is `dataset/captions.chunked`'s to say.
 
     Args:
-        tokenizer: a CLIP tokenizer; L is its length.
+        tokenizer: a CLIP tokenizer.
         caption: the text; what does not fit into all chunks is cut.
         chunks: how many.
     """
-    length = int(tokenizer.model_max_length)
-    room = length - 2
-    ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids[
-        : room * chunks
-    ]
+    ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    bodies = chunked(ids, tokenizer.get_vocab().get(COMMA, -1), chunks)
+    bodies += [[]] * (chunks - len(bodies))
     rows = []
-    for start in range(0, room * chunks, room):
-        body = ids[start : start + room]
-        padding = [tokenizer.pad_token_id] * (room - len(body))
+    for body in bodies:
+        padding = [tokenizer.pad_token_id] * (CHUNK - len(body))
         rows.append([tokenizer.bos_token_id, *body, tokenizer.eos_token_id, *padding])
     return torch.tensor(rows)
 

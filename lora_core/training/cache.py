@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from lora_core.dataset.buckets import Bucket
+from lora_core.dataset.captions import CHUNK
 from lora_core.dataset.folder import ImageRecord
 from lora_core.dataset.pictures import content_hash
 from lora_core.models.encode import (
-    CHUNK,
     TextCondition,
     as_negative,
     encoded_picture,

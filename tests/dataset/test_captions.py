@@ -13,14 +13,16 @@ import pytest
 
 from lora_core.dataset.captions import (
     CaptionRules,
+    chunked,
     drawn_caption,
+    part_beyond,
     tag_counts,
     tags_of,
     token_count,
     with_trigger,
 )
 from lora_core.spec.errors import ModelFileError
-from lora_core.spec.paths import DEMO_BASE
+from lora_core.spec.paths import CLIP_TOKENIZER, DEMO_BASE
 
 TAGS = "one, two, three, four, five"
 PLAIN = CaptionRules(trigger="", caption_dropout=0.0, tag_dropout=0.0, shuffle_tags=False, keep_tags=0)
@@ -178,3 +180,42 @@ def test_token_count_equals_transformers(small_tokenizer: Path, which: str) -> N
 def test_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"vocab\.json and merges\.txt"):
         token_count("a", tmp_path)
+
+
+A, COMMA_ID = 5, 7
+
+
+@pytest.mark.parametrize(
+    ("ids", "chunks", "lengths"),
+    [
+        ([], 3, [0]),
+        ([A] * 75, 3, [75]),
+        ([A] * 76, 3, [75, 1]),
+        ([A] * 300, 3, [75, 75, 75]),
+        # The last comma within 20 tokens of the end: what follows it moves on.
+        ([A] * 60 + [COMMA_ID] + [A] * 40, 3, [61, 40]),
+        ([A] * 55 + [COMMA_ID] + [A] * 40, 3, [56, 40]),
+        ([A] * 54 + [COMMA_ID] + [A] * 40, 3, [75, 20]),
+        ([A] * 57 + [COMMA_ID] + [A] * 3 + [COMMA_ID] + [A] * 40, 3, [62, 40]),
+        # The caption ends with the chunk, or a comma comes next: nothing moves.
+        ([A] * 60 + [COMMA_ID] + [A] * 14, 3, [75]),
+        ([A] * 60 + [COMMA_ID] + [A] * 14 + [COMMA_ID] + [A] * 5, 3, [75, 6]),
+        # The last chunk is simply cut.
+        ([A] * 60 + [COMMA_ID] + [A] * 40, 1, [75]),
+        ([A] * 60 + [COMMA_ID] + [A] * 100, 2, [61, 75]),
+    ],
+)
+def test_long_captions_are_cut_into_chunks_as_a1111_does(ids, chunks, lengths):
+    """Expected values worked out by hand from A1111 1.10.1, modules/sd_hijack_clip.py, tokenize_line."""
+    rows = chunked(ids, COMMA_ID, chunks)
+    assert [len(row) for row in rows] == lengths
+    flat = [token for row in rows for token in row]
+    assert flat == ids[: len(flat)]
+
+
+def test_what_is_not_read_follows_the_chunks():
+    text = "a " * 70 + ", " + "b " * 100
+    # 71 tokens to the comma, then 75 of the rest.
+    assert part_beyond(text, 150, CLIP_TOKENIZER).split() == ["b"] * 25
+    assert part_beyond(text, 75, CLIP_TOKENIZER).split() == ["b"] * 96
+    assert part_beyond(text, 225, CLIP_TOKENIZER) == ""
