@@ -13,6 +13,7 @@ from app.form import FORM, carried_over, preset_config, shown, widget
 from app.moment import Moment
 from app.parts import QUIET, Parts, piece
 from app.plan import choice
+from app.project import DEMO
 from app.words import many, safe
 from lora_core.spec.other_tools import Machine, base_files, found_tools
 
@@ -21,6 +22,7 @@ INFO = (
     " models."
 )
 HIDDEN_INFO = "tip"
+USUAL_LEVEL = "balanced"
 
 
 def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
@@ -42,11 +44,23 @@ def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
     parts.live(made["model.base"], lambda m: gr.update(choices=base_choices(m.desk)))
     parts.live(piece(), base_note)
     added = piece(elem_id="base-added")
-    with gr.Accordion("Prediction and VAE", open=False, elem_id="base-details") as details:
-        made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
-        made["model.vae"] = widget("model.vae", elem_id="model-vae", placeholder="the base's own")
-    parts.live(details, lambda m: gr.update(visible=not m.plan.base.embedded, open=_asks(m)))
+    with gr.Column(elem_classes="group", elem_id="base-details") as details:
+        parts.live(piece(elem_classes="group-note"), _details_note)
+        with gr.Accordion("Prediction and VAE", open=False) as fold:
+            made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
+            made["model.vae"] = widget("model.vae", elem_id="model-vae", placeholder="the base's own")
+    parts.live(details, lambda m: gr.update(visible=not m.plan.base.embedded))
+    parts.live(fold, lambda m: gr.update(open=_asks(m)))
     return made, added
+
+
+def _details_note(moment: Moment) -> str:
+    """What the folded settings hold."""
+    facts, vae = moment.plan.base.facts, moment.plan.config.model.vae
+    if facts is None or facts.family is None:
+        return ""
+    predicts = "velocity" if facts.prediction == "v_prediction" else "noise"
+    return f"<span>{predicts}{', a guess' if facts.guessed else ''}{', own VAE' if vae else ''}</span>"
 
 
 def _asks(moment: Moment) -> bool:
@@ -56,19 +70,27 @@ def _asks(moment: Moment) -> bool:
     return moment.plan.base.guessed or model.prediction != "auto" or bool(model.vae)
 
 
-def wire_picker(parts: Parts, widgets: dict[str, Any], note: Any) -> None:
-    """Have a choice of a base fill the form with its starting values."""
+def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any) -> None:
+    """Have a choice of a base fill the form with its starting values.
+
+    Args:
+        parts: of the page.
+        widgets: the form's, by setting.
+        level: the dropdown of presets.
+        note: the place for what choosing a folder said.
+    """
     fields = list(widgets.values())
 
     def chosen(*values: Any) -> list[Any]:
-        said, changed = base_chosen(parts.desk, dict(zip(FORM, values, strict=True)))
-        parts.desk.project.keep(values=changed)
-        return [f'<p class="small" role="status">{safe(said)}</p>' if said else "", *changed.values()]
+        said, level_key, changed = base_chosen(parts.desk, dict(zip(FORM, values, strict=True)))
+        parts.desk.project.keep(values=changed, level=level_key)
+        shown_note = f'<p class="small" role="status">{safe(said)}</p>' if said else ""
+        return [shown_note, level_key, *changed.values()]
 
-    parts.action(widgets["model.base"].input(chosen, fields, [note, *fields], **QUIET))
+    parts.action(widgets["model.base"].input(chosen, fields, [note, level, *fields], **QUIET))
 
 
-def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """What choosing a base makes of the form.
 
     A folder full of models is no base: it is remembered, and its models are offered from then on.
@@ -78,7 +100,7 @@ def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, dict[str, Any]
         values: the form with the new base in it, dotted name to what the widget holds.
 
     Returns:
-        A sentence, or "", and the form's new values.
+        A sentence, or ""; the preset's level; and the form's new values.
     """
     draft = desk.project.draft()
     goal, level = choice(draft)
@@ -87,13 +109,16 @@ def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, dict[str, Any]
     values = {**values, "model.base": name}
     new = chosen_base(name)
     if new.problem and (added := _added_folder(desk, Path(name).expanduser())):
-        return added, {**values, "model.base": before.name or EMBEDDED}
+        return added, level, {**values, "model.base": before.name or EMBEDDED}
     if new.facts is None:
-        return "", values
+        return "", level, values
+    # The demo's preset is for the embedded base alone: its rate and precision would be no good start
+    # elsewhere.
+    new_level = USUAL_LEVEL if level == DEMO and not new.embedded else level
     if not new.embedded:
         desk.places.keep_base(name)
     changed = carried_over(
-        values, preset_config(goal, level, before.family), preset_config(goal, level, new.family)
+        values, preset_config(goal, level, before.family), preset_config(goal, new_level, new.family)
     )
     changed["model.base"] = name
     if new.resolution != before.resolution:
@@ -102,7 +127,7 @@ def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, dict[str, Any]
     if name != before.name:
         # What was set against one base's files says nothing of the next.
         changed |= {"model.prediction": "auto", "model.vae": ""}
-    return "", changed
+    return "", new_level, changed
 
 
 def _added_folder(desk: Desk, folder: Path) -> str:
@@ -114,4 +139,4 @@ def _added_folder(desk: Desk, folder: Path) -> str:
         return ""
     desk.places.keep_folder(folder.absolute())
     desk.tools.look(wait=True)
-    return f"{many(sum(found.values()), 'base')} found in {folder}: open the list above to choose one."
+    return f"{many(sum(found.values()), 'model')} found in {folder}: open the list above to choose one."

@@ -1,6 +1,5 @@
 """A base as the window shows it: what its files say, or the sentence why it cannot be used; and which bases
-there
-are to choose from."""
+there are to choose from."""
 
 import functools
 import time
@@ -98,23 +97,21 @@ def _base(name: str, prediction: str, changed_at: tuple[int, int], period: int) 
 
 
 def base_choices(desk: Desk) -> list[tuple[str, str]]:
-    """What the picker offers, as (words, value): the embedded base, those used before, and what other tools
-    have."""
-    choices = [("Embedded base (tiny)", EMBEDDED)]
-    offered: set[str] = set()
-    for seen in desk.places.bases():
-        if _key(seen) not in offered and _there(seen):
-            offered.add(_key(seen))
-            choices.append((f"{Path(seen).name or seen} (used before)", seen))
+    """What the picker offers, as (words, value): the embedded base, those used before, then the other
+    tools'."""
+    titles: dict[str, tuple[str, str]] = {}
     for tool, files in desk.tools.shelves():
         for file in files:
-            if _key(str(file)) in offered:
-                continue
-            offered.add(_key(str(file)))
             top = next((folder for folder in tool.models if file.is_relative_to(folder)), file.parent)
             words = file.relative_to(top).as_posix() if file != top else file.name
-            choices.append((f"{tool.name}: {words}", str(file)))
-    return choices
+            titles.setdefault(_key(str(file)), (f"{tool.name}: {words}", str(file)))
+    seen = {_key(name): name for name in desk.places.bases() if _there(name)}
+    before = [(titles[key][0] if key in titles else Path(name).name, name) for key, name in seen.items()]
+    return [
+        ("Embedded base (tiny)", EMBEDDED),
+        *before,
+        *(choice for key, choice in titles.items() if key not in seen),
+    ]
 
 
 def _key(name: str) -> str:

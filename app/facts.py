@@ -16,7 +16,7 @@ def blockers(moment: Moment) -> list[str]:
         found.append("There are no pictures yet: drop some on the Dataset tab.")
     found += [problem.sentence for problem in dataset.problems[:3]]
     if plan.base.problem:
-        found.append(plan.base.problem)
+        found.append("The base model cannot be used; below its name stands why.")
     if moment.live and moment.watch:
         found.append(f"The run {moment.watch.run.name} is going on; pause or stop it first.")
     return found

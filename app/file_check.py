@@ -13,11 +13,13 @@ from app.works_in import tool_rows, verdict_chip
 from lora_core.spec.families import FAMILIES
 
 MOST_TAGS = 12
-# Texts of a header that only one program writes, and what it is called.
+# Texts of a header that one program writes, and what it is called; the more telling first.
 WRITERS = (
+    ("lora_easel.config", "LoRA Easel"),
     ("ot_branch", "OneTrainer"),
     ("ot_revision", "OneTrainer"),
     ("ss_sd_scripts_commit_hash", "kohya sd-scripts"),
+    ("ss_network_module", "kohya sd-scripts"),
     ("lora_adapter_metadata", "diffusers or PEFT"),
 )
 
@@ -97,7 +99,7 @@ def report_html(name: str, result: Mapping[str, Any]) -> str:
     verified: dict[str, Any] = dict(result.get("verify") or {})
     problem = str(result.get("problem") or "")
     tools = f'<p class="small">{safe(problem)}</p>' if problem else tool_rows(verified)
-    verdict = "" if problem else verdict_chip(verified)
+    verdict = "" if problem else verdict_chip(verified, "right for the tools that it is meant for")
     return (
         f'<div class="check-result"><div class="row apart"><h3>{safe(name)},'
         f' {size}</h3>{changed}{verdict}</div><table class="facts-table">{table}</table>{tools}</div>'
@@ -119,13 +121,7 @@ def written_by(metadata: Mapping[str, str]) -> str:
     software = _json(metadata.get("software", ""))
     if isinstance(software, dict) and software.get("name"):
         return f"{software['name']} {software.get('version') or ''}".strip()
-    for key, name in WRITERS:
-        if key in metadata:
-            return name
-    stated = metadata.get("modelspec.implementation", "")
-    if stated:
-        return stated.removeprefix("https://github.com/")
-    return "kohya sd-scripts" if "ss_network_module" in metadata else ""
+    return next((name for key, name in WRITERS if key in metadata), "")
 
 
 def trigger_words(metadata: Mapping[str, str]) -> str:

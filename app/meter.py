@@ -2,8 +2,7 @@
 cut.
 
 Bases with two text encoders count with the first one's tokenizer; both have the same words. What is counted
-is
-what may be read at a look: the trigger word in front, one line of several, the longest of alternatives.
+is what may be read at a look: the trigger word in front, one line of several, the longest of alternatives.
 """
 
 import functools

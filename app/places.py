@@ -1,6 +1,5 @@
 """What a workspace remembers of places outside it: bases that were used, folders that were added, and where
-LoRAs
-were copied to."""
+LoRAs were copied to."""
 
 import json
 import threading

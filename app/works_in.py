@@ -86,10 +86,10 @@ def _row(row: dict[str, Any], said: str, verdict: str, listed: str = "") -> str:
     return f'<tr><td>{name}</td><td class="num">{safe(said)}{listed}</td><td>{verdict}</td></tr>'
 
 
-def verdict_chip(verified: dict[str, Any]) -> str:
-    """The whole in one label."""
+def verdict_chip(verified: dict[str, Any], fine: str) -> str:
+    """The whole in one label; `fine` where all is well."""
     if verified.get("ok"):
-        return chip("read back and compared", "good")
+        return chip(fine, "good")
     return chip("not every tool reads it", "bad")
 
 
@@ -111,8 +111,8 @@ def works_in(result: dict[str, Any] | None, portable: bool) -> str:
         )
     verified = result.get("works_in") or {}
     return (
-        f'<div class="panel"><div class="row apart"><h2>Works in</h2>{verdict_chip(verified)}</div>'
-        f"{tool_rows(verified)}{own}</div>"
+        '<div class="panel"><div class="row apart"><h2>Works'
+        f" in</h2>{verdict_chip(verified, 'read back and compared')}</div>{tool_rows(verified)}{own}</div>"
     )
 
 

@@ -38,7 +38,7 @@
     const place = one("#caption-tokens"), rest = one("#caption-cut");
     if (!place) return;
     place.textContent = tokens == null ? "" : `${tokens} of ${limit} tokens`;
-    place.classList.toggle("over", tokens > limit);
+    place.classList.toggle("over", Boolean(cut));
     rest.hidden = !cut;
     rest.textContent = cut ? `Not read: ${cut}` : "";
   };

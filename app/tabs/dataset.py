@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.bases import EMBEDDED
 from app.gallery import DETAIL, filters, findings, grid
 from app.meter import mark, too_long
 from app.moment import Moment
@@ -83,7 +84,8 @@ def _import(parts: Parts, work: Any) -> str:
     project.notes = imported.skipped
     if imported.added and project.uses_demo:
         # Own pictures were brought: from here on they are what is trained on, with a preset for them.
-        project.keep(dataset="", level="", values={})
+        base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
+        project.keep(dataset="", level="", values={"model.base": base})
     project.forget()
     added = f"{many(len(imported.added), 'file')} added." if imported.added else "Nothing was added."
     skipped = f" {len(imported.skipped)} skipped, see below." if imported.skipped else ""

@@ -1,6 +1,5 @@
 """The Export tab: choose a checkpoint, name the file, take it or have it put into another tool's folder, and
-see
-where it works; and a look at any other LoRA file."""
+see where it works; and a look at any other LoRA file."""
 
 from pathlib import Path
 from typing import Any
@@ -142,6 +141,9 @@ def _wire(parts: Parts, fields: dict[str, Any], buttons: dict[str, Any], outputs
     done.then(None, outputs[-1], None, js=START_DOWNLOAD, queue=False)
     parts.action(done)
     note, table = buttons["copied"], outputs[1]
+    # What was said of one file says nothing of the next.
+    changes = [fields[name].input for name in ("run", "checkpoint", "format", "precision")]
+    gr.on(changes, lambda: ["", works_in(None, True), ""], None, [outputs[0], table, note], **QUIET)
     parts.action(buttons["copy"].click(copy, [buttons["folder"], *inputs], [note, table], **busy))
 
 

@@ -37,7 +37,7 @@ def build(parts: Parts) -> None:
             parts.live(piece(elem_id="samples"), cards.samples)
             parts.live(piece(elem_id="earlier"), cards.earlier)
     _wire_form(parts, widgets, goal, level)
-    wire_picker(parts, widgets, added)
+    wire_picker(parts, widgets, level, added)
 
 
 def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any, Any]:
@@ -56,7 +56,7 @@ def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any, Any]:
             elem_id="resolution",
             elem_classes=HIDDEN_INFO,
         )
-    parts.live(made["train.resolution"], lambda m: gr.update(choices=_resolutions(m.plan.base.resolution)))
+    parts.live(made["train.resolution"], lambda m: gr.update(choices=_resolutions(_own_size(m))))
     for group in FOLDED:
         with gr.Column(elem_classes="group"):
             note = piece(elem_classes="group-note")
@@ -72,9 +72,15 @@ def _form(parts: Parts) -> tuple[dict[str, Any], Any, Any, Any]:
     return ordered, goal, level, added
 
 
+def _own_size(moment: Moment) -> int:
+    base = moment.plan.base
+    return base.resolution if base.family else 0
+
+
 def _resolutions(own: int) -> list[tuple[str, int]]:
     """The sizes to choose from; 0 stands for what the base was trained at."""
-    return [(f"The base's own{f', {own}' if own else ''}", 0), *((str(side), side) for side in RESOLUTIONS)]
+    words = f"{own} (the base)" if own else "As the base"
+    return [(words, 0), *((str(side), side) for side in RESOLUTIONS if side != own)]
 
 
 def _group_note(group: str, moment: Moment) -> str:
