@@ -1,17 +1,14 @@
 """Several adapters as one: the sum of their updates, exactly or at a chosen rank.
 
 The update of a layer is the sum over files of s (alpha/r) up @ down. Factors that are put beside each other
-give
-that sum, [u1 u2] [d1; d2] = u1 d1 + u2 d2, and ranks add; factors that are added to each other would give the
-cross terms u1 d2 and u2 d1 as well. A lower rank comes from a truncated SVD, which is the best there is of
-its
-rank (Eckart and Young 1936). It is taken of a core of (sum of ranks)^2 numbers between the Q of both stacks,
-in
-double precision, so that the update itself is never formed.
+give that sum, [u1 u2] [d1; d2] = u1 d1 + u2 d2, and ranks add; factors that are added to each other would
+give the cross terms u1 d2 and u2 d1 as well. A lower rank comes from a truncated SVD, which is the best there
+is of its rank (Eckart and Young 1936). It is taken of a core of (sum of ranks)^2 numbers between the Q of
+both stacks, in double precision, so that the update itself is never formed.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +23,7 @@ MAX_RANK = 4096
 """No layer of a Stable Diffusion has a higher one."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-"""(up, down) in double precision whose product is an update: the scale is in them."""
+"""(up, down) whose product is an update: the scale is in `up`, which is in double precision for its sake."""
 
 
 @dataclass
@@ -133,7 +130,7 @@ def _stacked(key: LayerKey, terms: Sequence[tuple[float, LayerWeights]]) -> Pair
                 " they are for different bases."
             )
         ups.append(factor * layer.scale * layer.up.double().flatten(1))
-        downs.append(layer.down.double().reshape(-1, *template[1:]))
+        downs.append(layer.down.float().reshape(-1, *template[1:]))
     up = torch.cat(ups, dim=1)
     return up.reshape(*up.shape, *(1 for _ in template[2:])), torch.cat(downs)
 
@@ -148,7 +145,7 @@ def truncated(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     With QR of both factors, up @ down = Qu (Ru Rd^T) Qd^T, and the SVD of the small core in the middle is
     that of the whole. The singular values are shared between the two factors, so that both keep a like size.
     """
-    up, down = pair
+    up, down = pair[0].double(), pair[1].double()
     q_up, r_up = torch.linalg.qr(up.flatten(1))
     q_down, r_down = torch.linalg.qr(down.flatten(1).T)
     u, values, vh = torch.linalg.svd(r_up @ r_down.T)
@@ -157,18 +154,17 @@ def truncated(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     new_up = (q_up @ u[:, :kept] * root).reshape(-1, kept, *up.shape[2:])
     new_down = (root[:, None] * vh[:kept] @ q_down.T).reshape(kept, *down.shape[1:])
     squares = values.square()
-    return (new_up, new_down), float(squares.sum()), float(squares[kept:].sum())
+    return (new_up, new_down.float()), float(squares.sum()), float(squares[kept:].sum())
 
 
-def with_one_alpha(pairs: Mapping[LayerKey, Pair]) -> AdapterWeights:
-    """An adapter in fp32 of pairs that hold their scale: one alpha for all, the highest rank.
+def with_one_alpha(pairs: dict[LayerKey, Pair]) -> AdapterWeights:
+    """An adapter in fp32 of pairs, which are taken out of their table: one alpha for all, the highest rank.
 
     Where a layer has fewer columns, its `up` makes up for the alpha that is too high for it.
     """
     alpha = max(down.shape[0] for _, down in pairs.values())
-    return AdapterWeights(
-        {
-            key: LayerWeights(down.float(), (up * (down.shape[0] / alpha)).float(), float(alpha))
-            for key, (up, down) in pairs.items()
-        }
-    )
+    layers = {}
+    for key in list(pairs):
+        up, down = pairs.pop(key)
+        layers[key] = LayerWeights(down, (up * (down.shape[0] / alpha)).float(), float(alpha))
+    return AdapterWeights(layers)

@@ -1,10 +1,9 @@
 """Adapters merged into a base on disk: a diffusers folder or a single file, written anew beside the old one.
 
 A file is copied tensor by tensor. Where adapters change a tensor it becomes W0 + sum of s delta, summed in
-fp32 as
-`adapters/inject.Merger` does and rounded once to the tensor's own number type; everything else, names, order
-and
-places in the file included, is copied byte for byte. At most one tensor is in memory at a time.
+fp32 as `adapters/inject.Merger` does and rounded once to the tensor's own number type; everything else,
+names, order and places in the file included, is copied byte for byte. At most one tensor is in memory at a
+time.
 """
 
 import contextlib
@@ -204,8 +203,7 @@ def _write_folder(source: Path, target: Path, edits: Edits, texts: Mapping[str, 
     """Copy a diffusers folder with some files of weights changed.
 
     At the top only what `model_index.json` lists is copied, and texts. In changed parts, weights in other
-    formats
-    would be those of the unchanged base, and stay behind.
+    formats would be those of the unchanged base, and stay behind.
     """
     changed = {path.parent for path in edits}
     parts = _parts(source) | {path.parent.name for path in edits}

@@ -16,7 +16,7 @@ from lora_core.analysis.base_weights import BaseWeights
 from lora_core.analysis.blocks import Blocks, blocks_of
 from lora_core.analysis.combine import merged
 from lora_core.analysis.into_base import merge_into_base
-from lora_core.analysis.plain import needs_base, plain
+from lora_core.analysis.plain import Note, needs_base, plain
 from lora_core.analysis.updates import Updates, file_updates
 from lora_core.formats import kinds
 from lora_core.formats.file import file_hashes, write_adapter
@@ -80,7 +80,9 @@ class Wanted:
     base: str = ""
 
 
-def merge_files(ingredients: Sequence[Ingredient], out: Path, wanted: Wanted, now: float) -> list[str]:
+def merge_files(
+    ingredients: Sequence[Ingredient], out: Path, wanted: Wanted, now: float, note: Note | None = None
+) -> list[str]:
     """Write the sum of adapter files as one plain LoRA of the kohya format, and its side file.
 
     Args:
@@ -88,6 +90,7 @@ def merge_files(ingredients: Sequence[Ingredient], out: Path, wanted: Wanted, no
         out: the file to write; it must not be there yet.
         wanted: how.
         now: the time, in seconds since the epoch.
+        note: called with (done, all) layers of a file whose decomposition takes long.
 
     Returns:
         What was done and what it cost, in sentences.
@@ -102,7 +105,7 @@ def merge_files(ingredients: Sequence[Ingredient], out: Path, wanted: Wanted, no
     said: list[str] = []
     adapters = []
     for source in opened:
-        weights, sentence = _plain(source, wanted.rank, base)
+        weights, sentence = _plain(source, wanted.rank, base, note)
         said += [sentence] if sentence else []
         adapters.append(Strengthened(weights, source.ingredient.strength, source.ingredient.text_strength))
     weights, loss = merged(adapters, wanted.rank, blocks)
@@ -197,7 +200,9 @@ def _opened(ingredients: Sequence[Ingredient], known: Family | None) -> list[Ope
     return opened
 
 
-def _plain(source: Opened, rank: int | None, base: BaseWeights | None) -> tuple[AdapterWeights, str]:
+def _plain(
+    source: Opened, rank: int | None, base: BaseWeights | None, note: Note | None
+) -> tuple[AdapterWeights, str]:
     """A file as a plain LoRA, and what that lost, in a sentence, or ""."""
     path = source.ingredient.path
     low = {key: u.low for key, u in source.updates.items() if u.low is not None and u.magnitude is None}
@@ -214,7 +219,7 @@ def _plain(source: Opened, rank: int | None, base: BaseWeights | None) -> tuple[
             f"{path} is a DoRA, whose update depends on the weights of its base: give --base, the model that"
             " it was made for."
         )
-    weights, loss = plain(source.updates, rank, base.weight if base else None)
+    weights, loss = plain(source.updates, rank, base.weight if base else None, note)
     return weights, f"{path.name} as a plain LoRA: {loss.sentence(rank)}"
 
 

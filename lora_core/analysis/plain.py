@@ -1,10 +1,8 @@
 """Updates of any kind as a plain LoRA, by a truncated SVD, with the error told.
 
 A LoHa, a LoKr or a DoRA has no low rank by construction, so that a plain LoRA comes close and is not the
-same.
-Small updates are decomposed exactly. For large ones the range is found from random probes first, as that
-takes a
-tenth of the time; the error is measured against the update itself either way.
+same. Small updates are decomposed exactly. For large ones the range is found from random probes first, as
+that takes a tenth of the time; the error is measured against the update itself either way.
 """
 
 from collections.abc import Callable
@@ -19,6 +17,9 @@ from lora_core.spec.errors import AdapterFileError
 WeightOf = Callable[[LayerKey], torch.Tensor]
 """The frozen weight of a layer of a base, in fp32."""
 
+Note = Callable[[int, int], None]
+"""Called with how many layers are done, and of how many."""
+
 EXACT_UP_TO = 512
 """The shorter side up to which an SVD of the whole matrix is quick."""
 _EXTRA, _ROUNDS = 32, 4
@@ -30,13 +31,16 @@ def needs_base(updates: Updates) -> bool:
     return any(update.magnitude is not None for update in updates.values())
 
 
-def plain(updates: Updates, rank: int, weight_of: WeightOf | None = None) -> tuple[AdapterWeights, Loss]:
+def plain(
+    updates: Updates, rank: int, weight_of: WeightOf | None = None, note: Note | None = None
+) -> tuple[AdapterWeights, Loss]:
     """The plain LoRA of a rank that is closest to the updates, in fp32 with one alpha, and what is lost.
 
     Args:
         updates: by layer.
         rank: of each layer; one that has a lower rank by construction keeps its own.
         weight_of: gives the base's weights; only needed where `needs_base`.
+        note: called with (done, all) layers.
 
     Raises:
         ConfigError: the rank is out of range.
@@ -46,9 +50,9 @@ def plain(updates: Updates, rank: int, weight_of: WeightOf | None = None) -> tup
     checked_rank(rank)
     loss = Loss()
     pairs: dict[LayerKey, Pair] = {}
-    for key, update in updates.items():
-        if update.low is not None and update.magnitude is None:
-            factors = (update.low.scale * update.low.up.double(), update.low.down.double())
+    for done, (key, update) in enumerate(updates.items(), 1):
+        factors = update.factors() if update.magnitude is None else None
+        if factors is not None:
             pairs[key], norm, lost = truncated(factors, rank)
         else:
             weight = weight_of(key) if update.magnitude is not None and weight_of else None
@@ -56,6 +60,8 @@ def plain(updates: Updates, rank: int, weight_of: WeightOf | None = None) -> tup
         if not (norm < float("inf")):
             raise AdapterFileError(f"The update of {update.name} holds numbers that are not finite.")
         loss.layers[key] = (norm, lost)
+        if note is not None:
+            note(done, len(updates))
     return with_one_alpha(pairs), loss
 
 
@@ -79,7 +85,7 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
     up, down = u[:, :kept] * root, root[:, None] * vh[:kept]
     lost = float((matrix - up @ down).double().square().sum())
     ones = (1,) * (delta.dim() - 2)
-    return (up.double().reshape(*up.shape, *ones), down.double().reshape(kept, *delta.shape[1:])), norm, lost
+    return (up.reshape(*up.shape, *ones), down.reshape(kept, *delta.shape[1:])), norm, lost
 
 
 def _sketched(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

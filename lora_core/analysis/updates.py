@@ -73,6 +73,21 @@ class Update:
             return dense.reshape(dense.shape[0], -1, *self.kernel)
         return dense.flatten(1) if dense.shape[2:] == (1, 1) and not self.kernel else dense
 
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(up, down) whose product is the update before magnitudes, where that has far fewer columns than it.
+
+        A product element by element of two products is a product of all columns' pairs; so is a Kronecker
+        product.
+        """
+        if self.low is not None:
+            return self.low.scale * self.low.up.double(), self.low.down
+        assert self.roles is not None
+        pair = _paired({role: tensor.float() for role, tensor in self.roles.items()})
+        if pair is None or 2 * pair[1].shape[0] > min(pair[0].shape[0], pair[1].shape[1]):
+            return None
+        up, down = self.scale * pair[0].double(), pair[1].reshape(pair[1].shape[0], *self.size[1:])
+        return up.reshape(*up.shape, *(1 for _ in self.size[2:])), down
+
     def delta(self, weight: torch.Tensor | None) -> torch.Tensor:
         """The whole update at strength 1, in fp32.
 
@@ -125,6 +140,24 @@ def _lokr_half(tensors: Mapping[str, torch.Tensor], n: str) -> torch.Tensor:
     if n == "2" and "lokr_t2" in tensors:
         return torch.einsum("ijkl,ip,jr->prkl", tensors["lokr_t2"], a, b).contiguous()
     return a @ b.flatten(1)
+
+
+def _paired(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A LoHa or a LoKr as a product of two matrices, or None where it is not one of two products."""
+    if "hada_t1" in tensors or "lokr_t2" in tensors:
+        return None
+    if "hada_w1_a" in tensors:
+        a, b, c, d = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        up = a[:, :, None] * c[:, None, :]
+        return up.flatten(1), (b[:, None, :] * d[None, :, :]).flatten(0, 1)
+    if "lokr_w2" in tensors:
+        return None
+    if "lokr_w1" in tensors:
+        first = tensors["lokr_w1"], torch.eye(tensors["lokr_w1"].shape[1])
+    else:
+        first = tensors["lokr_w1_a"], tensors["lokr_w1_b"]
+    second = tensors["lokr_w2_a"], tensors["lokr_w2_b"].flatten(1)
+    return torch.kron(first[0], second[0]), torch.kron(first[1], second[1])
 
 
 Updates = dict[LayerKey, Update]

@@ -1,10 +1,12 @@
 """The verb that puts adapters together: merge."""
 
 import argparse
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from lora_core.cli import Verbs, say
+from lora_core.cli import Verbs, say, write
 from lora_core.cli.pictures import file_and_strengths
 from lora_core.spec.errors import ConfigError
 
@@ -36,6 +38,22 @@ def add_verbs(verbs: Verbs) -> None:
     merge.set_defaults(run=_merge)
 
 
+SECONDS_BETWEEN_NOTES = 5.0
+
+
+def _note() -> Callable[[int, int], None]:
+    """Says on stderr now and then how far long work is."""
+    last = time.monotonic()
+
+    def note(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > SECONDS_BETWEEN_NOTES:
+            last = time.monotonic()
+            write(sys.stderr, f"{done} of {total} layers\n")
+
+    return note
+
+
 def _merge(options: argparse.Namespace) -> int:
     files = [file_and_strengths(text) for text in options.files]
     if options.into_base:
@@ -52,7 +70,7 @@ def _merge(options: argparse.Namespace) -> int:
         said = merge_files_into_base(ingredients, options.into_base, options.out, options.blocks)
     else:
         wanted = Wanted(options.rank, options.blocks, options.precision or "fp32", options.base)
-        said = merge_files(ingredients, options.out, wanted, time.time())
+        said = merge_files(ingredients, options.out, wanted, time.time(), _note())
     for sentence in said:
         say(sentence)
     say(str(options.out))
