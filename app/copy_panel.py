@@ -36,7 +36,7 @@ def build_copy(parts: Parts, ready: Callable[[Moment], bool]) -> dict[str, Any]:
         )
         made["copy"] = gr.Button("Copy there", elem_id="copy-export", min_width=0, scale=0)
     made["copied"] = piece(elem_id="copy-note")
-    parts.live(piece(), lambda m: _invoke_note(desk))
+    parts.live(piece(), lambda m: _tools_note(desk))
     parts.live(made["folder"], lambda m: _folders(desk))
     parts.live(made["copy"], lambda m: gr.update(interactive=ready(m)))
     chosen = made["folder"].input(
@@ -69,8 +69,11 @@ def _folders(desk: Desk) -> Any:
     return gr.update(choices=choices, value=value)
 
 
-def _invoke_note(desk: Desk) -> str:
-    """For tools that keep a list of their own and look into no folder."""
+def _tools_note(desk: Desk) -> str:
+    """What to do where no folder was found, and for tools that keep a list of their own and look into
+    none."""
+    if not folder_choices(desk):
+        return '<p class="small">No folder of another tool was found here; type its path.</p>'
     names = [
         tool.name for tool, _ in desk.tools.shelves() if tool.loras is None and tool.root not in tool.models
     ]

@@ -31,6 +31,10 @@ class Scene:
     steps: int
     cfg: float
     sampler: str
+    prediction: str = "auto"
+    vae: str = ""
+    clip_skip: int = 1
+    tokens: int = 75
 
 
 @dataclass(frozen=True)

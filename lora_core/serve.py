@@ -34,6 +34,9 @@ from lora_core.training.export import exported_checkpoint
 Request = dict[str, Any]
 Answer = Callable[..., None]
 
+_BASE_KEYS = {"base": "demo", "prediction": "auto", "vae": ""}
+"""What a request may say of its base, and what it is where it says nothing."""
+
 
 class Cancelled(Exception):
     """The request was cancelled by its sender."""
@@ -48,6 +51,8 @@ class Worker:
         self._answer = answer
         self._base: BaseModel | None = None
         self._merger: Merger | None = None
+        self._opened_as: tuple[str, ...] = ()
+        self._opened_as = ("", "", "")
         self._adapters: dict[tuple[str, int, int], Any] = {}
 
     def handle(self, request: Request) -> None:
@@ -83,12 +88,17 @@ class Worker:
         finally:
             self.cancelled.discard(name)
 
-    def _opened(self, name: str) -> tuple[BaseModel, Merger]:
-        if self._base is None or self._merger is None or self._base.name != name:
+    def _opened(self, request: Request) -> tuple[BaseModel, Merger]:
+        """The base that a request names, with the prediction and the VAE that it asks for; kept if it is the
+        same as before."""
+        wanted = tuple(str(request.get(key, usual)) for key, usual in _BASE_KEYS.items())
+        if self._base is None or self._merger is None or self._opened_as != wanted:
             self._base = self._merger = None
+            name, prediction, vae = wanted
             device = best_device()
-            self._base = load_base(name, device, dtype_of("auto", device))
+            self._base = load_base(name, device, dtype_of("auto", device), prediction, vae)
             self._merger = Merger(self._base.modules)
+            self._opened_as = wanted
         return self._base, self._merger
 
     def _adapter(self, file: str, base: BaseModel) -> Any:
@@ -104,13 +114,14 @@ class Worker:
         """One picture for each of `strengths`, which multiply the strengths of all adapters; all from one
         noise."""
         name = str(request["id"])
-        base, merger = self._opened(str(request.get("base", "demo")))
+        base, merger = self._opened(request)
         how = Picture(
             seed=int(request.get("seed", 0)), steps=int(request.get("steps", 20)),
             cfg=float(request.get("cfg", 5.0)), sampler=str(request.get("sampler", "ddim")),
             width=int(request.get("width", 0)), height=int(request.get("height", 0)),
         )  # fmt: skip
         prompt, negative = str(request.get("prompt", "")), str(request.get("negative", ""))
+        read = (int(request.get("clip_skip", 1)), int(request.get("tokens", 75)))
         loras = [(row, self._adapter(str(row["file"]), base)) for row in request.get("loras", [])]
         strengths = [float(s) for s in request.get("strengths", [1.0])]
         if not all(map(math.isfinite, strengths)):
@@ -134,7 +145,10 @@ class Worker:
         try:
             for index, factor in enumerate(strengths):
                 merger.apply([_strengthened(row, weights, factor) for row, weights in loras])
-                text, unwanted = text_condition(base, [prompt]), negative_condition(base, negative)
+                text, unwanted = (
+                    text_condition(base, [prompt], *read),
+                    negative_condition(base, negative, *read),
+                )
                 image = generated(base, how, text, unwanted, on_step)
                 used = [
                     (Path(row["file"]).stem, float(row.get("strength", 1.0)) * factor) for row, _ in loras

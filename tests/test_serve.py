@@ -225,6 +225,15 @@ def test_inspect(worker: Worker, lora: Path) -> None:
     )
 
 
+def test_a_picture_is_drawn_with_the_base_as_the_run_had_it(worker: Worker, tmp_path: Path) -> None:
+    usual = pixels(worker.answers(wish("as usual", tmp_path))[-1]["files"][0])
+    other = worker.answers(wish("as noise", tmp_path, prediction="epsilon"))[-1]
+    assert pixels(other["files"][0]) != usual
+    again = worker.answers(wish("as usual again", tmp_path, tokens=75, clip_skip=1))[-1]
+    assert pixels(again["files"][0]) == usual
+    assert "nowhere" in worker.error(wish("vae", tmp_path, vae=str(tmp_path / "nowhere")))
+
+
 def test_verify_says_what_a_file_is_and_who_reads_it(worker: Worker, lora: Path, tmp_path: Path) -> None:
     done = worker.answers({"id": "v", "do": "verify", "file": str(lora)})[-1]
     assert (done["report"]["kind"], done["report"]["modules"]) == ("LoRA", 2)

@@ -161,4 +161,8 @@ def scene_of(moment: Moment, given: dict[str, Any]) -> Scene:
         steps=max(1, min(200, int(given["steps"] or 20))),
         cfg=max(1.0, min(30.0, float(given["cfg"] or 1.0))),
         sampler=str(given["sampler"] or "ddim"),
+        prediction=config.model.prediction,
+        vae=config.model.vae,
+        clip_skip=config.train.clip_skip,
+        tokens=config.train.tokens,
     )

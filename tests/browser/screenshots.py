@@ -2,8 +2,8 @@
 exported.
 
 Run it as `python -m tests.browser.screenshots [WORKSPACE]`. With a workspace that holds a finished run of the
-demo the training is skipped. Writes docs/<tab>-<width>[-dark].webp,
-and docs/window.png while the demo trains.
+demo the training is skipped. Writes docs/<tab>-<width>[-dark].webp, and docs/window.png while the demo
+trains.
 """
 
 import argparse
@@ -75,6 +75,10 @@ def shoot_all(browser, address: str) -> None:
         page.wait_for_selector("[data-picture]")
         open_tab(page, tab)
         page.wait_for_selector(READY[tab])
+        if tab == "Export":
+            with page.expect_download():
+                page.click("#export-download:enabled")
+            page.wait_for_selector("#works-in td")
         page.wait_for_timeout(700)
         shoot(page, f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp")
         page.close()

@@ -1,0 +1,91 @@
+"""A person with other tools on the computer: their bases are offered, the export goes into their folder, and
+any LoRA file can be looked at."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.app.bases import checkpoint
+from tests.browser.test_main_path import drop, open_tab, state_is
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with a ComfyUI in it; the window of the test lives there."""
+    comfy = tmp_path / "home é" / "ComfyUI"
+    for name in ("comfy", "models/checkpoints", "models/loras"):
+        (comfy / name).mkdir(parents=True)
+    (comfy / "main.py").touch()
+    checkpoints = comfy / "models" / "checkpoints"
+    checkpoint(checkpoints / "my xl base.safetensors", "sdxl", size=150_000_000)
+    checkpoint(checkpoints / "old two.safetensors", "sd2", size=150_000_000)
+    monkeypatch.setenv("HOME", str(comfy.parent))
+    monkeypatch.setenv("USERPROFILE", str(comfy.parent))
+    return comfy.parent
+
+
+def choose_base(page, words: str) -> None:
+    page.click("#base-model input")
+    page.fill("#base-model input", words)
+    page.keyboard.press("Enter")
+
+
+def test_bases_of_other_tools_are_offered_and_described(home: Path, page) -> None:
+    open_tab(page, "Train")
+    page.wait_for_selector("#base-model input")
+    page.click("#base-model input")
+    page.wait_for_selector("li:has-text('ComfyUI: my xl base.safetensors')")
+    page.fill("#base-model input", "xl base")
+    page.wait_for_selector("li:has-text('my xl base')")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#base-note:has-text('Stable Diffusion XL, trained at 1024 px')")
+    page.wait_for_function("document.querySelector('#resolution input').value.startsWith('1024')")
+    assert page.locator("#model-prediction input").count() == 0 or not page.is_visible(
+        "#model-prediction input"
+    )
+    choose_base(page, "old two")
+    page.wait_for_selector("#base-note:has-text('a guess')")
+    page.click("#model-prediction input")
+    page.click("li:has-text('epsilon')")
+    page.wait_for_selector("#base-note:has-text('trained at 512 px, predicts noise (as set)')")
+    broken = home / "broken.safetensors"
+    broken.write_text("<html>")
+    choose_base(page, str(broken))
+    page.wait_for_selector("#base-note.problem:has-text('a web page')")
+    page.reload()
+    open_tab(page, "Train")
+    page.wait_for_selector("#base-note.problem")
+    page.click("#base-model input")
+    page.wait_for_selector("li:has-text('ComfyUI: my xl base.safetensors')")
+
+
+def test_an_export_goes_into_another_tool_s_folder(home: Path, page, window) -> None:
+    page.click("#use-demo")
+    page.wait_for_selector("#steps input")
+    page.fill("#steps input", "4")
+    page.press("#steps input", "Tab")
+    page.wait_for_function("document.querySelector('#command pre').textContent.includes('train.steps=4')")
+    page.click("#start:enabled")
+    state_is(page, "done")
+    open_tab(page, "Export")
+    page.wait_for_function("document.querySelector('#copy-folder input').value.includes('ComfyUI')")
+    page.fill("#export-name input, #export-name textarea", "my style")
+    loras = home / "ComfyUI" / "models" / "loras"
+    (loras / "my style.safetensors").write_bytes(b"another file")
+    page.click("#copy-export")
+    page.wait_for_selector("#copy-note:has-text('Copied to ComfyUI')")
+    assert "my style-2" in page.inner_text("#copy-note")
+    assert (loras / "my style.safetensors").read_bytes() == b"another file"
+    assert {"my style-2.safetensors", "my style-2.json"} <= {file.name for file in loras.iterdir()}
+    rows = page.locator("#works-in tr").all_inner_texts()
+    assert len(rows) == 6
+    assert all("192 of 192 keys, same strength" in row for row in rows)
+    assert json.loads((window.workspace / "places.json").read_text())["lora_folders"] == [str(loras)]
+
+    drop(page, loras / "my style-2.safetensors")
+    page.wait_for_selector("#check-report:has-text('LoRA Easel')")
+    assert "Embedded tiny base" in page.inner_text("#check-report")
+    page.fill("#check-path input, #check-path textarea", str(loras / "my style.safetensors"))
+    page.click("#check-file")
+    page.wait_for_selector("#check-report .problem:has-text('my style.safetensors')")
