@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+from lora_core.spec.choices import PREDICTIONS
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.paths import workspace
 
@@ -47,7 +48,16 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _add_base_and_loras(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--base", default="demo", help="`demo`, a diffusers folder, or a hub id")
+    verb.add_argument(
+        "--base", default="demo", help="`demo`, a diffusers folder, a .safetensors file, or a hub id"
+    )
+    verb.add_argument("--vae", default="", help="a VAE in place of the base's own: a folder or a file")
+    verb.add_argument(
+        "--prediction",
+        default="auto",
+        choices=list(PREDICTIONS),
+        help="what the base predicts, if it is known",
+    )
     verb.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH[:TEXT_STRENGTH]]", help="an adapter"
     )
@@ -89,7 +99,7 @@ def opened(
     from lora_core.models.load import load_base
 
     device = best_device()
-    base = load_base(options.base, device, dtype_of(precision, device))
+    base = load_base(options.base, device, dtype_of(precision, device), options.prediction, options.vae)
     adapters = [Strengthened(read_adapter(path, base.family), s, t) for path, s, t in files]
     return base, adapters, [(path.stem, strength) for path, strength, _ in files]
 
