@@ -52,7 +52,6 @@ class Worker:
         self._base: BaseModel | None = None
         self._merger: Merger | None = None
         self._opened_as: tuple[str, ...] = ()
-        self._opened_as = ("", "", "")
         self._adapters: dict[tuple[str, int, int], Any] = {}
 
     def handle(self, request: Request) -> None:
