@@ -3,9 +3,9 @@ problem."""
 
 from app.form import for_family
 from app.moment import Moment
-from app.sizes import export_bytes
 from app.words import UNKNOWN, about, file_size, many, safe, scientific, tile
 from lora_core.spec.config import RunConfig
+from lora_core.spec.sizes import export_bytes
 
 
 def blockers(moment: Moment) -> list[str]:

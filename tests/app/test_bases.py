@@ -14,10 +14,10 @@ from app.meter import counted, too_long
 from app.moment import moment_of
 from app.places import Places
 from app.plan import Plan, widget_values
-from app.sizes import HEADER_A_LAYER, export_bytes
 from app.tools import OtherTools
 from lora_core.spec.config import RunConfig
 from lora_core.spec.other_tools import Machine, Tool, found_tools
+from lora_core.spec.sizes import HEADER_A_LAYER, export_bytes
 from tests.app.bases import UNET, checkpoint, write_header
 
 

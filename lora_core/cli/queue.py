@@ -1,0 +1,113 @@
+"""The verb about jobs one after the other: queue."""
+
+import argparse
+from pathlib import Path
+
+from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+from lora_core.spec.errors import RunError
+from lora_core.spec.owner import INTERRUPTED, ensure_owner, work_through
+from lora_core.spec.paths import workspace
+from lora_core.spec.queue import FAILED, Queue
+from lora_core.spec.run_folder import RunFolder
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add this module's verb and its parts."""
+    queue = verbs.add_parser("queue", help="train runs one after the other")
+    parts = queue.add_subparsers(dest="part", required=True, metavar="add|list|move|remove|run")
+    add = parts.add_parser("add", help="put a run at the end of the queue")
+    add.add_argument("--start", action="store_true", help="and have the queue worked through")
+    move = parts.add_parser("move", help="give a waiting run another place")
+    remove = parts.add_parser("remove", help="take a run out of the queue; the run stays")
+    for part in (add, move, remove):
+        part.add_argument("name", metavar="RUN", help="a run's folder, or its name in the workspace")
+    move.add_argument("position", metavar="POSITION", type=int, help="1 is the next to start")
+    listing = parts.add_parser("list", help="what is in the queue")
+    run = parts.add_parser("run", help="work through the queue, then end")
+    for part in (listing, run):
+        add_json(part)
+    for part, function in ((add, _add), (move, _move), (remove, _remove), (listing, _list), (run, _run)):
+        add_workspace(part)
+        part.set_defaults(run=function)
+
+
+def named_run(name: str, chosen: Path | None) -> tuple[Queue, RunFolder]:
+    """The run that a person named, by its folder or by its name in the workspace, and its queue.
+
+    Raises:
+        RunError: there is no such run.
+    """
+    path = Path(name).expanduser()
+    if (path / "config.toml").is_file():
+        run = RunFolder(path.resolve())
+        place = chosen and workspace(chosen)
+        return Queue(place or run.path.parent.parent), run
+    queue = Queue(workspace(chosen))
+    if len(path.parts) == 1 and queue.run(name).path.is_dir():
+        return queue, RunFolder.open(queue.run(name).path)
+    raise RunError(
+        f"There is no run {name} in {queue.workspace}; `lora-easel runs` lists those that there are."
+    )
+
+
+def _add(options: argparse.Namespace) -> int:
+    queue, run = named_run(options.name, options.workspace)
+    queue.add(run)
+    if options.start:
+        ensure_owner(queue.workspace)
+    say(f"{run.name} waits in the queue of {queue.workspace}")
+    return 0
+
+
+def _move(options: argparse.Namespace) -> int:
+    queue, name = _job(options)
+    queue.move(name, options.position)
+    return 0
+
+
+def _remove(options: argparse.Namespace) -> int:
+    queue, name = _job(options)
+    queue.remove(name)
+    return 0
+
+
+def _job(options: argparse.Namespace) -> tuple[Queue, str]:
+    """The queue and the job that a person named; its folder may be gone."""
+    queue = Queue(workspace(options.workspace))
+    if any(job.run == options.name for job in queue.written()):
+        return queue, options.name
+    queue, run = named_run(options.name, options.workspace)
+    return queue, run.name
+
+
+def _list(options: argparse.Namespace) -> int:
+    queue = Queue(workspace(options.workspace))
+    rows = queue.rows()
+    if options.json:
+        say_json(rows)
+        return 0
+    if not rows:
+        say("The queue is empty. Put a run in with `lora-easel queue add RUN`.")
+    for row in rows:
+        place = "" if row["position"] is None else f"{row['position']}."
+        steps = f"step {row['step']} of {row['steps']}" if row["steps"] else ""
+        say(f"{place:>4} {row['name']:30}  {row['state']:8}  {steps}  {row['reason']}".rstrip())
+    if any(row["position"] for row in rows) and queue.owner() is None:
+        say("Nobody works through it: start it with `lora-easel queue run`.")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    place = workspace(options.workspace)
+    ended, interrupted = work_through(place, (lambda line: None) if options.json else say)
+    if options.json:
+        say_json(Queue(place).rows())
+    if interrupted:
+        return INTERRUPTED
+    failed = [job.run for job in ended if job.state == FAILED]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(ended)} jobs failed: {', '.join(failed)}; `lora-easel queue list` says"
+            " why."
+        )
+    return 0

@@ -1,0 +1,262 @@
+"""Why a run broke off, told from what it left on disk, and from which step it would go on.
+
+Whoever starts a trainer writes down how its process ended, in `exit.json`, with what was known of its memory;
+a process that is killed cannot do so itself. Where nobody did, the events, the log and the time at which the
+machine was started have to do.
+"""
+
+import contextlib
+import json
+import math
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.events import read_events
+from lora_core.spec.paths import write_atomically
+from lora_core.spec.processes import log_tail
+from lora_core.spec.progress import Progress
+from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.tensor_file import read_header
+
+GIGABYTE = 1e9
+LESS_MEMORY = "lower train.batch_size or train.resolution, or set train.checkpointing"
+NEARLY_FULL = 0.1
+"""A killed process is thought to be the victim of full memory where less than this share was left."""
+MOST_OF_IT = 0.75
+"""Or where it alone held this share of all memory."""
+NO_MEMORY_CODES = (0xC0000017, 0xC000012D, 0xE0000008)
+"""Windows: no memory, the commit limit, torch's own allocator."""
+NATIVE_CODES = (0xC0000005, 0xC0000409, 0xC000001D, 0xC00000FD)
+"""Windows: access violation, broken stack, illegal instruction, stack overflow."""
+NATIVE_SIGNALS = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT", "SIGTRAP")
+LINES_LOOKED_AT = 60
+MOST_WORDS = 300
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a trainer's process ended, as seen by its parent.
+
+    Attributes:
+        code: the exit code; the signal's number with a minus where one ended it.
+        time: when, in seconds since the epoch.
+        events: bytes of the run's events when the process was started.
+        log: bytes of the run's log when it was started.
+        held: memory that it held when it was last looked at, in bytes.
+        free: memory that was free then.
+        total: memory of the machine, or what it may use of it.
+        kills: how often the system killed something for lack of memory while it ran.
+    """
+
+    code: int
+    time: float
+    events: int = 0
+    log: int = 0
+    held: int = 0
+    free: int = 0
+    total: int = 0
+    kills: int = 0
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether memory had all but run out when it was last looked at."""
+        return bool(self.total) and (
+            self.free < NEARLY_FULL * self.total or self.held > MOST_OF_IT * self.total
+        )
+
+
+class Watched:
+    """What a parent notes of a trainer while it runs, for the case that it is killed."""
+
+    def __init__(self, run: RunFolder) -> None:
+        """Begin before the process is started."""
+        self._run = run
+        self._events = _size(run.events_file)
+        self._log = _size(run.log_file)
+        self._kills = _oom_kills()
+        self._memory = (0, 0, 0)
+        with contextlib.suppress(OSError):
+            exit_file(run).unlink(missing_ok=True)
+
+    def look(self, pid: int) -> None:
+        """Note how much memory the process holds and how much is left."""
+        try:
+            held = psutil.Process(pid).memory_info().rss
+            memory = psutil.virtual_memory()
+        except psutil.Error:
+            return
+        if held:
+            self._memory = (held, memory.available, memory.total)
+
+    def ended(self, code: int) -> Exit:
+        """Write down how it ended; a disk that takes nothing is no reason to fail.
+
+        Args:
+            code: as `Popen.returncode`.
+        """
+        kills = max(0, _oom_kills() - self._kills)
+        found = Exit(code, time.time(), self._events, self._log, *self._memory, kills)
+        with contextlib.suppress(OSError):
+            write_atomically(exit_file(self._run), json.dumps(asdict(found)).encode())
+        return found
+
+
+def exit_file(run: RunFolder) -> Path:
+    """Where it stands how the run's last process ended."""
+    return run.path / "exit.json"
+
+
+def last_exit(run: RunFolder) -> Exit | None:
+    """How the run's last process ended, where its parent saw that."""
+    try:
+        found = Exit(**json.loads(exit_file(run).read_text(encoding="utf-8")))
+        # What was written to the events later comes from a process that nobody watched.
+        later = run.events_file.stat().st_mtime - found.time if run.events_file.exists() else 0.0
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return found if later <= 0.0 else None
+
+
+def crash_reason(run: RunFolder) -> str:
+    """Why a run broke off or failed, in a sentence; "" where it did neither."""
+    if run.live_process() is not None:
+        return ""
+    progress, ended = run.progress(), last_exit(run)
+    status = run.status(progress)
+    silent = ended is not None and ended.code not in (0, 130) and ended.events == _size(run.events_file)
+    if status == "failed" and not silent:
+        return progress.reason
+    if status != "interrupted" and not silent:
+        return ""
+    said = _last_words(run, ended)
+    sentence = _of_error(said, progress) or _of_code(ended, progress)
+    if not sentence and silent and said:
+        # It said what was wrong before it had an event to say it by.
+        return _as_sentence(said[-1])
+    return sentence or _of_silence(run, progress, said)
+
+
+def last_sentence(run: RunFolder) -> str:
+    """The last line that the run's last process wrote to its log, or ""."""
+    said = _last_words(run, last_exit(run))
+    return _as_sentence(said[-1]) if said else ""
+
+
+def resume_step(run: RunFolder) -> int:
+    """The step that a resume would go on from: that of the newest checkpoint that is whole, 0 for none."""
+    return next((step for step in reversed(run.checkpoint_steps()) if _whole(run.checkpoint(step))), 0)
+
+
+def offer(run: RunFolder) -> str:
+    """What the button says that goes on with a run."""
+    step = resume_step(run)
+    return f"Continue at step {step}" if step else "Start again"
+
+
+def _whole(checkpoint: Path) -> bool:
+    """Whether all files of a checkpoint are there and none is cut short; its hashes are the trainer's to
+    check."""
+    try:
+        record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        for name in record["sha256"]:
+            read_header(checkpoint / name)
+    except (OSError, ValueError, KeyError, TypeError, AdapterFileError):
+        return False
+    return True
+
+
+def _as_sentence(line: str) -> str:
+    return f"{line[:MOST_WORDS].rstrip('.')}."
+
+
+def _where(progress: Progress) -> str:
+    if progress.stepping and progress.step:
+        return f"at step {progress.step}"
+    return f"at “{progress.phase}”" if progress.phase else "before its first step"
+
+
+def _last_words(run: RunFolder, ended: Exit | None) -> list[str]:
+    """What the last process wrote to the log; where nobody noted its beginning, the log's end."""
+    lines = log_tail(run.log_file, LINES_LOOKED_AT)
+    if ended is not None:
+        with contextlib.suppress(OSError), open(run.log_file, "rb") as file:
+            file.seek(max(ended.log, _size(run.log_file) - 200 * LINES_LOOKED_AT))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    return [line for line in (re.sub(r"\x1b\[[0-9;]*K|\r", "", line).rstrip() for line in lines) if line]
+
+
+def _of_error(said: list[str], progress: Progress) -> str:
+    """The last line of the traceback that ends the log, if one does."""
+    starts = [
+        index for index, line in enumerate(said) if line.startswith("Traceback (most recent call last)")
+    ]
+    if not starts:
+        return ""
+    end = next((i for i in range(starts[-1] + 1, len(said)) if not said[i].startswith(" ")), None)
+    # Anything after it comes from a later process.
+    if end is None or any(re.match(r"step \d|Training to|Going on", line) for line in said[end + 1 :]):
+        return ""
+    return f"A defect of the program {_where(progress)}: {said[end].rstrip('.')}."
+
+
+def _of_code(ended: Exit | None, progress: Progress) -> str:
+    if ended is None or ended.code in (0, 1, 130):
+        return ""
+    where, name = _where(progress), _signal_name(ended.code)
+    if ended.code & 0xFFFFFFFF in NO_MEMORY_CODES:
+        return f"Its process ran out of memory {where}; {LESS_MEMORY}."
+    if name == "SIGKILL":
+        held = (
+            f": it held {ended.held / GIGABYTE:.1f} of {ended.total / GIGABYTE:.1f} GB" if ended.held else ""
+        )
+        if ended.kills:
+            return f"The system killed its process {where} because memory ran out{held}; {LESS_MEMORY}."
+        if ended.out_of_memory:
+            return f"Its process was killed {where}, probably because memory ran out{held}; {LESS_MEMORY}."
+        return f"Its process was killed {where} (signal 9), by a person or by another program."
+    if name in NATIVE_SIGNALS or ended.code & 0xFFFFFFFF in NATIVE_CODES:
+        what = name or f"code {ended.code & 0xFFFFFFFF:#x}"
+        return (
+            f"Its process crashed {where} in compiled code ({what}), which points to a graphics driver or a"
+            " package; bring them up to date and go on."
+        )
+    how = f"was ended by the signal {name}" if name else f"ended with code {ended.code}"
+    return f"Its process {how} {where}."
+
+
+def _of_silence(run: RunFolder, progress: Progress, said: list[str]) -> str:
+    """Nobody saw how it ended: the machine went down, or the parent died too."""
+    where = _where(progress)
+    written = read_events(run.events_file)[0]
+    last = written[-1].time if written else math.inf
+    if psutil.boot_time() > last:
+        return f"The computer was shut down or lost power while the run was {where}."
+    words = f"; its last words: {said[-1][:MOST_WORDS].rstrip('.')}" if said else ""
+    return f"Its process ended {where} without saying why{words}."
+
+
+def _signal_name(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return ""
+
+
+def _oom_kills() -> int:
+    """How often this Linux has killed something for lack of memory; 0 where that is not told."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/vmstat", encoding="ascii") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+    return 0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,94 @@
+"""Children that outlive whoever starts them, and files that say which process does something.
+
+A pid alone says little, since pids are used again: what is written down is the pid and the process's start
+time, and both have to agree.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lora_core.spec.paths import ASSETS, write_atomically
+
+TRAINER = (sys.executable, "-m", "lora_core", "resume")
+"""The command that a run's path is appended to."""
+
+
+def detached() -> dict[str, Any]:
+    """Options of Popen that make a child outlive the terminal and the process that started it."""
+    if os.name == "nt":
+        new_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        return {"creationflags": new_group | getattr(subprocess, "CREATE_NO_WINDOW", 0)}
+    return {"start_new_session": True}
+
+
+def child_environment(workspace: Path) -> dict[str, str]:
+    """The environment of a child that must find the project from any folder, and say its words unbuffered."""
+    root = str(ASSETS.parent)
+    path = os.environ.get("PYTHONPATH", "")
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "LORA_EASEL_HOME": str(workspace),
+    }
+
+
+def started(command: list[str], log_file: Path, workspace: Path) -> "subprocess.Popen[bytes]":
+    """A child of its own session, all that it says appended to `log_file`."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_file, "ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=child_environment(workspace),
+            **detached(),
+        )
+
+
+@contextmanager
+def noted_process(file: Path) -> Iterator[None]:
+    """While the context is open, `file` names this process, for readers that may not take its lock."""
+    me = psutil.Process()
+    write_atomically(file, json.dumps({"pid": me.pid, "started": me.create_time()}).encode())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def live_process(file: Path) -> psutil.Process | None:
+    """The process that `file` names, if it lives."""
+    try:
+        named = json.loads(file.read_text())
+        process = psutil.Process(int(named["pid"]))
+        alive = (
+            abs(process.create_time() - float(named["started"])) < 1.0
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+    return process if alive else None
+
+
+def log_tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a log, read from its end so that its size does not matter."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 200 * lines))
+            return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
