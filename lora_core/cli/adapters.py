@@ -1,4 +1,4 @@
-"""Verbs about adapter files: inspect, convert."""
+"""Verbs about adapter files: inspect, convert, verify."""
 
 import argparse
 from pathlib import Path
@@ -19,6 +19,11 @@ def add_verbs(verbs: Verbs) -> None:
     convert.add_argument("--to", required=True, choices=["kohya", "diffusers"])
     convert.add_argument("--keep-alphas", action="store_true", help="keep an alpha of its own for each layer")
     convert.set_defaults(run=_convert)
+    verify = verbs.add_parser("verify", help="what six tools would make of an adapter file")
+    verify.add_argument("file", type=Path)
+    verify.add_argument("--base", default="", help="the base that it is for, where the file does not say it")
+    add_json(verify)
+    verify.set_defaults(run=_verify)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -45,3 +50,24 @@ def _convert(options: argparse.Namespace) -> int:
         say(f"Note: {note}")
     say(str(options.target))
     return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from lora_core.formats.layout import folder_layout
+    from lora_core.formats.verify import verified
+    from lora_core.spec.base_facts import base_facts
+
+    facts = base_facts(options.base) if options.base else None
+    family = facts.family if facts else None
+    layout = folder_layout(facts.configs, family) if facts and family else None
+    report = verified(options.file, family, modules=layout)
+    if options.json:
+        say_json(report)
+    else:
+        say(f"{options.file.name}: {report['kind']} in the {report['format']} format, for {report['family']}")
+        for row in report["tools"]:
+            say(
+                f"{'✓' if row['ok'] else '✗'} {row['tool']:10} {row['matched']:5} of {row['keys']} keys "
+                f" {row['note']}"
+            )
+    return 0 if report["ok"] else 1

@@ -88,6 +88,12 @@ def _without_mid(name: str, down: torch.Tensor, mid: torch.Tensor) -> torch.Tens
     return torch.einsum("pqkl,qi->pikl", mid.float(), down.float().flatten(1))
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite. The sum tells in a fifth of the time, unless it overflows."""
+    whole = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(whole.isfinite()) or bool(torch.isfinite(tensor).all())
+
+
 def check_finite(weights: AdapterWeights) -> None:
     """Refuse NaN and infinity, which would turn every picture black.
 
@@ -97,9 +103,7 @@ def check_finite(weights: AdapterWeights) -> None:
     bad = [
         f"{part}.{path}"
         for (part, path), layer in weights.layers.items()
-        if not (
-            torch.isfinite(layer.down).all() and torch.isfinite(layer.up).all() and math.isfinite(layer.alpha)
-        )
+        if not (_finite(layer.down) and _finite(layer.up) and math.isfinite(layer.alpha))
     ]
     if bad:
         raise AdapterFileError(

@@ -20,7 +20,12 @@ Layout = dict[LayerKey, tuple[int, ...]]
 
 def family_layout(family: Family) -> Layout:
     """The layers of a family's UNet and text encoders; treat it as read-only."""
-    return _layout(FAMILY_CONFIGS / family.configs if family.configs else DEMO_BASE, family.parts)
+    return folder_layout(FAMILY_CONFIGS / family.configs if family.configs else DEMO_BASE, family)
+
+
+def folder_layout(folder: Path, family: Family) -> Layout:
+    """The layers of a base whose configs lie in `folder`, as in a diffusers folder; treat it as read-only."""
+    return _layout(folder, family.parts)
 
 
 @lru_cache(maxsize=8)

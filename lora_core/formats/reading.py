@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from lora_core.adapters.weights import LayerKey
+from lora_core.formats.dialects import Dialect, Leaves, Names, Tool
 from lora_core.formats.layout import Layout
-from lora_core.formats.tools import OTHER_LEAVES, SUFFIXES, Dialect, Leaves, Names, Tool
+from lora_core.formats.tools import OTHER_LEAVES, SUFFIXES
 from lora_core.spec.families import Family
 from lora_core.spec.ldm_names import ldm_unet_path
 
@@ -84,18 +85,12 @@ class Case:
         """Whether the family's own kohya files have the original block names."""
         return self.family.kohya_block_names == "ldm"
 
-    def both_namings(self) -> bool:
-        """Whether the file has original block names and diffusers' ones."""
-        words = (_ORIGINAL_WORD, _DIFFUSERS_WORD)
-        return all(any(word.search(key) for key in self.keys) for word in words)
-
     def keys_of(self, part: str) -> list[str]:
         """The keys that are meant for a part, known or not."""
-        starts = {
-            "unet": ("lora_unet_", "unet."),
-            "text_encoder": ("lora_te_", "lora_te1_", "text_encoder."),
-        }.get(part, ("lora_te2_", "text_encoder_2."))
-        return [key for key in self.keys if key.startswith(starts)]
+        if self.dialect.alphas == "header":
+            return [key for key in self.keys if key.startswith(f"{part}.")]
+        starts = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_")}
+        return [key for key in self.keys if key.startswith(starts.get(part, ("lora_te2_",)))]
 
 
 Taken = dict[LayerKey, tuple[Group, Leaves | str]]
@@ -105,9 +100,17 @@ Taken = dict[LayerKey, tuple[Group, Leaves | str]]
 def case_of(tool: Tool, facts: FileFacts, family: Family, layout: Layout, wide: bool) -> Case:
     """The file before the first of the tool's dialects that is for such files; arguments as in `Case`."""
     for dialect in tool.dialects:
-        keys = tuple(key for key in facts.shapes if not (dialect.ignores and key.endswith(dialect.ignores)))
+        keys = tuple(
+            key
+            for key in facts.shapes
+            if not key.endswith(dialect.ignores) and not key.startswith(dialect.ignores_starts)
+        )
         if not dialect.starts or all(key.startswith(dialect.starts) for key in keys):
             break
+    words = (_ORIGINAL_WORD, _DIFFUSERS_WORD)
+    mixed = family.kohya_block_names == "ldm" and all(any(w.search(key) for key in keys) for w in words)
+    if mixed and dialect.one_naming == "drop":
+        keys = tuple(key for key in keys if not _ORIGINAL_WORD.search(key))
     return Case(dialect, facts, family, layout, wide, keys)
 
 
@@ -123,8 +126,6 @@ def groups_of(case: Case) -> dict[str, Group]:
             if key.endswith(suffix) and (layer := known.get(key[: -len(suffix)])):
                 groups.setdefault(key[: -len(suffix)], Group(layer)).keys[suffix] = key
                 break
-    if case.dialect.one_naming == "drop" and case.originals and case.both_namings():
-        return {name: group for name, group in groups.items() if not ORIGINAL.match(f"{name}.")}
     return groups
 
 

@@ -6,12 +6,14 @@ Each raises `Refused` with the reason in words; which of them hold for a tool st
 import re
 from collections.abc import Mapping, Sequence
 
+from lora_core.formats.dialects import Leaves
 from lora_core.formats.reading import ORIGINAL, Case, Group, Refused, Taken
-from lora_core.formats.tools import OTHER_LEAVES, SAME_BASE, Leaves
+from lora_core.formats.tools import OTHER_LEAVES, SAME_BASE
 from lora_core.spec.families import FAMILIES
 
 _KOHYA_OUT = re.compile(r"^lora_te.*_out_proj\.")
 _PEFT_ATTENTION = re.compile(r"\.(?:q|k|v|out)_proj\.lora_[AB]")
+_DIFFUSERS_BLOCK = re.compile("down_blocks|up_blocks")
 _CONTEXT = re.compile(r"lora_unet_.*_attn2_to_[kv]\.")
 _DEEP = re.compile(
     r"lora_unet_(?:(?:down|up)_blocks_\d+_attentions_\d+|mid_block_attentions_\d+"
@@ -40,6 +42,8 @@ def check_keys(case: Case, groups: Mapping[str, Group]) -> None:
         _check_family(case)
     if dialect.one_naming == "refuse" and case.originals:
         _check_naming(case)
+    if dialect.one_naming == "first" and case.originals:
+        _check_first(case)
     if dialect.strict == "layers":
         for group in groups.values():
             if group.kind(dialect) is None:
@@ -57,6 +61,14 @@ def _check_naming(case: Case) -> None:
         raise Refused(f"it fails at {stray!r}, which does not begin as {case.family.title} files do")
     if len({ORIGINAL.match(key) is None for key in case.keys_of("unet")}) > 1:
         raise Refused("it fails where some UNet keys have original block names and others do not")
+
+
+def _check_first(case: Case) -> None:
+    """kohya's translation of diffusers' block names fails if the first key is none that it knows."""
+    stems = [key.partition(".")[0] for key in case.keys_of("unet")]
+    known = {f"lora_unet_{path.replace('.', '_')}" for part, path in case.layout if part == "unet"}
+    if any(_DIFFUSERS_BLOCK.search(stem) for stem in stems) and stems[0] not in known:
+        raise Refused(f"it fails at {stems[0]!r}, for it cannot translate it to the original block names")
 
 
 def _check_stems(case: Case) -> None:

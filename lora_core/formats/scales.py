@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_core.adapters.weights import LayerKey
+from lora_core.formats.dialects import Leaves
 from lora_core.formats.diffusers import HEADER_KEY, header_values
 from lora_core.formats.reading import Case, Group, Refused, Taken
-from lora_core.formats.tools import Leaves
 from lora_core.spec.errors import AdapterFileError
 
 
@@ -35,13 +35,35 @@ def used_layers(case: Case, taken: Taken) -> dict[LayerKey, Used]:
     """
     header = _header(case) if case.dialect.alphas != "own" else None
     common = _common_alphas(case) if case.dialect.alphas == "component" else {}
+    if case.dialect.spelled and header is None:
+        _check_projection(case, taken)
     used: dict[LayerKey, Used] = {}
     for layer, (group, kind) in taken.items():
         if isinstance(kind, str):
             used[layer] = Used(tuple(group.keys.values()), None, kind)
         elif header is None or header.targets(layer):
             used[layer] = _used(case, group, kind, header, common)
+    for part in case.family.parts if header else ():
+        if case.keys_of(part) and not any(layer[0] == part for layer in used):
+            raise Refused(f"it fails at {part}, of which it finds none of the header's target_modules")
     return used
+
+
+def _check_projection(case: Case, taken: Taken) -> None:
+    """diffusers overlooks the rank of a text projection and takes the most frequent one of its encoder."""
+    for part in case.family.parts[1:]:
+        ranks = {
+            layer: case.facts.shapes[group.keys[kind.down]][0]
+            for layer in case.layout
+            if layer[0] == part and layer in taken
+            for group, kind in [taken[layer]]
+            if isinstance(kind, Leaves)
+        }
+        own = ranks.pop((part, "text_projection"), None)
+        if own is not None and ranks and own != Counter(ranks.values()).most_common(1)[0][0]:
+            raise Refused(
+                f"it fails at {part}.text_projection, whose rank {own} is not its encoder's usual one"
+            )
 
 
 def _used(case: Case, group: Group, pair: Leaves, header: "_Header | None", common: dict[str, float]) -> Used:
@@ -52,7 +74,7 @@ def _used(case: Case, group: Group, pair: Leaves, header: "_Header | None", comm
         return Used((*keys, group.keys[".dora_scale"]), None, "DoRA")
     if header is not None:
         scale = header.scale(group.layer, rank)
-    elif group.layer[0] in common and (alpha is None or not _keeps_alpha(case, group.layer)):
+    elif group.layer[0] in common and (alpha is None or not _keeps_alpha(case, group.layer, keys[0])):
         scale = common[group.layer[0]] / rank
     elif alpha is None or (alpha == 0 and case.dialect.zero_is_rank):
         scale = 1.0
@@ -61,9 +83,17 @@ def _used(case: Case, group: Group, pair: Leaves, header: "_Header | None", comm
     return Used(tuple(keys), scale)
 
 
-def _keeps_alpha(case: Case, layer: LayerKey) -> bool:
+def _keeps_alpha(case: Case, layer: LayerKey, key: str) -> bool:
     pattern = dict(case.dialect.own_alpha).get(layer[0])
+    if layer[1].startswith("text_model.") and ("text_model" in key) != _has_text_level(case, layer[0]):
+        return False
     return pattern is not None and re.fullmatch(pattern, layer[1]) is not None
+
+
+def _has_text_level(case: Case, part: str) -> bool:
+    """Whether a text encoder's own names have the `text_model.` level: only those with a projection still
+    do."""
+    return (part, "text_projection") in case.layout
 
 
 def _common_alphas(case: Case) -> dict[str, float]:
@@ -71,8 +101,8 @@ def _common_alphas(case: Case) -> dict[str, float]:
     common: dict[str, float] = {}
     for part in case.family.parts:
         stems = [key.partition(".")[0] for key in case.keys_of(part) if key.endswith(".lora_down.weight")]
-        if part == "unet" and case.originals and not case.both_namings():
-            stems.sort(key=_block_order)
+        if part == "unet" and case.originals:
+            stems = _by_block(stems)
         alphas = [
             case.facts.alphas[f"{stem}.alpha"] for stem in stems if f"{stem}.alpha" in case.facts.alphas
         ]
@@ -81,12 +111,25 @@ def _common_alphas(case: Case) -> dict[str, float]:
     return common
 
 
-def _block_order(stem: str) -> tuple[int, int]:
-    """diffusers sorts original names by block; what lies in none, conv_in included, comes first."""
-    match = re.match(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)", stem)
-    if match is None or stem.startswith("lora_unet_input_blocks_0_0"):
-        return 0, 0
-    return 1 + ("input_blocks", "middle_block", "output_blocks").index(match[1]), int(match[2])
+_BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_")
+
+
+def _by_block(stems: list[str]) -> list[str]:
+    """Stems with original names in the order in which diffusers translates them.
+
+    What lies in no block comes first, conv_in included; then the blocks, whose numbers it goes through as a
+    set of whole numbers gives them out: not always in ascending order.
+    """
+    places = [None if stem.startswith("lora_unet_input_blocks_0_0") else _BLOCK.match(stem) for stem in stems]
+    order: dict[tuple[str, int], int] = {}
+    for kind in ("input_blocks", "middle_block", "output_blocks"):
+        numbers = set()
+        for place in places:
+            if place and place[1] == kind:
+                numbers.add(int(place[2]))
+        order |= {(kind, number): len(order) + index for index, number in enumerate(numbers)}
+    ranks = [order[place[1], int(place[2])] if place else -1 for place in places]
+    return [stem for _, stem in sorted(zip(ranks, stems, strict=True), key=lambda pair: pair[0])]
 
 
 class _Header:
@@ -96,10 +139,8 @@ class _Header:
         self.values, self.case = values, case
 
     def _real_name(self, layer: LayerKey) -> str:
-        """A layer's name in the model: text encoders without a projection lost the `text_model.` level."""
-        part, path = layer
-        flat = part != "unet" and (part, "text_projection") not in self.case.layout
-        return path.removeprefix("text_model.") if flat else path
+        """A layer's name in the model."""
+        return layer[1] if _has_text_level(self.case, layer[0]) else layer[1].removeprefix("text_model.")
 
     def targets(self, layer: LayerKey) -> bool:
         """Whether PEFT adapts the layer: in the UNet whatever the file holds, else what the header lists."""

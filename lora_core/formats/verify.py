@@ -4,6 +4,7 @@ The file is read back and mapped by each tool's rules (`tools.py`). What a tool 
 compared with what the adapter means, through the factors alone: where they are the same, by their scales.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.formats import diffusers, kinds, kohya
 from lora_core.formats.container import read_tensors
+from lora_core.formats.dialects import Tool
 from lora_core.formats.inspect import file_format
 from lora_core.formats.layers import Tensors, alpha_number, check_finite, checked_layer
 from lora_core.formats.layout import Layout, family_layout
@@ -22,9 +24,10 @@ from lora_core.formats.notes import Outcome, note
 from lora_core.formats.reading import FileFacts, Refused, case_of, groups_of, taken_layers
 from lora_core.formats.rules import check_components, check_keys, drop_misspelled, drop_partial_attention
 from lora_core.formats.scales import Used, used_layers
-from lora_core.formats.tools import MEANT_FOR, TOOLS, Tool
+from lora_core.formats.tools import MEANT_FOR, TOOLS
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
+from lora_core.spec.tensor_file import read_header
 
 TOLERANCE = 2e-3
 """Relative error of an update up to which it counts as the same; the same as for pictures' noise."""
@@ -48,20 +51,22 @@ def verified(
 
     Returns:
         `ok`: whether each tool that the format is meant for takes every key at the right strength; `tools`:
-        for each `tool` how many `keys` the file has, how many are `matched`, which are `dropped`, the largest
-        relative error of an update (`max_delta_error`; 1.0 where one is missing, None where the kind of
-        adapter leaves it open), and a `note` for people; `family`, `format` and `kind` as in `inspect_file`.
+            for each `tool` whether it is `ok`, how many `keys` the file has, how many are `matched`, which
+            are `dropped`, the largest relative error of an update (`max_delta_error`; 1.0 where one is
+            missing, None where the kind of adapter leaves it open), and a `note` for people; `family`,
+            `format` and `kind` as in `inspect_file`.
 
     Raises:
         AdapterFileError: one sentence on what is wrong with the file, or that it does not say its family.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
+    tensors = _by_offset(path, tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     format, kind = file_format(shapes), kinds.kind_of(shapes)
     if format not in MEANT_FOR or kind not in kinds.ADAPTERS:
         raise AdapterFileError(f"{path} cannot be verified: it is {kinds.called(kind)}.")
-    family = family or _told_family(path, shapes, metadata)
+    family = _family(path, shapes, metadata, family)
     layout = modules or family_layout(family)
     try:
         meant = _meant(tensors, metadata, format, kind, family)
@@ -72,18 +77,22 @@ def verified(
         name: alpha_number(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
     }
     facts = FileFacts(shapes, alphas, metadata)
-    wide = _wide(meant, layout)
-    rows = []
-    for tool in TOOLS:
-        outcome = _outcome(tool, facts, _Base(family, layout, wide), meant, live)
-        rows.append((outcome.fine, _row(tool, outcome, format, family)))
+    base = _Base(family, layout, _wide(meant, layout))
+    products = _products(meant, live)
+    outcomes = {tool.name: _outcome(tool, facts, base, meant, products) for tool in TOOLS}
     return {
-        "ok": all(fine for fine, row in rows if row["tool"] in MEANT_FOR[format]),
+        "ok": all(outcomes[name].fine for name in MEANT_FOR[format]),
         "family": family.name,
         "format": format,
         "kind": kind,
-        "tools": [row for _, row in rows],
+        "tools": [_row(name, outcome, format, family) for name, outcome in outcomes.items()],
     }
+
+
+def _by_offset(path: Path, tensors: Tensors) -> Tensors:
+    """The tensors in the order of their bytes, in which loaders see them: some rules depend on it."""
+    entries = read_header(path).tensors
+    return {name: tensors[name] for name in sorted(tensors, key=lambda name: entries[name]["data_offsets"])}
 
 
 @dataclass(frozen=True)
@@ -93,13 +102,18 @@ class _Base:
     wide: bool
 
 
-def _told_family(path: Path, shapes: kinds.Shapes, metadata: Mapping[str, str]) -> Family:
-    family = kinds.file_family(shapes, metadata)
-    if family is None:
-        told = kinds.family_name(shapes, metadata)
-        what = "does not say which family of base it is for" if told == "unknown" else f"is for {told}"
+def _family(path: Path, shapes: kinds.Shapes, metadata: Mapping[str, str], base: Family | None) -> Family:
+    """The family to verify for: the base's, unless the file is told to be for another one."""
+    told = kinds.file_family(shapes, metadata)
+    if base is not None:
+        if told is not None and told.title != base.title:
+            raise AdapterFileError(f"{path} is for {told.title}, the base is the {base.title}.")
+        return base
+    if told is None:
+        name = kinds.family_name(shapes, metadata)
+        what = "does not say which family of base it is for" if name == "unknown" else f"is for {name}"
         raise AdapterFileError(f"{path} {what}, so it cannot be verified; name its base with --base.")
-    return family
+    return told
 
 
 def _meant(
@@ -145,9 +159,47 @@ def _wide(meant: AdapterWeights, layout: Layout) -> bool:
     return 2 * fitting >= len(known)
 
 
-def _outcome(
-    tool: Tool, facts: FileFacts, base: _Base, meant: AdapterWeights, live: AdapterWeights | None
-) -> Outcome:
+Products = dict[LayerKey, tuple[float, float, float] | None]
+"""For each layer that should be there: |up down|^2 of the file, its product with what is right, |right|^2."""
+
+
+def _products(meant: AdapterWeights, live: AdapterWeights | None) -> Products:
+    """What the errors are worked out from, once for all tools: of the file itself only the scales matter."""
+    if live is None:
+        return {key: (1.0, layer.scale, layer.scale**2) for key, layer in meant.layers.items()}
+    return {key: _inner(meant.layers.get(key), right) for key, right in live.layers.items()}
+
+
+def _inner(file: LayerWeights | None, right: LayerWeights) -> tuple[float, float, float] | None:
+    """Inner products of two updates without forming them: <B A, B' A'> = <B^T B', A A'^T>, r x r matrices.
+
+    In double precision, since the error is a small difference of them. None if the shapes differ.
+    """
+    if file is None:
+        return None
+    down, up = file.down.flatten(1).double(), file.up.flatten(1).double()
+    own_down, own_up = right.down.flatten(1).double(), right.up.flatten(1).double()
+    if down.shape[1] != own_down.shape[1] or up.shape[0] != own_up.shape[0]:
+        return None
+    square = ((up.T @ up) * (down @ down.T)).sum()
+    mixed = ((up.T @ own_up) * (down @ own_down.T)).sum() * right.scale
+    own = ((own_up.T @ own_up) * (own_down @ own_down.T)).sum() * right.scale**2
+    return float(square), float(mixed), float(own)
+
+
+def _error(used: Used | None, products: tuple[float, float, float] | None) -> float | None:
+    """|s B A - right| / |right| of one layer, 1.0 if it is missing, None where the kind leaves it open."""
+    if used is None or products is None:
+        return 1.0
+    if used.scale is None:
+        return None
+    square, mixed, own = products
+    if own == 0:
+        return 0.0 if square * used.scale == 0 else 1.0
+    return math.sqrt(max(square * used.scale**2 - 2 * mixed * used.scale + own, 0.0) / own)
+
+
+def _outcome(tool: Tool, facts: FileFacts, base: _Base, meant: AdapterWeights, products: Products) -> Outcome:
     used: dict[LayerKey, Used] = {}
     refused = ""
     try:
@@ -163,55 +215,21 @@ def _outcome(
         refused = str(reason)
     matched = {key for layer in used.values() for key in layer.keys}
     dropped = [key for key in facts.shapes if key not in matched]
-    reference = (live or meant).layers
-    errors = {
-        layer: _error(used.get(layer), meant.layers.get(layer), reference[layer], live is not None)
-        for layer in reference
-    }
-    factors = [layer.up.dtype for layer in meant.layers.values()]
-    coarse = max((_COARSE.get(t, TOLERANCE if t.itemsize > 1 else 5e-2) for t in factors), default=TOLERANCE)
-    return Outcome(refused, len(facts.shapes), dropped, used, meant, errors, coarse)
+    errors = {layer: _error(used.get(layer), numbers) for layer, numbers in products.items()}
+    factors = {layer.up.dtype for layer in meant.layers.values()}
+    tolerance = max(
+        (_COARSE.get(t, TOLERANCE if t.itemsize > 1 else 5e-2) for t in factors), default=TOLERANCE
+    )
+    return Outcome(refused, len(facts.shapes), dropped, used, meant, errors, tolerance)
 
 
-def _error(
-    used: Used | None, file: LayerWeights | None, right: LayerWeights, other_factors: bool
-) -> float | None:
-    """Relative error of the update that a tool applies to a layer, None where the adapter's kind leaves it
-    open."""
-    if used is None or file is None:
-        return 1.0
-    if used.scale is None:
-        return None
-    if other_factors:
-        return _difference(used.scale, file, right)
-    if right.scale == 0:
-        return 0.0 if used.scale == 0 else 1.0
-    return abs(used.scale / right.scale - 1)
-
-
-def _difference(scale: float, file: LayerWeights, right: LayerWeights) -> float:
-    """|s B A - s' B' A'| / |s' B' A'| from the factors' Gram matrices, r x r, in double precision.
-
-    |s B A|^2 = s^2 <B^T B, A A^T>, and so for the mixed term.
-    """
-    down, up = file.down.flatten(1).double(), file.up.flatten(1).double()
-    own_down, own_up = right.down.flatten(1).double(), right.up.flatten(1).double()
-    if down.shape[1] != own_down.shape[1] or up.shape[0] != own_up.shape[0]:
-        return 1.0
-    mixed = float(((up.T @ own_up) * (down @ own_down.T)).sum()) * scale * right.scale
-    square = float(((up.T @ up) * (down @ down.T)).sum()) * scale**2
-    own = float(((own_up.T @ own_up) * (own_down @ own_down.T)).sum()) * right.scale**2
-    if own == 0:
-        return 0.0 if square == 0 else 1.0
-    return (max(square - 2 * mixed + own, 0.0) / own) ** 0.5
-
-
-def _row(tool: Tool, outcome: Outcome, format: str, family: Family) -> dict[str, Any]:
+def _row(tool: str, outcome: Outcome, format: str, family: Family) -> dict[str, Any]:
     return {
-        "tool": tool.name,
+        "tool": tool,
+        "ok": outcome.fine,
         "keys": outcome.keys,
         "matched": outcome.keys - len(outcome.dropped),
         "dropped": outcome.dropped,
         "max_delta_error": outcome.max_error,
-        "note": note(outcome, tool.name in MEANT_FOR[format], format, family),
+        "note": note(outcome, tool in MEANT_FOR[format], format, family),
     }
