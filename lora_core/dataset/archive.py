@@ -1,19 +1,20 @@
 """Bringing files from outside into a dataset folder: dropped files, a folder, a zip.
 
-Each file is judged by itself: what cannot be used is reported and does not keep the others out. Nothing that
+The originals are never changed: files are copied, or linked where the person wants that, byte for byte. Each
+file is judged by itself: what cannot be used is reported and does not keep the others out. Nothing that
 is there already is overwritten. A table of captions becomes one text file a picture, because pictures may get
 new names here and because the window edits text files.
 """
 
-import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from lora_core.dataset.known_sizes import Sizes
 from lora_core.dataset.names import free_stem, safe_name
-from lora_core.dataset.pictures import SUFFIXES, checked_size
+from lora_core.dataset.pictures import SUFFIXES
 from lora_core.dataset.records import Problem
 from lora_core.dataset.sidecars import (
     CAPTION_SUFFIXES,
@@ -23,11 +24,12 @@ from lora_core.dataset.sidecars import (
     read_text,
     write_caption,
 )
+from lora_core.dataset.taking import Way, take
 from lora_core.dataset.walk import files_below, is_junk, is_mask
 from lora_core.dataset.zips import Imported, Limits, unpack
 from lora_core.spec.errors import DatasetError
 
-__all__ = ["Imported", "Limits", "import_files", "import_folder", "unpack"]
+__all__ = ["Imported", "Limits", "Way", "import_files", "import_folder", "unpack"]
 
 _MASK = "-masklabel"
 _THREADS = 4
@@ -66,17 +68,41 @@ class _Import:
     """One import under way."""
 
     into: Path
+    way: Way
     added: list[Path] = field(default_factory=list)
     skipped: list[Problem] = field(default_factory=list)
     placed: dict[str, Path] = field(default_factory=dict)
+    _names: dict[Path, set[str]] = field(default_factory=dict)
+    _stems: dict[Path, set[str]] = field(default_factory=dict)
+
+    def names(self, folder: Path) -> set[str]:
+        """The folded names in a folder of the dataset, read once."""
+        if folder not in self._names:
+            there = [p.name for p in (folder.iterdir() if folder.is_dir() else ()) if not is_junk(p.name)]
+            self._names[folder] = {folded(name) for name in there}
+            self._stems[folder] = {folded(Path(name).stem) for name in there}
+        return self._names[folder]
+
+    def stems(self, folder: Path) -> set[str]:
+        """The folded stems in a folder of the dataset."""
+        self.names(folder)
+        return self._stems[folder]
+
+    def place(self, target: Path) -> None:
+        """Note that a name is taken from now on."""
+        self.added.append(target)
+        self.names(target.parent).add(folded(target.name))
+        self.stems(target.parent).add(folded(target.stem))
 
     def skip(self, source: Path, kind: str, sentence: str) -> None:
         """Note that a file was left out, and why."""
         self.skipped.append(Problem(source, kind, sentence))
 
 
-def import_files(files: list[Path], into: Path, names: list[str] | None = None) -> Imported:
-    """Copy pictures, their captions and masks into a dataset folder, and unpack zips.
+def import_files(
+    files: list[Path], into: Path, names: list[str] | None = None, way: Way | None = None
+) -> Imported:
+    """Take over pictures, their captions and masks into a dataset folder, and unpack zips.
 
     A name that is taken gets `-2`, a picture together with its caption. What is wrong with a file, a zip
     included, is told in `skipped`.
@@ -85,11 +111,12 @@ def import_files(files: list[Path], into: Path, names: list[str] | None = None) 
         files: where they lie now.
         into: the dataset folder, made if absent.
         names: what their sender calls them, with sub-folders before slashes; default the files' own names.
+        way: how; default is to copy.
 
     Raises:
         DatasetError: the folder cannot be written, or the disk is too full.
     """
-    under_way = _started(into, files)
+    under_way = _started(into, files, way or Way())
     loose: list[_Incoming] = []
     for source, name in zip(files, names or [file.name for file in files], strict=True):
         if any(is_junk(part) for part in PurePosixPath(name.replace("\\", "/")).parts):
@@ -102,8 +129,9 @@ def import_files(files: list[Path], into: Path, names: list[str] | None = None) 
     return Imported(under_way.added, under_way.skipped)
 
 
-def import_folder(folder: Path, into: Path) -> Imported:
-    """Copy the pictures, captions and masks below a folder into a dataset folder; `10_name` sub-folders stay.
+def import_folder(folder: Path, into: Path, way: Way | None = None) -> Imported:
+    """Take over the pictures, captions and masks below a folder into a dataset folder; `10_name` sub-folders
+    stay.
 
     Raises:
         DatasetError: the folder does not exist, `into` cannot be written, or the disk is too full.
@@ -114,7 +142,7 @@ def import_folder(folder: Path, into: Path) -> Imported:
     # A dataset folder inside the folder that is imported would be copied into itself.
     inner = into if into.is_relative_to(folder) else None
     files = [one for one in found if isinstance(one, Path) and not (inner and one.is_relative_to(inner))]
-    under_way = _started(into, files)
+    under_way = _started(into, files, way or Way())
     under_way.skipped.extend(one for one in found if isinstance(one, Problem))
     _import_all(
         [_Incoming(file, safe_name(file.relative_to(folder).as_posix())) for file in files], under_way
@@ -122,7 +150,7 @@ def import_folder(folder: Path, into: Path) -> Imported:
     return Imported(under_way.added, under_way.skipped)
 
 
-def _started(into: Path, files: list[Path]) -> _Import:
+def _started(into: Path, files: list[Path], way: Way) -> _Import:
     """An import, after a look at whether there is room.
 
     Raises:
@@ -135,22 +163,24 @@ def _started(into: Path, files: list[Path]) -> _Import:
         raise DatasetError(
             f"The folder {into} cannot be written ({error.strerror}); choose another."
         ) from error
-    needed = sum(file.stat().st_size for file in files if file.is_file())
+    needed = sum(file.stat().st_size for file in files if file.is_file()) if way.how == "copy" else 0
     if needed > free:
         raise DatasetError(
             f"The files need {needed / 1e6:.0f} MB, and {into} has room for {free / 1e6:.0f} MB; free some"
             " disk space."
         )
-    return _Import(into)
+    return _Import(into, way)
 
 
 def _import_zip(source: Path, name: str, under_way: _Import) -> None:
     """Unpack into a hidden folder and take over what is in it."""
+    way = under_way.way
+    way.said("Unpacking", 0, 1)
     try:
         with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=under_way.into) as temporary:
             # The sender's name, so that messages do not speak of a temporary upload.
             inside = unpack(source, Path(temporary) / "files")
-            inner = import_folder(Path(temporary) / "files", under_way.into)
+            inner = import_folder(Path(temporary) / "files", under_way.into, replace(way, how="move"))
     except DatasetError as error:
         under_way.skip(source, "zip", str(error).replace(source.name, PurePosixPath(name).name))
         return
@@ -170,19 +200,25 @@ def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
             sentence = f"{one.name} is neither a picture nor a caption nor a zip; it was left out."
             under_way.skip(one.source, "other file", sentence)
     listed = [one for members in sets.values() for one in members]
+    faults: dict[_Incoming, Problem | None] = {}
+    said = under_way.way.said
     with ThreadPoolExecutor(_THREADS) as threads:
-        faults = dict(zip(listed, threads.map(_fault, listed), strict=True))
+        found = threads.map(lambda one: _fault(one, under_way.way.sizes), listed)
+        for done, (one, fault) in enumerate(zip(listed, found, strict=True)):
+            said("Checking", done, len(listed))
+            faults[one] = fault
     under_way.skipped.extend(fault for fault in faults.values() if fault)
-    for members in sets.values():
+    for done, members in enumerate(sets.values()):
+        said("Taking over", done, len(sets))
         _import_set([one for one in members if not faults[one]], under_way)
     for table in tables:
         _import_table(table, under_way)
 
 
-def _fault(one: _Incoming) -> Problem | None:
+def _fault(one: _Incoming, sizes: Sizes) -> Problem | None:
     """What is wrong with a picture or a caption."""
     if one.suffix in SUFFIXES:
-        size = checked_size(one.source, str(one.name))
+        size = sizes.size(one.source, str(one.name))
         return size if isinstance(size, Problem) else None
     try:
         read_text(one.source, str(one.name))
@@ -199,14 +235,13 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
     kinds = {(one.is_mask, one.suffix): one for one in reversed(members)}
     firsts = [one for one in members if kinds[one.is_mask, one.suffix] is one]
     folder = under_way.into / members[0].name.parent
-    there = [path.name for path in (folder.iterdir() if folder.is_dir() else ()) if not is_junk(path.name)]
     stem = firsts[0].stem
     has_picture = any(one.suffix in SUFFIXES and not one.is_mask for one in firsts)
     if has_picture:
-        stem = free_stem(stem, [Path(name).stem for name in there])
+        stem = free_stem(stem, under_way.stems(folder))
     for one in firsts:
         target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
-        if not has_picture and folded(target.name) in map(folded, there):
+        if not has_picture and folded(target.name) in under_way.names(folder):
             sentence = f"{one.name} is there already and was left as it is; change it in its place."
             under_way.skip(one.source, "already there", sentence)
         else:
@@ -217,19 +252,15 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
 
 
 def _place(one: _Incoming, target: Path, under_way: _Import) -> None:
-    """Copy one file, whole or not at all."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    """Take over one file, whole or not at all."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(one.source, temporary)
-        os.replace(temporary, target)
+        take(one.source, target, under_way.way)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         under_way.skip(
             one.source, "unreadable", f"{one.name} cannot be copied ({error.strerror}); try it again."
         )
         return
-    under_way.added.append(target)
+    under_way.place(target)
     under_way.placed[folded(one.name.as_posix())] = target
 
 

@@ -4,8 +4,10 @@ Everything here is advice: thresholds are set so that a sharp photo, a flat draw
 and so that each finding says what to do about it.
 """
 
+import functools
 import re
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,19 @@ class _Look:
     sharpness: float
 
 
-def audit(dataset: Dataset, resolution: int, multiple: int, tokenizer_folder: Path | None) -> dict[str, Any]:
+Looks = dict[tuple[str, int, int], _Look]
+"""What was measured before, by path, time of the file and resolution."""
+
+
+def audit(
+    dataset: Dataset,
+    resolution: int,
+    multiple: int,
+    tokenizer_folder: Path | None,
+    trigger: str = "",
+    said: Callable[[int, int], None] | None = None,
+    looks_before: Looks | None = None,
+) -> dict[str, Any]:
     """The findings, as plain values for JSON.
 
     Args:
@@ -51,23 +65,36 @@ def audit(dataset: Dataset, resolution: int, multiple: int, tokenizer_folder: Pa
         resolution: that it will be trained at, in pixels.
         multiple: what a bucket's sides are divisible by, in pixels.
         tokenizer_folder: of the base; None leaves the length of captions unchecked.
+        trigger: which should stand in most captions.
+        said: called with (done, all) as the pictures are looked at; what it raises ends the audit.
+        looks_before: of earlier audits of the same files; what is new is added.
 
     Returns:
         `pictures` and `captions`: how many there are; `problems`: picture (empty where all are meant), kind,
-        sentence; `tags`: tag, pictures; `shares`: picture, share of the training steps that look at it.
+        sentence, and for twins the `twin` that stays; `tags`: tag, pictures; `shares`: picture, share of the
+        training steps that look at it.
 
     Raises:
         ModelFileError: the tokenizer folder holds no tokenizer.
     """
     records = dataset.records
-    with ThreadPoolExecutor(_THREADS) as threads:
-        looks = list(threads.map(lambda record: _look(record, resolution, multiple), records))
+    known = {} if looks_before is None else looks_before
+    looks: list[_Look] = []
+    threads = ThreadPoolExecutor(_THREADS)
+    try:
+        for look in threads.map(lambda record: _look(record, resolution, multiple, known), records):
+            looks.append(look)
+            if said is not None:
+                said(len(looks), len(records))
+    finally:
+        threads.shutdown(cancel_futures=True)
     names = _names(records)
+    twins = _twins(records, names, looks)
     problems = [
         *dataset.problems,
         *_size_problems(records, names, resolution),
         *_blurred(records, names, looks),
-        *_twins(records, names, looks),
+        *twins,
         *_caption_problems(records, names, tokenizer_folder),
     ]
     captions = [record.caption for record in records if record.caption]
@@ -76,12 +103,20 @@ def audit(dataset: Dataset, resolution: int, multiple: int, tokenizer_folder: Pa
         "pictures": len(records),
         "captions": len(captions),
         "problems": [
-            *({"picture": str(p.path), "kind": p.kind, "sentence": p.sentence} for p in problems),
-            *({"picture": "", "kind": "common phrase", "sentence": s} for s in _common_phrases(captions)),
+            *(_row(p, twins.get(p)) for p in problems),
+            *(
+                {"picture": "", "kind": "common phrase", "sentence": s}
+                for s in phrase_sentences(captions, trigger)
+            ),
         ],
         "tags": [{"tag": tag, "pictures": count} for tag, count in tag_counts(captions).items()],
         "shares": [{"picture": str(r.path), "share": r.repeats * shown} for r in records],
     }
+
+
+def _row(problem: Problem, twin: Path | None) -> dict[str, str]:
+    row = {"picture": str(problem.path), "kind": problem.kind, "sentence": problem.sentence}
+    return row if twin is None else {**row, "twin": str(twin)}
 
 
 def sharpness(image: Image.Image) -> float:
@@ -101,7 +136,7 @@ def common_phrases(captions: list[str]) -> list[tuple[str, int]]:
     them."""
     counts: Counter[str] = Counter()
     for caption in captions:
-        counts.update({phrase for part in re.split(r"[,.;:\n]", caption) for phrase in _phrases(part)})
+        counts.update(_phrases_of(caption))
     common = [phrase for phrase, count in counts.items() if count > _COMMON_SHARE * len(captions)]
     common.sort(key=lambda phrase: (-phrase.count(" "), phrase))
     longest: list[str] = []
@@ -109,6 +144,11 @@ def common_phrases(captions: list[str]) -> list[tuple[str, int]]:
         if not any(f" {phrase} " in f" {longer} " for longer in longest):
             longest.append(phrase)
     return [(phrase, counts[phrase]) for phrase in longest]
+
+
+@functools.lru_cache(maxsize=4096)
+def _phrases_of(caption: str) -> frozenset[str]:
+    return frozenset(phrase for part in re.split(r"[,.;:\n]", caption) for phrase in _phrases(part))
 
 
 def _phrases(part: str) -> set[str]:
@@ -121,22 +161,29 @@ def _phrases(part: str) -> set[str]:
     return {" ".join(run) for run in runs if run[0] not in _SMALL_WORDS and run[-1] not in _SMALL_WORDS}
 
 
-def _common_phrases(captions: list[str]) -> list[str]:
+def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
+    """A sentence on each phrase that stands in over 80% of the captions and is no part of the trigger."""
     if len(captions) < _FEWEST_CAPTIONS:
         return []
+    own = f" {' '.join(trigger.casefold().replace(',', ' ').split())} "
     return [
         f"“{phrase}” stands in {count} of {len(captions)} captions; unless it is your trigger, take it out of"
         " most, or what you want to teach is learned by this phrase."
         for phrase, count in common_phrases(captions)
+        if f" {phrase} " not in own
     ]
 
 
-def _look(record: ImageRecord, resolution: int, multiple: int) -> _Look:
+def _look(record: ImageRecord, resolution: int, multiple: int, known: Looks) -> _Look:
     try:
-        image = small_rgb(record.path, 2 * resolution)
-    except DatasetError:
+        key = (str(record.path), record.path.stat().st_mtime_ns, resolution)
+        if key not in known:
+            image = small_rgb(record.path, 2 * resolution)
+            fitted = fit(image, bucket_of(*image.size, resolution, multiple))
+            known[key] = _Look(fingerprint(image), sharpness(fitted))
+    except (DatasetError, OSError):
         return _Look(None, 1.0)
-    return _Look(fingerprint(image), sharpness(fit(image, bucket_of(*image.size, resolution, multiple))))
+    return known[key]
 
 
 def _names(records: list[ImageRecord]) -> list[str]:
@@ -173,17 +220,18 @@ def _blurred(records: list[ImageRecord], names: list[str], looks: list[_Look]) -
     ]
 
 
-def _twins(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> list[Problem]:
-    return [
+def _twins(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> dict[Problem, Path]:
+    """Each picture that looks the same as an earlier one, and which."""
+    return {
         Problem(
             records[index].path,
             "twins",
             f"{names[index]} looks the same as {names[first]}; keep one, or what they show is learned too"
             " strongly.",
-        )
+        ): records[first].path
         for index, first in enumerate(twin_groups([look.print for look in looks]))
         if first != index
-    ]
+    }
 
 
 def _caption_problems(

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_core.dataset.archive import unpack
-from lora_core.dataset.pictures import SUFFIXES, checked_size, content_hash
+from lora_core.dataset.by_hand import listed
+from lora_core.dataset.known_sizes import Sizes
+from lora_core.dataset.pictures import SUFFIXES, content_hash
 from lora_core.dataset.records import Dataset, ImageRecord, Problem
 from lora_core.dataset.sidecars import (
     CAPTION_SUFFIXES,
@@ -45,9 +47,11 @@ class _Listing:
     """The files of a folder in order, by their path relative to it: as it is, and folded."""
 
     root: Path
+    sizes: Sizes
     exact: dict[str, Path] = field(default_factory=dict)
     folded: dict[str, Path] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    held_out: set[str] = field(default_factory=set)
 
     def shown(self, path: Path) -> str:
         """How a file is named in messages."""
@@ -58,14 +62,18 @@ class _Listing:
         return self.exact.get(shown) or self.folded.get(folded(shown))
 
 
-def scan(folder: Path) -> Dataset:
+def scan(folder: Path, sizes: Sizes | None = None) -> Dataset:
     """Every picture below a folder with its caption, in an order that is the same on all systems.
 
     A caption is, in this order: the text file beside the picture, its row in the `metadata.jsonl` or `.csv`
     of the same or a higher folder, the name of a `10_name` folder. Hidden files, masks and what systems leave
     behind are not pictures. Nothing is raised for a file that is wrong; it becomes a problem.
+
+    Args:
+        folder: the dataset.
+        sizes: what is known from before; without it every picture is decoded.
     """
-    listing = _listing(folder)
+    listing = _listing(folder, sizes or Sizes())
     tables = _tables(listing)
     pictures = [
         path for path in listing.exact.values() if path.suffix.casefold() in SUFFIXES and not is_mask(path)
@@ -130,14 +138,19 @@ def require_clean(dataset: Dataset) -> None:
         raise DatasetError(" ".join(sentences))
 
 
-def _listing(root: Path) -> _Listing:
-    listing = _Listing(root)
+def _listing(root: Path, sizes: Sizes) -> _Listing:
+    listing = _Listing(root, sizes)
     for found in files_below(root):
         if isinstance(found, Problem):
             listing.problems.append(found)
         else:
             listing.exact[listing.shown(found)] = found
             listing.folded.setdefault(folded(listing.shown(found)), found)
+    if not any(f"held_out{suffix}" in listing.folded for suffix in SUFFIXES):
+        try:
+            listing.held_out.update(listed(root))
+        except DatasetError as error:
+            listing.problems.append(Problem(root, "held out", str(error)))
     return listing
 
 
@@ -161,13 +174,13 @@ def _tables(listing: _Listing) -> dict[Path, str]:
 
 
 def _record(path: Path, listing: _Listing, tables: dict[Path, str]) -> ImageRecord | Problem:
-    size = checked_size(path, listing.shown(path))
+    size = listing.sizes.size(path, listing.shown(path))
     if isinstance(size, Problem):
         return size
     stem = listing.shown(path.with_suffix(""))
     mask = _first(listing, [f"{stem}-masklabel{suffix}" for suffix in (path.suffix, *sorted(SUFFIXES))])
     if mask is not None:
-        mask_size = checked_size(mask, listing.shown(mask))
+        mask_size = listing.sizes.size(mask, listing.shown(mask))
         if isinstance(mask_size, Problem):
             return mask_size
     repeats, name = _kohya(path, listing.root)
@@ -176,7 +189,8 @@ def _record(path: Path, listing: _Listing, tables: dict[Path, str]) -> ImageReco
         caption = read_text(sidecar, listing.shown(sidecar)) if sidecar else tables.get(path, name)
     except DatasetError as error:
         return Problem(path, "caption", str(error))
-    return ImageRecord(path, *size, caption.strip(), mask, repeats)
+    by_hand = folded(listing.shown(path)) in listing.held_out
+    return ImageRecord(path, *size, caption.strip(), mask, repeats, by_hand)
 
 
 def _first(listing: _Listing, names: list[str]) -> Path | None:

@@ -1,7 +1,7 @@
 """File names from elsewhere, made fit for every system."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container
 from pathlib import PurePosixPath
 
 from lora_core.dataset.sidecars import folded
@@ -37,9 +37,8 @@ def _safe_part(part: str) -> str:
     return stem.encode()[:room].decode(errors="ignore") + dot + ending
 
 
-def free_stem(stem: str, taken: Iterable[str]) -> str:
-    """The stem itself, or with `-2`, `-3`, ... the first that is not taken; case does not count."""
-    used = {folded(name) for name in taken}
+def free_stem(stem: str, used: Container[str]) -> str:
+    """The stem itself, or with `-2`, `-3`, ... the first that is not among the folded stems of `used`."""
     candidate, number = stem, 1
     while folded(candidate) in used:
         number += 1

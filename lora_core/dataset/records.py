@@ -9,7 +9,7 @@ class ImageRecord:
     """One usable picture.
 
     Width and height are in pixels after EXIF rotation. The caption holds one alternative a line. `repeats` is
-    how often the picture is shown in an epoch.
+    how often the picture is shown in an epoch. `held_out` says that a person chose to measure on it.
     """
 
     path: Path
@@ -18,6 +18,7 @@ class ImageRecord:
     caption: str
     mask_path: Path | None = None
     repeats: int = 1
+    held_out: bool = False
 
 
 @dataclass(frozen=True)
