@@ -32,11 +32,15 @@ class Moment:
     """Where training stands, told to all layers before each micro-batch: dropout masks follow from it alone.
 
     A layer inside a checkpointed block runs twice a step; masks drawn from this moment are the same both
-    times.
+    times. A micro-batch that goes through in parts has the masks of the whole: of its `rows` pictures, those
+    from `first` to `last` go through now. 0 rows: all of them.
     """
 
     seed: int = 0
     micro_batch: int = 0
+    first: int = 0
+    last: int = 0
+    rows: int = 0
 
 
 class LoraLayer(nn.Module):
@@ -106,7 +110,7 @@ class LoraLayer(nn.Module):
         keep_module = torch.rand((), generator=draw) >= self.shape.module_dropout
         keep_rank = torch.rand(self.shape.rank, generator=draw) >= self.shape.rank_dropout
         if self.shape.dropout:
-            kept = torch.rand(x.shape, generator=draw) >= self.shape.dropout
+            kept = self._drawn_rows(x, draw) >= self.shape.dropout
             x = x * (kept.to(x.device) / (1 - self.shape.dropout))
         low = self._down(x)
         mask = (
@@ -117,6 +121,16 @@ class LoraLayer(nn.Module):
         if isinstance(self.base, nn.Conv2d):
             mask = mask.view(-1, 1, 1)
         return self._up(low * mask)
+
+    def _drawn_rows(self, x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+        """Numbers in [0, 1) of the shape of `x`, those of its place in the whole micro-batch."""
+        moment = self.moment
+        if moment.last - moment.first == moment.rows:
+            return torch.rand(x.shape, generator=draw)
+        # A text encoder's layers see several rows a picture, one for each chunk of its caption.
+        each = len(x) // (moment.last - moment.first)
+        whole = torch.rand((each * moment.rows, *x.shape[1:]), generator=draw)
+        return whole[each * moment.first : each * moment.last]
 
     def layer_weights(self) -> LayerWeights:
         """A detached copy of the factors, on the CPU."""

@@ -24,6 +24,7 @@ class Choice:
         defaults: keyword arguments that the code is called with.
         extra: the optional package (extra of `pip install lora-easel[...]`) that it needs, or "".
         one_rate: an optimizer that works with one learning rate for everything that it trains.
+        state: how many numbers an optimizer keeps for each that it trains.
     """
 
     title: str
@@ -32,6 +33,7 @@ class Choice:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     extra: str = ""
     one_rate: bool = False
+    state: float = 2.0
 
     def resolve(self) -> Any:
         """Import what `load` names.
@@ -58,18 +60,22 @@ OPTIMIZERS: Table = {
     "adam": Choice("Adam", "AdamW without weight decay.", "torch.optim:Adam"),
     "nadam": Choice("NAdam", "Adam with Nesterov momentum.", "torch.optim:NAdam"),
     "radam": Choice("RAdam", "Adam that needs less warm-up.", "torch.optim:RAdam"),
-    "adafactor": Choice("Adafactor", "Keeps far less state; for very large ranks.", "torch.optim:Adafactor"),
+    "adafactor": Choice(
+        "Adafactor", "Keeps far less state; for very large ranks.", "torch.optim:Adafactor", state=0.2
+    ),
     "sgd": Choice(
         "SGD",
         "Plain gradient descent with momentum; needs a much higher rate.",
         "torch.optim:SGD",
         {"momentum": 0.9},
+        state=1.0,
     ),
     "lion": Choice(
         "Lion",
         "Half of AdamW's state; take a third of its learning rate.",
         "lion_pytorch:Lion",
         extra="optimizers",
+        state=1.0,
     ),
     "prodigy": Choice(
         "Prodigy",
@@ -78,6 +84,7 @@ OPTIMIZERS: Table = {
         {"safeguard_warmup": True, "use_bias_correction": True},
         extra="optimizers",
         one_rate=True,
+        state=4.0,
     ),
 }
 

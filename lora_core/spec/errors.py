@@ -28,5 +28,9 @@ class RunError(LoraError):
     """A run folder in a state that does not allow what was asked."""
 
 
+class NoRoom(RunError):
+    """The drive of a run is full, gone or read-only: the run is paused, and goes on when that is mended."""
+
+
 class OutOfMemory(LoraError):
     """The device has too little memory for the settings; names the two settings to lower."""

@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import re
+import shutil
 import tempfile
 import threading
 from pathlib import Path
 
 import platformdirs
+import psutil
 
 from lora_core.spec.errors import RunError
 
@@ -58,6 +61,31 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder: `.NAME.PID....tmp`, `.draft` or `.making`.
+
+    What another living process is just writing stays: its number is in the name.
+    """
+    for end in ("tmp", "draft", "making"):
+        for path in folder.glob(f".*.{end}"):
+            owner = re.search(rf"\.(\d+)[\w-]*\.{end}$", path.name)
+            if owner and _still_writing(int(owner[1]), path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
+def _still_writing(pid: int, path: Path) -> bool:
+    """Whether `path` may be the work of another living process; one that began later has only its number."""
+    try:
+        return pid != os.getpid() and psutil.Process(pid).create_time() <= path.stat().st_mtime + 2.0
+    except (OSError, psutil.Error):
+        return False
 
 
 def sync_folder(path: Path) -> None:

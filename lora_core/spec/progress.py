@@ -60,7 +60,7 @@ class Progress:
             case events.Handled():
                 self.handled.add(event.request)
             case events.Paused():
-                self.ending = "paused"
+                self.ending, self.reason = "paused", event.reason
             case events.Stopped():
                 self.ending, self.export = "stopped", event.export
             case events.Finished():

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from lora_core.spec.config import RunConfig, load_toml, to_toml
 from lora_core.spec.errors import RunError
 from lora_core.spec.events import read_events
-from lora_core.spec.paths import write_atomically
+from lora_core.spec.paths import clear_abandoned, write_atomically
 from lora_core.spec.progress import Progress
 
 REQUESTS = ("stop", "pause", "save", "preview", "resume")
@@ -98,14 +98,15 @@ class RunFolder:
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
         """Make the folder and freeze its config, whole or not at all.
 
-        A run of that name that failed before its first step holds nothing to go on with and is replaced, so
-        that a person who has mended what was wrong can give the same command again.
+        A run of that name that failed before its first step holds nothing to go on with and is replaced: who
+        has mended what was wrong can give the same command again.
 
         Raises:
             RunError: the name is taken, or the folder cannot be made.
         """
-        making = cls(path.with_name(f".{path.name}.{uuid.uuid4().hex}.making"))
+        making = cls(path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}.making"))
         try:
+            clear_abandoned(path.parent)
             for below in (making.checkpoints, making.previews, making.exports):
                 below.mkdir(parents=True)
             write_atomically(making.config_file, to_toml(config).encode())

@@ -290,3 +290,10 @@ class SaveSection:
         3, "Keep last", "How many of the newest checkpoints stay on disk.", span=(1, 1000)
     )
     keep_best: bool = setting(True, "Keep best", "Keep the checkpoint with the best validation too.")
+    ema: float = setting(
+        0.0,
+        "Averaged adapter",
+        "Decay of a running average of the adapter, 0.99 for instance, which is then what is sampled and"
+        " exported; evens out the last steps. 0: off.",
+        span=(0.0, 0.99999),
+    )

@@ -97,6 +97,12 @@ class Batches:
         names, sizes = [item.record.path.name for item in items], [item.sizes for item in items]
         return Batch(torch.stack(latents), list(captions), names, torch.stack(sizes))
 
+    def heaviest(self) -> int:
+        """The number of a micro-batch of the largest bucket."""
+        epoch = self._epoch_batches(0)
+        sizes = [self._items[indices[0]].bucket for indices in epoch]
+        return max(range(len(epoch)), key=lambda number: sizes[number].width * sizes[number].height)
+
     def _indices(self, number: int) -> list[int]:
         epoch, place = divmod(number, self._an_epoch)
         if self._epoch[0] != epoch:

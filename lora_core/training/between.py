@@ -1,7 +1,7 @@
 """What happens between steps with the adapter as it stands: validation on held-out pictures, and samples."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -71,12 +71,14 @@ def _at_strength(injected: Injected, strength: float) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(session: Session) -> Iterator[None]:
-    """Dropout off in the adapted parts while the context is open."""
+    """Dropout off in the adapted parts, and the average in the adapter's place, while the context is open."""
     modules = session.trainee.base.modules.values()
+    average = session.trainee.average
     for module in modules:
         module.eval()
     try:
-        yield
+        with average.in_place() if average is not None else nullcontext():
+            yield
     finally:
         for module in modules:
             module.train()

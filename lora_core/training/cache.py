@@ -1,16 +1,16 @@
 """Latents and text conditions, encoded once and kept on disk by the hash of everything that they follow from.
 
-A changed picture, VAE, bucket or caption has another key, so nothing is ever stale. A file that cannot be
-read is made anew: the cache is never a reason to fail.
+A changed picture, VAE, bucket or caption has another key, so nothing is ever stale. Each file holds the hash
+of its numbers; one that is broken in any way is made anew.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from lora_core.dataset.buckets import Bucket
 from lora_core.dataset.captions import CHUNK
@@ -26,6 +26,9 @@ from lora_core.models.encode import (
 from lora_core.models.images import picture_pixels
 from lora_core.models.load import BaseModel
 from lora_core.spec.paths import write_atomically
+
+DIGEST = "sha256"
+"""The name in a file's header of the hash of its numbers."""
 
 
 class LatentCache:
@@ -109,21 +112,26 @@ class TextSource:
 
 def _from_disk_or(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     try:
-        found = load_file(path)
-        if "value" in found:
-            return found
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            if "value" in found and (file.metadata() or {}).get(DIGEST) == _tensors_hash(found):
+                return found
     except (OSError, SafetensorError):
         pass
     made = {name: tensor.contiguous() for name, tensor in make().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save(made))
+    write_atomically(path, save(made, {DIGEST: _tensors_hash(made)}))
     return made
 
 
 def _weights_hash(module: torch.nn.Module) -> str:
+    return _tensors_hash(module.state_dict())
+
+
+def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

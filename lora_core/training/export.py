@@ -10,7 +10,7 @@ from lora_core.adapters.weights import AdapterWeights
 from lora_core.dataset.captions import tag_counts
 from lora_core.formats.card import THUMBNAIL_KEY, thumbnail, thumbnail_text, write_beside
 from lora_core.formats.file import file_hashes, read_adapter, read_tensors, write_adapter
-from lora_core.formats.metadata import ExportFacts, side_file
+from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
 from lora_core.formats.verify import verified
 from lora_core.models.load import BaseModel
 from lora_core.spec.config import RunConfig, to_toml
@@ -56,6 +56,13 @@ def export_facts(
         settings=to_toml(config),
         network_args={"targets": section.targets, "dropout": section.dropout, **_unusual(section)},
     )
+
+
+def run_header(
+    config: RunConfig, base: BaseModel, items: list[Item], steps: int, started_at: float
+) -> dict[str, str]:
+    """The texts of a file's header."""
+    return export_metadata(export_facts(config, base, items, steps, started_at))
 
 
 def _unusual(section: AdapterSection) -> dict[str, Any]:

@@ -4,14 +4,25 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from lora_core.dataset.folder import ImageRecord
 from lora_core.dataset.pictures import content_hash
-from lora_core.spec.errors import RunError
+from lora_core.models.hub import in_local_cache
+from lora_core.models.sources import weight_paths
+from lora_core.spec.base_facts import base_facts, is_hub_id
+from lora_core.spec.errors import ModelFileError, RunError
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.sections import ModelSection
+from lora_core.spec.tensor_file import read_header
 
 PACKAGES = ("lora-easel", "torch", "diffusers", "transformers")
+_SAMPLE = 64
+"""Bytes that are read of each tensor."""
+_PLACES = 4096
+"""So many places are read of a file without a table of its tensors."""
+_CONFIGS = ("config.json", "scheduler_config.json", "vocab.json", "merges.txt")
 
 
 def versions() -> dict[str, str]:
@@ -19,22 +30,91 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def inputs_of(run: RunFolder, records: list[ImageRecord], start: Path | None = None) -> dict[str, str]:
-    """A short text for each input: the settings file, each picture with its caption, the LoRA that is
-    continued, each
-    package."""
+def inputs_of(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
+    """A short text for each input: the settings file, each picture with its caption, each package."""
     inputs = {"config.toml": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
     for record in records:
         words = f"{content_hash(record.path)} {record.repeats} {record.caption}"
+        words += "\nheld out by hand" if record.held_out else ""
         inputs[f"the picture {record.path.name}"] = hashlib.sha256(words.encode()).hexdigest()
-    if start is not None:
-        found = content_hash(start) if start.is_file() else ""
-        inputs[f"the LoRA {start.name} that it continues"] = found
     return inputs | {f"the package {name}": found for name, found in versions().items()}
 
 
+def start_input(start: Path | None) -> dict[str, str]:
+    """The same of the LoRA that a run continues, if there is one."""
+    if start is None:
+        return {}
+    return {f"the LoRA {start.name} that it continues": content_hash(start) if start.is_file() else ""}
+
+
+def base_inputs(model: ModelSection) -> dict[str, str]:
+    """The same of the base: a text for each component of a folder, for a single file, for a VAE of its own.
+
+    Raises:
+        ModelFileError: the base is not there.
+    """
+    if is_hub_id(model.base) and not Path(model.base).expanduser().exists():
+        in_local_cache(model.base)
+    facts = base_facts(model.base, model.prediction)
+    found: dict[str, str] = {}
+    if facts.single_file:
+        found[f"the base {facts.path.name}"] = weights_digest(facts.path)
+    else:
+        assert facts.family is not None
+        tokenizers = {encoder.tokenizer for encoder in facts.family.text_encoders}
+        for part in (*facts.family.parts, "vae", "scheduler", *sorted(tokenizers)):
+            found[f"the {part.replace('_', ' ')} of the base"] = _component_digest(facts.path / part, part)
+    if model.vae:
+        place = Path(model.vae).expanduser()
+        digest = _component_digest(place, "vae") if place.is_dir() else weights_digest(place)
+        found[f"the VAE {place.name}"] = digest
+    return found
+
+
+def _component_digest(folder: Path, part: str) -> str:
+    digest = hashlib.sha256()
+    for name in _CONFIGS:
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    try:
+        files = weight_paths(folder, part)
+    except ModelFileError:
+        # Tokenizers and schedulers have none; of a component that lacks its own, the loader says it.
+        files = []
+    for file in files:
+        digest.update(weights_digest(file).encode())
+    return digest.hexdigest()
+
+
+def weights_digest(path: Path) -> str:
+    """What tells a file of weights from another: its size, its header, and 64 bytes from the middle of each
+    tensor.
+
+    A whole hash of a large base takes half a minute; another training, precision or merge changes every
+    tensor. A `.ckpt` has no table of tensors that is safe to read, so 4,096 places are taken instead.
+    """
+    if not path.is_file():
+        return ""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for place in _places(path, size, digest):
+            file.seek(place)
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _places(path: Path, size: int, digest: Any) -> list[int]:
+    if path.suffix.lower() != ".safetensors":
+        return [size * number // _PLACES for number in range(_PLACES)]
+    header = read_header(path, ModelFileError)
+    digest.update(json.dumps(header.tensors, sort_keys=True).encode())
+    offsets = [header.start + sum(entry["data_offsets"]) // 2 for entry in header.tensors.values()]
+    return sorted(offsets)
+
+
 def check_inputs(
-    run: RunFolder, records: list[ImageRecord], accept_changes: bool, start: Path | None = None
+    run: RunFolder, records: list[ImageRecord], accept_changes: bool, more: dict[str, str] | None = None
 ) -> None:
     """Write the inputs down at the first start; later, compare.
 
@@ -42,12 +122,12 @@ def check_inputs(
         run: the run.
         records: its pictures.
         accept_changes: go on although something has changed.
-        start: the LoRA that it continues, if there is one.
+        more: a short text for each other input, as of the base.
 
     Raises:
         RunError: something has changed and the person has not accepted it; names what.
     """
-    now = inputs_of(run, records, start)
+    now = inputs_of(run, records) | (more or {})
     try:
         before = json.loads(run.inputs_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

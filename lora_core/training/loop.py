@@ -7,7 +7,7 @@ what is random in a step follows from (seed, step) alone.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,12 +15,15 @@ from torch import nn
 from lora_core.adapters.inject import Injected
 from lora_core.models.load import BaseModel
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import RunError
 from lora_core.spec.sections import LossSection
 from lora_core.training.batches import Batches
 from lora_core.training.cache import TextSource
-from lora_core.training.loss import drawn, training_loss
+from lora_core.training.ema import Average
+from lora_core.training.loss import drawn, picture_losses
 from lora_core.training.schedules import rate_factor
+
+NAMED = 4
+"""So many pictures are named in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class StepPlan:
         schedule, warmup: of the learning rate.
         seed: of timesteps and noise.
         loss: kind of error and its weights.
+        rate: factor of all learning rates, below 1 after a return to an earlier state.
     """
 
     steps: int
@@ -43,34 +47,73 @@ class StepPlan:
     warmup: float
     seed: int
     loss: LossSection
+    rate: float = 1.0
 
     @classmethod
-    def of(cls, config: RunConfig, steps: int) -> "StepPlan":
+    def of(cls, config: RunConfig, steps: int, rate: float = 1.0) -> "StepPlan":
         """The plan of a config that runs to `steps`."""
         optim, train = config.optim, config.train
         return cls(
-            steps, train.accumulate, optim.clip, optim.schedule, optim.warmup, config.seed, config.loss
+            steps, train.accumulate, optim.clip, optim.schedule, optim.warmup, config.seed, config.loss, rate
         )
 
 
 @dataclass(frozen=True)
 class Step:
-    """A finished optimizer step: its number from 1, mean loss, learning rate of the first group, seconds."""
+    """A finished optimizer step.
+
+    Attributes:
+        number: counted from 1.
+        loss: the mean.
+        lr: learning rate of the first group.
+        seconds: that it took.
+        trouble: what was not finite, with the pictures and timesteps, if anything was: the adapter and the
+            optimizer are then as before the step.
+    """
 
     number: int
     loss: float
     lr: float
     seconds: float
+    trouble: str = ""
 
 
 @dataclass
 class Trainee:
-    """What a step changes: the base with the adapter in it, the optimizer, the loss scaler."""
+    """What a step changes, and how it is fitted into memory.
+
+    Attributes:
+        base: the base with the adapter in it.
+        injected: the adapter.
+        optimizer: of the adapter.
+        scaler: of the loss.
+        average: the running average of the adapter, if one is kept.
+        split: parts that a micro-batch goes through the model in, to take less memory; they add up to the
+            same gradient.
+        applying: whether the optimizer is at work: a step that fails then is half done.
+    """
 
     base: BaseModel
     injected: Injected
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    average: Average | None = None
+    split: int = 1
+    applying: bool = False
+
+
+@dataclass
+class MicroBatch:
+    """What a micro-batch was and gave: names of pictures, their timesteps (B,), their losses (B,)."""
+
+    names: list[str]
+    timesteps: torch.Tensor
+    losses: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """The mean, a scalar."""
+        return torch.cat(self.losses).mean()
 
 
 def training_steps(
@@ -78,47 +121,98 @@ def training_steps(
 ) -> Iterator[Step]:
     """Train from `done` optimizer steps to `plan.steps`, yielding after each.
 
-    Raises:
-        RunError: the loss is not finite; the adapter is as it was before that step.
+    A step whose loss or gradient is not finite is counted but changes nothing. Loss and gradient norm come
+    from the device in one transfer, and the norm is finite only where every gradient is.
     """
     for step in range(done, plan.steps):
         began = time.perf_counter()
-        factor = rate_factor(step, plan.steps, plan.schedule, plan.warmup)
+        factor = plan.rate * rate_factor(step, plan.steps, plan.schedule, plan.warmup)
         for group in trainee.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor if step < group["until"] * plan.steps else 0.0
         trainee.optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for part in range(plan.accumulate):
-            loss += _micro_batch(trainee, batches, text, plan, step * plan.accumulate + part)
-        if not math.isfinite(loss):
-            raise RunError(
-                f"The loss of step {step + 1} is not finite, so training has stopped before it could spoil"
-                " the adapter. Lower optim.lr, or set train.precision to fp32 or bf16."
-            )
-        _apply(trainee, plan.clip)
-        yield Step(step + 1, loss, trainee.optimizer.param_groups[0]["lr"], time.perf_counter() - began)
+        parts = [
+            micro_batch(trainee, batches, text, plan, step * plan.accumulate + part)
+            for part in range(plan.accumulate)
+        ]
+        loss, trouble = _apply(trainee, plan.clip, parts, step + 1)
+        rate = trainee.optimizer.param_groups[0]["lr"]
+        yield Step(step + 1, loss, rate, time.perf_counter() - began, trouble)
 
 
-def _micro_batch(trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, number: int) -> float:
-    """Add the gradient of micro-batch `number`; returns its share of the step's loss."""
-    base = trainee.base
-    trainee.injected.moment.micro_batch = number
+def micro_batch(
+    trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, number: int
+) -> MicroBatch:
+    """Add the gradient of micro-batch `number`, in `trainee.split` parts that add up to that of the whole."""
+    base, moment = trainee.base, trainee.injected.moment
     batch = batches.batch(number)
     latents = batch.latents.to(base.device)
     generator = torch.Generator().manual_seed(_noise_seed(plan.seed, number))
     draw = drawn(latents, base.noise.timesteps, plan.loss.noise_offset, generator)
-    condition = text.conditions(batch.captions)
-    loss = training_loss(base, latents, condition, draw, plan.loss, batch.sizes) / plan.accumulate
-    trainee.scaler.scale(loss).backward()
-    return float(loss.detach())
+    done = MicroBatch(batch.names, draw.timesteps)
+    count = len(latents)
+    size = math.ceil(count / trainee.split)
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        moment.micro_batch, moment.rows = number, count
+        moment.first, moment.last = rows.start, rows.stop
+        condition = text.conditions(batch.captions[rows])
+        losses = picture_losses(base, latents[rows], condition, draw.rows(rows), plan.loss, batch.sizes[rows])
+        trainee.scaler.scale(losses.sum() / (count * plan.accumulate)).backward()
+        done.losses.append(losses.detach())
+    return done
 
 
-def _apply(trainee: Trainee, clip: float) -> None:
-    trainee.scaler.unscale_(trainee.optimizer)
+def _apply(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int) -> tuple[float, str]:
+    """Take the step if all is finite; returns the loss and what was not."""
+    scaler, optimizer = trainee.scaler, trainee.optimizer
+    scaler.unscale_(optimizer)
+    with torch.no_grad():
+        norm = _clipped_norm(trainee.injected, clip)
+        mean = torch.stack([part.loss for part in parts]).mean()
+        loss, size = torch.stack([mean, norm.to(mean)]).tolist()
+    # A scaler finds its scale by overflowing now and then, and passes over such a step by itself.
+    searching = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(size)
+    if math.isfinite(loss + size) or (searching and scaler.get_scale() > 1.0):
+        trainee.applying = True
+        scaler.step(optimizer)
+        scaler.update()
+        if trainee.average is not None:
+            trainee.average.update(step)
+        trainee.applying = False
+        return loss, ""
+    if scaler.is_enabled():
+        scaler.update()
+    return loss, _trouble(trainee.injected, parts, loss)
+
+
+def _clipped_norm(injected: Injected, clip: float) -> torch.Tensor:
+    """The norm of the whole gradient before it is clipped to `clip`, where that is not 0."""
     if clip:
-        nn.utils.clip_grad_norm_(trainee.injected.parameters(), clip)
-    trainee.scaler.step(trainee.optimizer)
-    trainee.scaler.update()
+        return nn.utils.clip_grad_norm_(injected.parameters(), clip)
+    return nn.utils.get_total_norm([p.grad for p in injected.parameters() if p.grad is not None])
+
+
+def _trouble(injected: Injected, parts: list[MicroBatch], loss: float) -> str:
+    """Says what of a step is not finite, and which pictures at which timesteps may have done it."""
+    shown = [
+        f"{name} at timestep {int(timestep)}"
+        for part in parts
+        for name, timestep, own in zip(part.names, part.timesteps, torch.cat(part.losses), strict=True)
+        if math.isfinite(loss) or not math.isfinite(float(own))
+    ]
+    named = ", ".join(shown[:NAMED]) + (f" and {len(shown) - NAMED} more" if len(shown) > NAMED else "")
+    if not math.isfinite(loss):
+        return f"the loss is not finite ({named})"
+    layer = next(
+        (
+            " ".join(key)
+            for key, layer in injected.layers.items()
+            if not all(p.grad is None or bool(p.grad.isfinite().all()) for p in (layer.down, layer.up))
+        ),
+        "",
+    )
+    where = f"of {layer} " if layer else ""
+    return f"the gradient {where}is not finite ({named})"
 
 
 def _noise_seed(seed: int, number: int) -> int:

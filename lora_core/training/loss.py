@@ -20,6 +20,10 @@ class Draw:
     timesteps: torch.Tensor
     noise: torch.Tensor
 
+    def rows(self, rows: slice) -> "Draw":
+        """The draw of some of the pictures."""
+        return Draw(self.timesteps[rows], self.noise[rows])
+
 
 def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator: torch.Generator) -> Draw:
     """Timesteps stratified over the batch, and noise, both drawn on the CPU so that every device draws the
@@ -44,7 +48,7 @@ def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator:
     return Draw(chosen_timesteps.to(latents.device), noise.to(latents.device))
 
 
-def training_loss(
+def picture_losses(
     base: BaseModel,
     latents: torch.Tensor,
     text: TextCondition,
@@ -52,7 +56,7 @@ def training_loss(
     rules: LossSection,
     sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weighted mean loss of a batch, a scalar in fp32.
+    """The weighted loss of each picture of a batch, (B,) in fp32.
 
     Args:
         base: the base with the adapter in it.
@@ -66,7 +70,7 @@ def training_loss(
     target = base.noise.target(latents, draw.noise, draw.timesteps)
     error = chosen(LOSSES, rules.kind, "loss.kind").resolve()
     losses = error(prediction(base, noisy, draw.timesteps, text, sizes), target).flatten(1).mean(1)
-    return (losses * min_snr_weight(base.noise, draw.timesteps, rules.min_snr)).mean()
+    return losses * min_snr_weight(base.noise, draw.timesteps, rules.min_snr)
 
 
 def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

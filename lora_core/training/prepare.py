@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,7 +18,8 @@ from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.batches import Batches, Item, Looks, items_of, looks_in_all
 from lora_core.training.cache import LatentCache, TextSource
-from lora_core.training.inputs import check_inputs
+from lora_core.training.ema import Average
+from lora_core.training.inputs import base_inputs, check_inputs, start_input
 from lora_core.training.loop import Trainee
 from lora_core.training.trainee import (
     adapter_plan,
@@ -38,25 +39,41 @@ SAMPLE_PROMPTS = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen for this machine before the first step; a resume reads it and chooses nothing anew."""
+    """What was chosen for this machine; a resume reads it and chooses nothing anew.
+
+    Attributes:
+        precision: of the base.
+        device, threads: what computes.
+        rungs: what was done to take less memory, and after how many steps; see `memory.LADDER`.
+        tried: whether the heaviest step was tried before the first one.
+        peak: bytes that it took, 0 where the device does not tell.
+    """
 
     precision: str
     device: str
     threads: int
+    rungs: list[tuple[str, int]] = field(default_factory=list)
+    tried: bool = False
+    peak: int = 0
 
     @classmethod
     def of(cls, run: RunFolder, config: RunConfig) -> "Plan":
         """The plan on disk, else a new one, written down."""
         try:
-            return cls(**json.loads(run.plan_file.read_text(encoding="utf-8")))
+            plan = cls(**json.loads(run.plan_file.read_text(encoding="utf-8")))
+            return replace(plan, rungs=[(str(name), int(step)) for name, step in plan.rungs])
         except (OSError, ValueError, TypeError):
             pass
         device = best_device()
         dtype = dtype_of(config.train.precision, device)
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
         plan = cls(precision, device.type, torch.get_num_threads())
-        write_atomically(run.plan_file, json.dumps(vars(plan)).encode())
+        plan.write(run)
         return plan
+
+    def write(self, run: RunFolder) -> None:
+        """Write the plan down."""
+        write_atomically(run.plan_file, json.dumps(vars(self)).encode())
 
 
 @dataclass
@@ -95,7 +112,8 @@ def prepared(
     say("Reading the pictures", 0, 1)
     dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
     require_clean(dataset)
-    check_inputs(run, dataset.records, accept_changes, start_file(config.adapter))
+    more = base_inputs(config.model) | start_input(start_file(config.adapter))
+    check_inputs(run, dataset.records, accept_changes, more)
     train, held = held_out(dataset.records, config.validation.pictures, config.seed)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
@@ -127,6 +145,7 @@ def prepared(
         injected,
         optimizer_of(injected, layout, base, config.optim),
         torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16),
+        Average(injected, config.save.ema) if config.save.ema else None,
     )
     looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)

@@ -8,6 +8,9 @@ from types import FrameType
 
 from lora_core.spec.run_folder import RunFolder
 
+INTERRUPTED = 130
+"""The exit code of a process that left on Ctrl-C."""
+
 
 class Interrupted(BaseException):
     """Raised inside long work to leave it at once; the work done so far is kept by the conductor.
@@ -26,6 +29,7 @@ class Requests:
         self._seen: tuple[int, int] | None = None
         self._waiting: list[dict[str, str]] = []
         self.signalled = False
+        self._interrupted = False
 
     def waiting(self) -> list[dict[str, str]]:
         """Requests that nobody has acted on, in order."""
@@ -59,11 +63,18 @@ class Requests:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as a stop that keeps the work; a second one ends the process at once."""
+        """Take a signal as a stop that keeps the work; a second Ctrl-C ends the process at once.
+
+        Only that one: closing a terminal sends SIGHUP from the shell and from the system, and whoever
+        supervises a process may say SIGTERM twice.
+        """
+        interrupts = (signal.SIGINT, getattr(signal, "SIGBREAK", None))
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            if self.signalled:
-                os._exit(130)
+            if number in interrupts:
+                if self._interrupted:
+                    os._exit(INTERRUPTED)
+                self._interrupted = True
             self.signalled = True
 
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")

@@ -115,17 +115,21 @@ def ready_for_training(base: BaseModel, checkpointing: bool) -> None:
                 setattr(layer, "attention_dropout", 0.0)  # noqa: B010 - a module's attributes are typed as tensors
         module.train()
     if checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        for encoder in base.text_encoders.values():
-            encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(base)
+
+
+def enable_checkpointing(base: BaseModel) -> None:
+    """Have activations computed twice and kept once."""
+    base.unet.enable_gradient_checkpointing()
+    for encoder in base.text_encoders.values():
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def optimizer_of(
     injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimSection
 ) -> torch.optim.Optimizer:
     """The optimizer, with one group for each part and rate, a part's own rate first; `initial_lr` is a
-    group's full
-    rate, `until` the share of steps it is trained for.
+    group's full rate, `until` the share of steps it is trained for.
 
     Raises:
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.

@@ -101,9 +101,9 @@ def test_a_broken_checkpoint_is_known(run, name, how):
 def test_old_ones_go_but_not_the_best(run):
     for step in (10, 20, 30, 40, 50):
         _save(run, step)
-    prune_checkpoints(run, 2, 20)
+    prune_checkpoints(run, 2, {20})
     assert run.checkpoint_steps() == [20, 40, 50]
-    prune_checkpoints(run, 2, None)
+    prune_checkpoints(run, 2, ())
     assert run.checkpoint_steps() == [40, 50]
 
 

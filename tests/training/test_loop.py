@@ -1,6 +1,7 @@
 """The training generator: exact resume with everything random switched on, and that it learns."""
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw
 from lora_core.adapters.inject import adapter_weights
 from lora_core.dataset.folder import scan
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import ConfigError, RunError
+from lora_core.spec.errors import ConfigError
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training import loop
 from lora_core.training.between import drawn_samples
@@ -159,15 +160,54 @@ def test_it_learns(tmp_path, config):
     assert after.mean() < 0.9 * before.mean()
 
 
-def test_a_loss_that_is_not_finite_ends_before_it_spoils_the_adapter(tmp_path, config):
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(tmp_path, config, where, clip):
+    config = config.changed({"optim.clip": clip, "save.ema": 0.9})
     session = _session(tmp_path, config)
-    before = adapter_weights(session.trainee.injected)
-    session.batches.batch = lambda n, original=session.batches.batch: dataclasses.replace(
-        original(n), latents=torch.full((1, 4, 8, 8), float("nan"))
-    )
-    with pytest.raises(RunError, match="step 1 is not finite"):
-        next(training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, STEPS), 0))
-    assert _equal(adapter_weights(session.trainee.injected), before)
+    trainee = session.trainee
+    key, layer = next(iter(trainee.injected.layers.items()))
+    if where == "loss":
+        session.batches.batch = lambda n, original=session.batches.batch: (
+            dataclasses.replace(original(n), latents=torch.full((1, 4, 8, 8), float("nan")))
+            if n == 1
+            else original(n)
+        )
+    else:
+        calls = []
+        layer.up.register_hook(
+            lambda grad: grad * float("nan") if calls.append(1) or len(calls) == 2 else grad
+        )
+    steps = training_steps(trainee, session.batches, session.text, StepPlan.of(config, STEPS), 0)
+    assert next(steps).trouble == ""
+    before = adapter_weights(trainee.injected), trainee.average.weights()
+    moments = [v.clone() for state in trainee.optimizer.state.values() for v in state.values()]
+    bad = next(steps)
+    assert bad.number == 2
+    assert _equal(adapter_weights(trainee.injected), before[0])
+    assert _equal(trainee.average.weights(), before[1])
+    after = [v for state in trainee.optimizer.state.values() for v in state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
+    name = session.batches.batch(1).names[0]
+    what = "the loss is" if where == "loss" else f"the gradient of {' '.join(key)} is"
+    assert re.fullmatch(rf"{re.escape(what)} not finite \({name} at timestep \d+\)", bad.trouble)
+    assert next(steps).trouble == ""
+    assert not _equal(adapter_weights(trainee.injected), before[0])
+
+
+def test_a_scaler_that_searches_its_scale_is_no_trouble(tmp_path, config):
+    """In fp16 the first scale, 65,536, is halved until nothing overflows; such steps are passed over in
+    silence."""
+    session = _session(tmp_path, config)
+    trainee = session.trainee
+    trainee.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    steps = list(training_steps(trainee, session.batches, session.text, StepPlan.of(config, 3), 0))
+    assert [step.trouble for step in steps] == ["", "", ""]
+    assert trainee.scaler.get_scale() < 2.0**127
+    trainee.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    next(iter(trainee.injected.layers.values())).up.register_hook(lambda grad: grad * float("inf"))
+    steps = list(training_steps(trainee, session.batches, session.text, StepPlan.of(config, 2), 0))
+    assert all("gradient" in step.trouble for step in steps)
 
 
 def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):

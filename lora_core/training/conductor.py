@@ -1,0 +1,252 @@
+"""The conductor: it drives the training generator and decides when to log, do what is due, go back, pause or
+stop."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lora_core.spec import events
+from lora_core.spec.choices import OPTIMIZERS
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import RunError
+from lora_core.spec.progress import Progress
+from lora_core.spec.run_folder import RunFolder
+from lora_core.training.checkpoint import TrainState
+from lora_core.training.duties import EXPORT_PRECISION, Duties, Notes
+from lora_core.training.export import exported_checkpoint
+from lora_core.training.guards import RETURNS, Health, Pace, slow_words
+from lora_core.training.inputs import versions
+from lora_core.training.keeping import Keeper
+from lora_core.training.loop import Step, StepPlan, training_steps
+from lora_core.training.memory import Ladder, chosen_rungs, free_memory, limited, out_of_memory
+from lora_core.training.prepare import Plan, Session, prepared
+from lora_core.training.requests import Interrupted, Requests
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the process ended: a status of `runs --json`, the exported file if there is one, and by whose
+    wish."""
+
+    status: str
+    export: Path | None = None
+    signalled: bool = False
+
+
+class Conductor:
+    """One process's part of a run: from its start, or from the last whole checkpoint, to an ending."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: RunConfig,
+        goal: int,
+        before: Progress,
+        emit: Callable[[events.Event], None],
+    ) -> None:
+        """Conduct `run` to `goal` steps; `before` is what earlier processes did."""
+        self.step = 0
+        self.requests = Requests(run, before.handled)
+        self._run = run
+        self._config = config
+        self._goal = goal
+        self._before = before
+        self._emit = emit
+        self._notes = Notes(emit, self.requests.check)
+        self._health = Health()
+        self._pace = Pace()
+
+    def conduct(self, accept_changes: bool) -> Outcome:
+        """Prepare, train, and end as asked."""
+        self._plan = Plan.of(self._run, self._config)
+        torch.set_num_threads(self._plan.threads)
+        self._emit(
+            events.Started(
+                steps=self._goal,
+                pid=os.getpid(),
+                device=self._plan.device,
+                threads=self._plan.threads,
+                versions=versions(),
+            )
+        )
+        try:
+            session = prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
+        except Interrupted:
+            return self._end_unprepared()
+        for note in session.notes:
+            self._warn(note)
+        self._keeper = Keeper(self._run, self._config, session.trainee, self._emit)
+        self._ladder = Ladder(session.trainee, self._config, self._plan.rungs)
+        self._duties = Duties(self._run, self._config, session, self._keeper, self._emit, self._notes)
+        try:
+            self._take_up(session, accept_changes)
+            return self._drive(session)
+        except Interrupted:
+            return self._end()
+
+    def _take_up(self, session: Session, accept_changes: bool) -> None:
+        """Go on from the newest whole checkpoint, if there is one; else find out what fits into memory."""
+        self._ladder.reach(0)
+        state = self._keeper.take_up()
+        if state is not None:
+            self._stand_at(state, Health() if accept_changes else Health(**state.health))
+        elif not self._plan.tried and limited(session.trainee.base.device):
+            self._try_memory(session)
+        self._ladder.reach(self.step)
+        if self._before.started:
+            self._emit(events.Resumed(step=self.step, steps=self._goal))
+        validations = [event for event in self._before.validations if event.step <= self.step]
+        for event in validations:
+            if event.best and event.gain > self._duties.best.get("gain", float("-inf")):
+                self._duties.best = {"step": event.step, "gain": event.gain}
+        sampled = {event.step for event in self._before.previews}
+        self._duties.make_up(self.step, self._last, {event.step for event in validations}, sampled)
+
+    def _try_memory(self, session: Session) -> None:
+        self._notes.preparing("Trying the heaviest step", 0, 1)
+        plan = StepPlan.of(self._config, self._goal)
+        state = OPTIMIZERS[self._config.optim.name].state
+        told, peak = chosen_rungs(session, self._ladder, plan, state)
+        self._plan = replace(self._plan, rungs=self._ladder.taken, tried=True, peak=peak)
+        self._plan.write(self._run)
+        for sentence in told:
+            self._warn(f"The heaviest step does not fit into memory as it is. {sentence}")
+
+    def _stand_at(self, state: TrainState, health: Health) -> None:
+        self.step, self._health = state.step, health
+        self._duties.best = dict(state.best)
+
+    @property
+    def _last(self) -> bool:
+        return self.step == self._goal
+
+    def _drive(self, session: Session) -> Outcome:
+        """Step until the goal; each round is one stretch without a return or a lack of memory."""
+        while not self._last:
+            plan = StepPlan.of(self._config, self._goal, self._health.rate)
+            steps = training_steps(session.trainee, session.batches, session.text, plan, self.step)
+            while not self._last and (step := self._next(session, steps)) is not None:
+                if not self._took(session, step):
+                    break
+        export = self._duties.export(self.step)
+        self._emit(events.Finished(step=self.step, export=self._below(export)))
+        return Outcome("done", export)
+
+    def _next(self, session: Session, steps: Iterator[Step]) -> Step | None:
+        """The next step, or None where it did not fit into memory and the steps have to begin anew."""
+        try:
+            return next(steps)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            half_done = session.trainee.applying
+            free_memory(session.trainee, error)
+        told = self._ladder.climb(self.step)
+        self._plan.write(self._run)
+        again = f"step {self.step + 1} is done again"
+        if half_done:
+            # Some tensors have taken the step and some have not, so none of them can be used.
+            state = self._keeper.newest()
+            self._stand_at(state, Health(**state.health))
+            again = f"it goes on from step {self.step}"
+        self._warn(f"Memory ran out, so {again}. {told}")
+        if half_done:
+            self._emit(events.Resumed(step=self.step, steps=self._goal))
+        self._pace.excuse()
+        return None
+
+    def _took(self, session: Session, step: Step) -> bool:
+        """All that follows a step; False where the run went back, so that the steps have to begin anew."""
+        self.step = step.number
+        self._emit(events.StepDone(step=step.number, loss=step.loss, lr=step.lr, seconds=step.seconds))
+        if step.trouble:
+            self._warn(f"Step {step.number} was passed over: {step.trouble}. The adapter is as before it.")
+        back = self._health.trouble_after(step.loss, step.trouble)
+        asked = self._asked()
+        saves = self._duties.saves(self.step, self._last, "save" in asked)
+        if saves and not back and not self._keeper.finite():
+            back = "the adapter itself is no longer finite"
+        if back:
+            self._go_back(back)
+            return False
+        times = self._pace.slowdown(step.seconds)
+        if times is not None:
+            self._warn(slow_words(step.number, step.seconds, times, session.trainee.base.device.type))
+        if self._duties.do(self.step, self._last, asked, self._health):
+            self._pace.excuse()
+        self._ladder.reach(self.step)
+        if not self._last:
+            self.requests.check()
+        return True
+
+    def _go_back(self, why: str) -> None:
+        """Return to the last good state with half the learning rates.
+
+        Raises:
+            RunError: it did so three times before.
+        """
+        if self._health.returns >= RETURNS:
+            lr = self._config.optim.lr * self._health.rate
+            raise RunError(
+                f"Training does not hold at step {self.step}, though the learning rate was halved"
+                f" {RETURNS} times, to {lr:g}: {why}. Set a lower optim.lr or train.precision to fp32, look"
+                " at the pictures that the notes name, and start again; the last checkpoint is whole."
+            )
+        at = self.step
+        state, health = self._keeper.go_back(self._health)
+        self._stand_at(state, health)
+        self._warn(
+            f"At step {at} {why}, so training goes on from step {self.step}, the last good state, with the"
+            f" learning rates halved ({health.returns} of at most {RETURNS} times)."
+        )
+        self._emit(events.Resumed(step=self.step, steps=self._goal))
+        self._pace.excuse()
+
+    def _asked(self) -> set[str]:
+        """Requests to save or to sample that came since the last step."""
+        wishes = [r for r in self.requests.waiting() if r["do"] in ("save", "preview")]
+        for request in wishes:
+            self._handled(request)
+        return {request["do"] for request in wishes}
+
+    def _handled(self, request: dict[str, str]) -> None:
+        self.requests.done(request)
+        self._emit(events.Handled(step=self.step, request=request["id"]))
+
+    def _end(self) -> Outcome:
+        """Leave early, as asked: save, and for a stop export too."""
+        if self.step and self._keeper.finite():
+            if self.step not in self._run.checkpoint_steps():
+                self._duties.save(self.step, self._health, planned=False, marked=False)
+            return self._ended(lambda: self._duties.export(self.step))
+        return self._end_unprepared()
+
+    def _end_unprepared(self) -> Outcome:
+        """Leave early with the newest checkpoint, if there is one, as what there is."""
+        kept = self._run.checkpoint_steps()
+        if not kept:
+            return self._ended(None)
+        self.step = kept[-1]
+        how = ("kohya", EXPORT_PRECISION)
+        return self._ended(lambda: Path(exported_checkpoint(self._run, "last", self._run.name, how)["file"]))
+
+    def _ended(self, export: Callable[[], Path] | None) -> Outcome:
+        request = next((r for r in self.requests.waiting() if r["do"] in ("stop", "pause")), None)
+        pausing = request is not None and request["do"] == "pause" and not self.requests.signalled
+        if request is not None:
+            self._handled(request)
+        if pausing:
+            self._emit(events.Paused(step=self.step))
+            return Outcome("paused")
+        path = export() if export is not None else None
+        self._emit(events.Stopped(step=self.step, export=self._below(path) if path else ""))
+        return Outcome("stopped", path, self.requests.signalled)
+
+    def _warn(self, message: str) -> None:
+        self._emit(events.Warned(step=self.step, message=message))
+
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self._run.path).as_posix()
