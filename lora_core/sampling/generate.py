@@ -4,9 +4,10 @@ The noise of a picture depends on its seed and size alone and is drawn on the CP
 same picture on every device, and base and adapter can be compared on the same noise.
 """
 
+import functools
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from lora_core.models.encode import TextCondition, decoded_latents, negative_con
 from lora_core.models.load import BaseModel
 from lora_core.spec.choices import SAMPLERS, chosen
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.infotext import Info, Tag
 from lora_core.spec.paths import write_atomically
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, steps in all); what it raises ends the picture."""
+OnClean = Callable[[Callable[[], torch.Tensor]], None]
+"""Called after each step with what computes the latents (1, C, h, w) that the picture is heading for."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def sampled_latents(
     text: TextCondition,
     negative: TextCondition,
     on_step: OnStep | None = None,
+    on_clean: OnClean | None = None,
 ) -> torch.Tensor:
     """Latents (1, 4, h, w) after the last sampler step.
 
@@ -116,7 +121,23 @@ def sampled_latents(
             latents = scheduler.step(output, timestep, latents, **options).prev_sample
             if on_step is not None:
                 on_step(done, len(scheduler.timesteps))
+            if on_clean is not None:
+                on_clean(functools.partial(_clean, base, seen, output, timestep))
     return latents
+
+
+def _clean(base: BaseModel, seen: torch.Tensor, output: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Latents without their noise, as the UNet's output has them.
+
+    What the UNet sees has the variance of the forward process whichever the sampler, so that this needs no
+    word from the scheduler. Source: Ho et al. 2020, equation 15; Salimans and Ho 2022, appendix D.
+    """
+    step = int(timestep.round().clamp(0, base.noise.timesteps - 1))
+    share = base.noise.alphas_cumprod[step].clamp(min=1e-4)
+    signal, spread = float(share.sqrt()), float((1 - share).sqrt())
+    if base.noise.prediction == "epsilon":
+        return (seen - spread * output) / signal
+    return signal * seen - spread * output
 
 
 def generated(
@@ -125,9 +146,10 @@ def generated(
     text: TextCondition,
     negative: TextCondition,
     on_step: OnStep | None = None,
+    on_clean: OnClean | None = None,
 ) -> Image.Image:
     """The finished picture, RGB."""
-    pixels = decoded_latents(base, sampled_latents(base, picture, text, negative, on_step))[0]
+    pixels = decoded_latents(base, sampled_latents(base, picture, text, negative, on_step, on_clean))[0]
     return Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
@@ -140,21 +162,35 @@ def generated_from_prompt(
     return generated(base, picture, text, unwanted, on_step)
 
 
+AdapterUse = tuple[str, float] | tuple[str, float, float | None]
+"""An adapter's name, its strength on the UNet, and that on the text encoders where it differs."""
+
+
 def infotext(
-    base: BaseModel, picture: Picture, prompt: str, negative: str, adapters: list[tuple[str, float]]
+    base: BaseModel,
+    picture: Picture,
+    prompt: str,
+    negative: str,
+    adapters: Sequence[AdapterUse],
+    extra: Mapping[str, str] | None = None,
 ) -> str:
-    """Prompt and settings in the form that A1111 writes into its pictures and reads back."""
+    """Prompt and settings in the form that A1111 writes into its pictures and reads back.
+
+    Args:
+        base: what drew it.
+        picture: how.
+        prompt: its prompt.
+        negative: its negative prompt.
+        adapters: what was in the base.
+        extra: more settings, name to value.
+    """
     width, height = picture_size(base, picture)
-    loras = "".join(f" <lora:{name}:{strength:g}>" for name, strength in adapters)
-    lines = [prompt + loras]
-    if negative:
-        lines.append(f"Negative prompt: {negative}")
-    sampler = chosen(SAMPLERS, picture.sampler, "sampler").title
-    lines.append(
-        f"Steps: {picture.steps}, Sampler: {sampler}, CFG scale: {picture.cfg:g}, Seed: {picture.seed}, "
-        f"Size: {width}x{height}, Model: {Path(base.name).stem}"
-    )
-    return "\n".join(lines)
+    return Info(
+        prompt=prompt, negative=negative, steps=picture.steps,
+        sampler=chosen(SAMPLERS, picture.sampler, "sampler").title, cfg=picture.cfg, seed=picture.seed,
+        width=width, height=height, model=Path(base.name).stem, loras=tuple(Tag(*use) for use in adapters),
+        extra=extra or {},
+    ).text()  # fmt: skip
 
 
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:

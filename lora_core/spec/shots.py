@@ -1,0 +1,240 @@
+"""A picture as data: all that it depends on, and what a row or a column of a grid changes in it.
+
+Window, command line and worker speak of pictures in these words, so that a cell of a grid, a cell of a strip
+and a single picture with the same settings are the same picture.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_core.spec.errors import ConfigError
+
+Value = str | int | float
+MOST_CELLS = 400
+LARGEST_SEED = 2**63 - 1
+LARGEST_RANK = 4096
+
+
+def adapter_name(file: str) -> str:
+    """What people call an adapter file: its stem; of a run's checkpoint the run's name and the step."""
+    path = Path(file)
+    if path.stem == "adapter" and path.parent.name.startswith("step-"):
+        return f"{path.parent.parent.parent.name} {path.parent.name}".strip()
+    return path.stem
+
+
+@dataclass(frozen=True)
+class LoraAt:
+    """An adapter file in a picture.
+
+    Attributes:
+        file: its path.
+        strength: on the UNet, and on the text encoders where they have none of their own.
+        text_strength: on the text encoders, or None.
+        rank: cut to this rank by SVD; 0 leaves it whole.
+    """
+
+    file: str
+    strength: float = 1.0
+    text_strength: float | None = None
+    rank: int = 0
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return adapter_name(self.file)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self.strength or self.text_strength)
+
+    def times(self, factor: float) -> "LoraAt":
+        """The same at a multiple of its strengths."""
+        text = None if self.text_strength is None else self.text_strength * factor
+        return replace(self, strength=self.strength * factor, text_strength=text)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """All that a picture depends on. Sides of 0 are the base's own; the rest as in `sampling/generate.py`."""
+
+    base: str = "demo"
+    prediction: str = "auto"
+    vae: str = ""
+    prompt: str = ""
+    negative: str = ""
+    seed: int = 0
+    steps: int = 20
+    cfg: float = 5.0
+    sampler: str = "ddim"
+    width: int = 0
+    height: int = 0
+    clip_skip: int = 1
+    tokens: int = 75
+    loras: tuple[LoraAt, ...] = ()
+
+    def alone(self) -> "Shot":
+        """The base's own picture of it."""
+        return replace(self, loras=())
+
+    def acting(self) -> "Shot":
+        """The same without adapters that change nothing, so that equal pictures are equal data."""
+        return replace(self, loras=tuple(lora for lora in self.loras if lora.acts))
+
+    def at(self, kind: str, value: Value) -> "Shot":
+        """The picture with one thing changed.
+
+        A strength is that of the one adapter; of several it multiplies all, so that 1 is the mix as it was
+        set. A rank cuts all. A checkpoint takes the place of the first adapter.
+
+        Raises:
+            ConfigError: a strength or a rank without an adapter.
+        """
+        if kind in ("strength", "rank") and not self.loras:
+            raise ConfigError(f"A {kind} needs a LoRA; add one first.")
+        return _CHANGES[kind](self, value)
+
+
+def _at_strength(shot: Shot, value: Any) -> Shot:
+    if len(shot.loras) > 1:
+        return replace(shot, loras=tuple(lora.times(value) for lora in shot.loras))
+    (lora,) = shot.loras
+    if value == lora.strength:
+        return shot
+    text = lora.text_strength
+    if text is not None:
+        text = text * value / lora.strength if lora.strength else value
+    return replace(shot, loras=(replace(lora, strength=value, text_strength=text),))
+
+
+def _at_checkpoint(shot: Shot, value: Any) -> Shot:
+    first = replace(shot.loras[0], file=value) if shot.loras else LoraAt(value)
+    return replace(shot, loras=(first, *shot.loras[1:]))
+
+
+_CHANGES: dict[str, Callable[[Shot, Any], Shot]] = {
+    "checkpoint": _at_checkpoint,
+    "prompt": lambda shot, value: replace(shot, prompt=value),
+    "seed": lambda shot, value: replace(shot, seed=value),
+    "strength": _at_strength,
+    "rank": lambda shot, value: replace(shot, loras=tuple(replace(lora, rank=value) for lora in shot.loras)),
+}
+"""What a grid can vary. A checkpoint is put in first, as the strengths and ranks are meant for it."""
+KINDS = tuple(_CHANGES)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The rows or the columns of a grid."""
+
+    kind: str
+    values: tuple[Value, ...]
+
+    def labels(self) -> list[str]:
+        """What stands beside or above the pictures."""
+        if self.kind == "prompt":
+            return [str(value) for value in self.values]
+        if self.kind == "checkpoint":
+            return [adapter_name(str(value)) for value in self.values]
+        return [f"{self.kind} {value:g}" if isinstance(value, float) else f"{self.kind} {value}"
+                for value in self.values]  # fmt: skip
+
+    def text(self) -> str:
+        """As on the command line; files by their names alone, since a picture with this inside is shown
+        around."""
+        values = self.labels() if self.kind == "checkpoint" else [_plain(value) for value in self.values]
+        return f"{self.kind}={','.join(map(_quoted, values))}"
+
+
+def _plain(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _quoted(value: str) -> str:
+    doubled = value.replace('"', '""')
+    return f'"{doubled}"' if any(mark in value for mark in ',"\n') else value
+
+
+def axis_of(text: str) -> Axis:
+    """`KIND=V,V,...` taken apart; a value with a comma stands in double quotes.
+
+    Raises:
+        ConfigError: an unknown kind, no value, or a value of the wrong type.
+    """
+    kind, _, rest = text.partition("=")
+    return axis(kind.strip(), separated(rest))
+
+
+def separated(text: str) -> list[str]:
+    """Values between commas, blanks around them dropped; double quotes keep a comma."""
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    return [value.strip() for row in rows for value in row if value.strip()]
+
+
+def axis(kind: str, values: Sequence[Value]) -> Axis:
+    """An axis of checked values.
+
+    Raises:
+        ConfigError: as in `axis_of`.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"A grid cannot vary {kind!r}; it can vary {', '.join(sorted(KINDS))}.")
+    if not values:
+        raise ConfigError(f"The {kind} of a grid needs values, as in {kind}={_EXAMPLES[kind]}.")
+    return Axis(kind, tuple(_checked(kind, value) for value in values))
+
+
+_EXAMPLES = {
+    "strength": "0,0.5,1",
+    "checkpoint": "a.safetensors,b.safetensors",
+    "seed": "1,2,3",
+    "prompt": '"an owl, sitting","a dog"',
+    "rank": "1,4,16",
+}
+
+
+def _checked(kind: str, value: Value) -> Value:
+    if kind in ("prompt", "checkpoint"):
+        return str(value)
+    try:
+        number = float(value) if kind == "strength" else int(value)
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"The {kind} {value!r} of a grid is not a number.") from error
+    lowest, highest = {"strength": (-100, 100), "seed": (0, LARGEST_SEED), "rank": (1, LARGEST_RANK)}[kind]
+    if not (math.isfinite(number) and lowest <= number <= highest):
+        raise ConfigError(
+            f"The {kind} {value} of a grid is out of range; it goes from {lowest} to {highest}."
+        )
+    return number
+
+
+def grid_shots(shot: Shot, rows: Axis | None, columns: Axis | None) -> list[list[Shot]]:
+    """The pictures of a grid, row by row.
+
+    Raises:
+        ConfigError: rows and columns vary the same, there are too many pictures, or no adapter to vary.
+    """
+    if rows is not None and columns is not None and rows.kind == columns.kind:
+        raise ConfigError(f"Rows and columns both vary the {rows.kind}; choose another for one of them.")
+    down = rows.values if rows else (None,)
+    across = columns.values if columns else (None,)
+    if len(down) * len(across) > MOST_CELLS:
+        raise ConfigError(
+            f"A grid of {len(down)} by {len(across)} is {len(down) * len(across)} pictures; at most"
+            f" {MOST_CELLS} are drawn."
+        )
+
+    def cell(row: Value | None, column: Value | None) -> Shot:
+        changes = {axis.kind: v for axis, v in ((rows, row), (columns, column)) if axis and v is not None}
+        made = shot
+        for kind in KINDS:
+            if kind in changes:
+                made = made.at(kind, changes[kind])
+        return made
+
+    return [[cell(row, column) for column in across] for row in down]
