@@ -60,26 +60,12 @@ def verified(
         AdapterFileError: one sentence on what is wrong with the file, or that it does not say its family.
     """
     path = Path(path)
-    tensors, metadata = read_tensors(path)
-    tensors = _by_offset(path, tensors)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    format, kind = file_format(shapes), kinds.kind_of(shapes)
+    header = read_header(path)
+    format, kind = file_format(header.shapes), kinds.kind_of(header.shapes)
     if format not in MEANT_FOR or kind not in kinds.ADAPTERS:
         raise AdapterFileError(f"{path} cannot be verified: it is {kinds.called(kind)}.")
-    family = _family(path, shapes, metadata, family)
-    layout = modules or family_layout(family)
-    try:
-        meant = _meant(tensors, metadata, format, kind, family)
-        check_finite(meant)
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{path} cannot be used. {error}") from error
-    alphas = {
-        name: alpha_number(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
-    }
-    facts = FileFacts(shapes, alphas, metadata)
-    base = _Base(family, layout, _wide(meant, layout))
-    products = _products(meant, live)
-    outcomes = {tool.name: _outcome(tool, facts, base, meant, products) for tool in TOOLS}
+    family = _family(path, header.shapes, header.metadata, family)
+    outcomes = tool_outcomes(path, family, live, modules)
     return {
         "ok": all(outcomes[name].fine for name in MEANT_FOR[format]),
         "family": family.name,
@@ -89,10 +75,29 @@ def verified(
     }
 
 
-def _by_offset(path: Path, tensors: Tensors) -> Tensors:
-    """The tensors in the order of their bytes, in which loaders see them: some rules depend on it."""
-    entries = read_header(path).tensors
-    return {name: tensors[name] for name in sorted(tensors, key=lambda name: entries[name]["data_offsets"])}
+def tool_outcomes(
+    path: Path, family: Family, live: AdapterWeights | None = None, modules: Layout | None = None
+) -> dict[str, Outcome]:
+    """What each tool makes of an adapter file, by the tool's name; arguments and errors as in `verified`."""
+    layout = modules or family_layout(family)
+    header = read_header(path)
+    tensors, metadata = read_tensors(path)
+    # In the order of their bytes, in which loaders see them: some rules depend on it.
+    order = sorted(tensors, key=lambda name: header.tensors[name]["data_offsets"])
+    tensors = {name: tensors[name] for name in order}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        meant = _meant(tensors, metadata, file_format(shapes), kinds.kind_of(shapes), family)
+        check_finite(meant)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{path} cannot be used. {error}") from error
+    alphas = {
+        name: alpha_number(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
+    }
+    facts = FileFacts(shapes, alphas, metadata)
+    base = _Base(family, layout, _wide(meant, layout))
+    products = _products(meant, live)
+    return {tool.name: _outcome(tool, facts, base, meant, products) for tool in TOOLS}
 
 
 @dataclass(frozen=True)
