@@ -1,7 +1,8 @@
 """Children that outlive whoever starts them, and files that say which process does something.
 
-A pid alone says little, since pids are used again: what is written down is the pid and the process's start
-time, and both have to agree.
+A pid alone says little, since pids are used again: what is written down is the pid and when the process was
+started, and both have to agree. On Linux that is told in ticks since the machine came up, because the time of
+day that psutil gives moves with the clock when somebody sets it.
 """
 
 import contextlib
@@ -61,7 +62,8 @@ def started(command: list[str], log_file: Path, workspace: Path) -> "subprocess.
 def noted_process(file: Path) -> Iterator[None]:
     """While the context is open, `file` names this process, for readers that may not take its lock."""
     me = psutil.Process()
-    write_atomically(file, json.dumps({"pid": me.pid, "started": me.create_time()}).encode())
+    note = {"pid": me.pid, "started": me.create_time(), "ticks": _ticks(me.pid)}
+    write_atomically(file, json.dumps(note).encode())
     try:
         yield
     finally:
@@ -74,13 +76,27 @@ def live_process(file: Path) -> psutil.Process | None:
     try:
         named = json.loads(file.read_text())
         process = psutil.Process(int(named["pid"]))
-        alive = (
-            abs(process.create_time() - float(named["started"])) < 1.0
-            and process.status() != psutil.STATUS_ZOMBIE
-        )
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        if named.get("ticks"):
+            same = named["ticks"] == _ticks(process.pid)
+        else:
+            same = abs(process.create_time() - float(named["started"])) < 1.0
+        alive = same and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, psutil.Error):
         return None
     return process if alive else None
+
+
+def _ticks(pid: int) -> str:
+    """Which start of the machine, and ticks from it to the start of the process; "" where no such file
+    exists."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        after_name = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        )
+        return f"{boot}/{after_name.split()[19]}"
+    except (OSError, IndexError):
+        return ""
 
 
 def log_tail(path: Path, lines: int) -> list[str]:

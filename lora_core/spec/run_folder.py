@@ -23,6 +23,7 @@ from lora_core.spec.config import RunConfig, load_toml, to_toml
 from lora_core.spec.errors import RunError
 from lora_core.spec.events import read_events
 from lora_core.spec.paths import clear_abandoned, write_atomically
+from lora_core.spec.processes import live_process, noted_process
 from lora_core.spec.progress import Progress
 
 REQUESTS = ("stop", "pause", "save", "preview", "resume")
@@ -210,27 +211,14 @@ class RunFolder:
                 f"The run folder {self.path} cannot be written: {error.strerror or error}."
             ) from error
         try:
-            me = psutil.Process()
-            write_atomically(
-                self.process_file, json.dumps({"pid": me.pid, "started": me.create_time()}).encode()
-            )
-            yield
+            with noted_process(self.process_file):
+                yield
         finally:
-            self.process_file.unlink(missing_ok=True)
             lock.release()
 
     def live_process(self) -> psutil.Process | None:
         """The trainer, if it lives. Pids are reused, so the start time must agree too."""
-        try:
-            named = json.loads(self.process_file.read_text())
-            process = psutil.Process(int(named["pid"]))
-            alive = (
-                abs(process.create_time() - float(named["started"])) < 1.0
-                and process.status() != psutil.STATUS_ZOMBIE
-            )
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-            return None
-        return process if alive else None
+        return live_process(self.process_file)
 
     def progress(self) -> Progress:
         """All events so far, folded."""
