@@ -32,12 +32,14 @@ def _inspect(options: argparse.Namespace) -> int:
     report = inspect_file(options.file)
     if options.json:
         say_json(report)
-        return 0
-    for key, value in report.items():
-        if key != "metadata":
-            say(f"{key:13} {value}")
-    for key, value in sorted(report["metadata"].items()):
-        say(f"  {key}: {value if len(value) <= 100 else value[:97] + '...'}")
+    else:
+        for key, value in report.items():
+            if key not in ("metadata", "problem"):
+                say(f"{key:13} {value}")
+        for key, value in sorted(report["metadata"].items()):
+            say(f"  {key}: {value if len(value) <= 100 else value[:97] + '...'}")
+    if report["problem"]:
+        raise AdapterFileError(report["problem"])
     return 0
 
 

@@ -1,14 +1,15 @@
 """What an adapter file is, whoever wrote it: told from its header, alphas and hashes, without a base."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from lora_core.formats import diffusers, kinds, kohya
-from lora_core.formats.container import file_hashes
-from lora_core.formats.layers import alpha_number
+from lora_core.formats.container import file_hashes, read_tensors
+from lora_core.formats.layers import alpha_number, checked_layer, is_finite
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.tensor_file import Header, read_header
 
@@ -21,6 +22,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "unknown"; `kind`: "LoRA", "LoCon", "LoHa", ...; `ranks` and `alphas`: the distinct values, ascending;
         `modules`: how many are adapted; `parameters`: how many numbers, alphas not counted; `bytes`;
         `sha256`, `autov2`, `autov3`; `hash_matches`: whether the header's own hash is right, None if it has
+        none; `problem`: a sentence on numbers that are not finite or halves that do not fit, "" if there is
         none; `metadata`: the header's texts.
 
     Raises:
@@ -42,6 +44,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in weights),
         "bytes": path.stat().st_size,
         **file_hashes(path),
+        "problem": _problem(path, kinds.kind_of(shapes)),
         "metadata": header.metadata,
     }
 
@@ -51,6 +54,37 @@ def file_format(shapes: kinds.Shapes) -> str:
     if kohya.matches(shapes):
         return "kohya"
     return "diffusers" if diffusers.matches(shapes) else "unknown"
+
+
+_ROLE = re.compile(
+    r"[._](?:lora_(?P<kohya>down|up|mid)|lora_(?P<peft>[AB])(?:\.default)?"
+    r"|lora(?:_linear_layer)?\.(?P<old>down|up))\.weight$"
+)
+
+
+def _problem(path: Path, kind: str) -> str:
+    """What is wrong inside an adapter file whose header is in order, whatever its layers are called."""
+    if kind not in kinds.ADAPTERS:
+        return ""
+    tensors, _ = read_tensors(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            return f"{path} is broken: {name!r} holds numbers that are not finite (NaN or infinity)."
+    for module, keys in kinds.keys_by_module(tensors).items():
+        roles = {role: tensors[key] for key in keys if (role := _role(key))}
+        try:
+            if roles:
+                checked_layer(module, roles)
+        except AdapterFileError as error:
+            return f"{path} is broken. {error}"
+    return ""
+
+
+def _role(key: str) -> str:
+    match = _ROLE.search(key)
+    if match is None:
+        return "alpha" if key.endswith(".alpha") else ""
+    return match["kohya"] or match["old"] or {"A": "down", "B": "up"}[match["peft"]]
 
 
 _RANK_AXES = {
