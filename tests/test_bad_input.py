@@ -388,7 +388,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "base of no width": (base_of_width(None), r"cross_attention_dim"),
     "base of many widths": (base_of_width([128, 128]), r"cross_attention_dim"),
     "inpainting base": (inpainting_base, r"inpainting"),
-    "single-file base": (single_file_base, r"good\.safetensors is a single file"),
+    "single-file base": (single_file_base, r"good\.safetensors is an adapter file"),
     "vae missing": (separate_vae_missing, r"no-vae"),
     "lora of another family": (lora_of_another_family, r"other\.safetensors is for Stable Diffusion 1\.x"),
     "lora of another base": (lora_of_another_base, r"down_blocks\.9.*another base"),
@@ -527,18 +527,46 @@ def test_wrong_usage_of_a_verb_exits_with_2(arguments: list[str], capsys: pytest
 def test_the_corrected_second_try_takes_the_same_name(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place.pictures / "notes.png").write_text("I am no picture.")
     few = ["--set", "train.steps=1", "--set", "preview.every=0", "--set", "validation.pictures=0"]
-    arguments = [str(word) for word in place.train(*few)]
+    # What only opening the base tells; what can be told before makes no run at all.
+    arguments = [str(word) for word in (*base_without_a_tensor(place), *few)]
     assert main(arguments) == 1
     assert RunFolder.open(place.run).summary()["status"] == "failed"
-    (place.pictures / "notes.png").unlink()
+    replaced(place.base / UNET_FILE, (DEMO_BASE / UNET_FILE).read_bytes())
     with warnings.catch_warnings():
         assert main(arguments) == 0
     assert RunFolder.open(place.run).summary()["status"] == "done"
     capsys.readouterr()
     assert main(arguments) == 1
     assert "exists already" in one_sentence(capsys.readouterr().err)
+
+
+def test_all_that_is_wrong_is_said_at_once_and_no_run_is_made(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place.pictures / "notes.png").write_text("I am no picture.")
+    arguments = place.train(
+        "--base", place.root / "no-base", "--set", "model.vae=no-vae", "--set", "validation.pictures=3",
+        "--set", "adapter.init=no.safetensors", "--set", "optim.lr=0", "--set", "optim.text_encoder_lr=0",
+    )  # fmt: skip
+    assert main([str(word) for word in arguments]) == 1
+    said = one_sentence(capsys.readouterr().err)
+    for words in ("notes.png", "no-base", "no-vae", "validation.pictures", "no.safetensors", "optim.lr"):
+        assert words in said
+    assert not place.run.exists()
+
+
+def test_what_does_not_block_is_a_note(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    (place.pictures / "red.txt").write_text("a red square, " * 40, encoding="utf-8")
+    few = ["--set", "train.steps=1", "--set", "preview.every=0", "--set", "optim.lr=1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main([str(word) for word in place.train(*few)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    notes = [line for line in lines if line.startswith("Note: ")]
+    assert any("red.png" in line and "75 tokens" in line for line in notes)
+    assert any("optim.lr x alpha / rank = 1 is much for AdamW" in line for line in notes)
+    assert lines[-1] == str(place.run / "export" / "mine.safetensors")
 
 
 def test_output_that_nobody_reads_is_no_reason_to_fail(place: Place) -> None:

@@ -6,18 +6,26 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.cli.progress import EventPrinter
+from lora_core.dataset.preflight import preflight
+from lora_core.spec.awake import keep_awake
 from lora_core.spec.base_facts import base_facts, is_hub_id
 from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment
 from lora_core.spec.errors import ConfigError, ModelFileError, RunError
 from lora_core.spec.events import EventWriter, Stopped
 from lora_core.spec.families import Family
+from lora_core.spec.notify import tell_end
 from lora_core.spec.paths import workspace
 from lora_core.spec.presets import starting_settings
+from lora_core.spec.problems import refuse
+from lora_core.spec.queue import events_size
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
+
+if TYPE_CHECKING:
+    from lora_core.training.run import Outcome
 
 PLACES = ("model.base", "model.vae", "adapter.init")
 """Settings that may name a file or a folder."""
@@ -69,8 +77,7 @@ def _run_path(text: str) -> Path:
 
 def config_of(options: argparse.Namespace) -> RunConfig:
     """The settings that a command line asks for: preset, what the base's family needs, then --config, then
-    --base
-    and --set.
+    --base and --set.
 
     Raises:
         ConfigError: something is not a setting or not legal.
@@ -91,8 +98,7 @@ def config_of(options: argparse.Namespace) -> RunConfig:
 
 def _family_of(base: object) -> Family | None:
     """The family of a base, which is downloaded where it is a hub id; what is wrong with it, the run says
-    when it
-    opens it."""
+    when it opens it."""
     if not isinstance(base, str):
         return None
     try:
@@ -114,19 +120,33 @@ def _in_full(place: str) -> str:
 def _train(options: argparse.Namespace) -> int:
     config = config_of(options)
     place = workspace(options.workspace)
-    if config.dataset.path != "demo" and not Path(config.dataset.path).exists():
-        raise ConfigError(
-            f"The dataset {config.dataset.path} does not exist; give a folder, a zip, or `demo`."
-        )
+    problems = preflight(config, place)
+    refuse(problems)
     run = RunFolder.create(runs_folder(place) / config.name, config)
     say(f"Run {run.name} in {run.path}")
     with contextlib.suppress(ModelFileError):  # the run says it
         say(f"Base: {base_facts(config.model.base, config.model.prediction).sentence}")
+    for problem in problems:
+        say(f"Note: {problem.sentence}")
     return resumed(run, None)
 
 
 def resumed(run: RunFolder, steps: int | None, accept_changes: bool = False) -> int:
-    """Train a run from where it stands; returns the exit code."""
+    """Train a run from where it stands, and tell whom the person chose when it ends; returns the exit
+    code."""
+    before = events_size(run)
+    try:
+        outcome = _trained(run, steps, accept_changes)
+    finally:
+        note = tell_end(run, run.path.parent.parent) if events_size(run) > before else ""
+        if note:
+            say(f"Note: {note}")
+    if outcome.export is not None:
+        say(str(outcome.export))
+    return 130 if outcome.signalled else 0
+
+
+def _trained(run: RunFolder, steps: int | None, accept_changes: bool) -> "Outcome":
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps {steps} should be 1 or more.")
     with run.held():
@@ -140,11 +160,10 @@ def resumed(run: RunFolder, steps: int | None, accept_changes: bool = False) -> 
             raise
 
         printer = EventPrinter(sys.stdout)
-        outcome = train(run, steps, printer.show, accept_changes)
+        with keep_awake():
+            outcome = train(run, steps, printer.show, accept_changes)
         printer.close()
-    if outcome.export is not None:
-        say(str(outcome.export))
-    return 130 if outcome.signalled else 0
+    return outcome
 
 
 def _note_stop(run: RunFolder) -> None:

@@ -43,7 +43,7 @@ def named_run(name: str, chosen: Path | None) -> tuple[Queue, RunFolder]:
         place = chosen and workspace(chosen)
         return Queue(place or run.path.parent.parent), run
     queue = Queue(workspace(chosen))
-    if len(path.parts) == 1 and queue.run(name).path.is_dir():
+    if path.name == name and queue.run(name).path.is_dir():
         return queue, RunFolder.open(queue.run(name).path)
     raise RunError(
         f"There is no run {name} in {queue.workspace}; `lora-easel runs` lists those that there are."

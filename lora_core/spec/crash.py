@@ -47,6 +47,7 @@ class Exit:
         code: the exit code; the signal's number with a minus where one ended it.
         time: when, in seconds since the epoch.
         events: bytes of the run's events when the process was started.
+        written: and when it had ended; more than that comes from a later process, which nobody watched.
         log: bytes of the run's log when it was started.
         held: memory that it held when it was last looked at, in bytes.
         free: memory that was free then.
@@ -57,6 +58,7 @@ class Exit:
     code: int
     time: float
     events: int = 0
+    written: int = 0
     log: int = 0
     held: int = 0
     free: int = 0
@@ -101,7 +103,8 @@ class Watched:
             code: as `Popen.returncode`.
         """
         kills = max(0, _oom_kills() - self._kills)
-        found = Exit(code, time.time(), self._events, self._log, *self._memory, kills)
+        written = _size(self._run.events_file)
+        found = Exit(code, time.time(), self._events, written, self._log, *self._memory, kills)
         with contextlib.suppress(OSError):
             write_atomically(exit_file(self._run), json.dumps(asdict(found)).encode())
         return found
@@ -116,11 +119,9 @@ def last_exit(run: RunFolder) -> Exit | None:
     """How the run's last process ended, where its parent saw that."""
     try:
         found = Exit(**json.loads(exit_file(run).read_text(encoding="utf-8")))
-        # What was written to the events later comes from a process that nobody watched.
-        later = run.events_file.stat().st_mtime - found.time if run.events_file.exists() else 0.0
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return found if later <= 0.0 else None
+    return found if found.written == _size(run.events_file) else None
 
 
 def crash_reason(run: RunFolder) -> str:
@@ -135,7 +136,7 @@ def crash_reason(run: RunFolder) -> str:
     if status != "interrupted" and not silent:
         return ""
     said = _last_words(run, ended)
-    sentence = _of_error(said, progress) or _of_code(ended, progress)
+    sentence = _of_error(said, progress, ended is not None) or _of_code(ended, progress)
     if not sentence and silent and said:
         # It said what was wrong before it had an event to say it by.
         return _as_sentence(said[-1])
@@ -191,16 +192,22 @@ def _last_words(run: RunFolder, ended: Exit | None) -> list[str]:
     return [line for line in (re.sub(r"\x1b\[[0-9;]*K|\r", "", line).rstrip() for line in lines) if line]
 
 
-def _of_error(said: list[str], progress: Progress) -> str:
-    """The last line of the traceback that ends the log, if one does."""
+def _of_error(said: list[str], progress: Progress, its_own: bool) -> str:
+    """The last line of the last traceback in the log.
+
+    Args:
+        said: lines of the log.
+        progress: of the run.
+        its_own: whether the lines are known to be of the last process; else only a traceback that ends the
+            log counts, as an earlier one is of an earlier process.
+    """
     starts = [
         index for index, line in enumerate(said) if line.startswith("Traceback (most recent call last)")
     ]
     if not starts:
         return ""
     end = next((i for i in range(starts[-1] + 1, len(said)) if not said[i].startswith(" ")), None)
-    # Anything after it comes from a later process.
-    if end is None or any(re.match(r"step \d|Training to|Going on", line) for line in said[end + 1 :]):
+    if end is None or not (its_own or end == len(said) - 1):
         return ""
     return f"A defect of the program {_where(progress)}: {said[end].rstrip('.')}."
 

@@ -1,7 +1,9 @@
-"""How large the exported file will be, from the shapes of the base's layers: headers are read, no weights."""
+"""How large a base is and how large the exported file will be, from the shapes of the base's layers: headers
+are read, no weights."""
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from lora_core.spec.base_facts import UNET, BaseFacts
 from lora_core.spec.choices import TARGETS
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import LoraError
+from lora_core.spec.errors import LoraError, ModelFileError
 from lora_core.spec.families import FAMILIES, Family
 from lora_core.spec.ldm_names import diffusers_unet_path
 from lora_core.spec.paths import FAMILY_CONFIGS
@@ -45,6 +47,22 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     return sum(sizes) or None
 
 
+def base_numbers(facts: BaseFacts) -> int | None:
+    """How many numbers a base's weights are in all, averaged copies left out. None where it does not say.
+
+    Raises:
+        ModelFileError: a file of weights is broken.
+    """
+    if facts.family is None:
+        return None
+    if facts.single_file:
+        shapes = read_header(facts.path, ModelFileError).shapes
+        return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("model_ema."))
+    files = [file for part in (*facts.family.parts, "vae") for file in weight_files(facts.path / part)]
+    headers = [read_header(file, ModelFileError) for file in files]
+    return sum(math.prod(shape) for header in headers for shape in header.shapes.values())
+
+
 def _wanted(targets: str, part: str, family: Family) -> list[re.Pattern[str]]:
     """The patterns that a layer's path must all match to be adapted."""
     row: Mapping[str, str] = TARGETS[targets].defaults
@@ -69,7 +87,7 @@ def _layers(path: Path, family_name: str, changed_at: int) -> Layers:
         return dict(_single_file_unet(shapes, family)) | dict(_known_text_layers(family))
     found: Layers = {}
     for part in family.parts:
-        for file in _weight_files(path / part):
+        for file in weight_files(path / part):
             for name, shape in read_header(file).shapes.items():
                 own = name.removesuffix(".weight")
                 if part != "unet" and not own.startswith("text_model."):
@@ -88,7 +106,7 @@ def _sides(shape: list[int]) -> tuple[int, int] | None:
     return (shape[1] * shape[2] * shape[3], shape[0]) if len(shape) == 4 else None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weights of one component: those in full precision, where there are several versions."""
     files = sorted(folder.glob("*.safetensors"))
     variants = [file for file in files if re.search(r"\.(fp16|bf16|non_ema)\b", file.name)]

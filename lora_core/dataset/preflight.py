@@ -1,0 +1,113 @@
+"""All that stands in the way of a run, its pictures and captions included: what is looked at before Start."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_core.dataset.captions import CHUNK, part_beyond, with_trigger
+from lora_core.dataset.folder import open_dataset
+from lora_core.dataset.records import Dataset, ImageRecord
+from lora_core.dataset.split import held_out, wished_pictures
+from lora_core.spec.base_facts import BaseFacts
+from lora_core.spec.config import RunConfig
+from lora_core.spec.disk import folder_bytes
+from lora_core.spec.errors import DatasetError, ModelFileError
+from lora_core.spec.preflight import base_of, gpu_free_bytes, problems_of
+from lora_core.spec.problems import Problem
+
+SHOWN = 5
+"""So many of a kind are named one by one."""
+_EXCERPT = 60
+_LATENT_BYTES = 4 * 4 / 64
+"""A pixel: four channels in fp32, one latent for 8 x 8 pixels."""
+_FILE = 4096
+
+
+def preflight(
+    config: RunConfig,
+    workspace: Path,
+    dataset: Dataset | None = None,
+    card: Callable[[], int | None] = gpu_free_bytes,
+) -> list[Problem]:
+    """Everything that is wrong with a run before it starts, and what a person should know.
+
+    Args:
+        config: of the run; a name that is empty is given later and not looked at.
+        workspace: where it would lie.
+        dataset: what was read already of its pictures; else they are read.
+        card: asked for the free bytes of the graphics card; None where there is none.
+
+    Returns:
+        Problems that block first; empty where all is well.
+    """
+    facts, found = base_of(config)
+    records: list[ImageRecord] = []
+    try:
+        if dataset is None:
+            dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
+        records = dataset.records
+        found = [*_pictures(dataset), *_split(records, config), *found]
+    except DatasetError as error:
+        found = [Problem("dataset", str(error)), *found]
+    if facts is not None:
+        found += _captions(records, config, facts)
+    found += problems_of(config, workspace, facts, _caches(records, config, facts, workspace), card)
+    return sorted(found, key=lambda problem: not problem.blocking)
+
+
+def _pictures(dataset: Dataset) -> list[Problem]:
+    found = [Problem("picture", problem.sentence) for problem in dataset.problems[:SHOWN]]
+    more = len(dataset.problems) - SHOWN
+    if not dataset.records and not found:
+        found.append(Problem("dataset", "There are no pictures yet; put some in."))
+    return [*found, Problem("picture", f"And {more} more.")] if more > 0 else found
+
+
+def _split(records: list[ImageRecord], config: RunConfig) -> list[Problem]:
+    try:
+        if any(record.held_out for record in records):
+            held_out(records, config.validation.pictures, config.seed)
+        else:  # counting is enough, and pictures need not be read for it
+            wished_pictures(len(records), config.validation.pictures)
+    except DatasetError as error:
+        return [Problem("validation", str(error))] if records else []
+    return []
+
+
+def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[Problem]:
+    """Captions of which the end is not read."""
+    limit = config.train.tokens
+    cut: list[tuple[str, str]] = []
+    try:
+        for record in records:
+            lines = with_trigger(record.caption, config.dataset.trigger).splitlines()
+            beyond = max((part_beyond(line, limit, facts.tokenizer) for line in lines), key=len, default="")
+            if beyond:
+                cut.append((record.path.name, beyond))
+    except ModelFileError as error:
+        return [Problem("caption", f"The length of the captions could not be checked. {error}", False)]
+    if not cut:
+        return []
+    name, beyond = max(cut, key=lambda one: len(one[1]))
+    excerpt = beyond if len(beyond) <= _EXCERPT else f"{beyond[:_EXCERPT]}..."
+    count = "1 caption is" if len(cut) == 1 else f"{len(cut)} captions are"
+    sentence = (
+        f"{count} longer than the {limit} tokens that are read; of {name}, “{excerpt}” is not. Shorten it, or"
+        " raise train.tokens."
+    )
+    return [Problem("caption", sentence, False)]
+
+
+def _caches(records: list[ImageRecord], config: RunConfig, facts: BaseFacts | None, workspace: Path) -> int:
+    """Bytes that encoded pictures and captions will take beyond what is cached already."""
+    if facts is None or facts.family is None:
+        return 0
+    side = config.train.resolution or facts.resolution
+    looks = 2 if config.dataset.flip else 1
+    pictures = sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * looks
+    optim = config.optim
+    texts = 0
+    if not optim.text_encoder_lr and not optim.text_encoder_2_lr:
+        chunks = config.train.tokens // CHUNK
+        texts = len(records) * (chunks * (CHUNK + 2) * facts.family.context_width * 4 + _FILE)
+    cache = workspace / "cache"
+    return max(0, pictures - folder_bytes(cache / "latents")) + max(0, texts - folder_bytes(cache / "text"))

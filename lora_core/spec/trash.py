@@ -1,0 +1,174 @@
+"""Deleting that can be taken back: a run or a project is moved into the workspace's own `.trash`.
+
+The system's trash is not used. On Windows it deletes at once what is too large for it or lies on a network
+drive, and on other drives it may copy gigabytes; a rename within the workspace is done at once, is whole or
+not at all, works without a desktop, and can be undone in the window.
+"""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_core.spec.errors import RunError
+from lora_core.spec.paths import write_atomically
+from lora_core.spec.queue import Queue
+from lora_core.spec.run_folder import RunFolder, all_runs
+
+_LABEL = "label.json"
+_CONTENT = "content"
+KINDS = {"runs": "run", "projects": "project"}
+
+
+@dataclass(frozen=True)
+class Trashed:
+    """Something in the trash.
+
+    Attributes:
+        place: its folder in the trash.
+        name: what it was called.
+        came_from: where it stood.
+        time: when it was deleted, in seconds since the epoch.
+    """
+
+    place: Path
+    name: str
+    came_from: Path
+    time: float
+
+    @property
+    def content(self) -> Path:
+        """What was deleted, as it was."""
+        return self.place / _CONTENT
+
+
+def trash_folder(workspace: Path) -> Path:
+    """Where a workspace keeps what was deleted."""
+    return workspace / ".trash"
+
+
+def to_trash(path: Path, workspace: Path) -> Path:
+    """Move a run or a project of a workspace into its trash; returns where it is now.
+
+    A run is taken out of the queue too.
+
+    Raises:
+        RunError: it is neither, it is in use by a run that is going on, or the disk refuses.
+    """
+    path, kind = _allowed(path, workspace)
+    if kind == "run":
+        _refuse_live_run(RunFolder(path))
+        queue = Queue(workspace)
+        if any(job.run == path.name for job in queue.written()):
+            queue.remove(path.name)
+    else:
+        _refuse_used_project(path, workspace)
+    place = trash_folder(workspace) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
+    label = {"name": path.name, "came_from": path.relative_to(workspace.absolute()).as_posix()}
+    try:
+        place.mkdir(parents=True)
+        write_atomically(place / _LABEL, json.dumps({**label, "time": time.time()}).encode())
+        os.rename(path, place / _CONTENT)
+    except OSError as error:
+        shutil.rmtree(place, ignore_errors=True)
+        raise RunError(
+            f"The {kind} {path.name} cannot be moved to the trash: {error.strerror or error}; close what uses"
+            " it and try again."
+        ) from error
+    return place / _CONTENT
+
+
+def trashed(workspace: Path) -> list[Trashed]:
+    """What is in the trash, the newest first."""
+    found = []
+    for label in trash_folder(workspace).glob(f"*/{_LABEL}"):
+        try:
+            said = json.loads(label.read_text(encoding="utf-8"))
+            came_from = workspace.absolute() / str(said["came_from"])
+            one = Trashed(label.parent, str(said["name"]), came_from, float(said["time"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if one.content.exists():
+            found.append(one)
+    return sorted(found, key=lambda one: (-one.time, one.place.name))
+
+
+def restore(one: Trashed, workspace: Path) -> Path:
+    """Put something from the trash back where it stood; returns that place.
+
+    Raises:
+        RunError: there is something of that name now, it is gone from the trash, or the disk refuses.
+    """
+    path, kind = _allowed(one.came_from, workspace)
+    if path.exists():
+        raise RunError(
+            f"There is a {kind} named {one.name} again; rename or delete that one before this one is put"
+            " back."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(one.content, path)
+        shutil.rmtree(one.place, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"The {kind} {one.name} cannot be put back: {error.strerror or error}.") from error
+    return path
+
+
+def empty_trash(workspace: Path) -> None:
+    """Remove for good all that is in the trash.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    folder = trash_folder(workspace)
+    try:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or folder} cannot be removed: {error.strerror or error}; close what uses it and"
+            " try again."
+        ) from error
+
+
+def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
+    """The path in full and what it is: nothing but runs and projects of this workspace is ever moved.
+
+    Raises:
+        RunError: it is something else.
+    """
+    full = Path(os.path.abspath(path))
+    kind = KINDS.get(full.parent.name, "")
+    if not kind or full.parent.parent != workspace.absolute() or full.name.startswith("."):
+        raise RunError(f"{path} is neither a run nor a project of {workspace}, so it is not deleted.")
+    return full, kind
+
+
+def _refuse_live_run(run: RunFolder) -> None:
+    if not run.path.is_dir():
+        raise RunError(f"There is no run {run.name} any more.")
+    lock = FileLock(run.lock_file)
+    try:
+        # Taken and let go: a trainer that has only just come up has not said yet who it is.
+        lock.acquire(timeout=0)
+        lock.release()
+    except Timeout as error:
+        raise RunError(f"The run {run.name} is going on; stop it before it is deleted.") from error
+    except OSError as error:
+        raise RunError(f"The run {run.name} cannot be deleted: {error.strerror or error}.") from error
+
+
+def _refuse_used_project(path: Path, workspace: Path) -> None:
+    if not path.is_dir():
+        raise RunError(f"There is no project {path.name} any more.")
+    for run in all_runs(workspace):
+        if run.live_process() is not None and Path(run.config().dataset.path).is_relative_to(path):
+            raise RunError(
+                f"The run {run.name} is going on with the pictures of {path.name}; stop it before they are"
+                " deleted."
+            )

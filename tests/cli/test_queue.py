@@ -1,0 +1,178 @@
+"""The queue through the real command line, with the real trainer on the embedded base."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from lora_core.__main__ import main
+from lora_core.spec import events
+from lora_core.spec.config import RunConfig
+from lora_core.spec.events import read_events
+from lora_core.spec.presets import preset
+from lora_core.spec.queue import Queue
+from lora_core.spec.run_folder import RunFolder, runs_folder
+from lora_core.spec.tensor_file import read_header
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 180.0
+FEW = {
+    "train.steps": 3, "train.resolution": 64, "train.batch_size": 1, "adapter.rank": 2, "adapter.alpha": 2.0,
+    "preview.every": 0, "validation.pictures": 0.0, "save.every": 1, "optim.text_encoder_lr": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64), (90 * number, 0, 0)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"square number {number}", encoding="utf-8")
+    return tmp_path / "home ü"
+
+
+def made(home: Path, name: str, **changes: object) -> RunFolder:
+    pictures = home.parent / "pictures"
+    settings = preset("demo") | FEW | {"name": name, "dataset.path": str(pictures)}
+    config = RunConfig().changed(settings | {k.replace("__", "."): v for k, v in changes.items()})
+    return RunFolder.create(runs_folder(home) / name, config)
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def wait_for(process: "subprocess.Popen[str]", what: "object") -> None:
+    end = time.monotonic() + PATIENCE
+    while not what():  # type: ignore[operator]
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_words_about_the_queue(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--workspace", home)
+    assert "The queue is empty" in said(capsys, "queue", "list", *where)
+    for name in ("a", "b", "c"):
+        made(home, name)
+    # By its folder, which says the workspace too, and by its name.
+    assert "a waits in the queue" in said(capsys, "queue", "add", runs_folder(home) / "a")
+    said(capsys, "queue", "add", "b", *where)
+    said(capsys, "queue", "add", "c", *where)
+    said(capsys, "queue", "move", "c", 1, *where)
+    said(capsys, "queue", "remove", "a", *where)
+    rows = json.loads(said(capsys, "queue", "list", "--json", *where))
+    assert rows == [
+        {"position": position, "name": name, "path": str(runs_folder(home) / name), "state": "waiting",
+         "step": 0, "steps": None, "reason": ""}
+        for position, name in ((1, "c"), (2, "b"))
+    ]  # fmt: skip
+    listed = said(capsys, "queue", "list", *where)
+    assert [line.split()[:3] for line in listed.splitlines()[:2]] == [
+        ["1.", "c", "waiting"],
+        ["2.", "b", "waiting"],
+    ]
+    assert "Nobody works through it" in listed
+    # A job whose folder is gone can still be taken out.
+    (runs_folder(home) / "b").rename(home / "b")
+    said(capsys, "queue", "remove", "b", *where)
+    assert RunFolder.open(runs_folder(home) / "c").status() == "queued"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["add", "nobody"], "There is no run nobody in"),
+        (["add", "/"], "There is no run / in"),
+        (["move", "a", "1"], "The run a is not in the queue."),
+        (["remove", "a"], "The run a is not in the queue."),
+    ],
+)
+def test_what_goes_wrong(
+    home: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+) -> None:
+    made(home, "a")
+    capsys.readouterr()
+    assert main(["queue", *words, "--workspace", str(home)]) == 1
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["add"], ["move", "a"], ["move", "a", "first"], ["run", "a"]])
+def test_wrong_usage(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["queue", *words])
+    assert ended.value.code == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_five_jobs_one_fails_one_is_killed(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["first", "broken", "killed", "fourth", "fifth"]
+    for name in names:
+        made(home, name, **({"dataset__path": str(home / "gone")} if name == "broken" else {}))
+    # Time to be killed in.
+    killed = made_longer(home, "killed")
+    for name in names:
+        said(capsys, "queue", "add", name, "--workspace", home)
+    command = [sys.executable, "-m", "lora_core", "queue", "run", "--workspace", str(home)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        wait_for(process, lambda: len(killed.checkpoint_steps()) > 0 and killed.live_process())
+        trainer = killed.live_process()
+        assert trainer is not None
+        os.kill(trainer.pid, signal.SIGKILL)
+        out, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert errors == "1 of 5 jobs failed: broken; `lora-easel queue list` says why.\n"
+    jobs = Queue(home).jobs()
+    assert [(job.run, job.state) for job in jobs] == [
+        ("first", "done"),
+        ("broken", "failed"),
+        ("killed", "done"),
+        ("fourth", "done"),
+        ("fifth", "done"),
+    ]
+    assert jobs[1].reason.startswith(f"The dataset {home / 'gone'} does not exist; give a folder")
+    starts = [line.removesuffix(": started") for line in out.splitlines() if line.endswith(": started")]
+    assert starts == ["first", "broken", "killed", "killed", "fourth", "fifth"]
+    began = []
+    for name in names:
+        run = RunFolder.open(runs_folder(home) / name)
+        told = read_events(run.events_file)[0]
+        began.append(told[0].time)
+        if name == "broken":
+            assert run.status() == "failed"
+            continue
+        assert run.status() == "done"
+        assert read_header(run.exports / f"{name}.safetensors").tensors
+        kinds = [event.kind for event in told]
+        assert ("Resumed" in kinds) == (name == "killed")
+        steps = [event.step for event in told if isinstance(event, events.StepDone)]
+        assert sorted(set(steps)) == list(range(1, run.config().train.steps + 1))
+    assert began == sorted(began)
+    left = [
+        p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if str(home) in str(p.info["cmdline"])
+    ]
+    assert left == []
+
+
+def made_longer(home: Path, name: str) -> RunFolder:
+    run = RunFolder(runs_folder(home) / name)
+    text = run.config_file.read_text(encoding="utf-8")
+    run.config_file.write_text(text.replace("steps = 3\n", "steps = 30\n"), encoding="utf-8")
+    assert run.config().train.steps == 30
+    return run
