@@ -1,4 +1,4 @@
-"""Verbs that make or measure pictures: generate, validate."""
+"""Verbs that make or measure pictures: generate, grid, validate."""
 
 import argparse
 import math
@@ -11,29 +11,31 @@ from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.spec.choices import PREDICTIONS
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.paths import workspace
+from lora_core.spec.shots import KINDS, LARGEST_SEED, LoraAt, Shot, axis_of, grid_settings, grid_shots
 
 if TYPE_CHECKING:
     from lora_core.adapters.inject import Strengthened
     from lora_core.models.load import BaseModel
+    from lora_core.sampling.artist import Artist
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
     generate = verbs.add_parser("generate", help="make pictures")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--negative", default="")
-    _add_base_and_loras(generate)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--steps", type=int, default=20)
-    generate.add_argument("--cfg", type=float, default=5.0)
-    generate.add_argument("--sampler", default="ddim")
-    generate.add_argument("--width", type=int, default=0)
-    generate.add_argument("--height", type=int, default=0)
+    _add_picture(generate)
     generate.add_argument("--count", type=int, default=1, help="pictures, each with the next seed")
-    generate.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     generate.add_argument("--out", type=Path, help="a PNG file; more than one get -2, -3, ...")
-    add_workspace(generate)
     generate.set_defaults(run=_generate)
+    grid = verbs.add_parser("grid", help="make a labelled sheet of pictures that differ in one or two things")
+    for name in ("--rows", "--columns"):
+        grid.add_argument(
+            name,
+            metavar="KIND=V,V,...",
+            help=f"what they vary, {', '.join(KINDS)}; a value with a comma stands in double quotes",
+        )
+    _add_picture(grid)
+    grid.add_argument("--out", type=Path, required=True, help="the PNG file")
+    grid.set_defaults(run=_grid)
     validate = verbs.add_parser("validate", help="measure an adapter on pictures that it was not trained on")
     _add_base_and_loras(validate)
     validate.add_argument("--dataset", required=True)
@@ -45,6 +47,20 @@ def add_verbs(verbs: Verbs) -> None:
     add_workspace(validate)
     add_json(validate)
     validate.set_defaults(run=_validate)
+
+
+def _add_picture(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--prompt", required=True)
+    verb.add_argument("--negative", default="")
+    _add_base_and_loras(verb)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--steps", type=int, default=20)
+    verb.add_argument("--cfg", type=float, default=5.0)
+    verb.add_argument("--sampler", default="ddim")
+    verb.add_argument("--width", type=int, default=0)
+    verb.add_argument("--height", type=int, default=0)
+    verb.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add_workspace(verb)
 
 
 def _add_base_and_loras(verb: argparse.ArgumentParser) -> None:
@@ -95,40 +111,87 @@ def opened(
     files = [file_and_strengths(text) for text in options.lora]
     from lora_core.adapters.inject import Strengthened
     from lora_core.formats.file import read_adapter
+
+    base = _base(options, precision)
+    adapters = [Strengthened(read_adapter(path, base.family), s, t) for path, s, t in files]
+    return base, adapters, [(path.stem, strength) for path, strength, _ in files]
+
+
+def _base(options: argparse.Namespace, precision: str) -> "BaseModel":
     from lora_core.models.device import best_device, dtype_of
     from lora_core.models.load import load_base
 
     device = best_device()
-    base = load_base(options.base, device, dtype_of(precision, device), options.prediction, options.vae)
-    adapters = [Strengthened(read_adapter(path, base.family), s, t) for path, s, t in files]
-    return base, adapters, [(path.stem, strength) for path, strength, _ in files]
+    return load_base(options.base, device, dtype_of(precision, device), options.prediction, options.vae)
+
+
+def _artist(options: argparse.Namespace) -> "Artist":
+    from lora_core.analysis.at_rank import at_rank
+    from lora_core.sampling.artist import Artist
+
+    return Artist(_base(options, options.precision), at_rank)
+
+
+def _shot(options: argparse.Namespace) -> Shot:
+    """The picture that a command line asks for.
+
+    Raises:
+        LoraError: an option is out of range, or an adapter is not there.
+    """
+    for name, legal, range_words in (
+        ("steps", 1 <= options.steps <= 1000, "it goes from 1 to 1000"),
+        ("seed", 0 <= options.seed <= LARGEST_SEED, "it is a whole number from 0 on"),
+        ("cfg", math.isfinite(options.cfg), "take a number such as 5"),
+    ):
+        if not legal:
+            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; {range_words}.")
+    return Shot(
+        base=options.base, prediction=options.prediction, vae=options.vae, prompt=options.prompt,
+        negative=options.negative, seed=options.seed, steps=options.steps, cfg=options.cfg,
+        sampler=options.sampler, width=options.width, height=options.height,
+        loras=tuple(LoraAt(str(path), s, t) for path, s, t in map(file_and_strengths, options.lora)),
+    )  # fmt: skip
 
 
 def _generate(options: argparse.Namespace) -> int:
     if not 1 <= options.count <= 1000:
         raise ConfigError(f"--count {options.count} is out of range; it goes from 1 to 1000.")
-    if not 1 <= options.steps <= 1000:
-        raise ConfigError(f"--steps {options.steps} is out of range; it goes from 1 to 1000.")
-    if not 0 <= options.seed < 2**63:
-        raise ConfigError(f"--seed {options.seed} is out of range; it is a whole number from 0 on.")
-    if not math.isfinite(options.cfg):
-        raise ConfigError(f"--cfg {options.cfg} is out of range; take a number such as 5.")
+    shot = _shot(options)
     if options.out:
         _check_out(options.out)
     folder = None if options.out else workspace(options.workspace) / "generated"
-    base, adapters, names = opened(options, options.precision)
-    from lora_core.adapters.inject import Merger
-    from lora_core.sampling.generate import Picture, generated_from_prompt, infotext, save_png
+    artist = _artist(options)
+    from lora_core.sampling.generate import save_png
 
-    Merger(base.modules).apply(adapters)
     for number in range(options.count):
-        how = Picture(
-            options.seed + number, options.steps, options.cfg, options.sampler, options.width, options.height
-        )
-        image = generated_from_prompt(base, how, options.prompt, options.negative)
-        path = _numbered(options.out, number) if options.out else _unused(folder, how.seed)
-        save_png(image, path, infotext(base, how, options.prompt, options.negative, names))
+        one = shot.at("seed", shot.seed + number)
+        path = _numbered(options.out, number) if options.out else _unused(folder, one.seed)
+        save_png(artist.drawn(one), path, artist.infotext(one))
         say(str(path))
+    return 0
+
+
+def _grid(options: argparse.Namespace) -> int:
+    rows, columns = (axis_of(text) if text else None for text in (options.rows, options.columns))
+    if rows is None and columns is None:
+        raise ConfigError("A grid needs --rows or --columns, as in --columns strength=0,0.5,1.")
+    for axis in (rows, columns):
+        for file in axis.values if axis and axis.kind == "checkpoint" else ():
+            if not Path(str(file)).is_file():
+                raise AdapterFileError(f"The adapter {file} does not exist.")
+    shots = grid_shots(_shot(options), rows, columns)
+    _check_out(options.out)
+    artist = _artist(options)
+    from lora_core.sampling.generate import save_png
+    from lora_core.sampling.grid import sheet
+
+    made = sheet(
+        [[artist.drawn(shot) for shot in row] for row in shots],
+        rows.labels() if rows else [],
+        columns.labels() if columns else [],
+    )
+    save_png(made, options.out, artist.infotext(_shot(options), grid_settings(rows, columns)))
+    say(str(options.out))
     return 0
 
 

@@ -4,6 +4,7 @@ reloaded.
 How an adapter is cut to a rank is handed in: that is analysis, which stands right of here.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,8 @@ class Artist:
         self._adapters: OrderedDict[FileKey, AdapterWeights] = OrderedDict()
         self._mixed: tuple[object, ...] | None = ()
         self._matrix: torch.Tensor | None = None
+        self.ready_in = 0.0
+        """Seconds from the last shot to the first step of its sampler: merging and reading the prompt."""
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -54,11 +57,13 @@ class Artist:
         Raises:
             LoraError: an adapter does not fit, or the base cannot make such a picture.
         """
+        began = time.monotonic()
         how = picture_of(shot)
         self.mix(shot.loras)
         with torch.no_grad():
             text = text_condition(self.base, [shot.prompt], shot.clip_skip, shot.tokens)
             unwanted = negative_condition(self.base, shot.negative, shot.clip_skip, shot.tokens)
+        self.ready_in = time.monotonic() - began
         return generated(self.base, how, text, unwanted, on_step, on_clean)
 
     def infotext(self, shot: Shot, extra: dict[str, str] | None = None) -> str:

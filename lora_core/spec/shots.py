@@ -238,3 +238,9 @@ def grid_shots(shot: Shot, rows: Axis | None, columns: Axis | None) -> list[list
         return made
 
     return [[cell(row, column) for column in across] for row in down]
+
+
+def grid_settings(rows: Axis | None, columns: Axis | None) -> dict[str, str]:
+    """What a sheet's PNG says of its axes, beside the settings of its pictures."""
+    said = {"Rows": rows, "Columns": columns}
+    return {"Script": "Grid", **{name: axis.text() for name, axis in said.items() if axis}}

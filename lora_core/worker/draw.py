@@ -62,10 +62,9 @@ class Drawing:
             path = _free_name(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{shot.seed}-{factor:g}")
             save_png(image, path, artist.infotext(scaled))
             files.append(str(path))
-            self._answer(
-                {"id": request["id"], "event": "picture", "index": index, "strength": factor,
-                 "file": str(path), "width": image.width, "height": image.height}
-            )  # fmt: skip
+            said = {"index": index, "strength": factor, "file": str(path), "ready_in": artist.ready_in}
+            size = {"width": image.width, "height": image.height}
+            self._answer({"id": request["id"], "event": "picture", **said, **size})
         return {"files": files}
 
     def _teller(self, request: Request, index: int, pictures: int) -> OnStep:
