@@ -70,7 +70,7 @@ def _asks(moment: Moment) -> bool:
     return moment.plan.base.guessed or model.prediction != "auto" or bool(model.vae)
 
 
-def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any) -> None:
+def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, seen: Any) -> None:
     """Have a choice of a base fill the form with its starting values.
 
     Args:
@@ -78,6 +78,7 @@ def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any) ->
         widgets: the form's, by setting.
         level: the dropdown of presets.
         note: the place for what choosing a folder said.
+        seen: what the page was filled with.
     """
     fields = list(widgets.values())
 
@@ -85,9 +86,9 @@ def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any) ->
         said, level_key, changed = base_chosen(parts.desk, dict(zip(FORM, values, strict=True)))
         parts.desk.project.keep(values=changed, level=level_key)
         shown_note = f'<p class="small" role="status">{safe(said)}</p>' if said else ""
-        return [shown_note, level_key, *changed.values()]
+        return [shown_note, level_key, list(changed.values()), *changed.values()]
 
-    parts.action(widgets["model.base"].input(chosen, fields, [note, level, *fields], **QUIET))
+    parts.action(widgets["model.base"].input(chosen, fields, [note, level, seen, *fields], **QUIET))
 
 
 def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:

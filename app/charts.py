@@ -84,14 +84,15 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
         return _empty("The curve begins with the first steps.")
     calm = thinned([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
     raw = thinned(points)
+    stride = math.ceil(len(points) / MOST_POINTS) or 1
     ys = sorted(y for _, y in raw)
     # A single wild step must not flatten the rest of the curve.
     top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
     axes = Axes([x for x, _ in raw], min(ys[0], min(y for _, y in calm)), top)
     raw = [(x, min(y, axes.y1)) for x, y in raw]
     inside = (
-        axes.frame() + f'<polyline class="raw" points="{axes.path(raw)}"/><polyline class="smooth"'
-        f' points="{axes.path(calm)}"/>'
+        axes.frame() + f'<polyline class="raw" data-stride="{stride}" points="{axes.path(raw)}"/><polyline'
+        f' class="smooth" points="{axes.path(calm)}"/>'
     )
     return _svg(f"Training loss, now {calm[-1][1]:.4f} smoothed", inside)
 

@@ -5,12 +5,19 @@ One desk a server, shared by every page: two pages of the same window show the s
 
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from app.checking import Checker
+from app.checks import Checks
+from app.hardware import Hardware
+from app.importing import Importer
 from app.jobs import Jobs, environment
+from app.line import Line
 from app.places import Places
-from app.project import Project
+from app.projects import Projects
 from app.studio import Studio
+from app.thumbs import Thumbs
 from app.tools import OtherTools
 from app.worker import Worker
 
@@ -21,8 +28,18 @@ class Desk:
     def __init__(self, workspace: Path, worker_command: list[str] | None = None) -> None:
         """Open a workspace; `worker_command` replaces the warm worker in tests."""
         self.workspace = workspace
-        self.project = Project(workspace / "projects" / "default")
+        self.projects = Projects(workspace)
+        # One object for as long as the window is open, whichever project it stands for.
+        self.project = self.projects.current
+        self.importer = Importer(self.project, workspace / "tmp" / "incoming")
+        self.checker = Checker(self.project)
+        self.thumbs = Thumbs(workspace / "cache" / "thumbs")
         self.jobs = Jobs(workspace)
+        self.hardware = Hardware()
+        self.line = Line(workspace, self.jobs)
+        self.checks = Checks(workspace, self.hardware)
+        self.on_quit: Callable[[], None] = lambda: None
+        self.like_said = ""
         self.places = Places(workspace / "places.json")
         self.tools = OtherTools(self.places)
         self.generated = workspace / "generated"
@@ -44,3 +61,4 @@ class Desk:
     def close(self) -> None:
         """End what must end with the window. Runs go on."""
         self.worker.close()
+        self.thumbs.close()

@@ -1,69 +1,124 @@
-"""What will happen, said before Start in plain sentences: pictures, looks, time, file size, and each
+"""What will happen, said before Start in plain sentences: pictures, looks, time, memory, file size, and each
 problem."""
+
+import math
 
 from app.form import for_family
 from app.moment import Moment
+from app.pace import GUESSED, MEASURED, SCALED, forecast
 from app.words import UNKNOWN, about, file_size, many, safe, scientific, tile
+from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.config import RunConfig
-from lora_core.spec.sizes import export_bytes
+from lora_core.spec.errors import LoraError
+from lora_core.spec.preflight import ADAPTER_COPIES
+from lora_core.spec.sizes import base_numbers, export_bytes
+
+SOURCES = {
+    MEASURED: "at the pace of a run like it",
+    SCALED: "reckoned from another run",
+    GUESSED: "a guess, mended as it runs",
+}
+NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
+PROGRAM = 0.6e9
+"""Bytes that torch and its libraries take before a model is loaded."""
+ACTIVATIONS = 0.7e6
+"""Bytes that one latent pixel keeps for the way back through a UNet of SD 1.x's size, in half precision."""
+USUAL_NUMBERS = 1.07e9
+"""Weights of all of SD 1.x, which that was seen with."""
+CHECKPOINTING_KEEPS = 0.2
 
 
 def blockers(moment: Moment) -> list[str]:
     """Why Start cannot be pressed, each with what to do; empty where it can."""
+    found = unfit(moment)
+    if moment.live and moment.watch:
+        found.append(
+            f"The run {moment.watch.run.name} is going on; pause or stop it first, or add this one to the"
+            " queue."
+        )
+    return found
+
+
+def unfit(moment: Moment) -> list[str]:
+    """What has to be mended before this run can be started or put into the queue."""
     plan, dataset = moment.plan, moment.desk.project.dataset()
     found = list(plan.problems)
-    if not dataset.records:
-        found.append("There are no pictures yet: drop some on the Dataset tab.")
-    found += [problem.sentence for problem in dataset.problems[:3]]
+    if not dataset.records and not dataset.problems:
+        found.append(NO_PICTURES)
     if plan.base.problem:
         found.append("The base model cannot be used; below its name stands why.")
-    if moment.live and moment.watch:
-        found.append(f"The run {moment.watch.run.name} is going on; pause or stop it first.")
+    known = moment.desk.checks.known(plan.config, dataset)
+    bad_base = bool(plan.base.problem)
+    found += [one.sentence for one in known if one.blocking and not (bad_base and one.kind == "base")]
+    return list(dict.fromkeys(found))
+
+
+def notes(moment: Moment) -> list[str]:
+    """What a person should know before Start, but may disregard."""
+    plan, dataset = moment.plan, moment.desk.project.dataset()
+    found = [one.sentence for one in moment.desk.checks.known(plan.config, dataset) if not one.blocking]
+    hardware = moment.desk.hardware
+    if hardware.known and not hardware.has_gpu and not plan.base.embedded:
+        found.insert(
+            0,
+            "No graphics card was found, so the processor trains. That works, but a base of this size takes"
+            " hours; the embedded base takes minutes.",
+        )
     return found
 
 
 def facts(moment: Moment) -> str:
     """Three figures, a few sentences, and what is in the way."""
-    config, dataset = moment.plan.config, moment.desk.project.dataset()
-    shown = sum(record.repeats for record in dataset.records) or 1
-    looks = config.train.steps * config.train.batch_size * config.train.accumulate / shown
-    known = moment.plan.base.facts
+    config, known = moment.plan.config, moment.plan.base.facts
     size = export_bytes(known, config) if known else None
-    seconds = usual_pace(moment, config)
+    expected = forecast(moment, config)
+    memory = memory_needed(config, known, moment.desk.hardware.has_gpu) if known else None
     tiles = [
-        tile(f"{looks:,.0f}" if dataset.records else UNKNOWN, "looks at each picture"),
         tile(
-            about(seconds * config.train.steps) if seconds else UNKNOWN,
-            "at the last run's pace" if seconds else "time, known after a run",
+            about(expected.seconds * config.train.steps) if expected else UNKNOWN,
+            SOURCES[expected.source] if expected else "time, known after some steps",
         ),
+        tile(f"~{file_size(memory)}" if memory else UNKNOWN, _memory_words(moment)),
         tile(file_size(size) if size else UNKNOWN, "file size"),
     ]
     stops = blockers(moment)
     # That a run is going on is no problem of the form's.
     tone = "small" if moment.live and len(stops) == 1 else "problem"
-    problems = "".join(f"<li>{safe(text)}</li>" for text in stops)
-    listed = f'<ul class="sentences {tone}" id="start-why">{problems}</ul>' if stops else ""
     return (
         f'<div class="facts three">{"".join(tiles)}</div><p'
-        f' class="small">{safe(" ".join(_sentences(moment)))}</p>{listed}'
+        f' class="small">{safe(" ".join(_sentences(moment)))}</p>'
+        + _listed(notes(moment), "small notes", "start-notes")
+        + _listed(stops, tone, "start-why")
     )
 
 
-def usual_pace(moment: Moment, config: RunConfig) -> float | None:
-    """Seconds a step of the newest run of the same base and size, the only honest forecast before a probe."""
-    for watch, _ in moment.runs:
-        pace = watch.progress.seconds_a_step()
-        if pace is None:
-            continue
-        other = watch.config()
-        if other is not None and _cost(other) == _cost(config):
-            return pace
-    return None
+def _listed(sentences: list[str], tone: str, name: str) -> str:
+    if not sentences:
+        return ""
+    rows = "".join(f"<li>{safe(text)}</li>" for text in sentences)
+    return f'<ul class="sentences {tone}" id="{name}">{rows}</ul>'
 
 
-def _cost(config: RunConfig) -> tuple[object, ...]:
-    train = config.train
-    return (config.model.base, train.resolution, train.batch_size, train.accumulate, train.checkpointing)
+def _memory_words(moment: Moment) -> str:
+    card = moment.desk.hardware.card()
+    return f"memory, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
+
+
+def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:
+    """About how many bytes the run takes at its peak; within a factor of two at best."""
+    try:
+        numbers, export = base_numbers(known), export_bytes(known, config)
+    except (LoraError, OSError):
+        return None
+    if not numbers or not export:
+        return None
+    asked = config.train.precision
+    width = 4 if asked == "fp32" or (asked == "auto" and not on_card) else 2
+    side = config.train.resolution or known.resolution
+    kept = CHECKPOINTING_KEEPS if config.train.checkpointing else 1.0
+    pixels = (side / 8) ** 2 * config.train.batch_size
+    activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
+    return PROGRAM + numbers * width + export / 2 * 4 * ADAPTER_COPIES + activations
 
 
 def _sentences(moment: Moment) -> list[str]:
@@ -72,8 +127,16 @@ def _sentences(moment: Moment) -> list[str]:
     if dataset.records:
         bare = sum(not record.caption for record in dataset.records)
         captions = "all with captions" if not bare else f"{bare} without a caption"
-        sentences.append(f"{many(len(dataset.records), 'picture')}, {captions}.")
-    sentences.append(f"Effective learning rate {scientific(config.optim.lr * config.adapter.scale)}.")
+        shown = sum(record.repeats for record in dataset.records) or 1
+        looks = config.train.steps * config.train.batch_size * config.train.accumulate / shown
+        sentences.append(
+            f"{many(len(dataset.records), 'picture')}, {captions}. {many(config.train.steps, 'step')} look at"
+            f" each about {many(max(1, round(looks)), 'time')}."
+        )
+    sentences.append(
+        f"Effective learning rate {scientific(config.optim.lr * config.adapter.scale)}"
+        f" ({scientific(config.optim.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."
+    )
     if config.dataset.trigger:
         sentences.append(f"Trigger word: {config.dataset.trigger}.")
     held = config.validation.pictures

@@ -2,16 +2,70 @@
 
 import psutil
 
+from app.hardware import Card
 from app.moment import Moment
+from app.pace import seconds_left
 from app.words import STATES, clock, safe
 from lora_core.spec.paths import ASSETS
 
 TITLE = "LoRA Easel"
-BUTTONS_WHY = {
+REASONS = {
     "pause": "Saves the run and ends its process, to go on later.",
     "stop": "Saves the run, writes the file from what is learned so far, and ends it.",
-    "resume": "Goes on from the last checkpoint.",
+    "preview": "Draws the sample prompts after the present step.",
+    "save": "Saves a checkpoint after the present step.",
 }
+NOTE = (
+    '<div id="header-note"><p id="other-pages" class="small" role="status" hidden>This window is open in'
+    " another tab too. Both show the same run; of the form, what was typed last in a field counts.</p></div>"
+)
+NAMES = {"pause": "Pause", "stop": "Stop", "preview": "Sample now", "save": "Save now"}
+
+
+def request_button(moment: Moment, do: str, name: str, text: str = "") -> str:
+    """A button that asks the run for something; where it cannot be pressed its tip says why.
+
+    Args:
+        moment: the state of things.
+        do: the request, as in the run folder.
+        name: the button's id.
+        text: what stands on it, if not the usual words.
+    """
+    why = why_not(moment, do)
+    tip, off = why or REASONS[do], " disabled" if why else ""
+    return (
+        f'<button type="button" class="own" id="{name}" data-run-do="{do}" title="{safe(tip)}"{off}>'
+        f"{safe(text or NAMES[do])}</button>"
+    )
+
+
+def why_not(moment: Moment, do: str) -> str:
+    """Why the run cannot be asked for something now; "" where it can."""
+    if not moment.live:
+        return "No run is going on."
+    if moment.state in ("pausing", "stopping"):
+        return f"The run is {moment.state}; this takes until the present step is done and saved."
+    if do in ("preview", "save") and moment.state == "preparing":
+        return "The run is still preparing; this can be asked for once it steps."
+    return ""
+
+
+def resume_button(moment: Moment, name: str, tone: str = "") -> str:
+    """The button that goes on with the shown run, and from where."""
+    step = moment.watch.aftermath().step if moment.watch else 0
+    words = "Resume" if name == "resume" else f"Continue at step {step:,}" if step else "Start again"
+    tip = f"Goes on at step {step:,}." if step else "Starts again: no checkpoint was written yet."
+    return (
+        f'<button type="button" class="own {tone}" id="{name}" data-run-do="resume"'
+        f' title="{safe(tip)}">{words}</button>'
+    )
+
+
+def run_actions(moment: Moment) -> str:
+    """Pause and Stop while a run is going on, Resume where one can be gone on with."""
+    if moment.live:
+        return request_button(moment, "pause", "pause") + request_button(moment, "stop", "stop")
+    return resume_button(moment, "resume") if moment.resumable else ""
 
 
 def brand() -> str:
@@ -38,7 +92,7 @@ def run_words(moment: Moment) -> str:
             return f"Preparing: {progress.phase}{counted}"
         case "running" | "pausing" | "stopping":
             verb = "" if moment.state == "running" else f"{STATES[moment.state][0]}, "
-            left = f", {clock(progress.seconds_left())} left" if moment.state == "running" else ""
+            left = f", {clock(seconds_left(progress))} left" if moment.state == "running" else ""
             return f"{verb}{percent(moment)}%, step {progress.step:,} of {progress.steps:,}{left}"
         case "done":
             return f"{name}: done, {progress.step:,} steps"
@@ -65,25 +119,67 @@ def track(moment: Moment, label: str) -> str:
     )
 
 
+def page_title(moment: Moment) -> str:
+    """What the browser's tab says: how far, and which run."""
+    name = moment.watch.run.name if moment.watch else ""
+    if moment.state in ("running", "pausing", "stopping"):
+        return f"{percent(moment)}% \N{MIDDLE DOT} {name}"
+    if moment.state in ("preparing", "done", "failed", "interrupted"):
+        return f"{STATES[moment.state][0]} \N{MIDDLE DOT} {name}"
+    return TITLE
+
+
 def run_bar(moment: Moment) -> str:
     """Bar and words; the page's title rides along as data."""
     words = run_words(moment)
-    title = f"{percent(moment)}% {TITLE}" if moment.state == "running" else TITLE
-    if moment.state in ("done", "failed"):
-        title = f"{STATES[moment.state][0]} · {TITLE}"
+    name = moment.watch.run.name if moment.watch else ""
     bar = "" if moment.state == "none" else track(moment, "Training")
     return (
-        f'<div class="runbar" data-page-title="{safe(title)}" data-run-state="{moment.state}">{bar}'
-        f'<span class="num small-on-phone">{safe(words)}</span></div>'
+        f'<div class="runbar" data-page-title="{safe(page_title(moment))}" data-run-state="{moment.state}"'
+        f' data-run-name="{safe(name)}">{bar}<span class="num small-on-phone">{safe(words)}</span></div>'
     )
 
 
-def memory() -> str:
-    """How much of the machine's memory is taken, rounded so that it does not flicker."""
+def memory(card: Card | None) -> str:
+    """How much memory is taken, of the graphics card where there is one; rounded so that it does not
+    flicker."""
+    if card is not None:
+        return (
+            f'<span class="small num memory" title="Memory of {safe(card.name)} in use">GPU'
+            f" {card.used / 2**30:.1f} of {card.total / 2**30:.0f} GB</span>"
+        )
     used = psutil.virtual_memory()
     return (
         '<span class="small num memory" title="Memory of this computer in use">Memory'
         f" {(used.total - used.available) / 2**30:.0f} of {used.total / 2**30:.0f} GB</span>"
+    )
+
+
+def tools() -> str:
+    """The small buttons at the end: tell at the end, light or dark, quit."""
+    return f'<div class="row tools">{_bell()}{theme_switch()}{_quit()}</div>'
+
+
+def _icon(paths: str) -> str:
+    return (
+        '<svg viewBox="0 0 20 20" aria-hidden="true" fill="none" stroke="currentColor" stroke-width="1.6"'
+        f' stroke-linecap="round" stroke-linejoin="round">{paths}</svg>'
+    )
+
+
+def _bell() -> str:
+    paths = '<path d="M5 14h10l-1.3-2V8.5a3.7 3.7 0 0 0-7.4 0V12z"/><path d="M8.6 16.5a1.5 1.5 0 0 0 2.8 0"/>'
+    return (
+        '<button type="button" class="own icon" id="tell-end" aria-pressed="false" aria-label="Tell me when a'
+        f' run ends" title="Tell me when a run ends">{_icon(paths)}</button>'
+    )
+
+
+def _quit() -> str:
+    paths = '<path d="M10 3v6.5"/><path d="M6 5.6a6 6 0 1 0 8 0"/>'
+    return (
+        '<button type="button" class="own icon" id="quit" aria-label="Quit LoRA Easel" title="Quit; a run'
+        f' that is going on goes on">{_icon(paths)}</button>'
     )
 
 

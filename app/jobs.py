@@ -1,25 +1,31 @@
 """Starting runs and watching them. The run folder is the only channel: the window may die at any time and
 lose nothing."""
 
-import os
+import contextlib
 import re
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.worker import detached, last_line
+from app.worker import last_line
 from lora_core.spec.config import RunConfig
+from lora_core.spec.crash import LESS_MEMORY, Watched, crash_reason, resume_step
+from lora_core.spec.disk import folder_bytes
 from lora_core.spec.errors import ConfigError, RunError
 from lora_core.spec.events import read_events
-from lora_core.spec.paths import ASSETS
+from lora_core.spec.processes import TRAINER, started
+from lora_core.spec.processes import child_environment as environment
 from lora_core.spec.progress import Progress
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
+from lora_core.spec.trash import to_trash
+
+__all__ = ["LIVE", "RESUMABLE", "Jobs", "Watch", "environment"]
 
 LIVE = ("preparing", "running", "pausing", "stopping")
-TRAINER = (sys.executable, "-m", "lora_core", "resume")
+BROKEN = ("interrupted", "failed")
+LOOK_SECONDS = 2.0
 RESUMABLE = ("queued", "paused", "stopped", "interrupted", "failed")
 
 
@@ -32,6 +38,7 @@ class Watch:
     offset: int = 0
     started_here: subprocess.Popen[bytes] | None = None
     _config: RunConfig | None = None
+    _looked: tuple[object, "Aftermath"] | None = None
 
     def config(self) -> RunConfig | None:
         """The run's settings, read once as they never change; None where somebody broke the file."""
@@ -52,7 +59,8 @@ class Watch:
             if child.poll() is None:
                 # The process lives but has not claimed its folder yet: to a person it is preparing.
                 status = status if status in LIVE else "preparing"
-            elif child.returncode and status in ("queued", "interrupted"):
+            elif child.returncode > 0 and status in ("queued", "interrupted"):
+                # It said why and left; one that a signal ended was broken off.
                 status = "failed"
         if status in LIVE:
             asked = {r["do"] for r in self.run.requests() if r["id"] not in self.progress.handled}
@@ -60,11 +68,50 @@ class Watch:
         return status
 
     def reason(self) -> str:
-        """Why a run failed, in a sentence."""
+        """Why a run failed or broke off, in a sentence."""
         if self.progress.reason:
             return self.progress.reason
-        said = last_line(self.run.log_file)
-        return f"The training process ended before it could say why. Its last words: {said}" if said else ""
+        told = self.aftermath().reason
+        said = "" if told else last_line(self.run.log_file)
+        return told or (
+            f"The training process ended before it could say why. Its last words: {said}" if said else ""
+        )
+
+    def aftermath(self) -> "Aftermath":
+        """What an ended run left; read from disk only where it went on meanwhile."""
+        key = (self.offset, _changed_at(self.run.path / "exit.json"), _changed_at(self.run.checkpoints))
+        if self._looked is None or self._looked[0] != key:
+            reason, step = crash_reason(self.run), resume_step(self.run)
+            self._looked = (key, Aftermath(reason, step, folder_bytes(self.run.path)))
+        return self._looked[1]
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it ended because memory did."""
+        said = self.reason().lower()
+        return LESS_MEMORY in said or "out of memory" in said or "not enough memory" in said
+
+
+@dataclass(frozen=True)
+class Aftermath:
+    """What an ended run left.
+
+    Attributes:
+        reason: why it broke off or failed, "" where it did not.
+        step: from which one a resume goes on, 0 for none.
+        size: bytes on disk.
+    """
+
+    reason: str
+    step: int
+    size: int
+
+
+def _changed_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 class Jobs:
@@ -100,13 +147,29 @@ class Jobs:
         """The run that the window shows: the live one, else the one chosen, else the newest."""
         live = self.live()
         if live is not None:
+            # What a queue starts is followed too, and stays in view when it has ended.
+            self._chosen = live.run.path
             return live
         watches = self.all()
-        return next((w for w in watches if w.run.path == self._chosen), watches[0] if watches else None)
+        chosen = next((w for w in watches if w.run.path == self._chosen), None)
+        return chosen or max(watches, key=_last_written, default=None)
 
     def show(self, name: str) -> None:
         """Choose which run the window shows while none is going on."""
         self._chosen = runs_folder(self.workspace) / checked_name(name)
+
+    def create(self, config: RunConfig) -> RunFolder:
+        """Make a run folder from `config`, to be started now or later.
+
+        Raises:
+            RunError: the name is taken or no folder's.
+        """
+        name = checked_name(config.name) if config.name else self.free_name(config)
+        run = RunFolder.create(runs_folder(self.workspace) / name, config.changed({"name": name}))
+        with self._lock:
+            # The name may have been that of a run that failed at once, whose events are gone now.
+            self._watches.pop(run.path, None)
+        return run
 
     def start(self, config: RunConfig) -> RunFolder:
         """Make a run folder from `config` and start its trainer.
@@ -115,13 +178,20 @@ class Jobs:
             RunError: the name is taken or no folder's, or another run is going on.
         """
         self._refuse_beside_another()
-        name = checked_name(config.name) if config.name else self.free_name(config)
-        run = RunFolder.create(runs_folder(self.workspace) / name, config.changed({"name": name}))
-        with self._lock:
-            # The name may have been that of a run that failed at once, whose events are gone now.
-            self._watches.pop(run.path, None)
+        run = self.create(config)
         self._launch(run)
         return run
+
+    def delete(self, name: str) -> None:
+        """Move a run into the workspace's trash.
+
+        Raises:
+            RunError: there is none of that name, or it is going on.
+        """
+        run = RunFolder(runs_folder(self.workspace) / checked_name(name))
+        to_trash(run.path, self.workspace)
+        with self._lock:
+            self._watches.pop(run.path, None)
 
     def resume(self, name: str) -> RunFolder:
         """Go on with a run that was paused, stopped or broken off.
@@ -151,17 +221,13 @@ class Jobs:
             raise RunError(f"The run {live.run.name} is going on; pause or stop it first.")
 
     def _launch(self, run: RunFolder) -> None:
-        with self._lock, open(run.log_file, "ab") as log:
+        with self._lock:
             watch = self.watch(run)
-            watch.started_here = subprocess.Popen(
-                [*self.trainer, str(run.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(self.workspace),
-                **detached(),
-            )
+            attended = Watched(run)
+            child = started([*self.trainer, str(run.path)], run.log_file, self.workspace)
+            watch.started_here = child
             self._chosen = run.path
+        threading.Thread(target=_attend, args=(child, attended), daemon=True, name=f"run {run.name}").start()
 
     def free_name(self, config: RunConfig) -> str:
         """Date and dataset, with a number where the day has several."""
@@ -174,14 +240,16 @@ class Jobs:
         return stem if number == 1 else f"{stem}-{number}"
 
 
-def environment(workspace: Path) -> dict[str, str]:
-    """The environment of a child that must find the project from any folder, and say its words unbuffered."""
-    root = str(ASSETS.parent)
-    path = os.environ.get("PYTHONPATH", "")
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-        "LORA_EASEL_HOME": str(workspace),
-    }
+def _attend(child: "subprocess.Popen[bytes]", attended: Watched) -> None:
+    """Note how a trainer ends, which one that is killed cannot do itself."""
+    code = None
+    while code is None:
+        attended.look(child.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = child.wait(LOOK_SECONDS)
+    attended.ended(code)
+
+
+def _last_written(watch: Watch) -> int:
+    """When a run last did something; those that only wait come last."""
+    return _changed_at(watch.run.events_file)

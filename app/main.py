@@ -18,11 +18,14 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from app.dataset_routes import add_dataset_routes
 from app.desk import Desk
 from app.guard import Guard, is_loopback
 from app.login import Login
 from app.page import mount
+from app.project_routes import add_project_routes
 from app.routes import add_routes
+from app.run_routes import add_run_routes
 from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.paths import workspace, write_atomically
 
@@ -79,6 +82,9 @@ def build_app(desk: Desk, allowed: list[str], password: str = "") -> Any:
     """The whole server as one ASGI app: guard, then login, then our routes and Gradio's."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, desk)
+    add_run_routes(app, desk)
+    add_dataset_routes(app, desk)
+    add_project_routes(app, desk)
     inner: Any = mount(app, desk, desk.workspace / "tmp")
     if password:
         inner = Login(inner, password)
@@ -95,6 +101,7 @@ def _serve(desk: Desk, listener: socket.socket, options: argparse.Namespace, pas
         build_app(desk, allowed, password), log_level="warning", timeout_graceful_shutdown=1, lifespan="on"
     )
     server = _Server(config, f"http://127.0.0.1:{port}", not options.no_browser)
+    desk.on_quit = server.quit
     write_atomically(desk.workspace / "window.json", json.dumps({"port": port}).encode())
     # uvicorn raises the signal again once it has shut down; without this the worker would be left behind.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -113,6 +120,10 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, address: str, browser: bool) -> None:
         super().__init__(config)
         self.address, self.browser = address, browser
+
+    def quit(self) -> None:
+        """End the server, not the runs: each is a process of its own."""
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # An open page holds a stream that is cut off here; uvicorn would print a traceback for each.

@@ -1,6 +1,5 @@
 """The page: header, four tabs, one load event, one poll."""
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -9,24 +8,16 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from app import header
+from app import header, welcome
 from app.desk import Desk
-from app.moment import Moment, moment_of
+from app.moment import moment_of
 from app.parts import QUIET, Parts, piece
+from app.routes import SCRIPTS
 from app.tabs import dataset, export, preview, train
-from app.tabs.train import asked
-from app.words import safe
-from lora_core.spec.errors import LoraError
 from lora_core.spec.paths import ASSETS
 
 TABS = (dataset, train, preview, export)
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
-SCRIPTS = ("window.js", "folder_drop.js")
-
-WELCOME = """<h2>Teach a picture model something new, on your own computer</h2>
-<p>1. Drop pictures of one thing or one style. &nbsp; 2. Press Start. &nbsp; 3. Move the strength slider, take
-the file.</p> <p class="small">No pictures at hand? The demo trains a style in about two minutes, without a
-GPU.</p>"""
 
 
 def build_page(desk: Desk) -> gr.Blocks:
@@ -37,17 +28,12 @@ def build_page(desk: Desk) -> gr.Blocks:
         title=header.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
         _header(parts)
-        with gr.Row(elem_id="welcome", visible=False) as welcome:
-            piece(WELCOME, elem_classes="grow")
-            use_demo = gr.Button(
-                "Try it with the demo", variant="primary", elem_id="use-demo", min_width=0, scale=0
-            )
-        parts.live(welcome, lambda m: gr.update(visible=desk.is_new()))
+        demo = welcome.build(parts)
         with gr.Tabs(elem_id="tabs") as tabs:
             for tab in TABS:
                 with gr.Tab(tab.TITLE, id=tab.TITLE, render_children=True):
                     tab.build(parts)
-        _wire_demo(parts, use_demo, tabs)
+        welcome.wire(parts, demo, tabs)
         _poll(parts, page)
     return page
 
@@ -59,50 +45,10 @@ def _header(parts: Parts) -> None:
             parts.live(piece(), header.project_chip)
         parts.live(piece(elem_classes="grow"), header.run_bar)
         with gr.Row(elem_classes="header-actions"):
-            for do in ("pause", "stop"):
-                button = gr.Button(do.title(), elem_id=do, min_width=0, scale=0, visible="hidden")
-                parts.live(button, functools.partial(_request_button, do))
-                parts.action(button.click(functools.partial(asked, parts, do), None, None, **QUIET))
-            resume = gr.Button("Resume", elem_id="resume", min_width=0, scale=0, visible="hidden")
-            parts.live(resume, lambda m: gr.update(visible=True if m.resumable and not m.live else "hidden"))
-            parts.live(piece(), lambda m: header.memory())
-            piece(header.theme_switch())
-    note = piece(elem_id="header-note")
-
-    def resumed() -> str:
-        moment = moment_of(parts.desk)
-        try:
-            if moment.watch is not None:
-                parts.desk.jobs.resume(moment.watch.run.name)
-        except LoraError as error:
-            return f'<p class="problem" role="alert">{safe(error)}</p>'
-        return ""
-
-    parts.action(resume.click(resumed, None, note, **QUIET))
-
-
-def _request_button(do: str, moment: Moment) -> Any:
-    asked_already = moment.state in ("pausing", "stopping")
-    return gr.update(visible=True if moment.live else "hidden", interactive=not asked_already)
-
-
-def _wire_demo(parts: Parts, use_demo: Any, tabs: Any) -> None:
-    project = parts.desk.project
-    filled = [fill.component for fill in parts.fills]
-
-    def to_demo() -> list[Any]:
-        project.keep(
-            dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_lora=""
-        )
-        return [gr.Tabs(selected="Train"), *parts.filled()]
-
-    def to_own() -> list[Any]:
-        project.keep(dataset="", level="", values={}, preview={}, preview_lora="")
-        return parts.filled()
-
-    parts.action(use_demo.click(to_demo, None, [tabs, *filled], **QUIET))
-    own = gr.Button("Use my own pictures", elem_id="use-own", visible="hidden")
-    parts.action(own.click(to_own, None, filled, **QUIET))
+            parts.live(piece(), header.run_actions)
+            parts.live(piece(), lambda m: header.memory(m.desk.hardware.card()))
+            piece(header.tools())
+    piece(header.NOTE)
 
 
 def _poll(parts: Parts, demo: gr.Blocks) -> None:

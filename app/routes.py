@@ -8,8 +8,9 @@ root.
 
 import asyncio
 import dataclasses
-import functools
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,16 +22,17 @@ from app.desk import Desk
 from app.meter import counted
 from app.plan import Plan
 from app.project import relative_name
-from lora_core.dataset.pictures import thumbnail
+from lora_core.dataset.pictures import SUFFIXES
 from lora_core.spec.errors import LoraError
 from lora_core.spec.paths import ASSETS
 from lora_core.spec.run_folder import runs_folder
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"}
+PICTURES = set(SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 PUBLIC = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
-PUBLIC |= {"window.js": "text/javascript", "folder_drop.js": "text/javascript"}
+SCRIPTS = ("window.js", "folder_drop.js", "dataset.js", "dataset_tools.js", "projects.js", "train.js")
+PUBLIC |= dict.fromkeys(SCRIPTS, "text/javascript")
 LARGEST_CAPTION = 1_000_000
 # Addresses carry the file's time, so that a changed file has another address and this can be long.
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -40,18 +42,33 @@ class Refused(Exception):
     """A path that leaves its root or names nothing there."""
 
 
-def below(root: Path, path: str, suffixes: set[str]) -> Path:
+def below(root: Path, path: str, suffixes: set[str], also: Sequence[Path] = ()) -> Path:
     """The file at `path` below `root`.
+
+    Args:
+        root: the folder.
+        path: of the file, below it.
+        suffixes: of the kinds that are given out.
+        also: folders from which the person linked pictures, so that links may lead there.
 
     Raises:
         Refused: it lies elsewhere (`..`, an absolute path, a link that leads out), is missing, or of another
         kind.
     """
     try:
-        whole, top = (root / path).resolve(strict=True), root.resolve(strict=True)
+        # Where the path itself stands, links not followed, is below the root in any case.
+        plain, top = Path(os.path.abspath(root / path)), root.resolve(strict=True)
+        whole = plain.resolve(strict=True)
+        tops = [top, *(folder.resolve() for folder in also)]
+        inside = plain.is_relative_to(os.path.abspath(root))
     except (OSError, ValueError, RuntimeError) as error:
         raise Refused(path) from error
-    if not whole.is_relative_to(top) or not whole.is_file() or whole.suffix.lower() not in suffixes:
+    if (
+        not inside
+        or not any(map(whole.is_relative_to, tops))
+        or not whole.is_file()
+        or whole.suffix.lower() not in suffixes
+    ):
         raise Refused(path)
     return whole
 
@@ -69,14 +86,14 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/easel/picture/{kind}/{path:path}")
     async def picture(kind: str, path: str) -> Response:
-        file = below(_root(desk, kind), path, PICTURES)
-        if file.suffix.lower() in SHOWN and kind != "dataset":
+        file = _picture(desk, kind, path)
+        if file.suffix.lower() in SHOWN and kind not in ("dataset", "left-out"):
             return FileResponse(file, media_type=SHOWN[file.suffix.lower()], headers=KEEP)
-        return await _small(file, 1024)
+        return await _small(desk, file, 1024)
 
     @app.get("/easel/thumb/{kind}/{path:path}")
     async def thumb(kind: str, path: str) -> Response:
-        return await _small(below(_root(desk, kind), path, PICTURES), 256)
+        return await _small(desk, _picture(desk, kind, path), 256)
 
     @app.get("/easel/download/{run}/{file}")
     async def download(run: str, file: str) -> Response:
@@ -85,30 +102,17 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/easel/caption")
     async def caption(request: Request) -> Response:
-        sent = await _json(request)
+        sent = await sent_json(request)
         text = str(sent.get("text", ""))
+        before = desk.project.revision
         await asyncio.to_thread(desk.project.save_caption, str(sent.get("picture", "")), text)
-        return JSONResponse({"saved": True, **_tokens(desk, text)})
-
-    @app.post("/easel/run")
-    async def run(request: Request) -> Response:
-        sent = await _json(request)
-        act = {"resume": desk.jobs.resume, "show": desk.jobs.show}.get(str(sent.get("do")))
-        if act is None:
-            raise Refused("no such action")
-        await asyncio.to_thread(act, str(sent.get("run", "")))
-        return JSONResponse({"done": True})
+        revisions = {"before": before, "revision": desk.project.revision}
+        return JSONResponse({"saved": True, **revisions, **_tokens(desk, text)})
 
     @app.post("/easel/tokens")
     async def tokens(request: Request) -> Response:
-        sent = await _json(request)
+        sent = await sent_json(request)
         return JSONResponse(_tokens(desk, str(sent.get("text", ""))))
-
-    @app.post("/easel/leave-out")
-    async def leave_out(request: Request) -> Response:
-        sent = await _json(request)
-        await asyncio.to_thread(desk.project.leave_out, str(sent.get("picture", "")))
-        return JSONResponse({"left_out": True})
 
 
 async def _asset(name: str) -> Response:
@@ -126,18 +130,24 @@ async def _problem(request: Request, error: Exception) -> Response:
     return JSONResponse({"problem": str(error)})
 
 
-def _root(desk: Desk, kind: str) -> Path:
+def _picture(desk: Desk, kind: str, path: str) -> Path:
     roots = {
         "dataset": desk.project.dataset_folder,
+        "left-out": desk.project.aside,
         "run": runs_folder(desk.workspace),
         "generated": desk.generated,
     }
     if kind not in roots:
         raise Refused(kind)
-    return roots[kind]
+    return below(roots[kind], path, PICTURES, desk.project.linked_folders)
 
 
-async def _json(request: Request) -> dict[str, Any]:
+async def sent_json(request: Request) -> dict[str, Any]:
+    """What a page sent, as an object.
+
+    Raises:
+        Refused: it is no JSON object, or too long.
+    """
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -156,13 +166,8 @@ def _tokens(desk: Desk, text: str) -> dict[str, Any]:
     return dataclasses.asdict(counted(text, Plan(desk.project)))
 
 
-@functools.lru_cache(maxsize=2048)
-def _thumbnail(path: Path, side: int, changed_at: int) -> bytes:
-    return thumbnail(path, side)
-
-
-async def _small(file: Path, side: int) -> Response:
-    data = await asyncio.to_thread(_thumbnail, file, side, file.stat().st_mtime_ns)
+async def _small(desk: Desk, file: Path, side: int) -> Response:
+    data = await desk.thumbs.webp(file, side)
     return Response(data, media_type="image/webp", headers=KEEP)
 
 

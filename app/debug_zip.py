@@ -1,0 +1,189 @@
+"""What helps to find a defect, in one zip that can be shown to anybody: no pictures, no paths, no names of
+people.
+
+Whatever a person chose to write (names of runs and files, trigger words, prompts, captions) is replaced, and
+so is every path; settings, versions, events and the log stay.
+"""
+
+import getpass
+import importlib.metadata
+import io
+import json
+import platform
+import re
+import socket
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import tomli_w
+
+from app.hardware import Card
+from app.jobs import Watch
+from lora_core.spec.paths import ASSETS
+from lora_core.spec.processes import log_tail
+
+LOG_LINES = 2000
+LARGEST_EVENTS = 2_000_000
+SHORTEST_WORD = 3
+PATH = re.compile(r"""(?:[A-Za-z]:)?(?:[\\/][^\\/\s"'<>|:*?,;()]+){2,}[\\/]?""")
+WRITTEN = ("dataset.trigger", "preview.prompts", "name")
+
+
+def debug_zip(watch: Watch, workspace: Path, card: Card | None = None) -> bytes:
+    """The zip of one run."""
+    clean = Cleaner(_known(watch, workspace))
+    files = {
+        "about.json": json.dumps(_about(card), indent=1),
+        "settings.toml": _settings(watch),
+        "events.jsonl": _events(watch),
+        "plan.json": _read(watch.run.plan_file),
+        "exit.json": _read(watch.run.path / "exit.json"),
+        "log.txt": "\n".join(log_tail(watch.run.log_file, LOG_LINES)),
+    }
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            if text:
+                archive.writestr(name, clean.text(text))
+    return made.getvalue()
+
+
+class Cleaner:
+    """Takes out of a text what says who wrote it and where it lies."""
+
+    def __init__(self, known: Iterable[tuple[str, str]]) -> None:
+        """Replace each of `known` (what, by what), the longest first, then every path that is left."""
+        pairs = sorted({pair for pair in known if len(pair[0]) >= SHORTEST_WORD}, key=lambda p: -len(p[0]))
+        self._by = {what.lower(): instead for what, instead in pairs}
+        self._known = re.compile("|".join(re.escape(what) for what, _ in pairs) or r"(?!)", re.IGNORECASE)
+
+    def text(self, text: str) -> str:
+        """The text without them."""
+        return PATH.sub(_shortened, self._known.sub(lambda found: self._by[found[0].lower()], text))
+
+
+def _shortened(found: re.Match[str]) -> str:
+    """A path that is nobody's own keeps its ending; of any other the kind of file stays."""
+    path = found[0].replace("\\", "/")
+    if "site-packages/" in path:
+        return f"<python>/{path.partition('site-packages/')[2]}"
+    return f"<path>{PurePosixPath(path).suffix}"
+
+
+def _known(watch: Watch, workspace: Path) -> list[tuple[str, str]]:
+    """All that is known to be somebody's, and what stands in its place."""
+    pairs: list[tuple[str, str]] = []
+    for path, instead in (
+        (watch.run.path, "<run>"),
+        (workspace, "<workspace>"),
+        (ASSETS.parent, "<app>"),
+        (Path(sys.prefix), "<python>"),
+        (Path.home(), "<home>"),
+    ):
+        # JSON and Windows write the same path in different ways.
+        for one in {str(path), str(path.resolve()), path.as_posix()}:
+            pairs += [(one, instead), (json.dumps(one)[1:-1], instead)]
+    pairs += [(_user(), "<user>"), (socket.gethostname(), "<computer>"), (watch.run.name, "<run name>")]
+    config = watch.config()
+    if config is not None:
+        for name in ("dataset.path", "model.base", "model.vae", "adapter.init"):
+            text = str(config.get(name))
+            if _is_path(text):
+                pairs += [(text, f"<{name}>"), (json.dumps(text)[1:-1], f"<{name}>")]
+        pairs.append((config.dataset.trigger, "<trigger>"))
+        pairs += [(prompt, "<prompt>") for prompt in config.preview.prompts]
+    for event in watch.progress.previews:
+        pairs += [(prompt, "<prompt>") for prompt in event.prompts]
+    return pairs + _pictures(watch)
+
+
+def _pictures(watch: Watch) -> list[tuple[str, str]]:
+    """The names of the pictures, which `inputs.json` lists."""
+    try:
+        names = list(json.loads(watch.run.inputs_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return []
+    found = []
+    for number, name in enumerate(names, 1):
+        path = PurePosixPath(str(name).removeprefix("the picture "))
+        if path.suffix and str(name).startswith("the picture "):
+            found += [(part, f"picture {number}") for part in (str(path), path.name, path.stem)]
+    return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return ""
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text or "\\" in text
+
+
+def _settings(watch: Watch) -> str:
+    """The settings, paths cut down to a name and what a person wrote left out."""
+    config = watch.config()
+    if config is None:
+        return ""
+    values = config.to_dict()
+    for name in WRITTEN:
+        section, _, key = name.rpartition(".")
+        table = values[section] if section else values
+        table[key] = (
+            [f"<prompt {i + 1}>" for i in range(len(table[key]))] if isinstance(table[key], list) else ""
+        )
+    return tomli_w.dumps(_cut(values))
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _cut(item) for key, item in value.items()}
+    if isinstance(value, str) and _is_path(value):
+        return f"<path>{PureWindowsPath(value).suffix}"
+    return value
+
+
+def _events(watch: Watch) -> str:
+    """The events; of those that carry prompts only how many there were."""
+    lines = []
+    for line in _read(watch.run.events_file, LARGEST_EVENTS).splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict):
+            if "prompts" in values:
+                values["prompts"] = len(values["prompts"])
+            lines.append(json.dumps(values))
+    return "\n".join(lines)
+
+
+def _read(path: Path, most: int = 200_000) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - most))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _about(card: Card | None) -> dict[str, Any]:
+    names = ("lora-easel", "torch", "diffusers", "transformers", "gradio", "safetensors")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "card": card.name if card else "none",
+        "versions": versions,
+    }

@@ -1,0 +1,54 @@
+"""The samples of a run: a row a prompt, the base first and beside it what was learned, the newest first."""
+
+from app.moment import Moment
+from app.routes import address
+from app.words import safe
+from lora_core.spec.events import PreviewDone
+from lora_core.spec.run_folder import runs_folder
+
+MOST_ROWS, MOST_COLUMNS = 4, 6
+
+
+def samples(moment: Moment) -> str:
+    """All rows; a click on one opens it large."""
+    watch = moment.watch
+    if watch is None:
+        return ""
+    rounds = shown_rounds(moment.progress.previews)
+    head = (
+        '<div class="row apart"><h2>Samples</h2><span class="small">each row one prompt, same noise; first'
+        " the base, then the newest</span></div>"
+    )
+    if not rounds:
+        return (
+            f'<div class="panel">{head}<p class="small">The first ones show the base, before it learns'
+            " anything.</p></div>"
+        )
+    root = runs_folder(moment.desk.workspace)
+    rows = []
+    for row in range(min(MOST_ROWS, max(len(r.files) for r in rounds))):
+        cells = []
+        for one in rounds:
+            if row < len(one.files):
+                link = safe(address("run", root, watch.run.path / one.files[row]))
+                prompt = safe(one.prompts[row] if row < len(one.prompts) else "")
+                step = f"step {one.step:,}" + (", the base" if one.step == 0 else "")
+                cells.append(
+                    f'<figure><a href="{link}" target="_blank" data-large="{row}" data-words="{step}:'
+                    f' {prompt}"><img src="{link}" alt="{prompt}, {step}"></a><figcaption class="small'
+                    f' num">{step}</figcaption></figure>'
+                )
+        prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
+        rows.append(
+            f'<p class="small prompt" title="{safe(prompt)}">{safe(prompt)}</p><div'
+            f' class="strip">{"".join(cells)}</div>'
+        )
+    return f'<div class="panel">{head}{"".join(rows)}</div>'
+
+
+def shown_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:
+    """The first, then the newest, and as many between as fit, evenly spread, backwards in time."""
+    if len(rounds) > MOST_COLUMNS:
+        last = len(rounds) - 1
+        rounds = [rounds[round(i * last / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
+    return [*rounds[:1], *reversed(rounds[1:])]

@@ -1,0 +1,41 @@
+"""The first visit: three lines, and a demo that goes from nothing to a strength strip with three clicks."""
+
+from typing import Any
+
+import gradio as gr
+
+from app.parts import QUIET, Parts, piece
+
+TEXT = """<h2>Teach a picture model something new, on your own computer</h2>
+<p>1. Drop pictures of one thing or one style. &nbsp; 2. Press Start. &nbsp; 3. Move the strength slider, take
+the file.</p> <p class="small">No pictures at hand? The demo trains a style in about two minutes, without a
+GPU.</p>"""
+
+
+def build(parts: Parts) -> Any:
+    """The three lines and the demo's button; gone once there is anything to see."""
+    with gr.Row(elem_id="welcome", visible=False) as row:
+        piece(TEXT, elem_classes="grow")
+        demo = gr.Button("Try it with the demo", variant="primary", elem_id="use-demo", min_width=0, scale=0)
+    parts.live(row, lambda m: gr.update(visible=m.desk.is_new()))
+    return demo
+
+
+def wire(parts: Parts, demo: Any, tabs: Any) -> None:
+    """Have the demo's button fill the form in and show the Train tab, where Start stands ready."""
+    project = parts.desk.project
+    filled = [fill.component for fill in parts.fills]
+
+    def to_demo() -> list[Any]:
+        project.keep(
+            dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_lora=""
+        )
+        return [gr.Tabs(selected="Train"), *parts.filled()]
+
+    def to_own() -> list[Any]:
+        project.keep(dataset="", level="", values={}, preview={}, preview_lora="")
+        return parts.filled()
+
+    parts.action(demo.click(to_demo, None, [tabs, *filled], **QUIET))
+    own = gr.Button("Use my own pictures", elem_id="use-own", visible="hidden")
+    parts.action(own.click(to_own, None, filled, **QUIET))

@@ -1,0 +1,251 @@
+// The browser's half of the Train tab and the header: steering runs and the queue, samples large, smoothing of the
+// loss, telling that a run has ended, settings of a dropped file, quitting.
+//
+// By delegation on the document, as in window.js: the page's pieces of HTML are replaced as runs go on.
+(() => {
+  const one = (selector, within = document) => within.querySelector(selector);
+  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const press = (id) => document.getElementById(id)?.click();
+
+  // ---- words from the window, for a moment ------------------------------------------------------------------------
+  let toastTimer = 0;
+  const toast = (text, tone = "") => {
+    let place = one("#easel-toast");
+    if (!place) {
+      place = document.createElement("div");
+      place.id = "easel-toast";
+      place.setAttribute("role", "status");
+      one(".gradio-container")?.append(place);
+    }
+    place.textContent = text;
+    place.dataset.tone = tone;
+    place.classList.add("on");
+    clearTimeout(toastTimer);
+    toastTimer = setTimeout(() => place.classList.remove("on"), 8000);
+  };
+
+  const send = async (path, options) => {
+    try {
+      const answer = await fetch(`/easel/${path}`, { method: "POST", ...options });
+      if (!answer.ok) throw new Error(await answer.text());
+      const said = await answer.json();
+      if (said.problem) throw new Error(said.problem);
+      return said;
+    } catch (error) {
+      toast(error instanceof TypeError ? "The window does not answer; is it still open?" : error.message, "bad");
+      return null;
+    }
+  };
+  const post = (path, body) => send(path, { headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
+  // ---- a question before something that cannot be taken lightly ----------------------------------------------------
+  const dialog = (className, label) => {
+    const made = document.createElement("dialog");
+    made.className = `easel-dialog ${className}`;
+    made.setAttribute("aria-label", label);
+    (one(".gradio-container") || document.body).append(made);
+    made.addEventListener("close", () => made.remove());
+    made.addEventListener("click", (event) => { if (event.target === made) made.close(); });
+    return made;
+  };
+  const button = (text, className, onClick) => {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.className = `own ${className}`;
+    made.textContent = text;
+    made.addEventListener("click", onClick);
+    return made;
+  };
+  const ask = (text, yes) => new Promise((resolve) => {
+    const box = dialog("panel", text), words = document.createElement("p"), row = document.createElement("div");
+    words.textContent = text;
+    row.className = "row";
+    row.append(
+      button(yes, "primary", () => { box.returnValue = "yes"; box.close("yes"); }),
+      button("Cancel", "", () => box.close("")),
+    );
+    box.append(words, row);
+    box.addEventListener("close", () => resolve(box.returnValue === "yes"));
+    box.showModal();
+  });
+
+  // ---- samples, large -----------------------------------------------------------------------------------------------
+  const enlarge = (link) => {
+    const row = all(`#samples [data-large="${link.dataset.large}"]`);
+    let at = row.indexOf(link);
+    const box = dialog("lightbox", "Sample"), image = document.createElement("img"), words = document.createElement("p");
+    const go = (by) => {
+      at = (at + by + row.length) % row.length;
+      image.src = row[at].getAttribute("href");
+      image.alt = words.textContent = row[at].dataset.words;
+    };
+    const bar = document.createElement("div");
+    bar.className = "row";
+    bar.append(
+      button("Newer", "", () => go(-1)), button("Older", "", () => go(1)), button("Close", "primary", () => box.close()),
+    );
+    box.addEventListener("keydown", (event) => {
+      const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (by) { event.preventDefault(); go(by); }
+    });
+    box.append(image, words, bar);
+    go(0);
+    box.showModal();
+  };
+
+  // ---- smoothing: an exponential mean of the drawn points is the drawing of the mean --------------------------------
+  const smooth = () => {
+    const slider = one("#smoothing"), raw = one("#charts .raw"), calm = raw?.parentElement.querySelector(".smooth");
+    if (!slider || !raw || !calm) return;
+    const kept = localStorage.getItem("easel-smoothing");
+    if (kept !== null && document.activeElement !== slider && slider.value !== kept) slider.value = kept;
+    const steps = Number(slider.value) / Number(raw.dataset.stride || 1), key = `${slider.value} ${raw.getAttribute("points")}`;
+    if (calm.dataset.of === key || (kept === null && !calm.dataset.of)) return;
+    const decay = steps > 0 ? Math.exp(-1 / steps) : 0;
+    let total = 0, weight = 0;
+    const points = raw.getAttribute("points").split(" ").map((point) => {
+      const [x, y] = point.split(",").map(Number);
+      total = decay * total + y;
+      weight = decay * weight + 1;
+      return `${x},${(total / weight).toFixed(1)}`;
+    }).join(" ");
+    calm.dataset.of = key;
+    calm.setAttribute("points", points);
+  };
+
+  // ---- telling that a run has ended -----------------------------------------------------------------------------------
+  const LIVE = ["preparing", "running", "pausing", "stopping"];
+  const ENDS = { done: "is done", stopped: "was stopped", paused: "is paused", failed: "failed", interrupted: "broke off" };
+  const bell = {
+    get on() { return localStorage.getItem("easel-tell") === "1" && "Notification" in window && Notification.permission === "granted"; },
+    async toggle() {
+      if (this.on) localStorage.removeItem("easel-tell");
+      else if (!("Notification" in window)) return toast("This browser shows no notifications; the page's title tells the state.");
+      else if (await Notification.requestPermission() === "granted") localStorage.setItem("easel-tell", "1");
+      else return toast("The browser does not allow notifications for this page; its settings can change that.", "bad");
+      this.show();
+      toast(this.on ? "A notification tells when a run ends, while this page is open." : "No notification when a run ends.");
+    },
+    show() {
+      const place = one("#tell-end");
+      if (place && place.getAttribute("aria-pressed") !== String(this.on)) place.setAttribute("aria-pressed", this.on);
+    },
+  };
+  let before = null;
+  const watchEnd = () => {
+    const bar = one("[data-run-state]");
+    if (!bar) return;
+    const now = bar.dataset.runState, name = bar.dataset.runName;
+    if (before && LIVE.includes(before.state) && before.name === name && ENDS[now]) {
+      window.easel.lastEnd = `${name} ${ENDS[now]}`;
+      if (bell.on) new Notification("LoRA Easel", { body: `The run ${name} ${ENDS[now]}.`, icon: "/easel/assets/icon.svg" });
+    }
+    before = { state: now, name };
+  };
+
+  // ---- settings of a dropped file: only the header leaves the browser ----------------------------------------------------
+  const takeHeader = async (file) => {
+    const length = Number(new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true));
+    if (!file.size || file.size < 8 || length > Math.min(file.size - 8, 2 ** 24)) {
+      return toast(`${file.name} is no safetensors file.`, "bad");
+    }
+    const query = new URLSearchParams({ size: file.size, name: file.name });
+    const said = await send(`like?${query}`, {
+      headers: { "Content-Type": "application/octet-stream" }, body: await file.slice(0, 8 + length).arrayBuffer(),
+    });
+    if (said) press("like-taken");
+  };
+
+  // ---- quitting -------------------------------------------------------------------------------------------------------------
+  const quit = async () => {
+    const live = LIVE.includes(one("[data-run-state]")?.dataset.runState), name = one("[data-run-name]")?.dataset.runName;
+    const goesOn = live ? ` The run ${name} goes on by itself.` : "";
+    if (!await ask(`Quit LoRA Easel?${goesOn}`, "Quit")) return;
+    const said = await post("quit", {});
+    if (!said) return;
+    const runs = said.run ? `The run ${said.run} goes on${said.queue ? ", and so does the queue" : ""}. ` : "";
+    const words = document.createElement("p");
+    words.textContent = `LoRA Easel is closed. ${runs}Start it again to come back; this page can be closed.`;
+    const box = dialog("panel", "Closed");
+    box.id = "closed";
+    box.append(words);
+    box.addEventListener("cancel", (event) => event.preventDefault());
+    box.showModal();
+  };
+
+  // ---- one listener a kind of event -------------------------------------------------------------------------------------------
+  const act = async (target, path, body) => {
+    if (target.dataset.confirm && !await ask(target.dataset.confirm, target.textContent.trim())) return;
+    target.disabled = true;
+    await post(path, body);
+    target.disabled = false;
+    press("refresh");
+  };
+  document.addEventListener("click", (event) => {
+    const target = event.target.closest("button, a");
+    if (!target) return;
+    const data = target.dataset;
+    if (data.runDo) act(target, "run", { do: data.runDo, run: "" });
+    else if (data.post) act(target, data.post, JSON.parse(data.body));
+    else if (data.showPreview) post("run", { do: "see", run: data.showPreview });
+    else if (data.large !== undefined && !event.ctrlKey && !event.metaKey) { event.preventDefault(); enlarge(target); }
+    else if (target.id === "tell-end") bell.toggle();
+    else if (target.id === "quit") quit();
+  });
+  document.addEventListener("input", (event) => {
+    if (event.target.id !== "smoothing") return;
+    localStorage.setItem("easel-smoothing", event.target.value);
+    smooth();
+  });
+  document.addEventListener("change", (event) => {
+    if (event.target.id !== "like-file" || !event.target.files.length) return;
+    takeHeader(event.target.files[0]);
+    event.target.value = "";
+  });
+  // What was unfolded stays so when its piece is drawn anew.
+  const unfolded = new Set();
+  document.addEventListener("toggle", (event) => {
+    if (event.target.tagName !== "DETAILS" || !event.target.id || !event.isTrusted) return;
+    if (event.target.open) unfolded.add(event.target.id);
+  }, true);
+  document.addEventListener("click", (event) => {
+    const fold = event.target.closest("summary")?.parentElement;
+    if (fold?.id && fold.open) unfolded.delete(fold.id);
+  });
+
+  // ---- another page of the same window ----------------------------------------------------------------------------------------
+  const channel = "BroadcastChannel" in window ? new BroadcastChannel("easel") : null;
+  const others = new Set(), me = `${Math.random()}`;
+  if (channel) {
+    channel.onmessage = ({ data }) => {
+      if (data.do === "leave") others.delete(data.me);
+      else {
+        if (data.do === "hello") channel.postMessage({ do: "here", me });
+        others.add(data.me);
+      }
+      settle();
+    };
+    channel.postMessage({ do: "hello", me });
+    addEventListener("pagehide", () => channel.postMessage({ do: "leave", me }));
+  }
+
+  const settle = () => {
+    smooth();
+    watchEnd();
+    bell.show();
+    for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
+    const note = one("#other-pages");
+    if (note && note.hidden !== !others.size) note.hidden = !others.size;
+    for (const [id, why] of [["start", "start-why"], ["add-to-queue", "start-why"]]) {
+      const place = document.getElementById(id), text = document.getElementById(why)?.textContent ?? "";
+      const title = place?.disabled ? text : "";
+      if (place && place.title !== title) place.title = title;
+    }
+  };
+  let asked = false;
+  new MutationObserver(() => {
+    if (asked) return;
+    asked = true;
+    requestAnimationFrame(() => { asked = false; settle(); });
+  }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-run-state", "points", "disabled", "open"] });
+})();
