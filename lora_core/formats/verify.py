@@ -111,7 +111,8 @@ def _family(path: Path, shapes: kinds.Shapes, metadata: Mapping[str, str], base:
     """The family to verify for: the base's, unless the file is told to be for another one."""
     told = kinds.file_family(shapes, metadata)
     if base is not None:
-        if told is not None and told.title != base.title:
+        signs = kinds.family_evidence(shapes, metadata)
+        if told is not None and not any(base.title in titles for titles in signs):
             raise AdapterFileError(f"{path} is for {told.title}, the base is the {base.title}.")
         return base
     if told is None:

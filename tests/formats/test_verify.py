@@ -4,16 +4,23 @@
 (formats.md) is another run of the same loaders on other files.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from lora_core.formats import kinds
 from lora_core.formats.container import serialised
+from lora_core.formats.file import read_adapter, write_adapter
 from lora_core.formats.layout import family_layout
 from lora_core.formats.verify import tool_outcomes, verified
+from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.families import FAMILIES
 from lora_core.spec.tensor_file import read_header
-from tests.formats.odd_files import ALL, FAMILIES_HERE, odd_file
+from tests.formats.odd_files import ALL, CASES, FAMILIES_HERE, odd_file
 
 RUNS = json.loads((Path(__file__).parent / "loader_runs.json").read_text(encoding="utf-8"))
 TOOLS = RUNS["tools"]
@@ -118,3 +125,184 @@ def test_the_table_of_the_specification(path, name, case):
     meant = report["tools"] if report["format"] == "kohya" else report["tools"][-1:]
     assert report["ok"] == all(row["ok"] for row in meant)
     assert all("\n" not in row["note"] and len(row["note"]) < 400 for row in report["tools"])
+
+
+def adapter_for(family, layout, rank=2, alpha=lambda i: 1.0):
+    """Random factors for the default targets; alpha is a function of the layer's number."""
+    draw = torch.Generator().manual_seed(1)
+    layers = {}
+    for number, (layer, (out, inside, *kernel)) in enumerate(layout.items()):
+        if ".attentions." in layer[1] or layer[1].startswith("text_model."):
+            down = torch.randn(rank, inside, *kernel, generator=draw)
+            up = torch.randn(out, rank, *(1 for _ in kernel), generator=draw)
+            layers[layer] = LayerWeights(down, up, alpha(number))
+    return AdapterWeights(layers)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2", "sd2_v", "sdxl"])
+def test_our_own_exports_suit_all_six_tools(path, name):
+    family = FAMILIES[name]
+    live = adapter_for(family, narrow(family), alpha=lambda i: (1.0, 0.3, 7.0)[i % 3])
+    write_adapter(live, path, "kohya", "fp32", family, {})
+    report = verified(path, family, live)
+    assert report["ok"], report
+    assert [row["tool"] for row in report["tools"]] == TOOLS
+    # Scaling `up` by 0.3 rounds it once, to a relative error of 6e-8.
+    assert all(row["max_delta_error"] < 1e-6 for row in report["tools"])
+    assert all(row["keys"] == row["matched"] == 3 * len(live.layers) for row in report["tools"])
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp16", 1e-3), ("bf16", 8e-3)])
+def test_rounding_is_measured_and_no_failure(path, precision, error):
+    family = FAMILIES["sd15"]
+    live = adapter_for(family, narrow(family))
+    write_adapter(live, path, "kohya", precision, family, {})
+    report = verified(path, family, live)
+    assert report["ok"]
+    assert 1e-5 < report["tools"][0]["max_delta_error"] < error
+
+
+def test_the_error_is_that_of_the_updates_themselves(path):
+    """Against the updates formed in full, with other factors than the live adapter's."""
+    family = FAMILIES["sd15"]
+    file, live = (adapter_for(family, narrow(family), alpha=lambda i, a=a: a) for a in (2.0, 3.0))
+    live = AdapterWeights({k: dataclasses.replace(v, down=v.down + 0.1) for k, v in live.layers.items()})
+    write_adapter(file, path, "kohya", "fp32", family, {})
+    expected = max(
+        float((file.layers[key].delta() - layer.delta()).norm() / layer.delta().norm())
+        for key, layer in live.layers.items()
+    )
+    report = verified(path, family, live)
+    assert not report["ok"]
+    assert [row["max_delta_error"] for row in report["tools"]] == pytest.approx([expected] * 6, rel=1e-4)
+
+
+def test_a_layer_that_the_file_lacks_is_no_tick(path):
+    family = FAMILIES["sd15"]
+    live = adapter_for(family, narrow(family))
+    write_adapter(AdapterWeights(dict(list(live.layers.items())[1:])), path, "kohya", "fp32", family, {})
+    report = verified(path, family, live)
+    assert not report["ok"]
+    assert {row["max_delta_error"] for row in report["tools"]} == {1.0}
+    assert "lacks layers" in report["tools"][0]["note"]
+
+
+def test_a_diffusers_file_is_meant_for_diffusers_alone(path):
+    family = FAMILIES["sdxl"]
+    live = adapter_for(family, narrow(family), alpha=lambda i: (1.0, 2.0)[i % 2])
+    write_adapter(live, path, "diffusers", "fp32", family, {})
+    report = verified(path, family, live)
+    assert report["ok"]
+    *others, diffusers = report["tools"]
+    assert diffusers["max_delta_error"] < 1e-6
+    assert all("export as kohya" in row["note"] for row in others)
+
+
+def test_mixed_alphas_are_named_with_how_far_off_they_are(path):
+    family = FAMILIES["sd15"]
+    live = adapter_for(family, narrow(family), alpha=lambda i: 16.0 if i % 3 else 1.0)
+    write_adapter(live, path, "kohya", "fp32", family, {}, keep_alphas=True)
+    report = verified(path, family)
+    assert not report["ok"]
+    note = report["tools"][-1]["note"]
+    assert "16 times too strong" in note
+    assert report["tools"][-1]["max_delta_error"] == pytest.approx(15)
+    assert "one alpha" in note
+
+
+def test_the_embedded_base(path):
+    family = FAMILIES["tiny"]
+    write_adapter(adapter_for(family, family_layout(family)), path, "kohya", "fp32", family, {})
+    report = verified(path)
+    assert (report["ok"], report["family"]) == (True, "tiny")
+    assert all("of use only with" in row["note"] for row in report["tools"])
+
+
+def test_dora_and_loha_are_named(path):
+    family, layout = FAMILIES["sd15"], family_layout(FAMILIES["sd15"])
+    tensors = CASES["attention only"](family, layout)
+    scales = {
+        key.replace("lora_down.weight", "dora_scale"): torch.ones(1, tensor.shape[1])
+        for key, tensor in tensors.items()
+        if key.endswith("lora_down.weight")
+    }
+    path.write_bytes(serialised(tensors | scales, {}))
+    report = verified(path)
+    assert (report["ok"], report["kind"]) == (False, "DoRA")
+    notes = {row["tool"]: row["note"] for row in report["tools"]}
+    assert "different ways" in notes["ComfyUI"]
+    assert "plain LoRA" in notes["kohya"]
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    loha = {f"{stem}.hada_w{i}_{half}": torch.ones(2, 2) for i in (1, 2) for half in "ab"}
+    loha |= {f"{stem}.hada_w1_b": torch.ones(2, 768), f"{stem}.hada_w2_b": torch.ones(2, 768)}
+    path.write_bytes(serialised(loha | {f"{stem}.alpha": torch.tensor(1.0)}, {}))
+    report = verified(path)
+    matched = {row["tool"]: row["matched"] for row in report["tools"]}
+    assert matched == dict.fromkeys(TOOLS[:4], 5) | {"kohya": 0, "diffusers": 0}
+    assert report["tools"][0]["max_delta_error"] is None
+
+
+def test_what_cannot_be_verified_is_one_sentence(path):
+    def refused(tensors, words, **more):
+        path.write_bytes(serialised(tensors, {}))
+        with pytest.raises(AdapterFileError, match=words) as caught:
+            verified(path, **more)
+        assert "\n" not in str(caught.value)
+
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k"
+    pair = {f"{stem}.lora_down.weight": torch.ones(2, 1280), f"{stem}.lora_up.weight": torch.ones(1280, 2)}
+    refused(pair, "does not say which family")
+    refused({"x": torch.ones(2)}, "no adapter")
+    refused({"model.diffusion_model.out.2.weight": torch.ones(2)}, "whole checkpoint")
+    refused({f"{stem}.lora_down.weight": torch.ones(2, 1280)}, "not the up half", family=FAMILIES["sd15"])
+    bad = pair | {f"{stem}.lora_up.weight": torch.full((1280, 2), float("nan"))}
+    refused(bad, "not finite", family=FAMILIES["sd15"])
+    refused(pair | {f"{stem}.lora_up.weight": torch.ones(1280, 3)}, "ranks differ", family=FAMILIES["sd15"])
+    xl = {key.replace("attn1", "attn2"): t for key, t in pair.items()}
+    xl[f"{stem}.lora_down.weight".replace("attn1", "attn2")] = torch.ones(2, 2048)
+    refused(xl, "is for Stable Diffusion XL, the base is", family=FAMILIES["sd15"])
+    flux = {
+        f"lora_unet_double_blocks_0_img_attn_qkv.lora_{half}.weight": torch.ones(2, 2)
+        for half in ("down", "up")
+    }
+    refused(flux, "is for Flux")
+
+
+WHICH = {
+    "by version": ({"ss_base_model_version": "sd_v2_v"}, "sd2_v"),
+    "by version, 512": ({"ss_base_model_version": "sd_v2"}, "sd2"),
+    "by architecture": ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, "sd2_v"),
+    "by prediction": ({"modelspec.prediction_type": "v"}, "sd2_v"),
+    "by nothing": ({}, "sd2"),
+    "old kohya": ({"ss_v2": "True"}, "sd2"),
+}
+
+
+@pytest.mark.parametrize("case", WHICH)
+def test_the_exact_row_of_a_file(case):
+    metadata, name = WHICH[case]
+    shapes = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 1024)}
+    assert kinds.file_family(shapes, metadata) is FAMILIES[name]
+    assert kinds.family_name(shapes, metadata) == "sd2"
+
+
+def test_families_without_a_cross_attention():
+    """Told by what else differs: how the first text encoder is called, original names, deep transformers."""
+    clip = "text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight"
+    assert kinds.family_name({f"lora_te_{clip}": (4, 768)}, {}) == "sd15"
+    assert kinds.family_name({f"lora_te1_{clip}": (4, 768)}, {}) == "sdxl"
+    assert kinds.family_name({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, {}) == "sdxl"
+    deep = "lora_unet_mid_block_attentions_0_transformer_blocks_7_attn1_to_q.lora_down.weight"
+    assert kinds.family_name({deep: (4, 1280)}, {}) == "sdxl"
+    assert kinds.family_name({deep.replace("_7_", "_0_"): (4, 1280)}, {}) == "unknown"
+
+
+@pytest.mark.parametrize("name", FAMILIES_HERE)
+@pytest.mark.parametrize("case", ["LoCon", "diffusers' block names", "no text_model level", "old diffusers"])
+def test_files_of_others_are_read_whole(path, name, case):
+    family = FAMILIES_HERE[name]
+    written(path, family, case)
+    halves = [key for key in read_header(path).tensors if key.endswith(("down.weight", "lora_A.weight"))]
+    weights = read_adapter(path, family)
+    assert len(weights.layers) == len(halves)
+    assert weights.layers.keys() <= family_layout(family).keys()
