@@ -14,6 +14,7 @@ from lora_core.dataset.preflight import preflight
 from lora_core.spec.awake import keep_awake
 from lora_core.spec.base_facts import base_facts, is_hub_id
 from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment
+from lora_core.spec.crash import crash_reason
 from lora_core.spec.errors import ConfigError, ModelFileError, RunError
 from lora_core.spec.events import EventWriter, Stopped
 from lora_core.spec.families import Family
@@ -185,7 +186,7 @@ def _request(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
-    rows = [run.summary() for run in all_runs(workspace(options.workspace))]
+    rows = [_row(run) for run in all_runs(workspace(options.workspace))]
     if options.json:
         say_json(rows)
         return 0
@@ -198,6 +199,12 @@ def _runs(options: argparse.Namespace) -> int:
             f" {row['reason']}"
         )
     return 0
+
+
+def _row(run: RunFolder) -> dict[str, Any]:
+    """A run's summary; of one that broke off, why, as far as that can be told."""
+    row = run.summary()
+    return row | {"reason": crash_reason(run)} if row["status"] == "interrupted" else row
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from lora_core.__main__ import main
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.events import read_events
+from lora_core.spec.notify import tell_from_now_on
 from lora_core.spec.presets import preset
 from lora_core.spec.queue import Queue
 from lora_core.spec.run_folder import RunFolder, runs_folder
@@ -119,6 +120,13 @@ def test_five_jobs_one_fails_one_is_killed(home: Path, capsys: pytest.CaptureFix
     names = ["first", "broken", "killed", "fourth", "fifth"]
     for name in names:
         made(home, name, **({"dataset__path": str(home / "gone")} if name == "broken" else {}))
+    told = home / "told"
+    script = home / "tell.py"
+    script.write_text(
+        "import os; v = os.environ\n"
+        f"open({str(told)!r}, 'a').write(v['LORA_EASEL_RUN'] + ' ' + v['LORA_EASEL_STATUS'] + '\\n')"
+    )
+    tell_from_now_on(home, f'"{sys.executable}" "{script}"')
     # Time to be killed in.
     killed = made_longer(home, "killed")
     for name in names:
@@ -152,18 +160,26 @@ def test_five_jobs_one_fails_one_is_killed(home: Path, capsys: pytest.CaptureFix
     began = []
     for name in names:
         run = RunFolder.open(runs_folder(home) / name)
-        told = read_events(run.events_file)[0]
-        began.append(told[0].time)
+        story = read_events(run.events_file)[0]
+        began.append(story[0].time)
         if name == "broken":
             assert run.status() == "failed"
             continue
         assert run.status() == "done"
         assert read_header(run.exports / f"{name}.safetensors").tensors
-        kinds = [event.kind for event in told]
+        kinds = [event.kind for event in story]
         assert ("Resumed" in kinds) == (name == "killed")
-        steps = [event.step for event in told if isinstance(event, events.StepDone)]
+        steps = [event.step for event in story if isinstance(event, events.StepDone)]
         assert sorted(set(steps)) == list(range(1, run.config().train.steps + 1))
     assert began == sorted(began)
+    # Each end is told once; that it was killed and goes on is no end.
+    assert told.read_text().splitlines() == [
+        "first done",
+        "broken failed",
+        "killed done",
+        "fourth done",
+        "fifth done",
+    ]
     left = [
         p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if str(home) in str(p.info["cmdline"])
     ]
@@ -176,3 +192,15 @@ def made_longer(home: Path, name: str) -> RunFolder:
     run.config_file.write_text(text.replace("steps = 3\n", "steps = 30\n"), encoding="utf-8")
     assert run.config().train.steps == 30
     return run
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_run_that_broke_off_says_why(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(home, "alone")
+    writer = events.EventWriter(run.events_file)
+    writer.write(events.Started(steps=3, pid=1, device="cpu", threads=1, versions={}))
+    writer.write(events.StepDone(step=2, loss=1.0, lr=1.0, seconds=0.1))
+    writer.close()
+    (row,) = json.loads(said(capsys, "runs", "--json", "--workspace", home))
+    assert (row["status"], row["step"]) == ("interrupted", 2)
+    assert row["reason"] == "Its process ended at step 2 without saying why."
