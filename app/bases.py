@@ -5,12 +5,16 @@ import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from app.desk import Desk
 from lora_core.spec.base_facts import BaseFacts, base_facts
 from lora_core.spec.errors import ModelFileError
 from lora_core.spec.families import Family
 from lora_core.spec.paths import CLIP_TOKENIZER
+
+if TYPE_CHECKING:
+    # The desk holds the check of the pictures, which has to know the base.
+    from app.desk import Desk
 
 EMBEDDED = "demo"
 # What pictures are shown at while a base cannot be read.
@@ -96,7 +100,7 @@ def _base(name: str, prediction: str, changed_at: tuple[int, int], period: int) 
         return Base(name, None, str(error))
 
 
-def base_choices(desk: Desk) -> list[tuple[str, str]]:
+def base_choices(desk: "Desk") -> list[tuple[str, str]]:
     """What the picker offers, as (words, value): the embedded base, those used before, then the other
     tools'."""
     titles: dict[str, tuple[str, str]] = {}

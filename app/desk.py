@@ -19,7 +19,7 @@ from app.projects import Projects
 from app.studio import Studio
 from app.thumbs import Thumbs
 from app.tools import OtherTools
-from app.worker import Worker
+from app.worker import GivesWay, Worker
 
 
 class Desk:
@@ -42,11 +42,19 @@ class Desk:
         self.like_said = ""
         self.places = Places(workspace / "places.json")
         self.tools = OtherTools(self.places)
-        self.generated = workspace / "generated"
-        self.generated.mkdir(exist_ok=True)
         command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
         self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
-        self.studio = Studio(self.worker, self.generated)
+        self.worker.is_needed_elsewhere = GivesWay(self._live_run)
+        self.studio = Studio(self.worker, lambda: self.generated)
+
+    @property
+    def generated(self) -> Path:
+        """Where the pictures that are drawn in the open project go."""
+        return self.project.path / "generated"
+
+    def _live_run(self) -> str:
+        live = self.jobs.live()
+        return live.run.name if live else ""
 
     @property
     def identity(self) -> str:

@@ -1,84 +1,116 @@
-"""The dataset as HTML: a grid of lazy thumbnails that carries all that selecting a picture needs.
+"""The dataset as the page draws it: pictures as data, findings as HTML.
 
-Selecting, filtering and the arrow keys work in the browser without asking the server, so that they are
-instant with 1,000 pictures; `assets/window.js` has that half.
+The grid is drawn in the browser (`assets/dataset.js`), where choosing, filtering and the arrow keys are
+instant with 1,000 pictures; the server sends each picture's facts once, and again only when they change.
 """
 
+import functools
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from app.bases import Base
-from app.routes import address
-from app.words import TIMES, chip, many, safe
+from app.left_out import left_out
+from app.meter import mark, too_long
+from app.plan import Plan
+from app.project import Project, relative_name
+from app.words import chip, many, safe
+from lora_core.dataset.audit import phrase_sentences
 from lora_core.dataset.buckets import bucket_of, crop_box
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem
 
 MOST_SENTENCES = 12
 
 
-def grid(dataset: Dataset, folder: Path, base: Base, resolution: int, meter: str = "") -> str:
-    """One button a picture; `meter` changes where captions have to be counted again."""
-    if not dataset.records:
-        return (
-            '<div class="empty"><h3>No pictures yet</h3><p class="small">15 to 30 sharp pictures of one thing'
-            " or one style are plenty. Write beside each what is in it; what you do not write is what gets"
-            " learned.</p></div>"
-        )
-    size = resolution or base.resolution
-    cells = [_cell(record, folder, size, base.multiple) for record in dataset.records]
+def shelf(project: Project, plan: Plan) -> dict[str, Any]:
+    """All that the page shows of the pictures, as plain values.
+
+    Returns:
+        `mark`: what these values belong to; `fixed`: whether they are the demo's; `pictures` and `left_out`:
+        each as `cell` gives it.
+    """
+    dataset, folder = project.dataset(), project.dataset_folder
+    side, multiple = _size(plan)
+    return {
+        "mark": shelf_mark(project, plan),
+        "revision": project.revision,
+        "fixed": project.uses_demo,
+        "pictures": [cell(record, folder, side, multiple) for record in dataset.records],
+        "left_out": [cell(record, project.aside, side, multiple) for record in left_out(project)],
+    }
+
+
+def shelf_mark(project: Project, plan: Plan) -> str:
+    """What a page compares to know that its pictures are no longer those on disk."""
+    return f"{project.revision} {_size(plan)}"
+
+
+def _size(plan: Plan) -> tuple[int, int]:
+    return plan.config.train.resolution or plan.base.resolution, plan.base.multiple
+
+
+def cell(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> dict[str, Any]:
+    """One picture's facts: name, caption, size, bucket, crop in percent from each side, repeats, time."""
+    bucket, crop = _crop(record.width, record.height, resolution, multiple)
+    try:
+        version = record.path.stat().st_mtime_ns
+    except OSError:
+        version = 0
+    name = relative_name(record.path, folder)
+    return {
+        "name": name,
+        "url": f"{quote(name)}?v={version}",
+        "caption": record.caption,
+        "size": [record.width, record.height],
+        "bucket": bucket,
+        "crop": crop,
+        "small": record.width < bucket[0] or record.height < bucket[1] or _much_smaller(record, resolution),
+        "repeats": record.repeats,
+        "held": record.held_out,
+    }
+
+
+def _much_smaller(record: ImageRecord, resolution: int) -> bool:
+    """Under a quarter of the area that is trained at, as the check says it."""
+    return record.width * record.height * 4 < resolution**2
+
+
+@functools.lru_cache(maxsize=4096)
+def _crop(width: int, height: int, resolution: int, multiple: int) -> tuple[list[int], list[float]]:
+    bucket = bucket_of(width, height, resolution, multiple)
+    left, top, right, bottom = crop_box(width, height, bucket)
+    shares = (left / width, top / height, 1 - right / width, 1 - bottom / height)
+    return [bucket.width, bucket.height], [round(100 * share, 2) for share in shares]
+
+
+def marks(project: Project, plan: Plan) -> str:
+    """The hidden piece that tells pages when to ask for the pictures again, and to count captions anew."""
+    project.dataset()
     return (
-        '<div class="grid" role="group" aria-label="Pictures"'
-        f' data-meter="{safe(meter)}">{"".join(cells)}</div>'
+        f'<span id="dataset-mark" hidden data-mark="{safe(shelf_mark(project, plan))}"'
+        f' data-meter="{safe(mark(plan))}" data-project="{safe(project.path.name)}"'
+        f' data-trigger="{safe(plan.trigger)}"></span>'
     )
 
 
-def _cell(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> str:
-    bucket = bucket_of(record.width, record.height, resolution, multiple)
-    left, top, right, bottom = crop_box(record.width, record.height, bucket)
-    crop = (
-        100 * left / record.width,
-        100 * top / record.height,
-        100 * (1 - right / record.width),
-        100 * (1 - bottom / record.height),
-    )
-    small = record.width < bucket.width or record.height < bucket.height
-    name = record.path.relative_to(folder).as_posix()
-    facts = f"{record.width} {TIMES} {record.height}, trained at {bucket.width} {TIMES} {bucket.height}"
-    facts += f", {record.repeats} repeats" if record.repeats > 1 else ""
-    return (
-        f'<button type="button" class="thumb" tabindex="-1" data-picture="{safe(name)}"'
-        f' data-caption="{safe(record.caption)}" data-facts="{safe(facts)}" data-ratio="{record.width} /'
-        f' {record.height}"'
-        f' data-crop="{" ".join(f"{side:.2f}%" for side in crop)}" data-small="{int(small)}"'
-        f' data-big="{safe(address("dataset", folder, record.path))}" aria-label="{safe(name)}">'
-        '<img loading="lazy" decoding="async" alt=""'
-        f' src="{safe(address("dataset", folder, record.path, "thumb"))}">'
-        f"{'<em>small</em>' if small else ''}</button>"
-    )
+def findings(dataset: Dataset, skipped: list[Problem], demo: bool, advice: list[str]) -> str:
+    """Chips with counts, and a sentence for each thing that is wrong.
 
-
-def filters(dataset: Dataset) -> str:
-    """The filter buttons; their counts are kept by the browser, which knows of captions as they are typed."""
-    if not dataset.records:
-        return ""
+    Args:
+        dataset: the pictures.
+        skipped: what the last import left out.
+        demo: whether they are the demo's.
+        advice: sentences on the captions as a whole.
+    """
     bare = sum(not record.caption for record in dataset.records)
-    return (
-        '<div class="seg" role="group" aria-label="Which pictures are shown"><button type="button"'
-        f' data-filter="all" aria-pressed="true">All <b>{len(dataset.records)}</b></button><button'
-        f' type="button" data-filter="bare" aria-pressed="false">No caption <b>{bare}</b></button><button'
-        ' type="button" data-filter="small" aria-pressed="false">Small <b>0</b></button></div>'
-    )
-
-
-def findings(dataset: Dataset, skipped: list[Problem], demo: bool, cut: str = "") -> str:
-    """Chips with counts, and a sentence for each thing that is wrong; `cut` is one on captions that are too
-    long."""
-    bare = sum(not record.caption for record in dataset.records)
+    held = sum(record.held_out for record in dataset.records)
     ready = len(dataset.records) - bare
     chips = []
     if ready:
         chips.append(chip(f"{ready} ready", "good"))
     if bare:
         chips.append(chip(f"{bare} without caption", "warn"))
+    if held:
+        chips.append(chip(f"{held} held out for validation"))
     if dataset.problems:
         chips.append(chip(many(len(dataset.problems), "problem"), "bad"))
     if skipped:
@@ -87,26 +119,35 @@ def findings(dataset: Dataset, skipped: list[Problem], demo: bool, cut: str = ""
         chips.append('<span class="chip" data-captions-fixed>the demo\'s own, which stay as they are</span>')
     if not chips:
         return ""
-    sentences = [problem.sentence for problem in [*dataset.problems, *skipped]]
-    sentences = [cut, *sentences] if cut else sentences
+    sentences = [*advice, *(problem.sentence for problem in [*dataset.problems, *skipped])]
     lines = "".join(f"<li>{safe(sentence)}</li>" for sentence in sentences[:MOST_SENTENCES])
     if len(sentences) > MOST_SENTENCES:
         lines += f"<li>And {len(sentences) - MOST_SENTENCES} more.</li>"
     listed = f'<ul class="sentences small">{lines}</ul>' if lines else ""
+    onward = (
+        '<button type="button" class="own" data-tab="Train">Next: Train</button>' if dataset.records else ""
+    )
     return (
-        f'<div class="panel tight"><div class="row" id="dataset-chips">{"".join(chips)}</div>{listed}</div>'
+        '<div class="panel tight"><div class="row apart"><div class="row"'
+        f' id="dataset-chips">{"".join(chips)}</div>{onward}</div>{listed}</div>'
     )
 
 
-DETAIL = """<aside class="panel detail" id="picture-detail" data-none="1">
-<div class="frame" id="picture-big"><img alt="" hidden><div class="crop" hidden></div></div>
-<p class="small num" id="picture-facts">Choose a picture to see it large and to write its caption.</p>
-<label id="caption">Caption<textarea rows="4" disabled aria-describedby="caption-tokens"
- placeholder="What is in the picture, in words or tags"></textarea></label>
-<div class="row apart"><span class="small num" id="caption-tokens"
- title="Counted with the base's own tokenizer, the trigger word in front included"></span>
-<span class="chip" id="caption-state" data-state="saved" role="status"></span></div>
-<p class="small" id="caption-cut" hidden></p>
-<div class="row apart"><div class="row"><button type="button" class="own" data-step="-1"
-disabled>Previous</button> <button type="button" class="own" data-step="1" disabled>Next</button></div>
-<button type="button" class="own" id="leave-out" disabled>Leave out</button></div></aside>"""
+class Findings:
+    """The findings of the open project, worked out again only where something changed."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._known: tuple[object, str] | None = None
+
+    def html(self, project: Project, plan: Plan) -> str:
+        """As `findings`."""
+        dataset, skipped = project.dataset(), [] if project.uses_demo else project.notes
+        key = (project.revision, mark(plan), tuple(problem.sentence for problem in skipped))
+        if self._known is None or self._known[0] != key:
+            cut = too_long(dataset, plan)
+            captions = [record.caption for record in dataset.records if record.caption]
+            phrases = [] if project.uses_demo else phrase_sentences(captions, plan.trigger)[:3]
+            advice = [*([cut] if cut else []), *phrases]
+            self._known = (key, findings(dataset, skipped, project.uses_demo, advice))
+        return self._known[1]

@@ -73,11 +73,6 @@ def brand() -> str:
     return f'<div class="brand">{(ASSETS / "icon.svg").read_text(encoding="utf-8")}<span>{TITLE}</span></div>'
 
 
-def project_chip(moment: Moment) -> str:
-    """Which pictures are chosen."""
-    return f'<span class="project">{safe(moment.desk.project.dataset_title)}</span>'
-
-
 def run_words(moment: Moment) -> str:
     """The run in one line."""
     progress, watch = moment.progress, moment.watch

@@ -8,7 +8,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from app import header, welcome
+from app import header, project_picker, welcome
 from app.desk import Desk
 from app.moment import moment_of
 from app.parts import QUIET, Parts, piece
@@ -42,13 +42,14 @@ def _header(parts: Parts) -> None:
     with gr.Row(elem_id="easel-header"):
         with gr.Row(elem_classes="brand-row"):
             piece(header.brand())
-            parts.live(piece(), header.project_chip)
+            parts.live(piece(), project_picker.project_button)
         parts.live(piece(elem_classes="grow"), header.run_bar)
         with gr.Row(elem_classes="header-actions"):
             parts.live(piece(), header.run_actions)
             parts.live(piece(), lambda m: header.memory(m.desk.hardware.card()))
             piece(header.tools())
     piece(header.NOTE)
+    piece(project_picker.DIALOG)
 
 
 def _poll(parts: Parts, demo: gr.Blocks) -> None:
@@ -75,6 +76,8 @@ def _poll(parts: Parts, demo: gr.Blocks) -> None:
 
     filled = [fill.component for fill in parts.fills]
     demo.load(opened, None, [*filled, *outputs], **QUIET)
+    refill = gr.Button("Fill the form again", elem_id="refill", visible="hidden")
+    parts.action(refill.click(parts.filled, None, filled, **QUIET))
     gr.on([timer.tick, refresh.click], look, seen, outputs, **QUIET)
     for event in parts.actions:
         event.then(look, seen, outputs, **QUIET)

@@ -1,5 +1,8 @@
-"""A project: the person's pictures and the form not yet sent, both on disk, so that nothing typed is ever
-lost."""
+"""The open project: the person's pictures and the form not yet sent, both on disk, so that nothing typed is
+ever lost.
+
+One object a window, whichever project is open: what holds on to it goes on working when another is opened.
+"""
 
 import json
 import threading
@@ -7,34 +10,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_core.dataset.by_hand import write_list
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem, scan, write_caption
+from lora_core.dataset.known_sizes import Sizes
 from lora_core.spec.errors import DatasetError
 from lora_core.spec.paths import DEMO_TRAIN, write_atomically
 
 DEMO = "demo"
 DEFAULT_TITLE = "My pictures"
+LABEL = "project.json"
 
 
 class Project:
     """One project folder: `pictures/` with copies and captions, `draft.json` with the unsent form."""
 
-    def __init__(self, path: Path, title: str = DEFAULT_TITLE) -> None:
+    def __init__(self, path: Path) -> None:
         """Open the project at `path`, making its folders if absent."""
-        self.path = path
-        self.title = title
-        self.pictures = path / "pictures"
-        self.pictures.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
-        self._draft: dict[str, Any] = self._read_draft()
-        self._scanned: tuple[object, Dataset] | None = None
-        self.notes: list[Problem] = []
+        self._revision = 0
+        self.open(path)
 
-    def _read_draft(self) -> dict[str, Any]:
-        try:
-            draft = json.loads((self.path / "draft.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return draft if isinstance(draft, dict) else {}
+    def open(self, path: Path) -> None:
+        """Have this object stand for another project from now on."""
+        with self._lock:
+            self.path = path
+            self.pictures = path / "pictures"
+            self.aside = path / "left out"
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            self.title = title_of(path)
+            self.sizes = Sizes(path / "sizes.json")
+            self._draft: dict[str, Any] = read_json(path / "draft.json")
+            self._scanned: tuple[object, Dataset] | None = None
+            self.notes: list[Problem] = []
+            self._revision += 1
+
+    @property
+    def revision(self) -> int:
+        """Another number after each change of pictures or captions."""
+        return self._revision
 
     def draft(self) -> dict[str, Any]:
         """A copy of the unsent form."""
@@ -64,6 +77,11 @@ class Project:
         """What the header calls the pictures."""
         return "Demo pictures" if self.uses_demo else self.title
 
+    @property
+    def linked_folders(self) -> list[Path]:
+        """Folders from which pictures were linked instead of copied, so that links may lead there."""
+        return [Path(str(folder)) for folder in self.draft().get("linked") or []]
+
     def dataset(self) -> Dataset:
         """The pictures, read again only where the folder changed or `forget()` was called."""
         folder = self.dataset_folder
@@ -73,13 +91,19 @@ class Project:
             except OSError:
                 return Dataset([], [])
             if self._scanned is None or self._scanned[0] != key:
-                self._scanned = (key, scan(folder))
+                before = self._scanned
+                self._scanned = (key, scan(folder, self.sizes))
+                self.sizes.save(self.path)
+                if before is None or before[1] != self._scanned[1]:
+                    self._revision += 1
             return self._scanned[1]
 
     def forget(self) -> None:
         """Have the folder read again at the next look."""
         with self._lock:
-            self._scanned = None
+            if self._scanned is not None:
+                # Kept for comparison: pages are told only where something is different.
+                self._scanned = (None, self._scanned[1])
 
     def named(self, name: str) -> ImageRecord:
         """The picture of that name below the dataset folder.
@@ -92,6 +116,15 @@ class Project:
             if relative_name(record.path, folder) == name:
                 return record
         raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
+
+    def refuse_demo(self) -> None:
+        """Refuse to change what came with the program.
+
+        Raises:
+            DatasetError: the demo's pictures are chosen.
+        """
+        if self.uses_demo:
+            raise DatasetError("The demo's pictures stay as they are; drop your own to work on them.")
 
     def save_caption(self, name: str, text: str) -> None:
         """Write a picture's caption beside it.
@@ -106,33 +139,52 @@ class Project:
         record = self.named(name)
         write_caption(record.path, text)
         with self._lock:
-            if self._scanned is not None:
-                key, old = self._scanned
-                fresh = [replace(r, caption=text) if r.path == record.path else r for r in old.records]
-                folder = self.dataset_folder
-                # Writing the caption touched the folder; it need not be read again for that.
-                if isinstance(key, tuple) and key[0] == folder:
-                    key = (folder, folder.stat().st_mtime_ns)
-                self._scanned = (key, Dataset(fresh, old.problems))
+            # A scan strips captions, too.
+            self._replace({record.path: replace(record, caption=text.strip())})
 
-    def leave_out(self, name: str) -> None:
-        """Move a picture and its caption into the project's `left out` folder, from where it can be taken
-        back.
+    def hold_out(self, names: list[str], on: bool) -> None:
+        """Choose pictures to measure on, or have them trained on again.
 
         Raises:
-            DatasetError: there is no such picture, or it is one of the demo's.
+            DatasetError: it is the demo's, or the list cannot be written.
         """
-        if self.uses_demo:
-            raise DatasetError("The demo's pictures stay as they are.")
-        record = self.named(name)
-        aside = self.path / "left out"
-        aside.mkdir(exist_ok=True)
-        for path in (record.path, record.path.with_suffix(".txt")):
-            if path.is_file():
-                path.replace(aside / path.name)
-        self.forget()
+        self.refuse_demo()
+        with self._lock:
+            wanted = set(names)
+            by_name = {relative_name(r.path, self.pictures): r for r in self.dataset().records}
+            held = {name for name, record in by_name.items() if record.held_out}
+            held = held | (wanted & by_name.keys()) if on else held - wanted
+            write_list(self.pictures, held)
+            changed = {r.path: replace(r, held_out=n in held) for n, r in by_name.items()}
+            self._replace(changed)
+
+    def _replace(self, changed: dict[Path, ImageRecord]) -> None:
+        """Put changed records in place, without reading the folder again although it was touched."""
+        folder = self.dataset_folder
+        if self._scanned is None:
+            return
+        key, old = self._scanned
+        if isinstance(key, tuple) and key[0] == folder:
+            key = (folder, folder.stat().st_mtime_ns)
+        self._scanned = (key, Dataset([changed.get(r.path, r) for r in old.records], old.problems))
+        self._revision += 1
 
 
 def relative_name(path: Path, folder: Path) -> str:
     """A picture's name below its dataset folder, with forward slashes."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def title_of(path: Path) -> str:
+    """What a project is called: its label, else its folder's name."""
+    title = str(read_json(path / LABEL).get("title") or "").strip()
+    return title or (DEFAULT_TITLE if path.name == "default" else path.name)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A small file of ours; one that is missing or broken counts as empty."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

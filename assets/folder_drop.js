@@ -1,8 +1,7 @@
 // Dropping anywhere on the window, folders with sub-folders included.
 //
-// Gradio's own upload box cannot read a dropped folder. So drops are caught before it sees them, folders are walked,
-// and all files are handed to the file input as if they had been picked. A file in a sub-folder is renamed to
-// `folder__name.jpg`, because an upload carries no folders and `10_name` must not be lost.
+// A browser's file input cannot take a dropped folder. So drops are caught first, folders are walked, and each file is
+// handed on with the path that it had, so that `10_name` folders are not lost.
 (() => {
   const MOST_FILES = 20000;
   const holdsFiles = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
@@ -22,9 +21,9 @@
     if (files.length > MOST_FILES || entry.name.startsWith(".")) return;
     if (entry.isFile) {
       const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
-      files.push(prefix ? new File([file], prefix + file.name, { type: file.type }) : file);
+      files.push({ file, path: prefix + file.name });
     } else if (entry.isDirectory) {
-      for (const inside of await allEntries(entry)) await walk(inside, `${prefix}${entry.name}__`, files);
+      for (const inside of await allEntries(entry)) await walk(inside, `${prefix}${entry.name}/`, files);
     }
   };
 
@@ -41,20 +40,14 @@
   };
 
   // An adapter file is no picture: it goes to the panel that says what it is, where that is in the page.
-  const placeOf = (files) => {
-    const check = document.querySelector("#check-drop input[type=file]");
-    const adapter = files.length === 1 && files[0].name.endsWith(".safetensors");
-    return adapter && check ? [check, "Export"] : [document.querySelector("#dataset-drop input[type=file]"), "Dataset"];
-  };
-
   const hand = (files) => {
-    const [input, tab] = placeOf(files);
-    if (!input || !files.length) return;
+    const check = document.querySelector("#check-drop input[type=file]");
+    if (files.length !== 1 || !files[0].path.endsWith(".safetensors") || !check) return window.easel.takeFiles(files);
     const transfer = new DataTransfer();
-    files.forEach((file) => transfer.items.add(file));
-    input.files = transfer.files;
-    input.dispatchEvent(new Event("change", { bubbles: true }));
-    window.easel?.openTab(tab);
+    transfer.items.add(files[0].file);
+    check.files = transfer.files;
+    check.dispatchEvent(new Event("change", { bubbles: true }));
+    window.easel.openTab("Export");
   };
 
   let depth = 0;

@@ -1,0 +1,76 @@
+"""The Dataset tab's fixed HTML; what moves in it is drawn by `assets/dataset.js` and
+`assets/dataset_tools.js`."""
+
+KINDS = "PNG, JPEG, WebP, HEIC, AVIF. Captions beside them come along. Nothing leaves this computer."
+
+DROP = f"""<div id="dataset-drop"><div class="grow"><h2>Drop pictures, a folder or a .zip anywhere</h2>
+<p class="small">{KINDS}</p></div>
+<label class="own button">Choose pictures<input type="file" multiple class="away" id="dataset-upload"></label>
+<button type="button" class="own" data-press="folder-input">Choose a folder</button>
+<details class="drop-path"><summary>From a path</summary><div class="row">
+<label id="dataset-path" class="field grow"><span class="away">Folder path</span><input type="text"
+ placeholder="a folder or .zip on this computer" spellcheck="false" autocomplete="off"></label>
+<label class="tick" title="Linked pictures take no room; captions are copied, and the originals stay as they
+are"><input type="checkbox" id="dataset-link"> Link, do not copy</label>
+<button type="button" class="own" id="dataset-import">Import</button></div></details></div>
+<input type="file" id="folder-input" webkitdirectory hidden aria-hidden="true" tabindex="-1">
+<div id="import-note" role="status"></div>"""
+
+TOOLBAR = """<div class="row dataset-filters" id="dataset-filters" hidden>
+<div class="seg" role="group" aria-label="Which pictures are shown">
+<button type="button" data-filter="all" aria-pressed="true">All <b>0</b></button>
+<button type="button" data-filter="bare" aria-pressed="false">No caption <b>0</b></button>
+<button type="button" data-filter="small" aria-pressed="false">Small <b>0</b></button>
+<button type="button" data-filter="twins" aria-pressed="false">Twins <b>0</b></button>
+<button type="button" data-filter="held" aria-pressed="false">Held out <b>0</b></button>
+<button type="button" data-filter="out" aria-pressed="false">Left out <b>0</b></button></div>
+<label class="field"><span class="away">Show only pictures with this in name or caption</span><input
+type="search" id="dataset-search" placeholder="Filter" spellcheck="false"></label></div>"""
+
+GRID = """<div class="grid" role="listbox" aria-multiselectable="true" aria-label="Pictures"
+aria-describedby="grid-keys"></div>
+<div class="empty" id="grid-empty" hidden></div>
+<p class="small" id="grid-keys" hidden><kbd>Arrow keys</kbd> move, <kbd>Enter</kbd> writes the caption,
+<kbd>Space</kbd> chooses several, <kbd>Delete</kbd> leaves out.</p>"""
+
+DETAIL = """<aside class="panel detail" id="picture-detail" data-none="1" aria-label="The chosen picture">
+<div class="frame" id="picture-big"><img alt="" hidden><div class="crop" hidden></div></div>
+<p class="small num" id="picture-facts">Choose a picture to see it large and to write its caption.</p>
+<label id="caption">Caption<textarea rows="4" disabled aria-describedby="caption-tokens"
+ placeholder="What is in the picture, in words or tags"></textarea></label>
+<div class="row apart"><span class="small num" id="caption-tokens"
+ title="Counted with the base's own tokenizer, the trigger word in front included"></span>
+<span class="row"><button type="button" class="own quiet" id="caption-undo" hidden
+ title="Ctrl+Z, also after it was saved">Undo</button><span class="chip" id="caption-state" data-state="saved"
+ role="status"></span></span></div>
+<p class="small" id="caption-cut" hidden></p>
+<div class="row apart"><div class="row"><button type="button" class="own" data-step="-1"
+disabled>Previous</button> <button type="button" class="own" data-step="1" disabled>Next</button></div>
+<div class="row"><button type="button" class="own" id="hold-out" disabled
+ title="Pictures that are held out are not trained on; the run is measured on them">Hold out</button>
+<button type="button" class="own" id="leave-out" disabled>Leave out</button></div></div></aside>"""
+
+TOOLS = """<div class="tools-row" id="dataset-tools" hidden>
+<details class="panel tight" id="bulk"><summary>Bulk edit of captions</summary>
+<div class="bulk">
+<form class="row" id="bulk-form" autocomplete="off">
+<label class="field"><span>Change</span><select id="bulk-do">
+<option value="replace">Find and replace</option><option value="prepend">Put in front</option>
+<option value="append">Put at the end</option></select></label>
+<label class="field grow" data-for="replace"><span>Find</span><input type="text"
+ id="bulk-find" spellcheck="false"></label>
+<label class="field grow"><span id="bulk-put-title">Replace with</span><input type="text" id="bulk-put"
+ spellcheck="false"></label>
+<label class="tick" data-for="replace"><input type="checkbox" id="bulk-regex"> Pattern</label>
+<label class="tick" data-for="replace"><input type="checkbox" id="bulk-case"> Any case</label></form>
+<div id="bulk-preview" role="status"></div>
+<div class="row apart"><div class="row"><button type="button" class="own primary" id="bulk-apply" disabled
+ title="Nothing would change yet">Change captions</button>
+<button type="button" class="own" id="bulk-trigger">Add trigger word to all captions</button></div>
+<button type="button" class="own" id="bulk-undo" hidden>Undo</button></div>
+<div id="bulk-tags"></div></div></details>
+<details class="panel tight" id="check"><summary>Check the pictures</summary>
+<div id="check-body"><div class="row" id="check-line"><button type="button" class="own"
+ id="check-start">Check now</button>
+<span class="small" id="check-state" role="status">Finds damaged, tiny, blurred and near-twin pictures, and
+bad captions.</span></div><div id="check-found"></div></div></details></div>"""

@@ -1,0 +1,196 @@
+"""Bringing pictures in: files that a page sends, or a path on this computer, taken over in a thread of its
+own.
+
+A page sends file by file into a folder beside the projects and then says that it is done; from there on
+nothing depends on the page. One import at a time; how far it is can be asked at any moment.
+"""
+
+import shutil
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.bases import EMBEDDED
+from app.project import Project
+from app.words import many
+from lora_core.dataset.archive import Imported, Way, import_files, import_folder
+from lora_core.spec.errors import DatasetError, LoraError
+
+MOST_FILES = 40_000
+LARGEST_FILE = 500_000_000
+LARGEST_ZIP = 20_000_000_000
+ROOM_LEFT = 200_000_000
+"""Bytes that a disk keeps free, so that captions and the trainer's lines can still be written."""
+
+
+@dataclass
+class Batch:
+    """Files that a page is sending: where they lie, and what the page calls them."""
+
+    folder: Path
+    files: dict[int, tuple[Path, str]] = field(default_factory=dict)
+
+
+class Importer:
+    """The one import of a window."""
+
+    def __init__(self, project: Project, staging: Path) -> None:
+        """Import into the open project, with sent files in `staging` until then."""
+        self.project = project
+        self.staging = staging
+        # Whatever a window that was killed had received is of no use any more.
+        shutil.rmtree(staging, ignore_errors=True)
+        self._batches: dict[str, Batch] = {}
+        self._lock = threading.Lock()
+        self._state: dict[str, Any] = {"state": "idle", "number": 0}
+
+    def state(self) -> dict[str, Any]:
+        """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, and the import's
+        `number`."""
+        return dict(self._state)
+
+    @property
+    def working(self) -> bool:
+        """Whether an import is under way."""
+        return bool(self._state["state"] == "working")
+
+    def begin(self) -> str:
+        """A new batch of files to be sent; returns its name.
+
+        Raises:
+            DatasetError: the disk refuses.
+        """
+        name = uuid.uuid4().hex
+        folder = self.staging / name
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise DatasetError(f"The folder {folder} cannot be made ({error.strerror}).") from error
+        self._batches[name] = Batch(folder)
+        return name
+
+    async def receive(self, batch: str, index: int, name: str, chunks: AsyncIterator[bytes]) -> None:
+        """Write one sent file, counting its bytes as they come.
+
+        Raises:
+            DatasetError: the batch is not known, or the file is too large for its kind or for the disk.
+        """
+        found = self._batches.get(batch)
+        if found is None or not 0 <= index < MOST_FILES:
+            raise DatasetError("This import is over; drop the files again.")
+        room = shutil.disk_usage(found.folder).free - ROOM_LEFT
+        most = LARGEST_ZIP if name.casefold().endswith(".zip") else LARGEST_FILE
+        path, written = found.folder / f"{index:05}", 0
+        try:
+            with open(path, "wb") as file:
+                async for chunk in chunks:
+                    written += len(chunk)
+                    if written > most:
+                        raise DatasetError(f"{name} is larger than {most / 1e6:.0f} MB; leave it out.")
+                    if written > room:
+                        raise DatasetError(f"The disk is too full for {name}; free some space.")
+                    file.write(chunk)
+        except OSError as error:
+            raise DatasetError(f"{name} cannot be written ({error.strerror}); free some space.") from error
+        found.files[index] = (path, name)
+
+    def finish(self, batch: str) -> None:
+        """Take over what was sent.
+
+        Raises:
+            DatasetError: the batch is not known, or another import is under way.
+        """
+        found = self._batches.get(batch)
+        if found is None:
+            raise DatasetError("This import is over; drop the files again.")
+        self._refuse_two()
+        del self._batches[batch]
+        files = [found.files[index] for index in sorted(found.files)]
+
+        def work(way: Way) -> Imported:
+            try:
+                paths, names = [path for path, _ in files], [name for _, name in files]
+                return import_files(paths, self.project.pictures, names, way)
+            finally:
+                shutil.rmtree(found.folder, ignore_errors=True)
+
+        self._start(work, "move")
+
+    def give_up(self, batch: str) -> None:
+        """Forget what was sent so far."""
+        found = self._batches.pop(batch, None)
+        if found is not None:
+            shutil.rmtree(found.folder, ignore_errors=True)
+
+    def from_path(self, text: str, link: bool) -> None:
+        """Take over a folder, a zip or a picture of this computer, copied or linked.
+
+        Raises:
+            DatasetError: nothing is there, or another import is under way.
+        """
+        where = Path(text.strip().strip('"')).expanduser()
+        if not text.strip():
+            raise DatasetError("Type the path of a folder of pictures first.")
+        try:
+            is_folder, is_file = where.is_dir(), where.is_file()
+        except (OSError, ValueError):
+            is_folder = is_file = False
+        if not is_folder and not is_file:
+            raise DatasetError(f"There is no folder at {where}.")
+        self._refuse_two()
+        if link:
+            # Where a link leads is looked at when it is shown.
+            folders = [*map(str, self.project.linked_folders), str(where if is_folder else where.parent)]
+            self.project.keep(linked=list(dict.fromkeys(folders)))
+
+        def work(way: Way) -> Imported:
+            into = self.project.pictures
+            return import_folder(where, into, way) if is_folder else import_files([where], into, way=way)
+
+        self._start(work, "link" if link else "copy")
+
+    def _refuse_two(self) -> None:
+        if self.working:
+            raise DatasetError("An import is under way; wait until it is done.")
+
+    def _start(self, work: Callable[[Way], Imported], how: str) -> None:
+        with self._lock:
+            self._refuse_two()
+            number = self._state["number"] + 1
+            self._state = {"state": "working", "number": number, "phase": "Looking", "done": 0, "total": 0}
+        thread = threading.Thread(target=self._run, args=(work, how), daemon=True, name="import")
+        thread.start()
+
+    def _run(self, work: Callable[[Way], Imported], how: str) -> None:
+        project = self.project
+
+        def said(phase: str, done: int, total: int) -> None:
+            self._state = {**self._state, "phase": phase, "done": done, "total": total}
+
+        state, note = "failed", "The import was broken off by a fault of the program; its log says more."
+        try:
+            imported = work(Way(how, said, project.sizes))
+            project.notes = imported.skipped
+            state, note = _outcome(imported)
+            if imported.added and project.uses_demo:
+                # Own pictures were brought: from here on they are trained on, with a preset for them.
+                base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
+                project.keep(dataset="", level="", values={"model.base": base})
+            said("Reading captions", 0, 0)
+            project.forget()
+            project.dataset()
+        except LoraError as error:
+            note = str(error)
+        except OSError as error:
+            note = f"The pictures cannot be taken over ({error.strerror or error}); try it again."
+        finally:
+            self._state = {**self._state, "state": state, "note": note}
+
+
+def _outcome(imported: Imported) -> tuple[str, str]:
+    added = f"{many(len(imported.added), 'file')} added." if imported.added else "Nothing was added."
+    skipped = f" {len(imported.skipped)} skipped, see below." if imported.skipped else ""
+    return "done" if imported.added else "failed", added + skipped

@@ -1,0 +1,71 @@
+"""The project picker's routes: what there is and how large it is; new, open, rename, delete; caches."""
+
+import asyncio
+import dataclasses
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from app.desk import Desk
+from app.routes import Refused, sent_json
+from app.words import file_size
+from lora_core.spec.disk import clean_caches, folder_bytes
+from lora_core.spec.errors import RunError
+from lora_core.spec.trash import empty_trash, trash_folder
+
+
+def add_project_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the picker's routes to `app`."""
+
+    @app.get("/easel/projects")
+    async def listed() -> Response:
+        return await _answer(lambda: _shelves(desk))
+
+    @app.post("/easel/projects")
+    async def change(request: Request) -> Response:
+        sent = await sent_json(request)
+        do, key, title = (str(sent.get(name, "")) for name in ("do", "project", "title"))
+        return await _answer(lambda: _changed(desk, do, key, title))
+
+
+def _changed(desk: Desk, do: str, key: str, title: str) -> dict[str, Any]:
+    """Do what the picker asks; the page loads itself anew where another project is open after it."""
+    if desk.importer.working:
+        raise RunError("Pictures are being imported; wait until that is done.")
+    before, projects = desk.project.path, desk.projects
+    freed = ""
+    match do:
+        case "new":
+            projects.new(title)
+        case "open":
+            projects.open(key)
+        case "rename":
+            projects.rename(key, title)
+        case "delete":
+            projects.delete(key)
+        case "clean":
+            freed = file_size(clean_caches(desk.workspace))
+        case "empty":
+            size = folder_bytes(trash_folder(desk.workspace))
+            empty_trash(desk.workspace)
+            freed = file_size(size)
+        case _:
+            raise Refused("no such action")
+    return {**_shelves(desk), "switched": desk.project.path != before, "freed": freed}
+
+
+def _shelves(desk: Desk) -> dict[str, Any]:
+    shelved = [dataclasses.asdict(one) | {"size": file_size(one.size)} for one in desk.projects.listed()]
+    caches, trash = folder_bytes(desk.workspace / "cache"), folder_bytes(trash_folder(desk.workspace))
+    runs = folder_bytes(desk.workspace / "runs")
+    return {
+        "projects": shelved,
+        "caches": file_size(caches) if caches else "",
+        "trash": file_size(trash) if trash else "",
+        "runs": file_size(runs) if runs else "",
+    }
+
+
+async def _answer(work: Any) -> Response:
+    return JSONResponse(await asyncio.to_thread(work), headers={"Cache-Control": "no-store"})

@@ -1,0 +1,341 @@
+// The Dataset tab's tools: bringing pictures in, changing many captions at once, looking the pictures over.
+(() => {
+  const easel = window.easel;
+  const { one, all, post, press, make } = easel;
+  const ask = async (path) => (await fetch(`/easel/${path}`)).json();
+  const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+  const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+
+  // ---- bringing pictures in: file by file, so that the server can say which one is wrong, and folders stay folders -----
+  const AT_ONCE = 4;
+  let sending = null;
+
+  const note = (text, bad = false) => {
+    one("#import-note")?.replaceChildren(make("p", { className: bad ? "problem" : "small", textContent: text }));
+  };
+
+  const progress = (words, share, stop) => {
+    const place = one("#import-note");
+    if (!place) return;
+    let bar = one(".track", place);
+    if (!bar) {
+      bar = make("div", { className: "track" }, make("i"));
+      for (const [name, value] of Object.entries({ role: "progressbar", "aria-label": "Import", "aria-valuemin": 0, "aria-valuemax": 100 })) bar.setAttribute(name, value);
+      place.replaceChildren(bar, make("p", { className: "small num" }), make("button", { type: "button", className: "own quiet", id: "import-stop", textContent: "Cancel" }));
+      place.className = "importing";
+    }
+    bar.setAttribute("aria-valuenow", Math.round(100 * share));
+    bar.firstChild.style.width = `${100 * share}%`;
+    one("p", place).textContent = words;
+    one("#import-stop").hidden = !stop;
+  };
+
+  const send = (url, file, seen) => new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("PUT", url);
+    request.upload.onprogress = (event) => seen(event.loaded);
+    request.onload = () => {
+      let answer = {};
+      try { answer = JSON.parse(request.responseText); } catch { /* said below */ }
+      if (answer.received) { seen(file.size); resolve(); } else reject(new Error(answer.problem || "The window did not take the file."));
+    };
+    request.onerror = () => reject(new Error("The window does not answer; nothing was added."));
+    request.send(file);
+  });
+
+  // `files`: [{ file, path }], the path with the folders that it was dropped with.
+  const take = async (files) => {
+    easel.openTab("Dataset");
+    if (sending) return note("An import is under way; wait until it is done.", true);
+    if (!files.length) return note("There is nothing in that folder.", true);
+    sending = { stopped: false };
+    const mine = sending, loaded = new Array(files.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
+    let next = 0, done = 0, batch = null;
+    try {
+      const begun = await post("upload", {});
+      if (begun.problem) throw new Error(begun.problem);
+      batch = begun.batch;
+      const worker = async () => {
+        while (next < files.length && !mine.stopped) {
+          const index = next++, { file, path } = files[index];
+          await send(`/easel/upload/${batch}/${index}?name=${encodeURIComponent(path.toWellFormed?.() ?? path)}`, file, (bytes) => { loaded[index] = bytes; });
+          done += 1;
+          progress(`Reading ${done.toLocaleString("en")} of ${many(files.length, "file")}`, 0.5 * loaded.reduce((a, b) => a + b, 0) / total, true);
+        }
+      };
+      await Promise.all(Array.from({ length: AT_ONCE }, worker));
+      if (mine.stopped) throw new Error("The import was cancelled; nothing was added.");
+      const answer = await post(`upload/${batch}`, {});
+      if (answer.problem) throw new Error(answer.problem);
+      batch = null;
+      await follow(0.5);
+    } catch (error) {
+      mine.stopped = true;
+      if (batch) post(`upload/${batch}`, { give_up: true }).catch(() => {});
+      end(error.message, true);
+    } finally { sending = null; }
+  };
+
+  const end = (text, bad) => { const place = one("#import-note"); if (place) place.className = ""; note(text, bad); };
+
+  const follow = async (from = 0) => {
+    for (;;) {
+      const state = await ask("import");
+      if (state.state !== "working") {
+        await easel.load();
+        press("refill");
+        press("refresh");
+        end(state.note ?? "", state.state === "failed");
+        post("check", { by_itself: true }).then(watchCheck).catch(() => {});
+        return;
+      }
+      const share = state.total ? state.done / state.total : 0;
+      // Looking at the pictures takes most of the time, giving them their place the rest.
+      const part = { Checking: share * 0.85, "Taking over": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
+      progress(state.total ? `${state.phase}, ${state.done.toLocaleString("en")} of ${state.total.toLocaleString("en")}` : state.phase, from + (1 - from) * part, false);
+      await later(250);
+    }
+  };
+
+  const fromPath = async () => {
+    const field = one("#dataset-path input"), path = field.value;
+    if (sending) return;
+    try {
+      const answer = await post("import", { path, link: one("#dataset-link").checked });
+      if (answer.problem) return note(answer.problem, true);
+      sending = {};
+      await follow();
+      field.value = "";
+    } catch (error) { note(error.message, true); } finally { sending = null; }
+  };
+  easel.takeFiles = take;
+  addEventListener("beforeunload", (event) => { if (sending && "stopped" in sending) event.preventDefault(); });
+
+  // ---- many captions at once ------------------------------------------------------------------------------------
+  const edit = () => ({
+    do: one("#bulk-do").value, find: one("#bulk-find").value, put: one("#bulk-put").value,
+    regex: one("#bulk-regex").checked, any_case: one("#bulk-case").checked,
+  });
+  const scoped = (body) => { const names = easel.scope(); return names ? { ...body, pictures: names } : body; };
+  const bulkSay = (text, bad = false) => one("#bulk-preview").replaceChildren(make("p", { className: bad ? "problem" : "small", textContent: text }));
+
+  const rowOf = ({ picture, pieces }) => {
+    const line = make("p", { className: "changed" });
+    for (const [kind, text] of pieces) line.append(kind === "same" ? text : make(kind === "old" ? "del" : "ins", { textContent: text }));
+    return make("li", {}, make("span", { className: "small", textContent: picture }), line);
+  };
+
+  const allow = (on, why) => {
+    const button = one("#bulk-apply");
+    button.disabled = !on;
+    button.title = on ? "" : why;
+  };
+
+  let looked = 0;
+  const preview = async () => {
+    const form = one("#bulk-form"), number = ++looked;
+    if (!form) return;
+    const replace = one("#bulk-do").value === "replace";
+    all("[data-for=replace]", form).forEach((node) => { node.hidden = !replace; });
+    one("#bulk-put-title").textContent = replace ? "Replace with" : "Text";
+    const scope = easel.scope(), whom = scope ? many(scope.length, "picture") : "all pictures";
+    if (!edit()[replace ? "find" : "put"]) {
+      allow(false, "Type first what is to be found or added");
+      return bulkSay(`For ${whom}. Type to see what would change.`);
+    }
+    const answer = await post("bulk", scoped(edit())).catch((error) => ({ problem: error.message }));
+    if (number !== looked) return;
+    allow(!answer.problem && answer.changed > 0, answer.problem ?? "No caption would change");
+    if (answer.problem) return bulkSay(answer.problem, true);
+    bulkSay(`${many(answer.changed, "caption")} of ${answer.asked.toLocaleString("en")} would change${scope ? ` (${whom})` : ""}.`);
+    const more = answer.changed - answer.rows.length;
+    one("#bulk-preview").append(make("ul", { className: "changes" }, ...answer.rows.map(rowOf)));
+    if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} more.` }));
+  };
+
+  const change = async (body) => {
+    await easel.waitingSaves();
+    const answer = await post("bulk", { ...scoped(body), apply: true }).catch((error) => ({ problem: error.message }));
+    if (answer.problem) return bulkSay(answer.problem, true);
+    await easel.load();
+    await tags();
+    looked += 1;
+    allow(false, "Nothing would change yet");
+    bulkSay(answer.changed ? `${many(answer.changed, "caption")} changed.` : "No caption had to be changed.");
+    press("refresh");
+  };
+
+  const undo = async () => {
+    await easel.waitingSaves();
+    const answer = await post("bulk/undo", {}).catch((error) => ({ problem: error.message }));
+    if (answer.problem) return bulkSay(answer.problem, true);
+    await easel.load();
+    await tags();
+    const kept = answer.kept ? ` ${many(answer.kept, "caption")} changed since then and left as they are.` : "";
+    bulkSay(`${many(answer.undone, "caption")} as before.${kept}`);
+    press("refresh");
+  };
+
+  const MOST_TAGS = 60;
+  const tags = async () => {
+    const place = one("#bulk-tags");
+    if (!place || !one("#bulk").open) return;
+    const found = await ask("tags");
+    const button = one("#bulk-undo");
+    button.hidden = !found.undo;
+    button.title = found.undo ? `Takes back: ${found.undo}` : "";
+    const rows = found.tags.slice(0, MOST_TAGS).map(([tag, count]) => {
+      const row = make("div", { className: "row tag" }, make("span", { className: "grow", textContent: tag }), make("span", { className: "small num", textContent: String(count) }));
+      for (const [does, word] of [["rename", "Rename"], ["delete", "Delete"]]) {
+        const act = make("button", { type: "button", className: "own quiet", textContent: word });
+        act.dataset.tagDo = does;
+        act.dataset.tag = tag;
+        act.setAttribute("aria-label", `${word} the tag ${tag}`);
+        row.append(act);
+      }
+      return row;
+    });
+    const more = found.tags.length - rows.length;
+    place.replaceChildren(make("h3", { textContent: `Tags, ${found.tags.length.toLocaleString("en")}` }), make("div", { className: "list tags" }, ...rows));
+    if (more > 0) place.append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} rarer ones.` }));
+  };
+
+  const renameTag = (button) => {
+    const row = button.parentElement, tag = button.dataset.tag;
+    const field = make("input", { type: "text", value: tag });
+    field.setAttribute("aria-label", `New name of the tag ${tag}`);
+    row.replaceChildren(make("label", { className: "field grow" }, field));
+    field.focus();
+    field.select();
+    field.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") { event.preventDefault(); change({ do: "rename tag", find: tag, put: field.value }); }
+      else if (event.key === "Escape") tags();
+    });
+    field.addEventListener("blur", () => { if (field.isConnected && field.value === tag) tags(); });
+  };
+
+  // ---- the check --------------------------------------------------------------------------------------------------
+  const GROUPS = [
+    ["unreadable", "Cannot be read"], ["twins", "Near-twins"], ["tiny", "Tiny"], ["blurred", "Blurred"],
+    ["caption", "Captions that cannot be read"], ["no caption", "No caption"], ["long caption", "Too long captions"],
+    ["common phrase", "Phrases in most captions"], ["metadata", "Tables of captions"], ["held out", "List of validation pictures"],
+  ];
+  const LEAVABLE = new Set(["unreadable", "twins", "tiny", "blurred", "caption"]);
+  const MOST_ROWS = 40;
+
+  const small = (name) => {
+    const picture = easel.shelf().pictures.find((other) => other.name === name);
+    return picture ? make("img", { loading: "lazy", alt: name, src: `/easel/thumb/dataset/${picture.url}` }) : "";
+  };
+  const leave = (name) => {
+    const button = make("button", { type: "button", className: "own", textContent: "Leave out" });
+    button.dataset.leave = name;
+    button.setAttribute("aria-label", `Leave out ${name}`);
+    return button;
+  };
+
+  const found = (row) => {
+    const node = make("div", { className: "row found" });
+    if (row.kind === "twins") {
+      for (const name of [row.twin, row.picture]) node.append(make("figure", {}, small(name), make("figcaption", { className: "small", textContent: name }), leave(name)));
+      return node;
+    }
+    node.append(small(row.picture), make("span", { className: "grow small", textContent: row.sentence }));
+    if (LEAVABLE.has(row.kind)) node.append(leave(row.picture));
+    else if (row.picture) {
+      const button = make("button", { type: "button", className: "own quiet", textContent: "Open" });
+      button.dataset.openPicture = row.picture;
+      node.append(button);
+    }
+    return node;
+  };
+
+  const showCheck = (state) => {
+    const line = one("#check-state"), button = one("#check-start");
+    if (!line) return;
+    button.disabled = state.state === "working";
+    button.title = button.disabled ? "The pictures are being looked at" : "";
+    button.textContent = state.state === "done" && !state.fresh ? "Check again" : "Check now";
+    button.hidden = state.state === "done" && state.fresh;
+    if (state.state === "working") line.textContent = `Looking at ${state.done} of ${many(state.total, "picture")}`;
+    if (state.state === "failed") line.textContent = state.problem;
+    if (state.state !== "done") return;
+    const names = new Set(easel.shelf().pictures.map((picture) => picture.name));
+    // What was left out since is no problem any more.
+    const rows = state.problems.filter((row) => (row.kind === "twins" ? names.has(row.picture) && names.has(row.twin) : !row.picture || names.has(row.picture) || state.fresh));
+    line.textContent = rows.length ? `${many(rows.length, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the pictures.";
+    one("#check > summary").textContent = rows.length ? `Check the pictures, ${rows.length} found` : "Check the pictures";
+    easel.setTwins(rows.filter((row) => row.kind === "twins").flatMap((row) => [row.picture, row.twin]));
+    const groups = GROUPS.map(([kind, title]) => [kind, title, rows.filter((row) => row.kind === kind)]).filter(([, , members]) => members.length);
+    one("#check-found").replaceChildren(...groups.map(([kind, title, members]) => {
+      const head = make("div", { className: "row apart" }, make("h3", { textContent: `${title}, ${members.length}` }));
+      if (LEAVABLE.has(kind) && members.length > 1) {
+        const every = make("button", { type: "button", className: "own quiet", textContent: kind === "twins" ? "Keep the first of each" : `Leave out all ${members.length}` });
+        every.dataset.leaveAll = JSON.stringify([...new Set(members.map((row) => row.picture))]);
+        head.append(every);
+      }
+      const more = members.length - MOST_ROWS;
+      const note = more > 0 ? [make("p", { className: "small", textContent: `And ${more} more.` })] : [];
+      return make("section", { className: `findings ${kind === "twins" ? "pairs" : ""}` }, head, make("div", { className: "list" }, ...members.slice(0, MOST_ROWS).map(found)), ...note);
+    }));
+  };
+
+  let watching = false;
+  const watchCheck = async () => {
+    if (watching) return;
+    watching = true;
+    try {
+      for (;;) {
+        const state = await ask("check");
+        showCheck(state);
+        if (state.state !== "working") return;
+        await later(400);
+      }
+    } finally { watching = false; }
+  };
+  const check = async () => { showCheck(await post("check", {})); watchCheck(); };
+
+  // ---- events ---------------------------------------------------------------------------------------------------
+  document.addEventListener("click", (event) => {
+    const target = event.target.closest("button");
+    if (!target) return;
+    const data = target.dataset;
+    if (target.id === "dataset-import") fromPath();
+    else if (target.id === "import-stop") { if (sending) sending.stopped = true; }
+    else if (target.id === "bulk-apply") change(edit());
+    else if (target.id === "bulk-trigger") change({ do: "trigger" });
+    else if (target.id === "bulk-undo") undo();
+    else if (data.tagDo === "delete") change({ do: "delete tag", find: data.tag });
+    else if (data.tagDo === "rename") renameTag(target);
+    else if (target.id === "check-start") check();
+    else if (data.leave !== undefined) easel.leaveOut([data.leave]).then(watchCheck);
+    else if (data.leaveAll) easel.leaveOut(JSON.parse(data.leaveAll)).then(watchCheck);
+    else if (data.openPicture !== undefined) easel.open(data.openPicture);
+  });
+  document.addEventListener("change", (event) => {
+    const input = event.target;
+    if (input.id !== "dataset-upload" && input.id !== "folder-input") return;
+    const files = [...input.files].map((file) => ({ file, path: file.webkitRelativePath.split("/").slice(1).join("/") || file.name }));
+    input.value = "";
+    take(files);
+  });
+  let typing = null;
+  const soon = () => { clearTimeout(typing); typing = setTimeout(preview, 150); };
+  document.addEventListener("input", (event) => { if (event.target.closest?.("#bulk-form")) soon(); });
+  document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) change(edit()); } });
+  document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); });
+  document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.closest?.("#dataset-path")) fromPath(); });
+  document.addEventListener("toggle", (event) => {
+    if (!event.target.open) return;
+    if (event.target.id === "bulk") { tags(); preview(); }
+    if (event.target.id === "check") watchCheck();
+  }, true);
+
+  // A page that comes back while pictures are being taken over follows that.
+  let first = true;
+  easel.settling.push(() => {
+    if (!first || !one("#import-note") || !one("#dataset-mark")) return;
+    first = false;
+    ask("import").then(async (state) => { if (state.state === "working") { sending = {}; await follow(); sending = null; } else watchCheck(); }).catch(() => {});
+  });
+})();

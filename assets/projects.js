@@ -1,0 +1,87 @@
+// The project picker: a dialog that lists the projects and what they take on disk.
+(() => {
+  const { one, post, make } = window.easel;
+  const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+  const say = (text) => { one("#projects-note").textContent = text; };
+
+  const button = (does, text, project, tone = "quiet") => {
+    const made = make("button", { type: "button", className: `own ${tone}`, textContent: text });
+    made.dataset.projectDo = does;
+    made.dataset.project = project?.key ?? "";
+    if (project) made.setAttribute("aria-label", `${text} ${project.title}`);
+    return made;
+  };
+
+  const row = (project) => {
+    const words = make("div", { className: "grow" }, make("b", { textContent: project.title }),
+      make("p", { className: "small num", textContent: `${many(project.pictures, "picture")}, ${many(project.runs, "run")}, ${project.size}` }));
+    const open = project.is_open ? make("span", { className: "chip accent", textContent: "Open" }) : button("open", "Open", project, "");
+    return make("div", { className: "row apart" }, words, make("div", { className: "row" }, button("rename", "Rename", project), button("delete", "Delete", project), open));
+  };
+
+  const show = (state) => {
+    one("#projects-list").replaceChildren(...state.projects.map(row));
+    const room = one("#projects-room"), parts = [["runs", "Runs"], ["caches", "caches"], ["trash", "trash"]].filter(([key]) => state[key]);
+    room.replaceChildren(make("span", { className: "small num", textContent: parts.map(([key, word]) => `${word} ${state[key]}`).join(", ") }));
+    const does = make("div", { className: "row" });
+    if (state.caches) does.append(button("clean", "Clean caches", null, ""));
+    if (state.trash) does.append(button("empty", "Empty the trash", null, ""));
+    room.append(does);
+  };
+
+  const open = async () => {
+    const dialog = one("#projects");
+    say("");
+    dialog.showModal();
+    try { show(await (await fetch("/easel/projects")).json()); } catch { say("The window does not answer."); }
+  };
+
+  const act = async (body) => {
+    try {
+      await window.easel.waitingSaves();
+      const answer = await post("projects", body);
+      if (answer.problem) return say(answer.problem);
+      // Every field of the page is the project's: a new load fills them all.
+      if (answer.switched) return location.reload();
+      show(answer);
+      say("");
+      if (answer.freed) one("#projects-room .small").textContent = `${answer.freed} freed. ${one("#projects-room .small").textContent}`;
+      window.easel.press("refresh");
+    } catch (error) { say(error.message || "The window does not answer."); }
+  };
+
+  // Asked for in the row itself, so that the question stands beside what it is about.
+  const askIn = (target, field, words, sends) => {
+    const place = target.closest(".row.apart"), yes = make("button", { className: "own primary", textContent: words });
+    const no = make("button", { type: "button", className: "own", textContent: "Cancel" });
+    const form = make("form", { className: "row grow" }, field, yes, no);
+    form.addEventListener("submit", (event) => { event.preventDefault(); act(sends()); });
+    no.addEventListener("click", () => act_again());
+    place.replaceChildren(form);
+    (field.matches?.("label") ? one("input", field) : yes).focus();
+  };
+  const act_again = async () => show(await (await fetch("/easel/projects")).json());
+
+  document.addEventListener("click", (event) => {
+    const target = event.target.closest("button");
+    if (!target) return;
+    const { projectDo: does, project } = target.dataset;
+    if (target.id === "project-picker") open();
+    else if (target.id === "projects-close") one("#projects").close();
+    else if (does === "open" || does === "clean") act({ do: does, project });
+    else if (does === "rename") {
+      const title = one("b", target.closest(".row.apart")).textContent, input = make("input", { type: "text", value: title, maxLength: 80 });
+      input.setAttribute("aria-label", `New name of ${title}`);
+      askIn(target, make("label", { className: "field grow" }, input), "Rename", () => ({ do: "rename", project, title: input.value }));
+    } else if (does === "delete") {
+      const title = one("b", target.closest(".row.apart")).textContent;
+      askIn(target, make("span", { className: "grow small", textContent: `Move “${title}” with its pictures to the trash? Its runs stay.` }), "Delete", () => ({ do: "delete", project }));
+    } else if (does === "empty") askIn(target, make("span", { className: "grow small", textContent: "Remove for good what is in the trash?" }), "Remove", () => ({ do: "empty" }));
+  });
+
+  document.addEventListener("submit", (event) => {
+    if (event.target.id !== "project-new") return;
+    event.preventDefault();
+    act({ do: "new", title: one("input", event.target).value });
+  });
+})();
