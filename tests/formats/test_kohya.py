@@ -189,3 +189,40 @@ def test_header(family):
 def test_an_alpha_comes_back_as_the_number_that_was_written(family, alpha):
     weights = adapter(alphas=(alpha,) * 5)
     assert same_bits(kohya.from_file(kohya.to_file(weights, family), {}), weights)
+
+
+ALPHAS = {
+    "no dimension": (torch.tensor(2.0), 2.0),
+    "one element": (torch.tensor([2.0]), 2.0),
+    "fp16": (torch.tensor(0.5, dtype=torch.float16), 0.5),
+    "bf16": (torch.tensor([3.0], dtype=torch.bfloat16), 3.0),
+    "whole number": (torch.tensor(8), 8.0),
+    # At its word, as five of six tools do; kohya's own loader alone reads it as the rank (formats.md).
+    "zero": (torch.tensor(0.0), 0.0),
+    "absent": (None, 4.0),
+}
+
+
+@pytest.mark.parametrize("case", ALPHAS)
+def test_forms_of_alpha(case):
+    stored, alpha = ALPHAS[case]
+    tensors = pair() if stored is None else pair(**{f"{STEM}.alpha": stored})
+    (layer,) = kohya.from_file(tensors, {}).layers.values()
+    assert (layer.alpha, layer.scale) == (alpha, alpha / 4)
+
+
+def test_original_names_count_the_blocks_of_the_family_that_the_file_is_for():
+    """SD 1.x has no attention in its coarsest level, so its upsampler there is at place 1
+    (openaimodel.py)."""
+    stem = "lora_unet_output_blocks_2_1_conv"
+    context = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k"
+    tensors = {
+        f"{stem}.lora_down.weight": torch.ones(4, 8, 3, 3),
+        f"{stem}.lora_up.weight": torch.ones(8, 4, 1, 1),
+        f"{context}.lora_down.weight": torch.ones(4, 768),
+        f"{context}.lora_up.weight": torch.ones(8, 4),
+    }
+    assert set(kohya.from_file(tensors, {}).layers) == {
+        ("unet", "up_blocks.0.upsamplers.0.conv"),
+        ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"),
+    }
