@@ -1,6 +1,5 @@
 """Two text encoders, pooled text and size conditioning: training, validation and samples on a narrow base of
-SDXL's
-layout."""
+SDXL's layout."""
 
 import dataclasses
 from pathlib import Path
