@@ -29,6 +29,9 @@ LOG_LINES = 2000
 LARGEST_EVENTS = 2_000_000
 SHORTEST_WORD = 3
 PATH = re.compile(r"""(?:[A-Za-z]:)?(?:[\\/][^\\/\s"'<>|:*?,;()]+){2,}[\\/]?""")
+TAIL = r"""((?:[\\/][^"'<>\n:]*)?[\\/][^\\/\s"'<>|:*?,;()]*)?"""
+"""What may follow after a known folder: names with spaces too, up to the last separator of the line."""
+OURS = ("<run>", "<app>", "<python>")
 WRITTEN = ("dataset.trigger", "preview.prompts", "name")
 
 
@@ -55,14 +58,28 @@ class Cleaner:
     """Takes out of a text what says who wrote it and where it lies."""
 
     def __init__(self, known: Iterable[tuple[str, str]]) -> None:
-        """Replace each of `known` (what, by what), the longest first, then every path that is left."""
+        """Replace known paths (what, by what), then every path that is left, then known words; each time the
+        longest first."""
         pairs = sorted({pair for pair in known if len(pair[0]) >= SHORTEST_WORD}, key=lambda p: -len(p[0]))
         self._by = {what.lower(): instead for what, instead in pairs}
-        self._known = re.compile("|".join(re.escape(what) for what, _ in pairs) or r"(?!)", re.IGNORECASE)
+        self._paths = _any_of([what for what, _ in pairs if _is_path(what)], TAIL)
+        self._words = _any_of([what for what, _ in pairs if not _is_path(what)])
 
     def text(self, text: str) -> str:
         """The text without them."""
-        return PATH.sub(_shortened, self._known.sub(lambda found: self._by[found[0].lower()], text))
+        text = PATH.sub(_shortened, self._paths.sub(self._known_path, text))
+        return self._words.sub(lambda found: self._by[found[1].lower()], text)
+
+    def _known_path(self, found: re.Match[str]) -> str:
+        """What lies below our own folders may be read; what a person's folders hold is called as they
+        like."""
+        instead, tail = self._by[found[1].lower()], found[2] or ""
+        return instead + (tail if instead in OURS else PurePosixPath(tail.replace("\\", "/")).suffix)
+
+
+def _any_of(texts: list[str], tail: str = "") -> re.Pattern[str]:
+    either = "|".join(re.escape(text) for text in texts) or r"(?!)"
+    return re.compile(f"({either}){tail}", re.IGNORECASE)
 
 
 def _shortened(found: re.Match[str]) -> str:

@@ -78,7 +78,7 @@ def facts(moment: Moment) -> str:
             about(expected.seconds * config.train.steps) if expected else UNKNOWN,
             SOURCES[expected.source] if expected else "time, known after some steps",
         ),
-        tile(f"~{file_size(memory)}" if memory else UNKNOWN, _memory_words(moment)),
+        tile(f"~{memory / 1e9:.1f} GB" if memory else UNKNOWN, _memory_words(moment)),
         tile(file_size(size) if size else UNKNOWN, "file size"),
     ]
     stops = blockers(moment)

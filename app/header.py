@@ -64,7 +64,8 @@ def resume_button(moment: Moment, name: str, tone: str = "") -> str:
 def run_actions(moment: Moment) -> str:
     """Pause and Stop while a run is going on, Resume where one can be gone on with."""
     if moment.live:
-        return request_button(moment, "pause", "pause") + request_button(moment, "stop", "stop")
+        both = request_button(moment, "pause", "pause") + request_button(moment, "stop", "stop")
+        return f'<div class="row run-actions">{both}</div>'
     return resume_button(moment, "resume") if moment.resumable else ""
 
 

@@ -189,6 +189,8 @@ class Jobs:
             RunError: there is none of that name, or it is going on.
         """
         run = RunFolder(runs_folder(self.workspace) / checked_name(name))
+        if run.live_process() is not None:
+            raise RunError(f"The run {name} is going on; stop it before it is deleted.")
         to_trash(run.path, self.workspace)
         with self._lock:
             self._watches.pop(run.path, None)

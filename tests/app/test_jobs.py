@@ -1,11 +1,9 @@
 """Runs as the window sees them: written by hand here as a trainer would write them."""
 
-import json
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from app import cards, header
@@ -14,32 +12,11 @@ from app.facts import blockers, facts
 from app.jobs import Jobs
 from app.loras import checkpoint_choices, found_loras
 from app.moment import moment_of
+from app.run_list import earlier
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
-from lora_core.spec.run_folder import RunFolder, runs_folder
-
-HOSTILE = '<img src=x onerror="alert(1)">'
-
-
-def make_run(desk: Desk, name: str, *lines: events.Event) -> RunFolder:
-    run = RunFolder.create(runs_folder(desk.workspace) / name, RunConfig().changed({"name": name}))
-    run.events_file.write_text("".join(events.to_line(line) for line in lines))
-    return run
-
-
-def started(steps: int = 100) -> events.Event:
-    return events.Started(steps=steps, pid=1, device="cpu", threads=1, versions={})
-
-
-def step(number: int) -> events.Event:
-    return events.StepDone(step=number, loss=0.2, lr=1e-4, seconds=0.5)
-
-
-def come_alive(run: RunFolder) -> None:
-    """Make this very process the trainer."""
-    me = psutil.Process()
-    run.process_file.write_text(json.dumps({"pid": me.pid, "started": me.create_time()}))
+from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 
 
 def test_states_and_words(desk: Desk) -> None:
@@ -150,6 +127,6 @@ def test_earlier_runs_are_listed_with_what_can_be_done(desk: Desk) -> None:
     make_run(desk, "older", started(), step(5), events.Paused(step=5))
     make_run(desk, "newer", started(), step(9), events.Finished(step=9, export=""))
     desk.jobs.show("newer")
-    listed = cards.earlier(moment_of(desk))
-    assert 'data-run-resume="older"' in listed
+    listed = earlier(moment_of(desk))
+    assert 'data-run="older"' in listed and "&quot;do&quot;: &quot;resume&quot;" in listed
     assert "Paused" in listed

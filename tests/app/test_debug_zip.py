@@ -1,0 +1,75 @@
+"""The debug zip: what helps, and nothing of what a person called or wrote."""
+
+import getpass
+import io
+import json
+import zipfile
+from pathlib import Path
+
+from app.debug_zip import Cleaner, debug_zip
+from app.desk import Desk
+from lora_core.spec import events
+from tests.app.runs import make_run, started, step
+
+SECRETS = [
+    "Annabel",
+    "bel_07",
+    "zwxtoken",
+    "laughing by the sea",
+    "/Pictures",
+    "/mnt",
+    "C:\\Users",
+    "hunter",
+    "secret place",
+]
+
+
+def test_no_pictures_paths_or_names_are_in_it(desk: Desk) -> None:
+    prompt = "Annabel laughing by the sea"
+    run = make_run(
+        desk,
+        "Annabel-2",
+        started(),
+        events.PreviewDone(step=0, files=["previews/step-0.png"], prompts=[prompt]),
+        step(3),
+        events.Warned(step=3, message="Of the picture bel_07.png the loss is not finite."),
+        events.Failed(step=3, reason="/mnt/d/Annabel/Pictures/bel_07.png cannot be read."),
+        dataset__path="/mnt/d/Annabel/Pictures",
+        model__base="/mnt/d/models/hunter base.safetensors",
+        dataset__trigger="zwxtoken",
+        preview__prompts=[prompt],
+        adapter__init="C:\\Users\\hunter\\old.safetensors",
+        optim__lr=3e-4,
+    )
+    (run.previews / "step-0.png").write_bytes(b"picture")
+    run.inputs_file.write_text(json.dumps({"the picture bel_07.png": "ab", "the package torch 2.8": ""}))
+    home, user = Path.home(), getpass.getuser()
+    run.log_file.write_text(
+        f"reading {run.path}/config.toml\n{home}/secret place/x.txt by {user}\n"
+        '  File "/opt/py/lib/python3.11/site-packages/torch/nn/module.py", line 3, in call\n'
+        f"C:\\Users\\hunter\\Desktop\\b.png zwxtoken {prompt} bel_07\nRuntimeError: shapes differ\n"
+    )
+    watch = desk.jobs.watch(run)
+    desk.jobs.state(watch)
+    with zipfile.ZipFile(io.BytesIO(debug_zip(watch, desk.workspace))) as archive:
+        texts = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert set(texts) == {"about.json", "settings.toml", "events.jsonl", "log.txt"}
+    whole = "\n".join(texts.values())
+    for secret in [*SECRETS, str(desk.workspace), str(home)]:
+        assert secret.lower() not in whole.lower(), secret
+    # What helps is left.
+    assert "lr = 0.0003" in texts["settings.toml"]
+    assert "RuntimeError: shapes differ" in texts["log.txt"]
+    assert "<python>/torch/nn/module.py" in texts["log.txt"]
+    kinds = [json.loads(line)["event"] for line in texts["events.jsonl"].splitlines()]
+    assert kinds == ["Started", "PreviewDone", "StepDone", "Warned", "Failed"]
+    assert "torch" in json.loads(texts["about.json"])["versions"]
+
+
+def test_paths_of_any_system_lose_their_names() -> None:
+    clean = Cleaner([("bob", "<user>"), ("ab", "too short")])
+    assert (
+        clean.text("see /data/x y/Bob/p.png, D:\\a\\b\\c.txt or a/b")
+        == "see <path> y<path>.png, <path>.txt or a/b"
+    )
+    assert clean.text("loss 1/2, step 3/4, ab") == "loss 1/2, step 3/4, ab"

@@ -1,0 +1,172 @@
+"""Train like a file: our own header, kohya's, or nothing but layers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.form import FORM
+from app.like_file import like_file
+from app.plan import widget_values
+from app.project import Project
+from app.starting import take_settings
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import AdapterFileError
+from tests.app.bases import write_header
+
+DOWN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
+LAYERS = {DOWN: [8, 320], DOWN.replace("down.weight", "up.weight"): [320, 8]}
+# As kohya-ss/sd-scripts writes them (library/train_util.py, train_network.py), for a LoCon run on SD 1.5.
+KOHYA = {
+    "ss_network_module": "networks.lora",
+    "ss_network_dim": "32",
+    "ss_network_alpha": "16.0",
+    "ss_network_args": json.dumps(
+        {"conv_dim": "8", "conv_alpha": "4", "block_dims": "1,2", "rank_dropout": "0.1"}
+    ),
+    "ss_learning_rate": "0.0001",
+    "ss_unet_lr": "0.0002",
+    "ss_text_encoder_lr": "5e-05",
+    "ss_optimizer": "bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)",
+    "ss_lr_scheduler": "cosine_with_restarts",
+    "ss_lr_warmup_steps": "100",
+    "ss_max_train_steps": "2000",
+    "ss_resolution": "(512, 768)",
+    "ss_clip_skip": "2",
+    "ss_batch_size_per_device": "2",
+    "ss_min_snr_gamma": "5.0",
+    "ss_noise_offset": "None",
+    "ss_gradient_checkpointing": "True",
+    "ss_keep_tokens": "1",
+    "ss_shuffle_caption": "True",
+    "ss_sd_model_name": "some base.safetensors",
+    "ss_multires_noise_iterations": "6",
+    "ss_seed": "42",
+}
+
+
+def lora(
+    path: Path, metadata: dict[str, str] | None = None, layers: dict[str, list[int]] | None = None
+) -> Path:
+    return write_header(path / "a lora.safetensors", layers or LAYERS, metadata)
+
+
+def test_kohya_s_header(tmp_path: Path) -> None:
+    like = like_file(lora(tmp_path, KOHYA))
+    assert like.values == {
+        "adapter.rank": 32,
+        "adapter.alpha": 16.0,
+        "adapter.targets": "locon",
+        "adapter.block_ranks": {r"\.conv[12]$|samplers.*\.conv$": 8},
+        "adapter.block_alphas": {r"\.conv[12]$|samplers.*\.conv$": 4.0},
+        "adapter.rank_dropout": 0.1,
+        "optim.lr": 2e-4,
+        "optim.text_encoder_lr": 5e-5,
+        "optim.name": "adamw",
+        "optim.schedule": "cosine_restarts",
+        "optim.warmup": 0.05,
+        "train.steps": 2000,
+        # The square of the same area: sqrt(512 x 768) = 627, on the grid of 64.
+        "train.resolution": 640,
+        "train.clip_skip": 2,
+        "train.batch_size": 2,
+        "train.checkpointing": True,
+        "loss.min_snr": 5.0,
+        "dataset.keep_tags": 1,
+        "dataset.shuffle_tags": True,
+        "seed": 42,
+    }
+    assert like.base == "some base.safetensors"
+    said = " ".join(like.left)
+    assert "adamw8bit" in said and "block_dims = 1,2" in said and "Multi-resolution noise (6)" in said
+    # What those say is legal together.
+    RunConfig().changed(like.values)
+
+
+def test_newer_headers_keep_it_by_dataset(tmp_path: Path) -> None:
+    datasets = [
+        {
+            "batch_size_per_device": 4,
+            "resolution": [768, 768],
+            "subsets": [{"flip_aug": True, "keep_tokens": 2}],
+        }
+    ]
+    texts = {"ss_network_dim": "4", "ss_network_alpha": "1", "ss_datasets": json.dumps(datasets)}
+    values = like_file(lora(tmp_path, texts)).values
+    assert values["dataset.flip"] is True and values["dataset.keep_tags"] == 2
+
+
+def test_our_own_header_comes_back_whole(tmp_path: Path) -> None:
+    import tomli_w
+
+    config = RunConfig().changed({
+        "optim.lr": 3e-4, "adapter.block_ranks": {"mid_block": 4}, "preview.prompts": ["a cat", "it's"],
+        "dataset.trigger": "zwx", "model.base": "my base.safetensors", "dataset.path": "dog",
+    })  # fmt: skip
+    path = lora(tmp_path, {"lora_easel.config": tomli_w.dumps(config.to_dict() | {"later": 1})})
+    like = like_file(path)
+    back = RunConfig().changed(like.values)
+    assert back == config.changed({"model.base": "demo", "dataset.path": "demo"})
+    assert like.base == "my base.safetensors"
+    assert "later is a setting that this version does not know." in like.left
+
+
+def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
+    like = like_file(lora(tmp_path))
+    assert like.values["adapter.rank"] == 8
+    assert like.values["adapter.targets"] == "attention"
+    # No layer of a text encoder is in it.
+    assert like.values["optim.text_encoder_lr"] == 0.0
+    assert "alpha is not written" in like.left[0]
+    wider = {
+        **LAYERS,
+        "lora_unet_a_resnets_0_conv1.lora_down.weight": [8, 320, 3, 3],
+        "lora_te_b.lora_down.weight": [8, 9],
+    }
+    values = like_file(lora(tmp_path, layers=wider)).values
+    assert values["adapter.targets"] == "locon" and "optim.text_encoder_lr" not in values
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"ss_network_dim": "9" * 400, "ss_network_alpha": "nan", "ss_network_args": "[" * 5000},
+        {"ss_network_dim": "-1", "ss_optimizer": "<img src=x>" * 999, "ss_datasets": '[{"subsets": 3}]'},
+        {"lora_easel.config": "adapter = 3\n[optim]\nlr = 'much'"},
+        {
+            "ss_network_module": "x",
+            "ss_lr_warmup_steps": "5",
+            "ss_max_train_steps": "0",
+            "ss_resolution": "(1, 99999)",
+        },
+    ],
+)
+def test_nonsense_is_left_out_and_said(tmp_path: Path, metadata: dict[str, str]) -> None:
+    like = like_file(lora(tmp_path, metadata))
+    RunConfig().changed(like.values)
+    assert like.left and all(len(text) < 300 for text in like.left)
+
+
+def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match="says nothing"):
+        like_file(lora(tmp_path, layers={"a.weight": [4, 4]}))
+    with pytest.raises(AdapterFileError, match="cannot be read"):
+        like_file(lora(tmp_path, {"lora_easel.config": "= ="}))
+    with pytest.raises(AdapterFileError, match="does not exist"):
+        like_file(tmp_path / "none.safetensors")
+
+
+def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    project.keep(values=dict(zip(FORM, widget_values(project), strict=True)) | {"preview.cfg": 7.5})
+    hostile = {
+        **KOHYA,
+        "ss_sd_model_name": "<img src=x onerror=alert(1)>",
+        "modelspec.trigger_phrase": "zwx dog",
+    }
+    said = take_settings(project, like_file(lora(tmp_path, hostile)), "<b>.safetensors")
+    values = dict(zip(FORM, widget_values(project), strict=True))
+    assert (values["adapter.rank"], values["train.steps"], values["preview.cfg"]) == (32, 2000, 7.5)
+    assert values["adapter.block_ranks"] == r"\.conv[12]$|samplers.*\.conv$ = 8"
+    assert project.draft()["trigger"] == "zwx dog"
+    assert "20 settings taken" in said and "<img" not in said and "<b>" not in said

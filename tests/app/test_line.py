@@ -1,0 +1,95 @@
+"""The queue as the window steers it, with trainers that only say that they were there."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.desk import Desk
+from app.jobs import Jobs
+from app.line import Line
+from app.moment import moment_of
+from lora_core.spec import owner
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import RunError
+from lora_core.spec.queue import Queue
+from tests.app.runs import come_alive, make_run, started, step
+
+
+@pytest.fixture
+def line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Line:
+    """A queue that nobody works through."""
+    monkeypatch.setattr("app.line.ensure_owner", lambda workspace: False)
+    return desk.line
+
+
+def names(line: Line) -> list[str]:
+    return [job.run for job in line.jobs()]
+
+
+def test_order_and_removal(desk: Desk, line: Line) -> None:
+    for name in ("a", "b", "c"):
+        line.add(RunConfig().changed({"name": name}))
+    line.act("up", "c")
+    assert names(line) == ["a", "c", "b"]
+    line.act("down", "a")
+    assert names(line) == ["c", "a", "b"]
+    with pytest.raises(RunError):
+        line.act("up", "c")
+    with pytest.raises(RunError, match="no such action"):
+        line.act("burn", "c")
+    line.act("remove", "a")
+    assert names(line) == ["c", "b"]
+    # A run that never began goes with its place in the queue, into the trash.
+    assert not (desk.workspace / "runs" / "a").exists()
+    assert list((desk.workspace / ".trash").glob("*/content/config.toml"))
+    # Another window, or this one after a restart, reads the same.
+    assert names(Line(desk.workspace, Jobs(desk.workspace))) == ["c", "b"]
+
+
+def test_a_run_that_began_stays_when_it_is_taken_out(desk: Desk, line: Line) -> None:
+    run = make_run(desk, "a", started(), step(3))
+    line.queue.add(run)
+    line.act("remove", "a")
+    assert run.events_file.exists() and names(line) == []
+
+
+@pytest.mark.parametrize("name", ["../x", "", "a/b"])
+def test_names_that_are_no_folder_s_are_refused(line: Line, name: str) -> None:
+    with pytest.raises(RunError):
+        line.act("remove", name)
+
+
+def test_behind_a_live_run_the_queue_is_set_going(
+    desk: Desk, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going: list[Path] = []
+    monkeypatch.setattr("app.line.ensure_owner", going.append)
+    line.add(RunConfig().changed({"name": "alone"}))
+    assert going == []
+    come_alive(make_run(desk, "live", started(), step(1)))
+    line.add(RunConfig().changed({"name": "behind"}))
+    assert going == [desk.workspace]
+
+
+def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, line: Line) -> None:
+    for name in ("bad", "good"):
+        line.add(RunConfig().changed({"name": name}))
+    code = (
+        "import sys, pathlib; run = pathlib.Path(sys.argv[1]); from lora_core.spec import events;"
+        "from lora_core.spec.events import EventWriter; w = EventWriter(run / 'events.jsonl');"
+        "w.write(events.Started(steps=3, pid=1, device='cpu', threads=1, versions={}));"
+        "w.write(events.Failed(reason='No picture can be read.') if run.name == 'bad' else"
+        " events.Finished(step=3, export=''));"
+        "sys.exit(run.name == 'bad')"
+    )
+    owner.work_through(desk.workspace, lambda text: None, (sys.executable, "-c", code))
+    assert [(job.run, job.state) for job in reversed(line.ended())] == [("bad", "failed"), ("good", "done")]
+    assert Queue(desk.workspace).going() is False
+    moment = moment_of(desk)
+    assert moment.watch is not None
+    # The one that did something last is shown, although the other has been made later or earlier.
+    assert (moment.watch.run.name, moment.state) == ("good", "done")
+    from app.run_list import queue_card
+
+    assert "No picture can be read." in queue_card(moment)

@@ -1,0 +1,115 @@
+"""Forecasts before Start: from a run of the same cost, else another one, else the machine."""
+
+from pathlib import Path
+
+import pytest
+
+from app import pace
+from app.desk import Desk
+from app.facts import facts, memory_needed
+from app.form import preset_config
+from app.hardware import Card, amd_card, parsed_apps, parsed_card
+from app.moment import moment_of
+from lora_core.spec import events
+from lora_core.spec.base_facts import base_facts
+from lora_core.spec.config import RunConfig
+from lora_core.spec.progress import Progress
+from tests.app.bases import checkpoint
+from tests.app.runs import make_run, started, step
+
+
+def progress_of(*lines: events.Event) -> Progress:
+    progress = Progress()
+    progress.update([started(100), *lines])
+    return progress
+
+
+def test_what_comes_between_steps_counts_and_a_night_s_pause_does_not() -> None:
+    # Nine gaps of 1 s, one of 11 s for samples, and eight hours between two sessions.
+    times = [*range(10), 20, 20 + 8 * 3600, *(20 + 8 * 3600 + n for n in range(1, 5))]
+    progress = progress_of(*(step(n, float(t), 0.5) for n, t in enumerate(times, 1)))
+    gaps = 9 * 1 + 11 + 4 * 1
+    assert pace.wall_pace(progress) == pytest.approx(gaps / 14, rel=1e-6)
+    assert pace.seconds_left(progress) == pytest.approx((100 - 16) * gaps / 14, rel=1e-6)
+    assert pace.wall_pace(progress_of()) is None
+
+
+def test_a_run_of_the_same_cost_counts_first(desk: Desk) -> None:
+    same = {"train__steps": 7, "train__batch_size": 2}
+    make_run(desk, "same", started(), *(step(n, 100.0 + 2 * n) for n in range(1, 9)), **same)
+    make_run(desk, "other", started(), *(step(n, 100.0 + 9 * n) for n in range(1, 9)), train__batch_size=1)
+    moment = moment_of(desk)
+    config = RunConfig().changed({"train.batch_size": 2})
+    found = pace.forecast(moment, config)
+    assert found is not None
+    assert (found.source, found.seconds) == (pace.MEASURED, pytest.approx(2.0))
+    # Four pictures a step cost four times as much as one; the newest run is the one with one.
+    scaled = pace.forecast(moment, config.changed({"train.batch_size": 4}))
+    assert scaled is not None
+    assert scaled.source == pace.SCALED
+    assert scaled.seconds in (pytest.approx(36.0), pytest.approx(4.0))
+
+
+def test_with_no_run_at_all_it_is_a_guess_and_says_so(desk: Desk, pictures: list[Path]) -> None:
+    desk.hardware.known = True
+    found = pace.forecast(moment_of(desk), preset_config("style", "demo"))
+    assert found is not None
+    assert found.source == pace.GUESSED
+    # The embedded base takes 0.16 s a step on two idle cores of 2024; a guess is good within a factor of ten
+    # on whatever this runs on.
+    assert 0.01 < found.seconds < 10
+    assert "a guess" in facts(moment_of(desk))
+
+
+def test_the_work_of_real_families_is_about_what_is_published(tmp_path: Path) -> None:
+    # SD 1.5 at 512: 0.68 TFLOP a forward pass, SDXL at 1024: 6.0 (UNet alone, one picture).
+    for family, size, side, forward in (
+        ("sd15", 2_130_000_000, 512, 0.68e12),
+        ("sdxl", 6_900_000_000, 1024, 6.0e12),
+    ):
+        base = checkpoint(tmp_path / f"{family}.safetensors", family, size)
+        config = RunConfig().changed({"model.base": str(base), "train.resolution": side})
+        work = pace.work_a_step(config)
+        assert work is not None
+        assert 0.6 < work / (3 * forward) < 1.5
+
+
+def test_speeds_of_known_cards_are_within_a_factor_of_two() -> None:
+    # Half of the data sheets' dense half-precision figures: RTX 3060 51, RTX 4090 165, A100 312 TFLOP/s.
+    for watts, generation, sheet in ((170, 8.6, 51), (450, 8.9, 165), (400, 8.0, 312)):
+        speed = pace.card_speed(Card("", 0, 0, watts, generation))
+        assert speed is not None
+        assert 0.5 < speed / (0.25e12 * sheet) < 2
+    assert pace.card_speed(Card("AMD", 0, 0)) is None
+
+
+def test_memory_of_a_large_base_is_about_what_people_see(tmp_path: Path) -> None:
+    # SDXL in bf16 with checkpointing is known to fit into 12 GB and not into 8; without it, not into 16.
+    base = checkpoint(tmp_path / "xl.safetensors", "sdxl", 6_900_000_000)
+    config = RunConfig().changed(
+        {"model.base": str(base), "train.precision": "bf16", "train.resolution": 1024}
+    )
+    facts_of = base_facts(str(base))
+    with_it = memory_needed(config.changed({"train.checkpointing": True}), facts_of, True)
+    without = memory_needed(config, facts_of, True)
+    assert with_it is not None and without is not None
+    assert 8e9 < with_it < 13e9
+    assert without > 16e9
+
+
+def test_what_nvidia_s_tool_says_is_read() -> None:
+    found = parsed_card("NVIDIA GeForce RTX 3060, rev, 5222, 12288, 170.00, 8.6")
+    assert found == Card("NVIDIA GeForce RTX 3060, rev", 5222 * 2**20, 12288 * 2**20, 170.0, 8.6)
+    assert parsed_card("Card, 1, 2, [N/A], 9.0").watts == 0.0
+    assert parsed_apps("12, 100\n13, [N/A]\n\n") == {12: 100 * 2**20}
+    with pytest.raises(ValueError, match="unpack"):
+        parsed_card("no devices were found")
+
+
+def test_amd_s_files_are_read(tmp_path: Path) -> None:
+    device = tmp_path / "card0" / "device"
+    device.mkdir(parents=True)
+    (device / "mem_info_vram_total").write_text("8589934592\n")
+    (device / "mem_info_vram_used").write_text("1000\n")
+    assert amd_card(tmp_path) == Card("AMD graphics card", 1000, 8 * 2**30)
+    assert amd_card(tmp_path / "none") is None

@@ -1,0 +1,106 @@
+"""The routes that steer runs, over a real app without its page."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from app import run_routes
+from app.desk import Desk
+from app.form import FORM
+from app.plan import widget_values
+from app.routes import add_routes
+from app.run_routes import add_run_routes
+from tests.app.runs import come_alive, make_run, started, step
+from tests.app.test_like import KOHYA, lora
+
+
+@pytest.fixture
+def client(desk: Desk) -> Iterator[TestClient]:
+    app = FastAPI()
+    add_routes(app, desk)
+    add_run_routes(app, desk)
+    with TestClient(app) as made:
+        yield made
+
+
+def say(client: TestClient, path: str, **body: str) -> dict[str, object]:
+    answer = client.post(f"/easel/{path}", json=body)
+    assert answer.status_code == 200
+    return dict(answer.json())
+
+
+def test_requests_reach_the_run(desk: Desk, client: TestClient) -> None:
+    assert say(client, "run", do="pause", run="")["problem"] == "No run is going on."
+    run = make_run(desk, "a", started(), step(1))
+    come_alive(run)
+    for do in ("preview", "save", "pause", "stop"):
+        assert say(client, "run", do=do, run="") == {"done": True}
+    assert [request["do"] for request in run.requests()] == ["preview", "save", "pause", "stop"]
+    assert "going on" in str(say(client, "run", do="delete", run="a")["problem"])
+
+
+def test_a_deleted_run_lies_in_the_trash(desk: Desk, client: TestClient) -> None:
+    run = make_run(desk, "a", started(), step(1))
+    assert say(client, "run", do="delete", run="a") == {"done": True}
+    assert not run.path.exists()
+    assert list((desk.workspace / ".trash").glob("*/content/events.jsonl"))
+
+
+def test_what_the_preview_is_to_draw_is_kept(desk: Desk, client: TestClient) -> None:
+    make_run(desk, "a", started(), step(1))
+    assert say(client, "run", do="see", run="a") == {"done": True}
+    assert desk.project.draft()["preview_strip"] == "a"
+
+
+@pytest.mark.parametrize("name", ["../../etc", "..", "a/b", "a\0b"])
+def test_no_run_outside_the_workspace(client: TestClient, name: str) -> None:
+    for do in ("resume", "delete", "show", "see"):
+        assert "problem" in say(client, "run", do=do, run=name)
+    for do in ("up", "remove"):
+        assert "problem" in say(client, "queue", do=do, run=name)
+    assert client.get(f"/easel/debug/{name.replace(chr(0), '%00')}").status_code in (200, 404)
+
+
+def test_no_such_action(client: TestClient) -> None:
+    assert client.post("/easel/run", json={"do": "burn"}).status_code == 404
+    assert client.post("/easel/run", content=b"[1]").status_code == 404
+    assert "problem" in say(client, "queue", do="burn")
+
+
+def test_the_zip_of_a_run(desk: Desk, client: TestClient) -> None:
+    make_run(desk, "a", started(), step(1))
+    answer = client.get("/easel/debug/a")
+    assert answer.headers["content-type"] == "application/zip" and answer.content[:2] == b"PK"
+    assert client.get("/easel/debug/none").status_code == 404
+
+
+def test_only_the_header_of_a_dropped_file_is_needed(desk: Desk, client: TestClient, tmp_path: Path) -> None:
+    file = lora(tmp_path, KOHYA)
+    data = file.read_bytes()
+    head = data[: 8 + int.from_bytes(data[:8], "little")]
+    answer = client.post(f"/easel/like?size={len(data)}&name=<b>x", content=head)
+    assert answer.json() == {"taken": True}
+    assert dict(zip(FORM, widget_values(desk.project), strict=True))["adapter.rank"] == 32
+    assert "&lt;b&gt;x" in desk.like_said and "<b>" not in desk.like_said
+    assert not list((desk.workspace / "tmp").glob("like-*"))
+    for size in ("", "5", "-1", "99999999999999999999"):
+        assert "problem" in client.post(f"/easel/like?size={size}", content=head).json()
+    assert "cut short" in client.post(f"/easel/like?size={len(head)}", content=head).json()["problem"]
+
+
+def test_a_header_without_end_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_routes, "MAX_HEADER", 1000)
+    assert client.post("/easel/like?size=99999", content=b"x" * 2000).status_code == 404
+
+
+def test_quitting_says_what_goes_on(desk: Desk, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_routes, "QUIT_AFTER", 0.0)
+    left = threading.Event()
+    desk.on_quit = left.set
+    come_alive(make_run(desk, "a", started(), step(1)))
+    assert say(client, "quit") == {"run": "a", "queue": False}
+    assert left.wait(20)

@@ -1,0 +1,240 @@
+"""Each state of the Train tab as HTML: what it says, what can be pressed, and why not."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app import cards, header
+from app.desk import Desk
+from app.facts import blockers, facts, notes, unfit
+from app.hardware import Card
+from app.line import Line
+from app.moment import Moment, moment_of
+from app.run_list import earlier, queue_card
+from app.samples import samples, shown_rounds
+from lora_core.spec import events
+from lora_core.spec.crash import LESS_MEMORY
+from lora_core.spec.run_folder import RunFolder
+from tests.app.runs import HOSTILE, come_alive, make_run, started, step
+
+SEE = 'id="see-result"'
+
+
+def card(desk: Desk) -> str:
+    return cards.run_card(moment_of(desk))
+
+
+def disabled(html: str, name: str) -> str:
+    """The tip of a button that cannot be pressed; fails where it can."""
+    tag = html[html.rindex("<button", 0, html.index(f'id="{name}"')) :].split(">")[0]
+    assert tag.endswith(" disabled"), f"{name} can be pressed"
+    return tag.split('title="')[1].split('"')[0]
+
+
+def enabled(html: str, name: str) -> bool:
+    tag = html[html.rindex("<button", 0, html.index(f'id="{name}"')) :].split(">")[0]
+    return not tag.endswith(" disabled")
+
+
+def checkpoint(run: RunFolder, number: int) -> None:
+    """A checkpoint that looks whole to whoever reads headers."""
+    folder = run.checkpoint(number)
+    folder.mkdir(parents=True)
+    header_bytes = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    data = len(header_bytes).to_bytes(8, "little") + header_bytes + b"\0\0\0\0"
+    (folder / "adapter.safetensors").write_bytes(data)
+    (folder / "state.json").write_text(json.dumps({"sha256": {"adapter.safetensors": ""}}))
+
+
+def test_no_run_yet(desk: Desk) -> None:
+    html = card(desk)
+    assert 'data-state="none"' in html and "Press Start" in html
+    for name in ("sample-now", "save-now", "train-pause", "train-stop"):
+        assert disabled(html, name) == "No run is going on."
+    assert header.run_actions(moment_of(desk)) == ""
+
+
+def test_no_pictures_says_where_to_put_some(desk: Desk) -> None:
+    moment = moment_of(desk)
+    assert "drop some on the Dataset tab" in unfit(moment)[0]
+    assert 'id="start-why"' in facts(moment)
+
+
+def test_preparing_is_a_phase_with_a_number(desk: Desk) -> None:
+    come_alive(make_run(desk, "a", started(), events.Preparing(phase="Encoding pictures", done=3, total=12)))
+    html = card(desk)
+    assert "Preparing: Encoding pictures, 3 of 12" in html and "Steps begin after" in html
+    assert 'aria-valuenow="25"' in html and "track preparing" in html
+    assert "still preparing" in disabled(html, "sample-now")
+    assert enabled(html, "train-pause")
+    assert header.page_title(moment_of(desk)) == "Preparing · a"
+
+
+def test_running(desk: Desk) -> None:
+    come_alive(make_run(desk, "my-dog", started(), *(step(n, 10.0 + n) for n in range(1, 35))))
+    moment = moment_of(desk)
+    html = cards.run_card(moment)
+    assert all(enabled(html, name) for name in ("sample-now", "save-now", "train-pause", "train-stop"))
+    # 66 steps are left, and from one to the next a second went by, of which a step takes half.
+    assert "1:06" in html and "2.0 it/s" in html
+    assert "GB of memory." in html
+    assert header.page_title(moment) == "34% · my-dog"
+    assert enabled(header.run_actions(moment), "pause")
+
+
+def test_work_between_steps_is_named(desk: Desk) -> None:
+    come_alive(
+        make_run(
+            desk, "a", started(), step(5), events.Working(phase="Drawing samples", done=1, total=2, step=5)
+        )
+    )
+    assert "Drawing samples, 1 of 2." in card(desk)
+
+
+@pytest.mark.parametrize(("do", "state"), [("pause", "pausing"), ("stop", "stopping")])
+def test_what_was_asked_for_shows_at_once(desk: Desk, do: str, state: str) -> None:
+    run = make_run(desk, "a", started(), step(5))
+    come_alive(run)
+    run.request(do)
+    html = card(desk)
+    assert f'data-state="{state}"' in html and "present step" in html
+    assert f"is {state}" in disabled(html, "train-pause") and f"is {state}" in disabled(html, "train-stop")
+    assert disabled(header.run_actions(moment_of(desk)), "pause")
+
+
+def test_paused_goes_on(desk: Desk) -> None:
+    checkpoint(make_run(desk, "a", started(), step(40), events.Paused(step=40)), 40)
+    html = card(desk)
+    assert "Continue at step 40" in html and "same result" in html
+    assert "data-hint" not in html
+
+
+def test_a_full_disk_pauses_and_says_so(desk: Desk) -> None:
+    reason = (
+        f"The checkpoint of step 40 needs 3 MB, and the drive {HOSTILE} has 1 MB free; make room and resume."
+    )
+    make_run(desk, "a", started(), step(40), events.Paused(step=40, reason=reason))
+    html = card(desk)
+    assert 'data-hint="paused"' in html and 'role="alert"' in html and "make room" in html
+    assert "<img" not in html
+
+
+def test_done_leads_on(desk: Desk) -> None:
+    make_run(desk, "a", started(), step(100), events.Finished(step=100, export=""))
+    html = card(desk)
+    assert SEE in html and 'data-tab="Export"' in html
+    assert header.page_title(moment_of(desk)) == "Done · a"
+    assert 'id="resume"' not in header.run_actions(moment_of(desk))
+
+
+def test_stopped_can_be_seen_and_gone_on_with(desk: Desk) -> None:
+    make_run(desk, "a", started(), step(50), events.Stopped(step=50, export=""))
+    html = card(desk)
+    assert SEE in html and 'id="train-resume"' in html and "Ended early on request" in html
+
+
+def test_a_crash_says_why_and_from_where_it_goes_on(desk: Desk) -> None:
+    run = make_run(desk, "a", started(1000), step(812), step(830))
+    checkpoint(run, 812)
+    run.log_file.write_text(f"step 830\n{HOSTILE}\n")
+    html = card(desk)
+    assert 'data-state="interrupted"' in html and 'role="alert"' in html
+    assert "Continue at step 812" in html and "Nothing before step 812 is lost" in html
+    assert "&lt;img" in html and "<img" not in html
+    assert "Goes on at step 812." in header.run_actions(moment_of(desk))
+
+
+def test_out_of_memory_names_the_two_settings(desk: Desk) -> None:
+    make_run(
+        desk,
+        "a",
+        started(),
+        step(3),
+        events.Failed(step=3, reason=f"Memory ran out at step 3; {LESS_MEMORY}."),
+        train__batch_size=6,
+        train__resolution=768,
+    )
+    html = card(desk)
+    assert 'data-hint="memory"' in html
+    assert "<b>Batch size</b> (Memory and speed; it was 6)" in html
+    assert "<b>Resolution</b> (it was 768 px)" in html
+
+
+def test_another_failure_says_nothing_of_memory(desk: Desk) -> None:
+    make_run(desk, "a", started(), step(3), events.Failed(step=3, reason="The picture a.png is gone."))
+    assert "data-hint" not in card(desk)
+
+
+def test_warnings_are_shown_as_text(desk: Desk) -> None:
+    come_alive(make_run(desk, "a", started(), step(3), events.Warned(step=3, message=f"{HOSTILE} lr halved")))
+    html = card(desk)
+    assert "lr halved" in html and "<img" not in html
+
+
+def without_card(desk: Desk) -> Moment:
+    desk.hardware.known = True
+    return moment_of(desk)
+
+
+def test_without_a_card_it_says_that_it_takes_hours(desk: Desk, pictures: list[Path], tmp_path: Path) -> None:
+    from tests.app.bases import checkpoint as base_file
+
+    assert not any("graphics card" in text for text in notes(without_card(desk)))
+    base = base_file(tmp_path / "base.safetensors", "sd15")
+    desk.project.keep(values={"model.base": str(base)})
+    assert "No graphics card was found" in notes(without_card(desk))[0]
+    desk.hardware._card = Card("A card", 2**30, 8 * 2**30)
+    assert not any("graphics card" in text for text in notes(without_card(desk)))
+    assert "of 8 GB on the card" in facts(moment_of(desk))
+    assert "GPU 1.0 of 8 GB" in header.memory(desk.hardware.card())
+
+
+def test_a_run_in_the_way_leaves_the_queue(desk: Desk, pictures: list[Path]) -> None:
+    come_alive(make_run(desk, "a", started(), step(5)))
+    moment = moment_of(desk)
+    assert "add this one to the queue" in blockers(moment)[0]
+    assert unfit(moment) == []
+
+
+def test_samples_begin_with_the_base_then_the_newest(desk: Desk) -> None:
+    rounds = [
+        events.PreviewDone(step=n, files=[f"previews/{n}.png"], prompts=[f"a dog {HOSTILE}"])
+        for n in (0, 10, 20, 30)
+    ]
+    make_run(desk, "a", started(), *rounds)
+    html = samples(moment_of(desk))
+    steps = [part.split("<")[0] for part in html.split('<figcaption class="small num">')[1:]]
+    assert steps == ["step 0, the base", "step 30", "step 20", "step 10"]
+    assert "<img src=x" not in html and "data-large" in html
+    many = [events.PreviewDone(step=n, files=[], prompts=[]) for n in range(20)]
+    assert [r.step for r in shown_rounds(many)] == [0, 19, 15, 11, 8, 4]
+
+
+def test_earlier_runs_say_what_is_left_of_them(desk: Desk) -> None:
+    gain = events.Validated(
+        step=50, gain=0.0312, standard_error=0.001, base_loss=0.2, adapted_loss=0.17, best=True
+    )
+    make_run(desk, "old", started(), step(50), gain, step(100), events.Finished(step=100, export=""))
+    checkpoint(make_run(desk, "new", started(), step(12)), 10)
+    desk.jobs.show("new")
+    html = earlier(moment_of(desk))
+    assert "100 of 100 steps, best gain +0.0312 at 50" in html and "kB" in html
+    assert "Continue at 10" in html and html.count("data-confirm=") == 2
+    come_alive(RunFolder(desk.workspace / "runs" / "new"))
+    assert "A run is going on; pause or stop it first." in earlier(moment_of(desk))
+
+
+def test_the_queue_shows_its_order_and_why_not(desk: Desk) -> None:
+    assert queue_card(moment_of(desk)) == ""
+    line = Line(desk.workspace, desk.jobs)
+    for name in ("one", "two"):
+        line.queue.add(make_run(desk, name))
+    html = queue_card(moment_of(desk))
+    assert html.index('data-job="one"') < html.index('data-job="two"')
+    assert "It is the first already." in html and "It is the last already." in html
+    assert "Start the queue" in html and "not being worked through" in html
+    # Runs that only wait are no earlier runs.
+    assert earlier(moment_of(desk)) == ""
+    line.queue.file.write_text("broken")
+    assert "cannot be read" in queue_card(moment_of(desk))

@@ -1,0 +1,81 @@
+"""The Train tab's form: its search, its resets, and two pages that type into it."""
+
+from pathlib import Path
+
+from app.checks import in_words
+from app.desk import Desk
+from app.form import FORM, group_fields
+from app.moment import moment_of
+from app.plan import Plan, widget_values
+from app.project import Project
+from app.train_form import FOLDED, UNMATCHED, _changed, _group_note, found, keep_typed
+
+
+def hits(words: str) -> list[str]:
+    """The settings that a search leaves to be seen."""
+    _, *updates = found(words)
+    folds, fields = updates[: len(FOLDED)], updates[len(FOLDED) :]
+    names = [name for group in FOLDED for name in group_fields(group)]
+    shown = [n for n, update in zip(names, fields, strict=True) if UNMATCHED not in update["elem_classes"]]
+    unfolded = {group for group, fold in zip(FOLDED, folds, strict=True) if fold["open"]}
+    assert not words.strip() or unfolded == {g for g in FOLDED if set(group_fields(g)) & set(shown)}
+    return shown
+
+
+def test_a_search_finds_by_name_title_and_help() -> None:
+    assert hits("warm") == ["optim.warmup"]
+    assert "train.clip_skip" in hits("clip skip") and "optim.clip" not in hits("clip skip")
+    assert hits("hang et al") == ["loss.min_snr"]
+    assert "optim.text_encoder_lr" in hits("TEXT encoder")
+
+
+def test_a_search_for_nothing_folds_all_and_hides_none() -> None:
+    assert len(hits(" ")) == sum(len(group_fields(group)) for group in FOLDED)
+    assert not any(fold["open"] for fold in found("")[1 : 1 + len(FOLDED)])
+
+
+def test_a_search_without_a_match_says_so_as_text() -> None:
+    note = found("<img src=x>")[0]
+    assert "No setting is called" in note and "<img" not in note
+
+
+def changed(values: list[object], **changes: object) -> list[object]:
+    by_name = dict(zip(FORM, values, strict=True)) | {k.replace("__", "."): v for k, v in changes.items()}
+    return [by_name[name] for name in FORM]
+
+
+def test_two_pages_do_not_undo_each_other(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    first = second = widget_values(project)
+    now = changed(first, train__steps=900)
+    keep_typed(project, first, now)
+    keep_typed(project, second, changed(second, adapter__rank=4))
+    plan = Plan(project)
+    assert (plan.config.train.steps, plan.config.adapter.rank) == (900, 4)
+    # What the first page types next counts again, and it takes its own change back.
+    keep_typed(project, now, changed(now, train__steps=first[FORM.index("train.steps")]))
+    plan = Plan(project)
+    assert (plan.config.train.steps, plan.config.adapter.rank) == (first[FORM.index("train.steps")], 4)
+
+
+def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    keep_typed(project, None, changed(widget_values(project), train__steps=7))
+    assert Plan(project).config.train.steps == 7
+
+
+def test_a_group_offers_its_own_way_back(desk: Desk) -> None:
+    assert "Reset" not in _group_note("Learning", moment_of(desk))
+    desk.project.keep(values={"optim.warmup": 0.5, "adapter.rank": 3})
+    moment = moment_of(desk)
+    note = _group_note("Learning", moment)
+    assert "1 changed from preset" in note and 'data-press="reset-learning"' in note
+    assert 'data-press="reset-memory-and-speed"' not in _group_note("Memory and speed", moment)
+    assert "2 changed from preset" in _changed(moment) and "Warm-up" in _changed(moment)
+
+
+def test_problems_call_settings_as_the_form_does() -> None:
+    assert (
+        in_words("raise train.tokens, not optim.text_encoder_2_lr.")
+        == "raise Caption tokens, not Second text encoder rate."
+    )
