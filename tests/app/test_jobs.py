@@ -128,5 +128,6 @@ def test_earlier_runs_are_listed_with_what_can_be_done(desk: Desk) -> None:
     make_run(desk, "newer", started(), step(9), events.Finished(step=9, export=""))
     desk.jobs.show("newer")
     listed = earlier(moment_of(desk))
-    assert 'data-run="older"' in listed and "&quot;do&quot;: &quot;resume&quot;" in listed
+    assert 'data-run="older"' in listed
+    assert "&quot;do&quot;: &quot;resume&quot;" in listed
     assert "Paused" in listed

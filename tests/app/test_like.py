@@ -78,7 +78,9 @@ def test_kohya_s_header(tmp_path: Path) -> None:
     }
     assert like.base == "some base.safetensors"
     said = " ".join(like.left)
-    assert "adamw8bit" in said and "block_dims = 1,2" in said and "Multi-resolution noise (6)" in said
+    assert "adamw8bit" in said
+    assert "block_dims = 1,2" in said
+    assert "Multi-resolution noise (6)" in said
     # What those say is legal together.
     RunConfig().changed(like.values)
 
@@ -93,7 +95,8 @@ def test_newer_headers_keep_it_by_dataset(tmp_path: Path) -> None:
     ]
     texts = {"ss_network_dim": "4", "ss_network_alpha": "1", "ss_datasets": json.dumps(datasets)}
     values = like_file(lora(tmp_path, texts)).values
-    assert values["dataset.flip"] is True and values["dataset.keep_tags"] == 2
+    assert values["dataset.flip"] is True
+    assert values["dataset.keep_tags"] == 2
 
 
 def test_our_own_header_comes_back_whole(tmp_path: Path) -> None:
@@ -124,7 +127,8 @@ def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
         "lora_te_b.lora_down.weight": [8, 9],
     }
     values = like_file(lora(tmp_path, layers=wider)).values
-    assert values["adapter.targets"] == "locon" and "optim.text_encoder_lr" not in values
+    assert values["adapter.targets"] == "locon"
+    assert "optim.text_encoder_lr" not in values
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,8 @@ def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
 def test_nonsense_is_left_out_and_said(tmp_path: Path, metadata: dict[str, str]) -> None:
     like = like_file(lora(tmp_path, metadata))
     RunConfig().changed(like.values)
-    assert like.left and all(len(text) < 300 for text in like.left)
+    assert like.left
+    assert all(len(text) < 300 for text in like.left)
 
 
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
@@ -169,4 +174,6 @@ def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) ->
     assert (values["adapter.rank"], values["train.steps"], values["preview.cfg"]) == (32, 2000, 7.5)
     assert values["adapter.block_ranks"] == r"\.conv[12]$|samplers.*\.conv$ = 8"
     assert project.draft()["trigger"] == "zwx dog"
-    assert "20 settings taken" in said and "<img" not in said and "<b>" not in said
+    assert "20 settings taken" in said
+    assert "<img" not in said
+    assert "<b>" not in said

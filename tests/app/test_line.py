@@ -51,7 +51,8 @@ def test_a_run_that_began_stays_when_it_is_taken_out(desk: Desk, line: Line) -> 
     run = make_run(desk, "a", started(), step(3))
     line.queue.add(run)
     line.act("remove", "a")
-    assert run.events_file.exists() and names(line) == []
+    assert run.events_file.exists()
+    assert names(line) == []
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a/b"])

@@ -74,7 +74,8 @@ def test_no_such_action(client: TestClient) -> None:
 def test_the_zip_of_a_run(desk: Desk, client: TestClient) -> None:
     make_run(desk, "a", started(), step(1))
     answer = client.get("/easel/debug/a")
-    assert answer.headers["content-type"] == "application/zip" and answer.content[:2] == b"PK"
+    assert answer.headers["content-type"] == "application/zip"
+    assert answer.content[:2] == b"PK"
     assert client.get("/easel/debug/none").status_code == 404
 
 
@@ -85,7 +86,8 @@ def test_only_the_header_of_a_dropped_file_is_needed(desk: Desk, client: TestCli
     answer = client.post(f"/easel/like?size={len(data)}&name=<b>x", content=head)
     assert answer.json() == {"taken": True}
     assert dict(zip(FORM, widget_values(desk.project), strict=True))["adapter.rank"] == 32
-    assert "&lt;b&gt;x" in desk.like_said and "<b>" not in desk.like_said
+    assert "&lt;b&gt;x" in desk.like_said
+    assert "<b>" not in desk.like_said
     assert not list((desk.workspace / "tmp").glob("like-*"))
     for size in ("", "5", "-1", "99999999999999999999"):
         assert "problem" in client.post(f"/easel/like?size={size}", content=head).json()
