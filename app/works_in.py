@@ -59,7 +59,7 @@ def tool_rows(verified: dict[str, Any]) -> str:
 
 def _tool(row: dict[str, Any]) -> str:
     keys, matched = int(row.get("keys") or 0), int(row.get("matched") or 0)
-    dropped: list[Any] = row.get("dropped") or []
+    dropped: list[Any] = row.get("dropped_keys") or []
     error, note = row.get("max_delta_error"), str(row.get("note") or "")
     if not matched:
         return _row(row, note, chip("loads nothing", "bad"))

@@ -51,10 +51,10 @@ def verified(
 
     Returns:
         `ok`: whether each tool that the format is meant for takes every key at the right strength; `tools`:
-            for each `tool` whether it is `ok`, how many `keys` the file has, how many are `matched`, which
-            are `dropped`, the largest relative error of an update (`max_delta_error`; 1.0 where one is
-            missing, None where the kind of adapter leaves it open), and a `note` for people; `family`,
-            `format` and `kind` as in `inspect_file`.
+            for each `tool` whether it is `ok`, how many `keys` the file has, how many are `matched` and how
+            many `dropped`, which those are (`dropped_keys`), the largest relative error of an update
+            (`max_delta_error`; 1.0 where one is missing, None where the kind of adapter leaves it open), and
+            a `note` for people; `family`, `format` and `kind` as in `inspect_file`.
 
     Raises:
         AdapterFileError: one sentence on what is wrong with the file, or that it does not say its family.
@@ -235,7 +235,8 @@ def _row(tool: str, outcome: Outcome, format: str, family: Family) -> dict[str, 
         "ok": outcome.fine,
         "keys": outcome.keys,
         "matched": outcome.keys - len(outcome.dropped),
-        "dropped": outcome.dropped,
+        "dropped": len(outcome.dropped),
+        "dropped_keys": outcome.dropped,
         "max_delta_error": outcome.max_error,
         "note": note(outcome, tool in MEANT_FOR[format], format, family),
     }

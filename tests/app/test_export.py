@@ -22,7 +22,14 @@ HOSTILE = '"><img src=x onerror=alert(1)>'
 
 
 def row(tool: str = "ComfyUI", **changes: Any) -> dict[str, Any]:
-    fine = {"keys": 264, "matched": 264, "dropped": 0, "dropped_keys": [], "max_delta_error": 1e-4, "note": "reads every key"}
+    fine = {
+        "keys": 264,
+        "matched": 264,
+        "dropped": 0,
+        "dropped_keys": [],
+        "max_delta_error": 1e-4,
+        "note": "reads every key",
+    }
     return {"tool": tool, **fine, **changes}
 
 
@@ -30,8 +37,16 @@ def row(tool: str = "ComfyUI", **changes: Any) -> dict[str, Any]:
     ("changes", "verdict", "said"),
     [
         ({}, "reads it whole", "264 of 264 keys, same strength"),
-        ({"matched": 262, "dropped": 2, "dropped_keys": ["a.alpha", "b.alpha"], "note": "drops 2"}, "drops keys", "drops 2"),
-        ({"matched": 0, "dropped": 1, "dropped_keys": ["a"], "note": "refuses it"}, "loads nothing", "refuses it"),
+        (
+            {"matched": 262, "dropped": 2, "dropped_keys": ["a.alpha", "b.alpha"], "note": "drops 2"},
+            "drops keys",
+            "drops 2",
+        ),
+        (
+            {"matched": 0, "dropped": 1, "dropped_keys": ["a"], "note": "refuses it"},
+            "loads nothing",
+            "refuses it",
+        ),
         ({"max_delta_error": 1.0, "note": "2 times too strong"}, "wrong strength", "2 times too strong"),
         ({"max_delta_error": None, "note": "in different ways"}, "may differ", "in different ways"),
     ],
