@@ -9,8 +9,9 @@ from typing import Any
 from app.project import Project, read_json, relative_name
 from lora_core.dataset.bulk import Edit, difference, edited
 from lora_core.dataset.folder import ImageRecord, write_caption
+from lora_core.dataset.sidecars import write_soon
 from lora_core.spec.errors import DatasetError
-from lora_core.spec.paths import write_atomically
+from lora_core.spec.paths import sync_folder, write_atomically
 
 SHOWN_ROWS = 8
 MOST_KEPT = 20
@@ -52,7 +53,8 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     kept = {"what": words(edit), "before": before, "after": {name: after for name, _, after in changes}}
     _keep(project, [*_steps(project), kept])
     for _, record, after in changes:
-        write_caption(record.path, after)
+        write_caption(record.path, after, wait=False)
+    sync_folder(project.pictures)
     project.forget()
     return len(changes)
 
@@ -135,6 +137,6 @@ def _put(file: Path, old: str | None) -> None:
         if old is None:
             file.unlink(missing_ok=True)
         else:
-            write_atomically(file, old.encode("utf-8", "surrogateescape"))
+            write_soon(file, old.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise DatasetError(f"The caption {file.name} cannot be written ({error.strerror}).") from error

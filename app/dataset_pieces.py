@@ -1,7 +1,7 @@
 """The Dataset tab's fixed HTML; what moves in it is drawn by `assets/dataset.js` and
 `assets/dataset_tools.js`."""
 
-KINDS = "PNG, JPEG, WebP, HEIC, AVIF. Captions beside them come along. Nothing leaves this computer."
+KINDS = "PNG, JPEG, WebP, HEIC, AVIF, with captions beside them. All stays on this computer."
 
 DROP = f"""<div id="dataset-drop"><div class="grow"><h2>Drop pictures, a folder or a .zip anywhere</h2>
 <p class="small">{KINDS}</p></div>
@@ -44,11 +44,15 @@ DETAIL = """<aside class="panel detail" id="picture-detail" data-none="1" aria-l
  title="Ctrl+Z, also after it was saved">Undo</button><span class="chip" id="caption-state" data-state="saved"
  role="status"></span></span></div>
 <p class="small" id="caption-cut" hidden></p>
-<div class="row apart"><div class="row"><button type="button" class="own" data-step="-1"
-disabled>Previous</button> <button type="button" class="own" data-step="1" disabled>Next</button></div>
-<div class="row"><button type="button" class="own" id="hold-out" disabled
+<div class="twos"><button type="button" class="own" data-step="-1" disabled>Previous</button>
+<button type="button" class="own" data-step="1" disabled>Next</button>
+<button type="button" class="own" id="hold-out" disabled
  title="Pictures that are held out are not trained on; the run is measured on them">Hold out</button>
-<button type="button" class="own" id="leave-out" disabled>Leave out</button></div></div></aside>"""
+<button type="button" class="own" id="leave-out" disabled>Leave out</button></div></aside>"""
+
+TRIGGER = """<button type="button" class="own" id="trigger-to-all"
+ title="Writes the trigger word in front of each caption that lacks it; training puts it there in any case"
+ hidden>Add to all captions</button>"""
 
 TOOLS = """<div class="tools-row" id="dataset-tools" hidden>
 <details class="panel tight" id="bulk"><summary>Bulk edit of captions</summary>
@@ -64,9 +68,8 @@ TOOLS = """<div class="tools-row" id="dataset-tools" hidden>
 <label class="tick" data-for="replace"><input type="checkbox" id="bulk-regex"> Pattern</label>
 <label class="tick" data-for="replace"><input type="checkbox" id="bulk-case"> Any case</label></form>
 <div id="bulk-preview" role="status"></div>
-<div class="row apart"><div class="row"><button type="button" class="own primary" id="bulk-apply" disabled
+<div class="row"><button type="button" class="own primary" id="bulk-apply" disabled
  title="Nothing would change yet">Change captions</button>
-<button type="button" class="own" id="bulk-trigger">Add trigger word to all captions</button></div>
 <button type="button" class="own" id="bulk-undo" hidden>Undo</button></div>
 <div id="bulk-tags"></div></div></details>
 <details class="panel tight" id="check"><summary>Check the pictures</summary>

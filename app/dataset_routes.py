@@ -149,7 +149,7 @@ def _names(sent: dict[str, Any]) -> list[str]:
 
 def _edit(sent: dict[str, Any], trigger: str) -> Edit:
     do = str(sent.get("do", ""))
-    if do == "trigger" and not trigger:
+    put = str(sent.get("put", "")).strip() or trigger if do == "trigger" else str(sent.get("put", ""))
+    if do == "trigger" and not put:
         raise DatasetError("There is no trigger word yet; type one first.")
-    put = trigger if do == "trigger" else str(sent.get("put", ""))
     return Edit(do, str(sent.get("find", "")), put, bool(sent.get("regex")), bool(sent.get("any_case")))

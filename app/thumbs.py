@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lora_core.dataset.pictures import thumbnail
-from lora_core.spec.paths import write_atomically
+from lora_core.dataset.sidecars import write_soon
 
 KEPT_SIDE = 256
 _THREADS = 2
@@ -41,14 +41,23 @@ class Thumbs:
         key = hashlib.sha256(f"{file}\n{stamp.st_mtime_ns}\n{stamp.st_size}\n{side}".encode()).hexdigest()
         kept = self.folder / key[:2] / f"{key[2:34]}.webp"
         with contextlib.suppress(OSError):
-            return kept.read_bytes()
+            data = kept.read_bytes()
+            if _whole(data):
+                return data
         data = thumbnail(file, side)
-        # A full disk is no reason to show nothing.
+        # A full disk is no reason to show nothing. Nothing waits for the disk either: what a power cut spoils
+        # is
+        # seen by its length and made again.
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, data)
+            write_soon(kept, data)
         return data
 
     def close(self) -> None:
         """Make no more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _whole(data: bytes) -> bool:
+    """Whether a WebP is as long as its head says (RIFF: the length less 8, in bytes 4 to 8)."""
+    return data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 == len(data)

@@ -93,7 +93,7 @@
     one("#grid-keys").hidden = nothing;
     const any = shelf.pictures.length + shelf.left_out.length > 0;
     one("#dataset-filters").hidden = !any;
-    one("#dataset-tools").hidden = !shelf.pictures.length || shelf.fixed;
+    one("#dataset-tools").hidden = one("#trigger-to-all").hidden = !shelf.pictures.length || shelf.fixed;
     document.dispatchEvent(new CustomEvent("easel-shelf"));
   };
 

@@ -153,28 +153,35 @@
     if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} more.` }));
   };
 
-  const change = async (body) => {
+  const change = async (body, tell = bulkSay) => {
     await easel.waitingSaves();
-    const answer = await post("bulk", { ...scoped(body), apply: true }).catch((error) => ({ problem: error.message }));
-    if (answer.problem) return bulkSay(answer.problem, true);
+    const answer = await post("bulk", { ...body, apply: true }).catch((error) => ({ problem: error.message }));
+    if (answer.problem) return tell(answer.problem, true);
     await easel.load();
     await tags();
     looked += 1;
     allow(false, "Nothing would change yet");
-    bulkSay(answer.changed ? `${many(answer.changed, "caption")} changed.` : "No caption had to be changed.");
+    tell(answer.changed ? `${many(answer.changed, "caption")} changed.` : "No caption had to be changed.");
     press("refresh");
   };
 
-  const undo = async () => {
+  const undo = async (tell = bulkSay) => {
     await easel.waitingSaves();
     const answer = await post("bulk/undo", {}).catch((error) => ({ problem: error.message }));
-    if (answer.problem) return bulkSay(answer.problem, true);
+    if (answer.problem) return tell(answer.problem, true);
     await easel.load();
     await tags();
     const kept = answer.kept ? ` ${many(answer.kept, "caption")} changed since then and left as they are.` : "";
-    bulkSay(`${many(answer.undone, "caption")} as before.${kept}`);
+    tell(`${many(answer.undone, "caption")} as before.${kept}`);
     press("refresh");
   };
+
+  // Said at the top, where the trigger word is; with the way back beside it.
+  const addTrigger = () => change({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, (text, bad) => {
+    note(text, bad);
+    if (bad || !/^\d/.test(text)) return;
+    one("#import-note p").append(" ", make("button", { type: "button", className: "own quiet", id: "trigger-undo", textContent: "Undo" }));
+  });
 
   const MOST_TAGS = 60;
   const tags = async () => {
@@ -302,8 +309,9 @@
     const data = target.dataset;
     if (target.id === "dataset-import") fromPath();
     else if (target.id === "import-stop") { if (sending) sending.stopped = true; }
-    else if (target.id === "bulk-apply") change(edit());
-    else if (target.id === "bulk-trigger") change({ do: "trigger" });
+    else if (target.id === "bulk-apply") change(scoped(edit()));
+    else if (target.id === "trigger-to-all") addTrigger();
+    else if (target.id === "trigger-undo") undo(note);
     else if (target.id === "bulk-undo") undo();
     else if (data.tagDo === "delete") change({ do: "delete tag", find: data.tag });
     else if (data.tagDo === "rename") renameTag(target);
@@ -322,7 +330,7 @@
   let typing = null;
   const soon = () => { clearTimeout(typing); typing = setTimeout(preview, 150); };
   document.addEventListener("input", (event) => { if (event.target.closest?.("#bulk-form")) soon(); });
-  document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) change(edit()); } });
+  document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) change(scoped(edit())); } });
   document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); });
   document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.closest?.("#dataset-path")) fromPath(); });
   document.addEventListener("toggle", (event) => {

@@ -6,7 +6,7 @@ Train tab needs, and tells pages when something changed.
 
 import gradio as gr
 
-from app.dataset_pieces import DETAIL, DROP, GRID, TOOLBAR, TOOLS
+from app.dataset_pieces import DETAIL, DROP, GRID, TOOLBAR, TOOLS, TRIGGER
 from app.gallery import Findings, marks
 from app.parts import TYPING, Parts, edited, piece
 
@@ -22,9 +22,10 @@ def build(parts: Parts) -> None:
             with gr.Row(elem_classes="toolbar"):
                 piece(TOOLBAR, elem_classes="grow")
                 _trigger(parts)
+                piece(TRIGGER, elem_classes="beside")
             piece(GRID, elem_id="dataset-grid")
-            parts.live(piece(), lambda m: found.html(m.desk.project, m.plan))
-            piece(TOOLS)
+            parts.live(piece(elem_classes="after"), lambda m: found.html(m.desk.project, m.plan))
+            piece(TOOLS, elem_classes="after")
             parts.live(piece(), lambda m: marks(m.desk.project, m.plan))
         piece(DETAIL, elem_classes="side")
 

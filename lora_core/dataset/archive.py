@@ -279,7 +279,7 @@ def _import_table(table: _Incoming, under_way: _Import) -> None:
             )
             under_way.skip(table.source, "metadata", sentence)
         elif not any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
-            write_caption(picture, caption)
+            write_caption(picture, caption, wait=False)
             under_way.added.append(picture.with_suffix(".txt"))
 
 

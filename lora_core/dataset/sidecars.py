@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import threading
 import unicodedata
 from pathlib import Path
@@ -43,8 +44,13 @@ def read_text(path: Path, shown: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def write_caption(picture: Path, text: str) -> None:
+def write_caption(picture: Path, text: str, wait: bool = True) -> None:
     """Write the caption into the `.txt` beside a picture, whole or not at all.
+
+    Args:
+        picture: whose caption it is.
+        text: the caption.
+        wait: until the disk has it; many captions in a row, kept elsewhere too, need not wait each.
 
     Raises:
         DatasetError: the folder cannot be written.
@@ -52,12 +58,25 @@ def write_caption(picture: Path, text: str) -> None:
     target = picture.with_suffix(".txt")
     try:
         with _writing:
-            write_atomically(target, text.encode("utf-8", "replace"))
+            if wait:
+                write_atomically(target, text.encode("utf-8", "replace"))
+            else:
+                write_soon(target, text.encode("utf-8", "replace"))
     except OSError as error:
         raise DatasetError(
             f"The caption {target} cannot be written ({error.strerror}); check that the folder may be"
             " written."
         ) from error
+
+
+def write_soon(target: Path, data: bytes) -> None:
+    """Write a whole file or none, without waiting for the disk."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str]]:
