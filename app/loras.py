@@ -1,10 +1,23 @@
-"""Which LoRAs there are to look at: the exports and checkpoints of all runs."""
+"""Which LoRAs there are to look at: the exports and checkpoints of all runs, files that were added, and those
+in the folders of other tools."""
 
+import os
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from app.jobs import Watch
 from app.moment import Moment
+
+MOST_OF_A_TOOL, MOST_DEPTH = 300, 4
+LOOK_AGAIN = 20
+"""Seconds after which another tool's folder is read again."""
+ADDED = "loras"
+"""The folder of a project for LoRA files that were dropped on the page."""
+
+Group = tuple[str, list[tuple[str, str]]]
+"""A heading, and (title, path) of each file below it."""
 
 
 @dataclass(frozen=True)
@@ -18,22 +31,58 @@ class Found:
 
 def found_loras(moment: Moment) -> list[Found]:
     """Newest run first; in a run its export, then its checkpoints from the last back."""
-    found = []
-    for watch, _ in moment.runs:
-        run = watch.run
-        files = sorted(run.exports.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
-        named = watch.progress.export
-        main = run.path / named if named else None
-        files.sort(key=lambda file: file != main)
-        for file in files:
-            title = run.name if file.stem == run.name else f"{run.name}, {file.stem}"
-            found.append(Found(title, file, watch))
-        for step in reversed(run.checkpoint_steps()):
-            best = ", best" if step == watch.progress.best_step else ""
-            found.append(
-                Found(f"{run.name}, step {step:,}{best}", run.checkpoint(step) / "adapter.safetensors", watch)
-            )
+    return [found for watch, _ in moment.runs for found in run_loras(watch)]
+
+
+def run_loras(watch: Watch) -> list[Found]:
+    """A run's export, its other exported files, then its checkpoints from the last back."""
+    found, run = [], watch.run
+    files = sorted(run.exports.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
+    named = watch.progress.export
+    main = run.path / named if named else None
+    files.sort(key=lambda file: file != main)
+    for file in files:
+        title = run.name if file.stem == run.name else f"{run.name}, {file.stem}"
+        found.append(Found(title, file, watch))
+    for step in reversed(run.checkpoint_steps()):
+        best = ", best" if step == watch.progress.best_step else ""
+        file = run.checkpoint(step) / "adapter.safetensors"
+        found.append(Found(f"{run.name}, step {step:,}{best}", file, watch))
     return found
+
+
+def lora_groups(moment: Moment) -> list[Group]:
+    """All LoRAs to choose from, by where they are."""
+    groups: list[Group] = [("Runs", [(one.title, str(one.file)) for one in found_loras(moment)])]
+    period = int(time.monotonic() / LOOK_AGAIN)
+    added = moment.desk.project.path / ADDED
+    groups.append(("Added here", _in_folder(added, _changed(added), 0)))
+    for tool, folder in moment.desk.tools.lora_folders():
+        groups.append((tool, _in_folder(folder, 0, period)))
+    return [(heading, files) for heading, files in groups if files]
+
+
+def _changed(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=32)
+def _in_folder(folder: Path, changed: int, period: int) -> list[tuple[str, str]]:
+    """The files below a folder by their names; `changed` and `period` say when to read it again."""
+    found: list[tuple[str, str]] = []
+    for place, folders, files in os.walk(folder):
+        depth = len(Path(place).relative_to(folder).parts)
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if depth < MOST_DEPTH else []
+        for name in sorted(files):
+            if name.lower().endswith(".safetensors") and not name.startswith("."):
+                path = Path(place) / name
+                found.append((path.relative_to(folder).with_suffix("").as_posix(), str(path)))
+        if len(found) >= MOST_OF_A_TOOL:
+            break
+    return found[:MOST_OF_A_TOOL]
 
 
 def owner(moment: Moment, file: str) -> Watch | None:

@@ -23,6 +23,7 @@ from app.desk import Desk
 from app.guard import Guard, is_loopback
 from app.login import Login
 from app.page import mount
+from app.preview_routes import add_preview_routes
 from app.project_routes import add_project_routes
 from app.routes import add_routes
 from app.run_routes import add_run_routes
@@ -85,6 +86,7 @@ def build_app(desk: Desk, allowed: list[str], password: str = "") -> Any:
     add_run_routes(app, desk)
     add_dataset_routes(app, desk)
     add_project_routes(app, desk)
+    add_preview_routes(app, desk)
     inner: Any = mount(app, desk, desk.workspace / "tmp")
     if password:
         inner = Login(inner, password)

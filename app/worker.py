@@ -5,17 +5,24 @@ is started again for the next request, and the request in hand is answered with 
 for ever.
 """
 
+import base64
+import binascii
 import contextlib
 import json
 import os
 import queue
 import subprocess
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+CANCELLED = "Cancelled."
+LOOK_AROUND_EVERY = 5.0
+"""Seconds between two looks at whether somebody else needs the memory."""
 STARTING_TAKES = "Loading the drawing process, which takes some seconds the first time."
 
 
@@ -29,6 +36,9 @@ class Reply:
     total: int = 0
     message: str = ""
     pictures: list[dict[str, Any]] = field(default_factory=list)
+    look: bytes = b""
+    looks: int = 0
+    dropped: bool = False
     result: dict[str, Any] = field(default_factory=dict)
     finished: threading.Event = field(default_factory=threading.Event)
 
@@ -42,6 +52,12 @@ class Worker:
         self.environment = environment
         self.log_file = log_file
         self.ready = False
+        self.waiting: list[Reply] = []
+        """What was asked and is not begun, in order."""
+        self.is_needed_elsewhere: Callable[[float], bool] = lambda idle: False
+        """Told how many seconds nothing was asked, says whether the memory should be given back."""
+        self._holds_memory = False
+        self._idle_since = time.monotonic()
         self._queue: queue.Queue[Reply] = queue.Queue()
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
@@ -56,6 +72,7 @@ class Worker:
     def submit(self, request: dict[str, Any]) -> Reply:
         """Queue a request; its reply fills up as the worker answers."""
         reply = Reply({"id": uuid.uuid4().hex, **request})
+        self.waiting.append(reply)
         self._queue.put(reply)
         with self._lock:
             if self._thread is None and not self._closed:
@@ -71,8 +88,16 @@ class Worker:
         return reply
 
     def cancel(self, reply: Reply) -> None:
-        """Ask the worker to drop a request that it is at."""
-        self._write({"id": uuid.uuid4().hex, "do": "cancel", "target": reply.request["id"]})
+        """Drop a request: at once where it still waits, within a step of the sampler where it is drawn."""
+        reply.dropped = True
+        if reply.state == "working":
+            self._write({"id": uuid.uuid4().hex, "do": "cancel", "target": reply.request["id"]})
+
+    def ahead_of(self, reply: Reply) -> int:
+        """How many requests come before one that waits, the one in hand included; 0 where it is in hand."""
+        if reply.state != "waiting":
+            return 0
+        return next((n for n, one in enumerate(list(self.waiting), 1) if one is reply), 0)
 
     def release(self) -> None:
         """Have a running worker give its memory back; one that does not run holds none."""
@@ -93,13 +118,26 @@ class Worker:
 
     def _serve(self) -> None:
         while not self._closed:
-            reply = self._queue.get()
+            try:
+                # While nothing is held there is nothing to look around for.
+                reply = self._queue.get(timeout=LOOK_AROUND_EVERY if self._holds_memory else None)
+            except queue.Empty:
+                if self.is_needed_elsewhere(time.monotonic() - self._idle_since):
+                    self.release()
+                continue
+            self.waiting.remove(reply)
             reply.state = "working"
             reply.message = "" if self.ready else STARTING_TAKES
             try:
-                self._answer(reply)
+                if reply.dropped:
+                    self._end(reply, "error", CANCELLED)
+                else:
+                    self._answer(reply)
             except (OSError, ValueError) as error:
                 self._end(reply, "error", self._death(str(error)))
+            self._idle_since = time.monotonic()
+            do = reply.request["do"]
+            self._holds_memory = self.ready and (do == "generate" or (self._holds_memory and do != "release"))
 
     def _answer(self, reply: Reply) -> None:
         process = self._running_process()
@@ -111,6 +149,9 @@ class Worker:
             self._end(reply, "done", "")
             return
         self._write(reply.request)
+        if reply.dropped:
+            # It was cancelled while the process came up.
+            self.cancel(reply)
         for message in _messages(process.stdout):
             if message.get("id") == reply.request["id"] and self._take(reply, message):
                 return
@@ -122,6 +163,10 @@ class Worker:
         match message.get("event"):
             case "progress":
                 reply.done, reply.total = int(message.get("done", 0)), int(message.get("total", 0))
+            case "look":
+                with contextlib.suppress(binascii.Error, ValueError):
+                    reply.look = base64.b64decode(str(message.get("image", "")), validate=True)
+                    reply.looks += 1
             case "picture":
                 reply.pictures.append(message)
             case "done":
@@ -173,7 +218,8 @@ class Worker:
                 return
 
     def _death(self, reason: str) -> str:
-        return f"The drawing process is gone: {reason}. {last_line(self.log_file)}".strip()
+        said = last_line(self.log_file)
+        return f"The drawing process is gone: {reason}. It starts again when you draw. {said}".strip()
 
 
 def _messages(stream: IO[bytes] | None) -> Any:
@@ -218,3 +264,18 @@ def log_tail(path: Path, lines: int) -> list[str]:
             return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
     except OSError:
         return []
+
+
+class GivesWay:
+    """Says when a worker's memory should go to a run: once as a run begins, later after a minute's rest."""
+
+    def __init__(self, live_run: Callable[[], str], rest: float = 60.0) -> None:
+        """Ask `live_run` for the name of the run that is going on, "" where none is."""
+        self._live_run = live_run
+        self._rest = rest
+        self._known = ""
+
+    def __call__(self, idle: float) -> bool:
+        """Whether the memory should be given back after so many idle seconds."""
+        before, self._known = self._known, self._live_run()
+        return bool(self._known) and (self._known != before or idle >= self._rest)

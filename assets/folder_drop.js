@@ -42,6 +42,9 @@
   // An adapter file is no picture: it goes to the panel that says what it is, where that is in the page.
   const hand = (files) => {
     const check = document.querySelector("#check-drop input[type=file]");
+    // On the Preview tab a LoRA is to be used, and a picture's settings are wanted.
+    const preview = document.querySelector("#preview-drop input[type=file]");
+    if (files.length === 1 && preview?.closest("#preview-drop").offsetParent && /\.(safetensors|png)$/i.test(files[0].name)) return [preview, "Preview"];
     if (files.length !== 1 || !files[0].path.endsWith(".safetensors") || !check) return window.easel.takeFiles(files);
     const transfer = new DataTransfer();
     transfer.items.add(files[0].file);

@@ -1,4 +1,4 @@
-// The browser's half of the window: the run's buttons, the slider between base and LoRA; pictures are in dataset.js.
+// The browser's half of the window: the run's buttons and the theme; each tab has a script of its own.
 //
 // All of it works by delegation on the document, because the page's pieces of HTML are replaced as runs go on.
 (() => {
@@ -16,29 +16,14 @@
   // What the other scripts use; `settling` is called whenever pieces of the page may have been replaced.
   window.easel = { openTab, one, all, post, press, settling: [] };
 
-  // ---- base against LoRA ----------------------------------------------------------------------------------------
-  const split = (value) => document.documentElement.style.setProperty("--split", `${value}%`);
-  const markWorking = () => {
-    const state = one("#preview-state");
-    if (state) { state.dataset.state = "working"; state.className = "small num"; state.textContent = "Drawing"; }
-  };
-
-  // A tab's contents come into being when it is first opened.
-  const drawFirst = (tries = 40) => {
-    const ready = one("#generate") && one("#preview-state") && one("#prompt textarea")?.value;
-    if (!ready && tries) return setTimeout(() => drawFirst(tries - 1), 100);
-    if (!one("#preview-base")) press("generate");
-  };
-
   // ---- one listener a kind of event -----------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, a, [data-picture]");
     if (!target) return;
     const data = target.dataset;
-    if (target.id === "generate") markWorking();
-    else if (data.press) press(data.press);
+    if (data.press) press(data.press);
     else if (data.tab) openTab(data.tab);
-    else if (data.showPreview !== undefined) { openTab("Preview"); drawFirst(); }
+    else if (data.showPreview !== undefined) openTab("Preview");
     else if (data.runShow) post("run", { do: "show", run: data.runShow }).then(() => press("refresh"));
     else if (data.runResume) post("run", { do: "resume", run: data.runResume }).then(() => press("refresh"));
     else if (data.copy !== undefined) navigator.clipboard.writeText(data.copy).then(() => { target.textContent = "Copied"; });
@@ -48,22 +33,11 @@
     }
   });
 
-  document.addEventListener("input", (event) => {
-    if (event.target.classList.contains("split")) split(event.target.value);
-    else if (event.target.closest("#strength") && one("#preview-result")) markWorking();
-  });
-
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); press("generate"); return; }
-  });
-
   // ---- what must follow when Gradio replaces a piece ----------------------------------------------------------------
   const settle = () => {
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
     for (const follow of window.easel.settling) follow();
-    const slider = one("input.split"), place = parseFloat(document.documentElement.style.getPropertyValue("--split"));
-    if (slider && !Number.isNaN(place) && document.activeElement !== slider) slider.value = place;
     // A disabled button says why: the reason stands in the page, the pointer finds it too.
     const start = one("#start"), why = one("#start-why");
     if (start) start.title = start.disabled && why ? why.textContent : "";

@@ -1,56 +1,77 @@
-"""The Preview tab: a prompt, a strength, base and LoRA under one slider."""
+"""The Preview tab: a prompt, LoRAs with their strengths, base and LoRA under one slider, strip and grid."""
 
-import dataclasses
 import functools
-import random
+import json
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app.loras import found_loras, owner
+from app.bases import base_choices
+from app.grid_card import build_grid
 from app.moment import Moment, moment_of
 from app.parts import QUIET, TYPING, Parts, edited, piece
-from app.plan import Plan
-from app.stage import DEMO_PROMPT, stage, state_line, strip
-from app.studio import MOST_RECENT, Scene
+from app.picture_info import info_html, picture_info
+from app.preview_form import (
+    FIELDS,
+    added_lora,
+    base_for,
+    keep_info,
+    keep_rows,
+    keep_shot,
+    kept_fields,
+    lora_rows,
+    rows_data,
+    rows_sent,
+    shot_of,
+    strip_is_on,
+    strip_values,
+)
+from app.stage import stage, state_line, strip
+from app.words import safe
+from lora_core.dataset.names import safe_name
 from lora_core.spec.choices import SAMPLERS
+from lora_core.spec.errors import DatasetError, LoraError
+from lora_core.spec.infotext import Info
+from lora_core.spec.shots import LoraAt, axis, separated
+from lora_core.spec.tensor_file import read_header
 
 TITLE = "Preview"
-LARGEST_SEED = 2**32 - 1
+# A press takes along what the page's script knows of the LoRA rows, whose last change may be on its way.
+WITH_ROWS = "(...values) => [...values.slice(0, -1), window.easel.loraRows()]"
 
 
 def build(parts: Parts) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-preview"):
         with gr.Column(elem_classes="side card"):
-            fields, strength = _form(parts)
+            fields = _form(parts)
+            rows_box = gr.Textbox(visible="hidden", elem_id="lora-rows-now")
             draw = gr.Button("Generate", variant="primary", elem_id="generate", elem_classes="big")
             parts.live(piece(), state_line)
-            piece(
-                '<p class="small">Ctrl+Enter draws too. Same noise with and without the LoRA; the base stays'
-                " loaded, so a new strength needs no reload.</p>"
-            )
+            piece('<p class="small">Ctrl+Enter draws too. A new strength needs no reload.</p>')
+            _file_box(parts, fields)
         with gr.Column(elem_classes="main"):
             with gr.Column(elem_classes="card"):
                 piece("<h2>Base against LoRA</h2>")
                 parts.live(piece(elem_id="stage"), stage)
-            parts.live(piece(elem_id="strength-strip"), strip)
-    _wire(parts, fields, strength, draw)
+            with gr.Column(elem_classes="card"):
+                at, follow, again = _strip(parts)
+                parts.live(piece(elem_id="strength-strip"), strip)
+            build_grid(parts, fields, rows_box)
+    _wire(parts, fields, rows_box, draw)
+    _wire_strip(parts, (at, follow, again), fields, rows_box)
 
 
-def _form(parts: Parts) -> tuple[dict[str, Any], Any]:
+def _form(parts: Parts) -> dict[str, Any]:
     made: dict[str, Any] = {}
     made["prompt"] = gr.Textbox(label="Prompt", elem_id="prompt", lines=3, max_lines=8)
     made["negative"] = gr.Textbox(label="Negative prompt", elem_id="negative", lines=1, max_lines=4)
-    made["lora"] = gr.Dropdown(
-        label="LoRA",
-        elem_id="preview-lora",
-        allow_custom_value=True,
-        info="One of your runs, or the path of a .safetensors file.",
-        elem_classes="tip",
-    )
-    strength = gr.Slider(0, 1.5, value=1.0, step=0.05, label="LoRA strength", elem_id="strength")
+    # The rows are the page's script's own: a slider that is being moved must not be replaced by a poll.
+    piece('<div id="loras" role="group" aria-label="LoRAs"></div>')
+    parts.live(piece(), _rows_piece)
     with gr.Row(elem_classes="pair"):
         samplers = [(row.title, key) for key, row in SAMPLERS.items()]
         made["sampler"] = gr.Dropdown(samplers, label="Sampler", elem_id="sampler")
@@ -59,110 +80,190 @@ def _form(parts: Parts) -> tuple[dict[str, Any], Any]:
         made["cfg"] = gr.Number(label="Guidance", step=0.5, elem_id="cfg")
         with gr.Row(elem_classes="with-dice"):
             made["seed"] = gr.Number(label="Seed", precision=0, elem_id="seed")
-            dice = gr.Button("New", elem_id="dice", min_width=0, scale=0)
+            dice = gr.Button("Any", elem_id="dice", min_width=0, scale=0)
+            last = gr.Button("Last", elem_id="last-seed", min_width=0, scale=0)
+    with gr.Row(elem_classes="pair"):
+        made["width"] = gr.Number(label="Width", precision=0, elem_id="width", placeholder="the base's own")
+        made["height"] = gr.Number(
+            label="Height", precision=0, elem_id="height", placeholder="the base's own"
+        )
     for name, field in made.items():
-        if name != "lora":
-            parts.fill(field, functools.partial(_kept_value, parts, name))
-    parts.fill(strength, functools.partial(_kept_value, parts, "strength"))
-    parts.live(made["lora"], lambda m: _lora_choices(parts, m))
-    parts.action(dice.click(lambda: random.randrange(2**31), None, made["seed"], **QUIET))
-    return made, strength
-
-
-def _kept(parts: Parts) -> dict[str, Any]:
-    """The tab's part of the draft, over what suits the shown run."""
-    draft = parts.desk.project.draft().get("preview") or {}
-    watch = parts.desk.jobs.current()
-    preview = Plan(parts.desk.project).config.preview
-    usual = {
-        "sampler": preview.sampler,
-        "steps": preview.steps,
-        "cfg": preview.cfg,
-        "seed": 1234,
-        "strength": 1.0,
-    }
-    usual |= {"prompt": "", "negative": ""}
-    if parts.desk.project.uses_demo:
-        usual["prompt"] = DEMO_PROMPT
-    elif watch is not None and watch.progress.previews and watch.progress.previews[0].prompts:
-        usual["prompt"] = watch.progress.previews[0].prompts[0]
-    return {**usual, **{name: value for name, value in draft.items() if value not in (None, "")}}
+        parts.fill(field, functools.partial(_kept_value, parts, name))
+    parts.action(dice.click(lambda: -1, None, made["seed"], **QUIET))
+    parts.action(last.click(functools.partial(_last_seed, parts), None, made["seed"], **QUIET))
+    return made
 
 
 def _kept_value(parts: Parts, name: str) -> Any:
-    return _kept(parts)[name]
+    return kept_fields(moment_of(parts.desk))[name]
 
 
-def _lora_choices(parts: Parts, moment: Moment) -> Any:
-    """The runs' files; the newest is chosen until the person chooses."""
-    found = found_loras(moment)
-    kept = parts.desk.project.draft().get("preview_lora") or ""
-    choices = [(one.title, str(one.file)) for one in found]
-    files = [file for _, file in choices]
-    value = kept if kept in files or (kept and Path(kept).is_file()) else files[0] if files else None
-    return gr.update(
-        choices=[*choices, ("None, the base alone", "")], value=value if value is not None else ""
+def _last_seed(parts: Parts) -> Any:
+    shot = parts.desk.studio.view().shot
+    return shot.seed if shot is not None else gr.skip()
+
+
+def _rows_piece(moment: Moment) -> str:
+    """The rows as data for the page's script, and the base that they are drawn with."""
+    data = json.dumps(rows_data(moment))
+    base = base_for(moment, lora_rows(moment)[0])
+    titles = {value: words for words, value in base_choices(moment.desk)}
+    name = titles.get(base.name) or Path(base.name).name or "Embedded base (tiny)"
+    why = "" if base.facts is not None else f' <span class="problem">{safe(base.problem)}</span>'
+    sides = f"sides in steps of {base.multiple}, {base.resolution} by default"
+    return (
+        f'<p class="small" id="preview-base-note" data-loras="{safe(data)}"'
+        f' data-mark="{zlib.crc32(data.encode())}">Drawn with {safe(name)}, {sides}.{why}</p>'
     )
 
 
-def _wire(parts: Parts, fields: dict[str, Any], strength: Any, draw: Any) -> None:
+def _strip(parts: Parts) -> tuple[Any, Any, Any]:
+    with gr.Row(elem_classes="strip-tools"):
+        piece("<h2>Strength strip</h2>")
+        follow = gr.Checkbox(label="With each picture", elem_id="strip-follows", container=False, min_width=0)
+        at = gr.Textbox(label="Strengths of the strip", elem_id="strip-values", lines=1, max_lines=1)
+        again = gr.Button("Draw the strip", elem_id="draw-strip", min_width=0, scale=0)
+    project = parts.desk.project
+    parts.fill(at, lambda: ", ".join(f"{value:g}" for value in strip_values(project)))
+    parts.fill(follow, lambda: strip_is_on(project, base_for(*_now(parts))))
+    return at, follow, again
+
+
+def _now(parts: Parts) -> tuple[Moment, list[Any]]:
+    moment = moment_of(parts.desk)
+    return moment, lora_rows(moment)[0]
+
+
+def _wire(parts: Parts, fields: dict[str, Any], rows_box: Any, draw: Any) -> None:
     desk = parts.desk
-    names = list(fields)
+    every = list(fields.values())
 
     def typed(*values: Any) -> None:
-        given = dict(zip([*names, "strength"], values, strict=True))
-        desk.project.keep(preview={name: value for name, value in given.items() if name != "lora"})
-
-    def lora_chosen(file: str | None) -> None:
-        desk.project.keep(preview_lora=file or "")
+        desk.project.keep(preview=dict(zip(FIELDS, values, strict=True)))
 
     def generate(*values: Any) -> None:
-        typed(*values)
-        given = dict(zip([*names, "strength"], values, strict=True))
-        desk.studio.want(scene_of(moment_of(desk), given), float(given["strength"] or 0.0))
+        typed(*values[:-1])
+        moment = moment_of(desk)
+        loras = rows_sent(moment, values[-1])
+        try:
+            shot = shot_of(moment, dict(zip(FIELDS, values, strict=False)), loras)
+        except LoraError as error:
+            desk.studio.refuse(str(error))
+            return
+        on = strip_is_on(desk.project, base_for(moment, loras))
+        desk.studio.want(shot, strip_values(desk.project) if on else ())
 
-    def slid(value: float) -> None:
-        desk.studio.look_at(float(value))
-
-    def put_back(index: int) -> list[Any]:
-        recent = desk.studio.view().recent
-        if index >= len(recent):
+    def put_back(name: str) -> list[Any]:
+        try:
+            kept = desk.studio.history.named(name)
+        except LoraError as error:
+            desk.studio.refuse(str(error))
             return [gr.skip() for _ in every]
-        one = recent[index]
-        desk.studio.want(one.scene, one.strength)
-        values = {**dataclasses.asdict(one.scene), "strength": one.strength}
-        desk.project.keep(
-            preview_lora=one.scene.lora, preview={n: values[n] for n in [*names, "strength"] if n != "lora"}
+        keep_shot(desk.project, kept.shot)
+        if not kept.is_sheet:
+            desk.studio.want(kept.shot, ())
+        return _filled(parts)
+
+    gr.on([event for field in every for event in edited(field)], typed, every, None, **TYPING)
+    parts.action(draw.click(generate, [*every, rows_box], None, js=WITH_ROWS, **TYPING))
+    named = gr.Textbox(visible="hidden", elem_id="put-back-name")
+    back = gr.Button("Put its settings back", elem_id="put-back", visible="hidden")
+    parts.action(back.click(put_back, named, every, js="() => [window.easel.putBack]", **QUIET))
+    fill = gr.Button("Fill in again", elem_id="preview-fill", visible="hidden")
+    parts.action(fill.click(lambda: _filled(parts), None, every, **QUIET))
+
+
+def _filled(parts: Parts) -> list[Any]:
+    values = kept_fields(moment_of(parts.desk))
+    return [values[name] for name in FIELDS]
+
+
+def _wire_strip(parts: Parts, own: tuple[Any, Any, Any], fields: dict[str, Any], rows_box: Any) -> None:
+    desk = parts.desk
+    at, follow, again = own
+
+    def kept(values: str, on: bool) -> tuple[float, ...]:
+        found = tuple(float(v) for v in axis("strength", separated(values or "")).values)
+        desk.project.keep(preview_strip_at={"values": list(found), "on": bool(on)})
+        return found
+
+    def changed(values: str, on: bool) -> None:
+        try:
+            kept(values, on)
+        except LoraError:
+            # Said when the strip is drawn; half a number is no mistake yet.
+            return
+
+    def drawn(values: str, on: bool, *form: Any) -> None:
+        moment = moment_of(desk)
+        try:
+            strengths = kept(values, on)
+            desk.project.keep(preview=dict(zip(FIELDS, form, strict=False)))
+            shot = shot_of(moment, dict(zip(FIELDS, form, strict=False)), rows_sent(moment, form[-1]))
+            shot.at("strength", 0.0)
+        except LoraError as error:
+            desk.studio.refuse(str(error))
+            return
+        desk.studio.want(shot, strengths)
+
+    gr.on([at.input, at.blur, follow.input], changed, [at, follow], None, **TYPING)
+    inputs = [at, follow, *fields.values(), rows_box]
+    parts.action(again.click(drawn, inputs, None, js=WITH_ROWS, **QUIET))
+
+
+def _file_box(parts: Parts, fields: dict[str, Any]) -> None:
+    """A LoRA file or a picture with settings inside, chosen or dropped."""
+    desk = parts.desk
+    read = gr.State(None)
+    with gr.Row(elem_id="preview-drop"):
+        upload = gr.UploadButton(
+            "Open a LoRA or a picture",
+            file_types=[".safetensors", ".png"],
+            elem_id="preview-upload",
+            min_width=0,
+            scale=0,
         )
-        return [values[name] for name in [*names, "strength"]]
+        piece('<p class="small">or drop it here: a LoRA is added, a picture\'s settings are read.</p>')
+    report = piece(elem_id="preview-report")
 
-    every = [*fields.values(), strength]
-    for index in range(MOST_RECENT):
-        slot = gr.Button("Put its settings back", elem_id=f"recent-{index}", visible="hidden")
-        parts.action(slot.click(functools.partial(put_back, index), None, every, **QUIET))
-    inputs = [event for name in names if name != "lora" for event in edited(fields[name])]
-    gr.on([*inputs, strength.release], typed, every, None, **TYPING)
-    parts.action(fields["lora"].input(lora_chosen, fields["lora"], None, **QUIET))
-    parts.action(draw.click(generate, every, None, **TYPING))
-    parts.action(strength.input(slid, strength, None, **TYPING))
+    def uploaded(file: str | None) -> tuple[str, Any]:
+        if not file:
+            return "", None
+        path = Path(file)
+        try:
+            if path.suffix.lower() == ".safetensors":
+                return _added(parts, path), None
+            info = picture_info(path)
+            return info_html(path.name, info), info
+        except LoraError as error:
+            return f'<p class="problem" role="alert">{safe(error)}</p>', None
+        finally:
+            # Gradio's copy has done its work.
+            path.unlink(missing_ok=True)
+
+    def sent(info: Info | None) -> list[Any]:
+        if info is None:
+            return [gr.skip(), *(gr.skip() for _ in fields)]
+        missing = keep_info(moment_of(desk), info)
+        words = "Its settings are in the form."
+        if missing:
+            words += f" Not found here: {', '.join(missing)}; drop that LoRA file to add it."
+        return [f'<p class="small" role="status">{safe(words)}</p>', *_filled(parts)]
+
+    parts.action(upload.upload(uploaded, upload, [report, read], **{**QUIET, "show_progress": "minimal"}))
+    send = gr.Button("Send to form", elem_id="send-to-form", visible="hidden")
+    parts.action(send.click(sent, read, [report, *fields.values()], **QUIET))
 
 
-def scene_of(moment: Moment, given: dict[str, Any]) -> Scene:
-    """The scene that the form asks for; the base is the one that the LoRA was trained on."""
-    file = str(given["lora"] or "")
-    watch = owner(moment, file) if file else None
-    config = (watch.config() if watch else None) or moment.plan.config
-    return Scene(
-        base=config.model.base,
-        lora=file,
-        prompt=str(given["prompt"] or ""),
-        negative=str(given["negative"] or ""),
-        seed=int(given["seed"] or 0) % (LARGEST_SEED + 1),
-        steps=max(1, min(200, int(given["steps"] or 20))),
-        cfg=max(1.0, min(30.0, float(given["cfg"] or 1.0))),
-        sampler=str(given["sampler"] or "ddim"),
-        prediction=config.model.prediction,
-        vae=config.model.vae,
-        clip_skip=config.train.clip_skip,
-        tokens=config.train.tokens,
-    )
+def _added(parts: Parts, file: Path) -> str:
+    """Keep a copy of a LoRA file in the project and add a row for it."""
+    read_header(file)
+    project = parts.desk.project
+    target = added_lora(project, safe_name(file.name).name)
+    try:
+        shutil.move(file, target)
+    except OSError as error:
+        raise DatasetError(f"{file.name} cannot be kept: {error.strerror or error}.") from error
+    rows, kept = lora_rows(moment_of(parts.desk))
+    keep_rows(project, [*rows, LoraAt(str(target))], bool(kept.get("apart")))
+    return f'<p class="small" role="status">{safe(target.stem)} is added.</p>'

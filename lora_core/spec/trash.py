@@ -23,6 +23,8 @@ from lora_core.spec.run_folder import RunFolder, all_runs
 _LABEL = "label.json"
 _CONTENT = "content"
 KINDS = {"runs": "run", "projects": "project"}
+_DRAWN = "generated"
+"""The folder of a project with what was drawn in it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def trash_folder(workspace: Path) -> Path:
 
 
 def to_trash(path: Path, workspace: Path) -> Path:
-    """Move a run or a project of a workspace into its trash; returns where it is now.
+    """Move a run, a project or a drawn picture of a workspace into its trash; returns where it is now.
 
     A run is taken out of the queue too.
 
@@ -66,7 +68,7 @@ def to_trash(path: Path, workspace: Path) -> Path:
         queue = Queue(workspace)
         if any(job.run == path.name for job in queue.written()):
             queue.remove(path.name)
-    else:
+    elif kind == "project":
         _refuse_used_project(path, workspace)
     place = trash_folder(workspace) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
     label = {"name": path.name, "came_from": path.relative_to(workspace.absolute()).as_posix()}
@@ -143,6 +145,10 @@ def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
         RunError: it is something else.
     """
     full = Path(os.path.abspath(path))
+    projects = workspace.absolute() / "projects"
+    if full.is_relative_to(projects) and full.relative_to(projects).parts[1:2] == (_DRAWN,):
+        if full.suffix == ".png":
+            return full, "picture"
     kind = KINDS.get(full.parent.name, "")
     if not kind or full.parent.parent != workspace.absolute() or full.name.startswith("."):
         raise RunError(f"{path} is neither a run nor a project of {workspace}, so it is not deleted.")
