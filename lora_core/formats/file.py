@@ -20,6 +20,7 @@ from lora_core.formats.container import (
     write_pieces,
 )
 from lora_core.formats.layers import Tensors, check_finite
+from lora_core.formats.peft_folder import with_config_beside
 from lora_core.models.weight_files import SafetensorsFile
 from lora_core.spec.choices import FORMATS, chosen
 from lora_core.spec.errors import AdapterFileError
@@ -61,7 +62,8 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
             else f"of the kind {kind!r}, not a plain LoRA"
         )
         raise AdapterFileError(f"{path} cannot be used: it is {what}.{merge_offer(path, kind)}")
-    tensors, metadata = read_tensors(path)
+    tensors, texts = read_tensors(path)
+    metadata = with_config_beside(path, tensors, texts)
     translator = next((m for m in map(_translator, FORMATS) if m.matches(tensors)), None)
     if translator is None:
         raise AdapterFileError(f"{path} cannot be used: its tensors are named like no known format.")
@@ -116,8 +118,7 @@ def write_adapter(
 
     Raises:
         AdapterFileError: the weights are not finite or do not fit the precision, the file cannot be written,
-        or what
-            was read back differs from what was meant.
+            or what was read back differs from what was meant.
     """
     chosen(FORMATS, format, "format")
     if precision not in (*DTYPES, AS_IT_IS):

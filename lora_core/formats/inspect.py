@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from lora_core.formats import diffusers, kinds, kohya
 from lora_core.formats.container import file_hashes, read_tensors
 from lora_core.formats.layers import alpha_number, checked_layer, is_finite
+from lora_core.formats.peft_folder import with_config_beside
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.tensor_file import Header, read_header
 
@@ -116,5 +117,6 @@ def _alphas(path: Path, header: Header, ranks: list[int]) -> list[float]:
             stored = [alpha_number(file.get_tensor(name)) for name in names]
     except (SafetensorError, OSError, RuntimeError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
-    claimed = stored or kinds.alpha_claims(header.metadata, diffusers.HEADER_KEY)
+    texts = with_config_beside(path, header.tensors, header.metadata)
+    claimed = stored or kinds.alpha_claims(texts, diffusers.HEADER_KEY)
     return sorted({alpha for alpha in claimed if math.isfinite(alpha)}) or [float(rank) for rank in ranks]

@@ -21,6 +21,7 @@ from lora_core.formats.layers import Tensors, alpha_number, check_finite, checke
 from lora_core.formats.layout import Layout, family_layout
 from lora_core.formats.names import layer_of_stem
 from lora_core.formats.notes import Outcome, note
+from lora_core.formats.peft_folder import with_config_beside
 from lora_core.formats.reading import FileFacts, Refused, case_of, groups_of, taken_layers
 from lora_core.formats.rules import check_components, check_keys, drop_misspelled, drop_partial_attention
 from lora_core.formats.scales import Used, used_layers
@@ -87,7 +88,8 @@ def tool_outcomes(
     tensors = {name: tensors[name] for name in order}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        meant = _meant(tensors, metadata, file_format(shapes), kinds.kind_of(shapes), family)
+        texts = with_config_beside(path, tensors, metadata)
+        meant = _meant(tensors, texts, file_format(shapes), kinds.kind_of(shapes), family)
         check_finite(meant)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
