@@ -166,14 +166,17 @@ def _apply(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int) ->
     """Take the step if all is finite; returns the loss and what was not."""
     scaler, optimizer = trainee.scaler, trainee.optimizer
     scaler.unscale_(optimizer)
+    tensors = [tensor for tensor in trainee.injected.parameters() if tensor.grad is not None]
     with torch.no_grad():
-        norm = _clipped_norm(trainee.injected, clip)
+        norm = nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
         mean = torch.stack([part.loss for part in parts]).mean()
         loss, size = torch.stack([mean, norm.to(mean)]).tolist()
     # A scaler finds its scale by overflowing now and then, and passes over such a step by itself.
     searching = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(size)
     if math.isfinite(loss + size) or (searching and scaler.get_scale() > 1.0):
         trainee.applying = True
+        if clip:
+            nn.utils.clip_grads_with_norm_(tensors, clip, norm)
         scaler.step(optimizer)
         scaler.update()
         if trainee.average is not None:
@@ -183,13 +186,6 @@ def _apply(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int) ->
     if scaler.is_enabled():
         scaler.update()
     return loss, _trouble(trainee.injected, parts, loss)
-
-
-def _clipped_norm(injected: Injected, clip: float) -> torch.Tensor:
-    """The norm of the whole gradient before it is clipped to `clip`, where that is not 0."""
-    if clip:
-        return nn.utils.clip_grad_norm_(injected.parameters(), clip)
-    return nn.utils.get_total_norm([p.grad for p in injected.parameters() if p.grad is not None])
 
 
 def _trouble(injected: Injected, parts: list[MicroBatch], loss: float) -> str:
