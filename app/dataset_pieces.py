@@ -7,12 +7,12 @@ DROP = f"""<div id="dataset-drop"><div class="grow"><h2>Drop pictures, a folder 
 <p class="small">{KINDS}</p></div>
 <label class="own button">Choose pictures<input type="file" multiple class="away" id="dataset-upload"></label>
 <button type="button" class="own" data-press="folder-input">Choose a folder</button>
-<details class="drop-path"><summary>From a path</summary><div class="row">
+<div class="row drop-path">
 <label id="dataset-path" class="field grow"><span class="away">Folder path</span><input type="text"
- placeholder="a folder or .zip on this computer" spellcheck="false" autocomplete="off"></label>
+ placeholder="or the path of a folder or .zip" spellcheck="false" autocomplete="off"></label>
 <label class="tick" title="Linked pictures take no room; captions are copied, and the originals stay as they
 are"><input type="checkbox" id="dataset-link"> Link, do not copy</label>
-<button type="button" class="own" id="dataset-import">Import</button></div></details></div>
+<button type="button" class="own" id="dataset-import">Import</button></div></div>
 <input type="file" id="folder-input" webkitdirectory hidden aria-hidden="true" tabindex="-1">
 <div id="import-note" role="status"></div>"""
 

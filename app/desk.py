@@ -15,7 +15,7 @@ from app.importing import Importer
 from app.jobs import Jobs, environment
 from app.line import Line
 from app.places import Places
-from app.projects import Projects
+from app.projects import Projects, adopt
 from app.studio import Studio
 from app.thumbs import Thumbs
 from app.tools import OtherTools
@@ -35,6 +35,7 @@ class Desk:
         self.checker = Checker(self.project)
         self.thumbs = Thumbs(workspace / "cache" / "thumbs")
         self.jobs = Jobs(workspace)
+        self.jobs.created = lambda run: adopt(run, self.project.path)
         self.hardware = Hardware()
         self.line = Line(workspace, self.jobs)
         self.checks = Checks(workspace, self.hardware)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,6 +125,8 @@ class Jobs:
         self._watches: dict[Path, Watch] = {}
         self._lock = threading.RLock()
         self._chosen: Path | None = None
+        # Told of each run that is made here; the desk notes which project it belongs to.
+        self.created: Callable[[RunFolder], None] = lambda run: None
 
     def watch(self, run: RunFolder) -> Watch:
         """The one watch of a run."""
@@ -169,6 +172,7 @@ class Jobs:
         with self._lock:
             # The name may have been that of a run that failed at once, whose events are gone now.
             self._watches.pop(run.path, None)
+        self.created(run)
         return run
 
     def start(self, config: RunConfig) -> RunFolder:

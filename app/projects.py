@@ -82,7 +82,7 @@ class Projects:
             re.sub(r"\s+", "-", safe_name(title.replace("/", "-").replace("\\", "-")).name).lower().strip(".")
         )
         with self._lock:
-            key = free_stem(stem[:60] or "project", {folded(path.name) for path in self.folder.iterdir()})
+            key = free_stem(stem, {folded(path.name) for path in self.folder.iterdir()})
             try:
                 (self.folder / key / "pictures").mkdir(parents=True)
                 self._label(self.folder / key, title)

@@ -5,34 +5,28 @@ from pathlib import Path
 import pytest
 
 from app import charts, gallery, words
-from app.bases import Base, chosen_base
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem
 from lora_core.spec import events
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
 
 
-def base() -> Base:
-    return chosen_base("demo")
-
-
-def test_file_names_and_captions_are_text(tmp_path: Path) -> None:
-    record = ImageRecord(tmp_path / f"{HOSTILE.replace('/', '')}.png", 200, 100, HOSTILE)
-    shown = gallery.grid(Dataset([record], []), tmp_path, base(), 0)
-    assert "<img src=x" not in shown
-    assert shown.count("<img ") == 1
+def test_what_is_wrong_is_said_as_text(tmp_path: Path) -> None:
+    record = ImageRecord(tmp_path / "a.png", 200, 100, HOSTILE)
     problem = Problem(tmp_path / "a.png", "broken", f"{HOSTILE} is damaged.")
-    assert "<img src=x" not in gallery.findings(Dataset([record], [problem]), [], False)
+    shown = gallery.findings(Dataset([record], [problem]), [problem], False, [HOSTILE])
+    assert "<img src=x" not in shown
+    assert shown.count("&lt;img src=x") == 3
 
 
 def test_the_crop_is_drawn_in_shares_of_the_picture(tmp_path: Path) -> None:
-    shown = gallery.grid(Dataset([ImageRecord(tmp_path / "a.png", 300, 200, "")], []), tmp_path, base(), 0)
-    left, top, right, bottom = (
-        float(side.rstrip("%")) for side in shown.split('data-crop="')[1].split('"')[0].split()
-    )
+    cell = gallery.cell(ImageRecord(tmp_path / "a.png", 300, 200, ""), tmp_path, 128, 8)
+    left, top, right, bottom = cell["crop"]
     assert left == pytest.approx(right, abs=0.02)
     assert top == pytest.approx(bottom, abs=0.02)
     assert min(left, top) == 0
+    wide, high = (300 * (1 - (left + right) / 100)), (200 * (1 - (top + bottom) / 100))
+    assert wide / high == pytest.approx(cell["bucket"][0] / cell["bucket"][1], rel=0.01)
 
 
 def losses(count: int) -> list[events.StepDone]:

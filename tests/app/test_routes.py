@@ -77,13 +77,6 @@ def test_a_caption_of_no_picture_is_a_sentence(client: TestClient, pictures: lis
     assert "no picture named" in answer.json()["problem"]
 
 
-def test_what_is_left_out_can_be_taken_back(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
-    client.post("/easel/leave-out", json={"picture": "picture-0.png"})
-    assert len(desk.project.dataset().records) == 2
-    assert (desk.project.path / "left out" / "picture-0.png").is_file()
-    assert (desk.project.path / "left out" / "picture-0.txt").is_file()
-
-
 @pytest.mark.parametrize("body", [b"", b"[1]", b"{", b"\xff", b'{"picture": 3}'])
 def test_broken_requests_do_no_harm(client: TestClient, pictures: list[Path], body: bytes) -> None:
     assert client.post("/easel/caption", content=body).status_code in (200, 404)

@@ -1,0 +1,249 @@
+"""The Dataset tab's routes: pictures as data, imports, leaving out, holding out, bulk edits, the check."""
+
+import io
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from fastapi import FastAPI
+from PIL import Image, ImageDraw
+from starlette.testclient import TestClient
+
+from app import importing
+from app.dataset_routes import add_dataset_routes
+from app.desk import Desk
+from app.routes import add_routes
+
+HOSTILE = "<img src=x onerror=\"alert('1')\"> {{7*7}} \u202eabc 😀"
+
+
+@pytest.fixture
+def client(desk: Desk) -> TestClient:
+    app = FastAPI()
+    add_routes(app, desk)
+    add_dataset_routes(app, desk)
+    return TestClient(app)
+
+
+def png(seed: int = 0, size: tuple[int, int] = (160, 120)) -> bytes:
+    image = Image.new("RGB", size, (200, 30 * seed % 255, 90))
+    ImageDraw.Draw(image).ellipse((10 + seed, 10, 60, 60 + 9 * seed), fill=(9, 80 * seed % 255, 200))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def imported(client: TestClient, files: dict[str, bytes]) -> dict[str, Any]:
+    """Send files as a page does, and wait until they are taken over."""
+    batch = client.post("/easel/upload").json()["batch"]
+    for index, (name, data) in enumerate(files.items()):
+        answer = client.put(f"/easel/upload/{batch}/{index}?name={quote(name)}", content=data)
+        assert answer.json() == {"received": True}, answer.text
+    client.post(f"/easel/upload/{batch}", json={})
+    return settled(client, "import")
+
+
+def settled(client: TestClient, what: str) -> dict[str, Any]:
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        state = client.get(f"/easel/{what}").json()
+        if state["state"] not in ("working", "idle"):
+            return state
+        time.sleep(0.02)
+    raise AssertionError(f"the {what} does not end")
+
+
+def shelf(client: TestClient) -> list[dict[str, Any]]:
+    return client.get("/easel/dataset").json()["pictures"]
+
+
+def test_folders_stay_folders_and_files_stay_bytes(client: TestClient, desk: Desk) -> None:
+    picture, caption = png(1), f"{HOSTILE}\r\nsecond".encode()
+    state = imported(client, {"3_my dog/a é.png": picture, "3_my dog/a é.txt": caption, "b.png": png(2)})
+    assert (state["state"], state["note"]) == ("done", "3 files added.")
+    pictures = desk.project.pictures
+    assert (pictures / "3_my dog" / "a é.png").read_bytes() == picture
+    assert (pictures / "3_my dog" / "a é.txt").read_bytes() == caption
+    first, second = shelf(client)
+    assert (first["name"], first["repeats"], second["name"]) == ("3_my dog/a é.png", 3, "b.png")
+    assert first["caption"] == f"{HOSTILE}\nsecond"
+    thumb = client.get(f"/easel/thumb/dataset/{first['url']}")
+    assert (thumb.status_code, thumb.headers["content-type"]) == (200, "image/webp")
+    assert list((desk.workspace / "tmp" / "incoming").iterdir()) == []
+
+
+def test_a_zip_and_what_is_wrong_in_it(client: TestClient, desk: Desk) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("in/a.png", png(1))
+        archive.writestr("in/a.txt", "a thing")
+        archive.writestr("in/broken.png", "no picture")
+    state = imported(client, {"all.zip": buffer.getvalue(), 'we"ird\n<b>.png': png(3)})
+    assert state["note"] == "3 files added. 1 skipped, see below."
+    assert "broken.png is not a picture" in desk.project.notes[0].sentence
+    assert sorted(one["name"] for one in shelf(client)) == ["in/a.png", "we_ird__b_.png"]
+
+
+def test_phone_pictures(client: TestClient) -> None:
+    files = {}
+    for kind in ("HEIF", "AVIF"):
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(png(2))).save(buffer, kind)
+        files[f"phone.{'heic' if kind == 'HEIF' else 'avif'}"] = buffer.getvalue()
+    imported(client, files)
+    assert [one["size"] for one in shelf(client)] == [[160, 120]] * 2
+    for one in shelf(client):
+        assert client.get(f"/easel/picture/dataset/{one['url']}").headers["content-type"] == "image/webp"
+
+
+def test_links_share_the_original_and_leave_it_alone(client: TestClient, desk: Desk, tmp_path: Path) -> None:
+    folder = tmp_path / "originals"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(1))
+    (folder / "a.txt").write_text("a thing")
+    client.post("/easel/import", json={"path": str(folder), "link": True})
+    assert settled(client, "import")["state"] == "done"
+    taken = desk.project.pictures / "a.png"
+    assert taken.samefile(folder / "a.png")
+    client.post("/easel/caption", json={"picture": "a.png", "text": "changed"})
+    client.post("/easel/leave-out", json={"pictures": ["a.png"]})
+    assert (folder / "a.txt").read_text() == "a thing"
+    assert (folder / "a.png").read_bytes() == png(1)
+
+
+def test_a_link_to_another_disk_is_shown_but_no_other_link(
+    client: TestClient, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "originals"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(1))
+    (tmp_path / "secret.png").write_bytes(png(2))
+
+    def other_disk(*paths: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", other_disk)
+    client.post("/easel/import", json={"path": str(folder), "link": True})
+    settled(client, "import")
+    assert (desk.project.pictures / "a.png").is_symlink()
+    (desk.project.pictures / "b.png").symlink_to(tmp_path / "secret.png")
+    assert client.get("/easel/thumb/dataset/a.png").status_code == 200
+    assert client.get("/easel/thumb/dataset/b.png").status_code == 404
+    assert client.get("/easel/thumb/dataset/../../../originals/a.png").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("", "Type the path"), ("/nowhere/at all", "no folder at"), ("a\0b", "no folder at")]
+)
+def test_a_path_that_is_none_is_a_sentence(client: TestClient, path: str, said: str) -> None:
+    assert said in client.post("/easel/import", json={"path": path}).json()["problem"]
+
+
+def test_too_large_a_file_is_refused_as_it_comes(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importing, "LARGEST_FILE", 1000)
+    batch = client.post("/easel/upload").json()["batch"]
+    answer = client.put(f"/easel/upload/{batch}/0?name=a.png", content=b"x" * 2000)
+    assert "a.png is larger" in answer.json()["problem"]
+    client.post(f"/easel/upload/{batch}", json={"give_up": True})
+    again = client.post(f"/easel/upload/{batch}", json={})
+    assert "over" in again.json()["problem"]
+
+
+@pytest.mark.parametrize("index", [-1, importing.MOST_FILES])
+def test_no_more_files_than_allowed(client: TestClient, index: int) -> None:
+    batch = client.post("/easel/upload").json()["batch"]
+    assert "problem" in client.put(f"/easel/upload/{batch}/{index}?name=a.png", content=b"x").json()
+    assert "over" in client.put("/easel/upload/other/0?name=a.png", content=b"x").json()["problem"]
+
+
+def test_left_out_and_taken_back_whole(client: TestClient, desk: Desk) -> None:
+    files = {"in/a.png": png(1), "in/a.txt": b"first", "other/a.png": png(2), "other/a.txt": b"second"}
+    imported(client, files)
+    client.post("/easel/leave-out", json={"pictures": ["in/a.png", "other/a.png"]})
+    said = client.get("/easel/dataset").json()
+    assert said["pictures"] == []
+    assert [one["name"] for one in said["left_out"]] == ["in/a.png", "other/a.png"]
+    assert client.get(f"/easel/thumb/left-out/{said['left_out'][0]['url']}").status_code == 200
+    client.post("/easel/take-back", json={"pictures": ["other/a.png"]})
+    assert [(one["name"], one["caption"]) for one in shelf(client)] == [("other/a.png", "second")]
+    assert (desk.project.pictures / "other" / "a.png").read_bytes() == png(2)
+
+
+def test_what_is_no_picture_can_be_left_out(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+    (desk.project.pictures / "broken.png").write_text("no picture")
+    client.post("/easel/leave-out", json={"pictures": ["broken.png"]})
+    assert desk.project.dataset().problems == []
+    answer = client.post("/easel/leave-out", json={"pictures": ["../../draft.json"]})
+    assert "no picture named" in answer.json()["problem"]
+
+
+def test_held_out_by_hand(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+    client.post("/easel/hold-out", json={"pictures": ["picture-1.png"], "on": True})
+    assert [one["held"] for one in shelf(client)] == [False, True, False]
+    assert (desk.project.pictures / "held_out.txt").read_text() == "picture-1.png\n"
+    client.post("/easel/hold-out", json={"pictures": ["picture-1.png"], "on": False})
+    assert not (desk.project.pictures / "held_out.txt").exists()
+
+
+def test_a_caption_leaves_other_pages_one_step_behind(client: TestClient, pictures: list[Path]) -> None:
+    before = client.get("/easel/dataset").json()
+    answer = client.post("/easel/caption", json={"picture": "picture-2.png", "text": "new"}).json()
+    assert answer["before"] == before["revision"]
+    after = client.get("/easel/dataset").json()
+    assert after["revision"] == answer["revision"] > before["revision"]
+    assert client.get("/easel/dataset").json()["mark"] == after["mark"]
+
+
+def test_bulk_edit_and_back(client: TestClient, pictures: list[Path]) -> None:
+    edit = {"do": "replace", "find": "plain", "put": HOSTILE}
+    assert client.post("/easel/bulk", json=edit).json()["changed"] == 2
+    assert client.post("/easel/bulk", json={**edit, "apply": True}).json()["changed"] == 2
+    assert shelf(client)[0]["caption"] == f"a {HOSTILE} field, number 0"
+    assert client.post("/easel/bulk/undo").json()["undone"] == 2
+    assert shelf(client)[0]["caption"] == "a plain field, number 0"
+    bad = client.post("/easel/bulk", json={"do": "replace", "find": "(", "regex": True})
+    assert "pattern" in bad.json()["problem"]
+
+
+def test_the_trigger_word_reaches_every_caption(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+    answer = client.post("/easel/bulk", json={"do": "trigger", "apply": True}).json()
+    assert "no trigger word yet" in answer["problem"]
+    desk.project.keep(trigger="sks")
+    client.post("/easel/bulk", json={"do": "trigger", "apply": True})
+    assert [one["caption"] for one in shelf(client)] == [
+        "sks, a plain field, number 0",
+        "sks, a plain field, number 1",
+        "sks",
+    ]
+    assert dict(client.get("/easel/tags").json()["tags"])["sks"] == 3
+
+
+def test_the_check_finds_twins_and_names_both(client: TestClient, desk: Desk) -> None:
+    files = {f"{n}.png": png(n) for n in range(3)} | {"copy.png": png(1, (160, 120)), "bad.png": b"x"}
+    imported(client, files)
+    (desk.project.pictures / "bad.png").write_bytes(b"x")
+    client.post("/easel/check", json={})
+    found = settled(client, "check")
+    assert found["fresh"]
+    kinds = {(row["picture"], row["kind"], row.get("twin")) for row in found["problems"]}
+    assert ("copy.png", "twins", "1.png") in kinds
+    assert ("bad.png", "unreadable", None) in kinds
+    client.post("/easel/leave-out", json={"pictures": ["copy.png"]})
+    assert not client.get("/easel/check").json()["fresh"]
+
+
+@pytest.mark.parametrize("path", ["leave-out", "take-back", "hold-out"])
+@pytest.mark.parametrize("body", [b"", b"[1]", b'{"pictures": "a.png"}', b'{"pictures": 3}'])
+def test_broken_requests_do_no_harm(client: TestClient, pictures: list[Path], path: str, body: bytes) -> None:
+    assert client.post(f"/easel/{path}", content=body).status_code == 404
+    assert len(shelf(client)) == 3
+
+
+@pytest.mark.parametrize("path", ["leave-out", "hold-out"])
+def test_the_demo_stays_as_it_is(client: TestClient, desk: Desk, path: str) -> None:
+    desk.project.keep(dataset="demo")
+    name = shelf(client)[0]["name"]
+    assert "demo" in client.post(f"/easel/{path}", json={"pictures": [name], "on": True}).json()["problem"]

@@ -1,0 +1,150 @@
+"""Projects: new, open, rename, delete; which runs belong to one; what they hold."""
+
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from PIL import Image
+from starlette.testclient import TestClient
+
+from app.desk import Desk
+from app.project_routes import add_project_routes
+from app.projects import Projects, adopt, runs_of
+from app.routes import add_routes
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import RunError
+from lora_core.spec.run_folder import RunFolder, runs_folder
+from lora_core.spec.trash import trashed
+
+
+def run(desk: Desk, name: str, dataset: str = "demo") -> RunFolder:
+    config = RunConfig().changed({"name": name, "dataset.path": dataset})
+    return RunFolder.create(runs_folder(desk.workspace) / name, config)
+
+
+def test_a_project_of_its_own(desk: Desk, pictures: list[Path]) -> None:
+    first = desk.project.path
+    desk.project.keep(trigger="sks")
+    key = desk.projects.new("My <b>dog</b>: a / b")
+    assert desk.project.path.name == key
+    assert key == "my-b-dog-b-a-b"
+    assert (desk.project.title, desk.project.dataset().records) == ("My <b>dog</b>: a / b", [])
+    assert desk.project.draft() == {}
+    desk.projects.open("default")
+    assert desk.project.path == first
+    assert (len(desk.project.dataset().records), desk.project.draft()["trigger"]) == (3, "sks")
+
+
+def test_the_project_that_was_open_is_open_again(desk: Desk) -> None:
+    key = desk.projects.new("Second")
+    assert Projects(desk.workspace).current.path.name == key
+    desk.projects.delete(key)
+    assert Projects(desk.workspace).current.path.name == "default"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"open": "../../etc"}', '{"open": 3}', "{", '{"open": "gone"}', '{"open": ".."}']
+)
+def test_a_broken_note_opens_the_default(desk: Desk, text: str) -> None:
+    (desk.workspace / "projects" / "open.json").write_text(text)
+    assert Projects(desk.workspace).current.path.name == "default"
+
+
+def test_rename_keeps_the_folder(desk: Desk) -> None:
+    desk.projects.rename("default", "Our dog 😀")
+    assert desk.project.title == "Our dog 😀"
+    assert Projects(desk.workspace).current.title == "Our dog 😀"
+    assert desk.project.path.name == "default"
+
+
+@pytest.mark.parametrize(
+    ("title", "said"),
+    [("", "Type a name"), (" \n", "Type a name"), ("x" * 81, "longer"), ("my PICTURES", "already")],
+)
+def test_titles_that_will_not_do(desk: Desk, title: str, said: str) -> None:
+    with pytest.raises(RunError, match=said):
+        desk.projects.new(title)
+
+
+def test_deleted_projects_are_in_the_trash_with_all_they_hold(desk: Desk, pictures: list[Path]) -> None:
+    desk.projects.new("Second")
+    desk.projects.delete("default")
+    [found] = trashed(desk.workspace)
+    assert len(list((found.content / "pictures").glob("*.png"))) == 3
+    with pytest.raises(RunError, match="only project"):
+        desk.projects.delete("second")
+
+
+@pytest.mark.parametrize("key", ["", ".", "..", "../runs", "gone", "default/pictures"])
+def test_no_other_folder_is_a_project(desk: Desk, key: str) -> None:
+    desk.projects.new("Second")
+    for act in (desk.projects.open, desk.projects.delete):
+        with pytest.raises(RunError, match="no project"):
+            act(key)
+
+
+def test_runs_of_a_project(desk: Desk) -> None:
+    run(desk, "from-the-command-line", "demo")
+    run(desk, "own-pictures", str(desk.workspace / "projects" / "second" / "pictures"))
+    of_demo = run(desk, "demo-in-second")
+    run(desk, "of-one-that-is-gone", str(desk.workspace / "projects" / "gone" / "pictures"))
+    key = desk.projects.new("Second")
+    assert key == "second"
+    adopt(of_demo, desk.project.path)
+    assert {one.name for one in runs_of(desk.project)} == {"own-pictures", "demo-in-second"}
+    desk.projects.open("default")
+    assert {one.name for one in runs_of(desk.project)} == {"from-the-command-line", "of-one-that-is-gone"}
+
+
+@pytest.fixture
+def client(desk: Desk) -> TestClient:
+    app = FastAPI()
+    add_routes(app, desk)
+    add_project_routes(app, desk)
+    return TestClient(app)
+
+
+def test_the_picker(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+    [listed] = client.get("/easel/projects").json()["projects"]
+    assert (listed["title"], listed["pictures"], listed["is_open"]) == ("My pictures", 3, True)
+    answer = client.post("/easel/projects", json={"do": "new", "title": "Dog"}).json()
+    assert answer["switched"]
+    assert [one["title"] for one in answer["projects"]] == ["Dog", "My pictures"]
+    answer = client.post("/easel/projects", json={"do": "new", "title": "dog"}).json()
+    assert "already" in answer["problem"]
+    answer = client.post(
+        "/easel/projects", json={"do": "rename", "project": "default", "title": "Cat"}
+    ).json()
+    assert not answer["switched"]
+    client.post("/easel/projects", json={"do": "delete", "project": "dog"})
+    assert client.get("/easel/projects").json()["trash"]
+    assert client.post("/easel/projects", json={"do": "empty"}).json()["trash"] == ""
+    assert client.post("/easel/projects", json={"do": "fly"}).status_code == 404
+
+
+def test_caches_are_cleaned_and_pictures_are_not(
+    client: TestClient, desk: Desk, pictures: list[Path]
+) -> None:
+    client.get("/easel/thumb/dataset/picture-0.png")
+    assert client.get("/easel/projects").json()["caches"]
+    answer = client.post("/easel/projects", json={"do": "clean"}).json()
+    assert answer["freed"]
+    assert answer["caches"] == ""
+    assert len(desk.project.dataset().records) == 3
+    assert client.get("/easel/thumb/dataset/picture-0.png").status_code == 200
+
+
+def test_a_thumbnail_that_was_cut_short_is_made_again(client: TestClient, desk: Desk, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(desk.project.pictures / "a.png")
+    whole = client.get("/easel/thumb/dataset/a.png").content
+    [kept] = (desk.workspace / "cache" / "thumbs").rglob("*.webp")
+    kept.write_bytes(whole[:-3])
+    assert client.get("/easel/thumb/dataset/a.png").content == whole
+
+
+def test_a_run_made_in_the_window_is_the_open_project_s(desk: Desk) -> None:
+    desk.projects.new("Second")
+    desk.jobs.create(RunConfig().changed({"name": "one", "dataset.path": "demo"}))
+    assert [one.name for one in runs_of(desk.project)] == ["one"]
+    desk.projects.open("default")
+    assert runs_of(desk.project) == []
