@@ -21,17 +21,15 @@ from lora_core.formats.container import (
 )
 from lora_core.formats.layers import Tensors, check_finite
 from lora_core.formats.peft_folder import with_config_beside
-from lora_core.models.weight_files import SafetensorsFile
+from lora_core.models.weight_files import PRECISIONS, SafetensorsFile
 from lora_core.spec.choices import FORMATS, chosen
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
 from lora_core.spec.paths import sync_folder
 from lora_core.spec.tensor_file import read_header
 
-__all__ = ["DTYPES", "file_hashes", "read_adapter", "read_tensors", "write_adapter"]
+__all__ = ["file_hashes", "read_adapter", "read_tensors", "write_adapter"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""The precisions that can be written."""
 AS_IT_IS = "as it is"
 """In place of a precision: each tensor keeps its own."""
 
@@ -121,8 +119,10 @@ def write_adapter(
             or what was read back differs from what was meant.
     """
     chosen(FORMATS, format, "format")
-    if precision not in (*DTYPES, AS_IT_IS):
-        raise AdapterFileError(f"{precision!r} is no precision of a file; choose one of {', '.join(DTYPES)}.")
+    if precision not in (*PRECISIONS, AS_IT_IS):
+        raise AdapterFileError(
+            f"{precision!r} is no precision of a file; choose one of {', '.join(PRECISIONS)}."
+        )
     check_finite(weights)
     translator = _translator(format)
     tensors = {
@@ -148,7 +148,7 @@ def write_adapter(
 
 
 def _cast(name: str, tensor: torch.Tensor, precision: str) -> torch.Tensor:
-    cast = tensor.detach().cpu().to(DTYPES.get(precision, tensor.dtype))
+    cast = tensor.detach().cpu().to(PRECISIONS.get(precision, tensor.dtype))
     if not torch.isfinite(cast).all():
         largest = float(tensor.abs().max())
         raise AdapterFileError(

@@ -3,7 +3,7 @@
 import torch
 from accelerate import PartialState
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from lora_core.models.weight_files import PRECISIONS
 
 
 def best_device() -> torch.device:
@@ -17,7 +17,7 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     "auto" asks what the hardware can do and measures nothing, so that two runs on one machine never differ.
     """
     if precision != "auto":
-        return DTYPES[precision]
+        return PRECISIONS[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32

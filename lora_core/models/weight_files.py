@@ -30,6 +30,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """The number types of safetensors files."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What people choose between, for a base in memory and for a file."""
 
 
 class WeightFile(Protocol):

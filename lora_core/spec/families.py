@@ -5,7 +5,7 @@ family's name.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_core.spec.errors import ModelFileError
@@ -112,6 +112,24 @@ _OPEN_CLIP_H = TextEncoder(
     open_clip=True,
 )
 
+_SD2 = Family(
+    name="sd2",
+    title="Stable Diffusion 2.x",
+    text_encoders=(_OPEN_CLIP_H,),
+    context_width=1024,
+    resolution=512,
+    latent_scale=0.18215,
+    prediction="epsilon",
+    size_conditioning=False,
+    kohya_block_names="diffusers",
+    base_version="sd_v2",
+    modelspec="stable-diffusion-v2-512/lora",
+    configs="sd2",
+    subject_blocks=_COARSE,
+    style_blocks=_FINE,
+    usual=False,
+)
+
 FAMILIES: dict[str, Family] = {
     "tiny": Family(
         name="tiny",
@@ -145,38 +163,15 @@ FAMILIES: dict[str, Family] = {
         subject_blocks=_COARSE,
         style_blocks=_FINE,
     ),
-    "sd2": Family(
-        name="sd2",
-        title="Stable Diffusion 2.x",
-        text_encoders=(_OPEN_CLIP_H,),
-        context_width=1024,
-        resolution=512,
-        latent_scale=0.18215,
-        prediction="epsilon",
-        size_conditioning=False,
-        kohya_block_names="diffusers",
-        base_version="sd_v2",
-        modelspec="stable-diffusion-v2-512/lora",
-        configs="sd2",
-        subject_blocks=_COARSE,
-        style_blocks=_FINE,
-        usual=False,
-    ),
-    "sd2_v": Family(
+    "sd2": _SD2,
+    "sd2_v": replace(
+        _SD2,
         name="sd2_v",
-        title="Stable Diffusion 2.x",
-        text_encoders=(_OPEN_CLIP_H,),
-        context_width=1024,
         resolution=768,
-        latent_scale=0.18215,
         prediction="v_prediction",
-        size_conditioning=False,
-        kohya_block_names="diffusers",
         base_version="sd_v2_v",
         modelspec="stable-diffusion-v2-768-v/lora",
-        configs="sd2",
-        subject_blocks=_COARSE,
-        style_blocks=_FINE,
+        usual=True,
     ),
     "sdxl": Family(
         name="sdxl",
