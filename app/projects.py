@@ -78,9 +78,8 @@ class Projects:
             RunError: the title is empty or taken, or the disk refuses.
         """
         title = self._checked(title, "")
-        stem = (
-            re.sub(r"\s+", "-", safe_name(title.replace("/", "-").replace("\\", "-")).name).lower().strip(".")
-        )
+        words = "-".join(re.findall(r"\w+", title)).lower()[:60]
+        stem = safe_name(words or "project").name
         with self._lock:
             key = free_stem(stem, {folded(path.name) for path in self.folder.iterdir()})
             try:
