@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,52 @@ def test_a_whole_file_gets_no_empty_line(tmp_path: Path) -> None:
         writer.write(step(number))
         writer.close()
     assert path.read_text().count("\n") == 2
+
+
+def test_lines_that_cannot_be_written_are_lost_told_and_gone_on_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    writer = EventWriter(tmp_path / "events.jsonl", said.append)
+    writer.write(events.Handled(step=1, request="a"))
+    real = os.write
+
+    def half(handle: int, data: bytes) -> int:
+        real(handle, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", half)
+        writer.write(events.Handled(step=2, request="b"))
+        writer.write(events.Handled(step=3, request="c"))
+    writer.write(events.Handled(step=4, request="d"))
+    writer.close()
+    assert len(said) == 1
+    assert "No space left on device. The run goes on." in said[0]
+    found = read_events(tmp_path / "events.jsonl")[0]
+    assert [event.kind for event in found] == ["Handled", "Warned", "Handled"]
+    assert [event.step for event in found] == [1, 4, 4]
+    assert isinstance(found[1], events.Warned)
+    assert found[1].message.startswith(
+        "2 lines about this run could not be written (No space left on device)"
+    )
+
+
+def test_a_line_that_goes_out_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:7]))
+    writer = EventWriter(tmp_path / "events.jsonl")
+    writer.write(events.Handled(step=1, request="a"))
+    writer.close()
+    assert [event.kind for event in read_events(tmp_path / "events.jsonl")[0]] == ["Handled"]
+
+
+def test_a_folder_that_is_gone_is_no_reason_to_fail(tmp_path: Path) -> None:
+    said: list[str] = []
+    writer = EventWriter(tmp_path / "gone" / "events.jsonl", said.append)
+    writer.write(events.Handled(step=1, request="a"))
+    (tmp_path / "gone").mkdir()
+    writer.write(events.Handled(step=2, request="b"))
+    writer.close()
+    assert len(said) == 1
+    assert [event.step for event in read_events(tmp_path / "gone" / "events.jsonl")[0]] == [2, 2]

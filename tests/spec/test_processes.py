@@ -1,0 +1,39 @@
+"""Which process does something: known by its number and its start, whatever the clock says."""
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lora_core.spec import processes
+from lora_core.spec.processes import live_process, noted_process
+
+
+def test_a_process_is_known_by_its_start(tmp_path: Path) -> None:
+    file = tmp_path / "process.json"
+    with noted_process(file):
+        assert live_process(file) == psutil.Process()
+    assert live_process(file) is None
+
+
+def test_a_clock_that_is_set_back_hides_no_live_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psutil tells the start of a process by the time of day at which the machine came up, which moves
+    along."""
+    file = tmp_path / "process.json"
+    with noted_process(file):
+        if not json.loads(file.read_text())["ticks"]:
+            pytest.skip("no such file on this system")
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: 1_000.0)
+        assert live_process(file) is not None
+
+
+def test_the_same_number_and_other_ticks_are_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "process.json"
+    with noted_process(file):
+        monkeypatch.setattr(processes, "_ticks", lambda pid: "another/1")
+        assert live_process(file) is None
