@@ -63,7 +63,7 @@ class Cleaner:
         pairs = sorted({pair for pair in known if len(pair[0]) >= SHORTEST_WORD}, key=lambda p: -len(p[0]))
         self._by = {what.lower(): instead for what, instead in pairs}
         self._paths = _any_of([what for what, _ in pairs if _is_path(what)], TAIL)
-        self._words = _any_of([what for what, _ in pairs if not _is_path(what)])
+        self._words = _any_of([what for what, _ in pairs if not _is_path(what)], whole=True)
 
     def text(self, text: str) -> str:
         """The text without them."""
@@ -77,9 +77,10 @@ class Cleaner:
         return instead + (tail if instead in OURS else PurePosixPath(tail.replace("\\", "/")).suffix)
 
 
-def _any_of(texts: list[str], tail: str = "") -> re.Pattern[str]:
-    either = "|".join(re.escape(text) for text in texts) or r"(?!)"
-    return re.compile(f"({either}){tail}", re.IGNORECASE)
+def _any_of(texts: list[str], tail: str = "", whole: bool = False) -> re.Pattern[str]:
+    either = f"({'|'.join(re.escape(text) for text in texts) or '(?!)'})"
+    # A picture called `car` is no reason to spoil each `card`.
+    return re.compile(rf"(?<!\w){either}(?!\w)" if whole else f"{either}{tail}", re.IGNORECASE)
 
 
 def _shortened(found: re.Match[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from app.bases import EMBEDDED
 from app.facts import blockers, facts, unfit
 from app.form import FIELDS, FORM, command_line, shown
 from app.like import Like
@@ -168,6 +169,7 @@ def like_words(like: Like, name: str, taken: dict[str, Any], changed: list[str])
     if told:
         rows.append(f"{'; '.join(' '.join(text.split()) for text in told)}{more}.")
     if like.base:
-        rows.append(f"It was trained on {like.base}; choose the base yourself.")
+        base = "the embedded base" if like.base == EMBEDDED else like.base
+        rows.append(f"It was trained on {base}; the base is yours to choose.")
     left = "".join(f"<li>{safe(text)}</li>" for text in [*rows, *like.left])
     return f'<ul class="sentences small" id="like-said" role="status">{left}</ul>'

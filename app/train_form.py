@@ -123,7 +123,8 @@ class TrainForm:
             parts.action(back.click(functools.partial(self._reset, group), None, [self.seen, *own], **QUIET))
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
-        search.input(found, search, outputs, **TYPING)
+        # Its input event swallows the first key; nothing is ever put into it, so that its change is a person's.
+        search.change(found, search, outputs, **TYPING)
 
     def _reset(self, group: str) -> list[Any]:
         """Put a group's settings back to the preset's."""

@@ -67,7 +67,8 @@ def test_no_pictures_paths_or_names_are_in_it(desk: Desk) -> None:
 
 
 def test_paths_of_any_system_lose_their_names() -> None:
-    clean = Cleaner([("bob", "<user>"), ("ab", "too short")])
+    clean = Cleaner([("bob", "<user>"), ("ab", "too short"), ("car", "picture 1")])
+    assert clean.text("card car.png Bob") == "card picture 1.png <user>"
     assert (
         clean.text("see /data/x y/Bob/p.png, D:\\a\\b\\c.txt or a/b")
         == "see <path> y<path>.png, <path>.txt or a/b"

@@ -1,0 +1,208 @@
+"""The Train tab in a real browser: the newcomer's three clicks, the form, the queue, a crash, and
+quitting."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.app.bases import write_header
+
+KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
+
+
+def open_tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def state_is(page, *states: str) -> None:
+    page.wait_for_selector(", ".join(f"#run-status[data-state={state}]" for state in states))
+
+
+def set_steps(page, steps: int) -> None:
+    page.fill("#steps input", str(steps))
+    page.press("#steps input", "Tab")
+    page.wait_for_function(
+        f"document.querySelector('#command pre').textContent.includes('train.steps={steps}')"
+    )
+
+
+def runs(window: Any) -> list[Path]:
+    return sorted((window.workspace / "runs").glob("[!.]*"))
+
+
+def trainer(run: Path) -> psutil.Process:
+    return psutil.Process(json.loads((run / "process.json").read_text())["pid"])
+
+
+def polled(page) -> list[int]:
+    """Bytes of each answer to the poll from now on."""
+    sizes: list[int] = []
+
+    def take(response) -> None:
+        if "/gradio_api/run/" in response.url or "/gradio_api/call/" in response.url:
+            sizes.append(int(response.headers.get("content-length") or len(response.body())))
+
+    page.on("response", take)
+    return sizes
+
+
+def test_three_clicks_from_nothing_to_a_strength_strip(page, window: Any) -> None:
+    page.click("#use-demo")
+    # Typed only to keep this short; the demo's own 300 steps take some minutes on a shared machine.
+    set_steps(page, 12)
+    page.click("#start:enabled")
+    state_is(page, "preparing", "running")
+    page.wait_for_function("/^(Preparing|\\d+%) · .*demo/.test(document.title)")
+    state_is(page, "done")
+    assert page.title().startswith("Done")
+    assert page.evaluate("easel.lastEnd").endswith("is done")
+    assert page.locator("#samples figure").first.inner_text() == "step 0, the base"
+    page.click("#samples figure:nth-child(2) a")
+    page.wait_for_selector("dialog.lightbox[open] img")
+    page.keyboard.press("Escape")
+    page.click("#see-result")
+    page.wait_for_function("document.querySelectorAll('#strength-strip img').length >= 5")
+    sizes = polled(page)
+    open_tab(page, "Train")
+    page.wait_for_timeout(6500)
+    assert sizes, "the page did not ask"
+    assert max(sizes) < 20_000
+
+
+def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: Path) -> None:
+    page.click("#use-demo")
+    page.wait_for_selector("#start:enabled")
+    other = new_page()
+    other.goto(window.address)
+    open_tab(other, "Train")
+    other.wait_for_selector("#steps input")
+
+    page.fill("#find-setting input, #find-setting textarea", "warm")
+    page.wait_for_selector("#optim-warmup input")
+    assert page.locator("#optim-schedule").count() == 0 or not page.locator("#optim-schedule").is_visible()
+    page.fill("#optim-warmup input", "0.2")
+    page.press("#optim-warmup input", "Tab")
+    page.wait_for_selector("#group-learning .group-note [data-press=reset-learning]")
+    assert "1 changed from preset" in page.inner_text("#group-learning .group-note")
+    # The other page was filled before that; what is typed there leaves it alone.
+    set_steps(other, 31)
+    draft = json.loads((window.workspace / "projects" / "default" / "draft.json").read_text())["values"]
+    assert (draft["optim.warmup"], draft["train.steps"]) == (0.2, 31)
+    page.click("[data-press=reset-learning]")
+    page.wait_for_function("!document.querySelector('[data-press=reset-learning]')")
+    assert float(page.input_value("#optim-warmup input")) == 0.05
+
+    file = write_header(
+        tmp_path / 'a "lora" é.safetensors',
+        {
+            "lora_unet_mid_attn1_to_q.lora_down.weight": [24, 8],
+            "lora_unet_mid_attn1_to_q.lora_up.weight": [8, 24],
+        },
+        KOHYA,
+    )
+    page.get_by_text("Train like a LoRA file").click()
+    page.set_input_files("#like-file", str(file))
+    page.wait_for_selector("#like-said")
+    page.wait_for_function("document.querySelector('#steps input').value === '77'")
+    assert 'a "lora" é.safetensors' in page.inner_text("#like-said")
+    assert "adapter.rank=24" in page.text_content("#command pre")
+    page.fill("#like-path input, #like-path textarea", str(tmp_path / "none.safetensors"))
+    page.click("#like-take")
+    page.wait_for_selector("#like-note .problem")
+
+
+def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, window: Any) -> None:
+    page.click("#use-demo")
+    set_steps(page, 4)
+    for name in ("second", "broken", "first"):
+        page.fill("#run-name input, #run-name textarea", name)
+        page.click("#add-to-queue:enabled")
+        page.wait_for_selector(f"#queue-list [data-job={name}]")
+    page.click("#queue-list [data-job=first] [aria-label='Move first up']")
+    page.wait_for_selector("#queue-list [data-job=first] + [data-job=broken]")
+    page.click("#queue-list [data-job=first] [aria-label='Move first up']")
+    page.wait_for_selector("#queue-list [data-job=first] + [data-job=second]")
+    # Its pictures go after it was queued: that fails in a sentence.
+    broken = window.workspace / "runs" / "broken" / "config.toml"
+    text = broken.read_text().replace('path = "demo"', 'path = "/no/such/folder"')
+    broken.write_text(text)
+    watched.expected_away = True
+    window.stop(signal.SIGKILL)
+    window.start()
+    watched.expected_away = False
+    again = new_page()
+    again.goto(window.address)
+    open_tab(again, "Train")
+    names = "[...document.querySelectorAll('#queue-list [data-job]')].map(one => one.dataset.job)"
+    again.wait_for_function(f"{names}.join() === 'first,second,broken'")
+    again.click("#queue-list [data-job=second] [aria-label='Move second down']")
+    again.wait_for_function(f"{names}.join() === 'first,broken,second'")
+    again.get_by_role("button", name="Start the queue").click()
+    again.wait_for_selector("#queue-list [data-job=broken][data-job-state=failed]")
+    assert "/no/such/folder" in again.inner_text("#queue-list [data-job=broken]")
+    again.wait_for_function(
+        "document.querySelector('[data-run-name]').dataset.runName === 'second' &&"
+        " document.querySelector('[data-run-state]').dataset.runState === 'done'"
+    )
+
+
+def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, window: Any) -> None:
+    page.click("#use-demo")
+    set_steps(page, 4000)
+    page.fill("#find-setting input, #find-setting textarea", "save every")
+    page.wait_for_selector("#save-every input")
+    page.fill("#save-every input", "5")
+    page.press("#save-every input", "Tab")
+    page.wait_for_function("document.querySelector('#command pre').textContent.includes('save.every=5')")
+    page.click("#start:enabled")
+    state_is(page, "running")
+    page.wait_for_function("Number(document.querySelector('#run-status').dataset.step) >= 7")
+    (run,) = runs(window)
+    trainer(run).kill()
+    state_is(page, "interrupted")
+    assert "was killed" in page.inner_text("#run-status [role=alert]")
+    page.wait_for_selector("#train-resume")
+    assert page.inner_text("#train-resume").startswith("Continue at step")
+    assert page.title().startswith("Broken off")
+    page.click("#train-resume")
+    state_is(page, "running")
+    page.click("#train-pause")
+    page.wait_for_selector("#run-status[data-state=pausing], #run-status[data-state=paused]")
+    state_is(page, "paused")
+    page.click("#resume")
+    state_is(page, "running")
+    page.click("#quit")
+    page.wait_for_selector("dialog[open] >> text=goes on by itself")
+    watched.expected_away = True
+    page.click("dialog[open] .primary >> text=Quit")
+    page.wait_for_selector("#closed")
+    assert run.name in page.inner_text("#closed")
+    assert window.process.wait(20) == 0
+    assert trainer(run).is_running()
+    page.close()
+    window.start()
+    assert time.time() > 0
+    trainer(run).kill()
+
+
+@pytest.mark.parametrize("width", [390])
+def test_a_phone_sees_the_run_first(new_page, window: Any, width: int) -> None:
+    page = new_page()
+    page.set_viewport_size({"width": width, "height": 844})
+    page.goto(window.address)
+    page.click("#use-demo")
+    set_steps(page, 3000)
+    page.click("#start:enabled")
+    state_is(page, "running")
+    page.wait_for_function(
+        "document.querySelector('#run-status').getBoundingClientRect().top <"
+        " document.querySelector('#base-model').getBoundingClientRect().top"
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.click("#stop")
+    state_is(page, "stopped")
