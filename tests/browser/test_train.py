@@ -3,12 +3,10 @@ quitting."""
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from tests.app.bases import write_header
 
@@ -118,20 +116,18 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
 
 def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, window: Any) -> None:
     page.click("#use-demo")
-    set_steps(page, 4)
-    for name in ("second", "broken", "first"):
+    set_steps(page, 3)
+    for name in ("good", "broken"):
         page.fill("#run-name input, #run-name textarea", name)
         page.click("#add-to-queue:enabled")
         page.wait_for_selector(f"#queue-list [data-job={name}]")
-    page.click("#queue-list [data-job=first] [aria-label='Move first up']")
-    page.wait_for_selector("#queue-list [data-job=first] + [data-job=broken]")
-    page.click("#queue-list [data-job=first] [aria-label='Move first up']")
-    page.wait_for_selector("#queue-list [data-job=first] + [data-job=second]")
+    page.click("#queue-list [data-job=broken] [aria-label='Move broken up']")
+    page.wait_for_selector("#queue-list [data-job=broken] + [data-job=good]")
     # Its pictures go after it was queued: that fails in a sentence.
     broken = window.workspace / "runs" / "broken" / "config.toml"
-    text = broken.read_text().replace('path = "demo"', 'path = "/no/such/folder"')
-    broken.write_text(text)
+    broken.write_text(broken.read_text().replace('path = "demo"', 'path = "/no/such/folder"'))
     watched.expected_away = True
+    page.close()
     window.stop(signal.SIGKILL)
     window.start()
     watched.expected_away = False
@@ -139,14 +135,12 @@ def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, w
     again.goto(window.address)
     open_tab(again, "Train")
     names = "[...document.querySelectorAll('#queue-list [data-job]')].map(one => one.dataset.job)"
-    again.wait_for_function(f"{names}.join() === 'first,second,broken'")
-    again.click("#queue-list [data-job=second] [aria-label='Move second down']")
-    again.wait_for_function(f"{names}.join() === 'first,broken,second'")
+    again.wait_for_function(f"{names}.join() === 'broken,good'")
     again.get_by_role("button", name="Start the queue").click()
     again.wait_for_selector("#queue-list [data-job=broken][data-job-state=failed]")
     assert "/no/such/folder" in again.inner_text("#queue-list [data-job=broken]")
     again.wait_for_function(
-        "document.querySelector('[data-run-name]').dataset.runName === 'second' &&"
+        "document.querySelector('[data-run-name]').dataset.runName === 'good' &&"
         " document.querySelector('[data-run-state]').dataset.runState === 'done'"
     )
 
@@ -171,8 +165,15 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     assert page.title().startswith("Broken off")
     page.click("#train-resume")
     state_is(page, "running")
+    # A phone sees the run first, and steers it.
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function(
+        "document.querySelector('#run-status').getBoundingClientRect().top <"
+        " document.querySelector('#base-model').getBoundingClientRect().top"
+    )
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.click("#train-pause")
-    page.wait_for_selector("#run-status[data-state=pausing], #run-status[data-state=paused]")
+    state_is(page, "pausing", "paused")
     state_is(page, "paused")
     page.click("#resume")
     state_is(page, "running")
@@ -185,24 +186,5 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     assert window.process.wait(20) == 0
     assert trainer(run).is_running()
     page.close()
-    window.start()
-    assert time.time() > 0
+    window.process.stdout.close()
     trainer(run).kill()
-
-
-@pytest.mark.parametrize("width", [390])
-def test_a_phone_sees_the_run_first(new_page, window: Any, width: int) -> None:
-    page = new_page()
-    page.set_viewport_size({"width": width, "height": 844})
-    page.goto(window.address)
-    page.click("#use-demo")
-    set_steps(page, 3000)
-    page.click("#start:enabled")
-    state_is(page, "running")
-    page.wait_for_function(
-        "document.querySelector('#run-status').getBoundingClientRect().top <"
-        " document.querySelector('#base-model').getBoundingClientRect().top"
-    )
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.click("#stop")
-    state_is(page, "stopped")
