@@ -72,10 +72,9 @@ def _add_import(app: FastAPI, desk: Desk) -> None:
     async def begin() -> Response:
         return await _done(lambda: {"batch": importer.begin()})
 
-    @app.put("/easel/upload/{batch}/{index}")
-    async def receive(batch: str, index: int, name: str, request: Request) -> Response:
-        await importer.receive(batch, index, name, request.stream())
-        return JSONResponse({"received": True})
+    @app.put("/easel/upload/{batch}")
+    async def receive(batch: str, request: Request) -> Response:
+        return JSONResponse({"received": await importer.receive(batch, request.stream())})
 
     @app.post("/easel/upload/{batch}")
     async def finish(batch: str, request: Request) -> Response:

@@ -5,6 +5,7 @@ A page sends file by file into a folder beside the projects and then says that i
 nothing depends on the page. One import at a time; how far it is can be asked at any moment.
 """
 
+import json
 import shutil
 import threading
 import uuid
@@ -22,6 +23,7 @@ from lora_core.spec.errors import DatasetError, LoraError
 MOST_FILES = 40_000
 LARGEST_FILE = 500_000_000
 LARGEST_ZIP = 20_000_000_000
+LONGEST_LIST = 4_000_000
 ROOM_LEFT = 200_000_000
 """Bytes that a disk keeps free, so that captions and the trainer's lines can still be written."""
 
@@ -32,6 +34,46 @@ class Batch:
 
     folder: Path
     files: dict[int, tuple[Path, str]] = field(default_factory=dict)
+
+
+class _Parcel:
+    """Files as they come in one request."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self.chunks = chunks
+        self.held = b""
+
+    async def listed(self) -> list[tuple[int, str, int]]:
+        """What the first line says of the files.
+
+        Raises:
+            DatasetError: it says nothing of the kind.
+        """
+        while b"\n" not in self.held and len(self.held) < LONGEST_LIST:
+            self.held += await anext(self.chunks, b"\n")
+        line, _, self.held = self.held.partition(b"\n")
+        try:
+            listed = [(int(index), str(name), int(size)) for index, name, size in json.loads(line)]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DatasetError("The list of files did not come through; drop them again.") from error
+        if any(not 0 <= index < MOST_FILES or size < 0 for index, _, size in listed):
+            raise DatasetError(f"More than {MOST_FILES:,} files cannot be taken at once; drop fewer.")
+        return listed
+
+    async def bytes(self, size: int, name: str) -> AsyncIterator[bytes]:
+        """The next so many bytes.
+
+        Raises:
+            DatasetError: the request ends before.
+        """
+        while size:
+            if not self.held:
+                self.held = await anext(self.chunks, b"")
+            if not self.held:
+                raise DatasetError(f"{name} did not come through whole; drop it again.")
+            part, self.held = self.held[:size], self.held[size:]
+            size -= len(part)
+            yield part
 
 
 class Importer:
@@ -46,6 +88,8 @@ class Importer:
         self._batches: dict[str, Batch] = {}
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle", "number": 0}
+        # What is to be worked out before an import counts as done.
+        self.after: Callable[[], object] = lambda: None
 
     def state(self) -> dict[str, Any]:
         """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, and the import's
@@ -72,30 +116,40 @@ class Importer:
         self._batches[name] = Batch(folder)
         return name
 
-    async def receive(self, batch: str, index: int, name: str, chunks: AsyncIterator[bytes]) -> None:
-        """Write one sent file, counting its bytes as they come.
+    async def receive(self, batch: str, chunks: AsyncIterator[bytes]) -> int:
+        """Write the files of one parcel, counting their bytes as they come; returns how many.
+
+        A parcel is a line of JSON, a list of (index, name, bytes), and then the files one after the other:
+        small files would cost a request each otherwise.
 
         Raises:
-            DatasetError: the batch is not known, or the file is too large for its kind or for the disk.
+            DatasetError: the batch is not known, the parcel is not whole, or a file is too large for its kind
+                or for the disk.
         """
         found = self._batches.get(batch)
-        if found is None or not 0 <= index < MOST_FILES:
+        if found is None:
             raise DatasetError("This import is over; drop the files again.")
+        parcel = _Parcel(chunks)
+        listed = await parcel.listed()
         room = shutil.disk_usage(found.folder).free - ROOM_LEFT
-        most = LARGEST_ZIP if name.casefold().endswith(".zip") else LARGEST_FILE
-        path, written = found.folder / f"{index:05}", 0
-        try:
-            with open(path, "wb") as file:
-                async for chunk in chunks:
-                    written += len(chunk)
-                    if written > most:
-                        raise DatasetError(f"{name} is larger than {most / 1e6:.0f} MB; leave it out.")
-                    if written > room:
-                        raise DatasetError(f"The disk is too full for {name}; free some space.")
-                    file.write(chunk)
-        except OSError as error:
-            raise DatasetError(f"{name} cannot be written ({error.strerror}); free some space.") from error
-        found.files[index] = (path, name)
+        for index, name, size in listed:
+            most = LARGEST_ZIP if name.casefold().endswith(".zip") else LARGEST_FILE
+            if size > most:
+                raise DatasetError(f"{name} is larger than {most / 1e6:.0f} MB; leave it out.")
+            room -= size
+            if room < 0:
+                raise DatasetError(f"The disk is too full for {name}; free some space.")
+            path = found.folder / f"{index:05}"
+            try:
+                with open(path, "wb") as file:
+                    async for part in parcel.bytes(size, name):
+                        file.write(part)
+            except OSError as error:
+                raise DatasetError(
+                    f"{name} cannot be written ({error.strerror}); free some space."
+                ) from error
+            found.files[index] = (path, name)
+        return len(listed)
 
     def finish(self, batch: str) -> None:
         """Take over what was sent.
@@ -181,7 +235,7 @@ class Importer:
                 project.keep(dataset="", level="", values={"model.base": base})
             said("Reading captions", 0, 0)
             project.forget()
-            project.dataset()
+            self.after()
         except LoraError as error:
             note = str(error)
         except OSError as error:

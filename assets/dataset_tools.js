@@ -7,7 +7,7 @@
   const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
   // ---- bringing pictures in: file by file, so that the server can say which one is wrong, and folders stay folders -----
-  const AT_ONCE = 4;
+  const AT_ONCE = 4, PARCEL_BYTES = 8e6, PARCEL_FILES = 200;
   let sending = null;
 
   const note = (text, bad = false) => {
@@ -30,17 +30,31 @@
     one("#import-stop").hidden = !stop;
   };
 
-  const send = (url, file, seen) => new Promise((resolve, reject) => {
+  // Small files go together: a request for each of a thousand captions would take longer than the pictures.
+  const parcels = (files) => {
+    const made = [];
+    let room = 0;
+    files.forEach(({ file, path }, index) => {
+      if (!made.length || room < file.size || made.at(-1).length >= PARCEL_FILES) { made.push([]); room = PARCEL_BYTES; }
+      room -= file.size;
+      made.at(-1).push({ index, file, name: path.toWellFormed?.() ?? path });
+    });
+    return made;
+  };
+
+  const send = (url, parcel, seen) => new Promise((resolve, reject) => {
+    const list = JSON.stringify(parcel.map(({ index, name, file }) => [index, name, file.size]));
+    const body = new Blob([list, "\n", ...parcel.map(({ file }) => file)]);
     const request = new XMLHttpRequest();
     request.open("PUT", url);
     request.upload.onprogress = (event) => seen(event.loaded);
     request.onload = () => {
       let answer = {};
       try { answer = JSON.parse(request.responseText); } catch { /* said below */ }
-      if (answer.received) { seen(file.size); resolve(); } else reject(new Error(answer.problem || "The window did not take the file."));
+      if (answer.received) { seen(body.size); resolve(); } else reject(new Error(answer.problem || "The window did not take the file."));
     };
     request.onerror = () => reject(new Error("The window does not answer; nothing was added."));
-    request.send(file);
+    request.send(body);
   });
 
   // `files`: [{ file, path }], the path with the folders that it was dropped with.
@@ -49,18 +63,19 @@
     if (sending) return note("An import is under way; wait until it is done.", true);
     if (!files.length) return note("There is nothing in that folder.", true);
     sending = { stopped: false };
-    const mine = sending, loaded = new Array(files.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
+    const mine = sending, wanted = parcels(files), loaded = new Array(wanted.length).fill(0), total = Math.max(1, files.reduce((sum, { file }) => sum + file.size, 0));
     let next = 0, done = 0, batch = null;
     try {
       const begun = await post("upload", {});
       if (begun.problem) throw new Error(begun.problem);
       batch = begun.batch;
       const worker = async () => {
-        while (next < files.length && !mine.stopped) {
-          const index = next++, { file, path } = files[index];
-          await send(`/easel/upload/${batch}/${index}?name=${encodeURIComponent(path.toWellFormed?.() ?? path)}`, file, (bytes) => { loaded[index] = bytes; });
-          done += 1;
-          progress(`Reading ${done.toLocaleString("en")} of ${many(files.length, "file")}`, 0.5 * loaded.reduce((a, b) => a + b, 0) / total, true);
+        while (next < wanted.length && !mine.stopped) {
+          const index = next++;
+          const show = () => progress(`Reading ${done.toLocaleString("en")} of ${many(files.length, "file")}`, 0.5 * Math.min(1, loaded.reduce((a, b) => a + b, 0) / total), true);
+          await send(`/easel/upload/${batch}`, wanted[index], (bytes) => { loaded[index] = bytes; show(); });
+          done += wanted[index].length;
+          show();
         }
       };
       await Promise.all(Array.from({ length: AT_ONCE }, worker));

@@ -9,13 +9,15 @@ import gradio as gr
 from app.dataset_pieces import DETAIL, DROP, GRID, TOOLBAR, TOOLS, TRIGGER
 from app.gallery import Findings, marks
 from app.parts import TYPING, Parts, edited, piece
+from app.plan import Plan
 
 TITLE = "Dataset"
 
 
 def build(parts: Parts) -> None:
     """Lay out the tab and wire it."""
-    found = Findings()
+    found, project = Findings(), parts.desk.project
+    parts.desk.importer.after = lambda: found.html(project, Plan(project))
     with gr.Row(elem_classes="page page-dataset"):
         with gr.Column(elem_classes="main"):
             piece(DROP)

@@ -1,11 +1,11 @@
 """The Dataset tab's routes: pictures as data, imports, leaving out, holding out, bulk edits, the check."""
 
 import io
+import json
 import time
 import zipfile
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 from fastapi import FastAPI
@@ -36,12 +36,16 @@ def png(seed: int = 0, size: tuple[int, int] = (160, 120)) -> bytes:
     return buffer.getvalue()
 
 
+def parcel(files: dict[str, bytes], first: int = 0) -> bytes:
+    listed = [[first + index, name, len(data)] for index, (name, data) in enumerate(files.items())]
+    return json.dumps(listed).encode() + b"\n" + b"".join(files.values())
+
+
 def imported(client: TestClient, files: dict[str, bytes]) -> dict[str, Any]:
     """Send files as a page does, and wait until they are taken over."""
     batch = client.post("/easel/upload").json()["batch"]
-    for index, (name, data) in enumerate(files.items()):
-        answer = client.put(f"/easel/upload/{batch}/{index}?name={quote(name)}", content=data)
-        assert answer.json() == {"received": True}, answer.text
+    answer = client.put(f"/easel/upload/{batch}", content=parcel(files))
+    assert answer.json() == {"received": len(files)}, answer.text
     client.post(f"/easel/upload/{batch}", json={})
     return settled(client, "import")
 
@@ -145,18 +149,33 @@ def test_a_path_that_is_none_is_a_sentence(client: TestClient, path: str, said: 
 def test_too_large_a_file_is_refused_as_it_comes(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importing, "LARGEST_FILE", 1000)
     batch = client.post("/easel/upload").json()["batch"]
-    answer = client.put(f"/easel/upload/{batch}/0?name=a.png", content=b"x" * 2000)
+    answer = client.put(f"/easel/upload/{batch}", content=parcel({"a.png": b"x" * 2000}))
     assert "a.png is larger" in answer.json()["problem"]
     client.post(f"/easel/upload/{batch}", json={"give_up": True})
     again = client.post(f"/easel/upload/{batch}", json={})
     assert "over" in again.json()["problem"]
 
 
-@pytest.mark.parametrize("index", [-1, importing.MOST_FILES])
-def test_no_more_files_than_allowed(client: TestClient, index: int) -> None:
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (parcel({"a.png": b"x"}, -1), "More than"),
+        (parcel({"a.png": b"x"}, importing.MOST_FILES), "More than"),
+        (parcel({"a.png": b"whole"})[:-2], "did not come through whole"),
+        (b'[[0, "a.png", -5]]\n', "More than"),
+        (b"x" * 100, "list of files"),
+        (b"", "list of files"),
+        (b"{}\n", ""),
+        (b"[" * 100_000 + b"\n", "list of files"),
+    ],
+)
+def test_parcels_that_are_none(client: TestClient, desk: Desk, body: bytes, said: str) -> None:
     batch = client.post("/easel/upload").json()["batch"]
-    assert "problem" in client.put(f"/easel/upload/{batch}/{index}?name=a.png", content=b"x").json()
-    assert "over" in client.put("/easel/upload/other/0?name=a.png", content=b"x").json()["problem"]
+    assert said in client.put(f"/easel/upload/{batch}", content=body).json().get("problem", "")
+    assert "over" in client.put("/easel/upload/other", content=body).json()["problem"]
+    client.post(f"/easel/upload/{batch}", json={})
+    assert settled(client, "import")["state"] == "failed"
+    assert shelf(client) == []
 
 
 def test_left_out_and_taken_back_whole(client: TestClient, desk: Desk) -> None:

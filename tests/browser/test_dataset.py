@@ -1,0 +1,248 @@
+"""The Dataset tab in a real browser: dropping folders, writing captions, undo, bulk edits, the check, the
+keyboard alone, and a thousand pictures."""
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pillow_heif
+import psutil
+import pytest
+from PIL import Image
+
+HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} \u202eabc 😀"
+GRID = "#dataset-grid [data-picture]"
+
+
+def pictures_in(page, count: int) -> None:
+    page.wait_for_function(f"document.querySelectorAll({json.dumps(GRID)}).length == {count}")
+
+
+def names(page) -> list[str]:
+    return page.eval_on_selector_all(GRID, "found => found.map(one => one.dataset.picture)")
+
+
+def take(page, files: list[Path]) -> None:
+    page.set_input_files("#dataset-drop input[type=file]", [str(file) for file in files])
+
+
+def drop(page, *paths: Path) -> None:
+    """A drop from the file manager, folders included, as the browser itself gets it."""
+    session = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": 700, "y": 600, "data": data})
+
+
+def stored(window: Any) -> Path:
+    return window.workspace / "projects" / "default" / "pictures"
+
+
+def test_a_folder_with_sub_folders_is_dropped_on_the_page(
+    page, window: Any, pictures: list[Path], tmp_path: Path
+) -> None:
+    folder = pictures[0].parent
+    (folder / "notes.pdf").write_text("no picture")
+    (folder / "phone.heic").write_bytes(_heic())
+    page.get_by_role("tab", name="Train", exact=True).click()
+    drop(page, folder)
+    pictures_in(page, len(pictures) + 1)
+    assert {"ball 0 é.png", "3_more/ball 5 é.png", "phone.heic"} <= set(names(page))
+    assert (stored(window) / "3_more" / "ball 5 é.txt").read_text() == "a ball, number 5"
+    page.click("#dataset-grid [data-picture='3_more/ball 5 é.png']")
+    assert "3 repeats" in page.inner_text("#picture-facts")
+    assert "notes.pdf is neither a picture" in page.inner_text(".sentences")
+    page.click("#dataset-grid [data-picture='phone.heic']")
+    page.wait_for_function("document.querySelector('#picture-big img').naturalWidth == 160")
+
+
+def _heic() -> bytes:
+    pillow_heif.register_heif_opener()
+    buffer = io.BytesIO()
+    Image.new("RGB", (160, 120), (90, 140, 60)).save(buffer, "HEIF")
+    return buffer.getvalue()
+
+
+def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pictures: list[Path]) -> None:
+    take(page, [*pictures, *(p.with_suffix(".txt") for p in pictures[1:])])
+    pictures_in(page, 6)
+    other = new_page()
+    other.goto(window.address)
+    pictures_in(other, 6)
+    page.click("#dataset-grid [data-picture='ball 0 é.png']")
+    area = "#caption textarea"
+    for text in (HOSTILE, "x" * 10_000, "third"):
+        page.fill(area, text)
+        page.wait_for_selector("#caption-state[data-state=saved]")
+    file = stored(window) / "ball 0 é.txt"
+    assert file.read_text() == "third"
+    # Back over what was saved, also after another picture was looked at.
+    page.press(area, "PageDown")
+    page.press(area, "PageUp")
+    page.press(area, "Control+z")
+    page.press(area, "Control+z")
+    assert page.input_value(area) == HOSTILE
+    page.wait_for_selector("#caption-state[data-state=saved]")
+    assert file.read_text() == HOSTILE
+    page.press(area, "Control+y")
+    assert page.input_value(area) == "x" * 10_000
+    page.press(area, "Control+z")
+    page.wait_for_selector("#caption-state[data-state=saved]")
+    # The other page shows it, as text.
+    other.wait_for_function("easel.shelf().pictures[0].caption.includes('{{7*7}}')", timeout=30_000)
+    other.click("#dataset-grid [data-picture='ball 0 é.png']")
+    assert other.input_value(area) == HOSTILE
+    assert "broken in" not in (page.title(), other.title())
+
+    page.click("#bulk > summary")
+    page.fill("#bulk-find", "<img src=x")
+    page.fill("#bulk-put", "<b>")
+    page.wait_for_selector("#bulk-apply:enabled")
+    assert "1 caption of 6" in page.inner_text("#bulk-preview")
+    assert page.inner_text("#bulk-preview del").startswith("img")
+    page.check("#bulk-regex")
+    page.fill("#bulk-find", "(a+")
+    page.wait_for_selector("#bulk-preview .problem")
+    assert page.is_disabled("#bulk-apply")
+    page.fill("#bulk-find", r"number (\d)")
+    page.fill("#bulk-put", r"no. \1")
+    page.wait_for_selector("#bulk-apply:enabled")
+    page.click("#bulk-apply")
+    page.wait_for_selector("#bulk-preview >> text=5 captions changed")
+    assert (stored(window) / "ball 1 é.txt").read_text() == "a ball, no. 1"
+    page.click("#bulk-tags [aria-label='Delete the tag a ball']")
+    page.wait_for_function("!document.querySelector('#bulk-tags').textContent.includes('a ball')")
+    assert (stored(window) / "ball 1 é.txt").read_text() == "no. 1"
+    for left in ("a ball, no. 1", "a ball, number 1"):
+        page.click("#bulk-undo")
+        page.wait_for_function("document.querySelector('#bulk-preview').textContent.includes('as before')")
+        page.wait_for_function(f"easel.shelf().pictures[1].caption == {json.dumps(left)}")
+        page.fill("#bulk-put", left)
+    assert (stored(window) / "ball 1 é.txt").read_text() == "a ball, number 1"
+
+    page.fill("#trigger input, #trigger textarea", "sks ball")
+    page.click("#trigger-to-all")
+    page.wait_for_selector("#import-note >> text=6 captions changed")
+    assert (stored(window) / "ball 1 é.txt").read_text() == "sks ball, a ball, number 1"
+
+
+def test_the_check_and_leaving_out(page, window: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    files = []
+    for index in range(5):
+        small = Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8))
+        file = tmp_path / f"p{index}.png"
+        small.resize((240, 200), Image.Resampling.NEAREST).save(file)
+        files.append(file)
+    Image.open(files[2]).save(tmp_path / "copy of p2.jpg", quality=90)
+    Image.fromarray(rng.integers(0, 255, (24, 30, 3), dtype=np.uint8)).save(tmp_path / "tiny.png")
+    take(page, [*files, tmp_path / "copy of p2.jpg", tmp_path / "tiny.png"])
+    pictures_in(page, 7)
+    page.click("#check > summary")
+    pair = ".pairs .found"
+    page.wait_for_selector(pair)
+    assert page.locator(f"{pair} img").count() == 2
+    assert "copy of p2.jpg" in page.inner_text(pair)
+    page.click("[data-filter=twins]")
+    assert page.locator(f"{GRID}:visible").count() == 2
+    page.click("[data-filter=all]")
+    page.click("[data-leave='copy of p2.jpg']")
+    pictures_in(page, 6)
+    assert not (stored(window) / "copy of p2.jpg").exists()
+    page.wait_for_function("!document.querySelector('.pairs')")
+    page.click("[data-leave='tiny.png']")
+    pictures_in(page, 5)
+    page.click("[data-filter=out]")
+    pictures_in(page, 2)
+    page.click("#dataset-grid [data-picture='tiny.png']")
+    page.click("#leave-out")
+    pictures_in(page, 1)
+    assert (stored(window) / "tiny.png").exists()
+
+
+def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
+    page.focus("#dataset-path input")
+    page.keyboard.type(str(pictures[0].parent))
+    page.keyboard.press("Enter")
+    pictures_in(page, 6)
+    page.wait_for_selector("#import-note >> text=11 files added")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.classList.contains('thumb')"):
+            break
+    focused = "document.activeElement.dataset.picture"
+    first = page.evaluate(focused)
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(focused) != first
+    page.keyboard.press("End")
+    assert page.evaluate(focused) == names(page)[-1]
+    page.keyboard.press("Home")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("written by hand")
+    page.wait_for_selector("#caption-state[data-state=saved]")
+    page.keyboard.press("Escape")
+    assert (stored(window) / Path(first).with_suffix(".txt")).read_text() == "written by hand"
+    page.keyboard.press("Shift+ArrowRight")
+    page.wait_for_selector("#leave-out >> text=Leave out 2")
+    page.focus("#hold-out")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#dataset-chips >> text=2 held out for validation")
+    assert len((stored(window) / "held_out.txt").read_text().splitlines()) == 2
+    page.focus(".thumb.on")
+    page.keyboard.press("Delete")
+    pictures_in(page, 4)
+    assert page.evaluate("document.activeElement.classList.contains('thumb')")
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A thousand different files of 1024 px; every tenth has no caption."""
+    folder = tmp_path_factory.mktemp("thousand")
+    tile = Image.fromarray(np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    tile.resize((1024, 1024), Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=90)
+    for index in range(1000):
+        # What follows a JPEG's end is no part of it.
+        (folder / f"p{index:04}.jpg").write_bytes(buffer.getvalue() + str(index).encode())
+        if index % 10:
+            (folder / f"p{index:04}.txt").write_text(f"a thing, number {index}")
+    return folder
+
+
+def test_a_thousand_pictures(page, window: Any, thousand: Path) -> None:
+    process = psutil.Process(window.process.pid)
+    began = time.monotonic()
+    take(page, sorted(thousand.iterdir()))
+    page.wait_for_selector("#import-note [role=progressbar]")
+    page.wait_for_selector("#import-note >> text=1,900 files added")
+    took = time.monotonic() - began
+    assert took < 60
+    began = time.monotonic()
+    pictures_in(page, 1000)
+    page.wait_for_function(
+        "[...document.querySelectorAll('.thumb img')].slice(0, 16).every(one => one.naturalWidth)"
+    )
+    assert time.monotonic() - began < 3
+    spent: list[float] = []
+    page.on(
+        "requestfinished", lambda r: spent.append(_waited(r)) if r.url.endswith("/easel/caption") else None
+    )
+    for index in range(5):
+        page.fill("#caption textarea", f"a new caption, {index}")
+        page.wait_for_selector("#caption-state[data-state=saved]")
+        page.press("#caption textarea", "PageDown")
+    assert len(spent) == 5
+    assert max(spent) < 100
+    assert process.memory_info().rss < 400e6
+    page.fill("#dataset-search", "number 77")
+    page.wait_for_function("[...document.querySelectorAll('.thumb')].filter(one => !one.hidden).length == 10")
+
+
+def _waited(request) -> float:
+    """Milliseconds that the server took to answer."""
+    timing = request.timing
+    return timing["responseStart"] - timing["requestStart"]

@@ -1,0 +1,67 @@
+"""The project picker in a real browser: what was typed and dropped is where it was left."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.browser.test_dataset import pictures_in, take
+
+NAME = "Dog <img src=x onerror=\"document.title='broken in'\"> 😀"
+
+
+def make(page, title: str) -> None:
+    page.click("#project-picker")
+    page.fill("#project-new input", title)
+    page.press("#project-new input", "Enter")
+    page.wait_for_function(
+        "title => document.querySelector('#project-picker')?.textContent.trim() === title", arg=title
+    )
+    page.wait_for_selector("#dataset-mark", state="attached")
+
+
+def open_project(page, title: str) -> None:
+    page.click("#project-picker")
+    page.get_by_role("button", name=f"Open {title}", exact=True).click()
+    page.wait_for_function(
+        "title => document.querySelector('#project-picker')?.textContent.trim() === title", arg=title
+    )
+
+
+def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path]) -> None:
+    take(page, pictures)
+    pictures_in(page, 6)
+    page.fill("#trigger input, #trigger textarea", "sks ball")
+    page.press("#trigger input, #trigger textarea", "Tab")
+    page.wait_for_selector("#dataset-mark[data-trigger='sks ball']", state="attached")
+    other = new_page()
+    other.goto(window.address)
+    pictures_in(other, 6)
+
+    make(page, NAME)
+    page.wait_for_selector("#grid-empty >> text=No pictures yet")
+    assert page.input_value("#trigger input, #trigger textarea") == ""
+    # The other page follows: what it showed is of a project that is not open any more.
+    other.wait_for_selector("#grid-empty >> text=No pictures yet")
+    take(page, pictures[:2])
+    pictures_in(page, 2)
+
+    open_project(page, "My pictures")
+    pictures_in(page, 6)
+    page.wait_for_function("document.querySelector('#trigger :is(input, textarea)').value === 'sks ball'")
+
+    page.click("#project-picker")
+    page.get_by_role("button", name=f"Rename {NAME}", exact=True).click()
+    page.fill("#projects-list input", "Our dog")
+    page.press("#projects-list input", "Enter")
+    page.get_by_role("button", name="Delete Our dog", exact=True).click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.wait_for_function("document.querySelectorAll('#projects-list > .row').length === 1")
+    assert "trash" in page.inner_text("#projects-room")
+    page.get_by_role("button", name="Clean caches").click()
+    page.wait_for_selector("#projects-room >> text=freed")
+    page.get_by_role("button", name="Delete My pictures", exact=True).click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    page.wait_for_selector("#projects-note >> text=only project")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "project-picker"
+    assert page.title() != "broken in"
+    assert len(list((window.workspace / "projects" / "default" / "pictures").glob("**/*.png"))) == 6
