@@ -215,7 +215,8 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1"},
+            # One arena: others reserve address space in advance, which a limit on it counts.
+            env={**os.environ, "GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         )
 
     def train(self, run: Path, *faults: Fault, **limits: Any) -> tuple[int, str]:

@@ -113,7 +113,7 @@ class Conductor:
         self._plan = replace(self._plan, rungs=self._ladder.taken, tried=True, peak=peak)
         self._plan.write(self._run)
         for sentence in told:
-            self._warn(f"The heaviest step does not fit into memory as it is. {sentence}")
+            self._warn(sentence)
 
     def _stand_at(self, state: TrainState, health: Health) -> None:
         self.step, self._health = state.step, health

@@ -98,11 +98,11 @@ class Duties:
         saves = self.saves(step, last, "save" in asked)
         samples = "preview" in asked or due(step, config.preview.every, last)
         if validates:
-            self._aside(step, "The validation", self._validate)
+            self._aside(step, "The validation was", self._validate)
         if saves:
             self.save(step, health, due(step, config.save.every, last), "save" in asked)
         if samples:
-            self._aside(step, "The samples", self._preview)
+            self._aside(step, "The samples were", self._preview)
         return validates or saves or samples
 
     def make_up(self, step: int, last: bool, validated: set[int], sampled: set[int]) -> None:
@@ -115,9 +115,9 @@ class Duties:
         config = self._config
         validates = step > 0 and bool(self._session.held_out) and due(step, config.validation.every, last)
         if validates and step not in validated:
-            self._aside(step, "The validation", self._validate)
+            self._aside(step, "The validation was", self._validate)
         if due(step, config.preview.every, last) and step not in sampled:
-            self._aside(step, "The samples", self._preview)
+            self._aside(step, "The samples were", self._preview)
 
     def save(self, step: int, health: Health, planned: bool, marked: bool) -> None:
         """Write a checkpoint."""
@@ -147,7 +147,8 @@ class Duties:
             if not out_of_memory(error):
                 raise
             free_memory(self._session.trainee, error)
-        message = f"{what} of step {step} did not fit into memory and was left out; training goes on."
+        thing, _, verb = what.rpartition(" ")
+        message = f"{thing} of step {step} did not fit into memory and {verb} left out; training goes on."
         self._emit(events.Warned(step=step, message=message))
 
     def _validate(self, step: int) -> None:

@@ -23,6 +23,7 @@ from lora_core.training.trainee import enable_checkpointing
 from lora_core.validation.gain import triple_losses
 
 EIGHT_BIT = "bitsandbytes"
+VAE_ASIDE = "vae aside"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _take_half(trainee: Trainee) -> None:
 
 LADDER = (
     Rung(
-        "vae aside",
+        VAE_ASIDE,
         "The VAE waits in the computer's own memory; samples take some seconds longer.",
         lambda trainee, config: trainee.base.vae.device.type != "cpu",
         _put_vae_aside,
@@ -112,6 +113,11 @@ class Ladder:
             if rung is not None and rung.possible(self._trainee, self._config):
                 rung.take(self._trainee)
 
+    @property
+    def next(self) -> Rung | None:
+        """The rung that would be taken next."""
+        return next((rung for rung in LADDER if rung.possible(self._trainee, self._config)), None)
+
     def climb(self, step: int) -> str:
         """Take the next rung, from the step after `step` on; returns what that means.
 
@@ -119,7 +125,7 @@ class Ladder:
             OutOfMemory: there is none left.
         """
         self.reach(step)
-        rung = next((rung for rung in LADDER if rung.possible(self._trainee, self._config)), None)
+        rung = self.next
         if rung is None:
             raise OutOfMemory(self._nothing_left())
         # Rungs noted for later steps are no longer what will happen.
@@ -144,8 +150,14 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, of whichever kind."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(
+        word in str(error) for word in ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    ):
+        return True
+    # What oneDNN says when its allocation fails; without a limit it would mean something else.
+    return "could not create a primitive" in str(error) and limited(torch.device("cpu"))
 
 
 def free_memory(trainee: Trainee, error: BaseException | None = None) -> None:
@@ -187,7 +199,7 @@ def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float)
         state: how many numbers the optimizer keeps for each that is trained.
 
     Returns:
-        What each rung that was taken means, and the peak in bytes where the device tells it.
+        What there is to tell a person, and the peak in bytes where the device tells it.
 
     Raises:
         OutOfMemory: it does not fit with all rungs taken.
@@ -195,31 +207,46 @@ def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float)
     trainee = session.trainee
     told: list[str] = []
     device = trainee.base.device
-    while True:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        try:
-            _try_heaviest(session, plan, state)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    while not _fits(trainee, lambda: _try_step(session, plan, state)):
+        told.append(f"The heaviest step does not fit into memory as it is. {ladder.climb(0)}")
+    while not _fits(trainee, lambda: _try_sample(session)):
+        if ladder.next is None or ladder.next.name != VAE_ASIDE:
+            told.append("Samples do not fit into memory beside the training, so they may be left out.")
             break
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            free_memory(trainee, error)
-        told.append(ladder.climb(0))
-    free_memory(trainee)
+        told.append(f"Samples do not fit into memory as it is. {ladder.climb(0)}")
     return told, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _try_heaviest(session: Session, plan: StepPlan, state: float) -> None:
-    """Everything that takes much memory once, with nothing changed by it."""
+def _fits(trainee: Trainee, work: Callable[[], None]) -> bool:
+    try:
+        work()
+        return True
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        free_memory(trainee, error)
+        return False
+    finally:
+        free_memory(trainee)
+
+
+def _try_step(session: Session, plan: StepPlan, state: float) -> None:
+    """What a step and a validation take, with nothing changed by it."""
     trainee, base = session.trainee, session.trainee.base
     numbers = sum(tensor.numel() for tensor in trainee.injected.parameters())
     held = torch.empty(int(state * numbers), device=base.device)
     micro_batch(trainee, session.batches, session.text, plan, session.batches.heaviest())
-    free_memory(trainee)
+    trainee.optimizer.zero_grad(set_to_none=True)
     if session.held_out:
         largest = max(session.held_out, key=lambda measured: measured.latents.numel())
         triple_losses(base, [largest], session.text.condition)
+    del held
+
+
+def _try_sample(session: Session) -> None:
+    """What the end of a sample takes: its latents turned into a picture."""
+    base = session.trainee.base
     side = base.resolution // base.pixels_a_latent
     decoded_latents(base, torch.zeros(1, base.latent_channels, side, side))
-    del held
