@@ -108,7 +108,7 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     page.wait_for_selector("#like-said")
     page.wait_for_function("document.querySelector('#steps input').value === '77'")
     assert 'a "lora" é.safetensors' in page.inner_text("#like-said")
-    assert "adapter.rank=24" in page.text_content("#command pre")
+    page.wait_for_function("document.querySelector('#command pre').textContent.includes('adapter.rank=24')")
     page.fill("#like-path input, #like-path textarea", str(tmp_path / "none.safetensors"))
     page.click("#like-take")
     page.wait_for_selector("#like-note .problem")
@@ -172,11 +172,6 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
         " document.querySelector('#base-model').getBoundingClientRect().top"
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.click("#train-pause")
-    state_is(page, "pausing", "paused")
-    state_is(page, "paused")
-    page.click("#resume")
-    state_is(page, "running")
     page.click("#quit")
     page.wait_for_selector("dialog[open] >> text=goes on by itself")
     watched.expected_away = True
