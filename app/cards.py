@@ -1,6 +1,7 @@
 """The run card and the charts of the Train tab as HTML: what the shown run does, and what to do about it."""
 
 from app.charts import gain_chart, loss_chart
+from app.checks import in_words
 from app.hardware import resident_bytes
 from app.header import percent, request_button, resume_button, run_words, track
 from app.jobs import Watch
@@ -105,7 +106,7 @@ def _broken(moment: Moment, watch: Watch) -> str:
     )
     reached = f"{percent(moment)}%, step {moment.progress.step:,} of {moment.progress.steps:,}"
     return (
-        f'<p class="problem" role="alert">{safe(why)}</p>{_less_memory(watch)}<p'
+        f'<p class="problem" role="alert">{safe(in_words(why))}</p>{_less_memory(watch)}<p'
         f' class="small num">Reached {reached}. {keeps}</p>{log}'
     )
 
@@ -173,7 +174,7 @@ def _remark(moment: Moment) -> str:
     reason = moment.progress.reason
     if moment.state == "paused" and reason:
         # A pause that nobody asked for: the drive is full, for instance.
-        return f'<p class="problem" role="alert" data-hint="paused">{safe(reason)}</p>'
+        return f'<p class="problem" role="alert" data-hint="paused">{safe(in_words(reason))}</p>'
     texts = {
         "pausing": "It saves a checkpoint after the present step and ends.",
         "stopping": "It saves, writes the file for other tools and ends.",

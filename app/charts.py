@@ -45,10 +45,11 @@ class Axes:
             parts.append(
                 f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.{self.digits}f}</text>'
             )
-        for column in range(5):
-            step = self.x0 + (self.x1 - self.x0) * column / 4
+        # A run of few steps has fewer whole numbers than places for them.
+        ticks = {round(self.x0 + (self.x1 - self.x0) * column / 4) for column in range(5)}
+        for step in sorted(ticks):
             x, _ = self.at(step, self.y0)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step:,.0f}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{step:,}</text>')
         return "".join(parts)
 
 

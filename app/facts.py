@@ -1,8 +1,10 @@
 """What will happen, said before Start in plain sentences: pictures, looks, time, memory, file size, and each
 problem."""
 
+import functools
 import math
 
+from app.bases import chosen_base
 from app.form import for_family
 from app.moment import Moment
 from app.pace import GUESSED, MEASURED, SCALED, forecast
@@ -106,10 +108,7 @@ def _memory_words(moment: Moment) -> str:
 
 def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:
     """About how many bytes the run takes at its peak; within a factor of two at best."""
-    try:
-        numbers, export = base_numbers(known), export_bytes(known, config)
-    except (LoraError, OSError):
-        return None
+    numbers, export = _numbers(config.model.base, _changed_at(known)), export_bytes(known, config)
     if not numbers or not export:
         return None
     asked = config.train.precision
@@ -119,6 +118,23 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
     pixels = (side / 8) ** 2 * config.train.batch_size
     activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
     return PROGRAM + numbers * width + export / 2 * 4 * ADAPTER_COPIES + activations
+
+
+def _changed_at(known: BaseFacts) -> int:
+    try:
+        return known.path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=16)
+def _numbers(base: str, changed_at: int) -> int | None:
+    """How many weights a base has; pages ask each second, and a header may hold a megabyte."""
+    known = chosen_base(base).facts
+    try:
+        return base_numbers(known) if known else None
+    except (LoraError, OSError):
+        return None
 
 
 def _sentences(moment: Moment) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from app.checks import in_words
 from app.jobs import RESUMABLE, Watch
 from app.moment import Moment
 from app.words import about, chip, file_size, many, safe, state_chip
@@ -84,7 +85,7 @@ def _job_row(job: Job, waiting: list[str]) -> str:
     if job.state != RUNNING:
         tip = "Takes it out of the queue; a run that began stays below."
         actions += _button("Remove", "queue", {"do": "remove", "run": name}, tip=tip)
-    why = f'<span class="small">{safe(job.reason)}</span>' if job.reason else ""
+    why = f'<span class="small">{safe(in_words(job.reason))}</span>' if job.reason else ""
     return (
         f'<div class="row apart" data-job="{safe(name)}" data-job-state="{job.state}"><div'
         f' class="row">{chip(state, tones[job.state])}<span>{safe(name)}</span>{why}</div><div'
@@ -125,7 +126,7 @@ def _run_row(moment: Moment, watch: Watch, state: str) -> str:
         f' title="{safe(watch.run.path)}" aria-label="Copy the path of {safe(name)}">Copy path</button>'
     )
     why = watch.reason() if state in ("failed", "interrupted") else ""
-    reason = f'<p class="small">{safe(why)}</p>' if why else ""
+    reason = f'<p class="small">{safe(in_words(why))}</p>' if why else ""
     return (
         f'<div class="row apart" data-run="{safe(name)}"><div'
         f' class="row">{state_chip(state)}<span>{safe(name)}</span><span class="small'

@@ -172,6 +172,7 @@ def test_out_of_memory_names_the_two_settings(desk: Desk) -> None:
     )
     html = card(desk)
     assert 'data-hint="memory"' in html
+    assert "lower Batch size or Resolution, or set Gradient checkpointing." in html
     assert "<b>Batch size</b> (Memory and speed; it was 6)" in html
     assert "<b>Resolution</b> (it was 768 px)" in html
 
