@@ -27,7 +27,7 @@ class BaseWeights:
         facts = base_facts(name)
         if facts.family is None:
             raise ModelFileError(
-                f"The base {name} is a .ckpt; merging needs a .safetensors file or a diffusers folder, so"
+                f"The base {name} is a .ckpt; this needs a .safetensors file or a diffusers folder, so"
                 " convert it first."
             )
         self.path: Path = facts.path

@@ -16,14 +16,12 @@ import torch
 from lora_core.adapters.inject import Strengthened
 from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.analysis.blocks import Blocks
+from lora_core.analysis.factors import Pair, singular_triples
 from lora_core.formats.layers import check_plain
 from lora_core.spec.errors import AdapterFileError, ConfigError
 
 MAX_RANK = 4096
 """No layer of a Stable Diffusion has a higher one."""
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""(up, down) whose product is an update: the scale is in `up`, which is in double precision for its sake."""
 
 
 @dataclass
@@ -145,15 +143,14 @@ def truncated(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     With QR of both factors, up @ down = Qu (Ru Rd^T) Qd^T, and the SVD of the small core in the middle is
     that of the whole. The singular values are shared between the two factors, so that both keep a like size.
     """
-    up, down = pair[0].double(), pair[1].double()
-    q_up, r_up = torch.linalg.qr(up.flatten(1))
-    q_down, r_down = torch.linalg.qr(down.flatten(1).T)
-    u, values, vh = torch.linalg.svd(r_up @ r_down.T)
-    kept = min(rank, len(values))
-    root = values[:kept].sqrt()
-    new_up = (q_up @ u[:, :kept] * root).reshape(-1, kept, *up.shape[2:])
-    new_down = (root[:, None] * vh[:kept] @ q_down.T).reshape(kept, *down.shape[1:])
-    squares = values.square()
+    up, down = pair
+    triples = singular_triples((up.flatten(1), down.flatten(1)))
+    kept = min(rank, down.shape[0], len(triples.values))
+    best = triples.leading(kept)
+    root = best.values.sqrt()
+    new_up = (best.u * root).reshape(-1, kept, *up.shape[2:])
+    new_down = (root[:, None] * best.v.T).reshape(kept, *down.shape[1:])
+    squares = triples.values.square()
     return (new_up, new_down.float()), float(squares.sum()), float(squares[kept:].sum())
 
 

@@ -17,6 +17,7 @@ from lora_core.analysis.blocks import Blocks, blocks_of
 from lora_core.analysis.combine import merged
 from lora_core.analysis.into_base import merge_into_base
 from lora_core.analysis.plain import Note, needs_base, plain
+from lora_core.analysis.rewrite import check_out
 from lora_core.analysis.updates import Updates, file_updates
 from lora_core.formats import kinds
 from lora_core.formats.file import file_hashes, write_adapter
@@ -98,7 +99,7 @@ def merge_files(
     Raises:
         LoraError: one sentence on what is wrong; nothing is written then.
     """
-    _check_out(out)
+    check_out(out)
     base = BaseWeights(wanted.base) if wanted.base else None
     opened = _opened(ingredients, base.family if base else None)
     blocks = _blocks(wanted.blocks, len(opened))
@@ -158,13 +159,6 @@ def merge_files_into_base(
     }
     layers = merge_into_base(base, adapters, out, texts, _blocks(blocks, len(opened)))
     return [f"{layers} layers of the base changed by {_count(opened)}."]
-
-
-def _check_out(out: Path) -> None:
-    if out.exists():
-        raise AdapterFileError(f"{out} exists already; choose another name or remove it first.")
-    if out.suffix.lower() != ".safetensors":
-        raise AdapterFileError(f"--out {out} should end in .safetensors.")
 
 
 def _blocks(text: str, files: int) -> Blocks | None:

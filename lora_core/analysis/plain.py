@@ -23,7 +23,7 @@ Note = Callable[[int, int], None]
 EXACT_UP_TO = 512
 """The shorter side up to which an SVD of the whole matrix is quick."""
 _EXTRA, _ROUNDS = 32, 4
-"""Probes beyond the rank, and rounds of sharpening; see `_sketched`."""
+"""Probes beyond the rank, and rounds of sharpening; see `sketched`."""
 
 
 def needs_base(updates: Updates) -> bool:
@@ -80,7 +80,7 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
     if min(matrix.shape) <= max(EXACT_UP_TO, kept + _EXTRA):
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        u, values, vh = _sketched(matrix, kept + _EXTRA)
+        u, values, vh = sketched(matrix, kept + _EXTRA)
     root = values[:kept].sqrt()
     up, down = u[:, :kept] * root, root[:, None] * vh[:kept]
     lost = float((matrix - up @ down).double().square().sum())
@@ -88,7 +88,7 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
     return (up.reshape(*up.shape, *ones), down.reshape(kept, *delta.shape[1:])), norm, lost
 
 
-def _sketched(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def sketched(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The largest singular triples, from the range of the matrix applied to random probes.
 
     Source: Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1.

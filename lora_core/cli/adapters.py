@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from lora_core.cli import Verbs, add_json, say, say_json
 from lora_core.spec.errors import AdapterFileError
@@ -11,6 +12,9 @@ def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
     inspect = verbs.add_parser("inspect", help="what an adapter file is, whoever wrote it")
     inspect.add_argument("file", type=Path)
+    inspect.add_argument(
+        "--spectrum", action="store_true", help="the singular values of each layer, and ranks"
+    )
     add_json(inspect)
     inspect.set_defaults(run=_inspect)
     convert = verbs.add_parser("convert", help="translate an adapter file to another format")
@@ -30,17 +34,33 @@ def _inspect(options: argparse.Namespace) -> int:
     from lora_core.formats.inspect import inspect_file
 
     report = inspect_file(options.file)
+    spectrum = {}
+    if options.spectrum and not report["problem"]:
+        from lora_core.analysis.spectrum import file_spectrum
+
+        spectrum = file_spectrum(options.file)
     if options.json:
-        say_json(report)
+        say_json(report | spectrum)
     else:
         for key, value in report.items():
             if key not in ("metadata", "problem"):
                 say(f"{key:13} {value}")
         for key, value in sorted(report["metadata"].items()):
             say(f"  {key}: {value if len(value) <= 100 else value[:97] + '...'}")
+        _say_spectrum(spectrum)
     if report["problem"]:
         raise AdapterFileError(report["problem"])
     return 0
+
+
+def _say_spectrum(spectrum: dict[str, Any]) -> None:
+    for row in spectrum.get("layers", ()):
+        say(
+            f"{row['part']}.{row['module']}: rank {row['rank']}, effective {row['effective_rank']:.1f}, 90%"
+            f" of the energy in {row['rank90']}, 99% in {row['rank99']}, norm {row['norm']:.4g}"
+        )
+    for row in spectrum.get("left_out", ()):
+        say(f"{row['part']}.{row['module']} is left out: {row['reason']}")
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ def add_verbs(verbs: Verbs) -> None:
 SECONDS_BETWEEN_NOTES = 5.0
 
 
-def _note() -> Callable[[int, int], None]:
+def slow_note() -> Callable[[int, int], None]:
     """Says on stderr now and then how far long work is."""
     last = time.monotonic()
 
@@ -70,7 +70,7 @@ def _merge(options: argparse.Namespace) -> int:
         said = merge_files_into_base(ingredients, options.into_base, options.out, options.blocks)
     else:
         wanted = Wanted(options.rank, options.blocks, options.precision or "fp32", options.base)
-        said = merge_files(ingredients, options.out, wanted, time.time(), _note())
+        said = merge_files(ingredients, options.out, wanted, time.time(), slow_note())
     for sentence in said:
         say(sentence)
     say(str(options.out))
