@@ -52,6 +52,7 @@ class History:
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self._half_line = False
         self._kept = self._read()
 
     def newest(self, most: int = MOST_SHOWN) -> list[Kept]:
@@ -84,7 +85,9 @@ class History:
         with self._lock:
             self._kept = [one for one in self._kept if one.file != kept.file] + [kept]
             with open(self.folder / FILE, "ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
+                # A kill may have left half a line, which this one must not become part of.
+                file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
+            self._half_line = False
 
     def remove(self, name: str, workspace: Path) -> Kept:
         """Move a picture into the trash.
@@ -103,6 +106,7 @@ class History:
             lines = (self.folder / FILE).read_bytes().split(b"\n")
         except OSError:
             return []
+        self._half_line = bool(lines[-1])
         found: dict[Path, Kept] = {}
         for line in lines:
             kept = self._of_line(line)

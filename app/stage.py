@@ -207,9 +207,10 @@ def strip(moment: Moment) -> str:
         if whole
         else ""
     )
+    shape = f"--ratio:{_ratio(view.shot):.4f};--count:{max(4, min(8, len(cells)))}"
     return (
-        f'<div class="strip" style="--ratio:{_ratio(view.shot):.4f}">{"".join(cells)}</div><div class="row'
-        f' apart"><p class="small">Same prompt, same noise; only the strength differs.{mixed}</p>{save}</div>'
+        f'<div class="strip" style="{shape}">{"".join(cells)}</div><div class="row apart"><p'
+        f' class="small">Same prompt, same noise; only the strength differs.{mixed}</p>{save}</div>'
     )
 
 

@@ -28,12 +28,12 @@ def wire(parts: Parts, demo: Any, tabs: Any) -> None:
 
     def to_demo() -> list[Any]:
         project.keep(
-            dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_lora=""
+            dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_loras={}
         )
         return [gr.Tabs(selected="Train"), *parts.filled()]
 
     def to_own() -> list[Any]:
-        project.keep(dataset="", level="", values={}, preview={}, preview_lora="")
+        project.keep(dataset="", level="", values={}, preview={}, preview_loras={})
         return parts.filled()
 
     parts.action(demo.click(to_demo, None, [tabs, *filled], **QUIET))

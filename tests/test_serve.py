@@ -1,5 +1,7 @@
 """The warm worker as the window has it: a real process, lines of JSON in and out."""
 
+import base64
+import io
 import json
 import os
 import queue
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +267,89 @@ def test_export_of_a_checkpoint(worker: Worker, lora: Path, tmp_path: Path) -> N
     assert "a/b" in worker.error(ask | {"name": "a/b"})
     assert "fp12" in worker.error(ask | {"precision": "fp12"})
     assert "onnx" in worker.error(ask | {"format": "onnx"})
+
+
+def test_a_picture_can_be_looked_at_while_it_is_made(worker: Worker, tmp_path: Path) -> None:
+    answers = worker.answers(wish("look", tmp_path, steps=60, look=True, width=128, height=128))
+    looks = [answer for answer in answers if answer["event"] == "look"]
+    assert looks
+    began = [answer["event"] for answer in answers].index("look")
+    assert answers[began - 1]["event"] == "progress"
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(looks[-1]["image"]))) as image:
+        assert (image.format, image.size) == ("JPEG", (16, 16))
+    # At most four a second, and none unless it is asked for.
+    assert len(looks) <= 4 * answers[-1]["seconds"] + 1
+    assert not [a for a in worker.answers(wish("none", tmp_path, steps=20)) if a["event"] == "look"]
+
+
+def whole_adapter(path: Path, rank: int) -> Path:
+    """On all attention layers of the UNet, as training makes them."""
+    from lora_core.models.load import load_base
+
+    draw = torch.Generator().manual_seed(rank)
+    layers = {}
+    for name, module in load_base("demo", torch.device("cpu"), torch.float32).unet.named_modules():
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            down = torch.randn(rank, module.in_features, generator=draw) * 0.1
+            up = torch.randn(module.out_features, rank, generator=draw) * 0.1
+            layers["unet", name] = LayerWeights(down, up, float(rank))
+    write_adapter(AdapterWeights(layers), path, "kohya", "fp16", FAMILIES["tiny"], {})
+    return path
+
+
+def test_a_strength_costs_a_merge_and_no_reload(worker: Worker, tmp_path: Path) -> None:
+    """50 ms up to the first step of the sampler; opening the base anew takes ten times that."""
+    file = str(whole_adapter(tmp_path / "whole.safetensors", 16))
+    seconds = []
+    for number in range(8):
+        ask = wish("s", tmp_path, loras=[{"file": file, "strength": 0.1 * number}], steps=1)
+        seconds += [a["ready_in"] for a in worker.answers(ask) if a["event"] == "picture"]
+    assert min(seconds[1:]) < 0.05, seconds
+
+
+def test_ranks_and_text_strengths_are_in_the_request(worker: Worker, tmp_path: Path) -> None:
+    file = str(whole_adapter(tmp_path / "whole.safetensors", 8))
+
+    def drawn(**row: object) -> bytes:
+        done = worker.answers(wish("r", tmp_path, loras=[{"file": file, **row}]))[-1]
+        return pixels(done["files"][0])
+
+    whole = drawn()
+    assert drawn(rank=0) == drawn(rank=8) == whole
+    assert drawn(rank=1) != whole
+    assert drawn(text_strength=0.0) == whole, "it has no text encoder's layers"
+    assert "rank" in worker.error(wish("bad", tmp_path, loras=[{"file": file, "rank": -1}]))
+
+
+def test_a_sheet_is_made_of_pictures_that_are_there(worker: Worker, tmp_path: Path) -> None:
+    from PIL import Image
+
+    done = worker.answers(wish("a", tmp_path / "p", strengths=[0, 1]))[-1]
+    ask = {"id": "t", "do": "sheet", "cells": [[*done["files"], None]], "columns": ["0", "1", "<b>x</b>"],
+           "parameters": "an owl", "out": str(tmp_path / "sheet.png")}  # fmt: skip
+    made = worker.answers(ask)[-1]
+    with Image.open(made["files"][0]) as sheet, Image.open(done["files"][1]) as second:
+        assert sheet.text["parameters"] == "an owl"
+        assert sheet.size == (made["width"], made["height"])
+        right, bottom = sheet.width - 8 - 64 - 8, sheet.height - 8
+        assert sheet.crop((right - 64, bottom - 64, right, bottom)).tobytes() == second.tobytes()
+    assert "gone.png" in worker.error(ask | {"cells": [[str(tmp_path / "gone.png")]]})
+    assert "list of lists" in worker.error(ask | {"cells": "x"})
+
+
+def test_cancelling_takes_no_longer_than_a_step(worker: Worker, tmp_path: Path) -> None:
+    worker.send(wish("slow", tmp_path, steps=1000, width=128, height=128))
+    seen = []
+    while len(seen) < 3:
+        answer = worker.answer()
+        seen += [answer["done"]] if answer["event"] == "progress" else []
+    worker.send({"id": "c", "do": "cancel", "target": "slow"})
+    time.sleep(0.2)
+    after = [answer for answer in worker.rest("slow") if answer["event"] == "progress"]
+    # What was said before the word came through lies in the pipe still.
+    assert all(answer["done"] < 60 for answer in after)
 
 
 def test_memory_is_given_back_and_taken_again(worker: Worker, lora: Path, tmp_path: Path) -> None:

@@ -76,17 +76,15 @@ def _form(parts: Parts) -> dict[str, Any]:
         samplers = [(row.title, key) for key, row in SAMPLERS.items()]
         made["sampler"] = gr.Dropdown(samplers, label="Sampler", elem_id="sampler")
         made["steps"] = gr.Number(label="Sampler steps", precision=0, elem_id="sampler-steps")
-    with gr.Row(elem_classes="pair"):
+    with gr.Row(elem_classes="trio"):
         made["cfg"] = gr.Number(label="Guidance", step=0.5, elem_id="cfg")
-        with gr.Row(elem_classes="with-dice"):
-            made["seed"] = gr.Number(label="Seed", precision=0, elem_id="seed")
-            dice = gr.Button("Any", elem_id="dice", min_width=0, scale=0)
-            last = gr.Button("Last", elem_id="last-seed", min_width=0, scale=0)
-    with gr.Row(elem_classes="pair"):
-        made["width"] = gr.Number(label="Width", precision=0, elem_id="width", placeholder="the base's own")
-        made["height"] = gr.Number(
-            label="Height", precision=0, elem_id="height", placeholder="the base's own"
-        )
+        made["width"] = gr.Number(label="Width", precision=0, elem_id="width", placeholder="auto")
+        made["height"] = gr.Number(label="Height", precision=0, elem_id="height", placeholder="auto")
+    with gr.Row(elem_classes="with-dice"):
+        made["seed"] = gr.Number(label="Seed (-1: random)", precision=0, elem_id="seed")
+        dice = gr.Button("Random", elem_id="dice", min_width=0, scale=0)
+        last = gr.Button("Last used", elem_id="last-seed", min_width=0, scale=0)
+    made = {name: made[name] for name in FIELDS}
     for name, field in made.items():
         parts.fill(field, functools.partial(_kept_value, parts, name))
     parts.action(dice.click(lambda: -1, None, made["seed"], **QUIET))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 LONGEST = 200_000
 """Characters that are looked at; what is longer was not written by a picture tool."""
-_SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 _TAG = re.compile(r"<lora:([^<>]+)>")
 _NEGATIVE = "Negative prompt:"
 

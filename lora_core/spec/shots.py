@@ -53,6 +53,10 @@ class LoraAt:
         """Whether it changes anything."""
         return bool(self.strength or self.text_strength)
 
+    def plainly(self) -> "LoraAt":
+        """The same, a text encoders' strength that is no other than the UNet's left out."""
+        return replace(self, text_strength=None) if self.text_strength == self.strength else self
+
     def times(self, factor: float) -> "LoraAt":
         """The same at a multiple of its strengths."""
         text = None if self.text_strength is None else self.text_strength * factor
@@ -84,7 +88,7 @@ class Shot:
 
     def acting(self) -> "Shot":
         """The same without adapters that change nothing, so that equal pictures are equal data."""
-        return replace(self, loras=tuple(lora for lora in self.loras if lora.acts))
+        return replace(self, loras=tuple(lora.plainly() for lora in self.loras if lora.acts))
 
     def at(self, kind: str, value: Value) -> "Shot":
         """The picture with one thing changed.

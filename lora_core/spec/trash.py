@@ -146,9 +146,9 @@ def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
     """
     full = Path(os.path.abspath(path))
     projects = workspace.absolute() / "projects"
-    if full.is_relative_to(projects) and full.relative_to(projects).parts[1:2] == (_DRAWN,):
-        if full.suffix == ".png":
-            return full, "picture"
+    inside = full.relative_to(projects).parts if full.is_relative_to(projects) else ()
+    if inside[1:2] == (_DRAWN,) and full.suffix == ".png":
+        return full, "picture"
     kind = KINDS.get(full.parent.name, "")
     if not kind or full.parent.parent != workspace.absolute() or full.name.startswith("."):
         raise RunError(f"{path} is neither a run nor a project of {workspace}, so it is not deleted.")

@@ -1,20 +1,30 @@
 """The client of the warm worker, against a small program that speaks its language."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from app.studio import STRIP, Scene, Studio
-from app.worker import Worker
+from app.studio import STRIP, Grid, Studio, View
+from app.worker import GivesWay, Worker
+from lora_core.spec.shots import LoraAt, Shot, axis
 
 FAKE = """
-import json, sys
+import json, pathlib, queue, sys, threading
 print("a library says hello", flush=True)
 print(json.dumps({"event": "ready"}), flush=True)
-for line in sys.stdin:
-    asked = json.loads(line)
+dropped, asks = set(), queue.Queue()
+def read():
+    for line in sys.stdin:
+        asked = json.loads(line)
+        dropped.add(asked["target"]) if asked["do"] == "cancel" else asks.put(asked)
+    asks.put({"do": "quit", "id": ""})
+threading.Thread(target=read, daemon=True).start()
+count = 0
+while True:
+    asked = asks.get()
     say = lambda **more: print(json.dumps({"id": asked["id"], **more}), flush=True)
     if asked["do"] == "quit":
         break
@@ -24,10 +34,23 @@ for line in sys.stdin:
     if asked["do"] == "inspect" or asked.get("prompt") == "bad":
         say(event="error", message="It cannot be read.")
         continue
+    if asked["do"] == "sheet":
+        pathlib.Path(asked["out"]).write_text(json.dumps(asked))
+        say(event="done", files=[asked["out"]])
+        continue
+    while asked.get("prompt") == "slow" and asked["id"] not in dropped:
+        threading.Event().wait(0.01)
+    if asked["id"] in dropped:
+        say(event="error", message="Cancelled.")
+        continue
+    if asked.get("look"):
+        say(event="look", image="anBlZw==")
     files = []
-    for index, strength in enumerate(asked.get("strengths", [])):
-        say(event="progress", done=index, total=len(asked["strengths"]))
-        name = asked["out"] + f"/{strength}.png"
+    for index, strength in enumerate(asked.get("strengths", [1.0]) if asked["do"] == "generate" else []):
+        say(event="progress", done=index, total=1)
+        count += 1
+        pathlib.Path(asked["out"]).mkdir(parents=True, exist_ok=True)
+        name = asked["out"] + f"/{count}.png"
         open(name, "wb").close()
         files.append(name)
         say(event="picture", index=index, strength=strength, file=name)
@@ -71,33 +94,128 @@ def test_a_worker_that_cannot_start_is_a_sentence(tmp_path: Path) -> None:
     assert "is gone" in worker.ask({"do": "warm"}, timeout=20).message
 
 
-def scene(prompt: str = "a cat", lora: str = "x.safetensors") -> Scene:
-    return Scene("demo", lora, prompt, "", 1, 20, 5.0, "ddim")
+def shot(prompt: str = "a cat", *strengths: float) -> Shot:
+    return Shot(prompt=prompt, loras=tuple(LoraAt(f"{n}.safetensors", s) for n, s in enumerate(strengths)))
 
 
-def test_a_scene_is_drawn_at_the_wanted_strength_then_as_a_strip(worker: Worker, tmp_path: Path) -> None:
-    studio = Studio(worker, tmp_path)
-    assert not studio.look_at(0.5)
-    studio.want(scene(), 0.8)
-    assert studio.view().state == "working"
+@pytest.fixture
+def studio(worker: Worker, tmp_path: Path) -> Studio:
+    return Studio(worker, lambda: tmp_path / "projects" / "x" / "generated")
+
+
+def settled(studio: Studio) -> View:
     wait_for(lambda: not studio.view().working)
-    assert set(studio.view().pictures) == {0.8, *STRIP}
-    assert studio.look_at(0.5)
+    return studio.view()
+
+
+def test_a_shot_is_drawn_then_the_base_then_the_strip(studio: Studio) -> None:
+    assert not studio.look_at(shot("a cat", 0.5))
+    studio.want(shot("a cat", 0.8), STRIP)
+    assert studio.view().state == "working"
+    view = settled(studio)
+    assert {one.loras[0].strength if one.loras else 0.0 for one in view.pictures} == {0.8, *STRIP}
+    # The strip holds it already, so that nothing is drawn again.
+    assert studio.look_at(shot("a cat", 0.5))
     assert studio.view().state == "idle"
 
 
-def test_without_a_lora_the_base_alone_is_drawn(worker: Worker, tmp_path: Path) -> None:
-    studio = Studio(worker, tmp_path)
-    studio.want(scene(lora=""), 1.0)
-    wait_for(lambda: not studio.view().working)
-    assert set(studio.view().pictures) == {0.0}
+def test_strength_zero_is_the_base_s_own_picture(studio: Studio) -> None:
+    studio.want(shot("a cat", 1.0), (0.0, 1.0))
+    view = settled(studio)
+    assert view.shot is not None
+    assert view.picture(view.shot.at("strength", 0.0)) == view.picture(view.shot.alone())
+    assert len(set(view.pictures.values())) == 2
 
 
-def test_an_error_stays_until_something_else_is_wanted(worker: Worker, tmp_path: Path) -> None:
-    studio = Studio(worker, tmp_path)
-    studio.want(scene("bad"), 1.0)
+def test_without_a_lora_the_base_alone_is_drawn(studio: Studio) -> None:
+    studio.want(shot("a cat"), STRIP)
+    assert set(settled(studio).pictures) == {shot("a cat")}
+
+
+def test_an_error_stays_until_something_else_is_wanted(studio: Studio) -> None:
+    studio.want(shot("bad", 1.0), ())
     wait_for(lambda: studio.view().state == "error")
     assert studio.view().message == "It cannot be read."
-    studio.want(scene("good"), 1.0)
+    studio.want(shot("good", 1.0), ())
     wait_for(lambda: studio.view().state == "idle")
-    assert [one.scene.prompt for one in studio.view().recent] == ["good"]
+    assert [one.shot.prompt for one in studio.history.newest()] == ["good"]
+
+
+def test_a_grid_is_filled_cell_by_cell_and_put_together(studio: Studio) -> None:
+    grid = Grid.of(shot("a cat", 0.8), axis("seed", [1, 2]), axis("strength", [0, 0.5, 1]))
+    studio.draw_grid(grid)
+    view = settled(studio)
+    assert view.grid is not None
+    assert view.grid.sheet is not None
+    assert len(view.pictures) == 6
+    kept = studio.history.newest()[0]
+    assert (kept.file, kept.rows, kept.is_sheet) == (view.grid.sheet, axis("seed", [1, 2]), True)
+    asked = json.loads((view.grid.sheet).read_text())
+    assert asked["rows"] == ["seed 1", "seed 2"]
+    assert [[Path(c).is_file() for c in row] for row in asked["cells"]] == [[True] * 3] * 2
+
+
+def test_a_grid_that_fails_says_so_and_stops(studio: Studio) -> None:
+    studio.draw_grid(Grid.of(shot("bad", 1.0), None, axis("seed", [1, 2])))
+    wait_for(lambda: bool(studio.view().grid and studio.view().grid.problem))
+    assert studio.view().grid.problem == "It cannot be read."
+    assert not studio.view().working
+
+
+def test_cancelling_stops_picture_strip_and_grid(studio: Studio) -> None:
+    studio.want(shot("slow", 1.0), STRIP)
+    studio.draw_grid(Grid.of(shot("slow", 1.0), None, axis("seed", [1, 2])))
+    wait_for(lambda: studio.view().drawing is not None)
+    studio.cancel()
+    view = settled(studio)
+    assert (view.state, view.message) == ("idle", "Cancelled.")
+    assert view.grid is not None
+    assert view.grid.problem == "Cancelled."
+    studio.want(shot("quick", 1.0), ())
+    assert settled(studio).state == "idle"
+
+
+def test_who_waits_is_told_how_long(worker: Worker, tmp_path: Path) -> None:
+    first = worker.submit({"do": "generate", "prompt": "slow", "strengths": [1], "out": str(tmp_path)})
+    second = worker.submit({"do": "generate", "strengths": [1], "out": str(tmp_path)})
+    third = worker.submit({"do": "generate", "strengths": [1], "out": str(tmp_path)})
+    wait_for(lambda: first.state == "working")
+    assert (worker.ahead_of(second), worker.ahead_of(third)) == (1, 2)
+    worker.cancel(third)
+    worker.cancel(first)
+    assert second.finished.wait(10)
+    assert third.finished.wait(10)
+    assert (first.message, second.state, third.message) == ("Cancelled.", "done", "Cancelled.")
+    assert worker.ahead_of(second) == 0
+
+
+def test_looks_are_kept_while_a_picture_is_made(worker: Worker, tmp_path: Path) -> None:
+    reply = worker.ask({"do": "generate", "strengths": [1], "look": True, "out": str(tmp_path)}, timeout=20)
+    assert (reply.look, reply.looks) == (b"jpeg", 1)
+
+
+def test_memory_is_given_back_when_a_run_begins_and_after_a_rest() -> None:
+    live = ""
+    gives = GivesWay(lambda: live, rest=60)
+    assert not gives(1000)
+    live = "a run"
+    assert gives(5)
+    assert not gives(10)
+    assert gives(61)
+    live = "another"
+    assert gives(1)
+
+
+def test_a_worker_with_memory_looks_around_for_a_run(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.worker.LOOK_AROUND_EVERY", 0.05)
+    asked: list[float] = []
+    worker.is_needed_elsewhere = lambda idle: bool(asked.append(idle)) or len(asked) == 2
+    worker.ask({"do": "warm"}, timeout=20)
+    time.sleep(0.3)
+    assert asked == [], "nothing is held"
+    worker.ask({"do": "generate", "strengths": [1], "out": str(tmp_path)}, timeout=20)
+    wait_for(lambda: len(asked) == 2)
+    time.sleep(0.3)
+    assert len(asked) == 2, "it was released, so nobody looks any more"

@@ -1,0 +1,292 @@
+"""The Preview tab's logic: its form, history, HTML and what a dropped picture says."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from app import grid_card, picture_info, preview_form, stage
+from app.desk import Desk
+from app.history import FILE, History, Kept
+from app.loras import lora_groups
+from app.moment import Moment, moment_of
+from app.preview_routes import open_tab
+from app.studio import Grid, View
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import ConfigError, DatasetError, LoraError, RunError
+from lora_core.spec.infotext import Info, Tag
+from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.shots import LoraAt, Shot, axis
+from lora_core.spec.trash import restore, trashed
+
+HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}\u202e😀'
+
+
+def run_with_file(desk: Desk, name: str = "mine") -> tuple[RunFolder, Path]:
+    """A run that has an export and two checkpoints, as far as the window looks."""
+    config = RunConfig().changed({"preview.prompts": ["a house"], "preview.seed": 7, "preview.steps": 9})
+    run = RunFolder.create(desk.workspace / "runs" / name, config)
+    for step in (50, 100):
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "adapter.safetensors").write_bytes(b"x")
+    run.exports.mkdir(exist_ok=True)
+    file = run.exports / f"{name}.safetensors"
+    file.write_bytes(b"x")
+    return run, file
+
+
+def picture(folder: Path, name: str = "a.png", text: str = "") -> Path:
+    info = PngInfo()
+    if text:
+        info.add_text("parameters", text)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+# ---- history
+
+
+def test_history_is_read_again_newest_first_and_put_back_exactly(tmp_path: Path) -> None:
+    shot = Shot(prompt=HOSTILE, negative="n\nn", seed=2**40, loras=(LoraAt("/x/é.safetensors", 0.8, 0.4, 4),))
+    history = History(tmp_path / "generated")
+    first = Kept(picture(history.folder, "1/a.png"), shot)
+    sheet = Kept(picture(history.folder, "1/b.png"), Shot(), axis("prompt", ["a, b"]), axis("seed", [1, 2]))
+    history.add(first)
+    history.add(sheet)
+    with open(history.folder / FILE, "ab") as file:
+        file.write(
+            b'{broken\n[1]\n{"file": "../../x.png"}\n{"file": "gone.png", "shot": {}}\n\xff\n{"half": '
+        )
+    again = History(tmp_path / "generated").newest()
+    assert [(one.file, one.shot, one.rows, one.columns) for one in again] == [
+        (one.file, one.shot, one.rows, one.columns) for one in (sheet, first)
+    ]
+    history = History(tmp_path / "generated")
+    history.add(Kept(picture(history.folder, "1/c.png"), Shot()))
+    names = [one.file.name for one in History(tmp_path / "generated").newest()]
+    assert names == ["c.png", "b.png", "a.png"], "the half line did not swallow it"
+
+
+def test_a_picture_goes_to_the_trash_and_comes_back(desk: Desk) -> None:
+    history = desk.studio.history
+    kept = Kept(picture(desk.generated / "2026-01"), Shot())
+    history.add(kept)
+    history.remove("a.png", desk.workspace)
+    assert not kept.file.exists()
+    assert history.newest() == History(desk.generated).newest() == []
+    (one,) = trashed(desk.workspace)
+    assert restore(one, desk.workspace) == kept.file
+    assert [one.file for one in History(desk.generated).newest()] == [kept.file]
+    with pytest.raises(RunError, match="no picture"):
+        history.remove("../../draft.json", desk.workspace)
+
+
+def test_each_project_has_its_own(desk: Desk) -> None:
+    desk.studio.history.add(Kept(picture(desk.generated), Shot()))
+    desk.projects.new("another")
+    assert desk.studio.history.newest() == []
+
+
+# ---- the form
+
+
+def test_the_newest_lora_is_in_the_form_until_a_person_chooses(desk: Desk) -> None:
+    assert preview_form.lora_rows(moment_of(desk))[0] == []
+    run, file = run_with_file(desk)
+    assert preview_form.lora_rows(moment_of(desk))[0] == [LoraAt(str(file))]
+    rows = [LoraAt(str(file), 0.5), LoraAt("/typed/é.safetensors", 2.5, 0.25)]
+    first = preview_form.keep_rows(desk.project, rows, True)
+    assert preview_form.lora_rows(moment_of(desk))[0] == rows
+    assert preview_form.keep_rows(desk.project, [], False) == first + 1
+    assert preview_form.lora_rows(moment_of(desk))[0] == [], "the base alone is a choice too"
+    preview_form.keep_rows(desk.project, [LoraAt(str(run.path / "gone.safetensors"))], False)
+    assert preview_form.lora_rows(moment_of(desk))[0] == [LoraAt(str(file))]
+
+
+def test_rows_from_a_page_are_checked() -> None:
+    sent = [
+        {"file": ' "/a b.safetensors" ', "strength": "0.5", "text": None},
+        {"file": "x", "strength": float("nan"), "text": "1e99"},
+        {"file": "", "strength": 1}, "no row", {"strength": 1}, None,
+    ]  # fmt: skip
+    assert preview_form.checked_rows(sent) == [LoraAt("/a b.safetensors", 0.5), LoraAt("x", 0.0, 20.0)]
+    assert len(preview_form.checked_rows([{"file": "x"}] * 500)) == preview_form.MOST_LORAS
+
+
+def test_a_press_brings_the_rows_along(desk: Desk) -> None:
+    moment = moment_of(desk)
+    text = json.dumps({"rows": [{"file": "x", "strength": 0.3, "text": None}], "apart": False})
+    assert preview_form.rows_sent(moment, text) == [LoraAt("x", 0.3)]
+    assert preview_form.lora_rows(moment)[0] == [LoraAt("x", 0.3)]
+    for broken in ("", "[]", "{}", '{"rows": 3, "apart": 0}', "null"):
+        assert preview_form.rows_sent(moment, broken) == [LoraAt("x", 0.3)]
+
+
+GIVEN = {"prompt": "a", "negative": "", "sampler": "ddim", "steps": 20, "cfg": 5.0, "seed": 3}
+
+
+def test_a_seed_of_minus_one_is_drawn_by_lot(desk: Desk) -> None:
+    moment = moment_of(desk)
+    seeds = {preview_form.shot_of(moment, {**GIVEN, "seed": -1}, []).seed for _ in range(5)}
+    assert len(seeds) == 5
+    assert min(seeds) >= 0
+    assert preview_form.shot_of(moment, {**GIVEN, "seed": 0}, []).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"width": 100}, "no multiple of 32; take 96 or 128"),
+        ({"height": 8}, "take 32"),
+        ({"steps": 0}, "Steps 0"),
+        ({"cfg": 99}, "goes from 1 to 30"),
+        ({"seed": -2}, "The seed -2"),
+        ({"width": 10**9}, "out of range"),
+    ],
+)
+def test_what_cannot_be_drawn_is_a_sentence(desk: Desk, more: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=r"\.$") as found:
+        preview_form.shot_of(moment_of(desk), {**GIVEN, **more}, [])
+    assert words in str(found.value)
+
+
+def test_a_lora_s_own_base_draws_it(desk: Desk) -> None:
+    run, file = run_with_file(desk)
+    shot = preview_form.shot_of(moment_of(desk), GIVEN, [LoraAt("/elsewhere.safetensors"), LoraAt(str(file))])
+    config = run.config()
+    assert (shot.base, shot.clip_skip) == (config.model.base, config.train.clip_skip)
+
+
+def test_settings_of_a_picture_go_into_the_form(desk: Desk) -> None:
+    _, file = run_with_file(desk)
+    info = Info(
+        HOSTILE, "no", 7, "Euler a", 3.5, 99, 96, 128, "demo", loras=(Tag("mine", 0.8, 0.4), Tag("away", 1))
+    )
+    assert preview_form.keep_info(moment_of(desk), info) == ["away"]
+    moment = moment_of(desk)
+    assert preview_form.kept_fields(moment) == {
+        "prompt": HOSTILE, "negative": "no", "sampler": "euler_a", "steps": 7, "cfg": 3.5, "seed": 99,
+        "width": 96, "height": 128,
+    }  # fmt: skip
+    assert preview_form.lora_rows(moment)[0] == [LoraAt(str(file), 0.8, 0.4)]
+
+
+def test_other_tools_and_added_files_are_offered(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "ComfyUI" / "models" / "loras"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "x.safetensors").write_bytes(b"")
+    (folder / "notes.txt").write_bytes(b"")
+    monkeypatch.setattr(desk.tools, "lora_folders", lambda: [("ComfyUI", folder)])
+    _, file = run_with_file(desk)
+    added = preview_form.added_lora(desk.project, "y.safetensors")
+    added.write_bytes(b"")
+    assert preview_form.added_lora(desk.project, "y.safetensors").name == "y-2.safetensors"
+    groups = dict(lora_groups(moment_of(desk)))
+    assert groups["ComfyUI"] == [("sub/x", str(folder / "sub" / "x.safetensors"))]
+    assert groups["Added here"] == [("y", str(added))]
+    assert groups["Runs"][0] == ("mine", str(file))
+
+
+# ---- opening the tab
+
+
+def test_the_strip_of_a_run_is_drawn_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[tuple[Shot, object]] = []
+    monkeypatch.setattr(desk.studio, "want", lambda shot, strip: wanted.append((shot, strip)))
+    assert open_tab(desk) == {"fill": False, "drawn": False}
+    _, file = run_with_file(desk)
+    desk.project.keep(preview_strip="mine")
+    assert open_tab(desk)["fill"]
+    ((shot, strip),) = wanted
+    assert (shot.loras, shot.seed, shot.steps) == ((LoraAt(str(file)),), 7, 9)
+    assert strip == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert preview_form.kept_fields(moment_of(desk))["seed"] == 7
+    assert not open_tab(desk)["fill"]
+    assert len(wanted) == 1
+    desk.project.keep(preview_strip="deleted")
+    open_tab(desk)
+    assert desk.studio.view().state == "error"
+    assert "deleted" in desk.studio.view().message
+
+
+# ---- pictures that say how they were made
+
+
+def test_a_picture_s_settings_are_read_and_shown_as_text(tmp_path: Path) -> None:
+    written = Info(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(Tag("x", 0.5),))
+    info = picture_info.picture_info(picture(tmp_path, text=written.text()))
+    assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (Tag("x", 0.5),))
+    shown = picture_info.info_html(f"{HOSTILE}.png", info)
+    assert "<img" not in shown
+
+
+def test_a_picture_without_settings_and_no_picture_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="holds no settings"):
+        picture_info.picture_info(picture(tmp_path))
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    for name in ("b.png", "missing.png"):
+        with pytest.raises(DatasetError, match="no picture"):
+            picture_info.picture_info(tmp_path / name)
+    # A text of 100 MB packed small: Pillow's limit for such texts, not ours, stops it.
+    info = PngInfo()
+    info.add_text("parameters", "a" * 2**21, zip=True)
+    Image.new("RGB", (1, 1)).save(tmp_path / "bomb.png", pnginfo=info)
+    with pytest.raises(DatasetError, match=r"\.$"):
+        picture_info.picture_info(tmp_path / "bomb.png")
+
+
+# ---- HTML
+
+
+def shown(desk: Desk, view: View) -> Moment:
+    return replace(moment_of(desk), view=view)
+
+
+def test_everything_of_people_is_text_and_addresses_stay_inside(desk: Desk) -> None:
+    path = picture(desk.generated / "2026-01", "<b>é.png" if os.name != "nt" else "é.png")
+    shot = Shot(prompt=HOSTILE, seed=5, width=96, height=64, loras=(LoraAt(f"/{HOSTILE}.safetensors", 0.5),))
+    grid = Grid.of(shot, axis("prompt", [HOSTILE]), axis("strength", [0, 0.5]))
+    pictures = dict.fromkeys((shot, shot.alone(), *grid.shots[:1]), path)
+    desk.studio.history.add(Kept(path, shot))
+    view = View("error", HOSTILE, 1, 2, shot, (0.0, 0.5), grid, pictures)
+    moment = shown(desk, view)
+    pieces = [stage.stage, stage.state_line, stage.strip, stage.grid_block]
+    for make in pieces:
+        html = make(moment)
+        assert "<img src=x" not in html
+        assert "<b>é" not in html
+        assert html.count("<img") == html.count('src="/easel/') + html.count('class="look"')
+    assert "--ratio:1.5000" in stage.stage(moment)
+    assert 'id="preview-result"' in stage.stage(moment)
+    grid.sheet = path
+    assert "<img src=x" not in stage.grid_block(moment)
+
+
+def test_what_is_not_there_yet_says_what_to_do(desk: Desk) -> None:
+    nothing = shown(desk, View("idle", "", 0, 0, None, (), None))
+    assert "press Generate" in " ".join(stage.stage(nothing).split())
+    assert "disabled title=" in stage.state_line(nothing)
+    assert "fills once" in stage.strip(nothing)
+    busy = shown(desk, View("working", "Waiting: 2 requests before this one.", 0, 0, Shot(), (), None))
+    assert "Waiting: 2" in stage.state_line(busy)
+    assert "disabled" not in stage.state_line(busy)
+
+
+def test_axes_are_typed_or_picked(desk: Desk) -> None:
+    assert grid_card.chosen_axis("strength", ["0, 0.5", "1"]) == axis("strength", [0, 0.5, 1])
+    assert grid_card.chosen_axis("prompt", ["a, b"]) == axis("prompt", ["a, b"])
+    assert grid_card.chosen_axis("none", []) is None
+    with pytest.raises(LoraError, match="needs values"):
+        grid_card.chosen_axis("seed", [])
+    run_with_file(desk)
+    choices, picked = grid_card.offered(moment_of(desk), "checkpoint")
+    assert [title for title, _ in choices] == ["mine", "mine, step 100", "mine, step 50"]
+    assert [Path(file).parent.name for file in picked] == ["step-000050", "step-000100"]
