@@ -42,6 +42,14 @@ ENGINE = {
 }
 """The engine's functions behind the points that are none of the system's."""
 
+NURSERY = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    # Others reserve address space in advance, or keep what is freed, and a limit on it would count that.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+}
+
 
 @dataclass
 class Fault:
@@ -215,8 +223,7 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # One arena: others reserve address space in advance, which a limit on it counts.
-            env={**os.environ, "GOMP_SPINCOUNT": "1000", "HF_HUB_OFFLINE": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+            env={**os.environ, **NURSERY},
         )
 
     def train(self, run: Path, *faults: Fault, **limits: Any) -> tuple[int, str]:
