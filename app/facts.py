@@ -156,7 +156,10 @@ def _sentences(moment: Moment) -> list[str]:
     if config.dataset.trigger:
         sentences.append(f"Trigger word: {config.dataset.trigger}.")
     held = config.validation.pictures
-    if held and dataset.records and config.validation.every:
+    by_hand = sum(record.held_out for record in dataset.records)
+    if by_hand:
+        sentences.append(f"{by_hand} held out by hand to measure on.")
+    elif held and dataset.records and config.validation.every:
         count = held if held >= 1 else held * len(dataset.records)
         sentences.append(f"About {max(1, round(count))} held out to measure on.")
     return sentences

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_core.dataset.pictures import thumbnail
 from lora_core.dataset.sidecars import write_soon
+from lora_core.spec.errors import LoraError
 
 KEPT_SIDE = 256
 _THREADS = 2
@@ -52,6 +53,15 @@ class Thumbs:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_soon(kept, data)
         return data
+
+    def prepare(self, files: list[Path], side: int = KEPT_SIDE) -> None:
+        """Make those that will be looked at first; one that cannot be made is left to whoever asks for it."""
+
+        def quietly(file: Path) -> None:
+            with contextlib.suppress(LoraError, OSError):
+                self.made(file, side)
+
+        list(self._pool.map(quietly, files))
 
     def close(self) -> None:
         """Make no more."""

@@ -33,11 +33,22 @@
   };
 
   // ---- the grid -------------------------------------------------------------------------------------------------
+  // A browser's own lazy loading asks for all that was ever scrolled past, and what is looked at waits behind it.
+  const near = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      const image = target.firstChild;
+      if (isIntersecting) image.src = image.dataset.src;
+      else if (!image.complete) image.removeAttribute("src");
+    }
+  }, { rootMargin: "250px 0px" });
+
   const thumb = (picture) => {
-    const image = make("img", { loading: "lazy", decoding: "async", alt: "", src: `/easel/thumb/${kind()}/${picture.url}` });
+    const image = make("img", { decoding: "async", alt: "" });
+    image.dataset.src = `/easel/thumb/${kind()}/${picture.url}`;
     const cell = make("button", { type: "button", className: "thumb", tabIndex: -1 }, image, make("em"));
     cell.setAttribute("role", "option");
     cell.dataset.picture = picture.name;
+    near.observe(cell);
     return cell;
   };
 
@@ -60,7 +71,8 @@
     cells = new Map();
     for (const picture of pictures()) {
       const before = old.get(picture.name);
-      const same = before?.isConnected && before.firstChild.getAttribute("src").endsWith(picture.url) && before.firstChild.getAttribute("src").startsWith(`/easel/thumb/${kind()}/`);
+      const same = before?.isConnected && before.firstChild.dataset.src === `/easel/thumb/${kind()}/${picture.url}`;
+      if (before && !same) near.unobserve(before);
       cells.set(picture.name, same ? before : thumb(picture));
       describe(picture);
     }

@@ -12,12 +12,20 @@ from app.parts import TYPING, Parts, edited, piece
 from app.plan import Plan
 
 TITLE = "Dataset"
+FIRST_SEEN = 48
+"""Pictures of which the thumbnails are made while an import still shows its bar."""
 
 
 def build(parts: Parts) -> None:
     """Lay out the tab and wire it."""
     found, project = Findings(), parts.desk.project
-    parts.desk.importer.after = lambda: found.html(project, Plan(project))
+    desk = parts.desk
+
+    def imported() -> None:
+        found.html(project, Plan(project))
+        desk.thumbs.prepare([record.path for record in project.dataset().records[:FIRST_SEEN]])
+
+    desk.importer.after = imported
     with gr.Row(elem_classes="page page-dataset"):
         with gr.Column(elem_classes="main"):
             piece(DROP)
