@@ -49,7 +49,7 @@ def _last(run: RunFolder) -> str:
 PHASES = {
     "preparing": Phase(
         lambda draw: Fault(
-            *draw.choice([("write", "latents"), ("rename", "cache/"), ("read", r"\.png$"), ("fsync", "inputs")]),
+            *draw.choice([("write", "latents"), ("rename", "cache/"), ("read", "png$"), ("fsync", "inputs")]),
             nth=draw.randint(1, 4), do="kill", delay=draw.uniform(0, 0.02),
         ),
         lambda run: _last(run) in ("", "Started", "Preparing"),
