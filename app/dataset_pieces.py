@@ -8,7 +8,7 @@ DROP = f"""<div id="dataset-drop"><div class="grow"><h2>Drop pictures, a folder 
 <label class="own button">Choose pictures<input type="file" multiple class="away" id="dataset-upload"></label>
 <button type="button" class="own" data-press="folder-input">Choose a folder</button>
 <div class="row drop-path">
-<label id="dataset-path" class="field grow"><span class="away">Folder path</span><input type="text"
+<label id="dataset-path" class="entry grow"><span class="away">Folder path</span><input type="text"
  placeholder="or the path of a folder or .zip" spellcheck="false" autocomplete="off"></label>
 <label class="tick" title="Linked pictures take no room; captions are copied, and the originals stay as they
 are"><input type="checkbox" id="dataset-link"> Link, do not copy</label>
@@ -24,7 +24,7 @@ TOOLBAR = """<div class="row dataset-filters" id="dataset-filters" hidden>
 <button type="button" data-filter="twins" aria-pressed="false">Twins <b>0</b></button>
 <button type="button" data-filter="held" aria-pressed="false">Held out <b>0</b></button>
 <button type="button" data-filter="out" aria-pressed="false">Left out <b>0</b></button></div>
-<label class="field"><span class="away">Show only pictures with this in name or caption</span><input
+<label class="entry"><span class="away">Show only pictures with this in name or caption</span><input
 type="search" id="dataset-search" placeholder="Filter" spellcheck="false"></label></div>"""
 
 GRID = """<div class="grid" role="listbox" aria-multiselectable="true" aria-label="Pictures"
@@ -52,18 +52,18 @@ DETAIL = """<aside class="panel detail" id="picture-detail" data-none="1" aria-l
 
 TRIGGER = """<button type="button" class="own" id="trigger-to-all"
  title="Writes the trigger word in front of each caption that lacks it; training puts it there in any case"
- hidden>Add to all captions</button>"""
+ hidden>Add to all</button>"""
 
 TOOLS = """<div class="tools-row" id="dataset-tools" hidden>
 <details class="panel tight" id="bulk"><summary>Bulk edit of captions</summary>
 <div class="bulk">
 <form class="row" id="bulk-form" autocomplete="off">
-<label class="field"><span>Change</span><select id="bulk-do">
+<label class="entry"><span>Change</span><select id="bulk-do">
 <option value="replace">Find and replace</option><option value="prepend">Put in front</option>
 <option value="append">Put at the end</option></select></label>
-<label class="field grow" data-for="replace"><span>Find</span><input type="text"
+<label class="entry grow" data-for="replace"><span>Find</span><input type="text"
  id="bulk-find" spellcheck="false"></label>
-<label class="field grow"><span id="bulk-put-title">Replace with</span><input type="text" id="bulk-put"
+<label class="entry grow"><span id="bulk-put-title">Replace with</span><input type="text" id="bulk-put"
  spellcheck="false"></label>
 <label class="tick" data-for="replace"><input type="checkbox" id="bulk-regex"> Pattern</label>
 <label class="tick" data-for="replace"><input type="checkbox" id="bulk-case"> Any case</label></form>

@@ -58,7 +58,8 @@
     if (picture.held) marks.push("held out");
     if (picture.small) marks.push("small");
     if (twins.has(picture.name)) marks.push("twin");
-    cell.lastChild.textContent = marks.slice(0, 2).join(", ");
+    // Two where they fit into one line of the smallest cell.
+    cell.lastChild.textContent = marks.slice(0, 2).join(", ").length < 17 ? marks.slice(0, 2).join(", ") : marks[0];
     cell.lastChild.hidden = !marks.length;
     cell.title = picture.name;
     cell.setAttribute("aria-label", [picture.name, ...marks].join(", "));

@@ -226,7 +226,7 @@
     const row = button.parentElement, tag = button.dataset.tag;
     const field = make("input", { type: "text", value: tag });
     field.setAttribute("aria-label", `New name of the tag ${tag}`);
-    row.replaceChildren(make("label", { className: "field grow" }, field));
+    row.replaceChildren(make("label", { className: "entry grow" }, field));
     field.focus();
     field.select();
     field.addEventListener("keydown", (event) => {
@@ -308,7 +308,9 @@
     watching = true;
     try {
       for (;;) {
-        const state = await ask("check");
+        let state = await ask("check");
+        // What was measured is kept, so that a second look at a few pictures takes no time.
+        if (state.state === "done" && !state.fresh) state = await post("check", { by_itself: true });
         showCheck(state);
         if (state.state !== "working") return;
         await later(400);

@@ -72,7 +72,7 @@
     else if (does === "rename") {
       const title = one("b", target.closest(".row.apart")).textContent, input = make("input", { type: "text", value: title, maxLength: 80 });
       input.setAttribute("aria-label", `New name of ${title}`);
-      askIn(target, make("label", { className: "field grow" }, input), "Rename", () => ({ do: "rename", project, title: input.value }));
+      askIn(target, make("label", { className: "entry grow" }, input), "Rename", () => ({ do: "rename", project, title: input.value }));
     } else if (does === "delete") {
       const title = one("b", target.closest(".row.apart")).textContent;
       askIn(target, make("span", { className: "grow small", textContent: `Move “${title}” with its pictures to the trash? Its runs stay.` }), "Delete", () => ({ do: "delete", project }));
