@@ -123,7 +123,7 @@ class TrainForm:
             parts.action(back.click(functools.partial(self._reset, group), None, [self.seen, *own], **QUIET))
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
-        # Its input event swallows the first key; nothing is ever put into it, so that its change is a person's.
+        # Its input event swallows the first key. Nothing is ever put into it: each change is a person's.
         search.change(found, search, outputs, **TYPING)
 
     def _reset(self, group: str) -> list[Any]:

@@ -1,0 +1,95 @@
+"""Problems before Start: looked up in the background, all at once when Start is pressed."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import checks
+from app.desk import Desk
+from app.facts import facts, unfit
+from app.moment import moment_of
+from app.parts import Parts
+from app.starting import ready_config
+from lora_core.spec.errors import LoraError
+from lora_core.spec.problems import Problem
+from tests.app.runs import come_alive, make_run, started, step
+
+
+def wait_for(found: Any) -> Any:
+    for _ in range(400):
+        value = found()
+        if value:
+            return value
+        time.sleep(0.025)
+    raise AssertionError("it never came")
+
+
+def test_a_poll_does_not_wait_and_the_next_one_knows(
+    desk: Desk, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def slow(config: object, *more: object) -> list[Problem]:
+        asked.append(config)
+        time.sleep(0.3)
+        return [Problem("disk", "Make room, or lower save.keep_last.")]
+
+    monkeypatch.setattr(checks, "preflight", slow)
+    began = time.monotonic()
+    assert unfit(moment_of(desk)) == []
+    assert time.monotonic() - began < 0.25
+    assert wait_for(lambda: unfit(moment_of(desk))) == ["Make room, or lower Keep last."]
+    assert 'id="start-why"' in facts(moment_of(desk))
+    # Nothing changed: nothing is looked up again.
+    assert len(asked) == 1
+    desk.project.keep(values={"train.steps": 9})
+    unfit(moment_of(desk))
+    wait_for(lambda: len(asked) == 2)
+
+
+def test_start_says_everything_at_once(desk: Desk, pictures: list[Path]) -> None:
+    desk.project.keep(
+        values={"model.vae": "/no/vae", "adapter.init": "/no/lora.safetensors", "optim.lr": 9.0}
+    )
+    with pytest.raises(LoraError) as caught:
+        ready_config(Parts(desk), "a run")
+    said = str(caught.value)
+    assert "/no/vae" in said
+    assert "/no/lora.safetensors" in said
+    assert "Start from" in said
+    # A rate that is only unusual does not stand in the way; it is a note.
+    assert "9" not in said
+    assert "much for AdamW" in wait_for(lambda: [t for t in _notes(desk) if "much" in t])[0]
+
+
+def _notes(desk: Desk) -> list[str]:
+    from app.facts import notes
+
+    return notes(moment_of(desk))
+
+
+def test_a_name_that_is_taken_is_said(desk: Desk, pictures: list[Path]) -> None:
+    make_run(desk, "taken", started(), step(3))
+    with pytest.raises(LoraError, match="taken exists already"):
+        ready_config(Parts(desk), "taken")
+    assert ready_config(Parts(desk), "free").name == "free"
+
+
+def test_a_run_in_the_way_stops_start_and_not_the_queue(desk: Desk, pictures: list[Path]) -> None:
+    come_alive(make_run(desk, "live", started(), step(3)))
+    with pytest.raises(LoraError, match="live is going on"):
+        ready_config(Parts(desk), "")
+    assert ready_config(Parts(desk), "next", "queue").name == "next"
+
+
+def test_a_check_that_breaks_is_a_note(
+    desk: Desk, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*more: object) -> list[Problem]:
+        raise OSError("the drive is gone")
+
+    monkeypatch.setattr(checks, "preflight", broken)
+    assert "the drive is gone" in wait_for(lambda: _notes(desk))[0]
+    assert unfit(moment_of(desk)) == []
