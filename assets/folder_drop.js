@@ -39,22 +39,27 @@
     return files;
   };
 
-  // An adapter file is no picture: it goes to the panel that says what it is, where that is in the page.
+  // An adapter file is no picture: it goes to the panel that says what it is, where that is in the page. On the
+  // Preview tab it is to be used there, and of a picture the settings are wanted.
+  const previewDrop = () => { const place = document.querySelector("#preview-drop"); return place?.offsetParent ? place : null; };
   const hand = (files) => {
-    const check = document.querySelector("#check-drop input[type=file]");
-    // On the Preview tab a LoRA is to be used, and a picture's settings are wanted.
-    const preview = document.querySelector("#preview-drop input[type=file]");
-    if (files.length === 1 && preview?.closest("#preview-drop").offsetParent && /\.(safetensors|png)$/i.test(files[0].name)) return [preview, "Preview"];
-    if (files.length !== 1 || !files[0].path.endsWith(".safetensors") || !check) return window.easel.takeFiles(files);
+    const name = files.length === 1 ? files[0].path : "", adapter = /\.safetensors$/i.test(name);
+    const preview = (adapter || /\.png$/i.test(name)) && previewDrop();
+    const place = preview || (adapter && document.querySelector("#check-drop"));
+    const input = place && place.querySelector("input[type=file]");
+    if (!input) return window.easel.takeFiles(files);
     const transfer = new DataTransfer();
     transfer.items.add(files[0].file);
-    check.files = transfer.files;
-    check.dispatchEvent(new Event("change", { bubbles: true }));
-    window.easel.openTab("Export");
+    input.files = transfer.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+    if (!preview) window.easel.openTab("Export");
   };
 
   let depth = 0;
-  const mark = (on) => document.documentElement.classList.toggle("dropping", on);
+  const mark = (on) => {
+    document.documentElement.classList.toggle("dropping", on);
+    document.documentElement.dataset.drop = previewDrop() ? "preview" : "";
+  };
   addEventListener("dragenter", (event) => { if (holdsFiles(event)) { depth += 1; mark(true); } }, true);
   addEventListener("dragleave", (event) => { if (holdsFiles(event)) { depth = Math.max(0, depth - 1); mark(depth > 0); } }, true);
   addEventListener("dragover", (event) => { if (holdsFiles(event)) { event.preventDefault(); event.stopPropagation(); } }, true);

@@ -81,7 +81,7 @@ def _form(parts: Parts) -> dict[str, Any]:
         made["width"] = gr.Number(label="Width", precision=0, elem_id="width", placeholder="auto")
         made["height"] = gr.Number(label="Height", precision=0, elem_id="height", placeholder="auto")
     with gr.Row(elem_classes="with-dice"):
-        made["seed"] = gr.Number(label="Seed (-1: random)", precision=0, elem_id="seed")
+        made["seed"] = gr.Number(label="Seed", precision=0, elem_id="seed")
         dice = gr.Button("Random", elem_id="dice", min_width=0, scale=0)
         last = gr.Button("Last used", elem_id="last-seed", min_width=0, scale=0)
     made = {name: made[name] for name in FIELDS}

@@ -50,7 +50,7 @@ def prepare(page) -> None:
     page.wait_for_selector("#run-status[data-state=done]")
     page.click("[data-show-preview]")
     page.wait_for_selector("#preview-base img")
-    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 6")
+    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")
     open_tab(page, "Export")
     with page.expect_download():
         page.click("#export-download:enabled")

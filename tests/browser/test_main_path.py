@@ -59,7 +59,7 @@ def test_from_pictures_to_a_file_that_diffusers_loads(
     page.wait_for_selector("#preview-state[data-state=idle]")
     assert page.get_attribute("#preview-base img", "src") == base
     assert page.get_attribute("#preview-result img", "src") != full
-    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 6")
+    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")
 
     open_tab(page, "Export")
     page.fill("#export-name input, #export-name textarea", "my ball")
