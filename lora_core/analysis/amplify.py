@@ -18,7 +18,7 @@ from lora_core.analysis.base_weights import BaseWeights
 from lora_core.analysis.factors import NO_UPDATE, LeftOut, Triples, known_updates
 from lora_core.analysis.intruder import LEADING, THRESHOLD, intruder_count
 from lora_core.analysis.similarity import meaningful_triples
-from lora_core.analysis.spectrum import block_of
+from lora_core.analysis.spectrum import by_block
 from lora_core.analysis.updates import Update
 from lora_core.spec.errors import AdapterFileError
 
@@ -120,9 +120,6 @@ def amplified_blocks(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     Args:
         layers: rows of `file_amplification`.
     """
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in layers:
-        groups.setdefault((row["part"], block_of((row["part"], row["module"]))), []).append(row)
     return [
         {
             "part": part,
@@ -132,5 +129,5 @@ def amplified_blocks(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "amplification": _together(rows),
             "intruders": sum(row["intruders"] for row in rows),
         }
-        for (part, block), rows in groups.items()
+        for (part, block), rows in by_block(layers).items()
     ]

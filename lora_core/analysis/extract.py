@@ -106,8 +106,9 @@ def extracted(
     for key, delta in _differences(tuned, base, spectra, note):
         pairs[key], spectra.squares[key], energy = _low_rank(delta, wish)
         spectra.energies[key] = energy
-        kept = float(spectra.squares[key][: pairs[key][1].shape[0]].sum())
-        loss.layers[key] = (energy, max(0.0, energy - kept))
+        # Measured, since the difference of two sums of squares shows nothing below the root of a rounding.
+        up, down = (factor.flatten(1) for factor in pairs[key])
+        loss.layers[key] = (energy, float((delta.flatten(1) - up @ down).double().square().sum()))
     if not pairs:
         raise ModelFileError(
             f"{tuned.path} has the weights of {base.path} in every layer that a LoRA reaches; there is"

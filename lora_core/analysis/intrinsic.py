@@ -93,7 +93,7 @@ class IntrinsicRank:
         )
         return (
             f"Trained at rank {self.trained}, needs {self.rank}{by_layer}, the file is"
-            f" {self.times_smaller:.1f} times smaller and keeps {best.kept:.1%} of the gain (standard error"
+            f" {times_smaller:.1f} times smaller and keeps {best.kept:.1%} of the gain (standard error"
             f" {best.standard_error:.1%}).{unsure}"
         )
 

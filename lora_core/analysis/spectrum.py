@@ -69,14 +69,16 @@ def spectrum_row(key: LayerKey, update: Update) -> dict[str, Any]:
     """
     pair = flat_pair(update)
     values = singular_values(pair)
+    meant = numeric_rank(values, update)
     return {
         "part": key[0],
         "module": key[1],
         "rank": update.low.rank if update.low else len(values),
         "alpha": update.low.alpha if update.low else None,
         "norm": float(values.square().sum().sqrt()),
-        "numeric_rank": numeric_rank(values, update),
-        "effective_rank": effective_rank(values),
+        "numeric_rank": meant,
+        # The entropy counts small values far more than energy does, roundings of fp16 and bf16 too.
+        "effective_rank": effective_rank(values[:meant]),
         "stable_rank": stable_rank(values),
         "rank90": rank_of_energy(values, 0.9),
         "rank99": rank_of_energy(values, 0.99),
@@ -107,8 +109,25 @@ def block_of(layer: LayerKey) -> str:
     return match[1].removeprefix("text_model.encoder.") if match else layer[1]
 
 
+def by_block(layers: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows of layers grouped by (part, block): the UNet's blocks first, numbers in their order.
+
+    Args:
+        layers: rows with `part` and `module`.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in layers:
+        groups.setdefault((row["part"], block_of((row["part"], row["module"]))), []).append(row)
+
+    def place(group: tuple[str, str]) -> tuple[bool, str, list[tuple[int, str]]]:
+        words = re.findall(r"\d+|\D+", group[1])
+        return group[0] != "unet", group[0], [(int(w), "") if w.isdigit() else (-1, w) for w in words]
+
+    return {group: groups[group] for group in sorted(groups, key=place)}
+
+
 def block_rows(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Norms by block, in the order in which blocks are met: the root of the sum of squares.
+    """Norms by block: the root of the sum of squares.
 
     Args:
         layers: rows with `part`, `module`, `norm`, `effective_rank`, `rank99`.
@@ -116,9 +135,6 @@ def block_rows(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         Rows of `part`, `block`, `layers`, `norm`, and the means of `effective_rank` and `rank99`.
     """
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in layers:
-        groups.setdefault((row["part"], block_of((row["part"], row["module"]))), []).append(row)
     return [
         {
             "part": part,
@@ -128,5 +144,5 @@ def block_rows(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             "effective_rank": sum(row["effective_rank"] for row in rows) / len(rows),
             "rank99": sum(row["rank99"] for row in rows) / len(rows),
         }
-        for (part, block), rows in groups.items()
+        for (part, block), rows in by_block(layers).items()
     ]

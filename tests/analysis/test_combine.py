@@ -201,3 +201,13 @@ def test_a_weight_for_each_block(tmp_path, inline):
 def test_a_table_that_is_none(text, words):
     with pytest.raises(ConfigError, match=words):
         merged([Strengthened(first()), Strengthened(second())], blocks=blocks_of(text, 2))
+
+
+def test_a_merge_of_many_is_exact_to_a_millionth():
+    adapters = [
+        Strengthened(AdapterWeights({TO_K: layer((24, 32), 2 + seed, 1.0 + seed, seed)}), 0.3 * (seed - 2))
+        for seed in range(7)
+    ]
+    result, _ = merged(adapters)
+    whole = sum(dense(a.weights, TO_K, a.strength) for a in adapters)
+    assert float((dense(result, TO_K) - whole).norm() / whole.norm()) < 1e-6
