@@ -92,8 +92,8 @@ class Importer:
         self.after: Callable[[], object] = lambda: None
 
     def state(self) -> dict[str, Any]:
-        """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, and the import's
-        `number`."""
+        """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, the import's `number`, and
+        `left_demo` where the form has other values because of it."""
         return dict(self._state)
 
     @property
@@ -233,6 +233,7 @@ class Importer:
                 # Own pictures were brought: from here on they are trained on, with a preset for them.
                 base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
                 project.keep(dataset="", level="", values={"model.base": base})
+                self._state = {**self._state, "left_demo": True}
             said("Reading captions", 0, 0)
             project.forget()
             self.after()

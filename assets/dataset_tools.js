@@ -98,7 +98,8 @@
       const state = await ask("import");
       if (state.state !== "working") {
         await easel.load();
-        press("refill");
+        // Only where the form follows from the import: what is being typed at this moment must not go.
+        if (state.left_demo) press("refill");
         press("refresh");
         end(state.note ?? "", state.state === "failed");
         post("check", { by_itself: true }).then(watchCheck).catch(() => {});
