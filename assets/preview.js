@@ -83,8 +83,9 @@
     mark = place.dataset.mark;
     groups = data.groups;
     if (fresh) ({ rows, apart, rev, project } = data);
-    if ((fresh || listed) && !one("#loras").contains(document.activeElement)) show();
-    else if (fresh || listed) mark = "";
+    // A longer list of files can wait until the one that is open is closed.
+    if (fresh || (listed && !document.activeElement?.matches("#loras select, #loras input"))) show();
+    else if (listed) mark = "";
   };
 
   document.addEventListener("input", (event) => {

@@ -1,0 +1,137 @@
+"""The Preview tab in a real browser: LoRAs, strengths, strip, grid, what was drawn, settings out of a
+picture."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.test_main_path import drop, open_tab
+
+HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} \u202e😀"
+
+CHOSEN = "(document.querySelector('#loras [data-row=\"0\"] select')?.selectedOptions[0].textContent || '')"
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Strong enough that every picture shows it."""
+    import torch
+
+    from lora_core.adapters.weights import AdapterWeights, LayerWeights
+    from lora_core.formats.file import write_adapter
+    from lora_core.spec.families import FAMILIES
+
+    path = tmp_path_factory.mktemp("lora") / "größe \"<b>x'.safetensors"
+    draw = torch.Generator().manual_seed(0)
+    layer = LayerWeights(torch.randn(4, 128, generator=draw), torch.randn(96, 4, generator=draw), 1.0)
+    name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
+    write_adapter(AdapterWeights({("unet", name): layer}), path, "kohya", "fp32", FAMILIES["tiny"], {})
+    return path
+
+
+def drawn(page) -> None:
+    page.wait_for_selector("#preview-state[data-state=idle][data-busy='0']")
+
+
+def source(page, which: str) -> str:
+    return str(page.get_attribute(f"#preview-{which} img", "src"))
+
+
+def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> None:
+    open_tab(page, "Preview")
+    page.wait_for_selector("#loras[data-ready]")
+    assert "press Generate" in page.inner_text("#stage")
+    assert page.is_disabled("#cancel-drawing")
+    # A typed path, then the dropped file itself.
+    page.click("#add-lora")
+    page.fill("#loras [data-part=path]", "/nowhere/x.safetensors")
+    page.fill("#prompt textarea", HOSTILE)
+    page.fill("#sampler-steps input", "6")
+    page.fill("#seed input", "7")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(
+        "#preview-state[data-state=error]:has-text('/nowhere/x.safetensors does not exist')"
+    )
+    page.click("[data-remove-lora]")
+    drop(page, lora)
+    page.wait_for_selector("#preview-report:has-text('is added')")
+    page.wait_for_function(f"{CHOSEN}.startsWith('größe')")
+    assert page.locator("#loras [data-row]").count() == 1
+
+    page.click("#generate")
+    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")
+    drawn(page)
+    base, whole = source(page, "base"), source(page, "result")
+    strip = page.eval_on_selector_all("#strength-strip img", "all => all.map(one => one.getAttribute('src'))")
+    assert (strip[0], strip[4]) == (base, whole), "a cell of the strip is the very picture"
+    assert len(set(strip)) == 5
+    assert "Seed 7" in page.inner_text("#preview-facts")
+
+    page.fill("#strength input[type=range]", "0.4")
+    page.wait_for_selector("#compare[data-strength='0.40'] #preview-result:not(.stale)")
+    drawn(page)
+    assert source(page, "base") == base
+    page.fill("#strength input[type=number]", "2.5")
+    page.wait_for_selector("#compare[data-strength='2.50'] #preview-result:not(.stale)")
+    drawn(page)
+    with page.expect_download() as download:
+        page.click("#save-strip")
+    assert download.value.suggested_filename.endswith("-strip.png")
+
+    page.wait_for_function("document.querySelectorAll('#history .cell').length == 4")
+    page.fill("#prompt textarea", "something else")
+    page.locator("#history [data-put-back]").last.click()
+    page.wait_for_function(f"document.querySelector('#prompt textarea').value === {HOSTILE!r}")
+    page.wait_for_function("document.querySelector('#strength input[type=range]').value === '1'")
+    page.wait_for_selector("#compare[data-strength='1.00']")
+    page.locator("#history .cell").first.hover()
+    page.locator("#history [data-forget]").first.click()
+    page.wait_for_function("document.querySelectorAll('#history .cell').length == 3")
+    assert len(list((window.workspace / ".trash").iterdir())) == 1
+    assert page.title() != "broken in"
+
+
+def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_path: Path) -> None:
+    open_tab(page, "Preview")
+    page.wait_for_selector("#loras[data-ready]")
+    drop(page, lora)
+    page.wait_for_selector("#loras [data-row]")
+    page.click("#loras summary")
+    page.check("#text-apart")
+    page.fill("#loras [data-part=text][data-typed]", "0.25")
+    page.fill("#prompt textarea", "an owl")
+    page.fill("#sampler-steps input", "4")
+    page.fill("#seed input", "-1")
+    page.press("#seed input", "Tab")
+    page.click("#draw-grid")
+    page.wait_for_selector("#grid-state[data-state=done] img")
+    with page.expect_download() as download:
+        page.click("#save-grid")
+    sheet = tmp_path / "sheet.png"
+    download.value.save_as(sheet)
+    from PIL import Image
+
+    text = Image.open(sheet).text["parameters"]
+    assert ":0.25:1>" in text
+    assert 'Columns: "strength=0,0.5,1"' in text
+
+    page.reload()
+    open_tab(page, "Preview")
+    page.wait_for_selector("#loras[data-ready] [data-row]")
+    assert page.input_value("#loras [data-part=text][data-typed]") == "0.25"
+    page.fill("#prompt textarea", "a long one")
+    page.fill("#sampler-steps input", "200")
+    page.click("#generate")
+    page.wait_for_selector("#compare img.look:not([hidden])")
+    page.wait_for_selector("#preview-state:has-text('of 200 steps')")
+    page.click("#cancel-drawing")
+    page.wait_for_selector("#preview-state[data-state=idle]:has-text('Cancelled')")
+    page.wait_for_function("document.querySelector('#compare img.look').hidden")
+
+    drop(page, sheet)
+    page.wait_for_selector("#preview-report td:has-text('an owl')")
+    page.click("text=Send to form")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'an owl'")
+    page.wait_for_function("document.querySelector('#seed input').value !== '-1'")
+    assert page.input_value("#sampler-steps input") == "4"
