@@ -6,6 +6,8 @@ the first. So three things are checked: the Host, the Origin, and what the brows
 comes from.
 """
 
+import ipaddress
+import re
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
@@ -13,6 +15,9 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+# A Host is a name or an address and a port, nothing else: `127.0.0.1:80/easel?` is a path that somebody
+# hides.
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::\d{1,5})?", re.ASCII)
 
 
 class Guard:
@@ -64,13 +69,15 @@ def _opens_the_page(headers: Headers, method: str) -> bool:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port; an IPv6 address keeps its brackets."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[: host.find("]") + 1]
-    return host.partition(":")[0]
+    """The name in a Host header, without its port, or "" where it is none; an IPv6 address keeps its
+    brackets."""
+    found = HOST.fullmatch(host.strip().lower())
+    return found[1] if found else ""
 
 
 def is_loopback(host: str) -> bool:
     """Whether listening on `host` keeps the window on this computer."""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -21,11 +21,13 @@ OPEN_PATHS = ("/easel", "/easel/assets/style.css", "/easel/assets/icon.svg")
 LARGEST_FORM = 4096
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"
-content="width=device-width"> <title>LoRA Easel</title><link rel="stylesheet" href="/easel/assets/style.css">
-<body class="login"><form method="post" action="/easel/login" class="panel">
-<h2>LoRA Easel</h2><label>Password<input name="password" type="password" autofocus
+content="width=device-width"> <title>LoRA Easel</title>
+<link rel="stylesheet" href="/easel/assets/style.css"><link rel="icon" href="/easel/assets/icon.svg">
+<body class="login"><main><form method="post" action="/easel/login" class="panel">
+<h1>LoRA Easel</h1><label>Password<input name="password" type="password" autofocus
 autocomplete="current-password"></label>
-<button class="own primary">Open</button><p role="alert" class="small">{note}</p></form></body></html>"""
+<button class="own primary">Open</button><p role="alert" class="small">{note}</p></form></main></body>
+</html>"""
 
 
 class Login:
@@ -45,7 +47,7 @@ class Login:
             return
         request = Request(scope, receive)
         if hmac.compare_digest(request.cookies.get(COOKIE, "").encode(), self.key.encode()) or (
-            request.url.path in OPEN_PATHS and request.method == "GET"
+            scope["path"] in OPEN_PATHS and request.method == "GET"
         ):
             await self.app(scope, receive, send)
         else:
@@ -53,7 +55,7 @@ class Login:
             await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
-        if request.url.path == "/easel/login" and request.method == "POST":
+        if request.scope["path"] == "/easel/login" and request.method == "POST":
             body = (await _small_body(request)).decode("ascii", errors="replace")
             given = parse_qs(body).get("password", [""])[0]
             if hmac.compare_digest(given.encode(), self.password):

@@ -1,20 +1,38 @@
-"""The table of who is let in. The cases are those that plain Gradio lets through, and those that a guard must
-not break."""
+"""Who is let in, and to what: the guard alone, then the whole window with every route that it has, then
+files that somebody made to do harm."""
 
+import functools
+import io
+import json
+import re
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
+from app import main
+from app.dataset_routes import add_dataset_routes
+from app.desk import Desk
 from app.guard import Guard, host_name, is_loopback
-from app.login import COOKIE, Login
+from app.login import COOKIE, OPEN_PATHS, Login
+from app.routes import add_routes
 
 HERE = "127.0.0.1:7860"
 ORIGIN = f"http://{HERE}"
 NAVIGATION = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+MARK = b"nobody outside may read this"
 
 
 async def hello(request: Any) -> PlainTextResponse:
@@ -34,6 +52,9 @@ CASES = [
     ("GET", {"host": "evil.example"}, 403),
     ("GET", {"host": "evil.example:7860"}, 403),
     ("GET", {"host": "127.0.0.1.evil.example"}, 403),
+    ("GET", {"host": "127.0.0.1:80@evil.example"}, 403),
+    ("GET", {"host": "127.0.0.1:7860/easel?"}, 403),
+    ("GET", {"host": "[::1].evil.example"}, 403),
     ("GET", {"host": "[::2]:7860"}, 403),
     ("GET", {"host": ""}, 403),
     ("POST", {"host": HERE}, 200),
@@ -63,10 +84,21 @@ def test_who_is_let_in(method: str, headers: dict[str, str], status: int) -> Non
 def test_a_name_in_a_host_header() -> None:
     assert host_name("LocalHost:80") == "localhost"
     assert host_name("[::1]:7860") == "[::1]"
+    assert host_name("localhost:80:80") == ""
 
 
 @pytest.mark.parametrize(
-    ("host", "local"), [("127.0.0.1", True), ("::1", True), ("0.0.0.0", False), ("10.0.0.5", False)]
+    ("host", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.5", False),
+        ("127.evil.example", False),
+    ],
 )
 def test_which_addresses_stay_on_this_computer(host: str, local: bool) -> None:
     assert is_loopback(host) is local
@@ -92,3 +124,408 @@ def test_the_password_opens_the_window() -> None:
 
 def test_a_made_up_cookie_opens_nothing() -> None:
     assert TestClient(Login(site(), "x"), cookies={COOKIE: "made-up"}).get("/a").status_code == 401
+
+
+# ---- the whole window
+# ----------------------------------------------------------------------------------------------
+
+
+class Whole:
+    """The window as it is served, over a workspace with something in it, and what lies around it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.outside = folder / "home"
+        workspace = self.outside / "easel"
+        workspace.mkdir(parents=True)
+        self.desk = Desk(workspace, worker_command=["no-such-program"])
+        for place in (self.outside, workspace, workspace / "projects" / "other" / "pictures"):
+            place.mkdir(parents=True, exist_ok=True)
+            for name in ("secret.png", "secret.txt", "secret.safetensors", "config.toml"):
+                (place / name).write_bytes(png(64, 64) + MARK)
+        self.picture = self.desk.project.pictures / "own.png"
+        self.picture.write_bytes(png(64, 64) + MARK)
+        self.picture.with_suffix(".txt").write_text("a caption")
+        run = workspace / "runs" / "first"
+        (run / "export").mkdir(parents=True)
+        (run / "export" / "first.safetensors").write_bytes(MARK)
+        (run / "config.toml").write_text('name = "first"\n')
+
+    def client(self, password: str = "", allowed: tuple[str, ...] = ()) -> TestClient:
+        app = main.build_app(self.desk, list(allowed), password)
+        return TestClient(app, base_url=ORIGIN, raise_server_exceptions=False)
+
+    def own(self) -> TestClient:
+        """The own routes alone, which are made quicker."""
+        app = FastAPI()
+        add_routes(app, self.desk)
+        add_dataset_routes(app, self.desk)
+        return TestClient(app)
+
+    def around(self) -> dict[str, bytes]:
+        """All files that no request of the open project may touch."""
+        easel = self.outside / "easel"
+        ours = [easel / name for name in ("tmp", "cache", "logs", "places.json")]
+        ours += [easel / "projects" / name for name in ("default", "open.json")]
+        return {
+            str(path): path.read_bytes()
+            for path in self.outside.rglob("*")
+            if path.is_file() and not any(map(path.is_relative_to, ours))
+        }
+
+
+def png(width: int, height: int, body: bytes = b"") -> bytes:
+    """A black PNG of one bit a pixel, written by hand so that it may be of any size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = body or zlib.compress(bytes(height * (1 + (width + 7) // 8)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return Whole(tmp_path_factory.mktemp("guard"))
+
+
+@pytest.fixture(scope="module")
+def client(whole: Whole) -> TestClient:
+    return whole.client()
+
+
+@pytest.fixture(scope="module")
+def locked(whole: Whole) -> TestClient:
+    return whole.client("open sesame", ("studio.lan",))
+
+
+OWN = "/easel/picture/dataset/own.png"
+UPLOAD = "/gradio_api/upload"
+CROSS = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
+REQUESTS = [
+    ("the page itself", "GET", "/", {}, 200),
+    ("its picture", "GET", OWN, {"sec-fetch-site": "same-origin", "sec-fetch-dest": "image"}, 200),
+    ("a link to it on another site", "GET", "/", NAVIGATION, 200),
+    ("by IPv6", "GET", OWN, {"host": "[::1]:7860"}, 200),
+    ("rebound, the page", "GET", "/", {"host": "evil.example"}, 403),
+    ("rebound, a picture", "GET", OWN, {"host": "evil.example:7860"}, 403),
+    ("rebound, Gradio's settings", "GET", "/config", {"host": "evil.example"}, 403),
+    ("a host not allowed", "GET", OWN, {"host": "studio.lan"}, 403),
+    ("a path in the host", "GET", OWN, {"host": "127.0.0.1:7860/easel?"}, 403),
+    ("a picture in another site's page", "GET", OWN, {**CROSS, "sec-fetch-dest": "image"}, 403),
+    ("a frame in another site's page", "GET", "/", {**NAVIGATION, "sec-fetch-dest": "iframe"}, 403),
+    ("another port of this computer", "POST", "/easel/quit", {"origin": "http://127.0.0.1:1"}, 403),
+    ("an upload by another site", "POST", UPLOAD, {"origin": "http://evil.example"}, 403),
+    ("an upload with no origin", "POST", UPLOAD, CROSS, 403),
+    ("our own upload by another site", "POST", "/easel/upload", CROSS, 403),
+    ("an event by another site", "POST", "/gradio_api/run/predict", {"origin": "null"}, 403),
+    ("a form of another site", "POST", "/easel/quit", NAVIGATION, 403),
+]
+
+
+@pytest.mark.parametrize(("_what", "method", "path", "headers", "status"), REQUESTS)
+def test_requests_to_the_window(
+    client: TestClient, _what: str, method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    answer = client.request(method, path, headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert "host" in answer.text or "Another site" in answer.text
+
+
+def test_names_that_are_allowed(locked: TestClient) -> None:
+    assert locked.get("/easel", headers={"host": "studio.lan:7860"}).status_code == 200
+    assert locked.get("/easel", headers={"host": "evil.lan:7860"}).status_code == 403
+
+
+def test_gradio_gives_out_no_file_of_ours(client: TestClient, whole: Whole) -> None:
+    for file in (whole.picture, whole.outside / "secret.txt", whole.desk.workspace / "secret.png"):
+        for path in (
+            f"/gradio_api/file={file}",
+            f"/gradio_api/file/{file}",
+            f"/file={file}",
+            f"/static/{file}",
+        ):
+            answer = client.get(path)
+            assert answer.status_code in (403, 404), path
+            assert MARK not in answer.content
+
+
+def all_routes(app: Any, before: str = "") -> Iterator[tuple[str, str]]:
+    """Every method and path that an app answers, of what is mounted in it too."""
+    for route in app.routes:
+        inner = getattr(route, "app", None) if type(route).__name__ == "Mount" else None
+        inner = inner or getattr(route, "original_router", None)
+        path = before + (getattr(route, "path", "") or "").rstrip("/")
+        if hasattr(inner, "routes"):
+            yield from all_routes(inner, path)
+        else:
+            for method in getattr(route, "methods", None) or ():
+                yield method, path or "/"
+
+
+def routes_of(client: TestClient) -> list[tuple[str, str]]:
+    app: Any = client.app
+    while isinstance(app, Guard | Login):
+        app = app.app
+    return sorted(set(all_routes(app)))
+
+
+def test_without_the_login_no_route_gives_anything(locked: TestClient) -> None:
+    routes = routes_of(locked)
+    assert sum(path.startswith("/easel") for _, path in routes) >= 35
+    assert sum(path.startswith("/gradio_api") for _, path in routes) >= 10
+    shown = {(method, path): asked(locked, method, path) for method, path in routes}
+    wide_open = [route for route, text in shown.items() if "Password" not in text and route[0] != "HEAD"]
+    assert wide_open == [("GET", "/easel")]
+    for path in OPEN_PATHS:
+        assert locked.get(path).status_code == 200
+        assert locked.post(path).status_code == 401
+    with pytest.raises(WebSocketDisconnect), locked.websocket_connect("/gradio_api/queue/join"):
+        pass
+
+
+def asked(client: TestClient, method: str, path: str) -> str:
+    path = re.sub(r"\{[^}]*\}", "x", path)
+    answer = client.request(method, path)
+    with_page = client.request(method, path, headers={"accept": "text/html"})
+    assert MARK not in answer.content + with_page.content
+    assert path in OPEN_PATHS or (answer.status_code == 401 and with_page.status_code in (200, 401))
+    return answer.text + (with_page.text if with_page.status_code == 200 else "Password")
+
+
+def test_with_the_login_the_picture_is_there(locked: TestClient) -> None:
+    for path in (OWN, "/easel/thumb/dataset/own.png", "/easel/download/first/first.safetensors", "/config"):
+        assert locked.get(path).status_code == 401
+    locked.post("/easel/login", data={"password": "open sesame"}, headers={"origin": ORIGIN})
+    try:
+        for path in (
+            OWN,
+            "/easel/thumb/dataset/own.png",
+            "/easel/download/first/first.safetensors",
+            "/config",
+        ):
+            assert locked.get(path).status_code == 200
+    finally:
+        locked.cookies.clear()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_listening_wider_only_with_a_password(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(
+        main, "_serve", lambda desk, listener, options, password: served.append(password) or 0
+    )
+    monkeypatch.setattr(main, "_listener", lambda host, port: None)
+    arguments = ["--host", host, "--no-browser", "--workspace", str(tmp_path)]
+    monkeypatch.delenv(main.PASSWORD_VARIABLE, raising=False)
+    assert main.main(arguments) == 1
+    assert (served, "--password-file" in capsys.readouterr().err) == ([], True)
+    monkeypatch.setenv(main.PASSWORD_VARIABLE, "open sesame")
+    assert main.main(arguments) == 0
+    assert served == ["open sesame"]
+
+
+# ---- paths that lead out, in every own route
+# -------------------------------------------------------------------------
+
+Asked = tuple[str, Any]
+"""An address and what is sent to it."""
+
+NO_PATHS = {
+    # Neither in the address nor in what is sent is there a name of anything on disk.
+    ("GET", "/easel"), ("GET", "/easel/dataset"), ("GET", "/easel/import"), ("GET", "/easel/tags"),
+    ("GET", "/easel/check"), ("POST", "/easel/check"), ("GET", "/easel/projects"), ("POST", "/easel/tokens"),
+    ("POST", "/easel/quit"), ("POST", "/easel/upload"), ("POST", "/easel/bulk/undo"),
+    ("GET", "/easel/preview/now"), ("GET", "/easel/preview/look"), ("POST", "/easel/preview/open"),
+    ("POST", "/easel/preview/cancel"), ("GET", "/easel/preview/strip.png"),
+    # A folder or a file of this computer is what these ask for; the person types it.
+    ("POST", "/easel/import"), ("POST", "/easel/preview/rows"),
+}  # fmt: skip
+SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
+    ("GET", "/easel/assets/{name}"): lambda evil: [(f"/easel/assets/{evil}", None)],
+    ("GET", "/easel/picture/{kind}/{path:path}"): lambda evil: [
+        *((f"/easel/picture/{kind}/{evil}", None) for kind in ("dataset", "left-out", "run", "generated")),
+        (f"/easel/picture/{evil}/own.png", None),
+    ],
+    ("GET", "/easel/thumb/{kind}/{path:path}"): lambda evil: [
+        *((f"/easel/thumb/{kind}/{evil}", None) for kind in ("dataset", "left-out", "run", "generated")),
+        (f"/easel/thumb/{evil}/own.png", None),
+    ],
+    ("GET", "/easel/download/{run}/{file}"): lambda evil: [
+        (f"/easel/download/first/{evil}", None),
+        (f"/easel/download/{evil}/first.safetensors", None),
+    ],
+    ("GET", "/easel/debug/{name}"): lambda evil: [(f"/easel/debug/{evil}", None)],
+    ("POST", "/easel/caption"): lambda evil: [("/easel/caption", {"picture": evil, "text": "x"})],
+    ("POST", "/easel/leave-out"): lambda evil: [("/easel/leave-out", {"pictures": [evil]})],
+    ("POST", "/easel/take-back"): lambda evil: [("/easel/take-back", {"pictures": [evil]})],
+    ("POST", "/easel/hold-out"): lambda evil: [("/easel/hold-out", {"pictures": [evil], "on": True})],
+    ("POST", "/easel/bulk"): lambda evil: [
+        ("/easel/bulk", {"do": "append", "put": "x", "pictures": [evil], "apply": True})
+    ],
+    ("POST", "/easel/run"): lambda evil: [
+        ("/easel/run", {"do": do, "run": evil}) for do in ("see", "resume", "show", "delete")
+    ],
+    ("POST", "/easel/queue"): lambda evil: [
+        ("/easel/queue", {"do": do, "run": evil}) for do in ("up", "down", "remove")
+    ],
+    ("POST", "/easel/projects"): lambda evil: [
+        ("/easel/projects", {"do": do, "project": evil, "title": "t"}) for do in ("open", "rename", "delete")
+    ],
+    ("POST", "/easel/like"): lambda evil: [(f"/easel/like?size=9&name={quote(evil, safe='')}", {})],
+    ("PUT", "/easel/upload/{batch}"): lambda evil: [(f"/easel/upload/{evil}", {})],
+    ("POST", "/easel/upload/{batch}"): lambda evil: [
+        (f"/easel/upload/{evil}", {}),
+        (f"/easel/upload/{evil}", {"give_up": True}),
+    ],
+    ("POST", "/easel/preview/forget"): lambda evil: [("/easel/preview/forget", {"file": evil})],
+}
+LEADING_OUT = [
+    "../secret.png",
+    "../../secret.png",
+    "../../../secret.txt",
+    "../../../../secret.safetensors",
+    "../../other/pictures/secret.png",
+    "../../config.toml",
+    "..",
+    "..\\..\\secret.png",
+    "own.png/../../../secret.png",
+    "a\0/../secret.png",
+]
+
+
+def test_each_own_route_is_in_one_of_the_tables(client: TestClient) -> None:
+    own = {route for route in routes_of(client) if route[1].startswith("/easel")}
+    assert own == NO_PATHS | SENT.keys()
+
+
+@pytest.mark.parametrize(("method", "path"), SENT, ids=lambda one: one.strip("/"))
+def test_paths_that_lead_out_lead_nowhere(client: TestClient, whole: Whole, method: str, path: str) -> None:
+    before = whole.around()
+    for evil in [*LEADING_OUT, str(whole.outside / "secret.png"), str(whole.desk.workspace / "secret.txt")]:
+        written = (quote(evil, safe=""), evil.replace("..", "%2e%2e")) if "{" in path else (evil,)
+        for one in written:
+            for address, sent in SENT[method, path](one.replace("\0", "%00") if "{" in path else one):
+                answer = client.request(method, address, json=sent)
+                assert MARK not in answer.content, address
+                assert refused(answer), (address, sent, answer.text[:200])
+    assert whole.around() == before
+    assert whole.picture.with_suffix(".txt").read_text() == "a caption"
+
+
+def refused(answer: Any) -> bool:
+    """Not there, or a sentence, or an answer that says that nothing was changed."""
+    if answer.status_code in (404, 405):
+        return True
+    said = answer.json()
+    nothing = said.get("given_up") is True or said.get("changed") == 0 or said.keys() == {"revision"}
+    return answer.status_code == 200 and ("problem" in said or nothing)
+
+
+# ---- files that were made to do harm
+# -----------------------------------------------------------------------------------
+
+
+def taken(client: TestClient, name: str, data: bytes) -> dict[str, Any]:
+    """What the window says after a file was dropped on it."""
+    batch = client.post("/easel/upload").json()["batch"]
+    line = json.dumps([[0, name, len(data)]]).encode()
+    assert client.put(f"/easel/upload/{batch}", content=line + b"\n" + data).json() == {"received": 1}
+    client.post(f"/easel/upload/{batch}", json={})
+    until = time.monotonic() + 60
+    while (state := client.get("/easel/import").json())["state"] == "working":
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return state
+
+
+def zipped(*entries: tuple[zipfile.ZipInfo | str, bytes]) -> bytes:
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+    return made.getvalue()
+
+
+def with_a_link() -> bytes:
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    return zipped(("good.png", png(64, 64)), (link, b"/etc/passwd"))
+
+
+@functools.cache
+def a_gigabyte() -> bytes:
+    made = io.BytesIO()
+    archive = zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
+    with archive, archive.open("bomb.png", "w", force_zip64=True) as entry:
+        for _ in range(1024):
+            entry.write(bytes(2**20))
+    return made.getvalue()
+
+
+def a_lie(size: int = 100) -> bytes:
+    """A zip whose table of contents says that a gigabyte is a hundred bytes."""
+    packed = bytearray(a_gigabyte())
+    central = packed.rindex(b"PK\x01\x02")
+    packed[central + 24 : central + 28] = struct.pack("<I", size)
+    return bytes(packed)
+
+
+def twenty_thousand() -> bytes:
+    return zipped(*((f"{index}.txt", b"x") for index in range(20_001)))
+
+
+def a_huge_picture() -> bytes:
+    pack, row = zlib.compressobj(1), bytes(6251)
+    body = b"".join(pack.compress(row * 1000) for _ in range(50)) + pack.flush()
+    return png(50_000, 50_000, body)
+
+
+HARMFUL = [
+    ("link.zip", with_a_link, "is a symbolic link"),
+    ("out.zip", lambda: zipped(("../../out.png", png(64, 64))), "leads out of the folder"),
+    ("absolute.zip", lambda: zipped(("/tmp/out.png", png(64, 64))), "has an absolute path"),
+    ("bomb.zip", a_gigabyte, "'bomb.png' is larger than 500 MB"),
+    ("lie.zip", a_lie, "cannot be unpacked"),
+    ("many.zip", twenty_thousand, "has 20001 entries, more than 20000"),
+    ("huge.png", a_huge_picture, "million pixels, too many"),
+]
+
+
+@pytest.mark.parametrize(("name", "made", "said"), HARMFUL, ids=[row[0] for row in HARMFUL])
+def test_files_that_were_made_to_do_harm(
+    tmp_path: Path, name: str, made: Callable[[], bytes], said: str
+) -> None:
+    whole = Whole(tmp_path)
+    client = whole.own()
+    around = whole.around()
+    before = sorted(whole.desk.project.pictures.rglob("*"))
+    state = taken(client, name, made())
+    notes = " ".join(note.sentence for note in whole.desk.project.notes)
+    assert state["state"] == "failed"
+    assert said in state["note"] + notes
+    assert sorted(whole.desk.project.pictures.rglob("*")) == before
+    assert whole.around() == around
+    assert not list((whole.desk.workspace / "tmp" / "incoming").iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../out.png", "/tmp/out.png", "..\\out.png", "C:\\out.png", "a\0.png"]
+)
+def test_names_of_dropped_files_lead_nowhere(tmp_path: Path, name: str) -> None:
+    whole = Whole(tmp_path)
+    around = whole.around()
+    taken(whole.own(), name, png(64, 64))
+    assert whole.around() == around
+    assert len(list(whole.desk.project.pictures.rglob("*.png"))) == 2
+
+
+def test_a_huge_picture_that_lies_there_already_is_not_opened(tmp_path: Path) -> None:
+    whole = Whole(tmp_path)
+    (whole.desk.project.pictures / "huge.png").write_bytes(a_huge_picture())
+    for size in ("thumb", "picture"):
+        answer = whole.own().get(f"/easel/{size}/dataset/huge.png")
+        assert "million pixels" in answer.json()["problem"]
