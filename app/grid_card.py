@@ -10,7 +10,7 @@ from app.moment import Moment, moment_of
 from app.parts import QUIET, Parts, piece
 from app.preview_form import kept_fields, lora_rows, rows_sent, shot_of
 from app.stage import grid_block
-from app.studio import Grid
+from app.view import Grid
 from app.words import safe
 from lora_core.spec.errors import LoraError
 from lora_core.spec.shots import Axis, axis, separated

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from app.desk import Desk
 from app.jobs import LIVE, RESUMABLE, Watch
 from app.plan import Plan
-from app.studio import View
+from app.view import View
 from lora_core.spec.progress import Progress
 
 

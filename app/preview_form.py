@@ -13,7 +13,7 @@ from app.jobs import Watch
 from app.loras import ADDED, found_loras, lora_groups, owner, run_loras
 from app.moment import Moment
 from app.project import Project
-from app.studio import STRIP
+from app.view import STRIP
 from lora_core.spec.choices import SAMPLERS
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError

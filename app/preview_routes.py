@@ -14,7 +14,7 @@ from app.moment import moment_of
 from app.preview_form import checked_rows, keep_rows, keep_shot, run_shot, strip_values
 from app.routes import Refused, sent_json
 from app.stage import working_words
-from app.studio import Grid, sheet_info
+from app.view import Grid, sheet_info
 from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.shots import axis
 

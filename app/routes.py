@@ -31,7 +31,15 @@ PICTURES = set(SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 PUBLIC = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
-SCRIPTS = ("window.js", "folder_drop.js", "dataset.js", "dataset_tools.js", "projects.js", "train.js", "preview.js")
+SCRIPTS = (
+    "window.js",
+    "folder_drop.js",
+    "dataset.js",
+    "dataset_tools.js",
+    "projects.js",
+    "train.js",
+    "preview.js",
+)
 PUBLIC |= dict.fromkeys(SCRIPTS, "text/javascript")
 LARGEST_CAPTION = 1_000_000
 # Addresses carry the file's time, so that a changed file has another address and this can be long.

@@ -6,7 +6,7 @@ from pathlib import Path
 from app.history import Kept
 from app.moment import Moment
 from app.routes import address
-from app.studio import Grid, View, sampler_title
+from app.view import Grid, View, sampler_title
 from app.words import TIMES, many, safe
 from lora_core.spec.shots import Axis, Shot
 

@@ -15,7 +15,7 @@ from app.history import FILE, History, Kept
 from app.loras import lora_groups
 from app.moment import Moment, moment_of
 from app.preview_routes import open_tab
-from app.studio import Grid, View
+from app.view import Grid, View
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.spec.infotext import Info, Tag

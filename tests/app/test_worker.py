@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.studio import STRIP, Grid, Studio, View
+from app.studio import Studio
+from app.view import STRIP, Grid, View
 from app.worker import GivesWay, Worker
 from lora_core.spec.shots import LoraAt, Shot, axis
 
