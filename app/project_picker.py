@@ -11,7 +11,8 @@ DIALOG = """<dialog id="projects" class="panel" aria-labelledby="projects-title"
  id="projects-close">Close</button></div>
 <p class="small">A project holds pictures, captions, the settings that you typed, and its runs.</p>
 <form class="row" id="project-new"><label class="entry grow"><span class="away">Name of a new
-project</span><input type="text" placeholder="Name of a new project" maxlength="80" autocomplete="off"></label><button
+project</span><input type="text"
+ placeholder="Name of a new project" maxlength="80" autocomplete="off"></label><button
 class="own primary">New</button></form>
 <p class="problem" id="projects-note" role="alert"></p>
 <div class="list" id="projects-list"></div>

@@ -51,8 +51,10 @@ def _trigger(parts: Parts) -> None:
         max_lines=1,
         scale=0,
         min_width=230,
+        interactive=False,
     )
-    parts.fill(trigger, lambda: project.draft().get("trigger", ""))
+    # What is typed before the draft has been filled in would be overwritten by it.
+    parts.fill(trigger, lambda: gr.update(value=project.draft().get("trigger", ""), interactive=True))
     save = gr.on(edited(trigger), lambda text: project.keep(trigger=text.strip()), trigger, None, **TYPING)
     parts.action(save)
     parts.trigger = trigger

@@ -79,15 +79,7 @@ def audit(
     """
     records = dataset.records
     known = {} if looks_before is None else looks_before
-    looks: list[_Look] = []
-    threads = ThreadPoolExecutor(_THREADS)
-    try:
-        for look in threads.map(lambda record: _look(record, resolution, multiple, known), records):
-            looks.append(look)
-            if said is not None:
-                said(len(looks), len(records))
-    finally:
-        threads.shutdown(cancel_futures=True)
+    looks = _looks(records, (resolution, multiple), known, said)
     names = _names(records)
     twins = _twins(records, names, looks)
     problems = [
@@ -112,6 +104,22 @@ def audit(
         "tags": [{"tag": tag, "pictures": count} for tag, count in tag_counts(captions).items()],
         "shares": [{"picture": str(r.path), "share": r.repeats * shown} for r in records],
     }
+
+
+def _looks(
+    records: list[ImageRecord], size: tuple[int, int], known: Looks, said: Callable[[int, int], None] | None
+) -> list[_Look]:
+    """What is measured on each picture; `size` is the resolution and what sides are divisible by."""
+    looks: list[_Look] = []
+    threads = ThreadPoolExecutor(_THREADS)
+    try:
+        for look in threads.map(lambda record: _look(record, *size, known), records):
+            looks.append(look)
+            if said is not None:
+                said(len(looks), len(records))
+    finally:
+        threads.shutdown(cancel_futures=True)
+    return looks
 
 
 def _row(problem: Problem, twin: Path | None) -> dict[str, str]:
