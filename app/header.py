@@ -71,7 +71,8 @@ def run_actions(moment: Moment) -> str:
 
 def brand() -> str:
     """The app's mark and name."""
-    return f'<div class="brand">{(ASSETS / "icon.svg").read_text(encoding="utf-8")}<span>{TITLE}</span></div>'
+    icon = (ASSETS / "icon.svg").read_text(encoding="utf-8")
+    return f'<h1 class="brand">{icon}<span>{TITLE}</span></h1>'
 
 
 def run_words(moment: Moment) -> str:

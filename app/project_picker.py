@@ -25,7 +25,7 @@ def project_button(moment: Moment) -> str:
     demo = " (demo pictures)" if project.uses_demo else ""
     return (
         '<button type="button" class="project" id="project-picker" aria-haspopup="dialog" title="Projects:'
-        f' new, open, rename, delete">{safe(project.title)}{demo}<svg viewBox="0 0 12 12"'
+        f' new, open, rename, delete"><span>{safe(project.title)}{demo}</span><svg viewBox="0 0 12 12"'
         ' aria-hidden="true"><path d="M2.5 4.5 6 8l3.5-3.5" fill="none" stroke="currentColor"'
         ' stroke-width="1.6"/></svg></button>'
     )
