@@ -229,7 +229,16 @@
     addEventListener("pagehide", () => channel.postMessage({ do: "leave", me }));
   }
 
+  // The fields are filled some frames after the header, which comes with the same answer.
+  let filling = false;
+  const ready = () => {
+    if (filling || !one("[data-run-state]")) return;
+    filling = true;
+    setTimeout(() => { document.documentElement.dataset.ready = "1"; }, 200);
+  };
+
   const settle = () => {
+    ready();
     smooth();
     watchEnd();
     bell.show();
