@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -181,3 +182,46 @@ def pictures(tmp_path: Path) -> list[Path]:
             path.with_suffix(".txt").write_text(f"a ball, number {index}", encoding="utf-8")
         made.append(path)
     return made
+
+
+@pytest.fixture(scope="session")
+def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+    """A window whose demo was trained for a few steps and looked at; for tests that only look."""
+    window = Window(tmp_path_factory.mktemp("trained"))
+    window.start()
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(window.address)
+    page.click("#use-demo")
+    page.fill("#steps input", "4")
+    page.press("#steps input", "Tab")
+    page.wait_for_function("document.querySelector('#command pre').textContent.includes('train.steps=4')")
+    page.click("#start:enabled")
+    page.wait_for_selector("#run-status[data-state=done]")
+    page.click("#see-result")
+    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")
+    page.close()
+    yield window
+    window.stop()
+    _end_runs(window.workspace)
+
+
+@pytest.fixture
+def look(browser: Any, trained: Window, watched: Watched) -> Iterator[Any]:
+    """A page on it, of some width and theme, that is watched."""
+    pages = []
+
+    def opened(scheme: str = "light", width: int = 1440) -> Any:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.set_default_timeout(PATIENCE)
+        watched.follow(page)
+        pages.append(page)
+        page.goto(trained.address)
+        page.wait_for_selector("[data-picture]")
+        page.wait_for_selector("[data-run-state]")
+        return page
+
+    yield opened
+    for page in pages:
+        page.close()
+    assert watched.wrong == []
