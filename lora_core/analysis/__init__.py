@@ -1,1 +1,1 @@
-"""What can be computed from adapters as they are: sums of them, merged bases, plain forms of other kinds."""
+"""What can be computed from adapters as they are: what is in them, and better ones made of that."""

@@ -40,10 +40,9 @@ def intruder_count(
     columns = 4 * count + _EXTRA
     if min(old.shape) > max(EXACT_UP_TO, columns):
         looked_at = _leading(sketched(new, count + _EXTRA), count)
-        if not _unlike(looked_at, sketched(old, columns)[0], threshold):
+        if not _unlike(sketched(old, columns)[0].T @ looked_at, threshold):
             return 0
-    u = torch.linalg.svd(old, full_matrices=False).U
-    return _unlike(_leading(torch.linalg.svd(new, full_matrices=False), count), u, threshold)
+    return _unlike(_cosines(old, _exactly_leading(new, count)), threshold)
 
 
 def _leading(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], count: int) -> torch.Tensor:
@@ -53,6 +52,37 @@ def _leading(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], count: int)
     return u[:, :kept]
 
 
-def _unlike(new: torch.Tensor, old: torch.Tensor, threshold: float) -> int:
-    cosines = (old.T @ new).abs().amax(dim=0)
-    return int((cosines < threshold).sum())
+def _squared(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues and -vectors of the smaller square of a matrix, falling, of all that stands for something.
+
+    They give its singular vectors in a tenth of an SVD's time; in double precision, since a square halves the
+    digits.
+    """
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    squares, vectors = torch.linalg.eigh(short @ short.T)
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    kept = squares > 1e-10 * squares[0]
+    return squares[kept], vectors[:, kept]
+
+
+def _exactly_leading(matrix: torch.Tensor, count: int) -> torch.Tensor:
+    """The leading left singular vectors, (out, count) or fewer, fp64."""
+    matrix = matrix.double()
+    squares, vectors = _squared(matrix)
+    if matrix.shape[0] <= matrix.shape[1]:
+        return vectors[:, :count]
+    return matrix @ vectors[:, :count] / squares[:count].sqrt()
+
+
+def _cosines(matrix: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """The products of all left singular vectors with some directions (out, count), fp64."""
+    matrix = matrix.double()
+    squares, vectors = _squared(matrix)
+    if matrix.shape[0] <= matrix.shape[1]:
+        return vectors.T @ directions
+    return vectors.T @ (matrix.T @ directions) / squares.sqrt()[:, None]
+
+
+def _unlike(cosines: torch.Tensor, threshold: float) -> int:
+    """How many columns have no entry of the threshold's size."""
+    return int((cosines.abs().amax(dim=0) < threshold).sum())

@@ -332,7 +332,7 @@ def test_places_that_do_not_fit(place):
     refused(place, "nothing of the base would change", strength=0.0)
     ckpt = tmp_path / "model.ckpt"
     ckpt.write_bytes(b"PK\x03\x04")
-    refused(place, r"is a \.ckpt; merging needs", base=ckpt)
+    refused(place, r"is a \.ckpt; this needs", base=ckpt)
 
 
 def test_what_the_base_cannot_hold(place):

@@ -283,7 +283,7 @@ def trained(folder: Path, pictures: Path) -> Path:
     looks = measured_pictures(base, scan(pictures).records, 2, 0)
     injected = inject(base.modules, ["unet"], ATTENTION, LoraShape(4, 4.0), 0)
     optimizer = torch.optim.Adam(injected.parameters(), 2e-3)
-    for _ in range(6):
+    for _ in range(3):
         for picture in looks:
             noise, at = picture.looks.noise, picture.looks.timesteps
             latents = picture.latents.expand_as(noise)

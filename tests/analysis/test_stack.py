@@ -10,7 +10,6 @@ from lora_core.analysis.stack import Stacked, stack_report
 from lora_core.formats.file import read_adapter
 from lora_core.spec.errors import AdapterFileError
 from tests.analysis.planted import (
-    CONV,
     LAYERS,
     PROJ,
     TEXT,
@@ -24,6 +23,8 @@ from tests.analysis.planted import (
     shape_of,
 )
 
+CONV_IN = ("unet", "conv_in")
+
 
 def projector(matrix):
     """Onto the columns of a matrix, by its pseudo-inverse."""
@@ -36,12 +37,12 @@ def files(tmp_path):
     layers = [
         {
             TO_K: random_layer(TO_K, 4, 2.0, 1),
-            CONV: random_layer(CONV, 3, 3.0, 2),
+            CONV_IN: random_layer(CONV_IN, 3, 3.0, 2),
             TEXT: random_layer(TEXT, 2, 2.0, 3),
         },
         {
             TO_K: random_layer(TO_K, 6, 1.0, 4),
-            CONV: random_layer(CONV, 5, 5.0, 5),
+            CONV_IN: random_layer(CONV_IN, 5, 5.0, 5),
             TO_Q: random_layer(TO_Q, 2, 2.0, 6),
         },
         {TO_K: random_layer(TO_K, 2, 8.0, 7), TEXT: random_layer(TEXT, 4, 1.0, 8)},
@@ -57,7 +58,7 @@ def test_all_numbers_are_those_of_the_formed_updates(files):
     report = stack_report(files)
     read = [read_adapter(file.path).layers for file in files]
     energies, kept, free = ([0.0] * 3 for _ in range(3))
-    assert {row["module"] for row in report["layers"]} == {TO_K[1], CONV[1], TEXT[1], TO_Q[1]}
+    assert {row["module"] for row in report["layers"]} == {TO_K[1], CONV_IN[1], TEXT[1], TO_Q[1]}
     for row in report["layers"]:
         key = (row["part"], row["module"])
         on = [file.text_strength if key == TEXT and n == 0 else file.strength for n, file in enumerate(files)]
