@@ -134,12 +134,12 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, TrainState]:
                 raise RunError(f"The checkpoint {path} is broken: {name} is not what was written.")
         weights = read_adapter(path / (FACTORS if FACTORS in names else ADAPTER))
         average = (
-            read_adapter(path / (AVERAGE if AVERAGE in names else ADAPTER)) if record["average"] else None
+            read_adapter(path / (AVERAGE if AVERAGE in names else ADAPTER)) if record.get("average") else None
         )
         optimizer = _joined(load_file(path / OPTIMIZER), record["optimizer"])
         return weights, TrainState(
-            record["step"], optimizer, record["scaler"], record["best"], average, record["health"],
-            record["planned"], record["marked"],
+            record["step"], optimizer, record["scaler"], record["best"], average, record.get("health", {}),
+            bool(record.get("planned")), bool(record.get("marked")),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError, AdapterFileError) as error:
         raise RunError(f"The checkpoint {path} is broken: {error}.") from error

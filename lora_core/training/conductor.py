@@ -220,7 +220,7 @@ class Conductor:
         """Leave early, as asked: save, and for a stop export too."""
         if self.step and self._keeper.finite():
             if self.step not in self._run.checkpoint_steps():
-                self._duties.save(self.step, self._health, planned=False, marked=False)
+                self._duties.save(self.step, self._last, set(), self._health)
             return self._ended(lambda: self._duties.export(self.step))
         return self._end_unprepared()
 

@@ -4,6 +4,7 @@ Validation and samples look at a run and are no part of it: where memory is too 
 out with a word, and training goes on.
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.room import preview_bytes, require_room
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.between import HeldOut, drawn_samples, due
-from lora_core.training.checkpoint import TrainState
+from lora_core.training.checkpoint import TrainState, amend_record
 from lora_core.training.export import newest_sample, run_header, write_export
 from lora_core.training.guards import Health
 from lora_core.training.keeping import Keeper
@@ -100,7 +101,7 @@ class Duties:
         if validates:
             self._aside(step, "The validation was", self._validate)
         if saves:
-            self.save(step, health, due(step, config.save.every, last), "save" in asked)
+            self.save(step, last, asked, health)
         if samples:
             self._aside(step, "The samples were", self._preview)
         return validates or saves or samples
@@ -116,15 +117,17 @@ class Duties:
         validates = step > 0 and bool(self._session.held_out) and due(step, config.validation.every, last)
         if validates and step not in validated:
             self._aside(step, "The validation was", self._validate)
+            # The checkpoint was written without it.
+            amend_record(self._run.checkpoint(step), {"best": self.best})
         if due(step, config.preview.every, last) and step not in sampled:
             self._aside(step, "The samples were", self._preview)
 
-    def save(self, step: int, health: Health, planned: bool, marked: bool) -> None:
-        """Write a checkpoint."""
+    def save(self, step: int, last: bool, asked: set[str], health: Health) -> None:
+        """Write a checkpoint; arguments as of `do`."""
+        planned = due(step, self._config.save.every, last) and health.calm
         state = TrainState(
-            step, {}, best=dict(self.best), health=health.record(), planned=planned and health.calm,
-            marked=marked,
-        )  # fmt: skip
+            step, {}, best=dict(self.best), health=health.record(), planned=planned, marked="save" in asked
+        )
         path = self._keeper.save(state, self._header(step))
         self._emit(events.CheckpointDone(step=step, path=self._below(path)))
 
@@ -153,7 +156,7 @@ class Duties:
 
     def _validate(self, step: int) -> None:
         gain = self._held_out.gain(self._session, self._notes.working(step, "Validating"))
-        best = not self.best or gain.gain > self.best["gain"]
+        best = math.isfinite(gain.gain) and (not self.best or gain.gain > self.best["gain"])
         if best:
             self.best = {"step": step, "gain": gain.gain}
         self._emit(events.Validated(step=step, best=best, **vars(gain)))

@@ -123,7 +123,7 @@ def tensors(path: Path) -> dict[str, bytes]:
 
 
 def result(run: RunFolder) -> dict[str, dict[str, bytes]]:
-    """What a finished run leaves: the tensors of its last checkpoint and of its export."""
+    """What a finished run leaves, whatever its name: the tensors of its last checkpoint and of its export."""
     assert run.status() == "done", run.progress().reason
     last = run.checkpoint(run.checkpoint_steps()[-1])
     found = {path.name: tensors(path) for path in last.glob("*.safetensors")}

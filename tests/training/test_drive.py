@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -38,10 +38,8 @@ WRITES = {
     "the plan": Fault("write", r"plan\.json"),
     "the inputs": Fault("fsync", r"inputs\.json"),
     "a cached picture": Fault("write", r"cache/latents", nth=2, half=True),
-    "a cached caption": Fault("rename", r"cache/text"),
     "the folder of a checkpoint": Fault("mkdir", "step-000008"),
     "an adapter": Fault("write", r"step-000008.*adapter", nth=3, half=True),
-    "an adapter, at the end": Fault("fsync", r"step-000008.*adapter"),
     "the optimizer": Fault("write", r"step-000008.*optimizer", half=True),
     "the state": Fault("open", r"step-000008.*state"),
     "a checkpoint's name": Fault("rename", r"checkpoints/step-000008"),
@@ -49,27 +47,13 @@ WRITES = {
     "the export": Fault("write", r"export/.*\.draft", nth=3, half=True),
     "the page beside it": Fault("fsync", r"export/.*\.md"),
     "a drive that fails": Fault("fsync", r"step-000008.*optimizer", code="EIO"),
-    "a quota": Fault("write", r"step-000008.*optimizer", code="EDQUOT"),
     "a drive that became read-only": Fault("open", r"step-000008", code="EROFS"),
 }
 
 
-@pytest.fixture(scope="module")
-def wanted(shared_toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
-    run = Toy(shared_toy.base, shared_toy.pictures, tmp_path_factory.mktemp("whole")).run("whole", **SAMPLED)
-    with _one_thread():
-        trained(run)
-    return result(run)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture
+def wanted(unbroken: Callable[..., RunFolder]) -> dict[str, dict[str, bytes]]:
+    return result(unbroken(**SAMPLED))
 
 
 @pytest.mark.parametrize("what", list(WRITES))
@@ -234,7 +218,7 @@ def test_a_file_size_limit_of_the_system_is_a_full_drive(own_toy: Toy) -> None:
 # What somebody does to the files of a run.
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "empty"])
+@pytest.mark.parametrize("how", ["flip", "cut"])
 def test_spoiled_caches_are_made_anew(own_toy: Toy, how: str, wanted: dict) -> None:
     run = own_toy.run("cached", **SAMPLED)
     broken_at(run, events.StepDone, 5)
@@ -248,7 +232,7 @@ def test_spoiled_caches_are_made_anew(own_toy: Toy, how: str, wanted: dict) -> N
     assert {path: path.read_bytes() for path in files} == whole
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "empty"])
+@pytest.mark.parametrize("how", ["flip", "empty"])
 def test_of_a_spoiled_checkpoint_the_one_before_is_used(own_toy: Toy, how: str, wanted: dict) -> None:
     run = own_toy.run("spoiled", **SAMPLED)
     broken_at(run, events.StepDone, 10)

@@ -282,27 +282,38 @@ def test_which_errors_are_of_memory(error: Exception, found: bool) -> None:
     assert out_of_memory(error) == found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux'")
 def test_a_run_under_a_real_limit_completes_by_itself(own_toy: Toy, tmp_path: Path) -> None:
-    """Eight pictures at once do not fit into 100 MB of address space beyond what is held before the first
-    step."""
+    """Eight pictures at once need some 150 MB of address space beyond what is held before the first step.
+
+    How many exactly differs from machine to machine: the limit is lowered until something has to be done.
+    """
     pictures = shutil.copytree(own_toy.pictures, tmp_path / "larger")
     for path in pictures.glob("*.png"):
         with Image.open(path) as image:
             larger = image.resize((64, 64))
         larger.save(path)
     toy = Toy(own_toy.base, pictures, own_toy.home)
-    run = toy.run("limited", train__batch_size=8, train__resolution=64, train__steps=2, save__every=0,
-                  dataset__repeats=2)  # fmt: skip
+    how = {
+        "train__batch_size": 8,
+        "train__resolution": 64,
+        "train__steps": 2,
+        "save__every": 0,
+        "dataset__repeats": 2,
+    }
     # Several arenas reserve address space in advance, and the usual one keeps what is freed.
     nursery = Nursery(MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536")
     try:
-        code, said = nursery.train(run.path, memory=100 * 2**20)
+        for megabytes in (96, 72, 54, 40, 30):
+            run = toy.run(f"limited-{megabytes}", **how)
+            assert nursery.train(run.path, memory=megabytes * 2**20) == (0, "")
+            plan = json.loads(run.plan_file.read_text())
+            assert plan["tried"]
+            if plan["rungs"]:
+                break
     finally:
         nursery.close()
-    assert (code, said) == (0, "")
-    plan = json.loads(run.plan_file.read_text())
-    assert plan["tried"]
     assert ["checkpointing", 0] in plan["rungs"]
     assert run.status() == "done"
     check_story(run)

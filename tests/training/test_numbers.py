@@ -3,7 +3,7 @@ diagnosis."""
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -16,7 +16,7 @@ from lora_core.spec import events
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.events import read_events
 from lora_core.spec.run_folder import RunFolder
-from lora_core.training import loop
+from lora_core.training import duties, loop
 from lora_core.training.checkpoint import load_checkpoint
 from lora_core.training.guards import Health, Pace, slow_words
 from tests.training.runs import (
@@ -70,11 +70,12 @@ def test_one_bad_step_is_passed_over_and_named(own_toy: Toy) -> None:
 @pytest.mark.parametrize(
     "moment", ["before", "warned", "returned", "after", "paused before", "paused after", "saved"]
 )
-def test_three_in_a_row_go_back_and_a_broken_run_does_the_same(own_toy: Toy, moment: str) -> None:
+def test_three_in_a_row_go_back_and_a_broken_run_does_the_same(
+    own_toy: Toy, unbroken: Callable[..., RunFolder], moment: str
+) -> None:
     """Steps 6 to 8 fail at the full rate: back to 4, and past them at half of it."""
     with spoiled({6, 7, 8}, above=0.5):
-        whole = own_toy.run("whole")
-        trained(whole)
+        whole = unbroken("spoiled at 6, 7, 8")
         run = own_toy.run("broken")
         if moment == "before":
             broken_at(run, events.StepDone, 7)
@@ -101,8 +102,7 @@ def test_three_in_a_row_go_back_and_a_broken_run_does_the_same(own_toy: Toy, mom
         assert told
         assert "goes on from step 4, the last good state" in told[-1]
     rates = {event.step: event.lr for event in whole.progress().losses}
-    plain = own_toy.run("plain")
-    trained(plain)
+    plain = unbroken()
     normal = {event.step: event.lr for event in plain.progress().losses}
     assert all(rates[step] == normal[step] for step in (1, 4))
     assert all(rates[step] == pytest.approx(normal[step] / 2) for step in (5, 9, 12))
@@ -110,6 +110,32 @@ def test_three_in_a_row_go_back_and_a_broken_run_does_the_same(own_toy: Toy, mom
         # A person asked for it, so it is not thrown away, but nothing goes on from it either.
         aside = run.checkpoints / "step-000005-set-aside"
         assert load_checkpoint(aside)[1].step == 5
+
+
+def test_where_it_goes_back_to_does_not_depend_on_a_pause(
+    own_toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paused in the midst of the validation before the checkpoint of step 8 is due: it is the same
+    checkpoint."""
+    monkeypatch.setattr(duties, "SECONDS_BETWEEN_NOTES", -1.0)
+    how = {"validation__pictures": 1, "validation__every": 8}
+    asked = []
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Working) and event.step == 8 and not asked:
+            asked.append(run.request("pause"))
+
+    with spoiled({9, 10, 11}, above=0.5):
+        whole, run = own_toy.run("whole", **how), own_toy.run("paused", **how)
+        trained(whole)
+        assert trained(run, on_event).status == "paused"
+        trained(run)
+    assert [note for note in notes(run) if "goes on from step 8" in note]
+    assert result(run) == result(whole)
+    states = [load_checkpoint(one.checkpoint(8))[1] for one in (run, whole)]
+    assert states[0].best == states[1].best
+    assert states[0].best["step"] == 8
+    check_story(run)
 
 
 def broken_at_second_pass(run: RunFolder, step: int) -> None:

@@ -4,11 +4,13 @@ once."""
 import os
 import signal
 import sys
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
 
 from lora_core.spec import events
+from lora_core.spec.run_folder import RunFolder
 from lora_core.training import requests
 from tests.training.runs import Broken, Toy, check_story, check_whole, result, trained
 
@@ -24,10 +26,12 @@ def always_note(patch: pytest.MonkeyPatch) -> None:
 
 
 @ON_UNIX
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("moment", ["Preparing", "StepDone", "Working"])
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [("SIGINT", "Preparing"), ("SIGINT", "StepDone"), ("SIGTERM", "StepDone"), ("SIGHUP", "Working")],
+)
 def test_a_signal_is_a_stop_that_keeps_the_work(
-    own_toy: Toy, monkeypatch: pytest.MonkeyPatch, name: str, moment: str
+    own_toy: Toy, unbroken: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, name: str, moment: str
 ) -> None:
     always_note(monkeypatch)
     run = own_toy.run("signalled", **STORY)
@@ -53,10 +57,8 @@ def test_a_signal_is_a_stop_that_keeps_the_work(
         assert outcome.export is not None
         assert outcome.export.is_file()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    whole = own_toy.run("whole", **STORY)
-    trained(whole)
     trained(run)
-    assert result(run) == result(whole)
+    assert result(run) == result(unbroken(**STORY))
     check_story(run)
 
 
@@ -86,11 +88,10 @@ def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint_whole(own_toy: 
 
 @pytest.mark.parametrize("phase", ["Validating", "Sampling"])
 def test_a_pause_is_acted_on_in_the_midst_of_other_work(
-    own_toy: Toy, monkeypatch: pytest.MonkeyPatch, phase: str
+    own_toy: Toy, unbroken: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     always_note(monkeypatch)
-    run, whole = own_toy.run("paused", **STORY), own_toy.run("whole", **STORY)
-    trained(whole)
+    run = own_toy.run("paused", **STORY)
     asked, after = [], []
 
     def on_event(event: events.Event) -> None:
@@ -106,7 +107,7 @@ def test_a_pause_is_acted_on_in_the_midst_of_other_work(
     assert after in (["CheckpointDone", "Handled", "Paused"], ["Handled", "Paused"])
     assert run.checkpoint_steps()[-1] == 6
     trained(run)
-    assert result(run) == result(whole)
+    assert result(run) == result(unbroken(**STORY))
     assert [event.step for event in run.progress().previews] == [0, 6, 12]
     assert [event.step for event in run.progress().validations] == [6, 12]
     check_story(run)
