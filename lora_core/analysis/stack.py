@@ -238,11 +238,18 @@ def measured_stack(files: Sequence[Stacked], family: Family, measured: Measured)
         "against_best": more,
         "sentence": (
             f"Together they gain {stack['gain']:+.4f} (standard error {stack['standard_error']:.4f}),"
-            f" {lost['gain']:+.4f} ({lost['standard_error']:.4f}) less than the sum of each alone and"
-            f" {more['gain']:+.4f} ({more['standard_error']:.4f}) more than the best alone."
+            f" {_more(more)} than the best alone, and {_more(lost, -1)} than the sum of each alone."
         ),
     }
 
 
 def _number(gains: torch.Tensor) -> dict[str, float]:
     return {"gain": float(gains.mean()), "standard_error": clustered_error(gains)}
+
+
+def _more(number: dict[str, float], sign: int = 1) -> str:
+    """A difference in words, with its error."""
+    gain = sign * number["gain"]
+    return (
+        f"{abs(gain):.4f} (standard error {number['standard_error']:.4f}) {'more' if gain >= 0 else 'less'}"
+    )

@@ -278,7 +278,8 @@ def _strength(options: argparse.Namespace) -> int:
     else:
         fits = [("adapter", fitted(weights, bench.gains))]
         document = fits[0][1].document()
-    said = [fit.sentence(f"The {name.replace('_', ' ')}") for name, fit in fits]
+    words = {"unet": "On the UNet the adapter", "text_encoders": "On the text encoders the adapter"}
+    said = [fit.sentence(words.get(name, "The adapter")) for name, fit in fits]
     if options.bake:
         to = Rewriting(options.file, options.bake, AS_IT_IS, time.time())
         said.append(bake(to, base.family, [fit.strength for _, fit in fits]))

@@ -162,5 +162,8 @@ def test_the_verb_measures_too(files, tmp_path, capsys, three_pictures):
     gains = [row["gain"] for row in validation["alone"]]
     assert validation["lost"]["gain"] == pytest.approx(sum(gains) - validation["stack"]["gain"])
     assert validation["against_best"]["gain"] == pytest.approx(validation["stack"]["gain"] - max(gains))
+    assert f"{abs(validation['lost']['gain']):.4f}" in validation["sentence"]
+    words = "less" if validation["lost"]["gain"] > 0 else "more"
+    assert f"{words} than the sum of each alone" in validation["sentence"]
     assert main(["stack", str(small), f"{small}:0.5"]) == 0
     assert "survives in the stack" in capsys.readouterr().out
