@@ -93,8 +93,8 @@ def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int
 
     Returns:
         Original height and width, in pixels of the picture on disk; top and left of the crop, in pixels of
-        the
-        picture as it is resized before it is cropped, rounded; height and width of what is left, the bucket.
+        the picture as it is resized before it is cropped, rounded; height and width of what is left, the
+        bucket.
     """
     left, top, right, bottom = crop_box(width, height, bucket)
     down, across = bucket.height / (bottom - top), bucket.width / (right - left)

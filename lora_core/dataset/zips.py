@@ -61,8 +61,7 @@ def unpack(zip_path: Path, into: Path, limits: Limits = Limits()) -> Imported:
 
     Raises:
         DatasetError: the zip is damaged, encrypted, too large, or holds an entry that leads out of the
-        folder; names
-            the entry. Nothing is left of it then. Also if `into` exists.
+            folder; names the entry. Nothing is left of it then. Also if `into` exists.
     """
     if into.exists():
         raise DatasetError(f"{into} exists already; unpack {zip_path.name} into a new folder.")
