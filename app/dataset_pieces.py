@@ -70,7 +70,8 @@ TOOLS = """<div class="tools-row" id="dataset-tools" hidden>
 <div id="bulk-preview" role="status"></div>
 <div class="row"><button type="button" class="own primary" id="bulk-apply" disabled
  title="Nothing would change yet">Change captions</button>
-<button type="button" class="own" id="bulk-undo" hidden>Undo</button></div>
+<button type="button" class="own" id="bulk-undo" hidden>Undo</button><span class="small" id="bulk-said"
+ role="status"></span></div>
 <div id="bulk-tags"></div></div></details>
 <details class="panel tight" id="check"><summary>Check the pictures</summary>
 <div id="check-body"><div class="row" id="check-line"><button type="button" class="own"

@@ -135,6 +135,12 @@
   const scoped = (body) => { const names = easel.scope(); return names ? { ...body, pictures: names } : body; };
   const bulkSay = (text, bad = false) => one("#bulk-preview").replaceChildren(make("p", { className: bad ? "problem" : "small", textContent: text }));
 
+  // Apart from the preview, which is made anew as soon as the captions have changed.
+  const outcome = (text, bad = false) => {
+    one("#bulk-said").className = bad ? "problem" : "small";
+    one("#bulk-said").textContent = text;
+  };
+
   const rowOf = ({ picture, pieces }) => {
     const line = make("p", { className: "changed" });
     for (const [kind, text] of pieces) line.append(kind === "same" ? text : make(kind === "old" ? "del" : "ins", { textContent: text }));
@@ -169,7 +175,7 @@
     if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} more.` }));
   };
 
-  const change = async (body, tell = bulkSay) => {
+  const change = async (body, tell = outcome) => {
     await easel.waitingSaves();
     const answer = await post("bulk", { ...body, apply: true }).catch((error) => ({ problem: error.message }));
     if (answer.problem) return tell(answer.problem, true);
@@ -181,7 +187,7 @@
     press("refresh");
   };
 
-  const undo = async (tell = bulkSay) => {
+  const undo = async (tell = outcome) => {
     await easel.waitingSaves();
     const answer = await post("bulk/undo", {}).catch((error) => ({ problem: error.message }));
     if (answer.problem) return tell(answer.problem, true);
@@ -347,7 +353,7 @@
   });
   let typing = null;
   const soon = () => { clearTimeout(typing); typing = setTimeout(preview, 150); };
-  document.addEventListener("input", (event) => { if (event.target.closest?.("#bulk-form")) soon(); });
+  document.addEventListener("input", (event) => { if (event.target.closest?.("#bulk-form")) { outcome(""); soon(); } });
   document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) change(scoped(edit())); } });
   document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); });
   document.addEventListener("keydown", (event) => { if (event.key === "Enter" && event.target.closest?.("#dataset-path")) fromPath(); });
