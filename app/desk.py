@@ -8,17 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from app.checking import Checker
-from app.checks import Checks
+from app.dataset.checking import Checker
+from app.dataset.importing import Importer
+from app.dataset.thumbs import Thumbs
 from app.hardware import Hardware
-from app.importing import Importer
 from app.jobs import Jobs, environment
-from app.line import Line
 from app.places import Places
-from app.projects import Projects, adopt
-from app.studio import Studio
-from app.thumbs import Thumbs
+from app.preview.studio import Studio
+from app.projects.projects import Projects, adopt
 from app.tools import OtherTools
+from app.train.checks import Checks
+from app.train.line import Line
 from app.worker import GivesWay, Worker
 
 

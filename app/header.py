@@ -4,7 +4,7 @@ import psutil
 
 from app.hardware import Card
 from app.moment import Moment
-from app.pace import seconds_left
+from app.train.pace import seconds_left
 from app.words import STATES, clock, safe
 from lora_core.spec.paths import ASSETS
 

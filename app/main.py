@@ -18,15 +18,15 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from app.dataset_routes import add_dataset_routes
+from app.dataset.routes import add_dataset_routes
 from app.desk import Desk
 from app.guard import Guard, is_loopback
 from app.login import Login
 from app.page import mount
-from app.preview_routes import add_preview_routes
-from app.project_routes import add_project_routes
+from app.preview.routes import add_preview_routes
+from app.projects.routes import add_project_routes
 from app.routes import add_routes
-from app.run_routes import add_run_routes
+from app.train.routes import add_run_routes
 from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.paths import workspace, write_atomically
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from app.desk import Desk
 from app.jobs import LIVE, RESUMABLE, Watch
-from app.plan import Plan
-from app.view import View
+from app.preview.view import View
+from app.train.plan import Plan
 from lora_core.spec.progress import Progress
 
 

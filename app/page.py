@@ -8,12 +8,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from app import header, project_picker, welcome
+from app import header
 from app.desk import Desk
 from app.moment import moment_of
 from app.parts import QUIET, Parts, piece
+from app.projects import picker as project_picker
 from app.routes import SCRIPTS
 from app.tabs import dataset, export, preview, train
+from app.train import welcome
 from lora_core.spec.paths import ASSETS
 
 TABS = (dataset, train, preview, export)

@@ -18,10 +18,10 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
+from app.dataset.meter import counted
 from app.desk import Desk
-from app.meter import counted
-from app.plan import Plan
-from app.project import relative_name
+from app.projects.project import relative_name
+from app.train.plan import Plan
 from lora_core.dataset.pictures import SUFFIXES
 from lora_core.spec.errors import LoraError
 from lora_core.spec.paths import ASSETS

@@ -173,7 +173,11 @@
     if (!panel) return;
     const picture = named(name), area = one("#caption textarea"), leaving = chosen;
     panel.dataset.none = picture ? "" : "1";
-    all("button", panel).forEach((button) => { button.disabled = !picture; });
+    for (const button of all("button", panel)) {
+      button.disabled = !picture;
+      button.dataset.tip ??= button.title;
+      button.title = picture ? button.dataset.tip : "No picture is chosen.";
+    }
     area.disabled = !picture;
     if (leaving && leaving !== name && waiting.has(leaving)) save(leaving);
     if (!picture) { showNothing(); showButtons(); return; }

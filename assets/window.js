@@ -38,9 +38,11 @@
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
     for (const follow of window.easel.settling) follow();
-    // A disabled button says why: the reason stands in the page, the pointer finds it too.
-    const start = one("#start"), why = one("#start-why");
-    if (start) start.title = start.disabled && why ? why.textContent : "";
+    // A disabled button says why, to the pointer too.
+    for (const button of all("#export-download, #copy-export")) {
+      const why = button.disabled ? "There is no checkpoint yet; train something first." : "";
+      if (button.title !== why) button.title = why;
+    }
   };
   let asked = false;
   new MutationObserver(() => {

@@ -6,10 +6,10 @@ Train tab needs, and tells pages when something changed.
 
 import gradio as gr
 
-from app.dataset_pieces import DETAIL, DROP, GRID, TOOLBAR, TOOLS, TRIGGER
-from app.gallery import Findings, marks
+from app.dataset.gallery import Findings, marks
+from app.dataset.pieces import DETAIL, DROP, GRID, TOOLBAR, TOOLS, TRIGGER
 from app.parts import TYPING, Parts, edited, piece
-from app.plan import Plan
+from app.train.plan import Plan
 
 TITLE = "Dataset"
 FIRST_SEEN = 48

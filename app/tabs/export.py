@@ -7,16 +7,16 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from app.bases import chosen_base
-from app.copy_panel import build_copy, checked_folder, copied_line, problem
-from app.copying import copied
 from app.desk import Desk
-from app.file_check import build_check
+from app.export.copy_panel import build_copy, checked_folder, copied_line, problem
+from app.export.copying import copied
+from app.export.file_check import build_check
+from app.export.works_in import checkpoint_cards, works_in, written_line
 from app.jobs import Watch
-from app.loras import checkpoint_choices
 from app.moment import Moment, moment_of
 from app.parts import QUIET, Parts, piece
-from app.works_in import checkpoint_cards, works_in, written_line
+from app.preview.loras import checkpoint_choices
+from app.train.bases import chosen_base
 from lora_core.spec.choices import FORMATS
 from lora_core.spec.errors import LoraError
 from lora_core.spec.run_folder import checked_name

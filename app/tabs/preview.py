@@ -9,12 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from app.bases import base_choices
-from app.grid_card import build_grid
 from app.moment import Moment, moment_of
 from app.parts import QUIET, TYPING, Parts, edited, piece
-from app.picture_info import info_html, picture_info
-from app.preview_form import (
+from app.preview.form import (
     FIELDS,
     added_lora,
     base_for,
@@ -29,7 +26,10 @@ from app.preview_form import (
     strip_is_on,
     strip_values,
 )
-from app.stage import stage, state_line, strip
+from app.preview.grid_card import build_grid
+from app.preview.picture_info import info_html, picture_info
+from app.preview.stage import stage, state_line, strip
+from app.train.bases import base_choices
 from app.words import safe
 from lora_core.dataset.names import safe_name
 from lora_core.spec.choices import SAMPLERS

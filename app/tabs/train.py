@@ -2,12 +2,12 @@
 
 import gradio as gr
 
-from app import cards
 from app.parts import Parts, piece
-from app.run_list import earlier, queue_card
-from app.samples import samples
-from app.starting import build_like, build_start
-from app.train_form import TrainForm
+from app.train import cards
+from app.train.run_list import earlier, queue_card
+from app.train.samples import samples
+from app.train.starting import build_like, build_start
+from app.train.train_form import TrainForm
 
 TITLE = "Train"
 

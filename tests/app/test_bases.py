@@ -4,21 +4,21 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.app.bases import UNET, checkpoint, write_header
 
-from app.base_picker import base_chosen
-from app.bases import base_choices, chosen_base
+from app.dataset.meter import counted, too_long
 from app.desk import Desk
-from app.facts import base_note, blockers
-from app.form import FORM, form_values, preset_config
-from app.meter import counted, too_long
 from app.moment import moment_of
 from app.places import Places
-from app.plan import Plan, widget_values
 from app.tools import OtherTools
+from app.train.base_picker import base_chosen
+from app.train.bases import base_choices, chosen_base
+from app.train.facts import base_note, blockers
+from app.train.form import FORM, form_values, preset_config
+from app.train.plan import Plan, widget_values
 from lora_core.spec.config import RunConfig
 from lora_core.spec.other_tools import Machine, Tool, found_tools
 from lora_core.spec.sizes import HEADER_A_LAYER, export_bytes
-from tests.app.bases import UNET, checkpoint, write_header
 
 
 def draft_of(desk: Desk) -> dict[str, object]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from app import bulk
+from app.dataset import bulk
 from app.desk import Desk
 from lora_core.dataset.bulk import Edit
 from lora_core.spec.errors import DatasetError

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from app import checks
 from app.desk import Desk
-from app.facts import facts, unfit
 from app.moment import moment_of
 from app.parts import Parts
-from app.starting import ready_config
+from app.train import checks
+from app.train.facts import facts, unfit
+from app.train.starting import ready_config
 from lora_core.spec.errors import LoraError
 from lora_core.spec.problems import Problem
 from tests.app.runs import come_alive, make_run, started, step
@@ -65,7 +65,7 @@ def test_start_says_everything_at_once(desk: Desk, pictures: list[Path]) -> None
 
 
 def _notes(desk: Desk) -> list[str]:
-    from app.facts import notes
+    from app.train.facts import notes
 
     return notes(moment_of(desk))
 

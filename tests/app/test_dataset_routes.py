@@ -12,8 +12,8 @@ from fastapi import FastAPI
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
-from app import importing
-from app.dataset_routes import add_dataset_routes
+from app.dataset import importing
+from app.dataset.routes import add_dataset_routes
 from app.desk import Desk
 from app.routes import add_routes
 

@@ -6,8 +6,8 @@ import json
 import zipfile
 from pathlib import Path
 
-from app.debug_zip import Cleaner, debug_zip
 from app.desk import Desk
+from app.train.debug_zip import Cleaner, debug_zip
 from lora_core.spec import events
 from tests.app.runs import make_run, started, step
 

@@ -4,7 +4,8 @@ import shlex
 
 import pytest
 
-from app.form import (
+from app.projects.project import Project
+from app.train.form import (
     FORM,
     GROUPS,
     command_line,
@@ -16,8 +17,7 @@ from app.form import (
     typed,
     widget,
 )
-from app.plan import Plan, widget_values
-from app.project import Project
+from app.train.plan import Plan, widget_values
 from lora_core.spec.config import RunConfig, parsed_assignment, settings
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.presets import GOALS, LEVELS

@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from app import main
-from app.dataset_routes import add_dataset_routes
+from app.dataset.routes import add_dataset_routes
 from app.desk import Desk
 from app.guard import Guard, host_name, is_loopback
 from app.login import COOKIE, OPEN_PATHS, Login

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from app import cards, header
+from app import header
 from app.desk import Desk
-from app.facts import blockers, facts
 from app.jobs import Jobs
-from app.loras import checkpoint_choices, found_loras
 from app.moment import moment_of
-from app.run_list import earlier
+from app.preview.loras import checkpoint_choices, found_loras
+from app.train import cards
+from app.train.facts import blockers, facts
+from app.train.run_list import earlier
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError

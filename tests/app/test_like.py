@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.app.bases import write_header
 
-from app.form import FORM
-from app.like_file import like_file
-from app.plan import widget_values
-from app.project import Project
-from app.starting import take_settings
+from app.projects.project import Project
+from app.train.form import FORM
+from app.train.like_file import like_file
+from app.train.plan import widget_values
+from app.train.starting import take_settings
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import AdapterFileError
-from tests.app.bases import write_header
 
 DOWN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
 LAYERS = {DOWN: [8, 320], DOWN.replace("down.weight", "up.weight"): [320, 8]}

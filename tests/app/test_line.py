@@ -7,8 +7,8 @@ import pytest
 
 from app.desk import Desk
 from app.jobs import Jobs
-from app.line import Line
 from app.moment import moment_of
+from app.train.line import Line
 from lora_core.spec import owner
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
@@ -19,7 +19,7 @@ from tests.app.runs import come_alive, make_run, started, step
 @pytest.fixture
 def line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Line:
     """A queue that nobody works through."""
-    monkeypatch.setattr("app.line.ensure_owner", lambda workspace: False)
+    monkeypatch.setattr("app.train.line.ensure_owner", lambda workspace: False)
     return desk.line
 
 
@@ -65,7 +65,7 @@ def test_behind_a_live_run_the_queue_is_set_going(
     desk: Desk, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going: list[Path] = []
-    monkeypatch.setattr("app.line.ensure_owner", going.append)
+    monkeypatch.setattr("app.train.line.ensure_owner", going.append)
     line.add(RunConfig().changed({"name": "alone"}))
     assert going == []
     come_alive(make_run(desk, "live", started(), step(1)))
@@ -91,6 +91,6 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, 
     assert moment.watch is not None
     # The one that did something last is shown, although the other has been made later or earlier.
     assert (moment.watch.run.name, moment.state) == ("good", "done")
-    from app.run_list import queue_card
+    from app.train.run_list import queue_card
 
     assert "No picture can be read." in queue_card(moment)

@@ -3,18 +3,18 @@
 from pathlib import Path
 
 import pytest
+from tests.app.bases import checkpoint
 
-from app import pace
 from app.desk import Desk
-from app.facts import facts, memory_needed
-from app.form import preset_config
 from app.hardware import Card, amd_card, parsed_apps, parsed_card
 from app.moment import moment_of
+from app.train import pace
+from app.train.facts import facts, memory_needed
+from app.train.form import preset_config
 from lora_core.spec import events
 from lora_core.spec.base_facts import base_facts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.progress import Progress
-from tests.app.bases import checkpoint
 from tests.app.runs import make_run, started, step
 
 

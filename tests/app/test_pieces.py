@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from app import charts, gallery, words
+from app import words
+from app.dataset import gallery
+from app.train import charts
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem
 from lora_core.spec import events
 

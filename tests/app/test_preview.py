@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app import grid_card, picture_info, preview_form, stage
 from app.desk import Desk
-from app.history import FILE, History, Kept
-from app.loras import lora_groups
 from app.moment import Moment, moment_of
-from app.preview_routes import open_tab
-from app.view import Grid, View
+from app.preview import form as preview_form
+from app.preview import grid_card, picture_info, stage
+from app.preview.history import FILE, History, Kept
+from app.preview.loras import lora_groups
+from app.preview.routes import open_tab
+from app.preview.view import Grid, View
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.spec.infotext import Info, Tag

@@ -8,8 +8,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.desk import Desk
-from app.project_routes import add_project_routes
-from app.projects import Projects, adopt, runs_of
+from app.projects.projects import Projects, adopt, runs_of
+from app.projects.routes import add_project_routes
 from app.routes import add_routes
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError

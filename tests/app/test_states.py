@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from app import cards, header
+from app import header
 from app.desk import Desk
-from app.facts import blockers, facts, notes, unfit
 from app.hardware import Card
-from app.line import Line
 from app.moment import Moment, moment_of
-from app.run_list import earlier, queue_card
-from app.samples import samples, shown_rounds
+from app.train import cards
+from app.train.facts import blockers, facts, notes, unfit
+from app.train.line import Line
+from app.train.run_list import earlier, queue_card
+from app.train.samples import samples, shown_rounds
 from lora_core.spec import events
 from lora_core.spec.crash import LESS_MEMORY
 from lora_core.spec.run_folder import RunFolder

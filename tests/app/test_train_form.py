@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from app.checks import in_words
 from app.desk import Desk
-from app.form import FORM, group_fields
 from app.moment import moment_of
-from app.plan import Plan, widget_values
-from app.project import Project
-from app.train_form import FOLDED, UNMATCHED, _changed, _group_note, found, keep_typed
+from app.projects.project import Project
+from app.train.checks import in_words
+from app.train.form import FORM, group_fields
+from app.train.plan import Plan, widget_values
+from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, found, keep_typed
 
 
 def hits(words: str) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.studio import Studio
-from app.view import STRIP, Grid, View
+from app.preview.studio import Studio
+from app.preview.view import STRIP, Grid, View
 from app.worker import GivesWay, Worker
 from lora_core.spec.shots import LoraAt, Shot, axis
 

@@ -1,0 +1,76 @@
+"""The token meter: how much of a caption the base reads, counted with its own tokenizer, and the part that is
+cut.
+
+Bases with two text encoders count with the first one's tokenizer; both have the same words. What is counted
+is what may be read at a look: the trigger word in front, one line of several, the longest of alternatives.
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.train.form import FIELDS
+from app.train.plan import Plan
+from app.words import many
+from lora_core.dataset.captions import part_beyond, token_count, with_trigger
+from lora_core.dataset.folder import Dataset
+from lora_core.spec.errors import LoraError
+
+LIMITS: tuple[int, ...] = FIELDS["train.tokens"].metadata["among"]
+_ALTERNATIVES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One caption against the limit.
+
+    Attributes:
+        tokens: of the longest text that is drawn from it; None where the base's tokenizer cannot be used.
+        limit: how many are read.
+        cut: what of that text is not read.
+    """
+
+    tokens: int | None
+    limit: int
+    cut: str = ""
+
+
+def counted(caption: str, plan: Plan) -> Counted:
+    """A caption as the run to come would read it."""
+    return _counted(caption, plan.trigger, plan.config.train.tokens, plan.base.tokenizer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> Counted:
+    lines = [line for line in caption.splitlines() if line.strip()] or [""]
+    texts = [with_trigger(_longest(line), trigger) for line in lines]
+    try:
+        counts = [token_count(text, tokenizer) for text in texts]
+        most = max(counts)
+        return Counted(most, limit, part_beyond(texts[counts.index(most)], limit, tokenizer))
+    except (LoraError, OSError, NotImplementedError):
+        return Counted(None, limit)
+
+
+def _longest(line: str) -> str:
+    """The line with the longest of each group of alternatives, and of what stands between bars."""
+    while match := _ALTERNATIVES.search(line):
+        line = line[: match.start()] + max(match[1].split("|"), key=len).strip() + line[match.end() :]
+    return max(re.split(r"\s+\|\s+", line), key=len).strip()
+
+
+def too_long(dataset: Dataset, plan: Plan) -> str:
+    """A sentence on the captions of which a part is not read, or ""."""
+    cut = [record.path.name for record in dataset.records if counted(record.caption, plan).cut]
+    if not cut:
+        return ""
+    limit, most = plan.config.train.tokens, LIMITS[-1]
+    advice = "shorten them" if limit == most else f"shorten them, or raise Caption tokens to up to {most}"
+    named = ", ".join(cut[:3]) + (" and others" if len(cut) > 3 else "")
+    return f"{many(len(cut), 'caption')} longer than the {limit} tokens that are read ({named}): {advice}."
+
+
+def mark(plan: Plan) -> str:
+    """What the browser compares to know that captions have to be counted again."""
+    return f"{plan.config.train.tokens} {plan.base.tokenizer} {plan.trigger}"

@@ -1,0 +1,154 @@
+"""The Dataset tab's own routes. The page asks for the pictures as data and draws them itself: a caption that
+is saved then costs a few hundred bytes, and not the grid of a thousand pictures once more."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from app.dataset import bulk
+from app.dataset.checking import BY_ITSELF
+from app.dataset.gallery import shelf
+from app.dataset.left_out import leave_out, take_back
+from app.desk import Desk
+from app.routes import Refused, sent_json
+from app.train.plan import Plan
+from lora_core.dataset.bulk import Edit
+from lora_core.dataset.captions import tag_counts
+from lora_core.spec.errors import DatasetError
+
+MOST_NAMES = 50_000
+
+
+def add_dataset_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the tab's routes to `app`."""
+    _add_pictures(app, desk)
+    _add_import(app, desk)
+    _add_bulk(app, desk)
+    _add_check(app, desk)
+
+
+def _add_pictures(app: FastAPI, desk: Desk) -> None:
+    project = desk.project
+
+    @app.get("/easel/dataset")
+    async def dataset() -> Response:
+        shown = await asyncio.to_thread(lambda: shelf(project, Plan(project)))
+        return JSONResponse(shown, headers={"Cache-Control": "no-store"})
+
+    @app.post("/easel/leave-out")
+    async def out(request: Request) -> Response:
+        names = _names(await sent_json(request))
+        return await _done(lambda: {"left_out": leave_out(project, names)})
+
+    @app.post("/easel/take-back")
+    async def back(request: Request) -> Response:
+        names = _names(await sent_json(request))
+        return await _done(lambda: {"taken_back": take_back(project, names)})
+
+    @app.post("/easel/hold-out")
+    async def hold(request: Request) -> Response:
+        sent = await sent_json(request)
+        names, on = _names(sent), bool(sent.get("on"))
+        return await _done(lambda: project.hold_out(names, on), lambda: {"revision": project.revision})
+
+
+def _add_import(app: FastAPI, desk: Desk) -> None:
+    importer = desk.importer
+
+    @app.get("/easel/import")
+    async def state() -> Response:
+        return JSONResponse(importer.state(), headers={"Cache-Control": "no-store"})
+
+    @app.post("/easel/import")
+    async def from_path(request: Request) -> Response:
+        sent = await sent_json(request)
+        path, link = str(sent.get("path", "")), bool(sent.get("link"))
+        return await _done(lambda: importer.from_path(path, link), importer.state)
+
+    @app.post("/easel/upload")
+    async def begin() -> Response:
+        return await _done(lambda: {"batch": importer.begin()})
+
+    @app.put("/easel/upload/{batch}")
+    async def receive(batch: str, request: Request) -> Response:
+        return JSONResponse({"received": await importer.receive(batch, request.stream())})
+
+    @app.post("/easel/upload/{batch}")
+    async def finish(batch: str, request: Request) -> Response:
+        if (await sent_json(request)).get("give_up"):
+            return await _done(lambda: importer.give_up(batch), lambda: {"given_up": True})
+        return await _done(lambda: importer.finish(batch), importer.state)
+
+
+def _add_bulk(app: FastAPI, desk: Desk) -> None:
+    project = desk.project
+
+    @app.get("/easel/tags")
+    async def tags() -> Response:
+        def counted() -> dict[str, Any]:
+            found = tag_counts(record.caption for record in project.dataset().records)
+            return {"tags": list(found.items()), "undo": bulk.undoable(project)}
+
+        return await _done(counted)
+
+    @app.post("/easel/bulk")
+    async def change(request: Request) -> Response:
+        sent = await sent_json(request)
+        only = set(_names(sent)) if "pictures" in sent else None
+        edit = _edit(sent, Plan(project).trigger)
+        if not sent.get("apply"):
+            return await _done(lambda: bulk.preview(project, edit, only))
+        return await _done(
+            lambda: {"changed": bulk.apply(project, edit, only), "undo": bulk.undoable(project)}
+        )
+
+    @app.post("/easel/bulk/undo")
+    async def undo() -> Response:
+        def undone() -> dict[str, Any]:
+            done, kept = bulk.undo(project)
+            return {"undone": done, "kept": kept, "undo": bulk.undoable(project)}
+
+        return await _done(undone)
+
+
+def _add_check(app: FastAPI, desk: Desk) -> None:
+    checker = desk.checker
+
+    @app.get("/easel/check")
+    async def state() -> Response:
+        return await _done(checker.state)
+
+    @app.post("/easel/check")
+    async def start(request: Request) -> Response:
+        by_itself = bool((await sent_json(request)).get("by_itself"))
+
+        def started() -> dict[str, Any]:
+            if not by_itself or len(desk.project.dataset().records) <= BY_ITSELF:
+                checker.start()
+            return checker.state()
+
+        return await _done(started)
+
+
+async def _done(work: Callable[[], Any], said: Callable[[], Any] | None = None) -> Response:
+    """What `work` gives, done in a thread as it reads and writes files; or what `said` gives after it."""
+    found = await asyncio.to_thread(work)
+    return JSONResponse(said() if said else found, headers={"Cache-Control": "no-store"})
+
+
+def _names(sent: dict[str, Any]) -> list[str]:
+    names = sent.get("pictures")
+    if not isinstance(names, list) or len(names) > MOST_NAMES:
+        raise Refused("no list of pictures")
+    return [str(name) for name in names]
+
+
+def _edit(sent: dict[str, Any], trigger: str) -> Edit:
+    do = str(sent.get("do", ""))
+    put = str(sent.get("put", "")).strip() or trigger if do == "trigger" else str(sent.get("put", ""))
+    if do == "trigger" and not put:
+        raise DatasetError("There is no trigger word yet; type one first.")
+    return Edit(do, str(sent.get("find", "")), put, bool(sent.get("regex")), bool(sent.get("any_case")))

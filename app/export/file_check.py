@@ -1,0 +1,159 @@
+"""The "Check a LoRA file" panel: what any file is, whoever wrote it, and what each tool would make of it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.export.works_in import tool_rows, verdict_chip
+from app.parts import QUIET, Parts, piece
+from app.words import chip, file_size, many, safe
+from lora_core.spec.families import FAMILIES
+
+MOST_TAGS = 12
+# Texts of a header that one program writes, and what it is called; the more telling first.
+WRITERS = (
+    ("lora_easel.config", "LoRA Easel"),
+    ("ot_branch", "OneTrainer"),
+    ("ot_revision", "OneTrainer"),
+    ("ss_sd_scripts_commit_hash", "kohya sd-scripts"),
+    ("ss_network_module", "kohya sd-scripts"),
+    ("lora_adapter_metadata", "diffusers or PEFT"),
+)
+
+
+def build_check(parts: Parts) -> None:
+    """Lay out the panel and wire it."""
+    with gr.Column(elem_classes="card"):
+        piece(
+            '<h2>Check a LoRA file</h2><p class="small">Any tool\'s file: what it is, its trigger words, and'
+            " whether each tool reads it whole. Nothing in the file is run.</p>"
+        )
+        with gr.Row(elem_id="check-drop"):
+            upload = gr.UploadButton(
+                "Choose a file", file_types=[".safetensors"], elem_id="check-upload", min_width=0, scale=0
+            )
+            path = gr.Textbox(
+                label="Path of a LoRA file",
+                placeholder="or drop one here, or its path",
+                elem_id="check-path",
+                lines=1,
+                max_lines=1,
+            )
+            look = gr.Button("Check", elem_id="check-file", min_width=0, scale=0)
+        report = piece(elem_id="check-report")
+
+    def uploaded(file: str | None) -> str:
+        if not file:
+            return ""
+        try:
+            return checked(parts, Path(file))
+        finally:
+            # Gradio's copy has done its work.
+            Path(file).unlink(missing_ok=True)
+
+    def from_path(text: str) -> str:
+        name = text.strip().strip('"')
+        if not name:
+            return _problem("Choose a file, or type its path first.")
+        return checked(parts, Path(name).expanduser())
+
+    busy = {**QUIET, "show_progress": "minimal"}
+    upload.upload(uploaded, upload, report, **busy)
+    look.click(from_path, path, report, **busy)
+    path.submit(from_path, path, report, **busy)
+
+
+def _problem(text: str) -> str:
+    return f'<p class="problem" role="alert">{safe(text)}</p>'
+
+
+def checked(parts: Parts, file: Path) -> str:
+    """The worker's answer on a file, as HTML."""
+    reply = parts.desk.worker.ask({"do": "verify", "file": str(file)})
+    if reply.state == "error":
+        return _problem(reply.message)
+    return report_html(file.name, reply.result)
+
+
+def report_html(name: str, result: Mapping[str, Any]) -> str:
+    """What a file is, and a row a tool."""
+    report: dict[str, Any] = dict(result.get("report") or {})
+    metadata: dict[str, str] = dict(report.get("metadata") or {})
+    rows = [
+        ("For", _family_title(str(report.get("family", "unknown")))),
+        ("Kind", f"{report.get('kind', '')}, {report.get('format', '')} format"),
+        ("Written by", written_by(metadata) or "not said"),
+        ("Rank", _numbers(report.get("ranks"))),
+        ("Alpha", _numbers(report.get("alphas"))),
+        ("Layers", f"{report.get('modules', 0):,}, {report.get('parameters', 0):,} numbers"),
+        ("Trigger words", trigger_words(metadata) or "not said"),
+        ("Trained", trained(metadata) or "not said"),
+    ]
+    table = "".join(f'<tr><th scope="row">{safe(k)}</th><td>{safe(v)}</td></tr>' for k, v in rows)
+    size = file_size(float(report.get("bytes", 0)))
+    broken = report.get("hash_matches") is False
+    changed = chip("changed after it was written: its hash differs", "warn") if broken else ""
+    verified: dict[str, Any] = dict(result.get("verify") or {})
+    problem = str(result.get("problem") or "")
+    tools = f'<p class="small">{safe(problem)}</p>' if problem else tool_rows(verified)
+    verdict = "" if problem else verdict_chip(verified, "right for the tools that it is meant for")
+    return (
+        f'<div class="check-result"><div class="row apart"><h3>{safe(name)},'
+        f' {size}</h3>{changed}{verdict}</div><table class="facts-table">{table}</table>{tools}</div>'
+    )
+
+
+def _family_title(name: str) -> str:
+    return FAMILIES[name].title if name in FAMILIES else name
+
+
+def _numbers(values: Any) -> str:
+    """Distinct numbers: all of a few, else the ends."""
+    found = [f"{float(value):g}" for value in values or []]
+    return ", ".join(found) if len(found) <= 4 else f"{found[0]} to {found[-1]}, {len(found)} values"
+
+
+def written_by(metadata: Mapping[str, str]) -> str:
+    """Which program wrote a file, where its header says it; "" otherwise."""
+    software = _json(metadata.get("software", ""))
+    if isinstance(software, dict) and software.get("name"):
+        return f"{software['name']} {software.get('version') or ''}".strip()
+    return next((name for key, name in WRITERS if key in metadata), "")
+
+
+def trigger_words(metadata: Mapping[str, str]) -> str:
+    """The words that a file says call it up, else the tags that most of its captions had."""
+    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
+    if phrase:
+        return phrase
+    tables = _json(metadata.get("ss_tag_frequency", ""))
+    counts: dict[str, int] = {}
+    for table in tables.values() if isinstance(tables, dict) else ():
+        for tag, count in table.items() if isinstance(table, dict) else ():
+            if isinstance(count, int):
+                counts[str(tag).strip()] = counts.get(str(tag).strip(), 0) + count
+    often = sorted(counts, key=lambda tag: -counts[tag])[:MOST_TAGS]
+    return f"most frequent tags: {', '.join(often)}" if often else ""
+
+
+def trained(metadata: Mapping[str, str]) -> str:
+    """On what and how long, as far as the header says it."""
+    parts = []
+    base = metadata.get("ss_sd_model_name", "")
+    if base:
+        parts.append(f"on {base}")
+    for key, unit in (("ss_num_train_images", "picture"), ("ss_steps", "step")):
+        value = metadata.get(key, "")
+        if value.isdigit() and int(value):
+            parts.append(many(int(value), unit))
+    return ", ".join(parts)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

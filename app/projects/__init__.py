@@ -1,0 +1,1 @@
+"""Projects: each with its pictures, captions, draft and runs; and the picker in the header."""

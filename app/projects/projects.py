@@ -1,0 +1,175 @@
+"""The projects of a workspace: which there are, which is open, and which runs belong to one."""
+
+import json
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.projects.project import LABEL, Project, read_json, title_of
+from lora_core.dataset.names import free_stem, safe_name
+from lora_core.dataset.pictures import SUFFIXES
+from lora_core.dataset.sidecars import folded
+from lora_core.spec.config import RunConfig
+from lora_core.spec.disk import folder_bytes
+from lora_core.spec.errors import ConfigError, RunError
+from lora_core.spec.paths import write_atomically
+from lora_core.spec.run_folder import RunFolder, all_runs
+from lora_core.spec.trash import to_trash
+
+DEFAULT = "default"
+LONGEST_TITLE = 80
+_OPEN = "open.json"
+_MARK = "project.json"
+"""In a run's folder: the project that it was started from."""
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """A project as the picker lists it."""
+
+    key: str
+    title: str
+    is_open: bool
+    pictures: int
+    runs: int
+    size: int
+
+
+class Projects:
+    """The folder of projects, one of which is open."""
+
+    def __init__(self, workspace: Path) -> None:
+        """Open the project that was open last, else the default one."""
+        self.workspace = workspace
+        self.folder = workspace / "projects"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.RLock()
+        last = str(read_json(self.folder / _OPEN).get("open") or DEFAULT)
+        self.current = Project(self.folder / (last if self._is_there(last) else DEFAULT))
+
+    def listed(self) -> list[Shelved]:
+        """All projects, the open one first, then by title."""
+        runs = [(run, _config(run)) for run in all_runs(self.workspace)]
+        found = []
+        for path in self.folder.iterdir():
+            if path.is_dir() and not path.name.startswith("."):
+                pictures = sum(1 for file in (path / "pictures").rglob("*") if _is_picture(file))
+                own = sum(belongs(run, config, path) for run, config in runs)
+                is_open = path == self.current.path
+                found.append(Shelved(path.name, title_of(path), is_open, pictures, own, folder_bytes(path)))
+        return sorted(found, key=lambda one: (not one.is_open, one.title.casefold(), one.key))
+
+    def open(self, key: str) -> None:
+        """Open another project.
+
+        Raises:
+            RunError: there is none of that name.
+        """
+        path = self._path(key)
+        with self._lock:
+            self.current.open(path)
+            write_atomically(self.folder / _OPEN, json.dumps({"open": path.name}).encode())
+
+    def new(self, title: str) -> str:
+        """Make a project and open it; returns the name of its folder.
+
+        Raises:
+            RunError: the title is empty or taken, or the disk refuses.
+        """
+        title = self._checked(title, "")
+        words = "-".join(re.findall(r"\w+", title)).lower()[:60]
+        stem = safe_name(words or "project").name
+        with self._lock:
+            key = free_stem(stem, {folded(path.name) for path in self.folder.iterdir()})
+            try:
+                (self.folder / key / "pictures").mkdir(parents=True)
+                self._label(self.folder / key, title)
+            except OSError as error:
+                raise RunError(f"The project {title} cannot be made ({error.strerror}).") from error
+            self.open(key)
+        return key
+
+    def rename(self, key: str, title: str) -> None:
+        """Give a project another title; its folder keeps its name, as runs know it by that.
+
+        Raises:
+            RunError: there is no such project, or the title is empty or taken.
+        """
+        path = self._path(key)
+        self._label(path, self._checked(title, key))
+        if path == self.current.path:
+            self.current.title = title_of(path)
+
+    def delete(self, key: str) -> None:
+        """Move a project into the trash; if it was open, another is opened.
+
+        Raises:
+            RunError: there is no such project, it is the only one, a run uses it, or the disk refuses.
+        """
+        path = self._path(key)
+        with self._lock:
+            others = [one.key for one in self.listed() if one.key != key]
+            if not others:
+                raise RunError("This is the only project; make another before you delete it.")
+            if path == self.current.path:
+                self.open(DEFAULT if DEFAULT in others else others[0])
+            to_trash(path, self.workspace)
+
+    def _label(self, path: Path, title: str) -> None:
+        write_atomically(path / LABEL, json.dumps({"title": title}, ensure_ascii=False).encode())
+
+    def _checked(self, title: str, key: str) -> str:
+        title = " ".join(title.split())
+        if not title:
+            raise RunError("Type a name for the project first.")
+        if len(title) > LONGEST_TITLE:
+            raise RunError(f"The name is longer than {LONGEST_TITLE} letters; make it shorter.")
+        others = (path for path in self.folder.iterdir() if path.is_dir() and path.name != key)
+        if title.casefold() in (title_of(path).casefold() for path in others):
+            raise RunError(f"There is a project named {title} already; choose another name.")
+        return title
+
+    def _is_there(self, key: str) -> bool:
+        return bool(key) and Path(key).name == key and key != ".." and (self.folder / key).is_dir()
+
+    def _path(self, key: str) -> Path:
+        if not self._is_there(key):
+            raise RunError(f"There is no project {key!r} any more.")
+        return self.folder / key
+
+
+def adopt(run: RunFolder, project: Path) -> None:
+    """Note in a run's folder which project it was started from."""
+    write_atomically(run.path / _MARK, json.dumps({"project": project.name}).encode())
+
+
+def runs_of(project: Project) -> list[RunFolder]:
+    """The runs of a project: those that were started from it or train on its pictures, newest first.
+
+    Runs that belong to no project, such as those of the command line, are the default one's.
+    """
+    workspace = project.path.parent.parent
+    return [run for run in all_runs(workspace) if belongs(run, _config(run), project.path)]
+
+
+def belongs(run: RunFolder, config: RunConfig | None, project: Path) -> bool:
+    """Whether a run is one of a project's."""
+    projects = project.parent
+    marked = str(read_json(run.path / _MARK).get("project") or "")
+    dataset = Path(config.dataset.path) if config is not None else Path()
+    if not marked and dataset.is_relative_to(projects):
+        marked = dataset.relative_to(projects).parts[0] if dataset != projects else ""
+    there = bool(marked) and (projects / marked).is_dir()
+    return project.name == (marked if there else DEFAULT)
+
+
+def _config(run: RunFolder) -> RunConfig | None:
+    try:
+        return run.config()
+    except ConfigError:
+        return None
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.casefold() in SUFFIXES and not file.name.startswith(".")

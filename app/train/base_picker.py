@@ -1,0 +1,143 @@
+"""The base picker of the Train tab: the dropdown, what the base is, and what choosing one does to the
+form."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.desk import Desk
+from app.moment import Moment
+from app.parts import QUIET, Parts, piece
+from app.projects.project import DEMO
+from app.train.bases import EMBEDDED, base_choices, chosen_base
+from app.train.facts import base_note
+from app.train.form import FORM, carried_over, preset_config, shown, widget
+from app.train.plan import choice
+from app.words import many, safe
+from lora_core.spec.other_tools import Machine, base_files, found_tools
+
+INFO = (
+    "Type to search. Or the path of a .safetensors file, of a diffusers folder, or of a folder full of"
+    " models."
+)
+HIDDEN_INFO = "tip"
+USUAL_LEVEL = "balanced"
+
+
+def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
+    """The dropdown, its notes, and the two settings that stand with it.
+
+    Returns:
+        The widgets by setting, and the place for what choosing a folder said.
+    """
+    made: dict[str, Any] = {}
+    made["model.base"] = gr.Dropdown(
+        base_choices(parts.desk),
+        label="Base model",
+        allow_custom_value=True,
+        filterable=True,
+        elem_id="base-model",
+        info=INFO,
+        elem_classes=HIDDEN_INFO,
+    )
+    parts.live(made["model.base"], lambda m: gr.update(choices=base_choices(m.desk)))
+    parts.live(piece(), base_note)
+    added = piece(elem_id="base-added")
+    with gr.Column(elem_classes="group", elem_id="base-details") as details:
+        parts.live(piece(elem_classes="group-note"), _details_note)
+        with gr.Accordion("Prediction and VAE", open=False) as fold:
+            made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
+            made["model.vae"] = widget("model.vae", elem_id="model-vae", placeholder="the base's own")
+    parts.live(details, lambda m: gr.update(visible=not m.plan.base.embedded))
+    parts.live(fold, lambda m: gr.update(open=_asks(m)))
+    return made, added
+
+
+def _details_note(moment: Moment) -> str:
+    """What the folded settings hold."""
+    facts, vae = moment.plan.base.facts, moment.plan.config.model.vae
+    if facts is None or facts.family is None:
+        return ""
+    predicts = "velocity" if facts.prediction == "v_prediction" else "noise"
+    return f"<span>{predicts}{', a guess' if facts.guessed else ''}{', own VAE' if vae else ''}</span>"
+
+
+def _asks(moment: Moment) -> bool:
+    """Whether the person has to look at the two settings: a guess may be wrong, and what was set may be in
+    the way."""
+    model = moment.plan.config.model
+    return moment.plan.base.guessed or model.prediction != "auto" or bool(model.vae)
+
+
+def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, seen: Any) -> None:
+    """Have a choice of a base fill the form with its starting values.
+
+    Args:
+        parts: of the page.
+        widgets: the form's, by setting.
+        level: the dropdown of presets.
+        note: the place for what choosing a folder said.
+        seen: what the page was filled with.
+    """
+    fields = list(widgets.values())
+
+    def chosen(*values: Any) -> list[Any]:
+        said, level_key, changed = base_chosen(parts.desk, dict(zip(FORM, values, strict=True)))
+        parts.desk.project.keep(values=changed, level=level_key)
+        shown_note = f'<p class="small" role="status">{safe(said)}</p>' if said else ""
+        return [shown_note, level_key, list(changed.values()), *changed.values()]
+
+    parts.action(widgets["model.base"].input(chosen, fields, [note, level, seen, *fields], **QUIET))
+
+
+def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """What choosing a base makes of the form.
+
+    A folder full of models is no base: it is remembered, and its models are offered from then on.
+
+    Args:
+        desk: where it is remembered.
+        values: the form with the new base in it, dotted name to what the widget holds.
+
+    Returns:
+        A sentence, or ""; the preset's level; and the form's new values.
+    """
+    draft = desk.project.draft()
+    goal, level = choice(draft)
+    before = chosen_base(str((draft.get("values") or {}).get("model.base") or EMBEDDED))
+    name = str(values["model.base"] or "").strip().strip('"') or EMBEDDED
+    values = {**values, "model.base": name}
+    new = chosen_base(name)
+    if new.problem and (added := _added_folder(desk, Path(name).expanduser())):
+        return added, level, {**values, "model.base": before.name or EMBEDDED}
+    if new.facts is None:
+        return "", level, values
+    # The demo's preset is for the embedded base alone: its rate and precision would be no good start
+    # elsewhere.
+    new_level = USUAL_LEVEL if level == DEMO and not new.embedded else level
+    if not new.embedded:
+        desk.places.keep_base(name)
+    changed = carried_over(
+        values, preset_config(goal, level, before.family), preset_config(goal, new_level, new.family)
+    )
+    changed["model.base"] = name
+    if new.resolution != before.resolution:
+        # A size that suits another base is not meant for this one.
+        changed["train.resolution"] = shown("train.resolution", 0)
+    if name != before.name:
+        # What was set against one base's files says nothing of the next.
+        changed |= {"model.prediction": "auto", "model.vae": ""}
+    return "", new_level, changed
+
+
+def _added_folder(desk: Desk, folder: Path) -> str:
+    """Remember a folder with models in it; "" where it holds none."""
+    if not folder.is_dir():
+        return ""
+    found = {tool.name: len(base_files(tool)) for tool in found_tools([folder], Machine(()))}
+    if not sum(found.values()):
+        return ""
+    desk.places.keep_folder(folder.absolute())
+    desk.tools.look(wait=True)
+    return f"{many(sum(found.values()), 'model')} found in {folder}: open the list above to choose one."

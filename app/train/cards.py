@@ -1,0 +1,221 @@
+"""The run card and the charts of the Train tab as HTML: what the shown run does, and what to do about it."""
+
+from app.hardware import resident_bytes
+from app.header import percent, request_button, resume_button, run_words, track
+from app.jobs import Watch
+from app.moment import Moment
+from app.train.charts import gain_chart, loss_chart
+from app.train.checks import in_words
+from app.train.pace import seconds_left
+from app.words import UNKNOWN, clock, file_size, pace, safe, state_chip, tile
+from app.worker import log_tail
+from lora_core.spec.choices import PRECISIONS
+
+ASKS = ("preview", "save", "pause", "stop")
+TWINS = {"preview": "sample-now", "save": "save-now", "pause": "train-pause", "stop": "train-stop"}
+LOG_LINES = 40
+MOST_WARNINGS = 3
+
+
+def run_card(moment: Moment) -> str:
+    """State, bar, buttons and the four figures. `#run-status` is what scripts read."""
+    progress = moment.progress
+    open_tag = (
+        f'<div class="panel" id="run-status" data-state="{moment.state}" data-step="{progress.step}"'
+        f' data-steps="{progress.steps}">'
+    )
+    if moment.watch is None:
+        return (
+            f'{open_tag}<h2>No run yet</h2><p class="small">Press Start. The run goes on by itself, also when'
+            " this page or the window is closed; here you see how far it is, how the loss falls and what it"
+            f' has learned.</p><div class="row">{_requests(moment)}</div></div>'
+        )
+    name = moment.watch.run.name
+    head = (
+        f'<div class="row apart"><div class="row"><h2>{safe(name)}</h2><span'
+        f' role="status">{state_chip(moment.state)}</span></div><div class="row'
+        f' run-buttons">{_next_step(moment)}</div></div>'
+    )
+    return f"{open_tag}{head}{track(moment, name)}{_body(moment, moment.watch)}</div>"
+
+
+def _requests(moment: Moment) -> str:
+    return "".join(request_button(moment, do, TWINS[do]) for do in ASKS)
+
+
+def _next_step(moment: Moment) -> str:
+    """What can be done now, the one clear thing first."""
+    if moment.live or moment.watch is None:
+        return _requests(moment)
+    if moment.state == "done":
+        return _see_it(moment)
+    again = resume_button(moment, "train-resume", "" if moment.state == "stopped" else "primary")
+    return _see_it(moment) + again if moment.state == "stopped" else again
+
+
+def _see_it(moment: Moment) -> str:
+    name = safe(moment.watch.run.name if moment.watch else "")
+    return (
+        f'<button type="button" class="own primary" id="see-result" data-show-preview="{name}">See what it'
+        ' learned</button><button type="button" class="own" data-tab="Export">Export</button>'
+    )
+
+
+def _body(moment: Moment, watch: Watch) -> str:
+    progress = moment.progress
+    if moment.state in ("failed", "interrupted"):
+        return _broken(moment, watch)
+    if moment.state == "queued":
+        return f'<p class="small">{_queued(moment, watch)}</p>'
+    if moment.state == "preparing" and not progress.losses:
+        return (
+            f'<p class="small num" id="run-phase">{safe(run_words(moment))}. Steps begin after'
+            f" that.{_memory(moment, watch)}</p>"
+        )
+    warnings = "".join(
+        f'<p class="small notes">{safe(text)}</p>'
+        for text in dict.fromkeys(progress.warnings[-MOST_WARNINGS:])
+    )
+    return (
+        f'<div class="facts">{"".join(_tiles(moment))}</div>{_line(moment, watch)}{warnings}{_remark(moment)}'
+    )
+
+
+def _queued(moment: Moment, watch: Watch) -> str:
+    if moment.desk.line.holds(watch.run.name):
+        return "It waits in the queue below."
+    return "The run was made but never started. Resume starts it."
+
+
+def _broken(moment: Moment, watch: Watch) -> str:
+    """Why it broke off, what to change, and from where it goes on."""
+    after = watch.aftermath()
+    why = watch.reason() or "The run ended without saying why."
+    keeps = (
+        f"Nothing before step {after.step:,} is lost: it goes on there with the same result as without the"
+        " break."
+        if after.step
+        else "It had not saved a checkpoint yet, so it starts again from the beginning."
+    )
+    lines = "\n".join(log_tail(watch.run.log_file, LOG_LINES))
+    log = (
+        '<details><summary>What it said last</summary><pre class="log"'
+        f' tabindex="0">{safe(lines)}</pre></details>'
+        if lines
+        else ""
+    )
+    reached = f"{percent(moment)}%, step {moment.progress.step:,} of {moment.progress.steps:,}"
+    return (
+        f'<p class="problem" role="alert">{safe(in_words(why))}</p>{_less_memory(watch)}<p'
+        f' class="small num">Reached {reached}. {keeps}</p>{log}'
+    )
+
+
+def _less_memory(watch: Watch) -> str:
+    """For a run that memory was too small for: the two settings to lower, as they are and where they
+    stand."""
+    config = watch.config()
+    if config is None or not watch.out_of_memory:
+        return ""
+    batch, side = config.train.batch_size, config.train.resolution
+    size = f"{side} px" if side else "as the base"
+    precision = PRECISIONS[config.train.precision].title
+    return (
+        '<p class="small" data-hint="memory">Two settings decide how much memory a run takes: <b>Batch'
+        f" size</b> (Memory and speed; it was {batch}) and <b>Resolution</b> (it was {size}). Lower one and"
+        " start a new run; Resume keeps the old ones. <b>Gradient checkpointing</b> saves much memory too"
+        f" and costs a third of the speed; the precision was {safe(precision)}.</p>"
+    )
+
+
+def _tiles(moment: Moment) -> list[str]:
+    progress = moment.progress
+    tiles = [tile(f"{progress.step:,}", f"of {progress.steps:,} steps")]
+    speed = pace(progress.seconds_a_step())
+    if moment.live:
+        tiles.append(tile(clock(seconds_left(progress)), f"left, {speed}" if speed else "left"))
+    else:
+        taken = clock(sum(event.seconds for event in progress.losses))
+        tiles.append(tile(taken, f"of training, {speed}" if speed else "taken"))
+    loss = progress.smoothed_loss()
+    tiles.append(tile(f"{loss:.4f}" if loss is not None else UNKNOWN, "loss, smoothed"))
+    if progress.validations:
+        last = progress.validations[-1]
+        tiles.append(tile(f"{last.gain:+.4f}", f"gain on held-out, ±{last.standard_error:.4f}"))
+    else:
+        tiles.append(tile(UNKNOWN, "gain on held-out pictures"))
+    return tiles
+
+
+def _line(moment: Moment, watch: Watch) -> str:
+    """What it is doing between steps, and the memory that it takes."""
+    if not moment.live:
+        return ""
+    progress = moment.progress
+    count = f", {progress.phase_done} of {progress.phase_total}" if progress.phase_total > 1 else ""
+    doing = f"{progress.phase}{count}" if progress.phase else "Training"
+    return f'<p class="small num" id="run-phase">{safe(doing)}.{_memory(moment, watch)}</p>'
+
+
+def _memory(moment: Moment, watch: Watch) -> str:
+    """What the trainer's process takes, in words; nothing where that is not told."""
+    process = watch.run.live_process()
+    held = resident_bytes(process)
+    if process is None or held is None:
+        return ""
+    card = moment.desk.hardware.card()
+    own = card.by_process.get(process.pid) if card else None
+    # Coarse, so that a line that is looked at each second does not flicker.
+    on_card = f" and {file_size(own)} on the graphics card" if own else ""
+    return f" Its process holds {round(held / 1e8) / 10:.1f} GB of memory{on_card}."
+
+
+def _remark(moment: Moment) -> str:
+    reason = moment.progress.reason
+    if moment.state == "paused" and reason:
+        # A pause that nobody asked for: the drive is full, for instance.
+        return f'<p class="problem" role="alert" data-hint="paused">{safe(in_words(reason))}</p>'
+    texts = {
+        "pausing": "It saves a checkpoint after the present step and ends.",
+        "stopping": "It saves, writes the file for other tools and ends.",
+        "paused": "Resume goes on from here, with the same result as without the pause.",
+        "stopped": (
+            "Ended early on request; the file of what it learned is there, and it can be gone on with."
+        ),
+    }
+    text = texts.get(moment.state, "")
+    return f'<p class="small">{safe(text)}</p>' if text else ""
+
+
+def charts(moment: Moment) -> str:
+    """The two curves side by side, the smoothing of the loss in the person's hand."""
+    if moment.watch is None:
+        return ""
+    progress = moment.progress
+    smoothing = (
+        '<label class="small smoothing">Smoothing <input type="range" id="smoothing" min="0" max="200"'
+        ' step="5" value="50" aria-label="Smoothing of the loss, in steps"></label>'
+        if len(progress.losses) > 1
+        else ""
+    )
+    return (
+        '<div class="panel"><div class="cols2 plots"><div><h3>Gain on pictures that it has never seen</h3>'
+        f'{gain_chart(progress.validations)}</div><div><div class="row apart"><h3>Training loss, raw and'
+        f" smoothed</h3>{smoothing}</div>{loss_chart(progress.losses)}</div></div></div>"
+    )
+
+
+def log_card(moment: Moment) -> str:
+    """The end of the run's log, and the zip for whoever looks for a defect."""
+    watch = moment.watch
+    if watch is None:
+        return ""
+    lines = "\n".join(log_tail(watch.run.log_file, LOG_LINES)) or "Nothing yet."
+    name = safe(watch.run.name)
+    return (
+        '<div class="panel tight"><details id="log"><summary>Log</summary><pre class="log"'
+        f' tabindex="0">{safe(lines)}</pre></details><div class="row apart"><span class="small">Something'
+        " odd? This zip holds settings, versions, events and the log; no pictures, no paths, no"
+        f' names.</span><a class="own" id="debug-zip" href="/easel/debug/{name}" download>Debug'
+        " zip</a></div></div>"
+    )

@@ -1,0 +1,78 @@
+"""What is wrong with the run to come, looked up in the background: a page that polls must not wait for it."""
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from app.hardware import Hardware
+from app.train.form import FIELDS
+from lora_core.dataset.folder import Dataset
+from lora_core.dataset.preflight import preflight
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import LoraError
+from lora_core.spec.problems import Problem
+
+FRESH_SECONDS = 60.0
+"""Drives fill up and other programs take memory: looked at anew after so long."""
+ELSEWHERE = ("busy", "dataset")
+"""Kinds that the window says in words of its own, with the way to its own tabs."""
+_NAMES = re.compile("|".join(sorted((re.escape(n) for n in FIELDS if "." in n), key=len, reverse=True)))
+
+
+class Checks:
+    """The problems of the newest plan that was asked about."""
+
+    def __init__(self, workspace: Path, hardware: Hardware) -> None:
+        """Nothing is looked up before somebody asks."""
+        self._workspace = workspace
+        self._hardware = hardware
+        self._lock = threading.Lock()
+        self._asked: tuple[RunConfig, Dataset, float] | None = None
+        self._found: list[Problem] = []
+        self._busy = False
+
+    def known(self, config: RunConfig, dataset: Dataset) -> list[Problem]:
+        """What was found last; where that is of another plan it is looked up meanwhile."""
+        now = time.monotonic()
+        with self._lock:
+            asked = self._asked
+            same = asked is not None and asked[0] == config and asked[1] is dataset
+            if not self._busy and not (same and asked is not None and now - asked[2] < FRESH_SECONDS):
+                self._asked, self._busy = (config, dataset, now), True
+                threading.Thread(
+                    target=self._look, args=(config, dataset), daemon=True, name="preflight"
+                ).start()
+            return list(self._found)
+
+    def now(self, config: RunConfig, dataset: Dataset) -> list[Problem]:
+        """Look it up and wait for it."""
+        found = [
+            Problem(one.kind, in_words(one.sentence), one.blocking)
+            for one in preflight(config, self._workspace, dataset, self._free_on_card)
+            if one.kind not in ELSEWHERE
+        ]
+        with self._lock:
+            self._asked, self._found = (config, dataset, time.monotonic()), found
+        return found
+
+    def _look(self, config: RunConfig, dataset: Dataset) -> None:
+        try:
+            self.now(config, dataset)
+        except (LoraError, OSError) as error:
+            with self._lock:
+                self._found = [Problem("check", f"The check before Start failed: {error}", False)]
+        finally:
+            self._busy = False
+
+    def _free_on_card(self) -> int | None:
+        card = self._hardware.card()
+        return card.total - card.used if card else None
+
+
+def in_words(
+    sentence: str, title: Callable[[str], str] = lambda name: str(FIELDS[name].metadata["title"])
+) -> str:
+    """A sentence with the settings called as the form calls them."""
+    return _NAMES.sub(lambda found: title(found[0]), sentence)

@@ -1,0 +1,179 @@
+"""What will happen, said before Start in plain sentences: pictures, looks, time, memory, file size, and each
+problem."""
+
+import functools
+import math
+
+from app.moment import Moment
+from app.train.bases import chosen_base
+from app.train.form import for_family
+from app.train.pace import GUESSED, MEASURED, SCALED, forecast
+from app.words import UNKNOWN, about, file_size, many, safe, scientific, tile
+from lora_core.spec.base_facts import BaseFacts
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import LoraError
+from lora_core.spec.preflight import ADAPTER_COPIES
+from lora_core.spec.sizes import base_numbers, export_bytes
+
+SOURCES = {
+    MEASURED: "at the pace of a run like it",
+    SCALED: "reckoned from another run",
+    GUESSED: "a guess, mended as it runs",
+}
+NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
+PROGRAM = 0.6e9
+"""Bytes that torch and its libraries take before a model is loaded."""
+ACTIVATIONS = 0.7e6
+"""Bytes that one latent pixel keeps for the way back through a UNet of SD 1.x's size, in half precision."""
+USUAL_NUMBERS = 1.07e9
+"""Weights of all of SD 1.x, which that was seen with."""
+CHECKPOINTING_KEEPS = 0.2
+
+
+def blockers(moment: Moment) -> list[str]:
+    """Why Start cannot be pressed, each with what to do; empty where it can."""
+    found = unfit(moment)
+    if moment.live and moment.watch:
+        found.append(
+            f"The run {moment.watch.run.name} is going on; pause or stop it first, or add this one to the"
+            " queue."
+        )
+    return found
+
+
+def unfit(moment: Moment) -> list[str]:
+    """What has to be mended before this run can be started or put into the queue."""
+    plan, dataset = moment.plan, moment.desk.project.dataset()
+    found = list(plan.problems)
+    if not dataset.records and not dataset.problems:
+        found.append(NO_PICTURES)
+    if plan.base.problem:
+        found.append("The base model cannot be used; below its name stands why.")
+    known = moment.desk.checks.known(plan.config, dataset)
+    bad_base = bool(plan.base.problem)
+    found += [one.sentence for one in known if one.blocking and not (bad_base and one.kind == "base")]
+    return list(dict.fromkeys(found))
+
+
+def notes(moment: Moment) -> list[str]:
+    """What a person should know before Start, but may disregard."""
+    plan, dataset = moment.plan, moment.desk.project.dataset()
+    found = [one.sentence for one in moment.desk.checks.known(plan.config, dataset) if not one.blocking]
+    hardware = moment.desk.hardware
+    if hardware.known and not hardware.has_gpu and not plan.base.embedded:
+        found.insert(
+            0,
+            "No graphics card was found, so the processor trains. That works, but a base of this size takes"
+            " hours; the embedded base takes minutes.",
+        )
+    return found
+
+
+def facts(moment: Moment) -> str:
+    """Three figures, a few sentences, and what is in the way."""
+    config, known = moment.plan.config, moment.plan.base.facts
+    size = export_bytes(known, config) if known else None
+    expected = forecast(moment, config)
+    memory = memory_needed(config, known, moment.desk.hardware.has_gpu) if known else None
+    tiles = [
+        tile(
+            about(expected.seconds * config.train.steps) if expected else UNKNOWN,
+            SOURCES[expected.source] if expected else "time, known after some steps",
+        ),
+        tile(f"~{memory / 1e9:.1f} GB" if memory else UNKNOWN, _memory_words(moment)),
+        tile(file_size(size) if size else UNKNOWN, "file size"),
+    ]
+    stops = blockers(moment)
+    # That a run is going on is no problem of the form's.
+    tone = "small" if moment.live and len(stops) == 1 else "problem"
+    return (
+        f'<div class="facts three">{"".join(tiles)}</div><p'
+        f' class="small">{safe(" ".join(_sentences(moment)))}</p>'
+        + _listed(notes(moment), "small notes", "start-notes")
+        + _listed(stops, tone, "start-why")
+    )
+
+
+def _listed(sentences: list[str], tone: str, name: str) -> str:
+    if not sentences:
+        return ""
+    rows = "".join(f"<li>{safe(text)}</li>" for text in sentences)
+    return f'<ul class="sentences {tone}" id="{name}">{rows}</ul>'
+
+
+def _memory_words(moment: Moment) -> str:
+    card = moment.desk.hardware.card()
+    return f"memory, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
+
+
+def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:
+    """About how many bytes the run takes at its peak; within a factor of two at best."""
+    numbers, export = _numbers(config.model.base, _changed_at(known)), export_bytes(known, config)
+    if not numbers or not export:
+        return None
+    asked = config.train.precision
+    width = 4 if asked == "fp32" or (asked == "auto" and not on_card) else 2
+    side = config.train.resolution or known.resolution
+    kept = CHECKPOINTING_KEEPS if config.train.checkpointing else 1.0
+    pixels = (side / 8) ** 2 * config.train.batch_size
+    activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
+    return PROGRAM + numbers * width + export / 2 * 4 * ADAPTER_COPIES + activations
+
+
+def _changed_at(known: BaseFacts) -> int:
+    try:
+        return known.path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=16)
+def _numbers(base: str, changed_at: int) -> int | None:
+    """How many weights a base has; pages ask each second, and a header may hold a megabyte."""
+    known = chosen_base(base).facts
+    try:
+        return base_numbers(known) if known else None
+    except (LoraError, OSError):
+        return None
+
+
+def _sentences(moment: Moment) -> list[str]:
+    config, dataset = moment.plan.config, moment.desk.project.dataset()
+    sentences = []
+    if dataset.records:
+        bare = sum(not record.caption for record in dataset.records)
+        captions = "all with captions" if not bare else f"{bare} without a caption"
+        shown = sum(record.repeats for record in dataset.records) or 1
+        looks = config.train.steps * config.train.batch_size * config.train.accumulate / shown
+        sentences.append(
+            f"{many(len(dataset.records), 'picture')}, {captions}. {many(config.train.steps, 'step')} look at"
+            f" each about {many(max(1, round(looks)), 'time')}."
+        )
+    sentences.append(
+        f"Effective learning rate {scientific(config.optim.lr * config.adapter.scale)}"
+        f" ({scientific(config.optim.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."
+    )
+    if config.dataset.trigger:
+        sentences.append(f"Trigger word: {config.dataset.trigger}.")
+    held = config.validation.pictures
+    by_hand = sum(record.held_out for record in dataset.records)
+    if by_hand:
+        sentences.append(f"{by_hand} held out by hand to measure on.")
+    elif held and dataset.records and config.validation.every:
+        count = held if held >= 1 else held * len(dataset.records)
+        sentences.append(f"About {max(1, round(count))} held out to measure on.")
+    return sentences
+
+
+def base_note(moment: Moment) -> str:
+    """What the chosen base is, and what the form starts with because of it."""
+    plan = moment.plan
+    tone = "problem" if plan.base.problem else "small"
+    sentences = [plan.base.sentence]
+    own = for_family(plan.goal, plan.level, plan.base.family)
+    if own:
+        sentences.append(f"For it the preset starts with {', '.join(own)}.")
+    trained_at = plan.config.train.resolution
+    if plan.base.facts and trained_at and trained_at != plan.base.resolution:
+        sentences.append(f"You train it at {trained_at} px.")
+    return f'<p class="{tone}" id="base-note" role="status">{safe(" ".join(sentences))}</p>'

@@ -1,0 +1,44 @@
+"""The run that the form stands for at this moment: the draft on disk, read as settings."""
+
+from typing import Any
+
+from app.projects.project import DEMO, Project
+from app.train.bases import EMBEDDED, Base, chosen_base
+from app.train.form import FORM, config_of, form_values, preset_config
+from lora_core.spec.config import RunConfig
+
+
+class Plan:
+    """Settings of the run to come, and what is not legal in them."""
+
+    def __init__(self, project: Project) -> None:
+        """Read the project's draft."""
+        draft = project.draft()
+        self.goal, self.level = choice(draft)
+        values = {name: v for name, v in (draft.get("values") or {}).items() if name in FORM}
+        self.base = base_of(values)
+        self.preset = preset_config(self.goal, self.level, self.base.family)
+        config, self.problems = config_of(values, self.preset)
+        path = DEMO if project.uses_demo else str(project.pictures)
+        self.trigger = str(draft.get("trigger") or "")
+        self.config: RunConfig = config.changed({"dataset.path": path, "dataset.trigger": self.trigger})
+
+
+def choice(draft: dict[str, Any]) -> tuple[str, str]:
+    """The goal and the preset of a draft; the demo's pictures bring their own preset."""
+    level = draft.get("level") or (DEMO if draft.get("dataset") == DEMO else "balanced")
+    return str(draft.get("goal") or "style"), str(level)
+
+
+def base_of(values: dict[str, Any]) -> Base:
+    """The base that the form's values name."""
+    name, prediction = values.get("model.base") or EMBEDDED, values.get("model.prediction") or "auto"
+    return chosen_base(str(name), str(prediction))
+
+
+def widget_values(project: Project) -> list[Any]:
+    """What the form's widgets show: the draft as it was typed, the preset where nothing was."""
+    draft = project.draft()
+    typed = draft.get("values") or {}
+    standard = form_values(preset_config(*choice(draft), base_of(typed).family))
+    return [typed.get(name, value) for name, value in zip(FORM, standard, strict=True)]

@@ -1,0 +1,130 @@
+"""Routes of runs: steering them, the queue, a zip for whoever looks for a defect, settings of a dropped file,
+quitting."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from app.desk import Desk
+from app.routes import Refused, sent_json
+from app.train.debug_zip import debug_zip
+from app.train.like_file import like_file
+from app.train.starting import take_settings
+from lora_core.spec.errors import RunError
+from lora_core.spec.run_folder import RunFolder, checked_name, runs_folder
+from lora_core.spec.tensor_file import MAX_HEADER
+
+QUIT_AFTER = 0.3
+"""Seconds: the answer is to be out before the server ends."""
+LARGEST_FILE = 2**40
+
+
+def add_run_routes(app: FastAPI, desk: Desk) -> None:
+    """Add them to `app`."""
+
+    @app.post("/easel/run")
+    async def run(request: Request) -> Response:
+        sent = await sent_json(request)
+        await asyncio.to_thread(steer, desk, str(sent.get("do")), str(sent.get("run", "")))
+        return JSONResponse({"done": True})
+
+    @app.post("/easel/queue")
+    async def queue(request: Request) -> Response:
+        sent = await sent_json(request)
+        await asyncio.to_thread(desk.line.act, str(sent.get("do")), str(sent.get("run", "")))
+        return JSONResponse({"done": True})
+
+    @app.get("/easel/debug/{name}")
+    async def debug(name: str) -> Response:
+        found = RunFolder(runs_folder(desk.workspace) / checked_name(name))
+        if not found.config_file.is_file():
+            raise Refused(name)
+        card = desk.hardware.card()
+        data = await asyncio.to_thread(_zipped, desk, found, card)
+        headers = {"Content-Disposition": 'attachment; filename="lora-easel-debug.zip"'}
+        return Response(data, media_type="application/zip", headers=headers)
+
+    @app.post("/easel/like")
+    async def like(request: Request) -> Response:
+        header = await _body(request, MAX_HEADER + 8)
+        size = request.query_params.get("size", "")
+        name = request.query_params.get("name", "the file")[:200]
+        await asyncio.to_thread(_take_header, desk, header, size, name)
+        return JSONResponse({"taken": True})
+
+    @app.post("/easel/quit")
+    async def leave() -> Response:
+        live = desk.jobs.live()
+        # A run is a process of its own and the queue has its owner: both go on.
+        threading.Timer(QUIT_AFTER, desk.on_quit).start()
+        return JSONResponse({"run": live.run.name if live else "", "queue": desk.line.worked})
+
+
+def steer(desk: Desk, do: str, name: str) -> None:
+    """What a button of a run asks for.
+
+    Raises:
+        RunError: it cannot be done now.
+        Refused: there is no such action.
+    """
+    if do in ("pause", "stop", "save", "preview"):
+        desk.jobs.request(do)
+        return
+    acts: dict[str, Callable[[str], Any]] = {
+        # The Preview tab draws the strip of this run when it is opened.
+        "see": lambda run: desk.project.keep(preview_strip=checked_name(run)),
+        "resume": desk.jobs.resume,
+        "show": desk.jobs.show,
+        "delete": desk.jobs.delete,
+    }
+    if do not in acts:
+        raise Refused("no such action")
+    current = desk.jobs.current()
+    if not name and current is not None:
+        name = current.run.name
+    acts[do](name)
+    if do == "resume":
+        # A run needs the memory more than a picture does.
+        desk.worker.release()
+
+
+def _zipped(desk: Desk, run: RunFolder, card: Any) -> bytes:
+    watch = desk.jobs.watch(run)
+    desk.jobs.state(watch)
+    return debug_zip(watch, desk.workspace, card)
+
+
+def _take_header(desk: Desk, header: bytes, size: str, name: str) -> None:
+    """Read settings from the header of a file whose numbers stayed in the browser.
+
+    A file of the same length without the numbers is read in its place, so that all that is checked of a file
+    is checked of this one too; on every usual drive it takes no room.
+    """
+    if not size.isdigit() or int(size) > LARGEST_FILE or int(size) < len(header):
+        raise RunError("The size of the dropped file does not fit its header.")
+    folder = desk.workspace / "tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"like-{threading.get_ident()}.safetensors"
+    try:
+        with open(file, "wb") as made:
+            made.write(header)
+            made.truncate(int(size))
+        found = like_file(file)
+    except OSError as error:
+        raise RunError(f"The dropped file could not be looked at: {error.strerror or error}.") from error
+    finally:
+        file.unlink(missing_ok=True)
+    desk.like_said = take_settings(desk.project, found, name)
+
+
+async def _body(request: Request, most: int) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise Refused("too long")
+    return body

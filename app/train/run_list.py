@@ -1,0 +1,135 @@
+"""The queue and the earlier runs, each a list of rows with what can be done about them."""
+
+import json
+from typing import Any
+
+from app.jobs import RESUMABLE, Watch
+from app.moment import Moment
+from app.train.checks import in_words
+from app.words import about, chip, file_size, many, safe, state_chip
+from lora_core.spec.errors import RunError
+from lora_core.spec.queue import RUNNING, WAITING, Job
+
+MOST_EARLIER = 12
+MOST_FAILED = 3
+
+
+def _button(words: str, path: str, body: dict[str, Any], **options: str) -> str:
+    """A button that posts something; `confirm` is asked first, `why` is why it cannot be pressed."""
+    why, ask, tip = options.get("why", ""), options.get("confirm", ""), options.get("tip", "")
+    off = " disabled" if why else ""
+    asks = f' data-confirm="{safe(ask)}"' if ask else ""
+    label = f' aria-label="{safe(options["label"])}"' if "label" in options else ""
+    return (
+        f'<button type="button" class="own quiet" data-post="{path}" data-body="{safe(json.dumps(body))}"'
+        f' title="{safe(why or tip)}"{label}{asks}{off}>{safe(words)}</button>'
+    )
+
+
+def queue_card(moment: Moment) -> str:
+    """What waits, in order; nothing where nothing ever waited."""
+    line = moment.desk.line
+    try:
+        jobs, ended = line.jobs(), line.ended()
+    except RunError as error:
+        return f'<div class="panel" id="queue-list"><h2>Queue</h2><p class="problem">{safe(error)}</p></div>'
+    failed = [job for job in ended if job.state == "failed"][:MOST_FAILED]
+    if not jobs and not failed:
+        return ""
+    waiting = [job.run for job in jobs if job.state == WAITING]
+    rows = "".join(_job_row(job, waiting) for job in jobs)
+    rows += "".join(_job_row(job, waiting) for job in failed)
+    return (
+        f'<div class="panel" id="queue-list" data-waiting="{len(waiting)}"'
+        f' data-worked="{int(line.worked)}"><div class="row'
+        f' apart"><h2>Queue</h2>{_queue_switch(moment, bool(jobs))}</div><p'
+        f' class="small">{_queue_words(moment, jobs)}</p><div class="list">{rows}</div></div>'
+    )
+
+
+def _queue_switch(moment: Moment, anything: bool) -> str:
+    if moment.desk.line.worked:
+        tip = "Pauses the run in hand, which then waits again; nothing is lost."
+        return _button("Pause the queue", "queue", {"do": "pause"}, tip=tip)
+    why = "" if anything else "Nothing waits in the queue."
+    return _button(
+        "Start the queue", "queue", {"do": "start"}, why=why, tip="Also when this window is closed."
+    )
+
+
+def _queue_words(moment: Moment, jobs: list[Job]) -> str:
+    if not jobs:
+        return "Worked through. What failed says why; the others went on."
+    if not moment.desk.line.worked:
+        return "It is not being worked through; start it when you like. It survives a restart."
+    return "One after the other, also after a failure and when this window is closed."
+
+
+def _job_row(job: Job, waiting: list[str]) -> str:
+    tones = {WAITING: "", RUNNING: "accent", "paused": "warn", "failed": "bad"}
+    place = waiting.index(job.run) + 1 if job.state == WAITING else 0
+    state = (
+        f"{place}." if place else {"running": "Running", "paused": "Paused", "failed": "Failed"}[job.state]
+    )
+    name = job.run
+    actions = ""
+    if place:
+        up = "It is the first already." if place == 1 else ""
+        down = "It is the last already." if place == len(waiting) else ""
+        actions = _button(
+            "↑", "queue", {"do": "up", "run": name}, why=up, label=f"Move {name} up", tip="Earlier"
+        )
+        actions += _button(
+            "↓", "queue", {"do": "down", "run": name}, why=down, label=f"Move {name} down", tip="Later"
+        )
+    if job.state != RUNNING:
+        tip = "Takes it out of the queue; a run that began stays below."
+        actions += _button("Remove", "queue", {"do": "remove", "run": name}, tip=tip)
+    why = f'<span class="small">{safe(in_words(job.reason))}</span>' if job.reason else ""
+    return (
+        f'<div class="row apart" data-job="{safe(name)}" data-job-state="{job.state}"><div'
+        f' class="row">{chip(state, tones[job.state])}<span>{safe(name)}</span>{why}</div><div'
+        f' class="row">{actions}</div></div>'
+    )
+
+
+def earlier(moment: Moment) -> str:
+    """The other runs, newest first; with a single run, that one, so that it can be deleted."""
+    listed = [(w, s) for w, s in moment.runs if not (s == "queued" and moment.desk.line.holds(w.run.name))]
+    others = [(w, s) for w, s in listed if w is not moment.watch]
+    shown = [(w, s) for w, s in listed if w is moment.watch and not moment.live]
+    if not others and not shown:
+        return ""
+    rows = "".join(_run_row(moment, watch, state) for watch, state in [*shown, *others][:MOST_EARLIER])
+    more = len(shown) + len(others) - MOST_EARLIER
+    note = f'<p class="small">And {many(more, "older run")} in the workspace.</p>' if more > 0 else ""
+    return f'<div class="panel"><h2>Runs</h2><div class="list">{rows}</div>{note}</div>'
+
+
+def _run_row(moment: Moment, watch: Watch, state: str) -> str:
+    progress, name, after = watch.progress, watch.run.name, watch.aftermath()
+    parts = [f"{progress.step:,} of {many(progress.steps, 'step')}" if progress.steps else "no step yet"]
+    best = next((e for e in reversed(progress.validations) if e.best), None)
+    if best is not None:
+        parts.append(f"best gain {best.gain:+.4f} at {best.step:,}")
+    took = sum(event.seconds for event in progress.losses)
+    parts += [about(took)] if took else []
+    parts.append(file_size(after.size))
+    busy = "A run is going on; pause or stop it first." if moment.live else ""
+    words = f"Continue at {after.step:,}" if after.step else "Start again"
+    resume = _button(words, "run", {"do": "resume", "run": name}, why=busy) if state in RESUMABLE else ""
+    seen = "" if watch is moment.watch else _button("Show", "run", {"do": "show", "run": name}, why=busy)
+    ask = f"Move the run {name} with its samples and files to the trash?"
+    delete = _button("Delete", "run", {"do": "delete", "run": name}, confirm=ask, label=f"Delete {name}")
+    folder = (
+        f'<button type="button" class="own quiet" data-copy="{safe(watch.run.path)}"'
+        f' title="{safe(watch.run.path)}" aria-label="Copy the path of {safe(name)}">Copy path</button>'
+    )
+    why = watch.reason() if state in ("failed", "interrupted") else ""
+    reason = f'<p class="small">{safe(in_words(why))}</p>' if why else ""
+    return (
+        f'<div class="row apart" data-run="{safe(name)}"><div'
+        f' class="row">{state_chip(state)}<span>{safe(name)}</span><span class="small'
+        f' num">{", ".join(parts)}</span></div><div'
+        f' class="row">{resume}{seen}{folder}{delete}</div>{reason}</div>'
+    )

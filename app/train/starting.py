@@ -1,0 +1,175 @@
+"""Start, Add to queue, the same as a command, and settings taken from a LoRA file."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.moment import Moment, moment_of
+from app.parts import QUIET, Parts, piece
+from app.train.bases import EMBEDDED
+from app.train.facts import blockers, facts, unfit
+from app.train.form import FIELDS, FORM, command_line, shown
+from app.train.like import Like
+from app.train.like_file import like_file
+from app.train.plan import widget_values
+from app.train.train_form import TrainForm, keep_typed
+from app.words import many, safe
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import LoraError
+
+MOST_LISTED = 8
+
+
+def build_start(parts: Parts, form: TrainForm) -> None:
+    """What will happen, the buttons that make it happen, and the command that does the same."""
+    name = gr.Textbox(
+        label="Name of the run", placeholder="date and dataset", elem_id="run-name", lines=1, max_lines=1
+    )
+    parts.live(piece(elem_id="facts"), facts)
+    with gr.Row(elem_classes="start-row"):
+        start = gr.Button(
+            "Start training", variant="primary", interactive=False, elem_id="start", elem_classes="big"
+        )
+        queue = gr.Button("Add to queue", interactive=False, elem_id="add-to-queue", elem_classes="big")
+    parts.live(start, lambda m: gr.update(interactive=not blockers(m)))
+    parts.live(queue, lambda m: gr.update(interactive=not unfit(m)))
+    note = piece(elem_id="start-note")
+    parts.live(piece(elem_id="command"), command)
+    inputs = [name, parts.trigger, form.seen, *form.fields]
+    for button, do in ((start, "start"), (queue, "queue")):
+        act = functools.partial(_pressed, parts, do)
+        parts.action(button.click(act, inputs, [name, note], **QUIET))
+
+
+def _pressed(
+    parts: Parts, do: str, run_name: str, trigger: str, seen: list[Any] | None, *values: Any
+) -> tuple[Any, str]:
+    desk = parts.desk
+    # The press of the button takes all with it: what was typed last may still be on its way to the draft.
+    keep_typed(desk.project, seen, list(values))
+    desk.project.keep(trigger=(trigger or "").strip())
+    try:
+        config = ready_config(parts, (run_name or "").strip(), do)
+        if do == "queue":
+            run = desk.line.add(config)
+            return "", f'<p class="small" role="status">{safe(run.name)} waits in the queue.</p>'
+        desk.jobs.start(config)
+    except LoraError as error:
+        return gr.skip(), f'<p class="problem" role="alert">{safe(error)}</p>'
+    # A run needs the memory more than a picture does; the worker loads again when it is asked.
+    desk.worker.release()
+    return "", ""
+
+
+def ready_config(parts: Parts, name: str, do: str = "start") -> RunConfig:
+    """The settings that the form stands for, once all of it was looked at.
+
+    Args:
+        parts: of the page.
+        name: of the run, "" for date and dataset.
+        do: "start", which takes that no run is going on, or "queue".
+
+    Raises:
+        LoraError: something is in the way; all of it in one message.
+    """
+    desk = parts.desk
+    moment = moment_of(desk)
+    config = moment.plan.config.changed({"name": name})
+    found = list(moment.plan.problems) or [
+        one.sentence for one in desk.checks.now(config, desk.project.dataset()) if one.blocking
+    ]
+    stops = blockers(moment) if do == "start" else unfit(moment)
+    sentences = list(dict.fromkeys([*found, *stops]))
+    if sentences:
+        raise LoraError(" ".join(sentences))
+    return config
+
+
+def command(moment: Moment) -> str:
+    """The same as a command, to copy."""
+    plan = moment.plan
+    line = safe(command_line(plan.config, plan.goal, plan.level, plan.base.family))
+    return (
+        f'<details id="as-command"><summary>As a command</summary><pre class="log" tabindex="0">{line}</pre>'
+        f'<button type="button" class="own" data-copy="{line}">Copy</button></details>'
+    )
+
+
+def build_like(parts: Parts, form: TrainForm) -> None:
+    """Train like a file: drop it or give its path, and its settings come into the form."""
+    desk = parts.desk
+    with gr.Column(elem_classes="group"), gr.Accordion("Train like a LoRA file", open=False):
+        piece(
+            '<div id="like-drop" class="empty like"><p class="small">Drop any LoRA here, or <label'
+            ' class="link">choose one<input type="file" id="like-file" accept=".safetensors"'
+            ' aria-label="Choose a LoRA file whose settings are taken"></label>. Its settings come into'
+            " the form; only its header is read.</p></div>"
+        )
+        with gr.Row(elem_id="like-row"):
+            path = gr.Textbox(
+                label="Path of a LoRA file",
+                placeholder="or its path",
+                elem_id="like-path",
+                lines=1,
+                max_lines=1,
+            )
+            take = gr.Button("Take its settings", elem_id="like-take", min_width=0, scale=0)
+        note = piece(elem_id="like-note")
+
+    def from_path(text: str) -> list[Any]:
+        name = (text or "").strip().strip('"')
+        if not name:
+            return [_problem("Choose a file, or type its path first."), *(gr.skip() for _ in outputs[1:])]
+        try:
+            said = take_settings(desk.project, like_file(Path(name).expanduser()), Path(name).name)
+        except (LoraError, OSError, ValueError) as error:
+            return [_problem(str(error)), *(gr.skip() for _ in outputs[1:])]
+        return [said, *_refilled()]
+
+    def from_drop() -> list[Any]:
+        return [desk.like_said, *_refilled()]
+
+    def _refilled() -> list[Any]:
+        values = widget_values(desk.project)
+        return [desk.project.draft().get("trigger") or "", values, *values]
+
+    outputs = [note, parts.trigger, form.seen, *form.fields]
+    parts.action(gr.on([take.click, path.submit], from_path, path, outputs, **QUIET))
+    dropped = gr.Button("Settings of the dropped file", elem_id="like-taken", visible="hidden")
+    parts.action(dropped.click(from_drop, None, outputs, **QUIET))
+
+
+def _problem(text: str) -> str:
+    return f'<p class="problem" role="alert">{safe(text)}</p>'
+
+
+def take_settings(project: Any, like: Like, name: str) -> str:
+    """Put a file's settings into the draft; returns what was taken and what was not, as HTML."""
+    standing = dict(zip(FORM, widget_values(project), strict=True))
+    taken = {name: value for name, value in like.values.items() if name in FORM}
+    changed = [name for name, value in taken.items() if standing[name] != shown(name, value)]
+    values = standing | {name: shown(name, value) for name, value in taken.items()}
+    keep: dict[str, Any] = {"values": values}
+    if like.values.get("dataset.trigger"):
+        keep["trigger"] = str(like.values["dataset.trigger"])
+    said = like_words(like, name, taken, changed)
+    project.keep(**keep)
+    return said
+
+
+def like_words(like: Like, name: str, taken: dict[str, Any], changed: list[str]) -> str:
+    """What was taken from a file and what was not."""
+    rows = [
+        f"From {name}: {like.source}. {many(len(taken), 'setting')} taken, {len(changed)} of them new here."
+    ]
+    told = [f"{FIELDS[n].metadata['title']} {shown(n, taken[n])}" for n in changed[:MOST_LISTED]]
+    more = f" and {len(changed) - MOST_LISTED} more" if len(changed) > MOST_LISTED else ""
+    if told:
+        rows.append(f"{'; '.join(' '.join(text.split()) for text in told)}{more}.")
+    if like.base:
+        base = "the embedded base" if like.base == EMBEDDED else like.base
+        rows.append(f"It was trained on {base}; the base is yours to choose.")
+    left = "".join(f"<li>{safe(text)}</li>" for text in [*rows, *like.left])
+    return f'<ul class="sentences small" id="like-said" role="status">{left}</ul>'

@@ -1,0 +1,228 @@
+"""The form of the Train tab: five settings, the rest under Advanced in groups, with a search and the ways
+back."""
+
+import functools
+import re
+from typing import Any
+
+import gradio as gr
+
+from app.moment import Moment
+from app.parts import QUIET, TYPING, Parts, edited, piece
+from app.train.base_picker import HIDDEN_INFO, build_picker, wire_picker
+from app.train.bases import EMBEDDED, chosen_base
+from app.train.form import (
+    FIELDS,
+    FORM,
+    GROUPS,
+    changed_names,
+    form_values,
+    group_fields,
+    preset_config,
+    summary,
+    widget,
+)
+from app.train.plan import Plan, choice, widget_values
+from app.words import safe
+from lora_core.spec.presets import GOALS, LEVELS
+
+RESOLUTIONS = (128, 256, 512, 768, 1024)
+FOLDED = [group for group in GROUPS if group != "Base model"]
+UNMATCHED = "unmatched"
+
+
+class TrainForm:
+    """The widgets of the form and what belongs to them."""
+
+    def __init__(self, parts: Parts) -> None:
+        """Lay the form out and wire it."""
+        self.parts = parts
+        self.folds: dict[str, Any] = {}
+        made, added = build_picker(parts)
+        self._build_basic(made)
+        search = self._build_advanced(made)
+        self.widgets: dict[str, Any] = {name: made[name] for name in FORM}
+        self.fields = list(self.widgets.values())
+        # What this page was filled with: only what differs from it was typed here. Without it a second page
+        # would write its old values over what the first has typed since.
+        self.seen = gr.State(None)
+        for index, name in enumerate(FORM):
+            parts.fill(self.widgets[name], functools.partial(_widget_value, parts, index))
+        parts.fill(self.goal, lambda: choice(parts.desk.project.draft())[0])
+        parts.fill(self.level, lambda: choice(parts.desk.project.draft())[1])
+        parts.fill(self.seen, lambda: widget_values(parts.desk.project))
+        self._wire(search)
+        wire_picker(parts, self.widgets, self.level, added, self.seen)
+
+    def _build_basic(self, made: dict[str, Any]) -> None:
+        with gr.Row(elem_classes="pair"):
+            self.goal = gr.Dropdown(
+                [(title, key) for key, title in GOALS.items()], label="Goal", elem_id="goal"
+            )
+            levels = [*((title, key) for key, title in LEVELS.items()), ("Demo", "demo")]
+            self.level = gr.Dropdown(levels, label="Preset", elem_id="preset")
+        with gr.Row(elem_classes="pair"):
+            made["train.steps"] = widget("train.steps", elem_id="steps", elem_classes=HIDDEN_INFO)
+            made["train.resolution"] = gr.Dropdown(
+                _resolutions(0),
+                label="Resolution",
+                info=FIELDS["train.resolution"].metadata["help"],
+                allow_custom_value=True,
+                elem_id="resolution",
+                elem_classes=HIDDEN_INFO,
+            )
+        self.parts.live(made["train.resolution"], lambda m: gr.update(choices=_resolutions(_own_size(m))))
+
+    def _build_advanced(self, made: dict[str, Any]) -> Any:
+        with gr.Column(elem_classes="group advanced"):
+            self.parts.live(piece(elem_id="changed"), _changed)
+            search = gr.Textbox(
+                label="Find a setting",
+                placeholder="Find a setting: rank, clip skip, warm-up ...",
+                elem_id="find-setting",
+                lines=1,
+                max_lines=1,
+            )
+            self.none = piece(elem_id="find-none")
+        for group in FOLDED:
+            with gr.Column(elem_classes="group", elem_id=f"group-{_slug(group)}"):
+                note = piece(elem_classes="group-note")
+                self.parts.live(note, functools.partial(_group_note, group))
+                with gr.Accordion(group, open=False) as self.folds[group]:
+                    for name in group_fields(group):
+                        made[name] = widget(name, elem_id=_field_id(name), elem_classes=HIDDEN_INFO)
+        return search
+
+    def _wire(self, search: Any) -> None:
+        project, parts = self.parts.desk.project, self.parts
+
+        def typed(seen: list[Any] | None, *values: Any) -> list[Any]:
+            keep_typed(project, seen, list(values))
+            return list(values)
+
+        def preset_chosen(base: str, goal: str, level: str) -> list[Any]:
+            family = chosen_base(str(base or EMBEDDED)).family
+            values = dict(zip(FORM, form_values(preset_config(goal, level, family)), strict=True))
+            values["model.base"] = base
+            project.keep(goal=goal, level=level, values=values)
+            return [list(values.values()), *values.values()]
+
+        kept = [field for name, field in self.widgets.items() if name != "model.base"]
+        # A group that is unfolded renders its fields anew, which is no typing: only a person's events count.
+        events = [event for field in kept for event in edited(field)]
+        parts.action(gr.on(events, typed, [self.seen, *self.fields], self.seen, **TYPING))
+        choices = [self.widgets["model.base"], self.goal, self.level]
+        filled = [self.seen, *self.fields]
+        for chosen in (self.goal, self.level):
+            parts.action(chosen.input(preset_chosen, choices, filled, **QUIET))
+        reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")
+        parts.action(reset.click(preset_chosen, choices, filled, **QUIET))
+        for group in FOLDED:
+            back = gr.Button(f"Reset {group}", elem_id=f"reset-{_slug(group)}", visible="hidden")
+            own = [self.widgets[name] for name in group_fields(group)]
+            parts.action(back.click(functools.partial(self._reset, group), None, [self.seen, *own], **QUIET))
+        matched = [name for group in FOLDED for name in group_fields(group)]
+        outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
+        # Its input event swallows the first key. Nothing is ever put into it: each change is a person's.
+        search.change(found, search, outputs, **TYPING)
+
+    def _reset(self, group: str) -> list[Any]:
+        """Put a group's settings back to the preset's."""
+        project = self.parts.desk.project
+        preset = Plan(project).preset
+        standard = dict(zip(FORM, form_values(preset), strict=True))
+        own = {name: standard[name] for name in group_fields(group)}
+        values = dict(zip(FORM, widget_values(project), strict=True)) | own
+        project.keep(values=values)
+        return [list(values.values()), *own.values()]
+
+
+def keep_typed(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
+    """Put into the draft what was typed on a page, and nothing of what only stood there.
+
+    Args:
+        project: whose draft.
+        seen: what the page was filled with, in the order of `FORM`; None where that is not known.
+        values: what its fields hold now.
+    """
+    given = dict(zip(FORM, values, strict=True))
+    if seen is not None and len(seen) == len(values):
+        before = dict(zip(FORM, seen, strict=True))
+        standing = dict(zip(FORM, widget_values(project), strict=True))
+        given = standing | {name: value for name, value in given.items() if value != before[name]}
+    project.keep(values=given)
+
+
+def found(words: str) -> list[Any]:
+    """What a search does to the form: groups with a match unfold, fields without one are hidden.
+
+    Args:
+        words: what was typed; a setting matches by its name, its title or its help.
+
+    Returns:
+        The note, then an update for each group and each field in it.
+    """
+    wanted = str(words or "").lower().split()
+    folds, fields, hits = [], [], 0
+    for group in FOLDED:
+        names = group_fields(group)
+        matching = [name for name in names if all(word in _searched(group, name) for word in wanted)]
+        hits += len(matching)
+        folds.append(gr.update(open=bool(wanted and matching)))
+        hidden = [HIDDEN_INFO, UNMATCHED]
+        fields += [gr.update(elem_classes=HIDDEN_INFO if name in matching else hidden) for name in names]
+    note = "" if hits else f'<p class="small" role="status">No setting is called “{safe(words[:60])}”.</p>'
+    return [note, *folds, *fields]
+
+
+def _searched(group: str, name: str) -> str:
+    words = FIELDS[name].metadata
+    return f"{name} {name.replace('_', ' ')} {words['title']} {words['help']} {group}".lower()
+
+
+def _slug(group: str) -> str:
+    return re.sub(r"\W+", "-", group.lower())
+
+
+def _field_id(name: str) -> str:
+    return name.replace(".", "-").replace("_", "-")
+
+
+def _own_size(moment: Moment) -> int:
+    base = moment.plan.base
+    return base.resolution if base.family else 0
+
+
+def _resolutions(own: int) -> list[tuple[str, int]]:
+    """The sizes to choose from; 0 stands for what the base was trained at."""
+    words = f"{own} (the base)" if own else "As the base"
+    return [(words, 0), *((str(side), side) for side in RESOLUTIONS if side != own)]
+
+
+def _widget_value(parts: Parts, index: int) -> Any:
+    return widget_values(parts.desk.project)[index]
+
+
+def _group_note(group: str, moment: Moment) -> str:
+    """What a folded group holds; where something was changed, the way back."""
+    config, preset = moment.plan.config, moment.plan.preset
+    words = f"<span>{safe(summary(group, config, preset))}</span>"
+    if not changed_names(config, preset, group_fields(group)):
+        return words
+    return (
+        f'{words} <button type="button" class="own quiet" data-press="reset-{_slug(group)}" aria-label="Reset'
+        f' {safe(group)}">Reset</button>'
+    )
+
+
+def _changed(moment: Moment) -> str:
+    """How much differs from the preset, with the way back."""
+    names = [name for name in FORM if name != "model.base"]
+    changed = changed_names(moment.plan.config, moment.plan.preset, names)
+    titles = safe(", ".join(str(FIELDS[name].metadata["title"]) for name in changed))
+    words = f"{len(changed)} changed from preset" if changed else "as the preset has it"
+    reset = '<button type="button" class="own quiet" data-press="reset">Reset all</button>' if changed else ""
+    return (
+        '<div class="row apart"><b>Advanced</b><div class="row"><span class="small"'
+        f' title="{titles}">{words}</span>{reset}</div></div>'
+    )
