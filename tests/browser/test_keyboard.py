@@ -1,0 +1,81 @@
+"""The keyboard alone: from the first page to a run that is going on, and out of it again; and where the
+keyboard is can always be seen."""
+
+from typing import Any
+
+from tests.browser.test_main_path import state_is
+
+MOST_STOPS = 120
+# Where the keyboard is must look different from where it is not: the thing itself, or what it stands in.
+SEEN = """() => {
+  const one = document.activeElement;
+  const looks = () => { const said = []; let at = one;
+    for (let up = 0; at && up < 4; up += 1, at = at.parentElement) {
+      for (const motion of at.getAnimations()) motion.finish();
+      const style = getComputedStyle(at);
+      const outline = style.outlineStyle === 'none' ? '' : style.outline;
+      said.push(outline, style.boxShadow, style.borderColor, style.backgroundColor);
+    }
+    return said.join('|'); };
+  const on = looks();
+  one.blur();
+  const off = looks();
+  one.focus({ focusVisible: true });
+  return on !== off;
+}"""
+WHAT = "() => document.activeElement.outerHTML.slice(0, 140)"
+
+
+def tab_to(page: Any, selector: str, key: str = "Tab") -> list[str]:
+    """Press Tab until something is reached; gives the stops at which nothing showed where the keyboard is."""
+    unseen = []
+    for _ in range(MOST_STOPS):
+        page.keyboard.press(key)
+        if page.evaluate("document.activeElement === document.body"):
+            continue
+        if not page.evaluate(SEEN):
+            unseen.append(page.evaluate(WHAT))
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return unseen
+    raise AssertionError(f"{selector} cannot be reached by {key}")
+
+
+def test_from_the_first_page_to_a_run_and_out_of_it(page: Any, window: Any) -> None:
+    assert tab_to(page, "#use-demo") == []
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#start:enabled")
+    unseen = tab_to(page, "[role=tab][aria-selected=true]")
+    unseen += tab_to(page, "#base-model input")
+    # A list opens, moves and closes by its keys.
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Escape")
+    unseen += tab_to(page, "#steps input")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("4000")
+    unseen += tab_to(page, "#start")
+    page.wait_for_function("document.querySelector('#command pre').textContent.includes('train.steps=4000')")
+    page.wait_for_selector("#start:enabled")
+    page.focus("#start")
+    page.keyboard.press("Enter")
+    state_is(page, "running")
+    unseen += tab_to(page, "#stop", "Shift+Tab")
+    page.keyboard.press("Space")
+    state_is(page, "stopped")
+    assert unseen == []
+
+
+def test_tabs_and_dialogs(look: Any) -> None:
+    page = look()
+    unseen = tab_to(page, "#project-picker")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#projects[open]")
+    page.keyboard.press("Escape")
+    page.wait_for_function("!document.querySelector('#projects').open")
+    assert page.evaluate("document.activeElement.id") == "project-picker"
+    unseen += tab_to(page, "[role=tab]")
+    for name in ("Train", "Preview", "Export"):
+        while page.evaluate("document.activeElement.textContent.trim()") != name:
+            unseen += tab_to(page, "[role=tab]")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"[role=tab][aria-selected=true] >> text={name}")
+    assert unseen == []

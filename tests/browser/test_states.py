@@ -1,0 +1,84 @@
+"""What a window looks like in its states and widths, and what it costs while nothing happens."""
+
+import json
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.browser.test_main_path import open_tab
+
+TABS = ("Dataset", "Train", "Preview", "Export")
+IDLE_SECONDS = 10
+MOST_OF_A_CORE = 0.03
+LARGEST_ANSWER = 20_000
+
+
+def test_an_idle_window_costs_next_to_nothing(look: Any, trained: Any) -> None:
+    page = look()
+    for tab in TABS:
+        open_tab(page, tab)
+    page.wait_for_function("document.querySelectorAll('#export-cards img').length")
+    sizes: list[int] = []
+    page.on("response", lambda answer: sizes.append(len(answer.body())))
+    # What opening set off has ended once a poll brought next to nothing.
+    while not sizes or sizes[-1] > LARGEST_ANSWER:
+        page.wait_for_event("response")
+    sizes.clear()
+    server = psutil.Process(trained.process.pid)
+    before = server.cpu_times()
+    page.wait_for_timeout(1000 * IDLE_SECONDS)
+    after = server.cpu_times()
+    spent = after.user + after.system - before.user - before.system
+    assert sizes, "the page did not ask"
+    assert max(sizes) < LARGEST_ANSWER
+    assert spent < MOST_OF_A_CORE * IDLE_SECONDS
+
+
+@pytest.mark.parametrize("width", [390, 1024])
+def test_narrow_windows(look: Any, width: int) -> None:
+    page = look("light", width)
+    for tab in TABS:
+        open_tab(page, tab)
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+        beyond = page.evaluate(BEYOND)
+        assert beyond == [], f"{tab} at {width}: {json.dumps(beyond)}"
+
+
+# Fields and buttons that can be seen must be so in full; what scrolls by itself (the tabs) may be wider.
+BEYOND = """() => [...document.querySelectorAll('button, input, select, textarea, h2, h3, p')]
+  .filter((one) => one.checkVisibility({ visibilityProperty: true, opacityProperty: true }))
+  .filter((one) => !one.closest('.tab-container, dialog:not([open]), .away, table, .log'))
+  .filter((one) => { const box = one.getBoundingClientRect();
+    return box.width > 1 && (box.left < -1 || box.right > window.innerWidth + 1); })
+  .map((one) => one.outerHTML.slice(0, 120))"""
+
+# A disabled button says why: in its tip, or in words that it points to.
+SILENT = """() => [...document.querySelectorAll('button:disabled')]
+  .filter((one) => one.checkVisibility({ visibilityProperty: true }))
+  .filter((one) => !one.title && !one.getAttribute('aria-describedby') && !one.closest('[title]'))
+  .map((one) => one.outerHTML.slice(0, 160))"""
+
+
+def test_a_first_visit_teaches_and_each_button_that_is_off_says_why(page: Any) -> None:
+    page.wait_for_selector("#grid-empty >> text=No pictures yet")
+    silent = {}
+    for tab in TABS:
+        open_tab(page, tab)
+        page.wait_for_timeout(300)
+        silent[tab] = page.evaluate(SILENT)
+    assert not any(silent.values()), silent
+    open_tab(page, "Train")
+    assert page.get_attribute("#run-status", "data-state") == "none"
+    assert page.is_disabled("#start")
+    assert "picture" in page.inner_text("#start-why")
+
+
+def test_after_a_run_each_button_that_is_off_says_why(look: Any) -> None:
+    page = look()
+    for tab in TABS:
+        open_tab(page, tab)
+        page.wait_for_timeout(300)
+        assert page.evaluate(SILENT) == [], tab
