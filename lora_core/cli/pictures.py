@@ -33,7 +33,7 @@ def add_verbs(verbs: Verbs) -> None:
             metavar="KIND=V,V,...",
             help=f"what they vary, {', '.join(KINDS)}; a value with a comma stands in double quotes",
         )
-    _add_picture(grid)
+    _add_picture(grid, prompt=False)
     grid.add_argument("--out", type=Path, required=True, help="the PNG file")
     grid.set_defaults(run=_grid)
     validate = verbs.add_parser("validate", help="measure an adapter on pictures that it was not trained on")
@@ -49,8 +49,8 @@ def add_verbs(verbs: Verbs) -> None:
     validate.set_defaults(run=_validate)
 
 
-def _add_picture(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--prompt", required=True)
+def _add_picture(verb: argparse.ArgumentParser, prompt: bool = True) -> None:
+    verb.add_argument("--prompt", required=prompt, default="", help="what the picture shows")
     verb.add_argument("--negative", default="")
     _add_base_and_loras(verb)
     verb.add_argument("--seed", type=int, default=0)
@@ -179,6 +179,10 @@ def _grid(options: argparse.Namespace) -> int:
         for file in axis.values if axis and axis.kind == "checkpoint" else ():
             if not Path(str(file)).is_file():
                 raise AdapterFileError(f"The adapter {file} does not exist.")
+    if not options.prompt and not any(axis and axis.kind == "prompt" for axis in (rows, columns)):
+        raise ConfigError(
+            "A grid needs --prompt, or prompts as rows or columns, as in --rows prompt=cat,dog."
+        )
     shots = grid_shots(_shot(options), rows, columns)
     _check_out(options.out)
     artist = _artist(options)
