@@ -1,8 +1,9 @@
 """What a run's bits follow from besides its settings; a resume says what has changed since the run began."""
 
+import functools
 import hashlib
+import importlib.metadata
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lora_core.spec.sections import ModelSection
 from lora_core.spec.tensor_file import read_header
 
 PACKAGES = ("lora-easel", "torch", "diffusers", "transformers")
+version = functools.cache(importlib.metadata.version)
 _SAMPLE = 64
 """Bytes that are read of each tensor."""
 _PLACES = 4096
