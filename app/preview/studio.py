@@ -47,6 +47,9 @@ class Studio:
         self._error = ""
         self._wanted_at = 0.0
         self._drawn: dict[tuple[Shot, tuple[int, ...]], Path] = {}
+        # Of the files as they were at the last wish: one that is written anew changes nothing that is shown
+        # until somebody asks again.
+        self._times: dict[str, int] = {}
         self._histories: dict[Path, History] = {}
         self._reply: Reply | None = None
         self._job: _Job | None = None
@@ -66,6 +69,7 @@ class Studio:
         """Look at a shot, with the strip at these strengths (None: as it is); what is drawn for another shot
         is dropped."""
         with self._changed:
+            self._times.clear()
             other = self._shot is None or shot.alone() != self._shot.alone()
             self._shot, self._error, self._wanted_at = shot, "", time.monotonic()
             if strip is not None:
@@ -87,6 +91,7 @@ class Studio:
     def draw_grid(self, grid: Grid) -> None:
         """Fill a grid behind what is looked at; an earlier one that is not whole is dropped."""
         with self._changed:
+            self._times.clear()
             self._grid = grid
             if self._reply is not None and self._job is not None and self._job.place == "grid":
                 self.worker.cancel(self._reply)
@@ -161,9 +166,14 @@ class Studio:
         return View("", "", 0, 0, shot, self._strip, None).strip_shots()
 
     def _picture(self, shot: Shot) -> Path | None:
-        """The picture of a shot, if it was drawn from the files as they are now and is still there."""
-        path = self._drawn.get(_key(shot))
+        """The picture of a shot, if it was drawn from the files as they were at the last wish and is still
+        there."""
+        path = self._drawn.get(self._key(shot))
         return path if path is not None and path.is_file() else None
+
+    def _key(self, shot: Shot) -> tuple[Shot, tuple[int, ...]]:
+        """A shot and the times of its files: a checkpoint that was written anew is another picture."""
+        return shot, tuple(self._times.setdefault(one.file, _time(one.file)) for one in shot.loras)
 
     def _next(self) -> _Job | None:
         """What is looked at, then the base beside it, the strip, the grid and its sheet."""
@@ -204,7 +214,7 @@ class Studio:
 
     def _draw_request(self, shot: Shot) -> dict[str, Any]:
         place = self._folder() / time.strftime("%Y-%m")
-        return {"do": "generate", **asdict(shot), "look": True, "out": str(place), "key": _key(shot)[1]}
+        return {"do": "generate", **asdict(shot), "look": True, "out": str(place), "key": self._key(shot)[1]}
 
     def _sheet_request(self, grid: Grid | None) -> dict[str, Any]:
         assert grid is not None
@@ -259,12 +269,8 @@ class Studio:
                 self._error = reply.message
 
 
-def _key(shot: Shot) -> tuple[Shot, tuple[int, ...]]:
-    """A shot and the times of its files: a checkpoint that was written anew is another picture."""
-    times = []
-    for lora in shot.loras:
-        try:
-            times.append(Path(lora.file).stat().st_mtime_ns)
-        except OSError:
-            times.append(0)
-    return shot, tuple(times)
+def _time(file: str) -> int:
+    try:
+        return Path(file).stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,6 +1,7 @@
 """The client of the warm worker, against a small program that speaks its language."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -154,6 +155,25 @@ def test_a_grid_is_filled_cell_by_cell_and_put_together(studio: Studio) -> None:
     asked = json.loads((view.grid.sheet).read_text())
     assert asked["rows"] == ["seed 1", "seed 2"]
     assert [[Path(c).is_file() for c in row] for row in asked["cells"]] == [[True] * 3] * 2
+
+
+def test_a_file_that_is_written_anew_waits_for_the_next_wish(studio: Studio, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"one")
+    wanted = Shot(prompt="a cat", loras=(LoraAt(str(file), 1.0),))
+    studio.want(wanted, ())
+    first = settled(studio).pictures
+    # An export writes the file once more; nobody asked for another picture by that.
+    file.write_bytes(b"two")
+    os.utime(file, ns=(1, 1))
+    assert (studio.view().state, studio.view().pictures) == ("idle", first)
+    studio.want(wanted)
+    assert studio.view().state == "working"
+    again = settled(studio).pictures
+    assert (again[wanted.alone()], again[wanted.acting()] == first[wanted.acting()]) == (
+        first[wanted.alone()],
+        False,
+    )
 
 
 def test_a_grid_that_fails_says_so_and_stops(studio: Studio) -> None:
