@@ -1,13 +1,14 @@
 """Pictures of each tab for the README, made from the real window: the demo is trained, looked at and
 exported.
 
-Run it as `python -m tests.browser.screenshots [WORKSPACE]`. With a workspace that holds a finished run of the
-demo the training is skipped. Writes docs/<tab>-<width>[-dark].webp, and docs/window.png while the demo
-trains.
+Run it as `python -m tests.browser.screenshots [WORKSPACE] [--all FOLDER]`. With a workspace that holds a
+finished run of the demo the training is skipped. Writes docs/<tab>-<width>[-dark].webp, and docs/window.webp
+while the demo trains; with `--all` every tab at each width in both themes into a folder, too.
 """
 
 import argparse
 import io
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -20,16 +21,14 @@ from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Window
 READY = {
     "Dataset": ".thumb.on",
     "Train": "#samples img",
-    "Preview": "#stage img",
+    "Preview": "#strength-strip figure:nth-child(5) img",
     "Export": "#export-cards img",
 }
-SHOTS = [(tab, 1440, "light") for tab in READY]
-SHOTS += [
-    ("Train", 1440, "dark"),
-    ("Preview", 1440, "dark"),
-    ("Train", 390, "light"),
-    ("Preview", 390, "dark"),
-]
+WIDTHS = (1440, 1024, 390)
+SCHEMES = ("light", "dark")
+# Those that stay in the project: each tab in both themes, and a phone. The rest is for looking at.
+KEPT = {(tab, 1440, scheme) for tab in READY for scheme in SCHEMES}
+KEPT |= {("Train", 390, "light"), ("Preview", 390, "dark")}
 PATIENCE = 180_000
 
 
@@ -45,7 +44,7 @@ def prepare(page) -> None:
         page.wait_for_selector("#run-status[data-state=running]")
         # Three rounds of samples: the base, and two with something learned.
         page.wait_for_selector("#samples .strip figure:nth-child(3)")
-        shoot(page, "window.png")
+        shoot(page, "window.webp")
     open_tab(page, "Train")
     page.wait_for_selector("#run-status[data-state=done]")
     page.click("[data-show-preview]")
@@ -56,19 +55,22 @@ def prepare(page) -> None:
         page.click("#export-download:enabled")
 
 
-def shoot(page, name: str) -> None:
-    """One picture of the whole page, in docs/."""
+def shoot(page, name: str, folder: Path = ROOT / "docs") -> None:
+    """One picture of the whole page."""
+    page.evaluate("window.scrollTo(0, 0)")
     # Pictures that are not shown are never loaded; waiting for those would be for ever.
     shown = "[...document.images].filter(one => one.offsetParent)"
     page.evaluate(f"Promise.all({shown}.map(one => one.decode().catch(() => null)))")
     image = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    options = {"quality": 88, "method": 6} if name.endswith("webp") else {"optimize": True}
-    image.convert("RGB").save(ROOT / "docs" / name, **options)
+    image.convert("RGB").save(folder / name, quality=80, method=6)
 
 
-def shoot_all(browser, address: str) -> None:
-    """Each tab, some of them dark or narrow."""
-    for tab, width, scheme in SHOTS:
+def shoot_all(browser, address: str, everything: Path | None) -> None:
+    """Each tab, wide and narrow, light and dark."""
+    for tab, width, scheme in itertools.product(READY, WIDTHS, SCHEMES):
+        kept = (tab, width, scheme) in KEPT
+        if not kept and everything is None:
+            continue
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.set_default_timeout(PATIENCE)
         page.goto(address)
@@ -83,7 +85,9 @@ def shoot_all(browser, address: str) -> None:
             name = "code => code.textContent = '~/LoRA Easel/runs/' + code.textContent.split('/runs/').pop()"
             page.locator("#export-written code").evaluate(name)
         page.wait_for_timeout(700)
-        shoot(page, f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp")
+        name = f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp"
+        for folder in ([ROOT / "docs"] if kept else []) + ([everything] if everything else []):
+            shoot(page, name, folder)
         page.close()
 
 
@@ -93,7 +97,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "workspace", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "lora-easel-screenshots"
     )
-    window = Window(parser.parse_args(arguments).workspace)
+    parser.add_argument("--all", type=Path, metavar="FOLDER", help="every tab, width and theme, to look at")
+    options = parser.parse_args(arguments)
+    if options.all:
+        options.all.mkdir(parents=True, exist_ok=True)
+    window = Window(options.workspace)
     address = window.start()
     from playwright.sync_api import sync_playwright
 
@@ -105,7 +113,7 @@ def main(arguments: list[str]) -> int:
             page.goto(address)
             page.wait_for_selector("#use-demo, [data-picture]")
             prepare(page)
-            shoot_all(browser, address)
+            shoot_all(browser, address, options.all)
     finally:
         window.stop()
     return 0
