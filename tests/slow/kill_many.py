@@ -147,8 +147,10 @@ def _killed_until_done(
         check_whole(run)
         steps = [event.step for event in run.progress().losses]
         assert steps == list(range(1, len(steps) + 1)), steps
-        if code == 0:
+        if run.status() == "done":
+            # It came to its end, or was killed after it had said so.
             return
+        assert code == KILLED
         report.kills[name] += 1
         report.inside[name] += PHASES[name].inside(run)
         kept = (run.checkpoint_steps() or [0])[-1]
