@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.app.bases import UNET, checkpoint, write_header
 
 from app.dataset.meter import counted, too_long
 from app.desk import Desk
@@ -19,6 +18,7 @@ from app.train.plan import Plan, widget_values
 from lora_core.spec.config import RunConfig
 from lora_core.spec.other_tools import Machine, Tool, found_tools
 from lora_core.spec.sizes import HEADER_A_LAYER, export_bytes
+from tests.app.bases import UNET, checkpoint, write_header
 
 
 def draft_of(desk: Desk) -> dict[str, object]:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.app.bases import write_header
 
 from app.projects.project import Project
 from app.train.form import FORM
@@ -13,6 +12,7 @@ from app.train.plan import widget_values
 from app.train.starting import take_settings
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import AdapterFileError
+from tests.app.bases import write_header
 
 DOWN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
 LAYERS = {DOWN: [8, 320], DOWN.replace("down.weight", "up.weight"): [320, 8]}

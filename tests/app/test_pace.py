@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from tests.app.bases import checkpoint
 
 from app.desk import Desk
 from app.hardware import Card, amd_card, parsed_apps, parsed_card
@@ -15,6 +14,7 @@ from lora_core.spec import events
 from lora_core.spec.base_facts import base_facts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.progress import Progress
+from tests.app.bases import checkpoint
 from tests.app.runs import make_run, started, step
 
 

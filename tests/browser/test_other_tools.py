@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.app.bases import checkpoint
 
+from tests.app.bases import checkpoint
 from tests.browser.test_main_path import drop, open_tab, state_is
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from tests.app.bases import write_header
 
 KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
