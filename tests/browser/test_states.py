@@ -9,7 +9,7 @@ import pytest
 from tests.browser.test_main_path import open_tab
 
 TABS = ("Dataset", "Train", "Preview", "Export")
-IDLE_SECONDS = 10
+IDLE_SECONDS = 7
 MOST_OF_A_CORE = 0.03
 LARGEST_ANSWER = 20_000
 
