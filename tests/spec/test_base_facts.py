@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.app.bases import UNET, WIDTHS, checkpoint, write_header
 
 from lora_core.spec.base_facts import base_facts, base_path, is_hub_id
 from lora_core.spec.errors import ModelFileError
+from tests.app.bases import UNET, WIDTHS, checkpoint, write_header
 
 MARKER = [0]
 # Names that only files of that kind have, from the published files' own headers.
