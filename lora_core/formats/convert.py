@@ -40,7 +40,10 @@ def converted(source: Path, target: Path, format: str, keep_alphas: bool = False
     if any(key.endswith("lora_mid.weight") for key in header.tensors):
         notes.append("layers of three factors (Tucker) now have two, with the same product.")
     write_adapter(formed, target, format, AS_IT_IS, family, header.metadata, keep_alphas)
-    return notes + _alpha_notes(format, len({layer.alpha for layer in weights.layers.values()}), keep_alphas)
+    alphas = {layer.alpha for layer in weights.layers.values()}
+    if 0.0 in alphas and keep_alphas and format == "kohya":
+        notes.append("some layers have an alpha of 0, which kohya's own loader reads as the rank.")
+    return notes + _alpha_notes(format, len(alphas), keep_alphas)
 
 
 def _alpha_notes(format: str, alphas: int, keep_alphas: bool) -> list[str]:

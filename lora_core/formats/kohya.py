@@ -61,7 +61,7 @@ def to_file(weights: AdapterWeights, family: Family, keep_alphas: bool = False) 
     tensors: Tensors = {}
     for (part, path), layer in weights.layers.items():
         stem = stem_of_layer(part, path, family)
-        kept = layer.alpha == common or (keep_alphas and layer.alpha != 0)
+        kept = layer.alpha == common or keep_alphas
         tensors[f"{stem}.lora_down.weight"] = layer.down
         tensors[f"{stem}.lora_up.weight"] = layer.up if kept else _up_for_alpha(layer, common)
         alpha = layer.alpha if kept else common

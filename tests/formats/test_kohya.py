@@ -60,10 +60,17 @@ def test_keep_alphas_is_bit_for_bit(family):
     assert same_bits(kohya.from_file(kohya.to_file(weights, family, keep_alphas=True), {}), weights)
 
 
-@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("alphas", [(0.0, 2.0, 2.0, 2.0, 2.0), (0.0,) * 5])
-def test_alpha_zero_is_never_written_since_kohya_reads_it_as_rank(family, keep, alphas):
-    tensors = kohya.to_file(adapter(alphas), family, keep_alphas=keep)
+def test_alpha_zero_is_kept_bit_for_bit_on_request(family, alphas):
+    weights = adapter(alphas)
+    tensors = kohya.to_file(weights, family, keep_alphas=True)
+    assert float(tensors[f"{STEM}.alpha"]) == 0
+    assert same_bits(kohya.from_file(tensors, {}), weights)
+
+
+@pytest.mark.parametrize("alphas", [(0.0, 2.0, 2.0, 2.0, 2.0), (0.0,) * 5])
+def test_alpha_zero_is_not_written_otherwise_since_kohya_reads_it_as_rank(family, alphas):
+    tensors = kohya.to_file(adapter(alphas), family)
     assert float(tensors[f"{STEM}.alpha"]) != 0
     assert not tensors[f"{STEM}.lora_up.weight"].any()
 
