@@ -9,7 +9,6 @@ import base64
 import binascii
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import threading
@@ -19,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from lora_core.spec.processes import detached, log_tail
 
 CANCELLED = "Cancelled."
 LOOK_AROUND_EVERY = 5.0
@@ -241,29 +242,10 @@ def _close_pipes(process: subprocess.Popen[bytes]) -> None:
                 pipe.close()
 
 
-def detached() -> dict[str, Any]:
-    """Options of Popen that make a child outlive the terminal and the window."""
-    if os.name == "nt":
-        new_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
-        return {"creationflags": new_group | getattr(subprocess, "CREATE_NO_WINDOW", 0)}
-    return {"start_new_session": True}
-
-
 def last_line(path: Path) -> str:
     """The last line of a log that says something, or ""."""
     lines = log_tail(path, 40)
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def log_tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log, read from its end so that its size does not matter."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 200 * lines))
-            return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
-    except OSError:
-        return []
 
 
 class GivesWay:

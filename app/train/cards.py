@@ -8,8 +8,8 @@ from app.train.charts import gain_chart, loss_chart
 from app.train.checks import in_words
 from app.train.pace import seconds_left
 from app.words import UNKNOWN, clock, file_size, pace, safe, state_chip, tile
-from app.worker import log_tail
 from lora_core.spec.choices import PRECISIONS
+from lora_core.spec.processes import log_tail
 
 ASKS = ("preview", "save", "pause", "stop")
 TWINS = {"preview": "sample-now", "save": "save-now", "pause": "train-pause", "stop": "train-stop"}
