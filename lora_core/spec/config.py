@@ -1,6 +1,6 @@
 """A whole run's settings: reading them from TOML and the command line, checking them, writing them out.
 
-The settings themselves are declared in `spec/sections.py`.
+The settings themselves are declared in `spec/sections.py` and `spec/between.py`.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 import tomli_w
 
 from lora_core.spec import choices
+from lora_core.spec.between import PreviewSection, SaveSection, ValidationSection
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.sections import (
     AdapterSection,
@@ -25,10 +26,7 @@ from lora_core.spec.sections import (
     LossSection,
     ModelSection,
     OptimSection,
-    PreviewSection,
-    SaveSection,
     TrainSection,
-    ValidationSection,
 )
 from lora_core.spec.setting import setting
 

@@ -74,13 +74,32 @@ class StepDone(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Validated(Event):
-    """Gain on held-out pictures: base loss minus adapted loss, mean over triples, with its standard error."""
+    """Gain on held-out pictures: base loss minus adapted loss, mean over triples, with its standard error.
+
+    Attributes:
+        best: whether this is now the best step, by the rule of `validation/choose.py`.
+        against_best, against_best_error: the gain less that of the best step before, paired; NaN at the
+            first.
+        train_gain, gauge, gauge_error: the gain on training pictures; how much more that is than `gain`, the
+            memorisation gauge, with its error. NaN where it was not measured.
+        prior, prior_error: the gain on what should not change, pictures of the base's own: below 0 it is
+            being forgotten. NaN where it was not measured.
+        bands: the gain by noise level, {from, to, gain, standard_error}, timesteps in [from, to).
+    """
 
     gain: float
     standard_error: float
     base_loss: float
     adapted_loss: float
     best: bool
+    against_best: float = math.nan
+    against_best_error: float = math.nan
+    train_gain: float = math.nan
+    gauge: float = math.nan
+    gauge_error: float = math.nan
+    prior: float = math.nan
+    prior_error: float = math.nan
+    bands: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +133,13 @@ class Paused(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped(Event):
-    """The run ended early on request, its work kept; `export` is the file, below the run folder."""
+    """The run ended early, its work kept: on request, or for `reason`, as when nothing was gained any more.
+
+    `export` is the file, below the run folder.
+    """
 
     export: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

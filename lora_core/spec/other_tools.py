@@ -1,8 +1,7 @@
 """Other picture tools on this computer: where their bases lie, and where they look for LoRAs.
 
 A tool is known by files that only it has, and looked for where people put such tools: below the home folder,
-at
-the top of each drive, and where managers of tools say. Never deeper: a search of the whole disk would take
+at the top of each drive, and where managers of tools say. Never deeper: a search of the whole disk would take
 minutes and wake up drives, and a person can always add a folder by hand.
 """
 

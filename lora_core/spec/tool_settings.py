@@ -1,8 +1,7 @@
 """How each other tool is told by its files, and what its own settings say of its model folders.
 
 Only the few lines that name folders are read, with no YAML library: a file that is written in another way
-than
-the tools' own examples says less, and the usual folders stay.
+than the tools' own examples says less, and the usual folders stay.
 """
 
 import json

@@ -8,7 +8,7 @@ import torch
 
 from lora_core.adapters.inject import Injected
 from lora_core.sampling.generate import Picture, generated, infotext, save_png
-from lora_core.spec.sections import PreviewSection
+from lora_core.spec.between import PreviewSection
 from lora_core.training.prepare import Session
 from lora_core.validation.gain import Gain, paired_gain, triple_losses
 
