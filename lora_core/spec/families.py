@@ -70,6 +70,7 @@ class Family:
         text.
         settings: what a run on such a base takes in place of the general defaults, dotted name to value.
         portable: whether files for this family are of use with bases that other tools have.
+        prior_prompts: plain things that the base draws well; what it loses on them is measured as forgetting.
     """
 
     name: str
@@ -91,6 +92,12 @@ class Family:
     zero_negative: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     portable: bool = True
+    prior_prompts: tuple[str, ...] = (
+        "a photo of a dog in a park",
+        "a portrait of a woman",
+        "a house by a lake",
+        "a bowl of fruit on a table",
+    )
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -146,6 +153,12 @@ FAMILIES: dict[str, Family] = {
         subject_blocks=r"(?:down_blocks\.2|mid_block|up_blocks\.0)\..*",
         style_blocks=r"(?:down_blocks\.[01]|up_blocks\.[12])\..*",
         portable=False,
+        prior_prompts=(
+            "dog, noto style, on a white background",
+            "car, noto style, on a sky blue background",
+            "apple, noto style, on a white background",
+            "house, noto style, on a grey background",
+        ),
     ),
     "sd15": Family(
         name="sd15",

@@ -20,6 +20,7 @@ class Progress:
     phase_total: int = 0
     ending: str = ""
     reason: str = ""
+    stopped_early: bool = False
     export: str = ""
     best_step: int | None = None
     losses: list[events.StepDone] = field(default_factory=list)
@@ -62,7 +63,8 @@ class Progress:
             case events.Paused():
                 self.ending, self.reason = "paused", event.reason
             case events.Stopped():
-                self.ending, self.export = "stopped", event.export
+                self.ending, self.export, self.reason = "stopped", event.export, event.reason
+                self.stopped_early = self.stopped_early or bool(event.reason)
             case events.Finished():
                 self.ending, self.export = "done", event.export
             case events.Failed():

@@ -1,4 +1,4 @@
-"""What happens between steps with the adapter as it stands: validation on held-out pictures, and samples."""
+"""What happens between steps with the adapter as it stands: samples, and what a measurement needs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,28 +10,9 @@ from lora_core.adapters.inject import Injected
 from lora_core.sampling.generate import Picture, generated, infotext, save_png
 from lora_core.spec.between import PreviewSection
 from lora_core.training.prepare import Session
-from lora_core.validation.gain import Gain, paired_gain, triple_losses
 
 Note = Callable[[int, int], None]
 """Called with (done, all); what it raises ends the work."""
-
-
-class HeldOut:
-    """Gain on the held-out pictures; the base's losses on them are measured once."""
-
-    def __init__(self) -> None:
-        """Nothing is measured yet."""
-        self._base_losses: torch.Tensor | None = None
-
-    def gain(self, session: Session, note: Note) -> Gain:
-        """The gain of the adapter as it stands, on the same triples each time."""
-        injected = session.trainee.injected
-        measured = (session.trainee.base, session.held_out, session.text.condition, note)
-        with _evaluating(session):
-            if self._base_losses is None:
-                with _at_strength(injected, 0.0):
-                    self._base_losses = triple_losses(*measured)
-            return paired_gain(self._base_losses, triple_losses(*measured))
 
 
 def drawn_samples(session: Session, section: PreviewSection, stem: Path, name: str, note: Note) -> list[Path]:
@@ -49,7 +30,7 @@ def drawn_samples(session: Session, section: PreviewSection, stem: Path, name: s
     used = [(name, 1.0)] if name else []
     files = []
     injected = session.trainee.injected
-    with _evaluating(session), torch.no_grad(), _at_strength(injected, 1.0 if name else 0.0):
+    with evaluating(session), torch.no_grad(), at_strength(injected, 1.0 if name else 0.0):
         negative = session.text.negative()
         for number, prompt in enumerate(session.prompts):
             image = generated(base, how, session.text.condition(prompt), negative, note)
@@ -60,7 +41,7 @@ def drawn_samples(session: Session, section: PreviewSection, stem: Path, name: s
 
 
 @contextmanager
-def _at_strength(injected: Injected, strength: float) -> Iterator[None]:
+def at_strength(injected: Injected, strength: float) -> Iterator[None]:
     """The adapter at `strength` while the context is open, at 1 afterwards."""
     injected.set_strength(strength)
     try:
@@ -70,7 +51,7 @@ def _at_strength(injected: Injected, strength: float) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(session: Session) -> Iterator[None]:
+def evaluating(session: Session) -> Iterator[None]:
     """Dropout off in the adapted parts, and the average in the adapter's place, while the context is open."""
     modules = session.trainee.base.modules.values()
     average = session.trainee.average

@@ -49,8 +49,8 @@ class LatentCache:
         """
         key = (record.path, bucket, flip)
         if key not in self._memory:
-            name = _digest(content_hash(record.path), self._vae, bucket.width, bucket.height, flip)
-            self._memory[key] = _from_disk_or(
+            name = digest_of(content_hash(record.path), self._vae, bucket.width, bucket.height, flip)
+            self._memory[key] = from_disk_or(
                 self._folder / f"{name}.safetensors",
                 lambda: {"value": encoded_picture(self._base, picture_pixels(record, bucket, flip))},
             )["value"]
@@ -89,7 +89,7 @@ class TextSource:
 
     def _cached(self, caption: str) -> TextCondition:
         if caption not in self._memory:
-            found = _from_disk_or(
+            found = from_disk_or(
                 self._folder / f"{self._key(caption)}.safetensors", lambda: self._encoded(caption)
             )
             self._memory[caption] = TextCondition(found["value"], found.get("pooled"))
@@ -101,7 +101,7 @@ class TextSource:
         encoders = self._base.family.text_encoders
         tokenizers = (self._base.tokenizers[encoder.part] for encoder in encoders)
         ids = [token_chunks(tokenizer, caption, tokens // CHUNK).tolist() for tokenizer in tokenizers]
-        return _digest(self._encoders, encoders, ids, clip_skip, self._base.dtype)
+        return digest_of(self._encoders, encoders, ids, clip_skip, self._base.dtype)
 
     def _encoded(self, caption: str) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -110,7 +110,13 @@ class TextSource:
         return {"value": found.context.cpu(), **pooled}
 
 
-def _from_disk_or(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def from_disk_or(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The tensors of a cache file, which is made where it is not there or not whole.
+
+    Args:
+        path: the file.
+        make: gives the tensors, one of them named "value".
+    """
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
@@ -136,5 +142,6 @@ def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _digest(*values: object) -> str:
+def digest_of(*values: object) -> str:
+    """A short text that differs where any of the values does, as a name for what follows from them."""
     return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()[:32]

@@ -58,6 +58,7 @@ class Conductor:
         self._notes = Notes(emit, self.requests.check)
         self._health = Health()
         self._pace = Pace()
+        self._enough = ""
 
     def conduct(self, accept_changes: bool) -> Outcome:
         """Prepare, train, and end as asked."""
@@ -80,7 +81,9 @@ class Conductor:
             self._warn(note)
         self._keeper = Keeper(self._run, self._config, session.trainee, self._emit)
         self._ladder = Ladder(session.trainee, self._config, self._plan.rungs)
-        self._duties = Duties(self._run, self._config, session, self._keeper, self._emit, self._notes)
+        self._duties = Duties(
+            self._run, self._config, session, self._keeper, self._notes, self._plan.validate_every
+        )
         try:
             self._take_up(session, accept_changes)
             return self._drive(session)
@@ -98,12 +101,10 @@ class Conductor:
         self._ladder.reach(self.step)
         if self._before.started:
             self._emit(events.Resumed(step=self.step, steps=self._goal))
-        validations = [event for event in self._before.validations if event.step <= self.step]
-        for event in validations:
-            if event.best and event.gain > self._duties.best.get("gain", float("-inf")):
-                self._duties.best = {"step": event.step, "gain": event.gain}
+        validated = {event.step for event in self._duties.validations}
         sampled = {event.step for event in self._before.previews}
-        self._duties.make_up(self.step, self._last, {event.step for event in validations}, sampled)
+        self._duties.make_up(self.step, self._last, validated, sampled)
+        self._look_whether_enough()
 
     def _try_memory(self, session: Session) -> None:
         self._notes.preparing("Trying the heaviest step", 0, 1)
@@ -117,23 +118,32 @@ class Conductor:
 
     def _stand_at(self, state: TrainState, health: Health) -> None:
         self.step, self._health = state.step, health
-        self._duties.best = dict(state.best)
+        self._duties.stand_at(state, self._duties.validations or self._before.validations)
 
     @property
     def _last(self) -> bool:
         return self.step == self._goal
 
+    @property
+    def _ending(self) -> bool:
+        return self._last or bool(self._enough)
+
     def _drive(self, session: Session) -> Outcome:
         """Step until the goal; each round is one stretch without a return or a lack of memory."""
-        while not self._last:
+        while not self._ending:
             plan = StepPlan.of(self._config, self._goal, self._health.rate)
             steps = training_steps(session.trainee, session.batches, session.text, plan, self.step)
-            while not self._last and (step := self._next(session, steps)) is not None:
+            while not self._ending and (step := self._next(session, steps)) is not None:
                 if not self._took(session, step):
                     break
+        if not self._last and self.step not in self._run.checkpoint_steps():
+            self._duties.save(self.step, self._last, set(), self._health)
         export = self._duties.export(self.step)
-        self._emit(events.Finished(step=self.step, export=self._below(export)))
-        return Outcome("done", export)
+        if self._last:
+            self._emit(events.Finished(step=self.step, export=self._below(export)))
+            return Outcome("done", export)
+        self._emit(events.Stopped(step=self.step, export=self._below(export), reason=self._enough))
+        return Outcome("stopped", export)
 
     def _next(self, session: Session, steps: Iterator[Step]) -> Step | None:
         """The next step, or None where it did not fit into memory and the steps have to begin anew."""
@@ -175,12 +185,25 @@ class Conductor:
         times = self._pace.slowdown(step.seconds)
         if times is not None:
             self._warn(slow_words(step.number, step.seconds, times, session.trainee.base.device.type))
-        if self._duties.do(self.step, self._last, asked, self._health):
+        if self._duties.do(self.step, self._last, asked, self._health, self._pace.usual):
             self._pace.excuse()
+        self._keep_rhythm()
         self._ladder.reach(self.step)
-        if not self._last:
+        self._look_whether_enough()
+        if not self._ending:
             self.requests.check()
         return True
+
+    def _look_whether_enough(self) -> None:
+        """Whether the run ends here by itself; not if it did before and a person wanted more."""
+        if not self._before.stopped_early:
+            self._enough = self._duties.enough(self.step)
+
+    def _keep_rhythm(self) -> None:
+        """Write down how often validations are done, once that is known."""
+        if self._duties.every != self._plan.validate_every:
+            self._plan = replace(self._plan, validate_every=self._duties.every)
+            self._plan.write(self._run)
 
     def _go_back(self, why: str) -> None:
         """Return to the last good state with half the learning rates.

@@ -6,7 +6,7 @@ out with a word, and training goes on.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_core.adapters.inject import adapter_weights
@@ -14,13 +14,15 @@ from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.room import preview_bytes, require_room
 from lora_core.spec.run_folder import RunFolder
-from lora_core.training.between import HeldOut, drawn_samples, due
+from lora_core.training.between import drawn_samples, due
 from lora_core.training.checkpoint import TrainState, amend_record
-from lora_core.training.export import newest_sample, run_header, write_export
+from lora_core.training.export import exported_checkpoint, newest_sample, run_header, write_export
 from lora_core.training.guards import Health
+from lora_core.training.judge import Best, Judge
 from lora_core.training.keeping import Keeper
 from lora_core.training.memory import free_memory, out_of_memory
 from lora_core.training.prepare import Session
+from lora_core.validation.choose import reason_to_stop, worse
 
 EXPORT_PRECISION = "fp16"
 SECONDS_BETWEEN_NOTES = 0.5
@@ -32,7 +34,7 @@ class Notes:
 
     def __init__(self, emit: Callable[[events.Event], None], check: Callable[[], None]) -> None:
         """`check` is called each time, and may end the work by what it raises."""
-        self._emit = emit
+        self.emit = emit
         self._check = check
         self._noted = 0.0
 
@@ -40,7 +42,7 @@ class Notes:
         """Of work before the first step; its beginning and end are always said."""
         if done in (0, total) or self._due():
             self._noted = time.monotonic()
-            self._emit(events.Preparing(phase=phase, done=done, total=total))
+            self.emit(events.Preparing(phase=phase, done=done, total=total))
         self._check()
 
     def working(self, step: int, phase: str) -> Callable[[int, int], None]:
@@ -49,7 +51,7 @@ class Notes:
         def note(done: int, total: int) -> None:
             if self._due():
                 self._noted = time.monotonic()
-                self._emit(events.Working(step=step, phase=phase, done=done, total=total))
+                self.emit(events.Working(step=step, phase=phase, done=done, total=total))
             self._check()
 
         return note
@@ -67,25 +69,33 @@ class Duties:
         config: RunConfig,
         session: Session,
         keeper: Keeper,
-        emit: Callable[[events.Event], None],
         notes: Notes,
+        every: int,
     ) -> None:
-        """Nothing is measured yet."""
-        self.best: dict[str, float] = {}
+        """Nothing is measured yet.
+
+        Args:
+            run, config, session: the run.
+            keeper: of its checkpoints.
+            notes: where events go.
+            every: steps between two validations as `Plan.validate_every` has it, 0 where that is not known.
+        """
+        self.validations: list[events.Validated] = []
+        self.judge = Judge(session)
+        self.every = every
         self._run = run
         self._config = config
         self._session = session
         self._keeper = keeper
-        self._emit = emit
+        self._emit = notes.emit
         self._notes = notes
-        self._held_out = HeldOut()
         self._started_at = run.config_file.stat().st_mtime
 
     def saves(self, step: int, last: bool, asked: bool) -> bool:
         """Whether a checkpoint is written after `step`."""
         return step > 0 and (last or asked or due(step, self._config.save.every, last))
 
-    def do(self, step: int, last: bool, asked: set[str], health: Health) -> bool:
+    def do(self, step: int, last: bool, asked: set[str], health: Health, pace: float) -> bool:
         """What is due after a step, in the order validation, checkpoint, samples; whether anything was.
 
         Args:
@@ -93,13 +103,16 @@ class Duties:
             last: whether it was the last.
             asked: "save" and "preview" as people asked for them.
             health: of the run, for the checkpoint.
+            pace: usual seconds of a step.
         """
-        config = self._config
-        validates = step > 0 and bool(self._session.held_out) and due(step, config.validation.every, last)
+        validates = self._validates(step, last)
         saves = self.saves(step, last, "save" in asked)
-        samples = "preview" in asked or due(step, config.preview.every, last)
+        samples = "preview" in asked or due(step, self._config.preview.every, last)
         if validates:
             self._aside(step, "The validation was", self._validate)
+            self._keep_to_budget(step, pace)
+            # The best step is worth keeping, whether or not a checkpoint is due.
+            saves = saves or (self._config.save.keep_best and self._is_best(step) and self._keeper.finite())
         if saves:
             self.save(step, last, asked, health)
         if samples:
@@ -113,26 +126,54 @@ class Duties:
             step, last: as of `do`.
             validated, sampled: steps after which that was done.
         """
-        config = self._config
-        validates = step > 0 and bool(self._session.held_out) and due(step, config.validation.every, last)
-        if validates and step not in validated:
-            self._aside(step, "The validation was", self._validate)
-            # The checkpoint was written without it.
-            amend_record(self._run.checkpoint(step), {"best": self.best})
-        if due(step, config.preview.every, last) and step not in sampled:
+        if self._validates(step, last) and step not in validated:
+            self._aside(step, "The validation was", self._validate_late)
+        if due(step, self._config.preview.every, last) and step not in sampled:
             self._aside(step, "The samples were", self._preview)
+
+    def enough(self, step: int) -> str:
+        """Why the run should end after `step`, for its validations, or ""."""
+        if not self.validations or self.validations[-1].step != step:
+            return ""
+        return reason_to_stop(self.validations, self._config.validation.patience)
+
+    def stand_at(self, state: TrainState, before: Sequence[events.Validated]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: of it.
+            before: the validations of the run; those after the checkpoint no longer count.
+        """
+        self.judge.best = Best.from_record(state.best)
+        self.validations = [event for event in before if event.step <= state.step]
 
     def save(self, step: int, last: bool, asked: set[str], health: Health) -> None:
         """Write a checkpoint; arguments as of `do`."""
         planned = due(step, self._config.save.every, last) and health.calm
         state = TrainState(
-            step, {}, best=dict(self.best), health=health.record(), planned=planned, marked="save" in asked
+            step,
+            {},
+            best=self.judge.best.record(),
+            health=health.record(),
+            planned=planned,
+            marked="save" in asked,
         )
         path = self._keeper.save(state, self._header(step))
         self._emit(events.CheckpointDone(step=step, path=self._below(path)))
 
     def export(self, step: int) -> Path:
-        """Write the file for other tools: the average of the adapter, where one is kept."""
+        """Write the file for other tools.
+
+        It has the best checkpoint where the validation of this very step speaks against the last; else what
+        is trained, or its average, where one is kept.
+        """
+        last = self.validations[-1] if self.validations else None
+        best = self.judge.best.step
+        spoiled = last is not None and last.step == step and worse(last.against_best, last.against_best_error)
+        if last is not None and spoiled and best in self._run.checkpoint_steps():
+            self._emit(events.Warned(step=step, message=_of_the_best(best, last)))
+            made = exported_checkpoint(self._run, str(best), self._run.name, ("kohya", EXPORT_PRECISION))
+            return Path(made["file"])
         path = self._run.exports / f"{self._run.name}.safetensors"
         trainee = self._session.trainee
         weights = trainee.average.weights() if trainee.average else adapter_weights(trainee.injected)
@@ -141,6 +182,13 @@ class Duties:
         how = ("kohya", EXPORT_PRECISION)
         picture = newest_sample(self._run, step)
         return write_export(weights, path, how, trainee.base.family, self._header(step), picture)
+
+    def _validates(self, step: int, last: bool) -> bool:
+        every = self.every or self._config.validation.every
+        return step > 0 and bool(self._session.held_out) and due(step, every, last)
+
+    def _is_best(self, step: int) -> bool:
+        return self.judge.best.step == step
 
     def _aside(self, step: int, what: str, work: Callable[[int], None]) -> None:
         try:
@@ -155,11 +203,37 @@ class Duties:
         self._emit(events.Warned(step=step, message=message))
 
     def _validate(self, step: int) -> None:
-        gain = self._held_out.gain(self._session, self._notes.working(step, "Validating"))
-        best = math.isfinite(gain.gain) and (not self.best or gain.gain > self.best["gain"])
-        if best:
-            self.best = {"step": step, "gain": gain.gain}
-        self._emit(events.Validated(step=step, best=best, **vars(gain)))
+        event = self.judge.validated(step, self._notes.working(step, "Validating"))
+        self.validations.append(event)
+        self._emit(event)
+
+    def _validate_late(self, step: int) -> None:
+        """Of a step whose checkpoint is written already: that is told first, so that a kill in between is
+        made up for again."""
+        event = self.judge.validated(step, self._notes.working(step, "Validating"))
+        amend_record(self._run.checkpoint(step), {"best": self.judge.best.record()})
+        self.validations.append(event)
+        self._emit(event)
+
+    def _keep_to_budget(self, step: int, pace: float) -> None:
+        """After the first validation: how many steps have to lie between two of them."""
+        section = self._config.validation
+        if self.every or not self.validations:
+            return
+        self.every = section.every
+        share = section.budget * section.every * pace
+        if share > 0 and self.judge.seconds > share:
+            self.every = section.every * math.ceil(self.judge.seconds / share)
+            self._emit(
+                events.Warned(
+                    step=step,
+                    message=(
+                        f"A validation takes {self.judge.seconds:.1f} s, so it is done every"
+                        f" {self.every:,} steps rather than every {section.every:,}: that keeps it to"
+                        f" {section.budget:.0%} of the time (validation.budget)."
+                    ),
+                )
+            )
 
     def _preview(self, step: int) -> None:
         require_room(self._run.path, preview_bytes(self._config), f"The samples of step {step}")
@@ -176,3 +250,11 @@ class Duties:
 
     def _below(self, path: Path) -> str:
         return path.relative_to(self._run.path).as_posix()
+
+
+def _of_the_best(best: int, last: events.Validated) -> str:
+    return (
+        f"The file is that of step {best:,}, the best one: on held-out pictures the last step is"
+        f" {-last.against_best:.4f} worse (standard error {last.against_best_error:.4f}). Export can still"
+        " write the last."
+    )

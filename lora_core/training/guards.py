@@ -5,6 +5,7 @@ so that a resumed run decides as an unbroken one would have.
 """
 
 import math
+import statistics
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -94,6 +95,11 @@ class Pace:
         self._slow = 0
         self._told = False
         self._excused = True
+
+    @property
+    def usual(self) -> float:
+        """Median seconds of a step, NaN before the first that counts."""
+        return statistics.median(self._usual) if self._usual else math.nan
 
     def excuse(self) -> None:
         """The next step may take its time: something else was done before it."""

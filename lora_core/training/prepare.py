@@ -1,15 +1,14 @@
 """Everything before the first step: the base opened, pictures read and encoded, the adapter injected."""
 
 import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
-from lora_core.dataset.captions import CaptionRules, drawn_caption, with_trigger
+from lora_core.dataset.captions import CaptionRules, with_trigger
 from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
-from lora_core.dataset.pictures import content_hash
 from lora_core.dataset.split import held_out
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.load import BaseModel, load_base
@@ -17,19 +16,21 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.batches import Batches, Item, Looks, items_of, looks_in_all
-from lora_core.training.cache import LatentCache, TextSource
+from lora_core.training.cache import LatentCache, TextSource, digest_of
 from lora_core.training.ema import Average
 from lora_core.training.inputs import base_inputs, check_inputs, start_input
 from lora_core.training.loop import Trainee
+from lora_core.training.measuring import Groups, groups_of, plain_caption
+from lora_core.training.prior import Prior
 from lora_core.training.trainee import (
     adapter_plan,
     injected_adapter,
     optimizer_of,
     ready_for_training,
     start_file,
+    thinner_of,
 )
 from lora_core.validation.gain import Measured
-from lora_core.validation.triples import looks_at
 
 Say = Callable[[str, int, int], None]
 """Called with (phase, done, all) as the preparation goes on; what it raises ends it."""
@@ -47,6 +48,8 @@ class Plan:
         rungs: what was done to take less memory, and after how many steps; see `memory.LADDER`.
         tried: whether the heaviest step was tried before the first one.
         peak: bytes that it took, 0 where the device does not tell.
+        validate_every: steps between two validations as their share of the time allows it, 0 where that is
+            not known yet.
     """
 
     precision: str
@@ -55,6 +58,7 @@ class Plan:
     rungs: list[tuple[str, int]] = field(default_factory=list)
     tried: bool = False
     peak: int = 0
+    validate_every: int = 0
 
     @classmethod
     def of(cls, run: RunFolder, config: RunConfig) -> "Plan":
@@ -84,7 +88,7 @@ class Session:
         trainee: base, adapter, optimizer, scaler.
         batches: all micro-batches by number.
         text: conditions of captions.
-        held_out: pictures to validate on.
+        measured: pictures to validate on.
         train_items: pictures to train on.
         prompts: of the samples.
         notes: what a person should know before it starts, a sentence each.
@@ -93,10 +97,15 @@ class Session:
     trainee: Trainee
     batches: Batches
     text: TextSource
-    held_out: list[Measured]
+    measured: Groups
     train_items: list[Item]
     prompts: list[str]
     notes: list[str]
+
+    @property
+    def held_out(self) -> list[Measured]:
+        """The pictures that the gain is measured on."""
+        return self.measured.held_out
 
 
 def prepared(
@@ -118,7 +127,10 @@ def prepared(
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
     model = config.model
-    base = load_base(model.base, device, dtype_of(plan.precision, device), model.prediction, model.vae)
+    aside = workspace / "cache"
+    thin = thinner_of(config.train, plan.rungs, device, aside)
+    dtype = dtype_of(plan.precision, device)
+    base = load_base(model.base, device, dtype, model.prediction, model.vae, thin)
     layout = adapter_plan(base, config)
     latents = LatentCache(base, workspace / "cache" / "latents")
     text = TextSource(
@@ -133,11 +145,13 @@ def prepared(
     rules = caption_rules(config)
     _encode_pictures(latents, items, held_items, config.dataset.flip, say)
     prompts = sample_prompts(config, held or train)
+    prior = _prior(base, text, workspace / "cache" / "prior", config, more)
     if not layout.encoders_trained:
-        _encode_texts(text, train, held, rules, [*prompts, ""], say)
+        _encode_texts(text, train, held, rules, [*prompts, *(prior.prompts if prior else []), ""], say)
         if not any(varies(record.caption, rules) for record in train):
             text.release()
-    measured = [_measured(item, latents, config, base) for item in held_items]
+    measured = groups_of(items, held_items, latents, config, base)
+    measured.prior = prior
     injected, notes = injected_adapter(base, layout, config.seed)
     ready_for_training(base, config.train.checkpointing)
     trainee = Trainee(
@@ -146,10 +160,11 @@ def prepared(
         optimizer_of(injected, layout, base, config.optim),
         torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16),
         Average(injected, config.save.ema) if config.save.ema else None,
+        aside=aside,
     )
     looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
-    return Session(trainee, batches, text, measured, items, prompts, [*layout.notes, *notes])
+    return Session(trainee, batches, text, measured, items, prompts, [*layout.notes, *notes, *measured.notes])
 
 
 def caption_rules(config: RunConfig) -> CaptionRules:
@@ -163,11 +178,6 @@ def caption_rules(config: RunConfig) -> CaptionRules:
 def varies(caption: str, rules: CaptionRules) -> bool:
     """Whether a caption reads differently from look to look, other than by being left out."""
     return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
-
-
-def plain_caption(caption: str, trigger: str) -> str:
-    """One caption with nothing left to chance: the first alternative, the trigger in it, nothing dropped."""
-    return drawn_caption(caption, CaptionRules(trigger, 0.0, 0.0, False, 0), random.Random(0))
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
@@ -198,10 +208,8 @@ def _encode_texts(
         text.condition(caption)
 
 
-def _measured(item: Item, cache: LatentCache, config: RunConfig, base: BaseModel) -> Measured:
-    latents = cache.latents(item.record, item.bucket, False)
-    looks = looks_at(
-        content_hash(item.record.path), latents, config.validation.triples, config.seed, base.noise.timesteps
-    )
-    caption = plain_caption(item.record.caption, config.dataset.trigger)
-    return Measured(latents, looks, caption, item.sizes)
+def _prior(
+    base: BaseModel, text: TextSource, folder: Path, config: RunConfig, inputs: dict[str, str]
+) -> Prior | None:
+    wanted = config.validation.prior and config.validation.every and config.validation.pictures
+    return Prior(base, text, folder, digest_of(sorted(inputs.items())), config) if wanted else None

@@ -16,7 +16,8 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.presets import starting_settings
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training import loss
-from lora_core.training.between import HeldOut, drawn_samples
+from lora_core.training.between import drawn_samples
+from lora_core.training.judge import Judge
 from lora_core.training.cache import TextSource
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, prepared
@@ -150,11 +151,13 @@ def test_validation_and_samples(tmp_path, config, rates):
     session = _session(tmp_path, config)
     base = session.trainee.base
     base.facts = dataclasses.replace(base.facts, resolution=64)
-    held_out = HeldOut()
-    assert held_out.gain(session, lambda *_: None).gain == 0.0
+    judge = Judge(session)
+    first = judge.validated(1, lambda *_: None)
+    assert (first.gain, first.train_gain, first.gauge, first.prior) == (0.0, 0.0, 0.0, 0.0)
     list(_steps(session, config, 2))
-    gain = held_out.gain(session, lambda *_: None)
-    assert gain.gain != 0.0
+    gain = judge.validated(2, lambda *_: None)
+    assert 0.0 not in (gain.gain, gain.train_gain, gain.prior)
+    assert gain.against_best == pytest.approx(gain.gain)
     assert gain.base_loss == pytest.approx(gain.adapted_loss + gain.gain)
     (file,) = drawn_samples(session, config.preview, tmp_path / "sample", "x", lambda *_: None)
     with Image.open(file) as image:

@@ -1,0 +1,117 @@
+"""The validation of a run: the adapter as it stands, measured on the same fixed triples each time.
+
+Three groups of pictures answer three questions. Held-out ones: does it gain? Training ones: how much of that
+is learned by heart? The base's own: what is forgotten? The base's losses on them are measured once.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_core.spec import events
+from lora_core.training.between import at_strength, evaluating
+from lora_core.training.prepare import Session
+from lora_core.validation.choose import better, difference
+from lora_core.validation.gain import Measured, clustered_error, paired_gain, timestep_bands, triple_losses
+
+Note = Callable[[int, int], None]
+"""Called with (done, all); what it raises ends the work."""
+
+
+@dataclass
+class Best:
+    """The best step so far: its gain, and its losses on the held-out triples, (pictures, K)."""
+
+    step: int = 0
+    gain: float = math.nan
+    losses: torch.Tensor | None = None
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Best":
+        """As a checkpoint keeps it."""
+        if not record:
+            return cls()
+        losses = record.get("losses")
+        found = torch.tensor(losses, dtype=torch.float64) if losses else None
+        return cls(int(record["step"]), float(record["gain"]), found)
+
+    def record(self) -> dict[str, Any]:
+        """For a checkpoint; empty where nothing was measured yet."""
+        if not self.step:
+            return {}
+        losses = [] if self.losses is None else self.losses.tolist()
+        return {"step": self.step, "gain": self.gain, "losses": losses}
+
+
+@dataclass
+class Judge:
+    """Measures one run's adapter.
+
+    Attributes:
+        session: the run.
+        best: the best step so far, which `validated` keeps.
+        seconds: that the last measurement of the adapter took, those of the base not counted.
+    """
+
+    session: Session
+    best: Best = field(default_factory=Best)
+    seconds: float = 0.0
+    _base_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def validated(self, step: int, note: Note) -> events.Validated:
+        """Measure the adapter; if it is the best so far, `best` is this step afterwards.
+
+        Args:
+            step: optimizer steps done.
+            note: called as pictures are done.
+        """
+        with evaluating(self.session):
+            with at_strength(self.session.trainee.injected, 0.0):
+                groups = self.session.measured.by_name(note)
+                for name, pictures in groups.items():
+                    if name not in self._base_losses:
+                        self._base_losses[name] = self._losses(pictures, note)
+            began = time.monotonic()
+            adapted = {name: self._losses(pictures, note) for name, pictures in groups.items()}
+            self.seconds = time.monotonic() - began
+        return self._event(step, groups["held out"], adapted)
+
+    def _is_best(self, step: int, gain: float, against: float, error: float) -> bool:
+        if self.best.step in (0, step):
+            return True
+        # Without the best one's own losses the gains are all there is.
+        return gain > self.best.gain if math.isnan(against) else better(against, error)
+
+    def _losses(self, pictures: list[Measured], note: Note) -> torch.Tensor:
+        session = self.session
+        return triple_losses(session.trainee.base, pictures, session.text.condition, note)
+
+    def _event(
+        self, step: int, held_out: list[Measured], adapted: dict[str, torch.Tensor]
+    ) -> events.Validated:
+        base, now = self._base_losses, adapted["held out"]
+        gain = paired_gain(base["held out"], now)
+        against, error = difference(self.best.losses, now)
+        best = math.isfinite(gain.gain) and self._is_best(step, gain.gain, against, error)
+        if best:
+            self.best = Best(step, gain.gain, now)
+        found: dict[str, Any] = {}
+        if "training" in adapted:
+            learned = base["training"] - adapted["training"]
+            by_heart = float(learned.mean()) - gain.gain
+            spread = math.hypot(clustered_error(learned), gain.standard_error)
+            found = {"train_gain": float(learned.mean()), "gauge": by_heart, "gauge_error": spread}
+        if "prior" in adapted:
+            kept = base["prior"] - adapted["prior"]
+            found |= {"prior": float(kept.mean()), "prior_error": clustered_error(kept)}
+        timesteps = torch.stack([picture.looks.timesteps for picture in held_out])
+        highest = self.session.trainee.base.noise.timesteps
+        bands = timestep_bands(base["held out"], now, timesteps, highest)
+        return events.Validated(
+            step=step, best=best, against_best=against, against_best_error=error, bands=bands,
+            **vars(gain), **found,
+        )  # fmt: skip
