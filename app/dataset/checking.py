@@ -3,6 +3,7 @@
 What was measured on a picture is kept for as long as the window is open, so that a second look takes no time.
 """
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 from app.projects.project import Project, relative_name
 from app.train.plan import Plan
 from lora_core.dataset.audit import Looks, audit
-from lora_core.spec.errors import LoraError
+from lora_core.dataset.folder import ImageRecord
+from lora_core.dataset.learned import Training
+from lora_core.dataset.split import held_out
+from lora_core.spec.errors import DatasetError, LoraError
 
 BY_ITSELF = 150
 """Up to so many pictures are looked over without being asked; a thousand would take a minute of both
 cores."""
+LISTS = ("problems", "learned", "shares")
 
 
 class _Away(Exception):
@@ -28,7 +33,7 @@ class _Aim:
 
     folder: Path
     revision: int
-    resolution: int
+    how: tuple[object, ...]
 
 
 class Checker:
@@ -64,8 +69,11 @@ class Checker:
         plan = Plan(self.project)
         # First, as reading the folder may make a new revision.
         self.project.dataset()
-        resolution = plan.config.train.resolution or plan.base.resolution
-        return _Aim(self.project.dataset_folder, self.project.revision, resolution)
+        config, base = plan.config, plan.base
+        resolution = config.train.resolution or base.resolution
+        batch = (config.train.batch_size, config.dataset.repeats)
+        how = (resolution, base.multiple, plan.trigger, *batch, config.validation.pictures, config.seed)
+        return _Aim(self.project.dataset_folder, self.project.revision, how)
 
     def _run(self, aim: _Aim) -> None:
         plan, dataset = Plan(self.project), self.project.dataset()
@@ -76,16 +84,9 @@ class Checker:
             self._state = {"state": "working", "done": done, "total": total}
 
         try:
-            found = audit(
-                dataset,
-                aim.resolution,
-                plan.base.multiple,
-                plan.base.tokenizer,
-                plan.trigger,
-                said,
-                self._looks,
-            )
-            state = {"state": "done", "problems": [self._shown(row, aim.folder) for row in found["problems"]]}
+            found = audit(dataset, training_of(plan, dataset.records), said, self._looks)
+            rows = {key: [_shown(row, aim.folder) for row in found[key]] for key in LISTS}
+            state = {"state": "done", **rows}
         except _Away:
             return
         except (LoraError, OSError) as error:
@@ -93,8 +94,30 @@ class Checker:
         if self._aim is aim:
             self._state = state
 
-    @staticmethod
-    def _shown(row: dict[str, str], folder: Path) -> dict[str, str]:
-        """A finding with names below the dataset folder in place of paths."""
-        named = {key: relative_name(Path(row[key]), folder) for key in ("picture", "twin") if row.get(key)}
-        return {**row, **named}
+
+def training_of(plan: Plan, records: list[ImageRecord]) -> Training:
+    """How the pictures would be trained on by the run that the form stands for."""
+    config = plan.config
+    out: frozenset[Path] = frozenset()
+    # Where they cannot be parted, the form says so.
+    with contextlib.suppress(DatasetError):
+        out = frozenset(r.path for r in held_out(records, config.validation.pictures, config.seed)[1])
+    return Training(
+        resolution=config.train.resolution or plan.base.resolution,
+        multiple=plan.base.multiple,
+        tokenizer=plan.base.tokenizer,
+        trigger=plan.trigger,
+        batch_size=config.train.batch_size,
+        repeats=config.dataset.repeats,
+        held_out=out,
+    )
+
+
+def _shown(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A finding with names below the dataset folder in place of paths."""
+    named: dict[str, Any] = {
+        key: relative_name(Path(row[key]), folder) for key in ("picture", "twin") if row.get(key)
+    }
+    if "pictures" in row:
+        named["pictures"] = [relative_name(Path(path), folder) for path in row["pictures"]]
+    return {**row, **named}

@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, and what will be learned from it.
+"""What is wrong with a dataset, and, with `learned`, what will be learned from it.
 
 Everything here is advice: thresholds are set so that a sharp photo, a flat drawing and a short caption pass,
 and so that each finding says what to do about it.
@@ -19,7 +19,9 @@ from PIL import Image
 from lora_core.dataset.buckets import bucket_of, fit
 from lora_core.dataset.captions import tag_counts, token_count
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem
+from lora_core.dataset.learned import SMALL_WORDS, Training, learned, step_shares
 from lora_core.dataset.pictures import small_rgb
+from lora_core.dataset.seen import thumb
 from lora_core.dataset.twins import Fingerprint, fingerprint, twin_groups
 from lora_core.spec.errors import DatasetError
 
@@ -32,17 +34,16 @@ _COMMON_SHARE = 0.8
 _FEWEST_CAPTIONS = 5
 _LONGEST_PHRASE = 6
 _THREADS = 4
-_SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their"
-_SMALL_WORDS = frozenset(_SMALL.split())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Look:
-    """What is measured on a picture's pixels; `print` is None and `sharpness` 1 where it cannot be read any
-    more."""
+    """What is measured on a picture's pixels; `print` and `thumb` are None and `sharpness` 1 where it cannot
+    be read any more."""
 
     print: Fingerprint | None
     sharpness: float
+    thumb: np.ndarray | None = None
 
 
 Looks = dict[tuple[str, int, int], _Look]
@@ -51,10 +52,7 @@ Looks = dict[tuple[str, int, int], _Look]
 
 def audit(
     dataset: Dataset,
-    resolution: int,
-    multiple: int,
-    tokenizer_folder: Path | None,
-    trigger: str = "",
+    training: Training,
     said: Callable[[int, int], None] | None = None,
     looks_before: Looks | None = None,
 ) -> dict[str, Any]:
@@ -62,35 +60,32 @@ def audit(
 
     Args:
         dataset: what was scanned.
-        resolution: that it will be trained at, in pixels.
-        multiple: what a bucket's sides are divisible by, in pixels.
-        tokenizer_folder: of the base; None leaves the length of captions unchecked.
-        trigger: which should stand in most captions.
+        training: how it will be trained on.
         said: called with (done, all) as the pictures are looked at; what it raises ends the audit.
         looks_before: of earlier audits of the same files; what is new is added.
 
     Returns:
         `pictures` and `captions`: how many there are; `problems`: picture (empty where all are meant), kind,
         sentence, and for twins the `twin` that stays; `tags`: tag, pictures; `shares`: picture, share of the
-        training steps that look at it.
+        training steps that look at it; `learned`: the rows of `learned.learned`.
 
     Raises:
         ModelFileError: the tokenizer folder holds no tokenizer.
     """
     records = dataset.records
     known = {} if looks_before is None else looks_before
-    looks = _looks(records, (resolution, multiple), known, said)
+    looks = _looks(records, (training.resolution, training.multiple), known, said)
     names = _names(records)
     twins = _twins(records, names, looks)
     problems = [
         *dataset.problems,
-        *_size_problems(records, names, resolution),
+        *_size_problems(records, names, training.resolution),
         *_blurred(records, names, looks),
         *twins,
-        *_caption_problems(records, names, tokenizer_folder),
+        *_caption_problems(records, names, training.tokenizer),
     ]
     captions = [record.caption for record in records if record.caption]
-    shown = 1 / max(1, sum(record.repeats for record in records))
+    shares = zip(records, step_shares(records, training), strict=True)
     return {
         "pictures": len(records),
         "captions": len(captions),
@@ -98,11 +93,12 @@ def audit(
             *(_row(p, twins.get(p)) for p in problems),
             *(
                 {"picture": "", "kind": "common phrase", "sentence": s}
-                for s in phrase_sentences(captions, trigger)
+                for s in phrase_sentences(captions, training.trigger)
             ),
         ],
         "tags": [{"tag": tag, "pictures": count} for tag, count in tag_counts(captions).items()],
-        "shares": [{"picture": str(r.path), "share": r.repeats * shown} for r in records],
+        "shares": [{"picture": str(r.path), "share": share} for r, share in shares],
+        "learned": learned(records, names, [look.thumb for look in looks], training),
     }
 
 
@@ -166,7 +162,7 @@ def _phrases(part: str) -> set[str]:
     runs = (
         words[i:j] for i in range(len(words)) for j in range(i + 1, min(len(words), i + _LONGEST_PHRASE) + 1)
     )
-    return {" ".join(run) for run in runs if run[0] not in _SMALL_WORDS and run[-1] not in _SMALL_WORDS}
+    return {" ".join(run) for run in runs if run[0] not in SMALL_WORDS and run[-1] not in SMALL_WORDS}
 
 
 def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
@@ -188,7 +184,7 @@ def _look(record: ImageRecord, resolution: int, multiple: int, known: Looks) -> 
         if key not in known:
             image = small_rgb(record.path, 2 * resolution)
             fitted = fit(image, bucket_of(*image.size, resolution, multiple))
-            known[key] = _Look(fingerprint(image), sharpness(fitted))
+            known[key] = _Look(fingerprint(image), sharpness(fitted), thumb(fitted))
     except (DatasetError, OSError):
         return _Look(None, 1.0)
     return known[key]
