@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lora_core.cli import adapters, analysis, combine, dataset, jobs, pictures, queue
+from lora_core.cli import adapters, analysis, combine, dataset, jobs, pictures, queue, report
 from lora_core.spec.errors import LoraError
 
 INTERRUPTED = 130
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
         prog="lora-easel", description="Train and use Stable Diffusion LoRA adapters."
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for group in (jobs, queue, pictures, adapters, combine, analysis, dataset):
+    for group in (jobs, queue, pictures, adapters, combine, analysis, dataset, report):
         group.add_verbs(verbs)
     return top
 

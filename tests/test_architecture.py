@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ORDER = ["spec", "dataset", "models", "adapters", "formats", "sampling", "validation", "analysis", "training"]
+ORDER = [
+    "spec", "dataset", "models", "adapters", "formats", "sampling", "validation", "analysis", "training",
+    "report",
+]  # fmt: skip
 TENSORS = {"torch", "transformers", "diffusers", "accelerate", "peft"}
 FOLDERS = [ROOT / name for name in ("lora_core", "app", "assets")]
 TREES = {

@@ -26,6 +26,8 @@ class Bench:
         triples: int = 8,
         seed: int = 0,
         note: Callable[[str], None] | None = None,
+        on_picture: Callable[[int, int], None] | None = None,
+        condition: Callable[[str], TextCondition] | None = None,
     ) -> None:
         """Encode the pictures and measure the base.
 
@@ -35,9 +37,13 @@ class Bench:
             triples: looks a picture.
             seed: of the looks.
             note: told in a few words what is being measured.
+            on_picture: called with (done, all) within each measurement; what it raises ends it.
+            condition: a caption's text condition, where it is not the usual one.
         """
         self._base = base
         self._note = note
+        self._on_picture = on_picture
+        self._condition = condition or self._usual_condition
         self._pictures = measured_pictures(base, records, triples, seed)
         self._merger = Merger(base.modules)
         self.calls = 0
@@ -57,7 +63,7 @@ class Bench:
             self._note(f"measurement {self.calls}: {self._words(adapters)}")
         self._merger.apply(list(adapters))
         try:
-            return triple_losses(self._base, self._pictures, self._condition)
+            return triple_losses(self._base, self._pictures, self._condition, self._on_picture)
         finally:
             self._merger.apply([])
 
@@ -66,7 +72,7 @@ class Bench:
             return "the base"
         return ", ".join(f"rank {_rank(a)} at {a.strength:.3g}" for a in adapters)
 
-    def _condition(self, caption: str) -> TextCondition:
+    def _usual_condition(self, caption: str) -> TextCondition:
         return text_condition(self._base, [caption])
 
 

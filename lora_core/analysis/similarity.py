@@ -12,7 +12,7 @@ in d dimensions has the mean squared product 1/d, so the mean of phi is i j / d 
 the baseline.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,14 @@ def meaningful_triples(update: Update) -> Triples:
     return triples.leading(numeric_rank(triples.values, update))
 
 
-def file_similarity(first: Path, second: Path) -> dict[str, Any]:
+def file_similarity(
+    first: Path, second: Path, note: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """The similarity of two adapter files.
+
+    Args:
+        first, second: .safetensors files.
+        note: called with (done, all) layers; what it raises ends the work.
 
     Returns:
         `similarity` and `baseline`: the means of phi and of its baseline over the layers that both files
@@ -87,7 +93,10 @@ def file_similarity(first: Path, second: Path) -> dict[str, Any]:
     left_out = [*out_one, *out_two, *_alone(one, two, first.name), *_alone(two, one, second.name)]
     rows: list[dict[str, Any]] = []
     total, count = torch.zeros(TABLE, TABLE, dtype=torch.float64), torch.zeros(TABLE, TABLE)
-    for key in [key for key in one if key in two]:
+    shared = [key for key in one if key in two]
+    for done, key in enumerate(shared):
+        if note is not None:
+            note(done, len(shared))
         check_same_shape(one[key], two[key], (first.name, second.name))
         a, b = meaningful_triples(one[key]), meaningful_triples(two[key])
         rank = min(len(a.values), len(b.values))

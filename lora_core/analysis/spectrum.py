@@ -7,7 +7,7 @@ squared singular values.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from lora_core.adapters.weights import LayerKey
 from lora_core.analysis.factors import flat_pair, known_updates, numeric_rank, singular_values
 from lora_core.analysis.updates import Update
+
+Note = Callable[[int, int], None]
+"""Called with how many layers are done, and of how many; what it raises ends the work."""
 
 _BLOCK = re.compile(r"((?:down|up)_blocks\.\d+|mid_block|(?:text_model\.)?encoder\.layers\.\d+|[^.]+)")
 
@@ -86,8 +89,12 @@ def spectrum_row(key: LayerKey, update: Update) -> dict[str, Any]:
     }
 
 
-def file_spectrum(path: Path) -> dict[str, Any]:
+def file_spectrum(path: Path, note: Note | None = None) -> dict[str, Any]:
     """The spectrum of an adapter file, whoever wrote it.
+
+    Args:
+        path: a .safetensors file.
+        note: called with (done, all) layers.
 
     Returns:
         `layers`: for each, `part`, `module`, `rank` and `alpha` of the file (`alpha` None for a LoHa or a
@@ -99,7 +106,11 @@ def file_spectrum(path: Path) -> dict[str, Any]:
         AdapterFileError: one sentence on what is wrong with the file.
     """
     updates, left_out = known_updates(path)
-    layers = [spectrum_row(key, update) for key, update in updates.items()]
+    layers = []
+    for key, update in updates.items():
+        layers.append(spectrum_row(key, update))
+        if note is not None:
+            note(len(layers), len(updates))
     return {"layers": layers, "blocks": block_rows(layers), "left_out": [one.row() for one in left_out]}
 
 

@@ -12,7 +12,7 @@ projections P and Q on the others' columns and rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -64,8 +64,14 @@ class _Term:
         return self.factor**2 * float(self.triples.values.square().sum())
 
 
-def stack_report(files: Sequence[Stacked]) -> dict[str, Any]:
+def stack_report(
+    files: Sequence[Stacked], note: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """Overlap, cross terms and what survives of each of several adapter files.
+
+    Args:
+        files: two or more.
+        note: called with (done, all) layers; what it raises ends the work.
 
     Returns:
         `files`: `name`, `strength`, `norm`, `survives`, `untouched` of each, over all of its layers; `pairs`:
@@ -80,7 +86,10 @@ def stack_report(files: Sequence[Stacked]) -> dict[str, Any]:
         raise AdapterFileError("A stack needs two adapters or more.")
     opened, left_out = _opened(files)
     layers, totals = [], [[0.0, 0.0, 0.0] for _ in files]
-    for key in dict.fromkeys(key for updates in opened for key in updates):
+    keys = list(dict.fromkeys(key for updates in opened for key in updates))
+    for done, key in enumerate(keys):
+        if note is not None:
+            note(done, len(keys))
         terms = _terms(key, files, opened)
         if terms:
             layers.append(_layer(key, terms, totals))
