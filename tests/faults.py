@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINE = {
     "step": ("lora_core.training.loop", "picture_losses"),
     "apply": ("lora_core.training.loop", "_apply"),
-    "validate": ("lora_core.training.between", "triple_losses"),
+    "validate": ("lora_core.training.judge", "triple_losses"),
     "draw": ("lora_core.training.between", "generated"),
 }
 """The engine's functions behind the points that are none of the system's."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_core.models.sources import Finder, Source
+from lora_core.models.thin import Thinner
 from lora_core.spec.errors import ModelFileError
 
 
@@ -25,11 +26,15 @@ class Where:
     advice: str
 
 
-def fill(module: nn.Module, find: Finder, dtype: torch.dtype, device: torch.device, where: Where) -> None:
+def fill(
+    module: nn.Module, find: Finder, dtype: torch.dtype, device: torch.device, where: Where,
+    thin: Thinner | None = None,
+) -> None:  # fmt: skip
     """Read all parameters of `module`, frozen, in `dtype`, onto `device`.
 
     Nothing is left at a random start: a parameter that the files lack is an error, where the libraries only
     log it. All names and shapes are checked before the first number is read.
+    Each layer is made thin as soon as its weight is there, where that is asked for.
 
     Raises:
         ModelFileError: the files lack a parameter, or it has another shape or holds NaN.
@@ -49,6 +54,8 @@ def fill(module: nn.Module, find: Finder, dtype: torch.dtype, device: torch.devi
             raise ModelFileError(f"{place.file.path}: the tensor {place.key} {reason}; {advice}.")
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, nn.Parameter(held, requires_grad=False))
+        if thin and leaf == "weight":
+            thin.layer(module, parent)
 
 
 def _places(wanted: dict[str, nn.Parameter], find: Finder, where: Where) -> dict[str, Source]:

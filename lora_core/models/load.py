@@ -30,6 +30,7 @@ from lora_core.models.sources import (
     vae_in_file,
     weight_paths,
 )
+from lora_core.models.thin import Thinner
 from lora_core.models.weight_files import WeightFile, opened_weights
 from lora_core.spec.base_facts import BaseFacts, base_facts, is_hub_id, single_file_facts
 from lora_core.spec.errors import ModelFileError
@@ -100,8 +101,9 @@ class BaseModel:
 
 
 def load_base(
-    name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = ""
-) -> BaseModel:
+    name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
+    thin: Thinner | None = None,
+) -> BaseModel:  # fmt: skip
     """Open a base model, frozen, on `device`.
 
     Args:
@@ -110,6 +112,7 @@ def load_base(
         dtype: number format of UNet and text encoders.
         prediction: "auto", or what the UNet predicts, against all that the files say.
         vae: a folder or file with a VAE to use in place of the base's own, or "".
+        thin: makes the layers of the UNet thin as they are read, so that it never takes more.
 
     Raises:
         ModelFileError: names what is missing or broken.
@@ -123,7 +126,7 @@ def load_base(
         autoencoder = parts.vae(vae)
         encoders = {encoder.part: parts.text_encoder(encoder, dtype) for encoder in family.text_encoders}
         tokenizers = {encoder.part: _tokenizer(facts, encoder) for encoder in family.text_encoders}
-        unet = parts.unet(dtype)
+        unet = parts.unet(dtype, thin)
         noise = NoiseSchedule.of(DDPMScheduler.from_config(facts.scheduler))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -155,7 +158,7 @@ class _FilledParts:
         if not facts.single_file:
             _check_folder(facts.path, self.family)
 
-    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def unet(self, dtype: torch.dtype, thin: Thinner | None) -> UNet2DConditionModel:
         config = UNet2DConditionModel.load_config(self.facts.configs / "unet")
         if self._file:
             config = unet_config(config, self._file.shapes, self.family)
@@ -164,7 +167,7 @@ class _FilledParts:
             find = component_in_folder(self.facts.path / "unet", "unet")
         with init_empty_weights(include_buffers=False):
             unet = UNet2DConditionModel.from_config(config)
-        return self._ready(unet, find, dtype, "UNet")
+        return self._ready(unet, find, dtype, "UNet", thin=thin)
 
     def vae(self, other: str) -> AutoencoderKL:
         """The VAE in fp32: the base's own, or the one that `other` names."""
@@ -196,9 +199,12 @@ class _FilledParts:
             module = kind(config)
         return self._ready(module, find, dtype, encoder.part.replace("_", " "))
 
-    def _ready(self, module: Any, find: Finder, dtype: torch.dtype, title: str, advice: str = "") -> Any:
+    def _ready(
+        self, module: Any, find: Finder, dtype: torch.dtype, title: str, advice: str = "",
+        thin: Thinner | None = None,
+    ) -> Any:  # fmt: skip
         where = Where(self.facts.path, title, advice or "It is not whole, or of another kind.")
-        fill(module, find, dtype, self._device, where)
+        fill(module, find, dtype, self._device, where, thin)
         return module.eval().to(self._device)
 
 

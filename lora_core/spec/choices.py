@@ -222,6 +222,15 @@ PRECISIONS: Table = {
     "fp16": Choice("fp16", "Half the memory; for older GPUs."),
 }
 
+QUANTISED: Table = {
+    "none": Choice("As it is", "In the number format that precision names."),
+    "int8": Choice(
+        "8 bits",
+        "Rounded to 255 levels: half of bf16's memory, a quarter of fp32's.",
+        "lora_core.models.thin:int8",
+    ),
+}
+
 
 def chosen(table: Table, name: str, setting: str) -> Choice:
     """The row `name`, found by key or by title, whatever its case.

@@ -161,6 +161,19 @@ class TrainSection:
         "Gradient checkpointing",
         "Computes activations twice and keeps far fewer: less memory, about a third slower.",
     )
+    quantise: str = setting(
+        "none",
+        "Base in fewer bits",
+        "Rounds the frozen weights of the UNet's blocks: much less memory, steps somewhat longer, and the"
+        " LoRA is trained beside a base that is very slightly off.",
+        table=choices.QUANTISED,
+    )
+    offload: bool = setting(
+        False,
+        "Offload the base",
+        "Keeps the UNet's frozen weights outside of the device's memory and fetches each as it is used: far"
+        " less memory, the same numbers, longer steps.",
+    )
     clip_skip: int = setting(
         1,
         "Clip skip",

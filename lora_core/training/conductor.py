@@ -21,9 +21,10 @@ from lora_core.training.guards import RETURNS, Health, Pace, slow_words
 from lora_core.training.inputs import versions
 from lora_core.training.keeping import Keeper
 from lora_core.training.loop import Step, StepPlan, training_steps
-from lora_core.training.memory import Ladder, chosen_rungs, free_memory, limited, out_of_memory
+from lora_core.training.memory import Ladder, free_memory, limited, out_of_memory
 from lora_core.training.prepare import Plan, Session, prepared
 from lora_core.training.requests import Interrupted, Requests
+from lora_core.training.trial import chosen_rungs
 
 
 @dataclass(frozen=True)

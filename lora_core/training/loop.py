@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -91,6 +92,7 @@ class Trainee:
         split: parts that a micro-batch goes through the model in, to take less memory; they add up to the
             same gradient.
         applying: whether the optimizer is at work: a step that fails then is half done.
+        aside: the folder on whose drive weights may be put aside.
     """
 
     base: BaseModel
@@ -100,6 +102,7 @@ class Trainee:
     average: Average | None = None
     split: int = 1
     applying: bool = False
+    aside: Path | None = None
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""Memory: a ladder of ways to take less of it, and the trial of the heaviest step that chooses a rung before
-the first one.
+"""Memory: a ladder of ways to take less of it, and what an error of it looks like.
 
-Each rung costs time, or nothing, and changes a gradient by rounding alone. What was taken from which step on
-is in `plan.json`, so that a resume takes the same rungs at the same steps.
+Each rung costs time, or nothing, and all but one change a gradient by rounding alone: a base in 8 bits is
+another base, by a little. What was taken from which step on is in `plan.json`, so that a resume takes the
+same rungs at the same steps.
 """
 
 import gc
@@ -12,18 +12,21 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import psutil
 import torch
 
-from lora_core.models.encode import decoded_latents
+from lora_core.models.depot import depot_for
+from lora_core.models.thin import Thinner, int8, is_moved, is_packed
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import OutOfMemory
-from lora_core.training.loop import StepPlan, Trainee, micro_batch
-from lora_core.training.prepare import Session
-from lora_core.training.trainee import enable_checkpointing
-from lora_core.validation.gain import triple_losses
+from lora_core.spec.room import free_bytes
+from lora_core.training.loop import Trainee
+from lora_core.training.trainee import INT8, OFFLOAD, enable_checkpointing
 
 EIGHT_BIT = "bitsandbytes"
 VAE_ASIDE = "vae aside"
+SPARE = 2**30
+"""Bytes that are left free where weights are put aside."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Rung:
         told: what is done and what it costs, a sentence.
         possible: whether it can be taken now.
         take: does it.
+        exact: whether gradients stay as they are but for rounding.
     """
 
     name: str
     told: str
     possible: Callable[[Trainee, RunConfig], bool]
     take: Callable[[Trainee], None]
+    exact: bool = True
 
 
 def _eight_bit_possible(trainee: Trainee, config: RunConfig) -> bool:
@@ -57,6 +62,24 @@ def _take_eight_bit(trainee: Trainee) -> None:
 def _put_vae_aside(trainee: Trainee) -> None:
     module: torch.nn.Module = trainee.base.vae
     module.to("cpu")
+
+
+def _take_int8(trainee: Trainee) -> None:
+    Thinner(int8).every(trainee.base.unet)
+
+
+def _offload_possible(trainee: Trainee, config: RunConfig) -> bool:
+    unet, device = trainee.base.unet, trainee.base.device
+    if is_moved(unet) or trainee.aside is None:
+        return False
+    need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
+    room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(trainee.aside)
+    return room > need + SPARE
+
+
+def _take_offload(trainee: Trainee) -> None:
+    assert trainee.aside is not None
+    Thinner(None, depot_for(trainee.base.device, trainee.aside)).every(trainee.base.unet)
 
 
 def _take_half(trainee: Trainee) -> None:
@@ -89,9 +112,27 @@ LADDER = (
         _eight_bit_possible,
         _take_eight_bit,
     ),
+    Rung(
+        INT8,
+        "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
+        " third longer, and the base that the LoRA is trained beside is off by about one percent.",
+        lambda trainee, config: not is_packed(trainee.base.unet),
+        _take_int8,
+        exact=False,
+    ),
+    Rung(
+        OFFLOAD,
+        "The base's weights wait outside of the device's memory and are fetched as they are used: the numbers"
+        " stay the same, and steps may take twice as long or more.",
+        _offload_possible,
+        _take_offload,
+    ),
 )
-"""In the order in which they are taken; the first that is possible comes next. Text encoders are dropped
-after caching in any case. A quantised or offloaded base would be the last rung and is not built yet."""
+"""In the order in which they are taken before the first step; the first that is possible comes next. Text
+encoders are dropped after caching in any case."""
+WITHIN = tuple(sorted(LADDER, key=lambda rung: not rung.exact))
+"""The order once steps are done. What is trained fits its base, so that this changes last: before the first
+step 8 bits come before fetching, because they cost far less time; later fetching comes first."""
 
 
 class Ladder:
@@ -103,9 +144,11 @@ class Ladder:
         self._config = config
         self.taken = taken
         self._reached = 0
+        self._done = 0
 
     def reach(self, step: int) -> None:
         """Take what was taken after `step` steps or earlier by the process that did them."""
+        self._done = step
         while self._reached < len(self.taken) and self.taken[self._reached][1] <= step:
             name = self.taken[self._reached][0]
             self._reached += 1
@@ -116,7 +159,8 @@ class Ladder:
     @property
     def next(self) -> Rung | None:
         """The rung that would be taken next."""
-        return next((rung for rung in LADDER if rung.possible(self._trainee, self._config)), None)
+        order = WITHIN if self._done else LADDER
+        return next((rung for rung in order if rung.possible(self._trainee, self._config)), None)
 
     def climb(self, step: int) -> str:
         """Take the next rung, from the step after `step` on; returns what that means.
@@ -135,14 +179,20 @@ class Ladder:
         return rung.told
 
     def _nothing_left(self) -> str:
+        trainee, unet = self._trainee, self._trainee.base.unet
         tried = ["checkpointing is on"]
-        tried += ["pictures go through one at a time"] if self._trainee.split > 1 else []
-        eight = (
-            "" if importlib.util.find_spec(EIGHT_BIT) else f" or install {EIGHT_BIT} for an 8-bit optimizer,"
-        )
+        tried += ["pictures go through one at a time"] if trainee.split > 1 else []
+        tried += ["the base is kept in 8 bits"] if is_packed(unet) else []
+        tried += ["it waits outside of the device's memory"] if is_moved(unet) else []
+        listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
+        others = []
+        if not is_moved(unet):
+            others.append(" or make room on the workspace's drive, where the base could wait,")
+        if not importlib.util.find_spec(EIGHT_BIT):
+            others.append(f" or install {EIGHT_BIT} for an 8-bit optimizer,")
         return (
-            f"The device ran out of memory although {' and '.join(tried)}; lower train.resolution or"
-            f" adapter.rank,{eight} or close other programs that use the device. What is saved is whole."
+            f"The device ran out of memory although {listed}; lower train.resolution or adapter.rank,"
+            f"{''.join(others)} or close other programs that use the device. What is saved is whole."
         )
 
 
@@ -187,66 +237,3 @@ def limited(device: torch.device) -> bool:
     except ImportError:
         return False
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-
-
-def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float) -> tuple[list[str], int]:
-    """Try the heaviest step, validation and sample before the first real one, and climb until they fit.
-
-    Args:
-        session: the run, at step 0.
-        ladder: takes the rungs.
-        plan: of the steps.
-        state: how many numbers the optimizer keeps for each that is trained.
-
-    Returns:
-        What there is to tell a person, and the peak in bytes where the device tells it.
-
-    Raises:
-        OutOfMemory: it does not fit with all rungs taken.
-    """
-    trainee = session.trainee
-    told: list[str] = []
-    device = trainee.base.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    while not _fits(trainee, lambda: _try_step(session, plan, state)):
-        told.append(f"The heaviest step does not fit into memory as it is. {ladder.climb(0)}")
-    while not _fits(trainee, lambda: _try_sample(session)):
-        if ladder.next is None or ladder.next.name != VAE_ASIDE:
-            told.append("Samples do not fit into memory beside the training, so they may be left out.")
-            break
-        told.append(f"Samples do not fit into memory as it is. {ladder.climb(0)}")
-    return told, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _fits(trainee: Trainee, work: Callable[[], None]) -> bool:
-    try:
-        work()
-        return True
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        free_memory(trainee, error)
-        return False
-    finally:
-        free_memory(trainee)
-
-
-def _try_step(session: Session, plan: StepPlan, state: float) -> None:
-    """What a step and a validation take, with nothing changed by it."""
-    trainee, base = session.trainee, session.trainee.base
-    numbers = sum(tensor.numel() for tensor in trainee.injected.parameters())
-    held = torch.empty(int(state * numbers), device=base.device)
-    micro_batch(trainee, session.batches, session.text, plan, session.batches.heaviest())
-    trainee.optimizer.zero_grad(set_to_none=True)
-    if session.held_out:
-        largest = max(session.held_out, key=lambda measured: measured.latents.numel())
-        triple_losses(base, [largest], session.text.condition)
-    del held
-
-
-def _try_sample(session: Session) -> None:
-    """What the end of a sample takes: its latents turned into a picture."""
-    base = session.trainee.base
-    side = base.resolution // base.pixels_a_latent
-    decoded_latents(base, torch.zeros(1, base.latent_channels, side, side))

@@ -1,6 +1,7 @@
 """The adapter of a run and its optimizer: which layers, how large, at which rate, and what they start
 from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,37 @@ from lora_core.adapters.start import begin_with
 from lora_core.adapters.targets import named_targets
 from lora_core.adapters.weights import AdapterWeights, LayerKey
 from lora_core.formats.file import read_adapter
+from lora_core.models.depot import depot_for
 from lora_core.models.load import BaseModel
-from lora_core.spec.choices import OPTIMIZERS, chosen
+from lora_core.models.thin import Thinner
+from lora_core.spec.choices import OPTIMIZERS, QUANTISED, chosen
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.families import Family
-from lora_core.spec.sections import AdapterSection, OptimSection
+from lora_core.spec.sections import AdapterSection, OptimSection, TrainSection
 
 FRESH = "default"
 """The value of `adapter.init` for an adapter that starts from nothing."""
+INT8, OFFLOAD = "int8", "offload"
+"""Rungs of `memory.LADDER` that change how the base is kept."""
+
+
+def thinner_of(
+    train: TrainSection, rungs: Sequence[tuple[str, int]], device: torch.device, folder: Path
+) -> Thinner:
+    """How the base is kept as it is opened: as the settings say, and as was found to be needed before step 1.
+
+    Args:
+        train: the settings.
+        rungs: names of what was done to take less memory, and after how many steps.
+        device: what computes.
+        folder: on whose drive weights may be put aside.
+    """
+    first = {name for name, step in rungs if step == 0}
+    kind = INT8 if INT8 in first else train.quantise
+    row = chosen(QUANTISED, kind, "train.quantise")
+    depot = depot_for(device, folder) if train.offload or OFFLOAD in first else None
+    return Thinner(row.resolve() if row.load else None, depot)
 
 
 @dataclass(frozen=True)

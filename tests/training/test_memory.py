@@ -121,8 +121,12 @@ def test_always_ends_in_a_sentence(own_toy: Toy) -> None:
     with room_for(0):
         sentence = trouble(run)
     assert sentence.startswith(
-        "The device ran out of memory although checkpointing is on and pictures go through one"
+        "The device ran out of memory although checkpointing is on, pictures go through one at a time, the"
+        " base is kept in 8 bits and it waits outside of the device's memory; lower train.resolution"
     )
+    # The base itself changes last, where steps are done that were trained beside it.
+    taken = [name for name, _ in json.loads(run.plan_file.read_text())["rungs"]]
+    assert taken == ["checkpointing", "half", "half", "offload", "int8"]
     assert "train.resolution" in sentence
     assert run.status() == "failed"
     assert run.checkpoint_steps() == [4]
@@ -246,6 +250,7 @@ def test_the_eight_bit_optimizer_is_a_rung_where_it_is_installed(own_toy: Toy) -
     trainee = session.trainee
     trainee.split = 8
     memory.enable_checkpointing(trainee.base)
+    Ladder(trainee, config, [("int8", 0), ("offload", 0)]).reach(0)
     with pytest.raises(OutOfMemory, match="or install bitsandbytes for an 8-bit optimizer"):
         Ladder(trainee, config, []).climb(0)
 
