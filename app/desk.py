@@ -19,6 +19,7 @@ from app.projects.projects import Projects, adopt
 from app.tools import OtherTools
 from app.train.checks import Checks
 from app.train.line import Line
+from app.train.probing import Prober
 from app.worker import GivesWay, Worker
 
 
@@ -47,11 +48,19 @@ class Desk:
         self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
         self.worker.is_needed_elsewhere = GivesWay(self._live_run)
         self.studio = Studio(self.worker, lambda: self.generated)
+        self.prober = Prober(workspace, self.worker, self.hardware, self._occupied)
 
     @property
     def generated(self) -> Path:
         """Where the pictures that are drawn in the open project go."""
         return self.project.path / "generated"
+
+    def _occupied(self) -> str:
+        """What needs the machine more than measuring does, in a sentence; "" where nothing does."""
+        run = self._live_run()
+        if run:
+            return f"The run {run} is going on; it can be measured when that has ended."
+        return "The queue is being worked through." if self.line.worked else ""
 
     def _live_run(self) -> str:
         live = self.jobs.live()

@@ -39,7 +39,7 @@ class Moment:
     @property
     def busy(self) -> bool:
         """Whether something changes by itself, so that pages should look often."""
-        return self.live or self.view.working
+        return self.live or self.view.working or self.desk.prober.active
 
 
 def moment_of(desk: Desk) -> Moment:

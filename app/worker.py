@@ -55,9 +55,10 @@ class Worker:
         self.ready = False
         self.waiting: list[Reply] = []
         """What was asked and is not begun, in order."""
+        self.in_hand: Reply | None = None
         self.is_needed_elsewhere: Callable[[float], bool] = lambda idle: False
         """Told how many seconds nothing was asked, says whether the memory should be given back."""
-        self._holds_memory = False
+        self.holds_memory = False
         self._idle_since = time.monotonic()
         self._queue: queue.Queue[Reply] = queue.Queue()
         self._process: subprocess.Popen[bytes] | None = None
@@ -121,11 +122,12 @@ class Worker:
         while not self._closed:
             try:
                 # While nothing is held there is nothing to look around for.
-                reply = self._queue.get(timeout=LOOK_AROUND_EVERY if self._holds_memory else None)
+                reply = self._queue.get(timeout=LOOK_AROUND_EVERY if self.holds_memory else None)
             except queue.Empty:
                 if self.is_needed_elsewhere(time.monotonic() - self._idle_since):
                     self.release()
                 continue
+            self.in_hand = reply
             self.waiting.remove(reply)
             reply.state = "working"
             reply.message = "" if self.ready else STARTING_TAKES
@@ -136,9 +138,10 @@ class Worker:
                     self._answer(reply)
             except (OSError, ValueError) as error:
                 self._end(reply, "error", self._death(str(error)))
-            self._idle_since = time.monotonic()
+            self.in_hand, self._idle_since = None, time.monotonic()
             do = reply.request["do"]
-            self._holds_memory = self.ready and (do == "generate" or (self._holds_memory and do != "release"))
+            emptied = do in ("release", "probe")
+            self.holds_memory = self.ready and (do == "generate" or (self.holds_memory and not emptied))
 
     def _answer(self, reply: Reply) -> None:
         process = self._running_process()

@@ -19,6 +19,7 @@ import torch
 from lora_core.spec.errors import ConfigError, LoraError
 from lora_core.worker import files
 from lora_core.worker.draw import Cancelled, Drawing
+from lora_core.worker.probe import Probe
 
 Request = dict[str, Any]
 Answer = Callable[..., None]
@@ -35,6 +36,7 @@ class Worker:
         self._verbs: dict[str, Callable[[Request], dict[str, Any]]] = {
             "generate": drawing.generate, "sheet": drawing.sheet, "export": files.export,
             "inspect": files.inspect, "verify": files.verify, "release": drawing.release,
+            "probe": Probe(answer, self.cancelled, drawing.release).probe,
         }  # fmt: skip
 
     def handle(self, request: Request) -> None:

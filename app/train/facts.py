@@ -2,13 +2,14 @@
 problem."""
 
 import functools
+import json
 import math
 
 from app.moment import Moment
 from app.train.bases import chosen_base
 from app.train.form import for_family
-from app.train.pace import GUESSED, MEASURED, SCALED, forecast
-from app.words import UNKNOWN, about, file_size, many, safe, scientific, tile
+from app.train.pace import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast
+from app.words import UNKNOWN, about, file_size, many, pace, safe, scientific, tile
 from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError
@@ -16,9 +17,10 @@ from lora_core.spec.preflight import ADAPTER_COPIES
 from lora_core.spec.sizes import base_numbers, export_bytes
 
 SOURCES = {
-    MEASURED: "at the pace of a run like it",
-    SCALED: "reckoned from another run",
-    GUESSED: "a guess, mended as it runs",
+    MEASURED: "measured on a run like it",
+    PROBED: "measured",
+    SCALED: "estimated from what was measured",
+    GUESSED: "estimated, mended as it runs",
 }
 NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
 PROGRAM = 0.6e9
@@ -74,24 +76,71 @@ def facts(moment: Moment) -> str:
     config, known = moment.plan.config, moment.plan.base.facts
     size = export_bytes(known, config) if known else None
     expected = forecast(moment, config)
-    memory = memory_needed(config, known, moment.desk.hardware.has_gpu) if known else None
+    tried = moment.desk.prober.known(config)
+    peak = tried.peak if tried else 0
+    memory = peak or (memory_needed(config, known, moment.desk.hardware.has_gpu) if known else None)
     tiles = [
         tile(
             about(expected.seconds * config.train.steps) if expected else UNKNOWN,
             SOURCES[expected.source] if expected else "time, known after some steps",
         ),
-        tile(f"~{memory / 1e9:.1f} GB" if memory else UNKNOWN, _memory_words(moment)),
+        tile(
+            f"{'' if peak else '~'}{memory / 1e9:.1f} GB" if memory else UNKNOWN,
+            _memory_words(moment, bool(peak)),
+        ),
         tile(file_size(size) if size else UNKNOWN, "file size"),
     ]
     stops = blockers(moment)
     # That a run is going on is no problem of the form's.
     tone = "small" if moment.live and len(stops) == 1 else "problem"
     return (
-        f'<div class="facts three">{"".join(tiles)}</div><p'
+        f'<div class="facts three">{"".join(tiles)}</div>{_measuring(moment, expected)}<p'
         f' class="small">{safe(" ".join(_sentences(moment)))}</p>'
         + _listed(notes(moment), "small notes", "start-notes")
         + _listed(stops, tone, "start-why")
     )
+
+
+def _measuring(moment: Moment, expected: Forecast | None) -> str:
+    """Where the time comes from, and the way to measure it; one line in each case, so that nothing jumps."""
+    config, prober = moment.plan.config, moment.desk.prober
+    source = expected.source if expected else GUESSED
+    if prober.working(config):
+        done, total = prober.steps_done()
+        count = f", {done} of {total}" if total else ""
+        return _line("working", f"Trying some steps to measure the time{count}.", "unmeasure", "Stop")
+    tried = prober.known(config)
+    if tried and source == PROBED:
+        return _line("known", f"A step was tried on this computer: {pace(tried.step)}.")
+    if source == MEASURED:
+        return _line("known", f"A run like it took {pace(expected.seconds if expected else 0)}.")
+    if not moment.plan.base.facts or moment.plan.problems:
+        return _line("off", "The time is measured once the settings can be used.")
+    if moment.desk.project.dataset().records and not moment.live and prober.follow(config):
+        return _line("soon", "The time is measured in a moment.")
+    why = prober.problem(config)
+    return _line(
+        "offered", why or "The time is an estimate.", "measure", "Measure it", _what_it_takes(moment)
+    )
+
+
+def _line(state: str, words: str, do: str = "", name: str = "", tip: str = "") -> str:
+    button = (
+        f' <button type="button" class="own quiet" data-post="run" data-body="{safe(json.dumps({"do": do}))}"'
+        f' title="{safe(tip)}">{name}</button>'
+        if do
+        else ""
+    )
+    return f'<p class="small num measuring" id="measuring" data-measuring="{state}">{safe(words)}{button}</p>'
+
+
+def _what_it_takes(moment: Moment) -> str:
+    """What measuring costs, for the button's tip."""
+    base, hardware = moment.plan.base, moment.desk.hardware
+    takes = "Opens the base and takes a few steps on noise; nothing is kept but the time."
+    if base.embedded or hardware.has_gpu:
+        return takes
+    return f"{takes} On the processor that takes some minutes and the memory that training takes."
 
 
 def _listed(sentences: list[str], tone: str, name: str) -> str:
@@ -101,9 +150,10 @@ def _listed(sentences: list[str], tone: str, name: str) -> str:
     return f'<ul class="sentences {tone}" id="{name}">{rows}</ul>'
 
 
-def _memory_words(moment: Moment) -> str:
+def _memory_words(moment: Moment, measured: bool) -> str:
     card = moment.desk.hardware.card()
-    return f"memory, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
+    words = "memory, measured" if measured else "memory"
+    return f"{words}, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
 
 
 def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:

@@ -1,36 +1,34 @@
-"""How long a run will take: from runs of the same cost, else from other runs, else from the machine's
-speed."""
+"""How long a run will take: from runs of the same cost or steps that were tried, else from others, else from
+the machine's speed."""
 
 import functools
 import itertools
+import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from app.hardware import Card
 from app.moment import Moment
 from app.train.bases import chosen_base
+from app.train.work import work_a_step
 from lora_core.spec.config import RunConfig
+from lora_core.spec.measured import cost_key
 from lora_core.spec.progress import Progress
 
 LONGEST_GAP = 600.0
 """Seconds between two steps beyond which the run was not going on, but paused or broken off."""
 LOOKED_AT = 200
-SHARE_OF_PIXELS = 0.085
-"""What a UNet computes: 2 numbers for each weight at so many of its latent pixels. SD 1.5 (0.68 TFLOP, 0.86 G
-weights, 64 x 64) and SDXL (6.0 TFLOP, 2.57 G weights, 128 x 128) give 0.096 and 0.071."""
-UNET_SHARE = 0.75
-FORWARDS, CHECKPOINTING = 3.0, 4.0
-"""A step costs as much as so many passes; with checkpointing one more."""
+USUAL_PROMPTS = 2
+"""So many captions are sampled where no prompts are given."""
 PROCESSOR_SHARE = 0.4
 """What training reaches of the speed of a plain product of matrices, seen with the embedded base."""
 CARD_SHARE = 0.3
 TFLOPS_A_WATT = ((9.0, 1.2), (8.9, 0.35), (8.1, 0.2), (8.0, 0.7), (7.0, 0.2), (0.1, 0.03))
 """NVIDIA's data sheets, half precision with tensor cores: from which generation on, and how much a watt."""
 
-MEASURED, SCALED, GUESSED = "measured", "scaled", "guessed"
+MEASURED, PROBED, SCALED, GUESSED = "measured", "probed", "scaled", "guessed"
 
 
 @dataclass(frozen=True)
@@ -43,18 +41,26 @@ class Forecast:
 
 def forecast(moment: Moment, config: RunConfig) -> Forecast | None:
     """What a step of `config` will take, or None where nothing is known to tell it from."""
-    wanted = cost_key(config)
+    wanted = _key(config)
     others = []
     for watch, _ in moment.runs:
         pace, other = wall_pace(watch.progress), watch.config()
         if pace is None or other is None:
             continue
-        if cost_key(other) == wanted:
+        if _key(other) == wanted:
             return Forecast(pace, MEASURED)
         others.append((pace, other))
+    pictures = len(moment.desk.project.dataset().records)
+    tried = moment.desk.prober.known(config)
+    if tried is not None:
+        return Forecast(tried.step + between_steps(config, tried.step, tried.draw, pictures), PROBED)
     work = work_a_step(config)
     if work is None:
         return None
+    for one in sorted(moment.desk.prober.all().values(), key=lambda one: -one.time):
+        if one.work and one.base == config.model.base:
+            step = one.step * work / one.work
+            return Forecast(step + between_steps(config, step, one.draw, pictures), SCALED)
     for pace, other in others:
         known = work_a_step(other)
         if known:
@@ -65,13 +71,36 @@ def forecast(moment: Moment, config: RunConfig) -> Forecast | None:
     return Forecast(work / speed, GUESSED) if speed else None
 
 
-def cost_key(config: RunConfig) -> tuple[object, ...]:
-    """What decides how long a step takes."""
-    train, optim = config.train, config.optim
-    trained = (optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0)
-    side = train.resolution or chosen_base(config.model.base).resolution
-    size = (side, train.batch_size, train.accumulate, train.checkpointing, train.precision)
-    return (config.model.base, *size, config.adapter.targets, *trained)
+def between_steps(config: RunConfig, step: float, draw: float, pictures: int) -> float:
+    """Seconds a step for what comes between steps: samples, and the measuring on held-out pictures.
+
+    Args:
+        config: the settings.
+        step: seconds of a step, of which the measuring may take a share.
+        draw: seconds of a sampler's step of one sample, which is two passes at the base's own size.
+        pictures: how many there are.
+    """
+    steps, preview, validation = config.train.steps, config.preview, config.validation
+    prompts = len(preview.prompts) or min(USUAL_PROMPTS, pictures)
+    spent = _times(steps, preview.every) * prompts * preview.steps * draw
+    held = validation.pictures if validation.pictures >= 1 else validation.pictures * pictures
+    looks = round(held) * validation.triples * (2 if validation.gauge else 1)
+    looks += validation.prior * validation.triples if held else 0
+    base = chosen_base(config.model.base)
+    share = ((config.train.resolution or base.resolution) / base.resolution) ** 2
+    measuring = _times(steps, validation.every) * looks * draw / 2 * share / steps
+    if validation.budget:
+        measuring = min(measuring, validation.budget * step)
+    return spent / steps + measuring
+
+
+def _times(steps: int, every: int) -> int:
+    """How often something is done in a run, its beginning and its end included."""
+    return math.ceil(steps / every) + 1 if every else 0
+
+
+def _key(config: RunConfig) -> str:
+    return cost_key(config, chosen_base(config.model.base).resolution)
 
 
 def wall_pace(progress: Progress) -> float | None:
@@ -89,38 +118,6 @@ def seconds_left(progress: Progress) -> float | None:
     """Time to the last step; the median of the last steps, raised by what comes between them."""
     pace = wall_pace(progress) or progress.seconds_a_step()
     return None if pace is None else pace * max(0, progress.steps - progress.step)
-
-
-def work_a_step(config: RunConfig) -> float | None:
-    """Floating-point operations of a step; None where the base cannot be read."""
-    base = chosen_base(config.model.base)
-    if base.facts is None:
-        return None
-    weights = _unet_weights(base.facts.path, _changed_at(base.facts.path))
-    side = config.train.resolution or base.resolution
-    passes = CHECKPOINTING if config.train.checkpointing else FORWARDS
-    pictures = config.train.batch_size * config.train.accumulate
-    return weights * 2 * (side / 8) ** 2 * SHARE_OF_PIXELS * passes * pictures or None
-
-
-def _changed_at(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-@functools.lru_cache(maxsize=16)
-def _unet_weights(path: Path, changed_at: int) -> float:
-    """About how many weights the UNet has, from the size of its files in half precision."""
-    try:
-        if path.is_file():
-            return path.stat().st_size / 2 * UNET_SHARE
-        sizes = sorted(file.stat().st_size for file in (path / "unet").glob("*.safetensors"))
-        shards = sum(sizes) if len(sizes) > 2 else sizes[0]
-        return shards / 2
-    except (OSError, IndexError):
-        return 0.0
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from app.desk import Desk
 from app.routes import Refused, sent_json
 from app.train.debug_zip import debug_zip
 from app.train.like_file import like_file
+from app.train.plan import Plan
 from app.train.starting import take_settings
 from lora_core.spec.errors import RunError
 from lora_core.spec.run_folder import RunFolder, checked_name, runs_folder
@@ -73,6 +74,12 @@ def steer(desk: Desk, do: str, name: str) -> None:
     """
     if do in ("pause", "stop", "save", "preview"):
         desk.jobs.request(do)
+        return
+    if do == "measure":
+        desk.prober.begin(Plan(desk.project).config)
+        return
+    if do == "unmeasure":
+        desk.prober.cancel()
         return
     acts: dict[str, Callable[[str], Any]] = {
         # The Preview tab draws the strip of this run when it is opened.

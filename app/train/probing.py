@@ -1,0 +1,196 @@
+"""Measures what a step takes before a first run of its kind: the warm worker takes a few, once the form has
+been still for a moment.
+
+Where that is a burden, a full-size base on a processor, it is done on a click only. It gives way to a run, to
+a picture that somebody wants, and to a form that has changed meanwhile.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from app.hardware import Hardware
+from app.train.bases import Base, chosen_base
+from app.train.work import work_a_step
+from app.worker import CANCELLED, Reply, Worker
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import LoraError, RunError
+from lora_core.spec.measured import Measured, at_device, cost_key, keep_measured, measured_file, read_measured
+from lora_core.spec.sizes import base_numbers
+
+STILL_FOR = 1.5
+"""Seconds without a change of the form before it is measured by itself."""
+LOOK_EVERY = 0.4
+BYTES_A_NUMBER, ROOM = 2, 2.0
+"""On a card: half precision, and as much again for the steps."""
+PROCESSOR = "processor"
+
+
+class Prober:
+    """What was measured, what is being measured, and why something could not be."""
+
+    def __init__(
+        self, workspace: Path, worker: Worker, hardware: Hardware, occupied: Callable[[], str]
+    ) -> None:
+        """`occupied` says in a sentence what else needs the machine now, "" where nothing does."""
+        self._workspace = workspace
+        self._worker = worker
+        self._hardware = hardware
+        self._occupied = occupied
+        self._lock = threading.RLock()
+        self._timer: threading.Timer | None = None
+        self._wanted = ""
+        self._in_hand = ""
+        self._reply: Reply | None = None
+        self._problems: dict[str, str] = {}
+        self._known: dict[str, Measured] = {}
+        self._read_at = 0
+
+    @property
+    def device(self) -> str:
+        """What a run would train on, as far as the window knows it."""
+        card = self._hardware.card()
+        return card.name if card else PROCESSOR
+
+    def all(self) -> dict[str, Measured]:
+        """What was measured on this machine's device, read again where the file has changed."""
+        try:
+            changed_at = measured_file(self._workspace).stat().st_mtime_ns
+        except OSError:
+            return {}
+        with self._lock:
+            if changed_at != self._read_at:
+                self._known, self._read_at = read_measured(self._workspace), changed_at
+            device = self.device
+            return {key: one for key, one in self._known.items() if one.device == device}
+
+    def known(self, config: RunConfig) -> Measured | None:
+        """What a step of these settings took here."""
+        return self.all().get(at_device(_key(config), self.device))
+
+    def problem(self, config: RunConfig) -> str:
+        """Why these settings could not be measured, "" where nothing was in the way."""
+        return self._problems.get(_key(config), "")
+
+    @property
+    def active(self) -> bool:
+        """Whether something is being measured or will be in a moment."""
+        return bool(self._in_hand) or self._timer is not None
+
+    def working(self, config: RunConfig | None = None) -> bool:
+        """Whether something is being measured: of these settings, or at all."""
+        return bool(self._in_hand) and (config is None or self._in_hand == _key(config))
+
+    def steps_done(self) -> tuple[int, int]:
+        """How many steps of how many were taken of what is in hand."""
+        reply = self._reply
+        return (reply.done, reply.total) if reply else (0, 0)
+
+    def follow(self, config: RunConfig) -> bool:
+        """Have the settings measured in a moment if nothing changes, where that is no burden.
+
+        Returns:
+            Whether they will be.
+        """
+        key = _key(config)
+        with self._lock:
+            changed, self._wanted = key != self._wanted, key
+            if self.known(config) or key in self._problems or not self.gentle(config):
+                self._stop_timer()
+                return False
+            if changed:
+                self._stop_timer()
+            if self._timer is None and not self._in_hand:
+                self._timer = threading.Timer(STILL_FOR, self._by_itself, (config,))
+                self._timer.daemon = True
+                self._timer.start()
+            return True
+
+    def gentle(self, config: RunConfig) -> bool:
+        """Whether measuring disturbs nobody: a small base or room on the card, and a worker that rests."""
+        base, worker = chosen_base(config.model.base), self._worker
+        if base.facts is None or not self._hardware.known or not (base.embedded or self._has_room(base)):
+            return False
+        # A base that is held for pictures would have to be opened again for the next one.
+        if not worker.ready or worker.waiting or worker.holds_memory:
+            return False
+        return worker.in_hand in (None, self._reply) and not self._occupied()
+
+    def begin(self, config: RunConfig) -> None:
+        """Measure now, because somebody asked for it.
+
+        Raises:
+            RunError: something else is going on, or the base cannot be used.
+        """
+        base, busy = chosen_base(config.model.base), self._occupied()
+        if base.facts is None or busy:
+            raise RunError(busy or base.problem)
+        with self._lock:
+            self._stop_timer()
+            self._problems.pop(_key(config), None)
+            self._wanted = _key(config)
+        self._measure(config)
+
+    def cancel(self) -> None:
+        """Stop measuring; what is in hand is dropped at its next step."""
+        with self._lock:
+            self._stop_timer()
+            if self._reply is not None:
+                # Not again by itself, until the form changes or somebody asks.
+                self._problems.setdefault(self._in_hand, "")
+                self._worker.cancel(self._reply)
+
+    def _by_itself(self, config: RunConfig) -> None:
+        with self._lock:
+            self._timer = None
+        if self._wanted == _key(config) and self.gentle(config):
+            self._measure(config)
+
+    def _measure(self, config: RunConfig) -> None:
+        with self._lock:
+            if self._in_hand:
+                return
+            self._in_hand = _key(config)
+            self._reply = self._worker.submit({"do": "probe", "config": config.to_dict()})
+        watch = threading.Thread(target=self._attend, args=(config, self._reply), daemon=True, name="probe")
+        watch.start()
+
+    def _attend(self, config: RunConfig, reply: Reply) -> None:
+        """Wait for the end; what it took is kept, and whoever needs the machine meanwhile gets it."""
+        key = self._in_hand
+        while not reply.finished.wait(LOOK_EVERY):
+            others = [one for one in self._worker.waiting if one is not reply]
+            if not reply.dropped and (self._wanted != key or others or self._occupied()):
+                self._worker.cancel(reply)
+        try:
+            if reply.state == "done":
+                keep_measured(self._workspace, key, self._told(config, reply))
+            elif reply.message != CANCELLED:
+                self._problems[key] = reply.message
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            self._problems[key] = f"What was measured could not be kept: {error}."
+        with self._lock:
+            self._in_hand, self._reply = "", None
+
+    def _told(self, config: RunConfig, reply: Reply) -> Measured:
+        told = reply.result
+        seconds, draw, peak = float(told["step"]), float(told["draw"]), int(told["peak"])
+        return Measured(seconds, draw, peak, config.model.base, self.device, work_a_step(config) or 0.0)
+
+    def _has_room(self, base: Base) -> bool:
+        card = self._hardware.card()
+        with contextlib.suppress(LoraError, OSError):
+            numbers = base_numbers(base.facts) if base.facts else None
+            if card is not None and numbers:
+                return card.total - card.used > numbers * BYTES_A_NUMBER * ROOM
+        return False
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _key(config: RunConfig) -> str:
+    return cost_key(config, chosen_base(config.model.base).resolution)

@@ -1,0 +1,124 @@
+"""The verb that takes a few steps to say what a step takes, in this very process."""
+
+import gc
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.desk import Desk
+from app.moment import moment_of
+from app.projects.project import DEMO
+from app.train import pace
+from app.train.bases import chosen_base
+from lora_core.models.load import BaseModel
+from lora_core.serve import Worker
+from lora_core.spec.config import RunConfig
+from lora_core.spec.measured import Measured, cost_key, keep_measured
+from lora_core.spec.presets import starting_settings
+from lora_core.spec.run_folder import RunFolder, runs_folder
+from lora_core.training.loop import Trainee
+from lora_core.worker import probe as probing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def asked(changes: dict[str, Any], meanwhile: Any = lambda worker, line: None) -> list[dict[str, Any]]:
+    """All answers; `meanwhile` is called with each."""
+    answers: list[dict[str, Any]] = []
+
+    def answer(line: dict[str, Any]) -> None:
+        answers.append(line)
+        meanwhile(worker, line)
+
+    worker = Worker(answer)
+    config = RunConfig().changed({"train.resolution": 64, **changes}).to_dict()
+    worker.handle({"id": "1", "do": "probe", "config": config})
+    return answers
+
+
+def left_over() -> list[object]:
+    gc.collect()
+    return [one for one in gc.get_objects() if isinstance(one, BaseModel | Trainee)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optim.text_encoder_lr": 1e-5, "train.batch_size": 2, "save.ema": 0.9, "train.accumulate": 2}],
+)
+def test_it_takes_steps_and_lets_go_of_all(changes: dict[str, Any]) -> None:
+    began = time.perf_counter()
+    answers = asked(changes)
+    took = time.perf_counter() - began
+    done = answers[-1]
+    assert done["event"] == "done", done
+    assert [line["done"] for line in answers[:-1]] == list(range(1, probing.STEPS + 1))
+    # The steps that counted were really taken, within the time that it all took.
+    assert 0 < done["step"] * done["steps"] < took
+    assert 0 < done["draw"] < took
+    assert (done["steps"], done["device"]) == (probing.STEPS - 1, "cpu")
+    assert left_over() == []
+
+
+def test_more_work_takes_longer() -> None:
+    one, many = (asked({"train.batch_size": size})[-1]["step"] for size in (1, 16))
+    assert many > 1.5 * one
+
+
+def test_it_ends_between_two_steps_where_it_is_cancelled() -> None:
+    def cancel(worker: Worker, line: dict[str, Any]) -> None:
+        if line["event"] == "progress":
+            worker.cancelled.add("1")
+
+    answers = asked({}, cancel)
+    assert [line["event"] for line in answers] == ["progress", "error"]
+    assert answers[-1]["message"] == "Cancelled."
+    assert left_over() == []
+
+
+def test_too_little_memory_is_a_sentence_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*anything: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(probing, "training_steps", full)
+    answer = asked({})[-1]
+    assert answer["event"] == "error"
+    assert "lower train.batch_size" in answer["message"]
+    assert left_over() == []
+
+
+def test_what_cannot_be_trained_says_why() -> None:
+    assert "no-such-file" in asked({"model.base": "/no-such-file.safetensors"})[-1]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["demo", "style-quick"])
+def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None:
+    desk = Desk(tmp_path, worker_command=["no-such-program"])
+    desk.project.keep(dataset=DEMO)
+    config = RunConfig().changed(
+        {
+            **starting_settings(preset, None), "dataset.path": DEMO, "train.steps": 40,
+            "preview.every": 10, "validation.every": 10, "save.every": 20, "name": "real",
+        }
+    )  # fmt: skip
+    answers: list[dict[str, Any]] = []
+    Worker(answers.append).handle({"id": "1", "do": "probe", "config": config.to_dict()})
+    told = answers[-1]
+    one = Measured(told["step"], told["draw"], told["peak"], config.model.base, desk.prober.device)
+    keep_measured(tmp_path, cost_key(config, chosen_base(config.model.base).resolution), one)
+    expected = pace.forecast(moment_of(desk), config)
+    assert expected is not None
+    assert expected.source == pace.PROBED
+    run = RunFolder.create(runs_folder(tmp_path) / "real", config)
+    # In a process of its own, as in life.
+    trainer = [sys.executable, "-m", "lora_core", "resume", str(run.path)]
+    done = subprocess.run(trainer, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    taken = pace.wall_pace(desk.jobs.all()[0].run.progress())
+    assert taken is not None
+    assert taken / 1.5 < expected.seconds < taken * 1.5, (expected.seconds, taken)
