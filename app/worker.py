@@ -36,6 +36,7 @@ class Reply:
     done: int = 0
     total: int = 0
     message: str = ""
+    phase: str = ""
     pictures: list[dict[str, Any]] = field(default_factory=list)
     look: bytes = b""
     looks: int = 0
@@ -167,6 +168,7 @@ class Worker:
         match message.get("event"):
             case "progress":
                 reply.done, reply.total = int(message.get("done", 0)), int(message.get("total", 0))
+                reply.phase = str(message.get("phase", ""))
             case "look":
                 with contextlib.suppress(binascii.Error, ValueError):
                     reply.look = base64.b64decode(str(message.get("image", "")), validate=True)

@@ -18,8 +18,10 @@ import torch
 
 from lora_core.spec.errors import ConfigError, LoraError
 from lora_core.worker import files
+from lora_core.worker.analyse import Analysing
 from lora_core.worker.draw import Cancelled, Drawing
 from lora_core.worker.probe import Probe
+from lora_core.worker.remake import Remaking
 
 Request = dict[str, Any]
 Answer = Callable[..., None]
@@ -33,10 +35,12 @@ class Worker:
         self.cancelled: set[str] = set()
         self._answer = answer
         drawing = Drawing(answer, self.cancelled)
+        analysing = Analysing(answer, self.cancelled, drawing.release)
         self._verbs: dict[str, Callable[[Request], dict[str, Any]]] = {
             "generate": drawing.generate, "sheet": drawing.sheet, "export": files.export,
             "inspect": files.inspect, "verify": files.verify, "release": drawing.release,
             "probe": Probe(answer, self.cancelled, drawing.release).probe,
+            **analysing.verbs(), **Remaking(analysing.telling).verbs(),
         }  # fmt: skip
 
     def handle(self, request: Request) -> None:

@@ -179,7 +179,7 @@ def curves_plot(
         if curve.errors and len(inside) <= MOST_DOTS:
             parts += [
                 f'<circle class="dot {curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
-                for x, y in map(lambda p: axes.at(*p), inside)
+                for x, y in (axes.at(*p) for p in inside)
             ]
     if mark is not None:
         parts.append(_marked(axes, mark))
