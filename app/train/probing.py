@@ -152,7 +152,8 @@ class Prober:
             if self._in_hand:
                 return
             self._in_hand = _key(config)
-            self._reply = self._worker.submit({"do": "probe", "config": config.to_dict()})
+            request = {"do": "probe", "config": config.to_dict(), "aside": str(self._workspace / "cache")}
+            self._reply = self._worker.submit(request)
         watch = threading.Thread(target=self._attend, args=(config, self._reply), daemon=True, name="probe")
         watch.start()
 

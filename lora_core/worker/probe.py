@@ -5,9 +5,11 @@ of again, whatever happens.
 """
 
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,13 @@ from lora_core.training.cache import TextSource
 from lora_core.training.ema import Average
 from lora_core.training.loop import Step, StepPlan, Trainee, training_steps
 from lora_core.training.memory import out_of_memory
-from lora_core.training.trainee import adapter_plan, injected_adapter, optimizer_of, ready_for_training
+from lora_core.training.trainee import (
+    adapter_plan,
+    injected_adapter,
+    optimizer_of,
+    ready_for_training,
+    thinner_of,
+)
 from lora_core.worker.draw import Cancelled
 
 Request = dict[str, Any]
@@ -55,6 +63,8 @@ class Probe:
     def probe(self, request: Request) -> dict[str, Any]:
         """Take some steps of `config`: {"step", "draw", "steps", "peak", "device"}, times in seconds.
 
+        `aside` is the folder on whose drive weights may be put aside.
+
         Raises:
             OutOfMemory: a step does not fit.
             Cancelled: by its sender, between two steps.
@@ -63,7 +73,8 @@ class Probe:
         # Never two bases at once: there may be memory for one.
         self._release({})
         try:
-            return self._measured(config, str(request["id"]))
+            aside = Path(str(request.get("aside") or tempfile.gettempdir()))
+            return self._measured(config, str(request["id"]), aside)
         except Exception as error:
             full = out_of_memory(error)
             # Its frames hold the base for as long as the error is known.
@@ -71,20 +82,20 @@ class Probe:
             if not full:
                 raise
             raise OutOfMemory(
-                "A step at these settings did not fit into memory as they are; lower train.batch_size or"
-                " train.resolution, or set train.checkpointing."
+                "A step did not fit into memory as it is, so the run would take slower ways that need less;"
+                " with a lower train.batch_size or train.resolution it needs none."
             ) from None
         finally:
             self._release({})
 
-    def _measured(self, config: RunConfig, name: str) -> dict[str, Any]:
+    def _measured(self, config: RunConfig, name: str, aside: Path) -> dict[str, Any]:
         device = best_device()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model = config.model
-        base = load_base(
-            model.base, device, dtype_of(config.train.precision, device), model.prediction, model.vae
-        )
+        dtype = dtype_of(config.train.precision, device)
+        thin = thinner_of(config.train, [], device, aside)
+        base = load_base(model.base, device, dtype, model.prediction, model.vae, thin)
         self._check(name)
         trainee, batches, text = _made(base, config)
         taken: list[float] = []
