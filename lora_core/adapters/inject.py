@@ -10,6 +10,7 @@ from torch import nn
 from lora_core.adapters.lora import LoraLayer, LoraShape, Moment
 from lora_core.adapters.targets import Adaptable, Targets, layer_by_path, target_modules
 from lora_core.adapters.weights import AdapterWeights, LayerKey
+from lora_core.models.thin import ThinConv2d, ThinLinear
 from lora_core.spec.errors import AdapterFileError, ConfigError
 
 
@@ -147,6 +148,7 @@ class Merger:
 
         Raises:
             AdapterFileError: a layer is not in this base or has another shape; nothing is changed then.
+            ConfigError: the base has no weights to merge into.
         """
         deltas: dict[LayerKey, list[tuple[float, AdapterWeights]]] = {}
         for adapter in adapters:
@@ -170,6 +172,10 @@ class Merger:
                 f"The adapter has a layer {part} {path} that this base has not; it is for another base."
             )
         layer, update = located[1], weights.layers[key]
+        if isinstance(layer, ThinLinear | ThinConv2d):
+            raise ConfigError(
+                "Adapters cannot be merged into a base that is kept in 8 bits or offloaded; open it as it is."
+            )
         size = (update.up.shape[0], *update.down.shape[1:])
         if layer.weight.numel() != math.prod(size) or layer.weight.shape[0] != size[0]:
             raise AdapterFileError(

@@ -42,7 +42,7 @@ class Depot:
         self._followed[before, last] = number
         self._last = (last, number)
         guess = self._followed.get(self._last)
-        if guess is not None and guess != number:
+        if guess is not None:
             self._ahead = (guess, self._begin(guess))
         return tensor
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_core.models.thin import is_packed
 from lora_core.spec import events
 from lora_core.training.between import at_strength, evaluating
 from lora_core.training.prepare import Session
@@ -61,6 +62,7 @@ class Judge:
     best: Best = field(default_factory=Best)
     seconds: float = 0.0
     _base_losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    _packed: bool = False
 
     def validated(self, step: int, note: Note) -> events.Validated:
         """Measure the adapter; if it is the best so far, `best` is this step afterwards.
@@ -72,6 +74,10 @@ class Judge:
         with evaluating(self.session):
             with at_strength(self.session.trainee.injected, 0.0):
                 groups = self.session.measured.by_name(note)
+                if self._packed != is_packed(self.session.trainee.base.unet):
+                    # A base in 8 bits is another base.
+                    self._packed = not self._packed
+                    self._base_losses.clear()
                 for name, pictures in groups.items():
                     if name not in self._base_losses:
                         self._base_losses[name] = self._losses(pictures, note)

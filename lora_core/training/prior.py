@@ -10,6 +10,7 @@ import torch
 
 from lora_core.dataset.buckets import bucket_of
 from lora_core.models.load import BaseModel
+from lora_core.models.thin import is_packed
 from lora_core.sampling.generate import OnStep, Picture, sampled_latents
 from lora_core.spec.config import RunConfig
 from lora_core.training.cache import TextSource, digest_of, from_disk_or
@@ -64,7 +65,8 @@ class Prior:
 
     def _latents(self, prompt: str, picture: Picture, note: OnStep) -> torch.Tensor:
         base = self._base
-        name = digest_of(self._identity, prompt, picture, base.dtype, base.device.type)
+        kept = (base.dtype, base.device.type, is_packed(base.unet))
+        name = digest_of(self._identity, prompt, picture, kept)
 
         def draw() -> dict[str, torch.Tensor]:
             text = self._text.condition(prompt)
