@@ -1,0 +1,80 @@
+"""What the validations of a run say so far, in words: whether it still gains, learns by heart, forgets.
+
+Command line, report and window say the same, because they ask here.
+"""
+
+import math
+from collections.abc import Sequence
+
+from lora_core.spec.events import Validated
+
+SURE = 2.0
+"""Standard errors beyond which a difference is told."""
+BY_HEART = 0.25
+"""Where less than this share of the gain on training pictures is missing on others, that is as it always
+is."""
+A_LITTLE = 0.01
+"""Of the base's loss: forgetting less is hardly seen."""
+
+
+def verdict(validations: Sequence[Validated]) -> str:
+    """One to three sentences, the most important first; "" where nothing was measured."""
+    found = measured(validations)
+    if not found:
+        return ""
+    return " ".join(filter(None, (_gains(found), _by_heart(found[-1]), _forgets(found[-1]))))
+
+
+def measured(validations: Sequence[Validated]) -> list[Validated]:
+    """The validations that have a number."""
+    return [one for one in validations if math.isfinite(one.gain)]
+
+
+def best_of(validations: Sequence[Validated]) -> Validated | None:
+    """The best step: the newest that was called so when it was measured, which is not always the highest."""
+    return next((one for one in reversed(measured(validations)) if one.best), None)
+
+
+def error_of(value: float) -> float:
+    """A standard error, 0 where it is not known."""
+    return value if math.isfinite(value) else 0.0
+
+
+def _gains(found: Sequence[Validated]) -> str:
+    last, best = found[-1], best_of(found)
+    if best is None or best.gain < SURE * error_of(best.standard_error):
+        if last.gain < -SURE * error_of(last.standard_error):
+            return f"At step {last.step:,} it predicts new pictures worse than the base does."
+        return f"Up to step {last.step:,} no gain can be told from chance."
+    if last.step == best.step:
+        return (
+            "Still gaining."
+            if len(found) > 1
+            else f"It gains on pictures that it has not seen: {best.gain:+.4f}."
+        )
+    if last.against_best < -SURE * error_of(last.against_best_error):
+        return f"It has become worse since step {best.step:,}; that step's file is the better one."
+    return f"Nothing gained since step {best.step:,}."
+
+
+def _by_heart(last: Validated) -> str:
+    if not (math.isfinite(last.gauge) and last.train_gain > 0):
+        return ""
+    share = last.gauge / last.train_gain
+    if last.gauge <= SURE * error_of(last.gauge_error) or share < BY_HEART:
+        return ""
+    if share >= 1:
+        return "It is learning by heart: what it gains on its own pictures helps with no others."
+    return (
+        f"It is learning by heart: {share:.0%} of what it gains on its own pictures is not gained on others."
+    )
+
+
+def _forgets(last: Validated) -> str:
+    if not math.isfinite(last.prior) or last.prior >= -SURE * error_of(last.prior_error):
+        return ""
+    share = -last.prior / last.base_loss if last.base_loss > 0 else math.nan
+    if share < A_LITTLE:
+        return f"It forgets a little of what the base knew ({share:.1%})."
+    much = f": the base's own pictures are predicted {share:.0%} worse" if math.isfinite(share) else ""
+    return f"It forgets what the base knew{much}."
