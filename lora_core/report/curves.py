@@ -4,12 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 
 from lora_core.report.story import Story
-from lora_core.report.verdict import SURE, best_of, measured
 from lora_core.spec.events import Validated
 from lora_core.spec.heat import table_html
 from lora_core.spec.plot import Bar, Curve, Mark, bars_plot, curves_plot, safe, thinned
 from lora_core.spec.progress import smoothed
 from lora_core.spec.rank_plots import figure, folded, paragraph
+from lora_core.spec.verdict import SURE, best_of, error_of, measured
 
 MOST_PICTURES = 40
 
@@ -32,10 +32,10 @@ def loss_html(story: Story) -> str:
 
 def gain_html(story: Story) -> str:
     """Gain on held-out pictures with its error, on training pictures, and on what should stay."""
-    found = measured(story)
+    found = measured(story.progress.validations)
     if not found:
         return paragraph("No picture was held out, so that no gain was measured.")
-    best = best_of(story)
+    best = best_of(story.progress.validations)
     curves = [
         _curve("held-out pictures", found, "smooth", lambda e: (e.gain, e.standard_error)),
         _curve("training pictures", found, "second", lambda e: (e.train_gain, math.nan)),
@@ -66,15 +66,9 @@ def _gauge(found: Sequence[Validated]) -> str:
     last = next((e for e in reversed(found) if math.isfinite(e.gauge)), None)
     if last is None:
         return ""
-    error = last.gauge_error if math.isfinite(last.gauge_error) else 0.0
-    told = (
-        "some of it was learned by heart"
-        if last.gauge > SURE * error
-        else "nothing tells of learning by heart"
-    )
     return paragraph(
         f"Memorisation gauge at step {last.step:,}: training pictures gain {last.gauge:+.4f} (standard error"
-        f" {error:.4f}) more than held-out ones, so {told}."
+        f" {error_of(last.gauge_error):.4f}) more than held-out ones."
     )
 
 
@@ -89,7 +83,7 @@ def _signed(value: float) -> str:
 
 def bands_html(story: Story) -> str:
     """The gain of the best step by noise level."""
-    best = best_of(story)
+    best = best_of(story.progress.validations)
     rows = best.bands if best is not None else []
     if not rows:
         return ""

@@ -8,12 +8,13 @@ from lora_core.report.curves import bands_html, gain_html, loss_html, pictures_h
 from lora_core.report.samples import samples_html
 from lora_core.report.settings import base_name, settings_html
 from lora_core.report.story import Story, Tell, story_of
-from lora_core.report.verdict import best_of, verdict
+from lora_core.report.verdict import verdict
 from lora_core.spec.errors import RunError
 from lora_core.spec.paths import ASSETS, write_atomically
 from lora_core.spec.plot import safe
 from lora_core.spec.rank_plots import intrinsic_html, paragraph, spectrum_html, strength_html
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.verdict import best_of
 
 FILE_NAME = "report.html"
 STYLE = ASSETS / "report.css"
@@ -91,7 +92,7 @@ def _section(title: str, inside: str) -> str:
 
 
 def _tiles(story: Story) -> str:
-    best = best_of(story)
+    best = best_of(story.progress.validations)
     done, planned = story.progress.step, story.progress.steps
     tiles = [
         (f"{done:,}" + (f" of {planned:,}" if planned > done else ""), "steps"),

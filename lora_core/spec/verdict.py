@@ -22,7 +22,7 @@ def verdict(validations: Sequence[Validated]) -> str:
     found = measured(validations)
     if not found:
         return ""
-    return " ".join(filter(None, (_gains(found), _by_heart(found[-1]), _forgets(found[-1]))))
+    return " ".join(filter(None, (_gains(found), by_heart(found[-1]), forgets(found[-1]))))
 
 
 def measured(validations: Sequence[Validated]) -> list[Validated]:
@@ -57,7 +57,8 @@ def _gains(found: Sequence[Validated]) -> str:
     return f"Nothing gained since step {best.step:,}."
 
 
-def _by_heart(last: Validated) -> str:
+def by_heart(last: Validated) -> str:
+    """Whether it learns by heart, in a sentence; "" where nothing tells of it."""
     if not (math.isfinite(last.gauge) and last.train_gain > 0):
         return ""
     share = last.gauge / last.train_gain
@@ -70,7 +71,8 @@ def _by_heart(last: Validated) -> str:
     )
 
 
-def _forgets(last: Validated) -> str:
+def forgets(last: Validated) -> str:
+    """Whether it forgets what the base knew, in a sentence; "" where nothing tells of it."""
     if not math.isfinite(last.prior) or last.prior >= -SURE * error_of(last.prior_error):
         return ""
     share = -last.prior / last.base_loss if last.base_loss > 0 else math.nan
