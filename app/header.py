@@ -54,6 +54,8 @@ def resume_button(moment: Moment, name: str, tone: str = "") -> str:
     """The button that goes on with the shown run, and from where."""
     step = moment.watch.aftermath().step if moment.watch else 0
     words = "Resume" if name == "resume" else f"Continue at step {step:,}" if step else "Start again"
+    if moment.state == "stopped" and moment.progress.reason:
+        words = "Go on anyway"
     tip = f"Goes on at step {step:,}." if step else "Starts again: no checkpoint was written yet."
     return (
         f'<button type="button" class="own {tone}" id="{name}" data-run-do="resume"'

@@ -13,7 +13,7 @@ from app.desk import Desk
 from app.moment import moment_of
 from app.parts import QUIET, Parts, piece
 from app.projects import picker as project_picker
-from app.routes import SCRIPTS
+from app.routes import SCRIPTS, STYLES
 from app.tabs import dataset, export, preview, train
 from app.train import welcome
 from lora_core.spec.paths import ASSETS
@@ -92,12 +92,12 @@ def _fingerprint(value: Any) -> str:
 def head() -> str:
     """What the page loads besides Gradio: our own style and scripts, by addresses that change with the
     files."""
-    version = max(int((ASSETS / name).stat().st_mtime) for name in (*SCRIPTS, "style.css"))
+    version = max(int((ASSETS / name).stat().st_mtime) for name in (*SCRIPTS, *STYLES))
     scripts = "".join(f'<script defer src="/easel/assets/{name}?v={version}"></script>' for name in SCRIPTS)
+    styles = "".join(f'<link rel="stylesheet" href="/easel/assets/{name}?v={version}">' for name in STYLES)
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon"'
-        f' href="/easel/assets/icon.svg"><link rel="stylesheet" href="/easel/assets/style.css?v={version}">'
-        + scripts
+        f' href="/easel/assets/icon.svg">{styles}{scripts}'
     )
 
 

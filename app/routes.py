@@ -30,7 +30,8 @@ from lora_core.spec.run_folder import runs_folder
 PICTURES = set(SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
-PUBLIC = {"style.css": "text/css", "icon.svg": "image/svg+xml"}
+STYLES = ("style.css", "analysis.css")
+PUBLIC = {"icon.svg": "image/svg+xml", **dict.fromkeys(STYLES, "text/css")}
 SCRIPTS = (
     "window.js",
     "folder_drop.js",

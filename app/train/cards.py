@@ -4,7 +4,7 @@ from app.hardware import resident_bytes
 from app.header import percent, request_button, resume_button, run_words, track
 from app.jobs import Watch
 from app.moment import Moment
-from app.train.charts import gain_chart, loss_chart
+from app.train.charts import gain_chart, loss_chart, meaning
 from app.train.checks import in_words
 from app.train.pace import seconds_left
 from app.words import UNKNOWN, clock, file_size, pace, safe, state_chip, tile
@@ -175,6 +175,12 @@ def _remark(moment: Moment) -> str:
     if moment.state == "paused" and reason:
         # A pause that nobody asked for: the drive is full, for instance.
         return f'<p class="problem" role="alert" data-hint="paused">{safe(in_words(reason))}</p>'
+    if moment.state == "stopped" and reason:
+        # The run's own decision: nothing was gained any more.
+        return (
+            f'<p role="status" data-hint="early">{safe(in_words(reason))} The file of what it learned is'
+            " there.</p>"
+        )
     texts = {
         "pausing": "It saves a checkpoint after the present step and ends.",
         "stopping": "It saves, writes the file for other tools and ends.",
@@ -199,8 +205,9 @@ def charts(moment: Moment) -> str:
         else ""
     )
     return (
-        '<div class="panel"><div class="cols2 plots"><div><h3>Gain on pictures that it has never seen</h3>'
-        f'{gain_chart(progress.validations)}</div><div><div class="row apart"><h3>Training loss, raw and'
+        '<div class="panel"><div class="cols2 plots"><div><h3>Gain on pictures that it has never'
+        f" seen</h3>{gain_chart(progress.validations)}{meaning(progress.validations)}</div><div><div"
+        ' class="row apart"><h3>Training loss, raw and'
         f" smoothed</h3>{smoothing}</div>{loss_chart(progress.losses)}</div></div></div>"
     )
 

@@ -16,11 +16,10 @@ from lora_core.spec.errors import LoraError
 from lora_core.spec.preflight import ADAPTER_COPIES
 from lora_core.spec.sizes import base_numbers, export_bytes
 
-SOURCES = {
-    MEASURED: "measured on a run like it",
-    PROBED: "measured",
-    SCALED: "estimated from what was measured",
-    GUESSED: "estimated, mended as it runs",
+SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated", GUESSED: "estimated"}
+ESTIMATES = {
+    SCALED: "Reckoned from what other settings took.",
+    GUESSED: "A guess from this computer's speed.",
 }
 NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
 PROGRAM = 0.6e9
@@ -108,7 +107,7 @@ def _measuring(moment: Moment, expected: Forecast | None) -> str:
     if prober.working(config):
         done, total = prober.steps_done()
         count = f", {done} of {total}" if total else ""
-        return _line("working", f"Trying some steps to measure the time{count}.", "unmeasure", "Stop")
+        return _line("working", f"Trying some steps{count}.", "unmeasure", "Stop")
     tried = prober.known(config)
     if tried and source == PROBED:
         return _line("known", f"A step was tried on this computer: {pace(tried.step)}.")

@@ -112,10 +112,13 @@ class Prober:
         base, worker = chosen_base(config.model.base), self._worker
         if base.facts is None or not self._hardware.known or not (base.embedded or self._has_room(base)):
             return False
+        asked = [one for one in (*worker.waiting, worker.in_hand) if one not in (None, self._reply)]
+        warming = any(one.request["do"] == "warm" for one in asked if one)
+        others = any(one.request["do"] != "warm" for one in asked if one)
         # A base that is held for pictures would have to be opened again for the next one.
-        if not worker.ready or worker.waiting or worker.holds_memory:
+        if others or worker.holds_memory or not (worker.ready or warming):
             return False
-        return worker.in_hand in (None, self._reply) and not self._occupied()
+        return not self._occupied()
 
     def begin(self, config: RunConfig) -> None:
         """Measure now, because somebody asked for it.

@@ -48,12 +48,33 @@ def test_a_chart_needs_two_finite_losses() -> None:
     assert "<svg" not in charts.gain_chart([])
 
 
-def test_gain_marks_the_best() -> None:
-    found = [
-        events.Validated(step=s, gain=g, standard_error=0.001, base_loss=0.2, adapted_loss=0.2 - g, best=True)
-        for s, g in ((10, 0.01), (20, 0.03), (30, 0.02))
-    ]
-    assert "best, step 20" in charts.gain_chart(found)
+def validated(step: int, gain: float, best: bool, **more: float) -> events.Validated:
+    numbers = {"standard_error": 0.001, "base_loss": 0.2, "adapted_loss": 0.2 - gain}
+    return events.Validated(step=step, gain=gain, best=best, **numbers | more)
+
+
+def test_gain_marks_the_newest_that_was_called_best_and_not_the_highest() -> None:
+    found = [validated(s, g, s < 30) for s, g in ((10, 0.01), (20, 0.03), (30, 0.0302))]
+    drawn = charts.gain_chart(found)
+    assert "best, step 20" in drawn
+    assert "training pictures" not in drawn
+    # The base itself is the first point: five lines of the axis lie at 0, 0.01, 0.02, 0.03 and 0.04.
+    line = drawn.split('<polyline class="smooth" points="')[1].split('"')[0]
+    assert line.split()[0] == "52.0,172.0"
+    assert "best, step" not in charts.gain_chart([validated(10, 0.01, False)])
+
+
+def test_the_gauges_stand_beside_what_they_mean() -> None:
+    last = validated(20, 0.01, True, train_gain=0.03, gauge=0.02, gauge_error=0.004, prior=-0.0001)
+    drawn = charts.gain_chart([validated(10, 0.005, True), last])
+    assert drawn.count("<polyline") == 2
+    assert "training pictures" in drawn
+    said = charts.meaning([validated(10, 0.005, True), last])
+    assert "Still gaining. It is learning by heart: 67% of" in said
+    assert "Learning by heart +0.0200 ± 0.0040" in said
+    assert "The base&#x27;s own pictures \N{MINUS SIGN}0.0001 ± 0.0000" in said
+    assert charts.meaning([]) == ""
+    assert "Learning by heart" not in charts.meaning([validated(10, 0.005, True)])
 
 
 def test_numbers_as_people_read_them() -> None:

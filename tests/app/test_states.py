@@ -147,6 +147,15 @@ def test_stopped_can_be_seen_and_gone_on_with(desk: Desk) -> None:
     assert "Ended early on request" in html
 
 
+def test_a_run_that_ended_by_itself_says_why_and_may_go_on_anyway(desk: Desk) -> None:
+    why = "Nothing was gained on held-out pictures after step 300 <b>"
+    make_run(desk, "early", started(900), step(500), events.Stopped(step=500, export="", reason=why))
+    card = cards.run_card(moment_of(desk))
+    assert 'data-hint="early"' in card
+    assert "after step 300 &lt;b&gt;" in card
+    assert "Go on anyway" in card
+
+
 def test_a_crash_says_why_and_from_where_it_goes_on(desk: Desk) -> None:
     run = make_run(desk, "a", started(1000), step(812), step(830))
     checkpoint(run, 812)
