@@ -15,7 +15,7 @@ from app.hardware import Hardware
 from app.jobs import Jobs, environment
 from app.places import Places
 from app.preview.studio import Studio
-from app.projects.projects import Projects, adopt
+from app.projects.projects import Projects, adopt, belongs
 from app.tools import OtherTools
 from app.train.checks import Checks
 from app.train.line import Line
@@ -37,6 +37,7 @@ class Desk:
         self.thumbs = Thumbs(workspace / "cache" / "thumbs")
         self.jobs = Jobs(workspace)
         self.jobs.created = lambda run: adopt(run, self.project.path)
+        self.jobs.own = lambda watch: belongs(watch.run, watch.config(), self.project.path)
         self.hardware = Hardware()
         self.line = Line(workspace, self.jobs)
         self.checks = Checks(workspace, self.hardware)

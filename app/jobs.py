@@ -127,6 +127,8 @@ class Jobs:
         self._chosen: Path | None = None
         # Told of each run that is made here; the desk notes which project it belongs to.
         self.created: Callable[[RunFolder], None] = lambda run: None
+        # Whether a run is one of the open project; the desk knows.
+        self.own: Callable[[Watch], bool] = lambda watch: True
 
     def watch(self, run: RunFolder) -> Watch:
         """The one watch of a run."""
@@ -147,7 +149,7 @@ class Jobs:
         return next((watch for watch in self.all() if self.state(watch) in LIVE), None)
 
     def current(self) -> Watch | None:
-        """The run that the window shows: the live one, else the one chosen, else the newest."""
+        """The run that the window shows: the live one, else the one chosen, else the project's newest."""
         live = self.live()
         if live is not None:
             # What a queue starts is followed too, and stays in view when it has ended.
@@ -155,7 +157,11 @@ class Jobs:
             return live
         watches = self.all()
         chosen = next((w for w in watches if w.run.path == self._chosen), None)
-        return chosen or max(watches, key=_last_written, default=None)
+        return chosen or max(filter(self.own, watches), key=_last_written, default=None)
+
+    def choose_anew(self) -> None:
+        """Forget which run was chosen, as when another project is opened."""
+        self._chosen = None
 
     def show(self, name: str) -> None:
         """Choose which run the window shows while none is going on."""

@@ -52,7 +52,10 @@ def _changed(desk: Desk, do: str, key: str, title: str) -> dict[str, Any]:
             freed = file_size(size)
         case _:
             raise Refused("no such action")
-    return {**_shelves(desk), "switched": desk.project.path != before, "freed": freed}
+    switched = desk.project.path != before
+    if switched:
+        desk.jobs.choose_anew()
+    return {**_shelves(desk), "switched": switched, "freed": freed}
 
 
 def _shelves(desk: Desk) -> dict[str, Any]:

@@ -94,16 +94,32 @@ def _job_row(job: Job, waiting: list[str]) -> str:
 
 
 def earlier(moment: Moment) -> str:
-    """The other runs, newest first; with a single run, that one, so that it can be deleted."""
+    """The other runs of the open project, newest first; with a single run, that one, so that it can be
+    deleted. Those of other projects are folded below."""
     listed = [(w, s) for w, s in moment.runs if not (s == "queued" and moment.desk.line.holds(w.run.name))]
-    others = [(w, s) for w, s in listed if w is not moment.watch]
-    shown = [(w, s) for w, s in listed if w is moment.watch and not moment.live]
-    if not others and not shown:
+    listed = [(w, s) for w, s in listed if w is not moment.watch or not moment.live]
+    listed.sort(key=lambda one: one[0] is not moment.watch)
+    own: list[tuple[Watch, str]] = []
+    others: list[tuple[Watch, str]] = []
+    for one in listed:
+        (own if moment.desk.jobs.own(one[0]) else others).append(one)
+    if not own and not others:
         return ""
-    rows = "".join(_run_row(moment, watch, state) for watch, state in [*shown, *others][:MOST_EARLIER])
-    more = len(shown) + len(others) - MOST_EARLIER
+    mine = _rows(moment, own) if own else '<p class="small">No earlier run of this project yet.</p>'
+    folded = (
+        f'<details id="other-runs"><summary>{many(len(others), "run")} of other projects</summary>'
+        f"{_rows(moment, others)}</details>"
+        if others
+        else ""
+    )
+    return f'<div class="panel"><h2>Runs</h2>{mine}{folded}</div>'
+
+
+def _rows(moment: Moment, listed: list[tuple[Watch, str]]) -> str:
+    rows = "".join(_run_row(moment, watch, state) for watch, state in listed[:MOST_EARLIER])
+    more = len(listed) - MOST_EARLIER
     note = f'<p class="small">And {many(more, "older run")} in the workspace.</p>' if more > 0 else ""
-    return f'<div class="panel"><h2>Runs</h2><div class="list">{rows}</div>{note}</div>'
+    return f'<div class="list">{rows}</div>{note}'
 
 
 def _run_row(moment: Moment, watch: Watch, state: str) -> str:

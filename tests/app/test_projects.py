@@ -8,9 +8,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.desk import Desk
+from app.moment import moment_of
 from app.projects.projects import Projects, adopt, runs_of
 from app.projects.routes import add_project_routes
 from app.routes import add_routes
+from app.train.run_list import earlier
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
 from lora_core.spec.run_folder import RunFolder, runs_folder
@@ -94,6 +96,35 @@ def test_runs_of_a_project(desk: Desk) -> None:
     assert {one.name for one in runs_of(desk.project)} == {"own-pictures", "demo-in-second"}
     desk.projects.open("default")
     assert {one.name for one in runs_of(desk.project)} == {"from-the-command-line", "of-one-that-is-gone"}
+
+
+def test_a_project_shows_its_own_runs_and_folds_the_others(desk: Desk, client: TestClient) -> None:
+    run(desk, "in-the-first")
+    for name in ("in-the-second", "in-the-second-too"):
+        adopt(run(desk, name), desk.workspace / "projects" / "second")
+    desk.jobs.show("in-the-first")
+    assert client.post("/easel/projects", json={"do": "new", "title": "Second"}).json()["switched"]
+    moment = moment_of(desk)
+    # What was chosen in the other project is not what this one shows.
+    assert moment.watch is not None
+    assert moment.watch.run.name.startswith("in-the-second")
+    shown, folded = earlier(moment).split('<details id="other-runs">')
+    assert [name for name in ("in-the-second", "in-the-second-too") if f'data-run="{name}"' in shown] == [
+        "in-the-second", "in-the-second-too",
+    ]  # fmt: skip
+    assert "in-the-first" not in shown
+    assert "1 run of other projects" in folded
+    assert 'data-run="in-the-first"' in folded
+    desk.jobs.show("in-the-first")
+    chosen = moment_of(desk).watch
+    assert chosen is not None
+    assert chosen.run.name == "in-the-first"
+
+    client.post("/easel/projects", json={"do": "new", "title": "Third"})
+    moment = moment_of(desk)
+    assert moment.watch is None
+    assert "No earlier run of this project yet." in earlier(moment)
+    assert "3 runs of other projects" in earlier(moment)
 
 
 @pytest.fixture
