@@ -20,6 +20,7 @@ from lora_core.spec.errors import ConfigError, LoraError
 from lora_core.worker import files
 from lora_core.worker.analyse import Analysing
 from lora_core.worker.draw import Cancelled, Drawing
+from lora_core.worker.insights import Insights
 from lora_core.worker.probe import Probe
 from lora_core.worker.remake import Remaking
 
@@ -35,10 +36,12 @@ class Worker:
         self.cancelled: set[str] = set()
         self._answer = answer
         drawing = Drawing(answer, self.cancelled)
+        insights = Insights(answer, self.cancelled, drawing.bare_base)
         analysing = Analysing(answer, self.cancelled, drawing.release)
         self._verbs: dict[str, Callable[[Request], dict[str, Any]]] = {
             "generate": drawing.generate, "sheet": drawing.sheet, "export": files.export,
             "inspect": files.inspect, "verify": files.verify, "release": drawing.release,
+            "captions": insights.captions, "triggers": insights.triggers, "pictures": insights.pictures,
             "probe": Probe(answer, self.cancelled, drawing.release).probe,
             **analysing.verbs(), **Remaking(analysing.telling).verbs(),
         }  # fmt: skip

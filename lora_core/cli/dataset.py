@@ -1,23 +1,27 @@
-"""The verb about a dataset: audit."""
+"""Verbs about the pictures of a dataset: audit, probe, pictures."""
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
 from lora_core.dataset.audit import audit
-from lora_core.dataset.folder import open_dataset
+from lora_core.dataset.folder import open_dataset, require_clean
 from lora_core.dataset.learned import Training
 from lora_core.spec.base_facts import base_facts
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.paths import workspace
+from lora_core.spec.run_folder import RunFolder
 
 _MOST_TAGS = 20
 _MOST_NAMES = 6
+_MOST_WEAK = 5
 
 
 def add_verbs(verbs: Verbs) -> None:
-    """Add this module's verb."""
+    """Add this module's verbs."""
     verb = verbs.add_parser("audit", help="what is wrong with a dataset, and what will be learned from it")
     verb.add_argument("dataset", metavar="DATASET", help="a folder of pictures, a zip of one, or `demo`")
     verb.add_argument("--base", default="demo", metavar="B", help="the base that it is for")
@@ -31,6 +35,33 @@ def add_verbs(verbs: Verbs) -> None:
     add_workspace(verb)
     add_json(verb)
     verb.set_defaults(run=_audit)
+    _add_probe(verbs)
+    _add_pictures(verbs)
+
+
+def _add_probe(verbs: Verbs) -> None:
+    verb = verbs.add_parser(
+        "probe", help="what a base makes of captions: wrong ones, and words for a trigger"
+    )
+    verb.add_argument("dataset", metavar="DATASET", help="a folder of pictures, a zip of one, or `demo`")
+    verb.add_argument("--base", default="demo", metavar="B", help="the base that is asked")
+    verb.add_argument("--triples", type=int, default=4, help="looks a picture")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--trigger", default="", metavar="WORD", help="the trigger word, to be measured too")
+    add_workspace(verb)
+    add_json(verb)
+    verb.set_defaults(run=_probe)
+
+
+def _add_pictures(verbs: Verbs) -> None:
+    verb = verbs.add_parser("pictures", help="what a run has learned of each of its pictures")
+    verb.add_argument("run_folder", metavar="RUN", type=Path)
+    verb.add_argument(
+        "--checkpoint", default="best", metavar="STEP", help="best, last, or the step of a checkpoint"
+    )
+    verb.add_argument("--triples", type=int, default=8, help="looks a picture")
+    add_json(verb)
+    verb.set_defaults(run=_pictures)
 
 
 def _audit(options: argparse.Namespace) -> int:
@@ -65,3 +96,80 @@ def _say_findings(found: dict[str, Any]) -> None:
             shown = [Path(path).name for path in row["pictures"][:_MOST_NAMES]]
             more = len(row["pictures"]) - len(shown)
             say(f"    {', '.join(shown)}{f' and {more} more' if more else ''}")
+
+
+def _probe(options: argparse.Namespace) -> int:
+    _check_triples(options.triples)
+    dataset = open_dataset(options.dataset, workspace(options.workspace) / "cache" / "datasets")
+    require_clean(dataset)
+    from lora_core.models.device import best_device, dtype_of
+    from lora_core.models.load import load_base
+    from lora_core.validation.probe import caption_probe
+    from lora_core.validation.triggers import trigger_words
+
+    device = best_device()
+    base = load_base(options.base, device, dtype_of("auto", device))
+    how = (options.triples, options.seed)
+    found = caption_probe(base, dataset.records, *how, said=_counter("captions"))
+    found["trigger"] = trigger_words(base, dataset.records, options.trigger, *how, said=_counter("words"))
+    if options.json:
+        say_json(found)
+        return 0
+    say(
+        f"With captions the base's loss is lower by {found['helped']:.4f} (standard error"
+        f" {found['standard_error']:.4f}) than without, over {len(found['rows'])} pictures."
+    )
+    suspects = [row for row in found["rows"] if row["suspect"]]
+    for row in suspects:
+        say(f"  {row['sentence']}")
+    if not suspects:
+        say("No caption fits another picture better than its own. The weakest:")
+        for row in found["rows"][:_MOST_WEAK]:
+            say(
+                f"  {row['fits']:+.3f} ± {row['fits_error']:.3f}  {Path(row['picture']).name}:"
+                f" {row['caption']}"
+            )
+    say("Words for a trigger, by how little the base reacts to them:")
+    for row in found["trigger"]["rows"]:
+        say(f"  {row['sentence']}")
+    return 0
+
+
+def _pictures(options: argparse.Namespace) -> int:
+    _check_triples(options.triples)
+    run = RunFolder.open(options.run_folder)
+    from lora_core.validation.pictures import FILE, run_pictures
+
+    found = run_pictures(run, options.checkpoint, options.triples, _counter("pictures"))
+    if options.json:
+        say_json(found)
+        return 0
+    say(f"Step {found['step']}, those that stand out first, then by what was learned; in {run.path / FILE}.")
+    for row in found["rows"]:
+        held = "  held out" if row["held_out"] else f"  {row['share']:.1%} of the steps"
+        helps = "" if row["helps"] is None else f"  caption {row['helps']:+.4f}"
+        say(
+            f"  {row['learned']:4.0%}  gain {row['gain']:+.4f} ± {row['standard_error']:.4f} of"
+            f" {row['base_loss']:.4f}{helps}{held}  {Path(row['picture']).name}"
+        )
+    for row in found["rows"]:
+        if row["suspect"]:
+            say(row["sentence"])
+    return 0
+
+
+def _check_triples(triples: int) -> None:
+    if not 1 <= triples <= 1000:
+        raise ConfigError(f"--triples {triples} is out of range; it goes from 1 to 1000.")
+
+
+def _counter(what: str) -> Callable[[int, int], None] | None:
+    """Counts on a terminal's last line, where there is one."""
+    if not sys.stderr.isatty():
+        return None
+
+    def said(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        write(sys.stderr, f"\r\x1b[2KMeasuring {what}: {done} of {total}{end}")
+
+    return said

@@ -72,9 +72,7 @@ def run_pictures(
     config, step = run.config(), _step(run, which)
     dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
     require_clean(dataset)
-    base = (opened or _opener(config.train.precision))(
-        config.model.base, config.model.prediction, config.model.vae
-    )
+    base = (opened or _opened)(config.model.base, config.model.prediction, config.model.vae)
     weights = read_adapter(run.checkpoint(step) / "adapter.safetensors", base.family)
     rows = picture_rows(base, dataset.records, weights, config, triples, said)
     found = {"step": step, "triples": triples, "rows": rows}
@@ -82,9 +80,9 @@ def run_pictures(
     return found
 
 
-def _opener(precision: str) -> Opened:
+def _opened(name: str, prediction: str, vae: str) -> BaseModel:
     device = best_device()
-    return lambda name, prediction, vae: load_base(name, device, dtype_of(precision, device), prediction, vae)
+    return load_base(name, device, dtype_of("auto", device), prediction, vae)
 
 
 def _step(run: RunFolder, which: str) -> int:

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lora_core.analysis.at_rank import at_rank
 from lora_core.models.device import best_device, dtype_of
-from lora_core.models.load import load_base
+from lora_core.models.load import BaseModel, load_base
 from lora_core.sampling.artist import Artist
 from lora_core.sampling.generate import OnClean, OnStep, save_png
 from lora_core.sampling.grid import sheet
@@ -102,6 +102,12 @@ class Drawing:
             base = load_base(shot.base, device, dtype_of("auto", device), shot.prediction, shot.vae)
             self._artist, self._opened_as = Artist(base, at_rank), wanted
         return self._artist
+
+    def bare_base(self, name: str, prediction: str, vae: str) -> BaseModel:
+        """The base that is kept, or this one in its place, with no adapter in it."""
+        artist = self._opened(Shot(base=name, prediction=prediction, vae=vae))
+        artist.mix(())
+        return artist.base
 
     def sheet(self, request: Request) -> dict[str, Any]:
         """Pictures that are there already as one labelled PNG.

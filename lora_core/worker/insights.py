@@ -1,0 +1,75 @@
+"""The worker's verbs that measure a dataset with the base that it holds: `captions`, `triggers` and
+`pictures`.
+
+The base is the one that pictures are drawn with, with its adapters taken out; nothing is opened twice.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_core.dataset.folder import scan
+from lora_core.dataset.records import ImageRecord
+from lora_core.models.load import BaseModel
+from lora_core.spec.run_folder import RunFolder
+from lora_core.validation.pictures import run_pictures
+from lora_core.validation.probe import Said, caption_probe
+from lora_core.validation.triggers import trigger_words
+from lora_core.worker.draw import Cancelled
+
+Request = dict[str, Any]
+Lend = Callable[[str, str, str], BaseModel]
+"""From name, prediction and VAE to a base with no adapter in it."""
+
+
+class Insights:
+    """The verbs, and how they tell and are told."""
+
+    def __init__(self, answer: Callable[[dict[str, Any]], None], cancelled: set[str], lend: Lend) -> None:
+        """Send answers through `answer`; `cancelled` holds ids to be dropped; `lend` gives a base."""
+        self._answer = answer
+        self._cancelled = cancelled
+        self._lend = lend
+
+    def captions(self, request: Request) -> dict[str, Any]:
+        """How well the captions of the folder `dataset` fit, by the base `base`: as `caption_probe`."""
+        said = self._teller(request)
+        base, records = self._base(request), _records(request)
+        return {"found": caption_probe(base, records, *_how(request), said=said)}
+
+    def triggers(self, request: Request) -> dict[str, Any]:
+        """Trigger words for the folder `dataset`, beside the word `trigger`: as `trigger_words`."""
+        said = self._teller(request)
+        base, records = self._base(request), _records(request)
+        given = str(request.get("trigger", ""))
+        return {"found": trigger_words(base, records, given, *_how(request), said=said)}
+
+    def pictures(self, request: Request) -> dict[str, Any]:
+        """What the run `run` has learned of each of its pictures: as `run_pictures`, which writes it down."""
+        run, said = RunFolder.open(Path(str(request["run"]))), self._teller(request)
+        which, triples = str(request.get("checkpoint", "best")), int(request.get("triples", 8))
+        return {"found": run_pictures(run, which, triples, said, self._lend)}
+
+    def _base(self, request: Request) -> BaseModel:
+        prediction, vae = str(request.get("prediction", "auto")), str(request.get("vae", ""))
+        return self._lend(str(request["base"]), prediction, vae)
+
+    def _teller(self, request: Request) -> Said:
+        """Says how far a request is, and ends it if it is cancelled."""
+        name = str(request["id"])
+
+        def said(done: int, total: int) -> None:
+            if name in self._cancelled:
+                raise Cancelled
+            self._answer({"id": name, "event": "progress", "done": done, "total": total})
+
+        return said
+
+
+def _how(request: Request) -> tuple[int, int]:
+    return int(request.get("triples", 4)), int(request.get("seed", 0))
+
+
+def _records(request: Request) -> Sequence[ImageRecord]:
+    """The usable pictures of the folder; what is wrong with others is the window's to say."""
+    return scan(Path(str(request["dataset"]))).records
