@@ -20,6 +20,7 @@ from fastapi import FastAPI
 
 from app.dataset.routes import add_dataset_routes
 from app.desk import Desk
+from app.export.inside_routes import add_inside_routes
 from app.guard import Guard, is_loopback
 from app.login import Login
 from app.page import mount
@@ -87,6 +88,7 @@ def build_app(desk: Desk, allowed: list[str], password: str = "") -> Any:
     add_dataset_routes(app, desk)
     add_project_routes(app, desk)
     add_preview_routes(app, desk)
+    add_inside_routes(app, desk)
     inner: Any = mount(app, desk, desk.workspace / "tmp")
     if password:
         inner = Login(inner, password)

@@ -40,6 +40,7 @@ SCRIPTS = (
     "projects.js",
     "train.js",
     "preview.js",
+    "inside.js",
 )
 PUBLIC |= dict.fromkeys(SCRIPTS, "text/javascript")
 LARGEST_CAPTION = 1_000_000

@@ -1,5 +1,5 @@
 """The Export tab: choose a checkpoint, name the file, take it or have it put into another tool's folder, and
-see where it works; and a look at any other LoRA file."""
+see where it works; the run's report; and a look into any other LoRA file."""
 
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from app.desk import Desk
 from app.export.copy_panel import build_copy, checked_folder, copied_line, problem
 from app.export.copying import copied
 from app.export.file_check import build_check
+from app.export.inside_panel import inside_card
+from app.export.report_card import FRAME, STATE, report_card
 from app.export.works_in import checkpoint_cards, works_in, written_line
 from app.jobs import Watch
 from app.moment import Moment, moment_of
@@ -41,9 +43,14 @@ def build(parts: Parts) -> None:
             written = piece(elem_id="export-written")
             address = gr.Textbox(visible="hidden", elem_id="export-address")
             buttons = {"download": button, **build_copy(parts, lambda m: bool(_with_checkpoints(m)))}
+            piece(FRAME)
+            parts.live(piece(), lambda m: report_card(_Chosen(parts).watch(m)))
+            piece(STATE)
         with gr.Column(elem_classes="main"):
             table = piece(works_in(None, True), elem_id="works-in")
             build_check(parts)
+        with gr.Column(elem_classes="main wide"):
+            piece(inside_card())
     _wire(parts, fields, buttons, [written, table, address])
 
 

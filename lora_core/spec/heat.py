@@ -50,7 +50,7 @@ def square_plot(label: str, table: Sequence[Sequence[float]], titles: tuple[str,
         titles: of the rows and of the columns.
     """
     count = max(len(table), 1)
-    side = min(22.0, 320.0 / count)
+    side = min(28.0, 320.0 / count)
     left, top = 60.0, 26.0
     parts = [f'<text x="{left}" y="12">{safe(titles[1])} (across), {safe(titles[0])} (down)</text>']
     for i, row in enumerate(table):

@@ -16,7 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 556, 20, 172
 MOST_POINTS = 300
 MOST_DOTS = 40
 """Measurements are marked one by one where there are no more."""
-MOST_LETTERS = 34
+MOST_LETTERS = 28
 
 Points = list[tuple[float, float]]
 

@@ -1,0 +1,222 @@
+"""The tools of "Look inside": which there are, what each needs, and the request that it makes of a page's
+choices."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.desk import Desk
+from app.moment import Moment, moment_of
+from app.preview.loras import ADDED, lora_groups, owner
+from app.train.bases import base_choices
+from lora_core.spec.errors import AdapterFileError, ConfigError
+from lora_core.spec.run_folder import checked_name
+
+MOST_FILES = 12
+CHECKPOINT = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One thing to do with LoRA files.
+
+    Attributes:
+        title: on its button.
+        line: what it tells, or makes.
+        files: how few and how many it takes.
+        needs: which fields it has: "base", "tuned", "measure", "measure?" (may be left out), "apart", "size",
+            "rank?" (may be empty), "strengths".
+        go: on the button that starts it.
+    """
+
+    title: str
+    line: str
+    files: tuple[int, int] = (1, 1)
+    needs: tuple[str, ...] = ()
+    go: str = "Look"
+
+
+TOOLS: dict[str, Tool] = {
+    "spectrum": Tool("Spectrum", "What it is, and how many directions each layer really uses."),
+    "amplify": Tool("Amplification", "What it brings out of its base, block by block.", needs=("base",)),
+    "intrinsic": Tool(
+        "Intrinsic rank", "The lowest rank that keeps 99% of its gain, measured.", (1, 1), ("measure",),
+        "Measure",
+    ),
+    "strength": Tool(
+        "Best strength", "Where it gains most, measured.", (1, 1), ("measure", "apart"), "Measure"
+    ),
+    "compare": Tool("Similarity", "How alike the directions of two files are, against chance.", (2, 2)),
+    "stack": Tool(
+        "Stacking", "What is left of each when all are on.", (2, MOST_FILES), ("strengths", "measure?")
+    ),
+    "merge": Tool(
+        "Merge", "Several files as one: exactly, or at a rank.", (1, MOST_FILES), ("strengths", "rank?"),
+        "Merge",
+    ),
+    "shrink": Tool("Shrink", "A smaller file, and what that costs.", (1, 1), ("size",), "Shrink"),
+    "extract": Tool(
+        "Extract", "A LoRA out of a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract"
+    ),
+}  # fmt: skip
+
+
+def choices(desk: Desk) -> dict[str, Any]:
+    """What a page offers: files with the run that they are of, runs to measure on, bases."""
+    moment = moment_of(desk)
+    groups = []
+    for heading, files in lora_groups(moment):
+        rows = []
+        for title, path in files:
+            watch = owner(moment, path)
+            rows.append({"title": title, "path": path, "run": watch.run.name if watch else ""})
+        groups.append({"heading": heading, "files": rows})
+    bases = [{"title": title, "name": name} for title, name in base_choices(desk)]
+    return {"groups": groups, "runs": _runs(moment), "bases": bases}
+
+
+def _runs(moment: Moment) -> list[dict[str, str]]:
+    """Runs that something was held out of."""
+    found = []
+    for watch, _ in moment.runs:
+        config = watch.config()
+        if config is not None and config.validation.pictures > 0:
+            found.append({"name": watch.run.name, "base": config.model.base})
+    return found
+
+
+def request_of(desk: Desk, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
+    """What the worker is asked for.
+
+    Args:
+        desk: the window.
+        tool: of `TOOLS`.
+        sent: a page's choices: `files` ({file, strength}), `base`, `tuned`, `measure`, `rank`, `energy`,
+            `apart`.
+
+    Raises:
+        LoraError: something is missing, in a sentence.
+    """
+    if tool not in TOOLS:
+        raise ConfigError(f"There is no tool {tool!r}.")
+    wanted, files = TOOLS[tool], _files(sent.get("files"))
+    low, high = wanted.files
+    if not low <= len(files) <= high:
+        raise AdapterFileError(_needs_files(wanted))
+    request: dict[str, Any] = {"do": tool}
+    if high == 1:
+        request["file"] = files[0]["file"]
+    elif high:
+        request["files"] = files
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "base": lambda: {"base": _text(sent, "base", "Choose the base that it was made for.")},
+        "tuned": lambda: {"tuned": _text(sent, "tuned", "Give the path of the fine-tuned model.")},
+        "measure": lambda: {"measure": _measure(desk, sent.get("measure"))},
+        "measure?": lambda: {"measure": _measure(desk, sent["measure"])} if sent.get("measure") else {},
+        "apart": lambda: {"apart": bool(sent.get("apart"))},
+        "size": lambda: _size(sent),
+        "rank?": lambda: {"rank": _rank(sent["rank"])} if str(sent.get("rank") or "").strip() else {},
+    }
+    for need in wanted.needs:
+        request |= makers[need]() if need in makers else {}
+    if wanted.go in ("Merge", "Shrink", "Extract"):
+        source = str(sent["tuned"]) if tool == "extract" else files[0]["file"]
+        request["out"] = str(free_place(desk, source, _suffix(tool, request)))
+    return request
+
+
+def _needs_files(tool: Tool) -> str:
+    low, high = tool.files
+    if (low, high) == (1, 1):
+        return "Choose a LoRA file first."
+    return f"{tool.title} needs {'two files' if low == high else 'two files or more'}; add another."
+
+
+def _files(rows: Any) -> list[dict[str, Any]]:
+    found = []
+    for row in rows if isinstance(rows, list) else []:
+        name = str(row.get("file") or "").strip().strip('"') if isinstance(row, dict) else ""
+        if name:
+            path = Path(name).expanduser()
+            if not path.is_file():
+                raise AdapterFileError(f"There is no file at {path}; choose another.")
+            found.append({"file": str(path), "strength": _number(row.get("strength", 1.0), "A strength")})
+    return found
+
+
+def _number(value: Any, title: str) -> float:
+    try:
+        number = float(str(value).replace(",", "."))
+    except ValueError as error:
+        raise ConfigError(f"{title} should be a number, not {str(value)[:40]!r}.") from error
+    if not abs(number) < 1e6:
+        raise ConfigError(f"{title} should be a number, not {str(value)[:40]!r}.")
+    return number
+
+
+def _text(sent: dict[str, Any], key: str, problem: str) -> str:
+    text = str(sent.get(key) or "").strip().strip('"')
+    if not text:
+        raise ConfigError(problem)
+    return text
+
+
+def _rank(value: Any) -> int:
+    number = _number(value, "The rank")
+    if number != int(number) or not 1 <= number <= 4096:
+        raise ConfigError(f"The rank should be a whole number from 1 on, not {str(value)[:40]!r}.")
+    return int(number)
+
+
+def _size(sent: dict[str, Any]) -> dict[str, Any]:
+    """A rank, or a share of the energy in percent."""
+    if sent.get("by") == "energy":
+        share = _number(sent.get("energy") or "", "The share of the energy")
+        if not 0 < share <= 100:
+            raise ConfigError(f"The share of the energy is from above 0 to 100 percent, not {share:g}.")
+        return {"energy": share / 100}
+    return {"rank": _rank(sent.get("rank") or "")}
+
+
+def _measure(desk: Desk, sent: Any) -> dict[str, Any]:
+    """What to measure on: a run's held-out pictures, or a folder with a base."""
+    sent = sent if isinstance(sent, dict) else {}
+    name = str(sent.get("run") or "")
+    if name:
+        watch = next((w for w in desk.jobs.all() if w.run.name == checked_name(name)), None)
+        if watch is None:
+            raise ConfigError(f"There is no run named {name}; choose another.")
+        return {"run": str(watch.run.path)}
+    dataset = _text(
+        sent, "dataset", "Choose what to measure on: a run, or a folder of pictures with captions."
+    )
+    return {"dataset": str(Path(dataset).expanduser()), "base": _text(sent, "base", "Choose the base.")}
+
+
+def stem_of(desk: Desk, file: Path) -> str:
+    """What a new file made of this one is called at its beginning; a checkpoint is called like its run."""
+    watch = owner(moment_of(desk), str(file))
+    stem = f"{watch.run.name}-{file.parent.name}" if watch and file.name == CHECKPOINT else file.stem
+    return re.sub(r"[^\w .()-]", "_", stem).strip(" .") or "lora"
+
+
+def free_place(desk: Desk, source: str, suffix: str) -> Path:
+    """Where a file that is made of `source` goes: beside a run's exports, else among the project's own."""
+    file = Path(source).expanduser()
+    watch = owner(moment_of(desk), str(file))
+    folder = watch.run.exports if watch else desk.project.path / ADDED
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{stem_of(desk, file)[:80]}-{suffix}"
+    path, number = folder / f"{stem}.safetensors", 2
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.safetensors", number + 1
+    return path
+
+
+def _suffix(tool: str, request: dict[str, Any]) -> str:
+    if tool == "merge":
+        return "merged"
+    small = f"rank{request['rank']}" if request.get("rank") else f"energy{100 * request['energy']:g}"
+    return f"lora-{small}" if tool == "extract" else small

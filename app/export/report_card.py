@@ -1,0 +1,58 @@
+"""The part of the Export tab that makes a run's report: one page to pass on."""
+
+from typing import Any
+from urllib.parse import quote
+
+from app.jobs import Watch
+from app.words import file_size, safe
+
+REPORT = "report.html"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""A report is made of what people and files say; whatever got into it, nothing of it may run in this
+window."""
+
+FRAME = '<h3 class="over-line">Or the whole run as one page, to send to a friend</h3>'
+STATE = (
+    '<div class="making small num" id="report-state" data-state="idle"><span id="report-words"'
+    ' role="status"></span><button type="button" class="own quiet" id="report-cancel"'
+    " hidden>Cancel</button></div>"
+)
+
+
+def report_card(watch: Watch | None) -> str:
+    """The button, and the report that is there."""
+    if watch is None:
+        return (
+            '<div class="row"><button type="button" class="own" id="report-make" disabled title="There is no'
+            ' checkpoint yet; train something first.">Make the report</button><span class="small">There is no'
+            " run to tell of yet.</span></div>"
+        )
+    name = safe(watch.run.name)
+    file = watch.run.path / REPORT
+    try:
+        size = f", {file_size(file.stat().st_size)}"
+        there = links(watch.run.name, size)
+    except OSError:
+        there = ""
+    return (
+        '<div class="made"><p class="small">Samples, curves, rank, settings and what came of it, in one file'
+        ' that opens anywhere; no paths, no pictures that it was trained on.</p><div class="row'
+        f' report-row"><button type="button" class="own" id="report-make" data-report-run="{name}">Make the'
+        ' report</button><label class="tick"><input type="checkbox" id="report-measure" checked>measure rank'
+        f" and strength, some minutes</label></div>{there}"
+    )
+
+
+def links(name: str, words: str) -> str:
+    """To a report."""
+    address = f"/easel/report/of/{quote(name)}"
+    return (
+        f'<p class="small" id="report-links"><a href="{safe(address)}" target="_blank" id="report-open">Open'
+        f' the report</a>{safe(words)} &middot; <a href="{safe(address)}?download=1" download'
+        ' id="report-download">Download it</a></p>'
+    )
+
+
+def report_done(name: str, result: dict[str, Any]) -> str:
+    """Said once it is made."""
+    return f'<p class="small" role="status">The report of {safe(name)} is made.</p>'
