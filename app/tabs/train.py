@@ -7,6 +7,7 @@ from app.train import cards
 from app.train.run_list import earlier, queue_card
 from app.train.samples import samples
 from app.train.starting import build_like, build_start
+from app.train.telling import build_telling
 from app.train.train_form import TrainForm
 
 TITLE = "Train"
@@ -18,6 +19,7 @@ def build(parts: Parts) -> None:
         with gr.Column(elem_classes="side card"):
             form = TrainForm(parts)
             build_like(parts, form)
+            build_telling(parts)
             build_start(parts, form)
         with gr.Column(elem_classes="main"):
             parts.live(piece(elem_id="run-card"), cards.run_card)

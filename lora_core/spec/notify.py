@@ -91,6 +91,24 @@ def tell_end(run: RunFolder, workspace: Path, reason: str = "") -> str:
         return f"The end of the run could not be told to {whom}: {_short(error)}."
 
 
+def try_telling(whom: str) -> str:
+    """Tell somebody now, to see whether it works; returns a sentence where it does not, else ""."""
+    whom = whom.strip()
+    if not whom:
+        return "Give a command or a web address first."
+    facts = {"run": "a-try", "path": "", "status": "done", "step": 0, "steps": 0, "reason": "", "export": ""}
+    facts["text"] = "LoRA Easel reaches you here."
+    try:
+        if whom.lower().startswith(WEB):
+            _post(whom, facts)
+            return ""
+        return _run(whom, facts)
+    except ConfigError as error:
+        return str(error)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return f"{whom} could not be told: {_short(error)}."
+
+
 def _facts(run: RunFolder, reason: str) -> dict[str, Any] | None:
     progress = run.progress()
     status = run.status(progress)

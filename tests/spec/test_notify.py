@@ -14,7 +14,7 @@ import pytest
 from lora_core.spec import events, notify
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError
-from lora_core.spec.notify import notify_file, tell_end, tell_from_now_on, whom_to_tell
+from lora_core.spec.notify import notify_file, tell_end, tell_from_now_on, try_telling, whom_to_tell
 from lora_core.spec.run_folder import RunFolder, runs_folder
 
 
@@ -169,3 +169,14 @@ def test_it_is_no_setting_of_a_run() -> None:
     from lora_core.spec.config import settings
 
     assert [name for name, _, _ in settings() if "notify" in name or "command" in name] == []
+
+
+def test_it_can_be_tried(tmp_path: Path, address: str) -> None:
+    command, told = writing(tmp_path)
+    assert try_telling(command) == ""
+    assert json.loads(told.read_text())[1]["LORA_EASEL_TEXT"] == "LoRA Easel reaches you here."
+    assert try_telling(f" {address}/a ") == ""
+    assert [path for path, _ in Listener.heard] == ["/a"]
+    assert "command or a web address" in try_telling(" ")
+    assert "No closing quotation" in try_telling("say 'hello")
+    assert "could not be told" in try_telling(str(tmp_path / "no-such-program"))
