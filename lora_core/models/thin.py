@@ -28,11 +28,15 @@ LEVELS = 127
 def int8(weight: torch.Tensor) -> Packed:
     """Round a weight (out, ...) to 255 levels, those of each output spread over its largest number.
 
-    The error of a number is at most 1/254 of the largest of its output.
+    The error of a number is at most about 1/254 of the largest of its output. The scale of a weight in bf16 is
+    in bf16 too: all levels are whole numbers that bf16 has, so that the product is made in one go, with one
+    rounding. fp16 is too short for small scales.
     """
     rows = weight.detach().float().flatten(1)
     scale = rows.abs().amax(1).div(LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
-    packed = rows.div(scale[:, None]).round_().to(torch.int8).reshape(weight.shape)
+    scale = scale.to(torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32)
+    packed = rows.div(scale[:, None]).round_().clamp_(-LEVELS, LEVELS)
+    packed = packed.to(torch.int8).reshape(weight.shape)
     return packed, scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 

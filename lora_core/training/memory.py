@@ -64,6 +64,11 @@ def _put_vae_aside(trainee: Trainee) -> None:
     module.to("cpu")
 
 
+def _int8_possible(trainee: Trainee, config: RunConfig) -> bool:
+    # A base that waits elsewhere leaves nothing to save.
+    return not is_packed(trainee.base.unet) and not is_moved(trainee.base.unet)
+
+
 def _take_int8(trainee: Trainee) -> None:
     Thinner(int8).every(trainee.base.unet)
 
@@ -115,8 +120,8 @@ LADDER = (
     Rung(
         INT8,
         "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
-        " third longer, and the base that the LoRA is trained beside is off by about one percent.",
-        lambda trainee, config: not is_packed(trainee.base.unet),
+        " third longer, and the base that the LoRA is trained beside is off by one or two percent.",
+        _int8_possible,
         _take_int8,
         exact=False,
     ),
@@ -183,7 +188,7 @@ class Ladder:
         tried = ["checkpointing is on"]
         tried += ["pictures go through one at a time"] if trainee.split > 1 else []
         tried += ["the base is kept in 8 bits"] if is_packed(unet) else []
-        tried += ["it waits outside of the device's memory"] if is_moved(unet) else []
+        tried += ["the base waits outside of the device's memory"] if is_moved(unet) else []
         listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
         others = []
         if not is_moved(unet):

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lora_core.models.thin import is_moved, is_packed
 from lora_core.spec import events
 from lora_core.spec.errors import OutOfMemory
 from lora_core.training import conductor, loop, memory
@@ -121,12 +122,12 @@ def test_always_ends_in_a_sentence(own_toy: Toy) -> None:
     with room_for(0):
         sentence = trouble(run)
     assert sentence.startswith(
-        "The device ran out of memory although checkpointing is on, pictures go through one at a time, the"
-        " base is kept in 8 bits and it waits outside of the device's memory; lower train.resolution"
+        "The device ran out of memory although checkpointing is on, pictures go through one at a time and"
+        " the base waits outside of the device's memory; lower train.resolution"
     )
-    # The base itself changes last, where steps are done that were trained beside it.
+    # Steps are done beside the base as it is, so that it does not change now.
     taken = [name for name, _ in json.loads(run.plan_file.read_text())["rungs"]]
-    assert taken == ["checkpointing", "half", "half", "offload", "int8"]
+    assert taken == ["checkpointing", "half", "half", "offload"]
     assert "train.resolution" in sentence
     assert run.status() == "failed"
     assert run.checkpoint_steps() == [4]
@@ -210,6 +211,75 @@ def test_a_rung_that_the_trial_chose_equals_the_one_chosen_by_hand(own_toy: Toy,
         plan.write(hand)
     trained(hand)
     assert result(run) == result(hand)
+    check_story(run)
+
+
+@contextlib.contextmanager
+def room_beside(kept: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
+    """An allocator that has room for a step only where the base is kept in a certain way."""
+    real = loop.picture_losses
+
+    def picture_losses(base, *more):
+        if not kept(base.unet):
+            raise CUDA
+        return real(base, *more)
+
+    with mock.patch.object(loop, "picture_losses", picture_losses):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("kept", "by_hand", "rungs"),
+    [
+        (is_packed, {"train__quantise": "int8"}, ["int8"]),
+        (is_moved, {"train__quantise": "int8", "train__offload": True}, ["int8", "offload"]),
+    ],
+    ids=["int8", "int8 and offload"],
+)
+def test_a_base_that_the_trial_chose_equals_the_one_chosen_by_hand(
+    own_toy: Toy, kept: Callable[[torch.nn.Module], bool], by_hand: dict[str, object], rungs: list[str]
+) -> None:
+    """Also where the run was broken off, with the base read anew and thin from the start."""
+    start = {"train__batch_size": 1, "train__checkpointing": True, "adapter__dropout": 0.1}
+    run = own_toy.run("tried", **start)
+    with mock.patch.object(conductor, "limited", return_value=True), room_beside(kept):
+        broken_at(run, events.StepDone, 6)
+        assert json.loads(run.plan_file.read_text())["rungs"] == [[rung, 0] for rung in rungs]
+        trained(run)
+    assert "off by one or two percent" in notes(run)[0]
+    hand, plain = own_toy.run("hand", **start, **by_hand), own_toy.run("plain", **start)
+    trained(hand)
+    assert result(run) == result(hand)
+    check_story(run)
+    trained(plain)
+    assert result(plain) != result(hand)
+
+
+def test_within_a_run_the_base_waits_elsewhere_and_stays_the_same(own_toy: Toy) -> None:
+    start = {"train__batch_size": 1, "train__checkpointing": True}
+    plain, run = own_toy.run("plain", **start), own_toy.run("short", **start)
+    trained(plain)
+    with armed(Fault("step", nth=6, do="memory")):
+        broken_at(run, events.StepDone, 7)
+    assert json.loads(run.plan_file.read_text())["rungs"] == [["offload", 5]]
+    trained(run)
+    assert "the numbers stay the same" in notes(run)[0]
+    assert result(run) == result(plain)
+    check_story(run)
+
+
+def test_without_room_aside_a_run_goes_on_in_eight_bits(own_toy: Toy) -> None:
+    """A broken run, resumed from step 4, takes them at the same step again."""
+    start = {"train__batch_size": 1, "train__checkpointing": True}
+    whole, run = own_toy.run("whole", **start), own_toy.run("short", **start)
+    with mock.patch.object(memory, "free_bytes", return_value=2**20):
+        with armed(Fault("step", nth=6, do="memory")):
+            trained(whole)
+        with armed(Fault("step", nth=6, do="memory")):
+            broken_at(run, events.StepDone, 7)
+    assert json.loads(run.plan_file.read_text())["rungs"] == [["int8", 5]]
+    trained(run)
+    assert result(run) == result(whole)
     check_story(run)
 
 

@@ -1,0 +1,141 @@
+"""What each rung of the memory ladder saves and costs: peak memory and seconds a step, a fresh process for
+each.
+
+    python tests/slow/rungs.py [--size middle|sd15] [--precision fp32|bf16] [--steps 3]
+
+The base is a UNet of random weights. The peak is of the process while it steps, less what it held before the
+base was there; weights in a file count for nothing in it, though the system may keep that file in memory that
+it has no other use for.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNGS = ("plain", "checkpointing", "half", "int8", "offload", "int8+offload", "all")
+WIDTHS = {"middle": (128, 256, 512, 512), "sd15": (320, 640, 1280, 1280)}
+
+
+def peak() -> int:
+    """Bytes of this process that were resident at most since `mark`."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def mark() -> None:
+    """Let the peak begin anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, float]:
+    """Steps of a LoRA on the attention of a random base, in this process."""
+    import ctypes
+    import gc
+
+    import torch
+    from accelerate import init_empty_weights
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from torch import nn
+
+    from lora_core.adapters.inject import inject
+    from lora_core.adapters.lora import LoraShape
+    from lora_core.adapters.targets import ATTENTION
+    from lora_core.models.depot import FileDepot
+    from lora_core.models.thin import Thinner, int8
+
+    torch.set_num_threads(1)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    nn.Linear(4, 4)(torch.ones(1, 4)).sum().backward()
+    mark()
+    before = peak()
+    with init_empty_weights(include_buffers=False):
+        unet = UNet2DConditionModel(
+            block_out_channels=WIDTHS[size], cross_attention_dim=768, attention_head_dim=8
+        ).requires_grad_(False)
+    folder = TemporaryDirectory(dir=ROOT / "tests")
+    thin = Thinner(
+        int8 if rung in ("int8", "int8+offload", "all") else None,
+        FileDepot(torch.device("cpu"), Path(folder.name)) if "offload" in rung or rung == "all" else None,
+    )
+    torch.manual_seed(0)
+    for name, parameter in list(unet.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        value = torch.randn(parameter.shape, dtype=dtype) / max(1, parameter[0].numel()) ** 0.5
+        setattr(unet.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+        if thin and leaf == "weight":
+            thin.layer(unet, path)
+    numbers = sum(p.numel() for p in unet.parameters())
+    injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraShape(16, 16.0), 1)
+    unet.train()
+    if rung in ("checkpointing", "all"):
+        unet.enable_gradient_checkpointing()
+    parts = 2 if rung in ("half", "all") else 1
+    optimizer = torch.optim.AdamW(injected.parameters(), 1e-4)
+    side = {"middle": 32, "sd15": 32}[size]
+    x, t = torch.randn(2, 4, side, side, dtype=dtype), torch.tensor([10, 500])
+    context = torch.randn(2, 77, 768, dtype=dtype)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    mark()
+    seconds = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        for rows in torch.arange(2).chunk(parts):
+            unet(x[rows], t[rows], context[rows]).sample.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+    return {"peak": peak() - before, "seconds": min(seconds), "numbers": numbers}
+
+
+def main() -> None:
+    """Print the table."""
+    options = argparse.ArgumentParser()
+    options.add_argument("--size", choices=WIDTHS, default="middle")
+    options.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    options.add_argument("--steps", type=int, default=3)
+    options.add_argument("--rungs", nargs="*", default=RUNGS)
+    options.add_argument("--rung", help="measure one in this process")
+    chosen = options.parse_args()
+    if chosen.rung:
+        print(json.dumps(measured(chosen.rung, chosen.size, chosen.precision, chosen.steps)))  # noqa: T201
+        return
+    print(f"{chosen.size}, {chosen.precision}, batch of 2, latents 32x32, one thread")  # noqa: T201
+    first: dict[str, float] = {}
+    for rung in chosen.rungs:
+        found = in_a_fresh_process(rung, chosen.size, chosen.precision, chosen.steps)
+        first = first or found
+        print(  # noqa: T201
+            f"{rung:14} {found['peak'] / 2**20:8,.0f} MB {found['peak'] / first['peak']:5.2f}"
+            f" {found['seconds']:7.2f} s {found['seconds'] / first['seconds']:5.2f}",
+            flush=True,
+        )
+
+
+def in_a_fresh_process(rung: str, size: str, precision: str, steps: int) -> dict[str, float]:
+    """What `measured` gives there."""
+    command = [sys.executable, __file__, "--rung", rung, "--size", size, "--precision", precision]
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], cwd=ROOT, env=environment(), capture_output=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def environment() -> dict[str, str]:
+    """One thread, and memory that is given back when it is freed."""
+    import os
+
+    return {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
