@@ -135,6 +135,14 @@ def _similarity_bars(layers: list[Row]) -> str:
     )
 
 
+def _short(module: str) -> str:
+    """The block and the layer; what lies between them is the same for many."""
+    parts = module.split(".")
+    if len(parts) < 5:
+        return module
+    return f"{'.'.join(parts[:2])} \N{HORIZONTAL ELLIPSIS} {'.'.join(parts[-2:])}"
+
+
 def _stack(found: Row, names: list[str]) -> str:
     files = found["files"]
     rows = [
@@ -180,10 +188,12 @@ def _stack_sentence(files: list[Row], names: list[str]) -> str:
     ]
     if not known:
         return "None of them changes anything."
-    low, name = min(known)
-    if low > 0.98:
-        return "They leave each other alone: nearly all of each survives."
-    return f"{name} loses most in the stack: {low:.0%} of it survives."
+    (low, weakest), (high, strongest) = min(known), max(known)
+    if low < 0.98:
+        return f"{weakest} loses most in the stack: {low:.0%} of it survives."
+    if high > 1.02:
+        return f"They do the same in part: in the stack {strongest} is {high:.0%} as strong as alone."
+    return "They leave each other alone: nearly all of each survives."
 
 
 def _share(value: float | None) -> str:

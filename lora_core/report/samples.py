@@ -113,5 +113,5 @@ def small(file: Path, side: int) -> str:
         return ""
     image.thumbnail((side, side))
     data = io.BytesIO()
-    image.save(data, format="WEBP", quality=QUALITY, method=6)
+    image.save(data, format="WEBP", quality=QUALITY, method=4)
     return base64.b64encode(data.getvalue()).decode()
