@@ -184,9 +184,13 @@ def clear_unfinished(run: RunFolder) -> None:
 
 
 def prune_checkpoints(run: RunFolder, keep_last: int, keep: Collection[int]) -> None:
-    """Remove all but the newest `keep_last`, those of the steps in `keep`, and those that are marked."""
-    for step in run.checkpoint_steps()[:-keep_last]:
-        if step not in keep and not has(run.checkpoint(step), "marked"):
+    """Remove all but the newest `keep_last` that were planned, the newest of all, those of the steps in
+    `keep`, and those that are marked."""
+    steps = run.checkpoint_steps()
+    planned = [step for step in steps if has(run.checkpoint(step), "planned")]
+    staying = {*planned[-keep_last:], *steps[-1:], *keep}
+    for step in steps:
+        if step not in staying and not has(run.checkpoint(step), "marked"):
             discard(run.checkpoint(step))
 
 

@@ -15,7 +15,7 @@ from lora_core.training.prior import Prior
 from lora_core.validation.gain import Measured
 from lora_core.validation.triples import looks_at
 
-FEWEST_BY_HEART = 8
+FEWEST_BY_HEART = 4
 """So many training pictures are measured at least, where there are as many."""
 MOST_CROSSED = 16
 CROSSED = (

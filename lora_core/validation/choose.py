@@ -26,7 +26,9 @@ def difference(before: torch.Tensor | None, now: torch.Tensor) -> tuple[float, f
     if before is None or before.shape != now.shape:
         return float("nan"), float("nan")
     gained = before - now
-    return float(gained.mean()), clustered_error(gained)
+    # Two or three pictures can agree by chance: their looks, taken for independent, give a floor.
+    floor = float(gained.std() / gained.numel() ** 0.5) if gained.numel() > 1 else 0.0
+    return float(gained.mean()), max(clustered_error(gained), floor)
 
 
 def better(gained: float, error: float) -> bool:

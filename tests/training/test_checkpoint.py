@@ -100,11 +100,18 @@ def test_a_broken_checkpoint_is_known(run, name, how):
 
 def test_old_ones_go_but_not_the_best(run):
     for step in (10, 20, 30, 40, 50):
-        _save(run, step)
+        _save(run, step, planned=True)
     prune_checkpoints(run, 2, {20})
     assert run.checkpoint_steps() == [20, 40, 50]
     prune_checkpoints(run, 2, ())
     assert run.checkpoint_steps() == [40, 50]
+
+
+def test_what_was_not_planned_takes_no_place_of_what_was(run):
+    for step in (10, 20, 25, 30, 33, 34):
+        _save(run, step, planned=step % 10 == 0)
+    prune_checkpoints(run, 2, {33})
+    assert run.checkpoint_steps() == [20, 30, 33, 34]
 
 
 def test_what_a_kill_leaves_is_cleared_and_never_counted(run):
