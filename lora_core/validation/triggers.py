@@ -76,10 +76,12 @@ def trigger_words(
     first = {word: float(measure.of(word, 1).mean()) for word in pool}
     best = sorted(first, key=first.__getitem__)[: 2 * _KEPT]
     usual = _usual(measure, known)
-    rows = [_row(base, word, measure.of(word) / usual, False) for word in best]
-    rows = sorted(rows, key=lambda row: float(row["reaction"]))[:_KEPT]
+    moved = {word: measure.of(word) / usual for word in best}
+    best = sorted(moved, key=lambda word: float(moved[word].mean()))[:_KEPT]
+    rows = [_row(base, word, moved[word]) for word in best]
     if given.strip():
-        rows.append(_given_row(_row(base, given.strip(), measure.of(given.strip()) / usual, True), rows[0]))
+        own = measure.of(given.strip()) / usual
+        rows.append(_given_row(_row(base, given.strip(), own), rows[0], own - moved[best[0]]))
     return {"usual": usual, "rows": sorted(rows, key=lambda row: float(row["reaction"]))}
 
 
@@ -165,7 +167,7 @@ def _usual(measure: _Reactions, known: list[str]) -> float:
     return max(sum(moved) / len(moved), 1e-12)
 
 
-def _row(base: BaseModel, word: str, reaction: torch.Tensor, given: bool) -> dict[str, Any]:
+def _row(base: BaseModel, word: str, reaction: torch.Tensor) -> dict[str, Any]:
     mean, tokens = float(reaction.mean()), token_number(base, word)
     error = float(reaction.std() / len(reaction) ** 0.5) if len(reaction) > 1 else 0.0
     count = "1 token" if tokens == 1 else f"{tokens} tokens"
@@ -174,18 +176,19 @@ def _row(base: BaseModel, word: str, reaction: torch.Tensor, given: bool) -> dic
         f" (± {error:.2f})."
     )
     return {
-        "word": word, "tokens": tokens, "reaction": mean, "error": error, "given": given, "sentence": sentence
+        "word": word, "tokens": tokens, "reaction": mean, "error": error, "given": False, "sentence": sentence
     }  # fmt: skip
 
 
-def _given_row(row: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
-    """The word that is used now, beside the best of the proposed ones."""
-    apart = row["reaction"] - best["reaction"]
-    known = apart > 2 * max(row["error"], best["error"]) and row["reaction"] > _KNOWS * best["reaction"]
+def _given_row(row: dict[str, Any], best: dict[str, Any], apart: torch.Tensor) -> dict[str, Any]:
+    """The word that is used now, beside the best of the proposed ones; `apart` is by how much it moves each
+    picture more."""
+    error = float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else 0.0
+    known = float(apart.mean()) > 2 * error and row["reaction"] > _KNOWS * best["reaction"]
     more = (
         f" “{best['word']}” moves it less, {best['reaction']:.2f} times: what “{row['word']}” means to the"
         " base will mix with what you teach."
         if known
         else " The proposed ones are hardly better."
     )
-    return {**row, "sentence": row["sentence"] + more}
+    return {**row, "given": True, "sentence": row["sentence"] + more}
