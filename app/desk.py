@@ -10,6 +10,7 @@ from pathlib import Path
 
 from app.dataset.checking import Checker
 from app.dataset.importing import Importer
+from app.dataset.insights import Insights
 from app.dataset.thumbs import Thumbs
 from app.hardware import Hardware
 from app.jobs import Jobs, environment
@@ -50,6 +51,7 @@ class Desk:
         self.worker.is_needed_elsewhere = GivesWay(self._live_run)
         self.studio = Studio(self.worker, lambda: self.generated)
         self.prober = Prober(workspace, self.worker, self.hardware, self._occupied)
+        self.insights = Insights(self.project, self.worker, self.jobs, self._occupied)
 
     @property
     def generated(self) -> Path:

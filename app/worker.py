@@ -22,6 +22,8 @@ from typing import IO, Any
 from lora_core.spec.processes import detached, log_tail
 
 CANCELLED = "Cancelled."
+HOLDERS = ("generate", "captions", "triggers", "pictures")
+"""Requests after which the worker holds a base."""
 LOOK_AROUND_EVERY = 5.0
 """Seconds between two looks at whether somebody else needs the memory."""
 STARTING_TAKES = "Loading the drawing process, which takes some seconds the first time."
@@ -142,7 +144,7 @@ class Worker:
             self.in_hand, self._idle_since = None, time.monotonic()
             do = reply.request["do"]
             emptied = do in ("release", "probe")
-            self.holds_memory = self.ready and (do == "generate" or (self.holds_memory and not emptied))
+            self.holds_memory = self.ready and (do in HOLDERS or (self.holds_memory and not emptied))
 
     def _answer(self, reply: Reply) -> None:
         process = self._running_process()

@@ -28,6 +28,7 @@ def add_dataset_routes(app: FastAPI, desk: Desk) -> None:
     _add_import(app, desk)
     _add_bulk(app, desk)
     _add_check(app, desk)
+    _add_insights(app, desk)
 
 
 def _add_pictures(app: FastAPI, desk: Desk) -> None:
@@ -131,6 +132,20 @@ def _add_check(app: FastAPI, desk: Desk) -> None:
             return checker.state()
 
         return await _done(started)
+
+
+def _add_insights(app: FastAPI, desk: Desk) -> None:
+    insights = desk.insights
+
+    @app.get("/easel/insights")
+    async def state() -> Response:
+        return await _done(insights.state)
+
+    @app.post("/easel/insights")
+    async def ask(request: Request) -> Response:
+        sent = await sent_json(request)
+        act = insights.cancel if sent.get("do") == "cancel" else insights.begin
+        return await _done(lambda: act(str(sent.get("what", ""))), insights.state)
 
 
 async def _done(work: Callable[[], Any], said: Callable[[], Any] | None = None) -> Response:
