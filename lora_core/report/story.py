@@ -153,7 +153,7 @@ def picture_rows(file: Path) -> list[dict[str, Any]]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return []
-    rows = found.get("pictures", []) if isinstance(found, dict) else found
+    rows = found.get("rows", []) if isinstance(found, dict) else found
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     good = [row for row in rows if all(_is_number(row.get(key)) for key in ("gain", "standard_error"))]
     return sorted(good, key=lambda row: -row["gain"])

@@ -31,6 +31,7 @@ from lora_core.report.run_bench import RunBench, run_bench
 from lora_core.spec.errors import AdapterFileError, OutOfMemory
 from lora_core.spec.paths import workspace
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.tensor_file import read_header
 from lora_core.worker.telling import Telling
 
 Request = dict[str, Any]
@@ -120,6 +121,8 @@ class Analysing:
     def intrinsic(self, request: Request) -> dict[str, Any]:
         """The lowest rank that keeps nearly all of a file's gain."""
         file, telling = Path(str(request["file"])), self.telling(request)
+        # What is no such file is told before a base is opened.
+        read_header(file)
         with self._measuring(request, telling) as found:
             document = measured_rank(file, found.base.family, found.bench.gains)
         return {"intrinsic": document, **_on(found)}
@@ -127,6 +130,7 @@ class Analysing:
     def strength(self, request: Request) -> dict[str, Any]:
         """The strength at which a file gains most."""
         file, telling = Path(str(request["file"])), self.telling(request)
+        read_header(file)
         with self._measuring(request, telling) as found:
             apart = bool(request.get("apart"))
             document = measured_strength(file, found.base.family, found.bench.gains, apart)

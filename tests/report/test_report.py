@@ -114,7 +114,7 @@ def test_a_page_of_all_there_is_stays_small(tmp_path: Path) -> None:
         {"picture": "anna at home.png", "gain": n / 100, "standard_error": 0.01, "held_out": n < 3}
         for n in range(60)
     ]
-    (run.path / "pictures.json").write_text(json.dumps(rows))
+    (run.path / "pictures.json").write_text(json.dumps({"step": 100, "rows": rows}))
     page = page_of(run)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 4 * 7
@@ -285,7 +285,7 @@ def test_rank_and_strength_are_measured(tmp_path: Path, monkeypatch: pytest.Monk
 def test_rows_of_pictures_are_sorted_and_checked(tmp_path: Path) -> None:
     file = tmp_path / "pictures.json"
     good = [{"gain": 1, "standard_error": 0.1}, {"gain": 2.5, "standard_error": 0}]
-    file.write_text(json.dumps({"pictures": [*good, {"gain": True, "standard_error": 1}, {"gain": 3}]}))
+    file.write_text(json.dumps({"rows": [*good, {"gain": True, "standard_error": 1}, {"gain": 3}]}))
     assert picture_rows(file) == [good[1], good[0]]
     file.write_text("[" * 100_000)
     assert picture_rows(file) == []
