@@ -153,9 +153,9 @@ def two_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_measuring_on_a_folder(worker: Worker, tmp_path: Path, two_pictures: Path) -> None:
-    """Noise in a layer helps nobody: the strength fit says so, and there is no gain whose rank could be
-    told."""
-    file = saved({TO_K: random_layer(TO_K, 2, 2.0, 3, 1.0)}, tmp_path / "noise.safetensors")
+    """Loud noise helps nobody: the strength fit says so, and there is no gain whose rank could be told."""
+    layers = {key: random_layer(key, 4, 4.0, seed, 2.0) for seed, key in enumerate(LAYERS)}
+    file = saved(layers, tmp_path / "noise.safetensors")
     measure = {"dataset": str(two_pictures), "base": "demo"}
     found = done(worker, do="strength", file=str(file), measure=measure)
     assert found["pictures"] == 2

@@ -1,0 +1,265 @@
+"""Look inside any LoRA and the report, as the window has them: what is asked of the worker, what is shown,
+what is given out."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from app.desk import Desk
+from app.export.answers import answer_html, made_html
+from app.export.inside import TOOLS, choices, free_place, request_of
+from app.export.inside_panel import inside_card
+from app.export.inside_routes import add_inside_routes
+from app.export.report_card import report_card
+from app.routes import add_routes
+from lora_core.spec.errors import AdapterFileError, ConfigError
+from tests.app.runs import HOSTILE, make_run, started, step
+from tests.app.test_preview import run_with_file
+
+FAKE = """
+import json, pathlib, sys
+print(json.dumps({"event": "ready"}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["do"] == "cancel":
+        continue
+    say = lambda **more: print(json.dumps({"id": asked["id"], **more}), flush=True)
+    say(event="progress", done=1, total=2, phase="Layers")
+    if asked["do"] == "intrinsic":
+        ranks = [{"part": "unet", "module": "a", "rank": 1}]
+        found = {"rank": 1, "ranks": ranks, "tried": [], "sentences": ["Trained at rank 4, needs 1."]}
+        say(event="done", intrinsic=found, pictures=2)
+    elif asked["do"] == "strength":
+        curve = [{"strength": s, "gain": s, "standard_error": 0.1} for s in (0.0, 1.0)]
+        fit = {"part": "", "strength": 0.8, "low": 0.5, "high": 1.0, "gain": 0.2, "curve": curve}
+        found = {"fits": [fit], "strengths": [0.8], "sentences": ["Best at 0.8."]}
+        say(event="done", strength=found, pictures=2)
+    elif asked["do"] == "report":
+        out = pathlib.Path(asked["run"]) / "report.html"
+        out.write_text("<p>told</p>")
+        say(event="done", file=str(out), bytes=11)
+    elif "out" in asked:
+        pathlib.Path(asked["out"]).write_bytes(json.dumps(asked).encode())
+        say(event="done", file=asked["out"], bytes=5, sentences=["Nothing is lost."])
+    else:
+        say(event="error", message="<b>It cannot be read.</b>")
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    workspace = tmp_path / "work space é"
+    workspace.mkdir()
+    made = Desk(workspace, worker_command=[sys.executable, "-c", FAKE])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(desk: Desk) -> Iterator[TestClient]:
+    app = FastAPI()
+    add_routes(app, desk)
+    add_inside_routes(app, desk)
+    with TestClient(app) as made:
+        yield made
+
+
+def say(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
+    answer = client.post(f"/easel/{path}", json=body)
+    assert answer.status_code == 200
+    return dict(answer.json())
+
+
+def ended(client: TestClient, job: str = "inside") -> dict[str, Any]:
+    for _ in range(300):
+        now = dict(client.get(f"/easel/{job}/now?known=-2").json())
+        if now["state"] != "working":
+            return now
+        time.sleep(0.02)
+    raise AssertionError("it does not end")
+
+
+def test_every_tool_says_what_it_tells_and_what_it_needs() -> None:
+    card = inside_card()
+    for key, tool in TOOLS.items():
+        assert f'data-tool="{key}"' in card
+        assert tool.line.endswith(".")
+    assert "Nothing looked at yet" in card
+
+
+def test_what_there_is_to_choose(desk: Desk) -> None:
+    _, file = run_with_file(desk)
+    found = choices(desk)
+    assert found["runs"] == [{"name": "mine", "base": "demo"}]
+    files = found["groups"][0]["files"]
+    assert files[0] == {"title": "mine", "path": str(file), "run": "mine"}
+    assert {one["run"] for one in files} == {"mine"}
+    assert found["bases"][0]["name"] == "demo"
+
+
+@pytest.mark.parametrize(
+    ("tool", "sent", "problem"),
+    [
+        ("spectrum", {}, "Choose a LoRA file first"),
+        ("compare", {"files": 1}, "Similarity needs two files; add another"),
+        ("stack", {"files": 1}, "two files or more"),
+        ("amplify", {"files": 1}, "Choose the base"),
+        ("intrinsic", {"files": 1}, "Choose what to measure on"),
+        ("intrinsic", {"files": 1, "measure": {"run": "none"}}, "no run named none"),
+        ("strength", {"files": 1, "measure": {"dataset": "x"}}, "Choose the base"),
+        ("shrink", {"files": 1, "rank": "many"}, "should be a number, not 'many'"),
+        ("shrink", {"files": 1, "rank": "0"}, "whole number from 1"),
+        ("shrink", {"files": 1, "by": "energy", "energy": "120"}, "0 to 100 percent, not 120"),
+        ("merge", {"files": 2, "rank": "1.5"}, "whole number"),
+        ("merge", {"files": [{"file": "/none.safetensors"}]}, "no file at"),
+        ("merge", {"files": 1, "strength": "much"}, "A strength should be a number"),
+        ("extract", {}, "Give the path of the fine-tuned model"),
+        ("fly", {}, "There is no tool"),
+    ],
+)
+def test_what_is_missing_is_said(desk: Desk, tool: str, sent: dict[str, Any], problem: str) -> None:
+    _, file = run_with_file(desk)
+    if isinstance(sent.get("files"), int):
+        sent = {**sent, "files": [{"file": str(file), "strength": sent.get("strength", 1)}] * sent["files"]}
+    with pytest.raises((AdapterFileError, ConfigError), match=problem):
+        request_of(desk, tool, sent)
+
+
+def test_requests_are_what_the_worker_knows(desk: Desk) -> None:
+    run, file = run_with_file(desk)
+    files = [{"file": f' "{file}" ', "strength": "0,5"}]
+    asked = request_of(desk, "intrinsic", {"files": files, "measure": {"run": "mine"}, "rank": "3"})
+    assert asked == {"do": "intrinsic", "file": str(file), "measure": {"run": str(run.path)}}
+    asked = request_of(desk, "shrink", {"files": files, "by": "energy", "energy": "99,5"})
+    assert asked == {
+        "do": "shrink", "file": str(file), "energy": 0.995,
+        "out": str(run.exports / "mine-energy99.5.safetensors"),
+    }  # fmt: skip
+    asked = request_of(desk, "merge", {"files": [*files, *files], "rank": ""})
+    assert asked["files"] == [{"file": str(file), "strength": 0.5}] * 2
+    assert "rank" not in asked
+
+
+def test_new_files_never_take_a_name_that_is_taken(desk: Desk, tmp_path: Path) -> None:
+    run, file = run_with_file(desk)
+    (run.exports / "mine-rank2.safetensors").touch()
+    assert free_place(desk, str(file), "rank2") == run.exports / "mine-rank2-2.safetensors"
+    checkpoint = run.checkpoint(50) / "adapter.safetensors"
+    assert free_place(desk, str(checkpoint), "rank2").name == "mine-step-000050-rank2.safetensors"
+    place = free_place(desk, str(tmp_path / "../a:b?.safetensors"), "merged")
+    assert place == desk.project.path / "loras" / "a_b_-merged.safetensors"
+
+
+def test_a_measurement_and_the_file_made_of_it(desk: Desk, client: TestClient) -> None:
+    _, file = run_with_file(desk)
+    assert say(client, "inside/act", do="shrink")["problem"].startswith("Measure first")
+    body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
+    assert say(client, "inside/start", tool="intrinsic", **body) == {"done": True}
+    now = ended(client)
+    assert "Trained at rank 4, needs 1." in now["html"]
+    assert 'data-inside-act="shrink"' in now["html"]
+    # A page that knows it is not told again.
+    assert "html" not in client.get(f"/easel/inside/now?known={now['revision']}").json()
+    assert client.get("/easel/inside/numbers.json").json()["intrinsic"]["rank"] == 1
+    assert say(client, "inside/act", do="shrink") == {"done": True}
+    now = ended(client)
+    assert "mine-rank1.safetensors" in now["html"]
+    assert "needs 1" in now["html"]
+    made = client.get("/easel/download/mine/mine-rank1.safetensors")
+    assert json.loads(made.content)["ranks"] == [{"part": "unet", "module": "a", "rank": 1}]
+    say(client, "inside/start", tool="strength", **body)
+    assert "Bake 0.8 into the file" in ended(client)["html"]
+    say(client, "inside/act", do="bake")
+    assert "mine-baked.safetensors" in ended(client)["html"]
+
+
+def test_files_from_elsewhere_are_made_in_the_project(desk: Desk, client: TestClient, tmp_path: Path) -> None:
+    file = tmp_path / "found é.safetensors"
+    file.write_bytes(b"x")
+    say(client, "inside/start", tool="shrink", files=[{"file": str(file)}], rank=2)
+    html = ended(client)["html"]
+    assert "/easel/made/found%20%C3%A9-rank2.safetensors" in html
+    assert client.get("/easel/made/found%20%C3%A9-rank2.safetensors").status_code == 200
+    for name in ("..%2F..%2Fproject.json", "none.safetensors", "..%2Fdraft.json"):
+        assert client.get(f"/easel/made/{name}").status_code == 404
+
+
+def test_problems_of_the_worker_are_text(desk: Desk, client: TestClient) -> None:
+    _, file = run_with_file(desk)
+    say(client, "inside/start", tool="spectrum", files=[{"file": str(file)}])
+    now = ended(client)
+    assert now["state"] == "error"
+    assert "&lt;b&gt;It cannot be read." in now["html"]
+
+
+def test_training_goes_on_from_a_file(desk: Desk, client: TestClient, tmp_path: Path) -> None:
+    _, file = run_with_file(desk)
+    desk.project.keep(values={"train.steps": 7})
+    assert say(client, "inside/go-on", file=str(file)) == {"done": True}
+    assert desk.project.draft()["values"] == {"train.steps": 7, "adapter.init": str(file)}
+    assert "no file at" in say(client, "inside/go-on", file=str(tmp_path / "gone"))["problem"]
+
+
+def test_the_report_is_made_shown_and_downloaded(desk: Desk, client: TestClient) -> None:
+    run = make_run(desk, "mine é", started(), step(1))
+    watch = desk.jobs.all()[0]
+    assert "report-open" not in report_card(watch)
+    assert "disabled" in report_card(None)
+    assert client.get("/easel/report/of/mine é").status_code == 404
+    assert client.post("/easel/report/start", json={"run": "../x"}).status_code == 404
+    assert say(client, "report/start", run="mine é", measure=False) == {"done": True}
+    assert "is made" in ended(client, "report")["html"]
+    page = client.get("/easel/report/of/mine é")
+    assert page.text == "<p>told</p>"
+    assert page.headers["content-security-policy"].startswith("default-src 'none'")
+    assert "attachment" in client.get("/easel/report/of/mine é?download=1").headers["content-disposition"]
+    assert "report-open" in report_card(watch)
+    assert run.path.joinpath("report.html").is_file()
+
+
+def layer(module: str, **more: Any) -> dict[str, Any]:
+    return {"part": HOSTILE, "module": module, "rank": 2, **more}
+
+
+def test_what_files_are_called_is_text() -> None:
+    reason = {"part": "unet", "module": HOSTILE, "reason": HOSTILE}
+    numbers = {"norm": 1.0, "effective_rank": 1.5, "stable_rank": 1.2, "rank90": 1, "rank99": 2}
+    spectrum = {
+        "layers": [layer(HOSTILE, singular_values=[1.0, 0.1], **numbers)] * 2, "left_out": [reason],
+        "blocks": [{"part": HOSTILE, "block": HOSTILE, "layers": 2, **numbers}],
+    }  # fmt: skip
+    phi = {"phi": 0.5, "baseline": 0.1, "phi_output": 0.5, "baseline_output": 0.1}
+    compare = {
+        "similarity": 0.5, "baseline": 0.1, "similarity_output": 0.4, "baseline_output": 0.1,
+        "table": [[1.0]], "layers": [layer(HOSTILE, **phi)], "left_out": [reason],
+    }  # fmt: skip
+    amplify = {
+        "amplification": None, "intruders": 1, "left_out": [reason],
+        "blocks": [
+            {"part": HOSTILE, "block": HOSTILE, "layers": 2, "norm": 1.0, "amplification": None, "intruders": 1}
+        ],
+    }  # fmt: skip
+    stack = {
+        "files": [{"name": HOSTILE, "strength": 1, "norm": 1.0, "survives": 0.5, "untouched": 0.1}] * 2,
+        "pairs": [{"first": 0, "second": 1, "layers": 0}], "left_out": [reason], "layers": [],
+        "validation": {"sentence": HOSTILE},
+    }  # fmt: skip
+    one, two = {"file": f"/a/{HOSTILE}"}, {"files": [{"file": f"/a/{HOSTILE}"}] * 2}
+    report = {"family": HOSTILE, "kind": HOSTILE, "metadata": {"modelspec.trigger_phrase": HOSTILE}}
+    for tool, request, result in (
+        ("spectrum", one, {"spectrum": spectrum, "report": report}),
+        ("compare", two, {"compare": compare}),
+        ("amplify", one, {"amplify": amplify}),
+        ("stack", two, {"stack": stack}),
+    ):
+        shown = answer_html(tool, request, result)
+        assert "<img" not in shown
+        assert "&lt;img src=x" in shown
+    assert "<img" not in made_html({"file": f"/a/{HOSTILE}", "sentences": [HOSTILE], "link": HOSTILE})
