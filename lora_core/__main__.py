@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from lora_core.cli import adapters, analysis, combine, dataset, jobs, pictures, queue, report
 from lora_core.spec.errors import LoraError
-
-INTERRUPTED = 130
+from lora_core.spec.stopping import INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,9 +21,10 @@ from lora_core.spec.families import Family
 from lora_core.spec.notify import tell_end
 from lora_core.spec.paths import workspace
 from lora_core.spec.presets import starting_settings
-from lora_core.spec.problems import refuse
+from lora_core.spec.problems import Problem, refuse
 from lora_core.spec.queue import events_size
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
+from lora_core.spec.stopping import INTERRUPTED, Stopping
 
 if TYPE_CHECKING:
     from lora_core.training.run import Outcome
@@ -119,35 +120,49 @@ def _in_full(place: str) -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = config_of(options)
-    place = workspace(options.workspace)
-    problems = preflight(config, place)
-    refuse(problems)
+    stopping = Stopping()
+    with stopping.taken():
+        with stopping.raising():
+            config = config_of(options)
+            place = workspace(options.workspace)
+            problems = preflight(config, place)
+            refuse(problems)
+        return _begun(config, place, problems, stopping)
+
+
+def _begun(config: RunConfig, place: Path, problems: list[Problem], stopping: Stopping) -> int:
     run = RunFolder.create(runs_folder(place) / config.name, config)
     say(f"Run {run.name} in {run.path}")
     with contextlib.suppress(ModelFileError):  # the run says it
         say(f"Base: {base_facts(config.model.base, config.model.prediction).sentence}")
     for problem in problems:
         say(f"Note: {problem.sentence}")
-    return resumed(run, None)
+    return resumed(run, None, stopping=stopping)
 
 
-def resumed(run: RunFolder, steps: int | None, accept_changes: bool = False) -> int:
-    """Train a run from where it stands, and tell whom the person chose when it ends; returns the exit
-    code."""
-    before = events_size(run)
-    try:
-        outcome = _trained(run, steps, accept_changes)
-    finally:
-        note = tell_end(run, run.path.parent.parent) if events_size(run) > before else ""
-        if note:
-            say(f"Note: {note}")
-    if outcome.export is not None:
-        say(str(outcome.export))
-    return 130 if outcome.signalled else 0
+def resumed(
+    run: RunFolder, steps: int | None, accept_changes: bool = False, stopping: Stopping | None = None
+) -> int:
+    """Train a run from where it stands, and tell whom the person chose when it ends; returns the exit code.
+
+    Signals are taken from here on, long before torch is imported: also an early one is a stop that is written
+    down.
+    """
+    stopping = stopping or Stopping()
+    with stopping.taken():
+        before = events_size(run)
+        try:
+            outcome = _trained(run, steps, accept_changes, stopping)
+        finally:
+            note = tell_end(run, run.path.parent.parent) if events_size(run) > before else ""
+            if note:
+                say(f"Note: {note}")
+        if outcome.export is not None:
+            say(str(outcome.export))
+        return INTERRUPTED if outcome.signalled else 0
 
 
-def _trained(run: RunFolder, steps: int | None, accept_changes: bool) -> "Outcome":
+def _trained(run: RunFolder, steps: int | None, accept_changes: bool, stopping: Stopping) -> "Outcome":
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps {steps} should be 1 or more.")
     with run.held():
@@ -155,14 +170,15 @@ def _trained(run: RunFolder, steps: int | None, accept_changes: bool) -> "Outcom
             # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this
             # line.
             run.request("resume")
-            from lora_core.training.run import train
+            with stopping.raising():
+                from lora_core.training.run import train
         except KeyboardInterrupt:
             _note_stop(run)
             raise
 
         printer = EventPrinter(sys.stdout)
         with keep_awake():
-            outcome = train(run, steps, printer.show, accept_changes)
+            outcome = train(run, steps, printer.show, accept_changes, stopping)
         printer.close()
     return outcome
 

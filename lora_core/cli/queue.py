@@ -5,10 +5,11 @@ from pathlib import Path
 
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.spec.errors import RunError
-from lora_core.spec.owner import INTERRUPTED, ensure_owner, work_through
+from lora_core.spec.owner import ensure_owner, work_through
 from lora_core.spec.paths import workspace
 from lora_core.spec.queue import FAILED, Queue
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.stopping import INTERRUPTED
 
 
 def add_verbs(verbs: Verbs) -> None:

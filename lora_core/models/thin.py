@@ -28,9 +28,9 @@ LEVELS = 127
 def int8(weight: torch.Tensor) -> Packed:
     """Round a weight (out, ...) to 255 levels, those of each output spread over its largest number.
 
-    The error of a number is at most about 1/254 of the largest of its output. The scale of a weight in bf16 is
-    in bf16 too: all levels are whole numbers that bf16 has, so that the product is made in one go, with one
-    rounding. fp16 is too short for small scales.
+    The error of a number is at most about 1/254 of the largest of its output. The scale of a weight in bf16
+    is in bf16 too: all levels are whole numbers that bf16 has, so that the product is made in one go, with
+    one rounding. fp16 is too short for small scales.
     """
     rows = weight.detach().float().flatten(1)
     scale = rows.abs().amax(1).div(LEVELS).clamp(min=torch.finfo(torch.float32).tiny)

@@ -9,15 +9,12 @@ sentence is not, since it would fail again.
 
 import contextlib
 import dataclasses
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from filelock import FileLock, Timeout
 
@@ -37,6 +34,7 @@ from lora_core.spec.queue import (
     events_size,
 )
 from lora_core.spec.run_folder import RunFolder, all_runs
+from lora_core.spec.stopping import INTERRUPTED, signals_taken
 
 DIED = "died"
 RESTARTS = 1
@@ -47,7 +45,6 @@ LOOK = 2.0
 """Seconds between two looks at its memory."""
 HANDOVER = 5.0
 """Seconds that an owner which is about to end gets to do so."""
-INTERRUPTED = 130
 
 _children: dict[Path, "subprocess.Popen[bytes]"] = {}
 """Owners that this process started, by workspace; kept so that they are reaped when they end."""
@@ -101,7 +98,7 @@ def work_through(
     queue = Queue(workspace)
     with _owned(queue):
         owner = _Owner(queue, say, trainer)
-        with owner.signals():
+        with signals_taken(owner.asked_to_end):
             owner.work()
         return owner.ended, owner.ending
 
@@ -138,27 +135,13 @@ class _Owner:
         self._say = say
         self._trainer = trainer
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
+    def asked_to_end(self, number: int) -> None:
         """Take signals as a wish to end: the job in hand is paused and waits again. A second one leaves at
         once."""
 
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            if self.ending:
-                raise KeyboardInterrupt
-            self.ending = True
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        kept = {number: signal.signal(number, on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
+        if self.ending:
+            raise KeyboardInterrupt
+        self.ending = True
 
     def work(self) -> None:
         """Job after job."""

@@ -1,15 +1,9 @@
 """What people ask of a run while it trains: lines in `requests.jsonl`, and signals, which mean stop."""
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 
 from lora_core.spec.run_folder import RunFolder
-
-INTERRUPTED = 130
-"""The exit code of a process that left on Ctrl-C."""
+from lora_core.spec.stopping import Stopping
 
 
 class Interrupted(BaseException):
@@ -24,12 +18,11 @@ class Requests:
 
     def __init__(self, run: RunFolder, handled: set[str]) -> None:
         """Look at the requests of `run`; those in `handled` were acted on before."""
+        self.stopping = Stopping()
         self._run = run
         self._handled = handled
         self._seen: tuple[int, int] | None = None
         self._waiting: list[dict[str, str]] = []
-        self.signalled = False
-        self._interrupted = False
 
     def waiting(self) -> list[dict[str, str]]:
         """Requests that nobody has acted on, in order."""
@@ -48,6 +41,11 @@ class Requests:
         self._handled.add(request["id"])
         self._waiting = [r for r in self._waiting if r["id"] != request["id"]]
 
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal asked for the end."""
+        return self.stopping.came
+
     def ending(self) -> bool:
         """Whether the run is asked to end soon."""
         return self.signalled or any(r["do"] in ("stop", "pause") for r in self.waiting())
@@ -60,28 +58,3 @@ class Requests:
         """
         if self.ending():
             raise Interrupted
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Take a signal as a stop that keeps the work; a second Ctrl-C ends the process at once.
-
-        Only that one: closing a terminal sends SIGHUP from the shell and from the system, and whoever
-        supervises a process may say SIGTERM twice.
-        """
-        interrupts = (signal.SIGINT, getattr(signal, "SIGBREAK", None))
-
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            if number in interrupts:
-                if self._interrupted:
-                    os._exit(INTERRUPTED)
-                self._interrupted = True
-            self.signalled = True
-
-        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        kept = {number: signal.signal(number, on_signal) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from lora_core.spec import events
 from lora_core.spec.errors import LoraError, NoRoom, OutOfMemory, RunError
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.stopping import Stopping
 from lora_core.training.checkpoint import clear_unfinished
 from lora_core.training.conductor import Conductor, Outcome
 from lora_core.training.memory import out_of_memory
@@ -29,6 +30,7 @@ def train(
     steps: int | None,
     on_event: Callable[[events.Event], None],
     accept_changes: bool = False,
+    stopping: Stopping | None = None,
 ) -> Outcome:
     """Train a run from where it stands to its end, or until it is asked to stop. Call it with the run held.
 
@@ -37,6 +39,7 @@ def train(
         steps: train to so many steps in all; None for what was planned.
         on_event: called with each event after it is written.
         accept_changes: go on although pictures, settings or packages are not those that the run began with.
+        stopping: takes signals already; else they are taken here.
 
     Raises:
         LoraError: what went wrong, in a sentence; it is in the events too.
@@ -58,8 +61,9 @@ def train(
         on_event(event)
 
     conductor = Conductor(run, config, goal, before, emit)
+    conductor.requests.stopping = stopping or conductor.requests.stopping
     try:
-        with conductor.requests.signals():
+        with conductor.requests.stopping.taken():
             return conductor.conduct(accept_changes)
     except Exception as error:
         problem = _problem(run, error)

@@ -9,9 +9,8 @@ from unittest import mock
 
 import pytest
 
-from lora_core.spec import events
+from lora_core.spec import events, stopping
 from lora_core.spec.run_folder import RunFolder
-from lora_core.training import requests
 from tests.training.runs import Broken, Toy, check_story, check_whole, result, trained
 
 ON_UNIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
@@ -77,7 +76,7 @@ def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint_whole(own_toy: 
         codes.append(code)
         raise Broken
 
-    with mock.patch.object(requests.os, "_exit", leave), pytest.raises(Broken):
+    with mock.patch.object(stopping.os, "_exit", leave), pytest.raises(Broken):
         trained(run, on_event)
     assert codes == [130]
     assert run.checkpoint_steps() == [4]
