@@ -24,8 +24,9 @@ from lora_core.spec.processes import detached, log_tail
 CANCELLED = "Cancelled."
 HOLDERS = ("generate", "captions", "triggers", "pictures")
 """Requests after which the worker holds a base."""
-LOOK_AROUND_EVERY = 5.0
-"""Seconds between two looks at whether somebody else needs the memory."""
+LOOK_AROUND_EVERY = 1.0
+"""Seconds between two looks at whether somebody else needs the memory: a run imports torch for longer than that
+before it takes any. A look at 200 runs takes a hundredth of it."""
 STARTING_TAKES = "Loading the drawing process, which takes some seconds the first time."
 
 
