@@ -25,8 +25,8 @@ CANCELLED = "Cancelled."
 HOLDERS = ("generate", "captions", "triggers", "pictures")
 """Requests after which the worker holds a base."""
 LOOK_AROUND_EVERY = 1.0
-"""Seconds between two looks at whether somebody else needs the memory: a run imports torch for longer than that
-before it takes any. A look at 200 runs takes a hundredth of it."""
+"""Seconds between two looks at whether somebody else needs the memory: a run imports torch for longer
+than that before it takes any. A look at 200 runs takes a hundredth of it."""
 STARTING_TAKES = "Loading the drawing process, which takes some seconds the first time."
 
 
