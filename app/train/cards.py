@@ -205,10 +205,10 @@ def charts(moment: Moment) -> str:
         else ""
     )
     return (
-        '<div class="panel"><div class="cols2 plots"><div><h3>Gain on pictures that it has never'
-        f" seen</h3>{gain_chart(progress.validations)}{meaning(progress.validations)}</div><div><div"
-        ' class="row apart"><h3>Training loss, raw and'
-        f" smoothed</h3>{smoothing}</div>{loss_chart(progress.losses)}</div></div></div>"
+        f'<div class="panel">{meaning(progress.validations)}<div class="cols2 plots"><div><h3>Gain on'
+        f" pictures that it has never seen</h3>{gain_chart(progress.validations)}</div><div><div"
+        f' class="row apart"><h3>Training loss</h3>{smoothing}</div>{loss_chart(progress.losses)}</div>'
+        "</div></div>"
     )
 
 

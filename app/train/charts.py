@@ -26,7 +26,7 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
     # A single wild step must not flatten the rest of the curve.
     top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
     label = f"Training loss, now {calm[-1][1]:.4f} smoothed"
-    drawn = curves_plot(label, [Curve("", raw, (), "raw"), Curve("", calm)], highest=top)
+    drawn = curves_plot(label, [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)], highest=top)
     # The slider in the page smooths the drawn points, so it has to know how many steps each stands for.
     return drawn.replace('<polyline class="raw"', f'<polyline class="raw" data-stride="{stride}"', 1)
 
@@ -38,10 +38,9 @@ def gain_chart(validations: Sequence[Validated]) -> str:
     if not found:
         return _empty("Measured from time to time on the pictures that are held out.")
     trained = [one for one in found if math.isfinite(one.train_gain)]
-    names = ("held-out pictures", "training pictures") if trained else ("", "")
-    curves = [_curve(names[0], found, "smooth", lambda one: one.gain, lambda one: one.standard_error)]
+    curves = [_curve("held-out pictures", found, "smooth", lambda e: e.gain, lambda e: e.standard_error)]
     if trained:
-        curves.append(_curve(names[1], trained, "second", lambda one: one.train_gain))
+        curves.append(_curve("training pictures", trained, "second", lambda e: e.train_gain))
     best = best_of(found)
     mark = Mark(float(best.step), best.gain, f"best, step {best.step:,}") if best else None
     words = f", best {best.gain:+.4f} at step {best.step}" if best else ""

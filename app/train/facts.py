@@ -199,8 +199,8 @@ def _sentences(moment: Moment) -> list[str]:
             f" each about {many(max(1, round(looks)), 'time')}."
         )
     sentences.append(
-        f"Effective learning rate {scientific(config.optim.lr * config.adapter.scale)}"
-        f" ({scientific(config.optim.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."
+        f"Effective learning rate {_rate(config.optim.lr * config.adapter.scale)}"
+        f" ({_rate(config.optim.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."
     )
     if config.dataset.trigger:
         sentences.append(f"Trigger word: {config.dataset.trigger}.")
@@ -212,6 +212,11 @@ def _sentences(moment: Moment) -> list[str]:
         count = held if held >= 1 else held * len(dataset.records)
         sentences.append(f"About {max(1, round(count))} held out to measure on.")
     return sentences
+
+
+def _rate(value: float) -> str:
+    """A learning rate that is not broken over two lines."""
+    return scientific(value).replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def base_note(moment: Moment) -> str:

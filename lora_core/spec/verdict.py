@@ -13,8 +13,8 @@ SURE = 2.0
 BY_HEART = 0.25
 """Where less than this share of the gain on training pictures is missing on others, that is as it always
 is."""
-A_LITTLE = 0.01
-"""Of the base's loss: forgetting less is hardly seen."""
+A_LITTLE = 0.1
+"""Of the gain: forgetting less is hardly seen."""
 
 
 def verdict(validations: Sequence[Validated]) -> str:
@@ -75,8 +75,11 @@ def forgets(last: Validated) -> str:
     """Whether it forgets what the base knew, in a sentence; "" where nothing tells of it."""
     if not math.isfinite(last.prior) or last.prior >= -SURE * error_of(last.prior_error):
         return ""
-    share = -last.prior / last.base_loss if last.base_loss > 0 else math.nan
+    if last.gain <= 0:
+        return "It forgets what the base knew."
+    share = -last.prior / last.gain
     if share < A_LITTLE:
-        return f"It forgets a little of what the base knew ({share:.1%})."
-    much = f": the base's own pictures are predicted {share:.0%} worse" if math.isfinite(share) else ""
-    return f"It forgets what the base knew{much}."
+        return "It forgets a little of what the base knew."
+    if share < 1:
+        return f"It forgets what the base knew: that costs {share:.0%} of what it gains."
+    return "It forgets what the base knew: the base's own pictures lose more than the new ones gain."

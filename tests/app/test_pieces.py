@@ -39,7 +39,7 @@ def losses(count: int) -> list[events.StepDone]:
 
 def test_a_long_run_s_chart_is_as_small_as_a_short_one_s() -> None:
     assert len(charts.loss_chart(losses(20_000))) < 12_000
-    assert charts.loss_chart(losses(2)).startswith("<svg")
+    assert charts.loss_chart(losses(2)).count("<polyline") == 2
 
 
 def test_a_chart_needs_two_finite_losses() -> None:

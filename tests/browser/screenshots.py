@@ -1,9 +1,8 @@
-"""Pictures of each tab for the README, made from the real window: the demo is trained, looked at and
-exported.
+"""Pictures of each tab, made from the real window: the demo is trained, looked at and exported.
 
-Run it as `python -m tests.browser.screenshots [WORKSPACE] [--all FOLDER]`. With a workspace that holds a
-finished run of the demo the training is skipped. Writes docs/<tab>-<width>[-dark].webp, and docs/window.webp
-while the demo trains; with `--all` every tab at each width in both themes into a folder, too.
+Run it as `python -m tests.browser.screenshots [WORKSPACE] [--into FOLDER]`. With a workspace that holds a
+finished run of the demo the training is skipped. Writes docs/screens/<tab>-<width>[-dark].webp, each tab at
+each width in both themes, and docs/window.webp while the demo trains.
 """
 
 import argparse
@@ -26,9 +25,9 @@ READY = {
 }
 WIDTHS = (1440, 1024, 390)
 SCHEMES = ("light", "dark")
-# Those that stay in the project: each tab in both themes, and a phone. The rest is for looking at.
-KEPT = {(tab, 1440, scheme) for tab in READY for scheme in SCHEMES}
-KEPT |= {("Train", 390, "light"), ("Preview", 390, "dark")}
+SCREENS = ROOT / "docs" / "screens"
+# All pictures together, in bytes: a clone should stay small.
+MOST = 3_000_000
 PATIENCE = 180_000
 
 
@@ -44,7 +43,7 @@ def prepare(page) -> None:
         page.wait_for_selector("#run-status[data-state=running]")
         # Three rounds of samples: the base, and two with something learned.
         page.wait_for_selector("#samples .strip figure:nth-child(3)")
-        shoot(page, "window.webp")
+        shoot(page, ROOT / "docs" / "window.webp")
     open_tab(page, "Train")
     page.wait_for_selector("#run-status[data-state=done]")
     page.click("[data-show-preview]")
@@ -55,22 +54,19 @@ def prepare(page) -> None:
         page.click("#export-download:enabled")
 
 
-def shoot(page, name: str, folder: Path = ROOT / "docs") -> None:
+def shoot(page, file: Path) -> None:
     """One picture of the whole page."""
     page.evaluate("window.scrollTo(0, 0)")
     # Pictures that are not shown are never loaded; waiting for those would be for ever.
     shown = "[...document.images].filter(one => one.offsetParent)"
     page.evaluate(f"Promise.all({shown}.map(one => one.decode().catch(() => null)))")
     image = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    image.convert("RGB").save(folder / name, quality=80, method=6)
+    image.convert("RGB").save(file, quality=80, method=6)
 
 
-def shoot_all(browser, address: str, everything: Path | None) -> None:
-    """Each tab, wide and narrow, light and dark."""
+def shoot_all(browser, address: str, folder: Path) -> None:
+    """Each tab at each width, light and dark."""
     for tab, width, scheme in itertools.product(READY, WIDTHS, SCHEMES):
-        kept = (tab, width, scheme) in KEPT
-        if not kept and everything is None:
-            continue
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.set_default_timeout(PATIENCE)
         page.goto(address)
@@ -85,9 +81,7 @@ def shoot_all(browser, address: str, everything: Path | None) -> None:
             name = "code => code.textContent = '~/LoRA Easel/runs/' + code.textContent.split('/runs/').pop()"
             page.locator("#export-written code").evaluate(name)
         page.wait_for_timeout(700)
-        name = f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp"
-        for folder in ([ROOT / "docs"] if kept else []) + ([everything] if everything else []):
-            shoot(page, name, folder)
+        shoot(page, folder / f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp")
         page.close()
 
 
@@ -97,10 +91,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "workspace", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "lora-easel-screenshots"
     )
-    parser.add_argument("--all", type=Path, metavar="FOLDER", help="every tab, width and theme, to look at")
+    parser.add_argument("--into", type=Path, default=SCREENS, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    if options.all:
-        options.all.mkdir(parents=True, exist_ok=True)
+    options.into.mkdir(parents=True, exist_ok=True)
     window = Window(options.workspace)
     address = window.start()
     from playwright.sync_api import sync_playwright
@@ -113,10 +106,12 @@ def main(arguments: list[str]) -> int:
             page.goto(address)
             page.wait_for_selector("#use-demo, [data-picture]")
             prepare(page)
-            shoot_all(browser, address, options.all)
+            shoot_all(browser, address, options.into)
     finally:
         window.stop()
-    return 0
+    size = sum(file.stat().st_size for file in options.into.glob("*.webp"))
+    sys.stdout.write(f"{size / 1e6:.2f} MB in {options.into}\n")
+    return 0 if size < MOST else 1
 
 
 if __name__ == "__main__":

@@ -64,10 +64,14 @@ def test_gain(events: list[Validated], said: str) -> None:
             "It is learning by heart: what it gains on its own pictures helps with no others.",
         ),
         ({"prior": -0.001, "prior_error": 0.0006}, ""),
-        ({"prior": -0.001, "prior_error": 0.0004}, "It forgets a little of what the base knew (0.5%)."),
+        ({"prior": -0.001, "prior_error": 0.0004}, "It forgets a little of what the base knew."),
         (
-            {"prior": -0.01, "prior_error": 0.001},
-            "It forgets what the base knew: the base's own pictures are predicted 5% worse.",
+            {"prior": -0.007, "prior_error": 0.001},
+            "It forgets what the base knew: that costs 50% of what it gains.",
+        ),
+        (
+            {"prior": -0.02, "prior_error": 0.001},
+            "It forgets what the base knew: the base's own pictures lose more than the new ones gain.",
         ),
         ({"prior": 0.01, "prior_error": 0.001}, ""),
     ],
