@@ -3,7 +3,7 @@
 (() => {
   const { one, all, post, press, openTab } = window.easel;
   const OTHER = "\u0000other", FOLDER = "\u0000folder";
-  let offered = { groups: [], runs: [], bases: [] }, tool = "spectrum", rows = [{ file: "", strength: 1 }], asked = 0;
+  let offered = { groups: [], runs: [], bases: [] }, tool = "spectrum", rows = [{ file: "", strength: 1 }];
 
   const get = async (path) => (await fetch(`/easel/${path}`)).json();
   const make = (name, properties = {}, ...inside) => {
@@ -152,7 +152,6 @@
       press("refresh");
     } else {
       one("#inside-answer").innerHTML = now.html;
-      one("#inside-answer").dataset.tool = tool;
       load();
     }
   };
@@ -213,7 +212,6 @@
     if (!open) { seen = null; return; }
     if (seen === card) return;
     seen = card;
-    asked += 1;
     load().then(() => { follow("inside"); follow("report"); });
   });
 })();

@@ -84,8 +84,8 @@ class IntrinsicRank:
         Args:
             times_smaller: by which factor the file shrank.
         """
-        best, ranks = self.best, [rank for rank in self.best.ranks.values() if rank]
-        by_layer = f"; with ranks of {min(ranks)} to {max(ranks)} by layer" if self.pooled else ""
+        best = self.best
+        by_layer = self._by_layer() if self.pooled else ""
         unsure = (
             " The gain itself is within two standard errors of nothing, so take this with care."
             if self.gain < 2 * self.standard_error
@@ -96,6 +96,14 @@ class IntrinsicRank:
             f" {times_smaller:.1f} times smaller and keeps {best.kept:.1%} of the gain (standard error"
             f" {best.standard_error:.1%}).{unsure}"
         )
+
+    def _by_layer(self) -> str:
+        """How the ranks differ between layers, for a sentence."""
+        kept = [rank for rank in self.best.ranks.values() if rank]
+        gone = len(self.best.ranks) - len(kept)
+        span = f"ranks of {min(kept)} to {max(kept)} by layer" if min(kept) < max(kept) else f"rank {kept[0]}"
+        left = f" and {gone} of {len(self.best.ranks)} layers left out" if gone else ""
+        return f"; with {span}{left}"
 
     def document(self, times_smaller: float) -> dict[str, Any]:
         """For JSON.

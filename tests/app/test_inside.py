@@ -243,7 +243,8 @@ def test_what_files_are_called_is_text() -> None:
     amplify = {
         "amplification": None, "intruders": 1, "left_out": [reason],
         "blocks": [
-            {"part": HOSTILE, "block": HOSTILE, "layers": 2, "norm": 1.0, "amplification": None, "intruders": 1}
+            {"part": HOSTILE, "block": HOSTILE, "layers": 2, "norm": 1.0, "amplification": None,
+             "intruders": 1}
         ],
     }  # fmt: skip
     stack = {

@@ -1,0 +1,128 @@
+"""Looking inside a LoRA and making a run's report, as a person does it; the report opened alone, as a friend
+would."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.test_axe import violations
+from tests.browser.test_main_path import open_tab
+
+
+def ready(page: Any) -> None:
+    open_tab(page, "Export")
+    page.wait_for_function("document.querySelector('#inside-files select')?.value.endsWith('.safetensors')")
+
+
+def done(page: Any, words: str) -> str:
+    page.wait_for_function(
+        "words => document.querySelector('#inside-state').dataset.state !== 'working' &&"
+        " document.querySelector('#inside-answer').innerText.includes(words)",
+        arg=words,
+    )
+    return str(page.inner_text("#inside-answer"))
+
+
+def tool(page: Any, name: str) -> None:
+    page.click(f"#inside [data-tool={name}]")
+    assert page.get_attribute(f"#inside [data-tool={name}]", "aria-pressed") == "true"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_file_is_looked_into_and_made_smaller(look: Any, trained: Any, scheme: str) -> None:
+    page = look(scheme)
+    ready(page)
+    page.click("#inside-go:enabled")
+    said = done(page, "layers of rank 8")
+    assert "effective rank" in said
+    labels = page.eval_on_selector_all(
+        "#inside-answer svg", "all => all.map(one => one.getAttribute('aria-label'))"
+    )
+    assert len(labels) == 3
+    assert all(labels)
+    page.evaluate("document.querySelectorAll('#inside details').forEach(one => { one.open = true; })")
+    assert page.locator("#inside-answer tbody tr").count() > 60
+    assert violations(page) == []
+
+    tool(page, "compare")
+    assert page.is_disabled("#inside-go")
+    assert "Two files are needed" in page.inner_text("#inside-why")
+    page.click("#inside-add")
+    values = page.eval_on_selector_all(".inside-file:last-child option", "all => all.map(one => one.value)")
+    page.locator(".inside-file select").nth(1).select_option(values[1])
+    page.click("#inside-go:enabled")
+    # A file is like itself, whichever layers it has.
+    assert "100.0% are shared" in done(page, "Of the directions")
+    page.locator(".inside-file [data-part=remove]").nth(1).click()
+
+    tool(page, "amplify")
+    assert page.is_visible("#inside-base")
+    page.click("#inside-go:enabled")
+    done(page, "Where it acts")
+    assert violations(page) == []
+
+    tool(page, "shrink")
+    page.fill("#inside-rank", "none")
+    page.click("#inside-go:enabled")
+    page.wait_for_selector("#inside-state[data-state=error]:has-text('should be a number')")
+    page.fill("#inside-rank", "2")
+    page.click("#inside-go:enabled")
+    done(page, "Each layer keeps rank 2")
+    with page.expect_download() as started:
+        page.click("#inside-answer a[download]")
+    assert started.value.suggested_filename.endswith(".safetensors")
+    assert "-rank2" in started.value.suggested_filename
+    page.click("#inside-answer [data-inside-go-on]")
+    page.wait_for_selector("#tabs [role=tab][aria-selected=true]:has-text('Train')")
+    page.wait_for_function(
+        "[...document.querySelectorAll('input, textarea')].some(one => one.value.includes('-rank2'))"
+    )
+
+
+def test_measuring_can_be_cancelled_and_ends_in_a_file(look: Any) -> None:
+    page = look()
+    ready(page)
+    tool(page, "strength")
+    chosen = page.eval_on_selector("#inside-measure", "one => one.selectedOptions[0].textContent")
+    assert chosen.endswith("held out")
+    page.click("#inside-go:enabled")
+    page.wait_for_selector("#inside-cancel:visible")
+    page.click("#inside-cancel")
+    done(page, "Cancelled.")
+    page.click("#inside-go:enabled")
+    said = done(page, "Measured on")
+    if "Bake" in said:
+        page.click("#inside-answer [data-inside-act=bake]")
+        done(page, "is now strength 1")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1440
+
+
+def test_a_report_opens_anywhere(look: Any, trained: Any, browser: Any, tmp_path: Path) -> None:
+    page = look()
+    ready(page)
+    page.uncheck("#report-measure")
+    page.click("#report-make:enabled")
+    page.wait_for_selector("#report-open")
+    address = page.get_attribute("#report-open", "href")
+    with page.expect_download() as started:
+        page.click("#report-download")
+    file = tmp_path / "a friend's.html"
+    started.value.save_as(file)
+    for scheme in ("light", "dark"):
+        for where in (file.as_uri(), f"{trained.address}{address}"):
+            alone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+            asked: list[str] = []
+            wrong: list[str] = []
+            alone.on("request", lambda request, asked=asked: asked.append(request.url))
+            alone.on("console", lambda message, wrong=wrong: wrong.append(message.text))
+            alone.goto(where)
+            assert alone.locator(".strip img").count() >= 2
+            assert alone.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
+            assert alone.evaluate("document.documentElement.scrollWidth") == 390
+            assert [url for url in asked if not url.startswith("data:")] == [where]
+            assert wrong == []
+            if where.startswith("file:"):
+                alone.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+                assert violations(alone) == [], scheme
+            alone.close()
