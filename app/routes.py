@@ -30,13 +30,14 @@ from lora_core.spec.run_folder import runs_folder
 PICTURES = set(SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
-STYLES = ("style.css", "analysis.css")
+STYLES = ("style.css", "analysis.css", "dataset.css")
 PUBLIC = {"icon.svg": "image/svg+xml", **dict.fromkeys(STYLES, "text/css")}
 SCRIPTS = (
     "window.js",
     "folder_drop.js",
     "dataset.js",
     "dataset_tools.js",
+    "dataset_learned.js",
     "projects.js",
     "train.js",
     "preview.js",

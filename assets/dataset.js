@@ -14,6 +14,7 @@
   let several = new Set();      // the names that an action is for, where it is more than one
   let filter = "all";
   let twins = new Set();        // told by the check
+  let doubts = new Set();       // told by the base, and by the last run
   let cells = new Map();        // name to button
   const edits = new Map();      // name to { past, future, base }: captions that Ctrl+Z goes back to
   const waiting = new Map();    // captions typed but not yet saved, by picture
@@ -58,6 +59,7 @@
     if (picture.held) marks.push("held out");
     if (picture.small) marks.push("small");
     if (twins.has(picture.name)) marks.push("twin");
+    if (doubts.has(picture.name)) marks.unshift("in doubt");
     // Two where they fit into one line of the smallest cell.
     cell.lastChild.textContent = marks.slice(0, 2).join(", ").length < 17 ? marks.slice(0, 2).join(", ") : marks[0];
     cell.lastChild.hidden = !marks.length;
@@ -84,6 +86,7 @@
 
   const fits = {
     all: () => true, bare, small: (p) => p.small, twins: (p) => twins.has(p.name), held: (p) => p.held, out: () => true,
+    doubt: (p) => doubts.has(p.name),
   };
   const applyFilter = () => {
     if (!grid()) return;
@@ -138,7 +141,10 @@
   const facts = (picture) => {
     const [width, height] = picture.size, [wide, high] = picture.bucket;
     const more = picture.repeats > 1 ? `, ${picture.repeats} repeats` : "";
-    return `${picture.name}, ${width} × ${height}, trained at ${wide} × ${high}${more}, crop shown`;
+    const { shares, gains } = window.easel, share = shares?.get(picture.name), gain = gains?.get(picture.name);
+    const steps = share === undefined ? "" : `, ${(100 * share).toFixed(1)}% of the steps`;
+    const learned = gain ? `, ${Math.round(100 * gain.learned)}% of its loss gained by the last run` : "";
+    return `${picture.name}, ${width} × ${height}, trained at ${wide} × ${high}${more}${steps}${learned}, crop shown`;
   };
 
   const showNothing = () => {
@@ -410,6 +416,9 @@
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },
     // Which pictures a change of many captions is for, null for all.
     scope: () => (several.size > 1 ? [...several] : shown().length < shelf.pictures.length ? shown().map((p) => p.name) : null),
+    setDoubts: (names) => { doubts = names; for (const picture of pictures()) if (cells.has(picture.name)) describe(picture); applyFilter(); window.easel.tellAgain(); },
+    // What is known of the picture that is shown has changed.
+    tellAgain: () => { if (named(chosen)) one("#picture-facts").textContent = facts(named(chosen)); },
     setTwins: (names) => { twins = new Set(names); for (const picture of pictures()) describe(picture); applyFilter(); },
   });
 })();

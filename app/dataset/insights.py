@@ -183,11 +183,12 @@ class Insights:
                 self.worker.cancel(reply)
         found = reply.result.get("found")
         with self._lock:
-            if reply.state == "done" and isinstance(found, dict) and what != "pictures":
-                self._keep(what, work, found)
-            elif reply.state == "error" and (reply.message != CANCELLED or gave_way):
-                if work.project == self.project.path:
-                    self._problems[what] = gave_way or reply.message
+            if reply.state == "done":
+                # What a run has learned stands in its folder.
+                if isinstance(found, dict) and what != "pictures":
+                    self._keep(what, work, found)
+            elif work.project == self.project.path and (reply.message != CANCELLED or gave_way):
+                self._problems[what] = gave_way or reply.message
             if self._work.get(what) is work:
                 del self._work[what]
 

@@ -1,5 +1,5 @@
-"""The Dataset tab's fixed HTML; what moves in it is drawn by `assets/dataset.js` and
-`assets/dataset_tools.js`."""
+"""The Dataset tab's fixed HTML; what moves in it is drawn by `assets/dataset.js`, `dataset_tools.js` and
+`dataset_learned.js`."""
 
 KINDS = "PNG, JPEG, WebP, HEIC, AVIF, with captions beside them. All stays on this computer."
 
@@ -22,6 +22,7 @@ TOOLBAR = """<div class="row dataset-filters" id="dataset-filters" hidden>
 <button type="button" data-filter="bare" aria-pressed="false">No caption <b>0</b></button>
 <button type="button" data-filter="small" aria-pressed="false">Small <b>0</b></button>
 <button type="button" data-filter="twins" aria-pressed="false">Twins <b>0</b></button>
+<button type="button" data-filter="doubt" aria-pressed="false">In doubt <b>0</b></button>
 <button type="button" data-filter="held" aria-pressed="false">Held out <b>0</b></button>
 <button type="button" data-filter="out" aria-pressed="false">Left out <b>0</b></button></div>
 <label class="entry"><span class="away">Show only pictures with this in name or caption</span><input
@@ -50,9 +51,41 @@ DETAIL = """<aside class="panel detail" id="picture-detail" data-none="1" aria-l
  title="Pictures that are held out are not trained on; the run is measured on them">Hold out</button>
 <button type="button" class="own" id="leave-out" disabled>Leave out</button></div></aside>"""
 
-TRIGGER = """<button type="button" class="own" id="trigger-to-all"
+TRIGGER = """<button type="button" class="own" id="trigger-propose" hidden
+ title="Measures which short words the base hardly reacts to"
+ data-tip="Measures which short words the base hardly reacts to">Propose</button>
+<button type="button" class="own" id="trigger-to-all"
  title="Writes the trigger word in front of each caption that lacks it; training puts it there in any case"
  hidden>Add to all</button>"""
+
+WORDS = """<div class="panel tight" id="trigger-words" hidden><div class="row apart">
+<h3>Words for a trigger</h3><button type="button" class="own quiet" id="trigger-close">Close</button></div>
+<div class="row"><span class="small" id="trigger-state" role="status"></span>
+<button type="button" class="own quiet" data-insight-cancel="triggers" hidden>Cancel</button></div>
+<div id="trigger-found" hidden></div></div>"""
+
+LEARNED = """<details class="panel tight" id="learned" hidden><summary>What will be learned</summary>
+<div class="learned">
+<section><div class="row"><span class="small" id="learned-state" role="status"></span>
+<button type="button" class="own" id="learned-start" hidden>Look at the pictures</button></div>
+<div class="list" role="list" id="learned-found"></div></section>
+<section aria-labelledby="captions-title"><h3 id="captions-title">Captions, as the base reads them</h3>
+<div class="row"><button type="button" class="own" id="captions-start"
+ data-tip="Measures each picture with its own caption and with those of others">Let the base check the
+captions</button>
+<span class="small" id="captions-state" role="status"></span>
+<button type="button" class="own quiet" data-insight-cancel="captions" hidden>Cancel</button></div>
+<div class="list" role="list" id="captions-found" hidden></div></section>
+<section aria-labelledby="pictures-title"><h3 id="pictures-title">After a run</h3>
+<div class="row"><button type="button" class="own" id="pictures-start"
+ data-tip="Measures base and LoRA on each picture">Measure each picture</button>
+<span class="small" id="pictures-state" role="status"></span>
+<button type="button" class="own quiet" data-insight-cancel="pictures" hidden>Cancel</button></div>
+<div class="seg" id="pictures-order" role="group" aria-label="Order of the pictures" hidden>
+<button type="button" data-learned-order="least" aria-pressed="true">Least learned first</button>
+<button type="button" data-learned-order="most" aria-pressed="false">Most learned first</button></div>
+<div class="list" role="list" id="pictures-found" hidden></div></section>
+</div></details>"""
 
 TOOLS = """<div class="tools-row" id="dataset-tools" hidden>
 <details class="panel tight" id="bulk"><summary>Bulk edit of captions</summary>

@@ -7,7 +7,7 @@ Train tab needs, and tells pages when something changed.
 import gradio as gr
 
 from app.dataset.gallery import Findings, marks
-from app.dataset.pieces import DETAIL, DROP, GRID, TOOLBAR, TOOLS, TRIGGER
+from app.dataset.pieces import DETAIL, DROP, GRID, LEARNED, TOOLBAR, TOOLS, TRIGGER, WORDS
 from app.parts import TYPING, Parts, edited, piece
 from app.train.plan import Plan
 
@@ -33,9 +33,11 @@ def build(parts: Parts) -> None:
                 piece(TOOLBAR, elem_classes="grow")
                 _trigger(parts)
                 piece(TRIGGER, elem_classes="beside")
+            piece(WORDS)
             piece(GRID, elem_id="dataset-grid")
             parts.live(piece(elem_classes="after"), lambda m: found.html(m.desk.project, m.plan))
             piece(TOOLS, elem_classes="after")
+            piece(LEARNED, elem_classes="after")
             parts.live(piece(), lambda m: marks(m.desk.project, m.plan))
         piece(DETAIL, elem_classes="side")
 

@@ -26,7 +26,7 @@ FEWEST = 5
 OFTEN = 2.0
 """A picture with so many times an even share of the steps is named."""
 _FEW, _NEARLY_ALL = 0.25, 0.75
-_SOME_CAPTIONS, _ALL_CAPTIONS = 0.1, 0.8
+_ALL_CAPTIONS = 0.8
 _MOST_WORDS = 8
 _WORD = re.compile(r"[^\W\d_][\w&'-]+")
 _SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their very"
@@ -178,7 +178,7 @@ def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
     some = [
         (word, count)
         for word, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-        if max(2, _SOME_CAPTIONS * len(written)) <= count <= _ALL_CAPTIONS * len(written)
+        if count <= _ALL_CAPTIONS * len(written)
     ][:_MOST_WORDS]
     if not some:
         sentence = (

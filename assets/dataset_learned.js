@@ -1,0 +1,263 @@
+// The Dataset tab's "What will be learned": what pictures have in common, where the steps go, what the base says
+// of captions and of words for a trigger, and what the last run has learned of each picture.
+(() => {
+  const easel = window.easel;
+  const { one, post, make } = easel;
+  const ask = async (path) => (await fetch(`/easel/${path}`)).json();
+  const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+  const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+  const percent = (share) => `${(100 * share).toFixed(share < 0.095 ? 1 : 0)}%`;
+  const signed = (value) => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(3)}`;
+  const apart = (value, error) => `${Math.abs(value).toFixed(3)} ± ${error.toFixed(3)} ${value < 0 ? "higher" : "lower"}`;
+  const MOST_MINIS = 10, MOST_ROWS = 12;
+  const KINDS = {
+    absorbed: ["Goes to the trigger", "warn"], named: ["Stays with its words", "good"], wording: ["Promptable", "good"],
+    phrase: ["In all captions", "warn"], share: ["Many steps", "warn"], bucket: ["Alone in its size", "warn"],
+  };
+
+  let state = {};             // of /easel/insights
+  let sortMost = false, whole = { captions: false, pictures: false };
+
+  // ---- pieces -----------------------------------------------------------------------------------------------------
+  const known = (name) => easel.shelf().pictures.find((picture) => picture.name === name);
+  const mini = (name) => {
+    const picture = known(name);
+    if (!picture) return "";
+    const button = make("button", { type: "button", className: "mini", title: name }, make("img", { loading: "lazy", alt: "", src: `/easel/thumb/dataset/${picture.url}` }));
+    button.dataset.openPicture = name;
+    button.setAttribute("aria-label", `Open ${name}`);
+    return button;
+  };
+  const chip = (text, tone) => make("span", { className: `chip ${tone}`, textContent: text });
+  const words = (text, ...more) => make("div", { className: "why grow" }, make("p", { textContent: text }), ...more);
+  const rest = (count, what) => {
+    const button = make("button", { type: "button", className: "own quiet", textContent: `Show ${count} more` });
+    button.dataset.learnedAll = what;
+    return button;
+  };
+
+  // ---- what pictures and captions say by themselves ------------------------------------------------------------------
+  const learnedRow = ({ kind, sentence, pictures = [] }) => {
+    const shown = pictures.slice(0, MOST_MINIS).map(mini);
+    if (pictures.length > MOST_MINIS) shown.push(make("span", { className: "small", textContent: `and ${pictures.length - MOST_MINIS} more` }));
+    const [title, tone] = KINDS[kind];
+    return make("div", { className: "row", role: "listitem" }, make("span", { className: "tag-kind" }, chip(title, tone)), words(sentence, ...(shown.length ? [make("div", { className: "minis" }, ...shown)] : [])));
+  };
+
+  const stepsSentence = (shares) => {
+    const trained = shares.filter((row) => row.share > 0).sort((a, b) => a.share - b.share);
+    if (!trained.length) return [];
+    const [least, most] = [trained[0], trained.at(-1)], out = shares.length - trained.length;
+    const held = out ? ` ${out === 1 ? "One is held out and gets" : `${out} are held out and get`} none.` : "";
+    const even = most.share < 1.1 * least.share;
+    const text = even ? `Each of the ${many(trained.length, "picture")} gets ${percent(most.share)} of the steps.` : `A picture gets between ${percent(least.share)} and ${percent(most.share)} of the steps, by its repeats and by how batches are filled up.`;
+    return [make("div", { className: "row" }, words(text + held, ...(even ? [] : [make("div", { className: "minis" }, mini(least.picture), make("span", { className: "small", textContent: "least" }), mini(most.picture), make("span", { className: "small", textContent: "most" }))])))];
+  };
+
+  const showFound = (check) => {
+    const place = one("#learned-found"), line = one("#learned-state"), button = one("#learned-start");
+    if (!place) return;
+    button.hidden = check.state !== "idle" && check.state !== "failed";
+    if (check.state === "working") line.textContent = `Looking at ${check.done} of ${many(check.total, "picture")}`;
+    else if (check.state === "failed") line.textContent = check.problem;
+    else if (check.state === "idle") line.textContent = `${many(easel.shelf().pictures.length, "picture")} are many: looking at them takes a while.`;
+    line.hidden = check.state === "done";
+    if (check.state !== "done") return;
+    const phrases = check.problems.filter((row) => row.kind === "common phrase").map((row) => ({ kind: "phrase", sentence: row.sentence }));
+    const order = ["absorbed", "phrase", "share", "bucket", "named", "wording"];
+    const rows = [...check.learned, ...phrases].sort((a, b) => order.indexOf(a.kind) - order.indexOf(b.kind));
+    const told = rows.filter((row) => KINDS[row.kind][1] === "warn").length;
+    one("#learned > summary").textContent = `What will be learned${told ? `, ${told} to know` : ""}`;
+    if (!rows.length) rows.push({ kind: "wording", sentence: easel.shelf().pictures.length < 5 ? "With fewer than five pictures nothing can be said of what they have in common." : "The pictures have nothing in common that can be told without a model." });
+    place.replaceChildren(...rows.map(learnedRow), ...stepsSentence(check.shares));
+    easel.shares = new Map(check.shares.map((row) => [row.picture, row.share]));
+    easel.tellAgain();
+  };
+
+  let looking = false, again = false, seen = "";
+  const look = async (asked = false) => {
+    if (looking) { again = true; return; }
+    looking = true;
+    try {
+      let check = await post("check", { by_itself: !asked });
+      for (;;) {
+        showFound(check);
+        if (check.state !== "working") break;
+        await later(400);
+        check = await ask("check");
+      }
+      seen = easel.shelf().mark;
+    } catch { /* asked again at the next change */ } finally { looking = false; }
+    if (again) { again = false; look(); }
+  };
+
+  // ---- what the base says ---------------------------------------------------------------------------------------------
+  const BUTTONS = { captions: "#captions-start", pictures: "#pictures-start", triggers: "#trigger-propose" };
+  const LINES = { captions: "#captions-state", pictures: "#pictures-state", triggers: "#trigger-state" };
+
+  const showLine = (what, idle) => {
+    const now = state[what], button = one(BUTTONS[what]), line = one(LINES[what]), stop = one(`[data-insight-cancel=${what}]`);
+    if (!now || !button || !line) return;
+    const working = now.state === "working";
+    button.disabled = working || Boolean(now.why);
+    button.title = working ? "It is being measured" : now.why || button.dataset.tip;
+    stop.hidden = !working;
+    line.className = now.state === "failed" ? "problem" : "small";
+    const done = now.total ? `Measured ${now.done.toLocaleString("en")} of ${now.total.toLocaleString("en")}` : now.message || "Opening the base model";
+    line.textContent = working ? done : now.state === "failed" ? now.message : now.why || (now.state === "done" ? (now.fresh ? idle.fresh : idle.stale) : idle.none);
+  };
+
+  const captionRow = (row) => {
+    const better = row.better && known(row.better.picture) ? [make("div", { className: "minis" }, make("span", { className: "small", textContent: "fits better here" }), mini(row.better.picture))] : [];
+    const text = row.suspect ? row.sentence : `${row.picture}: ${row.caption}`;
+    const numbers = make("p", { className: "small num", textContent: `The loss is ${apart(row.fits, row.fits_error)} than with other captions, ${apart(row.helped, row.helped_error)} than with none` });
+    return make("div", { className: "row", role: "listitem" }, mini(row.picture), words(text, numbers, ...better));
+  };
+
+  const showCaptions = () => {
+    const found = state.captions?.found;
+    showLine("captions", {
+      none: "Measures how well each caption fits its picture, by the base's own loss.",
+      fresh: "", stale: "Pictures, captions or base have changed since.",
+    });
+    one("#captions-found").hidden = !found;
+    if (!found) return;
+    const suspects = found.rows.filter((row) => row.suspect && known(row.picture)), others = found.rows.filter((row) => !row.suspect && known(row.picture));
+    const shown = [...suspects, ...(whole.captions ? others : others.slice(0, Math.max(0, 3 - suspects.length)))];
+    const more = suspects.length + others.length - shown.length;
+    const verdict = suspects.length ? `${many(suspects.length, "caption")} likely wrong.` : "No caption fits another picture better than its own. The weakest:";
+    one("#captions-found").replaceChildren(make("p", { className: suspects.length ? "notes" : "small", textContent: verdict }), ...shown.map(captionRow), ...(more ? [rest(more, "captions")] : []));
+  };
+
+  const gainRow = (row) => {
+    const bar = make("div", { className: "meter" }, make("i"));
+    bar.firstChild.style.width = `${Math.max(0, Math.min(100, 100 * row.learned))}%`;
+    const helps = row.helps === null ? "no caption" : `caption helps by ${signed(row.helps)} ± ${row.helps_error.toFixed(3)}`;
+    const steps = row.held_out ? "held out" : `${percent(row.share)} of the steps`;
+    const text = `Gain ${signed(row.gain)} ± ${row.standard_error.toFixed(3)}, ${Math.round(100 * row.learned)}% of the base's loss; ${helps}; ${steps}`;
+    return make("div", { className: "row", role: "listitem" }, mini(row.picture), words(row.suspect ? row.sentence : row.picture, bar, make("p", { className: "small num", textContent: text })));
+  };
+
+  const showPictures = () => {
+    const now = state.pictures ?? {}, found = now.found;
+    showLine("pictures", {
+      none: `Measures what ${now.run ? `the run ${now.run}` : "the last run"} has learned of each picture.`,
+      fresh: `The run ${now.run}, step ${found?.step}.`, stale: `The run ${now.run}, step ${found?.step}; there is another checkpoint since.`,
+    });
+    one("#pictures-found").hidden = one("#pictures-order").hidden = !found;
+    if (!found) return;
+    const all = found.rows.filter((row) => known(row.picture));
+    const rows = sortMost ? [...all].sort((a, b) => b.learned - a.learned) : all;
+    for (const button of easel.all("[data-learned-order]")) button.setAttribute("aria-pressed", (button.dataset.learnedOrder === "most") === sortMost);
+    const shown = whole.pictures ? rows : rows.slice(0, MOST_ROWS);
+    one("#pictures-found").replaceChildren(...shown.map(gainRow), ...(rows.length > shown.length ? [rest(rows.length - shown.length, "pictures")] : []));
+  };
+
+  // The words are shown where the trigger is typed, and only once somebody asked for them.
+  let wordsOpen = false;
+  const showWords = () => {
+    const panel = one("#trigger-words"), now = state.triggers;
+    if (!panel || !now) return;
+    panel.hidden = !wordsOpen;
+    showLine("triggers", { none: "", fresh: "", stale: "Pictures, captions, base or trigger word have changed since." });
+    const found = now.state === "working" ? null : now.found;
+    one("#trigger-found").hidden = !found;
+    if (!found) return;
+    const cards = found.rows.filter((row) => !row.given).map((row) => {
+      const card = make("button", { type: "button", className: "own word", title: row.sentence }, make("b", { textContent: row.word }), make("span", { className: "small num", textContent: `${row.reaction.toFixed(2)}×, ${many(row.tokens, "token")}` }));
+      card.dataset.triggerWord = row.word;
+      return card;
+    });
+    const given = found.rows.filter((row) => row.given).map((row) => make("p", { className: "small", textContent: `Now: ${row.sentence}` }));
+    one("#trigger-found").replaceChildren(make("p", { className: "small", textContent: "How far each word moves the base's prediction, next to words of your captions: the less, the less meaning it brings along. Click one to take it." }), make("div", { className: "words" }, ...cards), ...given);
+  };
+
+  const marked = () => {
+    const doubts = new Set();
+    if (state.captions?.fresh) for (const row of state.captions.found.rows) if (row.suspect) doubts.add(row.picture);
+    const run = state.pictures?.found;
+    easel.gains = new Map((run?.rows ?? []).map((row) => [row.picture, row]));
+    if (state.pictures?.fresh) for (const row of run.rows) if (row.suspect) doubts.add(row.picture);
+    easel.setDoubts(doubts);
+  };
+
+  const show = () => {
+    if (!one("#learned")) return;
+    showCaptions();
+    showPictures();
+    showWords();
+    marked();
+  };
+
+  let watching = false;
+  const watch = async () => {
+    if (watching) return;
+    watching = true;
+    try {
+      for (;;) {
+        state = await ask("insights");
+        show();
+        if (!Object.values(state).some((one) => one.state === "working")) break;
+        await later(500);
+      }
+    } catch { /* the window is away; asked again when something changes */ } finally { watching = false; }
+  };
+  const begin = async (body) => {
+    const answer = await post("insights", body).catch((error) => ({ problem: error.message }));
+    if (answer.problem) {
+      const line = one(LINES[body.what]);
+      line.className = "problem";
+      line.textContent = answer.problem;
+      return;
+    }
+    state = answer;
+    show();
+    watch();
+  };
+
+  const takeWord = (word) => {
+    const field = one("#trigger :is(input, textarea)");
+    Object.getOwnPropertyDescriptor(Object.getPrototypeOf(field), "value").set.call(field, word);
+    for (const kind of ["input", "blur"]) field.dispatchEvent(new Event(kind, { bubbles: kind === "input" }));
+    field.focus();
+  };
+
+  // ---- events -------------------------------------------------------------------------------------------------------
+  document.addEventListener("click", async (event) => {
+    const target = event.target.closest("button");
+    if (!target) return;
+    const data = target.dataset;
+    if (target.id === "learned-start") look(true);
+    else if (target.id === "captions-start") { await easel.waitingSaves(); begin({ do: "begin", what: "captions" }); }
+    else if (target.id === "pictures-start") begin({ do: "begin", what: "pictures" });
+    else if (target.id === "trigger-propose") { wordsOpen = true; await easel.waitingSaves(); begin({ do: "begin", what: "triggers" }); }
+    else if (target.id === "trigger-close") { wordsOpen = false; showWords(); one("#trigger-propose").focus(); }
+    else if (data.triggerWord) takeWord(data.triggerWord);
+    else if (data.insightCancel) begin({ do: "cancel", what: data.insightCancel });
+    else if (data.learnedAll) { whole[data.learnedAll] = true; show(); }
+    else if (data.learnedOrder) { sortMost = data.learnedOrder === "most"; showPictures(); }
+  });
+  document.addEventListener("toggle", (event) => {
+    if (event.target.id === "learned" && event.target.open) { look(); watch(); }
+  }, true);
+
+  let soon = null, mark = "";
+  document.addEventListener("easel-shelf", () => {
+    const panel = one("#learned"), shelf = easel.shelf();
+    if (!panel) return;
+    panel.hidden = one("#trigger-propose").hidden = !shelf.pictures.length;
+    if (shelf.mark === mark) return;
+    mark = shelf.mark;
+    clearTimeout(soon);
+    soon = setTimeout(() => { if (panel.open && shelf.mark !== seen) look(); watch(); }, 600);
+  });
+  // Whether the base can be asked follows from the run; the trigger word and the base count with what was found.
+  let before = "";
+  easel.settling.push(() => {
+    const meter = one("#dataset-mark")?.dataset.meter ?? "", now = `${one("[data-run-state]")?.dataset.runState} ${meter}`;
+    if (now === before || !one("#learned") || !easel.shelf().mark) return;
+    before = now;
+    clearTimeout(soon);
+    soon = setTimeout(() => { if (one("#learned").open) look(); watch(); }, 600);
+  });
+})();

@@ -1,0 +1,95 @@
+"""What will be learned, in a real browser with the real worker: findings lead to pictures, the base finds
+swapped captions, a word is proposed and taken, and a run's pictures are measured."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from lora_core.formats.file import write_adapter
+from lora_core.spec.config import RunConfig
+from lora_core.spec.families import FAMILIES
+from lora_core.spec.paths import DEMO_BASE
+from lora_core.spec.run_folder import RunFolder
+from tests.browser.conftest import Window, _end_runs
+
+LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
+LEFT, RIGHT = "02-grapes.png", "05-pineapple.png"
+
+
+@pytest.fixture
+def window(tmp_path: Path) -> Iterator[Window]:
+    """Six pictures in the base's own style, two captions of them swapped, and a run on them."""
+    made = Window(tmp_path / "work space é")
+    pictures = made.workspace / "projects" / "default" / "pictures"
+    pictures.mkdir(parents=True)
+    for file in sorted((DEMO_BASE / "check").glob("0[1-6]-*")):
+        shutil.copy(file, pictures / file.name)
+    one, other = (pictures / Path(name).with_suffix(".txt") for name in (LEFT, RIGHT))
+    texts = one.read_text(), other.read_text()
+    one.write_text(texts[1])
+    other.write_text(texts[0])
+    settings = {"dataset.path": str(pictures), "validation.pictures": 1, "name": "first"}
+    run = RunFolder.create(made.workspace / "runs" / "first", RunConfig().changed(settings))
+    run.checkpoint(5).mkdir(parents=True)
+    draw = torch.Generator().manual_seed(0)
+    layer = LayerWeights(torch.randn(2, 128, generator=draw), 0.02 * torch.randn(96, 2, generator=draw), 2.0)
+    weights = AdapterWeights({("unet", LAYER): layer})
+    write_adapter(weights, run.checkpoint(5) / "adapter.safetensors", "kohya", "fp32", FAMILIES["tiny"], {})
+    made.start()
+    yield made
+    if made.process is not None and made.process.poll() is None:
+        made.stop()
+    _end_runs(made.workspace)
+
+
+def chosen(page) -> str:
+    return page.get_attribute("#dataset-grid .thumb.on", "data-picture")
+
+
+def test_what_will_be_learned(page, new_page, window: Window) -> None:
+    page.wait_for_selector("#dataset-grid [data-picture]")
+    page.click("#learned > summary")
+    page.wait_for_selector("#learned-found >> text=of the steps")
+    assert "Prompts can ask for" in page.inner_text("#learned-found")
+    page.wait_for_function("document.querySelector('#picture-facts').textContent.includes('% of the steps')")
+
+    # The base names both swapped captions; each row leads to its picture.
+    page.click("#captions-start:enabled")
+    page.wait_for_selector("#captions-found >> text=2 captions likely wrong")
+    page.click(f"#captions-found [role=listitem] .mini[data-open-picture='{LEFT}'] >> nth=0")
+    assert chosen(page) == LEFT
+    page.wait_for_selector("[data-filter=doubt] >> text=In doubt 2")
+    assert "in doubt" in page.get_attribute(f"[data-picture='{RIGHT}']", "aria-label")
+
+    # After the captions are set right, what was found is no longer of these captions.
+    page.fill("#caption textarea", "grapes, noto style, on a black background")
+    page.wait_for_selector("#caption-state[data-state=saved]")
+    page.reload()
+    page.wait_for_selector("#dataset-grid [data-picture]")
+    page.click("#learned > summary")
+    page.wait_for_selector("#captions-state >> text=have changed since")
+    assert page.locator("[data-filter=doubt]").is_hidden()
+
+    # What the run has learned of each picture.
+    page.click("#pictures-start:enabled")
+    page.wait_for_selector("#pictures-state >> text=The run first, step 5")
+    assert page.locator("#pictures-found [role=listitem]").count() == 6
+    page.click("[data-learned-order=most]")
+    last = page.locator("#pictures-found .mini").last
+    name = last.get_attribute("data-open-picture")
+    last.click()
+    assert chosen(page) == name
+    assert "of its loss gained by the last run" in page.inner_text("#picture-facts")
+
+    # A word is proposed, and a click makes it the trigger word.
+    page.click("#trigger-propose:enabled")
+    page.wait_for_selector("#trigger-found .word")
+    word = page.get_attribute("#trigger-found .word >> nth=0", "data-trigger-word")
+    page.click("#trigger-found .word >> nth=0")
+    page.wait_for_function(f"document.querySelector('#dataset-mark').dataset.trigger == '{word}'")
+    page.click("#trigger-close")
+    assert page.locator("#trigger-words").is_hidden()
