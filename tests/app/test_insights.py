@@ -1,0 +1,178 @@
+"""What the base says of pictures, as the window keeps it: asked, found, stale, refused, cancelled."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from app.dataset.routes import add_dataset_routes
+from app.desk import Desk
+from app.routes import add_routes
+from tests.app.runs import come_alive, make_run, started, step
+
+FAKE = """
+import json, sys, threading, queue
+say = lambda **line: print(json.dumps(line), flush=True)
+asks, dropped = queue.Queue(), set()
+def read():
+    for line in sys.stdin:
+        asked = json.loads(line)
+        dropped.add(asked["target"]) if asked["do"] == "cancel" else asks.put(asked)
+    asks.put(None)
+threading.Thread(target=read, daemon=True).start()
+say(event="ready")
+while (asked := asks.get()) is not None:
+    name = asked["id"]
+    if asked["do"] == "triggers" and asked["trigger"] == "slow":
+        say(id=name, event="progress", done=1, total=9)
+        while name not in dropped:
+            threading.Event().wait(0.01)
+    if name in dropped:
+        say(id=name, event="error", message="Cancelled.")
+    elif asked["do"] == "triggers" and asked["trigger"] == "bad":
+        say(id=name, event="error", message="It is broken.")
+    else:
+        rows = [{"picture": asked["dataset"] + "/picture-0.png", "asked": asked,
+                 "better": {"picture": asked["dataset"] + "/picture-1.png"}}]
+        say(id=name, event="done", found={"rows": rows})
+"""
+
+
+@pytest.fixture
+def desk(tmp_path: Path):
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    workspace = tmp_path / "work space é"
+    workspace.mkdir()
+    made = Desk(workspace, worker_command=[sys.executable, str(script)])
+    yield made
+    made.worker.close()
+
+
+@pytest.fixture
+def client(desk: Desk) -> TestClient:
+    app = FastAPI()
+    add_routes(app, desk)
+    add_dataset_routes(app, desk)
+    return TestClient(app)
+
+
+def ask(client: TestClient, what: str, do: str = "begin") -> dict[str, Any]:
+    return client.post("/easel/insights", json={"do": do, "what": what}).json()
+
+
+def settled(client: TestClient, what: str) -> dict[str, Any]:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        state = client.get("/easel/insights").json()[what]
+        if state["state"] != "working":
+            return state
+        time.sleep(0.02)
+    raise AssertionError(f"{what} does not end")
+
+
+def working(client: TestClient, what: str) -> None:
+    until = time.monotonic() + 20
+    while client.get("/easel/insights").json()[what].get("done") != 1:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_nothing_can_be_asked_without_pictures(client: TestClient) -> None:
+    for what in ("captions", "triggers", "pictures"):
+        state = client.get("/easel/insights").json()[what]
+        assert state == {"state": "idle", "why": "There are no pictures yet; put some in."}
+        assert ask(client, what) == {"problem": "There are no pictures yet; put some in."}
+    assert "cannot be measured" in ask(client, "everything")["problem"]
+
+
+def test_what_was_found_is_named_kept_and_goes_stale(
+    client: TestClient, desk: Desk, pictures: list[Path]
+) -> None:
+    ask(client, "captions")
+    state = settled(client, "captions")
+    assert (state["state"], state["fresh"]) == ("done", True)
+    (row,) = state["found"]["rows"]
+    assert (row["picture"], row["better"]["picture"]) == ("picture-0.png", "picture-1.png")
+    assert row["asked"]["base"] == "demo"
+    assert row["asked"]["dataset"] == str(desk.project.pictures)
+    again = Desk(desk.workspace, worker_command=["no-such-program"])
+    assert again.insights.state()["captions"] == state
+    desk.project.save_caption("picture-0.png", "something else")
+    assert client.get("/easel/insights").json()["captions"]["fresh"] is False
+
+
+def test_captions_that_are_all_the_same_are_not_asked_about(client: TestClient, pictures: list[Path]) -> None:
+    for path in pictures:
+        path.with_suffix(".txt").write_text("the same")
+    assert "two pictures with different captions" in ask(client, "captions")["problem"]
+    assert "problem" not in ask(client, "triggers")
+    settled(client, "triggers")
+
+
+def test_a_word_is_measured_with_the_trigger_and_can_be_cancelled(
+    client: TestClient, desk: Desk, pictures: list[Path]
+) -> None:
+    desk.project.keep(trigger="slow")
+    ask(client, "triggers")
+    working(client, "triggers")
+    ask(client, "triggers", "cancel")
+    assert settled(client, "triggers")["state"] == "idle"
+    desk.project.keep(trigger="bad")
+    ask(client, "triggers")
+    assert settled(client, "triggers") == {"state": "failed", "message": "It is broken.", "why": ""}
+    desk.project.keep(trigger="sks")
+    ask(client, "triggers")
+    assert settled(client, "triggers")["found"]["rows"][0]["asked"]["trigger"] == "sks"
+
+
+def test_a_run_comes_first(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+    desk.project.keep(trigger="slow")
+    ask(client, "triggers")
+    working(client, "triggers")
+    come_alive(make_run(desk, "live", started(), step(1)))
+    state = settled(client, "triggers")
+    assert state["state"] == "failed"
+    assert "run live is going on" in state["message"]
+    assert "run live is going on" in ask(client, "captions")["problem"]
+
+
+def test_a_run_s_pictures_are_read_from_its_folder(
+    client: TestClient, desk: Desk, pictures: list[Path]
+) -> None:
+    assert "no run on these pictures" in ask(client, "pictures")["problem"]
+    other = make_run(desk, "other", started(), dataset__path="demo")
+    mine = make_run(desk, "mine", started(), dataset__path=str(desk.project.pictures))
+    for run in (other, mine):
+        run.checkpoint(5).mkdir(parents=True)
+        (run.checkpoint(5) / "adapter.safetensors").write_bytes(b"")
+    state = client.get("/easel/insights").json()["pictures"]
+    assert state == {"state": "idle", "why": "", "run": "mine"}
+    rows = [{"picture": str(pictures[1]), "gain": 0.1}]
+    (mine.path / "pictures.json").write_text(json.dumps({"step": 5, "rows": rows}))
+    state = client.get("/easel/insights").json()["pictures"]
+    assert (state["state"], state["fresh"], state["run"]) == ("done", True, "mine")
+    assert state["found"]["rows"] == [{"picture": "picture-1.png", "gain": 0.1}]
+    mine.checkpoint(9).mkdir()
+    (mine.checkpoint(9) / "adapter.safetensors").write_bytes(b"")
+    assert client.get("/easel/insights").json()["pictures"]["fresh"] is False
+    (mine.path / "pictures.json").write_text("{broken")
+    assert client.get("/easel/insights").json()["pictures"]["state"] == "idle"
+
+
+def test_the_check_says_what_will_be_learned(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+    client.post("/easel/check", json={})
+    until = time.monotonic() + 20
+    while (state := client.get("/easel/check").json())["state"] == "working" and time.monotonic() < until:
+        time.sleep(0.02)
+    assert {row["picture"] for row in state["shares"]} == {path.name for path in pictures}
+    assert sum(row["share"] for row in state["shares"]) == pytest.approx(1)
+    assert all(set(row["pictures"]) <= {path.name for path in pictures} for row in state["learned"])
+    # Another batch size fills batches up in another way.
+    desk.project.keep(values={"train.batch_size": 4})
+    assert client.get("/easel/check").json()["fresh"] is False
