@@ -108,7 +108,7 @@
   };
 
   const captionRow = (row) => {
-    const better = row.better && known(row.better.picture) ? [make("div", { className: "minis" }, make("span", { className: "small", textContent: "fits better here" }), mini(row.better.picture))] : [];
+    const better = row.better && known(row.better.picture) ? [make("div", { className: "minis" }, make("span", { className: "small", textContent: "better with the caption of" }), mini(row.better.picture))] : [];
     const text = row.suspect ? row.sentence : `${row.picture}: ${row.caption}`;
     const numbers = make("p", { className: "small num", textContent: `The loss is ${apart(row.fits, row.fits_error)} than with other captions, ${apart(row.helped, row.helped_error)} than with none` });
     return make("div", { className: "row", role: "listitem" }, mini(row.picture), words(text, numbers, ...better));
