@@ -91,3 +91,8 @@ class SaveSection:
         " exported; evens out the last steps. 0: off.",
         span=(0.0, 0.99999),
     )
+    tensorboard: bool = setting(
+        False,
+        "TensorBoard",
+        "Write curves and samples for TensorBoard too, into the run's folder. Needs the package tensorboard.",
+    )

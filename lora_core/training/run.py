@@ -4,6 +4,7 @@ Everything that a person sees of a run goes through the events; everything that 
 `requests.jsonl` or a signal.
 """
 
+import contextlib
 import errno
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from lora_core.spec import events
 from lora_core.spec.errors import LoraError, NoRoom, OutOfMemory, RunError
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.stopping import Stopping
+from lora_core.training.board import Board
 from lora_core.training.checkpoint import clear_unfinished
 from lora_core.training.conductor import Conductor, Outcome
 from lora_core.training.memory import out_of_memory
@@ -54,15 +56,21 @@ def train(
     if before.ending == "done" and steps is None:
         return Outcome("done", run.path / before.export)
     clear_unfinished(run)
+    boards: list[Board] = []
     writer = events.EventWriter(run.events_file)
 
     def emit(event: events.Event) -> None:
         writer.write(event)
         on_event(event)
+        for board in boards:
+            with contextlib.suppress(OSError):
+                board.show(event)
 
     conductor = Conductor(run, config, goal, before, emit)
     conductor.requests.stopping = stopping or conductor.requests.stopping
     try:
+        if config.save.tensorboard:
+            boards.append(Board(run, before.step))
         with conductor.requests.stopping.taken():
             return conductor.conduct(accept_changes)
     except Exception as error:
@@ -80,6 +88,8 @@ def train(
         raise problem from error
     finally:
         writer.close()
+        for board in boards:
+            board.close()
 
 
 def _problem(run: RunFolder, error: Exception) -> LoraError | None:
