@@ -7,6 +7,7 @@ help.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -124,44 +125,50 @@ def picture_rows(
     """
     _, held = held_out(list(records), config.validation.pictures, config.seed)
     out = frozenset(record.path for record in held)
-    done, total = 0, 4 * len(records)
+    count = itertools.count(1)
 
     def told(*_: int) -> None:
-        nonlocal done
-        done += 1
         if said is not None:
-            said(done, total)
+            said(next(count), 4 * len(records))
 
     pictures = []
     for record in records:
         pictures.append(_measured(base, record, config, triples))
         told()
+    losses = _losses(base, pictures, weights, config, told)
+    training = Training(
+        config.train.resolution or base.resolution, base.size_multiple, batch_size=config.train.batch_size,
+        repeats=config.dataset.repeats, held_out=out,
+    )  # fmt: skip
+    shares = step_shares(records, training)
+    rows = [
+        _row(record, share, record.path in out, of_one)
+        for record, share, of_one in zip(records, shares, losses, strict=True)
+    ]
+    judge(rows)
+    return sorted(rows, key=lambda row: (not row["suspect"], row["learned"]))
+
+
+def _losses(
+    base: BaseModel, pictures: list[Measured], weights: AdapterWeights, config: RunConfig, told: Said
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each picture: the base's losses, the adapted ones, and the adapted ones without a caption."""
 
     def encoded(caption: str) -> TextCondition:
         with torch.no_grad():
             return text_condition(base, [caption], config.train.clip_skip, config.train.tokens)
 
     merger = Merger(base.modules)
-    before = triple_losses(base, pictures, functools.lru_cache(maxsize=8)(encoded), told)
+    before = triple_losses(base, pictures, encoded, told)
     try:
         merger.apply([Strengthened(weights)])
-        condition = functools.lru_cache(maxsize=8)(encoded)
-        after = triple_losses(base, pictures, condition, told)
-        bare = triple_losses(base, [replace(one, caption="") for one in pictures], condition, told)
+        # The adapter may be in the text encoder too, and without a caption all conditions are the same.
+        empty = functools.lru_cache(maxsize=1)(encoded)
+        after = triple_losses(base, pictures, encoded, told)
+        bare = triple_losses(base, [replace(one, caption="") for one in pictures], empty, told)
     finally:
         merger.apply([])
-    resolution = config.train.resolution or base.resolution
-    training = Training(
-        resolution, base.size_multiple, batch_size=config.train.batch_size, repeats=config.dataset.repeats,
-        held_out=out,
-    )  # fmt: skip
-    shares = step_shares(records, training)
-    rows = [
-        _row(record, share, record.path in out, losses)
-        for record, share, *losses in zip(records, shares, before, after, bare, strict=True)
-    ]
-    judge(rows)
-    return sorted(rows, key=lambda row: (not row["suspect"], row["learned"]))
+    return list(zip(before, after, bare, strict=True))
 
 
 def _measured(base: BaseModel, record: ImageRecord, config: RunConfig, triples: int) -> Measured:
@@ -174,7 +181,7 @@ def _measured(base: BaseModel, record: ImageRecord, config: RunConfig, triples: 
     return Measured(latents, looks, caption, sizes)
 
 
-def _row(record: ImageRecord, share: float, held: bool, losses: list[torch.Tensor]) -> dict[str, Any]:
+def _row(record: ImageRecord, share: float, held: bool, losses: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     before, after, bare = losses
     gain, helps = before - after, bare - after
     spoken = bool(plain(record.caption))

@@ -15,7 +15,7 @@ from lora_core.spec.run_folder import RunFolder
 from lora_core.validation.pictures import run_pictures
 from lora_core.validation.probe import Said, caption_probe
 from lora_core.validation.triggers import trigger_words
-from lora_core.worker.draw import Cancelled
+from lora_core.worker.telling import Telling
 
 Request = dict[str, Any]
 Lend = Callable[[str, str, str], BaseModel]
@@ -56,14 +56,7 @@ class Insights:
 
     def _teller(self, request: Request) -> Said:
         """Says how far a request is, and ends it if it is cancelled."""
-        name = str(request["id"])
-
-        def said(done: int, total: int) -> None:
-            if name in self._cancelled:
-                raise Cancelled
-            self._answer({"id": name, "event": "progress", "done": done, "total": total})
-
-        return said
+        return Telling(self._answer, self._cancelled, str(request["id"])).step
 
 
 def _how(request: Request) -> tuple[int, int]:

@@ -32,11 +32,11 @@ class Asked:
     def __init__(self) -> None:
         self.answers: list[dict[str, Any]] = []
         self.worker = Worker(self._take)
-        self.cancel_at = -1
+        self.cancel_at = 0
 
     def _take(self, answer: dict[str, Any]) -> None:
         self.answers.append(answer)
-        if answer["event"] == "progress" and answer["done"] == self.cancel_at:
+        if answer["event"] == "progress" and self.cancel_at and answer["done"] >= self.cancel_at:
             self.worker.cancelled.add(answer["id"])
 
     def last(self, **request: Any) -> dict[str, Any]:
