@@ -41,7 +41,7 @@
     const shown = pictures.slice(0, MOST_MINIS).map(mini);
     if (pictures.length > MOST_MINIS) shown.push(make("span", { className: "small", textContent: `and ${pictures.length - MOST_MINIS} more` }));
     const [title, tone] = KINDS[kind];
-    return make("div", { className: "row", role: "listitem" }, make("span", { className: "tag-kind" }, chip(title, tone)), words(sentence, ...(shown.length ? [make("div", { className: "minis" }, ...shown)] : [])));
+    return make("div", { className: "row finding" }, make("span", { className: "tag-kind" }, chip(title, tone)), words(sentence, ...(shown.length ? [make("div", { className: "minis" }, ...shown)] : [])));
   };
 
   const stepsSentence = (shares) => {
@@ -111,7 +111,7 @@
     const better = row.better && known(row.better.picture) ? [make("div", { className: "minis" }, make("span", { className: "small", textContent: "better with the caption of" }), mini(row.better.picture))] : [];
     const text = row.suspect ? row.sentence : `${row.picture}: ${row.caption}`;
     const numbers = make("p", { className: "small num", textContent: `The loss is ${apart(row.fits, row.fits_error)} than with other captions, ${apart(row.helped, row.helped_error)} than with none` });
-    return make("div", { className: "row", role: "listitem" }, mini(row.picture), words(text, numbers, ...better));
+    return make("div", { className: "row finding" }, mini(row.picture), words(text, numbers, ...better));
   };
 
   const showCaptions = () => {
@@ -135,7 +135,7 @@
     const helps = row.helps === null ? "no caption" : `caption helps by ${signed(row.helps)} ± ${row.helps_error.toFixed(3)}`;
     const steps = row.held_out ? "held out" : `${percent(row.share)} of the steps`;
     const text = `Gain ${signed(row.gain)} ± ${row.standard_error.toFixed(3)}, ${Math.round(100 * row.learned)}% of the base's loss; ${helps}; ${steps}`;
-    return make("div", { className: "row", role: "listitem" }, mini(row.picture), words(row.suspect ? row.sentence : row.picture, bar, make("p", { className: "small num", textContent: text })));
+    return make("div", { className: "row finding" }, mini(row.picture), words(row.suspect ? row.sentence : row.picture, bar, make("p", { className: "small num", textContent: text })));
   };
 
   const showPictures = () => {

@@ -68,14 +68,14 @@ LEARNED = """<details class="panel tight" id="learned" hidden><summary>What will
 <div class="learned">
 <section><div class="row"><span class="small" id="learned-state" role="status"></span>
 <button type="button" class="own" id="learned-start" hidden>Look at the pictures</button></div>
-<div class="list" role="list" id="learned-found"></div></section>
+<div class="list" id="learned-found"></div></section>
 <section aria-labelledby="captions-title"><h3 id="captions-title">Captions, as the base reads them</h3>
 <div class="row"><button type="button" class="own" id="captions-start"
  data-tip="Measures each picture with its own caption and with those of others">Let the base check the
 captions</button>
 <span class="small" id="captions-state" role="status"></span>
 <button type="button" class="own quiet" data-insight-cancel="captions" hidden>Cancel</button></div>
-<div class="list" role="list" id="captions-found" hidden></div></section>
+<div class="list" id="captions-found" hidden></div></section>
 <section aria-labelledby="pictures-title"><h3 id="pictures-title">After a run</h3>
 <div class="row"><button type="button" class="own" id="pictures-start"
  data-tip="Measures base and LoRA on each picture">Measure each picture</button>
@@ -84,7 +84,7 @@ captions</button>
 <div class="seg" id="pictures-order" role="group" aria-label="Order of the pictures" hidden>
 <button type="button" data-learned-order="least" aria-pressed="true">Least learned first</button>
 <button type="button" data-learned-order="most" aria-pressed="false">Most learned first</button></div>
-<div class="list" role="list" id="pictures-found" hidden></div></section>
+<div class="list" id="pictures-found" hidden></div></section>
 </div></details>"""
 
 TOOLS = """<div class="tools-row" id="dataset-tools" hidden>

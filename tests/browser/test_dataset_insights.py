@@ -15,6 +15,7 @@ from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
 from tests.browser.conftest import Window, _end_runs
+from tests.browser.test_axe import violations
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
 LEFT, RIGHT = "02-grapes.png", "05-pineapple.png"
@@ -50,7 +51,7 @@ def chosen(page) -> str:
     return page.get_attribute("#dataset-grid .thumb.on", "data-picture")
 
 
-def test_what_will_be_learned(page, new_page, window: Window) -> None:
+def test_what_will_be_learned(page, window: Window) -> None:
     page.wait_for_selector("#dataset-grid [data-picture]")
     page.click("#learned > summary")
     page.wait_for_selector("#learned-found >> text=of the steps")
@@ -60,7 +61,7 @@ def test_what_will_be_learned(page, new_page, window: Window) -> None:
     # The base names both swapped captions; each row leads to its picture.
     page.click("#captions-start:enabled")
     page.wait_for_selector("#captions-found >> text=2 captions likely wrong")
-    page.click(f"#captions-found [role=listitem] .mini[data-open-picture='{LEFT}'] >> nth=0")
+    page.click(f"#captions-found .finding .mini[data-open-picture='{LEFT}'] >> nth=0")
     assert chosen(page) == LEFT
     page.wait_for_selector("[data-filter=doubt] >> text=In doubt 2")
     assert "in doubt" in page.get_attribute(f"[data-picture='{RIGHT}']", "aria-label")
@@ -77,7 +78,7 @@ def test_what_will_be_learned(page, new_page, window: Window) -> None:
     # What the run has learned of each picture.
     page.click("#pictures-start:enabled")
     page.wait_for_selector("#pictures-state >> text=The run first, step 5")
-    assert page.locator("#pictures-found [role=listitem]").count() == 6
+    assert page.locator("#pictures-found .finding").count() == 6
     page.click("[data-learned-order=most]")
     last = page.locator("#pictures-found .mini").last
     name = last.get_attribute("data-open-picture")
@@ -88,6 +89,10 @@ def test_what_will_be_learned(page, new_page, window: Window) -> None:
     # A word is proposed, and a click makes it the trigger word.
     page.click("#trigger-propose:enabled")
     page.wait_for_selector("#trigger-found .word")
+    for _ in ("light", "dark"):
+        page.evaluate("Promise.all(document.getAnimations().map(one => one.finished.catch(() => null)))")
+        assert violations(page) == []
+        page.click("[data-theme-switch]")
     word = page.get_attribute("#trigger-found .word >> nth=0", "data-trigger-word")
     page.click("#trigger-found .word >> nth=0")
     page.wait_for_function(f"document.querySelector('#dataset-mark').dataset.trigger == '{word}'")
