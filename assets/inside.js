@@ -179,7 +179,13 @@
       press("refill");
       openTab("Train");
     });
-    else if (data.reportRun) begin("report", "report/start", { run: data.reportRun, measure: one("#report-measure").checked });
+    else if (data.insideFile) {
+      rows = [{ file: data.insideFile, strength: 1 }];
+      showFiles();
+      choose("spectrum");
+      one("#inside").scrollIntoView();
+      start();
+    } else if (data.reportRun) begin("report", "report/start", { run: data.reportRun, measure: one("#report-measure").checked });
   });
   document.addEventListener("submit", (event) => {
     if (event.target.id !== "inside-form") return;

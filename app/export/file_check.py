@@ -1,6 +1,7 @@
 """The "Check a LoRA file" panel: what any file is, whoever wrote it, and what each tool would make of it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,7 @@ def build_check(parts: Parts) -> None:
     def uploaded(file: str | None) -> str:
         if not file:
             return ""
-        try:
-            return checked(parts, Path(file))
-        finally:
-            # Gradio's copy has done its work.
-            Path(file).unlink(missing_ok=True)
+        return checked(parts, kept_aside(parts.desk.workspace / "tmp" / "dropped", Path(file)))
 
     def from_path(text: str) -> str:
         name = text.strip().strip('"')
@@ -66,6 +63,13 @@ def build_check(parts: Parts) -> None:
     path.submit(from_path, path, report, **busy)
 
 
+def kept_aside(folder: Path, file: Path) -> Path:
+    """The dropped file in a place of its own, so that it can be looked into; the one before it goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.move(file, folder / file.name))
+
+
 def _problem(text: str) -> str:
     return f'<p class="problem" role="alert">{safe(text)}</p>'
 
@@ -75,7 +79,11 @@ def checked(parts: Parts, file: Path) -> str:
     reply = parts.desk.worker.ask({"do": "verify", "file": str(file)})
     if reply.state == "error":
         return _problem(reply.message)
-    return report_html(file.name, reply.result)
+    into = (
+        f'<div class="row"><button type="button" class="own" data-inside-file="{safe(file)}">Look inside it'
+        "</button></div>"
+    )
+    return report_html(file.name, reply.result) + into
 
 
 def report_html(name: str, result: Mapping[str, Any]) -> str:
