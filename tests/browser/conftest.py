@@ -2,6 +2,7 @@
 stayed quiet."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -26,6 +27,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# A demo run that is over soon, for tests that only look at what is left of it.
+SHORT = {"train.steps": 4, "train.batch_size": 2, "preview.steps": 6, "validation.prior": 1}
 # Two cores may be shared with other work; a test that waits is better than one that fails.
 PATIENCE = 180_000
 
@@ -187,15 +190,17 @@ def pictures(tmp_path: Path) -> list[Path]:
 @pytest.fixture(scope="session")
 def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
     """A window whose demo was trained for a few steps and looked at; for tests that only look."""
-    window = Window(tmp_path_factory.mktemp("trained"))
+    workspace = tmp_path_factory.mktemp("trained")
+    draft = workspace / "projects" / "default" / "draft.json"
+    draft.parent.mkdir(parents=True)
+    draft.write_text(json.dumps({"dataset": "demo", "level": "demo", "values": SHORT}))
+    window = Window(workspace)
     window.start()
     page = browser.new_page(viewport={"width": 1440, "height": 900})
     page.set_default_timeout(PATIENCE)
     page.goto(window.address)
-    page.click("#use-demo")
-    page.fill("#steps input", "4")
-    page.press("#steps input", "Tab")
-    page.wait_for_function("document.querySelector('#command pre').textContent.includes('train.steps=4')")
+    page.wait_for_selector("[data-picture]")
+    page.get_by_role("tab", name="Train", exact=True).click()
     page.click("#start:enabled")
     page.wait_for_selector("#run-status[data-state=done]")
     page.click("#see-result")
