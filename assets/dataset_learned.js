@@ -12,10 +12,11 @@
   const MOST_MINIS = 10, MOST_ROWS = 12;
   const KINDS = {
     absorbed: ["Goes to the trigger", "warn"], named: ["Stays with its words", "good"], wording: ["Promptable", "good"],
-    phrase: ["In all captions", "warn"], share: ["Many steps", "warn"], bucket: ["Alone in its size", "warn"],
+    odd: ["Likely wrong", "bad"], meaning: ["Changes a word", "warn"], phrase: ["In all captions", "warn"], share: ["Many steps", "warn"], bucket: ["Alone in its size", "warn"],
   };
 
   let state = {};             // of /easel/insights
+  let odd = [];               // pictures that are told by the check to have a wrong caption
   let sortMost = false, whole = { captions: false, pictures: false };
 
   // ---- pieces -----------------------------------------------------------------------------------------------------
@@ -64,12 +65,14 @@
     line.hidden = check.state === "done";
     if (check.state !== "done") return;
     const phrases = check.problems.filter((row) => row.kind === "common phrase").map((row) => ({ kind: "phrase", sentence: row.sentence }));
-    const order = ["absorbed", "phrase", "share", "bucket", "named", "wording"];
+    const order = ["odd", "absorbed", "meaning", "phrase", "share", "bucket", "named", "wording"];
     const rows = [...check.learned, ...phrases].sort((a, b) => order.indexOf(a.kind) - order.indexOf(b.kind));
-    const told = rows.filter((row) => KINDS[row.kind][1] === "warn").length;
+    const told = rows.filter((row) => KINDS[row.kind][1] !== "good").length;
     one("#learned > summary").textContent = `What will be learned${told ? `, ${told} to know` : ""}`;
     if (!rows.length) rows.push({ kind: "wording", sentence: easel.shelf().pictures.length < 5 ? "With fewer than five pictures nothing can be said of what they have in common." : "The pictures have nothing in common that can be told without a model." });
     place.replaceChildren(...rows.map(learnedRow), ...stepsSentence(check.shares));
+    odd = check.learned.filter((row) => row.kind === "odd").flatMap((row) => row.pictures);
+    marked();
     easel.shares = new Map(check.shares.map((row) => [row.picture, row.share]));
     easel.tellAgain();
   };
@@ -173,7 +176,7 @@
   };
 
   const marked = () => {
-    const doubts = new Set();
+    const doubts = new Set(odd);
     if (state.captions?.fresh) for (const row of state.captions.found.rows) if (row.suspect) doubts.add(row.picture);
     const run = state.pictures?.found;
     easel.gains = new Map((run?.rows ?? []).map((row) => [row.picture, row]));

@@ -92,7 +92,7 @@ def _say_findings(found: dict[str, Any]) -> None:
         say("What will be learned:")
     for row in found["learned"]:
         say(f"  {row['kind']}: {row['sentence']}")
-        if row["kind"] == "absorbed":
+        if row["kind"] in ("absorbed", "meaning"):
             shown = [Path(path).name for path in row["pictures"][:_MOST_NAMES]]
             more = len(row["pictures"]) - len(shown)
             say(f"    {', '.join(shown)}{f' and {more} more' if more else ''}")

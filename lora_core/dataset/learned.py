@@ -8,7 +8,7 @@ cannot be told from the trigger.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import numpy as np
 
 from lora_core.dataset.buckets import Bucket, bucket_of
 from lora_core.dataset.records import ImageRecord
-from lora_core.dataset.seen import Attribute, attributes, plain_backgrounds
+from lora_core.dataset.said import finding, said_of_backgrounds
+from lora_core.dataset.seen import BACKGROUND, Attribute, attributes, background_colours
 
 MOST = 0.6
 """The share of the pictures that is most of them."""
@@ -91,8 +92,9 @@ def learned(
     """What will be learned, a row each: kind, name, sentence, the `pictures` to look at, and `counts`.
 
     Kinds: `absorbed` (most pictures show it, few captions say it), `named` (most show it, and captions say
-    so), `wording` (words that some captions have), `share` (a picture with far more steps than others),
-    `bucket` (one picture has a bucket for itself).
+        so), `meaning` (words for a background that mean another one here), `odd` (a caption that says another
+        background than all like it), `wording` (words that some captions have), `share` (a picture with far
+        more steps than others), `bucket` (one picture has a bucket for itself).
 
     Args:
         records: all pictures.
@@ -101,25 +103,29 @@ def learned(
         training: how they are trained on.
     """
     used = [
-        (record, one)
-        for record, one in zip(records, thumbs, strict=True)
+        (record, name, one)
+        for record, name, one in zip(records, names, thumbs, strict=True)
         if one is not None and training.trains_on(record)
     ]
     rows: list[dict[str, Any]] = []
     if len(used) >= FEWEST:
-        rows += _in_common([record for record, _ in used], [one for _, one in used], training.trigger)
-        rows += _wording([record for record, _ in used], training.trigger)
+        seen, called, looks = (list(column) for column in zip(*used, strict=True))
+        found = attributes(looks)
+        rows += _in_common(seen, found, training.trigger)
+        rows += said_of_backgrounds(seen, called, background_colours(found, len(seen)))
+        rows += _wording(seen, training.trigger)
     return [*rows, *_by_share(records, names, training), *_lone_in_bucket(records, names, training)]
 
 
-def _in_common(records: list[ImageRecord], thumbs: list[np.ndarray], trigger: str) -> list[dict[str, Any]]:
-    found = attributes(thumbs)
-    plain = plain_backgrounds(found)
+def _in_common(
+    records: list[ImageRecord], found: dict[Attribute, list[int]], trigger: str
+) -> list[dict[str, Any]]:
+    plain = [i for i, colour in enumerate(background_colours(found, len(records))) if colour]
     most = MOST * len(records)
-    named = any(len(m) >= most and a.name.endswith(" background") for a, m in found.items())
+    named = any(len(m) >= most and a.name.endswith(BACKGROUND) for a, m in found.items())
     if len(plain) >= most and not named:
         words = frozenset(["background", "backdrop", "plain", "simple", "blank"])
-        found[Attribute("plain background", "have a plain background", words)] = plain
+        found = {**found, Attribute("plain background", "have a plain background", words): plain}
     common = sorted(((a, m) for a, m in found.items() if len(m) >= most), key=lambda pair: -len(pair[1]))
     return [
         _attribute_row(attribute, [records[i] for i in m], len(records), trigger) for attribute, m in common
@@ -142,7 +148,7 @@ def _attribute_row(
         )
     elif said > _FEW * len(records):
         sentence = (
-            f"{shown}, but only {said} of their captions say so: half of it will be learned with {taker}. Say"
+            f"{shown}, but only {said} of their captions say so: part of it will be learned with {taker}. Say"
             f" it in all of them ({attribute.name}), or in none if it belongs to what you teach."
         )
     else:
@@ -152,14 +158,7 @@ def _attribute_row(
             " captions, unless it belongs to what you teach."
         )
     counts = {"pictures": len(records), "captions": said, "of": pictures}
-    return _row(kind, attribute.name, sentence, [] if kind == "named" else silent, counts)
-
-
-def _row(
-    kind: str, name: str, sentence: str, records: Sequence[ImageRecord], counts: Mapping[str, float]
-) -> dict[str, Any]:
-    pictures = [str(record.path) for record in records]
-    return {"kind": kind, "name": name, "sentence": sentence, "pictures": pictures, "counts": dict(counts)}
+    return finding(kind, attribute.name, sentence, [] if kind == "named" else silent, counts)
 
 
 def words_of(caption: str) -> frozenset[str]:
@@ -185,10 +184,10 @@ def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
             "No word stands in some captions and not in others, so that prompts can move nothing but what the"
             " base knows by itself."
         )
-        return [_row("wording", "", sentence, [], {"captions": len(written)})]
+        return [finding("wording", "", sentence, [], {"captions": len(written)})]
     listed = ", ".join(f"{word} ({count})" for word, count in some)
     sentence = f"Prompts can ask for, or leave out, what some captions say: {listed}."
-    return [_row("wording", listed, sentence, [], {"captions": len(written)})]
+    return [finding("wording", listed, sentence, [], {"captions": len(written)})]
 
 
 def _buckets(records: Sequence[ImageRecord], training: Training) -> list[Bucket | None]:
@@ -210,7 +209,7 @@ def _by_share(
                 f"{name} gets {share:.0%} of all steps, {share / even:.1f} times an even share, by {why}: it"
                 " is learned more strongly than the others."
             )
-            rows.append(_row("share", name, sentence, [record], {"share": share, "even": even}))
+            rows.append(finding("share", name, sentence, [record], {"share": share, "even": even}))
     return rows
 
 
@@ -240,5 +239,5 @@ def _lone_in_bucket(
                 f"{name} is over half of what is looked at in the size {size}, by its {repeats[top]} repeats."
             )
         )
-        rows.append(_row("bucket", size, sentence, [record], {"pictures": len(indices)}))
+        rows.append(finding("bucket", size, sentence, [record], {"pictures": len(indices)}))
     return rows

@@ -13,6 +13,8 @@ from PIL import Image
 
 SIDE = 24
 """Side of the thumbnail that all is told from, in pixels: a pixel is 4% of the picture."""
+BACKGROUND = " background"
+"""How names of attributes end that are the colour of a plain background."""
 _NEAR = 36
 _APART = 48
 _LOW_CHROMA, _PLAIN_CHROMA, _VIVID = 8.0, 25.0, 110.0
@@ -106,7 +108,7 @@ def _edge(image: np.ndarray) -> Attribute | None:
         return None
     colour = colour_name(middle)
     words = f"background backdrop plain blank {colour} {_ALSO.get(colour, '')}"
-    return _attribute(f"{colour} background", f"have {_article(colour)} {colour} background", words)
+    return _attribute(colour + BACKGROUND, f"have {_article(colour)} {colour} background", words)
 
 
 def _article(word: str) -> str:
@@ -183,6 +185,17 @@ def _same_composition(thumbs: Sequence[np.ndarray]) -> list[int]:
     ]
 
 
-def plain_backgrounds(found: dict[Attribute, list[int]]) -> list[int]:
-    """The pictures with a plain background of whatever colour."""
-    return sorted(i for one, members in found.items() if one.name.endswith(" background") for i in members)
+def colour_of_word(word: str) -> str:
+    """The colour that a word is a name of, "" where it is none."""
+    names = {name for _, name in _HUES} | {"black", "white", "grey", "beige", "brown"}
+    return word if word in names else next((n for n, also in _ALSO.items() if word in also.split()), "")
+
+
+def background_colours(found: dict[Attribute, list[int]], pictures: int) -> list[str]:
+    """The colour of each picture's plain background, "" where it has none."""
+    colours = [""] * pictures
+    for attribute, members in found.items():
+        if attribute.name.endswith(BACKGROUND):
+            for index in members:
+                colours[index] = attribute.name.removesuffix(BACKGROUND)
+    return colours

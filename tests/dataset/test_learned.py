@@ -119,6 +119,23 @@ def test_what_captions_say_stays_with_its_words() -> None:
     assert (half["kind"], len(half["pictures"])) == ("absorbed", 6)
 
 
+def test_words_that_come_to_mean_something_else_and_the_odd_one_out() -> None:
+    captions = ["sks cat on a navy background"] * 5 + ["sks cat, plain background"]
+    row = named(rows_of(captions, background="beige"), "navy")
+    # CSS's beige is so pale that it counts as white.
+    assert (row["kind"], row["counts"]) == ("meaning", {"captions": 5, "pictures": 5})
+    assert "5 captions say “navy background”, and 5 of their pictures have a white one" in row["sentence"]
+    # Blue and navy are one colour: nothing to say.
+    assert [r["kind"] for r in rows_of(captions, background="navy") if r["name"] == "navy"] == []
+
+    records = [ImageRecord(Path(f"{n}.png"), 96, 96, "sks on a white background") for n in range(6)]
+    thumbs = [thumb(subject(n, "green" if n == 4 else "white")) for n in range(6)]
+    rows = learned(records, [r.path.name for r in records], thumbs, Training(64, 8))
+    (odd,) = [row for row in rows if row["kind"] == "odd"]
+    assert odd["pictures"] == ["4.png"]
+    assert "says “white background”, but it has a green one; the other 5" in odd["sentence"]
+
+
 def test_words_that_prompts_can_move() -> None:
     captions = ["sks cat, red hat"] * 4 + ["sks cat, asleep"] * 4
     (row,) = [row for row in rows_of(captions) if row["kind"] == "wording"]
