@@ -20,7 +20,7 @@ from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Window
 READY = {
     "Dataset": ".thumb.on",
     "Train": "#samples img",
-    "Preview": "#strength-strip figure:nth-child(5) img",
+    "Preview": "#strength-strip:has(figure:nth-child(5)):not(:has(figure:not(:has(img))))",
     "Export": "#export-cards img",
 }
 WIDTHS = (1440, 1024, 390)
@@ -80,6 +80,8 @@ def shoot_all(browser, address: str, folder: Path) -> None:
             # Where the pictures were made is nobody's business.
             name = "code => code.textContent = '~/LoRA Easel/runs/' + code.textContent.split('/runs/').pop()"
             page.locator("#export-written code").evaluate(name)
+            page.click("#inside-go:enabled")
+            page.wait_for_selector("#inside-answer figure svg")
         page.wait_for_timeout(700)
         shoot(page, folder / f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp")
         page.close()
