@@ -1,6 +1,7 @@
 """What was learned of each picture: on planted adapters, hand-made numbers, and (slow) a real run."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_core.__main__ import main
 from lora_core.adapters.inject import Strengthened
 from lora_core.adapters.weights import AdapterWeights, LayerWeights
 from lora_core.dataset.records import ImageRecord
@@ -15,6 +17,7 @@ from lora_core.formats.file import write_adapter
 from lora_core.models.load import BaseModel
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
+from lora_core.spec.paths import DEMO_TRAIN
 from lora_core.spec.run_folder import RunFolder
 from lora_core.validation.pictures import judge, picture_rows, run_pictures
 from lora_core.validation.validate import validation
@@ -118,19 +121,13 @@ def test_a_run_s_pictures_are_written_beside_it(
 
 @pytest.mark.slow
 def test_a_run_with_one_wrong_caption_names_its_picture(tmp_path: Path) -> None:
-    import shutil
-
-    from lora_core.spec.paths import DEMO_TRAIN
-    from lora_core.spec.presets import preset
-    from lora_core.training.run import train
-
     shutil.copytree(DEMO_TRAIN, tmp_path / "set")
     (tmp_path / "set" / "car.txt").write_text("panda, duskprint style, on a white background")
-    settings = {"dataset.path": str(tmp_path / "set"), "validation.every": 0, "preview.every": 0}
-    run = RunFolder.create(tmp_path / "runs" / "one", preset("demo").changed(settings))
-    with run.held():
-        train(run)
-    rows = run_pictures(run)["rows"]
+    how = ["--name", "one", "--preset", "demo", "--workspace", str(tmp_path)]
+    for setting in ("validation.every=0", "preview.every=0"):
+        how += ["--set", setting]
+    assert main(["train", str(tmp_path / "set"), *how]) == 0
+    rows = run_pictures(RunFolder.open(tmp_path / "runs" / "one"))["rows"]
     assert [Path(one["picture"]).name for one in rows if one["suspect"]] == ["car.png"]
     # Its gain is no sign: there was more to gain than anywhere else.
     assert rows[0]["gain"] == max(one["gain"] for one in rows)
