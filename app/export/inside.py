@@ -11,7 +11,7 @@ from app.desk import Desk
 from app.moment import Moment, moment_of
 from app.preview.loras import ADDED, lora_groups, owner
 from app.train.bases import base_choices
-from lora_core.spec.errors import AdapterFileError, ConfigError
+from lora_core.spec.errors import AdapterFileError, ConfigError, RunError
 from lora_core.spec.run_folder import checked_name
 
 MOST_FILES = 12
@@ -180,9 +180,20 @@ def _size(sent: dict[str, Any]) -> dict[str, Any]:
     return {"rank": _rank(sent.get("rank") or "")}
 
 
+def check_memory_is_free(desk: Desk) -> None:
+    """Refuse to open a base for measuring while a run needs the memory and the time.
+
+    Raises:
+        RunError: a run is going on.
+    """
+    if desk.jobs.live() is not None:
+        raise RunError("A run is going on, which needs the memory; measure once it has ended.")
+
+
 def _measure(desk: Desk, sent: Any) -> dict[str, Any]:
     """What to measure on: a run's held-out pictures, or a folder with a base."""
     sent = sent if isinstance(sent, dict) else {}
+    check_memory_is_free(desk)
     name = str(sent.get("run") or "")
     if name:
         watch = next((w for w in desk.jobs.all() if w.run.name == checked_name(name)), None)

@@ -13,7 +13,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from app.desk import Desk
 from app.export.answers import answer_html, made_html
-from app.export.inside import TOOLS, choices, free_place, request_of
+from app.export.inside import TOOLS, check_memory_is_free, choices, free_place, request_of
 from app.export.inside_job import Job
 from app.export.report_card import POLICY, REPORT, report_done
 from app.jobs import Watch
@@ -165,12 +165,14 @@ def begin_report(desk: Desk, job: Job, sent: dict[str, Any]) -> None:
     """Have the report of a run made.
 
     Raises:
-        RunError: there is no such run, or a report is being made.
-        Refused: that is no name of a run.
+        RunError: a report is being made, or it would measure while a run is going on.
+        Refused: there is no such run.
     """
     name = str(sent.get("run", ""))
     watch: Watch | None = next((w for w in desk.jobs.all() if w.run.name == name), None)
     if watch is None:
         raise Refused(name)
+    if sent.get("measure"):
+        check_memory_is_free(desk)
     request = {"do": "report", "run": str(watch.run.path), "measure": bool(sent.get("measure"))}
     job.start("Report", request, lambda result: report_done(name, result))

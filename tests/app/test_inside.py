@@ -20,7 +20,7 @@ from app.export.inside_routes import add_inside_routes
 from app.export.report_card import report_card
 from app.routes import add_routes
 from lora_core.spec.errors import AdapterFileError, ConfigError
-from tests.app.runs import HOSTILE, make_run, started, step
+from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.app.test_preview import run_with_file
 
 FAKE = """
@@ -197,6 +197,17 @@ def test_problems_of_the_worker_are_text(desk: Desk, client: TestClient) -> None
     now = ended(client)
     assert now["state"] == "error"
     assert "&lt;b&gt;It cannot be read." in now["html"]
+
+
+def test_nothing_is_measured_while_a_run_needs_the_memory(desk: Desk, client: TestClient) -> None:
+    run = make_run(desk, "live", started(), step(1))
+    come_alive(run)
+    _, file = run_with_file(desk)
+    body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
+    assert "A run is going on" in say(client, "inside/start", tool="strength", **body)["problem"]
+    assert "A run is going on" in say(client, "report/start", run="mine", measure=True)["problem"]
+    assert say(client, "report/start", run="mine", measure=False) == {"done": True}
+    ended(client, "report")
 
 
 def test_training_goes_on_from_a_file(desk: Desk, client: TestClient, tmp_path: Path) -> None:
