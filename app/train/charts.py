@@ -9,6 +9,8 @@ from lora_core.spec.plot import MOST_POINTS, Curve, Mark, curves_plot, thinned
 from lora_core.spec.progress import smoothed
 from lora_core.spec.verdict import SURE, best_of, error_of, measured, verdict
 
+DIGITS = 7
+
 
 def _empty(text: str) -> str:
     return f'<p class="plot-empty small">{html.escape(text)}</p>'
@@ -16,17 +18,23 @@ def _empty(text: str) -> str:
 
 def loss_chart(losses: Sequence[StepDone]) -> str:
     """Training loss, raw and smoothed."""
-    points = [(float(e.step), e.loss) for e in losses if math.isfinite(e.loss)]
+    points = [(float(e.step), round(e.loss, DIGITS)) for e in losses if math.isfinite(e.loss)]
     if len(points) < 2:
         return _empty("The curve begins with the first steps.")
-    calm = thinned([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
+    # Rounded, so that a loss that stands still is no picture of rounding errors.
+    means = [round(y, DIGITS) for y in smoothed([y for _, y in points])]
+    calm = thinned([(x, y) for (x, _), y in zip(points, means, strict=True)])
     raw = thinned(points)
     stride = math.ceil(len(points) / MOST_POINTS) or 1
     ys = sorted(y for _, y in raw)
     # A single wild step must not flatten the rest of the curve.
     top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
     label = f"Training loss, now {calm[-1][1]:.4f} smoothed"
-    drawn = curves_plot(label, [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)], highest=top)
+    drawn = curves_plot(
+        label,
+        [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)],
+        highest=top if top > ys[0] else None,
+    )
     # The slider in the page smooths the drawn points, so it has to know how many steps each stands for.
     return drawn.replace('<polyline class="raw"', f'<polyline class="raw" data-stride="{stride}"', 1)
 

@@ -1,5 +1,6 @@
 """HTML pieces: everything that a person or a file supplies is shown as text; charts hold few points."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,12 @@ def losses(count: int) -> list[events.StepDone]:
 def test_a_long_run_s_chart_is_as_small_as_a_short_one_s() -> None:
     assert len(charts.loss_chart(losses(20_000))) < 12_000
     assert charts.loss_chart(losses(2)).count("<polyline") == 2
+
+
+def test_a_loss_that_does_not_move_has_numbers_that_can_be_read() -> None:
+    still = [events.StepDone(step=i, loss=0.1, lr=1e-4, seconds=0.1) for i in range(1, 9)]
+    drawn = charts.loss_chart(still)
+    assert max(len(text) for text in re.findall(r">([0-9.]+)</text>", drawn)) <= 4
 
 
 def test_a_chart_needs_two_finite_losses() -> None:
