@@ -112,7 +112,9 @@ def _measuring(moment: Moment, expected: Forecast | None) -> str:
     if tried and source == PROBED:
         return _line("known", f"A step was tried on this computer: {pace(tried.step)}.")
     if source == MEASURED:
-        return _line("known", f"A run like it took {pace(expected.seconds if expected else 0)}.")
+        return _line(
+            "known", f"A run like it took {pace(expected.seconds if expected else 0)}, samples included."
+        )
     if not moment.plan.base.facts or moment.plan.problems:
         return _line("off", "The time is measured once the settings can be used.")
     if moment.desk.project.dataset().records and not moment.live and prober.follow(config):
