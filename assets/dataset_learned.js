@@ -38,10 +38,18 @@
   };
 
   // ---- what pictures and captions say by themselves ------------------------------------------------------------------
-  const learnedRow = ({ kind, sentence, pictures = [] }) => {
+  const learnedRow = ({ kind, name, sentence, pictures = [] }) => {
     const shown = pictures.slice(0, MOST_MINIS).map(mini);
     if (pictures.length > MOST_MINIS) shown.push(make("span", { className: "small", textContent: `and ${pictures.length - MOST_MINIS} more` }));
     const [title, tone] = KINDS[kind];
+    if (kind === "wording" && name) {
+      for (const word of name.split(", ")) {
+        const button = make("button", { type: "button", className: "own quiet", textContent: word, title: "Shows the pictures with this word" });
+        button.dataset.learnedWord = word.replace(/ \(\d+\)$/, "");
+        shown.push(button);
+      }
+      sentence = "Prompts can ask for, or leave out, what some captions say:";
+    }
     return make("div", { className: "row finding" }, make("span", { className: "tag-kind" }, chip(title, tone)), words(sentence, ...(shown.length ? [make("div", { className: "minis" }, ...shown)] : [])));
   };
 
@@ -237,6 +245,12 @@
     else if (target.id === "trigger-close") { wordsOpen = false; showWords(); one("#trigger-propose").focus(); }
     else if (data.triggerWord) takeWord(data.triggerWord);
     else if (data.insightCancel) begin({ do: "cancel", what: data.insightCancel });
+    else if (data.learnedWord) {
+      const field = one("#dataset-search");
+      field.value = data.learnedWord;
+      field.dispatchEvent(new Event("input", { bubbles: true }));
+      field.scrollIntoView({ block: "center" });
+    }
     else if (data.learnedAll) { whole[data.learnedAll] = true; show(); }
     else if (data.learnedOrder) { sortMost = data.learnedOrder === "most"; showPictures(); }
   });

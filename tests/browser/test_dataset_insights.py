@@ -56,6 +56,10 @@ def test_what_will_be_learned(page, window: Window) -> None:
     page.click("#learned > summary")
     page.wait_for_selector("#learned-found >> text=of the steps")
     assert "Prompts can ask for" in page.inner_text("#learned-found")
+    # A word shows the pictures that have it, in the caption or in the name.
+    page.click("[data-learned-word=grapes]")
+    page.wait_for_function("document.querySelectorAll('#dataset-grid .thumb:not([hidden])').length == 2")
+    page.fill("#dataset-search", "")
     page.wait_for_function("document.querySelector('#picture-facts').textContent.includes('% of the steps')")
 
     # The base names both swapped captions; each row leads to its picture.
