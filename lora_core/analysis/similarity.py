@@ -107,30 +107,28 @@ def file_similarity(
         table = phi_table(a.v[:, :TABLE], b.v[:, :TABLE])
         total[: len(table), : len(table)] += table
         count[: len(table), : len(table)] += 1
-        rows.append(
-            {
-                "part": key[0],
-                "module": key[1],
-                "rank": rank,
-                "phi": phi(a.v, b.v),
-                "baseline": baseline(rank, rank, a.v.shape[0]),
-                "phi_output": phi(a.u, b.u),
-                "baseline_output": baseline(rank, rank, a.u.shape[0]),
-            }
-        )
+        rows.append({"part": key[0], "module": key[1], "rank": rank, **_alike(a, b, rank)})
     if not rows:
         raise AdapterFileError(
             f"{first.name} and {second.name} change no layer in common, so nothing compares."
         )
     side = int((count.diagonal() > 0).sum())
+    means = ("phi", "baseline", "phi_output", "baseline_output")
     return {
-        "similarity": sum(row["phi"] for row in rows) / len(rows),
-        "baseline": sum(row["baseline"] for row in rows) / len(rows),
-        "similarity_output": sum(row["phi_output"] for row in rows) / len(rows),
-        "baseline_output": sum(row["baseline_output"] for row in rows) / len(rows),
+        **{name.replace("phi", "similarity"): sum(row[name] for row in rows) / len(rows) for name in means},
         "layers": rows,
         "table": (total / count.clamp(min=1))[:side, :side].tolist(),
         "left_out": [one.row() for one in left_out],
+    }
+
+
+def _alike(a: Triples, b: Triples, rank: int) -> dict[str, float]:
+    """How alike two updates are in what they read and in what they write, and what chance would give."""
+    return {
+        "phi": phi(a.v, b.v),
+        "baseline": baseline(rank, rank, a.v.shape[0]),
+        "phi_output": phi(a.u, b.u),
+        "baseline_output": baseline(rank, rank, a.u.shape[0]),
     }
 
 

@@ -74,22 +74,27 @@ def train(
         with conductor.requests.stopping.taken():
             return conductor.conduct(accept_changes)
     except Exception as error:
-        problem = _problem(run, error)
-        if isinstance(problem, NoRoom):
-            emit(events.Paused(step=conductor.step, reason=str(problem)))
-        elif problem is not None:
-            emit(events.Failed(step=conductor.step, reason=str(problem)))
-        else:
-            told = f"A defect of the program: {type(error).__name__}: {error}"
-            emit(events.Failed(step=conductor.step, reason=told))
-            raise
-        if problem is error:
+        problem = _told(run, error, conductor.step, emit)
+        if problem is None or problem is error:
             raise
         raise problem from error
     finally:
         writer.close()
         for board in boards:
             board.close()
+
+
+def _told(
+    run: RunFolder, error: Exception, step: int, emit: Callable[[events.Event], None]
+) -> LoraError | None:
+    """Say in the events how an error ends the process; returns what it means, or None for a defect."""
+    problem = _problem(run, error)
+    if isinstance(problem, NoRoom):
+        emit(events.Paused(step=step, reason=str(problem)))
+    else:
+        defect = f"A defect of the program: {type(error).__name__}: {error}"
+        emit(events.Failed(step=step, reason=defect if problem is None else str(problem)))
+    return problem
 
 
 def _problem(run: RunFolder, error: Exception) -> LoraError | None:

@@ -1,0 +1,77 @@
+"""What rank do I need? The demo trained at several ranks: gain on things that no training saw, size of the
+file, and the rank that it turns out to need.
+
+    python -m tests.slow.rank_table [FOLDER]
+
+Prints the table of the README. The gains are those of `tests/evaluator.py`, which shares no code with the
+trainer; the needed rank is what `shrink --intrinsic` finds, on the same pictures with looks of its own.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.evaluator import Evaluator, mean_and_error
+
+ROOT = Path(__file__).resolve().parents[2]
+HELD_OUT = ROOT / "assets" / "demo" / "held_out"
+RANKS = (1, 2, 4, 8, 16, 32)
+
+
+def said(*words: object) -> str:
+    command = [sys.executable, "-m", "lora_core", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    """Train, measure, print."""
+    home = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+    judge = Evaluator(ROOT / "assets" / "base", HELD_OUT)
+    base = judge.losses()
+    out = sys.stdout.write
+    out("| rank | file | gain (standard error) | of the base's loss | rank that it needs | file at that |\n")
+    out("|---|---|---|---|---|---|\n")
+    for rank in RANKS:
+        # The product of rate and alpha / rank stays the same, so that only the rank differs.
+        more = ["--set", f"adapter.rank={rank}", "--set", f"adapter.alpha={rank}", "--set", "preview.every=0"]
+        lines = said("train", "demo", "--name", f"rank-{rank}", "--workspace", home, *more)
+        export = Path(lines.strip().splitlines()[-1])
+        shrunk = home / f"rank-{rank}-shrunk.safetensors"
+        found = json.loads(
+            said(
+                "shrink",
+                export,
+                "--base",
+                "demo",
+                "--out",
+                shrunk,
+                "--intrinsic",
+                "--dataset",
+                HELD_OUT,
+                "--json",
+                "--precision",
+                "fp16",
+            )
+        )
+        gained = base - judge.losses(export)
+        kept = base - judge.losses(shrunk)
+        gain, error = mean_and_error(gained)
+        lost, lost_error = mean_and_error(kept - 0.99 * gained)
+        out(
+            f"| {rank} | {export.stat().st_size / 1e6:.2f} MB | {gain:.4f} ({error:.4f}) |"
+            f" {gain / float(base.mean()):.1%} | {found['rank']} |"
+            f" {shrunk.stat().st_size / 1e6:.2f} MB, keeps {float(kept.mean()) / gain:.1%} |\n"
+        )
+        sys.stderr.write(
+            f"rank {rank}: shrunk less 99% {lost:+.5f} ({lost_error:.5f}); {found['sentence']}\n"
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

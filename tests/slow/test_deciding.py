@@ -1,0 +1,75 @@
+"""Whether validation decides rightly, on the demo: trained four times too long at a high rate it stops and
+keeps the best; trained well it does not stop while it still gains. Judged by looks of its own."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_core.spec import events
+from lora_core.spec.config import RunConfig
+from lora_core.spec.presets import starting_settings
+from lora_core.spec.run_folder import RunFolder
+from lora_core.training.run import train
+from tests.evaluator import Evaluator, mean_and_error
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+WATCHED = {"validation.pictures": 4.0, "validation.triples": 4, "preview.every": 0}
+TOO_LONG = WATCHED | {
+    "train.steps": 1200, "optim.lr": 3e-3, "optim.text_encoder_lr": 1.5e-3, "optim.schedule": "constant",
+    "dataset.caption_dropout": 0.0, "validation.every": 50, "save.every": 200,
+}  # fmt: skip
+WELL = WATCHED | {"validation.every": 25, "save.every": 100}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Evaluator:
+    return Evaluator(ASSETS / "base", ASSETS / "demo" / "held_out")
+
+
+def finished(home: Path, seed: int, changes: dict[str, object]) -> RunFolder:
+    settings = {**starting_settings("demo", None), **changes, "name": "run", "seed": seed}
+    run = RunFolder.create(home / "runs" / "run", RunConfig().changed(settings))
+    with run.held(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(run, None, lambda event: None)
+    return run
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_too_long_is_noticed_and_the_best_is_kept(tmp_path: Path, judge: Evaluator, seed: int) -> None:
+    run = finished(tmp_path, seed, TOO_LONG)
+    progress = run.progress()
+    seen = progress.validations
+    assert isinstance(events.read_events(run.events_file)[0][-1], events.Stopped)
+    assert progress.step < 600, progress.reason
+    # The gauge rises from the best step on.
+    assert seen[-1].gauge > next(e.gauge for e in seen if e.step == progress.best_step) > seen[0].gauge
+    last = judge.losses(run.checkpoint(progress.step) / "adapter.safetensors")
+    kept, error = mean_and_error(last - judge.losses(run.path / progress.export))
+    assert kept >= 2 * error, (kept, error)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_healthy_run_is_left_alone_while_it_gains(tmp_path: Path, judge: Evaluator, seed: int) -> None:
+    run = finished(tmp_path, seed, WELL)
+    progress = run.progress()
+    if run.status() == "done":
+        return
+    # It may only have ended where going on gained nothing that can be measured.
+    more = finished(tmp_path / "on", seed, WELL | {"validation.patience": 0})
+    stopped = judge.losses(run.checkpoint(progress.step) / "adapter.safetensors")
+    gained, error = mean_and_error(stopped - judge.losses(more.path / more.progress().export))
+    assert gained <= 2 * error, (gained, error)
