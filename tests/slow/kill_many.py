@@ -24,8 +24,8 @@ from tests.faults import Fault, Nursery
 from tests.training.runs import RANDOM, Toy, check_story, check_whole, result, toy
 
 SETTINGS = {
-    **RANDOM, "train.steps": 20, "save.every": 3, "save.ema": 0.9, "validation.pictures": 1,
-    "validation.every": 4, "preview.every": 10, "optim.name": "adamw", "optim.schedule": "cosine_restarts",
+    **RANDOM, "train.steps": 12, "save.every": 3, "save.ema": 0.9, "validation.pictures": 1,
+    "validation.every": 4, "preview.every": 6, "optim.name": "adamw", "optim.schedule": "cosine_restarts",
 }  # fmt: skip
 KILLED = -9
 BETWEEN = ("StepDone", "Resumed", "Validated", "CheckpointDone", "PreviewDone")

@@ -24,7 +24,8 @@ from tests.tiny import tiny_folder
 LEFTOVERS = (".tmp", ".draft", ".making")
 SETTINGS = {
     "adapter.rank": 2, "adapter.alpha": 2.0, "train.steps": 12, "train.batch_size": 2, "train.resolution": 32,
-    "train.precision": "fp32", "optim.lr": 1e-3, "validation.pictures": 0.0, "validation.every": 0, "validation.budget": 0.0,
+    "train.precision": "fp32", "optim.lr": 1e-3, "validation.pictures": 0.0, "validation.every": 0,
+    "validation.budget": 0.0, "validation.triples": 2, "validation.prior": 1,
     "preview.every": 0, "preview.steps": 1, "preview.prompts": ["a dot"], "save.every": 4,
     "save.keep_last": 2, "loss.min_snr": 0.0, "optim.text_encoder_lr": 0.0,
 }  # fmt: skip

@@ -17,8 +17,8 @@ from lora_core.spec.presets import starting_settings
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training import loss
 from lora_core.training.between import drawn_samples
-from lora_core.training.judge import Judge
 from lora_core.training.cache import TextSource
+from lora_core.training.judge import Judge
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, prepared
 from tests.checkpoints import write_folder
@@ -45,8 +45,9 @@ def config(folder, pictures):
     return RunConfig().changed({
         "dataset.path": str(pictures), "model.base": str(folder), "adapter.rank": 2, "adapter.alpha": 2.0,
         "train.steps": 4, "train.precision": "fp32", "train.resolution": 64, "optim.lr": 1e-3,
-        "optim.text_encoder_lr": 0.0, "validation.pictures": 1, "validation.triples": 2, "optim.warmup": 0.0,
-        "optim.schedule": "constant", "preview.prompts": ["thing"], "preview.steps": 1, "loss.min_snr": 0.0,
+        "optim.text_encoder_lr": 0.0, "validation.pictures": 1, "validation.triples": 2,
+        "validation.prior": 1, "optim.warmup": 0.0, "optim.schedule": "constant", "loss.min_snr": 0.0,
+        "preview.prompts": ["thing"], "preview.steps": 1,
     })  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from lora_core.models.thin import is_moved, is_packed
 from lora_core.spec import events
 from lora_core.spec.errors import OutOfMemory
+from lora_core.spec.run_folder import RunFolder
 from lora_core.training import conductor, loop, memory
 from lora_core.training.loop import StepPlan, micro_batch
 from lora_core.training.memory import LADDER, Ladder, out_of_memory
@@ -98,14 +99,15 @@ def test_checkpointing_has_the_gradient_of_the_whole(own_toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("error", [CUDA, CPU, MemoryError("no memory")], ids=["cuda", "cpu", "python"])
-def test_once_and_twice_in_the_loop(own_toy: Toy, error: Exception) -> None:
-    plain = own_toy.run("plain", **BATCH)
-    trained(plain)
-    run = own_toy.run("short", **BATCH)
+def test_once_and_twice_in_the_loop(
+    own_toy: Toy, unbroken: Callable[..., RunFolder], error: Exception
+) -> None:
+    how = {**BATCH, "train__steps": 3}
+    plain, run = unbroken(**how), own_toy.run("short", **how)
     with room_for(2, error) as sizes:
         trained(run)
     assert set(sizes) == {2}
-    assert len(sizes) == 2 * 12  # no step twice
+    assert len(sizes) == 2 * 3  # no step twice
     check_story(run)
     told = notes(run)
     assert [note.startswith("Memory ran out, so step 1 is done again.") for note in told] == [True, True]
@@ -117,7 +119,7 @@ def test_once_and_twice_in_the_loop(own_toy: Toy, error: Exception) -> None:
 
 
 def test_always_ends_in_a_sentence(own_toy: Toy) -> None:
-    run = own_toy.run("never", **BATCH)
+    run = own_toy.run("never", **BATCH, train__steps=8)
     broken_at(run, events.StepDone, 6)
     with room_for(0):
         sentence = trouble(run)
@@ -139,10 +141,10 @@ def test_always_ends_in_a_sentence(own_toy: Toy) -> None:
 def test_a_broken_run_takes_the_same_rungs_at_the_same_steps(own_toy: Toy) -> None:
     """Memory is short from step 6 on; a run that is resumed from step 4 does step 5 as before."""
     fault = {"on": "step", "nth": 6, "times": 1, "do": "memory"}
-    whole = own_toy.run("whole", **BATCH)
+    how = {"train__steps": 8, "train__batch_size": 1}
+    whole, run = own_toy.run("whole", **how), own_toy.run("broken", **how)
     with armed(Fault(**fault)):
         trained(whole)
-    run = own_toy.run("broken", **BATCH)
     with armed(Fault(**fault)), contextlib.suppress(Broken):
         broken_at(run, events.StepDone, 7)
     assert json.loads(run.plan_file.read_text())["rungs"] == [["checkpointing", 5]]
@@ -155,7 +157,7 @@ def test_a_broken_run_takes_the_same_rungs_at_the_same_steps(own_toy: Toy) -> No
 
     with mock.patch.object(loop, "_apply", look):
         trained(run)
-    assert seen == {step: step > 5 for step in range(5, 13)}
+    assert seen == {step: step > 5 for step in range(5, 9)}
     assert result(run) == result(whole)
     check_story(run)
 
@@ -194,12 +196,15 @@ def test_memory_that_ends_in_the_optimizer_takes_nothing_half_done(own_toy: Toy,
 
 @pytest.mark.parametrize("rung", ["checkpointing", "half"])
 def test_a_rung_that_the_trial_chose_equals_the_one_chosen_by_hand(own_toy: Toy, rung: str) -> None:
-    start = {**BATCH, "adapter__dropout": 0.1, "validation__pictures": 1, "validation__every": 6}
+    start = {
+        **BATCH, "adapter__dropout": 0.1, "train__steps": 6, "validation__pictures": 1,
+        "validation__every": 3,
+    }  # fmt: skip
     more = {"train__checkpointing": True} if rung == "half" else {}
     run = own_toy.run("tried", **start, **more)
     room = room_for(2) if rung == "half" else room_for(4, checkpointed=True)
     with room, mock.patch.object(conductor, "limited", return_value=True):
-        broken_at(run, events.StepDone, 5)
+        broken_at(run, events.StepDone, 4)
         plan = json.loads(run.plan_file.read_text())
         assert (plan["rungs"], plan["tried"]) == ([[rung, 0]], True)
         assert any("heaviest step does not fit into memory as it is" in note for note in notes(run))
@@ -237,28 +242,31 @@ def room_beside(kept: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
     ids=["int8", "int8 and offload"],
 )
 def test_a_base_that_the_trial_chose_equals_the_one_chosen_by_hand(
-    own_toy: Toy, kept: Callable[[torch.nn.Module], bool], by_hand: dict[str, object], rungs: list[str]
-) -> None:
+    own_toy: Toy, unbroken: Callable[..., RunFolder], kept: Callable[[torch.nn.Module], bool],
+    by_hand: dict[str, object], rungs: list[str],
+) -> None:  # fmt: skip
     """Also where the run was broken off, with the base read anew and thin from the start."""
-    start = {"train__batch_size": 1, "train__checkpointing": True, "adapter__dropout": 0.1}
+    start = {
+        "train__batch_size": 1, "train__checkpointing": True, "adapter__dropout": 0.1, "train__steps": 6,
+    }  # fmt: skip
     run = own_toy.run("tried", **start)
     with mock.patch.object(conductor, "limited", return_value=True), room_beside(kept):
-        broken_at(run, events.StepDone, 6)
+        broken_at(run, events.StepDone, 5)
         assert json.loads(run.plan_file.read_text())["rungs"] == [[rung, 0] for rung in rungs]
         trained(run)
     assert "off by one or two percent" in notes(run)[0]
-    hand, plain = own_toy.run("hand", **start, **by_hand), own_toy.run("plain", **start)
+    hand = own_toy.run("hand", **start, **by_hand)
     trained(hand)
     assert result(run) == result(hand)
     check_story(run)
-    trained(plain)
-    assert result(plain) != result(hand)
+    assert result(unbroken(**start)) != result(hand)
 
 
-def test_within_a_run_the_base_waits_elsewhere_and_stays_the_same(own_toy: Toy) -> None:
-    start = {"train__batch_size": 1, "train__checkpointing": True}
-    plain, run = own_toy.run("plain", **start), own_toy.run("short", **start)
-    trained(plain)
+def test_within_a_run_the_base_waits_elsewhere_and_stays_the_same(
+    own_toy: Toy, unbroken: Callable[..., RunFolder]
+) -> None:
+    start = {"train__batch_size": 1, "train__checkpointing": True, "train__steps": 8}
+    plain, run = unbroken(**start), own_toy.run("short", **start)
     with armed(Fault("step", nth=6, do="memory")):
         broken_at(run, events.StepDone, 7)
     assert json.loads(run.plan_file.read_text())["rungs"] == [["offload", 5]]
@@ -270,7 +278,7 @@ def test_within_a_run_the_base_waits_elsewhere_and_stays_the_same(own_toy: Toy) 
 
 def test_without_room_aside_a_run_goes_on_in_eight_bits(own_toy: Toy) -> None:
     """A broken run, resumed from step 4, takes them at the same step again."""
-    start = {"train__batch_size": 1, "train__checkpointing": True}
+    start = {"train__batch_size": 1, "train__checkpointing": True, "train__steps": 8}
     whole, run = own_toy.run("whole", **start), own_toy.run("short", **start)
     with mock.patch.object(memory, "free_bytes", return_value=2**20):
         with armed(Fault("step", nth=6, do="memory")):
@@ -283,9 +291,8 @@ def test_without_room_aside_a_run_goes_on_in_eight_bits(own_toy: Toy) -> None:
     check_story(run)
 
 
-def test_the_trial_changes_nothing(own_toy: Toy) -> None:
-    plain, tried = own_toy.run("plain"), own_toy.run("tried")
-    trained(plain)
+def test_the_trial_changes_nothing(own_toy: Toy, unbroken: Callable[..., RunFolder]) -> None:
+    plain, tried = unbroken(train__steps=4), own_toy.run("tried", train__steps=4)
     with mock.patch.object(conductor, "limited", return_value=True):
         trained(tried)
     assert json.loads(tried.plan_file.read_text()) | {"tried": False} == json.loads(
@@ -302,14 +309,15 @@ def test_a_trial_that_cannot_fit_ends_before_the_first_step(own_toy: Toy) -> Non
     assert run.progress().step == 0
 
 
-def test_samples_and_validation_that_do_not_fit_are_left_out(own_toy: Toy) -> None:
-    how = {"preview__every": 6, "validation__pictures": 1, "validation__every": 6}
-    plain, run = own_toy.run("plain", **how), own_toy.run("short", **how)
-    trained(plain)
+def test_samples_and_validation_that_do_not_fit_are_left_out(
+    own_toy: Toy, unbroken: Callable[..., RunFolder]
+) -> None:
+    how = {"preview__every": 2, "validation__pictures": 1, "validation__every": 2, "train__steps": 4}
+    plain, run = unbroken(**how), own_toy.run("short", **how)
     with armed(Fault("draw", times=0, do="memory"), Fault("validate", nth=2, times=1, do="memory")):
         trained(run)
     assert not run.progress().previews
-    assert [event.step for event in run.progress().validations] == [12]
+    assert [event.step for event in run.progress().validations] == [4]
     assert "The samples of step 0 did not fit into memory and were left out" in notes(run)[0]
     ours, theirs = (load["adapter.safetensors"] for load in (result(run), result(plain)))
     assert ours == theirs
