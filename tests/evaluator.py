@@ -1,5 +1,5 @@
-"""A judge of adapters that shares no code with the project: diffusers opens base and file, and everything else
-is a dozen lines of plain arithmetic. Its timesteps and noise are its own."""
+"""A judge of adapters that shares no code with the project: diffusers opens base and file, and all else is
+a dozen lines of plain arithmetic. Its timesteps and noise are its own."""
 
 import contextlib
 import warnings
@@ -13,7 +13,7 @@ from PIL import Image
 
 
 class Evaluator:
-    """Losses of adapters on the pictures of a folder with captions beside them, on the same looks each time."""
+    """Losses of adapters on a folder of pictures with captions beside them, on the same looks each time."""
 
     def __init__(self, base: Path, pictures: Path, looks: int = 16, seed: int = 20_000) -> None:
         self.base = base
