@@ -22,8 +22,7 @@ BATCH = 4
 @dataclass(frozen=True)
 class Measured:
     """One picture ready to be measured: `latents` (4, h, w), its fixed looks, its caption, and what a UNet
-    with size
-    conditioning is told of it, (6,); None for a picture of just its size."""
+    with size conditioning is told of it, (6,); None for a picture of just its size."""
 
     latents: torch.Tensor
     looks: Looks
