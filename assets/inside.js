@@ -104,7 +104,17 @@
     if (said.problem) tell(job, "error", said.problem);
     else follow(job);
   };
+  // From the list of runs, where the words of the Export tab are not seen.
+  let quick = false;
+  const makeReport = ({ reportRun: run, reportQuick }) => {
+    quick = reportQuick !== undefined;
+    if (quick) window.easel.toast(`The report of ${run} is being made.`);
+    // Only a page that knows of an earlier answer is told that there is a new one.
+    if (revisions.report === -1) revisions.report = 0;
+    begin("report", "report/start", { run, measure: !quick && one("#report-measure").checked });
+  };
   const tell = (job, state, words) => {
+    if (job === "report" && quick && ["done", "error"].includes(state)) window.easel.toast(words, state === "error" ? "bad" : "");
     const place = one(`#${job}-state`);
     if (!place) return;
     place.dataset.state = state;
@@ -185,7 +195,7 @@
       choose("spectrum");
       one("#inside").scrollIntoView();
       start();
-    } else if (data.reportRun) begin("report", "report/start", { run: data.reportRun, measure: one("#report-measure").checked });
+    } else if (data.reportRun) makeReport(data);
   });
   document.addEventListener("submit", (event) => {
     if (event.target.id !== "inside-form") return;

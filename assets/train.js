@@ -24,6 +24,8 @@
     toastTimer = setTimeout(() => place.classList.remove("on"), 8000);
   };
 
+  window.easel.toast = toast;
+
   const send = async (path, options) => {
     try {
       const answer = await fetch(`/easel/${path}`, { method: "POST", ...options });

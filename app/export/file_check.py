@@ -38,7 +38,7 @@ def build_check(parts: Parts) -> None:
             )
             path = gr.Textbox(
                 label="Path of a LoRA file",
-                placeholder="or drop one here, or its path",
+                placeholder="or drop it, or its path",
                 elem_id="check-path",
                 lines=1,
                 max_lines=1,

@@ -11,7 +11,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """A report is made of what people and files say; whatever got into it, nothing of it may run in this
 window."""
 
-FRAME = '<h3 class="over-line">Or the whole run as one page, to send to a friend</h3>'
+FRAME = "<h2>Report</h2>"
 STATE = (
     '<div class="making small num" id="report-state" data-state="idle"><span id="report-words"'
     ' role="status"></span><button type="button" class="own quiet" id="report-cancel"'
@@ -35,17 +35,44 @@ def report_card(watch: Watch | None) -> str:
     except OSError:
         there = ""
     return (
-        '<div class="made"><p class="small">Samples, curves, rank, settings and what came of it, in one file'
-        ' that opens anywhere; no paths, no pictures that it was trained on.</p><div class="row'
+        '<div class="made"><p class="small">The whole run as one page, to send to a friend: samples, curves,'
+        " rank, settings and what came of it. It opens anywhere and holds no paths and no pictures that the"
+        ' run was trained on.</p><div class="row'
         f' report-row"><button type="button" class="own" id="report-make" data-report-run="{name}">Make the'
         ' report</button><label class="tick"><input type="checkbox" id="report-measure" checked>measure rank'
         f" and strength, some minutes</label></div>{there}"
     )
 
 
+def in_list(watch: Watch, learned: bool) -> str:
+    """What the list of runs has of it: the way to the report, or a button that makes a quick one.
+
+    Args:
+        watch: the run.
+        learned: whether it has a checkpoint, without which there is nothing to tell.
+    """
+    name = watch.run.name
+    if (watch.run.path / REPORT).is_file():
+        return (
+            f'<a class="own quiet" href="{safe(_address(name))}" target="_blank"'
+            f' data-report-of="{safe(name)}" aria-label="Open the report of {safe(name)}">Report</a>'
+        )
+    if not learned:
+        return ""
+    return (
+        f'<button type="button" class="own quiet" data-report-run="{safe(name)}" data-report-quick'
+        ' title="The run as one page, in some seconds. On the Export tab it can measure rank and strength'
+        f' too." aria-label="Make the report of {safe(name)}">Make report</button>'
+    )
+
+
+def _address(name: str) -> str:
+    return f"/easel/report/of/{quote(name)}"
+
+
 def links(name: str, words: str) -> str:
     """To a report."""
-    address = f"/easel/report/of/{quote(name)}"
+    address = _address(name)
     return (
         f'<p class="small" id="report-links"><a href="{safe(address)}" target="_blank" id="report-open">Open'
         f' the report</a>{safe(words)} &middot; <a href="{safe(address)}?download=1" download'

@@ -43,12 +43,13 @@ def build(parts: Parts) -> None:
             written = piece(elem_id="export-written")
             address = gr.Textbox(visible="hidden", elem_id="export-address")
             buttons = {"download": button, **build_copy(parts, lambda m: bool(_with_checkpoints(m)))}
-            piece(FRAME)
-            parts.live(piece(), lambda m: report_card(_Chosen(parts).watch(m)))
-            piece(STATE)
         with gr.Column(elem_classes="main"):
             table = piece(works_in(None, True), elem_id="works-in")
             build_check(parts)
+            with gr.Column(elem_classes="card"):
+                piece(FRAME)
+                parts.live(piece(), lambda m: report_card(_Chosen(parts).watch(m)))
+                piece(STATE)
         with gr.Column(elem_classes="main wide"):
             piece(inside_card())
     _wire(parts, fields, buttons, [written, table, address])

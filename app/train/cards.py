@@ -131,12 +131,14 @@ def _less_memory(watch: Watch) -> str:
 def _tiles(moment: Moment) -> list[str]:
     progress = moment.progress
     tiles = [tile(f"{progress.step:,}", f"of {progress.steps:,} steps")]
-    speed = pace(progress.seconds_a_step())
     if moment.live:
+        speed = pace(progress.seconds_a_step())
         tiles.append(tile(clock(seconds_left(progress)), f"left, {speed}" if speed else "left"))
     else:
-        taken = clock(sum(event.seconds for event in progress.losses))
-        tiles.append(tile(taken, f"of training, {speed}" if speed else "taken"))
+        took = sum(event.seconds for event in progress.losses)
+        # Over the whole run: what its last steps took need not fit the time beside it.
+        mean = pace(took / len(progress.losses)) if progress.losses else ""
+        tiles.append(tile(clock(took), f"of training, {mean}" if mean else "taken"))
     loss = progress.smoothed_loss()
     tiles.append(tile(f"{loss:.4f}" if loss is not None else UNKNOWN, "loss, smoothed"))
     if progress.validations:

@@ -82,19 +82,19 @@ def between_steps(config: RunConfig, step: float, draw: float, pictures: int) ->
     """
     steps, preview, validation = config.train.steps, config.preview, config.validation
     prompts = len(preview.prompts) or min(USUAL_PROMPTS, pictures)
-    spent = _times(steps, preview.every) * prompts * preview.steps * draw
+    spent = how_often(steps, preview.every) * prompts * preview.steps * draw
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * pictures
     looks = round(held) * validation.triples * (2 if validation.gauge else 1)
     looks += validation.prior * validation.triples if held else 0
     base = chosen_base(config.model.base)
     share = ((config.train.resolution or base.resolution) / base.resolution) ** 2
-    measuring = _times(steps, validation.every) * looks * draw / 2 * share / steps
+    measuring = how_often(steps, validation.every) * looks * draw / 2 * share / steps
     if validation.budget:
         measuring = min(measuring, validation.budget * step)
     return spent / steps + measuring
 
 
-def _times(steps: int, every: int) -> int:
+def how_often(steps: int, every: int) -> int:
     """How often something is done in a run, its beginning and its end included."""
     return math.ceil(steps / every) + 1 if every else 0
 

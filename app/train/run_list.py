@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from app.export.report_card import in_list
 from app.jobs import RESUMABLE, Watch
 from app.moment import Moment
 from app.train.checks import in_words
@@ -141,11 +142,12 @@ def _run_row(moment: Moment, watch: Watch, state: str) -> str:
         f'<button type="button" class="own quiet" data-copy="{safe(watch.run.path)}"'
         f' title="{safe(watch.run.path)}" aria-label="Copy the path of {safe(name)}">Copy path</button>'
     )
+    report = in_list(watch, after.step > 0)
     why = watch.reason() if state in ("failed", "interrupted") else ""
     reason = f'<p class="small">{safe(in_words(why))}</p>' if why else ""
     return (
         f'<div class="row apart" data-run="{safe(name)}"><div'
         f' class="row">{state_chip(state)}<span>{safe(name)}</span><span class="small'
         f' num">{", ".join(parts)}</span></div><div'
-        f' class="row">{resume}{seen}{folder}{delete}</div>{reason}</div>'
+        f' class="row">{resume}{seen}{report}{folder}{delete}</div>{reason}</div>'
     )

@@ -1,12 +1,14 @@
 """The samples of a run: a row a prompt, the base first and beside it what was learned, the newest first."""
 
+from app.jobs import Watch
 from app.moment import Moment
 from app.routes import address
+from app.train.pace import how_often
 from app.words import safe
 from lora_core.spec.events import PreviewDone
 from lora_core.spec.run_folder import runs_folder
 
-MOST_ROWS, MOST_COLUMNS = 4, 6
+MOST_ROWS, FEWEST_COLUMNS, MOST_COLUMNS = 4, 3, 6
 
 
 def samples(moment: Moment) -> str:
@@ -25,6 +27,7 @@ def samples(moment: Moment) -> str:
             " anything.</p></div>"
         )
     root = runs_folder(moment.desk.workspace)
+    columns = _columns(watch, len(rounds))
     rows = []
     for row in range(min(MOST_ROWS, max(len(r.files) for r in rounds))):
         cells = []
@@ -41,9 +44,16 @@ def samples(moment: Moment) -> str:
         prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
         rows.append(
             f'<p class="small prompt" title="{safe(prompt)}">{safe(prompt)}</p><div'
-            f' class="strip">{"".join(cells)}</div>'
+            f' class="strip" style="--count:{columns}">{"".join(cells)}</div>'
         )
     return f'<div class="panel">{head}{"".join(rows)}</div>'
+
+
+def _columns(watch: Watch, there: int) -> int:
+    """As many as the run will fill, so that pictures keep their size while more of them come."""
+    config = watch.config()
+    planned = how_often(config.train.steps, config.preview.every) if config else 0
+    return min(MOST_COLUMNS, max(FEWEST_COLUMNS, planned, there))
 
 
 def shown_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:

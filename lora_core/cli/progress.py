@@ -6,6 +6,7 @@ from typing import TextIO
 from lora_core.cli import write
 from lora_core.spec import events
 from lora_core.spec.progress import Progress
+from lora_core.spec.verdict import verdict
 
 SECONDS_BETWEEN_STEPS = 0.5
 """Lines about steps come no closer than this, so that a pipe that nobody reads is not filled."""
@@ -74,9 +75,10 @@ def described(event: events.Event, progress: Progress) -> str:
             )
         case events.Validated():
             best = ", the best so far" if event.best else ""
+            said = verdict(progress.validations)
             return (
                 f"step {event.step}  gain on held-out pictures {event.gain:+.4f} "
-                f"(standard error {event.standard_error:.4f}){best}"
+                f"(standard error {event.standard_error:.4f}){best}" + (f". {said}" if said else "")
             )
         case events.PreviewDone():
             return f"step {event.step}  samples: {', '.join(event.files)}"
@@ -89,7 +91,9 @@ def described(event: events.Event, progress: Progress) -> str:
         case events.Paused():
             return f"Paused at step {event.step}; go on with `resume`"
         case events.Stopped():
-            return f"Stopped at step {event.step}; the work is kept"
+            return f"Stopped at step {event.step}; the work is kept" + (
+                f". {event.reason}" if event.reason else ""
+            )
         case events.Finished():
             return f"Done, {event.step} steps"
         case _:

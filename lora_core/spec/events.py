@@ -226,7 +226,7 @@ class EventWriter:
         self._lost = 0
         self._reason = ""
         with self._surviving():
-            self._handle = _opened(path)
+            self._handle = opened_for_lines(path)
 
     def write(self, event: Event) -> None:
         """Append one line."""
@@ -246,10 +246,8 @@ class EventWriter:
 
     def _append(self, event: Event) -> None:
         if self._handle is None:
-            self._handle = _opened(self._path)
-        line = to_line(event).encode()
-        while line:
-            line = line[os.write(self._handle, line) :]
+            self._handle = opened_for_lines(self._path)
+        write_line(self._handle, to_line(event).encode())
 
     def _hole(self) -> str:
         lines = "line" if self._lost == 1 else "lines"
@@ -272,8 +270,12 @@ class EventWriter:
             self._lost += 1
 
 
-def _opened(path: Path) -> int:
-    """The file, open for appending; a half line left by a killed writer is ended first."""
+def opened_for_lines(path: Path) -> int:
+    """The file, open for appending; a half line left by a killed writer is ended first.
+
+    Raises:
+        OSError: it cannot be opened or written.
+    """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
     try:
         size = os.fstat(handle).st_size
@@ -285,3 +287,13 @@ def _opened(path: Path) -> int:
         os.close(handle)
         raise
     return handle
+
+
+def write_line(handle: int, line: bytes) -> None:
+    """Write all of a line; a drive that is about to be full takes a piece of it without an error.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    while line:
+        line = line[os.write(handle, line) :]

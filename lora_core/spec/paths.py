@@ -56,6 +56,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # A write that fails does not say of which file.
+        error.filename = error.filename or str(path)
+        raise
     finally:
         # What went wrong above matters; that there is nothing to clean up does not.
         with contextlib.suppress(OSError):

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from lora_core.spec.errors import RunError
 from lora_core.spec.paths import ASSETS, write_atomically
 
 TRAINER = (sys.executable, "-m", "lora_core", "resume")
@@ -60,10 +61,20 @@ def started(command: list[str], log_file: Path, workspace: Path) -> "subprocess.
 
 @contextmanager
 def noted_process(file: Path) -> Iterator[None]:
-    """While the context is open, `file` names this process, for readers that may not take its lock."""
+    """While the context is open, `file` names this process, for readers that may not take its lock.
+
+    Raises:
+        RunError: the drive does not take the file.
+    """
     me = psutil.Process()
     note = {"pid": me.pid, "started": me.create_time(), "ticks": _ticks(me.pid)}
-    write_atomically(file, json.dumps(note).encode())
+    try:
+        write_atomically(file, json.dumps(note).encode())
+    except OSError as error:
+        raise RunError(
+            f"{file} cannot be written: {error.strerror or error}; make room or give the right to write"
+            " there."
+        ) from error
     try:
         yield
     finally:

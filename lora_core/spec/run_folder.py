@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from lora_core.spec.config import RunConfig, load_toml, to_toml
 from lora_core.spec.errors import RunError
-from lora_core.spec.events import read_events
+from lora_core.spec.events import opened_for_lines, read_events, write_line
 from lora_core.spec.paths import clear_abandoned, write_atomically
 from lora_core.spec.processes import live_process, noted_process
 from lora_core.spec.progress import Progress
@@ -163,9 +163,9 @@ class RunFolder:
             raise RunError(f"{do!r} is no request; choose one of {', '.join(REQUESTS)}.")
         line = {"id": uuid.uuid4().hex, "do": do}
         try:
-            handle = os.open(self.requests_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            handle = opened_for_lines(self.requests_file)
             try:
-                os.write(handle, (json.dumps(line) + "\n").encode())
+                write_line(handle, (json.dumps(line) + "\n").encode())
             finally:
                 os.close(handle)
         except OSError as error:

@@ -125,7 +125,12 @@ class Keeper:
             try:
                 weights, state = load_checkpoint(self._run.checkpoint(step))
             except RunError as error:
-                self._emit(events.Warned(step=step, message=f"{error} The one before it is used."))
+                rest = (
+                    "The one before it is used."
+                    if step != steps[-1]
+                    else "No other one is kept, so training begins anew."
+                )
+                self._emit(events.Warned(step=step, message=f"{error} {rest}"))
                 continue
             self._bring_back(weights, state)
             return state

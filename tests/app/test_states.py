@@ -254,6 +254,11 @@ def test_earlier_runs_say_what_is_left_of_them(desk: Desk) -> None:
     assert "kB" in html
     assert "Continue at 10" in html
     assert html.count("data-confirm=") == 2
+    # A report can be made of what has a checkpoint, and opened where there is one.
+    assert [name for name in ("old", "new") if f'data-report-run="{name}"' in html] == ["new"]
+    (desk.workspace / "runs" / "old" / "report.html").write_text("<p>told</p>")
+    html = earlier(moment_of(desk))
+    assert '<a class="own quiet" href="/easel/report/of/old"' in html
     come_alive(RunFolder(desk.workspace / "runs" / "new"))
     assert "A run is going on; pause or stop it first." in earlier(moment_of(desk))
 

@@ -111,6 +111,15 @@ def test_measuring_can_be_cancelled_and_ends_in_a_file(look: Any) -> None:
 
 def test_a_report_opens_anywhere(look: Any, trained: Any, browser: Any, tmp_path: Path) -> None:
     page = look()
+    # From the list of runs, without having seen the Export tab: a quick one.
+    open_tab(page, "Train")
+    page.click("[data-run] [data-report-run]")
+    page.wait_for_selector("#easel-toast >> text=is being made")
+    page.wait_for_selector("#easel-toast >> text=is made")
+    with page.expect_popup() as opened:
+        page.click("[data-run] [data-report-of]")
+    opened.value.wait_for_selector(".strip img")
+    opened.value.close()
     ready(page)
     page.uncheck("#report-measure")
     page.click("#report-make:enabled")

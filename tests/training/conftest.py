@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_core.spec.run_folder import RunFolder
-from tests.training.runs import Toy, toy, trained
+from tests.training.runs import SAMPLED, Toy, result, toy, trained
 
 
 @contextmanager
@@ -39,6 +39,12 @@ def unbroken(shared_toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Calla
         return known[key]
 
     return made
+
+
+@pytest.fixture
+def wanted(unbroken: Callable[..., RunFolder]) -> dict[str, dict[str, bytes]]:
+    """What the unbroken run that does everything leaves."""
+    return result(unbroken(**SAMPLED))
 
 
 @pytest.fixture

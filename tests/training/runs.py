@@ -34,6 +34,8 @@ RANDOM = {
     "adapter.dropout": 0.2, "adapter.rank_dropout": 0.2, "adapter.module_dropout": 0.1, "train.accumulate": 2,
     "optim.text_encoder_lr": 5e-4,
 }  # fmt: skip
+SAMPLED = {"preview__every": 6, "validation__pictures": 1, "validation__every": 6}
+"""A short run that does everything."""
 
 
 class Broken(BaseException):
