@@ -1,5 +1,6 @@
 """The run folder: what others may read from it at any moment, and that its status is derived rightly."""
 
+import errno
 import json
 import os
 import subprocess
@@ -167,6 +168,27 @@ def test_broken_and_half_requests_are_passed_over(run: RunFolder) -> None:
     with open(run.requests_file, "ab") as file:
         file.write(b'\n[]\n{"do": "stop"}\n{"id": 1, "do": "explode"}\n\xff\n{"id": "x", "do": "st')
     assert run.requests() == [{"id": kept, "do": "save"}]
+
+
+def test_a_request_that_a_full_drive_took_half_of_spoils_none_after_it(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a drive takes a piece without an error; the next piece is refused."""
+    real, pieces = os.write, []
+
+    def write(handle: int, data: bytes) -> int:
+        pieces.append(data)
+        if len(pieces) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle, data[: len(data) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", write)
+        with pytest.raises(RunError, match=r"requests\.jsonl: No space left"):
+            run.request("stop")
+    assert run.requests() == []
+    asked = run.request("pause")
+    assert run.requests() == [{"id": asked, "do": "pause"}]
 
 
 def test_requests_of_many_processes_stay_whole(run: RunFolder) -> None:

@@ -1,12 +1,17 @@
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_core.dataset.folder import scan, write_caption
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.sections import ModelSection
 from lora_core.training import inputs
-from lora_core.training.inputs import check_inputs
+from lora_core.training.inputs import base_inputs, check_inputs
+from tests.checkpoints import write_single
 
 
 @pytest.fixture
@@ -58,3 +63,20 @@ def test_a_change_since_the_start_is_named_until_it_is_accepted(pictures, run, m
         check_inputs(run, scan(pictures).records, False)
     check_inputs(run, scan(pictures).records, True)
     check_inputs(run, scan(pictures).records, False)
+
+
+@pytest.mark.parametrize("vae", [False, True], ids=["the base", "its own VAE"])
+def test_a_file_of_the_base_that_was_trained_on_is_named(pictures, run, tmp_path, vae):
+    """As large and of the same layout: only the numbers differ."""
+    file = write_single(tmp_path / "base.safetensors", "sd15", torch.float32)
+    model = ModelSection(base="demo", vae=str(file)) if vae else ModelSection(base=str(file))
+    check_inputs(run, scan(pictures).records, False, base_inputs(model))
+    size = file.stat().st_size
+    with safe_open(str(file), "pt") as opened:
+        header = opened.metadata()
+    save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file, header)
+    assert file.stat().st_size == size
+    with pytest.raises(RunError, match=f"the {'VAE' if vae else 'base'} base.safetensors. Put it back"):
+        check_inputs(run, scan(pictures).records, False, base_inputs(model))
+    check_inputs(run, scan(pictures).records, True, base_inputs(model))
+    check_inputs(run, scan(pictures).records, False, base_inputs(model))

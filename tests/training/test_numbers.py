@@ -19,6 +19,7 @@ from lora_core.spec.run_folder import RunFolder
 from lora_core.training import duties, loop
 from lora_core.training.checkpoint import load_checkpoint
 from lora_core.training.guards import Health, Pace, slow_words
+from tests.faults import Fault, armed
 from tests.training.runs import (
     Toy,
     asked_at,
@@ -135,6 +136,22 @@ def test_where_it_goes_back_to_does_not_depend_on_a_pause(
     states = [load_checkpoint(one.checkpoint(8))[1] for one in (run, whole)]
     assert states[0].best == states[1].best
     assert states[0].best["step"] == 8
+    check_story(run)
+
+
+@pytest.mark.parametrize(("on", "times"), [("write", 1), ("rename", 1), ("fsync", 0)])
+def test_a_drive_that_is_full_when_a_return_is_noted(
+    own_toy: Toy, unbroken: Callable[..., RunFolder], on: str, times: int
+) -> None:
+    """The halved rates are written into the checkpoint of step 4; the run comes to the same return again."""
+    with spoiled({6, 7, 8}, above=0.5):
+        whole, run = unbroken("spoiled at 6, 7, 8"), own_toy.run("full")
+        with armed(Fault(on, r"checkpoints/step-000004/\.?state\.json", times=times)):
+            assert "No space left on device" in trouble(run)
+        assert run.status() == "paused"
+        check_whole(run)
+        trained(run)
+    assert result(run) == result(whole)
     check_story(run)
 
 

@@ -110,3 +110,25 @@ def test_a_pause_is_acted_on_in_the_midst_of_other_work(
     assert [event.step for event in run.progress().previews] == [0, 6, 12]
     assert [event.step for event in run.progress().validations] == [6, 12]
     check_story(run)
+
+
+@pytest.mark.parametrize("phase", ["Encoding pictures", "Encoding captions"])
+def test_a_pause_is_acted_on_while_pictures_and_captions_are_encoded(
+    own_toy: Toy, unbroken: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    always_note(monkeypatch)
+    run = own_toy.run("early", **STORY)
+    seen = []
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Preparing) and event.phase == phase:
+            if event.done == 1:
+                run.request("pause")
+            seen.append(event.done)
+
+    assert trained(run, on_event).status == "paused"
+    assert seen == [0, 1]
+    assert (run.status(), run.progress().step) == ("paused", 0)
+    trained(run)
+    assert result(run) == result(unbroken(**STORY))
+    check_story(run)
