@@ -13,6 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from lora_core.__main__ import main
 from lora_core.spec import events
 from lora_core.spec.errors import ConfigError, LoraError
 from lora_core.spec.run_folder import RunFolder
@@ -131,13 +132,20 @@ def test_a_base_that_was_changed_is_told(own_toy: Toy, tmp_path: Path, part: str
     assert run.status() == "done"
 
 
-def test_settings_edited_by_hand_are_told(own_toy: Toy, unbroken: Callable[..., RunFolder]) -> None:
+def test_settings_edited_by_hand_are_told(
+    own_toy: Toy, unbroken: Callable[..., RunFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line: a sentence and exit code 1, until it is accepted."""
     run = own_toy.run("edited")
     broken_at(run, events.StepDone, 5)
     text = run.config_file.read_text()
     run.config_file.write_text(text.replace("lr = 0.001", "lr = 0.0005"))
-    assert "this has changed: config.toml" in trouble(run)
-    trained(run, accept_changes=True)
+    capsys.readouterr()
+    assert main(["resume", str(run.path)]) == 1
+    said = capsys.readouterr().err
+    assert "this has changed: config.toml. Put it back, or go on with --accept-changes" in said
+    assert said.count("\n") == 1
+    assert main(["resume", str(run.path), "--accept-changes"]) == 0
     assert run.status() == "done"
     other = own_toy.run("illegal")
     broken_at(other, events.StepDone, 5)
