@@ -61,10 +61,12 @@ def file_size(size: float) -> str:
 
 
 def pace(seconds_a_step: float | None) -> str:
-    """Speed as steps a second, or seconds a step where that is the clearer number."""
+    """Speed as steps a second, or seconds a step where that is the clearer number; never broken over two
+    lines."""
     if not seconds_a_step:
         return ""
-    return f"{1 / seconds_a_step:.1f} it/s" if seconds_a_step <= 1 else f"{seconds_a_step:.1f} s/it"
+    number, unit = (1 / seconds_a_step, "it/s") if seconds_a_step <= 1 else (seconds_a_step, "s/it")
+    return f"{number:.1f}\N{NO-BREAK SPACE}{unit}"
 
 
 def scientific(value: float) -> str:

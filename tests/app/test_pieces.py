@@ -90,6 +90,6 @@ def test_numbers_as_people_read_them() -> None:
     assert words.clock(None) == words.UNKNOWN
     assert words.about(840) == "14 min"
     assert words.file_size(6_400_000) == "6.4 MB"
-    assert words.pace(0.4) == "2.5 it/s"
-    assert words.pace(2.0) == "2.0 s/it"
+    assert words.pace(0.4) == "2.5\N{NO-BREAK SPACE}it/s"
+    assert words.pace(2.0) == "2.0\N{NO-BREAK SPACE}s/it"
     assert words.scientific(1e-4) == "1.0e-4"

@@ -82,7 +82,7 @@ def test_running(desk: Desk) -> None:
     assert all(enabled(html, name) for name in ("sample-now", "save-now", "train-pause", "train-stop"))
     # 66 steps are left, and from one to the next a second went by, of which a step takes half.
     assert "1:06" in html
-    assert "2.0 it/s" in html
+    assert "2.0\N{NO-BREAK SPACE}it/s" in html
     assert "GB of memory." in html
     assert header.page_title(moment) == "34% · my-dog"
     assert enabled(header.run_actions(moment), "pause")
