@@ -395,8 +395,14 @@ def test_a_run_under_a_real_limit_completes_by_itself(own_toy: Toy, tmp_path: Pa
             assert plan["tried"]
             if plan["rungs"]:
                 break
+        hand = toy.run("hand", **how, train__checkpointing=True)
+        later = Plan.of(hand, hand.config())
+        later.rungs.extend((name, 0) for name, _ in plan["rungs"] if name != "checkpointing")
+        later.write(hand)
+        assert nursery.train(hand.path) == (0, "")
     finally:
         nursery.close()
     assert ["checkpointing", 0] in plan["rungs"]
     assert run.status() == "done"
+    assert result(run) == result(hand)
     check_story(run)
