@@ -68,7 +68,9 @@ def unpack(zip_path: Path, into: Path, limits: Limits = Limits()) -> Imported:
     temporary = None
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=into.parent))
+        # Named so that what a kill leaves of it is known for what it is, and goes with the next start.
+        prefix = f".{into.name}.{os.getpid()}-"
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".making", dir=into.parent))
         with zipfile.ZipFile(zip_path) as archive:
             _check(archive, zip_path.name, limits, shutil.disk_usage(temporary).free)
             added, skipped = _extract(archive, zip_path, temporary, limits)

@@ -4,8 +4,10 @@ nothing. `test_real_drive.py` does the same with file systems that are full in e
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +17,7 @@ from lora_core.spec import events, room
 from lora_core.spec.errors import LoraError, NoRoom
 from lora_core.spec.events import read_events
 from lora_core.spec.run_folder import RunFolder
-from tests.faults import Fault, armed
+from tests.faults import Fault, Nursery, armed
 from tests.training.runs import (
     SAMPLED,
     Toy,
@@ -182,3 +184,37 @@ def test_a_folder_that_a_kill_left_half_made_goes_with_the_next(tmp_path: Path, 
     own_toy.run("new")
     assert not half.exists()
     assert [path.name for path in (own_toy.home / "runs").iterdir()] == ["new"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a nursery forks")
+def test_a_zip_that_a_kill_left_half_unpacked_is_unpacked_anew(
+    own_toy: Toy, unbroken: Callable[..., RunFolder], tmp_path: Path
+) -> None:
+    pictures = Path(shutil.make_archive(str(tmp_path / "pictures"), "zip", own_toy.pictures))
+    run = Toy(own_toy.base, pictures, own_toy.home).run("zipped", train__steps=4)
+    nursery = Nursery()
+    try:
+        code, _ = nursery.train(run.path, Fault("write", r"cache/datasets/", nth=3, do="kill"))
+        assert code == -signal.SIGKILL
+        assert run.status() == "interrupted"
+        (half,) = own_toy.home.glob("cache/datasets/.*")
+        assert half.suffix == ".making"
+        assert 0 < len(list(half.iterdir())) < 8
+        assert nursery.train(run.path) == (0, "")
+    finally:
+        nursery.close()
+    assert result(run) == result(unbroken(train__steps=4))
+    (whole,) = (own_toy.home / "cache" / "datasets").iterdir()
+    assert len(list(whole.iterdir())) == 8
+    check_story(run)
+
+
+def test_a_zip_that_finds_no_room_pauses_the_run(own_toy: Toy, tmp_path: Path) -> None:
+    pictures = Path(shutil.make_archive(str(tmp_path / "pictures"), "zip", own_toy.pictures))
+    run = Toy(own_toy.base, pictures, own_toy.home).run("zipped", train__steps=4)
+    with armed(Fault("write", r"cache/datasets/", nth=3, times=0)):
+        assert "No space left on device" in trouble(run)
+    assert run.status() == "paused"
+    assert list(own_toy.home.glob("cache/datasets/*")) == []
+    trained(run)
+    assert run.status() == "done"
