@@ -102,28 +102,25 @@ class Report:
         return "\n".join(lines)
 
 
-def killed_many(toy_set: Toy, kills: int, seed: int) -> Report:
+def killed_many(toy_set: Toy, nursery: Nursery, kills: int, seed: int) -> Report:
     """Kill so many trainers in each phase, over as many runs as that takes.
 
     Raises:
         AssertionError: something was lost, doubled, half or different.
     """
     draw = random.Random(seed)
-    nursery, report, began = Nursery(), Report(), time.monotonic()
+    report, began = Report(), time.monotonic()
     changes = {key.replace(".", "__"): value for key, value in SETTINGS.items()}
-    try:
-        whole = toy_set.run("whole", **changes)
-        assert nursery.train(whole.path) == (0, "")
-        wanted = result(whole)
-        while any(report.kills[phase] < kills for phase in PHASES):
-            report.runs += 1
-            run = toy_set.run(f"killed-{report.runs}", **changes)
-            _killed_until_done(nursery, run, kills, draw, report)
-            assert result(run) == wanted, f"{run.path} ended in other bits"
-            check_story(run)
-            shutil.rmtree(run.path)
-    finally:
-        nursery.close()
+    whole = toy_set.run("whole", **changes)
+    assert nursery.train(whole.path) == (0, "")
+    wanted = result(whole)
+    while any(report.kills[phase] < kills for phase in PHASES):
+        report.runs += 1
+        run = toy_set.run(f"killed-{report.runs}", **changes)
+        _killed_until_done(nursery, run, kills, draw, report)
+        assert result(run) == wanted, f"{run.path} ended in other bits"
+        check_story(run)
+        shutil.rmtree(run.path)
     report.seconds = time.monotonic() - began
     return report
 
@@ -163,8 +160,12 @@ def main() -> None:
     """Run it and print the table."""
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    with tempfile.TemporaryDirectory() as folder:
-        report = killed_many(toy(Path(folder)), kills, seed)
+    nursery = Nursery()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = killed_many(toy(Path(folder)), nursery, kills, seed)
+    finally:
+        nursery.close()
     sys.stdout.write(report.table() + "\n")
 
 

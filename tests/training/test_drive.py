@@ -188,21 +188,17 @@ def test_a_folder_that_a_kill_left_half_made_goes_with_the_next(tmp_path: Path, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a nursery forks")
 def test_a_zip_that_a_kill_left_half_unpacked_is_unpacked_anew(
-    own_toy: Toy, unbroken: Callable[..., RunFolder], tmp_path: Path
+    own_toy: Toy, unbroken: Callable[..., RunFolder], nursery: Nursery, tmp_path: Path
 ) -> None:
     pictures = Path(shutil.make_archive(str(tmp_path / "pictures"), "zip", own_toy.pictures))
     run = Toy(own_toy.base, pictures, own_toy.home).run("zipped", train__steps=4)
-    nursery = Nursery()
-    try:
-        code, _ = nursery.train(run.path, Fault("write", r"cache/datasets/", nth=3, do="kill"))
-        assert code == -signal.SIGKILL
-        assert run.status() == "interrupted"
-        (half,) = own_toy.home.glob("cache/datasets/.*")
-        assert half.suffix == ".making"
-        assert 0 < len(list(half.iterdir())) < 8
-        assert nursery.train(run.path) == (0, "")
-    finally:
-        nursery.close()
+    code, _ = nursery.train(run.path, Fault("write", r"cache/datasets/", nth=3, do="kill"))
+    assert code == -signal.SIGKILL
+    assert run.status() == "interrupted"
+    (half,) = own_toy.home.glob("cache/datasets/.*")
+    assert half.suffix == ".making"
+    assert 0 < len(list(half.iterdir())) < 8
+    assert nursery.train(run.path) == (0, "")
     assert result(run) == result(unbroken(train__steps=4))
     (whole,) = (own_toy.home / "cache" / "datasets").iterdir()
     assert len(list(whole.iterdir())) == 8

@@ -212,20 +212,17 @@ def test_a_real_drive_that_turns_read_only_and_one_that_is_gone(own_toy: Toy, sm
     check_story(other)
 
 
-def test_a_file_size_limit_of_the_system_is_a_full_drive(own_toy: Toy) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="limits are those of POSIX")
+def test_a_file_size_limit_of_the_system_is_a_full_drive(own_toy: Toy, nursery: Nursery) -> None:
     run = own_toy.run("limited", adapter__rank=64, preview__every=0)
-    nursery = Nursery()
-    try:
-        code, said = nursery.train(run.path, file_size=300_000)
-        assert code == 1
-        assert "File too large" in said
-        assert said.count("\n") == 1
-        assert run.status() == "paused"
-        check_whole(run)
-        assert nursery.train(run.path)[0] == 0
-        assert run.status() == "done"
-    finally:
-        nursery.close()
+    code, said = nursery.train(run.path, file_size=300_000)
+    assert code == 1
+    assert "File too large" in said
+    assert said.count("\n") == 1
+    assert run.status() == "paused"
+    check_whole(run)
+    assert nursery.train(run.path)[0] == 0
+    assert run.status() == "done"
 
 
 @pytest.mark.slow
@@ -251,23 +248,19 @@ def test_whatever_room_is_left_at_the_start(own_toy: Toy, small_drive: Path, wan
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are those of POSIX")
-def test_whatever_size_of_a_file_is_allowed(own_toy: Toy, wanted: dict) -> None:
+def test_whatever_size_of_a_file_is_allowed(own_toy: Toy, nursery: Nursery, wanted: dict) -> None:
     """Each kind of file is the first to be too large at one of these: half as much again each time."""
-    nursery = Nursery()
     codes = set()
-    try:
-        for power in range(22):
-            run = own_toy.run("limited", **SAMPLED)
-            code, words = nursery.train(run.path, file_size=int(60 * 1.5**power))
-            codes.add(code)
-            assert code in (0, 1), words
-            assert "Traceback" not in words
-            assert "File too large" in words or not code
-            check_whole(run)
-            if code:
-                assert nursery.train(run.path)[0] == 0
-            assert result(run) == wanted, power
-            shutil.rmtree(own_toy.home)
-    finally:
-        nursery.close()
+    for power in range(22):
+        run = own_toy.run("limited", **SAMPLED)
+        code, words = nursery.train(run.path, file_size=int(60 * 1.5**power))
+        codes.add(code)
+        assert code in (0, 1), words
+        assert "Traceback" not in words
+        assert "File too large" in words or not code
+        check_whole(run)
+        if code:
+            assert nursery.train(run.path)[0] == 0
+        assert result(run) == wanted, power
+        shutil.rmtree(own_toy.home)
     assert codes == {0, 1}
