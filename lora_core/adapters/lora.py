@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_core.adapters.fused import fused_linear
+from lora_core.adapters.storage import Stored
 from lora_core.adapters.targets import Adaptable
 from lora_core.adapters.weights import LayerWeights
 
@@ -43,11 +45,12 @@ class Moment:
     rows: int = 0
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(Stored):
     """y = base(x) + strength * (alpha / r) * up(down(x)), for a linear layer or a convolution.
 
     down is (r, in) or (r, in, k, k) and starts random, up is (out, r) or (out, r, 1, 1) and starts at zero,
-    so that training starts at the base exactly. Both are fp32 whatever the base's number format is.
+    so that training starts at the base exactly. Both are fp32 whatever the base's number format is. A linear
+    layer whose factors lie in a `Storage` is computed by `fused`, unless a dropout is on.
 
     Source: Hu et al. 2021, section 4.1, equation 3.
     """
@@ -82,15 +85,15 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), or (B, in, h, w) to (B, out, h', w')."""
+        scale = self.strength * self.shape.alpha / self.shape.rank
+        dropping = self.training and self.shape.drops
+        if self.place is not None and isinstance(self.base, nn.Linear) and scale and not dropping:
+            return fused_linear(x, self.base, self.place, scale, (self.down, self.up))
         frozen: torch.Tensor = self.base(x)
         if self.strength == 0:
             return frozen
-        scale = self.strength * self.shape.alpha / self.shape.rank
         low = x.to(self.down.dtype)
-        if self.training and self.shape.drops:
-            update = self._dropped_update(low)
-        else:
-            update = self._up(self._down(low))
+        update = self._dropped_update(low) if dropping else self._up(self._down(low))
         return frozen + (scale * update).to(frozen.dtype)
 
     def _down(self, x: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Choice:
         extra: the optional package (extra of `pip install lora-easel[...]`) that it needs, or "".
         one_rate: an optimizer that works with one learning rate for everything that it trains.
         state: how many numbers an optimizer keeps for each that it trains.
+        by_matrix: an optimizer that looks at rows and columns, so that each factor is a tensor of its own.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Choice:
     extra: str = ""
     one_rate: bool = False
     state: float = 2.0
+    by_matrix: bool = False
 
     def resolve(self) -> Any:
         """Import what `load` names.
@@ -61,7 +63,11 @@ OPTIMIZERS: Table = {
     "nadam": Choice("NAdam", "Adam with Nesterov momentum.", "torch.optim:NAdam"),
     "radam": Choice("RAdam", "Adam that needs less warm-up.", "torch.optim:RAdam"),
     "adafactor": Choice(
-        "Adafactor", "Keeps far less state; for very large ranks.", "torch.optim:Adafactor", state=0.2
+        "Adafactor",
+        "Keeps far less state; for very large ranks.",
+        "torch.optim:Adafactor",
+        state=0.2,
+        by_matrix=True,
     ),
     "sgd": Choice(
         "SGD",

@@ -3,21 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from lora_core.adapters.inject import Injected, adapter_weights, load_weights
+from lora_core.adapters.storage import Storage
 from lora_core.adapters.weights import AdapterWeights
 
 
 class Average:
     """The average beside an adapter in a base."""
 
-    def __init__(self, injected: Injected, decay: float) -> None:
+    def __init__(self, injected: Injected, storage: Storage, decay: float) -> None:
         """Begin at the adapter as it stands; `decay` is below 1."""
         self._injected = injected
         self._decay = decay
-        self._live = injected.parameters()
-        self._mean = [tensor.detach().clone() for tensor in self._live]
+        self._live = storage.whole.detach()
+        self._mean = self._live.clone()
 
     def update(self, step: int) -> None:
         """Take in the adapter after optimizer step `step`, counted from 1.
@@ -27,8 +26,7 @@ class Average:
         ExponentialMovingAverage.
         """
         decay = min(self._decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self._mean, [tensor.detach() for tensor in self._live], 1.0 - decay)
+        self._mean.lerp_(self._live, 1.0 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -50,8 +48,6 @@ class Average:
             load_weights(self._injected, weights)
 
     def _swap(self) -> None:
-        with torch.no_grad():
-            for live, mean in zip(self._live, self._mean, strict=True):
-                kept = live.detach().clone()
-                live.copy_(mean)
-                mean.copy_(kept)
+        kept = self._live.clone()
+        self._live.copy_(self._mean)
+        self._mean.copy_(kept)

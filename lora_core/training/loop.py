@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lora_core.adapters.inject import Injected
+from lora_core.adapters.storage import Storage
 from lora_core.models.load import BaseModel
 from lora_core.spec.config import RunConfig
 from lora_core.spec.sections import LossSection
@@ -87,6 +88,7 @@ class Trainee:
         base: the base with the adapter in it.
         injected: the adapter.
         optimizer: of the adapter.
+        storage: where its numbers lie, and their gradients.
         scaler: of the loss.
         average: the running average of the adapter, if one is kept.
         split: parts that a micro-batch goes through the model in, to take less memory; they add up to the
@@ -98,6 +100,7 @@ class Trainee:
     base: BaseModel
     injected: Injected
     optimizer: torch.optim.Optimizer
+    storage: Storage
     scaler: torch.amp.GradScaler
     average: Average | None = None
     split: int = 1
@@ -132,7 +135,7 @@ def training_steps(
         factor = plan.rate * rate_factor(step, plan.steps, plan.schedule, plan.warmup)
         for group in trainee.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor if step < group["until"] * plan.steps else 0.0
-        trainee.optimizer.zero_grad(set_to_none=True)
+        trainee.storage.clear()
         parts = [
             micro_batch(trainee, batches, text, plan, step * plan.accumulate + part)
             for part in range(plan.accumulate)
@@ -162,6 +165,7 @@ def micro_batch(
         losses = picture_losses(base, latents[rows], condition, draw.rows(rows), plan.loss, batch.sizes[rows])
         trainee.scaler.scale(losses.sum() / (count * plan.accumulate)).backward()
         done.losses.append(losses.detach())
+    trainee.storage.gather()
     return done
 
 
@@ -169,9 +173,8 @@ def _apply(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int) ->
     """Take the step if all is finite; returns the loss and what was not."""
     scaler, optimizer = trainee.scaler, trainee.optimizer
     scaler.unscale_(optimizer)
-    tensors = [tensor for tensor in trainee.injected.parameters() if tensor.grad is not None]
     with torch.no_grad():
-        norm = nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
+        norm = nn.utils.get_total_norm([trainee.storage.grads])
         mean = torch.stack([part.loss for part in parts]).mean()
         loss, size = torch.stack([mean, norm.to(mean)]).tolist()
     # A scaler finds its scale by overflowing now and then, and passes over such a step by itself.
@@ -179,7 +182,7 @@ def _apply(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int) ->
     if math.isfinite(loss + size) or (searching and scaler.get_scale() > 1.0):
         trainee.applying = True
         if clip:
-            nn.utils.clip_grads_with_norm_(tensors, clip, norm)
+            nn.utils.clip_grads_with_norm_(trainee.storage.whole, clip, norm)
         scaler.step(optimizer)
         scaler.update()
         if trainee.average is not None:

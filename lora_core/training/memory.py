@@ -221,7 +221,7 @@ def free_memory(trainee: Trainee, error: BaseException | None = None) -> None:
         # The frames of the step hold its activations for as long as the error is known.
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
-    trainee.optimizer.zero_grad(set_to_none=True)
+    trainee.storage.clear()
     gc.collect()
     if trainee.base.device.type == "cuda":
         torch.cuda.empty_cache()

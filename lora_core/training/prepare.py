@@ -154,12 +154,14 @@ def prepared(
     measured.prior = prior
     injected, notes = injected_adapter(base, layout, config.seed)
     ready_for_training(base, config.train.checkpointing)
+    optimizer, storage = optimizer_of(injected, layout, base, config.optim)
     trainee = Trainee(
         base,
         injected,
-        optimizer_of(injected, layout, base, config.optim),
+        optimizer,
+        storage,
         torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16),
-        Average(injected, config.save.ema) if config.save.ema else None,
+        Average(injected, storage, config.save.ema) if config.save.ema else None,
         aside=aside,
     )
     looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)

@@ -10,8 +10,9 @@ import torch
 
 from lora_core.adapters.blocks import Blocks, LayerPlan, layer_plans
 from lora_core.adapters.inject import Injected, inject_layers
-from lora_core.adapters.lora import LoraShape
+from lora_core.adapters.lora import LoraLayer, LoraShape
 from lora_core.adapters.start import begin_with
+from lora_core.adapters.storage import Storage
 from lora_core.adapters.targets import named_targets
 from lora_core.adapters.weights import AdapterWeights, LayerKey
 from lora_core.formats.file import read_adapter
@@ -150,34 +151,38 @@ def enable_checkpointing(base: BaseModel) -> None:
 
 def optimizer_of(
     injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimSection
-) -> torch.optim.Optimizer:
-    """The optimizer, with one group for each part and rate, a part's own rate first; `initial_lr` is a
-    group's full rate, `until` the share of steps it is trained for.
+) -> tuple[torch.optim.Optimizer, Storage]:
+    """The optimizer and where what it trains lies, with one group for each part and rate, a part's own rate
+    first; `initial_lr` is a group's full rate, `until` the share of steps it is trained for.
 
     Raises:
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
     row = chosen(OPTIMIZERS, optim.name, "optim.name")
     own = part_rates(base.family, optim)
+    members: list[list[LoraLayer]] = []
     groups: list[dict[str, Any]] = []
     for part in injected.parts():
-        by_rate: dict[float, list[torch.nn.Parameter]] = {own[part]: []}
+        by_rate: dict[float, list[LoraLayer]] = {own[part]: []}
         for key, layer in injected.layers.items():
             if key[0] == part and plan.layers[key].rate > 0:
-                by_rate.setdefault(plan.layers[key].rate, []).extend((layer.down, layer.up))
+                by_rate.setdefault(plan.layers[key].rate, []).append(layer)
         until = 1.0 if part == "unet" else optim.text_encoder_until
-        groups += [
-            {"params": tensors, "lr": rate, "initial_lr": rate, "until": until}
-            for rate, tensors in by_rate.items()
-            if tensors
-        ]
+        for rate, layers in by_rate.items():
+            if layers:
+                members.append(layers)
+                groups.append({"lr": rate, "initial_lr": rate, "until": until})
     if row.one_rate and len({group["lr"] for group in groups}) > 1:
         raise ConfigError(
             f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
             f" ({optim.lr:g}) or to 0, and leave optim.block_lr empty."
         )
+    storage = Storage(members)
+    for group, layers, whole in zip(groups, members, storage.groups, strict=True):
+        factors = [factor for layer in layers for factor in (layer.down, layer.up)]
+        group["params"] = factors if row.by_matrix else [whole]
     try:
         optimizer: torch.optim.Optimizer = row.resolve()(groups, lr=groups[0]["lr"], **row.defaults)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
-    return optimizer
+    return optimizer, storage

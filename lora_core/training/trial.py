@@ -60,7 +60,7 @@ def _try_step(session: Session, plan: StepPlan, state: float) -> None:
     numbers = sum(tensor.numel() for tensor in trainee.injected.parameters())
     held = torch.empty(int(state * numbers), device=base.device)
     micro_batch(trainee, session.batches, session.text, plan, session.batches.heaviest())
-    trainee.optimizer.zero_grad(set_to_none=True)
+    trainee.storage.clear()
     if session.held_out:
         largest = max(session.held_out, key=lambda measured: measured.latents.numel())
         triple_losses(base, [largest], session.text.condition)

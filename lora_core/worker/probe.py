@@ -173,12 +173,14 @@ def _made(base: BaseModel, config: RunConfig) -> tuple[Trainee, Batches, TextSou
     injected, _ = injected_adapter(base, layout, config.seed)
     ready_for_training(base, train.checkpointing)
     device = base.device
+    optimizer, storage = optimizer_of(injected, layout, base, config.optim)
     trainee = Trainee(
         base,
         injected,
-        optimizer_of(injected, layout, base, config.optim),
+        optimizer,
+        storage,
         torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16),
-        Average(injected, config.save.ema) if config.save.ema else None,
+        Average(injected, storage, config.save.ema) if config.save.ema else None,
     )
     return trainee, _Noise(base, bucket, train.batch_size), text
 

@@ -383,7 +383,8 @@ def test_what_the_window_starts(home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not ensure_owner(home)  # it has been started, whether or not it is up already
     wait_for(lambda: states(queue)["broken"] == "failed" and queue.owner() is None)
     assert "adapter.rank = 0" in queue.jobs()[0].reason
-    assert "1 of 1 jobs failed: broken" in queue.log_file.read_text()
+    # The owner's process says so after it has let go of the queue.
+    wait_for(lambda: "1 of 1 jobs failed: broken" in queue.log_file.read_text())
     assert json.loads(queue.file.read_text())["going"] is False
     queue.add(queue.run("broken"))
     queue.set_going(True)

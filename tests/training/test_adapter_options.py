@@ -132,9 +132,10 @@ def test_groups_of_the_optimizer_follow_the_rates(tmp_path, config):
     # The part's own rate first, so that it is the one that is shown.
     assert [group["initial_lr"] for group in groups] == [1e-3, 3e-3, 5e-5]
     layers = session.trainee.injected.layers
-    up = sum("up_blocks" in name for _, name in layers)
-    assert len(groups[1]["params"]) == 2 * up
-    assert sum(len(group["params"]) for group in groups) == 2 * len(layers)
+    sizes = [sum(tensor.numel() for tensor in group["params"]) for group in groups]
+    up = [layer for (_, name), layer in layers.items() if "up_blocks" in name]
+    assert sizes[1] == sum(layer.down.numel() + layer.up.numel() for layer in up)
+    assert sum(sizes) == sum(tensor.numel() for tensor in session.trainee.injected.parameters())
 
 
 def test_one_rate_for_all_is_asked_of_optimizers_that_find_their_own(tmp_path, config):

@@ -73,7 +73,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(own_toy: Toy, random: bo
     found = []
     for split in (1, 2, 3, 4):
         trainee.split = split
-        trainee.optimizer.zero_grad(set_to_none=True)
+        trainee.storage.clear()
         part = micro_batch(trainee, session.batches, session.text, plan, 3)
         grads = torch.cat([p.grad.flatten() for p in trainee.injected.parameters() if p.grad is not None])
         found.append((torch.cat(part.losses), part.timesteps, grads))
@@ -91,7 +91,7 @@ def test_checkpointing_has_the_gradient_of_the_whole(own_toy: Toy) -> None:
     found = []
     rung = next(rung for rung in LADDER if rung.name == "checkpointing")
     for _ in range(2):
-        trainee.optimizer.zero_grad(set_to_none=True)
+        trainee.storage.clear()
         micro_batch(trainee, session.batches, session.text, plan, 3)
         found.append(torch.cat([p.grad.flatten() for p in trainee.injected.parameters()]))
         rung.take(trainee)

@@ -136,10 +136,11 @@ def test_the_average_follows_its_formula(own_toy: Toy) -> None:
 
     from lora_core.adapters.inject import Injected
     from lora_core.adapters.lora import LoraLayer, LoraShape, Moment
+    from lora_core.adapters.storage import Storage
     from lora_core.training.ema import Average
 
     layer = LoraLayer(torch.nn.Linear(3, 3), "x", LoraShape(1, 1.0), Moment(), 0)
-    average = Average(Injected({("unet", "x"): layer}, Moment()), 0.5)
+    average = Average(Injected({("unet", "x"): layer}, Moment()), Storage([[layer]]), 0.5)
     with torch.no_grad():
         layer.up.fill_(1.0)
     mean = 0.0

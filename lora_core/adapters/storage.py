@@ -1,0 +1,131 @@
+"""Storage: all trained numbers of an adapter in one tensor, and all their gradients in another.
+
+Optimizer, clipping, averaging and the check for numbers that are not finite are then one operation each
+instead of one for each factor. Layers see views, so that nothing else has to know.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A layer's factors, or their gradients, as matrices: `down` (r, in) and `up` (out, r)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+class Stored(nn.Module):
+    """A layer with trained factors, `down` and `up`; `place` is where they lie once a storage holds them."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+    place: "Place | None" = None
+
+
+class Storage:
+    """The numbers of an adapter and their gradients, group after group.
+
+    Attributes:
+        whole: (N,), fp32; its `grad` is never None.
+        groups: one trained tensor for each group, a view of `whole`; its `grad` is a view of that of `whole`.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Stored]]) -> None:
+        """Move the factors of `groups` of layers here, bit for bit; other layers stay as they are."""
+        factors = [factor for group in groups for layer in group for factor in (layer.down, layer.up)]
+        self.whole = nn.Parameter(torch.empty(sum(map(torch.numel, factors)), device=factors[0].device))
+        self.grads = self.whole.grad = torch.zeros_like(self.whole)
+        self.groups: list[nn.Parameter] = []
+        self._rounded: dict[torch.dtype, _Rounded] = {}
+        start = end = 0
+        for group in groups:
+            for layer in group:
+                sizes = layer.down[0].numel(), layer.up.shape[0]
+                layer.place = Place(self, end, len(layer.down), *sizes)
+                end = self._move(layer, end)
+            self.groups.append(self._part(start, end))
+            start = end
+
+    def clear(self) -> None:
+        """Set all gradients to zero."""
+        for grads in (self.grads, *(rounded.grads for rounded in self._rounded.values())):
+            grads.zero_()
+
+    def gather(self) -> None:
+        """Add the gradients that were computed in shorter formats to those in fp32."""
+        for rounded in self._rounded.values():
+            self.grads.add_(rounded.grads)
+            rounded.grads.zero_()
+
+    def rounded(self, dtype: torch.dtype) -> "_Rounded":
+        """The numbers in another format than fp32."""
+        if dtype not in self._rounded:
+            self._rounded[dtype] = _Rounded(self.whole.detach(), dtype)
+        return self._rounded[dtype]
+
+    def _move(self, layer: Stored, end: int) -> int:
+        for name in ("down", "up"):
+            factor: nn.Parameter = getattr(layer, name)
+            start, end = end, end + factor.numel()
+            moved = self._part(start, end, factor.shape)
+            with torch.no_grad():
+                moved.copy_(factor)
+            setattr(layer, name, moved)
+        return end
+
+    def _part(self, start: int, end: int, shape: torch.Size | None = None) -> nn.Parameter:
+        shape = shape or torch.Size([end - start])
+        part = nn.Parameter(self.whole.detach()[start:end].view(shape))
+        part.grad = self.grads[start:end].view(shape)
+        return part
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's factors lie in a storage: from `start`, (rank, inside) and then (outside, rank)."""
+
+    storage: Storage
+    start: int
+    rank: int
+    inside: int
+    outside: int
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """The factors in a number format; rounded once for each state of all numbers."""
+        if dtype == torch.float32:
+            return self._views(self.storage.whole.detach())
+        return self._views(self.storage.rounded(dtype).fresh(self.storage.whole.detach()))
+
+    def gradients(self, dtype: torch.dtype) -> Factors:
+        """Where gradients that were computed in a number format are added up; see `Storage.gather`."""
+        if dtype == torch.float32:
+            return self._views(self.storage.grads)
+        return self._views(self.storage.rounded(dtype).grads)
+
+    def _views(self, numbers: torch.Tensor) -> Factors:
+        middle = self.start + self.rank * self.inside
+        end = middle + self.outside * self.rank
+        down = numbers[self.start : middle].view(self.rank, self.inside)
+        return Factors(down, numbers[middle:end].view(self.outside, self.rank))
+
+
+class _Rounded:
+    """The numbers in a shorter format, and the gradients that were computed in it."""
+
+    def __init__(self, numbers: torch.Tensor, dtype: torch.dtype) -> None:
+        self.values = torch.empty_like(numbers, dtype=dtype)
+        self.grads = torch.zeros_like(self.values)
+        self._state = -1
+
+    def fresh(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The values, rounded anew where the numbers have changed since; torch counts changes through any
+        view."""
+        if numbers._version != self._state:
+            self.values.copy_(numbers)
+            self._state = numbers._version
+        return self.values
