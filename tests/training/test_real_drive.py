@@ -231,7 +231,7 @@ def test_whatever_room_is_left_at_the_start(own_toy: Toy, small_drive: Path, wan
     """From nothing to enough for all of it, a few pages more each time."""
     toy = Toy(own_toy.base, own_toy.pictures, small_drive / "home")
     ended = set()
-    for left in range(by * 6, 660, 24):
+    for left in range(by * 6, 708, 24):
         run = toy.run("swept", **SAMPLED)
         filler = fill(small_drive, left)
         with unasked(), contextlib.suppress(LoraError):
