@@ -103,18 +103,23 @@ def main() -> None:
     options.add_argument("--rung", help="measure one in this process")
     chosen = options.parse_args()
     if chosen.rung:
-        print(json.dumps(measured(chosen.rung, chosen.size, chosen.precision, chosen.steps)))  # noqa: T201
+        say(json.dumps(measured(chosen.rung, chosen.size, chosen.precision, chosen.steps)))
         return
-    print(f"{chosen.size}, {chosen.precision}, batch of 2, latents 32x32, one thread")  # noqa: T201
+    say(f"{chosen.size}, {chosen.precision}, batch of 2, latents 32x32, one thread")
     first: dict[str, float] = {}
     for rung in chosen.rungs:
         found = in_a_fresh_process(rung, chosen.size, chosen.precision, chosen.steps)
         first = first or found
-        print(  # noqa: T201
+        say(
             f"{rung:14} {found['peak'] / 2**20:8,.0f} MB {found['peak'] / first['peak']:5.2f}"
-            f" {found['seconds']:7.2f} s {found['seconds'] / first['seconds']:5.2f}",
-            flush=True,
+            f" {found['seconds']:7.2f} s {found['seconds'] / first['seconds']:5.2f}"
         )
+
+
+def say(line: str) -> None:
+    """Write a line at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def in_a_fresh_process(rung: str, size: str, precision: str, steps: int) -> dict[str, float]:
