@@ -19,7 +19,7 @@ from lora_core.training.duties import EXPORT_PRECISION, Duties, Notes
 from lora_core.training.export import exported_checkpoint
 from lora_core.training.guards import RETURNS, Health, Pace, slow_words
 from lora_core.training.inputs import versions
-from lora_core.training.keeping import Keeper
+from lora_core.training.keeping import Keeper, first_whole
 from lora_core.training.loop import Step, StepPlan, training_steps
 from lora_core.training.memory import Ladder, free_memory, limited, out_of_memory
 from lora_core.training.prepare import Plan, Session, prepared
@@ -249,13 +249,13 @@ class Conductor:
         return self._end_unprepared()
 
     def _end_unprepared(self) -> Outcome:
-        """Leave early with the newest checkpoint, if there is one, as what there is."""
-        kept = self._run.checkpoint_steps()
-        if not kept:
+        """Leave early with the newest whole checkpoint, if there is one, as what there is."""
+        found = first_whole(self._run, self._run.checkpoint_steps()[::-1], self._emit)
+        if found is None:
             return self._ended(None)
-        self.step = kept[-1]
-        how = ("kohya", EXPORT_PRECISION)
-        return self._ended(lambda: Path(exported_checkpoint(self._run, "last", self._run.name, how)["file"]))
+        self.step = found[1].step
+        which, how = str(self.step), ("kohya", EXPORT_PRECISION)
+        return self._ended(lambda: Path(exported_checkpoint(self._run, which, self._run.name, how)["file"]))
 
     def _ended(self, export: Callable[[], Path] | None) -> Outcome:
         request = next((r for r in self.requests.waiting() if r["do"] in ("stop", "pause")), None)

@@ -73,7 +73,7 @@ class Keeper:
     def take_up(self) -> TrainState | None:
         """Bring back the newest whole checkpoint, if there is one; a broken one is passed over with a
         warning."""
-        return self._first_whole(list(reversed(self._run.checkpoint_steps())))
+        return self._first_whole(self._run.checkpoint_steps()[::-1])
 
     def newest(self) -> TrainState:
         """The newest state that is whole: a checkpoint, or the start.
@@ -121,20 +121,11 @@ class Keeper:
         return [step for step in steps if has(self._run.checkpoint(step), "planned")]
 
     def _first_whole(self, steps: list[int]) -> TrainState | None:
-        for step in steps:
-            try:
-                weights, state = load_checkpoint(self._run.checkpoint(step))
-            except RunError as error:
-                rest = (
-                    "The one before it is used."
-                    if step != steps[-1]
-                    else "No other one is kept, so training begins anew."
-                )
-                self._emit(events.Warned(step=step, message=f"{error} {rest}"))
-                continue
-            self._bring_back(weights, state)
-            return state
-        return None
+        found = first_whole(self._run, steps, self._emit)
+        if found is None:
+            return None
+        self._bring_back(*found)
+        return found[1]
 
     def _from_start(self) -> TrainState:
         if self._start is None:
@@ -160,3 +151,17 @@ class Keeper:
         for step in reversed(self._run.checkpoint_steps()):
             return sum(file.stat().st_size for file in self._run.checkpoint(step).iterdir())
         return checkpoint_bytes(self._config, self._numbers)
+
+
+def first_whole(
+    run: RunFolder, steps: list[int], emit: Callable[[events.Event], None]
+) -> tuple[AdapterWeights, TrainState] | None:
+    """The first whole one of the checkpoints of `steps`; broken ones are passed over with a warning."""
+    for step in steps:
+        try:
+            return load_checkpoint(run.checkpoint(step))
+        except RunError as error:
+            last = step == steps[-1]
+            rest = "No other one is kept, so training begins anew." if last else "The one before it is used."
+            emit(events.Warned(step=step, message=f"{error} {rest}"))
+    return None

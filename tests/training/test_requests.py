@@ -8,10 +8,14 @@ from collections.abc import Callable
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lora_core.spec import events, stopping
 from lora_core.spec.run_folder import RunFolder
-from tests.training.runs import Broken, Toy, check_story, check_whole, result, trained
+from lora_core.spec.tensor_file import read_header
+from tests.faults import corrupt
+from tests.training.runs import Broken, Toy, broken_at, check_story, check_whole, notes, result, trained
 
 ON_UNIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
 STORY = {"preview__every": 6, "preview__steps": 3, "validation__pictures": 2, "validation__every": 6}
@@ -132,3 +136,23 @@ def test_a_pause_is_acted_on_while_pictures_and_captions_are_encoded(
     trained(run)
     assert result(run) == result(unbroken(**STORY))
     check_story(run)
+
+
+def test_a_stop_before_the_first_step_takes_the_newest_whole_checkpoint(own_toy: Toy) -> None:
+    run = own_toy.run("early", save__every=3)
+    broken_at(run, events.StepDone, 8)
+    assert run.checkpoint_steps() == [3, 6]
+    corrupt(run.checkpoint(6) / "adapter.safetensors", "cut")
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Preparing):
+            run.request("stop")
+
+    outcome = trained(run, on_event)
+    assert (outcome.status, run.status()) == ("stopped", "stopped")
+    assert any("step-000006 is broken" in note and "one before it is used" in note for note in notes(run))
+    assert outcome.export is not None
+    kept = load_file(run.checkpoint(3) / "adapter.safetensors")
+    exported = load_file(outcome.export)
+    assert all(torch.equal(tensor, kept[name].half()) for name, tensor in exported.items() if "up" in name)
+    assert read_header(outcome.export).metadata["ss_steps"] == "3"
