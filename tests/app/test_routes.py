@@ -8,6 +8,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.desk import Desk
+from app.page import REST, build_page, calm
 from app.routes import Refused, add_routes, address, below
 
 
@@ -91,3 +92,12 @@ def test_who_it_is_says_no_path(client: TestClient, desk: Desk) -> None:
 def test_assets_are_those_of_the_page_alone(client: TestClient) -> None:
     assert client.get("/easel/assets/style.css").status_code == 200
     assert client.get("/easel/assets/base/easel.json").status_code == 404
+
+
+def test_gradio_s_queue_rests_and_nothing_of_ours_waits_in_it(desk: Desk) -> None:
+    page = build_page(desk)
+    queue = page._queue
+    calm(queue)
+    assert queue.sleep_when_free == queue.progress_update_sleep_when_free == REST
+    assert [event.targets for event in page.fns.values() if event.queue] == []
+    calm(None)

@@ -1,11 +1,14 @@
 """What a window looks like in its states and widths, and what it costs while nothing happens."""
 
 import json
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 import pytest
 
+from app.preview.loras import ADDED
 from tests.browser.test_main_path import open_tab
 
 TABS = ("Dataset", "Train", "Preview", "Export")
@@ -14,29 +17,40 @@ MOST_OF_A_CORE = 0.03
 LARGEST_ANSWER = 20_000
 
 
-def test_an_idle_window_costs_next_to_nothing(look: Any, trained: Any) -> None:
-    page = look()
-    for tab in TABS:
-        open_tab(page, tab)
-    page.wait_for_function("document.querySelectorAll('#export-cards img').length")
+def assert_idle(page: Any, window: Any, record: Callable[[str, object], None]) -> None:
+    """What the server spends and sends while a page is open and nothing happens."""
     sizes: list[int] = []
     page.on("response", lambda answer: sizes.append(len(answer.body())))
     # What opening set off has ended once a poll brought next to nothing.
     while not sizes or sizes[-1] > LARGEST_ANSWER:
         page.wait_for_event("response")
     sizes.clear()
-    server = psutil.Process(trained.process.pid)
+    server = psutil.Process(window.process.pid)
     before = server.cpu_times()
     page.wait_for_timeout(1000 * IDLE_SECONDS)
     after = server.cpu_times()
     spent = after.user + after.system - before.user - before.system
     assert sizes, "the page did not ask"
+    record("share of a core", spent / IDLE_SECONDS)
+    record("largest answer", max(sizes))
     assert max(sizes) < LARGEST_ANSWER
     assert spent < MOST_OF_A_CORE * IDLE_SECONDS
 
 
+def test_an_idle_window_costs_next_to_nothing(look: Any, trained: Any, record_property: Any) -> None:
+    page = look()
+    for tab in TABS:
+        open_tab(page, tab)
+    page.wait_for_function("document.querySelectorAll('#export-cards img').length")
+    assert_idle(page, trained, record_property)
+
+
 @pytest.mark.parametrize("width", [390, 1024])
-def test_narrow_windows(look: Any, width: int) -> None:
+def test_narrow_windows(look: Any, trained: Any, width: int) -> None:
+    file = next((trained.workspace / "runs").glob("*/export/*.safetensors"))
+    added = trained.workspace / "projects" / "default" / ADDED
+    added.mkdir(exist_ok=True)
+    shutil.copy(file, added / f"{'a file with a long name ' * 6}.safetensors")
     page = look("light", width)
     for tab in TABS:
         open_tab(page, tab)
