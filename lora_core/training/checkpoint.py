@@ -126,12 +126,9 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, TrainState]:
     Raises:
         RunError: a file is missing or is not what was written.
     """
+    record = checked_record(path)
+    names = record["sha256"]
     try:
-        record = read_record(path)
-        names = record["sha256"]
-        for name, digest in names.items():
-            if _sha256(path / name) != digest:
-                raise RunError(f"The checkpoint {path} is broken: {name} is not what was written.")
         weights = read_adapter(path / (FACTORS if FACTORS in names else ADAPTER))
         average = (
             read_adapter(path / (AVERAGE if AVERAGE in names else ADAPTER)) if record.get("average") else None
@@ -143,6 +140,30 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, TrainState]:
         )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError, AdapterFileError) as error:
         raise RunError(f"The checkpoint {path} is broken: {error}.") from error
+
+
+def checked_record(path: Path) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says, once its files have been seen to be what was written.
+
+    Raises:
+        RunError: one is not, or is missing.
+    """
+    try:
+        record = read_record(path)
+        for name, digest in record["sha256"].items():
+            if _sha256(path / name) != digest:
+                raise RunError(f"The checkpoint {path} is broken: {name} is not what was written.")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RunError(f"The checkpoint {path} is broken: {error}.") from error
+    return record
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and is what was written."""
+    try:
+        return bool(checked_record(path))
+    except RunError:
+        return False
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.room import preview_bytes, require_room
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.between import drawn_samples, due
-from lora_core.training.checkpoint import TrainState, amend_record
+from lora_core.training.checkpoint import TrainState, amend_record, is_whole
 from lora_core.training.export import exported_checkpoint, newest_sample, run_header, write_export
 from lora_core.training.guards import Health
 from lora_core.training.judge import Best, Judge
@@ -170,7 +170,7 @@ class Duties:
         last = self.validations[-1] if self.validations else None
         best = self.judge.best.step
         spoiled = last is not None and last.step == step and worse(last.against_best, last.against_best_error)
-        if last is not None and spoiled and best in self._run.checkpoint_steps():
+        if last is not None and spoiled and is_whole(self._run.checkpoint(best)):
             self._emit(events.Warned(step=step, message=_of_the_best(best, last)))
             made = exported_checkpoint(self._run, str(best), self._run.name, ("kohya", EXPORT_PRECISION))
             return Path(made["file"])

@@ -21,6 +21,7 @@ from lora_core.spec.run_folder import RunFolder, checked_name
 from lora_core.spec.sections import AdapterSection
 from lora_core.spec.tensor_file import read_header
 from lora_core.training.batches import Item
+from lora_core.training.checkpoint import STATE, checked_record
 from lora_core.training.inputs import versions
 from lora_core.training.prepare import plain_caption
 
@@ -128,11 +129,13 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
         checkpoint: {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
-        RunError: there is no such checkpoint, or the name cannot be a file's.
+        RunError: there is no such checkpoint, it is not whole, or the name cannot be a file's.
         AdapterFileError: the file cannot be written.
     """
     step = _step_of(run, which)
     folder = run.checkpoint(step)
+    if (folder / STATE).exists():
+        checked_record(folder)
     header = dict(read_tensors(folder / "adapter.safetensors")[1])
     weights = read_adapter(folder / "adapter.safetensors")
     family = next(

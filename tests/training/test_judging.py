@@ -9,8 +9,11 @@ import torch
 
 from lora_core.formats.file import read_adapter
 from lora_core.spec import events
+from lora_core.spec.errors import RunError
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training import judge, measuring
+from lora_core.training.export import exported_checkpoint
+from tests.faults import corrupt
 from tests.training.runs import Toy, broken_at, result, tensors, trained
 
 HOT = {
@@ -49,6 +52,22 @@ def test_the_best_is_kept_and_exported(hot: RunFolder) -> None:
     exported = read_adapter(hot.path / progress.export).layers
     assert all(torch.equal(exported[key].up, layer.up.half().float()) for key, layer in best.items())
     assert any("that of step" in warning for warning in progress.warnings)
+
+
+def test_a_best_that_is_not_whole_is_not_exported(own_toy: Toy, hot: RunFolder) -> None:
+    """The last one is, and who asks for the broken one is told."""
+    run, told = own_toy.run("spoiled", **HOT), hot.progress()
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Validated) and event.step == told.step:
+            corrupt(run.checkpoint(told.best_step) / "adapter.safetensors")
+
+    assert trained(run, on_event).status == "stopped"
+    last = read_adapter(run.checkpoint(told.step) / "adapter.safetensors").layers
+    exported = read_adapter(run.path / run.progress().export).layers
+    assert all(torch.equal(exported[key].up, layer.up.half().float()) for key, layer in last.items())
+    with pytest.raises(RunError, match=r"is broken: adapter\.safetensors is not what was written"):
+        exported_checkpoint(run, "best", "mine", ("kohya", "fp16"))
 
 
 def test_each_best_beat_the_one_before_by_more_than_the_error(hot: RunFolder) -> None:
