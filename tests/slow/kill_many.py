@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_core.spec.events import read_events
+from lora_core.spec.events import Working, read_events
 from lora_core.spec.run_folder import RunFolder
 from tests.faults import Fault, Nursery
 from tests.training.runs import RANDOM, Toy, check_story, check_whole, result, toy
@@ -42,8 +42,11 @@ class Phase:
 
 
 def _last(run: RunFolder) -> str:
+    """The kind of the last event, and of long work between two steps what it is."""
     story = read_events(run.events_file)[0]
-    return story[-1].kind if story else ""
+    if not story:
+        return ""
+    return story[-1].phase if isinstance(story[-1], Working) else story[-1].kind
 
 
 PHASES = {
@@ -66,7 +69,7 @@ PHASES = {
     ),
     "validating": Phase(
         lambda draw: Fault("validate", nth=draw.randint(1, 3), do="kill", delay=draw.uniform(0, 0.02)),
-        lambda run: _last(run) in BETWEEN[:2],
+        lambda run: _last(run) in (*BETWEEN[:2], "Validating"),
     ),
     "exporting": Phase(
         lambda draw: Fault("open", r"export/.*\.(draft|tmp)", nth=draw.randint(1, 3), do="kill",
