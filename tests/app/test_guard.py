@@ -341,8 +341,12 @@ NO_PATHS = {
     ("POST", "/easel/quit"), ("POST", "/easel/upload"), ("POST", "/easel/bulk/undo"),
     ("GET", "/easel/preview/now"), ("GET", "/easel/preview/look"), ("POST", "/easel/preview/open"),
     ("POST", "/easel/preview/cancel"), ("GET", "/easel/preview/strip.png"),
+    ("GET", "/easel/insights"), ("POST", "/easel/insights"), ("GET", "/easel/inside/choices"),
+    ("GET", "/easel/inside/now"), ("GET", "/easel/inside/numbers.json"), ("POST", "/easel/inside/act"),
+    ("POST", "/easel/inside/cancel"), ("GET", "/easel/report/now"), ("POST", "/easel/report/cancel"),
     # A folder or a file of this computer is what these ask for; the person types it.
-    ("POST", "/easel/import"), ("POST", "/easel/preview/rows"),
+    ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/inside/start"),
+    ("POST", "/easel/inside/go-on"),
 }  # fmt: skip
 SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("GET", "/easel/assets/{name}"): lambda evil: [(f"/easel/assets/{evil}", None)],
@@ -380,6 +384,11 @@ SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("POST", "/easel/upload/{batch}"): lambda evil: [
         (f"/easel/upload/{evil}", {}),
         (f"/easel/upload/{evil}", {"give_up": True}),
+    ],
+    ("GET", "/easel/made/{file}"): lambda evil: [(f"/easel/made/{evil}", None)],
+    ("GET", "/easel/report/of/{run}"): lambda evil: [(f"/easel/report/of/{evil}", None)],
+    ("POST", "/easel/report/start"): lambda evil: [
+        ("/easel/report/start", {"run": evil, "measure": measure}) for measure in (True, False)
     ],
     ("POST", "/easel/preview/forget"): lambda evil: [("/easel/preview/forget", {"file": evil})],
 }
