@@ -28,6 +28,15 @@ class RunError(LoraError):
     """A run folder in a state that does not allow what was asked."""
 
 
+class InputsChanged(RunError):
+    """What a run follows from is not what it began with; it goes on only if a person accepts that."""
+
+    def __init__(self, sentence: str, changed: list[str]) -> None:
+        """Say it in `sentence`; `changed` names all that differs."""
+        super().__init__(sentence)
+        self.changed = changed
+
+
 class NoRoom(RunError):
     """The drive of a run is full, gone or read-only: the run is paused, and goes on when that is mended."""
 

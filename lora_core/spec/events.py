@@ -151,9 +151,10 @@ class Resumed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """The run ended with an error: `reason` in a sentence."""
+    """The run ended with an error: `reason` in a sentence; `changed` names what a person may accept."""
 
     reason: str
+    changed: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ class Progress:
     phase_total: int = 0
     ending: str = ""
     reason: str = ""
+    changed: list[str] = field(default_factory=list)
     stopped_early: bool = False
     export: str = ""
     best_step: int | None = None
@@ -38,7 +39,7 @@ class Progress:
         match event:
             case events.Started():
                 self.started, self.steps, self.stepping = True, event.steps, False
-                self.ending = self.reason = ""
+                self.ending, self.reason, self.changed = "", "", []
             case events.Resumed():
                 self._forget_after(event.step)
                 self.steps = event.steps
@@ -68,7 +69,7 @@ class Progress:
             case events.Finished():
                 self.ending, self.export = "done", event.export
             case events.Failed():
-                self.ending, self.reason = "failed", event.reason
+                self.ending, self.reason, self.changed = "failed", event.reason, event.changed
 
     def _forget_after(self, step: int) -> None:
         self.step = step

@@ -12,7 +12,7 @@ from lora_core.dataset.pictures import content_hash
 from lora_core.models.hub import in_local_cache
 from lora_core.models.sources import weight_paths
 from lora_core.spec.base_facts import base_facts, is_hub_id
-from lora_core.spec.errors import ModelFileError, RunError
+from lora_core.spec.errors import InputsChanged, ModelFileError
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.sections import ModelSection
@@ -127,7 +127,7 @@ def check_inputs(
         more: a short text for each other input, as of the base.
 
     Raises:
-        RunError: something has changed and the person has not accepted it; names what.
+        InputsChanged: something has changed and the person has not accepted it; names what.
     """
     now = inputs_of(run, records) | (more or {})
     try:
@@ -137,8 +137,9 @@ def check_inputs(
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed and not accept_changes:
         named = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-        raise RunError(
+        raise InputsChanged(
             f"Since the run {run.name} began, this has changed: {named}. Put it back, or go on with"
-            " --accept-changes; the result is then not that of an unbroken run."
+            " --accept-changes; the result is then not that of an unbroken run.",
+            changed,
         )
     write_atomically(run.inputs_file, json.dumps(now, ensure_ascii=False, indent=1).encode())

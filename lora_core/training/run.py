@@ -9,7 +9,7 @@ import errno
 from collections.abc import Callable
 
 from lora_core.spec import events
-from lora_core.spec.errors import LoraError, NoRoom, OutOfMemory, RunError
+from lora_core.spec.errors import InputsChanged, LoraError, NoRoom, OutOfMemory, RunError
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.stopping import Stopping
 from lora_core.training.board import Board
@@ -93,7 +93,8 @@ def _told(
         emit(events.Paused(step=step, reason=str(problem)))
     else:
         defect = f"A defect of the program: {type(error).__name__}: {error}"
-        emit(events.Failed(step=step, reason=defect if problem is None else str(problem)))
+        changed = problem.changed if isinstance(problem, InputsChanged) else []
+        emit(events.Failed(step=step, reason=defect if problem is None else str(problem), changed=changed))
     return problem
 
 

@@ -23,6 +23,7 @@ SAMPLES = [
     events.Stopped(step=3, export="export/a.safetensors"),
     events.Resumed(step=3, steps=10),
     events.Failed(reason="The disk is full."),
+    events.Failed(reason="This has changed: the picture é.png.", changed=["the picture é.png"]),
     events.Handled(request="abc"),
     events.Finished(step=10, export="export/a.safetensors"),
 ]
@@ -51,6 +52,12 @@ def test_all_kinds_survive_the_file(tmp_path: Path) -> None:
         writer.write(event)
     writer.close()
     assert read_events(tmp_path / "events.jsonl")[0] == SAMPLES
+
+
+def test_a_failure_written_before_changes_were_listed_is_read() -> None:
+    assert from_line('{"event": "Failed", "time": 0.0, "step": 3, "reason": "No."}') == events.Failed(
+        time=0.0, step=3, reason="No."
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

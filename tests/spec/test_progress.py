@@ -86,6 +86,15 @@ def test_an_ending_is_taken_back_by_the_next_start(event: events.Event, ending: 
     assert (progress.ending, progress.reason, progress.stepping) == ("", "", False)
 
 
+def test_what_a_failure_asks_about_goes_with_it() -> None:
+    progress = folded(started(), step(1), events.Failed(step=1, reason="No.", changed=["the picture a.png"]))
+    assert progress.changed == ["the picture a.png"]
+    progress.update([events.Failed(step=1, reason="Out of memory.")])
+    assert progress.changed == []
+    progress.update([events.Failed(step=1, reason="No.", changed=["config.toml"]), started()])
+    assert progress.changed == []
+
+
 def test_phases_come_and_go() -> None:
     progress = folded(started(), events.Preparing(phase="Reading pictures", done=2, total=5))
     assert (progress.stepping, progress.phase, progress.phase_done, progress.phase_total) == (

@@ -94,6 +94,8 @@ def test_a_picture_deleted_or_changed_while_it_trains(own_toy: Toy, tmp_path: Pa
     assert "this has changed: the picture 2.png" in sentence
     assert "--accept-changes" in sentence
     assert broken.status() == "failed"
+    # What the window asks about.
+    assert broken.progress().changed == ["the picture 2.png"]
     check_whole(broken)
     trained(broken, accept_changes=True)
     assert broken.status() == "done"
