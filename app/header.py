@@ -1,8 +1,11 @@
 """The header that stands above every tab: what runs, how far it is, and what one can do about it."""
 
+import json
+
 import psutil
 
 from app.hardware import Card
+from app.jobs import Watch
 from app.moment import Moment
 from app.train.pace import seconds_left
 from app.words import STATES, clock, safe
@@ -57,9 +60,29 @@ def resume_button(moment: Moment, name: str, tone: str = "") -> str:
     if moment.state == "stopped" and moment.progress.reason:
         words = "Go on anyway"
     tip = f"Goes on at step {step:,}." if step else "Starts again: no checkpoint was written yet."
+    if moment.asks:
+        tip = "For when what has changed was put back; else it asks again."
     return (
         f'<button type="button" class="own {tone}" id="{name}" data-run-do="resume"'
         f' title="{safe(tip)}">{words}</button>'
+    )
+
+
+def accept_button(watch: Watch, name: str = "", tone: str = "", why: str = "") -> str:
+    """The button that goes on with a run although something has changed.
+
+    Args:
+        watch: the run.
+        name: the button's id, if it has one.
+        tone: its look.
+        why: why it cannot be pressed now, "" where it can.
+    """
+    tip = why or "The result is then not that of an unbroken run."
+    body = json.dumps({"do": "accept", "run": watch.run.name})
+    named, off = f' id="{name}"' if name else "", " disabled" if why else ""
+    return (
+        f'<button type="button" class="own {tone}"{named} data-post="run" data-body="{safe(body)}"'
+        f' title="{safe(tip)}"{off}>Go on with the changes</button>'
     )
 
 

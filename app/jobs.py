@@ -16,7 +16,7 @@ from lora_core.spec.crash import LESS_MEMORY, Watched, crash_reason, resume_step
 from lora_core.spec.disk import folder_bytes
 from lora_core.spec.errors import ConfigError, RunError
 from lora_core.spec.events import read_events
-from lora_core.spec.processes import TRAINER, started
+from lora_core.spec.processes import ACCEPTING, TRAINER, started
 from lora_core.spec.processes import child_environment as environment
 from lora_core.spec.progress import Progress
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
@@ -85,6 +85,11 @@ class Watch:
             reason, step = crash_reason(self.run), resume_step(self.run)
             self._looked = (key, Aftermath(reason, step, folder_bytes(self.run.path)))
         return self._looked[1]
+
+    @property
+    def changed(self) -> list[str]:
+        """What is not as it was when the run began, where it ended to ask about that."""
+        return self.progress.changed if self.progress.ending == "failed" else []
 
     @property
     def out_of_memory(self) -> bool:
@@ -205,15 +210,19 @@ class Jobs:
         with self._lock:
             self._watches.pop(run.path, None)
 
-    def resume(self, name: str) -> RunFolder:
+    def resume(self, name: str, accept_changes: bool = False) -> RunFolder:
         """Go on with a run that was paused, stopped or broken off.
+
+        Args:
+            name: the run's.
+            accept_changes: also where pictures, settings, base or packages are not those that it began with.
 
         Raises:
             RunError: it does not exist, or a run is going on.
         """
         self._refuse_beside_another()
         run = RunFolder.open(runs_folder(self.workspace) / checked_name(name))
-        self._launch(run)
+        self._launch(run, *([ACCEPTING] if accept_changes else []))
         return run
 
     def request(self, do: str) -> None:
@@ -232,11 +241,11 @@ class Jobs:
         if live is not None:
             raise RunError(f"The run {live.run.name} is going on; pause or stop it first.")
 
-    def _launch(self, run: RunFolder) -> None:
+    def _launch(self, run: RunFolder, *options: str) -> None:
         with self._lock:
             watch = self.watch(run)
             attended = Watched(run)
-            child = started([*self.trainer, str(run.path)], run.log_file, self.workspace)
+            child = started([*self.trainer, str(run.path), *options], run.log_file, self.workspace)
             watch.started_here = child
             self._chosen = run.path
         threading.Thread(target=_attend, args=(child, attended), daemon=True, name=f"run {run.name}").start()

@@ -37,9 +37,19 @@ class Moment:
         return self.state in RESUMABLE and self.watch is not None
 
     @property
+    def asks(self) -> bool:
+        """Whether the shown run ended to ask if it may go on with what has changed."""
+        return self.watch is not None and asks(self.watch, self.state)
+
+    @property
     def busy(self) -> bool:
         """Whether something changes by itself, so that pages should look often."""
         return self.live or self.view.working or self.desk.prober.active
+
+
+def asks(watch: Watch, state: str) -> bool:
+    """Whether a run ended to ask if it may go on with what has changed."""
+    return state == "failed" and bool(watch.changed)
 
 
 def moment_of(desk: Desk) -> Moment:

@@ -5,6 +5,8 @@ import math
 
 UNKNOWN, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
+CHANGED_SHOWN = 5
+
 STATES = {
     "none": ("No run yet", ""),
     "queued": ("Not started", ""),
@@ -78,6 +80,26 @@ def scientific(value: float) -> str:
 def many(count: int, one: str, more: str | None = None) -> str:
     """1 picture, 24 pictures."""
     return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
+def changed_inputs(names: list[str]) -> str:
+    """In a sentence, what is not as it was when a run began.
+
+    Args:
+        names: as the trainer calls them; a picture stands for its caption too.
+    """
+    shown = [
+        (
+            "its settings (config.toml)"
+            if name == "config.toml"
+            else f"{name} or its caption"
+            if name.startswith("the picture ")
+            else name
+        )
+        for name in names[:CHANGED_SHOWN]
+    ]
+    more = f" and {len(names) - CHANGED_SHOWN:,} more" if len(names) > CHANGED_SHOWN else ""
+    return f"Since this run began, this has changed: {', '.join(shown)}{more}."
 
 
 def tile(value: str, note: str) -> str:

@@ -1,13 +1,13 @@
 """The run card and the charts of the Train tab as HTML: what the shown run does, and what to do about it."""
 
 from app.hardware import resident_bytes
-from app.header import percent, request_button, resume_button, run_words, track
+from app.header import accept_button, percent, request_button, resume_button, run_words, track
 from app.jobs import Watch
 from app.moment import Moment
 from app.train.charts import gain_chart, loss_chart, meaning
 from app.train.checks import in_words
 from app.train.pace import seconds_left
-from app.words import UNKNOWN, clock, file_size, pace, safe, state_chip, tile
+from app.words import UNKNOWN, changed_inputs, clock, file_size, pace, safe, state_chip, tile
 from lora_core.spec.choices import PRECISIONS
 from lora_core.spec.processes import log_tail
 
@@ -49,6 +49,9 @@ def _next_step(moment: Moment) -> str:
         return _requests(moment)
     if moment.state == "done":
         return _see_it(moment)
+    if moment.asks:
+        yes = accept_button(moment.watch, "train-accept", "primary")
+        return yes + resume_button(moment, "train-resume")
     again = resume_button(moment, "train-resume", "" if moment.state == "stopped" else "primary")
     return _see_it(moment) + again if moment.state == "stopped" else again
 
@@ -63,6 +66,8 @@ def _see_it(moment: Moment) -> str:
 
 def _body(moment: Moment, watch: Watch) -> str:
     progress = moment.progress
+    if moment.asks:
+        return _asking(moment, watch)
     if moment.state in ("failed", "interrupted"):
         return _broken(moment, watch)
     if moment.state == "queued":
@@ -87,6 +92,23 @@ def _queued(moment: Moment, watch: Watch) -> str:
     return "The run was made but never started. Resume starts it."
 
 
+def _asking(moment: Moment, watch: Watch) -> str:
+    """What has changed since the run began, and what each answer leads to."""
+    step = watch.aftermath().step
+    kept = f" What it saved up to step {step:,} stays in each case." if step else ""
+    again = f"Continue at step {step:,}" if step else "Start again"
+    return (
+        f'<p class="notes" role="alert" data-hint="changed">{safe(changed_inputs(watch.changed))} Go on all'
+        f' the same?</p><p class="small num">Reached {_reached(moment)}. With the changes it goes on with'
+        " what is there now, and the result is not that of an unbroken run. To have that one, put back what"
+        f" has changed and press {again}. Or leave the run as it is.{kept}</p>"
+    )
+
+
+def _reached(moment: Moment) -> str:
+    return f"{percent(moment)}%, step {moment.progress.step:,} of {moment.progress.steps:,}"
+
+
 def _broken(moment: Moment, watch: Watch) -> str:
     """Why it broke off, what to change, and from where it goes on."""
     after = watch.aftermath()
@@ -104,10 +126,9 @@ def _broken(moment: Moment, watch: Watch) -> str:
         if lines
         else ""
     )
-    reached = f"{percent(moment)}%, step {moment.progress.step:,} of {moment.progress.steps:,}"
     return (
         f'<p class="problem" role="alert">{safe(in_words(why))}</p>{_less_memory(watch)}<p'
-        f' class="small num">Reached {reached}. {keeps}</p>{log}'
+        f' class="small num">Reached {_reached(moment)}. {keeps}</p>{log}'
     )
 
 

@@ -85,6 +85,7 @@ def steer(desk: Desk, do: str, name: str) -> None:
         # The Preview tab draws the strip of this run when it is opened.
         "see": lambda run: desk.project.keep(preview_strip=checked_name(run)),
         "resume": desk.jobs.resume,
+        "accept": lambda run: desk.jobs.resume(run, accept_changes=True),
         "show": desk.jobs.show,
         "delete": desk.jobs.delete,
     }
@@ -94,7 +95,7 @@ def steer(desk: Desk, do: str, name: str) -> None:
     if not name and current is not None:
         name = current.run.name
     acts[do](name)
-    if do == "resume":
+    if do in ("resume", "accept"):
         # A run needs the memory more than a picture does.
         desk.worker.release()
 

@@ -4,10 +4,11 @@ import json
 from typing import Any
 
 from app.export.report_card import in_list
+from app.header import accept_button
 from app.jobs import RESUMABLE, Watch
-from app.moment import Moment
+from app.moment import Moment, asks
 from app.train.checks import in_words
-from app.words import about, chip, file_size, many, safe, state_chip
+from app.words import about, changed_inputs, chip, file_size, many, safe, state_chip
 from lora_core.spec.errors import RunError
 from lora_core.spec.queue import RUNNING, WAITING, Job
 
@@ -38,8 +39,8 @@ def queue_card(moment: Moment) -> str:
     if not jobs and not failed:
         return ""
     waiting = [job.run for job in jobs if job.state == WAITING]
-    rows = "".join(_job_row(job, waiting) for job in jobs)
-    rows += "".join(_job_row(job, waiting) for job in failed)
+    asking = {watch.run.name: watch for watch, state in moment.runs if asks(watch, state)}
+    rows = "".join(_job_row(job, waiting, asking.get(job.run)) for job in [*jobs, *failed])
     return (
         f'<div class="panel" id="queue-list" data-waiting="{len(waiting)}"'
         f' data-worked="{int(line.worked)}"><div class="row'
@@ -66,7 +67,8 @@ def _queue_words(moment: Moment, jobs: list[Job]) -> str:
     return "One after the other, also after a failure and when this window is closed."
 
 
-def _job_row(job: Job, waiting: list[str]) -> str:
+def _job_row(job: Job, waiting: list[str], asking: Watch | None) -> str:
+    """One job; `asking` is its run where that ended to ask if it may go on with what has changed."""
     tones = {WAITING: "", RUNNING: "accent", "paused": "warn", "failed": "bad"}
     place = waiting.index(job.run) + 1 if job.state == WAITING else 0
     state = (
@@ -86,7 +88,8 @@ def _job_row(job: Job, waiting: list[str]) -> str:
     if job.state != RUNNING:
         tip = "Takes it out of the queue; a run that began stays below."
         actions += _button("Remove", "queue", {"do": "remove", "run": name}, tip=tip)
-    why = f'<span class="small">{safe(in_words(job.reason))}</span>' if job.reason else ""
+    told = f"{changed_inputs(asking.changed)} Decide below, under Runs." if asking else in_words(job.reason)
+    why = f'<span class="small">{safe(told)}</span>' if told else ""
     return (
         f'<div class="row apart" data-job="{safe(name)}" data-job-state="{job.state}"><div'
         f' class="row">{chip(state, tones[job.state])}<span>{safe(name)}</span>{why}</div><div'
@@ -135,6 +138,7 @@ def _run_row(moment: Moment, watch: Watch, state: str) -> str:
     busy = "A run is going on; pause or stop it first." if moment.live else ""
     words = f"Continue at {after.step:,}" if after.step else "Start again"
     resume = _button(words, "run", {"do": "resume", "run": name}, why=busy) if state in RESUMABLE else ""
+    yes = accept_button(watch, tone="quiet", why=busy) if asks(watch, state) else ""
     seen = "" if watch is moment.watch else _button("Show", "run", {"do": "show", "run": name}, why=busy)
     ask = f"Move the run {name} with its samples and files to the trash?"
     delete = _button("Delete", "run", {"do": "delete", "run": name}, confirm=ask, label=f"Delete {name}")
@@ -144,10 +148,11 @@ def _run_row(moment: Moment, watch: Watch, state: str) -> str:
     )
     report = in_list(watch, after.step > 0)
     why = watch.reason() if state in ("failed", "interrupted") else ""
-    reason = f'<p class="small">{safe(in_words(why))}</p>' if why else ""
+    told = changed_inputs(watch.changed) if yes else in_words(why)
+    reason = f'<p class="small">{safe(told)}</p>' if told else ""
     return (
         f'<div class="row apart" data-run="{safe(name)}"><div'
         f' class="row">{state_chip(state)}<span>{safe(name)}</span><span class="small'
         f' num">{", ".join(parts)}</span></div><div'
-        f' class="row">{resume}{seen}{report}{folder}{delete}</div>{reason}</div>'
+        f' class="row">{yes}{resume}{seen}{report}{folder}{delete}</div>{reason}</div>'
     )

@@ -22,6 +22,8 @@ from lora_core.spec.paths import ASSETS, write_atomically
 
 TRAINER = (sys.executable, "-m", "lora_core", "resume")
 """The command that a run's path is appended to."""
+ACCEPTING = "--accept-changes"
+"""Its option to go on although what the run follows from has changed."""
 
 
 def detached() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from app.moment import moment_of
 from app.preview.loras import checkpoint_choices, found_loras
 from app.train import cards
 from app.train.facts import blockers, facts
-from app.train.run_list import earlier
+from app.train.run_list import earlier, queue_card
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
@@ -59,6 +59,56 @@ def test_a_process_that_ends_without_a_word_has_failed(desk: Desk) -> None:
     watch.started_here.wait(60)
     assert jobs.state(watch) == "failed"
     assert "the disk is full" in watch.reason()
+
+
+CHANGED = events.Failed(
+    step=3,
+    reason=(
+        "Since the run asks began, this has changed: the picture a.png. Put it back, or go on with"
+        " --accept-changes; the result is then not that of an unbroken run."
+    ),
+    changed=["config.toml", f"the picture {HOSTILE}.png", "the package torch", "a", "b", "c", "d"],
+)
+
+
+def test_a_run_whose_inputs_changed_says_what_and_asks(desk: Desk) -> None:
+    run = make_run(desk, "asks", started(), step(3), CHANGED)
+    desk.line.queue.add(run)
+    desk.line.queue.note("asks", state="failed", reason=CHANGED.reason)
+    moment = moment_of(desk)
+    assert moment.state == "failed"
+    for html in (cards.run_card(moment), earlier(moment), queue_card(moment)):
+        assert "this has changed: its settings (config.toml), the picture &lt;img" in html
+        assert ".png or its caption, the package torch, a, b and 2 more." in html
+        assert "<img" not in html
+        assert "--accept" not in html
+    yes = 'data-body="{&quot;do&quot;: &quot;accept&quot;, &quot;run&quot;: &quot;asks&quot;}"'
+    assert 'data-hint="changed"' in cards.run_card(moment)
+    assert yes in cards.run_card(moment)
+    assert yes in earlier(moment)
+    # Who put it back goes on as always.
+    assert 'id="train-resume"' in cards.run_card(moment)
+    assert "it asks again" in header.run_actions(moment)
+    # Going on takes the question back.
+    come_alive(run)
+    moment = moment_of(desk)
+    assert not any("accept" in html for html in (cards.run_card(moment), earlier(moment)))
+
+
+def test_another_failure_asks_nothing(desk: Desk) -> None:
+    make_run(desk, "first", started(), CHANGED, started(), events.Failed(step=3, reason="The disk is full."))
+    moment = moment_of(desk)
+    assert "accept" not in cards.run_card(moment) + earlier(moment)
+    assert "The disk is full." in cards.run_card(moment)
+
+
+def test_a_question_waits_while_another_run_is_going_on(desk: Desk) -> None:
+    make_run(desk, "asks", started(), step(3), CHANGED)
+    come_alive(make_run(desk, "other", started(), step(1)))
+    row = earlier(moment_of(desk))
+    tag = row[: row.index("Go on with the changes")].rpartition("<button")[2]
+    assert "A run is going on; pause or stop it first." in tag
+    assert tag.endswith(" disabled>")
 
 
 def test_one_run_at_a_time(desk: Desk, pictures: list[Path]) -> None:

@@ -1,5 +1,6 @@
 """The routes that steer runs, over a real app without its page."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,19 @@ def test_requests_reach_the_run(desk: Desk, client: TestClient) -> None:
     assert "going on" in str(say(client, "run", do="delete", run="a")["problem"])
 
 
+@pytest.mark.parametrize(("do", "options"), [("resume", ""), ("accept", "--accept-changes")])
+def test_only_a_yes_to_the_changes_reaches_the_trainer(
+    desk: Desk, client: TestClient, do: str, options: str
+) -> None:
+    run = make_run(desk, "a", started(), step(1))
+    desk.jobs.trainer = (sys.executable, "-c", "import sys; sys.stdout.write(str(sys.argv[1:]))")
+    assert say(client, "run", do=do, run="a") == {"done": True}
+    child = desk.jobs.watch(run).started_here
+    assert child is not None
+    assert child.wait(60) == 0
+    assert run.log_file.read_text() == str([str(run.path), *options.split()])
+
+
 def test_a_deleted_run_lies_in_the_trash(desk: Desk, client: TestClient) -> None:
     run = make_run(desk, "a", started(), step(1))
     assert say(client, "run", do="delete", run="a") == {"done": True}
@@ -58,7 +72,7 @@ def test_what_the_preview_is_to_draw_is_kept(desk: Desk, client: TestClient) -> 
 
 @pytest.mark.parametrize("name", ["../../etc", "..", "a/b", "a\0b"])
 def test_no_run_outside_the_workspace(client: TestClient, name: str) -> None:
-    for do in ("resume", "delete", "show", "see"):
+    for do in ("resume", "accept", "delete", "show", "see"):
         assert "problem" in say(client, "run", do=do, run=name)
     for do in ("up", "remove"):
         assert "problem" in say(client, "queue", do=do, run=name)

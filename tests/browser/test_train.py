@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.app.bases import write_header
-from tests.browser.conftest import SHORT_DEMO
+from tests.browser.conftest import SHORT, SHORT_DEMO
 
 KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
 
@@ -170,3 +170,42 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     page.close()
     window.process.stdout.close()
     trainer(run).kill()
+
+
+@pytest.mark.parametrize("draft", [{"values": {**SHORT, "train.steps": 40}}], ids=["short"])
+def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
+    page, window: Any, pictures: list[Path]
+) -> None:
+    page.fill("#dataset-path input, #dataset-path textarea", str(pictures[0].parent))
+    page.click("#dataset-import")
+    page.wait_for_selector("#dataset-grid [data-picture]")
+    open_tab(page, "Train")
+    page.click("#start:enabled")
+    page.wait_for_function("Number(document.querySelector('#run-status').dataset.step) >= 2")
+    page.click("#stop")
+    state_is(page, "stopped")
+    (run,) = runs(window)
+    open_tab(page, "Dataset")
+    page.click("#dataset-grid [data-picture='ball 1 é.png']")
+    page.fill("#caption textarea", "another ball")
+    page.wait_for_selector("#caption-state[data-state=saved]")
+
+    open_tab(page, "Train")
+    page.click("#resume")
+    state_is(page, "failed")
+    asked = page.wait_for_selector("#run-status [data-hint=changed]").inner_text()
+    assert "this has changed: the picture ball 1 é.png or its caption." in asked
+    assert "--accept" not in page.inner_text("#run-status")
+    row = page.locator(f"[data-run='{run.name}']")
+    assert "ball 1 é.png or its caption" in row.inner_text()
+    # Without a yes nothing goes on: it asks again.
+    before = (run / "events.jsonl").read_text().count('"Failed"')
+    row.get_by_role("button", name="Continue at").click()
+    page.wait_for_function("!document.querySelector('[data-hint=changed]')")
+    page.wait_for_selector("#run-status [data-hint=changed]")
+    assert (run / "events.jsonl").read_text().count('"Failed"') == before + 1
+    page.click("#train-accept")
+    state_is(page, "done")
+    assert page.get_attribute("#run-status", "data-step") == "40"
+    assert page.locator("[data-hint=changed], #train-accept").count() == 0
+    assert list((run / "export").glob("*.safetensors"))
