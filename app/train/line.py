@@ -46,7 +46,7 @@ class Line:
         """
         if not self.queue.file.exists():
             return []
-        return [job for job in reversed(self.queue.written()) if not job.left]
+        return [job for job in reversed(self.queue.jobs()) if not job.left]
 
     @property
     def worked(self) -> bool:

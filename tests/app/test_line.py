@@ -9,7 +9,7 @@ from app.desk import Desk
 from app.jobs import Jobs
 from app.moment import moment_of
 from app.train.line import Line
-from lora_core.spec import owner
+from lora_core.spec import events, owner
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
 from lora_core.spec.queue import Queue
@@ -94,3 +94,16 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, 
     from app.train.run_list import queue_card
 
     assert "No picture can be read." in queue_card(moment)
+
+
+def test_a_job_that_failed_and_was_gone_on_with_is_listed_once(desk: Desk, line: Line) -> None:
+    run = make_run(desk, "a", started(), events.Failed(reason="No."))
+    line.queue.add(run)
+    line.queue.note("a", state="failed", reason="No.")
+    assert [job.state for job in line.ended()] == ["failed"]
+    come_alive(run)
+    assert ([job.state for job in line.jobs()], line.ended()) == (["running"], [])
+    run.process_file.unlink()
+    with open(run.events_file, "a", encoding="utf-8") as file:
+        file.write(events.to_line(started()) + events.to_line(events.Finished(step=100, export="")))
+    assert (line.jobs(), [job.state for job in line.ended()]) == ([], ["done"])
