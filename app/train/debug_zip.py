@@ -50,7 +50,7 @@ def debug_zip(watch: Watch, workspace: Path, card: Card | None = None) -> bytes:
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():
             if text:
-                archive.writestr(name, clean.text(text))
+                archive.writestr(name, clean.text(text).encode("utf-8", "replace"))
     return made.getvalue()
 
 
@@ -103,14 +103,14 @@ def _known(watch: Watch, workspace: Path) -> list[tuple[str, str]]:
     ):
         # JSON and Windows write the same path in different ways.
         for one in {str(path), str(path.resolve()), path.as_posix()}:
-            pairs += [(one, instead), (json.dumps(one)[1:-1], instead)]
+            pairs += [(form, instead) for form in _forms(one)]
     pairs += [(_user(), "<user>"), (socket.gethostname(), "<computer>"), (watch.run.name, "<run name>")]
     config = watch.config()
     if config is not None:
         for name in ("dataset.path", "model.base", "model.vae", "adapter.init"):
             text = str(config.get(name))
             if _is_path(text):
-                pairs += [(text, f"<{name}>"), (json.dumps(text)[1:-1], f"<{name}>")]
+                pairs += [(form, f"<{name}>") for form in _forms(text)]
         pairs.append((config.dataset.trigger, "<trigger>"))
         pairs += [(prompt, "<prompt>") for prompt in config.preview.prompts]
     for event in watch.progress.previews:
@@ -118,14 +118,19 @@ def _known(watch: Watch, workspace: Path) -> list[tuple[str, str]]:
     return pairs + _pictures(watch)
 
 
+def _forms(text: str) -> set[str]:
+    """A text as it is, and as JSON writes it with and without escapes for letters."""
+    return {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
+
+
 def _pictures(watch: Watch) -> list[tuple[str, str]]:
-    """The names of the pictures, which `inputs.json` lists."""
+    """The names of the pictures, which `inputs.json` lists, and of those that are new since."""
     try:
         names = list(json.loads(watch.run.inputs_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return []
+        names = []
     found = []
-    for number, name in enumerate(names, 1):
+    for number, name in enumerate(dict.fromkeys([*names, *watch.progress.changed]), 1):
         path = PurePosixPath(str(name).removeprefix("the picture "))
         if path.suffix and str(name).startswith("the picture "):
             found += [(part, f"picture {number}") for part in (str(path), path.name, path.stem)]
@@ -177,7 +182,10 @@ def _events(watch: Watch) -> str:
         if isinstance(values, dict):
             if "prompts" in values:
                 values["prompts"] = len(values["prompts"])
-            lines.append(json.dumps(values))
+            if "changed" in values:
+                values["changed"] = len(values["changed"])
+            # Names of pictures are looked for as they are written, which escapes would hide.
+            lines.append(json.dumps(values, ensure_ascii=False))
     return "\n".join(lines)
 
 

@@ -66,6 +66,23 @@ def test_no_pictures_paths_or_names_are_in_it(desk: Desk) -> None:
     assert "torch" in json.loads(texts["about.json"])["versions"]
 
 
+def test_names_with_accents_and_names_of_new_pictures_are_taken_out_too(desk: Desk) -> None:
+    changed = ["the picture zoë.png", "the picture zuzana.png", "the package torch"]
+    reason = f"Since the run a began, this has changed: {', '.join(changed)}."
+    run = make_run(desk, "a", started(), events.Failed(reason=reason, changed=changed))
+    # The second one came after the run began.
+    run.inputs_file.write_text(json.dumps({"the picture zoë.png": "ab"}))
+    watch = desk.jobs.watch(run)
+    desk.jobs.state(watch)
+    with zipfile.ZipFile(io.BytesIO(debug_zip(watch, desk.workspace))) as archive:
+        lines = archive.read("events.jsonl").decode().splitlines()
+    failed = json.loads(lines[-1])
+    assert failed["changed"] == 3
+    assert "zo" not in failed["reason"]
+    assert "zuzana" not in failed["reason"]
+    assert "the package torch" in failed["reason"]
+
+
 def test_paths_of_any_system_lose_their_names() -> None:
     clean = Cleaner([("bob", "<user>"), ("ab", "too short"), ("car", "picture 1")])
     assert clean.text("card car.png Bob") == "card picture 1.png <user>"
