@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_core.adapters.storage import Place
 from lora_core.adapters.targets import Adaptable
+from lora_core.models.prepacked import PrepackedLinear
 
 
 def fused_linear(x: torch.Tensor, base: Adaptable, place: Place, scale: float, known: Any) -> torch.Tensor:
@@ -39,7 +40,11 @@ class _FusedLinear(torch.autograd.Function):
         factors = place.factors(x.dtype)
         rows = x.reshape(-1, place.inside)
         low = rows @ factors.down.T
-        y = F.linear(rows, base.weight, base.bias).addmm_(low, factors.up.T, alpha=scale)
+        if isinstance(base, PrepackedLinear):
+            frozen = base.product(rows)
+        else:
+            frozen = F.linear(rows, base.weight, base.bias)
+        y = frozen.addmm_(low, factors.up.T, alpha=scale)
         ctx.save_for_backward(rows, low)
         ctx.base, ctx.place, ctx.scale, ctx.shape = base, place, scale, x.shape
         return y.view(*x.shape[:-1], place.outside)
@@ -55,5 +60,8 @@ class _FusedLinear(torch.autograd.Function):
         gradients.down.addmm_(low_grad.T, rows, alpha=ctx.scale)
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
-        x_grad = (grad @ ctx.base.weight).addmm_(low_grad, factors.down, alpha=ctx.scale)
+        frozen = (
+            ctx.base.pulled_back(grad) if isinstance(ctx.base, PrepackedLinear) else grad @ ctx.base.weight
+        )
+        x_grad = frozen.addmm_(low_grad, factors.down, alpha=ctx.scale)
         return (x_grad.view(ctx.shape), *(None,) * 5)

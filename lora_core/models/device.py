@@ -1,9 +1,17 @@
 """Which device and which number format: what the machine has, found by accelerate."""
 
+import contextlib
+import ctypes
+import sys
+
 import torch
 from accelerate import PartialState
 
 from lora_core.models.weight_files import PRECISIONS
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of `malloc.h`."""
+LARGEST = 2**31 - 1
 
 
 def best_device() -> torch.device:
@@ -21,3 +29,17 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Have the allocator of Linux keep large blocks that are freed, for the next one that asks for them.
+
+    It gives each back to the system otherwise, and every step touches its pages anew: 12% of a step of SD 1.5
+    on a processor. The dearest thresholds that glibc takes; elsewhere nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, LARGEST)
+        mallopt(M_MMAP_THRESHOLD, LARGEST)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lora_core.models.device import keep_freed_memory
 from lora_core.spec import events
 from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
@@ -78,6 +79,9 @@ class Conductor:
             session = prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
         except Interrupted:
             return self._end_unprepared()
+        if self._plan.prepacked is None:
+            self._plan = replace(self._plan, prepacked=session.prepacked)
+            self._plan.write(self._run)
         for note in session.notes:
             self._warn(note)
         self._keeper = Keeper(self._run, self._config, session.trainee, self._emit)
@@ -131,6 +135,7 @@ class Conductor:
 
     def _drive(self, session: Session) -> Outcome:
         """Step until the goal; each round is one stretch without a return or a lack of memory."""
+        keep_freed_memory()
         while not self._ending:
             plan = StepPlan.of(self._config, self._goal, self._health.rate)
             steps = training_steps(session.trainee, session.batches, session.text, plan, self.step)

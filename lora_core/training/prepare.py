@@ -12,6 +12,7 @@ from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
 from lora_core.dataset.split import held_out
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.load import BaseModel, load_base
+from lora_core.models.prepacked import can_be_prepacked, prepack
 from lora_core.spec.config import RunConfig
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
@@ -21,8 +22,10 @@ from lora_core.training.ema import Average
 from lora_core.training.inputs import base_inputs, check_inputs, start_input
 from lora_core.training.loop import Trainee
 from lora_core.training.measuring import Groups, groups_of, plain_caption
+from lora_core.training.memory import limited
 from lora_core.training.prior import Prior
 from lora_core.training.trainee import (
+    AdapterPlan,
     adapter_plan,
     injected_adapter,
     optimizer_of,
@@ -48,6 +51,7 @@ class Plan:
         rungs: what was done to take less memory, and after how many steps; see `memory.LADDER`.
         tried: whether the heaviest step was tried before the first one.
         peak: bytes that it took, 0 where the device does not tell.
+        prepacked: whether the base's weights are laid out for the processor; None before that is decided.
         validate_every: steps between two validations as their share of the time allows it, 0 where that is
             not known yet.
     """
@@ -59,6 +63,7 @@ class Plan:
     tried: bool = False
     peak: int = 0
     validate_every: int = 0
+    prepacked: bool | None = None
 
     @classmethod
     def of(cls, run: RunFolder, config: RunConfig) -> "Plan":
@@ -92,6 +97,7 @@ class Session:
         train_items: pictures to train on.
         prompts: of the samples.
         notes: what a person should know before it starts, a sentence each.
+        prepacked: whether the base's weights are laid out for the processor.
     """
 
     trainee: Trainee
@@ -101,6 +107,7 @@ class Session:
     train_items: list[Item]
     prompts: list[str]
     notes: list[str]
+    prepacked: bool = False
 
     @property
     def held_out(self) -> list[Measured]:
@@ -152,21 +159,30 @@ def prepared(
             text.release()
     measured = groups_of(items, held_items, latents, config, base)
     measured.prior = prior
-    injected, notes = injected_adapter(base, layout, config.seed)
-    ready_for_training(base, config.train.checkpointing)
-    optimizer, storage = optimizer_of(injected, layout, base, config.optim)
-    trainee = Trainee(
-        base,
-        injected,
-        optimizer,
-        storage,
-        torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16),
-        Average(injected, storage, config.save.ema) if config.save.ema else None,
-        aside=aside,
-    )
+    trainee, notes, prepacked = _trainee(base, layout, plan, config, aside)
     looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
-    return Session(trainee, batches, text, measured, items, prompts, [*layout.notes, *notes, *measured.notes])
+    told = [*layout.notes, *notes, *measured.notes]
+    return Session(trainee, batches, text, measured, items, prompts, told, prepacked)
+
+
+def _trainee(
+    base: BaseModel, layout: AdapterPlan, plan: Plan, config: RunConfig, aside: Path
+) -> tuple[Trainee, list[str], bool]:
+    """The adapter in the base, ready to train; sentences on its start; whether the base was prepacked."""
+    injected, notes = injected_adapter(base, layout, config.seed)
+    ready_for_training(base, config.train.checkpointing)
+    trained = base.modules.values()
+    prepacked = plan.prepacked
+    if prepacked is None:
+        prepacked = can_be_prepacked(trained) and not limited(base.device)
+    if prepacked:
+        for module in trained:
+            prepack(module)
+    optimizer, storage = optimizer_of(injected, layout, base, config.optim)
+    scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
+    average = Average(injected, storage, config.save.ema) if config.save.ema else None
+    return Trainee(base, injected, optimizer, storage, scaler, average, aside=aside), notes, prepacked
 
 
 def caption_rules(config: RunConfig) -> CaptionRules:

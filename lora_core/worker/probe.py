@@ -19,6 +19,7 @@ from lora_core.models.denoise import prediction
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel, load_base
+from lora_core.models.prepacked import can_be_prepacked, prepack
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import OutOfMemory
 from lora_core.training.batches import Batch, Batches
@@ -105,7 +106,6 @@ class Probe:
                 break
         # Where one step takes a minute, warming up is the least of it.
         counted = taken[1:] or taken
-        trainee.optimizer.zero_grad(set_to_none=True)
         draw = _draw_seconds(base, text.condition(CAPTION))
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         return {
@@ -172,6 +172,9 @@ def _made(base: BaseModel, config: RunConfig) -> tuple[Trainee, Batches, TextSou
     bucket = bucket_of(side, side, side, base.size_multiple)
     injected, _ = injected_adapter(base, layout, config.seed)
     ready_for_training(base, train.checkpointing)
+    if can_be_prepacked(base.modules.values()):
+        for module in base.modules.values():
+            prepack(module)
     device = base.device
     optimizer, storage = optimizer_of(injected, layout, base, config.optim)
     trainee = Trainee(

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from lora_core.models.prepacked import is_prepacked
 from lora_core.models.thin import is_moved, is_packed
 from lora_core.spec import events
 from lora_core.spec.errors import OutOfMemory
 from lora_core.spec.run_folder import RunFolder
-from lora_core.training import conductor, loop, memory
+from lora_core.training import conductor, loop, memory, prepare
 from lora_core.training.loop import StepPlan, micro_batch
 from lora_core.training.memory import LADDER, Ladder, out_of_memory
 from lora_core.training.prepare import Plan, prepared
@@ -39,6 +40,16 @@ from tests.training.runs import (
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
 BATCH = {"train__batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def plain_layout(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The base in its plain layout, so that the ladder is one rung shorter; but for the test of that rung."""
+    if request.node.get_closest_marker("prepacked"):
+        yield
+        return
+    with mock.patch.object(prepare, "can_be_prepacked", return_value=False):
+        yield
 
 
 @contextlib.contextmanager
@@ -118,6 +129,35 @@ def test_once_and_twice_in_the_loop(
     assert first == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.prepacked
+def test_a_second_layout_of_the_base_goes_first(own_toy: Toy) -> None:
+    """In the loop, and before the first step, where it equals the plain layout chosen by hand."""
+    how = {**BATCH, "train__steps": 4}
+    run = own_toy.run("short", **how)
+    with armed(Fault("step", nth=2, do="memory")):
+        broken_at(run, events.StepDone, 3)
+    assert json.loads(run.plan_file.read_text()) | {
+        "prepacked": True,
+        "rungs": [["plain layout", 1]],
+    } == json.loads(run.plan_file.read_text())
+    assert "laid out for the processor" in notes(run)[0]
+    trained(run)
+    check_story(run)
+    losses = [event.loss for event in run.progress().losses]
+    tried = own_toy.run("tried", **how)
+    with (
+        mock.patch.object(conductor, "limited", return_value=True),
+        room_beside(lambda unet: not is_prepacked(unet)),
+    ):
+        trained(tried)
+    assert json.loads(tried.plan_file.read_text())["rungs"] == [["plain layout", 0]]
+    with mock.patch.object(prepare, "can_be_prepacked", return_value=False):
+        plain = own_toy.run("plain", **how)
+        trained(plain)
+    assert result(tried) == result(plain)
+    assert losses == pytest.approx([event.loss for event in plain.progress().losses], rel=1e-3)
+
+
 def test_always_ends_in_a_sentence(own_toy: Toy) -> None:
     run = own_toy.run("never", **BATCH, train__steps=8)
     broken_at(run, events.StepDone, 6)
@@ -177,7 +217,7 @@ def test_memory_that_ends_in_the_optimizer_takes_nothing_half_done(own_toy: Toy,
         if len(calls) == 6:
             for parameter in self.param_groups[0]["params"][:3]:
                 parameter.data.add_(1.0)
-            raise CUDA
+            raise type(CUDA)(str(CUDA))  # one that holds no frames of others
         return real(self, *arguments)
 
     with mock.patch.object(torch.optim.AdamW, "step", half):
@@ -226,7 +266,7 @@ def room_beside(kept: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
 
     def picture_losses(base, *more):
         if not kept(base.unet):
-            raise CUDA
+            raise type(CUDA)(str(CUDA))  # one that holds no frames of others
         return real(base, *more)
 
     with mock.patch.object(loop, "picture_losses", picture_losses):

@@ -1,0 +1,121 @@
+"""Prepacked layers: the same numbers as the plain ones, whatever the shape, and the plain ones come back."""
+
+import copy
+from unittest import mock
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from lora_core.adapters.inject import inject
+from lora_core.adapters.lora import LoraShape
+from lora_core.adapters.storage import Storage
+from lora_core.adapters.targets import KOHYA
+from lora_core.models.prepacked import (
+    PrepackedConv2d,
+    PrepackedLinear,
+    can_be_prepacked,
+    is_prepacked,
+    prepack,
+    undo_prepack,
+)
+from tests.tiny import tiny_unet
+
+pytestmark = pytest.mark.skipif(
+    not can_be_prepacked([nn.Linear(2, 2).requires_grad_(False)]), reason="no oneDNN, or too little memory"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (nn.Linear(24, 40), [(2, 7, 24), (3, 24), (1, 1, 24)]),
+        (nn.Linear(24, 40, bias=False), [(3, 24)]),
+        (nn.Conv2d(8, 12, 3, padding=1), [(2, 8, 9, 9), (1, 8, 16, 4)]),
+        (nn.Conv2d(8, 12, 3, padding=1, stride=2), [(2, 8, 9, 9), (2, 8, 8, 8)]),
+        (nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), [(1, 8, 6, 7)]),
+        (nn.Conv2d(4, 320, (3, 5), padding=(1, 2)), [(1, 4, 8, 8)]),
+    ],
+)  # fmt: skip
+def test_output_and_gradient(layer: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bf16")
+    layer = copy.deepcopy(layer).to(dtype).requires_grad_(False)
+    root = nn.Sequential(layer)
+    prepack(root)
+    assert isinstance(root[0], PrepackedLinear | PrepackedConv2d)
+    assert torch.equal(root[0].weight, layer.weight)
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for shape in shapes:
+        x = torch.randn(shape, dtype=dtype)
+        pairs = []
+        for one in (layer, root):
+            given = x.clone().requires_grad_()
+            y = one(given)
+            y.float().square().sum().backward()
+            pairs.append((y.detach(), given.grad))
+        for plain, packed in zip(*pairs, strict=True):
+            torch.testing.assert_close(packed, plain, **near)
+
+
+def test_nothing_is_kept_for_the_backward_pass() -> None:
+    root = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)).requires_grad_(False)
+    prepack(root)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        root(torch.randn(1, 4, 8, 8, requires_grad=True)).sum().backward()
+    assert kept == []
+
+
+def test_what_stays_plain() -> None:
+    kinds = {
+        "one pixel": nn.Conv2d(4, 4, 1),
+        "groups": nn.Conv2d(4, 4, 3, groups=2),
+        "wrapping around": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        "words": nn.Conv2d(4, 4, 3, padding="same"),
+        "long": nn.Linear(4, 4).double(),
+    }
+    root = nn.ModuleDict(kinds).requires_grad_(False)
+    root["still trained"] = nn.Linear(4, 4)
+    prepack(root)
+    assert not is_prepacked(root)
+    assert not can_be_prepacked([root["groups"]])
+
+
+def test_an_adapted_unet_and_back() -> None:
+    plain, packed = tiny_unet(), tiny_unet()
+    found = []
+    for unet in (plain, packed):
+        unet.requires_grad_(False)
+        injected = inject({"unet": unet}, ["unet"], KOHYA, LoraShape(4, 4.0), 0)
+        storage = Storage([list(injected.layers.values())])
+        with torch.no_grad():
+            storage.whole.copy_(
+                0.1 * torch.randn(len(storage.whole), generator=torch.Generator().manual_seed(0))
+            )
+        if unet is packed:
+            before = list(unet.named_parameters())
+            prepack(unet)
+            assert any(isinstance(layer.base, PrepackedLinear) for layer in injected.layers.values())
+            assert [name for name, _ in unet.named_parameters()] == [name for name, _ in before]
+        generator = torch.Generator().manual_seed(6)
+        latents, context = (
+            torch.randn(2, 4, 8, 8, generator=generator),
+            torch.randn(2, 7, 32, generator=generator),
+        )
+        unet(latents, torch.tensor([10, 700]), context).sample.square().mean().backward()
+        found.append(storage.grads)
+    assert (found[1] - found[0]).norm() <= 1e-5 * found[0].norm()
+    undo_prepack(packed)
+    assert not is_prepacked(packed)
+    assert all(a is b for (_, a), (_, b) in zip(before, packed.named_parameters(), strict=True))
+
+
+def test_too_little_memory_leaves_it_plain() -> None:
+    layer = nn.Linear(1024, 1024).requires_grad_(False)
+    for available, can in ((2 * 2**30 + 2**22, False), (2 * 2**30 + 2**24, True)):
+        memory = mock.Mock(available=available)
+        with mock.patch.object(psutil, "virtual_memory", lambda memory=memory: memory):
+            assert can_be_prepacked([layer]) is can
