@@ -1,5 +1,6 @@
 """How cost grows: with the batch, the tokens, the pictures and the steps. Nothing may grow faster than it."""
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -33,7 +34,7 @@ MEGABYTE = 2**20
 
 
 def _doubled(what: str, cost: Callable[[int], Callable[[], object]], sizes: tuple[int, ...]) -> Row:
-    """Each size is twice the one before; the worst ratio counts. Sizes take turns, processor time is counted."""
+    """Each size is twice the one before; the worst ratio counts. Sizes take turns."""
     works = [cost(size) for size in sizes]
     for work in works:
         work()
@@ -44,8 +45,10 @@ def _doubled(what: str, cost: Callable[[int], Callable[[], object]], sizes: tupl
             work()
             taken[place].append(time.process_time() - began)
     medians = [statistics.median(times) for times in taken]
-    ratios = [after / before for before, after in zip(medians, medians[1:], strict=False)]
-    listed = ", ".join(f"{size}: {1e3 * seconds:.0f} ms" for size, seconds in zip(sizes, medians, strict=True))
+    ratios = [after / before for before, after in itertools.pairwise(medians)]
+    listed = ", ".join(
+        f"{size}: {1e3 * seconds:.0f} ms" for size, seconds in zip(sizes, medians, strict=True)
+    )
     return Row(what, f"{max(ratios):.2f} ({listed})", f"at most {MOST}", max(ratios) <= MOST)
 
 
@@ -90,15 +93,18 @@ def picture_rows(folder: Path) -> list[Row]:
         first = next(event for event in story if isinstance(event, events.Preparing))
         last = next(event for event in story if isinstance(event, events.StepDone))
         seconds.append(last.time - first.time)
-        sys.stderr.write(f"{count} pictures: {seconds[-1]:.1f} s, {time.perf_counter() - began:.1f} s in all\n")
-    ratios = [after / before for before, after in zip(seconds, seconds[1:], strict=False)]
+        sys.stderr.write(
+            f"{count} pictures: {seconds[-1]:.1f} s, {time.perf_counter() - began:.1f} s in all\n"
+        )
+    ratios = [after / before for before, after in itertools.pairwise(seconds)]
     listed = ", ".join(f"{count}: {taken:.1f} s" for count, taken in zip(counts, seconds, strict=True))
     # What a latent and a caption take in memory, 16 kB and 200 kB, is what a picture may add.
     added = (memory[-1] - memory[0]) / (counts[-1] - counts[0])
     return [
         Row("Preparation: pictures doubled, 10 to 1,280", f"{max(ratios):.2f} ({listed})", f"at most {MOST}",
             max(ratios) <= MOST),
-        Row("Memory for each further picture", f"{added / 1024:.0f} kB", "at most 300 kB", added <= 300 * 1024),
+        Row("Memory for each further picture", f"{added / 1024:.0f} kB", "at most 300 kB",
+            added <= 300 * 1024),
     ]  # fmt: skip
 
 
@@ -121,7 +127,9 @@ def memory_row(folder: Path, steps: int = 10_000) -> Row:
     early = max(size for step, size in seen if step <= steps // 10)
     late = max(size for step, size in seen if step >= steps * 9 // 10)
     grown = (late - early) / MEGABYTE
-    return Row(f"Memory grown from step {steps // 10:,} to {steps:,}", f"{grown:.1f} MB", "below 5 MB", grown < 5)
+    return Row(
+        f"Memory grown from step {steps // 10:,} to {steps:,}", f"{grown:.1f} MB", "below 5 MB", grown < 5
+    )
 
 
 def _toy_run(home: Path, count: int, steps: int) -> RunFolder:
@@ -132,7 +140,8 @@ def _toy_run(home: Path, count: int, steps: int) -> RunFolder:
         (pictures / f"{number}.txt").write_text(f"noise, number {number % 7}")
     base = tiny_folder(home / "base")
     settings = {
-        **starting_settings("demo", None), "name": "toy", "model.base": str(base), "dataset.path": str(pictures),
+        **starting_settings("demo", None), "name": "toy", "model.base": str(base),
+        "dataset.path": str(pictures),
         "train.steps": steps, "train.batch_size": 1, "train.resolution": 64, "validation.every": 0,
         "validation.pictures": 0.0, "preview.every": 0, "save.every": 0, "optim.text_encoder_lr": 0.0,
     }  # fmt: skip

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from lora_core.analysis.shrink import truncated
 from lora_core.adapters.inject import adapter_weights, inject
 from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.targets import KOHYA
@@ -44,7 +43,7 @@ def preview_rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
         write_adapter(adapter_weights(injected), file, "kohya", "fp16", base.family, {})
-        artist = Artist(base, truncated)
+        artist = Artist(base, lambda weights, rank: weights)
 
         def shot(strength: float) -> Shot:
             return Shot(prompt="a robot", steps=1, loras=(LoraAt(str(file), strength),))

@@ -95,7 +95,7 @@ def limit(dtype: torch.dtype) -> Sides:
     return step, lambda: torch.zeros(0)
 
 
-def _plain_step(unet: nn.Module, given: Given, factors: list[nn.Parameter]) -> Sides:
+def plain_step(unet: nn.Module, given: Given, factors: list[nn.Parameter]) -> Sides:
     optimizer = torch.optim.AdamW(factors, 1e-4, weight_decay=1e-2)
 
     def step() -> None:
@@ -112,7 +112,7 @@ def _plain_step(unet: nn.Module, given: Given, factors: list[nn.Parameter]) -> S
 
 
 def peft_parts(dtype: torch.dtype) -> tuple[nn.Module, list[nn.Parameter]]:
-    """A UNet with diffusers' and PEFT's layers, and their factors in fp32, as its training scripts have them."""
+    """A UNet with diffusers' and PEFT's layers, and their factors, in fp32 as its scripts have them."""
     from peft import LoraConfig
 
     unet = unet_of(dtype)
@@ -138,7 +138,7 @@ def peft(dtype: torch.dtype) -> Sides:
                 return plain(unet)
 
         given.loss = loss
-    return _plain_step(unet, given, factors)
+    return plain_step(unet, given, factors)
 
 
 def kohya(dtype: torch.dtype) -> Sides:
@@ -152,7 +152,7 @@ def kohya(dtype: torch.dtype) -> Sides:
         start_of(lora.lora_down.weight, lora.lora_up.weight, number)
         lora.apply_to()
         factors += [lora.lora_down.weight, lora.lora_up.weight]
-    return _plain_step(unet, given, factors)
+    return plain_step(unet, given, factors)
 
 
 def easel_parts(dtype: torch.dtype, prepacked: bool = True) -> tuple[nn.Module, Storage]:
@@ -173,7 +173,11 @@ def easel_parts(dtype: torch.dtype, prepacked: bool = True) -> tuple[nn.Module, 
 def easel(dtype: torch.dtype) -> Sides:
     """LoRA Easel's own layers and step."""
     unet, storage = easel_parts(dtype)
-    given = Given(dtype)
+    return easel_step(unet, storage, Given(dtype))
+
+
+def easel_step(unet: nn.Module, storage: Storage, given: Given) -> Sides:
+    """A step over all numbers at once, as `training/loop.py` takes it."""
     optimizer = torch.optim.AdamW(storage.groups, 1e-4, weight_decay=1e-2)
 
     def step() -> None:

@@ -6,6 +6,7 @@ which other work on the machine disturbs least. Before that, both have to have t
 
 import contextlib
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,16 @@ import torch
 from torch import nn
 
 from tests.benchmarks.rows import Row, ratio_row
-from tests.benchmarks.sides import FORMATS, Given, easel_parts, peft_parts, unet_of
+from tests.benchmarks.sides import (
+    FORMATS,
+    Given,
+    easel_parts,
+    easel_step,
+    limit,
+    peft_parts,
+    plain_step,
+    unet_of,
+)
 from tests.counting import kept_bytes, launches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,58 +83,61 @@ def compared(names: list[str], kind: str, pairs: int = PAIRS) -> list[list[float
     return [list(column) for column in zip(*rounds, strict=True)]
 
 
-def step_rows(kohya: bool = False) -> list[Row]:
-    """Steps beside diffusers with PEFT, in both formats, and with the allocator set for the peer too."""
+def step_rows() -> list[Row]:
+    """Steps beside diffusers with PEFT, in both formats, with the allocator set for the peer too, beside the
+    frozen base alone, and beside kohya's module where SD_SCRIPTS names a checkout."""
     rows = []
-    bars = {"fp32": 0.80, "bf16": 0.72}
-    for kind, bar in bars.items():
+    for kind, bar in {"fp32": 0.80, "bf16": 0.72}.items():
         if kind == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             continue
-        names = ["easel", "peft", "peft+keep", "limit"] + (["kohya"] if kohya and kind == "fp32" else [])
-        seconds = dict(zip(names, compared(names, kind), strict=True))
-        mine = seconds["easel"]
-
-        def ratios(
-            other: str, mine: list[float] = mine, seconds: dict[str, list[float]] = seconds
-        ) -> list[float]:
-            return [a / b for a, b in zip(mine, seconds[other], strict=True)]
-
         what = f"Step, {kind}: of diffusers + PEFT"
-        rows.append(ratio_row(what, ratios("peft"), bar, f"; {sorted(mine)[len(mine) // 2]:.2f} s"))
-        rows.append(ratio_row(f"{what}, which has our allocator settings too", ratios("peft+keep"), 1.0))
-        rows.append(ratio_row(f"Step, {kind}: of the frozen base alone", ratios("limit"), 1.0))
-        if "kohya" in seconds:
-            rows.append(ratio_row(f"Step, {kind}: of kohya's module", ratios("kohya"), 0.75))
+        mine, peft, kept = compared(["easel", "peft", "peft+keep"], kind)
+        seconds = f"; {statistics.median(mine):.2f} of {statistics.median(peft):.2f} s"
+        rows.append(ratio_row(what, _ratios(mine, peft), bar, seconds))
+        rows.append(ratio_row(f"{what} with our allocator settings", _ratios(mine, kept), 1.0))
+        mine, limit = compared(["easel", "limit"], kind)
+        rows.append(
+            ratio_row(f"Step, {kind}: of the frozen base alone, in plain torch", _ratios(mine, limit), 1.0)
+        )
+        if "SD_SCRIPTS" in os.environ and kind == "fp32":
+            mine, theirs = compared(["easel", "kohya"], kind)
+            rows.append(ratio_row(f"Step, {kind}: of kohya's module", _ratios(mine, theirs), 0.75))
     return rows
 
 
+def _ratios(mine: list[float], theirs: list[float]) -> list[float]:
+    return [a / b for a, b in zip(mine, theirs, strict=True)]
+
+
 def count_rows() -> list[Row]:
-    """What does not depend on the machine: kernels that are launched, bytes that are kept."""
+    """What does not depend on the machine: kernels that a step launches, bytes that are kept."""
     dtype = FORMATS["fp32"]
     given = Given(dtype)
-    given.noisy.requires_grad_()
 
-    def pair(unet: nn.Module) -> tuple[int, int]:
+    def kept(unet: nn.Module) -> int:
         weights = {tensor.untyped_storage().data_ptr() for tensor in unet.state_dict().values()}
-        count = launches(lambda: given.loss(unet).backward())
-        return count, kept_bytes(lambda: given.loss(unet), weights)
+        return kept_bytes(lambda: given.loss(unet), weights)
 
-    base = pair(unet_of(dtype))
+    base = launches(limit(dtype)[0])
+    given.noisy.requires_grad_()
+    base_kept = kept(unet_of(dtype))
     given.noisy.requires_grad_(False)
-    mine = pair(easel_parts(dtype, prepacked=False)[0])
-    theirs = pair(peft_parts(dtype)[0])
+    unet, storage = easel_parts(dtype, prepacked=False)
+    mine, mine_kept = launches(easel_step(unet, storage, given)[0]), kept(unet)
+    theirs, factors = peft_parts(dtype)
+    peft, peft_kept = launches(plain_step(theirs, given, factors)[0]), kept(theirs)
     return [
         Row(
-            "Kernels of a forward and backward pass, of the frozen base's",
-            f"{mine[0] / base[0]:.2f} ({mine[0]} of {base[0]}; PEFT {theirs[0] / base[0]:.2f})",
+            "Kernels that a step launches, of the frozen base's",
+            f"{mine / base:.2f} ({mine:,} of {base:,}; PEFT {peft / base:.2f})",
             "at most 1.6",
-            mine[0] <= 1.6 * base[0],
+            mine <= 1.6 * base,
         ),
         Row(
             "Bytes kept for the backward pass, of the frozen base's",
-            f"{mine[1] / base[1]:.3f} ({mine[1] / 1e6:.0f} of {base[1] / 1e6:.0f} MB; PEFT"
-            f" {theirs[1] / base[1]:.3f})",
+            f"{mine_kept / base_kept:.3f} ({mine_kept / 1e6:.0f} of {base_kept / 1e6:.0f} MB;"
+            f" PEFT {peft_kept / base_kept:.3f})",
             "at most 1.1",
-            mine[1] <= 1.1 * base[1],
+            mine_kept <= 1.1 * base_kept,
         ),
     ]
