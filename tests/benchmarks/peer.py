@@ -4,7 +4,7 @@
 
 The script is that of a diffusers release, as it is; it wants `datasets` and `torchvision`. Both sides start
 as new processes on an empty workspace, with the same base, pictures, captions, steps, batch and rank. What
-they make is judged by `tests/evaluator.py`, which shares no code with the trainer, on pictures that neither saw.
+they make is judged by `tests/evaluator.py`, which shares no code with the trainer, on pictures new to both.
 Besides the demo's pictures there is a second set, on which nothing was tuned: photographs are not at hand, so
 it is drawn by code in another style, with things and captions of its own.
 """
