@@ -64,9 +64,7 @@ class _Term:
         return self.factor**2 * float(self.triples.values.square().sum())
 
 
-def stack_report(
-    files: Sequence[Stacked], note: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+def stack_report(files: Sequence[Stacked], note: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Overlap, cross terms and what survives of each of several adapter files.
 
     Args:
