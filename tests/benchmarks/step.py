@@ -83,10 +83,9 @@ def compared(names: list[str], kind: str, pairs: int = PAIRS) -> list[list[float
     return [list(column) for column in zip(*rounds, strict=True)]
 
 
-def step_rows() -> list[Row]:
+def step_rows() -> Iterator[Row]:
     """Steps beside diffusers with PEFT, in both formats, with the allocator set for the peer too, beside the
     frozen base alone, and beside kohya's module where SD_SCRIPTS names a checkout."""
-    rows = []
     for kind, bar in {"fp32": 0.80, "bf16": 0.72}.items():
         if kind == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             continue
@@ -94,17 +93,14 @@ def step_rows() -> list[Row]:
         # Two at a time: a model takes gigabytes.
         mine, peft = compared(["easel", "peft"], kind)
         seconds = f"; {statistics.median(mine):.2f} of {statistics.median(peft):.2f} s"
-        rows.append(ratio_row(what, _ratios(mine, peft), bar, seconds))
+        yield ratio_row(what, _ratios(mine, peft), bar, seconds)
         mine, peft = compared(["easel", "peft+keep"], kind)
-        rows.append(ratio_row(f"{what} with our allocator settings", _ratios(mine, peft), 1.0))
-        mine, limit = compared(["easel", "limit"], kind)
-        rows.append(
-            ratio_row(f"Step, {kind}: of the frozen base alone, in plain torch", _ratios(mine, limit), 1.0)
-        )
+        yield ratio_row(f"{what} with our allocator settings", _ratios(mine, peft), 1.0)
+        mine, bare = compared(["easel", "limit"], kind)
+        yield ratio_row(f"Step, {kind}: of the frozen base alone, in plain torch", _ratios(mine, bare), 1.0)
         if "SD_SCRIPTS" in os.environ and kind == "fp32":
             mine, theirs = compared(["easel", "kohya"], kind)
-            rows.append(ratio_row(f"Step, {kind}: of kohya's module", _ratios(mine, theirs), 0.75))
-    return rows
+            yield ratio_row(f"Step, {kind}: of kohya's module", _ratios(mine, theirs), 0.75)
 
 
 def _ratios(mine: list[float], theirs: list[float]) -> list[float]:
