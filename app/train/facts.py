@@ -5,6 +5,8 @@ import functools
 import json
 import math
 
+import psutil
+
 from app.moment import Moment
 from app.train.bases import chosen_base
 from app.train.form import for_family
@@ -14,7 +16,7 @@ from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError
 from lora_core.spec.preflight import ADAPTER_COPIES
-from lora_core.spec.sizes import base_numbers, export_bytes
+from lora_core.spec.sizes import PREPACKED_COPIES, PREPACKED_SPARE, base_numbers, export_bytes
 
 SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated", GUESSED: "estimated"}
 ESTIMATES = {
@@ -168,7 +170,13 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
     kept = CHECKPOINTING_KEEPS if config.train.checkpointing else 1.0
     pixels = (side / 8) ** 2 * config.train.batch_size
     activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
-    return PROGRAM + numbers * width + export / 2 * 4 * ADAPTER_COPIES + activations
+    weights = numbers * width
+    prepacked = (1 + PREPACKED_COPIES) * weights
+    kept_plain = config.train.offload or config.train.quantise != "none"
+    if not (on_card or kept_plain) and psutil.virtual_memory().available > prepacked + PREPACKED_SPARE:
+        # A processor's run takes more where there is more, because that is faster.
+        weights = prepacked
+    return PROGRAM + weights + export / 2 * 4 * ADAPTER_COPIES + activations
 
 
 def _changed_at(known: BaseFacts) -> int:

@@ -14,9 +14,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from lora_core.spec.sizes import PREPACKED_COPIES, PREPACKED_SPARE
+
 FORMATS = (torch.float32, torch.bfloat16)
-SPARE = 2 * 2**30
-"""Bytes that are left free beside prepacked weights."""
 NOTHING_AFTER: tuple[Any, ...] = ("none", [], "")
 """oneDNN can follow a product by another operation; these layers have none."""
 
@@ -119,9 +119,9 @@ def can_be_prepacked(modules: Iterable[nn.Module]) -> bool:
         return False
     if layers[0].weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    need = 2 * sum(layer.weight.nbytes for layer in layers)
+    need = PREPACKED_COPIES * sum(layer.weight.nbytes for layer in layers)
     available: int = psutil.virtual_memory().available
-    return available > need + SPARE
+    return available > need + PREPACKED_SPARE
 
 
 def prepack(module: nn.Module) -> None:

@@ -21,6 +21,10 @@ from lora_core.spec.tensor_file import read_header
 BYTES_A_NUMBER = 2
 HEADER_A_LAYER = 450
 """Bytes: what the file's header says of each layer, three tensors with long names."""
+PREPACKED_COPIES = 2
+"""How often a base's weights are laid out beside the plain ones where a processor trains."""
+PREPACKED_SPARE = 2 * 2**30
+"""Bytes that have to stay free beside those."""
 
 Layers = dict[tuple[str, str], tuple[int, int]]
 """(part, path as diffusers names it) to the numbers that one rank costs below and above: inputs x kernel,

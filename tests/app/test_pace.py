@@ -1,5 +1,6 @@
 """Forecasts before Start: from a run of the same cost, else another one, else the machine."""
 
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lora_core.spec import events
 from lora_core.spec.base_facts import base_facts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.progress import Progress
+from lora_core.spec.sizes import base_numbers
 from tests.app.bases import checkpoint
 from tests.app.runs import make_run, started, step
 
@@ -96,6 +98,21 @@ def test_memory_of_a_large_base_is_about_what_people_see(tmp_path: Path) -> None
     assert without is not None
     assert 8e9 < with_it < 13e9
     assert without > 16e9
+
+
+def test_a_processor_s_run_takes_more_memory_where_there_is_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = checkpoint(tmp_path / "sd.safetensors", "sd15", 2_100_000_000)
+    config = RunConfig().changed({"model.base": str(base), "train.precision": "fp32"})
+    found = []
+    for available in (8, 24):
+        memory = types.SimpleNamespace(available=available * 2**30)
+        monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
+        found.append(memory_needed(config, base_facts(str(base)), False))
+    weights = 4 * base_numbers(base_facts(str(base)))
+    assert found[1] - found[0] == pytest.approx(2 * weights)
+    assert memory_needed(config.changed({"train.quantise": "int8"}), base_facts(str(base)), False) == found[0]
 
 
 def test_what_nvidia_s_tool_says_is_read() -> None:
