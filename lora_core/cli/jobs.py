@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +29,18 @@ from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_fo
 from lora_core.spec.stopping import INTERRUPTED, Stopping
 
 if TYPE_CHECKING:
+    from lora_core.training.fellows import Fellows
     from lora_core.training.run import Outcome
 
 PLACES = ("model.base", "model.vae", "adapter.init")
 """Settings that may name a file or a folder."""
 NO_PLACES = ("", "demo", "default")
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes there are; accelerate reads the same."""
+ONE_ONLY = (
+    "accelerate was asked for several processes and started one, as it does with --cpu where it is given no"
+    " --mpirun_hostfile; set ACCELERATE_USE_CPU=true and give --multi_gpu instead of --cpu."
+)
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -51,9 +60,7 @@ def add_verbs(verbs: Verbs) -> None:
     resume.add_argument("path", metavar="RUN", type=_run_path)
     resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
     resume.add_argument("--accept-changes", action="store_true", help="go on although something has changed")
-    resume.set_defaults(
-        run=lambda options: resumed(RunFolder.open(options.path), options.steps, options.accept_changes)
-    )
+    resume.set_defaults(run=_resume)
     words = {
         "stop": "end a run, keep its work and export it",
         "pause": "end a run's process, to go on later",
@@ -120,28 +127,65 @@ def _in_full(place: str) -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
-    stopping = Stopping()
-    with stopping.taken():
+    def lead(stopping: Stopping, fellows: "Fellows | None") -> int:
         with stopping.raising():
             config = config_of(options)
             place = workspace(options.workspace)
             problems = preflight(config, place)
             refuse(problems)
-        return _begun(config, place, problems, stopping)
+        run = _begun(config, place, problems)
+        return resumed(run, None, stopping=stopping, fellows=fellows)
+
+    return _together(lead)
 
 
-def _begun(config: RunConfig, place: Path, problems: list[Problem], stopping: Stopping) -> int:
+def _resume(options: argparse.Namespace) -> int:
+    def lead(stopping: Stopping, fellows: "Fellows | None") -> int:
+        run = RunFolder.open(options.path)
+        return resumed(run, options.steps, options.accept_changes, stopping, fellows)
+
+    return _together(lead)
+
+
+def _together(lead: Callable[[Stopping, "Fellows | None"], int]) -> int:
+    """Train alone, or as one of the processes that `accelerate launch` started for one run.
+
+    Args:
+        lead: what the main process does, or the only one; returns the exit code. The others follow it, and
+            leave stopping to it.
+    """
+    stopping = Stopping()
+    with stopping.taken():
+        if max(int(os.environ.get(name) or 1) for name in LAUNCHED) == 1:
+            if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in LAUNCHED):
+                say(f"Note: {ONE_ONLY}")
+            return lead(stopping, None)
+        from lora_core.training.fellows import fellowship
+        from lora_core.training.follow import follow
+
+        with fellowship() as fellows:
+            if fellows.main:
+                return lead(stopping, fellows)
+            follow(fellows)
+            return 0
+
+
+def _begun(config: RunConfig, place: Path, problems: list[Problem]) -> RunFolder:
     run = RunFolder.create(runs_folder(place) / config.name, config)
     say(f"Run {run.name} in {run.path}")
     with contextlib.suppress(ModelFileError):  # the run says it
         say(f"Base: {base_facts(config.model.base, config.model.prediction).sentence}")
     for problem in problems:
         say(f"Note: {problem.sentence}")
-    return resumed(run, None, stopping=stopping)
+    return run
 
 
 def resumed(
-    run: RunFolder, steps: int | None, accept_changes: bool = False, stopping: Stopping | None = None
+    run: RunFolder,
+    steps: int | None,
+    accept_changes: bool = False,
+    stopping: Stopping | None = None,
+    fellows: "Fellows | None" = None,
 ) -> int:
     """Train a run from where it stands, and tell whom the person chose when it ends; returns the exit code.
 
@@ -152,7 +196,7 @@ def resumed(
     with stopping.taken():
         before = events_size(run)
         try:
-            outcome = _trained(run, steps, accept_changes, stopping)
+            outcome = _trained(run, steps, accept_changes, stopping, fellows)
         finally:
             note = tell_end(run, run.path.parent.parent) if events_size(run) > before else ""
             if note:
@@ -162,7 +206,13 @@ def resumed(
         return INTERRUPTED if outcome.signalled else 0
 
 
-def _trained(run: RunFolder, steps: int | None, accept_changes: bool, stopping: Stopping) -> "Outcome":
+def _trained(
+    run: RunFolder,
+    steps: int | None,
+    accept_changes: bool,
+    stopping: Stopping,
+    fellows: "Fellows | None",
+) -> "Outcome":
     if steps is not None and steps < 1:
         raise ConfigError(f"--steps {steps} should be 1 or more.")
     with run.held():
@@ -176,11 +226,19 @@ def _trained(run: RunFolder, steps: int | None, accept_changes: bool, stopping: 
             _note_stop(run)
             raise
 
+        if fellows is not None:
+            _say_shares(fellows.count, run.config().train.batch_size)
         printer = EventPrinter(sys.stdout)
         with keep_awake():
-            outcome = train(run, steps, printer.show, accept_changes, stopping)
+            outcome = train(run, steps, printer.show, accept_changes, stopping, fellows)
         printer.close()
     return outcome
+
+
+def _say_shares(processes: int, pictures: int) -> None:
+    say(f"{processes} processes share each batch of {pictures}.")
+    if pictures < processes:
+        say(f"Note: {processes - pictures} of them have nothing to do; train.batch_size is {pictures}.")
 
 
 def _note_stop(run: RunFolder) -> None:

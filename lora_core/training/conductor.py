@@ -12,12 +12,14 @@ from lora_core.models.device import keep_freed_memory
 from lora_core.spec import events
 from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import RunError
+from lora_core.spec.errors import OutOfMemory, RunError
 from lora_core.spec.progress import Progress
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.checkpoint import TrainState
 from lora_core.training.duties import EXPORT_PRECISION, Duties, Notes
 from lora_core.training.export import exported_checkpoint
+from lora_core.training.fellows import Fellows
+from lora_core.training.follow import Beginning
 from lora_core.training.guards import RETURNS, Health, Pace, slow_words
 from lora_core.training.inputs import versions
 from lora_core.training.keeping import Keeper, first_whole
@@ -26,6 +28,12 @@ from lora_core.training.memory import Ladder, free_memory, limited, out_of_memor
 from lora_core.training.prepare import Plan, Session, prepared
 from lora_core.training.requests import Interrupted, Requests
 from lora_core.training.trial import chosen_rungs
+
+BY_HAND = (
+    "The device of one of the processes ran out of memory in a step. With several processes that is not"
+    " mended by itself: set train.checkpointing, train.quantise or train.offload, or lower train.batch_size"
+    " or train.resolution, in a new run."
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Conductor:
         """Conduct `run` to `goal` steps; `before` is what earlier processes did."""
         self.step = 0
         self.requests = Requests(run, before.handled)
+        self.fellows: Fellows | None = None
         self._run = run
         self._config = config
         self._goal = goal
@@ -82,6 +91,7 @@ class Conductor:
         if self._plan.prepacked is None:
             self._plan = replace(self._plan, prepacked=session.prepacked)
             self._plan.write(self._run)
+        session.trainee.fellows = self.fellows
         for note in session.notes:
             self._warn(note)
         self._keeper = Keeper(self._run, self._config, session.trainee, self._emit)
@@ -136,6 +146,9 @@ class Conductor:
     def _drive(self, session: Session) -> Outcome:
         """Step until the goal; each round is one stretch without a return or a lack of memory."""
         keep_freed_memory()
+        if self.fellows and not self._ending:
+            self.fellows.tell(Beginning(self._run.path, self._plan, self._goal))
+            self.fellows.agreed(lambda: None)
         while not self._ending:
             plan = StepPlan.of(self._config, self._goal, self._health.rate)
             steps = training_steps(session.trainee, session.batches, session.text, plan, self.step)
@@ -158,6 +171,8 @@ class Conductor:
         except Exception as error:
             if not out_of_memory(error):
                 raise
+            if self.fellows:
+                raise OutOfMemory(BY_HAND) from error
             half_done = session.trainee.applying
             free_memory(session.trainee, error)
         told = self._ladder.climb(self.step)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from lora_core.spec.sections import LossSection
 from lora_core.training.batches import Batches
 from lora_core.training.cache import TextSource
 from lora_core.training.ema import Average
+from lora_core.training.fellows import Fellows
 from lora_core.training.loss import drawn, picture_losses
 from lora_core.training.schedules import rate_factor
 
@@ -95,6 +97,7 @@ class Trainee:
             same gradient.
         applying: whether the optimizer is at work: a step that fails then is half done.
         aside: the folder on whose drive weights may be put aside.
+        fellows: the processes that train together with this one, if there are any.
     """
 
     base: BaseModel
@@ -106,6 +109,7 @@ class Trainee:
     split: int = 1
     applying: bool = False
     aside: Path | None = None
+    fellows: Fellows | None = None
 
 
 @dataclass
@@ -122,6 +126,14 @@ class MicroBatch:
         return torch.cat(self.losses).mean()
 
 
+@dataclass(frozen=True)
+class Call:
+    """What the main process tells the others of a step: how many are done, and the scaler's `state_dict`."""
+
+    step: int
+    scaler: dict[str, Any]
+
+
 def training_steps(
     trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, done: int
 ) -> Iterator[Step]:
@@ -135,20 +147,47 @@ def training_steps(
         factor = plan.rate * rate_factor(step, plan.steps, plan.schedule, plan.warmup)
         for group in trainee.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor if step < group["until"] * plan.steps else 0.0
-        trainee.storage.clear()
-        parts = [
-            micro_batch(trainee, batches, text, plan, step * plan.accumulate + part)
-            for part in range(plan.accumulate)
-        ]
+        parts = (shared_parts if trainee.fellows else own_parts)(trainee, batches, text, plan, step)
         loss, trouble = _apply(trainee, plan.clip, parts, step + 1)
         rate = trainee.optimizer.param_groups[0]["lr"]
         yield Step(step + 1, loss, rate, time.perf_counter() - began, trouble)
 
 
+def own_parts(
+    trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, step: int
+) -> list[MicroBatch]:
+    """The micro-batches of the step after `step` others; their gradients lie in the storage."""
+    trainee.storage.clear()
+    return [
+        micro_batch(trainee, batches, text, plan, step * plan.accumulate + part)
+        for part in range(plan.accumulate)
+    ]
+
+
+def shared_parts(
+    trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, step: int
+) -> list[MicroBatch]:
+    """`own_parts`, of which each process computes some rows, with gradients and losses added up over all."""
+    fellows = trainee.fellows
+    assert fellows is not None
+    if fellows.main:
+        fellows.tell(Call(step, trainee.scaler.state_dict()))
+    fellows.spread(trainee.storage.whole.detach())
+    parts = fellows.agreed(lambda: own_parts(trainee, batches, text, plan, step))
+    losses = torch.stack([torch.cat(part.losses) for part in parts])
+    fellows.add_up(trainee.storage.grads, losses)
+    for part, whole in zip(parts, losses, strict=True):
+        part.losses = [whole]
+    return parts
+
+
 def micro_batch(
     trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, number: int
 ) -> MicroBatch:
-    """Add the gradient of micro-batch `number`, in `trainee.split` parts that add up to that of the whole."""
+    """Add the gradient of micro-batch `number`, in `trainee.split` parts that add up to that of the whole.
+
+    Where others train with this process, it is that of this process's rows, and the losses of others are 0.
+    """
     base, moment = trainee.base, trainee.injected.moment
     batch = batches.batch(number)
     latents = batch.latents.to(base.device)
@@ -156,9 +195,10 @@ def micro_batch(
     draw = drawn(latents, base.noise.timesteps, plan.loss.noise_offset, generator)
     done = MicroBatch(batch.names, draw.timesteps)
     count = len(latents)
-    size = math.ceil(count / trainee.split)
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
+    share = trainee.fellows.share(count) if trainee.fellows else slice(0, count)
+    size = max(1, math.ceil((share.stop - share.start) / trainee.split))
+    for start in range(share.start, share.stop, size):
+        rows = slice(start, min(start + size, share.stop))
         moment.micro_batch, moment.rows = number, count
         moment.first, moment.last = rows.start, rows.stop
         condition = text.conditions(batch.captions[rows])
@@ -166,6 +206,9 @@ def micro_batch(
         trainee.scaler.scale(losses.sum() / (count * plan.accumulate)).backward()
         done.losses.append(losses.detach())
     trainee.storage.gather()
+    if trainee.fellows:
+        before, after = (latents.new_zeros(rows) for rows in (share.start, count - share.stop))
+        done.losses = [before, *done.losses, after]
     return done
 
 

@@ -15,6 +15,7 @@ from lora_core.spec.stopping import Stopping
 from lora_core.training.board import Board
 from lora_core.training.checkpoint import clear_unfinished
 from lora_core.training.conductor import Conductor, Outcome
+from lora_core.training.fellows import Fellows
 from lora_core.training.memory import out_of_memory
 
 __all__ = ["Outcome", "train"]
@@ -33,6 +34,7 @@ def train(
     on_event: Callable[[events.Event], None],
     accept_changes: bool = False,
     stopping: Stopping | None = None,
+    fellows: Fellows | None = None,
 ) -> Outcome:
     """Train a run from where it stands to its end, or until it is asked to stop. Call it with the run held.
 
@@ -42,6 +44,7 @@ def train(
         on_event: called with each event after it is written.
         accept_changes: go on although pictures, settings or packages are not those that the run began with.
         stopping: takes signals already; else they are taken here.
+        fellows: the processes that train it together with this one, which leads them.
 
     Raises:
         LoraError: what went wrong, in a sentence; it is in the events too.
@@ -68,6 +71,7 @@ def train(
 
     conductor = Conductor(run, config, goal, before, emit)
     conductor.requests.stopping = stopping or conductor.requests.stopping
+    conductor.fellows = fellows
     try:
         if config.save.tensorboard:
             boards.append(Board(run, before.step))
