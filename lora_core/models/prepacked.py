@@ -2,7 +2,8 @@
 
 oneDNN lays a weight out anew in every call otherwise, which for the small pictures and single batches of
 training takes up to half of the time. The weight is laid out twice, for the forward pass and, transposed, for
-the backward pass; the plain one stays, for whoever asks for it.
+the backward pass; the plain one stays, for whoever asks for it. It pays for large weights alone: small ones
+are laid out in no time, and a layout that fits all sizes of pictures can be worse for them than their own.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,11 @@ from torch.nn.grad import conv2d_input
 from lora_core.spec.sizes import PREPACKED_COPIES, PREPACKED_SPARE
 
 FORMATS = (torch.float32, torch.bfloat16)
+SMALLEST_LINEAR, SMALLEST_CONVOLUTION = 2**16, 2**20
+"""Numbers in a weight from which on it pays; one Zen 4 core, batches of 1 to 8 and sides of 4 to 64."""
+SIDE = 8
+"""Side of the picture that a convolution's layout is chosen for. Used with sides of 4 to 64 it was as fast as
+their own; one chosen for 16, or for none in particular, took 25 times as long for some widths."""
 NOTHING_AFTER: tuple[Any, ...] = ("none", [], "")
 """oneDNN can follow a product by another operation; these layers have none."""
 
@@ -87,7 +93,8 @@ class PrepackedConv2d(nn.Conv2d):
 
     def _laid_out(self, weight: torch.Tensor) -> torch.Tensor:
         lay_out: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        found: torch.Tensor = lay_out(weight.to_mkldnn(), *self._how, None)
+        picture = [1, weight.shape[1], SIDE, SIDE]
+        found: torch.Tensor = lay_out(weight.to_mkldnn(), *self._how, picture)
         return found
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,12 +162,10 @@ def _kind(layer: nn.Module) -> Any:
     if not isinstance(weight, torch.Tensor) or weight.requires_grad or weight.dtype not in FORMATS:
         return None
     if type(layer) is nn.Linear:
-        return PrepackedLinear
+        return PrepackedLinear if weight.numel() >= SMALLEST_LINEAR else None
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    # A prepacked kernel of a single pixel falls back to a slow path of oneDNN: 1 GFLOP/s where the plain one
-    # reaches 60.
-    return PrepackedConv2d if layer.groups == 1 and layer.kernel_size != (1, 1) else None
+    return PrepackedConv2d if layer.groups == 1 and weight.numel() >= SMALLEST_CONVOLUTION else None
 
 
 def _keeps_size(layer: nn.Conv2d) -> bool:

@@ -12,6 +12,7 @@ from lora_core.adapters.inject import inject
 from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.storage import Storage
 from lora_core.adapters.targets import KOHYA
+from lora_core.models import prepacked
 from lora_core.models.prepacked import (
     PrepackedConv2d,
     PrepackedLinear,
@@ -23,8 +24,16 @@ from lora_core.models.prepacked import (
 from tests.tiny import tiny_unet
 
 pytestmark = pytest.mark.skipif(
-    not can_be_prepacked([nn.Linear(2, 2).requires_grad_(False)]), reason="no oneDNN, or too little memory"
+    not can_be_prepacked([nn.Linear(512, 512).requires_grad_(False)]),
+    reason="no oneDNN, or too little memory",
 )
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that toys show what large layers do."""
+    monkeypatch.setattr(prepacked, "SMALLEST_LINEAR", 1)
+    monkeypatch.setattr(prepacked, "SMALLEST_CONVOLUTION", 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,6 +42,7 @@ pytestmark = pytest.mark.skipif(
     [
         (nn.Linear(24, 40), [(2, 7, 24), (3, 24), (1, 1, 24)]),
         (nn.Linear(24, 40, bias=False), [(3, 24)]),
+        (nn.Conv2d(8, 12, 1), [(2, 8, 4, 4)]),
         (nn.Conv2d(8, 12, 3, padding=1), [(2, 8, 9, 9), (1, 8, 16, 4)]),
         (nn.Conv2d(8, 12, 3, padding=1, stride=2), [(2, 8, 9, 9), (2, 8, 8, 8)]),
         (nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), [(1, 8, 6, 7)]),
@@ -71,7 +81,6 @@ def test_nothing_is_kept_for_the_backward_pass() -> None:
 
 def test_what_stays_plain() -> None:
     kinds = {
-        "one pixel": nn.Conv2d(4, 4, 1),
         "groups": nn.Conv2d(4, 4, 3, groups=2),
         "wrapping around": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
         "words": nn.Conv2d(4, 4, 3, padding="same"),
@@ -82,6 +91,14 @@ def test_what_stays_plain() -> None:
     prepack(root)
     assert not is_prepacked(root)
     assert not can_be_prepacked([root["groups"]])
+
+
+def test_small_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    kinds = [nn.Linear(255, 257), nn.Linear(256, 256), nn.Conv2d(320, 320, 3), nn.Conv2d(640, 320, 3)]
+    root = nn.Sequential(*kinds).requires_grad_(False)
+    prepack(root)
+    assert [is_prepacked(layer) for layer in root] == [False, True, False, True]
 
 
 def test_an_adapted_unet_and_back() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lora_core.models import prepacked
 from lora_core.models.prepacked import is_prepacked
 from lora_core.models.thin import is_moved, is_packed
 from lora_core.spec import events
@@ -46,7 +47,8 @@ BATCH = {"train__batch_size": 4}
 def plain_layout(request: pytest.FixtureRequest) -> Iterator[None]:
     """The base in its plain layout, so that the ladder is one rung shorter; but for the test of that rung."""
     if request.node.get_closest_marker("prepacked"):
-        yield
+        with mock.patch.multiple(prepacked, SMALLEST_LINEAR=1, SMALLEST_CONVOLUTION=1):
+            yield
         return
     with mock.patch.object(prepare, "can_be_prepacked", return_value=False):
         yield
