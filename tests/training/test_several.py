@@ -192,6 +192,7 @@ def test_want_of_memory_in_one_process_ends_the_run_in_a_sentence(numbers: tuple
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.slow
 def test_a_killed_main_process_takes_all_along_and_the_run_goes_on(
     own_toy: Toy, launched: list[psutil.Process]
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_killed_main_process_takes_all_along_and_the_run_goes_on(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_in_a_sentence(own_toy: Toy, launched: list[psutil.Process]) -> None:
     run = own_toy.run("long", train__steps=5000)
     processes = pair("lora_core", "resume", str(run.path))
@@ -239,6 +241,7 @@ def test_a_killed_process_ends_the_run_in_a_sentence(own_toy: Toy, launched: lis
     check_whole(run)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_one_of_several_is_named(tmp_path: Path) -> None:
     how = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
     command = [sys.executable, "-m", "accelerate.commands.launch", *how, "--dynamo_backend", "no"]
