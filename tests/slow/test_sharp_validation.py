@@ -27,6 +27,7 @@ from lora_core.validation.validate import measured_pictures
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo"
 SETS, PICTURES, LOOKS = 40, 20, 4
+DIVISIONS = 200
 
 pytestmark = pytest.mark.slow
 
@@ -101,22 +102,35 @@ def losses(base: BaseModel, pictures: list[Measured], adapter: AdapterWeights | 
 def test_the_stated_error_is_the_true_one(
     base: BaseModel, adapters: dict[str, AdapterWeights], population: list[ImageRecord]
 ) -> None:
+    """Of 40 disjoint sets at least 36 lie within two stated errors of their mean. How many depends on which
+    pictures share a set: the first division is told, and the mean over many is what is asserted."""
+    generator = torch.Generator().manual_seed(7)
     for name, adapter in adapters.items():
         pictures = measured_pictures(base, population, LOOKS, seed=3)
         gained = [losses(base, pictures, None), losses(base, pictures, adapter)]
-        sets = [
-            paired_gain(*(part[start : start + PICTURES] for part in gained))
-            for start in range(0, SETS * PICTURES, PICTURES)
-        ]
-        gains, errors = torch.tensor([(g.gain, g.standard_error) for g in sets]).T
-        inside = int(((gains - gains.mean()).abs() <= 2 * errors).sum())
-        stated = float(errors.square().mean().sqrt() / gains.std())
+        orders = [torch.arange(SETS * PICTURES)]
+        orders += [torch.randperm(SETS * PICTURES, generator=generator) for _ in range(DIVISIONS)]
+        found = [calibration([part[order] for part in gained]) for order in orders]
+        (first, ratio), insides = found[0], [inside for inside, _ in found[1:]]
+        mean, stated = statistics.mean(insides), statistics.mean(stated for _, stated in found[1:])
+        enough = statistics.mean(inside >= 36 for inside in insides)
         sys.stdout.write(
-            f"\n{name}: gain {gains.mean():.4f}, {inside} of {SETS} within 2 errors; stated / true"
-            f" {stated:.2f}"
+            f"\n{name}: of {SETS} sets {first} lie within 2 errors, stated / true {ratio:.2f}; over"
+            f" {DIVISIONS} other divisions {mean:.1f} and {stated:.2f}, 36 or more in {enough:.0%} of them\n"
         )
-        assert inside >= 36
+        assert mean >= 36
         assert 0.8 <= stated <= 1.25
+
+
+def calibration(gained: list[torch.Tensor]) -> tuple[int, float]:
+    """How many sets lie within two stated errors of the mean of all, and the stated error by the true one."""
+    sets = [
+        paired_gain(*(part[start : start + PICTURES] for part in gained))
+        for start in range(0, SETS * PICTURES, PICTURES)
+    ]
+    gains, errors = torch.tensor([(g.gain, g.standard_error) for g in sets]).T
+    inside = int(((gains - gains.mean()).abs() <= 2 * errors).sum())
+    return inside, float(errors.square().mean().sqrt() / gains.std())
 
 
 @pytest.mark.parametrize(("name", "most"), [("early", 0.25), ("end", 0.5)])
