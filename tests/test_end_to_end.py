@@ -39,6 +39,7 @@ SETTINGS = [
     "adapter.rank=4", "adapter.alpha=2", "train.batch_size=2", f"train.steps={STEPS}", "train.resolution=64",
     "train.precision=fp32", "optim.lr=0.003", "dataset.flip=true", "dataset.trigger=blob",
     "adapter.dropout=0.1", "validation.pictures=2", "validation.every=10", "validation.triples=2",
+    "validation.budget=0",
     "preview.every=15", "preview.steps=2", "save.every=5", "save.keep_last=2",
 ]  # fmt: skip
 
