@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_core.models.device import keep_freed_memory
+from lora_core.models.prepacked import is_prepacked
 from lora_core.spec import events
 from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
@@ -89,7 +90,8 @@ class Conductor:
         except Interrupted:
             return self._end_unprepared()
         if self._plan.prepacked is None:
-            self._plan = replace(self._plan, prepacked=session.prepacked)
+            trained = session.trainee.base.modules.values()
+            self._plan = replace(self._plan, prepacked=any(map(is_prepacked, trained)))
             self._plan.write(self._run)
         session.trainee.fellows = self.fellows
         for note in session.notes:

@@ -97,7 +97,6 @@ class Session:
         train_items: pictures to train on.
         prompts: of the samples.
         notes: what a person should know before it starts, a sentence each.
-        prepacked: whether the base's weights are laid out for the processor.
     """
 
     trainee: Trainee
@@ -107,7 +106,6 @@ class Session:
     train_items: list[Item]
     prompts: list[str]
     notes: list[str]
-    prepacked: bool = False
 
     @property
     def held_out(self) -> list[Measured]:
@@ -159,21 +157,31 @@ def prepared(
             text.release()
     measured = groups_of(items, held_items, latents, config, base)
     measured.prior = prior
-    trainee, notes, prepacked = _trainee(base, layout, plan, config, aside)
+    trainee, notes = trainee_in(base, layout, config, plan.prepacked, aside)
     looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
-    told = [*layout.notes, *notes, *measured.notes]
-    return Session(trainee, batches, text, measured, items, prompts, told, prepacked)
+    return Session(trainee, batches, text, measured, items, prompts, [*layout.notes, *notes, *measured.notes])
 
 
-def _trainee(
-    base: BaseModel, layout: AdapterPlan, plan: Plan, config: RunConfig, aside: Path
-) -> tuple[Trainee, list[str], bool]:
-    """The adapter in the base, ready to train; sentences on its start; whether the base was prepacked."""
+def trainee_in(
+    base: BaseModel, layout: AdapterPlan, config: RunConfig, prepacked: bool | None, aside: Path | None = None
+) -> tuple[Trainee, list[str]]:
+    """The adapter in the base, ready to train, and sentences on its start.
+
+    Args:
+        base: its text encoders are gone where they are not trained.
+        layout: what is to be trained.
+        config: how.
+        prepacked: whether the base's weights are laid out for the processor; None is where that can be done.
+        aside: the folder on whose drive weights may be put aside.
+
+    Raises:
+        AdapterFileError: the LoRA to go on with does not fit.
+        ConfigError: the optimizer's package is missing, or it cannot work with these rates.
+    """
     injected, notes = injected_adapter(base, layout, config.seed)
     ready_for_training(base, config.train.checkpointing)
     trained = base.modules.values()
-    prepacked = plan.prepacked
     if prepacked is None:
         prepacked = can_be_prepacked(trained) and not limited(base.device)
     if prepacked:
@@ -182,7 +190,7 @@ def _trainee(
     optimizer, storage = optimizer_of(injected, layout, base, config.optim)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     average = Average(injected, storage, config.save.ema) if config.save.ema else None
-    return Trainee(base, injected, optimizer, storage, scaler, average, aside=aside), notes, prepacked
+    return Trainee(base, injected, optimizer, storage, scaler, average, aside=aside), notes
 
 
 def caption_rules(config: RunConfig) -> CaptionRules:

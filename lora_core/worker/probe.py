@@ -19,19 +19,15 @@ from lora_core.models.denoise import prediction
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel, load_base
-from lora_core.models.prepacked import can_be_prepacked, prepack
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import OutOfMemory
 from lora_core.training.batches import Batch, Batches
 from lora_core.training.cache import TextSource
-from lora_core.training.ema import Average
 from lora_core.training.loop import Step, StepPlan, Trainee, training_steps
 from lora_core.training.memory import out_of_memory
+from lora_core.training.prepare import trainee_in
 from lora_core.training.trainee import (
     adapter_plan,
-    injected_adapter,
-    optimizer_of,
-    ready_for_training,
     thinner_of,
 )
 from lora_core.worker.draw import Cancelled
@@ -170,21 +166,7 @@ def _made(base: BaseModel, config: RunConfig) -> tuple[Trainee, Batches, TextSou
     )
     side = train.resolution or base.resolution
     bucket = bucket_of(side, side, side, base.size_multiple)
-    injected, _ = injected_adapter(base, layout, config.seed)
-    ready_for_training(base, train.checkpointing)
-    if can_be_prepacked(base.modules.values()):
-        for module in base.modules.values():
-            prepack(module)
-    device = base.device
-    optimizer, storage = optimizer_of(injected, layout, base, config.optim)
-    trainee = Trainee(
-        base,
-        injected,
-        optimizer,
-        storage,
-        torch.amp.GradScaler(device.type, enabled=base.dtype == torch.float16),
-        Average(injected, storage, config.save.ema) if config.save.ema else None,
-    )
+    trainee, _ = trainee_in(base, layout, config, None)
     return trainee, _Noise(base, bucket, train.batch_size), text
 
 
