@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,25 @@ def asked(changes: dict[str, Any], meanwhile: Any = lambda worker, line: None) -
     return answers
 
 
-def left_over() -> list[object]:
+def trainees_and_bases() -> list[object]:
     gc.collect()
     return [one for one in gc.get_objects() if isinstance(one, BaseModel | Trainee)]
+
+
+@pytest.fixture
+def left_over() -> Callable[[], list[object]]:
+    """What has come into being since the test began: other tests' shared bases do not count."""
+    before = trainees_and_bases()
+    return lambda: [one for one in trainees_and_bases() if not any(one is old for old in before)]
 
 
 @pytest.mark.parametrize(
     "changes",
     [{}, {"optim.text_encoder_lr": 1e-5, "train.batch_size": 2, "save.ema": 0.9, "train.accumulate": 2}],
 )
-def test_it_takes_steps_and_lets_go_of_all(changes: dict[str, Any]) -> None:
+def test_it_takes_steps_and_lets_go_of_all(
+    changes: dict[str, Any], left_over: Callable[[], list[object]]
+) -> None:
     began = time.perf_counter()
     answers = asked(changes)
     took = time.perf_counter() - began
@@ -69,7 +79,7 @@ def test_more_work_takes_longer() -> None:
     assert many > 1.5 * one
 
 
-def test_it_ends_between_two_steps_where_it_is_cancelled() -> None:
+def test_it_ends_between_two_steps_where_it_is_cancelled(left_over: Callable[[], list[object]]) -> None:
     def cancel(worker: Worker, line: dict[str, Any]) -> None:
         if line["event"] == "progress":
             worker.cancelled.add("1")
@@ -80,7 +90,9 @@ def test_it_ends_between_two_steps_where_it_is_cancelled() -> None:
     assert left_over() == []
 
 
-def test_too_little_memory_is_a_sentence_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_a_sentence_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, left_over: Callable[[], list[object]]
+) -> None:
     def full(*anything: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
