@@ -27,15 +27,17 @@ def wire(parts: Parts, demo: Any, tabs: Any) -> None:
     filled = [fill.component for fill in parts.fills]
 
     def to_demo() -> list[Any]:
+        """The form alone: the tab is shown only when it stands there, lest what is typed be overwritten."""
         project.keep(
             dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_loras={}
         )
-        return [gr.Tabs(selected="Train"), *parts.filled()]
+        return parts.filled()
 
     def to_own() -> list[Any]:
         project.keep(dataset="", level="", values={}, preview={}, preview_loras={})
         return parts.filled()
 
-    parts.action(demo.click(to_demo, None, [tabs, *filled], **QUIET))
+    filled_in = demo.click(to_demo, None, filled, **QUIET)
+    parts.action(filled_in.then(lambda: gr.Tabs(selected="Train"), None, tabs, **QUIET))
     own = gr.Button("Use my own pictures", elem_id="use-own", visible="hidden")
     parts.action(own.click(to_own, None, filled, **QUIET))

@@ -19,7 +19,9 @@ from lora_core.spec.sizes import PREPACKED_COPIES, PREPACKED_SPARE
 
 FORMATS = (torch.float32, torch.bfloat16)
 SMALLEST_LINEAR, SMALLEST_CONVOLUTION = 2**16, 2**20
-"""Numbers in a weight from which on it pays; one Zen 4 core, batches of 1 to 8 and sides of 4 to 64."""
+"""Numbers in a weight from which on it pays; one Zen 4 core, batches of 1 to 8 and sides of 4 to 64.
+Convolutions with kernels of 1 stay as they are: for them a layout chosen for one size takes up to 150 times
+as long with another."""
 SIDE = 8
 """Side of the picture that a convolution's layout is chosen for. Used with sides of 4 to 64 it was as fast as
 their own; one chosen for 16, or for none in particular, took 25 times as long for some widths."""
@@ -165,7 +167,8 @@ def _kind(layer: nn.Module) -> Any:
         return PrepackedLinear if weight.numel() >= SMALLEST_LINEAR else None
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    return PrepackedConv2d if layer.groups == 1 and weight.numel() >= SMALLEST_CONVOLUTION else None
+    pays = weight.numel() >= SMALLEST_CONVOLUTION and layer.kernel_size != (1, 1)
+    return PrepackedConv2d if layer.groups == 1 and pays else None
 
 
 def _keeps_size(layer: nn.Conv2d) -> bool:

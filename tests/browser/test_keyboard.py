@@ -44,8 +44,8 @@ def test_from_the_first_page_to_a_run_and_out_of_it(page: Any, window: Any) -> N
     assert tab_to(page, "#use-demo") == []
     page.keyboard.press("Enter")
     page.wait_for_selector("#start:enabled")
-    # Start can be pressed a moment before the demo's settings stand in the form.
-    page.wait_for_function("document.querySelector('#steps input').value === '300'")
+    # Whoever sees the form sees the demo's settings in it.
+    assert page.input_value("#steps input") == "300"
     unseen = tab_to(page, "[role=tab][aria-selected=true]")
     unseen += tab_to(page, "#base-model input")
     # A list opens, moves and closes by its keys.
