@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
+browser_tests: set[str] = set()
 
 # As the command line does, before torch is imported: tests run beside children that compute too.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 # Before anything imports gradio or huggingface_hub, which read these once.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -40,13 +44,20 @@ def pytest_runtest_makereport(item: pytest.Item) -> object:
     return report
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Called in the main process also where others run the tests."""
+    if "browser" in report.keywords:
+        browser_tests.add(report.nodeid)
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Where a browser is required, a whole session without a browser test has failed."""
     if (
         not os.environ.get(REQUIRE_BROWSER)
+        or hasattr(session.config, "workerinput")
         or exitstatus != pytest.ExitCode.OK
         or session.config.args_source.name != "TESTPATHS"
     ):
         return
-    if not any(item.get_closest_marker("browser") for item in session.items):
+    if not browser_tests:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -13,7 +13,7 @@ from app.projects.project import DEMO
 from app.train.bases import EMBEDDED, base_choices, chosen_base
 from app.train.facts import base_note
 from app.train.form import FORM, carried_over, preset_config, shown, widget
-from app.train.plan import choice
+from app.train.plan import choice, keep_typed, widget_values
 from app.words import many, safe
 from lora_core.spec.other_tools import Machine, base_files, found_tools
 
@@ -80,15 +80,26 @@ def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, se
         note: the place for what choosing a folder said.
         seen: what the page was filled with.
     """
-    fields = list(widgets.values())
+    fields, project = list(widgets.values()), parts.desk.project
 
-    def chosen(*values: Any) -> list[Any]:
-        said, level_key, changed = base_chosen(parts.desk, dict(zip(FORM, values, strict=True)))
-        parts.desk.project.keep(values=changed, level=level_key)
+    def chosen(before: list[Any] | None, *values: Any) -> list[Any]:
+        """Fills in only what the choice changes: the event fires also where the field is merely left, and
+        what is typed elsewhere meanwhile must stay."""
+        given = dict(zip(FORM, values, strict=True))
+        if before is not None and before[FORM.index("model.base")] == given["model.base"]:
+            return [gr.skip()] * len(outputs)
+        old_level = choice(project.draft())[1]
+        said, new_level, changed = base_chosen(parts.desk, given)
+        fresh = {name: value for name, value in changed.items() if value != given[name]}
+        keep_typed(project, before, list(values))
+        project.keep(values=dict(zip(FORM, widget_values(project), strict=True)) | fresh, level=new_level)
         shown_note = f'<p class="small" role="status">{safe(said)}</p>' if said else ""
-        return [shown_note, level_key, list(changed.values()), *changed.values()]
+        shown_level = gr.skip() if new_level == old_level else new_level
+        page = list((given | fresh).values())
+        return [shown_note, shown_level, page, *(fresh.get(name, gr.skip()) for name in FORM)]
 
-    parts.action(widgets["model.base"].input(chosen, fields, [note, level, seen, *fields], **QUIET))
+    inputs, outputs = [seen, *fields], [note, level, seen, *fields]
+    parts.action(widgets["model.base"].input(chosen, inputs, outputs, **QUIET))
 
 
 def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:

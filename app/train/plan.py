@@ -42,3 +42,19 @@ def widget_values(project: Project) -> list[Any]:
     typed = draft.get("values") or {}
     standard = form_values(preset_config(*choice(draft), base_of(typed).family))
     return [typed.get(name, value) for name, value in zip(FORM, standard, strict=True)]
+
+
+def keep_typed(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
+    """Put into the draft what was typed on a page, and nothing of what only stood there.
+
+    Args:
+        project: whose draft.
+        seen: what the page was filled with, in the order of `FORM`; None where that is not known.
+        values: what its fields hold now.
+    """
+    given = dict(zip(FORM, values, strict=True))
+    if seen is not None and len(seen) == len(values):
+        before = dict(zip(FORM, seen, strict=True))
+        standing = dict(zip(FORM, widget_values(project), strict=True))
+        given = standing | {name: value for name, value in given.items() if value != before[name]}
+    project.keep(values=given)

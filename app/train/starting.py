@@ -13,8 +13,8 @@ from app.train.facts import blockers, facts, unfit
 from app.train.form import FIELDS, FORM, command_line, shown
 from app.train.like import Like
 from app.train.like_file import like_file
-from app.train.plan import widget_values
-from app.train.train_form import TrainForm, keep_typed
+from app.train.plan import keep_typed, widget_values
+from app.train.train_form import TrainForm
 from app.words import many, safe
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError

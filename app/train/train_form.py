@@ -22,7 +22,7 @@ from app.train.form import (
     summary,
     widget,
 )
-from app.train.plan import Plan, choice, widget_values
+from app.train.plan import Plan, choice, keep_typed, widget_values
 from app.words import safe
 from lora_core.spec.presets import GOALS, LEVELS
 
@@ -107,6 +107,12 @@ class TrainForm:
             project.keep(goal=goal, level=level, values=values)
             return [list(values.values()), *values.values()]
 
+        def left_or_chosen(base: str, goal: str, level: str) -> list[Any]:
+            """A list's event fires also where it is merely left, which must not undo what was typed."""
+            if (goal, level) == choice(project.draft()):
+                return [gr.skip()] * len(filled)
+            return preset_chosen(base, goal, level)
+
         kept = [field for name, field in self.widgets.items() if name != "model.base"]
         # A group that is unfolded renders its fields anew, which is no typing: only a person's events count.
         events = [event for field in kept for event in edited(field)]
@@ -114,7 +120,7 @@ class TrainForm:
         choices = [self.widgets["model.base"], self.goal, self.level]
         filled = [self.seen, *self.fields]
         for chosen in (self.goal, self.level):
-            parts.action(chosen.input(preset_chosen, choices, filled, **QUIET))
+            parts.action(chosen.input(left_or_chosen, choices, filled, **QUIET))
         reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")
         parts.action(reset.click(preset_chosen, choices, filled, **QUIET))
         for group in FOLDED:
@@ -135,22 +141,6 @@ class TrainForm:
         values = dict(zip(FORM, widget_values(project), strict=True)) | own
         project.keep(values=values)
         return [list(values.values()), *own.values()]
-
-
-def keep_typed(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
-    """Put into the draft what was typed on a page, and nothing of what only stood there.
-
-    Args:
-        project: whose draft.
-        seen: what the page was filled with, in the order of `FORM`; None where that is not known.
-        values: what its fields hold now.
-    """
-    given = dict(zip(FORM, values, strict=True))
-    if seen is not None and len(seen) == len(values):
-        before = dict(zip(FORM, seen, strict=True))
-        standing = dict(zip(FORM, widget_values(project), strict=True))
-        given = standing | {name: value for name, value in given.items() if value != before[name]}
-    project.keep(values=given)
 
 
 def found(words: str) -> list[Any]:

@@ -7,8 +7,8 @@ from app.moment import moment_of
 from app.projects.project import Project
 from app.train.checks import in_words
 from app.train.form import FORM, group_fields
-from app.train.plan import Plan, widget_values
-from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, found, keep_typed
+from app.train.plan import Plan, keep_typed, widget_values
+from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, found
 
 
 def hits(words: str) -> list[str]:

@@ -65,6 +65,11 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     open_tab(other, "Train")
     other.wait_for_selector("#steps input")
 
+    # A list that is merely left changes nothing of what was typed.
+    set_steps(page, 29)
+    for name in ("#base-model", "#goal", "#preset"):
+        page.focus(f"{name} input")
+        page.keyboard.press("Tab")
     page.fill("#find-setting input, #find-setting textarea", "warm")
     page.wait_for_selector("#optim-warmup input")
     assert page.locator("#optim-schedule").count() == 0 or not page.locator("#optim-schedule").is_visible()
@@ -72,6 +77,7 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     page.press("#optim-warmup input", "Tab")
     page.wait_for_selector("#group-learning .group-note [data-press=reset-learning]")
     assert "1 changed from preset" in page.inner_text("#group-learning .group-note")
+    assert page.input_value("#steps input") == "29"
     # The other page was filled before that; what is typed there leaves it alone.
     set_steps(other, 31)
     draft = json.loads((window.workspace / "projects" / "default" / "draft.json").read_text())["values"]
