@@ -64,7 +64,9 @@ def _wire(parts: Parts, fields: dict[str, Any], rows_box: Any, own: tuple[list[A
             preview_grid=dict(zip(("rows", "row_values", "columns", "column_values"), values, strict=True))
         )
 
-    def kind_chosen(kind: str) -> Any:
+    def kind_chosen(start: str, kind: str) -> Any:
+        if kind == _kept_kind(parts, start):
+            return gr.skip()  # The list was merely left.
         choices, usual = offered(moment_of(desk), kind)
         return gr.update(choices=choices, value=usual)
 
@@ -80,8 +82,8 @@ def _wire(parts: Parts, fields: dict[str, Any], rows_box: Any, own: tuple[list[A
             return f'<p class="problem" role="alert">{safe(error)}</p>'
         return ""
 
-    for kind, values in ((axes[0], axes[1]), (axes[2], axes[3])):
-        chosen = kind.input(kind_chosen, kind, values, **QUIET)
+    for start, kind, values in (("rows", *axes[:2]), ("columns", *axes[2:])):
+        chosen = kind.input(functools.partial(kind_chosen, start), kind, values, **QUIET)
         chosen.then(typed, axes, None, **QUIET)
         values.input(typed, axes, None, **QUIET)
     flushed = "(...values) => [...values.slice(0, -1), window.easel.loraRows()]"

@@ -83,16 +83,22 @@ def _with_checkpoints(moment: Moment) -> list[Watch]:
 
 
 class _Chosen:
-    """Which run and checkpoint the tab is at: the person's choice, else the newest run and its best."""
+    """Which run and checkpoint the tab is at: the person's choice, else the newest run and its best.
+
+    A list's event fires also where it is merely left, which is no choice.
+    """
 
     def __init__(self, parts: Parts) -> None:
-        self.project = parts.desk.project
+        self.desk, self.project = parts.desk, parts.desk.project
 
     def choose_run(self, name: str) -> None:
-        self.project.keep(export_run=name, export_checkpoint="")
+        watch = self.watch(moment_of(self.desk))
+        if watch is None or watch.run.name != name:
+            self.project.keep(export_run=name, export_checkpoint="")
 
     def choose_checkpoint(self, key: str) -> None:
-        self.project.keep(export_checkpoint=key)
+        if key != self.checkpoint(moment_of(self.desk)):
+            self.project.keep(export_checkpoint=key)
 
     def watch(self, moment: Moment) -> Watch | None:
         there = _with_checkpoints(moment)
