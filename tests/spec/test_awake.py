@@ -49,12 +49,12 @@ def wait_for_words(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     ("system", "words"),
-    [("linux", "systemd-inhibit --what=idle:sleep"), ("darwin", f"caffeinate -i -w {os.getpid()}")],
+    [("linux", "systemd-inhibit --what=idle:sleep"), ("darwin", "caffeinate -i -w {process}")],
 )
 def test_a_program_holds_it_awake_and_ends(programs: Path, system: str, words: str) -> None:
     before = set(psutil.Process().children(recursive=True))
     with keep_awake(system):
-        assert words in wait_for_words(programs)
+        assert words.format(process=os.getpid()) in wait_for_words(programs)
         assert set(psutil.Process().children()) - before
     assert set(psutil.Process().children(recursive=True)) - before == set()
 
