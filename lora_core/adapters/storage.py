@@ -33,23 +33,29 @@ class Storage:
     Attributes:
         whole: (N,), fp32; its `grad` is never None.
         groups: one trained tensor for each group, a view of `whole`; its `grad` is a view of that of `whole`.
+            Where factors are kept apart, two: the group's down factors, then its up factors.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Stored]]) -> None:
+    def __init__(self, groups: Sequence[Sequence[Stored]], apart: bool = False) -> None:
         """Move the factors of `groups` of layers here, bit for bit; other layers stay as they are."""
         factors = [factor for group in groups for layer in group for factor in (layer.down, layer.up)]
         self.whole = nn.Parameter(torch.empty(sum(map(torch.numel, factors)), device=factors[0].device))
         self.grads = self.whole.grad = torch.zeros_like(self.whole)
         self.groups: list[nn.Parameter] = []
         self._rounded: dict[torch.dtype, _Rounded] = {}
-        start = end = 0
+        end = 0
         for group in groups:
-            for layer in group:
-                sizes = layer.down[0].numel(), layer.up.shape[0]
-                layer.place = Place(self, end, len(layer.down), *sizes)
-                end = self._move(layer, end)
-            self.groups.append(self._part(start, end))
-            start = end
+            starts: dict[tuple[int, str], int] = {}
+            for names in (("down",), ("up",)) if apart else (("down", "up"),):
+                start = end
+                for number, layer in enumerate(group):
+                    for name in names:
+                        starts[number, name] = end
+                        end = self._move(layer, name, end)
+                self.groups.append(self._part(start, end))
+            for number, layer in enumerate(group):
+                sizes = len(layer.down), layer.down[0].numel(), layer.up.shape[0]
+                layer.place = Place(self, starts[number, "down"], starts[number, "up"], *sizes)
 
     def clear(self) -> None:
         """Set all gradients to zero."""
@@ -68,14 +74,13 @@ class Storage:
             self._rounded[dtype] = _Rounded(self.whole.detach(), dtype)
         return self._rounded[dtype]
 
-    def _move(self, layer: Stored, end: int) -> int:
-        for name in ("down", "up"):
-            factor: nn.Parameter = getattr(layer, name)
-            start, end = end, end + factor.numel()
-            moved = self._part(start, end, factor.shape)
-            with torch.no_grad():
-                moved.copy_(factor)
-            setattr(layer, name, moved)
+    def _move(self, layer: Stored, name: str, start: int) -> int:
+        factor: nn.Parameter = getattr(layer, name)
+        end = start + factor.numel()
+        moved = self._part(start, end, factor.shape)
+        with torch.no_grad():
+            moved.copy_(factor)
+        setattr(layer, name, moved)
         return end
 
     def _part(self, start: int, end: int, shape: torch.Size | None = None) -> nn.Parameter:
@@ -87,10 +92,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer's factors lie in a storage: from `start`, (rank, inside) and then (outside, rank)."""
+    """Where a layer's factors lie in a storage: (rank, inside) from `down`, (outside, rank) from `up`."""
 
     storage: Storage
-    start: int
+    down: int
+    up: int
     rank: int
     inside: int
     outside: int
@@ -108,10 +114,9 @@ class Place:
         return self._views(self.storage.rounded(dtype).grads)
 
     def _views(self, numbers: torch.Tensor) -> Factors:
-        middle = self.start + self.rank * self.inside
-        end = middle + self.outside * self.rank
-        down = numbers[self.start : middle].view(self.rank, self.inside)
-        return Factors(down, numbers[middle:end].view(self.outside, self.rank))
+        down = numbers[self.down : self.down + self.rank * self.inside]
+        up = numbers[self.up : self.up + self.outside * self.rank]
+        return Factors(down.view(self.rank, self.inside), up.view(self.outside, self.rank))
 
 
 class _Rounded:

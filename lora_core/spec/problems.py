@@ -77,12 +77,12 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[Problem]:
                 " optim.text_encoder_lr and optim.block_lr.",
             )
         ]
-    if row.one_rate and len(set(rates.values())) > 1:
+    if row.one_rate and (len(set(rates.values())) > 1 or optim.lora_plus != 1.0):
         return [
             Problem(
                 "rate",
                 f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
-                f" ({optim.lr:g}) or to 0.",
+                f" ({optim.lr:g}) or to 0, and optim.lora_plus to 1.",
             )
         ]
     low, high = RATES.get(optim.name, (0.0, math.inf))

@@ -223,6 +223,13 @@ class OptimSection:
         " counts.",
         span=(0.0, 10.0),
     )
+    lora_plus: float = setting(
+        1.0,
+        "Rate ratio (LoRA+)",
+        "Learning rate of each layer's second matrix, which starts from zero, as a multiple of the first's."
+        " 1: both alike.",
+        span=(1.0, 64.0),
+    )
     schedule: str = setting(
         "cosine", "Schedule", "How the rate changes over the run.", table=choices.SCHEDULES
     )

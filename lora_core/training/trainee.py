@@ -155,6 +155,9 @@ def optimizer_of(
     """The optimizer and where what it trains lies, with one group for each part and rate, a part's own rate
     first; `initial_lr` is a group's full rate, `until` the share of steps it is trained for.
 
+    With `optim.lora_plus` each group is two, for the down factors and for the up factors at a multiple of the
+    rate. Source: Hayou et al. 2024, "LoRA+", section 4.
+
     Raises:
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
@@ -172,17 +175,23 @@ def optimizer_of(
             if layers:
                 members.append(layers)
                 groups.append({"lr": rate, "initial_lr": rate, "until": until})
-    if row.one_rate and len({group["lr"] for group in groups}) > 1:
+    if row.one_rate and (len({group["lr"] for group in groups}) > 1 or optim.lora_plus != 1.0):
         raise ConfigError(
             f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
-            f" ({optim.lr:g}) or to 0, and leave optim.block_lr empty."
+            f" ({optim.lr:g}) or to 0, optim.lora_plus to 1, and leave optim.block_lr empty."
         )
-    storage = Storage(members)
-    for group, layers, whole in zip(groups, members, storage.groups, strict=True):
-        factors = [factor for layer in layers for factor in (layer.down, layer.up)]
-        group["params"] = factors if row.by_matrix else [whole]
+    storage = Storage(members, apart=optim.lora_plus != 1.0)
+    kinds = (("down",), ("up",)) if optim.lora_plus != 1.0 else (("down", "up"),)
+    wholes = iter(storage.groups)
+    parts = []
+    for group, layers in zip(groups, members, strict=True):
+        for names, ratio in zip(kinds, (1.0, optim.lora_plus), strict=False):
+            rate, whole = group["lr"] * ratio, next(wholes)
+            factors = [getattr(layer, name) for layer in layers for name in names]
+            own_factors = factors if row.by_matrix else [whole]
+            parts.append({**group, "lr": rate, "initial_lr": rate, "params": own_factors})
     try:
-        optimizer: torch.optim.Optimizer = row.resolve()(groups, lr=groups[0]["lr"], **row.defaults)
+        optimizer: torch.optim.Optimizer = row.resolve()(parts, lr=groups[0]["lr"], **row.defaults)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
     return optimizer, storage

@@ -20,7 +20,7 @@ SHAPE = LoraShape(rank=4, alpha=6.0)
 
 
 def layers_of(
-    module: nn.Module, part: str, targets: Targets, stored: bool, std: float = 0.1
+    module: nn.Module, part: str, targets: Targets, stored: bool, std: float = 0.1, apart: bool = False
 ) -> tuple[Injected, Storage | None]:
     """Layers with factors that are not zero, in a storage or not."""
     module.requires_grad_(False)
@@ -29,7 +29,7 @@ def layers_of(
     with torch.no_grad():
         for tensor in injected.parameters():
             tensor.copy_(std * torch.randn(tensor.shape, generator=generator))
-    return injected, Storage([list(injected.layers.values())]) if stored else None
+    return injected, Storage([list(injected.layers.values())], apart) if stored else None
 
 
 def unet_output(unet: nn.Module) -> torch.Tensor:
@@ -79,6 +79,22 @@ def test_it_equals_the_plain_layers(
     for plain, fused in zip(*found, strict=True):
         assert plain.abs().max() > 0
         assert (fused - plain).norm() <= near * plain.norm()
+
+
+def test_kept_apart_they_are_the_same_numbers() -> None:
+    found = []
+    for apart in (False, True):
+        unet = tiny_unet()
+        injected, storage = layers_of(unet, "unet", ATTENTION, stored=True, apart=apart)
+        unet_output(unet).square().mean().backward()
+        found.append(gradient(injected))
+    assert torch.equal(*found)
+    layers = injected.layers.values()
+    assert storage is not None
+    downs, ups = storage.groups
+    assert torch.equal(downs, torch.cat([layer.down.flatten() for layer in layers]))
+    assert torch.equal(ups, torch.cat([layer.up.flatten() for layer in layers]))
+    assert torch.equal(ups.grad, torch.cat([layer.up.grad.flatten() for layer in layers]))
 
 
 def test_it_equals_the_plain_layers_twice_computed() -> None:

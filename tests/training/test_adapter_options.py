@@ -144,6 +144,40 @@ def test_one_rate_for_all_is_asked_of_optimizers_that_find_their_own(tmp_path, c
         _session(tmp_path, config.changed({"optim.name": "prodigy", **rates}))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+def test_lora_plus_trains_the_second_matrix_at_a_multiple_of_the_rate(tmp_path, config, optimizer):
+    changes = {"optim.name": optimizer, "train.steps": 1, "optim.warmup": 0.0, "optim.clip": 0.0}
+    changes |= {"optim.lr": 1e-2, "optim.text_encoder_lr": 1e-3}
+    ups = []
+    for number, ratio in enumerate((1.0, 8.0)):
+        run = _run(tmp_path, config.changed({**changes, "optim.lora_plus": ratio}), f"r{number}")
+        _trained(run)
+        kept = read_adapter(run.checkpoint(1) / "adapter.safetensors", FAMILIES["tiny"])
+        ups.append([layer.up for layer in kept.layers.values()])
+    # The first matrix has no gradient at the start, where the second is zero.
+    for one, eight in zip(*ups, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(eight, 8 * one, rtol=1e-4, atol=1e-9)
+
+
+def test_lora_plus_goes_on_as_if_unbroken(tmp_path, config):
+    config = config.changed({"optim.lora_plus": 4.0})
+    whole, broken = (_run(tmp_path, config, name) for name in ("whole", "broken"))
+    _trained(whole)
+
+    def stop(event: events.Event) -> None:
+        if isinstance(event, events.StepDone) and event.step == 2:
+            broken.request("stop")
+
+    _trained(broken, stop)
+    assert broken.checkpoint_steps() == [1, 2]
+    _trained(broken)
+    for name in ("adapter", "optimizer"):
+        files = [load_file(run.checkpoint(STEPS) / f"{name}.safetensors") for run in (whole, broken)]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
 @pytest.mark.parametrize("targets", ["style", "subject"])
 def test_presets_of_blocks_train_the_unet_alone_and_say_so(tmp_path, config, targets):
     run = _run(tmp_path, config.changed({"adapter.targets": targets, "train.steps": 1}), "r")
