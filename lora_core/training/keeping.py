@@ -121,7 +121,8 @@ class Keeper:
         return [step for step in steps if has(self._run.checkpoint(step), "planned")]
 
     def _first_whole(self, steps: list[int]) -> TrainState | None:
-        found = first_whole(self._run, steps, self._emit)
+        anew = "There is no other one to go on from, so training begins anew."
+        found = first_whole(self._run, steps, self._emit, anew)
         if found is None:
             return None
         self._bring_back(*found)
@@ -154,14 +155,17 @@ class Keeper:
 
 
 def first_whole(
-    run: RunFolder, steps: list[int], emit: Callable[[events.Event], None]
+    run: RunFolder,
+    steps: list[int],
+    emit: Callable[[events.Event], None],
+    after_all: str = "There is no other one.",
 ) -> tuple[AdapterWeights, TrainState] | None:
-    """The first whole one of the checkpoints of `steps`; broken ones are passed over with a warning."""
+    """The first whole one of the checkpoints of `steps`; broken ones are passed over with a warning, which
+    for the last of them ends with `after_all`."""
     for step in steps:
         try:
             return load_checkpoint(run.checkpoint(step))
         except RunError as error:
-            last = step == steps[-1]
-            rest = "No other one is kept, so training begins anew." if last else "The one before it is used."
+            rest = after_all if step == steps[-1] else "The one before it is used."
             emit(events.Warned(step=step, message=f"{error} {rest}"))
     return None
