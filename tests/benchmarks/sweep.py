@@ -1,0 +1,95 @@
+"""The sweep behind the demo's preset: held-out gain over steps for settings beside each other.
+
+    python -m tests.benchmarks.sweep [demo|second] > table.md
+
+Each variant is trained as a whole process on one core, with the same rank and batch, from several seeds; its
+checkpoints are judged by `tests/evaluator.py`. The preset was chosen on the demo's pictures alone; the second
+set (`tests/benchmarks/pictures.py`) shows whether the choice holds elsewhere. See docs/sweep.md.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora_core.spec.events import CheckpointDone, read_events
+from lora_core.spec.run_folder import RunFolder
+from tests.benchmarks.pictures import drawn_set
+from tests.benchmarks.rows import machine
+from tests.evaluator import Evaluator
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE, DEMO = ROOT / "assets" / "base", ROOT / "assets" / "demo"
+SEEDS = (0, 1)
+COLUMNS = (20, 40, 60, 80, 120)
+SAME: dict[str, object] = {
+    "adapter.rank": 8, "train.batch_size": 8, "train.steps": 120, "validation.every": 0,
+    "validation.pictures": 0.0, "preview.every": 0, "save.every": 20, "save.keep_last": 1000,
+    "optim.text_encoder_lr": 5e-4,
+}  # fmt: skip
+Settings = Mapping[str, object]
+
+
+def variants() -> dict[str, Settings]:
+    """What is compared: layers by rate, then one thing at a time beside the preset's choice."""
+    found: dict[str, Settings] = {
+        f"{targets}, {rate:g}": {"adapter.targets": targets, "optim.lr": rate}
+        for targets in ("attention", "kohya", "locon")
+        for rate in (1e-3, 3e-3, 6e-3)
+    }
+    chosen = {"adapter.targets": "locon", "optim.lr": 3e-3}
+    one_thing: dict[str, Settings] = {
+        "text encoder not trained": {"optim.text_encoder_lr": 0.0},
+        "text encoder 1.5e-3": {"optim.text_encoder_lr": 1.5e-3},
+        "constant rate": {"optim.schedule": "constant"},
+        "no warm-up": {"optim.warmup": 0.0},
+        "LoRA+ 4, rate 1.5e-3": {"optim.lora_plus": 4.0, "optim.lr": 1.5e-3},
+        "LoRA+ 16, rate 7.5e-4": {"optim.lora_plus": 16.0, "optim.lr": 7.5e-4},
+        "min-SNR 5": {"loss.min_snr": 5.0},
+        "EMA 0.9": {"save.ema": 0.9},
+        "alpha 16": {"adapter.alpha": 16.0},
+        "Prodigy": {"optim.name": "prodigy", "optim.lr": 1.0, "optim.text_encoder_lr": 1.0},
+        "Lion, 6e-4": {"optim.name": "lion", "optim.lr": 6e-4, "optim.text_encoder_lr": 1e-4},
+    }
+    return found | {f"locon, 3e-3, {name}": {**chosen, **more} for name, more in one_thing.items()}
+
+
+def gains_of(pictures: Path, settings: Settings, seed: int, judge: Evaluator, base: float) -> list[float]:
+    """The gain at each of `COLUMNS`."""
+    with tempfile.TemporaryDirectory() as home:
+        words = [w for k, v in (SAME | dict(settings)).items() for w in ("--set", f"{k}={v}")]
+        command = [sys.executable, "-m", "lora_core", "train", str(pictures / "train"), "--preset", "demo"]
+        command += ["--name", "run", "--workspace", home, "--set", f"seed={seed}", *words]
+        one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=one_core, check=True, capture_output=True)
+        run = RunFolder(Path(home) / "runs" / "run")
+        saved = {e.step: e for e in read_events(run.events_file)[0] if isinstance(e, CheckpointDone)}
+        files = [run.path / saved[step].path / "adapter.safetensors" for step in COLUMNS]
+        return [base - float(judge.losses(file).mean()) for file in files]
+
+
+def main() -> None:
+    """Print the table of a set."""
+    which = sys.argv[1] if sys.argv[1:] else "demo"
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = DEMO if which == "demo" else drawn_set(Path(folder) / "second")
+        judge = Evaluator(BASE, pictures / "held_out", looks=8)
+        base = float(judge.losses().mean())
+        heads = [f"step {step}" for step in COLUMNS]
+        sys.stdout.write(f"{machine()}\n\nThe base's loss is {base:.4f}.\n\n")
+        sys.stdout.write(f"| settings | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}\n")
+        for name, settings in variants().items():
+            rows = [gains_of(pictures, settings, seed, judge, base) for seed in SEEDS]
+            cells = [
+                f"{statistics.mean(gains):.4f} ± {(max(gains) - min(gains)) / 2:.4f}"
+                for gains in zip(*rows, strict=True)
+            ]
+            sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
