@@ -41,7 +41,7 @@ def trainer(run: Path) -> psutil.Process:
 
 def test_three_clicks_from_nothing_to_a_strength_strip(page, window: Any) -> None:
     page.click("#use-demo")
-    # Typed only to keep this short; the demo's own 300 steps take some minutes on a shared machine.
+    # Typed only to keep this short; the demo's own 120 steps take a minute or more on a shared machine.
     set_steps(page, 12)
     page.click("#start:enabled")
     state_is(page, "preparing", "running")

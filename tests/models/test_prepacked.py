@@ -42,7 +42,6 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (nn.Linear(24, 40), [(2, 7, 24), (3, 24), (1, 1, 24)]),
         (nn.Linear(24, 40, bias=False), [(3, 24)]),
-        (nn.Conv2d(8, 12, 1), [(2, 8, 4, 4)]),
         (nn.Conv2d(8, 12, 3, padding=1), [(2, 8, 9, 9), (1, 8, 16, 4)]),
         (nn.Conv2d(8, 12, 3, padding=1, stride=2), [(2, 8, 9, 9), (2, 8, 8, 8)]),
         (nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), [(1, 8, 6, 7)]),
@@ -84,6 +83,7 @@ def test_what_stays_plain() -> None:
         "groups": nn.Conv2d(4, 4, 3, groups=2),
         "wrapping around": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
         "words": nn.Conv2d(4, 4, 3, padding="same"),
+        "kernel of one": nn.Conv2d(1280, 1280, 1),
         "long": nn.Linear(4, 4).double(),
     }
     root = nn.ModuleDict(kinds).requires_grad_(False)

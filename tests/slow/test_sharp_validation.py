@@ -51,8 +51,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterWeigh
     home = tmp_path_factory.mktemp("runs")
     never = {"preview.every": 0, "validation.every": 0}
     found = {}
-    for name, steps in (("early", 10), ("end", 300)):
-        settings = {**starting_settings("demo", None), **never, "name": name, "train.steps": steps}
+    for name, changes in (("early", {"train.steps": 8, "optim.lr": 5e-4}), ("end", {})):
+        settings = {**starting_settings("demo", None), **never, **changes, "name": name}
         run = RunFolder.create(home / "runs" / name, RunConfig().changed(settings))
         with run.held(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
