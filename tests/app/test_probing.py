@@ -144,7 +144,7 @@ def test_a_form_that_changes_drops_what_is_measured(desk: Desk, pictures: list[P
     (tmp_path / "slow").touch()
     assert state(desk) == "soon"
     wait_for(lambda: state(desk) == "working")
-    assert "1 of 4" in facts(moment_of(desk))
+    wait_for(lambda: "1 of 4" in facts(moment_of(desk)))
     desk.project.keep(values={"train.batch_size": 5})
     facts(moment_of(desk))
     wait_for(lambda: state(desk) and len(asked(tmp_path)) > 1)
