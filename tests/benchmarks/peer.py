@@ -30,7 +30,7 @@ from tests.evaluator import Evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE, DEMO = ROOT / "assets" / "base", ROOT / "assets" / "demo"
-RANK, BATCH, STEPS, EVERY = 8, 8, 300, 10
+RANK, BATCH, STEPS, EVERY = 8, 8, 300, 20
 RATES = (1e-4, 3e-4, 1e-3, 2e-3)
 ROUNDS = 3
 SAME_WORK: dict[str, object] = {

@@ -20,7 +20,7 @@ ASSETS = Path(__file__).resolve().parents[2] / "assets"
 WATCHED: dict[str, object] = {"validation.pictures": 4.0, "validation.triples": 4, "preview.every": 0}
 STEPS = 480
 TOO_LONG = WATCHED | {
-    "train.steps": STEPS, "optim.lr": 6e-3, "optim.text_encoder_lr": 1.5e-3, "optim.schedule": "constant",
+    "train.steps": STEPS, "optim.lr": 6e-3, "optim.text_encoder_lr": 6e-3, "optim.schedule": "constant",
     "dataset.caption_dropout": 0.0, "validation.every": 20, "save.every": 80,
 }  # fmt: skip
 WELL = WATCHED | {"validation.every": 10, "save.every": 40}
