@@ -28,7 +28,7 @@ COLUMNS = (20, 40, 60, 80, 120)
 SAME: dict[str, object] = {
     "adapter.rank": 8, "train.batch_size": 8, "train.steps": 120, "validation.every": 0,
     "validation.pictures": 0.0, "preview.every": 0, "save.every": 20, "save.keep_last": 1000,
-    "optim.text_encoder_lr": 5e-4,
+    "optim.text_encoder_lr": 5e-4, "optim.warmup": 0.05,
 }  # fmt: skip
 Settings = Mapping[str, object]
 
@@ -40,21 +40,26 @@ def variants() -> dict[str, Settings]:
         for targets in ("attention", "kohya", "locon")
         for rate in (1e-3, 3e-3, 6e-3)
     }
-    chosen = {"adapter.targets": "locon", "optim.lr": 3e-3}
+    chosen = {
+        "adapter.targets": "locon", "optim.lr": 3e-3, "optim.text_encoder_lr": 3e-3, "optim.warmup": 0.0,
+    }  # fmt: skip
     one_thing: dict[str, Settings] = {
-        "text encoder not trained": {"optim.text_encoder_lr": 0.0},
-        "text encoder 1.5e-3": {"optim.text_encoder_lr": 1.5e-3},
+        "as it is": {},
+        **{
+            f"text encoder at {rate:g}": {"optim.text_encoder_lr": rate} for rate in (0.0, 5e-4, 1.5e-3, 6e-3)
+        },
+        "UNet at 2e-3": {"optim.lr": 2e-3},
+        "warm-up of 5%": {"optim.warmup": 0.05},
         "constant rate": {"optim.schedule": "constant"},
-        "no warm-up": {"optim.warmup": 0.0},
-        "LoRA+ 4, rate 1.5e-3": {"optim.lora_plus": 4.0, "optim.lr": 1.5e-3},
-        "LoRA+ 16, rate 7.5e-4": {"optim.lora_plus": 16.0, "optim.lr": 7.5e-4},
+        "LoRA+ 4, UNet at 1.5e-3": {"optim.lora_plus": 4.0, "optim.lr": 1.5e-3},
+        "LoRA+ 16, UNet at 7.5e-4": {"optim.lora_plus": 16.0, "optim.lr": 7.5e-4},
         "min-SNR 5": {"loss.min_snr": 5.0},
         "EMA 0.9": {"save.ema": 0.9},
         "alpha 16": {"adapter.alpha": 16.0},
         "Prodigy": {"optim.name": "prodigy", "optim.lr": 1.0, "optim.text_encoder_lr": 1.0},
         "Lion, 6e-4": {"optim.name": "lion", "optim.lr": 6e-4, "optim.text_encoder_lr": 1e-4},
     }
-    return found | {f"locon, 3e-3, {name}": {**chosen, **more} for name, more in one_thing.items()}
+    return found | {f"the preset, {name}": {**chosen, **more} for name, more in one_thing.items()}
 
 
 def gains_of(pictures: Path, settings: Settings, seed: int, judge: Evaluator, base: float) -> list[float]:
