@@ -78,7 +78,7 @@ def test_an_export_goes_into_another_tool_s_folder(home: Path, page, window) -> 
     assert {"my style-2.safetensors", "my style-2.json"} <= {file.name for file in loras.iterdir()}
     rows = page.locator("#works-in tr").all_inner_texts()
     assert len(rows) == 6
-    assert all("192 of 192 keys, same strength" in row for row in rows)
+    assert all("420 of 420 keys, same strength" in row for row in rows)
     assert json.loads((window.workspace / "places.json").read_text())["lora_folders"] == [str(loras)]
 
     drop(page, loras / "my style-2.safetensors")
