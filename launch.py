@@ -1,7 +1,7 @@
 """LoRA Easel in one command.
 
     python launch.py [options]             sets up on the first start, then opens the app in the browser
-    python launch.py test [pytest args]    sets up with the test tools, then runs all tests or those asked for
+    python launch.py test [pytest args]    sets up with the test tools, then runs the tests
 
 Only Python itself is needed (3.11, 3.12 or 3.13). Everything is installed into the folder .venv beside this
 file, once, and again when pyproject.toml changes (`app/install.py`). Delete .venv to set up afresh.
@@ -16,8 +16,6 @@ import sys
 
 OLDEST, NEWEST = (3, 11), (3, 13)
 AGAIN = "LORA_EASEL_AGAIN"
-# All tests, two files at a time: most of them wait for a browser or for other processes.
-ALL_TESTS = ("-n", "2", "--dist", "loadfile")
 
 
 def version_problem(version: "tuple[int, ...]") -> str:
@@ -66,7 +64,7 @@ def main(arguments: "list[str]") -> int:
             install.set_up(extra)
         if testing:
             os.chdir(install.ROOT)
-            return held(go_on(str(install.PYTHON), "-m", "pytest", *(arguments[1:] or ALL_TESTS)))
+            return held(go_on(str(install.PYTHON), "-m", "pytest", *arguments[1:]))
         if os.path.samefile(sys.prefix, install.VENV):
             os.environ.pop(AGAIN, None)
             return open_app(arguments)

@@ -11,9 +11,6 @@ browser_tests: set[str] = set()
 
 # As the command line does, before torch is imported: tests run beside children that compute too.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
-    cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 # Before anything imports gradio or huggingface_hub, which read these once.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
@@ -45,7 +42,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> object:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Called in the main process also where others run the tests."""
+    """Notes which browser tests there were."""
     if "browser" in report.keywords:
         browser_tests.add(report.nodeid)
 
@@ -54,7 +51,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Where a browser is required, a whole session without a browser test has failed."""
     if (
         not os.environ.get(REQUIRE_BROWSER)
-        or hasattr(session.config, "workerinput")
         or exitstatus != pytest.ExitCode.OK
         or session.config.args_source.name != "TESTPATHS"
     ):

@@ -295,12 +295,7 @@ def test_pytest_gets_its_arguments_and_the_app_its_own(place: Path, monkeypatch:
     install.write_stamp("test", "3.11")
     monkeypatch.delenv(launch.AGAIN, raising=False)
     assert launch.main(["test", "-k", "x y"]) == 7
-    assert launch.main(["test"]) == 7
     assert launch.main(["--port", "1"]) == 7
     python, script = str(install.PYTHON), str(install.ROOT / "launch.py")
-    assert began == [
-        (python, "-m", "pytest", "-k", "x y"),
-        (python, "-m", "pytest", *launch.ALL_TESTS),
-        (python, script, "--port", "1"),
-    ]
+    assert began == [(python, "-m", "pytest", "-k", "x y"), (python, script, "--port", "1")]
     assert launch.AGAIN not in os.environ
