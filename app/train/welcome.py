@@ -8,7 +8,7 @@ from app.parts import QUIET, Parts, piece
 
 TEXT = """<h2>Teach a picture model something new, on your own computer</h2>
 <p>1. Drop pictures of one thing or one style. &nbsp; 2. Press Start. &nbsp; 3. Move the strength slider, take
-the file.</p> <p class="small">No pictures at hand? The demo trains a style in about a minute, without a
+the file.</p> <p class="small">No pictures at hand? The demo trains a style in a minute or two, without a
 GPU.</p>"""
 
 
