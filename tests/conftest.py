@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
-browser_tests: set[str] = set()
 
 # As the command line does, before torch is imported: tests run beside children that compute too.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -41,12 +40,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> object:
     return report
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Notes which browser tests there were."""
-    if "browser" in report.keywords:
-        browser_tests.add(report.nodeid)
-
-
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Where a browser is required, a whole session without a browser test has failed."""
     if (
@@ -55,5 +48,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         or session.config.args_source.name != "TESTPATHS"
     ):
         return
-    if not browser_tests:
+    if not any(item.get_closest_marker("browser") for item in session.items):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

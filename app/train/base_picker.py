@@ -13,7 +13,7 @@ from app.projects.project import DEMO
 from app.train.bases import EMBEDDED, base_choices, chosen_base
 from app.train.facts import base_note
 from app.train.form import FORM, carried_over, preset_config, shown, widget
-from app.train.plan import choice, keep_typed, widget_values
+from app.train.plan import choice, keep_typed, standing_values
 from app.words import many, safe
 from lora_core.spec.other_tools import Machine, base_files, found_tools
 
@@ -92,7 +92,7 @@ def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, se
         said, new_level, changed = base_chosen(parts.desk, given)
         fresh = {name: value for name, value in changed.items() if value != given[name]}
         keep_typed(project, before, list(values))
-        project.keep(values=dict(zip(FORM, widget_values(project), strict=True)) | fresh, level=new_level)
+        project.keep(values=standing_values(project) | fresh, level=new_level)
         shown_note = f'<p class="small" role="status">{safe(said)}</p>' if said else ""
         shown_level = gr.skip() if new_level == old_level else new_level
         page = list((given | fresh).values())

@@ -44,6 +44,11 @@ def widget_values(project: Project) -> list[Any]:
     return [typed.get(name, value) for name, value in zip(FORM, standard, strict=True)]
 
 
+def standing_values(project: Project) -> dict[str, Any]:
+    """`widget_values` by the settings' names."""
+    return dict(zip(FORM, widget_values(project), strict=True))
+
+
 def keep_typed(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
     """Put into the draft what was typed on a page, and nothing of what only stood there.
 
@@ -55,6 +60,7 @@ def keep_typed(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
     given = dict(zip(FORM, values, strict=True))
     if seen is not None and len(seen) == len(values):
         before = dict(zip(FORM, seen, strict=True))
-        standing = dict(zip(FORM, widget_values(project), strict=True))
-        given = standing | {name: value for name, value in given.items() if value != before[name]}
+        given = standing_values(project) | {
+            name: value for name, value in given.items() if value != before[name]
+        }
     project.keep(values=given)

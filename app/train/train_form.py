@@ -22,7 +22,7 @@ from app.train.form import (
     summary,
     widget,
 )
-from app.train.plan import Plan, choice, keep_typed, widget_values
+from app.train.plan import Plan, choice, keep_typed, standing_values, widget_values
 from app.words import safe
 from lora_core.spec.presets import GOALS, LEVELS
 
@@ -138,7 +138,7 @@ class TrainForm:
         preset = Plan(project).preset
         standard = dict(zip(FORM, form_values(preset), strict=True))
         own = {name: standard[name] for name in group_fields(group)}
-        values = dict(zip(FORM, widget_values(project), strict=True)) | own
+        values = standing_values(project) | own
         project.keep(values=values)
         return [list(values.values()), *own.values()]
 

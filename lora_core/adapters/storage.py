@@ -34,6 +34,7 @@ class Storage:
         whole: (N,), fp32; its `grad` is never None.
         groups: one trained tensor for each group, a view of `whole`; its `grad` is a view of that of `whole`.
             Where factors are kept apart, two: the group's down factors, then its up factors.
+        kinds: names of the factors that each of a group's tensors holds.
     """
 
     def __init__(self, groups: Sequence[Sequence[Stored]], apart: bool = False) -> None:
@@ -42,11 +43,12 @@ class Storage:
         self.whole = nn.Parameter(torch.empty(sum(map(torch.numel, factors)), device=factors[0].device))
         self.grads = self.whole.grad = torch.zeros_like(self.whole)
         self.groups: list[nn.Parameter] = []
+        self.kinds = (("down",), ("up",)) if apart else (("down", "up"),)
         self._rounded: dict[torch.dtype, _Rounded] = {}
         end = 0
         for group in groups:
             starts: dict[tuple[int, str], int] = {}
-            for names in (("down",), ("up",)) if apart else (("down", "up"),):
+            for names in self.kinds:
                 start = end
                 for number, layer in enumerate(group):
                     for name in names:

@@ -174,18 +174,17 @@ def optimizer_of(
         for rate, layers in by_rate.items():
             if layers:
                 members.append(layers)
-                groups.append({"lr": rate, "initial_lr": rate, "until": until})
+                groups.append({"lr": rate, "until": until})
     if row.one_rate and (len({group["lr"] for group in groups}) > 1 or optim.lora_plus != 1.0):
         raise ConfigError(
             f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
             f" ({optim.lr:g}) or to 0, optim.lora_plus to 1, and leave optim.block_lr empty."
         )
     storage = Storage(members, apart=optim.lora_plus != 1.0)
-    kinds = (("down",), ("up",)) if optim.lora_plus != 1.0 else (("down", "up"),)
     wholes = iter(storage.groups)
     parts = []
     for group, layers in zip(groups, members, strict=True):
-        for names, ratio in zip(kinds, (1.0, optim.lora_plus), strict=False):
+        for names, ratio in zip(storage.kinds, (1.0, optim.lora_plus), strict=False):
             rate, whole = group["lr"] * ratio, next(wholes)
             factors = [getattr(layer, name) for layer in layers for name in names]
             own_factors = factors if row.by_matrix else [whole]
