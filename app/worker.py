@@ -68,6 +68,8 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        """Held while the process is started, so that closing either prevents it or sees it."""
         self._closed = False
 
     def warm(self) -> None:
@@ -112,8 +114,9 @@ class Worker:
 
     def close(self) -> None:
         """End the process; called when the window ends."""
-        self._closed = True
-        process = self._process
+        with self._starting:
+            self._closed = True
+            process = self._process
         if process is None:
             return
         # It writes whole files or none, so that nothing is lost; asking it to quit would only make Ctrl-C
@@ -198,7 +201,9 @@ class Worker:
             _close_pipes(self._process)
         self.ready = False
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log_file, "ab") as log:
+        with self._starting, open(self.log_file, "ab") as log:
+            if self._closed:
+                return None
             self._process = subprocess.Popen(
                 self.command,
                 stdin=subprocess.PIPE,

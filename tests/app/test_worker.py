@@ -3,14 +3,18 @@
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from app.preview.studio import Studio
 from app.preview.view import STRIP, Grid, View
 from app.worker import GivesWay, Worker
+from lora_core.spec.processes import detached
 from lora_core.spec.shots import LoraAt, Shot, axis
 
 FAKE = """
@@ -240,3 +244,27 @@ def test_a_worker_with_memory_looks_around_for_a_run(
     wait_for(lambda: len(asked) == 2)
     time.sleep(0.3)
     assert len(asked) == 2, "it was released, so nobody looks any more"
+
+
+def test_one_that_is_closed_while_it_starts_leaves_no_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+
+    def slowly() -> dict[str, Any]:
+        begun.set()
+        time.sleep(0.2)
+        return detached()
+
+    monkeypatch.setattr("app.worker.detached", slowly)
+    made = Worker([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
+    reply = made.submit({"do": "warm"})
+    assert begun.wait(5)
+    made.close()
+    assert reply.finished.wait(5)
+    assert [child for child in psutil.Process().children() if "input()" in child.cmdline()] == []
+    # Nor does what is asked of it afterwards start one.
+    late = Worker([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
+    late.close()
+    late.submit({"do": "warm"})
+    assert late._running_process() is None

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image, ImageDraw
+
+from tests.app.bases import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(
@@ -35,10 +38,17 @@ PATIENCE = 180_000
 
 
 class Window:
-    """The server, which can be killed and started again on the same workspace."""
+    """The server, which can be killed and started again on the same workspace.
 
-    def __init__(self, workspace: Path) -> None:
+    Args:
+        workspace: where it keeps everything.
+        home: the home folder of its person, where it looks for other tools.
+    """
+
+    def __init__(self, workspace: Path, home: Path | None = None) -> None:
         self.workspace = workspace
+        self.home = home
+        self.project = workspace / "projects" / "default"
         self.process: subprocess.Popen[str] | None = None
         self.address = ""
 
@@ -59,7 +69,7 @@ class Window:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **self._home(), "PYTHONUNBUFFERED": "1"},
         )
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -76,33 +86,50 @@ class Window:
             self.process.stdout.close()
         return code
 
+    def _home(self) -> dict[str, str]:
+        return {"HOME": str(self.home), "USERPROFILE": str(self.home)} if self.home else {}
 
-def keep_draft(workspace: Path, said: dict[str, Any]) -> None:
+    def open_project(self, key: str, draft: dict[str, Any]) -> None:
+        """Open a project of its own, as the picker does; nothing of another shows in it."""
+        self.project = self.workspace / "projects" / key
+        keep_draft(self.project, draft)
+        asked = urllib.request.Request(
+            f"{self.address}/easel/projects",
+            json.dumps({"do": "open", "project": key}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(asked) as answer:
+            assert json.load(answer)["switched"]
+
+    def runs(self) -> list[Path]:
+        """The folders of the open project's runs."""
+        runs = (self.workspace / "runs").glob("[!.]*")
+        return [
+            run
+            for run in runs
+            if json.loads((run / "project.json").read_text())["project"] == self.project.name
+        ]
+
+
+def keep_draft(project: Path, said: dict[str, Any]) -> None:
     """The unsent form as a page would have left it."""
-    draft = workspace / "projects" / "default" / "draft.json"
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(json.dumps(said))
+    project.mkdir(parents=True, exist_ok=True)
+    (project / "draft.json").write_text(json.dumps(said))
 
 
-@pytest.fixture
-def draft() -> dict[str, Any]:
-    """What the form holds when the window opens: nothing, but where a test says otherwise."""
-    return {}
+@contextlib.contextmanager
+def serving(window: Window) -> Iterator[Window]:
+    """The window, until its test is over."""
+    window.start()
+    try:
+        yield window
+    finally:
+        if window.process is not None and window.process.poll() is None:
+            window.stop()
+        end_runs(window.workspace)
 
 
-@pytest.fixture
-def window(tmp_path: Path, draft: dict[str, Any]) -> Iterator[Window]:
-    made = Window(tmp_path / "work space é")
-    if draft:
-        keep_draft(made.workspace, draft)
-    made.start()
-    yield made
-    if made.process is not None and made.process.poll() is None:
-        made.stop()
-    _end_runs(made.workspace)
-
-
-def _end_runs(workspace: Path) -> None:
+def end_runs(workspace: Path) -> None:
     """Runs outlive the window by design; those of a test must not outlive the test."""
     from lora_core.spec.run_folder import all_runs
 
@@ -111,6 +138,51 @@ def _end_runs(workspace: Path) -> None:
         if process is not None:
             with contextlib.suppress(Exception):
                 process.kill()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a person with a ComfyUI in it; every window of these tests lives there."""
+    made = tmp_path_factory.mktemp("home") / "home é"
+    comfy = made / "ComfyUI"
+    for name in ("comfy", "models/checkpoints", "models/loras"):
+        (comfy / name).mkdir(parents=True)
+    (comfy / "main.py").touch()
+    checkpoints = comfy / "models" / "checkpoints"
+    checkpoint(checkpoints / "my xl base.safetensors", "sdxl", size=150_000_000)
+    checkpoint(checkpoints / "old two.safetensors", "sd2", size=150_000_000)
+    return made
+
+
+@pytest.fixture
+def draft() -> dict[str, Any]:
+    """What the form holds when the window opens: nothing, but where a test says otherwise."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def shared_window(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+    """A window for all tests that do not end it, each with a project of its own."""
+    with serving(Window(tmp_path_factory.mktemp("shared") / "work space é", home)) as made:
+        yield made
+
+
+@pytest.fixture
+def window(
+    request: pytest.FixtureRequest, tmp_path: Path, home: Path, draft: dict[str, Any]
+) -> Iterator[Window]:
+    """The shared window with a new project open; one of its own for a test marked `own_window`."""
+    if request.node.get_closest_marker("own_window"):
+        made = Window(tmp_path / "work space é", home)
+        if draft:
+            keep_draft(made.project, draft)
+        with serving(made):
+            yield made
+        return
+    made = request.getfixturevalue("shared_window")
+    made.open_project(tmp_path.name, draft)
+    yield made
+    end_runs(made.workspace)
 
 
 @pytest.fixture(scope="session")
@@ -204,25 +276,22 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+def trained(browser: Any, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
     """A window whose demo was trained for a few steps and looked at; for tests that only look."""
-    workspace = tmp_path_factory.mktemp("trained")
-    keep_draft(workspace, SHORT_DEMO)
-    window = Window(workspace)
-    window.start()
-    page = browser.new_page(viewport={"width": 1440, "height": 900})
-    page.set_default_timeout(PATIENCE)
-    page.goto(window.address)
-    page.wait_for_selector("[data-picture]")
-    page.get_by_role("tab", name="Train", exact=True).click()
-    page.click("#start:enabled")
-    page.wait_for_selector("#run-status[data-state=done]")
-    page.click("#see-result")
-    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")
-    page.close()
-    yield window
-    window.stop()
-    _end_runs(window.workspace)
+    window = Window(tmp_path_factory.mktemp("trained"), home)
+    keep_draft(window.project, SHORT_DEMO)
+    with serving(window):
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.set_default_timeout(PATIENCE)
+        page.goto(window.address)
+        page.wait_for_selector("[data-picture]")
+        page.get_by_role("tab", name="Train", exact=True).click()
+        page.click("#start:enabled")
+        page.wait_for_selector("#run-status[data-state=done]")
+        page.click("#see-result")
+        page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")
+        page.close()
+        yield window
 
 
 @pytest.fixture

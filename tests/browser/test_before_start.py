@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.browser.test_main_path import open_tab
 
 
+@pytest.mark.own_window
 def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_path: Path) -> None:
     page.click("#use-demo")
     page.wait_for_selector("#measuring[data-measuring=known]")

@@ -40,7 +40,7 @@ def drop(page, *paths: Path) -> None:
 
 
 def stored(window: Any) -> Path:
-    return window.workspace / "projects" / "default" / "pictures"
+    return window.project / "pictures"
 
 
 def test_a_folder_with_sub_folders_is_dropped_on_the_page(
@@ -214,6 +214,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.own_window
 def test_a_thousand_pictures(page, window: Any, thousand: Path, record_property: Any) -> None:
     process = psutil.Process(window.process.pid)
     began = time.monotonic()

@@ -14,7 +14,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
-from tests.browser.conftest import Window, _end_runs
+from tests.browser.conftest import Window, serving
 from tests.browser.test_axe import violations
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -22,10 +22,10 @@ LEFT, RIGHT = "02-grapes.png", "05-pineapple.png"
 
 
 @pytest.fixture
-def window(tmp_path: Path) -> Iterator[Window]:
+def window(tmp_path: Path, home: Path) -> Iterator[Window]:
     """Six pictures in the base's own style, two captions of them swapped, and a run on them."""
-    made = Window(tmp_path / "work space é")
-    pictures = made.workspace / "projects" / "default" / "pictures"
+    made = Window(tmp_path / "work space é", home)
+    pictures = made.project / "pictures"
     pictures.mkdir(parents=True)
     for file in sorted((DEMO_BASE / "check").glob("0[1-6]-*")):
         shutil.copy(file, pictures / file.name)
@@ -40,11 +40,8 @@ def window(tmp_path: Path) -> Iterator[Window]:
     layer = LayerWeights(torch.randn(2, 128, generator=draw), 0.02 * torch.randn(96, 2, generator=draw), 2.0)
     weights = AdapterWeights({("unet", LAYER): layer})
     write_adapter(weights, run.checkpoint(5) / "adapter.safetensors", "kohya", "fp32", FAMILIES["tiny"], {})
-    made.start()
-    yield made
-    if made.process is not None and made.process.poll() is None:
-        made.stop()
-    _end_runs(made.workspace)
+    with serving(made):
+        yield made
 
 
 def chosen(page) -> str:

@@ -3,6 +3,7 @@ saved byte for byte, and the page stays the page."""
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from app.desk import Desk
 from lora_core.spec import events
 from tests.app.runs import make_run, started, step
+from tests.browser.conftest import Window, serving
 from tests.browser.test_dataset import pictures_in, take
 from tests.browser.test_main_path import open_tab
 
@@ -23,10 +25,10 @@ NAME = "we\"ird '<img src=x onerror=hit=1>' {{7*7}} \u202eabc 😀\nline.png"
 
 
 @pytest.fixture
-def window(window: Any, pictures: list[Path]) -> Any:
+def window(tmp_path: Path, home: Path, pictures: list[Path]) -> Iterator[Window]:
     """With a run whose every text is hostile; written before the first page looks."""
-    window.stop()
-    desk = Desk(window.workspace, worker_command=["no-such-program"])
+    made = Window(tmp_path / "work space é", home)
+    desk = Desk(made.workspace, worker_command=["no-such-program"])
     lines = [
         started(),
         step(3),
@@ -39,8 +41,8 @@ def window(window: Any, pictures: list[Path]) -> Any:
     shutil.copy(pictures[0], run.path / "previews" / "3.png")
     run.log_file.write_text(f"{HOSTILE}\n", encoding="utf-8")
     desk.close()
-    window.start()
-    return window
+    with serving(made):
+        yield made
 
 
 def lora(path: Path) -> Path:

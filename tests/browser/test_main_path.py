@@ -48,7 +48,7 @@ def test_from_pictures_to_a_file_that_diffusers_loads(
     page.click("#dataset-grid [data-picture='ball 0 é.png']")
     page.fill("#caption textarea", HOSTILE)
     page.wait_for_selector("#caption-state[data-state=saved]")
-    stored = window.workspace / "projects" / "default" / "pictures" / "ball 0 é.txt"
+    stored = window.project / "pictures" / "ball 0 é.txt"
     assert stored.read_text(encoding="utf-8").strip() == HOSTILE
 
     train(page, 6)
@@ -107,6 +107,7 @@ def drop(page, path: Path) -> None:
         session.send("Input.dispatchDragEvent", {"type": kind, "x": 400, "y": 500, "data": data})
 
 
+@pytest.mark.own_window
 @pytest.mark.parametrize("draft", [QUICK], ids=["quick"])
 def test_the_run_outlives_page_and_server(page, new_page, watched, window: Any, pictures: list[Path]) -> None:
     page.fill("#dataset-path input, #dataset-path textarea", str(pictures[0].parent))
@@ -140,6 +141,7 @@ def test_the_run_outlives_page_and_server(page, new_page, watched, window: Any, 
     assert list((run / "export").glob("*.safetensors"))
 
 
+@pytest.mark.own_window
 def test_ctrl_c_ends_the_server_at_once_with_a_page_open(page, watched, window: Any) -> None:
     watched.expected_away = True
     began = time.monotonic()

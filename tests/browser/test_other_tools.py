@@ -3,27 +3,9 @@ any LoRA file can be looked at."""
 
 import json
 from pathlib import Path
+from typing import Any
 
-import pytest
-
-from tests.app.bases import checkpoint
-from tests.browser.conftest import SHORT_DEMO
-from tests.browser.test_main_path import drop, open_tab, state_is
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home with a ComfyUI in it; the window of the test lives there."""
-    comfy = tmp_path / "home é" / "ComfyUI"
-    for name in ("comfy", "models/checkpoints", "models/loras"):
-        (comfy / name).mkdir(parents=True)
-    (comfy / "main.py").touch()
-    checkpoints = comfy / "models" / "checkpoints"
-    checkpoint(checkpoints / "my xl base.safetensors", "sdxl", size=150_000_000)
-    checkpoint(checkpoints / "old two.safetensors", "sd2", size=150_000_000)
-    monkeypatch.setenv("HOME", str(comfy.parent))
-    monkeypatch.setenv("USERPROFILE", str(comfy.parent))
-    return comfy.parent
+from tests.browser.test_main_path import drop, open_tab
 
 
 def choose_base(page, words: str) -> None:
@@ -32,7 +14,7 @@ def choose_base(page, words: str) -> None:
     page.keyboard.press("Enter")
 
 
-def test_bases_of_other_tools_are_offered_and_described(home: Path, page) -> None:
+def test_bases_of_other_tools_are_offered_and_described(page: Any, tmp_path: Path) -> None:
     open_tab(page, "Train")
     page.wait_for_selector("#base-model input")
     page.click("#base-model input")
@@ -50,7 +32,7 @@ def test_bases_of_other_tools_are_offered_and_described(home: Path, page) -> Non
     page.click("#model-prediction input")
     page.click("li:has-text('epsilon')")
     page.wait_for_selector("#base-note:has-text('trained at 512 px, predicts noise (as set)')")
-    broken = home / "broken.safetensors"
+    broken = tmp_path / "broken.safetensors"
     broken.write_text("<html>")
     choose_base(page, str(broken))
     page.wait_for_selector("#base-note.problem:has-text('a web page')")
@@ -61,11 +43,8 @@ def test_bases_of_other_tools_are_offered_and_described(home: Path, page) -> Non
     page.wait_for_selector("li:has-text('ComfyUI: my xl base.safetensors')")
 
 
-@pytest.mark.parametrize("draft", [SHORT_DEMO], ids=["short"])
-def test_an_export_goes_into_another_tool_s_folder(home: Path, page, window) -> None:
-    open_tab(page, "Train")
-    page.click("#start:enabled")
-    state_is(page, "done")
+def test_an_export_goes_into_another_tool_s_folder(home: Path, look: Any, trained: Any) -> None:
+    page = look()
     open_tab(page, "Export")
     page.wait_for_function("document.querySelector('#copy-folder input').value.includes('ComfyUI')")
     page.fill("#export-name input, #export-name textarea", "my style")
@@ -79,7 +58,7 @@ def test_an_export_goes_into_another_tool_s_folder(home: Path, page, window) -> 
     rows = page.locator("#works-in tr").all_inner_texts()
     assert len(rows) == 6
     assert all("420 of 420 keys, same strength" in row for row in rows)
-    assert json.loads((window.workspace / "places.json").read_text())["lora_folders"] == [str(loras)]
+    assert json.loads((trained.workspace / "places.json").read_text())["lora_folders"] == [str(loras)]
 
     drop(page, loras / "my style-2.safetensors")
     page.wait_for_selector("#check-report:has-text('LoRA Easel')")

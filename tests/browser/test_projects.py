@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.browser.test_dataset import pictures_in, take
 
 NAME = "Dog <img src=x onerror=\"document.title='broken in'\"> 😀"
@@ -26,6 +28,7 @@ def open_project(page, title: str) -> None:
     )
 
 
+@pytest.mark.own_window
 def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path]) -> None:
     take(page, pictures)
     pictures_in(page, 6)
@@ -64,4 +67,4 @@ def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement.id") == "project-picker"
     assert page.title() != "broken in"
-    assert len(list((window.workspace / "projects" / "default" / "pictures").glob("**/*.png"))) == 6
+    assert len(list((window.project / "pictures").glob("**/*.png"))) == 6

@@ -54,7 +54,7 @@ def test_an_idle_window_costs_next_to_nothing(look: Any, trained: Any, record_pr
 @pytest.mark.parametrize("width", [390, 1024])
 def test_narrow_windows(look: Any, trained: Any, width: int) -> None:
     file = next((trained.workspace / "runs").glob("*/export/*.safetensors"))
-    added = trained.workspace / "projects" / "default" / ADDED
+    added = trained.project / ADDED
     added.mkdir(exist_ok=True)
     shutil.copy(file, added / f"{'a file with a long name ' * 6}.safetensors")
     page = look("light", width)
@@ -82,6 +82,7 @@ SILENT = """() => [...document.querySelectorAll('button:disabled')]
   .map((one) => one.outerHTML.slice(0, 160))"""
 
 
+@pytest.mark.own_window
 def test_a_first_visit_teaches_and_each_button_that_is_off_says_why(page: Any) -> None:
     page.wait_for_selector("#grid-empty >> text=No pictures yet")
     silent = {}

@@ -31,10 +31,6 @@ def set_steps(page, steps: int) -> None:
     )
 
 
-def runs(window: Any) -> list[Path]:
-    return sorted((window.workspace / "runs").glob("[!.]*"))
-
-
 def trainer(run: Path) -> psutil.Process:
     return psutil.Process(json.loads((run / "process.json").read_text())["pid"])
 
@@ -80,7 +76,7 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     assert page.input_value("#steps input") == "29"
     # The other page was filled before that; what is typed there leaves it alone.
     set_steps(other, 31)
-    draft = json.loads((window.workspace / "projects" / "default" / "draft.json").read_text())["values"]
+    draft = json.loads((window.project / "draft.json").read_text())["values"]
     assert (draft["optim.warmup"], draft["train.steps"]) == (0.2, 31)
     page.click("[data-press=reset-learning]")
     page.wait_for_function("!document.querySelector('[data-press=reset-learning]')")
@@ -105,6 +101,7 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     page.wait_for_selector("#like-note .problem")
 
 
+@pytest.mark.own_window
 @pytest.mark.parametrize("draft", [SHORT_DEMO], ids=["short"])
 def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, window: Any) -> None:
     open_tab(page, "Train")
@@ -137,6 +134,7 @@ def test_the_queue_goes_on_after_a_failure_and_a_kill(page, new_page, watched, w
     )
 
 
+@pytest.mark.own_window
 @pytest.mark.parametrize("draft", [SHORT_DEMO], ids=["short"])
 def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, window: Any) -> None:
     open_tab(page, "Train")
@@ -149,7 +147,7 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     page.click("#start:enabled")
     state_is(page, "running")
     page.wait_for_function("Number(document.querySelector('#run-status').dataset.step) >= 7")
-    (run,) = runs(window)
+    (run,) = window.runs()
     trainer(run).kill()
     state_is(page, "interrupted")
     assert "was killed" in page.inner_text("#run-status [role=alert]")
@@ -190,7 +188,7 @@ def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
     page.wait_for_function("Number(document.querySelector('#run-status').dataset.step) >= 2")
     page.click("#stop")
     state_is(page, "stopped")
-    (run,) = runs(window)
+    (run,) = window.runs()
     open_tab(page, "Dataset")
     page.click("#dataset-grid [data-picture='ball 1 é.png']")
     page.fill("#caption textarea", "another ball")
