@@ -79,6 +79,12 @@ class Desk:
         project = self.project
         return not project.uses_demo and not project.dataset().records and not self.jobs.all()
 
+    def turn_to_project(self) -> None:
+        """Put away what was looked at in the project before, as another is open now."""
+        self.jobs.choose_anew()
+        self.studio.clear()
+        self.like_said = ""
+
     def close(self) -> None:
         """End what must end with the window. Runs go on."""
         self.worker.close()

@@ -44,7 +44,7 @@ def kept_fields(moment: Moment) -> dict[str, Any]:
 
 
 def lora_rows(moment: Moment) -> tuple[list[LoraAt], dict[str, Any]]:
-    """The LoRAs of the form, and the draft's record of them; the newest one until the person chose."""
+    """The LoRAs of the form, and the draft's record of them; the project's newest until the person chose."""
     kept = moment.desk.project.draft().get("preview_loras") or {}
     if isinstance(kept.get("rows"), list):
         rows = checked_rows(kept["rows"])
@@ -53,7 +53,8 @@ def lora_rows(moment: Moment) -> tuple[list[LoraAt], dict[str, Any]]:
         there = [r for r in rows if not Path(r.file).is_relative_to(runs) or Path(r.file).is_file()]
         if there or not rows:
             return there, kept
-    newest = next(iter(found_loras(moment)), None)
+    own = moment.desk.jobs.own
+    newest = next((found for found in found_loras(moment) if own(found.watch)), None)
     return ([LoraAt(str(newest.file))] if newest else []), {"apart": bool(kept.get("apart")), "rev": 0}
 
 

@@ -166,10 +166,12 @@ class Studio:
         return View("", "", 0, 0, shot, self._strip, None).strip_shots()
 
     def _picture(self, shot: Shot) -> Path | None:
-        """The picture of a shot, if it was drawn from the files as they were at the last wish and is still
-        there."""
+        """The picture of a shot, if it was drawn in the open project, from the files as they were at the last
+        wish, and is still there."""
         path = self._drawn.get(self._key(shot))
-        return path if path is not None and path.is_file() else None
+        if path is None or not path.is_relative_to(self._folder()):
+            return None
+        return path if path.is_file() else None
 
     def _key(self, shot: Shot) -> tuple[Shot, tuple[int, ...]]:
         """A shot and the times of its files: a checkpoint that was written anew is another picture."""

@@ -54,7 +54,7 @@ def _changed(desk: Desk, do: str, key: str, title: str) -> dict[str, Any]:
             raise Refused("no such action")
     switched = desk.project.path != before
     if switched:
-        desk.jobs.choose_anew()
+        desk.turn_to_project()
     return {**_shelves(desk), "switched": switched, "freed": freed}
 
 

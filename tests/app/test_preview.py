@@ -108,6 +108,9 @@ def test_the_newest_lora_is_in_the_form_until_a_person_chooses(desk: Desk) -> No
     assert preview_form.lora_rows(moment_of(desk))[0] == [], "the base alone is a choice too"
     preview_form.keep_rows(desk.project, [LoraAt(str(run.path / "gone.safetensors"))], False)
     assert preview_form.lora_rows(moment_of(desk))[0] == [LoraAt(str(file))]
+    # Another project begins with its own, of which there is none.
+    desk.projects.new("Other")
+    assert preview_form.lora_rows(moment_of(desk))[0] == []
 
 
 def test_rows_from_a_page_are_checked() -> None:

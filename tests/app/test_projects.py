@@ -16,6 +16,7 @@ from app.train.run_list import earlier
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
 from lora_core.spec.run_folder import RunFolder, runs_folder
+from lora_core.spec.shots import Shot
 from lora_core.spec.trash import trashed
 
 
@@ -151,6 +152,17 @@ def test_the_picker(client: TestClient, desk: Desk, pictures: list[Path]) -> Non
     assert client.get("/easel/projects").json()["trash"]
     assert client.post("/easel/projects", json={"do": "empty"}).json()["trash"] == ""
     assert client.post("/easel/projects", json={"do": "fly"}).status_code == 404
+
+
+def test_what_was_looked_at_stays_with_its_project(desk: Desk, client: TestClient, tmp_path: Path) -> None:
+    shot = Shot(prompt="an owl")
+    desk.studio.refuse("It cannot be drawn.")
+    desk.studio.want(shot)
+    desk.like_said = "Filled in from a file."
+    client.post("/easel/projects", json={"do": "new", "title": "Other"})
+    view = desk.studio.view()
+    assert (view.state, view.message, view.shot) == ("idle", "", None)
+    assert desk.like_said == ""
 
 
 def test_caches_are_cleaned_and_pictures_are_not(

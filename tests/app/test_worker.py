@@ -180,6 +180,22 @@ def test_a_file_that_is_written_anew_waits_for_the_next_wish(studio: Studio, tmp
     )
 
 
+def test_another_project_draws_its_own(worker: Worker, tmp_path: Path) -> None:
+    """The history and the trash of a project hold what was drawn in it, so no picture serves two."""
+    here = tmp_path / "one"
+    studio = Studio(worker, lambda: here)
+    studio.want(shot("a cat", 0.8))
+    first = settled(studio).pictures
+    assert first
+    here = tmp_path / "two"
+    studio.clear()
+    assert studio.view().shot is None
+    studio.want(shot("a cat", 0.8))
+    second = settled(studio).pictures
+    assert first.keys() == second.keys()
+    assert all(path.is_relative_to(tmp_path / "two") for path in second.values())
+
+
 def test_a_grid_that_fails_says_so_and_stops(studio: Studio) -> None:
     studio.draw_grid(Grid.of(shot("bad", 1.0), None, axis("seed", [1, 2])))
     wait_for(lambda: bool(studio.view().grid and studio.view().grid.problem))

@@ -31,8 +31,9 @@ FLAGS = [
     "--disable-sync",
 ]
 # A demo run that is over soon, for tests that only look at what is left of it.
-SHORT = {"train.steps": 4, "train.batch_size": 2, "preview.steps": 6, "validation.prior": 1}
-SHORT_DEMO = {"dataset": "demo", "level": "demo", "goal": "style", "values": SHORT}
+SHORT = {"train.steps": 4, "train.batch_size": 2, "preview.steps": 2, "validation.prior": 1}
+DEMO = {"dataset": "demo", "level": "demo", "goal": "style"}
+SHORT_DEMO = {**DEMO, "values": SHORT}
 # Two cores may be shared with other work; a test that waits is better than one that fails.
 PATIENCE = 180_000
 

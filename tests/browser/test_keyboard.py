@@ -3,6 +3,8 @@ keyboard is can always be seen."""
 
 from typing import Any
 
+import pytest
+
 from tests.browser.test_main_path import state_is
 
 MOST_STOPS = 120
@@ -40,6 +42,7 @@ def tab_to(page: Any, selector: str, key: str = "Tab") -> list[str]:
     raise AssertionError(f"{selector} cannot be reached by {key}")
 
 
+@pytest.mark.own_window
 def test_from_the_first_page_to_a_run_and_out_of_it(page: Any, window: Any) -> None:
     assert tab_to(page, "#use-demo") == []
     page.keyboard.press("Enter")

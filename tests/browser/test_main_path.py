@@ -12,7 +12,7 @@ import pytest
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} 😀"
 
 # Rough samples and little measuring, as neither is looked at here.
-QUICK = {"values": {"preview.steps": 6, "validation.prior": 1}}
+QUICK = {"values": {"preview.steps": 2, "validation.prior": 1}}
 
 
 def open_tab(page, name: str) -> None:
@@ -60,11 +60,10 @@ def test_from_pictures_to_a_file_that_diffusers_loads(
     page.fill("#prompt textarea", "a ball")
     page.fill("#seed input", "7")
     page.click("#generate")
-    page.wait_for_selector("#preview-state[data-state=idle]")
+    page.wait_for_selector("#compare[data-strength='1.00'] #preview-result:not(.stale)")
     base, full = (page.get_attribute(f"#preview-{which} img", "src") for which in ("base", "result"))
     page.fill("#strength input[type=range]", "0.4")
-    page.wait_for_selector("#preview-state[data-state=working]")
-    page.wait_for_selector("#preview-state[data-state=idle]")
+    page.wait_for_selector("#compare[data-strength='0.40'] #preview-result:not(.stale)")
     assert page.get_attribute("#preview-base img", "src") == base
     assert page.get_attribute("#preview-result img", "src") != full
     page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")

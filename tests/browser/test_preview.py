@@ -45,6 +45,7 @@ def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> Non
     assert page.is_disabled("#cancel-drawing")
     # A typed path, then the dropped file itself.
     page.click("#add-lora")
+    page.select_option("#loras [data-part=file]", "")
     page.fill("#loras [data-part=path]", "/nowhere/x.safetensors")
     page.fill("#prompt textarea", HOSTILE)
     page.fill("#sampler-steps input", "6")

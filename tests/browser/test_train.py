@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.app.bases import write_header
-from tests.browser.conftest import SHORT, SHORT_DEMO
+from tests.browser.conftest import DEMO, SHORT, SHORT_DEMO
 
 KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
 
@@ -35,10 +35,11 @@ def trainer(run: Path) -> psutil.Process:
     return psutil.Process(json.loads((run / "process.json").read_text())["pid"])
 
 
+@pytest.mark.own_window
 def test_three_clicks_from_nothing_to_a_strength_strip(page, window: Any) -> None:
     page.click("#use-demo")
     # Typed only to keep this short; the demo's own 120 steps take a minute or more on a shared machine.
-    set_steps(page, 12)
+    set_steps(page, 6)
     page.click("#start:enabled")
     state_is(page, "preparing", "running")
     page.wait_for_function("/^(Preparing|\\d+%) · .*demo/.test(document.title)")
@@ -53,8 +54,9 @@ def test_three_clicks_from_nothing_to_a_strength_strip(page, window: Any) -> Non
     page.wait_for_function("document.querySelectorAll('#strength-strip img').length >= 5")
 
 
+@pytest.mark.parametrize("draft", [DEMO], ids=["demo"])
 def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: Path) -> None:
-    page.click("#use-demo")
+    open_tab(page, "Train")
     page.wait_for_selector("#start:enabled")
     other = new_page()
     other.goto(window.address)
@@ -176,7 +178,7 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     trainer(run).kill()
 
 
-@pytest.mark.parametrize("draft", [{"values": {**SHORT, "train.steps": 40}}], ids=["short"])
+@pytest.mark.parametrize("draft", [{"values": {**SHORT, "train.steps": 20}}], ids=["short"])
 def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
     page, window: Any, pictures: list[Path]
 ) -> None:
@@ -210,6 +212,6 @@ def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
     assert (run / "events.jsonl").read_text().count('"Failed"') == before + 1
     page.click("#train-accept")
     state_is(page, "done")
-    assert page.get_attribute("#run-status", "data-step") == "40"
+    assert page.get_attribute("#run-status", "data-step") == "20"
     assert page.locator("[data-hint=changed], #train-accept").count() == 0
     assert list((run / "export").glob("*.safetensors"))
