@@ -53,7 +53,7 @@ class Window:
         self.process: subprocess.Popen[str] | None = None
         self.address = ""
 
-    def start(self, *arguments: str, port: str = "0") -> str:
+    def launch(self, *arguments: str, port: str = "0") -> None:
         code = "import sys, app.main; sys.exit(app.main.main(sys.argv[1:]))"
         command = [
             sys.executable,
@@ -72,12 +72,20 @@ class Window:
             text=True,
             env={**os.environ, **self._home(), "PYTHONUNBUFFERED": "1"},
         )
+
+    def wait_ready(self) -> str:
+        """Its address, once it answers."""
+        assert self.process is not None
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("Ready at "):
                 self.address = line.removeprefix("Ready at ").strip()
                 return self.address
         raise AssertionError(f"the window ended with {self.process.wait()}")
+
+    def start(self) -> str:
+        self.launch()
+        return self.wait_ready()
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> int:
         assert self.process is not None
@@ -100,7 +108,7 @@ class Window:
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(asked) as answer:
-            assert json.load(answer)["switched"]
+            assert answer.status == 200
 
     def runs(self) -> list[Path]:
         """The folders of the open project's runs."""
@@ -118,16 +126,11 @@ def keep_draft(project: Path, said: dict[str, Any]) -> None:
     (project / "draft.json").write_text(json.dumps(said))
 
 
-@contextlib.contextmanager
-def serving(window: Window) -> Iterator[Window]:
-    """The window, until its test is over."""
-    window.start()
-    try:
-        yield window
-    finally:
-        if window.process is not None and window.process.poll() is None:
-            window.stop()
-        end_runs(window.workspace)
+def close(window: Window) -> None:
+    """End a window whose test is over, and its runs."""
+    if window.process is not None and window.process.poll() is None:
+        window.stop()
+    end_runs(window.workspace)
 
 
 def end_runs(workspace: Path) -> None:
@@ -161,24 +164,58 @@ def draft() -> dict[str, Any]:
     return {}
 
 
+class Spares:
+    """Windows for tests that want one of their own; the next starts while a test runs, so that few wait."""
+
+    def __init__(self, home: Path, folders: pytest.TempPathFactory) -> None:
+        self.home, self.folders = home, folders
+        self.next: Window | None = None
+
+    def take(self) -> Window:
+        window = self.next or self._launched()
+        self.next = self._launched()
+        window.wait_ready()
+        return window
+
+    def _launched(self) -> Window:
+        made = Window(self.folders.mktemp("own") / "work space é", self.home)
+        made.launch()
+        return made
+
+
 @pytest.fixture(scope="session")
-def shared_window(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+def spares(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spares]:
+    made = Spares(home, tmp_path_factory)
+    yield made
+    if made.next is not None:
+        made.next.wait_ready()
+        close(made.next)
+
+
+@pytest.fixture(scope="session")
+def shared_window(spares: Spares) -> Iterator[Window]:
     """A window for all tests that do not end it, each with a project of its own."""
-    with serving(Window(tmp_path_factory.mktemp("shared") / "work space é", home)) as made:
-        yield made
+    made = spares.take()
+    yield made
+    close(made)
 
 
 @pytest.fixture
-def window(
-    request: pytest.FixtureRequest, tmp_path: Path, home: Path, draft: dict[str, Any]
-) -> Iterator[Window]:
+def own_window(spares: Spares) -> Iterator[Window]:
+    """A window on a workspace that nobody else has used."""
+    made = spares.take()
+    yield made
+    close(made)
+
+
+@pytest.fixture
+def window(request: pytest.FixtureRequest, tmp_path: Path, draft: dict[str, Any]) -> Iterator[Window]:
     """The shared window with a new project open; one of its own for a test marked `own_window`."""
     if request.node.get_closest_marker("own_window"):
-        made = Window(tmp_path / "work space é", home)
+        made = request.getfixturevalue("own_window")
         if draft:
-            keep_draft(made.project, draft)
-        with serving(made):
-            yield made
+            made.open_project("default", draft)
+        yield made
         return
     made = request.getfixturevalue("shared_window")
     made.open_project(tmp_path.name, draft)
@@ -277,22 +314,22 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def trained(browser: Any, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+def trained(browser: Any, spares: Spares) -> Iterator[Window]:
     """A window whose demo was trained for a few steps and looked at; for tests that only look."""
-    window = Window(tmp_path_factory.mktemp("trained"), home)
-    keep_draft(window.project, SHORT_DEMO)
-    with serving(window):
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.set_default_timeout(PATIENCE)
-        page.goto(window.address)
-        page.wait_for_selector("[data-picture]")
-        page.get_by_role("tab", name="Train", exact=True).click()
-        page.click("#start:enabled")
-        page.wait_for_selector("#run-status[data-state=done]")
-        page.click("#see-result")
-        page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")
-        page.close()
-        yield window
+    window = spares.take()
+    window.open_project("default", SHORT_DEMO)
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(window.address)
+    page.wait_for_selector("[data-picture]")
+    page.get_by_role("tab", name="Train", exact=True).click()
+    page.click("#start:enabled")
+    page.wait_for_selector("#run-status[data-state=done]")
+    page.click("#see-result")
+    page.wait_for_function("document.querySelectorAll('#strength-strip img').length == 5")
+    page.close()
+    yield window
+    close(window)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 swapped captions, a word is proposed and taken, and a run's pictures are measured."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
-from tests.browser.conftest import Window, serving
+from tests.browser.conftest import Window
 from tests.browser.test_axe import violations
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -22,11 +21,9 @@ LEFT, RIGHT = "02-grapes.png", "05-pineapple.png"
 
 
 @pytest.fixture
-def window(tmp_path: Path, home: Path) -> Iterator[Window]:
+def window(own_window: Window) -> Window:
     """Six pictures in the base's own style, two captions of them swapped, and a run on them."""
-    made = Window(tmp_path / "work space é", home)
-    pictures = made.project / "pictures"
-    pictures.mkdir(parents=True)
+    pictures = own_window.project / "pictures"
     for file in sorted((DEMO_BASE / "check").glob("0[1-6]-*")):
         shutil.copy(file, pictures / file.name)
     one, other = (pictures / Path(name).with_suffix(".txt") for name in (LEFT, RIGHT))
@@ -34,14 +31,14 @@ def window(tmp_path: Path, home: Path) -> Iterator[Window]:
     one.write_text(texts[1])
     other.write_text(texts[0])
     settings = {"dataset.path": str(pictures), "validation.pictures": 1, "name": "first"}
-    run = RunFolder.create(made.workspace / "runs" / "first", RunConfig().changed(settings))
+    run = RunFolder.create(own_window.workspace / "runs" / "first", RunConfig().changed(settings))
     run.checkpoint(5).mkdir(parents=True)
     draw = torch.Generator().manual_seed(0)
     layer = LayerWeights(torch.randn(2, 128, generator=draw), 0.02 * torch.randn(96, 2, generator=draw), 2.0)
     weights = AdapterWeights({("unet", LAYER): layer})
     write_adapter(weights, run.checkpoint(5) / "adapter.safetensors", "kohya", "fp32", FAMILIES["tiny"], {})
-    with serving(made):
-        yield made
+    own_window.open_project("default", {})
+    return own_window
 
 
 def chosen(page) -> str:

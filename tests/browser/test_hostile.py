@@ -3,7 +3,6 @@ saved byte for byte, and the page stays the page."""
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from app.desk import Desk
 from lora_core.spec import events
 from tests.app.runs import make_run, started, step
-from tests.browser.conftest import Window, serving
+from tests.browser.conftest import Window
 from tests.browser.test_dataset import pictures_in, take
 from tests.browser.test_main_path import open_tab
 
@@ -25,10 +24,9 @@ NAME = "we\"ird '<img src=x onerror=hit=1>' {{7*7}} \u202eabc 😀\nline.png"
 
 
 @pytest.fixture
-def window(tmp_path: Path, home: Path, pictures: list[Path]) -> Iterator[Window]:
+def window(own_window: Window, pictures: list[Path]) -> Window:
     """With a run whose every text is hostile; written before the first page looks."""
-    made = Window(tmp_path / "work space é", home)
-    desk = Desk(made.workspace, worker_command=["no-such-program"])
+    desk = Desk(own_window.workspace, worker_command=["no-such-program"])
     lines = [
         started(),
         step(3),
@@ -41,8 +39,7 @@ def window(tmp_path: Path, home: Path, pictures: list[Path]) -> Iterator[Window]
     shutil.copy(pictures[0], run.path / "previews" / "3.png")
     run.log_file.write_text(f"{HOSTILE}\n", encoding="utf-8")
     desk.close()
-    with serving(made):
-        yield made
+    return own_window
 
 
 def lora(path: Path) -> Path:
