@@ -20,6 +20,7 @@ from lora_core.spec.crash import crash_reason
 from lora_core.spec.errors import ConfigError, ModelFileError, RunError
 from lora_core.spec.events import EventWriter, Stopped
 from lora_core.spec.families import Family
+from lora_core.spec.importing import without_collecting
 from lora_core.spec.notify import tell_end
 from lora_core.spec.paths import workspace
 from lora_core.spec.presets import starting_settings
@@ -220,7 +221,7 @@ def _trained(
             # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this
             # line.
             run.request("resume")
-            with stopping.raising():
+            with stopping.raising(), without_collecting():
                 from lora_core.training.run import train
         except KeyboardInterrupt:
             _note_stop(run)
@@ -282,7 +283,8 @@ def _row(run: RunFolder) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from lora_core import serve
+    with without_collecting():
+        from lora_core import serve
 
     serve.main()
     return 0

@@ -54,7 +54,7 @@ class Window:
         self.address = ""
 
     def launch(self, *arguments: str, port: str = "0") -> None:
-        code = "import sys, app.main; sys.exit(app.main.main(sys.argv[1:]))"
+        code = "import sys, launch; sys.exit(launch.open_app(sys.argv[1:]))"
         command = [
             sys.executable,
             "-c",

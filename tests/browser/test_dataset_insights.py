@@ -22,9 +22,9 @@ LEFT, RIGHT = "02-grapes.png", "05-pineapple.png"
 
 @pytest.fixture
 def window(own_window: Window) -> Window:
-    """Six pictures in the base's own style, two captions of them swapped, and a run on them."""
+    """Five pictures in the base's own style, two captions of them swapped, and a run on them."""
     pictures = own_window.project / "pictures"
-    for file in sorted((DEMO_BASE / "check").glob("0[1-6]-*")):
+    for file in sorted((DEMO_BASE / "check").glob("0[1-5]-*")):
         shutil.copy(file, pictures / file.name)
     one, other = (pictures / Path(name).with_suffix(".txt") for name in (LEFT, RIGHT))
     texts = one.read_text(), other.read_text()
@@ -76,7 +76,7 @@ def test_what_will_be_learned(page, window: Window) -> None:
     # What the run has learned of each picture.
     page.click("#pictures-start:enabled")
     page.wait_for_selector("#pictures-state >> text=The run first, step 5")
-    assert page.locator("#pictures-found .finding").count() == 6
+    assert page.locator("#pictures-found .finding").count() == 5
     page.click("[data-learned-order=most]")
     last = page.locator("#pictures-found .mini").last
     name = last.get_attribute("data-open-picture")

@@ -30,6 +30,7 @@ def tool(page: Any, name: str) -> None:
 def test_in_the_dark_on_a_phone(look: Any) -> None:
     """Any file by its path, looked into from where it was checked."""
     page = look("dark", 390)
+    assert page.evaluate("document.body.classList.contains('dark')")
     ready(page)
     file = page.eval_on_selector("#inside-files select", "one => one.value")
     page.fill("#check-path input, #check-path textarea", file)
