@@ -89,11 +89,11 @@ def open_app(arguments: "list[str]") -> int:
         SetupError: the project or one of its packages cannot be imported.
     """
     from app.install import VENV, SetupError
-    from lora_core.spec.importing import without_collecting
 
     try:
-        with without_collecting():
-            from app.main import main as app_main
+        from app.loading import loaded_main
+
+        app_main = loaded_main()
     except ImportError as error:
         raise SetupError(f"The app cannot be loaded ({error}): delete {VENV} and start again.") from error
     return app_main(arguments)

@@ -1,14 +1,7 @@
 """A real window in a process of its own and a real Chromium on it; every test also asserts that the page
 stayed quiet."""
 
-import contextlib
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.app.bases import checkpoint
+from tests.browser.windows import Spares, Window, close, end_runs
 
-ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -36,112 +29,6 @@ DEMO = {"dataset": "demo", "level": "demo", "goal": "style"}
 SHORT_DEMO = {**DEMO, "values": SHORT}
 # Two cores may be shared with other work; a test that waits is better than one that fails.
 PATIENCE = 180_000
-
-
-class Window:
-    """The server, which can be killed and started again on the same workspace.
-
-    Args:
-        workspace: where it keeps everything.
-        home: the home folder of its person, where it looks for other tools.
-    """
-
-    def __init__(self, workspace: Path, home: Path | None = None) -> None:
-        self.workspace = workspace
-        self.home = home
-        self.project = workspace / "projects" / "default"
-        self.process: subprocess.Popen[str] | None = None
-        self.address = ""
-
-    def launch(self, *arguments: str, port: str = "0") -> None:
-        code = "import sys, launch; sys.exit(launch.open_app(sys.argv[1:]))"
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            "--no-browser",
-            "--port",
-            port,
-            "--workspace",
-            str(self.workspace),
-        ]
-        self.process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **self._home(), "PYTHONUNBUFFERED": "1"},
-        )
-
-    def wait_ready(self) -> str:
-        """Its address, once it answers."""
-        assert self.process is not None
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("Ready at "):
-                self.address = line.removeprefix("Ready at ").strip()
-                return self.address
-        raise AssertionError(f"the window ended with {self.process.wait()}")
-
-    def start(self) -> str:
-        self.launch()
-        return self.wait_ready()
-
-    def stop(self, how: signal.Signals = signal.SIGINT) -> int:
-        assert self.process is not None
-        self.process.send_signal(how)
-        code = self.process.wait(20)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        return code
-
-    def _home(self) -> dict[str, str]:
-        return {"HOME": str(self.home), "USERPROFILE": str(self.home)} if self.home else {}
-
-    def open_project(self, key: str, draft: dict[str, Any]) -> None:
-        """Open a project of its own, as the picker does; nothing of another shows in it."""
-        self.project = self.workspace / "projects" / key
-        keep_draft(self.project, draft)
-        asked = urllib.request.Request(
-            f"{self.address}/easel/projects",
-            json.dumps({"do": "open", "project": key}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(asked) as answer:
-            assert answer.status == 200
-
-    def runs(self) -> list[Path]:
-        """The folders of the open project's runs."""
-        runs = (self.workspace / "runs").glob("[!.]*")
-        return [
-            run
-            for run in runs
-            if json.loads((run / "project.json").read_text())["project"] == self.project.name
-        ]
-
-
-def keep_draft(project: Path, said: dict[str, Any]) -> None:
-    """The unsent form as a page would have left it."""
-    project.mkdir(parents=True, exist_ok=True)
-    (project / "draft.json").write_text(json.dumps(said))
-
-
-def close(window: Window) -> None:
-    """End a window whose test is over, and its runs."""
-    if window.process is not None and window.process.poll() is None:
-        window.stop()
-    end_runs(window.workspace)
-
-
-def end_runs(workspace: Path) -> None:
-    """Runs outlive the window by design; those of a test must not outlive the test."""
-    from lora_core.spec.run_folder import all_runs
-
-    for run in all_runs(workspace):
-        process = run.live_process()
-        if process is not None:
-            with contextlib.suppress(Exception):
-                process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -162,25 +49,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draft() -> dict[str, Any]:
     """What the form holds when the window opens: nothing, but where a test says otherwise."""
     return {}
-
-
-class Spares:
-    """Windows for tests that want one of their own; the next starts while a test runs, so that few wait."""
-
-    def __init__(self, home: Path, folders: pytest.TempPathFactory) -> None:
-        self.home, self.folders = home, folders
-        self.next: Window | None = None
-
-    def take(self) -> Window:
-        window = self.next or self._launched()
-        self.next = self._launched()
-        window.wait_ready()
-        return window
-
-    def _launched(self) -> Window:
-        made = Window(self.folders.mktemp("own") / "work space é", self.home)
-        made.launch()
-        return made
 
 
 @pytest.fixture(scope="session")

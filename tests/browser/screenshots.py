@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.browser.conftest import CHROMIUM, FLAGS, ROOT, Window
+from tests.browser.conftest import CHROMIUM, FLAGS
+from tests.browser.windows import ROOT, Window
 
 # What must be there before a tab is worth a picture.
 READY = {

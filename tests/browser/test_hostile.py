@@ -11,7 +11,7 @@ import pytest
 from app.desk import Desk
 from lora_core.spec import events
 from tests.app.runs import make_run, started, step
-from tests.browser.conftest import Window
+from tests.browser.windows import Window
 from tests.browser.test_dataset import pictures_in, take
 from tests.browser.test_main_path import open_tab
 
