@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,18 +52,17 @@ class Curve:
         return next((s for s, g in zip(self.seconds, self.gains, strict=True) if g >= gain), float("inf"))
 
 
-def peer_rows() -> list[Row]:
-    """The demo in whole processes, and time to quality on both sets."""
+def peer_rows() -> Iterator[Row]:
+    """The demo in whole processes, and time to quality on both sets; each row as soon as it is known."""
     script = os.environ.get("EASEL_PEER_SCRIPT", "")
     if not Path(script).is_file():
         raise SystemExit("EASEL_PEER_SCRIPT has to name diffusers' train_text_to_image_lora.py.")
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         second = drawn_set(home / "second")
-        rows = [_whole_process(script, home / "whole")]
+        yield _whole_process(script, home / "whole")
         for name, pictures in (("the demo", DEMO), ("a set that nothing was tuned on", second)):
-            rows.append(_time_to_quality(name, script, pictures, home / pictures.name))
-    return rows
+            yield _time_to_quality(name, script, pictures, home / pictures.name)
 
 
 def _whole_process(script: str, home: Path) -> Row:
