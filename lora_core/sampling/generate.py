@@ -5,6 +5,7 @@ same picture on every device, and base and adapter can be compared on the same n
 """
 
 import functools
+import inspect
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,16 @@ def picture_size(base: BaseModel, picture: Picture) -> tuple[int, int]:
     return size
 
 
+def _set_steps(scheduler: Any, picture: Picture, device: torch.device) -> None:
+    try:
+        scheduler.set_timesteps(picture.steps, device=device)
+    except ValueError as error:
+        # LCM picks its steps out of the 50 that its models were distilled from.
+        raise ConfigError(
+            f"The sampler {picture.sampler} cannot take {picture.steps} steps; take fewer."
+        ) from error
+
+
 def sampled_latents(
     base: BaseModel,
     picture: Picture,
@@ -101,7 +112,7 @@ def sampled_latents(
     """
     width, height = picture_size(base, picture)
     scheduler = sampler_of(base, picture.sampler)
-    scheduler.set_timesteps(picture.steps, device=base.device)
+    _set_steps(scheduler, picture, base.device)
     factor = base.pixels_a_latent
     generator = torch.Generator().manual_seed(picture.seed)
     shape = (1, base.latent_channels, height // factor, width // factor)
@@ -109,7 +120,8 @@ def sampled_latents(
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     guided = picture.cfg > 1
     both = TextCondition.cat([negative, text]) if guided else text
-    options = {"generator": generator} if "Ancestral" in type(scheduler).__name__ else {}
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if draws else {}
     with torch.no_grad():
         for done, timestep in enumerate(scheduler.timesteps, start=1):
             seen = scheduler.scale_model_input(latents, timestep)

@@ -213,6 +213,11 @@ SAMPLERS: Table = {
         "Good in few steps.",
         "diffusers.schedulers.scheduling_unipc_multistep:UniPCMultistepScheduler",
     ),
+    "lcm": Choice(
+        "LCM",
+        "4 to 8 steps at a CFG of 1 to 2, with a LoRA or base that was distilled for it.",
+        "diffusers.schedulers.scheduling_lcm:LCMScheduler",
+    ),
 }
 
 PREDICTIONS: Table = {

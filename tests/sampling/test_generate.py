@@ -69,6 +69,15 @@ def test_an_unknown_sampler_lists_the_known_ones(base):
     assert type(sampler_of(base, "DPM++ 2M Karras")).__name__ == "DPMSolverMultistepScheduler"
 
 
+def test_few_steps_of_lcm_and_too_many(base):
+    few = Picture(steps=4, cfg=1.0, sampler="lcm")
+    first, again = (np.asarray(generated_from_prompt(base, few, "owl")) for _ in range(2))
+    assert (first == again).all(), "the noise of each step is drawn from the seed"
+    assert (first != np.asarray(generated_from_prompt(base, few, "a red fox"))).any()
+    with pytest.raises(ConfigError, match="lcm cannot take 51 steps"):
+        generated_from_prompt(base, Picture(steps=51, sampler="lcm"), "owl")
+
+
 def test_the_settings_are_in_the_png(base, tmp_path):
     how = Picture(seed=9, steps=12, cfg=3.5, sampler="euler_a")
     text = infotext(base, how, "owl", "red", [("demo", 0.8)])
