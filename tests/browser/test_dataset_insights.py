@@ -13,8 +13,8 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
-from tests.browser.windows import Window
 from tests.browser.test_axe import violations
+from tests.browser.windows import Window
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
 LEFT, RIGHT = "02-grapes.png", "05-pineapple.png"

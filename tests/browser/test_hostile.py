@@ -11,9 +11,9 @@ import pytest
 from app.desk import Desk
 from lora_core.spec import events
 from tests.app.runs import make_run, started, step
-from tests.browser.windows import Window
 from tests.browser.test_dataset import pictures_in, take
 from tests.browser.test_main_path import open_tab
+from tests.browser.windows import Window
 
 HOSTILE = (
     '<img src=x onerror="window.hit=1">{{7*7}}${7*7} \u202eabc\u200f 😀 \'q\' "Q"'

@@ -11,7 +11,7 @@ from app.preview.loras import ADDED
 from tests.browser.test_main_path import open_tab
 
 TABS = ("Dataset", "Train", "Preview", "Export")
-IDLE_SECONDS = 5
+IDLE_SECONDS = 7
 MOST_OF_A_CORE = 0.03
 # What went before may still cost something, such as thumbnails ahead of who looks; idle is what comes after.
 MOST_LOOKS = 3
