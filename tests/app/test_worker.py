@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from app.preview.studio import Studio
@@ -278,7 +277,8 @@ def test_one_that_is_closed_while_it_starts_leaves_no_process(
     assert begun.wait(5)
     made.close()
     assert reply.finished.wait(5)
-    assert [child for child in psutil.Process().children() if "input()" in child.cmdline()] == []
+    assert made._process is not None
+    assert made._process.poll() is not None, "it goes on though nobody knows of it"
     # Nor does what is asked of it afterwards start one.
     late = Worker([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
     late.close()
