@@ -30,24 +30,16 @@ class Window:
         self.process: subprocess.Popen[str] | None = None
         self.address = ""
 
-    def launch(self, *arguments: str, port: str = "0") -> None:
+    def launch(self) -> None:
         code = "import sys, launch; sys.exit(launch.open_app(sys.argv[1:]))"
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            "--no-browser",
-            "--port",
-            port,
-            "--workspace",
-            str(self.workspace),
-        ]
+        options = ["--no-browser", "--port", "0", "--workspace", str(self.workspace)]
+        home = {"HOME": str(self.home), "USERPROFILE": str(self.home)} if self.home else {}
         self.process = subprocess.Popen(
-            [*command, *arguments],
+            [sys.executable, "-c", code, *options],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **self._home(), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **home, "PYTHONUNBUFFERED": "1"},
         )
 
     def wait_ready(self) -> str:
@@ -71,9 +63,6 @@ class Window:
         if self.process.stdout is not None:
             self.process.stdout.close()
         return code
-
-    def _home(self) -> dict[str, str]:
-        return {"HOME": str(self.home), "USERPROFILE": str(self.home)} if self.home else {}
 
     def open_project(self, key: str, draft: dict[str, Any]) -> None:
         """Open a project of its own, as the picker does; nothing of another shows in it."""
