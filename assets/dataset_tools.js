@@ -352,7 +352,13 @@
     take(files);
   });
   let typing = null;
-  const soon = () => { clearTimeout(typing); typing = setTimeout(preview, 150); };
+  // What has not been looked at cannot be applied: also an answer that is still on its way is out of date.
+  const soon = () => {
+    looked += 1;
+    allow(false, "What would change is being looked up");
+    clearTimeout(typing);
+    typing = setTimeout(preview, 150);
+  };
   document.addEventListener("input", (event) => { if (event.target.closest?.("#bulk-form")) { outcome(""); soon(); } });
   document.addEventListener("submit", (event) => { if (event.target.id === "bulk-form") { event.preventDefault(); if (!one("#bulk-apply").disabled) change(scoped(edit())); } });
   document.addEventListener("easel-shelf", () => { if (one("#bulk")?.open) soon(); });

@@ -101,7 +101,11 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
 
     page.click("#bulk > summary")
     page.fill("#bulk-find", "<img src=x")
-    page.fill("#bulk-put", "<b>")
+    page.wait_for_selector("#bulk-apply:enabled")
+    # What has not been looked at yet cannot be applied, not even for a moment.
+    typed = "put.value = '<b>'; put.dispatchEvent(new Event('input', { bubbles: true }));"
+    script = f"const [put, apply] = ['put', 'apply'].map(n => document.querySelector('#bulk-' + n)); {typed}"
+    assert page.evaluate(f"() => {{ {script} return apply.disabled; }}")
     page.wait_for_selector("#bulk-apply:enabled")
     assert "1 caption of 6" in page.inner_text("#bulk-preview")
     assert page.inner_text("#bulk-preview del").startswith("img")
