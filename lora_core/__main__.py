@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from lora_core.cli import adapters, analysis, combine, dataset, jobs, pictures, queue, report
 from lora_core.spec.errors import LoraError
+from lora_core.spec.processor import share_processor
 from lora_core.spec.stopping import INTERRUPTED
 
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     _quiet_libraries()
-    _share_the_processor()
+    share_processor(getattr(options, "computes", False))
     _speak_any_letter()
     try:
         return int(options.run(options) or 0)
@@ -47,15 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.\n"
         )
         return 1
-
-
-def _share_the_processor() -> None:
-    """Let a thread that waits for its siblings sleep soon, where libgomp would have it spin.
-
-    Two trainings on two cores, steps of the embedded base: over 1.3 s each with ten times this count, 0.31 s
-    each by this one, and 0.16 s for one alone by either. It has to be set before torch is imported.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _quiet_libraries() -> None:

@@ -8,8 +8,6 @@ import pytest
 
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
 
-# As the command line does, before torch is imported: tests run beside children that compute too.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Before anything imports gradio or huggingface_hub, which read these once.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 

@@ -56,12 +56,12 @@ def add_verbs(verbs: Verbs) -> None:
     train.add_argument("--preset", default="", help="quick, balanced, high, or goal-level such as style-high")
     train.add_argument("--set", action="append", default=[], metavar="section.key=value", help="one setting")
     add_workspace(train)
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, computes=True)
     resume = verbs.add_parser("resume", help="start a run or go on with it")
     resume.add_argument("path", metavar="RUN", type=_run_path)
     resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
     resume.add_argument("--accept-changes", action="store_true", help="go on although something has changed")
-    resume.set_defaults(run=_resume)
+    resume.set_defaults(run=_resume, computes=True)
     words = {
         "stop": "end a run, keep its work and export it",
         "pause": "end a run's process, to go on later",

@@ -25,7 +25,7 @@ def add_verbs(verbs: Verbs) -> None:
     _add_picture(generate)
     generate.add_argument("--count", type=int, default=1, help="pictures, each with the next seed")
     generate.add_argument("--out", type=Path, help="a PNG file; more than one get -2, -3, ...")
-    generate.set_defaults(run=_generate)
+    generate.set_defaults(run=_generate, computes=True)
     grid = verbs.add_parser("grid", help="make a labelled sheet of pictures that differ in one or two things")
     for name in ("--rows", "--columns"):
         grid.add_argument(
@@ -35,7 +35,7 @@ def add_verbs(verbs: Verbs) -> None:
         )
     _add_picture(grid, prompt=False)
     grid.add_argument("--out", type=Path, required=True, help="the PNG file")
-    grid.set_defaults(run=_grid)
+    grid.set_defaults(run=_grid, computes=True)
     validate = verbs.add_parser("validate", help="measure an adapter on pictures that it was not trained on")
     _add_base_and_loras(validate)
     validate.add_argument("--dataset", required=True)
@@ -46,7 +46,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_workspace(validate)
     add_json(validate)
-    validate.set_defaults(run=_validate)
+    validate.set_defaults(run=_validate, computes=True)
 
 
 def _add_picture(verb: argparse.ArgumentParser, prompt: bool = True) -> None:

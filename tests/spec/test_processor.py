@@ -1,0 +1,65 @@
+"""Who may spin on the processor, with real processes that are really killed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_core.__main__ import parser
+from lora_core.spec.processor import SOON, VARIABLE
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what Linux has")
+SAY = f"""
+import os, sys
+from lora_core.spec.processor import share_processor
+share_processor(sys.argv[1] == "computes")
+print(os.environ.get({VARIABLE!r}, "its own"), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Starts a process that stays, and returns it with what it has for its threads."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(kind: str, set_by_hand: str = "") -> tuple["subprocess.Popen[str]", str]:
+        env = {k: v for k, v in os.environ.items() if k != VARIABLE} | {"TMPDIR": str(tmp_path)}
+        env |= {VARIABLE: set_by_hand} if set_by_hand else {}
+        child = subprocess.Popen(
+            [sys.executable, "-c", SAY, kind],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True,
+        )  # fmt: skip
+        started.append(child)
+        assert child.stdout is not None
+        return child, child.stdout.readline().strip()
+
+    yield start
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def test_one_at_a_time_may_spin(start) -> None:
+    assert start("is there")[1] == SOON
+    first, how = start("computes")
+    assert how == "its own"
+    assert start("computes")[1] == SOON
+    first.kill()
+    first.wait()
+    assert start("computes", SOON)[1] == "its own", "what a parent of ours has set is no wish of a person"
+
+
+def test_what_a_person_has_set_stays(start) -> None:
+    assert start("computes", "77")[1] == "77"
+    assert start("is there", "77")[1] == "77"
+
+
+@pytest.mark.parametrize(
+    ("words", "computes"),
+    [(["train", "demo"], True), (["resume", "a"], True), (["runs"], False), (["serve"], False)],
+)
+def test_what_a_person_waits_for_computes(words: list[str], computes: bool) -> None:
+    assert getattr(parser().parse_args(words), "computes", False) is computes
