@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_core.adapters.fused import fused_linear
+from lora_core.adapters.fused import fused_conv2d, fused_linear
 from lora_core.adapters.storage import Stored
 from lora_core.adapters.targets import Adaptable
 from lora_core.adapters.weights import LayerWeights
@@ -49,8 +49,8 @@ class LoraLayer(Stored):
     """y = base(x) + strength * (alpha / r) * up(down(x)), for a linear layer or a convolution.
 
     down is (r, in) or (r, in, k, k) and starts random, up is (out, r) or (out, r, 1, 1) and starts at zero,
-    so that training starts at the base exactly. Both are fp32 whatever the base's number format is. A linear
-    layer whose factors lie in a `Storage` is computed by `fused`, unless a dropout is on.
+    so that training starts at the base exactly. Both are fp32 whatever the base's number format is. A layer
+    whose factors lie in a `Storage` is computed by `fused`, unless a dropout is on.
 
     Source: Hu et al. 2021, section 4.1, equation 3.
     """
@@ -87,8 +87,11 @@ class LoraLayer(Stored):
         """(..., in) to (..., out), or (B, in, h, w) to (B, out, h', w')."""
         scale = self.strength * self.shape.alpha / self.shape.rank
         dropping = self.training and self.shape.drops
-        if self.place is not None and isinstance(self.base, nn.Linear) and scale and not dropping:
-            return fused_linear(x, self.base, self.place, scale, (self.down, self.up))
+        if self.place is not None and scale and not dropping:
+            known = (self.down, self.up)
+            if isinstance(self.base, nn.Conv2d):
+                return fused_conv2d(x, self.base, self.place, scale, known)
+            return fused_linear(x, self.base, self.place, scale, known)
         frozen: torch.Tensor = self.base(x)
         if self.strength == 0:
             return frozen

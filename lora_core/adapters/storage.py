@@ -5,7 +5,7 @@ instead of one for each factor. Layers see views, so that nothing else has to kn
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -92,9 +92,12 @@ class Storage:
         return part
 
 
-@dataclass(frozen=True)
+@dataclass
 class Place:
-    """Where a layer's factors lie in a storage: (rank, inside) from `down`, (outside, rank) from `up`."""
+    """Where a layer's factors lie in a storage: (rank, inside) from `down`, (outside, rank) from `up`.
+
+    Views are made once for each number format: hundreds of them in each step took a tenth of a small one.
+    """
 
     storage: Storage
     down: int
@@ -102,20 +105,29 @@ class Place:
     rank: int
     inside: int
     outside: int
+    _views: dict[torch.dtype, tuple[Factors, Factors]] = field(default_factory=dict, repr=False)
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """The factors in a number format; rounded once for each state of all numbers."""
-        if dtype == torch.float32:
-            return self._views(self.storage.whole.detach())
-        return self._views(self.storage.rounded(dtype).fresh(self.storage.whole.detach()))
+        if dtype != torch.float32:
+            self.storage.rounded(dtype).refresh(self.storage.whole)
+        return self._both(dtype)[0]
 
     def gradients(self, dtype: torch.dtype) -> Factors:
         """Where gradients that were computed in a number format are added up; see `Storage.gather`."""
-        if dtype == torch.float32:
-            return self._views(self.storage.grads)
-        return self._views(self.storage.rounded(dtype).grads)
+        return self._both(dtype)[1]
 
-    def _views(self, numbers: torch.Tensor) -> Factors:
+    def _both(self, dtype: torch.dtype) -> tuple[Factors, Factors]:
+        if dtype not in self._views:
+            if dtype == torch.float32:
+                numbers, gradients = self.storage.whole.detach(), self.storage.grads
+            else:
+                rounded = self.storage.rounded(dtype)
+                numbers, gradients = rounded.values, rounded.grads
+            self._views[dtype] = self._seen(numbers), self._seen(gradients)
+        return self._views[dtype]
+
+    def _seen(self, numbers: torch.Tensor) -> Factors:
         down = numbers[self.down : self.down + self.rank * self.inside]
         up = numbers[self.up : self.up + self.outside * self.rank]
         return Factors(down.view(self.rank, self.inside), up.view(self.outside, self.rank))
@@ -129,10 +141,8 @@ class _Rounded:
         self.grads = torch.zeros_like(self.values)
         self._state = -1
 
-    def fresh(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The values, rounded anew where the numbers have changed since; torch counts changes through any
-        view."""
+    def refresh(self, numbers: torch.Tensor) -> None:
+        """Round the numbers anew where they have changed since; torch counts changes through any view."""
         if numbers._version != self._state:
-            self.values.copy_(numbers)
+            self.values.copy_(numbers.detach())
             self._state = numbers._version
-        return self.values

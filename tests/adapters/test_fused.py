@@ -11,7 +11,7 @@ from torch import nn
 from lora_core.adapters.inject import Injected, inject
 from lora_core.adapters.lora import LoraLayer, LoraShape, Moment
 from lora_core.adapters.storage import Storage
-from lora_core.adapters.targets import ATTENTION, KOHYA, Targets
+from lora_core.adapters.targets import ATTENTION, KOHYA, LOCON, Targets
 from lora_core.models.thin import Thinner, int8
 from tests.counting import kept_bytes, launches
 from tests.tiny import tiny_text_encoder, tiny_unet
@@ -57,9 +57,10 @@ Output = Callable[[nn.Module], torch.Tensor]
     [
         ("unet", tiny_unet, unet_output, ATTENTION),
         ("unet", tiny_unet, unet_output, KOHYA),
+        ("unet", tiny_unet, unet_output, LOCON),
         ("text_encoder", tiny_text_encoder, text_output, KOHYA),
     ],
-    ids=["attention", "every linear layer", "text"],
+    ids=["attention", "every linear layer", "convolutions too", "text"],
 )
 def test_it_equals_the_plain_layers(
     part: str, build: Callable[[], nn.Module], output: Output, targets: Targets, dtype: torch.dtype
@@ -157,15 +158,18 @@ def test_a_storage_keeps_all_bits_and_shows_every_change() -> None:
     assert layers[2].place is None
     assert [len(group) for group in storage.groups] == [22, 22]
     rounded = storage.rounded(torch.bfloat16)
-    assert torch.equal(rounded.fresh(storage.whole.detach()), storage.whole.detach().bfloat16())
+    rounded.refresh(storage.whole)
+    assert torch.equal(rounded.values, storage.whole.detach().bfloat16())
     with torch.no_grad():
         layers[1].up.fill_(7.0)
     assert storage.whole[-10:].tolist() == [7.0] * 10
-    assert rounded.fresh(storage.whole.detach())[-1] == 7.0
+    rounded.refresh(storage.whole)
+    assert rounded.values[-1] == 7.0
     storage.groups[1].grad.fill_(2.0)
     torch.optim.SGD(storage.groups[1:], lr=1.0).step()
     assert layers[1].up.flatten().tolist() == [5.0] * 10
-    assert rounded.fresh(storage.whole.detach())[-1] == 5.0
+    rounded.refresh(storage.whole)
+    assert rounded.values[-1] == 5.0
     storage.clear()
     assert layers[1].up.grad is not None
     assert not layers[1].up.grad.any()
