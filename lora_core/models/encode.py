@@ -1,6 +1,7 @@
 """Pictures to latents and back, captions to what the UNet attends to."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,10 +75,12 @@ def _shift(base: BaseModel) -> float:
     return float(base.vae.config.get("shift_factor") or 0.0)
 
 
+@lru_cache(maxsize=4096)
 def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
     """A caption as (chunks, 77) token ids, each chunk with its own begin, end and padding.
 
-    Where the caption is cut into chunks is `dataset/captions.chunked`'s to say.
+    Where the caption is cut into chunks is `dataset/captions.chunked`'s to say. The same caption comes many
+    times in a training, so that what was made of it is kept; nobody may write into it.
 
     Args:
         tokenizer: a CLIP tokenizer.
@@ -85,7 +88,7 @@ def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
         chunks: how many.
     """
     ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    bodies = chunked(ids, tokenizer.get_vocab().get(COMMA, -1), chunks)
+    bodies = chunked(ids, tokenizer.convert_tokens_to_ids(COMMA), chunks)
     bodies += [[]] * (chunks - len(bodies))
     rows = []
     for body in bodies:
