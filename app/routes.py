@@ -178,7 +178,11 @@ def _tokens(desk: Desk, text: str) -> dict[str, Any]:
 
 
 async def _small(desk: Desk, file: Path, side: int) -> Response:
-    data = await desk.thumbs.webp(file, side)
+    try:
+        data = await desk.thumbs.webp(file, side)
+    except FileNotFoundError:
+        # Left out or deleted since it was asked for: the page is about to show it elsewhere, or not at all.
+        return Response(status_code=204)
     return Response(data, media_type="image/webp", headers=KEEP)
 
 

@@ -26,6 +26,20 @@ def test_thumbnails_and_large_pictures(client: TestClient, desk: Desk, pictures:
         assert len(answer.content) < side * side
 
 
+def test_a_thumbnail_of_a_picture_that_is_gone_by_now_is_no_error(
+    client: TestClient, desk: Desk, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = desk.thumbs.made
+
+    def made_late(file: Path, side: int) -> bytes:
+        file.rename(file.with_name("elsewhere.png"))
+        return made(file, side)
+
+    monkeypatch.setattr(desk.thumbs, "made", made_late)
+    answer = client.get(address("dataset", desk.project.pictures, pictures[0], "thumb"))
+    assert (answer.status_code, answer.content) == (204, b"")
+
+
 @pytest.mark.parametrize("kind", ["dataset", "run", "generated", "nothing"])
 @pytest.mark.parametrize(
     "path",
