@@ -25,6 +25,7 @@ from lora_core.adapters.weights import AdapterWeights, LayerWeights
 from lora_core.formats.file import write_adapter
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
@@ -313,7 +314,7 @@ def resume_of_no_run(place: Place) -> list[object]:
 
 def made(place: Place, *story: events.Event) -> Path:
     run = RunFolder.create(place.run, RunConfig().changed({"dataset.path": str(place.pictures)}))
-    writer = events.EventWriter(run.events_file)
+    writer = EventWriter(run.events_file)
     for event in story:
         writer.write(event)
     writer.close()

@@ -18,7 +18,8 @@ from lora_core.spec.base_facts import base_facts, is_hub_id
 from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment
 from lora_core.spec.crash import crash_reason
 from lora_core.spec.errors import ConfigError, ModelFileError, RunError
-from lora_core.spec.events import EventWriter, Stopped
+from lora_core.spec.event_file import EventWriter
+from lora_core.spec.events import Stopped
 from lora_core.spec.families import Family
 from lora_core.spec.importing import without_collecting
 from lora_core.spec.notify import tell_end

@@ -21,7 +21,8 @@ from filelock import FileLock, Timeout
 
 from lora_core.spec.config import RunConfig, load_toml, to_toml
 from lora_core.spec.errors import RunError
-from lora_core.spec.events import opened_for_lines, read_events, write_line
+from lora_core.spec.event_file import opened_for_lines, write_line
+from lora_core.spec.events import read_events
 from lora_core.spec.paths import clear_abandoned, write_atomically
 from lora_core.spec.processes import live_process, noted_process
 from lora_core.spec.progress import Progress

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from lora_core.spec import events
 from lora_core.spec.errors import InputsChanged, LoraError, NoRoom, OutOfMemory, RunError
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.stopping import Stopping
 from lora_core.training.board import Board
@@ -60,7 +61,7 @@ def train(
         return Outcome("done", run.path / before.export)
     clear_unfinished(run)
     boards: list[Board] = []
-    writer = events.EventWriter(run.events_file)
+    writer = EventWriter(run.events_file)
 
     def emit(event: events.Event) -> None:
         writer.write(event)

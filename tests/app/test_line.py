@@ -78,7 +78,7 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, 
         line.add(RunConfig().changed({"name": name}))
     code = (
         "import sys, pathlib; run = pathlib.Path(sys.argv[1]); from lora_core.spec import events;"
-        "from lora_core.spec.events import EventWriter; w = EventWriter(run / 'events.jsonl');"
+        "from lora_core.spec.event_file import EventWriter; w = EventWriter(run / 'events.jsonl');"
         "w.write(events.Started(steps=3, pid=1, device='cpu', threads=1, versions={}));"
         "w.write(events.Failed(reason='No picture can be read.') if run.name == 'bad' else"
         " events.Finished(step=3, export=''));"

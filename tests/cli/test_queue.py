@@ -15,6 +15,7 @@ from PIL import Image
 from lora_core.__main__ import main
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.events import read_events
 from lora_core.spec.notify import tell_from_now_on
 from lora_core.spec.presets import preset
@@ -197,7 +198,7 @@ def made_longer(home: Path, name: str) -> RunFolder:
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_a_run_that_broke_off_says_why(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made(home, "alone")
-    writer = events.EventWriter(run.events_file)
+    writer = EventWriter(run.events_file)
     writer.write(events.Started(steps=3, pid=1, device="cpu", threads=1, versions={}))
     writer.write(events.StepDone(step=2, loss=1.0, lr=1.0, seconds=0.1))
     writer.close()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from lora_core.spec import crash, events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.crash import Watched, crash_reason, exit_file, last_exit, offer, resume_step
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.run_folder import RunFolder, runs_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,9 +24,10 @@ BEGINNING = """
 import ctypes, os, signal, sys
 from pathlib import Path
 from lora_core.spec import events
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.run_folder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
-writer = events.EventWriter(run.events_file)
+writer = EventWriter(run.events_file)
 def start():
     writer.write(events.Started(steps=9, pid=os.getpid(), device="cpu", threads=1, versions={}))
     writer.write(events.StepDone(step=8, loss=1.0, lr=1.0, seconds=0.1))
@@ -96,7 +98,7 @@ def test_an_earlier_end_is_not_mistaken_for_the_last(run: RunFolder) -> None:
     ended(run, "sys.exit('The second.')")
     assert crash_reason(run) == "The second."
     # Somebody trains it by hand, and nobody watches: the note of the last exit is old.
-    writer = events.EventWriter(run.events_file)
+    writer = EventWriter(run.events_file)
     writer.write(events.Started(steps=9, pid=1, device="cpu", threads=1, versions={}))
     writer.close()
     assert last_exit(run) is None
@@ -143,7 +145,7 @@ def test_windows_codes(run: RunFolder) -> None:
 
 
 def test_the_machine_went_down(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = events.EventWriter(run.events_file)
+    writer = EventWriter(run.events_file)
     writer.write(events.Started(time=1000.0, steps=9, pid=1, device="cpu", threads=1, versions={}))
     writer.write(events.StepDone(time=1001.0, step=5, loss=1.0, lr=1.0, seconds=0.1))
     writer.close()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lora_core.spec import events
-from lora_core.spec.events import EventWriter, StepDone, Warned, from_line, read_events, to_line
+from lora_core.spec.event_file import EventWriter
+from lora_core.spec.events import StepDone, Warned, from_line, read_events, to_line
 
 SAMPLES = [
     events.Started(steps=10, pid=1, device="cpu", threads=2, versions={"torch": "2.8"}),

@@ -14,6 +14,7 @@ import pytest
 from lora_core.spec import events, notify
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.notify import notify_file, tell_end, tell_from_now_on, try_telling, whom_to_tell
 from lora_core.spec.run_folder import RunFolder, runs_folder
 
@@ -25,7 +26,7 @@ def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ended(home: Path, *more: events.Event, name: str = "one") -> RunFolder:
     run = RunFolder.create(runs_folder(home) / name, RunConfig())
-    writer = events.EventWriter(run.events_file)
+    writer = EventWriter(run.events_file)
     writer.write(events.Started(steps=9, pid=1, device="cpu", threads=1, versions={}))
     writer.write(events.StepDone(step=8, loss=1.0, lr=1.0, seconds=0.1))
     for event in more:

@@ -19,6 +19,7 @@ import pytest
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.events import read_events
 from lora_core.spec.owner import ensure_owner, take_up, work_through
 from lora_core.spec.queue import ENDED_KEPT, Job, Queue
@@ -39,7 +40,7 @@ with run.held():
     run.request("resume")
     if kind == "refuses":
         sys.exit("The settings of this run are no good.")
-    writer = events.EventWriter(run.events_file)
+    writer = EventWriter(run.events_file)
     writer.write(events.Started(steps=2, pid=os.getpid(), device="cpu", threads=1, versions={}))
     if before.started:
         writer.write(events.Resumed(step=before.step, steps=2))
@@ -156,7 +157,7 @@ def test_what_cannot_wait(home: Path, tmp_path: Path) -> None:
     other = RunFolder.create(runs_folder(home) / "b", RunConfig())
     with other.held(), pytest.raises(RunError, match="b is being trained already"):
         queue.add(other)
-    writer = events.EventWriter(other.events_file)
+    writer = EventWriter(other.events_file)
     writer.write(events.Finished(step=2, export=""))
     writer.close()
     with pytest.raises(RunError, match="b is done"):
@@ -310,7 +311,7 @@ def test_after_the_machine_was_off(home: Path, trainer: tuple[str, ...]) -> None
     with queue.changing() as jobs:
         jobs[1] = Job("waits-1", "running")
         jobs[0] = Job("waits-2", "waiting", seen=queue.run("waits-2").events_file.stat().st_size)
-    writer = events.EventWriter(queue.run("waits-1").events_file)
+    writer = EventWriter(queue.run("waits-1").events_file)
     writer.write(events.Started(steps=2, pid=1, device="cpu", threads=1, versions={}))
     writer.write(events.Stopped(step=1, export=""))
     writer.close()

@@ -14,7 +14,7 @@ import pytest
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
-from lora_core.spec.events import EventWriter
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name
 
 STARTED = events.Started(steps=10, pid=1, device="cpu", threads=2, versions={})
