@@ -16,7 +16,13 @@ from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError
 from lora_core.spec.preflight import ADAPTER_COPIES
-from lora_core.spec.sizes import PREPACKED_COPIES, PREPACKED_SPARE, base_numbers, export_bytes
+from lora_core.spec.sizes import (
+    PREPACKED_COPIES,
+    PREPACKED_SPARE,
+    WINOGRAD_COPIES,
+    base_numbers,
+    export_bytes,
+)
 
 SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated", GUESSED: "estimated"}
 ESTIMATES = {
@@ -171,11 +177,12 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
     pixels = (side / 8) ** 2 * config.train.batch_size
     activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
     weights = numbers * width
-    prepacked = (1 + PREPACKED_COPIES) * weights
-    kept_plain = config.train.offload or config.train.quantise != "none"
-    if not (on_card or kept_plain) and psutil.virtual_memory().available > prepacked + PREPACKED_SPARE:
+    if not (on_card or config.train.offload or config.train.quantise != "none"):
         # A processor's run takes more where there is more, because that is faster.
-        weights = prepacked
+        room = psutil.virtual_memory().available - PREPACKED_SPARE
+        most = WINOGRAD_COPIES if width == 4 else PREPACKED_COPIES
+        copies = next((n for n in (most, PREPACKED_COPIES) if room > (1 + n) * weights), 0)
+        weights *= 1 + copies
     return PROGRAM + weights + export / 2 * 4 * ADAPTER_COPIES + activations
 
 

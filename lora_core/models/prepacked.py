@@ -15,13 +15,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from lora_core.models import winograd
 from lora_core.spec.sizes import PREPACKED_COPIES, PREPACKED_SPARE
 
 FORMATS = (torch.float32, torch.bfloat16)
-SMALLEST_LINEAR, SMALLEST_CONVOLUTION = 2**16, 2**20
-"""Numbers in a weight from which on it pays; one Zen 4 core, batches of 1 to 8 and sides of 4 to 64.
-Convolutions with kernels of 1 stay as they are: for them a layout chosen for one size takes up to 150 times
-as long with another."""
+PLAIN, DIRECT, WINOGRAD = "plain", "direct", "winograd"
+"""How the weights of a run are laid out: not at all; as oneDNN wants them; the same, and kernels of 3 as
+`winograd` wants them, which is faster in fp32 and takes more memory."""
+SMALLEST_LINEAR, SMALLEST_CONVOLUTION, SMALLEST_WINOGRAD = 2**16, 2**20, 2**19
+"""Numbers in a weight from which on it pays; one Zen 4 core (the last: one core of an Intel Xeon), batches of
+1 to 8 and sides of 4 to 64. Convolutions with kernels of 1 stay as they are: for them a layout chosen for one
+size takes up to 150 times as long with another."""
 SIDE = 8
 """Side of the picture that a convolution's layout is chosen for. Used with sides of 4 to 64 it was as fast as
 their own; one chosen for 16, or for none in particular, took 25 times as long for some widths."""
@@ -75,42 +79,55 @@ class PrepackedLinear(nn.Linear):
 class PrepackedConv2d(nn.Conv2d):
     """A frozen convolution.
 
+    Each layout is made when a picture first needs it: one is enough as a rule.
+
     Where the size stays, the gradient of the input is a convolution too, with the kernel turned around and
     inputs and outputs exchanged; elsewhere it is torch's own, from the plain weight.
     """
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        """Stand for `layer`, which pads with zeros and has one group."""
+    def __init__(self, layer: nn.Conv2d, by_winograd: bool = False) -> None:
+        """Stand for `layer`, which pads with zeros and has one group; `by_winograd` where it fits."""
         nn.Module.__init__(self)
         for name in (*nn.Conv2d.__constants__, "transposed"):
             setattr(self, name, getattr(layer, name))
         self.weight, self.bias = layer.weight, layer.bias
         self.plain = (layer,)
-        weight = layer.weight.detach()
         self._how: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
-        self._forth = self._laid_out(weight)
-        self._back: torch.Tensor | None = None
-        if _keeps_size(layer):
-            self._back = self._laid_out(weight.transpose(0, 1).flip(2, 3).contiguous())
+        self.by_winograd = by_winograd and winograd.fits(layer)
+        self._turns_back = _keeps_size(layer)
+        self._kept: dict[tuple[bool, bool], torch.Tensor] = {}
 
-    def _laid_out(self, weight: torch.Tensor) -> torch.Tensor:
-        lay_out: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        picture = [1, weight.shape[1], SIDE, SIDE]
-        found: torch.Tensor = lay_out(weight.to_mkldnn(), *self._how, picture)
-        return found
+    def _laid_out(self, back: bool, by_winograd: bool) -> torch.Tensor:
+        """The weight, or what takes gradients back, in one of the layouts."""
+        kind = (back, by_winograd)
+        if kind not in self._kept:
+            weight = self.weight.detach()
+            if back:
+                weight = weight.transpose(0, 1).flip(2, 3).contiguous()
+            if by_winograd:
+                self._kept[kind] = winograd.laid_out(weight)
+            else:
+                lay_out: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+                picture = [1, weight.shape[1], SIDE, SIDE]
+                self._kept[kind] = lay_out(weight.to_mkldnn(), *self._how, picture)
+        return self._kept[kind]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, h, w) to (B, out, h', w'), without autograd."""
-        return self._convolved(x, self._forth, self.bias)
+        return self._convolved(x, False, self.bias)
 
     def pulled_back(self, grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The gradient of the input, which has this shape, from that of the output."""
-        if self._back is not None:
-            return self._convolved(grad, self._back, None)
+        if self._turns_back:
+            return self._convolved(grad, True, None)
         padding, *more = self._how
         return conv2d_input(shape, self.weight, grad, more[0], padding, *more[1:])
 
-    def _convolved(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _convolved(self, x: torch.Tensor, back: bool, bias: torch.Tensor | None) -> torch.Tensor:
+        by_winograd = self.by_winograd and winograd.pays(x.shape)
+        weight = self._laid_out(back, by_winograd)
+        if by_winograd:
+            return winograd.convolved(x, weight, bias)
         y: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self._how, *NOTHING_AFTER)
         return y
 
@@ -120,24 +137,42 @@ class PrepackedConv2d(nn.Conv2d):
         return result
 
 
-def can_be_prepacked(modules: Iterable[nn.Module]) -> bool:
-    """Whether a processor computes here whose kernels have a use for it, with memory for two copies."""
+def best_layout(modules: Iterable[nn.Module]) -> str:
+    """The layout that is the fastest here of those that there is memory for.
+
+    It is `PLAIN` where no processor computes, and where the processor's kernels have no use for another.
+    """
     found = (layer for module in modules for layer in module.modules())
-    layers: list[Any] = [layer for layer in found if _kind(layer) is not None]
+    layers: list[Any] = [layer for layer in found if _kind(layer, WINOGRAD) is not None]
     if not layers or layers[0].weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+        return PLAIN
     if layers[0].weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    need = PREPACKED_COPIES * sum(layer.weight.nbytes for layer in layers)
-    available: int = psutil.virtual_memory().available
-    return available > need + PREPACKED_SPARE
+        return PLAIN
+    available: int = psutil.virtual_memory().available - PREPACKED_SPARE
+    for layout in (WINOGRAD, DIRECT):
+        if available > sum(_size(layer, layout) for layer in layers):
+            return layout
+    return PLAIN
 
 
-def prepack(module: nn.Module) -> None:
-    """Prepack all frozen layers of a module that can be, those inside adapted layers too."""
+def _size(layer: Any, layout: str) -> float:
+    """Bytes that a layer's layouts take."""
+    kind = _kind(layer, layout)
+    if kind is None:
+        return 0.0
+    growth = winograd.GROWTH if kind is PrepackedConv2d and layout == WINOGRAD and winograd.fits(layer) else 1
+    return float(PREPACKED_COPIES * growth * layer.weight.nbytes)
+
+
+def prepack(module: nn.Module, layout: str) -> None:
+    """Lay out all frozen layers of a module that can be, those inside adapted layers too."""
+    if layout == PLAIN:
+        return
     for path, layer in list(module.named_modules()):
-        kind = _kind(layer)
-        if kind is not None:
+        kind = _kind(layer, layout)
+        if kind is PrepackedConv2d:
+            _put(module, path, PrepackedConv2d(layer, layout == WINOGRAD))
+        elif kind is not None:
             _put(module, path, kind(layer))
 
 
@@ -148,9 +183,16 @@ def undo_prepack(module: nn.Module) -> None:
             _put(module, path, layer.plain[0])
 
 
+def layout_of(module: nn.Module) -> str:
+    """How its weights are laid out."""
+    found = [layer for layer in module.modules() if isinstance(layer, PrepackedLinear | PrepackedConv2d)]
+    by_winograd = any(isinstance(layer, PrepackedConv2d) and layer.by_winograd for layer in found)
+    return WINOGRAD if by_winograd else DIRECT if found else PLAIN
+
+
 def is_prepacked(module: nn.Module) -> bool:
     """Whether any layer is."""
-    return any(isinstance(layer, PrepackedLinear | PrepackedConv2d) for layer in module.modules())
+    return layout_of(module) != PLAIN
 
 
 def _put(root: nn.Module, path: str, layer: nn.Module) -> None:
@@ -158,7 +200,7 @@ def _put(root: nn.Module, path: str, layer: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, layer)
 
 
-def _kind(layer: nn.Module) -> Any:
+def _kind(layer: Any, layout: str) -> Any:
     """What a layer becomes, or None."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.requires_grad or weight.dtype not in FORMATS:
@@ -167,7 +209,8 @@ def _kind(layer: nn.Module) -> Any:
         return PrepackedLinear if weight.numel() >= SMALLEST_LINEAR else None
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    pays = weight.numel() >= SMALLEST_CONVOLUTION and layer.kernel_size != (1, 1)
+    least = SMALLEST_WINOGRAD if layout == WINOGRAD and winograd.fits(layer) else SMALLEST_CONVOLUTION
+    pays = weight.numel() >= least and layer.kernel_size != (1, 1)
     return PrepackedConv2d if layer.groups == 1 and pays else None
 
 

@@ -23,6 +23,8 @@ HEADER_A_LAYER = 450
 """Bytes: what the file's header says of each layer, three tensors with long names."""
 PREPACKED_COPIES = 2
 """How often a base's weights are laid out beside the plain ones where a processor trains."""
+WINOGRAD_COPIES = 3
+"""The same in fp32, where kernels are laid out larger; 2.83 for Stable Diffusion 1.5."""
 PREPACKED_SPARE = 2 * 2**30
 """Bytes that have to stay free beside those."""
 

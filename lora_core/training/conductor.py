@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_core.models.device import keep_freed_memory
-from lora_core.models.prepacked import is_prepacked
+from lora_core.models.prepacked import PLAIN, layout_of
 from lora_core.spec import events
 from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
@@ -89,9 +89,9 @@ class Conductor:
             session = prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
         except Interrupted:
             return self._end_unprepared()
-        if self._plan.prepacked is None:
-            trained = session.trainee.base.modules.values()
-            self._plan = replace(self._plan, prepacked=any(map(is_prepacked, trained)))
+        if not self._plan.layout:
+            trained = map(layout_of, session.trainee.base.modules.values())
+            self._plan = replace(self._plan, layout=next((one for one in trained if one != PLAIN), PLAIN))
             self._plan.write(self._run)
         session.trainee.fellows = self.fellows
         for note in session.notes:

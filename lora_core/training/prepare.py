@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
 from lora_core.dataset.split import held_out
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.load import BaseModel, load_base
-from lora_core.models.prepacked import can_be_prepacked, prepack
+from lora_core.models.prepacked import DIRECT, PLAIN, best_layout, prepack
 from lora_core.spec.config import RunConfig
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
@@ -51,7 +52,7 @@ class Plan:
         rungs: what was done to take less memory, and after how many steps; see `memory.LADDER`.
         tried: whether the heaviest step was tried before the first one.
         peak: bytes that it took, 0 where the device does not tell.
-        prepacked: whether the base's weights are laid out for the processor; None before that is decided.
+        layout: how the base's weights are laid out for the processor; "" before that is decided.
         validate_every: steps between two validations as their share of the time allows it, 0 where that is
             not known yet.
     """
@@ -63,13 +64,13 @@ class Plan:
     tried: bool = False
     peak: int = 0
     validate_every: int = 0
-    prepacked: bool | None = None
+    layout: str = ""
 
     @classmethod
     def of(cls, run: RunFolder, config: RunConfig) -> "Plan":
         """The plan on disk, else a new one, written down."""
         try:
-            plan = cls(**json.loads(run.plan_file.read_text(encoding="utf-8")))
+            plan = cls(**_of_today(json.loads(run.plan_file.read_text(encoding="utf-8"))))
             return replace(plan, rungs=[(str(name), int(step)) for name, step in plan.rungs])
         except (OSError, ValueError, TypeError):
             pass
@@ -83,6 +84,12 @@ class Plan:
     def write(self, run: RunFolder) -> None:
         """Write the plan down."""
         write_atomically(run.plan_file, json.dumps(vars(self)).encode())
+
+
+def _of_today(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan that was written before there was more than one layout."""
+    before = plan.pop("prepacked", None)
+    return plan if before is None else {"layout": DIRECT if before else PLAIN, **plan}
 
 
 @dataclass
@@ -157,14 +164,14 @@ def prepared(
             text.release()
     measured = groups_of(items, held_items, latents, config, base)
     measured.prior = prior
-    trainee, notes = trainee_in(base, layout, config, plan.prepacked, aside)
+    trainee, notes = trainee_in(base, layout, config, plan.layout, aside)
     looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
     return Session(trainee, batches, text, measured, items, prompts, [*layout.notes, *notes, *measured.notes])
 
 
 def trainee_in(
-    base: BaseModel, layout: AdapterPlan, config: RunConfig, prepacked: bool | None, aside: Path | None = None
+    base: BaseModel, layout: AdapterPlan, config: RunConfig, weights: str, aside: Path | None = None
 ) -> tuple[Trainee, list[str]]:
     """The adapter in the base, ready to train, and sentences on its start.
 
@@ -172,7 +179,7 @@ def trainee_in(
         base: its text encoders are gone where they are not trained.
         layout: what is to be trained.
         config: how.
-        prepacked: whether the base's weights are laid out for the processor; None is where that can be done.
+        weights: how the base's weights are laid out for the processor; "" is what is best here.
         aside: the folder on whose drive weights may be put aside.
 
     Raises:
@@ -182,11 +189,9 @@ def trainee_in(
     injected, notes = injected_adapter(base, layout, config.seed)
     ready_for_training(base, config.train.checkpointing)
     trained = base.modules.values()
-    if prepacked is None:
-        prepacked = can_be_prepacked(trained) and not limited(base.device)
-    if prepacked:
-        for module in trained:
-            prepack(module)
+    weights = weights or (PLAIN if limited(base.device) else best_layout(trained))
+    for module in trained:
+        prepack(module, weights)
     optimizer, storage = optimizer_of(injected, layout, base, config.optim)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     average = Average(injected, storage, config.save.ema) if config.save.ema else None

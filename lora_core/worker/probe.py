@@ -166,7 +166,7 @@ def _made(base: BaseModel, config: RunConfig) -> tuple[Trainee, Batches, TextSou
     )
     side = train.resolution or base.resolution
     bucket = bucket_of(side, side, side, base.size_multiple)
-    trainee, _ = trainee_in(base, layout, config, None)
+    trainee, _ = trainee_in(base, layout, config, "")
     return trainee, _Noise(base, bucket, train.batch_size), text
 
 

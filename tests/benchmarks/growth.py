@@ -19,7 +19,7 @@ from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.storage import Storage
 from lora_core.adapters.targets import ATTENTION
 from lora_core.models.load import BaseModel, load_base
-from lora_core.models.prepacked import prepack
+from lora_core.models.prepacked import DIRECT, prepack
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.presets import starting_settings
@@ -57,7 +57,7 @@ def _adapted_base() -> tuple[BaseModel, Storage]:
     base.unet.requires_grad_(False)
     injected = inject({"unet": base.unet}, ["unet"], ATTENTION, LoraShape(8, 8.0), 0)
     storage = Storage([list(injected.layers.values())])
-    prepack(base.unet)
+    prepack(base.unet, DIRECT)
     return base, storage
 
 

@@ -24,7 +24,7 @@ from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.storage import Storage
 from lora_core.adapters.targets import ATTENTION
 from lora_core.models.device import keep_freed_memory
-from lora_core.models.prepacked import can_be_prepacked, prepack
+from lora_core.models.prepacked import best_layout, prepack
 
 RANK = 16
 TIMESTEP = 500
@@ -165,8 +165,8 @@ def easel_parts(dtype: torch.dtype, prepacked: bool = True) -> tuple[nn.Module, 
     for number, layer in enumerate(layers):
         start_of(layer.down, layer.up, number)
     storage = Storage([layers])
-    if prepacked and can_be_prepacked([unet]):
-        prepack(unet)
+    if prepacked:
+        prepack(unet, best_layout([unet]))
     return unet, storage
 
 

@@ -14,17 +14,22 @@ from lora_core.adapters.storage import Storage
 from lora_core.adapters.targets import KOHYA
 from lora_core.models import prepacked
 from lora_core.models.prepacked import (
+    DIRECT,
+    PLAIN,
+    WINOGRAD,
     PrepackedConv2d,
     PrepackedLinear,
-    can_be_prepacked,
+    best_layout,
     is_prepacked,
+    layout_of,
     prepack,
     undo_prepack,
 )
+from lora_core.spec.sizes import PREPACKED_SPARE
 from tests.tiny import tiny_unet
 
 pytestmark = pytest.mark.skipif(
-    not can_be_prepacked([nn.Linear(512, 512).requires_grad_(False)]),
+    best_layout([nn.Linear(512, 512).requires_grad_(False)]) == PLAIN,
     reason="no oneDNN, or too little memory",
 )
 
@@ -34,26 +39,30 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that toys show what large layers do."""
     monkeypatch.setattr(prepacked, "SMALLEST_LINEAR", 1)
     monkeypatch.setattr(prepacked, "SMALLEST_CONVOLUTION", 1)
+    monkeypatch.setattr(prepacked, "SMALLEST_WINOGRAD", 1)
 
 
+@pytest.mark.parametrize("layout", [DIRECT, WINOGRAD])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("layer", "shapes"),
     [
         (nn.Linear(24, 40), [(2, 7, 24), (3, 24), (1, 1, 24)]),
         (nn.Linear(24, 40, bias=False), [(3, 24)]),
-        (nn.Conv2d(8, 12, 3, padding=1), [(2, 8, 9, 9), (1, 8, 16, 4)]),
+        (nn.Conv2d(8, 12, 3, padding=1), [(2, 8, 9, 9), (1, 8, 16, 4), (1, 8, 6, 4), (1, 8, 32, 20)]),
         (nn.Conv2d(8, 12, 3, padding=1, stride=2), [(2, 8, 9, 9), (2, 8, 8, 8)]),
         (nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), [(1, 8, 6, 7)]),
         (nn.Conv2d(4, 320, (3, 5), padding=(1, 2)), [(1, 4, 8, 8)]),
     ],
 )  # fmt: skip
-def test_output_and_gradient(layer: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+def test_output_and_gradient(
+    layer: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype, layout: str
+) -> None:
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bf16")
     layer = copy.deepcopy(layer).to(dtype).requires_grad_(False)
     root = nn.Sequential(layer)
-    prepack(root)
+    prepack(root, layout)
     assert isinstance(root[0], PrepackedLinear | PrepackedConv2d)
     assert torch.equal(root[0].weight, layer.weight)
     near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
@@ -69,9 +78,11 @@ def test_output_and_gradient(layer: nn.Module, shapes: list[tuple[int, ...]], dt
             torch.testing.assert_close(packed, plain, **near)
 
 
-def test_nothing_is_kept_for_the_backward_pass() -> None:
+@pytest.mark.parametrize("layout", [DIRECT, WINOGRAD])
+def test_nothing_is_kept_for_the_backward_pass(layout: str) -> None:
     root = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)).requires_grad_(False)
-    prepack(root)
+    prepack(root, layout)
+    assert layout_of(root) == layout
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
         root(torch.randn(1, 4, 8, 8, requires_grad=True)).sum().backward()
@@ -88,20 +99,28 @@ def test_what_stays_plain() -> None:
     }
     root = nn.ModuleDict(kinds).requires_grad_(False)
     root["still trained"] = nn.Linear(4, 4)
-    prepack(root)
-    assert not is_prepacked(root)
-    assert not can_be_prepacked([root["groups"]])
+    for layout in (PLAIN, DIRECT, WINOGRAD):
+        prepack(root, layout)
+        assert layout_of(root) == PLAIN
+    assert best_layout([root["groups"]]) == PLAIN
 
 
 def test_small_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    kinds = [nn.Linear(255, 257), nn.Linear(256, 256), nn.Conv2d(320, 320, 3), nn.Conv2d(640, 320, 3)]
-    root = nn.Sequential(*kinds).requires_grad_(False)
-    prepack(root)
-    assert [is_prepacked(layer) for layer in root] == [False, True, False, True]
+    same = {"padding": 1}
+    kinds = [
+        *(nn.Linear(255, 257), nn.Linear(256, 256)),
+        *(nn.Conv2d(160, 320, 3, **same), nn.Conv2d(320, 320, 3, **same)),
+        *(nn.Conv2d(320, 320, 3, 2, **same), nn.Conv2d(640, 320, 3, **same)),
+    ]
+    for layout, packed in ((DIRECT, [0, 1, 0, 0, 0, 1]), (WINOGRAD, [0, 1, 0, 1, 0, 1])):
+        root = nn.Sequential(*kinds).requires_grad_(False)
+        prepack(root, layout)
+        assert [is_prepacked(layer) for layer in root] == [bool(one) for one in packed]
 
 
-def test_an_adapted_unet_and_back() -> None:
+@pytest.mark.parametrize("layout", [DIRECT, WINOGRAD])
+def test_an_adapted_unet_and_back(layout: str) -> None:
     plain, packed = tiny_unet(), tiny_unet()
     found = []
     for unet in (plain, packed):
@@ -114,7 +133,8 @@ def test_an_adapted_unet_and_back() -> None:
             )
         if unet is packed:
             before = list(unet.named_parameters())
-            prepack(unet)
+            prepack(unet, layout)
+            assert layout_of(unet) == layout
             assert any(isinstance(layer.base, PrepackedLinear) for layer in injected.layers.values())
             assert [name for name, _ in unet.named_parameters()] == [name for name, _ in before]
         generator = torch.Generator().manual_seed(6)
@@ -130,9 +150,9 @@ def test_an_adapted_unet_and_back() -> None:
     assert all(a is b for (_, a), (_, b) in zip(before, packed.named_parameters(), strict=True))
 
 
-def test_too_little_memory_leaves_it_plain() -> None:
-    layer = nn.Linear(1024, 1024).requires_grad_(False)
-    for available, can in ((2 * 2**30 + 2**22, False), (2 * 2**30 + 2**24, True)):
-        memory = mock.Mock(available=available)
+def test_the_layout_is_what_there_is_memory_for() -> None:
+    layer = nn.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
+    for times, layout in ((1.9, PLAIN), (2.1, DIRECT), (3.5, DIRECT), (3.6, WINOGRAD)):
+        memory = mock.Mock(available=PREPACKED_SPARE + times * layer.weight.nbytes)
         with mock.patch.object(psutil, "virtual_memory", lambda memory=memory: memory):
-            assert can_be_prepacked([layer]) is can
+            assert best_layout([layer]) == layout

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lora_core.models import prepacked
-from lora_core.models.prepacked import is_prepacked
+from lora_core.models.prepacked import PLAIN, WINOGRAD, is_prepacked
 from lora_core.models.thin import is_moved, is_packed
 from lora_core.spec import events
 from lora_core.spec.errors import OutOfMemory
@@ -47,10 +47,10 @@ BATCH = {"train__batch_size": 4}
 def plain_layout(request: pytest.FixtureRequest) -> Iterator[None]:
     """The base in its plain layout, so that the ladder is one rung shorter; but for the test of that rung."""
     if request.node.get_closest_marker("prepacked"):
-        with mock.patch.multiple(prepacked, SMALLEST_LINEAR=1, SMALLEST_CONVOLUTION=1):
+        with mock.patch.multiple(prepacked, SMALLEST_LINEAR=1, SMALLEST_CONVOLUTION=1, SMALLEST_WINOGRAD=1):
             yield
         return
-    with mock.patch.object(prepare, "can_be_prepacked", return_value=False):
+    with mock.patch.object(prepare, "best_layout", return_value=PLAIN):
         yield
 
 
@@ -139,7 +139,7 @@ def test_a_second_layout_of_the_base_goes_first(own_toy: Toy) -> None:
     with armed(Fault("step", nth=2, do="memory")):
         broken_at(run, events.StepDone, 3)
     assert json.loads(run.plan_file.read_text()) | {
-        "prepacked": True,
+        "layout": WINOGRAD,
         "rungs": [["plain layout", 1]],
     } == json.loads(run.plan_file.read_text())
     assert "laid out for the processor" in notes(run)[0]
@@ -153,7 +153,7 @@ def test_a_second_layout_of_the_base_goes_first(own_toy: Toy) -> None:
     ):
         trained(tried)
     assert json.loads(tried.plan_file.read_text())["rungs"] == [["plain layout", 0]]
-    with mock.patch.object(prepare, "can_be_prepacked", return_value=False):
+    with mock.patch.object(prepare, "best_layout", return_value=PLAIN):
         plain = own_toy.run("plain", **how)
         trained(plain)
     assert result(tried) == result(plain)
