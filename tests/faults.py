@@ -36,7 +36,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = {
     "step": ("lora_core.training.loop", "picture_losses"),
-    "apply": ("lora_core.training.loop", "_apply"),
+    "apply": ("lora_core.training.loop", "take_step"),
     "validate": ("lora_core.training.judge", "triple_losses"),
     "draw": ("lora_core.training.between", "generated"),
 }

@@ -9,7 +9,9 @@ from app.train.checks import in_words
 from app.train.pace import seconds_left
 from app.words import UNKNOWN, changed_inputs, clock, file_size, pace, safe, state_chip, tile
 from lora_core.spec.choices import PRECISIONS
+from lora_core.spec.events import RateFound
 from lora_core.spec.processes import log_tail
+from lora_core.spec.rate_plot import rate_html
 
 ASKS = ("preview", "save", "pause", "stop")
 TWINS = {"preview": "sample-now", "save": "save-now", "pause": "train-pause", "stop": "train-stop"}
@@ -231,7 +233,17 @@ def charts(moment: Moment) -> str:
         f'<div class="panel">{meaning(progress.validations)}<div class="cols2 plots"><div><h3>Gain on'
         f" pictures that it has never seen</h3>{gain_chart(progress.validations)}</div><div><div"
         f' class="row apart"><h3>Training loss</h3>{smoothing}</div>{loss_chart(progress.losses)}</div>'
-        "</div></div>"
+        f"</div>{_rate(progress.rate)}</div>"
+    )
+
+
+def _rate(found: RateFound | None) -> str:
+    """How the learning rate was found, where it was, for whoever wants to see it."""
+    if found is None:
+        return ""
+    title = f"Learning rate {found.rate:.2g}, found by a range test"
+    return (
+        f'<details id="rate"><summary>{title}</summary><div class="plots">{rate_html(found)}</div></details>'
     )
 
 

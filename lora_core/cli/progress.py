@@ -65,6 +65,8 @@ def described(event: events.Event, progress: Progress) -> str:
             return event.phase + (f": {event.done} of {event.total}" if event.total > 1 else "")
         case events.Working():
             return f"step {event.step}  {event.phase}: {event.done} of {event.total}"
+        case events.RateFound():
+            return f"Learning rate {event.rate:.3g}, found by a range test"
         case events.StepDone():
             left = progress.seconds_left() or 0.0
             pace = progress.seconds_a_step() or 0.0

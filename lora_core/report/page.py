@@ -13,6 +13,7 @@ from lora_core.spec.errors import RunError
 from lora_core.spec.paths import ASSETS, write_atomically
 from lora_core.spec.plot import safe
 from lora_core.spec.rank_plots import intrinsic_html, paragraph, spectrum_html, strength_html
+from lora_core.spec.rate_plot import rate_html
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.verdict import best_of
 
@@ -112,7 +113,13 @@ def _tiles(story: Story) -> str:
 def _learned(story: Story) -> str:
     return "".join(
         f'<div class="part">{part}</div>'
-        for part in (gain_html(story), loss_html(story), bands_html(story), pictures_html(story))
+        for part in (
+            gain_html(story),
+            loss_html(story),
+            rate_html(story.progress.rate) if story.progress.rate else "",
+            bands_html(story),
+            pictures_html(story),
+        )
         if part
     )
 

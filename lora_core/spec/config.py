@@ -30,6 +30,10 @@ from lora_core.spec.sections import (
 )
 from lora_core.spec.setting import setting
 
+AUTO = "auto"
+SWITCHES = {"optim.lr": "optim.range_test"}
+"""Settings that may be `auto` in place of a number, and the switch that this turns on."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -68,7 +72,7 @@ class RunConfig:
         problems: list[str] = []
         by_section: dict[str, dict[str, Any]] = {}
         known = {name: info for name, info, _ in settings()}
-        for name, value in changes.items():
+        for name, value in _with_switches(changes):
             if name not in known:
                 problems.append(_unknown(name, list(known)))
                 continue
@@ -101,6 +105,19 @@ class RunConfig:
                 raise ConfigError(_unknown(name, [known for known, _, _ in settings()]))
             value = getattr(value, key)
         return value
+
+
+def _with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The changes, with the word `auto` as the switch that it stands for; a number turns that off, where the
+    switch is not set beside it."""
+    for name, value in changes.items():
+        switch = SWITCHES.get(name, "")
+        if switch and isinstance(value, str) and value.strip().lower() == AUTO:
+            yield switch, True
+            continue
+        yield name, value
+        if switch and switch not in changes:
+            yield switch, False
 
 
 def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:

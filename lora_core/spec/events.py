@@ -60,6 +60,16 @@ class Working(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RateFound(Event):
+    """The range test's find: the UNet's learning rate, and the curve that it follows from, `shares` of the
+    base's loss that were taken away at `rates`."""
+
+    rate: float
+    rates: list[float]
+    shares: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
     """One optimizer step: its loss, the learning rate of the UNet, and seconds that it took."""
 

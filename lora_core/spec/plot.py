@@ -8,7 +8,7 @@ numbers matter a table stands beside it.
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 576, 200
@@ -35,8 +35,19 @@ def round_step(rough: float) -> float:
 class Axes:
     """The map from data to the drawing, with ends at round numbers."""
 
-    def __init__(self, xs: Sequence[float], lowest: float, highest: float, whole: bool = True) -> None:
-        """Axes that hold `xs` and the values from `lowest` to `highest`; `whole`: numbers of steps below."""
+    def __init__(
+        self,
+        xs: Sequence[float],
+        lowest: float,
+        highest: float,
+        whole: bool = True,
+        ticks: Callable[[float], str] | None = None,
+    ) -> None:
+        """Axes that hold `xs` and the values from `lowest` to `highest`.
+
+        Below stand numbers of steps where it is `whole`, else what `ticks` says, or two decimals.
+        """
+        self.ticks = ticks or (lambda x: f"{x:.2f}")
         self.x0 = min(xs)
         self.x1 = max(max(xs), self.x0 + 1) if whole else max(max(xs), self.x0 + 1e-9)
         self.whole = whole
@@ -75,7 +86,7 @@ class Axes:
         if self.whole:
             # A run of few steps has fewer whole numbers than places for them.
             return [(float(step), f"{step:,}") for step in sorted({round(place) for place in places})]
-        return [(place, f"{place:.2f}") for place in places]
+        return [(place, self.ticks(place)) for place in places]
 
 
 def svg(label: str, inside: str, height: float = HEIGHT) -> str:
@@ -146,6 +157,7 @@ def curves_plot(
     whole: bool = True,
     between: tuple[float, float] | None = None,
     highest: float | None = None,
+    ticks: Callable[[float], str] | None = None,
 ) -> str:
     """Curves with their bands over one axis.
 
@@ -156,10 +168,11 @@ def curves_plot(
         whole: whether x counts steps.
         between: two values of x; what lies between is shaded.
         highest: where the axis ends; what lies above is drawn at the edge.
+        ticks: says a value of x below the axis, where x counts no steps.
     """
     xs = [x for curve in curves for x, _ in curve.points]
     low, high = min(curve.low for curve in curves), max(curve.high for curve in curves)
-    axes = Axes(xs, low, high if highest is None else max(highest, low + 1e-12), whole)
+    axes = Axes(xs, low, high if highest is None else max(highest, low + 1e-12), whole and not ticks, ticks)
     parts = [axes.frame()]
     if low < 0 < high:
         _, y = axes.at(axes.x0, 0.0)

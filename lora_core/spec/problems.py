@@ -85,6 +85,12 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[Problem]:
                 f" ({optim.lr:g}) or to 0, and optim.lora_plus to 1.",
             )
         ]
+    if optim.range_test and (row.one_rate or not optim.lr):
+        why = "finds its own rate" if row.one_rate else "has nothing to begin with where optim.lr is 0"
+        what = row.title if row.one_rate else "The range test"
+        return [Problem("rate", f"{what} {why}; turn optim.range_test off.")]
+    if optim.range_test:
+        return []
     low, high = RATES.get(optim.name, (0.0, math.inf))
     scale, product = (1.0, "") if row.one_rate else (config.adapter.scale, " x alpha / rank")
     found = []

@@ -24,6 +24,7 @@ class Progress:
     stopped_early: bool = False
     export: str = ""
     best_step: int | None = None
+    rate: events.RateFound | None = None
     losses: list[events.StepDone] = field(default_factory=list)
     validations: list[events.Validated] = field(default_factory=list)
     previews: list[events.PreviewDone] = field(default_factory=list)
@@ -48,6 +49,8 @@ class Progress:
                 self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
             case events.Working():
                 self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
+            case events.RateFound():
+                self.rate = event
             case events.StepDone():
                 self.stepping, self.step, self.phase = True, event.step, ""
                 self.losses.append(event)

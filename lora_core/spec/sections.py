@@ -197,6 +197,12 @@ class OptimSection:
         "Of the UNet's adapter. What counts is this times alpha / rank.",
         span=(0.0, 10.0),
     )
+    range_test: bool = setting(
+        False,
+        "Find the rate",
+        "A short range test before the first step finds the learning rate; the others keep their ratio to it."
+        " In a file or on the command line, `optim.lr = auto` says the same.",
+    )
     text_encoder_lr: float = setting(
         5e-5,
         "Text encoder rate",

@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_core.models.device import keep_freed_memory
-from lora_core.models.prepacked import PLAIN, layout_of
 from lora_core.spec import events
-from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import OutOfMemory, RunError
 from lora_core.spec.progress import Progress
@@ -25,10 +23,10 @@ from lora_core.training.guards import RETURNS, Health, Pace, slow_words
 from lora_core.training.inputs import versions
 from lora_core.training.keeping import Keeper, first_whole
 from lora_core.training.loop import Step, StepPlan, training_steps
-from lora_core.training.memory import Ladder, free_memory, limited, out_of_memory
+from lora_core.training.memory import Ladder, free_memory, out_of_memory
 from lora_core.training.prepare import Plan, Session, prepared
 from lora_core.training.requests import Interrupted, Requests
-from lora_core.training.trial import chosen_rungs
+from lora_core.training.trial import Trial
 
 BY_HAND = (
     "The device of one of the processes ran out of memory in a step. With several processes that is not"
@@ -85,19 +83,14 @@ class Conductor:
                 versions=versions(),
             )
         )
+        self._config = self._plan.rated(self._config)
         try:
             session = prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
+            self._make_ready(session)
         except Interrupted:
             return self._end_unprepared()
-        if not self._plan.layout:
-            trained = map(layout_of, session.trainee.base.modules.values())
-            self._plan = replace(self._plan, layout=next((one for one in trained if one != PLAIN), PLAIN))
-            self._plan.write(self._run)
         session.trainee.fellows = self.fellows
-        for note in session.notes:
-            self._warn(note)
         self._keeper = Keeper(self._run, self._config, session.trainee, self._emit)
-        self._ladder = Ladder(session.trainee, self._config, self._plan.rungs)
         self._duties = Duties(
             self._run, self._config, session, self._keeper, self._notes, self._plan.validate_every
         )
@@ -107,14 +100,24 @@ class Conductor:
         except Interrupted:
             return self._end()
 
-    def _take_up(self, session: Session, accept_changes: bool) -> None:
-        """Go on from the newest whole checkpoint, if there is one; else find out what fits into memory."""
+    def _make_ready(self, session: Session) -> None:
+        """Choose once, before the first step, what is chosen by trying."""
+        for note in session.notes:
+            self._warn(note)
+        self._ladder = Ladder(session.trainee, self._config, self._plan.rungs)
         self._ladder.reach(0)
+        trial = Trial(session, self._ladder, self._config, self._goal, self._notes.preparing)
+        self._plan = trial.plan(self._plan, fresh=not self._run.checkpoint_steps())
+        self._plan.write(self._run)
+        self._config = self._plan.rated(self._config)
+        for event in trial.found:
+            self._emit(event)
+
+    def _take_up(self, session: Session, accept_changes: bool) -> None:
+        """Go on from the newest whole checkpoint, if there is one, and make up for what was due there."""
         state = self._keeper.take_up()
         if state is not None:
             self._stand_at(state, Health() if accept_changes else Health(**state.health))
-        elif not self._plan.tried and limited(session.trainee.base.device):
-            self._try_memory(session)
         self._ladder.reach(self.step)
         if self._before.started:
             self._emit(events.Resumed(step=self.step, steps=self._goal))
@@ -122,16 +125,6 @@ class Conductor:
         sampled = {event.step for event in self._before.previews}
         self._duties.make_up(self.step, self._last, validated, sampled)
         self._look_whether_enough()
-
-    def _try_memory(self, session: Session) -> None:
-        self._notes.preparing("Trying the heaviest step", 0, 1)
-        plan = StepPlan.of(self._config, self._goal)
-        state = OPTIMIZERS[self._config.optim.name].state
-        told, peak = chosen_rungs(session, self._ladder, plan, state)
-        self._plan = replace(self._plan, rungs=self._ladder.taken, tried=True, peak=peak)
-        self._plan.write(self._run)
-        for sentence in told:
-            self._warn(sentence)
 
     def _stand_at(self, state: TrainState, health: Health) -> None:
         self.step, self._health = state.step, health

@@ -36,7 +36,8 @@ def follow(fellows: Fellows) -> None:
     beginning: Beginning | None = fellows.told()
     if beginning is None:
         return
-    run, config = RunFolder(beginning.run), RunFolder(beginning.run).config()
+    run = RunFolder(beginning.run)
+    config = beginning.plan.rated(run.config())
     session = fellows.agreed(lambda: _opened(run, beginning.plan))
     trainee = session.trainee
     trainee.fellows = fellows
@@ -54,4 +55,4 @@ def follow(fellows: Fellows) -> None:
 def _opened(run: RunFolder, plan: Plan) -> Session:
     """The run as the main process prepared it: everything is in the caches."""
     torch.set_num_threads(plan.threads)
-    return prepared(run, run.config(), plan, lambda phase, done, total: None)
+    return prepared(run, plan.rated(run.config()), plan, lambda phase, done, total: None)

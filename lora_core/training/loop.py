@@ -19,11 +19,11 @@ from lora_core.adapters.storage import Storage
 from lora_core.models.load import BaseModel
 from lora_core.spec.config import RunConfig
 from lora_core.spec.sections import LossSection
-from lora_core.training.batches import Batches
+from lora_core.training.batches import Batch, Batches
 from lora_core.training.cache import TextSource
 from lora_core.training.ema import Average
 from lora_core.training.fellows import Fellows
-from lora_core.training.loss import drawn, picture_losses
+from lora_core.training.loss import Draw, drawn, picture_losses
 from lora_core.training.schedules import rate_factor
 
 NAMED = 4
@@ -148,7 +148,7 @@ def training_steps(
         for group in trainee.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor if step < group["until"] * plan.steps else 0.0
         parts = (shared_parts if trainee.fellows else own_parts)(trainee, batches, text, plan, step)
-        loss, trouble = _apply(trainee, plan.clip, parts, step + 1)
+        loss, trouble = take_step(trainee, plan.clip, parts, step + 1)
         rate = trainee.optimizer.param_groups[0]["lr"]
         yield Step(step + 1, loss, rate, time.perf_counter() - began, trouble)
 
@@ -181,6 +181,16 @@ def shared_parts(
     return parts
 
 
+def drawn_batch(
+    trainee: Trainee, batches: Batches, plan: StepPlan, number: int
+) -> tuple[Batch, torch.Tensor, Draw]:
+    """Micro-batch `number`, its latents on the base's device, and what is random in it."""
+    batch = batches.batch(number)
+    latents = batch.latents.to(trainee.base.device)
+    generator = torch.Generator().manual_seed(_noise_seed(plan.seed, number))
+    return batch, latents, drawn(latents, trainee.base.noise.timesteps, plan.loss.noise_offset, generator)
+
+
 def micro_batch(
     trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, number: int
 ) -> MicroBatch:
@@ -189,10 +199,7 @@ def micro_batch(
     Where others train with this process, it is that of this process's rows, and the losses of others are 0.
     """
     base, moment = trainee.base, trainee.injected.moment
-    batch = batches.batch(number)
-    latents = batch.latents.to(base.device)
-    generator = torch.Generator().manual_seed(_noise_seed(plan.seed, number))
-    draw = drawn(latents, base.noise.timesteps, plan.loss.noise_offset, generator)
+    batch, latents, draw = drawn_batch(trainee, batches, plan, number)
     done = MicroBatch(batch.names, draw.timesteps)
     count = len(latents)
     share = trainee.fellows.share(count) if trainee.fellows else slice(0, count)
@@ -212,7 +219,7 @@ def micro_batch(
     return done
 
 
-def _apply(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int) -> tuple[float, str]:
+def take_step(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int) -> tuple[float, str]:
     """Take the step if all is finite; returns the loss and what was not."""
     scaler, optimizer = trainee.scaler, trainee.optimizer
     scaler.unscale_(optimizer)

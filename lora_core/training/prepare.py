@@ -53,6 +53,7 @@ class Plan:
         tried: whether the heaviest step was tried before the first one.
         peak: bytes that it took, 0 where the device does not tell.
         layout: how the base's weights are laid out for the processor; "" before that is decided.
+        octave: all learning rates are multiplied by 2 to this; None where no range test was made.
         validate_every: steps between two validations as their share of the time allows it, 0 where that is
             not known yet.
     """
@@ -65,6 +66,7 @@ class Plan:
     peak: int = 0
     validate_every: int = 0
     layout: str = ""
+    octave: int | None = None
 
     @classmethod
     def of(cls, run: RunFolder, config: RunConfig) -> "Plan":
@@ -80,6 +82,15 @@ class Plan:
         plan = cls(precision, device.type, torch.get_num_threads())
         plan.write(run)
         return plan
+
+    def rated(self, config: RunConfig) -> RunConfig:
+        """The config with the learning rates that the range test found."""
+        if not self.octave:
+            return config
+        optim, factor = config.optim, 2.0**self.octave
+        rates = {n: getattr(optim, n) * factor for n in ("lr", "text_encoder_lr", "text_encoder_2_lr")}
+        by_block = {pattern: rate * factor for pattern, rate in optim.block_lr.items()}
+        return replace(config, optim=replace(optim, **rates, block_lr=by_block))
 
     def write(self, run: RunFolder) -> None:
         """Write the plan down."""

@@ -1,14 +1,61 @@
-"""The trial: the heaviest step, validation and sample before the first real one, which choose the rungs."""
+"""The trial: what a run chooses by trying before its first step.
+
+Nothing of the run is changed by it but where its weights lie and at which rates it learns.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from lora_core.models.encode import decoded_latents
+from lora_core.models.prepacked import PLAIN, layout_of
+from lora_core.spec import events
+from lora_core.spec.choices import OPTIMIZERS
+from lora_core.spec.config import RunConfig
 from lora_core.training.loop import StepPlan, Trainee, micro_batch
-from lora_core.training.memory import VAE_ASIDE, Ladder, free_memory, out_of_memory
-from lora_core.training.prepare import Session
+from lora_core.training.memory import VAE_ASIDE, Ladder, free_memory, limited, out_of_memory
+from lora_core.training.prepare import Plan, Say, Session
+from lora_core.training.range_test import range_tested, take_rates
 from lora_core.validation.gain import triple_losses
+
+
+class Trial:
+    """Chooses for one run, and keeps what there is to tell of it."""
+
+    def __init__(self, session: Session, ladder: Ladder, config: RunConfig, goal: int, say: Say) -> None:
+        """For a run that is to have `goal` steps; `say` may end the trial by what it raises."""
+        self.found: list[events.Event] = []
+        self._session = session
+        self._ladder = ladder
+        self._config = config
+        self._steps = StepPlan.of(config, goal)
+        self._say = say
+
+    def plan(self, plan: Plan, fresh: bool) -> Plan:
+        """The plan with all that it lacks; `fresh` where no step was ever taken.
+
+        Raises:
+            OutOfMemory: a step does not fit by any means.
+            RunError: the range test learned nothing.
+        """
+        trainee = self._session.trainee
+        if not plan.layout:
+            layouts = map(layout_of, trainee.base.modules.values())
+            plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
+        if fresh and not plan.tried and limited(trainee.base.device):
+            self._say("Trying the heaviest step", 0, 1)
+            state = OPTIMIZERS[self._config.optim.name].state
+            told, peak = chosen_rungs(self._session, self._ladder, self._steps, state)
+            self.found += [events.Warned(message=sentence) for sentence in told]
+            plan = replace(plan, rungs=self._ladder.taken, tried=True, peak=peak)
+        if self._config.optim.range_test and plan.octave is None:
+            found = range_tested(self._session, self._steps, self._say)
+            take_rates(trainee.optimizer, found.octave)
+            plan = replace(plan, octave=found.octave)
+            rate = plan.rated(self._config).optim.lr
+            self.found.append(events.RateFound(rate=rate, rates=found.rates, shares=found.shares))
+        return plan
 
 
 def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float) -> tuple[list[str], int]:

@@ -27,7 +27,7 @@ def test_the_watch_costs_under_a_hundredth_of_a_step(tmp_path: Path) -> None:
     watch: list[float] = []
     check: list[float] = []
     steps: list[float] = []
-    took, apply = conductor.Conductor._took, loop._apply
+    took, apply = conductor.Conductor._took, loop.take_step
 
     def timed(self, session, step):
         began = time.perf_counter()
@@ -46,7 +46,7 @@ def test_the_watch_costs_under_a_hundredth_of_a_step(tmp_path: Path) -> None:
 
     with (
         mock.patch.object(conductor.Conductor, "_took", timed),
-        mock.patch.object(loop, "_apply", checked),
+        mock.patch.object(loop, "take_step", checked),
         run.held(),
         warnings.catch_warnings(),
     ):

@@ -20,7 +20,7 @@ from lora_core.models.thin import is_moved, is_packed
 from lora_core.spec import events
 from lora_core.spec.errors import OutOfMemory
 from lora_core.spec.run_folder import RunFolder
-from lora_core.training import conductor, loop, memory, prepare
+from lora_core.training import loop, memory, prepare, trial
 from lora_core.training.loop import StepPlan, micro_batch
 from lora_core.training.memory import LADDER, Ladder, out_of_memory
 from lora_core.training.prepare import Plan, prepared
@@ -148,7 +148,7 @@ def test_a_second_layout_of_the_base_goes_first(own_toy: Toy) -> None:
     losses = [event.loss for event in run.progress().losses]
     tried = own_toy.run("tried", **how)
     with (
-        mock.patch.object(conductor, "limited", return_value=True),
+        mock.patch.object(trial, "limited", return_value=True),
         room_beside(lambda unet: not is_prepacked(unet)),
     ):
         trained(tried)
@@ -191,13 +191,13 @@ def test_a_broken_run_takes_the_same_rungs_at_the_same_steps(own_toy: Toy) -> No
         broken_at(run, events.StepDone, 7)
     assert json.loads(run.plan_file.read_text())["rungs"] == [["checkpointing", 5]]
     seen: dict[int, bool] = {}
-    real = loop._apply
+    real = loop.take_step
 
     def look(trainee, clip, parts, step):
         seen[step] = trainee.base.unet.is_gradient_checkpointing
         return real(trainee, clip, parts, step)
 
-    with mock.patch.object(loop, "_apply", look):
+    with mock.patch.object(loop, "take_step", look):
         trained(run)
     assert seen == {step: step > 5 for step in range(5, 9)}
     assert result(run) == result(whole)
@@ -245,7 +245,7 @@ def test_a_rung_that_the_trial_chose_equals_the_one_chosen_by_hand(own_toy: Toy,
     more = {"train__checkpointing": True} if rung == "half" else {}
     run = own_toy.run("tried", **start, **more)
     room = room_for(2) if rung == "half" else room_for(4, checkpointed=True)
-    with room, mock.patch.object(conductor, "limited", return_value=True):
+    with room, mock.patch.object(trial, "limited", return_value=True):
         broken_at(run, events.StepDone, 4)
         plan = json.loads(run.plan_file.read_text())
         assert (plan["rungs"], plan["tried"]) == ([[rung, 0]], True)
@@ -292,7 +292,7 @@ def test_a_base_that_the_trial_chose_equals_the_one_chosen_by_hand(
         "train__batch_size": 1, "train__checkpointing": True, "adapter__dropout": 0.1, "train__steps": 6,
     }  # fmt: skip
     run = own_toy.run("tried", **start)
-    with mock.patch.object(conductor, "limited", return_value=True), room_beside(kept):
+    with mock.patch.object(trial, "limited", return_value=True), room_beside(kept):
         broken_at(run, events.StepDone, 5)
         assert json.loads(run.plan_file.read_text())["rungs"] == [[rung, 0] for rung in rungs]
         trained(run)
@@ -335,7 +335,7 @@ def test_without_room_aside_a_run_goes_on_in_eight_bits(own_toy: Toy) -> None:
 
 def test_the_trial_changes_nothing(own_toy: Toy, unbroken: Callable[..., RunFolder]) -> None:
     plain, tried = unbroken(train__steps=4), own_toy.run("tried", train__steps=4)
-    with mock.patch.object(conductor, "limited", return_value=True):
+    with mock.patch.object(trial, "limited", return_value=True):
         trained(tried)
     assert json.loads(tried.plan_file.read_text()) | {"tried": False} == json.loads(
         plain.plan_file.read_text()
@@ -345,7 +345,7 @@ def test_the_trial_changes_nothing(own_toy: Toy, unbroken: Callable[..., RunFold
 
 def test_a_trial_that_cannot_fit_ends_before_the_first_step(own_toy: Toy) -> None:
     run = own_toy.run("never")
-    with room_for(0), mock.patch.object(conductor, "limited", return_value=True):
+    with room_for(0), mock.patch.object(trial, "limited", return_value=True):
         assert "ran out of memory" in trouble(run)
     assert run.status() == "failed"
     assert run.progress().step == 0

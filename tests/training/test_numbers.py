@@ -230,7 +230,7 @@ def test_a_rate_beyond_reason_ends_in_a_sentence_and_in_no_file_that_is_not_fini
 
 def test_nan_in_the_gradient_of_one_layer_names_it(own_toy: Toy) -> None:
     run = own_toy.run("layer")
-    real, calls = loop._apply, []
+    real, calls = loop.take_step, []
 
     def spoil(trainee, clip, parts, step):
         if step == 5:
@@ -239,7 +239,7 @@ def test_nan_in_the_gradient_of_one_layer_names_it(own_toy: Toy) -> None:
             calls.append(" ".join(key))
         return real(trainee, clip, parts, step)
 
-    with mock.patch.object(loop, "_apply", spoil):
+    with mock.patch.object(loop, "take_step", spoil):
         trained(run)
     (name,) = calls
     (note,) = notes(run)
@@ -266,7 +266,7 @@ def test_a_loss_that_runs_away_goes_back(own_toy: Toy) -> None:
 def test_an_adapter_that_is_not_finite_is_never_saved(own_toy: Toy) -> None:
     """The step itself was finite, and what it made is not, just when a checkpoint is due."""
     run = own_toy.run("spoiled")
-    real = loop._apply
+    real = loop.take_step
 
     def spoil(trainee, clip, parts, step):
         found = real(trainee, clip, parts, step)
@@ -274,7 +274,7 @@ def test_an_adapter_that_is_not_finite_is_never_saved(own_toy: Toy) -> None:
             trainee.injected.parameters()[0].data[0, 0] = math.inf
         return found
 
-    with mock.patch.object(loop, "_apply", spoil):
+    with mock.patch.object(loop, "take_step", spoil):
         trained(run)
     assert any("the adapter itself is no longer finite" in note for note in notes(run))
     assert all_finite(run)

@@ -19,6 +19,7 @@ WAYS = {
     "prodigy": {"optim.name": "prodigy", "optim.lr": 1.0},
     "bf16 base": {"train.precision": "bf16"},
     "average": {"save.ema": 0.9},
+    "a rate that is found": {"optim.lr": "auto", "save.ema": 0.9, "optim.lora_plus": 3.0},
     "average, alphas by block": {"save.ema": 0.9, "adapter.block_alphas": {"mid_block": 1.0}},
     "checkpointing": {"train.checkpointing": True, "adapter.dropout": 0.2},
 }
