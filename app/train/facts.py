@@ -215,6 +215,12 @@ def _sentences(moment: Moment) -> list[str]:
             f"{many(len(dataset.records), 'picture')}, {captions}. {many(config.train.steps, 'step')} look at"
             f" each about {many(max(1, round(looks)), 'time')}."
         )
+    if config.optim.range_test:
+        sentences.append(
+            "A range test finds the learning rate before the first step, beginning around"
+            f" {_rate(config.optim.lr)}; it takes about as long as 65 steps."
+        )
+        return sentences
     sentences.append(
         f"Effective learning rate {_rate(config.optim.lr * config.adapter.scale)}"
         f" ({_rate(config.optim.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."

@@ -158,10 +158,11 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     changed = len(changed_names(config, base, group_fields(group)))
     if changed:
         return f"{changed} changed from preset"
+    rate = "rate found by a test" if config.optim.range_test else f"{config.optim.lr:g}"
     telling = {
         "Base model": "",
         "Adapter": f"rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
-        "Learning": f"{title_of('optim.name', config)}, {config.optim.lr:g}",
+        "Learning": f"{title_of('optim.name', config)}, {rate}",
         "Data": "mirrored" if config.dataset.flip else "",
         "Memory and speed": f"batch {config.train.batch_size}",
         "Samples and saving": f"every {config.save.every} steps" if config.save.every else "",

@@ -15,7 +15,7 @@ from lora_core.cli.progress import EventPrinter
 from lora_core.dataset.preflight import preflight
 from lora_core.spec.awake import keep_awake
 from lora_core.spec.base_facts import base_facts, is_hub_id
-from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment
+from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment, with_switches
 from lora_core.spec.crash import crash_reason
 from lora_core.spec.errors import ConfigError, ModelFileError, RunError
 from lora_core.spec.event_file import EventWriter
@@ -99,6 +99,8 @@ def config_of(options: argparse.Namespace) -> RunConfig:
     if options.base:
         asked["model.base"] = options.base
     asked |= dict(parsed_assignment(text) for text in options.set)
+    # Before the preset's own rate is lost to the word `auto`.
+    asked = dict(with_switches(asked))
     start = options.preset or ("demo" if demo else "")
     config = RunConfig().changed(starting_settings(start, _family_of(asked.get("model.base"))) | asked)
     config = config.changed({name: _in_full(config.get(name)) for name in PLACES})

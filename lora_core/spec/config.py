@@ -72,7 +72,7 @@ class RunConfig:
         problems: list[str] = []
         by_section: dict[str, dict[str, Any]] = {}
         known = {name: info for name, info, _ in settings()}
-        for name, value in _with_switches(changes):
+        for name, value in with_switches(changes):
             if name not in known:
                 problems.append(_unknown(name, list(known)))
                 continue
@@ -107,7 +107,7 @@ class RunConfig:
         return value
 
 
-def _with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The changes, with the word `auto` as the switch that it stands for; a number turns that off, where the
     switch is not set beside it."""
     for name, value in changes.items():

@@ -94,6 +94,20 @@ def test_later_words_win(tmp_path: Path) -> None:
     assert (config.adapter.rank, config.model.base) == (7, "from-set")
 
 
+def test_auto_keeps_the_presets_rates_to_begin_with(tmp_path: Path) -> None:
+    preset = asked("demo")
+    for words in (["--set", "optim.lr=auto"], ["--set", "optim.range_test=true"]):
+        config = asked("demo", *words)
+        assert config.optim.range_test
+        assert config.optim.lr == preset.optim.lr != RunConfig().optim.lr
+    assert not asked("demo", "--set", "optim.lr=auto", "--set", "optim.lr=2e-3").optim.range_test
+    file = tmp_path / "config.toml"
+    file.write_text('[optim]\nlr = "auto"\n', encoding="utf-8")
+    assert asked("demo", "--config", str(file)).optim.range_test
+    config = asked("demo", "--config", str(file), "--set", "optim.lr=2e-3")
+    assert (config.optim.range_test, config.optim.lr) == (False, 2e-3)
+
+
 def test_what_the_bases_family_needs_stands_between_preset_and_words(tmp_path: Path) -> None:
     """A single file of the largest family: its text encoders are off unless a word says otherwise."""
     names = {

@@ -107,7 +107,8 @@ def test_a_page_of_all_there_is_stays_small(tmp_path: Path) -> None:
     prompts = [f"a castle, number {n}" for n in range(9)]
     steps = list(range(0, 401, 20))
     bands = [{"from": 0, "to": 500, "gain": 0.1, "standard_error": 0.02}]
-    more = [validated(50, 0.1, bands=bands), validated(100, 0.12, bands=bands)]
+    rate = events.RateFound(rate=2e-4, rates=[1e-4, 2e-4, 4e-4], shares=[0.1, 0.2, 0.3])
+    more = [rate, validated(50, 0.1, bands=bands), validated(100, 0.12, bands=bands)]
     lines = events.read_events(run.events_file)[0]
     write(run, *lines, *previews(run, steps, prompts, 256), *more)
     rows = [
@@ -127,6 +128,7 @@ def test_a_page_of_all_there_is_stays_small(tmp_path: Path) -> None:
         "Gain over the base, best +0.1200 at step 100",
         "noise level",
         "each picture",
+        "loss taken away by learning rate; 0.0002 was taken",
     ):
         assert any(words in label for label in plots), words
     assert "anna" not in page.text
