@@ -60,7 +60,8 @@ def described(event: events.Event, progress: Progress) -> str:
     """One line of text about an event, or "" where there is nothing to say."""
     match event:
         case events.Started():
-            return f"Training to step {event.steps} on {event.device} with {event.threads} threads"
+            how = f"with {event.threads} threads" + (f", in {event.precision}" if event.precision else "")
+            return f"Training to step {event.steps} on {event.device} {how}"
         case events.Preparing():
             return event.phase + (f": {event.done} of {event.total}" if event.total > 1 else "")
         case events.Working():

@@ -32,13 +32,14 @@ KINDS: dict[str, type[Event]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Started(Event):
-    """The trainer came up; `steps` is where it will end."""
+    """The trainer came up; `steps` is where it will end, `precision` the number format of the frozen base."""
 
     steps: int
     pid: int
     device: str
     threads: int
     versions: dict[str, str]
+    precision: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

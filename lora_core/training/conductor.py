@@ -81,6 +81,7 @@ class Conductor:
                 device=self._plan.device,
                 threads=self._plan.threads,
                 versions=versions(),
+                precision=self._plan.precision,
             )
         )
         self._config = self._plan.rated(self._config)

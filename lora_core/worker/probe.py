@@ -16,7 +16,7 @@ import torch
 
 from lora_core.dataset.buckets import Bucket, bucket_of
 from lora_core.models.denoise import prediction
-from lora_core.models.device import best_device, dtype_of
+from lora_core.models.device import best_device
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel, load_base
 from lora_core.spec.config import RunConfig
@@ -25,7 +25,7 @@ from lora_core.training.batches import Batch, Batches
 from lora_core.training.cache import TextSource
 from lora_core.training.loop import Step, StepPlan, Trainee, training_steps
 from lora_core.training.memory import out_of_memory
-from lora_core.training.prepare import trainee_in
+from lora_core.training.prepare import trainee_in, training_dtype
 from lora_core.training.trainee import (
     adapter_plan,
     thinner_of,
@@ -90,7 +90,7 @@ class Probe:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model = config.model
-        dtype = dtype_of(config.train.precision, device)
+        dtype = training_dtype(config, device)
         thin = thinner_of(config.train, [], device, aside)
         base = load_base(model.base, device, dtype, model.prediction, model.vae, thin)
         self._check(name)

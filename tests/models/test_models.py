@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
+from lora_core.models import device
 from lora_core.models.device import dtype_of
 from lora_core.models.encode import decoded_latents, encoded_picture, text_condition, token_chunks
 from lora_core.models.load import load_base
@@ -148,6 +149,17 @@ def test_pictures_come_back_through_the_vae():
     assert 0 <= back.min() <= back.max() <= 1
 
 
-def test_precision_is_chosen_without_measuring():
+@pytest.mark.parametrize(("seconds", "faster"), [((0.02, 0.008), True), ((0.02, 0.015), False)])
+def test_bf16_is_taken_where_it_pays(monkeypatch, seconds, faster):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bf16")
+    taken = dict(zip((torch.float32, torch.bfloat16), seconds, strict=True))
+    monkeypatch.setattr(device, "_seconds", taken.get)
+    assert device.bf16_is_faster() is faster
+    monkeypatch.undo()
+    assert device.bf16_is_faster() is device.bf16_is_faster()
+
+
+def test_precision_for_pictures_is_chosen_without_measuring():
     assert dtype_of("auto", CPU) == torch.float32
     assert dtype_of("bf16", CPU) == torch.bfloat16
