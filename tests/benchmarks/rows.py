@@ -3,7 +3,8 @@
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +43,28 @@ def machine() -> str:
         ]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
+
+
+def print_gains(
+    what: str, base: float, steps: Sequence[int], found: Iterable[tuple[str, list[list[float]]]]
+) -> None:
+    """A table of held-out gains, each row as soon as it is known.
+
+    For each step it has the mean of the seeds and half of what lies between them.
+
+    Args:
+        what: heads the names.
+        base: the base's loss on the same pictures.
+        steps: the columns.
+        found: names with the gains of each seed.
+    """
+    heads = [f"step {step}" for step in steps]
+    sys.stdout.write(f"{machine()}\n\nThe base's loss is {base:.4f}.\n\n")
+    sys.stdout.write(f"| {what} | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}\n")
+    for name, rows in found:
+        cells = [
+            f"{statistics.mean(gains):.4f} ± {(max(gains) - min(gains)) / 2:.4f}"
+            for gains in zip(*rows, strict=True)
+        ]
+        sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
+        sys.stdout.flush()

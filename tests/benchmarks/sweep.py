@@ -8,7 +8,6 @@ set (`tests/benchmarks/pictures.py`) shows whether the choice holds elsewhere. S
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from lora_core.spec.events import CheckpointDone, read_events
 from lora_core.spec.run_folder import RunFolder
 from tests.benchmarks.pictures import drawn_set
-from tests.benchmarks.rows import machine
+from tests.benchmarks.rows import print_gains
 from tests.evaluator import Evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,17 +82,15 @@ def main() -> None:
         pictures = DEMO if which == "demo" else drawn_set(Path(folder) / "second")
         judge = Evaluator(BASE, pictures / "held_out", looks=8)
         base = float(judge.losses().mean())
-        heads = [f"step {step}" for step in COLUMNS]
-        sys.stdout.write(f"{machine()}\n\nThe base's loss is {base:.4f}.\n\n")
-        sys.stdout.write(f"| settings | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}\n")
-        for name, settings in variants().items():
-            rows = [gains_of(pictures, settings, seed, judge, base) for seed in SEEDS]
-            cells = [
-                f"{statistics.mean(gains):.4f} ± {(max(gains) - min(gains)) / 2:.4f}"
-                for gains in zip(*rows, strict=True)
-            ]
-            sys.stdout.write(f"| {name} | {' | '.join(cells)} |\n")
-            sys.stdout.flush()
+        print_gains(
+            "settings",
+            base,
+            COLUMNS,
+            (
+                (name, [gains_of(pictures, settings, seed, judge, base) for seed in SEEDS])
+                for name, settings in variants().items()
+            ),
+        )
 
 
 if __name__ == "__main__":

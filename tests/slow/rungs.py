@@ -1,7 +1,7 @@
 """What each rung of the memory ladder saves and costs: peak memory and seconds a step, a fresh process for
 each.
 
-    python tests/slow/rungs.py [--size middle|sd15] [--precision fp32|bf16] [--steps 3]
+    python tests/slow/rungs.py [--size middle|sd15|sdxl] [--precision fp32|bf16] [--steps 3]
 
 The base is a UNet of random weights. The peak is of the process while it steps, less what it held before the
 base was there; weights in a file count for nothing in it, though the system may keep that file in memory that
@@ -15,10 +15,28 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNGS = ("plain", "checkpointing", "half", "int8", "offload", "int8+offload", "all")
-WIDTHS = {"middle": (128, 256, 512, 512), "sd15": (320, 640, 1280, 1280)}
+LIKE_15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8}
+UNETS: dict[str, dict[str, Any]] = {
+    "middle": {**LIKE_15, "block_out_channels": (128, 256, 512, 512)},
+    "sd15": {**LIKE_15, "block_out_channels": (320, 640, 1280, 1280)},
+    "sdxl": {
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+SIDE = 32
 
 
 def peak() -> int:
@@ -54,9 +72,7 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
     mark()
     before = peak()
     with init_empty_weights(include_buffers=False):
-        unet = UNet2DConditionModel(
-            block_out_channels=WIDTHS[size], cross_attention_dim=768, attention_head_dim=8
-        ).requires_grad_(False)
+        unet = UNet2DConditionModel(**UNETS[size]).requires_grad_(False)
     folder = TemporaryDirectory(dir=ROOT / "tests")
     thin = Thinner(
         int8 if rung in ("int8", "int8+offload", "all") else None,
@@ -76,9 +92,9 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
         unet.enable_gradient_checkpointing()
     parts = 2 if rung in ("half", "all") else 1
     optimizer = torch.optim.AdamW(injected.parameters(), 1e-4)
-    side = {"middle": 32, "sd15": 32}[size]
-    x, t = torch.randn(2, 4, side, side, dtype=dtype), torch.tensor([10, 500])
-    context = torch.randn(2, 77, 768, dtype=dtype)
+    x, t = torch.randn(2, 4, SIDE, SIDE, dtype=dtype), torch.tensor([10, 500])
+    context = torch.randn(2, 77, UNETS[size]["cross_attention_dim"], dtype=dtype)
+    more = {"text_embeds": torch.randn(2, 1280, dtype=dtype), "time_ids": torch.full((2, 6), 256.0)}
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     mark()
@@ -86,7 +102,9 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
     for _ in range(steps):
         began = time.perf_counter()
         for rows in torch.arange(2).chunk(parts):
-            unet(x[rows], t[rows], context[rows]).sample.float().square().mean().backward()
+            told = {name: value[rows] for name, value in more.items()}
+            predicted = unet(x[rows], t[rows], context[rows], added_cond_kwargs=told).sample
+            predicted.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - began)
@@ -96,7 +114,7 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
 def main() -> None:
     """Print the table."""
     options = argparse.ArgumentParser()
-    options.add_argument("--size", choices=WIDTHS, default="middle")
+    options.add_argument("--size", choices=UNETS, default="middle")
     options.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options.add_argument("--steps", type=int, default=3)
     options.add_argument("--rungs", nargs="*", default=RUNGS)
@@ -105,7 +123,7 @@ def main() -> None:
     if chosen.rung:
         say(json.dumps(measured(chosen.rung, chosen.size, chosen.precision, chosen.steps)))
         return
-    say(f"{chosen.size}, {chosen.precision}, batch of 2, latents 32x32, one thread")
+    say(f"{chosen.size}, {chosen.precision}, batch of 2, latents {SIDE}x{SIDE}, one thread")
     first: dict[str, float] = {}
     for rung in chosen.rungs:
         found = in_a_fresh_process(rung, chosen.size, chosen.precision, chosen.steps)
