@@ -74,10 +74,13 @@ def range_tested(session: Session, plan: StepPlan, say: Callable[[str, int, int]
             for group in groups:
                 group["lr"] = group["initial_lr"] * factor
             share = _step(session, plan, number)
-            if not math.isfinite(share) or share < SPOILED * max(_smooth(shares), default=0.0) - LEAST:
+            if not math.isfinite(share):
                 break
             rates.append(groups[0]["lr"])
             shares.append(share)
+            smooth = _smooth(shares)
+            if smooth[-1] < SPOILED * max(smooth) - LEAST:
+                break
         say("Finding the learning rate", count, count)
     finally:
         with torch.no_grad():
