@@ -106,12 +106,13 @@ def test_a_processor_s_run_takes_more_memory_where_there_is_more(
     base = checkpoint(tmp_path / "sd.safetensors", "sd15", 2_100_000_000)
     config = RunConfig().changed({"model.base": str(base), "train.precision": "fp32"})
     found = []
-    for available in (8, 24):
+    for available in (8, 16, 24):
         memory = types.SimpleNamespace(available=available * 2**30)
         monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
         found.append(memory_needed(config, base_facts(str(base)), False))
     weights = 4 * base_numbers(base_facts(str(base)))
     assert found[1] - found[0] == pytest.approx(2 * weights)
+    assert found[2] - found[0] == pytest.approx(3 * weights)
     assert memory_needed(config.changed({"train.quantise": "int8"}), base_facts(str(base)), False) == found[0]
 
 

@@ -31,6 +31,7 @@ TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
 from lora_core.spec import events
+from lora_core.spec.event_file import EventWriter
 from lora_core.spec.run_folder import RunFolder
 
 run = RunFolder(Path(sys.argv[1]))
