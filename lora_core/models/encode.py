@@ -76,19 +76,23 @@ def _shift(base: BaseModel) -> float:
 
 
 @lru_cache(maxsize=4096)
+def _tokens(tokenizer: Any, caption: str) -> list[int]:
+    """A caption's token ids, looked up once: the same caption comes many times in a training."""
+    found: list[int] = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return found
+
+
 def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
     """A caption as (chunks, 77) token ids, each chunk with its own begin, end and padding.
 
-    Where the caption is cut into chunks is `dataset/captions.chunked`'s to say. The same caption comes many
-    times in a training, so that what was made of it is kept; nobody may write into it.
+    Where the caption is cut into chunks is `dataset/captions.chunked`'s to say.
 
     Args:
         tokenizer: a CLIP tokenizer.
         caption: the text; what does not fit into all chunks is cut.
         chunks: how many.
     """
-    ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    bodies = chunked(ids, tokenizer.convert_tokens_to_ids(COMMA), chunks)
+    bodies = chunked(_tokens(tokenizer, caption), tokenizer.convert_tokens_to_ids(COMMA), chunks)
     bodies += [[]] * (chunks - len(bodies))
     rows = []
     for body in bodies:

@@ -1,6 +1,6 @@
 """The sweep behind the demo's preset: held-out gain over steps for settings beside each other.
 
-    python -m tests.benchmarks.sweep [demo|second] > table.md
+    python -m tests.benchmarks.sweep [demo|second] [settings|rates] > table.md
 
 Each variant is trained as a whole process on one core, with the same rank and batch, from several seeds; its
 checkpoints are judged by `tests/evaluator.py`. The preset was chosen on the demo's pictures alone; the second
@@ -61,6 +61,20 @@ def variants() -> dict[str, Settings]:
     return found | {f"the preset, {name}": {**chosen, **more} for name, more in one_thing.items()}
 
 
+def rates() -> dict[str, Settings]:
+    """Fixed rates beside the one that a range test finds, which begins far too low."""
+    found: dict[str, Settings] = {}
+    for targets, encoder in (("attention", 0.0), ("locon", 1.0)):
+        same = {"adapter.targets": targets, "optim.warmup": 0.0}
+        for octave in range(3, 7):
+            rate = 1e-4 * 2**octave
+            fixed = {"optim.lr": rate, "optim.text_encoder_lr": encoder * rate}
+            found[f"{targets}, {rate:g}"] = {**same, **fixed}
+        low = {"optim.lr": 1e-4, "optim.text_encoder_lr": encoder * 1e-4, "optim.range_test": "true"}
+        found[f"{targets}, auto from 1e-4"] = {**same, **low}
+    return found
+
+
 def gains_of(pictures: Path, settings: Settings, seed: int, judge: Evaluator, base: float) -> list[float]:
     """The gain at each of `COLUMNS`."""
     with tempfile.TemporaryDirectory() as home:
@@ -70,6 +84,9 @@ def gains_of(pictures: Path, settings: Settings, seed: int, judge: Evaluator, ba
         one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env=one_core, check=True, capture_output=True)
         run = RunFolder(Path(home) / "runs" / "run")
+        told = run.progress().rate
+        if told is not None:
+            sys.stderr.write(f"seed {seed}: the range test took {told.rate:g}\n")
         saved = {e.step: e for e in read_events(run.events_file)[0] if isinstance(e, CheckpointDone)}
         files = [run.path / saved[step].path / "adapter.safetensors" for step in COLUMNS]
         return [base - float(judge.losses(file).mean()) for file in files]
@@ -78,6 +95,7 @@ def gains_of(pictures: Path, settings: Settings, seed: int, judge: Evaluator, ba
 def main() -> None:
     """Print the table of a set."""
     which = sys.argv[1] if sys.argv[1:] else "demo"
+    chosen = rates if "rates" in sys.argv[2:] else variants
     with tempfile.TemporaryDirectory() as folder:
         pictures = DEMO if which == "demo" else drawn_set(Path(folder) / "second")
         judge = Evaluator(BASE, pictures / "held_out", looks=8)
@@ -88,7 +106,7 @@ def main() -> None:
             COLUMNS,
             (
                 (name, [gains_of(pictures, settings, seed, judge, base) for seed in SEEDS])
-                for name, settings in variants().items()
+                for name, settings in chosen().items()
             ),
         )
 
