@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lora_core.cli import adapters, analysis, combine, dataset, jobs, pictures, queue, report
 from lora_core.spec.errors import LoraError
-from lora_core.spec.processor import share_processor
+from lora_core.spec.processor import SLEEPS, share_processor
 from lora_core.spec.stopping import INTERRUPTED
 
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     _quiet_libraries()
-    share_processor(getattr(options, "computes", False))
+    share_processor(getattr(options, "processor", SLEEPS))
     _speak_any_letter()
     try:
         return int(options.run(options) or 0)

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from lora_core.spec.errors import ConfigError, LoraError
+from lora_core.spec.processor import others_compute
 from lora_core.worker import files
 from lora_core.worker.analyse import Analysing
 from lora_core.worker.draw import Cancelled, Drawing
@@ -35,6 +36,7 @@ class Worker:
         """Send answers through `answer`."""
         self.cancelled: set[str] = set()
         self._answer = answer
+        self._threads = torch.get_num_threads()
         drawing = Drawing(answer, self.cancelled)
         insights = Insights(answer, self.cancelled, drawing.bare_base)
         analysing = Analysing(answer, self.cancelled, drawing.release)
@@ -47,7 +49,11 @@ class Worker:
         }  # fmt: skip
 
     def handle(self, request: Request) -> None:
-        """Do one request; every problem becomes an answer, so that the worker goes on."""
+        """Do one request; every problem becomes an answer, so that the worker goes on.
+
+        With one thread where a training is going on, which is left the other cores.
+        """
+        torch.set_num_threads(1 if others_compute() else self._threads)
         name = str(request.get("id", ""))
         began = time.monotonic()
         try:

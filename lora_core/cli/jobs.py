@@ -26,6 +26,7 @@ from lora_core.spec.notify import tell_end
 from lora_core.spec.paths import workspace
 from lora_core.spec.presets import starting_settings
 from lora_core.spec.problems import Problem, refuse
+from lora_core.spec.processor import COMPUTES, GIVES_WAY
 from lora_core.spec.queue import events_size
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
 from lora_core.spec.stopping import INTERRUPTED, Stopping
@@ -57,12 +58,12 @@ def add_verbs(verbs: Verbs) -> None:
     train.add_argument("--preset", default="", help="quick, balanced, high, or goal-level such as style-high")
     train.add_argument("--set", action="append", default=[], metavar="section.key=value", help="one setting")
     add_workspace(train)
-    train.set_defaults(run=_train, computes=True)
+    train.set_defaults(run=_train, processor=COMPUTES)
     resume = verbs.add_parser("resume", help="start a run or go on with it")
     resume.add_argument("path", metavar="RUN", type=_run_path)
     resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
     resume.add_argument("--accept-changes", action="store_true", help="go on although something has changed")
-    resume.set_defaults(run=_resume, computes=True)
+    resume.set_defaults(run=_resume, processor=COMPUTES)
     words = {
         "stop": "end a run, keep its work and export it",
         "pause": "end a run's process, to go on later",
@@ -78,7 +79,7 @@ def add_verbs(verbs: Verbs) -> None:
     add_json(runs)
     runs.set_defaults(run=_runs)
     serve = verbs.add_parser("serve", help="the warm worker: JSON lines in, JSON lines out")
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, processor=GIVES_WAY)
 
 
 def _run_path(text: str) -> Path:

@@ -11,6 +11,7 @@ from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.spec.choices import PREDICTIONS
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.paths import workspace
+from lora_core.spec.processor import COMPUTES
 from lora_core.spec.shots import KINDS, LARGEST_SEED, LoraAt, Shot, axis_of, grid_settings, grid_shots
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add_verbs(verbs: Verbs) -> None:
     _add_picture(generate)
     generate.add_argument("--count", type=int, default=1, help="pictures, each with the next seed")
     generate.add_argument("--out", type=Path, help="a PNG file; more than one get -2, -3, ...")
-    generate.set_defaults(run=_generate, computes=True)
+    generate.set_defaults(run=_generate, processor=COMPUTES)
     grid = verbs.add_parser("grid", help="make a labelled sheet of pictures that differ in one or two things")
     for name in ("--rows", "--columns"):
         grid.add_argument(
@@ -35,7 +36,7 @@ def add_verbs(verbs: Verbs) -> None:
         )
     _add_picture(grid, prompt=False)
     grid.add_argument("--out", type=Path, required=True, help="the PNG file")
-    grid.set_defaults(run=_grid, computes=True)
+    grid.set_defaults(run=_grid, processor=COMPUTES)
     validate = verbs.add_parser("validate", help="measure an adapter on pictures that it was not trained on")
     _add_base_and_loras(validate)
     validate.add_argument("--dataset", required=True)
@@ -46,7 +47,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_workspace(validate)
     add_json(validate)
-    validate.set_defaults(run=_validate, computes=True)
+    validate.set_defaults(run=_validate, processor=COMPUTES)
 
 
 def _add_picture(verb: argparse.ArgumentParser, prompt: bool = True) -> None:

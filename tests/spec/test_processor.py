@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from lora_core.__main__ import parser
-from lora_core.spec.processor import SOON, VARIABLE
+from lora_core.spec.processor import COMPUTES, GIVES_WAY, SLEEPS, SOON, VARIABLE
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what Linux has")
 SAY = f"""
 import os, sys
-from lora_core.spec.processor import share_processor
-share_processor(sys.argv[1] == "computes")
-print(os.environ.get({VARIABLE!r}, "its own"), flush=True)
+from lora_core.spec.processor import others_compute, share_processor
+share_processor(sys.argv[1])
+others = ", others compute" if others_compute() else ""
+print(os.environ.get({VARIABLE!r}, "its own") + others, flush=True)
 sys.stdin.read()
 """
 
@@ -43,23 +44,26 @@ def start(tmp_path: Path):
 
 
 def test_one_at_a_time_may_spin(start) -> None:
-    assert start("is there")[1] == SOON
-    first, how = start("computes")
+    assert start(SLEEPS)[1] == SOON
+    assert start(GIVES_WAY)[1] == "its own"
+    first, how = start(COMPUTES)
     assert how == "its own"
-    assert start("computes")[1] == SOON
+    assert start(COMPUTES)[1] == f"{SOON}, others compute"
+    assert start(GIVES_WAY)[1] == "its own, others compute"
     first.kill()
     first.wait()
-    assert start("computes", SOON)[1] == "its own", "what a parent of ours has set is no wish of a person"
+    assert start(GIVES_WAY)[1] == "its own"
+    assert start(COMPUTES, SOON)[1] == "its own", "what a parent of ours has set is no wish of a person"
 
 
 def test_what_a_person_has_set_stays(start) -> None:
-    assert start("computes", "77")[1] == "77"
-    assert start("is there", "77")[1] == "77"
+    assert start(SLEEPS, "77")[1] == "77"
+    assert start(COMPUTES, "77")[1] == "77"
 
 
 @pytest.mark.parametrize(
-    ("words", "computes"),
-    [(["train", "demo"], True), (["resume", "a"], True), (["runs"], False), (["serve"], False)],
+    ("words", "kind"),
+    [(["train", "demo"], COMPUTES), (["resume", "a"], COMPUTES), (["serve"], GIVES_WAY), (["runs"], SLEEPS)],
 )
-def test_what_a_person_waits_for_computes(words: list[str], computes: bool) -> None:
-    assert getattr(parser().parse_args(words), "computes", False) is computes
+def test_what_a_person_waits_for_computes(words: list[str], kind: str) -> None:
+    assert getattr(parser().parse_args(words), "processor", SLEEPS) == kind
