@@ -90,7 +90,9 @@ class _FusedConv2d(torch.autograd.Function):
         if ctx.pointwise:
             low = torch.matmul(factors.down, x.flatten(2))
         else:
-            low = F.conv2d(x, factors.down.view(-1, *base.weight.shape[1:]), None, *ctx.how).flatten(2)
+            # Not by the weight's shape: a thin layer makes its weight whole for whoever asks.
+            down_kernel = factors.down.view(place.rank, x.shape[1], *base.kernel_size)
+            low = F.conv2d(x, down_kernel, None, *ctx.how).flatten(2)
         if isinstance(base, PrepackedConv2d):
             y = base.product(x)
         else:

@@ -14,6 +14,8 @@ from lora_core.models.weight_files import PRECISIONS
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of `malloc.h`."""
 LARGEST = 2**31 - 1
+WORTH_IT = 0.7
+"""The largest share of fp32's time that bf16's lost digits are worth."""
 
 
 def best_device() -> torch.device:
@@ -33,19 +35,16 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def bf16_is_faster(threshold: float = 0.7) -> bool:
+def bf16_is_faster() -> bool:
     """Whether this processor multiplies matrices in bf16 in well under the time of fp32.
 
     Some have instructions for it and take a half or less, others take longer than in fp32. The two are timed,
     in a tenth of a second; they lie so far apart that the answer is always the same.
-
-    Args:
-        threshold: the largest share of fp32's time that is worth the digits.
     """
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     fp32, bf16 = (_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
-    return bf16 < threshold * fp32
+    return bf16 < WORTH_IT * fp32
 
 
 def _seconds(dtype: torch.dtype) -> float:

@@ -110,12 +110,13 @@ def test_it_equals_the_plain_layers_twice_computed() -> None:
     assert (found[1] - found[0]).norm() <= 1e-5 * found[0].norm()
 
 
-def test_beside_a_base_in_eight_bits() -> None:
+@pytest.mark.parametrize("targets", [ATTENTION, LOCON], ids=["attention", "convolutions too"])
+def test_beside_a_base_in_eight_bits(targets: Targets) -> None:
     found = []
     for stored in (False, True):
         unet = tiny_unet()
         Thinner(int8).every(unet)
-        injected, _ = layers_of(unet, "unet", ATTENTION, stored)
+        injected, _ = layers_of(unet, "unet", targets, stored)
         unet_output(unet).square().mean().backward()
         found.append(gradient(injected))
     assert (found[1] - found[0]).norm() <= 1e-5 * found[0].norm()

@@ -7,7 +7,6 @@ of the same rank, but for PiSSA: that takes its start out of the frozen weight, 
 rank. Judged by `tests/evaluator.py`. See docs/sweep.md.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,13 +24,10 @@ from lora_core.spec.presets import starting_settings
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.loop import StepPlan, micro_batch, training_steps
 from lora_core.training.prepare import Plan, Session, prepared
-from tests.benchmarks.pictures import drawn_set
-from tests.benchmarks.rows import print_gains
-from tests.benchmarks.sweep import ROOT
+from tests.benchmarks.sweep import print_table
 from tests.evaluator import Evaluator
 
-BASE, DEMO = ROOT / "assets" / "base", ROOT / "assets" / "demo"
-SEEDS, COLUMNS = (0, 1), (10, 20, 40, 80, 120)
+COLUMNS = (10, 20, 40, 80, 120)
 BATCHES = 8
 """So many are looked at for the gradient."""
 LENGTH = 3**-0.5
@@ -156,20 +152,7 @@ def _weights(training: Training) -> AdapterWeights:
 
 def main() -> None:
     """Print the table of a set."""
-    which = sys.argv[1] if len(sys.argv) > 1 else "demo"
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = DEMO if which == "demo" else drawn_set(Path(folder) / "second")
-        judge = Evaluator(BASE, pictures / "held_out", looks=8)
-        base = float(judge.losses().mean())
-        print_gains(
-            "start",
-            base,
-            COLUMNS,
-            (
-                (name, [gains_of(pictures, start, seed, judge, base) for seed in SEEDS])
-                for name, start in STARTS.items()
-            ),
-        )
+    print_table("start", COLUMNS, STARTS, gains_of)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lora_core.spec.events import CheckpointDone, read_events
 from lora_core.spec.run_folder import RunFolder
@@ -30,6 +31,8 @@ SAME: dict[str, object] = {
     "optim.text_encoder_lr": 5e-4, "optim.warmup": 0.05,
 }  # fmt: skip
 Settings = Mapping[str, object]
+T = TypeVar("T")
+Gains = Callable[[Path, T, int, Evaluator, float], list[float]]
 
 
 def variants() -> dict[str, Settings]:
@@ -92,23 +95,29 @@ def gains_of(pictures: Path, settings: Settings, seed: int, judge: Evaluator, ba
         return [base - float(judge.losses(file).mean()) for file in files]
 
 
-def main() -> None:
-    """Print the table of a set."""
-    which = sys.argv[1] if sys.argv[1:] else "demo"
-    chosen = rates if "rates" in sys.argv[2:] else variants
+def print_table(what: str, steps: Sequence[int], rows: Mapping[str, T], gains: Gains[T]) -> None:
+    """The table of the set that the command line names, "demo" or "second".
+
+    Args:
+        what: heads the names.
+        steps: the columns.
+        rows: what is compared, by name.
+        gains: called with (pictures, what is compared, seed, judge, the base's loss); a gain for each step.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        pictures = DEMO if which == "demo" else drawn_set(Path(folder) / "second")
+        pictures = drawn_set(Path(folder) / "second") if "second" in sys.argv[1:] else DEMO
         judge = Evaluator(BASE, pictures / "held_out", looks=8)
         base = float(judge.losses().mean())
-        print_gains(
-            "settings",
-            base,
-            COLUMNS,
-            (
-                (name, [gains_of(pictures, settings, seed, judge, base) for seed in SEEDS])
-                for name, settings in chosen().items()
-            ),
+        found = (
+            (name, [gains(pictures, row, seed, judge, base) for seed in SEEDS]) for name, row in rows.items()
         )
+        print_gains(what, base, steps, found)
+
+
+def main() -> None:
+    """Print the table of a set."""
+    chosen = rates if "rates" in sys.argv[1:] else variants
+    print_table("settings", COLUMNS, chosen(), gains_of)
 
 
 if __name__ == "__main__":
