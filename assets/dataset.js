@@ -296,14 +296,9 @@
   const leaveOut = async (names = acted()) => {
     if (!names.length || shelf.fixed) return;
     await Promise.all(names.map((name) => save(name)));
-    const list = shown().map((picture) => picture.name), gone = new Set(names), at = list.indexOf(chosen);
-    const next = [...list.slice(at), ...list.slice(0, at).reverse()].find((name) => !gone.has(name)) ?? null;
-    const focused = grid().contains(document.activeElement);
     if (!(await act(filter === "out" ? "take-back" : "leave-out", { pictures: names }))) return;
     several = new Set();
-    if (gone.has(chosen)) chosen = next;
     await load();
-    if (focused && chosen) cells.get(chosen)?.focus({ preventScroll: true });
     press("refresh");
   };
 
@@ -339,11 +334,18 @@
   };
 
   const render = () => {
+    const before = [...cells].filter(([, cell]) => !cell.hidden).map(([name]) => name), at = before.indexOf(chosen);
+    // A cell that leaves the page takes the keyboard's focus with it, also where it comes back in the same instant.
+    const focused = grid()?.contains(document.activeElement);
     if (!draw()) return;
     several = new Set([...several].filter((name) => cells.has(name)));
     applyFilter();
-    const fixed = document.activeElement === one("#caption textarea") && waiting.has(chosen);
-    if (!fixed) show(named(chosen) ? chosen : shown()[0]?.name ?? null);
+    const typing = document.activeElement === one("#caption textarea") && waiting.has(chosen);
+    if (typing) return;
+    const left = new Set(shown().map((picture) => picture.name));
+    const neighbour = [...before.slice(at + 1), ...before.slice(0, Math.max(0, at)).reverse()].find((name) => left.has(name));
+    show(named(chosen) ? chosen : neighbour ?? [...left][0] ?? null);
+    if (focused) cells.get(chosen)?.focus({ preventScroll: true });
   };
 
   let asked = null, meter = null, project = null;
