@@ -38,6 +38,7 @@ class Watch:
     progress: Progress = field(default_factory=Progress)
     offset: int = 0
     started_here: subprocess.Popen[bytes] | None = None
+    attendant: threading.Thread | None = None
     _config: RunConfig | None = None
     _looked: tuple[object, "Aftermath"] | None = None
 
@@ -60,6 +61,9 @@ class Watch:
             if child.poll() is None:
                 # The process lives but has not claimed its folder yet: to a person it is preparing.
                 status = status if status in LIVE else "preparing"
+            elif status in ("queued", "interrupted") and self.attendant and self.attendant.is_alive():
+                # How it ended is being written down; until then a wrong reason would be told.
+                status = "preparing" if status == "queued" else "running"
             elif child.returncode > 0 and status in ("queued", "interrupted"):
                 # It said why and left; one that a signal ended was broken off.
                 status = "failed"
@@ -246,9 +250,9 @@ class Jobs:
             watch = self.watch(run)
             attended = Watched(run)
             child = started([*self.trainer, str(run.path), *options], run.log_file, self.workspace)
-            watch.started_here = child
-            self._chosen = run.path
-        threading.Thread(target=_attend, args=(child, attended), daemon=True, name=f"run {run.name}").start()
+            watch.started_here, self._chosen = child, run.path
+            watch.attendant = threading.Thread(target=_attend, args=(child, attended), daemon=True)
+            watch.attendant.start()
 
     def free_name(self, config: RunConfig) -> str:
         """Date and dataset, with a number where the day has several."""

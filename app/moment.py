@@ -44,7 +44,9 @@ class Moment:
     @property
     def busy(self) -> bool:
         """Whether something changes by itself, so that pages should look often."""
-        return self.live or self.view.working or self.desk.prober.active
+        desk = self.desk
+        # Between two runs of a queue none is live.
+        return self.live or self.view.working or desk.prober.active or desk.line.worked
 
 
 def asks(watch: Watch, state: str) -> bool:

@@ -11,7 +11,7 @@ import gradio as gr
 from app import header
 from app.desk import Desk
 from app.moment import moment_of
-from app.parts import QUIET, Parts, piece
+from app.parts import QUIET, TYPING, Parts, piece
 from app.projects import picker as project_picker
 from app.routes import SCRIPTS, STYLES
 from app.tabs import dataset, export, preview, train
@@ -81,7 +81,8 @@ def _poll(parts: Parts, demo: gr.Blocks) -> None:
     demo.load(opened, None, [*filled, *outputs], **QUIET)
     refill = gr.Button("Fill the form again", elem_id="refill", visible="hidden")
     parts.action(refill.click(parts.filled, None, filled, **QUIET))
-    gr.on([timer.tick, refresh.click], look, seen, outputs, **QUIET)
+    # What was asked for during a look is looked for after it.
+    gr.on([timer.tick, refresh.click], look, seen, outputs, **TYPING)
     for event in parts.actions:
         event.then(look, seen, outputs, **QUIET)
 

@@ -16,7 +16,7 @@ from app.moment import Moment
 
 # Every event of the window: a plain function that runs to its end, also when the page is closed meanwhile.
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-# For typing and sliding: while one is under way only the newest of those that follow is kept.
+# For typing, sliding and choosing: while one is under way only the newest of those that follow is kept.
 TYPING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 
 

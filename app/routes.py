@@ -13,9 +13,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from app.dataset.meter import counted
@@ -23,7 +23,7 @@ from app.desk import Desk
 from app.projects.project import relative_name
 from app.train.plan import Plan
 from lora_core.dataset.pictures import SUFFIXES
-from lora_core.spec.errors import LoraError
+from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.paths import ASSETS
 from lora_core.spec.run_folder import runs_folder
 
@@ -88,6 +88,14 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     """Add the window's own routes to `app`."""
     app.exception_handler(Refused)(_refused)
     app.exception_handler(LoraError)(_problem)
+
+    async def same_project(request: Request) -> None:
+        meant = request.headers.get("x-easel-project")
+        if meant is not None and unquote(meant) != desk.project.path.name:
+            raise RunError("Another page has opened another project, so nothing was changed here.")
+
+    # In front of all routes that are added from here on.
+    app.router.dependencies.append(Depends(same_project))
 
     @app.get("/easel")
     async def who() -> Response:

@@ -93,7 +93,9 @@
     const words = (one("#dataset-search")?.value ?? "").trim().toLowerCase();
     for (const picture of pictures()) {
       const found = !words || picture.name.toLowerCase().includes(words) || picture.caption.toLowerCase().includes(words);
-      cells.get(picture.name).hidden = !(found && fits[filter](picture));
+      // A picture whose caption is being written stays, also where it no longer fits.
+      const written = picture.name === chosen && document.activeElement === one("#caption textarea");
+      cells.get(picture.name).hidden = !(found && fits[filter](picture)) && !written;
     }
     for (const button of all("[data-filter]")) {
       const which = button.dataset.filter;
@@ -131,11 +133,10 @@
     rest.textContent = cut ? `Not read: ${cut}` : "";
   };
 
+  let counting = 0;
   const countTokens = async (name, text) => {
-    try {
-      const answer = await post("tokens", { text });
-      if (name === chosen) showTokens(answer);
-    } catch { showTokens(); }
+    const number = ++counting, answer = await post("tokens", { text }).catch(() => undefined);
+    if (name === chosen && number === counting) showTokens(answer);
   };
 
   const facts = (picture) => {
@@ -244,6 +245,7 @@
     try {
       const answer = await post("caption", { picture: name, text }, options);
       if (answer.problem) throw new Error(answer.problem);
+      saves += 1;
       if (waiting.get(name) === entry) waiting.delete(name);
       // Nobody else changed anything meanwhile: the pictures need not be asked for again.
       const [revision, ...rest] = shelf.mark.split(" ");
@@ -293,7 +295,10 @@
     } catch (error) { say("error", error.message || "The window does not answer"); return null; }
   };
 
-  const leaveOut = async (names = acted()) => {
+  // One after the other: whom a key is for that is pressed meanwhile is known once the picture before has gone.
+  let leaving = Promise.resolve();
+  const leaveOut = (names) => { leaving = leaving.then(() => leaveNow(names ?? acted())).catch((error) => say("error", error.message)); return leaving; };
+  const leaveNow = async (names) => {
     if (!names.length || shelf.fixed) return;
     await Promise.all(names.map((name) => save(name)));
     if (!(await act(filter === "out" ? "take-back" : "leave-out", { pictures: names }))) return;
@@ -311,14 +316,16 @@
   };
 
   // ---- asking for the pictures, and again where something changed ------------------------------------------------------
-  let loading = null, again = false;
+  let loading = null, again = false, saves = 0, asked = null;
   const load = async () => {
     if (loading) { again = true; return loading; }
     loading = (async () => {
       do {
         again = false;
-        const answer = await (await fetch("/easel/dataset")).json();
-        if (answer.problem) { say("error", answer.problem); return; }
+        const saved = saves, answer = await (await fetch("/easel/dataset")).json();
+        // A caption was saved meanwhile: the answer may be older than it.
+        if (saved !== saves) { again = true; continue; }
+        if (answer.problem) throw new Error(answer.problem);
         shelf = answer;
         for (const picture of shelf.pictures) {
           const entry = waiting.get(picture.name), history = edits.get(picture.name);
@@ -329,7 +336,10 @@
         if (!shelf.left_out.length && filter === "out") filter = "all";
         render();
       } while (again);
-    })().catch(() => {}).finally(() => { loading = null; });
+    })().catch((error) => {
+      say("error", error.message);
+      setTimeout(load, 3000);
+    }).finally(() => { loading = null; });
     return loading;
   };
 
@@ -348,13 +358,13 @@
     if (focused) cells.get(chosen)?.focus({ preventScroll: true });
   };
 
-  let asked = null, meter = null, project = null;
+  let meter = null;
   window.easel.settling.push(() => {
     const mark = one("#dataset-mark");
     if (!mark || !grid()) return;
-    project ??= mark.dataset.project;
+    window.easel.project ??= mark.dataset.project;
     // Another page opened another project: everything here is of the old one.
-    if (project !== mark.dataset.project) { location.reload(); return; }
+    if (window.easel.project !== mark.dataset.project) { location.reload(); return; }
     if (mark.dataset.mark !== shelf.mark && mark.dataset.mark !== asked) { asked = mark.dataset.mark; load(); }
     // Gradio may have made the tab anew.
     else if (grid().dataset.mark === undefined && shelf.mark) render();
@@ -418,7 +428,13 @@
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },
     // Which pictures a change of many captions is for, null for all.
     scope: () => (several.size > 1 ? [...several] : shown().length < shelf.pictures.length ? shown().map((p) => p.name) : null),
-    setDoubts: (names) => { doubts = names; for (const picture of pictures()) if (cells.has(picture.name)) describe(picture); applyFilter(); window.easel.tellAgain(); },
+    setDoubts: (names) => {
+      window.easel.tellAgain();
+      if (names.size === doubts.size && [...names].every((name) => doubts.has(name))) return;
+      doubts = names;
+      for (const picture of pictures()) if (cells.has(picture.name)) describe(picture);
+      applyFilter();
+    },
     // What is known of the picture that is shown has changed.
     tellAgain: () => { if (named(chosen)) one("#picture-facts").textContent = facts(named(chosen)); },
     setTwins: (names) => { twins = new Set(names); for (const picture of pictures()) describe(picture); applyFilter(); },

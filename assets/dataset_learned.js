@@ -2,9 +2,8 @@
 // of captions and of words for a trigger, and what the last run has learned of each picture.
 (() => {
   const easel = window.easel;
-  const { one, post, make } = easel;
+  const { one, post, make, later, redraw } = easel;
   const ask = async (path) => (await fetch(`/easel/${path}`)).json();
-  const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
   const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
   const percent = (share) => `${(100 * share).toFixed(share < 0.095 ? 1 : 0)}%`;
   const signed = (value) => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(3)}`;
@@ -78,7 +77,7 @@
     const told = rows.filter((row) => KINDS[row.kind][1] !== "good").length;
     one("#learned > summary").textContent = `What will be learned${told ? `, ${told} to know` : ""}`;
     if (!rows.length) rows.push({ kind: "wording", sentence: easel.shelf().pictures.length < 5 ? "With fewer than five pictures nothing can be said of what they have in common." : "The pictures have nothing in common that can be told without a model." });
-    place.replaceChildren(...rows.map(learnedRow), ...stepsSentence(check.shares));
+    redraw(place, ...rows.map(learnedRow), ...stepsSentence(check.shares));
     odd = check.learned.filter((row) => row.kind === "odd").flatMap((row) => row.pictures);
     marked();
     easel.shares = new Map(check.shares.map((row) => [row.picture, row.share]));
@@ -137,7 +136,7 @@
     const shown = [...suspects, ...(whole.captions ? others : others.slice(0, Math.max(0, 3 - suspects.length)))];
     const more = suspects.length + others.length - shown.length;
     const verdict = suspects.length ? `${many(suspects.length, "caption")} likely wrong.` : "No caption fits another picture better than its own. The weakest:";
-    one("#captions-found").replaceChildren(make("p", { className: suspects.length ? "notes" : "small", textContent: verdict }), ...shown.map(captionRow), ...(more ? [rest(more, "captions")] : []));
+    redraw(one("#captions-found"), make("p", { className: suspects.length ? "notes" : "small", textContent: verdict }), ...shown.map(captionRow), ...(more ? [rest(more, "captions")] : []));
   };
 
   const gainRow = (row) => {
@@ -161,7 +160,7 @@
     const rows = sortMost ? [...all].sort((a, b) => b.learned - a.learned) : all;
     for (const button of easel.all("[data-learned-order]")) button.setAttribute("aria-pressed", (button.dataset.learnedOrder === "most") === sortMost);
     const shown = whole.pictures ? rows : rows.slice(0, MOST_ROWS);
-    one("#pictures-found").replaceChildren(...shown.map(gainRow), ...(rows.length > shown.length ? [rest(rows.length - shown.length, "pictures")] : []));
+    redraw(one("#pictures-found"), ...shown.map(gainRow), ...(rows.length > shown.length ? [rest(rows.length - shown.length, "pictures")] : []));
   };
 
   // The words are shown where the trigger is typed, and only once somebody asked for them.
@@ -180,7 +179,7 @@
       return card;
     });
     const given = found.rows.filter((row) => row.given).map((row) => make("p", { className: "small", textContent: `Now: ${row.sentence}` }));
-    one("#trigger-found").replaceChildren(make("p", { className: "small", textContent: "How far each word moves the base's prediction, next to words of your captions: the less, the less meaning it brings along. Click one to take it." }), make("div", { className: "words" }, ...cards), ...given);
+    redraw(one("#trigger-found"), make("p", { className: "small", textContent: "How far each word moves the base's prediction, next to words of your captions: the less, the less meaning it brings along. Click one to take it." }), make("div", { className: "words" }, ...cards), ...given);
   };
 
   const marked = () => {
@@ -200,19 +199,12 @@
     marked();
   };
 
-  let watching = false;
-  const watch = async () => {
-    if (watching) return;
-    watching = true;
-    try {
-      for (;;) {
-        state = await ask("insights");
-        show();
-        if (!Object.values(state).some((one) => one.state === "working")) break;
-        await later(500);
-      }
-    } catch { /* the window is away; asked again when something changes */ } finally { watching = false; }
-  };
+  const following = easel.follower(async () => {
+    state = await ask("insights");
+    show();
+    return Object.values(state).some((one) => one.state === "working");
+  }, 500);
+  const watch = () => following().catch(() => { /* the window is away; asked again when something changes */ });
   const begin = async (body) => {
     const answer = await post("insights", body).catch((error) => ({ problem: error.message }));
     if (answer.problem) {

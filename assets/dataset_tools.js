@@ -1,9 +1,8 @@
 // The Dataset tab's tools: bringing pictures in, changing many captions at once, looking the pictures over.
 (() => {
   const easel = window.easel;
-  const { one, all, post, press, make } = easel;
+  const { one, all, post, press, make, later, redraw } = easel;
   const ask = async (path) => (await fetch(`/easel/${path}`)).json();
-  const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
   const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
   // ---- bringing pictures in: file by file, so that the server can say which one is wrong, and folders stay folders -----
@@ -116,10 +115,10 @@
   const fromPath = async () => {
     const field = one("#dataset-path input"), path = field.value;
     if (sending) return;
+    sending = {};
     try {
       const answer = await post("import", { path, link: one("#dataset-link").checked });
       if (answer.problem) return note(answer.problem, true);
-      sending = {};
       await follow();
       field.value = "";
     } catch (error) { note(error.message, true); } finally { sending = null; }
@@ -175,28 +174,38 @@
     if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} more.` }));
   };
 
-  const change = async (body, tell = outcome) => {
+  // One change at a time: pressed twice, a word would be put in twice, or two steps be taken back.
+  let changing = false;
+  const alone = (work) => async (...given) => {
+    if (changing) return;
+    changing = true;
+    allow(false, "The captions are being changed");
+    try { await work(...given); } finally { changing = false; }
+  };
+
+  const change = alone(async (body, tell = outcome) => {
     await easel.waitingSaves();
     const answer = await post("bulk", { ...body, apply: true }).catch((error) => ({ problem: error.message }));
-    if (answer.problem) return tell(answer.problem, true);
+    if (answer.problem) { soon(); return tell(answer.problem, true); }
     await easel.load();
     await tags();
     looked += 1;
     allow(false, "Nothing would change yet");
     tell(answer.changed ? `${many(answer.changed, "caption")} changed.` : "No caption had to be changed.");
     press("refresh");
-  };
+  });
 
-  const undo = async (tell = outcome) => {
+  const undo = alone(async (tell = outcome) => {
     await easel.waitingSaves();
     const answer = await post("bulk/undo", {}).catch((error) => ({ problem: error.message }));
+    soon();
     if (answer.problem) return tell(answer.problem, true);
     await easel.load();
     await tags();
     const kept = answer.kept ? ` ${many(answer.kept, "caption")} changed since then and left as they are.` : "";
     tell(`${many(answer.undone, "caption")} as before.${kept}`);
     press("refresh");
-  };
+  });
 
   // Said at the top, where the trigger word is; with the way back beside it.
   const addTrigger = () => change({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, (text, bad) => {
@@ -225,8 +234,8 @@
       return row;
     });
     const more = found.tags.length - rows.length;
-    place.replaceChildren(make("h3", { textContent: `Tags, ${found.tags.length.toLocaleString("en")}` }), make("div", { className: "list tags" }, ...rows));
-    if (more > 0) place.append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} rarer ones.` }));
+    const rest = more > 0 ? [make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} rarer ones.` })] : [];
+    redraw(place, make("h3", { textContent: `Tags, ${found.tags.length.toLocaleString("en")}` }), make("div", { className: "list tags" }, ...rows), ...rest);
   };
 
   const renameTag = (button) => {
@@ -296,7 +305,7 @@
     one("#check > summary").textContent = rows.length ? `Check the pictures, ${rows.length} found` : "Check the pictures";
     easel.setTwins(rows.filter((row) => row.kind === "twins").flatMap((row) => [row.picture, row.twin]));
     const groups = GROUPS.map(([kind, title]) => [kind, title, rows.filter((row) => row.kind === kind)]).filter(([, , members]) => members.length);
-    one("#check-found").replaceChildren(...groups.map(([kind, title, members]) => {
+    redraw(one("#check-found"), ...groups.map(([kind, title, members]) => {
       const head = make("div", { className: "row apart" }, make("h3", { textContent: `${title}, ${members.length}` }));
       if (LEAVABLE.has(kind) && members.length > 1) {
         const every = make("button", { type: "button", className: "own quiet", textContent: kind === "twins" ? "Keep the first of each" : `Leave out all ${members.length}` });
@@ -309,21 +318,13 @@
     }));
   };
 
-  let watching = false;
-  const watchCheck = async () => {
-    if (watching) return;
-    watching = true;
-    try {
-      for (;;) {
-        let state = await ask("check");
-        // What was measured is kept, so that a second look at a few pictures takes no time.
-        if (state.state === "done" && !state.fresh) state = await post("check", { by_itself: true });
-        showCheck(state);
-        if (state.state !== "working") return;
-        await later(400);
-      }
-    } finally { watching = false; }
-  };
+  const watchCheck = easel.follower(async () => {
+    let state = await ask("check");
+    // What was measured is kept, so that a second look at a few pictures takes no time.
+    if (state.state === "done" && !state.fresh) state = await post("check", { by_itself: true });
+    showCheck(state);
+    return state.state === "working";
+  }, 400);
   const check = async () => { showCheck(await post("check", {})); watchCheck(); };
 
   // ---- events ---------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@
     await begin("inside", "inside/start", { tool, files, base: base(), tuned: value("tuned"), measure: measure(), by: value("by"), rank: value("rank"), energy: value("energy"), apart: one("#inside-apart").checked });
   };
   const begin = async (job, path, body) => {
+    tell(job, "working", "");
     const said = await post(path, body).catch(() => ({ problem: "The window does not answer; is it still open?" }));
     if (said.problem) tell(job, "error", said.problem);
     else follow(job);
@@ -132,25 +133,20 @@
   };
 
   // ---- how far it is ------------------------------------------------------------------------------------------------------
-  const revisions = { inside: -1, report: -1 }, following = {};
-  const follow = async (job) => {
-    if (following[job]) return;
-    following[job] = true;
-    try {
-      for (;;) {
-        const now = await get(`${job}/now?known=${revisions[job]}`);
-        const working = now.state === "working";
-        tell(job, working ? "working" : "idle", now.words);
-        if (job === "inside") {
-          one("#inside-track").hidden = !working;
-          one("#inside-track > i").style.width = now.total ? `${(100 * now.done) / now.total}%` : "0";
-        }
-        if (now.html !== undefined && !working) finished(job, now);
-        if (!working) return;
-        await new Promise((resolve) => setTimeout(resolve, 300));
-      }
-    } catch { tell(job, "error", "The window does not answer; is it still open?"); } finally { following[job] = false; }
+  const revisions = { inside: -1, report: -1 };
+  const lookAt = (job) => async () => {
+    const now = await get(`${job}/now?known=${revisions[job]}`);
+    const working = now.state === "working";
+    tell(job, working ? "working" : "idle", now.words);
+    if (job === "inside") {
+      one("#inside-track").hidden = !working;
+      one("#inside-track > i").style.width = now.total ? `${(100 * now.done) / now.total}%` : "0";
+    }
+    if (now.html !== undefined && !working) finished(job, now);
+    return working;
   };
+  const followers = Object.fromEntries(Object.keys(revisions).map((job) => [job, window.easel.follower(lookAt(job), 300)]));
+  const follow = (job) => followers[job]().catch(() => tell(job, "error", "The window does not answer; is it still open?"));
   const finished = (job, now) => {
     const first = revisions[job] === -1;
     revisions[job] = now.revision;
@@ -170,7 +166,8 @@
   const load = async () => {
     offered = await get("inside/choices");
     if (!rows.some((row) => row.file) && offered.groups[0]?.files[0]) rows[0].file = offered.groups[0].files[0].path;
-    showFiles();
+    // Not under the hand of somebody who is typing there.
+    if (!one("#inside-files").contains(document.activeElement)) showFiles();
     fillFields();
     show();
   };

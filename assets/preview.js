@@ -3,9 +3,9 @@
 // The rows are built here and not by the window, so that no answer of the server replaces a slider that is being
 // moved. What the window knows comes as data with a number; each change of ours gets the next number.
 (() => {
-  const { one, all, post, press } = window.easel;
+  const { one, all, post, press, refocus } = window.easel;
   const MOST = 1.5;
-  let rows = [], apart = false, groups = [], rev = -1, project = null, mark = "", sending = 0;
+  let rows = [], apart = false, groups = [], rev = -1, project = null, mark = "", sending = false;
 
   const sent = () => rows.map(({ file, strength, text }) => ({ file, strength, text: apart ? text ?? strength : null }));
   window.easel.loraRows = () => (one("#loras")?.dataset.ready ? JSON.stringify({ rows: sent(), apart }) : "");
@@ -57,35 +57,42 @@
     const add = make("button", { type: "button", className: "own", id: "add-lora", textContent: rows.length ? "Add another LoRA" : "Add a LoRA" });
     const box = make("input", { type: "checkbox", checked: apart, id: "text-apart" });
     const note = rows.length ? [] : [make("p", { className: "small", textContent: "Without a LoRA the base alone is drawn." })];
-    const more = make("details", { open: apart }, make("summary", { textContent: "Advanced" }), make("label", { className: "small check" }, box, " Text encoder strength apart from the UNet's"));
-    place.replaceChildren(...rows.map(rowOf), ...note, add, ...(rows.length ? [more] : []));
+    const more = make("details", { open: apart || Boolean(one("details", place)?.open) }, make("summary", { textContent: "Advanced" }), make("label", { className: "small check" }, box, " Text encoder strength apart from the UNet's"));
+    refocus(place, () => place.replaceChildren(...rows.map(rowOf), ...note, add, ...(rows.length ? [more] : [])));
     place.dataset.ready = "1";
   };
 
+  // One after the other, in the order in which they were made; `later` is what came while one was on its way.
+  let later = null;
   const send = async (moved) => {
-    sending += 1;
+    if (sending) { later = { moved: moved || Boolean(later?.moved) }; return; }
+    sending = true;
     try {
       const answer = await post("preview/rows", { rows: sent(), apart, moved });
       if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
       if (answer.drawn) { follow(); press("refresh"); }
-    } catch { /* The next press of Generate takes the rows along anyway. */ } finally { sending -= 1; read(); }
+    } catch { /* The next press of Generate takes the rows along anyway. */ } finally { sending = false; }
+    const next = later;
+    later = null;
+    if (next) send(next.moved); else read();
   };
-  let timer = 0;
-  const changed = (moved, wait) => { clearTimeout(timer); timer = setTimeout(() => send(moved), wait); };
+  let timer = null;
+  const changed = (moved, wait) => { clearTimeout(timer); timer = setTimeout(() => { timer = null; send(moved); }, wait); };
 
   const read = () => {
     const place = one("#preview-base-note");
-    if (!place || !one("#loras") || sending || (place.dataset.mark === mark && one("#loras").dataset.ready)) return;
+    if (!place || !one("#loras") || sending || timer || (place.dataset.mark === mark && one("#loras").dataset.ready)) return;
     let data;
     try { data = JSON.parse(place.dataset.loras); } catch { return; }
-    const fresh = data.project !== project || data.rev > rev || (data.rev === 0 && rev <= 0) || !one("#loras").dataset.ready;
+    // A longer list of files, or rows that follow the newest run until somebody changes them, can wait while a hand is
+    // at work in them.
+    const held = document.activeElement?.matches("#loras select, #loras input");
+    const followed = data.rev === 0 && rev <= 0 && JSON.stringify([data.rows, data.apart]) !== JSON.stringify([rows, apart]);
     const listed = JSON.stringify(data.groups) !== JSON.stringify(groups);
-    mark = place.dataset.mark;
-    groups = data.groups;
-    if (fresh) ({ rows, apart, rev, project } = data);
-    // A longer list of files can wait until the one that is open is closed.
-    if (fresh || (listed && !document.activeElement?.matches("#loras select, #loras input"))) show();
-    else if (listed) mark = "";
+    const fresh = data.project !== project || data.rev > rev || !one("#loras").dataset.ready;
+    mark = fresh || !held ? place.dataset.mark : "";
+    if (fresh || (followed && !held)) ({ rows, apart, rev, project } = data);
+    if (fresh || ((followed || listed) && !held)) { groups = data.groups; show(); }
   };
 
   document.addEventListener("input", (event) => {

@@ -32,6 +32,8 @@
   const open = async () => {
     const dialog = one("#projects");
     say("");
+    // The list of the last time would be replaced under a hand that is at work in it.
+    one("#projects-list").replaceChildren();
     dialog.showModal();
     try { show(await (await fetch("/easel/projects")).json()); } catch { say("The window does not answer."); }
   };

@@ -178,9 +178,12 @@
   // ---- one listener a kind of event -------------------------------------------------------------------------------------------
   const act = async (target, path, body) => {
     if (target.dataset.confirm && !await ask(target.dataset.confirm, target.textContent.trim())) return;
+    const focused = document.activeElement === target;
     target.disabled = true;
     await post(path, body);
     target.disabled = false;
+    // What is disabled loses the keyboard's focus.
+    if (focused && document.activeElement === document.body) target.focus();
     press("refresh");
   };
   document.addEventListener("click", (event) => {
@@ -189,7 +192,8 @@
     const data = target.dataset;
     if (data.runDo) act(target, "run", { do: data.runDo, run: "" });
     else if (data.post) act(target, data.post, JSON.parse(data.body));
-    else if (data.showPreview) post("run", { do: "see", run: data.showPreview });
+    // The tab asks, when it opens, what somebody wants to see: that has to be known by then.
+    else if (data.showPreview) post("run", { do: "see", run: data.showPreview }).then(() => window.easel.openTab("Preview"));
     else if (data.large !== undefined && !event.ctrlKey && !event.metaKey) { event.preventDefault(); enlarge(target); }
     else if (target.id === "tell-end") bell.toggle();
     else if (target.id === "quit") quit();
@@ -253,10 +257,5 @@
       if (place && place.title !== title) place.title = title;
     }
   };
-  let asked = false;
-  new MutationObserver(() => {
-    if (asked) return;
-    asked = true;
-    requestAnimationFrame(() => { asked = false; settle(); });
-  }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-run-state", "points", "disabled", "open"] });
+  window.easel.whenChanged(settle, ["data-run-state", "points", "disabled", "open"]);
 })();

@@ -5,16 +5,69 @@
   const one = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const post = async (path, body, options = {}) => {
+    // Names of pictures are the project's: a page that another page has left behind must not change the other's.
+    const project = window.easel.project === undefined ? {} : { "X-Easel-Project": encodeURIComponent(window.easel.project) };
     const answer = await fetch(`/easel/${path}`, {
-      method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), ...options,
+      method: "POST", headers: { "Content-Type": "application/json", ...project }, body: JSON.stringify(body), ...options,
     });
     if (!answer.ok) throw new Error(await answer.text());
     return answer.json();
   };
   const press = (id) => document.getElementById(id)?.click();
   const openTab = (name) => all("[role=tab]").find((tab) => tab.textContent.trim() === name)?.click();
+  const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+  // Calls `look` until it says that there is nothing more to wait for. Who asks while it is at it gets at least one
+  // look that begins after that: an answer on its way may be of the time before.
+  const follower = (look, pause) => {
+    let running = false, again = false;
+    return async () => {
+      again = true;
+      if (running) return;
+      running = true;
+      try {
+        while (again) {
+          again = false;
+          if (await look()) { again = true; await later(pause); }
+        }
+      } finally { running = false; }
+    };
+  };
+
+  // Calls `settle` once the page has changed: with the next frame, or a little later where nobody looks at the page,
+  // which then gets no frames, and whose title and notifications are all that tells how a run is.
+  const whenChanged = (settle, attributeFilter) => {
+    let asked = false;
+    const now = () => { if (asked) { asked = false; settle(); } };
+    new MutationObserver(() => {
+      if (asked) return;
+      asked = true;
+      requestAnimationFrame(now);
+      setTimeout(now, 250);
+    }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter });
+  };
+
+  // The keyboard's focus stays where `draw` replaces the nodes in `place`: with the same control, or with its neighbour.
+  const refocus = (place, draw) => {
+    const controls = () => all("button, input, select, textarea, summary, a[href]", place);
+    const nameOf = (node) => [node.tagName, node.id, node.getAttribute("aria-label"), ...Object.entries(node.dataset)].join();
+    const focused = place.contains(document.activeElement) && document.activeElement;
+    const at = controls().indexOf(focused), name = focused && nameOf(focused);
+    draw();
+    if (at < 0 || document.activeElement === focused) return;
+    const now = controls(), same = now.filter((node) => nameOf(node) === name);
+    (same.includes(now[at]) ? now[at] : same[0] ?? now[Math.min(at, now.length - 1)])?.focus({ preventScroll: true });
+  };
+  // Puts `nodes` into `place` only where they say something else than what is there: a click that has begun on a node
+  // ends on it.
+  const redraw = (place, ...nodes) => {
+    const made = place.cloneNode();
+    made.append(...nodes);
+    if (made.innerHTML !== place.innerHTML) refocus(place, () => place.replaceChildren(...made.childNodes));
+  };
+
   // What the other scripts use; `settling` is called whenever pieces of the page may have been replaced.
-  window.easel = { openTab, one, all, post, press, settling: [] };
+  window.easel = { openTab, one, all, post, press, later, follower, whenChanged, refocus, redraw, settling: [] };
 
   // ---- one listener a kind of event -----------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
@@ -23,7 +76,6 @@
     const data = target.dataset;
     if (data.press) press(data.press);
     else if (data.tab) openTab(data.tab);
-    else if (data.showPreview !== undefined) openTab("Preview");
     else if (data.runShow) post("run", { do: "show", run: data.runShow }).then(() => press("refresh"));
     else if (data.runResume) post("run", { do: "resume", run: data.runResume }).then(() => press("refresh"));
     else if (data.copy !== undefined) navigator.clipboard.writeText(data.copy).then(() => { target.textContent = "Copied"; });
@@ -44,12 +96,7 @@
       if (button.title !== why) button.title = why;
     }
   };
-  let asked = false;
-  new MutationObserver(() => {
-    if (asked) return;
-    asked = true;
-    requestAnimationFrame(() => { asked = false; settle(); });
-  }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-page-title", "data-mark", "data-meter", "data-project", "disabled"] });
+  whenChanged(settle, ["data-page-title", "data-mark", "data-meter", "data-project", "disabled"]);
 
   const theme = localStorage.getItem("easel-theme");
   if (theme) document.body.classList.toggle("dark", theme === "dark");

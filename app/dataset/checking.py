@@ -88,6 +88,10 @@ class Checker:
             rows = {key: [_shown(row, aim.folder) for row in found[key]] for key in LISTS}
             state = {"state": "done", **rows}
         except _Away:
+            with self._lock:
+                # Another project was opened; its page would follow this one for ever.
+                if self._aim is aim:
+                    self._aim, self._state = None, {"state": "idle"}
             return
         except (LoraError, OSError) as error:
             state = {"state": "failed", "problem": str(error)}

@@ -10,7 +10,7 @@ from app.desk import Desk
 from app.export.copying import Copied
 from app.export.works_in import path_line
 from app.moment import Moment
-from app.parts import QUIET, Parts, piece
+from app.parts import TYPING, Parts, piece
 from app.words import safe
 from lora_core.spec.errors import RunError
 
@@ -40,7 +40,7 @@ def build_copy(parts: Parts, ready: Callable[[Moment], bool]) -> dict[str, Any]:
     parts.live(made["folder"], lambda m: _folders(desk))
     parts.live(made["copy"], lambda m: gr.update(interactive=ready(m)))
     chosen = made["folder"].input(
-        lambda folder: desk.project.keep(copy_to=folder or ""), made["folder"], None, **QUIET
+        lambda folder: desk.project.keep(copy_to=folder or ""), made["folder"], None, **TYPING
     )
     parts.action(chosen)
     return made

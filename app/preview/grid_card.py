@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from app.moment import Moment, moment_of
-from app.parts import QUIET, Parts, piece
+from app.parts import QUIET, TYPING, Parts, piece
 from app.preview.form import kept_fields, lora_rows, rows_sent, shot_of
 from app.preview.loras import found_loras, lora_groups, owner, run_loras
 from app.preview.stage import grid_block
@@ -83,9 +83,9 @@ def _wire(parts: Parts, fields: dict[str, Any], rows_box: Any, own: tuple[list[A
         return ""
 
     for start, kind, values in (("rows", *axes[:2]), ("columns", *axes[2:])):
-        chosen = kind.input(functools.partial(kind_chosen, start), kind, values, **QUIET)
+        chosen = kind.input(functools.partial(kind_chosen, start), kind, values, **TYPING)
         chosen.then(typed, axes, None, **QUIET)
-        values.input(typed, axes, None, **QUIET)
+        values.input(typed, axes, None, **TYPING)
     flushed = "(...values) => [...values.slice(0, -1), window.easel.loraRows()]"
     parts.action(draw.click(drawn, [*axes, *fields.values(), rows_box], note, js=flushed, **QUIET))
 

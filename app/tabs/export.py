@@ -16,7 +16,7 @@ from app.export.report_card import FRAME, STATE, report_card
 from app.export.works_in import checkpoint_cards, works_in, written_line
 from app.jobs import Watch
 from app.moment import Moment, moment_of
-from app.parts import QUIET, Parts, piece
+from app.parts import QUIET, TYPING, Parts, piece
 from app.preview.loras import checkpoint_choices
 from app.train.bases import chosen_base
 from lora_core.spec.choices import FORMATS
@@ -73,8 +73,8 @@ def _form(parts: Parts) -> dict[str, Any]:
     parts.live(made["checkpoint"], chosen.checkpoints)
     parts.live(made["name"], chosen.name)
     parts.live(cards, lambda m: checkpoint_cards(m, chosen.watch(m), chosen.checkpoint(m)))
-    parts.action(made["run"].input(chosen.choose_run, made["run"], None, **QUIET))
-    parts.action(made["checkpoint"].input(chosen.choose_checkpoint, made["checkpoint"], None, **QUIET))
+    parts.action(made["run"].input(chosen.choose_run, made["run"], None, **TYPING))
+    parts.action(made["checkpoint"].input(chosen.choose_checkpoint, made["checkpoint"], None, **TYPING))
     return made
 
 

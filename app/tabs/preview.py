@@ -166,7 +166,7 @@ def _wire(parts: Parts, fields: dict[str, Any], rows_box: Any, draw: Any) -> Non
     parts.action(draw.click(generate, [*every, rows_box], None, js=WITH_ROWS, **TYPING))
     named = gr.Textbox(visible="hidden", elem_id="put-back-name")
     back = gr.Button("Put its settings back", elem_id="put-back", visible="hidden")
-    parts.action(back.click(put_back, named, every, js="() => [window.easel.putBack]", **QUIET))
+    parts.action(back.click(put_back, named, every, js="() => [window.easel.putBack]", **TYPING))
     fill = gr.Button("Fill in again", elem_id="preview-fill", visible="hidden")
     parts.action(fill.click(lambda: _filled(parts), None, every, **QUIET))
 

@@ -8,7 +8,7 @@ import gradio as gr
 
 from app.desk import Desk
 from app.moment import Moment
-from app.parts import QUIET, Parts, piece
+from app.parts import TYPING, Parts, piece
 from app.projects.project import DEMO
 from app.train.bases import EMBEDDED, base_choices, chosen_base
 from app.train.facts import base_note
@@ -99,7 +99,7 @@ def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, se
         return [shown_note, shown_level, page, *(fresh.get(name, gr.skip()) for name in FORM)]
 
     inputs, outputs = [seen, *fields], [note, level, seen, *fields]
-    parts.action(widgets["model.base"].input(chosen, inputs, outputs, **QUIET))
+    parts.action(widgets["model.base"].input(chosen, inputs, outputs, **TYPING))
 
 
 def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:

@@ -120,7 +120,7 @@ class TrainForm:
         choices = [self.widgets["model.base"], self.goal, self.level]
         filled = [self.seen, *self.fields]
         for chosen in (self.goal, self.level):
-            parts.action(chosen.input(left_or_chosen, choices, filled, **QUIET))
+            parts.action(chosen.input(left_or_chosen, choices, filled, **TYPING))
         reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")
         parts.action(reset.click(preset_chosen, choices, filled, **QUIET))
         for group in FOLDED:

@@ -160,6 +160,7 @@ def page(new_page, window: Window):
     made = new_page()
     made.goto(window.address)
     made.wait_for_selector("#dataset-drop")
+    made.wait_for_selector("html[data-ready]")
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.test_main_path import open_tab
+from tests.browser.pages import frames, open_tab
 
 
 @pytest.mark.own_window
@@ -21,6 +21,7 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     assert [one["base"] for one in kept.values()] == ["demo"]
 
     page.click("#telling button:has-text('When a run ends')")
+    frames(page)
     field = page.locator("#tell-whom input, #tell-whom textarea")
     field.fill("say 'hello")
     page.click("#tell-save")
@@ -36,7 +37,10 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     page.reload()
     open_tab(page, "Train")
     page.click("#telling button:has-text('When a run ends')")
-    page.wait_for_function("document.querySelector('#tell-whom input, #tell-whom textarea').value.length > 9")
+    frames(page)
+    page.wait_for_function(
+        "document.querySelector('#tell-whom input, #tell-whom textarea')?.value.length > 9"
+    )
     assert field.input_value() == command
 
     page.set_viewport_size({"width": 390, "height": 800})

@@ -58,7 +58,7 @@ def test_a_folder_with_sub_folders_is_dropped_on_the_page(
     assert "3 repeats" in page.inner_text("#picture-facts")
     page.wait_for_selector(".sentences >> text=notes.pdf is neither a picture")
     page.click("#dataset-grid [data-picture='phone.heic']")
-    page.wait_for_function("document.querySelector('#picture-big img').naturalWidth == 160")
+    page.wait_for_function("document.querySelector('#picture-big img')?.naturalWidth == 160")
 
 
 def _heic() -> bytes:
@@ -94,7 +94,7 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     page.press(area, "Control+z")
     page.wait_for_selector("#caption-state[data-state=saved]")
     # The other page shows it, as text.
-    other.wait_for_function("easel.shelf().pictures[0].caption.includes('{{7*7}}')", timeout=30_000)
+    other.wait_for_function("easel.shelf().pictures[0].caption.includes('{{7*7}}')")
     other.click("#dataset-grid [data-picture='ball 0 é.png']")
     assert other.input_value(area) == HOSTILE
     assert "broken in" not in (page.title(), other.title())
@@ -244,14 +244,15 @@ def test_a_thousand_pictures(page, window: Any, thousand: Path, record_property:
     page.on(
         "requestfinished", lambda r: spent.append(_waited(r)) if r.url.endswith("/easel/caption") else None
     )
-    for index in range(5):
+    for index in range(11):
         page.fill("#caption textarea", f"a new caption, {index}")
         page.wait_for_selector("#caption-state[data-state=saved]")
         page.press("#caption textarea", "PageDown")
-    assert len(spent) == 5
+    while len(spent) < 11:
+        page.wait_for_event("requestfinished")
     record_property("captions, milliseconds", spent)
     # The middle one: other work on the machine may hold up a single answer.
-    assert sorted(spent)[2] < 100
+    assert sorted(spent)[5] < 100
     memory = process.memory_info().rss
     record_property("memory, bytes", memory)
     assert memory < 400e6

@@ -54,7 +54,7 @@ def test_what_will_be_learned(page, window: Window) -> None:
     page.click("[data-learned-word=grapes]")
     page.wait_for_function("document.querySelectorAll('#dataset-grid .thumb:not([hidden])').length == 2")
     page.fill("#dataset-search", "")
-    page.wait_for_function("document.querySelector('#picture-facts').textContent.includes('% of the steps')")
+    page.wait_for_function("document.querySelector('#picture-facts')?.textContent.includes('% of the steps')")
 
     # The base names both swapped captions; each row leads to its picture.
     page.click("#captions-start:enabled")
@@ -93,6 +93,6 @@ def test_what_will_be_learned(page, window: Window) -> None:
         page.click("[data-theme-switch]")
     word = page.get_attribute("#trigger-found .word >> nth=0", "data-trigger-word")
     page.click("#trigger-found .word >> nth=0")
-    page.wait_for_function(f"document.querySelector('#dataset-mark').dataset.trigger == '{word}'")
+    page.wait_for_function(f"document.querySelector('#dataset-mark')?.dataset.trigger == '{word}'")
     page.click("#trigger-close")
     assert page.locator("#trigger-words").is_hidden()

@@ -11,8 +11,8 @@ import pytest
 from app.desk import Desk
 from lora_core.spec import events
 from tests.app.runs import make_run, started, step
+from tests.browser.pages import frames, loaded_anew, open_tab
 from tests.browser.test_dataset import pictures_in, take
-from tests.browser.test_main_path import open_tab
 from tests.browser.windows import Window
 
 HOSTILE = (
@@ -89,7 +89,8 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     page.click("#project-picker")
     title = HOSTILE[:70]
     page.fill("#project-new input", title)
-    page.press("#project-new input", "Enter")
+    with loaded_anew(page):
+        page.press("#project-new input", "Enter")
     page.wait_for_function(
         "title => document.querySelector('#project-picker')?.textContent.trim() === title", arg=title
     )
@@ -131,6 +132,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
 
     file = lora(tmp_path / NAME.replace("\n", " ").replace(".png", ".safetensors"))
     page.get_by_text("Train like a LoRA file").click()
+    frames(page)
     page.set_input_files("#like-file", str(file))
     page.wait_for_selector("#like-said, #like-note .problem")
     open_tab(page, "Preview")
@@ -155,7 +157,8 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     assert page.input_value("#prompt textarea") == f"{HOSTILE}\n{LONG}"
     open_tab(page, "Dataset")
     page.click("#project-picker")
-    page.get_by_role("button", name="Open My pictures", exact=True).click()
+    with loaded_anew(page):
+        page.get_by_role("button", name="Open My pictures", exact=True).click()
     page.wait_for_function("document.querySelector('#project-picker')?.textContent.trim() === 'My pictures'")
     open_tab(page, "Train")
     page.wait_for_selector("#run-status[data-state=failed]")

@@ -4,8 +4,8 @@ would."""
 from pathlib import Path
 from typing import Any
 
+from tests.browser.pages import open_tab
 from tests.browser.test_axe import violations
-from tests.browser.test_main_path import open_tab
 
 
 def ready(page: Any) -> None:
@@ -15,8 +15,8 @@ def ready(page: Any) -> None:
 
 def done(page: Any, words: str) -> str:
     page.wait_for_function(
-        "words => document.querySelector('#inside-state').dataset.state !== 'working' &&"
-        " document.querySelector('#inside-answer').innerText.includes(words)",
+        "words => document.querySelector('#inside-state')?.dataset.state !== 'working' &&"
+        " document.querySelector('#inside-answer')?.innerText.includes(words)",
         arg=words,
     )
     return str(page.inner_text("#inside-answer"))
@@ -88,7 +88,7 @@ def test_a_file_is_looked_into_and_made_smaller(look: Any, trained: Any) -> None
     page.click("#inside-answer [data-inside-go-on]")
     page.wait_for_selector("#tabs [role=tab][aria-selected=true]:has-text('Train')")
     # The form says it, and the command that it stands for.
-    page.wait_for_function("document.querySelector('#command pre').textContent.includes('adapter.init=')")
+    page.wait_for_function("document.querySelector('#command pre')?.textContent.includes('adapter.init=')")
     assert "-rank2" in str(page.text_content("#command pre"))
 
 
@@ -124,7 +124,7 @@ def test_a_report_opens_anywhere(look: Any, trained: Any, browser: Any, tmp_path
     ready(page)
     page.uncheck("#report-measure")
     page.click("#report-make:enabled")
-    page.wait_for_selector("#report-open")
+    page.wait_for_selector("#report-state[data-state=done]")
     address = page.get_attribute("#report-open", "href")
     with page.expect_download() as started:
         page.click("#report-download")

@@ -9,29 +9,17 @@ from typing import Any
 
 import pytest
 
+from tests.browser.pages import open_tab, set_steps, state_is
+
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} 😀"
 
 # Rough samples and little measuring, as neither is looked at here.
 QUICK = {"values": {"preview.steps": 2, "validation.prior": 1}}
 
 
-def open_tab(page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
-
-
-def state_is(page, *states: str) -> None:
-    listed = ", ".join(f"#run-status[data-state={state}]" for state in states)
-    page.wait_for_selector(listed)
-
-
 def train(page, steps: int) -> None:
     open_tab(page, "Train")
-    page.fill("#steps input", str(steps))
-    page.press("#steps input", "Tab")
-    # The form is kept as it is typed; the fact shows that it has arrived.
-    page.wait_for_function(
-        f"document.querySelector('#command pre').textContent.includes('train.steps={steps}')"
-    )
+    set_steps(page, steps)
     page.click("#start")
 
 

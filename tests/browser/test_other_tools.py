@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.browser.test_main_path import drop, open_tab
+from tests.browser.pages import open_tab
+from tests.browser.test_main_path import drop
 
 
 def choose_base(page, words: str) -> None:
@@ -23,7 +24,7 @@ def test_bases_of_other_tools_are_offered_and_described(page: Any, tmp_path: Pat
     page.wait_for_selector("li:has-text('my xl base')")
     page.keyboard.press("Enter")
     page.wait_for_selector("#base-note:has-text('Stable Diffusion XL, trained at 1024 px')")
-    page.wait_for_function("document.querySelector('#resolution input').value.startsWith('1024')")
+    page.wait_for_function("document.querySelector('#resolution input')?.value.startsWith('1024')")
     assert page.locator("#model-prediction input").count() == 0 or not page.is_visible(
         "#model-prediction input"
     )
@@ -46,7 +47,7 @@ def test_bases_of_other_tools_are_offered_and_described(page: Any, tmp_path: Pat
 def test_an_export_goes_into_another_tool_s_folder(home: Path, look: Any, trained: Any) -> None:
     page = look()
     open_tab(page, "Export")
-    page.wait_for_function("document.querySelector('#copy-folder input').value.includes('ComfyUI')")
+    page.wait_for_function("document.querySelector('#copy-folder input')?.value.includes('ComfyUI')")
     page.fill("#export-name input, #export-name textarea", "my style")
     loras = home / "ComfyUI" / "models" / "loras"
     (loras / "my style.safetensors").write_bytes(b"another file")

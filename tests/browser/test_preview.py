@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.browser.test_main_path import drop, open_tab
+from tests.browser.pages import open_tab
+from tests.browser.test_main_path import drop
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} \u202e😀"
 
@@ -83,8 +84,8 @@ def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> Non
     page.wait_for_function("document.querySelectorAll('#history .cell').length == 4")
     page.fill("#prompt textarea", "something else")
     page.locator("#history [data-put-back]").last.click()
-    page.wait_for_function(f"document.querySelector('#prompt textarea').value === {HOSTILE!r}")
-    page.wait_for_function("document.querySelector('#strength input[type=range]').value === '1'")
+    page.wait_for_function(f"document.querySelector('#prompt textarea')?.value === {HOSTILE!r}")
+    page.wait_for_function("document.querySelector('#strength input[type=range]')?.value === '1'")
     page.wait_for_selector("#compare[data-strength='1.00']")
     thrown = len(list((window.workspace / ".trash").glob("*")))
     page.locator("#history .cell").first.hover()
@@ -134,11 +135,11 @@ def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_p
     page.wait_for_selector("#preview-state:has-text('of 200 steps')")
     page.click("#cancel-drawing")
     page.wait_for_selector("#preview-state[data-state=idle]:has-text('Cancelled')")
-    page.wait_for_function("document.querySelector('#compare img.look').hidden")
+    page.wait_for_function("document.querySelector('#compare img.look')?.hidden")
 
     drop(page, sheet)
     page.wait_for_selector("#preview-report td:has-text('an owl')")
     page.click("text=Send to form")
-    page.wait_for_function("document.querySelector('#prompt textarea').value === 'an owl'")
+    page.wait_for_function("document.querySelector('#prompt textarea')?.value === 'an owl'")
     page.wait_for_function("document.querySelector('#seed input').value !== '-1'")
     assert page.input_value("#sampler-steps input") == "4"

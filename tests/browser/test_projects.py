@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser.pages import loaded_anew
 from tests.browser.test_dataset import pictures_in, take
 
 NAME = "Dog <img src=x onerror=\"document.title='broken in'\"> 😀"
@@ -13,7 +14,8 @@ NAME = "Dog <img src=x onerror=\"document.title='broken in'\"> 😀"
 def make(page, title: str) -> None:
     page.click("#project-picker")
     page.fill("#project-new input", title)
-    page.press("#project-new input", "Enter")
+    with loaded_anew(page):
+        page.press("#project-new input", "Enter")
     page.wait_for_function(
         "title => document.querySelector('#project-picker')?.textContent.trim() === title", arg=title
     )
@@ -22,7 +24,8 @@ def make(page, title: str) -> None:
 
 def open_project(page, title: str) -> None:
     page.click("#project-picker")
-    page.get_by_role("button", name=f"Open {title}", exact=True).click()
+    with loaded_anew(page):
+        page.get_by_role("button", name=f"Open {title}", exact=True).click()
     page.wait_for_function(
         "title => document.querySelector('#project-picker')?.textContent.trim() === title", arg=title
     )
@@ -38,6 +41,8 @@ def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path
     other = new_page()
     other.goto(window.address)
     pictures_in(other, 6)
+    # What it has asked for by then is there; of another project it would be no more.
+    other.wait_for_function("[...document.querySelectorAll('.thumb img')].every(one => one.naturalWidth)")
 
     make(page, NAME)
     page.wait_for_selector("#grid-empty >> text=No pictures yet")
@@ -49,7 +54,7 @@ def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path
 
     open_project(page, "My pictures")
     pictures_in(page, 6)
-    page.wait_for_function("document.querySelector('#trigger :is(input, textarea)').value === 'sks ball'")
+    page.wait_for_function("document.querySelector('#trigger :is(input, textarea)')?.value === 'sks ball'")
 
     page.click("#project-picker")
     page.get_by_role("button", name=f"Rename {NAME}", exact=True).click()

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 
 from app.preview.loras import ADDED
-from tests.browser.test_main_path import open_tab
+from tests.browser.pages import open_tab
 
 TABS = ("Dataset", "Train", "Preview", "Export")
 IDLE_SECONDS = 7

@@ -59,7 +59,7 @@ class Window:
     def stop(self, how: signal.Signals = signal.SIGINT) -> int:
         assert self.process is not None
         self.process.send_signal(how)
-        code = self.process.wait(20)
+        code = self.process.wait(60)
         if self.process.stdout is not None:
             self.process.stdout.close()
         return code
@@ -74,7 +74,7 @@ class Window:
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(asked) as answer:
-            assert answer.status == 200
+            assert "problem" not in json.load(answer)
 
     def runs(self) -> list[Path]:
         """The folders of the open project's runs."""

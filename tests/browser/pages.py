@@ -1,0 +1,44 @@
+"""What the browser's tests do with a page: open its tabs, steer its form, follow its run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def frames(page) -> None:
+    """Wait until what was just unfolded is drawn. Gradio puts a field's value in a frame after the field, so
+    that what is typed before would be overwritten."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def open_tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+    frames(page)
+
+
+def find_setting(page, words: str, field: str) -> None:
+    """Search the form, which unfolds the group of the setting at `field`."""
+    page.fill("#find-setting input, #find-setting textarea", words)
+    page.wait_for_selector(field)
+    frames(page)
+
+
+def state_is(page, *states: str) -> None:
+    page.wait_for_selector(", ".join(f"#run-status[data-state={state}]" for state in states))
+
+
+def set_steps(page, steps: int) -> None:
+    page.fill("#steps input", str(steps))
+    page.press("#steps input", "Tab")
+    # The form is kept as it is typed; the command shows that it has arrived.
+    page.wait_for_function(
+        f"document.querySelector('#command pre')?.textContent.includes('train.steps={steps}')"
+    )
+
+
+@contextmanager
+def loaded_anew(page) -> Iterator[None]:
+    """What is done within ends in a new load of the page, which is waited for: the old one may know of it
+    before it goes."""
+    page.evaluate("window.old = true")
+    yield
+    page.wait_for_function("!window.old && document.documentElement.dataset.ready")
