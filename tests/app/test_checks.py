@@ -1,11 +1,13 @@
 """Problems before Start: looked up in the background, all at once when Start is pressed."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.dataset import checking
 from app.desk import Desk
 from app.moment import moment_of
 from app.parts import Parts
@@ -93,3 +95,25 @@ def test_a_check_that_breaks_is_a_note(
     monkeypatch.setattr(checks, "preflight", broken)
     assert "the drive is gone" in wait_for(lambda: _notes(desk))[0]
     assert unfit(moment_of(desk)) == []
+
+
+def test_a_look_that_another_project_cuts_off_is_not_at_work_for_ever(
+    desk: Desk, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    whole = checking.audit
+
+    def slow(dataset: Any, training: Any, said: Any, looks: Any) -> Any:
+        go_on.wait(60)
+        return whole(dataset, training, said, looks)
+
+    monkeypatch.setattr(checking, "audit", slow)
+    first = desk.project.path.name
+    desk.checker.start()
+    assert desk.checker.state()["state"] == "working"
+    desk.projects.new("another")
+    go_on.set()
+    wait_for(lambda: desk.checker.state()["state"] == "idle")
+    desk.projects.open(first)
+    desk.checker.start()
+    wait_for(lambda: desk.checker.state()["state"] == "done")

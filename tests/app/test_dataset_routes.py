@@ -266,3 +266,21 @@ def test_the_demo_stays_as_it_is(client: TestClient, desk: Desk, path: str) -> N
     desk.project.keep(dataset="demo")
     name = shelf(client)[0]["name"]
     assert "demo" in client.post(f"/easel/{path}", json={"pictures": [name], "on": True}).json()["problem"]
+
+
+def test_a_page_of_another_project_changes_nothing(client: TestClient, desk: Desk) -> None:
+    imported(client, {"a.png": png(), "a.txt": b"of this project"})
+    caption = desk.project.dataset_folder / "a.txt"
+    left_behind = {"X-Easel-Project": "an%20older%20one"}
+    for path, sent in (
+        ("caption", {"picture": "a.png", "text": "?"}),
+        ("leave-out", {"pictures": ["a.png"]}),
+    ):
+        answer = client.post(f"/easel/{path}", json=sent, headers=left_behind)
+        assert "another project" in answer.json()["problem"]
+    assert caption.read_text() == "of this project"
+    here = {"X-Easel-Project": desk.project.path.name}
+    assert client.post("/easel/caption", json={"picture": "a.png", "text": "mine"}, headers=here).json()[
+        "saved"
+    ]
+    assert caption.read_text() == "mine"

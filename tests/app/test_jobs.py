@@ -1,14 +1,16 @@
 """Runs as the window sees them: written by hand here as a trainer would write them."""
 
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from app import header
+from app import jobs as jobs_module
 from app.desk import Desk
-from app.jobs import Jobs
+from app.jobs import LIVE, Jobs
 from app.moment import moment_of
 from app.preview.loras import checkpoint_choices, found_loras
 from app.train import cards
@@ -16,6 +18,7 @@ from app.train.facts import blockers, facts
 from app.train.run_list import earlier, queue_card
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
+from lora_core.spec.crash import Exit, Watched
 from lora_core.spec.errors import RunError
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 
@@ -57,8 +60,33 @@ def test_a_process_that_ends_without_a_word_has_failed(desk: Desk) -> None:
     assert watch.started_here is not None
     assert jobs.state(watch) in ("preparing", "failed")
     watch.started_here.wait(60)
+    assert watch.attendant is not None
+    watch.attendant.join(60)
     assert jobs.state(watch) == "failed"
     assert "the disk is full" in watch.reason()
+
+
+def test_no_wrong_reason_is_told_while_it_is_written_down(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+    ended = jobs_module.Watched.ended
+
+    def late(self: Watched, code: int) -> Exit:
+        told.wait(60)
+        return ended(self, code)
+
+    monkeypatch.setattr(jobs_module.Watched, "ended", late)
+    jobs = Jobs(desk.workspace, (sys.executable, "-c", "import time; time.sleep(60)"))
+    watch = jobs.watch(jobs.start(RunConfig().changed({"name": "killed"})))
+    assert watch.started_here is not None
+    assert watch.attendant is not None
+    watch.started_here.kill()
+    watch.started_here.wait(60)
+    assert jobs.state(watch) == "preparing"
+    told.set()
+    watch.attendant.join(60)
+    assert jobs.state(watch) not in LIVE
 
 
 CHANGED = events.Failed(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.app.bases import checkpoint
+from tests.browser.pages import PATIENCE_SECONDS
 from tests.browser.windows import Spares, Window, close, end_runs
 
 CHROMIUM = next(
@@ -28,7 +29,7 @@ SHORT = {"train.steps": 4, "train.batch_size": 2, "preview.steps": 2, "validatio
 DEMO = {"dataset": "demo", "level": "demo", "goal": "style"}
 SHORT_DEMO = {**DEMO, "values": SHORT}
 # Two cores may be shared with other work; a test that waits is better than one that fails.
-PATIENCE = 180_000
+PATIENCE = 1000 * PATIENCE_SECONDS
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,24 @@
 """What the browser's tests do with a page: open its tabs, steer its form, follow its run."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+PATIENCE_SECONDS = 180
 
 
 def frames(page) -> None:
     """Wait until what was just unfolded is drawn. Gradio puts a field's value in a frame after the field, so
     that what is typed before would be overwritten."""
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def until(page, holds: Callable[[], object]) -> None:
+    """Wait for something that the page alone cannot tell."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < PATIENCE_SECONDS, "it never came"
+        page.wait_for_timeout(20)
 
 
 def open_tab(page, name: str) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from tests.browser.pages import until
 from tests.browser.test_states import assert_idle
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} \u202eabc 😀"
@@ -248,8 +249,7 @@ def test_a_thousand_pictures(page, window: Any, thousand: Path, record_property:
         page.fill("#caption textarea", f"a new caption, {index}")
         page.wait_for_selector("#caption-state[data-state=saved]")
         page.press("#caption textarea", "PageDown")
-    while len(spent) < 11:
-        page.wait_for_event("requestfinished")
+    until(page, lambda: len(spent) == 11)
     record_property("captions, milliseconds", spent)
     # The middle one: other work on the machine may hold up a single answer.
     assert sorted(spent)[5] < 100

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import state_is
+from tests.browser.pages import frames, state_is
 
 MOST_STOPS = 120
 # Where the keyboard is must look different from where it is not: the thing itself, or what it stands in.
@@ -62,6 +62,12 @@ def test_from_the_first_page_to_a_run_and_out_of_it(page: Any, window: Any) -> N
     page.focus("#start")
     page.keyboard.press("Enter")
     state_is(page, "running")
+    # What was pressed is off for a moment, which takes the focus away; the next key goes on from there.
+    page.focus("#save-now")
+    page.keyboard.press("Space")
+    page.wait_for_selector("#save-now:enabled")
+    frames(page)
+    assert page.evaluate("document.activeElement.id") == "save-now"
     unseen += tab_to(page, "#stop", "Shift+Tab")
     page.keyboard.press("Space")
     state_is(page, "stopped")

@@ -1,0 +1,122 @@
+"""What a person does while an answer is on its way: nothing typed is lost, nothing is done twice, and an
+answer of the time before does not count."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import DEMO
+from tests.browser.pages import open_tab, state_is, until
+from tests.browser.test_dataset import names, pictures_in, stored, take
+from tests.browser.windows import Window
+
+AREA = "#caption textarea"
+
+
+@contextmanager
+def held_back(page: Any, path: str, method: str = "GET") -> Iterator[list[Any]]:
+    """The server answers at once, but the page gets the first such answer only at the end of the block."""
+    held: list[Any] = []
+
+    def handle(route: Any) -> None:
+        if route.request.method != method or held:
+            route.continue_()
+            return
+        held.append((route, route.fetch()))
+
+    page.route(path, handle)
+    yield held
+    for route, answer in held:
+        route.fulfill(response=answer)
+    page.unroute(path)
+
+
+def test_an_older_list_of_pictures_does_not_take_back_what_was_typed(
+    page: Any, window: Window, pictures: list[Path]
+) -> None:
+    take(page, [*pictures, *(p.with_suffix(".txt") for p in pictures[1:])])
+    pictures_in(page, 6)
+    page.click("#dataset-grid [data-picture='ball 1 é.png']")
+    with held_back(page, "**/easel/dataset") as held:
+        page.evaluate("window.loaded = window.easel.load(), null")
+        until(page, lambda: held)
+        page.fill(AREA, "typed meanwhile")
+        page.wait_for_selector("#caption-state >> text=Saved")
+        # Not even until the list is asked for once more: somebody may be typing.
+        page.evaluate(
+            "area => { window.read = new Set(); setInterval(() => window.read.add(area.value), 1); }",
+            page.query_selector(AREA),
+        )
+    page.evaluate("window.loaded")
+    assert page.evaluate("[...window.read]") == ["typed meanwhile"]
+    assert page.evaluate("easel.shelf().pictures[1].caption") == "typed meanwhile"
+    assert (stored(window) / "ball 1 é.txt").read_text() == "typed meanwhile"
+
+
+def test_twice_pressed_is_done_once_and_each_delete_takes_its_own(
+    page: Any, window: Window, pictures: list[Path]
+) -> None:
+    take(page, [*pictures, *(p.with_suffix(".txt") for p in pictures[1:])])
+    pictures_in(page, 6)
+    page.click("#bulk > summary")
+    page.select_option("#bulk-do", "prepend")
+    page.fill("#bulk-put", "zwx, ")
+    page.wait_for_selector("#bulk-apply:enabled")
+    page.evaluate("['', ''].forEach(() => document.querySelector('#bulk-apply').click())")
+    page.wait_for_selector("#bulk-said >> text=captions changed")
+    page.evaluate("window.easel.load()")
+    assert page.evaluate("easel.shelf().pictures[1].caption").count("zwx") == 1
+
+    listed = names(page)
+    page.click(f"#dataset-grid [data-picture='{listed[1]}']")
+    for _ in range(3):
+        page.keyboard.press("Delete")
+    pictures_in(page, 3)
+    assert names(page) == [listed[0], *listed[4:]]
+    assert page.evaluate("document.activeElement.dataset.picture") == listed[4]
+
+
+@pytest.mark.parametrize("draft", [DEMO], ids=["demo"])
+def test_a_start_counts_although_an_older_answer_comes_after_it(page: Any, window: Window) -> None:
+    page.wait_for_selector("#dataset-grid [data-picture]")
+    with held_back(page, "**/easel/insights") as held:
+        page.click("#learned > summary")
+        until(page, lambda: held)
+        page.click("#captions-start")
+        page.wait_for_selector("[data-insight-cancel=captions]:visible")
+    page.wait_for_selector("#captions-found :is(.notes, .small)")
+    assert page.is_hidden("[data-insight-cancel=captions]")
+
+
+def test_rows_arrive_in_the_order_in_which_they_were_changed(page: Any, window: Window) -> None:
+    open_tab(page, "Preview")
+    page.wait_for_selector("#loras[data-ready]")
+    page.click("#add-lora")
+    page.wait_for_selector("#loras [data-row]")
+    sent: list[Any] = []
+    page.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/preview/rows") else None)
+    with held_back(page, "**/easel/preview/rows", "POST") as held:
+        page.fill("#strength input[type=number]", "0.3")
+        until(page, lambda: held)
+        for value in ("0.4", "0.5"):
+            page.fill("#strength input[type=number]", value)
+            page.wait_for_timeout(150)
+        assert [one["rows"][0]["strength"] for one in sent] == [0.3]
+    page.wait_for_function("document.querySelector('#strength input[type=number]').value === '0.5'")
+    until(page, lambda: len(sent) == 2)
+    assert [one["rows"][0]["strength"] for one in sent] == [0.3, 0.5]
+
+
+@pytest.mark.parametrize("draft", [{**DEMO, "values": {"train.steps": 4}}], ids=["demo"])
+def test_a_page_that_nobody_looks_at_tells_how_the_run_ended(page: Any, window: Window) -> None:
+    open_tab(page, "Train")
+    page.click("#start:enabled")
+    state_is(page, "preparing", "running")
+    # What a browser does for a page in the background: it gets no frames.
+    page.evaluate("window.requestAnimationFrame = () => 0")
+    page.wait_for_selector("#run-status[data-state=done]", state="attached")
+    until(page, lambda: page.title().startswith("Done"))
+    until(page, lambda: page.evaluate("easel.lastEnd?.endsWith('is done')"))
