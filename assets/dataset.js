@@ -337,7 +337,7 @@
         render();
       } while (again);
     })().catch((error) => {
-      say("error", error.message);
+      say("error", error instanceof TypeError ? "The window does not answer" : error.message);
       setTimeout(load, 3000);
     }).finally(() => { loading = null; });
     return loading;
