@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.__main__ import parser
-from lora_core.spec.processor import COMPUTES, GIVES_WAY, SLEEPS, SOON, VARIABLE
+from lora_core.spec.processor import AWHILE, COMPUTES, GIVES_WAY, SLEEPS, SOON, VARIABLE
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what Linux has")
 SAY = f"""
@@ -45,15 +45,19 @@ def start(tmp_path: Path):
 
 def test_one_at_a_time_may_spin(start) -> None:
     assert start(SLEEPS)[1] == SOON
-    assert start(GIVES_WAY)[1] == "its own"
+    assert start(GIVES_WAY)[1] == AWHILE
     first, how = start(COMPUTES)
-    assert how == "its own"
+    assert how == AWHILE
     assert start(COMPUTES)[1] == f"{SOON}, others compute"
-    assert start(GIVES_WAY)[1] == "its own, others compute"
+    assert start(GIVES_WAY)[1] == f"{AWHILE}, others compute"
     first.kill()
     first.wait()
-    assert start(GIVES_WAY)[1] == "its own"
-    assert start(COMPUTES, SOON)[1] == "its own", "what a parent of ours has set is no wish of a person"
+    assert start(GIVES_WAY)[1] == AWHILE
+    for parents in (SOON, AWHILE):
+        other, how = start(COMPUTES, parents)
+        assert how == AWHILE, "what a parent of ours has set is no wish of a person"
+        other.kill()
+        other.wait()
 
 
 def test_what_a_person_has_set_stays(start) -> None:
