@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from lora_core.spec.processor import AWHILE, VARIABLE
+
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
 
 # Before anything imports gradio or huggingface_hub, which read these once.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+# Before torch is imported: on a machine that has other work too, these threads wait like the trainer's.
+os.environ.setdefault(VARIABLE, AWHILE)
 
 
 @pytest.fixture(scope="session", autouse=True)
