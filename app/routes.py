@@ -53,6 +53,10 @@ class Refused(Exception):
     """A path that leaves its root or names nothing there."""
 
 
+class Gone(Exception):
+    """A picture that was left out, taken back or deleted since the page was told of it."""
+
+
 def below(root: Path, path: str, suffixes: set[str], also: Sequence[Path] = ()) -> Path:
     """The file at `path` below `root`.
 
@@ -87,6 +91,7 @@ def below(root: Path, path: str, suffixes: set[str], also: Sequence[Path] = ()) 
 def add_routes(app: FastAPI, desk: Desk) -> None:
     """Add the window's own routes to `app`."""
     app.exception_handler(Refused)(_refused)
+    app.exception_handler(Gone)(_gone)
     app.exception_handler(LoraError)(_problem)
 
     async def same_project(request: Request) -> None:
@@ -144,6 +149,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     return PlainTextResponse("There is no such file here.", status_code=404)
 
 
+async def _gone(request: Request, error: Exception) -> Response:
+    # The page is about to show it elsewhere, or not at all: nothing that a browser's console need complain of.
+    return Response(status_code=204)
+
+
 async def _problem(request: Request, error: Exception) -> Response:
     # The page shows the sentence; an error status would only add a line to the browser's console.
     return JSONResponse({"problem": str(error)})
@@ -158,7 +168,15 @@ def _picture(desk: Desk, kind: str, path: str) -> Path:
     }
     if kind not in roots:
         raise Refused(kind)
-    return below(roots[kind], path, PICTURES, desk.project.linked_folders)
+    root = roots[kind]
+    try:
+        return below(root, path, PICTURES, desk.project.linked_folders)
+    except Refused as error:
+        plain = Path(os.path.abspath(root / path))
+        named = plain.is_relative_to(os.path.abspath(root)) and plain.suffix.lower() in PICTURES
+        if named and "\0" not in path and not os.path.lexists(plain):
+            raise Gone(path) from error
+        raise
 
 
 async def sent_json(request: Request) -> dict[str, Any]:
@@ -188,9 +206,8 @@ def _tokens(desk: Desk, text: str) -> dict[str, Any]:
 async def _small(desk: Desk, file: Path, side: int) -> Response:
     try:
         data = await desk.thumbs.webp(file, side)
-    except FileNotFoundError:
-        # Left out or deleted since it was asked for: the page is about to show it elsewhere, or not at all.
-        return Response(status_code=204)
+    except FileNotFoundError as error:
+        raise Gone(file.name) from error
     return Response(data, media_type="image/webp", headers=KEEP)
 
 

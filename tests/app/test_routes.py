@@ -36,8 +36,11 @@ def test_a_thumbnail_of_a_picture_that_is_gone_by_now_is_no_error(
         return made(file, side)
 
     monkeypatch.setattr(desk.thumbs, "made", made_late)
-    answer = client.get(address("dataset", desk.project.pictures, pictures[0], "thumb"))
-    assert (answer.status_code, answer.content) == (204, b"")
+    told = [address("dataset", desk.project.pictures, pictures[0], size) for size in ("thumb", "picture")]
+    # Moved while it is read, and before.
+    for where in (told[0], *told):
+        answer = client.get(where)
+        assert (answer.status_code, answer.content) == (204, b"")
 
 
 @pytest.mark.parametrize("kind", ["dataset", "run", "generated", "nothing"])
