@@ -150,7 +150,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    # The page is about to show it elsewhere, or not at all: nothing that a browser's console need complain of.
+    # The page is about to show it elsewhere, or not at all.
     return Response(status_code=204)
 
 
