@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.browser.conftest import CHROMIUM, FLAGS
+from tests.browser.conftest import CHROMIUM, FLAGS, PATIENCE
+from tests.browser.pages import open_tab
 from tests.browser.windows import ROOT, Window
 
 # What must be there before a tab is worth a picture.
@@ -29,11 +30,6 @@ SCHEMES = ("light", "dark")
 SCREENS = ROOT / "docs" / "screens"
 # All pictures together, in bytes: a clone should stay small.
 MOST = 3_000_000
-PATIENCE = 180_000
-
-
-def open_tab(page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
 
 
 def prepare(page) -> None:
