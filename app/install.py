@@ -27,6 +27,10 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 PROBE_SECONDS, SIGN_SECONDS = 5, 20
 LOCK = "launch.lock"
+EXTRAS = ("optimizers", "tensorboard")
+"""Extras of pyproject.toml that every installation gets: the window offers what they bring."""
+CARD_EXTRAS = ("eight-bit",)
+"""Extras that need an NVIDIA card."""
 
 
 def say(text: str) -> None:
@@ -287,7 +291,8 @@ def set_up(extra: str) -> None:
             python = environment_version()
         install_torch()
         say("Installing the project and what it needs ...")
-        if not pip("--editable", f".[{extra}]" if extra else "."):
+        extras = [*EXTRAS, *(CARD_EXTRAS if graphics_card()[0] else ()), *([extra] if extra else [])]
+        if not pip("--editable", f".[{','.join(extras)}]"):
             raise SetupError(
                 f"The installation failed.\n{pip_errors()}\nSee that the internet can be reached and that the"
                 " disk is not full, and start again: what was downloaded is kept. All of it:"

@@ -247,6 +247,21 @@ def test_a_failed_installation_says_what_to_do_and_leaves_no_stamp(
     assert install.written_stamp() == {}
 
 
+@pytest.mark.parametrize(
+    ("card", "extras"), [(False, "optimizers,tensorboard"), (True, "optimizers,tensorboard,eight-bit")]
+)
+def test_what_the_window_offers_is_installed(
+    card: bool, extras: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: list[tuple[str, ...]] = []
+    monkeypatch.setattr(install, "pip", lambda *arguments, quiet=False: installed.append(arguments) or True)
+    monkeypatch.setattr(install, "environment_version", lambda: "3.11")
+    monkeypatch.setattr(install, "install_torch", lambda: None)
+    monkeypatch.setattr(install, "graphics_card", lambda: (card, 580, 8.6))
+    install.set_up("")
+    assert installed == [("--editable", f".[{extras}]")]
+
+
 def test_one_process_sets_up_and_the_other_finds_it_done(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +284,7 @@ def test_one_process_sets_up_and_the_other_finds_it_done(
     first.start()
     first.join()
     second.join()
-    assert installed == [("--editable", ".[test]")]
+    assert installed == [("--editable", ".[optimizers,tensorboard,test]")]
     assert json.loads((place / ".venv" / "launch.json").read_text())["extra"] == "test"
 
 

@@ -6,6 +6,8 @@ without torch can list them all. The price is that editors cannot follow the ref
 """
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +24,7 @@ class Choice:
         help: one sentence on when to take it.
         load: "module:attribute" of the code behind it, or "" where the row is only a name.
         defaults: keyword arguments that the code is called with.
-        extra: the optional package (extra of `pip install lora-easel[...]`) that it needs, or "".
+        package: the optional package that it needs, as the package index names it, or "".
         one_rate: an optimizer that works with one learning rate for everything that it trains.
         state: how many numbers an optimizer keeps for each that it trains.
         by_matrix: an optimizer that looks at rows and columns, so that each factor is a tensor of its own.
@@ -32,7 +34,7 @@ class Choice:
     help: str
     load: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    extra: str = ""
+    package: str = ""
     one_rate: bool = False
     state: float = 2.0
     by_matrix: bool = False
@@ -44,15 +46,28 @@ class Choice:
             ConfigError: the optional package is not installed.
         """
         module, _, attribute = self.load.partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except ModuleNotFoundError as error:
-            if not self.extra:
-                raise
-            raise ConfigError(
-                f"{self.title} needs the package {error.name}: install it with `pip install"
-                f" lora-easel[{self.extra}]`."
-            ) from error
+        if self.package:
+            require_package(self.title, module, self.package)
+        return getattr(importlib.import_module(module), attribute)
+
+
+def require_package(feature: str, module: str, package: str) -> None:
+    """Check that an optional package is installed, without importing it.
+
+    Args:
+        feature: what needs it, for the message.
+        module: its import name.
+        package: its name on the package index.
+
+    Raises:
+        ConfigError: it is not installed; the message has the command that installs it into this environment.
+    """
+    if importlib.util.find_spec(module) is None:
+        python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+        raise ConfigError(
+            f"{feature} needs the package {package}, which is not installed. Install it with"
+            f" `{python} -m pip install {package}`."
+        )
 
 
 Table = dict[str, Choice]
@@ -80,7 +95,7 @@ OPTIMIZERS: Table = {
         "Lion",
         "Half of AdamW's state; take a third of its learning rate.",
         "lion_pytorch:Lion",
-        extra="optimizers",
+        package="lion-pytorch",
         state=1.0,
     ),
     "prodigy": Choice(
@@ -88,7 +103,7 @@ OPTIMIZERS: Table = {
         "Finds its own learning rate; set the learning rate to 1.",
         "prodigyopt:Prodigy",
         {"safeguard_warmup": True, "use_bias_correction": True},
-        extra="optimizers",
+        package="prodigyopt",
         one_rate=True,
         state=4.0,
     ),

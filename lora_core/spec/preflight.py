@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 
 from lora_core.spec.base_facts import SINGLE_FILES, BaseFacts, base_facts, is_hub_id
-from lora_core.spec.choices import TARGETS
+from lora_core.spec.choices import OPTIMIZERS, TARGETS, require_package
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import AdapterFileError, ModelFileError, RunError
+from lora_core.spec.errors import AdapterFileError, ConfigError, ModelFileError, RunError
 from lora_core.spec.families import Family, family_of_version
 from lora_core.spec.problems import Problem, rate_problems
 from lora_core.spec.room import MARGIN, checkpoint_bytes, free_bytes, needed_bytes
@@ -84,6 +84,7 @@ def problems_of(
     """
     found = [
         *_name(config, workspace),
+        *_packages(config),
         *_vae(config),
         *_adapter(config, facts),
         *rate_problems(config, facts.family if facts else None),
@@ -119,6 +120,28 @@ def _holds_nothing(run: RunFolder) -> bool:
         return False
     progress = run.progress()
     return run.status(progress) == "failed" and not progress.step and not run.checkpoint_steps()
+
+
+def require_packages(config: RunConfig) -> None:
+    """Check that the optional packages that the settings need are installed.
+
+    Raises:
+        ConfigError: one is missing; the message says how to install it.
+    """
+    optimizer = OPTIMIZERS[config.optim.name]
+    if optimizer.package:
+        feature = f"optim.name = {config.optim.name}"
+        require_package(feature, optimizer.load.partition(":")[0], optimizer.package)
+    if config.save.tensorboard:
+        require_package("save.tensorboard = true", "tensorboard", "tensorboard")
+
+
+def _packages(config: RunConfig) -> list[Problem]:
+    try:
+        require_packages(config)
+    except ConfigError as error:
+        return [Problem("package", str(error))]
+    return []
 
 
 def _vae(config: RunConfig) -> list[Problem]:

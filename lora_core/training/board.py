@@ -4,7 +4,6 @@ It shows what `events.jsonl` says and decides nothing; a run that cannot write i
 """
 
 import importlib
-import importlib.util
 import math
 from typing import Any
 
@@ -12,10 +11,8 @@ import numpy as np
 from PIL import Image
 
 from lora_core.spec import events
-from lora_core.spec.errors import ConfigError
 from lora_core.spec.run_folder import RunFolder
 
-PACKAGE = "tensorboard"
 FOLDER = "tensorboard"
 
 
@@ -23,16 +20,7 @@ class Board:
     """Writes one run's curves; feed it events in their order."""
 
     def __init__(self, run: RunFolder, done: int) -> None:
-        """Write below the run's folder, from `done` steps on.
-
-        Raises:
-            ConfigError: TensorBoard is not installed.
-        """
-        if importlib.util.find_spec(PACKAGE) is None:
-            raise ConfigError(
-                "save.tensorboard = true needs the package tensorboard, which is not installed; install it"
-                ' with pip install "lora-easel[tensorboard]", or set save.tensorboard to false.'
-            )
+        """Write below the run's folder, from `done` steps on. `preflight.require_packages` comes first."""
         self._run = run
         self._writer: Any = self._opened(done)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from lora_core.spec import events
 from lora_core.spec.errors import InputsChanged, LoraError, NoRoom, OutOfMemory, RunError
 from lora_core.spec.event_file import EventWriter
+from lora_core.spec.preflight import require_packages
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.stopping import Stopping
 from lora_core.training.board import Board
@@ -74,6 +75,7 @@ def train(
     conductor.requests.stopping = stopping or conductor.requests.stopping
     conductor.fellows = fellows
     try:
+        require_packages(config)
         if config.save.tensorboard:
             boards.append(Board(run, before.step))
         with conductor.requests.stopping.taken():

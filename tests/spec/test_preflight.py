@@ -1,6 +1,7 @@
 """Pre-flight: each problem alone, all at once, and none where all is well."""
 
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 from collections import namedtuple
@@ -138,6 +139,32 @@ def test_the_lora_to_go_on_with_is_for_this_family(config: RunConfig, tmp_path: 
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(other.read_bytes()[:-2])
     assert "cut short" in found(config, tmp_path, adapter__init=str(cut))[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "module", "package"),
+    [
+        ({"optim__name": "lion"}, "lion_pytorch", "lion-pytorch"),
+        ({"optim__name": "prodigy"}, "prodigyopt", "prodigyopt"),
+        ({"save__tensorboard": True}, "tensorboard", "tensorboard"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    change: dict[str, object],
+    module: str,
+    package: str,
+    config: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "package" not in [kind for kind, _ in kinds(found(config, tmp_path, **change))]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == module else find(name, *more)
+    )
+    (missing,) = [one for one in found(config, tmp_path, **change) if one.kind == "package"]
+    assert missing.blocking
+    assert f"{sys.executable} -m pip install {package}" in missing.sentence
 
 
 def test_vae(config: RunConfig, tmp_path: Path) -> None:
