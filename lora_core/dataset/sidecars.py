@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.spec.errors import DatasetError
-from lora_core.spec.paths import write_atomically
+from lora_core.spec.paths import valid_text, write_atomically
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -102,7 +102,8 @@ def metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str]
             sentences.append(f"{shown}, line {line}, {fault}; correct it or remove the line.")
             continue
         value = next((row[key] for key in _CAPTION_KEYS if key in row), "")
-        captions[row["file_name"].replace("\\", "/").removeprefix("./")] = (value or "").strip()
+        name = valid_text(row["file_name"]).replace("\\", "/").removeprefix("./")
+        captions[name] = valid_text(value or "").strip()
     return captions, sentences
 
 

@@ -20,6 +20,8 @@ PRESETS = ASSETS / "presets"
 FAMILY_CONFIGS = ASSETS / "families"
 CLIP_TOKENIZER = FAMILY_CONFIGS / "clip"
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def workspace(chosen: str | Path | None = None) -> Path:
     """The workspace folder, made if absent.
@@ -65,6 +67,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def valid_text(text: str) -> str:
+    """The text with U+FFFD in place of each lone surrogate, so that it can be encoded as UTF-8.
+
+    JSON (`"\\ud800"`) and file names that are not UTF-8 bring surrogates in; pages and files cannot hold them.
+    """
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def clear_abandoned(folder: Path) -> None:

@@ -133,6 +133,15 @@ def test_broken_metadata(tmp_path: Path, draw: Draw, name: str, text: str | byte
         require_clean(dataset)
 
 
+def test_lone_surrogates_in_a_table(tmp_path: Path, draw: Draw) -> None:
+    draw(tmp_path / "a.png")
+    rows = [r'{"file_name": "a.png", "text": "a \ud800 cat"}', r'{"file_name": "\ud800.png", "text": "x"}']
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    dataset = scan(tmp_path)
+    assert [record.caption for record in dataset.records] == ["a � cat"]
+    assert [problem.sentence.split(",")[0] for problem in dataset.problems] == ["metadata.jsonl names �.png"]
+
+
 def test_kohya_folders(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "10_sks dog" / "a.png", caption="a dog")
     draw(tmp_path / "10_sks dog" / "b.png")

@@ -8,7 +8,7 @@ import pytest
 
 from lora_core.spec import paths
 from lora_core.spec.errors import RunError
-from lora_core.spec.paths import workspace, write_atomically
+from lora_core.spec.paths import valid_text, workspace, write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -89,3 +89,10 @@ def test_a_workspace_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_the_assets_are_found() -> None:
     for folder in (paths.DEMO_BASE, paths.DEMO_TRAIN, paths.PRESETS):
         assert folder.is_dir(), folder
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"), [("a é 😀\n", "a é 😀\n"), ("\ud800.png", "�.png"), ("a\udcff\udfff", "a��")]
+)
+def test_lone_surrogates_are_replaced(text: str, valid: str) -> None:
+    assert valid_text(text) == valid
