@@ -25,7 +25,6 @@ from lora_core.spec.trash import to_trash
 __all__ = ["LIVE", "RESUMABLE", "Jobs", "Watch", "environment"]
 
 LIVE = ("preparing", "running", "pausing", "stopping")
-BROKEN = ("interrupted", "failed")
 LOOK_SECONDS = 2.0
 RESUMABLE = ("queued", "paused", "stopped", "interrupted", "failed")
 

@@ -73,11 +73,6 @@ class Project:
         return DEMO_TRAIN if self.uses_demo else self.pictures
 
     @property
-    def dataset_title(self) -> str:
-        """What the header calls the pictures."""
-        return "Demo pictures" if self.uses_demo else self.title
-
-    @property
     def linked_folders(self) -> list[Path]:
         """Folders from which pictures were linked instead of copied, so that links may lead there."""
         return [Path(str(folder)) for folder in self.draft().get("linked") or []]

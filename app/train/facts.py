@@ -25,10 +25,6 @@ from lora_core.spec.sizes import (
 )
 
 SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated", GUESSED: "estimated"}
-ESTIMATES = {
-    SCALED: "Reckoned from what other settings took.",
-    GUESSED: "A guess from this computer's speed.",
-}
 NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
 PROGRAM = 0.6e9
 """Bytes that torch and its libraries take before a model is loaded."""

@@ -73,11 +73,6 @@ class IntrinsicRank:
         """The smaller of the two."""
         return self.pooled or self.uniform
 
-    @property
-    def fewer_numbers(self) -> float:
-        """By which factor the adapter shrinks; a file has a header besides."""
-        return self.parameters / max(1, self.best.parameters)
-
     def sentence(self, times_smaller: float) -> str:
         """For a person.
 

@@ -154,12 +154,6 @@ def resume_step(run: RunFolder) -> int:
     return next((step for step in reversed(run.checkpoint_steps()) if _whole(run.checkpoint(step))), 0)
 
 
-def offer(run: RunFolder) -> str:
-    """What the button says that goes on with a run."""
-    step = resume_step(run)
-    return f"Continue at step {step}" if step else "Start again"
-
-
 def _whole(checkpoint: Path) -> bool:
     """Whether all files of a checkpoint are there and none is cut short; its hashes are the trainer's to
     check."""
