@@ -149,6 +149,7 @@ class LoraLayer(Stored):
         with torch.no_grad():
             self.down.copy_(weights.down.reshape(self.down.shape))
             self.up.copy_(weights.up.reshape(self.up.shape))
+        self.mark_changed()
 
 
 def _number(seed: int, text: str) -> int:

@@ -2,9 +2,13 @@
 
 Optimizer, clipping, averaging and the check for numbers that are not finite are then one operation each
 instead of one for each factor. Layers see views, so that nothing else has to know.
+
+A base in half precision computes with a rounded copy. torch does not tell when a tensor changes (`.data`, aliases
+and kernels of other packages go past it), so the copy is made anew after every `writing` and at each `clear`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +30,11 @@ class Stored(nn.Module):
     up: nn.Parameter
     place: "Place | None" = None
 
+    def mark_changed(self) -> None:
+        """Declare that the factors were written to."""
+        if self.place is not None:
+            self.place.storage.mark_changed()
+
 
 class Storage:
     """The numbers of an adapter and their gradients, group after group.
@@ -45,6 +54,7 @@ class Storage:
         self.groups: list[nn.Parameter] = []
         self.kinds = (("down",), ("up",)) if apart else (("down", "up"),)
         self._rounded: dict[torch.dtype, _Rounded] = {}
+        self._homes: dict[nn.Parameter, torch.Tensor] = {}
         end = 0
         for group in groups:
             starts: dict[tuple[int, str], int] = {}
@@ -59,8 +69,37 @@ class Storage:
                 sizes = len(layer.down), layer.down[0].numel(), layer.up.shape[0]
                 layer.place = Place(self, starts[number, "down"], starts[number, "up"], *sizes)
 
+    def mark_changed(self) -> None:
+        """Declare that the numbers were written to: the next use of a rounded copy rounds anew."""
+        for rounded in self._rounded.values():
+            rounded.stale = True
+
+    @contextmanager
+    def writing(self) -> Iterator[torch.Tensor]:
+        """`whole` without autograd, to be written to by any means while the context is open."""
+        try:
+            yield self.whole.detach()
+        finally:
+            self.mark_changed()
+
+    def step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Have an optimizer of `groups`, or of the layers' factors, take its step, however it writes.
+
+        Some write through `.data` or with kernels of their own, some put a new tensor into `.data`: that is copied
+        back to where the layers read.
+        """
+        with self.writing():
+            scaler.step(optimizer)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    home = self._homes[parameter]
+                    if parameter.data_ptr() != home.data_ptr():
+                        home.copy_(parameter.detach())
+                        parameter.data = home
+
     def clear(self) -> None:
-        """Set all gradients to zero."""
+        """Set all gradients to zero, as a step begins; the numbers are rounded anew for it."""
+        self.mark_changed()
         for grads in (self.grads, *(rounded.grads for rounded in self._rounded.values())):
             grads.zero_()
 
@@ -71,10 +110,14 @@ class Storage:
             rounded.grads.zero_()
 
     def rounded(self, dtype: torch.dtype) -> "_Rounded":
-        """The numbers in another format than fp32."""
+        """The numbers in another format than fp32, as they are now."""
         if dtype not in self._rounded:
             self._rounded[dtype] = _Rounded(self.whole.detach(), dtype)
-        return self._rounded[dtype]
+        rounded = self._rounded[dtype]
+        if rounded.stale:
+            rounded.values.copy_(self.whole.detach())
+            rounded.stale = False
+        return rounded
 
     def _move(self, layer: Stored, name: str, start: int) -> int:
         factor: nn.Parameter = getattr(layer, name)
@@ -88,6 +131,7 @@ class Storage:
     def _part(self, start: int, end: int, shape: torch.Size | None = None) -> nn.Parameter:
         shape = shape or torch.Size([end - start])
         part = nn.Parameter(self.whole.detach()[start:end].view(shape))
+        self._homes[part] = part.detach()
         part.grad = self.grads[start:end].view(shape)
         return part
 
@@ -108,9 +152,9 @@ class Place:
     _views: dict[torch.dtype, tuple[Factors, Factors]] = field(default_factory=dict, repr=False)
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        """The factors in a number format; rounded once for each state of all numbers."""
+        """The factors in a number format; all numbers are rounded together, once after each change."""
         if dtype != torch.float32:
-            self.storage.rounded(dtype).refresh(self.storage.whole)
+            self.storage.rounded(dtype)
         return self._both(dtype)[0]
 
     def gradients(self, dtype: torch.dtype) -> Factors:
@@ -134,15 +178,10 @@ class Place:
 
 
 class _Rounded:
-    """The numbers in a shorter format, and the gradients that were computed in it."""
+    """The numbers in a shorter format, and the gradients that were computed in it; `stale` where the numbers may have
+    changed since they were rounded."""
 
     def __init__(self, numbers: torch.Tensor, dtype: torch.dtype) -> None:
         self.values = torch.empty_like(numbers, dtype=dtype)
         self.grads = torch.zeros_like(self.values)
-        self._state = -1
-
-    def refresh(self, numbers: torch.Tensor) -> None:
-        """Round the numbers anew where they have changed since; torch counts changes through any view."""
-        if numbers._version != self._state:
-            self.values.copy_(numbers.detach())
-            self._state = numbers._version
+        self.stale = True

@@ -15,8 +15,8 @@ class Average:
         """Begin at the adapter as it stands; `decay` is below 1."""
         self._injected = injected
         self._decay = decay
-        self._live = storage.whole.detach()
-        self._mean = self._live.clone()
+        self._storage = storage
+        self._mean = storage.whole.detach().clone()
 
     def update(self, step: int) -> None:
         """Take in the adapter after optimizer step `step`, counted from 1.
@@ -26,7 +26,7 @@ class Average:
         ExponentialMovingAverage.
         """
         decay = min(self._decay, (1 + step) / (10 + step))
-        self._mean.lerp_(self._live, 1.0 - decay)
+        self._mean.lerp_(self._storage.whole.detach(), 1.0 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -48,6 +48,7 @@ class Average:
             load_weights(self._injected, weights)
 
     def _swap(self) -> None:
-        kept = self._live.clone()
-        self._live.copy_(self._mean)
-        self._mean.copy_(kept)
+        with self._storage.writing() as live:
+            kept = live.clone()
+            live.copy_(self._mean)
+            self._mean.copy_(kept)

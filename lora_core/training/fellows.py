@@ -80,7 +80,6 @@ class Fellows:
         with self._linked():
             found = broadcast(numbers if self.main else torch.empty_like(numbers))
         if not self.main:
-            # A copy that torch sees: what is derived from the numbers is made anew then.
             numbers.copy_(found)
 
     def add_up(self, *tensors: torch.Tensor) -> None:

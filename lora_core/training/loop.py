@@ -172,7 +172,8 @@ def shared_parts(
     assert fellows is not None
     if fellows.main:
         fellows.tell(Call(step, trainee.scaler.state_dict()))
-    fellows.spread(trainee.storage.whole.detach())
+    with trainee.storage.writing() as numbers:
+        fellows.spread(numbers)
     parts = fellows.agreed(lambda: own_parts(trainee, batches, text, plan, step))
     losses = torch.stack([torch.cat(part.losses) for part in parts])
     fellows.add_up(trainee.storage.grads, losses)
@@ -233,7 +234,7 @@ def take_step(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int)
         trainee.applying = True
         if clip:
             nn.utils.clip_grads_with_norm_(trainee.storage.whole, clip, norm)
-        scaler.step(optimizer)
+        trainee.storage.step(optimizer, scaler)
         scaler.update()
         if trainee.average is not None:
             trainee.average.update(step)

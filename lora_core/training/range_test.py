@@ -83,8 +83,8 @@ def range_tested(session: Session, plan: StepPlan, say: Callable[[str, int, int]
                 break
         say("Finding the learning rate", count, count)
     finally:
-        with torch.no_grad():
-            trainee.storage.whole.copy_(numbers)
+        with trainee.storage.writing() as live:
+            live.copy_(numbers)
         trainee.optimizer.load_state_dict(optimizer)
         trainee.scaler.load_state_dict(scaler)
         trainee.storage.clear()

@@ -158,20 +158,18 @@ def test_a_storage_keeps_all_bits_and_shows_every_change() -> None:
         assert torch.equal(layer.up, up)
     assert layers[2].place is None
     assert [len(group) for group in storage.groups] == [22, 22]
-    rounded = storage.rounded(torch.bfloat16)
-    rounded.refresh(storage.whole)
-    assert torch.equal(rounded.values, storage.whole.detach().bfloat16())
-    with torch.no_grad():
-        layers[1].up.fill_(7.0)
+    assert torch.equal(storage.rounded(torch.bfloat16).values, storage.whole.detach().bfloat16())
+    with storage.writing():
+        layers[1].up.data.fill_(7.0)
     assert storage.whole[-10:].tolist() == [7.0] * 10
-    rounded.refresh(storage.whole)
-    assert rounded.values[-1] == 7.0
+    assert storage.rounded(torch.bfloat16).values[-1] == 7.0
     storage.groups[1].grad.fill_(2.0)
-    torch.optim.SGD(storage.groups[1:], lr=1.0).step()
+    storage.step(torch.optim.SGD(storage.groups[1:], lr=1.0), torch.amp.GradScaler("cpu", enabled=False))
     assert layers[1].up.flatten().tolist() == [5.0] * 10
-    rounded.refresh(storage.whole)
-    assert rounded.values[-1] == 5.0
+    assert storage.rounded(torch.bfloat16).values[-1] == 5.0
+    layers[1].up.data.fill_(6.0)
     storage.clear()
+    assert storage.rounded(torch.bfloat16).values[-1] == 6.0
     assert layers[1].up.grad is not None
     assert not layers[1].up.grad.any()
 
