@@ -1,14 +1,13 @@
 """Which layers one adapter has, how large each is and how fast it learns: numbers for all, and tables by
 block.
 
-A table's pattern is a regular expression that is looked for in "part.path", such as
+A table's pattern (`spec/patterns.py`) is looked for in "part.path", such as
 "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" or
 "text_encoder.text_model.encoder.layers.0.self_attn.q_proj". Of several that match, the last in the table
 counts.
 """
 
 import math
-import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +17,7 @@ from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.targets import Targets, target_modules
 from lora_core.adapters.weights import LayerKey
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.patterns import Pattern, last_matches
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def layer_plans(
         kept: layers that an adapter to go on with has.
 
     Raises:
-        ConfigError: a pattern matches no layer, a trained part has no such layer, or nothing is left.
+        ConfigError: a pattern matches no layer or takes too long, a trained part has no such layer, or
+            nothing is left.
     """
     found: list[LayerKey] = []
     for part, rate in rates.items():
@@ -105,21 +106,19 @@ def layer_plans(
 
 def _by_block(table: Mapping[str, float], found: list[LayerKey]) -> dict[LayerKey, float]:
     """The number of the last matching pattern, for each layer that has one."""
-    values: dict[LayerKey, float] = {}
-    for pattern, value in table.items():
-        compiled = re.compile(pattern)
-        values |= {key: value for key in found if compiled.search(".".join(key))}
-    return values
+    names = {".".join(key): key for key in found}
+    return {names[name]: value for name, value in last_matches(table, names).items()}
 
 
 def _check_patterns(
     setting: str, table: Mapping[str, float], found: list[LayerKey], plans: Container[LayerKey]
 ) -> None:
     """Refuse a pattern that does nothing; one that leaves layers out has only to find some."""
-    for pattern, value in table.items():
-        matches = [key for key in found if re.search(pattern, ".".join(key))]
+    for text, value in table.items():
+        pattern = Pattern(text)
+        matches = [key for key in found if pattern.search(".".join(key))]
         if not matches or (value > 0 and not any(key in plans for key in matches)):
             raise ConfigError(
-                f"{setting} has the pattern {pattern!r}, which matches no adapted layer; layers are called"
+                f"{setting} has the pattern {text!r}, which matches no adapted layer; layers are called"
                 " like unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
             )

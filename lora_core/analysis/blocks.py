@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_core.adapters.weights import LayerKey
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.patterns import Pattern, PatternError
 
 _INLINE = re.compile(r"\s*([^=,]+?)\s*=\s*(\[[^\]]*\]|[^,\[\]]+?)\s*(?:,|$)")
 
@@ -19,10 +20,10 @@ class Blocks:
     """Weights of layers, one for each of the merged files; of the rows that match a layer the last counts.
 
     Attributes:
-        rows: a regular expression that is looked for in "part.path", and a weight for each file.
+        rows: a pattern that is looked for in "part.path", and a weight for each file.
     """
 
-    rows: tuple[tuple[re.Pattern[str], tuple[float, ...]], ...] = ()
+    rows: tuple[tuple[Pattern, tuple[float, ...]], ...] = ()
 
     def weight(self, layer: LayerKey, file: int) -> float:
         """The weight of a layer in the file of that number; 1 where no row matches."""
@@ -39,7 +40,7 @@ class Blocks:
         for row, _ in self.rows:
             if not any(map(row.search, names)):
                 raise ConfigError(
-                    f"The pattern {row.pattern!r} of --blocks matches no layer of these files; their layers"
+                    f"The pattern {row.text!r} of --blocks matches no layer of these files; their layers"
                     f" are named like {names[0] if names else 'unet.mid_block...'}."
                 )
 
@@ -93,11 +94,11 @@ def _inline(text: str) -> dict[str, Any]:
         raise ConfigError(f"--blocks {text!r} holds a weight that is not a number.") from error
 
 
-def _pattern(name: str) -> re.Pattern[str]:
+def _pattern(name: str) -> Pattern:
     try:
-        return re.compile(name)
-    except re.error as error:
-        raise ConfigError(f"The pattern {name!r} of --blocks is no regular expression: {error}.") from error
+        return Pattern(name)
+    except PatternError as error:
+        raise ConfigError(f"The pattern {name!r} of --blocks cannot be used: {error}.") from error
 
 
 def _weights(name: str, value: Any, files: int) -> tuple[float, ...]:

@@ -6,7 +6,6 @@ The settings themselves are declared in `spec/sections.py` and `spec/between.py`
 import dataclasses
 import difflib
 import math
-import re
 import tomllib
 import types
 import typing
@@ -20,6 +19,7 @@ import tomli_w
 from lora_core.spec import choices
 from lora_core.spec.between import PreviewSection, SaveSection, ValidationSection
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.patterns import LONGEST, MOST, PatternError, check_pattern
 from lora_core.spec.sections import (
     AdapterSection,
     DatasetSection,
@@ -176,8 +176,8 @@ def checked_value(name: str, info: dataclasses.Field[Any], value: Any) -> Any:
     """`value` as the field's type, if it is legal.
 
     Raises:
-        ConfigError: wrong type, out of range, not among the choices, or a pattern that is no regular
-        expression.
+        ConfigError: wrong type, out of range, not among the choices, or a pattern that cannot be
+        used.
     """
     if is_pattern_table(info):
         return _checked_table(name, info, value)
@@ -190,15 +190,16 @@ def _checked_table(name: str, info: dataclasses.Field[Any], value: Any) -> dict[
             f"{name} = {value!r} should be a table of patterns, such as {{'mid_block' = 4}}; in TOML a"
             " pattern with a backslash stands in single quotes."
         )
+    if len(value) > MOST:
+        raise ConfigError(f"{name} has {len(value):,} patterns; at most {MOST} can be used.")
     kind = typing.get_args(info.type)[1]
     checked = {}
     for pattern, one in value.items():
         try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ConfigError(
-                f"{name} has the pattern {pattern!r}, which is no regular expression: {error}."
-            ) from error
+            check_pattern(pattern)
+        except PatternError as error:
+            shown = pattern if len(pattern) <= LONGEST else f"{pattern[:LONGEST]}…"
+            raise ConfigError(f"{name} has the pattern {shown!r}, which cannot be used: {error}.") from error
         if isinstance(one, Mapping):
             raise ConfigError(
                 f"{name}: the pattern that begins with {pattern!r} holds a dot; put it into quotes."

@@ -16,6 +16,7 @@ from lora_core.spec.errors import LoraError, ModelFileError
 from lora_core.spec.families import FAMILIES, Family
 from lora_core.spec.ldm_names import diffusers_unet_path
 from lora_core.spec.paths import FAMILY_CONFIGS
+from lora_core.spec.patterns import PatternError, last_matches
 from lora_core.spec.tensor_file import read_header
 
 BYTES_A_NUMBER = 2
@@ -45,12 +46,18 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     except (OSError, LoraError, ValueError, KeyError):
         return None
     wanted = {part: _wanted(config.adapter.targets, part, family) for part in trained}
-    sizes = [
-        _rank(config, f"{part}.{path}") * sum(sides) * BYTES_A_NUMBER + HEADER_A_LAYER
+    adapted = {
+        f"{part}.{path}": sum(sides)
         for (part, path), sides in layers.items()
         if part in wanted and all(pattern.fullmatch(path) for pattern in wanted[part])
-    ]
-    return sum(sizes) or None
+    }
+    try:
+        ranks = last_matches(config.adapter.block_ranks, adapted)
+    except PatternError:
+        return None
+    rank = config.adapter.rank
+    numbers = sum(ranks.get(name, rank) * sides for name, sides in adapted.items())
+    return numbers * BYTES_A_NUMBER + len(adapted) * HEADER_A_LAYER or None
 
 
 def base_numbers(facts: BaseFacts) -> int | None:
@@ -76,12 +83,6 @@ def _wanted(targets: str, part: str, family: Family) -> list[re.Pattern[str]]:
         return [re.compile(row["text"])]
     blocks = getattr(family, row["blocks"]) if row.get("blocks") else ".*"
     return [re.compile(row["unet"]), re.compile(blocks)]
-
-
-def _rank(config: RunConfig, name: str) -> int:
-    """The rank of a layer: of the last pattern that is found in its name, else the common one."""
-    own = [rank for pattern, rank in config.adapter.block_ranks.items() if re.search(pattern, name)]
-    return own[-1] if own else config.adapter.rank
 
 
 @functools.lru_cache(maxsize=8)

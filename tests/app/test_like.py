@@ -1,6 +1,7 @@
 """Train like a file: our own header, kohya's, or nothing but layers."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import pytest
 from app.projects.project import Project
 from app.train.form import FORM
 from app.train.like_file import like_file
-from app.train.plan import widget_values
+from app.train.plan import Plan, widget_values
 from app.train.starting import take_settings
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.sizes import export_bytes
 from tests.app.bases import write_header
 
 DOWN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
@@ -177,3 +179,23 @@ def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) ->
     assert "20 settings taken" in said
     assert "<img" not in said
     assert "<b>" not in said
+
+
+def test_a_file_cannot_freeze_the_window_with_a_pattern(tmp_path: Path) -> None:
+    """`re` would look for this one in a layer's name for longer than anybody lives."""
+    hostile = {"lora_easel.config": "[adapter]\nrank = 4\n[adapter.block_ranks]\n'([a-z0-9_.]+)+!' = 4"}
+    project = Project(tmp_path / "project")
+    project.keep(values=dict(zip(FORM, widget_values(project), strict=True)))
+    take_settings(project, like_file(lora(tmp_path, hostile)), "x.safetensors")
+    plan = Plan(project)
+    begun = time.process_time()
+    assert plan.base.facts is not None
+    assert export_bytes(plan.base.facts, plan.config)
+    assert time.process_time() - begun < 2.0
+
+
+def test_a_pattern_that_cannot_be_used_is_left_out_and_said(tmp_path: Path) -> None:
+    hostile = {"lora_easel.config": "[adapter]\nrank = 4\n[adapter.block_ranks]\n'(?=(a+))+b' = 4"}
+    like = like_file(lora(tmp_path, hostile))
+    assert "adapter.block_ranks" not in like.values
+    assert like.left[0].startswith("Ranks by block is {'(?=(a+))+b': 4}")
