@@ -3,8 +3,9 @@
 Optimizer, clipping, averaging and the check for numbers that are not finite are then one operation each
 instead of one for each factor. Layers see views, so that nothing else has to know.
 
-A base in half precision computes with a rounded copy. torch does not tell when a tensor changes (`.data`, aliases
-and kernels of other packages go past it), so the copy is made anew after every `writing` and at each `clear`.
+A base in half precision computes with a rounded copy. torch does not tell when a tensor changes (`.data`,
+aliases and kernels of other packages go past it), so the copy is made anew after every `writing` and at each
+`clear`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -85,8 +86,8 @@ class Storage:
     def step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Have an optimizer of `groups`, or of the layers' factors, take its step, however it writes.
 
-        Some write through `.data` or with kernels of their own, some put a new tensor into `.data`: that is copied
-        back to where the layers read.
+        Some write through `.data` or with kernels of their own, some put a new tensor into `.data`: that is
+        copied back to where the layers read.
         """
         with self.writing():
             scaler.step(optimizer)
@@ -178,8 +179,8 @@ class Place:
 
 
 class _Rounded:
-    """The numbers in a shorter format, and the gradients that were computed in it; `stale` where the numbers may have
-    changed since they were rounded."""
+    """The numbers in a shorter format, and the gradients that were computed in it; `stale` where the numbers
+    may have changed since they were rounded."""
 
     def __init__(self, numbers: torch.Tensor, dtype: torch.dtype) -> None:
         self.values = torch.empty_like(numbers, dtype=dtype)

@@ -72,7 +72,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 def valid_text(text: str) -> str:
     """The text with U+FFFD in place of each lone surrogate, so that it can be encoded as UTF-8.
 
-    JSON (`"\\ud800"`) and file names that are not UTF-8 bring surrogates in; pages and files cannot hold them.
+    JSON (`"\\ud800"`) and file names that are not UTF-8 bring surrogates in; pages and files cannot hold
+    them.
     """
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
