@@ -76,8 +76,8 @@ def test_a_pattern_means_what_it_means_to_re(text: str, name: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "mid_block", r"\.conv[12]$|samplers.*\.conv$", r"unet\..*attn1", "down_blocks.[12]", r"attn[12]\.to_q",
-        "(^|\\.)attn2", r"layers\.(?:0|1)\.", "up_blocks.*to_out.0$", "a b'",
+        "mid_block", r"\.conv[12]$|samplers.*\.conv$", r"unet\..*attn1", "down_blocks.[12]",
+        r"attn[12]\.to_q", "(^|\\.)attn2", r"layers\.(?:0|1)\.", "up_blocks.*to_out.0$", "a b'",
     ],
 )  # fmt: skip
 def test_usual_patterns_find_the_layers_that_re_finds(text: str) -> None:
