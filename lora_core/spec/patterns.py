@@ -1,9 +1,9 @@
 """Patterns over layer names: the common part of regular expressions, matched in bounded time.
 
-Patterns also come from files of others: a LoRA's header, a config, a run folder. Python's `re` backtracks, so
-that a pattern such as `(\\w+)+!` keeps the process busy for hours, with the interpreter's lock held. Here a pattern becomes an automaton that is run over the name
-once (Thompson 1968): slower than `re` on a good pattern, never slow on a bad one. What needs backtracking
-(look-around, back-references) is refused.
+Patterns also come from files of others: a LoRA's header, a config, a run folder. Python's `re` backtracks,
+so that a pattern such as `(\\w+)+!` keeps the process busy for hours, with the interpreter's lock held.
+Here a pattern becomes an automaton that is run over the name once (Thompson 1968): slower than `re` on a
+good pattern, never slow on a bad one. What needs backtracking (look-around, back-references) is refused.
 
 Supported: literals, `.`, `[a-z]`, `[^a-z]`, `\\d \\w \\s` and their opposites, `|`, `( )`, `(?: )`,
 `* + ? {m,n}`, `^ $ \\A \\Z \\b`. A pattern means what it means to `re.search`.
