@@ -16,6 +16,8 @@ import sys
 
 OLDEST, NEWEST = (3, 11), (3, 13)
 AGAIN = "LORA_EASEL_AGAIN"
+# Where nobody has chosen among the tests, several processes share them.
+ALL_TESTS = ("-n", "logical", "--maxprocesses", "4")
 
 
 def version_problem(version: "tuple[int, ...]") -> str:
@@ -64,7 +66,7 @@ def main(arguments: "list[str]") -> int:
             install.set_up(extra)
         if testing:
             os.chdir(install.ROOT)
-            return held(go_on(str(install.PYTHON), "-m", "pytest", *arguments[1:]))
+            return held(go_on(str(install.PYTHON), "-m", "pytest", *(arguments[1:] or ALL_TESTS)))
         if os.path.samefile(sys.prefix, install.VENV):
             os.environ.pop(AGAIN, None)
             return open_app(arguments)

@@ -1,5 +1,5 @@
-"""What all tests share: a workspace of their own, no network, and a way for CI to insist on the browser
-tests."""
+"""What all tests share: a workspace of their own, no network, how they are dealt out to several processes, and
+a way for CI to insist on the browser tests."""
 
 import os
 from pathlib import Path
@@ -8,12 +8,17 @@ import pytest
 
 from lora_core.spec.processor import AWHILE, VARIABLE
 
+TESTS = Path(__file__).parent
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
+# Folders whose tests share what is dear to set up: each is run by one process, and first, as they take longest.
+TOGETHER = ("tests/browser/", "tests/training/")
 
 # Before anything imports gradio or huggingface_hub, which read these once.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 # Before torch is imported: on a machine that has other work too, these threads wait like the trainer's.
 os.environ.setdefault(VARIABLE, AWHILE)
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: each takes a core, and its child processes too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,10 +31,25 @@ def own_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All that stands in tests/browser drives a browser."""
+    """All that stands in tests/browser drives a browser; what is kept together comes first."""
     for item in items:
-        if Path(__file__).parent / "browser" in item.path.parents:
+        if TESTS / "browser" in item.path.parents:
             item.add_marker("browser")
+    items.sort(key=lambda item: not item.nodeid.startswith(TOGETHER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Deal out files, and the folders of TOGETHER whole: what a session shares is set up once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = nodeid.startswith(TOGETHER)
+            return nodeid.rpartition("/")[0] if folder else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -50,5 +70,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         or session.config.args_source.name != "TESTPATHS"
     ):
         return
-    if not any(item.get_closest_marker("browser") for item in session.items):
+    # Not `session.items`: where others run the tests, this process has none.
+    passed = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("passed", [])
+    if not any("browser" in report.keywords for report in passed):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -311,6 +311,11 @@ def test_pytest_gets_its_arguments_and_the_app_its_own(place: Path, monkeypatch:
     monkeypatch.delenv(launch.AGAIN, raising=False)
     assert launch.main(["test", "-k", "x y"]) == 7
     assert launch.main(["--port", "1"]) == 7
+    assert launch.main(["test"]) == 7
     python, script = str(install.PYTHON), str(install.ROOT / "launch.py")
-    assert began == [(python, "-m", "pytest", "-k", "x y"), (python, script, "--port", "1")]
+    assert began == [
+        (python, "-m", "pytest", "-k", "x y"),
+        (python, script, "--port", "1"),
+        (python, "-m", "pytest", *launch.ALL_TESTS),
+    ]
     assert launch.AGAIN not in os.environ
