@@ -1,5 +1,5 @@
-"""What all tests share: a workspace of their own, no network, how they are dealt out to several processes, and
-a way for CI to insist on the browser tests."""
+"""What all tests share: a workspace of their own, no network, how several processes divide them, and a way
+for CI to insist on the browser tests."""
 
 import os
 from pathlib import Path
@@ -10,14 +10,14 @@ from lora_core.spec.processor import AWHILE, VARIABLE
 
 TESTS = Path(__file__).parent
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
-# Folders whose tests share what is dear to set up: each is run by one process, and first, as they take longest.
+# Folders whose tests share set-ups that take long: one process runs all of such a folder. They come first.
 TOGETHER = ("tests/browser/", "tests/training/")
 
 # Before anything imports gradio or huggingface_hub, which read these once.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 # Before torch is imported: on a machine that has other work too, these threads wait like the trainer's.
 os.environ.setdefault(VARIABLE, AWHILE)
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: each takes a core, and its child processes too
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, each with a core for itself and its child processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -31,7 +31,7 @@ def own_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All that stands in tests/browser drives a browser; what is kept together comes first."""
+    """All that stands in tests/browser drives a browser; the folders of TOGETHER come first."""
     for item in items:
         if TESTS / "browser" in item.path.parents:
             item.add_marker("browser")
@@ -40,13 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Deal out files, and the folders of TOGETHER whole: what a session shares is set up once."""
+    """Distribute the tests by file, and the folders of TOGETHER as one piece each."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            folder = nodeid.startswith(TOGETHER)
-            return nodeid.rpartition("/")[0] if folder else super()._split_scope(nodeid)
+            file = super()._split_scope(nodeid)
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)

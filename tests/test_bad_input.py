@@ -29,6 +29,7 @@ from lora_core.spec.event_file import EventWriter
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -484,7 +485,7 @@ def real(arguments: list[object], **environment: str) -> subprocess.CompletedPro
     command = [sys.executable, "-m", "lora_core", *map(str, arguments)]
     env = os.environ | environment
     return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -581,7 +582,7 @@ def test_output_that_nobody_reads_is_no_reason_to_fail(place: Place) -> None:
     process.stdout.close()
     said = process.stderr.read()
     process.stderr.close()
-    assert process.wait(120) == 0
+    assert process.wait(PATIENCE) == 0
     assert said == ""
     assert RunFolder.open(place.run).summary()["status"] == "done"
 

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,9 @@ from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.tensor_file import read_header
 from lora_core.training.run import Outcome, train
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 180.0
-"""Seconds; generous, for machines that do something else as well."""
 STEPS = 30
 SETTINGS = [
     "adapter.rank=4", "adapter.alpha=2", "train.batch_size=2", f"train.steps={STEPS}", "train.resolution=64",
@@ -255,21 +255,13 @@ def started(words: list[object]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(process: subprocess.Popen[str], there: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not there():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @contextlib.contextmanager
 def under_way(words: list[object], run: RunFolder) -> Iterator[subprocess.Popen[str]]:
     """A trainer that has done some steps of its own."""
     before = run.progress().step
     process = started(words)
     try:
-        wait_for(process, lambda: run.status() == "running" and run.progress().step >= before + 2)
+        wait_for(lambda: run.status() == "running" and run.progress().step >= before + 2, process)
         yield process
     finally:
         if process.poll() is None:
@@ -293,7 +285,7 @@ def test_pause_interrupt_and_stop_keep_the_work(
         assert main(["resume", str(run.path)]) == 1
         assert "another process" in capsys.readouterr().err
         said("save", run.path)
-        wait_for(process, lambda: run.checkpoint_steps() != [])
+        wait_for(lambda: run.checkpoint_steps() != [], process)
         said("pause", run.path)
         assert ended(process)[0] == 0
     assert run.status() == "paused"
@@ -360,6 +352,10 @@ def test_a_stop_before_the_first_step_of_a_resume_exports_what_there_is(
     assert read_adapter(run.exports / "short.safetensors", FAMILIES["tiny"]).layers
 
 
+def ended_or_told(process: subprocess.Popen[str], run: RunFolder, events_told: int) -> bool:
+    return process.poll() is not None or len(read_events(run.events_file)[0]) >= events_told
+
+
 def test_sigkill_at_any_moment_costs_no_bit(trained: Trained, tmp_path: Path) -> None:
     """An unbroken run and one that was killed three times end in the same adapter, bit for bit."""
     run = RunFolder(tmp_path / "runs" / "killed")
@@ -372,10 +368,7 @@ def test_sigkill_at_any_moment_costs_no_bit(trained: Trained, tmp_path: Path) ->
         process = started(words)
         wait = draw.uniform(0, 0.1)
         try:
-            end = time.monotonic() + PATIENCE
-            while process.poll() is None and len(read_events(run.events_file)[0]) < moment:
-                assert time.monotonic() < end
-                time.sleep(0.01)
+            wait_for(partial(ended_or_told, process, run, moment))
             time.sleep(wait)
         finally:
             process.kill()

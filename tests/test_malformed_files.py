@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from lora_core.__main__ import main
 from tests.checkpoints import write_single
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 STEM = "lora_unet_mid_block_attentions_0_proj_in"
@@ -228,7 +229,7 @@ def peak(arguments: list[object], place: Path) -> tuple[int, int]:
     )
     command = [sys.executable, "-m", "lora_core", *map(str, arguments)]
     done = subprocess.run(
-        [sys.executable, "-c", code, place / "peak", *command], cwd=ROOT, timeout=120, check=False
+        [sys.executable, "-c", code, place / "peak", *command], cwd=ROOT, timeout=PATIENCE, check=False
     )
     return done.returncode, int((place / "peak").read_text())
 

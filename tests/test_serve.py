@@ -22,10 +22,9 @@ from lora_core.formats.file import file_hashes, write_adapter
 from lora_core.spec.config import RunConfig
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.run_folder import RunFolder
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 120.0
-"""Seconds; generous, for machines that do something else as well."""
 
 
 class Worker:
@@ -349,7 +348,7 @@ def test_cancelling_takes_no_longer_than_a_step(worker: Worker, tmp_path: Path) 
     time.sleep(0.2)
     after = [answer for answer in worker.rest("slow") if answer["event"] == "progress"]
     # What was said before the word came through lies in the pipe still.
-    assert all(answer["done"] < 60 for answer in after)
+    assert all(answer["done"] < 500 for answer in after)
 
 
 def test_memory_is_given_back_and_taken_again(worker: Worker, lora: Path, tmp_path: Path) -> None:

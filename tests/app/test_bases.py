@@ -1,6 +1,5 @@
 """The base picker: what a base is said to be, what choosing it does to the form; and the token meter."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -173,9 +172,7 @@ def test_a_search_that_fails_leaves_the_last_result(tmp_path: Path) -> None:
     tools = OtherTools(Places(tmp_path / "p.json"), lambda extra: [Tool("A", tmp_path, (), tmp_path)])
     tools.look(wait=True)
     assert tools.lora_folders() == [("A", tmp_path)]
-    began = time.monotonic()
     tools.look(wait=True)
-    assert time.monotonic() - began < 5
 
 
 def config(**changes: object) -> RunConfig:

@@ -1,7 +1,6 @@
 """Problems before Start: looked up in the background, all at once when Start is pressed."""
 
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,23 @@ from app.train.starting import ready_config
 from lora_core.spec.errors import LoraError
 from lora_core.spec.problems import Problem
 from tests.app.runs import come_alive, make_run, started, step
-
-
-def wait_for(found: Any) -> Any:
-    for _ in range(400):
-        value = found()
-        if value:
-            return value
-        time.sleep(0.025)
-    raise AssertionError("it never came")
+from tests.waiting import PATIENCE, wait_for
 
 
 def test_a_poll_does_not_wait_and_the_next_one_knows(
     desk: Desk, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
+    go_on = threading.Event()
 
     def slow(config: object, *more: object) -> list[Problem]:
         asked.append(config)
-        time.sleep(0.3)
+        assert go_on.wait(PATIENCE)
         return [Problem("disk", "Make room, or lower save.keep_last.")]
 
     monkeypatch.setattr(checks, "preflight", slow)
-    began = time.monotonic()
     assert unfit(moment_of(desk)) == []
-    assert time.monotonic() - began < 0.25
+    go_on.set()
     assert wait_for(lambda: unfit(moment_of(desk))) == ["Make room, or lower Keep last."]
     assert 'id="start-why"' in facts(moment_of(desk))
     # Nothing changed: nothing is looked up again.
@@ -104,7 +95,7 @@ def test_a_look_that_another_project_cuts_off_is_not_at_work_for_ever(
     whole = checking.audit
 
     def slow(dataset: Any, training: Any, said: Any, looks: Any) -> Any:
-        go_on.wait(60)
+        go_on.wait(PATIENCE)
         return whole(dataset, training, said, looks)
 
     monkeypatch.setattr(checking, "audit", slow)

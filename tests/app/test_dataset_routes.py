@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from app.dataset import importing
 from app.dataset.routes import add_dataset_routes
 from app.desk import Desk
 from app.routes import add_routes
+from tests.waiting import wait_for
 
 HOSTILE = "<img src=x onerror=\"alert('1')\"> {{7*7}} \u202eabc 😀"
 
@@ -51,13 +51,11 @@ def imported(client: TestClient, files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def settled(client: TestClient, what: str) -> dict[str, Any]:
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
+    def look() -> dict[str, Any]:
         state = client.get(f"/easel/{what}").json()
-        if state["state"] not in ("working", "idle"):
-            return state
-        time.sleep(0.02)
-    raise AssertionError(f"the {what} does not end")
+        return state if state["state"] not in ("working", "idle") else {}
+
+    return wait_for(look)
 
 
 def shelf(client: TestClient) -> list[dict[str, Any]]:

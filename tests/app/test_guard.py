@@ -6,7 +6,6 @@ import io
 import json
 import re
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from app.desk import Desk
 from app.guard import Guard, host_name, is_loopback
 from app.login import COOKIE, OPEN_PATHS, Login
 from app.routes import add_routes
+from tests.waiting import wait_for
 
 HERE = "127.0.0.1:7860"
 ORIGIN = f"http://{HERE}"
@@ -445,11 +445,8 @@ def taken(client: TestClient, name: str, data: bytes) -> dict[str, Any]:
     line = json.dumps([[0, name, len(data)]]).encode()
     assert client.put(f"/easel/upload/{batch}", content=line + b"\n" + data).json() == {"received": 1}
     client.post(f"/easel/upload/{batch}", json={})
-    until = time.monotonic() + 60
-    while (state := client.get("/easel/import").json())["state"] == "working":
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return state
+    wait_for(lambda: client.get("/easel/import").json()["state"] != "working")
+    return client.get("/easel/import").json()
 
 
 def zipped(*entries: tuple[zipfile.ZipInfo | str, bytes]) -> bytes:

@@ -3,7 +3,6 @@ what is given out."""
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from app.routes import add_routes
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.app.test_preview import run_with_file
+from tests.waiting import wait_for
 
 FAKE = """
 import json, pathlib, sys
@@ -78,12 +78,11 @@ def say(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
 
 
 def ended(client: TestClient, job: str = "inside") -> dict[str, Any]:
-    for _ in range(300):
+    def look() -> dict[str, Any]:
         now = dict(client.get(f"/easel/{job}/now?known=-2").json())
-        if now["state"] != "working":
-            return now
-        time.sleep(0.02)
-    raise AssertionError("it does not end")
+        return now if now["state"] != "working" else {}
+
+    return wait_for(look)
 
 
 def test_every_tool_says_what_it_tells_and_what_it_needs() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from app.dataset.routes import add_dataset_routes
 from app.desk import Desk
 from app.routes import add_routes
 from tests.app.runs import come_alive, make_run, started, step
+from tests.waiting import wait_for
 
 FAKE = """
 import json, sys, threading, queue
@@ -67,20 +67,15 @@ def ask(client: TestClient, what: str, do: str = "begin") -> dict[str, Any]:
 
 
 def settled(client: TestClient, what: str) -> dict[str, Any]:
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
+    def look() -> dict[str, Any]:
         state = client.get("/easel/insights").json()[what]
-        if state["state"] != "working":
-            return state
-        time.sleep(0.02)
-    raise AssertionError(f"{what} does not end")
+        return state if state["state"] != "working" else {}
+
+    return wait_for(look)
 
 
 def working(client: TestClient, what: str) -> None:
-    until = time.monotonic() + 20
-    while client.get("/easel/insights").json()[what].get("done") != 1:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_for(lambda: client.get("/easel/insights").json()[what].get("done") == 1)
 
 
 def test_nothing_can_be_asked_without_pictures(client: TestClient) -> None:
@@ -167,9 +162,8 @@ def test_a_run_s_pictures_are_read_from_its_folder(
 
 def test_the_check_says_what_will_be_learned(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
     client.post("/easel/check", json={})
-    until = time.monotonic() + 20
-    while (state := client.get("/easel/check").json())["state"] == "working" and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_for(lambda: client.get("/easel/check").json()["state"] != "working")
+    state = client.get("/easel/check").json()
     assert {row["picture"] for row in state["shares"]} == {path.name for path in pictures}
     assert sum(row["share"] for row in state["shares"]) == pytest.approx(1)
     assert all(set(row["pictures"]) <= {path.name for path in pictures} for row in state["learned"])

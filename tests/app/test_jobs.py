@@ -21,6 +21,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.crash import Exit, Watched
 from lora_core.spec.errors import RunError
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
+from tests.waiting import PATIENCE
 
 
 def test_states_and_words(desk: Desk) -> None:
@@ -59,9 +60,9 @@ def test_a_process_that_ends_without_a_word_has_failed(desk: Desk) -> None:
     watch = jobs.watch(run)
     assert watch.started_here is not None
     assert jobs.state(watch) in ("preparing", "failed")
-    watch.started_here.wait(60)
+    watch.started_here.wait(PATIENCE)
     assert watch.attendant is not None
-    watch.attendant.join(60)
+    watch.attendant.join(PATIENCE)
     assert jobs.state(watch) == "failed"
     assert "the disk is full" in watch.reason()
 
@@ -73,7 +74,7 @@ def test_no_wrong_reason_is_told_while_it_is_written_down(
     ended = jobs_module.Watched.ended
 
     def late(self: Watched, code: int) -> Exit:
-        told.wait(60)
+        told.wait(PATIENCE)
         return ended(self, code)
 
     monkeypatch.setattr(jobs_module.Watched, "ended", late)
@@ -82,10 +83,10 @@ def test_no_wrong_reason_is_told_while_it_is_written_down(
     assert watch.started_here is not None
     assert watch.attendant is not None
     watch.started_here.kill()
-    watch.started_here.wait(60)
+    watch.started_here.wait(PATIENCE)
     assert jobs.state(watch) == "preparing"
     told.set()
-    watch.attendant.join(60)
+    watch.attendant.join(PATIENCE)
     assert jobs.state(watch) not in LIVE
 
 

@@ -4,7 +4,7 @@ place of the worker."""
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lora_core.spec.errors import RunError
 from lora_core.spec.measured import Measured, keep_measured, measured_file
 from tests.app.bases import checkpoint
 from tests.app.runs import come_alive, make_run, started, step
+from tests.waiting import PATIENCE, wait_for
 
 FAKE = """
 import json, pathlib, queue, sys, threading
@@ -63,13 +64,6 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
 def asked(tmp_path: Path) -> list[dict[str, Any]]:
     file = tmp_path / "asked"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 15.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def state(desk: Desk) -> str:
@@ -160,7 +154,7 @@ def test_a_run_and_a_picture_go_first(desk: Desk, pictures: list[Path], tmp_path
     config = moment_of(desk).plan.config
     desk.prober.begin(config)
     wait_for(lambda: desk.worker.in_hand is not None)
-    assert desk.worker.ask({"do": "generate"}, 15).state == "done"
+    assert desk.worker.ask({"do": "generate"}, PATIENCE).state == "done"
     wait_for(lambda: not desk.prober.active)
 
     desk.worker.holds_memory = False

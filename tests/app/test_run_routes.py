@@ -17,6 +17,7 @@ from app.train.plan import widget_values
 from app.train.routes import add_run_routes
 from tests.app.runs import come_alive, make_run, started, step
 from tests.app.test_like import KOHYA, lora
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_only_a_yes_to_the_changes_reaches_the_trainer(
     assert say(client, "run", do=do, run="a") == {"done": True}
     child = desk.jobs.watch(run).started_here
     assert child is not None
-    assert child.wait(60) == 0
+    assert child.wait(PATIENCE) == 0
     assert run.log_file.read_text() == str([str(run.path), *options.split()])
 
 
@@ -119,4 +120,4 @@ def test_quitting_says_what_goes_on(desk: Desk, client: TestClient, monkeypatch:
     desk.on_quit = left.set
     come_alive(make_run(desk, "a", started(), step(1)))
     assert say(client, "quit") == {"run": "a", "queue": False}
-    assert left.wait(20)
+    assert left.wait(PATIENCE)

@@ -11,6 +11,7 @@ import pytest
 from app.desk import Desk
 from app.main import _already_open, _listener, _password, main
 from lora_core.spec.errors import RunError
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +71,7 @@ def test_a_second_start_points_to_the_first_and_the_real_server_guards_itself(tm
             assert ready.startswith("Ready at http://127.0.0.1:")
             port = int(ready.rpartition(":")[2])
             second = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+                command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False
             )
             assert (second.returncode, ready in second.stdout) == (0, True)
             assert status(port, "GET / HTTP/1.1\r\nHost: evil.example\r\n") == 403
@@ -85,6 +86,6 @@ def test_a_second_start_points_to_the_first_and_the_real_server_guards_itself(tm
 
 
 def status(port: int, request: str) -> int:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall(f"{request}Connection: close\r\n\r\n".encode())
         return int(connection.recv(100).split()[1])

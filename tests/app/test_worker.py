@@ -15,6 +15,7 @@ from app.preview.view import STRIP, Grid, View
 from app.worker import GivesWay, Worker
 from lora_core.spec.processes import detached
 from lora_core.spec.shots import LoraAt, Shot, axis
+from tests.waiting import PATIENCE, wait_for
 
 FAKE = """
 import json, pathlib, queue, sys, threading
@@ -72,31 +73,24 @@ def worker(tmp_path: Path):
     made.close()
 
 
-def wait_for(condition, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def test_an_answer_and_an_error(worker: Worker, tmp_path: Path) -> None:
-    reply = worker.ask({"do": "generate", "strengths": [0.0, 1.0], "out": str(tmp_path)}, timeout=20)
+    reply = worker.ask({"do": "generate", "strengths": [0.0, 1.0], "out": str(tmp_path)}, timeout=PATIENCE)
     assert (reply.state, len(reply.pictures), reply.result["seconds"]) == ("done", 2, 0.1)
-    assert worker.ask({"do": "inspect"}, timeout=20).message == "It cannot be read."
+    assert worker.ask({"do": "inspect"}, timeout=PATIENCE).message == "It cannot be read."
 
 
 def test_a_worker_that_dies_is_reported_and_started_again(worker: Worker, tmp_path: Path) -> None:
-    reply = worker.ask({"do": "die"}, timeout=20)
+    reply = worker.ask({"do": "die"}, timeout=PATIENCE)
     assert reply.state == "error"
     assert "code 7" in reply.message
     assert "the memory is full" in reply.message
-    again = worker.ask({"do": "generate", "strengths": [1.0], "out": str(tmp_path)}, timeout=20)
+    again = worker.ask({"do": "generate", "strengths": [1.0], "out": str(tmp_path)}, timeout=PATIENCE)
     assert again.state == "done"
 
 
 def test_a_worker_that_cannot_start_is_a_sentence(tmp_path: Path) -> None:
     worker = Worker([str(tmp_path / "missing")], {}, tmp_path / "log.txt")
-    assert "is gone" in worker.ask({"do": "warm"}, timeout=20).message
+    assert "is gone" in worker.ask({"do": "warm"}, timeout=PATIENCE).message
 
 
 def shot(prompt: str = "a cat", *strengths: float) -> Shot:
@@ -223,14 +217,16 @@ def test_who_waits_is_told_how_long(worker: Worker, tmp_path: Path) -> None:
     assert (worker.ahead_of(second), worker.ahead_of(third)) == (1, 2)
     worker.cancel(third)
     worker.cancel(first)
-    assert second.finished.wait(10)
-    assert third.finished.wait(10)
+    assert second.finished.wait(PATIENCE)
+    assert third.finished.wait(PATIENCE)
     assert (first.message, second.state, third.message) == ("Cancelled.", "done", "Cancelled.")
     assert worker.ahead_of(second) == 0
 
 
 def test_looks_are_kept_while_a_picture_is_made(worker: Worker, tmp_path: Path) -> None:
-    reply = worker.ask({"do": "generate", "strengths": [1], "look": True, "out": str(tmp_path)}, timeout=20)
+    reply = worker.ask(
+        {"do": "generate", "strengths": [1], "look": True, "out": str(tmp_path)}, timeout=PATIENCE
+    )
     assert (reply.look, reply.looks) == (b"jpeg", 1)
 
 
@@ -252,10 +248,10 @@ def test_a_worker_with_memory_looks_around_for_a_run(
     monkeypatch.setattr("app.worker.LOOK_AROUND_EVERY", 0.05)
     asked: list[float] = []
     worker.is_needed_elsewhere = lambda idle: bool(asked.append(idle)) or len(asked) == 2
-    worker.ask({"do": "warm"}, timeout=20)
+    worker.ask({"do": "warm"}, timeout=PATIENCE)
     time.sleep(0.3)
     assert asked == [], "nothing is held"
-    worker.ask({"do": "generate", "strengths": [1], "out": str(tmp_path)}, timeout=20)
+    worker.ask({"do": "generate", "strengths": [1], "out": str(tmp_path)}, timeout=PATIENCE)
     wait_for(lambda: len(asked) == 2)
     time.sleep(0.3)
     assert len(asked) == 2, "it was released, so nobody looks any more"
@@ -274,9 +270,9 @@ def test_one_that_is_closed_while_it_starts_leaves_no_process(
     monkeypatch.setattr("app.worker.detached", slowly)
     made = Worker([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
     reply = made.submit({"do": "warm"})
-    assert begun.wait(5)
+    assert begun.wait(PATIENCE)
     made.close()
-    assert reply.finished.wait(5)
+    assert reply.finished.wait(PATIENCE)
     assert made._process is not None
     assert made._process.poll() is not None, "it goes on though nobody knows of it"
     # Nor does what is asked of it afterwards start one.

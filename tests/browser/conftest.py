@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tests.app.bases import checkpoint
-from tests.browser.pages import PATIENCE_SECONDS
 from tests.browser.windows import Spares, Window, close, end_runs
+from tests.waiting import PATIENCE
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -28,8 +28,6 @@ FLAGS = [
 SHORT = {"train.steps": 4, "train.batch_size": 2, "preview.steps": 2, "validation.prior": 1}
 DEMO = {"dataset": "demo", "level": "demo", "goal": "style"}
 SHORT_DEMO = {**DEMO, "values": SHORT}
-# Two cores may be shared with other work; a test that waits is better than one that fails.
-PATIENCE = 1000 * PATIENCE_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +142,7 @@ def new_page(browser, watched: Watched, window: Window):
         context = browser.new_context(
             viewport={"width": 1440, "height": 900}, accept_downloads=True, **options
         )
-        context.set_default_timeout(PATIENCE)
+        context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         page = context.new_page()
         watched.follow(page)
@@ -189,7 +187,7 @@ def trained(browser: Any, spares: Spares) -> Iterator[Window]:
     window = spares.take()
     window.open_project("default", SHORT_DEMO)
     page = browser.new_page(viewport={"width": 1440, "height": 900})
-    page.set_default_timeout(PATIENCE)
+    page.set_default_timeout(1000 * PATIENCE)
     page.goto(window.address)
     page.wait_for_selector("[data-picture]")
     page.get_by_role("tab", name="Train", exact=True).click()
@@ -209,7 +207,7 @@ def look(browser: Any, trained: Window, watched: Watched) -> Iterator[Any]:
 
     def opened(scheme: str = "light", width: int = 1440) -> Any:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.set_default_timeout(PATIENCE)
+        page.set_default_timeout(1000 * PATIENCE)
         watched.follow(page)
         pages.append(page)
         page.goto(trained.address)

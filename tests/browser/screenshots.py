@@ -14,9 +14,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.browser.conftest import CHROMIUM, FLAGS, PATIENCE
+from tests.browser.conftest import CHROMIUM, FLAGS
 from tests.browser.pages import open_tab
 from tests.browser.windows import ROOT, Window
+from tests.waiting import PATIENCE
 
 # What must be there before a tab is worth a picture.
 READY = {
@@ -65,7 +66,7 @@ def shoot_all(browser, address: str, folder: Path) -> None:
     """Each tab at each width, light and dark."""
     for tab, width, scheme in itertools.product(READY, WIDTHS, SCHEMES):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.set_default_timeout(PATIENCE)
+        page.set_default_timeout(1000 * PATIENCE)
         page.goto(address)
         page.wait_for_selector("[data-picture]")
         open_tab(page, tab)
@@ -101,7 +102,7 @@ def main(arguments: list[str]) -> int:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             page = browser.new_page(viewport={"width": 1440, "height": 900}, accept_downloads=True)
-            page.set_default_timeout(PATIENCE)
+            page.set_default_timeout(1000 * PATIENCE)
             page.goto(address)
             page.wait_for_selector("#use-demo, [data-picture]")
             prepare(page)

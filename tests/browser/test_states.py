@@ -14,7 +14,7 @@ TABS = ("Dataset", "Train", "Preview", "Export")
 IDLE_SECONDS = 7
 MOST_OF_A_CORE = 0.03
 # What went before may still cost something, such as thumbnails ahead of who looks; idle is what comes after.
-MOST_LOOKS = 3
+MOST_LOOKS = 10
 LARGEST_ANSWER = 20_000
 
 

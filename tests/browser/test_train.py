@@ -12,6 +12,7 @@ import pytest
 from tests.app.bases import write_header
 from tests.browser.conftest import DEMO, SHORT, SHORT_DEMO
 from tests.browser.pages import find_setting, frames, open_tab, set_steps, state_is
+from tests.waiting import PATIENCE
 
 KOHYA = {"ss_network_dim": "24", "ss_network_alpha": "12", "ss_max_train_steps": "77", "ss_clip_skip": "2"}
 
@@ -160,7 +161,7 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     page.click("dialog[open] .primary >> text=Quit")
     page.wait_for_selector("#closed")
     assert run.name in page.inner_text("#closed")
-    assert window.process.wait(60) == 0
+    assert window.process.wait(PATIENCE) == 0
     assert trainer(run).is_running()
     page.close()
     window.process.stdout.close()

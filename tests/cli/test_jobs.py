@@ -13,6 +13,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.events import Stopped, read_events
 from lora_core.spec.run_folder import RunFolder
 from tests.training.runs import SETTINGS
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to a single child")
 
@@ -29,7 +30,7 @@ def slow(name, *more, **named):
     if name == "lora_core.training.run":
         print("importing", flush=True)
         with contextlib.suppress(BaseException):
-            time.sleep(60)
+            time.sleep(600)
     return real(name, *more, **named)
 builtins.__import__ = slow
 from lora_core.__main__ import main
@@ -43,7 +44,7 @@ def child(code: str, *arguments: str) -> "subprocess.Popen[str]":
 
 
 def check_stopped(process: "subprocess.Popen[str]", run: RunFolder) -> None:
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, errors) == (130, "")
     assert run.status() == "stopped"
     assert [type(event) for event in read_events(run.events_file)[0]] == [Stopped]
@@ -81,6 +82,6 @@ def test_a_signal_before_there_is_a_run_leaves_none(tmp_path: Path) -> None:
         " jobs.preflight = lambda *some: os.kill(os.getpid(), signal.SIGTERM); sys.exit",
     )
     process = child(code, "train", "demo", "--name", "none", "--workspace", str(tmp_path))
-    said, errors = process.communicate(timeout=120)
+    said, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said, errors) == (130, "", "")
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []

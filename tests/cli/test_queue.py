@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -22,9 +21,9 @@ from lora_core.spec.presets import preset
 from lora_core.spec.queue import Queue
 from lora_core.spec.run_folder import RunFolder, runs_folder
 from lora_core.spec.tensor_file import read_header
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 180.0
 FEW = {
     "train.steps": 3, "train.resolution": 64, "train.batch_size": 1, "adapter.rank": 2, "adapter.alpha": 2.0,
     "preview.every": 0, "validation.pictures": 0.0, "save.every": 1, "optim.text_encoder_lr": 0.0,
@@ -52,14 +51,6 @@ def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     capsys.readouterr()
     assert main([str(word) for word in words]) == 0
     return capsys.readouterr().out
-
-
-def wait_for(process: "subprocess.Popen[str]", what: "object") -> None:
-    end = time.monotonic() + PATIENCE
-    while not what():  # type: ignore[operator]
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_words_about_the_queue(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +128,7 @@ def test_five_jobs_one_fails_one_is_killed(home: Path, capsys: pytest.CaptureFix
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        wait_for(process, lambda: len(killed.checkpoint_steps()) > 0 and killed.live_process())
+        wait_for(lambda: len(killed.checkpoint_steps()) > 0 and killed.live_process(), process)
         trainer = killed.live_process()
         assert trainer is not None
         os.kill(trainer.pid, signal.SIGKILL)

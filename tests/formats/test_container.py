@@ -94,14 +94,14 @@ def test_malformed_files_give_one_sentence(tmp_path, case):
     make, words = MALFORMED[case]
     path = tmp_path / "file.safetensors"
     make(path)
-    started = time.perf_counter()
+    started = time.process_time()
     for read in (read_header, read_tensors, file_hashes):
         with pytest.raises(AdapterFileError, match=words) as caught:
             read(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 400
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_what_is_no_file(tmp_path):

@@ -47,10 +47,10 @@ INSIDE = {
 
 
 def run(verb, path, capsys, *more):
-    started = time.perf_counter()
+    started = time.process_time()
     code = main([verb, str(path), *more])
     captured = capsys.readouterr()
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     return code, captured.out, captured.err
 
 

