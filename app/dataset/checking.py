@@ -71,8 +71,8 @@ class Checker:
         self.project.dataset()
         config, base = plan.config, plan.base
         resolution = config.train.resolution or base.resolution
-        batch = (config.train.batch_size, config.dataset.repeats)
-        how = (resolution, base.multiple, plan.trigger, *batch, config.validation.pictures, config.seed)
+        batch = config.train.batch_size
+        how = (resolution, base.multiple, plan.trigger, batch, config.validation.pictures, config.seed)
         return _Aim(self.project.dataset_folder, self.project.revision, how)
 
     def _run(self, aim: _Aim) -> None:
@@ -112,7 +112,6 @@ def training_of(plan: Plan, records: list[ImageRecord]) -> Training:
         tokenizer=plan.base.tokenizer,
         trigger=plan.trigger,
         batch_size=config.train.batch_size,
-        repeats=config.dataset.repeats,
         held_out=out,
     )
 

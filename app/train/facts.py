@@ -64,6 +64,7 @@ def notes(moment: Moment) -> list[str]:
     """What a person should know before Start, but may disregard."""
     plan, dataset = moment.plan, moment.desk.project.dataset()
     found = [one.sentence for one in moment.desk.checks.known(plan.config, dataset) if not one.blocking]
+    found += plan.notes
     hardware = moment.desk.hardware
     if hardware.known and not hardware.has_gpu and not plan.base.embedded:
         found.insert(

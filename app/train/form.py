@@ -22,6 +22,7 @@ from lora_core.spec.config import (
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.families import Family
 from lora_core.spec.presets import starting_settings
+from lora_core.spec.setting import AUTO, NumberOrAuto
 
 # Which sections make up a folded group. What stands in the basic form or follows from elsewhere is left out
 # below.
@@ -59,7 +60,7 @@ def widget(name: str, **options: Any) -> Any:
     if info.type is float:
         # No step: learning rates are typed, and a browser would call 5e-5 invalid for a step of 1.
         return gr.Number(step=0.00001, **common)
-    if info.type is str:
+    if info.type in (str, NumberOrAuto):
         return gr.Textbox(lines=1, max_lines=1, **common)
     return gr.Textbox(lines=3, max_lines=8, **common)
 
@@ -68,6 +69,8 @@ def shown(name: str, value: Any) -> Any:
     """A setting's value as its widget shows it: a list of texts, or a table of patterns, is one a line."""
     if isinstance(value, dict):
         return pattern_lines(value)
+    if FIELDS[name].type == NumberOrAuto:
+        return str(value) if isinstance(value, str) else f"{value:g}"
     return "\n".join(value) if isinstance(value, list) else value
 
 
@@ -79,14 +82,16 @@ def typed(name: str, value: Any) -> Any:
     """
     info = FIELDS[name]
     title = info.metadata["title"]
-    if info.type in (int, float) and isinstance(value, str):
+    word = info.type == NumberOrAuto and str(value).strip().lower() == AUTO
+    if info.type in (int, float, NumberOrAuto) and isinstance(value, str) and not word:
         try:
             value = float(value.replace(",", "."))
         except ValueError as error:
-            raise ConfigError(f"{title} should be a number, not {value!r}.") from error
+            numbers = f"a number or {AUTO}" if info.type == NumberOrAuto else "a number"
+            raise ConfigError(f"{title} should be {numbers}, not {value!r}.") from error
     if value is None:
         raise ConfigError(f"{title} is empty.")
-    if info.type not in (int, float, bool, str) and not is_pattern_table(info):
+    if info.type not in (int, float, bool, str, NumberOrAuto) and not is_pattern_table(info):
         value = [line.strip() for line in str(value).splitlines() if line.strip()]
     try:
         if is_pattern_table(info):

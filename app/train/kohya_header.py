@@ -62,6 +62,7 @@ SCHEDULES = {
     "cosine": "cosine",
     "cosine_with_restarts": "cosine_restarts",
 }
+HUBER_SCHEDULES = {"constant": "constant", "snr": "snr", "exponential": "exponential"}
 LOSSES = {"l2": "mse", "l1": "l1", "huber": "huber", "smooth_l1": "huber"}
 UNUSED = {
     "ss_multires_noise_iterations": "Multi-resolution noise",
@@ -159,6 +160,7 @@ def _named(texts: Texts, found: Like) -> None:
     for source, table, name in (
         ("ss_lr_scheduler", SCHEDULES, "optim.schedule"),
         ("ss_loss_type", LOSSES, "loss.kind"),
+        ("ss_huber_schedule", HUBER_SCHEDULES, "loss.huber_schedule"),
     ):
         text = texts.get(source, "").strip().lower()
         if text in table:
@@ -167,8 +169,31 @@ def _named(texts: Texts, found: Like) -> None:
             found.left.append(
                 f"The {FIELDS[name].metadata['title'].lower()} {in_short(text)} is not known here."
             )
+    _huber(texts, found)
     if texts.get("ss_mixed_precision", "") in ("fp16", "bf16"):
         found.take("train.precision", texts["ss_mixed_precision"])
+
+
+def _huber(texts: Texts, found: Like) -> None:
+    """Huber's delta; where the loss is another one, what kohya writes of it says nothing."""
+    if found.values.get("loss.kind") != "huber":
+        found.values.pop("loss.huber_schedule", None)
+        return
+    # What the trainer takes where a header of its first versions with this loss says nothing.
+    schedule = found.values.setdefault("loss.huber_schedule", "snr")
+    with contextlib.suppress(ValueError):
+        scale = _number(texts.get("ss_huber_scale", "") or "1")
+        constant = schedule == "constant"
+        found.take(
+            "loss.huber_delta", _number(texts.get("ss_huber_c", "") or "0.1") * (scale if constant else 1)
+        )
+        if schedule == "exponential" and scale != 1.0:
+            found.left.append(f"Huber's scale ({in_short(scale)}) is not known here for that schedule.")
+    if texts.get("ss_loss_type", "").strip().lower() == "smooth_l1" and schedule != "constant":
+        found.left.append(
+            "Its loss is smooth_l1, which is Huber over delta; Huber is taken, so the noise levels weigh"
+            " otherwise."
+        )
 
 
 def _network(texts: Texts, found: Like) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from app.train.form import FIELDS
 from app.train.kohya_header import from_kohya
 from app.train.like import LONGEST, Like, in_short
-from lora_core.spec.config import flattened
+from lora_core.spec.config import RETIRED, flattened, retired
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.tensor_file import Header, read_header
 
@@ -55,6 +55,8 @@ def _ours(text: str) -> Like:
             continue
         if name in FIELDS:
             found.take(name, value)
+        elif name in RETIRED:
+            found.left += retired([(name, value)])
         else:
             found.left.append(f"{in_short(name)} is a setting that this version does not know.")
     found.base = str(values.get("model.base", ""))[:LONGEST]

@@ -5,17 +5,20 @@ from typing import Any
 from app.projects.project import DEMO, Project
 from app.train.bases import EMBEDDED, Base, chosen_base
 from app.train.form import FORM, config_of, form_values, preset_config
-from lora_core.spec.config import RunConfig
+from lora_core.spec.config import RunConfig, retired
 
 
 class Plan:
-    """Settings of the run to come, and what is not legal in them."""
+    """Settings of the run to come, what is not legal in them, and what of an older draft is not used."""
 
     def __init__(self, project: Project) -> None:
         """Read the project's draft."""
         draft = project.draft()
         self.goal, self.level = choice(draft)
-        values = {name: v for name, v in (draft.get("values") or {}).items() if name in FORM}
+        kept = draft.get("values") or {}
+        values = {name: v for name, v in kept.items() if name in FORM}
+        # Until the form is changed: then the draft is written anew, without them.
+        self.notes = retired(kept.items())
         self.base = base_of(values)
         self.preset = preset_config(self.goal, self.level, self.base.family)
         config, self.problems = config_of(values, self.preset)

@@ -45,7 +45,6 @@ class Training:
         tokenizer: the base's tokenizer folder; None leaves the length of captions unchecked.
         trigger: which should stand in most captions.
         batch_size: pictures a micro-batch, all of one bucket.
-        repeats: how often each picture comes in an epoch, times its own number.
         held_out: pictures that are kept to measure on, by path; those chosen by hand are too.
     """
 
@@ -54,7 +53,6 @@ class Training:
     tokenizer: Path | None = None
     trigger: str = ""
     batch_size: int = 1
-    repeats: int = 1
     held_out: Collection[Path] = field(default=frozenset())
 
     def trains_on(self, record: ImageRecord) -> bool:
@@ -73,12 +71,12 @@ def step_shares(records: Sequence[ImageRecord], training: Training) -> list[floa
     looks: Counter[Bucket] = Counter()
     for record, bucket in zip(records, buckets, strict=True):
         if bucket is not None:
-            looks[bucket] += record.repeats * training.repeats
+            looks[bucket] += record.repeats
     size = max(1, training.batch_size)
     filled = {bucket: -(-count // size) * size for bucket, count in looks.items()}
     total = max(1, sum(filled.values()))
     return [
-        0.0 if bucket is None else record.repeats * training.repeats / looks[bucket] * filled[bucket] / total
+        0.0 if bucket is None else record.repeats / looks[bucket] * filled[bucket] / total
         for record, bucket in zip(records, buckets, strict=True)
     ]
 

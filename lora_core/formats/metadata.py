@@ -44,6 +44,7 @@ class ExportFacts:
         datasets: dataset name to (repeats, pictures).
         buckets: (width, height) in pixels to pictures.
         prediction: "epsilon" or "v_prediction".
+        min_snr: gamma of min-SNR, 0 for none.
         settings: the run's settings as TOML.
         network_args: more about the adapter, such as dropout.
     """
@@ -66,6 +67,7 @@ class ExportFacts:
     datasets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     prediction: str = "epsilon"
+    min_snr: float = 0.0
     settings: str = ""
     network_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,7 +80,6 @@ _FROM_SETTINGS = {
     "ss_text_encoder_lr": "optim.text_encoder_lr",
     "ss_batch_size_per_device": "train.batch_size",
     "ss_gradient_accumulation_steps": "train.accumulate",
-    "ss_min_snr_gamma": "loss.min_snr",
     "ss_noise_offset": "loss.noise_offset",
     "ss_network_dropout": "adapter.dropout",
 }
@@ -112,6 +113,7 @@ def export_metadata(facts: ExportFacts) -> dict[str, str]:
         "ss_max_train_steps": str(facts.steps),
         "ss_steps": str(facts.steps),
         "ss_seed": str(facts.seed),
+        "ss_min_snr_gamma": str(facts.min_snr),
         "ss_tag_frequency": _json(
             {_last_name(name): dict(tags) for name, tags in facts.tag_frequency.items()}
         ),

@@ -64,6 +64,11 @@ class BaseFacts:
         return str(self.scheduler.get("prediction_type", "epsilon"))
 
     @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether nothing of the picture is left at its last timestep (Lin et al. 2023)."""
+        return bool(self.scheduler.get("rescale_betas_zero_snr"))
+
+    @property
     def configs(self) -> Path:
         """The folder with the components' configs: its own, or the family's."""
         if not self.single_file:
@@ -83,7 +88,7 @@ class BaseFacts:
         if self.family is None:
             return "A .ckpt file; what kind of base it is shows when the run starts."
         predicts = "velocity" if self.prediction == "v_prediction" else "noise"
-        snr = ", zero terminal SNR" if self.scheduler.get("rescale_betas_zero_snr") else ""
+        snr = ", zero terminal SNR" if self.zero_terminal_snr else ""
         told = f" ({self.told_by})" if self.told_by else ""
         return f"{self.family.title}, trained at {self.resolution} px, predicts {predicts}{told}{snr}."
 

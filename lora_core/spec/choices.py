@@ -1,4 +1,4 @@
-"""Named choices as tables: optimizers, schedules, samplers, adapter kinds, targets, formats.
+"""Named choices as tables: optimizers, schedules, losses, samplers, targets, formats.
 
 A row names the code that it stands for as "module:attribute", imported only when it is used, so that a window
 without torch can list them all. The price is that editors cannot follow the reference, so
@@ -131,13 +131,25 @@ LOSSES: Table = {
     ),
     "huber": Choice(
         "Huber",
-        "Squared when small, absolute when large; robust to odd pictures.",
+        "Squared where small, linear where large; robust to odd pictures and wrong captions.",
         "lora_core.training.loss:huber_error",
     ),
 }
 
-ADAPTERS: Table = {
-    "lora": Choice("LoRA", "Low-rank update of each chosen layer.", "lora_core.adapters.lora:LoraLayer"),
+HUBER_SCHEDULES: Table = {
+    "constant": Choice(
+        "Constant", "The same delta at each noise level.", "lora_core.training.loss:constant_delta"
+    ),
+    "snr": Choice(
+        "By signal-to-noise ratio",
+        "From 1 without noise down to delta, as the signal fades; the default.",
+        "lora_core.training.loss:snr_delta",
+    ),
+    "exponential": Choice(
+        "Exponential",
+        "From 1 at the first timestep down to delta at the last.",
+        "lora_core.training.loss:exponential_delta",
+    ),
 }
 
 _ATTENTION = r"attn[12]\.(?:to_q|to_k|to_v|to_out\.0)"

@@ -9,7 +9,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,23 @@ from lora_core.spec.sections import (
     OptimSection,
     TrainSection,
 )
-from lora_core.spec.setting import setting
+from lora_core.spec.setting import AUTO, NumberOrAuto, setting
 
-AUTO = "auto"
 SWITCHES = {"optim.lr": "optim.range_test"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
+RETIRED: dict[str, tuple[Any, str]] = {
+    "adapter.kind": (
+        "lora",
+        "lora is the one kind that can be trained today. LoHa, LoKr and DoRA files can be read, merged and"
+        " turned into a LoRA.",
+    ),
+    "dataset.repeats": (
+        1,
+        "it changes nothing that is learned, as a run's length is counted in steps. Set train.steps, or put"
+        " pictures that should come more often into a folder named like 10_name.",
+    ),
+}
+"""Settings that are no more: the value that still means something, and why no other does."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,13 @@ class RunConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
         """A config from nested tables as TOML gives them; what is absent takes its default.
 
+        Settings that an earlier version wrote and that are no more are left out; `retired` names them.
+
         Raises:
             ConfigError: names every setting that is unknown, mistyped or out of range, all at once.
         """
-        return cls().changed(flattened(values))
+        flat = flattened(values)
+        return cls().changed({name: value for name, value in flat.items() if name not in RETIRED})
 
     def changed(self, changes: Mapping[str, Any]) -> "RunConfig":
         """This config with some settings replaced.
@@ -73,6 +88,9 @@ class RunConfig:
         by_section: dict[str, dict[str, Any]] = {}
         known = {name: info for name, info, _ in settings()}
         for name, value in with_switches(changes):
+            if name in RETIRED:
+                problems += retired([(name, value)])
+                continue
             if name not in known:
                 problems.append(_unknown(name, list(known)))
                 continue
@@ -118,6 +136,18 @@ def with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield name, value
         if switch and switch not in changes:
             yield switch, False
+
+
+def retired(changes: Iterable[tuple[str, Any]]) -> list[str]:
+    """A sentence for each setting that is no more and has a value that means nothing today."""
+    found = []
+    for name, value in changes:
+        if name in RETIRED:
+            kept, why = RETIRED[name]
+            plain = value.strip().lower() if isinstance(value, str) else value
+            if isinstance(plain, bool) or plain != kept:
+                found.append(f"{name} = {repr(value)[:80]} cannot be used: {why}")
+    return found
 
 
 def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
@@ -211,6 +241,12 @@ def _checked_table(name: str, info: dataclasses.Field[Any], value: Any) -> dict[
 def _checked_one(name: str, info: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} = {value} is not a number that can be used.")
+    if kind == NumberOrAuto:
+        if isinstance(value, str) and value.strip().lower() == AUTO:
+            return AUTO
+        if isinstance(value, str):
+            raise ConfigError(f"{name} = {value!r} should be a number or {AUTO}.")
+        kind = float
     typed = _as_type(name, kind, value)
     span, above, table = info.metadata["span"], info.metadata["above"], info.metadata["table"]
     if span is not None and not span[0] <= typed <= span[1]:

@@ -56,7 +56,7 @@ def cost_key(config: RunConfig, resolution: int) -> str:
     train = {**asdict(config.train), "resolution": config.train.resolution or resolution}
     del train["steps"]
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
-    adapted = [adapter.kind, adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
+    adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
     return json.dumps([config.model.base, train, adapted, optim.name, trained, config.save.ema > 0])
 
 

@@ -20,6 +20,7 @@ from lora_core.spec.families import Family, family_of_version
 from lora_core.spec.problems import Problem, rate_problems
 from lora_core.spec.room import MARGIN, checkpoint_bytes, free_bytes, needed_bytes
 from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
+from lora_core.spec.sections import LossSection
 from lora_core.spec.sizes import base_numbers, export_bytes, weight_files
 from lora_core.spec.tensor_file import read_header
 
@@ -87,6 +88,7 @@ def problems_of(
         *_packages(config),
         *_vae(config),
         *_adapter(config, facts),
+        *_loss(config, facts),
         *rate_problems(config, facts.family if facts else None),
     ]
     if facts is not None and facts.family is not None:
@@ -184,6 +186,24 @@ def _adapter(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
         f" {facts.family.title}; choose another file or another base."
     )
     return [Problem("adapter", sentence)]
+
+
+def _loss(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
+    """Settings of the loss that do nothing with this kind of it, or that leave the last timestep out."""
+    loss, found = config.loss, []
+    usual = LossSection()
+    for name in ("huber_delta", "huber_schedule"):
+        if loss.kind != "huber" and getattr(loss, name) != getattr(usual, name):
+            sentence = f"loss.{name} plays no part where loss.kind is {loss.kind}; it is for huber."
+            found.append(Problem("loss", sentence, False))
+    velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
+    if velocity and loss.gamma("v_prediction"):
+        sentence = (
+            f"loss.min_snr = {loss.gamma('v_prediction'):g} gives the last timestep no weight, as this base"
+            " has zero terminal SNR; set loss.min_snr to auto or 0."
+        )
+        found.append(Problem("loss", sentence, False))
+    return found
 
 
 def _targets(config: RunConfig, family: Family) -> list[Problem]:

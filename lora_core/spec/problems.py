@@ -27,8 +27,8 @@ class Problem:
     """One thing that stands in the way, or that a person should know before Start.
 
     Attributes:
-        kind: for programs: name, package, base, vae, adapter, targets, rate, disk, memory, busy, dataset,
-            picture, caption, validation.
+        kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
+            dataset, picture, caption, validation.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """

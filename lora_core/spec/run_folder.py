@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from lora_core.spec.config import RunConfig, load_toml, to_toml
+from lora_core.spec.config import RETIRED, RunConfig, flattened, load_toml, retired, to_toml
 from lora_core.spec.errors import RunError
 from lora_core.spec.event_file import opened_for_lines, write_line
 from lora_core.spec.events import read_events
@@ -153,6 +153,15 @@ class RunFolder:
             ConfigError: the file was edited into something illegal.
         """
         return RunConfig.from_dict(load_toml(self.config_file))
+
+    def retired_settings(self) -> list[str]:
+        """A sentence for each setting of the file that an earlier version used and this one does not."""
+        flat = flattened(load_toml(self.config_file))
+        return [
+            f"{sentence} The run goes on as with {RETIRED[name][0]}."
+            for name, value in flat.items()
+            for sentence in retired([(name, value)])
+        ]
 
     def request(self, do: str) -> str:
         """Ask the trainer for something; returns the request's id.

@@ -8,7 +8,10 @@ import math
 from dataclasses import dataclass
 
 from lora_core.spec import choices
-from lora_core.spec.setting import setting
+from lora_core.spec.setting import AUTO, NumberOrAuto, setting
+
+MIN_SNR = 5.0
+"""gamma of min-SNR where it is on by default: the value that Hang et al. 2023 recommend."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,6 @@ class ModelSection:
 class AdapterSection:
     """The trained low-rank layers."""
 
-    kind: str = setting("lora", "Adapter", "The kind of adapter.", table=choices.ADAPTERS)
     rank: int = setting(
         16,
         "Rank (size)",
@@ -103,12 +105,6 @@ class DatasetSection:
         "",
         "Trigger word",
         "A word that calls up what is learned; put in front of each caption that lacks it.",
-    )
-    repeats: int = setting(
-        1,
-        "Repeats",
-        "How often each picture is shown in an epoch, times the folder's own number.",
-        span=(1, 10_000),
     )
     flip: bool = setting(
         False, "Flip", "Show each picture mirrored half of the time. Not for faces or writing."
@@ -252,10 +248,23 @@ class LossSection:
     """What is minimised."""
 
     kind: str = setting("mse", "Loss", "How an error is weighed.", table=choices.LOSSES)
-    min_snr: float = setting(
-        5.0,
+    huber_delta: float = setting(
+        0.1,
+        "Huber delta",
+        "Errors well below it count as in squared error, errors well above it linearly. Only for Huber.",
+        span=(0.001, 10.0),
+    )
+    huber_schedule: str = setting(
+        "snr",
+        "Huber schedule",
+        "How Huber's delta follows the noise level; little noise gets the larger one. Only for Huber.",
+        table=choices.HUBER_SCHEDULES,
+    )
+    min_snr: NumberOrAuto = setting(
+        AUTO,
         "Min-SNR",
-        "Evens out the weight of the noise levels (gamma of Hang et al. 2023). 0: off.",
+        "Evens out the weight of the noise levels (gamma of Hang et al. 2023). `auto`: 5 for a base that"
+        " predicts noise, off for one that predicts velocity. 0: off.",
         span=(0.0, 100.0),
     )
     noise_offset: float = setting(
@@ -264,3 +273,13 @@ class LossSection:
         "Lets very dark and very bright pictures be learned; 0.05 is usual. 0: off.",
         span=(0.0, 1.0),
     )
+
+    def gamma(self, prediction: str) -> float:
+        """gamma of min-SNR for a base that predicts `prediction`; 0: off.
+
+        Off by default for velocity, whose own weight of the noise levels is even already: min-SNR would give
+        the last timestep of a schedule with zero terminal SNR no weight at all.
+        """
+        if isinstance(self.min_snr, str):
+            return MIN_SNR if prediction == "epsilon" else 0.0
+        return self.min_snr

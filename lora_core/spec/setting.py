@@ -1,9 +1,13 @@
 """How a setting is declared: a dataclass field that carries all there is to know of it."""
 
 from dataclasses import field
-from typing import Any
+from typing import Any, Literal
 
 from lora_core.spec.choices import Table
+
+AUTO: Literal["auto"] = "auto"
+NumberOrAuto = float | Literal["auto"]
+"""Type of a setting that is a number, or `auto` where the base decides it."""
 
 
 def setting(

@@ -55,14 +55,12 @@ class Looks:
 
     Attributes:
         batch_size: pictures a micro-batch, all of one bucket.
-        repeats: how often each picture comes in an epoch, times its own number.
         flip: whether half of the looks are mirrored.
         captions: how captions are drawn.
         seed: of all draws.
     """
 
     batch_size: int
-    repeats: int
     flip: bool
     captions: CaptionRules
     seed: int
@@ -124,9 +122,7 @@ class Batches:
         draw = random.Random(f"{self._looks.seed}/epoch/{epoch}")
         by_bucket: dict[Bucket, list[int]] = {}
         for index, item in enumerate(self._items):
-            by_bucket.setdefault(item.bucket, []).extend(
-                [index] * (item.record.repeats * self._looks.repeats)
-            )
+            by_bucket.setdefault(item.bucket, []).extend([index] * item.record.repeats)
         batches = []
         size = self._looks.batch_size
         for indices in by_bucket.values():

@@ -84,6 +84,8 @@ class Conductor:
                 precision=self._plan.precision,
             )
         )
+        for sentence in self._run.retired_settings():
+            self._warn(sentence)
         self._config = self._plan.rated(self._config)
         try:
             session = prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)

@@ -51,9 +51,10 @@ def export_facts(
         seed=config.seed,
         trigger=trigger,
         tag_frequency={name: tag_counts(captions)},
-        datasets={name: (config.dataset.repeats, len(items))},
+        datasets={name: (1, len(items))},
         buckets=Counter((item.bucket.width, item.bucket.height) for item in items),
         prediction=base.noise.prediction,
+        min_snr=config.loss.gamma(base.noise.prediction),
         settings=to_toml(config),
         network_args={"targets": section.targets, "dropout": section.dropout, **_unusual(section)},
     )

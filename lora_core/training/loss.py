@@ -1,5 +1,7 @@
 """The loss of one batch: timesteps and noise are drawn, the UNet predicts, the error is weighed."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,7 @@ from lora_core.models.denoise import prediction
 from lora_core.models.encode import TextCondition
 from lora_core.models.load import BaseModel
 from lora_core.models.noise import NoiseSchedule
-from lora_core.spec.choices import LOSSES, chosen
+from lora_core.spec.choices import HUBER_SCHEDULES, LOSSES, chosen
 from lora_core.spec.sections import LossSection
 
 
@@ -69,16 +71,17 @@ def picture_losses(
     noisy = base.noise.noisy_latents(latents, draw.noise, draw.timesteps)
     target = base.noise.target(latents, draw.noise, draw.timesteps)
     error = chosen(LOSSES, rules.kind, "loss.kind").resolve()
-    losses = error(prediction(base, noisy, draw.timesteps, text, sizes), target).flatten(1).mean(1)
-    return losses * min_snr_weight(base.noise, draw.timesteps, rules.min_snr)
+    delta = functools.partial(huber_delta, base.noise, draw.timesteps, rules)
+    losses = error(prediction(base, noisy, draw.timesteps, text, sizes), target, delta).flatten(1).mean(1)
+    return losses * min_snr_weight(base.noise, draw.timesteps, rules.gamma(base.noise.prediction))
 
 
 def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for velocity, (B,); ones where gamma is
     0.
 
-    At zero SNR the weight is 1 for epsilon, its limit, and 0 for velocity: turn it off for such bases.
-    Source: Hang et al. 2023, section 3.4.
+    At zero SNR the weight is 1 for epsilon, its limit, and 0 for velocity, which is why `LossSection.gamma`
+    leaves it off there. Source: Hang et al. 2023, section 3.4.
     """
     if not gamma:
         return torch.ones(len(timesteps), device=timesteps.device)
@@ -88,16 +91,56 @@ def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) 
     return snr.clamp(max=gamma) / (snr + 1.0)
 
 
-def squared_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Element by element."""
+Delta = Callable[[], torch.Tensor]
+"""Gives Huber's delta of each picture of a batch, (B,)."""
+
+
+def squared_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """Element by element, (B, 4, h, w)."""
     return F.mse_loss(predicted, target, reduction="none")
 
 
-def absolute_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Element by element."""
+def absolute_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """Element by element, (B, 4, h, w)."""
     return F.l1_loss(predicted, target, reduction="none")
 
 
-def huber_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Element by element: half the square below 1, linear above."""
-    return F.smooth_l1_loss(predicted, target, reduction="none")
+def huber_error(predicted: torch.Tensor, target: torch.Tensor, delta: Delta) -> torch.Tensor:
+    """2 d (sqrt(e^2 + d^2) - d), element by element, (B, 4, h, w), with e the error and d = `delta`.
+
+    It is e^2 for small errors, as squared error, and 2 d |e| for large ones, so that no element's gradient is
+    above 2 d. Written as a quotient, which loses no digits where e is small. The scale is that of kohya's
+    `loss_type = huber`, so that its `huber_c` means the same here.
+    Source: Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled
+    Pseudo-Huber Loss", section 3.
+    """
+    turn = delta().to(predicted).view(-1, 1, 1, 1)
+    squared = F.mse_loss(predicted, target, reduction="none")
+    return 2.0 * turn * squared / ((squared + turn.square()).sqrt() + turn)
+
+
+def huber_delta(noise: NoiseSchedule, timesteps: torch.Tensor, rules: LossSection) -> torch.Tensor:
+    """Huber's delta at each timestep, (B,), by the schedule that `rules` names."""
+    schedule = chosen(HUBER_SCHEDULES, rules.huber_schedule, "loss.huber_schedule").resolve()
+    delta: torch.Tensor = schedule(noise, timesteps, rules.huber_delta)
+    return delta
+
+
+def constant_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
+    """`delta` for each of the timesteps, (B,)."""
+    return torch.full((len(timesteps),), delta, device=timesteps.device)
+
+
+def snr_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
+    """(1 - delta) / (1 + s)^2 + delta, (B,), with s = sqrt((1 - a) / a), the noise over the signal.
+
+    Finite where there is no signal, too. Source: as of `huber_error`, section 3.2.
+    """
+    share = noise.alphas_cumprod.to(timesteps.device)[timesteps]
+    signal, spread = share.sqrt(), (1.0 - share).sqrt()
+    return (1.0 - delta) * (signal / (signal + spread)).square() + delta
+
+
+def exponential_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
+    """delta^(t / T), (B,): 1 at the first timestep, `delta` at the end. Source: as of `huber_error`."""
+    return delta ** (timesteps.float() / noise.timesteps)

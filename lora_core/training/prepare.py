@@ -199,7 +199,7 @@ def prepared(
     measured = groups_of(items, held_items, latents, config, base)
     measured.prior = prior
     trainee, notes = trainee_in(base, layout, config, plan.layout, aside)
-    looks = Looks(config.train.batch_size, config.dataset.repeats, config.dataset.flip, rules, config.seed)
+    looks = Looks(config.train.batch_size, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
     return Session(trainee, batches, text, measured, items, prompts, [*layout.notes, *notes, *measured.notes])
 

@@ -138,7 +138,7 @@ def picture_rows(
     losses = _losses(base, pictures, weights, config, told)
     training = Training(
         config.train.resolution or base.resolution, base.size_multiple, batch_size=config.train.batch_size,
-        repeats=config.dataset.repeats, held_out=out,
+        held_out=out,
     )  # fmt: skip
     shares = step_shares(records, training)
     rows = [

@@ -44,6 +44,9 @@ KOHYA = {
     "ss_sd_model_name": "some base.safetensors",
     "ss_multires_noise_iterations": "6",
     "ss_seed": "42",
+    "ss_loss_type": "huber",
+    "ss_huber_schedule": "exponential",
+    "ss_huber_c": "0.2",
 }
 
 
@@ -74,6 +77,9 @@ def test_kohya_s_header(tmp_path: Path) -> None:
         "train.batch_size": 2,
         "train.checkpointing": True,
         "loss.min_snr": 5.0,
+        "loss.kind": "huber",
+        "loss.huber_schedule": "exponential",
+        "loss.huber_delta": 0.2,
         "dataset.keep_tags": 1,
         "dataset.shuffle_tags": True,
         "seed": 42,
@@ -85,6 +91,42 @@ def test_kohya_s_header(tmp_path: Path) -> None:
     assert "Multi-resolution noise (6)" in said
     # What those say is legal together.
     RunConfig().changed(like.values)
+
+
+@pytest.mark.parametrize(
+    ("texts", "values", "said"),
+    [
+        # kohya writes all three into each header, whatever the loss.
+        ({"ss_loss_type": "l2", "ss_huber_schedule": "snr", "ss_huber_c": "0.1"}, ("mse", None, None), ""),
+        ({"ss_loss_type": "huber"}, ("huber", "snr", 0.1), ""),
+        ({"ss_loss_type": "smooth_l1", "ss_huber_c": "0.5"}, ("huber", "snr", 0.5), "smooth_l1"),
+        (
+            {"ss_loss_type": "huber", "ss_huber_schedule": "constant", "ss_huber_scale": "2.0"},
+            ("huber", "constant", 0.2),
+            "",
+        ),
+        (
+            {"ss_loss_type": "huber", "ss_huber_schedule": "exponential", "ss_huber_scale": "2.0"},
+            ("huber", "exponential", 0.1),
+            "Huber's scale (2.0)",
+        ),
+        ({"ss_loss_type": "huber", "ss_huber_c": "-4"}, ("huber", "snr", None), "Huber delta is -4"),
+        ({"ss_loss_type": "huber", "ss_huber_c": "nan"}, ("huber", "snr", None), ""),
+    ],
+)
+def test_kohya_s_huber(tmp_path: Path, texts: dict[str, str], values: tuple[object, ...], said: str) -> None:
+    like = like_file(lora(tmp_path, {"ss_network_dim": "4", "ss_network_alpha": "4", **texts}))
+    names = ("loss.kind", "loss.huber_schedule", "loss.huber_delta")
+    assert tuple(like.values.get(name) for name in names) == values
+    assert said in " ".join(like.left)
+
+
+def test_an_older_header_of_ours_with_retired_settings(tmp_path: Path) -> None:
+    text = "[adapter]\nkind = 'lora'\nrank = 4\n[dataset]\nrepeats = 10\n"
+    like = like_file(lora(tmp_path, {"lora_easel.config": text}))
+    assert like.values == {"adapter.rank": 4}
+    assert len(like.left) == 1
+    assert "dataset.repeats = 10 cannot be used" in like.left[0]
 
 
 def test_newer_headers_keep_it_by_dataset(tmp_path: Path) -> None:
@@ -176,7 +218,7 @@ def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) ->
     assert (values["adapter.rank"], values["train.steps"], values["preview.cfg"]) == (32, 2000, 7.5)
     assert values["adapter.block_ranks"] == r"\.conv[12]$|samplers.*\.conv$ = 8"
     assert project.draft()["trigger"] == "zwx dog"
-    assert "20 settings taken" in said
+    assert "23 settings taken" in said
     assert "<img" not in said
     assert "<b>" not in said
 

@@ -75,6 +75,16 @@ def test_all_problems_are_told_at_once() -> None:
         ("optim.block_lr", {"mid_block": float("nan")}, "is not a number that can be used"),
         ("optim.block_lr", {"*": 1e-4}, "'*', which cannot be used"),
         ("adapter", {"rank": 8}, "is not a setting"),
+        ("loss.min_snr", "off", "should be a number or auto"),
+        ("loss.min_snr", -1, "it goes from 0 to 100"),
+        ("loss.min_snr", True, "should be a number"),
+        ("loss.huber_delta", 0, "it goes from 0.001 to 10"),
+        ("adapter.kind", "dora", "'dora' cannot be used: lora is the one kind that can be trained"),
+        ("adapter.kind", "oft", "lora is the one kind that can be trained"),
+        ("adapter.kind", 3, "lora is the one kind"),
+        ("dataset.repeats", 10, "10 cannot be used: it changes nothing that is learned"),
+        ("dataset.repeats", 0, "train.steps"),
+        ("dataset.repeats", True, "10_name"),
     ],
 )
 def test_what_is_refused(name: str, value: object, part: str) -> None:
@@ -97,12 +107,29 @@ def test_what_is_refused(name: str, value: object, part: str) -> None:
         ("adapter.block_ranks", {"mid_block": 4.0, r"attn1\.to_q$": 0}, {"mid_block": 4, r"attn1\.to_q$": 0}),
         ("optim.block_lr", {"mid_block": 0}, {"mid_block": 0.0}),
         ("seed", 2**32 - 1, 2**32 - 1),
+        ("loss.min_snr", 5, 5.0),
+        ("loss.min_snr", " Auto ", "auto"),
     ],
 )
 def test_what_is_taken(name: str, value: object, kept: object) -> None:
     got = RunConfig().changed({name: value}).get(name)
     assert got == kept
     assert type(got) is type(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("adapter.kind", "lora"), ("adapter.kind", " LoRA "), ("dataset.repeats", 1)]
+)
+def test_a_retired_setting_is_taken_where_it_means_what_is_done(name: str, value: object) -> None:
+    assert RunConfig().changed({name: value}) == RunConfig()
+    assert name not in flattened(tomllib.loads(to_toml(RunConfig())))
+
+
+def test_an_older_file_is_read_without_what_is_no_more() -> None:
+    values = {"adapter": {"kind": "lora", "rank": 4}, "dataset": {"repeats": 10}, "loss": {"min_snr": 5.0}}
+    config = RunConfig.from_dict(values)
+    assert config == RunConfig().changed({"adapter.rank": 4, "loss.min_snr": 5.0})
+    assert config.loss.gamma("v_prediction") == 5.0, "an older run keeps the number that it was made with"
 
 
 def test_a_refused_change_changes_nothing() -> None:
