@@ -9,18 +9,35 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
-from lora_core.cli import adapters, analysis, combine, dataset, jobs, pictures, queue, report
+from lora_core.cli import (
+    adapters,
+    analysis,
+    combine,
+    dataset,
+    jobs,
+    pictures,
+    printable,
+    queue,
+    report,
+    write,
+)
 from lora_core.spec.errors import LoraError
 from lora_core.spec.processor import SLEEPS, share_processor
 from lora_core.spec.stopping import INTERRUPTED
 
 
+class _Parser(argparse.ArgumentParser):
+    """Quotes words of the command line without their control characters."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    top = argparse.ArgumentParser(
-        prog="lora-easel", description="Train and use Stable Diffusion LoRA adapters."
-    )
+    top = _Parser(prog="lora-easel", description="Train and use Stable Diffusion LoRA adapters.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for group in (jobs, queue, pictures, adapters, combine, analysis, dataset, report):
         group.add_verbs(verbs)
@@ -39,14 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options) or 0)
     except LoraError as error:
-        sys.stderr.write(f"{error}\n")
+        write(sys.stderr, f"{error}\n")
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
-        sys.stderr.write(
-            f"{error.filename or 'A file'} cannot be read or written: {error.strerror or error}.\n"
-        )
+        name = error.filename or "A file"
+        write(sys.stderr, f"{name} cannot be read or written: {error.strerror or error}.\n")
         return 1
 
 

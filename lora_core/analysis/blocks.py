@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.adapters.weights import LayerKey
+from lora_core.spec.config import load_toml, parse_toml
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.patterns import Pattern, PatternError
 
@@ -62,12 +63,9 @@ def blocks_of(text: str, files: int) -> Blocks:
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"The table {path} of --blocks does not exist.") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The table {path} of --blocks cannot be read: {error}.") from error
+    if not path.exists():
+        raise ConfigError(f"The table {path} of --blocks does not exist.")
+    return load_toml(path)
 
 
 def _flattened(table: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
@@ -89,7 +87,9 @@ def _inline(text: str) -> dict[str, Any]:
             f"--blocks {text!r} is neither a TOML file nor a table such as 'mid_block=0.5,up_blocks.1=0'."
         )
     try:
-        return {name: tomllib.loads(f"value = {value}")["value"] for name, value in rows.items()}
+        return {
+            name: parse_toml(f"value = {value}", f"--blocks {name}")["value"] for name, value in rows.items()
+        }
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--blocks {text!r} holds a weight that is not a number.") from error
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,17 +208,26 @@ def _write_folder(source: Path, target: Path, edits: Edits, texts: Mapping[str, 
     changed = {path.parent for path in edits}
     parts = _parts(source) | {path.parent.name for path in edits}
 
-    def unwanted(folder: str, names: list[str]) -> set[str]:
-        here = Path(folder)
-        if here == source:
-            return {n for n in names if n not in parts and (here / n).suffix.lower() not in _TEXTS}
-        if here in changed:
-            return {n for n in names if n.endswith(_OTHER_WEIGHTS) or here / n in edits}
-        return set()
+    def wanted(path: Path) -> bool:
+        if path.parent == source:
+            return path.name in parts or path.suffix.lower() in _TEXTS
+        if path.parent in changed:
+            return path not in edits and not path.name.endswith(_OTHER_WEIGHTS)
+        return True
 
-    shutil.copytree(source, target, ignore=unwanted)
+    _copy_tree(source, target, wanted)
     for path, changes in edits.items():
         _write_file(path, target / path.relative_to(source), changes, texts)
+
+
+def _copy_tree(source: Path, target: Path, wanted: Callable[[Path], bool]) -> None:
+    """Copy what is wanted of a folder. Unlike `shutil.copytree`, it stops at the first error."""
+    target.mkdir()
+    for path in filter(wanted, source.iterdir()):
+        if path.is_dir():
+            _copy_tree(path, target / path.name, wanted)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def _parts(folder: Path) -> set[str]:

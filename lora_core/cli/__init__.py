@@ -3,12 +3,25 @@
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from lora_core.spec.run_folder import RunFolder, find_run
+
 Verbs = Any
 """What `argparse.ArgumentParser.add_subparsers` gives."""
+
+
+_ERASE_LINE = "\r\x1b[2K"
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and newline, and the marks that change the direction of text."""
+
+
+def printable(text: str) -> str:
+    """A text with control characters written out, such as `\\x1b`: names and files by others may hold any."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str) -> None:
@@ -16,14 +29,19 @@ def say(text: str) -> None:
     write(sys.stdout, text + "\n")
 
 
-def write(stream: TextIO, text: str) -> None:
+def write(stream: TextIO, text: str, over: bool = False) -> None:
     """Write at once, for as long as there is somebody to read it.
 
     Work goes on when the reader of the output goes away: `train ... | head` is no reason to lose a run. What
     is still written then goes nowhere, so that the process does not fail on its last flush either.
+
+    Args:
+        stream: where.
+        text: control characters in it are written out.
+        over: whether it replaces the line that the cursor is in.
     """
     try:
-        stream.write(text)
+        stream.write((_ERASE_LINE if over else "") + printable(text))
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -31,12 +49,29 @@ def write(stream: TextIO, text: str) -> None:
 
 def say_json(document: Any) -> None:
     """One JSON document on stdout."""
-    say(json.dumps(document, ensure_ascii=False, indent=1))
+    text = json.dumps(document, ensure_ascii=False, indent=1)
+    # Within JSON a control character is written out as JSON does it, so that it is read back as it was.
+    say(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def add_workspace(verb: argparse.ArgumentParser) -> None:
     """The option that says where runs and caches are kept."""
     verb.add_argument("--workspace", type=Path, help="where runs and caches live; else LORA_EASEL_HOME")
+
+
+def add_run(verb: argparse.ArgumentParser) -> None:
+    """The argument that names a run, and the workspace that it may be in; `named_run` reads them."""
+    verb.add_argument("run_name", metavar="RUN", help="a run's folder, or its name in the workspace")
+    add_workspace(verb)
+
+
+def named_run(options: argparse.Namespace) -> RunFolder:
+    """The run that a command line names.
+
+    Raises:
+        RunError: there is none.
+    """
+    return find_run(options.run_name, options.workspace)
 
 
 def add_json(verb: argparse.ArgumentParser) -> None:

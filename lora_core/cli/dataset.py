@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
+from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json, write
 from lora_core.dataset.audit import audit
 from lora_core.dataset.folder import open_dataset, require_clean
 from lora_core.dataset.learned import Training
 from lora_core.spec.base_facts import base_facts
+from lora_core.spec.config import checked_option
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.paths import workspace
-from lora_core.spec.run_folder import RunFolder
 
 _MOST_TAGS = 20
 _MOST_NAMES = 6
@@ -55,7 +55,7 @@ def _add_probe(verbs: Verbs) -> None:
 
 def _add_pictures(verbs: Verbs) -> None:
     verb = verbs.add_parser("pictures", help="what a run has learned of each of its pictures")
-    verb.add_argument("run_folder", metavar="RUN", type=Path)
+    add_run(verb)
     verb.add_argument(
         "--checkpoint", default="best", metavar="STEP", help="best, last, or the step of a checkpoint"
     )
@@ -65,11 +65,10 @@ def _add_pictures(verbs: Verbs) -> None:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    if not 1 <= options.batch <= 1024:
-        raise ConfigError(f"--batch {options.batch} is out of range; it goes from 1 to 1024.")
+    checked_option("--batch", "train.batch_size", options.batch)
     facts = base_facts(options.base)
     dataset = open_dataset(options.dataset, workspace(options.workspace) / "cache" / "datasets")
-    resolution = options.resolution or facts.resolution
+    resolution = checked_option("--resolution", "train.resolution", options.resolution) or facts.resolution
     training = Training(resolution, facts.multiple, facts.tokenizer, options.trigger, options.batch)
     found = audit(dataset, training)
     if options.json:
@@ -137,7 +136,7 @@ def _probe(options: argparse.Namespace) -> int:
 
 def _pictures(options: argparse.Namespace) -> int:
     _check_triples(options.triples)
-    run = RunFolder.open(options.run_folder)
+    run = named_run(options)
     from lora_core.validation.pictures import FILE, run_pictures
 
     found = run_pictures(run, options.checkpoint, options.triples, _counter("pictures"))
@@ -170,6 +169,6 @@ def _counter(what: str) -> Callable[[int, int], None] | None:
 
     def said(done: int, total: int) -> None:
         end = "\n" if done == total else ""
-        write(sys.stderr, f"\r\x1b[2KMeasuring {what}: {done} of {total}{end}")
+        write(sys.stderr, f"Measuring {what}: {done} of {total}{end}", over=True)
 
     return said

@@ -10,14 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json
 from lora_core.cli.progress import EventPrinter
 from lora_core.dataset.preflight import preflight
 from lora_core.spec.awake import keep_awake
 from lora_core.spec.base_facts import base_facts, is_hub_id
-from lora_core.spec.config import RunConfig, flattened, load_toml, parsed_assignment, with_switches
+from lora_core.spec.config import (
+    RunConfig,
+    checked_option,
+    flattened,
+    load_toml,
+    parsed_assignment,
+    with_switches,
+)
 from lora_core.spec.crash import crash_reason
-from lora_core.spec.errors import ConfigError, ModelFileError, RunError
+from lora_core.spec.errors import ModelFileError, RunError
 from lora_core.spec.event_file import EventWriter
 from lora_core.spec.events import Stopped
 from lora_core.spec.families import Family
@@ -60,7 +67,7 @@ def add_verbs(verbs: Verbs) -> None:
     add_workspace(train)
     train.set_defaults(run=_train, processor=COMPUTES)
     resume = verbs.add_parser("resume", help="start a run or go on with it")
-    resume.add_argument("path", metavar="RUN", type=_run_path)
+    add_run(resume)
     resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
     resume.add_argument("--accept-changes", action="store_true", help="go on although something has changed")
     resume.set_defaults(run=_resume, processor=COMPUTES)
@@ -72,7 +79,7 @@ def add_verbs(verbs: Verbs) -> None:
     }
     for word, help in words.items():
         verb = verbs.add_parser(word, help=help)
-        verb.add_argument("path", metavar="RUN", type=_run_path)
+        add_run(verb)
         verb.set_defaults(run=_request)
     runs = verbs.add_parser("runs", help="list the runs of a workspace")
     add_workspace(runs)
@@ -80,11 +87,6 @@ def add_verbs(verbs: Verbs) -> None:
     runs.set_defaults(run=_runs)
     serve = verbs.add_parser("serve", help="the warm worker: JSON lines in, JSON lines out")
     serve.set_defaults(run=_serve, processor=GIVES_WAY)
-
-
-def _run_path(text: str) -> Path:
-    """A run's folder in full: its name is the run's, and the workspace is found above it."""
-    return Path(text).expanduser().resolve()
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
@@ -146,7 +148,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _resume(options: argparse.Namespace) -> int:
     def lead(stopping: Stopping, fellows: "Fellows | None") -> int:
-        run = RunFolder.open(options.path)
+        run = named_run(options)
         return resumed(run, options.steps, options.accept_changes, stopping, fellows)
 
     return _together(lead)
@@ -218,8 +220,8 @@ def _trained(
     stopping: Stopping,
     fellows: "Fellows | None",
 ) -> "Outcome":
-    if steps is not None and steps < 1:
-        raise ConfigError(f"--steps {steps} should be 1 or more.")
+    if steps is not None:
+        steps = checked_option("--steps", "train.steps", steps)
     with run.held():
         try:
             # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this
@@ -255,7 +257,7 @@ def _note_stop(run: RunFolder) -> None:
 
 
 def _request(options: argparse.Namespace) -> int:
-    run = RunFolder.open(options.path)
+    run = named_run(options)
     if run.live_process() is None:
         raise RunError(
             f"The run {run.name} is not running (it is {run.status()}), so it cannot {options.verb}."

@@ -38,7 +38,7 @@ class EventPrinter:
         if not text:
             return
         if self._terminal and often:
-            write(self._stream, "\r\x1b[2K" + self._bar() + text)
+            write(self._stream, self._bar() + text, over=True)
             self._bar_shown = True
         else:
             self.close()

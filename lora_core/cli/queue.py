@@ -1,9 +1,8 @@
 """The verb about jobs one after the other: queue."""
 
 import argparse
-from pathlib import Path
 
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json
 from lora_core.spec.errors import RunError
 from lora_core.spec.owner import ensure_owner, work_through
 from lora_core.spec.paths import workspace
@@ -21,38 +20,29 @@ def add_verbs(verbs: Verbs) -> None:
     move = parts.add_parser("move", help="give a waiting run another place")
     remove = parts.add_parser("remove", help="take a run out of the queue; the run stays")
     for part in (add, move, remove):
-        part.add_argument("name", metavar="RUN", help="a run's folder, or its name in the workspace")
+        add_run(part)
     move.add_argument("position", metavar="POSITION", type=int, help="1 is the next to start")
     listing = parts.add_parser("list", help="what is in the queue")
     run = parts.add_parser("run", help="work through the queue, then end")
     for part in (listing, run):
         add_json(part)
-    for part, function in ((add, _add), (move, _move), (remove, _remove), (listing, _list), (run, _run)):
         add_workspace(part)
+    for part, function in ((add, _add), (move, _move), (remove, _remove), (listing, _list), (run, _run)):
         part.set_defaults(run=function)
 
 
-def named_run(name: str, chosen: Path | None) -> tuple[Queue, RunFolder]:
-    """The run that a person named, by its folder or by its name in the workspace, and its queue.
+def _queued_run(options: argparse.Namespace) -> tuple[Queue, RunFolder]:
+    """The run that a command line names, and the queue of its workspace.
 
     Raises:
         RunError: there is no such run.
     """
-    path = Path(name).expanduser()
-    if (path / "config.toml").is_file():
-        run = RunFolder(path.resolve())
-        place = chosen and workspace(chosen)
-        return Queue(place or run.path.parent.parent), run
-    queue = Queue(workspace(chosen))
-    if path.name == name and queue.run(name).path.is_dir():
-        return queue, RunFolder.open(queue.run(name).path)
-    raise RunError(
-        f"There is no run {name} in {queue.workspace}; `lora-easel runs` lists those that there are."
-    )
+    run = named_run(options)
+    return Queue(workspace(options.workspace) if options.workspace else run.path.parent.parent), run
 
 
 def _add(options: argparse.Namespace) -> int:
-    queue, run = named_run(options.name, options.workspace)
+    queue, run = _queued_run(options)
     queue.add(run)
     if options.start:
         ensure_owner(queue.workspace)
@@ -75,9 +65,9 @@ def _remove(options: argparse.Namespace) -> int:
 def _job(options: argparse.Namespace) -> tuple[Queue, str]:
     """The queue and the job that a person named; its folder may be gone."""
     queue = Queue(workspace(options.workspace))
-    if any(job.run == options.name for job in queue.written()):
-        return queue, options.name
-    queue, run = named_run(options.name, options.workspace)
+    if any(job.run == options.run_name for job in queue.written()):
+        return queue, options.run_name
+    queue, run = _queued_run(options)
     return queue, run.name
 
 

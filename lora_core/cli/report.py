@@ -5,15 +5,14 @@ import sys
 import time
 from pathlib import Path
 
-from lora_core.cli import Verbs, add_json, say, say_json, write
+from lora_core.cli import Verbs, add_json, add_run, named_run, say, say_json, write
 from lora_core.cli.combine import SECONDS_BETWEEN_NOTES
-from lora_core.spec.run_folder import RunFolder
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
     report = verbs.add_parser("report", help="a run as one self-contained page")
-    report.add_argument("run_folder", metavar="RUN", type=Path, help="the run's folder")
+    add_run(report)
     report.add_argument("--out", type=Path, metavar="F.html", help="else report.html in the run's folder")
     report.add_argument(
         "--no-measure", action="store_true", help="without intrinsic rank and strength, which need the base"
@@ -23,7 +22,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    run = RunFolder.open(options.run_folder)
+    run = named_run(options)
     from lora_core.report.page import FILE_NAME, write_report
 
     out = options.out or run.path / FILE_NAME

@@ -6,6 +6,7 @@ The settings themselves are declared in `spec/sections.py` and `spec/between.py`
 import dataclasses
 import difflib
 import math
+import stat
 import tomllib
 import types
 import typing
@@ -45,6 +46,10 @@ RETIRED: dict[str, tuple[Any, str]] = {
     ),
 }
 """Settings that are no more: the value that still means something, and why no other does."""
+MAX_TOML_BYTES = 1_000_000
+MAX_TOML_DEPTH = 20
+MAX_INTEGER = 2**63
+_LONGEST_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -214,11 +219,21 @@ def checked_value(name: str, info: dataclasses.Field[Any], value: Any) -> Any:
     return _checked_one(name, info, info.type, value)
 
 
+def checked_option(option: str, name: str, value: Any) -> Any:
+    """An option of the command line that stands for a setting, checked as the setting is.
+
+    Raises:
+        ConfigError: it is not legal; the message names the option.
+    """
+    info = next(info for known, info, _ in settings() if known == name)
+    return checked_value(option, info, value)
+
+
 def _checked_table(name: str, info: dataclasses.Field[Any], value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(
-            f"{name} = {value!r} should be a table of patterns, such as {{'mid_block' = 4}}; in TOML a"
-            " pattern with a backslash stands in single quotes."
+            f"{name} = {in_short(value)} should be a table of patterns, such as {{'mid_block' = 4}}; in TOML"
+            " a pattern with a backslash stands in single quotes."
         )
     if len(value) > MOST:
         raise ConfigError(f"{name} has {len(value):,} patterns; at most {MOST} can be used.")
@@ -250,12 +265,16 @@ def _checked_one(name: str, info: dataclasses.Field[Any], kind: Any, value: Any)
     typed = _as_type(name, kind, value)
     span, above, table = info.metadata["span"], info.metadata["above"], info.metadata["table"]
     if span is not None and not span[0] <= typed <= span[1]:
-        raise ConfigError(f"{name} = {value} is out of range; it goes from {span[0]:g} to {span[1]:g}.")
+        raise ConfigError(
+            f"{name} = {in_short(value)} is out of range; it goes from {span[0]:.10g} to {span[1]:.10g}."
+        )
     if above is not None and not typed > above:
-        raise ConfigError(f"{name} = {value} is out of range; it must be above {above:g}.")
+        raise ConfigError(f"{name} = {in_short(value)} is out of range; it must be above {above:g}.")
     among = info.metadata["among"]
     if among is not None and typed not in among:
-        raise ConfigError(f"{name} = {value} is not possible; choose one of {', '.join(map(str, among))}.")
+        raise ConfigError(
+            f"{name} = {in_short(value)} is not possible; choose one of {', '.join(map(str, among))}."
+        )
     if table is not None:
         choices.chosen(table, typed, name)
         typed = next(key for key, row in table.items() if typed.strip().lower() in (key, row.title.lower()))
@@ -264,22 +283,42 @@ def _checked_one(name: str, info: dataclasses.Field[Any], kind: Any, value: Any)
 
 def _as_type(name: str, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is list:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if isinstance(value, list) and all(isinstance(v, str) and _is_unicode(v) for v in value):
             return value
-        raise ConfigError(f"{name} = {value!r} should be a list of texts.")
+        raise ConfigError(f"{name} = {in_short(value)} should be a list of texts.")
     if kind is bool and isinstance(value, bool):
         return value
     if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
         return int(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if abs(value) < MAX_INTEGER:
+            return float(value)
+        raise ConfigError(f"{name} = {in_short(value)} is too large.")
     if kind is str and isinstance(value, str):
+        if not _is_unicode(value):
+            raise ConfigError(f"{name} = {in_short(value)} holds bytes that are not UTF-8; rename it.")
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise ConfigError(f"{name} = {value!r} should be {words[kind]}.")
+    raise ConfigError(f"{name} = {in_short(value)} should be {words[kind]}.")
+
+
+def in_short(value: Any) -> str:
+    """`repr` of a value for a message, cut to 80 characters."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of over 4,300 digits, or a deep list
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no lone surrogate."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _unknown(name: str, known: list[str]) -> str:
+    if len(name) > _LONGEST_SHOWN:
+        return f"{name[: _LONGEST_SHOWN - 1]}… is not a setting."
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"; did you mean {close[0]}?" if close else f". The sections are {', '.join(_sections())}."
     return f"{name} is not a setting{hint}"
@@ -295,33 +334,74 @@ def parsed_assignment(text: str) -> tuple[str, Any]:
     The value is read as TOML; what is not TOML is a text, so that nobody has to quote twice.
 
     Raises:
-        ConfigError: there is no `=`.
+        ConfigError: there is no `=` or nothing before it, or the value is nested too deeply.
     """
     name, equals, raw = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {text!r} should read section.key=value.")
+    name = name.strip()
+    if not equals or not name:
+        raise ConfigError(f"--set {in_short(text)} should read section.key=value.")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
+        value = parse_toml(f"value = {raw}", f"--set {name}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
     kinds = {known: info.type for known, info, _ in settings()}
-    return name.strip(), raw if kinds.get(name.strip()) is str and not isinstance(value, str) else value
+    return name, raw if kinds.get(name) is str and not isinstance(value, str) else value
 
 
 def load_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file.
 
     Raises:
-        ConfigError: the file cannot be read or is not TOML.
+        ConfigError: the file cannot be read, is no regular file, is larger than 1 MB, or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        # Opening a pipe would wait for its writer, and a device may never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ConfigError(f"The config {path} is not a regular file.")
+        with open(path, "rb") as file:
+            data = file.read(MAX_TOML_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"The config {path} cannot be read: {error.strerror or error}.") from error
+    if len(data) > MAX_TOML_BYTES:
+        raise ConfigError(f"The config {path} is larger than {MAX_TOML_BYTES / 1e6:.0f} MB.")
+    try:
+        return parse_toml(data.decode("utf-8-sig"), f"The config {path}")
     except UnicodeDecodeError as error:
         raise ConfigError(f"The config {path} cannot be read: it is not UTF-8 text.") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"The config {path} is not valid TOML: {error}.") from error
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """The tables of a TOML text by anybody.
+
+    Args:
+        text: the TOML.
+        source: what messages call it.
+
+    Raises:
+        ConfigError: it is nested more than 20 levels deep, or holds an integer of over 64 bits.
+        tomllib.TOMLDecodeError: it is not TOML.
+    """
+    deep = ConfigError(f"{source} is nested more than {MAX_TOML_DEPTH} levels deep.")
+    large = ConfigError(f"{source} holds a number that is too large.")
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError as error:
+        raise deep from error
+    except (ValueError, OverflowError) as error:  # more digits than Python converts
+        raise large from error
+    level: list[Any] = [tables]
+    for _ in range(MAX_TOML_DEPTH):
+        if any(isinstance(v, int) and abs(v) >= MAX_INTEGER for v in level):
+            raise large
+        inner = [v for v in level if isinstance(v, dict | list)]
+        level = [v for table in inner for v in (table.values() if isinstance(table, dict) else table)]
+    if level:
+        raise deep
+    return tables
 
 
 def to_toml(config: RunConfig) -> str:

@@ -5,6 +5,7 @@ derived from the last events and from whether the trainer's process lives; it is
 be wrong.
 """
 
+import difflib
 import json
 import os
 import re
@@ -19,11 +20,19 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from lora_core.spec.config import RETIRED, RunConfig, flattened, load_toml, retired, to_toml
+from lora_core.spec.config import (
+    RETIRED,
+    RunConfig,
+    flattened,
+    in_short,
+    load_toml,
+    retired,
+    to_toml,
+)
 from lora_core.spec.errors import RunError
 from lora_core.spec.event_file import opened_for_lines, write_line
 from lora_core.spec.events import read_events
-from lora_core.spec.paths import clear_abandoned, write_atomically
+from lora_core.spec.paths import clear_abandoned, workspace, write_atomically
 from lora_core.spec.processes import live_process, noted_process
 from lora_core.spec.progress import Progress
 
@@ -284,6 +293,35 @@ def all_runs(workspace: Path) -> list[RunFolder]:
     paths = (path for path in folder.iterdir() if not path.name.startswith("."))
     found = [RunFolder(path) for path in paths if (path / "config.toml").is_file()]
     return sorted(found, key=lambda run: run.config_file.stat().st_mtime, reverse=True)
+
+
+def find_run(name: str | Path, place: Path | None = None) -> RunFolder:
+    """The run that `name` means: a folder that holds a config.toml, else a run's name in a workspace.
+
+    Args:
+        name: a path or a name; where both exist, the path wins.
+        place: the workspace; None for LORA_EASEL_HOME or the platform's folder.
+
+    Raises:
+        RunError: there is neither.
+    """
+    path = Path(name).expanduser().absolute()
+    try:
+        if (path / "config.toml").is_file():
+            return RunFolder(path.resolve())
+    except OSError:  # a name too long for the file system
+        pass
+    where = runs_folder(workspace(place))
+    there = [run.name for run in all_runs(where.parent)]
+    words = Path(name).parts
+    if len(words) == 1 and words[0] in there:
+        return RunFolder(where / words[0])
+    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`lora-easel runs` lists those that exist."
+    raise RunError(
+        f"{in_short(str(name))[1:-1]} is not a run: {path} holds no config.toml, and {where} no run of that"
+        f" name; {hint}"
+    )
 
 
 def checked_name(name: str) -> str:

@@ -3,6 +3,7 @@
 What is compared is read back by diffusers, from the folder and from the single file.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -377,3 +378,18 @@ def test_the_weights_of_the_base_are_found_in_both(bases):
     assert file.places(("text_encoder_9", "nothing")) == []
     with pytest.raises(AdapterFileError, match="exists already"):
         merge_files_into_base([], str(folder.path), folder.path)
+
+
+def test_a_full_disk_is_one_sentence(place, monkeypatch):
+    folder, _, adapter, _, tmp_path = place
+
+    def full(source, target, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    for name in ("copyfile", "copy2", "copystat"):
+        monkeypatch.setattr(shutil, name, full)
+    out = tmp_path / "out"
+    with pytest.raises(ModelFileError) as caught:
+        merge_files_into_base([Ingredient(adapter)], str(folder), out)
+    assert str(caught.value) == f"{out} cannot be written: {os.strerror(errno.ENOSPC)}."
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []

@@ -1,6 +1,7 @@
 """What the command line makes of its words."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core.__main__ import main, parser
+from lora_core.cli import named_run, printable, say, say_json
 from lora_core.cli.jobs import config_of
 from lora_core.cli.pictures import file_and_strengths
 from lora_core.spec.config import RunConfig
@@ -223,8 +225,7 @@ def test_a_run_is_found_from_wherever_one_stands(
     run = RunFolder.create(tmp_path / "runs" / "mine", RunConfig())
     monkeypatch.chdir(run.path.parent if word == "mine" else run.path)
     options = parser().parse_args(["resume", word.format(run.path)])
-    assert RunFolder.open(options.path).name == "mine"
-    assert options.path.parent.parent == tmp_path
+    assert named_run(options) == run
 
 
 def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,3 +233,53 @@ def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.strip() == "[]"
     assert main(["runs", "--workspace", str(tmp_path)]) == 0
     assert "train demo" in capsys.readouterr().out
+
+
+RUN_VERBS = [
+    ["resume"], ["stop"], ["pause"], ["save"], ["preview"], ["pictures"], ["report"],
+    ["queue", "add"], ["queue", "remove"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", RUN_VERBS, ids=" ".join)
+def test_a_run_has_a_name_in_the_workspace(verb: list[str], tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "runs" / "first", RunConfig())
+    options = parser().parse_args([*verb, "first", "--workspace", str(tmp_path)])
+    assert named_run(options) == run
+
+
+@pytest.mark.parametrize("verb", RUN_VERBS, ids=" ".join)
+def test_a_run_that_does_not_exist(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "other"):
+        RunFolder.create(tmp_path / "runs" / name, RunConfig())
+    assert main([*verb, "frist", "--workspace", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{tmp_path / 'runs'} no run of that name; did you mean first?" in said
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "a\x9bb", "a\u202eb", "a\x07"])
+def test_no_name_reaches_the_terminal_as_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pause", name]) == 1
+    say(name)
+    with pytest.raises(SystemExit):
+        main(["pause", "a", name])
+    shown = capsys.readouterr()
+    assert not set("\x1b\x9b\u202e\x07") & set(shown.out + shown.err)
+    assert printable(name) in shown.out
+    say_json({"name": name})
+    said = capsys.readouterr().out
+    assert not set("\x1b\x9b\u202e\x07") & set(said)
+    assert json.loads(said) == {"name": name}
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "1000001", "1" + "0" * 40])
+def test_steps_of_resume_go_as_far_as_the_setting(
+    steps: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder.create(tmp_path / "runs" / "first", RunConfig())
+    assert main(["resume", str(run.path), "--steps", steps]) == 1
+    assert "it goes from 1 to 1000000" in capsys.readouterr().err
+    assert not run.requests_file.exists()

@@ -85,8 +85,8 @@ def test_words_about_the_queue(home: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["add", "nobody"], "There is no run nobody in"),
-        (["add", "/"], "There is no run / in"),
+        (["add", "nobody"], "nobody is not a run"),
+        (["add", "/"], "/ is not a run"),
         (["move", "a", "1"], "The run a is not in the queue."),
         (["remove", "a"], "The run a is not in the queue."),
     ],

@@ -2,6 +2,7 @@
 same."""
 
 import dataclasses
+import os
 import tomllib
 from pathlib import Path
 
@@ -261,3 +262,46 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.toml cannot be read"):
         load_toml(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        "a." * 5000 + "b = 1", "a = " + "[" * 5000 + "]" * 5000, "a = " + "[" * 50 + "]" * 50,
+        "[" + ".".join("x" * 30) + "]\nb = 1", "seed = " + "9" * 5000, "seed = 0x" + "f" * 5000,
+        f"seed = {2**64}", "[optim]\nlr = 1" + "0" * 400, "a = [1, [2, 0x" + "f" * 99 + "]]",
+    ],
+)  # fmt: skip
+def test_hostile_toml_is_one_sentence(toml: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(toml)
+    with pytest.raises(ConfigError, match=r"levels deep|too large") as caught:
+        load_toml(file)
+    assert len(str(caught.value)) < 300 + len(str(file))
+    key, _, value = toml.rpartition("\n")[2].partition(" = ")
+    with pytest.raises(ConfigError) as refused:
+        RunConfig().changed(dict([parsed_assignment(f"{key}={value}")]))
+    assert len(str(refused.value)) < 300
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "large.toml").write_bytes(b"#" * 1_000_001)
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (
+        (Path("/dev/zero"), "regular file"), (tmp_path, "regular file"),
+        (tmp_path / "pipe", "regular file"), (tmp_path / "large.toml", "larger than 1 MB"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=why):
+            load_toml(path)
+
+
+@pytest.mark.parametrize("text", ["=5", " = 5", "=", "a"])
+def test_an_assignment_needs_a_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"should read section\.key=value"):
+        parsed_assignment(text)
+
+
+@pytest.mark.parametrize("name", ["dataset.trigger", "dataset.path", "model.base"])
+def test_bytes_that_are_no_text_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        RunConfig().changed({name: "a\udcff"})

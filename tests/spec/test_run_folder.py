@@ -15,7 +15,7 @@ from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
 from lora_core.spec.event_file import EventWriter
-from lora_core.spec.run_folder import RunFolder, all_runs, checked_name
+from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, find_run
 
 STARTED = events.Started(steps=10, pid=1, device="cpu", threads=2, versions={})
 STEP = events.StepDone(step=1, loss=1.0, lr=1e-4, seconds=0.1)
@@ -278,3 +278,25 @@ def test_a_run_that_failed_before_its_first_step_gives_its_name_back(
             RunFolder.create(run.path, RunConfig())
         assert run.config().adapter.rank == 4
     assert [path.name for path in run.path.parent.iterdir()] == ["first"]
+
+
+def test_a_run_is_found_by_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = RunFolder.create(tmp_path / "home" / "runs" / "first", RunConfig())
+    assert find_run("first", tmp_path / "home") == named
+    monkeypatch.setenv("LORA_EASEL_HOME", str(tmp_path / "home"))
+    assert find_run("first") == find_run("first/") == find_run(named.path) == named
+    # A folder of that name that is no run is passed over; one that is a run comes first.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first").mkdir()
+    assert find_run("first") == named
+    (tmp_path / "first").rmdir()
+    here = RunFolder.create(tmp_path / "first", RunConfig())
+    assert find_run("first") == here
+
+
+@pytest.mark.parametrize("name", ["nobody", "", "/", "../first", "x" * 5000, "runs/first", "."])
+def test_what_is_neither_says_where_it_was_looked_for(name: str, tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "runs" / "first", RunConfig())
+    with pytest.raises(RunError, match="is not a run") as caught:
+        find_run(name, tmp_path)
+    assert str(tmp_path / "runs") in str(caught.value)
