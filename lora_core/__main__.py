@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lora_core.cli import (
     adapters,
@@ -21,11 +21,13 @@ from lora_core.cli import (
     printable,
     queue,
     report,
+    workspace,
     write,
 )
 from lora_core.spec.errors import LoraError
 from lora_core.spec.processor import SLEEPS, share_processor
 from lora_core.spec.stopping import INTERRUPTED
+from lora_core.verbs import GROUPS, VERBS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,9 +40,19 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
     top = _Parser(prog="lora-easel", description="Train and use Stable Diffusion LoRA adapters.")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for group in (jobs, queue, pictures, adapters, combine, analysis, dataset, report):
-        group.add_verbs(verbs)
+    tops = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    groups: dict[str, Any] = {}
+    parsers = {}
+    for verb in VERBS:
+        first, _, second = verb.name.partition(" ")
+        if second and first not in groups:
+            words = "|".join(row.name.partition(" ")[2] for row in VERBS if row.name.startswith(f"{first} "))
+            parts = tops.add_parser(first, help=GROUPS[first])
+            groups[first] = parts.add_subparsers(dest="part", required=True, metavar=words)
+        inside, name = (groups[first], second) if second else (tops, first)
+        parsers[verb.name] = inside.add_parser(name, help=verb.help, description=verb.help)
+    for module in (jobs, queue, pictures, adapters, combine, analysis, dataset, report, workspace):
+        module.add_verbs(parsers)
     return top
 
 

@@ -1,7 +1,11 @@
 """The names that others may rely on, and the example that shows them."""
 
+import ast
 import doctest
+import importlib
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +14,38 @@ from PIL import Image
 
 from lora_core import api
 from lora_core.spec.families import FAMILIES
+from lora_core.verbs import VERBS, Verb
 
-PROMISED = """
-    AdapterWeights LayerWeights LoraError Merger Picture RunConfig RunFolder Strengthened adapter_weights
-    generated_from_prompt inject inspect_file load_base read_adapter train validation write_adapter
+PARTS = """
+    AdapterWeights Axis LayerWeights LoraAt LoraError Measure Merger Picture RunConfig RunFolder Shot
+    Strengthened adapter_weights generated_from_prompt inject inspect_file load_base merge_into_base
+    read_adapter run_config shrink_intrinsic validation write_adapter
 """
 
 
 def test_a_name_is_added_or_taken_away_on_purpose() -> None:
-    assert api.__all__ == sorted(PROMISED.split())
+    functions = [verb.function.partition(":")[2] for verb in VERBS]
+    assert sorted(api.__all__) == sorted([*PARTS.split(), *functions])
+
+
+@pytest.mark.parametrize("row", VERBS, ids=lambda row: row.name)
+def test_every_verb_is_a_function_with_plain_arguments(row: Verb) -> None:
+    module, name = row.function.split(":")
+    function = getattr(importlib.import_module(module), name)
+    assert inspect.isfunction(function)
+    assert "return" in inspect.get_annotations(function)
+
+
+def test_no_function_of_the_api_prints(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tree = ast.parse(Path(str(api.__file__)).read_text(encoding="utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {node.id for node in calls if isinstance(node, ast.Name)}
+    assert not names & {"print", "say", "write", "say_json"}
+
+
+def test_importing_the_api_imports_no_torch() -> None:
+    code = "import sys, lora_core.api, lora_core.verbs; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", api.__all__)
@@ -36,8 +63,9 @@ def test_the_example_of_the_docstring_runs(tmp_path: Path) -> None:
     file, out = tmp_path / "a.safetensors", tmp_path / "a.png"
     api.write_adapter(api.AdapterWeights({key: layer}), file, "kohya", "fp16", FAMILIES["tiny"], {})
     names = {**vars(api), "torch": torch, "file": file, "out": out}
+    names |= {name: getattr(api, name) for name in api.__all__} | {"merged": tmp_path / "merged.safetensors"}
     example = doctest.DocTestParser().get_doctest(api.__doc__ or "", names, "api", None, 0)
-    assert len(example.examples) == 5
+    assert len(example.examples) == 7
     failed, _ = doctest.DocTestRunner(verbose=False).run(example)
     assert failed == 0
     with Image.open(out) as image:

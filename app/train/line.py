@@ -5,12 +5,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from app.jobs import Jobs
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
-from lora_core.spec.owner import ensure_owner, take_up
+from lora_core.spec.owner import ensure_owner, pause_queue, take_up
 from lora_core.spec.queue import PAUSED, RUNNING, WAITING, Job, Queue
 from lora_core.spec.run_folder import RunFolder, checked_name, runs_folder
 
@@ -83,11 +81,7 @@ class Line:
         Raises:
             RunError: the queue cannot be written.
         """
-        owner = self.queue.owner()
-        self.queue.set_going(False)
-        if owner is not None:
-            with contextlib.suppress(psutil.Error):
-                owner.terminate()
+        pause_queue(self.workspace)
 
     def move(self, name: str, by: int) -> None:
         """Move a waiting job up or down.

@@ -1,17 +1,18 @@
-"""The verbs of the command line by what they are about. Each module adds its verbs by `add_verbs`."""
+"""The command line's options by what they are about. Each module adds those of its verbs by `add_verbs`."""
 
 import argparse
 import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from lora_core.spec.run_folder import RunFolder, find_run
 
-Verbs = Any
-"""What `argparse.ArgumentParser.add_subparsers` gives."""
+Verbs = Mapping[str, argparse.ArgumentParser]
+"""The parser of each verb by its name, as `lora_core.verbs` has it."""
 
 
 _ERASE_LINE = "\r\x1b[2K"

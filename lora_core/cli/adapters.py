@@ -4,26 +4,27 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lora_core import api
 from lora_core.cli import Verbs, add_json, say, say_json
 from lora_core.spec.errors import AdapterFileError
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
-    inspect = verbs.add_parser("inspect", help="what an adapter file is, whoever wrote it")
+    inspect = verbs["inspect"]
     inspect.add_argument("file", type=Path)
     inspect.add_argument(
         "--spectrum", action="store_true", help="the singular values of each layer, and ranks"
     )
     add_json(inspect)
     inspect.set_defaults(run=_inspect)
-    convert = verbs.add_parser("convert", help="translate an adapter file to another format")
+    convert = verbs["convert"]
     convert.add_argument("source", metavar="IN", type=Path)
     convert.add_argument("target", metavar="OUT", type=Path)
     convert.add_argument("--to", required=True, choices=["kohya", "diffusers"])
     convert.add_argument("--keep-alphas", action="store_true", help="keep an alpha of its own for each layer")
     convert.set_defaults(run=_convert)
-    verify = verbs.add_parser("verify", help="what six tools would make of an adapter file")
+    verify = verbs["verify"]
     verify.add_argument("file", type=Path)
     verify.add_argument("--base", default="", help="the base that it is for, where the file does not say it")
     add_json(verify)
@@ -31,23 +32,16 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from lora_core.formats.inspect import inspect_file
-
-    report = inspect_file(options.file)
-    spectrum = {}
-    if options.spectrum and not report["problem"]:
-        from lora_core.analysis.spectrum import file_spectrum
-
-        spectrum = file_spectrum(options.file)
+    report = api.inspect(options.file, options.spectrum)
     if options.json:
-        say_json(report | spectrum)
+        say_json(report)
     else:
         for key, value in report.items():
-            if key not in ("metadata", "problem"):
+            if key not in ("metadata", "problem", "layers", "left_out"):
                 say(f"{key:13} {value}")
         for key, value in sorted(report["metadata"].items()):
             say(f"  {key}: {value if len(value) <= 100 else value[:97] + '...'}")
-        _say_spectrum(spectrum)
+        _say_spectrum(report)
     if report["problem"]:
         raise AdapterFileError(report["problem"])
     return 0
@@ -64,25 +58,14 @@ def _say_spectrum(spectrum: dict[str, Any]) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    if options.target.exists():
-        raise AdapterFileError(f"{options.target} exists already; choose another name or remove it first.")
-    from lora_core.formats.convert import converted
-
-    for note in converted(options.source, options.target, options.to, options.keep_alphas):
+    for note in api.convert(options.source, options.target, options.to, options.keep_alphas):
         say(f"Note: {note}")
     say(str(options.target))
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from lora_core.formats.layout import folder_layout
-    from lora_core.formats.verify import verified
-    from lora_core.spec.base_facts import base_facts
-
-    facts = base_facts(options.base) if options.base else None
-    family = facts.family if facts else None
-    layout = folder_layout(facts.configs, family) if facts and family else None
-    report = verified(options.file, family, modules=layout)
+    report = api.verify(options.file, options.base)
     if options.json:
         say_json(report)
     else:

@@ -8,17 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_core import api
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
 from lora_core.cli.combine import SECONDS_BETWEEN_NOTES, slow_note
-from lora_core.cli.pictures import file_and_strengths
+from lora_core.cli.pictures import loras_of
 from lora_core.spec.choices import PREDICTIONS
 from lora_core.spec.errors import ConfigError
-from lora_core.spec.paths import workspace
 
 if TYPE_CHECKING:
-    from lora_core.analysis.bench import Bench
-    from lora_core.analysis.strength import Fit
-    from lora_core.models.load import BaseModel
+    pass
 
 FILE = "FILE[:STRENGTH[:TEXT_STRENGTH]]"
 PRECISIONS = ["fp32", "fp16", "bf16"]
@@ -26,30 +24,30 @@ PRECISIONS = ["fp32", "fp16", "bf16"]
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
-    compare = verbs.add_parser("compare", help="how alike the directions of two adapters are")
+    compare = verbs["compare"]
     compare.add_argument("first", metavar="A", type=Path)
     compare.add_argument("second", metavar="B", type=Path)
     add_json(compare)
     compare.set_defaults(run=_compare)
-    stack = verbs.add_parser("stack", help="how adapters disturb each other when all are on")
+    stack = verbs["stack"]
     stack.add_argument("files", nargs="+", metavar=FILE)
     _add_measuring(stack, "measure the stack and each alone on these pictures")
     add_json(stack)
     stack.set_defaults(run=_stack)
-    amplify = verbs.add_parser("amplify", help="how much stronger an adapter is than its base where it acts")
+    amplify = verbs["amplify"]
     amplify.add_argument("file", type=Path)
     amplify.add_argument("--base", required=True, help="the base that it was made for")
     add_json(amplify)
     amplify.set_defaults(run=_amplify)
     _add_shrink(verbs)
-    extract = verbs.add_parser("extract", help="a LoRA out of a fine-tuned model")
+    extract = verbs["extract"]
     extract.add_argument("tuned", metavar="TUNED", help="a diffusers folder or a .safetensors file")
     extract.add_argument("--base", required=True, help="the base that it was made from")
     extract.add_argument("--out", type=Path, required=True, help="the file to make")
     _add_size(extract)
     extract.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the file")
     extract.set_defaults(run=_extract)
-    strength = verbs.add_parser("strength", help="the strength at which an adapter gains most")
+    strength = verbs["strength"]
     strength.add_argument("file", type=Path)
     strength.add_argument(
         "--apart", action="store_true", help="one for the UNet and one for the text encoders"
@@ -61,7 +59,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _add_shrink(verbs: Verbs) -> None:
-    shrink = verbs.add_parser("shrink", help="a smaller adapter file")
+    shrink = verbs["shrink"]
     shrink.add_argument("file", type=Path, help="an adapter; a LoHa, LoKr or DoRA with --rank")
     shrink.add_argument("--out", type=Path, required=True, help="the file to make")
     size = _add_size(shrink)
@@ -95,26 +93,18 @@ def _add_measuring(
     add_workspace(verb)
 
 
-def _bench(options: argparse.Namespace) -> tuple["Bench", "BaseModel"]:
-    """The base and the pictures to measure on.
-
-    Raises:
-        LoraError: a number out of range, or the base or the dataset cannot be used.
-    """
-    if not 1 <= options.triples <= 1000:
-        raise ConfigError(f"--triples {options.triples} is out of range; it goes from 1 to 1000.")
-    from lora_core.analysis.bench import Bench
-    from lora_core.dataset.folder import open_dataset, require_clean
-    from lora_core.models.device import best_device, dtype_of
-    from lora_core.models.load import load_base
-
-    dataset = open_dataset(options.dataset, workspace(options.workspace) / "cache" / "datasets")
-    require_clean(dataset)
-    device = best_device()
-    base = load_base(
-        options.base or "demo", device, dtype_of("fp32", device), options.prediction, options.vae
+def _measure(options: argparse.Namespace) -> api.Measure:
+    """What to measure on, as the options say."""
+    return api.Measure(
+        options.dataset,
+        options.base or "demo",
+        options.vae,
+        options.prediction,
+        options.triples,
+        options.seed,
+        options.workspace,
+        _slow_words(),
     )
-    return Bench(base, dataset.records, options.triples, options.seed, _slow_words()), base
 
 
 def _slow_words() -> Callable[[str], None]:
@@ -131,9 +121,7 @@ def _slow_words() -> Callable[[str], None]:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from lora_core.analysis.similarity import file_similarity
-
-    report = file_similarity(options.first, options.second)
+    report = api.compare(options.first, options.second)
     if options.json:
         say_json(report)
         return 0
@@ -157,13 +145,8 @@ def _say_left_out(report: dict[str, Any]) -> None:
 
 
 def _stack(options: argparse.Namespace) -> int:
-    from lora_core.analysis.stack import Stacked, measured_stack, stack_report
-
-    files = [Stacked(*file_and_strengths(text)) for text in options.files]
-    report = stack_report(files)
-    if options.dataset:
-        bench, base = _bench(options)
-        report["validation"] = measured_stack(files, base.family, bench.gains)
+    loras = loras_of(options.files, options.workspace)
+    report = api.stack(loras, _measure(options) if options.dataset else None)
     if options.json:
         say_json(report)
         return 0
@@ -191,10 +174,7 @@ def _stack(options: argparse.Namespace) -> int:
 
 
 def _amplify(options: argparse.Namespace) -> int:
-    from lora_core.analysis.amplify import file_amplification
-    from lora_core.analysis.base_weights import BaseWeights
-
-    report = file_amplification(options.file, BaseWeights(options.base), slow_note())
+    report = api.amplify(options.file, options.base, slow_note())
     if options.json:
         say_json(report)
         return 0
@@ -218,77 +198,37 @@ def _shrink(options: argparse.Namespace) -> int:
         raise ConfigError(
             "--intrinsic measures the gain: give --dataset, pictures that it was not trained on."
         )
-    from lora_core.analysis.base_weights import BaseWeights
-    from lora_core.analysis.rewrite import Rewriting, check_out
-    from lora_core.analysis.shrink import SHRUNK_KEY, Wish, opened_plain, shrink_file
-
-    to = Rewriting(options.file, options.out, options.precision, time.time())
-    document: dict[str, Any] = {}
     if options.intrinsic:
-        from lora_core.analysis.intrinsic import intrinsic_rank
-
-        check_out(options.out)
-        bench, base = _bench(options)
-        weights, family = opened_plain(options.file, base.family)
-        smaller, found = intrinsic_rank(weights, bench.gains)
-        record = {
-            "intrinsic": found.rank,
-            "kept": found.best.kept,
-            "standard_error": found.best.standard_error,
-        }
-        to.write(smaller, family, SHRUNK_KEY, record)
-        said, document = [found.sentence(to.times_smaller)], found.document(to.times_smaller)
+        made = api.shrink_intrinsic(options.file, options.out, _measure(options), options.precision)
     else:
-        known = BaseWeights(options.base) if options.base else None
-        said = shrink_file(to, Wish(options.rank, options.energy), known, slow_note())
+        how = (options.rank, options.energy, options.precision, options.base, slow_note())
+        made = api.shrink(options.file, options.out, *how)
     if options.json:
-        say_json({"file": str(options.out), "sentences": said, **document})
+        say_json(made)
         return 0
-    for sentence in [*said, str(options.out)]:
+    for sentence in [*made["sentences"], made["file"]]:
         say(sentence)
     return 0
 
 
 def _extract(options: argparse.Namespace) -> int:
-    from lora_core.analysis.extract import extract_file
-    from lora_core.analysis.shrink import Wish
-
-    wish = Wish(options.rank, options.energy)
-    said = extract_file(
-        options.tuned, options.base, options.out, wish, options.precision, time.time(), slow_note()
-    )
-    for sentence in [*said, str(options.out)]:
+    how = (options.rank, options.energy, options.precision, slow_note())
+    for sentence in [*api.extract(options.tuned, options.base, options.out, *how), str(options.out)]:
         say(sentence)
     return 0
 
 
 def _strength(options: argparse.Namespace) -> int:
-    from lora_core.analysis.rewrite import AS_IT_IS, Rewriting, check_out
-    from lora_core.analysis.shrink import opened_plain
-    from lora_core.analysis.strength import bake, fitted, fitted_apart
-
-    if options.bake:
-        check_out(options.bake)
-    bench, base = _bench(options)
-    weights = opened_plain(options.file, base.family)[0]
-    if options.apart:
-        unet, text = fitted_apart(weights, bench.gains)
-        fits: list[tuple[str, Fit]] = [("unet", unet), ("text_encoders", text)]
-        document: dict[str, Any] = {name: fit.document() for name, fit in fits}
-    else:
-        fits = [("adapter", fitted(weights, bench.gains))]
-        document = fits[0][1].document()
-    words = {"unet": "On the UNet the adapter", "text_encoders": "On the text encoders the adapter"}
-    said = [fit.sentence(words.get(name, "The adapter")) for name, fit in fits]
-    if options.bake:
-        to = Rewriting(options.file, options.bake, AS_IT_IS, time.time())
-        said.append(bake(to, base.family, [fit.strength for _, fit in fits]))
+    found = api.strength(options.file, _measure(options), options.apart, options.bake)
     if options.json:
-        say_json({**document, "sentences": said, **({"file": str(options.bake)} if options.bake else {})})
+        say_json(found)
         return 0
-    for _, fit in fits:
-        for strength, gain, error in fit.curve:
-            say(f"strength {strength:5.2f}  gain {gain:+.4f}  (standard error {error:.4f})")
-    for sentence in said + ([str(options.bake)] if options.bake else []):
+    for fit in (found["unet"], found["text_encoders"]) if options.apart else (found,):
+        for row in fit["curve"]:
+            say(
+                f"strength {row['strength']:5.2f}  gain {row['gain']:+.4f}  (standard error"
+                f" {row['standard_error']:.4f})"
+            )
+    for sentence in found["sentences"] + ([found["file"]] if options.bake else []):
         say(sentence)
     return 0

@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_core.cli import Verbs, say, write
-from lora_core.cli.pictures import file_and_strengths
+from lora_core import api
+from lora_core.cli import Verbs, add_workspace, say, write
+from lora_core.cli.pictures import loras_of
 from lora_core.spec.errors import ConfigError
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
-    merge = verbs.add_parser("merge", help="merge adapters into one file, or into a base")
+    merge = verbs["merge"]
     merge.add_argument(
         "files",
         nargs="+",
@@ -35,6 +36,7 @@ def add_verbs(verbs: Verbs) -> None:
     merge.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="of the merged file, else fp32")
     merge.add_argument("--base", default="", help="the base of a DoRA, whose weights its update depends on")
     merge.add_argument("--into-base", default="", metavar="B", help="merge into a copy of this base instead")
+    add_workspace(merge)
     merge.set_defaults(run=_merge)
 
 
@@ -55,7 +57,7 @@ def slow_note() -> Callable[[int, int], None]:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    files = [file_and_strengths(text) for text in options.files]
+    loras = loras_of(options.files, options.workspace)
     if options.into_base:
         given = [f"--{n}" for n in ("rank", "base", "precision") if getattr(options, n) not in (None, "")]
         if given:
@@ -63,14 +65,11 @@ def _merge(options: argparse.Namespace) -> int:
                 f"{given[0]} goes with a merged adapter, not with --into-base: there the base's own precision"
                 " stays and nothing is approximated."
             )
-    from lora_core.analysis.merge import Ingredient, Wanted, merge_files, merge_files_into_base
-
-    ingredients = [Ingredient(path, strength, text) for path, strength, text in files]
     if options.into_base:
-        said = merge_files_into_base(ingredients, options.into_base, options.out, options.blocks)
+        said = api.merge_into_base(loras, options.into_base, options.out, options.blocks)
     else:
-        wanted = Wanted(options.rank, options.blocks, options.precision or "fp32", options.base)
-        said = merge_files(ingredients, options.out, wanted, time.time(), slow_note())
+        how = (options.rank, options.blocks, options.precision or "fp32", options.base, slow_note())
+        said = api.merge(loras, options.out, *how)
     for sentence in said:
         say(sentence)
     say(str(options.out))

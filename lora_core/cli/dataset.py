@@ -6,14 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_core import api
 from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json, write
-from lora_core.dataset.audit import audit
-from lora_core.dataset.folder import open_dataset, require_clean
-from lora_core.dataset.learned import Training
-from lora_core.spec.base_facts import base_facts
-from lora_core.spec.config import checked_option
-from lora_core.spec.errors import ConfigError
-from lora_core.spec.paths import workspace
 
 _MOST_TAGS = 20
 _MOST_NAMES = 6
@@ -22,7 +16,7 @@ _MOST_WEAK = 5
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
-    verb = verbs.add_parser("audit", help="what is wrong with a dataset, and what will be learned from it")
+    verb = verbs["audit"]
     verb.add_argument("dataset", metavar="DATASET", help="a folder of pictures, a zip of one, or `demo`")
     verb.add_argument("--base", default="demo", metavar="B", help="the base that it is for")
     verb.add_argument(
@@ -40,9 +34,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _add_probe(verbs: Verbs) -> None:
-    verb = verbs.add_parser(
-        "probe", help="what a base makes of captions: wrong ones, and words for a trigger"
-    )
+    verb = verbs["probe"]
     verb.add_argument("dataset", metavar="DATASET", help="a folder of pictures, a zip of one, or `demo`")
     verb.add_argument("--base", default="demo", metavar="B", help="the base that is asked")
     verb.add_argument("--triples", type=int, default=4, help="looks a picture")
@@ -54,7 +46,7 @@ def _add_probe(verbs: Verbs) -> None:
 
 
 def _add_pictures(verbs: Verbs) -> None:
-    verb = verbs.add_parser("pictures", help="what a run has learned of each of its pictures")
+    verb = verbs["pictures"]
     add_run(verb)
     verb.add_argument(
         "--checkpoint", default="best", metavar="STEP", help="best, last, or the step of a checkpoint"
@@ -65,12 +57,8 @@ def _add_pictures(verbs: Verbs) -> None:
 
 
 def _audit(options: argparse.Namespace) -> int:
-    checked_option("--batch", "train.batch_size", options.batch)
-    facts = base_facts(options.base)
-    dataset = open_dataset(options.dataset, workspace(options.workspace) / "cache" / "datasets")
-    resolution = checked_option("--resolution", "train.resolution", options.resolution) or facts.resolution
-    training = Training(resolution, facts.multiple, facts.tokenizer, options.trigger, options.batch)
-    found = audit(dataset, training)
+    how = (options.base, options.resolution, options.trigger, options.batch, options.workspace)
+    found = api.audit(options.dataset, *how)
     if options.json:
         say_json(found)
     else:
@@ -98,19 +86,8 @@ def _say_findings(found: dict[str, Any]) -> None:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    _check_triples(options.triples)
-    dataset = open_dataset(options.dataset, workspace(options.workspace) / "cache" / "datasets")
-    require_clean(dataset)
-    from lora_core.models.device import best_device, dtype_of
-    from lora_core.models.load import load_base
-    from lora_core.validation.probe import caption_probe
-    from lora_core.validation.triggers import trigger_words
-
-    device = best_device()
-    base = load_base(options.base, device, dtype_of("auto", device))
-    how = (options.triples, options.seed)
-    found = caption_probe(base, dataset.records, *how, said=_counter("captions"))
-    found["trigger"] = trigger_words(base, dataset.records, options.trigger, *how, said=_counter("words"))
+    how = (options.base, options.triples, options.seed, options.trigger, options.workspace)
+    found = api.probe(options.dataset, *how, note=_counter("captions and words"))
     if options.json:
         say_json(found)
         return 0
@@ -135,15 +112,15 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _pictures(options: argparse.Namespace) -> int:
-    _check_triples(options.triples)
     run = named_run(options)
-    from lora_core.validation.pictures import FILE, run_pictures
-
-    found = run_pictures(run, options.checkpoint, options.triples, _counter("pictures"))
+    found = api.pictures(run.path, options.checkpoint, options.triples, note=_counter("pictures"))
     if options.json:
         say_json(found)
         return 0
-    say(f"Step {found['step']}, those that stand out first, then by what was learned; in {run.path / FILE}.")
+    say(
+        f"Step {found['step']}, those that stand out first, then by what was learned; in"
+        f" {run.path / 'pictures.json'}."
+    )
     for row in found["rows"]:
         held = "  held out" if row["held_out"] else f"  {row['share']:.1%} of the steps"
         helps = "" if row["helps"] is None else f"  caption {row['helps']:+.4f}"
@@ -155,11 +132,6 @@ def _pictures(options: argparse.Namespace) -> int:
         if row["suspect"]:
             say(row["sentence"])
     return 0
-
-
-def _check_triples(triples: int) -> None:
-    if not 1 <= triples <= 1000:
-        raise ConfigError(f"--triples {triples} is out of range; it goes from 1 to 1000.")
 
 
 def _counter(what: str) -> Callable[[int, int], None] | None:

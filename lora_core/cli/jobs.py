@@ -3,48 +3,41 @@
 import argparse
 import contextlib
 import os
-import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_core import api
 from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json
 from lora_core.cli.progress import EventPrinter
 from lora_core.dataset.preflight import preflight
 from lora_core.spec.awake import keep_awake
-from lora_core.spec.base_facts import base_facts, is_hub_id
+from lora_core.spec.base_facts import base_facts
+from lora_core.spec.choices import FORMATS
 from lora_core.spec.config import (
     RunConfig,
     checked_option,
     flattened,
     load_toml,
     parsed_assignment,
-    with_switches,
 )
-from lora_core.spec.crash import crash_reason
-from lora_core.spec.errors import ModelFileError, RunError
+from lora_core.spec.errors import ModelFileError
 from lora_core.spec.event_file import EventWriter
 from lora_core.spec.events import Stopped
-from lora_core.spec.families import Family
 from lora_core.spec.importing import without_collecting
 from lora_core.spec.notify import tell_end
 from lora_core.spec.paths import workspace
-from lora_core.spec.presets import starting_settings
 from lora_core.spec.problems import Problem, refuse
 from lora_core.spec.processor import COMPUTES, GIVES_WAY
 from lora_core.spec.queue import events_size
-from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
+from lora_core.spec.run_folder import RunFolder, runs_folder
 from lora_core.spec.stopping import INTERRUPTED, Stopping
 
 if TYPE_CHECKING:
     from lora_core.training.fellows import Fellows
     from lora_core.training.run import Outcome
 
-PLACES = ("model.base", "model.vae", "adapter.init")
-"""Settings that may name a file or a folder."""
-NO_PLACES = ("", "demo", "default")
 LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are; accelerate reads the same."""
 ONE_ONLY = (
@@ -55,7 +48,7 @@ ONE_ONLY = (
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
-    train = verbs.add_parser("train", help="train an adapter on a dataset")
+    train = verbs["train"]
     train.add_argument("dataset", help="a folder of pictures, a zip of one, or `demo`")
     train.add_argument("--name", default="", help="the run's name; else date and dataset")
     train.add_argument(
@@ -66,26 +59,29 @@ def add_verbs(verbs: Verbs) -> None:
     train.add_argument("--set", action="append", default=[], metavar="section.key=value", help="one setting")
     add_workspace(train)
     train.set_defaults(run=_train, processor=COMPUTES)
-    resume = verbs.add_parser("resume", help="start a run or go on with it")
+    resume = verbs["resume"]
     add_run(resume)
     resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
     resume.add_argument("--accept-changes", action="store_true", help="go on although something has changed")
     resume.set_defaults(run=_resume, processor=COMPUTES)
-    words = {
-        "stop": "end a run, keep its work and export it",
-        "pause": "end a run's process, to go on later",
-        "save": "write a checkpoint now",
-        "preview": "draw samples now",
-    }
-    for word, help in words.items():
-        verb = verbs.add_parser(word, help=help)
-        add_run(verb)
-        verb.set_defaults(run=_request)
-    runs = verbs.add_parser("runs", help="list the runs of a workspace")
+    for word in ("stop", "pause", "save", "preview"):
+        add_run(verbs[word])
+        verbs[word].set_defaults(run=_request)
+    runs = verbs["runs"]
     add_workspace(runs)
     add_json(runs)
     runs.set_defaults(run=_runs)
-    serve = verbs.add_parser("serve", help="the warm worker: JSON lines in, JSON lines out")
+    add_run(verbs["delete"])
+    verbs["delete"].set_defaults(run=_delete)
+    export = verbs["export"]
+    add_run(export)
+    export.add_argument("--checkpoint", default="best", metavar="STEP", help="best, last, or a step")
+    export.add_argument("--format", default="kohya", choices=list(FORMATS))
+    export.add_argument("--precision", default="fp16", choices=api.PRECISIONS)
+    export.add_argument("--name", default="", help="of the file, else the run's")
+    add_json(export)
+    export.set_defaults(run=_export)
+    serve = verbs["serve"]
     serve.set_defaults(run=_serve, processor=GIVES_WAY)
 
 
@@ -96,41 +92,11 @@ def config_of(options: argparse.Namespace) -> RunConfig:
     Raises:
         ConfigError: something is not a setting or not legal.
     """
-    demo = options.dataset == "demo"
     asked: dict[str, Any] = flattened(load_toml(options.config)) if options.config else {}
-    asked["dataset.path"] = "demo" if demo else str(Path(options.dataset).expanduser().absolute())
     if options.base:
         asked["model.base"] = options.base
     asked |= dict(parsed_assignment(text) for text in options.set)
-    # Before the preset's own rate is lost to the word `auto`.
-    asked = dict(with_switches(asked))
-    start = options.preset or ("demo" if demo else "")
-    config = RunConfig().changed(starting_settings(start, _family_of(asked.get("model.base"))) | asked)
-    config = config.changed({name: _in_full(config.get(name)) for name in PLACES})
-    stem = "demo" if demo else re.sub(r"[^\w.-]+", "-", Path(options.dataset).stem).strip("-. ") or "dataset"
-    name = options.name or config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
-    return config.changed({"name": checked_name(name)})
-
-
-def _family_of(base: object) -> Family | None:
-    """The family of a base, which is downloaded where it is a hub id; what is wrong with it, the run says
-    when it opens it."""
-    if not isinstance(base, str):
-        return None
-    try:
-        if is_hub_id(base) and not Path(base).expanduser().exists():
-            from lora_core.models.hub import in_local_cache
-
-            in_local_cache(base)
-        return base_facts(base).family
-    except ModelFileError:
-        return None
-
-
-def _in_full(place: str) -> str:
-    """The full path of what exists, since a run may be gone on with from elsewhere; other words stay."""
-    path = Path(place).expanduser()
-    return str(path.absolute()) if place not in NO_PLACES and path.exists() else place
+    return api.run_config(options.dataset, options.name, asked, options.preset)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -257,17 +223,12 @@ def _note_stop(run: RunFolder) -> None:
 
 
 def _request(options: argparse.Namespace) -> int:
-    run = named_run(options)
-    if run.live_process() is None:
-        raise RunError(
-            f"The run {run.name} is not running (it is {run.status()}), so it cannot {options.verb}."
-        )
-    run.request(options.verb)
+    named_run(options).request_live(options.verb)
     return 0
 
 
 def _runs(options: argparse.Namespace) -> int:
-    rows = [_row(run) for run in all_runs(workspace(options.workspace))]
+    rows = api.runs(options.workspace)
     if options.json:
         say_json(rows)
         return 0
@@ -282,15 +243,26 @@ def _runs(options: argparse.Namespace) -> int:
     return 0
 
 
-def _row(run: RunFolder) -> dict[str, Any]:
-    """A run's summary; of one that broke off, why, as far as that can be told."""
-    row = run.summary()
-    return row | {"reason": crash_reason(run)} if row["status"] == "interrupted" else row
+def _delete(options: argparse.Namespace) -> int:
+    api.delete(named_run(options).path)
+    say(f"In the trash; `lora-easel trash restore {Path(options.run_name).name}` puts it back.")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    run = named_run(options)
+    made = api.export(run.path, options.checkpoint, options.format, options.precision, options.name)
+    if options.json:
+        say_json(made)
+        return 0
+    for row in made["works_in"]["tools"]:
+        if not row["ok"]:
+            say(f"{row['tool']}: {row['note']}")
+    say(made["file"])
+    return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
     with without_collecting():
-        from lora_core import serve
-
-    serve.main()
+        api.serve()
     return 0

@@ -2,32 +2,26 @@
 
 import argparse
 import math
-import os
-import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lora_core import api
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.spec.choices import PREDICTIONS
-from lora_core.spec.errors import AdapterFileError, ConfigError
-from lora_core.spec.paths import workspace
+from lora_core.spec.errors import AdapterFileError, RunError
 from lora_core.spec.processor import COMPUTES
-from lora_core.spec.shots import KINDS, LARGEST_SEED, LoraAt, Shot, axis_of, grid_settings, grid_shots
-
-if TYPE_CHECKING:
-    from lora_core.adapters.inject import Strengthened
-    from lora_core.models.load import BaseModel
-    from lora_core.sampling.artist import Artist
+from lora_core.spec.run_folder import find_run
+from lora_core.spec.shots import KINDS, Axis, LoraAt, Shot, axis_of
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
-    generate = verbs.add_parser("generate", help="make pictures")
+    generate = verbs["generate"]
     _add_picture(generate)
     generate.add_argument("--count", type=int, default=1, help="pictures, each with the next seed")
     generate.add_argument("--out", type=Path, help="a PNG file; more than one get -2, -3, ...")
     generate.set_defaults(run=_generate, processor=COMPUTES)
-    grid = verbs.add_parser("grid", help="make a labelled sheet of pictures that differ in one or two things")
+    grid = verbs["grid"]
     for name in ("--rows", "--columns"):
         grid.add_argument(
             name,
@@ -37,7 +31,7 @@ def add_verbs(verbs: Verbs) -> None:
     _add_picture(grid, prompt=False)
     grid.add_argument("--out", type=Path, required=True, help="the PNG file")
     grid.set_defaults(run=_grid, processor=COMPUTES)
-    validate = verbs.add_parser("validate", help="measure an adapter on pictures that it was not trained on")
+    validate = verbs["validate"]
     _add_base_and_loras(validate)
     validate.add_argument("--dataset", required=True)
     validate.add_argument("--triples", type=int, default=8, help="looks a picture")
@@ -80,12 +74,41 @@ def _add_base_and_loras(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def file_and_strengths(text: str) -> tuple[Path, float, float | None]:
+def loras_of(texts: Iterable[str], place: Path | None) -> list[LoraAt]:
+    """The adapters of FILE[:STRENGTH[:TEXT_STRENGTH]]s.
+
+    Raises:
+        LoraError: as `file_and_strengths`.
+    """
+    return [LoraAt(str(path), s, t) for path, s, t in (file_and_strengths(text, place) for text in texts)]
+
+
+def adapter_file(text: str, place: Path | None) -> Path:
+    """An adapter file, or that of a run's checkpoint: RUN (the best one) or RUN@STEP; a file comes first.
+
+    Raises:
+        AdapterFileError: there is neither.
+        RunError: the run has no such checkpoint.
+    """
+    if Path(text).exists():
+        return Path(text)
+    name, at, step = text.rpartition("@")
+    name, step = (name, step) if at else (text, "best")
+    try:
+        run = find_run(name, place)
+    except RunError as error:
+        file = len(Path(text).parts) != 1 or Path(text).suffix
+        raise AdapterFileError(f"The adapter {text} does not exist{'.' if file else f': {error}'}") from error
+    return run.checkpoint(run.step_of(step)) / "adapter.safetensors"
+
+
+def file_and_strengths(text: str, place: Path | None = None) -> tuple[Path, float, float | None]:
     """FILE[:STRENGTH[:TEXT_STRENGTH]] taken apart; what follows the last colons counts only if it is a
-    number.
+    number. FILE may be a run in the workspace `place`, as in `adapter_file`.
 
     Raises:
         AdapterFileError: no such file, or a strength that is not finite.
+        RunError: the run has no such checkpoint.
     """
     if Path(text).exists():
         return Path(text), 1.0, None
@@ -99,38 +122,12 @@ def file_and_strengths(text: str) -> tuple[Path, float, float | None]:
             break
         rest = head
         if Path(rest).exists():
-            if not all(map(math.isfinite, numbers)):
-                raise AdapterFileError(f"The strength in {text} is not a finite number.")
-            return Path(rest), numbers[0], numbers[1] if len(numbers) > 1 else None
-    raise AdapterFileError(f"The adapter {rest} does not exist.")
-
-
-def opened(
-    options: argparse.Namespace, precision: str
-) -> tuple["BaseModel", list["Strengthened"], list[tuple[str, float]]]:
-    """The base and the adapters that a command line names, and the adapters' names with strengths."""
-    files = [file_and_strengths(text) for text in options.lora]
-    from lora_core.adapters.inject import Strengthened
-    from lora_core.formats.file import read_adapter
-
-    base = _base(options, precision)
-    adapters = [Strengthened(read_adapter(path, base.family), s, t) for path, s, t in files]
-    return base, adapters, [(path.stem, strength) for path, strength, _ in files]
-
-
-def _base(options: argparse.Namespace, precision: str) -> "BaseModel":
-    from lora_core.models.device import best_device, dtype_of
-    from lora_core.models.load import load_base
-
-    device = best_device()
-    return load_base(options.base, device, dtype_of(precision, device), options.prediction, options.vae)
-
-
-def _artist(options: argparse.Namespace) -> "Artist":
-    from lora_core.analysis.at_rank import at_rank
-    from lora_core.sampling.artist import Artist
-
-    return Artist(_base(options, options.precision), at_rank)
+            break
+    path = adapter_file(rest, place)
+    if not all(map(math.isfinite, numbers)):
+        raise AdapterFileError(f"The strength in {text} is not a finite number.")
+    first, second = [*numbers, 1.0][0], numbers[1] if len(numbers) > 1 else None
+    return path, first, second
 
 
 def _shot(options: argparse.Namespace) -> Shot:
@@ -139,101 +136,47 @@ def _shot(options: argparse.Namespace) -> Shot:
     Raises:
         LoraError: an option is out of range, or an adapter is not there.
     """
-    for name, legal, range_words in (
-        ("steps", 1 <= options.steps <= 1000, "it goes from 1 to 1000"),
-        ("seed", 0 <= options.seed <= LARGEST_SEED, "it is a whole number from 0 on"),
-        ("cfg", math.isfinite(options.cfg), "take a number such as 5"),
-    ):
-        if not legal:
-            raise ConfigError(f"--{name} {getattr(options, name)} is out of range; {range_words}.")
     return Shot(
         base=options.base, prediction=options.prediction, vae=options.vae, prompt=options.prompt,
         negative=options.negative, seed=options.seed, steps=options.steps, cfg=options.cfg,
         sampler=options.sampler, width=options.width, height=options.height,
-        loras=tuple(LoraAt(str(path), s, t) for path, s, t in map(file_and_strengths, options.lora)),
+        loras=tuple(loras_of(options.lora, options.workspace)),
     )  # fmt: skip
 
 
 def _generate(options: argparse.Namespace) -> int:
-    if not 1 <= options.count <= 1000:
-        raise ConfigError(f"--count {options.count} is out of range; it goes from 1 to 1000.")
-    shot = _shot(options)
-    if options.out:
-        _check_out(options.out)
-    folder = None if options.out else workspace(options.workspace) / "generated"
-    artist = _artist(options)
-    from lora_core.sampling.generate import save_png
-
-    for number in range(options.count):
-        one = shot.at("seed", shot.seed + number)
-        path = _numbered(options.out, number) if options.out else _unused(folder, one.seed)
-        save_png(artist.drawn(one), path, artist.infotext(one))
-        say(str(path))
+    how = (options.out, options.count, options.precision, options.workspace)
+    api.generate(_shot(options), *how, drawn=lambda path: say(str(path)))
     return 0
 
 
 def _grid(options: argparse.Namespace) -> int:
-    rows, columns = (axis_of(text) if text else None for text in (options.rows, options.columns))
-    if rows is None and columns is None:
-        raise ConfigError("A grid needs --rows or --columns, as in --columns strength=0,0.5,1.")
-    for axis in (rows, columns):
-        for file in axis.values if axis and axis.kind == "checkpoint" else ():
-            if not Path(str(file)).is_file():
-                raise AdapterFileError(f"The adapter {file} does not exist.")
-    if not options.prompt and not any(axis and axis.kind == "prompt" for axis in (rows, columns)):
-        raise ConfigError(
-            "A grid needs --prompt, or prompts as rows or columns, as in --rows prompt=cat,dog."
-        )
-    shots = grid_shots(_shot(options), rows, columns)
-    _check_out(options.out)
-    artist = _artist(options)
-    from lora_core.sampling.generate import save_png
-    from lora_core.sampling.grid import sheet
-
-    made = sheet(
-        [[artist.drawn(shot) for shot in row] for row in shots],
-        rows.labels() if rows else [],
-        columns.labels() if columns else [],
+    rows, columns = (
+        _axis(text, options.workspace) if text else None for text in (options.rows, options.columns)
     )
-    save_png(made, options.out, artist.infotext(_shot(options), grid_settings(rows, columns)))
-    say(str(options.out))
+    say(str(api.grid(_shot(options), options.out, rows, columns, options.precision)))
     return 0
 
 
-def _check_out(path: Path) -> None:
-    """Refuse before the work rather than after it."""
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"--out {path} should end in .png.")
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"--out {path} cannot be written; choose a file in a folder of yours.")
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path if number == 0 else path.with_name(f"{path.stem}-{number + 1}{path.suffix}")
-
-
-def _unused(folder: Path | None, seed: int) -> Path:
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{seed}"
-    path, number = (folder or Path()) / f"{stem}.png", 2
-    while path.exists():
-        path, number = path.with_name(f"{stem}-{number}.png"), number + 1
-    return path
+def _axis(text: str, place: Path | None) -> Axis:
+    """An axis, its checkpoints as files."""
+    axis = axis_of(text)
+    if axis.kind != "checkpoint":
+        return axis
+    return Axis(axis.kind, tuple(str(adapter_file(str(value), place)) for value in axis.values))
 
 
 def _validate(options: argparse.Namespace) -> int:
-    if not 1 <= options.triples <= 1000:
-        raise ConfigError(f"--triples {options.triples} is out of range; it goes from 1 to 1000.")
-    from lora_core.dataset.folder import open_dataset, require_clean
-
-    dataset = open_dataset(options.dataset, workspace(options.workspace) / "cache" / "datasets")
-    require_clean(dataset)
-    base, adapters, _ = opened(options, "fp32")
-    from lora_core.validation.validate import validation
-
-    report = validation(
-        base, dataset.records, adapters, options.triples, options.seed, options.shuffle_captions
+    measure = api.Measure(
+        options.dataset,
+        options.base,
+        options.vae,
+        options.prediction,
+        options.triples,
+        options.seed,
+        options.workspace,
     )
+    report = api.validate(measure, loras_of(options.lora, options.workspace), options.shuffle_captions)
     if options.json:
         say_json(report)
         return 0

@@ -4,7 +4,7 @@ import argparse
 
 from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json
 from lora_core.spec.errors import RunError
-from lora_core.spec.owner import ensure_owner, work_through
+from lora_core.spec.owner import ensure_owner, pause_queue, work_through
 from lora_core.spec.paths import workspace
 from lora_core.spec.queue import FAILED, Queue
 from lora_core.spec.run_folder import RunFolder
@@ -13,21 +13,19 @@ from lora_core.spec.stopping import INTERRUPTED
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verb and its parts."""
-    queue = verbs.add_parser("queue", help="train runs one after the other")
-    parts = queue.add_subparsers(dest="part", required=True, metavar="add|list|move|remove|run")
-    add = parts.add_parser("add", help="put a run at the end of the queue")
+    add, move, remove, listing, run, pause = (
+        verbs[f"queue {part}"] for part in ("add", "move", "remove", "list", "run", "pause")
+    )
     add.add_argument("--start", action="store_true", help="and have the queue worked through")
-    move = parts.add_parser("move", help="give a waiting run another place")
-    remove = parts.add_parser("remove", help="take a run out of the queue; the run stays")
     for part in (add, move, remove):
         add_run(part)
     move.add_argument("position", metavar="POSITION", type=int, help="1 is the next to start")
-    listing = parts.add_parser("list", help="what is in the queue")
-    run = parts.add_parser("run", help="work through the queue, then end")
     for part in (listing, run):
         add_json(part)
+    for part in (listing, run, pause):
         add_workspace(part)
-    for part, function in ((add, _add), (move, _move), (remove, _remove), (listing, _list), (run, _run)):
+    functions = (_add, _move, _remove, _list, _run, _pause)
+    for part, function in zip((add, move, remove, listing, run, pause), functions, strict=True):
         part.set_defaults(run=function)
 
 
@@ -101,4 +99,9 @@ def _run(options: argparse.Namespace) -> int:
             f"{len(failed)} of {len(ended)} jobs failed: {', '.join(failed)}; `lora-easel queue list` says"
             " why."
         )
+    return 0
+
+
+def _pause(options: argparse.Namespace) -> int:
+    pause_queue(workspace(options.workspace))
     return 0

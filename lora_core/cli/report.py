@@ -5,13 +5,14 @@ import sys
 import time
 from pathlib import Path
 
+from lora_core import api
 from lora_core.cli import Verbs, add_json, add_run, named_run, say, say_json, write
 from lora_core.cli.combine import SECONDS_BETWEEN_NOTES
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
-    report = verbs.add_parser("report", help="a run as one self-contained page")
+    report = verbs["report"]
     add_run(report)
     report.add_argument("--out", type=Path, metavar="F.html", help="else report.html in the run's folder")
     report.add_argument(
@@ -23,9 +24,6 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _report(options: argparse.Namespace) -> int:
     run = named_run(options)
-    from lora_core.report.page import FILE_NAME, write_report
-
-    out = options.out or run.path / FILE_NAME
     last = time.monotonic()
 
     def tell(words: str, done: int, total: int) -> None:
@@ -34,9 +32,9 @@ def _report(options: argparse.Namespace) -> int:
             last = time.monotonic()
             write(sys.stderr, f"{words}, {done} of {total}\n")
 
-    size = write_report(run, out, not options.no_measure, tell, time.time())
+    page = api.report(run.path, options.out, not options.no_measure, said=tell)
     if options.json:
-        say_json({"file": str(out), "bytes": size})
+        say_json({"file": str(page), "bytes": page.stat().st_size})
     else:
-        say(str(out))
+        say(str(page))
     return 0

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from lora_core.spec.crash import Watched, crash_reason, last_sentence
@@ -67,6 +68,20 @@ def ensure_owner(workspace: Path) -> bool:
     command = [sys.executable, "-m", "lora_core", "queue", "run", "--workspace", str(workspace)]
     _children[workspace] = started(command, queue.log_file, workspace)
     return True
+
+
+def pause_queue(workspace: Path) -> None:
+    """Stop working through a queue: the run in hand is paused and waits again.
+
+    Raises:
+        RunError: the queue cannot be written.
+    """
+    queue = Queue(workspace)
+    owner = queue.owner()
+    queue.set_going(False)
+    if owner is not None:
+        with contextlib.suppress(psutil.Error):
+            owner.terminate()
 
 
 def take_up(workspace: Path) -> bool:

@@ -193,6 +193,16 @@ class RunFolder:
             ) from error
         return line["id"]
 
+    def request_live(self, do: str) -> None:
+        """Ask the live trainer for something.
+
+        Raises:
+            RunError: the run is not live, or as `request`.
+        """
+        if self.live_process() is None:
+            raise RunError(f"The run {self.name} is not running (it is {self.status()}), so it cannot {do}.")
+        self.request(do)
+
     def requests(self) -> list[dict[str, str]]:
         """All requests in order; those before the last `resume` are void and left out."""
         try:
@@ -260,6 +270,25 @@ class RunFolder:
             if match and (path / "adapter.safetensors").is_file():
                 steps.append(int(match[1]))
         return sorted(steps)
+
+    def step_of(self, which: str) -> int:
+        """The step of a checkpoint: `best` (the last one where none was the best), `last`, or a step.
+
+        Raises:
+            RunError: there is no such checkpoint.
+        """
+        steps = self.checkpoint_steps()
+        if not steps:
+            raise RunError(f"The run {self.name} has no checkpoint yet; train it first.")
+        best = self.progress().best_step
+        if which in ("best", "last"):
+            return best if which == "best" and best in steps else steps[-1]
+        if which.isdecimal() and len(which) < 10 and int(which) in steps:
+            return int(which)
+        kept = ", ".join(map(str, steps))
+        raise RunError(
+            f"The run {self.name} has no checkpoint {which[:80]}; take best, last or one of {kept}."
+        )
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint at `step`."""

@@ -12,6 +12,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -47,6 +48,17 @@ class Trashed:
     def content(self) -> Path:
         """What was deleted, as it was."""
         return self.place / _CONTENT
+
+    def row(self) -> dict[str, Any]:
+        """The row of `trash list --json`."""
+        kind = KINDS.get(self.came_from.parent.name, "picture")
+        return {
+            "id": self.place.name,
+            "name": self.name,
+            "kind": kind,
+            "came_from": str(self.came_from),
+            "time": self.time,
+        }
 
 
 def trash_folder(workspace: Path) -> Path:

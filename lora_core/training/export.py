@@ -133,7 +133,7 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
         RunError: there is no such checkpoint, it is not whole, or the name cannot be a file's.
         AdapterFileError: the file cannot be written.
     """
-    step = _step_of(run, which)
+    step = run.step_of(which)
     folder = run.checkpoint(step)
     if (folder / STATE).exists():
         checked_record(folder)
@@ -155,16 +155,3 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
         "sha256": file_hashes(path)["sha256"],
         "works_in": verified(path, family, live=weights),
     }
-
-
-def _step_of(run: RunFolder, which: str) -> int:
-    steps = run.checkpoint_steps()
-    if not steps:
-        raise RunError(f"The run {run.name} has no checkpoint yet; let it train or press Save now.")
-    if which == "last":
-        return steps[-1]
-    wanted = run.progress().best_step if which == "best" else int(which) if which.isdigit() else None
-    if wanted not in steps:
-        kept = ", ".join(map(str, steps))
-        raise RunError(f"The run {run.name} has no checkpoint {which!r}; it has those of step {kept}.")
-    return wanted

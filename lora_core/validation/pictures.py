@@ -31,7 +31,6 @@ from lora_core.models.encode import TextCondition, encoded_picture, text_conditi
 from lora_core.models.images import picture_pixels
 from lora_core.models.load import BaseModel, load_base
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import RunError
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
 from lora_core.validation.gain import Measured, triple_losses
@@ -70,7 +69,7 @@ def run_pictures(
         RunError: there is no such checkpoint.
         DatasetError, ModelFileError, AdapterFileError: the pictures, the base or the adapter cannot be read.
     """
-    config, step = run.config(), _step(run, which)
+    config, step = run.config(), run.step_of(which)
     dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
     require_clean(dataset)
     base = (opened or _opened)(config.model.base, config.model.prediction, config.model.vae)
@@ -84,20 +83,6 @@ def run_pictures(
 def _opened(name: str, prediction: str, vae: str) -> BaseModel:
     device = best_device()
     return load_base(name, device, dtype_of("auto", device), prediction, vae)
-
-
-def _step(run: RunFolder, which: str) -> int:
-    steps = run.checkpoint_steps()
-    if not steps:
-        raise RunError(f"The run {run.name} has no checkpoint yet; train it first.")
-    best = run.progress().best_step
-    if which == "best":
-        return best if best in steps else steps[-1]
-    if which == "last":
-        return steps[-1]
-    if which.isdecimal() and int(which) in steps:
-        return int(which)
-    raise RunError(f"The run {run.name} has no checkpoint {which}; take best, last or one of {steps}.")
 
 
 def picture_rows(

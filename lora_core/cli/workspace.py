@@ -1,0 +1,69 @@
+"""Verbs about what a workspace keeps: caches, trash."""
+
+import argparse
+import time
+
+from lora_core import api
+from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add this module's verbs."""
+    functions = {
+        "caches list": _caches, "caches clean": _clean,
+        "trash list": _trash, "trash restore": _restore, "trash empty": _empty,
+    }  # fmt: skip
+    verbs["trash restore"].add_argument("name", metavar="NAME", help="its name, or the id that `list` shows")
+    for name, function in functions.items():
+        add_workspace(verbs[name])
+        verbs[name].set_defaults(run=function)
+    for name in ("caches list", "trash list"):
+        add_json(verbs[name])
+
+
+def file_size(size: int) -> str:
+    """Bytes in the largest fitting unit."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
+def _caches(options: argparse.Namespace) -> int:
+    sizes = api.caches_list(options.workspace)
+    if options.json:
+        say_json(sizes)
+        return 0
+    for name, size in sizes.items():
+        say(f"{name:10} {file_size(size)}")
+    if not sizes:
+        say("There are no caches.")
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    say(f"{file_size(api.caches_clean(options.workspace))} freed")
+    return 0
+
+
+def _trash(options: argparse.Namespace) -> int:
+    rows = api.trash_list(options.workspace)
+    if options.json:
+        say_json(rows)
+        return 0
+    for row in rows:
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["time"]))
+        say(f"{row['id']}  {day}  {row['kind']:8} {row['name']}")
+    if not rows:
+        say("The trash is empty.")
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    say(str(api.trash_restore(options.name, options.workspace)))
+    return 0
+
+
+def _empty(options: argparse.Namespace) -> int:
+    say(f"{file_size(api.trash_empty(options.workspace))} freed")
+    return 0

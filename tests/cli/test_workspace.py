@@ -1,0 +1,92 @@
+"""Verbs about what a workspace keeps: the trash, caches, checkpoints by a run's name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_core import api
+from lora_core.__main__ import main
+from lora_core.cli.pictures import adapter_file, file_and_strengths
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import AdapterFileError, RunError
+from lora_core.spec.run_folder import RunFolder
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_EASEL_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "home"
+
+
+def made(home: Path, name: str) -> RunFolder:
+    return RunFolder.create(home / "runs" / name, RunConfig())
+
+
+def words(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 0
+    return capsys.readouterr().out.strip()
+
+
+def test_a_run_goes_to_the_trash_and_back(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(home, "first")
+    words(capsys, "delete", "first")
+    assert not run.path.exists()
+    (row,) = json.loads(words(capsys, "trash", "list", "--json"))
+    assert (row["name"], row["kind"]) == ("first", "run")
+    assert row["id"] in words(capsys, "trash", "list")
+    assert words(capsys, "trash", "restore", "first") == str(run.path)
+    assert run.config() == RunConfig()
+    assert words(capsys, "trash", "list") == "The trash is empty."
+
+
+def test_two_of_one_name_are_told_apart_by_their_ids(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        made(home, "first")
+        api.delete("first")
+    ids = [row["id"] for row in api.trash_list()]
+    assert main(["trash", "restore", "first"]) == 1
+    said = capsys.readouterr().err
+    assert all(one in said for one in ids)
+    api.trash_restore(ids[0])
+    with pytest.raises(RunError, match="There is a run named first again"):
+        api.trash_restore(ids[1])
+    assert main(["trash", "restore", "second"]) == 1
+    assert capsys.readouterr().err == "The trash holds no second; it holds first.\n"
+    assert api.trash_empty() > 0
+    assert api.trash_list() == []
+
+
+def test_caches(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words(capsys, "caches", "list") == "There are no caches."
+    for name, size in (("latents", 3_000_000), ("text", 10)):
+        (home / "cache" / name).mkdir(parents=True)
+        (home / "cache" / name / "one").write_bytes(b"0" * size)
+    assert words(capsys, "caches", "list").split() == ["latents", "3.0", "MB", "text", "10", "bytes"]
+    assert json.loads(words(capsys, "caches", "list", "--json")) == {"latents": 3_000_000, "text": 10}
+    assert words(capsys, "caches", "clean") == "3.0 MB freed"
+    assert api.caches_list() == {}
+
+
+def test_an_adapter_is_a_file_or_a_runs_checkpoint(home: Path, tmp_path: Path) -> None:
+    run = made(home, "first")
+    with pytest.raises(RunError, match="no checkpoint yet"):
+        adapter_file("first", None)
+    for step in (5, 10):
+        run.checkpoint(step).mkdir()
+        (run.checkpoint(step) / "adapter.safetensors").write_bytes(b"")
+    files = {step: run.checkpoint(step) / "adapter.safetensors" for step in (5, 10)}
+    assert adapter_file("first", None) == adapter_file("first@last", None) == files[10]
+    assert adapter_file("first@5", home) == adapter_file(f"{run.path}@5", None) == files[5]
+    assert file_and_strengths("first@5:0.5:0.25") == (files[5], 0.5, 0.25)
+    assert file_and_strengths("first:0.5") == (files[10], 0.5, None)
+    with pytest.raises(RunError, match="no checkpoint 7; take best, last or one of 5, 10"):
+        adapter_file("first@7", None)
+    with pytest.raises(AdapterFileError, match="did you mean first"):
+        adapter_file("frist", None)
+    # A file of that name comes first.
+    (tmp_path / "first").write_bytes(b"")
+    assert adapter_file("first", None) == Path("first")
+    assert main(["export", "first", "--checkpoint", "7"]) == 1
+    assert main(["export", "first", "--name", "../x"]) == 1
