@@ -12,6 +12,7 @@ from app.train.bases import chosen_base
 from app.train.form import for_family
 from app.train.pace import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast
 from app.words import UNKNOWN, about, file_size, many, pace, safe, scientific, tile
+from lora_core.dataset.preflight import caption_bytes
 from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError
@@ -83,6 +84,8 @@ def facts(moment: Moment) -> str:
     tried = moment.desk.prober.known(config)
     peak = tried.peak if tried else 0
     memory = peak or (memory_needed(config, known, moment.desk.hardware.has_gpu) if known else None)
+    if memory and known and not moment.desk.hardware.has_gpu:
+        memory += sum(caption_bytes(moment.desk.project.dataset().records, config, known))
     tiles = [
         tile(
             about(expected.seconds * config.train.steps) if expected else UNKNOWN,
@@ -212,6 +215,7 @@ def _sentences(moment: Moment) -> list[str]:
             f"{many(len(dataset.records), 'picture')}, {captions}. {many(config.train.steps, 'step')} look at"
             f" each about {many(max(1, round(looks)), 'time')}."
         )
+        sentences += _caption_sentences(moment)
     if config.optim.range_test:
         sentences.append(
             "A range test finds the learning rate before the first step, beginning around"
@@ -232,6 +236,19 @@ def _sentences(moment: Moment) -> list[str]:
         count = held if held >= 1 else held * len(dataset.records)
         sentences.append(f"About {max(1, round(count))} held out to measure on.")
     return sentences
+
+
+def _caption_sentences(moment: Moment) -> list[str]:
+    """What captions that vary cost, where they do."""
+    known = moment.plan.base.facts
+    records = moment.desk.project.dataset().records
+    drawn = caption_bytes(records, moment.plan.config, known)[1] if known else 0
+    if not drawn:
+        return []
+    return [
+        "Captions vary from look to look, so each is encoded as it comes; up to"
+        f" {file_size(drawn)} of them stay in memory, none on disk."
+    ]
 
 
 def _rate(value: float) -> str:

@@ -3,9 +3,8 @@
 Optimizer, clipping, averaging and the check for numbers that are not finite are then one operation each
 instead of one for each factor. Layers see views, so that nothing else has to know.
 
-A base in half precision computes with a rounded copy. torch does not tell when a tensor changes (`.data`,
-aliases and kernels of other packages go past it), so the copy is made anew after every `writing` and at each
-`clear`.
+A base in half precision computes with a rounded copy. Writes through `.data`, aliases and kernels of other
+packages leave no trace in a tensor, so the copy is made anew after every `writing` and at each `clear`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -15,6 +15,7 @@ from typing import TypeVar
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from lora_core.spec.errors import ModelFileError
+from lora_core.spec.sections import DatasetSection
 
 T = TypeVar("T")
 
@@ -44,6 +45,17 @@ class CaptionRules:
     tag_dropout: float
     shuffle_tags: bool
     keep_tags: int
+
+    @classmethod
+    def of(cls, section: DatasetSection) -> "CaptionRules":
+        """As the settings of a run say."""
+        return cls(
+            section.trigger,
+            section.caption_dropout,
+            section.tag_dropout,
+            section.shuffle_tags,
+            section.keep_tags,
+        )
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -77,6 +89,16 @@ def drawn_caption(caption: str, rules: CaptionRules, draw: random.Random) -> str
     if rules.shuffle_tags or rules.tag_dropout > 0:
         text = _joined(_varied_tags(tags_of(text), rules, draw))
     return with_trigger(text, rules.trigger)
+
+
+def plain_caption(caption: str, trigger: str) -> str:
+    """One caption with nothing left to chance: the first alternative, the trigger in it, nothing dropped."""
+    return drawn_caption(caption, CaptionRules(trigger, 0.0, 0.0, False, 0), random.Random(0))
+
+
+def varies(caption: str, rules: CaptionRules) -> bool:
+    """Whether a caption reads differently from look to look, other than by being left out."""
+    return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
 
 
 def tags_of(caption: str) -> list[str]:

@@ -1,9 +1,10 @@
 """All that stands in the way of a run, its pictures and captions included: what is looked at before Start."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_core.dataset.captions import CHUNK, part_beyond, with_trigger
+from lora_core.dataset.captions import CHUNK, CaptionRules, part_beyond, varies, with_trigger
 from lora_core.dataset.folder import open_dataset
 from lora_core.dataset.records import Dataset, ImageRecord
 from lora_core.dataset.split import held_out, wished_pictures
@@ -11,8 +12,9 @@ from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.disk import folder_bytes
 from lora_core.spec.errors import DatasetError, ModelFileError
-from lora_core.spec.preflight import base_of, gpu_free_bytes, problems_of
+from lora_core.spec.preflight import Encoded, base_of, gpu_free_bytes, problems_of
 from lora_core.spec.problems import Problem
+from lora_core.spec.room import DRAWN_CAPTIONS_BYTES
 
 SHOWN = 5
 """So many of a kind are named one by one."""
@@ -20,6 +22,8 @@ _EXCERPT = 60
 _LATENT_BYTES = 4 * 4 / 64
 """A pixel: four channels in fp32, one latent for 8 x 8 pixels."""
 _FILE = 4096
+_MEASURED = 16
+"""So many training pictures are measured where none can be held out."""
 
 
 def preflight(
@@ -50,7 +54,16 @@ def preflight(
         found = [Problem("dataset", str(error)), *found]
     if facts is not None:
         found += _captions(records, config, facts)
-    found += problems_of(config, workspace, facts, _caches(records, config, facts, workspace), card)
+    room = Encoded(0, 0)
+    if facts is not None and facts.family is not None:
+        cache = workspace / "cache"
+        again, drawn = caption_bytes(records, config, facts)
+        lacking = (
+            (_picture_bytes(records, config, facts), folder_bytes(cache / "latents")),
+            (again, folder_bytes(cache / "text")),
+        )
+        room = Encoded(sum(max(0, need - there) for need, there in lacking), again + drawn)
+    found += problems_of(config, workspace, facts, room, card)
     return sorted(found, key=lambda problem: not problem.blocking)
 
 
@@ -97,17 +110,29 @@ def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
     return [Problem("caption", sentence, False)]
 
 
-def _caches(records: list[ImageRecord], config: RunConfig, facts: BaseFacts | None, workspace: Path) -> int:
-    """Bytes that encoded pictures and captions will take beyond what is cached already."""
-    if facts is None or facts.family is None:
-        return 0
+def caption_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:
+    """About what a run's encoded captions take where no text encoder is trained, else nothing.
+
+    Returns:
+        Bytes of those that come again, which are kept on disk and in memory, and of those that vary from look
+        to look, which are kept in memory up to a limit.
+    """
+    if facts.family is None or config.optim.text_encoder_lr or config.optim.text_encoder_2_lr:
+        return 0, 0
+    width = 2 if config.train.precision in ("bf16", "fp16") else 4
+    one = config.train.tokens // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE
+    rules, validation = CaptionRules.of(config.dataset), config.validation
+    fixed = sum(not varies(record.caption, rules) for record in records)
+    # Those that vary are measured without chance: the held-out ones, and about as many of the others.
+    held = validation.pictures * (1 if validation.pictures >= 1 else len(records))
+    again = min(len(records), fixed + _MEASURED + math.ceil(2 * held)) if records else 0
+    again += len(config.preview.prompts) + validation.prior + 1
+    looks = config.train.steps * config.train.batch_size * config.train.accumulate
+    return again * one, min(DRAWN_CAPTIONS_BYTES, looks * one) if fixed < len(records) else 0
+
+
+def _picture_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
+    """Bytes of encoded pictures on disk."""
     side = config.train.resolution or facts.resolution
     looks = 2 if config.dataset.flip else 1
-    pictures = sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * looks
-    optim = config.optim
-    texts = 0
-    if not optim.text_encoder_lr and not optim.text_encoder_2_lr:
-        chunks = config.train.tokens // CHUNK
-        texts = len(records) * (chunks * (CHUNK + 2) * facts.family.context_width * 4 + _FILE)
-    cache = workspace / "cache"
-    return max(0, pictures - folder_bytes(cache / "latents")) + max(0, texts - folder_bytes(cache / "text"))
+    return sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * looks

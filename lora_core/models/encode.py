@@ -32,6 +32,11 @@ class TextCondition:
         pooled = [c.pooled for c in conditions if c.pooled is not None]
         return cls(torch.cat([c.context for c in conditions]), torch.cat(pooled) if pooled else None)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+        return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
     def expand(self, count: int) -> "TextCondition":
         """One caption's condition (B = 1) for `count` pictures; no memory is copied."""
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)

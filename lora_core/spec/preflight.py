@@ -8,6 +8,7 @@ captions say.
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,15 @@ FOLDER_WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusi
 ADAPTER_COPIES = 4
 """Of each trained number there are in memory: itself, its gradient, and usually two of the optimizer's."""
 GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes that a run's encoded pictures and captions take: what is not on `disk` yet, and captions in
+    `memory`."""
+
+    disk: int
+    memory: int
 
 
 def base_of(config: RunConfig) -> tuple[BaseFacts | None, list[Problem]]:
@@ -71,7 +81,7 @@ def problems_of(
     config: RunConfig,
     workspace: Path,
     facts: BaseFacts | None,
-    caches: int,
+    encoded: Encoded,
     card: Callable[[], int | None],
 ) -> list[Problem]:
     """All problems that can be told from the settings, the base's files and the machine.
@@ -80,7 +90,7 @@ def problems_of(
         config: of the run to come.
         workspace: where it would lie.
         facts: of its base, where that can be read.
-        caches: bytes that its pictures and captions will take once they are encoded.
+        encoded: what its pictures and captions take once they are encoded.
         card: asked for the free bytes of the graphics card; None where there is none.
     """
     found = [
@@ -94,7 +104,8 @@ def problems_of(
     if facts is not None and facts.family is not None:
         found += _targets(config, facts.family)
         if not any(problem.kind == "targets" for problem in found):
-            found += [*_disk(config, workspace, facts, caches), *_memory(config, facts, card())]
+            found += _disk(config, workspace, facts, encoded.disk)
+            found += _memory(config, facts, card(), encoded.memory)
     return found + _busy(workspace)
 
 
@@ -237,7 +248,7 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
     return [Problem("disk", need, free < least)]
 
 
-def _memory(config: RunConfig, facts: BaseFacts, card: int | None) -> list[Problem]:
+def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int) -> list[Problem]:
     """Weights and adapter against what is free: rough, since how much the pictures take is seen when they
     run."""
     numbers, export = base_numbers(facts), export_bytes(facts, config)
@@ -246,6 +257,7 @@ def _memory(config: RunConfig, facts: BaseFacts, card: int | None) -> list[Probl
     asked = config.train.precision
     width = 4 if asked == "fp32" or (asked == "auto" and card is None) else 2
     need = numbers * width + (export // 2) * 4 * ADAPTER_COPIES
+    need += captions if card is None else 0
     free, where = (psutil.virtual_memory().available, "memory") if card is None else (card, "graphics memory")
     if need <= free:
         return []

@@ -9,6 +9,8 @@ from lora_core.spec.errors import NoRoom
 
 MARGIN = 2**20
 """Bytes that are left free beyond what a write needs: events and requests have to go on."""
+DRAWN_CAPTIONS_BYTES = 256 * 2**20
+"""The most memory that encoded captions take which vary from look to look: some 800 looks of SDXL."""
 _HEADERS = 64 * 1024
 _USUAL_SIDE = 512
 _PIXEL = 2.0

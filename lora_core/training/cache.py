@@ -1,10 +1,13 @@
 """Latents and text conditions, encoded once and kept on disk by the hash of everything that they follow from.
 
 A changed picture, VAE, bucket or caption has another key, so nothing is ever stale. Each file holds the hash
-of its numbers; one that is broken in any way is made anew.
+of its numbers; one that is broken in any way is made anew. Captions that are drawn at random (shuffled tags,
+tag dropout, alternatives) rarely come again: they are encoded as they come and kept in memory only, up to a
+limit.
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from lora_core.models.encode import (
 from lora_core.models.images import picture_pixels
 from lora_core.models.load import BaseModel
 from lora_core.spec.paths import write_atomically
+from lora_core.spec.room import DRAWN_CAPTIONS_BYTES
 
 DIGEST = "sha256"
 """The name in a file's header of the hash of its numbers."""
@@ -66,18 +70,26 @@ class TextSource:
         self._folder = folder
         self._trained = trained
         self._how = (clip_skip, tokens)
-        self._memory: dict[str, TextCondition] = {}
+        self._fixed: dict[str, TextCondition] = {}
+        self._drawn: OrderedDict[str, TextCondition] = OrderedDict()
+        self._room = DRAWN_CAPTIONS_BYTES
         self._encoders = "" if trained else "/".join(_weights_hash(m) for m in base.text_encoders.values())
 
     def conditions(self, captions: list[str]) -> TextCondition:
-        """The condition of B captions, on the base's device."""
+        """The condition of B captions as they were drawn for a micro-batch, on the base's device."""
         if self._trained:
             return text_condition(self._base, captions, *self._how)
-        return TextCondition.cat([self._cached(caption) for caption in captions]).to(self._base.device)
+        return TextCondition.cat([self._of_drawn(caption) for caption in captions]).to(self._base.device)
 
     def condition(self, caption: str) -> TextCondition:
-        """The condition of one caption, B = 1."""
-        return self.conditions([caption])
+        """The condition of one caption that comes again, B = 1, on the base's device; it is kept on disk."""
+        if self._trained:
+            return text_condition(self._base, [caption], *self._how)
+        if caption not in self._fixed:
+            path = self._folder / f"{self._key(caption)}.safetensors"
+            found = from_disk_or(path, lambda: _tensors(self._encoded(caption)))
+            self._fixed[caption] = TextCondition(found["value"], found.get("pooled"))
+        return self._fixed[caption].to(self._base.device)
 
     def negative(self) -> TextCondition:
         """The condition of an empty negative prompt, B = 1."""
@@ -87,13 +99,17 @@ class TextSource:
         """Free the text encoders: every caption that can come up is in memory now."""
         self._base.text_encoders.clear()
 
-    def _cached(self, caption: str) -> TextCondition:
-        if caption not in self._memory:
-            found = from_disk_or(
-                self._folder / f"{self._key(caption)}.safetensors", lambda: self._encoded(caption)
-            )
-            self._memory[caption] = TextCondition(found["value"], found.get("pooled"))
-        return self._memory[caption]
+    def _of_drawn(self, caption: str) -> TextCondition:
+        if caption in self._fixed:
+            return self._fixed[caption]
+        found = self._drawn.pop(caption, None)
+        if found is None:
+            found = self._encoded(caption)
+            self._room -= found.nbytes
+        self._drawn[caption] = found
+        while self._room < 0 and len(self._drawn) > 1:
+            self._room += self._drawn.popitem(last=False)[1].nbytes
+        return found
 
     def _key(self, caption: str) -> str:
         """All that a condition follows from; token ids stand for the tokenizers and their padding."""
@@ -103,11 +119,15 @@ class TextSource:
         ids = [token_chunks(tokenizer, caption, tokens // CHUNK).tolist() for tokenizer in tokenizers]
         return digest_of(self._encoders, encoders, ids, clip_skip, self._base.dtype)
 
-    def _encoded(self, caption: str) -> dict[str, torch.Tensor]:
+    def _encoded(self, caption: str) -> TextCondition:
+        """One at a time, on the CPU, so that its bits never depend on its neighbours."""
         with torch.no_grad():
-            found = text_condition(self._base, [caption], *self._how)
-        pooled = {} if found.pooled is None else {"pooled": found.pooled.cpu()}
-        return {"value": found.context.cpu(), **pooled}
+            return text_condition(self._base, [caption], *self._how).to(torch.device("cpu"))
+
+
+def _tensors(condition: TextCondition) -> dict[str, torch.Tensor]:
+    pooled = {} if condition.pooled is None else {"pooled": condition.pooled}
+    return {"value": condition.context, **pooled}
 
 
 def from_disk_or(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.adapters.weights import AdapterWeights
-from lora_core.dataset.captions import tag_counts
+from lora_core.dataset.captions import plain_caption, tag_counts
 from lora_core.formats.card import THUMBNAIL_KEY, thumbnail, thumbnail_text, write_beside
 from lora_core.formats.file import file_hashes, read_adapter, read_tensors, write_adapter
 from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
@@ -23,7 +23,6 @@ from lora_core.spec.tensor_file import read_header
 from lora_core.training.batches import Item
 from lora_core.training.checkpoint import STATE, checked_record
 from lora_core.training.inputs import versions
-from lora_core.training.prepare import plain_caption
 
 
 def export_facts(

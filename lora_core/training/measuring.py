@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lora_core.dataset.captions import CaptionRules, drawn_caption
+from lora_core.dataset.captions import plain_caption
 from lora_core.dataset.pictures import content_hash
 from lora_core.models.load import BaseModel
 from lora_core.spec.config import RunConfig
@@ -90,8 +90,3 @@ def groups_of(
         return Groups([measured(i, plain_caption(i.record.caption, trigger)) for i in held_out], kept)
     others = [measured(items[index], own[(index + 1) % len(items)]) for index in sorted(order)]
     return Groups(others, kept, notes=[CROSSED])
-
-
-def plain_caption(caption: str, trigger: str) -> str:
-    """One caption with nothing left to chance: the first alternative, the trigger in it, nothing dropped."""
-    return drawn_caption(caption, CaptionRules(trigger, 0.0, 0.0, False, 0), random.Random(0))

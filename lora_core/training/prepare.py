@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_core.dataset.captions import CaptionRules, with_trigger
+from lora_core.dataset.captions import CaptionRules, plain_caption, varies, with_trigger
 from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
 from lora_core.dataset.split import held_out
 from lora_core.models.device import best_device, bf16_is_faster, dtype_of
@@ -25,7 +25,7 @@ from lora_core.training.cache import LatentCache, TextSource, digest_of
 from lora_core.training.ema import Average
 from lora_core.training.inputs import base_inputs, check_inputs, start_input
 from lora_core.training.loop import Trainee
-from lora_core.training.measuring import Groups, groups_of, plain_caption
+from lora_core.training.measuring import Groups, groups_of
 from lora_core.training.memory import limited
 from lora_core.training.prior import Prior
 from lora_core.training.trainee import (
@@ -188,16 +188,19 @@ def prepared(
     )
     resolution = config.train.resolution or base.resolution
     items, held_items = (items_of(r, resolution, base.size_multiple) if r else [] for r in (train, held))
-    rules = caption_rules(config)
+    rules = CaptionRules.of(config.dataset)
     _encode_pictures(latents, items, held_items, config.dataset.flip, say)
     prompts = sample_prompts(config, held or train)
     prior = _prior(base, text, workspace / "cache" / "prior", config, more)
-    if not layout.encoders_trained:
-        _encode_texts(text, train, held, rules, [*prompts, *(prior.prompts if prior else []), ""], say)
-        if not any(varies(record.caption, rules) for record in train):
-            text.release()
     measured = groups_of(items, held_items, latents, config, base)
     measured.prior = prior
+    if not layout.encoders_trained:
+        fixed = [record for record in train if not varies(record.caption, rules)]
+        captions = [plain_caption(record.caption, rules.trigger) for record in fixed]
+        captions += [one.caption for one in (*measured.held_out, *measured.by_heart)]
+        _encode_captions(text, [*captions, *prompts, *(prior.prompts if prior else []), ""], say)
+        if len(fixed) == len(train):
+            text.release()
     trainee, notes = trainee_in(base, layout, config, plan.layout, aside)
     looks = Looks(config.train.batch_size, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
@@ -232,19 +235,6 @@ def trainee_in(
     return Trainee(base, injected, optimizer, storage, scaler, average, aside=aside), notes
 
 
-def caption_rules(config: RunConfig) -> CaptionRules:
-    """How captions are drawn in training."""
-    data = config.dataset
-    return CaptionRules(
-        data.trigger, data.caption_dropout, data.tag_dropout, data.shuffle_tags, data.keep_tags
-    )
-
-
-def varies(caption: str, rules: CaptionRules) -> bool:
-    """Whether a caption reads differently from look to look, other than by being left out."""
-    return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
-
-
 def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
     """What the samples show: the person's prompts with the trigger in them, else captions of `records`."""
     if config.preview.prompts:
@@ -261,13 +251,9 @@ def _encode_pictures(cache: LatentCache, items: list[Item], held: list[Item], fl
     say("Encoding pictures", len(wanted), len(wanted))
 
 
-def _encode_texts(
-    text: TextSource, train: list[ImageRecord], held: list[ImageRecord], rules: CaptionRules,
-    more: list[str], say: Say,
-) -> None:  # fmt: skip
-    """Encode every caption that does not vary at random; the others are encoded when they first come up."""
-    captions = [plain_caption(record.caption, rules.trigger) for record in (*train, *held)]
-    wanted = list(dict.fromkeys([*captions, *more]))
+def _encode_captions(text: TextSource, captions: list[str], say: Say) -> None:
+    """Encode the captions that come up as they are; those that vary are encoded as they are drawn."""
+    wanted = list(dict.fromkeys(captions))
     for done, caption in enumerate(wanted):
         say("Encoding captions", done, len(wanted))
         text.condition(caption)

@@ -16,10 +16,12 @@ from app.preview.loras import checkpoint_choices, found_loras
 from app.train import cards
 from app.train.facts import blockers, facts
 from app.train.run_list import earlier, queue_card
+from app.words import file_size
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.crash import Exit, Watched
 from lora_core.spec.errors import RunError
+from lora_core.spec.room import DRAWN_CAPTIONS_BYTES
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.waiting import PATIENCE
 
@@ -169,6 +171,14 @@ def test_facts_before_start(desk: Desk, pictures: list[Path]) -> None:
     assert "3 pictures, 1 without a caption." in said
     assert "Effective learning rate" in said
     assert "start-why" not in said
+    assert "Captions vary" not in said
+
+
+def test_facts_say_what_captions_that_vary_take(desk: Desk, pictures: list[Path]) -> None:
+    values = {"dataset.shuffle_tags": True, "optim.text_encoder_lr": 0.0, "train.steps": 10**6}
+    desk.project.keep(values=values)
+    limit = file_size(DRAWN_CAPTIONS_BYTES)
+    assert f"up to {limit} of them stay in memory, none on disk" in facts(moment_of(desk))
 
 
 def test_without_pictures_start_says_why(desk: Desk) -> None:

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lora_core.dataset.preflight import preflight
+from lora_core.dataset.folder import open_dataset
+from lora_core.dataset.preflight import caption_bytes, preflight
 from lora_core.spec import preflight as light
 from lora_core.spec import problems as rates
 from lora_core.spec import room
+from lora_core.spec.base_facts import base_facts
 from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
@@ -275,3 +277,32 @@ def test_a_dataset_that_was_read_is_not_read_again(config: RunConfig, tmp_path: 
     assert "choose fewer of them by hand" in by_hand[0].sentence
     empty = dataclasses.replace(dataset, records=[])
     assert kinds(preflight(nowhere, tmp_path, empty, card=lambda: None)) == [("dataset", True)]
+
+
+def test_captions_that_vary_are_counted_up_to_their_limit(config: RunConfig, tmp_path: Path) -> None:
+    records, facts = open_dataset(config.dataset.path, tmp_path).records, base_facts("demo")
+    # A file of the embedded base: 77 tokens, 128 channels, fp32; a block of the file system more.
+    one = 77 * 128 * 4 + 4096
+
+    def counted(**changes: object) -> tuple[int, int]:
+        own = {name.replace("__", "."): value for name, value in changes.items()}
+        frozen = {"optim.text_encoder_lr": 0.0, "train.batch_size": 2, "train.steps": 10}
+        return caption_bytes(records, config.changed({**frozen, **own}), facts)
+
+    assert counted()[1] == 0
+    assert len(records) * one <= counted()[0] <= 4 * len(records) * one
+    assert counted(dataset__shuffle_tags=True)[1] == 20 * one
+    assert counted(dataset__shuffle_tags=True, train__accumulate=3)[1] == 60 * one
+    assert counted(dataset__tag_dropout=0.1, train__steps=10**6) == (counted()[0], room.DRAWN_CAPTIONS_BYTES)
+    assert counted(dataset__shuffle_tags=True, optim__text_encoder_lr=1e-4) == (0, 0)
+
+
+def test_captions_in_memory_count_on_a_processor(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shuffled = {"optim__text_encoder_lr": 0.0, "dataset__shuffle_tags": True, "train__steps": 10**5}
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(light.psutil, "virtual_memory", lambda: memory._replace(available=200 * 2**20))
+    assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path))]
+    assert "memory" in [kind for kind, _ in kinds(found(config, tmp_path, **shuffled))]
+    assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path, card=200 * 2**20, **shuffled))]

@@ -62,11 +62,29 @@ def test_a_broken_cache_file_is_made_again(base, record, tmp_path):
 def test_captions_are_encoded_once_unless_the_encoder_is_trained(base, tmp_path, monkeypatch):
     calls = _counted(monkeypatch, "text_condition")
     frozen = TextSource(base, tmp_path / "text", False, 1, 75)
-    both = frozen.conditions(["owl", "fox"]).context
-    assert torch.equal(frozen.condition("owl").context[0], both[0])
+    both = torch.cat([frozen.condition(caption).context for caption in ("owl", "fox")])
+    assert torch.equal(frozen.conditions(["owl", "fox"]).context, both)
     assert torch.equal(TextSource(base, tmp_path / "text", False, 1, 75).condition("fox").context[0], both[1])
     assert len(calls) == 2
     live = TextSource(base, tmp_path / "text", True, 1, 75)
     torch.testing.assert_close(live.conditions(["owl", "fox"]).context, both)
     live.conditions(["owl"])
     assert len(calls) == 4
+
+
+def test_captions_that_vary_take_no_disk_and_little_memory(base, tmp_path, monkeypatch):
+    calls = _counted(monkeypatch, "text_condition")
+    fixed = TextSource(base, tmp_path / "text", False, 1, 75).condition("owl").context
+    monkeypatch.setattr(cache, "DRAWN_CAPTIONS_BYTES", 3 * fixed.nbytes)
+    text = TextSource(base, tmp_path / "text", False, 1, 75)
+    assert torch.equal(text.condition("owl").context, fixed)
+    looks = [f"owl, tag {number}" for number in range(20)]
+    seen = [text.conditions(["owl", look]) for look in looks]
+    assert torch.equal(seen[0].context[:1], fixed)
+    assert len(list((tmp_path / "text").iterdir())) == 1
+    assert len(calls) == 21
+    # The newest three are in memory; one that has gone is encoded anew, to the same bits.
+    assert torch.equal(text.conditions(looks[-3:]).context[-1], seen[-1].context[1])
+    assert len(calls) == 21
+    assert torch.equal(text.conditions(looks[:1]).context[0], seen[0].context[1])
+    assert len(calls) == 22
