@@ -16,12 +16,12 @@ from app.hardware import Hardware
 from app.jobs import Jobs, environment
 from app.places import Places
 from app.preview.studio import Studio
-from app.projects.projects import Projects, adopt, belongs
 from app.tools import OtherTools
 from app.train.checks import Checks
 from app.train.line import Line
 from app.train.probing import Prober
 from app.worker import GivesWay, Worker
+from lora_core.dataset.projects import Projects, adopt, belongs
 
 
 class Desk:

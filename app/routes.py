@@ -20,9 +20,9 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 
 from app.dataset.meter import counted
 from app.desk import Desk
-from app.projects.project import relative_name
 from app.train.plan import Plan
 from lora_core.dataset.pictures import SUFFIXES
+from lora_core.dataset.project import relative_name
 from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.paths import ASSETS
 from lora_core.spec.run_folder import runs_folder

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.projects.project import Project, relative_name
 from app.train.plan import Plan
 from lora_core.dataset.audit import Looks, audit
 from lora_core.dataset.folder import ImageRecord
 from lora_core.dataset.learned import Training
+from lora_core.dataset.project import Project, relative_name
 from lora_core.dataset.split import held_out
 from lora_core.spec.errors import DatasetError, LoraError
 

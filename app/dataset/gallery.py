@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from app.dataset.left_out import left_out
 from app.dataset.meter import mark, too_long
-from app.projects.project import Project, relative_name
 from app.train.plan import Plan
 from app.words import chip, many, safe
 from lora_core.dataset.audit import phrase_sentences
 from lora_core.dataset.buckets import bucket_of, crop_box
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem
+from lora_core.dataset.left_out import left_out
+from lora_core.dataset.project import Project, relative_name
 
 MOST_SENTENCES = 12
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from app.jobs import Jobs, Watch
-from app.projects.project import DEMO, Project, read_json, relative_name
 from app.train.plan import Plan
 from app.worker import CANCELLED, Reply, Worker
+from lora_core.dataset.project import DEMO, Project, read_json, relative_name
 from lora_core.spec.errors import RunError
 from lora_core.spec.paths import write_atomically
 

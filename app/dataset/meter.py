@@ -10,11 +10,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.train.form import FIELDS
 from app.train.plan import Plan
 from app.words import many
 from lora_core.dataset.captions import part_beyond, token_count, with_trigger
 from lora_core.dataset.folder import Dataset
+from lora_core.spec.config import FIELDS
 from lora_core.spec.errors import LoraError
 
 LIMITS: tuple[int, ...] = FIELDS["train.tokens"].metadata["among"]

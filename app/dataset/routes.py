@@ -8,15 +8,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from app.dataset import bulk
 from app.dataset.checking import BY_ITSELF
 from app.dataset.gallery import shelf
-from app.dataset.left_out import leave_out, take_back
 from app.desk import Desk
 from app.routes import Refused, sent_json
 from app.train.plan import Plan
+from lora_core.dataset import bulk_edit as bulk
 from lora_core.dataset.bulk import Edit
 from lora_core.dataset.captions import tag_counts
+from lora_core.dataset.left_out import leave_out, take_back
 from lora_core.spec.errors import DatasetError
 
 MOST_NAMES = 50_000

@@ -7,11 +7,11 @@ from typing import Any
 import gradio as gr
 
 from app.desk import Desk
-from app.export.copying import Copied
 from app.export.works_in import path_line
 from app.moment import Moment
 from app.parts import TYPING, Parts, piece
 from app.words import safe
+from lora_core.spec.copying import Copied
 from lora_core.spec.errors import RunError
 
 

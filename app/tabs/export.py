@@ -9,7 +9,6 @@ import gradio as gr
 
 from app.desk import Desk
 from app.export.copy_panel import build_copy, checked_folder, copied_line, problem
-from app.export.copying import copied
 from app.export.file_check import build_check
 from app.export.inside_panel import inside_card
 from app.export.report_card import FRAME, STATE, report_card
@@ -20,6 +19,7 @@ from app.parts import QUIET, TYPING, Parts, piece
 from app.preview.loras import checkpoint_choices
 from app.train.bases import chosen_base
 from lora_core.spec.choices import FORMATS
+from lora_core.spec.copying import copied
 from lora_core.spec.errors import LoraError
 from lora_core.spec.run_folder import checked_name
 

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from app.hardware import Hardware
-from app.train.form import FIELDS
 from lora_core.dataset.folder import Dataset
 from lora_core.dataset.preflight import preflight
-from lora_core.spec.config import RunConfig
+from lora_core.spec.config import FIELDS, RunConfig
 from lora_core.spec.errors import LoraError
 from lora_core.spec.problems import Problem
 

@@ -4,7 +4,6 @@ said once.
 Tabs place the widgets by hand; this module only supplies words, ranges and the way from widgets to settings.
 """
 
-import dataclasses
 import json
 import shlex
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import gradio as gr
 
 from lora_core.spec.config import (
+    FIELDS,
     RunConfig,
     checked_value,
     is_pattern_table,
     pattern_lines,
     patterns_of_lines,
-    settings,
 )
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.families import Family
@@ -36,7 +35,6 @@ GROUPS = {
 }
 BASIC = ("model.base", "train.steps", "train.resolution")
 ELSEWHERE = ("name", "dataset.path", "dataset.trigger")
-FIELDS: dict[str, dataclasses.Field[Any]] = {name: info for name, info, _ in settings()}
 FORM = tuple(name for name in FIELDS if name not in ELSEWHERE)
 
 

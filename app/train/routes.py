@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse, Response
 from app.desk import Desk
 from app.routes import Refused, sent_json
 from app.train.debug_zip import debug_zip
-from app.train.like_file import like_file
 from app.train.plan import Plan
 from app.train.starting import take_settings
 from lora_core.spec.errors import RunError
+from lora_core.spec.like_file import like_file
 from lora_core.spec.run_folder import RunFolder, checked_name, runs_folder
 from lora_core.spec.tensor_file import MAX_HEADER
 

@@ -12,7 +12,6 @@ from app.parts import QUIET, TYPING, Parts, edited, piece
 from app.train.base_picker import HIDDEN_INFO, build_picker, wire_picker
 from app.train.bases import EMBEDDED, chosen_base
 from app.train.form import (
-    FIELDS,
     FORM,
     GROUPS,
     changed_names,
@@ -24,6 +23,7 @@ from app.train.form import (
 )
 from app.train.plan import Plan, choice, keep_typed, standing_values, widget_values
 from app.words import safe
+from lora_core.spec.config import FIELDS
 from lora_core.spec.presets import GOALS, LEVELS
 
 RESOLUTIONS = (128, 256, 512, 768, 1024)

@@ -225,8 +225,7 @@ def checked_option(option: str, name: str, value: Any) -> Any:
     Raises:
         ConfigError: it is not legal; the message names the option.
     """
-    info = next(info for known, info, _ in settings() if known == name)
-    return checked_value(option, info, value)
+    return checked_value(option, FIELDS[name], value)
 
 
 def _checked_table(name: str, info: dataclasses.Field[Any], value: Any) -> dict[str, Any]:
@@ -407,3 +406,7 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
 def to_toml(config: RunConfig) -> str:
     """The config as TOML, complete."""
     return tomli_w.dumps(config.to_dict())
+
+
+FIELDS: dict[str, dataclasses.Field[Any]] = {name: info for name, info, _ in settings()}
+"""Each setting by its dotted name."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from app.dataset import bulk
 from app.desk import Desk
+from lora_core.dataset import bulk_edit as bulk
 from lora_core.dataset.bulk import Edit
 from lora_core.spec.errors import DatasetError
 

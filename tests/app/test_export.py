@@ -11,10 +11,10 @@ import pytest
 from app.desk import Desk
 from app.export import copying
 from app.export.copy_panel import checked_folder, copied_line, folder_choices
-from app.export.copying import copied
 from app.export.file_check import report_html, trained, trigger_words, written_by
 from app.export.works_in import tool_rows, works_in, written_line
 from app.tools import OtherTools
+from lora_core.spec.copying import copied
 from lora_core.spec.errors import RunError
 from lora_core.spec.other_tools import Tool
 

@@ -4,7 +4,6 @@ import shlex
 
 import pytest
 
-from app.projects.project import Project
 from app.train.form import (
     FORM,
     GROUPS,
@@ -18,6 +17,7 @@ from app.train.form import (
     widget,
 )
 from app.train.plan import Plan, widget_values
+from lora_core.dataset.project import Project
 from lora_core.spec.config import RunConfig, parsed_assignment, settings
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.presets import GOALS, LEVELS

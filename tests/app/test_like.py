@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from app.projects.project import Project
 from app.train.form import FORM
-from app.train.like_file import like_file
 from app.train.plan import Plan, widget_values
 from app.train.starting import take_settings
+from lora_core.dataset.project import Project
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.like_file import like_file
 from lora_core.spec.sizes import export_bytes
 from tests.app.bases import write_header
 

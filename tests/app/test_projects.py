@@ -9,10 +9,10 @@ from starlette.testclient import TestClient
 
 from app.desk import Desk
 from app.moment import moment_of
-from app.projects.projects import Projects, adopt, runs_of
 from app.projects.routes import add_project_routes
 from app.routes import add_routes
 from app.train.run_list import earlier
+from lora_core.dataset.projects import Projects, adopt, runs_of
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
 from lora_core.spec.run_folder import RunFolder, runs_folder

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from app.desk import Desk
 from app.moment import moment_of
-from app.projects.project import Project
 from app.train.checks import in_words
 from app.train.form import FORM, group_fields
 from app.train.plan import Plan, keep_typed, widget_values
 from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, found
+from lora_core.dataset.project import Project
 
 
 def hits(words: str) -> list[str]:

@@ -13,9 +13,9 @@ import torch
 
 from app.desk import Desk
 from app.moment import moment_of
-from app.projects.project import DEMO
 from app.train import pace
 from app.train.bases import chosen_base
+from lora_core.dataset.project import DEMO
 from lora_core.models.load import BaseModel
 from lora_core.serve import Worker
 from lora_core.spec.config import RunConfig

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.train.form import FIELDS
-from lora_core.spec.config import checked_value
+from lora_core.spec.config import FIELDS, checked_value
 from lora_core.spec.errors import ConfigError
 
 LONGEST = 80

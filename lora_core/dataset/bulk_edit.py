@@ -6,9 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from app.projects.project import Project, read_json, relative_name
 from lora_core.dataset.bulk import Edit, difference, edited
 from lora_core.dataset.folder import ImageRecord, write_caption
+from lora_core.dataset.project import Project, read_json, relative_name
 from lora_core.dataset.sidecars import write_soon
 from lora_core.spec.errors import DatasetError
 from lora_core.spec.paths import sync_folder, write_atomically

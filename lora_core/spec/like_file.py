@@ -9,11 +9,10 @@ import tomllib
 from collections import Counter
 from pathlib import Path
 
-from app.train.form import FIELDS
-from app.train.kohya_header import from_kohya
-from app.train.like import LONGEST, Like, in_short
-from lora_core.spec.config import RETIRED, flattened, retired
+from lora_core.spec.config import FIELDS, RETIRED, flattened, retired
 from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.kohya_header import from_kohya
+from lora_core.spec.like import LONGEST, Like, in_short
 from lora_core.spec.tensor_file import Header, read_header
 
 CONFIG_KEY = "lora_easel.config"

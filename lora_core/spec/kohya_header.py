@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from app.train.form import FIELDS
-from app.train.like import LONGEST, Like, in_short
 from lora_core.spec.choices import OPTIMIZERS
+from lora_core.spec.config import FIELDS
+from lora_core.spec.like import LONGEST, Like, in_short
 
 CONVOLUTIONS = r"\.conv[12]$|samplers.*\.conv$"
 """What kohya gives `conv_dim` to: convolutions wider than one pixel."""
