@@ -18,6 +18,7 @@ from app.places import Places
 from app.preview.studio import Studio
 from app.tools import OtherTools
 from app.train.checks import Checks
+from app.train.downloads import Downloads
 from app.train.line import Line
 from app.train.probing import Prober
 from app.worker import GivesWay, Worker
@@ -46,6 +47,7 @@ class Desk:
         self.like_said = ""
         self.places = Places(workspace / "places.json")
         self.tools = OtherTools(self.places)
+        self.downloads = Downloads()
         command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
         self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
         self.worker.is_needed_elsewhere = GivesWay(self._live_run)
@@ -88,4 +90,5 @@ class Desk:
     def close(self) -> None:
         """End what must end with the window. Runs go on."""
         self.worker.close()
+        self.downloads.cancel()
         self.thumbs.close()

@@ -8,7 +8,7 @@ from app.hardware import Card
 from app.jobs import Watch
 from app.moment import Moment
 from app.train.pace import seconds_left
-from app.words import STATES, clock, safe
+from app.words import STATES, bar, clock, safe
 from lora_core.spec.paths import ASSETS
 
 TITLE = "LoRA Easel"
@@ -133,12 +133,7 @@ def percent(moment: Moment) -> int:
 
 def track(moment: Moment, label: str) -> str:
     """The bar. Preparing is not step 0: it has a look of its own."""
-    share = percent(moment)
-    kind = "track preparing" if moment.state == "preparing" else "track"
-    return (
-        f'<div class="{kind}" role="progressbar" aria-label="{safe(label)}" aria-valuemin="0"'
-        f' aria-valuemax="100" aria-valuenow="{share}"><i style="width:{share}%"></i></div>'
-    )
+    return bar(percent(moment), label, "track preparing" if moment.state == "preparing" else "track")
 
 
 def page_title(moment: Moment) -> str:
@@ -155,10 +150,10 @@ def run_bar(moment: Moment) -> str:
     """Bar and words; the page's title rides along as data."""
     words = run_words(moment)
     name = moment.watch.run.name if moment.watch else ""
-    bar = "" if moment.state == "none" else track(moment, "Training")
+    shown = "" if moment.state == "none" else track(moment, "Training")
     return (
         f'<div class="runbar" data-page-title="{safe(page_title(moment))}" data-run-state="{moment.state}"'
-        f' data-run-name="{safe(name)}">{bar}<span class="num small-on-phone">{safe(words)}</span></div>'
+        f' data-run-name="{safe(name)}">{shown}<span class="num small-on-phone">{safe(words)}</span></div>'
     )
 
 

@@ -46,7 +46,8 @@ class Moment:
         """Whether something changes by itself, so that pages should look often."""
         desk = self.desk
         # Between two runs of a queue none is live.
-        return self.live or self.view.working or desk.prober.active or desk.line.worked
+        working = desk.prober.active or desk.line.worked or desk.downloads.active
+        return self.live or self.view.working or working
 
 
 def asks(watch: Watch, state: str) -> bool:

@@ -102,6 +102,14 @@ def changed_inputs(names: list[str]) -> str:
     return f"Since this run began, this has changed: {', '.join(shown)}{more}."
 
 
+def bar(share: int, label: str, kind: str = "track") -> str:
+    """A progress bar at `share` percent."""
+    return (
+        f'<div class="{kind}" role="progressbar" aria-label="{safe(label)}" aria-valuemin="0"'
+        f' aria-valuemax="100" aria-valuenow="{share}"><i style="width:{share}%"></i></div>'
+    )
+
+
 def tile(value: str, note: str) -> str:
     """A number with its unit in small print below."""
     return f'<div><b class="num">{safe(value)}</b><small>{safe(note)}</small></div>'

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core.spec.base_facts import base_facts, is_hub_id
+from lora_core.spec.base_facts import base_facts, is_remote
 from lora_core.spec.config import RunConfig, checked_option, flattened, with_switches
 from lora_core.spec.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
 from lora_core.spec.paths import workspace as workspace_folder
@@ -184,15 +184,20 @@ def run_config(
 
 
 def _family_of(base: object) -> "Family | None":
-    """The family of a base, which is downloaded where it is a hub id; what is wrong with it, the run says
-    when it opens it."""
+    """The family of a base, which is downloaded where it is a hub id.
+
+    What is wrong with the files, the run says when it opens them.
+
+    Raises:
+        ModelFileError: it cannot be downloaded.
+    """
     if not isinstance(base, str):
         return None
-    try:
-        if is_hub_id(base) and not Path(base).expanduser().exists():
-            from lora_core.models.hub import in_local_cache
+    if is_remote(base):
+        from lora_core.spec.hub import fetch_base
 
-            in_local_cache(base)
+        fetch_base(base)
+    try:
         return base_facts(base).family
     except ModelFileError:
         return None

@@ -104,6 +104,9 @@ VERBS = (
 VIEW_STATE = {
     "tokens": "counts tokens while a caption is typed; `audit` names captions that are too long",
     "run see": "has the Preview tab draw a strip of a run's strengths; `grid` draws one",
+    "run download": "downloads a base of the hub; every verb with --base does where it is needed",
+    "run download-cancel": "drops what the page has asked for; Ctrl-C on the command line",
+    "run download-ask": "asks the hub again how large a base is",
     "run show": "chooses the run that the Train tab shows",
     "preview/rows": "the sliders of the Preview tab; `generate --lora FILE:STRENGTH`",
     "preview/open": "the Preview tab was opened",

@@ -1,6 +1,7 @@
 """The base picker of the Train tab: the dropdown, what the base is, and what choosing one does to the
 form."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from app.desk import Desk
 from app.moment import Moment
 from app.parts import TYPING, Parts, piece
 from app.train.bases import EMBEDDED, base_choices, chosen_base
-from app.train.facts import base_note
+from app.train.facts import base_note, download_note
 from app.train.form import FORM, carried_over, preset_config, shown, widget
 from app.train.plan import choice, keep_typed, standing_values
 from app.words import many, safe
@@ -19,7 +20,7 @@ from lora_core.spec.other_tools import Machine, base_files, found_tools
 
 INFO = (
     "Type to search. Or the path of a .safetensors file, of a diffusers folder, or of a folder full of"
-    " models."
+    " models; or a hub id like owner/name, which can be downloaded."
 )
 HIDDEN_INFO = "tip"
 USUAL_LEVEL = "balanced"
@@ -43,6 +44,8 @@ def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
     )
     parts.live(made["model.base"], lambda m: gr.update(choices=base_choices(m.desk)))
     parts.live(piece(), base_note)
+    parts.live(piece(), download_note)
+    parts.desk.downloads.finished = functools.partial(_downloaded, parts.desk)
     added = piece(elem_id="base-added")
     with gr.Column(elem_classes="group", elem_id="base-details") as details:
         parts.live(piece(elem_classes="group-note"), _details_note)
@@ -116,13 +119,15 @@ def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str,
     """
     draft = desk.project.draft()
     goal, level = choice(draft)
-    before = chosen_base(str((draft.get("values") or {}).get("model.base") or EMBEDDED))
+    before = chosen_base(_fitted(draft))
     name = str(values["model.base"] or "").strip().strip('"') or EMBEDDED
     values = {**values, "model.base": name}
     new = chosen_base(name)
     if new.problem and (added := _added_folder(desk, Path(name).expanduser())):
         return added, level, {**values, "model.base": before.name or EMBEDDED}
     if new.facts is None:
+        # Once its files are here, it is known whose starting values the form still holds.
+        desk.project.keep(fitted={"base": name, "to": before.name})
         return "", level, values
     # The demo's preset is for the embedded base alone: its rate and precision would be no good start
     # elsewhere.
@@ -140,6 +145,21 @@ def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str,
         # What was set against one base's files says nothing of the next.
         changed |= {"model.prediction": "auto", "model.vae": ""}
     return "", new_level, changed
+
+
+def _fitted(draft: dict[str, Any]) -> str:
+    """The base whose starting values the form was filled with: not one whose files could not be read."""
+    standing = str((draft.get("values") or {}).get("model.base") or EMBEDDED)
+    fitted = draft.get("fitted") or {}
+    return str(fitted["to"]) if fitted.get("base") == standing else standing
+
+
+def _downloaded(desk: Desk, name: str) -> None:
+    """Fill the form with the starting values of a base that has arrived, where it is still the chosen one."""
+    values = standing_values(desk.project)
+    if values["model.base"] == name:
+        _, level, changed = base_chosen(desk, values)
+        desk.project.keep(values=changed, level=level)
 
 
 def _added_folder(desk: Desk, folder: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.spec.base_facts import BaseFacts, base_facts
+from lora_core.spec.base_facts import BaseFacts, base_facts, is_remote
 from lora_core.spec.errors import ModelFileError
 from lora_core.spec.families import Family
 from lora_core.spec.paths import CLIP_TOKENIZER
@@ -31,11 +31,13 @@ class Base:
         name: as it was typed.
         facts: what its files say, or None where it cannot be used.
         problem: why not, in a sentence.
+        remote: whether it is one of the hub's that is not on this computer.
     """
 
     name: str
     facts: BaseFacts | None
     problem: str = ""
+    remote: bool = False
 
     @property
     def family(self) -> Family | None:
@@ -97,7 +99,12 @@ def _base(name: str, prediction: str, changed_at: tuple[int, int], period: int) 
     try:
         return Base(name, base_facts(name, prediction))
     except ModelFileError as error:
-        return Base(name, None, str(error))
+        return Base(name, None, str(error), is_remote(name))
+
+
+def forget_bases() -> None:
+    """Look at the files of every base again."""
+    _base.cache_clear()
 
 
 def base_choices(desk: "Desk") -> list[tuple[str, str]]:

@@ -11,11 +11,12 @@ from app.moment import Moment
 from app.train.bases import chosen_base
 from app.train.form import for_family
 from app.train.pace import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast
-from app.words import UNKNOWN, about, file_size, many, pace, safe, scientific, tile
+from app.words import UNKNOWN, about, bar, file_size, many, pace, safe, scientific, tile
 from lora_core.dataset.preflight import caption_bytes
 from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError
+from lora_core.spec.hub import Download
 from lora_core.spec.preflight import ADAPTER_COPIES
 from lora_core.spec.sizes import (
     PREPACKED_COPIES,
@@ -53,7 +54,9 @@ def unfit(moment: Moment) -> list[str]:
     found = list(plan.problems)
     if not dataset.records and not dataset.problems:
         found.append(NO_PICTURES)
-    if plan.base.problem:
+    if plan.base.remote:
+        found.append("The base model is not on this computer yet; download it, below its name.")
+    elif plan.base.problem:
         found.append("The base model cannot be used; below its name stands why.")
     known = moment.desk.checks.known(plan.config, dataset)
     bad_base = bool(plan.base.problem)
@@ -64,7 +67,9 @@ def unfit(moment: Moment) -> list[str]:
 def notes(moment: Moment) -> list[str]:
     """What a person should know before Start, but may disregard."""
     plan, dataset = moment.plan, moment.desk.project.dataset()
-    found = [one.sentence for one in moment.desk.checks.known(plan.config, dataset) if not one.blocking]
+    known = [one for one in moment.desk.checks.known(plan.config, dataset) if not one.blocking]
+    # What stands below the base's name is not said twice.
+    found = [one.sentence for one in known if not (plan.base.remote and one.kind == "base")]
     found += plan.notes
     hardware = moment.desk.hardware
     if hardware.known and not hardware.has_gpu and not plan.base.embedded:
@@ -134,12 +139,7 @@ def _measuring(moment: Moment, expected: Forecast | None) -> str:
 
 
 def _line(state: str, words: str, do: str = "", name: str = "", tip: str = "") -> str:
-    button = (
-        f' <button type="button" class="own quiet" data-post="run" data-body="{safe(json.dumps({"do": do}))}"'
-        f' title="{safe(tip)}">{name}</button>'
-        if do
-        else ""
-    )
+    button = f" {_run_button(do, name, tip)}" if do else ""
     return f'<p class="small num measuring" id="measuring" data-measuring="{state}">{safe(words)}{button}</p>'
 
 
@@ -259,7 +259,7 @@ def _rate(value: float) -> str:
 def base_note(moment: Moment) -> str:
     """What the chosen base is, and what the form starts with because of it."""
     plan = moment.plan
-    tone = "problem" if plan.base.problem else "small"
+    tone = "problem" if plan.base.problem and not plan.base.remote else "small"
     sentences = [plan.base.sentence]
     own = for_family(plan.goal, plan.level, plan.base.family)
     if own:
@@ -268,3 +268,45 @@ def base_note(moment: Moment) -> str:
     if plan.base.facts and trained_at and trained_at != plan.base.resolution:
         sentences.append(f"You train it at {trained_at} px.")
     return f'<p class="{tone}" id="base-note" role="status">{safe(" ".join(sentences))}</p>'
+
+
+def download_note(moment: Moment) -> str:
+    """What downloading a base of the hub takes, how far it is, and the buttons for it."""
+    base = moment.plan.base
+    if not base.remote:
+        return ""
+    offer = moment.desk.downloads.offer(base.name)
+    problem = f'<p class="problem" role="alert">{safe(offer.problem)}</p>' if offer.problem else ""
+    found = offer.found
+    if offer.state == "asking":
+        shown = _said("Asking the hub how large it is.")
+    elif found is None:
+        shown = _run_button("download-ask", "Try again")
+    elif offer.state == "downloading":
+        share = 100 * offer.here // max(found.size, 1)
+        words = f"{file_size(offer.here)} of {file_size(found.size)}, {share}%"
+        shown = bar(share, f"Download of {base.name}") + _said(words, "download-cancel", "Cancel")
+    else:
+        shown = _offered(found)
+    return f'<div id="base-download" data-state="{offer.state}">{problem}{shown}</div>'
+
+
+def _offered(found: Download) -> str:
+    here, free = found.here, file_size(found.free)
+    words = f"{file_size(found.size - here)} to download from the hub; {free} are free."
+    if here:
+        words = f"{file_size(here)} of {file_size(found.size)} are here already. {words}"
+    if not found.fits:
+        return _said(f"{words} Make room first, or set HF_HOME to a folder on another drive.")
+    return _said(words, "download", "Download the rest" if here else "Download")
+
+
+def _said(words: str, do: str = "", name: str = "") -> str:
+    return f'<p class="small num">{safe(words)} {_run_button(do, name) if do else ""}</p>'
+
+
+def _run_button(do: str, name: str, tip: str = "") -> str:
+    return (
+        f'<button type="button" class="own quiet" data-post="run" data-body="{safe(json.dumps({"do": do}))}"'
+        f' title="{safe(tip)}">{name}</button>'
+    )

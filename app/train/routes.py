@@ -81,6 +81,15 @@ def steer(desk: Desk, do: str, name: str) -> None:
     if do == "unmeasure":
         desk.prober.cancel()
         return
+    downloads, base = desk.downloads, Plan(desk.project).base.name
+    loads: dict[str, Callable[[], None]] = {
+        "download": lambda: downloads.start(base),
+        "download-cancel": downloads.cancel,
+        "download-ask": lambda: downloads.ask_again(base),
+    }
+    if do in loads:
+        loads[do]()
+        return
     acts: dict[str, Callable[[str], Any]] = {
         # The Preview tab draws the strip of this run when it is opened.
         "see": lambda run: desk.project.keep(preview_strip=checked_name(run)),

@@ -104,7 +104,7 @@ class TrainForm:
             family = chosen_base(str(base or EMBEDDED)).family
             values = dict(zip(FORM, form_values(preset_config(goal, level, family)), strict=True))
             values["model.base"] = base
-            project.keep(goal=goal, level=level, values=values)
+            project.keep(goal=goal, level=level, values=values, fitted=None)
             return [list(values.values()), *values.values()]
 
         def left_or_chosen(base: str, goal: str, level: str) -> list[Any]:

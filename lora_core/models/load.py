@@ -20,7 +20,6 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from lora_core.models.file_configs import text_config, unet_config, vae_config
 from lora_core.models.fill import Where, fill
-from lora_core.models.hub import in_local_cache
 from lora_core.models.noise import NoiseSchedule
 from lora_core.models.sources import (
     Finder,
@@ -28,17 +27,15 @@ from lora_core.models.sources import (
     text_encoder_in_file,
     unet_in_file,
     vae_in_file,
-    weight_paths,
 )
 from lora_core.models.thin import Thinner
 from lora_core.models.weight_files import WeightFile, opened_weights
-from lora_core.spec.base_facts import BaseFacts, base_facts, is_hub_id, single_file_facts
+from lora_core.spec.base_facts import BaseFacts, base_facts, missing_files, single_file_facts
 from lora_core.spec.errors import ModelFileError
 from lora_core.spec.families import Family, TextEncoder
+from lora_core.spec.hub import fetch_base
 from lora_core.spec.paths import CLIP_TOKENIZER
 from lora_core.spec.tensor_file import Header
-
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
 
 
 @dataclass
@@ -117,8 +114,7 @@ def load_base(
     Raises:
         ModelFileError: names what is missing or broken.
     """
-    if is_hub_id(name) and not Path(name).expanduser().exists():
-        in_local_cache(name)
+    fetch_base(name)
     facts = base_facts(name, prediction)
     parts = _FilledParts(facts, prediction, device)
     facts, family = parts.facts, parts.family
@@ -214,19 +210,7 @@ def _check_folder(path: Path, family: Family) -> None:
     Raises:
         ModelFileError: names every missing file.
     """
-    missing = [name for name in ("scheduler/scheduler_config.json",) if not (path / name).is_file()]
-    for encoder in family.text_encoders:
-        folder = path / encoder.tokenizer
-        missing += [
-            f"{encoder.tokenizer}/{name}" for name in TOKENIZER_FILES if not (folder / name).is_file()
-        ]
-    for part in (*family.parts, "vae"):
-        if not (path / part / "config.json").is_file():
-            missing.append(f"{part}/config.json")
-        try:
-            weight_paths(path / part, part)
-        except ModelFileError as error:
-            missing.append(f"{part}/{error}".replace(f"The folder {path / part} lacks ", "").rstrip("."))
+    missing = missing_files(path, family)
     if missing:
         raise ModelFileError(
             f"The base {path} is not whole; it lacks {', '.join(missing)}. Download it again."

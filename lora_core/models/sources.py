@@ -5,7 +5,6 @@ A `Source` says which tensor of which file, and what part of it. Loading reads t
 writes through it.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +12,10 @@ from pathlib import Path
 import torch
 
 from lora_core.models.weight_files import SafetensorsFile, WeightFile
-from lora_core.spec.base_facts import UNET, VAE
-from lora_core.spec.errors import ModelFileError
+from lora_core.spec.base_facts import UNET, VAE, weight_paths
 from lora_core.spec.families import Family, TextEncoder
 from lora_core.spec.ldm_names import ldm_unet_path, ldm_vae_path, open_clip_path
 
-WEIGHT_FILES = {
-    "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
-    "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"),
-    "text": ("model.safetensors", "model.fp16.safetensors"),
-}
-"""What the weights of a diffusers folder's components are called, the first found counting."""
 _OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 """Attention in VAEs that older diffusers wrote."""
 THIRDS = 3
@@ -121,38 +113,6 @@ def component_in_folder(folder: Path, part: str) -> Finder:
         return None
 
     return find
-
-
-def weight_paths(folder: Path, part: str) -> list[Path]:
-    """The files that hold a component's weights; several where they are sharded.
-
-    Raises:
-        ModelFileError: there is none, or the table of the shards cannot be used.
-    """
-    names = WEIGHT_FILES.get(part, WEIGHT_FILES["text"])
-    for name in names:
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _shards(index)
-    other = " It holds weights in another format; only .safetensors can be used." if _others(folder) else ""
-    raise ModelFileError(f"The folder {folder} lacks {names[0]}.{other}")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"{index} is no table of weight files.") from error
-    # A table must not lead out of its folder.
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ModelFileError(f"{index} is no table of weight files.")
-    return [index.parent / name for name in names]
-
-
-def _others(folder: Path) -> bool:
-    return any(folder.glob("*.bin")) or any(folder.glob("*.msgpack"))
 
 
 def _text_spellings(name: str) -> tuple[str, ...]:

@@ -21,6 +21,11 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 PIXELS_A_LATENT = 8
 """Of the VAE of every family that comes in single files."""
 SINGLE_FILES = (".safetensors", ".ckpt")
+UNET_CONFIG = "unet/config.json"
+"""The file of a diffusers folder by which the hub's cache is recognised."""
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+VARIANTS = ("fp16", "bf16")
+"""Of the weights in a diffusers folder, where there are none without such a word in their names."""
 _CONTEXT = re.compile(re.escape(UNET) + r".*\.attn2\.to_k\.weight")
 GUESS = "a guess: nothing in or beside the file says it; change Prediction if pictures come out as noise"
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -105,11 +110,9 @@ def base_path(name: str) -> Path:
     if path.is_dir() or path.is_file():
         return path
     if is_hub_id(name):
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(name, "unet/config.json")
-        if isinstance(found, str):
-            return Path(found).parents[1]
+        cached = _cached_folder(name)
+        if cached is not None:
+            return cached
         raise ModelFileError(f"The base {name!r} is no folder here and not in the local hub cache.")
     raise ModelFileError(
         f"The base {name!r} does not exist; give `demo`, a diffusers folder, a .safetensors file, or a hub id"
@@ -120,6 +123,94 @@ def base_path(name: str) -> Path:
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form owner/name of a hub id."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(SINGLE_FILES)
+
+
+def is_remote(name: str) -> bool:
+    """Whether `name` is a hub id that still has to be downloaded, in part or completely."""
+    name = name.strip()
+    return is_hub_id(name) and not Path(name).expanduser().exists() and _cached_folder(name) is None
+
+
+def _cached_folder(repo: str) -> Path | None:
+    """The diffusers folder of a hub id in the local cache; None where it lacks a file."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo, UNET_CONFIG)
+    except HFValidationError:
+        return None
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parents[1]
+    try:
+        family = family_of_context_width(_json(Path(found)).get("cross_attention_dim", 0))
+    except ModelFileError:
+        # Its own sentence says what it is.
+        return folder
+    return None if missing_files(folder, family) else folder
+
+
+def missing_files(folder: Path, family: Family) -> list[str]:
+    """The files that a diffusers folder of `family` lacks, as "component/name"."""
+    missing = [name for name in ("scheduler/scheduler_config.json",) if not (folder / name).is_file()]
+    for encoder in family.text_encoders:
+        own = (f"{encoder.tokenizer}/{name}" for name in TOKENIZER_FILES)
+        missing += [name for name in own if not (folder / name).is_file()]
+    for part in (*family.parts, "vae"):
+        if not (folder / part / "config.json").is_file():
+            missing.append(f"{part}/config.json")
+        try:
+            files = weight_paths(folder / part, part)
+        except ModelFileError as error:
+            missing.append(f"{part}/{error}".replace(f"The folder {folder / part} lacks ", "").rstrip("."))
+        else:
+            missing += [f"{part}/{file.name}" for file in files if not file.is_file()]
+    return missing
+
+
+def weight_names(part: str) -> list[tuple[str, tuple[str, ...]]]:
+    """What the weights of a diffusers component can be called, the first found counting.
+
+    Returns:
+        The name of the file, and those of the table of its shards where it is sharded.
+    """
+    stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
+    found: list[tuple[str, tuple[str, ...]]]
+    found = [(f"{stem}.safetensors", (f"{stem}.safetensors.index.json",))]
+    for variant in VARIANTS:
+        name = f"{stem}.{variant}.safetensors"
+        found.append((name, (f"{name}.index.json", f"{stem}.safetensors.index.{variant}.json")))
+    return found
+
+
+def weight_paths(folder: Path, part: str) -> list[Path]:
+    """The files that hold a component's weights; several where they are sharded.
+
+    Raises:
+        ModelFileError: there is none, or the table of the shards cannot be used.
+    """
+    names = weight_names(part)
+    for name, tables in names:
+        if (folder / name).is_file():
+            return [folder / name]
+        for table in tables:
+            if (folder / table).is_file():
+                return _shards(folder / table)
+    others = any(folder.glob("*.bin")) or any(folder.glob("*.msgpack"))
+    other = " It holds weights in another format; only .safetensors can be used." if others else ""
+    raise ModelFileError(f"The folder {folder} lacks {names[0][0]}.{other}")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(f"{index} is no table of weight files.") from error
+    # A table must not lead out of its folder.
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ModelFileError(f"{index} is no table of weight files.")
+    return [index.parent / name for name in names]
 
 
 def base_facts(name: str, prediction: str = "auto") -> BaseFacts:

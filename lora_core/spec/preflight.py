@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from lora_core.spec.base_facts import SINGLE_FILES, BaseFacts, base_facts, is_hub_id
+from lora_core.spec.base_facts import SINGLE_FILES, BaseFacts, base_facts, is_remote, missing_files
 from lora_core.spec.choices import OPTIMIZERS, TARGETS, require_package
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import AdapterFileError, ConfigError, ModelFileError, RunError
@@ -25,8 +25,6 @@ from lora_core.spec.sections import LossSection
 from lora_core.spec.sizes import base_numbers, export_bytes, weight_files
 from lora_core.spec.tensor_file import read_header
 
-FOLDER_WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
-"""What a component's weights are usually called; a text encoder's are `model.safetensors`."""
 ADAPTER_COPIES = 4
 """Of each trained number there are in memory: itself, its gradient, and usually two of the optimizer's."""
 GIGABYTE = 1e9
@@ -44,15 +42,12 @@ class Encoded:
 def base_of(config: RunConfig) -> tuple[BaseFacts | None, list[Problem]]:
     """The base that a config names, and what is wrong with it."""
     name = config.model.base
-    if is_hub_id(name) and not Path(name).expanduser().exists():
-        try:
-            return base_facts(name, config.model.prediction), []
-        except ModelFileError:
-            sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
-            return None, [Problem("base", sentence, False)]
+    if is_remote(name):
+        sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
+        return None, [Problem("base", sentence, False)]
     try:
         facts = base_facts(name, config.model.prediction)
-        lacking = _lacking(facts)
+        lacking = missing_files(facts.path, facts.family) if facts.path.is_dir() and facts.family else []
         if lacking:
             raise ModelFileError(
                 f"The base {facts.path} is not whole; it lacks {', '.join(lacking)}. Download it again."
@@ -62,19 +57,6 @@ def base_of(config: RunConfig) -> tuple[BaseFacts | None, list[Problem]]:
         return None, [Problem("base", str(error))]
     guess = [Problem("base", f"What the base predicts is {facts.told_by}.", False)] if facts.guessed else []
     return facts, guess
-
-
-def _lacking(facts: BaseFacts) -> list[str]:
-    """The components of a diffusers folder that are not there."""
-    if facts.single_file or facts.family is None:
-        return []
-    missing = []
-    for part in (*facts.family.parts, "vae"):
-        folder = facts.path / part
-        names = ("config.json", FOLDER_WEIGHTS.get(part, "model.safetensors"))
-        there = ((folder / names[0]).is_file(), bool(weight_files(folder)))
-        missing += [f"{part}/{name}" for name, found in zip(names, there, strict=True) if not found]
-    return missing
 
 
 def problems_of(

@@ -9,10 +9,9 @@ from typing import Any
 
 from lora_core.dataset.folder import ImageRecord
 from lora_core.dataset.pictures import content_hash
-from lora_core.models.hub import in_local_cache
-from lora_core.models.sources import weight_paths
-from lora_core.spec.base_facts import base_facts, is_hub_id
+from lora_core.spec.base_facts import base_facts, weight_paths
 from lora_core.spec.errors import InputsChanged, ModelFileError
+from lora_core.spec.hub import fetch_base
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.sections import ModelSection
@@ -55,8 +54,7 @@ def base_inputs(model: ModelSection) -> dict[str, str]:
     Raises:
         ModelFileError: the base is not there.
     """
-    if is_hub_id(model.base) and not Path(model.base).expanduser().exists():
-        in_local_cache(model.base)
+    fetch_base(model.base)
     facts = base_facts(model.base, model.prediction)
     found: dict[str, str] = {}
     if facts.single_file:

@@ -12,11 +12,11 @@ from lora_core.dataset.captions import CaptionRules, plain_caption, varies, with
 from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
 from lora_core.dataset.split import held_out
 from lora_core.models.device import best_device, bf16_is_faster, dtype_of
-from lora_core.models.hub import in_local_cache
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.prepacked import DIRECT, PLAIN, best_layout, prepack
-from lora_core.spec.base_facts import base_facts, is_hub_id
+from lora_core.spec.base_facts import base_facts
 from lora_core.spec.config import RunConfig
+from lora_core.spec.hub import fetch_base
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.sizes import base_numbers
@@ -113,8 +113,7 @@ def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     """
     asked, name = config.train.precision, config.model.base
     if asked == "auto" and device.type == "cpu":
-        if is_hub_id(name) and not Path(name).expanduser().exists():
-            in_local_cache(name)
+        fetch_base(name)
         if (base_numbers(base_facts(name, config.model.prediction)) or 0) >= LARGE and bf16_is_faster():
             return torch.bfloat16
     return dtype_of(asked, device)

@@ -133,7 +133,7 @@ def test_what_the_bases_family_needs_stands_between_preset_and_words(tmp_path: P
 
 def test_a_base_of_the_hub_is_fetched_before_its_family_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for = []
-    monkeypatch.setattr("lora_core.models.hub.in_local_cache", asked_for.append)
+    monkeypatch.setattr("lora_core.spec.hub.fetch_base", asked_for.append)
     assert asked("x", "--base", "owner/name").optim.text_encoder_lr == 5e-5
     assert asked_for == ["owner/name"]
 
