@@ -45,7 +45,7 @@ def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
     parts.live(made["model.base"], lambda m: gr.update(choices=base_choices(m.desk)))
     parts.live(piece(), base_note)
     parts.live(piece(), download_note)
-    parts.desk.downloads.finished = functools.partial(_downloaded, parts.desk)
+    parts.desk.downloads.finished = functools.partial(base_arrived, parts.desk)
     added = piece(elem_id="base-added")
     with gr.Column(elem_classes="group", elem_id="base-details") as details:
         parts.live(piece(elem_classes="group-note"), _details_note)
@@ -154,7 +154,7 @@ def _fitted(draft: dict[str, Any]) -> str:
     return str(fitted["to"]) if fitted.get("base") == standing else standing
 
 
-def _downloaded(desk: Desk, name: str) -> None:
+def base_arrived(desk: Desk, name: str) -> None:
     """Fill the form with the starting values of a base that has arrived, where it is still the chosen one."""
     values = standing_values(desk.project)
     if values["model.base"] == name:
