@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_core import api
 from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json, write
+from lora_core.dataset.folder import Problem, summaries
 
 _MOST_TAGS = 20
 _MOST_NAMES = 6
@@ -68,9 +69,10 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _say_findings(found: dict[str, Any]) -> None:
     say(f"{found['pictures']} pictures, {found['captions']} with a caption.")
-    for problem in found["problems"]:
-        say(f"  {problem['kind']}: {problem['sentence']}")
-    if not found["problems"]:
+    rows = [Problem(Path(row["picture"]), row["kind"], row["sentence"]) for row in found["problems"]]
+    for row in summaries(rows):
+        say(f"  {row.kind}: {row.sentence}")
+    if all(row.kind == "hidden" for row in rows):
         say("Nothing is wrong with them.")
     tags = [f"{one['tag']} ({one['pictures']})" for one in found["tags"][:_MOST_TAGS]]
     if tags:

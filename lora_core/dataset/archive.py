@@ -6,6 +6,7 @@ is there already is overwritten. A table of captions becomes one text file a pic
 new names here and because the window edits text files.
 """
 
+import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from lora_core.dataset.known_sizes import Sizes
-from lora_core.dataset.names import free_stem, safe_name
+from lora_core.dataset.names import folded, free_stem, safe_name
 from lora_core.dataset.pictures import SUFFIXES
 from lora_core.dataset.records import Problem
 from lora_core.dataset.sidecars import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
-    folded,
     metadata_captions,
     read_text,
     write_caption,
@@ -143,7 +143,7 @@ def import_folder(folder: Path, into: Path, way: Way | None = None) -> Imported:
     inner = into if into.is_relative_to(folder) else None
     files = [one for one in found if isinstance(one, Path) and not (inner and one.is_relative_to(inner))]
     under_way = _started(into, files, way or Way())
-    under_way.skipped.extend(one for one in found if isinstance(one, Problem))
+    under_way.skipped.extend(one for one in found if isinstance(one, Problem) and one.kind != "hidden")
     _import_all(
         [_Incoming(file, safe_name(file.relative_to(folder).as_posix())) for file in files], under_way
     )
@@ -218,8 +218,8 @@ def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
 def _fault(one: _Incoming, sizes: Sizes) -> Problem | None:
     """What is wrong with a picture or a caption."""
     if one.suffix in SUFFIXES:
-        size = sizes.size(one.source, str(one.name))
-        return size if isinstance(size, Problem) else None
+        info = sizes.info(one.source, str(one.name))
+        return info if isinstance(info, Problem) else None
     try:
         read_text(one.source, str(one.name))
     except DatasetError as error:
@@ -284,4 +284,5 @@ def _import_table(table: _Incoming, under_way: _Import) -> None:
 
 
 def _there(path: Path) -> Path | None:
-    return path if path.is_file() else None
+    # `Path.is_file` raises where a name is too long for the file system.
+    return path if os.path.isfile(path) else None

@@ -24,6 +24,7 @@ from lora_core.dataset.pictures import small_rgb
 from lora_core.dataset.seen import thumb
 from lora_core.dataset.twins import Fingerprint, fingerprint, twin_groups
 from lora_core.spec.errors import DatasetError
+from lora_core.spec.paths import valid_text
 
 TOKENS_READ = 75
 # The steepest edges of a picture rise by this share of its contrast from one pixel to the next, or it is
@@ -65,9 +66,9 @@ def audit(
         looks_before: of earlier audits of the same files; what is new is added.
 
     Returns:
-        `pictures` and `captions`: how many there are; `problems`: picture (empty where all are meant), kind,
-        sentence, and for twins the `twin` that stays; `tags`: tag, pictures; `shares`: picture, share of the
-        training steps that look at it; `learned`: the rows of `learned.learned`.
+        `pictures` and `captions`: how many there are; `problems`: picture (or the file that is meant; empty
+        where all are), kind, sentence, and for twins the `twin` that stays; `tags`: tag, pictures; `shares`:
+        picture, share of the training steps that look at it; `learned`: the rows of `learned.learned`.
 
     Raises:
         ModelFileError: the tokenizer folder holds no tokenizer.
@@ -83,6 +84,7 @@ def audit(
         *_blurred(records, names, looks),
         *twins,
         *_caption_problems(records, names, training.tokenizer),
+        *dataset.notes,
     ]
     captions = [record.caption for record in records if record.caption]
     shares = zip(records, step_shares(records, training), strict=True)
@@ -97,7 +99,7 @@ def audit(
             ),
         ],
         "tags": [{"tag": tag, "pictures": count} for tag, count in tag_counts(captions).items()],
-        "shares": [{"picture": str(r.path), "share": share} for r, share in shares],
+        "shares": [{"picture": valid_text(str(r.path)), "share": share} for r, share in shares],
         "learned": learned(records, names, [look.thumb for look in looks], training),
     }
 
@@ -119,8 +121,8 @@ def _looks(
 
 
 def _row(problem: Problem, twin: Path | None) -> dict[str, str]:
-    row = {"picture": str(problem.path), "kind": problem.kind, "sentence": problem.sentence}
-    return row if twin is None else {**row, "twin": str(twin)}
+    row = {"picture": valid_text(str(problem.path)), "kind": problem.kind, "sentence": problem.sentence}
+    return row if twin is None else {**row, "twin": valid_text(str(twin))}
 
 
 def sharpness(image: Image.Image) -> float:

@@ -8,7 +8,8 @@ unless a picture of that name lies beside it, whose caption it then is.
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_core.dataset.sidecars import folded, read_text
+from lora_core.dataset.names import folded
+from lora_core.dataset.sidecars import read_text
 from lora_core.spec.errors import DatasetError
 from lora_core.spec.paths import write_atomically
 

@@ -4,28 +4,31 @@ Every picture is decoded once when a folder is read. That costs some millisecond
 damaged file is named before a run starts.
 """
 
+import os
 import posixpath
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora_core.dataset.archive import unpack
-from lora_core.dataset.by_hand import listed
+from lora_core.dataset.by_hand import LIST, listed
 from lora_core.dataset.known_sizes import Sizes
+from lora_core.dataset.names import folded
 from lora_core.dataset.pictures import SUFFIXES, content_hash
 from lora_core.dataset.records import Dataset, ImageRecord, Problem
 from lora_core.dataset.sidecars import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
-    folded,
     metadata_captions,
     read_text,
     write_caption,
 )
-from lora_core.dataset.walk import files_below, is_mask
+from lora_core.dataset.walk import files_below, is_mask, shortened, unused_folder
+from lora_core.dataset.zips import LIMITS, is_useful, not_unpacked
 from lora_core.spec.errors import DatasetError
-from lora_core.spec.paths import DEMO_TRAIN
+from lora_core.spec.paths import DEMO_TRAIN, valid_text
 
 __all__ = [
     "Dataset",
@@ -34,23 +37,41 @@ __all__ = [
     "open_dataset",
     "require_clean",
     "scan",
+    "summaries",
     "write_caption",
 ]
 
 _REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")
+_MASK_OF = ("_mask", "-mask", ".mask")
 _SHOWN_PROBLEMS = 5
+_SHOWN_ROWS = 100
 _THREADS = 4
+_SUMMARIES = {
+    "mask": "{} masks are not used yet: pictures are trained on whole, whatever a mask leaves out ({}).",
+    "regularisation": "{} files in folders for regularisation are not used yet, and not trained on ({}).",
+    "transparent": "{} pictures are see-through in places, and are trained on with a white background ({}).",
+    "caption without picture": "{} captions belong to no picture, and are not used ({}).",
+    "second caption": "{} captions are not used, as their pictures have another one ({}).",
+    "shared caption": "{} captions are shared by pictures of the same name ({}).",
+    "other file": "{} other files are not used ({}).",
+}
+"""What many notes of a kind come to: how many there are, and the names of some."""
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """The files of a folder in order, by their path relative to it: as it is, and folded."""
+    """The files of a folder in order, by their path relative to it: as it is, and folded. `pictures`, `texts`
+    and `tables` of them count; `notes` says why the others do not."""
 
     root: Path
     sizes: Sizes
     exact: dict[str, Path] = field(default_factory=dict)
     folded: dict[str, Path] = field(default_factory=dict)
+    pictures: list[Path] = field(default_factory=list)
+    texts: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
     held_out: set[str] = field(default_factory=set)
 
     def shown(self, path: Path) -> str:
@@ -61,13 +82,18 @@ class _Listing:
         """The file of that name, whatever its case."""
         return self.exact.get(shown) or self.folded.get(folded(shown))
 
+    def note(self, path: Path, kind: str, rest: str) -> None:
+        """Note something of a file that does not block: its name, then `rest`."""
+        self.notes.append(Problem(path, kind, f"{self.shown(path)} {rest}", False))
+
 
 def scan(folder: Path, sizes: Sizes | None = None) -> Dataset:
     """Every picture below a folder with its caption, in an order that is the same on all systems.
 
     A caption is, in this order: the text file beside the picture, its row in the `metadata.jsonl` or `.csv`
-    of the same or a higher folder, the name of a `10_name` folder. Hidden files, masks and what systems leave
-    behind are not pictures. Nothing is raised for a file that is wrong; it becomes a problem.
+    of the same or a higher folder, the name of a `10_name` folder. Masks and what lies in a folder for masks
+    or regularisation images are not pictures. Nothing is raised for a file that is wrong; it becomes a
+    problem. Each file that is not used is a problem or a note; hidden files share one.
 
     Args:
         folder: the dataset.
@@ -75,15 +101,36 @@ def scan(folder: Path, sizes: Sizes | None = None) -> Dataset:
     """
     listing = _listing(folder, sizes or Sizes())
     tables = _tables(listing)
-    pictures = [
-        path for path in listing.exact.values() if path.suffix.casefold() in SUFFIXES and not is_mask(path)
-    ]
     # Decoders let other threads run, and the order of the results does not depend on timing.
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = list(threads.map(lambda path: _record(path, listing, tables), pictures))
+        found = list(threads.map(lambda path: _record(path, listing, tables), listing.pictures))
     records = [one for one in found if isinstance(one, ImageRecord)]
     problems = [one for one in found if isinstance(one, Problem)]
-    return Dataset(records, [*listing.problems, *problems])
+    for record in records:
+        if record.transparent:
+            listing.note(
+                record.path,
+                "transparent",
+                "is see-through in places, and is trained on with a white background.",
+            )
+    _note_texts(records, listing)
+    return Dataset(records, [*listing.problems, *problems], listing.notes)
+
+
+def summaries(notes: Iterable[Problem]) -> list[Problem]:
+    """One note for each kind, in the order in which they come first."""
+    by_kind: dict[str, list[Problem]] = {}
+    for note in notes:
+        by_kind.setdefault(note.kind, []).append(note)
+    found = []
+    for kind, members in by_kind.items():
+        if len(members) == 1 or kind not in _SUMMARIES:
+            found += members
+        else:
+            names = shortened([valid_text(one.path.name) for one in members], len(members))
+            sentence = _SUMMARIES[kind].format(len(members), names)
+            found.append(Problem(members[0].path, kind, sentence, False))
+    return found
 
 
 def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
@@ -102,24 +149,28 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
         raise DatasetError(
             f"The dataset {where} does not exist; give a folder of pictures, a zip of one, or `demo`."
         )
+    notes: list[Problem] = []
     if path.is_dir():
         folder = path
     elif path.suffix.casefold() == ".zip":
-        folder = unpack_into / content_hash(path)[:16]
+        folder = unpack_into / content_hash(path, LIMITS.total_bytes)[:16]
         if not folder.is_dir():
             unpack(path, folder)
+        notes = not_unpacked(path)
     else:
         raise DatasetError(
             f"The dataset {where} is neither a folder nor a zip; give a folder of pictures, a zip of one, or"
             " `demo`."
         )
     dataset = scan(folder)
+    dataset = replace(dataset, notes=[*notes, *dataset.notes])
     if not dataset.records and not any(
         problem.path.suffix.casefold() in SUFFIXES for problem in dataset.problems
     ):
+        why = "".join(f" {note.sentence}" for note in summaries(dataset.notes))
         raise DatasetError(
             f"There are no pictures in {where}; put PNG, JPEG, WebP or HEIC files there, each with a .txt"
-            " caption."
+            f" caption.{why}"
         )
     return dataset
 
@@ -140,57 +191,120 @@ def require_clean(dataset: Dataset) -> None:
 
 def _listing(root: Path, sizes: Sizes) -> _Listing:
     listing = _Listing(root, sizes)
-    for found in files_below(root):
-        if isinstance(found, Problem):
-            listing.problems.append(found)
-        else:
+    for found in files_below(root, SUFFIXES):
+        if isinstance(found, Path):
             listing.exact[listing.shown(found)] = found
             listing.folded.setdefault(folded(listing.shown(found)), found)
+        elif found.blocking and (is_useful(found.path.name) or os.path.isdir(found.path)):
+            listing.problems.append(found)
+        else:
+            listing.notes.append(replace(found, blocking=False))
+    for path in listing.exact.values():
+        _sort(path, listing)
     if not any(f"held_out{suffix}" in listing.folded for suffix in SUFFIXES):
         try:
             listing.held_out.update(listed(root))
         except DatasetError as error:
-            listing.problems.append(Problem(root, "held out", str(error)))
+            listing.problems.append(Problem(root / LIST, "held out", str(error)))
+        listing.texts[:] = [path for path in listing.texts if path != root / LIST]
+        there = {folded(listing.shown(path)) for path in listing.pictures}
+        if missing := sorted(listing.held_out - there):
+            names = shortened(missing, len(missing))
+            sentence = f"{LIST} names pictures that are not there ({names}); they are not held out."
+            listing.notes.append(Problem(root / LIST, "held out", sentence, False))
     return listing
+
+
+def _sort(path: Path, listing: _Listing) -> None:
+    """Find out what a file is for."""
+    suffix, shown = path.suffix.casefold(), listing.shown(path)
+    kind = unused_folder(shown)
+    if kind == "regularisation":
+        rest = "is in a folder for regularisation, which is not used yet; it is not trained on."
+        listing.note(path, kind, rest)
+    elif kind or (suffix in SUFFIXES and _is_mask(path, listing)):
+        listing.note(path, "mask", "is a mask, and masks are not used yet: all of its picture is trained on.")
+    elif suffix in SUFFIXES:
+        listing.pictures.append(path)
+    elif folded(path.name) in METADATA_NAMES:
+        listing.tables.append(path)
+    elif suffix in CAPTION_SUFFIXES:
+        listing.texts.append(path)
+    else:
+        listing.note(path, "other file", "is neither a picture nor a caption; it is not used.")
+
+
+def _is_mask(path: Path, listing: _Listing) -> bool:
+    """`cat-masklabel.png` always; `cat_mask.png`, `cat-mask.png`, `cat.mask.png` beside a picture `cat`."""
+    shown = listing.shown(path.with_suffix(""))
+    if is_mask(path) or folded(shown[-5:]) not in _MASK_OF:
+        return is_mask(path)
+    return _first(listing, [f"{shown[:-5]}{suffix}" for suffix in sorted(SUFFIXES)]) is not None
+
+
+def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
+    """Note the captions that no picture has, and those that several have."""
+    readers: dict[Path, list[ImageRecord]] = {}
+    for record in records:
+        if sidecar := _sidecar(record.path, listing):
+            readers.setdefault(sidecar, []).append(record)
+    spare = {_sidecar(path, listing) for path in listing.pictures}
+    with_caption = {folded(listing.shown(record.path.with_suffix(""))) for record in records}
+    for text in listing.texts:
+        if text in readers:
+            if len(readers[text]) > 1:
+                names = " and ".join(record.path.name for record in readers[text])
+                listing.note(text, "shared caption", f"is the caption of {names}; rename one if they differ.")
+        elif folded(listing.shown(text.with_suffix(""))) in with_caption:
+            listing.note(text, "second caption", "is not used, as its picture has another caption.")
+        elif text in spare:
+            listing.note(text, "unread caption", "belongs to a picture that cannot be used.")
+        else:
+            listing.note(text, "caption without picture", "belongs to no picture; it is not used.")
 
 
 def _tables(listing: _Listing) -> dict[Path, str]:
     """Picture to caption, of all metadata files; what is wrong joins the problems."""
     captions: dict[Path, str] = {}
     # A table nearer to the picture has the last word.
-    tables = [path for path in listing.exact.values() if folded(path.name) in METADATA_NAMES]
-    for table in sorted(tables, key=lambda path: len(path.parts)):
+    for table in sorted(listing.tables, key=lambda path: len(path.parts)):
         shown = listing.shown(table)
         rows, sentences = metadata_captions(table, shown)
         listing.problems.extend(Problem(table, "metadata", sentence) for sentence in sentences)
+        missing: list[str] = []
         for name, caption in rows.items():
             picture = listing.find(posixpath.normpath(posixpath.join(posixpath.dirname(shown), name)))
             if picture is None:
-                sentence = f"{shown} names {name}, which is not there; add the picture or remove the row."
-                listing.problems.append(Problem(table, "metadata", sentence))
+                missing.append(name)
             else:
                 captions[picture] = caption
+        for name in missing[:_SHOWN_ROWS]:
+            sentence = f"{shown} names {name}, which is not there; add the picture or remove the row."
+            listing.problems.append(Problem(table, "metadata", sentence))
+        if len(missing) > _SHOWN_ROWS:
+            sentence = f"{shown} names {len(missing) - _SHOWN_ROWS} more pictures that are not there."
+            listing.problems.append(Problem(table, "metadata", sentence))
     return captions
 
 
 def _record(path: Path, listing: _Listing, tables: dict[Path, str]) -> ImageRecord | Problem:
-    size = listing.sizes.size(path, listing.shown(path))
-    if isinstance(size, Problem):
-        return size
-    stem = listing.shown(path.with_suffix(""))
-    mask = _first(listing, [f"{stem}-masklabel{suffix}" for suffix in (path.suffix, *sorted(SUFFIXES))])
-    if mask is not None:
-        mask_size = listing.sizes.size(mask, listing.shown(mask))
-        if isinstance(mask_size, Problem):
-            return mask_size
+    info = listing.sizes.info(path, listing.shown(path))
+    if isinstance(info, Problem):
+        return info
     repeats, name = _kohya(path, listing.root)
-    sidecar = _first(listing, [stem + suffix for suffix in CAPTION_SUFFIXES])
+    sidecar = _sidecar(path, listing)
     try:
         caption = read_text(sidecar, listing.shown(sidecar)) if sidecar else tables.get(path, name)
     except DatasetError as error:
         return Problem(path, "caption", str(error))
     by_hand = folded(listing.shown(path)) in listing.held_out
-    return ImageRecord(path, *size, caption.strip(), mask, repeats, by_hand)
+    return ImageRecord(path, info.width, info.height, caption.strip(), repeats, by_hand, info.transparent)
+
+
+def _sidecar(picture: Path, listing: _Listing) -> Path | None:
+    """The text file beside a picture."""
+    stem = listing.shown(picture.with_suffix(""))
+    return _first(listing, [stem + suffix for suffix in CAPTION_SUFFIXES])
 
 
 def _first(listing: _Listing, names: list[str]) -> Path | None:

@@ -8,15 +8,15 @@ import contextlib
 import json
 from pathlib import Path
 
-from lora_core.dataset.pictures import checked_size
+from lora_core.dataset.pictures import ImageInfo, checked_info
 from lora_core.dataset.records import Problem
 from lora_core.spec.paths import write_atomically
 
-_Known = tuple[int, int, int, int]
+_Known = tuple[int, int, ImageInfo]
 
 
 class Sizes:
-    """Path to time, bytes, width and height; kept in a file where one is given."""
+    """Path to time, bytes and what decoding told; kept in a file where one is given."""
 
     def __init__(self, file: Path | None = None) -> None:
         """Read what `file` remembers; a broken file counts as empty."""
@@ -27,18 +27,18 @@ class Sizes:
             # RecursionError: of a file that somebody made to be deep.
             with contextlib.suppress(OSError, ValueError, TypeError, RecursionError, AttributeError):
                 for path, known in json.loads(file.read_text(encoding="utf-8")).items():
-                    time, length, width, height = map(int, known)
-                    self._known[path] = (time, length, width, height)
+                    time, length, width, height, transparent = map(int, known)
+                    self._known[path] = (time, length, ImageInfo(width, height, bool(transparent)))
 
-    def size(self, path: Path, shown: str) -> tuple[int, int] | Problem:
-        """As `pictures.checked_size`, without decoding a file that has not changed since it was decoded."""
+    def info(self, path: Path, shown: str) -> ImageInfo | Problem:
+        """As `pictures.checked_info`, without decoding a file that has not changed since it was decoded."""
         stamp = _stamp(path)
         known = self._known.get(str(path))
         if stamp is not None and known is not None and known[:2] == stamp:
-            return known[2:]
-        found = checked_size(path, shown)
+            return known[2]
+        found = checked_info(path, shown)
         if stamp is not None and not isinstance(found, Problem):
-            self._known[str(path)] = (*stamp, *found)
+            self._known[str(path)] = (*stamp, found)
             self._changed = True
         return found
 
@@ -46,7 +46,7 @@ class Sizes:
         """Have what is known of `source` hold for its copy, too."""
         known, stamp = self._known.get(str(source)), _stamp(target)
         if known is not None and stamp is not None:
-            self._known[str(target)] = (*stamp, *known[2:])
+            self._known[str(target)] = (*stamp, known[2])
             self._changed = True
 
     def save(self, below: Path) -> None:
@@ -57,7 +57,8 @@ class Sizes:
         self._known = {p: known for p, known in dict(self._known).items() if Path(p).is_relative_to(below)}
         # Without the file the pictures are decoded once more, nothing else.
         with contextlib.suppress(OSError):
-            write_atomically(self.file, json.dumps(self._known).encode())
+            flat = {path: [*known[:2], *map(int, known[2])] for path, known in self._known.items()}
+            write_atomically(self.file, json.dumps(flat).encode())
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from lora_core.dataset.folder import ImageRecord, scan
-from lora_core.dataset.names import free_stem
+from lora_core.dataset.names import folded, free_stem
 from lora_core.dataset.pictures import SUFFIXES
 from lora_core.dataset.project import Project, relative_name
-from lora_core.dataset.sidecars import CAPTION_SUFFIXES, folded
+from lora_core.dataset.sidecars import CAPTION_SUFFIXES
 from lora_core.spec.errors import DatasetError
 
 

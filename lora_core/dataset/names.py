@@ -1,15 +1,19 @@
-"""File names from elsewhere, made fit for every system."""
+"""File names: how they are compared, and names from elsewhere made fit for every system."""
 
 import re
+import unicodedata
 from collections.abc import Container
 from pathlib import PurePosixPath
-
-from lora_core.dataset.sidecars import folded
 
 _ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 # File systems take 255 bytes; some are left for `-2` and for the ending of a temporary file.
 _MOST_BYTES = 180
+
+
+def folded(name: str) -> str:
+    """A name as it is compared: without case and in one Unicode form, as Windows and macOS do."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def safe_name(name: str) -> PurePosixPath:

@@ -8,16 +8,19 @@ short is found now and not in the middle of a run.
 import hashlib
 import io
 import struct
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lora_core.dataset.records import Problem
+from lora_core.dataset.walk import regular_size
 from lora_core.spec.errors import DatasetError
 
 # What phones call MPO is opened as JPEG.
@@ -27,6 +30,8 @@ _ENDINGS = (
 )
 SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
 SMALLEST_SIDE = 16
+MOST_BYTES = 500_000_000
+"""Of one picture file."""
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 
 # The turn that brings a picture upright, by its EXIF orientation (Exif 2.3, tag 0x0112).
@@ -47,6 +52,14 @@ pillow_heif.register_heif_opener()
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 # A damaged EXIF block is no fault of the pixels.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+
+class ImageInfo(NamedTuple):
+    """What a decoded picture shows: its upright size in pixels, and whether any pixel is see-through."""
+
+    width: int
+    height: int
+    transparent: bool
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -86,12 +99,17 @@ def small_rgb(path: Path, least: int) -> Image.Image:
         return _upright(as_rgb(image), _orientation(image))
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, most: int = sys.maxsize) -> str:
     """SHA-256 of the file's bytes, in hex: the key of everything that is cached for it.
 
+    Args:
+        path: the file.
+        most: more bytes than this are refused.
+
     Raises:
-        DatasetError: the file cannot be read.
+        DatasetError: the file cannot be read, is not a regular file, or is too large.
     """
+    regular_size(path, str(path), most)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,8 +117,8 @@ def content_hash(path: Path) -> str:
         raise DatasetError(_complaint(path, str(path), error)) from error
 
 
-def picture_size(path: Path, shown: str) -> tuple[int, int]:
-    """Width and height in pixels, upright, after the whole file was decoded.
+def image_info(path: Path, shown: str) -> ImageInfo:
+    """Upright size and transparency, after the whole file was decoded.
 
     Args:
         path: the file.
@@ -112,23 +130,25 @@ def picture_size(path: Path, shown: str) -> tuple[int, int]:
     with _loaded(path, shown, 1) as (image, stated):
         # Decoding may change the size: a JPEG is shrunk on purpose, a TIFF is turned upright by Pillow.
         width, height = stated if image.format in ("JPEG", "MPO") else image.size
-        return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
+        if _orientation(image) in _SIDEWAYS:
+            width, height = height, width
+        return ImageInfo(width, height, _is_transparent(image))
 
 
-def checked_size(path: Path, shown: str) -> tuple[int, int] | Problem:
-    """Width and height in pixels of a picture that can be trained on, or what is wrong with it."""
+def checked_info(path: Path, shown: str) -> ImageInfo | Problem:
+    """As `image_info`, or what is wrong with a picture that cannot be trained on."""
     try:
-        width, height = picture_size(path, shown)
+        info = image_info(path, shown)
     except DatasetError as error:
         return Problem(path, "unreadable", str(error))
-    if min(width, height) < SMALLEST_SIDE:
+    if min(info.width, info.height) < SMALLEST_SIDE:
         return Problem(
             path,
             "tiny",
-            f"{shown} is only {width} x {height} pixels; remove it or use a copy with sides of"
+            f"{shown} is only {info.width} x {info.height} pixels; remove it or use a copy with sides of"
             f" {SMALLEST_SIDE} or more.",
         )
-    return width, height
+    return info
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -142,6 +162,15 @@ def as_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether a decoded picture has a pixel that `as_rgb` lays on white."""
+    if not image.has_transparency_data:
+        return False
+    if image.mode == "La":
+        image = image.convert("LA")
+    return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
 
 
 def _from_wide(image: Image.Image) -> Image.Image:
@@ -186,6 +215,8 @@ def _loaded(
     Raises:
         DatasetError: as `open_rgb`.
     """
+    if not regular_size(path, shown, MOST_BYTES):
+        raise DatasetError(f"{shown} is empty (0 bytes); copy it again from its source or remove it.")
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -206,8 +237,6 @@ def _complaint(path: Path, shown: str, error: Exception) -> str:
             " smaller copy of it."
         )
     if isinstance(error, UnidentifiedImageError):
-        if path.stat().st_size == 0:
-            return f"{shown} is empty (0 bytes); copy it again from its source or remove it."
         return f"{shown} is not a picture, whatever its name says; remove it, or save it as PNG or JPEG."
     if isinstance(error, OSError) and error.errno is not None:
         return f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."

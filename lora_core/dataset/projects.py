@@ -6,10 +6,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_core.dataset.names import free_stem, safe_name
+from lora_core.dataset.names import folded, free_stem, safe_name
 from lora_core.dataset.pictures import SUFFIXES
 from lora_core.dataset.project import LABEL, Project, read_json, title_of
-from lora_core.dataset.sidecars import folded
 from lora_core.spec.config import RunConfig
 from lora_core.spec.disk import folder_bytes
 from lora_core.spec.errors import ConfigError, RunError

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_core.dataset.records import ImageRecord
 from lora_core.dataset.seen import colour_of_word
+from lora_core.spec.paths import valid_text
 
 _BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")
 _FEWEST, _FEWEST_ODD = 3, 4
@@ -21,7 +22,7 @@ def finding(
     kind: str, name: str, sentence: str, records: Sequence[ImageRecord], counts: Mapping[str, float]
 ) -> dict[str, Any]:
     """One thing that will be learned, as plain values: `records` are the pictures to look at."""
-    pictures = [str(record.path) for record in records]
+    pictures = [valid_text(str(record.path)) for record in records]
     return {"kind": kind, "name": name, "sentence": sentence, "pictures": pictures, "counts": dict(counts)}
 
 

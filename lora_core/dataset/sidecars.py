@@ -5,13 +5,19 @@ import io
 import json
 import os
 import threading
-import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_core.dataset.walk import regular_size
 from lora_core.spec.errors import DatasetError
 from lora_core.spec.paths import valid_text, write_atomically
 
+CAPTION_BYTES = 1_000_000
+TABLE_BYTES = 50_000_000
+"""Larger captions and tables of captions are refused, not read."""
+_MOST_FAULTS = 100
+_LONGEST_NAME = 1000
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _CAPTION_KEYS = ("text", "caption")
@@ -20,19 +26,21 @@ _CAPTION_KEYS = ("text", "caption")
 _writing = threading.Lock()
 
 
-def folded(name: str) -> str:
-    """A name as it is compared: without case and in one Unicode form, as Windows and macOS do."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def read_text(path: Path, shown: str) -> str:
+def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:
     """A text file's content, without a byte order mark and with plain newlines.
 
+    Args:
+        path: the file.
+        shown: how to name it in a message.
+        most: bytes that it may have.
+
     Raises:
-        DatasetError: it cannot be read or is not UTF-8; names the file.
+        DatasetError: it cannot be read, is not a regular file, is too large or not UTF-8; names the file.
     """
+    size = regular_size(path, shown, most)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            text = file.read(size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DatasetError(
             f"{shown} is not UTF-8 text (byte {error.start}); save it again with the encoding UTF-8."
@@ -87,23 +95,29 @@ def metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str]
         shown: how to name it in a message.
 
     Returns:
-        File name, with forward slashes, to caption; and a sentence for each row that cannot be used.
+        File name, with forward slashes, to caption; and a sentence for each of the first 100 rows that cannot
+        be used, and one for the others.
     """
     captions: dict[str, str] = {}
     sentences: list[str] = []
     try:
-        text = read_text(path, shown)
+        text = read_text(path, shown, TABLE_BYTES)
         rows = _csv_rows(text) if path.suffix.casefold() == ".csv" else _json_rows(text)
     except DatasetError as error:
         return {}, [str(error)]
+    faults = 0
     for line, row in rows:
         fault = _fault(row)
         if fault:
-            sentences.append(f"{shown}, line {line}, {fault}; correct it or remove the line.")
+            faults += 1
+            if faults <= _MOST_FAULTS:
+                sentences.append(f"{shown}, line {line}, {fault}; correct it or remove the line.")
             continue
         value = next((row[key] for key in _CAPTION_KEYS if key in row), "")
         name = valid_text(row["file_name"]).replace("\\", "/").removeprefix("./")
         captions[name] = valid_text(value or "").strip()
+    if faults > _MOST_FAULTS:
+        sentences.append(f"{shown} has {faults - _MOST_FAULTS} more lines that cannot be used.")
     return captions, sentences
 
 
@@ -116,31 +130,35 @@ def _fault(row: Any) -> str:
     values = [row[key] for key in _CAPTION_KEYS if key in row]
     if not values:
         return "has neither text nor caption"
-    return "" if isinstance(values[0], str | None) else "has a caption that is not text"
+    if not isinstance(values[0], str | None):
+        return "has a caption that is not text"
+    if len(row["file_name"]) > _LONGEST_NAME:
+        return f"has a file_name of more than {_LONGEST_NAME} letters"
+    return (
+        f"has a caption of more than {CAPTION_BYTES:,} letters"
+        if len(values[0] or "") > CAPTION_BYTES
+        else ""
+    )
 
 
-def _json_rows(text: str) -> list[tuple[int, Any]]:
+def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
     """Line number and value, or the reason as text where a line is not JSON."""
-    rows: list[tuple[int, Any]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            rows.append((number, f"not JSON: {error}"))
+            yield number, f"not JSON: {error}"
         else:
-            rows.append((number, value if isinstance(value, dict) else {}))
-    return rows
+            yield number, value if isinstance(value, dict) else {}
 
 
-def _csv_rows(text: str) -> list[tuple[int, Any]]:
+def _csv_rows(text: str) -> Iterator[tuple[int, Any]]:
     """Line number and row, or the reason as text where the table breaks off."""
-    rows: list[tuple[int, Any]] = []
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
-            rows.append((reader.line_num, row))
+            yield reader.line_num, row
     except csv.Error as error:
-        rows.append((reader.line_num, f"not CSV: {error}"))
-    return rows
+        yield reader.line_num, f"not CSV: {error}"

@@ -9,7 +9,7 @@ heart.
 import hashlib
 
 from lora_core.dataset.folder import ImageRecord
-from lora_core.dataset.sidecars import folded
+from lora_core.dataset.names import folded
 from lora_core.dataset.twins import fingerprints, twin_groups
 from lora_core.spec.errors import DatasetError
 

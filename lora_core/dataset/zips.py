@@ -14,11 +14,11 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_core.dataset.names import safe_name
+from lora_core.dataset.names import folded, safe_name
 from lora_core.dataset.pictures import SUFFIXES
 from lora_core.dataset.records import Problem
-from lora_core.dataset.sidecars import CAPTION_SUFFIXES, METADATA_NAMES, folded
-from lora_core.dataset.walk import is_junk
+from lora_core.dataset.sidecars import CAPTION_SUFFIXES, METADATA_NAMES
+from lora_core.dataset.walk import MOST_DEPTH, is_junk, shortened
 from lora_core.spec.errors import DatasetError
 
 _CHUNK = 1 << 20
@@ -38,6 +38,7 @@ class Limits:
 
 
 LIMITS = Limits()
+_SHOWN_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def _check(archive: zipfile.ZipFile, shown: str, limits: Limits, free: int) -> N
         )
     for entry in entries:
         if fault := _fault(entry, limits):
-            raise DatasetError(f"{shown} is refused: its entry {entry.filename!r} {fault}.")
+            raise DatasetError(f"{shown} is refused: its entry {entry.filename[:_SHOWN_NAME]!r} {fault}.")
     total = sum(entry.file_size for entry in entries)
     if total > min(limits.total_bytes, free):
         raise DatasetError(
@@ -123,6 +124,8 @@ def _fault(entry: zipfile.ZipInfo, limits: Limits) -> str:
         return "is a symbolic link; pack the file itself"
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is not a plain file; leave it out"
+    if name.count("/") > MOST_DEPTH:
+        return f"lies more than {MOST_DEPTH} folders deep; pack it flatter"
     if entry.flag_bits & 0x1:
         return "is encrypted; pack it without a password"
     if entry.file_size > limits.file_bytes:
@@ -132,30 +135,65 @@ def _fault(entry: zipfile.ZipInfo, limits: Limits) -> str:
     return ""
 
 
+def not_unpacked(zip_path: Path) -> list[Problem]:
+    """A note for each entry of a zip that `unpack` leaves out; hidden ones share one.
+
+    Raises:
+        DatasetError: the zip cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(zip_path) as archive:
+            return _sorted(archive, zip_path)[1]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{zip_path.name} cannot be read ({error}); pack it again.") from error
+
+
+def _sorted(
+    archive: zipfile.ZipFile, zip_path: Path
+) -> tuple[dict[PurePosixPath, zipfile.ZipInfo], list[Problem]]:
+    """The useful entries by the relative path that they get, and a note on each of the others."""
+    useful: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    notes: list[Problem] = []
+    hidden: list[str] = []
+    for entry in archive.infolist():
+        name = _true_name(entry)
+        if entry.is_dir():
+            continue
+        if any(is_junk(part) for part in name.split("/")):
+            hidden.append(name)
+        elif not is_useful(name):
+            sentence = f"{name} in {zip_path.name} is neither a picture nor a caption; it is not used."
+            notes.append(Problem(zip_path / safe_name(name), "other file", sentence, False))
+        elif safe_name(name) in useful:
+            sentence = f"{name} stands in {zip_path.name} twice; the first one is used."
+            notes.append(Problem(zip_path / safe_name(name), "other file", sentence, False))
+        else:
+            useful[safe_name(name)] = entry
+    if hidden:
+        sentence = (
+            f"{len(hidden)} hidden in {zip_path.name}, not looked at ({shortened(hidden, len(hidden))})."
+        )
+        notes.append(Problem(zip_path, "hidden", sentence, False))
+    return useful, notes
+
+
 def _extract(
     archive: zipfile.ZipFile, zip_path: Path, into: Path, limits: Limits
 ) -> tuple[list[Path], list[Problem]]:
     """Write the useful entries; the paths are relative to `into`."""
     added: list[Path] = []
-    skipped: list[Problem] = []
+    useful, skipped = _sorted(archive, zip_path)
     room = limits.total_bytes
-    for entry in archive.infolist():
-        name = _true_name(entry)
-        if entry.is_dir() or any(is_junk(part) for part in name.split("/")):
-            continue
-        if not is_useful(name):
-            sentence = f"{name} in {zip_path.name} is neither a picture nor a caption; it was left out."
-            skipped.append(Problem(zip_path, "other file", sentence))
-            continue
-        target = into / safe_name(name)
-        if target.exists():
-            sentence = f"{name} stands in {zip_path.name} twice; the first one was taken."
-            skipped.append(Problem(zip_path, "other file", sentence))
+    for name, entry in useful.items():
+        target = into / name
+        if target.exists():  # where the file system takes two names for one
+            sentence = f"{name} stands in {zip_path.name} twice; the first one is used."
+            skipped.append(Problem(zip_path / name, "other file", sentence, False))
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         room -= _write(archive, entry, target, min(room, limits.file_bytes))
         added.append(target.relative_to(into))
-    return added, skipped
+    return added, [one for one in skipped if one.kind != "hidden"]
 
 
 def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, most: int) -> int:

@@ -28,7 +28,7 @@ class Problem:
 
     Attributes:
         kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
-            dataset, picture, caption, validation.
+            dataset, picture, caption, validation, or what a note on the dataset is of.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """

@@ -36,8 +36,6 @@ def test_order_and_what_is_no_picture(tmp_path: Path, draw: Draw) -> None:
     for name in ("Thumbs.db", ".DS_Store", "notes.md", "desktop.ini"):
         (tmp_path / name).write_bytes(b"\x00\x01")
     assert list(found(tmp_path)) == ["A.jpg", "b.png", "c/Z.webp", "C2/a.png", "é.bmp"]
-    (mask,) = [record.mask_path for record in scan(tmp_path).records if record.mask_path]
-    assert mask == tmp_path / "b-masklabel.png"
 
 
 def test_names_in_upper_case(tmp_path: Path, draw: Draw) -> None:
@@ -174,15 +172,12 @@ def test_one_bad_picture_does_not_keep_the_others_out(tmp_path: Path, draw: Draw
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:200])
     (tmp_path / "empty.jpg").write_bytes(b"")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
-    draw(tmp_path / "masked.png")
-    (tmp_path / "masked-masklabel.png").write_text("no mask")
     dataset = scan(tmp_path)
     assert [record.path.name for record in dataset.records] == ["good.png"]
     assert {problem.sentence.split()[0]: problem.kind for problem in dataset.problems} == {
         "cut.png": "unreadable",
         "dot.png": "tiny",
         "empty.jpg": "unreadable",
-        "masked-masklabel.png": "unreadable",
         "sub/text.png": "unreadable",
     }
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from lora_core.dataset.pictures import (
     as_rgb,
-    checked_size,
+    checked_info,
     content_hash,
+    image_info,
     open_rgb,
-    picture_size,
     thumbnail,
 )
 from lora_core.dataset.records import Problem
@@ -139,7 +139,7 @@ def test_exif_orientation(tmp_path: Path, ending: str, orientation: int) -> None
     x = width // 8 if "l" in corners[orientation] else width * 7 // 8
     y = height // 8 if "t" in corners[orientation] else height * 7 // 8
     red, green, blue = upright.getpixel((x, y))
-    assert upright.size == picture_size(tmp_path / f"a.{ending}", "a") == wanted
+    assert upright.size == image_info(tmp_path / f"a.{ending}", "a")[:2] == wanted
     assert red > 200
     assert green < 60
     assert blue < 60
@@ -200,7 +200,7 @@ def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DatasetError, match=words) as caught:
         open_rgb(path)
     assert str(path) in str(caught.value)
-    problem = checked_size(path, name)
+    problem = checked_info(path, name)
     assert isinstance(problem, Problem)
     assert problem.kind == "unreadable"
     assert problem.sentence.startswith(name)
@@ -216,7 +216,7 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (15, 400), (400, 15)])
 def test_tiny(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size).save(tmp_path / "a.png")
-    problem = checked_size(tmp_path / "a.png", "a.png")
+    problem = checked_info(tmp_path / "a.png", "a.png")
     assert isinstance(problem, Problem)
     assert problem.kind == "tiny"
     assert f"{size[0]} x {size[1]}" in problem.sentence
@@ -224,14 +224,14 @@ def test_tiny(tmp_path: Path, size: tuple[int, int]) -> None:
 
 def test_smallest_that_is_taken(tmp_path: Path) -> None:
     Image.new("RGB", (16, 17)).save(tmp_path / "a.png")
-    assert checked_size(tmp_path / "a.png", "a.png") == (16, 17)
+    assert checked_info(tmp_path / "a.png", "a.png") == (16, 17, False)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_size_of_a_jpeg_is_that_of_the_file(tmp_path: Path, mode: str) -> None:
     """The check decodes JPEGs at an eighth, which must not show."""
     Image.new(mode, (1001, 333)).save(tmp_path / "a.jpg")
-    assert picture_size(tmp_path / "a.jpg", "a.jpg") == (1001, 333)
+    assert image_info(tmp_path / "a.jpg", "a.jpg")[:2] == (1001, 333)
 
 
 @pytest.mark.parametrize(

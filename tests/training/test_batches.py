@@ -20,7 +20,7 @@ class Numbers:
 
 def _records(tmp_path, sizes, repeats=1):
     return [
-        ImageRecord(tmp_path / f"{n}.png", w, h, f"caption {n}, a, b, c", None, repeats)
+        ImageRecord(tmp_path / f"{n}.png", w, h, f"caption {n}, a, b, c", repeats)
         for n, (w, h) in enumerate(sizes)
     ]
 
