@@ -19,6 +19,7 @@ from app.words import many
 from lora_core.dataset.archive import Imported, Way, import_files, import_folder
 from lora_core.dataset.project import Project
 from lora_core.spec.errors import DatasetError, LoraError
+from lora_core.spec.paths import valid_text
 
 MOST_FILES = 40_000
 LARGEST_FILE = 500_000_000
@@ -53,8 +54,10 @@ class _Parcel:
             self.held += await anext(self.chunks, b"\n")
         line, _, self.held = self.held.partition(b"\n")
         try:
-            listed = [(int(index), str(name), int(size)) for index, name, size in json.loads(line)]
-        except (ValueError, TypeError, RecursionError) as error:
+            listed = [
+                (int(index), valid_text(str(name)), int(size)) for index, name, size in json.loads(line)
+            ]
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
             raise DatasetError("The list of files did not come through; drop them again.") from error
         if any(not 0 <= index < MOST_FILES or size < 0 for index, _, size in listed):
             raise DatasetError(f"More than {MOST_FILES:,} files cannot be taken at once; drop fewer.")

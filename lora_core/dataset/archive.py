@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from lora_core.dataset.known_sizes import Sizes
 from lora_core.dataset.names import folded, free_stem, safe_name
-from lora_core.dataset.pictures import SUFFIXES
+from lora_core.dataset.pictures import MOST_BYTES, SUFFIXES
 from lora_core.dataset.records import Problem
 from lora_core.dataset.sidecars import (
     CAPTION_SUFFIXES,
@@ -26,8 +26,9 @@ from lora_core.dataset.sidecars import (
 )
 from lora_core.dataset.taking import Way, take
 from lora_core.dataset.walk import files_below, is_junk, is_mask
-from lora_core.dataset.zips import Imported, Limits, unpack
+from lora_core.dataset.zips import Imported, Limits, is_useful, unpack
 from lora_core.spec.errors import DatasetError
+from lora_core.spec.paths import valid_text
 
 __all__ = ["Imported", "Limits", "Way", "import_files", "import_folder", "unpack"]
 
@@ -118,7 +119,7 @@ def import_files(
     """
     under_way = _started(into, files, way or Way())
     loose: list[_Incoming] = []
-    for source, name in zip(files, names or [file.name for file in files], strict=True):
+    for source, name in zip(files, map(valid_text, names or [file.name for file in files]), strict=True):
         if any(is_junk(part) for part in PurePosixPath(name.replace("\\", "/")).parts):
             continue
         if PurePosixPath(name).suffix.casefold() == ".zip":
@@ -163,13 +164,20 @@ def _started(into: Path, files: list[Path], way: Way) -> _Import:
         raise DatasetError(
             f"The folder {into} cannot be written ({error.strerror}); choose another."
         ) from error
-    needed = sum(file.stat().st_size for file in files if file.is_file()) if way.how == "copy" else 0
+    needed = sum(map(_bytes_to_copy, files)) if way.how == "copy" else 0
     if needed > free:
         raise DatasetError(
             f"The files need {needed / 1e6:.0f} MB, and {into} has room for {free / 1e6:.0f} MB; free some"
             " disk space."
         )
     return _Import(into, way)
+
+
+def _bytes_to_copy(file: Path) -> int:
+    """The size of a file that may be taken over; others are refused one by one."""
+    is_zip = file.suffix.casefold() == ".zip"
+    size = file.stat().st_size if (is_zip or is_useful(file.name)) and os.path.isfile(file) else 0
+    return size if is_zip or size <= MOST_BYTES else 0
 
 
 def _import_zip(source: Path, name: str, under_way: _Import) -> None:
@@ -239,6 +247,10 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
     has_picture = any(one.suffix in SUFFIXES and not one.is_mask for one in firsts)
     if has_picture:
         stem = free_stem(stem, under_way.stems(folder))
+        # One may have been taken back since the folder was read.
+        while any(os.path.lexists(folder / f"{stem}{one.suffix}") for one in firsts):
+            under_way.stems(folder).add(folded(stem))
+            stem = free_stem(firsts[0].stem, under_way.stems(folder))
     for one in firsts:
         target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
         if not has_picture and folded(target.name) in under_way.names(folder):

@@ -14,7 +14,7 @@ from lora_core.dataset.by_hand import write_list
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem, scan, write_caption
 from lora_core.dataset.known_sizes import Sizes
 from lora_core.spec.errors import DatasetError
-from lora_core.spec.paths import DEMO_TRAIN, write_atomically
+from lora_core.spec.paths import DEMO_TRAIN, valid_text, write_atomically
 
 DEMO = "demo"
 DEFAULT_TITLE = "My pictures"
@@ -167,7 +167,7 @@ class Project:
 
 def relative_name(path: Path, folder: Path) -> str:
     """A picture's name below its dataset folder, with forward slashes."""
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    return valid_text(path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name)
 
 
 def title_of(path: Path) -> str:

@@ -1,11 +1,12 @@
 """Sound files come in, the others are named, and nothing that is there is lost."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from lora_core.dataset.archive import import_files, import_folder
+from lora_core.dataset.archive import Way, import_files, import_folder
 from lora_core.dataset.folder import scan
 from lora_core.spec.errors import DatasetError
 from tests.dataset.conftest import Draw, listed, packed
@@ -146,3 +147,70 @@ def test_folder_that_cannot_be_written(tmp_path: Path, draw: Draw) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DatasetError, match="cannot be written"):
         import_files([draw(tmp_path / "a.png")], tmp_path / "file" / "into")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes and devices there")
+@pytest.mark.parametrize("how", ["copy", "link"])
+def test_only_regular_files_of_the_folder_are_taken(tmp_path: Path, draw: Draw, how: str) -> None:
+    source = tmp_path / "from"
+    draw(source / "a.png", caption="a")
+    draw(tmp_path / "private.png", seed=1, caption="private")
+    (source / "b.png").symlink_to("a.png")
+    os.mkfifo(source / "pipe.png")
+    os.mkfifo(source / "pipe.txt")
+    (source / "link.png").symlink_to(tmp_path / "private.png")
+    (source / "a.caption").symlink_to(tmp_path / "private.txt")
+    (source / "zero.txt").symlink_to("/dev/zero")
+    (source / "metadata.jsonl").symlink_to("/dev/zero")
+    (source / "away").symlink_to(tmp_path)
+    (source / "loop.png").symlink_to("loop.png")
+    with open(source / "sparse.png", "wb") as file:
+        file.truncate(1 << 40)
+    with open(source / "sparse.txt", "wb") as file:
+        file.truncate(1 << 40)
+    imported = import_folder(source, tmp_path / "into", Way(how))
+    assert listed(tmp_path / "into") == ["a.png", "a.txt", "b.png"]
+    assert {problem.path.name: problem.kind for problem in imported.skipped} == {
+        "pipe.png": "no file",
+        "pipe.txt": "no file",
+        "link.png": "link",
+        "a.caption": "link",
+        "zero.txt": "no file",
+        "metadata.jsonl": "no file",
+        "away": "link",
+        "loop.png": "unreadable",
+        "sparse.png": "unreadable",
+        "sparse.txt": "caption",
+    }
+    assert all(problem.path.name in problem.sentence for problem in imported.skipped)
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 5000, "d/" * 3000 + "a.png", "d" * 255 + "/" + "x" * 255, "\ud800.png"]
+)
+def test_a_row_with_an_impossible_name_is_said_alone(tmp_path: Path, draw: Draw, name: str) -> None:
+    source = tmp_path / "from"
+    draw(source / "a.png")
+    rows = [{"file_name": name, "text": "x"}, {"file_name": "a.png", "text": "A"}]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    imported = import_folder(source, tmp_path / "into")
+    assert listed(tmp_path / "into") == ["a.png", "a.txt"]
+    (problem,) = imported.skipped
+    assert problem.kind == "metadata"
+    problem.sentence.encode()
+    assert len(problem.sentence) < 1500
+
+
+def test_a_picture_that_comes_back_meanwhile_is_not_written_over(tmp_path: Path, draw: Draw) -> None:
+    source, into = tmp_path / "from", tmp_path / "into"
+    for name in ("a", "b"):
+        draw(source / f"{name}.png", seed=1)
+    back = draw(tmp_path / "b.png", seed=2).read_bytes()
+
+    def said(phase: str, done: int, total: int) -> None:
+        if phase == "Taking over" and done == 1:
+            (into / "b.png").write_bytes(back)
+
+    import_folder(source, into, Way(said=said))
+    assert listed(into) == ["a.png", "b-2.png", "b.png"]
+    assert (into / "b.png").read_bytes() == back
