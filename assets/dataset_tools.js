@@ -257,6 +257,10 @@
     ["unreadable", "Cannot be read"], ["twins", "Near-twins"], ["tiny", "Tiny"], ["blurred", "Blurred"],
     ["caption", "Captions that cannot be read"], ["no caption", "No caption"], ["long caption", "Too long captions"],
     ["common phrase", "Phrases in most captions"], ["metadata", "Tables of captions"], ["held out", "List of validation pictures"],
+    ["mask", "Masks, not used yet"], ["regularisation", "Regularisation, not used yet"], ["transparent", "See-through, white behind"],
+    ["caption without picture", "Captions without a picture"], ["second caption", "Second captions"], ["shared caption", "Shared captions"],
+    ["unread caption", "Captions of pictures that cannot be used"], ["other file", "Other files"], ["hidden", "Hidden files"],
+    ["link", "Links"], ["no file", "Not files"], ["name", "Names"], ["deep", "Too deep folders"],
   ];
   const LEAVABLE = new Set(["unreadable", "twins", "tiny", "blurred", "caption"]);
   const MOST_ROWS = 40;
@@ -280,7 +284,7 @@
     }
     node.append(small(row.picture), make("span", { className: "grow small", textContent: row.sentence }));
     if (LEAVABLE.has(row.kind)) node.append(leave(row.picture));
-    else if (row.picture) {
+    else if (easel.shelf().pictures.some((picture) => picture.name === row.picture)) {
       const button = make("button", { type: "button", className: "own quiet", textContent: "Open" });
       button.dataset.openPicture = row.picture;
       node.append(button);

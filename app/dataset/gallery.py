@@ -14,7 +14,7 @@ from app.train.plan import Plan
 from app.words import chip, many, safe
 from lora_core.dataset.audit import phrase_sentences
 from lora_core.dataset.buckets import bucket_of, crop_box
-from lora_core.dataset.folder import Dataset, ImageRecord, Problem
+from lora_core.dataset.folder import AUDIT_ONLY, UNUSED, Dataset, ImageRecord, Problem, summaries
 from lora_core.dataset.left_out import left_out
 from lora_core.dataset.project import Project, relative_name
 
@@ -113,13 +113,16 @@ def findings(dataset: Dataset, skipped: list[Problem], demo: bool, advice: list[
         chips.append(chip(f"{held} held out for validation"))
     if dataset.problems:
         chips.append(chip(many(len(dataset.problems), "problem"), "bad"))
+    if unused := sum(note.kind in UNUSED for note in dataset.notes):
+        chips.append(chip(f"{many(unused, 'file')} not used", "warn"))
     if skipped:
         chips.append(chip(f"{len(skipped)} skipped at the last import", "warn"))
     if demo:
         chips.append('<span class="chip" data-captions-fixed>the demo\'s own, which stay as they are</span>')
     if not chips:
         return ""
-    sentences = [*advice, *(problem.sentence for problem in [*dataset.problems, *skipped])]
+    said = [*dataset.problems, *summaries(dataset.notes, AUDIT_ONLY), *skipped]
+    sentences = [*advice, *(problem.sentence for problem in said)]
     lines = "".join(f"<li>{safe(sentence)}</li>" for sentence in sentences[:MOST_SENTENCES])
     if len(sentences) > MOST_SENTENCES:
         lines += f"<li>And {len(sentences) - MOST_SENTENCES} more.</li>"

@@ -7,7 +7,7 @@ damaged file is named before a run starts.
 import os
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,6 +46,10 @@ _MASK_OF = ("_mask", "-mask", ".mask")
 _SHOWN_PROBLEMS = 5
 _SHOWN_ROWS = 100
 _THREADS = 4
+AUDIT_ONLY = ("hidden", "link", "unread caption")
+"""Notes that only the audit needs: a problem says it too, or nothing is lost."""
+UNUSED = ("mask", "regularisation", "caption without picture", "second caption", "other file")
+"""Notes on files that a person may think are used."""
 _SUMMARIES = {
     "mask": "{} masks are not used yet: pictures are trained on whole, whatever a mask leaves out ({}).",
     "regularisation": "{} files in folders for regularisation are not used yet, and not trained on ({}).",
@@ -117,10 +121,10 @@ def scan(folder: Path, sizes: Sizes | None = None) -> Dataset:
     return Dataset(records, [*listing.problems, *problems], listing.notes)
 
 
-def summaries(notes: Iterable[Problem]) -> list[Problem]:
-    """One note for each kind, in the order in which they come first."""
+def summaries(notes: Iterable[Problem], leave_out: Container[str] = ()) -> list[Problem]:
+    """One note for each kind but those in `leave_out`, in the order in which they come first."""
     by_kind: dict[str, list[Problem]] = {}
-    for note in notes:
+    for note in (one for one in notes if one.kind not in leave_out):
         by_kind.setdefault(note.kind, []).append(note)
     found = []
     for kind, members in by_kind.items():
@@ -167,7 +171,7 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
     if not dataset.records and not any(
         problem.path.suffix.casefold() in SUFFIXES for problem in dataset.problems
     ):
-        why = "".join(f" {note.sentence}" for note in summaries(dataset.notes))
+        why = "".join(f" {note.sentence}" for note in summaries(dataset.notes, AUDIT_ONLY))
         raise DatasetError(
             f"There are no pictures in {where}; put PNG, JPEG, WebP or HEIC files there, each with a .txt"
             f" caption.{why}"

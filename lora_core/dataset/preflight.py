@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lora_core.dataset.captions import CHUNK, CaptionRules, part_beyond, varies, with_trigger
-from lora_core.dataset.folder import open_dataset, summaries
+from lora_core.dataset.folder import AUDIT_ONLY, open_dataset, summaries
 from lora_core.dataset.records import Dataset, ImageRecord
 from lora_core.dataset.split import held_out, wished_pictures
 from lora_core.spec.base_facts import BaseFacts
@@ -16,8 +16,6 @@ from lora_core.spec.preflight import Encoded, base_of, gpu_free_bytes, problems_
 from lora_core.spec.problems import Problem
 from lora_core.spec.room import DRAWN_CAPTIONS_BYTES
 
-_ELSEWHERE = ("hidden", "link", "unread caption")
-"""Notes that the audit has, and that nobody needs before Start: a problem says it too, or nothing is lost."""
 SHOWN = 5
 """So many of a kind are named one by one."""
 _EXCERPT = 60
@@ -76,8 +74,8 @@ def _pictures(dataset: Dataset) -> list[Problem]:
         found.append(Problem("dataset", "There are no pictures yet; put some in."))
     if more > 0:
         found.append(Problem("picture", f"And {more} more."))
-    notes = [note for note in dataset.notes if note.kind not in _ELSEWHERE]
-    return [*found, *(Problem(note.kind, note.sentence, False) for note in summaries(notes))]
+    notes = summaries(dataset.notes, AUDIT_ONLY)
+    return [*found, *(Problem(note.kind, note.sentence, False) for note in notes)]
 
 
 def _split(records: list[ImageRecord], config: RunConfig) -> list[Problem]:

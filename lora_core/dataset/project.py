@@ -161,7 +161,7 @@ class Project:
         key, old = self._scanned
         if isinstance(key, tuple) and key[0] == folder:
             key = (folder, folder.stat().st_mtime_ns)
-        self._scanned = (key, Dataset([changed.get(r.path, r) for r in old.records], old.problems))
+        self._scanned = (key, replace(old, records=[changed.get(r.path, r) for r in old.records]))
         self._revision += 1
 
 

@@ -1,12 +1,14 @@
 """Problems before Start: looked up in the background, all at once when Start is pressed."""
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from app.dataset import checking
+from app.dataset import checking, gallery
 from app.desk import Desk
 from app.moment import moment_of
 from app.parts import Parts
@@ -61,6 +63,27 @@ def _notes(desk: Desk) -> list[str]:
     from app.train.facts import notes
 
     return notes(moment_of(desk))
+
+
+def test_what_is_not_used_stands_beside_start(desk: Desk, pictures: list[Path]) -> None:
+    folder = desk.project.pictures
+    for name in ("mask/picture-0.png", "picture-1-masklabel.png", "reg/1_field/a.png", "reg/1_field/b.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures[0], folder / name)
+    Image.new("RGBA", (160, 160), (0, 90, 160, 90)).save(folder / "clear.png")
+    desk.project.forget()
+    assert len(desk.project.dataset().records) == 4
+    said = wait_for(lambda: [text for text in _notes(desk) if "masks are not used yet" in text])
+    assert said == [
+        "2 masks are not used yet: pictures are trained on whole, whatever a mask leaves out"
+        " (picture-0.png, picture-1-masklabel.png)."
+    ]
+    assert sum("regularisation" in text or "white background" in text for text in _notes(desk)) == 2
+    assert unfit(moment_of(desk)) == []
+    desk.project.save_caption("picture-0.png", "new")
+    shown = gallery.findings(desk.project.dataset(), [], False, [])
+    assert "4 files not used" in shown
+    assert "2 masks are not used yet" in shown
 
 
 def test_a_name_that_is_taken_is_said(desk: Desk, pictures: list[Path]) -> None:

@@ -37,7 +37,7 @@ def test_audit_says_what_will_be_learned(capsys: pytest.CaptureFixture[str]) -> 
     assert {"absorbed", "named", "meaning", "wording"} == {row["kind"] for row in found["learned"]}
     assert sum(row["share"] for row in found["shares"]) == pytest.approx(1)
     assert main(["audit", "demo", "--batch", "0"]) == 1
-    assert capsys.readouterr().err == "--batch = 0 is out of range; it goes from 1 to 1024.\n"
+    assert capsys.readouterr().err == "--batch = 0 is out of range; it goes from 1 to 256.\n"
 
 
 def test_probe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
