@@ -19,16 +19,23 @@ import torch
 from lora_core.adapters.weights import LayerKey, LayerWeights
 from lora_core.formats import diffusers, kinds, kohya
 from lora_core.formats.container import read_tensors
-from lora_core.formats.file import TURNED_PLAIN, read_adapter
+from lora_core.formats.file import TURNED_PLAIN, check_family, read_adapter
 from lora_core.formats.forms import in_own_form, kernel_of
-from lora_core.formats.layers import Tensors, alpha_number, check_finite
+from lora_core.formats.layers import (
+    MAGNITUDE,
+    Tensors,
+    alpha_number,
+    check_finite,
+    check_products,
+    checked_magnitude,
+    dora_update,
+)
 from lora_core.formats.names import layer_of_stem
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
 from lora_core.spec.tensor_file import read_header
 
 _ODD = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))")
-_MAGNITUDE = re.compile(r"(.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
 _LARGEST = 2**25
 """Numbers in a weight. The largest of Stable Diffusion XL has 29.5 million; a broken file can claim any."""
 
@@ -106,17 +113,13 @@ class Update:
                 f"{self.name} has the shape {list(product.shape)} in the file and {list(weight.shape)} in the"
                 " base; the file is for another base."
             )
-        whole = weight + product.reshape(weight.shape)
         rows = self.magnitude.shape[1] == 1
-        side = whole.flatten(1) if rows else whole.transpose(0, 1).flatten(1)
-        if self.magnitude.numel() != side.shape[0]:
+        if self.magnitude.numel() != weight.shape[0 if rows else 1]:
             raise AdapterFileError(
-                f"{self.name} has {self.magnitude.numel()} DoRA magnitudes for {side.shape[0]}"
-                f" {'rows' if rows else 'columns'} of the base's layer."
+                f"{self.name} has {self.magnitude.numel()} DoRA magnitudes for"
+                f" {weight.shape[0 if rows else 1]} {'rows' if rows else 'columns'} of the base's layer."
             )
-        norms = side.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-        factor = (self.magnitude.float().flatten() / norms).reshape(self.magnitude.shape)
-        return whole * factor.reshape(*factor.shape, *(1,) * (whole.dim() - 2)) - weight
+        return dora_update(weight, product, self.magnitude)
 
 
 def _loha(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -174,6 +177,8 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
         AdapterFileError: one sentence on what is wrong with the file, or that it is for another family.
     """
     header = read_header(path)
+    if kinds.kind_of(header.shapes) in TURNED_PLAIN:
+        check_family(path, header)
     family = known or kinds.file_family(header.shapes, header.metadata)
     if kinds.kind_of(header.shapes) not in TURNED_PLAIN:
         weights = read_adapter(path, known)
@@ -198,7 +203,9 @@ def _no_family(path: Path) -> str:
 
 
 def _odd_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) -> Updates:
-    magnitudes = {match[1]: tensors.pop(key) for key in list(tensors) if (match := _MAGNITUDE.fullmatch(key))}
+    for name in kinds.extra_keys(tensors):
+        del tensors[name]
+    magnitudes = {match[1]: tensors.pop(key) for key in list(tensors) if (match := MAGNITUDE.fullmatch(key))}
     roles: dict[str, Tensors] = {}
     for key in list(tensors):
         if match := _ODD.fullmatch(key):
@@ -217,25 +224,26 @@ def _odd_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) 
         layer = _layer(name, family)
         if layer not in updates:
             raise AdapterFileError(f"{name!r} has DoRA magnitudes, but no update.")
-        updates[layer] = replace(updates[layer], magnitude=_magnitude(name, magnitude))
+        updates[layer] = replace(updates[layer], magnitude=checked_magnitude(name, magnitude))
     return updates
 
 
 def _layer(name: str, family: Family) -> LayerKey:
     """The layer that a module's name in a file means."""
-    if name.startswith("lora_"):
-        return layer_of_stem(name, family)
-    pair = {f"{name}.lora_{half}.weight": torch.ones(1, 1) for half in "AB"}
-    return next(iter(diffusers.from_file(pair, {}).layers))
+    return (
+        layer_of_stem(name, family)
+        if "." not in name
+        else diffusers.layer_and_role(f"{name}.alpha", family)[0]
+    )
 
 
 def _odd_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: Family) -> Update:
-    if not name.startswith("lora_"):
+    if alpha is None and "." in name:
         raise AdapterFileError(
             f"{name!r} is a LoHa or a LoKr under PEFT's names, where the strength is in no file; convert it"
             " with PEFT first."
         )
-    _check_roles(name, roles)
+    check_products(name, roles)
     inner = next((roles[key] for key in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if key in roles), None)
     # Without a rank, as in a LoKr of two whole matrices, alpha means nothing.
     scale = 1.0
@@ -260,29 +268,3 @@ def _odd_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: F
             f"{name!r} claims a weight of the shape {list(size)}, which no layer here has."
         )
     return update
-
-
-def _check_roles(name: str, roles: Tensors) -> None:
-    """Refuse what lacks a tensor."""
-    if any(role.startswith("hada") for role in roles):
-        needed = {f"hada_w{n}_{half}" for n in "12" for half in "ab"}
-        needed |= {"hada_t1", "hada_t2"} if roles.keys() & {"hada_t1", "hada_t2"} else set()
-    else:
-        needed = set()
-        for n in "12":
-            needed |= {f"lokr_w{n}"} if f"lokr_w{n}" in roles else {f"lokr_w{n}_a", f"lokr_w{n}_b"}
-    missing = sorted(needed - roles.keys())
-    if missing:
-        raise AdapterFileError(f"{name!r} lacks {', '.join(missing)}.")
-    if any(not t.is_floating_point() or t.numel() == 0 for t in roles.values()):
-        raise AdapterFileError(f"{name!r} holds tensors that are empty or of whole numbers.")
-
-
-def _magnitude(name: str, stored: torch.Tensor) -> torch.Tensor:
-    """(out, 1) or (1, in): kohya's files say it by the shape, PEFT's always have one for each row."""
-    if stored.numel() == 0 or stored.numel() != max(stored.shape, default=0):
-        raise AdapterFileError(f"{name!r} has DoRA magnitudes of the impossible shape {list(stored.shape)}.")
-    if not torch.isfinite(stored.float()).all():
-        raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
-    columns = name.startswith("lora_") and stored.dim() > 1 and stored.shape[0] == 1
-    return stored.reshape(1, -1) if columns else stored.reshape(-1, 1)

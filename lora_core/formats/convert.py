@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_core.formats.file import AS_IT_IS, read_adapter, write_adapter
 from lora_core.formats.forms import in_own_form
-from lora_core.formats.kinds import family_name, file_family
+from lora_core.formats.kinds import family_name, file_family, left_out
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.tensor_file import read_header
 
@@ -20,7 +20,7 @@ def converted(source: Path, target: Path, format: str, keep_alphas: bool = False
         keep_alphas: keep an alpha of its own for each layer of a kohya file.
 
     Returns:
-        What the person should know about the new file, in sentences.
+        What to know about the new file, in sentences.
 
     Raises:
         AdapterFileError: the source cannot be read, is for a family that has no names here, or the target
@@ -34,12 +34,15 @@ def converted(source: Path, target: Path, format: str, keep_alphas: bool = False
         what = "does not say which family of base it is for" if name == "unknown" else f"is for {name}"
         raise AdapterFileError(f"{source} {what}, so its layers have no names in another format.")
     formed = in_own_form(weights, family)
-    notes = []
+    out = left_out(header.shapes)
+    notes = [out] if out else []
     if any(formed.layers[key].down.shape != layer.down.shape for key, layer in weights.layers.items()):
         notes.append("1 x 1 convolutions and linear layers now have the shapes that the base's layers have.")
     if any(key.endswith("lora_mid.weight") for key in header.tensors):
         notes.append("layers of three factors (Tucker) now have two, with the same product.")
-    write_adapter(formed, target, format, AS_IT_IS, family, header.metadata, keep_alphas)
+    # A1111 shows two files of one alias as one.
+    texts = header.metadata | {"ss_output_name": target.stem, "modelspec.title": target.stem}
+    write_adapter(formed, target, format, AS_IT_IS, family, texts, keep_alphas)
     alphas = {layer.alpha for layer in weights.layers.values()}
     if 0.0 in alphas and keep_alphas and format == "kohya":
         notes.append("some layers have an alpha of 0, which kohya's own loader reads as the rank.")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.formats.kinds import extra_keys, file_family
 from lora_core.formats.layers import Tensors, check_plain, checked_layer
 from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer, with_text_model
 from lora_core.spec.errors import AdapterFileError
@@ -24,11 +25,19 @@ HEADER_KEY = "lora_adapter_metadata"
 """Never in a kohya file: diffusers refuses a file that has both this and alphas among its tensors."""
 
 _PREFIX = re.compile(
-    r"(?:base_model\.model\.)?(?:(unet|text_encoder_2|text_encoder)\.)?(?:base_model\.model\.)?"
+    r"(?:base_model\.model\.)?(?:(unet|text_encoder_2|text_encoder|diffusion_model|text_encoders\.clip_[lgh]\.transformer)\.)?"
+    r"(?:base_model\.model\.)?"
 )
+_COMFY_PARTS = {
+    "diffusion_model": "unet",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_h.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+}
+"""How ComfyUI calls the parts."""
 _OLDER = r"(?:(?P<old>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)\.(?P<role>down|up)\.weight"
 _LEAF = re.compile(
-    rf"\.(?:(?:processor\.)?{_OLDER}|lora_(?P<peft>[AB])(?:\.default)?\.weight|(?P<alpha>alpha))$"
+    rf"\.(?:(?:processor\.)?{_OLDER}|lora_(?P<new>A|B|down|up|mid)(?:\.default)?\.weight|(?P<alpha>alpha))$"
 )
 _PEFT_ROLES = {"A": "down", "B": "up"}
 _OLD_LEAVES = {
@@ -106,22 +115,25 @@ def _plain(number: float) -> float:
 
 
 def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
-    """The adapter in a file's tensors and header.
+    """The adapter in a file's tensors and header, but for what `kinds.left_out` names.
 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape, or says
         that
             the header's alphas cannot be read.
     """
+    extras = extra_keys(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in extras}
     unknown = [key for key in tensors if _LEAF.search(key) is None]
     if unknown:
         raise AdapterFileError(
             "The file holds tensors that belong to no plain LoRA of the diffusers format:"
             f" {first_few(unknown)}."
         )
+    family = file_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
     by_layer: dict[LayerKey, Tensors] = {}
     for key, tensor in tensors.items():
-        layer, role = layer_and_role(key)
+        layer, role = layer_and_role(key, family)
         if role in by_layer.setdefault(layer, {}):
             raise AdapterFileError(
                 f"The file holds the {role} half of {'.'.join(layer)} twice, once as {key!r}."
@@ -148,8 +160,12 @@ def with_header_alphas(
     return AdapterWeights(found, {k: v for k, v in metadata.items() if k != HEADER_KEY})
 
 
-def layer_and_role(key: str) -> tuple[LayerKey, str]:
-    """The layer that a key is for, and the half: "down", "up", or "alpha".
+def layer_and_role(key: str, family: Family | None = None) -> tuple[LayerKey, str]:
+    """The layer that a key is for, and the half: "down", "up", "mid" or "alpha".
+
+    Args:
+        key: the name of a tensor.
+        family: whose blocks original names count, as in `names.layer_of_stem`.
 
     Raises:
         AdapterFileError: it names no layer.
@@ -161,12 +177,13 @@ def layer_and_role(key: str) -> tuple[LayerKey, str]:
     path = key[prefix.end() : leaf.start()]
     # Files of one part alone carry no prefix; only text encoders have numbered encoder layers.
     part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
+    part = _COMFY_PARTS.get(part, part)
     if leaf["old"]:
         path = f"{path}.{_OLD_LEAVES['unet' if part == 'unet' else 'text'][leaf['old']]}"
-    path = with_text_model(path) if part != "unet" else from_ldm(path) or path
+    path = with_text_model(path) if part != "unet" else from_ldm(path, family) or path
     if not is_layer(part, path):
-        raise AdapterFileError(unknown_layer(key, path))
-    role = "alpha" if leaf["alpha"] else leaf["role"] or _PEFT_ROLES[leaf["peft"]]
+        raise AdapterFileError(unknown_layer(key))
+    role = "alpha" if leaf["alpha"] else leaf["role"] or _PEFT_ROLES.get(leaf["new"], leaf["new"])
     return (part, path), role
 
 

@@ -25,8 +25,9 @@ from lora_core.models.weight_files import PRECISIONS, SafetensorsFile
 from lora_core.spec.choices import FORMATS, chosen
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
+from lora_core.spec.other_models import other_family
 from lora_core.spec.paths import sync_folder
-from lora_core.spec.tensor_file import read_header
+from lora_core.spec.tensor_file import Header, read_header
 
 __all__ = ["file_hashes", "read_adapter", "read_tensors", "write_adapter"]
 
@@ -51,14 +52,13 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
         AdapterFileError: the file is broken, holds no plain LoRA, holds numbers that are not finite, or is
             for another family.
     """
-    shapes = read_header(path).shapes
+    header = read_header(path)
+    shapes = header.shapes
     kind = kinds.kind_of(shapes)
+    if kind != "unknown":
+        check_family(path, header)
     if kind not in (kinds.LORA, kinds.LOCON):
-        what = (
-            "no adapter that is known here"
-            if kind == "unknown"
-            else f"of the kind {kind!r}, not a plain LoRA"
-        )
+        what = kinds.called(kind, shapes) + ("" if kind == "unknown" else ", not a plain LoRA")
         raise AdapterFileError(f"{path} cannot be used: it is {what}.{merge_offer(path, kind)}")
     tensors, texts = read_tensors(path)
     metadata = with_config_beside(path, tensors, texts)
@@ -78,6 +78,19 @@ def read_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
         raise AdapterFileError(f"{path} adapts {', '.join(extra)}, which the {family.title} does not have.")
     assert isinstance(weights, AdapterWeights)
     return weights
+
+
+def check_family(path: Path, header: Header) -> None:
+    """Refuse an adapter of a family that cannot be used here, by its name.
+
+    Raises:
+        AdapterFileError: it is of such a family.
+    """
+    other = other_family(header.shapes, header.metadata)
+    if other:
+        raise AdapterFileError(
+            f"{path} is for {other}, which cannot be used here: only Stable Diffusion 1.x, 2.x and XL can."
+        )
 
 
 def merge_offer(path: Path, kind: str) -> str:

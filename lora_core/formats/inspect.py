@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_core.formats import diffusers, kinds, kohya
 from lora_core.formats.container import file_hashes, read_tensors
-from lora_core.formats.layers import alpha_number, checked_layer, is_finite
+from lora_core.formats.layers import Tensors, alpha_number, check_products, checked_layer, is_finite
 from lora_core.formats.peft_folder import with_config_beside
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.tensor_file import Header, read_header
@@ -23,8 +23,9 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "unknown"; `kind`: "LoRA", "LoCon", "LoHa", ...; `ranks` and `alphas`: the distinct values, ascending;
         `modules`: how many are adapted; `parameters`: how many numbers, alphas not counted; `bytes`;
         `sha256`, `autov2`, `autov3`; `hash_matches`: whether the header's own hash is right, None if it has
-        none; `problem`: a sentence on numbers that are not finite or halves that do not fit, "" if there is
-        none; `metadata`: the header's texts.
+        none; `problem`: a sentence on numbers that are not finite, factors that do not fit or a file without
+        tensors, "" if there is none; `left_out`: a sentence on what of the file is not used here, or "";
+        `metadata`: the header's texts.
 
     Raises:
         AdapterFileError: one sentence on what is wrong with the file.
@@ -45,7 +46,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in weights),
         "bytes": path.stat().st_size,
         **file_hashes(path),
-        "problem": _problem(path, kinds.kind_of(shapes)),
+        "problem": _problem(path, shapes),
+        "left_out": kinds.left_out(shapes),
         "metadata": header.metadata,
     }
 
@@ -63,22 +65,40 @@ _ROLE = re.compile(
 )
 
 
-def _problem(path: Path, kind: str) -> str:
-    """What is wrong inside an adapter file whose header is in order, whatever its layers are called."""
-    if kind not in kinds.ADAPTERS:
+def _problem(path: Path, shapes: kinds.Shapes) -> str:
+    """What is wrong inside a file whose header is in order, whatever its layers are called."""
+    if not shapes:
+        return f"{path} holds no tensors; it is no adapter."
+    if kinds.kind_of(shapes) not in kinds.ADAPTERS:
         return ""
     tensors, _ = read_tensors(path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             return f"{path} is broken: {name!r} holds numbers that are not finite (NaN or infinity)."
-    for module, keys in kinds.keys_by_module(tensors).items():
-        roles = {role: tensors[key] for key in keys if (role := _role(key))}
+    extras = kinds.extra_keys(tensors)
+    modules = kinds.keys_by_module(key for key in tensors if key not in extras)
+    for module, keys in modules.items():
         try:
-            if roles:
-                checked_layer(module, roles)
+            _check_module(module, {key: tensors[key] for key in keys})
         except AdapterFileError as error:
             return f"{path} is broken. {error}"
     return ""
+
+
+def _check_module(module: str, tensors: Tensors) -> None:
+    """Refuse factors that do not fit together.
+
+    Raises:
+        AdapterFileError: what is wrong with the module.
+    """
+    products = {match[1]: tensors[key] for key in tensors if (match := _PRODUCT.search(key))}
+    if products:
+        check_products(module, products)
+    roles = {role: tensors[key] for key in tensors if (role := _role(key))}
+    if roles.keys() - {"alpha"}:
+        checked_layer(module, roles)
+    elif len(tensors) == 1 and roles:
+        raise AdapterFileError(f"{module!r} has an alpha, but no weights.")
 
 
 def _role(key: str) -> str:
@@ -88,6 +108,7 @@ def _role(key: str) -> str:
     return match["kohya"] or match["old"] or {"A": "down", "B": "up"}[match["peft"]]
 
 
+_PRODUCT = re.compile(r"\.((?:hada|lokr)_\w+)$")
 _RANK_AXES = {
     "lora_down": 0,
     "lora_A": 0,

@@ -2,24 +2,38 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from lora_core.formats.names import OTHER_UNETS, ldm_family
+from lora_core.formats.names import ldm_family
 from lora_core.spec.families import FAMILIES, Family
+from lora_core.spec.other_models import other_family, refused_kind
 
 Shapes = Mapping[str, Sequence[int]]
 
 LORA, LOCON, DORA = "LoRA", "LoCon", "DoRA"
+_FACTOR = re.compile(
+    r"[._]lora_(?:down|up|A|B)\.|[._]lora\.(?:down|up)\.|\.lora_linear_layer\.|\.(?:hada|lokr)_w"
+)
 _KINDS = (
+    (re.compile(r"^lllite_"), "ControlNet-LLLite"),
+    (re.compile(r"lora_controlnet|^control_model\.|^controlnet_|^input_hint_block\."), "ControlNet"),
+    (
+        re.compile(r"^image_proj|^ip_adapter\.|^(?:ip_adapter\.)?\d+\.to_[kqv]_ip|^\d+\.to_\w+_lora\."),
+        "IP-Adapter",
+    ),
+    (re.compile(r"^(?:adapter\.)?body\.\d+\.(?:resnets|block1|in_conv)"), "T2I-Adapter"),
     (re.compile(r"\.hada_w1_|\.hada_w2_"), "LoHa"),
     (re.compile(r"\.lokr_w"), "LoKr"),
     (re.compile(r"\.dora_scale$|\.lora_magnitude_vector"), DORA),
     (re.compile(r"\.oft_|\.boft_"), "OFT"),
     (re.compile(r"\.on_input$|\.ia3_l"), "IA3"),
     (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
-    (re.compile(r"\.diff(_b)?$"), "full difference"),
-    (re.compile(r"lora_controlnet|^control_model\.|^controlnet_"), "ControlNet"),
-    (re.compile(r"^lora_.*\.|\.lora_[AB]\.|[._]lora\.(down|up)\.|\.lora_linear_layer\."), LORA),
+    (_FACTOR, LORA),
+    (re.compile(r"\.diff(?:_b)?$"), "full difference"),
+    (re.compile(r"\.[wb]_norm$"), "change of norm layers"),
+    (re.compile(r"^bundle_emb\."), "textual-inversion embedding"),
+    (re.compile(r"^lora_.*\."), LORA),
     (re.compile(r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\."), "whole checkpoint"),
     (re.compile(r"^(down_blocks|up_blocks)\.\d+\.resnets\."), "whole UNet"),
     (re.compile(r"^text_model\.(encoder|embeddings)\."), "whole text encoder"),
@@ -28,13 +42,13 @@ _KINDS = (
 )
 """By names, the more special first."""
 
-_OTHER_MODELSPECS = {
-    "stable-diffusion-3": "Stable Diffusion 3",
-    "stable-diffusion-v3": "Stable Diffusion 3",
-    "stable-cascade": "Stable Cascade",
-    "flux": "Flux",
-}
-"""How to name bases that are no row of `FAMILIES`; a row always wins."""
+_EXTRAS = (
+    (re.compile(r"^bundle_emb\."), "bundled embeddings"),
+    (re.compile(r"\.[wb]_norm$"), "changes of norm layers"),
+    (re.compile(r"\.diff_b$|\.bias$|\.bias_(?:indices|values|size)$"), "changes of biases"),
+    (re.compile(r"\.diff$"), "full differences of weights"),
+)
+"""What some files hold beside the factors of a LoRA: the name of a tensor, and what it is."""
 
 _DOWN = r"[._](?:lora[_.](?:down|A|linear_layer\.down)|hada_w1_b)"
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]" + _DOWN)
@@ -43,19 +57,19 @@ _TEXT = re.compile(
     r"(?:(?:[qkv]|out)_proj|self_attn\.to_(?:[qkv]|out)|mlp[._]fc1)" + _DOWN
 )
 _TEXT_2 = re.compile(r"^(?:lora_te2_|text_encoder_2\.)")
-_LDM = re.compile(r"^(?:lora_unet_|unet\.)?(?:input_blocks|middle_block|output_blocks)[._]")
+_LDM = re.compile(r"^(?:lora_unet_|unet\.|diffusion_model\.)?(?:input_blocks|middle_block|output_blocks)[._]")
 _DEEP = re.compile(r"[._]transformer_blocks[._][2-9][._]")
 _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-_OTHER_STEMS = re.compile(rf"^(?:lora_unet_|unet\.)?({'|'.join(OTHER_UNETS)})".replace("_)", "[._])"))
-
 
 ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "full difference")
 """The kinds of which it is known here how tools read them."""
 
 
-def called(kind: str) -> str:
-    """A kind in a sentence after "it is"."""
-    return "no adapter that is known here" if kind == "unknown" else f"of the kind {kind!r}"
+def called(kind: str, shapes: Shapes) -> str:
+    """A file of a kind in a sentence after "it is"."""
+    if kind == "unknown":
+        return refused_kind(shapes) or "no adapter that is known here"
+    return f"of the kind {kind!r}"
 
 
 def kind_of(shapes: Shapes) -> str:
@@ -67,13 +81,49 @@ def kind_of(shapes: Shapes) -> str:
         if any(pattern.search(key) for key in shapes):
             convolutions = any(len(shape) == 4 and shape[2] > 1 for shape in shapes.values())
             return LOCON if kind == LORA and convolutions else kind
+    only = next(iter(shapes.values()), ())
+    if (
+        len(shapes) == 1
+        and len(only) == 2
+        and only[1] in {e.width for f in FAMILIES.values() for e in f.text_encoders}
+    ):
+        return "textual-inversion embedding"
     return "unknown"
+
+
+def extra_keys(keys: Iterable[str]) -> dict[str, str]:
+    """The tensors that stand beside the factors of a LoRA and fit in no plain LoRA, each with what it is.
+
+    An alpha that belongs to such tensors alone is one of them.
+    """
+    extras = {key: what for key in keys for pattern, what in _EXTRAS if pattern.search(key)}
+    modules = keys_by_module(keys) if extras else {}
+    for names in modules.values():
+        own = [extras[name] for name in names if name in extras]
+        if own and all(name in extras or name.endswith(".alpha") for name in names):
+            extras |= dict.fromkeys(names, own[0])
+    return extras
+
+
+def left_out(shapes: Shapes) -> str:
+    """What of an adapter file is not used here, in a sentence; "" if everything is."""
+    extras = extra_keys(list(shapes))
+    if not extras or not any(_FACTOR.search(key) for key in shapes):
+        return ""
+    counts = Counter(extras.values())
+    parts = [f"{what} ({number} {'tensor' if number == 1 else 'tensors'})" for what, number in counts.items()]
+    return (
+        f"Left out, since a plain LoRA cannot hold them: {', '.join(parts)}, such as {next(iter(extras))!r}."
+    )
 
 
 def family_evidence(
     shapes: Shapes, metadata: Mapping[str, str], rows: Sequence[Family] = tuple(FAMILIES.values())
 ) -> list[set[str]]:
     """Each sign of the family that a file is for, as the titles that it allows; the header's first."""
+    other = other_family(shapes, metadata)
+    if other:
+        return [{other}]
     evidence = [_titles_of_version(metadata, rows), _titles_of_modelspec(metadata, rows)]
     for key, shape in shapes.items():
         if _CONTEXT.search(key) and len(shape) > 1:
@@ -121,6 +171,9 @@ def file_family(shapes: Shapes, metadata: Mapping[str, str]) -> Family | None:
 
 
 def _title(shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    other = other_family(shapes, metadata)
+    if other:
+        return other
     evidence = family_evidence(shapes, metadata)
     if not evidence:
         return _by_blocks(shapes)
@@ -135,9 +188,8 @@ def _title(shapes: Shapes, metadata: Mapping[str, str]) -> str:
 def _by_blocks(shapes: Shapes) -> str:
     """The title of a file whose widths and header do not tell: by names of blocks and depths of
     transformers."""
-    if any(_LDM.search(key) or _DEEP.search(key) for key in shapes):
-        return ldm_family().title
-    return _other_base(shapes)
+    sdxl = any(_LDM.search(key) or _DEEP.search(key) for key in shapes)
+    return ldm_family().title if sdxl else "unknown"
 
 
 def _titles_of_version(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
@@ -149,9 +201,7 @@ def _titles_of_version(metadata: Mapping[str, str], families: Sequence[Family]) 
 
 def _titles_of_modelspec(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
     architecture = metadata.get("modelspec.architecture", "")
-    rows = {f.title for f in families if f.modelspec == architecture}
-    others = {title for start, title in _OTHER_MODELSPECS.items() if architecture.lower().startswith(start)}
-    return rows or others
+    return {f.title for f in families if f.modelspec == architecture}
 
 
 def _titles_of_width(width: int, families: Sequence[Family]) -> set[str]:
@@ -166,15 +216,6 @@ def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
         if any(e.part == "text_encoder" and e.width == width for e in f.text_encoders)
     }
     return rows or {f"a base whose text encoder is {width} channels wide"}
-
-
-def _other_base(shapes: Shapes) -> str:
-    for key in shapes:
-        match = _OTHER_STEMS.search(key)
-        if match:
-            start = match[1].replace(".", "_")
-            return OTHER_UNETS[start].removeprefix("the layers of ").partition(",")[0]
-    return "unknown"
 
 
 def alpha_claims(metadata: Mapping[str, str], key: str) -> list[float]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.formats.kinds import file_family
+from lora_core.formats.kinds import extra_keys, file_family
 from lora_core.formats.layers import Tensors, check_plain, checked_layer
 from lora_core.formats.names import STEM_PARTS, first_few, layer_of_stem, stem_of_layer
 from lora_core.spec.errors import AdapterFileError
@@ -92,11 +92,14 @@ def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
 def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
     """The adapter in a file's tensors; ranks and alphas may differ, and without alpha the scale is 1.
 
-    An alpha of 0 is taken at its word, as all tools but kohya's do: such a layer changes nothing.
+    An alpha of 0 is taken at its word, as all tools but kohya's do: such a layer changes nothing. What
+    `kinds.left_out` names is passed over.
 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape.
     """
+    extras = extra_keys(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in extras}
     unknown = [key for key in tensors if key.partition(".")[2] not in ROLES]
     if unknown:
         raise AdapterFileError(

@@ -1,6 +1,7 @@
 """From the loose tensors of one layer, as any format names them, to checked `LayerWeights`."""
 
 import math
+import re
 
 import numpy as np
 import torch
@@ -90,6 +91,9 @@ def _without_mid(name: str, down: torch.Tensor, mid: torch.Tensor) -> torch.Tens
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether all numbers are finite. The sum tells in a fifth of the time, unless it overflows."""
+    if tensor.dtype.itemsize == 1:
+        # torch cannot compute with 8-bit floats.
+        tensor = tensor.float()
     whole = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(whole.isfinite()) or bool(torch.isfinite(tensor).all())
 
@@ -110,6 +114,76 @@ def check_finite(weights: AdapterWeights) -> None:
             f"{len(bad)} of {len(weights.layers)} layers hold numbers that are not finite (NaN or infinity),"
             f" the first is {bad[0]}; the adapter is broken."
         )
+
+
+def check_products(name: str, roles: Tensors) -> None:
+    """Refuse a LoHa or a LoKr that lacks a tensor.
+
+    Args:
+        name: of the layer, for error sentences.
+        roles: its tensors by LyCORIS' names, such as "hada_w1_a" or "lokr_w2".
+
+    Raises:
+        AdapterFileError: a factor is missing, empty or of whole numbers.
+    """
+    if any(role.startswith("hada") for role in roles):
+        needed = {f"hada_w{n}_{half}" for n in "12" for half in "ab"}
+        needed |= {"hada_t1", "hada_t2"} if roles.keys() & {"hada_t1", "hada_t2"} else set()
+    else:
+        needed = set()
+        for n in "12":
+            needed |= {f"lokr_w{n}"} if f"lokr_w{n}" in roles else {f"lokr_w{n}_a", f"lokr_w{n}_b"}
+    missing = sorted(needed - roles.keys())
+    if missing:
+        raise AdapterFileError(f"{name!r} lacks {', '.join(missing)}.")
+    if any(not t.is_floating_point() or t.numel() == 0 for t in roles.values()):
+        raise AdapterFileError(f"{name!r} holds tensors that are empty or of whole numbers.")
+
+
+MAGNITUDE = re.compile(r"(.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.default)?(?:\.weight)?")
+"""The name of a tensor of DoRA magnitudes; the first group is the layer's."""
+
+
+def checked_magnitude(name: str, stored: torch.Tensor) -> torch.Tensor:
+    """A layer's DoRA magnitudes, (out, 1) where rows are normed, (1, in) where columns are.
+
+    kohya's files say which by the shape, PEFT's always have one for each row.
+
+    Args:
+        name: of the layer in the file.
+        stored: the tensor in the file.
+
+    Raises:
+        AdapterFileError: the shape is impossible, or a number is not finite.
+    """
+    if stored.numel() == 0 or stored.numel() != max(stored.shape, default=0):
+        raise AdapterFileError(f"{name!r} has DoRA magnitudes of the impossible shape {list(stored.shape)}.")
+    if not is_finite(stored):
+        raise AdapterFileError(f"{name!r} holds numbers that are not finite (NaN or infinity).")
+    columns = "." not in name and stored.dim() > 1 and stored.shape[0] == 1
+    return stored.reshape(1, -1) if columns else stored.reshape(-1, 1)
+
+
+def dora_update(
+    weight: torch.Tensor, product: torch.Tensor, magnitude: torch.Tensor, norm: str = ""
+) -> torch.Tensor:
+    """m (W0 + update) / |V| - W0 in fp32, Liu et al. 2024, equation 5.
+
+    Args:
+        weight: W0, (out, in) or (out, in, k, k).
+        product: the update before magnitudes, of as many numbers.
+        magnitude: m, (out, 1) or (1, in).
+        norm: what |V| is: "rows" or "columns" of W0 + update, or "base rows", those of W0 alone; "" for
+            rows or columns as the magnitudes have it.
+    """
+    merged = weight + product.reshape(weight.shape)
+    norm = norm or ("rows" if magnitude.shape[1] == 1 else "columns")
+    normed = (weight if norm == "base rows" else merged).reshape(*weight.shape[:2], -1)
+    lengths = normed.norm(dim=(0, 2) if norm == "columns" else (1, 2)).reshape(
+        (1, -1) if norm == "columns" else (-1, 1)
+    )
+    factor = magnitude.float() / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    return merged * factor.reshape(*factor.shape, *(1,) * (weight.dim() - 2)) - weight
 
 
 def check_plain(weights: AdapterWeights) -> None:

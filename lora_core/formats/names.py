@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import FAMILIES, Family
 from lora_core.spec.ldm_names import diffusers_unet_path, ldm_unet_path
+from lora_core.spec.other_models import other_family
 
 _BLOCKS = ("down_blocks.#", "mid_block", "up_blocks.#")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.#")
@@ -58,18 +59,13 @@ STEM_PARTS = {
     "lora_te": "text_encoder",
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
+    # SimpleTuner's LyCORIS files.
+    "lycoris": "unet",
 }
 """What a kohya key begins with, to the part that it adapts."""
 
-OTHER_UNETS = {
-    "double_blocks_": "the layers of Flux, which is no family that can be used here",
-    "single_blocks_": "the layers of Flux, which is no family that can be used here",
-    "joint_blocks_": "the layers of Stable Diffusion 3, which is no family that can be used here",
-}
-"""How the layer names of bases begin that are none of ours, to what to say about them."""
-
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
-_STEM = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te)_(.+)")
+_STEM = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te|lycoris)_(.+)")
 _PATHS = {"unet": set(UNET_PATHS), "text": set(CLIP_PATHS), "ldm": set(LDM_PATHS)}
 _BY_STEM = {kind: {path.replace(".", "_"): path for path in paths} for kind, paths in _PATHS.items()}
 
@@ -106,7 +102,7 @@ def layer_of_stem(stem: str, family: Family | None = None) -> tuple[str, str]:
     """
     match = _STEM.fullmatch(stem)
     if match is None:
-        raise AdapterFileError(f"The file holds {stem!r}, which names no layer of a UNet or a text encoder.")
+        raise AdapterFileError(unknown_layer(stem))
     part, name = STEM_PARTS[match[1]], match[2]
     if _kind(part) == "text" and name.startswith("encoder_layers_"):
         name = f"text_model_{name}"
@@ -114,7 +110,7 @@ def layer_of_stem(stem: str, family: Family | None = None) -> tuple[str, str]:
     if path is None and part == "unet":
         path = from_ldm(_dotted(name, "ldm") or "", family)
     if path is None:
-        raise AdapterFileError(unknown_layer(stem, name))
+        raise AdapterFileError(unknown_layer(stem))
     return part, path
 
 
@@ -134,12 +130,11 @@ def from_ldm(path: str, family: Family | None = None) -> str | None:
     return found if found is not None and is_layer("unet", found) else None
 
 
-def unknown_layer(whole: str, name: str) -> str:
-    """The sentence on a layer that no table holds; `whole` is the name as the file has it."""
-    underscored = name.replace(".", "_")
-    for start, reason in OTHER_UNETS.items():
-        if underscored.startswith(start):
-            return f"The file holds {whole!r}: {reason}."
+def unknown_layer(whole: str) -> str:
+    """The sentence on a layer that no table holds, by the name that the file has for it."""
+    other = other_family({f"{whole}.": ()})
+    if other:
+        return f"The file holds {whole!r}, a layer of {other}, which is no family that can be used here."
     return f"The file holds {whole!r}, which names no layer of a UNet or a text encoder."
 
 

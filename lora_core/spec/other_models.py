@@ -1,5 +1,5 @@
-"""Model files that are no base for us, known by names and shapes of their tensors, so that each is refused by
-its name."""
+"""Models that cannot be used here, known by the names and shapes of their tensors, so that each is refused by
+name: whole models given as a base, and adapters of other families."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -60,4 +60,152 @@ def refused_kind(shapes: Mapping[str, Sequence[int]]) -> str:
         for pattern, kind in _PARTS:
             if any(re.search(pattern, key) for key in shapes):
                 return kind
+    return ""
+
+
+_START = re.compile(
+    r"^(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer|unet)\.|lora_(?:unet|transformer)_"
+    r"|lycoris_|model\.)+"
+)
+"""What precedes a layer's own name in adapter files, whatever tool wrote them."""
+
+_OWN = re.compile(
+    r"(?:(?:down|up)_blocks[._]\d+|mid_block)[._](?:attentions[._]\d+[._](?:transformer_blocks|proj)|resnets|\w+samplers)"
+    r"|(?:input_blocks[._]\d+|output_blocks[._]\d+|middle_block)[._]\d"
+    r"|(?:lora_te[12]?_|text_encoder(?:_2)?\.)?text_model[._]encoder"
+)
+"""Layers of Stable Diffusion's UNet and CLIP, which tell no other family."""
+
+_FAMILIES = (
+    (
+        r"^lora_prior_|(?:down|up)_blocks_\d+_\d+_(?:attention|kv_mapper|channelwise|depthwise|mapper)",
+        "Stable Cascade",
+    ),
+    (r"^(?:clip_txt_mapper|clip_txt_pooled_mapper|effnet_mapper)", "Stable Cascade"),
+    (
+        r"_blocks_\d+_(?:img|txt)_(?:mlp_fc[12]|mod_linear)_|individual_token_refiner|context_embedder_token_ref",
+        "Hunyuan Video",
+    ),
+    (r"^double_blocks\.\d+\.(?:img|txt)_attn_(?:qkv|proj)\.", "Hunyuan Video"),
+    (r"^distilled_guidance_layer_", "Chroma"),
+    (
+        r"^(?:double|single)_stream_modulation_|attn_to_qkv_mlp_proj|_ff(?:_context)?_linear_(?:in|out)_",
+        "Flux 2",
+    ),
+    (r"^(?:double|single)_blocks_\d+_", "Flux"),
+    (r"^joint_blocks_\d+_|^lora_te3_|^text_encoder_3_", "Stable Diffusion 3"),
+    (r"^(?:double|single)_stream_blocks_\d+_", "HiDream"),
+    (r"^(?:joint_transformer_blocks|double_layers|single_layers)_\d+_", "AuraFlow"),
+    (r"^transformer_blocks_\d+_(?:img|txt)_m(?:lp|od)_", "Qwen-Image"),
+    # Of the bases with these names only this one has as many blocks.
+    (r"^transformer_blocks_(?:3[89]|[45]\d)_attn_", "Qwen-Image"),
+    (r"^blocks_\d+_(?:self_attn|cross_attn)_(?:[qkvo]|k_img|v_img|norm_[qk])_|^blocks_\d+_ffn_", "Wan"),
+    (r"^blocks_\d+_attn2_add_[kv]_proj", "Wan"),
+    (
+        r"^blocks_\d+_(?:self_attn|cross_attn)_(?:[qkv]|output)_proj|^blocks_\d+_adaln_modulation",
+        "Cosmos or Anima",
+    ),
+    (r"^blocks_\d+_attn_(?:qkv|proj|to_out)_[xy]_|^transformer_blocks_\d+_attn1_add_[qkv]_proj", "Mochi"),
+    (r"^blocks_\d+_cross_attn_(?:q|kv)_linear|^blocks_\d+_attn_(?:qkv|proj)_", "PixArt"),
+    (
+        r"^blocks_\d+_(?:attn1_Wqkv|attn1_out_proj|attn2_(?:q|kv|out)_proj|default_modulation|skip_linear)",
+        "Hunyuan-DiT",
+    ),
+    (r"^layers_\d+_self_attn_qkv_proj", "OmniGen"),
+    (r"^transformer_blocks_\d+_ff_conv_(?:inverted|depth|point)", "Sana"),
+    (r"^(?:visual|text)_transformer_blocks_\d+_|_add_k_proj_lora", "Kandinsky"),
+    (r"motion_modules_|^temporal_", "AnimateDiff"),
+    (r"temporal_transformer_blocks|_time_stack_|_time_mixer_", "Stable Video Diffusion"),
+    (r"^encoder_hid_proj_|_self_attention_query_key_value", "Kolors"),
+)
+"""By names; those of diffusion transformers with like names are told apart by `_WIDTHS`."""
+
+_WIDTHS = (
+    (r"^single_transformer_blocks_\d+_", {6144: "Flux 2"}, "Flux or Hunyuan Video"),
+    (
+        r"^transformer_blocks_\d+_attn_",
+        {1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3"},
+        "Flux, Stable Diffusion 3 or Qwen-Image",
+    ),
+    (
+        r"^transformer_blocks_\d+_attn[12]_",
+        {
+            1152: "PixArt",
+            2048: "LTX-Video",
+            2240: "Sana",
+            1920: "CogVideoX",
+            3072: "CogVideoX",
+            4096: "LTX-Video",
+        },
+        "PixArt, LTX-Video or CogVideoX",
+    ),
+    (
+        r"^blocks_\d+_attn[12]_",
+        {1408: "Hunyuan-DiT", 1536: "Wan", 3072: "Wan", 5120: "Wan"},
+        "Wan or Hunyuan-DiT",
+    ),
+    (
+        r"^(?:layers_\d+|noise_refiner|context_refiner|cap_embedder)_",
+        {2304: "Lumina 2", 3840: "Z-Image"},
+        "Lumina 2 or Z-Image",
+    ),
+    (
+        r"^(?:transformer_|joint_|single_|double_)?(?:transformer_)?(?:blocks|layers)_\d+_"
+        r"|^adaln_single_|^caption_projection_",
+        {},
+        "a diffusion transformer, which has no UNet",
+    ),
+    (
+        r"^lora_te\d?_encoder_block_\d+_|^text_encoder(?:_2)?_encoder_block_\d+_",
+        {},
+        "a base with a T5 text encoder",
+    ),
+)
+"""Names that several families share, with the width that each has, and what to say of any other."""
+
+_HEADERS = {
+    "flux-2": "Flux 2", "flux2": "Flux 2", "flux": "Flux", "chroma": "Chroma", "kolors": "Kolors",
+    "stable-diffusion-3": "Stable Diffusion 3", "stable-diffusion-v3": "Stable Diffusion 3",
+    "sd3": "Stable Diffusion 3", "stable-cascade": "Stable Cascade", "sana": "Sana", "mochi": "Mochi",
+    "stable-video": "Stable Video Diffusion", "pixart": "PixArt", "qwen": "Qwen-Image", "wan": "Wan",
+    "hunyuan-dit": "Hunyuan-DiT", "hunyuandit": "Hunyuan-DiT", "hunyuan": "Hunyuan Video",
+    "framepack": "Hunyuan Video", "lumina": "Lumina 2", "auraflow": "AuraFlow", "hidream": "HiDream",
+    "z-image": "Z-Image", "zimage": "Z-Image", "ltx": "LTX-Video", "cogvideo": "CogVideoX",
+    "cosmos": "Cosmos or Anima", "anima": "Cosmos or Anima", "omnigen": "OmniGen", "kandinsky": "Kandinsky",
+}  # fmt: skip
+"""How `modelspec.architecture` and `ss_base_model_version` begin."""
+
+
+def other_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str] | None = None) -> str:
+    """The family of an adapter that is for no Stable Diffusion with a UNet, such as "Flux"; "" if none shows.
+
+    Args:
+        shapes: name of each tensor to its shape, in kohya's, diffusers' or ComfyUI's names.
+        metadata: the header's texts, which count before the names.
+    """
+    stated = _of_header(metadata or {})
+    if stated:
+        return stated
+    names = {key: name for key in shapes if not _OWN.match(name := _START.sub("", key))}
+    flat = {key: name.replace(".", "_") for key, name in names.items()}
+    for pattern, title in _FAMILIES:
+        found = re.compile(pattern)
+        if any(map(found.search, (*flat.values(), *names.values()))):
+            return title
+    for pattern, widths, title in _WIDTHS:
+        found = re.compile(pattern)
+        keys = [key for key, name in flat.items() if found.search(name)]
+        if keys:
+            sizes = {size for key in keys for size in shapes[key]}
+            told = {family for width, family in widths.items() if width in sizes}
+            return told.pop() if len(told) == 1 else title
+    return ""
+
+
+def _of_header(metadata: Mapping[str, str]) -> str:
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        text = metadata.get(key, "").lower().replace("_", "-").replace(" ", "-")
+        for start, title in _HEADERS.items():
+            if text.startswith(start):
+                return title
     return ""

@@ -263,7 +263,7 @@ BROKEN = {
     "magnitudes alone": (good() | {"lora_unet_conv_in.dora_scale": torch.ones(4, 1)}, "no update"),
     "magnitudes of two axes": (replaced("dora_scale", torch.ones(4, 5)), "impossible shape"),
     "a layer of nothing": ({k.replace("attn2", "attn7"): t for k, t in good().items()}, "names no layer"),
-    "a key of another kind": (good() | {f"{stem(TEXT)}.diff": torch.ones(2, 2)}, "no plain LoRA"),
+    "a key of another kind": (good() | {f"{stem(TEXT)}.a1.foo": torch.ones(2, 2)}, "no plain LoRA"),
     "half a LoRA": (good() | {f"{stem(TEXT)}.lora_up.weight": torch.ones(2, 2)}, "not the down half"),
     "half a LoKr": ({f"{stem(LINEAR)}.lokr_w1": torch.ones(2, 2)}, "lacks lokr_w2_a, lokr_w2_b"),
     "a bomb": (

@@ -12,7 +12,7 @@ from tests.formats.conftest import BLOCK, CLIP, adapter, linear
 # The row of cli.md, and autov2.
 KEYS = {"family", "format", "kind", "ranks", "alphas", "modules", "parameters", "bytes", "sha256", "autov2",
 "autov3",
-        "hash_matches", "problem", "metadata"}  # fmt: skip
+        "hash_matches", "problem", "left_out", "metadata"}  # fmt: skip
 
 
 @pytest.fixture
