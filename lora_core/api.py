@@ -639,13 +639,15 @@ def inspect(file: File, spectrum: bool = False) -> dict[str, Any]:
 
 def verify(file: File, base: str = "") -> dict[str, Any]:
     """What six tools would make of an adapter file, as `verify --json`."""
+    from lora_core.analysis.base_weights import BaseWeights
     from lora_core.formats.layout import folder_layout
     from lora_core.formats.verify import verified
 
     facts = base_facts(base) if base else None
     family = facts.family if facts else None
     layout = folder_layout(facts.configs, family) if facts and family else None
-    return verified(Path(file), family, modules=layout)
+    weight_of = BaseWeights(base).weight if facts and family else None
+    return verified(Path(file), family, modules=layout, weight_of=weight_of)
 
 
 def convert(source: File, target: File, to: str, keep_alphas: bool = False) -> list[str]:

@@ -107,10 +107,12 @@ def report_html(name: str, result: Mapping[str, Any]) -> str:
     verified: dict[str, Any] = dict(result.get("verify") or {})
     problem = str(result.get("problem") or "")
     tools = f'<p class="small">{safe(problem)}</p>' if problem else tool_rows(verified)
+    said = [str(report.get(key) or "") for key in ("problem", "extras")]
+    notes = "".join(f'<p class="small">{safe(text)}</p>' for text in said if text and text != problem)
     verdict = "" if problem else verdict_chip(verified, "right for the tools that it is meant for")
     return (
         f'<div class="check-result"><div class="row apart"><h3>{safe(name)},'
-        f' {size}</h3>{changed}{verdict}</div><table class="facts-table">{table}</table>{tools}</div>'
+        f' {size}</h3>{changed}{verdict}</div><table class="facts-table">{table}</table>{notes}{tools}</div>'
     )
 
 

@@ -65,6 +65,8 @@ def _tool(row: dict[str, Any]) -> str:
         return _row(row, note, chip("loads nothing", "bad"))
     if dropped or matched < keys:
         return _row(row, note, chip("drops keys", "bad"), _listed([str(name) for name in dropped]))
+    if row.get("ok") and (error is None or row.get("unused_keys")):
+        return _row(row, note, chip("\N{CHECK MARK} reads it whole", "good"))
     if error is None:
         return _row(row, note, chip("may differ", "warn"))
     if float(error) > SAME_STRENGTH:

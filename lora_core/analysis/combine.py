@@ -47,10 +47,15 @@ class Loss:
         name = max(shares, key=lambda name: shares[name], default="")
         return (name, shares[name]) if name else ("", 0.0)
 
+    @property
+    def none(self) -> bool:
+        """Whether nothing but rounding is lost."""
+        return self.overall < 1e-5
+
     def sentence(self, rank: int) -> str:
-        """The error for a person."""
+        """The error in words."""
         name, share = self.worst
-        if self.overall < 1e-5:
+        if self.none:
             return f"At rank {rank} nothing is lost."
         return (
             f"At rank {rank} the update differs from the whole one by {self.overall:.2%} of its norm; the"

@@ -103,11 +103,12 @@ def merge_files(
     base = BaseWeights(wanted.base) if wanted.base else None
     opened = _opened(ingredients, base.family if base else None)
     blocks = _blocks(wanted.blocks, len(opened))
-    said: list[str] = []
-    adapters = []
+    said = _extras(ingredients)
+    adapters, reduced = [], False
     for source in opened:
         weights, sentence = _plain(source, wanted.rank, base, note)
         said += [sentence] if sentence else []
+        reduced |= bool(sentence)
         adapters.append(Strengthened(weights, source.ingredient.strength, source.ingredient.text_strength))
     weights, loss = merged(adapters, wanted.rank, blocks)
     family = opened[0].family
@@ -119,8 +120,10 @@ def merge_files(
     ranks = sorted({layer.rank for layer in weights.layers.values()})
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     said.append(f"{len(weights.layers)} layers of {span} from {_count(opened)}.")
-    if wanted.rank is not None:
+    if wanted.rank is not None and not reduced:
         said.append(loss.sentence(wanted.rank))
+    elif wanted.rank is not None and not loss.none:
+        said.append(f"Of the sum of these: {loss.sentence(wanted.rank)}")
     return said
 
 
@@ -158,7 +161,13 @@ def merge_files_into_base(
         "modelspec.merged_from": ", ".join([base.path.stem, *(_title(o) for o in opened)]),
     }
     layers = merge_into_base(base, adapters, out, texts, _blocks(blocks, len(opened)))
-    return [f"{layers} layers of the base changed by {_count(opened)}."]
+    return [*_extras(ingredients), f"{layers} layers of the base changed by {_count(opened)}."]
+
+
+def _extras(ingredients: Sequence[Ingredient]) -> list[str]:
+    """What the files hold that is not merged, a sentence for each that does."""
+    found = [(item.path.name, kinds.extras_sentence(read_header(item.path).shapes)) for item in ingredients]
+    return [f"{name}: {sentence}" for name, sentence in found if sentence]
 
 
 def _blocks(text: str, files: int) -> Blocks | None:

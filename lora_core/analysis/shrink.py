@@ -21,9 +21,11 @@ from lora_core.analysis.plain import Note, needs_base, plain
 from lora_core.analysis.rewrite import Rewriting, check_out
 from lora_core.analysis.spectrum import rank_of_energy
 from lora_core.analysis.updates import file_updates
+from lora_core.formats.kinds import extras_sentence
 from lora_core.formats.layers import check_plain
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.families import Family
+from lora_core.spec.tensor_file import read_header
 
 SHRUNK_KEY = "lora_easel.shrunk"
 """Our own key of a header: what was cut, as JSON."""
@@ -224,7 +226,13 @@ def shrink_file(
         weights, loss, how = shrunk(decomposed(opened_plain(to.source, known)[0]), wish)
     asked = {"rank": wish.rank, "energy": wish.energy}
     to.write(weights, family, SHRUNK_KEY, {**asked, "error": loss.overall})
-    return [how, error_sentence(loss), f"The file is {to.times_smaller:.1f} times smaller."]
+    out = extras_sentence(read_header(to.source).shapes)
+    return [
+        *([out] if out else []),
+        how,
+        error_sentence(loss),
+        f"The file is {to.times_smaller:.1f} times smaller.",
+    ]
 
 
 def error_sentence(loss: Loss) -> str:

@@ -37,11 +37,13 @@ def _inspect(options: argparse.Namespace) -> int:
         say_json(report)
     else:
         for key, value in report.items():
-            if key not in ("metadata", "problem", "layers", "left_out"):
+            if key not in ("metadata", "problem", "layers", "left_out", "extras"):
                 say(f"{key:13} {value}")
         for key, value in sorted(report["metadata"].items()):
             say(f"  {key}: {value if len(value) <= 100 else value[:97] + '...'}")
         _say_spectrum(report)
+        if report["extras"]:
+            say(f"Note: {report['extras']}")
     if report["problem"]:
         raise AdapterFileError(report["problem"])
     return 0
@@ -75,4 +77,6 @@ def _verify(options: argparse.Namespace) -> int:
                 f"{'✓' if row['ok'] else '✗'} {row['tool']:10} {row['matched']:5} of {row['keys']} keys "
                 f" {row['note']}"
             )
+        if report["extras"]:
+            say(f"convert, merge and generate: {report['extras']}")
     return 0 if report["ok"] else 1

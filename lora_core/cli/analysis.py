@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lora_core import api
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
 from lora_core.cli.combine import SECONDS_BETWEEN_NOTES, slow_note
-from lora_core.cli.pictures import loras_of
+from lora_core.cli.pictures import loras_of, note_extras
 from lora_core.spec.choices import PREDICTIONS
 from lora_core.spec.errors import ConfigError
 
@@ -199,6 +199,7 @@ def _shrink(options: argparse.Namespace) -> int:
             "--intrinsic measures the gain: give --dataset, pictures that it was not trained on."
         )
     if options.intrinsic:
+        note_extras([options.file])
         made = api.shrink_intrinsic(options.file, options.out, _measure(options), options.precision)
     else:
         how = (options.rank, options.energy, options.precision, options.base, slow_note())
@@ -219,6 +220,7 @@ def _extract(options: argparse.Namespace) -> int:
 
 
 def _strength(options: argparse.Namespace) -> int:
+    note_extras([options.file])
     found = api.strength(options.file, _measure(options), options.apart, options.bake)
     if options.json:
         say_json(found)

@@ -2,16 +2,18 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from lora_core import api
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
 from lora_core.spec.choices import PREDICTIONS
 from lora_core.spec.errors import AdapterFileError, RunError
 from lora_core.spec.processor import COMPUTES
 from lora_core.spec.run_folder import find_run
 from lora_core.spec.shots import KINDS, Axis, LoraAt, Shot, axis_of
+from lora_core.spec.tensor_file import read_header
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -83,6 +85,16 @@ def loras_of(texts: Iterable[str], place: Path | None) -> list[LoraAt]:
     return [LoraAt(str(path), s, t) for path, s, t in (file_and_strengths(text, place) for text in texts)]
 
 
+def note_extras(files: Iterable[str | Path]) -> None:
+    """Say on stderr what adapter files hold that is not used."""
+    from lora_core.formats.kinds import extras_sentence
+
+    for file in dict.fromkeys(map(Path, files)):
+        sentence = extras_sentence(read_header(file).shapes)
+        if sentence:
+            write(sys.stderr, f"Note: {file.name}: {sentence}\n")
+
+
 def adapter_file(text: str, place: Path | None) -> Path:
     """An adapter file, or that of a run's checkpoint: RUN (the best one) or RUN@STEP; a file comes first.
 
@@ -146,7 +158,9 @@ def _shot(options: argparse.Namespace) -> Shot:
 
 def _generate(options: argparse.Namespace) -> int:
     how = (options.out, options.count, options.precision, options.workspace)
-    api.generate(_shot(options), *how, drawn=lambda path: say(str(path)))
+    shot = _shot(options)
+    note_extras(lora.file for lora in shot.loras)
+    api.generate(shot, *how, drawn=lambda path: say(str(path)))
     return 0
 
 
@@ -154,7 +168,9 @@ def _grid(options: argparse.Namespace) -> int:
     rows, columns = (
         _axis(text, options.workspace) if text else None for text in (options.rows, options.columns)
     )
-    say(str(api.grid(_shot(options), options.out, rows, columns, options.precision)))
+    shot = _shot(options)
+    note_extras(lora.file for lora in shot.loras)
+    say(str(api.grid(shot, options.out, rows, columns, options.precision)))
     return 0
 
 
@@ -176,7 +192,9 @@ def _validate(options: argparse.Namespace) -> int:
         options.seed,
         options.workspace,
     )
-    report = api.validate(measure, loras_of(options.lora, options.workspace), options.shuffle_captions)
+    loras = loras_of(options.lora, options.workspace)
+    note_extras(lora.file for lora in loras)
+    report = api.validate(measure, loras, options.shuffle_captions)
     if options.json:
         say_json(report)
         return 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_core.formats.file import AS_IT_IS, read_adapter, write_adapter
 from lora_core.formats.forms import in_own_form
-from lora_core.formats.kinds import family_name, file_family, left_out
+from lora_core.formats.kinds import extras_sentence, family_name, file_family
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.tensor_file import read_header
 
@@ -34,7 +34,7 @@ def converted(source: Path, target: Path, format: str, keep_alphas: bool = False
         what = "does not say which family of base it is for" if name == "unknown" else f"is for {name}"
         raise AdapterFileError(f"{source} {what}, so its layers have no names in another format.")
     formed = in_own_form(weights, family)
-    out = left_out(header.shapes)
+    out = extras_sentence(header.shapes)
     notes = [out] if out else []
     if any(formed.layers[key].down.shape != layer.down.shape for key, layer in weights.layers.items()):
         notes.append("1 x 1 convolutions and linear layers now have the shapes that the base's layers have.")

@@ -55,7 +55,13 @@ class Dialect:
         leaves: of the factors; of several at one name, the first counts.
         starts: the dialect is for files of which every key begins so; () for all other files.
         others: the kinds besides plain LoRA that it applies, such as "LoHa".
-        ignores, ignores_starts: ends and beginnings of keys that it passes over without a word.
+        norms: of the norm layers, to which "norm" in `others` applies.
+        dora: what it divides DoRA magnitudes by, as in `layers.dora_update`, "" where it drops them; "base
+            rows" is that of row-normed files only.
+        ignores: ends of keys that it drops without a word.
+        beside: beginnings of keys that it takes, or passes over, without touching a layer.
+        unused: beginnings or ends of keys that it reads without effect where they stand beside a LoRA.
+        tucker_lokr: what it does at a LoKr of Tucker form: "" uses it; "fails"; "lost", skips the layer.
         strict: what makes it refuse the whole file: "" nothing; "layers", a layer that it knows without a
             pair; "stems", any name without one; "keys", any key that is left over.
         alphas: "own", each layer its own; "component", the most frequent one of a component, but for the
@@ -79,8 +85,12 @@ class Dialect:
     leaves: tuple[Leaves, ...]
     starts: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    norms: tuple[Names, ...] = ()
+    dora: str = ""
     ignores: tuple[str, ...] = ()
-    ignores_starts: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    tucker_lokr: str = ""
     strict: str = ""
     alphas: str = "own"
     own_alpha: tuple[tuple[str, str], ...] = ()

@@ -115,7 +115,7 @@ def _plain(number: float) -> float:
 
 
 def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
-    """The adapter in a file's tensors and header, but for what `kinds.left_out` names.
+    """The adapter in a file's tensors and header, but for what `kinds.extras_sentence` names.
 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape, or says

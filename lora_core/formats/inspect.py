@@ -24,7 +24,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         `modules`: how many are adapted; `parameters`: how many numbers, alphas not counted; `bytes`;
         `sha256`, `autov2`, `autov3`; `hash_matches`: whether the header's own hash is right, None if it has
         none; `problem`: a sentence on numbers that are not finite, factors that do not fit or a file without
-        tensors, "" if there is none; `left_out`: a sentence on what of the file is not used here, or "";
+        tensors, "" if there is none; `extras`: a sentence on what of the file is not used here, or "";
         `metadata`: the header's texts.
 
     Raises:
@@ -47,7 +47,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         **file_hashes(path),
         "problem": _problem(path, shapes),
-        "left_out": kinds.left_out(shapes),
+        "extras": kinds.extras_sentence(shapes),
         "metadata": header.metadata,
     }
 

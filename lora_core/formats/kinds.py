@@ -105,7 +105,7 @@ def extra_keys(keys: Iterable[str]) -> dict[str, str]:
     return extras
 
 
-def left_out(shapes: Shapes) -> str:
+def extras_sentence(shapes: Shapes) -> str:
     """What of an adapter file is not used here, in a sentence; "" if everything is."""
     extras = extra_keys(list(shapes))
     if not extras or not any(_FACTOR.search(key) for key in shapes):
@@ -188,8 +188,8 @@ def _title(shapes: Shapes, metadata: Mapping[str, str]) -> str:
 def _by_blocks(shapes: Shapes) -> str:
     """The title of a file whose widths and header do not tell: by names of blocks and depths of
     transformers."""
-    sdxl = any(_LDM.search(key) or _DEEP.search(key) for key in shapes)
-    return ldm_family().title if sdxl else "unknown"
+    large = any(_LDM.search(key) or _DEEP.search(key) for key in shapes)
+    return ldm_family().title if large else "unknown"
 
 
 def _titles_of_version(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:

@@ -93,7 +93,7 @@ def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     """The adapter in a file's tensors; ranks and alphas may differ, and without alpha the scale is 1.
 
     An alpha of 0 is taken at its word, as all tools but kohya's do: such a layer changes nothing. What
-    `kinds.left_out` names is passed over.
+    `kinds.extras_sentence` names is passed over.
 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape.

@@ -38,6 +38,30 @@ def _layout(folder: Path, parts: tuple[str, ...]) -> Layout:
     return layers
 
 
+_NORMS = {
+    ".conv1": ".norm1",
+    ".conv2": ".norm2",
+    ".proj_in": ".norm",
+    ".attn1.to_q": ".norm1",
+    ".attn2.to_q": ".norm2",
+    ".ff.net.0.proj": ".norm3",
+    ".self_attn.q_proj": ".layer_norm1",
+    ".mlp.fc1": ".layer_norm2",
+}
+"""The end of a layer's path, to the end of the path of the norm that its input passes."""
+
+
+def norm_layers(layout: Layout) -> list[LayerKey]:
+    """The norm layers of the models whose layers these are."""
+    found = [(part, "conv_norm_out") for part, path in layout if path == "conv_out"]
+    for part, path in layout:
+        for end, norm in _NORMS.items():
+            if path.endswith(end):
+                found.append((part, path.removesuffix(end) + norm))
+    encoders = dict.fromkeys(part for part, _ in layout if part != "unet")
+    return [*found, *((part, "text_model.final_layer_norm") for part in encoders)]
+
+
 Layers = Iterator[tuple[str, tuple[int, ...]]]
 
 

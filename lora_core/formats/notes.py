@@ -1,9 +1,13 @@
 """What to tell a person about how a tool reads an adapter file: one sentence, with what to do."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_core.adapters.weights import AdapterWeights, LayerKey
+from lora_core.formats.kinds import extra_keys
 from lora_core.formats.names import first_few
+from lora_core.formats.rules import KRON
 from lora_core.formats.scales import Used
 from lora_core.spec.families import Family
 
@@ -18,8 +22,9 @@ class Outcome:
         dropped: those that it makes no use of.
         used: what it does to each layer.
         meant: what the file means.
-        errors: relative error of each layer's update; None where the kind of adapter leaves it open.
+        errors: relative error of each layer's update; None where it is unknown.
         tolerance: the error that is none.
+        unused: keys that it reads without effect.
     """
 
     refused: str
@@ -29,14 +34,21 @@ class Outcome:
     meant: AdapterWeights
     errors: dict[LayerKey, float | None]
     tolerance: float
+    unused: Sequence[str] = ()
 
     @property
     def max_error(self) -> float | None:
-        """The largest error; None if all are open."""
+        """The largest error; None where it is unknown."""
         known = [error for error in self.errors.values() if error is not None]
-        if known:
-            return max(known)
-        return None if self.used else 1.0
+        worst = max(known, default=0.0)
+        if self.unknown and worst <= self.tolerance:
+            return None
+        return worst if known else None if self.used else 1.0
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the error of a layer is unknown."""
+        return any(error is None for error in self.errors.values())
 
     @property
     def wrong(self) -> list[LayerKey]:
@@ -44,19 +56,26 @@ class Outcome:
         return [
             layer
             for layer, error in self.errors.items()
-            if layer in self.used and error is not None and error > self.tolerance
+            if layer in self.used and layer not in self.lost and error is not None and error > self.tolerance
         ]
 
     @property
     def dora(self) -> bool:
-        """Whether a layer is applied by its magnitude, which tools do in different ways."""
-        return any(used.kind == "DoRA" for used in self.used.values())
+        """Whether it applies magnitudes in another way than the file means."""
+        return any(
+            self.used[layer].norm and error != 0 for layer, error in self.errors.items() if layer in self.used
+        )
+
+    @property
+    def lost(self) -> list[LayerKey]:
+        """The layers that it fails at and leaves as they are."""
+        return [layer for layer, used in self.used.items() if used.lost]
 
     @property
     def fine(self) -> bool:
         """Whether the tool takes every key at the right strength."""
         missing = any(error is not None and error > self.tolerance for error in self.errors.values())
-        return not (self.refused or self.dropped or missing or self.dora)
+        return not (self.refused or self.dropped or missing or self.unknown)
 
 
 def note(outcome: Outcome, meant_for: bool, format: str, family: Family) -> str:
@@ -77,15 +96,27 @@ def note(outcome: Outcome, meant_for: bool, format: str, family: Family) -> str:
         wrong = f" and applies {_strength(outcome)}" if outcome.wrong else ""
         share = f"{len(outcome.dropped)} of {outcome.keys} keys, such as {first_few(outcome.dropped, 1)},"
         return f"drops {share} without a word{wrong}; {advice}"
+    if outcome.lost:
+        layers = f"{len(outcome.lost)} {'layer' if len(outcome.lost) == 1 else 'layers'} of Tucker form"
+        return f"reads every key, but skips {layers} with an error in its log, since {KRON}; {advice}"
+    if outcome.dora:
+        return (
+            f"norms the DoRA magnitudes in another way than the file means, {_dora_error(outcome)}; {advice}"
+        )
     if outcome.wrong:
         return f"applies {_strength(outcome)}; {advice}"
-    if outcome.dora:
-        return "tools apply DoRA magnitudes in different ways; merge it into a plain LoRA"
     if not outcome.fine:
         return "reads every key, but the file lacks layers of the adapter; export it again"
     if not family.portable:
         return f"reads every key; the file is of use only with the {family.title.lower()}"
+    if outcome.unused:
+        return f"reads every key at the right strength, but makes no use of {first_few(outcome.unused, 1)}"
     return "reads every key at the right strength"
+
+
+def _dora_error(outcome: Outcome) -> str:
+    error = outcome.max_error
+    return "--base measures how far off" if error is None else f"{error:.2g} of the update off"
 
 
 def _strength(outcome: Outcome) -> str:
@@ -104,8 +135,17 @@ def _strength(outcome: Outcome) -> str:
 def _advice(outcome: Outcome, meant_for: bool, format: str) -> str:
     if not meant_for:
         return "export as kohya for it"
-    if any(key.endswith(".dora_scale") for key in outcome.dropped):
-        return "merge it into a plain LoRA"
+    if any(used.kind == "DoRA" for used in outcome.used.values()) or any(
+        map(_MERGED.search, outcome.dropped)
+    ):
+        return "merge it into a plain LoRA with --rank"
+    extras = extra_keys(outcome.dropped)
+    if extras and len(extras) == len(outcome.dropped):
+        return "only a file without them suits it; convert leaves them out"
     if outcome.wrong and not outcome.dropped:
         return "convert it to kohya, which gives all layers one alpha"
     return f"convert it to {format}, which writes the names that all tools know"
+
+
+_MERGED = re.compile(r"\.(?:hada|lokr)_|\.dora_scale$|\.lora_magnitude_vector")
+"""Names of tensors in kinds of adapters that `merge --rank` makes plain."""

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from lora_core.adapters.weights import LayerKey
 from lora_core.formats.dialects import Dialect, Leaves, Names, Tool
-from lora_core.formats.layout import Layout
+from lora_core.formats.layout import Layout, norm_layers
 from lora_core.formats.tools import OTHER_LEAVES, SUFFIXES
 from lora_core.spec.families import Family
 from lora_core.spec.ldm_names import ldm_unet_path
@@ -22,6 +22,7 @@ ORIGINAL = re.compile(
     r"|out_[02])(?=[._])"
 )
 """A UNet key with an original block name."""
+_NORM_LEAVES = (".w_norm", ".b_norm")
 _ORIGINAL_WORD = re.compile("input_blocks|middle_block|output_blocks")
 _DIFFUSERS_WORD = re.compile("down_blocks|mid_block|up_blocks")
 
@@ -54,10 +55,11 @@ class Group:
 
     def kind(self, dialect: Dialect) -> "Leaves | str | None":
         """The pair that the tool takes here, or the other kind of adapter that it applies, or None."""
-        for kind in dialect.others:
-            if kind != "DoRA" and any(f".{leaf}" in self.keys for leaf in OTHER_LEAVES[kind]):
-                return kind
-        return next((p for p in dialect.leaves if p.up in self.keys and p.down in self.keys), None)
+        kinds = [
+            kind for kind in dialect.others if any(f".{leaf}" in self.keys for leaf in OTHER_LEAVES[kind])
+        ]
+        pair = next((p for p in dialect.leaves if p.up in self.keys and p.down in self.keys), None)
+        return pair if pair and kinds in ([], ["bias"]) else next(iter(kinds), None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def case_of(tool: Tool, facts: FileFacts, family: Family, layout: Layout, wide: 
         keys = tuple(
             key
             for key in facts.shapes
-            if not key.endswith(dialect.ignores) and not key.startswith(dialect.ignores_starts)
+            if not key.endswith(dialect.ignores) and not key.startswith(dialect.beside)
         )
         if not dialect.starts or all(key.startswith(dialect.starts) for key in keys):
             break
@@ -120,10 +122,15 @@ def groups_of(case: Case) -> dict[str, Group]:
     for row in case.dialect.names:
         if _holds(row, case):
             known |= _known(row, tuple(case.layout), case.family.attention_levels)
+    norms: dict[str, LayerKey] = {}
+    for row in case.dialect.norms:
+        if _holds(row, case):
+            norms |= _known(row, tuple(norm_layers(case.layout)), case.family.attention_levels)
     groups: dict[str, Group] = {}
     for key in case.keys:
         for suffix in SUFFIXES:
-            if key.endswith(suffix) and (layer := known.get(key[: -len(suffix)])):
+            names = norms if suffix in _NORM_LEAVES else known
+            if key.endswith(suffix) and (layer := names.get(key[: -len(suffix)])):
                 groups.setdefault(key[: -len(suffix)], Group(layer)).keys[suffix] = key
                 break
     return groups

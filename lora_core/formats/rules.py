@@ -6,6 +6,7 @@ Each raises `Refused` with the reason in words; which of them hold for a tool st
 import re
 from collections.abc import Mapping, Sequence
 
+from lora_core.adapters.weights import LayerKey
 from lora_core.formats.dialects import Leaves
 from lora_core.formats.reading import ORIGINAL, Case, Group, Refused, Taken
 from lora_core.formats.tools import OTHER_LEAVES, SAME_BASE
@@ -52,6 +53,33 @@ def check_keys(case: Case, groups: Mapping[str, Group]) -> None:
                 )
     elif dialect.strict:
         _check_stems(case)
+    _check_kinds(case, groups)
+
+
+def _check_kinds(case: Case, groups: Mapping[str, Group]) -> None:
+    """What a tool fails at in kinds that it reads otherwise."""
+    for group in groups.values():
+        kind, key = group.kind(case.dialect), next(iter(group.keys.values()))
+        if kind == "LoKr" and ".lokr_t2" in group.keys and case.dialect.tucker_lokr == "fails":
+            raise Refused(f"it fails at {key!r}, a LoKr of Tucker form: {KRON}")
+        if kind == "norm" and case.dialect.strict == "layers" and ".b_norm" not in group.keys:
+            raise Refused(f"it fails at {key!r}, a norm layer without b_norm")
+        if not case.dialect.told_by_shapes:
+            continue
+        if kind == "full difference" and ".diff_b" in group.keys and not _has_bias(group.layer):
+            raise Refused(f"it fails at {group.keys['.diff_b']!r}, since that layer has no bias")
+        if kind in ("LoHa", "LoKr") and ".dora_scale" in group.keys:
+            raise Refused(
+                f"it fails at {group.keys['.dora_scale']!r}, since it knows DoRA of a plain LoRA only"
+            )
+
+
+KRON = "PyTorch's kron refuses tensors that are not contiguous (2.13 does, older ones did not)"
+"""Why Forge and ComfyUI cannot use a LoKr of Tucker form."""
+
+
+def _has_bias(layer: LayerKey) -> bool:
+    return re.search(r"\.attn[12]\.to_[qkv]$|^text_projection$", layer[1]) is None
 
 
 def _check_naming(case: Case) -> None:
@@ -107,9 +135,7 @@ def told_width(shapes: Mapping[str, Sequence[int]]) -> int | None:
     """
     first = second = None
     for key, shape in shapes.items():
-        leaf = key.partition(".")[2]
-        inside = leaf in ("lora_down.weight", "hada_w1_b", "hada_w2_b", "diff") and len(shape) > 1
-        width = shape[1] if inside else None
+        width = _width(key, shape, shapes)
         if _CONTEXT.match(key) or (key.startswith("lora_unet_") and "time_emb_proj.lora_down" in key):
             told = width
         elif key.startswith("lora_te") and "_self_attn_" in key:
@@ -122,6 +148,17 @@ def told_width(shapes: Mapping[str, Sequence[int]]) -> int | None:
         if told is not None:
             return told
     return None
+
+
+def _width(key: str, shape: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """How wide InvokeAI takes the input of a key's layer to be; of a LoKr it knows that of whole factors
+    only."""
+    stem, _, leaf = key.partition(".")
+    if leaf.startswith("lokr_"):
+        both = [shapes.get(f"{stem}.lokr_w{n}", ()) for n in "12"]
+        return both[0][1] * both[1][1] if all(len(factor) > 1 for factor in both) else None
+    inside = leaf in ("lora_down.weight", "hada_w1_b", "hada_w2_b", "diff") and len(shape) > 1
+    return shape[1] if inside else None
 
 
 def check_components(case: Case, taken: Taken) -> None:

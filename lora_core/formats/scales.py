@@ -18,13 +18,17 @@ class Used:
 
     Attributes:
         keys: of the file, that it takes for the layer.
-        scale: of the product of the factors; None for what is no plain LoRA.
+        scale: of the product of the factors; None for what is no LoRA.
         kind: "LoRA", "LoHa", ...
+        norm: what it divides DoRA magnitudes by, as in `Dialect.dora`; "" where it applies none.
+        lost: whether it fails at the layer, which then stays as it was.
     """
 
     keys: tuple[str, ...]
     scale: float | None
     kind: str = "LoRA"
+    norm: str = ""
+    lost: bool = False
 
 
 def used_layers(case: Case, taken: Taken) -> dict[LayerKey, Used]:
@@ -40,7 +44,9 @@ def used_layers(case: Case, taken: Taken) -> dict[LayerKey, Used]:
     used: dict[LayerKey, Used] = {}
     for layer, (group, kind) in taken.items():
         if isinstance(kind, str):
-            used[layer] = Used(tuple(group.keys.values()), None, kind)
+            lost = case.dialect.tucker_lokr == "lost" and ".lokr_t2" in group.keys
+            norm = case.dialect.dora if ".dora_scale" in group.keys else ""
+            used[layer] = Used(tuple(group.keys.values()), None, kind, norm, lost)
         elif header is None or header.targets(layer):
             used[layer] = _used(case, group, kind, header, common)
     for part in case.family.parts if header else ():
@@ -70,8 +76,12 @@ def _used(case: Case, group: Group, pair: Leaves, header: "_Header | None", comm
     keys = [group.keys[leaf] for leaf in (pair.down, pair.up, pair.mid, pair.alpha) if leaf in group.keys]
     rank = case.facts.shapes[group.keys[pair.down]][0]
     alpha = case.facts.alphas.get(group.keys.get(pair.alpha, ""))
-    if "DoRA" in case.dialect.others and ".dora_scale" in group.keys:
-        return Used((*keys, group.keys[".dora_scale"]), None, "DoRA")
+    magnitudes = ".lora_magnitude_vector" if case.dialect.alphas == "header" else ".dora_scale"
+    norm = case.dialect.dora if magnitudes in group.keys else ""
+    if norm:
+        keys.append(group.keys[magnitudes])
+    if ".diff_b" in group.keys and {"full difference", "bias"} & {*case.dialect.others}:
+        keys.append(group.keys[".diff_b"])
     if header is not None:
         scale = header.scale(group.layer, rank)
     elif group.layer[0] in common and (alpha is None or not _keeps_alpha(case, group.layer, keys[0])):
@@ -80,7 +90,7 @@ def _used(case: Case, group: Group, pair: Leaves, header: "_Header | None", comm
         scale = 1.0
     else:
         scale = alpha / rank
-    return Used(tuple(keys), scale)
+    return Used(tuple(keys), scale, "DoRA" if norm else "LoRA", norm)
 
 
 def _keeps_alpha(case: Case, layer: LayerKey, key: str) -> bool:

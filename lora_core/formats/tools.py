@@ -1,10 +1,10 @@
 """How six tools read adapter files, as data: names of layers, spellings of factors, scales, reasons to
 refuse.
 
-Read off their loaders and checked by running them: A1111 1.10.1, Forge dfdcbab6, ComfyUI 0.3.64 (0.12 agrees
-in what is here), InvokeAI 8e71a8a5, kohya sd-scripts 48d368fa, diffusers 0.42.1 with transformers 5.24 and
-peft 0.21. `reading.py` interprets the rows; a tool that changes its rules needs another row here and nothing
-else.
+Read off their loaders and checked by running them: A1111 1.10.1, Forge dfdcbab6, ComfyUI 0.3.64 (0.8 and 0.12
+agree in what is here), InvokeAI 8e71a8a5, kohya sd-scripts 48d368fa, diffusers 0.42.1 with transformers 5.24
+and peft 0.21. `reading.py` interprets the rows; a tool that changes its rules needs another row here and
+nothing else.
 """
 
 from lora_core.formats.dialects import Dialect, Leaves, Names, Tool
@@ -12,10 +12,14 @@ from lora_core.formats.dialects import Dialect, Leaves, Names, Tool
 OTHER_LEAVES = {
     "LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "LoKr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-    "full difference": ("diff", "diff_b"),
-    "DoRA": ("dora_scale",),
+    "full difference": ("diff",),
+    "norm": ("w_norm",),
+    "bias": ("diff_b",),
 }
-"""What follows a name's dot in files of other kinds."""
+"""What follows a name's dot in files of other kinds, by the kind that it makes of a layer."""
+
+MORE_LEAVES = ("diff_b", "b_norm", "dora_scale", "lora_magnitude_vector")
+"""What else may follow it."""
 
 SAME_BASE = {1280: 2048}
 """A width that InvokeAI takes for a base's, to the width of that base's text context."""
@@ -37,8 +41,15 @@ _FLAT = Names("unet", "lora_unet_{flat}")
 _TE = Names("text_encoder", "lora_te_{flat}", _IN_ENCODER, encoders=1)
 _TE1 = Names("text_encoder", "lora_te1_{flat}", _IN_ENCODER, encoders=2)
 _TE2 = Names("text_encoder_2", "lora_te2_{flat}", _IN_ENCODER, encoders=2)
-_OTHERS = ("LoHa", "LoKr", "full difference", "DoRA")
+_OTHERS = ("LoHa", "LoKr", "full difference", "norm")
+_IN_LAYERS = r"text_model\.encoder\..+"
 
+_GRAPH_NORMS = (
+    _LDM_TOO,
+    _FLAT,
+    Names("unet", "diffusion_model.{ldm}"),
+    Names("unet", "lycoris_{flat}"),
+)
 _GRAPH_NAMES = (
     _LDM_TOO,
     _FLAT,
@@ -75,19 +86,54 @@ TOOLS = (
                 ),
                 (_KOHYA, _PEFT_LOSING_ALPHA),
                 others=_OTHERS,
+                norms=(
+                    _LDM_TOO,
+                    Names("unet", "lora_unet_{flat}", r"(?!conv_norm_out).+"),
+                    Names("text_encoder", "lora_te_{flat}", _IN_LAYERS, encoders=1, open_clip=False),
+                    Names("text_encoder", "lora_te1_{flat}", encoders=2),
+                ),
+                dora="columns",
+                beside=("bundle_emb.",),
+                unused=(".diff_b",),
                 strict="layers",
                 whole_attention=True,
             ),
         ),
     ),
-    Tool("Forge", (Dialect(_GRAPH_NAMES, _GRAPH_LEAVES, others=_OTHERS, most_unmatched=12),)),
+    Tool(
+        "Forge",
+        (
+            Dialect(
+                _GRAPH_NAMES,
+                _GRAPH_LEAVES,
+                others=(*_OTHERS, "bias"),
+                norms=_GRAPH_NORMS,
+                dora="base rows",
+                tucker_lokr="fails",
+                most_unmatched=12,
+            ),
+        ),
+    ),
     Tool(
         "ComfyUI",
         (
             Dialect(
-                _GRAPH_NAMES,
+                (
+                    *_GRAPH_NAMES,
+                    *(
+                        Names(part, f"text_encoders.{clip}.transformer.{{path}}", _IN_ENCODER)
+                        for part, clip in (
+                            ("text_encoder", "clip_l"),
+                            ("text_encoder", "clip_h"),
+                            ("text_encoder_2", "clip_g"),
+                        )
+                    ),
+                ),
                 (*_GRAPH_LEAVES, Leaves(".lora_A.default.weight", ".lora_B.default.weight")),
-                others=_OTHERS,
+                others=(*_OTHERS, "bias"),
+                norms=_GRAPH_NORMS,
+                dora="base rows",
+                tucker_lokr="lost",
             ),
         ),
     ),
@@ -104,7 +150,15 @@ TOOLS = (
                 ),
                 (_KOHYA,),
                 others=_OTHERS,
-                ignores_starts=("bundle_emb",),
+                norms=(
+                    Names("unet", "lora_unet_{ldm_flat}", blocks="ldm"),
+                    _FLAT,
+                    *(Names("text_encoder", f"lora_{te}_{{flat}}") for te in ("te", "te1")),
+                    Names("text_encoder_2", "lora_te2_{flat}"),
+                ),
+                dora="columns",
+                beside=("bundle_emb",),
+                unused=("bundle_emb", ".diff_b"),
                 strict="stems",
                 one_naming="refuse",
                 told_by_shapes=True,
@@ -196,6 +250,7 @@ TOOLS = (
                     Leaves(".lora.down.weight", ".lora.up.weight", spelling="unet", alpha=""),
                 ),
                 ignores=(".dora_scale",),
+                dora="rows",
                 alphas="header",
                 exact_shapes=True,
                 spelled=True,
@@ -216,7 +271,7 @@ _ENDINGS = {
 }
 SUFFIXES = (
     *sorted(_ENDINGS, key=len, reverse=True),
-    *(f".{leaf}" for leaves in OTHER_LEAVES.values() for leaf in leaves),
+    *(f".{leaf}" for leaves in (*OTHER_LEAVES.values(), MORE_LEAVES) for leaf in leaves),
 )
 """All that can follow a layer's name in a key that some tool knows."""
 

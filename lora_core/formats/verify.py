@@ -4,9 +4,10 @@ The file is read back and mapped by each tool's rules (`tools.py`). What a tool 
 compared with what the adapter means, through the factors alone: where they are the same, by their scales.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,20 @@ import torch
 from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.formats import diffusers, kinds, kohya
 from lora_core.formats.container import read_tensors
-from lora_core.formats.dialects import Tool
+from lora_core.formats.dialects import Dialect, Tool
+from lora_core.formats.file import check_family
 from lora_core.formats.inspect import file_format
-from lora_core.formats.layers import Tensors, alpha_number, check_finite, checked_layer
+from lora_core.formats.layers import (
+    MAGNITUDE,
+    Tensors,
+    alpha_number,
+    check_finite,
+    checked_layer,
+    checked_magnitude,
+    dora_update,
+)
 from lora_core.formats.layout import Layout, family_layout
-from lora_core.formats.names import layer_of_stem
+from lora_core.formats.names import first_few, layer_of_stem
 from lora_core.formats.notes import Outcome, note
 from lora_core.formats.peft_folder import with_config_beside
 from lora_core.formats.reading import FileFacts, Refused, case_of, groups_of, taken_layers
@@ -29,6 +39,9 @@ from lora_core.formats.tools import MEANT_FOR, TOOLS
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
 from lora_core.spec.tensor_file import read_header
+
+WeightOf = Callable[[LayerKey], torch.Tensor]
+"""The frozen weight of a layer of a base, in fp32."""
 
 TOLERANCE = 2e-3
 """Relative error of an update up to which it counts as the same; the same as for pictures' noise."""
@@ -41,6 +54,7 @@ def verified(
     family: Family | None = None,
     live: AdapterWeights | None = None,
     modules: Layout | None = None,
+    weight_of: WeightOf | None = None,
 ) -> dict[str, Any]:
     """What each tool would do with an adapter file.
 
@@ -49,13 +63,15 @@ def verified(
         family: of the base that it is for; None if the file shall tell.
         live: the adapter that it was written from; None to compare with what the file itself means.
         modules: the base's layers and the shapes of their weights; None for the family's own.
+        weight_of: gives the base's weights, for the errors of a DoRA; None leaves them open.
 
     Returns:
         `ok`: whether each tool that the format is meant for takes every key at the right strength; `tools`:
             for each `tool` whether it is `ok`, how many `keys` the file has, how many are `matched` and how
-            many `dropped`, which those are (`dropped_keys`), the largest relative error of an update
-            (`max_delta_error`; 1.0 where one is missing, None where the kind of adapter leaves it open), and
-            a `note` for people; `family`, `format` and `kind` as in `inspect_file`.
+            many `dropped`, which those are (`dropped_keys`), which matched ones have no effect there
+            (`unused_keys`), the largest relative error of an update (`max_delta_error`; 1.0 where one is
+            missing, None where it is unknown), and a `note` for people; `family`, `format`, `kind` and
+            `extras` as in `inspect_file`.
 
     Raises:
         AdapterFileError: one sentence on what is wrong with the file, or that it does not say its family.
@@ -63,21 +79,33 @@ def verified(
     path = Path(path)
     header = read_header(path)
     format, kind = file_format(header.shapes), kinds.kind_of(header.shapes)
-    if format not in MEANT_FOR or kind not in kinds.ADAPTERS:
-        raise AdapterFileError(f"{path} cannot be verified: it is {kinds.called(kind)}.")
+    if kind in kinds.ADAPTERS:
+        check_family(path, header)
+    if kind not in kinds.ADAPTERS:
+        raise AdapterFileError(f"{path} cannot be verified: it is {kinds.called(kind, header.shapes)}.")
+    if format not in MEANT_FOR:
+        names = first_few(header.shapes, 1)
+        raise AdapterFileError(
+            f"{path} cannot be verified: its tensors are named like no known format, {names}."
+        )
     family = _family(path, header.shapes, header.metadata, family)
-    outcomes = tool_outcomes(path, family, live, modules)
+    outcomes = tool_outcomes(path, family, live, modules, weight_of)
     return {
         "ok": all(outcomes[name].fine for name in MEANT_FOR[format]),
         "family": family.name,
         "format": format,
         "kind": kind,
+        "extras": kinds.extras_sentence(header.shapes),
         "tools": [_row(name, outcome, format, family) for name, outcome in outcomes.items()],
     }
 
 
 def tool_outcomes(
-    path: Path, family: Family, live: AdapterWeights | None = None, modules: Layout | None = None
+    path: Path,
+    family: Family,
+    live: AdapterWeights | None = None,
+    modules: Layout | None = None,
+    weight_of: WeightOf | None = None,
 ) -> dict[str, Outcome]:
     """What each tool makes of an adapter file, by the tool's name; arguments and errors as in `verified`."""
     layout = modules or family_layout(family)
@@ -91,6 +119,7 @@ def tool_outcomes(
         texts = with_config_beside(path, tensors, metadata)
         meant = _meant(tensors, texts, file_format(shapes), kinds.kind_of(shapes), family)
         check_finite(meant)
+        magnitudes = _magnitudes(tensors, family)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
     alphas = {
@@ -98,8 +127,8 @@ def tool_outcomes(
     }
     facts = FileFacts(shapes, alphas, metadata)
     base = _Base(family, layout, _wide(meant, layout))
-    products = _products(meant, live)
-    return {tool.name: _outcome(tool, facts, base, meant, products) for tool in TOOLS}
+    right = Right(meant, _products(meant, live), magnitudes, weight_of)
+    return {tool.name: _outcome(tool, facts, base, right) for tool in TOOLS}
 
 
 @dataclass(frozen=True)
@@ -119,8 +148,12 @@ def _family(path: Path, shapes: kinds.Shapes, metadata: Mapping[str, str], base:
         return base
     if told is None:
         name = kinds.family_name(shapes, metadata)
-        what = "does not say which family of base it is for" if name == "unknown" else f"is for {name}"
-        raise AdapterFileError(f"{path} {what}, so it cannot be verified; name its base with --base.")
+        if name != "unknown":
+            raise AdapterFileError(f"{path} is for {name}, so it cannot be verified.")
+        raise AdapterFileError(
+            f"{path} does not say which family of base it is for, so it cannot be verified; name its base"
+            " with --base."
+        )
     return told
 
 
@@ -150,7 +183,7 @@ def _meant(
 
 def _layer_and_role(key: str, format: str, family: Family) -> tuple[LayerKey, str]:
     if format == "diffusers":
-        return diffusers.layer_and_role(key)
+        return diffusers.layer_and_role(key, family)
     stem, _, leaf = key.partition(".")
     if leaf not in kohya.ROLES:
         raise AdapterFileError(f"The file holds {key!r}, which belongs to no plain LoRA.")
@@ -195,20 +228,85 @@ def _inner(file: LayerWeights | None, right: LayerWeights) -> tuple[float, float
     return float(square), float(mixed), float(own)
 
 
-def _error(used: Used | None, products: tuple[float, float, float] | None) -> float | None:
-    """|s B A - right| / |right| of one layer, 1.0 if it is missing, None where the kind leaves it open."""
-    if used is None or products is None:
+def _magnitudes(tensors: Tensors, family: Family) -> dict[LayerKey, torch.Tensor]:
+    """The DoRA magnitudes in a file, by layer, as far as its names are known."""
+    found = {}
+    for key, tensor in tensors.items():
+        if match := MAGNITUDE.fullmatch(key):
+            with contextlib.suppress(AdapterFileError):
+                layer, _ = _layer_and_role(
+                    f"{match[1]}.alpha", "kohya" if "." not in match[1] else "diffusers", family
+                )
+                found[layer] = checked_magnitude(match[1], tensor)
+    return found
+
+
+@dataclass
+class Right:
+    """What a file should do to each layer, to compare with what a tool does.
+
+    Attributes:
+        meant: what the file says, magnitudes aside.
+        products: what errors of plain layers are worked out from.
+        magnitudes: of the layers that are a DoRA.
+        weight_of: gives the base's weights; None if they are not at hand.
+    """
+
+    meant: AdapterWeights
+    products: Products
+    magnitudes: Mapping[LayerKey, torch.Tensor]
+    weight_of: WeightOf | None = None
+    _known: dict[tuple[LayerKey, str, float], float] = field(default_factory=dict)
+
+    def error(self, layer: LayerKey, used: Used | None) -> float | None:
+        """|update - right| / |right| of a layer; 1.0 where a tool leaves it out, None where it is unknown."""
+        if used is None or used.lost:
+            return 1.0
+        if used.scale is None:
+            return None
+        if layer in self.magnitudes:
+            return self._dora_error(layer, used.scale, used.norm)
+        return _plain_error(used.scale, self.products[layer])
+
+    def _dora_error(self, layer: LayerKey, scale: float, norm: str) -> float | None:
+        rows = self.magnitudes[layer].shape[1] == 1
+        norm = "columns" if norm == "base rows" and not rows else norm
+        if norm == ("rows" if rows else "columns") and scale == self.meant.layers[layer].scale:
+            return 0.0
+        if self.weight_of is None:
+            return None
+        if (layer, norm, scale) not in self._known:
+            self._known[layer, norm, scale] = self._measured(layer, scale, norm)
+        return self._known[layer, norm, scale]
+
+    def _measured(self, layer: LayerKey, scale: float, norm: str) -> float:
+        assert self.weight_of is not None
+        weights, magnitude = self.meant.layers[layer], self.magnitudes[layer]
+        weight, delta = self.weight_of(layer), weights.delta()
+        if weight.numel() != delta.numel() or magnitude.numel() not in weight.shape[:2]:
+            raise AdapterFileError(
+                f"{'.'.join(layer)} has the shape {list(delta.shape)} in the file and {list(weight.shape)} in"
+                " the base; the file is for another base."
+            )
+        right = dora_update(weight, delta, magnitude)
+        product = replace(weights, alpha=scale * weights.rank).delta().reshape(weight.shape)
+        got = dora_update(weight, product, magnitude, norm) if norm else product
+        return float((got - right).norm() / right.norm()) if right.any() else float(got.any())
+
+
+def _plain_error(scale: float, products: tuple[float, float, float] | None) -> float:
+    """|s B A - right| / |right| of a layer without magnitudes, from inner products."""
+    if products is None:
         return 1.0
-    if used.scale is None:
-        return None
     square, mixed, own = products
     if own == 0:
-        return 0.0 if square * used.scale == 0 else 1.0
-    return math.sqrt(max(square * used.scale**2 - 2 * mixed * used.scale + own, 0.0) / own)
+        return 0.0 if square * scale == 0 else 1.0
+    return math.sqrt(max(square * scale**2 - 2 * mixed * scale + own, 0.0) / own)
 
 
-def _outcome(tool: Tool, facts: FileFacts, base: _Base, meant: AdapterWeights, products: Products) -> Outcome:
+def _outcome(tool: Tool, facts: FileFacts, base: _Base, right: Right) -> Outcome:
     used: dict[LayerKey, Used] = {}
+    beside: list[str] = []
     refused = ""
     try:
         case = case_of(tool, facts, base.family, base.layout, base.wide)
@@ -219,16 +317,27 @@ def _outcome(tool: Tool, facts: FileFacts, base: _Base, meant: AdapterWeights, p
         drop_partial_attention(case, taken)
         check_components(case, taken)
         used = used_layers(case, taken)
+        beside = [key for key in facts.shapes if key.startswith(case.dialect.beside)]
     except Refused as reason:
         refused = str(reason)
-    matched = {key for layer in used.values() for key in layer.keys}
+    matched = {*beside, *(key for layer in used.values() for key in layer.keys)}
     dropped = [key for key in facts.shapes if key not in matched]
-    errors = {layer: _error(used.get(layer), numbers) for layer, numbers in products.items()}
-    factors = {layer.up.dtype for layer in meant.layers.values()}
+    unused = [] if refused else _unused(case.dialect, beside, used)
+    lost = {layer for layer, use in used.items() if use.lost}
+    errors = {layer: right.error(layer, used.get(layer)) for layer in (*right.products, *lost)}
+    factors = {layer.up.dtype for layer in right.meant.layers.values()}
     tolerance = max(
         (_COARSE.get(t, TOLERANCE if t.itemsize > 1 else 5e-2) for t in factors), default=TOLERANCE
     )
-    return Outcome(refused, len(facts.shapes), dropped, used, meant, errors, tolerance)
+    return Outcome(refused, len(facts.shapes), dropped, used, right.meant, errors, tolerance, unused)
+
+
+def _unused(dialect: Dialect, beside: list[str], used: Mapping[LayerKey, Used]) -> list[str]:
+    """The keys that a tool reads without effect."""
+    pairs = [key for use in used.values() if use.kind in ("LoRA", "DoRA") for key in use.keys]
+    return [key for key in beside if key.startswith(dialect.unused)] + [
+        key for key in pairs if key.endswith(dialect.unused)
+    ]
 
 
 def _row(tool: str, outcome: Outcome, format: str, family: Family) -> dict[str, Any]:
@@ -239,6 +348,7 @@ def _row(tool: str, outcome: Outcome, format: str, family: Family) -> dict[str, 
         "matched": outcome.keys - len(outcome.dropped),
         "dropped": len(outcome.dropped),
         "dropped_keys": outcome.dropped,
+        "unused_keys": list(outcome.unused),
         "max_delta_error": outcome.max_error,
         "note": note(outcome, tool in MEANT_FOR[format], format, family),
     }

@@ -120,7 +120,7 @@ _FAMILIES = (
 )
 """By names; those of diffusion transformers with like names are told apart by `_WIDTHS`."""
 
-_WIDTHS = (
+_WIDTHS: tuple[tuple[str, Mapping[int, str], str], ...] = (
     (r"^single_transformer_blocks_\d+_", {6144: "Flux 2"}, "Flux or Hunyuan Video"),
     (
         r"^transformer_blocks_\d+_attn_",

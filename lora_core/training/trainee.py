@@ -16,6 +16,7 @@ from lora_core.adapters.storage import Storage
 from lora_core.adapters.targets import named_targets
 from lora_core.adapters.weights import AdapterWeights, LayerKey
 from lora_core.formats.file import read_adapter
+from lora_core.formats.kinds import extras_sentence
 from lora_core.models.depot import depot_for
 from lora_core.models.load import BaseModel
 from lora_core.models.thin import Thinner
@@ -24,6 +25,7 @@ from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.families import Family
 from lora_core.spec.sections import AdapterSection, OptimSection, TrainSection
+from lora_core.spec.tensor_file import read_header
 
 FRESH = "default"
 """The value of `adapter.init` for an adapter that starts from nothing."""
@@ -103,6 +105,8 @@ def adapter_plan(base: BaseModel, config: RunConfig) -> AdapterPlan:
         for part, rate in rates.items()
         if rate > 0 and targets.pattern(part) is None
     ]
+    if file is not None and (out := extras_sentence(read_header(file).shapes)):
+        notes.append(f"{file.name}: {out}")
     if optim.text_encoder_2_lr and len(base.family.text_encoders) < 2:
         notes.append(f"optim.text_encoder_2_lr plays no part: the {base.family.title} has one text encoder.")
     return AdapterPlan(layers, start, file.name if file else "", notes)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lora_core.__main__ import main
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats.container import serialised
 from lora_core.formats.file import write_adapter
@@ -12,7 +13,7 @@ from tests.formats.conftest import BLOCK, CLIP, adapter, linear
 # The row of cli.md, and autov2.
 KEYS = {"family", "format", "kind", "ranks", "alphas", "modules", "parameters", "bytes", "sha256", "autov2",
 "autov3",
-        "hash_matches", "problem", "left_out", "metadata"}  # fmt: skip
+        "hash_matches", "problem", "extras", "metadata"}  # fmt: skip
 
 
 @pytest.fixture
@@ -111,6 +112,7 @@ def test_files_of_others(path, case):
     assert facts.keys() == KEYS
     assert {key: facts[key] for key in expected} == expected
     assert facts["hash_matches"] is None
+    assert facts["problem"] == ""
 
 
 def test_a_broken_header_of_diffusers_does_not_matter(path):
@@ -127,3 +129,34 @@ def test_a_broken_file_is_one_sentence(path):
     path.write_bytes(b"<html>")
     with pytest.raises(AdapterFileError, match="web page"):
         inspect_file(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats(path, dtype):
+    down, up = torch.ones(4, 768).to(dtype), torch.ones(64, 4).to(dtype)
+    path.write_bytes(serialised({f"{Q}.lora_down.weight": down, f"{Q}.lora_up.weight": up}, {}))
+    assert inspect_file(path)["problem"] == ""
+    down[1, 2] = float("nan")
+    path.write_bytes(serialised({f"{Q}.lora_down.weight": down, f"{Q}.lora_up.weight": up}, {}))
+    assert "not finite" in inspect_file(path)["problem"]
+
+
+BROKEN = {
+    "a LoHa without a factor": (
+        {k: torch.ones(4, 4) for k in OTHERS["LoHa"][0] if "w2_a" not in k},
+        "hada_w2_a",
+    ),
+    "a LoKr without a factor": ({f"{Q}.lokr_w1": torch.ones(4, 4), f"{Q}.alpha": torch.ones(())}, "lokr_w2"),
+    "an alpha alone": ({f"{Q}.alpha": torch.ones(())}, "no weights"),
+    "no tensors": ({}, "holds no tensors"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_broken_is_said_and_fails(path, case, capsys):
+    tensors, words = BROKEN[case]
+    path.write_bytes(serialised(tensors, {}))
+    assert main(["inspect", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
