@@ -128,7 +128,7 @@ def test_no_name_of_our_own_families_is_taken_for_another(name):
 
 
 OTHER_KINDS = {
-    "ControlNet-LLLite": "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.conditioning1.0.weight",
+    "ControlNet-LLLite": "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.mid.0.weight",
     "ControlNet": "control_model.input_blocks.0.0.weight",
     "IP-Adapter": "ip_adapter.1.to_k_ip.weight",
     "textual-inversion embedding": "emb_params",
