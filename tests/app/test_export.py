@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from app.desk import Desk
-from app.export import copying
 from app.export.copy_panel import checked_folder, copied_line, folder_choices
 from app.export.file_check import report_html, trained, trigger_words, written_by
 from app.export.works_in import tool_rows, works_in, written_line
 from app.tools import OtherTools
+from lora_core.spec import copying
 from lora_core.spec.copying import copied
 from lora_core.spec.errors import RunError
 from lora_core.spec.other_tools import Tool
@@ -37,6 +37,8 @@ def row(tool: str = "ComfyUI", **changes: Any) -> dict[str, Any]:
     ("changes", "verdict", "said"),
     [
         ({}, "reads it whole", "264 of 264 keys, same strength"),
+        ({"ok": True, "max_delta_error": None, "note": "reads every key"}, "reads it whole", "reads every"),
+        ({"ok": True, "unused_keys": ["x"], "note": "no use of x"}, "reads it whole", "no use of x"),
         (
             {"matched": 262, "dropped": 2, "dropped_keys": ["a.alpha", "b.alpha"], "note": "drops 2"},
             "drops keys",
@@ -204,6 +206,11 @@ def test_a_report_shows_what_a_file_says_as_text() -> None:
     assert "1 to 32, 5 values" in shown
     assert "its hash differs" in shown
     assert "264 of 264 keys" in shown
+    said = {"problem": f"it is broken {HOSTILE}", "extras": "Left out: changes of biases"}
+    shown = report_html("x", {"report": {**report, **said}, "verify": {"ok": True, "tools": [row()]}})
+    assert "<img" not in shown
+    assert "it is broken" in shown
+    assert "changes of biases" in shown
     shown = report_html("x", {"report": {**report, "family": HOSTILE}, "problem": HOSTILE})
     assert "<img" not in shown
     assert "<table>" not in shown
