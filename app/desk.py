@@ -12,6 +12,7 @@ from app.dataset.checking import Checker
 from app.dataset.importing import Importer
 from app.dataset.insights import Insights
 from app.dataset.thumbs import Thumbs
+from app.export.opening import FileManager
 from app.hardware import Hardware
 from app.jobs import Jobs, environment
 from app.places import Places
@@ -48,6 +49,7 @@ class Desk:
         self.places = Places(workspace / "places.json")
         self.tools = OtherTools(self.places)
         self.downloads = Downloads()
+        self.files = FileManager()
         command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
         self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
         self.worker.is_needed_elsewhere = GivesWay(self._live_run)

@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> int:
                 f" or {PASSWORD_VARIABLE}."
             )
         desk = Desk(workspace(options.workspace))
+        desk.files.shared = not is_loopback(options.host)
         running = _already_open(desk)
         if running is not None and options.port in (None, running):
             return _point_to(running, options)

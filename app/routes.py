@@ -20,6 +20,8 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 
 from app.dataset.meter import counted
 from app.desk import Desk
+from app.export.opening import SHARED
+from app.guard import LOOPBACK, host_name, is_loopback
 from app.train.plan import Plan
 from lora_core.dataset.pictures import SUFFIXES
 from lora_core.dataset.project import relative_name
@@ -123,6 +125,17 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     async def download(run: str, file: str) -> Response:
         whole = below(runs_folder(desk.workspace), f"{run}/export/{file}", {".safetensors"})
         return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
+
+    @app.post("/easel/show-file")
+    async def show_file(request: Request) -> Response:
+        sent = await sent_json(request)
+        asker, host = request.client, request.headers.get("host", "")
+        # A proxy is on this computer too, for whoever it speaks.
+        near = asker is not None and is_loopback(asker.host) and "x-forwarded-for" not in request.headers
+        if not near or host_name(host) not in LOOPBACK:
+            raise RunError(SHARED)
+        await asyncio.to_thread(desk.files.show, str(sent.get("file", "")))
+        return JSONResponse({"done": True})
 
     @app.post("/easel/caption")
     async def caption(request: Request) -> Response:

@@ -19,10 +19,27 @@
     return make("div", { className: "row apart" }, words, make("div", { className: "row" }, button("rename", "Rename", project), button("delete", "Delete", project), open));
   };
 
+  // Names of what is in the trash may be any text; all of it is put in as text.
+  const trashRow = (thing) => {
+    const when = new Date(1000 * thing.time).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
+    const words = make("div", { className: "grow" }, make("b", { textContent: thing.name }),
+      make("p", { className: "small num", textContent: `${thing.kind}, ${thing.size}, deleted ${when}` }),
+      make("p", { className: "small where" }, "From ", make("code", { textContent: thing.came_from })));
+    const back = button("restore", "Restore", { key: thing.id, title: `the ${thing.kind} ${thing.name}` }, "");
+    return make("div", { className: "row apart" }, words, back);
+  };
+  const showTrash = (things) => {
+    const fold = one("#projects-trash");
+    fold.hidden = !things.length;
+    one("summary", fold).textContent = `In the trash: ${many(things.length, "thing")}`;
+    window.easel.refocus(fold, () => one(".list", fold).replaceChildren(...things.map(trashRow)));
+  };
+
   const show = (state) => {
     one("#projects-list").replaceChildren(...state.projects.map(row));
+    showTrash(state.trashed);
     const room = one("#projects-room"), parts = [["runs", "Runs"], ["caches", "caches"], ["trash", "trash"]].filter(([key]) => state[key]);
-    room.replaceChildren(make("span", { className: "small num", textContent: parts.map(([key, word]) => `${word} ${state[key]}`).join(", ") }));
+    room.replaceChildren(make("span", { className: "small num grow", textContent: parts.map(([key, word]) => `${word} ${state[key]}`).join(", ") }));
     const does = make("div", { className: "row" });
     if (state.caches) does.append(button("clean", "Clean caches", null, ""));
     if (state.trash) does.append(button("empty", "Empty the trash", null, ""));
@@ -32,6 +49,7 @@
   const open = async () => {
     const dialog = one("#projects");
     say("");
+    one("#projects-said").textContent = "";
     // The list of the last time would be replaced under a hand that is at work in it.
     one("#projects-list").replaceChildren();
     dialog.showModal();
@@ -47,7 +65,7 @@
       if (answer.switched) return location.reload();
       show(answer);
       say("");
-      if (answer.freed) one("#projects-room .small").textContent = `${answer.freed} freed. ${one("#projects-room .small").textContent}`;
+      one("#projects-said").textContent = answer.said;
       window.easel.press("refresh");
     } catch (error) { say(error.message || "The window does not answer."); }
   };
@@ -70,7 +88,7 @@
     const { projectDo: does, project } = target.dataset;
     if (target.id === "project-picker") open();
     else if (target.id === "projects-close") one("#projects").close();
-    else if (does === "open" || does === "clean") act({ do: does, project });
+    else if (["open", "clean", "restore"].includes(does)) act({ do: does, project });
     else if (does === "rename") {
       const title = one("b", target.closest(".row.apart")).textContent, input = make("input", { type: "text", value: title, maxLength: 80 });
       input.setAttribute("aria-label", `New name of ${title}`);

@@ -853,14 +853,14 @@ def trash_list(workspace: File | None = None) -> list[dict[str, Any]]:
 
 
 def trash_restore(name: str, workspace: File | None = None) -> Path:
-    """Put something from the trash back; returns where it is.
+    """Put something from the trash back, under another name where its own is taken; returns where it is.
 
     Args:
         name: of a run, project or picture, or an id of `trash_list`.
         workspace: whose trash.
 
     Raises:
-        RunError: nothing, or more than one thing, has that name; or another of that name exists by now.
+        RunError: nothing, or more than one thing, has that name.
     """
     from lora_core.spec.trash import restore, trashed
 

@@ -115,6 +115,7 @@ VIEW_STATE = {
     "inside/go-on": "fills the Train form; `train --set adapter.init=FILE`",
     "inside/cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "report/cancel": "drops what the page has asked for; Ctrl-C on the command line",
+    "show-file": "opens the file manager; the commands print the path",
     "quit": "ends the window itself",
 }
 """Routes of the window that need no command, with the reason."""

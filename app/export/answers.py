@@ -6,7 +6,6 @@ from typing import Any
 
 from app.export.file_check import report_html
 from app.export.inside import CHECKPOINT
-from app.export.works_in import path_line
 from app.words import file_size, safe
 from lora_core.spec.heat import square_plot, table_html
 from lora_core.spec.plot import Bar, bars_plot
@@ -226,7 +225,7 @@ def made_html(result: Row) -> str:
     )
     return (
         f'<div class="made"><h3 class="over-line">{safe(file.name)}, {size}</h3>{said}<div class="row">{link}'
-        f"{go_on}</div>{path_line(file, 'It lies at')}</div>"
+        f"{go_on}</div>{result.get('place', '')}</div>"
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import gradio as gr
 
 from app.desk import Desk
-from app.export.works_in import path_line
 from app.moment import Moment
 from app.parts import TYPING, Parts, piece
 from app.words import safe
@@ -112,7 +111,7 @@ def copied_line(desk: Desk, done: Copied) -> str:
     words.append("The tool lists it after a refresh." if tool else "")
     return (
         '<p class="small"'
-        f' role="status">{safe(" ".join(words).strip())}</p>{path_line(done.file, "It lies at")}'
+        f' role="status">{safe(" ".join(words).strip())}</p>{desk.files.place(done.file, "It is at")}'
     )
 
 

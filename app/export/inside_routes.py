@@ -138,14 +138,14 @@ class _Look:
         return {key: value for key, value in self._found.items() if key not in ("id", "event")}
 
     def _linked(self, result: dict[str, Any]) -> dict[str, Any]:
-        """With the address at which a file that was made can be had."""
+        """With the address at which a file that was made can be had, and the line that says where it is."""
         if "file" not in result:
             return result
-        file = Path(str(result["file"]))
-        if file.is_relative_to(runs_folder(self._desk.workspace)):
-            run = file.relative_to(runs_folder(self._desk.workspace)).parts[0]
-            return {**result, "link": f"/easel/download/{quote(run)}/{quote(file.name)}"}
-        return {**result, "link": f"/easel/made/{quote(file.name)}"}
+        file, runs = Path(str(result["file"])), runs_folder(self._desk.workspace)
+        link = f"/easel/made/{quote(file.name)}"
+        if file.is_relative_to(runs):
+            link = f"/easel/download/{quote(file.relative_to(runs).parts[0])}/{quote(file.name)}"
+        return {**result, "link": link, "place": self._desk.files.place(file, "It is at")}
 
 
 def train_on(desk: Desk, name: str) -> None:

@@ -118,21 +118,12 @@ def works_in(result: dict[str, Any] | None, portable: bool) -> str:
     )
 
 
-def path_line(path: object, words: str) -> str:
-    """Where a file lies, with a button that copies the path."""
-    text = safe(path)
-    return (
-        f'<p class="small where">{safe(words)} <code>{text}</code> <button type="button" class="own quiet"'
-        f' data-copy="{text}">Copy path</button></p>'
-    )
-
-
-def written_line(result: dict[str, Any], precision: str, address_of_file: str) -> str:
-    """What was written and where, and the link to have it again."""
+def written_line(result: dict[str, Any], precision: str, address_of_file: str, place: str) -> str:
+    """What was written, the link to have it again, and the line that says where it is."""
     size = file_size(float(result.get("bytes", 0)))
     name = str(result.get("file", "")).replace("\\", "/").rsplit("/", 1)[-1]
     return (
         f'<p class="small num" role="status">{safe(name)}, {size}, {safe(precision)},'
         f' {safe(result.get("modules", ""))} layers. <a href="{safe(address_of_file)}" download>Download'
-        f" again</a></p>{path_line(result.get('file', ''), 'It lies at')}"
+        f" again</a></p>{place}"
     )

@@ -16,6 +16,8 @@ project</span><input type="text"
 class="own primary">New</button></form>
 <p class="problem" id="projects-note" role="alert"></p>
 <div class="list" id="projects-list"></div>
+<details id="projects-trash" hidden><summary></summary><div class="list"></div></details>
+<p class="small" id="projects-said" role="status"></p>
 <div class="row apart" id="projects-room"></div></dialog>"""
 
 

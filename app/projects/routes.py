@@ -12,7 +12,7 @@ from app.routes import Refused, sent_json
 from app.words import file_size
 from lora_core.spec.disk import clean_caches, folder_bytes
 from lora_core.spec.errors import RunError
-from lora_core.spec.trash import empty_trash, trash_folder
+from lora_core.spec.trash import empty_trash, restore, trash_folder, trashed
 
 
 def add_project_routes(app: FastAPI, desk: Desk) -> None:
@@ -34,7 +34,7 @@ def _changed(desk: Desk, do: str, key: str, title: str) -> dict[str, Any]:
     if desk.importer.working:
         raise RunError("Pictures are being imported; wait until that is done.")
     before, projects = desk.project.path, desk.projects
-    freed = ""
+    said = ""
     match do:
         case "new":
             projects.new(title)
@@ -45,17 +45,34 @@ def _changed(desk: Desk, do: str, key: str, title: str) -> dict[str, Any]:
         case "delete":
             projects.delete(key)
         case "clean":
-            freed = file_size(clean_caches(desk.workspace))
+            said = f"{file_size(clean_caches(desk.workspace))} freed."
         case "empty":
             size = folder_bytes(trash_folder(desk.workspace))
             empty_trash(desk.workspace)
-            freed = file_size(size)
+            said = f"{file_size(size)} freed."
+        case "restore":
+            said = _restored(desk, key)
         case _:
             raise Refused("no such action")
     switched = desk.project.path != before
     if switched:
         desk.turn_to_project()
-    return {**_shelves(desk), "switched": switched, "freed": freed}
+    return {**_shelves(desk), "switched": switched, "said": said}
+
+
+def _restored(desk: Desk, place: str) -> str:
+    """Put back what has that place in the trash, and say under which name it is there now.
+
+    Raises:
+        RunError: it is not in the trash any more, or the disk refuses.
+    """
+    one = next((one for one in trashed(desk.workspace) if one.place.name == place), None)
+    if one is None:
+        raise RunError("It is not in the trash any more.")
+    path = restore(one, desk.workspace)
+    if path.name == one.name:
+        return f"{one.name} is restored."
+    return f"{one.name} is restored as {path.name}, because its name is taken."
 
 
 def _shelves(desk: Desk) -> dict[str, Any]:
@@ -66,6 +83,9 @@ def _shelves(desk: Desk) -> dict[str, Any]:
         "projects": shelved,
         "caches": file_size(caches) if caches else "",
         "trash": file_size(trash) if trash else "",
+        "trashed": [
+            one.row() | {"size": file_size(folder_bytes(one.place))} for one in trashed(desk.workspace)
+        ],
         "runs": file_size(runs) if runs else "",
     }
 

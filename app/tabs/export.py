@@ -137,7 +137,8 @@ def _wire(parts: Parts, fields: dict[str, Any], buttons: dict[str, Any], outputs
             return problem(error), gr.skip(), ""
         file = Path(str(result["file"]))
         link = f"/easel/download/{quote(watch.run.name)}/{quote(file.name)}"
-        return written_line(result, choice[-1], link), works_in(result, _portable(watch)), link
+        place = desk.files.place(file, "It is at")
+        return written_line(result, choice[-1], link, place), works_in(result, _portable(watch)), link
 
     def copy(folder: str, *choice: str) -> tuple[str, Any]:
         try:

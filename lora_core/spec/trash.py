@@ -113,17 +113,17 @@ def trashed(workspace: Path) -> list[Trashed]:
 
 
 def restore(one: Trashed, workspace: Path) -> Path:
-    """Put something from the trash back where it stood; returns that place.
+    """Put something from the trash back where it was; returns that place.
+
+    Where the name is taken by now, a number is added to it.
 
     Raises:
-        RunError: there is something of that name now, it is gone from the trash, or the disk refuses.
+        RunError: it is gone from the trash, or the disk refuses.
     """
-    path, kind = _allowed(one.came_from, workspace)
-    if path.exists():
-        raise RunError(
-            f"There is a {kind} named {one.name} again; rename or delete that one before this one is put"
-            " back."
-        )
+    wanted, kind = _allowed(one.came_from, workspace)
+    path, number = wanted, 2
+    while os.path.lexists(path):
+        path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.rename(one.content, path)

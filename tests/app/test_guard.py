@@ -347,6 +347,8 @@ NO_PATHS = {
     # A folder or a file of this computer is what these ask for; the person types it.
     ("POST", "/easel/import"), ("POST", "/easel/preview/rows"), ("POST", "/easel/inside/start"),
     ("POST", "/easel/inside/go-on"),
+    # Only a file that the window has named itself is shown.
+    ("POST", "/easel/show-file"),
 }  # fmt: skip
 SENT: dict[tuple[str, str], Callable[[str], list[Asked]]] = {
     ("GET", "/easel/assets/{name}"): lambda evil: [(f"/easel/assets/{evil}", None)],

@@ -1,6 +1,7 @@
 """Projects: new, open, rename, delete; which runs belong to one; what they hold."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -171,7 +172,7 @@ def test_caches_are_cleaned_and_pictures_are_not(
     client.get("/easel/thumb/dataset/picture-0.png")
     assert client.get("/easel/projects").json()["caches"]
     answer = client.post("/easel/projects", json={"do": "clean"}).json()
-    assert answer["freed"]
+    assert "freed" in answer["said"]
     assert answer["caches"] == ""
     assert len(desk.project.dataset().records) == 3
     assert client.get("/easel/thumb/dataset/picture-0.png").status_code == 200
@@ -191,3 +192,37 @@ def test_a_run_made_in_the_window_is_the_open_project_s(desk: Desk) -> None:
     assert [one.name for one in runs_of(desk.project)] == ["one"]
     desk.projects.open("default")
     assert runs_of(desk.project) == []
+
+
+def test_the_trash_is_listed_and_given_back(desk: Desk) -> None:
+    app = FastAPI()
+    add_routes(app, desk)
+    add_project_routes(app, desk)
+    client = TestClient(app)
+
+    def say(do: str, project: str = "") -> Any:
+        return client.post("/easel/projects", json={"do": do, "project": project}).json()
+
+    made = run(desk, "first <b>")
+    desk.jobs.delete("first <b>")
+    key = desk.projects.new("Gone")
+    say("delete", key)
+    project, kept = client.get("/easel/projects").json()["trashed"]
+    assert (project["kind"], project["name"], kept["kind"], kept["name"]) == (
+        "project",
+        key,
+        "run",
+        "first <b>",
+    )
+    assert kept["came_from"] == str(made.path)
+    assert kept["size"].endswith("kB")
+    answer = say("restore", project["id"])
+    assert answer["said"] == f"{key} is restored."
+    assert "Gone" in [one["title"] for one in answer["projects"]]
+    again = run(desk, "first <b>")
+    answer = say("restore", kept["id"])
+    assert answer["said"] == "first <b> is restored as first <b>-2, because its name is taken."
+    assert sorted(watch.run.name for watch in desk.jobs.all()) == [again.name, "first <b>-2"]
+    assert (answer["trashed"], answer["trash"]) == ([], "")
+    assert "not in the trash any more" in say("restore", kept["id"])["problem"]
+    assert "not in the trash any more" in say("restore", "../../x")["problem"]

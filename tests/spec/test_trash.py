@@ -47,14 +47,14 @@ def test_two_of_one_name(tmp_path: Path) -> None:
     again = made(tmp_path)
     newest, oldest = trashed(tmp_path)
     assert newest.time >= oldest.time
-    with pytest.raises(RunError, match="a run named one again"):
-        restore(newest, tmp_path)
-    assert len(trashed(tmp_path)) == 2
-    again.path.rename(again.path.with_name("other"))
-    restore(oldest, tmp_path)
+    before = again.config_file.read_bytes()
+    assert [restore(one, tmp_path).name for one in (newest, oldest)] == ["one-2", "one-3"]
+    assert again.config_file.read_bytes() == before
+    assert trashed(tmp_path) == []
+    assert sorted(run.name for run in all_runs(tmp_path)) == ["one", "one-2", "one-3"]
+    to_trash(again.path, tmp_path)
     empty_trash(tmp_path)
     assert trashed(tmp_path) == []
-    assert sorted(run.name for run in all_runs(tmp_path)) == ["one", "other"]
 
 
 def test_a_live_run_stays(tmp_path: Path) -> None:

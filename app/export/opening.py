@@ -1,0 +1,110 @@
+"""Showing a file in the file manager of this computer.
+
+Only a file that the window has named to a page is shown, and only where the page is on this computer too. No
+shell takes part. Where the button would do nothing, the path stands there to be copied, with the reason.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from app.words import safe
+from lora_core.spec.errors import RunError
+from lora_core.spec.processes import detached
+
+SHARED = "This window is open to other computers, so it starts no file manager; copy the path."
+SECONDS = 5.0
+
+
+class FileManager:
+    """Shows files that the window has named."""
+
+    def __init__(self) -> None:
+        """Nothing has been named yet."""
+        self.shared = False
+        """Whether the window listens to other computers."""
+        self._named: set[str] = set()
+
+    @property
+    def problem(self) -> str:
+        """Why no file can be shown, in a sentence; "" where one can."""
+        return SHARED if self.shared else lacking(sys.platform, os.environ)
+
+    def place(self, file: object, words: str) -> str:
+        """Where a file is, with a button that shows it and one that copies the path."""
+        problem, path = self.problem, safe(file)
+        self._named.add(str(file))
+        body = safe(json.dumps({"file": str(file)}))
+        show = (
+            f'<button type="button" class="own quiet" data-post="show-file" data-body="{body}">Show in'
+            " folder</button>"
+        )
+        return (
+            f'<p class="small where">{safe(words)} <code>{path}</code> {"" if problem else show}<button'
+            f' type="button" class="own quiet" data-copy="{path}">Copy path</button>'
+            f" {safe(problem)}</p>"
+        )
+
+    def show(self, name: str) -> None:
+        """Open the folder of a file with the file selected, where the system can select one.
+
+        Raises:
+            RunError: the window has not named it, it is gone, or no file manager can be started.
+        """
+        file = Path(name)
+        if name not in self._named:
+            raise RunError("The window has not written this file, so it does not show it.")
+        if self.problem:
+            raise RunError(self.problem)
+        if not file.exists():
+            raise RunError(f"There is no file at {file} any more.")
+        threading.Thread(target=_run, args=(commands(file, sys.platform),), daemon=True).start()
+
+
+def lacking(platform: str, environment: Mapping[str, str]) -> str:
+    """Why no file manager can be started, in a sentence; "" where one can."""
+    if platform in ("darwin", "win32"):
+        return ""
+    if not environment.get("DISPLAY") and not environment.get("WAYLAND_DISPLAY"):
+        return "No desktop runs here that could show it; copy the path."
+    if not shutil.which("dbus-send") and not shutil.which("xdg-open"):
+        return "No file manager was found (dbus-send or xdg-open); copy the path."
+    return ""
+
+
+def commands(file: Path, platform: str) -> list[list[str]]:
+    """What to run until one succeeds."""
+    if platform == "darwin":
+        return [["open", "-R", str(file)]]
+    if platform == "win32":
+        # Explorer ends with 1 also where it has shown the file.
+        return [["explorer", "/select,", str(file)]]
+    # The address has no comma, at which dbus-send would cut: it is percent-encoded.
+    ask = ["dbus-send", "--session", "--print-reply", "--dest=org.freedesktop.FileManager1"]
+    ask += ["/org/freedesktop/FileManager1", "org.freedesktop.FileManager1.ShowItems"]
+    ask += [f"array:string:{file.as_uri()}", "string:"]
+    return [ask, ["xdg-open", str(file.parent)]]
+
+
+def _run(tries: list[list[str]]) -> None:
+    for command in tries:
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                **detached(),
+            )
+            if process.wait(SECONDS) == 0:
+                return
+        except subprocess.TimeoutExpired:
+            # Some file managers stay with the program that starts them.
+            return
+        except OSError:
+            continue

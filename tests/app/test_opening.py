@@ -1,0 +1,111 @@
+"""Showing a file in the file manager: which command, for whom, and for which files."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from app.desk import Desk
+from app.export.opening import FileManager, commands, lacking
+from app.routes import add_routes
+
+NAME = "my, 'lora' $(touch x).safetensors"
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file, and a desktop whose programs write down what they are asked."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, code in (("dbus-send", 1), ("xdg-open", 0)):
+        (programs / name).write_text(
+            f'#!/bin/sh\nprintf "%s\\n" {name} "$@" >> "{tmp_path}/asked"\nexit {code}\n'
+        )
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("DISPLAY", ":9")
+    made = tmp_path / NAME
+    made.write_bytes(b"x")
+    return made
+
+
+def asked(file: Path, last: str) -> list[str]:
+    """What the desktop's programs were asked, once it ends so."""
+    began = time.monotonic()
+    while True:
+        lines = (file.parent / "asked").read_text().splitlines() if (file.parent / "asked").exists() else []
+        if lines[-1:] == [last]:
+            return lines
+        assert time.monotonic() - began < 60
+        time.sleep(0.01)
+
+
+def client(desk: Desk, near: str = "127.0.0.1", host: str = "127.0.0.1:7860") -> TestClient:
+    app = FastAPI()
+    add_routes(app, desk)
+    return TestClient(app, base_url=f"http://{host}", client=(near, 5000))
+
+
+def test_a_file_that_was_named_is_shown(desk: Desk, file: Path) -> None:
+    page = client(desk)
+    refused = page.post("/easel/show-file", json={"file": str(file)}).json()
+    assert "has not written this file" in refused["problem"]
+    assert "Show in folder" in desk.files.place(file, "It is at")
+    assert page.post("/easel/show-file", json={"file": str(file)}).json() == {"done": True}
+    lines = asked(file, str(file.parent))
+    assert lines[0] == "dbus-send"
+    assert f"array:string:{file.as_uri()}" in lines
+    assert "," not in file.as_uri()
+    assert lines[-2:] == ["xdg-open", str(file.parent)]
+    assert not (file.parent / "x").exists()
+    file.unlink()
+    assert "no file at" in page.post("/easel/show-file", json={"file": str(file)}).json()["problem"]
+
+
+@pytest.mark.parametrize(
+    ("near", "host", "headers"),
+    [
+        ("192.168.1.7", "127.0.0.1:7860", {}),
+        ("127.0.0.1", "studio.lan:7860", {}),
+        ("127.0.0.1", "127.0.0.1:7860", {"X-Forwarded-For": "192.168.1.7"}),
+    ],
+)
+def test_only_for_a_page_on_this_computer(
+    desk: Desk, file: Path, near: str, host: str, headers: dict[str, str]
+) -> None:
+    desk.files.place(file, "It is at")
+    answer = client(desk, near, host).post("/easel/show-file", json={"file": str(file)}, headers=headers)
+    assert "open to other computers" in answer.json()["problem"]
+    assert not (file.parent / "asked").exists()
+
+
+def test_where_it_cannot_be_shown_the_path_stays_with_the_reason(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = FileManager()
+    files.shared = True
+    assert "open to other computers" in files.place(file, "It is at")
+    files.shared = False
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    shown = files.place("/tmp/<b>.safetensors", "It is at")
+    assert "No desktop runs here" in shown
+    assert "Copy path" in shown
+    assert "Show in folder" not in shown
+    assert "<b>" not in shown
+    monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    assert files.problem == ""
+    monkeypatch.setenv("PATH", "")
+    assert "dbus-send or xdg-open" in files.problem
+
+
+def test_the_commands_of_each_system() -> None:
+    file = Path("/home/a b/x.safetensors")
+    assert commands(file, "darwin") == [["open", "-R", str(file)]]
+    assert commands(file, "win32") == [["explorer", "/select,", str(file)]]
+    assert lacking("darwin", {}) == lacking("win32", {}) == ""
