@@ -68,7 +68,7 @@ def test_what_the_worker_says_of_tools_is_text() -> None:
     assert "not every tool reads it" in shown
     assert "only with that base" in shown
     assert "only with that base" not in works_in(None, portable=True)
-    line = written_line({"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}, "fp16", "/x")
+    line = written_line({"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}, "fp16", "/x", "")
     assert "<img" not in line
 
 

@@ -203,8 +203,8 @@ def test_the_trash_is_listed_and_given_back(desk: Desk) -> None:
     def say(do: str, project: str = "") -> Any:
         return client.post("/easel/projects", json={"do": do, "project": project}).json()
 
-    made = run(desk, "first <b>")
-    desk.jobs.delete("first <b>")
+    made = run(desk, "first")
+    desk.jobs.delete("first")
     key = desk.projects.new("Gone")
     say("delete", key)
     project, kept = client.get("/easel/projects").json()["trashed"]
@@ -212,17 +212,17 @@ def test_the_trash_is_listed_and_given_back(desk: Desk) -> None:
         "project",
         key,
         "run",
-        "first <b>",
+        "first",
     )
     assert kept["came_from"] == str(made.path)
     assert kept["size"].endswith("kB")
     answer = say("restore", project["id"])
     assert answer["said"] == f"{key} is restored."
     assert "Gone" in [one["title"] for one in answer["projects"]]
-    again = run(desk, "first <b>")
+    again = run(desk, "first")
     answer = say("restore", kept["id"])
-    assert answer["said"] == "first <b> is restored as first <b>-2, because its name is taken."
-    assert sorted(watch.run.name for watch in desk.jobs.all()) == [again.name, "first <b>-2"]
+    assert answer["said"] == "first is restored as first-2, because its name is taken."
+    assert sorted(watch.run.name for watch in desk.jobs.all()) == [again.name, "first-2"]
     assert (answer["trashed"], answer["trash"]) == ([], "")
     assert "not in the trash any more" in say("restore", kept["id"])["problem"]
     assert "not in the trash any more" in say("restore", "../../x")["problem"]
