@@ -15,7 +15,6 @@ from app.dataset.thumbs import Thumbs
 from app.export.opening import FileManager
 from app.hardware import Hardware
 from app.jobs import Jobs, environment
-from app.places import Places
 from app.preview.studio import Studio
 from app.tools import OtherTools
 from app.train.checks import Checks
@@ -24,6 +23,7 @@ from app.train.line import Line
 from app.train.probing import Prober
 from app.worker import GivesWay, Worker
 from lora_core.dataset.projects import Projects, adopt, belongs
+from lora_core.spec.places import Places
 
 
 class Desk:

@@ -5,8 +5,8 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from app.places import Places
 from lora_core.spec.other_tools import Tool, base_files, found_tools
+from lora_core.spec.places import Places
 
 Shelf = tuple[Tool, list[Path]]
 """A tool and the bases in its folders."""

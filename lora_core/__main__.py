@@ -19,6 +19,7 @@ from lora_core.cli import (
     jobs,
     pictures,
     printable,
+    projects,
     queue,
     report,
     workspace,
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
             groups[first] = parts.add_subparsers(dest="part", required=True, metavar=words)
         inside, name = (groups[first], second) if second else (tops, first)
         parsers[verb.name] = inside.add_parser(name, help=verb.help, description=verb.help)
-    for module in (jobs, queue, pictures, adapters, combine, analysis, dataset, report, workspace):
+    for module in (jobs, queue, pictures, adapters, combine, analysis, dataset, report, workspace, projects):
         module.add_verbs(parsers)
     return top
 

@@ -27,13 +27,21 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_core.dataset.bulk import Edit
 from lora_core.spec.base_facts import base_facts, is_remote
 from lora_core.spec.config import RunConfig, checked_option, flattened, with_switches
-from lora_core.spec.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
+from lora_core.spec.errors import (
+    AdapterFileError,
+    ConfigError,
+    DatasetError,
+    LoraError,
+    ModelFileError,
+    RunError,
+)
 from lora_core.spec.paths import workspace as workspace_folder
 from lora_core.spec.presets import starting_settings
 from lora_core.spec.run_folder import RunFolder, checked_name, find_run, runs_folder
@@ -42,6 +50,8 @@ from lora_core.verbs import VERBS
 
 if TYPE_CHECKING:
     from lora_core.analysis.bench import Bench
+    from lora_core.dataset.project import Project
+    from lora_core.dataset.projects import Projects
     from lora_core.models.load import BaseModel
     from lora_core.sampling.artist import Artist
     from lora_core.spec.events import Event
@@ -74,6 +84,7 @@ __all__ = [
     *_LAZY,
     *(row.name.replace(" ", "_").replace("-", "_") for row in VERBS),
     "Axis",
+    "left_out",
     "LoraAt",
     "LoraError",
     "Measure",
@@ -343,6 +354,23 @@ def _queue(workspace: File | None) -> Any:
     from lora_core.spec.queue import Queue
 
     return Queue(workspace_folder(workspace))
+
+
+def debug(run: File, out: File | None = None, workspace: File | None = None) -> Path:
+    """Write a zip for a bug report on a run: settings, events, log; no pictures, paths or names of people.
+
+    Args:
+        run: the run.
+        out: the zip; None for debug.zip in the run's folder.
+        workspace: where a name is looked for.
+    """
+    from lora_core.spec.debug_zip import debug_zip
+    from lora_core.spec.paths import write_atomically
+
+    folder = find_run(run, _path(workspace))
+    target = _path(out) or folder.path / "debug.zip"
+    write_atomically(target, debug_zip(folder, folder.path.parent.parent))
+    return target
 
 
 def report(
@@ -797,6 +825,50 @@ def strength(file: File, measure: Measure, apart: bool = False, bake: File | Non
     return {**found, "sentences": said}
 
 
+def copy(file: File, folder: str, workspace: File | None = None) -> dict[str, Any]:
+    """Copy an adapter and its side files to where another tool looks for it; nothing is replaced.
+
+    Args:
+        file: the adapter.
+        folder: a folder, or how the name of a tool on this computer begins, such as "comfy".
+        workspace: whose list of folders is searched for tools too.
+
+    Returns:
+        file (where it is now), beside (side files that went with it), kept (side files that differ and
+        stayed), renamed.
+
+    Raises:
+        RunError: there is no such folder or tool, or it cannot be written.
+    """
+    from lora_core.spec.copying import copied
+
+    source, target = Path(file), Path(folder).expanduser()
+    if not source.is_file():
+        raise AdapterFileError(f"The adapter {source} does not exist.")
+    if not target.is_dir():
+        target = _tool_folder(folder, workspace_folder(workspace))
+    done = copied(source, target)
+    sides = {name: [str(path) for path in getattr(done, name)] for name in ("beside", "kept")}
+    return {"file": str(done.file), **sides, "renamed": done.renamed}
+
+
+def _tool_folder(name: str, workspace: Path) -> Path:
+    from lora_core.spec.other_tools import found_tools
+    from lora_core.spec.places import Places
+
+    there = [
+        tool for tool in found_tools(Places(workspace / "places.json").folders()) if tool.loras is not None
+    ]
+    for tool in there:
+        if tool.loras and tool.name.casefold().startswith(name.casefold()):
+            return tool.loras
+    names = ", ".join(f"{tool.name} ({tool.loras})" for tool in there)
+    raise RunError(
+        f"{name} is neither a folder nor a tool on this computer; "
+        + (f"these were found: {names}." if names else "none was found, so give its LoRA folder.")
+    )
+
+
 def compare(first: File, second: File) -> dict[str, Any]:
     """How alike the directions of two adapters are, as `compare --json`."""
     from lora_core.analysis.similarity import file_similarity
@@ -885,6 +957,219 @@ def trash_empty(workspace: File | None = None) -> int:
     size = folder_bytes(trash_folder(place))
     empty_trash(place)
     return size - folder_bytes(trash_folder(place))
+
+
+def projects_list(workspace: File | None = None) -> list[dict[str, Any]]:
+    """The projects, the open one first: key (its folder), title, path, is_open, pictures, runs, size."""
+    projects = _projects(workspace)
+    return [{**asdict(one), "path": str(projects.folder / one.key)} for one in projects.listed()]
+
+
+def projects_new(title: str, workspace: File | None = None) -> Path:
+    """Make a project and open it; returns its folder.
+
+    Raises:
+        RunError: the title is empty or taken.
+    """
+    projects = _projects(workspace)
+    return projects.folder / projects.new(title)
+
+
+def projects_open(project: str, workspace: File | None = None) -> None:
+    """Choose the project that the window opens with, by title or name of the folder."""
+    projects = _projects(workspace)
+    projects.open(projects.named(project))
+
+
+def projects_rename(project: str, title: str, workspace: File | None = None) -> None:
+    """Give a project another title; its folder keeps its name.
+
+    Raises:
+        RunError: there is no such project, or the title is empty or taken.
+    """
+    projects = _projects(workspace)
+    projects.rename(projects.named(project), title)
+
+
+def projects_delete(project: str, workspace: File | None = None) -> Path:
+    """Move a project to the trash; returns where it is now.
+
+    Raises:
+        RunError: there is no such project, it is the only one, or a live run uses it.
+    """
+    projects = _projects(workspace)
+    return projects.delete(projects.named(project))
+
+
+def projects_import(
+    project: str, source: File, link: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Copy or link pictures, captions and masks into a project.
+
+    Args:
+        project: title, or name of the folder.
+        source: a folder, a zip or a picture.
+        link: link files in place of copying them.
+        workspace: of the project.
+
+    Returns:
+        added (files) and skipped, a sentence for each file that was left out.
+
+    Raises:
+        LoraError: the source does not exist, or nothing in it can be used.
+    """
+    from lora_core.dataset.archive import Way, import_files, import_folder
+    from lora_core.dataset.project import Project
+
+    projects, where = _projects(workspace), Path(source).expanduser().absolute()
+    into = Project(projects.folder / projects.named(project))
+    if not where.is_dir() and not where.is_file():
+        raise DatasetError(f"There is no folder, zip or picture at {where}.")
+    way = Way("link" if link else "copy", sizes=into.sizes)
+    if where.is_dir():
+        found = import_folder(where, into.pictures, way)
+    else:
+        found = import_files([where], into.pictures, way=way)
+    if link:
+        into.link(where if where.is_dir() else where.parent)
+    return {"added": len(found.added), "skipped": [one.sentence for one in found.skipped]}
+
+
+def _projects(workspace: File | None) -> "Projects":
+    from lora_core.dataset.projects import Projects
+
+    return Projects(workspace_folder(workspace))
+
+
+# Pictures and captions of a folder or a project
+
+
+def leave_out(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
+    """Move pictures aside, with captions and masks; returns how many.
+
+    Args:
+        dataset: a folder of pictures, or a project's title or folder name.
+        pictures: their paths below the folder.
+        workspace: of the project.
+    """
+    from lora_core.dataset.left_out import leave_out as moved
+
+    return moved(_pictures_of(dataset, workspace), list(pictures))
+
+
+def take_back(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
+    """Put pictures that were left out back; returns how many."""
+    from lora_core.dataset.left_out import take_back as moved
+
+    return moved(_pictures_of(dataset, workspace), list(pictures))
+
+
+def left_out(dataset: File, workspace: File | None = None) -> list[str]:
+    """The pictures that were left out, as `take_back` takes them."""
+    from lora_core.dataset.left_out import left_out as aside
+    from lora_core.dataset.project import relative_name
+
+    project = _pictures_of(dataset, workspace)
+    return [relative_name(record.path, project.aside) for record in aside(project)]
+
+
+def hold_out(dataset: File, pictures: Sequence[str], on: bool = True, workspace: File | None = None) -> None:
+    """Choose pictures to measure on instead of training on them; `on=False` takes that back."""
+    project = _pictures_of(dataset, workspace)
+    for name in pictures:
+        project.named(name)
+    project.hold_out(list(pictures), on)
+
+
+def captions_set(dataset: File, picture: str, text: str, workspace: File | None = None) -> None:
+    """Write the caption of one picture."""
+    _pictures_of(dataset, workspace).save_caption(picture, text)
+
+
+def captions_replace(
+    dataset: File,
+    find: str,
+    put: str,
+    regex: bool = False,
+    any_case: bool = False,
+    dry_run: bool = False,
+    workspace: File | None = None,
+) -> dict[str, Any]:
+    """Find and replace in all captions.
+
+    Args:
+        dataset: a folder of pictures, or a project's title or folder name.
+        find: a text, or with `regex` a regular expression.
+        put: what comes in its place; may refer to the groups of a regular expression.
+        regex: see `find`.
+        any_case: whether capitals and small letters are the same.
+        dry_run: change nothing.
+        workspace: of the project.
+
+    Returns:
+        changed and asked (captions), and rows {picture, pieces} of the first, where pieces are (kind, text)
+        with the kinds same, old and new.
+    """
+    return _edited(dataset, Edit("replace", find, put, regex, any_case), dry_run, workspace)
+
+
+def captions_prefix(
+    dataset: File, text: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Put a text in front of all captions; as `captions_replace`."""
+    return _edited(dataset, Edit("prepend", put=text), dry_run, workspace)
+
+
+def captions_suffix(
+    dataset: File, text: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Put a text at the end of all captions; as `captions_replace`."""
+    return _edited(dataset, Edit("append", put=text), dry_run, workspace)
+
+
+def captions_rename_tag(
+    dataset: File, tag: str, new: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Give a tag another name; as `captions_replace`."""
+    return _edited(dataset, Edit("rename tag", tag, new), dry_run, workspace)
+
+
+def captions_delete_tag(
+    dataset: File, tag: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Delete a tag; as `captions_replace`."""
+    return _edited(dataset, Edit("delete tag", tag), dry_run, workspace)
+
+
+def captions_trigger(
+    dataset: File, word: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Add a trigger word to all captions that lack it; as `captions_replace`."""
+    return _edited(dataset, Edit("trigger", put=word), dry_run, workspace)
+
+
+def captions_undo(dataset: File, workspace: File | None = None) -> dict[str, int]:
+    """Take the last change of many captions back; returns how many are undone, and kept as changed since."""
+    from lora_core.dataset.bulk_edit import undo
+
+    undone, kept = undo(_pictures_of(dataset, workspace))
+    return {"undone": undone, "kept": kept}
+
+
+def _edited(dataset: File, edit: Edit, dry_run: bool, workspace: File | None) -> dict[str, Any]:
+    from lora_core.dataset import bulk_edit
+
+    project = _pictures_of(dataset, workspace)
+    found = bulk_edit.preview(project, edit, None)
+    if not dry_run:
+        found["changed"] = bulk_edit.apply(project, edit, None)
+    return found
+
+
+def _pictures_of(dataset: File, workspace: File | None) -> "Project":
+    from lora_core.dataset.projects import pictures_of
+
+    return pictures_of(str(dataset), workspace_folder(workspace))
 
 
 def serve() -> None:

@@ -199,9 +199,7 @@ class Importer:
             raise DatasetError(f"There is no folder at {where}.")
         self._refuse_two()
         if link:
-            # Where a link leads is looked at when it is shown.
-            folders = [*map(str, self.project.linked_folders), str(where if is_folder else where.parent)]
-            self.project.keep(linked=list(dict.fromkeys(folders)))
+            self.project.link(where if is_folder else where.parent)
 
         def work(way: Way) -> Imported:
             into = self.project.pictures

@@ -11,9 +11,9 @@ from fastapi.responses import JSONResponse, Response
 
 from app.desk import Desk
 from app.routes import Refused, sent_json
-from app.train.debug_zip import debug_zip
 from app.train.plan import Plan
 from app.train.starting import take_settings
+from lora_core.spec.debug_zip import debug_zip
 from lora_core.spec.errors import RunError
 from lora_core.spec.like_file import like_file
 from lora_core.spec.run_folder import RunFolder, checked_name, runs_folder
@@ -45,7 +45,7 @@ def add_run_routes(app: FastAPI, desk: Desk) -> None:
         if not found.config_file.is_file():
             raise Refused(name)
         card = desk.hardware.card()
-        data = await asyncio.to_thread(_zipped, desk, found, card)
+        data = await asyncio.to_thread(debug_zip, found, desk.workspace, card.name if card else "")
         headers = {"Content-Disposition": 'attachment; filename="lora-easel-debug.zip"'}
         return Response(data, media_type="application/zip", headers=headers)
 
@@ -107,12 +107,6 @@ def steer(desk: Desk, do: str, name: str) -> None:
     if do in ("resume", "accept"):
         # A run needs the memory more than a picture does.
         desk.worker.release()
-
-
-def _zipped(desk: Desk, run: RunFolder, card: Any) -> bytes:
-    watch = desk.jobs.watch(run)
-    desk.jobs.state(watch)
-    return debug_zip(watch, desk.workspace, card)
 
 
 def _take_header(desk: Desk, header: bytes, size: str, name: str) -> None:

@@ -55,6 +55,14 @@ def say_json(document: Any) -> None:
     say(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
+def file_size(size: int) -> str:
+    """Bytes in the largest fitting unit."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
+
+
 def add_workspace(verb: argparse.ArgumentParser) -> None:
     """The option that says where runs and caches are kept."""
     verb.add_argument("--workspace", type=Path, help="where runs and caches live; else LORA_EASEL_HOME")

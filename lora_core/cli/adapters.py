@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core import api
-from lora_core.cli import Verbs, add_json, say, say_json
+from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
 from lora_core.spec.errors import AdapterFileError
 
 
@@ -18,6 +18,11 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_json(inspect)
     inspect.set_defaults(run=_inspect)
+    copy = verbs["copy"]
+    copy.add_argument("file", metavar="FILE", help="an adapter, or a run: its export")
+    copy.add_argument("--to", required=True, metavar="FOLDER|TOOL", help="such as ~/loras, or comfyui")
+    add_workspace(copy)
+    copy.set_defaults(run=_copy)
     convert = verbs["convert"]
     convert.add_argument("source", metavar="IN", type=Path)
     convert.add_argument("target", metavar="OUT", type=Path)
@@ -57,6 +62,14 @@ def _say_spectrum(spectrum: dict[str, Any]) -> None:
         )
     for row in spectrum.get("left_out", ()):
         say(f"{row['part']}.{row['module']} is left out: {row['reason']}")
+
+
+def _copy(options: argparse.Namespace) -> int:
+    done = api.copy(options.file, options.to, options.workspace)
+    if done["kept"]:
+        say(f"Note: {', '.join(done['kept'])} differs and stays as it is.")
+    say(done["file"])
+    return 0
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -71,6 +71,10 @@ def add_verbs(verbs: Verbs) -> None:
     add_workspace(runs)
     add_json(runs)
     runs.set_defaults(run=_runs)
+    debug = verbs["debug"]
+    add_run(debug)
+    debug.add_argument("--out", type=Path, metavar="F.zip", help="else debug.zip in the run's folder")
+    debug.set_defaults(run=_debug)
     add_run(verbs["delete"])
     verbs["delete"].set_defaults(run=_delete)
     export = verbs["export"]
@@ -240,6 +244,11 @@ def _runs(options: argparse.Namespace) -> int:
             f"{row['name']:30}  {row['status']:11}  step {row['step']} of {row['steps']}{loss} "
             f" {row['reason']}"
         )
+    return 0
+
+
+def _debug(options: argparse.Namespace) -> int:
+    say(str(api.debug(named_run(options).path, options.out)))
     return 0
 
 

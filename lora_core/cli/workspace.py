@@ -4,7 +4,7 @@ import argparse
 import time
 
 from lora_core import api
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
+from lora_core.cli import Verbs, add_json, add_workspace, file_size, say, say_json
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -19,14 +19,6 @@ def add_verbs(verbs: Verbs) -> None:
         verbs[name].set_defaults(run=function)
     for name in ("caches list", "trash list"):
         add_json(verbs[name])
-
-
-def file_size(size: int) -> str:
-    """Bytes in the largest fitting unit."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
 
 
 def _caches(options: argparse.Namespace) -> int:

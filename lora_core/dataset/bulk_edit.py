@@ -119,6 +119,7 @@ def _steps(project: Project) -> list[dict[str, Any]]:
 
 def _keep(project: Project, steps: list[dict[str, Any]]) -> None:
     try:
+        project.path.mkdir(exist_ok=True)
         write_atomically(project.path / _FILE, json.dumps({"steps": steps[-MOST_KEPT:]}).encode())
     except OSError as error:
         raise DatasetError(

@@ -24,17 +24,17 @@ LABEL = "project.json"
 class Project:
     """One project folder: `pictures/` with copies and captions, `draft.json` with the unsent form."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the project at `path`, making its folders if absent."""
+    def __init__(self, path: Path, pictures: Path | None = None) -> None:
+        """Open the project at `path`, making its folders if absent; `pictures` may be elsewhere."""
         self._lock = threading.RLock()
         self._revision = 0
-        self.open(path)
+        self.open(path, pictures)
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path, pictures: Path | None = None) -> None:
         """Have this object stand for another project from now on."""
         with self._lock:
             self.path = path
-            self.pictures = path / "pictures"
+            self.pictures = pictures or path / "pictures"
             self.aside = path / "left out"
             self.pictures.mkdir(parents=True, exist_ok=True)
             self.title = title_of(path)
@@ -76,6 +76,10 @@ class Project:
     def linked_folders(self) -> list[Path]:
         """Folders from which pictures were linked instead of copied, so that links may lead there."""
         return [Path(str(folder)) for folder in self.draft().get("linked") or []]
+
+    def link(self, folder: Path) -> None:
+        """Note a folder from which pictures were linked; where a link leads is checked when it is shown."""
+        self.keep(linked=list(dict.fromkeys([*map(str, self.linked_folders), str(folder)])))
 
     def dataset(self) -> Dataset:
         """The pictures, read again only where the folder changed or `forget()` was called."""

@@ -1,5 +1,6 @@
 """The projects of a workspace: which there are, which is open, and which runs belong to one."""
 
+import difflib
 import json
 import re
 import threading
@@ -8,10 +9,10 @@ from pathlib import Path
 
 from lora_core.dataset.names import folded, free_stem, safe_name
 from lora_core.dataset.pictures import SUFFIXES
-from lora_core.dataset.project import LABEL, Project, read_json, title_of
+from lora_core.dataset.project import DEMO, LABEL, Project, read_json, title_of
 from lora_core.spec.config import RunConfig
 from lora_core.spec.disk import folder_bytes
-from lora_core.spec.errors import ConfigError, RunError
+from lora_core.spec.errors import ConfigError, DatasetError, RunError
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder, all_runs
 from lora_core.spec.trash import to_trash
@@ -100,8 +101,8 @@ class Projects:
         if path == self.current.path:
             self.current.title = title_of(path)
 
-    def delete(self, key: str) -> None:
-        """Move a project into the trash; if it was open, another is opened.
+    def delete(self, key: str) -> Path:
+        """Move a project into the trash, and return where it is; if it was open, another is opened.
 
         Raises:
             RunError: there is no such project, it is the only one, a run uses it, or the disk refuses.
@@ -113,7 +114,7 @@ class Projects:
                 raise RunError("This is the only project; make another before you delete it.")
             if path == self.current.path:
                 self.open(DEFAULT if DEFAULT in others else others[0])
-            to_trash(path, self.workspace)
+            return to_trash(path, self.workspace)
 
     def _label(self, path: Path, title: str) -> None:
         write_atomically(path / LABEL, json.dumps({"title": title}, ensure_ascii=False).encode())
@@ -136,6 +137,45 @@ class Projects:
         if not self._is_there(key):
             raise RunError(f"There is no project {key!r} any more.")
         return self.folder / key
+
+    def named(self, name: str) -> str:
+        """The folder's name of the project with this title, or of this name.
+
+        Raises:
+            RunError: there is none, or several have that title.
+        """
+        if self._is_there(name):
+            return name
+        titles = {path.name: title_of(path) for path in self.folder.iterdir() if path.is_dir()}
+        found = [key for key, title in titles.items() if title.casefold() == name.strip().casefold()]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RunError(f"{len(found)} projects are called {name}; give a folder: {', '.join(found)}.")
+        known = {text.casefold(): text for text in (*titles, *titles.values())}
+        near = [known[one] for one in difflib.get_close_matches(name.casefold(), known, n=2)]
+        hint = f"did you mean {' or '.join(near)}?" if near else "`lora-easel projects list` lists all."
+        raise RunError(f"There is no project {name} in {self.folder}; {hint}")
+
+
+def pictures_of(name: str, workspace: Path) -> Project:
+    """A folder of pictures, or the project of that name; a folder comes first.
+
+    What was left out of a plain folder, and what its captions were, is kept in its hidden `.lora-easel`.
+
+    Raises:
+        DatasetError: it is the demo, which stays as it is.
+        RunError: there is neither.
+    """
+    if name == DEMO:
+        raise DatasetError("The demo's pictures and captions stay as they are; copy them to work on them.")
+    folder = Path(name).expanduser().absolute()
+    if folder.parent == workspace / "projects" and folder.is_dir():
+        return Project(folder)
+    if folder.is_dir():
+        return Project(folder / ".lora-easel", folder)
+    projects = Projects(workspace)
+    return Project(projects.folder / projects.named(name))
 
 
 def adopt(run: RunFolder, project: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 from app.dataset.meter import counted, too_long
 from app.desk import Desk
 from app.moment import moment_of
-from app.places import Places
 from app.tools import OtherTools
 from app.train.base_picker import base_chosen
 from app.train.bases import base_choices, chosen_base
@@ -16,6 +15,7 @@ from app.train.form import FORM, form_values, preset_config
 from app.train.plan import Plan, widget_values
 from lora_core.spec.config import RunConfig
 from lora_core.spec.other_tools import Machine, Tool, found_tools
+from lora_core.spec.places import Places
 from lora_core.spec.sizes import HEADER_A_LAYER, export_bytes
 from tests.app.bases import UNET, checkpoint, write_header
 

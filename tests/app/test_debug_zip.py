@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 from app.desk import Desk
-from app.train.debug_zip import Cleaner, debug_zip
 from lora_core.spec import events
+from lora_core.spec.debug_zip import Cleaner, debug_zip
 from tests.app.runs import make_run, started, step
 
 SECRETS = [
@@ -51,7 +51,7 @@ def test_no_pictures_paths_or_names_are_in_it(desk: Desk) -> None:
     )
     watch = desk.jobs.watch(run)
     desk.jobs.state(watch)
-    with zipfile.ZipFile(io.BytesIO(debug_zip(watch, desk.workspace))) as archive:
+    with zipfile.ZipFile(io.BytesIO(debug_zip(watch.run, desk.workspace))) as archive:
         texts = {name: archive.read(name).decode() for name in archive.namelist()}
     assert set(texts) == {"about.json", "settings.toml", "events.jsonl", "log.txt"}
     whole = "\n".join(texts.values())
@@ -74,7 +74,7 @@ def test_names_with_accents_and_names_of_new_pictures_are_taken_out_too(desk: De
     run.inputs_file.write_text(json.dumps({"the picture zoë.png": "ab"}))
     watch = desk.jobs.watch(run)
     desk.jobs.state(watch)
-    with zipfile.ZipFile(io.BytesIO(debug_zip(watch, desk.workspace))) as archive:
+    with zipfile.ZipFile(io.BytesIO(debug_zip(watch.run, desk.workspace))) as archive:
         lines = archive.read("events.jsonl").decode().splitlines()
     failed = json.loads(lines[-1])
     assert failed["changed"] == 3

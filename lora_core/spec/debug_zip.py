@@ -20,10 +20,11 @@ from typing import Any
 
 import tomli_w
 
-from app.hardware import Card
-from app.jobs import Watch
+from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import ConfigError
 from lora_core.spec.paths import ASSETS
 from lora_core.spec.processes import log_tail
+from lora_core.spec.run_folder import RunFolder
 
 LOG_LINES = 2000
 LARGEST_EVENTS = 2_000_000
@@ -35,16 +36,16 @@ OURS = ("<run>", "<app>", "<python>")
 WRITTEN = ("dataset.trigger", "preview.prompts", "name")
 
 
-def debug_zip(watch: Watch, workspace: Path, card: Card | None = None) -> bytes:
-    """The zip of one run."""
-    clean = Cleaner(_known(watch, workspace))
+def debug_zip(run: RunFolder, workspace: Path, card: str = "") -> bytes:
+    """The zip of one run; `card` is the name of the graphics card."""
+    clean = Cleaner(_known(run, workspace))
     files = {
         "about.json": json.dumps(_about(card), indent=1),
-        "settings.toml": _settings(watch),
-        "events.jsonl": _events(watch),
-        "plan.json": _read(watch.run.plan_file),
-        "exit.json": _read(watch.run.path / "exit.json"),
-        "log.txt": "\n".join(log_tail(watch.run.log_file, LOG_LINES)),
+        "settings.toml": _settings(run),
+        "events.jsonl": _events(run),
+        "plan.json": _read(run.plan_file),
+        "exit.json": _read(run.path / "exit.json"),
+        "log.txt": "\n".join(log_tail(run.log_file, LOG_LINES)),
     }
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -91,11 +92,11 @@ def _shortened(found: re.Match[str]) -> str:
     return f"<path>{PurePosixPath(path).suffix}"
 
 
-def _known(watch: Watch, workspace: Path) -> list[tuple[str, str]]:
+def _known(run: RunFolder, workspace: Path) -> list[tuple[str, str]]:
     """All that is known to be somebody's, and what stands in its place."""
     pairs: list[tuple[str, str]] = []
     for path, instead in (
-        (watch.run.path, "<run>"),
+        (run.path, "<run>"),
         (workspace, "<workspace>"),
         (ASSETS.parent, "<app>"),
         (Path(sys.prefix), "<python>"),
@@ -104,8 +105,8 @@ def _known(watch: Watch, workspace: Path) -> list[tuple[str, str]]:
         # JSON and Windows write the same path in different ways.
         for one in {str(path), str(path.resolve()), path.as_posix()}:
             pairs += [(form, instead) for form in _forms(one)]
-    pairs += [(_user(), "<user>"), (socket.gethostname(), "<computer>"), (watch.run.name, "<run name>")]
-    config = watch.config()
+    pairs += [(_user(), "<user>"), (socket.gethostname(), "<computer>"), (run.name, "<run name>")]
+    config = _config(run)
     if config is not None:
         for name in ("dataset.path", "model.base", "model.vae", "adapter.init"):
             text = str(config.get(name))
@@ -113,9 +114,16 @@ def _known(watch: Watch, workspace: Path) -> list[tuple[str, str]]:
                 pairs += [(form, f"<{name}>") for form in _forms(text)]
         pairs.append((config.dataset.trigger, "<trigger>"))
         pairs += [(prompt, "<prompt>") for prompt in config.preview.prompts]
-    for event in watch.progress.previews:
+    for event in run.progress().previews:
         pairs += [(prompt, "<prompt>") for prompt in event.prompts]
-    return pairs + _pictures(watch)
+    return pairs + _pictures(run)
+
+
+def _config(run: RunFolder) -> RunConfig | None:
+    try:
+        return run.config()
+    except ConfigError:
+        return None
 
 
 def _forms(text: str) -> set[str]:
@@ -123,14 +131,14 @@ def _forms(text: str) -> set[str]:
     return {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
 
 
-def _pictures(watch: Watch) -> list[tuple[str, str]]:
+def _pictures(run: RunFolder) -> list[tuple[str, str]]:
     """The names of the pictures, which `inputs.json` lists, and of those that are new since."""
     try:
-        names = list(json.loads(watch.run.inputs_file.read_text(encoding="utf-8")))
+        names = list(json.loads(run.inputs_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         names = []
     found = []
-    for number, name in enumerate(dict.fromkeys([*names, *watch.progress.changed]), 1):
+    for number, name in enumerate(dict.fromkeys([*names, *run.progress().changed]), 1):
         path = PurePosixPath(str(name).removeprefix("the picture "))
         if path.suffix and str(name).startswith("the picture "):
             found += [(part, f"picture {number}") for part in (str(path), path.name, path.stem)]
@@ -148,9 +156,9 @@ def _is_path(text: str) -> bool:
     return "/" in text or "\\" in text
 
 
-def _settings(watch: Watch) -> str:
+def _settings(run: RunFolder) -> str:
     """The settings, paths cut down to a name and what a person wrote left out."""
-    config = watch.config()
+    config = _config(run)
     if config is None:
         return ""
     values = config.to_dict()
@@ -171,10 +179,10 @@ def _cut(value: Any) -> Any:
     return value
 
 
-def _events(watch: Watch) -> str:
+def _events(run: RunFolder) -> str:
     """The events; of those that carry prompts only how many there were."""
     lines = []
-    for line in _read(watch.run.events_file, LARGEST_EVENTS).splitlines():
+    for line in _read(run.events_file, LARGEST_EVENTS).splitlines():
         try:
             values = json.loads(line)
         except ValueError:
@@ -198,7 +206,7 @@ def _read(path: Path, most: int = 200_000) -> str:
         return ""
 
 
-def _about(card: Card | None) -> dict[str, Any]:
+def _about(card: str) -> dict[str, Any]:
     names = ("lora-easel", "torch", "diffusers", "transformers", "gradio", "safetensors")
     versions = {}
     for name in names:
@@ -210,6 +218,6 @@ def _about(card: Card | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "machine": platform.machine(),
-        "card": card.name if card else "none",
+        "card": card or "none",
         "versions": versions,
     }
