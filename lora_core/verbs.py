@@ -125,8 +125,7 @@ VERBS = (
     Verb("caches clean", "remove what a run can make again", "Header: Projects, Clean caches",
          ("projects clean",)),
     Verb("trash list", "what can be restored", "Header: Projects, Trash"),
-    Verb("trash restore", "put something back where it was", "Header: Projects, Trash, Restore",
-         ("projects restore",)),
+    Verb("trash restore", "put something back where it was", "Header: Projects, Trash"),
     Verb("trash empty", "remove all of it for good", "Header: Projects, Empty trash", ("projects empty",)),
     Verb("serve", "the warm worker: JSON lines in, JSON lines out"),
 )  # fmt: skip
