@@ -121,6 +121,7 @@ class Measure:
         seed: of the looks.
         workspace: where zips are unpacked.
         said: called with what is being measured.
+        zero_terminal_snr: "auto", "on" or "off".
     """
 
     dataset: File
@@ -131,6 +132,7 @@ class Measure:
     seed: int = 0
     workspace: File | None = None
     said: Callable[[str], None] | None = None
+    zero_terminal_snr: str = "auto"
 
 
 # Runs
@@ -594,9 +596,11 @@ def _artist(shot: Shot, precision: str) -> "Artist":
     from lora_core.sampling.artist import Artist
 
     device = best_device()
-    return Artist(
-        load_base(shot.base, device, dtype_of(precision, device), shot.prediction, shot.vae), at_rank
-    )
+    base = load_base(
+        shot.base, device, dtype_of(precision, device), shot.prediction, shot.vae,
+        zero_snr=shot.zero_terminal_snr,
+    )  # fmt: skip
+    return Artist(base, at_rank)
 
 
 def _check_shot(shot: Shot) -> None:
@@ -1215,7 +1219,10 @@ def _measured_on(measure: Measure) -> "tuple[BaseModel, list[Any]]":
     from lora_core.models.load import load_base
 
     device = best_device()
-    base = load_base(measure.base, device, dtype_of("fp32", device), measure.prediction, measure.vae)
+    base = load_base(
+        measure.base, device, dtype_of("fp32", device), measure.prediction, measure.vae,
+        zero_snr=measure.zero_terminal_snr,
+    )  # fmt: skip
     return base, found.records
 
 

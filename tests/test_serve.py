@@ -133,6 +133,10 @@ def test_strengths_share_one_noise_and_zero_is_the_base(worker: Worker, lora: Pa
     ticks = [(a["done"], a["total"]) for a in answers if a["event"] == "progress"]
     assert ticks == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert answers[-1]["seconds"] > 0
+    rescaled = [
+        pixels(worker.answers(wish("phi", tmp_path, cfg_rescale=phi))[-1]["files"][0]) for phi in ("auto", 0)
+    ]
+    assert rescaled[0] == pixels(base[0]) != rescaled[1]
     # What was merged for the last picture is out again for the next.
     assert pixels(worker.answers(wish("again", tmp_path))[-1]["files"][0]) == pixels(base[0])
 
@@ -187,6 +191,8 @@ def test_one_that_waits_is_cancelled_too(worker: Worker, tmp_path: Path) -> None
         ({"steps": 0}, "steps = 0"),
         ({"steps": "many"}, "many"),
         ({"cfg": float("nan")}, "cfg"),
+        ({"cfg_rescale": 2}, "CFG rescale 2"),
+        ({"zero_terminal_snr": "on", "prediction": "epsilon"}, "predicts noise"),
         ({"seed": -1}, "seed"),
         ({"strengths": [float("inf")]}, "strengths"),
         ({"loras": "a.safetensors"}, "not understood"),

@@ -127,7 +127,7 @@ class Insights:
             return {"do": what, "run": str(watch.run.path)}, watch.run.name
         plan = Plan(self.project)
         model = plan.config.model
-        asked = {"base": model.base, "prediction": model.prediction, "vae": model.vae}
+        asked = dict(vars(model))
         if what == "triggers":
             asked["trigger"] = plan.trigger
         return {"do": what, "dataset": str(self.project.dataset_folder), **asked}, self._mark(asked)

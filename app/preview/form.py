@@ -18,9 +18,10 @@ from lora_core.spec.choices import SAMPLERS
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.infotext import Info
-from lora_core.spec.shots import LoraAt, Shot
+from lora_core.spec.setting import AUTO, NumberOrAuto
+from lora_core.spec.shots import LoraAt, Shot, checked_rescale
 
-FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "seed", "width", "height")
+FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
 # In no picture of the demo's training set: what is seen is carried over, not remembered.
 DEMO_PROMPT = "house, duskprint style, on a sky blue background"
 SEED = 1234
@@ -34,6 +35,7 @@ def kept_fields(moment: Moment) -> dict[str, Any]:
     draft = moment.desk.project.draft().get("preview") or {}
     preview = moment.plan.config.preview
     usual: dict[str, Any] = {"sampler": preview.sampler, "steps": preview.steps, "cfg": preview.cfg}
+    usual["cfg_rescale"] = preview.cfg_rescale
     usual |= {"prompt": "", "negative": "", "seed": SEED, "width": None, "height": None}
     previews = moment.progress.previews
     if moment.desk.project.uses_demo:
@@ -126,7 +128,7 @@ def settings_of(moment: Moment, loras: list[LoraAt]) -> RunConfig:
 def base_for(moment: Moment, loras: list[LoraAt]) -> Base:
     """The base that pictures with these LoRAs are drawn with."""
     model = settings_of(moment, loras).model
-    return chosen_base(model.base, model.prediction)
+    return chosen_base(model.base, model.prediction, model.zero_terminal_snr)
 
 
 def shot_of(moment: Moment, given: dict[str, Any], loras: list[LoraAt]) -> Shot:
@@ -136,10 +138,10 @@ def shot_of(moment: Moment, given: dict[str, Any], loras: list[LoraAt]) -> Shot:
         ConfigError: a side is no multiple of what the base needs, or a number is out of range.
     """
     config = settings_of(moment, loras)
-    base = chosen_base(config.model.base, config.model.prediction)
+    base = base_for(moment, loras)
     seed = int(_number(given, "seed", SEED, -1, 2**63 - 1))
     return Shot(
-        base=config.model.base, prediction=config.model.prediction, vae=config.model.vae,
+        **vars(config.model), cfg_rescale=_rescale(given),
         prompt=str(given.get("prompt") or ""), negative=str(given.get("negative") or ""),
         seed=random.randrange(LARGEST_RANDOM) if seed < 0 else seed,
         steps=int(_number(given, "steps", 20, 1, 200)), cfg=_number(given, "cfg", 5.0, 1, 30),
@@ -147,6 +149,11 @@ def shot_of(moment: Moment, given: dict[str, Any], loras: list[LoraAt]) -> Shot:
         width=_side(given, "width", base), height=_side(given, "height", base),
         clip_skip=config.train.clip_skip, tokens=config.train.tokens, loras=tuple(loras),
     )  # fmt: skip
+
+
+def _rescale(given: dict[str, Any]) -> NumberOrAuto:
+    value = given.get("cfg_rescale")
+    return checked_rescale(AUTO if value in (None, "") else value)
 
 
 def _number(given: dict[str, Any], name: str, usual: float, lowest: float, highest: float) -> float:
@@ -210,6 +217,7 @@ def keep_info(moment: Moment, info: Info) -> list[str]:
     sampler = next((key for key, row in SAMPLERS.items() if info.sampler in (key, row.title)), None)
     said = {
         "steps": info.steps, "cfg": info.cfg, "seed": info.seed, "sampler": sampler,
+        "cfg_rescale": (info.cfg_rescale or 0.0) if info.cfg is not None else None,
         "width": info.width, "height": info.height,
     }  # fmt: skip
     fields |= {name: value for name, value in said.items() if value is not None}
@@ -256,7 +264,8 @@ def run_shot(moment: Moment, name: str) -> Shot:
     prompt = previews[0].prompts[0] if previews and previews[0].prompts else ""
     fields = kept_fields(moment) | {
         "seed": config.preview.seed, "steps": config.preview.steps, "cfg": config.preview.cfg,
-        "sampler": config.preview.sampler, "width": None, "height": None, "negative": "",
+        "cfg_rescale": config.preview.cfg_rescale, "sampler": config.preview.sampler,
+        "width": None, "height": None, "negative": "",
     }  # fmt: skip
     shot = shot_of(moment, fields, [LoraAt(str(files[0].file))])
     return replace(shot, prompt=prompt or str(fields["prompt"]))

@@ -136,4 +136,5 @@ def shot_of(said: dict[str, Any]) -> Shot:
         TypeError, KeyError: it is none.
     """
     loras = tuple(LoraAt(**row) for row in said["loras"])
-    return Shot(**{**said, "loras": loras})
+    # Before there was a choice, none was rescaled.
+    return Shot(**{"cfg_rescale": 0.0, **said, "loras": loras})

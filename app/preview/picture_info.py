@@ -37,7 +37,7 @@ def info_html(name: str, info: Info) -> str:
     rows = {
         "Prompt": info.prompt[:LONGEST_SHOWN], "Negative": info.negative[:LONGEST_SHOWN],
         "LoRAs": loras, "Model": info.model, "Sampler": info.sampler, "Steps": info.steps,
-        "Guidance": info.cfg, "Seed": info.seed, "Size": size,
+        "Guidance": info.cfg, "CFG rescale": info.cfg_rescale, "Seed": info.seed, "Size": size,
     }  # fmt: skip
     table = "".join(
         f'<tr><th scope="row">{title}</th><td>{safe(value)}</td></tr>'

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.train.bases import chosen_base
 from lora_core.spec.choices import SAMPLERS
 from lora_core.spec.infotext import Info, Tag
 from lora_core.spec.shots import Axis, Shot, grid_settings, grid_shots
@@ -97,11 +98,17 @@ def sheet_info(grid: Grid) -> str:
     shot = grid.shot
     return Info(
         prompt=shot.prompt, negative=shot.negative, steps=shot.steps, sampler=sampler_title(shot.sampler),
-        cfg=shot.cfg, seed=shot.seed, width=shot.width, height=shot.height, model=Path(shot.base).stem,
-        clip_skip=shot.clip_skip,
+        cfg=shot.cfg, cfg_rescale=_rescale(shot), seed=shot.seed, width=shot.width, height=shot.height,
+        model=Path(shot.base).stem, clip_skip=shot.clip_skip,
         loras=tuple(Tag(one.name, one.strength, one.text_strength) for one in shot.loras if one.acts),
         extra=grid_settings(grid.rows, grid.columns),
     ).text()  # fmt: skip
+
+
+def _rescale(shot: Shot) -> float:
+    """CFG rescale as it was drawn with."""
+    facts = chosen_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
+    return facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0
 
 
 def sampler_title(key: str) -> str:

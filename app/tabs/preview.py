@@ -76,8 +76,10 @@ def _form(parts: Parts) -> dict[str, Any]:
         samplers = [(row.title, key) for key, row in SAMPLERS.items()]
         made["sampler"] = gr.Dropdown(samplers, label="Sampler", elem_id="sampler")
         made["steps"] = gr.Number(label="Sampler steps", precision=0, elem_id="sampler-steps")
-    with gr.Row(elem_classes="trio"):
+    with gr.Row(elem_classes="pair"):
         made["cfg"] = gr.Number(label="Guidance", step=0.5, elem_id="cfg")
+        made["cfg_rescale"] = gr.Textbox(label="CFG rescale", lines=1, max_lines=1, elem_id="cfg-rescale")
+    with gr.Row(elem_classes="pair"):
         made["width"] = gr.Number(label="Width", precision=0, elem_id="width", placeholder="auto")
         made["height"] = gr.Number(label="Height", precision=0, elem_id="height", placeholder="auto")
     with gr.Row(elem_classes="with-dice"):

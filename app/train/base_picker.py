@@ -51,6 +51,7 @@ def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
         parts.live(piece(elem_classes="group-note"), _details_note)
         with gr.Accordion("Prediction and VAE", open=False) as fold:
             made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
+            made["model.zero_terminal_snr"] = widget("model.zero_terminal_snr", elem_id="model-zero-snr")
             made["model.vae"] = widget("model.vae", elem_id="model-vae", placeholder="the base's own")
     parts.live(details, lambda m: gr.update(visible=not m.plan.base.embedded))
     parts.live(fold, lambda m: gr.update(open=_asks(m)))
@@ -63,14 +64,17 @@ def _details_note(moment: Moment) -> str:
     if facts is None or facts.family is None:
         return ""
     predicts = "velocity" if facts.prediction == "v_prediction" else "noise"
-    return f"<span>{predicts}{', a guess' if facts.guessed else ''}{', own VAE' if vae else ''}</span>"
+    guess = ", a guess" if facts.guessed else ""
+    snr = ", zero terminal SNR" if facts.zero_terminal_snr else ""
+    return f"<span>{predicts}{guess}{snr}{', own VAE' if vae else ''}</span>"
 
 
 def _asks(moment: Moment) -> bool:
-    """Whether the person has to look at the two settings: a guess may be wrong, and what was set may be in
+    """Whether the person has to look at these settings: a guess may be wrong, and what was set may be in
     the way."""
     model = moment.plan.config.model
-    return moment.plan.base.guessed or model.prediction != "auto" or bool(model.vae)
+    by_hand = model.prediction != "auto" or model.zero_terminal_snr != "auto" or bool(model.vae)
+    return moment.plan.base.guessed or by_hand
 
 
 def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, seen: Any) -> None:
@@ -143,7 +147,7 @@ def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str,
         changed["train.resolution"] = shown("train.resolution", 0)
     if name != before.name:
         # What was set against one base's files says nothing of the next.
-        changed |= {"model.prediction": "auto", "model.vae": ""}
+        changed |= {"model.prediction": "auto", "model.zero_terminal_snr": "auto", "model.vae": ""}
     return "", new_level, changed
 
 

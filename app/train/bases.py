@@ -75,15 +75,16 @@ class Base:
         return self.facts.sentence if self.facts else self.problem
 
 
-def chosen_base(name: str, prediction: str = "auto") -> Base:
+def chosen_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> Base:
     """What is known of the base that a person named.
 
     Args:
         name: `demo`, a diffusers folder, a single file, or a hub id in the local cache.
         prediction: what was set, or "auto".
+        zero_snr: likewise.
     """
     name = name.strip().strip('"')
-    return _base(name, prediction, _changed_at(name), int(time.monotonic() / FRESH_SECONDS))
+    return _base(name, prediction, zero_snr, _changed_at(name), int(time.monotonic() / FRESH_SECONDS))
 
 
 def _changed_at(name: str) -> tuple[int, int]:
@@ -95,9 +96,9 @@ def _changed_at(name: str) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _base(name: str, prediction: str, changed_at: tuple[int, int], period: int) -> Base:
+def _base(name: str, prediction: str, zero_snr: str, changed_at: tuple[int, int], period: int) -> Base:
     try:
-        return Base(name, base_facts(name, prediction))
+        return Base(name, base_facts(name, prediction, zero_snr))
     except ModelFileError as error:
         return Base(name, None, str(error), is_remote(name))
 

@@ -35,8 +35,9 @@ def choice(draft: dict[str, Any]) -> tuple[str, str]:
 
 def base_of(values: dict[str, Any]) -> Base:
     """The base that the form's values name."""
-    name, prediction = values.get("model.base") or EMBEDDED, values.get("model.prediction") or "auto"
-    return chosen_base(str(name), str(prediction))
+    name = values.get("model.base") or EMBEDDED
+    by_hand = (str(values.get(key) or "auto") for key in ("model.prediction", "model.zero_terminal_snr"))
+    return chosen_base(str(name), *by_hand)
 
 
 def widget_values(project: Project) -> list[Any]:

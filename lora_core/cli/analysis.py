@@ -12,7 +12,7 @@ from lora_core import api
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
 from lora_core.cli.combine import SECONDS_BETWEEN_NOTES, slow_note
 from lora_core.cli.pictures import loras_of, note_extras
-from lora_core.spec.choices import PREDICTIONS
+from lora_core.spec.choices import PREDICTIONS, ZERO_TERMINAL_SNR
 from lora_core.spec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,6 +88,9 @@ def _add_measuring(
     verb.add_argument(
         "--prediction", default="auto", choices=list(PREDICTIONS), help="what the base predicts"
     )
+    verb.add_argument(
+        "--zero-terminal-snr", default="auto", choices=list(ZERO_TERMINAL_SNR), help="of the base"
+    )
     verb.add_argument("--triples", type=int, default=8, help="looks a picture")
     verb.add_argument("--seed", type=int, default=0)
     add_workspace(verb)
@@ -104,6 +107,7 @@ def _measure(options: argparse.Namespace) -> api.Measure:
         options.seed,
         options.workspace,
         _slow_words(),
+        options.zero_terminal_snr,
     )
 
 

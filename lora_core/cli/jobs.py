@@ -151,7 +151,8 @@ def _begun(config: RunConfig, place: Path, problems: list[Problem]) -> RunFolder
     run = RunFolder.create(runs_folder(place) / config.name, config)
     say(f"Run {run.name} in {run.path}")
     with contextlib.suppress(ModelFileError):  # the run says it
-        say(f"Base: {base_facts(config.model.base, config.model.prediction).sentence}")
+        model = config.model
+        say(f"Base: {base_facts(model.base, model.prediction, model.zero_terminal_snr).sentence}")
     for problem in problems:
         say(f"Note: {problem.sentence}")
     return run

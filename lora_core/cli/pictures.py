@@ -8,11 +8,12 @@ from pathlib import Path
 
 from lora_core import api
 from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
-from lora_core.spec.choices import PREDICTIONS
+from lora_core.spec.choices import PREDICTIONS, ZERO_TERMINAL_SNR
 from lora_core.spec.errors import AdapterFileError, RunError
 from lora_core.spec.processor import COMPUTES
 from lora_core.spec.run_folder import find_run
-from lora_core.spec.shots import KINDS, Axis, LoraAt, Shot, axis_of
+from lora_core.spec.setting import AUTO
+from lora_core.spec.shots import KINDS, Axis, LoraAt, Shot, axis_of, checked_rescale
 from lora_core.spec.tensor_file import read_header
 
 
@@ -53,6 +54,12 @@ def _add_picture(verb: argparse.ArgumentParser, prompt: bool = True) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--steps", type=int, default=20)
     verb.add_argument("--cfg", type=float, default=5.0)
+    verb.add_argument(
+        "--cfg-rescale",
+        metavar="PHI",
+        default=AUTO,
+        help="0 to 1, off at 0; auto: 0.7 for a velocity base with zero terminal SNR, else 0",
+    )
     verb.add_argument("--sampler", default="ddim")
     verb.add_argument("--width", type=int, default=0)
     verb.add_argument("--height", type=int, default=0)
@@ -70,6 +77,12 @@ def _add_base_and_loras(verb: argparse.ArgumentParser) -> None:
         default="auto",
         choices=list(PREDICTIONS),
         help="what the base predicts, if it is known",
+    )
+    verb.add_argument(
+        "--zero-terminal-snr",
+        default="auto",
+        choices=list(ZERO_TERMINAL_SNR),
+        help="whether the base's last timestep is pure noise, if it is known",
     )
     verb.add_argument(
         "--lora", action="append", default=[], metavar="FILE[:STRENGTH[:TEXT_STRENGTH]]", help="an adapter"
@@ -149,9 +162,10 @@ def _shot(options: argparse.Namespace) -> Shot:
         LoraError: an option is out of range, or an adapter is not there.
     """
     return Shot(
-        base=options.base, prediction=options.prediction, vae=options.vae, prompt=options.prompt,
-        negative=options.negative, seed=options.seed, steps=options.steps, cfg=options.cfg,
-        sampler=options.sampler, width=options.width, height=options.height,
+        base=options.base, prediction=options.prediction, vae=options.vae,
+        zero_terminal_snr=options.zero_terminal_snr, cfg_rescale=checked_rescale(options.cfg_rescale),
+        prompt=options.prompt, negative=options.negative, seed=options.seed, steps=options.steps,
+        cfg=options.cfg, sampler=options.sampler, width=options.width, height=options.height,
         loras=tuple(loras_of(options.lora, options.workspace)),
     )  # fmt: skip
 
@@ -191,6 +205,7 @@ def _validate(options: argparse.Namespace) -> int:
         options.triples,
         options.seed,
         options.workspace,
+        zero_terminal_snr=options.zero_terminal_snr,
     )
     loras = loras_of(options.lora, options.workspace)
     note_extras(lora.file for lora in loras)

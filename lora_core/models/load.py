@@ -99,7 +99,7 @@ class BaseModel:
 
 def load_base(
     name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
-    thin: Thinner | None = None,
+    thin: Thinner | None = None, zero_snr: str = "auto",
 ) -> BaseModel:  # fmt: skip
     """Open a base model, frozen, on `device`.
 
@@ -110,13 +110,14 @@ def load_base(
         prediction: "auto", or what the UNet predicts, against all that the files say.
         vae: a folder or file with a VAE to use in place of the base's own, or "".
         thin: makes the layers of the UNet thin as they are read, so that it never takes more.
+        zero_snr: "auto", or whether the base has zero terminal SNR ("on", "off"), likewise.
 
     Raises:
         ModelFileError: names what is missing or broken.
     """
     fetch_base(name)
-    facts = base_facts(name, prediction)
-    parts = _FilledParts(facts, prediction, device)
+    facts = base_facts(name, prediction, zero_snr)
+    parts = _FilledParts(facts, (prediction, zero_snr), device)
     facts, family = parts.facts, parts.family
     try:
         autoencoder = parts.vae(vae)
@@ -140,14 +141,14 @@ def load_base(
 class _FilledParts:
     """The components of a base, each built and filled when it is asked for."""
 
-    def __init__(self, facts: BaseFacts, prediction: str, device: torch.device) -> None:
+    def __init__(self, facts: BaseFacts, by_hand: tuple[str, str], device: torch.device) -> None:
         self._file: WeightFile | None = None
         self._device = device
         if facts.single_file:
             self._file = opened_weights(facts.path)
             if facts.family is None:
                 entries = {key: {"shape": shape} for key, shape in self._file.shapes.items()}
-                facts = single_file_facts(facts.name, facts.path, Header(entries, {}, 0), prediction)
+                facts = single_file_facts(facts.name, facts.path, Header(entries, {}, 0), *by_hand)
         assert facts.family is not None
         self.facts = facts
         self.family = facts.family

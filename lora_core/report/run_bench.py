@@ -93,7 +93,10 @@ def run_bench(
     """
     records, said = held_out_records(run, config)
     model = config.model
-    base = load_base(model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae)
+    base = load_base(
+        model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae,
+        zero_snr=model.zero_terminal_snr,
+    )  # fmt: skip
     if config.train.resolution:
         base = replace(base, facts=replace(base.facts, resolution=config.train.resolution))
 

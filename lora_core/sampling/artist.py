@@ -106,4 +106,4 @@ class Artist:
 
 def picture_of(shot: Shot) -> Picture:
     """How a shot is sampled."""
-    return Picture(shot.seed, shot.steps, shot.cfg, shot.sampler, shot.width, shot.height)
+    return Picture(shot.seed, shot.steps, shot.cfg, shot.sampler, shot.width, shot.height, shot.cfg_rescale)

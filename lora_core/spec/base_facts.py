@@ -14,6 +14,7 @@ from lora_core.spec.errors import ModelFileError
 from lora_core.spec.families import FAMILIES, Family, family_of_context_width
 from lora_core.spec.other_models import refused_kind
 from lora_core.spec.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
+from lora_core.spec.setting import NumberOrAuto
 from lora_core.spec.tensor_file import Header, read_header
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -28,6 +29,8 @@ VARIANTS = ("fp16", "bf16")
 """Of the weights in a diffusers folder, where there are none without such a word in their names."""
 _CONTEXT = re.compile(re.escape(UNET) + r".*\.attn2\.to_k\.weight")
 GUESS = "a guess: nothing in or beside the file says it; change Prediction if pictures come out as noise"
+CFG_RESCALE = 0.7
+"""phi that Lin et al. 2023 (section 3.4) recommend for bases with zero terminal SNR."""
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -72,6 +75,12 @@ class BaseFacts:
     def zero_terminal_snr(self) -> bool:
         """Whether nothing of the picture is left at its last timestep (Lin et al. 2023)."""
         return bool(self.scheduler.get("rescale_betas_zero_snr"))
+
+    def cfg_rescale(self, setting: NumberOrAuto) -> float:
+        """phi of CFG rescale as a setting means it for this base; 0: off."""
+        if not isinstance(setting, str):
+            return setting
+        return CFG_RESCALE if self.zero_terminal_snr and self.prediction == "v_prediction" else 0.0
 
     @property
     def configs(self) -> Path:
@@ -213,26 +222,29 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def base_facts(name: str, prediction: str = "auto") -> BaseFacts:
+def base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
     """What is known of the base that a person named.
 
     Args:
         name: "demo", a diffusers folder, a single file, or a hub id that is in the local cache.
         prediction: "auto", or what it predicts, against all that the files say.
+        zero_snr: "auto", or whether it has zero terminal SNR ("on", "off"), likewise.
 
     Raises:
         ModelFileError: nothing is there, or it is nothing that can be trained here; the sentence names it.
     """
     path = base_path(name.strip())
     if path.is_dir():
-        return _folder_facts(name, path, prediction)
+        return _folder_facts(name, path, prediction, zero_snr)
     if path.suffix.lower() == ".ckpt":
         return BaseFacts(name, path, None, 512, 64)
     header = read_header(path, ModelFileError)
-    return single_file_facts(name, path, header, prediction)
+    return single_file_facts(name, path, header, prediction, zero_snr)
 
 
-def single_file_facts(name: str, path: Path, header: Header, prediction: str = "auto") -> BaseFacts:
+def single_file_facts(
+    name: str, path: Path, header: Header, prediction: str = "auto", zero_snr: str = "auto"
+) -> BaseFacts:
     """What a single file is, from the names and shapes of its tensors.
 
     Raises:
@@ -249,8 +261,7 @@ def single_file_facts(name: str, path: Path, header: Header, prediction: str = "
         )
     family_of_context_width(width)
     scheduler, told_by = _single_file_scheduler(path, header, width)
-    if prediction != "auto":
-        scheduler["prediction_type"], told_by = prediction, "as set"
+    told_by = _set_by_hand(path, scheduler, told_by, prediction, zero_snr)
     family = family_of_context_width(width, scheduler["prediction_type"])
     if not family.configs:
         raise ModelFileError(f"{path} is for the {family.title.lower()}, which is only used as a folder.")
@@ -281,8 +292,28 @@ def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict
         scheduler["prediction_type"] = words[stated]
         return scheduler, "the file's header says so"
     scheduler["prediction_type"] = usual.prediction
-    rows = [family for family in FAMILIES.values() if family.context_width == width]
-    return scheduler, GUESS if len(rows) > 1 else ""
+    return scheduler, GUESS
+
+
+def _set_by_hand(path: Path, scheduler: dict[str, Any], told_by: str, prediction: str, zero_snr: str) -> str:
+    """Put what was set in place of what the files say; returns what says how the base predicts.
+
+    Raises:
+        ModelFileError: zero terminal SNR for a base that predicts noise, of which nothing can be learned at
+            a timestep without a signal (Lin et al. 2023, section 3.1).
+    """
+    if prediction != "auto":
+        scheduler["prediction_type"], told_by = prediction, "as set"
+    if zero_snr == "on":
+        if scheduler["prediction_type"] != "v_prediction":
+            raise ModelFileError(
+                f"The base {path} predicts noise, and zero terminal SNR is for bases that predict velocity;"
+                " set model.prediction to v_prediction, or model.zero_terminal_snr to auto."
+            )
+        scheduler |= _ZERO_SNR
+    elif zero_snr == "off":
+        scheduler["rescale_betas_zero_snr"] = False
+    return told_by
 
 
 def _config_beside(path: Path) -> tuple[dict[str, Any], str]:
@@ -300,7 +331,7 @@ def _config_beside(path: Path) -> tuple[dict[str, Any], str]:
     return {}, ""
 
 
-def _folder_facts(name: str, path: Path, prediction: str) -> BaseFacts:
+def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> BaseFacts:
     unet, vae = _json(path / "unet" / "config.json"), _json(path / "vae" / "config.json")
     _check_channels(path, unet)
     width = unet.get("cross_attention_dim")
@@ -310,10 +341,12 @@ def _folder_facts(name: str, path: Path, prediction: str) -> BaseFacts:
             f" cross_attention_dim = {width}, which should be one number."
         )
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
-    told_by = ""
-    if prediction != "auto":
-        scheduler["prediction_type"], told_by = prediction, "as set"
+    rows = [family for family in FAMILIES.values() if family.context_width == width]
+    # A config of a time before there was a choice says nothing, and means noise; where a width has two rows,
+    # it may mean either.
+    told_by = GUESS if "prediction_type" not in scheduler and len(rows) > 1 else ""
     scheduler.setdefault("prediction_type", family_of_context_width(width).prediction)
+    told_by = _set_by_hand(path, scheduler, told_by, prediction, zero_snr)
     family = family_of_context_width(width, scheduler["prediction_type"])
     pixels = 2 ** (_count(path, vae, "vae") - 1)
     size = unet.get("sample_size")

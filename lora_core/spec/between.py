@@ -6,7 +6,7 @@ The others are in `spec/sections.py`.
 from dataclasses import dataclass
 
 from lora_core.spec import choices
-from lora_core.spec.setting import setting
+from lora_core.spec.setting import AUTO, NumberOrAuto, setting
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ class PreviewSection:
     )
     steps: int = setting(20, "Sampler steps", "Steps of the sampler for each sample.", span=(1, 200))
     cfg: float = setting(5.0, "Guidance", "How strongly a sample follows its prompt.", span=(1.0, 30.0))
+    cfg_rescale: NumberOrAuto = setting(
+        AUTO,
+        "CFG rescale",
+        "Takes back the contrast that guidance adds: 0 not at all, 1 all of it (phi of Lin et al. 2023)."
+        " `auto`: 0.7 for a base with zero terminal SNR that predicts velocity, off for others.",
+        span=(0.0, 1.0),
+    )
     sampler: str = setting("ddim", "Sampler", "The sampler.", table=choices.SAMPLERS)
 
 

@@ -253,6 +253,12 @@ PREDICTIONS: Table = {
     "v_prediction": Choice("v", "The base predicts velocity."),
 }
 
+ZERO_TERMINAL_SNR: Table = {
+    "auto": Choice("As the base says", "Read from the file's markers or the base's own config."),
+    "on": Choice("On", "The last timestep is pure noise; only for bases that predict velocity."),
+    "off": Choice("Off", "A little of the picture is left at the last timestep, as usual."),
+}
+
 PRECISIONS: Table = {
     "auto": Choice("Automatic", "bf16 where the device computes it fast, else fp32."),
     "fp32": Choice("fp32", "Full precision; the most memory."),

@@ -1,6 +1,7 @@
 """What a PNG says of how it was made, in the form that A1111 writes and reads: written and read back.
 
-Source of the form: A1111's `infotext_utils.py` and the extra networks' `<lora:name:te:unet>`.
+Source of the form: A1111's `infotext_utils.py` and the extra networks' `<lora:name:te:unet>`; "CFG Rescale"
+is what its extension CFG_Rescale_webui writes.
 """
 
 import json
@@ -47,6 +48,7 @@ class Info:
     clip_skip: int | None = None
     loras: tuple[Tag, ...] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
+    cfg_rescale: float | None = None
 
     def text(self) -> str:
         """The text to put into a PNG under `parameters`."""
@@ -56,7 +58,8 @@ class Info:
         size = f"{self.width}x{self.height}" if self.width and self.height else None
         cfg = None if self.cfg is None else f"{self.cfg:g}"
         said = {
-            "Steps": self.steps, "Sampler": self.sampler or None, "CFG scale": cfg, "Seed": self.seed,
+            "Steps": self.steps, "Sampler": self.sampler or None, "CFG scale": cfg,
+            "CFG Rescale": f"{self.cfg_rescale:g}" if self.cfg_rescale else None, "Seed": self.seed,
             "Size": size, "Model": self.model or None,
             "Clip skip": self.clip_skip if (self.clip_skip or 1) > 1 else None, **self.extra,
         }  # fmt: skip
@@ -93,7 +96,8 @@ def parsed(text: str) -> Info:
     return Info(
         prompt=re.sub(r" ?<lora:[^<>]+>", "", prompt).strip() if tags else prompt.strip(),
         negative=negative, steps=_whole(found.get("Steps")), sampler=_sampler(found),
-        cfg=_number(found.get("CFG scale")), seed=_whole(found.get("Seed")), width=width, height=height,
+        cfg=_number(found.get("CFG scale")), cfg_rescale=_number(found.get("CFG Rescale")),
+        seed=_whole(found.get("Seed")), width=width, height=height,
         model=found.get("Model", ""), clip_skip=_whole(found.get("Clip skip")), loras=tags, extra=found,
     )  # fmt: skip
 

@@ -41,12 +41,13 @@ class Encoded:
 
 def base_of(config: RunConfig) -> tuple[BaseFacts | None, list[Problem]]:
     """The base that a config names, and what is wrong with it."""
-    name = config.model.base
+    model = config.model
+    name = model.base
     if is_remote(name):
         sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
         return None, [Problem("base", sentence, False)]
     try:
-        facts = base_facts(name, config.model.prediction)
+        facts = base_facts(name, model.prediction, model.zero_terminal_snr)
         lacking = missing_files(facts.path, facts.family) if facts.path.is_dir() and facts.family else []
         if lacking:
             raise ModelFileError(

@@ -33,6 +33,13 @@ class ModelSection:
         " noise.",
         table=choices.PREDICTIONS,
     )
+    zero_terminal_snr: str = setting(
+        "auto",
+        "Zero terminal SNR",
+        "Whether nothing of the picture is left at the base's last timestep, as in NoobAI's velocity version."
+        " Set it where the base's page says so and its file does not.",
+        table=choices.ZERO_TERMINAL_SNR,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.setting import AUTO, NumberOrAuto
 
 Value = str | int | float
 MOST_CELLS = 400
@@ -70,11 +71,13 @@ class Shot:
     base: str = "demo"
     prediction: str = "auto"
     vae: str = ""
+    zero_terminal_snr: str = "auto"
     prompt: str = ""
     negative: str = ""
     seed: int = 0
     steps: int = 20
     cfg: float = 5.0
+    cfg_rescale: NumberOrAuto = AUTO
     sampler: str = "ddim"
     width: int = 0
     height: int = 0
@@ -102,6 +105,23 @@ class Shot:
         if kind in ("strength", "rank") and not self.loras:
             raise ConfigError(f"A {kind} needs a LoRA; add one first.")
         return _CHANGES[kind](self, value)
+
+
+def checked_rescale(value: Any) -> NumberOrAuto:
+    """CFG rescale as a user or a request gives it.
+
+    Raises:
+        ConfigError: it is neither `auto` nor a number from 0 to 1.
+    """
+    if isinstance(value, str) and value.strip().lower() == AUTO:
+        return AUTO
+    try:
+        number = float(str(value).replace(",", "."))
+    except ValueError as error:
+        raise ConfigError(f"CFG rescale {str(value)[:40]!r} should be a number or {AUTO}.") from error
+    if not 0.0 <= number <= 1.0:
+        raise ConfigError(f"CFG rescale {number:g} is out of range; it goes from 0 to 1.")
+    return number
 
 
 def _at_strength(shot: Shot, value: Any) -> Shot:

@@ -26,7 +26,7 @@ def drawn_samples(session: Session, section: PreviewSection, stem: Path, name: s
         note: called as each picture is denoised.
     """
     base = session.trainee.base
-    how = Picture(section.seed, section.steps, section.cfg, section.sampler)
+    how = Picture(section.seed, section.steps, section.cfg, section.sampler, cfg_rescale=section.cfg_rescale)
     used = [(name, 1.0)] if name else []
     files = []
     injected = session.trainee.injected

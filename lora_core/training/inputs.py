@@ -55,7 +55,7 @@ def base_inputs(model: ModelSection) -> dict[str, str]:
         ModelFileError: the base is not there.
     """
     fetch_base(model.base)
-    facts = base_facts(model.base, model.prediction)
+    facts = base_facts(model.base, model.prediction, model.zero_terminal_snr)
     found: dict[str, str] = {}
     if facts.single_file:
         found[f"the base {facts.path.name}"] = weights_digest(facts.path)

@@ -14,7 +14,7 @@ from lora_core.dataset.split import held_out
 from lora_core.models.device import best_device, bf16_is_faster, dtype_of
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.prepacked import DIRECT, PLAIN, best_layout, prepack
-from lora_core.spec.base_facts import base_facts
+from lora_core.spec.base_facts import GUESS, base_facts
 from lora_core.spec.config import RunConfig
 from lora_core.spec.hub import fetch_base
 from lora_core.spec.paths import write_atomically
@@ -175,7 +175,7 @@ def prepared(
     aside = workspace / "cache"
     thin = thinner_of(config.train, plan.rungs, device, aside)
     dtype = dtype_of(plan.precision, device)
-    base = load_base(model.base, device, dtype, model.prediction, model.vae, thin)
+    base = load_base(model.base, device, dtype, model.prediction, model.vae, thin, model.zero_terminal_snr)
     layout = adapter_plan(base, config)
     latents = LatentCache(base, workspace / "cache" / "latents")
     text = TextSource(
@@ -203,7 +203,9 @@ def prepared(
     trainee, notes = trainee_in(base, layout, config, plan.layout, aside)
     looks = Looks(config.train.batch_size, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
-    return Session(trainee, batches, text, measured, items, prompts, [*layout.notes, *notes, *measured.notes])
+    guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
+    sentences = [*guess, *layout.notes, *notes, *measured.notes]
+    return Session(trainee, batches, text, measured, items, prompts, sentences)
 
 
 def trainee_in(

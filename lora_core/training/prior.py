@@ -58,7 +58,8 @@ class Prior:
         if not self._made:
             side = bucket_of(self._side, self._side, self._side, self._base.size_multiple).width
             for prompt, number in self._shots:
-                latents = self._latents(prompt, Picture(number, _STEPS, _CFG, _SAMPLER, side, side), note)
+                how = Picture(number, _STEPS, _CFG, _SAMPLER, side, side, cfg_rescale=0.0)
+                latents = self._latents(prompt, how, note)
                 looks = looks_at(f"{prompt}/{number}", latents, *self._looks, self._base.noise.timesteps)
                 self._made.append(Measured(latents, looks, prompt))
         return self._made

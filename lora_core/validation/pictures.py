@@ -33,6 +33,7 @@ from lora_core.models.load import BaseModel, load_base
 from lora_core.spec.config import RunConfig
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.sections import ModelSection
 from lora_core.validation.gain import Measured, triple_losses
 from lora_core.validation.probe import Said, plain
 from lora_core.validation.triples import looks_at
@@ -42,8 +43,8 @@ OUTLIER = 2.5
 """So many spreads from the median, its own error included, and a picture stands out."""
 _FEWEST = 5
 _LITTLE = 0.25
-Opened = Callable[[str, str, str], BaseModel]
-"""From name, prediction and VAE to a base with no adapter in it."""
+Opened = Callable[[ModelSection], BaseModel]
+"""From what names a base to the base with no adapter in it."""
 
 
 def run_pictures(
@@ -72,7 +73,7 @@ def run_pictures(
     config, step = run.config(), run.step_of(which)
     dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
     require_clean(dataset)
-    base = (opened or _opened)(config.model.base, config.model.prediction, config.model.vae)
+    base = (opened or _opened)(config.model)
     weights = read_adapter(run.checkpoint(step) / "adapter.safetensors", base.family)
     rows = picture_rows(base, dataset.records, weights, config, triples, said)
     found = {"step": step, "triples": triples, "rows": rows}
@@ -80,9 +81,12 @@ def run_pictures(
     return found
 
 
-def _opened(name: str, prediction: str, vae: str) -> BaseModel:
+def _opened(model: ModelSection) -> BaseModel:
     device = best_device()
-    return load_base(name, device, dtype_of("auto", device), prediction, vae)
+    return load_base(
+        model.base, device, dtype_of("auto", device), model.prediction, model.vae,
+        zero_snr=model.zero_terminal_snr,
+    )  # fmt: skip
 
 
 def picture_rows(

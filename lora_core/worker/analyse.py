@@ -32,6 +32,7 @@ from lora_core.spec.errors import AdapterFileError, OutOfMemory
 from lora_core.spec.paths import workspace
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.tensor_file import read_header
+from lora_core.worker.insights import model_of
 from lora_core.worker.telling import Telling
 
 Request = dict[str, Any]
@@ -179,8 +180,11 @@ def _bench(measure: Any, telling: Telling) -> RunBench:
         return run_bench(run, run.config(), telling.phase, telling.step)
     dataset = open_dataset(str(measure["dataset"]), workspace() / "cache" / "datasets")
     require_clean(dataset)
-    prediction, vae = str(measure.get("prediction", "auto")), str(measure.get("vae", ""))
-    base = load_base(str(measure["base"]), best_device(), PRECISIONS["fp32"], prediction, vae)
+    model = model_of(measure)
+    base = load_base(
+        model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae,
+        zero_snr=model.zero_terminal_snr,
+    )  # fmt: skip
     records: Sequence[Any] = dataset.records
     bench = Bench(base, list(records), LOOKS, 0, telling.phase, telling.step)
     return RunBench(bench, base, len(records))

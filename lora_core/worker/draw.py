@@ -24,7 +24,8 @@ from lora_core.sampling.generate import OnClean, OnStep, save_png
 from lora_core.sampling.grid import sheet
 from lora_core.sampling.look import look
 from lora_core.spec.errors import ConfigError
-from lora_core.spec.shots import LoraAt, Shot
+from lora_core.spec.sections import ModelSection
+from lora_core.spec.shots import LoraAt, Shot, checked_rescale
 
 Request = dict[str, Any]
 LOOK_EVERY = 0.25
@@ -44,7 +45,7 @@ class Drawing:
         self._answer = answer
         self._cancelled = cancelled
         self._artist: Artist | None = None
-        self._opened_as: tuple[str, str, str] | None = None
+        self._opened_as: tuple[str, ...] | None = None
 
     def generate(self, request: Request) -> dict[str, Any]:
         """One picture for each of `strengths`, which multiply the strengths of all adapters; all from one
@@ -93,19 +94,23 @@ class Drawing:
         return on_clean
 
     def _opened(self, shot: Shot) -> Artist:
-        """The artist of a shot's base, opened with the prediction and the VAE that it asks for."""
-        wanted = (shot.base, shot.prediction, shot.vae)
+        """The artist of a shot's base, opened with the prediction, the noise schedule and the VAE that it
+        asks for."""
+        wanted = (shot.base, shot.prediction, shot.vae, shot.zero_terminal_snr)
         if self._artist is None or self._opened_as != wanted:
             # Never two bases at once: there may be memory for one.
             self._let_go()
             device = best_device()
-            base = load_base(shot.base, device, dtype_of("auto", device), shot.prediction, shot.vae)
+            base = load_base(
+                shot.base, device, dtype_of("auto", device), shot.prediction, shot.vae,
+                zero_snr=shot.zero_terminal_snr,
+            )  # fmt: skip
             self._artist, self._opened_as = Artist(base, at_rank), wanted
         return self._artist
 
-    def bare_base(self, name: str, prediction: str, vae: str) -> BaseModel:
+    def bare_base(self, model: ModelSection) -> BaseModel:
         """The base that is kept, or this one in its place, with no adapter in it."""
-        artist = self._opened(Shot(base=name, prediction=prediction, vae=vae))
+        artist = self._opened(Shot(**vars(model)))
         artist.mix(())
         return artist.base
 
@@ -138,9 +143,12 @@ def shot_of(request: Request) -> Shot:
     """The picture that a request asks for; what it leaves out is as in `Shot`."""
     usual = Shot()
     values: dict[str, Any] = {
-        key: type(value)(request.get(key, value)) for key, value in vars(usual).items() if key != "loras"
+        key: type(value)(request.get(key, value))
+        for key, value in vars(usual).items()
+        if key not in ("loras", "cfg_rescale")
     }
-    return Shot(**values, loras=tuple(_lora(row) for row in request.get("loras", [])))
+    rescale = checked_rescale(request.get("cfg_rescale", usual.cfg_rescale))
+    return Shot(**values, cfg_rescale=rescale, loras=tuple(_lora(row) for row in request.get("loras", [])))
 
 
 def _lora(row: Any) -> LoraAt:

@@ -12,14 +12,15 @@ from lora_core.dataset.folder import scan
 from lora_core.dataset.records import ImageRecord
 from lora_core.models.load import BaseModel
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.sections import ModelSection
 from lora_core.validation.pictures import run_pictures
 from lora_core.validation.probe import Said, caption_probe
 from lora_core.validation.triggers import trigger_words
 from lora_core.worker.telling import Telling
 
 Request = dict[str, Any]
-Lend = Callable[[str, str, str], BaseModel]
-"""From name, prediction and VAE to a base with no adapter in it."""
+Lend = Callable[[ModelSection], BaseModel]
+"""From what names a base to the base with no adapter in it."""
 
 
 class Insights:
@@ -51,12 +52,21 @@ class Insights:
         return {"found": run_pictures(run, which, triples, said, self._lend)}
 
     def _base(self, request: Request) -> BaseModel:
-        prediction, vae = str(request.get("prediction", "auto")), str(request.get("vae", ""))
-        return self._lend(str(request["base"]), prediction, vae)
+        return self._lend(model_of(request))
 
     def _teller(self, request: Request) -> Said:
         """Says how far a request is, and ends it if it is cancelled."""
         return Telling(self._answer, self._cancelled, str(request["id"])).step
+
+
+def model_of(request: Request) -> ModelSection:
+    """What names the base of a request."""
+    usual = ModelSection()
+    return ModelSection(
+        str(request["base"]), str(request.get("vae", usual.vae)),
+        str(request.get("prediction", usual.prediction)),
+        str(request.get("zero_terminal_snr", usual.zero_terminal_snr)),
+    )  # fmt: skip
 
 
 def _how(request: Request) -> tuple[int, int]:

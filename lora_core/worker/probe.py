@@ -92,7 +92,9 @@ class Probe:
         model = config.model
         dtype = training_dtype(config, device)
         thin = thinner_of(config.train, [], device, aside)
-        base = load_base(model.base, device, dtype, model.prediction, model.vae, thin)
+        base = load_base(
+            model.base, device, dtype, model.prediction, model.vae, thin, model.zero_terminal_snr
+        )
         self._check(name)
         trainee, batches, text = _made(base, config)
         taken: list[float] = []

@@ -16,7 +16,7 @@ from app.preview import grid_card, picture_info, stage
 from app.preview.history import FILE, History, Kept
 from app.preview.loras import lora_groups
 from app.preview.routes import open_tab
-from app.preview.view import Grid, View
+from app.preview.view import Grid, View, sheet_info
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.spec.infotext import Info, Tag
@@ -152,12 +152,27 @@ def test_a_seed_of_minus_one_is_drawn_by_lot(desk: Desk) -> None:
         ({"cfg": 99}, "goes from 1 to 30"),
         ({"seed": -2}, "The seed -2"),
         ({"width": 10**9}, "out of range"),
+        ({"cfg_rescale": "2"}, "CFG rescale 2 is out of range; it goes from 0 to 1"),
+        ({"cfg_rescale": "much"}, "a number or auto"),
+        ({"cfg_rescale": "nan"}, "out of range"),
     ],
 )
 def test_what_cannot_be_drawn_is_a_sentence(desk: Desk, more: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=r"\.$") as found:
         preview_form.shot_of(moment_of(desk), {**GIVEN, **more}, [])
     assert words in str(found.value)
+
+
+def test_cfg_rescale_as_it_is_typed(desk: Desk) -> None:
+    moment = moment_of(desk)
+    for typed, meant in (("auto", "auto"), ("", "auto"), (None, "auto"), ("0,5", 0.5), (0, 0.0)):
+        assert preview_form.shot_of(moment, {**GIVEN, "cfg_rescale": typed}, []).cfg_rescale == meant
+
+
+def test_a_sheet_says_its_rescale(desk: Desk) -> None:
+    # The embedded base has zero terminal SNR, so `auto` is 0.7 there.
+    assert "CFG Rescale: 0.7" in sheet_info(Grid(Shot(), None, None, []))
+    assert "Rescale" not in sheet_info(Grid(Shot(cfg_rescale=0.0), None, None, []))
 
 
 def test_a_lora_s_own_base_draws_it(desk: Desk) -> None:
@@ -176,7 +191,7 @@ def test_settings_of_a_picture_go_into_the_form(desk: Desk) -> None:
     moment = moment_of(desk)
     assert preview_form.kept_fields(moment) == {
         "prompt": HOSTILE, "negative": "no", "sampler": "euler_a", "steps": 7, "cfg": 3.5, "seed": 99,
-        "width": 96, "height": 128,
+        "cfg_rescale": 0.0, "width": 96, "height": 128,
     }  # fmt: skip
     assert preview_form.lora_rows(moment)[0] == [LoraAt(str(file), 0.8, 0.4)]
 

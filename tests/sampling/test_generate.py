@@ -1,11 +1,21 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 
 from lora_core.models.load import load_base
-from lora_core.sampling.generate import Picture, generated_from_prompt, infotext, sampler_of, save_png
+from lora_core.sampling.generate import (
+    Picture,
+    generated_from_prompt,
+    infotext,
+    rescaled_guidance,
+    sampler_of,
+    save_png,
+)
 from lora_core.spec.choices import SAMPLERS
 from lora_core.spec.errors import ConfigError
 from lora_core.spec.paths import DEMO_BASE
@@ -27,7 +37,7 @@ def pipeline():
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sampler):
-    how = Picture(seed=5, steps=4, cfg=3.0, sampler=sampler)
+    how = Picture(seed=5, steps=4, cfg=3.0, sampler=sampler, cfg_rescale=0.0)
     ours = generated_from_prompt(base, how, "owl, on a red background", "blurry")
     pipeline.scheduler = sampler_of(base, sampler)
     theirs = pipeline(
@@ -37,6 +47,39 @@ def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sam
     difference = np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean()
     assert difference < 1.0, f"{difference} of 255"
     assert ours.size == (128, 128)
+
+
+def test_guidance_is_rescaled_as_in_diffusers(base, pipeline):
+    """By default 0.7 for the embedded base, which predicts velocity with zero terminal SNR."""
+    how = Picture(seed=5, steps=4, cfg=7.0)
+    ours = generated_from_prompt(base, how, "owl, on a red background")
+    pipeline.scheduler = sampler_of(base, "ddim")
+    theirs = pipeline(
+        "owl, on a red background", num_inference_steps=4, guidance_scale=7.0, guidance_rescale=0.7,
+        height=128, width=128, generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    plain = generated_from_prompt(base, replace(how, cfg_rescale=0.0), "owl, on a red background")
+    pixels = [np.asarray(image, float) for image in (ours, theirs, plain)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 1.0
+    assert np.abs(pixels[0] - pixels[2]).mean() > 3.0
+    assert pixels[0].std() < pixels[2].std(), "rescaled guidance has less contrast"
+    assert "CFG scale: 7, CFG Rescale: 0.7, Seed: 5" in infotext(base, how, "owl", "", [])
+    assert "Rescale" not in infotext(base, replace(how, cfg_rescale=0.0), "owl", "", [])
+    assert "Rescale" not in infotext(base, replace(how, cfg=1.0), "owl", "", [])
+
+
+def test_the_formula_is_that_of_diffusers():
+    guided, with_text = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 3
+    for phi in (0.0, 0.7, 1.0):
+        torch.testing.assert_close(
+            rescaled_guidance(guided, with_text, phi), rescale_noise_cfg(guided, with_text, phi)
+        )
+
+
+@pytest.mark.parametrize("phi", [-0.1, 1.5, float("nan")])
+def test_a_rescale_out_of_range_is_refused(phi):
+    with pytest.raises(ConfigError, match="cfg_rescale"):
+        Picture(cfg_rescale=phi)
 
 
 def test_a_seed_means_a_picture(base):
@@ -79,7 +122,7 @@ def test_few_steps_of_lcm_and_too_many(base):
 
 
 def test_the_settings_are_in_the_png(base, tmp_path):
-    how = Picture(seed=9, steps=12, cfg=3.5, sampler="euler_a")
+    how = Picture(seed=9, steps=12, cfg=3.5, sampler="euler_a", cfg_rescale=0.0)
     text = infotext(base, how, "owl", "red", [("demo", 0.8)])
     path = tmp_path / "new folder" / "é.png"
     save_png(Image.new("RGB", (4, 4)), path, text)

@@ -46,7 +46,7 @@ def test_the_family_shows_in_the_context_width(
     assert facts.family.context_width == WIDTHS[family]
     assert (facts.family.title, facts.resolution, facts.multiple) == (title, resolution, multiple)
     assert facts.prediction == prediction
-    assert facts.guessed == (family == "sd2")
+    assert facts.guessed, "nothing in the file says how it predicts"
     assert (facts.tokenizer / "merges.txt").is_file()
     assert (facts.configs / "unet" / "config.json").is_file()
 
@@ -80,6 +80,39 @@ def test_a_config_beside_the_file_counts(tmp_path: Path, beside: str, text: str,
     assert facts.resolution == (768 if prediction == "v_prediction" else 512)
     assert not facts.guessed
     assert beside in facts.sentence
+
+
+def test_zero_terminal_snr_by_hand(tmp_path: Path) -> None:
+    plain = checkpoint(tmp_path / "y.safetensors", "sdxl")
+    facts = base_facts(str(plain), "v_prediction", "on")
+    assert facts.zero_terminal_snr
+    assert facts.scheduler["timestep_spacing"] == "trailing"
+    assert "predicts velocity (as set), zero terminal SNR" in facts.sentence
+    assert not base_facts(str(plain), "v_prediction").zero_terminal_snr
+    marked = str(checkpoint(tmp_path / "z.safetensors", "sdxl", v_pred=MARKER, ztsnr=MARKER))
+    assert base_facts(marked).zero_terminal_snr
+    assert not base_facts(marked, zero_snr="off").zero_terminal_snr
+    own = folder(tmp_path / "folder")
+    assert base_facts(str(own), "v_prediction", "on").zero_terminal_snr
+    for file in (plain, own):
+        with pytest.raises(ModelFileError, match=r"predicts noise, and zero terminal SNR .* v_prediction"):
+            base_facts(str(file), "auto", "on")
+
+
+def test_cfg_rescale_by_default_is_for_velocity_with_zero_terminal_snr(tmp_path: Path) -> None:
+    file = str(checkpoint(tmp_path / "y.safetensors", "sdxl"))
+    v_zero, v_plain = base_facts(file, "v_prediction", "on"), base_facts(file, "v_prediction")
+    assert [facts.cfg_rescale("auto") for facts in (v_zero, v_plain, base_facts(file))] == [0.7, 0.0, 0.0]
+    assert [facts.cfg_rescale(0.0) for facts in (v_zero, v_plain)] == [0.0, 0.0]
+    assert base_facts(file).cfg_rescale(0.3) == 0.3
+
+
+def test_a_folder_without_a_prediction_is_a_guess_where_it_may_be_either(tmp_path: Path) -> None:
+    for name, width, guessed in (("a", 1024, True), ("b", 768, False)):
+        found = folder(tmp_path / name, cross_attention_dim=width)
+        (found / "scheduler" / "scheduler_config.json").write_text("{}")
+        assert base_facts(str(found)).guessed == guessed
+        assert not base_facts(str(found), "epsilon").guessed
 
 
 def test_the_header_counts_before_a_guess_and_a_setting_before_all(tmp_path: Path) -> None:
