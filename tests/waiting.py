@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-PATIENCE = 300.0
+PATIENCE = 600.0
 """Seconds after which what has not come does not come."""
 
 Found = TypeVar("Found")

@@ -21,6 +21,12 @@ def until(page, holds: Callable[[], object]) -> None:
         page.wait_for_timeout(20)
 
 
+def has_value(page, field: str, value: str) -> None:
+    """Wait until a field holds a value: Gradio draws a field first and fills it in a later frame."""
+    what = "([field, value]) => document.querySelector(field)?.value === value"
+    page.wait_for_function(what, arg=[field, value])
+
+
 def open_tab(page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
     frames(page)

@@ -11,7 +11,7 @@ import pytest
 from app.desk import Desk
 from lora_core.spec import events
 from tests.app.runs import make_run, started, step
-from tests.browser.pages import frames, loaded_anew, open_tab
+from tests.browser.pages import frames, has_value, loaded_anew, open_tab
 from tests.browser.test_dataset import pictures_in, take
 from tests.browser.windows import Window
 
@@ -103,7 +103,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     # What no file system or not each takes is an underscore; the rest is as it was.
     assert shown == "we_ird '_img src=x onerror=hit=1_' {{7_7}} \u202eabc 😀_line.png"
     page.click("[data-picture]")
-    assert page.input_value("#caption textarea") == HOSTILE
+    has_value(page, "#caption textarea", HOSTILE)
     assert shown in page.inner_text("#picture-facts")
     caption = (project / "pictures" / shown).with_suffix(".txt")
     for text in (f"{HOSTILE} {LONG}".strip(), f"{HOSTILE} once more"):
@@ -154,7 +154,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     page.wait_for_function("document.querySelector('#prompt textarea, #dataset-mark')")
     open_tab(page, "Preview")
     page.wait_for_selector("#loras[data-ready]")
-    assert page.input_value("#prompt textarea") == f"{HOSTILE}\n{LONG}"
+    has_value(page, "#prompt textarea", f"{HOSTILE}\n{LONG}")
     open_tab(page, "Dataset")
     page.click("#project-picker")
     with loaded_anew(page):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import frames, state_is
+from tests.browser.pages import frames, has_value, state_is
 
 MOST_STOPS = 120
 # Where the keyboard is must look different from where it is not: the thing itself, or what it stands in.
@@ -47,7 +47,7 @@ def test_from_the_first_page_to_a_run_and_out_of_it(page: Any, window: Any) -> N
     page.keyboard.press("Enter")
     page.wait_for_selector("#start:enabled")
     # Whoever sees the form sees the demo's settings in it.
-    assert page.input_value("#steps input") == "120"
+    has_value(page, "#steps input", "120")
     unseen = tab_to(page, "[role=tab][aria-selected=true]")
     unseen += tab_to(page, "#base-model input")
     # A list opens, moves and closes by its keys.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import open_tab, set_steps, state_is
+from tests.browser.pages import has_value, open_tab, set_steps, state_is
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} 😀"
 
@@ -113,9 +113,9 @@ def test_the_run_outlives_page_and_server(page, new_page, watched, window: Any, 
         again.goto(window.address)
         open_tab(again, "Train")
         state_is(again, "running")
-        assert again.input_value("#steps input") == "5000"
+        has_value(again, "#steps input", "5000")
         open_tab(again, "Dataset")
-        assert again.input_value("#trigger input, #trigger textarea") == "zwx ball"
+        has_value(again, "#trigger input, #trigger textarea", "zwx ball")
     assert json.loads((run / "process.json").read_text())["pid"] == pid
     open_tab(again, "Train")
     again.click("#pause")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import open_tab
+from tests.browser.pages import has_value, open_tab
 from tests.browser.test_main_path import drop
 
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} \u202e😀"
@@ -127,7 +127,7 @@ def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_p
     page.reload()
     open_tab(page, "Preview")
     page.wait_for_selector("#loras[data-ready] [data-row]")
-    assert page.input_value("#loras [data-part=text][data-typed]") == "0.25"
+    has_value(page, "#loras [data-part=text][data-typed]", "0.25")
     page.fill("#prompt textarea", "a long one")
     page.fill("#sampler-steps input", "200")
     page.click("#generate")
@@ -142,4 +142,4 @@ def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_p
     page.click("text=Send to form")
     page.wait_for_function("document.querySelector('#prompt textarea')?.value === 'an owl'")
     page.wait_for_function("document.querySelector('#seed input').value !== '-1'")
-    assert page.input_value("#sampler-steps input") == "4"
+    has_value(page, "#sampler-steps input", "4")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.pages import loaded_anew
+from tests.browser.pages import has_value, loaded_anew
 from tests.browser.test_dataset import pictures_in, take
 
 NAME = "Dog <img src=x onerror=\"document.title='broken in'\"> 😀"
@@ -46,7 +46,7 @@ def test_new_open_rename_delete(page, new_page, window: Any, pictures: list[Path
 
     make(page, NAME)
     page.wait_for_selector("#grid-empty >> text=No pictures yet")
-    assert page.input_value("#trigger input, #trigger textarea") == ""
+    has_value(page, "#trigger input, #trigger textarea", "")
     # The other page follows: what it showed is of a project that is not open any more.
     other.wait_for_selector("#grid-empty >> text=No pictures yet")
     take(page, pictures[:2])
