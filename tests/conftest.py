@@ -2,11 +2,13 @@
 for CI to insist on the browser tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lora_core.spec.processor import AWHILE, VARIABLE
+from tests.faults import Nursery
 
 TESTS = Path(__file__).parent
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
@@ -28,6 +30,14 @@ def own_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["LORA_EASEL_HOME"] = str(folder)
     os.environ.pop("LORA_EASEL_PASSWORD", None)
     return folder
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """One for all tests, as it takes some seconds to come up."""
+    made = Nursery()
+    yield made
+    made.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,22 +220,31 @@ class Nursery:
             env={**os.environ, **NURSERY, **environment},
         )
 
-    def train(self, run: Path, *faults: Fault, **limits: Any) -> tuple[int, str]:
-        """Train a run in a child; returns its exit code, negative for a signal, and what it said on stderr.
+    def command(self, words: Iterable[object], *faults: Fault, **limits: Any) -> tuple[int, str, int]:
+        """Run the command line in a child; returns its exit code, negative for a signal, what it said on
+        stderr, and the bytes of memory that it held at most.
 
         Args:
-            run: its folder.
+            words: its arguments.
             faults: what goes wrong.
             limits: `file_size`, the largest file in bytes; `memory`, bytes that may be taken beyond what is
                 held at the first micro-batch.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        order = {"run": str(run), "faults": [dataclasses.asdict(fault) for fault in faults], "limits": limits}
+        order = {
+            "words": [str(word) for word in words],
+            "faults": [dataclasses.asdict(fault) for fault in faults],
+            "limits": limits,
+        }
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._process.stdout.readline())
-        return answer["code"], answer["said"]
+        return answer["code"], answer["said"], answer["peak"]
+
+    def train(self, run: Path, *faults: Fault, **limits: Any) -> tuple[int, str]:
+        """Train a run in a child; exit code and stderr as from `command`."""
+        return self.command(["resume", run], *faults, **limits)[:2]
 
     def close(self) -> None:
         """End it."""
@@ -253,17 +262,18 @@ def _serve() -> None:
         if not child:
             os.close(errors_from)
             os.dup2(errors_to, 2)
-            _trained(order)
+            _obey(order)
         os.close(errors_to)
         with open(errors_from, encoding="utf-8", errors="replace") as said:
             words = said.read()
-        status = os.waitpid(child, 0)[1]
-        sys.stdout.write(json.dumps({"code": os.waitstatus_to_exitcode(status), "said": words}) + "\n")
+        _, status, used = os.wait4(child, 0)
+        code, peak = os.waitstatus_to_exitcode(status), used.ru_maxrss * 1024
+        sys.stdout.write(json.dumps({"code": code, "said": words, "peak": peak}) + "\n")
         sys.stdout.flush()
 
 
-def _trained(order: dict[str, Any]) -> None:
-    """The child: train as the command line does, and leave."""
+def _obey(order: dict[str, Any]) -> None:
+    """The child: do as the command line does, and leave."""
     code = 1
     try:
         sys.stdin, sys.stdout = open(os.devnull), open(os.devnull, "w")  # noqa: SIM115 - for its whole life
@@ -272,7 +282,7 @@ def _trained(order: dict[str, Any]) -> None:
         from lora_core.__main__ import main
 
         with armed(*(Fault(**fault) for fault in order["faults"])):
-            code = main(["resume", order["run"]])
+            code = main(order["words"])
     except BaseException:  # noqa: BLE001 - it is shown, and the child ends in any case
         traceback.print_exc()
     finally:

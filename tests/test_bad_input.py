@@ -29,6 +29,7 @@ from lora_core.spec.event_file import EventWriter
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.paths import DEMO_BASE
 from lora_core.spec.run_folder import RunFolder
+from tests.faults import Nursery
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -489,13 +490,21 @@ def real(arguments: list[object], **environment: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a nursery forks")
 @pytest.mark.parametrize(
     "case",
-    ["text named png", "base cut short", "base without a tensor", "text encoder without a tensor",
-     "lora of another family", "rank 0"],
-)  # fmt: skip
-def test_a_process_says_nothing_else_either(case: str, place: Place) -> None:
+    ["text named png", "base without a tensor", "text encoder without a tensor", "lora of another family"],
+)
+def test_a_process_says_nothing_else_either(case: str, place: Place, nursery: Nursery) -> None:
     """Libraries have a voice of their own, which only a process of its own shows."""
+    spoil, words = CASES[case]
+    code, said, _ = nursery.command(spoil(place))
+    assert code == 1
+    assert re.search(words, one_sentence(said))
+
+
+@pytest.mark.parametrize("case", ["base cut short", "rank 0"])
+def test_nor_while_it_imports_and_ends(case: str, place: Place) -> None:
     spoil, words = CASES[case]
     done = real(spoil(place))
     assert done.returncode == 1

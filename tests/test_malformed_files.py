@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from safetensors.torch import save
 
 from lora_core.__main__ import main
 from tests.checkpoints import write_single
-from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 STEM = "lora_unet_mid_block_attentions_0_proj_in"
@@ -219,35 +217,20 @@ def test_a_broken_adapter_is_looked_at_without_a_traceback(case, verb, tmp_path,
         assert code == 1
 
 
-def peak(arguments: list[object], place: Path) -> tuple[int, int]:
-    """(exit code, bytes of memory at most) of the command line in a process of its own."""
-    code = (
-        "import resource, subprocess, sys\n"
-        "done = subprocess.run(sys.argv[2:], capture_output=True)\n"
-        "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024))\n"
-        "sys.exit(done.returncode)"
-    )
-    command = [sys.executable, "-m", "lora_core", *map(str, arguments)]
-    done = subprocess.run(
-        [sys.executable, "-c", code, place / "peak", *command], cwd=ROOT, timeout=PATIENCE, check=False
-    )
-    return done.returncode, int((place / "peak").read_text())
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="asks the system for the peak of a child process")
-def test_no_broken_file_takes_much_more_memory_than_a_good_one(tmp_path, out):
+@pytest.mark.skipif(sys.platform == "win32", reason="a nursery forks")
+def test_no_broken_file_takes_much_more_memory_than_a_good_one(tmp_path, out, nursery):
     base = write_single(tmp_path / "base.safetensors", "sd15", torch.float16)
     made = ["generate", "--prompt", "x", "--width", 64, "--height", 64, "--steps", 1, "--out", out / "x.png"]
-    done, usual = peak([*made, "--base", base], tmp_path)
+    done, _, usual = nursery.command([*made, "--base", base])
     assert done == 0
     bad = tmp_path / "bad.safetensors"
     for case in ("a header of 10 GB", "a tensor of 10 GB", "a header nested without end", "a pickle"):
         content = CONTAINERS[case]
         bad.write_bytes(content() if callable(content) else content)
-        done, most = peak([*made, "--base", bad], tmp_path)
+        done, _, most = nursery.command([*made, "--base", bad])
         assert (done, most < usual + MEMORY) == (1, True), f"{case}: {most - usual:,} bytes more"
     # A .ckpt whose records unpack to a gigabyte each.
     bomb = tmp_path / "bomb.ckpt"
     bomb.write_bytes(zipped("archive/data.pkl", bytes(2**30)))
-    done, most = peak([*made, "--base", bomb], tmp_path)
+    done, _, most = nursery.command([*made, "--base", bomb])
     assert (done, most < usual + MEMORY) == (1, True), f"bomb: {most - usual:,} bytes more"

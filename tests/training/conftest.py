@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lora_core.spec.run_folder import RunFolder
-from tests.faults import Nursery
 from tests.training.runs import SAMPLED, Toy, result, toy, trained
 
 
@@ -40,14 +39,6 @@ def unbroken(shared_toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Calla
         return known[key]
 
     return made
-
-
-@pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """One for all tests, as it takes some seconds to come up."""
-    made = Nursery()
-    yield made
-    made.close()
 
 
 @pytest.fixture
