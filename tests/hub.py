@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import pytest
 
 from tests.app.bases import write_header
+from tests.waiting import PATIENCE
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PIECE = 16 * 1024
@@ -66,7 +67,7 @@ def hub_of(**repos: Path) -> Iterator[Hub]:
         hub.gate.set()
         server.shutdown()
         server.server_close()
-        thread.join(10)
+        thread.join(PATIENCE)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -148,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(data[place : place + PIECE])
                 self.wfile.flush()
             if name.endswith(".safetensors"):
-                hub.gate.wait(60)
+                hub.gate.wait(PATIENCE)
 
     def _send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         self._begin(status, len(data), headers)

@@ -4,8 +4,7 @@ import functools
 import html
 import json
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from app.train.plan import standing_values
 from app.train.routes import steer
 from lora_core.spec.errors import RunError
 from tests.hub import Hub, hub_of, small_repo, use_hub
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -41,13 +41,6 @@ def shown(desk: Desk) -> str:
     return html.unescape(re.sub(r"<[^>]+>", " ", download_note(moment_of(desk))))
 
 
-def until(holds: Callable[[], object]) -> None:
-    began = time.monotonic()
-    while not holds():
-        assert time.monotonic() - began < 60
-        time.sleep(0.01)
-
-
 def buttons(desk: Desk) -> list[str]:
     bodies = re.findall(r'data-body="([^"]+)"', download_note(moment_of(desk)))
     return [json.loads(html.unescape(body))["do"] for body in bodies]
@@ -55,7 +48,7 @@ def buttons(desk: Desk) -> list[str]:
 
 def test_the_size_is_said_and_nothing_is_fetched_unasked(desk: Desk, hub: Hub) -> None:
     choose(desk, "owner/base")
-    until(lambda: "to download from the hub" in shown(desk))
+    wait_for(lambda: "to download from the hub" in shown(desk))
     assert re.search(r"[\d.]+ kB to download from the hub; [\d.]+ GB are free\.", shown(desk))
     assert buttons(desk) == ["download"]
     assert [path for _, path, _ in hub.asked if "resolve" in path] == []
@@ -71,16 +64,16 @@ def test_it_arrives_with_its_starting_values(desk: Desk, hub: Hub) -> None:
     desk.project.keep(level="demo", goal="style", values={})
     choose(desk, "owner/base")
     assert desk.project.draft()["level"] == "demo"
-    until(lambda: buttons(desk) == ["download"])
+    wait_for(lambda: buttons(desk) == ["download"])
     hub.gate.clear()
     steer(desk, "download", "")
     assert moment_of(desk).busy
-    until(lambda: re.search(r"of \d+ kB, [1-9]\d*%", shown(desk)))
+    wait_for(lambda: re.search(r"of \d+ kB, [1-9]\d*%", shown(desk)))
     assert re.search(r'role="progressbar".*aria-valuenow="[1-9]\d*"', download_note(moment_of(desk)))
     with pytest.raises(RunError, match="owner/base is being downloaded"):
         steer(desk, "download", "")
     hub.gate.set()
-    until(lambda: not desk.downloads.active)
+    wait_for(lambda: not desk.downloads.active)
     assert shown(desk) == ""
     moment = moment_of(desk)
     assert moment.plan.base.facts is not None
@@ -94,41 +87,41 @@ def test_it_arrives_with_its_starting_values(desk: Desk, hub: Hub) -> None:
 
 def test_cancelled_and_continued(desk: Desk, hub: Hub) -> None:
     choose(desk, "owner/base")
-    until(lambda: buttons(desk) == ["download"])
+    wait_for(lambda: buttons(desk) == ["download"])
     hub.gate.clear()
     steer(desk, "download", "")
-    until(lambda: buttons(desk) == ["download-cancel"] and desk.downloads.offer("owner/base").here)
+    wait_for(lambda: buttons(desk) == ["download-cancel"] and desk.downloads.offer("owner/base").here)
     steer(desk, "download-cancel", "")
     hub.gate.set()
-    until(lambda: "are here already" in shown(desk))
+    wait_for(lambda: "are here already" in shown(desk))
     assert "Download the rest" in shown(desk)
     steer(desk, "download", "")
-    until(lambda: not moment_of(desk).plan.base.remote)
+    wait_for(lambda: not moment_of(desk).plan.base.remote)
     assert len(set(hub.sent("unet/diffusion_pytorch_model.safetensors"))) == 2
 
 
 def test_a_refusal_is_a_sentence_with_a_second_try(desk: Desk, hub: Hub) -> None:
     hub.refusals["owner/base"] = (401, "GatedRepo")
     choose(desk, "owner/base")
-    until(lambda: buttons(desk) == ["download-ask"])
+    wait_for(lambda: buttons(desk) == ["download-ask"])
     assert "accept terms first" in shown(desk)
     hub.refusals.clear()
     steer(desk, "download-ask", "")
-    until(lambda: buttons(desk) == ["download"])
+    wait_for(lambda: buttons(desk) == ["download"])
     hub.refusals["owner/base"] = (503, "")
     steer(desk, "download", "")
-    until(lambda: "error 503" in shown(desk))
+    wait_for(lambda: "error 503" in shown(desk))
     assert buttons(desk) == ["download"]
 
 
 def test_what_does_not_fit_is_not_offered(desk: Desk, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_core.spec.hub.free_bytes", lambda path: 300_000)
     choose(desk, "owner/base")
-    until(lambda: "Make room first" in shown(desk))
+    wait_for(lambda: "Make room first" in shown(desk))
     assert buttons(desk) == []
 
 
 def test_a_name_from_the_hub_is_escaped(desk: Desk) -> None:
     choose(desk, "nobody/nothing")
-    until(lambda: "cannot be downloaded" in shown(desk))
+    wait_for(lambda: "cannot be downloaded" in shown(desk))
     assert "HF_HUB_OFFLINE is set" in shown(desk)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from starlette.testclient import TestClient
 from app.desk import Desk
 from app.export.opening import FileManager, commands, lacking
 from app.routes import add_routes
+from tests.waiting import wait_for
 
 NAME = "my, 'lora' $(touch x).safetensors"
 
@@ -36,13 +36,13 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def asked(file: Path, last: str) -> list[str]:
     """What the desktop's programs were asked, once it ends so."""
-    began = time.monotonic()
-    while True:
-        lines = (file.parent / "asked").read_text().splitlines() if (file.parent / "asked").exists() else []
-        if lines[-1:] == [last]:
-            return lines
-        assert time.monotonic() - began < 60
-        time.sleep(0.01)
+    said = file.parent / "asked"
+
+    def look() -> list[str]:
+        lines = said.read_text().splitlines() if said.exists() else []
+        return lines if lines[-1:] == [last] else []
+
+    return wait_for(look)
 
 
 def client(desk: Desk, near: str = "127.0.0.1", host: str = "127.0.0.1:7860") -> TestClient:

@@ -13,6 +13,7 @@ from lora_core.spec.base_facts import base_facts, is_remote
 from lora_core.spec.errors import ModelFileError
 from lora_core.spec.hub import Download, DownloadCancelled, download, fetch_base, find_download, needed_files
 from tests.hub import Hub, hub_of, small_repo, use_hub
+from tests.waiting import PATIENCE
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 WEIGHT_BYTES = 160_000
@@ -193,11 +194,11 @@ def test_two_programs_do_not_write_one_file(hub: Hub) -> None:
     begun = threading.Event()
     first = threading.Thread(target=download, args=(found, lambda here, size: begun.set()), daemon=True)
     first.start()
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     with pytest.raises(ModelFileError, match="is being downloaded by another program"):
         quietly(found)
     hub.gate.set()
-    first.join(60)
+    first.join(PATIENCE)
     assert not is_remote("owner/base")
 
 
