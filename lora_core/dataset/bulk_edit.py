@@ -47,8 +47,17 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     """
     project.refuse_demo()
     changes, _ = _changes(project, edit, only)
-    if not changes:
-        return 0
+    with project.changing():
+        # A pattern may take its time: what has moved or changed since stays as it is.
+        project.forget()
+        now = {relative_name(record.path, project.pictures): record for record in project.dataset().records}
+        changes = [one for one in changes if now.get(one[0]) == one[1]]
+        if changes:
+            _write(project, edit, changes)
+    return len(changes)
+
+
+def _write(project: Project, edit: Edit, changes: list[_Change]) -> None:
     before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
     kept = {"what": words(edit), "before": before, "after": {name: after for name, _, after in changes}}
     _keep(project, [*_steps(project), kept])
@@ -56,7 +65,6 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
         write_caption(record.path, after, wait=False)
     sync_folder(project.pictures)
     project.forget()
-    return len(changes)
 
 
 def undoable(project: Project) -> str:
@@ -73,6 +81,12 @@ def undo(project: Project) -> tuple[int, int]:
         DatasetError: there is nothing to take back, or the disk refuses.
     """
     project.refuse_demo()
+    with project.changing():
+        return _undo(project)
+
+
+def _undo(project: Project) -> tuple[int, int]:
+    project.forget()
     steps = _steps(project)
     if not steps:
         raise DatasetError("There is no change of many captions left to take back.")

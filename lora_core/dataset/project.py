@@ -4,21 +4,30 @@ ever lost.
 One object a window, whichever project is open: what holds on to it goes on working when another is opened.
 """
 
+import contextlib
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lora_core.dataset.by_hand import write_list
 from lora_core.dataset.folder import Dataset, ImageRecord, Problem, scan, write_caption
 from lora_core.dataset.known_sizes import Sizes
+from lora_core.dataset.moves import JOURNAL, finish_moves, rejoin
 from lora_core.spec.errors import DatasetError
-from lora_core.spec.paths import DEMO_TRAIN, valid_text, write_atomically
+from lora_core.spec.paths import DEMO_TRAIN, clear_abandoned, valid_text, write_atomically
 
 DEMO = "demo"
 DEFAULT_TITLE = "My pictures"
 LABEL = "project.json"
+_LOCK = ".lock"
+_PATIENCE = 30.0
+"""Seconds to wait for another process that changes the project."""
 
 
 class Project:
@@ -42,7 +51,42 @@ class Project:
             self._draft: dict[str, Any] = read_json(path / "draft.json")
             self._scanned: tuple[object, Dataset] | None = None
             self.notes: list[Problem] = []
+            self._file_lock = FileLock(path / _LOCK)
             self._revision += 1
+        self._mend()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the project against other threads and processes while files are moved or captions written.
+
+        Raises:
+            DatasetError: another process holds it for too long, or the folder cannot be written.
+        """
+        try:
+            self._file_lock.acquire(timeout=_PATIENCE)
+        except Timeout as error:
+            raise DatasetError(
+                f"The project {self.title} is being changed by another window or command; wait until that is"
+                " done."
+            ) from error
+        except OSError as error:
+            raise DatasetError(f"The project {self.path} cannot be written ({error.strerror}).") from error
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._file_lock.release()
+
+    def _mend(self) -> None:
+        """Finish what a killed process had begun, and bring captions back to their pictures."""
+        clear_abandoned(self.path)
+        if not self.aside.is_dir() and not (self.path / JOURNAL).exists():
+            return
+        # A project that cannot be written can still be looked at; it is mended when that is possible.
+        with contextlib.suppress(DatasetError, OSError), self.changing():
+            finished, joined = finish_moves(self.path), rejoin(self.pictures, self.aside)
+            if finished or joined:
+                self.forget()
 
     @property
     def revision(self) -> int:
@@ -135,9 +179,12 @@ class Project:
             raise DatasetError(
                 "The demo's captions stay as they are; drop your own pictures to write captions."
             )
-        record = self.named(name)
-        write_caption(record.path, text)
-        with self._lock:
+        with self.changing():
+            record = self.named(name)
+            if not record.path.is_file():
+                self.forget()
+                raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
+            write_caption(record.path, text)
             # A scan strips captions, too.
             self._replace({record.path: replace(record, caption=text.strip())})
 
@@ -148,7 +195,7 @@ class Project:
             DatasetError: it is the demo's, or the list cannot be written.
         """
         self.refuse_demo()
-        with self._lock:
+        with self.changing():
             wanted = set(names)
             by_name = {relative_name(r.path, self.pictures): r for r in self.dataset().records}
             held = {name for name, record in by_name.items() if record.held_out}

@@ -19,7 +19,7 @@ from lora_core.spec.paths import valid_text
 MOST_DEPTH = 20
 """Folders in one another; deeper ones are refused."""
 _LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
-_MASK_ENDINGS = ("-masklabel", "-condlabel")
+MASK_ENDINGS = ("-masklabel", "-condlabel")
 _MASK_FOLDER = re.compile(r"masks?")
 _IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
 _REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")
@@ -33,7 +33,7 @@ def is_junk(name: str) -> bool:
 
 def is_mask(path: Path) -> bool:
     """A mask of another image by its own name (`cat-masklabel.png` of `cat.png`)."""
-    return folded(path.stem).endswith(_MASK_ENDINGS)
+    return folded(path.stem).endswith(MASK_ENDINGS)
 
 
 def unused_folder(shown: str) -> str:
