@@ -83,3 +83,13 @@ def test_problems_call_settings_as_the_form_does() -> None:
         in_words("raise train.tokens, not optim.text_encoder_2_lr.")
         == "raise Caption tokens, not Second text encoder rate."
     )
+
+
+def test_an_older_draft_names_what_is_no_longer_used_until_it_is_changed(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    project.keep(values={"dataset.repeats": 10, "adapter.kind": "lora", "loss.min_snr": 5.0})
+    plan = Plan(project)
+    assert [note.split(":")[0] for note in plan.notes] == ["dataset.repeats = 10 cannot be used"]
+    assert (plan.problems, plan.config.loss.min_snr) == ([], 5.0)
+    keep_typed(project, None, widget_values(project))
+    assert Plan(project).notes == []

@@ -1,15 +1,20 @@
-"""Every row of every table names code that exists, and is found by key and by title."""
+"""Every row of every table names code that exists and is found by key and by title; no table, setting or
+option has one value only."""
 
+import argparse
 import inspect
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from app import install
+from lora_core.__main__ import parser
 from lora_core.spec import choices
 from lora_core.spec.choices import Choice, Table, chosen
+from lora_core.spec.config import settings
 from lora_core.spec.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +41,31 @@ def test_titles_and_keys_lead_to_one_row(table: str) -> None:
     for key, row in TABLES[table].items():
         for name in (key, key.upper(), row.title, f" {row.title.lower()} "):
             assert chosen(TABLES[table], name, "x") is row
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_leaves_a_choice(table: str) -> None:
+    assert len(TABLES[table]) > 1, "with one row there is nothing to choose, so it should be no table"
+
+
+def test_every_setting_leaves_a_choice() -> None:
+    for name, info, _ in settings():
+        table, among, span = (info.metadata[key] for key in ("table", "among", "span"))
+        assert table is None or any(table is known for known in TABLES.values()), name
+        assert among is None or len(among) > 1, name
+        assert span is None or span[0] < span[1], name
+
+
+def test_every_option_of_the_command_line_leaves_a_choice() -> None:
+    def options(verb: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+        for action in verb._actions:
+            yield verb.prog, action
+            if isinstance(action, argparse._SubParsersAction):
+                for below in action.choices.values():
+                    yield from options(below)
+
+    for prog, action in options(parser()):
+        assert action.choices is None or len(action.choices) > 1, f"{prog} {action.option_strings}"
 
 
 def test_an_unknown_name_is_answered_with_all_that_there_are() -> None:

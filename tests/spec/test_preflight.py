@@ -306,3 +306,25 @@ def test_captions_in_memory_count_on_a_processor(
     assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path))]
     assert "memory" in [kind for kind, _ in kinds(found(config, tmp_path, **shuffled))]
     assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path, card=200 * 2**20, **shuffled))]
+
+
+def test_a_loss_that_leaves_out_the_last_timestep_is_said(config: RunConfig, tmp_path: Path) -> None:
+    # The embedded base predicts velocity and has zero terminal SNR.
+    (one,) = found(config, tmp_path, loss__min_snr=5.0)
+    assert (one.kind, one.blocking) == ("loss", False)
+    assert "loss.min_snr = 5 gives the last timestep no weight" in one.sentence
+    assert found(config, tmp_path, loss__min_snr=5.0, model__zero_terminal_snr="off") == []
+    assert found(config, tmp_path, loss__min_snr=0) == found(config, tmp_path, loss__min_snr="auto") == []
+
+
+def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:
+    (one,) = found(config, tmp_path, loss__huber_delta=0.5)
+    assert one.sentence == "loss.huber_delta plays no part where loss.kind is mse; it is for huber."
+    assert found(config, tmp_path, loss__huber_delta=0.5, loss__kind="huber") == []
+
+
+def test_zero_terminal_snr_for_a_base_that_predicts_noise_blocks(config: RunConfig, tmp_path: Path) -> None:
+    wrong = {"model__zero_terminal_snr": "on", "model__prediction": "epsilon"}
+    (one,) = found(config, tmp_path, **wrong)
+    assert (one.kind, one.blocking) == ("base", True)
+    assert "predicts noise" in one.sentence
