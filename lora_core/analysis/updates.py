@@ -33,7 +33,7 @@ from lora_core.formats.layers import (
 from lora_core.formats.names import layer_of_stem
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
-from lora_core.spec.tensor_file import read_header
+from lora_core.spec.tensor_file import Header, read_header
 
 _ODD = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))")
 _LARGEST = 2**25
@@ -183,11 +183,11 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
     if kinds.kind_of(header.shapes) not in TURNED_PLAIN:
         weights = read_adapter(path, known)
         if family is None:
-            raise AdapterFileError(_no_family(path))
+            raise AdapterFileError(_no_family(path, header))
         layers = in_own_form(weights, family).layers
         return {key: Update(".".join(key), layer) for key, layer in layers.items()}, weights.metadata, family
     if family is None:
-        raise AdapterFileError(_no_family(path))
+        raise AdapterFileError(_no_family(path, header))
     other = kinds.mismatch(header.shapes, header.metadata, known) if known else ""
     if other:
         raise AdapterFileError(f"{path} is for {other}, the base is the {family.title}.")
@@ -198,7 +198,10 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
 
 
-def _no_family(path: Path) -> str:
+def _no_family(path: Path, header: Header) -> str:
+    name = kinds.family_name(header.shapes, header.metadata)
+    if name != "unknown":
+        return f"{path} is for {name}, which cannot be used here."
     return f"Nothing in {path} says which family of base it is for; name its base with --base."
 
 

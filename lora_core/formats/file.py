@@ -37,7 +37,13 @@ AS_IT_IS = "as it is"
 TURNED_PLAIN = ("LoHa", "LoKr", "DoRA")
 """Kinds of adapters that `analysis/plain.py` makes plain LoRAs of."""
 
-_OWN_KEYS = {"lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash", "format"}
+_OWN_KEYS = {
+    "lora_adapter_metadata",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash_sha256",
+    "format",
+}
 """What the writer alone decides on, whatever the header that it is given says."""
 
 

@@ -67,6 +67,8 @@ ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "full difference")
 
 def called(kind: str, shapes: Shapes) -> str:
     """A file of a kind in a sentence after "it is"."""
+    if not shapes:
+        return "no adapter, for it holds no tensors"
     if kind == "unknown":
         return refused_kind(shapes) or "no adapter that is known here"
     return f"of the kind {kind!r}"

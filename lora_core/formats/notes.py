@@ -140,6 +140,8 @@ def _advice(outcome: Outcome, meant_for: bool, format: str) -> str:
     ):
         return "merge it into a plain LoRA with --rank"
     extras = extra_keys(outcome.dropped)
+    if extras and len(extras) == outcome.keys:
+        return "no plain LoRA can hold it"
     if extras and len(extras) == len(outcome.dropped):
         return "only a file without them suits it; convert leaves them out"
     if outcome.wrong and not outcome.dropped:

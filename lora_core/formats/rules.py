@@ -74,7 +74,7 @@ def _check_kinds(case: Case, groups: Mapping[str, Group]) -> None:
             )
 
 
-KRON = "PyTorch's kron refuses tensors that are not contiguous (2.13 does, older ones did not)"
+KRON = "it passes PyTorch's kron a tensor that is not contiguous (fails with 2.13; other versions may differ)"
 """Why Forge and ComfyUI cannot use a LoKr of Tucker form."""
 
 

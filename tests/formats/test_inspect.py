@@ -160,3 +160,11 @@ def test_what_is_broken_is_said_and_fails(path, case, capsys):
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_a_file_without_tensors_is_refused_by_all_verbs(path, tmp_path, capsys):
+    path.write_bytes(serialised({}, {"ss_base_model_version": "sd_v1"}))
+    out = str(tmp_path / "o.safetensors")
+    for verb, *more in (["verify"], ["merge", "--out", out], ["convert", out, "--to", "kohya"]):
+        assert main([verb, str(path), *more]) == 1
+        assert "holds no tensors" in capsys.readouterr().err

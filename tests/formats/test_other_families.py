@@ -146,6 +146,19 @@ def test_other_kinds_of_files_are_named(tmp_path, capsys, kind):
     assert f"it is of the kind '{kind}', not a plain LoRA" in capsys.readouterr().err
 
 
+def test_a_base_told_by_its_width_alone_is_not_asked_for(tmp_path, capsys):
+    """The refiner of Stable Diffusion XL, whose text context is 1280 wide: no --base helps."""
+    path = tmp_path / "f.safetensors"
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    path.write_bytes(serialised(lora(stem, 1280), {}))
+    out = str(tmp_path / "o.safetensors")
+    for verb in (["verify"], ["merge", "--out", out], ["shrink", "--rank", "2", "--out", out]):
+        assert main([verb[0], str(path), *verb[1:]]) == 1
+        sentence = capsys.readouterr().err
+        assert "is for a base whose text context is 1280 channels wide" in sentence
+        assert "--base" not in sentence
+
+
 def test_an_embedding_by_its_token_alone():
     assert kinds.kind_of({"<cat>": (3, 768)}) == "textual-inversion embedding"
     assert kinds.kind_of({"0.to_q_lora.down.weight": (4, 4)}) == "IP-Adapter"
