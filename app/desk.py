@@ -41,7 +41,7 @@ class Desk:
         self.jobs = Jobs(workspace)
         self.jobs.created = lambda run: adopt(run, self.project.path)
         self.jobs.own = lambda watch: belongs(watch.run, watch.config(), self.project.path)
-        self.hardware = Hardware()
+        self.hardware = Hardware(lambda: self.worker.device)
         self.line = Line(workspace, self.jobs)
         self.checks = Checks(workspace, self.hardware)
         self.on_quit: Callable[[], None] = lambda: None

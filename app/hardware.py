@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +46,13 @@ class Card:
 class Hardware:
     """The machine's card, looked at anew at most every few seconds."""
 
-    def __init__(self) -> None:
-        """Nothing is asked before the first look."""
+    def __init__(self, device: Callable[[], str] = str) -> None:
+        """Nothing is asked before the first look.
+
+        Args:
+            device: gives the kind of device that PyTorch computes on, "" while that is not known.
+        """
+        self._device = device
         self._card: Card | None = None
         self._asked = 0.0
         self.known = False
@@ -70,7 +76,9 @@ class Hardware:
 
     @property
     def has_gpu(self) -> bool:
-        """Whether something faster than the processor is known to be there."""
+        """Whether something faster than the processor is known to be there, and PyTorch can use it."""
+        if self._device() == "cpu":
+            return False
         return self._card is not None or (sys.platform == "darwin" and platform.machine() == "arm64")
 
 

@@ -86,13 +86,27 @@ def has_base() -> bool:
 
 
 def graphics_card() -> tuple[bool, int, float]:
-    """Whether there is an NVIDIA card, its driver (580.65 -> 580) and compute capability, 0 if not told."""
-    query = ["nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, IndexError):
+    """Whether there is an NVIDIA card, its driver (580.65 -> 580) and compute capability, 0 if unknown.
+
+    Of several cards the newest counts, which is the one that PyTorch takes first. The two are asked for one
+    by one: drivers before 510 know no `compute_cap`, and answer a query for both with an error.
+    """
+    drivers = nvidia_smi("driver_version")
+    capabilities = nvidia_smi("compute_cap")
+    present = bool(drivers) or bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia")
+    return present, int(max(drivers, default=0)), max(capabilities, default=0.0)
+
+
+def nvidia_smi(field: str) -> list[float]:
+    """A field of each card as a number of the form 8.6 (of 580.65.06, 580.65), where the driver tells it."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    found = []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-        rows = [line.split(",") for line in done.stdout.splitlines()]
-        return True, int(rows[0][0].split(".")[0]), min(float(row[1]) for row in rows)
-    return bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia"), 0, 0.0
+        for line in done.stdout.splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(float(".".join(line.strip().split(".")[:2])))
+    return found
 
 
 def torch_index(system: str, nvidia: bool, driver: int, capability: float, amd: bool) -> str:
@@ -100,14 +114,14 @@ def torch_index(system: str, nvidia: bool, driver: int, capability: float, amd: 
 
     The default index has CPU builds for Windows and macOS, and for Linux those of the newest CUDA. CUDA 13
     wants a driver from 580 on and a card from Turing (7.5) on; CUDA 12.6 serves older ones up to Hopper
-    (9.0).
+    (9.0). AMD's cards have builds for Linux.
 
     Source: the CUDA support matrix in RELEASE.md of github.com/pytorch/pytorch.
     """
     if system not in ("Windows", "Linux"):
         return ""
     if not nvidia:
-        return "cpu" if system == "Linux" and not amd else ""
+        return ("rocm6.4" if amd else "cpu") if system == "Linux" else ""
     if 0 < driver < 580 or 0 < capability < 7.5:
         return "cu128" if capability >= 10 else "cu126"
     return "cu130" if system == "Windows" else ""

@@ -57,6 +57,8 @@ class Worker:
         self.environment = environment
         self.log_file = log_file
         self.ready = False
+        self.device = self.torch = ""
+        """The kind of device that PyTorch computes on ("cuda", "cpu", ...) and its version, once known."""
         self.waiting: list[Reply] = []
         """What was asked and is not begun, in order."""
         self.in_hand: Reply | None = None
@@ -216,6 +218,7 @@ class Worker:
         for message in _messages(self._process.stdout):
             if message.get("event") == "ready":
                 self.ready = True
+                self.device, self.torch = str(message.get("device", "")), str(message.get("torch", ""))
                 return self._process
         return None
 

@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     _quiet_libraries()
+    _set_up_cuda()
     share_processor(getattr(options, "processor", SLEEPS))
     _speak_any_letter()
     try:
@@ -87,6 +88,12 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
+
+
+def _set_up_cuda() -> None:
+    """An allocator of a card's memory that does not fragment; before torch is imported."""
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _speak_any_letter() -> None:

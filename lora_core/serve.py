@@ -1,7 +1,8 @@
 """The warm worker: one process that keeps a base model loaded and answers a line of JSON with lines of JSON.
 
 Requests come on stdin, one object a line, each with an "id" and what to "do"; answers go to stdout and carry
-the id. `cancel` is read while a picture is made. What the verbs do is in `worker/`.
+the id. The first line says that it is ready, which kind of device it computes on and with which torch.
+`cancel` is read while a picture is made. What the verbs do is in `worker/`.
 """
 
 import io
@@ -16,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
+from lora_core.models.device import best_device, out_of_memory
 from lora_core.spec.errors import ConfigError, LoraError
 from lora_core.spec.processor import others_compute
 from lora_core.worker import files
@@ -66,12 +68,12 @@ class Worker:
         except (KeyError, TypeError, ValueError) as error:
             message = f"The request is not understood: {type(error).__name__} {error}."
             self._answer({"id": name, "event": "error", "message": message})
-        except torch.OutOfMemoryError:
-            message = "The device ran out of memory; ask for a smaller picture."
-            self._answer({"id": name, "event": "error", "message": message})
         except Exception as error:  # noqa: BLE001 - a defect costs one request, and its traceback is kept
-            traceback.print_exc()
-            message = f"A defect of the program: {type(error).__name__} {error}."
+            if out_of_memory(error):
+                message = "The device ran out of memory; ask for a smaller picture."
+            else:
+                traceback.print_exc()
+                message = f"A defect of the program: {type(error).__name__} {error}."
             self._answer({"id": name, "event": "error", "message": message})
         finally:
             self.cancelled.discard(name)
@@ -100,7 +102,7 @@ def serve(incoming: TextIO, outgoing: TextIO) -> None:
     waiting: queue.Queue[Request | None] = queue.Queue()
     reader = threading.Thread(target=_read, args=(incoming, waiting, worker, answer), daemon=True)
     reader.start()
-    answer({"id": None, "event": "ready"})
+    answer({"id": None, "event": "ready", "device": best_device().type, "torch": torch.__version__})
     while (request := waiting.get()) is not None:
         worker.handle(request)
 

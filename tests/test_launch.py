@@ -128,7 +128,8 @@ def test_an_environment_that_runs_has_one(place: Path, monkeypatch: pytest.Monke
     ("system", "nvidia", "driver", "capability", "amd", "index"),
     [
         ("Linux", False, 0, 0.0, False, "cpu"),
-        ("Linux", False, 0, 0.0, True, ""),
+        ("Linux", False, 0, 0.0, True, "rocm6.4"),
+        ("Linux", True, 470, 0.0, False, "cu126"),
         ("Linux", True, 580, 8.6, False, ""),
         ("Linux", True, 0, 0.0, False, ""),
         ("Linux", True, 550, 8.6, False, "cu126"),
@@ -149,19 +150,26 @@ def test_which_pytorch(
 
 
 @pytest.mark.parametrize(
-    ("answer", "card"),
+    ("driver", "capability", "card"),
     [
-        ("580.65.06, 8.6\n", (True, 580, 8.6)),
-        ("572.16, 12.0\n572.16, 6.1\n", (True, 572, 6.1)),
-        ("[N/A], [N/A]\n", (True, 0, 0.0)),
-        ("", (True, 0, 0.0)),
+        ("580.65.06\n", "8.6\n", (True, 580, 8.6)),
+        ("572.16\n572.16\n", "12.0\n6.1\n", (True, 572, 12.0)),
+        ("580.65\n580.65\n", "3.5\n8.9\n", (True, 580, 8.9)),
+        ("470.82.01\n", None, (True, 470, 0.0)),  # a driver that does not know compute_cap
+        ("[N/A]\n", "[N/A]\n", (True, 0, 0.0)),
+        ("", "", (True, 0, 0.0)),
     ],
 )
 def test_what_nvidia_smi_says(
-    answer: str, card: tuple[bool, int, float], monkeypatch: pytest.MonkeyPatch
+    driver: str, capability: str | None, card: tuple[bool, int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = subprocess.CompletedProcess([], 0, stdout=answer)
-    monkeypatch.setattr(install.subprocess, "run", lambda *arguments, **options: done)
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        answer = driver if command[1] == "--query-gpu=driver_version" else capability
+        if answer is None:
+            raise subprocess.CalledProcessError(2, command)
+        return subprocess.CompletedProcess(command, 0, stdout=answer)
+
+    monkeypatch.setattr(install.subprocess, "run", run)
     monkeypatch.setattr(install.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert install.graphics_card() == card
 

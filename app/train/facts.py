@@ -72,7 +72,15 @@ def notes(moment: Moment) -> list[str]:
     found = [one.sentence for one in known if not (plan.base.remote and one.kind == "base")]
     found += plan.notes
     hardware = moment.desk.hardware
-    if hardware.known and not hardware.has_gpu and not plan.base.embedded:
+    card, worker = hardware.card(), moment.desk.worker
+    if card is not None and worker.device == "cpu":
+        found.insert(
+            0,
+            f"There is a graphics card ({card.name}), but this PyTorch ({worker.torch}) cannot use it, so"
+            " the processor trains. Update the card's driver, delete the folder .venv and start launch.py"
+            " again; it installs the build that fits.",
+        )
+    elif hardware.known and not hardware.has_gpu and not plan.base.embedded:
         found.insert(
             0,
             "No graphics card was found, so the processor trains. That works, but a base of this size takes"

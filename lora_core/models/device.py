@@ -14,6 +14,8 @@ from lora_core.models.weight_files import PRECISIONS
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of `malloc.h`."""
 LARGEST = 2**31 - 1
+SPARE = 300 * 2**20
+"""Bytes of a card that this program leaves free."""
 WORTH_IT = 0.7
 """The largest share of fp32's time that bf16's lost digits are worth."""
 
@@ -21,6 +23,19 @@ WORTH_IT = 0.7
 def best_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return PartialState().device
+
+
+def cap_memory(device: torch.device) -> None:
+    """Keep this process within the card's free memory, less `SPARE` for the driver and the desktop.
+
+    Beyond it the allocator raises, which the memory fallbacks handle. Without a cap, the driver of Windows
+    moves memory to the computer's own instead, and steps take many times as long without an error.
+    """
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    mine = free + torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, mine - SPARE) / total), device)
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
@@ -70,3 +85,37 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_TRIM_THRESHOLD, LARGEST)
         mallopt(M_MMAP_THRESHOLD, LARGEST)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, of whichever kind."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(
+        word in str(error) for word in ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    ):
+        return True
+    # What oneDNN says when its allocation fails; without a limit it would mean something else.
+    return "could not create a primitive" in str(error) and limited(torch.device("cpu"))
+
+
+def limited(device: torch.device) -> bool:
+    """Whether running out of memory would be an error here that can be caught.
+
+    A processor's memory gives way to the disk, and then to the system's end of the process, without one;
+    only a limit on the address space makes an error of it.
+    """
+    if device.type != "cpu":
+        return True
+    try:
+        import resource
+    except ImportError:
+        return False
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def memory_of(device: torch.device) -> str:
+    """What people call the memory that computing on `device` takes."""
+    return "memory" if device.type in ("cpu", "mps") else "graphics memory"

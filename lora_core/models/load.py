@@ -5,7 +5,9 @@ lies, in the number format that is asked for: a base never takes more memory tha
 submodules of diffusers and transformers are imported: the whole pipeline zoo takes ten seconds more.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from lora_core.models.device import memory_of, out_of_memory
 from lora_core.models.file_configs import text_config, unet_config, vae_config
 from lora_core.models.fill import Where, fill
 from lora_core.models.noise import NoiseSchedule
@@ -31,16 +34,21 @@ from lora_core.models.sources import (
 from lora_core.models.thin import Thinner
 from lora_core.models.weight_files import WeightFile, opened_weights
 from lora_core.spec.base_facts import BaseFacts, base_facts, missing_files, single_file_facts
-from lora_core.spec.errors import ModelFileError
+from lora_core.spec.errors import ModelFileError, OutOfMemory
 from lora_core.spec.families import Family, TextEncoder
 from lora_core.spec.hub import fetch_base
 from lora_core.spec.paths import CLIP_TOKENIZER
 from lora_core.spec.tensor_file import Header
 
+TITLES = {"unet": "UNet", "vae": "VAE"}
+"""What sentences call the components whose part is no word of its own."""
+
 
 @dataclass
 class BaseModel:
     """A frozen base model in memory.
+
+    A component that was not loaded yet has its layers and their shapes, but weights on the meta device.
 
     Attributes:
         name: what the person called it ("demo", a path, a hub id).
@@ -66,6 +74,26 @@ class BaseModel:
     device: torch.device
     dtype: torch.dtype
     facts: BaseFacts
+    waiting: dict[str, Callable[[], None]] = field(default_factory=dict)
+    """Components without their weights ("vae", "unet", a text encoder's part), and what reads them."""
+
+    def load(self, *parts: str) -> None:
+        """Read the weights of components that still lack them onto the device.
+
+        Raises:
+            ModelFileError: a file is broken.
+            OutOfMemory: they do not fit.
+        """
+        for part in parts:
+            if part in self.waiting:
+                with _reading(self.path, self.device):
+                    self.waiting[part]()
+                del self.waiting[part]
+
+    def put(self, part: str, device: torch.device) -> None:
+        """Move a component that is loaded ("vae", "unet", a text encoder's part) to `device`."""
+        module: torch.nn.Module = self.vae if part == "vae" else self.modules[part]
+        module.to(device)
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -101,7 +129,17 @@ def load_base(
     name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
     thin: Thinner | None = None, zero_snr: str = "auto",
 ) -> BaseModel:  # fmt: skip
-    """Open a base model, frozen, on `device`.
+    """Open a base model, frozen, on `device`; see `open_base`."""
+    base = open_base(name, device, dtype, prediction, vae, thin, zero_snr)
+    base.load(*base.waiting)
+    return base
+
+
+def open_base(
+    name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
+    thin: Thinner | None = None, zero_snr: str = "auto",
+) -> BaseModel:  # fmt: skip
+    """Open a base model without its weights: `BaseModel.load` reads those of the parts that are needed.
 
     Args:
         name: "demo", a diffusers folder, a single file, or a hub id.
@@ -114,34 +152,47 @@ def load_base(
 
     Raises:
         ModelFileError: names what is missing or broken.
+        OutOfMemory: a component does not fit into the device's memory.
     """
     fetch_base(name)
     facts = base_facts(name, prediction, zero_snr)
-    parts = _FilledParts(facts, (prediction, zero_snr), device)
+    parts = _Parts(facts, (prediction, zero_snr), device)
     facts, family = parts.facts, parts.family
-    try:
+    with _reading(facts.path, device):
         autoencoder = parts.vae(vae)
         encoders = {encoder.part: parts.text_encoder(encoder, dtype) for encoder in family.text_encoders}
         tokenizers = {encoder.part: _tokenizer(facts, encoder) for encoder in family.text_encoders}
         unet = parts.unet(dtype, thin)
         noise = NoiseSchedule.of(DDPMScheduler.from_config(facts.scheduler))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelFileError(
-            f"The base {facts.path} cannot be opened: {first.rstrip('.')}. Download it again or choose"
-            " another."
-        ) from error
     return BaseModel(
         name=name, path=facts.path, family=family, unet=unet, vae=autoencoder, text_encoders=encoders,
         tokenizers=tokenizers, noise=noise, scheduler_config=dict(facts.scheduler), device=device,
-        dtype=dtype, facts=facts,
+        dtype=dtype, facts=facts, waiting=parts.waiting,
     )  # fmt: skip
 
 
-class _FilledParts:
-    """The components of a base, each built and filled when it is asked for."""
+@contextmanager
+def _reading(path: Path, device: torch.device) -> Iterator[None]:
+    """Turn what reading a base raises into a sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            raise OutOfMemory(
+                f"The base {path} does not fit into the {memory_of(device)} that is free; close other"
+                " programs that use it, or set train.quantise to int8 or train.offload to true."
+            ) from error
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelFileError(
+            f"The base {path} cannot be opened: {first.rstrip('.')}. Download it again or choose another."
+        ) from error
+
+
+class _Parts:
+    """The components of a base, each built with its layers and noted with what reads its weights."""
 
     def __init__(self, facts: BaseFacts, by_hand: tuple[str, str], device: torch.device) -> None:
+        self.waiting: dict[str, Callable[[], None]] = {}
         self._file: WeightFile | None = None
         self._device = device
         if facts.single_file:
@@ -164,7 +215,7 @@ class _FilledParts:
             find = component_in_folder(self.facts.path / "unet", "unet")
         with init_empty_weights(include_buffers=False):
             unet = UNet2DConditionModel.from_config(config)
-        return self._ready(unet, find, dtype, "UNet", thin=thin)
+        return self._noted("unet", unet, find, dtype, thin=thin)
 
     def vae(self, other: str) -> AutoencoderKL:
         """The VAE in fp32: the base's own, or the one that `other` names."""
@@ -182,7 +233,7 @@ class _FilledParts:
         with init_empty_weights(include_buffers=False):
             vae = AutoencoderKL.from_config(config)
         advice = "Set model.vae to a VAE file." if self._file and not other else ""
-        return self._ready(vae, find, torch.float32, "VAE", advice)
+        return self._noted("vae", vae, find, torch.float32, advice)
 
     def text_encoder(self, encoder: TextEncoder, dtype: torch.dtype) -> Any:
         config = CLIPTextConfig.from_pretrained(self.facts.configs / encoder.part, local_files_only=True)
@@ -194,15 +245,21 @@ class _FilledParts:
         kind: Any = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
         with init_empty_weights(include_buffers=False):
             module = kind(config)
-        return self._ready(module, find, dtype, encoder.part.replace("_", " "))
+        return self._noted(encoder.part, module, find, dtype)
 
-    def _ready(
-        self, module: Any, find: Finder, dtype: torch.dtype, title: str, advice: str = "",
+    def _noted(
+        self, part: str, module: Any, find: Finder, dtype: torch.dtype, advice: str = "",
         thin: Thinner | None = None,
     ) -> Any:  # fmt: skip
+        title = TITLES.get(part, part.replace("_", " "))
         where = Where(self.facts.path, title, advice or "It is not whole, or of another kind.")
-        fill(module, find, dtype, self._device, where, thin)
-        return module.eval().to(self._device)
+
+        def read() -> None:
+            fill(module, find, dtype, self._device, where, thin)
+            module.to(self._device)
+
+        self.waiting[part] = read
+        return module.eval()
 
 
 def _check_folder(path: Path, family: Family) -> None:

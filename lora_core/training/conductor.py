@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.models.device import keep_freed_memory
+from lora_core.models.device import cap_memory, keep_freed_memory, out_of_memory
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import OutOfMemory, RunError
@@ -23,7 +23,7 @@ from lora_core.training.guards import RETURNS, Health, Pace, slow_words
 from lora_core.training.inputs import versions
 from lora_core.training.keeping import Keeper, first_whole
 from lora_core.training.loop import Step, StepPlan, training_steps
-from lora_core.training.memory import Ladder, free_memory, out_of_memory
+from lora_core.training.memory import Ladder, free_memory, release_failed, smaller_opening
 from lora_core.training.prepare import Plan, Session, prepared
 from lora_core.training.requests import Interrupted, Requests
 from lora_core.training.trial import Trial
@@ -72,8 +72,9 @@ class Conductor:
 
     def conduct(self, accept_changes: bool) -> Outcome:
         """Prepare, train, and end as asked."""
-        self._plan = Plan.of(self._run, self._config)
+        self._plan = Plan.of(self._run, self._config, accept_changes)
         torch.set_num_threads(self._plan.threads)
+        cap_memory(torch.device(self._plan.device))
         self._emit(
             events.Started(
                 steps=self._goal,
@@ -88,7 +89,7 @@ class Conductor:
             self._warn(sentence)
         self._config = self._plan.rated(self._config)
         try:
-            session = prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
+            session = self._prepare(accept_changes)
             self._make_ready(session)
         except Interrupted:
             return self._end_unprepared()
@@ -102,6 +103,24 @@ class Conductor:
             return self._drive(session)
         except Interrupted:
             return self._end()
+
+    def _prepare(self, accept_changes: bool) -> Session:
+        """Open the base and encode the data. A base that does not fit into memory is opened in a smaller way.
+
+        Raises:
+            OutOfMemory: it does not fit in any way.
+        """
+        while True:
+            try:
+                return prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
+            except OutOfMemory as error:
+                rung = smaller_opening(self._config.train, self._plan.rungs)
+                if rung is None or self.fellows:
+                    raise
+                release_failed(error, torch.device(self._plan.device))
+            self._plan = replace(self._plan, rungs=[*self._plan.rungs, (rung.name, 0)])
+            self._plan.write(self._run)
+            self._warn(f"The base does not fit into memory as it is. {rung.told}")
 
     def _make_ready(self, session: Session) -> None:
         """Choose once, before the first step, what is chosen by trying."""

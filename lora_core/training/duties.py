@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lora_core.adapters.inject import adapter_weights
+from lora_core.models.device import out_of_memory
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.room import preview_bytes, require_room
@@ -20,7 +21,7 @@ from lora_core.training.export import exported_checkpoint, newest_sample, run_he
 from lora_core.training.guards import Health
 from lora_core.training.judge import Best, Judge
 from lora_core.training.keeping import Keeper
-from lora_core.training.memory import free_memory, out_of_memory
+from lora_core.training.memory import free_memory
 from lora_core.training.prepare import Session
 from lora_core.validation.choose import reason_to_stop, worse
 

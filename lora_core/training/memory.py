@@ -21,6 +21,7 @@ from lora_core.models.thin import Thinner, int8, is_moved, is_packed
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import OutOfMemory
 from lora_core.spec.room import free_bytes
+from lora_core.spec.sections import TrainSection
 from lora_core.training.loop import Trainee
 from lora_core.training.trainee import INT8, OFFLOAD, enable_checkpointing
 
@@ -62,8 +63,7 @@ def _take_eight_bit(trainee: Trainee) -> None:
 
 
 def _put_vae_aside(trainee: Trainee) -> None:
-    module: torch.nn.Module = trainee.base.vae
-    module.to("cpu")
+    trainee.base.put("vae", torch.device("cpu"))
 
 
 def _take_plain(trainee: Trainee) -> None:
@@ -215,44 +215,27 @@ class Ladder:
         )
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, of whichever kind."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    if any(
-        word in str(error) for word in ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-    ):
-        return True
-    # What oneDNN says when its allocation fails; without a limit it would mean something else.
-    return "could not create a primitive" in str(error) and limited(torch.device("cpu"))
-
-
 def free_memory(trainee: Trainee, error: BaseException | None = None) -> None:
     """Let go of all that a failed step holds."""
+    trainee.storage.clear()
+    release_failed(error, trainee.base.device)
+
+
+def release_failed(error: BaseException | None, device: torch.device) -> None:
+    """Let go of what the frames of a failure hold, and of the allocator's cache."""
     while error is not None:
-        # The frames of the step hold its activations for as long as the error is known.
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
-    trainee.storage.clear()
     gc.collect()
-    if trainee.base.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-    elif trainee.base.device.type == "mps":
+    elif device.type == "mps":
         torch.mps.empty_cache()
 
 
-def limited(device: torch.device) -> bool:
-    """Whether running out of memory would be an error here that can be caught.
-
-    A processor's memory gives way to the disk, and then to the system's end of the process, without one;
-    only a limit on the address space makes an error of it.
-    """
-    if device.type != "cpu":
-        return True
-    try:
-        import resource
-    except ImportError:
-        return False
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+def smaller_opening(train: TrainSection, taken: list[tuple[str, int]]) -> Rung | None:
+    """The next rung that makes the base itself smaller, for a base that does not fit as it is opened."""
+    done = {name for name, _ in taken}
+    done |= {INT8} if train.quantise != "none" else set()
+    done |= {OFFLOAD} if train.offload else set()
+    return next((rung for rung in LADDER if rung.name in (INT8, OFFLOAD) and rung.name not in done), None)

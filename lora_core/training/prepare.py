@@ -11,11 +11,12 @@ import torch
 from lora_core.dataset.captions import CaptionRules, plain_caption, varies, with_trigger
 from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
 from lora_core.dataset.split import held_out
-from lora_core.models.device import best_device, bf16_is_faster, dtype_of
-from lora_core.models.load import BaseModel, load_base
+from lora_core.models.device import best_device, bf16_is_faster, dtype_of, limited, out_of_memory
+from lora_core.models.load import BaseModel, open_base
 from lora_core.models.prepacked import DIRECT, PLAIN, best_layout, prepack
 from lora_core.spec.base_facts import GUESS, base_facts
 from lora_core.spec.config import RunConfig
+from lora_core.spec.errors import InputsChanged
 from lora_core.spec.hub import fetch_base
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
@@ -26,7 +27,7 @@ from lora_core.training.ema import Average
 from lora_core.training.inputs import base_inputs, check_inputs, start_input
 from lora_core.training.loop import Trainee
 from lora_core.training.measuring import Groups, groups_of
-from lora_core.training.memory import limited
+from lora_core.training.memory import release_failed
 from lora_core.training.prior import Prior
 from lora_core.training.trainee import (
     AdapterPlan,
@@ -43,6 +44,12 @@ Say = Callable[[str, int, int], None]
 """Called with (phase, done, all) as the preparation goes on; what it raises ends it."""
 
 SAMPLE_PROMPTS = 2
+_DEVICES = {
+    "cpu": "the processor",
+    "cuda": "a graphics card",
+    "mps": "an Apple graphics card",
+    "xpu": "an Intel graphics card",
+}
 LARGE = 10**8
 """Numbers of a base; the embedded one has a twentieth, Stable Diffusion 1.5 ten times as many."""
 
@@ -74,19 +81,35 @@ class Plan:
     octave: int | None = None
 
     @classmethod
-    def of(cls, run: RunFolder, config: RunConfig) -> "Plan":
-        """The plan on disk, else a new one, written down."""
-        try:
-            plan = cls(**_of_today(json.loads(run.plan_file.read_text(encoding="utf-8"))))
-            return replace(plan, rungs=[(str(name), int(step)) for name, step in plan.rungs])
-        except (OSError, ValueError, TypeError):
-            pass
+    def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "Plan":
+        """The plan on disk, else a new one, written down.
+
+        Raises:
+            InputsChanged: it was made on another kind of device, and that is not accepted.
+        """
         device = best_device()
         dtype = training_dtype(config, device)
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
         plan = cls(precision, device.type, torch.get_num_threads())
-        plan.write(run)
-        return plan
+        try:
+            begun = cls(**_of_today(json.loads(run.plan_file.read_text(encoding="utf-8"))))
+            begun = replace(begun, rungs=[(str(name), int(step)) for name, step in begun.rungs])
+        except (OSError, ValueError, TypeError):
+            begun = plan
+        if begun.device != plan.device:
+            if not accept_changes:
+                raise InputsChanged(
+                    f"The run {run.name} began on {_DEVICES.get(begun.device, begun.device)}, and this"
+                    f" computer now computes on {_DEVICES.get(plan.device, plan.device)}. Make that device"
+                    " available again, or go on with --accept-changes; the result is then not that of an"
+                    " unbroken run.",
+                    ["the device"],
+                )
+            begun = replace(
+                begun, device=plan.device, precision=plan.precision, threads=plan.threads, layout=""
+            )
+        begun.write(run)
+        return begun
 
     def rated(self, config: RunConfig) -> RunConfig:
         """The config with the learning rates that the range test found."""
@@ -175,9 +198,18 @@ def prepared(
     aside = workspace / "cache"
     thin = thinner_of(config.train, plan.rungs, device, aside)
     dtype = dtype_of(plan.precision, device)
-    base = load_base(model.base, device, dtype, model.prediction, model.vae, thin, model.zero_terminal_snr)
+    # Nothing is in memory longer than needed: the VAE and the text encoders come and go before the UNet.
+    base = open_base(model.base, device, dtype, model.prediction, model.vae, thin, model.zero_terminal_snr)
     layout = adapter_plan(base, config)
+    base.load("vae")
     latents = LatentCache(base, workspace / "cache" / "latents")
+    resolution = config.train.resolution or base.resolution
+    items, held_items = (items_of(r, resolution, base.size_multiple) if r else [] for r in (train, held))
+    wanted = [*looks_in_all(items, config.dataset.flip), *looks_in_all(held_items, False)]
+    _encode_pictures(base, latents, wanted, say)
+    measured = groups_of(items, held_items, latents, config, base)
+    base.put("vae", torch.device("cpu"))
+    base.load(*base.text_encoders)
     text = TextSource(
         base,
         workspace / "cache" / "text",
@@ -185,13 +217,9 @@ def prepared(
         config.train.clip_skip,
         config.train.tokens,
     )
-    resolution = config.train.resolution or base.resolution
-    items, held_items = (items_of(r, resolution, base.size_multiple) if r else [] for r in (train, held))
     rules = CaptionRules.of(config.dataset)
-    _encode_pictures(latents, items, held_items, config.dataset.flip, say)
     prompts = sample_prompts(config, held or train)
     prior = _prior(base, text, workspace / "cache" / "prior", config, more)
-    measured = groups_of(items, held_items, latents, config, base)
     measured.prior = prior
     if not layout.encoders_trained:
         fixed = [record for record in train if not varies(record.caption, rules)]
@@ -200,6 +228,8 @@ def prepared(
         _encode_captions(text, [*captions, *prompts, *(prior.prompts if prior else []), ""], say)
         if len(fixed) == len(train):
             text.release()
+    base.load("unet")
+    base.put("vae", device)
     trainee, notes = trainee_in(base, layout, config, plan.layout, aside)
     looks = Looks(config.train.batch_size, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
@@ -244,12 +274,24 @@ def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
     return list(captions)[:SAMPLE_PROMPTS]
 
 
-def _encode_pictures(cache: LatentCache, items: list[Item], held: list[Item], flip: bool, say: Say) -> None:
-    wanted = [*looks_in_all(items, flip), *looks_in_all(held, False)]
+def _encode_pictures(base: BaseModel, cache: LatentCache, wanted: list[tuple[Item, bool]], say: Say) -> None:
+    """Encode images; one that does not fit into the device's memory, and those after it, on the processor."""
     for done, (item, mirrored) in enumerate(wanted):
         say("Encoding pictures", done, len(wanted))
-        cache.latents(item.record, item.bucket, mirrored)
+        try:
+            cache.latents(item.record, item.bucket, mirrored)
+        except Exception as error:
+            if not out_of_memory(error) or on_processor(base.vae):
+                raise
+            release_failed(error, base.device)
+            base.put("vae", torch.device("cpu"))
+            cache.latents(item.record, item.bucket, mirrored)
     say("Encoding pictures", len(wanted), len(wanted))
+
+
+def on_processor(module: torch.nn.Module) -> bool:
+    """Whether the weights of a module are in the processor's memory."""
+    return next(module.parameters()).device.type == "cpu"
 
 
 def _encode_captions(text: TextSource, captions: list[str], say: Say) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import errno
 from collections.abc import Callable
 
+from lora_core.models.device import out_of_memory
 from lora_core.spec import events
 from lora_core.spec.errors import InputsChanged, LoraError, NoRoom, OutOfMemory, RunError
 from lora_core.spec.event_file import EventWriter
@@ -18,7 +19,6 @@ from lora_core.training.board import Board
 from lora_core.training.checkpoint import clear_unfinished
 from lora_core.training.conductor import Conductor, Outcome
 from lora_core.training.fellows import Fellows
-from lora_core.training.memory import out_of_memory
 
 __all__ = ["Outcome", "train"]
 

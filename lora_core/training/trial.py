@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import torch
 
+from lora_core.models.device import limited, out_of_memory
 from lora_core.models.encode import decoded_latents
 from lora_core.models.prepacked import PLAIN, layout_of
 from lora_core.spec import events
 from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
 from lora_core.training.loop import StepPlan, Trainee, micro_batch
-from lora_core.training.memory import VAE_ASIDE, Ladder, free_memory, limited, out_of_memory
+from lora_core.training.memory import VAE_ASIDE, Ladder, free_memory
 from lora_core.training.prepare import Plan, Say, Session
 from lora_core.training.range_test import range_tested, take_rates
 from lora_core.validation.gain import triple_losses

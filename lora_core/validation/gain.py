@@ -67,7 +67,7 @@ def triple_losses(
                 target = base.noise.target(latents, noise, timesteps)
                 sizes = None if picture.sizes is None else picture.sizes.expand(len(noise), -1)
                 error = prediction(base, noisy, timesteps, text.expand(len(noise)), sizes) - target
-                losses.append(error.double().square().flatten(1).mean(1).cpu())
+                losses.append(error.cpu().double().square().flatten(1).mean(1))  # MPS has no float64
             rows.append(torch.cat(losses))
             if on_picture is not None:
                 on_picture(done, len(pictures))

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_core.analysis.amplify import file_amplification
 from lora_core.analysis.base_weights import BaseWeights
 from lora_core.analysis.bench import Bench
@@ -22,7 +20,7 @@ from lora_core.analysis.spectrum import file_spectrum
 from lora_core.analysis.stack import Stacked, measured_stack, stack_report
 from lora_core.dataset.folder import open_dataset, require_clean
 from lora_core.formats.inspect import inspect_file
-from lora_core.models.device import best_device
+from lora_core.models.device import best_device, out_of_memory
 from lora_core.models.load import load_base
 from lora_core.models.weight_files import PRECISIONS
 from lora_core.report.measured import measured_rank, measured_strength
@@ -161,7 +159,9 @@ class Analysing:
     def _memory(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            if not (out_of_memory(error) or isinstance(error, OutOfMemory)):
+                raise
             raise OutOfMemory(
                 "Measuring opens the base in full precision, and the device ran out of memory; close what"
                 " else uses it, or measure on the processor with CUDA_VISIBLE_DEVICES= before the command."

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.analysis.at_rank import at_rank
-from lora_core.models.device import best_device, dtype_of
+from lora_core.models.device import best_device, cap_memory, dtype_of
 from lora_core.models.load import BaseModel, load_base
 from lora_core.sampling.artist import Artist
 from lora_core.sampling.generate import OnClean, OnStep, save_png
@@ -101,6 +101,7 @@ class Drawing:
             # Never two bases at once: there may be memory for one.
             self._let_go()
             device = best_device()
+            cap_memory(device)
             base = load_base(
                 shot.base, device, dtype_of("auto", device), shot.prediction, shot.vae,
                 zero_snr=shot.zero_terminal_snr,

@@ -16,7 +16,7 @@ import torch
 
 from lora_core.dataset.buckets import Bucket, bucket_of
 from lora_core.models.denoise import prediction
-from lora_core.models.device import best_device
+from lora_core.models.device import best_device, cap_memory, out_of_memory
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel, load_base
 from lora_core.spec.config import RunConfig
@@ -24,7 +24,6 @@ from lora_core.spec.errors import OutOfMemory
 from lora_core.training.batches import Batch, Batches
 from lora_core.training.cache import TextSource
 from lora_core.training.loop import Step, StepPlan, Trainee, training_steps
-from lora_core.training.memory import out_of_memory
 from lora_core.training.prepare import trainee_in, training_dtype
 from lora_core.training.trainee import (
     adapter_plan,
@@ -87,6 +86,7 @@ class Probe:
 
     def _measured(self, config: RunConfig, name: str, aside: Path) -> dict[str, Any]:
         device = best_device()
+        cap_memory(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         model = config.model

@@ -218,6 +218,13 @@ def test_without_a_card_it_says_that_it_takes_hours(
     assert not any("graphics card" in text for text in notes(without_card(desk)))
     assert "of 8 GB on the card" in facts(moment_of(desk))
     assert "GPU 1.0 of 8 GB" in header.memory(desk.hardware.card())
+    # PyTorch was installed for a processor, or the driver is too old.
+    desk.worker.device, desk.worker.torch = "cpu", "2.13.0+cpu"
+    said = notes(moment_of(desk))[0]
+    assert said.startswith("There is a graphics card (A card), but this PyTorch (2.13.0+cpu) cannot use it")
+    assert not desk.hardware.has_gpu
+    desk.worker.device = "cuda"
+    assert not any("cannot use it" in text for text in notes(moment_of(desk)))
 
 
 def test_a_run_in_the_way_leaves_the_queue(desk: Desk, pictures: list[Path]) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from lora_core.models import prepacked
+from lora_core.models.device import out_of_memory
 from lora_core.models.prepacked import PLAIN, WINOGRAD, is_prepacked
 from lora_core.models.thin import is_moved, is_packed
 from lora_core.spec import events
@@ -22,7 +23,7 @@ from lora_core.spec.errors import OutOfMemory
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training import loop, memory, prepare, trial
 from lora_core.training.loop import StepPlan, micro_batch
-from lora_core.training.memory import LADDER, Ladder, out_of_memory
+from lora_core.training.memory import LADDER, Ladder
 from lora_core.training.prepare import Plan, prepared
 from tests.faults import Fault, Nursery, armed
 from tests.training.runs import (
