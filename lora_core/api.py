@@ -418,7 +418,8 @@ def export(
         workspace: where a name is looked for.
 
     Returns:
-        file, bytes, modules, sha256, and works_in, as `verify`.
+        file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, and
+        works_in, as `verify`.
     """
     from lora_core.spec.choices import FORMATS, chosen
     from lora_core.training.export import exported_checkpoint

@@ -138,6 +138,8 @@ def _wire(parts: Parts, fields: dict[str, Any], buttons: dict[str, Any], outputs
         file = Path(str(result["file"]))
         link = f"/easel/download/{quote(watch.run.name)}/{quote(file.name)}"
         place = desk.files.place(file, "It is at")
+        if result.get("raw"):
+            place += desk.files.place(Path(result["raw"]), "It holds the averaged adapter; the raw one is at")
         return written_line(result, choice[-1], link, place), works_in(result, _portable(watch)), link
 
     def copy(folder: str, *choice: str) -> tuple[str, Any]:

@@ -50,6 +50,9 @@ def gain_chart(validations: Sequence[Validated]) -> str:
     if trained:
         curves.append(_curve("training pictures", trained, "second", lambda e: e.train_gain))
     best = best_of(found)
+    raw = [one for one in found if math.isfinite(one.raw_gain)]
+    if raw:
+        curves.append(_curve("held-out pictures, raw adapter", raw, "third", lambda e: e.raw_gain))
     mark = Mark(float(best.step), best.gain, f"best, step {best.step:,}") if best else None
     words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
     return curves_plot(f"Gain on held-out pictures{words}", curves, mark)

@@ -16,6 +16,7 @@ from app.train.work import work_a_step
 from lora_core.spec.config import RunConfig
 from lora_core.spec.measured import cost_key
 from lora_core.spec.progress import Progress
+from lora_core.spec.room import adapters_used
 
 LONGEST_GAP = 600.0
 """Seconds between two steps beyond which the run was not going on, but paused or broken off."""
@@ -82,9 +83,9 @@ def between_steps(config: RunConfig, step: float, draw: float, pictures: int) ->
     """
     steps, preview, validation = config.train.steps, config.preview, config.validation
     prompts = len(preview.prompts) or min(USUAL_PROMPTS, pictures)
-    spent = how_often(steps, preview.every) * prompts * preview.steps * draw
+    spent = how_often(steps, preview.every) * prompts * preview.steps * draw * adapters_used(config)
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * pictures
-    looks = round(held) * validation.triples * (2 if validation.gauge else 1)
+    looks = round(held) * validation.triples * (adapters_used(config) + (1 if validation.gauge else 0))
     looks += validation.prior * validation.triples if held else 0
     base = chosen_base(config.model.base)
     share = ((config.train.resolution or base.resolution) / base.resolution) ** 2

@@ -1,5 +1,7 @@
 """The samples of a run: a row a prompt, the base first and beside it what was learned, the newest first."""
 
+from dataclasses import replace
+
 from app.jobs import Watch
 from app.moment import Moment
 from app.routes import address
@@ -8,6 +10,7 @@ from app.words import safe
 from lora_core.spec.events import PreviewDone
 from lora_core.spec.run_folder import runs_folder
 
+RAW = ", raw adapter (above: its average)"
 MOST_ROWS, FEWEST_COLUMNS, MOST_COLUMNS = 4, 3, 6
 
 
@@ -26,27 +29,37 @@ def samples(moment: Moment) -> str:
             f'<div class="panel">{head}<p class="small">The first ones show the base, before it learns'
             " anything.</p></div>"
         )
-    root = runs_folder(moment.desk.workspace)
     columns = _columns(watch, len(rounds))
     rows = []
     for row in range(min(MOST_ROWS, max(len(r.files) for r in rounds))):
-        cells = []
-        for one in rounds:
-            if row < len(one.files):
-                link = safe(address("run", root, watch.run.path / one.files[row]))
-                prompt = safe(one.prompts[row] if row < len(one.prompts) else "")
-                step = f"step {one.step:,}" + (", the base" if one.step == 0 else "")
-                cells.append(
-                    f'<figure><a href="{link}" target="_blank" data-large="{row}" data-words="{step}:'
-                    f' {prompt}"><img src="{link}" alt="{prompt}, {step}"></a><figcaption class="small'
-                    f' num">{step}</figcaption></figure>'
-                )
         prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
-        rows.append(
-            f'<p class="small prompt" title="{safe(prompt)}">{safe(prompt)}</p><div'
-            f' class="strip" style="--count:{columns}">{"".join(cells)}</div>'
-        )
+        rows.append(_strip(moment, watch, rounds, row, prompt, columns))
+        if any(one.raw_files for one in rounds):
+            raw = [replace(one, files=one.raw_files) for one in rounds]
+            rows.append(_strip(moment, watch, raw, row, f"{prompt}{RAW}", columns))
     return f'<div class="panel">{head}{"".join(rows)}</div>'
+
+
+def _strip(
+    moment: Moment, watch: Watch, rounds: list[PreviewDone], row: int, prompt: str, columns: int
+) -> str:
+    """One prompt's pictures over the rounds."""
+    root = runs_folder(moment.desk.workspace)
+    shown = safe(prompt)
+    cells = []
+    for one in rounds:
+        if row < len(one.files):
+            link = safe(address("run", root, watch.run.path / one.files[row]))
+            step = f"step {one.step:,}" + (", the base" if one.step == 0 else "")
+            cells.append(
+                f'<figure><a href="{link}" target="_blank" data-large="{row}" data-words="{step}:'
+                f' {shown}"><img src="{link}" alt="{shown}, {step}"></a><figcaption class="small'
+                f' num">{step}</figcaption></figure>'
+            )
+    return (
+        f'<p class="small prompt" title="{shown}">{shown}</p><div'
+        f' class="strip" style="--count:{columns}">{"".join(cells)}</div>'
+    )
 
 
 def _columns(watch: Watch, there: int) -> int:

@@ -268,6 +268,8 @@ def _export(options: argparse.Namespace) -> int:
     for row in made["works_in"]["tools"]:
         if not row["ok"]:
             say(f"{row['tool']}: {row['note']}")
+    if made["raw"]:
+        say(f"The raw adapter, not averaged: {made['raw']}")
     say(made["file"])
     return 0
 

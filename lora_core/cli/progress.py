@@ -84,7 +84,7 @@ def described(event: events.Event, progress: Progress) -> str:
                 f"(standard error {event.standard_error:.4f}){best}" + (f". {said}" if said else "")
             )
         case events.PreviewDone():
-            return f"step {event.step}  samples: {', '.join(event.files)}"
+            return f"step {event.step}  samples: {', '.join(event.files + event.raw_files)}"
         case events.CheckpointDone():
             return f"step {event.step}  saved {event.path}"
         case events.Warned():

@@ -73,8 +73,11 @@ def _gauge(found: Sequence[Validated]) -> str:
 
 
 def _gain_table(found: Sequence[Validated]) -> str:
-    rows = [(f"{e.step:,}", *map(_signed, (e.gain, e.train_gain, e.gauge, e.prior))) for e in found]
-    return table_html(("Step", "Held out", "Training", "Gauge", "Base's own"), rows, "Gain by step")
+    gains = [(e.gain, e.train_gain, e.gauge, e.prior, e.raw_gain) for e in found]
+    heads = ("Step", "Held out", "Training", "Gauge", "Base's own", "Held out, raw")
+    width = len(heads) if any(math.isfinite(e.raw_gain) for e in found) else len(heads) - 1
+    rows = [(f"{e.step:,}", *map(_signed, own))[:width] for e, own in zip(found, gains, strict=True)]
+    return table_html(heads[:width], rows, "Gain by step")
 
 
 def _signed(value: float) -> str:

@@ -12,6 +12,7 @@ from lora_core.report.story import Story
 from lora_core.spec.events import PreviewDone
 from lora_core.spec.plot import safe
 
+RAW = ", raw adapter (above: its average)"
 MOST_STEPS, MOST_PROMPTS = 7, 4
 ROOM = 1_600_000
 """Bytes that all samples may take as base64; the page stays below 3 MB with the rest."""
@@ -55,12 +56,15 @@ def sample_rows(story: Story) -> list[tuple[str, list[Sample]]]:
         return []
     rows = []
     for number, prompt in enumerate(done[-1].prompts[:MOST_PROMPTS]):
-        samples = [
-            Sample(one.step, story.run.path / one.files[number])
-            for one in done
-            if number < len(one.files) and number < len(one.prompts) and one.prompts[number] == prompt
-        ]
-        rows.append((prompt, samples))
+        same = [one for one in done if number < len(one.prompts) and one.prompts[number] == prompt]
+        for words, drawn in (("", [one.files for one in same]), (RAW, [one.raw_files for one in same])):
+            samples = [
+                Sample(one.step, story.run.path / files[number])
+                for one, files in zip(same, drawn, strict=True)
+                if number < len(files)
+            ]
+            if samples:
+                rows.append((f"{prompt}{words}", samples))
     return rows
 
 

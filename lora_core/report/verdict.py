@@ -7,7 +7,7 @@ import math
 
 from lora_core.report.story import Story
 from lora_core.spec.events import Validated
-from lora_core.spec.verdict import SURE, best_of, by_heart, error_of, forgets, measured
+from lora_core.spec.verdict import SURE, best_of, by_heart, error_of, forgets, measured, raw_or_average
 
 STATES = {
     "queued": "It has not begun.",
@@ -26,7 +26,7 @@ def verdict(story: Story) -> list[str]:
     found = measured(story.progress.validations)
     said = [_learned(story, found)]
     if found:
-        said += [by_heart(found[-1]), forgets(found[-1])]
+        said += [by_heart(found[-1]), forgets(found[-1]), raw_or_average(found[-1])]
     said.append(_rank(story))
     state = STATES.get(story.state, "")
     if state:

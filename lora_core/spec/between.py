@@ -94,8 +94,8 @@ class SaveSection:
     ema: float = setting(
         0.0,
         "Averaged adapter",
-        "Decay of a running average of the adapter, 0.99 for instance, which is then what is sampled and"
-        " exported; evens out the last steps. 0: off.",
+        "Decay of a running average of the adapter, 0.99 for instance: it evens out the last steps. Average"
+        " and raw adapter are both sampled, measured and exported (NAME and NAME-raw). 0: off.",
         span=(0.0, 0.99999),
     )
     tensorboard: bool = setting(

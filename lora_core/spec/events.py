@@ -91,6 +91,9 @@ class Validated(Event):
             memorisation gauge, with its error. NaN where it was not measured.
         prior, prior_error: the gain on what should not change, pictures of the base's own: below 0 it is
             being forgotten. NaN where it was not measured.
+        raw_gain: where an average of the adapter is kept, `gain` is the average's and this that of the raw
+            adapter; NaN elsewhere.
+        raw_against, raw_against_error: `raw_gain` less `gain`, paired, with its error.
         bands: the gain by noise level, {from, to, gain, standard_error}, timesteps in [from, to).
     """
 
@@ -106,15 +109,20 @@ class Validated(Event):
     gauge_error: float = math.nan
     prior: float = math.nan
     prior_error: float = math.nan
+    raw_gain: float = math.nan
+    raw_against: float = math.nan
+    raw_against_error: float = math.nan
     bands: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewDone(Event):
-    """Samples were drawn: `files` below the run folder, in the order of `prompts`."""
+    """Samples were drawn: `files` below the run folder, in the order of `prompts`; where an average of the
+    adapter is kept, `files` are the average's and `raw_files` those of the raw adapter."""
 
     files: list[str]
     prompts: list[str]
+    raw_files: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

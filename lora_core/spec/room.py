@@ -30,10 +30,15 @@ def checkpoint_bytes(config: RunConfig, numbers: int) -> int:
     return int(copies * numbers * _FULL) + _HEADERS
 
 
+def adapters_used(config: RunConfig) -> int:
+    """How many adapters a run samples and exports: its own, and the average where one is kept."""
+    return 2 if config.save.ema else 1
+
+
 def preview_bytes(config: RunConfig) -> int:
     """About how much one round of samples takes."""
     side = config.train.resolution or _USUAL_SIDE
-    return int(max(2, len(config.preview.prompts)) * side * side * _PIXEL)
+    return int(max(2, len(config.preview.prompts)) * side * side * _PIXEL) * adapters_used(config)
 
 
 def needed_bytes(config: RunConfig, export: int) -> int:
@@ -49,7 +54,12 @@ def needed_bytes(config: RunConfig, export: int) -> int:
     # Those that stay, the best, the one to go back to, and the new one before an old one goes.
     count = save.keep_last + (1 if save.keep_best else 0) + 2 if save.every else 2
     rounds = config.train.steps // config.preview.every + 2 if config.preview.every else 0
-    return count * checkpoint_bytes(config, numbers) + export + rounds * preview_bytes(config) + MARGIN
+    return (
+        count * checkpoint_bytes(config, numbers)
+        + export * adapters_used(config)
+        + rounds * preview_bytes(config)
+        + MARGIN
+    )
 
 
 def free_bytes(path: Path) -> int:

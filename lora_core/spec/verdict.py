@@ -18,11 +18,13 @@ A_LITTLE = 0.1
 
 
 def verdict(validations: Sequence[Validated]) -> str:
-    """One to three sentences, the most important first; "" where nothing was measured."""
+    """A few sentences, the most important first; "" where nothing was measured."""
     found = measured(validations)
     if not found:
         return ""
-    return " ".join(filter(None, (_gains(found), by_heart(found[-1]), forgets(found[-1]))))
+    return " ".join(
+        filter(None, (_gains(found), by_heart(found[-1]), forgets(found[-1]), raw_or_average(found[-1])))
+    )
 
 
 def measured(validations: Sequence[Validated]) -> list[Validated]:
@@ -83,3 +85,19 @@ def forgets(last: Validated) -> str:
     if share < 1:
         return f"It forgets what the base knew: that costs {share:.0%} of what it gains."
     return "It forgets what the base knew: the base's own pictures lose more than the new ones gain."
+
+
+def raw_or_average(last: Validated) -> str:
+    """Whether the averaged adapter or the raw one gains more, in a sentence; "" where there is no average."""
+    if not math.isfinite(last.raw_gain):
+        return ""
+    gains = f"{last.gain:+.4f} and {last.raw_gain:+.4f}"
+    error = error_of(last.raw_against_error)
+    if abs(last.raw_against) <= SURE * error:
+        return f"The averaged adapter and the raw one gain the same but for chance: {gains}."
+    gap = f"{abs(last.raw_against):.4f} (standard error {error:.4f})"
+    if last.raw_against < 0:
+        return f"The averaged adapter gains more than the raw one, by {gap}: {gains}."
+    return (
+        f"The raw adapter gains more than its average, by {gap}: {last.raw_gain:+.4f} and {last.gain:+.4f}."
+    )

@@ -15,7 +15,9 @@ Note = Callable[[int, int], None]
 """Called with (done, all); what it raises ends the work."""
 
 
-def drawn_samples(session: Session, section: PreviewSection, stem: Path, name: str, note: Note) -> list[Path]:
+def drawn_samples(
+    session: Session, section: PreviewSection, stem: Path, name: str, note: Note, averaged: bool = True
+) -> list[Path]:
     """Draw one picture for each of the session's prompts, all with the section's seed.
 
     Args:
@@ -24,13 +26,14 @@ def drawn_samples(session: Session, section: PreviewSection, stem: Path, name: s
         stem: where to write, `-0.png`, `-1.png`, ... appended.
         name: of the adapter, for the pictures' settings; "" for pictures of the base without it.
         note: called as each picture is denoised.
+        averaged: with the average in the adapter's place, where one is kept.
     """
     base = session.trainee.base
     how = Picture(section.seed, section.steps, section.cfg, section.sampler, cfg_rescale=section.cfg_rescale)
     used = [(name, 1.0)] if name else []
     files = []
     injected = session.trainee.injected
-    with evaluating(session), torch.no_grad(), at_strength(injected, 1.0 if name else 0.0):
+    with evaluating(session, averaged), torch.no_grad(), at_strength(injected, 1.0 if name else 0.0):
         negative = session.text.negative()
         for number, prompt in enumerate(session.prompts):
             image = generated(base, how, session.text.condition(prompt), negative, note)
@@ -51,10 +54,11 @@ def at_strength(injected: Injected, strength: float) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(session: Session) -> Iterator[None]:
-    """Dropout off in the adapted parts, and the average in the adapter's place, while the context is open."""
+def evaluating(session: Session, averaged: bool = True) -> Iterator[None]:
+    """Dropout off in the adapted parts, and the average in the adapter's place, where one is kept and is
+    asked for, while the context is open."""
     modules = session.trainee.base.modules.values()
-    average = session.trainee.average
+    average = session.trainee.average if averaged else None
     for module in modules:
         module.eval()
     try:

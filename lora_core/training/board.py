@@ -42,13 +42,17 @@ class Board:
                         "validation/loss": event.adapted_loss,
                         "validation/gauge": event.gauge,
                         "validation/prior": event.prior,
+                        "validation/raw gain": event.raw_gain,
                     },
                 )
             case events.PreviewDone():
-                for number, file in enumerate(event.files):
+                drawn = {"samples": event.files, "samples, raw": event.raw_files}
+                for name, number, file in (
+                    (n, *row) for n, files in drawn.items() for row in enumerate(files)
+                ):
                     with Image.open(self._run.path / file) as picture:
                         pixels = np.asarray(picture.convert("RGB"))
-                    self._writer.add_image(f"samples/{number}", pixels, event.step, dataformats="HWC")
+                    self._writer.add_image(f"{name}/{number}", pixels, event.step, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what waits."""

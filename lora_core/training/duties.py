@@ -15,9 +15,17 @@ from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.room import preview_bytes, require_room
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.verdict import raw_or_average
 from lora_core.training.between import drawn_samples, due
 from lora_core.training.checkpoint import TrainState, amend_record, is_whole
-from lora_core.training.export import exported_checkpoint, newest_sample, run_header, write_export
+from lora_core.training.export import (
+    RAW_SUFFIX,
+    exported_checkpoint,
+    newest_sample,
+    run_header,
+    write_export,
+    write_raw,
+)
 from lora_core.training.guards import Health
 from lora_core.training.judge import Best, Judge
 from lora_core.training.keeping import Keeper
@@ -166,7 +174,7 @@ class Duties:
         """Write the file for other tools.
 
         It has the best checkpoint where the validation of this very step speaks against the last; else what
-        is trained, or its average, where one is kept.
+        is trained. Where an average is kept, it has that, and a second file has what is trained.
         """
         last = self.validations[-1] if self.validations else None
         best = self.judge.best.step
@@ -174,15 +182,30 @@ class Duties:
         if last is not None and spoiled and is_whole(self._run.checkpoint(best)):
             self._emit(events.Warned(step=step, message=_of_the_best(best, last)))
             made = exported_checkpoint(self._run, str(best), self._run.name, ("kohya", EXPORT_PRECISION))
+            self._say_which(step, best, made["raw"])
             return Path(made["file"])
         path = self._run.exports / f"{self._run.name}.safetensors"
         trainee = self._session.trainee
-        weights = trainee.average.weights() if trainee.average else adapter_weights(trainee.injected)
+        weights = adapter_weights(trainee.injected)
         numbers = sum(layer.down.numel() + layer.up.numel() for layer in weights.layers.values())
-        require_room(self._run.path, 2 * numbers, "The exported file")
-        how = ("kohya", EXPORT_PRECISION)
-        picture = newest_sample(self._run, step)
-        return write_export(weights, path, how, trainee.base.family, self._header(step), picture)
+        files = 2 if trainee.average else 1
+        require_room(self._run.path, files * 2 * numbers, "The exported file")
+        how, family, header = ("kohya", EXPORT_PRECISION), trainee.base.family, self._header(step)
+        if trainee.average:
+            picture = newest_sample(self._run, step, raw=True)
+            raw = write_raw(weights, path, how, family, header, picture)
+            self._say_which(step, step, str(raw))
+            weights = trainee.average.weights()
+        return write_export(weights, path, how, family, header, newest_sample(self._run, step))
+
+    def _say_which(self, step: int, exported: int, raw: str) -> None:
+        """Which of two files holds the average, and which gains more; nothing where there is only one."""
+        if not raw:
+            return
+        measured = next((event for event in self.validations if event.step == exported), None)
+        compared = raw_or_average(measured) if measured else "Which gains more was not measured."
+        names = f"{self._run.name}.safetensors holds the averaged adapter, {Path(raw).name} the raw one."
+        self._emit(events.Warned(step=step, message=f"{names} {compared}"))
 
     def _validates(self, step: int, last: bool) -> bool:
         every = self.every or self._config.validation.every
@@ -242,8 +265,15 @@ class Duties:
         name = self._run.name if step else ""
         note = self._notes.working(step, "Sampling")
         paths = drawn_samples(self._session, self._config.preview, stem, name, note)
-        files = [self._below(path) for path in paths]
-        self._emit(events.PreviewDone(step=step, files=files, prompts=self._session.prompts))
+        raw: list[Path] = []
+        if step and self._session.trainee.average is not None:
+            stem = stem.with_name(f"{stem.name}{RAW_SUFFIX}")
+            raw = drawn_samples(
+                self._session, self._config.preview, stem, f"{name}{RAW_SUFFIX}", note, averaged=False
+            )
+        files, raw_files = ([self._below(path) for path in drawn] for drawn in (paths, raw))
+        prompts = self._session.prompts
+        self._emit(events.PreviewDone(step=step, files=files, prompts=prompts, raw_files=raw_files))
 
     def _header(self, step: int) -> dict[str, str]:
         session = self._session

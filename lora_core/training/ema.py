@@ -1,4 +1,4 @@
-"""A running average of the adapter: steadier than the last step, so it is what is sampled and exported."""
+"""A running average of the adapter, steadier than the last step; sampled, measured and exported beside it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

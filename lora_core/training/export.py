@@ -21,8 +21,11 @@ from lora_core.spec.run_folder import RunFolder, checked_name
 from lora_core.spec.sections import AdapterSection
 from lora_core.spec.tensor_file import read_header
 from lora_core.training.batches import Item
-from lora_core.training.checkpoint import STATE, checked_record
+from lora_core.training.checkpoint import FACTORS, STATE, checked_record
 from lora_core.training.inputs import versions
+
+RAW_SUFFIX = "-raw"
+"""Ends the name of the file with the raw adapter, where the one without it holds the average."""
 
 
 def export_facts(
@@ -108,15 +111,29 @@ def write_export(
     return path
 
 
-def newest_sample(run: RunFolder, step: int) -> Path | None:
-    """The first of the pictures drawn last up to a step; none of step 0, which the base drew alone."""
-    drawn = [event for event in run.progress().previews if 0 < event.step <= step and event.files]
-    picture = run.path / drawn[-1].files[0] if drawn else None
+def write_raw(
+    weights: AdapterWeights, beside: Path, how: tuple[str, str], family: Family, header: dict[str, str],
+    picture: Path | None,
+) -> Path:  # fmt: skip
+    """Write the raw adapter as `NAME-raw.safetensors` beside `NAME.safetensors`, which holds its average;
+    arguments and errors as of `write_export`."""
+    path = beside.with_name(f"{beside.stem}{RAW_SUFFIX}.safetensors")
+    names = dict.fromkeys(("ss_output_name", "modelspec.title"), path.stem)
+    return write_export(weights, path, how, family, header | names, picture)
+
+
+def newest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
+    """The first of the pictures drawn last up to a step, with the raw adapter if asked; none of step 0, which
+    the base drew alone."""
+    drawn = [
+        event.raw_files if raw else event.files for event in run.progress().previews if 0 < event.step <= step
+    ]
+    picture = next((run.path / files[0] for files in reversed(drawn) if files), None)
     return picture if picture is not None and picture.is_file() else None
 
 
 def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:
-    """Export a checkpoint of a run.
+    """Export a checkpoint of a run; where an average is kept, the raw adapter too.
 
     Args:
         run: the run.
@@ -125,7 +142,8 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
         how: (format, precision).
 
     Returns:
-        {file, bytes, modules, sha256, works_in}, the last what `verified` says of the file against the
+        {file, raw, bytes, modules, sha256, works_in}: `raw` is the path of the raw adapter's file, or "", and
+        `works_in` what `verified` says of the file against the
         checkpoint: {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
@@ -134,8 +152,7 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
     """
     step = run.step_of(which)
     folder = run.checkpoint(step)
-    if (folder / STATE).exists():
-        checked_record(folder)
+    record = checked_record(folder) if (folder / STATE).exists() else {}
     header = dict(read_tensors(folder / "adapter.safetensors")[1])
     weights = read_adapter(folder / "adapter.safetensors")
     family = next(
@@ -146,9 +163,14 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
     stem = checked_name(name)
     header["ss_output_name"] = header["modelspec.title"] = stem
     target = run.exports / f"{stem}.safetensors"
+    raw: Path | None = None
+    if record.get("average"):
+        factors = read_adapter(folder / FACTORS)
+        raw = write_raw(factors, target, how, family, header, newest_sample(run, step, raw=True))
     path = write_export(weights, target, how, family, header, newest_sample(run, step))
     return {
         "file": str(path),
+        "raw": str(raw or ""),
         "bytes": path.stat().st_size,
         "modules": len(weights.layers),
         "sha256": file_hashes(path)["sha256"],

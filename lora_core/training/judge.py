@@ -19,6 +19,8 @@ from lora_core.training.prepare import Session
 from lora_core.validation.choose import better, difference
 from lora_core.validation.gain import Measured, clustered_error, paired_gain, timestep_bands, triple_losses
 
+RAW = "raw"
+"""The held-out pictures with the raw adapter, where what is measured else is its average."""
 Note = Callable[[int, int], None]
 """Called with (done, all); what it raises ends the work."""
 
@@ -83,7 +85,10 @@ class Judge:
                         self._base_losses[name] = self._losses(pictures, note)
             began = time.monotonic()
             adapted = {name: self._losses(pictures, note) for name, pictures in groups.items()}
-            self.seconds = time.monotonic() - began
+        if self.session.trainee.average is not None:
+            with evaluating(self.session, averaged=False):
+                adapted[RAW] = self._losses(groups["held out"], note)
+        self.seconds = time.monotonic() - began
         return self._event(step, groups["held out"], adapted)
 
     def _is_best(self, step: int, gain: float, against: float, error: float) -> bool:
@@ -114,6 +119,10 @@ class Judge:
         if "prior" in adapted:
             kept = base["prior"] - adapted["prior"]
             found |= {"prior": float(kept.mean()), "prior_error": clustered_error(kept)}
+        if RAW in adapted:
+            less, spread = difference(now, adapted[RAW])
+            raw = paired_gain(base["held out"], adapted[RAW]).gain
+            found |= {"raw_gain": raw, "raw_against": less, "raw_against_error": spread}
         timesteps = torch.stack([picture.looks.timesteps for picture in held_out])
         highest = self.session.trainee.base.noise.timesteps
         bands = timestep_bands(base["held out"], now, timesteps, highest)

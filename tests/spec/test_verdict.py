@@ -86,3 +86,17 @@ def test_the_newest_that_was_called_best_is_the_best() -> None:
     third = at(300, 0.0143, against_best=0.0003, against_best_error=0.001)
     assert best_of([FIRST, LATER, third]) is LATER
     assert best_of([at(100, 0.01)]) is None
+
+
+@pytest.mark.parametrize(
+    ("against", "said"),
+    [
+        (-0.002, "The averaged adapter gains more than the raw one, by 0.0020 (standard error 0.0005)"),
+        (0.002, "The raw adapter gains more than its average, by 0.0020 (standard error 0.0005)"),
+        (0.0005, "gain the same but for chance"),
+    ],
+)
+def test_the_average_beside_the_raw_adapter(against: float, said: str) -> None:
+    last = at(100, 0.01, True, raw_gain=0.01 + against, raw_against=against, raw_against_error=0.0005)
+    assert said in verdict([last])
+    assert "raw" not in verdict([at(100, 0.01, True)])

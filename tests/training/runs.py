@@ -130,7 +130,10 @@ def result(run: RunFolder) -> dict[str, dict[str, bytes]]:
     assert run.status() == "done", run.progress().reason
     last = run.checkpoint(run.checkpoint_steps()[-1])
     found = {path.name: tensors(path) for path in last.glob("*.safetensors")}
-    return found | {"export": tensors(run.exports / f"{run.name}.safetensors")}
+    exports = {"export": run.exports / f"{run.name}.safetensors"}
+    if run.config().save.ema:
+        exports["raw export"] = run.exports / f"{run.name}-raw.safetensors"
+    return found | {name: tensors(path) for name, path in exports.items()}
 
 
 def check_whole(run: RunFolder) -> None:

@@ -105,16 +105,16 @@ def test_a_checkpoint_that_was_asked_for_stays(own_toy: Toy) -> None:
     assert run.checkpoint_steps() == [12]
 
 
-def test_the_average_is_what_is_exported_and_sampled(own_toy: Toy) -> None:
+def test_average_and_raw_adapter_are_both_sampled_measured_and_exported(own_toy: Toy) -> None:
     import torch
+    from PIL import Image
     from safetensors.torch import load_file
 
-    plain, averaged = (
-        own_toy.run("plain", preview__every=12),
-        own_toy.run("avg", preview__every=12, save__ema=0.5),
-    )
+    how = {"preview__every": 12, "validation__pictures": 1, "validation__every": 6}
+    plain, averaged = own_toy.run("plain", **how), own_toy.run("avg", **how, save__ema=0.5)
     for run in (plain, averaged):
-        trained(run)
+        last_line = trained(run).export
+    assert last_line == averaged.exports / "avg.safetensors"
     last = averaged.checkpoint(12)
     # The factors that are trained are those of the run without an average: it changes nothing about training.
     raw, other = (
@@ -128,8 +128,28 @@ def test_the_average_is_what_is_exported_and_sampled(own_toy: Toy) -> None:
     assert ups
     assert all(torch.equal(export[name], mean[name].half()) for name in ups)
     assert not any(torch.equal(mean[name], raw[name]) for name in ups)
-    samples = [(run.previews / "step-000012-0.png").read_bytes() for run in (plain, averaged)]
-    assert samples[0] != samples[1]
+    # So everything raw is what the run without an average gives.
+    exported = load_file(averaged.exports / "avg-raw.safetensors")
+    same = load_file(plain.exports / "plain.safetensors")
+    assert all(torch.equal(exported[name], tensor) for name, tensor in same.items())
+    names = ("step-000012-0.png", "step-000012-raw-0.png")
+    with (
+        Image.open(plain.previews / names[0]) as alone,
+        Image.open(averaged.previews / names[0]) as smooth,
+        Image.open(averaged.previews / names[1]) as rough,
+    ):
+        assert rough.tobytes() == alone.tobytes() != smooth.tobytes()
+        assert "<lora:avg-raw:1>" in rough.info["parameters"]
+    progress = averaged.progress()
+    assert progress.previews[-1].files == [f"previews/{names[0]}"]
+    assert progress.previews[-1].raw_files == [f"previews/{names[1]}"]
+    assert progress.previews[0].raw_files == []
+    for one, without in zip(progress.validations, plain.progress().validations, strict=True):
+        assert one.raw_gain == without.gain != one.gain
+        assert one.raw_against == pytest.approx(one.raw_gain - one.gain)
+    said = [note for note in progress.warnings if "avg-raw.safetensors the raw one" in note]
+    assert len(said) == 1
+    assert "gain" in said[0]
 
 
 def test_the_average_follows_its_formula(own_toy: Toy) -> None:
