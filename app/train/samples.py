@@ -1,7 +1,5 @@
 """The samples of a run: a row a prompt, the base first and beside it what was learned, the newest first."""
 
-from dataclasses import replace
-
 from app.jobs import Watch
 from app.moment import Moment
 from app.routes import address
@@ -30,34 +28,37 @@ def samples(moment: Moment) -> str:
             " anything.</p></div>"
         )
     columns = _columns(watch, len(rounds))
-    rows = []
-    for row in range(min(MOST_ROWS, max(len(r.files) for r in rounds))):
-        prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
-        rows.append(_strip(moment, watch, rounds, row, prompt, columns))
-        if any(one.raw_files for one in rounds):
-            raw = [replace(one, files=one.raw_files) for one in rounds]
-            rows.append(_strip(moment, watch, raw, row, f"{prompt}{RAW}", columns))
-    return f'<div class="panel">{head}{"".join(rows)}</div>'
+    kinds = (False, True) if any(one.raw_files for one in rounds) else (False,)
+    strips = [
+        _strip(moment, watch, rounds, (row, raw), columns)
+        for row in range(min(MOST_ROWS, max(len(r.files) for r in rounds)))
+        for raw in kinds
+    ]
+    return f'<div class="panel">{head}{"".join(strips)}</div>'
 
 
 def _strip(
-    moment: Moment, watch: Watch, rounds: list[PreviewDone], row: int, prompt: str, columns: int
+    moment: Moment, watch: Watch, rounds: list[PreviewDone], which: tuple[int, bool], columns: int
 ) -> str:
-    """One prompt's pictures over the rounds."""
+    """The pictures of one prompt over the rounds; `which`: its number, and whether of the raw adapter."""
+    row, raw = which
     root = runs_folder(moment.desk.workspace)
-    shown = safe(prompt)
+    prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
+    words = safe(f"{prompt}{RAW if raw else ''}")
     cells = []
     for one in rounds:
-        if row < len(one.files):
-            link = safe(address("run", root, watch.run.path / one.files[row]))
+        files = one.raw_files if raw else one.files
+        if row < len(files):
+            link = safe(address("run", root, watch.run.path / files[row]))
+            shown = safe(one.prompts[row] if row < len(one.prompts) else "")
             step = f"step {one.step:,}" + (", the base" if one.step == 0 else "")
             cells.append(
-                f'<figure><a href="{link}" target="_blank" data-large="{row}" data-words="{step}:'
-                f' {shown}"><img src="{link}" alt="{shown}, {step}"></a><figcaption class="small'
-                f' num">{step}</figcaption></figure>'
+                f'<figure><a href="{link}" target="_blank" data-large="{row}{"-raw" if raw else ""}"'
+                f' data-words="{step}: {shown}"><img src="{link}" alt="{shown}, {step}"></a><figcaption'
+                f' class="small num">{step}</figcaption></figure>'
             )
     return (
-        f'<p class="small prompt" title="{shown}">{shown}</p><div'
+        f'<p class="small prompt" title="{words}">{words}</p><div'
         f' class="strip" style="--count:{columns}">{"".join(cells)}</div>'
     )
 

@@ -54,7 +54,7 @@ class Storage:
         self.groups: list[nn.Parameter] = []
         self.kinds = (("down",), ("up",)) if apart else (("down", "up"),)
         self._rounded: dict[torch.dtype, _Rounded] = {}
-        self._homes: dict[nn.Parameter, torch.Tensor] = {}
+        self._homes: dict[int, tuple[int, torch.Tensor]] = {}
         end = 0
         for group in groups:
             starts: dict[tuple[int, str], int] = {}
@@ -92,8 +92,8 @@ class Storage:
             scaler.step(optimizer)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    home = self._homes[parameter]
-                    if parameter.data_ptr() != home.data_ptr():
+                    pointer, home = self._homes[id(parameter)]
+                    if parameter.data_ptr() != pointer:
                         home.copy_(parameter.detach())
                         parameter.data = home
 
@@ -131,7 +131,7 @@ class Storage:
     def _part(self, start: int, end: int, shape: torch.Size | None = None) -> nn.Parameter:
         shape = shape or torch.Size([end - start])
         part = nn.Parameter(self.whole.detach()[start:end].view(shape))
-        self._homes[part] = part.detach()
+        self._homes[id(part)] = part.data_ptr(), part.detach()
         part.grad = self.grads[start:end].view(shape)
         return part
 

@@ -84,6 +84,13 @@ def test_the_gauges_stand_beside_what_they_mean() -> None:
     assert "Learning by heart" not in charts.meaning([validated(10, 0.005, True)])
 
 
+def test_the_raw_adapter_stands_beside_its_average() -> None:
+    raw = {"raw_gain": 0.02, "raw_against": 0.01, "raw_against_error": 0.001}
+    found = [validated(10, 0.005, True), validated(20, 0.01, True, **raw)]
+    assert "raw adapter" in charts.gain_chart(found)
+    assert "The raw adapter gains more than its average" in charts.meaning(found)
+
+
 def test_numbers_as_people_read_them() -> None:
     assert words.clock(252) == "4:12"
     assert words.clock(3852) == "1:04:12"

@@ -249,6 +249,18 @@ def test_samples_begin_with_the_base_then_the_newest(desk: Desk) -> None:
     assert [r.step for r in shown_rounds(many)] == [0, 19, 15, 11, 8, 4]
 
 
+def test_samples_of_the_raw_adapter_have_a_row_of_their_own(desk: Desk) -> None:
+    rounds = [
+        events.PreviewDone(step=n, files=[f"previews/{n}.png"], prompts=["a dog"], raw_files=raw)
+        for n, raw in ((0, []), (10, ["previews/10-raw.png"]))
+    ]
+    make_run(desk, "a", started(), *rounds)
+    strips = samples(moment_of(desk)).split('<p class="small prompt"')[1:]
+    assert ["10.png" in strip for strip in strips] == [True, False]
+    assert ["10-raw.png" in strip for strip in strips] == [False, True]
+    assert "a dog, raw adapter" in strips[1]
+
+
 def test_earlier_runs_say_what_is_left_of_them(desk: Desk) -> None:
     gain = events.Validated(
         step=50, gain=0.0312, standard_error=0.001, base_loss=0.2, adapted_loss=0.17, best=True

@@ -1,6 +1,7 @@
 """The report of a run: one file that asks for nothing, tells no places, and survives whatever is missing or
 hostile."""
 
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from PIL import Image
 from lora_core.__main__ import main
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.report import story as story_module
-from lora_core.report.page import write_report
+from lora_core.report.page import report_html, write_report
 from lora_core.report.samples import sample_rows
 from lora_core.report.story import picture_rows, plain_words, story_of
 from lora_core.report.verdict import verdict
@@ -147,6 +148,23 @@ def test_samples_keep_base_last_and_best(tmp_path: Path) -> None:
     assert shown[-1] == 200
     assert 40 in shown
     assert len(shown) <= 7
+
+
+def test_samples_and_gain_of_the_raw_adapter_are_shown(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "a")
+    lines = events.read_events(run.events_file)[0]
+    base, last = previews(run, [0, 50], ["x"], 8)
+    assert isinstance(last, events.PreviewDone)
+    raw = {"raw_gain": 0.3, "raw_against": 0.1, "raw_against_error": 0.01}
+    measured = dataclasses.replace(validated(50, 0.2), **raw)
+    write(run, *lines, base, dataclasses.replace(last, raw_files=last.files), measured)
+    story = story_of(run, False, quiet)
+    (_, row), (words, of_raw) = sample_rows(story)
+    assert ([s.step for s in row], [s.step for s in of_raw]) == ([0, 50], [50])
+    assert "raw adapter" in words
+    page = report_html(story, 0.0)
+    assert "The raw adapter gains more than its average, by 0.1000" in page
+    assert "Held out, raw" in page
 
 
 def test_what_people_and_files_say_is_text(tmp_path: Path) -> None:

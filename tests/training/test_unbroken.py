@@ -16,12 +16,17 @@ WAYS = {
         "validation.every": 5,
     },
     "lion, restarts": {"optim.name": "lion", "optim.schedule": "cosine_restarts"},
-    "prodigy": {"optim.name": "prodigy", "optim.lr": 1.0},
+    "prodigy, bf16 base": {"optim.name": "prodigy", "optim.lr": 1.0, "train.precision": "bf16"},
     "bf16 base": {"train.precision": "bf16"},
     "average": {"save.ema": 0.9},
     "a rate that is found": {"optim.lr": "auto", "save.ema": 0.9, "optim.lora_plus": 3.0},
     "average, alphas by block": {"save.ema": 0.9, "adapter.block_alphas": {"mid_block": 1.0}},
-    "checkpointing": {"train.checkpointing": True, "adapter.dropout": 0.2},
+    "checkpointing, captions that vary": {
+        "train.checkpointing": True,
+        "adapter.dropout": 0.2,
+        "dataset.shuffle_tags": True,
+        "dataset.tag_dropout": 0.3,
+    },
 }
 
 
