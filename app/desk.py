@@ -46,6 +46,7 @@ class Desk:
         self.checks = Checks(workspace, self.hardware)
         self.on_quit: Callable[[], None] = lambda: None
         self.like_said = ""
+        self.has_password = False
         self.places = Places(workspace / "places.json")
         self.tools = OtherTools(self.places)
         self.downloads = Downloads()

@@ -136,6 +136,12 @@ def track(moment: Moment, label: str) -> str:
     return bar(percent(moment), label, "track preparing" if moment.state == "preparing" else "track")
 
 
+def draft_note(moment: Moment) -> str:
+    """That the draft was set aside, where it was."""
+    problem = moment.desk.project.draft_problem
+    return f'<p class="problem" role="alert">{safe(problem)}</p>' if problem else ""
+
+
 def page_title(moment: Moment) -> str:
     """What the browser's tab says: how far, and which run."""
     name = moment.watch.run.name if moment.watch else ""
@@ -172,9 +178,10 @@ def memory(card: Card | None) -> str:
     )
 
 
-def tools() -> str:
-    """The small buttons at the end: tell at the end, light or dark, quit."""
-    return f'<div class="row tools">{_bell()}{theme_switch()}{_quit()}</div>'
+def tools(has_password: bool) -> str:
+    """The small buttons at the end: tell at the end, light or dark, log out where one had to log in, quit."""
+    log_out = '<a class="link small" href="/easel/logout">Log out</a>' if has_password else ""
+    return f'<div class="row tools">{_bell()}{theme_switch()}{log_out}{_quit()}</div>'
 
 
 def _icon(paths: str) -> str:

@@ -90,6 +90,7 @@ def build_app(desk: Desk, allowed: list[str], password: str = "") -> Any:
     add_project_routes(app, desk)
     add_preview_routes(app, desk)
     add_inside_routes(app, desk)
+    desk.has_password = bool(password)
     inner: Any = mount(app, desk, desk.workspace / "tmp")
     if password:
         inner = Login(inner, password)

@@ -1,6 +1,8 @@
 """The page: header, four tabs, one load event, one poll."""
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from app.projects import picker as project_picker
 from app.routes import SCRIPTS, STYLES
 from app.tabs import dataset, export, preview, train
 from app.train import welcome
+from lora_core.dataset.project import Project
 from lora_core.spec.paths import ASSETS
+from lora_core.spec.untrusted import valid_value
 
 TABS = (dataset, train, preview, export)
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
@@ -50,8 +54,9 @@ def _header(parts: Parts) -> None:
         with gr.Row(elem_classes="header-actions"):
             parts.live(piece(), header.run_actions)
             parts.live(piece(), lambda m: header.memory(m.desk.hardware.card()))
-            piece(header.tools())
+            piece(header.tools(parts.desk.has_password))
     piece(header.NOTE)
+    parts.live(piece(), header.draft_note)
     piece(project_picker.DIALOG)
 
 
@@ -64,9 +69,20 @@ def _poll(parts: Parts, demo: gr.Blocks) -> None:
     seen = gr.State({})
     outputs = [seen, *(live.component for live in parts.lives)]
 
-    def look(before: dict[int, str]) -> list[Any]:
+    def shown() -> list[Any]:
         moment = moment_of(desk)
-        values = [live.shows(moment) for live in parts.lives]
+        return [_valid(live.shows(moment)) for live in parts.lives]
+
+    def filled_in() -> list[Any]:
+        values = [_valid(value) for value in parts.filled()]
+        for fill, value in zip(parts.fills, values, strict=True):
+            if not isinstance(value, dict):
+                # What a field cannot show is to fail here, where the draft can be set aside.
+                fill.component.postprocess(value)
+        return values
+
+    def look(before: dict[int, str]) -> list[Any]:
+        values = _despite_draft(desk.project, shown)
         now = {index: _fingerprint(value) for index, value in enumerate(values)}
         fresh = [v if now[i] != before.get(i) else gr.skip() for i, v in enumerate(values)]
         return [now if now != before else gr.skip(), *fresh]
@@ -75,7 +91,7 @@ def _poll(parts: Parts, demo: gr.Blocks) -> None:
         desk.worker.warm()
         desk.tools.look()
         desk.project.forget()
-        return [*parts.filled(), *look({})]
+        return [*_despite_draft(desk.project, filled_in), *look({})]
 
     filled = [fill.component for fill in parts.fills]
     demo.load(opened, None, [*filled, *outputs], **QUIET)
@@ -85,6 +101,24 @@ def _poll(parts: Parts, demo: gr.Blocks) -> None:
     gr.on([timer.tick, refresh.click], look, seen, outputs, **TYPING)
     for event in parts.actions:
         event.then(look, seen, outputs, **QUIET)
+
+
+def _despite_draft(project: Project, work: Callable[[], list[Any]]) -> list[Any]:
+    """What `work` gives; where the project's draft keeps it from that, without the draft, which is set
+    aside."""
+    try:
+        return work()
+    except Exception:
+        with project.without_draft():
+            values = work()
+        logging.getLogger(__name__).exception("The draft of %s cannot be shown", project.path)
+        project.set_draft_aside()
+        return values
+
+
+def _valid(value: Any) -> Any:
+    """A component's value, or its update, that can be sent as JSON."""
+    return valid_value(value) if isinstance(value, str | int | float | list | dict) else value
 
 
 def _fingerprint(value: Any) -> str:

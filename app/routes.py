@@ -8,7 +8,7 @@ root.
 
 import asyncio
 import dataclasses
-import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +28,7 @@ from lora_core.dataset.project import relative_name
 from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.paths import ASSETS
 from lora_core.spec.run_folder import runs_folder
+from lora_core.spec.untrusted import parsed_json, valid_value
 
 PICTURES = set(SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.
@@ -95,6 +96,8 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     app.exception_handler(Refused)(_refused)
     app.exception_handler(Gone)(_gone)
     app.exception_handler(LoraError)(_problem)
+    app.exception_handler(OSError)(_disk_problem)
+    app.exception_handler(Exception)(_fault)
 
     async def same_project(request: Request) -> None:
         meant = request.headers.get("x-easel-project")
@@ -106,7 +109,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/easel")
     async def who() -> Response:
-        return JSONResponse({"app": "lora-easel", "workspace": desk.identity})
+        return Answer({"app": "lora-easel", "workspace": desk.identity})
 
     app.get("/easel/assets/{name}")(_asset)
 
@@ -135,7 +138,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         if not near or host_name(host) not in LOOPBACK:
             raise RunError(SHARED)
         await asyncio.to_thread(desk.files.show, str(sent.get("file", "")))
-        return JSONResponse({"done": True})
+        return Answer({"done": True})
 
     @app.post("/easel/caption")
     async def caption(request: Request) -> Response:
@@ -144,12 +147,12 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         before = desk.project.revision
         await asyncio.to_thread(desk.project.save_caption, str(sent.get("picture", "")), text)
         revisions = {"before": before, "revision": desk.project.revision}
-        return JSONResponse({"saved": True, **revisions, **_tokens(desk, text)})
+        return Answer({"saved": True, **revisions, **_tokens(desk, text)})
 
     @app.post("/easel/tokens")
     async def tokens(request: Request) -> Response:
         sent = await sent_json(request)
-        return JSONResponse(_tokens(desk, str(sent.get("text", ""))))
+        return Answer(_tokens(desk, str(sent.get("text", ""))))
 
 
 async def _asset(name: str) -> Response:
@@ -169,7 +172,30 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 async def _problem(request: Request, error: Exception) -> Response:
     # The page shows the sentence; an error status would only add a line to the browser's console.
-    return JSONResponse({"problem": str(error)})
+    return Answer({"problem": str(error)})
+
+
+async def _disk_problem(request: Request, error: Exception) -> Response:
+    logging.getLogger(__name__).warning("%s %s: %r", request.method, request.url.path, error)
+    reason = getattr(error, "strerror", "") or str(error)
+    return Answer({"problem": f"A file or folder cannot be used: {reason}."})
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    # The server writes the traceback into its log; the page gets a sentence.
+    sentence = "This failed by a fault of the program; its log says more."
+    return Answer({"problem": sentence}, status_code=500)
+
+
+class Answer(JSONResponse):
+    """A JSON response that never fails for what a file's name or header holds."""
+
+    def render(self, content: Any) -> bytes:
+        """The body; texts that are not valid and numbers that JSON cannot hold are replaced."""
+        try:
+            return super().render(content)
+        except ValueError:
+            return super().render(valid_value(content))
 
 
 def _picture(desk: Desk, kind: str, path: str) -> Path:
@@ -204,7 +230,7 @@ async def sent_json(request: Request) -> dict[str, Any]:
         if len(body) > LARGEST_CAPTION:
             raise Refused("too long")
     try:
-        sent = json.loads(body)
+        sent = parsed_json(body)
     except ValueError as error:
         raise Refused("not JSON") from error
     if not isinstance(sent, dict):

@@ -5,7 +5,6 @@ A page sends file by file into a folder beside the projects and then says that i
 nothing depends on the page. One import at a time; how far it is can be asked at any moment.
 """
 
-import json
 import shutil
 import threading
 import uuid
@@ -19,9 +18,10 @@ from app.words import many
 from lora_core.dataset.archive import Imported, Way, import_files, import_folder
 from lora_core.dataset.project import Project
 from lora_core.spec.errors import DatasetError, LoraError
-from lora_core.spec.paths import valid_text
+from lora_core.spec.untrusted import parsed_json
 
 MOST_FILES = 40_000
+MOST_BATCHES = 8
 LARGEST_FILE = 500_000_000
 LARGEST_ZIP = 20_000_000_000
 LONGEST_LIST = 4_000_000
@@ -54,10 +54,8 @@ class _Parcel:
             self.held += await anext(self.chunks, b"\n")
         line, _, self.held = self.held.partition(b"\n")
         try:
-            listed = [
-                (int(index), valid_text(str(name)), int(size)) for index, name, size in json.loads(line)
-            ]
-        except (ValueError, TypeError, RecursionError, OverflowError) as error:
+            listed = [(int(index), str(name), int(size)) for index, name, size in parsed_json(line)]
+        except (ValueError, TypeError, OverflowError) as error:
             raise DatasetError("The list of files did not come through; drop them again.") from error
         if any(not 0 <= index < MOST_FILES or size < 0 for index, _, size in listed):
             raise DatasetError(f"More than {MOST_FILES:,} files cannot be taken at once; drop fewer.")
@@ -110,6 +108,9 @@ class Importer:
         Raises:
             DatasetError: the disk refuses.
         """
+        while len(self._batches) >= MOST_BATCHES:
+            # Pages that were closed while they sent.
+            self.give_up(next(iter(self._batches)))
         name = uuid.uuid4().hex
         folder = self.staging / name
         try:

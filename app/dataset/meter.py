@@ -6,19 +6,17 @@ is what may be read at a look: the trigger word in front, one line of several, t
 """
 
 import functools
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.train.plan import Plan
 from app.words import many
-from lora_core.dataset.captions import part_beyond, token_count, with_trigger
+from lora_core.dataset.captions import chosen_parts, part_beyond, token_count, with_trigger
 from lora_core.dataset.folder import Dataset
 from lora_core.spec.config import FIELDS
 from lora_core.spec.errors import LoraError
 
 LIMITS: tuple[int, ...] = FIELDS["train.tokens"].metadata["among"]
-_ALTERNATIVES = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,7 @@ def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> Counted
 
 def _longest(line: str) -> str:
     """The line with the longest of each group of alternatives, and of what stands between bars."""
-    while match := _ALTERNATIVES.search(line):
-        line = line[: match.start()] + max(match[1].split("|"), key=len).strip() + line[match.end() :]
-    return max(re.split(r"\s+\|\s+", line), key=len).strip()
+    return chosen_parts(line, lambda parts: max(parts, key=len))
 
 
 def too_long(dataset: Dataset, plan: Plan) -> str:

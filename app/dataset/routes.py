@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from app.dataset.checking import BY_ITSELF
 from app.dataset.gallery import shelf
 from app.desk import Desk
-from app.routes import Refused, sent_json
+from app.routes import Answer, Refused, sent_json
 from app.train.plan import Plan
 from lora_core.dataset import bulk_edit as bulk
 from lora_core.dataset.bulk import Edit
@@ -37,7 +37,7 @@ def _add_pictures(app: FastAPI, desk: Desk) -> None:
     @app.get("/easel/dataset")
     async def dataset() -> Response:
         shown = await asyncio.to_thread(lambda: shelf(project, Plan(project)))
-        return JSONResponse(shown, headers={"Cache-Control": "no-store"})
+        return Answer(shown, headers={"Cache-Control": "no-store"})
 
     @app.post("/easel/leave-out")
     async def out(request: Request) -> Response:
@@ -61,7 +61,7 @@ def _add_import(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/easel/import")
     async def state() -> Response:
-        return JSONResponse(importer.state(), headers={"Cache-Control": "no-store"})
+        return Answer(importer.state(), headers={"Cache-Control": "no-store"})
 
     @app.post("/easel/import")
     async def from_path(request: Request) -> Response:
@@ -75,7 +75,7 @@ def _add_import(app: FastAPI, desk: Desk) -> None:
 
     @app.put("/easel/upload/{batch}")
     async def receive(batch: str, request: Request) -> Response:
-        return JSONResponse({"received": await importer.receive(batch, request.stream())})
+        return Answer({"received": await importer.receive(batch, request.stream())})
 
     @app.post("/easel/upload/{batch}")
     async def finish(batch: str, request: Request) -> Response:
@@ -151,7 +151,7 @@ def _add_insights(app: FastAPI, desk: Desk) -> None:
 async def _done(work: Callable[[], Any], said: Callable[[], Any] | None = None) -> Response:
     """What `work` gives, done in a thread as it reads and writes files; or what `said` gives after it."""
     found = await asyncio.to_thread(work)
-    return JSONResponse(said() if said else found, headers={"Cache-Control": "no-store"})
+    return Answer(said() if said else found, headers={"Cache-Control": "no-store"})
 
 
 def _names(sent: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """The "Check a LoRA file" panel: what any file is, whoever wrote it, and what each tool would make of it."""
 
-import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from app.export.works_in import tool_rows, verdict_chip
 from app.parts import QUIET, Parts, piece
 from app.words import chip, file_size, many, safe
 from lora_core.spec.families import FAMILIES
+from lora_core.spec.untrusted import parsed_json
 
 MOST_TAGS = 12
 # Texts of a header that one program writes, and what it is called; the more telling first.
@@ -157,13 +158,13 @@ def trained(metadata: Mapping[str, str]) -> str:
         parts.append(f"on {base}")
     for key, unit in (("ss_num_train_images", "picture"), ("ss_steps", "step")):
         value = metadata.get(key, "")
-        if value.isdigit() and int(value):
+        if re.fullmatch("[0-9]{1,18}", value) and int(value):
             parts.append(many(int(value), unit))
     return ", ".join(parts)
 
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parsed_json(text)
+    except ValueError:
         return None

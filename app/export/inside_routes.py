@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
 
 from app.desk import Desk
 from app.export.answers import answer_html, made_html
@@ -18,7 +18,7 @@ from app.export.inside_job import Job
 from app.export.report_card import POLICY, REPORT, report_done
 from app.jobs import Watch
 from app.preview.loras import ADDED
-from app.routes import Refused, below, sent_json
+from app.routes import Answer, Refused, below, sent_json
 from lora_core.spec.errors import AdapterFileError, RunError
 from lora_core.spec.run_folder import checked_name, runs_folder
 
@@ -31,9 +31,9 @@ def add_inside_routes(app: FastAPI, desk: Desk) -> None:
     report = Job(desk.worker)
 
     async def answer(do: Callable[..., Any], *given: Any) -> Response:
-        return JSONResponse(await asyncio.to_thread(do, *given) or {"done": True}, headers=FRESH)
+        return Answer(await asyncio.to_thread(do, *given) or {"done": True}, headers=FRESH)
 
-    app.get("/easel/inside/choices")(lambda: JSONResponse(choices(desk), headers=FRESH))
+    app.get("/easel/inside/choices")(lambda: Answer(choices(desk), headers=FRESH))
 
     @app.post("/easel/inside/start")
     async def start(request: Request) -> Response:
@@ -78,13 +78,13 @@ def _follow(app: FastAPI, name: str, job: Job) -> None:
 
     @app.get(f"/easel/{name}/now")
     async def now(known: int = -1) -> Response:
-        return JSONResponse(await asyncio.to_thread(job.now, known), headers=FRESH)
+        return Answer(await asyncio.to_thread(job.now, known), headers=FRESH)
 
     @app.post(f"/easel/{name}/cancel")
     async def cancel(request: Request) -> Response:
         await sent_json(request)
         job.cancel()
-        return JSONResponse({"done": True}, headers=FRESH)
+        return Answer({"done": True}, headers=FRESH)
 
 
 class _Look:

@@ -28,7 +28,7 @@ def checkpoint_cards(moment: Moment, watch: Watch | None, chosen: str) -> str:
         )
     if steps and best != steps[-1]:
         cards.append(_card(moment, watch, "Last", steps[-1], chosen == "last"))
-    if chosen.isdigit() and int(chosen) in steps:
+    if chosen in map(str, steps):
         cards.append(_card(moment, watch, "Picked", int(chosen), True))
     return f'<div class="checkpoints">{"".join(cards)}</div>'
 

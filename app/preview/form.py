@@ -1,6 +1,5 @@
 """What the Preview tab's form stands for: its part of the draft, and the shot that it asks for."""
 
-import json
 import math
 import random
 from collections.abc import Iterable
@@ -20,6 +19,7 @@ from lora_core.spec.errors import ConfigError
 from lora_core.spec.infotext import Info
 from lora_core.spec.setting import AUTO, NumberOrAuto
 from lora_core.spec.shots import LoraAt, Shot, checked_rescale
+from lora_core.spec.untrusted import parsed_json
 
 FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
 # In no picture of the demo's training set: what is seen is carried over, not remembered.
@@ -76,7 +76,7 @@ def checked_rows(rows: Iterable[Any]) -> list[LoraAt]:
 def _strength(value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
     number = number if math.isfinite(number) else 0.0
     return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3)
@@ -96,7 +96,7 @@ def rows_sent(moment: Moment, text: str) -> list[LoraAt]:
     brought none."""
     before, _ = lora_rows(moment)
     try:
-        sent = json.loads(text)
+        sent = parsed_json(text)
         rows, apart = checked_rows(sent["rows"]), bool(sent["apart"])
     except (ValueError, KeyError, TypeError):
         return before

@@ -16,6 +16,7 @@ from typing import Any
 from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.shots import Axis, LoraAt, Shot, axis
 from lora_core.spec.trash import to_trash
+from lora_core.spec.untrusted import checked_fields, parsed_json
 
 MOST_SHOWN = 60
 FILE = "history.jsonl"
@@ -117,7 +118,7 @@ class History:
 
     def _of_line(self, line: bytes) -> Kept | None:
         try:
-            said: dict[str, Any] = json.loads(line)
+            said: dict[str, Any] = parsed_json(line)
             file = Path(os.path.abspath(self.folder / said["file"]))
             if not file.is_relative_to(self.folder.absolute()) or not file.is_file():
                 return None
@@ -125,7 +126,7 @@ class History:
                 axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
             )
             return Kept(file, shot_of(said["shot"]), rows, columns, float(said["time"]))
-        except (ValueError, KeyError, TypeError, AttributeError, LoraError):
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
             return None
 
 
@@ -135,6 +136,6 @@ def shot_of(said: dict[str, Any]) -> Shot:
     Raises:
         TypeError, KeyError: it is none.
     """
-    loras = tuple(LoraAt(**row) for row in said["loras"])
+    loras = tuple(checked_fields(LoraAt, row) for row in said["loras"])
     # Before there was a choice, none was rescaled.
-    return Shot(**{"cfg_rescale": 0.0, **said, "loras": loras})
+    return checked_fields(Shot, {"cfg_rescale": 0.0, **said, "loras": loras})

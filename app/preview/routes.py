@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
 
 from app.desk import Desk
 from app.moment import moment_of
@@ -14,7 +14,7 @@ from app.preview.form import checked_rows, keep_rows, keep_shot, run_shot, strip
 from app.preview.history import Kept
 from app.preview.stage import working_words
 from app.preview.view import Grid, sheet_info
-from app.routes import Refused, sent_json
+from app.routes import Answer, Refused, sent_json
 from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.shots import axis
 
@@ -29,7 +29,7 @@ def add_preview_routes(app: FastAPI, desk: Desk) -> None:
     async def now() -> Response:
         view = await asyncio.to_thread(studio.view)
         main = view.shot is not None and view.drawing == view.shot.acting()
-        return JSONResponse(
+        return Answer(
             {
                 "state": view.state,
                 "busy": view.working,
@@ -51,25 +51,25 @@ def add_preview_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/easel/preview/rows")
     async def rows(request: Request) -> Response:
         sent = await sent_json(request)
-        return JSONResponse(await asyncio.to_thread(_rows, desk, sent), headers=FRESH)
+        return Answer(await asyncio.to_thread(_rows, desk, sent), headers=FRESH)
 
     @app.post("/easel/preview/open")
     async def opened(request: Request) -> Response:
         await sent_json(request)
-        return JSONResponse(await asyncio.to_thread(open_tab, desk), headers=FRESH)
+        return Answer(await asyncio.to_thread(open_tab, desk), headers=FRESH)
 
     @app.post("/easel/preview/cancel")
     async def cancel(request: Request) -> Response:
         await sent_json(request)
         studio.cancel()
-        return JSONResponse({"done": True})
+        return Answer({"done": True})
 
     @app.post("/easel/preview/forget")
     async def forget(request: Request) -> Response:
         sent = await sent_json(request)
         name = str(sent.get("file", ""))
         await asyncio.to_thread(studio.history.remove, name, desk.workspace)
-        return JSONResponse({"done": True})
+        return Answer({"done": True})
 
     @app.get("/easel/preview/strip.png")
     async def strip() -> Response:

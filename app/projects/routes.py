@@ -5,10 +5,10 @@ import dataclasses
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from app.desk import Desk
-from app.routes import Refused, sent_json
+from app.routes import Answer, Refused, sent_json
 from app.words import file_size
 from lora_core.spec.disk import clean_caches, folder_bytes
 from lora_core.spec.errors import RunError
@@ -91,4 +91,4 @@ def _shelves(desk: Desk) -> dict[str, Any]:
 
 
 async def _answer(work: Any) -> Response:
-    return JSONResponse(await asyncio.to_thread(work), headers={"Cache-Control": "no-store"})
+    return Answer(await asyncio.to_thread(work), headers={"Cache-Control": "no-store"})

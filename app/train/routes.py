@@ -2,15 +2,16 @@
 quitting."""
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from app.desk import Desk
-from app.routes import Refused, sent_json
+from app.routes import Answer, Refused, sent_json
 from app.train.plan import Plan
 from app.train.starting import take_settings
 from lora_core.spec.debug_zip import debug_zip
@@ -31,13 +32,13 @@ def add_run_routes(app: FastAPI, desk: Desk) -> None:
     async def run(request: Request) -> Response:
         sent = await sent_json(request)
         await asyncio.to_thread(steer, desk, str(sent.get("do")), str(sent.get("run", "")))
-        return JSONResponse({"done": True})
+        return Answer({"done": True})
 
     @app.post("/easel/queue")
     async def queue(request: Request) -> Response:
         sent = await sent_json(request)
         await asyncio.to_thread(desk.line.act, str(sent.get("do")), str(sent.get("run", "")))
-        return JSONResponse({"done": True})
+        return Answer({"done": True})
 
     @app.get("/easel/debug/{name}")
     async def debug(name: str) -> Response:
@@ -55,14 +56,14 @@ def add_run_routes(app: FastAPI, desk: Desk) -> None:
         size = request.query_params.get("size", "")
         name = request.query_params.get("name", "the file")[:200]
         await asyncio.to_thread(_take_header, desk, header, size, name)
-        return JSONResponse({"taken": True})
+        return Answer({"taken": True})
 
     @app.post("/easel/quit")
     async def leave() -> Response:
         live = desk.jobs.live()
         # A run is a process of its own and the queue has its owner: both go on.
         threading.Timer(QUIT_AFTER, desk.on_quit).start()
-        return JSONResponse({"run": live.run.name if live else "", "queue": desk.line.worked})
+        return Answer({"run": live.run.name if live else "", "queue": desk.line.worked})
 
 
 def steer(desk: Desk, do: str, name: str) -> None:
@@ -115,7 +116,7 @@ def _take_header(desk: Desk, header: bytes, size: str, name: str) -> None:
     A file of the same length without the numbers is read in its place, so that all that is checked of a file
     is checked of this one too; on every usual drive it takes no room.
     """
-    if not size.isdigit() or int(size) > LARGEST_FILE or int(size) < len(header):
+    if not re.fullmatch("[0-9]{1,13}", size) or not len(header) <= int(size) <= LARGEST_FILE:
         raise RunError("The size of the dropped file does not fit its header.")
     folder = desk.workspace / "tmp"
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.tensor_file import read_header
+from lora_core.spec.untrusted import parsed_json
 
 MERGED_KEY = "lora_easel.merged"
 """Our own key of a header: what was merged, as a JSON list of {name, sha256, strength, text_strength}."""
@@ -275,8 +276,8 @@ def _tags(opened: Sequence[Opened]) -> dict[str, dict[str, int]]:
     tags: dict[str, dict[str, int]] = {}
     for source in opened:
         try:
-            found = json.loads(source.metadata.get("ss_tag_frequency", "{}"))
-        except (ValueError, RecursionError):
+            found = parsed_json(source.metadata.get("ss_tag_frequency", "{}"))
+        except ValueError:
             continue
         for name, counts in found.items() if isinstance(found, dict) else ():
             if isinstance(counts, dict):

@@ -7,7 +7,7 @@ run that is resumed after an update must see the same captions.
 import functools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,8 +19,10 @@ from lora_core.spec.sections import DatasetSection
 
 T = TypeVar("T")
 
-# The innermost braces that hold alternatives; braces without a bar are ordinary text.
-_WILDCARD = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
+# A bar inside a word may be part of a tag, such as |_|. Of several spaces only the first is tried: otherwise
+# the time grows with their square.
+_BAR = re.compile(r"(?<!\s)\s+\|\s+")
+_DEEPEST = 50
 
 # How CLIP cuts a text before byte pairs are merged. Source: Radford et al. 2021, clip/simple_tokenizer.py.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -82,10 +84,7 @@ def drawn_caption(caption: str, rules: CaptionRules, draw: random.Random) -> str
         return ""
     lines = [line.strip() for line in caption.splitlines() if line.strip()]
     text = _one_of(lines, draw) if lines else ""
-    while match := _WILDCARD.search(text):
-        text = text[: match.start()] + _one_of(match[1].split("|"), draw).strip() + text[match.end() :]
-    # A bar inside a word may be part of a tag, such as |_|.
-    text = _one_of(re.split(r"\s+\|\s+", text), draw).strip()
+    text = chosen_parts(text, lambda parts: _one_of(parts, draw))
     if rules.shuffle_tags or rules.tag_dropout > 0:
         text = _joined(_varied_tags(tags_of(text), rules, draw))
     return with_trigger(text, rules.trigger)
@@ -99,6 +98,30 @@ def plain_caption(caption: str, trigger: str) -> str:
 def varies(caption: str, rules: CaptionRules) -> bool:
     """Whether a caption reads differently from look to look, other than by being left out."""
     return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
+
+
+def chosen_parts(line: str, choose: Callable[[list[str]], str]) -> str:
+    """A line of a caption with what `choose` takes of each `{red|blue}`, inner ones first, and then of the
+    parts between bars.
+
+    Braces without a bar are ordinary text, and so are braces more than 50 deep.
+    """
+    done: list[str] = []
+    opened: list[int] = []
+    for piece in re.split(r"([{}])", line):
+        if piece == "}" and opened:
+            start = opened.pop()
+            inside = "".join(done[start + 1 :])
+            if "|" in inside:
+                done[start:] = [choose(inside.split("|")).strip()]
+                continue
+        if piece in ("{", "}") and (piece == "}" or len(opened) == _DEEPEST):
+            # A brace that is ordinary text makes ordinary text of those around it.
+            opened.clear()
+        if piece == "{":
+            opened.append(len(done))
+        done.append(piece)
+    return choose(_BAR.split("".join(done))).strip()
 
 
 def tags_of(caption: str) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from lora_core.dataset.pictures import ImageInfo, checked_info
 from lora_core.dataset.records import Problem
 from lora_core.spec.paths import write_atomically
+from lora_core.spec.untrusted import parsed_json
 
 _Known = tuple[int, int, ImageInfo]
 
@@ -24,9 +25,8 @@ class Sizes:
         self._known: dict[str, _Known] = {}
         self._changed = False
         if file is not None:
-            # RecursionError: of a file that somebody made to be deep.
-            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError, AttributeError):
-                for path, known in json.loads(file.read_text(encoding="utf-8")).items():
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                for path, known in parsed_json(file.read_bytes()).items():
                     time, length, width, height, transparent = map(int, known)
                     self._known[path] = (time, length, ImageInfo(width, height, bool(transparent)))
 

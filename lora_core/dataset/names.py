@@ -5,8 +5,9 @@ import unicodedata
 from collections.abc import Container
 from pathlib import PurePosixPath
 
+from lora_core.spec.paths import is_device
+
 _ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 # File systems take 255 bytes; some are left for `-2` and for the ending of a temporary file.
 _MOST_BYTES = 180
 
@@ -32,7 +33,7 @@ def _safe_part(part: str) -> str:
     part = _ILLEGAL.sub("_", part.encode("utf-8", "replace").decode()).rstrip(". ")
     if not part.strip(". "):
         return ""
-    if _RESERVED.fullmatch(part):
+    if is_device(part):
         part = f"_{part}"
     stem, dot, ending = part.rpartition(".")
     if not stem or len(ending) > 16:

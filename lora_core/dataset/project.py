@@ -21,6 +21,7 @@ from lora_core.dataset.known_sizes import Sizes
 from lora_core.dataset.moves import JOURNAL, finish_moves, rejoin
 from lora_core.spec.errors import DatasetError
 from lora_core.spec.paths import DEMO_TRAIN, clear_abandoned, valid_text, write_atomically
+from lora_core.spec.untrusted import parsed_json, valid_value
 
 DEMO = "demo"
 DEFAULT_TITLE = "My pictures"
@@ -28,6 +29,9 @@ LABEL = "project.json"
 _LOCK = ".lock"
 _PATIENCE = 30.0
 """Seconds to wait for another process that changes the project."""
+LONGEST_TITLE = 80
+LARGEST_JSON = 16 * 2**20
+"""Bytes; what is larger was not written here."""
 
 
 class Project:
@@ -52,6 +56,7 @@ class Project:
             self._scanned: tuple[object, Dataset] | None = None
             self.notes: list[Problem] = []
             self._file_lock = FileLock(path / _LOCK)
+            self.draft_problem = ""
             self._revision += 1
         self._mend()
 
@@ -101,10 +106,33 @@ class Project:
     def keep(self, **changes: Any) -> None:
         """Put values into the draft and write it, if anything changed."""
         with self._lock:
-            changed = {**self._draft, **changes}
+            changed = {**self._draft, **valid_value(changes)}
             if changed != self._draft:
                 self._draft = changed
                 write_atomically(self.path / "draft.json", json.dumps(changed, indent=1).encode())
+
+    @contextmanager
+    def without_draft(self) -> Iterator[None]:
+        """As if nothing had been typed, while the context is open."""
+        with self._lock:
+            kept, self._draft = self._draft, {}
+            try:
+                yield
+            finally:
+                self._draft = kept
+
+    def set_draft_aside(self) -> None:
+        """Begin with an empty form; what the draft held is kept in a file beside it, and `draft_problem` says
+        so."""
+        with self._lock:
+            aside = self.path / "draft-set-aside.json"
+            write_atomically(aside, json.dumps(self._draft, indent=1).encode())
+            write_atomically(self.path / "draft.json", b"{}")
+            self._draft = {}
+            self.draft_problem = (
+                "The settings that were typed in this project could not be shown, so the form starts anew;"
+                f" they are kept in {aside}."
+            )
 
     @property
     def uses_demo(self) -> bool:
@@ -224,13 +252,15 @@ def relative_name(path: Path, folder: Path) -> str:
 def title_of(path: Path) -> str:
     """What a project is called: its label, else its folder's name."""
     title = str(read_json(path / LABEL).get("title") or "").strip()
-    return title or (DEFAULT_TITLE if path.name == "default" else path.name)
+    return title[:LONGEST_TITLE] or (DEFAULT_TITLE if path.name == "default" else path.name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A small file of ours; one that is missing or broken counts as empty."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        if file.stat().st_size > LARGEST_JSON:
+            return {}
+        found = parsed_json(file.read_bytes())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -3,22 +3,22 @@
 import difflib
 import json
 import re
+import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core.dataset.names import folded, free_stem, safe_name
 from lora_core.dataset.pictures import SUFFIXES
-from lora_core.dataset.project import DEMO, LABEL, Project, read_json, title_of
+from lora_core.dataset.project import DEMO, LABEL, LONGEST_TITLE, Project, read_json, title_of
 from lora_core.spec.config import RunConfig
 from lora_core.spec.disk import folder_bytes
 from lora_core.spec.errors import ConfigError, DatasetError, RunError
-from lora_core.spec.paths import write_atomically
+from lora_core.spec.paths import valid_text, write_atomically
 from lora_core.spec.run_folder import RunFolder, all_runs
 from lora_core.spec.trash import to_trash
 
 DEFAULT = "default"
-LONGEST_TITLE = 80
 _OPEN = "open.json"
 _MARK = "project.json"
 """In a run's folder: the project that it was started from."""
@@ -86,6 +86,7 @@ class Projects:
                 (self.folder / key / "pictures").mkdir(parents=True)
                 self._label(self.folder / key, title)
             except OSError as error:
+                shutil.rmtree(self.folder / key, ignore_errors=True)
                 raise RunError(f"The project {title} cannot be made ({error.strerror}).") from error
             self.open(key)
         return key
@@ -120,7 +121,7 @@ class Projects:
         write_atomically(path / LABEL, json.dumps({"title": title}, ensure_ascii=False).encode())
 
     def _checked(self, title: str, key: str) -> str:
-        title = " ".join(title.split())
+        title = " ".join(valid_text(title).split())
         if not title:
             raise RunError("Type a name for the project first.")
         if len(title) > LONGEST_TITLE:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 from lora_core.dataset.walk import regular_size
 from lora_core.spec.errors import DatasetError
 from lora_core.spec.paths import valid_text, write_atomically
+from lora_core.spec.untrusted import parsed_json
 
 CAPTION_BYTES = 1_000_000
 TABLE_BYTES = 50_000_000
@@ -147,8 +147,8 @@ def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            value = parsed_json(line)
+        except ValueError as error:
             yield number, f"not JSON: {error}"
         else:
             yield number, value if isinstance(value, dict) else {}

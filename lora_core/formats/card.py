@@ -21,6 +21,7 @@ from lora_core.formats.diffusers import HEADER_KEY
 from lora_core.formats.kinds import file_family
 from lora_core.spec.families import Family
 from lora_core.spec.paths import write_atomically
+from lora_core.spec.untrusted import parsed_json
 
 THUMBNAIL_KEY = "modelspec.thumbnail"
 THUMBNAIL_SIDE = 256
@@ -139,8 +140,8 @@ def _training(metadata: Mapping[str, str]) -> str:
 
 def _table(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        found = parsed_json(text or "{}")
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -20,6 +20,7 @@ from lora_core.formats.layers import Tensors, check_plain, checked_layer
 from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer, with_text_model
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import Family
+from lora_core.spec.untrusted import parsed_json
 
 HEADER_KEY = "lora_adapter_metadata"
 """Never in a kohya file: diffusers refuses a file that has both this and alphas among its tensors."""
@@ -197,8 +198,8 @@ def header_values(metadata: Mapping[str, str]) -> dict[str, Any]:
     if not raw:
         return {}
     try:
-        values = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        values = parsed_json(raw)
+    except ValueError as error:
         raise AdapterFileError(
             f"The header's {HEADER_KEY} is not valid JSON, so alpha is unknown."
         ) from error

@@ -1,6 +1,5 @@
 """What a file is, told from names, shapes and header alone: the kind of adapter, and for which family."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lora_core.formats.names import ldm_family
 from lora_core.spec.families import FAMILIES, Family
 from lora_core.spec.other_models import other_family, refused_kind
+from lora_core.spec.untrusted import parsed_json
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -223,8 +223,8 @@ def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
 def alpha_claims(metadata: Mapping[str, str], key: str) -> list[float]:
     """The alphas that a header of the diffusers format lists; none if it is absent or unreadable."""
     try:
-        values = json.loads(metadata.get(key, "{}"))
-    except (ValueError, RecursionError):
+        values = parsed_json(metadata.get(key, "{}"))
+    except ValueError:
         return []
     if not isinstance(values, dict):
         return []

@@ -4,7 +4,6 @@ No model is built, so that this takes milliseconds; the price is that the layout
 CLIPTextModel is written down here once more. A test compares it with the real classes.
 """
 
-import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from lora_core.adapters.weights import LayerKey
 from lora_core.spec.families import Family
 from lora_core.spec.paths import DEMO_BASE, FAMILY_CONFIGS
+from lora_core.spec.untrusted import parsed_json
 
 Layout = dict[LayerKey, tuple[int, ...]]
 """Each linear layer and convolution, in the models' own order, to the shape of its weight."""
@@ -32,7 +32,7 @@ def folder_layout(folder: Path, family: Family) -> Layout:
 def _layout(folder: Path, parts: tuple[str, ...]) -> Layout:
     layers: Layout = {}
     for part in parts:
-        config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+        config = parsed_json((folder / part / "config.json").read_bytes())
         found = _unet(config) if part == "unet" else _text_encoder(config)
         layers |= {(part, path): shape for path, shape in found}
     return layers

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_core.formats.diffusers import HEADER_KEY
 from lora_core.spec.errors import AdapterFileError
+from lora_core.spec.untrusted import parsed_json
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TAKEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")
@@ -30,8 +31,8 @@ def with_config_beside(path: Path, keys: Iterable[str], metadata: Mapping[str, s
     if path.name != FILE or HEADER_KEY in metadata or not config.is_file():
         return dict(metadata)
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = parsed_json(config.read_bytes())
+    except (OSError, ValueError) as error:
         raise AdapterFileError(f"{config} cannot be read, so alpha is unknown: {error}.") from error
     if not isinstance(values, dict):
         raise AdapterFileError(f"{config} is no table, so alpha is unknown.")

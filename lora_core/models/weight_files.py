@@ -111,11 +111,25 @@ class PickledFile:
         if not isinstance(found, dict):
             raise ModelFileError(f"{path} holds no table of weights.")
         self._tensors = {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+        for key, value in self._tensors.items():
+            if not _is_plain(value):
+                raise ModelFileError(
+                    f"{path} is broken: the tensor {key[:200]!r} is no plain one that lies in the file."
+                )
         self.shapes = {key: list(tensor.shape) for key, tensor in self._tensors.items()}
 
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor, in memory of its own."""
         return self._tensors[key].clone()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has bytes for each of its numbers; a stride of 0 makes a large one of a few bytes."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    if tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _check_zip(path: Path) -> None:

@@ -4,7 +4,6 @@ A diffusers folder says it in its configs; a single file in the names and shapes
 that the window can say it as soon as a base is chosen, and no network.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from lora_core.spec.other_models import refused_kind
 from lora_core.spec.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
 from lora_core.spec.setting import NumberOrAuto
 from lora_core.spec.tensor_file import Header, read_header
+from lora_core.spec.untrusted import parsed_json
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """How the names of a single file's UNet and VAE begin."""
@@ -213,7 +213,7 @@ def weight_paths(folder: Path, part: str) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parsed_json(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFileError(f"{index} is no table of weight files.") from error
     # A table must not lead out of its folder.
@@ -383,12 +383,12 @@ def _count(path: Path, config: dict[str, Any], part: str) -> int:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelFileError(
             f"{path.parent.parent} is no diffusers model: it lacks {path.parent.name}/{path.name}."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(found, dict):
         raise ModelFileError(f"{path} holds no JSON object.")

@@ -20,6 +20,7 @@ import tomli_w
 from lora_core.spec import choices
 from lora_core.spec.between import PreviewSection, SaveSection, ValidationSection
 from lora_core.spec.errors import ConfigError
+from lora_core.spec.paths import valid_text
 from lora_core.spec.patterns import LONGEST, MOST, PatternError, check_pattern
 from lora_core.spec.sections import (
     AdapterSection,
@@ -312,7 +313,7 @@ def in_short(value: Any) -> str:
 
 def _is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8: it holds no lone surrogate."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return text == valid_text(text)
 
 
 def _unknown(name: str, known: list[str]) -> str:

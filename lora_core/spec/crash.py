@@ -23,6 +23,7 @@ from lora_core.spec.processes import log_tail
 from lora_core.spec.progress import Progress
 from lora_core.spec.run_folder import RunFolder
 from lora_core.spec.tensor_file import read_header
+from lora_core.spec.untrusted import checked_fields, parsed_json
 
 GIGABYTE = 1e9
 LESS_MEMORY = "lower train.batch_size or train.resolution, or set train.checkpointing"
@@ -118,8 +119,8 @@ def exit_file(run: RunFolder) -> Path:
 def last_exit(run: RunFolder) -> Exit | None:
     """How the run's last process ended, where its parent saw that."""
     try:
-        found = Exit(**json.loads(exit_file(run).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+        found = checked_fields(Exit, parsed_json(exit_file(run).read_bytes()))
+    except (OSError, ValueError, TypeError):
         return None
     return found if found.written == _size(run.events_file) else None
 
@@ -158,7 +159,7 @@ def _whole(checkpoint: Path) -> bool:
     """Whether all files of a checkpoint are there and none is cut short; its hashes are the trainer's to
     check."""
     try:
-        record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        record = parsed_json((checkpoint / "state.json").read_bytes())
         for name in record["sha256"]:
             read_header(checkpoint / name)
     except (OSError, ValueError, KeyError, TypeError, AdapterFileError):

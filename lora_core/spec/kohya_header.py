@@ -2,7 +2,6 @@
 train_network.py."""
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import FIELDS
 from lora_core.spec.like import LONGEST, Like, in_short
+from lora_core.spec.untrusted import parsed_json
 
 CONVOLUTIONS = r"\.conv[12]$|samplers.*\.conv$"
 """What kohya gives `conv_dim` to: convolutions wider than one pixel."""
@@ -27,8 +27,14 @@ def _number(text: str) -> float:
 
 def _first_number(text: str) -> float:
     """The first number of `5e-05`, `[5e-05, 1e-05]` or `(512, 768)`."""
-    found = re.search(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", text)
+    found = re.search(r"[-+]?[0-9]+(?:\.\d+)?(?:[eE][-+]?\d+)?", text)
     return _number(found[0] if found else text)
+
+
+def _whole(texts: Texts, *keys: str) -> int | None:
+    """The first whole number under one of the keys, with at most 18 digits."""
+    found = (re.fullmatch(r"[0-9]{1,18}", texts.get(key, "").strip()) for key in keys)
+    return next((int(match[0]) for match in found if match), None)
 
 
 def _truth(text: str) -> bool:
@@ -102,8 +108,8 @@ def from_kohya(texts: Texts) -> Like:
 
 def _first_dataset(texts: Texts) -> dict[str, str]:
     """What newer versions say for each dataset alone, of the first one, under the older names."""
-    with contextlib.suppress(ValueError, RecursionError, IndexError, TypeError, AttributeError):
-        first = json.loads(texts.get("ss_datasets", ""))[0]
+    with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, AttributeError):
+        first = parsed_json(texts.get("ss_datasets", ""))[0]
         flat = {**(first.get("subsets") or [{}])[0], **first}
         return {f"ss_{key}": str(value) for key, value in flat.items() if not isinstance(value, dict | list)}
     return {}
@@ -118,7 +124,8 @@ def _rates(texts: Texts, found: Like) -> None:
             break
     numbers = re.findall(r"[\d.]+(?:[eE][-+]?\d+)?", texts.get("ss_text_encoder_lr", ""))
     if len(numbers) > 1:
-        found.take("optim.text_encoder_2_lr", _number(numbers[1]))
+        with contextlib.suppress(ValueError):
+            found.take("optim.text_encoder_2_lr", _number(numbers[1]))
     if "optim.text_encoder_lr" not in found.values and "optim.lr" in found.values:
         with contextlib.suppress(ValueError):
             found.take("optim.text_encoder_lr", _first_number(general))
@@ -126,25 +133,22 @@ def _rates(texts: Texts, found: Like) -> None:
 
 def _lengths(texts: Texts, found: Like) -> None:
     """Steps, warm-up, size of pictures and batch, caption length."""
-    steps = next(
-        (t for k in ("ss_max_train_steps", "ss_steps") if (t := texts.get(k, "").strip()).isdigit()), ""
-    )
-    if steps:
-        found.take("train.steps", int(steps))
-    warmup = texts.get("ss_lr_warmup_steps", "").strip()
-    if warmup.isdigit() and steps and int(steps):
-        found.take("optim.warmup", min(1.0, int(warmup) / int(steps)))
+    steps = _whole(texts, "ss_max_train_steps", "ss_steps")
+    if steps is not None:
+        found.take("train.steps", steps)
+    warmup = _whole(texts, "ss_lr_warmup_steps")
+    if warmup is not None and steps:
+        found.take("optim.warmup", min(1.0, warmup / steps))
     sides = [int(side) for side in re.findall(r"\d{2,5}", texts.get("ss_resolution", ""))]
     if sides:
         # Ours is the side of a square of the same area, on the grid of 64 that all bases take.
         found.take("train.resolution", max(64, round(math.sqrt(sides[0] * sides[-1]) / 64) * 64))
-    for key in ("ss_batch_size_per_device", "ss_total_batch_size"):
-        if texts.get(key, "").strip().isdigit():
-            found.take("train.batch_size", int(texts[key]))
-            break
-    length = texts.get("ss_max_token_length", "").strip()
-    if length.isdigit():
-        found.take("train.tokens", int(length))
+    batch = _whole(texts, "ss_batch_size_per_device", "ss_total_batch_size")
+    if batch is not None:
+        found.take("train.batch_size", batch)
+    length = _whole(texts, "ss_max_token_length")
+    if length is not None:
+        found.take("train.tokens", length)
 
 
 def _named(texts: Texts, found: Like) -> None:
@@ -199,8 +203,8 @@ def _huber(texts: Texts, found: Like) -> None:
 def _network(texts: Texts, found: Like) -> None:
     """The kind of adapter and its arguments, convolutions included."""
     try:
-        arguments = json.loads(texts.get("ss_network_args", "") or "{}")
-    except (ValueError, RecursionError):
+        arguments = parsed_json(texts.get("ss_network_args", "") or "{}")
+    except ValueError:
         arguments = {}
     known = {str(k): str(v) for k, v in arguments.items()} if isinstance(arguments, dict) else {}
     kind = known.pop("algo", "")

@@ -47,7 +47,7 @@ def _ours(text: str) -> Like:
     found = Like("the settings that LoRA Easel wrote into it")
     try:
         values = flattened(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"The settings in the file cannot be read: {str(error)[:LONGEST]}.") from error
     for name, value in values.items():
         if name in PLACES:

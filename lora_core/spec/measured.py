@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_core.spec.config import RunConfig
 from lora_core.spec.paths import write_atomically
+from lora_core.spec.untrusted import checked_fields, parsed_json
 
 MOST_KEPT = 300
 _lock = threading.Lock()
@@ -64,12 +65,12 @@ def read_measured(workspace: Path) -> dict[str, Measured]:
     """All that was measured, by `cost_key` and device; a file that is missing or broken counts as empty."""
     found: dict[str, Measured] = {}
     try:
-        rows = json.loads(measured_file(workspace).read_text(encoding="utf-8"))["measured"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        rows = parsed_json(measured_file(workspace).read_bytes())["measured"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return found
     for key, row in rows:
         with contextlib.suppress(TypeError, ValueError):
-            one = Measured(**row)
+            one = checked_fields(Measured, row)
             if math.isfinite(one.step) and one.step > 0 and math.isfinite(one.draw) and one.draw >= 0:
                 found[key] = one
     return found

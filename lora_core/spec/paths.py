@@ -19,8 +19,10 @@ DEMO_TRAIN = ASSETS / "demo" / "train"
 PRESETS = ASSETS / "presets"
 FAMILY_CONFIGS = ASSETS / "families"
 CLIP_TOKENIZER = FAMILY_CONFIGS / "clip"
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", re.IGNORECASE
+)
 
 
 def workspace(chosen: str | Path | None = None) -> Path:
@@ -76,6 +78,11 @@ def valid_text(text: str) -> str:
     them.
     """
     return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def is_device(name: str) -> bool:
+    """Whether a file name means a device on Windows, whatever its ending; superscript digits count there."""
+    return _DEVICE.fullmatch(name) is not None
 
 
 def clear_abandoned(folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.spec.paths import write_atomically
+from lora_core.spec.untrusted import parsed_json
 
 MOST_KEPT = 24
 
@@ -22,8 +23,8 @@ class Places:
 
     def _read(self) -> dict[str, list[str]]:
         try:
-            found: Any = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found: Any = parsed_json(self.file.read_bytes())
+        except (OSError, ValueError):
             return {}
         if not isinstance(found, dict):
             return {}

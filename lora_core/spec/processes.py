@@ -19,6 +19,7 @@ import psutil
 
 from lora_core.spec.errors import RunError
 from lora_core.spec.paths import ASSETS, write_atomically
+from lora_core.spec.untrusted import parsed_json
 
 TRAINER = (sys.executable, "-m", "lora_core", "resume")
 """The command that a run's path is appended to."""
@@ -87,14 +88,14 @@ def noted_process(file: Path) -> Iterator[None]:
 def live_process(file: Path) -> psutil.Process | None:
     """The process that `file` names, if it lives."""
     try:
-        named = json.loads(file.read_text())
+        named = parsed_json(file.read_bytes())
         process = psutil.Process(int(named["pid"]))
         if named.get("ticks"):
             same = named["ticks"] == _ticks(process.pid)
         else:
             same = abs(process.create_time() - float(named["started"])) < 1.0
         alive = same and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, psutil.Error):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, psutil.Error):
         return None
     return process if alive else None
 

@@ -21,6 +21,7 @@ from lora_core.spec.errors import RunError
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.processes import live_process
 from lora_core.spec.run_folder import RunFolder, runs_folder
+from lora_core.spec.untrusted import checked_fields, parsed_json
 
 WAITING, RUNNING, PAUSED, DONE, STOPPED, FAILED = "waiting", "running", "paused", "done", "stopped", "failed"
 ENDED = (DONE, STOPPED, FAILED)
@@ -241,13 +242,13 @@ class Queue:
 
     def _read(self) -> tuple[list[Job], bool]:
         try:
-            document = json.loads(self.file.read_text(encoding="utf-8"))
+            document = parsed_json(self.file.read_bytes())
             names = {field.name for field in dataclasses.fields(Job)}
             rows = [{k: v for k, v in row.items() if k in names} for row in document["jobs"]]
-            return [Job(**row) for row in rows], bool(document.get("going"))
+            return [checked_fields(Job, row) for row in rows], bool(document.get("going"))
         except FileNotFoundError:
             return [], False
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
                 f"The queue {self.file} cannot be read; mend it, or remove it to begin with an empty one."
             ) from error

@@ -32,9 +32,10 @@ from lora_core.spec.config import (
 from lora_core.spec.errors import RunError
 from lora_core.spec.event_file import opened_for_lines, write_line
 from lora_core.spec.events import read_events
-from lora_core.spec.paths import clear_abandoned, workspace, write_atomically
+from lora_core.spec.paths import clear_abandoned, is_device, workspace, write_atomically
 from lora_core.spec.processes import live_process, noted_process
 from lora_core.spec.progress import Progress
+from lora_core.spec.untrusted import parsed_json
 
 REQUESTS = ("stop", "pause", "save", "preview", "resume")
 
@@ -212,7 +213,7 @@ class RunFolder:
         found: list[dict[str, str]] = []
         for line in text.split("\n")[:-1]:
             try:
-                request = json.loads(line)
+                request = parsed_json(line)
                 if request["do"] == "resume":
                     found.clear()
                 elif request["do"] in REQUESTS:
@@ -359,7 +360,7 @@ def checked_name(name: str) -> str:
     Raises:
         RunError: the name is empty or holds characters that a folder name cannot.
     """
-    if not re.fullmatch(r"[\w][\w .()-]{0,99}", name) or name != name.strip(" ."):
+    if not re.fullmatch(r"[\w][\w .()-]{0,99}", name) or name != name.strip(" .") or is_device(name):
         raise RunError(
             f"The name {name!r} cannot be a folder's; use letters, digits, space, dot, dash and underscore."
         )

@@ -4,16 +4,19 @@ Each claim of the header is checked first, so that a broken file gets one senten
 has bytes. Format: https://github.com/huggingface/safetensors#format
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_core.spec.errors import AdapterFileError, LoraError
+from lora_core.spec.untrusted import parsed_json
 
 MAX_HEADER = 16 * 2**20
 """Bytes. Real headers stay under 3 MB, even with the tags of a large dataset."""
+
+LONGEST_NAME = 1000
+"""Letters of a tensor's name; real ones stay under 200."""
 
 ITEM_SIZES = {
     "F64": 8,
@@ -94,8 +97,8 @@ def _checked_header(path: Path) -> Header:
     except OSError as error:
         raise _Broken(f"{path} cannot be read: {error.strerror or error}.") from error
     try:
-        values = json.loads(raw.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = parsed_json(raw)
+    except ValueError as error:
         raise _Broken(f"{path} is no safetensors file: its header is not JSON.") from error
     if not isinstance(values, dict):
         raise _Broken(f"{path} is no safetensors file: its header is not a table.")
@@ -133,7 +136,7 @@ def _check_entries(path: Path, entries: dict[str, Any], available: int) -> None:
     end = 0
     spans = []
     for name, entry in entries.items():
-        problem = _entry_problem(entry)
+        problem = _entry_problem(entry) if len(name) <= LONGEST_NAME else "a name that no real file has"
         if problem:
             raise _Broken(f"{path} is broken: the tensor {name[:200]!r} has {problem}.")
         spans.append((*entry["data_offsets"], name))
@@ -157,9 +160,13 @@ def _entry_problem(entry: Any) -> str:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
         return f"the unknown number type {str(dtype)[:40]!r}"
-    whole = all(isinstance(v, list) and all(type(n) is int and n >= 0 for n in v) for v in (shape, offsets))
+    whole = all(isinstance(v, list) and all(_is_size(n) for n in v) for v in (shape, offsets))
     if not whole or len(offsets) != 2 or offsets[1] < offsets[0]:
         return "an impossible shape or offsets"
     if len(shape) > 8 or math.prod(shape) * ITEM_SIZES[dtype] != offsets[1] - offsets[0]:
         return f"the shape {str(shape)[:60]}, which does not fit its {offsets[1] - offsets[0]:,} bytes"
     return ""
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**63

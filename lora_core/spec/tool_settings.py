@@ -4,12 +4,13 @@ Only the few lines that name folders are read, with no YAML library: a file that
 than the tools' own examples says less, and the usual folders stay.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from lora_core.spec.untrusted import parsed_json
 
 LARGEST_SETTINGS = 1_000_000
 
@@ -35,8 +36,8 @@ class Kind:
 def json_path(file: Path, key: str) -> Path | None:
     """The path that a JSON file holds under `key`, or None."""
     try:
-        found = json.loads(_text(file)).get(key)
-    except (ValueError, AttributeError, RecursionError):
+        found = parsed_json(_text(file)).get(key)
+    except (ValueError, AttributeError):
         return None
     return Path(found) if isinstance(found, str) and found else None
 
@@ -85,7 +86,7 @@ def extra_model_paths(file: Path) -> Folders:
 
 
 def _defaults_first(file: Path) -> bool:
-    return re.search(r"^\s+is_default:\s*true\s*$", _text(file), re.M) is not None
+    return re.search(r"^[ \t]+is_default:\s*true\s*$", _text(file), re.M) is not None
 
 
 def _expanded(text: str) -> str:

@@ -20,6 +20,7 @@ from lora_core.spec.errors import RunError
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.queue import Queue
 from lora_core.spec.run_folder import RunFolder, all_runs
+from lora_core.spec.untrusted import parsed_json
 
 _LABEL = "label.json"
 _CONTENT = "content"
@@ -102,10 +103,10 @@ def trashed(workspace: Path) -> list[Trashed]:
     found = []
     for label in trash_folder(workspace).glob(f"*/{_LABEL}"):
         try:
-            said = json.loads(label.read_text(encoding="utf-8"))
+            said = parsed_json(label.read_bytes())
             came_from = workspace.absolute() / str(said["came_from"])
             one = Trashed(label.parent, str(said["name"]), came_from, float(said["time"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, OverflowError, KeyError, TypeError):
             continue
         if one.content.exists():
             found.append(one)
