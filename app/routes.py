@@ -93,11 +93,7 @@ def below(root: Path, path: str, suffixes: set[str], also: Sequence[Path] = ()) 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
     """Add the window's own routes to `app`."""
-    app.exception_handler(Refused)(_refused)
-    app.exception_handler(Gone)(_gone)
-    app.exception_handler(LoraError)(_problem)
-    app.exception_handler(OSError)(_disk_problem)
-    app.exception_handler(Exception)(_fault)
+    _answer_problems(app)
 
     async def same_project(request: Request) -> None:
         meant = request.headers.get("x-easel-project")
@@ -153,6 +149,15 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     async def tokens(request: Request) -> Response:
         sent = await sent_json(request)
         return Answer(_tokens(desk, str(sent.get("text", ""))))
+
+
+def _answer_problems(app: FastAPI) -> None:
+    """Have each kind of exception answered in words, never with a traceback."""
+    app.exception_handler(Refused)(_refused)
+    app.exception_handler(Gone)(_gone)
+    app.exception_handler(LoraError)(_problem)
+    app.exception_handler(OSError)(_disk_problem)
+    app.exception_handler(Exception)(_fault)
 
 
 async def _asset(name: str) -> Response:
