@@ -13,7 +13,6 @@ from app.dataset.importing import Importer
 from app.dataset.insights import Insights
 from app.dataset.thumbs import Thumbs
 from app.export.opening import FileManager
-from app.hardware import Hardware
 from app.jobs import Jobs, environment
 from app.preview.studio import Studio
 from app.tools import OtherTools
@@ -23,6 +22,7 @@ from app.train.line import Line
 from app.train.probing import Prober
 from app.worker import GivesWay, Worker
 from lora_core.dataset.projects import Projects, adopt, belongs
+from lora_core.spec.hardware import Hardware
 from lora_core.spec.places import Places
 
 

@@ -4,11 +4,11 @@ import json
 
 import psutil
 
-from app.hardware import Card
 from app.jobs import Watch
 from app.moment import Moment
-from app.train.pace import seconds_left
 from app.words import STATES, bar, clock, safe
+from lora_core.spec.forecast import seconds_left
+from lora_core.spec.hardware import Card
 from lora_core.spec.paths import ASSETS
 
 TITLE = "LoRA Easel"

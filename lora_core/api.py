@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_core.dataset.bulk import Edit
 from lora_core.spec.base_facts import base_facts, is_remote
+from lora_core.spec.bases import chosen_base
 from lora_core.spec.config import RunConfig, checked_option, flattened, with_switches
 from lora_core.spec.errors import (
     AdapterFileError,
@@ -42,6 +43,7 @@ from lora_core.spec.errors import (
     ModelFileError,
     RunError,
 )
+from lora_core.spec.like_file import like_file
 from lora_core.spec.paths import workspace as workspace_folder
 from lora_core.spec.presets import starting_settings
 from lora_core.spec.run_folder import RunFolder, checked_name, find_run, runs_folder
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from lora_core.analysis.bench import Bench
     from lora_core.dataset.project import Project
     from lora_core.dataset.projects import Projects
+    from lora_core.dataset.records import Dataset
     from lora_core.models.load import BaseModel
     from lora_core.sampling.artist import Artist
     from lora_core.spec.events import Event
@@ -85,6 +88,7 @@ __all__ = [
     *(row.name.replace(" ", "_").replace("-", "_") for row in VERBS),
     "Axis",
     "left_out",
+    "like_file",
     "LoraAt",
     "LoraError",
     "Measure",
@@ -145,6 +149,7 @@ def train(
     preset: str = "",
     workspace: File | None = None,
     on_event: "Callable[[Event], None] | None" = None,
+    like: File | None = None,
 ) -> "Outcome":
     """Make a run and train it to its end.
 
@@ -155,6 +160,7 @@ def train(
         preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
         workspace: where the run is made.
         on_event: called with each event.
+        like: a LoRA file whose settings are taken; `settings` count more.
 
     Raises:
         LoraError: what is in the way, all in one message, or what went wrong.
@@ -162,7 +168,7 @@ def train(
     from lora_core.dataset.preflight import preflight
     from lora_core.spec.problems import refuse
 
-    config = run_config(dataset, name, settings, preset)
+    config = run_config(dataset, name, settings, preset, like)
     place = workspace_folder(workspace)
     refuse(preflight(config, place))
     run = RunFolder.create(runs_folder(place) / config.name, config)
@@ -170,21 +176,27 @@ def train(
 
 
 def run_config(
-    dataset: File, name: str = "", settings: Mapping[str, Any] | None = None, preset: str = ""
+    dataset: File,
+    name: str = "",
+    settings: Mapping[str, Any] | None = None,
+    preset: str = "",
+    like: File | None = None,
 ) -> RunConfig:
-    """The settings of a run to come: the preset, what the base's family needs, then `settings`.
+    """The settings of a run to come: preset, what the base's family needs, those of `like`, then `settings`.
 
     Args:
         dataset: a folder of pictures, a zip of one, or "demo".
         name: of the run; "" for date and dataset.
         settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
         preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
+        like: a LoRA file, see `spec.like_file`; what it does not say stays as it is.
 
     Raises:
         ConfigError: something is not a setting or not legal.
+        AdapterFileError: `like` says nothing of its training.
     """
     demo = str(dataset) == "demo"
-    asked = flattened(settings or {})
+    asked = {**(like_file(Path(like)).values if like else {}), **flattened(settings or {})}
     asked["dataset.path"] = "demo" if demo else str(Path(dataset).expanduser().absolute())
     # Before the preset's own rate is lost to the word `auto`.
     asked = dict(with_switches(asked))
@@ -220,6 +232,87 @@ def _in_full(place: str) -> str:
     """The full path of what exists, since a run may be resumed from elsewhere; other words stay."""
     path = Path(place).expanduser()
     return str(path.absolute()) if place not in NO_PLACES and path.exists() else place
+
+
+def forecast(config: RunConfig, workspace: File | None = None, measure: bool = False) -> dict[str, Any]:
+    """What a run will take and what is in its way, before it starts.
+
+    Args:
+        config: of the run, see `run_config`.
+        workspace: where it would be; its runs and what was measured there tell the time.
+        measure: take a few steps first, to know time and memory.
+
+    Returns:
+        pictures, captions, looks (at each picture), steps, seconds and memory_bytes (None where they are not
+        known), source (measured, probed, scaled or guessed), file_bytes, learning_rate (the effective one),
+        and problems [{kind, sentence, blocking}].
+    """
+    from lora_core.dataset.preflight import caption_bytes, preflight
+    from lora_core.spec import forecast as known
+    from lora_core.spec.hardware import Hardware
+    from lora_core.spec.measured import at_device, cost_key, read_measured
+    from lora_core.spec.run_folder import all_runs
+    from lora_core.spec.sizes import export_bytes
+
+    place, base, hardware = workspace_folder(workspace), chosen_base(config.model.base), Hardware()
+    hardware.look()
+    dataset = _opened(config, place)
+    records, problems = dataset.records if dataset else [], preflight(config, place, dataset)
+    if measure and base.facts:
+        _measure_step(config, place, hardware.device)
+    measured = {k: one for k, one in read_measured(place).items() if one.device == hardware.device}
+    runs = ((run.progress(), _config_of(run)) for run in all_runs(place))
+    step = known.forecast(config, runs, measured, len(records), hardware)
+    tried = measured.get(at_device(cost_key(config, base.resolution), hardware.device))
+    memory: float | None = tried.peak if tried and tried.peak else None
+    if memory is None and base.facts:
+        memory = known.memory_needed(config, base.facts, hardware.has_gpu)
+        if memory and not hardware.has_gpu:
+            memory += sum(caption_bytes(records, config, base.facts))
+    shown = sum(record.repeats for record in records)
+    looks = config.train.steps * config.train.batch_size * config.train.accumulate
+    return {
+        "pictures": len(records),
+        "captions": sum(bool(record.caption) for record in records),
+        "looks": looks / shown if shown else 0.0,
+        "steps": config.train.steps,
+        "seconds": step.seconds * config.train.steps if step else None,
+        "source": step.source if step else "",
+        "memory_bytes": round(memory) if memory else None,
+        "file_bytes": export_bytes(base.facts, config) if base.facts else None,
+        "learning_rate": None if config.optim.range_test else config.optim.lr * config.adapter.scale,
+        "problems": [asdict(problem) for problem in problems],
+    }
+
+
+def _opened(config: RunConfig, place: Path) -> "Dataset | None":
+    """The pictures, or None where they cannot be read, which `preflight` says."""
+    from lora_core.dataset.folder import open_dataset
+
+    try:
+        return open_dataset(config.dataset.path, place / "cache" / "datasets")
+    except DatasetError:
+        return None
+
+
+def _config_of(run: RunFolder) -> RunConfig | None:
+    try:
+        return run.config()
+    except ConfigError:
+        return None
+
+
+def _measure_step(config: RunConfig, place: Path, device: str) -> None:
+    """Take a few steps, and keep what they took in the workspace."""
+    from lora_core.spec.forecast import work_a_step
+    from lora_core.spec.measured import Measured, cost_key, keep_measured
+    from lora_core.worker.probe import Probe
+
+    probe = Probe(lambda answer: None, set(), lambda request: {})
+    took = probe.probe({"id": "", "config": config.to_dict(), "aside": str(place / "cache")})
+    work, base = work_a_step(config) or 0.0, config.model.base
+    measured = Measured(float(took["step"]), float(took["draw"]), int(took["peak"]), base, device, work)
+    keep_measured(place, cost_key(config, chosen_base(base).resolution), measured)
 
 
 def resume(

@@ -46,6 +46,8 @@ GROUPS = {
 VERBS = (
     Verb("train", "train an adapter on a dataset", "Train: Start training, Train like a LoRA file",
          ("like",)),
+    Verb("forecast", "what a run will take: time, memory, file size, and what is in its way",
+         "Train: above Start training", ("run measure", "run unmeasure"), ("probe",)),
     Verb("resume", "start a run or go on with it", "Header and Train: Resume", ("run resume", "run accept")),
     Verb("stop", "end a run, keep its work and export it", "Header: Stop", ("run stop",)),
     Verb("pause", "end a run's process, to go on later", "Header: Pause", ("run pause",)),
@@ -125,15 +127,14 @@ VERBS = (
     Verb("caches clean", "remove what a run can make again", "Header: Projects, Clean caches",
          ("projects clean",)),
     Verb("trash list", "what can be restored", "Header: Projects, Trash"),
-    Verb("trash restore", "put something back where it was", "Header: Projects, Trash"),
+    Verb("trash restore", "put something back where it was", "Header: Projects, Trash, Restore",
+         ("projects restore",)),
     Verb("trash empty", "remove all of it for good", "Header: Projects, Empty trash", ("projects empty",)),
     Verb("serve", "the warm worker: JSON lines in, JSON lines out"),
 )  # fmt: skip
 
 VIEW_STATE = {
     "tokens": "counts tokens while a caption is typed; `audit` names captions that are too long",
-    "run measure": "times some steps of the form's settings for the forecast",
-    "run unmeasure": "stops that",
     "run see": "has the Preview tab draw a strip of a run's strengths; `grid` draws one",
     "run download": "downloads a base of the hub; every verb with --base does where it is needed",
     "run download-cancel": "drops what the page has asked for; Ctrl-C on the command line",
@@ -153,7 +154,6 @@ VIEW_STATE = {
 
 WORKER_STATE = {
     "release": "frees the memory of the worker's base",
-    "probe": "times some steps for the forecast of the Train form",
     "warm": "starts the worker ahead of time",
 }
 """Requests of the worker that need no command, with the reason."""

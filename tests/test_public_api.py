@@ -18,8 +18,8 @@ from lora_core.verbs import VERBS, Verb
 
 PARTS = """
     AdapterWeights Axis LayerWeights LoraAt LoraError Measure Merger Picture RunConfig RunFolder Shot
-    Strengthened adapter_weights generated_from_prompt inject inspect_file left_out load_base merge_into_base
-    read_adapter run_config shrink_intrinsic validation write_adapter
+    Strengthened adapter_weights generated_from_prompt inject inspect_file left_out like_file load_base
+    merge_into_base read_adapter run_config shrink_intrinsic validation write_adapter
 """
 
 

@@ -268,7 +268,7 @@ def test_export_of_a_checkpoint(worker: Worker, lora: Path, tmp_path: Path) -> N
     rows = done["works_in"]["tools"]
     assert done["works_in"]["ok"]
     assert [row["tool"] for row in rows if row["matched"] == row["keys"]] == ["diffusers"]
-    assert "'7'" in worker.error(ask | {"checkpoint": "7"})
+    assert "no checkpoint 7;" in worker.error(ask | {"checkpoint": "7"})
     assert "a/b" in worker.error(ask | {"name": "a/b"})
     assert "fp12" in worker.error(ask | {"precision": "fp12"})
     assert "onnx" in worker.error(ask | {"format": "onnx"})

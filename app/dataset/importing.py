@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.train.bases import EMBEDDED
 from app.words import many
 from lora_core.dataset.archive import Imported, Way, import_files, import_folder
 from lora_core.dataset.project import Project
+from lora_core.spec.bases import EMBEDDED
 from lora_core.spec.errors import DatasetError, LoraError
 from lora_core.spec.untrusted import parsed_json
 

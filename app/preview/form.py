@@ -11,8 +11,8 @@ from app.jobs import Watch
 from app.moment import Moment
 from app.preview.loras import ADDED, found_loras, lora_groups, owner, run_loras
 from app.preview.view import STRIP
-from app.train.bases import Base, chosen_base
 from lora_core.dataset.project import Project
+from lora_core.spec.bases import Base, chosen_base
 from lora_core.spec.choices import SAMPLERS
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import ConfigError

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.train.bases import chosen_base
+from lora_core.spec.bases import chosen_base
 from lora_core.spec.choices import SAMPLERS
 from lora_core.spec.infotext import Info, Tag
 from lora_core.spec.shots import Axis, Shot, grid_settings, grid_shots

@@ -17,7 +17,7 @@ from app.jobs import Watch
 from app.moment import Moment, moment_of
 from app.parts import QUIET, TYPING, Parts, piece
 from app.preview.loras import checkpoint_choices
-from app.train.bases import chosen_base
+from lora_core.spec.bases import chosen_base
 from lora_core.spec.choices import FORMATS
 from lora_core.spec.copying import copied
 from lora_core.spec.errors import LoraError

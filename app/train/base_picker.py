@@ -10,12 +10,13 @@ import gradio as gr
 from app.desk import Desk
 from app.moment import Moment
 from app.parts import TYPING, Parts, piece
-from app.train.bases import EMBEDDED, base_choices, chosen_base
+from app.train.bases import base_choices
 from app.train.facts import base_note, download_note
 from app.train.form import FORM, carried_over, preset_config, shown, widget
 from app.train.plan import choice, keep_typed, standing_values
 from app.words import many, safe
 from lora_core.dataset.project import DEMO
+from lora_core.spec.bases import EMBEDDED, chosen_base
 from lora_core.spec.other_tools import Machine, base_files, found_tools
 
 INFO = (

@@ -1,15 +1,15 @@
 """The run card and the charts of the Train tab as HTML: what the shown run does, and what to do about it."""
 
-from app.hardware import resident_bytes
 from app.header import accept_button, percent, request_button, resume_button, run_words, track
 from app.jobs import Watch
 from app.moment import Moment
 from app.train.charts import gain_chart, loss_chart, meaning
 from app.train.checks import in_words
-from app.train.pace import seconds_left
 from app.words import UNKNOWN, changed_inputs, clock, file_size, pace, safe, state_chip, tile
 from lora_core.spec.choices import PRECISIONS
 from lora_core.spec.events import RateFound
+from lora_core.spec.forecast import seconds_left
+from lora_core.spec.hardware import resident_bytes
 from lora_core.spec.processes import log_tail
 from lora_core.spec.rate_plot import rate_html
 

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from app.hardware import Hardware
 from lora_core.dataset.folder import Dataset
 from lora_core.dataset.preflight import preflight
 from lora_core.spec.config import FIELDS, RunConfig
 from lora_core.spec.errors import LoraError
+from lora_core.spec.hardware import Hardware
 from lora_core.spec.problems import Problem
 
 FRESH_SECONDS = 60.0

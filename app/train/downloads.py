@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from app.train.bases import forget_bases
+from lora_core.spec.bases import forget_bases
 from lora_core.spec.errors import LoraError, RunError
 from lora_core.spec.hub import Download, DownloadCancelled, download, find_download
 

@@ -1,40 +1,21 @@
 """What will happen, said before Start in plain sentences: pictures, looks, time, memory, file size, and each
 problem."""
 
-import functools
 import json
-import math
-
-import psutil
 
 from app.moment import Moment
-from app.train.bases import chosen_base
 from app.train.form import for_family
-from app.train.pace import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast
 from app.words import UNKNOWN, about, bar, file_size, many, pace, safe, scientific, tile
 from lora_core.dataset.preflight import caption_bytes
-from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import LoraError
+from lora_core.spec.forecast import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast, memory_needed
 from lora_core.spec.hub import Download
-from lora_core.spec.preflight import ADAPTER_COPIES
 from lora_core.spec.sizes import (
-    PREPACKED_COPIES,
-    PREPACKED_SPARE,
-    WINOGRAD_COPIES,
-    base_numbers,
     export_bytes,
 )
 
 SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated", GUESSED: "estimated"}
 NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
-PROGRAM = 0.6e9
-"""Bytes that torch and its libraries take before a model is loaded."""
-ACTIVATIONS = 0.7e6
-"""Bytes that one latent pixel keeps for the way back through a UNet of SD 1.x's size, in half precision."""
-USUAL_NUMBERS = 1.07e9
-"""Weights of all of SD 1.x, which that was seen with."""
-CHECKPOINTING_KEEPS = 0.2
 
 
 def blockers(moment: Moment) -> list[str]:
@@ -93,7 +74,7 @@ def facts(moment: Moment) -> str:
     """Three figures, a few sentences, and what is in the way."""
     config, known = moment.plan.config, moment.plan.base.facts
     size = export_bytes(known, config) if known else None
-    expected = forecast(moment, config)
+    expected = time_of(moment, config)
     tried = moment.desk.prober.known(config)
     peak = tried.peak if tried else 0
     memory = peak or (memory_needed(config, known, moment.desk.hardware.has_gpu) if known else None)
@@ -119,6 +100,13 @@ def facts(moment: Moment) -> str:
         + _listed(notes(moment), "small notes", "start-notes")
         + _listed(stops, tone, "start-why")
     )
+
+
+def time_of(moment: Moment, config: RunConfig) -> Forecast | None:
+    """What a step will take, from all that this window knows."""
+    desk = moment.desk
+    runs = [(watch.progress, watch.config()) for watch, _ in moment.runs]
+    return forecast(config, runs, desk.prober.all(), len(desk.project.dataset().records), desk.hardware)
 
 
 def _measuring(moment: Moment, expected: Forecast | None) -> str:
@@ -171,44 +159,6 @@ def _memory_words(moment: Moment, measured: bool) -> str:
     card = moment.desk.hardware.card()
     words = "memory, measured" if measured else "memory"
     return f"{words}, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
-
-
-def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:
-    """About how many bytes the run takes at its peak; within a factor of two at best."""
-    numbers, export = _numbers(config.model.base, _changed_at(known)), export_bytes(known, config)
-    if not numbers or not export:
-        return None
-    asked = config.train.precision
-    width = 4 if asked == "fp32" or (asked == "auto" and not on_card) else 2
-    side = config.train.resolution or known.resolution
-    kept = CHECKPOINTING_KEEPS if config.train.checkpointing else 1.0
-    pixels = (side / 8) ** 2 * config.train.batch_size
-    activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
-    weights = numbers * width
-    if not (on_card or config.train.offload or config.train.quantise != "none"):
-        # A processor's run takes more where there is more, because that is faster.
-        room = psutil.virtual_memory().available - PREPACKED_SPARE
-        most = WINOGRAD_COPIES if width == 4 else PREPACKED_COPIES
-        copies = next((n for n in (most, PREPACKED_COPIES) if room > (1 + n) * weights), 0)
-        weights *= 1 + copies
-    return PROGRAM + weights + export / 2 * 4 * ADAPTER_COPIES + activations
-
-
-def _changed_at(known: BaseFacts) -> int:
-    try:
-        return known.path.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-@functools.lru_cache(maxsize=16)
-def _numbers(base: str, changed_at: int) -> int | None:
-    """How many weights a base has; pages ask each second, and a header may hold a megabyte."""
-    known = chosen_base(base).facts
-    try:
-        return base_numbers(known) if known else None
-    except (LoraError, OSError):
-        return None
 
 
 def _sentences(moment: Moment) -> list[str]:

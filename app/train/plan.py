@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from app.train.bases import EMBEDDED, Base, chosen_base
 from app.train.form import FORM, config_of, form_values, preset_config
 from lora_core.dataset.project import DEMO, Project
+from lora_core.spec.bases import EMBEDDED, Base, chosen_base
 from lora_core.spec.config import RunConfig, retired
 
 

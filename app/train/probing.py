@@ -10,12 +10,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from app.hardware import Hardware
-from app.train.bases import Base, chosen_base
-from app.train.work import work_a_step
 from app.worker import CANCELLED, Reply, Worker
+from lora_core.spec.bases import Base, chosen_base
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError, RunError
+from lora_core.spec.forecast import work_a_step
+from lora_core.spec.hardware import Hardware
 from lora_core.spec.measured import Measured, at_device, cost_key, keep_measured, measured_file, read_measured
 from lora_core.spec.sizes import base_numbers
 
@@ -24,7 +24,6 @@ STILL_FOR = 1.5
 LOOK_EVERY = 0.4
 BYTES_A_NUMBER, ROOM = 2, 2.0
 """On a card: half precision, and as much again for the steps."""
-PROCESSOR = "processor"
 
 
 class Prober:
@@ -50,8 +49,7 @@ class Prober:
     @property
     def device(self) -> str:
         """What a run would train on, as far as the window knows it."""
-        card = self._hardware.card()
-        return card.name if card else PROCESSOR
+        return self._hardware.device
 
     def all(self) -> dict[str, Measured]:
         """What was measured on this machine's device, read again where the file has changed."""

@@ -3,9 +3,9 @@
 from app.jobs import Watch
 from app.moment import Moment
 from app.routes import address
-from app.train.pace import how_often
 from app.words import safe
 from lora_core.spec.events import PreviewDone
+from lora_core.spec.forecast import how_often
 from lora_core.spec.run_folder import runs_folder
 
 RAW = ", raw adapter (above: its average)"

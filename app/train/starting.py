@@ -8,12 +8,12 @@ import gradio as gr
 
 from app.moment import Moment, moment_of
 from app.parts import QUIET, Parts, piece
-from app.train.bases import EMBEDDED
 from app.train.facts import blockers, facts, unfit
 from app.train.form import FORM, command_line, shown
 from app.train.plan import keep_typed, widget_values
 from app.train.train_form import TrainForm
 from app.words import many, safe
+from lora_core.spec.bases import EMBEDDED
 from lora_core.spec.config import FIELDS, RunConfig
 from lora_core.spec.errors import LoraError
 from lora_core.spec.like import Like

@@ -10,7 +10,6 @@ import gradio as gr
 from app.moment import Moment
 from app.parts import QUIET, TYPING, Parts, edited, piece
 from app.train.base_picker import HIDDEN_INFO, build_picker, wire_picker
-from app.train.bases import EMBEDDED, chosen_base
 from app.train.form import (
     FORM,
     GROUPS,
@@ -23,6 +22,7 @@ from app.train.form import (
 )
 from app.train.plan import Plan, choice, keep_typed, standing_values, widget_values
 from app.words import safe
+from lora_core.spec.bases import EMBEDDED, chosen_base
 from lora_core.spec.config import FIELDS
 from lora_core.spec.presets import GOALS, LEVELS
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_core import api
-from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json
+from lora_core.cli import Verbs, add_json, add_run, add_workspace, file_size, named_run, say, say_json
 from lora_core.cli.progress import EventPrinter
-from lora_core.dataset.preflight import preflight
 from lora_core.spec.awake import keep_awake
 from lora_core.spec.base_facts import base_facts
 from lora_core.spec.choices import FORMATS
@@ -48,7 +47,21 @@ ONE_ONLY = (
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
-    train = verbs["train"]
+    train, forecast = verbs["train"], verbs["forecast"]
+    for verb in (train, forecast):
+        _add_settings(verb)
+    train.add_argument(
+        "--queue", action="store_true", help="put the run into the queue in place of training it"
+    )
+    train.set_defaults(run=_train, processor=COMPUTES)
+    forecast.add_argument("--measure", action="store_true", help="take a few steps, to know time and memory")
+    add_json(forecast)
+    forecast.set_defaults(run=_forecast, processor=COMPUTES)
+    _add_runs(verbs)
+
+
+def _add_settings(train: argparse.ArgumentParser) -> None:
+    """The options that say what is trained, and how."""
     train.add_argument("dataset", help="a folder of pictures, a zip of one, or `demo`")
     train.add_argument("--name", default="", help="the run's name; else date and dataset")
     train.add_argument(
@@ -57,8 +70,11 @@ def add_verbs(verbs: Verbs) -> None:
     train.add_argument("--config", type=Path, help="a TOML file of settings")
     train.add_argument("--preset", default="", help="quick, balanced, high, or goal-level such as style-high")
     train.add_argument("--set", action="append", default=[], metavar="section.key=value", help="one setting")
+    train.add_argument("--like", type=Path, metavar="FILE", help="a LoRA file whose settings are taken")
     add_workspace(train)
-    train.set_defaults(run=_train, processor=COMPUTES)
+
+
+def _add_runs(verbs: Verbs) -> None:
     resume = verbs["resume"]
     add_run(resume)
     resume.add_argument("--steps", type=int, help="train to so many steps in all, also a finished run")
@@ -90,7 +106,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def config_of(options: argparse.Namespace) -> RunConfig:
-    """The settings that a command line asks for: preset, what the base's family needs, then --config, then
+    """The settings that a command line asks for: preset, what the base's family needs, then --like, --config,
     --base and --set.
 
     Raises:
@@ -100,7 +116,57 @@ def config_of(options: argparse.Namespace) -> RunConfig:
     if options.base:
         asked["model.base"] = options.base
     asked |= dict(parsed_assignment(text) for text in options.set)
-    return api.run_config(options.dataset, options.name, asked, options.preset)
+    return api.run_config(options.dataset, options.name, asked, options.preset, options.like)
+
+
+def _say_like(options: argparse.Namespace) -> None:
+    """What was taken from the file of --like, and what was not."""
+    if options.like:
+        like = api.like_file(options.like)
+        say(f"Like {options.like.name}: {len(like.values)} settings from {like.source}.")
+        if like.base:
+            say(f"Note: It was trained on {like.base}; choose the base by --base.")
+        for sentence in like.left:
+            say(f"Note: {sentence}")
+
+
+def _forecast(options: argparse.Namespace) -> int:
+    found = api.forecast(config_of(options), options.workspace, options.measure)
+    if options.json:
+        say_json(found)
+        return 0
+    _say_like(options)
+    for line in forecast_lines(found):
+        say(line)
+    for problem in found["problems"]:
+        say(f"{'Problem' if problem['blocking'] else 'Note'}: {problem['sentence']}")
+    return 0
+
+
+def forecast_lines(found: dict[str, Any]) -> list[str]:
+    """A forecast in a few lines."""
+    looks = max(1, round(found["looks"]))
+    lines = [
+        f"{found['pictures']} pictures, {found['captions']} with a caption; {found['steps']} steps look at"
+        f" each about {looks} times."
+    ]
+    known = []
+    if found["seconds"]:
+        source = "measured" if found["source"] in ("measured", "probed") else "estimated"
+        known.append(f"time about {_duration(found['seconds'])}, {source}")
+    if found["memory_bytes"]:
+        known.append(f"memory about {file_size(found['memory_bytes'])}")
+    if found["file_bytes"]:
+        known.append(f"file about {file_size(found['file_bytes'])}")
+    if found["learning_rate"]:
+        known.append(f"effective learning rate {found['learning_rate']:.3g}")
+    return lines + ([f"Forecast: {'; '.join(known)}."] if known else [])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -108,9 +174,14 @@ def _train(options: argparse.Namespace) -> int:
         with stopping.raising():
             config = config_of(options)
             place = workspace(options.workspace)
-            problems = preflight(config, place)
-            refuse(problems)
-        run = _begun(config, place, problems)
+            expected = api.forecast(config, place)
+            refuse([Problem(**problem) for problem in expected["problems"]])
+        _say_like(options)
+        run = _begun(config, place, expected)
+        if options.queue:
+            api.queue_add(run.path)
+            say(f"{run.name} waits in the queue of {place}")
+            return 0
         return resumed(run, None, stopping=stopping, fellows=fellows)
 
     return _together(lead)
@@ -147,14 +218,16 @@ def _together(lead: Callable[[Stopping, "Fellows | None"], int]) -> int:
             return 0
 
 
-def _begun(config: RunConfig, place: Path, problems: list[Problem]) -> RunFolder:
+def _begun(config: RunConfig, place: Path, expected: dict[str, Any]) -> RunFolder:
     run = RunFolder.create(runs_folder(place) / config.name, config)
     say(f"Run {run.name} in {run.path}")
     with contextlib.suppress(ModelFileError):  # the run says it
         model = config.model
         say(f"Base: {base_facts(model.base, model.prediction, model.zero_terminal_snr).sentence}")
-    for problem in problems:
-        say(f"Note: {problem.sentence}")
+    for line in forecast_lines(expected):
+        say(line)
+    for problem in expected["problems"]:
+        say(f"Note: {problem['sentence']}")
     return run
 
 

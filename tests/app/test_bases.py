@@ -9,10 +9,11 @@ from app.desk import Desk
 from app.moment import moment_of
 from app.tools import OtherTools
 from app.train.base_picker import base_chosen
-from app.train.bases import base_choices, chosen_base
+from app.train.bases import base_choices
 from app.train.facts import base_note, blockers
 from app.train.form import FORM, form_values, preset_config
 from app.train.plan import Plan, widget_values
+from lora_core.spec.bases import chosen_base
 from lora_core.spec.config import RunConfig
 from lora_core.spec.other_tools import Machine, Tool, found_tools
 from lora_core.spec.places import Places

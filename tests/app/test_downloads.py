@@ -12,10 +12,10 @@ import pytest
 from app.desk import Desk
 from app.moment import moment_of
 from app.train.base_picker import base_arrived, base_chosen
-from app.train.bases import forget_bases
 from app.train.facts import base_note, blockers, download_note, notes
 from app.train.plan import standing_values
 from app.train.routes import steer
+from lora_core.spec.bases import forget_bases
 from lora_core.spec.errors import RunError
 from tests.hub import Hub, hub_of, small_repo, use_hub
 from tests.waiting import wait_for

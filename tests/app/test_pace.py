@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from app.desk import Desk
-from app.hardware import Card, amd_card, parsed_apps, parsed_card
 from app.moment import moment_of
-from app.train import pace
-from app.train.facts import facts, memory_needed
+from app.train.facts import facts, memory_needed, time_of
 from app.train.form import preset_config
 from lora_core.spec import events
+from lora_core.spec import forecast as pace
 from lora_core.spec.base_facts import base_facts
 from lora_core.spec.config import RunConfig
+from lora_core.spec.hardware import Card, amd_card, parsed_apps, parsed_card
 from lora_core.spec.progress import Progress
 from lora_core.spec.sizes import base_numbers
 from tests.app.bases import checkpoint
@@ -42,11 +42,11 @@ def test_a_run_of_the_same_cost_counts_first(desk: Desk) -> None:
     make_run(desk, "other", started(), *(step(n, 100.0 + 9 * n) for n in range(1, 9)), train__batch_size=1)
     moment = moment_of(desk)
     config = RunConfig().changed({"train.batch_size": 2})
-    found = pace.forecast(moment, config)
+    found = time_of(moment, config)
     assert found is not None
     assert (found.source, found.seconds) == (pace.MEASURED, pytest.approx(2.0))
     # Four pictures a step cost four times as much as one; the newest run is the one with one.
-    scaled = pace.forecast(moment, config.changed({"train.batch_size": 4}))
+    scaled = time_of(moment, config.changed({"train.batch_size": 4}))
     assert scaled is not None
     assert scaled.source == pace.SCALED
     assert scaled.seconds in (pytest.approx(36.0), pytest.approx(4.0))
@@ -54,7 +54,7 @@ def test_a_run_of_the_same_cost_counts_first(desk: Desk) -> None:
 
 def test_with_no_run_at_all_it_is_a_guess_and_says_so(desk: Desk, pictures: list[Path]) -> None:
     desk.hardware.known = True
-    found = pace.forecast(moment_of(desk), preset_config("style", "demo"))
+    found = time_of(moment_of(desk), preset_config("style", "demo"))
     assert found is not None
     assert found.source == pace.GUESSED
     # The embedded base takes 0.16 s a step on two idle cores of 2024; a guess is good within a factor of ten

@@ -12,9 +12,10 @@ import pytest
 
 from app.desk import Desk
 from app.moment import moment_of
-from app.train import pace, probing
-from app.train.facts import facts
+from app.train import probing
+from app.train.facts import facts, time_of
 from app.train.routes import steer
+from lora_core.spec import forecast as pace
 from lora_core.spec.errors import RunError
 from lora_core.spec.measured import Measured, keep_measured, measured_file
 from tests.app.bases import checkpoint
@@ -84,7 +85,7 @@ def test_a_still_form_is_measured_and_says_so(desk: Desk, pictures: list[Path], 
     assert [line["config"] for line in asked(tmp_path)] == [plan.config.to_dict()]
     kept = json.loads(measured_file(desk.workspace).read_text())["measured"]
     assert [(row["step"], row["base"]) for row in kept.values()] == [(2.0, plan.config.model.base)]
-    found = pace.forecast(moment_of(desk), plan.config)
+    found = time_of(moment_of(desk), plan.config)
     assert found is not None
     # 2 s a step, and of 3 pictures 2 are drawn at each round with 20 steps of 0.5 s.
     rounds = plan.config.train.steps / plan.config.preview.every + 1
@@ -106,7 +107,7 @@ def test_another_rank_is_measured_anew_and_reckoned_meanwhile(desk: Desk, pictur
     assert state(desk) == "soon"
     wait_for(lambda: state(desk) == "known")
     more = config.changed({"train.batch_size": 3 * config.train.batch_size})
-    found = pace.forecast(moment_of(desk), more)
+    found = time_of(moment_of(desk), more)
     assert found is not None
     assert found.source == pace.SCALED
     assert found.seconds > 3 * 2.0

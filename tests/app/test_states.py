@@ -7,7 +7,6 @@ import pytest
 
 from app import header
 from app.desk import Desk
-from app.hardware import Card
 from app.moment import Moment, moment_of
 from app.train import cards
 from app.train.facts import blockers, facts, notes, unfit
@@ -16,6 +15,7 @@ from app.train.run_list import earlier, queue_card
 from app.train.samples import samples, shown_rounds
 from lora_core.spec import events
 from lora_core.spec.crash import LESS_MEMORY
+from lora_core.spec.hardware import Card
 from lora_core.spec.run_folder import RunFolder
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 

@@ -78,8 +78,8 @@ def test_a_signal_that_a_library_passes_over_counts_all_the_same(tmp_path: Path,
 def test_a_signal_before_there_is_a_run_leaves_none(tmp_path: Path) -> None:
     code = LISTENING.replace(
         "; sys.exit",
-        "; import os, lora_core.cli.jobs as jobs;"
-        " jobs.preflight = lambda *some: os.kill(os.getpid(), signal.SIGTERM); sys.exit",
+        "; import os, lora_core.dataset.preflight as checks;"
+        " checks.preflight = lambda *some: os.kill(os.getpid(), signal.SIGTERM); sys.exit",
     )
     process = child(code, "train", "demo", "--name", "none", "--workspace", str(tmp_path))
     said, errors = process.communicate(timeout=PATIENCE)

@@ -13,11 +13,12 @@ import torch
 
 from app.desk import Desk
 from app.moment import moment_of
-from app.train import pace
-from app.train.bases import chosen_base
+from app.train.facts import time_of
 from lora_core.dataset.project import DEMO
 from lora_core.models.load import BaseModel
 from lora_core.serve import Worker
+from lora_core.spec import forecast as pace
+from lora_core.spec.bases import chosen_base
 from lora_core.spec.config import RunConfig
 from lora_core.spec.measured import Measured, cost_key, keep_measured
 from lora_core.spec.presets import starting_settings
@@ -123,7 +124,7 @@ def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None
     told = answers[-1]
     one = Measured(told["step"], told["draw"], told["peak"], config.model.base, desk.prober.device)
     keep_measured(tmp_path, cost_key(config, chosen_base(config.model.base).resolution), one)
-    expected = pace.forecast(moment_of(desk), config)
+    expected = time_of(moment_of(desk), config)
     assert expected is not None
     assert expected.source == pace.PROBED
     run = RunFolder.create(runs_folder(tmp_path) / "real", config)

@@ -19,6 +19,7 @@ import psutil
 FRESH_SECONDS = 4.0
 ASKING_TAKES = 10.0
 MEGABYTE = 2**20
+PROCESSOR = "processor"
 CARD_FIELDS = "name,memory.used,memory.total,power.max_limit,compute_cap"
 
 
@@ -73,6 +74,12 @@ class Hardware:
         """Ask now."""
         self._card = nvidia_card() or amd_card()
         self.known = True
+
+    @property
+    def device(self) -> str:
+        """What a run would train on, as far as it is known."""
+        card = self.card()
+        return card.name if card else PROCESSOR
 
     @property
     def has_gpu(self) -> bool:

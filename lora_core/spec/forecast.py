@@ -1,22 +1,33 @@
-"""How long a run will take: from runs of the same cost or steps that were tried, else from others, else from
-the machine's speed."""
+"""What a run will take before it starts. Time: from runs of the same cost or steps that were tried, else from
+others, else from the machine's speed. Memory: from the sizes of base and adapter."""
 
 import functools
 import itertools
 import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import psutil
 
-from app.hardware import Card
-from app.moment import Moment
-from app.train.bases import chosen_base
-from app.train.work import work_a_step
+from lora_core.spec.base_facts import BaseFacts
+from lora_core.spec.bases import chosen_base
 from lora_core.spec.config import RunConfig
-from lora_core.spec.measured import cost_key
+from lora_core.spec.errors import LoraError
+from lora_core.spec.hardware import Card, Hardware
+from lora_core.spec.measured import Measured, at_device, cost_key
+from lora_core.spec.preflight import ADAPTER_COPIES
 from lora_core.spec.progress import Progress
 from lora_core.spec.room import adapters_used
+from lora_core.spec.sizes import (
+    PREPACKED_COPIES,
+    PREPACKED_SPARE,
+    WINOGRAD_COPIES,
+    base_numbers,
+    export_bytes,
+)
 
 LONGEST_GAP = 600.0
 """Seconds between two steps beyond which the run was not going on, but paused or broken off."""
@@ -29,6 +40,19 @@ CARD_SHARE = 0.3
 TFLOPS_A_WATT = ((9.0, 1.2), (8.9, 0.35), (8.1, 0.2), (8.0, 0.7), (7.0, 0.2), (0.1, 0.03))
 """NVIDIA's data sheets, half precision with tensor cores: from which generation on, and how much a watt."""
 
+SHARE_OF_PIXELS = 0.085
+"""What a UNet computes: 2 numbers for each weight at so many of its latent pixels. SD 1.5 (0.68 TFLOP, 0.86 G
+weights, 64 x 64) and SDXL (6.0 TFLOP, 2.57 G weights, 128 x 128) give 0.096 and 0.071."""
+UNET_SHARE = 0.75
+FORWARDS, CHECKPOINTING = 3.0, 4.0
+"""A step costs as much as so many passes; with checkpointing one more."""
+PROGRAM = 0.6e9
+"""Bytes that torch and its libraries take before a model is loaded."""
+ACTIVATIONS = 0.7e6
+"""Bytes that one latent pixel keeps for the way back through a UNet of SD 1.x's size, in half precision."""
+USUAL_NUMBERS = 1.07e9
+"""Weights of all of SD 1.x, which that was seen with."""
+CHECKPOINTING_KEEPS = 0.2
 MEASURED, PROBED, SCALED, GUESSED = "measured", "probed", "scaled", "guessed"
 
 
@@ -40,25 +64,38 @@ class Forecast:
     source: str
 
 
-def forecast(moment: Moment, config: RunConfig) -> Forecast | None:
-    """What a step of `config` will take, or None where nothing is known to tell it from."""
+def forecast(
+    config: RunConfig,
+    runs: Iterable[tuple[Progress, RunConfig | None]],
+    measured: Mapping[str, Measured],
+    pictures: int,
+    hardware: Hardware,
+) -> Forecast | None:
+    """What a step of `config` will take, or None where nothing is known to tell it from.
+
+    Args:
+        config: of the run to come.
+        runs: of this machine, the newest first.
+        measured: what was measured on this device, as `measured.read_measured` has it.
+        pictures: how many there are.
+        hardware: the machine.
+    """
     wanted = _key(config)
     others = []
-    for watch, _ in moment.runs:
-        pace, other = wall_pace(watch.progress), watch.config()
+    for progress, other in runs:
+        pace = wall_pace(progress)
         if pace is None or other is None:
             continue
         if _key(other) == wanted:
             return Forecast(pace, MEASURED)
         others.append((pace, other))
-    pictures = len(moment.desk.project.dataset().records)
-    tried = moment.desk.prober.known(config)
+    tried = measured.get(at_device(wanted, hardware.device))
     if tried is not None:
         return Forecast(tried.step + between_steps(config, tried.step, tried.draw, pictures), PROBED)
     work = work_a_step(config)
     if work is None:
         return None
-    for one in sorted(moment.desk.prober.all().values(), key=lambda one: -one.time):
+    for one in sorted(measured.values(), key=lambda one: -one.time):
         if one.work and one.base == config.model.base:
             step = one.step * work / one.work
             return Forecast(step + between_steps(config, step, one.draw, pictures), SCALED)
@@ -66,7 +103,6 @@ def forecast(moment: Moment, config: RunConfig) -> Forecast | None:
         known = work_a_step(other)
         if known:
             return Forecast(pace * work / known, SCALED)
-    hardware = moment.desk.hardware
     card = hardware.card()
     speed = card_speed(card) if card is not None else processor_speed() if not hardware.has_gpu else None
     return Forecast(work / speed, GUESSED) if speed else None
@@ -139,3 +175,66 @@ def card_speed(card: Card) -> float | None:
     draw."""
     share = next((a_watt for since, a_watt in TFLOPS_A_WATT if card.generation >= since), 0.0)
     return card.watts * share * 1e12 * CARD_SHARE or None
+
+
+def work_a_step(config: RunConfig) -> float | None:
+    """Floating-point operations of a step; None where the base cannot be read."""
+    base = chosen_base(config.model.base)
+    if base.facts is None:
+        return None
+    weights = _unet_weights(base.facts.path, _changed_at(base.facts.path))
+    side = config.train.resolution or base.resolution
+    passes = CHECKPOINTING if config.train.checkpointing else FORWARDS
+    pictures = config.train.batch_size * config.train.accumulate
+    return weights * 2 * (side / 8) ** 2 * SHARE_OF_PIXELS * passes * pictures or None
+
+
+def _changed_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=16)
+def _unet_weights(path: Path, changed_at: int) -> float:
+    """About how many weights the UNet has, from the size of its files in half precision."""
+    try:
+        if path.is_file():
+            return path.stat().st_size / 2 * UNET_SHARE
+        sizes = sorted(file.stat().st_size for file in (path / "unet").glob("*.safetensors"))
+        shards = sum(sizes) if len(sizes) > 2 else sizes[0]
+        return shards / 2
+    except (OSError, IndexError):
+        return 0.0
+
+
+def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:
+    """About how many bytes the run takes at its peak; within a factor of two at best."""
+    numbers, export = _numbers(config.model.base, _changed_at(known.path)), export_bytes(known, config)
+    if not numbers or not export:
+        return None
+    asked = config.train.precision
+    width = 4 if asked == "fp32" or (asked == "auto" and not on_card) else 2
+    side = config.train.resolution or known.resolution
+    kept = CHECKPOINTING_KEEPS if config.train.checkpointing else 1.0
+    pixels = (side / 8) ** 2 * config.train.batch_size
+    activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
+    weights = numbers * width
+    if not (on_card or config.train.offload or config.train.quantise != "none"):
+        # A processor's run takes more where there is more, because that is faster.
+        room = psutil.virtual_memory().available - PREPACKED_SPARE
+        most = WINOGRAD_COPIES if width == 4 else PREPACKED_COPIES
+        copies = next((n for n in (most, PREPACKED_COPIES) if room > (1 + n) * weights), 0)
+        weights *= 1 + copies
+    return PROGRAM + weights + export / 2 * 4 * ADAPTER_COPIES + activations
+
+
+@functools.lru_cache(maxsize=16)
+def _numbers(base: str, changed_at: int) -> int | None:
+    """How many weights a base has; pages ask each second, and a header may hold a megabyte."""
+    known = chosen_base(base).facts
+    try:
+        return base_numbers(known) if known else None
+    except (LoraError, OSError):
+        return None

@@ -1,0 +1,75 @@
+"""What a run will take, before it starts; settings of a LoRA file; into the queue in place of a start."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_core import api
+from lora_core.__main__ import main, parser
+from lora_core.cli.jobs import config_of
+from lora_core.spec.queue import Queue
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_EASEL_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def lora(path: Path, **header: str) -> Path:
+    tensors = {
+        "lora_unet_x.lora_down.weight": torch.zeros(4, 8),
+        "lora_unet_x.lora_up.weight": torch.zeros(8, 4),
+    }
+    save_file(tensors, path, header)
+    return path
+
+
+def test_a_forecast(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["forecast", "demo", "--set", "train.steps=240", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pictures"], found["steps"], found["problems"]) == (24, 240, [])
+    assert found["looks"] == pytest.approx(240 * api.run_config("demo").train.batch_size / 24)
+    assert found["learning_rate"] == pytest.approx(api.run_config("demo").optim.lr)
+    assert 0.5e6 < found["file_bytes"] < 2e6
+    assert found["memory_bytes"] > 0.6e9
+    assert found["seconds"] > 1
+    assert not (home / "runs").exists()
+
+
+def test_a_forecast_says_what_is_in_the_way(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["forecast", str(home / "nowhere")]) == 0
+    said = capsys.readouterr().out
+    assert "0 pictures" in said
+    assert "Problem: The dataset" in said
+
+
+def test_train_says_the_forecast_and_may_wait_in_the_queue(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "demo", "--name", "first", "--queue"]) == 0
+    said = capsys.readouterr().out
+    assert "Forecast: time about" in said
+    assert "effective learning rate 0.003" in said
+    assert "24 pictures, 24 with a caption" in said
+    assert [job.run for job in Queue(home).written()] == ["first"]
+    assert not (home / "runs" / "first" / "requests.jsonl").exists()
+
+
+def test_settings_of_a_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = lora(
+        tmp_path / "a.safetensors", ss_network_dim="12", ss_network_alpha="6", ss_max_train_steps="77",
+        ss_optimizer="bitsandbytes.optim.adamw.AdamW8bit", ss_ip_noise_gamma="0.1",
+    )  # fmt: skip
+    words = ["train", "demo", "--like", str(file), "--set", "train.steps=5"]
+    config = config_of(parser().parse_args(words))
+    assert (config.adapter.rank, config.adapter.alpha, config.train.steps) == (12, 6.0, 5)
+    assert main([*words, "--queue", "--name", "like"]) == 0
+    said = capsys.readouterr().out
+    assert "Like a.safetensors: " in said
+    assert "Note: Input perturbation (0.1) is not known here." in said
+    assert main(["train", "demo", "--like", str(tmp_path / "no.safetensors"), "--queue"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
