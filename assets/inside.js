@@ -49,19 +49,25 @@
     const measure = one("#inside-measure"), kept = measure.dataset.touched ? measure.value : optional.length ? "" : runOf();
     fill(measure, [...optional, ...measured, ["a folder of pictures", FOLDER]], kept);
     const base = one("#inside-base"), bases = offered.bases.map((row) => [row.title, row.name]);
-    fill(base, [...bases, ["another, by its path", OTHER]], base.dataset.touched ? base.value : baseOf() || bases[0]?.[1]);
+    // A base that only a DoRA needs is none until this tool is given one.
+    const free = needs().includes("base?"), none = free ? [["none: only a DoRA needs it", ""]] : [];
+    const given = free ? base.dataset.touched === tool : base.dataset.touched;
+    fill(base, [...none, ...bases, ["another, by its path", OTHER]], given ? base.value : free ? "" : baseOf() || bases[0]?.[1]);
   };
   const field = (name, on) => { one(`#inside [data-field="${name}"]`).hidden = !on; };
   const show = () => {
     const wanted = needs(), measuring = wanted.some((need) => need.startsWith("measure")), folder = measuring && one("#inside-measure").value === FOLDER;
-    const base = wanted.includes("base") || folder, energy = wanted.includes("size") && one("#inside-by").value === "energy";
+    const base = wanted.includes("base") || wanted.includes("base?") || folder, energy = wanted.includes("size") && one("#inside-by").value === "energy";
     field("tuned", wanted.includes("tuned"));
     field("measure", measuring);
     field("dataset", folder);
     field("base", base);
     field("other-base", base && one("#inside-base").value === OTHER);
     field("by", wanted.includes("size"));
-    field("rank", (wanted.includes("size") && !energy) || wanted.includes("rank?"));
+    field("rank", (wanted.includes("size") && !energy) || wanted.includes("rank") || wanted.includes("rank?"));
+    field("blocks", wanted.includes("blocks?"));
+    field("format", wanted.includes("format"));
+    field("alphas", wanted.includes("alphas"));
     field("energy", energy);
     field("apart", wanted.includes("apart"));
     one("#inside-rank").placeholder = wanted.includes("rank?") ? "empty: exact, ranks add" : "";
@@ -97,7 +103,7 @@
   const start = async () => {
     const value = (id) => one(`#inside-${id}`).value;
     const files = button().dataset.high === "0" ? [] : chosen().map(({ file, strength }) => ({ file, strength }));
-    await begin("inside", "inside/start", { tool, files, base: base(), tuned: value("tuned"), measure: measure(), by: value("by"), rank: value("rank"), energy: value("energy"), apart: one("#inside-apart").checked });
+    await begin("inside", "inside/start", { tool, files, base: needs().some((need) => need.startsWith("base")) ? base() : "", tuned: value("tuned"), measure: measure(), by: value("by"), rank: value("rank"), energy: value("energy"), apart: one("#inside-apart").checked, blocks: value("blocks"), format: value("format"), alphas: one("#inside-alphas").checked });
   };
   const begin = async (job, path, body) => {
     tell(job, "working", "");
@@ -214,7 +220,7 @@
       fillFields();
       show();
     } else if (event.target.closest("#inside-form")) {
-      event.target.dataset.touched = "1";
+      event.target.dataset.touched = tool;
       show();
     }
   });

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_core.adapters.weights import LayerWeights
+from lora_core.analysis.base_weights import BaseWeights
 from lora_core.analysis.spectrum import file_spectrum
 from lora_core.formats.file import read_adapter
 from lora_core.spec.paths import DEMO_BASE, DEMO_TRAIN
+from lora_core.spec.tensor_file import read_header
 from tests.analysis.planted import (
     LAYERS,
     TINY,
@@ -118,6 +121,52 @@ def test_merging_adds_and_takes_away(worker: Worker, planted: Path, tmp_path: Pa
     files = [str(both), {"file": str(other), "strength": -0.7}]
     done(worker, do="merge", files=files, out=str(back))
     assert torch.allclose(dense(read_adapter(back, TINY).layers[TO_K]), dense(a), atol=1e-5)
+
+
+def test_blocks_are_weighed_and_a_copy_of_the_base_is_written(
+    worker: Worker, planted: Path, tmp_path: Path
+) -> None:
+    """What the command line's `merge --blocks` and `--into-base` do."""
+    layers, out = read_adapter(planted, TINY).layers, tmp_path / "out.safetensors"
+    weighed = next(key for key in layers if key != TO_K)
+    blocks = f"{weighed[1].replace('.', '[.]')}=0.5"
+    done(worker, do="merge", files=[str(planted)], out=str(out), blocks=blocks)
+    after = read_adapter(out, TINY).layers
+    assert torch.allclose(dense(after[weighed]), dense(layers[weighed], 0.5), atol=1e-5)
+    folder = tmp_path / "base"
+    made = done(worker, do="into-base", files=[str(planted)], base="demo", out=str(folder), blocks=blocks)
+    assert made["bytes"] > 1e6
+    bare, changed = BaseWeights("demo"), BaseWeights(str(folder))
+    for key, strength in ((weighed, 0.5), (TO_K, 1.0)):
+        wanted = dense(layers[key], strength)
+        got = (changed.weight(key) - bare.weight(key)).reshape(wanted.shape)
+        # The embedded base is stored in half precision.
+        assert float((got - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_a_dora_becomes_a_plain_lora_with_its_base(worker: Worker, planted: Path, tmp_path: Path) -> None:
+    tensors = load_file(planted)
+    ups = {key: tensor for key, tensor in tensors.items() if key.endswith(".lora_up.weight")}
+    for key, up in ups.items():
+        magnitude = torch.full((up.shape[0], *(1,) * (up.dim() - 1)), 0.25)
+        tensors[key.replace("lora_up.weight", "dora_scale")] = magnitude
+    dora, out = tmp_path / "dora.safetensors", tmp_path / "plain.safetensors"
+    save_file(tensors, dora, read_header(planted).metadata)
+    request = {"do": "merge", "files": [str(dora)], "rank": 4, "out": str(out)}
+    refused = worker.answers({"id": "a", **request})[-1]
+    assert "whose update depends on the weights of its base" in refused["message"]
+    said = done(worker, **request, base="demo")["sentences"]
+    assert any(sentence.startswith("dora.safetensors as a plain LoRA:") for sentence in said)
+    assert {layer.rank for layer in read_adapter(out, TINY).layers.values()} == {4}
+
+
+def test_another_format_and_back(worker: Worker, planted: Path, tmp_path: Path) -> None:
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    said = done(worker, do="convert", file=str(planted), out=str(there), format="diffusers")["sentences"]
+    assert said[0].startswith("Only diffusers reads this format")
+    done(worker, do="convert", file=str(there), out=str(back), format="kohya", keep_alphas=True)
+    before, after = read_adapter(planted, TINY).layers[TO_K], read_adapter(back, TINY).layers[TO_K]
+    assert torch.allclose(dense(after), dense(before), atol=1e-6)
 
 
 def test_amplification_and_stacking(worker: Worker, planted: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from app.export.file_check import report_html
-from app.export.inside import CHECKPOINT
+from app.export.inside import CHECKPOINT, TOOLS
 from app.words import file_size, safe
 from lora_core.spec.heat import square_plot, table_html
 from lora_core.spec.plot import Bar, bars_plot
@@ -33,7 +33,7 @@ def answer_html(tool: str, request: Row, result: Row) -> str:
         request: what was asked.
         result: what the worker answered.
     """
-    if tool in ("shrink", "merge", "extract", "bake"):
+    if TOOLS[tool].makes:
         return made_html(result)
     if tool == "stack":
         shown = _stack(result["stack"], [_name(row["file"]) for row in request["files"]])
@@ -220,13 +220,17 @@ def made_html(result: Row) -> str:
         if result.get("link")
         else ""
     )
-    go_on = (
-        f'<button type="button" class="own" data-inside-go-on="{safe(file)}">Train on from this file</button>'
-    )
+    # What has no link is a base, which no training goes on from.
+    go_on = _go_on(file) if link else ""
     return (
         f'<div class="made"><h3 class="over-line">{safe(file.name)}, {size}</h3>{said}<div class="row">{link}'
         f"{go_on}</div>{result.get('place', '')}</div>"
     )
+
+
+def _go_on(file: Path) -> str:
+    words = "Train on from this file"
+    return f'<button type="button" class="own" data-inside-go-on="{safe(file)}">{words}</button>'
 
 
 SHOWN: dict[str, Callable[[Row], str]] = {

@@ -11,10 +11,18 @@ from app.desk import Desk
 from app.moment import Moment, moment_of
 from app.preview.loras import ADDED, lora_groups, owner
 from app.train.bases import base_choices
-from lora_core.spec.errors import AdapterFileError, ConfigError, RunError
+from app.words import file_size
+from lora_core.spec.base_facts import base_path
+from lora_core.spec.choices import FORMATS
+from lora_core.spec.disk import folder_bytes
+from lora_core.spec.errors import AdapterFileError, ConfigError, ModelFileError, RunError
+from lora_core.spec.room import MARGIN, free_bytes
 from lora_core.spec.run_folder import checked_name
 
 MOST_FILES = 12
+LONGEST_TABLE = 4000
+BASES = "bases"
+"""The folder of a project with bases that were made in it."""
 CHECKPOINT = "adapter.safetensors"
 
 
@@ -26,9 +34,11 @@ class Tool:
         title: on its button.
         line: what it tells, or makes.
         files: how few and how many it takes.
-        needs: which fields it has: "base", "tuned", "measure", "measure?" (may be left out), "apart", "size",
-            "rank?" (may be empty), "strengths".
+        needs: which fields it has: "base", "tuned", "measure", "apart", "size", "rank", "strengths",
+            "blocks", "format", "alphas"; those with a ? may be left empty.
         go: on the button that starts it.
+        makes: "adapter" or "base" where it makes a file.
+        do: what the worker is asked for, where that is not the tool's own key.
     """
 
     title: str
@@ -36,6 +46,8 @@ class Tool:
     files: tuple[int, int] = (1, 1)
     needs: tuple[str, ...] = ()
     go: str = "Look"
+    makes: str = ""
+    do: str = ""
 
 
 TOOLS: dict[str, Tool] = {
@@ -53,12 +65,25 @@ TOOLS: dict[str, Tool] = {
         "Stacking", "What is left of each when all are on.", (2, MOST_FILES), ("strengths", "measure?")
     ),
     "merge": Tool(
-        "Merge", "Several files as one: exactly, or at a rank.", (1, MOST_FILES), ("strengths", "rank?"),
-        "Merge",
+        "Merge", "Several files as one: exactly or at a rank, with a weight for each block.", (1, MOST_FILES),
+        ("strengths", "rank?", "blocks?", "base?"), "Merge", "adapter",
     ),
-    "shrink": Tool("Shrink", "A smaller file, and what that costs.", (1, 1), ("size",), "Shrink"),
+    "into-base": Tool(
+        "Merge into a base", "A copy of a base model with files merged into it.", (1, MOST_FILES),
+        ("strengths", "base", "blocks?"), "Merge", "base",
+    ),
+    "plain": Tool(
+        "Plain LoRA", "A LoHa, LoKr or DoRA as a plain LoRA, which every tool reads.", (1, 1),
+        ("rank", "base?"), "Convert", "adapter", "merge",
+    ),
+    "convert": Tool(
+        "Convert", "The same LoRA in the format of other tools.", (1, 1), ("format", "alphas"), "Convert",
+        "adapter",
+    ),
+    "shrink": Tool("Shrink", "A smaller file, and what that costs.", (1, 1), ("size",), "Shrink", "adapter"),
     "extract": Tool(
-        "Extract", "A LoRA out of a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract"
+        "Extract", "A LoRA out of a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract",
+        "adapter",
     ),
 }  # fmt: skip
 
@@ -105,8 +130,10 @@ def request_of(desk: Desk, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
     low, high = wanted.files
     if not low <= len(files) <= high:
         raise AdapterFileError(_needs_files(wanted))
-    request: dict[str, Any] = {"do": tool}
-    if high == 1:
+    request: dict[str, Any] = {"do": wanted.do or tool}
+    if request["do"] == "merge":
+        request["files"] = files
+    elif high == 1:
         request["file"] = files[0]["file"]
     elif high:
         request["files"] = files
@@ -117,11 +144,18 @@ def request_of(desk: Desk, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
         "measure?": lambda: {"measure": _measure(desk, sent["measure"])} if sent.get("measure") else {},
         "apart": lambda: {"apart": bool(sent.get("apart"))},
         "size": lambda: _size(sent),
+        "rank": lambda: {"rank": _rank(sent.get("rank") or "")},
         "rank?": lambda: {"rank": _rank(sent["rank"])} if str(sent.get("rank") or "").strip() else {},
+        "base?": lambda: {"base": str(sent["base"])} if sent.get("base") else {},
+        "blocks?": lambda: _blocks(sent),
+        "format": lambda: {"format": _format(sent)},
+        "alphas": lambda: {"keep_alphas": bool(sent.get("alphas"))},
     }
     for need in wanted.needs:
         request |= makers[need]() if need in makers else {}
-    if wanted.go in ("Merge", "Shrink", "Extract"):
+    if wanted.makes == "base":
+        request["out"] = str(_base_place(desk, request["base"], files[0]["file"]))
+    elif wanted.makes:
         source = str(sent["tuned"]) if tool == "extract" else files[0]["file"]
         request["out"] = str(free_place(desk, source, _suffix(tool, request)))
     return request
@@ -168,6 +202,21 @@ def _rank(value: Any) -> int:
     if number != int(number) or not 1 <= number <= 4096:
         raise ConfigError(f"The rank should be a whole number from 1 on, not {str(value)[:40]!r}.")
     return int(number)
+
+
+def _blocks(sent: dict[str, Any]) -> dict[str, Any]:
+    """Weights of blocks as `merge --blocks` takes them."""
+    text = str(sent.get("blocks") or "").strip()
+    if len(text) > LONGEST_TABLE:
+        raise ConfigError(f"The weights of blocks are longer than {LONGEST_TABLE:,} letters; use fewer rows.")
+    return {"blocks": text} if text else {}
+
+
+def _format(sent: dict[str, Any]) -> str:
+    name = str(sent.get("format") or "")
+    if name not in FORMATS:
+        raise ConfigError(f"Choose a format: {' or '.join(FORMATS)}.")
+    return name
 
 
 def _size(sent: dict[str, Any]) -> dict[str, Any]:
@@ -218,16 +267,38 @@ def free_place(desk: Desk, source: str, suffix: str) -> Path:
     file = Path(source).expanduser()
     watch = owner(moment_of(desk), str(file))
     folder = watch.run.exports if watch else desk.project.path / ADDED
+    return _free(folder, f"{stem_of(desk, file)[:80]}-{suffix}", ".safetensors")
+
+
+def _base_place(desk: Desk, base: str, source: str) -> Path:
+    """Where a base that has `source` merged into it goes: among the project's bases.
+
+    Raises:
+        ModelFileError: the base is not on this computer, or there is no room for a copy of it.
+    """
+    path = base_path(base)
+    folder = desk.project.path / BASES
+    size = path.stat().st_size if path.is_file() else folder_bytes(path.resolve())
+    free = free_bytes(folder)
+    if size + MARGIN > free:
+        raise ModelFileError(
+            f"A copy of the base takes {file_size(size)}, and {file_size(free)} are free in {folder}; make"
+            " room."
+        )
+    stem = f"{path.stem[:60]}-{stem_of(desk, Path(source))[:60]}"
+    return _free(folder, stem, ".safetensors" if path.is_file() else "")
+
+
+def _free(folder: Path, stem: str, ending: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{stem_of(desk, file)[:80]}-{suffix}"
-    path, number = folder / f"{stem}.safetensors", 2
+    path, number = folder / f"{stem}{ending}", 2
     while path.exists():
-        path, number = folder / f"{stem}-{number}.safetensors", number + 1
+        path, number = folder / f"{stem}-{number}{ending}", number + 1
     return path
 
 
 def _suffix(tool: str, request: dict[str, Any]) -> str:
-    if tool == "merge":
-        return "merged"
+    if tool in ("merge", "plain", "convert"):
+        return {"merge": "merged", "plain": f"plain{request.get('rank')}"}.get(tool) or request["format"]
     small = f"rank{request['rank']}" if request.get("rank") else f"energy{100 * request['energy']:g}"
     return f"lora-{small}" if tool == "extract" else small

@@ -3,6 +3,7 @@ window."""
 
 from app.export.inside import TOOLS, Tool
 from app.words import safe
+from lora_core.spec.choices import FORMATS
 
 EMPTY = (
     '<div class="empty"><h3>Nothing looked at yet</h3><p class="small">Choose a LoRA, of a run or from'
@@ -43,6 +44,7 @@ def _tool(key: str, tool: Tool) -> str:
 
 def _form() -> str:
     """The fields of all tools; inside.js shows those that the chosen one needs."""
+    formats = "".join(f'<option value="{key}">{safe(row.title)}</option>' for key, row in FORMATS.items())
     return """<form id="inside-form" class="inside-form" autocomplete="off">
 <label class="entry" data-field="tuned" hidden>Fine-tuned model<input id="inside-tuned" type="text"
  placeholder="path of a .safetensors file or a diffusers folder" spellcheck="false"></label>
@@ -58,6 +60,11 @@ def _form() -> str:
  type="text" inputmode="numeric" value="8"></label>
 <label class="entry" data-field="energy" hidden>Percent of the energy<input id="inside-energy" type="text"
  inputmode="decimal" value="99"></label>
+<label class="entry" data-field="blocks" hidden>Weights of blocks<input id="inside-blocks" type="text"
+ spellcheck="false" placeholder="mid_block=0.5, up_blocks.1=[1, 0]"></label>
+<label class="entry" data-field="format" hidden>Format<select id="inside-format">@FORMATS@</select></label>
+<label class="tick" data-field="alphas" hidden><input id="inside-alphas" type="checkbox">Keep an alpha for
+ each layer</label>
 <label class="tick" data-field="apart" hidden><input id="inside-apart" type="checkbox">UNet and text encoders
  apart</label>
 <div class="row"><button type="submit" class="own primary" id="inside-go">Look</button>
@@ -65,4 +72,4 @@ def _form() -> str:
 <span class="small" id="inside-why"></span>
 <span class="small num" id="inside-state" role="status" data-state="idle"></span></div>
 <div class="track" id="inside-track" hidden><i style="width: 0"></i></div>
-</form>"""
+</form>""".replace("@FORMATS@", formats)

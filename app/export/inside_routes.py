@@ -108,6 +108,8 @@ class _Look:
 
         def shows(result: dict[str, Any]) -> str:
             self._asked, self._found = request, result
+            if TOOLS[tool].makes == "base":
+                self._desk.places.keep_base(str(result["file"]))
             self._html = answer_html(tool, request, self._linked(result))
             return self._html
 
@@ -142,7 +144,7 @@ class _Look:
         if "file" not in result:
             return result
         file, runs = Path(str(result["file"])), runs_folder(self._desk.workspace)
-        link = f"/easel/made/{quote(file.name)}"
+        link = f"/easel/made/{quote(file.name)}" if file.parent.name == ADDED else ""
         if file.is_relative_to(runs):
             link = f"/easel/download/{quote(file.relative_to(runs).parts[0])}/{quote(file.name)}"
         return {**result, "link": link, "place": self._desk.files.place(file, "It is at")}

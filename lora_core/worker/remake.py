@@ -1,4 +1,5 @@
-"""The worker's verbs that make adapter files of others: `shrink`, `bake`, `merge` and `extract`.
+"""The worker's verbs that make files of adapters: `shrink`, `bake`, `merge`, `into-base`, `convert` and
+`extract`.
 
 Each answers the file, its size, and what was done in sentences.
 """
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.analysis.extract import extract_file
-from lora_core.analysis.merge import Ingredient, Wanted, merge_files
+from lora_core.analysis.merge import Ingredient, Wanted, merge_files, merge_files_into_base
 from lora_core.analysis.rewrite import AS_IT_IS, Rewriting, check_out, own_precision
 from lora_core.analysis.shrink import Wish, shrink_file
 from lora_core.analysis.strength import bake
+from lora_core.formats.convert import converted
 from lora_core.report.measured import cut_file
+from lora_core.spec.disk import folder_bytes
 from lora_core.worker.analyse import files_of
 from lora_core.worker.telling import Telling
 
@@ -30,7 +33,10 @@ class Remaking:
 
     def verbs(self) -> dict[str, Verb]:
         """By name."""
-        return {"shrink": self.shrink, "bake": self.bake, "merge": self.merge, "extract": self.extract}
+        return {
+            "shrink": self.shrink, "bake": self.bake, "merge": self.merge, "into-base": self.into_base,
+            "convert": self.convert, "extract": self.extract,
+        }  # fmt: skip
 
     def shrink(self, request: Request) -> dict[str, Any]:
         """A smaller file: by `rank`, by `energy`, or by `ranks`, rows {part, module, rank}, as measured."""
@@ -51,13 +57,31 @@ class Remaking:
         return _made(out, [bake(to, None, [float(one) for one in request["strengths"]])])
 
     def merge(self, request: Request) -> dict[str, Any]:
-        """Several files as one; without a `rank`, exactly."""
-        files, out, telling = files_of(request), Path(str(request["out"])), self._telling(request)
+        """Several files as one; without a `rank`, exactly. A DoRA needs its `base`.
+
+        `blocks` are weights of layers, as `merge --blocks` takes them.
+        """
+        ingredients, out, telling = _ingredients(request), Path(str(request["out"])), self._telling(request)
         telling.phase("Merging the layers")
-        ingredients = [Ingredient(file.path, file.strength, file.text_strength) for file in files]
-        rank = request.get("rank")
-        wanted = Wanted(int(rank) if rank else None, "", own_precision(files[0].path))
+        rank, blocks = request.get("rank"), str(request.get("blocks") or "")
+        precision, base = own_precision(ingredients[0].path), str(request.get("base") or "")
+        wanted = Wanted(int(rank) if rank else None, blocks, precision, base)
         return _made(out, merge_files(ingredients, out, wanted, time.time(), telling.step))
+
+    def into_base(self, request: Request) -> dict[str, Any]:
+        """A copy of a base with files merged into it."""
+        ingredients, out = _ingredients(request), Path(str(request["out"]))
+        self._telling(request).phase("Writing a copy of the base")
+        blocks = str(request.get("blocks") or "")
+        return _made(out, merge_files_into_base(ingredients, str(request["base"]), out, blocks))
+
+    def convert(self, request: Request) -> dict[str, Any]:
+        """The same LoRA in another format."""
+        source, out = Path(str(request["file"])), Path(str(request["out"]))
+        self._telling(request).phase("Writing the file")
+        check_out(out)
+        notes = converted(source, out, str(request["format"]), bool(request.get("keep_alphas")))
+        return _made(out, [f"{note[:1].upper()}{note[1:]}" for note in notes])
 
     def extract(self, request: Request) -> dict[str, Any]:
         """The LoRA between a fine-tuned model and its base."""
@@ -74,5 +98,10 @@ def _wish(request: Request) -> Wish:
     return Wish(rank=int(request["rank"]))
 
 
+def _ingredients(request: Request) -> list[Ingredient]:
+    return [Ingredient(file.path, file.strength, file.text_strength) for file in files_of(request)]
+
+
 def _made(out: Path, sentences: list[str]) -> dict[str, Any]:
-    return {"file": str(out), "bytes": out.stat().st_size, "sentences": sentences}
+    size = folder_bytes(out) if out.is_dir() else out.stat().st_size
+    return {"file": str(out), "bytes": size, "sentences": sentences}

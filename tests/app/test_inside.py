@@ -18,7 +18,7 @@ from app.export.inside_panel import inside_card
 from app.export.inside_routes import add_inside_routes
 from app.export.report_card import report_card
 from app.routes import add_routes
-from lora_core.spec.errors import AdapterFileError, ConfigError
+from lora_core.spec.errors import AdapterFileError, ConfigError, ModelFileError
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.app.test_preview import run_with_file
 from tests.waiting import wait_for
@@ -120,6 +120,11 @@ def test_what_there_is_to_choose(desk: Desk) -> None:
         ("merge", {"files": [{"file": "/none.safetensors"}]}, "no file at"),
         ("merge", {"files": 1, "strength": "much"}, "A strength should be a number"),
         ("extract", {}, "Give the path of the fine-tuned model"),
+        ("plain", {"files": 1}, "The rank should be a number"),
+        ("convert", {"files": 1, "format": "onnx"}, "Choose a format: kohya or diffusers"),
+        ("into-base", {"files": 1}, "Choose the base"),
+        ("into-base", {"files": 1, "base": "/none"}, "The base '/none' does not exist"),
+        ("merge", {"files": 2, "blocks": "a=1," * 2000}, "longer than 4,000 letters"),
         ("fly", {}, "There is no tool"),
     ],
 )
@@ -127,7 +132,7 @@ def test_what_is_missing_is_said(desk: Desk, tool: str, sent: dict[str, Any], pr
     _, file = run_with_file(desk)
     if isinstance(sent.get("files"), int):
         sent = {**sent, "files": [{"file": str(file), "strength": sent.get("strength", 1)}] * sent["files"]}
-    with pytest.raises((AdapterFileError, ConfigError), match=problem):
+    with pytest.raises((AdapterFileError, ConfigError, ModelFileError), match=problem):
         request_of(desk, tool, sent)
 
 
@@ -143,7 +148,36 @@ def test_requests_are_what_the_worker_knows(desk: Desk) -> None:
     }  # fmt: skip
     asked = request_of(desk, "merge", {"files": [*files, *files], "rank": ""})
     assert asked["files"] == [{"file": str(file), "strength": 0.5}] * 2
-    assert "rank" not in asked
+    assert not asked.keys() & {"rank", "blocks", "base"}
+    sent = {"files": files, "rank": "4", "base": "demo", "blocks": " mid_block=0.5 "}
+    asked = request_of(desk, "merge", sent)
+    assert (asked["rank"], asked["base"], asked["blocks"]) == (4, "demo", "mid_block=0.5")
+    plain = request_of(desk, "plain", sent)
+    assert (plain["do"], plain["files"], plain["rank"], plain["base"]) == ("merge", asked["files"], 4, "demo")
+    assert Path(plain["out"]).name == "mine-plain4.safetensors"
+    asked = request_of(desk, "convert", {"files": files, "format": "diffusers", "alphas": True})
+    assert asked == {
+        "do": "convert", "file": str(file), "format": "diffusers", "keep_alphas": True,
+        "out": str(run.exports / "mine-diffusers.safetensors"),
+    }  # fmt: skip
+
+
+def test_a_base_with_files_in_it_is_offered_as_a_base(
+    desk: Desk, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = run_with_file(desk)
+    sent = {"files": [{"file": str(file), "strength": "0,8"}], "base": "demo", "blocks": "mid_block=0"}
+    asked = request_of(desk, "into-base", sent)
+    out = desk.project.path / "bases" / "base-mine"
+    assert (asked["do"], asked["out"], asked["blocks"]) == ("into-base", str(out), "mid_block=0")
+    assert say(client, "inside/start", tool="into-base", **sent) == {"done": True}
+    shown = ended(client)["html"]
+    assert "base-mine" in shown
+    assert "/easel/made/" not in shown
+    assert desk.places.bases() == [str(out)]
+    out.rename(out.with_name("base-mine-2"))
+    monkeypatch.setattr("app.export.inside.free_bytes", lambda path: 1000)
+    assert "A copy of the base takes" in say(client, "inside/start", tool="into-base", **sent)["problem"]
 
 
 def test_new_files_never_take_a_name_that_is_taken(desk: Desk, tmp_path: Path) -> None:
