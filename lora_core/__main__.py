@@ -25,6 +25,7 @@ from lora_core.cli import (
     workspace,
     write,
 )
+from lora_core.spec.config import in_short, is_unicode
 from lora_core.spec.errors import LoraError
 from lora_core.spec.processor import SLEEPS, share_processor
 from lora_core.spec.stopping import INTERRUPTED
@@ -62,7 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 a problem that a person can fix (one sentence on stderr), 2 wrong usage, 130 interrupted.
     """
-    options = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for word in words:
+        if not is_unicode(word) and not os.path.lexists(word):
+            write(sys.stderr, f"{in_short(word)} holds bytes that are not UTF-8; type it anew.\n")
+            return 1
+    options = parser().parse_args(words)
     _quiet_libraries()
     _set_up_cuda()
     share_processor(getattr(options, "processor", SLEEPS))

@@ -380,6 +380,28 @@ def runs(workspace: File | None = None) -> list[dict[str, Any]]:
     return found
 
 
+def notify(whom: str | None = None, test: bool = False, workspace: File | None = None) -> str:
+    """Who is told when a run of a workspace ends; returns that.
+
+    Args:
+        whom: a command, or a web address; "" for nobody; None leaves it as it is.
+        test: tell them now.
+        workspace: whose runs.
+
+    Raises:
+        ConfigError: the command has an open quote, or with `test`, they could not be told.
+    """
+    from lora_core.spec.notify import tell_from_now_on, try_telling, whom_to_tell
+
+    place = workspace_folder(workspace)
+    if whom is not None:
+        tell_from_now_on(place, whom)
+    told = whom_to_tell(place)
+    if test and (problem := try_telling(told)):
+        raise ConfigError(problem)
+    return told
+
+
 def delete(run: File, workspace: File | None = None) -> Path:
     """Move a run to the trash of its workspace; returns where it is now.
 

@@ -54,6 +54,7 @@ VERBS = (
     Verb("save", "write a checkpoint now", "Train: Save now", ("run save",)),
     Verb("preview", "draw samples now", "Train: Sample now", ("run preview",)),
     Verb("runs", "list the runs of a workspace", "Train: Runs"),
+    Verb("notify", "who is told when a run ends: a command or a web address", "Train: When a run ends"),
     Verb("delete", "move a run to the trash", "Train: Runs, Delete", ("run delete",)),
     Verb("debug", "a zip for a bug report, without pictures, paths and names", "Train: Zip for a bug report"),
     Verb("queue add", "put a run at the end of the queue", "Train: Add to queue"),

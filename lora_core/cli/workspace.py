@@ -1,4 +1,4 @@
-"""Verbs about what a workspace keeps: caches, trash."""
+"""Verbs about what a workspace keeps: caches, trash, who is told when a run ends."""
 
 import argparse
 import time
@@ -13,12 +13,22 @@ def add_verbs(verbs: Verbs) -> None:
         "caches list": _caches, "caches clean": _clean,
         "trash list": _trash, "trash restore": _restore, "trash empty": _empty,
     }  # fmt: skip
+    notify = verbs["notify"]
+    notify.add_argument("whom", metavar="COMMAND|URL", nargs="?", help="keep it; '' for nobody")
+    notify.add_argument("--test", action="store_true", help="tell them now")
+    add_workspace(notify)
+    notify.set_defaults(run=_notify)
     verbs["trash restore"].add_argument("name", metavar="NAME", help="its name, or the id that `list` shows")
     for name, function in functions.items():
         add_workspace(verbs[name])
         verbs[name].set_defaults(run=function)
     for name in ("caches list", "trash list"):
         add_json(verbs[name])
+
+
+def _notify(options: argparse.Namespace) -> int:
+    say(api.notify(options.whom, options.test, options.workspace) or "Nobody is told when a run ends.")
+    return 0
 
 
 def _caches(options: argparse.Namespace) -> int:

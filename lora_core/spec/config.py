@@ -283,7 +283,7 @@ def _checked_one(name: str, info: dataclasses.Field[Any], kind: Any, value: Any)
 
 def _as_type(name: str, kind: Any, value: Any) -> Any:
     if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is list:
-        if isinstance(value, list) and all(isinstance(v, str) and _is_unicode(v) for v in value):
+        if isinstance(value, list) and all(isinstance(v, str) and is_unicode(v) for v in value):
             return value
         raise ConfigError(f"{name} = {in_short(value)} should be a list of texts.")
     if kind is bool and isinstance(value, bool):
@@ -295,7 +295,7 @@ def _as_type(name: str, kind: Any, value: Any) -> Any:
             return float(value)
         raise ConfigError(f"{name} = {in_short(value)} is too large.")
     if kind is str and isinstance(value, str):
-        if not _is_unicode(value):
+        if not is_unicode(value):
             raise ConfigError(f"{name} = {in_short(value)} holds bytes that are not UTF-8; rename it.")
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
@@ -311,7 +311,7 @@ def in_short(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 1]}…"
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8: it holds no lone surrogate."""
     return text == valid_text(text)
 

@@ -1,6 +1,7 @@
 """Verbs about what a workspace keeps: the trash, caches, checkpoints by a run's name."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,27 @@ def test_an_adapter_is_a_file_or_a_runs_checkpoint(home: Path, tmp_path: Path) -
     assert adapter_file("first", None) == Path("first")
     assert main(["export", "first", "--checkpoint", "7"]) == 1
     assert main(["export", "first", "--name", "../x"]) == 1
+
+
+def test_who_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words(capsys, "notify") == "Nobody is told when a run ends."
+    assert words(capsys, "notify", "echo hello") == "echo hello"
+    assert words(capsys, "notify", "--test") == "echo hello"
+    assert main(["notify", "no-such-command-here", "--test"]) == 1
+    assert "could not be told" in capsys.readouterr().err
+    assert main(["notify", "echo 'open"]) == 1
+    assert words(capsys, "notify", "") == "Nobody is told when a run ends."
+
+
+@pytest.mark.parametrize("verb", [["generate", "--prompt"], ["projects", "new"], ["trash", "restore"]])
+def test_words_that_are_no_text(verb: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*verb, "a\udcffb"]) == 1
+    assert capsys.readouterr().err == "'a\\udcffb' holds bytes that are not UTF-8; type it anew.\n"
+    assert not home.exists()
+
+
+def test_a_zip_for_a_bug_report(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(home, "first")
+    assert words(capsys, "debug", "first") == str(run.path / "debug.zip")
+    with zipfile.ZipFile(run.path / "debug.zip") as archive:
+        assert {"about.json", "settings.toml"} <= set(archive.namelist())
