@@ -12,7 +12,7 @@ from tests.faults import Nursery
 
 TESTS = Path(__file__).parent
 REQUIRE_BROWSER = "LORA_EASEL_REQUIRE_BROWSER"
-# Folders whose tests share set-ups that take long: one process runs all of such a folder. They come first.
+# Folders whose tests share set-ups that take long: one process runs all of such a folder.
 TOGETHER = ("tests/browser/", "tests/training/")
 
 # Before anything imports gradio or huggingface_hub, which read these once.
@@ -41,11 +41,12 @@ def nursery() -> Iterator[Nursery]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All that stands in tests/browser drives a browser; the folders of TOGETHER come first."""
+    """All that stands in tests/browser drives a browser. What takes long comes first, so that processes which
+    divide the tests end together: the folders of TOGETHER, then the files beside this one."""
     for item in items:
         if TESTS / "browser" in item.path.parents:
             item.add_marker("browser")
-    items.sort(key=lambda item: not item.nodeid.startswith(TOGETHER))
+    items.sort(key=lambda item: (not item.nodeid.startswith(TOGETHER), item.path.parent != TESTS))
 
 
 @pytest.hookimpl(optionalhook=True)
