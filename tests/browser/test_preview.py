@@ -128,6 +128,8 @@ def test_a_grid_its_settings_and_cancelling(page, window: Any, lora: Path, tmp_p
     open_tab(page, "Preview")
     page.wait_for_selector("#loras[data-ready] [data-row]")
     has_value(page, "#loras [data-part=text][data-typed]", "0.25")
+    has_value(page, "#prompt textarea", "an owl")
+    has_value(page, "#sampler-steps input", "4")
     page.fill("#prompt textarea", "a long one")
     page.fill("#sampler-steps input", "200")
     page.click("#generate")
