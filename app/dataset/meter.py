@@ -15,6 +15,7 @@ from lora_core.dataset.captions import chosen_parts, part_beyond, token_count, w
 from lora_core.dataset.folder import Dataset
 from lora_core.spec.config import FIELDS
 from lora_core.spec.errors import LoraError
+from lora_core.spec.paths import valid_text
 
 LIMITS: tuple[int, ...] = FIELDS["train.tokens"].metadata["among"]
 
@@ -36,7 +37,7 @@ class Counted:
 
 def counted(caption: str, plan: Plan) -> Counted:
     """A caption as the run to come would read it."""
-    return _counted(caption, plan.trigger, plan.config.train.tokens, plan.base.tokenizer)
+    return _counted(valid_text(caption), plan.trigger, plan.config.train.tokens, plan.base.tokenizer)
 
 
 @functools.lru_cache(maxsize=4096)

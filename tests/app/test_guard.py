@@ -1,6 +1,7 @@
 """Who is let in, and to what: the guard alone, then the whole window with every route that it has, then
 files that somebody made to do harm."""
 
+import asyncio
 import functools
 import io
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.applications import Starlette
@@ -538,3 +540,104 @@ def test_a_huge_picture_that_lies_there_already_is_not_opened(tmp_path: Path) ->
     for size in ("thumb", "picture"):
         answer = whole.own().get(f"/easel/{size}/dataset/huge.png")
         assert "million pixels" in answer.json()["problem"]
+
+
+# ---- guesses, sessions, sizes
+# ----------------------------------------------------------------------------------------------
+
+
+async def guesses(door: Login, passwords: list[tuple[str, str]]) -> list[int]:
+    """The answers to guesses that are made at the same time, each (address, password)."""
+
+    async def one(address: str, password: str) -> int:
+        transport = httpx.ASGITransport(door, client=(address, 1))
+        async with httpx.AsyncClient(transport=transport, base_url=ORIGIN) as client:
+            return (await client.post("/easel/login", data={"password": password})).status_code
+
+    return await asyncio.gather(*(one(*guess) for guess in passwords))
+
+
+def test_guesses_from_many_places_come_one_by_one_and_ever_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    at_once: list[int] = []
+    sleeping = 0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal sleeping
+        sleeping += 1
+        at_once.append(sleeping)
+        pauses.append(seconds)
+        await real_sleep(0)
+        sleeping -= 1
+
+    real_sleep = asyncio.sleep
+    monkeypatch.setattr("app.login.asyncio.sleep", sleep)
+    door = Login(site(), "open sesame")
+    wrong = [(f"10.0.0.{n}", f"guess {n}") for n in range(40)]
+    assert asyncio.run(guesses(door, wrong)) == [401] * 40
+    assert max(at_once) == 1
+    assert pauses[:6] == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0]
+    assert set(pauses[6:]) == {8.0}
+    # Nobody is kept out for ever, and who is right begins anew.
+    assert asyncio.run(guesses(door, [("10.0.0.200", "open sesame")])) == [303]
+    assert asyncio.run(guesses(door, [("10.0.0.1", "no")])) == [401]
+    assert pauses[-2:] == [8.0, 0.0]
+
+
+def test_400_guesses_at_once_from_one_place_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They took 1.02 s and were all compared, when each waited for itself alone."""
+    monkeypatch.setattr("app.login.FIRST_PAUSE", 0.05)
+    door = Login(site(), "open sesame")
+    answers = asyncio.run(guesses(door, [("10.0.0.1", f"guess {n}") for n in range(400)]))
+    assert answers.count(401) <= 2
+    assert answers.count(401) + answers.count(429) == 400
+    halves = [(f"2001:db8::{n:x}", "no") for n in range(1, 20)]
+    assert asyncio.run(guesses(door, halves)).count(401) <= 2
+
+
+def test_logging_out_ends_the_session_of_that_browser_alone() -> None:
+    door = Login(site(), "open sesame")
+    one, other = TestClient(door), TestClient(door)
+    for client in (one, other):
+        client.post("/easel/login", data={"password": "open sesame"}, follow_redirects=False)
+    key = one.cookies[COOKIE]
+    one.get("/easel/logout", follow_redirects=False)
+    assert one.get("/").status_code == 401
+    assert TestClient(door, cookies={COOKIE: key}).get("/").status_code == 401
+    assert other.get("/").text == "hello"
+
+
+@pytest.mark.parametrize("site_said", ["Cross-Site", "SAME-SITE", "something new", " cross-site"])
+def test_where_a_request_comes_from_is_no_matter_of_case(site_said: str) -> None:
+    headers = {"host": HERE, "sec-fetch-site": site_said, "sec-fetch-mode": "no-cors"}
+    assert TestClient(Guard(site())).post("/anything", headers=headers).status_code == 403
+
+
+def test_a_body_that_no_page_sends_is_refused_before_it_is_held() -> None:
+    client = TestClient(Guard(site()), base_url=ORIGIN)
+    assert client.post("/gradio_api/run/predict", content=b"x" * 4_000_001).status_code == 413
+    seen = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal seen
+        for _ in range(1000):
+            seen += 100_000
+            yield b"x" * 100_000
+
+    answer = client.post("/anything", content=chunks())
+    assert answer.status_code == 413
+    assert "larger than the 4,000,000 bytes" in answer.text
+    assert client.post("/anything", content=iter([b"a", b"b"])).text == "hello"
+    for route in ("/easel/upload/abc", "/gradio_api/upload"):
+        assert client.post(route, content=b"x" * 5_000_000).text == "hello"
+
+
+def test_a_fault_of_the_program_is_one_sentence(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(desk: Desk, text: str) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr("app.routes._tokens", broken)
+    client = whole.client()
+    answer = client.post("/easel/tokens", json={"text": "a"})
+    assert answer.status_code == 500
+    assert answer.json() == {"problem": "This failed by a fault of the program; its log says more."}

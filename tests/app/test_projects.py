@@ -1,5 +1,6 @@
 """Projects: new, open, rename, delete; which runs belong to one; what they hold."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 
 from app.desk import Desk
 from app.moment import moment_of
+from app.page import build_page
 from app.projects.routes import add_project_routes
 from app.routes import add_routes
 from app.train.run_list import earlier
@@ -226,3 +228,35 @@ def test_the_trash_is_listed_and_given_back(desk: Desk) -> None:
     assert (answer["trashed"], answer["trash"]) == ([], "")
     assert "not in the trash any more" in say("restore", kept["id"])["problem"]
     assert "not in the trash any more" in say("restore", "../../x")["problem"]
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        {"values": {"train.steps": "many", "optim.lr": [1]}},
+        {"values": [1, 2]},
+        {"values": {"train.steps": 10**30}, "trigger": {"a": 1}, "linked": 5},
+        {"preview_loras": {"rows": [], "rev": "x"}, "preview": {"steps": "x"}},
+    ],
+)
+def test_a_draft_that_cannot_be_shown_is_set_aside(desk: Desk, draft: dict[str, Any]) -> None:
+    project = desk.project
+    (project.path / "draft.json").write_text(json.dumps(draft))
+    project.open(project.path)
+    page = build_page(desk)
+    opened = next(event for event in page.fns.values() if event.name == "opened")
+    for _ in range(2):
+        shown = opened.fn()
+        for component, value in zip(opened.outputs, shown, strict=True):
+            if not isinstance(value, dict):
+                component.postprocess(value)
+    aside = project.path / "draft-set-aside.json"
+    if aside.exists():
+        assert project.draft() == {}
+        assert str(aside) in project.draft_problem
+
+
+def test_a_project_whose_title_is_no_valid_text(desk: Desk) -> None:
+    key = desk.projects.new("a\ud800b")
+    assert desk.project.title == "a\N{REPLACEMENT CHARACTER}b"
+    assert [one.key for one in desk.projects.listed() if one.title == desk.project.title] == [key]

@@ -74,6 +74,8 @@ def test_a_caption_that_comes_later(tmp_path: Path, draw: Draw) -> None:
         (r"C:\pictures\a.png", "pictures/a.png"),
         ('we?ird: "name".png', "we_ird_ _name_.png"),
         ("aux.png", "_aux.png"),
+        ("COM\N{SUPERSCRIPT TWO}.png", "_COM\N{SUPERSCRIPT TWO}.png"),
+        ("conin$.png", "_conin$.png"),
         ("dir. /a.png", "dir/a.png"),
         ("ein Bär 熊.png", "ein Bär 熊.png"),
         ("é" * 300 + ".png", "é" * 88 + ".png"),

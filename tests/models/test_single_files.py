@@ -239,6 +239,23 @@ class TestPickled:
             opened(renamed)
         assert not witness.exists()
 
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            torch.zeros(1).as_strided((200_000, 200_000), (0, 0)),
+            torch.zeros(8).as_strided((4, 4), (1, 1)),
+            torch.zeros(2, 2).to_sparse(),
+            torch.empty(4, device="meta"),
+        ],
+        ids=["stride 0", "overlapping", "sparse", "meta"],
+    )
+    def test_a_tensor_that_is_larger_than_its_bytes_is_refused(self, tmp_path, tensor):
+        """`clone` of the first would ask for 160 GB; the file has 1 kB."""
+        file = tmp_path / "bomb.ckpt"
+        torch.save({"state_dict": {"x": tensor}}, file)
+        with pytest.raises(ModelFileError, match=r"bomb\.ckpt.*'x' is no plain one"):
+            opened(file)
+
     @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"PK\x03\x04 no zip", pickle.dumps([1, 2])])
     def test_a_broken_one_gets_a_sentence(self, tmp_path, content):
         (tmp_path / "bad.ckpt").write_bytes(content)

@@ -248,7 +248,28 @@ def test_names_that_every_file_system_takes(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", " ", ".", "..", "a/b", "a\\b", "../a", "a:b", "a*", "a\nb", " a", "a ", "a.", "-a", "x" * 101],
+    [
+        "",
+        " ",
+        ".",
+        "..",
+        "a/b",
+        "a\\b",
+        "../a",
+        "a:b",
+        "a*",
+        "a\nb",
+        " a",
+        "a ",
+        "a.",
+        "-a",
+        "x" * 101,
+        "CON",
+        "nul",
+        "com1.x",
+        "LPT9",
+        "com\N{SUPERSCRIPT ONE}",
+    ],
 )
 def test_names_that_some_file_system_refuses(name: str) -> None:
     with pytest.raises(RunError, match="cannot be a folder's"):
