@@ -16,6 +16,7 @@ from lora_core.cli import (
     analysis,
     combine,
     dataset,
+    find_files,
     jobs,
     pictures,
     printable,
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     share_processor(getattr(options, "processor", SLEEPS))
     _speak_any_letter()
     try:
+        find_files(options)
         return int(options.run(options) or 0)
     except LoraError as error:
         write(sys.stderr, f"{error}\n")

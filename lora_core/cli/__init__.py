@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from lora_core.spec.errors import AdapterFileError, RunError
 from lora_core.spec.run_folder import RunFolder, find_run
 
 Verbs = Mapping[str, argparse.ArgumentParser]
@@ -81,6 +82,48 @@ def named_run(options: argparse.Namespace) -> RunFolder:
         RunError: there is none.
     """
     return find_run(options.run_name, options.workspace)
+
+
+def add_file(verb: argparse.ArgumentParser, name: str, **how: Any) -> None:
+    """An argument that names an adapter file, or a run's checkpoint as `adapter_file` does.
+
+    `find_files` puts the file in its place; the verb has to have a workspace.
+    """
+    verb.add_argument(name, type=Path, **how)
+    before = verb.get_default("file_arguments") or ()
+    verb.set_defaults(file_arguments=(*before, name.lstrip("-")))
+
+
+def find_files(options: argparse.Namespace) -> None:
+    """Put the files in place of the runs that a command line names.
+
+    Raises:
+        LoraError: as `adapter_file`.
+    """
+    for name in getattr(options, "file_arguments", ()):
+        path = getattr(options, name)
+        # What looks like a file is the verb's to miss.
+        if path is not None and not path.exists() and ("@" in path.name or not path.suffix):
+            setattr(options, name, adapter_file(str(path), options.workspace))
+
+
+def adapter_file(text: str, place: Path | None) -> Path:
+    """An adapter file, or that of a run's checkpoint: RUN (the best one) or RUN@STEP; a file comes first.
+
+    Raises:
+        AdapterFileError: there is neither.
+        RunError: the run has no such checkpoint.
+    """
+    if Path(text).exists():
+        return Path(text)
+    name, at, step = text.rpartition("@")
+    name, step = (name, step) if at else (text, "best")
+    try:
+        run = find_run(name, place)
+    except RunError as error:
+        file = len(Path(text).parts) != 1 or Path(text).suffix
+        raise AdapterFileError(f"The adapter {text} does not exist{'.' if file else f': {error}'}") from error
+    return run.checkpoint(run.step_of(step)) / "adapter.safetensors"
 
 
 def add_json(verb: argparse.ArgumentParser) -> None:

@@ -5,32 +5,36 @@ from pathlib import Path
 from typing import Any
 
 from lora_core import api
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json
-from lora_core.spec.errors import AdapterFileError
+from lora_core.cli import Verbs, add_file, add_json, add_workspace, say, say_json
+from lora_core.spec.errors import AdapterFileError, RunError
+from lora_core.spec.run_folder import find_run
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
     inspect = verbs["inspect"]
-    inspect.add_argument("file", type=Path)
+    add_file(inspect, "file")
+    add_workspace(inspect)
     inspect.add_argument(
         "--spectrum", action="store_true", help="the singular values of each layer, and ranks"
     )
     add_json(inspect)
     inspect.set_defaults(run=_inspect)
     copy = verbs["copy"]
-    copy.add_argument("file", metavar="FILE", help="an adapter, or a run: its export")
+    copy.add_argument("file", metavar="FILE", type=Path, help="an adapter, or a run: its export")
     copy.add_argument("--to", required=True, metavar="FOLDER|TOOL", help="such as ~/loras, or comfyui")
     add_workspace(copy)
     copy.set_defaults(run=_copy)
     convert = verbs["convert"]
-    convert.add_argument("source", metavar="IN", type=Path)
+    add_file(convert, "source", metavar="IN")
+    add_workspace(convert)
     convert.add_argument("target", metavar="OUT", type=Path)
     convert.add_argument("--to", required=True, choices=["kohya", "diffusers"])
     convert.add_argument("--keep-alphas", action="store_true", help="keep an alpha of its own for each layer")
     convert.set_defaults(run=_convert)
     verify = verbs["verify"]
-    verify.add_argument("file", type=Path)
+    add_file(verify, "file")
+    add_workspace(verify)
     verify.add_argument("--base", default="", help="the base that it is for, where the file does not say it")
     add_json(verify)
     verify.set_defaults(run=_verify)
@@ -65,7 +69,13 @@ def _say_spectrum(spectrum: dict[str, Any]) -> None:
 
 
 def _copy(options: argparse.Namespace) -> int:
-    done = api.copy(options.file, options.to, options.workspace)
+    file = options.file
+    if not file.exists() and not file.suffix:
+        run = find_run(file, options.workspace)
+        file = run.path / (run.progress().export or "export")
+        if not file.is_file():
+            raise RunError(f"The run {run.name} has no exported file; make one by `export {run.name}`.")
+    done = api.copy(file, options.to, options.workspace)
     if done["kept"]:
         say(f"Note: {', '.join(done['kept'])} differs and stays as it is.")
     say(done["file"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_core import api
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
+from lora_core.cli import Verbs, add_file, add_json, add_workspace, say, say_json, write
 from lora_core.cli.combine import SECONDS_BETWEEN_NOTES, slow_note
 from lora_core.cli.pictures import loras_of, note_extras
 from lora_core.spec.choices import PREDICTIONS, ZERO_TERMINAL_SNR
@@ -25,8 +25,9 @@ PRECISIONS = ["fp32", "fp16", "bf16"]
 def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
     compare = verbs["compare"]
-    compare.add_argument("first", metavar="A", type=Path)
-    compare.add_argument("second", metavar="B", type=Path)
+    add_file(compare, "first", metavar="A")
+    add_file(compare, "second", metavar="B")
+    add_workspace(compare)
     add_json(compare)
     compare.set_defaults(run=_compare)
     stack = verbs["stack"]
@@ -35,7 +36,8 @@ def add_verbs(verbs: Verbs) -> None:
     add_json(stack)
     stack.set_defaults(run=_stack)
     amplify = verbs["amplify"]
-    amplify.add_argument("file", type=Path)
+    add_file(amplify, "file")
+    add_workspace(amplify)
     amplify.add_argument("--base", required=True, help="the base that it was made for")
     add_json(amplify)
     amplify.set_defaults(run=_amplify)
@@ -48,7 +50,7 @@ def add_verbs(verbs: Verbs) -> None:
     extract.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the file")
     extract.set_defaults(run=_extract)
     strength = verbs["strength"]
-    strength.add_argument("file", type=Path)
+    add_file(strength, "file")
     strength.add_argument(
         "--apart", action="store_true", help="one for the UNet and one for the text encoders"
     )
@@ -60,7 +62,7 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _add_shrink(verbs: Verbs) -> None:
     shrink = verbs["shrink"]
-    shrink.add_argument("file", type=Path, help="an adapter; a LoHa, LoKr or DoRA with --rank")
+    add_file(shrink, "file", help="an adapter; a LoHa, LoKr or DoRA with --rank")
     shrink.add_argument("--out", type=Path, required=True, help="the file to make")
     size = _add_size(shrink)
     size.add_argument(

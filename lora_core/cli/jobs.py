@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_core import api
-from lora_core.cli import Verbs, add_json, add_run, add_workspace, file_size, named_run, say, say_json
+from lora_core.cli import (
+    Verbs,
+    add_file,
+    add_json,
+    add_run,
+    add_workspace,
+    file_size,
+    named_run,
+    say,
+    say_json,
+)
 from lora_core.cli.progress import EventPrinter
 from lora_core.spec.awake import keep_awake
 from lora_core.spec.base_facts import base_facts
@@ -70,7 +80,7 @@ def _add_settings(train: argparse.ArgumentParser) -> None:
     train.add_argument("--config", type=Path, help="a TOML file of settings")
     train.add_argument("--preset", default="", help="quick, balanced, high, or goal-level such as style-high")
     train.add_argument("--set", action="append", default=[], metavar="section.key=value", help="one setting")
-    train.add_argument("--like", type=Path, metavar="FILE", help="a LoRA file whose settings are taken")
+    add_file(train, "--like", metavar="FILE", help="a LoRA file whose settings are taken")
     add_workspace(train)
 
 

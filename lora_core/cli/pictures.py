@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_core import api
-from lora_core.cli import Verbs, add_json, add_workspace, say, say_json, write
+from lora_core.cli import Verbs, adapter_file, add_json, add_workspace, say, say_json, write
 from lora_core.spec.choices import PREDICTIONS, ZERO_TERMINAL_SNR
-from lora_core.spec.errors import AdapterFileError, RunError
+from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.processor import COMPUTES
-from lora_core.spec.run_folder import find_run
 from lora_core.spec.setting import AUTO
 from lora_core.spec.shots import KINDS, Axis, LoraAt, Shot, axis_of, checked_rescale
 from lora_core.spec.tensor_file import read_header
@@ -106,25 +105,6 @@ def note_extras(files: Iterable[str | Path]) -> None:
         sentence = extras_sentence(read_header(file).shapes)
         if sentence:
             write(sys.stderr, f"Note: {file.name}: {sentence}\n")
-
-
-def adapter_file(text: str, place: Path | None) -> Path:
-    """An adapter file, or that of a run's checkpoint: RUN (the best one) or RUN@STEP; a file comes first.
-
-    Raises:
-        AdapterFileError: there is neither.
-        RunError: the run has no such checkpoint.
-    """
-    if Path(text).exists():
-        return Path(text)
-    name, at, step = text.rpartition("@")
-    name, step = (name, step) if at else (text, "best")
-    try:
-        run = find_run(name, place)
-    except RunError as error:
-        file = len(Path(text).parts) != 1 or Path(text).suffix
-        raise AdapterFileError(f"The adapter {text} does not exist{'.' if file else f': {error}'}") from error
-    return run.checkpoint(run.step_of(step)) / "adapter.safetensors"
 
 
 def file_and_strengths(text: str, place: Path | None = None) -> tuple[Path, float, float | None]:

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from lora_core import api
-from lora_core.__main__ import main
-from lora_core.cli.pictures import adapter_file, file_and_strengths
+from lora_core.__main__ import main, parser
+from lora_core.cli import adapter_file, find_files
+from lora_core.cli.pictures import file_and_strengths
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import AdapterFileError, RunError
+from lora_core.spec.event_file import EventWriter
+from lora_core.spec.events import Finished
 from lora_core.spec.run_folder import RunFolder
 
 
@@ -115,3 +118,33 @@ def test_a_zip_for_a_bug_report(home: Path, capsys: pytest.CaptureFixture[str]) 
     assert words(capsys, "debug", "first") == str(run.path / "debug.zip")
     with zipfile.ZipFile(run.path / "debug.zip") as archive:
         assert {"about.json", "settings.toml"} <= set(archive.namelist())
+
+
+@pytest.mark.parametrize(
+    ("verb", "more"),
+    [
+        ("inspect", []), ("verify", []), ("convert", ["o", "--to", "kohya"]), ("compare", ["first@5"]),
+        ("shrink", ["--out", "o", "--rank", "1"]), ("strength", ["--dataset", "x"]),
+        ("amplify", ["--base", "x"]),
+    ],
+)  # fmt: skip
+def test_every_verb_takes_a_runs_checkpoint(verb: str, more: list[str], home: Path) -> None:
+    file = made(home, "first").checkpoint(5) / "adapter.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    for name in ("first", "first@best", "first@5"):
+        options = parser().parse_args([verb, name, *more])
+        find_files(options)
+        assert {getattr(options, one) for one in options.file_arguments} == {file}
+    assert main([verb, "frist", *more]) == 1
+
+
+def test_a_runs_export_is_copied(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(home, "first")
+    assert main(["copy", "first", "--to", str(tmp_path)]) == 1
+    assert "has no exported file; make one by `export first`" in capsys.readouterr().err
+    (run.exports / "first.safetensors").write_bytes(b"one")
+    writer = EventWriter(run.events_file)
+    writer.write(Finished(step=1, export="export/first.safetensors"))
+    writer.close()
+    assert words(capsys, "copy", "first", "--to", str(tmp_path)) == str(tmp_path / "first.safetensors")
