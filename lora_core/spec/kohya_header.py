@@ -174,6 +174,8 @@ def _named(texts: Texts, found: Like) -> None:
                 f"The {FIELDS[name].metadata['title'].lower()} {in_short(text)} is not known here."
             )
     _huber(texts, found)
+    if _truth(texts.get("ss_zero_terminal_snr", "")):
+        found.left.append("It was trained with zero terminal SNR; set that by hand if its base has it.")
     if texts.get("ss_mixed_precision", "") in ("fp16", "bf16"):
         found.take("train.precision", texts["ss_mixed_precision"])
 

@@ -47,6 +47,7 @@ KOHYA = {
     "ss_loss_type": "huber",
     "ss_huber_schedule": "exponential",
     "ss_huber_c": "0.2",
+    "ss_zero_terminal_snr": "True",
 }
 
 
@@ -88,6 +89,7 @@ def test_kohya_s_header(tmp_path: Path) -> None:
     said = " ".join(like.left)
     assert "adamw8bit" in said
     assert "block_dims = 1,2" in said
+    assert "zero terminal SNR; set that by hand" in said
     assert "Multi-resolution noise (6)" in said
     # What those say is legal together.
     RunConfig().changed(like.values)
