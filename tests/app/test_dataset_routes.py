@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
 from app.dataset import importing
+from app.dataset.gallery import findings
 from app.dataset.routes import add_dataset_routes
 from app.desk import Desk
 from app.routes import add_routes
@@ -284,3 +287,33 @@ def test_a_page_of_another_project_changes_nothing(client: TestClient, desk: Des
         "saved"
     ]
     assert caption.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes and no such names there")
+def test_a_hostile_folder_comes_in_without_harm(client: TestClient, desk: Desk, tmp_path: Path) -> None:
+    """A pipe once hung the import for good, and a lone surrogate broke the page."""
+    folder = tmp_path / "from"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(1))
+    (folder / "metadata.jsonl").write_text(r'{"file_name": "\ud800.png", "text": "x"}')
+    os.mkfifo(folder / "pipe.png")
+    (folder / "a.txt").symlink_to("/etc/hostname")
+    (folder / "zero.txt").symlink_to("/dev/zero")
+    with open(os.fsencode(folder) + b"/\xff.png", "wb") as file:
+        file.write(png(2))
+    client.post("/easel/import", json={"path": str(folder)})
+    state = settled(client, "import")
+    assert (state["state"], state["note"]) == ("done", "1 file added. 5 skipped, see below.")
+    shutil.copy(folder / "a.png", os.fsencode(desk.project.pictures) + b"/\xfe.png")
+    desk.project.forget()
+    (desk.project.pictures / "mask").mkdir()
+    (desk.project.pictures / "mask" / "a.png").write_bytes(png(3))
+    assert [(one["name"], one["caption"]) for one in shelf(client)] == [("a.png", "")]
+    shown = findings(desk.project.dataset(), desk.project.notes, False, [])
+    for words in ("pipe.png is a pipe", "a.txt is a link to a file outside", "�.png", "mask/a.png is a mask"):
+        assert words in shown
+    shown.encode()
+    client.post("/easel/check", json={})
+    rows = {(row["picture"], row["kind"]) for row in settled(client, "check")["problems"]}
+    assert {("mask/a.png", "mask"), ("�.png", "name")} <= rows
+    assert client.post("/easel/leave-out", json={"pictures": ["�.png"]}).json() == {"left_out": 1}
