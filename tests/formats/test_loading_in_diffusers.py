@@ -16,8 +16,11 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from lora_core.analysis.updates import file_updates
 from lora_core.formats.file import read_adapter, write_adapter
 from lora_core.formats.names import with_text_model
+from lora_core.formats.verify import verified
+from lora_core.spec.families import FAMILIES
 from tests.formats.conftest import WIDTH
 
 
@@ -247,3 +250,31 @@ def test_files_that_diffusers_wrote_are_read_at_their_strength(models, pipeline,
     expected = outputs(pipeline.unet, pipeline.text_encoder)
     for ours, right in zip(outputs(**merged(models, weights)), expected, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_dora_of_peft_is_read_as_diffusers_reads_it(models, pipeline, tmp_path):
+    """Magnitudes of rows, which alone of the six tools diffusers applies as they are meant."""
+    torch.manual_seed(3)
+    settings = {"r": 4, "lora_alpha": 2, "use_dora": True}
+    adapted = copy.deepcopy(pipeline.unet)
+    state, config = trained_by_peft(adapted, ["to_q", "to_out.0"], settings)
+    state = {key: value * 1.3 if "magnitude" in key else value for key, value in state.items()}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=state, unet_lora_adapter_metadata=config
+    )
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    pipeline.load_lora_weights(tmp_path, weight_name=path.name)
+
+    updates, _, _ = file_updates(path, FAMILIES["sd15"])
+    by_hand = copy.deepcopy(models["unet"])
+    for (_, name), update in updates.items():
+        weight = by_hand.get_submodule(name).weight.data
+        weight += update.delta(weight.clone())
+    expected = outputs(by_hand, models["text_encoder"])[1]
+    found = outputs(pipeline.unet, pipeline.text_encoder)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (expected - outputs(**models)[1]).abs().max() > 1e-3
+    rows = {row["tool"]: row for row in verified(path, FAMILIES["sd15"])["tools"]}
+    assert (rows["diffusers"]["ok"], rows["diffusers"]["dropped"]) == (True, 0)
+    assert rows["diffusers"]["max_delta_error"] == 0
+    assert not any(rows[name]["ok"] for name in rows if name != "diffusers")

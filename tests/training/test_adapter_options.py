@@ -15,6 +15,7 @@ from lora_core.adapters.inject import Merger, Strengthened, adapter_weights, inj
 from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.targets import KOHYA
 from lora_core.adapters.weights import AdapterWeights
+from lora_core.formats.container import read_tensors, serialised
 from lora_core.formats.file import read_adapter, write_adapter
 from lora_core.models.encode import text_condition
 from lora_core.models.load import load_base
@@ -269,9 +270,13 @@ def test_the_first_sample_of_a_continued_run_is_still_the_bases(tmp_path, config
 
 
 def test_what_is_not_continued_is_told(tmp_path, config, earlier):
-    run = _run(tmp_path, config.changed({"adapter.init": str(earlier), "train.steps": 1}), "r")
+    file = tmp_path / "earlier.safetensors"
+    tensors, metadata = read_tensors(earlier)
+    file.write_bytes(serialised(tensors | {"bundle_emb.cat.clip_l": torch.ones(1, 4)}, metadata))
+    run = _run(tmp_path, config.changed({"adapter.init": str(file), "train.steps": 1}), "r")
     _trained(run)
     notes = _told(run)
+    assert any("earlier.safetensors: Left out" in note and "bundled embeddings" in note for note in notes)
     assert any("layers of earlier.safetensors have a higher rank than this run" in note for note in notes)
     assert any(re.match(r"\d+ of the \d+ layers of earlier\.safetensors are not continued", n) for n in notes)
 
