@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import pytest
 
+from lora_core.spec.paths import DEMO_BASE
 from tests.app.bases import write_header
 from tests.waiting import PATIENCE
 
@@ -205,8 +207,8 @@ def small_repo(path: Path, variant: str = "") -> Path:
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
         write_header(path / part / name, {f"{part}.weight": [200, 400]})
-    for name in ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "model_index.json"):
+    for name in ("scheduler/scheduler_config.json", "model_index.json"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("{}")
-    (path / "tokenizer" / "merges.txt").write_text("")
+    shutil.copytree(DEMO_BASE / "tokenizer", path / "tokenizer")
     return path

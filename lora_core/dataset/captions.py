@@ -208,6 +208,9 @@ def _clip_tokenizer(folder: Path) -> Tokenizer:
         raise ModelFileError(
             f"The tokenizer folder {folder} cannot be used ({error}); it needs vocab.json and merges.txt."
         ) from error
+    lacking = [mark for mark in _CLIP_MARKS if model.token_to_id(mark) is None]
+    if lacking:
+        raise ModelFileError(f"The tokenizer folder {folder} cannot be used: its vocab.json lacks {lacking[0]}.")
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

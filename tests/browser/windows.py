@@ -23,11 +23,15 @@ class Window:
     Args:
         workspace: where it keeps everything.
         home: the home folder of its person, where it looks for other tools.
+        environment: what else is set for its process.
     """
 
-    def __init__(self, workspace: Path, home: Path | None = None) -> None:
+    def __init__(
+        self, workspace: Path, home: Path | None = None, environment: dict[str, str] | None = None
+    ) -> None:
         self.workspace = workspace
         self.home = home
+        self.environment = environment or {}
         self.project = workspace / "projects" / "default"
         self.process: subprocess.Popen[str] | None = None
         self.address = ""
@@ -41,7 +45,7 @@ class Window:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **home, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **home, **self.environment, "PYTHONUNBUFFERED": "1"},
         )
 
     def wait_ready(self) -> str:

@@ -142,6 +142,13 @@ TEXTS = [
 ]
 
 
+def test_a_tokenizer_without_its_marks_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"<|startoftext|>": 0}')
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(ModelFileError, match=r"vocab\.json lacks <\|endoftext\|>"):
+        token_count("a cat", tmp_path)
+
+
 @pytest.fixture(scope="module")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of CLIP's kind with five merges: all bytes, alone and at the end of a word, then the
