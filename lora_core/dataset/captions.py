@@ -210,7 +210,9 @@ def _clip_tokenizer(folder: Path) -> Tokenizer:
         ) from error
     lacking = [mark for mark in _CLIP_MARKS if model.token_to_id(mark) is None]
     if lacking:
-        raise ModelFileError(f"The tokenizer folder {folder} cannot be used: its vocab.json lacks {lacking[0]}.")
+        raise ModelFileError(
+            f"The tokenizer folder {folder} cannot be used: its vocab.json lacks {lacking[0]}."
+        )
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
