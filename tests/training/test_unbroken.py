@@ -7,6 +7,7 @@ import pytest
 
 from lora_core.spec import events
 from lora_core.training.checkpoint import discard, load_checkpoint
+from lora_core.training.export import exported_checkpoint
 from tests.training.runs import RANDOM, Toy, asked_at, broken_at, check_story, check_whole, result, trained
 
 WAYS = {
@@ -137,6 +138,11 @@ def test_average_and_raw_adapter_are_both_sampled_measured_and_exported(own_toy:
     exported = load_file(averaged.exports / "avg-raw.safetensors")
     same = load_file(plain.exports / "plain.safetensors")
     assert all(torch.equal(exported[name], tensor) for name, tensor in same.items())
+    by_hand = exported_checkpoint(averaged, "last", "mine", ("kohya", "fp16"))
+    assert by_hand["raw"] == str(averaged.exports / "mine-raw.safetensors")
+    again = load_file(by_hand["raw"])
+    assert all(torch.equal(again[name], tensor) for name, tensor in same.items())
+    assert exported_checkpoint(plain, "last", "mine", ("kohya", "fp16"))["raw"] == ""
     names = ("step-000012-0.png", "step-000012-raw-0.png")
     with (
         Image.open(plain.previews / names[0]) as alone,
