@@ -83,7 +83,7 @@ def _move(project: Project, paths: dict[str, Path | None], source: Path, into: P
             target = folder / (stem + file.name[len(path.stem) :])
             moves.append(Move(file, target, copy=shared and file != path))
     try:
-        move_together(moves, project.path)
+        move_together(moves, project.root)
     except OSError as error:
         what = Path(error.filename).name if error.filename else "The pictures"
         raise DatasetError(f"{what} cannot be moved ({error.strerror}); close what uses it.") from error

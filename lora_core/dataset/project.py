@@ -82,14 +82,19 @@ class Project:
         finally:
             self._file_lock.release()
 
+    @property
+    def root(self) -> Path:
+        """The folder that holds the pictures and those that were left out."""
+        return self.pictures if self.path.is_relative_to(self.pictures) else self.path
+
     def _mend(self) -> None:
         """Finish what a killed process had begun, and bring captions back to their pictures."""
         clear_abandoned(self.path)
-        if not self.aside.is_dir() and not (self.path / JOURNAL).exists():
+        if not self.aside.is_dir() and not (self.root / JOURNAL).exists():
             return
         # A project that cannot be written can still be looked at; it is mended when that is possible.
         with contextlib.suppress(DatasetError, OSError), self.changing():
-            finished, joined = finish_moves(self.path), rejoin(self.pictures, self.aside)
+            finished, joined = finish_moves(self.root), rejoin(self.pictures, self.aside)
             if finished or joined:
                 self.forget()
 
