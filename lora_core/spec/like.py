@@ -36,5 +36,8 @@ class Like:
 
 def in_short(value: Any) -> str:
     """A value as one line that is never long."""
-    text = " ".join(str(value).split())
+    try:
+        text = " ".join(str(value).split())
+    except (ValueError, RecursionError):  # an integer of over 4,300 digits, or a deep list
+        text = f"a {type(value).__name__} too long to print"
     return f"{text[: LONGEST - 1]}…" if len(text) > LONGEST else text

@@ -58,7 +58,7 @@ def _ours(text: str) -> Like:
             found.left += retired([(name, value)])
         else:
             found.left.append(f"{in_short(name)} is a setting that this version does not know.")
-    found.base = str(values.get("model.base", ""))[:LONGEST]
+    found.base = in_short(values.get("model.base", ""))
     for name in ("model.vae", "adapter.init"):
         if values.get(name) not in (None, "", "default"):
             found.left.append(

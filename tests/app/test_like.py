@@ -183,6 +183,7 @@ def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
         {"ss_network_dim": "9" * 400, "ss_network_alpha": "nan", "ss_network_args": "[" * 5000},
         {"ss_network_dim": "-1", "ss_optimizer": "<img src=x>" * 999, "ss_datasets": '[{"subsets": 3}]'},
         {"lora_easel.config": "adapter = 3\n[optim]\nlr = 'much'"},
+        {"lora_easel.config": f"seed = 0x{'f' * 9000}\nmodel.base = 0x{'f' * 9000}"},
         {
             "ss_network_module": "x",
             "ss_lr_warmup_steps": "5",
