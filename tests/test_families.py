@@ -1,6 +1,6 @@
 """Every family from a single file to the file for other tools, with no network: opened, trained, exported.
 
-The real command line in processes of its own, which cannot open a socket to anywhere.
+Trained by the real command line in processes of its own, which cannot open a socket to anywhere.
 """
 
 import json
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from lora_core.__main__ import main
 from tests.checkpoints import write_folder, write_single
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +96,7 @@ def stems(file: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_single_file_is_opened_trained_and_exported_whole(
-    name: str, tmp_path: Path, offline: Offline
+    name: str, tmp_path: Path, offline: Offline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write_single(tmp_path / f"{name} ü.safetensors", name, torch.float16, size="deep")
     rates = {"optim__text_encoder_lr": 1e-4, "optim__text_encoder_2_lr": 1e-4 if name == "sdxl" else 0}
@@ -103,10 +105,15 @@ def test_a_single_file_is_opened_trained_and_exported_whole(
     )
     base.unlink()
     assert len(stems(file)) == MODULES[name]
-    report = json.loads(offline("inspect", file, "--json"))
+
+    def document(verb: str) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([verb, str(file), "--json"]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    report = document("inspect")
     assert (report["modules"], report["kind"], report["format"]) == (MODULES[name], "LoRA", "kohya")
-    tools = json.loads(offline("verify", file, "--json"))["tools"]
-    assert [tool["dropped"] for tool in tools] == [0] * 6
+    assert [tool["dropped"] for tool in document("verify")["tools"]] == [0] * 6
 
 
 @pytest.mark.parametrize("name", MODULES)
