@@ -105,3 +105,51 @@ def test_functions_are_short() -> None:
 
 def test_no_file_is_a_drawer_for_everything() -> None:
     assert [n for n in TREES if Path(n).stem in ("util", "utils", "common", "helpers", "misc")] == []
+
+
+def names_read(tree: ast.AST) -> Iterator[str]:
+    """Every name that a file reads; of text, words outside of docstrings, as rows name code by text."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()) | ast.Attribute(attr=name, ctx=ast.Load()):
+                yield name
+            case ast.MatchClass():
+                yield from node.kwd_attrs
+            case ast.Constant(value=str(text)) if id(node) not in docstrings:
+                yield from re.findall(r"\w+", text)
+
+
+def names_defined(tree: ast.AST) -> Iterator[str]:
+    """Functions, methods, classes, constants and fields."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+            case ast.AnnAssign(target=ast.Name(id=name)) | ast.Assign(targets=[ast.Name(id=name)]):
+                yield name
+
+
+def test_nothing_is_without_a_caller() -> None:
+    """Tests do not count as callers. Routes are called by the scripts of the page; api is called by others,
+    and of the tables of verbs some columns are there for tests."""
+    read = {name for tree in TREES.values() for name in names_read(tree)}
+    for script in (ROOT / "assets").rglob("*.js"):
+        read |= set(re.findall(r"\w+", script.read_text(encoding="utf-8")))
+    unused = [
+        (file, name)
+        for file in below("launch.py", "app/", "lora_core/")
+        if file not in ("lora_core/api.py", "lora_core/verbs.py")
+        for name in names_defined(TREES[file])
+        if name not in read and not name.startswith("__") and not called_by_route(TREES[file], name)
+    ]
+    assert unused == []
+
+
+def called_by_route(tree: ast.AST, name: str) -> bool:
+    """Whether a function is handed over by a decorator, as routes are."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return any(
+        function.name == name and any(isinstance(one, ast.Call) for one in function.decorator_list)
+        for function in functions
+    )

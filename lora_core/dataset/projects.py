@@ -184,15 +184,6 @@ def adopt(run: RunFolder, project: Path) -> None:
     write_atomically(run.path / _MARK, json.dumps({"project": project.name}).encode())
 
 
-def runs_of(project: Project) -> list[RunFolder]:
-    """The runs of a project: those that were started from it or train on its pictures, newest first.
-
-    Runs that belong to no project, such as those of the command line, are the default one's.
-    """
-    workspace = project.path.parent.parent
-    return [run for run in all_runs(workspace) if belongs(run, _config(run), project.path)]
-
-
 def belongs(run: RunFolder, config: RunConfig | None, project: Path) -> bool:
     """Whether a run is one of a project's."""
     projects = project.parent

@@ -74,11 +74,6 @@ def pieces(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | me
         yield as_bytes(tensors[name]).numpy().data
 
 
-def serialised(tensors: Tensors, metadata: Mapping[str, str]) -> bytes:
-    """A whole safetensors file in memory; see `pieces`."""
-    return b"".join(pieces(tensors, metadata))
-
-
 def write_pieces(path: Path, data: Iterable[bytes | memoryview]) -> None:
     """Write a file and see it onto the disk; for drafts, which are renamed once they have been checked."""
     with open(path, "wb") as file:

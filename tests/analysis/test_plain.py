@@ -10,10 +10,10 @@ from torch import nn
 from lora_core.analysis.base_weights import BaseWeights
 from lora_core.analysis.plain import low_rank, needs_base, plain
 from lora_core.analysis.updates import file_updates
-from lora_core.formats.container import serialised
 from lora_core.formats.layout import family_layout
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.families import FAMILIES
+from tests.formats.odd_files import serialised
 
 TINY = FAMILIES["tiny"]
 BLOCK = "down_blocks.1.attentions.0"

@@ -9,7 +9,6 @@ from peft import LoHaConfig, LoKrConfig
 
 from lora_core.__main__ import main
 from lora_core.analysis.spectrum import block_of, effective_rank, file_spectrum, rank_of_energy, stable_rank
-from lora_core.formats.container import serialised
 from tests.analysis.planted import (
     CONV,
     LAYERS,
@@ -23,6 +22,7 @@ from tests.analysis.planted import (
     shape_of,
 )
 from tests.analysis.test_plain import LINEAR, VERSION, in_peft, stem
+from tests.formats.odd_files import serialised
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from app.page import build_page
 from app.projects.routes import add_project_routes
 from app.routes import add_routes
 from app.train.run_list import earlier
-from lora_core.dataset.projects import Projects, adopt, runs_of
+from lora_core.dataset.projects import Projects, adopt, belongs
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import RunError
-from lora_core.spec.run_folder import RunFolder, runs_folder
+from lora_core.spec.run_folder import RunFolder, all_runs, runs_folder
 from lora_core.spec.shots import Shot
 from lora_core.spec.trash import trashed
 
@@ -89,6 +89,12 @@ def test_no_other_folder_is_a_project(desk: Desk, key: str) -> None:
             act(key)
 
 
+def names_of_runs(desk: Desk) -> set[str]:
+    """The runs of the open project."""
+    runs = all_runs(desk.workspace)
+    return {one.name for one in runs if belongs(one, one.config(), desk.project.path)}
+
+
 def test_runs_of_a_project(desk: Desk) -> None:
     run(desk, "from-the-command-line", "demo")
     run(desk, "own-pictures", str(desk.workspace / "projects" / "second" / "pictures"))
@@ -97,9 +103,9 @@ def test_runs_of_a_project(desk: Desk) -> None:
     key = desk.projects.new("Second")
     assert key == "second"
     adopt(of_demo, desk.project.path)
-    assert {one.name for one in runs_of(desk.project)} == {"own-pictures", "demo-in-second"}
+    assert names_of_runs(desk) == {"own-pictures", "demo-in-second"}
     desk.projects.open("default")
-    assert {one.name for one in runs_of(desk.project)} == {"from-the-command-line", "of-one-that-is-gone"}
+    assert names_of_runs(desk) == {"from-the-command-line", "of-one-that-is-gone"}
 
 
 def test_a_project_shows_its_own_runs_and_folds_the_others(desk: Desk, client: TestClient) -> None:
@@ -191,9 +197,9 @@ def test_a_thumbnail_that_was_cut_short_is_made_again(client: TestClient, desk: 
 def test_a_run_made_in_the_window_is_the_open_project_s(desk: Desk) -> None:
     desk.projects.new("Second")
     desk.jobs.create(RunConfig().changed({"name": "one", "dataset.path": "demo"}))
-    assert [one.name for one in runs_of(desk.project)] == ["one"]
+    assert names_of_runs(desk) == {"one"}
     desk.projects.open("default")
-    assert runs_of(desk.project) == []
+    assert names_of_runs(desk) == set()
 
 
 def test_the_trash_is_listed_and_given_back(desk: Desk) -> None:

@@ -5,6 +5,7 @@ import re
 
 import torch
 
+from lora_core.formats.container import pieces
 from lora_core.formats.names import stem_of_layer
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.ldm_names import ldm_unet_path
@@ -13,6 +14,11 @@ ATTENTION = re.compile(r".*\.(?:attn[12]\.to_(?:q|k|v|out\.0)|self_attn\.(?:q|k|
 DEFAULT = re.compile(r".*\.attentions\..*|text_model\..*")
 LOCON = re.compile(r"(?:down_blocks|mid_block|up_blocks|text_model)\..*")
 TEXT = re.compile(r"text_model\..*")
+
+
+def serialised(tensors, metadata):
+    """A safetensors file in memory."""
+    return b"".join(pieces(tensors, metadata))
 
 
 def prefixes(family):

@@ -15,11 +15,11 @@ from lora_core.formats.container import (
     file_hashes,
     header_hashes,
     read_tensors,
-    serialised,
 )
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.tensor_file import MAX_HEADER, read_header
 from tests.formats.conftest import raw_file
+from tests.formats.odd_files import serialised
 
 GOOD = {"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}
 DATA = bytes(16)

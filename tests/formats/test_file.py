@@ -9,12 +9,12 @@ import torch
 
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats import file as adapter_file
-from lora_core.formats.container import serialised
 from lora_core.formats.file import read_adapter, write_adapter
 from lora_core.spec import choices
 from lora_core.spec.errors import AdapterFileError, ConfigError
 from lora_core.spec.families import FAMILIES, TextEncoder
 from tests.formats.conftest import BLOCK, CLIP, adapter, linear, same_bits
+from tests.formats.odd_files import serialised
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from lora_core.__main__ import main
 from lora_core.cli.pictures import note_extras
-from lora_core.formats.container import serialised
 from lora_core.formats.convert import converted
 from lora_core.formats.file import read_adapter
 from lora_core.formats.layout import family_layout
@@ -25,6 +24,7 @@ from lora_core.spec.families import FAMILIES
 from lora_core.spec.tensor_file import read_header
 from tests.formats.conftest import same_bits
 from tests.formats.foreign_files import FILES, HEADERS, PEFT_LEAVES, PLAIN, SD15, comfy_name, kohya, norms
+from tests.formats.odd_files import serialised
 
 TOOLS = ("A1111", "Forge", "ComfyUI", "InvokeAI", "kohya", "diffusers")
 TABLE = {

@@ -3,12 +3,12 @@ import torch
 
 from lora_core.__main__ import main
 from lora_core.adapters.weights import AdapterWeights
-from lora_core.formats.container import serialised
 from lora_core.formats.file import write_adapter
 from lora_core.formats.inspect import inspect_file
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import FAMILIES
 from tests.formats.conftest import BLOCK, CLIP, adapter, linear
+from tests.formats.odd_files import serialised
 
 # The row of cli.md, and autov2.
 KEYS = {"family", "format", "kind", "ranks", "alphas", "modules", "parameters", "bytes", "sha256", "autov2",

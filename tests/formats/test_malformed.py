@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
-from lora_core.formats.container import serialised
 from tests.formats.conftest import raw_file
+from tests.formats.odd_files import serialised
 from tests.formats.test_container import MALFORMED
 
 STEM = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -7,11 +7,10 @@ import torch
 
 from lora_core.__main__ import main
 from lora_core.formats import kinds
-from lora_core.formats.container import serialised
 from lora_core.formats.layout import family_layout
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.other_models import other_family
-from tests.formats.odd_files import CASES, FAMILIES_HERE
+from tests.formats.odd_files import CASES, FAMILIES_HERE, serialised
 
 # Layers by the names that tools give them: sd-scripts and musubi-tuner (lora_unet_), OneTrainer
 # (lora_transformer_), diffusers (transformer.), ComfyUI and ai-toolkit (diffusion_model.), PEFT

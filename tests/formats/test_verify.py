@@ -13,14 +13,13 @@ import torch
 
 from lora_core.adapters.weights import AdapterWeights, LayerWeights
 from lora_core.formats import kinds
-from lora_core.formats.container import serialised
 from lora_core.formats.file import read_adapter, write_adapter
 from lora_core.formats.layout import family_layout
 from lora_core.formats.verify import tool_outcomes, verified
 from lora_core.spec.errors import AdapterFileError
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.tensor_file import read_header
-from tests.formats.odd_files import ALL, CASES, FAMILIES_HERE, odd_file
+from tests.formats.odd_files import ALL, CASES, FAMILIES_HERE, odd_file, serialised
 
 RUNS = json.loads((Path(__file__).parent / "loader_runs.json").read_text(encoding="utf-8"))
 TOOLS = RUNS["tools"]

@@ -15,7 +15,7 @@ from lora_core.adapters.inject import Merger, Strengthened, adapter_weights, inj
 from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.targets import KOHYA
 from lora_core.adapters.weights import AdapterWeights
-from lora_core.formats.container import read_tensors, serialised
+from lora_core.formats.container import read_tensors
 from lora_core.formats.file import read_adapter, write_adapter
 from lora_core.models.encode import text_condition
 from lora_core.models.load import load_base
@@ -26,6 +26,7 @@ from lora_core.spec.families import FAMILIES
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.prepare import Plan, prepared
 from lora_core.training.run import Outcome, train
+from tests.formats.odd_files import serialised
 
 STEPS = 4
 MIXED = {
