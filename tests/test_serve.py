@@ -87,7 +87,7 @@ class Worker:
 def worker() -> Iterator[Worker]:
     worker = Worker()
     try:
-        assert worker.answer() == {"id": None, "event": "ready"}
+        assert worker.answer() == {"id": None, "event": "ready", "device": "cpu", "torch": torch.__version__}
         yield worker
     finally:
         worker.process.kill()
