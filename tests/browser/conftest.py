@@ -39,7 +39,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (comfy / name).mkdir(parents=True)
     (comfy / "main.py").touch()
     checkpoints = comfy / "models" / "checkpoints"
-    checkpoint(checkpoints / "my xl base.safetensors", "sdxl", size=150_000_000)
+    # With the marker of bases that predict velocity: of the other one, that has to be guessed.
+    checkpoint(checkpoints / "my xl base.safetensors", "sdxl", size=150_000_000, v_pred=[0])
     checkpoint(checkpoints / "old two.safetensors", "sd2", size=150_000_000)
     return made
 

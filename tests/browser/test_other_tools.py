@@ -23,7 +23,9 @@ def test_bases_of_other_tools_are_offered_and_described(page: Any, tmp_path: Pat
     page.fill("#base-model input", "xl base")
     page.wait_for_selector("li:has-text('my xl base')")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#base-note:has-text('Stable Diffusion XL, trained at 1024 px')")
+    page.wait_for_selector(
+        "#base-note:has-text('Stable Diffusion XL, trained at 1024 px, predicts velocity')"
+    )
     page.wait_for_function("document.querySelector('#resolution input')?.value.startsWith('1024')")
     assert page.locator("#model-prediction input").count() == 0 or not page.is_visible(
         "#model-prediction input"
