@@ -1,4 +1,4 @@
-"""All benchmarks, as the table of the README.
+"""All benchmarks, as the table of docs/benchmarks.md.
 
     python -m tests.benchmarks [SECTION ...]
 

@@ -3,7 +3,7 @@ file, and the rank that it turns out to need.
 
     python -m tests.slow.rank_table [FOLDER]
 
-Prints the table of the README. The gains are those of `tests/evaluator.py`, which shares no code with the
+Prints the table of docs/rank.md. The gains are those of `tests/evaluator.py`, which shares no code with the
 trainer; the needed rank is what `shrink --intrinsic` finds, on the same pictures with looks of its own.
 """
 
