@@ -157,7 +157,7 @@ class Runs:
         return run, self._opened[-1]
 
     def open(self, *how: Any) -> BaseModel:
-        """As `load_base`, which reads each base once; a run gets copies of what it changes."""
+        """As `open_base`, but each base is read once; a run gets copies of what it changes."""
         if how[5]:
             # Packed weights are on disk or bound to their layer.
             base = load_base(*how)
@@ -188,13 +188,13 @@ def story(run: RunFolder, base: BaseModel) -> str:
         if isinstance(event, events.StepDone | events.Validated | events.PreviewDone):
             told.append([event.kind, values])
     last = run.checkpoint(run.checkpoint_steps()[-1]) / "adapter.safetensors"
-    (export,) = run.exports.glob("*.safetensors")
+    exports = sorted(run.exports.glob("*.safetensors"))
     plan = json.loads(run.plan_file.read_text())
     unet = base.unet
     files = sorted(p.relative_to(run.path).as_posix() for p in run.path.rglob("*") if p.is_file())
     found = {
         "told": told,
-        "bits": {name: digest(data) for path in (last, export) for name, data in tensors(path).items()},
+        "bits": {name: digest(data) for path in (last, *exports) for name, data in tensors(path).items()},
         "samples": [digest(path.read_bytes()) for path in sorted(run.previews.glob("*.png"))],
         "files": [re.sub(r"tfevents.*", "tfevents", name) for name in files],
         "plan": plan,
@@ -214,7 +214,7 @@ def digest(data: bytes) -> str:
 def runs(shared_toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     made = Runs(Toy(shared_toy.base, shared_toy.pictures, tmp_path_factory.mktemp("settings")))
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "load_base", made.open)
+        patch.setattr(prepare, "open_base", made.open)
         yield made
 
 

@@ -115,7 +115,7 @@ def test_a_run_s_pictures_are_written_beside_it(
     assert json.loads((run.path / "pictures.json").read_text()) == found
     first = run_pictures(run, "5", triples=2, opened=lambda *_: demo_base)
     assert [one["gain"] for one in first["rows"]] == [0.0] * 3
-    with pytest.raises(RunError, match=r"no checkpoint 7; take best, last or one of \[5, 10\]"):
+    with pytest.raises(RunError, match=r"no checkpoint 7; take best, last or one of 5, 10"):
         run_pictures(run, "7", opened=lambda *_: demo_base)
 
 
