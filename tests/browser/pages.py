@@ -44,6 +44,8 @@ def state_is(page, *states: str) -> None:
 
 
 def set_steps(page, steps: int) -> None:
+    # Gradio fills the field some frames after it draws it, which would undo what is typed before.
+    page.wait_for_function("Number(document.querySelector('#steps input')?.value) > 0")
     page.fill("#steps input", str(steps))
     page.press("#steps input", "Tab")
     # The form is kept as it is typed; the command shows that it has arrived.
