@@ -134,7 +134,8 @@ def test_strengths_share_one_noise_and_zero_is_the_base(worker: Worker, lora: Pa
     assert ticks == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert answers[-1]["seconds"] > 0
     rescaled = [
-        pixels(worker.answers(wish("phi", tmp_path, cfg_rescale=phi))[-1]["files"][0]) for phi in ("auto", 0)
+        pixels(worker.answers(wish("phi", tmp_path, cfg_rescale=phi))[-1]["files"][0])
+        for phi in ("auto", 0.7)
     ]
     assert rescaled[0] == pixels(base[0]) != rescaled[1]
     # What was merged for the last picture is out again for the next.

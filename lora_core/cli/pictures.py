@@ -57,7 +57,7 @@ def _add_picture(verb: argparse.ArgumentParser, prompt: bool = True) -> None:
         "--cfg-rescale",
         metavar="PHI",
         default=AUTO,
-        help="0 to 1, off at 0; auto: 0.7 for a velocity base with zero terminal SNR, else 0",
+        help="0 to 1, off at 0; auto: 0.7 for a velocity base with zero terminal SNR, 0 for others and demo",
     )
     verb.add_argument("--sampler", default="ddim")
     verb.add_argument("--width", type=int, default=0)

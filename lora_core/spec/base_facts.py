@@ -77,9 +77,14 @@ class BaseFacts:
         return bool(self.scheduler.get("rescale_betas_zero_snr"))
 
     def cfg_rescale(self, setting: NumberOrAuto) -> float:
-        """phi of CFG rescale as a setting means it for this base; 0: off."""
+        """phi of CFG rescale as a setting means it for this base; 0: off.
+
+        `auto` leaves the embedded base alone: its white backgrounds turn grey with it.
+        """
         if not isinstance(setting, str):
             return setting
+        if self.path == DEMO_BASE:
+            return 0.0
         return CFG_RESCALE if self.zero_terminal_snr and self.prediction == "v_prediction" else 0.0
 
     @property

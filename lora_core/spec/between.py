@@ -74,7 +74,8 @@ class PreviewSection:
         AUTO,
         "CFG rescale",
         "Takes back the contrast that guidance adds: 0 not at all, 1 all of it (phi of Lin et al. 2023)."
-        " `auto`: 0.7 for a base with zero terminal SNR that predicts velocity, off for others.",
+        " `auto`: 0.7 for a base with zero terminal SNR that predicts velocity, off for others and for the"
+        " embedded base.",
         span=(0.0, 1.0),
     )
     sampler: str = setting("ddim", "Sampler", "The sampler.", table=choices.SAMPLERS)

@@ -349,7 +349,7 @@ def find_run(name: str | Path, place: Path | None = None) -> RunFolder:
     near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "`lora-easel runs` lists those that exist."
     raise RunError(
-        f"{in_short(str(name))[1:-1]} is not a run: {path} holds no config.toml, and {where} no run of that"
+        f"{in_short(path.name)[1:-1]} is not a run: {path} holds no config.toml, and {where} no run of that"
         f" name; {hint}"
     )
 

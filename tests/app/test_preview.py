@@ -170,9 +170,9 @@ def test_cfg_rescale_as_it_is_typed(desk: Desk) -> None:
 
 
 def test_a_sheet_says_its_rescale(desk: Desk) -> None:
-    # The embedded base has zero terminal SNR, so `auto` is 0.7 there.
-    assert "CFG Rescale: 0.7" in sheet_info(Grid(Shot(), None, None, []))
-    assert "Rescale" not in sheet_info(Grid(Shot(cfg_rescale=0.0), None, None, []))
+    assert "CFG Rescale: 0.7" in sheet_info(Grid(Shot(cfg_rescale=0.7), None, None, []))
+    # The embedded base is drawn without, unless somebody asks for it.
+    assert "Rescale" not in sheet_info(Grid(Shot(), None, None, []))
 
 
 def test_a_lora_s_own_base_draws_it(desk: Desk) -> None:

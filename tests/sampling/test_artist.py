@@ -105,8 +105,8 @@ def test_the_png_says_what_was_in_the_base(artist, files):
     text = artist.infotext(Shot(prompt="owl", negative="blue", seed=4, clip_skip=2, loras=loras, **SIZE))
     assert (
         text == "owl <lora:a:0.4:0.8> <lora:b:0.5>\nNegative prompt: blue\n"
-        "Steps: 2, Sampler: DDIM, CFG scale: 3, CFG Rescale: 0.7, Seed: 4, Size: 64x64, Model: demo,"
-        " Clip skip: 2, LoRA rank of b: 4"
+        "Steps: 2, Sampler: DDIM, CFG scale: 3, Seed: 4, Size: 64x64, Model: demo, Clip skip: 2,"
+        " LoRA rank of b: 4"
     )
 
 

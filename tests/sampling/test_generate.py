@@ -50,8 +50,7 @@ def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sam
 
 
 def test_guidance_is_rescaled_as_in_diffusers(base, pipeline):
-    """By default 0.7 for the embedded base, which predicts velocity with zero terminal SNR."""
-    how = Picture(seed=5, steps=4, cfg=7.0)
+    how = Picture(seed=5, steps=4, cfg=7.0, cfg_rescale=0.7)
     ours = generated_from_prompt(base, how, "owl, on a red background")
     pipeline.scheduler = sampler_of(base, "ddim")
     theirs = pipeline(
