@@ -348,9 +348,9 @@ def find_run(name: str | Path, place: Path | None = None) -> RunFolder:
         return RunFolder(where / words[0])
     near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "`lora-easel runs` lists those that exist."
+    shown = in_short(path.name or str(path))[1:-1]
     raise RunError(
-        f"{in_short(path.name)[1:-1]} is not a run: {path} holds no config.toml, and {where} no run of that"
-        f" name; {hint}"
+        f"{shown} is not a run: {path} holds no config.toml, and {where} no run of that name; {hint}"
     )
 
 
