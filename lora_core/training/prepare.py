@@ -88,28 +88,28 @@ class Plan:
             InputsChanged: it was made on another kind of device, and that is not accepted.
         """
         device = best_device()
-        dtype = training_dtype(config, device)
-        precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        plan = cls(precision, device.type, torch.get_num_threads())
         try:
             begun = cls(**_of_today(json.loads(run.plan_file.read_text(encoding="utf-8"))))
             begun = replace(begun, rungs=[(str(name), int(step)) for name, step in begun.rungs])
         except (OSError, ValueError, TypeError):
-            begun = plan
-        if begun.device != plan.device:
-            if not accept_changes:
-                raise InputsChanged(
-                    f"The run {run.name} began on {_DEVICES.get(begun.device, begun.device)}, and this"
-                    f" computer now computes on {_DEVICES.get(plan.device, plan.device)}. Make that device"
-                    " available again, or go on with --accept-changes; the result is then not that of an"
-                    " unbroken run.",
-                    ["the device"],
-                )
-            begun = replace(
-                begun, device=plan.device, precision=plan.precision, threads=plan.threads, layout=""
+            begun = None
+        if begun is not None and begun.device == device.type:
+            return begun
+        if begun is not None and not accept_changes:
+            raise InputsChanged(
+                f"The run {run.name} began on {_DEVICES.get(begun.device, begun.device)}, and this"
+                f" computer now computes on {_DEVICES.get(device.type, device.type)}. Make that device"
+                " available again, or go on with --accept-changes; the result is then not that of an"
+                " unbroken run.",
+                ["the device"],
             )
-        begun.write(run)
-        return begun
+        dtype = training_dtype(config, device)
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        plan = cls(precision, device.type, torch.get_num_threads())
+        if begun is not None:
+            plan = replace(begun, device=plan.device, precision=precision, threads=plan.threads, layout="")
+        plan.write(run)
+        return plan
 
     def rated(self, config: RunConfig) -> RunConfig:
         """The config with the learning rates that the range test found."""
