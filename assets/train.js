@@ -236,7 +236,7 @@
   }
 
   // The fields are filled some frames after the header, which comes with the same answer.
-  let filling = false, downloading = false;
+  let filling = false, arrived;
   const ready = () => {
     if (filling || !one("[data-run-state]")) return;
     filling = true;
@@ -250,9 +250,9 @@
     bell.show();
     for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
     // A base that has arrived fills the form with its starting values.
-    const loading = one("#base-download")?.dataset.state === "downloading";
-    if (downloading && !loading) press("refill");
-    downloading = loading;
+    const now = one("#base-note")?.dataset.arrived ?? arrived;
+    if (arrived !== undefined && now !== arrived) press("refill");
+    arrived = now;
     const note = one("#other-pages");
     if (note && note.hidden !== !others.size) note.hidden = !others.size;
     for (const [id, why] of [["start", "start-why"], ["add-to-queue", "start-why"]]) {

@@ -39,6 +39,8 @@ class Downloads:
         """The hub is asked nothing before a base of it is chosen."""
         self.finished: Callable[[str], None] = lambda repo: None
         """Told of each base that has arrived."""
+        self.arrived = 0
+        """How many have, each counted once `finished` was told of it."""
         self._offers: dict[str, Offer] = {}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
@@ -113,4 +115,5 @@ class Downloads:
         else:
             forget_bases()
             self.finished(offer.repo)
+            self.arrived += 1
             offer.state = "done"

@@ -225,7 +225,11 @@ def base_note(moment: Moment) -> str:
     trained_at = plan.config.train.resolution
     if plan.base.facts and trained_at and trained_at != plan.base.resolution:
         sentences.append(f"You train it at {trained_at} px.")
-    return f'<p class="{tone}" id="base-note" role="status">{safe(" ".join(sentences))}</p>'
+    arrived = moment.desk.downloads.arrived
+    return (
+        f'<p class="{tone}" id="base-note" role="status" data-arrived="{arrived}">'
+        f"{safe(' '.join(sentences))}</p>"
+    )
 
 
 def download_note(moment: Moment) -> str:

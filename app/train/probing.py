@@ -143,10 +143,14 @@ class Prober:
                 self._worker.cancel(self._reply)
 
     def _by_itself(self, config: RunConfig) -> None:
+        key = _key(config)
+        # In one piece: a form that is looked at meanwhile would set another timer.
         with self._lock:
             self._timer = None
-        if self._wanted == _key(config) and self.gentle(config):
-            self._measure(config)
+            if self._wanted != key or key in self._problems or self.known(config):
+                return
+            if self.gentle(config):
+                self._measure(config)
 
     def _measure(self, config: RunConfig) -> None:
         with self._lock:
