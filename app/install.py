@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 PROBE_SECONDS, SIGN_SECONDS = 5, 20
+OLDEST_DRIVER = 525
+"""Of NVIDIA's, that runs CUDA 12."""
 LOCK = "launch.lock"
 EXTRAS = ("optimizers", "tensorboard")
 """Extras of pyproject.toml that every installation gets: the window offers what they bring."""
@@ -85,16 +88,64 @@ def has_base() -> bool:
     return False
 
 
-def graphics_card() -> tuple[bool, int, float]:
-    """Whether there is an NVIDIA card, its driver (580.65 -> 580) and compute capability, 0 if unknown.
+@dataclass(frozen=True)
+class Cards:
+    """The graphics cards of this machine, as far as drivers and the system tell without PyTorch.
 
-    Of several cards the newest counts, which is the one that PyTorch takes first. The two are asked for one
-    by one: drivers before 510 know no `compute_cap`, and answer a query for both with an error.
+    Attributes:
+        nvidia: whether there is an NVIDIA card.
+        driver: its driver's number (580.65 -> 580), 0 if unknown.
+        capabilities: compute capability of each NVIDIA card; drivers before 510 do not tell it.
+        amd: whether there is a card that AMD's ROCm runs on.
+        intel: whether there is a card of Intel's beside the processor's own graphics.
     """
-    drivers = nvidia_smi("driver_version")
-    capabilities = nvidia_smi("compute_cap")
-    present = bool(drivers) or bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia")
-    return present, int(max(drivers, default=0)), max(capabilities, default=0.0)
+
+    nvidia: bool = False
+    driver: int = 0
+    capabilities: tuple[float, ...] = ()
+    amd: bool = False
+    intel: bool = False
+
+
+def find_cards() -> Cards:
+    """Ask the drivers for the cards."""
+    # One by one: a driver that does not know `compute_cap` answers a query for both with an error.
+    drivers, capabilities = nvidia_smi("driver_version"), nvidia_smi("compute_cap")
+    nvidia = bool(drivers) or bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia")
+    names = windows_adapters()
+    return Cards(
+        nvidia or any("NVIDIA" in name for name in names),
+        int(max(drivers, default=0)),
+        tuple(capabilities),
+        # An APU may have /dev/kfd too; ROCm's build computes on the processor where it cannot use one.
+        os.path.exists("/dev/kfd") or any("Radeon RX" in name or "Radeon PRO" in name for name in names),
+        intel_card() or any("Arc" in name for name in names),
+    )
+
+
+def windows_adapters() -> list[str]:
+    """Names of the display adapters on Windows, [] elsewhere."""
+    names = []
+    if sys.platform == "win32":
+        import winreg
+
+        display = r"SYSTEM\CurrentControlSet\Control\Class\{4d36e968-e325-11ce-bfc1-08002be10318}"
+        for number in range(16):
+            with contextlib.suppress(OSError):
+                with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, rf"{display}\{number:04}") as key:
+                    names.append(str(winreg.QueryValueEx(key, "DriverDesc")[0]))
+    return names
+
+
+def intel_card(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether Linux lists a display controller of Intel's that is not the processor's own (always 00:02.0)."""
+    for device in devices.glob("*") if devices.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if device.name.endswith("00:02.0") or (device / "vendor").read_text().strip() != "0x8086":
+                continue
+            if (device / "class").read_text().startswith("0x03"):
+                return True
+    return False
 
 
 def nvidia_smi(field: str) -> list[float]:
@@ -109,22 +160,51 @@ def nvidia_smi(field: str) -> list[float]:
     return found
 
 
-def torch_index(system: str, nvidia: bool, driver: int, capability: float, amd: bool) -> str:
+def torch_backend(system: str, cards: Cards) -> str:
     """The part of PyTorch's own index that suits a machine better than the default index does, or "".
 
     The default index has CPU builds for Windows and macOS, and for Linux those of the newest CUDA. CUDA 13
-    wants a driver from 580 on and a card from Turing (7.5) on; CUDA 12.6 serves older ones up to Hopper
-    (9.0). AMD's cards have builds for Linux.
+    wants a driver from 580 on and a card from Turing (7.5) on; CUDA 12.6 serves cards from Maxwell (5.0) up
+    to Hopper (9.0). Of several cards the newest is served, and the older ones too where one build serves all.
+    AMD's cards have builds for Linux only.
 
     Source: the CUDA support matrix in RELEASE.md of github.com/pytorch/pytorch.
     """
     if system not in ("Windows", "Linux"):
         return ""
-    if not nvidia:
-        return ("rocm6.4" if amd else "cpu") if system == "Linux" else ""
-    if 0 < driver < 580 or 0 < capability < 7.5:
-        return "cu128" if capability >= 10 else "cu126"
-    return "cu130" if system == "Windows" else ""
+    if cards.nvidia:
+        newest = max(cards.capabilities, default=0.0)
+        # Cards below 5.0 have no build at all, so that they decide nothing.
+        oldest = min((each for each in cards.capabilities if each >= 5.0), default=newest)
+        if 0 < cards.driver < 580 or (0 < oldest < 7.5 and newest < 10):
+            return "cu128" if newest >= 10 else "cu126"
+        return "cu130" if system == "Windows" else ""
+    if cards.amd and system == "Linux":
+        return "rocm6.4"
+    if cards.intel:
+        return "xpu"
+    return "cpu" if system == "Linux" else ""
+
+
+def card_notes(system: str, cards: Cards) -> list[str]:
+    """What keeps a card from being used, a sentence each."""
+    found = []
+    if 0 < cards.driver < OLDEST_DRIVER:
+        found.append(
+            f"The NVIDIA driver {cards.driver} is too old for PyTorch: install driver 580 or newer from"
+            " nvidia.com, or the processor trains."
+        )
+    if cards.capabilities and max(cards.capabilities) < 5.0:
+        found.append(
+            f"The NVIDIA card (compute capability {max(cards.capabilities)}) is older than PyTorch supports"
+            " (5.0), so the processor trains."
+        )
+    if system == "Windows" and cards.amd and not cards.nvidia:
+        found.append(
+            "PyTorch's index has no build for AMD cards on Windows, so the processor trains; on Linux the card"
+            " can be used."
+        )
+    return found
 
 
 def answers(url: str) -> bool:
@@ -143,10 +223,14 @@ def answers(url: str) -> bool:
 
 
 def pip(*arguments: str, quiet: bool = False) -> bool:
-    """Run `pip install` in .venv and show what it does; whether it succeeded."""
+    """Run `pip install` in .venv; whether it succeeded."""
     (VENV / "pip.log").unlink(missing_ok=True)
     command = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check"]
-    command += ["--log", str(VENV / "pip.log"), "install", *arguments]
+    return run_install([*command, "--log", str(VENV / "pip.log"), "install", *arguments], quiet)
+
+
+def run_install(command: list[str], quiet: bool = False) -> bool:
+    """Run an installer on .venv and show what it does; whether it succeeded."""
     foreign = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONHOME", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in foreign}
     environment["PYTHONIOENCODING"] = "utf-8"
@@ -233,17 +317,33 @@ def install_torch() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     torch = next(text for text in project["dependencies"] if text.startswith("torch"))
-    index = torch_index(platform.system(), *graphics_card(), os.path.exists("/dev/kfd"))
-    if not index:
+    cards = find_cards()
+    for note in card_notes(platform.system(), cards):
+        say(note)
+    backend = torch_backend(platform.system(), cards)
+    if not backend:
         return
-    say(f"PyTorch, the build for {'this processor' if index == 'cpu' else 'the graphics card'} ...")
+    say(f"PyTorch, the build for {'this processor' if backend == 'cpu' else 'the graphics card'} ...")
     if pip("--no-index", "--no-deps", torch, quiet=True):  # it may be there, or on a local disk
         return
-    if not answers(f"{TORCH_INDEX}{index}/"):
+    if not answers(f"{TORCH_INDEX}{backend}/"):
         say("PyTorch's own index does not answer; its default build is taken (on Linux 3 GB to download).")
         return
-    if not pip(torch, "--index-url", f"{TORCH_INDEX}{index}"):
+    if not uv(torch, backend) and not pip(torch, "--index-url", f"{TORCH_INDEX}{backend}"):
         say("That failed; the default build is taken instead.")
+
+
+def uv(torch: str, backend: str) -> bool:
+    """Have uv install the PyTorch that it finds to fit this machine; whether it could.
+
+    It knows each AMD card and each driver, but not which cards a CUDA build has no code for: where `backend`
+    is an older CUDA, uv is told it.
+    """
+    if not pip("uv", "--only-binary", ":all:", quiet=True):
+        return False
+    auto = "auto" if backend in ("cpu", "cu130") or backend.startswith("rocm") else backend
+    command = [str(PYTHON), "-m", "uv", "pip", "install", "--python", str(PYTHON)]
+    return run_install([*command, f"--torch-backend={auto}", torch])
 
 
 @contextlib.contextmanager
@@ -305,7 +405,7 @@ def set_up(extra: str) -> None:
             python = environment_version()
         install_torch()
         say("Installing the project and what it needs ...")
-        extras = [*EXTRAS, *(CARD_EXTRAS if graphics_card()[0] else ()), *([extra] if extra else [])]
+        extras = [*EXTRAS, *(CARD_EXTRAS if find_cards().nvidia else ()), *([extra] if extra else [])]
         if not pip("--editable", f".[{','.join(extras)}]"):
             raise SetupError(
                 f"The installation failed.\n{pip_errors()}\nSee that the internet can be reached and that the"

@@ -124,44 +124,74 @@ def test_an_environment_that_runs_has_one(place: Path, monkeypatch: pytest.Monke
     assert install.environment_version() == ""
 
 
+def nvidia(driver: int, *capabilities: float) -> install.Cards:
+    return install.Cards(nvidia=True, driver=driver, capabilities=capabilities)
+
+
+AMD, INTEL = install.Cards(amd=True), install.Cards(intel=True)
+
+
 @pytest.mark.parametrize(
-    ("system", "nvidia", "driver", "capability", "amd", "index"),
+    ("system", "cards", "backend"),
     [
-        ("Linux", False, 0, 0.0, False, "cpu"),
-        ("Linux", False, 0, 0.0, True, "rocm6.4"),
-        ("Linux", True, 470, 0.0, False, "cu126"),
-        ("Linux", True, 580, 8.6, False, ""),
-        ("Linux", True, 0, 0.0, False, ""),
-        ("Linux", True, 550, 8.6, False, "cu126"),
-        ("Linux", True, 580, 6.1, False, "cu126"),
-        ("Windows", False, 0, 0.0, False, ""),
-        ("Windows", True, 0, 0.0, False, "cu130"),
-        ("Windows", True, 591, 12.0, False, "cu130"),
-        ("Windows", True, 572, 12.0, False, "cu128"),
-        ("Windows", True, 560, 8.9, False, "cu126"),
-        ("Windows", True, 580, 6.1, False, "cu126"),
-        ("Darwin", False, 0, 0.0, False, ""),
+        ("Linux", install.Cards(), "cpu"),
+        ("Linux", AMD, "rocm6.4"),
+        ("Linux", INTEL, "xpu"),
+        ("Linux", install.Cards(nvidia=True, driver=580, capabilities=(8.6,), amd=True), ""),
+        ("Linux", nvidia(470), "cu126"),
+        ("Linux", nvidia(580, 8.6), ""),
+        ("Linux", nvidia(0), ""),
+        ("Linux", nvidia(550, 8.6), "cu126"),
+        ("Linux", nvidia(580, 6.1), "cu126"),
+        ("Linux", nvidia(580, 8.9, 6.1), "cu126"),  # which serves both
+        ("Linux", nvidia(580, 3.5, 8.9), ""),  # no build serves the older one
+        ("Linux", nvidia(580, 12.0, 6.1), ""),  # none serves both
+        ("Linux", nvidia(572, 12.0, 6.1), "cu128"),
+        ("Windows", install.Cards(), ""),
+        ("Windows", AMD, ""),
+        ("Windows", INTEL, "xpu"),
+        ("Windows", nvidia(0), "cu130"),
+        ("Windows", nvidia(591, 12.0), "cu130"),
+        ("Windows", nvidia(572, 12.0), "cu128"),
+        ("Windows", nvidia(560, 8.9), "cu126"),
+        ("Windows", nvidia(580, 6.1), "cu126"),
+        ("Darwin", install.Cards(), ""),
     ],
 )
-def test_which_pytorch(
-    system: str, nvidia: bool, driver: int, capability: float, amd: bool, index: str
-) -> None:
-    assert install.torch_index(system, nvidia, driver, capability, amd) == index
+def test_which_pytorch(system: str, cards: install.Cards, backend: str) -> None:
+    assert install.torch_backend(system, cards) == backend
+
+
+@pytest.mark.parametrize(
+    ("system", "cards", "words"),
+    [
+        ("Linux", nvidia(470), "driver 470 is too old for PyTorch: install driver 580"),
+        ("Windows", nvidia(580, 3.5), "compute capability 3.5"),
+        ("Windows", AMD, "no build for AMD cards on Windows"),
+        ("Windows", install.Cards(nvidia=True, driver=580, amd=True), ""),
+        ("Linux", AMD, ""),
+        ("Linux", nvidia(550, 8.6), ""),
+        ("Linux", nvidia(0), ""),
+    ],
+)
+def test_a_card_that_cannot_be_used_is_named(system: str, cards: install.Cards, words: str) -> None:
+    found = install.card_notes(system, cards)
+    assert len(found) == bool(words)
+    assert words in " ".join(found)
 
 
 @pytest.mark.parametrize(
     ("driver", "capability", "card"),
     [
-        ("580.65.06\n", "8.6\n", (True, 580, 8.6)),
-        ("572.16\n572.16\n", "12.0\n6.1\n", (True, 572, 12.0)),
-        ("580.65\n580.65\n", "3.5\n8.9\n", (True, 580, 8.9)),
-        ("470.82.01\n", None, (True, 470, 0.0)),  # a driver that does not know compute_cap
-        ("[N/A]\n", "[N/A]\n", (True, 0, 0.0)),
-        ("", "", (True, 0, 0.0)),
+        ("580.65.06\n", "8.6\n", nvidia(580, 8.6)),
+        ("572.16\n572.16\n", "12.0\n6.1\n", nvidia(572, 12.0, 6.1)),
+        ("470.82.01\n", None, nvidia(470)),  # a driver that does not know compute_cap
+        ("[N/A]\n", "[N/A]\n", nvidia(0)),
+        ("", "", nvidia(0)),
     ],
 )
 def test_what_nvidia_smi_says(
-    driver: str, capability: str | None, card: tuple[bool, int, float], monkeypatch: pytest.MonkeyPatch
+    driver: str, capability: str | None, card: install.Cards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
         answer = driver if command[1] == "--query-gpu=driver_version" else capability
@@ -171,46 +201,120 @@ def test_what_nvidia_smi_says(
 
     monkeypatch.setattr(install.subprocess, "run", run)
     monkeypatch.setattr(install.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert install.graphics_card() == card
-
-
-def pip_calls(
-    place: Path, monkeypatch: pytest.MonkeyPatch, *, local: bool, reachable: bool, works: bool
-) -> list:
-    """The installations that `install_torch` asks for on Linux without a graphics card."""
-    calls = []
-
-    def pip(*arguments: str, quiet: bool = False) -> bool:
-        calls.append(arguments)
-        return local if quiet else works
-
-    monkeypatch.setattr(install, "pip", pip)
-    monkeypatch.setattr(install, "answers", lambda url: reachable)
-    monkeypatch.setattr(install, "graphics_card", lambda: (False, 0, 0.0))
-    monkeypatch.setattr(install.platform, "system", lambda: "Linux")
     monkeypatch.setattr(install.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(install, "intel_card", lambda: False)
+    assert install.find_cards() == card
+
+
+@pytest.mark.parametrize(
+    ("names", "cards"),
+    [
+        (["Intel(R) UHD Graphics 770", "NVIDIA GeForce RTX 3060"], install.Cards(nvidia=True)),
+        (["AMD Radeon(TM) Graphics", "AMD Radeon RX 7800 XT"], AMD),
+        (["AMD Radeon(TM) Graphics"], install.Cards()),
+        (["Intel(R) Arc(TM) A770 Graphics"], INTEL),
+    ],
+)
+def test_what_windows_calls_its_cards(
+    names: list[str], cards: install.Cards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "nvidia_smi", lambda field: [])
+    monkeypatch.setattr(install.shutil, "which", lambda name: None)
+    monkeypatch.setattr(install.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(install, "intel_card", lambda: False)
+    monkeypatch.setattr(install, "windows_adapters", lambda: names)
+    assert install.find_cards() == cards
+
+
+@pytest.mark.parametrize(
+    ("place", "vendor", "kind", "found"),
+    [
+        ("0000:03:00.0", "0x8086", "0x030000", True),
+        ("0000:00:02.0", "0x8086", "0x030000", False),  # the processor's own graphics
+        ("0000:03:00.0", "0x8086", "0x020000", False),  # a network card
+        ("0000:03:00.0", "0x10de", "0x030000", False),
+    ],
+)
+def test_cards_of_intel_on_linux(tmp_path: Path, place: str, vendor: str, kind: str, found: bool) -> None:
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "vendor").write_text(vendor + "\n")
+    (tmp_path / place / "class").write_text(kind + "\n")
+    assert install.intel_card(tmp_path) == found
+
+
+def install_calls(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    works: tuple[str, ...],
+    *,
+    cards: install.Cards = install.Cards(),
+    reachable: bool = True,
+) -> list[tuple[str, ...]]:
+    """The installations that `install_torch` asks for on Linux, where `works` names those that succeed."""
+    calls: list[tuple[str, ...]] = []
+
+    def installed(command: list[str], quiet: bool = False) -> bool:
+        words = tuple(command[command.index("install") + 1 :])
+        calls.append(words)
+        kind = next(
+            (kind for mark, kind in MARKS.items() if any(word.startswith(mark) for word in words)), "tool"
+        )
+        return kind in works
+
+    monkeypatch.setattr(install, "run_install", installed)
+    monkeypatch.setattr(install, "answers", lambda url: reachable)
+    monkeypatch.setattr(install, "find_cards", lambda: cards)
+    monkeypatch.setattr(install.platform, "system", lambda: "Linux")
     install.install_torch()
     return calls
 
 
+MARKS = {"--no-index": "local", "--torch-backend": "uv", "--index-url": "index"}
 LOCAL = ("--no-index", "--no-deps", "torch>=2.8")
+TOOL = ("uv", "--only-binary", ":all:")
 INDEX = ("torch>=2.8", "--index-url", install.TORCH_INDEX + "cpu")
 
 
+def by_uv(backend: str) -> tuple[str, ...]:
+    return ("--python", str(install.PYTHON), f"--torch-backend={backend}", "torch>=2.8")
+
+
 def test_a_pytorch_that_is_there_is_taken(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pip_calls(place, monkeypatch, local=True, reachable=True, works=True) == [LOCAL]
+    assert install_calls(place, monkeypatch, ("local",)) == [LOCAL]
 
 
-def test_the_index_is_asked_where_there_is_none(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pip_calls(place, monkeypatch, local=False, reachable=True, works=True) == [LOCAL, INDEX]
+@pytest.mark.parametrize(
+    ("cards", "backend"),
+    [
+        (install.Cards(), "auto"),
+        (AMD, "auto"),
+        (INTEL, "xpu"),
+        (nvidia(580, 6.1), "cu126"),  # which cards a build has code for, uv does not know
+        (nvidia(550, 8.6), "cu126"),
+    ],
+)
+def test_uv_finds_the_build(
+    place: Path, monkeypatch: pytest.MonkeyPatch, cards: install.Cards, backend: str
+) -> None:
+    calls = install_calls(place, monkeypatch, ("tool", "uv"), cards=cards)
+    assert calls == [LOCAL, TOOL, by_uv(backend)]
+
+
+def test_pip_takes_over_where_uv_cannot(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert install_calls(place, monkeypatch, ("tool", "index")) == [LOCAL, TOOL, by_uv("auto"), INDEX]
+    assert install_calls(place, monkeypatch, ("index",)) == [LOCAL, TOOL, INDEX]
+    assert "default build" not in capsys.readouterr().out
 
 
 def test_an_index_that_fails_or_is_silent_is_left(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pip_calls(place, monkeypatch, local=False, reachable=True, works=False) == [LOCAL, INDEX]
+    assert install_calls(place, monkeypatch, ())[-1] == INDEX
     assert "the default build is taken instead" in capsys.readouterr().out
-    assert pip_calls(place, monkeypatch, local=False, reachable=False, works=True) == [LOCAL]
+    # Nothing is fetched, uv neither, where PyTorch's index is out of reach.
+    assert install_calls(place, monkeypatch, (), reachable=False) == [LOCAL]
     assert "does not answer" in capsys.readouterr().out
 
 
@@ -265,7 +369,7 @@ def test_what_the_window_offers_is_installed(
     monkeypatch.setattr(install, "pip", lambda *arguments, quiet=False: installed.append(arguments) or True)
     monkeypatch.setattr(install, "environment_version", lambda: "3.11")
     monkeypatch.setattr(install, "install_torch", lambda: None)
-    monkeypatch.setattr(install, "graphics_card", lambda: (card, 580, 8.6))
+    monkeypatch.setattr(install, "find_cards", lambda: install.Cards(nvidia=card))
     install.set_up("")
     assert installed == [("--editable", f".[{extras}]")]
 
