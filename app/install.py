@@ -131,14 +131,14 @@ def windows_adapters() -> list[str]:
 
         display = r"SYSTEM\CurrentControlSet\Control\Class\{4d36e968-e325-11ce-bfc1-08002be10318}"
         for number in range(16):
-            with contextlib.suppress(OSError):
-                with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, rf"{display}\{number:04}") as key:
-                    names.append(str(winreg.QueryValueEx(key, "DriverDesc")[0]))
+            path = rf"{display}\{number:04}"
+            with contextlib.suppress(OSError), winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
+                names.append(str(winreg.QueryValueEx(key, "DriverDesc")[0]))
     return names
 
 
 def intel_card(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Whether Linux lists a display controller of Intel's that is not the processor's own (always 00:02.0)."""
+    """Whether Linux lists a display controller of Intel's beside the processor's own (always 00:02.0)."""
     for device in devices.glob("*") if devices.is_dir() else ():
         with contextlib.suppress(OSError):
             if device.name.endswith("00:02.0") or (device / "vendor").read_text().strip() != "0x8086":
@@ -201,8 +201,8 @@ def card_notes(system: str, cards: Cards) -> list[str]:
         )
     if system == "Windows" and cards.amd and not cards.nvidia:
         found.append(
-            "PyTorch's index has no build for AMD cards on Windows, so the processor trains; on Linux the card"
-            " can be used."
+            "PyTorch's index has no build for AMD cards on Windows, so the processor trains; on Linux the"
+            " card can be used."
         )
     return found
 

@@ -128,6 +128,7 @@ def nvidia(driver: int, *capabilities: float) -> install.Cards:
     return install.Cards(nvidia=True, driver=driver, capabilities=capabilities)
 
 
+NONE = install.Cards()
 AMD, INTEL = install.Cards(amd=True), install.Cards(intel=True)
 
 
@@ -247,7 +248,7 @@ def install_calls(
     monkeypatch: pytest.MonkeyPatch,
     works: tuple[str, ...],
     *,
-    cards: install.Cards = install.Cards(),
+    cards: install.Cards = NONE,
     reachable: bool = True,
 ) -> list[tuple[str, ...]]:
     """The installations that `install_torch` asks for on Linux, where `works` names those that succeed."""
