@@ -232,6 +232,14 @@
   const columns = () => Math.max(1, getComputedStyle(grid()).gridTemplateColumns.split(" ").length);
 
   // ---- captions: saved as they are typed, the picture's name travelling with the text --------------------------------
+  // One after the other: of two on their way at once, the older text might arrive last.
+  let sent = Promise.resolve();
+  const send = (body, options) => {
+    const answer = options.keepalive ? post("caption", body, options) : sent.then(() => post("caption", body, options));
+    sent = answer.catch(() => {});
+    return answer;
+  };
+
   const save = async (name, options = {}) => {
     const entry = waiting.get(name);
     if (!entry) return;
@@ -243,7 +251,7 @@
     }
     const before = entry.before;
     try {
-      const answer = await post("caption", { picture: name, text }, options);
+      const answer = await send({ picture: name, text }, options);
       if (answer.problem) throw new Error(answer.problem);
       saves += 1;
       if (waiting.get(name) === entry) waiting.delete(name);
