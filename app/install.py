@@ -125,7 +125,7 @@ def find_cards() -> Cards:
 
 def windows_adapters() -> list[str]:
     """Names of the display adapters on Windows, [] elsewhere."""
-    names = []
+    names: list[str] = []
     if sys.platform == "win32":
         import winreg
 
