@@ -174,13 +174,17 @@
     if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} more.` }));
   };
 
-  // One change at a time: pressed twice, a word would be put in twice, or two steps be taken back.
-  let changing = false;
-  const alone = (work) => async (...given) => {
-    if (changing) return;
-    changing = true;
+  // One change at a time: another one waits for its turn, but Undo pressed twice takes back one step.
+  let changing = null;
+  const alone = (work, queued) => async (...given) => {
+    while (changing) {
+      if (!queued) return;
+      await changing;
+    }
+    let done;
+    changing = new Promise((resolve) => { done = resolve; });
     allow(false, "The captions are being changed");
-    try { await work(...given); } finally { changing = false; }
+    try { await work(...given); } finally { changing = null; done(); }
   };
 
   const change = alone(async (body, tell = outcome) => {
@@ -193,7 +197,7 @@
     allow(false, "Nothing would change yet");
     tell(answer.changed ? `${many(answer.changed, "caption")} changed.` : "No caption had to be changed.");
     press("refresh");
-  });
+  }, true);
 
   const undo = alone(async (tell = outcome) => {
     await easel.waitingSaves();

@@ -56,6 +56,38 @@ def test_an_older_list_of_pictures_does_not_take_back_what_was_typed(
     assert (stored(window) / "ball 1 é.txt").read_text() == "typed meanwhile"
 
 
+def test_the_newest_of_two_captions_stays_and_a_change_waits_for_the_one_before(
+    page: Any, window: Window, pictures: list[Path]
+) -> None:
+    take(page, [*pictures, *(p.with_suffix(".txt") for p in pictures[1:])])
+    pictures_in(page, 6)
+    page.click("#dataset-grid [data-picture='ball 1 é.png']")
+    sent: list[Any] = []
+    page.on(
+        "request", lambda r: sent.append(r.post_data_json["text"]) if r.url.endswith("/caption") else None
+    )
+    with held_back(page, "**/easel/caption", "POST") as held:
+        page.fill(AREA, "older")
+        until(page, lambda: held)
+        page.fill(AREA, "newer")
+        page.wait_for_timeout(600)
+        assert sent == ["older"]
+    page.wait_for_selector("#caption-state[data-state=saved]")
+    assert sent == ["older", "newer"]
+    assert (stored(window) / "ball 1 é.txt").read_text() == "newer"
+
+    page.click("#bulk > summary")
+    page.click("#bulk-tags [aria-label='Delete the tag newer']")
+    page.wait_for_selector("#bulk-said >> text=1 caption changed")
+    with held_back(page, "**/easel/tags") as held:
+        page.click("#bulk-undo")
+        until(page, lambda: held)
+        page.fill("#trigger input, #trigger textarea", "sks ball")
+        page.click("#trigger-to-all")
+    page.wait_for_selector("#import-note >> text=6 captions changed")
+    assert (stored(window) / "ball 1 é.txt").read_text() == "sks ball, newer"
+
+
 def test_twice_pressed_is_done_once_and_each_delete_takes_its_own(
     page: Any, window: Window, pictures: list[Path]
 ) -> None:
