@@ -63,7 +63,9 @@ def test_a_base_of_the_hub_is_downloaded(page: Any, hub: Hub) -> None:
     page.click("#base-download button")
     page.wait_for_selector("#base-download[data-state=downloading] [aria-valuenow]:not([aria-valuenow='0'])")
     assert violations(page) == []
-    page.click("#base-download button >> text=Cancel")
+    # The hub goes on only once the window knows of it, else the download might end before.
+    with page.expect_response("**/easel/run"):
+        page.click("#base-download button >> text=Cancel")
     hub.gate.set()
     page.wait_for_selector("#base-download[data-state=offered] >> text=are here already")
     page.click("#base-download button >> text=Download the rest")
