@@ -24,6 +24,7 @@ from app.worker import GivesWay, Worker
 from lora_core.dataset.projects import Projects, adopt, belongs
 from lora_core.spec.hardware import Hardware
 from lora_core.spec.places import Places
+from lora_core.spec.setting import AUTO
 
 
 class Desk:
@@ -53,6 +54,7 @@ class Desk:
         self.files = FileManager()
         command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
         self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
+        self.worker.wanted_device = self._device
         self.worker.is_needed_elsewhere = GivesWay(self._live_run)
         self.studio = Studio(self.worker, lambda: self.generated)
         self.prober = Prober(workspace, self.worker, self.hardware, self._occupied)
@@ -69,6 +71,10 @@ class Desk:
         if run:
             return f"The run {run} is going on; it can be measured when that has ended."
         return "The queue is being worked through." if self.line.worked else ""
+
+    def _device(self) -> str:
+        """The device that the open project's settings name."""
+        return str((self.project.draft().get("values") or {}).get("train.device") or AUTO)
 
     def _live_run(self) -> str:
         live = self.jobs.live()

@@ -57,8 +57,10 @@ class Worker:
         self.environment = environment
         self.log_file = log_file
         self.ready = False
-        self.device = self.torch = ""
-        """The kind of device that PyTorch computes on ("cuda", "cpu", ...) and its version, once known."""
+        self.found: dict[str, str] = {}
+        """What the process says of its PyTorch (`describe_torch` of the engine), once known."""
+        self.wanted_device: Callable[[], str] = lambda: ""
+        """Gives the value of `train.device` that requests are answered on, "" to leave it."""
         self.waiting: list[Reply] = []
         """What was asked and is not begun, in order."""
         self.in_hand: Reply | None = None
@@ -73,6 +75,11 @@ class Worker:
         self._starting = threading.Lock()
         """Held while the process is started, so that closing either prevents it or sees it."""
         self._closed = False
+
+    @property
+    def device(self) -> str:
+        """The kind of device that PyTorch computes on ("cuda", "cpu", ...), "" while that is not known."""
+        return self.found.get("device", "")
 
     def warm(self) -> None:
         """Start the process in the background, so that the first preview need not wait for it."""
@@ -161,7 +168,8 @@ class Worker:
         if reply.request["do"] == "warm":
             self._end(reply, "done", "")
             return
-        self._write(reply.request)
+        device = self.wanted_device()
+        self._write({**({"device": device} if device else {}), **reply.request})
         if reply.dropped:
             # It was cancelled while the process came up.
             self.cancel(reply)
@@ -218,7 +226,7 @@ class Worker:
         for message in _messages(self._process.stdout):
             if message.get("event") == "ready":
                 self.ready = True
-                self.device, self.torch = str(message.get("device", "")), str(message.get("torch", ""))
+                self.found = {key: value for key, value in message.items() if isinstance(value, str)}
                 return self._process
         return None
 

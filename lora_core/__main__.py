@@ -99,7 +99,8 @@ def _quiet_libraries() -> None:
 
 
 def _set_up_cuda() -> None:
-    """An allocator of a card's memory that does not fragment; before torch is imported."""
+    """Number cards as nvidia-smi does, and do not fragment their memory; before torch is imported."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if sys.platform.startswith("linux"):
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

@@ -1,7 +1,8 @@
 """The warm worker: one process that keeps a base model loaded and answers a line of JSON with lines of JSON.
 
 Requests come on stdin, one object a line, each with an "id" and what to "do"; answers go to stdout and carry
-the id. The first line says that it is ready, which kind of device it computes on and with which torch.
+the id. The first line says that it is ready, on which kind of device it computes and with which torch
+(`describe_torch`). A request may name another "device", as `train.device` does, which counts from then on.
 `cancel` is read while a picture is made. What the verbs do is in `worker/`.
 """
 
@@ -17,7 +18,8 @@ from typing import Any, TextIO
 
 import torch
 
-from lora_core.models.device import best_device, out_of_memory
+from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
+from lora_core.spec.config import checked_option
 from lora_core.spec.errors import ConfigError, LoraError
 from lora_core.spec.processor import others_compute
 from lora_core.worker import files
@@ -41,6 +43,7 @@ class Worker:
         self._threads = torch.get_num_threads()
         drawing = Drawing(answer, self.cancelled)
         insights = Insights(answer, self.cancelled, drawing.bare_base)
+        self._release = drawing.release
         analysing = Analysing(answer, self.cancelled, drawing.release)
         self._verbs: dict[str, Callable[[Request], dict[str, Any]]] = {
             "generate": drawing.generate, "sheet": drawing.sheet, "export": files.export,
@@ -59,7 +62,9 @@ class Worker:
         name = str(request.get("id", ""))
         began = time.monotonic()
         try:
-            result = self._verb(request)(request)
+            verb = self._verb(request)
+            self._move(request)
+            result = verb(request)
             self._answer({"id": name, "event": "done", "seconds": time.monotonic() - began, **result})
         except Cancelled:
             self._answer({"id": name, "event": "error", "message": "Cancelled."})
@@ -77,6 +82,13 @@ class Worker:
             self._answer({"id": name, "event": "error", "message": message})
         finally:
             self.cancelled.discard(name)
+
+    def _move(self, request: Request) -> None:
+        """Go to the device that a request names; a base on another one is let go."""
+        if "device" in request:
+            before = best_device()
+            if use_device(checked_option("device", "train.device", request["device"])) != before:
+                self._release({})
 
     def _verb(self, request: Request) -> Callable[[Request], dict[str, Any]]:
         if str(request.get("id", "")) in self.cancelled:
@@ -102,7 +114,7 @@ def serve(incoming: TextIO, outgoing: TextIO) -> None:
     waiting: queue.Queue[Request | None] = queue.Queue()
     reader = threading.Thread(target=_read, args=(incoming, waiting, worker, answer), daemon=True)
     reader.start()
-    answer({"id": None, "event": "ready", "device": best_device().type, "torch": torch.__version__})
+    answer({"id": None, "event": "ready", **describe_torch()})
     while (request := waiting.get()) is not None:
         worker.handle(request)
 

@@ -9,7 +9,9 @@ from app.words import UNKNOWN, about, bar, file_size, many, pace, safe, scientif
 from lora_core.dataset.preflight import caption_bytes
 from lora_core.spec.config import RunConfig
 from lora_core.spec.forecast import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast, memory_needed
+from lora_core.spec.hardware import card_problem
 from lora_core.spec.hub import Download
+from lora_core.spec.setting import AUTO
 from lora_core.spec.sizes import (
     export_bytes,
 )
@@ -54,13 +56,8 @@ def notes(moment: Moment) -> list[str]:
     found += plan.notes
     hardware = moment.desk.hardware
     card, worker = hardware.card(), moment.desk.worker
-    if card is not None and worker.device == "cpu":
-        found.insert(
-            0,
-            f"There is a graphics card ({card.name}), but this PyTorch ({worker.torch}) cannot use it, so"
-            " the processor trains. Update the card's driver, delete the folder .venv and start launch.py"
-            " again; it installs the build that fits.",
-        )
+    if card is not None and worker.device == "cpu" and plan.config.train.device == AUTO:
+        found.insert(0, card_problem(card, worker.found) + " Until then the processor trains.")
     elif hardware.known and not hardware.has_gpu and not plan.base.embedded:
         found.insert(
             0,

@@ -1,15 +1,19 @@
-"""Which device and which number format: what the machine has, found by accelerate."""
+"""Which device and which number format: what the machine has, and what a setting chose."""
 
 import contextlib
 import ctypes
 import math
+import os
 import sys
 import time
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from lora_core.models.weight_files import PRECISIONS
+from lora_core.spec.errors import ConfigError
+from lora_core.spec.setting import AUTO
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of `malloc.h`."""
@@ -20,9 +24,131 @@ WORTH_IT = 0.7
 """The largest share of fp32's time that bf16's lost digits are worth."""
 
 
+_device: list[torch.device] = []
+"""What `use_device` chose for this process; empty: the best one."""
+
+
+def use_device(name: str) -> torch.device:
+    """Have this process compute on the device that `train.device` names, from now on.
+
+    Args:
+        name: auto, cpu, mps, xpu, cuda, or cuda:N and xpu:N with a card's number.
+
+    Raises:
+        ConfigError: it is not there, or accelerate gives each of several processes its own.
+    """
+    _device.clear()
+    if name == AUTO:
+        return best_device()
+    if PartialState().num_processes > 1:
+        raise ConfigError(
+            f"train.device = {name} is for one process; with several, accelerate gives each its own. Set it"
+            " to auto."
+        )
+    device = torch.device(name)
+    there = devices()
+    if not any(name in (one["device"], one["device"].partition(":")[0]) for one in there):
+        listed = ", ".join(
+            f"{one['device']} ({one['name']})" if one["name"] else one["device"] for one in there
+        )
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hides = "" if hidden is None else f" CUDA_VISIBLE_DEVICES = {hidden!r} hides all other NVIDIA cards."
+        raise ConfigError(
+            f"train.device = {name} is not there; PyTorch sees {listed}.{hides} Choose one of these, or auto."
+        )
+    if device.type == "cuda":
+        # "cuda" without a number, which a plan holds, means this one from now on.
+        torch.cuda.set_device(device if device.index is not None else best_card())
+        device = torch.device("cuda", torch.cuda.current_device())
+    elif device.type == "xpu" and device.index is not None:
+        torch.xpu.set_device(device)
+    _device.append(device)
+    return device
+
+
 def best_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return PartialState().device
+    """What `use_device` chose, else the GPU if there is one that this PyTorch has code for, else the CPU."""
+    if _device:
+        return _device[0]
+    device = PartialState().device
+    if device.type != "cuda" or torch.version.cuda is None or PartialState().num_processes > 1:
+        return device
+    if not any(has_code(number) for number in range(torch.cuda.device_count())):
+        return torch.device("cpu")
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(best_card())
+    return device
+
+
+def best_card() -> int:
+    """The number of the newest CUDA device; of several like it, of the one with the most memory."""
+
+    def rank(number: int) -> tuple[bool, tuple[int, int], int]:
+        total = torch.cuda.get_device_properties(number).total_memory
+        return has_code(number), torch.cuda.get_device_capability(number), total
+
+    return max(range(torch.cuda.device_count()), key=rank)
+
+
+def has_code(number: int) -> bool:
+    """Whether this PyTorch has kernels for a CUDA device: for its generation, or a form to compile for it."""
+    if torch.version.cuda is None:
+        return True
+    mine = torch.cuda.get_device_capability(number)
+    for arch in torch.cuda.get_arch_list():
+        kind, _, digits = arch.partition("_")
+        digits = digits.rstrip("af")
+        if digits.isdigit():
+            theirs = int(digits[:-1]), int(digits[-1])
+            # Kernels serve later minor versions, those for "sm_90a" none but 9.0; "compute" serves all later.
+            same = theirs[0] == mine[0] and not arch.endswith("a")
+            if theirs == mine or (theirs <= mine and (same or kind == "compute")):
+                return True
+    return False
+
+
+def build_of_torch() -> str:
+    """What this PyTorch was built for: "CUDA 13.0", "ROCm 6.4", "XPU", "Metal" or "CPU"."""
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    if torch.version.hip:
+        return "ROCm " + ".".join(torch.version.hip.split(".")[:2])
+    if getattr(torch.version, "xpu", None):
+        return "XPU"
+    return "Metal" if torch.backends.mps.is_built() else "CPU"
+
+
+def devices() -> list[dict[str, Any]]:
+    """All devices that PyTorch sees, by the names of `train.device`; the processor is the first.
+
+    Each has `device`, `name`, `capability` ("8.6", "" where there is none), and `usable`, false for a card
+    that this PyTorch has no code for.
+    """
+    found = [("cpu", "", "", True)]
+    if torch.backends.mps.is_available():
+        found.append(("mps", "Apple graphics", "", True))
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(number)
+        name = torch.cuda.get_device_name(number)
+        found.append((f"cuda:{number}", name, f"{major}.{minor}", has_code(number)))
+    for number in range(torch.xpu.device_count() if torch.xpu.is_available() else 0):
+        found.append((f"xpu:{number}", torch.xpu.get_device_name(number), "", True))
+    return [dict(zip(("device", "name", "capability", "usable"), row, strict=True)) for row in found]
+
+
+def describe_torch() -> dict[str, str]:
+    """What PyTorch is and computes on: `device` (its kind), `torch`, `build`, `capability` of the card, and
+    `lacks_code`, the capability of a card that it has no kernels for."""
+    device = best_device()
+    cards = {one["device"]: one for one in devices() if one["device"].startswith("cuda")}
+    mine = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" else ""
+    return {
+        "device": device.type,
+        "torch": torch.__version__,
+        "build": build_of_torch(),
+        "capability": cards[mine]["capability"] if mine else "",
+        "lacks_code": next((one["capability"] for one in cards.values() if not one["usable"]), ""),
+    }
 
 
 def cap_memory(device: torch.device) -> None:

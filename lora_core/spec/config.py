@@ -6,6 +6,7 @@ The settings themselves are declared in `spec/sections.py` and `spec/between.py`
 import dataclasses
 import difflib
 import math
+import re
 import stat
 import tomllib
 import types
@@ -30,7 +31,7 @@ from lora_core.spec.sections import (
     OptimSection,
     TrainSection,
 )
-from lora_core.spec.setting import AUTO, NumberOrAuto, setting
+from lora_core.spec.setting import AUTO, Form, NumberOrAuto, setting
 
 SWITCHES = {"optim.lr": "optim.range_test"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
@@ -271,7 +272,11 @@ def _checked_one(name: str, info: dataclasses.Field[Any], kind: Any, value: Any)
     if above is not None and not typed > above:
         raise ConfigError(f"{name} = {in_short(value)} is out of range; it must be above {above:g}.")
     among = info.metadata["among"]
-    if among is not None and typed not in among:
+    if isinstance(among, Form):
+        typed = typed.strip().lower()
+        if not re.fullmatch(among.pattern, typed):
+            raise ConfigError(f"{name} = {in_short(value)} is not known; choose {among.words}.")
+    elif among is not None and typed not in among:
         raise ConfigError(
             f"{name} = {in_short(value)} is not possible; choose one of {', '.join(map(str, among))}."
         )

@@ -4,14 +4,15 @@ A card is asked in the background and seldom: the program that answers takes a m
 """
 
 import contextlib
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,13 @@ FRESH_SECONDS = 4.0
 ASKING_TAKES = 10.0
 MEGABYTE = 2**20
 PROCESSOR = "processor"
-CARD_FIELDS = "name,memory.used,memory.total,power.max_limit,compute_cap"
+CARD_FIELDS = "name,memory.used,memory.total,driver_version,power.max_limit,compute_cap"
+OLD_FIELDS = CARD_FIELDS.removesuffix(",compute_cap")
+"""What drivers before 510 know."""
+DRIVERS = {13: 580, 12: 525, 11: 450}
+"""The oldest driver of NVIDIA's for each CUDA (RELEASE.md of github.com/pytorch/pytorch)."""
+OLDEST_CAPABILITY = 5.0
+REINSTALL = "Delete the folder .venv and start launch.py again; it installs the build that fits."
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Card:
         watts: the most it may draw; 0 where that is not told.
         generation: NVIDIA's compute capability; 0 elsewhere.
         by_process: process to bytes that it takes, where that is told.
+        maker: "NVIDIA" or "AMD".
+        driver: its driver's version, "" where that is not told.
     """
 
     name: str
@@ -42,6 +51,8 @@ class Card:
     watts: float = 0.0
     generation: float = 0.0
     by_process: dict[int, int] = field(default_factory=dict)
+    maker: str = "NVIDIA"
+    driver: str = ""
 
 
 class Hardware:
@@ -90,16 +101,29 @@ class Hardware:
 
 
 def nvidia_card() -> Card | None:
-    """The first card as NVIDIA's own tool tells it."""
+    """The card that a run takes, as NVIDIA's tool tells it: the newest; of several like it, the largest."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    with contextlib.suppress(OSError, ValueError, IndexError, subprocess.SubprocessError):
-        line = _said(tool, f"--query-gpu={CARD_FIELDS}").splitlines()[0]
-        found = parsed_card(line)
-        apps = _said(tool, "--query-compute-apps=pid,used_memory")
-        return Card(found.name, found.used, found.total, found.watts, found.generation, parsed_apps(apps))
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        cards = nvidia_cards(tool)
+        apps = parsed_apps(_said(tool, "--query-compute-apps=pid,used_memory"))
+        best = max(cards, key=lambda card: (card.generation, card.total), default=None)
+        return replace(best, by_process=apps) if best else None
     return None
+
+
+def nvidia_cards(tool: str) -> list[Card]:
+    """All cards of NVIDIA's, in the order of its tool.
+
+    Raises:
+        OSError, ValueError, subprocess.SubprocessError: the tool does not answer, or in another way.
+    """
+    try:
+        lines = _said(tool, f"--query-gpu={CARD_FIELDS}").splitlines()
+    except subprocess.CalledProcessError:
+        lines = [f"{line}, " for line in _said(tool, f"--query-gpu={OLD_FIELDS}").splitlines()]
+    return [parsed_card(line) for line in lines]
 
 
 def _said(tool: str, query: str) -> str:
@@ -120,8 +144,9 @@ def parsed_card(line: str) -> Card:
     Raises:
         ValueError: the line is another.
     """
-    name, used, total, watts, generation = (part.strip() for part in line.rsplit(",", 4))
-    return Card(name, int(used) * MEGABYTE, int(total) * MEGABYTE, _number(watts), _number(generation))
+    name, used, total, driver, watts, generation = (part.strip() for part in line.rsplit(",", 5))
+    memory = int(used) * MEGABYTE, int(total) * MEGABYTE
+    return Card(name, *memory, _number(watts), _number(generation), driver=driver)
 
 
 def parsed_apps(text: str) -> dict[int, int]:
@@ -147,8 +172,55 @@ def amd_card(devices: Path = Path("/sys/class/drm")) -> Card | None:
     for total in devices.glob("card*/device/mem_info_vram_total"):
         with contextlib.suppress(OSError, ValueError):
             used = int((total.parent / "mem_info_vram_used").read_text())
-            found.append(Card("AMD graphics card", used, int(total.read_text())))
+            found.append(Card("AMD graphics card", used, int(total.read_text()), maker="AMD"))
     return max(found, key=lambda card: card.total, default=None)
+
+
+def card_problem(card: Card, found: Mapping[str, str], system: str = platform.system()) -> str:
+    """Why PyTorch does not compute on a card that is there, and what to do about it, in two sentences.
+
+    Args:
+        card: as its driver tells it.
+        found: `torch`, `build` and `lacks_code`, as `describe_torch` says them.
+        system: as `platform.system()`.
+    """
+    build = found.get("build", "")
+    kind, _, version = build.partition(" ")
+    why, repair = _why_unused(card, kind, version, found.get("lacks_code", ""), system)
+    article = "an" if card.name.startswith(("NVIDIA", "AMD", "RTX")) else "a"
+    torch = f"{found.get('torch', '')}, built for {build or 'another device'}"
+    return f"There is {article} {card.name}, but this PyTorch ({torch}) cannot use it: {why}. {repair}"
+
+
+def _why_unused(card: Card, kind: str, version: str, lacks_code: str, system: str) -> tuple[str, str]:
+    driver = int(_number(card.driver.partition(".")[0]))
+    needed = DRIVERS.get(int(_number(version.partition(".")[0])), 0)
+    capability = _number(lacks_code) or card.generation
+    if 0 < capability < OLDEST_CAPABILITY:
+        return (
+            f"its compute capability {capability} is below {OLDEST_CAPABILITY}, which no build supports",
+            "The processor trains; a newer card is needed to change that.",
+        )
+    if card.maker == "AMD" and system == "Windows":
+        return "PyTorch's index has no build for AMD cards on Windows", "Train on Linux to use the card."
+    if kind != {"NVIDIA": "CUDA", "AMD": "ROCm"}[card.maker]:
+        return "it is the build for other devices", REINSTALL
+    if kind == "CUDA" and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return "the environment variable CUDA_VISIBLE_DEVICES hides it", "Unset it and start again."
+    if 0 < driver < needed:
+        return (
+            f"it needs driver {needed} or newer, and this is {card.driver}",
+            f"Update the driver from nvidia.com, or: {REINSTALL}",
+        )
+    if lacks_code:
+        return f"it has no code for compute capability {lacks_code}", REINSTALL
+    if kind == "ROCm":
+        return (
+            "this user may not open /dev/kfd, or ROCm does not know the card",
+            "Add the user to the groups render and video (`sudo usermod -aG render,video $USER`), log in"
+            " again, and see whether AMD's list of supported cards names it.",
+        )
+    return "its driver does not answer", "Restart the computer; if that does not help, reinstall the driver."
 
 
 def resident_bytes(process: psutil.Process | None) -> int | None:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from lora_core.spec import choices
-from lora_core.spec.setting import AUTO, NumberOrAuto, setting
+from lora_core.spec.setting import AUTO, Form, NumberOrAuto, setting
 
 MIN_SNR = 5.0
 """gamma of min-SNR where it is on by default: the value that Hang et al. 2023 recommend."""
@@ -152,6 +152,13 @@ class TrainSection:
         "Resolution",
         "The side in pixels of a square with a bucket's area. 0: what the base was trained at.",
         span=(0, 4096),
+    )
+    device: str = setting(
+        AUTO,
+        "Device",
+        "What computes: `auto` for the newest card, `cpu` for the processor, `cuda:0`, `cuda:1`, ... for a"
+        " card by its number in nvidia-smi (ROCm's too), `mps` on a Mac, `xpu` for Intel's.",
+        among=Form(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", "auto, cpu, cuda, cuda:0, cuda:1, ..., mps or xpu"),
     )
     precision: str = setting(
         "auto",

@@ -11,15 +11,16 @@ import torch
 from lora_core.dataset.captions import CaptionRules, plain_caption, varies, with_trigger
 from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
 from lora_core.dataset.split import held_out
-from lora_core.models.device import best_device, bf16_is_faster, dtype_of, limited, out_of_memory
+from lora_core.models.device import bf16_is_faster, dtype_of, limited, out_of_memory, use_device
 from lora_core.models.load import BaseModel, open_base
 from lora_core.models.prepacked import DIRECT, PLAIN, best_layout, prepack
 from lora_core.spec.base_facts import GUESS, base_facts
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import InputsChanged
+from lora_core.spec.errors import ConfigError, InputsChanged
 from lora_core.spec.hub import fetch_base
 from lora_core.spec.paths import write_atomically
 from lora_core.spec.run_folder import RunFolder
+from lora_core.spec.setting import AUTO
 from lora_core.spec.sizes import base_numbers
 from lora_core.training.batches import Batches, Item, Looks, items_of, looks_in_all
 from lora_core.training.cache import LatentCache, TextSource, digest_of
@@ -86,13 +87,20 @@ class Plan:
 
         Raises:
             InputsChanged: it was made on another kind of device, and that is not accepted.
+            ConfigError: `train.device` is not there.
         """
-        device = best_device()
         try:
             begun = cls(**_of_today(json.loads(run.plan_file.read_text(encoding="utf-8"))))
             begun = replace(begun, rungs=[(str(name), int(step)) for name, step in begun.rungs])
         except (OSError, ValueError, TypeError):
             begun = None
+        try:
+            device = use_device(config.train.device)
+        except ConfigError:
+            # A run whose card was taken out goes on with what is there, if that is accepted.
+            if begun is None or not accept_changes:
+                raise
+            device = use_device(AUTO)
         if begun is not None and begun.device == device.type:
             return begun
         if begun is not None and not accept_changes:

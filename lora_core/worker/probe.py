@@ -16,7 +16,7 @@ import torch
 
 from lora_core.dataset.buckets import Bucket, bucket_of
 from lora_core.models.denoise import prediction
-from lora_core.models.device import best_device, cap_memory, out_of_memory
+from lora_core.models.device import cap_memory, out_of_memory, use_device
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel, load_base
 from lora_core.spec.config import RunConfig
@@ -85,7 +85,7 @@ class Probe:
             self._release({})
 
     def _measured(self, config: RunConfig, name: str, aside: Path) -> dict[str, Any]:
-        device = best_device()
+        device = use_device(config.train.device)
         cap_memory(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

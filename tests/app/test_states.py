@@ -214,16 +214,22 @@ def test_without_a_card_it_says_that_it_takes_hours(
     base = base_file(tmp_path / "base.safetensors", "sd15")
     desk.project.keep(values={"model.base": str(base)})
     assert "No graphics card was found" in notes(without_card(desk))[0]
-    desk.hardware._card = Card("A card", 2**30, 8 * 2**30)
+    desk.hardware._card = Card("RTX 3060", 2**30, 8 * 2**30)
     assert not any("graphics card" in text for text in notes(without_card(desk)))
     assert "of 8 GB on the card" in facts(moment_of(desk))
     assert "GPU 1.0 of 8 GB" in header.memory(desk.hardware.card())
     # PyTorch was installed for a processor, or the driver is too old.
-    desk.worker.device, desk.worker.torch = "cpu", "2.13.0+cpu"
+    desk.worker.found = {"device": "cpu", "torch": "2.13.0+cpu", "build": "CPU", "lacks_code": ""}
     said = notes(moment_of(desk))[0]
-    assert said.startswith("There is a graphics card (A card), but this PyTorch (2.13.0+cpu) cannot use it")
+    assert said.startswith(
+        "There is an RTX 3060, but this PyTorch (2.13.0+cpu, built for CPU) cannot use it: it is"
+    )
+    assert "start launch.py again" in said
     assert not desk.hardware.has_gpu
-    desk.worker.device = "cuda"
+    desk.project.keep(values={"model.base": str(base), "train.device": "cpu"})
+    assert not any("cannot use it" in text for text in notes(moment_of(desk)))
+    desk.project.keep(values={"model.base": str(base)})
+    desk.worker.found["device"] = "cuda"
     assert not any("cannot use it" in text for text in notes(moment_of(desk)))
 
 

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from lora_core.models.device import use_device
 from lora_core.models.load import BaseModel, load_base
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig, settings
+from lora_core.spec.errors import ConfigError
 from lora_core.spec.families import FAMILIES
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training import prepare
@@ -66,6 +68,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "train.batch_size": (1, {}),
     "train.accumulate": (2, {}),
     "train.resolution": (16, {}),
+    "train.device": ("cuda:7", {}),
     "train.precision": ("bf16", {}),
     "train.checkpointing": (True, {}),
     "train.quantise": ("int8", {}),
@@ -113,7 +116,17 @@ CASES: dict[str, tuple[Any, Changes]] = {
 ELSEWHERE: dict[str, Callable[[RunConfig], Any]] = {
     # The toy has one text encoder.
     "optim.text_encoder_2_lr": lambda config: part_rates(FAMILIES["sdxl"], config.optim),
+    "train.device": lambda config: device_or_problem(config.train.device),
 }
+
+
+def device_or_problem(name: str) -> str:
+    try:
+        return str(use_device(name))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        use_device("auto")
 
 
 class Runs:
