@@ -1292,6 +1292,13 @@ def _pictures_of(dataset: File, workspace: File | None) -> "Project":
     return pictures_of(str(dataset), workspace_folder(workspace))
 
 
+def doctor(workspace: File | None = None) -> dict[str, Any]:
+    """What this computer has: `ok`, and `checks` with `name`, `found`, `ok` and `fix` each."""
+    from lora_core.report.doctor import diagnosis
+
+    return diagnosis(_path(workspace))
+
+
 def serve() -> None:
     """Be the warm worker on this process's stdin and stdout until they end."""
     from lora_core import serve as worker

@@ -132,6 +132,7 @@ VERBS = (
     Verb("trash restore", "put something back where it was", "Header: Projects, Trash, Restore",
          ("projects restore",)),
     Verb("trash empty", "remove all of it for good", "Header: Projects, Empty trash", ("projects empty",)),
+    Verb("doctor", "what this computer has, and the fix for each thing that is wrong"),
     Verb("serve", "the warm worker: JSON lines in, JSON lines out"),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Verbs about what a workspace keeps: caches, trash, who is told when a run ends."""
+"""Verbs about what a workspace keeps (caches, trash, who is told when a run ends) and about the computer."""
 
 import argparse
 import time
@@ -11,7 +11,7 @@ def add_verbs(verbs: Verbs) -> None:
     """Add this module's verbs."""
     functions = {
         "caches list": _caches, "caches clean": _clean,
-        "trash list": _trash, "trash restore": _restore, "trash empty": _empty,
+        "doctor": _doctor, "trash list": _trash, "trash restore": _restore, "trash empty": _empty,
     }  # fmt: skip
     notify = verbs["notify"]
     notify.add_argument("whom", metavar="COMMAND|URL", nargs="?", help="keep it; '' for nobody")
@@ -22,13 +22,27 @@ def add_verbs(verbs: Verbs) -> None:
     for name, function in functions.items():
         add_workspace(verbs[name])
         verbs[name].set_defaults(run=function)
-    for name in ("caches list", "trash list"):
+    for name in ("caches list", "trash list", "doctor"):
         add_json(verbs[name])
 
 
 def _notify(options: argparse.Namespace) -> int:
     say(api.notify(options.whom, options.test, options.workspace) or "Nobody is told when a run ends.")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    found = api.doctor(options.workspace)
+    if options.json:
+        say_json(found)
+        return 0 if found["ok"] else 1
+    for row in found["checks"]:
+        say(f"{'ok   ' if row['ok'] else 'WRONG'}  {row['name']}: {row['found']}")
+        if row["fix"]:
+            say(f"       {row['fix']}")
+    wrong = sum(not row["ok"] for row in found["checks"])
+    say("Nothing is wrong." if found["ok"] else f"{wrong} wrong; the line below each says what to do.")
+    return 0 if found["ok"] else 1
 
 
 def _caches(options: argparse.Namespace) -> int:

@@ -136,6 +136,20 @@ def devices() -> list[dict[str, Any]]:
     return [dict(zip(("device", "name", "capability", "usable"), row, strict=True)) for row in found]
 
 
+def free_memory(name: str) -> tuple[int, int] | None:
+    """Free bytes and all bytes of a CUDA device, by the name that `devices` has; None where it cannot tell.
+
+    Takes some hundred MB of the card for as long as this process lives.
+    """
+    if not name.startswith("cuda"):
+        return None
+    try:
+        free, total = torch.cuda.mem_get_info(torch.device(name))
+    except RuntimeError:  # not even that much is free
+        return 0, torch.cuda.get_device_properties(torch.device(name)).total_memory
+    return free, total
+
+
 def describe_torch() -> dict[str, str]:
     """What PyTorch is and computes on: `device` (its kind), `torch`, `build`, `capability` of the card, and
     `lacks_code`, the capability of a card that it has no kernels for."""

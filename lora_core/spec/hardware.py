@@ -83,7 +83,7 @@ class Hardware:
 
     def look(self) -> None:
         """Ask now."""
-        self._card = nvidia_card() or amd_card()
+        self._card = find_card()
         self.known = True
 
     @property
@@ -98,6 +98,11 @@ class Hardware:
         if self._device() == "cpu":
             return False
         return self._card is not None or (sys.platform == "darwin" and platform.machine() == "arm64")
+
+
+def find_card() -> Card | None:
+    """The card that a run would take, asked of its driver now."""
+    return nvidia_card() or amd_card()
 
 
 def nvidia_card() -> Card | None:

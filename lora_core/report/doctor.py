@@ -1,0 +1,220 @@
+"""What this computer is and what is wrong with it: each check with its finding and, where needed, the fix.
+
+Nothing is changed and nothing is downloaded. PyTorch is imported inside, so that a broken one is a finding.
+"""
+
+import importlib.metadata
+import os
+import platform
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+
+from lora_core.spec.errors import RunError
+from lora_core.spec.hardware import REINSTALL, Card, card_problem, find_card
+from lora_core.spec.paths import workspace as workspace_folder
+from lora_core.spec.room import free_bytes
+
+PROJECT = "lora-easel"
+PORT, PORTS_TRIED = 7860, 40
+"""Where the window listens: the first port that is free."""
+LITTLE_DISK, LITTLE_MEMORY = 5 * 10**9, 2 * 10**9
+LONGEST_BELOW = 130
+"""Characters that the path of a file inside a workspace adds to that of the workspace."""
+LONGEST_PATH = 260
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what it is.
+        found: as it is.
+        fix: what to do, in a sentence; "" where nothing is wrong.
+    """
+
+    name: str
+    found: str
+    fix: str = ""
+
+
+def diagnosis(workspace: Path | None = None) -> dict[str, Any]:
+    """All checks: `ok`, and `checks` with `name`, `found`, `ok` and `fix` each."""
+    checks = [
+        check
+        for part in (_python, _packages, _torch, _memory, lambda: _folders(workspace), _port)
+        for check in part()
+    ]
+    rows = [{**asdict(check), "ok": not check.fix} for check in checks]
+    return {"ok": all(row["ok"] for row in rows), "checks": rows}
+
+
+def _python() -> Iterator[Check]:
+    bits = 64 if sys.maxsize > 2**32 else 32
+    fits = (3, 11) <= sys.version_info[:2] <= (3, 13) and bits == 64
+    fix = (
+        ""
+        if fits
+        else "Install a 64-bit Python 3.11, 3.12 or 3.13, delete .venv and start launch.py with it."
+    )
+    yield Check("Python", f"{platform.python_version()}, {bits} bit, {sys.executable}", fix)
+    yield Check("System", platform.platform())
+
+
+def _packages() -> Iterator[Check]:
+    try:
+        lines = importlib.metadata.requires(PROJECT) or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(
+            "Packages", f"{PROJECT} is not installed in this Python", "Start it by `python launch.py`."
+        )
+        return
+    versions, absent = [], []
+    for requirement in map(Requirement, lines):
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            version = ""
+        if requirement.marker is None:
+            fits = bool(version) and requirement.specifier.contains(version, prereleases=True)
+            if not fits:
+                asked = f"it has to be {requirement.specifier}"
+                yield Check(requirement.name, f"{version or 'not installed'}; {asked}", REINSTALL)
+            versions.append(f"{requirement.name} {version}")
+        elif requirement.marker.evaluate({"extra": "test"}) or requirement.marker.evaluate({"extra": "base"}):
+            continue  # for those who work on the project
+        else:
+            (versions if version else absent).append(f"{requirement.name} {version}".strip())
+    yield Check("Packages", ", ".join(versions))
+    yield Check("Optional packages that are absent", ", ".join(absent) or "none")
+
+
+def _torch() -> Iterator[Check]:
+    card = find_card()
+    yield Check("Graphics card, as its driver says", _card_words(card))
+    try:
+        from lora_core.models.device import describe_torch, devices, free_memory
+    except (ImportError, OSError) as error:
+        yield Check("PyTorch", f"cannot be imported: {error}", REINSTALL)
+        return
+    found = describe_torch()
+    fix = ""
+    if card is not None and found["device"] == "cpu":
+        fix = card_problem(card, found)
+    yield Check("PyTorch", f"{found['torch']}, built for {found['build']}", fix)
+    for one in devices():
+        title = " ".join(part for part in (one["device"], one["name"]) if part)
+        capability = f", compute capability {one['capability']}" if one["capability"] else ""
+        memory = free_memory(one["device"]) if one["usable"] else None
+        if memory is None:
+            words = capability if one["usable"] else f"{capability}, which this PyTorch has no code for"
+            yield Check("PyTorch sees", title + words)
+            continue
+        free, total = memory
+        room = f", {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        short = "" if free >= LITTLE_MEMORY else f"Close other programs that use {title}."
+        yield Check("PyTorch sees", title + capability + room, short)
+    yield Check("Computes on", found["device"])
+    for name in (
+        "CUDA_VISIBLE_DEVICES",
+        "CUDA_DEVICE_ORDER",
+        "ACCELERATE_USE_CPU",
+        "HSA_OVERRIDE_GFX_VERSION",
+    ):
+        if name in os.environ:
+            yield Check("Environment variable", f"{name} = {os.environ[name]}")
+
+
+def _card_words(card: Card | None) -> str:
+    if card is None:
+        return "none"
+    driver = f", driver {card.driver}" if card.driver else ""
+    capability = f", compute capability {card.generation}" if card.generation else ""
+    return f"{card.name}, {card.total / 2**30:.1f} GB{driver}{capability}"
+
+
+def _memory() -> Iterator[Check]:
+    memory = psutil.virtual_memory()
+    fix = "" if memory.available >= LITTLE_MEMORY else "Close other programs."
+    yield Check("Memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free", fix)
+
+
+def _folders(chosen: Path | None) -> Iterator[Check]:
+    try:
+        home = workspace_folder(chosen)
+    except RunError as error:
+        yield Check("Workspace", "cannot be written", str(error))
+    else:
+        elsewhere = "Make room, or choose a folder on another drive with --workspace or LORA_EASEL_HOME."
+        yield _folder("Workspace", home, elsewhere)
+        yield _folder("Caches", home / "cache", elsewhere)
+        if sys.platform == "win32" and len(str(home)) > LONGEST_PATH - LONGEST_BELOW and not _long_paths():
+            yield Check(
+                "Long paths",
+                f"{home} has {len(str(home))} characters, and Windows allows {LONGEST_PATH} for a file",
+                "Choose a shorter --workspace, or turn long paths on: LongPathsEnabled = 1 in"
+                r" the registry at HKLM\SYSTEM\CurrentControlSet\Control\FileSystem.",
+            )
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    yield _folder("Hub cache", Path(HF_HUB_CACHE), "Set HF_HOME to a folder on another drive.")
+    yield _folder(
+        "Temporary files", Path(tempfile.gettempdir()), "Set TMPDIR (on Windows TEMP) to another folder."
+    )
+
+
+def _folder(name: str, path: Path, elsewhere: str) -> Check:
+    """Whether a folder, or the one that it would be made in, can be written and has room."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+        free = free_bytes(place)
+    except OSError as error:
+        return Check(name, f"{path} cannot be written: {error.strerror or error}", elsewhere)
+    return Check(name, f"{path}, {free / 1e9:.1f} GB free", "" if free >= LITTLE_DISK else elsewhere)
+
+
+def _long_paths() -> bool:
+    """Whether Windows allows paths above 260 characters."""
+    if sys.platform == "win32":
+        import winreg
+
+        try:
+            path = r"SYSTEM\CurrentControlSet\Control\FileSystem"
+            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
+                return bool(winreg.QueryValueEx(key, "LongPathsEnabled")[0])
+        except OSError:
+            return False
+    return True
+
+
+def _port(is_free: Callable[[int], bool] | None = None) -> Iterator[Check]:
+    free = is_free or _is_free
+    first = next((port for port in range(PORT, PORT + PORTS_TRIED) if free(port)), None)
+    if first is None:
+        found = f"{PORT} to {PORT + PORTS_TRIED - 1} are all taken"
+        yield Check("Port of the window", found, "Start with --port and a number that is free.")
+    elif first == PORT:
+        yield Check("Port of the window", f"{PORT} is free")
+    else:
+        yield Check("Port of the window", f"{PORT} is taken, by this program or another; {first} is free")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
