@@ -77,7 +77,8 @@ def _packages() -> Iterator[Check]:
             "Packages", f"{PROJECT} is not installed in this Python", "Start it by `python launch.py`."
         )
         return
-    versions, absent = [], []
+    versions: list[str] = []
+    absent: list[str] = []
     for requirement in map(Requirement, lines):
         try:
             version = importlib.metadata.version(requirement.name)
