@@ -34,8 +34,9 @@ class Moment:
     """Where training stands, told to all layers before each micro-batch: dropout masks follow from it alone.
 
     A layer inside a checkpointed block runs twice a step; masks drawn from this moment are the same both
-    times. A micro-batch that goes through in parts has the masks of the whole: of its `rows` pictures, those
-    from `first` to `last` go through now. 0 rows: all of them.
+    times. Masks are drawn on the device that computes; each kind of device draws others. A micro-batch that
+    goes through in parts has the masks of the whole: of its `rows` pictures, those from `first` to `last` go
+    through now. 0 rows: all of them.
     """
 
     seed: int = 0
@@ -110,14 +111,14 @@ class LoraLayer(Stored):
     def _dropped_update(self, x: torch.Tensor) -> torch.Tensor:
         """The update with masks drawn from (seed, micro-batch, layer); what is kept is scaled up by 1 / (1 -
         p)."""
-        draw = torch.Generator().manual_seed(
+        draw = torch.Generator(x.device).manual_seed(
             _number(self.moment.seed, f"{self.moment.micro_batch}/{self.name}")
         )
-        keep_module = torch.rand((), generator=draw) >= self.shape.module_dropout
-        keep_rank = torch.rand(self.shape.rank, generator=draw) >= self.shape.rank_dropout
+        keep_module = torch.rand((), generator=draw, device=x.device) >= self.shape.module_dropout
+        keep_rank = torch.rand(self.shape.rank, generator=draw, device=x.device) >= self.shape.rank_dropout
         if self.shape.dropout:
             kept = self._drawn_rows(x, draw) >= self.shape.dropout
-            x = x * (kept.to(x.device) / (1 - self.shape.dropout))
+            x = x * (kept / (1 - self.shape.dropout))
         low = self._down(x)
         mask = (
             keep_rank.to(low)
@@ -132,10 +133,10 @@ class LoraLayer(Stored):
         """Numbers in [0, 1) of the shape of `x`, those of its place in the whole micro-batch."""
         moment = self.moment
         if moment.last - moment.first == moment.rows:
-            return torch.rand(x.shape, generator=draw)
+            return torch.rand(x.shape, generator=draw, device=x.device)
         # A text encoder's layers see several rows a picture, one for each chunk of its caption.
         each = len(x) // (moment.last - moment.first)
-        whole = torch.rand((each * moment.rows, *x.shape[1:]), generator=draw)
+        whole = torch.rand((each * moment.rows, *x.shape[1:]), generator=draw, device=x.device)
         return whole[each * moment.first : each * moment.last]
 
     def layer_weights(self) -> LayerWeights:

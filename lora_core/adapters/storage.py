@@ -82,14 +82,14 @@ class Storage:
         finally:
             self.mark_changed()
 
-    def step(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer of `groups`, or of the layers' factors, take its step, however it writes.
 
         Some write through `.data` or with kernels of their own, some put a new tensor into `.data`: that is
         copied back to where the layers read.
         """
         with self.writing():
-            scaler.step(optimizer)
+            optimizer.step()
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     pointer, home = self._homes[id(parameter)]

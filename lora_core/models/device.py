@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -18,6 +19,8 @@ from lora_core.spec.setting import AUTO
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of `malloc.h`."""
 LARGEST = 2**31 - 1
+VOLTA, TURING = (7, 0), (7, 5)
+"""Compute capabilities."""
 SPARE = 300 * 2**20
 """Bytes of a card that this program leaves free."""
 WORTH_IT = 0.7
@@ -178,6 +181,23 @@ def cap_memory(device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, mine - SPARE) / total), device)
 
 
+def compute_deterministically(device: torch.device) -> None:
+    """Have a CUDA device compute the same bits each time, for the rest of the process.
+
+    Call it before the first kernel. Strict mode is what makes the backward passes of flash and
+    memory-efficient attention deterministic; `warn_only` would not. cuDNN's attention has no such mode. On
+    other devices nothing is done.
+    """
+    if device.type != "cuda":
+        return
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Filling each new tensor costs a kernel, and no result depends on what an empty tensor held.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The number format that `precision` ("auto", "fp32", "bf16", "fp16") means on `device`.
 
@@ -186,8 +206,30 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return PRECISIONS[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if _has_tensor_cores(device) else torch.float32
     return torch.float32
+
+
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether an NVIDIA card multiplies fp16 in tensor cores: Volta and later, but for the small Turings.
+
+    Pascal and older compute fp16 at a fraction of fp32's rate. GTX 16xx and its siblings (MX450, T500 to
+    T2000) report Turing's 7.5 and have none; their fp16 convolutions are known for NaN.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    if capability == TURING:
+        return re.search(r"\bRTX\b|\bT4G?\b", torch.cuda.get_device_name(device)) is not None
+    return capability >= VOLTA
+
+
+def full_fp32() -> contextlib.AbstractContextManager[None]:
+    """Convolutions in fp32 proper: cuDNN takes TF32, with 10 bits of mantissa, unless told otherwise."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    )
 
 
 def bf16_is_faster() -> bool:
@@ -211,6 +253,19 @@ def _seconds(dtype: torch.dtype) -> float:
         torch.mm(rows, weight)
         best = min(best, time.perf_counter() - began)
     return best
+
+
+def send(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors of one dtype in the processor's memory, on `device`.
+
+    A card gets them in one asynchronous copy from pinned memory: a copy from other memory makes the
+    processor wait. The results share memory there.
+    """
+    if device.type != "cuda":
+        return tuple(tensor.to(device) for tensor in tensors)
+    packed = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
 def keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lora_core.dataset.captions import CHUNK, COMMA, chunked
+from lora_core.models.device import full_fp32, send
 from lora_core.models.load import BaseModel
 from lora_core.spec.families import TextEncoder
 
@@ -44,8 +45,12 @@ class TextCondition:
 
     def to(self, device: torch.device) -> "TextCondition":
         """The same on another device."""
-        pooled = None if self.pooled is None else self.pooled.to(device)
-        return TextCondition(self.context.to(device), pooled)
+        if device == self.context.device:
+            return self
+        parts = [self.context] if self.pooled is None else [self.context, self.pooled]
+        if self.context.device.type == "cpu":
+            return TextCondition(*send(device, *parts))
+        return TextCondition(*(part.to(device) for part in parts))
 
 
 def encoded_picture(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
@@ -57,9 +62,9 @@ def encoded_picture(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (4, H/f, W/f) in fp32 on the CPU. One picture at a time, so that its bits never depend on its
-        neighbours.
+        neighbours, and without TF32.
     """
-    with torch.no_grad():
+    with torch.no_grad(), full_fp32():
         mean = base.vae.encode(pixels[None].to(base.vae.device, base.vae.dtype)).latent_dist.mean
     return ((mean - _shift(base)) * _scale(base))[0].float().cpu()
 

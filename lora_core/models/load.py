@@ -5,6 +5,8 @@ lies, in the number format that is asked for: a base never takes more memory tha
 submodules of diffusers and transformers are imported: the whole pipeline zoo takes ten seconds more.
 """
 
+import functools
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers.models.clip.configuration_clip import CLIPTextConfig
@@ -76,6 +79,13 @@ class BaseModel:
     facts: BaseFacts
     waiting: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Components without their weights ("vae", "unet", a text encoder's part), and what reads them."""
+    digests: dict[str, Callable[[], str]] = field(default_factory=dict)
+    """What computes the digest of a component's weights from its files, by part; see `digest`."""
+
+    def digest(self, part: str) -> str:
+        """What tells a component's weights from others: a hash of each tensor's name, shape, dtype and of 64
+        of its bytes, read from the files, wherever the weights are now."""
+        return self.digests[part]()
 
     def load(self, *parts: str) -> None:
         """Read the weights of components that still lack them onto the device.
@@ -167,7 +177,7 @@ def open_base(
     return BaseModel(
         name=name, path=facts.path, family=family, unet=unet, vae=autoencoder, text_encoders=encoders,
         tokenizers=tokenizers, noise=noise, scheduler_config=dict(facts.scheduler), device=device,
-        dtype=dtype, facts=facts, waiting=parts.waiting,
+        dtype=dtype, facts=facts, waiting=parts.waiting, digests=parts.digests,
     )  # fmt: skip
 
 
@@ -188,11 +198,34 @@ def _reading(path: Path, device: torch.device) -> Iterator[None]:
         ) from error
 
 
+class _One:
+    """The number 1 as a divisor: x / _One() is x, where torch would copy x for a division by 1.0."""
+
+    def __rtruediv__(self, dividend: Any) -> Any:
+        return dividend
+
+
+def streamline(module: torch.nn.Module) -> None:
+    """Leave out work of diffusers' blocks that changes no bit: divisions by a factor of 1, and the repeated
+    activation of the time embedding, which is the same in each residual block."""
+    for block in module.modules():
+        for factor in ("output_scale_factor", "rescale_output_factor"):
+            if getattr(block, factor, None) == 1:
+                setattr(block, factor, _One())
+    if isinstance(module, UNet2DConditionModel) and module.time_embed_act is None:
+        blocks = [block for block in module.modules() if isinstance(block, ResnetBlock2D)]
+        if all(isinstance(block.nonlinearity, torch.nn.SiLU) for block in blocks):
+            module.time_embed_act = torch.nn.SiLU()
+            for block in blocks:
+                block.skip_time_act = True
+
+
 class _Parts:
     """The components of a base, each built with its layers and noted with what reads its weights."""
 
     def __init__(self, facts: BaseFacts, by_hand: tuple[str, str], device: torch.device) -> None:
         self.waiting: dict[str, Callable[[], None]] = {}
+        self.digests: dict[str, Callable[[], str]] = {}
         self._file: WeightFile | None = None
         self._device = device
         if facts.single_file:
@@ -258,8 +291,20 @@ class _Parts:
             fill(module, find, dtype, self._device, where, thin)
             module.to(self._device)
 
+        names = [name for name, _ in module.named_parameters()]
+        self.digests[part] = functools.partial(_digest, names, find)
+        streamline(module)
         self.waiting[part] = read
         return module.eval()
+
+
+def _digest(names: list[str], find: Finder) -> str:
+    """See `BaseModel.digest`."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        source = find(name)
+        digest.update(f"{name} {source.sample() if source else None}\n".encode())
+    return digest.hexdigest()
 
 
 def _check_folder(path: Path, family: Family) -> None:

@@ -52,6 +52,11 @@ class Source:
             tensor = tensor.chunk(THIRDS)[self.third].clone()
         return tensor.t().contiguous() if self.transposed else tensor
 
+    def sample(self) -> str:
+        """What tells the parameter from another, without reading all of it."""
+        shape, sample = self.file.shapes[self.key], self.file.sample(self.key).hex()
+        return f"{self.third} {self.transposed} {shape} {sample}"
+
 
 Finder = Callable[[str], Source | None]
 """From a parameter's name in a component to its place, or None where the files lack it."""

@@ -32,6 +32,8 @@ DTYPES = {
 """The number types of safetensors files."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What people choose between, for a base in memory and for a file."""
+SAMPLE = 64
+"""Bytes of a tensor that tell it from another."""
 
 
 class WeightFile(Protocol):
@@ -42,6 +44,10 @@ class WeightFile(Protocol):
 
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor, as it is in the file, in memory of its own."""
+        ...
+
+    def sample(self, key: str) -> bytes:
+        """A tensor's dtype and 64 bytes from its middle: another training or merge changes them."""
         ...
 
 
@@ -82,6 +88,17 @@ class SafetensorsFile:
             raise ModelFileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         return buffer.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
+    def sample(self, key: str) -> bytes:
+        """A tensor's dtype and 64 bytes from its middle."""
+        entry = self._entries[key]
+        first, last = entry["data_offsets"]
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._start + (first + last) // 2)
+                return str(entry["dtype"]).encode() + file.read(min(SAMPLE, last - (first + last) // 2))
+        except OSError as error:
+            raise ModelFileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+
 
 class PickledFile:
     """A `.ckpt`: only plain tensors are taken from it, and no code in it is ever run."""
@@ -121,6 +138,12 @@ class PickledFile:
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor, in memory of its own."""
         return self._tensors[key].clone()
+
+    def sample(self, key: str) -> bytes:
+        """A tensor's dtype and 64 bytes from its middle."""
+        tensor = self._tensors[key]
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        return str(tensor.dtype).encode() + flat[len(flat) // 2 :][:SAMPLE].numpy().tobytes()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -28,6 +28,7 @@ class Choice:
         one_rate: an optimizer that works with one learning rate for everything that it trains.
         state: how many numbers an optimizer keeps for each that it trains.
         by_matrix: an optimizer that looks at rows and columns, so that each factor is a tensor of its own.
+        fused: an optimizer of torch whose step is one kernel on a card (`fused=True`).
     """
 
     title: str
@@ -38,6 +39,7 @@ class Choice:
     one_rate: bool = False
     state: float = 2.0
     by_matrix: bool = False
+    fused: bool = False
 
     def resolve(self) -> Any:
         """Import what `load` names.
@@ -73,8 +75,8 @@ def require_package(feature: str, module: str, package: str) -> None:
 Table = dict[str, Choice]
 
 OPTIMIZERS: Table = {
-    "adamw": Choice("AdamW", "The safe default.", "torch.optim:AdamW", {"weight_decay": 0.01}),
-    "adam": Choice("Adam", "AdamW without weight decay.", "torch.optim:Adam"),
+    "adamw": Choice("AdamW", "The safe default.", "torch.optim:AdamW", {"weight_decay": 0.01}, fused=True),
+    "adam": Choice("Adam", "AdamW without weight decay.", "torch.optim:Adam", fused=True),
     "nadam": Choice("NAdam", "Adam with Nesterov momentum.", "torch.optim:NAdam"),
     "radam": Choice("RAdam", "Adam that needs less warm-up.", "torch.optim:RAdam"),
     "adafactor": Choice(
@@ -260,7 +262,9 @@ ZERO_TERMINAL_SNR: Table = {
 }
 
 PRECISIONS: Table = {
-    "auto": Choice("Automatic", "bf16 where the device computes it fast, else fp32."),
+    "auto": Choice(
+        "Automatic", "bf16 where the device is fast at it, else fp16 with tensor cores, else fp32."
+    ),
     "fp32": Choice("fp32", "Full precision; the most memory."),
     "bf16": Choice("bf16", "Half the memory; for recent GPUs and CPUs."),
     "fp16": Choice("fp16", "Half the memory; for older GPUs."),

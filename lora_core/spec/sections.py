@@ -184,6 +184,12 @@ class TrainSection:
         "Keeps the UNet's frozen weights outside of the device's memory and fetches each as it is used: far"
         " less memory, the same numbers, longer steps.",
     )
+    deterministic: bool = setting(
+        False,
+        "Deterministic on a card",
+        "Uses only deterministic CUDA kernels, so that a resumed run has the bits of an unbroken one; steps"
+        " may be slower. A processor is deterministic anyway.",
+    )
     clip_skip: int = setting(
         1,
         "Clip skip",

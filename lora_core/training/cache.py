@@ -42,7 +42,7 @@ class LatentCache:
         """Keep files below `folder`."""
         self._base = base
         self._folder = folder
-        self._vae = _weights_hash(base.vae)
+        self._vae = base.digest("vae")
         self._memory: dict[tuple[Path, Bucket, bool], torch.Tensor] = {}
 
     def latents(self, record: ImageRecord, bucket: Bucket, flip: bool) -> torch.Tensor:
@@ -53,7 +53,9 @@ class LatentCache:
         """
         key = (record.path, bucket, flip)
         if key not in self._memory:
-            name = digest_of(content_hash(record.path), self._vae, bucket.width, bucket.height, flip)
+            # Devices round differently, so that each has latents of its own.
+            device = self._base.vae.device.type
+            name = digest_of(content_hash(record.path), self._vae, bucket.width, bucket.height, flip, device)
             self._memory[key] = from_disk_or(
                 self._folder / f"{name}.safetensors",
                 lambda: {"value": encoded_picture(self._base, picture_pixels(record, bucket, flip))},
@@ -73,7 +75,7 @@ class TextSource:
         self._fixed: dict[str, TextCondition] = {}
         self._drawn: OrderedDict[str, TextCondition] = OrderedDict()
         self._room = DRAWN_CAPTIONS_BYTES
-        self._encoders = "" if trained else "/".join(_weights_hash(m) for m in base.text_encoders.values())
+        self._encoders = "" if trained else "/".join(map(base.digest, base.text_encoders))
 
     def conditions(self, captions: list[str]) -> TextCondition:
         """The condition of B captions as they were drawn for a micro-batch, on the base's device."""
@@ -117,7 +119,8 @@ class TextSource:
         encoders = self._base.family.text_encoders
         tokenizers = (self._base.tokenizers[encoder.part] for encoder in encoders)
         ids = [token_chunks(tokenizer, caption, tokens // CHUNK).tolist() for tokenizer in tokenizers]
-        return digest_of(self._encoders, encoders, ids, clip_skip, self._base.dtype)
+        numbers = (self._base.device.type, self._base.dtype)
+        return digest_of(self._encoders, encoders, ids, clip_skip, *numbers)
 
     def _encoded(self, caption: str) -> TextCondition:
         """One at a time, on the CPU, so that its bits never depend on its neighbours."""
@@ -148,10 +151,6 @@ def from_disk_or(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dic
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(made, {DIGEST: _tensors_hash(made)}))
     return made
-
-
-def _weights_hash(module: torch.nn.Module) -> str:
-    return _tensors_hash(module.state_dict())
 
 
 def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:

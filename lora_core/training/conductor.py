@@ -73,7 +73,7 @@ class Conductor:
     def conduct(self, accept_changes: bool) -> Outcome:
         """Prepare, train, and end as asked."""
         self._plan = Plan.of(self._run, self._config, accept_changes)
-        torch.set_num_threads(self._plan.threads)
+        self._plan.set_up()
         cap_memory(torch.device(self._plan.device))
         self._emit(
             events.Started(
@@ -85,7 +85,7 @@ class Conductor:
                 precision=self._plan.precision,
             )
         )
-        for sentence in self._run.retired_settings():
+        for sentence in [*self._run.retired_settings(), *self._plan.notes()]:
             self._warn(sentence)
         self._config = self._plan.rated(self._config)
         try:

@@ -7,8 +7,6 @@ sends.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lora_core.models.device import keep_freed_memory
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training.fellows import Fellows
@@ -54,5 +52,5 @@ def follow(fellows: Fellows) -> None:
 
 def _opened(run: RunFolder, plan: Plan) -> Session:
     """The run as the main process prepared it: everything is in the caches."""
-    torch.set_num_threads(plan.threads)
+    plan.set_up()
     return prepared(run, plan.rated(run.config()), plan, lambda phase, done, total: None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_core.dataset.folder import ImageRecord
 from lora_core.dataset.pictures import content_hash
+from lora_core.models.weight_files import SAMPLE
 from lora_core.spec.base_facts import base_facts, weight_paths
 from lora_core.spec.errors import InputsChanged, ModelFileError
 from lora_core.spec.hub import fetch_base
@@ -19,8 +20,6 @@ from lora_core.spec.tensor_file import read_header
 
 PACKAGES = ("lora-easel", "torch", "diffusers", "transformers")
 version = functools.cache(importlib.metadata.version)
-_SAMPLE = 64
-"""Bytes that are read of each tensor."""
 _PLACES = 4096
 """So many places are read of a file without a table of its tensors."""
 _CONFIGS = ("config.json", "scheduler_config.json", "vocab.json", "merges.txt")
@@ -100,7 +99,7 @@ def weights_digest(path: Path) -> str:
     with open(path, "rb") as file:
         for place in _places(path, size, digest):
             file.seek(place)
-            digest.update(file.read(_SAMPLE))
+            digest.update(file.read(SAMPLE))
     return digest.hexdigest()
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lora_core.adapters.inject import Injected
 from lora_core.adapters.storage import Storage
@@ -26,6 +25,8 @@ from lora_core.training.fellows import Fellows
 from lora_core.training.loss import Draw, drawn, picture_losses
 from lora_core.training.schedules import rate_factor
 
+CLIP_EPSILON = 1e-6
+"""Added to the gradient's norm where it is clipped, as by `torch.nn.utils.clip_grad_norm_`."""
 NAMED = 4
 """So many pictures are named in a sentence."""
 
@@ -114,7 +115,8 @@ class Trainee:
 
 @dataclass
 class MicroBatch:
-    """What a micro-batch was and gave: names of pictures, their timesteps (B,), their losses (B,)."""
+    """What a micro-batch was and gave: names of pictures, their timesteps (B,), their losses (B,), which
+    are on the device until the step is taken."""
 
     names: list[str]
     timesteps: torch.Tensor
@@ -139,8 +141,9 @@ def training_steps(
 ) -> Iterator[Step]:
     """Train from `done` optimizer steps to `plan.steps`, yielding after each.
 
-    A step whose loss or gradient is not finite is counted but changes nothing. Loss and gradient norm come
-    from the device in one transfer, and the norm is finite only where every gradient is.
+    A step whose loss or gradient is not finite is counted but changes nothing. Losses and gradient norm come
+    from the device in one transfer, the only wait for it in a step; the norm is finite only where every
+    gradient is.
     """
     for step in range(done, plan.steps):
         began = time.perf_counter()
@@ -182,14 +185,12 @@ def shared_parts(
     return parts
 
 
-def drawn_batch(
-    trainee: Trainee, batches: Batches, plan: StepPlan, number: int
-) -> tuple[Batch, torch.Tensor, Draw]:
-    """Micro-batch `number`, its latents on the base's device, and what is random in it."""
+def drawn_batch(trainee: Trainee, batches: Batches, plan: StepPlan, number: int) -> tuple[Batch, Draw]:
+    """Micro-batch `number`, and what is random in it."""
     batch = batches.batch(number)
-    latents = batch.latents.to(trainee.base.device)
     generator = torch.Generator().manual_seed(_noise_seed(plan.seed, number))
-    return batch, latents, drawn(latents, trainee.base.noise.timesteps, plan.loss.noise_offset, generator)
+    timesteps = trainee.base.noise.timesteps
+    return batch, drawn(batch.latents, timesteps, plan.loss.noise_offset, generator)
 
 
 def micro_batch(
@@ -200,9 +201,9 @@ def micro_batch(
     Where others train with this process, it is that of this process's rows, and the losses of others are 0.
     """
     base, moment = trainee.base, trainee.injected.moment
-    batch, latents, draw = drawn_batch(trainee, batches, plan, number)
+    batch, draw = drawn_batch(trainee, batches, plan, number)
     done = MicroBatch(batch.names, draw.timesteps)
-    count = len(latents)
+    latents, count = batch.latents, len(batch.latents)
     share = trainee.fellows.share(count) if trainee.fellows else slice(0, count)
     size = max(1, math.ceil((share.stop - share.start) / trainee.split))
     for start in range(share.start, share.stop, size):
@@ -211,11 +212,13 @@ def micro_batch(
         moment.first, moment.last = rows.start, rows.stop
         condition = text.conditions(batch.captions[rows])
         losses = picture_losses(base, latents[rows], condition, draw.rows(rows), plan.loss, batch.sizes[rows])
-        trainee.scaler.scale(losses.sum() / (count * plan.accumulate)).backward()
+        looks = count * plan.accumulate
+        trainee.scaler.scale(losses.sum() / looks if looks > 1 else losses.sum()).backward()
         done.losses.append(losses.detach())
     trainee.storage.gather()
     if trainee.fellows:
-        before, after = (latents.new_zeros(rows) for rows in (share.start, count - share.stop))
+        others = (share.start, count - share.stop)
+        before, after = (torch.zeros(rows, device=base.device) for rows in others)
         done.losses = [before, *done.losses, after]
     return done
 
@@ -224,25 +227,35 @@ def take_step(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int)
     """Take the step if all is finite; returns the loss and what was not."""
     scaler, optimizer = trainee.scaler, trainee.optimizer
     scaler.unscale_(optimizer)
-    with torch.no_grad():
-        norm = nn.utils.get_total_norm([trainee.storage.grads])
-        mean = torch.stack([part.loss for part in parts]).mean()
-        loss, size = torch.stack([mean, norm.to(mean)]).tolist()
-    # A scaler finds its scale by overflowing now and then, and passes over such a step by itself.
-    searching = scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(size)
-    if math.isfinite(loss + size) or (searching and scaler.get_scale() > 1.0):
+    loss, norm = _read(parts, trainee.storage.grads)
+    if math.isfinite(loss + float(norm)):
         trainee.applying = True
-        if clip:
-            nn.utils.clip_grads_with_norm_(trainee.storage.whole, clip, norm)
-        trainee.storage.step(optimizer, scaler)
+        factor = clip / (norm + CLIP_EPSILON) if clip else norm.new_ones(())
+        if factor < 1.0:
+            trainee.storage.grads.mul_(factor)
+        trainee.storage.step(optimizer)
         scaler.update()
         if trainee.average is not None:
             trainee.average.update(step)
         trainee.applying = False
         return loss, ""
+    # A scaler finds its scale by overflowing now and then; such a step is passed over in silence.
+    searching = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1.0
     if scaler.is_enabled():
         scaler.update()
-    return loss, _trouble(trainee.injected, parts, loss)
+    return loss, "" if searching else _trouble(trainee.injected, parts, loss)
+
+
+def _read(parts: list[MicroBatch], grads: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The mean loss and the norm of the gradients, a scalar on the CPU; the parts' losses move there too."""
+    sizes = [len(losses) for part in parts for losses in part.losses]
+    with torch.no_grad():
+        norm = torch.linalg.vector_norm(grads).view(1)
+        read = torch.cat([*(losses for part in parts for losses in part.losses), norm]).cpu()
+    pieces = iter(read.split([*sizes, 1]))
+    for part in parts:
+        part.losses = [next(pieces) for _ in part.losses]
+    return float(torch.stack([part.loss for part in parts]).mean()), next(pieces)[0]
 
 
 def _trouble(injected: Injected, parts: list[MicroBatch], loss: float) -> str:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_core.models.denoise import prediction
+from lora_core.models.device import send
 from lora_core.models.encode import TextCondition
 from lora_core.models.load import BaseModel
 from lora_core.models.noise import NoiseSchedule
@@ -17,7 +18,7 @@ from lora_core.spec.sections import LossSection
 
 @dataclass(frozen=True)
 class Draw:
-    """What is random in one batch: `timesteps` (B,) and `noise` (B, 4, h, w)."""
+    """What is random in one batch, on the processor: `timesteps` (B,) and `noise` (B, 4, h, w)."""
 
     timesteps: torch.Tensor
     noise: torch.Tensor
@@ -35,7 +36,7 @@ def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator:
     2021, section I.1). The noise offset adds a constant to each channel (N. Guttenberg 2023).
 
     Args:
-        latents: (B, 4, h, w).
+        latents: (B, 4, h, w) on the CPU.
         timesteps: how many the base has.
         noise_offset: standard deviation of the constant.
         generator: on the CPU.
@@ -47,7 +48,7 @@ def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator:
     if noise_offset:
         noise = noise + noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
     chosen_timesteps = (position * timesteps).long().clamp(max=timesteps - 1)
-    return Draw(chosen_timesteps.to(latents.device), noise.to(latents.device))
+    return Draw(chosen_timesteps, noise)
 
 
 def picture_losses(
@@ -58,22 +59,34 @@ def picture_losses(
     rules: LossSection,
     sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The weighted loss of each picture of a batch, (B,) in fp32.
+    """The weighted loss of each picture of a batch, (B,) in fp32 on the base's device.
+
+    What needs no gradient is computed on the processor and copied together: on a card it would be a dozen
+    small kernels.
 
     Args:
         base: the base with the adapter in it.
-        latents: (B, 4, h, w) on the base's device.
+        latents: (B, 4, h, w) on the CPU.
         text: B conditions.
         draw: timesteps and noise.
         rules: kind of error and its weights.
-        sizes: (B, 6), see `models.denoise.prediction`.
+        sizes: (B, 6) on the CPU, see `models.denoise.prediction`.
     """
-    noisy = base.noise.noisy_latents(latents, draw.noise, draw.timesteps)
-    target = base.noise.target(latents, draw.noise, draw.timesteps)
+    gamma = rules.gamma(base.noise.prediction)
+    numbers = {
+        "noisy": base.noise.noisy_latents(latents, draw.noise, draw.timesteps),
+        "target": base.noise.target(latents, draw.noise, draw.timesteps),
+        "timesteps": draw.timesteps.float(),
+        "weight": min_snr_weight(base.noise, draw.timesteps, gamma),
+    }
+    if sizes is not None and base.family.size_conditioning:
+        numbers["sizes"] = sizes
+    sent = dict(zip(numbers, send(base.device, *numbers.values()), strict=True))
     error = chosen(LOSSES, rules.kind, "loss.kind").resolve()
     delta = functools.partial(huber_delta, base.noise, draw.timesteps, rules)
-    losses = error(prediction(base, noisy, draw.timesteps, text, sizes), target, delta).flatten(1).mean(1)
-    return losses * min_snr_weight(base.noise, draw.timesteps, rules.gamma(base.noise.prediction))
+    predicted = prediction(base, sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
+    losses: torch.Tensor = error(predicted, sent["target"], delta).flatten(1).mean(1)
+    return losses * sent["weight"] if gamma else losses
 
 
 def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

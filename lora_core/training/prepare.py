@@ -11,7 +11,14 @@ import torch
 from lora_core.dataset.captions import CaptionRules, plain_caption, varies, with_trigger
 from lora_core.dataset.folder import ImageRecord, open_dataset, require_clean
 from lora_core.dataset.split import held_out
-from lora_core.models.device import bf16_is_faster, dtype_of, limited, out_of_memory, use_device
+from lora_core.models.device import (
+    bf16_is_faster,
+    compute_deterministically,
+    dtype_of,
+    limited,
+    out_of_memory,
+    use_device,
+)
 from lora_core.models.load import BaseModel, open_base
 from lora_core.models.prepacked import DIRECT, PLAIN, best_layout, prepack
 from lora_core.spec.base_facts import GUESS, base_facts
@@ -67,6 +74,7 @@ class Plan:
         peak: bytes that it took, 0 where the device does not tell.
         layout: how the base's weights are laid out for the processor; "" before that is decided.
         octave: all learning rates are multiplied by 2 to this; None where no range test was made.
+        deterministic: whether a CUDA device computes with deterministic kernels alone.
         validate_every: steps between two validations as their share of the time allows it, 0 where that is
             not known yet.
     """
@@ -80,6 +88,7 @@ class Plan:
     validate_every: int = 0
     layout: str = ""
     octave: int | None = None
+    deterministic: bool = False
 
     @classmethod
     def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "Plan":
@@ -113,7 +122,12 @@ class Plan:
             )
         dtype = training_dtype(config, device)
         precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-        plan = cls(precision, device.type, torch.get_num_threads())
+        plan = cls(
+            precision,
+            device.type,
+            torch.get_num_threads(),
+            deterministic=config.train.deterministic,
+        )
         if begun is not None:
             plan = replace(begun, device=plan.device, precision=precision, threads=plan.threads, layout="")
         plan.write(run)
@@ -127,6 +141,18 @@ class Plan:
         rates = {n: getattr(optim, n) * factor for n in ("lr", "text_encoder_lr", "text_encoder_2_lr")}
         by_block = {pattern: rate * factor for pattern, rate in optim.block_lr.items()}
         return replace(config, optim=replace(optim, **rates, block_lr=by_block))
+
+    def set_up(self) -> None:
+        """Have this process compute as planned. Call it before the first kernel on the device."""
+        torch.set_num_threads(self.threads)
+        if self.deterministic:
+            compute_deterministically(torch.device(self.device))
+
+    def notes(self) -> list[str]:
+        """What of the settings has no effect here, a sentence each."""
+        if not self.deterministic or self.device in ("cpu", "cuda"):
+            return []
+        return [f"train.deterministic has no effect on {_DEVICES.get(self.device, self.device)}."]
 
     def write(self, run: RunFolder) -> None:
         """Write the plan down."""

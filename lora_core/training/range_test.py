@@ -125,10 +125,10 @@ def _smooth(shares: list[float]) -> list[float]:
 def _step(session: Session, plan: StepPlan, number: int) -> float:
     """Train on micro-batch `number`; the share of the base's loss on it that the adapter took away before."""
     trainee, base = session.trainee, session.trainee.base
-    batch, latents, draw = drawn_batch(trainee, session.batches, plan, number)
+    batch, draw = drawn_batch(trainee, session.batches, plan, number)
     with torch.no_grad(), at_strength(trainee.injected, 0.0):
         condition = session.text.conditions(batch.captions)
-        bare = picture_losses(base, latents, condition, draw, plan.loss, batch.sizes).mean()
+        bare = picture_losses(base, batch.latents, condition, draw, plan.loss, batch.sizes).mean()
     trainee.storage.clear()
     part = micro_batch(trainee, session.batches, session.text, plan, number)
     loss, trouble = take_step(trainee, plan.clip, [part], number + 1)

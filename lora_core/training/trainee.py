@@ -193,8 +193,11 @@ def optimizer_of(
             factors = [getattr(layer, name) for layer in layers for name in names]
             own_factors = factors if row.by_matrix else [whole]
             parts.append({**group, "lr": rate, "initial_lr": rate, "params": own_factors})
+    how = dict(row.defaults)
+    if row.fused and base.device.type == "cuda":
+        how["fused"] = True
     try:
-        optimizer: torch.optim.Optimizer = row.resolve()(parts, lr=groups[0]["lr"], **row.defaults)
+        optimizer: torch.optim.Optimizer = row.resolve()(parts, lr=groups[0]["lr"], **how)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
     return optimizer, storage

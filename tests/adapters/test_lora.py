@@ -69,6 +69,24 @@ def test_dropout_follows_from_the_moment_and_keeps_the_mean(drop):
     torch.testing.assert_close(torch.stack(outputs).mean(0), layer(x).detach(), rtol=0.1, atol=0.12)
 
 
+def test_the_masks_of_earlier_versions_come_again_on_a_processor():
+    """Values computed with version 0.1: a run that began with it resumes bit for bit."""
+    moment = Moment(7)
+    shape = LoraShape(3, 3.0, dropout=0.5, rank_dropout=0.3, module_dropout=0.2)
+    layer = LoraLayer(nn.Linear(6, 5), "unet/x", shape, moment, seed=1)
+    with torch.no_grad():
+        for weight, value in ((layer.weight, 0), (layer.bias, 0), (layer.down, 1), (layer.up, 1)):
+            weight.fill_(value)
+    seen = []
+    for micro_batch in range(6):
+        moment.micro_batch = micro_batch
+        seen += layer(torch.arange(1.0, 13.0).view(2, 6))[:, 0].tolist()
+    wanted = [
+        150, 85.7143, 117.8571, 353.5714, 121.4286, 192.8571, 42.8571, 200, 53.5714, 300, 0, 0,
+    ]  # fmt: skip
+    assert seen == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_checkpointed_layer_draws_the_same_mask_again():
     layer = _layer(dropout=0.5, rank_dropout=0.3)
     x = torch.randn(3, 6, requires_grad=True)

@@ -1,15 +1,21 @@
 import copy
 import json
+import os
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_core.models import device
-from lora_core.models.device import dtype_of
+from lora_core.models.device import compute_deterministically, dtype_of
 from lora_core.models.encode import decoded_latents, encoded_picture, text_condition, token_chunks
-from lora_core.models.load import load_base
+from lora_core.models.load import load_base, open_base
 from lora_core.models.noise import NoiseSchedule
 from lora_core.spec.errors import ModelFileError
 from tests.tiny import tiny_folder
@@ -163,3 +169,124 @@ def test_bf16_is_taken_where_it_pays(monkeypatch, seconds, faster):
 def test_precision_for_pictures_is_chosen_without_measuring():
     assert dtype_of("auto", CPU) == torch.float32
     assert dtype_of("bf16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "dtype"),
+    [
+        ((6, 1), "NVIDIA GeForce GTX 1080", torch.float32),
+        ((7, 0), "Tesla V100-SXM2-16GB", torch.float16),
+        ((7, 5), "NVIDIA GeForce GTX 1660 Ti", torch.float32),
+        ((7, 5), "NVIDIA T600", torch.float32),
+        ((7, 5), "NVIDIA GeForce RTX 2060", torch.float16),
+        ((7, 5), "Tesla T4", torch.float16),
+        ((8, 6), "NVIDIA GeForce RTX 3060", torch.bfloat16),
+    ],
+)
+def test_auto_takes_fp16_with_tensor_cores_alone(monkeypatch, capability, name, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda card: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: name)
+    card = torch.device("cuda")
+    assert dtype_of("auto", card) == dtype
+    assert dtype_of("fp16", card) == torch.float16
+
+
+@pytest.fixture
+def usual_kernels(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    sdp, fill = torch.backends.cuda.cudnn_sdp_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(sdp)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.backends.cudnn.benchmark = benchmark
+
+
+@pytest.mark.usefixtures("usual_kernels")
+def test_a_card_computes_deterministically_where_asked():
+    compute_deterministically(CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    torch.backends.cudnn.benchmark = True
+    compute_deterministically(torch.device("cuda"))
+    # With warnings alone, the backward passes of attention stay nondeterministic.
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_images_are_encoded_without_tf32(base):
+    seen = []
+    with base.vae.encoder.conv_in.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
+    ):
+        before = torch.backends.cudnn.allow_tf32
+        encoded_picture(base, torch.zeros(3, 16, 16))
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+def test_attention_in_fp16_does_not_overflow(backend):
+    """SD 2.1 asks for `upcast_attention`, as its scores exceed fp16; torch's kernels keep them in fp32."""
+    q = torch.full((1, 1, 4, 64), 100.0, dtype=torch.float16)
+    with sdpa_kernel(backend):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q, scale=1.0)
+    assert float(q[0, 0, 0].double() @ q[0, 0, 0].double()) > torch.finfo(torch.float16).max
+    assert out.tolist() == q.tolist()
+
+
+def test_attention_is_that_of_torch(base):
+    assert {type(found).__name__ for found in base.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+
+
+def test_work_that_changes_nothing_is_left_out(folder, base):
+    """Divisions by 1 and the time embedding's activation in each block; the output keeps its bits."""
+    plain = type(base.unet).from_pretrained(folder / "unet")
+    given = (
+        torch.randn(1, 4, 8, 8),
+        torch.tensor([500]),
+        torch.randn(1, 77, base.unet.config.cross_attention_dim),
+    )
+    with torch.no_grad():
+        outputs, launched = zip(*(launches_of(lambda unet=u: unet(*given)[0]) for u in (plain, base.unet)),
+                                strict=True)  # fmt: skip
+    assert torch.equal(*outputs)
+    before, now = launched
+    assert before["div"] > 0
+    assert now["div"] == 1, "of the timestep embedding"
+    blocks = sum(isinstance(module, ResnetBlock2D) for module in base.unet.modules())
+    assert before["silu"] - now["silu"] == blocks - 1
+
+
+def launches_of(act):
+    """What a function returns, and how often it called each operation."""
+    seen = Counter()
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Looking():
+        return act(), seen
+
+
+def test_a_component_is_told_from_another_by_its_files(folder, tmp_path):
+    opened = open_base(str(folder), CPU, torch.float32)
+    assert opened.digest("vae") == load_base(str(folder), CPU, torch.bfloat16).digest("vae")
+    assert opened.digest("vae") != opened.digest("text_encoder")
+    assert set(opened.waiting) == {"vae", "text_encoder", "unet"}, "nothing was read for it"
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (weights,) = (other / "vae").glob("*.safetensors")
+    tensors = load_file(weights)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: tensors[name] + 1}, weights)
+    changed = open_base(str(other), CPU, torch.float32)
+    assert changed.digest("vae") != opened.digest("vae")
+    assert changed.digest("text_encoder") == opened.digest("text_encoder")

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -39,6 +42,19 @@ def test_latents_are_encoded_once_for_all_runs(base, record, tmp_path, monkeypat
     assert len(calls) == 1
     assert not torch.equal(again.latents(record, bucket, True), first)
     assert len(calls) == 2
+
+
+def test_each_kind_of_device_has_entries_of_its_own(base, record, tmp_path, monkeypatch):
+    """They round differently, so a run on one must not begin from another's numbers."""
+    made = []
+    monkeypatch.setattr(cache, "encoded_picture", lambda *_: made.append("image") or torch.zeros(4, 8, 8))
+    condition = cache.text_condition(base, ["owl"])
+    monkeypatch.setattr(cache, "text_condition", lambda *_: made.append("caption") or condition)
+    for device in map(torch.device, ("cpu", "meta", "cpu", "meta")):
+        other = replace(base, device=device, vae=SimpleNamespace(device=device))
+        LatentCache(other, tmp_path / "latents").latents(record, Bucket(64, 64), False)
+        TextSource(other, tmp_path / "text", False, 1, 75).condition("owl")
+    assert made == ["image", "caption"] * 2
 
 
 def test_a_changed_picture_is_encoded_anew(base, record, tmp_path):

@@ -73,6 +73,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "train.checkpointing": (True, {}),
     "train.quantise": ("int8", {}),
     "train.offload": (True, {}),
+    "train.deterministic": (True, {}),
     "train.clip_skip": (2, {}),
     "train.tokens": (150, {}),
     "optim.name": ("sgd", {}),

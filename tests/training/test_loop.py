@@ -17,6 +17,7 @@ from lora_core.spec.errors import ConfigError
 from lora_core.spec.run_folder import RunFolder
 from lora_core.training import loop
 from lora_core.training.between import drawn_samples
+from lora_core.training.ema import Average
 from lora_core.training.loop import StepPlan, training_steps
 from lora_core.training.prepare import Plan, prepared
 from lora_core.validation.gain import triple_losses
@@ -202,9 +203,13 @@ def test_a_scaler_that_searches_its_scale_is_no_trouble(tmp_path, config):
     session = _session(tmp_path, config)
     trainee = session.trainee
     trainee.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainee.average = Average(trainee.injected, trainee.storage, 0.5)
+    trainee.storage.whole.data.add_(1.0)
+    averages = trainee.average.weights()
     steps = list(training_steps(trainee, session.batches, session.text, StepPlan.of(config, 3), 0))
     assert [step.trouble for step in steps] == ["", "", ""]
     assert trainee.scaler.get_scale() < 2.0**127
+    assert _equal(trainee.average.weights(), averages), "a step that was passed over is none to average"
     trainee.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     layer = next(iter(trainee.injected.layers.values()))
     layer.place = None  # the plain way, where autograd calls hooks

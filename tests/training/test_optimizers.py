@@ -77,13 +77,15 @@ ODD = {
 }
 
 
-def trainee_of(name: str, dtype: torch.dtype, rate: float, lora_plus: float = 1.0) -> Trainee:
+def trainee_of(
+    name: str, dtype: torch.dtype, rate: float, lora_plus: float = 1.0, on: str = "cpu"
+) -> Trainee:
     """One layer with its optimizer, as a run has them."""
     torch.manual_seed(0)
     shape = LoraShape(4, 4.0)
     layer = LoraLayer(nn.Linear(12, 10).to(dtype).requires_grad_(False), "x", shape, Moment(), 0)
     injected = Injected({KEY: layer}, Moment())
-    base: Any = SimpleNamespace(family=FAMILIES["sd15"], device=torch.device("cpu"), dtype=dtype)
+    base: Any = SimpleNamespace(family=FAMILIES["sd15"], device=torch.device(on), dtype=dtype)
     optim = OptimSection(name=name, lr=rate, text_encoder_lr=0.0, lora_plus=lora_plus)
     plan = AdapterPlan({KEY: LayerPlan(shape, rate)}, None, "", [])
     optimizer, storage = optimizer_of(injected, plan, base, optim)
@@ -121,6 +123,13 @@ def test_learns(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> N
     for row in ODD:
         monkeypatch.setitem(OPTIMIZERS, row, ODD[row])
     assert learned(trainee_of(name, PRECISIONS[precision], RATES.get(name, 0.1))) < 0.2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_card_takes_a_fused_step_where_there_is_one(name: str) -> None:
+    kinds = [bool(trainee_of(name, torch.float32, 0.1, on=on).optimizer.defaults.get("fused"))
+             for on in ("cpu", "cuda")]  # fmt: skip
+    assert kinds == [False, name in ("adam", "adamw")]
 
 
 @pytest.mark.parametrize("name", ["adafactor", "own kernel", "new tensor"])
