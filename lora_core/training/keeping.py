@@ -107,13 +107,16 @@ class Keeper:
         return state, after
 
     def finite(self) -> bool:
-        """Whether all that a checkpoint would hold is finite."""
+        """Whether all that a checkpoint would hold is finite; each device is waited for once."""
         trainee = self._trainee
-        live: list[object] = [tensor.detach() for tensor in trainee.injected.parameters()]
+        live: list[object] = [trainee.storage.whole.detach()]
         for values in trainee.optimizer.state.values():
             live += values.values() if isinstance(values, dict) else []
-        found = [v for v in live if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        return all(bool(tensor.isfinite().all()) for tensor in found)
+        finite: dict[torch.device, list[torch.Tensor]] = {}
+        for value in live:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                finite.setdefault(value.device, []).append(value.isfinite().all())
+        return all(bool(torch.stack(found).all()) for found in finite.values())
 
     def _anchors(self) -> list[int]:
         """Steps of the checkpoints that can be gone back to, the newest first."""

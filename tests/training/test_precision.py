@@ -1,11 +1,13 @@
-"""Which number format a run takes for its base on a processor."""
+"""Which dtype a run takes for its base on a processor, and whether a card computes deterministically."""
 
 import pytest
 import torch
 
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import ModelFileError
-from lora_core.training import prepare
+from lora_core.spec.errors import LoraError, ModelFileError
+from lora_core.training import conductor, prepare
+from lora_core.training.prepare import Plan
+from tests.training.runs import Toy, trained
 
 CPU = torch.device("cpu")
 
@@ -37,3 +39,29 @@ def test_a_base_that_is_not_there_is_a_sentence() -> None:
     config = RunConfig().changed({"train.precision": "auto", "model.base": "/nowhere/base.safetensors"})
     with pytest.raises(ModelFileError, match="nowhere"):
         prepare.training_dtype(config, CPU)
+
+
+def test_deterministic_training_is_planned_and_set_up_before_anything_is_computed(
+    own_toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(prepare, "compute_deterministically", lambda device: done.append(device.type))
+
+    def prepared(*_: object) -> None:
+        done.append("prepared")
+        raise LoraError("enough")
+
+    monkeypatch.setattr(conductor, "prepared", prepared)
+    run = own_toy.run("one", train__deterministic=True)
+    for _ in range(2):
+        with pytest.raises(LoraError, match="enough"):
+            trained(run)
+    assert done == ["cpu", "prepared"] * 2
+    assert Plan.of(run, RunConfig()).deterministic, "the plan counts, as for all that is chosen once"
+
+
+def test_where_it_has_no_effect_a_note_says_so() -> None:
+    (note,) = Plan("fp32", "mps", 1, deterministic=True).notes()
+    assert "train.deterministic has no effect on an Apple graphics card" in note
+    assert Plan("fp32", "cuda", 1, deterministic=True).notes() == []
+    assert Plan("fp32", "mps", 1).notes() == []
