@@ -195,7 +195,7 @@ def compute_deterministically(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Filling each new tensor costs a kernel, and no result depends on what an empty tensor held.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
