@@ -561,7 +561,7 @@ class SimulatedDevice:
         return make
 
     def _cuda(self) -> dict[str, Any]:
-        name = "Simulated device"
+        name = "Simulated RTX"
         properties = types.SimpleNamespace(
             name=name, major=self.capability[0], minor=self.capability[1], total_memory=self.total,
             multi_processor_count=28,
