@@ -24,6 +24,7 @@ from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.storage import Storage
 from lora_core.adapters.targets import ATTENTION
 from lora_core.models.device import keep_freed_memory
+from lora_core.models.load import streamline
 from lora_core.models.prepacked import best_layout, prepack
 
 RANK = 16
@@ -158,6 +159,7 @@ def kohya(dtype: torch.dtype) -> Sides:
 def easel_parts(dtype: torch.dtype, prepacked: bool = True) -> tuple[nn.Module, Storage]:
     """A UNet with LoRA Easel's layers, and where their factors lie."""
     unet = unet_of(dtype)
+    streamline(unet)
     order = target_paths(unet)
     injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraShape(RANK, float(RANK)), 0)
     layers: list[Any] = [unet.get_submodule(path) for path in order]
@@ -184,8 +186,9 @@ def easel_step(unet: nn.Module, storage: Storage, given: Given) -> Sides:
         storage.clear()
         given.loss(unet).backward()
         storage.gather()
-        norm = nn.utils.get_total_norm([storage.grads])
-        nn.utils.clip_grads_with_norm_(storage.whole, 1.0, norm)
+        factor = 1.0 / (torch.linalg.vector_norm(storage.grads) + 1e-6)
+        if factor < 1.0:
+            storage.grads.mul_(factor)
         optimizer.step()
 
     def gradient() -> torch.Tensor:
