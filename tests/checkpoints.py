@@ -71,15 +71,15 @@ def components(family: Family, size: str = "narrow", seed: int = 0) -> Iterator[
 
 
 def _random(build: Any, size: str) -> Any:
-    """A module; for full size with small random numbers in bf16, since true initialisation takes minutes."""
-    if size != "full":
-        return build().eval()
+    """A module with random numbers, for full size in bf16: the true initialisation draws several times."""
+    dtype = torch.bfloat16 if size == "full" else torch.float32
     with init_empty_weights(include_buffers=False):
         module = build()
     for name, parameter in list(module.named_parameters()):
-        value = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02)
-        if name.endswith(("norm1.weight", "norm2.weight", "norm3.weight", "norm.weight", "norm_out.weight")):
-            value.fill_(1.0)
+        bound = 0.04 if parameter.dim() < 2 or "embedding" in name else parameter[0].numel() ** -0.5
+        value = torch.empty(parameter.shape, dtype=dtype).uniform_(-bound, bound)
+        if "norm" in name and name.endswith("weight"):
+            value.add_(1.0)
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, torch.nn.Parameter(value, requires_grad=False))
     return module.eval()

@@ -4,9 +4,8 @@ Trained by the real command line in processes of its own, which cannot open a so
 """
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from lora_core.__main__ import main
+from lora_core.spec.run_folder import RunFolder
 from tests.checkpoints import write_folder, write_single
+from tests.faults import Nursery
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"sd15": 264, "sd2_v": 330, "sdxl": 986}
 """Of kohya's default targets. Source: kohya sd-scripts' own count for each family."""
 NO_NETWORK = """
@@ -28,13 +28,6 @@ def refuse(*_args, **_more):
     raise SystemExit("the network was asked")
 socket.socket.connect = socket.getaddrinfo = refuse
 """
-PEAK = """
-import resource, subprocess, sys
-code = subprocess.run(sys.argv[2:]).returncode
-open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024))
-sys.exit(code)
-"""
-"""Runs a command in a process of its own and writes down its peak, so that no other child's peak counts."""
 
 
 def pictures(folder: Path, side: int) -> Path:
@@ -51,24 +44,9 @@ def pictures(folder: Path, side: int) -> Path:
 class Offline:
     """The command line without a network, and the peak of its memory."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, nursery: Nursery, place: Path) -> None:
+        self.nursery, self.place = nursery, place
         self.peak = 0
-        (place / "site").mkdir()
-        (place / "site" / "sitecustomize.py").write_text(NO_NETWORK)
-
-    def __call__(self, *arguments: object) -> str:
-        command = [sys.executable, "-m", "lora_core", *map(str, arguments)]
-        environment = os.environ | {
-            "PYTHONPATH": str(self.place / "site"),
-            "HF_HOME": str(self.place / "hub"),
-        }
-        environment.pop("HF_HUB_OFFLINE", None)
-        wrapped = [sys.executable, "-c", PEAK, str(self.place / "peak"), *command]
-        done = subprocess.run(wrapped, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-        self.peak = int((self.place / "peak").read_text())
-        return done.stdout
 
     def trained(self, base: Path, side: int, **settings: object) -> Path:
         """The exported file of a short run."""
@@ -81,12 +59,24 @@ class Offline:
         } | {key.replace("__", "."): value for key, value in settings.items()}  # fmt: skip
         given = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
         where = ["--base", base, "--workspace", self.place, "--name", f"run-{number}"]
-        return Path(self("train", dataset, *where, *given).splitlines()[-1])
+        code, said, self.peak = self.nursery.command(["train", dataset, *where, *given])
+        assert code == 0, said[-2000:]
+        run = RunFolder(self.place / "runs" / f"run-{number}")
+        return run.exports / f"{run.name}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def without_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    place = tmp_path_factory.mktemp("offline")
+    (place / "sitecustomize.py").write_text(NO_NETWORK)
+    made = Nursery(PYTHONPATH=str(place), HF_HOME=str(place / "hub"), HF_HUB_OFFLINE="0")
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def offline(tmp_path: Path) -> Offline:
-    return Offline(tmp_path)
+def offline(without_network: Nursery, tmp_path: Path) -> Offline:
+    return Offline(without_network, tmp_path)
 
 
 def stems(file: Path) -> set[str]:

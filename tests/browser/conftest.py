@@ -52,8 +52,15 @@ def draft() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def spares(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spares]:
-    made = Spares(home, tmp_path_factory)
+def spares(
+    request: pytest.FixtureRequest, home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Spares]:
+    own = [
+        item
+        for item in request.session.items
+        if item.get_closest_marker("own_window") or "own_window" in getattr(item, "fixturenames", ())
+    ]
+    made = Spares(home, tmp_path_factory, len(own) + len((shared_window, trained)))
     yield made
     if made.next is not None:
         made.next.wait_ready()

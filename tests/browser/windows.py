@@ -119,13 +119,15 @@ def end_runs(workspace: Path) -> None:
 class Spares:
     """Windows for tests that want one of their own; the next starts while a test runs, so that few wait."""
 
-    def __init__(self, home: Path, folders: pytest.TempPathFactory) -> None:
-        self.home, self.folders = home, folders
+    def __init__(self, home: Path, folders: pytest.TempPathFactory, most: int) -> None:
+        """`most` is how many will be wanted at most."""
+        self.home, self.folders, self.left = home, folders, most
         self.next: Window | None = None
 
     def take(self) -> Window:
         window = self.next or self._launched()
-        self.next = self._launched()
+        self.left -= 1
+        self.next = self._launched() if self.left > 0 else None
         window.wait_ready()
         return window
 
