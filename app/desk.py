@@ -3,10 +3,12 @@
 One desk a server, shared by every page: two pages of the same window show the same run and the same pictures.
 """
 
+import contextlib
 import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from app.dataset.checking import Checker
 from app.dataset.importing import Importer
@@ -20,11 +22,18 @@ from app.train.checks import Checks
 from app.train.downloads import Downloads
 from app.train.line import Line
 from app.train.probing import Prober
-from app.worker import GivesWay, Worker
+from app.worker import CARDS, GivesWay, Worker
 from lora_core.dataset.projects import Projects, adopt, belongs
+from lora_core.spec.bases import chosen_base
+from lora_core.spec.errors import LoraError
 from lora_core.spec.hardware import Hardware
 from lora_core.spec.places import Places
 from lora_core.spec.setting import AUTO
+from lora_core.spec.sizes import base_numbers
+
+BYTES_A_NUMBER = 2
+BESIDE_BASE = 1_500_000_000
+"""Bytes that a picture takes beside its base: CUDA's context, the sampler and the decoder by tiles."""
 
 
 class Desk:
@@ -56,6 +65,7 @@ class Desk:
         self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
         self.worker.wanted_device = self._device
         self.worker.is_needed_elsewhere = GivesWay(self._live_run)
+        self.worker.in_the_way = self._in_the_way
         self.studio = Studio(self.worker, lambda: self.generated)
         self.prober = Prober(workspace, self.worker, self.hardware, self._occupied)
         self.insights = Insights(self.project, self.worker, self.jobs, self._occupied)
@@ -75,6 +85,32 @@ class Desk:
     def _device(self) -> str:
         """The device that the open project's settings name."""
         return str((self.project.draft().get("values") or {}).get("train.device") or AUTO)
+
+    def _in_the_way(self, request: dict[str, Any]) -> str:
+        """Why a request that takes a card's memory waits for the run: there is no room for both, or the run
+        has not taken its own yet. "" where it need not wait."""
+        live, card = self.jobs.live(), self.hardware.card()
+        device = self.worker.computes_on or ("cuda" if card else "")
+        config = live.config() if live else None
+        if live is None or device not in CARDS or (config is not None and config.train.device == "cpu"):
+            return ""
+        until = f"It is done when the run {live.run.name} has ended or is paused."
+        if card is None or not live.progress.stepping:
+            return f"Waiting for the graphics card. {until}"
+        free, base = card.total - card.used, str(request.get("base", ""))
+        facts = chosen_base(base).facts if base else None
+        numbers = None
+        with contextlib.suppress(LoraError, OSError):
+            numbers = base_numbers(facts) if facts else None
+        if numbers is None:
+            return f"Waiting for the graphics card. {until}"
+        needed = numbers * BYTES_A_NUMBER + BESIDE_BASE
+        if needed <= free:
+            return ""
+        return (
+            f"It does not fit beside the run: about {needed / 1e9:.1f} GB are needed on the graphics card,"
+            f" {free / 1e9:.1f} GB are free. {until}"
+        )
 
     def _live_run(self) -> str:
         live = self.jobs.live()

@@ -2,14 +2,14 @@
 
 The window itself never imports torch. Requests wait in a queue and go out one at a time; a worker that died
 is started again for the next request, and the request in hand is answered with the reason, so nobody waits
-for ever.
+for ever. On a graphics card, the process ends as soon as a run begins, since even an idle one holds memory
+there; what it was drawing waits in the queue and is begun anew once there is room.
 """
 
 import base64
 import binascii
 import contextlib
 import json
-import queue
 import subprocess
 import threading
 import time
@@ -20,13 +20,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_core.spec.processes import detached, log_tail
+from lora_core.spec.setting import AUTO
 
 CANCELLED = "Cancelled."
 HOLDERS = ("generate", "captions", "triggers", "pictures")
 """Requests after which the worker holds a base."""
+COMPUTING = (*HOLDERS, "probe", "intrinsic", "strength", "warm")
+"""Requests that take memory of the device; others do with `measure` in them."""
+CARDS = ("cuda", "xpu")
+"""Devices with memory of their own."""
 LOOK_AROUND_EVERY = 1.0
 """Seconds between two looks at whether somebody else needs the memory: a run imports torch for longer
 than that before it takes any. A look at 200 runs takes a hundredth of it."""
+GAVE_WAY = "Waiting: a run begins on the graphics card."
 STARTING_TAKES = "Loading the drawing process, which takes some seconds the first time."
 
 
@@ -67,8 +73,12 @@ class Worker:
         self.is_needed_elsewhere: Callable[[float], bool] = lambda idle: False
         """Told how many seconds nothing was asked, says whether the memory should be given back."""
         self.holds_memory = False
+        self.in_the_way: Callable[[dict[str, Any]], str] = lambda request: ""
+        """Says why a request that takes the device's memory has to wait, "" where it may begin."""
         self._idle_since = time.monotonic()
-        self._queue: queue.Queue[Reply] = queue.Queue()
+        self._asked = threading.Event()
+        self._gave_way = False
+        """Whether the process was ended for a run, so that what was in hand is not lost."""
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -83,14 +93,14 @@ class Worker:
 
     def warm(self) -> None:
         """Start the process in the background, so that the first preview need not wait for it."""
-        if not self.ready:
+        if not self.ready and not any(reply.request["do"] == "warm" for reply in list(self.waiting)):
             self.submit({"do": "warm"})
 
     def submit(self, request: dict[str, Any]) -> Reply:
         """Queue a request; its reply fills up as the worker answers."""
         reply = Reply({"id": uuid.uuid4().hex, **request})
         self.waiting.append(reply)
-        self._queue.put(reply)
+        self._asked.set()
         with self._lock:
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._serve, daemon=True, name="worker-client")
@@ -107,19 +117,40 @@ class Worker:
     def cancel(self, reply: Reply) -> None:
         """Drop a request: at once where it still waits, within a step of the sampler where it is drawn."""
         reply.dropped = True
+        self._asked.set()
         if reply.state == "working":
             self._write({"id": uuid.uuid4().hex, "do": "cancel", "target": reply.request["id"]})
 
     def ahead_of(self, reply: Reply) -> int:
-        """How many requests come before one that waits, the one in hand included; 0 where it is in hand."""
-        if reply.state != "waiting":
+        """How many requests come before one that waits, the one in hand included; 0 where it is in hand, and
+        where its message says what else it waits for."""
+        if reply.state != "waiting" or reply.message:
             return 0
-        return next((n for n, one in enumerate(list(self.waiting), 1) if one is reply), 0)
+        may_begin = [one for one in list(self.waiting) if not one.message]
+        return next((n for n, one in enumerate(may_begin, 1) if one is reply), 0)
 
     def release(self) -> None:
-        """Have a running worker give its memory back; one that does not run holds none."""
-        if self.ready:
-            self.submit({"do": "release"})
+        """Have a running worker give its memory back, on a card at once; one that does not run holds none."""
+        if not self._on_card:
+            if self.ready:
+                self.submit({"do": "release"})
+            return
+        process = self._process
+        if process is not None and process.poll() is None:
+            self._gave_way = self.in_hand is not None
+            self.ready = self.holds_memory = False
+            process.kill()
+            process.wait(5)
+
+    @property
+    def computes_on(self) -> str:
+        """The kind of device that requests are answered on, "" while it is not known."""
+        wanted = self.wanted_device()
+        return self.found.get("device", "") if wanted in ("", AUTO) else wanted.partition(":")[0]
+
+    @property
+    def _on_card(self) -> bool:
+        return self.ready and self.computes_on in CARDS
 
     def close(self) -> None:
         """End the process; called when the window ends."""
@@ -136,11 +167,13 @@ class Worker:
 
     def _serve(self) -> None:
         while not self._closed:
-            try:
-                # While nothing is held there is nothing to look around for.
-                reply = self._queue.get(timeout=LOOK_AROUND_EVERY if self.holds_memory else None)
-            except queue.Empty:
-                if self.is_needed_elsewhere(time.monotonic() - self._idle_since):
+            self._asked.clear()
+            reply = next(filter(self._may_begin, list(self.waiting)), None)
+            if reply is None:
+                # While nothing waits or is held, there is nothing to look around for.
+                holds = self.holds_memory or self._on_card
+                asked = self._asked.wait(LOOK_AROUND_EVERY if holds or self.waiting else None)
+                if holds and not asked and self.is_needed_elsewhere(time.monotonic() - self._idle_since):
                     self.release()
                 continue
             self.in_hand = reply
@@ -159,12 +192,21 @@ class Worker:
             emptied = do in ("release", "probe")
             self.holds_memory = self.ready and (do in HOLDERS or (self.holds_memory and not emptied))
 
+    def _may_begin(self, reply: Reply) -> bool:
+        computes = reply.request["do"] in COMPUTING or "measure" in reply.request
+        reply.message = self.in_the_way(reply.request) if computes and not reply.dropped else ""
+        return not reply.message
+
     def _answer(self, reply: Reply) -> None:
+        self._gave_way = False
         process = self._running_process()
         if process is None:
             self._end(reply, "error", self._death("it could not be started"))
             return
-        reply.message = ""
+        if not self._may_begin(reply):
+            # Only now is it known which device it computes on.
+            self._put_back(reply)
+            return
         if reply.request["do"] == "warm":
             self._end(reply, "done", "")
             return
@@ -173,11 +215,28 @@ class Worker:
         if reply.dropped:
             # It was cancelled while the process came up.
             self.cancel(reply)
+        looked = time.monotonic()
         for message in _messages(process.stdout):
             if message.get("id") == reply.request["id"] and self._take(reply, message):
                 return
+            if self._on_card and time.monotonic() - looked >= LOOK_AROUND_EVERY:
+                looked = time.monotonic()
+                if self.is_needed_elsewhere(0.0):
+                    self.release()
         self.ready = False
-        self._end(reply, "error", self._death(f"it ended with code {process.wait()}"))
+        code = process.wait()
+        if not self._gave_way:
+            self._end(reply, "error", self._death(f"it ended with code {code}"))
+        elif reply.dropped:
+            self._end(reply, "error", CANCELLED)
+        else:
+            reply.message, reply.done, reply.look, reply.pictures = GAVE_WAY, 0, b"", []
+            self._put_back(reply)
+
+    def _put_back(self, reply: Reply) -> None:
+        """Let a request wait again, before all others."""
+        reply.state = "waiting"
+        self.waiting.insert(0, reply)
 
     def _take(self, reply: Reply, message: dict[str, Any]) -> bool:
         """Fold one answer into the reply; true when it was the last."""

@@ -707,16 +707,9 @@ def grid(
 
 def _artist(shot: Shot, precision: str) -> "Artist":
     from lora_core.analysis.at_rank import at_rank
-    from lora_core.models.device import best_device, dtype_of
-    from lora_core.models.load import load_base
-    from lora_core.sampling.artist import Artist
+    from lora_core.sampling.artist import open_artist
 
-    device = best_device()
-    base = load_base(
-        shot.base, device, dtype_of(precision, device), shot.prediction, shot.vae,
-        zero_snr=shot.zero_terminal_snr,
-    )  # fmt: skip
-    return Artist(base, at_rank)
+    return open_artist(shot, at_rank, precision)
 
 
 def _check_shot(shot: Shot) -> None:

@@ -44,7 +44,7 @@ def _idle(view: View) -> str:
         return "Nothing drawn yet."
     if view.strip_waits or view.grid_waits:
         return "Drawn. " + ("The strip follows." if view.strip_waits else "The grid follows.")
-    return f"Drawn with seed {view.shot.seed}."
+    return f"Drawn with seed {view.shot.seed}. {view.note}".strip()
 
 
 def working_words(view: View) -> str:

@@ -44,7 +44,7 @@ class Studio:
         self._shot: Shot | None = None
         self._strip: tuple[float, ...] = ()
         self._grid: Grid | None = None
-        self._error = ""
+        self._error = self._note = ""
         self._wanted_at = 0.0
         self._drawn: dict[tuple[Shot, tuple[int, ...]], Path] = {}
         # Of the files as they were at the last wish: one that is written anew changes nothing that is shown
@@ -137,7 +137,7 @@ class Studio:
             looks = reply.looks if reply is not None else 0
             return View(
                 state, message, done, total, shot, self._strip, grid, pictures, self._wanted_at,
-                job.shot if job else None, looks,
+                job.shot if job else None, looks, self._note,
             )  # fmt: skip
 
     def look(self) -> bytes:
@@ -246,6 +246,7 @@ class Studio:
             grid.sheet = path
             self._remember(Kept(path, grid.shot, grid.rows, grid.columns))
         else:
+            self._note = str(reply.pictures[-1].get("note", "")) if reply.pictures else ""
             self._drawn[job.shot, tuple(reply.request["key"])] = path
             while len(self._drawn) > MOST_DRAWN:
                 self._drawn.pop(next(iter(self._drawn)))

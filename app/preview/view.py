@@ -53,6 +53,7 @@ class View:
         wanted_at: when it was wanted, which tells one look from the next.
         drawing: the shot in hand.
         looks: how many looks there were at it.
+        note: what to know of how the base of the last picture was kept.
     """
 
     state: str
@@ -66,6 +67,7 @@ class View:
     wanted_at: float = 0.0
     drawing: Shot | None = None
     looks: int = 0
+    note: str = ""
 
     def picture(self, shot: Shot) -> Path | None:
         """The picture of a shot, if it is there."""

@@ -104,10 +104,10 @@ def steer(desk: Desk, do: str, name: str) -> None:
     current = desk.jobs.current()
     if not name and current is not None:
         name = current.run.name
-    acts[do](name)
     if do in ("resume", "accept"):
         # A run needs the memory more than a picture does.
         desk.worker.release()
+    acts[do](name)
 
 
 def _take_header(desk: Desk, header: bytes, size: str, name: str) -> None:

@@ -55,11 +55,11 @@ def _pressed(
         if do == "queue":
             run = desk.line.add(config)
             return "", f'<p class="small" role="status">{safe(run.name)} waits in the queue.</p>'
+        # A run needs the memory more than a picture does; the worker loads again when it is asked.
+        desk.worker.release()
         desk.jobs.start(config)
     except LoraError as error:
         return gr.skip(), f'<p class="problem" role="alert">{safe(error)}</p>'
-    # A run needs the memory more than a picture does; the worker loads again when it is asked.
-    desk.worker.release()
     return "", ""
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from lora_core.adapters.lora import LoraLayer, LoraShape, Moment
 from lora_core.adapters.targets import Adaptable, Targets, layer_by_path, target_modules
 from lora_core.adapters.weights import AdapterWeights, LayerKey
-from lora_core.models.thin import ThinConv2d, ThinLinear
+from lora_core.models.thin import ThinConv2d, ThinLinear, thinned
 from lora_core.spec.errors import AdapterFileError, ConfigError
 
 
@@ -130,57 +130,97 @@ class Strengthened:
         return self.strength if part == "unet" or self.text_strength is None else self.text_strength
 
 
-class Merger:
-    """Adapters merged into a base's own weights, and taken out again.
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""up (out, r) and down (r, in)."""
 
-    Each change starts from a copy of W0, never from the last merge, so that nothing drifts: W = W0 + sum of s
-    (alpha/r) B A, summed in fp32. Where every strength is 0 the weight is W0 bit for bit. Inference costs
-    what the base costs.
+
+class Merger:
+    """Adapters merged into a base's own weights, and taken out again: W = W0 + sum of s (alpha/r) B A.
+
+    Where every strength is 0 the weight is W0 bit for bit, and nothing depends on what was merged before.
+
+    On a processor, a layer's weight is overwritten by the sum in fp32 and W0 is kept beside it: inference
+    costs what the base costs. On other devices memory is scarcer than time: W0 stays as it is, the factors
+    are copied to the device once, in the base's dtype, and each use of a layer makes the sum anew, by one
+    `addmm` for each adapter. So a new strength copies nothing, and no weight is there twice.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         """Manage the components `modules`, by part."""
         self._modules = modules
         self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
+        self._thin: dict[LayerKey, ThinLinear | ThinConv2d] = {}
+        self._factors: dict[int, tuple[AdapterWeights, dict[LayerKey, Factors]]] = {}
+        """By the adapter's id, beside the adapter, so that no other can have it."""
 
     def apply(self, adapters: list[Strengthened]) -> None:
         """Make the base act as with exactly these adapters.
 
         Raises:
             AdapterFileError: a layer is not in this base or has another shape; nothing is changed then.
-            ConfigError: the base has no weights to merge into.
         """
-        deltas: dict[LayerKey, list[tuple[float, AdapterWeights]]] = {}
+        acting: dict[LayerKey, list[tuple[float, AdapterWeights]]] = {}
         for adapter in adapters:
             for key in adapter.weights.layers:
-                self._keep_original(key, adapter.weights)
+                self._prepare(key, adapter.weights)
                 if adapter.on(key[0]) != 0:
-                    deltas.setdefault(key, []).append((adapter.on(key[0]), adapter.weights))
+                    acting.setdefault(key, []).append((adapter.on(key[0]), adapter.weights))
         with torch.no_grad():
             for key, (layer, original) in self._originals.items():
-                merged = original.float() if key in deltas else original
-                for strength, weights in deltas.get(key, []):
-                    delta = weights.layers[key].delta().to(original.device)
-                    merged = merged + strength * delta.reshape(original.shape)
+                merged = original.float() if key in acting else original
+                for strength, weights in acting.get(key, []):
+                    merged = merged + strength * weights.layers[key].delta().reshape(original.shape)
                 layer.weight.copy_(merged)
+            if adapters and self._thin:
+                wanted = {id(adapter.weights) for adapter in adapters}
+                self._factors = {name: kept for name, kept in self._factors.items() if name in wanted}
+            for key, thin in self._thin.items():
+                thin.updates = [
+                    (*self._on_device(key, weights), strength * weights.layers[key].scale)
+                    for strength, weights in acting.get(key, [])
+                ]
 
-    def _keep_original(self, key: LayerKey, weights: AdapterWeights) -> None:
+    def _on_device(self, key: LayerKey, weights: AdapterWeights) -> Factors:
+        """up (out, r) and down (r, in) of a layer, in its dtype and on its device."""
+        _, factors = self._factors.setdefault(id(weights), (weights, {}))
+        layer = self._thin[key]
+        known = factors.get(key)
+        if known is None or (layer.data is not None and known[0].device != layer.data.device):
+            device = (layer.frozen() if layer.data is None else layer.data).device
+            update = weights.layers[key]
+            up, down = (factor.flatten(1).to(device, layer.dtype) for factor in (update.up, update.down))
+            factors[key] = (up, down)
+        return factors[key]
+
+    def _prepare(self, key: LayerKey, weights: AdapterWeights) -> None:
+        """Check that a layer fits, and have its W0 kept."""
         part, path = key
         located = layer_by_path(part, self._modules[part], path) if part in self._modules else None
         if located is None:
             raise AdapterFileError(
                 f"The adapter has a layer {part} {path} that this base has not; it is for another base."
             )
-        layer, update = located[1], weights.layers[key]
-        if isinstance(layer, ThinLinear | ThinConv2d):
-            raise ConfigError(
-                "Adapters cannot be merged into a base that is kept in 8 bits or offloaded; open it as it is."
-            )
+        (real, layer), update = located, weights.layers[key]
+        shape = layer.shape if isinstance(layer, ThinLinear | ThinConv2d) else layer.weight.shape
         size = (update.up.shape[0], *update.down.shape[1:])
-        if layer.weight.numel() != math.prod(size) or layer.weight.shape[0] != size[0]:
+        if shape.numel() != math.prod(size) or shape[0] != size[0]:
             raise AdapterFileError(
                 f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
-                f"{layer.weight.shape[1]} to {layer.weight.shape[0]}; it is for another base."
+                f"{shape[1]} to {shape[0]}; it is for another base."
             )
-        if key not in self._originals:
+        if key in self._originals or key in self._thin:
+            return
+        if isinstance(layer, nn.Linear | nn.Conv2d) and (thin := _updatable(layer)) is not None:
+            if thin is not layer:
+                holder = self._modules[part].get_submodule(real)
+                _replace(self._modules[part], real if holder is layer else f"{real}.base", thin)
+            self._thin[key] = thin
+        else:
             self._originals[key] = (layer, layer.weight.detach().clone())
+
+
+def _updatable(layer: Adaptable) -> ThinLinear | ThinConv2d | None:
+    """The thin layer that updates are put beside, or None where a weight is merged in place."""
+    if isinstance(layer, ThinLinear | ThinConv2d):
+        return layer
+    return None if layer.weight.device.type == "cpu" else thinned(layer)

@@ -29,7 +29,8 @@ def prediction(
     if base.family.size_conditioning:
         assert text.pooled is not None
         if sizes is None:
-            sizes = _own_sizes(noisy_latents, base.pixels_a_latent)
+            height, width = (side * base.pixels_a_latent for side in noisy_latents.shape[-2:])
+            sizes = own_sizes(len(noisy_latents), height, width)
         more["added_cond_kwargs"] = {
             "text_embeds": text.pooled.to(dtype),
             "time_ids": sizes.to(noisy_latents.device),
@@ -41,7 +42,6 @@ def prediction(
     return output[0].float()
 
 
-def _own_sizes(latents: torch.Tensor, pixels: int) -> torch.Tensor:
-    """(B, 6) for pictures of just this size, uncropped."""
-    height, width = (side * pixels for side in latents.shape[-2:])
-    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(len(latents), -1)
+def own_sizes(count: int, height: int, width: int) -> torch.Tensor:
+    """The sizes (count, 6) of uncropped pictures of `height` and `width` pixels."""
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(count, -1)

@@ -2,11 +2,13 @@
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import re
 import sys
 import time
+import traceback
 from typing import Any
 
 import torch
@@ -198,6 +200,15 @@ def compute_deterministically(device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def memory_left(device: torch.device) -> float:
+    """Bytes that this process may still take of a card; infinite elsewhere, where no limit is enforced."""
+    if device.type != "cuda":
+        return math.inf
+    free, _ = torch.cuda.mem_get_info(device)
+    mine = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, free + mine - SPARE)
+
+
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The number format that `precision` ("auto", "fp32", "bf16", "fp16") means on `device`.
 
@@ -294,6 +305,18 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     # What oneDNN says when its allocation fails; without a limit it would mean something else.
     return "could not create a primitive" in str(error) and limited(torch.device("cpu"))
+
+
+def release_failed(error: BaseException | None, device: torch.device) -> None:
+    """Let go of what the frames of a failure hold, and of the allocator's cache."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def limited(device: torch.device) -> bool:

@@ -79,6 +79,8 @@ class BaseModel:
     facts: BaseFacts
     waiting: dict[str, Callable[[], None]] = field(default_factory=dict)
     """Components without their weights ("vae", "unet", a text encoder's part), and what reads them."""
+    decode_tile: int = 0
+    """The side in pixels of the tiles that images are decoded in, because memory is short; 0 for none."""
     digests: dict[str, Callable[[], str]] = field(default_factory=dict)
     """What computes the digest of a component's weights from its files, by part; see `digest`."""
 
@@ -102,8 +104,24 @@ class BaseModel:
 
     def put(self, part: str, device: torch.device) -> None:
         """Move a component that is loaded ("vae", "unet", a text encoder's part) to `device`."""
-        module: torch.nn.Module = self.vae if part == "vae" else self.modules[part]
-        module.to(device)
+        self.component(part).to(device)
+
+    @contextmanager
+    def on_device(self, part: str) -> Iterator[None]:
+        """Have a component on the base's device while it is used; it goes back to where it was."""
+        home = next(self.component(part).parameters()).device
+        moved = home.type != self.device.type
+        if moved:
+            self.put(part, self.device)
+        try:
+            yield
+        finally:
+            if moved:
+                self.put(part, home)
+
+    def component(self, part: str) -> torch.nn.Module:
+        """The component "vae", "unet" or a text encoder's part."""
+        return self.vae if part == "vae" else self.modules[part]
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:

@@ -1,4 +1,5 @@
-"""Thin layers: frozen ones whose weight takes less of the device's memory, in 8 bits or waiting elsewhere.
+"""Thin layers: frozen ones whose weight takes less of the device's memory, in 8 bits or waiting elsewhere, or
+has low-rank updates beside it.
 
 The weight is made whole where it is needed, once in the forward pass and once in the backward pass, and let
 go at once. Autograd keeps nothing of it: a library that makes it whole inside the forward pass has every
@@ -18,6 +19,9 @@ from lora_core.models.depot import Depot
 
 Packed = tuple[torch.Tensor, torch.Tensor]
 """A weight in 8 bits, and its scale for each output, shaped to be multiplied with it."""
+
+Update = tuple[torch.Tensor, torch.Tensor, float]
+"""up (out, r), down (r, in) and the factor of their product."""
 
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 """Where in a UNet layers are made thin: its first and last ones and those of the timestep are small, and
@@ -62,23 +66,37 @@ class _Thin(nn.Module):
 
     def keep(self, weight: torch.Tensor) -> None:
         """Keep a weight as it is, for now."""
-        self.dtype = weight.dtype
+        self.dtype, self.shape = weight.dtype, weight.shape
+        self.updates: list[Update] = []
+        """Added to the weight as it is made whole, which leaves what is kept untouched."""
         self.depot: Depot | None = None
         self.fetch: Callable[[], torch.Tensor] | None = None
         self.register_buffer("data", weight.detach(), persistent=False)
         self.register_buffer("scale", None, persistent=False)
 
-    def whole(self) -> torch.Tensor:
-        """The whole weight, made anew each time."""
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "_Thin":
+        self.updates = [(fn(up), fn(down), factor) for up, down, factor in self.updates]
+        result: _Thin = super()._apply(fn, recurse)
+        return result
+
+    def frozen(self) -> torch.Tensor:
+        """The whole weight without its updates."""
         kept = self.fetch() if self.fetch is not None else self.data
         assert kept is not None
         return kept if self.scale is None else (kept * self.scale).to(self.dtype)
+
+    def whole(self) -> torch.Tensor:
+        """The whole weight, made anew each time: W + sum of factor * up @ down."""
+        weight = self.frozen()
+        for up, down, factor in self.updates:
+            weight = torch.addmm(weight.flatten(1), up, down, alpha=factor).view(self.shape)
+        return weight
 
     weight: Any = property(whole)
 
     def pack(self, how: Callable[[torch.Tensor], Packed]) -> None:
         """Keep the weight packed, where it lies."""
-        self.data, self.scale = how(self.whole())
+        self.data, self.scale = how(self.frozen())
         if self.depot is not None:
             self.move(self.depot)
 
@@ -134,6 +152,17 @@ class ThinConv2d(_Thin, nn.Conv2d):
         return conv2d_input(shape, weight, grad, *more)
 
 
+def thinned(layer: nn.Module) -> ThinLinear | ThinConv2d | None:
+    """A thin layer with the weight of `layer`, which may be one already; None where there is no such kind."""
+    if isinstance(layer, ThinLinear | ThinConv2d):
+        return layer
+    if type(layer) is nn.Linear:
+        return ThinLinear(layer)
+    if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
+        return ThinConv2d(layer)
+    return None
+
+
 def thin_layers(unet: nn.Module) -> list[ThinLinear | ThinConv2d]:
     """The thin layers of a UNet, in its own order."""
     return [layer for layer in unet.modules() if isinstance(layer, ThinLinear | ThinConv2d)]
@@ -168,12 +197,8 @@ class Thinner:
         if not path.startswith(BLOCKS):
             return
         parent, _, child = path.rpartition(".")
-        layer = root.get_submodule(path)
-        if type(layer) is nn.Linear:
-            layer = ThinLinear(layer)
-        elif type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
-            layer = ThinConv2d(layer)
-        if not isinstance(layer, ThinLinear | ThinConv2d):
+        layer = thinned(root.get_submodule(path))
+        if layer is None:
             return
         if self.how is not None and layer.scale is None:
             layer.pack(self.how)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lora_core.models.denoise import prediction
+from lora_core.models.denoise import own_sizes, prediction
 from lora_core.models.encode import TextCondition, decoded_latents, negative_condition, text_condition
 from lora_core.models.load import BaseModel
 from lora_core.spec.choices import SAMPLERS, chosen
@@ -92,9 +92,10 @@ def picture_size(base: BaseModel, picture: Picture) -> tuple[int, int]:
     return size
 
 
-def _set_steps(scheduler: Any, picture: Picture, device: torch.device) -> None:
+def _set_steps(scheduler: Any, picture: Picture) -> None:
+    """Set the timesteps on the CPU: schedulers read them one by one, and a card would be waited for."""
     try:
-        scheduler.set_timesteps(picture.steps, device=device)
+        scheduler.set_timesteps(picture.steps)
     except ValueError as error:
         # LCM picks its steps out of the 50 that its models were distilled from.
         raise ConfigError(
@@ -110,13 +111,13 @@ def sampled_latents(
     on_step: OnStep | None = None,
     on_clean: OnClean | None = None,
 ) -> torch.Tensor:
-    """Latents (1, 4, h, w) after the last sampler step.
+    """Latents (1, 4, h, w) after the last sampler step. A step waits for nothing that the device computes.
 
     Source: Ho and Salimans 2022, equation 6, for the guidance.
     """
     width, height = picture_size(base, picture)
     scheduler = sampler_of(base, picture.sampler)
-    _set_steps(scheduler, picture, base.device)
+    _set_steps(scheduler, picture)
     factor = base.pixels_a_latent
     generator = torch.Generator().manual_seed(picture.seed)
     shape = (1, base.latent_channels, height // factor, width // factor)
@@ -127,16 +128,19 @@ def sampled_latents(
     both = TextCondition.cat([negative, text]) if guided else text
     draws = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if draws else {}
+    on_device = scheduler.timesteps.to(base.device)
+    sizes = own_sizes(len(both.context), height, width).to(base.device)
     with torch.no_grad():
         for done, timestep in enumerate(scheduler.timesteps, start=1):
+            at = on_device[done - 1]
             seen = scheduler.scale_model_input(latents, timestep)
             if guided:
-                without, with_text = prediction(base, torch.cat([seen, seen]), timestep, both).chunk(2)
+                without, with_text = prediction(base, torch.cat([seen, seen]), at, both, sizes).chunk(2)
                 output = without + picture.cfg * (with_text - without)
                 if phi:
                     output = rescaled_guidance(output, with_text, phi)
             else:
-                output = prediction(base, seen, timestep, both)
+                output = prediction(base, seen, at, both, sizes)
             latents = scheduler.step(output, timestep, latents, **options).prev_sample
             if on_step is not None:
                 on_step(done, len(scheduler.timesteps))
@@ -183,8 +187,12 @@ def generated(
     on_clean: OnClean | None = None,
 ) -> Image.Image:
     """The finished picture, RGB."""
-    pixels = decoded_latents(base, sampled_latents(base, picture, text, negative, on_step, on_clean))[0]
-    return Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    return image_of(decoded_latents(base, sampled_latents(base, picture, text, negative, on_step, on_clean)))
+
+
+def image_of(pixels: torch.Tensor) -> Image.Image:
+    """The RGB picture of pixels (1, 3, H, W) in [0, 1]."""
+    return Image.fromarray((pixels[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
 def generated_from_prompt(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.models.device import cap_memory, keep_freed_memory, out_of_memory
+from lora_core.models.device import cap_memory, keep_freed_memory, out_of_memory, release_failed
 from lora_core.spec import events
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import OutOfMemory, RunError
@@ -23,7 +23,7 @@ from lora_core.training.guards import RETURNS, Health, Pace, slow_words
 from lora_core.training.inputs import versions
 from lora_core.training.keeping import Keeper, first_whole
 from lora_core.training.loop import Step, StepPlan, training_steps
-from lora_core.training.memory import Ladder, free_memory, release_failed, smaller_opening
+from lora_core.training.memory import Ladder, free_memory, smaller_opening
 from lora_core.training.prepare import Plan, Session, prepared
 from lora_core.training.requests import Interrupted, Requests
 from lora_core.training.trial import Trial

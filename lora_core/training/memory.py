@@ -5,10 +5,8 @@ another base, by a little. What was taken from which step on is in `plan.json`, 
 same rungs at the same steps.
 """
 
-import gc
 import importlib
 import importlib.util
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +14,7 @@ import psutil
 import torch
 
 from lora_core.models.depot import depot_for
+from lora_core.models.device import release_failed
 from lora_core.models.prepacked import is_prepacked, undo_prepack
 from lora_core.models.thin import Thinner, int8, is_moved, is_packed
 from lora_core.spec.config import RunConfig
@@ -219,18 +218,6 @@ def free_memory(trainee: Trainee, error: BaseException | None = None) -> None:
     """Let go of all that a failed step holds."""
     trainee.storage.clear()
     release_failed(error, trainee.base.device)
-
-
-def release_failed(error: BaseException | None, device: torch.device) -> None:
-    """Let go of what the frames of a failure hold, and of the allocator's cache."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
 
 
 def smaller_opening(train: TrainSection, taken: list[tuple[str, int]]) -> Rung | None:

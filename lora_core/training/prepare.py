@@ -17,6 +17,7 @@ from lora_core.models.device import (
     dtype_of,
     limited,
     out_of_memory,
+    release_failed,
     use_device,
 )
 from lora_core.models.load import BaseModel, open_base
@@ -35,7 +36,6 @@ from lora_core.training.ema import Average
 from lora_core.training.inputs import base_inputs, check_inputs, start_input
 from lora_core.training.loop import Trainee
 from lora_core.training.measuring import Groups, groups_of
-from lora_core.training.memory import release_failed
 from lora_core.training.prior import Prior
 from lora_core.training.trainee import (
     AdapterPlan,

@@ -17,9 +17,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.analysis.at_rank import at_rank
-from lora_core.models.device import best_device, cap_memory, dtype_of
-from lora_core.models.load import BaseModel, load_base
-from lora_core.sampling.artist import Artist
+from lora_core.models.load import BaseModel
+from lora_core.sampling.artist import Artist, open_artist
 from lora_core.sampling.generate import OnClean, OnStep, save_png
 from lora_core.sampling.grid import sheet
 from lora_core.sampling.look import look
@@ -64,7 +63,7 @@ class Drawing:
             save_png(image, path, artist.infotext(scaled))
             files.append(str(path))
             said = {"index": index, "strength": factor, "file": str(path), "ready_in": artist.ready_in}
-            size = {"width": image.width, "height": image.height}
+            size = {"width": image.width, "height": image.height, "note": artist.note}
             self._answer({"id": request["id"], "event": "picture", **said, **size})
         return {"files": files}
 
@@ -100,13 +99,7 @@ class Drawing:
         if self._artist is None or self._opened_as != wanted:
             # Never two bases at once: there may be memory for one.
             self._let_go()
-            device = best_device()
-            cap_memory(device)
-            base = load_base(
-                shot.base, device, dtype_of("auto", device), shot.prediction, shot.vae,
-                zero_snr=shot.zero_terminal_snr,
-            )  # fmt: skip
-            self._artist, self._opened_as = Artist(base, at_rank), wanted
+            self._artist, self._opened_as = open_artist(shot, at_rank), wanted
         return self._artist
 
     def bare_base(self, model: ModelSection) -> BaseModel:

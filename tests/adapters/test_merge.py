@@ -5,6 +5,7 @@ from lora_core.adapters.inject import Merger, Strengthened, adapter_weights, inj
 from lora_core.adapters.lora import LoraShape
 from lora_core.adapters.targets import KOHYA, layer_by_path
 from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from lora_core.models.thin import ThinConv2d, ThinLinear, Thinner
 from lora_core.spec.errors import AdapterFileError
 from tests.tiny import tiny_text_encoder, tiny_unet
 
@@ -69,6 +70,30 @@ def test_merging_again_does_not_drift(modules):
     for strength in (0.1, 1.3, 0.7):
         merger.apply([Strengthened(_adapter(1), strength)])
     assert torch.equal(_output(modules["unet"]), once)
+
+
+def test_factors_beside_a_frozen_weight_are_what_merging_gives_and_depend_on_no_history(modules):
+    """The way of a card: each use of a layer makes the sum anew. Thin layers do so anywhere."""
+    plain = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
+    Thinner().every(modules["unet"])
+    before = _output(modules["unet"])
+    beside, merged = Merger(modules), Merger(plain)
+    adapters = [Strengthened(_adapter(1), 0.7), Strengthened(_adapter(2, rank=5), -0.4)]
+    for merger in (beside, merged):
+        merger.apply(adapters)
+    once = _output(modules["unet"])
+    torch.testing.assert_close(once, _output(plain["unet"]), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(once, before, atol=1e-3)
+    for strength in (0.1, 1.3, -2.0):
+        beside.apply([Strengthened(adapters[0].weights, strength)])
+    beside.apply(adapters)
+    assert torch.equal(_output(modules["unet"]), once)
+    beside.apply([Strengthened(adapters[0].weights, 0.0)])
+    assert torch.equal(_output(modules["unet"]), before)
+    frozen = dict(tiny_unet().named_parameters())
+    for path, layer in modules["unet"].named_modules():
+        if isinstance(layer, ThinLinear | ThinConv2d):
+            assert torch.equal(layer.frozen(), frozen[f"{path}.weight"])
 
 
 def test_two_adapters_add_up(modules):

@@ -189,7 +189,7 @@ def test_stopped_by_hand_it_stays_stopped(desk: Desk, pictures: list[Path], tmp_
     awake(desk)
     (tmp_path / "slow").touch()
     assert state(desk) == "soon"
-    wait_for(lambda: state(desk) == "working")
+    wait_for(lambda: state(desk) == "working" and asked(tmp_path))
     steer(desk, "unmeasure", "")
     wait_for(lambda: state(desk) == "offered")
     time.sleep(0.3)

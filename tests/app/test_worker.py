@@ -5,22 +5,28 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.desk import Desk
 from app.preview.studio import Studio
 from app.preview.view import STRIP, Grid, View
 from app.worker import GivesWay, Worker
+from lora_core.spec.events import to_line
+from lora_core.spec.hardware import Card
 from lora_core.spec.processes import detached
 from lora_core.spec.shots import LoraAt, Shot, axis
+from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import PATIENCE, wait_for
 
 FAKE = """
-import json, pathlib, queue, sys, threading
+import json, os, pathlib, queue, sys, threading
 print("a library says hello", flush=True)
-print(json.dumps({"event": "ready"}), flush=True)
+print(json.dumps({"event": "ready", "device": os.environ.get("DEVICE", "")}), flush=True)
 dropped, asks = set(), queue.Queue()
 def read():
     for line in sys.stdin:
@@ -45,6 +51,9 @@ while True:
         say(event="done", files=[asked["out"]])
         continue
     while asked.get("prompt") == "slow" and asked["id"] not in dropped:
+        threading.Event().wait(0.01)
+    while asked.get("until") and not pathlib.Path(asked["until"]).exists():
+        say(event="progress", done=1, total=20)
         threading.Event().wait(0.01)
     if asked["id"] in dropped:
         say(event="error", message="Cancelled.")
@@ -255,6 +264,86 @@ def test_a_worker_with_memory_looks_around_for_a_run(
     wait_for(lambda: len(asked) == 2)
     time.sleep(0.3)
     assert len(asked) == 2, "it was released, so nobody looks any more"
+
+
+@pytest.fixture
+def on_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    monkeypatch.setattr("app.worker.LOOK_AROUND_EVERY", 0.05)
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    made = Worker([sys.executable, str(script)], {"DEVICE": "cuda"}, tmp_path / "logs" / "worker.txt")
+    yield made
+    made.close()
+
+
+def test_on_a_card_the_process_ends_for_a_run_and_what_it_drew_is_drawn_after_it(
+    on_card: Worker, tmp_path: Path
+) -> None:
+    run, go = "", tmp_path / "go"
+    on_card.is_needed_elsewhere = GivesWay(lambda: run)
+    on_card.in_the_way = lambda request: f"Waiting for {run}." if run else ""
+    picture = {"do": "generate", "strengths": [1], "out": str(tmp_path)}
+    reply = on_card.submit({**picture, "until": str(go)})
+    wait_for(lambda: reply.done)
+    process = on_card._process
+    assert process is not None
+    # A run that another program starts is noticed between two steps of the sampler.
+    run = "a run"
+    wait_for(lambda: process.poll() is not None)
+    wait_for(lambda: reply.message == "Waiting for a run.")
+    assert (reply.state, reply.done, on_card.ahead_of(reply)) == ("waiting", 0, 0)
+    # What opens no base goes on, in a new process.
+    assert on_card.ask({"do": "sheet", "out": str(tmp_path / "a.png")}, PATIENCE).state == "done"
+    assert reply.state == "waiting"
+    assert on_card._process is not process
+    go.touch()
+    run = ""
+    assert reply.finished.wait(PATIENCE)
+    assert (reply.state, len(reply.pictures)) == ("done", 1)
+
+
+def test_start_ends_an_idle_process_on_a_card_at_once_and_a_picture_starts_it_again(
+    on_card: Worker, tmp_path: Path
+) -> None:
+    picture = {"do": "generate", "strengths": [1], "out": str(tmp_path)}
+    on_card.ask(picture, PATIENCE)
+    process = on_card._process
+    assert process is not None
+    on_card.release()
+    assert process.poll() is not None
+    assert not on_card.ready
+    assert on_card.ask(picture, PATIENCE).state == "done"
+
+
+def test_a_picture_that_waits_for_a_run_is_cancelled_at_once(on_card: Worker, tmp_path: Path) -> None:
+    on_card.in_the_way = lambda request: "Waiting for a run."
+    reply = on_card.submit({"do": "generate", "strengths": [1], "out": str(tmp_path)})
+    wait_for(lambda: reply.message)
+    on_card.cancel(reply)
+    assert reply.finished.wait(PATIENCE)
+    assert (reply.state, reply.message) == ("error", "Cancelled.")
+
+
+def test_a_picture_beside_a_run_on_the_card_waits_until_it_fits(desk: Desk) -> None:
+    picture, train = {"do": "generate", "base": "demo"}, make_run(desk, "a", started())
+    card = Card("RTX 3060", used=9 * 10**9, total=12 * 10**9)
+    desk.hardware._card, desk.hardware.known = card, True
+    desk.hardware._asked = time.monotonic() + 1000
+    desk.worker.found = {"device": "cuda"}
+    assert desk._in_the_way(picture) == ""
+    come_alive(train)
+    # Before its first step it has not taken all of its memory.
+    assert "Waiting for the graphics card" in desk._in_the_way(picture)
+    with open(train.events_file, "a") as events:
+        events.write(to_line(step(1)))
+    assert desk._in_the_way(picture) == ""
+    desk.hardware._card = replace(card, used=11 * 10**9)
+    sentence = desk._in_the_way(picture)
+    assert "It does not fit beside the run: about 1.5 GB are needed" in sentence
+    assert "1.0 GB are free. It is done when the run a has ended or is paused." in sentence
+    # On a processor, both go on side by side.
+    desk.worker.found = {"device": "cpu"}
+    assert desk._in_the_way(picture) == ""
 
 
 def test_one_that_is_closed_while_it_starts_leaves_no_process(

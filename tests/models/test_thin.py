@@ -15,7 +15,6 @@ from lora_core.adapters.targets import ATTENTION
 from lora_core.models.depot import Depot, FileDepot, depot_for
 from lora_core.models.load import load_base
 from lora_core.models.thin import ThinConv2d, ThinLinear, Thinner, int8, is_moved, is_packed, thin_layers
-from lora_core.spec.errors import ConfigError
 from tests.tiny import tiny_folder, tiny_unet
 
 CPU = torch.device("cpu")
@@ -133,15 +132,24 @@ def test_a_base_is_thin_as_it_is_read(tmp_path: Path) -> None:
         assert torch.equal(ours.weight, theirs.weight)
 
 
-def test_a_thin_base_cannot_be_merged_into() -> None:
+def test_an_adapter_is_added_to_what_a_packed_weight_stands_for() -> None:
     unet = tiny_unet().requires_grad_(False)
     modules: dict[str, nn.Module] = {"unet": unet}
     injected = inject(modules, ["unet"], ATTENTION, LoraShape(2, 2.0), 5)
+    with torch.no_grad():
+        for tensor in injected.parameters():
+            tensor.normal_(std=0.1)
     weights = adapter_weights(injected)
     remove(modules, injected)
     Thinner(int8).every(unet)
-    with pytest.raises(ConfigError, match="cannot be merged into a base that is kept in 8 bits"):
-        Merger(modules).apply([Strengthened(weights)])
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer, update = unet.get_submodule(path), weights.layers["unet", path]
+    rounded, kept = layer.weight.clone(), layer.data.clone()
+    Merger(modules).apply([Strengthened(weights, 0.5)])
+    torch.testing.assert_close(layer.weight, rounded + 0.5 * update.delta())
+    # Packing again, as where memory gets short, takes the weight alone.
+    layer.pack(int8)
+    assert (layer.data - kept).abs().max() <= 1
 
 
 def test_what_followed_last_time_is_fetched_ahead() -> None:

@@ -1,0 +1,257 @@
+"""Pictures on a card: what a step waits for, what a new strength costs, and what is done where memory is
+short."""
+
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import nn
+from transformers.models.clip.configuration_clip import CLIPTextConfig
+from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+from app.worker import Worker
+from lora_core.adapters.targets import named_targets, target_modules
+from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from lora_core.models.encode import decoded_latents, negative_condition, text_condition
+from lora_core.models.load import BaseModel, load_base
+from lora_core.models.noise import NoiseSchedule
+from lora_core.models.thin import Thinner, is_packed
+from lora_core.sampling import artist as artists
+from lora_core.sampling.artist import ASIDE, INT8, RESIDENT, Artist
+from lora_core.sampling.generate import Picture, sampled_latents
+from lora_core.spec.choices import SAMPLERS
+from lora_core.spec.families import FAMILIES
+from lora_core.spec.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
+from lora_core.spec.shots import LoraAt, Shot
+from tests.simulated.device import GIB, SimulatedDevice
+from tests.waiting import PATIENCE
+
+SHOT = Shot(prompt="owl", seed=4, steps=3, cfg=3.0, width=64, height=64)
+CPU = torch.device("cpu")
+
+
+def adapter(base: BaseModel, parts: tuple[str, ...] = ("unet",), rank: int = 4) -> AdapterWeights:
+    draw = torch.Generator().manual_seed(1)
+    layers = {}
+    for part in parts:
+        found = target_modules(part, base.modules[part], named_targets("kohya", base.family))
+        for name, (_, layer) in found.items():
+            out, inside, *kernel = layer.weight.shape
+            layers[part, name] = LayerWeights(
+                torch.randn(rank, inside, *kernel, generator=draw) * 0.02,
+                torch.randn(out, rank, *[1] * len(kernel), generator=draw) * 0.2,
+                float(rank),
+            )
+    return AdapterWeights(layers)
+
+
+def artist_with(base: BaseModel, weights: AdapterWeights, kept: int = RESIDENT) -> Artist:
+    made = Artist(base, lambda same, rank: same, kept)
+    made._adapter = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
+    return made
+
+
+def drawn(artist: Artist, strength: float) -> "np.ndarray[Any, Any]":
+    loras = (LoraAt("x", strength),) if strength else ()
+    return np.asarray(artist.drawn(replace(SHOT, loras=loras)), float)
+
+
+@pytest.fixture(scope="module")
+def on_processor() -> BaseModel:
+    return load_base("demo", CPU, torch.float32)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_a_step_of_a_sampler_waits_for_nothing(name: str, on_processor: BaseModel) -> None:
+    def latents(base: BaseModel) -> torch.Tensor:
+        with torch.no_grad():
+            text, negative = text_condition(base, ["owl"]), negative_condition(base, "")
+        card.clear()
+        picture = Picture(3, 5, 3.0, name, 64, 64, 0.7)
+        return sampled_latents(base, picture, text, negative)
+
+    with SimulatedDevice() as card:
+        found = latents(load_base("demo", card.device, torch.float32))
+        assert card.report()["syncs"] == 0, card.syncs
+        assert card.report()["draws"] == 0
+        assert torch.equal(found.cpu(), latents(on_processor))
+
+
+def test_a_picture_is_the_merged_one_and_depends_on_no_earlier_strength(on_processor: BaseModel) -> None:
+    parts = ("unet", "text_encoder")
+    weights = adapter(on_processor, parts)
+    merged = artist_with(on_processor, weights)
+    wanted = {strength: drawn(merged, strength) for strength in (0.0, 0.8, 1.0)}
+    merged.mix(())
+    with SimulatedDevice() as card:
+        artist = artist_with(load_base("demo", card.device, torch.float32), weights)
+        first = {strength: drawn(artist, strength) for strength in (0.8, 1.0, 0.0)}
+        for strength, image in first.items():
+            assert np.abs(image - wanted[strength]).max() <= 1, strength
+        assert (first[0.0] == wanted[0.0]).all()
+        assert np.abs(first[0.8] - first[0.0]).mean() > 2
+        held = card.live
+        for strength in (-1.0, 2.0, 0.0, 0.8):
+            last = drawn(artist, strength)
+        assert (last == first[0.8]).all()
+        assert card.live <= held + 2**20, "no weight is there twice"
+
+
+def test_a_new_strength_copies_no_weights_and_reads_no_prompt_again(
+    on_processor: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = artists.text_condition
+    monkeypatch.setattr(artists, "text_condition", lambda *a: (read.append(a[1][0]), real(*a))[1])
+    for parts, again in ((("unet",), 1), (("unet", "text_encoder"), 2)):
+        with SimulatedDevice() as card:
+            artist = artist_with(load_base("demo", card.device, torch.float32), adapter(on_processor, parts))
+            read.clear()
+            drawn(artist, 0.8)
+            card.clear()
+            artist.mix((LoraAt("x", 0.3),))
+            assert (card.uploaded, card.report()["launches"], card.report()["syncs"]) == (0, 0, 0)
+            drawn(artist, 0.3)
+            assert len(read) == again, parts
+
+
+def test_a_card_that_runs_out_draws_on_in_less_memory(on_processor: BaseModel) -> None:
+    """Whichever allocation fails first, the picture comes, and is the same as long as the weights are."""
+    weights = adapter(on_processor)
+    wanted = drawn(artist_with(on_processor, weights), 0.8)
+    artist_with(on_processor, weights).mix(())
+    with SimulatedDevice() as card:
+        bases = load_base("demo", card.device, torch.float32)
+        artist = artist_with(bases, weights)
+        before = card.allocations
+        drawn(artist, 0.8)
+        taken = card.allocations - before
+        for share in (0.05, 0.5, 0.9):
+            artist = artist_with(bases, weights)
+            for part in bases.text_encoders:
+                bases.put(part, card.device)
+            card.fail_at = card.allocations + round(share * taken)
+            assert np.abs(drawn(artist, 0.8) - wanted).max() <= 1
+            assert artist.kept == ASIDE
+            assert next(bases.text_encoders["text_encoder"].parameters()).device.type == "cpu"
+        card.fail_at = card.allocations + 50
+        assert np.abs(drawn(artist, 0.8) - wanted).mean() < 8
+        assert (artist.kept, is_packed(bases.unet)) == (INT8, True)
+        assert "8 bits" in artist.note
+        card.fail_at = card.allocations + 50
+        with pytest.raises(torch.OutOfMemoryError):
+            drawn(artist, 0.8)
+
+
+def test_a_picture_is_decoded_by_tiles_where_it_does_not_fit_whole(on_processor: BaseModel) -> None:
+    latents = torch.randn(1, 4, 48, 40, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for _ in range(3):
+            latents = nn.functional.avg_pool2d(latents, 3, 1, 1)
+        latents = latents / latents.std()
+    whole = decoded_latents(on_processor, latents)
+    with SimulatedDevice() as card:
+        base = load_base("demo", card.device, torch.float32)
+        card.clear()
+        decoded_latents(base, latents.to("cuda"))
+        peak = card.peak
+        card.limit = peak - 2**20
+        tiled = decoded_latents(base, latents.to("cuda"))
+        assert base.decode_tile == 256
+        card.clear()
+        assert torch.equal(decoded_latents(base, latents.to("cuda")), tiled)
+        assert card.failures == 1, "it is not tried again"
+        assert card.peak < peak
+    assert tiled.shape == whole.shape
+    assert (tiled - whole).abs().mean() < 0.03
+
+
+def test_the_drawing_process_gives_way_and_draws_the_same_when_it_comes_back(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.simulated.device", "--gib", "2", "serve"]
+    worker = Worker(command, dict(os.environ), tmp_path / "log.txt")
+    asked = {**asdict(SHOT), "do": "generate", "steps": 2, "strengths": [1], "out": str(tmp_path)}
+    try:
+        first = worker.ask(asked, PATIENCE)
+        assert (first.message, worker.device, worker.holds_memory) == ("", "cuda", True)
+        process = worker._process
+        assert process is not None
+        worker.release()
+        assert process.poll() is not None
+        again = worker.ask(asked, PATIENCE)
+        images = [Path(reply.pictures[0]["file"]).read_bytes() for reply in (first, again)]
+        assert images[0] == images[1]
+    finally:
+        worker.close()
+
+
+def test_an_sdxl_lora_is_seen_under_seven_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At true shapes, 1024 px, bf16, kohya's layers at rank 16; all of it took 13.7 GiB once."""
+    with SimulatedDevice(gib=7, numbers=False) as card, torch.no_grad():
+        weights = adapter(shapes_of("sdxl", Thinner()), rank=16)
+        monkeypatch.setattr(artists, "open_base", lambda *asked: shapes_of("sdxl", asked[5]))
+        artist = artists.open_artist(Shot(), lambda same, rank: same)
+        artist._adapter = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
+        shot = Shot(prompt="owl", steps=1, width=1024, height=1024, loras=(LoraAt("x", 0.8),))
+        artist.drawn(shot)
+        assert (artist.kept, artist.base.decode_tile, len(weights.layers)) == (ASIDE, 512, 722)
+        card.clear()
+        artist.drawn(replace(shot, loras=(LoraAt("x", 0.5),)))
+        assert card.uploaded < 2**20
+        assert card.peak < 6.1 * GIB
+
+
+def shapes_of(family_name: str, thin: Thinner) -> BaseModel:
+    """A base at its true shapes, bf16, whose weights are read onto the card with nothing in them."""
+    family = FAMILIES[family_name]
+    configs = FAMILY_CONFIGS / family.configs
+    with init_empty_weights(include_buffers=False):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs / "unet"))
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(configs / "vae"))
+        encoders: dict[str, Any] = {
+            one.part: (CLIPTextModelWithProjection if one.pooled else CLIPTextModel)(
+                CLIPTextConfig.from_pretrained(configs / one.part, local_files_only=True)
+            )
+            for one in family.text_encoders
+        }
+    tokenizers = {
+        one.part: CLIPTokenizer.from_pretrained(
+            CLIP_TOKENIZER, pad_token=one.pad_token, local_files_only=True
+        )
+        for one in family.text_encoders
+    }
+
+    def read(module: Any, dtype: torch.dtype) -> None:
+        for name, parameter in list(module.named_parameters()):
+            parent, _, leaf = name.rpartition(".")
+            held = torch.empty(parameter.shape, dtype=dtype, device="cuda")
+            setattr(module.get_submodule(parent), leaf, nn.Parameter(held, requires_grad=False))
+            if thin and module is unet and leaf == "weight":
+                thin.layer(module, parent)
+        module.to("cuda")
+
+    parts = {"unet": unet, "vae": vae, **encoders}
+    waiting = {
+        part: (
+            lambda module=module, part=part: read(module, torch.float32 if part == "vae" else torch.bfloat16)
+        )
+        for part, module in parts.items()
+    }
+    scheduler = json.loads((configs / "scheduler" / "scheduler_config.json").read_text())
+    facts: Any = SimpleNamespace(resolution=1024, cfg_rescale=lambda asked: 0.0)
+    return BaseModel(
+        family_name, Path(), family, unet.eval(), vae.eval(), {k: v.eval() for k, v in encoders.items()},
+        tokenizers, NoiseSchedule.of(DDPMScheduler.from_config(scheduler)), scheduler, torch.device("cuda"),
+        torch.bfloat16, facts, waiting,
+    )  # fmt: skip
