@@ -1,0 +1,216 @@
+"""Toy runs on the simulated device: what a step costs, resumes, memory that runs out anywhere, MPS."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_core.models.load import load_base
+from lora_core.sampling.generate import Picture, generated_from_prompt
+from lora_core.spec import events
+from lora_core.spec.choices import OPTIMIZERS, SAMPLERS
+from lora_core.spec.errors import LoraError
+from lora_core.spec.run_folder import RunFolder
+from tests.simulated.device import SimulatedDevice
+from tests.training.runs import (
+    RANDOM,
+    SAMPLED,
+    Toy,
+    broken_at,
+    check_story,
+    check_whole,
+    notes,
+    result,
+    toy,
+    trained,
+)
+
+STEPS = {"train__steps": 4, "save__every": 2}
+DROPOUT = {key.replace(".", "__"): value for key, value in RANDOM.items()}
+OLD = {"capability": (7, 5)}
+"""A card without bf16."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of run, and what one of its steps costs at most.
+
+    Attributes:
+        settings: of the run.
+        syncs: times that the host waits for the device in a step.
+        uploads: copies to the device in a step.
+        launches: kernels in a step.
+        card: of the device.
+    """
+
+    settings: dict[str, object]
+    syncs: int
+    uploads: int
+    launches: int
+    card: dict[str, Any]
+
+
+def case(syncs: int, uploads: int, launches: int, card: Any = None, **settings: object) -> Case:
+    return Case(settings, syncs, uploads, launches, card or {})
+
+
+# Upper bounds of one step: syncs, uploads, launches. Whoever makes a step cheaper lowers them.
+CASES = {
+    "fp32": case(1, 5, 631, train__precision="fp32"),
+    "bf16 dropout nadam": case(1, 250, 2872, train__precision="bf16", optim__name="nadam", **DROPOUT),
+    "fp16 average adam": case(2, 5, 649, OLD, train__precision="auto", optim__name="adam", save__ema=0.9),
+    "int8 checkpointing radam": case(
+        1, 5, 1003, train__precision="bf16", train__quantise="int8", train__checkpointing=True,
+        optim__name="radam",
+    ),
+    "offload adafactor": case(
+        130, 141, 1793, train__precision="fp16", train__offload=True, optim__name="adafactor"
+    ),
+    "sgd": case(1, 5, 629, optim__name="sgd", optim__lora_plus=4.0),
+    "lion": case(1, 5, 639, train__precision="bf16", optim__name="lion"),
+    "prodigy": case(3, 5, 636, optim__name="prodigy", optim__lr=1.0),
+}  # fmt: skip
+SAMPLER_WAITS = {"ddim": 6.0, "lcm": 3.0}
+"""Syncs of a step of a sampler, at most; of one that is not named, none."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return toy(tmp_path_factory.mktemp("simulated"))
+
+
+@dataclass(frozen=True)
+class Unbroken:
+    """A finished run, the device it was on, and what its last step cost, by kind."""
+
+    run: RunFolder
+    card: SimulatedDevice
+    costs: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def unbroken(place: Toy) -> Callable[[str], Unbroken]:
+    """Train a case once."""
+    known: dict[str, Unbroken] = {}
+
+    def get(name: str) -> Unbroken:
+        if name in known:
+            return known[name]
+        card, costs = SimulatedDevice(**CASES[name].card), {}
+        run = place.run(f"unbroken {name}", **STEPS, **CASES[name].settings)
+
+        def on_event(event: events.Event) -> None:
+            # Nothing is saved after step 3, so that the next event comes one step later.
+            if isinstance(event, events.StepDone) and event.step == 3:
+                card.clear()
+            if isinstance(event, events.StepDone) and event.step == 4:
+                costs.update(card.report(), where=dict(card.syncs), up=dict(card.uploads))
+
+        with card:
+            trained(run, on_event)
+        return known.setdefault(name, Unbroken(run, card, costs))
+
+    return get
+
+
+def test_every_optimizer_has_a_case() -> None:
+    named = {case.settings.get("optim__name", "adamw") for case in CASES.values()}
+    assert named == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_costs_no_more_than_its_budget(name: str, unbroken: Callable[[str], Unbroken]) -> None:
+    limit, costs = CASES[name], unbroken(name).costs
+    assert costs["syncs"] <= limit.syncs, costs["where"]
+    assert costs["uploads"] <= limit.uploads, costs["up"]
+    assert costs["launches"] <= limit.launches
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_resumed_on_a_card_ends_as_an_unbroken_one(
+    name: str, unbroken: Callable[[str], Unbroken], place: Toy
+) -> None:
+    wanted = unbroken(name)
+    assert wanted.card.draws == {}
+    run = place.run(f"broken {name}", **STEPS, **CASES[name].settings)
+    with SimulatedDevice(**CASES[name].card) as card:
+        broken_at(run, events.StepDone, 3)
+        trained(run)
+    assert result(run) == result(wanted.run)
+    names = run.name, wanted.run.name
+    assert [note.replace(names[0], names[1]) for note in notes(run)] == notes(wanted.run)
+    assert card.live == 0
+
+
+def test_a_run_in_fp32_has_the_bits_of_a_processor(unbroken: Callable[[str], Unbroken], place: Toy) -> None:
+    run = place.run("processor", **STEPS, **CASES["fp32"].settings)
+    trained(run)
+    assert result(unbroken("fp32").run) == result(run)
+
+
+def test_a_sampler_step_waits_no_more_than_its_budget(place: Toy) -> None:
+    with SimulatedDevice() as card:
+        base = load_base(str(place.base), card.device, torch.float32)
+
+        def syncs(sampler: str, steps: int) -> int:
+            card.clear()
+            picture = Picture(sampler=sampler, steps=steps, width=16, height=16)
+            generated_from_prompt(base, picture, "a dot")
+            return card.syncs.total()
+
+        waits = {name: (syncs(name, 6) - syncs(name, 2)) / 4 for name in SAMPLERS}
+    assert {name: wait for name, wait in waits.items() if wait > SAMPLER_WAITS.get(name, 0.0)} == {}
+
+
+@pytest.fixture(scope="module")
+def allocations(place: Toy, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many a run makes that also validates and samples, with nothing cached."""
+    own = replace(place, home=tmp_path_factory.mktemp("all"))
+    with SimulatedDevice() as card:
+        trained(own.run("all", **STEPS, **SAMPLED))
+    return card.allocations
+
+
+@pytest.mark.parametrize("share", [0.002, 0.08, 0.3, 0.55, 0.8, 0.95])
+def test_an_allocation_that_fails_costs_a_rung_or_ends_in_a_sentence(
+    share: float, allocations: int, place: Toy, tmp_path: Path
+) -> None:
+    run = replace(place, home=tmp_path).run("failing", **STEPS, **SAMPLED)
+    with SimulatedDevice() as card:
+        card.fail_at = max(1, int(share * allocations))
+        try:
+            trained(run)
+            sentence = ""
+        except LoraError as error:
+            sentence = str(error)
+        assert run.progress().reason == sentence
+        assert ("memory" in sentence) == (run.status() != "done")
+        assert card.failures
+        check_whole(run)
+        check_story(run)
+        if run.status() != "done":
+            trained(run)
+    assert run.status() == "done"
+    assert card.live == 0
+
+
+def test_a_mac_encodes_trains_validates_and_samples(place: Toy, tmp_path: Path) -> None:
+    run = replace(place, home=tmp_path).run("mac", **STEPS, **SAMPLED)
+    with SimulatedDevice("mps") as card:
+        trained(run)
+    assert run.status() == "done"
+    assert notes(run) == []
+    assert run.progress().validations
+    assert run.progress().previews
+    assert card.launches.total() > 1000
