@@ -60,7 +60,7 @@ def case(syncs: int, uploads: int, launches: int, card: Any = None, **settings: 
 # Upper bounds of one step: syncs, uploads, launches. Whoever makes a step cheaper lowers them.
 CASES = {
     "fp32": case(1, 5, 631, train__precision="fp32"),
-    "bf16 dropout nadam": case(1, 250, 2872, train__precision="bf16", optim__name="nadam", **DROPOUT),
+    "bf16 dropout nadam": case(1, 250, 3401, train__precision="bf16", optim__name="nadam", **DROPOUT),
     "fp16 average adam": case(2, 5, 649, OLD, train__precision="auto", optim__name="adam", save__ema=0.9),
     "int8 checkpointing radam": case(
         1, 5, 1003, train__precision="bf16", train__quantise="int8", train__checkpointing=True,
