@@ -16,6 +16,13 @@ from typing import Any
 
 import torch
 
+SLAB = 2**28
+"""Bytes of page-locked memory that are taken at once."""
+ALIGNED = 512
+"""Bytes that a weight's place in a slab is a multiple of."""
+BUFFERS = 3
+"""Weights on the card at once: one in use, one on its way, one whose use may still be waiting."""
+
 
 class Depot:
     """Weights by number, fetched one ahead."""
@@ -107,31 +114,78 @@ class FileDepot(Depot):
 
 
 class HostDepot(Depot):
-    """Page-locked memory of the computer, for a graphics card."""
+    """Page-locked memory of the computer, for a graphics card.
+
+    Weights are copied on a stream of their own into `BUFFERS` buffers on the card, used in turn, each as
+    large as the largest weight. Nothing is allocated in a pass, however far the processor runs ahead of the
+    card. A fetched weight is valid until the next one is fetched.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        """Fetch onto `device`, on a stream of its own."""
+        """Fetch onto `device`."""
         super().__init__()
         self._device = device
+        self._slabs: list[tuple[torch.Tensor, int]] = []
         self._kept: list[torch.Tensor] = []
+        self._largest = 0
         self._stream = torch.cuda.Stream(device)
+        self._buffers: list[torch.Tensor] = []
+        self._used: list[Any] = [None] * BUFFERS
+        self._turn = 0
+        self._lent: int | None = None
 
     def _store(self, data: torch.Tensor) -> None:
-        self._kept.append(data.detach().cpu().pin_memory())
+        size = data.numel() * data.element_size()
+        place = self._place(-(-size // ALIGNED) * ALIGNED)[:size].view(data.dtype).view(data.shape)
+        place.copy_(data.detach())
+        self._kept.append(place)
+        self._largest = max(self._largest, size)
+
+    def _place(self, size: int) -> torch.Tensor:
+        """Bytes of a slab that has room; slabs are as large as a power of two, which torch rounds up to."""
+        for number, (slab, end) in enumerate(self._slabs):
+            if end + size <= len(slab):
+                self._slabs[number] = (slab, end + size)
+                return slab[end : end + size]
+        slab = host_memory(max(SLAB, size))
+        self._slabs.append((slab, size))
+        return slab[:size]
 
     def _begin(self, number: int) -> Any:
+        kept = self._kept[number]
+        size = kept.numel() * kept.element_size()
+        if not self._buffers or len(self._buffers[0]) < self._largest:
+            self._buffers = [
+                torch.empty(self._largest, dtype=torch.uint8, device=self._device) for _ in range(BUFFERS)
+            ]
+            self._used = [torch.cuda.current_stream(self._device).record_event()] * BUFFERS
+        turn, self._turn = self._turn, (self._turn + 1) % BUFFERS
+        tensor = self._buffers[turn][:size].view(kept.dtype).view(kept.shape)
         with torch.cuda.stream(self._stream):
-            tensor = self._kept[number].to(self._device, non_blocking=True)
-            return tensor, self._stream.record_event()
+            self._stream.wait_event(self._used[turn])
+            tensor.copy_(kept, non_blocking=True)
+            return turn, tensor, self._stream.record_event()
+
+    def _fetched(self, number: int) -> torch.Tensor:
+        if self._lent is not None:
+            # All that uses the weight fetched before is in the queue of the computing stream by now.
+            self._used[self._lent] = torch.cuda.current_stream(self._device).record_event()
+        return super()._fetched(number)
 
     def _finish(self, begun: Any) -> torch.Tensor:
         tensor: torch.Tensor
-        tensor, arrived = begun
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(arrived)
-        # Its memory belongs to the other stream, which must not use it again before this one is done.
-        tensor.record_stream(stream)
+        self._lent, tensor, arrived = begun
+        torch.cuda.current_stream(self._device).wait_event(arrived)
         return tensor
+
+
+def host_memory(size: int) -> torch.Tensor:
+    """Bytes of the computer's memory, page-locked where the system allows it; otherwise copies are slower."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        # Windows locks at most about half of the memory.
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def depot_for(device: torch.device, folder: Path) -> Depot:

@@ -170,17 +170,32 @@ def describe_torch() -> dict[str, str]:
     }
 
 
-def cap_memory(device: torch.device) -> None:
-    """Keep this process within the card's free memory, less `SPARE` for the driver and the desktop.
+def available_memory(device: torch.device) -> int | None:
+    """Bytes of a card that this process can still allocate, less `SPARE` for the driver and the desktop; None
+    where the device does not tell."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, free + cached - SPARE)
+
+
+def cap_memory(device: torch.device) -> int:
+    """Keep this process within the card's memory that no other process holds, less `SPARE`.
 
     Beyond it the allocator raises, which the memory fallbacks handle. Without a cap, the driver of Windows
     moves memory to the computer's own instead, and steps take many times as long without an error.
+
+    Returns:
+        The cap in bytes, 0 where the device has none.
     """
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    mine = free + torch.cuda.memory_reserved(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, mine - SPARE) / total), device)
+    available = available_memory(device)
+    if available is None:
+        return 0
+    cap = available + torch.cuda.memory_allocated(device)
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
+    return cap
 
 
 def compute_deterministically(device: torch.device) -> None:
@@ -308,9 +323,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def release_failed(error: BaseException | None, device: torch.device) -> None:
-    """Let go of what the frames of a failure hold, and of the allocator's cache."""
+    """Let go of what the frames of a failure hold, and of the allocator's cache. The error loses its
+    traceback: a cleared frame still refers to its function, and a closure to what it encloses."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
         error = error.__context__
     gc.collect()
     if device.type == "cuda":

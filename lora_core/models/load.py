@@ -23,7 +23,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from lora_core.models.device import memory_of, out_of_memory
+from lora_core.models.device import available_memory, memory_of, out_of_memory
 from lora_core.models.file_configs import text_config, unet_config, vae_config
 from lora_core.models.fill import Where, fill
 from lora_core.models.noise import NoiseSchedule
@@ -169,6 +169,8 @@ def open_base(
 ) -> BaseModel:  # fmt: skip
     """Open a base model without its weights: `BaseModel.load` reads those of the parts that are needed.
 
+    Whether the UNet fits is known before anything is read.
+
     Args:
         name: "demo", a diffusers folder, a single file, or a hub id.
         device: where to put the components.
@@ -192,6 +194,9 @@ def open_base(
         tokenizers = {encoder.part: _tokenizer(facts, encoder) for encoder in family.text_encoders}
         unet = parts.unet(dtype, thin)
         noise = NoiseSchedule.of(DDPMScheduler.from_config(facts.scheduler))
+    available = available_memory(device)
+    if available is not None and (thin or Thinner()).resident_bytes(unet, dtype) > available:
+        raise _too_large(facts.path, device)
     return BaseModel(
         name=name, path=facts.path, family=family, unet=unet, vae=autoencoder, text_encoders=encoders,
         tokenizers=tokenizers, noise=noise, scheduler_config=dict(facts.scheduler), device=device,
@@ -206,10 +211,7 @@ def _reading(path: Path, device: torch.device) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         if out_of_memory(error):
-            raise OutOfMemory(
-                f"The base {path} does not fit into the {memory_of(device)} that is free; close other"
-                " programs that use it, or set train.quantise to int8 or train.offload to true."
-            ) from error
+            raise _too_large(path, device) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelFileError(
             f"The base {path} cannot be opened: {first.rstrip('.')}. Download it again or choose another."
@@ -236,6 +238,13 @@ def streamline(module: torch.nn.Module) -> None:
             module.time_embed_act = torch.nn.SiLU()
             for block in blocks:
                 block.skip_time_act = True
+
+
+def _too_large(path: Path, device: torch.device) -> OutOfMemory:
+    return OutOfMemory(
+        f"The base {path} does not fit into the {memory_of(device)} that is free; close other programs that"
+        " use it, or set train.quantise to int8 or train.offload to true."
+    )
 
 
 class _Parts:

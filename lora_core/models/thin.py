@@ -192,6 +192,18 @@ class Thinner:
         """Whether there is anything to do."""
         return self.how is not None or self.depot is not None
 
+    def resident_bytes(self, root: nn.Module, dtype: torch.dtype) -> int:
+        """Bytes that the weights of a UNet take on the device in `dtype`, made thin like this."""
+        total = 0
+        for path, layer in root.named_modules():
+            thin = bool(self) and path.startswith(BLOCKS) and thinned(layer) is not None
+            for name, parameter in layer.named_parameters(recurse=False):
+                width = dtype.itemsize
+                if thin and name == "weight":
+                    width = 0 if self.depot is not None else 1
+                total += parameter.numel() * width
+        return total
+
     def layer(self, root: nn.Module, path: str) -> None:
         """Make the layer at `path` thin, where it is one that can be."""
         if not path.startswith(BLOCKS):

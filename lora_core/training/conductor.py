@@ -2,6 +2,7 @@
 stop."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,11 @@ BY_HAND = (
     " mended by itself: set train.checkpointing, train.quantise or train.offload, or lower train.batch_size"
     " or train.resolution, in a new run."
 )
+
+PATIENCE, POLL = 10.0, 0.5
+"""Seconds that are waited for memory which another process holds, and between two looks."""
+SAME = 0.98
+"""The share of the memory of before that counts as all of it."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,14 @@ class Conductor:
         self._health = Health()
         self._pace = Pace()
         self._enough = ""
+        self._retried = -1
 
     def conduct(self, accept_changes: bool) -> Outcome:
         """Prepare, train, and end as asked."""
         self._plan = Plan.of(self._run, self._config, accept_changes)
         self._plan.set_up()
-        cap_memory(torch.device(self._plan.device))
+        rungs = self._plan.rungs
+        self._plan = self._plan.within(cap_memory(torch.device(self._plan.device)))
         self._emit(
             events.Started(
                 steps=self._goal,
@@ -87,6 +95,8 @@ class Conductor:
         )
         for sentence in [*self._run.retired_settings(), *self._plan.notes()]:
             self._warn(sentence)
+        if self._plan.rungs != rungs:
+            self._warn("More memory is free than before, so what was done to take less of it is tried anew.")
         self._config = self._plan.rated(self._config)
         try:
             session = self._prepare(accept_changes)
@@ -113,13 +123,13 @@ class Conductor:
         while True:
             try:
                 return prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
-            except OutOfMemory as error:
+            except Exception as error:
                 rung = smaller_opening(self._config.train, self._plan.rungs)
-                if rung is None or self.fellows:
+                lacking = isinstance(error, OutOfMemory) or out_of_memory(error)
+                if not lacking or rung is None or self.fellows:
                     raise
                 release_failed(error, torch.device(self._plan.device))
-            self._plan = replace(self._plan, rungs=[*self._plan.rungs, (rung.name, 0)])
-            self._plan.write(self._run)
+            self._note_rungs([*self._plan.rungs, (rung.name, 0)])
             self._warn(f"The base does not fit into memory as it is. {rung.told}")
 
     def _make_ready(self, session: Session) -> None:
@@ -192,8 +202,10 @@ class Conductor:
                 raise OutOfMemory(BY_HAND) from error
             half_done = session.trainee.applying
             free_memory(session.trainee, error)
-        told = self._ladder.climb(self.step)
-        self._plan.write(self._run)
+        told = self._more_memory(session.trainee.base.device)
+        if not told:
+            told = self._ladder.climb(self.step)
+            self._note_rungs(self._ladder.taken)
         again = f"step {self.step + 1} is done again"
         if half_done:
             # Some tensors have taken the step and some have not, so none of them can be used.
@@ -205,6 +217,26 @@ class Conductor:
             self._emit(events.Resumed(step=self.step, steps=self._goal))
         self._pace.excuse()
         return None
+
+    def _more_memory(self, device: torch.device) -> str:
+        """Wait for memory of a card that another process may hold, once for each step.
+
+        Returns:
+            A sentence if the step is worth another try, else "".
+        """
+        if device.type != "cuda" or self._retried == self.step:
+            return ""
+        self._retried = self.step
+        until = time.monotonic() + PATIENCE
+        while cap_memory(device) < SAME * self._plan.cap and time.monotonic() < until:
+            time.sleep(POLL)
+        return "Other programs may have held the memory; it is tried as it is once more."
+
+    def _note_rungs(self, rungs: list[tuple[str, int]]) -> None:
+        """Write down the rungs, and within how much memory they were taken."""
+        cap = cap_memory(torch.device(self._plan.device))
+        self._plan = replace(self._plan, rungs=rungs, cap=cap)
+        self._plan.write(self._run)
 
     def _took(self, session: Session, step: Step) -> bool:
         """All that follows a step; False where the run went back, so that the steps have to begin anew."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from lora_core.adapters.inject import adapter_weights
 from lora_core.models.device import out_of_memory
 from lora_core.spec import events
@@ -30,7 +32,7 @@ from lora_core.training.guards import Health
 from lora_core.training.judge import Best, Judge
 from lora_core.training.keeping import Keeper
 from lora_core.training.memory import free_memory
-from lora_core.training.prepare import Session
+from lora_core.training.prepare import Session, on_processor
 from lora_core.validation.choose import reason_to_stop, worse
 
 EXPORT_PRECISION = "fp16"
@@ -215,13 +217,19 @@ class Duties:
         return self.judge.best.step == step
 
     def _aside(self, step: int, what: str, work: Callable[[int], None]) -> None:
-        try:
-            work(step)
-            return
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            free_memory(self._session.trainee, error)
+        """Do `work`, with the VAE on the processor if it does not fit otherwise, or leave it out."""
+        base = self._session.trainee.base
+        for last_try in (on_processor(base.vae), True):
+            try:
+                work(step)
+                return
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                free_memory(self._session.trainee, error)
+            if last_try:
+                break
+            base.put("vae", torch.device("cpu"))
         thing, _, verb = what.rpartition(" ")
         message = f"{thing} of step {step} did not fit into memory and {verb} left out; training goes on."
         self._emit(events.Warned(step=step, message=message))

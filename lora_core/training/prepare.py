@@ -38,6 +38,7 @@ from lora_core.training.loop import Trainee
 from lora_core.training.measuring import Groups, groups_of
 from lora_core.training.prior import Prior
 from lora_core.training.trainee import (
+    INT8,
     AdapterPlan,
     adapter_plan,
     injected_adapter,
@@ -58,6 +59,8 @@ _DEVICES = {
     "mps": "an Apple graphics card",
     "xpu": "an Intel graphics card",
 }
+ROOMIER = 1.1
+"""How many times the memory of before is worth trying with fewer rungs."""
 LARGE = 10**8
 """Numbers of a base; the embedded one has a twentieth, Stable Diffusion 1.5 ten times as many."""
 
@@ -75,6 +78,8 @@ class Plan:
         layout: how the base's weights are laid out for the processor; "" before that is decided.
         octave: all learning rates are multiplied by 2 to this; None where no range test was made.
         deterministic: whether a CUDA device computes with deterministic kernels alone.
+        cap: bytes that the device's memory was limited to when the last rung was taken, or before the first
+            step; 0 where there was no limit.
         validate_every: steps between two validations as their share of the time allows it, 0 where that is
             not known yet.
     """
@@ -89,6 +94,7 @@ class Plan:
     layout: str = ""
     octave: int | None = None
     deterministic: bool = False
+    cap: int = 0
 
     @classmethod
     def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "Plan":
@@ -132,6 +138,16 @@ class Plan:
             plan = replace(begun, device=plan.device, precision=precision, threads=plan.threads, layout="")
         plan.write(run)
         return plan
+
+    def within(self, cap: int) -> "Plan":
+        """The plan for a process that may take `cap` bytes of the device's memory.
+
+        Where that is clearly more than when the rungs were taken, another process held memory then. The rungs
+        that change no gradient are taken back, and what is needed of them is tried anew.
+        """
+        if not self.cap or cap < ROOMIER * self.cap or not self.rungs:
+            return replace(self, cap=self.cap or cap)
+        return replace(self, cap=cap, tried=False, rungs=[rung for rung in self.rungs if rung[0] == INT8])
 
     def rated(self, config: RunConfig) -> RunConfig:
         """The config with the learning rates that the range test found."""

@@ -21,7 +21,11 @@ _STEPS, _CFG, _SAMPLER = 10, 3.0, "ddim"
 
 
 class Prior:
-    """The base's pictures for one run; make them with the adapter at strength 0."""
+    """The base's pictures for one run; make them with the adapter at strength 0.
+
+    Attributes:
+        side: of the pictures, in pixels.
+    """
 
     def __init__(
         self, base: BaseModel, text: TextSource, folder: Path, identity: str, config: RunConfig
@@ -40,7 +44,8 @@ class Prior:
         self._text = text
         self._folder = folder
         self._identity = identity
-        self._side = config.train.resolution or base.resolution
+        side = config.train.resolution or base.resolution
+        self.side = bucket_of(side, side, side, base.size_multiple).width
         self._looks = (config.validation.triples, config.seed)
         own = base.family.prior_prompts
         self._shots = [
@@ -56,9 +61,8 @@ class Prior:
     def measured(self, note: OnStep) -> list[Measured]:
         """The pictures with their fixed looks; `note` is called with (done, all) while they are drawn."""
         if not self._made:
-            side = bucket_of(self._side, self._side, self._side, self._base.size_multiple).width
             for prompt, number in self._shots:
-                how = Picture(number, _STEPS, _CFG, _SAMPLER, side, side, cfg_rescale=0.0)
+                how = Picture(number, _STEPS, _CFG, _SAMPLER, self.side, self.side, cfg_rescale=0.0)
                 latents = self._latents(prompt, how, note)
                 looks = looks_at(f"{prompt}/{number}", latents, *self._looks, self._base.noise.timesteps)
                 self._made.append(Measured(latents, looks, prompt))

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import torch
 
+from lora_core.models.denoise import prediction
 from lora_core.models.device import limited, out_of_memory
-from lora_core.models.encode import decoded_latents
+from lora_core.models.encode import TextCondition, decoded_latents
 from lora_core.models.prepacked import PLAIN, layout_of
 from lora_core.spec import events
 from lora_core.spec.choices import OPTIMIZERS
@@ -19,6 +20,9 @@ from lora_core.training.memory import VAE_ASIDE, Ladder, free_memory
 from lora_core.training.prepare import Plan, Say, Session
 from lora_core.training.range_test import range_tested, take_rates
 from lora_core.validation.gain import triple_losses
+
+TEMPORARIES = 2
+"""Tensors as large as all trained numbers that an optimizer's step may make besides its state."""
 
 
 class Trial:
@@ -44,7 +48,7 @@ class Trial:
         if not plan.layout:
             layouts = map(layout_of, trainee.base.modules.values())
             plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
-        if fresh and not plan.tried and limited(trainee.base.device):
+        if not plan.tried and (fresh or plan.cap) and limited(trainee.base.device):
             self._say("Trying the heaviest step", 0, 1)
             state = OPTIMIZERS[self._config.optim.name].state
             told, peak = chosen_rungs(self._session, self._ladder, self._steps, state)
@@ -60,7 +64,7 @@ class Trial:
 
 
 def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float) -> tuple[list[str], int]:
-    """Try the heaviest step, validation and sample before the first real one, and climb until they fit.
+    """Try the heaviest step, a validation and a sample before the first real one, and climb until they fit.
 
     Args:
         session: the run, at step 0.
@@ -108,15 +112,31 @@ def _try_step(session: Session, plan: StepPlan, state: float) -> None:
     numbers = sum(tensor.numel() for tensor in trainee.injected.parameters())
     held = torch.empty(int(state * numbers), device=base.device)
     micro_batch(trainee, session.batches, session.text, plan, session.batches.heaviest())
+    temporary = torch.empty(TEMPORARIES * numbers, device=base.device)
+    del temporary
     trainee.storage.clear()
     if session.held_out:
         largest = max(session.held_out, key=lambda measured: measured.latents.numel())
         triple_losses(base, [largest], session.text.condition)
+    if session.measured.prior is not None:
+        _guided_pass(session, session.measured.prior.side)
     del held
 
 
 def _try_sample(session: Session) -> None:
-    """What the end of a sample takes: its latents turned into a picture."""
+    """What a sample takes: guided predictions, and the latents turned into an image."""
     base = session.trainee.base
-    side = base.resolution // base.pixels_a_latent
-    decoded_latents(base, torch.zeros(1, base.latent_channels, side, side))
+    latents = _guided_pass(session, base.resolution)
+    decoded_latents(base, latents)
+
+
+def _guided_pass(session: Session, side: int) -> torch.Tensor:
+    """One prediction with and without a prompt, as classifier-free guidance makes it, for an image of `side`
+    pixels; returns the latents that it began with, (1, C, h, w)."""
+    base = session.trainee.base
+    edge = side // base.pixels_a_latent
+    latents = torch.zeros(1, base.latent_channels, edge, edge, device=base.device)
+    text = TextCondition.cat([session.text.negative(), session.text.condition("")])
+    with torch.no_grad():
+        prediction(base, torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)
+    return latents
