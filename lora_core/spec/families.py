@@ -43,6 +43,60 @@ class TextEncoder:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What a family takes of a card's memory, measured at its true shapes on the simulated card by
+    `python -m tests.simulated.footprints`: bf16, fused attention, allocated bytes.
+
+    Attributes:
+        unet, text, vae: numbers of their weights.
+        thin, largest: numbers of the UNet's weights that 8 bits and offloading apply to, and of the largest.
+        guided: bytes a latent pixel that a pass without gradients takes for each image.
+        encode, decode: bytes a latent pixel of the VAE in fp32.
+        steps: by `adapter.targets`, bytes a latent pixel that a step takes for each image: at rank 16, for
+            each rank more, and with checkpointing.
+    """
+
+    unet: int
+    thin: int
+    largest: int
+    text: int
+    vae: int
+    guided: int
+    encode: int
+    decode: int
+    steps: Mapping[str, tuple[int, int, int]]
+
+
+FOOTPRINTS = {
+    "sd15": Footprint(
+        unet=859_520_964, thin=857_006_080, largest=29_491_200, text=123_060_480, vae=83_653_863,
+        guided=16_640, encode=163_840, decode=196_624,
+        steps={
+            "attention": (202_368, 80, 56_590), "kohya": (230_074, 128, 58_291),
+            "locon": (233_908, 167, 59_626), "style": (224_082, 121, 58_270),
+        },
+    ),
+    "sd2": Footprint(
+        unet=865_910_724, thin=863_395_840, largest=29_491_200, text=340_387_840, vae=83_653_863,
+        guided=16_640, encode=163_840, decode=196_624,
+        steps={
+            "attention": (192_300, 80, 46_566), "kohya": (230_006, 128, 58_267),
+            "locon": (233_840, 167, 59_602), "style": (222_333, 121, 56_566),
+        },
+    ),
+    "sdxl": Footprint(
+        unet=2_567_463_684, thin=2_558_566_400, largest=29_491_200, text=817_720_320, vae=83_653_863,
+        guided=10_080, encode=163_840, decode=196_624,
+        steps={
+            "attention": (345_977, 76, 33_441), "kohya": (415_923, 107, 38_665),
+            "locon": (424_060, 146, 43_120), "style": (158_468, 10, 22_324),
+        },
+    ),
+}  # fmt: skip
+"""By `Family.configs`."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family.
 
@@ -103,6 +157,11 @@ class Family:
     def parts(self) -> tuple[str, ...]:
         """The trainable components: the UNet first, then the text encoders."""
         return ("unet", *(encoder.part for encoder in self.text_encoders))
+
+    @property
+    def footprint(self) -> Footprint:
+        """What a base of its layers takes of a card; where none was measured, that of the smallest."""
+        return FOOTPRINTS.get(self.configs) or FOOTPRINTS["sd15"]
 
 
 # Coarse layers decide what is shown, fine ones how it looks: Voynov et al. 2023 (P+), figure 4, measured on

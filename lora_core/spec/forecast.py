@@ -14,8 +14,10 @@ import psutil
 
 from lora_core.spec.base_facts import BaseFacts
 from lora_core.spec.bases import chosen_base
+from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError
+from lora_core.spec.families import Family
 from lora_core.spec.hardware import Card, Hardware
 from lora_core.spec.measured import Measured, at_device, cost_key
 from lora_core.spec.preflight import ADAPTER_COPIES
@@ -49,10 +51,15 @@ FORWARDS, CHECKPOINTING = 3.0, 4.0
 PROGRAM = 0.6e9
 """Bytes that torch and its libraries take before a model is loaded."""
 ACTIVATIONS = 0.7e6
-"""Bytes that one latent pixel keeps for the way back through a UNet of SD 1.x's size, in half precision."""
+"""Bytes that one latent pixel keeps for the way back through a UNet of SD 1.x's size, in half precision, on a
+processor."""
 USUAL_NUMBERS = 1.07e9
 """Weights of all of SD 1.x, which that was seen with."""
 CHECKPOINTING_KEEPS = 0.2
+CONTEXT = 0.8e9
+"""Bytes of a card that its driver's context and the libraries' workspaces take."""
+BUFFERS, LOOKS = 3, 4
+"""Weights of an offloaded base that are on the card at once, and looks that are measured at once."""
 MEASURED, PROBED, SCALED, GUESSED = "measured", "probed", "scaled", "guessed"
 
 
@@ -210,24 +217,59 @@ def _unet_weights(path: Path, changed_at: int) -> float:
 
 
 def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:
-    """About how many bytes the run takes at its peak; within a factor of two at best."""
+    """About how many bytes the run takes at its peak.
+
+    On a card within a quarter of what the simulated card counts, where no fallback is needed; on a processor
+    within a factor of two at best.
+    """
     numbers, export = _numbers(config.model.base, _changed_at(known.path)), export_bytes(known, config)
     if not numbers or not export:
         return None
+    if on_card and known.family is not None:
+        return _card_memory(config, known.family, known.resolution, (numbers, export // 2))
     asked = config.train.precision
-    width = 4 if asked == "fp32" or (asked == "auto" and not on_card) else 2
+    width = 4 if asked in ("fp32", "auto") else 2
     side = config.train.resolution or known.resolution
     kept = CHECKPOINTING_KEEPS if config.train.checkpointing else 1.0
     pixels = (side / 8) ** 2 * config.train.batch_size
     activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
     weights = numbers * width
-    if not (on_card or config.train.offload or config.train.quantise != "none"):
+    if not (config.train.offload or config.train.quantise != "none"):
         # A processor's run takes more where there is more, because that is faster.
         room = psutil.virtual_memory().available - PREPACKED_SPARE
         most = WINOGRAD_COPIES if width == 4 else PREPACKED_COPIES
         copies = next((n for n in (most, PREPACKED_COPIES) if room > (1 + n) * weights), 0)
         weights *= 1 + copies
     return PROGRAM + weights + export / 2 * 4 * ADAPTER_COPIES + activations
+
+
+def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tuple[int, int]) -> float:
+    """The peak of a run on a card; `counts` are the numbers of the base's weights and of the trained ones."""
+    row, train = family.footprint, config.train
+    weights, trained = counts
+    larger = weights / (row.unet + row.text + row.vae)
+    width = 4 if train.precision == "fp32" else 2
+    kept = 1 if train.quantise != "none" else width
+    blocks = BUFFERS * row.largest if train.offload else row.thin
+    unet = (row.unet - row.thin) * width + blocks * kept
+    made = row.largest * width if train.quantise != "none" else 0
+    optim, dataset = config.optim, config.dataset
+    encoding = optim.text_encoder_lr or optim.text_encoder_2_lr or dataset.shuffle_tags or dataset.tag_dropout
+    text = row.text * width if encoding else 0
+    copies = 2 + OPTIMIZERS[optim.name].state + (1 if width == 2 else 0) + (1 if config.save.ema else 0)
+    # Activations grow with the width of the layers, weights with its square.
+    activation = math.sqrt(larger) * width / 2
+    pixels, own_pixels = (((side or resolution) / 8) ** 2 for side in (train.resolution, resolution))
+    plain, of_rank, checkpointed = row.steps.get(config.adapter.targets, row.steps["kohya"])
+    step = checkpointed if train.checkpointing else plain + of_rank * (config.adapter.rank - 16)
+    passing = [step * train.batch_size * pixels * activation]
+    if config.validation.every and config.validation.pictures:
+        passing.append(min(LOOKS, config.validation.triples) * row.guided * pixels * activation)
+    if config.preview.every:
+        passing += [2 * row.guided * own_pixels * activation, row.decode * own_pixels * math.sqrt(larger)]
+    vae = row.vae * 4 * larger
+    training = (unet + made + text) * larger + vae + trained * 4 * copies + max(passing)
+    return CONTEXT + max(training, vae + row.encode * pixels * math.sqrt(larger), row.text * width * larger)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,6 +1,7 @@
 """Opening a base within little memory: in the order of need, and in a smaller way where it does not fit."""
 
 import json
+import weakref
 from unittest import mock
 
 import pytest
@@ -78,6 +79,22 @@ def test_a_base_that_does_not_fit_is_opened_in_8_bits(own_toy: Toy) -> None:
     asked = own_toy.run("asked", train__steps=2, train__quantise="int8")
     trained(asked)
     assert result(run)["adapter.safetensors"] == result(asked)["adapter.safetensors"]
+
+
+def test_nothing_of_a_base_that_did_not_fit_stays_in_memory(own_toy: Toy) -> None:
+    fill, unets, alive = load.fill, [], []
+
+    def full_when_read(module, find, dtype, device, where, thin=None):
+        fill(module, find, dtype, device, where, thin)
+        if where.title == "UNet":
+            alive.append([one() for one in unets if one() is not None] != [])
+            unets.append(weakref.ref(module))
+            if len(unets) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with mock.patch.object(load, "fill", full_when_read):
+        trained(own_toy.run("freed", train__steps=1))
+    assert alive == [False, False]
 
 
 def test_a_base_that_fits_in_no_way_says_so(own_toy: Toy) -> None:
