@@ -265,8 +265,8 @@ def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tup
     passing = [step * train.batch_size * pixels * activation]
     if config.validation.every and config.validation.pictures:
         passing.append(min(LOOKS, config.validation.triples) * row.guided * pixels * activation)
-    if config.preview.every:
-        passing += [2 * row.guided * own_pixels * activation, row.decode * own_pixels * math.sqrt(larger)]
+    # A sample can be asked for at any time.
+    passing += [2 * row.guided * own_pixels * activation, row.decode * own_pixels * math.sqrt(larger)]
     vae = row.vae * 4 * larger
     training = (unet + made + text) * larger + vae + trained * 4 * copies + max(passing)
     return CONTEXT + max(training, vae + row.encode * pixels * math.sqrt(larger), row.text * width * larger)

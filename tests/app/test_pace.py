@@ -13,6 +13,7 @@ from lora_core.spec import events
 from lora_core.spec import forecast as pace
 from lora_core.spec.base_facts import base_facts
 from lora_core.spec.config import RunConfig
+from lora_core.spec.families import FAMILIES
 from lora_core.spec.hardware import Card, amd_card, parsed_apps, parsed_card
 from lora_core.spec.progress import Progress
 from lora_core.spec.sizes import base_numbers
@@ -97,16 +98,50 @@ def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
         assert found is not None
         return found / 1e9
 
-    plain, with_it = gigabytes(), gigabytes(train__checkpointing=True, preview__every=0)
+    plain = gigabytes()
     assert 11 < plain < 14
-    assert 6 < with_it < 8
+    # Less than without, by what the decoding of a sample leaves of it.
+    assert 9 < gigabytes(train__checkpointing=True) < 11
     assert gigabytes(train__batch_size=2) - plain == pytest.approx(345_977 * 128**2 / 1e9, rel=0.01)
-    # Without previews nothing is decoded, which is more than the step takes.
-    assert gigabytes(train__checkpointing=True) > with_it + 2
     assert gigabytes(train__quantise="int8") < plain - 2.3
     assert gigabytes(train__offload=True) < plain - 4.5
     assert gigabytes(train__precision="fp32") > 2 * plain - 2
     assert gigabytes(optim__text_encoder_lr=1e-4) - plain == pytest.approx(1.63, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "simulated", "changes"),
+    [
+        ("sd15", 4.04, {}),
+        ("sd15", 4.29, {"adapter.targets": "locon", "train.resolution": 768, "train.checkpointing": True}),
+        ("sd15", 3.33, {"adapter.targets": "kohya", "train.quantise": "int8"}),
+        ("sd15", 2.42, {"train.offload": True, "train.checkpointing": True}),
+        ("sdxl", 13.94, {"adapter.targets": "kohya"}),
+        ("sdxl", 11.35, {"adapter.rank": 64, "train.checkpointing": True}),
+        (
+            "sdxl", 10.34,
+            {
+                "adapter.targets": "kohya", "train.batch_size": 2, "train.checkpointing": True,
+                "train.resolution": 768,
+            },
+        ),
+        ("sdxl", 11.65, {"adapter.targets": "locon", "train.quantise": "int8"}),
+        ("sdxl", 5.06, {"adapter.targets": "kohya", "train.offload": True, "train.checkpointing": True}),
+    ],
+)  # fmt: skip
+def test_memory_is_within_a_quarter_of_the_simulated_card_s(
+    family: str, simulated: float, changes: dict[str, object], tmp_path: Path
+) -> None:
+    """Peaks in GB of runs from launch to export at true shapes, with 0.8 GB added.
+
+    The base here is a stub, whose adapter has few layers.
+    """
+    size = {"sd15": 2_132_000_000, "sdxl": 6_938_000_000}[family]
+    base = checkpoint(tmp_path / f"{family}.safetensors", family, size)
+    settings = {**FAMILIES[family].settings, "model.base": str(base), **changes}
+    found = memory_needed(RunConfig().changed(settings), base_facts(str(base)), True)
+    assert found is not None
+    assert found / 1e9 == pytest.approx(simulated, rel=0.25)
 
 
 def test_a_processor_s_run_takes_more_memory_where_there_is_more(
