@@ -1,0 +1,145 @@
+"""Memory of a card: offloading, what is known before a base is read, and memory that others hold."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from lora_core.models import depot
+from lora_core.models.device import SPARE, cap_memory
+from lora_core.models.load import open_base
+from lora_core.models.thin import Thinner, int8
+from lora_core.spec import events
+from lora_core.spec.errors import OutOfMemory
+from lora_core.training import conductor, loop
+from lora_core.training.prepare import Plan
+from tests.simulated.device import GIB, SimulatedDevice
+from tests.tiny import tiny_folder, tiny_unet
+from tests.training.runs import broken_at, notes, toy, trained
+
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+
+
+def gradient(unet: torch.nn.Module, device: str) -> torch.Tensor:
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    context = torch.ones(1, 7, unet.config.cross_attention_dim, device=device)
+    unet(x, torch.ones(1, device=device), context, return_dict=False)[0].square().mean().backward()
+    assert x.grad is not None
+    return x.grad.cpu()
+
+
+@pytest.mark.parametrize("pinnable", [None, 0], ids=["pinned", "pageable"])
+def test_offloading_takes_fixed_memory_and_has_the_same_bits(
+    pinnable: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depot, "SLAB", 2**20)
+    unet = tiny_unet().requires_grad_(False)
+    weights = sum(p.nbytes for p in unet.parameters())
+    wanted = gradient(unet, "cpu")
+    with SimulatedDevice() as card:
+        card.pinnable = pinnable
+        unet.to("cuda")
+        kept = depot.HostDepot(CUDA)
+        Thinner(None, kept).every(unet)
+        found = [gradient(unet, "cuda") for _ in range(2)]
+        assert card.pinned <= (0 if pinnable == 0 else weights * 1.1 + depot.SLAB)
+        assert all(torch.equal(one, wanted) for one in found)
+
+
+def test_fetching_allocates_nothing_once_buffers_are_there() -> None:
+    with SimulatedDevice() as card:
+        kept = depot.HostDepot(CUDA)
+        weights = [torch.full((64, size), float(size)) for size in (8, 32, 16, 24, 8)]
+        fetch = [kept.put(weight) for weight in weights]
+        for one in fetch:
+            one()
+        before = card.allocations
+        for _ in range(2):
+            for one, weight in zip(fetch, weights, strict=True):
+                assert torch.equal(one().cpu(), weight)
+        assert card.allocations == before
+        assert card.live == depot.BUFFERS * 64 * 32 * 4
+
+
+@pytest.mark.parametrize("how", [None, int8], ids=["whole", "int8"])
+def test_a_base_that_is_too_large_is_refused_before_it_is_read(how, tmp_path: Path) -> None:
+    folder = str(tiny_folder(tmp_path / "base"))
+    thin = Thinner(how)
+    with SimulatedDevice() as card:
+        base = open_base(folder, CUDA, BF16, thin=thin)
+        need = thin.resident_bytes(base.unet, BF16)
+        before = card.live
+        base.load("unet")
+        # Blocks of 512 bytes for each tensor, and the scales of 8 bits.
+        assert need <= card.live - before <= need * 1.1 + 512 * len(list(base.unet.modules())) * 2
+        card.others = card.total - SPARE - card.live - need + 1
+        with pytest.raises(OutOfMemory, match="does not fit into the graphics memory"):
+            open_base(folder, CUDA, BF16, thin=thin)
+        card.others -= 1
+        open_base(folder, CUDA, BF16, thin=thin)
+
+
+@pytest.mark.parametrize(("times", "rungs"), [(1, []), (2, [["vae aside", 0]])])
+def test_memory_that_was_short_for_a_moment_costs_no_rung(
+    times: int, rungs: list[object], tmp_path: Path
+) -> None:
+    run = toy(tmp_path).run("passing", train__steps=3)
+    real, calls = loop.picture_losses, []
+
+    def picture_losses(*given):
+        calls.append(1)
+        # The first call is the trial's.
+        if 1 < len(calls) <= 1 + times:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*given)
+
+    with SimulatedDevice(), mock.patch.object(loop, "picture_losses", picture_losses):
+        trained(run)
+    assert json.loads(run.plan_file.read_text())["rungs"] == rungs
+    assert run.status() == "done"
+
+
+def test_a_hog_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = toy(tmp_path).run("hog", train__steps=2)
+    waited: list[float] = []
+    real, failed = loop.picture_losses, []
+
+    with SimulatedDevice() as card:
+
+        def picture_losses(*given):
+            if not failed and run.progress().step:
+                failed.append(1)
+                card.others = 10 * GIB
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return real(*given)
+
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            if len(waited) == 3:
+                card.others = 0
+
+        monkeypatch.setattr(loop, "picture_losses", picture_losses)
+        monkeypatch.setattr(conductor.time, "sleep", sleep)
+        trained(run)
+    assert len(waited) == 3
+    assert json.loads(run.plan_file.read_text())["rungs"] == []
+
+
+def test_rungs_are_taken_back_where_more_memory_is_free(tmp_path: Path) -> None:
+    run = toy(tmp_path).run("roomier", train__steps=4, train__precision="bf16")
+    with SimulatedDevice():
+        broken_at(run, events.CheckpointDone, 4)
+        plan = json.loads(run.plan_file.read_text())
+        assert plan["cap"] == cap_memory(CUDA)
+        rungs = [["vae aside", 0], ["checkpointing", 0], ["int8", 1]]
+        for share, left in ((1.0, rungs), (0.5, rungs[2:])):
+            run.plan_file.write_text(json.dumps({**plan, "rungs": rungs, "cap": int(plan["cap"] * share)}))
+            found = Plan.of(run, run.config()).within(cap_memory(CUDA))
+            assert [list(rung) for rung in found.rungs] == left
+            assert found.tried == (left == rungs)
+        trained(run)
+    assert [note for note in notes(run) if note.startswith("More memory is free than before")]
+    assert json.loads(run.plan_file.read_text())["rungs"] == [["int8", 1]]
+    assert json.loads(run.plan_file.read_text())["tried"]
