@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 GIB = 2**30
+_RUN_BACKWARD = torch.autograd.graph._engine_run_backward
 BLOCK = 512
 """Bytes that an allocation is rounded up to, as by torch's allocator."""
 UNCOUNTED = {
@@ -278,6 +279,7 @@ class SimulatedDevice:
         """The number of the allocation that fails, counted from 1."""
         self.blocks: weakref.WeakValueDictionary[int, _Block] = weakref.WeakValueDictionary()
         self.live = self.allocations = self.failures = 0
+        self._failed: torch.OutOfMemoryError | None = None
         self._kinds: dict[Any, _Kind] = {}
         self._known: dict[Any, Any] = {}
         self.clear()
@@ -309,18 +311,40 @@ class SimulatedDevice:
         """Take memory.
 
         Raises:
-            torch.OutOfMemoryError: there is not so much.
+            torch.OutOfMemoryError: there is not so much; in a backward pass at the end of the pass, since C++
+                cannot unwind through this device's guards, which are Python.
         """
         self.allocations += nbytes > 0
         full = self.live + nbytes > min(self.limit, self.total - self.others)
-        if full or (nbytes and self.allocations == self.fail_at):
+        if self._failed is None and (full or (nbytes and self.allocations == self.fail_at)):
             self.failures += 1
-            raise torch.OutOfMemoryError(
-                f"CUDA out of memory. Tried to allocate {nbytes / 2**20:.2f} MiB."
-                f" {self.live / GIB:.2f} GiB are allocated on the simulated device."
-            )
+            if torch._C._current_graph_task_id() == -1:
+                raise self._out_of_memory(nbytes)
+            self._failed = self._out_of_memory(nbytes)
         self.live += nbytes
-        self.peak = max(self.peak, self.live)
+        if self._failed is None:
+            self.peak = max(self.peak, self.live)
+
+    def _out_of_memory(self, nbytes: int) -> torch.OutOfMemoryError:
+        return torch.OutOfMemoryError(
+            f"CUDA out of memory. Tried to allocate {nbytes / 2**20:.2f} MiB."
+            f" {self.live / GIB:.2f} GiB are allocated on the simulated device."
+        )
+
+    def _run_backward(self, *arguments: Any, **more: Any) -> Any:
+        """torch's backward pass; an allocation that failed in it is raised after it."""
+        if torch._C._current_graph_task_id() != -1:  # a pass within a pass
+            return _RUN_BACKWARD(*arguments, **more)
+        try:
+            done = _RUN_BACKWARD(*arguments, **more)
+        finally:
+            failed, self._failed = self._failed, None
+        try:
+            if failed is not None:
+                raise failed
+        finally:
+            del failed  # an error that its own frame holds would keep the memory of all frames
+        return done
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory is pinned in powers of two by torch's allocator."""
@@ -493,6 +517,8 @@ class SimulatedDevice:
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         self._open.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         self._open.enter_context(torch.autograd.set_multithreading_enabled(False))
+        for module in (torch.autograd, torch.autograd.graph):
+            self._open.enter_context(mock.patch.object(module, "_engine_run_backward", self._run_backward))
         self._open.enter_context(_Mode(self))
         return self
 
