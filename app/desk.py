@@ -84,7 +84,8 @@ class Desk:
 
     def _device(self) -> str:
         """The device that the open project's settings name."""
-        return str((self.project.draft().get("values") or {}).get("train.device") or AUTO)
+        values = self.project.draft().get("values")
+        return str(values.get("train.device") or AUTO) if isinstance(values, dict) else AUTO
 
     def _in_the_way(self, request: dict[str, Any]) -> str:
         """Why a request that takes a card's memory waits for the run: there is no room for both, or the run

@@ -249,6 +249,7 @@ def test_a_draft_that_cannot_be_shown_is_set_aside(desk: Desk, draft: dict[str, 
     project = desk.project
     (project.path / "draft.json").write_text(json.dumps(draft))
     project.open(project.path)
+    assert desk.worker.wanted_device() == "auto"
     page = build_page(desk)
     opened = next(event for event in page.fns.values() if event.name == "opened")
     for _ in range(2):
