@@ -130,6 +130,8 @@ def test_the_trash_gives_back_by_keyboard(page: Any, window: Any) -> None:
     with loaded_anew(page):
         page.get_by_role("button", name="Delete", exact=True).click()
     page.click("#project-picker")
+    # What cannot be seen yet takes no focus.
+    page.wait_for_selector("#projects-trash summary")
     page.focus("#projects-trash summary")
     page.keyboard.press("Enter")
     assert violations(page) == []
