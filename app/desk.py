@@ -3,7 +3,6 @@
 One desk a server, shared by every page: two pages of the same window show the same run and the same pictures.
 """
 
-import contextlib
 import hashlib
 import sys
 from collections.abc import Callable
@@ -21,17 +20,15 @@ from app.tools import OtherTools
 from app.train.checks import Checks
 from app.train.downloads import Downloads
 from app.train.line import Line
-from app.train.probing import Prober
+from app.train.probing import BYTES_A_NUMBER, Prober
 from app.worker import CARDS, GivesWay, Worker
 from lora_core.dataset.projects import Projects, adopt, belongs
 from lora_core.spec.bases import chosen_base
-from lora_core.spec.errors import LoraError
+from lora_core.spec.forecast import numbers_of
 from lora_core.spec.hardware import Hardware
 from lora_core.spec.places import Places
 from lora_core.spec.setting import AUTO
-from lora_core.spec.sizes import base_numbers
 
-BYTES_A_NUMBER = 2
 BESIDE_BASE = 1_500_000_000
 """Bytes that a picture takes beside its base: CUDA's context, the sampler and the decoder by tiles."""
 
@@ -90,19 +87,18 @@ class Desk:
     def _in_the_way(self, request: dict[str, Any]) -> str:
         """Why a request that takes a card's memory waits for the run: there is no room for both, or the run
         has not taken its own yet. "" where it need not wait."""
-        live, card = self.jobs.live(), self.hardware.card()
+        live = self.jobs.live()
+        if live is None:
+            return ""
+        card, config = self.hardware.card(), live.config()
         device = self.worker.computes_on or ("cuda" if card else "")
-        config = live.config() if live else None
-        if live is None or device not in CARDS or (config is not None and config.train.device == "cpu"):
+        if device not in CARDS or (config is not None and config.train.device == "cpu"):
             return ""
         until = f"It is done when the run {live.run.name} has ended or is paused."
         if card is None or not live.progress.stepping:
             return f"Waiting for the graphics card. {until}"
         free, base = card.total - card.used, str(request.get("base", ""))
-        facts = chosen_base(base).facts if base else None
-        numbers = None
-        with contextlib.suppress(LoraError, OSError):
-            numbers = base_numbers(facts) if facts else None
+        numbers = numbers_of(chosen_base(base)) if base else None
         if numbers is None:
             return f"Waiting for the graphics card. {until}"
         needed = numbers * BYTES_A_NUMBER + BESIDE_BASE

@@ -146,7 +146,7 @@ class Worker:
     def computes_on(self) -> str:
         """The kind of device that requests are answered on, "" while it is not known."""
         wanted = self.wanted_device()
-        return self.found.get("device", "") if wanted in ("", AUTO) else wanted.partition(":")[0]
+        return self.device if wanted in ("", AUTO) else wanted.partition(":")[0]
 
     @property
     def _on_card(self) -> bool:

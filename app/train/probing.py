@@ -5,7 +5,6 @@ Where that is a burden, a full-size base on a processor, it is done on a click o
 a picture that somebody wants, and to a form that has changed meanwhile.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,10 @@ from pathlib import Path
 from app.worker import CANCELLED, Reply, Worker
 from lora_core.spec.bases import Base, chosen_base
 from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import LoraError, RunError
-from lora_core.spec.forecast import work_a_step
+from lora_core.spec.errors import RunError
+from lora_core.spec.forecast import numbers_of, work_a_step
 from lora_core.spec.hardware import Hardware
 from lora_core.spec.measured import Measured, at_device, cost_key, keep_measured, measured_file, read_measured
-from lora_core.spec.sizes import base_numbers
 
 STILL_FOR = 1.5
 """Seconds without a change of the form before it is measured by itself."""
@@ -186,11 +184,10 @@ class Prober:
 
     def _has_room(self, base: Base) -> bool:
         card = self._hardware.card()
-        with contextlib.suppress(LoraError, OSError):
-            numbers = base_numbers(base.facts) if base.facts else None
-            if card is not None and numbers:
-                return card.total - card.used > numbers * BYTES_A_NUMBER * ROOM
-        return False
+        numbers = numbers_of(base)
+        if card is None or not numbers:
+            return False
+        return card.total - card.used > numbers * BYTES_A_NUMBER * ROOM
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -215,15 +215,6 @@ def compute_deterministically(device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def memory_left(device: torch.device) -> float:
-    """Bytes that this process may still take of a card; infinite elsewhere, where no limit is enforced."""
-    if device.type != "cuda":
-        return math.inf
-    free, _ = torch.cuda.mem_get_info(device)
-    mine = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(0, free + mine - SPARE)
-
-
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The number format that `precision` ("auto", "fp32", "bf16", "fp16") means on `device`.
 

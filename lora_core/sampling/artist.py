@@ -19,10 +19,10 @@ from lora_core.adapters.inject import Merger, Strengthened
 from lora_core.adapters.weights import AdapterWeights
 from lora_core.formats.file import read_adapter
 from lora_core.models.device import (
+    available_memory,
     best_device,
     cap_memory,
     dtype_of,
-    memory_left,
     memory_of,
     out_of_memory,
     release_failed,
@@ -92,7 +92,9 @@ def open_artist(shot: Shot, reduce: Reduce, precision: str = "auto") -> "Artist"
 
 def _fitting(base: BaseModel) -> int:
     """How a base that is not loaded yet should be kept, by its size and the memory that is free."""
-    room = memory_left(base.device)
+    room = available_memory(base.device)
+    if room is None:
+        return RESIDENT
     unet, *encoders = (
         sum(tensor.numel() for tensor in module.parameters()) * base.dtype.itemsize
         for module in base.modules.values()

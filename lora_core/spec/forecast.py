@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from lora_core.spec.base_facts import BaseFacts
-from lora_core.spec.bases import chosen_base
+from lora_core.spec.bases import Base, chosen_base
 from lora_core.spec.choices import OPTIMIZERS
 from lora_core.spec.config import RunConfig
 from lora_core.spec.errors import LoraError
@@ -272,9 +272,14 @@ def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tup
     return CONTEXT + max(training, vae + row.encode * pixels * math.sqrt(larger), row.text * width * larger)
 
 
+def numbers_of(base: Base) -> int | None:
+    """How many weights a base has, None where its files do not tell."""
+    return _numbers(base.name, _changed_at(base.facts.path)) if base.facts else None
+
+
 @functools.lru_cache(maxsize=16)
 def _numbers(base: str, changed_at: int) -> int | None:
-    """How many weights a base has; pages ask each second, and a header may hold a megabyte."""
+    """Kept, as pages ask each second, and a header may hold a megabyte."""
     known = chosen_base(base).facts
     try:
         return base_numbers(known) if known else None
