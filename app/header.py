@@ -4,12 +4,12 @@ import json
 
 import psutil
 
+from app.formatting import STATES, bar, clock, safe
 from app.jobs import Watch
-from app.moment import Moment
-from app.words import STATES, bar, clock, safe
-from lora_core.spec.forecast import seconds_left
-from lora_core.spec.hardware import Card
-from lora_core.spec.paths import ASSETS
+from app.snapshot import Moment
+from lora_core.runs.costs import seconds_left
+from lora_core.system.hardware import Card
+from lora_core.system.paths import ASSETS
 
 TITLE = "LoRA Easel"
 REASONS = {

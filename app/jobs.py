@@ -10,17 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.worker import last_line
-from lora_core.spec.config import RunConfig
-from lora_core.spec.crash import LESS_MEMORY, Watched, crash_reason, resume_step
-from lora_core.spec.disk import folder_bytes
-from lora_core.spec.errors import ConfigError, RunError
-from lora_core.spec.events import read_events
-from lora_core.spec.processes import ACCEPTING, TRAINER, started
-from lora_core.spec.processes import child_environment as environment
-from lora_core.spec.progress import Progress
-from lora_core.spec.run_folder import RunFolder, all_runs, checked_name, runs_folder
-from lora_core.spec.trash import to_trash
+from app.worker_client import last_line
+from lora_core.errors import ConfigError, RunError
+from lora_core.runs.diagnosis import LESS_MEMORY, Watched, crash_reason, resume_step
+from lora_core.runs.events import read_events
+from lora_core.runs.folder import RunFolder, all_runs, checked_name, runs_folder
+from lora_core.runs.progress import Progress
+from lora_core.runs.storage import folder_bytes, to_trash
+from lora_core.settings.config import RunConfig
+from lora_core.system.processes import ACCEPTING, TRAINER, started
+from lora_core.system.processes import child_environment as environment
 
 __all__ = ["LIVE", "RESUMABLE", "Jobs", "Watch", "environment"]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from lora_core.spec.importing import without_collecting
+from lora_core.system.cpu_threads import without_collecting
 
 
 def loaded_main() -> Callable[[list[str]], int]:

@@ -19,17 +19,16 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.dataset.routes import add_dataset_routes
-from app.desk import Desk
-from app.export.inside_routes import add_inside_routes
-from app.guard import Guard, is_loopback
-from app.login import Login
+from app.export.lora_tools_routes import add_inside_routes
+from app.guard import Guard, Login, is_loopback
 from app.page import mount
 from app.preview.routes import add_preview_routes
 from app.projects.routes import add_project_routes
 from app.routes import add_routes
+from app.state import Desk
 from app.train.routes import add_run_routes
-from lora_core.spec.errors import LoraError, RunError
-from lora_core.spec.paths import workspace, write_atomically
+from lora_core.errors import LoraError, RunError
+from lora_core.system.paths import workspace, write_atomically
 
 FIRST_PORT, PORTS_TRIED = 7860, 40
 PASSWORD_VARIABLE = "LORA_EASEL_PASSWORD"

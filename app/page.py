@@ -11,16 +11,19 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from app import header
-from app.desk import Desk
-from app.moment import moment_of
-from app.parts import QUIET, TYPING, Parts, piece
-from app.projects import picker as project_picker
+from app.bindings import QUIET, TYPING, Parts, piece
+from app.dataset import view as dataset
+from app.export import view as export
+from app.preview import view as preview
+from app.projects import routes as project_picker
 from app.routes import SCRIPTS, STYLES
-from app.tabs import dataset, export, preview, train
+from app.snapshot import moment_of
+from app.state import Desk
+from app.train import view as train
 from app.train import welcome
-from lora_core.dataset.project import Project
-from lora_core.spec.paths import ASSETS
-from lora_core.spec.untrusted import valid_value
+from lora_core.projects.project import Project
+from lora_core.system.paths import ASSETS
+from lora_core.system.untrusted import valid_value
 
 TABS = (dataset, train, preview, export)
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0

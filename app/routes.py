@@ -19,16 +19,16 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from app.dataset.meter import counted
-from app.desk import Desk
 from app.export.opening import SHARED
 from app.guard import LOOPBACK, host_name, is_loopback
-from app.train.plan import Plan
-from lora_core.dataset.pictures import SUFFIXES
-from lora_core.dataset.project import relative_name
-from lora_core.spec.errors import LoraError, RunError
-from lora_core.spec.paths import ASSETS
-from lora_core.spec.run_folder import runs_folder
-from lora_core.spec.untrusted import parsed_json, valid_value
+from app.state import Desk
+from app.train.form import Plan
+from lora_core.data.images import SUFFIXES
+from lora_core.errors import LoraError, RunError
+from lora_core.projects.project import relative_name
+from lora_core.runs.folder import runs_folder
+from lora_core.system.paths import ASSETS
+from lora_core.system.untrusted import parsed_json, valid_value
 
 PICTURES = set(SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.

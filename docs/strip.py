@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_core.adapters.inject import Merger, Strengthened
-from lora_core.formats.file import read_adapter
+from lora_core.formats.io import read_adapter
+from lora_core.generate.pipeline import Picture, generated_from_prompt
+from lora_core.lora.inject import Merger, Strengthened
 from lora_core.models.load import load_base
-from lora_core.sampling.generate import Picture, generated_from_prompt
-from lora_core.spec.paths import ASSETS
+from lora_core.system.paths import ASSETS
 
 STRENGTHS = (0.0, 0.5, 1.0)
 SHOWN, GAP, LABEL = 5, 8, 44

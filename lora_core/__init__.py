@@ -1,1 +1,1 @@
-"""LoRA Easel's engine. Empty on purpose, so that importing `lora_core.spec` never imports torch."""
+"""LoRA Easel's engine. Empty on purpose: importing a module without torch never imports torch."""

@@ -26,10 +26,10 @@ from lora_core.cli import (
     workspace,
     write,
 )
-from lora_core.spec.config import in_short, is_unicode
-from lora_core.spec.errors import LoraError
-from lora_core.spec.processor import SLEEPS, share_processor
-from lora_core.spec.stopping import INTERRUPTED
+from lora_core.errors import LoraError
+from lora_core.settings.config import in_short, is_unicode
+from lora_core.system.cpu_threads import SLEEPS, share_processor
+from lora_core.system.processes import INTERRUPTED
 from lora_core.verbs import GROUPS, VERBS
 
 

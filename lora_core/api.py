@@ -31,50 +31,41 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_core.dataset.bulk import Edit
-from lora_core.spec.base_facts import base_facts, is_remote
-from lora_core.spec.bases import chosen_base
-from lora_core.spec.config import RunConfig, checked_option, flattened, with_switches
-from lora_core.spec.errors import (
-    AdapterFileError,
-    ConfigError,
-    DatasetError,
-    LoraError,
-    ModelFileError,
-    RunError,
-)
-from lora_core.spec.like_file import like_file
-from lora_core.spec.paths import workspace as workspace_folder
-from lora_core.spec.presets import starting_settings
-from lora_core.spec.run_folder import RunFolder, checked_name, find_run, runs_folder
-from lora_core.spec.shots import LARGEST_SEED, Axis, LoraAt, Shot, grid_settings, grid_shots
+from lora_core.data.bulk_edit import Edit
+from lora_core.errors import AdapterFileError, ConfigError, DatasetError, LoraError, ModelFileError, RunError
+from lora_core.generate.request import LARGEST_SEED, Axis, LoraAt, Shot, grid_settings, grid_shots
+from lora_core.model_files.detect import base_facts, chosen_base, is_remote
+from lora_core.model_files.starting_settings import like_file, starting_settings
+from lora_core.runs.folder import RunFolder, checked_name, find_run, runs_folder
+from lora_core.settings.config import RunConfig, checked_option, flattened, with_switches
+from lora_core.system.paths import workspace as workspace_folder
 from lora_core.verbs import VERBS
 
 if TYPE_CHECKING:
-    from lora_core.analysis.bench import Bench
-    from lora_core.dataset.project import Project
-    from lora_core.dataset.projects import Projects
-    from lora_core.dataset.records import Dataset
+    from lora_core.data.scan import Dataset
+    from lora_core.generate.pipeline import Artist
+    from lora_core.model_files.families import Family
     from lora_core.models.load import BaseModel
-    from lora_core.sampling.artist import Artist
-    from lora_core.spec.events import Event
-    from lora_core.spec.families import Family
-    from lora_core.training.run import Outcome
+    from lora_core.projects.project import Project
+    from lora_core.projects.workspace import Projects
+    from lora_core.runs.events import Event
+    from lora_core.tools.evaluator import Bench
+    from lora_core.train.trainer import Outcome
 
 _LAZY = {
-    "AdapterWeights": "lora_core.adapters.weights",
-    "LayerWeights": "lora_core.adapters.weights",
-    "Merger": "lora_core.adapters.inject",
-    "Picture": "lora_core.sampling.generate",
-    "Strengthened": "lora_core.adapters.inject",
-    "adapter_weights": "lora_core.adapters.inject",
-    "generated_from_prompt": "lora_core.sampling.generate",
-    "inject": "lora_core.adapters.inject",
+    "AdapterWeights": "lora_core.lora.weights",
+    "LayerWeights": "lora_core.lora.weights",
+    "Merger": "lora_core.lora.inject",
+    "Picture": "lora_core.generate.pipeline",
+    "Strengthened": "lora_core.lora.inject",
+    "adapter_weights": "lora_core.lora.inject",
+    "generated_from_prompt": "lora_core.generate.pipeline",
+    "inject": "lora_core.lora.inject",
     "inspect_file": "lora_core.formats.inspect",
     "load_base": "lora_core.models.load",
-    "read_adapter": "lora_core.formats.file",
-    "validation": "lora_core.validation.validate",
-    "write_adapter": "lora_core.formats.file",
+    "read_adapter": "lora_core.formats.io",
+    "validation": "lora_core.evaluate.validator",
+    "write_adapter": "lora_core.formats.io",
 }
 """Names that need torch, and the modules that they are imported from when they are first asked for."""
 
@@ -165,8 +156,7 @@ def train(
     Raises:
         LoraError: what is in the way, all in one message, or what went wrong.
     """
-    from lora_core.dataset.preflight import preflight
-    from lora_core.spec.problems import refuse
+    from lora_core.runs.preflight import preflight, refuse
 
     config = run_config(dataset, name, settings, preset, like)
     place = workspace_folder(workspace)
@@ -219,7 +209,7 @@ def _family_of(base: object) -> "Family | None":
     if not isinstance(base, str):
         return None
     if is_remote(base):
-        from lora_core.spec.hub import fetch_base
+        from lora_core.model_files.hub import fetch_base
 
         fetch_base(base)
     try:
@@ -247,12 +237,12 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
         known), source (measured, probed, scaled or guessed), file_bytes, learning_rate (the effective one),
         and problems [{kind, sentence, blocking}].
     """
-    from lora_core.dataset.preflight import caption_bytes, preflight
-    from lora_core.spec import forecast as known
-    from lora_core.spec.hardware import Hardware
-    from lora_core.spec.measured import at_device, cost_key, read_measured
-    from lora_core.spec.run_folder import all_runs
-    from lora_core.spec.sizes import export_bytes
+    from lora_core.model_files.sizes import export_bytes
+    from lora_core.runs import costs as known
+    from lora_core.runs.costs import at_device, cost_key, read_measured
+    from lora_core.runs.folder import all_runs
+    from lora_core.runs.preflight import caption_bytes, preflight
+    from lora_core.system.hardware import Hardware
 
     place, base, hardware = workspace_folder(workspace), chosen_base(config.model.base), Hardware()
     hardware.look()
@@ -287,7 +277,7 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
 
 def _opened(config: RunConfig, place: Path) -> "Dataset | None":
     """The pictures, or None where they cannot be read, which `preflight` says."""
-    from lora_core.dataset.folder import open_dataset
+    from lora_core.data.dataset import open_dataset
 
     try:
         return open_dataset(config.dataset.path, place / "cache" / "datasets")
@@ -304,8 +294,7 @@ def _config_of(run: RunFolder) -> RunConfig | None:
 
 def _measure_step(config: RunConfig, place: Path, device: str) -> None:
     """Take a few steps, and keep what they took in the workspace."""
-    from lora_core.spec.forecast import work_a_step
-    from lora_core.spec.measured import Measured, cost_key, keep_measured
+    from lora_core.runs.costs import Measured, cost_key, keep_measured, work_a_step
     from lora_core.worker.probe import Probe
 
     probe = Probe(lambda answer: None, set(), lambda request: {})
@@ -334,7 +323,7 @@ def resume(
     Raises:
         LoraError: what went wrong.
     """
-    from lora_core.training.run import train as train_run
+    from lora_core.train.trainer import train as train_run
 
     if steps is not None:
         steps = checked_option("steps", "train.steps", steps)
@@ -370,8 +359,8 @@ def _request(run: File, do: str, workspace: File | None) -> None:
 
 def runs(workspace: File | None = None) -> list[dict[str, Any]]:
     """The runs of a workspace, newest first: name, path, status, step, steps, loss, best_step, reason."""
-    from lora_core.spec.crash import crash_reason
-    from lora_core.spec.run_folder import all_runs
+    from lora_core.runs.diagnosis import crash_reason
+    from lora_core.runs.folder import all_runs
 
     found = []
     for run in all_runs(workspace_folder(workspace)):
@@ -391,7 +380,7 @@ def notify(whom: str | None = None, test: bool = False, workspace: File | None =
     Raises:
         ConfigError: the command has an open quote, or with `test`, they could not be told.
     """
-    from lora_core.spec.notify import tell_from_now_on, try_telling, whom_to_tell
+    from lora_core.runs.notifications import tell_from_now_on, try_telling, whom_to_tell
 
     place = workspace_folder(workspace)
     if whom is not None:
@@ -408,7 +397,7 @@ def delete(run: File, workspace: File | None = None) -> Path:
     Raises:
         RunError: it is live, or not in a workspace.
     """
-    from lora_core.spec.trash import to_trash
+    from lora_core.runs.storage import to_trash
 
     folder = find_run(run, _path(workspace))
     return to_trash(folder.path, folder.path.parent.parent)
@@ -420,8 +409,8 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
     Raises:
         RunError: it is done, live, or in the queue already.
     """
-    from lora_core.spec.owner import ensure_owner
-    from lora_core.spec.queue import Queue
+    from lora_core.runs.queue import Queue
+    from lora_core.runs.runner import ensure_owner
 
     folder = find_run(run, _path(workspace))
     queue = Queue(workspace_folder(workspace) if workspace else folder.path.parent.parent)
@@ -455,20 +444,20 @@ def queue_remove(run: str, workspace: File | None = None) -> None:
 
 def queue_run(workspace: File | None = None, said: Callable[[str], None] | None = None) -> list[Any]:
     """Work through the queue, then return the jobs that ended; `said` is called with a line for each."""
-    from lora_core.spec.owner import work_through
+    from lora_core.runs.runner import work_through
 
     return work_through(workspace_folder(workspace), said or (lambda line: None))[0]
 
 
 def queue_pause(workspace: File | None = None) -> None:
     """Have whoever works through the queue stop; the run in hand is paused and waits again."""
-    from lora_core.spec.owner import pause_queue
+    from lora_core.runs.runner import pause_queue
 
     pause_queue(workspace_folder(workspace))
 
 
 def _queue(workspace: File | None) -> Any:
-    from lora_core.spec.queue import Queue
+    from lora_core.runs.queue import Queue
 
     return Queue(workspace_folder(workspace))
 
@@ -481,8 +470,8 @@ def debug(run: File, out: File | None = None, workspace: File | None = None) -> 
         out: the zip; None for debug.zip in the run's folder.
         workspace: where a name is looked for.
     """
-    from lora_core.spec.debug_zip import debug_zip
-    from lora_core.spec.paths import write_atomically
+    from lora_core.runs.diagnosis import debug_zip
+    from lora_core.system.paths import write_atomically
 
     folder = find_run(run, _path(workspace))
     target = _path(out) or folder.path / "debug.zip"
@@ -506,7 +495,7 @@ def report(
         workspace: where a name is looked for.
         said: called with what is being done, done and total.
     """
-    from lora_core.report.page import FILE_NAME, write_report
+    from lora_core.report.report import FILE_NAME, write_report
 
     folder = find_run(run, _path(workspace))
     page = _path(out) or folder.path / FILE_NAME
@@ -536,8 +525,8 @@ def export(
         file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, and
         works_in, as `verify`.
     """
-    from lora_core.spec.choices import FORMATS, chosen
-    from lora_core.training.export import exported_checkpoint
+    from lora_core.settings.choices import FORMATS, chosen
+    from lora_core.train.export import exported_checkpoint
 
     folder = find_run(run, _path(workspace))
     chosen(FORMATS, format, "format")
@@ -567,8 +556,8 @@ def audit(
         batch: pictures a batch, for the shares of the steps.
         workspace: where zips are unpacked.
     """
-    from lora_core.dataset.audit import audit as audited
-    from lora_core.dataset.learned import Training
+    from lora_core.data.audit import audit as audited
+    from lora_core.data.statistics import Training
 
     checked_option("--batch", "train.batch_size", batch)
     side = checked_option("--resolution", "train.resolution", resolution)
@@ -587,15 +576,15 @@ def probe(
     note: Progress | None = None,
 ) -> dict[str, Any]:
     """What a base makes of captions, as `probe --json`: which fit badly, and words for a trigger."""
-    from lora_core.dataset.folder import require_clean
+    from lora_core.data.dataset import require_clean
 
     _check_triples(triples)
     found_pictures = _dataset(dataset, workspace)
     require_clean(found_pictures)
+    from lora_core.evaluate.caption_scores import caption_probe
+    from lora_core.evaluate.triggers import trigger_words
     from lora_core.models.device import best_device, dtype_of
     from lora_core.models.load import load_base
-    from lora_core.validation.probe import caption_probe
-    from lora_core.validation.triggers import trigger_words
 
     device = best_device()
     opened = load_base(base, device, dtype_of("auto", device))
@@ -614,7 +603,7 @@ def pictures(
     """What a run has learned of each of its pictures, as `pictures --json`; kept in the run's folder too."""
     _check_triples(triples)
     folder = find_run(run, _path(workspace))
-    from lora_core.validation.pictures import run_pictures
+    from lora_core.evaluate.learned import run_pictures
 
     return run_pictures(folder, checkpoint, triples, note)
 
@@ -651,7 +640,7 @@ def generate(
         _check_png(target)
     folder = None if target else workspace_folder(workspace) / "generated"
     artist = _artist(shot, precision)
-    from lora_core.sampling.generate import save_png
+    from lora_core.generate.pipeline import save_png
 
     made = []
     for number in range(count):
@@ -693,8 +682,8 @@ def grid(
     shots, target = grid_shots(shot, rows, columns), Path(out)
     _check_png(target)
     artist = _artist(shot, precision)
-    from lora_core.sampling.generate import save_png
-    from lora_core.sampling.grid import sheet
+    from lora_core.generate.grid import sheet
+    from lora_core.generate.pipeline import save_png
 
     made = sheet(
         [[artist.drawn(one) for one in row] for row in shots],
@@ -706,8 +695,8 @@ def grid(
 
 
 def _artist(shot: Shot, precision: str) -> "Artist":
-    from lora_core.analysis.at_rank import at_rank
-    from lora_core.sampling.artist import open_artist
+    from lora_core.generate.pipeline import open_artist
+    from lora_core.tools.combine import at_rank
 
     return open_artist(shot, at_rank, precision)
 
@@ -754,9 +743,9 @@ def validate(measure: Measure, loras: Sequence[Lora] = (), shuffle_captions: boo
         loras: the adapters, all on at once.
         shuffle_captions: give each picture another's caption.
     """
-    from lora_core.adapters.inject import Strengthened
-    from lora_core.formats.file import read_adapter
-    from lora_core.validation.validate import validation
+    from lora_core.evaluate.validator import validation
+    from lora_core.formats.io import read_adapter
+    from lora_core.lora.inject import Strengthened
 
     files = _loras(loras)
     base, records = _measured_on(measure)
@@ -773,16 +762,16 @@ def inspect(file: File, spectrum: bool = False) -> dict[str, Any]:
     found = inspect_file(Path(file))
     if not spectrum or found["problem"]:
         return found
-    from lora_core.analysis.spectrum import file_spectrum
+    from lora_core.tools.svd import file_spectrum
 
     return found | file_spectrum(Path(file))
 
 
 def verify(file: File, base: str = "") -> dict[str, Any]:
     """What six tools would make of an adapter file, as `verify --json`."""
-    from lora_core.analysis.base_weights import BaseWeights
+    from lora_core.formats.compat.verify import verified
     from lora_core.formats.layout import folder_layout
-    from lora_core.formats.verify import verified
+    from lora_core.tools.base_weights import BaseWeights
 
     facts = base_facts(base) if base else None
     family = facts.family if facts else None
@@ -823,7 +812,7 @@ def merge(
         base: of a DoRA, whose update depends on its weights.
         note: told how far it is.
     """
-    from lora_core.analysis.merge import Wanted, merge_files
+    from lora_core.tools.merge import Wanted, merge_files
 
     _check_precision(precision)
     return merge_files(
@@ -833,7 +822,7 @@ def merge(
 
 def merge_into_base(loras: Sequence[Lora], base: str, out: File, blocks: str = "") -> list[str]:
     """Merge adapters into a copy of a base, a file or a folder; returns what was done, in sentences."""
-    from lora_core.analysis.merge import merge_files_into_base
+    from lora_core.tools.merge import merge_files_into_base
 
     return merge_files_into_base(_ingredients(loras), base, Path(out), blocks)
 
@@ -858,9 +847,9 @@ def shrink(
         base: of a DoRA.
         note: told how far it is.
     """
-    from lora_core.analysis.base_weights import BaseWeights
-    from lora_core.analysis.rewrite import Rewriting
-    from lora_core.analysis.shrink import Wish, shrink_file
+    from lora_core.tools.base_weights import BaseWeights
+    from lora_core.tools.rewrite import Rewriting
+    from lora_core.tools.shrink import Wish, shrink_file
 
     to = Rewriting(Path(file), Path(out), precision, time.time())
     known = BaseWeights(base) if base else None
@@ -873,9 +862,8 @@ def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "
     Returns:
         file, sentences, and what was found, as `shrink --intrinsic --json`.
     """
-    from lora_core.analysis.intrinsic import intrinsic_rank
-    from lora_core.analysis.rewrite import Rewriting, check_out
-    from lora_core.analysis.shrink import SHRUNK_KEY, opened_plain
+    from lora_core.tools.rewrite import Rewriting, check_out
+    from lora_core.tools.shrink import SHRUNK_KEY, intrinsic_rank, opened_plain
 
     check_out(Path(out))
     to = Rewriting(Path(file), Path(out), precision, time.time())
@@ -898,8 +886,8 @@ def extract(
     note: Progress | None = None,
 ) -> list[str]:
     """Write the LoRA between a fine-tuned model and its base, to a rank or an energy; returns sentences."""
-    from lora_core.analysis.extract import extract_file
-    from lora_core.analysis.shrink import Wish
+    from lora_core.tools.extract import extract_file
+    from lora_core.tools.shrink import Wish
 
     _check_precision(precision)
     return extract_file(tuned, base, Path(out), Wish(rank, energy), precision, time.time(), note)
@@ -914,10 +902,10 @@ def strength(file: File, measure: Measure, apart: bool = False, bake: File | Non
         apart: one strength for the UNet and one for the text encoders.
         bake: a file to make that has the best strength at 1.
     """
-    from lora_core.analysis.rewrite import AS_IT_IS, Rewriting, check_out
-    from lora_core.analysis.shrink import opened_plain
-    from lora_core.analysis.strength import bake as baked
-    from lora_core.analysis.strength import fitted, fitted_apart
+    from lora_core.tools.rewrite import AS_IT_IS, Rewriting, check_out
+    from lora_core.tools.shrink import opened_plain
+    from lora_core.tools.strength import bake as baked
+    from lora_core.tools.strength import fitted, fitted_apart
 
     if bake:
         check_out(Path(bake))
@@ -953,7 +941,7 @@ def copy(file: File, folder: str, workspace: File | None = None) -> dict[str, An
     Raises:
         RunError: there is no such folder or tool, or it cannot be written.
     """
-    from lora_core.spec.copying import copied
+    from lora_core.system.other_tools import copied
 
     source, target = Path(file), Path(folder).expanduser()
     if not source.is_file():
@@ -966,8 +954,7 @@ def copy(file: File, folder: str, workspace: File | None = None) -> dict[str, An
 
 
 def _tool_folder(name: str, workspace: Path) -> Path:
-    from lora_core.spec.other_tools import found_tools
-    from lora_core.spec.places import Places
+    from lora_core.system.other_tools import Places, found_tools
 
     there = [
         tool for tool in found_tools(Places(workspace / "places.json").folders()) if tool.loras is not None
@@ -984,14 +971,14 @@ def _tool_folder(name: str, workspace: Path) -> Path:
 
 def compare(first: File, second: File) -> dict[str, Any]:
     """How alike the directions of two adapters are, as `compare --json`."""
-    from lora_core.analysis.similarity import file_similarity
+    from lora_core.tools.interference import file_similarity
 
     return file_similarity(Path(first), Path(second))
 
 
 def stack(loras: Sequence[Lora], measure: Measure | None = None) -> dict[str, Any]:
     """How adapters disturb each other when all are on, as `stack --json`; measured too where asked for."""
-    from lora_core.analysis.stack import Stacked, measured_stack, stack_report
+    from lora_core.tools.interference import Stacked, measured_stack, stack_report
 
     files = [Stacked(Path(lora.file), lora.strength, lora.text_strength) for lora in _loras(loras)]
     found = stack_report(files)
@@ -1003,8 +990,8 @@ def stack(loras: Sequence[Lora], measure: Measure | None = None) -> dict[str, An
 
 def amplify(file: File, base: str, note: Progress | None = None) -> dict[str, Any]:
     """How much stronger an adapter is than its base where it acts, as `amplify --json`."""
-    from lora_core.analysis.amplify import file_amplification
-    from lora_core.analysis.base_weights import BaseWeights
+    from lora_core.tools.amplification import file_amplification
+    from lora_core.tools.base_weights import BaseWeights
 
     return file_amplification(Path(file), BaseWeights(base), note)
 
@@ -1014,7 +1001,7 @@ def amplify(file: File, base: str, note: Progress | None = None) -> dict[str, An
 
 def caches_list(workspace: File | None = None) -> dict[str, int]:
     """Bytes of each cache of a workspace by its name, the largest first."""
-    from lora_core.spec.disk import workspace_sizes
+    from lora_core.runs.storage import workspace_sizes
 
     return workspace_sizes(workspace_folder(workspace)).caches
 
@@ -1025,14 +1012,14 @@ def caches_clean(workspace: File | None = None) -> int:
     Raises:
         RunError: a run is live, or the disk refuses.
     """
-    from lora_core.spec.disk import clean_caches
+    from lora_core.runs.storage import clean_caches
 
     return clean_caches(workspace_folder(workspace))
 
 
 def trash_list(workspace: File | None = None) -> list[dict[str, Any]]:
     """What is in a workspace's trash, newest first: id, name, kind, came_from, time."""
-    from lora_core.spec.trash import trashed
+    from lora_core.runs.storage import trashed
 
     return [one.row() for one in trashed(workspace_folder(workspace))]
 
@@ -1047,7 +1034,7 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
     Raises:
         RunError: nothing, or more than one thing, has that name.
     """
-    from lora_core.spec.trash import restore, trashed
+    from lora_core.runs.storage import restore, trashed
 
     place = workspace_folder(workspace)
     there = trashed(place)
@@ -1063,8 +1050,7 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
 
 def trash_empty(workspace: File | None = None) -> int:
     """Remove for good all that is in a workspace's trash; returns the bytes freed."""
-    from lora_core.spec.disk import folder_bytes
-    from lora_core.spec.trash import empty_trash, trash_folder
+    from lora_core.runs.storage import empty_trash, folder_bytes, trash_folder
 
     place = workspace_folder(workspace)
     size = folder_bytes(trash_folder(place))
@@ -1131,8 +1117,8 @@ def projects_import(
     Raises:
         LoraError: the source does not exist, or nothing in it can be used.
     """
-    from lora_core.dataset.archive import Way, import_files, import_folder
-    from lora_core.dataset.project import Project
+    from lora_core.data.importer import Way, import_files, import_folder
+    from lora_core.projects.project import Project
 
     projects, where = _projects(workspace), Path(source).expanduser().absolute()
     into = Project(projects.folder / projects.named(project))
@@ -1149,7 +1135,7 @@ def projects_import(
 
 
 def _projects(workspace: File | None) -> "Projects":
-    from lora_core.dataset.projects import Projects
+    from lora_core.projects.workspace import Projects
 
     return Projects(workspace_folder(workspace))
 
@@ -1165,22 +1151,22 @@ def leave_out(dataset: File, pictures: Sequence[str], workspace: File | None = N
         pictures: their paths below the folder.
         workspace: of the project.
     """
-    from lora_core.dataset.left_out import leave_out as moved
+    from lora_core.projects.project import leave_out as moved
 
     return moved(_pictures_of(dataset, workspace), list(pictures))
 
 
 def take_back(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
     """Put pictures that were left out back; returns how many."""
-    from lora_core.dataset.left_out import take_back as moved
+    from lora_core.projects.project import take_back as moved
 
     return moved(_pictures_of(dataset, workspace), list(pictures))
 
 
 def left_out(dataset: File, workspace: File | None = None) -> list[str]:
     """The pictures that were left out, as `take_back` takes them."""
-    from lora_core.dataset.left_out import left_out as aside
-    from lora_core.dataset.project import relative_name
+    from lora_core.projects.project import left_out as aside
+    from lora_core.projects.project import relative_name
 
     project = _pictures_of(dataset, workspace)
     return [relative_name(record.path, project.aside) for record in aside(project)]
@@ -1263,24 +1249,24 @@ def captions_trigger(
 
 def captions_undo(dataset: File, workspace: File | None = None) -> dict[str, int]:
     """Take the last change of many captions back; returns how many are undone, and kept as changed since."""
-    from lora_core.dataset.bulk_edit import undo
+    from lora_core.projects.caption_edits import undo
 
     undone, kept = undo(_pictures_of(dataset, workspace))
     return {"undone": undone, "kept": kept}
 
 
 def _edited(dataset: File, edit: Edit, dry_run: bool, workspace: File | None) -> dict[str, Any]:
-    from lora_core.dataset import bulk_edit
+    from lora_core.projects import caption_edits
 
     project = _pictures_of(dataset, workspace)
-    found = bulk_edit.preview(project, edit, None)
+    found = caption_edits.preview(project, edit, None)
     if not dry_run:
-        found["changed"] = bulk_edit.apply(project, edit, None)
+        found["changed"] = caption_edits.apply(project, edit, None)
     return found
 
 
 def _pictures_of(dataset: File, workspace: File | None) -> "Project":
-    from lora_core.dataset.projects import pictures_of
+    from lora_core.projects.workspace import pictures_of
 
     return pictures_of(str(dataset), workspace_folder(workspace))
 
@@ -1313,20 +1299,20 @@ def _loras(loras: Sequence[Lora]) -> list[LoraAt]:
 
 
 def _ingredients(loras: Sequence[Lora]) -> list[Any]:
-    from lora_core.analysis.merge import Ingredient
+    from lora_core.tools.merge import Ingredient
 
     return [Ingredient(Path(lora.file), lora.strength, lora.text_strength) for lora in _loras(loras)]
 
 
 def _dataset(dataset: File, workspace: File | None) -> Any:
-    from lora_core.dataset.folder import open_dataset
+    from lora_core.data.dataset import open_dataset
 
     return open_dataset(str(dataset), workspace_folder(workspace) / "cache" / "datasets")
 
 
 def _measured_on(measure: Measure) -> "tuple[BaseModel, list[Any]]":
     """The opened base and the pictures."""
-    from lora_core.dataset.folder import require_clean
+    from lora_core.data.dataset import require_clean
 
     _check_triples(measure.triples)
     found = _dataset(measure.dataset, measure.workspace)
@@ -1344,7 +1330,7 @@ def _measured_on(measure: Measure) -> "tuple[BaseModel, list[Any]]":
 
 def _bench(measure: Measure) -> "tuple[Bench, BaseModel]":
     base, records = _measured_on(measure)
-    from lora_core.analysis.bench import Bench
+    from lora_core.tools.evaluator import Bench
 
     return Bench(base, records, measure.triples, measure.seed, measure.said), base
 

@@ -18,10 +18,10 @@ from typing import Any, TextIO
 
 import torch
 
+from lora_core.errors import ConfigError, LoraError
 from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
-from lora_core.spec.config import checked_option
-from lora_core.spec.errors import ConfigError, LoraError
-from lora_core.spec.processor import others_compute
+from lora_core.settings.config import checked_option
+from lora_core.system.cpu_threads import others_compute
 from lora_core.worker import files
 from lora_core.worker.analyse import Analysing
 from lora_core.worker.draw import Cancelled, Drawing

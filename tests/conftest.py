@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.spec.processor import AWHILE, VARIABLE
+from lora_core.system.cpu_threads import AWHILE, VARIABLE
 from tests.faults import Nursery
 
 TESTS = Path(__file__).parent

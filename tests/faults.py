@@ -35,10 +35,10 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = {
-    "step": ("lora_core.training.loop", "picture_losses"),
-    "apply": ("lora_core.training.loop", "take_step"),
-    "validate": ("lora_core.training.judge", "triple_losses"),
-    "draw": ("lora_core.training.between", "generated"),
+    "step": ("lora_core.train.loop", "picture_losses"),
+    "apply": ("lora_core.train.loop", "take_step"),
+    "validate": ("lora_core.train.validation", "triple_losses"),
+    "draw": ("lora_core.train.validation", "generated"),
 }
 """The engine's functions behind the points that are none of the system's."""
 
@@ -253,7 +253,7 @@ class Nursery:
 
 def _serve() -> None:
     """The nursery's own process."""
-    import lora_core.training.run  # noqa: F401 - what takes long, once
+    import lora_core.train.trainer  # noqa: F401 - what takes long, once
 
     for line in sys.stdin:
         order = json.loads(line)
@@ -296,9 +296,9 @@ def _limit(limits: dict[str, Any]) -> None:
     if limits.get("file_size"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_size"], limits["file_size"]))
     if limits.get("memory"):
-        from lora_core.training import conductor
+        from lora_core.train import trainer
 
-        real = conductor.Ladder
+        real = trainer.Ladder
 
         def ladder(*arguments: Any) -> Any:
             import psutil
@@ -307,4 +307,4 @@ def _limit(limits: dict[str, Any]) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
             return real(*arguments)
 
-        conductor.Ladder = ladder  # type: ignore[misc,assignment]
+        trainer.Ladder = ladder  # type: ignore[misc,assignment]

@@ -21,14 +21,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.formats.file import write_adapter
-from lora_core.spec import events
-from lora_core.spec.config import RunConfig
-from lora_core.spec.event_file import EventWriter
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.paths import DEMO_BASE
-from lora_core.spec.run_folder import RunFolder
+from lora_core.formats.io import write_adapter
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
+from lora_core.runs import events
+from lora_core.runs.events import EventWriter
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.system.paths import DEMO_BASE
 from tests.faults import Nursery
 from tests.waiting import PATIENCE
 

@@ -23,14 +23,14 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from lora_core.__main__ import main
-from lora_core.formats.file import read_adapter
-from lora_core.spec import events
-from lora_core.spec.events import read_events
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.paths import DEMO_BASE
-from lora_core.spec.run_folder import RunFolder
-from lora_core.spec.tensor_file import read_header
-from lora_core.training.run import Outcome, train
+from lora_core.formats.io import read_adapter
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.header import read_header
+from lora_core.runs import events
+from lora_core.runs.events import read_events
+from lora_core.runs.folder import RunFolder
+from lora_core.system.paths import DEMO_BASE
+from lora_core.train.trainer import Outcome, train
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]

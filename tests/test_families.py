@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lora_core.__main__ import main
-from lora_core.spec.run_folder import RunFolder
+from lora_core.runs.folder import RunFolder
 from tests.checkpoints import write_folder, write_single
 from tests.faults import Nursery
 

@@ -22,17 +22,17 @@ from starlette.testclient import TestClient
 
 from app import main
 from app.dataset.meter import counted
-from app.desk import Desk
-from app.train.plan import Plan
-from lora_core.dataset.folder import scan
+from app.state import Desk
+from app.train.form import Plan
+from lora_core.data.dataset import scan
+from lora_core.errors import LoraError
+from lora_core.generate import request
+from lora_core.model_files.starting_settings import like_file
 from lora_core.models.weight_files import opened_weights
-from lora_core.spec import infotext
-from lora_core.spec.config import RunConfig, load_toml
-from lora_core.spec.errors import LoraError
-from lora_core.spec.events import from_line
-from lora_core.spec.like_file import like_file
-from lora_core.spec.other_tools import recognised
-from lora_core.spec.untrusted import valid_value
+from lora_core.runs.events import from_line
+from lora_core.settings.config import RunConfig, load_toml
+from lora_core.system.other_tools import recognised
+from lora_core.system.untrusted import valid_value
 
 TIMES = int(os.environ.get("LORA_EASEL_FUZZ", "1"))
 SLOWEST = 5.0
@@ -215,7 +215,7 @@ def test_lines_of_a_run(kind: str, fields: dict[str, Any], other: bytes) -> None
 @given(texts | st.lists(texts, max_size=4).map("".join))
 def test_captions_and_texts_in_pictures(place: Path, text: str) -> None:
     with soon():
-        infotext.parsed(text)
+        request.parsed(text)
         counted(text[:50_000], Plan(desk_of(place).project))
     folder = place / "pictures"
     folder.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lora_core import api
-from lora_core.spec.families import FAMILIES
+from lora_core.model_files.families import FAMILIES
 from lora_core.verbs import VERBS, Verb
 
 PARTS = """

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.formats.file import file_hashes, write_adapter
-from lora_core.spec.config import RunConfig
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.run_folder import RunFolder
+from lora_core.formats.io import file_hashes, write_adapter
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]

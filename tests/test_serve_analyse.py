@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_core.adapters.weights import LayerWeights
-from lora_core.analysis.base_weights import BaseWeights
-from lora_core.analysis.spectrum import file_spectrum
-from lora_core.formats.file import read_adapter
-from lora_core.spec.paths import DEMO_BASE, DEMO_TRAIN
-from lora_core.spec.tensor_file import read_header
-from tests.analysis.planted import (
+from lora_core.formats.io import read_adapter
+from lora_core.lora.weights import LayerWeights
+from lora_core.model_files.header import read_header
+from lora_core.system.paths import DEMO_BASE, DEMO_TRAIN
+from lora_core.tools.base_weights import BaseWeights
+from lora_core.tools.svd import file_spectrum
+from tests.report.test_report import made_run
+from tests.test_serve import Worker
+from tests.tools.planted import (
     LAYERS,
     TINY,
     TO_K,
@@ -27,8 +29,6 @@ from tests.analysis.planted import (
     saved,
     shape_of,
 )
-from tests.report.test_report import made_run
-from tests.test_serve import Worker
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_amplification_and_stacking(worker: Worker, planted: Path, tmp_path: Pat
 
 
 def test_a_model_s_change_is_extracted(worker: Worker, tmp_path: Path) -> None:
-    from lora_core.analysis.merge import Ingredient, merge_files_into_base
+    from lora_core.tools.merge import Ingredient, merge_files_into_base
 
     lora = saved({TO_K: random_layer(TO_K, 2, 2.0, 7, 0.1)}, tmp_path / "a.safetensors")
     tuned = tmp_path / "tuned"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.export.inside import TOOLS
+from app.export.lora_tools import TOOLS
 from lora_core.__main__ import parser
 from lora_core.verbs import GROUPS, VERBS, VIEW_STATE, WORKER_STATE
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.train.plan import Plan
-from lora_core.dataset.audit import Looks, audit
-from lora_core.dataset.folder import ImageRecord
-from lora_core.dataset.learned import Training
-from lora_core.dataset.project import Project, relative_name
-from lora_core.dataset.split import held_out
-from lora_core.spec.errors import DatasetError, LoraError
+from app.train.form import Plan
+from lora_core.data.audit import Looks, audit
+from lora_core.data.dataset import ImageRecord
+from lora_core.data.holdout import held_out
+from lora_core.data.statistics import Training
+from lora_core.errors import DatasetError, LoraError
+from lora_core.projects.project import Project, relative_name
 
 BY_ITSELF = 150
 """Up to so many pictures are looked over without being asked; a thousand would take a minute of both

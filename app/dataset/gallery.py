@@ -10,13 +10,12 @@ from typing import Any
 from urllib.parse import quote
 
 from app.dataset.meter import mark, too_long
-from app.train.plan import Plan
-from app.words import chip, many, safe
-from lora_core.dataset.audit import phrase_sentences
-from lora_core.dataset.buckets import bucket_of, crop_box
-from lora_core.dataset.folder import AUDIT_ONLY, UNUSED, Dataset, ImageRecord, Problem, summaries
-from lora_core.dataset.left_out import left_out
-from lora_core.dataset.project import Project, relative_name
+from app.formatting import chip, many, safe
+from app.train.form import Plan
+from lora_core.data.audit import phrase_sentences
+from lora_core.data.buckets import bucket_of, crop_box
+from lora_core.data.dataset import AUDIT_ONLY, UNUSED, Dataset, ImageRecord, Problem, summaries
+from lora_core.projects.project import Project, left_out, relative_name
 
 MOST_SENTENCES = 12
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from app.jobs import Jobs, Watch
-from app.train.plan import Plan
-from app.worker import CANCELLED, Reply, Worker
-from lora_core.dataset.project import DEMO, Project, read_json, relative_name
-from lora_core.spec.errors import RunError
-from lora_core.spec.paths import write_atomically
+from app.train.form import Plan
+from app.worker_client import CANCELLED, Reply, Worker
+from lora_core.errors import RunError
+from lora_core.projects.project import DEMO, Project, read_json, relative_name
+from lora_core.system.paths import write_atomically
 
 WHATS = ("captions", "triggers", "pictures")
 LOOK_EVERY = 0.3

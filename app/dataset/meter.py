@@ -9,13 +9,13 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.train.plan import Plan
-from app.words import many
-from lora_core.dataset.captions import chosen_parts, part_beyond, token_count, with_trigger
-from lora_core.dataset.folder import Dataset
-from lora_core.spec.config import FIELDS
-from lora_core.spec.errors import LoraError
-from lora_core.spec.paths import valid_text
+from app.formatting import many
+from app.train.form import Plan
+from lora_core.data.captions import chosen_parts, part_beyond, token_count, with_trigger
+from lora_core.data.dataset import Dataset
+from lora_core.errors import LoraError
+from lora_core.settings.config import FIELDS
+from lora_core.system.paths import valid_text
 
 LIMITS: tuple[int, ...] = FIELDS["train.tokens"].metadata["among"]
 

@@ -10,14 +10,14 @@ from fastapi.responses import Response
 
 from app.dataset.checking import BY_ITSELF
 from app.dataset.gallery import shelf
-from app.desk import Desk
 from app.routes import Answer, Refused, sent_json
-from app.train.plan import Plan
-from lora_core.dataset import bulk_edit as bulk
-from lora_core.dataset.bulk import Edit
-from lora_core.dataset.captions import tag_counts
-from lora_core.dataset.left_out import leave_out, take_back
-from lora_core.spec.errors import DatasetError
+from app.state import Desk
+from app.train.form import Plan
+from lora_core.data.bulk_edit import Edit
+from lora_core.data.captions import tag_counts
+from lora_core.errors import DatasetError
+from lora_core.projects import caption_edits as bulk
+from lora_core.projects.project import leave_out, take_back
 
 MOST_NAMES = 50_000
 

@@ -10,9 +10,9 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lora_core.dataset.pictures import thumbnail
-from lora_core.dataset.sidecars import write_soon
-from lora_core.spec.errors import LoraError
+from lora_core.data.images import thumbnail
+from lora_core.data.sidecars import write_soon
+from lora_core.errors import LoraError
 
 KEPT_SIDE = 256
 _THREADS = 2

@@ -13,9 +13,9 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.words import safe
-from lora_core.spec.errors import RunError
-from lora_core.spec.processes import detached
+from app.formatting import safe
+from lora_core.errors import RunError
+from lora_core.system.processes import detached
 
 SHARED = "This window is open to other computers, so it starts no file manager; copy the path."
 SECONDS = 5.0

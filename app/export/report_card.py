@@ -3,8 +3,8 @@
 from typing import Any
 from urllib.parse import quote
 
+from app.formatting import file_size, safe
 from app.jobs import Watch
-from app.words import file_size, safe
 
 REPORT = "report.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -5,15 +5,15 @@ from typing import Any
 
 import gradio as gr
 
-from app.moment import Moment, moment_of
-from app.parts import QUIET, TYPING, Parts, piece
-from app.preview.form import kept_fields, lora_rows, rows_sent, shot_of
+from app.bindings import QUIET, TYPING, Parts, piece
+from app.formatting import safe
+from app.preview.compare_view import grid_block
 from app.preview.loras import found_loras, lora_groups, owner, run_loras
-from app.preview.stage import grid_block
-from app.preview.view import Grid
-from app.words import safe
-from lora_core.spec.errors import LoraError
-from lora_core.spec.shots import Axis, axis, separated
+from app.preview.page_state import Grid
+from app.preview.request_form import kept_fields, lora_rows, rows_sent, shot_of
+from app.snapshot import Moment, moment_of
+from lora_core.errors import LoraError
+from lora_core.generate.request import Axis, axis, separated
 
 NOTHING = "none"
 TITLES = {

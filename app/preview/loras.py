@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from app.jobs import Watch
-from app.moment import Moment
+from app.snapshot import Moment
 
 MOST_OF_A_TOOL, MOST_DEPTH = 300, 4
 LOOK_AGAIN = 20

@@ -8,15 +8,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
-from app.desk import Desk
-from app.moment import moment_of
-from app.preview.form import checked_rows, keep_rows, keep_shot, run_shot, strip_values
-from app.preview.history import Kept
-from app.preview.stage import working_words
-from app.preview.view import Grid, sheet_info
+from app.preview.compare_view import working_words
+from app.preview.page_state import Grid, sheet_info
+from app.preview.render_queue import Kept
+from app.preview.request_form import checked_rows, keep_rows, keep_shot, run_shot, strip_values
 from app.routes import Answer, Refused, sent_json
-from lora_core.spec.errors import LoraError, RunError
-from lora_core.spec.shots import axis
+from app.snapshot import moment_of
+from app.state import Desk
+from lora_core.errors import LoraError, RunError
+from lora_core.generate.request import axis
 
 FRESH = {"Cache-Control": "no-store"}
 

@@ -1,118 +1,313 @@
-"""What a page of the Preview tab shows at a moment: the shot looked at, its strip, and a grid."""
+"""The Preview tab: a prompt, LoRAs with their strengths, base and LoRA under one slider, strip and grid."""
 
-from dataclasses import dataclass, field
+import functools
+import json
+import shutil
+import zlib
 from pathlib import Path
+from typing import Any
 
-from lora_core.spec.bases import chosen_base
-from lora_core.spec.choices import SAMPLERS
-from lora_core.spec.infotext import Info, Tag
-from lora_core.spec.shots import Axis, Shot, grid_settings, grid_shots
+import gradio as gr
+from PIL import Image, UnidentifiedImageError
 
-STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
+from app.bindings import QUIET, TYPING, Parts, edited, piece
+from app.formatting import TIMES, safe
+from app.preview.compare_view import stage, state_line, strip
+from app.preview.grid_card import build_grid
+from app.preview.request_form import (
+    FIELDS,
+    added_lora,
+    base_for,
+    keep_info,
+    keep_rows,
+    keep_shot,
+    kept_fields,
+    lora_rows,
+    rows_data,
+    rows_sent,
+    shot_of,
+    strip_is_on,
+    strip_values,
+)
+from app.snapshot import Moment, moment_of
+from app.train.base_picker import base_choices
+from lora_core.data.scan import safe_name
+from lora_core.errors import DatasetError, LoraError
+from lora_core.generate.request import Info, LoraAt, axis, parsed, separated
+from lora_core.model_files.header import read_header
+from lora_core.settings.choices import SAMPLERS
+
+TITLE = "Preview"
+# A press takes along what the page's script knows of the LoRA rows, whose last change may be on its way.
+WITH_ROWS = "(...values) => [...values.slice(0, -1), window.easel.loraRows()]"
 
 
-@dataclass
-class Grid:
-    """A sheet that is wanted: its axes, its pictures, and the PNG once it is whole."""
-
-    shot: Shot
-    rows: Axis | None
-    columns: Axis | None
-    cells: list[list[Shot]]
-    sheet: Path | None = None
-    problem: str = ""
-
-    @classmethod
-    def of(cls, shot: Shot, rows: Axis | None, columns: Axis | None) -> "Grid":
-        """The grid of a shot over two axes.
-
-        Raises:
-            ConfigError: the axes do not fit.
-        """
-        cells = [[cell.acting() for cell in row] for row in grid_shots(shot, rows, columns)]
-        return cls(shot, rows, columns, cells)
-
-    @property
-    def shots(self) -> list[Shot]:
-        """All pictures in reading order."""
-        return [shot for row in self.cells for shot in row]
+def build(parts: Parts) -> None:
+    """Lay out the tab and wire it."""
+    with gr.Row(elem_classes="page page-preview"):
+        with gr.Column(elem_classes="side card"):
+            fields = _form(parts)
+            rows_box = gr.Textbox(visible="hidden", elem_id="lora-rows-now")
+            draw = gr.Button("Generate", variant="primary", elem_id="generate", elem_classes="big")
+            parts.live(piece(), state_line)
+            piece('<p class="small">Ctrl+Enter draws too. A new strength needs no reload.</p>')
+            _file_box(parts, fields)
+        with gr.Column(elem_classes="main"):
+            with gr.Column(elem_classes="card"):
+                piece("<h2>Base against LoRA</h2>")
+                parts.live(piece(elem_id="stage"), stage)
+            with gr.Column(elem_classes="card"):
+                at, follow, again = _strip(parts)
+                parts.live(piece(elem_id="strength-strip"), strip)
+            build_grid(parts, fields, rows_box)
+    _wire(parts, fields, rows_box, draw)
+    _wire_strip(parts, (at, follow, again), fields, rows_box)
 
 
-@dataclass(frozen=True)
-class View:
-    """What a page shows at a moment.
+def _form(parts: Parts) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    made["prompt"] = gr.Textbox(label="Prompt", elem_id="prompt", lines=3, max_lines=8)
+    made["negative"] = gr.Textbox(label="Negative prompt", elem_id="negative", lines=1, max_lines=4)
+    # The rows are the page's script's own: a slider that is being moved must not be replaced by a poll.
+    piece('<div id="loras" role="group" aria-label="LoRAs"></div>')
+    parts.live(piece(), _rows_piece)
+    with gr.Row(elem_classes="pair"):
+        samplers = [(row.title, key) for key, row in SAMPLERS.items()]
+        made["sampler"] = gr.Dropdown(samplers, label="Sampler", elem_id="sampler")
+        made["steps"] = gr.Number(label="Sampler steps", precision=0, elem_id="sampler-steps")
+    with gr.Row(elem_classes="pair"):
+        made["cfg"] = gr.Number(label="Guidance", step=0.5, elem_id="cfg")
+        made["cfg_rescale"] = gr.Textbox(label="CFG rescale", lines=1, max_lines=1, elem_id="cfg-rescale")
+    with gr.Row(elem_classes="pair"):
+        made["width"] = gr.Number(label="Width", precision=0, elem_id="width", placeholder="auto")
+        made["height"] = gr.Number(label="Height", precision=0, elem_id="height", placeholder="auto")
+    with gr.Row(elem_classes="with-dice"):
+        made["seed"] = gr.Number(label="Seed", precision=0, elem_id="seed")
+        dice = gr.Button("Random", elem_id="dice", min_width=0, scale=0)
+        last = gr.Button("Last used", elem_id="last-seed", min_width=0, scale=0)
+    made = {name: made[name] for name in FIELDS}
+    for name, field in made.items():
+        parts.fill(field, functools.partial(_kept_value, parts, name))
+    parts.action(dice.click(lambda: -1, None, made["seed"], **QUIET))
+    parts.action(last.click(functools.partial(_last_seed, parts), None, made["seed"], **QUIET))
+    return made
 
-    Attributes:
-        state: of the picture looked at, idle, working or error; strip and grid say for themselves.
-        message: why it waits or what went wrong.
-        done, total: steps of the picture in hand.
-        shot: what is looked at, None before the first.
-        strip: the strengths of the strip, none where it is not wanted.
-        grid: the grid, or None.
-        pictures: those that are there, of what is looked at, the strip and the grid.
-        wanted_at: when it was wanted, which tells one look from the next.
-        drawing: the shot in hand.
-        looks: how many looks there were at it.
-        note: what to know of how the base of the last picture was kept.
+
+def _kept_value(parts: Parts, name: str) -> Any:
+    return kept_fields(moment_of(parts.desk))[name]
+
+
+def _last_seed(parts: Parts) -> Any:
+    shot = parts.desk.studio.view().shot
+    return shot.seed if shot is not None else gr.skip()
+
+
+def _rows_piece(moment: Moment) -> str:
+    """The rows as data for the page's script, and the base that they are drawn with."""
+    data = json.dumps(rows_data(moment))
+    base = base_for(moment, lora_rows(moment)[0])
+    titles = {value: words for words, value in base_choices(moment.desk)}
+    name = titles.get(base.name) or Path(base.name).name or "Embedded base (tiny)"
+    why = "" if base.facts is not None else f' <span class="problem">{safe(base.problem)}</span>'
+    sides = f"sides in steps of {base.multiple}, {base.resolution} by default"
+    return (
+        f'<p class="small" id="preview-base-note" data-loras="{safe(data)}"'
+        f' data-mark="{zlib.crc32(data.encode())}">Drawn with {safe(name)}, {sides}.{why}</p>'
+    )
+
+
+def _strip(parts: Parts) -> tuple[Any, Any, Any]:
+    with gr.Row(elem_classes="strip-tools"):
+        piece("<h2>Strength strip</h2>")
+        follow = gr.Checkbox(label="With each picture", elem_id="strip-follows", container=False, min_width=0)
+        at = gr.Textbox(label="Strengths of the strip", elem_id="strip-values", lines=1, max_lines=1)
+        again = gr.Button("Draw the strip", elem_id="draw-strip", min_width=0, scale=0)
+    project = parts.desk.project
+    parts.fill(at, lambda: ", ".join(f"{value:g}" for value in strip_values(project)))
+    parts.fill(follow, lambda: strip_is_on(project, base_for(*_now(parts))))
+    return at, follow, again
+
+
+def _now(parts: Parts) -> tuple[Moment, list[Any]]:
+    moment = moment_of(parts.desk)
+    return moment, lora_rows(moment)[0]
+
+
+def _wire(parts: Parts, fields: dict[str, Any], rows_box: Any, draw: Any) -> None:
+    desk = parts.desk
+    every = list(fields.values())
+
+    def typed(*values: Any) -> None:
+        desk.project.keep(preview=dict(zip(FIELDS, values, strict=True)))
+
+    def generate(*values: Any) -> None:
+        typed(*values[:-1])
+        moment = moment_of(desk)
+        loras = rows_sent(moment, values[-1])
+        try:
+            shot = shot_of(moment, dict(zip(FIELDS, values, strict=False)), loras)
+        except LoraError as error:
+            desk.studio.refuse(str(error))
+            return
+        on = strip_is_on(desk.project, base_for(moment, loras))
+        desk.studio.want(shot, strip_values(desk.project) if on else ())
+
+    def put_back(name: str) -> list[Any]:
+        try:
+            kept = desk.studio.history.named(name)
+        except LoraError as error:
+            desk.studio.refuse(str(error))
+            return [gr.skip() for _ in every]
+        keep_shot(desk.project, kept.shot)
+        if not kept.is_sheet:
+            desk.studio.want(kept.shot, ())
+        return _filled(parts)
+
+    gr.on([event for field in every for event in edited(field)], typed, every, None, **TYPING)
+    parts.action(draw.click(generate, [*every, rows_box], None, js=WITH_ROWS, **TYPING))
+    named = gr.Textbox(visible="hidden", elem_id="put-back-name")
+    back = gr.Button("Put its settings back", elem_id="put-back", visible="hidden")
+    parts.action(back.click(put_back, named, every, js="() => [window.easel.putBack]", **TYPING))
+    fill = gr.Button("Fill in again", elem_id="preview-fill", visible="hidden")
+    parts.action(fill.click(lambda: _filled(parts), None, every, **QUIET))
+
+
+def _filled(parts: Parts) -> list[Any]:
+    values = kept_fields(moment_of(parts.desk))
+    return [values[name] for name in FIELDS]
+
+
+def _wire_strip(parts: Parts, own: tuple[Any, Any, Any], fields: dict[str, Any], rows_box: Any) -> None:
+    desk = parts.desk
+    at, follow, again = own
+
+    def kept(values: str, on: bool) -> tuple[float, ...]:
+        found = tuple(float(v) for v in axis("strength", separated(values or "")).values)
+        desk.project.keep(preview_strip_at={"values": list(found), "on": bool(on)})
+        return found
+
+    def changed(values: str, on: bool) -> None:
+        try:
+            kept(values, on)
+        except LoraError:
+            # Said when the strip is drawn; half a number is no mistake yet.
+            return
+
+    def drawn(values: str, on: bool, *form: Any) -> None:
+        moment = moment_of(desk)
+        try:
+            strengths = kept(values, on)
+            desk.project.keep(preview=dict(zip(FIELDS, form, strict=False)))
+            shot = shot_of(moment, dict(zip(FIELDS, form, strict=False)), rows_sent(moment, form[-1]))
+            shot.at("strength", 0.0)
+        except LoraError as error:
+            desk.studio.refuse(str(error))
+            return
+        desk.studio.want(shot, strengths)
+
+    gr.on([at.input, at.blur, follow.input], changed, [at, follow], None, **TYPING)
+    inputs = [at, follow, *fields.values(), rows_box]
+    parts.action(again.click(drawn, inputs, None, js=WITH_ROWS, **QUIET))
+
+
+def _file_box(parts: Parts, fields: dict[str, Any]) -> None:
+    """A LoRA file or a picture with settings inside, chosen or dropped."""
+    desk = parts.desk
+    read = gr.State(None)
+    with gr.Row(elem_id="preview-drop"):
+        upload = gr.UploadButton(
+            "Open a LoRA or a picture",
+            file_types=[".safetensors", ".png"],
+            elem_id="preview-upload",
+            min_width=0,
+            scale=0,
+        )
+        piece('<p class="small">or drop it here: a LoRA is added, a picture\'s settings are read.</p>')
+    report = piece(elem_id="preview-report")
+
+    def uploaded(file: str | None) -> tuple[str, Any]:
+        if not file:
+            return "", None
+        path = Path(file)
+        try:
+            if path.suffix.lower() == ".safetensors":
+                return _added(parts, path), None
+            info = picture_info(path)
+            return info_html(path.name, info), info
+        except LoraError as error:
+            return f'<p class="problem" role="alert">{safe(error)}</p>', None
+        finally:
+            # Gradio's copy has done its work.
+            path.unlink(missing_ok=True)
+
+    def sent(info: Info | None) -> list[Any]:
+        if info is None:
+            return [gr.skip(), *(gr.skip() for _ in fields)]
+        missing = keep_info(moment_of(desk), info)
+        words = "Its settings are in the form."
+        if missing:
+            words += f" Not found here: {', '.join(missing)}; drop that LoRA file to add it."
+        return [f'<p class="small" role="status">{safe(words)}</p>', *_filled(parts)]
+
+    parts.action(upload.upload(uploaded, upload, [report, read], **{**QUIET, "show_progress": "minimal"}))
+    send = gr.Button("Send to form", elem_id="send-to-form", visible="hidden")
+    parts.action(send.click(sent, read, [report, *fields.values()], **QUIET))
+
+
+def _added(parts: Parts, file: Path) -> str:
+    """Keep a copy of a LoRA file in the project and add a row for it."""
+    read_header(file)
+    project = parts.desk.project
+    target = added_lora(project, safe_name(file.name).name)
+    try:
+        shutil.move(file, target)
+    except OSError as error:
+        raise DatasetError(f"{file.name} cannot be kept: {error.strerror or error}.") from error
+    rows, kept = lora_rows(moment_of(parts.desk))
+    keep_rows(project, [*rows, LoraAt(str(target))], bool(kept.get("apart")))
+    return f'<p class="small" role="status">{safe(target.stem)} is added.</p>'
+
+
+# What a dropped picture says of how it was made: A1111's text in a PNG, nothing of it trusted.
+
+
+LONGEST_SHOWN = 600
+
+
+def picture_info(file: Path) -> Info:
+    """The settings inside a picture.
+
+    Raises:
+        DatasetError: it is no picture, or holds no settings.
     """
-
-    state: str
-    message: str
-    done: int
-    total: int
-    shot: Shot | None
-    strip: tuple[float, ...]
-    grid: Grid | None
-    pictures: dict[Shot, Path] = field(default_factory=dict)
-    wanted_at: float = 0.0
-    drawing: Shot | None = None
-    looks: int = 0
-    note: str = ""
-
-    def picture(self, shot: Shot) -> Path | None:
-        """The picture of a shot, if it is there."""
-        return self.pictures.get(shot.acting())
-
-    def strip_shots(self) -> list[Shot]:
-        """The pictures of the strip."""
-        if self.shot is None or not self.shot.loras:
-            return []
-        return [self.shot.at("strength", value).acting() for value in self.strip]
-
-    @property
-    def working(self) -> bool:
-        """Whether anything is still to be drawn, strip and grid included."""
-        return self.state == "working" or self.strip_waits or self.grid_waits
-
-    @property
-    def strip_waits(self) -> bool:
-        """Whether cells of the strip are empty and will be drawn."""
-        return self.state != "error" and any(shot not in self.pictures for shot in self.strip_shots())
-
-    @property
-    def grid_waits(self) -> bool:
-        """Whether the grid is still in the making."""
-        return self.grid is not None and not self.grid.problem and self.grid.sheet is None
+    try:
+        with Image.open(file) as opened:
+            text: Any = opened.info.get("parameters")
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{file.name} is no picture that can be read.") from error
+    if not isinstance(text, str) or not text.strip():
+        raise DatasetError(
+            f"{file.name} holds no settings; pictures lose them when a site or a chat packs them anew."
+        )
+    return parsed(text)
 
 
-def sheet_info(grid: Grid) -> str:
-    """What a sheet's PNG says: the settings that its pictures share, and its axes."""
-    shot = grid.shot
-    return Info(
-        prompt=shot.prompt, negative=shot.negative, steps=shot.steps, sampler=sampler_title(shot.sampler),
-        cfg=shot.cfg, cfg_rescale=_rescale(shot), seed=shot.seed, width=shot.width, height=shot.height,
-        model=Path(shot.base).stem, clip_skip=shot.clip_skip,
-        loras=tuple(Tag(one.name, one.strength, one.text_strength) for one in shot.loras if one.acts),
-        extra=grid_settings(grid.rows, grid.columns),
-    ).text()  # fmt: skip
-
-
-def _rescale(shot: Shot) -> float:
-    """CFG rescale as it was drawn with."""
-    facts = chosen_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
-    return facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0
-
-
-def sampler_title(key: str) -> str:
-    """A sampler as A1111 names it."""
-    return SAMPLERS[key].title if key in SAMPLERS else key
+def info_html(name: str, info: Info) -> str:
+    """What was read, with the button that sends it to the form."""
+    size = f"{info.width} {TIMES} {info.height}" if info.width and info.height else ""
+    loras = ", ".join(f"{tag.name} {tag.strength:g}" for tag in info.loras)
+    rows = {
+        "Prompt": info.prompt[:LONGEST_SHOWN], "Negative": info.negative[:LONGEST_SHOWN],
+        "LoRAs": loras, "Model": info.model, "Sampler": info.sampler, "Steps": info.steps,
+        "Guidance": info.cfg, "CFG rescale": info.cfg_rescale, "Seed": info.seed, "Size": size,
+    }  # fmt: skip
+    table = "".join(
+        f'<tr><th scope="row">{title}</th><td>{safe(value)}</td></tr>'
+        for title, value in rows.items()
+        if value not in (None, "")
+    )
+    return (
+        f'<div class="check-result"><div class="row apart"><h3>{safe(name)}</h3><button type="button"'
+        ' class="own" data-press="send-to-form">Send to form</button></div><table'
+        f' class="facts-table">{table}</table></div>'
+    )

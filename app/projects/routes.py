@@ -1,4 +1,7 @@
-"""The project picker's routes: what there is and how large it is; new, open, rename, delete; caches."""
+"""The project picker in the header: a button that says which project is open, and the dialog behind it.
+
+The dialog's list is drawn by `assets/projects.js` when it is opened.
+"""
 
 import asyncio
 import dataclasses
@@ -7,12 +10,41 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.desk import Desk
+from app.formatting import file_size, safe
 from app.routes import Answer, Refused, sent_json
-from app.words import file_size
-from lora_core.spec.disk import clean_caches, folder_bytes
-from lora_core.spec.errors import RunError
-from lora_core.spec.trash import empty_trash, restore, trash_folder, trashed
+from app.snapshot import Moment
+from app.state import Desk
+from lora_core.errors import RunError
+from lora_core.runs.storage import clean_caches, empty_trash, folder_bytes, restore, trash_folder, trashed
+
+DIALOG = """<dialog id="projects" class="panel" aria-labelledby="projects-title">
+<div class="row apart"><h2 id="projects-title">Projects</h2><button type="button" class="own quiet"
+ id="projects-close">Close</button></div>
+<p class="small">A project holds pictures, captions, the settings that you typed, and its runs.</p>
+<form class="row" id="project-new"><label class="entry grow"><span class="away">Name of a new
+project</span><input type="text"
+ placeholder="Name of a new project" maxlength="80" autocomplete="off"></label><button
+class="own primary">New</button></form>
+<p class="problem" id="projects-note" role="alert"></p>
+<div class="list" id="projects-list"></div>
+<details id="projects-trash" hidden><summary></summary><div class="list"></div></details>
+<p class="small" id="projects-said" role="status"></p>
+<div class="row apart" id="projects-room"></div></dialog>"""
+
+
+def project_button(moment: Moment) -> str:
+    """Which project is open; opens the dialog."""
+    project = moment.desk.project
+    demo = " (demo pictures)" if project.uses_demo else ""
+    return (
+        '<button type="button" class="project" id="project-picker" aria-haspopup="dialog" title="Projects:'
+        f' new, open, rename, delete"><span>{safe(project.title)}{demo}</span><svg viewBox="0 0 12 12"'
+        ' aria-hidden="true"><path d="M2.5 4.5 6 8l3.5-3.5" fill="none" stroke="currentColor"'
+        ' stroke-width="1.6"/></svg></button>'
+    )
+
+
+# The project picker's routes: what there is and how large it is; new, open, rename, delete; caches.
 
 
 def add_project_routes(app: FastAPI, desk: Desk) -> None:

@@ -1,23 +1,66 @@
-"""The base picker of the Train tab: the dropdown, what the base is, and what choosing one does to the
-form."""
+"""Which bases there are to choose from."""
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from app.desk import Desk
-from app.moment import Moment
-from app.parts import TYPING, Parts, piece
-from app.train.bases import base_choices
+from app.bindings import TYPING, Parts, piece
+from app.formatting import many, safe
+from app.snapshot import Moment
+from app.state import Desk
 from app.train.facts import base_note, download_note
-from app.train.form import FORM, carried_over, preset_config, shown, widget
-from app.train.plan import choice, keep_typed, standing_values
-from app.words import many, safe
-from lora_core.dataset.project import DEMO
-from lora_core.spec.bases import EMBEDDED, chosen_base
-from lora_core.spec.other_tools import Machine, base_files, found_tools
+from app.train.form import (
+    FORM,
+    carried_over,
+    choice,
+    keep_typed,
+    preset_config,
+    shown,
+    standing_values,
+    widget,
+)
+from lora_core.model_files.detect import EMBEDDED, chosen_base
+from lora_core.projects.project import DEMO
+from lora_core.system.other_tools import Machine, base_files, found_tools
+
+if TYPE_CHECKING:
+    # The desk holds the check of the pictures, which has to know the base.
+    from app.state import Desk
+
+
+def base_choices(desk: "Desk") -> list[tuple[str, str]]:
+    """What the picker offers, as (words, value): the embedded base, those used before, then the other
+    tools'."""
+    titles: dict[str, tuple[str, str]] = {}
+    for tool, files in desk.tools.shelves():
+        for file in files:
+            top = next((folder for folder in tool.models if file.is_relative_to(folder)), file.parent)
+            words = file.relative_to(top).as_posix() if file != top else file.name
+            titles.setdefault(_key(str(file)), (f"{tool.name}: {words}", str(file)))
+    seen = {_key(name): name for name in desk.places.bases() if _there(name)}
+    before = [(titles[key][0] if key in titles else Path(name).name, name) for key, name in seen.items()]
+    return [
+        ("Embedded base (tiny)", EMBEDDED),
+        *before,
+        *(choice for key, choice in titles.items() if key not in seen),
+    ]
+
+
+def _key(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def _there(name: str) -> bool:
+    """Whether a base that was used before can be offered: a hub id always, a file or folder where it still
+    is."""
+    return Path(name).expanduser().exists() or not Path(name).is_absolute()
+
+
+# The base picker of the Train tab: the dropdown, what the base is, and what choosing one does to the form.
+
 
 INFO = (
     "Type to search. Or the path of a .safetensors file, of a diffusers folder, or of a folder full of"

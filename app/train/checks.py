@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_core.dataset.folder import Dataset
-from lora_core.dataset.preflight import preflight
-from lora_core.spec.config import FIELDS, RunConfig
-from lora_core.spec.errors import LoraError
-from lora_core.spec.hardware import Hardware
-from lora_core.spec.problems import Problem
+from lora_core.data.dataset import Dataset
+from lora_core.errors import LoraError
+from lora_core.runs.preflight import Problem, preflight
+from lora_core.settings.config import FIELDS, RunConfig
+from lora_core.system.hardware import Hardware
 
 FRESH_SECONDS = 60.0
 """Drives fill up and other programs take memory: looked at anew after so long."""

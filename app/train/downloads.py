@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_core.spec.bases import forget_bases
-from lora_core.spec.errors import LoraError, RunError
-from lora_core.spec.hub import Download, DownloadCancelled, download, find_download
+from lora_core.errors import LoraError, RunError
+from lora_core.model_files.detect import forget_bases
+from lora_core.model_files.hub import Download, DownloadCancelled, download, find_download
 
 
 @dataclass

@@ -3,18 +3,16 @@ problem."""
 
 import json
 
-from app.moment import Moment
+from app.formatting import UNKNOWN, about, bar, file_size, many, pace, safe, scientific, tile
+from app.snapshot import Moment
 from app.train.form import for_family
-from app.words import UNKNOWN, about, bar, file_size, many, pace, safe, scientific, tile
-from lora_core.dataset.preflight import caption_bytes
-from lora_core.spec.config import RunConfig
-from lora_core.spec.forecast import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast, memory_needed
-from lora_core.spec.hardware import card_problem
-from lora_core.spec.hub import Download
-from lora_core.spec.setting import AUTO
-from lora_core.spec.sizes import (
-    export_bytes,
-)
+from lora_core.model_files.hub import Download
+from lora_core.model_files.sizes import export_bytes
+from lora_core.runs.costs import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast, memory_needed
+from lora_core.runs.preflight import caption_bytes
+from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import AUTO
+from lora_core.system.hardware import card_problem
 
 SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated", GUESSED: "estimated"}
 NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."

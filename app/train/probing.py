@@ -9,13 +9,21 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from app.worker import CANCELLED, Reply, Worker
-from lora_core.spec.bases import Base, chosen_base
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import RunError
-from lora_core.spec.forecast import numbers_of, work_a_step
-from lora_core.spec.hardware import Hardware
-from lora_core.spec.measured import Measured, at_device, cost_key, keep_measured, measured_file, read_measured
+from app.worker_client import CANCELLED, Reply, Worker
+from lora_core.errors import RunError
+from lora_core.model_files.detect import Base, chosen_base
+from lora_core.runs.costs import (
+    Measured,
+    at_device,
+    cost_key,
+    keep_measured,
+    measured_file,
+    numbers_of,
+    read_measured,
+    work_a_step,
+)
+from lora_core.settings.config import RunConfig
+from lora_core.system.hardware import Hardware
 
 STILL_FOR = 1.5
 """Seconds without a change of the form before it is measured by itself."""

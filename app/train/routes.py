@@ -10,15 +10,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.desk import Desk
 from app.routes import Answer, Refused, sent_json
-from app.train.plan import Plan
+from app.state import Desk
+from app.train.form import Plan
 from app.train.starting import take_settings
-from lora_core.spec.debug_zip import debug_zip
-from lora_core.spec.errors import RunError
-from lora_core.spec.like_file import like_file
-from lora_core.spec.run_folder import RunFolder, checked_name, runs_folder
-from lora_core.spec.tensor_file import MAX_HEADER
+from lora_core.errors import RunError
+from lora_core.model_files.header import MAX_HEADER
+from lora_core.model_files.starting_settings import like_file
+from lora_core.runs.diagnosis import debug_zip
+from lora_core.runs.folder import RunFolder, checked_name, runs_folder
 
 QUIT_AFTER = 0.3
 """Seconds: the answer is to be out before the server ends."""

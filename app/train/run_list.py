@@ -4,13 +4,13 @@ import json
 from typing import Any
 
 from app.export.report_card import in_list
+from app.formatting import about, changed_inputs, chip, file_size, many, safe, state_chip
 from app.header import accept_button
 from app.jobs import RESUMABLE, Watch
-from app.moment import Moment, asks
+from app.snapshot import Moment, asks
 from app.train.checks import in_words
-from app.words import about, changed_inputs, chip, file_size, many, safe, state_chip
-from lora_core.spec.errors import RunError
-from lora_core.spec.queue import RUNNING, WAITING, Job
+from lora_core.errors import RunError
+from lora_core.runs.queue import RUNNING, WAITING, Job
 
 MOST_EARLIER = 12
 MOST_FAILED = 3

@@ -1,12 +1,12 @@
 """The samples of a run: a row a prompt, the base first and beside it what was learned, the newest first."""
 
+from app.formatting import safe
 from app.jobs import Watch
-from app.moment import Moment
 from app.routes import address
-from app.words import safe
-from lora_core.spec.events import PreviewDone
-from lora_core.spec.forecast import how_often
-from lora_core.spec.run_folder import runs_folder
+from app.snapshot import Moment
+from lora_core.runs.costs import how_often
+from lora_core.runs.events import PreviewDone
+from lora_core.runs.folder import runs_folder
 
 RAW = ", raw adapter (above: its average)"
 MOST_ROWS, FEWEST_COLUMNS, MOST_COLUMNS = 4, 3, 6

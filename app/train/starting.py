@@ -6,18 +6,16 @@ from typing import Any
 
 import gradio as gr
 
-from app.moment import Moment, moment_of
-from app.parts import QUIET, Parts, piece
+from app.bindings import QUIET, Parts, piece
+from app.formatting import many, safe
+from app.snapshot import Moment, moment_of
 from app.train.facts import blockers, facts, unfit
-from app.train.form import FORM, command_line, shown
-from app.train.plan import keep_typed, widget_values
+from app.train.form import FORM, command_line, keep_typed, shown, widget_values
 from app.train.train_form import TrainForm
-from app.words import many, safe
-from lora_core.spec.bases import EMBEDDED
-from lora_core.spec.config import FIELDS, RunConfig
-from lora_core.spec.errors import LoraError
-from lora_core.spec.like import Like
-from lora_core.spec.like_file import like_file
+from lora_core.errors import LoraError
+from lora_core.model_files.detect import EMBEDDED
+from lora_core.model_files.starting_settings import Like, like_file
+from lora_core.settings.config import FIELDS, RunConfig
 
 MOST_LISTED = 8
 

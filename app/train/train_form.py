@@ -7,24 +7,28 @@ from typing import Any
 
 import gradio as gr
 
-from app.moment import Moment
-from app.parts import QUIET, TYPING, Parts, edited, piece
+from app.bindings import QUIET, TYPING, Parts, edited, piece
+from app.formatting import safe
+from app.snapshot import Moment
 from app.train.base_picker import HIDDEN_INFO, build_picker, wire_picker
 from app.train.form import (
     FORM,
     GROUPS,
+    Plan,
     changed_names,
+    choice,
     form_values,
     group_fields,
+    keep_typed,
     preset_config,
+    standing_values,
     summary,
     widget,
+    widget_values,
 )
-from app.train.plan import Plan, choice, keep_typed, standing_values, widget_values
-from app.words import safe
-from lora_core.spec.bases import EMBEDDED, chosen_base
-from lora_core.spec.config import FIELDS
-from lora_core.spec.presets import GOALS, LEVELS
+from lora_core.model_files.detect import EMBEDDED, chosen_base
+from lora_core.model_files.starting_settings import GOALS, LEVELS
+from lora_core.settings.config import FIELDS
 
 RESOLUTIONS = (128, 256, 512, 768, 1024)
 FOLDED = [group for group in GROUPS if group != "Base model"]

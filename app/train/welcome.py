@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.parts import QUIET, Parts, piece
+from app.bindings import QUIET, Parts, piece
 
 TEXT = """<h2>Teach a picture model something new, on your own computer</h2>
 <p>1. Drop pictures of one thing or one style. &nbsp; 2. Press Start. &nbsp; 3. Move the strength slider, take

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_core.spec.errors import AdapterFileError, RunError
-from lora_core.spec.run_folder import RunFolder, find_run
+from lora_core.errors import AdapterFileError, RunError
+from lora_core.runs.folder import RunFolder, find_run
 
 Verbs = Mapping[str, argparse.ArgumentParser]
 """The parser of each verb by its name, as `lora_core.verbs` has it."""

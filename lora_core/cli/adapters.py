@@ -6,8 +6,8 @@ from typing import Any
 
 from lora_core import api
 from lora_core.cli import Verbs, add_file, add_json, add_workspace, say, say_json
-from lora_core.spec.errors import AdapterFileError, RunError
-from lora_core.spec.run_folder import find_run
+from lora_core.errors import AdapterFileError, RunError
+from lora_core.runs.folder import find_run
 
 
 def add_verbs(verbs: Verbs) -> None:

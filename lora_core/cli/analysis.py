@@ -12,8 +12,8 @@ from lora_core import api
 from lora_core.cli import Verbs, add_file, add_json, add_workspace, say, say_json, write
 from lora_core.cli.combine import SECONDS_BETWEEN_NOTES, slow_note
 from lora_core.cli.pictures import loras_of, note_extras
-from lora_core.spec.choices import PREDICTIONS, ZERO_TERMINAL_SNR
-from lora_core.spec.errors import ConfigError
+from lora_core.errors import ConfigError
+from lora_core.settings.choices import PREDICTIONS, ZERO_TERMINAL_SNR
 
 if TYPE_CHECKING:
     pass

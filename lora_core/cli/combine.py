@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_core import api
 from lora_core.cli import Verbs, add_workspace, say, write
 from lora_core.cli.pictures import loras_of
-from lora_core.spec.errors import ConfigError
+from lora_core.errors import ConfigError
 
 
 def add_verbs(verbs: Verbs) -> None:

@@ -21,31 +21,23 @@ from lora_core.cli import (
     say_json,
 )
 from lora_core.cli.progress import EventPrinter
-from lora_core.spec.awake import keep_awake
-from lora_core.spec.base_facts import base_facts
-from lora_core.spec.choices import FORMATS
-from lora_core.spec.config import (
-    RunConfig,
-    checked_option,
-    flattened,
-    load_toml,
-    parsed_assignment,
-)
-from lora_core.spec.errors import ModelFileError
-from lora_core.spec.event_file import EventWriter
-from lora_core.spec.events import Stopped
-from lora_core.spec.importing import without_collecting
-from lora_core.spec.notify import tell_end
-from lora_core.spec.paths import workspace
-from lora_core.spec.problems import Problem, refuse
-from lora_core.spec.processor import COMPUTES, GIVES_WAY
-from lora_core.spec.queue import events_size
-from lora_core.spec.run_folder import RunFolder, runs_folder
-from lora_core.spec.stopping import INTERRUPTED, Stopping
+from lora_core.errors import ModelFileError
+from lora_core.model_files.detect import base_facts
+from lora_core.runs.events import EventWriter, Stopped
+from lora_core.runs.folder import RunFolder, runs_folder
+from lora_core.runs.notifications import tell_end
+from lora_core.runs.preflight import Problem, refuse
+from lora_core.runs.queue import events_size
+from lora_core.settings.choices import FORMATS
+from lora_core.settings.config import RunConfig, checked_option, flattened, load_toml, parsed_assignment
+from lora_core.system.cpu_threads import COMPUTES, GIVES_WAY, without_collecting
+from lora_core.system.keep_awake import keep_awake
+from lora_core.system.paths import workspace
+from lora_core.system.processes import INTERRUPTED, Stopping
 
 if TYPE_CHECKING:
-    from lora_core.training.fellows import Fellows
-    from lora_core.training.run import Outcome
+    from lora_core.train.distributed import Fellows
+    from lora_core.train.trainer import Outcome
 
 LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are; accelerate reads the same."""
@@ -218,8 +210,8 @@ def _together(lead: Callable[[Stopping, "Fellows | None"], int]) -> int:
             if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in LAUNCHED):
                 say(f"Note: {ONE_ONLY}")
             return lead(stopping, None)
-        from lora_core.training.fellows import fellowship
-        from lora_core.training.follow import follow
+        from lora_core.train.distributed import fellowship
+        from lora_core.train.trainer import follow
 
         with fellowship() as fellows:
             if fellows.main:
@@ -282,7 +274,7 @@ def _trained(
             # line.
             run.request("resume")
             with stopping.raising(), without_collecting():
-                from lora_core.training.run import train
+                from lora_core.train.trainer import train
         except KeyboardInterrupt:
             _note_stop(run)
             raise

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from lora_core import api
 from lora_core.cli import Verbs, adapter_file, add_json, add_workspace, say, say_json, write
-from lora_core.spec.choices import PREDICTIONS, ZERO_TERMINAL_SNR
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.processor import COMPUTES
-from lora_core.spec.setting import AUTO
-from lora_core.spec.shots import KINDS, Axis, LoraAt, Shot, axis_of, checked_rescale
-from lora_core.spec.tensor_file import read_header
+from lora_core.errors import AdapterFileError
+from lora_core.generate.request import KINDS, Axis, LoraAt, Shot, axis_of, checked_rescale
+from lora_core.model_files.header import read_header
+from lora_core.settings.choices import PREDICTIONS, ZERO_TERMINAL_SNR
+from lora_core.settings.schema import AUTO
+from lora_core.system.cpu_threads import COMPUTES
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -99,7 +99,7 @@ def loras_of(texts: Iterable[str], place: Path | None) -> list[LoraAt]:
 
 def note_extras(files: Iterable[str | Path]) -> None:
     """Say on stderr what adapter files hold that is not used."""
-    from lora_core.formats.kinds import extras_sentence
+    from lora_core.formats.detect import extras_sentence
 
     for file in dict.fromkeys(map(Path, files)):
         sentence = extras_sentence(read_header(file).shapes)

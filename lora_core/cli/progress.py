@@ -4,9 +4,9 @@ import time
 from typing import TextIO
 
 from lora_core.cli import write
-from lora_core.spec import events
-from lora_core.spec.progress import Progress
-from lora_core.spec.verdict import verdict
+from lora_core.runs import events
+from lora_core.runs.progress import Progress
+from lora_core.runs.verdict import verdict
 
 SECONDS_BETWEEN_STEPS = 0.5
 """Lines about steps come no closer than this, so that a pipe that nobody reads is not filled."""

@@ -3,12 +3,12 @@
 import argparse
 
 from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json
-from lora_core.spec.errors import RunError
-from lora_core.spec.owner import ensure_owner, pause_queue, work_through
-from lora_core.spec.paths import workspace
-from lora_core.spec.queue import FAILED, Queue
-from lora_core.spec.run_folder import RunFolder
-from lora_core.spec.stopping import INTERRUPTED
+from lora_core.errors import RunError
+from lora_core.runs.folder import RunFolder
+from lora_core.runs.queue import FAILED, Queue
+from lora_core.runs.runner import ensure_owner, pause_queue, work_through
+from lora_core.system.paths import workspace
+from lora_core.system.processes import INTERRUPTED
 
 
 def add_verbs(verbs: Verbs) -> None:

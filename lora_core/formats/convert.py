@@ -3,11 +3,10 @@ one."""
 
 from pathlib import Path
 
-from lora_core.formats.file import AS_IT_IS, read_adapter, write_adapter
-from lora_core.formats.forms import in_own_form
-from lora_core.formats.kinds import extras_sentence, family_name, file_family
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.tensor_file import read_header
+from lora_core.errors import AdapterFileError
+from lora_core.formats.detect import extras_sentence, family_name, file_family
+from lora_core.formats.io import AS_IT_IS, in_own_form, read_adapter, write_adapter
+from lora_core.model_files.header import read_header
 
 
 def converted(source: Path, target: Path, format: str, keep_alphas: bool = False) -> list[str]:

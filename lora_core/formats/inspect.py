@@ -7,12 +7,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lora_core.formats import diffusers, kinds, kohya
-from lora_core.formats.container import file_hashes, read_tensors
+from lora_core.errors import AdapterFileError
+from lora_core.formats import detect, kohya, peft
+from lora_core.formats.io import file_hashes, read_tensors
 from lora_core.formats.layers import Tensors, alpha_number, check_products, checked_layer, is_finite
-from lora_core.formats.peft_folder import with_config_beside
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.tensor_file import Header, read_header
+from lora_core.formats.peft import with_config_beside
+from lora_core.model_files.header import Header, read_header
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -33,13 +33,13 @@ def inspect_file(path: Path) -> dict[str, Any]:
     path = Path(path)
     header = read_header(path)
     shapes = header.shapes
-    modules = kinds.keys_by_module(shapes)
+    modules = detect.keys_by_module(shapes)
     ranks = sorted({rank for keys in modules.values() if (rank := _rank(keys, shapes))})
     weights = [shape for key, shape in shapes.items() if not key.endswith(".alpha")]
     return {
-        "family": kinds.family_name(shapes, header.metadata),
+        "family": detect.family_name(shapes, header.metadata),
         "format": file_format(shapes),
-        "kind": kinds.kind_of(shapes),
+        "kind": detect.kind_of(shapes),
         "ranks": ranks,
         "alphas": _alphas(path, header, ranks),
         "modules": len(modules),
@@ -47,16 +47,16 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         **file_hashes(path),
         "problem": _problem(path, shapes),
-        "extras": kinds.extras_sentence(shapes),
+        "extras": detect.extras_sentence(shapes),
         "metadata": header.metadata,
     }
 
 
-def file_format(shapes: kinds.Shapes) -> str:
+def file_format(shapes: detect.Shapes) -> str:
     """Which format a file's names are of: "kohya", "diffusers" or "unknown"."""
     if kohya.matches(shapes):
         return "kohya"
-    return "diffusers" if diffusers.matches(shapes) else "unknown"
+    return "diffusers" if peft.matches(shapes) else "unknown"
 
 
 _ROLE = re.compile(
@@ -65,18 +65,18 @@ _ROLE = re.compile(
 )
 
 
-def _problem(path: Path, shapes: kinds.Shapes) -> str:
+def _problem(path: Path, shapes: detect.Shapes) -> str:
     """What is wrong inside a file whose header is in order, whatever its layers are called."""
     if not shapes:
         return f"{path} holds no tensors; it is no adapter."
-    if kinds.kind_of(shapes) not in kinds.ADAPTERS:
+    if detect.kind_of(shapes) not in detect.ADAPTERS:
         return ""
     tensors, _ = read_tensors(path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             return f"{path} is broken: {name!r} holds numbers that are not finite (NaN or infinity)."
-    extras = kinds.extra_keys(tensors)
-    modules = kinds.keys_by_module(key for key in tensors if key not in extras)
+    extras = detect.extra_keys(tensors)
+    modules = detect.keys_by_module(key for key in tensors if key not in extras)
     for module, keys in modules.items():
         try:
             _check_module(module, {key: tensors[key] for key in keys})
@@ -120,7 +120,7 @@ _RANK_AXES = {
 """A part of a tensor's name, to the axis of its shape that is the rank."""
 
 
-def _rank(keys: list[str], shapes: kinds.Shapes) -> int:
+def _rank(keys: list[str], shapes: detect.Shapes) -> int:
     for key in keys:
         for part, axis in _RANK_AXES.items():
             if part in key and key.endswith(("weight", part)) and len(shapes[key]) > 1:
@@ -139,5 +139,5 @@ def _alphas(path: Path, header: Header, ranks: list[int]) -> list[float]:
     except (SafetensorError, OSError, RuntimeError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
     texts = with_config_beside(path, header.tensors, header.metadata)
-    claimed = stored or kinds.alpha_claims(texts, diffusers.HEADER_KEY)
+    claimed = stored or detect.alpha_claims(texts, peft.HEADER_KEY)
     return sorted({alpha for alpha in claimed if math.isfinite(alpha)}) or [float(rank) for rank in ranks]

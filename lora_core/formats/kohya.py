@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.formats.kinds import extra_keys, file_family
+from lora_core.errors import AdapterFileError
+from lora_core.formats.detect import extra_keys, file_family
 from lora_core.formats.layers import Tensors, check_plain, checked_layer
 from lora_core.formats.names import STEM_PARTS, first_few, layer_of_stem, stem_of_layer
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import Family
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.model_files.families import Family
 
 ROLES = {
     "lora_down.weight": "down",

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import torch
 
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.spec.errors import AdapterFileError
+from lora_core.errors import AdapterFileError
+from lora_core.lora.weights import AdapterWeights, LayerWeights
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,10 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_core.adapters.weights import LayerKey
-from lora_core.spec.families import Family
-from lora_core.spec.paths import DEMO_BASE, FAMILY_CONFIGS
-from lora_core.spec.untrusted import parsed_json
+from lora_core.lora.weights import LayerKey
+from lora_core.model_files.families import Family
+from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
+from lora_core.system.untrusted import parsed_json
 
 Layout = dict[LayerKey, tuple[int, ...]]
 """Each linear layer and convolution, in the models' own order, to the shape of its weight."""

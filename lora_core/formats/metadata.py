@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from lora_core.spec.families import Family
+from lora_core.model_files.families import Family
 
 CONFIG_KEY = "lora_easel.config"
 """Our own key: the run's settings as TOML, so that a file can be trained again like it was."""

@@ -3,16 +3,16 @@
 A stem cannot simply be split, since underscores are part of the names too. So all adaptable layers are rows
 of a table in which `#` stands for a number; numbers are taken out of a name, the row is looked up, and they
 are put back. This needs no model. The original (ldm) block names, which some families have in kohya files
-(`Family.kohya_block_names`), are one more table; `spec/ldm_names.py` knows what they are in diffusers.
+(`Family.kohya_block_names`), are one more table; `model_files/key_names.py` knows what they are in diffusers.
 """
 
 import re
 from collections.abc import Iterable
 
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import FAMILIES, Family
-from lora_core.spec.ldm_names import diffusers_unet_path, ldm_unet_path
-from lora_core.spec.other_models import other_family
+from lora_core.errors import AdapterFileError
+from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.key_names import diffusers_unet_path, ldm_unet_path
+from lora_core.model_files.unsupported import other_family
 
 _BLOCKS = ("down_blocks.#", "mid_block", "up_blocks.#")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.#")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from lora_core.errors import ConfigError
 from lora_core.models.weight_files import PRECISIONS
-from lora_core.spec.errors import ConfigError
-from lora_core.spec.setting import AUTO
+from lora_core.settings.schema import AUTO
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of `malloc.h`."""

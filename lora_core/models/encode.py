@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
-from lora_core.dataset.captions import CHUNK, COMMA, chunked
+from lora_core.data.buckets import Bucket, fit
+from lora_core.data.captions import CHUNK, COMMA, chunked
+from lora_core.data.dataset import ImageRecord
+from lora_core.data.images import open_rgb
+from lora_core.model_files.families import TextEncoder
 from lora_core.models.device import full_fp32, out_of_memory, release_failed, send
 from lora_core.models.load import BaseModel
-from lora_core.spec.families import TextEncoder
 
 TILES = (512, 256)
 """Sides in pixels, tried in this order."""
@@ -198,3 +202,17 @@ def _encoded(
         # transformers 5.6 took the `text_model` level out of CLIPTextModel.
         hidden = getattr(module, "text_model", module).final_layer_norm(hidden)
     return hidden, output.text_embeds if encoder.pooled else None
+
+
+# A picture on disk as the tensor that the VAE takes.
+
+
+def picture_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torch.Tensor:
+    """The picture cropped and scaled to its bucket, (3, H, W) in [-1, 1], fp32; mirrored if `flip`.
+
+    Raises:
+        DatasetError: the picture cannot be read any more.
+    """
+    pixels = np.asarray(fit(open_rgb(record.path), bucket), dtype=np.float32) / 127.5 - 1.0
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return tensor.flip(-1) if flip else tensor

@@ -1,13 +1,9 @@
-"""Opening a base model: a diffusers folder, a single file, the embedded one, or one from the hub.
-
-Components are built without memory for their weights and filled tensor by tensor from wherever each parameter
-lies, in the number format that is asked for: a base never takes more memory than it has weights. Only
-submodules of diffusers and transformers are imported: the whole pipeline zoo takes ten seconds more.
-"""
+"""Filling a component that was built without memory for its weights, one parameter at a time."""
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,29 +15,207 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
+from lora_core.backends.int8 import Thinner
+from lora_core.errors import ModelFileError, OutOfMemory
+from lora_core.model_files.detect import UNET, VAE, BaseFacts, base_facts, missing_files, single_file_facts
+from lora_core.model_files.families import Family, TextEncoder
+from lora_core.model_files.header import Header
+from lora_core.model_files.hub import fetch_base
+from lora_core.model_files.key_names import RESNETS, open_clip_path
 from lora_core.models.device import available_memory, memory_of, out_of_memory
-from lora_core.models.file_configs import text_config, unet_config, vae_config
-from lora_core.models.fill import Where, fill
-from lora_core.models.noise import NoiseSchedule
-from lora_core.models.sources import (
+from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.models.weight_files import (
     Finder,
+    Source,
+    WeightFile,
     component_in_folder,
+    opened_weights,
     text_encoder_in_file,
     unet_in_file,
     vae_in_file,
 )
-from lora_core.models.thin import Thinner
-from lora_core.models.weight_files import WeightFile, opened_weights
-from lora_core.spec.base_facts import BaseFacts, base_facts, missing_files, single_file_facts
-from lora_core.spec.errors import ModelFileError, OutOfMemory
-from lora_core.spec.families import Family, TextEncoder
-from lora_core.spec.hub import fetch_base
-from lora_core.spec.paths import CLIP_TOKENIZER
-from lora_core.spec.tensor_file import Header
+from lora_core.system.paths import CLIP_TOKENIZER
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a sentence on a problem says.
+
+    Attributes:
+        path: of the base.
+        title: of the component.
+        advice: what to do where weights are missing.
+    """
+
+    path: Path
+    title: str
+    advice: str
+
+
+def fill(
+    module: nn.Module, find: Finder, dtype: torch.dtype, device: torch.device, where: Where,
+    thin: Thinner | None = None,
+) -> None:  # fmt: skip
+    """Read all parameters of `module`, frozen, in `dtype`, onto `device`.
+
+    Nothing is left at a random start: a parameter that the files lack is an error, where the libraries only
+    log it. All names and shapes are checked before the first number is read.
+    Each layer is made thin as soon as its weight is there, where that is asked for.
+
+    Raises:
+        ModelFileError: the files lack a parameter, or it has another shape or holds NaN.
+    """
+    wanted = dict(module.named_parameters())
+    places = _places(wanted, find, where)
+    for name, place in places.items():
+        tensor = place.read()
+        if not tensor.is_floating_point():
+            raise ModelFileError(f"{place.file.path} holds {place.key} in whole numbers; it is no weight.")
+        tensor = tensor.reshape(wanted[name].shape)
+        held = tensor.to(device, dtype)
+        if not _finite(held):
+            broken = not _finite(tensor.float())
+            reason = "holds NaN or infinity" if broken else f"holds more than {str(dtype)[6:]} can"
+            advice = "choose another file" if broken else "set train.precision to fp32 or bf16"
+            raise ModelFileError(f"{place.file.path}: the tensor {place.key} {reason}; {advice}.")
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, nn.Parameter(held, requires_grad=False))
+        if thin and leaf == "weight":
+            thin.layer(module, parent)
+
+
+def _places(wanted: dict[str, nn.Parameter], find: Finder, where: Where) -> dict[str, Source]:
+    """Where each parameter lies."""
+    found = {name: find(name) for name in wanted}
+    missing = [name for name, place in found.items() if place is None]
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        lacks = where.title if len(missing) == len(found) else f"{missing[0]}{more} of the {where.title}"
+        raise ModelFileError(f"The base {where.path} lacks {lacks}. {where.advice}")
+    places = {name: place for name, place in found.items() if place is not None}
+    for name, place in places.items():
+        if place.numel != wanted[name].numel():
+            raise ModelFileError(
+                f"{place.file.path} holds {place.key} in the shape {place.file.shapes[place.key]}, not"
+                f" {list(wanted[name].shape)}; its {where.title} is of another kind."
+            )
+    return places
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite, without a second tensor of the same size."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+# The configs of a single file's components: the family's, with the sizes that the tensors themselves have.
+#
+# Depths and widths show in names and shapes; how attention is cut into heads does not, so that it stays as
+# the family's config says, or 64 channels a head where that does not divide.
+
+
+Shapes = Mapping[str, Sequence[int]]
+HEAD_WIDTH = 64
+"""Channels of an attention head in every family from SD 2.x on, and in all CLIP text encoders."""
+
+
+def unet_config(config: Mapping[str, Any], shapes: Shapes, family: Family) -> dict[str, Any]:
+    """A UNet's config with the widths and depths of the file's tensors."""
+    found = dict(config)
+    levels = range(len(family.attention_levels))
+    firsts = [f"{UNET}input_blocks.{1 + (RESNETS + 1) * level}" for level in levels]
+    widths = [shapes.get(f"{first}.0.in_layers.2.weight") for first in firsts]
+    channels = [int(width[0]) for width in widths if width]
+    if len(channels) != len(firsts):
+        return found
+    found["block_out_channels"] = channels
+    heads = config.get("attention_head_dim", 8)
+    heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(channels)
+    fitting = [_heads(own, width) for own, width in zip(heads, channels, strict=True)]
+    found["attention_head_dim"] = fitting if len(set(fitting)) > 1 else fitting[0]
+    depths = [_depth(shapes, f"{first}.1.transformer_blocks.") for first in firsts]
+    if any(depths):
+        kept = [depth or 1 for depth in depths]
+        found["transformer_layers_per_block"] = kept if len(set(kept)) > 1 else kept[0]
+    projection = next(
+        (s for k, s in shapes.items() if k.startswith(UNET) and k.endswith(".proj_in.weight")), None
+    )
+    if projection:
+        found["use_linear_projection"] = len(projection) == 2
+    label = shapes.get(f"{UNET}label_emb.0.0.weight")
+    if label and config.get("projection_class_embeddings_input_dim"):
+        found["projection_class_embeddings_input_dim"] = int(label[1])
+    return found
+
+
+def _heads(own: int, channels: int) -> int:
+    return own if channels % own == 0 else max(1, channels // HEAD_WIDTH)
+
+
+def _depth(shapes: Shapes, start: str) -> int:
+    """How many numbered things follow `start` in the names."""
+    numbers = {match[1] for key in shapes if (match := re.match(re.escape(start) + r"(\d+)\.", key))}
+    return len(numbers)
+
+
+def vae_config(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """A VAE's config with the widths of the file's tensors, whichever names it uses."""
+    found = dict(config)
+    channels = []
+    for level in range(len(config["block_out_channels"])):
+        for key in (f"encoder.down.{level}.block.0", f"encoder.down_blocks.{level}.resnets.0"):
+            shape = shapes.get(f"{VAE}{key}.conv1.weight") or shapes.get(f"{key}.conv1.weight")
+            if shape:
+                channels.append(int(shape[0]))
+    if len(channels) == len(config["block_out_channels"]):
+        found["block_out_channels"] = channels
+    return found
+
+
+def text_config(config: Mapping[str, Any], shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
+    """A text encoder's config with the widths and the depth of the file's tensors.
+
+    OpenCLIP files of SD 2.x hold one layer more than is used, so the depth is never more than the config's.
+    """
+    found = dict(config)
+
+    def shape(name: str) -> Sequence[int] | None:
+        if encoder.open_clip:
+            return shapes.get(encoder.single_file + open_clip_path(name)[0])
+        return shapes.get(f"{encoder.single_file}text_model.{name}") or shapes.get(encoder.single_file + name)
+
+    words, first = shape("embeddings.token_embedding.weight"), shape("encoder.layers.0.mlp.fc1.weight")
+    if not words or not first:
+        return found
+    depth = max(
+        _depth(shapes, encoder.single_file + layers)
+        for layers in ("text_model.encoder.layers.", "encoder.layers.", "transformer.resblocks.")
+    )
+    width = int(words[1])
+    found |= {
+        "vocab_size": int(words[0]),
+        "hidden_size": width,
+        "intermediate_size": int(first[0]),
+        "num_hidden_layers": min(depth, config["num_hidden_layers"]),
+        "num_attention_heads": _heads(config["num_attention_heads"], width),
+    }
+    projection = shape("text_projection.weight") if encoder.pooled else None
+    if projection:
+        found["projection_dim"] = int(projection[1])
+    return found
+
+
+# Opening a base model: a diffusers folder, a single file, the embedded one, or one from the hub.
+#
+# Components are built without memory for their weights and filled tensor by tensor from wherever each
+# parameter lies, in the number format that is asked for: a base never takes more memory than it has
+# weights. Only submodules of diffusers and transformers are imported: the whole pipeline zoo takes ten
+# seconds more.
+
 
 TITLES = {"unet": "UNet", "vae": "VAE"}
 """What sentences call the components whose part is no word of its own."""

@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
-from lora_core.spec.errors import RunError
-from lora_core.spec.hardware import REINSTALL, Card, card_problem, find_card
-from lora_core.spec.paths import workspace as workspace_folder
-from lora_core.spec.room import free_bytes
+from lora_core.errors import RunError
+from lora_core.model_files.sizes import free_bytes
+from lora_core.system.hardware import REINSTALL, Card, card_problem, find_card
+from lora_core.system.paths import workspace as workspace_folder
 
 PROJECT = "lora-easel"
 PORT, PORTS_TRIED = 7860, 40

@@ -1,20 +1,198 @@
-"""All that a report tells, read or measured before a line of it is written. What is missing is a sentence."""
+"""What is measured of an adapter on a bench, as plain numbers: the intrinsic rank and the best strength."""
 
 import json
 import math
+import random
+import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_core.analysis.spectrum import file_spectrum
-from lora_core.report.measured import measured_rank, measured_strength
-from lora_core.report.run_bench import run_bench
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import LoraError
-from lora_core.spec.events import Finished, Stopped, read_events
-from lora_core.spec.progress import Progress
-from lora_core.spec.run_folder import RunFolder
+from lora_core.data.captions import CaptionRules, drawn_caption
+from lora_core.data.dataset import ImageRecord, open_dataset, require_clean
+from lora_core.data.holdout import held_out
+from lora_core.errors import DatasetError, LoraError
+from lora_core.lora.weights import AdapterWeights
+from lora_core.model_files.families import Family
+from lora_core.models.device import best_device
+from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.load import BaseModel, load_base
+from lora_core.models.weight_files import PRECISIONS
+from lora_core.runs.events import Finished, Stopped, read_events
+from lora_core.runs.folder import RunFolder
+from lora_core.runs.progress import Progress
+from lora_core.settings.config import RunConfig
+from lora_core.tools.evaluator import Bench, Measured
+from lora_core.tools.rewrite import Rewriting
+from lora_core.tools.shrink import SHRUNK_KEY, cut, decomposed, intrinsic_rank, opened_plain
+from lora_core.tools.strength import fitted, fitted_apart
+from lora_core.tools.svd import file_spectrum
+from lora_core.train.fingerprint import inputs_of
+
+
+def measured_rank(file: Path, family: Family, measured: Measured) -> dict[str, Any]:
+    """The intrinsic rank of an adapter file, and by how much the smaller file would be smaller.
+
+    Args:
+        file: a plain LoRA.
+        family: of its base.
+        measured: gives the gains of adapters, as `Bench.gains` does.
+
+    Returns:
+        The document of `shrink --intrinsic --json`; `ranks` by layer is what `cut_file` takes.
+
+    Raises:
+        AdapterFileError: it is no plain LoRA, or gains nothing on these pictures.
+    """
+    weights, known = opened_plain(file, family)
+    smaller, found = intrinsic_rank(weights, measured)
+    with tempfile.TemporaryDirectory() as folder:
+        to = Rewriting(file, Path(folder) / file.name, "", time.time())
+        to.write(smaller, known, SHRUNK_KEY, {"intrinsic": found.rank})
+        times = to.times_smaller
+    return {**found.document(times), "sentences": [found.sentence(times)]}
+
+
+def cut_file(to: Rewriting, known: Family | None, ranks: dict[tuple[str, str], int], record: Any) -> str:
+    """Write an adapter cut to the ranks that were found for it.
+
+    Args:
+        to: from where and where to.
+        known: the family of the base, if there is one.
+        ranks: by layer.
+        record: what the header says of it.
+
+    Returns:
+        What was done, in a sentence.
+
+    Raises:
+        AdapterFileError: it is no plain LoRA, or cannot be written.
+    """
+    weights, family = opened_plain(to.source, known)
+    smaller: AdapterWeights = cut(decomposed(weights), ranks)[0]
+    to.write(smaller, family, SHRUNK_KEY, record)
+    return f"The file is {to.times_smaller:.1f} times smaller."
+
+
+def measured_strength(file: Path, family: Family, measured: Measured, apart: bool = False) -> dict[str, Any]:
+    """The best strength of an adapter file, or one for the UNet and one for the text encoders.
+
+    Returns:
+        `fits`: rows of `part` ("" for the whole adapter, else "UNet" or "text encoders") and what `Fit` says;
+        `strengths`: to bake in; `sentences`.
+
+    Raises:
+        LoraError: it is no plain LoRA, or changes one of the two alone.
+    """
+    weights = opened_plain(file, family)[0]
+    if apart:
+        unet, text = fitted_apart(weights, measured)
+        fits = [("UNet", "On the UNet the adapter", unet), ("text encoders", "On the text encoders it", text)]
+    else:
+        fits = [("", "The adapter", fitted(weights, measured))]
+    return {
+        "fits": [{"part": part, **fit.document()} for part, _, fit in fits],
+        "strengths": [fit.strength for _, _, fit in fits],
+        "sentences": [fit.sentence(what) for _, what, fit in fits],
+    }
+
+
+# What a run's adapter can be measured on once the run is over: its base, and the pictures that it held out.
+
+
+FEWEST_LOOKS = 8
+CHANGED = (
+    "The pictures have changed since the run began, so that some of those that are measured may have been"
+    " trained on."
+)
+
+
+@dataclass(frozen=True)
+class RunBench:
+    """A bench, what it stands on, and what a person should know of it.
+
+    Attributes:
+        bench: measures adapters.
+        base: the run's base.
+        pictures: how many are measured.
+        note: a sentence, "" for none.
+    """
+
+    bench: Bench
+    base: BaseModel
+    pictures: int
+    note: str = ""
+
+
+def held_out_records(run: RunFolder, config: RunConfig) -> tuple[list[ImageRecord], str]:
+    """The pictures that a run held out, captions as they were measured, and a note if they have changed.
+
+    Raises:
+        DatasetError: the pictures are gone, or none was held out.
+    """
+    dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
+    require_clean(dataset)
+    _, held = held_out(dataset.records, config.validation.pictures, config.seed)
+    if not held:
+        raise DatasetError(f"{run.name} held no picture out, so there is nothing to measure it on.")
+    known, now = _known_inputs(run), inputs_of(run, dataset.records)
+    pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
+    changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
+    rules = CaptionRules(config.dataset.trigger, 0.0, 0.0, False, 0)
+    records = [
+        replace(record, caption=drawn_caption(record.caption, rules, random.Random(0))) for record in held
+    ]
+    return records, CHANGED if changed else ""
+
+
+def _known_inputs(run: RunFolder) -> dict[str, str]:
+    """What the run wrote down of its pictures when it began; {} of a run that did not."""
+    try:
+        found = json.loads(run.inputs_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def run_bench(
+    run: RunFolder,
+    config: RunConfig,
+    note: Callable[[str], None] | None = None,
+    on_picture: Callable[[int, int], None] | None = None,
+) -> RunBench:
+    """Open a run's base in full precision and encode its held-out pictures.
+
+    Args:
+        run: the run.
+        config: its settings.
+        note: told in a few words what is being measured.
+        on_picture: called with (done, all) within a measurement; what it raises ends it.
+
+    Raises:
+        DatasetError: the pictures are gone, or none was held out.
+        ModelFileError: the base is gone.
+    """
+    records, said = held_out_records(run, config)
+    model = config.model
+    base = load_base(
+        model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae,
+        zero_snr=model.zero_terminal_snr,
+    )  # fmt: skip
+    if config.train.resolution:
+        base = replace(base, facts=replace(base.facts, resolution=config.train.resolution))
+
+    def condition(caption: str) -> TextCondition:
+        return text_condition(base, [caption], config.train.clip_skip, config.train.tokens)
+
+    looks = max(FEWEST_LOOKS, config.validation.triples)
+    bench = Bench(base, records, looks, config.seed, note, on_picture, condition)
+    return RunBench(bench, base, len(records), said)
+
+
+# All that a report tells, read or measured before a line of it is written. What is missing is a sentence.
+
 
 NOT_ASKED = "It was not measured for this report."
 PICTURES_FILE = "pictures.json"

@@ -12,24 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.analysis.amplify import file_amplification
-from lora_core.analysis.base_weights import BaseWeights
-from lora_core.analysis.bench import Bench
-from lora_core.analysis.similarity import file_similarity
-from lora_core.analysis.spectrum import file_spectrum
-from lora_core.analysis.stack import Stacked, measured_stack, stack_report
-from lora_core.dataset.folder import open_dataset, require_clean
+from lora_core.data.dataset import open_dataset, require_clean
+from lora_core.errors import AdapterFileError, OutOfMemory
 from lora_core.formats.inspect import inspect_file
+from lora_core.model_files.header import read_header
 from lora_core.models.device import best_device, out_of_memory
 from lora_core.models.load import load_base
 from lora_core.models.weight_files import PRECISIONS
-from lora_core.report.measured import measured_rank, measured_strength
-from lora_core.report.page import FILE_NAME, write_report
-from lora_core.report.run_bench import RunBench, run_bench
-from lora_core.spec.errors import AdapterFileError, OutOfMemory
-from lora_core.spec.paths import workspace
-from lora_core.spec.run_folder import RunFolder
-from lora_core.spec.tensor_file import read_header
+from lora_core.report.report import FILE_NAME, write_report
+from lora_core.report.story import RunBench, measured_rank, measured_strength, run_bench
+from lora_core.runs.folder import RunFolder
+from lora_core.system.paths import workspace
+from lora_core.tools.amplification import file_amplification
+from lora_core.tools.base_weights import BaseWeights
+from lora_core.tools.evaluator import Bench
+from lora_core.tools.interference import Stacked, file_similarity, measured_stack, stack_report
+from lora_core.tools.svd import file_spectrum
 from lora_core.worker.insights import model_of
 from lora_core.worker.telling import Telling
 

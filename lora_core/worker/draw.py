@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from lora_core.analysis.at_rank import at_rank
+from lora_core.errors import ConfigError
+from lora_core.generate.grid import sheet
+from lora_core.generate.pipeline import Artist, OnClean, OnStep, look, open_artist, save_png
+from lora_core.generate.request import LoraAt, Shot, checked_rescale
 from lora_core.models.load import BaseModel
-from lora_core.sampling.artist import Artist, open_artist
-from lora_core.sampling.generate import OnClean, OnStep, save_png
-from lora_core.sampling.grid import sheet
-from lora_core.sampling.look import look
-from lora_core.spec.errors import ConfigError
-from lora_core.spec.sections import ModelSection
-from lora_core.spec.shots import LoraAt, Shot, checked_rescale
+from lora_core.settings.schema import ModelSection
+from lora_core.tools.combine import at_rank
 
 Request = dict[str, Any]
 LOOK_EVERY = 0.25

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from lora_core.errors import AdapterFileError
+from lora_core.formats.compat.verify import verified
 from lora_core.formats.inspect import inspect_file
-from lora_core.formats.verify import verified
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.run_folder import RunFolder
-from lora_core.training.export import exported_checkpoint
+from lora_core.runs.folder import RunFolder
+from lora_core.train.export import exported_checkpoint
 
 Request = dict[str, Any]
 

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_core.dataset.folder import scan
-from lora_core.dataset.records import ImageRecord
+from lora_core.data.dataset import scan
+from lora_core.data.scan import ImageRecord
+from lora_core.evaluate.caption_scores import Said, caption_probe
+from lora_core.evaluate.learned import run_pictures
+from lora_core.evaluate.triggers import trigger_words
 from lora_core.models.load import BaseModel
-from lora_core.spec.run_folder import RunFolder
-from lora_core.spec.sections import ModelSection
-from lora_core.validation.pictures import run_pictures
-from lora_core.validation.probe import Said, caption_probe
-from lora_core.validation.triggers import trigger_words
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.schema import ModelSection
 from lora_core.worker.telling import Telling
 
 Request = dict[str, Any]

@@ -14,21 +14,16 @@ from typing import Any
 
 import torch
 
-from lora_core.dataset.buckets import Bucket, bucket_of
-from lora_core.models.denoise import prediction
+from lora_core.data.buckets import Bucket, bucket_of
+from lora_core.errors import OutOfMemory
 from lora_core.models.device import cap_memory, out_of_memory, use_device
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel, load_base
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import OutOfMemory
-from lora_core.training.batches import Batch, Batches
-from lora_core.training.cache import TextSource
-from lora_core.training.loop import Step, StepPlan, Trainee, training_steps
-from lora_core.training.prepare import trainee_in, training_dtype
-from lora_core.training.trainee import (
-    adapter_plan,
-    thinner_of,
-)
+from lora_core.models.unet import prediction
+from lora_core.settings.config import RunConfig
+from lora_core.train.data import Batch, Batches, TextSource
+from lora_core.train.loop import Step, StepPlan, Trainee, training_steps
+from lora_core.train.setup import adapter_plan, thinner_of, trainee_in, training_dtype
 from lora_core.worker.draw import Cancelled
 
 Request = dict[str, Any]

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_core.analysis.extract import extract_file
-from lora_core.analysis.merge import Ingredient, Wanted, merge_files, merge_files_into_base
-from lora_core.analysis.rewrite import AS_IT_IS, Rewriting, check_out, own_precision
-from lora_core.analysis.shrink import Wish, shrink_file
-from lora_core.analysis.strength import bake
 from lora_core.formats.convert import converted
-from lora_core.report.measured import cut_file
-from lora_core.spec.disk import folder_bytes
+from lora_core.report.story import cut_file
+from lora_core.runs.storage import folder_bytes
+from lora_core.tools.extract import extract_file
+from lora_core.tools.merge import Ingredient, Wanted, merge_files, merge_files_into_base
+from lora_core.tools.rewrite import AS_IT_IS, Rewriting, check_out, own_precision
+from lora_core.tools.shrink import Wish, shrink_file
+from lora_core.tools.strength import bake
 from lora_core.worker.analyse import files_of
 from lora_core.worker.telling import Telling
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.desk import Desk
+from app.state import Desk
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import json
 
 import psutil
 
-from app.desk import Desk
-from lora_core.spec import events
-from lora_core.spec.config import RunConfig
-from lora_core.spec.run_folder import RunFolder, runs_folder
+from app.state import Desk
+from lora_core.runs import events
+from lora_core.runs.folder import RunFolder, runs_folder
+from lora_core.settings.config import RunConfig
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 

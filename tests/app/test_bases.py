@@ -5,19 +5,15 @@ from pathlib import Path
 import pytest
 
 from app.dataset.meter import counted, too_long
-from app.desk import Desk
-from app.moment import moment_of
-from app.tools import OtherTools
-from app.train.base_picker import base_chosen
-from app.train.bases import base_choices
+from app.snapshot import moment_of
+from app.state import Desk, OtherTools
+from app.train.base_picker import base_choices, base_chosen
 from app.train.facts import base_note, blockers
-from app.train.form import FORM, form_values, preset_config
-from app.train.plan import Plan, widget_values
-from lora_core.spec.bases import chosen_base
-from lora_core.spec.config import RunConfig
-from lora_core.spec.other_tools import Machine, Tool, found_tools
-from lora_core.spec.places import Places
-from lora_core.spec.sizes import HEADER_A_LAYER, export_bytes
+from app.train.form import FORM, Plan, form_values, preset_config, widget_values
+from lora_core.model_files.detect import chosen_base
+from lora_core.model_files.sizes import HEADER_A_LAYER, export_bytes
+from lora_core.settings.config import RunConfig
+from lora_core.system.other_tools import Machine, Places, Tool, found_tools
 from tests.app.bases import UNET, checkpoint, write_header
 
 

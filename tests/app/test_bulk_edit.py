@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from app.desk import Desk
-from lora_core.dataset import bulk_edit as bulk
-from lora_core.dataset.bulk import Edit
-from lora_core.spec.errors import DatasetError
+from app.state import Desk
+from lora_core.data.bulk_edit import Edit
+from lora_core.errors import DatasetError
+from lora_core.projects import caption_edits as bulk
 
 
 def texts(pictures: list[Path]) -> list[bytes | None]:

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from app.bindings import Parts
 from app.dataset import checking, gallery
-from app.desk import Desk
-from app.moment import moment_of
-from app.parts import Parts
+from app.snapshot import moment_of
+from app.state import Desk
 from app.train import checks
 from app.train.facts import facts, unfit
 from app.train.starting import ready_config
-from lora_core.spec.errors import LoraError
-from lora_core.spec.problems import Problem
+from lora_core.errors import LoraError
+from lora_core.runs.preflight import Problem
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import PATIENCE, wait_for
 

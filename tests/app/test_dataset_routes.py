@@ -13,11 +13,11 @@ from fastapi import FastAPI
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
-from app.dataset import importing
+from app.dataset import uploads
 from app.dataset.gallery import findings
 from app.dataset.routes import add_dataset_routes
-from app.desk import Desk
 from app.routes import add_routes
+from app.state import Desk
 from tests.waiting import wait_for
 
 HOSTILE = "<img src=x onerror=\"alert('1')\"> {{7*7}} \u202eabc 😀"
@@ -148,7 +148,7 @@ def test_a_path_that_is_none_is_a_sentence(client: TestClient, path: str, said: 
 
 
 def test_too_large_a_file_is_refused_as_it_comes(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importing, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(uploads, "LARGEST_FILE", 1000)
     batch = client.post("/easel/upload").json()["batch"]
     answer = client.put(f"/easel/upload/{batch}", content=parcel({"a.png": b"x" * 2000}))
     assert "a.png is larger" in answer.json()["problem"]
@@ -161,7 +161,7 @@ def test_too_large_a_file_is_refused_as_it_comes(client: TestClient, monkeypatch
     ("body", "said"),
     [
         (parcel({"a.png": b"x"}, -1), "More than"),
-        (parcel({"a.png": b"x"}, importing.MOST_FILES), "More than"),
+        (parcel({"a.png": b"x"}, uploads.MOST_FILES), "More than"),
         (parcel({"a.png": b"whole"})[:-2], "did not come through whole"),
         (b'[[0, "a.png", -5]]\n', "More than"),
         (b"x" * 100, "list of files"),

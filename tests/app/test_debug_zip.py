@@ -6,9 +6,9 @@ import json
 import zipfile
 from pathlib import Path
 
-from app.desk import Desk
-from lora_core.spec import events
-from lora_core.spec.debug_zip import Cleaner, debug_zip
+from app.state import Desk
+from lora_core.runs import events
+from lora_core.runs.diagnosis import Cleaner, debug_zip
 from tests.app.runs import make_run, started, step
 
 SECRETS = [

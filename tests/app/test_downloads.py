@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from app.desk import Desk
-from app.moment import moment_of
+from app.snapshot import moment_of
+from app.state import Desk
 from app.train.base_picker import base_arrived, base_chosen
 from app.train.facts import base_note, blockers, download_note, notes
-from app.train.plan import standing_values
+from app.train.form import standing_values
 from app.train.routes import steer
-from lora_core.spec.bases import forget_bases
-from lora_core.spec.errors import RunError
+from lora_core.errors import RunError
+from lora_core.model_files.detect import forget_bases
 from tests.hub import Hub, hub_of, small_repo, use_hub
 from tests.waiting import wait_for
 
@@ -115,7 +115,7 @@ def test_a_refusal_is_a_sentence_with_a_second_try(desk: Desk, hub: Hub) -> None
 
 
 def test_what_does_not_fit_is_not_offered(desk: Desk, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_core.spec.hub.free_bytes", lambda path: 300_000)
+    monkeypatch.setattr("lora_core.model_files.hub.free_bytes", lambda path: 300_000)
     choose(desk, "owner/base")
     wait_for(lambda: "Make room first" in shown(desk))
     assert buttons(desk) == []

@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 
-from app.desk import Desk
-from app.export.copy_panel import checked_folder, copied_line, folder_choices
-from app.export.file_check import report_html, trained, trigger_words, written_by
-from app.export.works_in import tool_rows, works_in, written_line
-from app.tools import OtherTools
-from lora_core.spec import copying
-from lora_core.spec.copying import copied
-from lora_core.spec.errors import RunError
-from lora_core.spec.other_tools import Tool
+from app.export.compatibility import (
+    report_html,
+    tool_rows,
+    trained,
+    trigger_words,
+    works_in,
+    written_by,
+    written_line,
+)
+from app.export.view import checked_folder, copied_line, folder_choices
+from app.state import Desk, OtherTools
+from lora_core.errors import RunError
+from lora_core.system import other_tools
+from lora_core.system.other_tools import Tool, copied
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
 
@@ -96,7 +101,7 @@ def test_an_export_is_copied_with_what_belongs_to_it(export: Path, loras: Path) 
     assert sorted(os.listdir(loras)) == ["my dög.json", "my dög.preview.png", "my dög.safetensors"]
     assert done.file.read_bytes() == b"weights"
     assert (len(done.beside), done.kept, done.renamed) == (2, (), False)
-    assert copied(export, loras) == copying.Copied(done.file, (), (), False)
+    assert copied(export, loras) == other_tools.Copied(done.file, (), (), False)
 
 
 def test_another_file_of_that_name_is_never_replaced(export: Path, loras: Path) -> None:
@@ -125,7 +130,7 @@ def test_a_copy_that_fails_leaves_nothing_behind(
         Path(target).write_bytes(b"wei")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(copying.shutil, "copyfile", full)
+    monkeypatch.setattr(other_tools.shutil, "copyfile", full)
     with pytest.raises(RunError, match="No space left"):
         copied(export, loras)
     assert os.listdir(loras) == []

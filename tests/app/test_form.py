@@ -7,6 +7,7 @@ import pytest
 from app.train.form import (
     FORM,
     GROUPS,
+    Plan,
     command_line,
     config_of,
     form_values,
@@ -15,12 +16,12 @@ from app.train.form import (
     summary,
     typed,
     widget,
+    widget_values,
 )
-from app.train.plan import Plan, widget_values
-from lora_core.dataset.project import Project
-from lora_core.spec.config import RunConfig, parsed_assignment, settings
-from lora_core.spec.errors import ConfigError
-from lora_core.spec.presets import GOALS, LEVELS
+from lora_core.errors import ConfigError
+from lora_core.model_files.starting_settings import GOALS, LEVELS
+from lora_core.projects.project import Project
+from lora_core.settings.config import RunConfig, parsed_assignment, settings
 
 
 def test_every_setting_has_a_place() -> None:

@@ -26,10 +26,9 @@ from starlette.websockets import WebSocketDisconnect
 
 from app import main
 from app.dataset.routes import add_dataset_routes
-from app.desk import Desk
-from app.guard import Guard, host_name, is_loopback
-from app.login import COOKIE, OPEN_PATHS, Login
+from app.guard import COOKIE, OPEN_PATHS, Guard, Login, host_name, is_loopback
 from app.routes import add_routes
+from app.state import Desk
 from tests.waiting import wait_for
 
 HERE = "127.0.0.1:7860"
@@ -578,7 +577,7 @@ def test_guesses_from_many_places_come_one_by_one_and_ever_slower(monkeypatch: p
         sleeping -= 1
 
     real_sleep = asyncio.sleep
-    monkeypatch.setattr("app.login.asyncio.sleep", sleep)
+    monkeypatch.setattr("app.guard.asyncio.sleep", sleep)
     door = Login(site(), "open sesame")
     wrong = [(f"10.0.0.{n}", f"guess {n}") for n in range(40)]
     assert answered(guesses(door, wrong)) == [401] * 40
@@ -593,7 +592,7 @@ def test_guesses_from_many_places_come_one_by_one_and_ever_slower(monkeypatch: p
 
 def test_400_guesses_at_once_from_one_place_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """They took 1.02 s and were all compared, when each waited for itself alone."""
-    monkeypatch.setattr("app.login.FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("app.guard.FIRST_PAUSE", 0.05)
     door = Login(site(), "open sesame")
     answers = answered(guesses(door, [("10.0.0.1", f"guess {n}") for n in range(400)]))
     assert answers.count(401) <= 2

@@ -11,14 +11,13 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app.desk import Desk
-from app.export.answers import answer_html, made_html
-from app.export.inside import TOOLS, choices, free_place, request_of
-from app.export.inside_panel import inside_card
-from app.export.inside_routes import add_inside_routes
+from app.export.lora_tools import TOOLS, choices, free_place, inside_card, request_of
+from app.export.lora_tools_results import answer_html, made_html
+from app.export.lora_tools_routes import add_inside_routes
 from app.export.report_card import report_card
 from app.routes import add_routes
-from lora_core.spec.errors import AdapterFileError, ConfigError, ModelFileError
+from app.state import Desk
+from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.app.test_preview import run_with_file
 from tests.waiting import wait_for
@@ -176,7 +175,7 @@ def test_a_base_with_files_in_it_is_offered_as_a_base(
     assert "/easel/made/" not in shown
     assert desk.places.bases() == [str(out)]
     out.rename(out.with_name("base-mine-2"))
-    monkeypatch.setattr("app.export.inside.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("app.export.lora_tools.free_bytes", lambda path: 1000)
     assert "A copy of the base takes" in say(client, "inside/start", tool="into-base", **sent)["problem"]
 
 

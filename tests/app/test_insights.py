@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from app.dataset.routes import add_dataset_routes
-from app.desk import Desk
 from app.routes import add_routes
+from app.state import Desk
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import wait_for
 

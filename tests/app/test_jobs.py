@@ -9,19 +9,19 @@ import pytest
 
 from app import header
 from app import jobs as jobs_module
-from app.desk import Desk
+from app.formatting import file_size
 from app.jobs import LIVE, Jobs
-from app.moment import moment_of
 from app.preview.loras import checkpoint_choices, found_loras
+from app.snapshot import moment_of
+from app.state import Desk
 from app.train import cards
 from app.train.facts import blockers, facts
 from app.train.run_list import earlier, queue_card
-from app.words import file_size
-from lora_core.spec import events
-from lora_core.spec.config import RunConfig
-from lora_core.spec.crash import Exit, Watched
-from lora_core.spec.errors import RunError
-from lora_core.spec.room import DRAWN_CAPTIONS_BYTES
+from lora_core.errors import RunError
+from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
+from lora_core.runs import events
+from lora_core.runs.diagnosis import Exit, Watched
+from lora_core.settings.config import RunConfig
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.waiting import PATIENCE
 

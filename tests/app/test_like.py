@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from app.train.form import FORM
-from app.train.plan import Plan, widget_values
+from app.train.form import FORM, Plan, widget_values
 from app.train.starting import take_settings
-from lora_core.dataset.project import Project
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.like_file import like_file
-from lora_core.spec.sizes import export_bytes
+from lora_core.errors import AdapterFileError
+from lora_core.model_files.sizes import export_bytes
+from lora_core.model_files.starting_settings import like_file
+from lora_core.projects.project import Project
+from lora_core.settings.config import RunConfig
 from tests.app.bases import write_header
 
 DOWN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"

@@ -5,21 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from app.desk import Desk
 from app.jobs import Jobs
-from app.moment import moment_of
-from app.train.line import Line
-from lora_core.spec import events, owner
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import RunError
-from lora_core.spec.queue import Queue
+from app.snapshot import moment_of
+from app.state import Desk
+from app.train.queue_client import Line
+from lora_core.errors import RunError
+from lora_core.runs import events, runner
+from lora_core.runs.queue import Queue
+from lora_core.settings.config import RunConfig
 from tests.app.runs import come_alive, make_run, started, step
 
 
 @pytest.fixture
 def line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Line:
     """A queue that nobody works through."""
-    monkeypatch.setattr("app.train.line.ensure_owner", lambda workspace: False)
+    monkeypatch.setattr("app.train.queue_client.ensure_owner", lambda workspace: False)
     return desk.line
 
 
@@ -65,7 +65,7 @@ def test_behind_a_live_run_the_queue_is_set_going(
     desk: Desk, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going: list[Path] = []
-    monkeypatch.setattr("app.train.line.ensure_owner", going.append)
+    monkeypatch.setattr("app.train.queue_client.ensure_owner", going.append)
     line.add(RunConfig().changed({"name": "alone"}))
     assert going == []
     come_alive(make_run(desk, "live", started(), step(1)))
@@ -77,14 +77,14 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, 
     for name in ("bad", "good"):
         line.add(RunConfig().changed({"name": name}))
     code = (
-        "import sys, pathlib; run = pathlib.Path(sys.argv[1]); from lora_core.spec import events;"
-        "from lora_core.spec.event_file import EventWriter; w = EventWriter(run / 'events.jsonl');"
+        "import sys, pathlib; run = pathlib.Path(sys.argv[1]); from lora_core.runs import events;"
+        "from lora_core.runs.events import EventWriter; w = EventWriter(run / 'events.jsonl');"
         "w.write(events.Started(steps=3, pid=1, device='cpu', threads=1, versions={}));"
         "w.write(events.Failed(reason='No picture can be read.') if run.name == 'bad' else"
         " events.Finished(step=3, export=''));"
         "sys.exit(run.name == 'bad')"
     )
-    owner.work_through(desk.workspace, lambda text: None, (sys.executable, "-c", code))
+    runner.work_through(desk.workspace, lambda text: None, (sys.executable, "-c", code))
     assert [(job.run, job.state) for job in reversed(line.ended())] == [("bad", "failed"), ("good", "done")]
     assert Queue(desk.workspace).going() is False
     moment = moment_of(desk)

@@ -8,9 +8,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from app.desk import Desk
 from app.export.opening import FileManager, commands, lacking
 from app.routes import add_routes
+from app.state import Desk
 from tests.waiting import wait_for
 
 NAME = "my, 'lora' $(touch x).safetensors"

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from app.desk import Desk
-from app.moment import moment_of
+from app.snapshot import moment_of
+from app.state import Desk
 from app.train.facts import facts, memory_needed, time_of
 from app.train.form import preset_config
-from lora_core.spec import events
-from lora_core.spec import forecast as pace
-from lora_core.spec.base_facts import base_facts
-from lora_core.spec.config import RunConfig
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.hardware import Card, amd_card, parsed_apps, parsed_card
-from lora_core.spec.progress import Progress
-from lora_core.spec.sizes import base_numbers
+from lora_core.model_files.detect import base_facts
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.sizes import base_numbers
+from lora_core.runs import costs as pace
+from lora_core.runs import events
+from lora_core.runs.progress import Progress
+from lora_core.settings.config import RunConfig
+from lora_core.system.hardware import Card, amd_card, parsed_apps, parsed_card
 from tests.app.bases import checkpoint
 from tests.app.runs import make_run, started, step
 

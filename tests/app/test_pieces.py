@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from app import words
+from app import formatting
 from app.dataset import gallery
-from app.train import charts
-from lora_core.dataset.folder import Dataset, ImageRecord, Problem
-from lora_core.spec import events
+from app.train import cards
+from lora_core.data.dataset import Dataset, ImageRecord, Problem
+from lora_core.runs import events
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
 
@@ -39,20 +39,20 @@ def losses(count: int) -> list[events.StepDone]:
 
 
 def test_a_long_run_s_chart_is_as_small_as_a_short_one_s() -> None:
-    assert len(charts.loss_chart(losses(20_000))) < 12_000
-    assert charts.loss_chart(losses(2)).count("<polyline") == 2
+    assert len(cards.loss_chart(losses(20_000))) < 12_000
+    assert cards.loss_chart(losses(2)).count("<polyline") == 2
 
 
 def test_a_loss_that_does_not_move_has_numbers_that_can_be_read() -> None:
     still = [events.StepDone(step=i, loss=0.1, lr=1e-4, seconds=0.1) for i in range(1, 9)]
-    drawn = charts.loss_chart(still)
+    drawn = cards.loss_chart(still)
     assert max(len(text) for text in re.findall(r">([0-9.]+)</text>", drawn)) <= 4
 
 
 def test_a_chart_needs_two_finite_losses() -> None:
     lost = [events.StepDone(step=i, loss=float("nan"), lr=1e-4, seconds=0.1) for i in range(5)]
-    assert "<svg" not in charts.loss_chart(lost)
-    assert "<svg" not in charts.gain_chart([])
+    assert "<svg" not in cards.loss_chart(lost)
+    assert "<svg" not in cards.gain_chart([])
 
 
 def validated(step: int, gain: float, best: bool, **more: float) -> events.Validated:
@@ -62,41 +62,41 @@ def validated(step: int, gain: float, best: bool, **more: float) -> events.Valid
 
 def test_gain_marks_the_newest_that_was_called_best_and_not_the_highest() -> None:
     found = [validated(s, g, s < 30) for s, g in ((10, 0.01), (20, 0.03), (30, 0.0302))]
-    drawn = charts.gain_chart(found)
+    drawn = cards.gain_chart(found)
     assert "best, step 20" in drawn
     assert "training pictures" not in drawn
     # The base itself is the first point: five lines of the axis lie at 0, 0.01, 0.02, 0.03 and 0.04.
     line = drawn.split('<polyline class="smooth" points="')[1].split('"')[0]
     assert line.split()[0] == "52.0,172.0"
-    assert "best, step" not in charts.gain_chart([validated(10, 0.01, False)])
+    assert "best, step" not in cards.gain_chart([validated(10, 0.01, False)])
 
 
 def test_the_gauges_stand_beside_what_they_mean() -> None:
     last = validated(20, 0.01, True, train_gain=0.03, gauge=0.02, gauge_error=0.004, prior=-0.0001)
-    drawn = charts.gain_chart([validated(10, 0.005, True), last])
+    drawn = cards.gain_chart([validated(10, 0.005, True), last])
     assert drawn.count("<polyline") == 2
     assert "training pictures" in drawn
-    said = charts.meaning([validated(10, 0.005, True), last])
+    said = cards.meaning([validated(10, 0.005, True), last])
     assert "Still gaining. It is learning by heart: 67% of" in said
     assert "Learning by heart +0.0200 ± 0.0040" in said
     assert "The base&#x27;s own pictures \N{MINUS SIGN}0.0001 ± 0.0000" in said
-    assert charts.meaning([]) == ""
-    assert "Learning by heart" not in charts.meaning([validated(10, 0.005, True)])
+    assert cards.meaning([]) == ""
+    assert "Learning by heart" not in cards.meaning([validated(10, 0.005, True)])
 
 
 def test_the_raw_adapter_stands_beside_its_average() -> None:
     raw = {"raw_gain": 0.02, "raw_against": 0.01, "raw_against_error": 0.001}
     found = [validated(10, 0.005, True), validated(20, 0.01, True, **raw)]
-    assert "raw adapter" in charts.gain_chart(found)
-    assert "The raw adapter gains more than its average" in charts.meaning(found)
+    assert "raw adapter" in cards.gain_chart(found)
+    assert "The raw adapter gains more than its average" in cards.meaning(found)
 
 
 def test_numbers_as_people_read_them() -> None:
-    assert words.clock(252) == "4:12"
-    assert words.clock(3852) == "1:04:12"
-    assert words.clock(None) == words.UNKNOWN
-    assert words.about(840) == "14 min"
-    assert words.file_size(6_400_000) == "6.4 MB"
-    assert words.pace(0.4) == "2.5\N{NO-BREAK SPACE}it/s"
-    assert words.pace(2.0) == "2.0\N{NO-BREAK SPACE}s/it"
-    assert words.scientific(1e-4) == "1.0e-4"
+    assert formatting.clock(252) == "4:12"
+    assert formatting.clock(3852) == "1:04:12"
+    assert formatting.clock(None) == formatting.UNKNOWN
+    assert formatting.about(840) == "14 min"
+    assert formatting.file_size(6_400_000) == "6.4 MB"
+    assert formatting.pace(0.4) == "2.5\N{NO-BREAK SPACE}it/s"
+    assert formatting.pace(2.0) == "2.0\N{NO-BREAK SPACE}s/it"
+    assert formatting.scientific(1e-4) == "1.0e-4"

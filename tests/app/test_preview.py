@@ -9,20 +9,20 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app.desk import Desk
-from app.moment import Moment, moment_of
-from app.preview import form as preview_form
-from app.preview import grid_card, picture_info, stage
-from app.preview.history import FILE, History, Kept
+from app.preview import compare_view, grid_card
+from app.preview import request_form as preview_form
+from app.preview import view as picture_info
 from app.preview.loras import lora_groups
+from app.preview.page_state import Grid, View, sheet_info
+from app.preview.render_queue import FILE, History, Kept
 from app.preview.routes import open_tab
-from app.preview.view import Grid, View, sheet_info
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import ConfigError, DatasetError, LoraError, RunError
-from lora_core.spec.infotext import Info, Tag
-from lora_core.spec.run_folder import RunFolder
-from lora_core.spec.shots import LoraAt, Shot, axis
-from lora_core.spec.trash import restore, trashed
+from app.snapshot import Moment, moment_of
+from app.state import Desk
+from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
+from lora_core.generate.request import Info, LoraAt, Shot, Tag, axis
+from lora_core.runs.folder import RunFolder
+from lora_core.runs.storage import restore, trashed
+from lora_core.settings.config import RunConfig
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}\u202e😀'
 
@@ -277,26 +277,26 @@ def test_everything_of_people_is_text_and_addresses_stay_inside(desk: Desk) -> N
     desk.studio.history.add(Kept(path, shot))
     view = View("error", HOSTILE, 1, 2, shot, (0.0, 0.5), grid, pictures)
     moment = shown(desk, view)
-    pieces = [stage.stage, stage.state_line, stage.strip, stage.grid_block]
+    pieces = [compare_view.stage, compare_view.state_line, compare_view.strip, compare_view.grid_block]
     for make in pieces:
         html = make(moment)
         assert "<img src=x" not in html
         assert "<b>é" not in html
         assert html.count("<img") == html.count('src="/easel/') + html.count('class="look"')
-    assert "--ratio:1.5000" in stage.stage(moment)
-    assert 'id="preview-result"' in stage.stage(moment)
+    assert "--ratio:1.5000" in compare_view.stage(moment)
+    assert 'id="preview-result"' in compare_view.stage(moment)
     grid.sheet = path
-    assert "<img src=x" not in stage.grid_block(moment)
+    assert "<img src=x" not in compare_view.grid_block(moment)
 
 
 def test_what_is_not_there_yet_says_what_to_do(desk: Desk) -> None:
     nothing = shown(desk, View("idle", "", 0, 0, None, (), None))
-    assert "press Generate" in " ".join(stage.stage(nothing).split())
-    assert "disabled title=" in stage.state_line(nothing)
-    assert "fills once" in stage.strip(nothing)
+    assert "press Generate" in " ".join(compare_view.stage(nothing).split())
+    assert "disabled title=" in compare_view.state_line(nothing)
+    assert "fills once" in compare_view.strip(nothing)
     busy = shown(desk, View("working", "Waiting: 2 requests before this one.", 0, 0, Shot(), (), None))
-    assert "Waiting: 2" in stage.state_line(busy)
-    assert "disabled" not in stage.state_line(busy)
+    assert "Waiting: 2" in compare_view.state_line(busy)
+    assert "disabled" not in compare_view.state_line(busy)
 
 
 def test_axes_are_typed_or_picked(desk: Desk) -> None:

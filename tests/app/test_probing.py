@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from app.desk import Desk
-from app.moment import moment_of
+from app.snapshot import moment_of
+from app.state import Desk
 from app.train import probing
 from app.train.facts import facts, time_of
 from app.train.routes import steer
-from lora_core.spec import forecast as pace
-from lora_core.spec.errors import RunError
-from lora_core.spec.measured import Measured, keep_measured, measured_file
+from lora_core.errors import RunError
+from lora_core.runs import costs as pace
+from lora_core.runs.costs import Measured, keep_measured, measured_file
 from tests.app.bases import checkpoint
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import PATIENCE, wait_for

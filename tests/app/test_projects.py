@@ -9,18 +9,18 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.desk import Desk
-from app.moment import moment_of
 from app.page import build_page
 from app.projects.routes import add_project_routes
 from app.routes import add_routes
+from app.snapshot import moment_of
+from app.state import Desk
 from app.train.run_list import earlier
-from lora_core.dataset.projects import Projects, adopt, belongs
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import RunError
-from lora_core.spec.run_folder import RunFolder, all_runs, runs_folder
-from lora_core.spec.shots import Shot
-from lora_core.spec.trash import trashed
+from lora_core.errors import RunError
+from lora_core.generate.request import Shot
+from lora_core.projects.workspace import Projects, adopt, belongs
+from lora_core.runs.folder import RunFolder, all_runs, runs_folder
+from lora_core.runs.storage import trashed
+from lora_core.settings.config import RunConfig
 
 
 def run(desk: Desk, name: str, dataset: str = "demo") -> RunFolder:

@@ -7,9 +7,9 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.desk import Desk
 from app.page import REST, build_page, calm
 from app.routes import Refused, add_routes, address, below
+from app.state import Desk
 
 
 @pytest.fixture

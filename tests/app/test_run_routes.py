@@ -9,11 +9,10 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app.desk import Desk
 from app.routes import add_routes
+from app.state import Desk
 from app.train import routes as run_routes
-from app.train.form import FORM
-from app.train.plan import widget_values
+from app.train.form import FORM, widget_values
 from app.train.routes import add_run_routes
 from tests.app.runs import come_alive, make_run, started, step
 from tests.app.test_like import KOHYA, lora

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from app.desk import Desk
 from app.main import _already_open, _listener, _password, main
-from lora_core.spec.errors import RunError
+from app.state import Desk
+from lora_core.errors import RunError
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]

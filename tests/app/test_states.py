@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 
 from app import header
-from app.desk import Desk
-from app.moment import Moment, moment_of
+from app.snapshot import Moment, moment_of
+from app.state import Desk
 from app.train import cards
 from app.train.facts import blockers, facts, notes, unfit
-from app.train.line import Line
+from app.train.queue_client import Line
 from app.train.run_list import earlier, queue_card
 from app.train.samples import samples, shown_rounds
-from lora_core.spec import events
-from lora_core.spec.crash import LESS_MEMORY
-from lora_core.spec.hardware import Card
-from lora_core.spec.run_folder import RunFolder
+from lora_core.runs import events
+from lora_core.runs.diagnosis import LESS_MEMORY
+from lora_core.runs.folder import RunFolder
+from lora_core.system.hardware import Card
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 
 SEE = 'id="see-result"'

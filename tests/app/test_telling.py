@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.desk import Desk
-from app.parts import Parts
-from app.train.telling import checked, chosen
-from lora_core.spec.errors import ConfigError
-from lora_core.spec.notify import VARIABLE, notify_file, tell_from_now_on
+from app.bindings import Parts
+from app.state import Desk
+from app.train.view import checked, chosen
+from lora_core.errors import ConfigError
+from lora_core.runs.notifications import VARIABLE, notify_file, tell_from_now_on
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from app.desk import Desk
-from app.moment import moment_of
+from app.snapshot import moment_of
+from app.state import Desk
 from app.train.checks import in_words
-from app.train.form import FORM, group_fields
-from app.train.plan import Plan, keep_typed, widget_values
+from app.train.form import FORM, Plan, group_fields, keep_typed, widget_values
 from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, found
-from lora_core.dataset.project import Project
+from lora_core.projects.project import Project
 
 
 def hits(words: str) -> list[str]:

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from app.desk import Desk
-from app.preview.studio import Studio
-from app.preview.view import STRIP, Grid, View
-from app.worker import GivesWay, Worker
-from lora_core.spec.events import to_line
-from lora_core.spec.hardware import Card
-from lora_core.spec.processes import detached
-from lora_core.spec.shots import LoraAt, Shot, axis
+from app.preview.page_state import STRIP, Grid, View
+from app.preview.render_queue import Studio
+from app.state import Desk
+from app.worker_client import GivesWay, Worker
+from lora_core.generate.request import LoraAt, Shot, axis
+from lora_core.runs.events import to_line
+from lora_core.system.hardware import Card
+from lora_core.system.processes import detached
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import PATIENCE, wait_for
 
@@ -254,7 +254,7 @@ def test_memory_is_given_back_when_a_run_begins_and_after_a_rest() -> None:
 def test_a_worker_with_memory_looks_around_for_a_run(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.worker.LOOK_AROUND_EVERY", 0.05)
+    monkeypatch.setattr("app.worker_client.LOOK_AROUND_EVERY", 0.05)
     asked: list[float] = []
     worker.is_needed_elsewhere = lambda idle: bool(asked.append(idle)) or len(asked) == 2
     worker.ask({"do": "warm"}, timeout=PATIENCE)
@@ -268,7 +268,7 @@ def test_a_worker_with_memory_looks_around_for_a_run(
 
 @pytest.fixture
 def on_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    monkeypatch.setattr("app.worker.LOOK_AROUND_EVERY", 0.05)
+    monkeypatch.setattr("app.worker_client.LOOK_AROUND_EVERY", 0.05)
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     made = Worker([sys.executable, str(script)], {"DEVICE": "cuda"}, tmp_path / "logs" / "worker.txt")
@@ -356,7 +356,7 @@ def test_one_that_is_closed_while_it_starts_leaves_no_process(
         time.sleep(0.2)
         return detached()
 
-    monkeypatch.setattr("app.worker.detached", slowly)
+    monkeypatch.setattr("app.worker_client.detached", slowly)
     made = Worker([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
     reply = made.submit({"do": "warm"})
     assert begun.wait(PATIENCE)

@@ -15,19 +15,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_core.adapters.inject import inject
-from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.storage import Storage
-from lora_core.adapters.targets import LOCON
-from lora_core.dataset.folder import open_dataset
+from lora_core.data.dataset import open_dataset
+from lora_core.evaluate.validator import Measured, looks_at, measured_pictures, triple_losses
+from lora_core.generate.pipeline import Picture, sampled_latents
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import LOCON
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel, load_base
-from lora_core.sampling.generate import Picture, sampled_latents
-from lora_core.spec.sections import LossSection
-from lora_core.training.loss import drawn, picture_losses
-from lora_core.validation.gain import Measured, triple_losses
-from lora_core.validation.triples import looks_at
-from lora_core.validation.validate import measured_pictures
+from lora_core.settings.schema import LossSection
+from lora_core.train.loss import drawn, picture_losses
 from tests.counting import kept_bytes
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo"

@@ -14,16 +14,16 @@ import psutil
 import torch
 from PIL import Image
 
-from lora_core.adapters.inject import inject
-from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.storage import Storage
-from lora_core.adapters.targets import ATTENTION
+from lora_core.backends.onednn import DIRECT, prepack
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import ATTENTION
+from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel, load_base
-from lora_core.models.prepacked import DIRECT, prepack
-from lora_core.spec import events
-from lora_core.spec.config import RunConfig
-from lora_core.spec.presets import starting_settings
-from lora_core.spec.run_folder import RunFolder
+from lora_core.runs import events
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
 from tests.benchmarks.rows import Row
 from tests.tiny import tiny_folder
 

@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_core.spec.events import CheckpointDone, Started, read_events
-from lora_core.spec.run_folder import RunFolder
+from lora_core.runs.events import CheckpointDone, Started, read_events
+from lora_core.runs.folder import RunFolder
 from tests.benchmarks.pictures import drawn_set
 from tests.benchmarks.rows import Row, ratio_row
 from tests.evaluator import Evaluator

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lora_core.generate.pipeline import Artist
+from lora_core.generate.request import Shot
 from lora_core.models.load import load_base
-from lora_core.sampling.artist import Artist
-from lora_core.spec.shots import Shot
 
 TILE = 8
 GROUND = ("white", "sky blue", "pink", "yellow")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from lora_core.adapters.inject import adapter_weights, inject
-from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.targets import KOHYA
-from lora_core.formats.file import write_adapter
+from lora_core.formats.io import write_adapter
+from lora_core.generate.pipeline import Artist
+from lora_core.generate.request import LoraAt, Shot
+from lora_core.lora.inject import adapter_weights, inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import KOHYA
 from lora_core.models.load import load_base
-from lora_core.sampling.artist import Artist
-from lora_core.spec.shots import LoraAt, Shot
 from tests.benchmarks.rows import Row
 from tests.counting import Counted
 

@@ -19,13 +19,13 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from lora_core.adapters.inject import inject
-from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.storage import Storage
-from lora_core.adapters.targets import ATTENTION
+from lora_core.backends.onednn import best_layout, prepack
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import ATTENTION
 from lora_core.models.device import keep_freed_memory
 from lora_core.models.load import streamline
-from lora_core.models.prepacked import best_layout, prepack
 
 RANK = 16
 TIMESTEP = 500
@@ -179,7 +179,7 @@ def easel(dtype: torch.dtype) -> Sides:
 
 
 def easel_step(unet: nn.Module, storage: Storage, given: Given) -> Sides:
-    """A step over all numbers at once, as `training/loop.py` takes it."""
+    """A step over all numbers at once, as `train/loop.py` takes it."""
     optimizer = torch.optim.AdamW(storage.groups, 1e-4, weight_decay=1e-2)
 
     def step() -> None:

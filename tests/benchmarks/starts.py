@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 
-from lora_core.adapters.inject import adapter_weights
-from lora_core.adapters.lora import LoraLayer
-from lora_core.adapters.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.formats.file import write_adapter
-from lora_core.models.prepacked import PLAIN
-from lora_core.spec.config import RunConfig
-from lora_core.spec.presets import starting_settings
-from lora_core.spec.run_folder import RunFolder
-from lora_core.training.loop import StepPlan, micro_batch, training_steps
-from lora_core.training.prepare import Plan, Session, prepared
+from lora_core.backends.onednn import PLAIN
+from lora_core.formats.io import write_adapter
+from lora_core.lora.inject import adapter_weights
+from lora_core.lora.layer import LoraLayer
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.model_files.starting_settings import starting_settings
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.train.loop import StepPlan, micro_batch, training_steps
+from lora_core.train.setup import Plan, Session, prepared
 from tests.benchmarks.sweep import print_table
 from tests.evaluator import Evaluator
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lora_core.spec.events import CheckpointDone, read_events
-from lora_core.spec.run_folder import RunFolder
+from lora_core.runs.events import CheckpointDone, read_events
+from lora_core.runs.folder import RunFolder
 from tests.benchmarks.pictures import drawn_set
 from tests.benchmarks.rows import print_gains
 from tests.evaluator import Evaluator

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.desk import Desk
-from lora_core.spec import events
+from app.state import Desk
+from lora_core.runs import events
 from tests.app.runs import make_run, started, step
 from tests.browser.pages import frames, has_value, loaded_anew, open_tab
 from tests.browser.test_dataset import pictures_in, take
@@ -46,9 +46,9 @@ def lora(path: Path) -> Path:
     """A LoRA whose header says hostile things of itself."""
     import torch
 
-    from lora_core.adapters.weights import AdapterWeights, LayerWeights
-    from lora_core.formats.file import write_adapter
-    from lora_core.spec.families import FAMILIES
+    from lora_core.formats.io import write_adapter
+    from lora_core.lora.weights import AdapterWeights, LayerWeights
+    from lora_core.model_files.families import FAMILIES
 
     layer = LayerWeights(torch.zeros(4, 128), torch.zeros(96, 4), 1.0)
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"

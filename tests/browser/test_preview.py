@@ -19,9 +19,9 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Strong enough that every picture shows it."""
     import torch
 
-    from lora_core.adapters.weights import AdapterWeights, LayerWeights
-    from lora_core.formats.file import write_adapter
-    from lora_core.spec.families import FAMILIES
+    from lora_core.formats.io import write_adapter
+    from lora_core.lora.weights import AdapterWeights, LayerWeights
+    from lora_core.model_files.families import FAMILIES
 
     path = tmp_path_factory.mktemp("lora") / "größe \"<b>x'.safetensors"
     draw = torch.Generator().manual_seed(0)

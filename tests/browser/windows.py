@@ -107,7 +107,7 @@ def close(window: Window) -> None:
 
 def end_runs(workspace: Path) -> None:
     """Runs outlive the window by design; those of a test must not outlive the test."""
-    from lora_core.spec.run_folder import all_runs
+    from lora_core.runs.folder import all_runs
 
     for run in all_runs(workspace):
         process = run.live_process()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from lora_core import api
 from lora_core.__main__ import main, parser
 from lora_core.cli.jobs import config_of
-from lora_core.spec.queue import Queue
+from lora_core.runs.queue import Queue
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.spec.config import RunConfig
-from lora_core.spec.events import Stopped, read_events
-from lora_core.spec.run_folder import RunFolder
-from tests.training.runs import SETTINGS
+from lora_core.runs.events import Stopped, read_events
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from tests.train.runs import SETTINGS
 from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to a single child")
@@ -27,7 +27,7 @@ DEAF_IMPORT = """
 import builtins, contextlib, sys, time
 real = builtins.__import__
 def slow(name, *more, **named):
-    if name == "lora_core.training.run":
+    if name == "lora_core.train.trainer":
         print("importing", flush=True)
         with contextlib.suppress(BaseException):
             time.sleep(600)
@@ -78,7 +78,7 @@ def test_a_signal_that_a_library_passes_over_counts_all_the_same(tmp_path: Path,
 def test_a_signal_before_there_is_a_run_leaves_none(tmp_path: Path) -> None:
     code = LISTENING.replace(
         "; sys.exit",
-        "; import os, lora_core.dataset.preflight as checks;"
+        "; import os, lora_core.runs.preflight as checks;"
         " checks.preflight = lambda *some: os.kill(os.getpid(), signal.SIGTERM); sys.exit",
     )
     process = child(code, "train", "demo", "--name", "none", "--workspace", str(tmp_path))

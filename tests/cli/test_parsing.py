@@ -12,9 +12,9 @@ from lora_core.__main__ import main, parser
 from lora_core.cli import named_run, printable, say, say_json
 from lora_core.cli.jobs import config_of
 from lora_core.cli.pictures import file_and_strengths
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import AdapterFileError, ConfigError
-from lora_core.spec.run_folder import RunFolder
+from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_what_the_bases_family_needs_stands_between_preset_and_words(tmp_path: P
 
 def test_a_base_of_the_hub_is_fetched_before_its_family_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for = []
-    monkeypatch.setattr("lora_core.spec.hub.fetch_base", asked_for.append)
+    monkeypatch.setattr("lora_core.model_files.hub.fetch_base", asked_for.append)
     assert asked("x", "--base", "owner/name").optim.text_encoder_lr == 5e-5
     assert asked_for == ["owner/name"]
 

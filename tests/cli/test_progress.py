@@ -6,7 +6,7 @@ import pytest
 
 from lora_core.cli import progress
 from lora_core.cli.progress import EventPrinter
-from lora_core.spec import events
+from lora_core.runs import events
 
 STARTED = events.Started(steps=100, pid=1, device="cpu", threads=2, versions={})
 

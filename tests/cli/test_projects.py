@@ -8,8 +8,8 @@ import pytest
 
 from lora_core import api
 from lora_core.__main__ import main
-from lora_core.spec.errors import LoraError, RunError
-from lora_core.spec.paths import DEMO_TRAIN
+from lora_core.errors import LoraError, RunError
+from lora_core.system.paths import DEMO_TRAIN
 
 
 @pytest.fixture

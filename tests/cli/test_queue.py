@@ -12,15 +12,14 @@ import pytest
 from PIL import Image
 
 from lora_core.__main__ import main
-from lora_core.spec import events
-from lora_core.spec.config import RunConfig
-from lora_core.spec.event_file import EventWriter
-from lora_core.spec.events import read_events
-from lora_core.spec.notify import tell_from_now_on
-from lora_core.spec.presets import preset
-from lora_core.spec.queue import Queue
-from lora_core.spec.run_folder import RunFolder, runs_folder
-from lora_core.spec.tensor_file import read_header
+from lora_core.model_files.header import read_header
+from lora_core.model_files.starting_settings import preset
+from lora_core.runs import events
+from lora_core.runs.events import EventWriter, read_events
+from lora_core.runs.folder import RunFolder, runs_folder
+from lora_core.runs.notifications import tell_from_now_on
+from lora_core.runs.queue import Queue
+from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

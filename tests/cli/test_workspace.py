@@ -10,11 +10,10 @@ from lora_core import api
 from lora_core.__main__ import main, parser
 from lora_core.cli import adapter_file, find_files
 from lora_core.cli.pictures import file_and_strengths
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import AdapterFileError, RunError
-from lora_core.spec.event_file import EventWriter
-from lora_core.spec.events import Finished
-from lora_core.spec.run_folder import RunFolder
+from lora_core.errors import AdapterFileError, RunError
+from lora_core.runs.events import EventWriter, Finished
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import struct
 import pytest
 import torch
 
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.spec.families import FAMILIES, TextEncoder
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES, TextEncoder
 
 WIDTH = 32
 """Of the text encoder and the context in these tests."""

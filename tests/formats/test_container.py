@@ -11,13 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from lora_core.formats.container import (
-    file_hashes,
-    header_hashes,
-    read_tensors,
-)
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.tensor_file import MAX_HEADER, read_header
+from lora_core.errors import AdapterFileError
+from lora_core.formats.io import file_hashes, header_hashes, read_tensors
+from lora_core.model_files.header import MAX_HEADER, read_header
 from tests.formats.conftest import raw_file
 from tests.formats.odd_files import serialised
 

@@ -5,13 +5,12 @@ import json
 import pytest
 import torch
 
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.formats.container import read_tensors
+from lora_core.errors import AdapterFileError
 from lora_core.formats.convert import converted
-from lora_core.formats.file import AS_IT_IS, read_adapter, write_adapter
+from lora_core.formats.io import AS_IT_IS, read_adapter, read_tensors, write_adapter
 from lora_core.formats.layout import family_layout
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import FAMILIES
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
 from tests.formats.odd_files import serialised
 
 REAL = [name for name, family in FAMILIES.items() if family.portable]

@@ -17,13 +17,13 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.formats.file import read_adapter, write_adapter
+from lora_core.formats.compat.verify import verified
+from lora_core.formats.io import read_adapter, write_adapter
 from lora_core.formats.kohya import to_file
 from lora_core.formats.layout import family_layout
 from lora_core.formats.names import with_text_model
-from lora_core.formats.verify import verified
-from lora_core.spec.families import FAMILIES
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
 from tests.formats.test_loading_in_diffusers import Heard, heard, merged, one_thread, trained_by_peft
 
 __all__ = ["Heard", "heard", "one_thread"]

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from lora_core.__main__ import main
 from lora_core.cli.pictures import note_extras
+from lora_core.formats.compat.verify import verified
 from lora_core.formats.convert import converted
-from lora_core.formats.file import read_adapter
+from lora_core.formats.io import read_adapter
 from lora_core.formats.layout import family_layout
 from lora_core.formats.names import layer_of_stem
-from lora_core.formats.verify import verified
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.tensor_file import read_header
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.header import read_header
 from tests.formats.conftest import same_bits
 from tests.formats.foreign_files import FILES, HEADERS, PEFT_LEAVES, PLAIN, SD15, comfy_name, kohya, norms
 from tests.formats.odd_files import serialised

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
-from lora_core.adapters.weights import AdapterWeights
-from lora_core.formats.file import write_adapter
+from lora_core.errors import AdapterFileError
 from lora_core.formats.inspect import inspect_file
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import FAMILIES
+from lora_core.formats.io import write_adapter
+from lora_core.lora.weights import AdapterWeights
+from lora_core.model_files.families import FAMILIES
 from tests.formats.conftest import BLOCK, CLIP, adapter, linear
 from tests.formats.odd_files import serialised
 

@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from lora_core.adapters.weights import AdapterWeights
+from lora_core.errors import AdapterFileError
 from lora_core.formats import kohya
-from lora_core.spec.errors import AdapterFileError
+from lora_core.lora.weights import AdapterWeights
 from tests.formats.conftest import BLOCK, adapter, linear, same_bits
 
 STEM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

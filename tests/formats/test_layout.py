@@ -7,10 +7,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.adapters.targets import ATTENTION, KOHYA, canonical_path
 from lora_core.formats.layout import family_layout
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.paths import DEMO_BASE, FAMILY_CONFIGS
+from lora_core.lora.targets import ATTENTION, KOHYA, canonical_path
+from lora_core.model_files.families import FAMILIES
+from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
 
 
 def real_layers(part, folder):

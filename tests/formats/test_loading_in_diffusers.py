@@ -15,12 +15,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.analysis.updates import file_updates
-from lora_core.formats.file import read_adapter, write_adapter
+from lora_core.formats.compat.verify import verified
+from lora_core.formats.io import read_adapter, write_adapter
 from lora_core.formats.names import with_text_model
-from lora_core.formats.verify import verified
-from lora_core.spec.families import FAMILIES
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
+from lora_core.tools.delta import file_updates
 from tests.formats.conftest import WIDTH
 
 

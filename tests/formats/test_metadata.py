@@ -4,8 +4,8 @@ import tomllib
 import pytest
 
 from lora_core.formats.metadata import CONFIG_KEY, ExportFacts, export_metadata, side_file
-from lora_core.spec.config import RunConfig, to_toml
-from lora_core.spec.families import FAMILIES
+from lora_core.model_files.families import FAMILIES
+from lora_core.settings.config import RunConfig, to_toml
 
 SETTINGS = to_toml(
     RunConfig().changed(

@@ -5,10 +5,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lora_core.errors import AdapterFileError
 from lora_core.formats import names
 from lora_core.formats.layout import family_layout
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import FAMILIES
+from lora_core.model_files.families import FAMILIES
 
 FAMILY = FAMILIES["sd15"]
 

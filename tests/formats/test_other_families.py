@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
-from lora_core.formats import kinds
+from lora_core.formats import detect
 from lora_core.formats.layout import family_layout
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.other_models import other_family
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.unsupported import other_family
 from tests.formats.odd_files import CASES, FAMILIES_HERE, serialised
 
 # Layers by the names that tools give them: sd-scripts and musubi-tuner (lora_unet_), OneTrainer
@@ -159,5 +159,5 @@ def test_a_base_told_by_its_width_alone_is_not_asked_for(tmp_path, capsys):
 
 
 def test_an_embedding_by_its_token_alone():
-    assert kinds.kind_of({"<cat>": (3, 768)}) == "textual-inversion embedding"
-    assert kinds.kind_of({"0.to_q_lora.down.weight": (4, 4)}) == "IP-Adapter"
+    assert detect.kind_of({"<cat>": (3, 768)}) == "textual-inversion embedding"
+    assert detect.kind_of({"0.to_q_lora.down.weight": (4, 4)}) == "IP-Adapter"

@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lora_core.formats.file import read_adapter
+from lora_core.errors import AdapterFileError
+from lora_core.formats.compat.verify import verified
 from lora_core.formats.inspect import inspect_file
-from lora_core.formats.verify import verified
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import FAMILIES
+from lora_core.formats.io import read_adapter
+from lora_core.model_files.families import FAMILIES
 from tests.checkpoints import components
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.formats import kinds
-from lora_core.formats.file import read_adapter, write_adapter
+from lora_core.errors import AdapterFileError
+from lora_core.formats import detect
+from lora_core.formats.compat.verify import tool_outcomes, verified
+from lora_core.formats.io import read_adapter, write_adapter
 from lora_core.formats.layout import family_layout
-from lora_core.formats.verify import tool_outcomes, verified
-from lora_core.spec.errors import AdapterFileError
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.tensor_file import read_header
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.header import read_header
 from tests.formats.odd_files import ALL, CASES, FAMILIES_HERE, odd_file, serialised
 
 RUNS = json.loads((Path(__file__).parent / "loader_runs.json").read_text(encoding="utf-8"))
@@ -282,19 +282,19 @@ WHICH = {
 def test_the_exact_row_of_a_file(case):
     metadata, name = WHICH[case]
     shapes = {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 1024)}
-    assert kinds.file_family(shapes, metadata) is FAMILIES[name]
-    assert kinds.family_name(shapes, metadata) == "sd2"
+    assert detect.file_family(shapes, metadata) is FAMILIES[name]
+    assert detect.family_name(shapes, metadata) == "sd2"
 
 
 def test_families_without_a_cross_attention():
     """Told by what else differs: how the first text encoder is called, original names, deep transformers."""
     clip = "text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight"
-    assert kinds.family_name({f"lora_te_{clip}": (4, 768)}, {}) == "sd15"
-    assert kinds.family_name({f"lora_te1_{clip}": (4, 768)}, {}) == "sdxl"
-    assert kinds.family_name({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, {}) == "sdxl"
+    assert detect.family_name({f"lora_te_{clip}": (4, 768)}, {}) == "sd15"
+    assert detect.family_name({f"lora_te1_{clip}": (4, 768)}, {}) == "sdxl"
+    assert detect.family_name({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 640)}, {}) == "sdxl"
     deep = "lora_unet_mid_block_attentions_0_transformer_blocks_7_attn1_to_q.lora_down.weight"
-    assert kinds.family_name({deep: (4, 1280)}, {}) == "sdxl"
-    assert kinds.family_name({deep.replace("_7_", "_0_"): (4, 1280)}, {}) == "unknown"
+    assert detect.family_name({deep: (4, 1280)}, {}) == "sdxl"
+    assert detect.family_name({deep.replace("_7_", "_0_"): (4, 1280)}, {}) == "unknown"
 
 
 @pytest.mark.parametrize("name", FAMILIES_HERE)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_core.__main__ import _quiet_libraries, _set_up_cuda
-from lora_core.spec.errors import LoraError
-from lora_core.spec.hardware import card_problem, find_card
+from lora_core.errors import LoraError
+from lora_core.system.hardware import card_problem, find_card
 
 if TYPE_CHECKING:
     from tests.gpu.parts import Bench, Finding

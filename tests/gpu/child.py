@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from lora_core.spec.run_folder import RunFolder
+from lora_core.runs.folder import RunFolder
 from tests.faults import Fault, armed
-from tests.training.runs import trained
+from tests.train.runs import trained
 
 
 def limit_card(gigabytes: float) -> None:

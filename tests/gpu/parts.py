@@ -19,28 +19,28 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_core.adapters.inject import inject
-from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.storage import Storage
-from lora_core.adapters.targets import ATTENTION, KOHYA, LOCON, Targets
+from lora_core.backends.int8 import Thinner, int8
+from lora_core.backends.offload import depot_for
+from lora_core.generate.pipeline import Picture, generated_from_prompt
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import ATTENTION, KOHYA, LOCON, Targets
+from lora_core.model_files.families import FAMILIES
 from lora_core.models import load
-from lora_core.models.depot import depot_for
 from lora_core.models.load import load_base
-from lora_core.models.thin import Thinner, int8
-from lora_core.sampling.generate import Picture, generated_from_prompt
+from lora_core.runs import events
+from lora_core.runs.events import read_events
+from lora_core.runs.folder import RunFolder
 from lora_core.serve import Worker
-from lora_core.spec import events
-from lora_core.spec.config import FIELDS
-from lora_core.spec.events import read_events
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.run_folder import RunFolder
-from lora_core.training.prepare import Plan
+from lora_core.settings.config import FIELDS
+from lora_core.train.setup import Plan
 from tests.benchmarks.sides import ENDINGS, Given, Sides, easel_step, plain_step, start_of
 from tests.checkpoints import components, write_folder
 from tests.counting import launches
 from tests.faults import Fault, armed
 from tests.tiny import tiny_folder, tiny_unet
-from tests.training.runs import Toy, broken_at, result, trained, trouble
+from tests.train.runs import Toy, broken_at, result, trained, trouble
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

@@ -7,7 +7,7 @@ import pytest
 
 from lora_core.models.device import use_device
 from tests.gpu import __main__ as gpu
-from tests.training.conftest import one_thread
+from tests.train.conftest import one_thread
 
 
 def test_all_parts_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lora_core.errors import ConfigError
 from lora_core.models import device
-from lora_core.spec import hardware
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import ConfigError
-from lora_core.spec.hardware import Card, card_problem, nvidia_cards
+from lora_core.settings.config import RunConfig
+from lora_core.system import hardware
+from lora_core.system.hardware import Card, card_problem, nvidia_cards
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90a"]

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_core.errors import ModelFileError
 from lora_core.models import device
 from lora_core.models.device import compute_deterministically, dtype_of
 from lora_core.models.encode import decoded_latents, encoded_picture, text_condition, token_chunks
 from lora_core.models.load import load_base, open_base
-from lora_core.models.noise import NoiseSchedule
-from lora_core.spec.errors import ModelFileError
+from lora_core.models.noise_schedule import NoiseSchedule
 from tests.tiny import tiny_folder
 
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from lora_core.models.denoise import prediction
+from lora_core.errors import ModelFileError
+from lora_core.generate.pipeline import Picture, sampled_latents
+from lora_core.model_files.detect import base_facts
+from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import negative_condition, text_condition
 from lora_core.models.load import load_base
-from lora_core.sampling.generate import Picture, sampled_latents
-from lora_core.spec.base_facts import base_facts
-from lora_core.spec.errors import ModelFileError
-from lora_core.spec.families import FAMILIES
+from lora_core.models.unet import prediction
 from tests.checkpoints import components, original_names, scheduler_config, write_folder, write_single
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from lora_core import api
 from lora_core.__main__ import main
 from lora_core.models import device
 from lora_core.report import doctor
-from lora_core.spec.hardware import Card
+from lora_core.system.hardware import Card
 
 
 @pytest.fixture(autouse=True)

@@ -16,17 +16,15 @@ import torch
 from PIL import Image
 
 from lora_core.__main__ import main
-from lora_core.adapters.weights import AdapterWeights
+from lora_core.errors import RunError
+from lora_core.lora.weights import AdapterWeights
 from lora_core.report import story as story_module
-from lora_core.report.page import report_html, write_report
-from lora_core.report.samples import sample_rows
+from lora_core.report.report import report_html, sample_rows, verdict, write_report
 from lora_core.report.story import picture_rows, plain_words, story_of
-from lora_core.report.verdict import verdict
-from lora_core.spec import events
-from lora_core.spec.config import RunConfig
-from lora_core.spec.errors import RunError
-from lora_core.spec.run_folder import RunFolder
-from tests.analysis.planted import TEXT, TINY, TO_K, TO_Q, dense, random_layer, saved
+from lora_core.runs import events
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from tests.tools.planted import TEXT, TINY, TO_K, TO_Q, dense, random_layer, saved
 
 HOSTILE = '"><img src=x onerror=alert(1)><script>alert(2)</script>'
 

@@ -1,6 +1,7 @@
 """What each family takes of a card, at its true shapes: python -m tests.simulated.footprints
 
-Prints the rows of `lora_core.spec.families.FOOTPRINTS`, in some minutes: every layer runs, without values.
+Prints the rows of `lora_core.model_files.families.FOOTPRINTS`, in some minutes: every layer runs, without
+values.
 """
 
 import gc
@@ -15,14 +16,14 @@ from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.adapters.inject import inject
-from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.storage import Storage
-from lora_core.adapters.targets import named_targets
-from lora_core.models.thin import BLOCKS
-from lora_core.spec.choices import TARGETS
-from lora_core.spec.families import FAMILIES, Family
-from lora_core.spec.paths import FAMILY_CONFIGS
+from lora_core.backends.int8 import BLOCKS
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import named_targets
+from lora_core.model_files.families import FAMILIES, Family
+from lora_core.settings.choices import TARGETS
+from lora_core.system.paths import FAMILY_CONFIGS
 from tests.simulated.device import SimulatedDevice
 
 RANKS = (16, 64)

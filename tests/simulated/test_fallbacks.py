@@ -7,17 +7,17 @@ from unittest import mock
 import pytest
 import torch
 
-from lora_core.models import depot
+from lora_core.backends import offload
+from lora_core.backends.int8 import Thinner, int8
+from lora_core.errors import OutOfMemory
 from lora_core.models.device import SPARE, cap_memory
 from lora_core.models.load import open_base
-from lora_core.models.thin import Thinner, int8
-from lora_core.spec import events
-from lora_core.spec.errors import OutOfMemory
-from lora_core.training import conductor, loop
-from lora_core.training.prepare import Plan
+from lora_core.runs import events
+from lora_core.train import loop, trainer
+from lora_core.train.setup import Plan
 from tests.simulated.device import GIB, SimulatedDevice
 from tests.tiny import tiny_folder, tiny_unet
-from tests.training.runs import broken_at, notes, toy, trained
+from tests.train.runs import broken_at, notes, toy, trained
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 
@@ -34,23 +34,23 @@ def gradient(unet: torch.nn.Module, device: str) -> torch.Tensor:
 def test_offloading_takes_fixed_memory_and_has_the_same_bits(
     pinnable: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(depot, "SLAB", 2**20)
+    monkeypatch.setattr(offload, "SLAB", 2**20)
     unet = tiny_unet().requires_grad_(False)
     weights = sum(p.nbytes for p in unet.parameters())
     wanted = gradient(unet, "cpu")
     with SimulatedDevice() as card:
         card.pinnable = pinnable
         unet.to("cuda")
-        kept = depot.HostDepot(CUDA)
+        kept = offload.HostDepot(CUDA)
         Thinner(None, kept).every(unet)
         found = [gradient(unet, "cuda") for _ in range(2)]
-        assert card.pinned <= (0 if pinnable == 0 else weights * 1.1 + depot.SLAB)
+        assert card.pinned <= (0 if pinnable == 0 else weights * 1.1 + offload.SLAB)
         assert all(torch.equal(one, wanted) for one in found)
 
 
 def test_fetching_allocates_nothing_once_buffers_are_there() -> None:
     with SimulatedDevice() as card:
-        kept = depot.HostDepot(CUDA)
+        kept = offload.HostDepot(CUDA)
         weights = [torch.full((64, size), float(size)) for size in (8, 32, 16, 24, 8)]
         fetch = [kept.put(weight) for weight in weights]
         for one in fetch:
@@ -60,7 +60,7 @@ def test_fetching_allocates_nothing_once_buffers_are_there() -> None:
             for one, weight in zip(fetch, weights, strict=True):
                 assert torch.equal(one().cpu(), weight)
         assert card.allocations == before
-        assert card.live == depot.BUFFERS * 64 * 32 * 4
+        assert card.live == offload.BUFFERS * 64 * 32 * 4
 
 
 @pytest.mark.parametrize("how", [None, int8], ids=["whole", "int8"])
@@ -121,7 +121,7 @@ def test_a_hog_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
                 card.others = 0
 
         monkeypatch.setattr(loop, "picture_losses", picture_losses)
-        monkeypatch.setattr(conductor.time, "sleep", sleep)
+        monkeypatch.setattr(trainer.time, "sleep", sleep)
         trained(run)
     assert len(waited) == 3
     assert json.loads(run.plan_file.read_text())["rungs"] == []

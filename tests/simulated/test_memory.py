@@ -17,18 +17,18 @@ from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.adapters.inject import inject
-from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.storage import Storage
-from lora_core.adapters.targets import named_targets
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import named_targets
+from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import TextCondition, decoded_latents, encoded_picture
 from lora_core.models.load import BaseModel, streamline
-from lora_core.models.noise import NoiseSchedule
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.paths import FAMILY_CONFIGS
-from lora_core.spec.sections import LossSection
-from lora_core.training.loss import drawn, picture_losses
-from lora_core.training.trainee import ready_for_training
+from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.settings.schema import LossSection
+from lora_core.system.paths import FAMILY_CONFIGS
+from lora_core.train.loss import drawn, picture_losses
+from lora_core.train.setup import ready_for_training
 from tests.simulated.device import GIB, SimulatedDevice
 
 # GiB. The first three are weights alone, the others peaks: the VAE alone while it encodes or decodes,

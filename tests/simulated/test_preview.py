@@ -21,20 +21,19 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from app.worker import Worker
-from lora_core.adapters.targets import named_targets, target_modules
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
+from app.worker_client import Worker
+from lora_core.backends.int8 import Thinner, is_packed
+from lora_core.generate import pipeline as artists
+from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Artist, Picture, sampled_latents
+from lora_core.generate.request import LoraAt, Shot
+from lora_core.lora.targets import named_targets, target_modules
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import decoded_latents, negative_condition, text_condition
 from lora_core.models.load import BaseModel, load_base
-from lora_core.models.noise import NoiseSchedule
-from lora_core.models.thin import Thinner, is_packed
-from lora_core.sampling import artist as artists
-from lora_core.sampling.artist import ASIDE, INT8, RESIDENT, Artist
-from lora_core.sampling.generate import Picture, sampled_latents
-from lora_core.spec.choices import SAMPLERS
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
-from lora_core.spec.shots import LoraAt, Shot
+from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.settings.choices import SAMPLERS
+from lora_core.system.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
 from tests.simulated.device import GIB, SimulatedDevice
 from tests.waiting import PATIENCE
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from lora_core.errors import LoraError
+from lora_core.generate.pipeline import Picture, generated_from_prompt
 from lora_core.models.load import load_base
-from lora_core.sampling.generate import Picture, generated_from_prompt
-from lora_core.spec import events
-from lora_core.spec.choices import OPTIMIZERS, SAMPLERS
-from lora_core.spec.errors import LoraError
-from lora_core.spec.run_folder import RunFolder
+from lora_core.runs import events
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.choices import OPTIMIZERS, SAMPLERS
 from tests.simulated.device import SimulatedDevice
-from tests.training.runs import (
+from tests.train.runs import (
     RANDOM,
     SAMPLED,
     Toy,

@@ -8,18 +8,18 @@ from accelerate import init_empty_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from lora_core.adapters.inject import inject
-from lora_core.adapters.lora import LoraShape
-from lora_core.adapters.storage import Storage
-from lora_core.adapters.targets import ATTENTION
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import ATTENTION
+from lora_core.model_files.families import FAMILIES
 from lora_core.models.load import streamline
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.paths import FAMILY_CONFIGS
-from lora_core.training.loop import StepPlan, training_steps
-from lora_core.training.prepare import Plan, prepared
+from lora_core.system.paths import FAMILY_CONFIGS
+from lora_core.train.loop import StepPlan, training_steps
+from lora_core.train.setup import Plan, prepared
 from tests.simulated.device import SimulatedDevice
-from tests.training.conftest import one_thread
-from tests.training.runs import toy
+from tests.train.conftest import one_thread
+from tests.train.runs import toy
 
 DROPOUT = {"adapter__dropout": 0.2, "adapter__rank_dropout": 0.1, "adapter__module_dropout": 0.1}
 STEPS = 3

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_core.spec.events import Working, read_events
-from lora_core.spec.run_folder import RunFolder
+from lora_core.runs.events import Working, read_events
+from lora_core.runs.folder import RunFolder
 from tests.faults import Fault, Nursery
-from tests.training.runs import RANDOM, Toy, check_story, check_whole, result, toy
+from tests.train.runs import RANDOM, Toy, check_story, check_whole, result, toy
 
 SETTINGS = {
     **RANDOM, "train.steps": 12, "save.every": 3, "save.ema": 0.9, "validation.pictures": 1,

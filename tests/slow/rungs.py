@@ -60,11 +60,11 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
 
-    from lora_core.adapters.inject import inject
-    from lora_core.adapters.lora import LoraShape
-    from lora_core.adapters.targets import ATTENTION
-    from lora_core.models.depot import FileDepot
-    from lora_core.models.thin import Thinner, int8
+    from lora_core.backends.int8 import Thinner, int8
+    from lora_core.backends.offload import FileDepot
+    from lora_core.lora.inject import inject
+    from lora_core.lora.layer import LoraShape
+    from lora_core.lora.targets import ATTENTION
 
     torch.set_num_threads(1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from lora_core.cli.progress import EventPrinter
-from lora_core.spec.config import RunConfig
-from lora_core.spec.presets import starting_settings
-from lora_core.spec.run_folder import RunFolder
-from lora_core.training import conductor, loop
-from lora_core.training.run import train
+from lora_core.model_files.starting_settings import starting_settings
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.train import loop, trainer
+from lora_core.train.trainer import train
 
 
 @pytest.mark.slow
@@ -27,7 +27,7 @@ def test_the_watch_costs_under_a_hundredth_of_a_step(tmp_path: Path) -> None:
     watch: list[float] = []
     check: list[float] = []
     steps: list[float] = []
-    took, apply = conductor.Conductor._took, loop.take_step
+    took, apply = trainer.Conductor._took, loop.take_step
 
     def timed(self, session, step):
         began = time.perf_counter()
@@ -45,7 +45,7 @@ def test_the_watch_costs_under_a_hundredth_of_a_step(tmp_path: Path) -> None:
         return apply(trainee, clip, parts, step)
 
     with (
-        mock.patch.object(conductor.Conductor, "_took", timed),
+        mock.patch.object(trainer.Conductor, "_took", timed),
         mock.patch.object(loop, "take_step", checked),
         run.held(),
         warnings.catch_warnings(),

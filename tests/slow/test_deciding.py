@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core.spec import events
-from lora_core.spec.config import RunConfig
-from lora_core.spec.presets import starting_settings
-from lora_core.spec.run_folder import RunFolder
-from lora_core.training.run import train
+from lora_core.model_files.starting_settings import starting_settings
+from lora_core.runs import events
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.train.trainer import train
 from tests.evaluator import Evaluator, mean_and_error
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_core.formats.file import read_adapter
-from tests.analysis.planted import dense
+from lora_core.formats.io import read_adapter
 from tests.evaluator import Evaluator, mean_and_error
+from tests.tools.planted import dense
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo"

@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from lora_core.adapters.inject import Merger, Strengthened
-from lora_core.adapters.weights import AdapterWeights
-from lora_core.dataset.folder import ImageRecord, open_dataset
-from lora_core.formats.file import read_adapter
+from lora_core.data.dataset import ImageRecord, open_dataset
+from lora_core.evaluate.validator import Looks, Measured, measured_pictures, paired_gain, triple_losses
+from lora_core.formats.io import read_adapter
+from lora_core.lora.inject import Merger, Strengthened
+from lora_core.lora.weights import AdapterWeights
+from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel, load_base
-from lora_core.spec.config import RunConfig
-from lora_core.spec.presets import starting_settings
-from lora_core.spec.run_folder import RunFolder
-from lora_core.training.run import train
-from lora_core.validation.gain import Measured, paired_gain, triple_losses
-from lora_core.validation.triples import Looks
-from lora_core.validation.validate import measured_pictures
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.train.trainer import train
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo"
 SETS, PICTURES, LOOKS = 40, 20, 4

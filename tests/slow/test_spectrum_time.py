@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core.adapters.targets import named_targets
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.analysis.spectrum import file_spectrum
-from lora_core.formats.file import write_adapter
+from lora_core.formats.io import write_adapter
 from lora_core.formats.layout import family_layout
-from lora_core.spec.families import FAMILIES
+from lora_core.lora.targets import named_targets
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
+from lora_core.tools.svd import file_spectrum
 
 SECONDS = 10.0
 

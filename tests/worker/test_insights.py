@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core.adapters.weights import AdapterWeights, LayerWeights
-from lora_core.formats.file import write_adapter
+from lora_core.formats.io import write_adapter
+from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import FAMILIES
+from lora_core.runs.folder import RunFolder
 from lora_core.serve import Worker
-from lora_core.spec.config import RunConfig
-from lora_core.spec.families import FAMILIES
-from lora_core.spec.paths import DEMO_BASE
-from lora_core.spec.run_folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.system.paths import DEMO_BASE
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
 

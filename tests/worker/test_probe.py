@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from app.desk import Desk
-from app.moment import moment_of
+from app.snapshot import moment_of
+from app.state import Desk
 from app.train.facts import time_of
-from lora_core.dataset.project import DEMO
+from lora_core.model_files.detect import chosen_base
+from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel
+from lora_core.projects.project import DEMO
+from lora_core.runs import costs as pace
+from lora_core.runs.costs import Measured, cost_key, keep_measured
+from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.serve import Worker
-from lora_core.spec import forecast as pace
-from lora_core.spec.bases import chosen_base
-from lora_core.spec.config import RunConfig
-from lora_core.spec.measured import Measured, cost_key, keep_measured
-from lora_core.spec.presets import starting_settings
-from lora_core.spec.run_folder import RunFolder, runs_folder
-from lora_core.training.loop import Trainee
+from lora_core.settings.config import RunConfig
+from lora_core.train.loop import Trainee
 from lora_core.worker import probe as probing
 
 ROOT = Path(__file__).resolve().parents[2]

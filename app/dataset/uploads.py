@@ -1,0 +1,253 @@
+"""Bringing pictures in: files that a page sends, or a path on this computer, taken over in a thread of its
+own.
+
+A page sends file by file into a folder beside the projects and then says that it is done; from there on
+nothing depends on the page. One import at a time; how far it is can be asked at any moment.
+"""
+
+import shutil
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.formatting import many
+from lora_core.data.importer import Imported, Way, import_files, import_folder
+from lora_core.errors import DatasetError, LoraError
+from lora_core.model_files.detect import EMBEDDED
+from lora_core.projects.project import Project
+from lora_core.system.untrusted import parsed_json
+
+MOST_FILES = 40_000
+MOST_BATCHES = 8
+LARGEST_FILE = 500_000_000
+LARGEST_ZIP = 20_000_000_000
+LONGEST_LIST = 4_000_000
+ROOM_LEFT = 200_000_000
+"""Bytes that a disk keeps free, so that captions and the trainer's lines can still be written."""
+
+
+@dataclass
+class Batch:
+    """Files that a page is sending: where they lie, and what the page calls them."""
+
+    folder: Path
+    files: dict[int, tuple[Path, str]] = field(default_factory=dict)
+
+
+class _Parcel:
+    """Files as they come in one request."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self.chunks = chunks
+        self.held = b""
+
+    async def listed(self) -> list[tuple[int, str, int]]:
+        """What the first line says of the files.
+
+        Raises:
+            DatasetError: it says nothing of the kind.
+        """
+        while b"\n" not in self.held and len(self.held) < LONGEST_LIST:
+            self.held += await anext(self.chunks, b"\n")
+        line, _, self.held = self.held.partition(b"\n")
+        try:
+            listed = [(int(index), str(name), int(size)) for index, name, size in parsed_json(line)]
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DatasetError("The list of files did not come through; drop them again.") from error
+        if any(not 0 <= index < MOST_FILES or size < 0 for index, _, size in listed):
+            raise DatasetError(f"More than {MOST_FILES:,} files cannot be taken at once; drop fewer.")
+        return listed
+
+    async def bytes(self, size: int, name: str) -> AsyncIterator[bytes]:
+        """The next so many bytes.
+
+        Raises:
+            DatasetError: the request ends before.
+        """
+        while size:
+            if not self.held:
+                self.held = await anext(self.chunks, b"")
+            if not self.held:
+                raise DatasetError(f"{name} did not come through whole; drop it again.")
+            part, self.held = self.held[:size], self.held[size:]
+            size -= len(part)
+            yield part
+
+
+class Importer:
+    """The one import of a window."""
+
+    def __init__(self, project: Project, staging: Path) -> None:
+        """Import into the open project, with sent files in `staging` until then."""
+        self.project = project
+        self.staging = staging
+        # Whatever a window that was killed had received is of no use any more.
+        shutil.rmtree(staging, ignore_errors=True)
+        self._batches: dict[str, Batch] = {}
+        self._lock = threading.Lock()
+        self._state: dict[str, Any] = {"state": "idle", "number": 0}
+        # What is to be worked out before an import counts as done.
+        self.after: Callable[[], object] = lambda: None
+
+    def state(self) -> dict[str, Any]:
+        """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, the import's `number`, and
+        `left_demo` where the form has other values because of it."""
+        return dict(self._state)
+
+    @property
+    def working(self) -> bool:
+        """Whether an import is under way."""
+        return bool(self._state["state"] == "working")
+
+    def begin(self) -> str:
+        """A new batch of files to be sent; returns its name.
+
+        Raises:
+            DatasetError: the disk refuses.
+        """
+        while len(self._batches) >= MOST_BATCHES:
+            # Pages that were closed while they sent.
+            self.give_up(next(iter(self._batches)))
+        name = uuid.uuid4().hex
+        folder = self.staging / name
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise DatasetError(f"The folder {folder} cannot be made ({error.strerror}).") from error
+        self._batches[name] = Batch(folder)
+        return name
+
+    async def receive(self, batch: str, chunks: AsyncIterator[bytes]) -> int:
+        """Write the files of one parcel, counting their bytes as they come; returns how many.
+
+        A parcel is a line of JSON, a list of (index, name, bytes), and then the files one after the other:
+        small files would cost a request each otherwise.
+
+        Raises:
+            DatasetError: the batch is not known, the parcel is not whole, or a file is too large for its kind
+                or for the disk.
+        """
+        found = self._batches.get(batch)
+        if found is None:
+            raise DatasetError("This import is over; drop the files again.")
+        parcel = _Parcel(chunks)
+        listed = await parcel.listed()
+        room = shutil.disk_usage(found.folder).free - ROOM_LEFT
+        for index, name, size in listed:
+            most = LARGEST_ZIP if name.casefold().endswith(".zip") else LARGEST_FILE
+            if size > most:
+                raise DatasetError(f"{name} is larger than {most / 1e6:.0f} MB; leave it out.")
+            room -= size
+            if room < 0:
+                raise DatasetError(f"The disk is too full for {name}; free some space.")
+            path = found.folder / f"{index:05}"
+            try:
+                with open(path, "wb") as file:
+                    async for part in parcel.bytes(size, name):
+                        file.write(part)
+            except OSError as error:
+                raise DatasetError(
+                    f"{name} cannot be written ({error.strerror}); free some space."
+                ) from error
+            found.files[index] = (path, name)
+        return len(listed)
+
+    def finish(self, batch: str) -> None:
+        """Take over what was sent.
+
+        Raises:
+            DatasetError: the batch is not known, or another import is under way.
+        """
+        found = self._batches.get(batch)
+        if found is None:
+            raise DatasetError("This import is over; drop the files again.")
+        self._refuse_two()
+        del self._batches[batch]
+        files = [found.files[index] for index in sorted(found.files)]
+
+        def work(way: Way) -> Imported:
+            try:
+                paths, names = [path for path, _ in files], [name for _, name in files]
+                return import_files(paths, self.project.pictures, names, way)
+            finally:
+                shutil.rmtree(found.folder, ignore_errors=True)
+
+        self._start(work, "move")
+
+    def give_up(self, batch: str) -> None:
+        """Forget what was sent so far."""
+        found = self._batches.pop(batch, None)
+        if found is not None:
+            shutil.rmtree(found.folder, ignore_errors=True)
+
+    def from_path(self, text: str, link: bool) -> None:
+        """Take over a folder, a zip or a picture of this computer, copied or linked.
+
+        Raises:
+            DatasetError: nothing is there, or another import is under way.
+        """
+        where = Path(text.strip().strip('"')).expanduser()
+        if not text.strip():
+            raise DatasetError("Type the path of a folder of pictures first.")
+        try:
+            is_folder, is_file = where.is_dir(), where.is_file()
+        except (OSError, ValueError):
+            is_folder = is_file = False
+        if not is_folder and not is_file:
+            raise DatasetError(f"There is no folder at {where}.")
+        self._refuse_two()
+        if link:
+            self.project.link(where if is_folder else where.parent)
+
+        def work(way: Way) -> Imported:
+            into = self.project.pictures
+            return import_folder(where, into, way) if is_folder else import_files([where], into, way=way)
+
+        self._start(work, "link" if link else "copy")
+
+    def _refuse_two(self) -> None:
+        if self.working:
+            raise DatasetError("An import is under way; wait until it is done.")
+
+    def _start(self, work: Callable[[Way], Imported], how: str) -> None:
+        with self._lock:
+            self._refuse_two()
+            number = self._state["number"] + 1
+            self._state = {"state": "working", "number": number, "phase": "Looking", "done": 0, "total": 0}
+        thread = threading.Thread(target=self._run, args=(work, how), daemon=True, name="import")
+        thread.start()
+
+    def _run(self, work: Callable[[Way], Imported], how: str) -> None:
+        project = self.project
+
+        def said(phase: str, done: int, total: int) -> None:
+            self._state = {**self._state, "phase": phase, "done": done, "total": total}
+
+        state, note = "failed", "The import was broken off by a fault of the program; its log says more."
+        try:
+            imported = work(Way(how, said, project.sizes))
+            project.notes = imported.skipped
+            state, note = _outcome(imported)
+            if imported.added and project.uses_demo:
+                # Own pictures were brought: from here on they are trained on, with a preset for them.
+                base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
+                project.keep(dataset="", level="", values={"model.base": base})
+                self._state = {**self._state, "left_demo": True}
+            said("Reading captions", 0, 0)
+            project.forget()
+            self.after()
+        except LoraError as error:
+            note = str(error)
+        except OSError as error:
+            note = f"The pictures cannot be taken over ({error.strerror or error}); try it again."
+        finally:
+            self._state = {**self._state, "state": state, "note": note}
+
+
+def _outcome(imported: Imported) -> tuple[str, str]:
+    added = f"{many(len(imported.added), 'file')} added." if imported.added else "Nothing was added."
+    skipped = f" {len(imported.skipped)} skipped, see below." if imported.skipped else ""
+    return "done" if imported.added else "failed", added + skipped

@@ -1,0 +1,468 @@
+"""Work on LoRA files that takes a while: one piece at a time in the worker, and what came of it.
+
+The work goes on without the page; a page that comes back finds where it is.
+"""
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.formatting import file_size, safe
+from app.preview.loras import ADDED, lora_groups, owner
+from app.snapshot import Moment, moment_of
+from app.state import Desk
+from app.train.base_picker import base_choices
+from app.worker_client import Reply, Worker
+from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
+from lora_core.model_files.detect import base_path
+from lora_core.model_files.sizes import MARGIN, free_bytes
+from lora_core.runs.folder import checked_name
+from lora_core.runs.storage import folder_bytes
+from lora_core.settings.choices import FORMATS
+
+BUSY = "One look is under way already; wait for it, or cancel it."
+
+
+class Job:
+    """The piece of work in hand, or the last one."""
+
+    def __init__(self, worker: Worker) -> None:
+        """Work through `worker`."""
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._reply: Reply | None = None
+        self._shows: Callable[[dict[str, Any]], str] = lambda result: ""
+        self._html = ""
+        self._revision = 0
+        self._told = True
+        self.title = ""
+
+    @property
+    def working(self) -> bool:
+        """Whether something is under way."""
+        reply = self._reply
+        return reply is not None and not reply.finished.is_set()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What the last piece of work answered; {} where it failed or there was none."""
+        reply = self._reply
+        return dict(reply.result) if reply is not None and reply.state == "done" else {}
+
+    def start(self, title: str, request: dict[str, Any], shows: Callable[[dict[str, Any]], str]) -> None:
+        """Begin.
+
+        Args:
+            title: what it is called while it is under way.
+            request: for the worker.
+            shows: makes HTML of its answer.
+
+        Raises:
+            RunError: something is under way.
+        """
+        with self._lock:
+            if self.working:
+                raise RunError(BUSY)
+            self.title, self._shows, self._told = title, shows, False
+            self._reply = self._worker.submit(request)
+
+    def cancel(self) -> None:
+        """Drop what is under way."""
+        reply = self._reply
+        if reply is not None and self.working:
+            self._worker.cancel(reply)
+
+    def now(self, known: int) -> dict[str, Any]:
+        """Where it is; the HTML only for a page that knows another revision of it."""
+        with self._lock:
+            reply = self._reply
+            if reply is not None and reply.finished.is_set() and not self._told:
+                self._told, self._revision = True, self._revision + 1
+                self._html = self._outcome(reply)
+            state = "idle" if reply is None else "working" if self.working else reply.state
+            said = {"state": state, "words": self._words(), "revision": self._revision}
+            if reply is not None and state == "working":
+                said |= {"done": reply.done, "total": reply.total}
+            return said | ({"html": self._html} if known != self._revision else {})
+
+    def _outcome(self, reply: Reply) -> str:
+        if reply.state == "error":
+            return f'<p class="problem" role="alert">{safe(reply.message)}</p>'
+        return self._shows(reply.result)
+
+    def _words(self) -> str:
+        reply = self._reply
+        if reply is None or not self.working:
+            return ""
+        ahead = self._worker.ahead_of(reply)
+        if ahead:
+            return f"{self.title}: waits for {ahead} other {'request' if ahead == 1 else 'requests'}"
+        said = reply.phase or reply.message
+        count = f", {reply.done:,} of {reply.total:,}" if reply.total > 1 else ""
+        return f"{self.title}: {said[:1].lower() + said[1:]}{count}" if said else f"{self.title}"
+
+
+# The tools of "Look inside": which there are, what each needs, and the request that it makes of a page's
+# choices.
+
+
+MOST_FILES = 12
+LONGEST_TABLE = 4000
+BASES = "bases"
+"""The folder of a project with bases that were made in it."""
+CHECKPOINT = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One thing to do with LoRA files.
+
+    Attributes:
+        title: on its button.
+        line: what it tells, or makes.
+        files: how few and how many it takes.
+        needs: which fields it has: "base", "tuned", "measure", "apart", "size", "rank", "strengths",
+            "blocks", "format", "alphas"; those with a ? may be left empty.
+        go: on the button that starts it.
+        makes: "adapter" or "base" where it makes a file.
+        do: what the worker is asked for, where that is not the tool's own key.
+    """
+
+    title: str
+    line: str
+    files: tuple[int, int] = (1, 1)
+    needs: tuple[str, ...] = ()
+    go: str = "Look"
+    makes: str = ""
+    do: str = ""
+
+
+TOOLS: dict[str, Tool] = {
+    "spectrum": Tool("Spectrum", "What it is, and how many directions each layer really uses."),
+    "amplify": Tool("Amplification", "What it brings out of its base, block by block.", needs=("base",)),
+    "intrinsic": Tool(
+        "Intrinsic rank", "The lowest rank that keeps 99% of its gain, measured.", (1, 1), ("measure",),
+        "Measure",
+    ),
+    "strength": Tool(
+        "Best strength", "Where it gains most, measured.", (1, 1), ("measure", "apart"), "Measure"
+    ),
+    "compare": Tool("Similarity", "How alike the directions of two files are, against chance.", (2, 2)),
+    "stack": Tool(
+        "Stacking", "What is left of each when all are on.", (2, MOST_FILES), ("strengths", "measure?")
+    ),
+    "merge": Tool(
+        "Merge", "Several files as one: exactly or at a rank, with a weight for each block.", (1, MOST_FILES),
+        ("strengths", "rank?", "blocks?", "base?"), "Merge", "adapter",
+    ),
+    "into-base": Tool(
+        "Merge into a base", "A copy of a base model with files merged into it.", (1, MOST_FILES),
+        ("strengths", "base", "blocks?"), "Merge", "base",
+    ),
+    "plain": Tool(
+        "Plain LoRA", "A LoHa, LoKr or DoRA as a plain LoRA, which every tool reads.", (1, 1),
+        ("rank", "base?"), "Convert", "adapter", "merge",
+    ),
+    "convert": Tool(
+        "Convert", "The same LoRA in the format of other tools.", (1, 1), ("format", "alphas"), "Convert",
+        "adapter",
+    ),
+    "shrink": Tool("Shrink", "A smaller file, and what that costs.", (1, 1), ("size",), "Shrink", "adapter"),
+    "extract": Tool(
+        "Extract", "A LoRA out of a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract",
+        "adapter",
+    ),
+}  # fmt: skip
+
+
+def choices(desk: Desk) -> dict[str, Any]:
+    """What a page offers: files with the run that they are of, runs to measure on, bases."""
+    moment = moment_of(desk)
+    groups = []
+    for heading, files in lora_groups(moment):
+        rows = []
+        for title, path in files:
+            watch = owner(moment, path)
+            rows.append({"title": title, "path": path, "run": watch.run.name if watch else ""})
+        groups.append({"heading": heading, "files": rows})
+    bases = [{"title": title, "name": name} for title, name in base_choices(desk)]
+    return {"groups": groups, "runs": _runs(moment), "bases": bases}
+
+
+def _runs(moment: Moment) -> list[dict[str, str]]:
+    """Runs that something was held out of."""
+    found = []
+    for watch, _ in moment.runs:
+        config = watch.config()
+        if config is not None and config.validation.pictures > 0:
+            found.append({"name": watch.run.name, "base": config.model.base})
+    return found
+
+
+def request_of(desk: Desk, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
+    """What the worker is asked for.
+
+    Args:
+        desk: the window.
+        tool: of `TOOLS`.
+        sent: a page's choices: `files` ({file, strength}), `base`, `tuned`, `measure`, `rank`, `energy`,
+            `apart`.
+
+    Raises:
+        LoraError: something is missing, in a sentence.
+    """
+    if tool not in TOOLS:
+        raise ConfigError(f"There is no tool {tool!r}.")
+    wanted, files = TOOLS[tool], _files(sent.get("files"))
+    low, high = wanted.files
+    if not low <= len(files) <= high:
+        raise AdapterFileError(_needs_files(wanted))
+    request: dict[str, Any] = {"do": wanted.do or tool}
+    if request["do"] == "merge":
+        request["files"] = files
+    elif high == 1:
+        request["file"] = files[0]["file"]
+    elif high:
+        request["files"] = files
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "base": lambda: {"base": _text(sent, "base", "Choose the base that it was made for.")},
+        "tuned": lambda: {"tuned": _text(sent, "tuned", "Give the path of the fine-tuned model.")},
+        "measure": lambda: {"measure": _measure(desk, sent.get("measure"))},
+        "measure?": lambda: {"measure": _measure(desk, sent["measure"])} if sent.get("measure") else {},
+        "apart": lambda: {"apart": bool(sent.get("apart"))},
+        "size": lambda: _size(sent),
+        "rank": lambda: {"rank": _rank(sent.get("rank") or "")},
+        "rank?": lambda: {"rank": _rank(sent["rank"])} if str(sent.get("rank") or "").strip() else {},
+        "base?": lambda: {"base": str(sent["base"])} if sent.get("base") else {},
+        "blocks?": lambda: _blocks(sent),
+        "format": lambda: {"format": _format(sent)},
+        "alphas": lambda: {"keep_alphas": bool(sent.get("alphas"))},
+    }
+    for need in wanted.needs:
+        request |= makers[need]() if need in makers else {}
+    if wanted.makes == "base":
+        request["out"] = str(_base_place(desk, request["base"], files[0]["file"]))
+    elif wanted.makes:
+        source = str(sent["tuned"]) if tool == "extract" else files[0]["file"]
+        request["out"] = str(free_place(desk, source, _suffix(tool, request)))
+    return request
+
+
+def _needs_files(tool: Tool) -> str:
+    low, high = tool.files
+    if (low, high) == (1, 1):
+        return "Choose a LoRA file first."
+    return f"{tool.title} needs {'two files' if low == high else 'two files or more'}; add another."
+
+
+def _files(rows: Any) -> list[dict[str, Any]]:
+    found = []
+    for row in rows if isinstance(rows, list) else []:
+        name = str(row.get("file") or "").strip().strip('"') if isinstance(row, dict) else ""
+        if name:
+            path = Path(name).expanduser()
+            if not path.is_file():
+                raise AdapterFileError(f"There is no file at {path}; choose another.")
+            found.append({"file": str(path), "strength": _number(row.get("strength", 1.0), "A strength")})
+    return found
+
+
+def _number(value: Any, title: str) -> float:
+    try:
+        number = float(str(value).replace(",", "."))
+    except ValueError as error:
+        raise ConfigError(f"{title} should be a number, not {str(value)[:40]!r}.") from error
+    if not abs(number) < 1e6:
+        raise ConfigError(f"{title} should be a number, not {str(value)[:40]!r}.")
+    return number
+
+
+def _text(sent: dict[str, Any], key: str, problem: str) -> str:
+    text = str(sent.get(key) or "").strip().strip('"')
+    if not text:
+        raise ConfigError(problem)
+    return text
+
+
+def _rank(value: Any) -> int:
+    number = _number(value, "The rank")
+    if number != int(number) or not 1 <= number <= 4096:
+        raise ConfigError(f"The rank should be a whole number from 1 on, not {str(value)[:40]!r}.")
+    return int(number)
+
+
+def _blocks(sent: dict[str, Any]) -> dict[str, Any]:
+    """Weights of blocks as `merge --blocks` takes them."""
+    text = str(sent.get("blocks") or "").strip()
+    if len(text) > LONGEST_TABLE:
+        raise ConfigError(f"The weights of blocks are longer than {LONGEST_TABLE:,} letters; use fewer rows.")
+    return {"blocks": text} if text else {}
+
+
+def _format(sent: dict[str, Any]) -> str:
+    name = str(sent.get("format") or "")
+    if name not in FORMATS:
+        raise ConfigError(f"Choose a format: {' or '.join(FORMATS)}.")
+    return name
+
+
+def _size(sent: dict[str, Any]) -> dict[str, Any]:
+    """A rank, or a share of the energy in percent."""
+    if sent.get("by") == "energy":
+        share = _number(sent.get("energy") or "", "The share of the energy")
+        if not 0 < share <= 100:
+            raise ConfigError(f"The share of the energy is from above 0 to 100 percent, not {share:g}.")
+        return {"energy": share / 100}
+    return {"rank": _rank(sent.get("rank") or "")}
+
+
+def check_memory_is_free(desk: Desk) -> None:
+    """Refuse to open a base for measuring while a run needs the memory and the time.
+
+    Raises:
+        RunError: a run is going on.
+    """
+    if desk.jobs.live() is not None:
+        raise RunError("A run is going on, which needs the memory; measure once it has ended.")
+
+
+def _measure(desk: Desk, sent: Any) -> dict[str, Any]:
+    """What to measure on: a run's held-out pictures, or a folder with a base."""
+    sent = sent if isinstance(sent, dict) else {}
+    check_memory_is_free(desk)
+    name = str(sent.get("run") or "")
+    if name:
+        watch = next((w for w in desk.jobs.all() if w.run.name == checked_name(name)), None)
+        if watch is None:
+            raise ConfigError(f"There is no run named {name}; choose another.")
+        return {"run": str(watch.run.path)}
+    dataset = _text(
+        sent, "dataset", "Choose what to measure on: a run, or a folder of pictures with captions."
+    )
+    return {"dataset": str(Path(dataset).expanduser()), "base": _text(sent, "base", "Choose the base.")}
+
+
+def stem_of(desk: Desk, file: Path) -> str:
+    """What a new file made of this one is called at its beginning; a checkpoint is called like its run."""
+    watch = owner(moment_of(desk), str(file))
+    stem = f"{watch.run.name}-{file.parent.name}" if watch and file.name == CHECKPOINT else file.stem
+    return re.sub(r"[^\w .()-]", "_", stem).strip(" .") or "lora"
+
+
+def free_place(desk: Desk, source: str, suffix: str) -> Path:
+    """Where a file that is made of `source` goes: beside a run's exports, else among the project's own."""
+    file = Path(source).expanduser()
+    watch = owner(moment_of(desk), str(file))
+    folder = watch.run.exports if watch else desk.project.path / ADDED
+    return _free(folder, f"{stem_of(desk, file)[:80]}-{suffix}", ".safetensors")
+
+
+def _base_place(desk: Desk, base: str, source: str) -> Path:
+    """Where a base that has `source` merged into it goes: among the project's bases.
+
+    Raises:
+        ModelFileError: the base is not on this computer, or there is no room for a copy of it.
+    """
+    path = base_path(base)
+    folder = desk.project.path / BASES
+    size = path.stat().st_size if path.is_file() else folder_bytes(path.resolve())
+    free = free_bytes(folder)
+    if size + MARGIN > free:
+        raise ModelFileError(
+            f"A copy of the base takes {file_size(size)}, and {file_size(free)} are free in {folder}; make"
+            " room."
+        )
+    stem = f"{path.stem[:60]}-{stem_of(desk, Path(source))[:60]}"
+    return _free(folder, stem, ".safetensors" if path.is_file() else "")
+
+
+def _free(folder: Path, stem: str, ending: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path, number = folder / f"{stem}{ending}", 2
+    while path.exists():
+        path, number = folder / f"{stem}-{number}{ending}", number + 1
+    return path
+
+
+def _suffix(tool: str, request: dict[str, Any]) -> str:
+    if tool in ("merge", "plain", "convert"):
+        return {"merge": "merged", "plain": f"plain{request.get('rank')}"}.get(tool) or request["format"]
+    small = f"rank{request['rank']}" if request.get("rank") else f"energy{100 * request['energy']:g}"
+    return f"lora-{small}" if tool == "extract" else small
+
+
+# The "Look inside any LoRA" card of the Export tab. Its lists are filled by inside.js, which asks the
+# window.
+
+
+EMPTY = (
+    '<div class="empty"><h3>Nothing looked at yet</h3><p class="small">Choose a LoRA, of a run or from'
+    " anywhere, and a tool. Spectrum is a good first look: it says how many of the file's directions do"
+    " something.</p></div>"
+)
+
+
+def inside_card() -> str:
+    """The whole card."""
+    return (
+        '<section id="inside" class="card" aria-labelledby="inside-title"><div><h2 id="inside-title">Look'
+        ' inside any LoRA</h2><p class="small">What low rank did in it, and better files made of it. Nothing'
+        " in a file is run, and none is changed: what is made is a new file.</p></div><div"
+        f' class="inside-cols"><div class="inside-side">{_file_row()}<div class="tools-list" role="group"'
+        f' aria-label="Tools">{"".join(_tool(key, tool) for key, tool in TOOLS.items())}</div></div><div'
+        f' class="inside-main">{_form()}<div id="inside-answer"'
+        f' aria-live="polite">{EMPTY}</div></div></div></section>'
+    )
+
+
+def _file_row() -> str:
+    return (
+        '<div><h3>LoRA files</h3><div id="inside-files"></div><button type="button" class="own quiet"'
+        ' id="inside-add">Add another file</button></div>'
+    )
+
+
+def _tool(key: str, tool: Tool) -> str:
+    low, high = tool.files
+    return (
+        f'<button type="button" class="own tool" data-tool="{key}" data-low="{low}" data-high="{high}"'
+        f' data-needs="{" ".join(tool.needs)}" data-go="{tool.go}"'
+        f' aria-pressed="false"><b>{safe(tool.title)}</b><span'
+        f' class="small">{safe(tool.line)}</span></button>'
+    )
+
+
+def _form() -> str:
+    """The fields of all tools; inside.js shows those that the chosen one needs."""
+    formats = "".join(f'<option value="{key}">{safe(row.title)}</option>' for key, row in FORMATS.items())
+    return """<form id="inside-form" class="inside-form" autocomplete="off">
+<label class="entry" data-field="tuned" hidden>Fine-tuned model<input id="inside-tuned" type="text"
+ placeholder="path of a .safetensors file or a diffusers folder" spellcheck="false"></label>
+<label class="entry" data-field="measure" hidden>Measure on<select id="inside-measure"></select></label>
+<label class="entry" data-field="dataset" hidden>Folder of pictures<input id="inside-dataset" type="text"
+ placeholder="pictures with captions that it was not trained on" spellcheck="false"></label>
+<label class="entry" data-field="base" hidden>Base<select id="inside-base"></select></label>
+<label class="entry" data-field="other-base" hidden>Path of the base<input id="inside-other-base" type="text"
+ spellcheck="false"></label>
+<label class="entry" data-field="by" hidden>Keep<select id="inside-by"><option value="rank">a rank</option>
+<option value="energy">a share of the energy</option></select></label>
+<label class="entry" data-field="rank" hidden>Rank<input id="inside-rank"
+ type="text" inputmode="numeric" value="8"></label>
+<label class="entry" data-field="energy" hidden>Percent of the energy<input id="inside-energy" type="text"
+ inputmode="decimal" value="99"></label>
+<label class="entry" data-field="blocks" hidden>Weights of blocks<input id="inside-blocks" type="text"
+ spellcheck="false" placeholder="mid_block=0.5, up_blocks.1=[1, 0]"></label>
+<label class="entry" data-field="format" hidden>Format<select id="inside-format">@FORMATS@</select></label>
+<label class="tick" data-field="alphas" hidden><input id="inside-alphas" type="checkbox">Keep an alpha for
+ each layer</label>
+<label class="tick" data-field="apart" hidden><input id="inside-apart" type="checkbox">UNet and text encoders
+ apart</label>
+<div class="row"><button type="submit" class="own primary" id="inside-go">Look</button>
+<button type="button" class="own" id="inside-cancel" hidden>Cancel</button>
+<span class="small" id="inside-why"></span>
+<span class="small num" id="inside-state" role="status" data-state="idle"></span></div>
+<div class="track" id="inside-track" hidden><i style="width: 0"></i></div>
+</form>""".replace("@FORMATS@", formats)

@@ -1,0 +1,179 @@
+"""Routes of "Look inside" and of the report: what there is to choose, starting, how far it is, files that
+were made."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, Response
+
+from app.export.lora_tools import TOOLS, Job, check_memory_is_free, choices, free_place, request_of
+from app.export.lora_tools_results import answer_html, made_html
+from app.export.report_card import POLICY, REPORT, report_done
+from app.jobs import Watch
+from app.preview.loras import ADDED
+from app.routes import Answer, Refused, below, sent_json
+from app.state import Desk
+from lora_core.errors import AdapterFileError, RunError
+from lora_core.runs.folder import checked_name, runs_folder
+
+FRESH = {"Cache-Control": "no-store"}
+
+
+def add_inside_routes(app: FastAPI, desk: Desk) -> None:
+    """Add them to `app`."""
+    look = _Look(desk)
+    report = Job(desk.worker)
+
+    async def answer(do: Callable[..., Any], *given: Any) -> Response:
+        return Answer(await asyncio.to_thread(do, *given) or {"done": True}, headers=FRESH)
+
+    app.get("/easel/inside/choices")(lambda: Answer(choices(desk), headers=FRESH))
+
+    @app.post("/easel/inside/start")
+    async def start(request: Request) -> Response:
+        return await answer(look.start, await sent_json(request))
+
+    @app.post("/easel/inside/act")
+    async def act(request: Request) -> Response:
+        return await answer(look.act, await sent_json(request))
+
+    @app.post("/easel/inside/go-on")
+    async def go_on(request: Request) -> Response:
+        return await answer(train_on, desk, str((await sent_json(request)).get("file", "")))
+
+    @app.get("/easel/inside/numbers.json")
+    async def numbers() -> Response:
+        text = json.dumps(look.numbers(), indent=1)
+        headers = {"Content-Disposition": 'attachment; filename="numbers.json"', **FRESH}
+        return Response(text, media_type="application/json", headers=headers)
+
+    @app.get("/easel/made/{file}")
+    async def made(file: str) -> Response:
+        whole = below(desk.project.path / ADDED, file, {".safetensors"})
+        return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
+
+    @app.post("/easel/report/start")
+    async def start_report(request: Request) -> Response:
+        return await answer(begin_report, desk, report, await sent_json(request))
+
+    for name, job in (("inside", look.job), ("report", report)):
+        _follow(app, name, job)
+
+    @app.get("/easel/report/of/{run}")
+    async def page(run: str, download: int = 0) -> Response:
+        whole = below(runs_folder(desk.workspace), f"{checked_name(run)}/{REPORT}", {".html"})
+        name = f"{run}.html" if download else None
+        headers = {"Content-Security-Policy": POLICY, **FRESH}
+        return FileResponse(whole, filename=name, media_type="text/html", headers=headers)
+
+
+def _follow(app: FastAPI, name: str, job: Job) -> None:
+    """The routes that tell how far a job is and drop it."""
+
+    @app.get(f"/easel/{name}/now")
+    async def now(known: int = -1) -> Response:
+        return Answer(await asyncio.to_thread(job.now, known), headers=FRESH)
+
+    @app.post(f"/easel/{name}/cancel")
+    async def cancel(request: Request) -> Response:
+        await sent_json(request)
+        job.cancel()
+        return Answer({"done": True}, headers=FRESH)
+
+
+class _Look:
+    """Looks and what is made of them: one at a time, the last answer kept for what follows from it."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.job = Job(desk.worker)
+        self._desk = desk
+        self._asked: dict[str, Any] = {}
+        self._found: dict[str, Any] = {}
+        self._html = ""
+
+    def start(self, sent: dict[str, Any]) -> None:
+        """Begin what a page asks for.
+
+        Raises:
+            LoraError: something is missing.
+        """
+        tool = str(sent.get("tool"))
+        request = request_of(self._desk, tool, sent)
+
+        def shows(result: dict[str, Any]) -> str:
+            self._asked, self._found = request, result
+            if TOOLS[tool].makes == "base":
+                self._desk.places.keep_base(str(result["file"]))
+            self._html = answer_html(tool, request, self._linked(result))
+            return self._html
+
+        self.job.start(TOOLS[tool].title, request, shows)
+
+    def act(self, sent: dict[str, Any]) -> None:
+        """Make the file that a measurement proposes.
+
+        Raises:
+            RunError: nothing was measured that it could be made of.
+        """
+        do, asked, found = str(sent.get("do")), self._asked, self._found
+        if do == "shrink" and "intrinsic" in found:
+            more, suffix = {"ranks": found["intrinsic"]["ranks"]}, f"rank{found['intrinsic']['rank']}"
+        elif do == "bake" and "strength" in found:
+            more, suffix = {"strengths": found["strength"]["strengths"]}, "baked"
+        else:
+            raise RunError("Measure first; there is nothing to make a file of.")
+        before = self._html
+        out = free_place(self._desk, asked["file"], suffix)
+        request = {"do": do, "file": asked["file"], "out": str(out), **more}
+        self.job.start(
+            "Writing the file", request, lambda result: f"{made_html(self._linked(result))}{before}"
+        )
+
+    def numbers(self) -> dict[str, Any]:
+        """The last answer."""
+        return {key: value for key, value in self._found.items() if key not in ("id", "event")}
+
+    def _linked(self, result: dict[str, Any]) -> dict[str, Any]:
+        """With the address at which a file that was made can be had, and the line that says where it is."""
+        if "file" not in result:
+            return result
+        file, runs = Path(str(result["file"])), runs_folder(self._desk.workspace)
+        link = f"/easel/made/{quote(file.name)}" if file.parent.name == ADDED else ""
+        if file.is_relative_to(runs):
+            link = f"/easel/download/{quote(file.relative_to(runs).parts[0])}/{quote(file.name)}"
+        return {**result, "link": link, "place": self._desk.files.place(file, "It is at")}
+
+
+def train_on(desk: Desk, name: str) -> None:
+    """Have the Train form start from a LoRA file.
+
+    Raises:
+        AdapterFileError: it is gone.
+    """
+    file = Path(name)
+    if not name or not file.is_file():
+        raise AdapterFileError(f"There is no file at {name}; choose another.")
+    values = dict(desk.project.draft().get("values") or {})
+    desk.project.keep(values={**values, "adapter.init": str(file)})
+
+
+def begin_report(desk: Desk, job: Job, sent: dict[str, Any]) -> None:
+    """Have the report of a run made.
+
+    Raises:
+        RunError: a report is being made, or it would measure while a run is going on.
+        Refused: there is no such run.
+    """
+    name = str(sent.get("run", ""))
+    watch: Watch | None = next((w for w in desk.jobs.all() if w.run.name == name), None)
+    if watch is None:
+        raise Refused(name)
+    if sent.get("measure"):
+        check_memory_is_free(desk)
+    request = {"do": "report", "run": str(watch.run.path), "measure": bool(sent.get("measure"))}
+    job.start("Report", request, lambda result: report_done(name, result))

@@ -1,0 +1,269 @@
+"""The Preview tab's pictures as HTML: base and LoRA under one slider, what was drawn before, the strip and
+the grid."""
+
+from pathlib import Path
+
+from app.formatting import TIMES, many, safe
+from app.preview.page_state import Grid, View, sampler_title
+from app.preview.render_queue import Kept
+from app.routes import address
+from app.snapshot import Moment
+from lora_core.generate.request import Axis, Shot
+
+CROSS = (
+    '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="m4 4 8 8m0-8-8 8" stroke="currentColor"'
+    ' stroke-width="1.6" stroke-linecap="round"/></svg>'
+)
+ARROW = (
+    '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="M8 2.5v8m0 0L4.5 7M8 10.5 11.5 7M3 13.5h10"'
+    ' fill="none" stroke="currentColor" stroke-width="1.5" stroke-linecap="round"'
+    ' stroke-linejoin="round"/></svg>'
+)
+
+
+def state_line(moment: Moment) -> str:
+    """What the worker is at; `#preview-state` is what scripts read."""
+    view = moment.view
+    words = {"error": view.message, "idle": _idle(view), "working": working_words(view)}[view.state]
+    tone = "problem" if view.state == "error" else "small"
+    busy = view.working
+    why = "" if busy else ' disabled title="Nothing is being drawn."'
+    # The moment of the wish makes each answer differ from the last, so that the page's own "working" is
+    # replaced.
+    return (
+        f'<div class="row apart draw-state"><p id="preview-state" data-state="{view.state}"'
+        f' data-busy="{int(busy)}" data-at="{view.wanted_at:.3f}" role="status" class="{tone} num">'
+        f'{safe(words)}</p><button type="button" class="own" id="cancel-drawing"{why}>Cancel</button></div>'
+    )
+
+
+def _idle(view: View) -> str:
+    if view.message:
+        return view.message
+    if view.shot is None:
+        return "Nothing drawn yet."
+    if view.strip_waits or view.grid_waits:
+        return "Drawn. " + ("The strip follows." if view.strip_waits else "The grid follows.")
+    return f"Drawn with seed {view.shot.seed}. {view.note}".strip()
+
+
+def working_words(view: View) -> str:
+    """How far the picture in hand is, or why it is not begun."""
+    if view.message:
+        return view.message
+    return f"Drawing, {view.done} of {view.total} steps" if view.total else "Drawing"
+
+
+def stage(moment: Moment) -> str:
+    """The two pictures under one slider, and beside them what was drawn before."""
+    return f'<div class="stage"><div class="stage-main">{_compare(moment)}</div>{_history(moment)}</div>'
+
+
+def _compare(moment: Moment) -> str:
+    view = moment.view
+    shot = view.shot
+    if shot is None:
+        return (
+            '<div class="compare empty" id="compare"><p class="small">Write what you would like to see and'
+            " press Generate: one noise, drawn without and with the LoRA.</p></div>"
+        )
+    base, drawn, label = view.picture(shot.alone()), view.picture(shot), _label(shot)
+    stale = ""
+    if drawn is None and (near := _nearest(view, shot)) is not None:
+        drawn, stale = near, " stale"
+    prompt = safe(shot.prompt)
+    pieces = []
+    if base is not None:
+        pieces.append(f'<div id="preview-base">{_image(moment, base, f"base: {shot.prompt}")}</div>')
+    if shot.loras and drawn is not None:
+        alt = f"{label}: {shot.prompt}"
+        after = "after" if base is not None else "whole"
+        pieces.append(f'<div id="preview-result" class="{after}{stale}">{_image(moment, drawn, alt)}</div>')
+    look = f'<img class="look" alt="the picture as it is drawn: {prompt}" hidden>'
+    marks = ""
+    if base is not None:
+        marks = '<span class="left">base</span>'
+    if shot.loras and drawn is not None:
+        marks += f'<span class="right num">{safe(label)}</span>'
+        if base is not None:
+            marks += (
+                '<i></i><input type="range" class="split" min="0" max="100" value="50" aria-label="How much'
+                ' of the picture shows the base">'
+            )
+    return (
+        f'<div class="compare" id="compare" style="--ratio:{_ratio(shot):.4f}" data-strength="{safe(label)}">'
+        f"{''.join(pieces)}{look}{marks}</div>{_facts(moment, shot, base, drawn if not stale else None)}"
+    )
+
+
+def _image(moment: Moment, path: Path, alt: str) -> str:
+    return f'<img src="{safe(address("generated", moment.desk.generated, path))}" alt="{safe(alt)}">'
+
+
+def _label(shot: Shot) -> str:
+    """The strength, of one LoRA."""
+    if len(shot.loras) != 1:
+        return f"{len(shot.loras)} LoRAs" if shot.loras else "base"
+    lora = shot.loras[0]
+    text = "" if lora.text_strength in (None, lora.strength) else f" / {lora.text_strength:.2f}"
+    return f"{lora.strength:.2f}{text}"
+
+
+def _ratio(shot: Shot) -> float:
+    return shot.width / shot.height if shot.width and shot.height else 1.0
+
+
+def _nearest(view: View, shot: Shot) -> Path | None:
+    """While a strength is drawn: the picture of the strip that is nearest to it."""
+    if len(shot.loras) != 1:
+        return None
+    there = [one for one in view.strip_shots() if one.loras and one in view.pictures]
+    wanted = shot.loras[0].strength
+    nearest = min(there, key=lambda one: abs(one.loras[0].strength - wanted), default=None)
+    return view.pictures[nearest] if nearest is not None else None
+
+
+def _facts(moment: Moment, shot: Shot, base: Path | None, drawn: Path | None) -> str:
+    """The settings in one line, and the file to take."""
+    size = f", {shot.width} {TIMES} {shot.height}" if shot.width and shot.height else ""
+    words = (
+        f"Seed {shot.seed}, {sampler_title(shot.sampler)}, {many(shot.steps, 'step')}, guidance {shot.cfg:g}"
+    )
+    words += size
+    file = drawn or base
+    save = ""
+    if file is not None:
+        link = safe(address("generated", moment.desk.generated, file))
+        save = f'<a class="own" href="{link}" download="{safe(file.name)}" id="save-picture">Save PNG</a>'
+    return (
+        f'<div class="row apart stage-facts"><p class="small num" id="preview-facts">{safe(words)}</p><div'
+        f' class="row">{_modes()}{save}</div></div>'
+    )
+
+
+def _modes() -> str:
+    return (
+        '<div class="seg" role="group" aria-label="How base and LoRA are compared"><button type="button"'
+        ' data-compare="slider" aria-pressed="true">Slider</button><button type="button" data-compare="side"'
+        ' aria-pressed="false">Side by side</button></div>'
+    )
+
+
+def _history(moment: Moment) -> str:
+    kept = moment.desk.studio.history.newest()
+    if not kept:
+        return ""
+    cells = "".join(_cell(moment, one) for one in kept)
+    return (
+        f'<div class="recent" id="history"><h3>Drawn in this project</h3><div class="cells">{cells}</div><p'
+        ' class="small">A click puts its settings back.</p></div>'
+    )
+
+
+def _cell(moment: Moment, one: Kept) -> str:
+    root = moment.desk.generated
+    shot, name = one.shot, safe(one.file.name)
+    what = f"Grid of {shot.prompt}" if one.is_sheet else f"{shot.prompt}, {_label(shot)}, seed {shot.seed}"
+    words = safe(what[:300])
+    thumb = safe(address("generated", root, one.file, "thumb"))
+    mark = "<em>grid</em>" if one.is_sheet else ""
+    return (
+        f'<div class="cell"><button type="button" data-put-back="{name}" title="{words}" aria-label="Settings'
+        f' of: {words}"><img loading="lazy" decoding="async" src="{thumb}" alt="">{mark}</button><span><a'
+        f' class="own icon" href="{safe(address("generated", root, one.file))}" download="{name}"'
+        f' aria-label="Save {name}" title="Save PNG">{ARROW}</a><button type="button" class="own icon"'
+        f' data-forget="{name}" aria-label="Delete {name}" title="Move it to the'
+        f' trash">{CROSS}</button></span></div>'
+    )
+
+
+def strip(moment: Moment) -> str:
+    """The same noise at several strengths."""
+    view = moment.view
+    if view.shot is None or not view.shot.loras:
+        words = (
+            "Choose a LoRA to see it at these strengths."
+            if view.shot
+            else "It fills once a picture is drawn."
+        )
+        return (
+            f'<p class="small" id="strip-note">{words} Same prompt, same noise; only the strength'
+            " differs.</p>"
+        )
+    if not view.strip:
+        return '<p class="small" id="strip-note">Same prompt, same noise; only the strength differs.</p>'
+    cells = []
+    for value, shot in zip(view.strip, view.strip_shots(), strict=True):
+        picture = view.pictures.get(shot)
+        here = " drawing" if picture is None and view.drawing == shot else ""
+        image = (
+            _image(moment, picture, f"strength {value:.2f}") if picture else f'<div class="shot{here}"></div>'
+        )
+        cells.append(f'<figure>{image}<figcaption class="small num">{value:.2f}</figcaption></figure>')
+    mixed = " 1.00 is the mix as it is set." if len(view.shot.loras) > 1 else ""
+    whole = all(shot in view.pictures for shot in view.strip_shots())
+    save = (
+        '<a class="own" href="/easel/preview/strip.png" download id="save-strip">Save PNG</a>'
+        if whole
+        else ""
+    )
+    shape = f"--ratio:{_ratio(view.shot):.4f};--count:{max(4, min(8, len(cells)))}"
+    return (
+        f'<div class="strip" style="{shape}">{"".join(cells)}</div><div class="row apart"><p'
+        f' class="small">Same prompt, same noise; only the strength differs.{mixed}</p>{save}</div>'
+    )
+
+
+def grid_block(moment: Moment) -> str:
+    """The grid as it fills, then the sheet."""
+    view = moment.view
+    grid = view.grid
+    if grid is None:
+        return (
+            '<p class="small" id="grid-state" data-state="none">Two things against each other, such as three'
+            " checkpoints at three strengths, on one labelled sheet.</p>"
+        )
+    count = f"{sum(shot in view.pictures for shot in grid.shots)} of {len(grid.shots)}"
+    if grid.sheet is not None and grid.sheet.is_file():
+        link = safe(address("generated", moment.desk.generated, grid.sheet))
+        name = safe(grid.sheet.name)
+        return (
+            f'<div id="grid-state" data-state="done"><a href="{link}" target="_blank" rel="noopener"'
+            f' class="sheet"><img src="{link}" alt="{safe(_grid_words(grid))}"></a></div><div class="row'
+            ' apart"><p class="small">Its settings are inside the PNG.</p><a class="own" id="save-grid"'
+            f' href="{link}" download="{name}">Save PNG</a></div>'
+        )
+    state = "error" if grid.problem else "working"
+    said = grid.problem or f"Drawing, {count} pictures"
+    tone = "problem" if grid.problem else "small num"
+    return (
+        f'<p class="{tone}" id="grid-state" data-state="{state}" role="status">{safe(said)}</p>'
+        f"{_table(moment, grid)}"
+    )
+
+
+def _grid_words(grid: Grid) -> str:
+    axes = [("Rows", grid.rows), ("Columns", grid.columns)]
+    return ". ".join(f"{name}: {', '.join(axis.labels())}" for name, axis in axes if axis)[:1000]
+
+
+def _table(moment: Moment, grid: Grid) -> str:
+    heads = _heads(grid.columns)
+    labels = grid.rows.labels() if grid.rows else [""] * len(grid.cells)
+    rows = []
+    for label, row in zip(labels, grid.cells, strict=True):
+        cells = []
+        for shot in row:
+            picture = moment.view.pictures.get(shot)
+            cells.append(f"<td>{_image(moment, picture, '') if picture else '<div class=shot></div>'}</td>")
+        head = f'<th scope="row" class="small">{safe(label[:120])}</th>' if grid.rows else ""
+        rows.append(f"<tr>{head}{''.join(cells)}</tr>")
+    corner = "<td></td>" if grid.rows and heads else ""
+    top = f"<tr>{corner}{heads}</tr>" if heads else ""
+    return f'<div class="sheet"><table class="cells-table">{top}{"".join(rows)}</table></div>'
+
+
+def _heads(axis: Axis | None) -> str:
+    if axis is None:
+        return ""
+    return "".join(f'<th scope="col" class="small">{safe(label[:120])}</th>' for label in axis.labels())

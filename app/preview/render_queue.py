@@ -1,0 +1,414 @@
+"""What was drawn in a project: one line a picture in `generated/history.jsonl`, beside the pictures.
+
+A PNG says what it needs to be drawn again anywhere; this file also knows the paths of base and adapters,
+which are nobody's business where a picture is shown around.
+"""
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.preview.page_state import Grid, View, sheet_info
+from app.worker_client import CANCELLED, Reply, Worker
+from lora_core.errors import LoraError, RunError
+from lora_core.generate.request import Axis, LoraAt, Shot, axis
+from lora_core.runs.storage import to_trash
+from lora_core.system.untrusted import checked_fields, parsed_json
+
+MOST_SHOWN = 60
+FILE = "history.jsonl"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A picture that was drawn.
+
+    Attributes:
+        file: the PNG.
+        shot: what it shows; of a sheet what its pictures have in common.
+        rows, columns: what a sheet varies.
+        time: when it was drawn, in seconds since the epoch.
+    """
+
+    file: Path
+    shot: Shot
+    rows: Axis | None = None
+    columns: Axis | None = None
+    time: float = 0.0
+
+    @property
+    def is_sheet(self) -> bool:
+        """Whether it is a grid or a strip."""
+        return self.rows is not None or self.columns is not None
+
+
+class History:
+    """The pictures of one project, newest last."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what `folder` holds; lines of pictures that are gone, and broken lines, are passed over."""
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._half_line = False
+        self._kept = self._read()
+
+    def newest(self, most: int = MOST_SHOWN) -> list[Kept]:
+        """The pictures, newest first."""
+        with self._lock:
+            return self._kept[::-1][:most]
+
+    def named(self, name: str) -> Kept:
+        """The picture with that file name.
+
+        Raises:
+            RunError: there is none.
+        """
+        with self._lock:
+            found = next((one for one in self._kept if one.file.name == name), None)
+        if found is None:
+            raise RunError(f"There is no picture {name!r} any more.")
+        return found
+
+    def add(self, kept: Kept) -> None:
+        """Remember a picture; the same settings again replace the earlier line."""
+        kept = dataclasses.replace(kept, time=time.time())
+        line = {
+            "file": kept.file.relative_to(self.folder).as_posix(),
+            "time": kept.time,
+            "shot": dataclasses.asdict(kept.shot),
+            "rows": dataclasses.asdict(kept.rows) if kept.rows else None,
+            "columns": dataclasses.asdict(kept.columns) if kept.columns else None,
+        }
+        with self._lock:
+            self._kept = [one for one in self._kept if one.file != kept.file] + [kept]
+            with open(self.folder / FILE, "ab") as file:
+                # A kill may have left half a line, which this one must not become part of.
+                file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
+            self._half_line = False
+
+    def remove(self, name: str, workspace: Path) -> Kept:
+        """Move a picture into the trash.
+
+        Raises:
+            RunError: there is none of that name, or the disk refuses.
+        """
+        kept = self.named(name)
+        to_trash(kept.file, workspace)
+        with self._lock:
+            self._kept = [one for one in self._kept if one is not kept]
+        return kept
+
+    def _read(self) -> list[Kept]:
+        try:
+            lines = (self.folder / FILE).read_bytes().split(b"\n")
+        except OSError:
+            return []
+        self._half_line = bool(lines[-1])
+        found: dict[Path, Kept] = {}
+        for line in lines:
+            kept = self._of_line(line)
+            if kept is not None:
+                found.pop(kept.file, None)
+                found[kept.file] = kept
+        return list(found.values())
+
+    def _of_line(self, line: bytes) -> Kept | None:
+        try:
+            said: dict[str, Any] = parsed_json(line)
+            file = Path(os.path.abspath(self.folder / said["file"]))
+            if not file.is_relative_to(self.folder.absolute()) or not file.is_file():
+                return None
+            rows, columns = (
+                axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
+            )
+            return Kept(file, shot_of(said["shot"]), rows, columns, float(said["time"]))
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
+            return None
+
+
+def shot_of(said: dict[str, Any]) -> Shot:
+    """A shot from its own JSON.
+
+    Raises:
+        TypeError, KeyError: it is none.
+    """
+    loras = tuple(checked_fields(LoraAt, row) for row in said["loras"])
+    # Before there was a choice, none was rescaled.
+    return checked_fields(Shot, {"cfg_rescale": 0.0, **said, "loras": loras})
+
+
+# What the Preview tab shows: a shot beside the base's own picture, a strip of strengths, and a grid. Each
+# picture is drawn once and kept.
+#
+# A page only says what it wants to see and polls for it. The drawing goes on without the page, and a page
+# that comes back finds the pictures. What somebody looks at comes first; the strip, then the grid fill up
+# behind it. Because all of them are shots, a cell of a strip or of a grid is the very picture that was
+# drawn alone.
+
+
+MOST_DRAWN = 2000
+RESTS = 0.15
+"""Seconds that a slider has to rest before a picture is begun."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to do next: draw a shot for a place, or put the grid together."""
+
+    place: str
+    shot: Shot | None = None
+
+
+class Studio:
+    """Draws shots through the worker, in a thread of its own."""
+
+    def __init__(
+        self, worker: Worker, folder: Callable[[], Path], on_picture: Callable[[], None] = lambda: None
+    ) -> None:
+        """Draw into what `folder` says at the time, calling `on_picture` for each picture that is there."""
+        self.worker = worker
+        self._folder = folder
+        self._on_picture = on_picture
+        self._shot: Shot | None = None
+        self._strip: tuple[float, ...] = ()
+        self._grid: Grid | None = None
+        self._error = self._note = ""
+        self._wanted_at = 0.0
+        self._drawn: dict[tuple[Shot, tuple[int, ...]], Path] = {}
+        # Of the files as they were at the last wish: one that is written anew changes nothing that is shown
+        # until somebody asks again.
+        self._times: dict[str, int] = {}
+        self._histories: dict[Path, History] = {}
+        self._reply: Reply | None = None
+        self._job: _Job | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def history(self) -> History:
+        """What was drawn in the project that is open."""
+        folder = self._folder()
+        with self._changed:
+            if folder not in self._histories:
+                self._histories[folder] = History(folder)
+            return self._histories[folder]
+
+    def want(self, shot: Shot, strip: tuple[float, ...] | None = None) -> None:
+        """Look at a shot, with the strip at these strengths (None: as it is); what is drawn for another shot
+        is dropped."""
+        with self._changed:
+            self._times.clear()
+            other = self._shot is None or shot.alone() != self._shot.alone()
+            self._shot, self._error, self._wanted_at = shot, "", time.monotonic()
+            if strip is not None:
+                self._strip = strip
+            job = self._job
+            if self._reply is not None and job is not None:
+                wanted = {shot.acting(), shot.alone(), *self._strip_shots(shot)}
+                if job.shot not in wanted and (other or job.place == "shot"):
+                    self.worker.cancel(self._reply)
+            self._begin()
+
+    def look_at(self, shot: Shot) -> bool:
+        """Move the strengths of what is looked at; false where nothing was drawn yet."""
+        if self._shot is None:
+            return False
+        self.want(shot)
+        return True
+
+    def draw_grid(self, grid: Grid) -> None:
+        """Fill a grid behind what is looked at; an earlier one that is not whole is dropped."""
+        with self._changed:
+            self._times.clear()
+            self._grid = grid
+            if self._reply is not None and self._job is not None and self._job.place == "grid":
+                self.worker.cancel(self._reply)
+            self._begin()
+
+    def refuse(self, sentence: str) -> None:
+        """Show why nothing can be drawn."""
+        with self._changed:
+            self._error, self._wanted_at = sentence, time.monotonic()
+
+    def cancel(self) -> None:
+        """Stop drawing; what is there stays."""
+        with self._changed:
+            if self._reply is not None:
+                self.worker.cancel(self._reply)
+            self._strip = ()
+            if self._grid is not None and self._grid.sheet is None:
+                self._grid.problem = self._grid.problem or CANCELLED
+            if self._shot is not None and not self._needed_pictures(self._shot):
+                self._error = CANCELLED
+            self._wanted_at = time.monotonic()
+
+    def clear(self) -> None:
+        """Forget what is looked at, as another project is open."""
+        with self._changed:
+            if self._reply is not None:
+                self.worker.cancel(self._reply)
+            self._shot, self._grid, self._strip, self._error = None, None, (), ""
+
+    def view(self) -> View:
+        """The present shot, strip and grid with their pictures."""
+        with self._changed:
+            shot, reply, job, grid = self._shot, self._reply, self._job, self._grid
+            wanted = set(self._strip_shots(shot)) | set(grid.shots if grid else ())
+            if shot is not None:
+                wanted |= {shot.acting(), shot.alone()}
+            pictures = {one: path for one in wanted if (path := self._picture(one)) is not None}
+            working = shot is not None and not self._needed_pictures(shot)
+            told = "idle" if self._error == CANCELLED else "error" if self._error else ""
+            state = told or ("working" if working else "idle")
+            message = self._error or (self._words(reply) if reply is not None else "")
+            done, total = (reply.done, reply.total) if reply is not None else (0, 0)
+            looks = reply.looks if reply is not None else 0
+            return View(
+                state, message, done, total, shot, self._strip, grid, pictures, self._wanted_at,
+                job.shot if job else None, looks, self._note,
+            )  # fmt: skip
+
+    def look(self) -> bytes:
+        """The picture under way as a small JPEG, b"" where there is none."""
+        reply = self._reply
+        return reply.look if reply is not None else b""
+
+    def _words(self, reply: Reply) -> str:
+        """Why a request is not drawn yet, or ""."""
+        ahead = self.worker.ahead_of(reply)
+        if ahead:
+            return f"Waiting: {ahead} {'request' if ahead == 1 else 'requests'} before this one."
+        return reply.message
+
+    def _begin(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._draw_for_ever, daemon=True, name="studio")
+            self._thread.start()
+        self._changed.notify()
+
+    def _needed_pictures(self, shot: Shot) -> bool:
+        """Whether what is looked at is there, and the base's own picture with it."""
+        return self._picture(shot.acting()) is not None and self._picture(shot.alone()) is not None
+
+    def _strip_shots(self, shot: Shot | None) -> list[Shot]:
+        return View("", "", 0, 0, shot, self._strip, None).strip_shots()
+
+    def _picture(self, shot: Shot) -> Path | None:
+        """The picture of a shot, if it was drawn in the open project, from the files as they were at the last
+        wish, and is still there."""
+        path = self._drawn.get(self._key(shot))
+        if path is None or not path.is_relative_to(self._folder()):
+            return None
+        return path if path.is_file() else None
+
+    def _key(self, shot: Shot) -> tuple[Shot, tuple[int, ...]]:
+        """A shot and the times of its files: a checkpoint that was written anew is another picture."""
+        return shot, tuple(self._times.setdefault(one.file, _time(one.file)) for one in shot.loras)
+
+    def _next(self) -> _Job | None:
+        """What is looked at, then the base beside it, the strip, the grid and its sheet."""
+        shot = self._shot
+        if shot is not None and not self._error:
+            if self._picture(shot.acting()) is None:
+                return _Job("shot", shot.acting())
+            if self._picture(shot.alone()) is None:
+                return _Job("base", shot.alone())
+            for wanted in self._strip_shots(shot):
+                if self._picture(wanted) is None:
+                    return _Job("strip", wanted)
+        grid = self._grid
+        if grid is None or grid.problem or grid.sheet is not None:
+            return None
+        missing = (cell for cell in grid.shots if self._picture(cell) is None)
+        cell = next(missing, None)
+        return _Job("grid", cell) if cell is not None else _Job("sheet")
+
+    def _draw_for_ever(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next() is not None)
+                # A slider that is still moving: wait for it to rest before a picture is begun.
+                while (rest := self._wanted_at + RESTS - time.monotonic()) > 0:
+                    self._changed.wait(rest)
+                job = self._next()
+                if job is None:
+                    continue
+                grid = self._grid
+                request = self._draw_request(job.shot) if job.shot else self._sheet_request(grid)
+                self._job, self._reply = job, (reply := self.worker.submit(request))
+            reply.finished.wait()
+            with self._changed:
+                self._keep(job, grid, reply)
+                self._job = self._reply = None
+            self._on_picture()
+
+    def _draw_request(self, shot: Shot) -> dict[str, Any]:
+        place = self._folder() / time.strftime("%Y-%m")
+        return {"do": "generate", **asdict(shot), "look": True, "out": str(place), "key": self._key(shot)[1]}
+
+    def _sheet_request(self, grid: Grid | None) -> dict[str, Any]:
+        assert grid is not None
+        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-grid-{time.monotonic_ns() % 100_000:05d}.png"
+        cells = [[str(path) if (path := self._picture(s)) else None for s in row] for row in grid.cells]
+        return {
+            "do": "sheet",
+            "cells": cells,
+            "rows": grid.rows.labels() if grid.rows else [],
+            "columns": grid.columns.labels() if grid.columns else [],
+            "parameters": sheet_info(grid),
+            "out": str(self._folder() / time.strftime("%Y-%m") / stem),
+        }
+
+    def _keep(self, job: _Job, grid: Grid | None, reply: Reply) -> None:
+        if reply.state == "error":
+            self._failed(job, grid, reply)
+            return
+        files = reply.result.get("files") or []
+        path = Path(str(files[0])) if files else None
+        if path is None or not path.is_file():
+            # Asking again would only loop: a worker that is done without a picture has a defect.
+            reply.message = "The drawing process ended without a picture; see the logs folder."
+            self._failed(job, grid, reply)
+        elif job.shot is None:
+            assert grid is not None
+            grid.sheet = path
+            self._remember(Kept(path, grid.shot, grid.rows, grid.columns))
+        else:
+            self._note = str(reply.pictures[-1].get("note", "")) if reply.pictures else ""
+            self._drawn[job.shot, tuple(reply.request["key"])] = path
+            while len(self._drawn) > MOST_DRAWN:
+                self._drawn.pop(next(iter(self._drawn)))
+            if job.place == "shot":
+                self._remember(Kept(path, job.shot))
+
+    def _remember(self, kept: Kept) -> None:
+        history = next((h for f, h in self._histories.items() if kept.file.is_relative_to(f)), None)
+        (history or self.history_at(kept.file.parent.parent)).add(kept)
+
+    def history_at(self, folder: Path) -> History:
+        """The history of a folder, opened if it was not."""
+        return self._histories.setdefault(folder, History(folder))
+
+    def _failed(self, job: _Job, grid: Grid | None, reply: Reply) -> None:
+        """Say what went wrong where it belongs; what was cancelled by a new wish says nothing."""
+        if job.place in ("grid", "sheet"):
+            if grid is not None and not (reply.dropped and grid is self._grid and not grid.problem):
+                grid.problem = grid.problem or reply.message
+        elif not reply.dropped and self._shot is not None:
+            mine = {self._shot.acting(), self._shot.alone(), *self._strip_shots(self._shot)}
+            if job.shot in mine:
+                self._error = reply.message
+
+
+def _time(file: str) -> int:
+    try:
+        return Path(file).stat().st_mtime_ns
+    except OSError:
+        return 0

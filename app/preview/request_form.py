@@ -1,0 +1,270 @@
+"""What the Preview tab's form stands for: its part of the draft, and the shot that it asks for."""
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from app.jobs import Watch
+from app.preview.loras import ADDED, found_loras, lora_groups, owner, run_loras
+from app.preview.page_state import STRIP
+from app.snapshot import Moment
+from lora_core.errors import ConfigError
+from lora_core.generate.request import Info, LoraAt, Shot, checked_rescale
+from lora_core.model_files.detect import Base, chosen_base
+from lora_core.projects.project import Project
+from lora_core.settings.choices import SAMPLERS
+from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import AUTO, NumberOrAuto
+from lora_core.system.untrusted import parsed_json
+
+FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
+# In no picture of the demo's training set: what is seen is carried over, not remembered.
+DEMO_PROMPT = "house, duskprint style, on a sky blue background"
+SEED = 1234
+LARGEST_RANDOM = 2**32
+MOST_LORAS = 20
+MOST_STRENGTH = 20.0
+
+
+def kept_fields(moment: Moment) -> dict[str, Any]:
+    """The tab's fields: the draft, over what suits the shown run."""
+    draft = moment.desk.project.draft().get("preview") or {}
+    preview = moment.plan.config.preview
+    usual: dict[str, Any] = {"sampler": preview.sampler, "steps": preview.steps, "cfg": preview.cfg}
+    usual["cfg_rescale"] = preview.cfg_rescale
+    usual |= {"prompt": "", "negative": "", "seed": SEED, "width": None, "height": None}
+    previews = moment.progress.previews
+    if moment.desk.project.uses_demo:
+        usual["prompt"] = DEMO_PROMPT
+    elif previews and previews[0].prompts:
+        usual["prompt"] = previews[0].prompts[0]
+    return {name: draft[name] if draft.get(name) not in (None, "") else usual[name] for name in FIELDS}
+
+
+def lora_rows(moment: Moment) -> tuple[list[LoraAt], dict[str, Any]]:
+    """The LoRAs of the form, and the draft's record of them; the project's newest until the person chose."""
+    kept = moment.desk.project.draft().get("preview_loras") or {}
+    if isinstance(kept.get("rows"), list):
+        rows = checked_rows(kept["rows"])
+        runs = moment.desk.workspace / "runs"
+        # A run that was deleted took its files along; a path that somebody typed stays as it was typed.
+        there = [r for r in rows if not Path(r.file).is_relative_to(runs) or Path(r.file).is_file()]
+        if there or not rows:
+            return there, kept
+    own = moment.desk.jobs.own
+    newest = next((found for found in found_loras(moment) if own(found.watch)), None)
+    return ([LoraAt(str(newest.file))] if newest else []), {"apart": bool(kept.get("apart")), "rev": 0}
+
+
+def checked_rows(rows: Iterable[Any]) -> list[LoraAt]:
+    """Rows as a page sends them: file, strength, and the text encoder's strength or None."""
+    found = []
+    for row in list(rows)[:MOST_LORAS]:
+        if isinstance(row, dict) and str(row.get("file") or "").strip():
+            text = row.get("text")
+            file = str(row["file"]).strip().strip('"')
+            found.append(
+                LoraAt(file, _strength(row.get("strength")), None if text is None else _strength(text))
+            )
+    return found
+
+
+def _strength(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+    number = number if math.isfinite(number) else 0.0
+    return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3)
+
+
+def keep_rows(project: Project, rows: list[LoraAt], apart: bool) -> int:
+    """Put the LoRAs into the draft; returns the number of this change, which grows."""
+    before = project.draft().get("preview_loras") or {}
+    rev = int(before.get("rev") or 0) + 1
+    listed = [{"file": r.file, "strength": r.strength, "text": r.text_strength} for r in rows]
+    project.keep(preview_loras={"rows": listed, "apart": apart, "rev": rev})
+    return rev
+
+
+def rows_sent(moment: Moment, text: str) -> list[LoraAt]:
+    """The LoRAs as a press brought them along, put into the draft if they are news; the draft's where it
+    brought none."""
+    before, _ = lora_rows(moment)
+    try:
+        sent = parsed_json(text)
+        rows, apart = checked_rows(sent["rows"]), bool(sent["apart"])
+    except (ValueError, KeyError, TypeError):
+        return before
+    if rows != before:
+        keep_rows(moment.desk.project, rows, apart)
+    return rows
+
+
+def rows_data(moment: Moment) -> dict[str, Any]:
+    """What the page's script needs to show the rows."""
+    rows, kept = lora_rows(moment)
+    listed = [{"file": r.file, "strength": r.strength, "text": r.text_strength} for r in rows]
+    return {
+        "project": moment.desk.project.path.name,
+        "rev": int(kept.get("rev") or 0),
+        "apart": bool(kept.get("apart")),
+        "rows": listed,
+        "groups": lora_groups(moment),
+    }
+
+
+def settings_of(moment: Moment, loras: list[LoraAt]) -> RunConfig:
+    """The settings that a LoRA was trained with, for its base; the Train tab's for a file from elsewhere."""
+    watches = (owner(moment, lora.file) for lora in loras)
+    config = next((c for watch in watches if watch and (c := watch.config())), None)
+    return config or moment.plan.config
+
+
+def base_for(moment: Moment, loras: list[LoraAt]) -> Base:
+    """The base that pictures with these LoRAs are drawn with."""
+    model = settings_of(moment, loras).model
+    return chosen_base(model.base, model.prediction, model.zero_terminal_snr)
+
+
+def shot_of(moment: Moment, given: dict[str, Any], loras: list[LoraAt]) -> Shot:
+    """The shot that the form asks for. A seed of -1 becomes a random one.
+
+    Raises:
+        ConfigError: a side is no multiple of what the base needs, or a number is out of range.
+    """
+    config = settings_of(moment, loras)
+    base = base_for(moment, loras)
+    seed = int(_number(given, "seed", SEED, -1, 2**63 - 1))
+    return Shot(
+        **vars(config.model), cfg_rescale=_rescale(given),
+        prompt=str(given.get("prompt") or ""), negative=str(given.get("negative") or ""),
+        seed=random.randrange(LARGEST_RANDOM) if seed < 0 else seed,
+        steps=int(_number(given, "steps", 20, 1, 200)), cfg=_number(given, "cfg", 5.0, 1, 30),
+        sampler=str(given.get("sampler") or "ddim"),
+        width=_side(given, "width", base), height=_side(given, "height", base),
+        clip_skip=config.train.clip_skip, tokens=config.train.tokens, loras=tuple(loras),
+    )  # fmt: skip
+
+
+def _rescale(given: dict[str, Any]) -> NumberOrAuto:
+    value = given.get("cfg_rescale")
+    return checked_rescale(AUTO if value in (None, "") else value)
+
+
+def _number(given: dict[str, Any], name: str, usual: float, lowest: float, highest: float) -> float:
+    value = given.get(name)
+    number = usual if value is None or value == "" else float(value)
+    if not lowest <= number <= highest:
+        raise ConfigError(f"{_TITLES[name]} {number:g} is out of range; it goes from {lowest} to {highest}.")
+    return number
+
+
+_TITLES = {
+    "seed": "The seed",
+    "steps": "Steps",
+    "cfg": "Guidance",
+    "width": "The width",
+    "height": "The height",
+}
+
+
+def _side(given: dict[str, Any], name: str, base: Base) -> int:
+    """A side in pixels, 0 for the base's own."""
+    value = int(_number(given, name, 0, 0, 4096))
+    multiple = base.multiple
+    if value % multiple:
+        below, above = value // multiple * multiple, (value // multiple + 1) * multiple
+        near = f"{below} or {above}" if below else str(above)
+        raise ConfigError(f"{_TITLES[name]} {value} is no multiple of {multiple}; take {near}.")
+    return value
+
+
+def strip_values(project: Project) -> tuple[float, ...]:
+    """The strengths of the strip, as the draft has them."""
+    kept = (project.draft().get("preview_strip_at") or {}).get("values")
+    return tuple(kept) if isinstance(kept, list) and kept else STRIP
+
+
+def strip_is_on(project: Project, base: Base) -> bool:
+    """Whether the strip follows each picture: as the person chose, else where pictures cost next to
+    nothing."""
+    chosen = (project.draft().get("preview_strip_at") or {}).get("on")
+    return base.embedded if chosen is None else bool(chosen)
+
+
+def fields_of(shot: Shot) -> dict[str, Any]:
+    """A shot's fields as the form shows them."""
+    values = {name: getattr(shot, name) for name in FIELDS}
+    return values | {"width": shot.width or None, "height": shot.height or None}
+
+
+def keep_shot(project: Project, shot: Shot) -> None:
+    """Put a shot's settings into the form."""
+    apart = any(lora.text_strength is not None for lora in shot.loras)
+    keep_rows(project, list(shot.loras), apart)
+    project.keep(preview=fields_of(shot))
+
+
+def keep_info(moment: Moment, info: Info) -> list[str]:
+    """Put what a picture says of itself into the form; returns the LoRAs that are not found here."""
+    project = moment.desk.project
+    fields = kept_fields(moment)
+    sampler = next((key for key, row in SAMPLERS.items() if info.sampler in (key, row.title)), None)
+    said = {
+        "steps": info.steps, "cfg": info.cfg, "seed": info.seed, "sampler": sampler,
+        "cfg_rescale": (info.cfg_rescale or 0.0) if info.cfg is not None else None,
+        "width": info.width, "height": info.height,
+    }  # fmt: skip
+    fields |= {name: value for name, value in said.items() if value is not None}
+    project.keep(preview=fields | {"prompt": info.prompt, "negative": info.negative})
+    names: dict[str, str] = {}
+    for _, files in lora_groups(moment):
+        for _, file in files:
+            names.setdefault(LoraAt(file).name.casefold(), file)
+    rows: list[LoraAt] = []
+    missing: list[str] = []
+    for tag in info.loras:
+        found = names.get(tag.name.casefold())
+        if found is None:
+            missing.append(tag.name)
+        else:
+            rows.append(LoraAt(found, _strength(tag.strength), tag.text_strength))
+    if info.prompt or info.loras:
+        keep_rows(project, rows, any(row.text_strength is not None for row in rows))
+    return missing
+
+
+def added_lora(project: Project, name: str) -> Path:
+    """A free path for a LoRA file that was dropped on the page."""
+    folder = project.path / ADDED
+    folder.mkdir(parents=True, exist_ok=True)
+    path, number = folder / name, 2
+    while path.exists():
+        path, number = folder / f"{Path(name).stem}-{number}.safetensors", number + 1
+    return path
+
+
+def run_shot(moment: Moment, name: str) -> Shot:
+    """A run's export at the run's own first sample prompt, with the sampler and the seed of its samples.
+
+    Raises:
+        ConfigError: there is no such run, or it has no file yet.
+    """
+    watch: Watch | None = next((w for w, _ in moment.runs if w.run.name == name), None)
+    files = run_loras(watch) if watch else []
+    if watch is None or not files:
+        raise ConfigError(f"The run {name} has no file yet; it can be looked at once it has saved one.")
+    config = watch.config() or moment.plan.config
+    previews = watch.progress.previews
+    prompt = previews[0].prompts[0] if previews and previews[0].prompts else ""
+    fields = kept_fields(moment) | {
+        "seed": config.preview.seed, "steps": config.preview.steps, "cfg": config.preview.cfg,
+        "cfg_rescale": config.preview.cfg_rescale, "sampler": config.preview.sampler,
+        "width": None, "height": None, "negative": "",
+    }  # fmt: skip
+    shot = shot_of(moment, fields, [LoraAt(str(files[0].file))])
+    return replace(shot, prompt=prompt or str(fields["prompt"]))

@@ -1,0 +1,183 @@
+"""Other tools on this computer as the window offers them: looked for in the background, so that no page
+waits."""
+
+import hashlib
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from app.dataset.checking import Checker
+from app.dataset.insights import Insights
+from app.dataset.thumbs import Thumbs
+from app.dataset.uploads import Importer
+from app.export.opening import FileManager
+from app.jobs import Jobs, environment
+from app.preview.render_queue import Studio
+from app.train.checks import Checks
+from app.train.downloads import Downloads
+from app.train.probing import BYTES_A_NUMBER, Prober
+from app.train.queue_client import Line
+from app.worker_client import CARDS, GivesWay, Worker
+from lora_core.model_files.detect import chosen_base
+from lora_core.projects.workspace import Projects, adopt, belongs
+from lora_core.runs.costs import numbers_of
+from lora_core.settings.schema import AUTO
+from lora_core.system.hardware import Hardware
+from lora_core.system.other_tools import Places, Tool, base_files, found_tools
+
+Shelf = tuple[Tool, list[Path]]
+"""A tool and the bases in its folders."""
+
+
+class OtherTools:
+    """What was found at the last look."""
+
+    def __init__(self, places: Places, search: Callable[[Iterable[Path]], list[Tool]] = found_tools) -> None:
+        """Look for tools with `search`, given the folders that a person added."""
+        self._places = places
+        self._search = search
+        self._shelves: list[Shelf] = []
+        self._looking = threading.Lock()
+
+    def look(self, wait: bool = False) -> None:
+        """Look again, in the background unless `wait`; one look at a time."""
+        if not self._looking.acquire(blocking=wait):
+            return
+        thread = threading.Thread(target=self._look, daemon=True, name="other-tools")
+        thread.start()
+        if wait:
+            thread.join()
+
+    def _look(self) -> None:
+        try:
+            tools = self._search(self._places.folders())
+            self._shelves = [(tool, base_files(tool)) for tool in tools]
+        finally:
+            self._looking.release()
+
+    def shelves(self) -> list[Shelf]:
+        """The tools found so far, each with its bases."""
+        return self._shelves
+
+    def lora_folders(self) -> list[tuple[str, Path]]:
+        """Where tools look for LoRAs, as (tool, folder), each folder once."""
+        found: dict[Path, tuple[str, Path]] = {}
+        for tool, _ in self._shelves:
+            if tool.loras is not None:
+                found.setdefault(tool.loras.resolve(), (tool.name, tool.loras))
+        return list(found.values())
+
+
+# All that the window knows, in one place: the workspace, the project, the runs, the worker.
+#
+# One desk a server, shared by every page: two pages of the same window show the same run and the same
+# pictures.
+
+
+BESIDE_BASE = 1_500_000_000
+"""Bytes that a picture takes beside its base: CUDA's context, the sampler and the decoder by tiles."""
+
+
+class Desk:
+    """The state behind the pages."""
+
+    def __init__(self, workspace: Path, worker_command: list[str] | None = None) -> None:
+        """Open a workspace; `worker_command` replaces the warm worker in tests."""
+        self.workspace = workspace
+        self.projects = Projects(workspace)
+        # One object for as long as the window is open, whichever project it stands for.
+        self.project = self.projects.current
+        self.importer = Importer(self.project, workspace / "tmp" / "incoming")
+        self.checker = Checker(self.project)
+        self.thumbs = Thumbs(workspace / "cache" / "thumbs")
+        self.jobs = Jobs(workspace)
+        self.jobs.created = lambda run: adopt(run, self.project.path)
+        self.jobs.own = lambda watch: belongs(watch.run, watch.config(), self.project.path)
+        self.hardware = Hardware(lambda: self.worker.device)
+        self.line = Line(workspace, self.jobs)
+        self.checks = Checks(workspace, self.hardware)
+        self.on_quit: Callable[[], None] = lambda: None
+        self.like_said = ""
+        self.has_password = False
+        self.places = Places(workspace / "places.json")
+        self.tools = OtherTools(self.places)
+        self.downloads = Downloads()
+        self.files = FileManager()
+        command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
+        self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
+        self.worker.wanted_device = self._device
+        self.worker.is_needed_elsewhere = GivesWay(self._live_run)
+        self.worker.in_the_way = self._in_the_way
+        self.studio = Studio(self.worker, lambda: self.generated)
+        self.prober = Prober(workspace, self.worker, self.hardware, self._occupied)
+        self.insights = Insights(self.project, self.worker, self.jobs, self._occupied)
+
+    @property
+    def generated(self) -> Path:
+        """Where the pictures that are drawn in the open project go."""
+        return self.project.path / "generated"
+
+    def _occupied(self) -> str:
+        """What needs the machine more than measuring does, in a sentence; "" where nothing does."""
+        run = self._live_run()
+        if run:
+            return f"The run {run} is going on; it can be measured when that has ended."
+        return "The queue is being worked through." if self.line.worked else ""
+
+    def _device(self) -> str:
+        """The device that the open project's settings name."""
+        values = self.project.draft().get("values")
+        return str(values.get("train.device") or AUTO) if isinstance(values, dict) else AUTO
+
+    def _in_the_way(self, request: dict[str, Any]) -> str:
+        """Why a request that takes a card's memory waits for the run: there is no room for both, or the run
+        has not taken its own yet. "" where it need not wait."""
+        live = self.jobs.live()
+        if live is None:
+            return ""
+        card, config = self.hardware.card(), live.config()
+        device = self.worker.computes_on or ("cuda" if card else "")
+        if device not in CARDS or (config is not None and config.train.device == "cpu"):
+            return ""
+        until = f"It is done when the run {live.run.name} has ended or is paused."
+        if card is None or not live.progress.stepping:
+            return f"Waiting for the graphics card. {until}"
+        free, base = card.total - card.used, str(request.get("base", ""))
+        numbers = numbers_of(chosen_base(base)) if base else None
+        if numbers is None:
+            return f"Waiting for the graphics card. {until}"
+        needed = numbers * BYTES_A_NUMBER + BESIDE_BASE
+        if needed <= free:
+            return ""
+        return (
+            f"It does not fit beside the run: about {needed / 1e9:.1f} GB are needed on the graphics card,"
+            f" {free / 1e9:.1f} GB are free. {until}"
+        )
+
+    def _live_run(self) -> str:
+        live = self.jobs.live()
+        return live.run.name if live else ""
+
+    @property
+    def identity(self) -> str:
+        """Tells one workspace from another without naming its path to whoever asks."""
+        return hashlib.sha256(str(self.workspace.resolve()).encode()).hexdigest()[:16]
+
+    def is_new(self) -> bool:
+        """Whether this is a first visit: no pictures, no demo chosen, no run."""
+        project = self.project
+        return not project.uses_demo and not project.dataset().records and not self.jobs.all()
+
+    def turn_to_project(self) -> None:
+        """Put away what was looked at in the project before, as another is open now."""
+        self.jobs.choose_anew()
+        self.studio.clear()
+        self.like_said = ""
+
+    def close(self) -> None:
+        """End what must end with the window. Runs go on."""
+        self.worker.close()
+        self.downloads.cancel()
+        self.thumbs.close()

@@ -1,1 +1,0 @@
-"""One module a tab, each with `TITLE` and `build()`."""

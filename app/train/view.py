@@ -1,0 +1,125 @@
+"""Whom to tell when a run ends: a command or a web address of the person's choice, kept in the workspace.
+
+The page's own notification, the bell in the header, needs an open page; this does not.
+"""
+
+import os
+from typing import Any
+
+import gradio as gr
+
+from app.bindings import QUIET, Parts, piece
+from app.formatting import safe
+from app.guard import is_loopback
+from app.train import cards
+from app.train.run_list import earlier, queue_card
+from app.train.samples import samples
+from app.train.starting import build_like, build_start
+from app.train.train_form import TrainForm
+from lora_core.errors import ConfigError, LoraError
+from lora_core.runs.notifications import VARIABLE, WEB, tell_from_now_on, try_telling, whom_to_tell
+
+ONLY_HERE = (
+    "A command can be set on the computer itself alone, as it runs there; from elsewhere give a web address."
+)
+ENVIRONMENT = (
+    f"The environment variable {VARIABLE} says it, so that this field plays no part; unset it to choose here."
+)
+
+
+def build_telling(parts: Parts) -> None:
+    """A field, and buttons to keep it and to try it."""
+    workspace = parts.desk.workspace
+    with gr.Column(elem_classes="group"), gr.Accordion("When a run ends", open=False, elem_id="telling"):
+        piece(
+            '<p class="small">A command is run, or a web address is sent a message (ntfy, Slack, Discord,'
+            " Mattermost): also when this page and the window are closed. The bell above tells through the"
+            " browser.</p>"
+        )
+        whom = gr.Textbox(
+            label="Command or web address",
+            placeholder="https://ntfy.sh/my-own-topic, or a command",
+            elem_id="tell-whom",
+            lines=1,
+            max_lines=1,
+            interactive=VARIABLE not in os.environ,
+        )
+        with gr.Row(elem_classes="tell-row"):
+            keep = gr.Button("Save", elem_id="tell-save", min_width=0, scale=0)
+            attempt = gr.Button("Try it", elem_id="tell-try", min_width=0, scale=0)
+        note = piece(elem_id="tell-note")
+    parts.fill(whom, lambda: chosen(parts)[0])
+    parts.fill(note, lambda: chosen(parts)[1])
+
+    def saved(text: str, request: gr.Request) -> str:
+        try:
+            checked(text, request)
+            tell_from_now_on(workspace, text or "")
+        except (LoraError, OSError) as error:
+            return problem(error)
+        return done("Saved." if (text or "").strip() else "Saved: nobody is told.")
+
+    def tried(text: str, request: gr.Request) -> str:
+        try:
+            checked(text, request)
+        except LoraError as error:
+            return problem(error)
+        said = try_telling(text or "")
+        return problem(said) if said else done("It was told that this works; look whether it arrived.")
+
+    for event, act in ((keep.click, saved), (whom.submit, saved), (attempt.click, tried)):
+        event(act, whom, note, **QUIET)
+
+
+def chosen(parts: Parts) -> tuple[str, str]:
+    """What is kept, and a note where it plays no part or cannot be read."""
+    try:
+        whom = whom_to_tell(parts.desk.workspace)
+    except ConfigError as error:
+        return "", problem(error)
+    return whom, f'<p class="small">{safe(ENVIRONMENT)}</p>' if VARIABLE in os.environ else ""
+
+
+def checked(text: str, request: Any) -> None:
+    """Let a command be set by somebody at this computer alone: a password for the window is none for that.
+
+    Raises:
+        ConfigError: it comes from elsewhere.
+    """
+    whom = (text or "").strip().lower()
+    client = getattr(getattr(request, "client", None), "host", "") or ""
+    if whom and not whom.startswith(WEB) and not is_loopback(client):
+        raise ConfigError(ONLY_HERE)
+
+
+def problem(sentence: object) -> str:
+    """A sentence that something went wrong."""
+    return f'<p class="problem" role="alert">{safe(sentence)}</p>'
+
+
+def done(sentence: str) -> str:
+    """A sentence that all went well."""
+    return f'<p class="small" role="status">{safe(sentence)}</p>'
+
+
+# The Train tab: five settings, the rest folded; what will happen; Start; and the run as it goes.
+
+
+TITLE = "Train"
+
+
+def build(parts: Parts) -> None:
+    """Lay out the tab and wire it."""
+    with gr.Row(elem_classes="page page-train"):
+        with gr.Column(elem_classes="side card"):
+            form = TrainForm(parts)
+            build_like(parts, form)
+            build_telling(parts)
+            build_start(parts, form)
+        with gr.Column(elem_classes="main"):
+            parts.live(piece(elem_id="run-card"), cards.run_card)
+            parts.live(piece(elem_id="queue"), queue_card)
+            parts.live(piece(elem_id="charts"), cards.charts)
+            parts.live(piece(elem_id="samples"), samples)
+            parts.live(piece(elem_id="earlier"), earlier)
+            parts.live(piece(elem_id="run-log"), cards.log_card)

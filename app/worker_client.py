@@ -1,0 +1,346 @@
+"""The client of the warm worker: one process that keeps a base model loaded and answers previews and exports.
+
+The window itself never imports torch. Requests wait in a queue and go out one at a time; a worker that died
+is started again for the next request, and the request in hand is answered with the reason, so nobody waits
+for ever. On a graphics card, the process ends as soon as a run begins, since even an idle one holds memory
+there; what it was drawing waits in the queue and is begun anew once there is room.
+"""
+
+import base64
+import binascii
+import contextlib
+import json
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from lora_core.settings.schema import AUTO
+from lora_core.system.processes import detached, log_tail
+
+CANCELLED = "Cancelled."
+HOLDERS = ("generate", "captions", "triggers", "pictures")
+"""Requests after which the worker holds a base."""
+COMPUTING = (*HOLDERS, "probe", "intrinsic", "strength", "warm")
+"""Requests that take memory of the device; others do with `measure` in them."""
+CARDS = ("cuda", "xpu")
+"""Devices with memory of their own."""
+LOOK_AROUND_EVERY = 1.0
+"""Seconds between two looks at whether somebody else needs the memory: a run imports torch for longer
+than that before it takes any. A look at 200 runs takes a hundredth of it."""
+GAVE_WAY = "Waiting: a run begins on the graphics card."
+STARTING_TAKES = "Loading the drawing process, which takes some seconds the first time."
+
+
+@dataclass
+class Reply:
+    """What is known so far of one request."""
+
+    request: dict[str, Any]
+    state: str = "waiting"  # waiting, working, done, error
+    done: int = 0
+    total: int = 0
+    message: str = ""
+    phase: str = ""
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    look: bytes = b""
+    looks: int = 0
+    dropped: bool = False
+    result: dict[str, Any] = field(default_factory=dict)
+    finished: threading.Event = field(default_factory=threading.Event)
+
+
+class Worker:
+    """Owns the worker process."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], log_file: Path) -> None:
+        """Remember how to start it; nothing is started before the first request or `warm()`."""
+        self.command = command
+        self.environment = environment
+        self.log_file = log_file
+        self.ready = False
+        self.found: dict[str, str] = {}
+        """What the process says of its PyTorch (`describe_torch` of the engine), once known."""
+        self.wanted_device: Callable[[], str] = lambda: ""
+        """Gives the value of `train.device` that requests are answered on, "" to leave it."""
+        self.waiting: list[Reply] = []
+        """What was asked and is not begun, in order."""
+        self.in_hand: Reply | None = None
+        self.is_needed_elsewhere: Callable[[float], bool] = lambda idle: False
+        """Told how many seconds nothing was asked, says whether the memory should be given back."""
+        self.holds_memory = False
+        self.in_the_way: Callable[[dict[str, Any]], str] = lambda request: ""
+        """Says why a request that takes the device's memory has to wait, "" where it may begin."""
+        self._idle_since = time.monotonic()
+        self._asked = threading.Event()
+        self._gave_way = False
+        """Whether the process was ended for a run, so that what was in hand is not lost."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._starting = threading.Lock()
+        """Held while the process is started, so that closing either prevents it or sees it."""
+        self._closed = False
+
+    @property
+    def device(self) -> str:
+        """The kind of device that PyTorch computes on ("cuda", "cpu", ...), "" while that is not known."""
+        return self.found.get("device", "")
+
+    def warm(self) -> None:
+        """Start the process in the background, so that the first preview need not wait for it."""
+        if not self.ready and not any(reply.request["do"] == "warm" for reply in list(self.waiting)):
+            self.submit({"do": "warm"})
+
+    def submit(self, request: dict[str, Any]) -> Reply:
+        """Queue a request; its reply fills up as the worker answers."""
+        reply = Reply({"id": uuid.uuid4().hex, **request})
+        self.waiting.append(reply)
+        self._asked.set()
+        with self._lock:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._serve, daemon=True, name="worker-client")
+                self._thread.start()
+        return reply
+
+    def ask(self, request: dict[str, Any], timeout: float = 600.0) -> Reply:
+        """Queue a request and wait for its end."""
+        reply = self.submit(request)
+        if not reply.finished.wait(timeout):
+            reply.state, reply.message = "error", f"No answer came within {timeout:.0f} seconds."
+        return reply
+
+    def cancel(self, reply: Reply) -> None:
+        """Drop a request: at once where it still waits, within a step of the sampler where it is drawn."""
+        reply.dropped = True
+        self._asked.set()
+        if reply.state == "working":
+            self._write({"id": uuid.uuid4().hex, "do": "cancel", "target": reply.request["id"]})
+
+    def ahead_of(self, reply: Reply) -> int:
+        """How many requests come before one that waits, the one in hand included; 0 where it is in hand, and
+        where its message says what else it waits for."""
+        if reply.state != "waiting" or reply.message:
+            return 0
+        may_begin = [one for one in list(self.waiting) if not one.message]
+        return next((n for n, one in enumerate(may_begin, 1) if one is reply), 0)
+
+    def release(self) -> None:
+        """Have a running worker give its memory back, on a card at once; one that does not run holds none."""
+        if not self._on_card:
+            if self.ready:
+                self.submit({"do": "release"})
+            return
+        process = self._process
+        if process is not None and process.poll() is None:
+            self._gave_way = self.in_hand is not None
+            self.ready = self.holds_memory = False
+            process.kill()
+            process.wait(5)
+
+    @property
+    def computes_on(self) -> str:
+        """The kind of device that requests are answered on, "" while it is not known."""
+        wanted = self.wanted_device()
+        return self.device if wanted in ("", AUTO) else wanted.partition(":")[0]
+
+    @property
+    def _on_card(self) -> bool:
+        return self.ready and self.computes_on in CARDS
+
+    def close(self) -> None:
+        """End the process; called when the window ends."""
+        with self._starting:
+            self._closed = True
+            process = self._process
+        if process is None:
+            return
+        # It writes whole files or none, so that nothing is lost; asking it to quit would only make Ctrl-C
+        # slow.
+        process.kill()
+        process.wait(5)
+        _close_pipes(process)
+
+    def _serve(self) -> None:
+        while not self._closed:
+            self._asked.clear()
+            reply = next(filter(self._may_begin, list(self.waiting)), None)
+            if reply is None:
+                # While nothing waits or is held, there is nothing to look around for.
+                holds = self.holds_memory or self._on_card
+                asked = self._asked.wait(LOOK_AROUND_EVERY if holds or self.waiting else None)
+                if holds and not asked and self.is_needed_elsewhere(time.monotonic() - self._idle_since):
+                    self.release()
+                continue
+            self.in_hand = reply
+            self.waiting.remove(reply)
+            reply.state = "working"
+            reply.message = "" if self.ready else STARTING_TAKES
+            try:
+                if reply.dropped:
+                    self._end(reply, "error", CANCELLED)
+                else:
+                    self._answer(reply)
+            except (OSError, ValueError) as error:
+                self._end(reply, "error", self._death(str(error)))
+            self.in_hand, self._idle_since = None, time.monotonic()
+            do = reply.request["do"]
+            emptied = do in ("release", "probe")
+            self.holds_memory = self.ready and (do in HOLDERS or (self.holds_memory and not emptied))
+
+    def _may_begin(self, reply: Reply) -> bool:
+        computes = reply.request["do"] in COMPUTING or "measure" in reply.request
+        reply.message = self.in_the_way(reply.request) if computes and not reply.dropped else ""
+        return not reply.message
+
+    def _answer(self, reply: Reply) -> None:
+        self._gave_way = False
+        process = self._running_process()
+        if process is None:
+            self._end(reply, "error", self._death("it could not be started"))
+            return
+        if not self._may_begin(reply):
+            # Only now is it known which device it computes on.
+            self._put_back(reply)
+            return
+        if reply.request["do"] == "warm":
+            self._end(reply, "done", "")
+            return
+        device = self.wanted_device()
+        self._write({**({"device": device} if device else {}), **reply.request})
+        if reply.dropped:
+            # It was cancelled while the process came up.
+            self.cancel(reply)
+        looked = time.monotonic()
+        for message in _messages(process.stdout):
+            if message.get("id") == reply.request["id"] and self._take(reply, message):
+                return
+            if self._on_card and time.monotonic() - looked >= LOOK_AROUND_EVERY:
+                looked = time.monotonic()
+                if self.is_needed_elsewhere(0.0):
+                    self.release()
+        self.ready = False
+        code = process.wait()
+        if not self._gave_way:
+            self._end(reply, "error", self._death(f"it ended with code {code}"))
+        elif reply.dropped:
+            self._end(reply, "error", CANCELLED)
+        else:
+            reply.message, reply.done, reply.look, reply.pictures = GAVE_WAY, 0, b"", []
+            self._put_back(reply)
+
+    def _put_back(self, reply: Reply) -> None:
+        """Let a request wait again, before all others."""
+        reply.state = "waiting"
+        self.waiting.insert(0, reply)
+
+    def _take(self, reply: Reply, message: dict[str, Any]) -> bool:
+        """Fold one answer into the reply; true when it was the last."""
+        match message.get("event"):
+            case "progress":
+                reply.done, reply.total = int(message.get("done", 0)), int(message.get("total", 0))
+                reply.phase = str(message.get("phase", ""))
+            case "look":
+                with contextlib.suppress(binascii.Error, ValueError):
+                    reply.look = base64.b64decode(str(message.get("image", "")), validate=True)
+                    reply.looks += 1
+            case "picture":
+                reply.pictures.append(message)
+            case "done":
+                reply.result = message
+                self._end(reply, "done", "")
+                return True
+            case "error":
+                self._end(reply, "error", str(message.get("message", "It failed without a reason.")))
+                return True
+        return False
+
+    def _end(self, reply: Reply, state: str, message: str) -> None:
+        reply.state, reply.message = state, message
+        reply.finished.set()
+
+    def _running_process(self) -> subprocess.Popen[bytes] | None:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        if self._process is not None:
+            _close_pipes(self._process)
+        self.ready = False
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        with self._starting, open(self.log_file, "ab") as log:
+            if self._closed:
+                return None
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self.environment,
+                # Ctrl-C in the terminal is for the window, which then ends the worker itself.
+                **detached(),
+            )
+        for message in _messages(self._process.stdout):
+            if message.get("event") == "ready":
+                self.ready = True
+                self.found = {key: value for key, value in message.items() if isinstance(value, str)}
+                return self._process
+        return None
+
+    def _write(self, request: dict[str, Any]) -> None:
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        with self._lock:
+            try:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            except OSError:
+                # The process is gone; whoever reads its output finds out and says so.
+                return
+
+    def _death(self, reason: str) -> str:
+        said = last_line(self.log_file)
+        return f"The drawing process is gone: {reason}. It starts again when you draw. {said}".strip()
+
+
+def _messages(stream: IO[bytes] | None) -> Any:
+    """The JSON objects of a stream; other output of libraries is passed over."""
+    for line in stream or ():
+        try:
+            message = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(message, dict):
+            yield message
+
+
+def _close_pipes(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            # What was still to be written has nobody to read it any more.
+            with contextlib.suppress(OSError, ValueError):
+                pipe.close()
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log that says something, or ""."""
+    lines = log_tail(path, 40)
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+class GivesWay:
+    """Says when a worker's memory should go to a run: once as a run begins, later after a minute's rest."""
+
+    def __init__(self, live_run: Callable[[], str], rest: float = 60.0) -> None:
+        """Ask `live_run` for the name of the run that is going on, "" where none is."""
+        self._live_run = live_run
+        self._rest = rest
+        self._known = ""
+
+    def __call__(self, idle: float) -> bool:
+        """Whether the memory should be given back after so many idle seconds."""
+        before, self._known = self._known, self._live_run()
+        return bool(self._known) and (self._known != before or idle >= self._rest)

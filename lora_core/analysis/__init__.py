@@ -1,1 +1,0 @@
-"""What can be computed from adapters as they are: what is in them, and better ones made of that."""

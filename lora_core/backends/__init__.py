@@ -1,0 +1,1 @@
+"""Implementations of the frozen layers that depend on torch internals."""

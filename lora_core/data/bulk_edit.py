@@ -1,0 +1,152 @@
+"""Changing many captions at once: what each becomes, and what of it is new.
+
+Nothing here writes: the same function makes the preview and the change. A caption's lines are captions of
+their own, so each is changed by itself, and a line that a change does not touch keeps its every character.
+"""
+
+import difflib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lora_core.data.captions import tags_of, with_trigger
+from lora_core.errors import DatasetError
+
+EDITS = ("replace", "prepend", "append", "rename tag", "delete tag", "trigger")
+PATIENCE = 5.0
+"""Seconds that a pattern may take for all captions; one that backtracks could take for ever."""
+
+# A pattern runs in a process of its own, because the standard library's matcher can neither be stopped nor
+# share the interpreter: in the window a bad pattern would stop everything.
+_PATTERN = """import json, re, sys
+sent = json.load(sys.stdin)
+pattern = re.compile(sent["find"], re.IGNORECASE if sent["any_case"] else 0)
+json.dump([pattern.sub(sent["put"], text) for text in sent["texts"]], sys.stdout)"""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change to many captions.
+
+    Attributes:
+        do: one of `EDITS`.
+        find: the text, pattern or tag that is looked for.
+        put: the text, tag or trigger that is put there.
+        regex: `find` is a pattern, and `put` may refer to its groups by `\\1`.
+        any_case: capitals and small letters count as the same; tags are always compared so.
+    """
+
+    do: str
+    find: str = ""
+    put: str = ""
+    regex: bool = False
+    any_case: bool = False
+
+
+def edited(captions: list[str], edit: Edit) -> list[str]:
+    """What the captions become.
+
+    Raises:
+        DatasetError: something that the change needs is empty, or the pattern is wrong or takes too long.
+    """
+    needed = {"replace": edit.find, "rename tag": edit.find, "delete tag": edit.find}.get(edit.do, edit.put)
+    if edit.do not in EDITS:
+        raise DatasetError(f"{edit.do!r} is no change of captions; choose one of {', '.join(EDITS)}.")
+    if not needed.strip() and not (edit.do == "replace" and edit.find):
+        raise DatasetError("Type first what is to be found or added.")
+    if edit.do == "replace":
+        return _replaced(captions, edit)
+    if edit.do in ("rename tag", "delete tag"):
+        put = edit.put if edit.do == "rename tag" else ""
+        return [_by_line(caption, lambda line: _retagged(line, edit.find, put)) for caption in captions]
+    if edit.do == "trigger":
+        return [_triggered(caption, edit.put) for caption in captions]
+    front = edit.do == "prepend"
+    return [_by_line(caption, lambda line: _joined(line, edit.put, front)) for caption in captions]
+
+
+def difference(before: str, after: str) -> list[tuple[str, str]]:
+    """Two captions as pieces: ("same", text), ("old", text) for what goes, ("new", text) for what comes."""
+    one, other = (re.findall(r"\w+|\W", text) for text in (before, after))
+    pieces: list[tuple[str, str]] = []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+        if kind == "equal":
+            pieces.append(("same", "".join(one[i:j])))
+            continue
+        if j > i:
+            pieces.append(("old", "".join(one[i:j])))
+        if m > k:
+            pieces.append(("new", "".join(other[k:m])))
+    return pieces
+
+
+def _by_line(caption: str, change: Callable[[str], str]) -> str:
+    return "\n".join(change(line) for line in caption.split("\n"))
+
+
+def _joined(line: str, put: str, front: bool) -> str:
+    """The text before or after a line; a comma between where neither ends in a mark or a space."""
+    if not line.strip():
+        return put.strip(", ")
+    first, last = (put, line) if front else (line, put)
+    apart = first[-1:].isalnum() and last[:1].isalnum()
+    return f"{first}, {last}" if apart else first + last
+
+
+def _retagged(line: str, find: str, put: str) -> str:
+    """A line with a tag renamed, or left out where the new name is empty or stands there already."""
+    wanted = find.strip().casefold()
+    tags = tags_of(line)
+    if wanted not in (tag.casefold() for tag in tags):
+        return line
+    kept: list[str] = []
+    others = {tag.casefold() for tag in tags if tag.casefold() != wanted}
+    for tag in tags:
+        if tag.casefold() != wanted:
+            kept.append(tag)
+        elif put.strip() and put.strip().casefold() not in others:
+            kept.append(put.strip())
+            others.add(put.strip().casefold())
+    return ", ".join(kept)
+
+
+def _triggered(caption: str, trigger: str) -> str:
+    new = with_trigger(caption, trigger)
+    lines = [line.strip() for line in caption.split("\n") if line.strip()]
+    return caption if new == "\n".join(lines) else new
+
+
+def _replaced(captions: list[str], edit: Edit) -> list[str]:
+    find, put = (edit.find, edit.put) if edit.regex else (re.escape(edit.find), edit.put.replace("\\", r"\\"))
+    try:
+        pattern = re.compile(find, re.IGNORECASE if edit.any_case else 0)
+        # The replacement is parsed when something matches first; an error should show before.
+        re.compile(f"{find}|").sub(put, "")
+    except re.error as error:
+        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {error}.") from error
+    except (IndexError, RecursionError, OverflowError) as error:
+        raise DatasetError(f"The replacement {edit.put!r} cannot be used: {error}.") from error
+    if not edit.regex:
+        return [pattern.sub(put, caption) for caption in captions]
+    sent = {"find": find, "put": put, "any_case": edit.any_case, "texts": captions}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _PATTERN],
+            input=json.dumps(sent),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DatasetError(
+            f"The pattern {edit.find!r} takes longer than {PATIENCE:.0f} s; make it simpler, without repeats"
+            " inside of repeats."
+        ) from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["it ended at once"])[-1]
+        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {last}.") from error
+    return [str(text) for text in json.loads(done.stdout)]

@@ -1,0 +1,371 @@
+"""The pictures that a person chose to measure on: a list in the dataset folder, so that it goes where they
+go.
+
+`held_out.txt` names one picture a line, by its path below the folder, with forward slashes. It is a list
+unless a picture of that name lies beside it, whose caption it then is.
+"""
+
+import os
+import posixpath
+import re
+from collections.abc import Container, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lora_core.data.images import SUFFIXES, Sizes, content_hash
+from lora_core.data.importer import LIMITS, is_useful, not_unpacked, unpack
+from lora_core.data.scan import (
+    Dataset,
+    ImageRecord,
+    Problem,
+    files_below,
+    folded,
+    is_mask,
+    shortened,
+    unused_folder,
+)
+from lora_core.data.sidecars import (
+    CAPTION_SUFFIXES,
+    METADATA_NAMES,
+    metadata_captions,
+    read_text,
+    write_caption,
+)
+from lora_core.errors import DatasetError
+from lora_core.system.paths import DEMO_TRAIN, valid_text, write_atomically
+
+LIST = "held_out.txt"
+
+
+def listed(folder: Path) -> set[str]:
+    """The names on the list, folded as file systems compare them; empty without a list.
+
+    Raises:
+        DatasetError: it cannot be read as text.
+    """
+    file = folder / LIST
+    if not file.is_file():
+        return set()
+    return {folded(line.strip()) for line in read_text(file, LIST).split("\n") if line.strip()}
+
+
+def write_list(folder: Path, names: Iterable[str]) -> None:
+    """Write the list; none is left where no name is.
+
+    Raises:
+        DatasetError: a name has a line break, or the folder cannot be written.
+    """
+    wanted = sorted(set(names))
+    if broken := next((name for name in wanted if "\n" in name or "\r" in name), None):
+        raise DatasetError(f"{broken!r} has a line break in its name and cannot be listed; rename the file.")
+    file = folder / LIST
+    try:
+        if wanted:
+            write_atomically(file, ("\n".join(wanted) + "\n").encode("utf-8", "replace"))
+        else:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise DatasetError(
+            f"The list {file} cannot be written ({error.strerror}); check that the folder may be written."
+        ) from error
+
+
+# A dataset on disk: which pictures it holds, with which captions, and what is wrong with it.
+#
+# Every picture is decoded once when a folder is read. That costs some milliseconds a picture, and buys that
+# a damaged file is named before a run starts.
+
+
+__all__ = [
+    "Dataset",
+    "ImageRecord",
+    "Problem",
+    "open_dataset",
+    "require_clean",
+    "scan",
+    "summaries",
+    "write_caption",
+]
+
+_REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")
+_MASK_OF = ("_mask", "-mask", ".mask")
+_SHOWN_PROBLEMS = 5
+_SHOWN_ROWS = 100
+_THREADS = 4
+AUDIT_ONLY = ("hidden", "link", "unread caption")
+"""Notes that only the audit needs: a problem says it too, or nothing is lost."""
+UNUSED = ("mask", "regularisation", "caption without picture", "second caption", "other file")
+"""Notes on files that a person may think are used."""
+_SUMMARIES = {
+    "mask": "{} masks are not used yet: pictures are trained on whole, whatever a mask leaves out ({}).",
+    "regularisation": "{} files in folders for regularisation are not used yet, and not trained on ({}).",
+    "transparent": "{} pictures are see-through in places, and are trained on with a white background ({}).",
+    "caption without picture": "{} captions belong to no picture, and are not used ({}).",
+    "second caption": "{} captions are not used, as their pictures have another one ({}).",
+    "shared caption": "{} captions are shared by pictures of the same name ({}).",
+    "other file": "{} other files are not used ({}).",
+}
+"""What many notes of a kind come to: how many there are, and the names of some."""
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a folder in order, by their path relative to it: as it is, and folded. `pictures`, `texts`
+    and `tables` of them count; `notes` says why the others do not."""
+
+    root: Path
+    sizes: Sizes
+    exact: dict[str, Path] = field(default_factory=dict)
+    folded: dict[str, Path] = field(default_factory=dict)
+    pictures: list[Path] = field(default_factory=list)
+    texts: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
+    held_out: set[str] = field(default_factory=set)
+
+    def shown(self, path: Path) -> str:
+        """How a file is named in messages."""
+        return path.relative_to(self.root).as_posix()
+
+    def find(self, shown: str) -> Path | None:
+        """The file of that name, whatever its case."""
+        return self.exact.get(shown) or self.folded.get(folded(shown))
+
+    def note(self, path: Path, kind: str, rest: str) -> None:
+        """Note something of a file that does not block: its name, then `rest`."""
+        self.notes.append(Problem(path, kind, f"{self.shown(path)} {rest}", False))
+
+
+def scan(folder: Path, sizes: Sizes | None = None) -> Dataset:
+    """Every picture below a folder with its caption, in an order that is the same on all systems.
+
+    A caption is, in this order: the text file beside the picture, its row in the `metadata.jsonl` or `.csv`
+    of the same or a higher folder, the name of a `10_name` folder. Masks and what lies in a folder for masks
+    or regularisation images are not pictures. Nothing is raised for a file that is wrong; it becomes a
+    problem. Each file that is not used is a problem or a note; hidden files share one.
+
+    Args:
+        folder: the dataset.
+        sizes: what is known from before; without it every picture is decoded.
+    """
+    listing = _listing(folder, sizes or Sizes())
+    tables = _tables(listing)
+    # Decoders let other threads run, and the order of the results does not depend on timing.
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = list(threads.map(lambda path: _record(path, listing, tables), listing.pictures))
+    records = [one for one in found if isinstance(one, ImageRecord)]
+    problems = [one for one in found if isinstance(one, Problem)]
+    for record in records:
+        if record.transparent:
+            listing.note(
+                record.path,
+                "transparent",
+                "is see-through in places, and is trained on with a white background.",
+            )
+    _note_texts(records, listing)
+    return Dataset(records, [*listing.problems, *problems], listing.notes)
+
+
+def summaries(notes: Iterable[Problem], leave_out: Container[str] = ()) -> list[Problem]:
+    """One note for each kind but those in `leave_out`, in the order in which they come first."""
+    by_kind: dict[str, list[Problem]] = {}
+    for note in (one for one in notes if one.kind not in leave_out):
+        by_kind.setdefault(note.kind, []).append(note)
+    found = []
+    for kind, members in by_kind.items():
+        if len(members) == 1 or kind not in _SUMMARIES:
+            found += members
+        else:
+            names = shortened([valid_text(one.path.name) for one in members], len(members))
+            sentence = _SUMMARIES[kind].format(len(members), names)
+            found.append(Problem(members[0].path, kind, sentence, False))
+    return found
+
+
+def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
+    """The dataset that a person named.
+
+    Args:
+        where: `demo`, a folder, or a zip.
+        unpack_into: where a zip is unpacked, in a folder named for its content; what is there already is used
+        again.
+
+    Raises:
+        DatasetError: it does not exist, is neither, cannot be unpacked, or holds no picture file.
+    """
+    path = DEMO_TRAIN if str(where) == "demo" else Path(where).expanduser().absolute()
+    if not path.exists():
+        raise DatasetError(
+            f"The dataset {where} does not exist; give a folder of pictures, a zip of one, or `demo`."
+        )
+    notes: list[Problem] = []
+    if path.is_dir():
+        folder = path
+    elif path.suffix.casefold() == ".zip":
+        folder = unpack_into / content_hash(path, LIMITS.total_bytes)[:16]
+        if not folder.is_dir():
+            unpack(path, folder)
+        notes = not_unpacked(path)
+    else:
+        raise DatasetError(
+            f"The dataset {where} is neither a folder nor a zip; give a folder of pictures, a zip of one, or"
+            " `demo`."
+        )
+    dataset = scan(folder)
+    dataset = replace(dataset, notes=[*notes, *dataset.notes])
+    if not dataset.records and not any(
+        problem.path.suffix.casefold() in SUFFIXES for problem in dataset.problems
+    ):
+        why = "".join(f" {note.sentence}" for note in summaries(dataset.notes, AUDIT_ONLY))
+        raise DatasetError(
+            f"There are no pictures in {where}; put PNG, JPEG, WebP or HEIC files there, each with a .txt"
+            f" caption.{why}"
+        )
+    return dataset
+
+
+def require_clean(dataset: Dataset) -> None:
+    """Refuse a dataset with problems, rather than leave files out in silence.
+
+    Raises:
+        DatasetError: lists what is wrong.
+    """
+    sentences = [problem.sentence for problem in dataset.problems]
+    more = len(sentences) - _SHOWN_PROBLEMS
+    if more > 0:
+        sentences = [*sentences[:_SHOWN_PROBLEMS], f"And {more} more."]
+    if sentences:
+        raise DatasetError(" ".join(sentences))
+
+
+def _listing(root: Path, sizes: Sizes) -> _Listing:
+    listing = _Listing(root, sizes)
+    for found in files_below(root, SUFFIXES):
+        if isinstance(found, Path):
+            listing.exact[listing.shown(found)] = found
+            listing.folded.setdefault(folded(listing.shown(found)), found)
+        elif found.blocking and (is_useful(found.path.name) or os.path.isdir(found.path)):
+            listing.problems.append(found)
+        else:
+            listing.notes.append(replace(found, blocking=False))
+    for path in listing.exact.values():
+        _sort(path, listing)
+    if not any(f"held_out{suffix}" in listing.folded for suffix in SUFFIXES):
+        try:
+            listing.held_out.update(listed(root))
+        except DatasetError as error:
+            listing.problems.append(Problem(root / LIST, "held out", str(error)))
+        listing.texts[:] = [path for path in listing.texts if path != root / LIST]
+        there = {folded(listing.shown(path)) for path in listing.pictures}
+        if missing := sorted(listing.held_out - there):
+            names = shortened(missing, len(missing))
+            sentence = f"{LIST} names pictures that are not there ({names}); they are not held out."
+            listing.notes.append(Problem(root / LIST, "held out", sentence, False))
+    return listing
+
+
+def _sort(path: Path, listing: _Listing) -> None:
+    """Find out what a file is for."""
+    suffix, shown = path.suffix.casefold(), listing.shown(path)
+    kind = unused_folder(shown)
+    if kind == "regularisation":
+        rest = "is in a folder for regularisation, which is not used yet; it is not trained on."
+        listing.note(path, kind, rest)
+    elif kind or (suffix in SUFFIXES and _is_mask(path, listing)):
+        listing.note(path, "mask", "is a mask, and masks are not used yet: all of its picture is trained on.")
+    elif suffix in SUFFIXES:
+        listing.pictures.append(path)
+    elif folded(path.name) in METADATA_NAMES:
+        listing.tables.append(path)
+    elif suffix in CAPTION_SUFFIXES:
+        listing.texts.append(path)
+    else:
+        listing.note(path, "other file", "is neither a picture nor a caption; it is not used.")
+
+
+def _is_mask(path: Path, listing: _Listing) -> bool:
+    """`cat-masklabel.png` always; `cat_mask.png`, `cat-mask.png`, `cat.mask.png` beside a picture `cat`."""
+    shown = listing.shown(path.with_suffix(""))
+    if is_mask(path) or folded(shown[-5:]) not in _MASK_OF:
+        return is_mask(path)
+    return _first(listing, [f"{shown[:-5]}{suffix}" for suffix in sorted(SUFFIXES)]) is not None
+
+
+def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
+    """Note the captions that no picture has, and those that several have."""
+    readers: dict[Path, list[ImageRecord]] = {}
+    for record in records:
+        if sidecar := _sidecar(record.path, listing):
+            readers.setdefault(sidecar, []).append(record)
+    spare = {_sidecar(path, listing) for path in listing.pictures}
+    with_caption = {folded(listing.shown(record.path.with_suffix(""))) for record in records}
+    for text in listing.texts:
+        if text in readers:
+            if len(readers[text]) > 1:
+                names = " and ".join(record.path.name for record in readers[text])
+                listing.note(text, "shared caption", f"is the caption of {names}; rename one if they differ.")
+        elif folded(listing.shown(text.with_suffix(""))) in with_caption:
+            listing.note(text, "second caption", "is not used, as its picture has another caption.")
+        elif text in spare:
+            listing.note(text, "unread caption", "belongs to a picture that cannot be used.")
+        else:
+            listing.note(text, "caption without picture", "belongs to no picture; it is not used.")
+
+
+def _tables(listing: _Listing) -> dict[Path, str]:
+    """Picture to caption, of all metadata files; what is wrong joins the problems."""
+    captions: dict[Path, str] = {}
+    # A table nearer to the picture has the last word.
+    for table in sorted(listing.tables, key=lambda path: len(path.parts)):
+        shown = listing.shown(table)
+        rows, sentences = metadata_captions(table, shown)
+        listing.problems.extend(Problem(table, "metadata", sentence) for sentence in sentences)
+        missing: list[str] = []
+        for name, caption in rows.items():
+            picture = listing.find(posixpath.normpath(posixpath.join(posixpath.dirname(shown), name)))
+            if picture is None:
+                missing.append(name)
+            else:
+                captions[picture] = caption
+        for name in missing[:_SHOWN_ROWS]:
+            sentence = f"{shown} names {name}, which is not there; add the picture or remove the row."
+            listing.problems.append(Problem(table, "metadata", sentence))
+        if len(missing) > _SHOWN_ROWS:
+            sentence = f"{shown} names {len(missing) - _SHOWN_ROWS} more pictures that are not there."
+            listing.problems.append(Problem(table, "metadata", sentence))
+    return captions
+
+
+def _record(path: Path, listing: _Listing, tables: dict[Path, str]) -> ImageRecord | Problem:
+    info = listing.sizes.info(path, listing.shown(path))
+    if isinstance(info, Problem):
+        return info
+    repeats, name = _kohya(path, listing.root)
+    sidecar = _sidecar(path, listing)
+    try:
+        caption = read_text(sidecar, listing.shown(sidecar)) if sidecar else tables.get(path, name)
+    except DatasetError as error:
+        return Problem(path, "caption", str(error))
+    by_hand = folded(listing.shown(path)) in listing.held_out
+    return ImageRecord(path, info.width, info.height, caption.strip(), repeats, by_hand, info.transparent)
+
+
+def _sidecar(picture: Path, listing: _Listing) -> Path | None:
+    """The text file beside a picture."""
+    stem = listing.shown(picture.with_suffix(""))
+    return _first(listing, [stem + suffix for suffix in CAPTION_SUFFIXES])
+
+
+def _first(listing: _Listing, names: list[str]) -> Path | None:
+    return next((found for name in names if (found := listing.find(name))), None)
+
+
+def _kohya(path: Path, root: Path) -> tuple[int, str]:
+    """Repeats and the caption of last resort, of the nearest `10_name` folder below the root; (1, "") without
+    one."""
+    for parent in reversed(path.relative_to(root).parts[:-1]):
+        if match := _REPEATED.fullmatch(parent):
+            return int(match[1]), match[2].replace("_", " ").strip()
+    return 1, ""

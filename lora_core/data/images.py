@@ -1,0 +1,309 @@
+"""Reading a picture file of any kind as plain RGB, or saying in a sentence why it cannot be read.
+
+Only the formats listed here are tried: a file's name proves nothing, and some of Pillow's other readers start
+programs (EPS) or are seldom tested. Pictures are decoded, never only opened, so that a file that was cut
+short is found now and not in the middle of a run.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import struct
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pillow_heif
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from lora_core.data.scan import Problem, regular_size
+from lora_core.errors import DatasetError
+from lora_core.system.paths import write_atomically
+from lora_core.system.untrusted import parsed_json
+
+# What phones call MPO is opened as JPEG.
+FORMATS = ("PNG", "JPEG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
+_ENDINGS = (
+    "png apng jpg jpeg jpe jfif mpo webp heic heif hif avif gif bmp dib tif tiff ppm pgm pbm pnm tga jp2"
+)
+SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+SMALLEST_SIDE = 16
+MOST_BYTES = 500_000_000
+"""Of one picture file."""
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
+
+# The turn that brings a picture upright, by its EXIF orientation (Exif 2.3, tag 0x0112).
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = frozenset({5, 6, 7, 8})
+
+pillow_heif.register_heif_opener()
+# Pillow only warns between one and two times its limit; here both are refused. Set once for the process,
+# because the standard library's way to catch warnings for a moment is not safe among threads.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+# A damaged EXIF block is no fault of the pixels.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+
+class ImageInfo(NamedTuple):
+    """What a decoded picture shows: its upright size in pixels, and whether any pixel is see-through."""
+
+    width: int
+    height: int
+    transparent: bool
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """The picture as 8-bit RGB, upright.
+
+    16-bit values are scaled, transparency is laid on white, and of an animation the first frame is taken.
+
+    Raises:
+        DatasetError: the file is not a picture, is damaged, or has too many pixels; names the file.
+    """
+    with _loaded(path, str(path)) as (image, _):
+        return _upright(as_rgb(image), _orientation(image))
+
+
+def thumbnail(path: Path, side: int = 256) -> bytes:
+    """A WebP of the picture that fits into a square of `side` pixels.
+
+    Raises:
+        DatasetError: as `open_rgb`.
+    """
+    small = small_rgb(path, side)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=80, method=2)
+    return buffer.getvalue()
+
+
+def small_rgb(path: Path, least: int) -> Image.Image:
+    """The picture as upright RGB, possibly shrunk, with sides of at least `least` pixels if it has them.
+
+    JPEGs are shrunk while they are decoded, which is several times faster than decoding them whole.
+
+    Raises:
+        DatasetError: as `open_rgb`.
+    """
+    with _loaded(path, str(path), least) as (image, _):
+        return _upright(as_rgb(image), _orientation(image))
+
+
+def content_hash(path: Path, most: int = sys.maxsize) -> str:
+    """SHA-256 of the file's bytes, in hex: the key of everything that is cached for it.
+
+    Args:
+        path: the file.
+        most: more bytes than this are refused.
+
+    Raises:
+        DatasetError: the file cannot be read, is not a regular file, or is too large.
+    """
+    regular_size(path, str(path), most)
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DatasetError(_complaint(path, str(path), error)) from error
+
+
+def image_info(path: Path, shown: str) -> ImageInfo:
+    """Upright size and transparency, after the whole file was decoded.
+
+    Args:
+        path: the file.
+        shown: how to name it in a message.
+
+    Raises:
+        DatasetError: as `open_rgb`.
+    """
+    with _loaded(path, shown, 1) as (image, stated):
+        # Decoding may change the size: a JPEG is shrunk on purpose, a TIFF is turned upright by Pillow.
+        width, height = stated if image.format in ("JPEG", "MPO") else image.size
+        if _orientation(image) in _SIDEWAYS:
+            width, height = height, width
+        return ImageInfo(width, height, _is_transparent(image))
+
+
+def checked_info(path: Path, shown: str) -> ImageInfo | Problem:
+    """As `image_info`, or what is wrong with a picture that cannot be trained on."""
+    try:
+        info = image_info(path, shown)
+    except DatasetError as error:
+        return Problem(path, "unreadable", str(error))
+    if min(info.width, info.height) < SMALLEST_SIDE:
+        return Problem(
+            path,
+            "tiny",
+            f"{shown} is only {info.width} x {info.height} pixels; remove it or use a copy with sides of"
+            f" {SMALLEST_SIDE} or more.",
+        )
+    return info
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture of any mode as 8-bit RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_wide(image).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether a decoded picture has a pixel that `as_rgb` lays on white."""
+    if not image.has_transparency_data:
+        return False
+    if image.mode == "La":
+        image = image.convert("LA")
+    return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
+
+
+def _from_wide(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or of floats, as 8-bit grey; Pillow's own conversion would clip at 255."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        top = next((t for t in (1.0, 255.0, 65535.0) if values.max() <= t), float(values.max()))
+    elif image.mode == "I" and (values.max() > 65535 or values.min() < 0):
+        values = values.astype(np.int32).view(np.uint32)
+        top = 2.0**32 - 1
+    else:
+        top = 65535.0
+    scaled = np.clip(values.astype(np.float64) * (255.0 / top), 0, 255)
+    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; 1 where there is none or where the EXIF block is damaged."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error, UserWarning):
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+@contextmanager
+def _loaded(
+    path: Path, shown: str, least: int | None = None
+) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """A decoded picture and the size that its file states; errors become sentences.
+
+    Args:
+        path: the file.
+        shown: how to name it in a message.
+        least: let a JPEG be decoded smaller, down to this side in pixels.
+
+    Raises:
+        DatasetError: as `open_rgb`.
+    """
+    if not regular_size(path, shown, MOST_BYTES):
+        raise DatasetError(f"{shown} is empty (0 bytes); copy it again from its source or remove it.")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            stated = image.size
+            if least is not None:
+                image.draft(None, (least, least))
+            image.load()
+            yield image, stated
+    except Exception as error:  # a damaged file can raise anything inside a decoder
+        raise DatasetError(_complaint(path, shown, error)) from error
+
+
+def _complaint(path: Path, shown: str, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return (
+            f"{shown} has more than {MAX_PIXELS // 1_000_000} million pixels, too many to open safely; save a"
+            " smaller copy of it."
+        )
+    if isinstance(error, UnidentifiedImageError):
+        return f"{shown} is not a picture, whatever its name says; remove it, or save it as PNG or JPEG."
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
+    return f"{shown} is damaged or cut short ({error}); copy it again from its source or remove it."
+
+
+# Sizes of pictures that were decoded whole before, so that a folder of a thousand is read again at once.
+#
+# A size holds for as long as the file's time and length stay as they were. Only good pictures are
+# remembered: a bad one is looked at again each time, as somebody may have mended it. A run never asks here;
+# it decodes.
+
+
+_Known = tuple[int, int, ImageInfo]
+
+
+class Sizes:
+    """Path to time, bytes and what decoding told; kept in a file where one is given."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        """Read what `file` remembers; a broken file counts as empty."""
+        self.file = file
+        self._known: dict[str, _Known] = {}
+        self._changed = False
+        if file is not None:
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                for path, known in parsed_json(file.read_bytes()).items():
+                    time, length, width, height, transparent = map(int, known)
+                    self._known[path] = (time, length, ImageInfo(width, height, bool(transparent)))
+
+    def info(self, path: Path, shown: str) -> ImageInfo | Problem:
+        """As `pictures.checked_info`, without decoding a file that has not changed since it was decoded."""
+        stamp = _stamp(path)
+        known = self._known.get(str(path))
+        if stamp is not None and known is not None and known[:2] == stamp:
+            return known[2]
+        found = checked_info(path, shown)
+        if stamp is not None and not isinstance(found, Problem):
+            self._known[str(path)] = (*stamp, found)
+            self._changed = True
+        return found
+
+    def carry(self, source: Path, target: Path) -> None:
+        """Have what is known of `source` hold for its copy, too."""
+        known, stamp = self._known.get(str(source)), _stamp(target)
+        if known is not None and stamp is not None:
+            self._known[str(target)] = (*stamp, known[2])
+            self._changed = True
+
+    def save(self, below: Path) -> None:
+        """Write down what is known of files below a folder, if anything is new; the rest is forgotten."""
+        if self.file is None or not self._changed:
+            return
+        self._changed = False
+        self._known = {p: known for p, known in dict(self._known).items() if Path(p).is_relative_to(below)}
+        # Without the file the pictures are decoded once more, nothing else.
+        with contextlib.suppress(OSError):
+            flat = {path: [*known[:2], *map(int, known[2])] for path, known in self._known.items()}
+            write_atomically(self.file, json.dumps(flat).encode())
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size

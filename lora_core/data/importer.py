@@ -1,0 +1,576 @@
+"""Unpacking a zip that a stranger may have made.
+
+Nothing in a zip's table of contents is trusted: names are checked before a byte is written, and bytes are
+counted while they come out. All is unpacked into a temporary folder beside the wanted one and renamed at the
+end, so that a zip that is refused halfway leaves nothing behind.
+"""
+
+import errno
+import os
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+from lora_core.data.images import MOST_BYTES, SUFFIXES, Sizes
+from lora_core.data.scan import (
+    MOST_DEPTH,
+    Problem,
+    files_below,
+    folded,
+    free_stem,
+    is_junk,
+    is_mask,
+    safe_name,
+    shortened,
+)
+from lora_core.data.sidecars import (
+    CAPTION_SUFFIXES,
+    METADATA_NAMES,
+    metadata_captions,
+    read_text,
+    write_caption,
+)
+from lora_core.errors import DatasetError
+from lora_core.system.paths import valid_text
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a zip may hold: entries, bytes of one file, bytes of all, and bytes that one packed byte may
+    become."""
+
+    entries: int = 20_000
+    file_bytes: int = 500_000_000
+    total_bytes: int = 20_000_000_000
+    ratio: int = 200
+    # A small file may be packed as tightly as it likes: a white bitmap is no attack.
+    ratio_from_bytes: int = 50_000_000
+
+
+LIMITS = Limits()
+_SHOWN_NAME = 200
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The files that were added, and what was not and why."""
+
+    added: list[Path]
+    skipped: list[Problem]
+
+
+def is_useful(name: str) -> bool:
+    """Whether a file belongs to a dataset: a picture, a caption or a table of captions."""
+    suffix = PurePosixPath(name).suffix.casefold()
+    return (
+        suffix in SUFFIXES or suffix in CAPTION_SUFFIXES or folded(PurePosixPath(name).name) in METADATA_NAMES
+    )
+
+
+def unpack(zip_path: Path, into: Path, limits: Limits = Limits()) -> Imported:
+    """Unpack a zip's pictures, captions and tables of captions into a folder that is made for it.
+
+    Raises:
+        DatasetError: the zip is damaged, encrypted, too large, or holds an entry that leads out of the
+            folder; names the entry. Nothing is left of it then. Also if `into` exists.
+    """
+    if into.exists():
+        raise DatasetError(f"{into} exists already; unpack {zip_path.name} into a new folder.")
+    temporary = None
+    try:
+        into.parent.mkdir(parents=True, exist_ok=True)
+        # Named so that what a kill leaves of it is known for what it is, and goes with the next start.
+        prefix = f".{into.name}.{os.getpid()}-"
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".making", dir=into.parent))
+        with zipfile.ZipFile(zip_path) as archive:
+            _check(archive, zip_path.name, limits, shutil.disk_usage(temporary).free)
+            added, skipped = _extract(archive, zip_path, temporary, limits)
+        os.replace(temporary, into)
+    except DatasetError:
+        raise
+    except Exception as error:  # a damaged zip can raise anything inside a decompressor
+        raise DatasetError(
+            f"{zip_path.name} cannot be unpacked ({error}); pack it again, or unpack it yourself and give the"
+            " folder."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Imported([into / path for path in added], skipped)
+
+
+def _check(archive: zipfile.ZipFile, shown: str, limits: Limits, free: int) -> None:
+    """Refuse what can be refused by the table of contents.
+
+    Raises:
+        DatasetError: names the zip and the entry.
+    """
+    entries = archive.infolist()
+    if len(entries) > limits.entries:
+        raise DatasetError(
+            f"{shown} has {len(entries)} entries, more than {limits.entries}; pack fewer files."
+        )
+    for entry in entries:
+        if fault := _zip_fault(entry, limits):
+            raise DatasetError(f"{shown} is refused: its entry {entry.filename[:_SHOWN_NAME]!r} {fault}.")
+    total = sum(entry.file_size for entry in entries)
+    if total > min(limits.total_bytes, free):
+        raise DatasetError(
+            f"{shown} would unpack to {total / 1e9:.1f} GB, more than the"
+            f" {min(limits.total_bytes, free) / 1e9:.1f} GB there is room for; make it smaller or free some"
+            " disk space."
+        )
+
+
+def _zip_fault(entry: zipfile.ZipInfo, limits: Limits) -> str:
+    """Why an entry is refused, or nothing."""
+    name = entry.filename.replace("\\", "/")
+    kind = stat.S_IFMT(entry.external_attr >> 16)
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        return "has an absolute path; pack the files with relative paths"
+    if ".." in name.split("/"):
+        return "leads out of the folder with `..`; pack the files with plain paths"
+    if kind == stat.S_IFLNK:
+        return "is a symbolic link; pack the file itself"
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "is not a plain file; leave it out"
+    if name.count("/") > MOST_DEPTH:
+        return f"lies more than {MOST_DEPTH} folders deep; pack it flatter"
+    if entry.flag_bits & 0x1:
+        return "is encrypted; pack it without a password"
+    if entry.file_size > limits.file_bytes:
+        return f"is larger than {limits.file_bytes / 1e6:.0f} MB; leave it out"
+    if entry.file_size > max(limits.ratio_from_bytes, limits.ratio * entry.compress_size):
+        return "unpacks to far more than a picture can; leave it out"
+    return ""
+
+
+def not_unpacked(zip_path: Path) -> list[Problem]:
+    """A note for each entry of a zip that `unpack` leaves out; hidden ones share one.
+
+    Raises:
+        DatasetError: the zip cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(zip_path) as archive:
+            return _sorted(archive, zip_path)[1]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DatasetError(f"{zip_path.name} cannot be read ({error}); pack it again.") from error
+
+
+def _sorted(
+    archive: zipfile.ZipFile, zip_path: Path
+) -> tuple[dict[PurePosixPath, zipfile.ZipInfo], list[Problem]]:
+    """The useful entries by the relative path that they get, and a note on each of the others."""
+    useful: dict[PurePosixPath, zipfile.ZipInfo] = {}
+    notes: list[Problem] = []
+    hidden: list[str] = []
+    for entry in archive.infolist():
+        name = _true_name(entry)
+        if entry.is_dir():
+            continue
+        if any(is_junk(part) for part in name.split("/")):
+            hidden.append(name)
+        elif not is_useful(name):
+            sentence = f"{name} in {zip_path.name} is neither a picture nor a caption; it is not used."
+            notes.append(Problem(zip_path / safe_name(name), "other file", sentence, False))
+        elif safe_name(name) in useful:
+            sentence = f"{name} stands in {zip_path.name} twice; the first one is used."
+            notes.append(Problem(zip_path / safe_name(name), "other file", sentence, False))
+        else:
+            useful[safe_name(name)] = entry
+    if hidden:
+        sentence = (
+            f"{len(hidden)} hidden in {zip_path.name}, not looked at ({shortened(hidden, len(hidden))})."
+        )
+        notes.append(Problem(zip_path, "hidden", sentence, False))
+    return useful, notes
+
+
+def _extract(
+    archive: zipfile.ZipFile, zip_path: Path, into: Path, limits: Limits
+) -> tuple[list[Path], list[Problem]]:
+    """Write the useful entries; the paths are relative to `into`."""
+    added: list[Path] = []
+    useful, skipped = _sorted(archive, zip_path)
+    room = limits.total_bytes
+    for name, entry in useful.items():
+        target = into / name
+        if target.exists():  # where the file system takes two names for one
+            sentence = f"{name} stands in {zip_path.name} twice; the first one is used."
+            skipped.append(Problem(zip_path / name, "other file", sentence, False))
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        room -= _write(archive, entry, target, min(room, limits.file_bytes))
+        added.append(target.relative_to(into))
+    return added, [one for one in skipped if one.kind != "hidden"]
+
+
+def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, most: int) -> int:
+    """Write one entry and return its bytes, counted as they come: the size in the table of contents can
+    lie."""
+    written = 0
+    with archive.open(entry) as source, open(target, "xb") as file:
+        while chunk := source.read(_CHUNK):
+            written += len(chunk)
+            if written > most:
+                raise DatasetError(
+                    f"The zip is refused: its entry {entry.filename!r} unpacks to more than {most / 1e6:.0f}"
+                    " MB; leave it out."
+                )
+            file.write(chunk)
+    return written
+
+
+def _true_name(entry: zipfile.ZipInfo) -> str:
+    """The entry's name with slashes; UTF-8 that a packer did not announce is read as what it is."""
+    name = entry.filename
+    if not entry.flag_bits & 0x800:
+        try:
+            name = name.encode("cp437").decode("utf-8")
+        except UnicodeError:
+            name = entry.filename
+    return name.replace("\\", "/")
+
+
+# How one file from outside gets its place in a dataset folder: copied, linked, or moved; whole or not at
+# all.
+
+
+def _quiet(phase: str, done: int, total: int) -> None:
+    """Where nobody wants to hear how far it is."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How files are taken over.
+
+    Attributes:
+        how: "copy"; "link", where pictures share the originals' place on the disk and captions are copied all
+        the same, as the window writes them; or "move", for files that were made for the import only.
+        said: called with (phase, done, all) as it goes on.
+        sizes: where the sizes of the pictures that were decoded are remembered.
+    """
+
+    how: str = "copy"
+    said: Callable[[str, int, int], None] = _quiet
+    sizes: Sizes = field(default_factory=Sizes)
+
+
+def take(source: Path, target: Path, way: Way) -> None:
+    """Take over one file.
+
+    Raises:
+        OSError: it cannot be read, or its place not be written; nothing is left there then.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if way.how == "move":
+            shutil.move(source, temporary)
+        elif way.how == "link" and target.suffix.casefold() in SUFFIXES:
+            _link(source, temporary)
+        else:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    way.sizes.carry(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, which stays when the original is moved or removed; to another disk a symbolic one."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP):
+            raise
+        os.symlink(os.path.realpath(source), target)
+
+
+# Bringing files from outside into a dataset folder: dropped files, a folder, a zip.
+#
+# The originals are never changed: files are copied, or linked where the person wants that, byte for byte.
+# Each file is judged by itself: what cannot be used is reported and does not keep the others out. Nothing
+# that is there already is overwritten. A table of captions becomes one text file a picture, because
+# pictures may get new names here and because the window edits text files.
+
+
+__all__ = ["Imported", "Limits", "Way", "import_files", "import_folder", "unpack"]
+
+_MASK = "-masklabel"
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class _Incoming:
+    """A file on its way in: where it lies, and its relative path from the sender, made safe."""
+
+    source: Path
+    name: PurePosixPath
+
+    @property
+    def suffix(self) -> str:
+        """In lower case."""
+        return self.name.suffix.casefold()
+
+    @property
+    def stem(self) -> str:
+        """The picture's stem, of its mask and its caption too."""
+        return self.name.stem[: -len(_MASK)] if self.is_mask else self.name.stem
+
+    @property
+    def set_name(self) -> str:
+        """Shared by a picture, its mask and its caption, which must keep together."""
+        return folded((self.name.parent / self.stem).as_posix())
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether it is a mask picture."""
+        return is_mask(Path(self.name)) and self.suffix in SUFFIXES
+
+
+@dataclass
+class _Import:
+    """One import under way."""
+
+    into: Path
+    way: Way
+    added: list[Path] = field(default_factory=list)
+    skipped: list[Problem] = field(default_factory=list)
+    placed: dict[str, Path] = field(default_factory=dict)
+    _names: dict[Path, set[str]] = field(default_factory=dict)
+    _stems: dict[Path, set[str]] = field(default_factory=dict)
+
+    def names(self, folder: Path) -> set[str]:
+        """The folded names in a folder of the dataset, read once."""
+        if folder not in self._names:
+            there = [p.name for p in (folder.iterdir() if folder.is_dir() else ()) if not is_junk(p.name)]
+            self._names[folder] = {folded(name) for name in there}
+            self._stems[folder] = {folded(Path(name).stem) for name in there}
+        return self._names[folder]
+
+    def stems(self, folder: Path) -> set[str]:
+        """The folded stems in a folder of the dataset."""
+        self.names(folder)
+        return self._stems[folder]
+
+    def place(self, target: Path) -> None:
+        """Note that a name is taken from now on."""
+        self.added.append(target)
+        self.names(target.parent).add(folded(target.name))
+        self.stems(target.parent).add(folded(target.stem))
+
+    def skip(self, source: Path, kind: str, sentence: str) -> None:
+        """Note that a file was left out, and why."""
+        self.skipped.append(Problem(source, kind, sentence))
+
+
+def import_files(
+    files: list[Path], into: Path, names: list[str] | None = None, way: Way | None = None
+) -> Imported:
+    """Take over pictures, their captions and masks into a dataset folder, and unpack zips.
+
+    A name that is taken gets `-2`, a picture together with its caption. What is wrong with a file, a zip
+    included, is told in `skipped`.
+
+    Args:
+        files: where they lie now.
+        into: the dataset folder, made if absent.
+        names: what their sender calls them, with sub-folders before slashes; default the files' own names.
+        way: how; default is to copy.
+
+    Raises:
+        DatasetError: the folder cannot be written, or the disk is too full.
+    """
+    under_way = _started(into, files, way or Way())
+    loose: list[_Incoming] = []
+    for source, name in zip(files, map(valid_text, names or [file.name for file in files]), strict=True):
+        if any(is_junk(part) for part in PurePosixPath(name.replace("\\", "/")).parts):
+            continue
+        if PurePosixPath(name).suffix.casefold() == ".zip":
+            _import_zip(source, name, under_way)
+        else:
+            loose.append(_Incoming(source, safe_name(name)))
+    _import_all(loose, under_way)
+    return Imported(under_way.added, under_way.skipped)
+
+
+def import_folder(folder: Path, into: Path, way: Way | None = None) -> Imported:
+    """Take over the pictures, captions and masks below a folder into a dataset folder; `10_name` sub-folders
+    stay.
+
+    Raises:
+        DatasetError: the folder does not exist, `into` cannot be written, or the disk is too full.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"The folder {folder} does not exist; check its path.")
+    found = list(files_below(folder))
+    # A dataset folder inside the folder that is imported would be copied into itself.
+    inner = into if into.is_relative_to(folder) else None
+    files = [one for one in found if isinstance(one, Path) and not (inner and one.is_relative_to(inner))]
+    under_way = _started(into, files, way or Way())
+    under_way.skipped.extend(one for one in found if isinstance(one, Problem) and one.kind != "hidden")
+    _import_all(
+        [_Incoming(file, safe_name(file.relative_to(folder).as_posix())) for file in files], under_way
+    )
+    return Imported(under_way.added, under_way.skipped)
+
+
+def _started(into: Path, files: list[Path], way: Way) -> _Import:
+    """An import, after a look at whether there is room.
+
+    Raises:
+        DatasetError: the folder cannot be written, or the disk is too full for the files.
+    """
+    try:
+        into.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(into).free
+    except OSError as error:
+        raise DatasetError(
+            f"The folder {into} cannot be written ({error.strerror}); choose another."
+        ) from error
+    needed = sum(map(_bytes_to_copy, files)) if way.how == "copy" else 0
+    if needed > free:
+        raise DatasetError(
+            f"The files need {needed / 1e6:.0f} MB, and {into} has room for {free / 1e6:.0f} MB; free some"
+            " disk space."
+        )
+    return _Import(into, way)
+
+
+def _bytes_to_copy(file: Path) -> int:
+    """The size of a file that may be taken over; others are refused one by one."""
+    is_zip = file.suffix.casefold() == ".zip"
+    size = file.stat().st_size if (is_zip or is_useful(file.name)) and os.path.isfile(file) else 0
+    return size if is_zip or size <= MOST_BYTES else 0
+
+
+def _import_zip(source: Path, name: str, under_way: _Import) -> None:
+    """Unpack into a hidden folder and take over what is in it."""
+    way = under_way.way
+    way.said("Unpacking", 0, 1)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=under_way.into) as temporary:
+            # The sender's name, so that messages do not speak of a temporary upload.
+            inside = unpack(source, Path(temporary) / "files")
+            inner = import_folder(Path(temporary) / "files", under_way.into, replace(way, how="move"))
+    except DatasetError as error:
+        under_way.skip(source, "zip", str(error).replace(source.name, PurePosixPath(name).name))
+        return
+    under_way.added.extend(inner.added)
+    under_way.skipped.extend([*inside.skipped, *inner.skipped])
+
+
+def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
+    sets: dict[str, list[_Incoming]] = {}
+    tables: list[_Incoming] = []
+    for one in incoming:
+        if folded(one.name.name) in METADATA_NAMES:
+            tables.append(one)
+        elif one.suffix in SUFFIXES or one.suffix in CAPTION_SUFFIXES:
+            sets.setdefault(one.set_name, []).append(one)
+        else:
+            sentence = f"{one.name} is neither a picture nor a caption nor a zip; it was left out."
+            under_way.skip(one.source, "other file", sentence)
+    listed = [one for members in sets.values() for one in members]
+    faults: dict[_Incoming, Problem | None] = {}
+    said = under_way.way.said
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = threads.map(lambda one: _fault(one, under_way.way.sizes), listed)
+        for done, (one, fault) in enumerate(zip(listed, found, strict=True)):
+            said("Checking", done, len(listed))
+            faults[one] = fault
+    under_way.skipped.extend(fault for fault in faults.values() if fault)
+    for done, members in enumerate(sets.values()):
+        said("Taking over", done, len(sets))
+        _import_set([one for one in members if not faults[one]], under_way)
+    for table in tables:
+        _import_table(table, under_way)
+
+
+def _fault(one: _Incoming, sizes: Sizes) -> Problem | None:
+    """What is wrong with a picture or a caption."""
+    if one.suffix in SUFFIXES:
+        info = sizes.info(one.source, str(one.name))
+        return info if isinstance(info, Problem) else None
+    try:
+        read_text(one.source, str(one.name))
+    except DatasetError as error:
+        return Problem(one.source, "caption", str(error))
+    return None
+
+
+def _import_set(members: list[_Incoming], under_way: _Import) -> None:
+    """Copy a picture with its mask and caption under one free name."""
+    if not members:
+        return
+    # Two of a kind arrive only where a sender's names differ in case or in letters that had to be replaced.
+    kinds = {(one.is_mask, one.suffix): one for one in reversed(members)}
+    firsts = [one for one in members if kinds[one.is_mask, one.suffix] is one]
+    folder = under_way.into / members[0].name.parent
+    stem = firsts[0].stem
+    has_picture = any(one.suffix in SUFFIXES and not one.is_mask for one in firsts)
+    if has_picture:
+        stem = free_stem(stem, under_way.stems(folder))
+        # One may have been taken back since the folder was read.
+        while any(os.path.lexists(folder / f"{stem}{one.suffix}") for one in firsts):
+            under_way.stems(folder).add(folded(stem))
+            stem = free_stem(firsts[0].stem, under_way.stems(folder))
+    for one in firsts:
+        target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
+        if not has_picture and folded(target.name) in under_way.names(folder):
+            sentence = f"{one.name} is there already and was left as it is; change it in its place."
+            under_way.skip(one.source, "already there", sentence)
+        else:
+            _place(one, target, under_way)
+    for one in members:
+        if one not in firsts:
+            _import_set([one], under_way)
+
+
+def _place(one: _Incoming, target: Path, under_way: _Import) -> None:
+    """Take over one file, whole or not at all."""
+    try:
+        take(one.source, target, under_way.way)
+    except OSError as error:
+        under_way.skip(
+            one.source, "unreadable", f"{one.name} cannot be copied ({error.strerror}); try it again."
+        )
+        return
+    under_way.place(target)
+    under_way.placed[folded(one.name.as_posix())] = target
+
+
+def _import_table(table: _Incoming, under_way: _Import) -> None:
+    """Write the rows of a table as text files beside the pictures that have none."""
+    captions, sentences = metadata_captions(table.source, str(table.name))
+    for sentence in sentences:
+        under_way.skip(table.source, "metadata", sentence)
+    for name, caption in captions.items():
+        shown = safe_name((table.name.parent / name).as_posix())
+        picture = under_way.placed.get(folded(shown.as_posix())) or _there(under_way.into / shown)
+        if picture is None:
+            sentence = (
+                f"{table.name} names {name}, which did not come along; add the picture and the table"
+                " together."
+            )
+            under_way.skip(table.source, "metadata", sentence)
+        elif not any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
+            write_caption(picture, caption, wait=False)
+            under_way.added.append(picture.with_suffix(".txt"))
+
+
+def _there(path: Path) -> Path | None:
+    # `Path.is_file` raises where a name is too long for the file system.
+    return path if os.path.isfile(path) else None

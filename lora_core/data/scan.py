@@ -1,0 +1,252 @@
+"""What a dataset is in memory: usable pictures, and what is wrong with the others."""
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from lora_core.errors import DatasetError
+from lora_core.system.paths import is_device, valid_text
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One usable picture.
+
+    Width and height are in pixels after EXIF rotation. The caption holds one alternative a line. `repeats` is
+    how often the picture is shown in an epoch. `held_out` says that it was chosen to measure on,
+    `transparent` that parts of it are see-through, which are trained on as white.
+    """
+
+    path: Path
+    width: int
+    height: int
+    caption: str
+    repeats: int = 1
+    held_out: bool = False
+    transparent: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that cannot be used as it is, or that is not used: `kind` for programs, `sentence` for people.
+
+    `blocking` says that training refuses the dataset because of it.
+    """
+
+    path: Path
+    kind: str
+    sentence: str
+    blocking: bool = True
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The usable pictures in order of path, what is wrong with the rest, and which files are not used."""
+
+    records: list[ImageRecord]
+    problems: list[Problem]
+    notes: list[Problem] = field(default_factory=list)
+
+
+# File names: how they are compared, and names from elsewhere made fit for every system.
+
+
+_ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
+# File systems take 255 bytes; some are left for `-2` and for the ending of a temporary file.
+_MOST_BYTES = 180
+
+
+def folded(name: str) -> str:
+    """A name as it is compared: without case and in one Unicode form, as Windows and macOS do."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def safe_name(name: str) -> PurePosixPath:
+    """A relative path that can be made on Windows, macOS and Linux and leads nowhere else.
+
+    Args:
+        name: parts between slashes or backslashes; `..` and drive letters are dropped, illegal letters
+        replaced.
+    """
+    parts = [_safe_part(part) for part in re.sub(r"^[A-Za-z]:", "", name).replace("\\", "/").split("/")]
+    return PurePosixPath(*[part for part in parts if part] or ["file"])
+
+
+def _safe_part(part: str) -> str:
+    # Windows drops dots and spaces at the end of a name without a word.
+    part = _ILLEGAL.sub("_", part.encode("utf-8", "replace").decode()).rstrip(". ")
+    if not part.strip(". "):
+        return ""
+    if is_device(part):
+        part = f"_{part}"
+    stem, dot, ending = part.rpartition(".")
+    if not stem or len(ending) > 16:
+        stem, dot, ending = part, "", ""
+    room = _MOST_BYTES - len(f"{dot}{ending}".encode())
+    return stem.encode()[:room].decode(errors="ignore") + dot + ending
+
+
+def free_stem(stem: str, used: Container[str]) -> str:
+    """The stem itself, or with `-2`, `-3`, ... the first that is not among the folded stems of `used`."""
+    candidate, number = stem, 1
+    while folded(candidate) in used:
+        number += 1
+        candidate = f"{stem}-{number}"
+    return candidate
+
+
+# Which files of a folder count, in which order: the same on every system, and nothing outside of it.
+#
+# A folder may come from a stranger (a clone, an unpacked archive). So links to folders are not followed,
+# links to files count only where they stay inside, and pipes, devices and sockets are never opened.
+
+
+MOST_DEPTH = 20
+"""Folders in one another; deeper ones are refused."""
+_LEFT_BEHIND = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
+MASK_ENDINGS = ("-masklabel", "-condlabel")
+_MASK_FOLDER = re.compile(r"masks?")
+_IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
+_REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")
+_SHOWN_HIDDEN = 5
+
+
+def is_junk(name: str) -> bool:
+    """A hidden file or folder, or one that a system leaves behind."""
+    return (name.startswith(".") and name.strip(".") != "") or folded(name) in _LEFT_BEHIND
+
+
+def is_mask(path: Path) -> bool:
+    """A mask of another image by its own name (`cat-masklabel.png` of `cat.png`)."""
+    return folded(path.stem).endswith(MASK_ENDINGS)
+
+
+def unused_folder(shown: str) -> str:
+    """ "mask" or "regularisation" for a file in a folder of such images, else "".
+
+    Args:
+        shown: path below the dataset folder, with forward slashes.
+    """
+    for part in folded(shown).split("/")[:-1]:
+        if _REGULARISATION.fullmatch(part):
+            return "regularisation"
+        if _MASK_FOLDER.fullmatch(part):
+            return "mask"
+    return ""
+
+
+def regular_size(path: Path, shown: str, most: int) -> int:
+    """Bytes of a regular file that may be opened.
+
+    Args:
+        path: the file; a link is followed.
+        shown: how to name it in a message.
+        most: more bytes than this are refused.
+
+    Raises:
+        DatasetError: it is missing, a pipe, a device, a socket or a folder, or larger than `most`.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DatasetError(
+            f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
+        ) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise DatasetError(f"{shown} is not a regular file (a pipe, device, socket or folder); remove it.")
+    if found.st_size > most:
+        raise DatasetError(f"{shown} is larger than {most / 1e6:.0f} MB; make it smaller or remove it.")
+    return found.st_size
+
+
+@dataclass
+class _Walk:
+    """A walk under way: the folder as it really lies, and what was hidden."""
+
+    real: Path
+    may_lead_out: Container[str]
+    hidden: list[str] = field(default_factory=list)
+    hidden_count: int = 0
+
+
+def files_below(root: Path, may_lead_out: Container[str] = ()) -> Iterator[Path | Problem]:
+    """All regular files below a folder that are not hidden, sorted; a problem for everything else.
+
+    Two kinds do not block: a link to a folder that is inside (its files are found there), and how many hidden
+    files there are.
+
+    Args:
+        root: the folder; it may be a link itself.
+        may_lead_out: suffixes, in lower case, of files that may be links to files elsewhere.
+    """
+    walk = _Walk(Path(os.path.realpath(root)), may_lead_out)
+    yield from _below(root, "", walk)
+    if walk.hidden_count:
+        names = shortened(walk.hidden, walk.hidden_count)
+        what = "hidden file or folder is" if walk.hidden_count == 1 else "hidden files or folders are"
+        yield Problem(root, "hidden", f"{walk.hidden_count} {what} not looked at ({names}).", False)
+
+
+def shortened(names: list[str], count: int) -> str:
+    """The first names, and how many more there are of `count`."""
+    shown = ", ".join(names[:_SHOWN_HIDDEN])
+    more = count - min(len(names), _SHOWN_HIDDEN)
+    return f"{shown} and {more} more" if more else shown
+
+
+def _below(folder: Path, above: str, walk: _Walk) -> Iterator[Path | Problem]:
+    """The files of a folder; `above` is its path below the root, empty or ending with a slash."""
+    try:
+        with os.scandir(folder) as scanned:
+            entries = sorted(scanned, key=lambda entry: (folded(entry.name), entry.name))
+    except OSError as error:
+        sentence = f"The folder {folder} cannot be listed ({error.strerror}); check that it may be read."
+        yield Problem(folder, "unreadable", valid_text(sentence))
+        return
+    for entry in entries:
+        path, shown = folder / entry.name, valid_text(above + entry.name)
+        if is_junk(entry.name):
+            walk.hidden_count += 1
+            if len(walk.hidden) < _SHOWN_HIDDEN:
+                walk.hidden.append(shown)
+        elif valid_text(entry.name) != entry.name:
+            yield Problem(path, "name", f"The name of {shown} is not UTF-8; rename it.")
+        elif not os.path.isdir(path):
+            yield _file(path, shown, walk)
+        elif entry.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path):
+            yield _folder_link(path, shown, walk)
+        elif shown.count("/") + 1 > MOST_DEPTH:
+            sentence = f"The folder {shown} lies more than {MOST_DEPTH} folders deep; move it further up."
+            yield Problem(path, "deep", sentence)
+        else:
+            yield from _below(path, f"{shown}/", walk)
+
+
+def _file(path: Path, shown: str, walk: _Walk) -> Path | Problem:
+    try:
+        found = path.stat()
+    except OSError as error:
+        sentence = f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
+        return Problem(path, "unreadable", sentence)
+    if not stat.S_ISREG(found.st_mode):
+        return Problem(path, "no file", f"{shown} is a pipe, a device or a socket; remove it.")
+    if path.is_symlink() and path.suffix.casefold() not in walk.may_lead_out and not _inside(path, walk):
+        sentence = f"{shown} is a link to a file outside of the folder; put a copy of the file there."
+        return Problem(path, "link", sentence)
+    return path
+
+
+def _folder_link(path: Path, shown: str, walk: _Walk) -> Problem:
+    if _inside(path, walk):
+        sentence = f"{shown} is a link to a folder that is there already; it is not followed."
+        return Problem(path, "link", sentence, False)
+    sentence = f"{shown} is a link to a folder elsewhere, which is not followed; put the folder itself there."
+    return Problem(path, "link", sentence)
+
+
+def _inside(path: Path, walk: _Walk) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(walk.real)

@@ -1,0 +1,505 @@
+"""What most pictures of a dataset have in common, told from their pixels without any model.
+
+A few attributes that a thumbnail shows: the colour of a plain background, a frame, brightness, one colour all
+over, black and white, one composition. Thresholds are set so that a photo has few of them: what is missed
+costs nothing, and what is claimed has to be plain to see.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lora_core.data.buckets import Bucket, bucket_of
+from lora_core.data.scan import ImageRecord
+from lora_core.system.paths import valid_text
+
+SIDE = 24
+"""Side of the thumbnail that all is told from, in pixels: a pixel is 4% of the picture."""
+BACKGROUND = " background"
+"""How names of attributes end that are the colour of a plain background."""
+_NEAR = 36
+_APART = 48
+_LOW_CHROMA, _PLAIN_CHROMA, _VIVID = 8.0, 25.0, 110.0
+_DARK, _BRIGHT = 60.0, 205.0
+_ALIKE = 0.7
+_WEIGHTS = np.array([0.299, 0.587, 0.114])
+# Up to which hue, in degrees, a colour has which name.
+_HUES = (
+    (15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (195, "turquoise"), (255, "blue"),
+    (290, "purple"), (345, "pink"), (361, "red"),
+)  # fmt: skip
+_ALSO = {
+    "turquoise": "cyan teal aqua", "blue": "navy azure sky indigo", "purple": "violet lilac magenta",
+    "pink": "magenta rose", "grey": "gray silver", "beige": "cream tan peach sand ivory", "brown": "sepia",
+    "orange": "amber sepia", "yellow": "golden gold", "red": "crimson scarlet", "green": "lime emerald",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Something that pictures can have in common.
+
+    Attributes:
+        name: of it, which a caption could say.
+        has: how a sentence says that pictures have it: "have a white background".
+        words: any one of them in a caption says it.
+    """
+
+    name: str
+    has: str
+    words: frozenset[str]
+
+
+def thumb(image: Image.Image) -> np.ndarray:
+    """What is kept of a picture: (24, 24, 3), 0 to 255."""
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
+
+
+def attributes(thumbs: Sequence[np.ndarray]) -> dict[Attribute, list[int]]:
+    """Each attribute that a picture has, with the indices of all pictures that have it."""
+    found: dict[Attribute, list[int]] = {}
+    for index, one in enumerate(thumbs):
+        for attribute in _of_one(one.astype(np.float64)):
+            found.setdefault(attribute, []).append(index)
+    same = _same_composition(thumbs)
+    if same:
+        words = "centered centred centre center close-up closeup portrait headshot profile front side above"
+        words += " full-body middle symmetrical"
+        found[_attribute("composition", "share one composition", words)] = same
+    return found
+
+
+def _of_one(image: np.ndarray) -> list[Attribute]:
+    chroma = image.max(-1) - image.min(-1)
+    mean, luma = float(chroma.mean()), float((image @ _WEIGHTS).mean())
+    found = [_edge(image)]
+    if mean < _LOW_CHROMA:
+        words = "monochrome greyscale grayscale black-and-white b&w bw grey gray sketch pencil ink lineart"
+        found.append(_attribute("black and white", "are black and white", words))
+    elif mean > _VIVID:
+        words = "vivid saturated colorful colourful bright vibrant neon"
+        found.append(_attribute("vivid colours", "have vivid colours", words))
+    if luma < _DARK:
+        words = "dark night dim shadow shadows low-key black evening"
+        found.append(_attribute("dark", "are dark", words))
+    elif luma > _BRIGHT:
+        words = "bright light high-key sunny white pale overexposed"
+        found.append(_attribute("bright", "are bright", words))
+    if mean >= _PLAIN_CHROMA and (hue := _one_hue(image, chroma)):
+        found.append(_attribute(f"{hue} colours", f"are mostly {hue}", f"{hue} {_ALSO.get(hue, '')}"))
+    return [attribute for attribute in found if attribute is not None]
+
+
+def _attribute(name: str, has: str, words: str) -> Attribute:
+    return Attribute(name, has, frozenset(words.split()))
+
+
+def _edge(image: np.ndarray) -> Attribute | None:
+    """A frame, or a plain background, by the pixels along the edge."""
+    middle = np.median(_ring(image, 0), axis=0)
+
+    def near(depth: int, apart: float) -> float:
+        return float((np.abs(_ring(image, depth) - middle).max(-1) <= apart).mean())
+
+    if near(0, _NEAR) < 0.8:
+        return None
+    for depth in range(1, 4):
+        if near(depth, _APART) < 0.15:
+            return _attribute("frame", "have a frame", "frame framed border bordered polaroid vignette")
+    if near(1, _NEAR) < 0.8:
+        return None
+    colour = colour_name(middle)
+    words = f"background backdrop plain blank {colour} {_ALSO.get(colour, '')}"
+    return _attribute(colour + BACKGROUND, f"have {_article(colour)} {colour} background", words)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _ring(image: np.ndarray, depth: int) -> np.ndarray:
+    """The pixels that are `depth` from the edge, (n, 3)."""
+    inner = image[depth : SIDE - depth, depth : SIDE - depth]
+    return np.concatenate([inner[0], inner[-1], inner[1:-1, 0], inner[1:-1, -1]])
+
+
+def colour_name(colour: np.ndarray) -> str:
+    """The name of an RGB colour of 0 to 255."""
+    value, chroma = float(colour.max()), float(colour.max() - colour.min())
+    if value < 50:
+        return "black"
+    saturation = chroma / value
+    if saturation < 0.12:
+        return "white" if value > 225 else "grey"
+    hue = float(_hue(colour[None])[0])
+    if 15 <= hue < 70:
+        if saturation < 0.45 and value > 200:
+            return "beige"
+        if hue < 42 and value < 140:
+            return "brown"
+    return _named(hue)
+
+
+def _named(hue: float) -> str:
+    return next(name for most, name in _HUES if hue < most)
+
+
+def _hue(colours: np.ndarray) -> np.ndarray:
+    """Hues in degrees of (n, 3) colours; 0 for greys."""
+    red, green, blue = colours.T
+    top, chroma = colours.max(-1), np.maximum(colours.max(-1) - colours.min(-1), 1e-9)
+    sector = np.where(
+        top == red,
+        (green - blue) / chroma % 6,
+        np.where(top == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
+    )
+    hues: np.ndarray = 60 * sector % 360
+    return hues
+
+
+def _one_hue(image: np.ndarray, chroma: np.ndarray) -> str:
+    """The colour that 70% of all colourfulness is within 30 degrees of, or ""."""
+    weights, hues = chroma.ravel(), _hue(image.reshape(-1, 3))
+    centres = np.arange(0, 360, 10)
+    apart = np.abs((hues[None] - centres[:, None] + 180) % 360 - 180)
+    inside = ((apart <= 30) * weights).sum(-1)
+    best = int(inside.argmax())
+    if inside[best] < 0.7 * weights.sum():
+        return ""
+    angles = np.radians(hues[apart[best] <= 30])
+    mean = (np.exp(1j * angles) * weights[apart[best] <= 30]).sum()
+    return _named(float(np.degrees(np.angle(mean)) % 360))
+
+
+def _same_composition(thumbs: Sequence[np.ndarray]) -> list[int]:
+    """The pictures whose light and dark lie as in the mean of all others."""
+    if len(thumbs) < 3:
+        return []
+    blocks = np.array([one.astype(np.float64) @ _WEIGHTS for one in thumbs]).reshape(-1, 8, 3, 8, 3)
+    flat = blocks.mean((2, 4)).reshape(len(thumbs), -1)
+    flat -= flat.mean(-1, keepdims=True)
+    flat /= np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-9)
+    total = flat.sum(0)
+    return [
+        index
+        for index, one in enumerate(flat)
+        if float(one @ (total - one)) >= _ALIKE * max(float(np.linalg.norm(total - one)), 1e-9)
+    ]
+
+
+def colour_of_word(word: str) -> str:
+    """The colour that a word is a name of, "" where it is none."""
+    names = {name for _, name in _HUES} | {"black", "white", "grey", "beige", "brown"}
+    return word if word in names else next((n for n, also in _ALSO.items() if word in also.split()), "")
+
+
+def background_colours(found: dict[Attribute, list[int]], pictures: int) -> list[str]:
+    """The colour of each picture's plain background, "" where it has none."""
+    colours = [""] * pictures
+    for attribute, members in found.items():
+        if attribute.name.endswith(BACKGROUND):
+            for index in members:
+                colours[index] = attribute.name.removesuffix(BACKGROUND)
+    return colours
+
+
+# What captions say of plain backgrounds, held against what their pictures show.
+#
+# A colour is the one thing that both a caption and a thumbnail say plainly. Where all pictures of "white
+# background" are beige, the words will come to mean beige; where one of them is not, its caption is wrong.
+
+
+_BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")
+_FEWEST, _FEWEST_ODD = 3, 4
+_MOSTLY = 0.75
+
+
+def finding(
+    kind: str, name: str, sentence: str, records: Sequence[ImageRecord], counts: Mapping[str, float]
+) -> dict[str, Any]:
+    """One thing that will be learned, as plain values: `records` are the pictures to look at."""
+    pictures = [valid_text(str(record.path)) for record in records]
+    return {"kind": kind, "name": name, "sentence": sentence, "pictures": pictures, "counts": dict(counts)}
+
+
+def said_of_backgrounds(
+    records: Sequence[ImageRecord], names: Sequence[str], colours: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Words for a background that mean something else in these pictures, and captions that are odd ones out.
+
+    Args:
+        records: pictures.
+        names: how each is named in sentences.
+        colours: of each plain background, "" where there is none.
+    """
+    by_word: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        for word in set(_BEHIND.findall(record.caption.casefold())):
+            if colour_of_word(word) and colours[index]:
+                by_word.setdefault(word, []).append(index)
+    rows = []
+    for word, members in by_word.items():
+        (shown, count), *_ = Counter(colours[i] for i in members).most_common(1)
+        if count < _MOSTLY * len(members):
+            continue
+        odd = [i for i in members if colours[i] not in (shown, colour_of_word(word))]
+        if shown != colour_of_word(word) and count >= _FEWEST:
+            sentence = (
+                f"{len(members)} captions say “{word} background”, and {count} of their pictures have"
+                f" {_a_or_an(shown)} {shown} one: these words will come to mean that."
+            )
+            meant = [records[i] for i in members if colours[i] == shown]
+            rows.append(
+                finding("meaning", word, sentence, meant, {"captions": len(members), "pictures": count})
+            )
+        if len(members) >= _FEWEST_ODD:
+            rows += [_odd(records[i], names[i], (word, colours[i], shown), count) for i in odd]
+    return rows
+
+
+def _odd(record: ImageRecord, name: str, colours: tuple[str, str, str], count: int) -> dict[str, Any]:
+    word, own, shown = colours
+    sentence = (
+        f"The caption of {name} says “{word} background”, but it has {_a_or_an(own)} {own} one; the other"
+        f" {count} with these words have {_a_or_an(shown)} {shown} one. Its caption is likely wrong."
+    )
+    return finding("odd", word, sentence, [record], {"pictures": count})
+
+
+def _a_or_an(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+# What a run on these pictures will learn beside its subject: what most pictures show and few captions say,
+# what all captions say, and which pictures the steps are spent on.
+#
+# A LoRA learns what its captions do not explain, and ties the rest to the words that stand there. So an
+# attribute that most pictures have goes to the trigger unless captions name it, and a word in all captions
+# cannot be told from the trigger.
+
+
+MOST = 0.6
+"""The share of the pictures that is most of them."""
+FEWEST = 5
+"""With fewer pictures nothing is said of what they have in common."""
+OFTEN = 2.0
+"""A picture with so many times an even share of the steps is named."""
+_FEW, _NEARLY_ALL = 0.25, 0.75
+_ALL_CAPTIONS = 0.8
+_MOST_WORDS = 8
+_WORD = re.compile(r"[^\W\d_][\w&'-]+")
+_SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their very"
+SMALL_WORDS = frozenset(_SMALL.split())
+"""Words that say nothing of a picture."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How pictures will be trained on, as far as a look at them needs to know it.
+
+    Attributes:
+        resolution: in pixels.
+        multiple: what a bucket's sides are divisible by, in pixels.
+        tokenizer: the base's tokenizer folder; None leaves the length of captions unchecked.
+        trigger: which should stand in most captions.
+        batch_size: pictures a micro-batch, all of one bucket.
+        held_out: pictures that are kept to measure on, by path; those chosen by hand are too.
+    """
+
+    resolution: int
+    multiple: int
+    tokenizer: Path | None = None
+    trigger: str = ""
+    batch_size: int = 1
+    held_out: Collection[Path] = field(default=frozenset())
+
+    def trains_on(self, record: ImageRecord) -> bool:
+        """Whether a picture is not held out."""
+        return not record.held_out and record.path not in self.held_out
+
+
+def step_shares(records: Sequence[ImageRecord], training: Training) -> list[float]:
+    """The share of all looks that each picture gets, on average over epochs; 0 for one that is held out.
+
+    As `train/data` does it: a picture comes as often as it repeats; the last batch of a bucket is
+    filled up from the same bucket, where every place is as likely to be taken. So a bucket of n looks counts
+    for ceil(n / batch) * batch, and a picture for its part of that.
+    """
+    buckets = _buckets(records, training)
+    looks: Counter[Bucket] = Counter()
+    for record, bucket in zip(records, buckets, strict=True):
+        if bucket is not None:
+            looks[bucket] += record.repeats
+    size = max(1, training.batch_size)
+    filled = {bucket: -(-count // size) * size for bucket, count in looks.items()}
+    total = max(1, sum(filled.values()))
+    return [
+        0.0 if bucket is None else record.repeats / looks[bucket] * filled[bucket] / total
+        for record, bucket in zip(records, buckets, strict=True)
+    ]
+
+
+def learned(
+    records: Sequence[ImageRecord],
+    names: Sequence[str],
+    thumbs: Sequence[np.ndarray | None],
+    training: Training,
+) -> list[dict[str, Any]]:
+    """What will be learned, a row each: kind, name, sentence, the `pictures` to look at, and `counts`.
+
+    Kinds: `absorbed` (most pictures show it, few captions say it), `named` (most show it, and captions say
+        so), `meaning` (words for a background that mean another one here), `odd` (a caption that says another
+        background than all like it), `wording` (words that some captions have), `share` (a picture with far
+        more steps than others), `bucket` (one picture has a bucket for itself).
+
+    Args:
+        records: all pictures.
+        names: how each is named in sentences.
+        thumbs: what `seen.thumb` gives; None for one that cannot be read.
+        training: how they are trained on.
+    """
+    used = [
+        (record, name, one)
+        for record, name, one in zip(records, names, thumbs, strict=True)
+        if one is not None and training.trains_on(record)
+    ]
+    rows: list[dict[str, Any]] = []
+    if len(used) >= FEWEST:
+        seen, called, looks = (list(column) for column in zip(*used, strict=True))
+        found = attributes(looks)
+        rows += _in_common(seen, found, training.trigger)
+        rows += said_of_backgrounds(seen, called, background_colours(found, len(seen)))
+        rows += _wording(seen, training.trigger)
+    return [*rows, *_by_share(records, names, training), *_lone_in_bucket(records, names, training)]
+
+
+def _in_common(
+    records: list[ImageRecord], found: dict[Attribute, list[int]], trigger: str
+) -> list[dict[str, Any]]:
+    plain = [i for i, colour in enumerate(background_colours(found, len(records))) if colour]
+    most = MOST * len(records)
+    named = any(len(m) >= most and a.name.endswith(BACKGROUND) for a, m in found.items())
+    if len(plain) >= most and not named:
+        words = frozenset(["background", "backdrop", "plain", "simple", "blank"])
+        found = {**found, Attribute("plain background", "have a plain background", words): plain}
+    common = sorted(((a, m) for a, m in found.items() if len(m) >= most), key=lambda pair: -len(pair[1]))
+    return [
+        _attribute_row(attribute, [records[i] for i in m], len(records), trigger) for attribute, m in common
+    ]
+
+
+def _attribute_row(
+    attribute: Attribute, records: list[ImageRecord], pictures: int, trigger: str
+) -> dict[str, Any]:
+    silent = [record for record in records if not attribute.words & words_of(record.caption)]
+    said = len(records) - len(silent)
+    taker = f"“{trigger}”" if trigger else "the trigger word"
+    shown = f"{len(records)} of {pictures} pictures {attribute.has}"
+    kind = "absorbed"
+    if said >= _NEARLY_ALL * len(records):
+        kind = "named"
+        sentence = (
+            f"{shown}, and {said} of their captions say so: it is learned with these words, and prompts"
+            " without them can be free of it."
+        )
+    elif said > _FEW * len(records):
+        sentence = (
+            f"{shown}, but only {said} of their captions say so: part of it will be learned with {taker}. Say"
+            f" it in all of them ({attribute.name}), or in none if it belongs to what you teach."
+        )
+    else:
+        told = "no caption says so" if not said else f"only {said} of their captions say so"
+        sentence = (
+            f"{shown} and {told}: it will be learned with {taker}. Write “{attribute.name}” into their"
+            " captions, unless it belongs to what you teach."
+        )
+    counts = {"pictures": len(records), "captions": said, "of": pictures}
+    return finding(kind, attribute.name, sentence, [] if kind == "named" else silent, counts)
+
+
+def words_of(caption: str) -> frozenset[str]:
+    """The words of a caption that say something, in small letters; joined ones as a whole and in parts."""
+    whole = set(_WORD.findall(caption.casefold()))
+    return frozenset(whole | {part for word in whole for part in word.split("-")}) - SMALL_WORDS
+
+
+def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
+    """The words that some captions have and others have not: what prompts can ask for."""
+    written = [record for record in records if record.caption]
+    if len(written) < FEWEST:
+        return []
+    own = words_of(trigger)
+    counts = Counter(word for record in written for word in words_of(record.caption) - own)
+    some = [
+        (word, count)
+        for word, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+        if count <= _ALL_CAPTIONS * len(written)
+    ][:_MOST_WORDS]
+    if not some:
+        sentence = (
+            "No word stands in some captions and not in others, so that prompts can move nothing but what the"
+            " base knows by itself."
+        )
+        return [finding("wording", "", sentence, [], {"captions": len(written)})]
+    listed = ", ".join(f"{word} ({count})" for word, count in some)
+    sentence = f"Prompts can ask for, or leave out, what some captions say: {listed}."
+    return [finding("wording", listed, sentence, [], {"captions": len(written)})]
+
+
+def _buckets(records: Sequence[ImageRecord], training: Training) -> list[Bucket | None]:
+    """Where each picture is trained; None for one that is held out."""
+    size = (training.resolution, training.multiple)
+    return [bucket_of(r.width, r.height, *size) if training.trains_on(r) else None for r in records]
+
+
+def _by_share(
+    records: Sequence[ImageRecord], names: Sequence[str], training: Training
+) -> list[dict[str, Any]]:
+    shares = step_shares(records, training)
+    even = 1 / max(1, sum(share > 0 for share in shares))
+    rows = []
+    for record, name, share in sorted(zip(records, names, shares, strict=True), key=lambda one: -one[2]):
+        if share > OFTEN * even:
+            why = f"its {record.repeats} repeats" if record.repeats > 1 else "batches that it fills up alone"
+            sentence = (
+                f"{name} gets {share:.0%} of all steps, {share / even:.1f} times an even share, by {why}: it"
+                " is learned more strongly than the others."
+            )
+            rows.append(finding("share", name, sentence, [record], {"share": share, "even": even}))
+    return rows
+
+
+def _lone_in_bucket(
+    records: Sequence[ImageRecord], names: Sequence[str], training: Training
+) -> list[dict[str, Any]]:
+    """Buckets that one picture has for itself while others share theirs."""
+    members: dict[Bucket, list[int]] = {}
+    for index, bucket in enumerate(_buckets(records, training)):
+        if bucket is not None:
+            members.setdefault(bucket, []).append(index)
+    if training.batch_size < 2 or len(members) < 2:
+        return []
+    rows = []
+    for bucket, indices in members.items():
+        repeats = [records[i].repeats for i in indices]
+        top = max(range(len(indices)), key=lambda i: repeats[i])
+        if repeats[top] * 2 <= sum(repeats):
+            continue
+        record, name = records[indices[top]], names[indices[top]]
+        size = f"{bucket.width} x {bucket.height}"
+        sentence = (
+            f"{name} is the only picture of the size {size}: each of its batches shows it"
+            f" {training.batch_size} times. Crop it to the shape of others, or add pictures of its shape."
+            if len(indices) == 1
+            else (
+                f"{name} is over half of what is looked at in the size {size}, by its {repeats[top]} repeats."
+            )
+        )
+        rows.append(finding("bucket", size, sentence, [record], {"pictures": len(indices)}))
+    return rows

@@ -1,1 +1,0 @@
-"""Pictures and captions on disk. Pillow, numpy and tokenizers; no torch, so that the window can use it."""

@@ -1,0 +1,1 @@
+"""Measuring an adapter, images and captions on fixed (image, noise, timestep) draws."""

@@ -1,0 +1,238 @@
+"""What the base itself thinks of captions: it predicts a picture better with a caption that fits it.
+
+All captions are measured on the same triples of a picture, so that differences are paired. A picture is
+compared with a few captions of other pictures first; only where its own does not stand out are all of them
+tried, and the best of those is measured again on fresh triples, because the best of many is partly luck.
+"""
+
+import functools
+import random
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core.data.captions import CaptionRules, drawn_caption
+from lora_core.data.images import content_hash
+from lora_core.data.scan import ImageRecord
+from lora_core.errors import DatasetError
+from lora_core.evaluate.validator import Measured, looks_at, measured_pictures, triple_losses
+from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.load import BaseModel
+
+Said = Callable[[int, int], None]
+"""Called with (done, all) as it goes on; what it raises ends it."""
+OTHERS = 6
+"""Captions of other pictures that every picture is compared with."""
+MOST_OTHERS = 100
+_LEAST_TRIED, _MOST_TRIED, _TRIED_SHARE = 2, 24, 0.15
+_STANDS_OUT = 0.5
+"""Of the median: a caption that fits less than this is compared with all others."""
+_CLEARLY = 2.0
+_MATTERS, _VAGUE = 0.25, 0.15
+_QUOTED = 60
+
+
+def plain(caption: str) -> str:
+    """One caption with nothing left to chance: the first alternative of each."""
+    return drawn_caption(caption, CaptionRules("", 0.0, 0.0, False, 0), random.Random(0))
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """A mean difference of losses on the same triples, and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, worse: torch.Tensor, own: torch.Tensor) -> "_Difference":
+        """Of losses on the same triples, (K,) each, or (n, K) of which the mean counts."""
+        values = worse.reshape(-1, len(own)).mean(0) - own
+        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+        return cls(float(values.mean()), error)
+
+
+class _Teller:
+    """Counts measured captions over several rounds."""
+
+    def __init__(self, said: Said | None, total: int) -> None:
+        self._said = said
+        self.done, self.total = 0, total
+
+    def __call__(self, done: int = 0, total: int = 0) -> None:
+        self.done += 1
+        if self._said is not None:
+            self._said(min(self.done, self.total), self.total)
+
+
+def caption_probe(
+    base: BaseModel, records: Sequence[ImageRecord], triples: int = 4, seed: int = 0, said: Said | None = None
+) -> dict[str, Any]:
+    """How well each caption fits its picture by the base's own loss, the worst first.
+
+    Args:
+        base: with no adapter in it.
+        records: pictures; those without a caption are left out.
+        triples: looks a picture; what is doubtful is looked at twice as often once more.
+        seed: of the looks and of which captions are compared.
+        said: told how far it is.
+
+    Returns:
+        `triples`; `helped` and `standard_error`: how much lower the loss is with captions than without, over
+        all pictures; `rows`: `picture`, `caption`, `loss`, `helped` (by its caption) with `helped_error`,
+        `fits` (how much lower the loss is than with others' captions) with `fits_error`, `suspect`,
+        `sentence`, and, where another caption fits better, `better`: its picture, `caption`, `by`, `error`.
+
+    Raises:
+        DatasetError: fewer than two pictures have captions, or all have the same one.
+    """
+    records = [record for record in records if plain(record.caption)]
+    captions = [plain(record.caption) for record in records]
+    if len(set(captions)) < 2:
+        raise DatasetError(
+            "Checking captions needs at least two pictures with different captions; write some first."
+        )
+    tried = max(_LEAST_TRIED, min(_MOST_TRIED, round(_TRIED_SHARE * len(records))))
+    ahead = tried * (min(MOST_OTHERS, len(set(captions))) + 1)
+    teller = _Teller(said, len(records) * (3 + min(OTHERS, len(set(captions)) - 1)) + ahead)
+    pictures = []
+    for record, caption in zip(records, captions, strict=True):
+        (one,) = measured_pictures(base, [record], triples, seed)
+        pictures.append(replace(one, caption=caption))
+        teller()
+    losses = _Losses(base, teller)
+    first = []
+    for number, picture in enumerate(pictures):
+        others = _others(captions, captions[number], random.Random(f"{seed}/{number}"))[:OTHERS]
+        first.append(_First(picture, losses.of(picture, [picture.caption, "", *others])))
+    doubtful = _doubtful([one.fits.mean for one in first], tried)
+    rows = []
+    for number, (record, looked) in enumerate(zip(records, first, strict=True)):
+        row = _row(record, looked)
+        if number in doubtful:
+            others = _others(captions, captions[number], random.Random(f"{seed}/{number}"))[:MOST_OTHERS]
+            row["better"] = _better(record, looked.picture, others, losses, seed)
+        rows.append(row)
+    _judge(rows, dict(zip(reversed(captions), reversed(records), strict=True)))
+    helped = torch.tensor([one.helped.mean for one in first], dtype=torch.float64)
+    return {
+        "triples": triples,
+        "helped": float(helped.mean()),
+        "standard_error": float(helped.std() / len(helped) ** 0.5),
+        "rows": sorted(rows, key=_rank),
+    }
+
+
+def _rank(row: dict[str, Any]) -> tuple[bool, float, float]:
+    """Suspects first, those that another caption fits much better before the others."""
+    return not row["suspect"], -row["better"]["by"] if row["better"] else 0.0, row["fits"]
+
+
+@dataclass(frozen=True)
+class _First:
+    """What a first look says of a picture: `losses` with its own caption, none, and others, (2 + n, K)."""
+
+    picture: Measured
+    losses: torch.Tensor
+
+    @property
+    def helped(self) -> _Difference:
+        return _Difference.of(self.losses[1], self.losses[0])
+
+    @property
+    def fits(self) -> _Difference:
+        return _Difference.of(self.losses[2:], self.losses[0])
+
+
+class _Losses:
+    """Measures pictures with captions; conditions are kept for a while."""
+
+    def __init__(self, base: BaseModel, teller: _Teller) -> None:
+        self._base, self._teller = base, teller
+        self.timesteps = base.noise.timesteps
+        self._condition = functools.lru_cache(maxsize=128)(self._encoded)
+
+    def _encoded(self, caption: str) -> TextCondition:
+        with torch.no_grad():
+            return text_condition(self._base, [caption])
+
+    def of(self, picture: Measured, captions: Iterable[str]) -> torch.Tensor:
+        """(captions, K)."""
+        asked = [replace(picture, caption=caption) for caption in captions]
+        return triple_losses(self._base, asked, self._condition, self._teller)
+
+
+def _others(captions: Sequence[str], own: str, draw: random.Random) -> list[str]:
+    """All other captions once, in random order."""
+    others = [caption for caption in dict.fromkeys(captions) if caption != own]
+    draw.shuffle(others)
+    return others
+
+
+def _doubtful(fits: list[float], tried: int) -> set[int]:
+    """The captions that fit worst: a share of all, and those far below the median."""
+    order = sorted(range(len(fits)), key=fits.__getitem__)
+    low = _STANDS_OUT * statistics.median(fits)
+    return {i for place, i in enumerate(order) if place < tried or (fits[i] < low and place < _MOST_TRIED)}
+
+
+def _row(record: ImageRecord, one: _First) -> dict[str, Any]:
+    return {
+        "picture": str(record.path), "caption": one.picture.caption, "loss": float(one.losses[0].mean()),
+        "helped": one.helped.mean, "helped_error": one.helped.error, "fits": one.fits.mean,
+        "fits_error": one.fits.error, "better": None, "suspect": False, "sentence": "",
+    }  # fmt: skip
+
+
+def _better(
+    record: ImageRecord, picture: Measured, others: list[str], losses: _Losses, seed: int
+) -> dict[str, Any]:
+    """The other caption that fits best, and by how much it is better than the own one on fresh triples."""
+    best = others[int(losses.of(picture, others).mean(1).argmin())]
+    count = 2 * len(picture.looks.timesteps)
+    fresh = looks_at(content_hash(record.path), picture.latents, count, seed + 1, losses.timesteps)
+    own, other = losses.of(replace(picture, looks=fresh), [picture.caption, best])
+    found = _Difference.of(own, other)
+    return {"caption": best, "by": found.mean, "error": found.error}
+
+
+def _judge(rows: list[dict[str, Any]], givers: dict[str, ImageRecord]) -> None:
+    """Say of each row what it means; `givers` holds a picture of each caption."""
+    usual = statistics.median(row["fits"] for row in rows)
+    helps = statistics.median(row["helped"] for row in rows)
+    for row in rows:
+        name, other = Path(row["picture"]).name, row["better"]
+        if other is not None:
+            other["picture"] = str(givers[other["caption"]].path)
+            clear = other["by"] > _CLEARLY * other["error"] and other["by"] > _MATTERS * abs(usual)
+            if clear:
+                row["suspect"] = True
+                row["sentence"] = (
+                    f"The base predicts {name} better with the caption of {Path(other['picture']).name},"
+                    f" “{_quoted(other['caption'])}”, than with its own, “{_quoted(row['caption'])}” (the"
+                    f" loss is lower by {other['by']:.3f} ± {other['error']:.3f}): its own is likely wrong."
+                )
+                continue
+            row["better"] = None
+        if row["fits"] < _CLEARLY * row["fits_error"] and row["fits"] < _VAGUE * usual:
+            row["suspect"] = True
+            row["sentence"] = (
+                f"The caption of {name} fits it no better than captions of other pictures do (the loss is"
+                f" lower by {row['fits']:.3f} ± {row['fits_error']:.3f}, for most by {usual:.3f}): it is"
+                " wrong, or says what the base does not know."
+            )
+        elif row["helped"] < _VAGUE * max(helps, 0.0):
+            row["sentence"] = (
+                f"The caption of {name} helps the base hardly more than none at all (by {row['helped']:.3f},"
+                f" for most by {helps:.3f})."
+            )
+        else:
+            row["sentence"] = f"The caption of {name} fits."
+
+
+def _quoted(caption: str) -> str:
+    return caption if len(caption) <= _QUOTED else f"{caption[:_QUOTED].rstrip()}..."

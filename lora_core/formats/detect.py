@@ -1,0 +1,251 @@
+"""What a file is, told from names, shapes and header alone: the kind of adapter, and for which family."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from lora_core.formats.names import ldm_family
+from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.unsupported import other_family, refused_kind
+from lora_core.system.untrusted import parsed_json
+
+Shapes = Mapping[str, Sequence[int]]
+
+LORA, LOCON, DORA = "LoRA", "LoCon", "DoRA"
+_FACTOR = re.compile(
+    r"[._]lora_(?:down|up|A|B)\.|[._]lora\.(?:down|up)\.|\.lora_linear_layer\.|\.(?:hada|lokr)_w"
+)
+_KINDS = (
+    (re.compile(r"^lllite_"), "ControlNet-LLLite"),
+    (re.compile(r"lora_controlnet|^control_model\.|^controlnet_|^input_hint_block\."), "ControlNet"),
+    (
+        re.compile(r"^image_proj|^ip_adapter\.|^(?:ip_adapter\.)?\d+\.to_[kqv]_ip|^\d+\.to_\w+_lora\."),
+        "IP-Adapter",
+    ),
+    (re.compile(r"^(?:adapter\.)?body\.\d+\.(?:resnets|block1|in_conv)"), "T2I-Adapter"),
+    (re.compile(r"\.hada_w1_|\.hada_w2_"), "LoHa"),
+    (re.compile(r"\.lokr_w"), "LoKr"),
+    (re.compile(r"\.dora_scale$|\.lora_magnitude_vector"), DORA),
+    (re.compile(r"\.oft_|\.boft_"), "OFT"),
+    (re.compile(r"\.on_input$|\.ia3_l"), "IA3"),
+    (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
+    (_FACTOR, LORA),
+    (re.compile(r"\.diff(?:_b)?$"), "full difference"),
+    (re.compile(r"\.[wb]_norm$"), "change of norm layers"),
+    (re.compile(r"^bundle_emb\."), "textual-inversion embedding"),
+    (re.compile(r"^lora_.*\."), LORA),
+    (re.compile(r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\."), "whole checkpoint"),
+    (re.compile(r"^(down_blocks|up_blocks)\.\d+\.resnets\."), "whole UNet"),
+    (re.compile(r"^text_model\.(encoder|embeddings)\."), "whole text encoder"),
+    (re.compile(r"^(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\."), "whole VAE"),
+    (re.compile(r"^(emb_params|string_to_param|clip_[lg])$"), "textual-inversion embedding"),
+)
+"""By names, the more special first."""
+
+_EXTRAS = (
+    (re.compile(r"^bundle_emb\."), "bundled embeddings"),
+    (re.compile(r"\.[wb]_norm$"), "changes of norm layers"),
+    (re.compile(r"\.diff_b$|\.bias$|\.bias_(?:indices|values|size)$"), "changes of biases"),
+    (re.compile(r"\.diff$"), "full differences of weights"),
+)
+"""What some files hold beside the factors of a LoRA: the name of a tensor, and what it is."""
+
+_DOWN = r"[._](?:lora[_.](?:down|A|linear_layer\.down)|hada_w1_b)"
+_CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]" + _DOWN)
+_TEXT = re.compile(
+    r"^(?:base_model\.model\.)?(?:lora_te1?_|text_encoder\.|text_model\.).*"
+    r"(?:(?:[qkv]|out)_proj|self_attn\.to_(?:[qkv]|out)|mlp[._]fc1)" + _DOWN
+)
+_TEXT_2 = re.compile(r"^(?:lora_te2_|text_encoder_2\.)")
+_LDM = re.compile(r"^(?:lora_unet_|unet\.|diffusion_model\.)?(?:input_blocks|middle_block|output_blocks)[._]")
+_DEEP = re.compile(r"[._]transformer_blocks[._][2-9][._]")
+_PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+
+ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "full difference")
+"""The kinds of which it is known here how tools read them."""
+
+
+def called(kind: str, shapes: Shapes) -> str:
+    """A file of a kind in a sentence after "it is"."""
+    if not shapes:
+        return "no adapter, for it holds no tensors"
+    if kind == "unknown":
+        return refused_kind(shapes) or "no adapter that is known here"
+    return f"of the kind {kind!r}"
+
+
+def kind_of(shapes: Shapes) -> str:
+    """What the tensors of a file make together, such as "LoRA" or "whole checkpoint", else "unknown".
+
+    A LoRA that adapts convolutions larger than 1 x 1 is a LoCon.
+    """
+    for pattern, kind in _KINDS:
+        if any(pattern.search(key) for key in shapes):
+            convolutions = any(len(shape) == 4 and shape[2] > 1 for shape in shapes.values())
+            return LOCON if kind == LORA and convolutions else kind
+    only = next(iter(shapes.values()), ())
+    if (
+        len(shapes) == 1
+        and len(only) == 2
+        and only[1] in {e.width for f in FAMILIES.values() for e in f.text_encoders}
+    ):
+        return "textual-inversion embedding"
+    return "unknown"
+
+
+def extra_keys(keys: Iterable[str]) -> dict[str, str]:
+    """The tensors that stand beside the factors of a LoRA and fit in no plain LoRA, each with what it is.
+
+    An alpha that belongs to such tensors alone is one of them.
+    """
+    extras = {key: what for key in keys for pattern, what in _EXTRAS if pattern.search(key)}
+    modules = keys_by_module(keys) if extras else {}
+    for names in modules.values():
+        own = [extras[name] for name in names if name in extras]
+        if own and all(name in extras or name.endswith(".alpha") for name in names):
+            extras |= dict.fromkeys(names, own[0])
+    return extras
+
+
+def extras_sentence(shapes: Shapes) -> str:
+    """What of an adapter file is not used here, in a sentence; "" if everything is."""
+    extras = extra_keys(list(shapes))
+    if not extras or not any(_FACTOR.search(key) for key in shapes):
+        return ""
+    counts = Counter(extras.values())
+    parts = [f"{what} ({number} {'tensor' if number == 1 else 'tensors'})" for what, number in counts.items()]
+    return (
+        f"Left out, since a plain LoRA cannot hold them: {', '.join(parts)}, such as {next(iter(extras))!r}."
+    )
+
+
+def family_evidence(
+    shapes: Shapes, metadata: Mapping[str, str], rows: Sequence[Family] = tuple(FAMILIES.values())
+) -> list[set[str]]:
+    """Each sign of the family that a file is for, as the titles that it allows; the header's first."""
+    other = other_family(shapes, metadata)
+    if other:
+        return [{other}]
+    evidence = [_titles_of_version(metadata, rows), _titles_of_modelspec(metadata, rows)]
+    for key, shape in shapes.items():
+        if _CONTEXT.search(key) and len(shape) > 1:
+            evidence.append(_titles_of_width(shape[1], rows))
+            break
+    for key, shape in shapes.items():
+        if _TEXT.search(key) and len(shape) > 1:
+            evidence.append(_titles_of_text_width(shape[1], rows))
+            break
+    if any(_TEXT_2.search(key) for key in shapes):
+        evidence.append({f.title for f in rows if len(f.text_encoders) > 1})
+    return [titles for titles in evidence if titles]
+
+
+def mismatch(shapes: Shapes, metadata: Mapping[str, str], family: Family) -> str:
+    """The title of the family that a file is for, if that is not `family`; else ""."""
+    for titles in family_evidence(shapes, metadata, (*FAMILIES.values(), family)):
+        if family.title not in titles:
+            return " or ".join(sorted(titles))
+    return ""
+
+
+def family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    """The key of the first row of the family's title, or a title where there is no row, or "unknown"."""
+    title = _title(shapes, metadata)
+    return next((name for name, family in FAMILIES.items() if family.title == title), title)
+
+
+def file_family(shapes: Shapes, metadata: Mapping[str, str]) -> Family | None:
+    """The exact row that a file is for, or None.
+
+    Where several rows share a title, the header chooses: by version, architecture or prediction; else the
+    first.
+    """
+    title = _title(shapes, metadata)
+    rows = [family for family in FAMILIES.values() if family.title == title]
+    prediction = _PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""))
+    for family in rows:
+        if metadata.get("ss_base_model_version") == family.base_version:
+            return family
+    for family in rows:
+        if metadata.get("modelspec.architecture") == family.modelspec:
+            return family
+    return next((family for family in rows if family.prediction == prediction), rows[0] if rows else None)
+
+
+def _title(shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    other = other_family(shapes, metadata)
+    if other:
+        return other
+    evidence = family_evidence(shapes, metadata)
+    if not evidence:
+        return _by_blocks(shapes)
+    common = set.intersection(*evidence) or evidence[-1]
+    if len(common) > 1:
+        # Two families share their first text encoder, but not how kohya files call it.
+        starts = {key.partition("_text_model")[0] for key in shapes if key.startswith("lora_te")}
+        common &= {f.title for f in FAMILIES.values() if f.text_encoders[0].kohya_prefix in starts}
+    return next(iter(common)) if len(common) == 1 else _by_blocks(shapes)
+
+
+def _by_blocks(shapes: Shapes) -> str:
+    """The title of a file whose widths and header do not tell: by names of blocks and depths of
+    transformers."""
+    large = any(_LDM.search(key) or _DEEP.search(key) for key in shapes)
+    return ldm_family().title if large else "unknown"
+
+
+def _titles_of_version(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
+    version = metadata.get("ss_base_model_version", "")
+    if not version and metadata.get("ss_v2") == "True":
+        return {f.title for f in families if f.base_version.startswith("sd_v2")}
+    return {f.title for f in families if f.base_version == version}
+
+
+def _titles_of_modelspec(metadata: Mapping[str, str], families: Sequence[Family]) -> set[str]:
+    architecture = metadata.get("modelspec.architecture", "")
+    return {f.title for f in families if f.modelspec == architecture}
+
+
+def _titles_of_width(width: int, families: Sequence[Family]) -> set[str]:
+    rows = {f.title for f in families if f.context_width == width}
+    return rows or {f"a base whose text context is {width} channels wide"}
+
+
+def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
+    rows = {
+        f.title
+        for f in families
+        if any(e.part == "text_encoder" and e.width == width for e in f.text_encoders)
+    }
+    return rows or {f"a base whose text encoder is {width} channels wide"}
+
+
+def alpha_claims(metadata: Mapping[str, str], key: str) -> list[float]:
+    """The alphas that a header of the diffusers format lists; none if it is absent or unreadable."""
+    try:
+        values = parsed_json(metadata.get(key, "{}"))
+    except ValueError:
+        return []
+    if not isinstance(values, dict):
+        return []
+    numbers = [value for name, value in values.items() if name.endswith(".lora_alpha")]
+    for name, value in values.items():
+        if name.endswith(".alpha_pattern") and isinstance(value, dict):
+            numbers += value.values()
+    return [float(n) for n in numbers if isinstance(n, int | float) and not isinstance(n, bool)]
+
+
+def keys_by_module(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Tensor names grouped by the module that they adapt, in any format."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        if key.startswith("lora_"):
+            module = key.partition(".")[0]
+        else:
+            module = re.split(
+                r"[._](?:lora(?:_[A-Za-z]\w*)?|hada_\w+|lokr_\w+|oft_\w+|alpha|dora_scale)(?:\.|$)",
+                key,
+                maxsplit=1,
+            )[0]
+        groups.setdefault(module, []).append(key)
+    return groups

@@ -1,0 +1,264 @@
+"""The diffusers / PEFT format: `<part>.<path>.lora_A.weight` (down), `.lora_B.weight` (up); older spellings.
+
+The tensors carry no alpha: it stands in the header, as the arguments of a PEFT `LoraConfig` for each part.
+Without that header alpha is taken to be the rank.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core.errors import AdapterFileError
+from lora_core.formats.detect import extra_keys, file_family
+from lora_core.formats.layers import Tensors, check_plain, checked_layer
+from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer, with_text_model
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.model_files.families import Family
+from lora_core.system.untrusted import parsed_json
+
+HEADER_KEY = "lora_adapter_metadata"
+"""Never in a kohya file: diffusers refuses a file that has both this and alphas among its tensors."""
+
+_PREFIX = re.compile(
+    r"(?:base_model\.model\.)?(?:(unet|text_encoder_2|text_encoder|diffusion_model|text_encoders\.clip_[lgh]\.transformer)\.)?"
+    r"(?:base_model\.model\.)?"
+)
+_COMFY_PARTS = {
+    "diffusion_model": "unet",
+    "text_encoders.clip_l.transformer": "text_encoder",
+    "text_encoders.clip_h.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+}
+"""How ComfyUI calls the parts."""
+_OLDER = r"(?:(?P<old>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)\.(?P<role>down|up)\.weight"
+_LEAF = re.compile(
+    rf"\.(?:(?:processor\.)?{_OLDER}|lora_(?P<new>A|B|down|up|mid)(?:\.default)?\.weight|(?P<alpha>alpha))$"
+)
+_PEFT_ROLES = {"A": "down", "B": "up"}
+_OLD_LEAVES = {
+    "unet": {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_out.0"},
+    "text": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
+}
+
+
+def matches(keys: Iterable[str]) -> bool:
+    """Whether tensors with these names are of this format."""
+    return any(
+        (leaf := _LEAF.search(key)) is not None and leaf["alpha"] is None and not key.startswith("lora_")
+        for key in keys
+    )
+
+
+def to_file(weights: AdapterWeights, family: Family, keep_alphas: bool = True) -> Tensors:
+    """The tensors of a file, by name; `header` must go into the same file.
+
+    Args:
+        weights: what to write; precisions stay as they are.
+        family: which parts there are.
+        keep_alphas: taken only so that all formats are called alike; this one always keeps each layer's
+        alpha.
+
+    Raises:
+        AdapterFileError: the family lacks a part, or a layer is no plain LoRA.
+    """
+    check_plain(weights)
+    tensors: Tensors = {}
+    for (part, path), layer in weights.layers.items():
+        if part not in family.parts:
+            raise AdapterFileError(f"{family.title} has no part {part!r}; it has {', '.join(family.parts)}.")
+        tensors[f"{part}.{path}.lora_A.weight"] = layer.down
+        tensors[f"{part}.{path}.lora_B.weight"] = layer.up
+    return tensors
+
+
+def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
+    """What the header must say so that diffusers gives each layer its rank and alpha."""
+    values: dict[str, Any] = {}
+    for part in weights.parts():
+        layers = {_target(path): layer for (p, path), layer in weights.layers.items() if p == part}
+        rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+        alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
+        config = {
+            "r": rank,
+            "lora_alpha": _plain(alpha),
+            "rank_pattern": {path: layer.rank for path, layer in layers.items() if layer.rank != rank},
+            "alpha_pattern": {
+                path: _plain(layer.alpha) for path, layer in layers.items() if layer.alpha != alpha
+            },
+            "target_modules": sorted(layers),
+        }
+        values |= {f"{part}.{key}": value for key, value in config.items()}
+    return {
+        HEADER_KEY: json.dumps(values, sort_keys=True),
+        "ss_base_model_version": family.base_version,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": family.modelspec,
+    }
+
+
+def _target(path: str) -> str:
+    """A layer as PEFT finds it by the end of its name, with and without the `text_model.` level.
+
+    The short forms ("q_proj") would adapt layers that the file leaves out; PEFT would leave random factors
+    there.
+    """
+    return path.removeprefix("text_model.")
+
+
+def _plain(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
+    """The adapter in a file's tensors and header, but for what `kinds.extras_sentence` names.
+
+    Raises:
+        AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape, or says
+        that
+            the header's alphas cannot be read.
+    """
+    extras = extra_keys(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in extras}
+    unknown = [key for key in tensors if _LEAF.search(key) is None]
+    if unknown:
+        raise AdapterFileError(
+            "The file holds tensors that belong to no plain LoRA of the diffusers format:"
+            f" {first_few(unknown)}."
+        )
+    family = file_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
+    by_layer: dict[LayerKey, Tensors] = {}
+    for key, tensor in tensors.items():
+        layer, role = layer_and_role(key, family)
+        if role in by_layer.setdefault(layer, {}):
+            raise AdapterFileError(
+                f"The file holds the {role} half of {'.'.join(layer)} twice, once as {key!r}."
+            )
+        by_layer[layer][role] = tensor
+    layers = {layer: checked_layer(".".join(layer), roles) for layer, roles in by_layer.items()}
+    own = {layer for layer, roles in by_layer.items() if "alpha" in roles}
+    return with_header_alphas(layers, metadata, own)
+
+
+def with_header_alphas(
+    layers: Mapping[LayerKey, LayerWeights], metadata: Mapping[str, str], own: Container[LayerKey] = ()
+) -> AdapterWeights:
+    """The adapter of `layers` with the header's alphas, but for the layers in `own`, which have theirs.
+
+    Raises:
+        AdapterFileError: the header's alphas cannot be read.
+    """
+    values = header_values(metadata)
+    found = dict(layers)
+    for (part, path), layer in layers.items():
+        if (part, path) not in own and f"{part}.lora_alpha" in values:
+            found[part, path] = replace(layer, alpha=_header_alpha(values, part, path, layer.rank))
+    return AdapterWeights(found, {k: v for k, v in metadata.items() if k != HEADER_KEY})
+
+
+def layer_and_role(key: str, family: Family | None = None) -> tuple[LayerKey, str]:
+    """The layer that a key is for, and the half: "down", "up", "mid" or "alpha".
+
+    Args:
+        key: the name of a tensor.
+        family: whose blocks original names count, as in `names.layer_of_stem`.
+
+    Raises:
+        AdapterFileError: it names no layer.
+    """
+    prefix, leaf = _PREFIX.match(key), _LEAF.search(key)
+    assert prefix is not None
+    if leaf is None:
+        raise AdapterFileError(f"The file holds {key!r}, which belongs to no plain LoRA.")
+    path = key[prefix.end() : leaf.start()]
+    # Files of one part alone carry no prefix; only text encoders have numbered encoder layers.
+    part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
+    part = _COMFY_PARTS.get(part, part)
+    if leaf["old"]:
+        path = f"{path}.{_OLD_LEAVES['unet' if part == 'unet' else 'text'][leaf['old']]}"
+    path = with_text_model(path) if part != "unet" else from_ldm(path, family) or path
+    if not is_layer(part, path):
+        raise AdapterFileError(unknown_layer(key))
+    role = "alpha" if leaf["alpha"] else leaf["role"] or _PEFT_ROLES.get(leaf["new"], leaf["new"])
+    return (part, path), role
+
+
+def header_values(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of PEFT's LoraConfigs in a file's header, by dotted name; none without such a header.
+
+    Raises:
+        AdapterFileError: they cannot be read.
+    """
+    raw = metadata.get(HEADER_KEY)
+    if not raw:
+        return {}
+    try:
+        values = parsed_json(raw)
+    except ValueError as error:
+        raise AdapterFileError(
+            f"The header's {HEADER_KEY} is not valid JSON, so alpha is unknown."
+        ) from error
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"The header's {HEADER_KEY} is not a table, so alpha is unknown.")
+    return values
+
+
+def _header_alpha(values: Mapping[str, Any], part: str, path: str, rank: int) -> float:
+    """A layer's alpha by PEFT's rules: of the first pattern that ends its name, else of its part."""
+    alpha = values[f"{part}.lora_alpha"]
+    patterns = values.get(f"{part}.alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterFileError(f"The header's {part}.alpha_pattern is not a table, so alpha is unknown.")
+    for pattern, own in patterns.items():
+        # PEFT reads these as regular expressions; a file must not be able to make us run one.
+        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise AdapterFileError(f"The header gives alpha for {pattern!r}, which is not a layer's name.")
+        if f".{path}".endswith(f".{name}") or f".{_target(path)}".endswith(f".{name}"):
+            alpha = own
+            break
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterFileError(f"The header gives {part}.{path} the alpha {alpha!r}, which is not a number.")
+    # rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023); everything here scales by alpha / rank.
+    return float(alpha) * (math.sqrt(rank) if values.get(f"{part}.use_rslora") is True else 1.0)
+
+
+# The `adapter_config.json` that PEFT writes beside its `adapter_model.safetensors`: where alpha stands.
+#
+# A file of this kind says nothing of alpha itself; without the config beside it, alpha is taken to be the
+# rank. Source: huggingface/peft, `PeftModel.save_pretrained`.
+
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_TAKEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")
+
+
+def with_config_beside(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
+    """A file's metadata, with what a PEFT config beside it says of alpha put where diffusers has it.
+
+    Args:
+        path: the adapter file.
+        keys: the names of its tensors.
+        metadata: its header's texts.
+
+    Raises:
+        AdapterFileError: the config is there and cannot be read.
+    """
+    config = path.with_name(CONFIG)
+    if path.name != FILE or HEADER_KEY in metadata or not config.is_file():
+        return dict(metadata)
+    try:
+        values = parsed_json(config.read_bytes())
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{config} cannot be read, so alpha is unknown: {error}.") from error
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{config} is no table, so alpha is unknown.")
+    part = "text_encoder" if any("encoder.layers." in key for key in keys) else "unet"
+    stated = {f"{part}.{key}": values[key] for key in _TAKEN if key in values}
+    return {**metadata, HEADER_KEY: json.dumps(stated)}

@@ -1,0 +1,1 @@
+"""Generating images with the base and any adapters. `request` imports no torch."""

@@ -1,0 +1,1 @@
+"""The trainable part: layer, flat parameters, targets, injection, and the one in-memory adapter."""

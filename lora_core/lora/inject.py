@@ -1,0 +1,432 @@
+"""Which layers one adapter has, how large each is and how fast it learns: numbers for all, and tables by
+block.
+
+A table's pattern (`settings/patterns.py`) is looked for in "part.path", such as
+"unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" or
+"text_encoder.text_model.encoder.layers.0.self_attn.q_proj". Of several that match, the last in the table
+counts.
+"""
+
+import math
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from lora_core.backends.int8 import ThinConv2d, ThinLinear, thinned
+from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.lora.layer import LoraLayer, LoraShape, Moment
+from lora_core.lora.targets import Adaptable, Targets, layer_by_path, target_modules
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.settings.patterns import Pattern, last_matches
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What differs from layer to layer.
+
+    Attributes:
+        ranks, alphas, rates: pattern to number; a layer without a match keeps what is common.
+        rslora: whether the scale is alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023).
+    """
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer to adapt: its shape, and its learning rate; at 0 it acts and stays as it is."""
+
+    shape: LoraShape
+    rate: float
+
+
+def layer_plans(
+    modules: Mapping[str, nn.Module],
+    rates: Mapping[str, float],
+    targets: Targets,
+    shape: LoraShape,
+    blocks: Blocks,
+    kept: Container[LayerKey] = (),
+) -> dict[LayerKey, LayerPlan]:
+    """The layers to adapt, in the order of `rates` and of the modules.
+
+    A layer whose rank is 0 is left out, and so is one whose rate is 0, unless it is among `kept` and its part
+    is
+    trained elsewhere.
+
+    Args:
+        modules: components of the base by part.
+        rates: learning rate by part.
+        targets: which layers.
+        shape: what is common; with rsLoRA its alpha is the numerator over sqrt(rank).
+        blocks: what differs.
+        kept: layers that an adapter to go on with has.
+
+    Raises:
+        ConfigError: a pattern matches no layer or takes too long, a trained part has no such layer, or
+            nothing is left.
+    """
+    found: list[LayerKey] = []
+    for part, rate in rates.items():
+        if targets.pattern(part) is None:
+            continue
+        names = target_modules(part, modules[part], targets)
+        if not names and rate > 0:
+            raise ConfigError(
+                f"The {part} of this base has no layer that adapter.targets names; choose other targets."
+            )
+        found += [(part, name) for name in names]
+    ranks = _by_block(blocks.ranks, found)
+    alphas = _by_block(blocks.alphas, found)
+    own_rates = _by_block(blocks.rates, found)
+    rate_of = {key: own_rates.get(key, rates[key[0]]) for key in found}
+    trained = {part for part, _ in (key for key in found if rate_of[key] > 0 and ranks.get(key, 1) > 0)}
+    plans: dict[LayerKey, LayerPlan] = {}
+    for key in found:
+        rank = int(ranks.get(key, shape.rank))
+        if rank > 0 and (rate_of[key] > 0 or (key in kept and key[0] in trained)):
+            alpha = alphas.get(key, shape.alpha) * (math.sqrt(rank) if blocks.rslora else 1.0)
+            plans[key] = LayerPlan(replace(shape, rank=rank, alpha=alpha), rate_of[key])
+    for name, table in (
+        ("adapter.block_ranks", blocks.ranks),
+        ("adapter.block_alphas", blocks.alphas),
+        ("optim.block_lr", blocks.rates),
+    ):
+        _check_patterns(name, table, found, plans)
+    if not trained:
+        raise ConfigError(
+            "Nothing would be trained: the learning rates of all chosen layers are 0; see optim.lr,"
+            " optim.text_encoder_lr and optim.block_lr."
+        )
+    return plans
+
+
+def _by_block(table: Mapping[str, float], found: list[LayerKey]) -> dict[LayerKey, float]:
+    """The number of the last matching pattern, for each layer that has one."""
+    names = {".".join(key): key for key in found}
+    return {names[name]: value for name, value in last_matches(table, names).items()}
+
+
+def _check_patterns(
+    setting: str, table: Mapping[str, float], found: list[LayerKey], plans: Container[LayerKey]
+) -> None:
+    """Refuse a pattern that does nothing; one that leaves layers out has only to find some."""
+    for text, value in table.items():
+        pattern = Pattern(text)
+        matches = [key for key in found if pattern.search(".".join(key))]
+        if not matches or (value > 0 and not any(key in plans for key in matches)):
+            raise ConfigError(
+                f"{setting} has the pattern {text!r}, which matches no adapted layer; layers are called"
+                " like unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
+            )
+
+
+# Putting an adapter into a base: as trainable layers for training, or merged into the weights for use.
+
+
+@dataclass
+class Injected:
+    """Trainable layers in a base, by (part, module path)."""
+
+    layers: dict[LayerKey, LoraLayer]
+    moment: Moment
+
+    def parameters(self, part: str | None = None) -> list[nn.Parameter]:
+        """All trained tensors, or those of one part, in a fixed order."""
+        chosen = [layer for (owner, _), layer in self.layers.items() if part in (None, owner)]
+        return [tensor for layer in chosen for tensor in (layer.down, layer.up)]
+
+    def parts(self) -> list[str]:
+        """The adapted components."""
+        return list(dict.fromkeys(part for part, _ in self.layers))
+
+    def set_strength(self, strength: float) -> None:
+        """Multiply the update of every layer by `strength`; at 0 the base is computed, bit for bit."""
+        for layer in self.layers.values():
+            layer.strength = strength
+
+
+def inject(
+    modules: dict[str, nn.Module], parts: Iterable[str], targets: Targets, shape: LoraShape, seed: int
+) -> Injected:
+    """Replace the targeted layers of `parts` by trainable ones around them.
+
+    Args:
+        modules: components of the base by part.
+        parts: the parts to adapt.
+        targets: which layers.
+        shape: rank, alpha and dropout.
+        seed: of the random start and of the dropout masks.
+
+    Raises:
+        ConfigError: a part has no such layer.
+    """
+    shapes: dict[LayerKey, LoraShape] = {}
+    for part in parts:
+        found = target_modules(part, modules[part], targets)
+        if not found:
+            raise ConfigError(
+                f"The {part} of this base has no layer that adapter.targets names; choose other targets."
+            )
+        shapes |= {(part, name): shape for name in found}
+    return inject_layers(modules, shapes, seed)
+
+
+def inject_layers(modules: dict[str, nn.Module], shapes: Mapping[LayerKey, LoraShape], seed: int) -> Injected:
+    """Replace each layer that `shapes` names by a trainable one of that shape around it.
+
+    Args:
+        modules: components of the base by part.
+        shapes: rank, alpha and dropout of each layer.
+        seed: of the random start and of the dropout masks.
+    """
+    moment = Moment(seed)
+    layers: dict[LayerKey, LoraLayer] = {}
+    for (part, name), shape in shapes.items():
+        located = layer_by_path(part, modules[part], name)
+        assert located is not None, f"{part} {name}"
+        path, base = located
+        layers[part, name] = LoraLayer(base, f"{part}/{name}", shape, moment, seed)
+        _replace(modules[part], path, layers[part, name])
+    return Injected(layers, moment)
+
+
+def remove(modules: dict[str, nn.Module], injected: Injected) -> None:
+    """Put the frozen layers back in place of the trainable ones."""
+    for (part, name), layer in injected.layers.items():
+        located = layer_by_path(part, modules[part], name)
+        if located is not None:
+            _replace(modules[part], located[0], layer.base)
+
+
+def adapter_weights(injected: Injected) -> AdapterWeights:
+    """The canonical form of what was trained."""
+    return AdapterWeights({key: layer.layer_weights() for key, layer in injected.layers.items()})
+
+
+def load_weights(injected: Injected, weights: AdapterWeights) -> None:
+    """Set trainable layers to an adapter's factors, bit for bit.
+
+    Raises:
+        AdapterFileError: the two do not have the same layers and shapes.
+    """
+    if set(weights.layers) != set(injected.layers):
+        odd = sorted(set(weights.layers) ^ set(injected.layers))[0]
+        raise AdapterFileError(
+            f"The saved adapter does not have the layers of this run; they differ at {' '.join(odd)}."
+        )
+    for key, layer in injected.layers.items():
+        saved = weights.layers[key]
+        if saved.down.numel() != layer.down.numel() or saved.up.numel() != layer.up.numel():
+            raise AdapterFileError(f"The saved adapter has other shapes than this run at {' '.join(key)}.")
+        layer.from_layer_weights(saved)
+
+
+def _replace(root: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, layer)
+
+
+@dataclass(frozen=True)
+class Strengthened:
+    """An adapter and how strongly it acts: on the UNet, and on the text encoders."""
+
+    weights: AdapterWeights
+    strength: float = 1.0
+    text_strength: float | None = None
+
+    def on(self, part: str) -> float:
+        """The strength on a part."""
+        return self.strength if part == "unet" or self.text_strength is None else self.text_strength
+
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""up (out, r) and down (r, in)."""
+
+
+class Merger:
+    """Adapters merged into a base's own weights, and taken out again: W = W0 + sum of s (alpha/r) B A.
+
+    Where every strength is 0 the weight is W0 bit for bit, and nothing depends on what was merged before.
+
+    On a processor, a layer's weight is overwritten by the sum in fp32 and W0 is kept beside it: inference
+    costs what the base costs. On other devices memory is scarcer than time: W0 stays as it is, the factors
+    are copied to the device once, in the base's dtype, and each use of a layer makes the sum anew, by one
+    `addmm` for each adapter. So a new strength copies nothing, and no weight is there twice.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        """Manage the components `modules`, by part."""
+        self._modules = modules
+        self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
+        self._thin: dict[LayerKey, ThinLinear | ThinConv2d] = {}
+        self._factors: dict[int, tuple[AdapterWeights, dict[LayerKey, Factors]]] = {}
+        """By the adapter's id, beside the adapter, so that no other can have it."""
+
+    def apply(self, adapters: list[Strengthened]) -> None:
+        """Make the base act as with exactly these adapters.
+
+        Raises:
+            AdapterFileError: a layer is not in this base or has another shape; nothing is changed then.
+        """
+        acting: dict[LayerKey, list[tuple[float, AdapterWeights]]] = {}
+        for adapter in adapters:
+            for key in adapter.weights.layers:
+                self._prepare(key, adapter.weights)
+                if adapter.on(key[0]) != 0:
+                    acting.setdefault(key, []).append((adapter.on(key[0]), adapter.weights))
+        with torch.no_grad():
+            for key, (layer, original) in self._originals.items():
+                merged = original.float() if key in acting else original
+                for strength, weights in acting.get(key, []):
+                    merged = merged + strength * weights.layers[key].delta().reshape(original.shape)
+                layer.weight.copy_(merged)
+            if adapters and self._thin:
+                wanted = {id(adapter.weights) for adapter in adapters}
+                self._factors = {name: kept for name, kept in self._factors.items() if name in wanted}
+            for key, thin in self._thin.items():
+                thin.updates = [
+                    (*self._on_device(key, weights), strength * weights.layers[key].scale)
+                    for strength, weights in acting.get(key, [])
+                ]
+
+    def _on_device(self, key: LayerKey, weights: AdapterWeights) -> Factors:
+        """up (out, r) and down (r, in) of a layer, in its dtype and on its device."""
+        _, factors = self._factors.setdefault(id(weights), (weights, {}))
+        layer = self._thin[key]
+        known = factors.get(key)
+        if known is None or (layer.data is not None and known[0].device != layer.data.device):
+            device = (layer.frozen() if layer.data is None else layer.data).device
+            update = weights.layers[key]
+            up, down = (factor.flatten(1).to(device, layer.dtype) for factor in (update.up, update.down))
+            factors[key] = (up, down)
+        return factors[key]
+
+    def _prepare(self, key: LayerKey, weights: AdapterWeights) -> None:
+        """Check that a layer fits, and have its W0 kept."""
+        part, path = key
+        located = layer_by_path(part, self._modules[part], path) if part in self._modules else None
+        if located is None:
+            raise AdapterFileError(
+                f"The adapter has a layer {part} {path} that this base has not; it is for another base."
+            )
+        (real, layer), update = located, weights.layers[key]
+        shape = layer.shape if isinstance(layer, ThinLinear | ThinConv2d) else layer.weight.shape
+        size = (update.up.shape[0], *update.down.shape[1:])
+        if shape.numel() != math.prod(size) or shape[0] != size[0]:
+            raise AdapterFileError(
+                f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
+                f"{shape[1]} to {shape[0]}; it is for another base."
+            )
+        if key in self._originals or key in self._thin:
+            return
+        if isinstance(layer, nn.Linear | nn.Conv2d) and (thin := _updatable(layer)) is not None:
+            if thin is not layer:
+                holder = self._modules[part].get_submodule(real)
+                _replace(self._modules[part], real if holder is layer else f"{real}.base", thin)
+            self._thin[key] = thin
+        else:
+            self._originals[key] = (layer, layer.weight.detach().clone())
+
+
+def _updatable(layer: Adaptable) -> ThinLinear | ThinConv2d | None:
+    """The thin layer that updates are put beside, or None where a weight is merged in place."""
+    if isinstance(layer, ThinLinear | ThinConv2d):
+        return layer
+    return None if layer.weight.device.type == "cpu" else thinned(layer)
+
+
+# Going on from an existing LoRA: its update, as exactly as the new rank allows, as the start of a training.
+
+
+def begin_with(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:
+    """Set fresh trainable layers so that they act as `weights` does; those that it lacks stay fresh.
+
+    Args:
+        injected: the layers, fresh from `inject_layers`.
+        weights: what to go on with, of any ranks and alphas.
+        name: of its file, for sentences.
+
+    Returns:
+        What a person should know of it, a sentence each: what was cut off, and what is not continued.
+
+    Raises:
+        AdapterFileError: nothing of it fits, or a layer has another shape than the base's.
+    """
+    common = [key for key in injected.layers if key in weights.layers]
+    if not common:
+        raise AdapterFileError(
+            f"{name} adapts none of the layers that are to be trained; see adapter.targets."
+        )
+    whole, cut, shortened = 0.0, 0.0, 0
+    for key in common:
+        layer, given = injected.layers[key], weights.layers[key]
+        fitting = tuple(layer.base.weight.shape)
+        size = (given.up.shape[0], *given.down.shape[1:])
+        if size[0] != fitting[0] or math.prod(size) != math.prod(fitting):
+            raise AdapterFileError(
+                f"{name} cannot be continued: its layer {'.'.join(key)} is {list(size)} large, the base's"
+                f" {list(fitting)}; it is for another base."
+            )
+        fresh = LayerWeights(layer.down.detach(), layer.up.detach(), layer.shape.alpha)
+        begun, kept, lost = begun_layer(given, fresh)
+        layer.from_layer_weights(begun)
+        if given.rank > fresh.rank:
+            whole, cut, shortened = whole + kept + lost, cut + lost, shortened + 1
+    notes = []
+    if shortened:
+        share = 1.0 - cut / whole if whole else 1.0
+        notes.append(
+            f"{shortened} layers of {name} have a higher rank than this run; their best approximation holds"
+            f" {100 * share:.1f}% of their energy."
+        )
+    left = len(weights.layers) - len(common)
+    if left:
+        notes.append(
+            f"{left} of the {len(weights.layers)} layers of {name} are not continued, because this run does"
+            " not train them; its result is without them."
+        )
+    return notes
+
+
+def begun_layer(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights, float, float]:
+    """`given` in the rank and at the scale of `fresh`.
+
+    Up to the rank of `fresh` the factors are kept, `up` scaled by the quotient of the two scales, and what is
+    missing is filled up with the fresh rows of down and columns of zeros in up. Beyond it, the best
+    approximation of
+    that rank is taken (Eckart and Young 1936), through the singular values of the two small factors of a QR
+    decomposition of up and down, so that the product is never formed.
+
+    Returns:
+        The layer, and how much of the update's squared norm is kept and how much is lost.
+    """
+    scale = given.scale / fresh.scale
+    down, up = given.down.double().flatten(1), given.up.double().flatten(1)
+    kept, lost = 0.0, 0.0
+    if given.rank <= fresh.rank:
+        new_down = torch.cat([down, fresh.down.double().flatten(1)[given.rank :].cpu()])
+        new_up = torch.cat([scale * up, torch.zeros(len(up), fresh.rank - given.rank, dtype=torch.double)], 1)
+    else:
+        left, small_up = torch.linalg.qr(up)
+        right, small_down = torch.linalg.qr(down.T)
+        u, singular, v = torch.linalg.svd(small_up @ small_down.T * scale)
+        squares = (singular * fresh.scale).square()
+        kept, lost = float(squares[: fresh.rank].sum()), float(squares[fresh.rank :].sum())
+        count = min(fresh.rank, len(singular))
+        root = singular[:count].sqrt()
+        new_up, new_down = (
+            torch.zeros(len(up), fresh.rank).double(),
+            fresh.down.double().flatten(1).cpu().clone(),
+        )
+        new_up[:, :count] = left @ u[:, :count] * root
+        new_down[:count] = root[:, None] * (v[:count] @ right.T)
+    layer = LayerWeights(
+        new_down.float().reshape(fresh.down.shape), new_up.float().reshape(fresh.up.shape), fresh.alpha
+    )
+    return layer, kept, lost

@@ -1,0 +1,1 @@
+"""Checkpoints on disk, read without trust and without torch: families, headers, names, sizes."""

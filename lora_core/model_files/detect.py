@@ -1,0 +1,497 @@
+"""What a base model is, told from its files without loading it: family, prediction, size.
+
+A diffusers folder says it in its configs; a single file in the names and shapes of its tensors. No torch, so
+that the window can say it as soon as a base is chosen, and no network.
+"""
+
+import functools
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_core.errors import ModelFileError
+from lora_core.model_files.families import FAMILIES, Family, family_of_context_width
+from lora_core.model_files.header import Header, read_header
+from lora_core.model_files.unsupported import refused_kind
+from lora_core.settings.schema import NumberOrAuto
+from lora_core.system.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
+from lora_core.system.untrusted import parsed_json
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+"""How the names of a single file's UNet and VAE begin."""
+PIXELS_A_LATENT = 8
+"""Of the VAE of every family that comes in single files."""
+SINGLE_FILES = (".safetensors", ".ckpt")
+UNET_CONFIG = "unet/config.json"
+"""The file of a diffusers folder by which the hub's cache is recognised."""
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+VARIANTS = ("fp16", "bf16")
+"""Of the weights in a diffusers folder, where there are none without such a word in their names."""
+_CONTEXT = re.compile(re.escape(UNET) + r".*\.attn2\.to_k\.weight")
+GUESS = "a guess: nothing in or beside the file says it; change Prediction if pictures come out as noise"
+CFG_RESCALE = 0.7
+"""phi that Lin et al. 2023 (section 3.4) recommend for bases with zero terminal SNR."""
+_ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """A base model as its files describe it.
+
+    Attributes:
+        name: what the person called it ("demo", a path, a hub id).
+        path: the diffusers folder or the file.
+        family: its row, or None for a `.ckpt`, which only loading it tells.
+        resolution: the side in pixels that it was trained at.
+        multiple: what sides of pictures must be divisible by, in pixels.
+        scheduler: its noise schedule and prediction type, as a diffusers scheduler config.
+        told_by: what says how it predicts, for people.
+    """
+
+    name: str
+    path: Path
+    family: Family | None
+    resolution: int
+    multiple: int
+    scheduler: dict[str, Any] = field(default_factory=dict)
+    told_by: str = ""
+
+    @property
+    def single_file(self) -> bool:
+        """Whether all components lie in one file."""
+        return self.path.is_file()
+
+    @property
+    def guessed(self) -> bool:
+        """Whether nothing says how it predicts, so that a person may have to."""
+        return self.told_by == GUESS
+
+    @property
+    def prediction(self) -> str:
+        """What the UNet predicts: "epsilon" or "v_prediction"."""
+        return str(self.scheduler.get("prediction_type", "epsilon"))
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether nothing of the picture is left at its last timestep (Lin et al. 2023)."""
+        return bool(self.scheduler.get("rescale_betas_zero_snr"))
+
+    def cfg_rescale(self, setting: NumberOrAuto) -> float:
+        """phi of CFG rescale as a setting means it for this base; 0: off.
+
+        `auto` leaves the embedded base alone: its white backgrounds turn grey with it.
+        """
+        if not isinstance(setting, str):
+            return setting
+        if self.path == DEMO_BASE:
+            return 0.0
+        return CFG_RESCALE if self.zero_terminal_snr and self.prediction == "v_prediction" else 0.0
+
+    @property
+    def configs(self) -> Path:
+        """The folder with the components' configs: its own, or the family's."""
+        if not self.single_file:
+            return self.path
+        assert self.family is not None
+        return FAMILY_CONFIGS / self.family.configs
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of the first text encoder's tokenizer."""
+        own = self.path / "tokenizer"
+        return own if own.is_dir() else CLIP_TOKENIZER
+
+    @property
+    def sentence(self) -> str:
+        """What a person should know of it, in one line."""
+        if self.family is None:
+            return "A .ckpt file; what kind of base it is shows when the run starts."
+        predicts = "velocity" if self.prediction == "v_prediction" else "noise"
+        snr = ", zero terminal SNR" if self.zero_terminal_snr else ""
+        told = f" ({self.told_by})" if self.told_by else ""
+        return f"{self.family.title}, trained at {self.resolution} px, predicts {predicts}{told}{snr}."
+
+
+def base_path(name: str) -> Path:
+    """The folder or file that `name` stands for: "demo", a path, or a hub id in the local cache.
+
+    Raises:
+        ModelFileError: nothing is there.
+    """
+    if name in ("demo", ""):
+        return DEMO_BASE
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        return path
+    if is_hub_id(name):
+        cached = _cached_folder(name)
+        if cached is not None:
+            return cached
+        raise ModelFileError(f"The base {name!r} is no folder here and not in the local hub cache.")
+    raise ModelFileError(
+        f"The base {name!r} does not exist; give `demo`, a diffusers folder, a .safetensors file, or a hub id"
+        " like owner/name."
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form owner/name of a hub id."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.endswith(SINGLE_FILES)
+
+
+def is_remote(name: str) -> bool:
+    """Whether `name` is a hub id that still has to be downloaded, in part or completely."""
+    name = name.strip()
+    return is_hub_id(name) and not Path(name).expanduser().exists() and _cached_folder(name) is None
+
+
+def _cached_folder(repo: str) -> Path | None:
+    """The diffusers folder of a hub id in the local cache; None where it lacks a file."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(repo, UNET_CONFIG)
+    except HFValidationError:
+        return None
+    if not isinstance(found, str):
+        return None
+    folder = Path(found).parents[1]
+    try:
+        family = family_of_context_width(_json(Path(found)).get("cross_attention_dim", 0))
+    except ModelFileError:
+        # Its own sentence says what it is.
+        return folder
+    return None if missing_files(folder, family) else folder
+
+
+def missing_files(folder: Path, family: Family) -> list[str]:
+    """The files that a diffusers folder of `family` lacks, as "component/name"."""
+    missing = [name for name in ("scheduler/scheduler_config.json",) if not (folder / name).is_file()]
+    for encoder in family.text_encoders:
+        own = (f"{encoder.tokenizer}/{name}" for name in TOKENIZER_FILES)
+        missing += [name for name in own if not (folder / name).is_file()]
+    for part in (*family.parts, "vae"):
+        if not (folder / part / "config.json").is_file():
+            missing.append(f"{part}/config.json")
+        try:
+            files = weight_paths(folder / part, part)
+        except ModelFileError as error:
+            missing.append(f"{part}/{error}".replace(f"The folder {folder / part} lacks ", "").rstrip("."))
+        else:
+            missing += [f"{part}/{file.name}" for file in files if not file.is_file()]
+    return missing
+
+
+def weight_names(part: str) -> list[tuple[str, tuple[str, ...]]]:
+    """What the weights of a diffusers component can be called, the first found counting.
+
+    Returns:
+        The name of the file, and those of the table of its shards where it is sharded.
+    """
+    stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
+    found: list[tuple[str, tuple[str, ...]]]
+    found = [(f"{stem}.safetensors", (f"{stem}.safetensors.index.json",))]
+    for variant in VARIANTS:
+        name = f"{stem}.{variant}.safetensors"
+        found.append((name, (f"{name}.index.json", f"{stem}.safetensors.index.{variant}.json")))
+    return found
+
+
+def weight_paths(folder: Path, part: str) -> list[Path]:
+    """The files that hold a component's weights; several where they are sharded.
+
+    Raises:
+        ModelFileError: there is none, or the table of the shards cannot be used.
+    """
+    names = weight_names(part)
+    for name, tables in names:
+        if (folder / name).is_file():
+            return [folder / name]
+        for table in tables:
+            if (folder / table).is_file():
+                return _shards(folder / table)
+    others = any(folder.glob("*.bin")) or any(folder.glob("*.msgpack"))
+    other = " It holds weights in another format; only .safetensors can be used." if others else ""
+    raise ModelFileError(f"The folder {folder} lacks {names[0][0]}.{other}")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(parsed_json(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(f"{index} is no table of weight files.") from error
+    # A table must not lead out of its folder.
+    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+        raise ModelFileError(f"{index} is no table of weight files.")
+    return [index.parent / name for name in names]
+
+
+def base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
+    """What is known of the base that a person named.
+
+    Args:
+        name: "demo", a diffusers folder, a single file, or a hub id that is in the local cache.
+        prediction: "auto", or what it predicts, against all that the files say.
+        zero_snr: "auto", or whether it has zero terminal SNR ("on", "off"), likewise.
+
+    Raises:
+        ModelFileError: nothing is there, or it is nothing that can be trained here; the sentence names it.
+    """
+    path = base_path(name.strip())
+    if path.is_dir():
+        return _folder_facts(name, path, prediction, zero_snr)
+    if path.suffix.lower() == ".ckpt":
+        return BaseFacts(name, path, None, 512, 64)
+    header = read_header(path, ModelFileError)
+    return single_file_facts(name, path, header, prediction, zero_snr)
+
+
+def single_file_facts(
+    name: str, path: Path, header: Header, prediction: str = "auto", zero_snr: str = "auto"
+) -> BaseFacts:
+    """What a single file is, from the names and shapes of its tensors.
+
+    Raises:
+        ModelFileError: it is nothing that can be trained here; the sentence names what it is.
+    """
+    kind = refused_kind(header.shapes)
+    if kind:
+        raise ModelFileError(f"{path} is {kind}, which cannot be used as a base here.")
+    width = next((shape[1] for key, shape in header.shapes.items() if _CONTEXT.fullmatch(key)), None)
+    if width is None:
+        raise ModelFileError(
+            f"{path} holds no Stable Diffusion UNet (no names that begin with {UNET}), so it is no base"
+            " model."
+        )
+    family_of_context_width(width)
+    scheduler, told_by = _single_file_scheduler(path, header, width)
+    told_by = _set_by_hand(path, scheduler, told_by, prediction, zero_snr)
+    family = family_of_context_width(width, scheduler["prediction_type"])
+    if not family.configs:
+        raise ModelFileError(f"{path} is for the {family.title.lower()}, which is only used as a folder.")
+    multiple = PIXELS_A_LATENT * 2 ** (len(family.attention_levels) - 1)
+    return BaseFacts(name, path, family, family.resolution, multiple, scheduler, told_by)
+
+
+def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict[str, Any], str]:
+    """The scheduler config of a single file, and what says how it predicts.
+
+    In this order: marker tensors, a config beside the file, the header's texts, the width.
+    """
+    usual = next(f for f in FAMILIES.values() if f.context_width == width and f.usual)
+    scheduler = _json(FAMILY_CONFIGS / usual.configs / "scheduler" / "scheduler_config.json")
+    beside, where = _config_beside(path)
+    scheduler |= beside
+    marked = [marker for marker in ("v_pred", "ztsnr") if marker in header.tensors]
+    if "ztsnr" in marked:
+        scheduler |= _ZERO_SNR
+    if marked:
+        scheduler["prediction_type"] = "v_prediction"
+        return scheduler, f"the file's marker {marked[0]} says so"
+    if "prediction_type" in beside:
+        return scheduler, f"{where} says so"
+    stated = header.metadata.get("modelspec.prediction_type", "").lower()
+    words = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+    if stated in words:
+        scheduler["prediction_type"] = words[stated]
+        return scheduler, "the file's header says so"
+    scheduler["prediction_type"] = usual.prediction
+    return scheduler, GUESS
+
+
+def _set_by_hand(path: Path, scheduler: dict[str, Any], told_by: str, prediction: str, zero_snr: str) -> str:
+    """Put what was set in place of what the files say; returns what says how the base predicts.
+
+    Raises:
+        ModelFileError: zero terminal SNR for a base that predicts noise, of which nothing can be learned at
+            a timestep without a signal (Lin et al. 2023, section 3.1).
+    """
+    if prediction != "auto":
+        scheduler["prediction_type"], told_by = prediction, "as set"
+    if zero_snr == "on":
+        if scheduler["prediction_type"] != "v_prediction":
+            raise ModelFileError(
+                f"The base {path} predicts noise, and zero terminal SNR is for bases that predict velocity;"
+                " set model.prediction to v_prediction, or model.zero_terminal_snr to auto."
+            )
+        scheduler |= _ZERO_SNR
+    elif zero_snr == "off":
+        scheduler["rescale_betas_zero_snr"] = False
+    return told_by
+
+
+def _config_beside(path: Path) -> tuple[dict[str, Any], str]:
+    """What a scheduler config beside a file says, and the config's name; A1111's `.yaml` files too."""
+    yaml = path.with_suffix(".yaml")
+    if yaml.is_file():
+        stated = re.search(
+            r"^\s*parameterization:\s*[\"']?(\w+)", yaml.read_text(encoding="utf-8", errors="replace"), re.M
+        )
+        return {"prediction_type": "v_prediction" if stated and stated[1] == "v" else "epsilon"}, yaml.name
+    for place in ("scheduler_config.json", "scheduler/scheduler_config.json"):
+        config = path.parent / place
+        if config.is_file():
+            return _json(config), place
+    return {}, ""
+
+
+def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> BaseFacts:
+    unet, vae = _json(path / "unet" / "config.json"), _json(path / "vae" / "config.json")
+    _check_channels(path, unet)
+    width = unet.get("cross_attention_dim")
+    if not isinstance(width, int):
+        raise ModelFileError(
+            f"The base {path} is of no family that can be trained here: its unet/config.json says"
+            f" cross_attention_dim = {width}, which should be one number."
+        )
+    scheduler = _json(path / "scheduler" / "scheduler_config.json")
+    rows = [family for family in FAMILIES.values() if family.context_width == width]
+    # A config of a time before there was a choice says nothing, and means noise; where a width has two rows,
+    # it may mean either.
+    told_by = GUESS if "prediction_type" not in scheduler and len(rows) > 1 else ""
+    scheduler.setdefault("prediction_type", family_of_context_width(width).prediction)
+    told_by = _set_by_hand(path, scheduler, told_by, prediction, zero_snr)
+    family = family_of_context_width(width, scheduler["prediction_type"])
+    pixels = 2 ** (_count(path, vae, "vae") - 1)
+    size = unet.get("sample_size")
+    return BaseFacts(
+        name=name,
+        path=path,
+        family=family,
+        resolution=size * pixels if isinstance(size, int) else family.resolution,
+        multiple=pixels * 2 ** (_count(path, unet, "unet") - 1),
+        scheduler=scheduler,
+        told_by=told_by,
+    )
+
+
+def _check_channels(path: Path, unet: dict[str, Any]) -> None:
+    channels = unet.get("in_channels", 4)
+    if channels == 9:
+        raise ModelFileError(
+            f"The base {path} is an inpainting model (9 input channels), which cannot be trained here."
+        )
+    if channels != 4:
+        raise ModelFileError(
+            f"The base {path} takes {channels} input channels, not the 4 of Stable Diffusion's text-to-image"
+            " models; it cannot be trained here."
+        )
+
+
+def _count(path: Path, config: dict[str, Any], part: str) -> int:
+    blocks = config.get("block_out_channels")
+    if not isinstance(blocks, list) or not blocks:
+        raise ModelFileError(f"{path / part / 'config.json'} does not say block_out_channels.")
+    return len(blocks)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = parsed_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelFileError(
+            f"{path.parent.parent} is no diffusers model: it lacks {path.parent.name}/{path.name}."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ModelFileError(f"{path} holds no JSON object.")
+    return found
+
+
+# A base that a user named: what its files say, or the sentence why it cannot be used.
+
+
+EMBEDDED = "demo"
+# What pictures are shown at while a base cannot be read.
+USUAL_RESOLUTION, USUAL_MULTIPLE = 512, 64
+# Pages ask each second; files beside a base, such as a config, are looked at again after so long.
+FRESH_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that a person named.
+
+    Attributes:
+        name: as it was typed.
+        facts: what its files say, or None where it cannot be used.
+        problem: why not, in a sentence.
+        remote: whether it is one of the hub's that is not on this computer.
+    """
+
+    name: str
+    facts: BaseFacts | None
+    problem: str = ""
+    remote: bool = False
+
+    @property
+    def family(self) -> Family | None:
+        """Its row, where that is known before it is loaded."""
+        return self.facts.family if self.facts else None
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the one that comes with the program."""
+        return self.name in (EMBEDDED, "")
+
+    @property
+    def resolution(self) -> int:
+        """The side in pixels that it was trained at."""
+        return self.facts.resolution if self.facts else USUAL_RESOLUTION
+
+    @property
+    def multiple(self) -> int:
+        """What sides of pictures must be divisible by, in pixels."""
+        return self.facts.multiple if self.facts else USUAL_MULTIPLE
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of its (first) tokenizer."""
+        return self.facts.tokenizer if self.facts else CLIP_TOKENIZER
+
+    @property
+    def guessed(self) -> bool:
+        """Whether how it predicts is a guess."""
+        return self.facts is not None and self.facts.guessed
+
+    @property
+    def sentence(self) -> str:
+        """What a person should know of it, in one line."""
+        return self.facts.sentence if self.facts else self.problem
+
+
+def chosen_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> Base:
+    """What is known of the base that a person named.
+
+    Args:
+        name: `demo`, a diffusers folder, a single file, or a hub id in the local cache.
+        prediction: what was set, or "auto".
+        zero_snr: likewise.
+    """
+    name = name.strip().strip('"')
+    return _base(name, prediction, zero_snr, _changed_at(name), int(time.monotonic() / FRESH_SECONDS))
+
+
+def _changed_at(name: str) -> tuple[int, int]:
+    try:
+        found = Path(name).expanduser().stat()
+    except (OSError, ValueError):
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+@functools.lru_cache(maxsize=16)
+def _base(name: str, prediction: str, zero_snr: str, changed_at: tuple[int, int], period: int) -> Base:
+    try:
+        return Base(name, base_facts(name, prediction, zero_snr))
+    except ModelFileError as error:
+        return Base(name, None, str(error), is_remote(name))
+
+
+def forget_bases() -> None:
+    """Look at the files of every base again."""
+    _base.cache_clear()

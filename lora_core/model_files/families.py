@@ -1,0 +1,316 @@
+"""The model families as rows of data: what the files of a base model do not say about themselves.
+
+A config that lies beside the weights always wins over a row. Nothing else in the project may branch on a
+family's name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora_core.errors import ModelFileError
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of a family.
+
+    Attributes:
+        part: the component's name in a diffusers folder, and in `AdapterWeights` keys.
+        kohya_prefix: how adapter files of the kohya format begin its keys.
+        width: hidden size, in channels.
+        hidden: which hidden state conditions the UNet: "last", the final layer norm applied, or
+            "penultimate", without it.
+        pooled: whether its pooled projection conditions the UNet too.
+        pad_token: what fills a caption up to full length, where no tokenizer's own config says it.
+        single_file: where a single-file checkpoint keeps its weights: the beginning of their names.
+        open_clip: whether a single-file checkpoint keeps them under OpenCLIP's names.
+    """
+
+    part: str
+    kohya_prefix: str
+    width: int
+    hidden: str = "last"
+    pooled: bool = False
+    pad_token: str = "<|endoftext|>"
+    single_file: str = "cond_stage_model.transformer."
+    open_clip: bool = False
+
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer's folder beside the encoder's in a diffusers folder."""
+        return self.part.replace("text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a family takes of a card's memory, measured at its true shapes on the simulated card by
+    `python -m tests.simulated.footprints`: bf16, fused attention, allocated bytes.
+
+    Attributes:
+        unet, text, vae: numbers of their weights.
+        thin, largest: numbers of the UNet's weights that 8 bits and offloading apply to, and of the largest.
+        guided: bytes a latent pixel that a pass without gradients takes for each image.
+        encode, decode: bytes a latent pixel of the VAE in fp32.
+        steps: by `adapter.targets`, bytes a latent pixel that a step takes for each image: at rank 16, for
+            each rank more, and with checkpointing.
+    """
+
+    unet: int
+    thin: int
+    largest: int
+    text: int
+    vae: int
+    guided: int
+    encode: int
+    decode: int
+    steps: Mapping[str, tuple[int, int, int]]
+
+
+FOOTPRINTS = {
+    "sd15": Footprint(
+        unet=859_520_964, thin=857_006_080, largest=29_491_200, text=123_060_480, vae=83_653_863,
+        guided=16_640, encode=163_840, decode=196_624,
+        steps={
+            "attention": (202_368, 80, 56_590), "kohya": (230_074, 128, 58_291),
+            "locon": (233_908, 167, 59_626), "style": (224_082, 121, 58_270),
+        },
+    ),
+    "sd2": Footprint(
+        unet=865_910_724, thin=863_395_840, largest=29_491_200, text=340_387_840, vae=83_653_863,
+        guided=16_640, encode=163_840, decode=196_624,
+        steps={
+            "attention": (192_300, 80, 46_566), "kohya": (230_006, 128, 58_267),
+            "locon": (233_840, 167, 59_602), "style": (222_333, 121, 56_566),
+        },
+    ),
+    "sdxl": Footprint(
+        unet=2_567_463_684, thin=2_558_566_400, largest=29_491_200, text=817_720_320, vae=83_653_863,
+        guided=10_080, encode=163_840, decode=196_624,
+        steps={
+            "attention": (345_977, 76, 33_441), "kohya": (415_923, 107, 38_665),
+            "locon": (424_060, 146, 43_120), "style": (158_468, 10, 22_324),
+        },
+    ),
+}  # fmt: skip
+"""By `Family.configs`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        name: the row's key.
+        title: what people call it. Rows that share a title have the same layers: an adapter for one fits the
+            others.
+        text_encoders: in the order in which their hidden states are joined.
+        context_width: channels of the UNet's cross-attention; this is how a base's family is told.
+        resolution: the side, in pixels, that the base was trained at.
+        latent_scale: the factor between VAE latents and what the UNet sees, where no VAE config says it.
+        prediction: what the UNet predicts, where nothing beside the weights says it: "epsilon" or
+            "v_prediction". It tells rows of one title apart.
+        size_conditioning: whether the UNet is told the picture's size and crop.
+        kohya_block_names: "diffusers" or "ldm", the UNet block names in kohya files.
+        base_version: the value of `ss_base_model_version` in files for this family.
+        modelspec: the value of `modelspec.architecture` in files for this family.
+        attention_levels: for each level of the UNet, the finest first, whether it has attention: with it, the
+            original (ldm) block numbers follow from diffusers' names.
+        configs: the folder below `assets/families` with the configs for single files, "" if there is none.
+        subject_blocks, style_blocks: regular expressions for the UNet paths that carry what is shown, and how
+            it looks.
+        usual: whether an unmarked single file of this context width is taken to be of this row.
+        zero_negative: whether an empty negative prompt is a condition of zeros, and not an encoded empty
+        text.
+        settings: what a run on such a base takes in place of the general defaults, dotted name to value.
+        portable: whether files for this family are of use with bases that other tools have.
+        prior_prompts: plain things that the base draws well; what it loses on them is measured as forgetting.
+    """
+
+    name: str
+    title: str
+    text_encoders: tuple[TextEncoder, ...]
+    context_width: int
+    resolution: int
+    latent_scale: float
+    prediction: str
+    size_conditioning: bool
+    kohya_block_names: str
+    base_version: str
+    modelspec: str
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    configs: str = ""
+    subject_blocks: str = ""
+    style_blocks: str = ""
+    usual: bool = True
+    zero_negative: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    portable: bool = True
+    prior_prompts: tuple[str, ...] = (
+        "a photo of a dog in a park",
+        "a portrait of a woman",
+        "a house by a lake",
+        "a bowl of fruit on a table",
+    )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The trainable components: the UNet first, then the text encoders."""
+        return ("unet", *(encoder.part for encoder in self.text_encoders))
+
+    @property
+    def footprint(self) -> Footprint:
+        """What a base of its layers takes of a card; where none was measured, that of the smallest."""
+        return FOOTPRINTS.get(self.configs) or FOOTPRINTS["sd15"]
+
+
+# Coarse layers decide what is shown, fine ones how it looks: Voynov et al. 2023 (P+), figure 4, measured on
+# Stable Diffusion 1.x at 512 px; coarse is where the latents are 16 x 16 or less.
+_COARSE = r"(?:down_blocks\.2|mid_block|up_blocks\.1)\..*"
+_FINE = r"(?:down_blocks\.[01]|up_blocks\.[23])\..*"
+_CLIP_L = TextEncoder("text_encoder", "lora_te", width=768)
+_OPEN_CLIP_H = TextEncoder(
+    "text_encoder",
+    "lora_te",
+    width=1024,
+    pad_token="!",
+    single_file="cond_stage_model.model.",
+    open_clip=True,
+)
+
+_SD2 = Family(
+    name="sd2",
+    title="Stable Diffusion 2.x",
+    text_encoders=(_OPEN_CLIP_H,),
+    context_width=1024,
+    resolution=512,
+    latent_scale=0.18215,
+    prediction="epsilon",
+    size_conditioning=False,
+    kohya_block_names="diffusers",
+    base_version="sd_v2",
+    modelspec="stable-diffusion-v2-512/lora",
+    configs="sd2",
+    subject_blocks=_COARSE,
+    style_blocks=_FINE,
+    usual=False,
+)
+
+FAMILIES: dict[str, Family] = {
+    "tiny": Family(
+        name="tiny",
+        title="Embedded tiny base",
+        text_encoders=(TextEncoder("text_encoder", "lora_te", width=128),),
+        context_width=128,
+        resolution=128,
+        latent_scale=0.18215,
+        prediction="v_prediction",
+        size_conditioning=False,
+        kohya_block_names="diffusers",
+        base_version="easel_tiny",
+        modelspec="easel-tiny/lora",
+        subject_blocks=r"(?:down_blocks\.2|mid_block|up_blocks\.0)\..*",
+        style_blocks=r"(?:down_blocks\.[01]|up_blocks\.[12])\..*",
+        portable=False,
+        prior_prompts=(
+            "dog, noto style, on a white background",
+            "car, noto style, on a sky blue background",
+            "apple, noto style, on a white background",
+            "house, noto style, on a grey background",
+        ),
+    ),
+    "sd15": Family(
+        name="sd15",
+        title="Stable Diffusion 1.x",
+        text_encoders=(_CLIP_L,),
+        context_width=768,
+        resolution=512,
+        latent_scale=0.18215,
+        prediction="epsilon",
+        size_conditioning=False,
+        kohya_block_names="diffusers",
+        base_version="sd_v1",
+        modelspec="stable-diffusion-v1/lora",
+        configs="sd15",
+        subject_blocks=_COARSE,
+        style_blocks=_FINE,
+    ),
+    "sd2": _SD2,
+    "sd2_v": replace(
+        _SD2,
+        name="sd2_v",
+        resolution=768,
+        prediction="v_prediction",
+        base_version="sd_v2_v",
+        modelspec="stable-diffusion-v2-768-v/lora",
+        usual=True,
+    ),
+    "sdxl": Family(
+        name="sdxl",
+        title="Stable Diffusion XL",
+        text_encoders=(
+            TextEncoder(
+                "text_encoder",
+                "lora_te1",
+                width=768,
+                hidden="penultimate",
+                single_file="conditioner.embedders.0.transformer.",
+            ),
+            TextEncoder(
+                "text_encoder_2",
+                "lora_te2",
+                width=1280,
+                hidden="penultimate",
+                pooled=True,
+                pad_token="!",
+                single_file="conditioner.embedders.1.model.",
+                open_clip=True,
+            ),
+        ),
+        context_width=2048,
+        resolution=1024,
+        latent_scale=0.13025,
+        prediction="epsilon",
+        size_conditioning=True,
+        kohya_block_names="ldm",
+        base_version="sdxl_base_v1-0",
+        modelspec="stable-diffusion-xl-v1-base/lora",
+        attention_levels=(False, True, True),
+        configs="sdxl",
+        # Frenkel et al. 2024 (B-LoRA), section 4: content and style each sit in one block of the decoder.
+        subject_blocks=r"up_blocks\.0\.attentions\.0\..*",
+        style_blocks=r"up_blocks\.0\.attentions\.1\..*",
+        zero_negative=True,
+        # Both text encoders cost 1.6 GB in half precision; frozen, their output is encoded once and they go.
+        settings={"optim.text_encoder_lr": 0.0, "optim.text_encoder_2_lr": 0.0},
+    ),
+}
+
+
+def family_of_context_width(width: int, prediction: str = "") -> Family:
+    """The family whose UNet attends to a context of `width` channels.
+
+    Args:
+        width: of the cross-attention, in channels.
+        prediction: what the UNet predicts, to choose between rows of one title; "" for the first of them.
+
+    Raises:
+        ModelFileError: no family here has that width.
+    """
+    found = [family for family in FAMILIES.values() if family.context_width == width]
+    if found:
+        return next((family for family in found if family.prediction == prediction), found[0])
+    known = ", ".join(f"{width} ({title})" for title, width in _widths().items())
+    raise ModelFileError(
+        f"This base model attends to a text context {width} channels wide, which is no family that can be"
+        f" trained here; known are {known}."
+    )
+
+
+def family_of_version(version: str) -> Family | None:
+    """The row whose files carry `version` as `ss_base_model_version`, if there is one."""
+    return next((family for family in FAMILIES.values() if family.base_version == version), None)
+
+
+def _widths() -> dict[str, int]:
+    return {family.title: family.context_width for family in FAMILIES.values()}

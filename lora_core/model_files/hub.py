@@ -1,0 +1,395 @@
+"""A base by its hub id: how large its download is, and the download into the hub's local cache.
+
+Weights are streamed here, into `blobs/<sha256>.incomplete` of the cache: huggingface_hub throws a partial
+file away, so a download of gigabytes that was cut off would begin again. huggingface_hub fetches the small
+files and links all of them. `unet/config.json`, by which the cache is recognised, comes last. No torch is
+imported.
+"""
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.errors import HTTPError as NetworkError
+from huggingface_hub.utils import (
+    build_hf_headers,
+    disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+)
+
+from lora_core.errors import ModelFileError
+from lora_core.model_files.detect import UNET_CONFIG, is_remote, weight_names
+from lora_core.model_files.sizes import MARGIN, free_bytes
+
+WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")
+"""Folders of a repository that are fetched; a safety checker, for instance, is not."""
+ANSWER_SECONDS = 15.0
+CHUNK = 2**20
+TRIES = 5
+"""How often a transfer that breaks off is taken up again without a byte in between."""
+NOTE_SECONDS = 5.0
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are here and those of all files."""
+
+
+class DownloadCancelled(ModelFileError):
+    """The download was cancelled; what has arrived is kept."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its path there, bytes, name among the cache's blobs, and whether that is its
+    SHA-256."""
+
+    path: str
+    size: int
+    blob: str
+    hashed: bool
+
+
+@dataclass(frozen=True)
+class Download:
+    """What a base takes to download.
+
+    Attributes:
+        repo: the hub id.
+        commit: the revision that the files are of.
+        files: those that are needed.
+    """
+
+    repo: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache keeps the repository."""
+        return Path(constants.HF_HUB_CACHE) / f"models--{self.repo.replace('/', '--')}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def here(self) -> int:
+        """Bytes that are in the cache already, those of partial files included."""
+        return sum(self._have(file) for file in self.files)
+
+    @property
+    def free(self) -> int:
+        """Free bytes on the drive of the cache."""
+        return free_bytes(self.folder)
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is missing fits on that drive."""
+        return self.size - self.here + MARGIN <= self.free
+
+    def blob(self, file: RemoteFile) -> Path:
+        """Where the cache keeps a file's bytes."""
+        return self.folder / "blobs" / file.blob
+
+    def is_here(self, file: RemoteFile) -> bool:
+        """Whether a file is complete in the cache."""
+        return (self.folder / "snapshots" / self.commit / file.path).exists() or self.blob(file).exists()
+
+    def _have(self, file: RemoteFile) -> int:
+        return file.size if self.is_here(file) else min(_bytes(_partial(self.blob(file))), file.size)
+
+
+def find_download(repo: str) -> Download:
+    """Ask the hub which files of a repository are needed and how large they are.
+
+    Raises:
+        ModelFileError: the hub does not answer or refuses, or the repository holds no Stable Diffusion model.
+    """
+    with _in_a_sentence(repo):
+        info = HfApi().model_info(repo, files_metadata=True, timeout=ANSWER_SECONDS)
+    found = {file.rfilename: file for file in info.siblings or []}
+    files = []
+    for path in needed_files(repo, list(found)):
+        lfs = found[path].lfs
+        sha = lfs.sha256 if lfs else ""
+        blob = sha or str(found[path].blob_id)
+        # What the hub says becomes a path here.
+        if re.fullmatch(r"[0-9a-f]{8,64}", blob) is None or not info.sha:
+            raise ModelFileError(f"The hub's list of the files of {repo!r} cannot be read.")
+        files.append(RemoteFile(path, int(found[path].size or 0), blob, bool(sha)))
+    return Download(repo, str(info.sha), tuple(files))
+
+
+def needed_files(repo: str, paths: Sequence[str]) -> list[str]:
+    """Of the files of a repository, those that a base needs: configs, and one version of each component's
+    weights.
+
+    Raises:
+        ModelFileError: it is no diffusers repository of a Stable Diffusion model, or lacks weights.
+    """
+    if UNET_CONFIG not in paths:
+        raise ModelFileError(
+            f"The hub's {repo!r} is not a diffusers folder with a UNet (it has no {UNET_CONFIG}), so it"
+            " cannot be used by its id; download its .safetensors file and give the path."
+        )
+    inside = {part: [p.split("/")[1] for p in paths if _part(p) == part] for part in CONFIGS}
+    needed = ["model_index.json"] if "model_index.json" in paths else []
+    for part, names in inside.items():
+        needed += [f"{part}/{name}" for name in names if name.endswith((".json", ".txt"))]
+        weights = _weights(part, names) if part in WEIGHTS else []
+        if part in WEIGHTS and names and not weights:
+            raise ModelFileError(
+                f"The hub's {repo!r} has no .safetensors weights of its {part}; choose another repository or"
+                " give a file."
+            )
+        needed += [f"{part}/{name}" for name in weights]
+    return needed
+
+
+def _part(path: str) -> str:
+    part, _, name = path.partition("/")
+    return part if name and "/" not in name else ""
+
+
+def _weights(part: str, names: Sequence[str]) -> list[str]:
+    for name, tables in weight_names(part):
+        if name in names:
+            return [name]
+        if any(table in names for table in tables):
+            stem, *variant = name.removesuffix(".safetensors").split(".")
+            marks = rf"(\.{variant[0]})" if variant else "()"
+            shard = re.compile(rf"{stem}(?:{marks}-\d+-of-\d+|-\d+-of-\d+{marks})\.safetensors")
+            return [other for other in names if shard.fullmatch(other)]
+    return []
+
+
+def fetch_base(name: str, progress: Progress | None = None) -> None:
+    """Have a base that is named by a hub id in the local cache; any other name is left alone.
+
+    Args:
+        name: what names the base.
+        progress: told of the bytes; by default lines on stderr.
+
+    Raises:
+        ModelFileError: it cannot be downloaded.
+    """
+    if is_remote(name):
+        found = find_download(name.strip())
+        download(found, progress or _lines_on_stderr(found))
+
+
+def download(found: Download, progress: Progress, cancelled: Callable[[], bool] = lambda: False) -> None:
+    """Fetch what is missing of a base; a partial file is continued.
+
+    Args:
+        found: from `find_download`.
+        progress: told of the bytes.
+        cancelled: asked between chunks.
+
+    Raises:
+        DownloadCancelled: `cancelled` said so.
+        ModelFileError: there is no room, the hub refuses or goes away, or a file arrived damaged.
+    """
+    if not found.fits:
+        raise ModelFileError(
+            f"The base {found.repo!r} cannot be downloaded: {gigabytes(found.size - found.here)} are missing"
+            f" and {gigabytes(found.free)} are free in {found.folder.parent}; make room, or set HF_HOME to"
+            " another drive."
+        )
+    # Bars and warnings of its own would come between the lines that `progress` writes.
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    with _in_a_sentence(found.repo):
+        for file in found.files:
+            if file.hashed and not found.is_here(file):
+                _fetch(found, file, progress, cancelled)
+        progress(found.here, found.size)
+        # By default the cache is asked which files to link through the branch's name, so no commit is given.
+        names = [file.path for file in found.files if file.path != UNET_CONFIG]
+        snapshot_download(found.repo, allow_patterns=names)
+        if cancelled():
+            raise _cancelled(found)
+        snapshot_download(found.repo, allow_patterns=[UNET_CONFIG])
+    progress(found.size, found.size)
+    if is_remote(found.repo):
+        raise ModelFileError(f"The hub's {found.repo!r} lacks files that a base needs; choose another.")
+
+
+def _fetch(found: Download, file: RemoteFile, progress: Progress, cancelled: Callable[[], bool]) -> None:
+    blob = found.blob(file)
+    # The lock of huggingface_hub, which other programs take for the same file.
+    lock = found.folder.parent / ".locks" / found.folder.name / f"{file.blob}.lock"
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            _stream(found, file, _partial(blob), progress, cancelled)
+            os.replace(_partial(blob), blob)
+    except Timeout as error:
+        raise ModelFileError(
+            f"The base {found.repo!r} is being downloaded by another program; wait until that is done."
+        ) from error
+
+
+def _stream(
+    found: Download, file: RemoteFile, partial: Path, progress: Progress, cancelled: Callable[[], bool]
+) -> None:
+    """Fetch the rest of a file, taking up again what breaks off, and compare its hash."""
+    if _bytes(partial) > file.size:
+        partial.unlink()
+    others = found.here - _bytes(partial)
+    digest, tries = hashlib.sha256(), 0
+    with open(partial, "ab+") as out:
+        out.seek(0)
+        while chunk := out.read(CHUNK):
+            digest.update(chunk)
+        while out.tell() < file.size:
+            before = out.tell()
+            try:
+                for chunk in _chunks(found, file, before):
+                    if cancelled():
+                        raise _cancelled(found)
+                    if out.tell() + len(chunk) > file.size:
+                        break
+                    out.write(chunk)
+                    digest.update(chunk)
+                    progress(others + out.tell(), found.size)
+            except HfHubHTTPError:
+                raise
+            except NetworkError:
+                tries = 0 if out.tell() > before else tries + 1
+                if tries >= TRIES:
+                    raise
+                time.sleep(tries)
+            else:
+                if out.tell() == before:
+                    break
+    if digest.hexdigest() != file.blob:
+        partial.unlink()
+        raise ModelFileError(
+            f"{file.path} of the base {found.repo!r} arrived damaged and was removed; download it again."
+        )
+
+
+def _chunks(found: Download, file: RemoteFile, start: int) -> Iterator[bytes]:
+    """The bytes of a file from `start` on."""
+    url = hf_hub_url(found.repo, file.path, revision=found.commit)
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
+    client = get_session()
+    with client.stream(
+        "GET", url, headers=headers, follow_redirects=True, timeout=ANSWER_SECONDS
+    ) as response:
+        hf_raise_for_status(response)
+        skipped = 0 if response.status_code == 206 else start
+        for chunk in response.iter_bytes():
+            passed = min(skipped, len(chunk))
+            skipped -= passed
+            if len(chunk) > passed:
+                yield chunk[passed:]
+
+
+def _partial(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def _bytes(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _cancelled(found: Download) -> DownloadCancelled:
+    return DownloadCancelled(f"The download of {found.repo!r} was cancelled; what has arrived is kept.")
+
+
+@contextlib.contextmanager
+def _in_a_sentence(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except (NetworkError, HFValidationError, OSError) as error:
+        raise ModelFileError(f"The base {repo!r} cannot be downloaded: {_reason(repo, error)}") from error
+
+
+def _reason(repo: str, error: BaseException) -> str:
+    # What the client gives up on is wrapped in an error of its own.
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    hub = constants.ENDPOINT
+    match error:
+        case OfflineModeIsEnabled():
+            return "HF_HUB_OFFLINE is set; unset it, or give a folder or a file."
+        case GatedRepoError():
+            return (
+                f"its owner asks you to accept terms first; do so at {hub}/{repo}, then log in with `hf auth"
+                " login` or set HF_TOKEN."
+            )
+        case RepositoryNotFoundError():
+            return (
+                f"{hub} has no such model, or it is private; check the name, and for a private one log in"
+                " with `hf auth login` or set HF_TOKEN."
+            )
+        case HFValidationError():
+            return "this is not a valid hub id; check the name."
+        case HfHubHTTPError():
+            status = error.response.status_code
+            login = "log in with `hf auth login` or set HF_TOKEN"
+            advice = login if status in (401, 403) else "try again later"
+            return f"{hub} answered with error {status}; {advice}."
+        case OSError() if error.errno == errno.ENOSPC:
+            return f"the drive of {constants.HF_HUB_CACHE} is full; make room, what has arrived is kept."
+        case OSError() if error.errno is not None:
+            return f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}."
+        case _:
+            return (
+                f"{hub} cannot be reached ({type(error).__name__}); check the connection and try again, or"
+                " give a folder or a file."
+            )
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as GB, or as MB where they are few."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _lines_on_stderr(found: Download) -> Progress:
+    """A line that is written over on a terminal; otherwise a new one now and then."""
+    terminal, last = sys.stderr.isatty(), 0.0
+
+    def note(here: int, size: int) -> None:
+        nonlocal last
+        now, ended = time.monotonic(), here >= size
+        if not ended and now - last < (0.2 if terminal else NOTE_SECONDS):
+            return
+        last = now
+        share = here * 100 // max(size, 1)
+        text = f"Downloading {found.repo}: {gigabytes(here)} of {gigabytes(size)}, {share}%"
+        # Nobody may be there to read it.
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"\r\x1b[2K{text}" + "\n" * ended if terminal else f"{text}\n")
+            sys.stderr.flush()
+
+    note(found.here, found.size)
+    return note

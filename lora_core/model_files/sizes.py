@@ -1,0 +1,238 @@
+"""Room on a drive: what a run will need of it, and whether that is there before something is written."""
+
+import functools
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_core.errors import LoraError, ModelFileError, NoRoom
+from lora_core.model_files.detect import UNET, BaseFacts
+from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.header import read_header
+from lora_core.model_files.key_names import diffusers_unet_path
+from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen
+from lora_core.settings.config import RunConfig
+from lora_core.settings.patterns import PatternError, last_matches
+from lora_core.system.paths import FAMILY_CONFIGS
+
+MARGIN = 2**20
+"""Bytes that are left free beyond what a write needs: events and requests have to go on."""
+DRAWN_CAPTIONS_BYTES = 256 * 2**20
+"""The most memory that encoded captions take which vary from look to look: some 800 looks of SDXL."""
+_HEADERS = 64 * 1024
+_USUAL_SIDE = 512
+_PIXEL = 2.0
+"""Bytes of a pixel of a PNG, on the safe side of what samples were seen to take."""
+_HALF, _FULL = 2, 4
+
+
+def checkpoint_bytes(config: RunConfig, numbers: int) -> int:
+    """About how large one checkpoint is.
+
+    Args:
+        config: the run's settings.
+        numbers: how many are trained.
+    """
+    state = chosen(OPTIMIZERS, config.optim.name, "optim.name").state
+    copies = 1.0 + state + (1.0 if config.save.ema else 0.0)
+    return int(copies * numbers * _FULL) + _HEADERS
+
+
+def adapters_used(config: RunConfig) -> int:
+    """How many adapters a run samples and exports: its own, and the average where one is kept."""
+    return 2 if config.save.ema else 1
+
+
+def preview_bytes(config: RunConfig) -> int:
+    """About how much one round of samples takes."""
+    side = config.train.resolution or _USUAL_SIDE
+    return int(max(2, len(config.preview.prompts)) * side * side * _PIXEL) * adapters_used(config)
+
+
+def needed_bytes(config: RunConfig, export: int) -> int:
+    """About how much a whole run takes on its drive, at the moment when it takes most.
+
+    Args:
+        config: the run's settings.
+        export: size of the exported file, as `sizes.export_bytes` says; half of that is how many numbers are
+            trained.
+    """
+    numbers = export // _HALF
+    save = config.save
+    # Those that stay, the best, the one to go back to, and the new one before an old one goes.
+    count = save.keep_last + (1 if save.keep_best else 0) + 2 if save.every else 2
+    rounds = config.train.steps // config.preview.every + 2 if config.preview.every else 0
+    return (
+        count * checkpoint_bytes(config, numbers)
+        + export * adapters_used(config)
+        + rounds * preview_bytes(config)
+        + MARGIN
+    )
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the drive that holds `path`, which need not exist yet.
+
+    Raises:
+        OSError: the drive is gone.
+    """
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_room(path: Path, need: int, what: str) -> None:
+    """Refuse to begin a write that the drive could not take.
+
+    Args:
+        path: the folder that is written to.
+        need: bytes.
+        what: is to be written, for the sentence: "The checkpoint of step 500".
+
+    Raises:
+        NoRoom: there is too little room, or the folder is gone.
+    """
+    if not path.exists():
+        raise NoRoom(f"{what} cannot be written: {path} is gone. Connect its drive again and resume.")
+    free = free_bytes(path)
+    if free < need + MARGIN:
+        raise NoRoom(
+            f"{what} needs {_megabytes(need + MARGIN)}, and the drive of {path} has {_megabytes(free)} free."
+            " What is saved is whole; make room and resume."
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MB"
+
+
+# How large a base is and how large the exported file will be, from the shapes of the base's layers: headers
+# are read, no weights.
+
+
+BYTES_A_NUMBER = 2
+HEADER_A_LAYER = 450
+"""Bytes: what the file's header says of each layer, three tensors with long names."""
+PREPACKED_COPIES = 2
+"""How often a base's weights are laid out beside the plain ones where a processor trains."""
+WINOGRAD_COPIES = 3
+"""The same in fp32, where kernels are laid out larger; 2.83 for Stable Diffusion 1.5."""
+PREPACKED_SPARE = 2 * 2**30
+"""Bytes that have to stay free beside those."""
+
+Layers = dict[tuple[str, str], tuple[int, int]]
+"""(part, path as diffusers names it) to the numbers that one rank costs below and above: inputs x kernel,
+outputs."""
+
+
+def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
+    """About how large the exported fp16 file is. None where the base does not say."""
+    family = facts.family
+    if family is None:
+        return None
+    rates = (config.optim.lr, config.optim.text_encoder_lr, config.optim.text_encoder_2_lr)
+    trained = [part for part, rate in zip(family.parts, rates, strict=False) if rate > 0]
+    try:
+        layers = _layers(facts.path, family.name, facts.path.stat().st_mtime_ns)
+    except (OSError, LoraError, ValueError, KeyError):
+        return None
+    wanted = {part: _wanted(config.adapter.targets, part, family) for part in trained}
+    adapted = {
+        f"{part}.{path}": sum(sides)
+        for (part, path), sides in layers.items()
+        if part in wanted and all(pattern.fullmatch(path) for pattern in wanted[part])
+    }
+    try:
+        ranks = last_matches(config.adapter.block_ranks, adapted)
+    except PatternError:
+        return None
+    rank = config.adapter.rank
+    numbers = sum(ranks.get(name, rank) * sides for name, sides in adapted.items())
+    return numbers * BYTES_A_NUMBER + len(adapted) * HEADER_A_LAYER or None
+
+
+def base_numbers(facts: BaseFacts) -> int | None:
+    """How many numbers a base's weights are in all, averaged copies left out. None where it does not say.
+
+    Raises:
+        ModelFileError: a file of weights is broken.
+    """
+    if facts.family is None:
+        return None
+    if facts.single_file:
+        shapes = read_header(facts.path, ModelFileError).shapes
+        return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("model_ema."))
+    files = [file for part in (*facts.family.parts, "vae") for file in weight_files(facts.path / part)]
+    headers = [read_header(file, ModelFileError) for file in files]
+    return sum(math.prod(shape) for header in headers for shape in header.shapes.values())
+
+
+def _wanted(targets: str, part: str, family: Family) -> list[re.Pattern[str]]:
+    """The patterns that a layer's path must all match to be adapted."""
+    row: Mapping[str, str] = TARGETS[targets].defaults
+    if part != "unet":
+        return [re.compile(row["text"])]
+    blocks = getattr(family, row["blocks"]) if row.get("blocks") else ".*"
+    return [re.compile(row["unet"]), re.compile(blocks)]
+
+
+@functools.lru_cache(maxsize=8)
+def _layers(path: Path, family_name: str, changed_at: int) -> Layers:
+    """The layers of a base that have an input and an output side."""
+    family = FAMILIES[family_name]
+    if path.is_file():
+        shapes = read_header(path).shapes
+        return dict(_single_file_unet(shapes, family)) | dict(_known_text_layers(family))
+    found: Layers = {}
+    for part in family.parts:
+        for file in weight_files(path / part):
+            for name, shape in read_header(file).shapes.items():
+                own = name.removesuffix(".weight")
+                if part != "unet" and not own.startswith("text_model."):
+                    own = f"text_model.{own}"
+                if sides := _sides(shape):
+                    found[part, own] = sides
+    if not found:
+        raise FileNotFoundError(path)
+    return found
+
+
+def _sides(shape: list[int]) -> tuple[int, int] | None:
+    """(inputs x kernel, outputs) of a weight, None for what is no linear or convolutional layer."""
+    if len(shape) == 2:
+        return shape[1], shape[0]
+    return (shape[1] * shape[2] * shape[3], shape[0]) if len(shape) == 4 else None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of one component: those in full precision, where there are several versions."""
+    files = sorted(folder.glob("*.safetensors"))
+    variants = [file for file in files if re.search(r"\.(fp16|bf16|non_ema)\b", file.name)]
+    return [file for file in files if file not in variants] or variants
+
+
+def _single_file_unet(shapes: Mapping[str, list[int]], family: Family) -> Iterator[Any]:
+    for name, shape in shapes.items():
+        if name.startswith(UNET) and name.endswith(".weight"):
+            own = name.removeprefix(UNET).removesuffix(".weight")
+            path, sides = diffusers_unet_path(own, family.attention_levels), _sides(shape)
+            if path is not None and sides:
+                yield ("unet", path), sides
+
+
+def _known_text_layers(family: Family) -> Iterator[Any]:
+    """The layers of a family's text encoders, which never differ among single files."""
+    for encoder in family.text_encoders:
+        file = FAMILY_CONFIGS / family.configs / encoder.part / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        width, inner = config["hidden_size"], config["intermediate_size"]
+        for number in range(config["num_hidden_layers"]):
+            start = f"text_model.encoder.layers.{number}"
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                yield (encoder.part, f"{start}.self_attn.{name}"), (width, width)
+            yield (encoder.part, f"{start}.mlp.fc1"), (width, inner)
+            yield (encoder.part, f"{start}.mlp.fc2"), (inner, width)

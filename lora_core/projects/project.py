@@ -1,0 +1,372 @@
+"""The open project: the person's pictures and the form not yet sent, both on disk, so that nothing typed is
+ever lost.
+
+One object a window, whichever project is open: what holds on to it goes on working when another is opened.
+"""
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lora_core.data.dataset import Dataset, ImageRecord, Problem, scan, write_caption, write_list
+from lora_core.data.images import SUFFIXES, Sizes
+from lora_core.data.moves import JOURNAL, Move, finish_moves, move_together, rejoin
+from lora_core.data.scan import MASK_ENDINGS, folded, free_stem
+from lora_core.data.sidecars import CAPTION_SUFFIXES
+from lora_core.errors import DatasetError
+from lora_core.system.paths import DEMO_TRAIN, clear_abandoned, valid_text, write_atomically
+from lora_core.system.untrusted import parsed_json, valid_value
+
+DEMO = "demo"
+DEFAULT_TITLE = "My pictures"
+LABEL = "project.json"
+_LOCK = ".lock"
+_PATIENCE = 30.0
+"""Seconds to wait for another process that changes the project."""
+LONGEST_TITLE = 80
+LARGEST_JSON = 16 * 2**20
+"""Bytes; what is larger was not written here."""
+
+
+class Project:
+    """One project folder: `pictures/` with copies and captions, `draft.json` with the unsent form."""
+
+    def __init__(self, path: Path, pictures: Path | None = None) -> None:
+        """Open the project at `path`, making its folders if absent; `pictures` may be elsewhere."""
+        self._lock = threading.RLock()
+        self._revision = 0
+        self.open(path, pictures)
+
+    def open(self, path: Path, pictures: Path | None = None) -> None:
+        """Have this object stand for another project from now on."""
+        with self._lock:
+            self.path = path
+            self.pictures = pictures or path / "pictures"
+            self.aside = path / "left out"
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            self.title = title_of(path)
+            self.sizes = Sizes(path / "sizes.json")
+            self._draft: dict[str, Any] = read_json(path / "draft.json")
+            self._scanned: tuple[object, Dataset] | None = None
+            self.notes: list[Problem] = []
+            self._file_lock = FileLock(path / _LOCK)
+            self.draft_problem = ""
+            self._revision += 1
+        self._mend()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the project against other threads and processes while files are moved or captions written.
+
+        Raises:
+            DatasetError: another process holds it for too long, or the folder cannot be written.
+        """
+        try:
+            self._file_lock.acquire(timeout=_PATIENCE)
+        except Timeout as error:
+            raise DatasetError(
+                f"The project {self.title} is being changed by another window or command; wait until that is"
+                " done."
+            ) from error
+        except OSError as error:
+            raise DatasetError(f"The project {self.path} cannot be written ({error.strerror}).") from error
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._file_lock.release()
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds the pictures and those that were left out."""
+        return self.pictures if self.path.is_relative_to(self.pictures) else self.path
+
+    def _mend(self) -> None:
+        """Finish what a killed process had begun, and bring captions back to their pictures."""
+        clear_abandoned(self.path)
+        if not self.aside.is_dir() and not (self.root / JOURNAL).exists():
+            return
+        # A project that cannot be written can still be looked at; it is mended when that is possible.
+        with contextlib.suppress(DatasetError, OSError), self.changing():
+            finished, joined = finish_moves(self.root), rejoin(self.pictures, self.aside)
+            if finished or joined:
+                self.forget()
+
+    @property
+    def revision(self) -> int:
+        """Another number after each change of pictures or captions."""
+        return self._revision
+
+    def draft(self) -> dict[str, Any]:
+        """A copy of the unsent form."""
+        with self._lock:
+            return dict(self._draft)
+
+    def keep(self, **changes: Any) -> None:
+        """Put values into the draft and write it, if anything changed."""
+        with self._lock:
+            changed = {**self._draft, **valid_value(changes)}
+            if changed != self._draft:
+                self._draft = changed
+                write_atomically(self.path / "draft.json", json.dumps(changed, indent=1).encode())
+
+    @contextmanager
+    def without_draft(self) -> Iterator[None]:
+        """As if nothing had been typed, while the context is open."""
+        with self._lock:
+            kept, self._draft = self._draft, {}
+            try:
+                yield
+            finally:
+                self._draft = kept
+
+    def set_draft_aside(self) -> None:
+        """Begin with an empty form; what the draft held is kept in a file beside it, and `draft_problem` says
+        so."""
+        with self._lock:
+            aside = self.path / "draft-set-aside.json"
+            write_atomically(aside, json.dumps(self._draft, indent=1).encode())
+            write_atomically(self.path / "draft.json", b"{}")
+            self._draft = {}
+            self.draft_problem = (
+                "The settings that were typed in this project could not be shown, so the form starts anew;"
+                f" they are kept in {aside}."
+            )
+
+    @property
+    def uses_demo(self) -> bool:
+        """Whether the demo's pictures are chosen in place of the person's own."""
+        return bool(self.draft().get("dataset") == DEMO)
+
+    @property
+    def dataset_folder(self) -> Path:
+        """The folder whose pictures are shown and trained on."""
+        return DEMO_TRAIN if self.uses_demo else self.pictures
+
+    @property
+    def linked_folders(self) -> list[Path]:
+        """Folders from which pictures were linked instead of copied, so that links may lead there."""
+        return [Path(str(folder)) for folder in self.draft().get("linked") or []]
+
+    def link(self, folder: Path) -> None:
+        """Note a folder from which pictures were linked; where a link leads is checked when it is shown."""
+        self.keep(linked=list(dict.fromkeys([*map(str, self.linked_folders), str(folder)])))
+
+    def dataset(self) -> Dataset:
+        """The pictures, read again only where the folder changed or `forget()` was called."""
+        folder = self.dataset_folder
+        with self._lock:
+            try:
+                key: object = (folder, folder.stat().st_mtime_ns)
+            except OSError:
+                return Dataset([], [])
+            if self._scanned is None or self._scanned[0] != key:
+                before = self._scanned
+                self._scanned = (key, scan(folder, self.sizes))
+                self.sizes.save(self.path)
+                if before is None or before[1] != self._scanned[1]:
+                    self._revision += 1
+            return self._scanned[1]
+
+    def forget(self) -> None:
+        """Have the folder read again at the next look."""
+        with self._lock:
+            if self._scanned is not None:
+                # Kept for comparison: pages are told only where something is different.
+                self._scanned = (None, self._scanned[1])
+
+    def named(self, name: str) -> ImageRecord:
+        """The picture of that name below the dataset folder.
+
+        Raises:
+            DatasetError: there is none.
+        """
+        folder = self.dataset_folder
+        for record in self.dataset().records:
+            if relative_name(record.path, folder) == name:
+                return record
+        raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
+
+    def refuse_demo(self) -> None:
+        """Refuse to change what came with the program.
+
+        Raises:
+            DatasetError: the demo's pictures are chosen.
+        """
+        if self.uses_demo:
+            raise DatasetError("The demo's pictures stay as they are; drop your own to work on them.")
+
+    def save_caption(self, name: str, text: str) -> None:
+        """Write a picture's caption beside it.
+
+        Raises:
+            DatasetError: there is no such picture, or it is one of the demo's, or the disk refuses.
+        """
+        if self.uses_demo:
+            raise DatasetError(
+                "The demo's captions stay as they are; drop your own pictures to write captions."
+            )
+        with self.changing():
+            record = self.named(name)
+            if not record.path.is_file():
+                self.forget()
+                raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
+            write_caption(record.path, text)
+            # A scan strips captions, too.
+            self._replace({record.path: replace(record, caption=text.strip())})
+
+    def hold_out(self, names: list[str], on: bool) -> None:
+        """Choose pictures to measure on, or have them trained on again.
+
+        Raises:
+            DatasetError: it is the demo's, or the list cannot be written.
+        """
+        self.refuse_demo()
+        with self.changing():
+            wanted = set(names)
+            by_name = {relative_name(r.path, self.pictures): r for r in self.dataset().records}
+            held = {name for name, record in by_name.items() if record.held_out}
+            held = held | (wanted & by_name.keys()) if on else held - wanted
+            write_list(self.pictures, held)
+            changed = {r.path: replace(r, held_out=n in held) for n, r in by_name.items()}
+            self._replace(changed)
+
+    def _replace(self, changed: dict[Path, ImageRecord]) -> None:
+        """Put changed records in place, without reading the folder again although it was touched."""
+        folder = self.dataset_folder
+        if self._scanned is None:
+            return
+        key, old = self._scanned
+        if isinstance(key, tuple) and key[0] == folder:
+            key = (folder, folder.stat().st_mtime_ns)
+        self._scanned = (key, replace(old, records=[changed.get(r.path, r) for r in old.records]))
+        self._revision += 1
+
+
+def relative_name(path: Path, folder: Path) -> str:
+    """A picture's name below its dataset folder, with forward slashes."""
+    return valid_text(path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name)
+
+
+def title_of(path: Path) -> str:
+    """What a project is called: its label, else its folder's name."""
+    title = str(read_json(path / LABEL).get("title") or "").strip()
+    return title[:LONGEST_TITLE] or (DEFAULT_TITLE if path.name == "default" else path.name)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A small file of ours; one that is missing or broken counts as empty."""
+    try:
+        if file.stat().st_size > LARGEST_JSON:
+            return {}
+        found = parsed_json(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# Pictures that were left out: moved aside into the project, with captions and masks, and taken back.
+
+
+def leave_out(project: Project, names: list[str]) -> int:
+    """Move pictures aside; also files that were found to be no pictures. Returns how many.
+
+    Raises:
+        DatasetError: the demo is chosen, or there is no such picture, or the disk refuses.
+    """
+    project.refuse_demo()
+    with project.changing():
+        dataset = project.dataset()
+        there = {relative_name(r.path, project.pictures): r.path for r in dataset.records}
+        there |= {
+            relative_name(p.path, project.pictures): p.path
+            for p in dataset.problems
+            if p.path.suffix.casefold() in SUFFIXES
+        }
+        return _move(project, {name: there.get(name) for name in names}, project.pictures, project.aside)
+
+
+def take_back(project: Project, names: list[str]) -> int:
+    """Move pictures that were left out back to where they were. Returns how many.
+
+    Raises:
+        DatasetError: there is no such picture, or the disk refuses.
+    """
+    project.refuse_demo()
+    with project.changing():
+        there = {relative_name(path, project.aside): path for path in _pictures(project.aside)}
+        return _move(project, {name: there.get(name) for name in names}, project.aside, project.pictures)
+
+
+def left_out(project: Project) -> list[ImageRecord]:
+    """The pictures that lie aside; damaged ones among them are not shown."""
+    if project.uses_demo or not project.aside.is_dir():
+        return []
+    return scan(project.aside, project.sizes).records
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix.casefold() in SUFFIXES]
+
+
+def _move(project: Project, paths: dict[str, Path | None], source: Path, into: Path) -> int:
+    """Move pictures by their names, with captions and masks, all in one step.
+
+    Raises:
+        DatasetError: one is not there, or the disk refuses; then none has moved.
+    """
+    project.forget()
+    moves: list[Move] = []
+    taken: dict[Path, set[str]] = {}
+    leaving = set(paths.values())
+    for name, path in paths.items():
+        if path is None or not path.is_file():
+            raise DatasetError(f"There is no picture named {name!r} here any more.")
+        folder = into / path.parent.relative_to(source)
+        files = _set_of(path)
+        if folder not in taken:
+            there = folder.iterdir() if folder.is_dir() else ()
+            taken[folder] = {folded(one.stem) for one in there if one.suffix.casefold() in SUFFIXES}
+        # A picture of that name may have come or been left out meanwhile, or a caption for it.
+        stem = free_stem(path.stem, taken[folder])
+        while any(os.path.lexists(folder / (stem + file.name[len(path.stem) :])) for file in files):
+            taken[folder].add(folded(stem))
+            stem = free_stem(path.stem, taken[folder])
+        taken[folder].add(folded(stem))
+        shared = any(other not in leaving for other in _of_same_stem(path))
+        for file in files:
+            target = folder / (stem + file.name[len(path.stem) :])
+            moves.append(Move(file, target, copy=shared and file != path))
+    try:
+        move_together(moves, project.root)
+    except OSError as error:
+        what = Path(error.filename).name if error.filename else "The pictures"
+        raise DatasetError(f"{what} cannot be moved ({error.strerror}); close what uses it.") from error
+    for move in moves:
+        project.sizes.carry(move.source, move.target)
+    return len(paths)
+
+
+def _of_same_stem(picture: Path) -> list[Path]:
+    """Other pictures that share the captions of one."""
+    beside = (other for other in picture.parent.iterdir() if other.suffix.casefold() in SUFFIXES)
+    return [other for other in beside if folded(other.stem) == folded(picture.stem) and other != picture]
+
+
+def _set_of(picture: Path) -> list[Path]:
+    """A picture, its captions and its masks."""
+    captions = [picture.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    masks = [
+        picture.with_name(f"{picture.stem}{ending}{suffix}")
+        for ending in MASK_ENDINGS
+        for suffix in sorted(SUFFIXES)
+    ]
+    return [file for file in (picture, *captions, *masks) if file.is_file()]

@@ -1,0 +1,290 @@
+"""What the analyses of an adapter found, as HTML: the spectrum, the intrinsic rank, the best strength.
+
+From plain numbers, as the command line's `--json` has them, so that the window draws them without torch and
+the report of a run has the same pictures.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_core.report.plots import Bar, Curve, Mark, bars_plot, curves_plot, heat_plot, safe, table_html
+from lora_core.runs.events import RateFound
+
+MOST_BLOCKS = 40
+Row = Mapping[str, Any]
+
+
+def paragraph(text: str) -> str:
+    """A sentence."""
+    return f"<p>{safe(text)}</p>"
+
+
+def figure(title: str, inside: str, note: str = "") -> str:
+    """A plot under its heading, with a sentence that says how to read it."""
+    said = f'<p class="small">{safe(note)}</p>' if note else ""
+    return f'<figure class="shown"><h3>{safe(title)}</h3>{inside}{said}</figure>'
+
+
+def folded(title: str, inside: str) -> str:
+    """What few want to see at once."""
+    return f"<details><summary>{safe(title)}</summary>{inside}</details>"
+
+
+def left_out_html(rows: Sequence[Row]) -> str:
+    """Layers that nothing is said of, by the reason."""
+    if not rows:
+        return ""
+    reasons: dict[str, int] = {}
+    for row in rows:
+        reasons[str(row["reason"])] = reasons.get(str(row["reason"]), 0) + 1
+    words = "; ".join(
+        f"{count} {'layer' if count == 1 else 'layers'}: {why}" for why, count in reasons.items()
+    )
+    return f'<p class="small">Left out: {safe(words)}.</p>'
+
+
+def span_of(values: Sequence[float]) -> str:
+    """One number, or the two ends."""
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def spectrum_sentence(spectrum: Row) -> str:
+    """What the spectrum says, for a person."""
+    layers: list[Row] = spectrum["layers"]
+    if not layers:
+        return "No layer of this file can be taken apart."
+    needs = statistics.median(row["rank99"] for row in layers)
+    effective = statistics.fmean(row["effective_rank"] for row in layers)
+    plural = "layer" if len(layers) == 1 else "layers"
+    return (
+        f"{len(layers):,} {plural} of rank {span_of([row['rank'] for row in layers])}: half of them hold 99%"
+        f" of their energy in {needs:g} or fewer directions; the effective rank is {effective:.1f} on"
+        " average."
+    )
+
+
+def spectrum_html(spectrum: Row) -> str:
+    """Energy by block, how fast it is held, and the ranks layer by layer, with the tables.
+
+    Args:
+        spectrum: as `analysis.spectrum.file_spectrum` gives it.
+    """
+    layers: list[Row] = spectrum["layers"]
+    said = paragraph(spectrum_sentence(spectrum)) + left_out_html(spectrum["left_out"])
+    if not layers:
+        return said
+    held = "Of the median layer, by its leading directions; four of five layers lie between the thin lines."
+    plots = [
+        figure("Energy held, in percent", _held(layers), held),
+        figure(
+            "Ranks of all layers", _sorted_ranks(layers), "Each curve is sorted on its own, largest first."
+        ),
+        figure("Where the change is", _energy_by_block(spectrum["blocks"]), "Share of the squared norm."),
+    ]
+    tables = [
+        folded("Table by block", _block_table(spectrum["blocks"])),
+        folded("Table of all layers", _layer_table(layers)),
+    ]
+    return f'{said}<div class="figures">{"".join(plots)}</div>{"".join(tables)}'
+
+
+def _held(layers: Sequence[Row]) -> str:
+    """Cumulative energy over the number of directions."""
+    shares = []
+    longest = max(len(row["singular_values"]) for row in layers)
+    for row in layers:
+        squares = [value**2 for value in row["singular_values"]]
+        total = sum(squares)
+        if total <= 0:
+            continue
+        sums, held = 0.0, []
+        for square in squares:
+            sums += square
+            held.append(sums / total)
+        shares.append(held + [1.0] * (longest - len(held)))
+    if not shares:
+        return paragraph("All layers are zero.")
+    columns = [sorted(column) for column in zip(*shares, strict=True)]
+    middle = [column[len(column) // 2] for column in columns]
+    low = [column[len(column) // 10] for column in columns]
+    high = [column[len(column) * 9 // 10] for column in columns]
+    points = [(float(k), 100 * share) for k, share in enumerate(middle, 1)]
+    outer = [
+        Curve("", [(float(k), 100 * share) for k, share in enumerate(side, 1)], (), "raw")
+        for side in (low, high)
+    ]
+    start = [(0.0, 0.0)]
+    curves = [*(Curve("", start + curve.points, (), "raw") for curve in outer), Curve("", start + points)]
+    at = next(k for k, share in enumerate(middle, 1) if share >= 0.99 * (1 - 1e-9))
+    mark = Mark(float(at), 100 * middle[at - 1], f"99% by {at}")
+    label = (
+        f"Share of energy held by the leading directions; the median layer holds 99% with {at} of {longest}"
+    )
+    return curves_plot(label, curves, mark)
+
+
+def _sorted_ranks(layers: Sequence[Row]) -> str:
+    curves = []
+    for name, key, style in (
+        ("rank", "rank", "raw"),
+        ("99% of energy", "rank99", "smooth"),
+        ("90% of energy", "rank90", "third"),
+        ("effective rank", "effective_rank", "second"),
+    ):
+        values = sorted((float(row[key]) for row in layers), reverse=True)
+        curves.append(Curve(name, [(float(i), value) for i, value in enumerate(values, 1)], (), style))
+    if len(layers) == 1:
+        return paragraph(f"rank99 {layers[0]['rank99']}, rank90 {layers[0]['rank90']}")
+    return curves_plot("Rank, rank that holds 99% and 90% of the energy, and effective rank of the layers", [
+        Curve("", [(0.0, 0.0)], (), "raw"), *curves,
+    ])  # fmt: skip
+
+
+def block_name(row: Row) -> str:
+    """A block's name, with its part where that is no UNet."""
+    return str(row["block"]) if row["part"] == "unet" else f"{row['part']} {row['block']}"
+
+
+def _energy_by_block(blocks: Sequence[Row]) -> str:
+    total = sum(row["norm"] ** 2 for row in blocks) or 1.0
+    shown = blocks
+    rest = 0.0
+    if len(blocks) > MOST_BLOCKS:
+        kept = sorted(blocks, key=lambda row: -row["norm"])[: MOST_BLOCKS - 1]
+        shown = [row for row in blocks if row in kept]
+        rest = sum(row["norm"] ** 2 for row in blocks if row not in kept) / total
+    bars = [_share_bar(block_name(row), row["norm"] ** 2 / total) for row in shown]
+    if rest:
+        bars.append(_share_bar("all others", rest))
+    best = max(blocks, key=lambda row: row["norm"])
+    return bars_plot(f"Share of the change by block; the largest is {block_name(best)}", bars)
+
+
+def _share_bar(name: str, share: float) -> Bar:
+    return Bar(name, 100 * share, 0.0, f"{share:.1%}")
+
+
+def _block_table(blocks: Sequence[Row]) -> str:
+    rows = [
+        (block_name(row), row["layers"], f"{row['norm']:.3g}", f"{row['effective_rank']:.1f}",
+         f"{row['rank99']:.1f}")
+        for row in blocks
+    ]  # fmt: skip
+    return table_html(("Block", "Layers", "Norm", "Effective rank", "Rank of 99%"), rows, "By block")
+
+
+def _layer_table(layers: Sequence[Row]) -> str:
+    rows = [
+        (f"{row['part']}.{row['module']}", row["rank"], f"{row['norm']:.3g}", f"{row['effective_rank']:.1f}",
+         f"{row['stable_rank']:.1f}", row["rank90"], row["rank99"])
+        for row in layers
+    ]  # fmt: skip
+    heads = ("Layer", "Rank", "Norm", "Effective rank", "Stable rank", "Rank of 90%", "Rank of 99%")
+    return table_html(heads, rows, "By layer")
+
+
+def intrinsic_html(found: Row) -> str:
+    """The measurements of the intrinsic rank, and what they say.
+
+    Args:
+        found: the document of `shrink --intrinsic --json`, with `sentences`.
+    """
+    said = "".join(paragraph(sentence) for sentence in found.get("sentences", []))
+    tried = sorted(found.get("tried", []), key=lambda row: row["columns"])
+    if len(tried) < 2:
+        return said
+    points = [(float(row["columns"]), 100 * float(row["kept"])) for row in tried]
+    errors = [200 * float(row["standard_error"]) for row in tried]
+    label = "Share of the gain that is kept, over how many directions are kept in all layers together"
+    plot = curves_plot(label, [Curve("", points, errors)])
+    rows = [(f"{row['columns']:,}", f"{row['kept']:.1%}", f"{row['standard_error']:.1%}") for row in tried]
+    table = table_html(("Directions kept", "Share of the gain", "Standard error"), rows, "Measured cuts")
+    note = "In percent, over the directions kept in all layers together; the band is two standard errors."
+    return said + figure("Gain that is kept", plot, note) + folded("As a table", table)
+
+
+def strength_html(found: Row, what: str = "") -> str:
+    """The curve of gain over strength, the best and the interval.
+
+    Args:
+        found: the document of `strength --json`.
+        what: the part that it is of, "" for the whole adapter.
+    """
+    curve: Sequence[Row] = found["curve"]
+    points = [(float(row["strength"]), float(row["gain"])) for row in curve]
+    errors = [2 * float(row["standard_error"]) for row in curve]
+    best, low, high = (float(found[key]) for key in ("strength", "low", "high"))
+    label = f"Gain over strength; highest at {best:.2f}, no difference from {low:.2f} to {high:.2f}"
+    mark = Mark(best, float(found["gain"]), f"best, {best:.2f}")
+    plot = curves_plot(label, [Curve("", points, errors)], mark, whole=False, between=(low, high))
+    rows = [
+        (f"{row['strength']:.2f}", f"{row['gain']:+.4f}", f"{row['standard_error']:.4f}") for row in curve
+    ]
+    table = table_html(("Strength", "Gain", "Standard error"), rows, "Measured strengths")
+    note = (
+        "Two standard errors around the gain; between the edges of the shaded strengths no difference from"
+        " the best can be told."
+    )
+    title = f"Gain over strength{f', {what}' if what else ''}"
+    return figure(title, plot, note) + folded("As a table", table)
+
+
+def amplified_html(report: Row) -> str:
+    """The heat map of amplification by block.
+
+    Args:
+        report: as `analysis.amplify.file_amplification` gives it.
+    """
+    blocks: Sequence[Row] = report["blocks"]
+    overall = report["amplification"]
+    factor = "beyond measure" if overall is None else f"{overall:.1f}"
+    count = report["intruders"]
+    said = paragraph(
+        f"Where it acts it is {factor} times as strong as the base is there"
+        f"{' in all' if overall is not None else ''}; {count:,} intruder"
+        f" {'dimension' if count == 1 else 'dimensions'}: new leading directions that the base has none like,"
+        " a sign of forgetting where there are many."
+    )
+    factors = [row["amplification"] or 0.0 for row in blocks]
+    norms = [row["norm"] for row in blocks]
+    counts = [row["intruders"] / max(1, row["layers"]) for row in blocks]
+    shares = [
+        [f / (max(factors) or 1), n / (max(norms) or 1), c / (max(counts) or 1)]
+        for f, n, c in zip(factors, norms, counts, strict=True)
+    ]
+    words = [
+        ["-" if row["amplification"] is None else f"{row['amplification']:.2f}", f"{row['norm']:.3g}",
+         f"{row['intruders']} in {row['layers']}"]
+        for row in blocks
+    ]  # fmt: skip
+    rows = [(block_name(row), [0.0, 0.0, 0.0]) for row in blocks]
+    columns = ("Amplification", "Norm", "Intruders")
+    plot = heat_plot("Amplification, norm and intruders by block", rows, columns, shares, words)
+    table = table_html(
+        ("Block", *columns),
+        [(name, *cells) for (name, _), cells in zip(rows, words, strict=True)],
+        "By block",
+    )
+    return said + left_out_html(report["left_out"]) + figure("By block", plot) + folded("As a table", table)
+
+
+# The range test's curve: what was learned at which learning rate, and the rate that was taken.
+
+
+def rate_html(found: RateFound) -> str:
+    """The curve, its x axis in powers of ten."""
+    points = [(math.log10(rate), share) for rate, share in zip(found.rates, found.shares, strict=True)]
+    place = math.log10(found.rate)
+    share = min(points, key=lambda point: abs(point[0] - place))[1]
+    label = f"Share of the base's loss taken away by learning rate; {found.rate:.2g} was taken"
+    curve = Curve("share of the base's loss taken away", points)
+    mark = Mark(place, share, f"taken: {found.rate:.2g}")
+    plot = curves_plot(label, [curve], mark, ticks=lambda x: f"{10**x:.1g}")
+    note = (
+        "A short training before the first step, at rates that rise. Taken is twice the rate at which half of"
+        " the best is reached: high enough to be quick, and well below where it gets rough."
+    )
+    return figure("Learning rate", plot, note)

@@ -1,0 +1,513 @@
+"""A run's settings for somebody else: what differs from the defaults first, and no places of a computer."""
+
+import base64
+import importlib.metadata
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from lora_core.errors import RunError
+from lora_core.report.plots import Bar, Curve, Mark, bars_plot, curves_plot, safe, table_html, thinned
+from lora_core.report.rank_plots import (
+    figure,
+    folded,
+    intrinsic_html,
+    paragraph,
+    rate_html,
+    spectrum_html,
+    strength_html,
+)
+from lora_core.report.story import Story, Tell, story_of
+from lora_core.runs.events import PreviewDone, Validated
+from lora_core.runs.folder import RunFolder
+from lora_core.runs.progress import smoothed
+from lora_core.runs.verdict import SURE, best_of, by_heart, error_of, forgets, measured, raw_or_average
+from lora_core.settings.config import settings
+from lora_core.system.paths import ASSETS, write_atomically
+
+HIDDEN = ("name",)
+PLACES = ("model.base", "model.vae", "dataset.path", "adapter.init")
+
+
+def settings_html(story: Story) -> str:
+    """The changed ones, then the rest folded."""
+    changed: list[tuple[str, ...]] = []
+    usual: list[tuple[str, ...]] = []
+    for name, info, default in settings():
+        if name in HIDDEN:
+            continue
+        value = story.config.get(name)
+        row = (info.metadata["title"], shown(name, value), shown(name, default), name)
+        (changed if value != default else usual).append(row)
+    heads = ("Setting", "Value", "Default", "Name")
+    first = (
+        table_html(heads, changed, "Changed from the defaults", numbers=False)
+        if changed
+        else paragraph("All settings are the defaults.")
+    )
+    rest = table_html(("Setting", "Value", "Name"), [(a, b, d) for a, b, _, d in usual], "As usual", False)
+    return first + folded(f"The other {len(usual)} settings", rest)
+
+
+def shown(name: str, value: Any) -> str:
+    """A value as text; of a path, its last part."""
+    if name in PLACES:
+        return base_name(str(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{pattern} = {number:g}" for pattern, number in value.items()) or "none"
+    if isinstance(value, list):
+        return " | ".join(map(str, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) or "none"
+
+
+def base_name(text: str) -> str:
+    """The last part of a path or of a hub id."""
+    return text.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "none"
+
+
+# What came of a run, in a few sentences: whether it learned, which file to take, what to mind.
+#
+# Learning by heart and forgetting are told in the words that the window has for them (`runs/verdict.py`).
+
+
+STATES = {
+    "queued": "It has not begun.",
+    "preparing": "It is being prepared.",
+    "running": "It is still going on.",
+    "paused": "It is paused.",
+    "stopped": "It was stopped early.",
+    "interrupted": "It was broken off and can go on.",
+    "failed": "It failed.",
+    "done": "",
+}
+
+
+def verdict(story: Story) -> list[str]:
+    """Sentences, the most important first."""
+    found = measured(story.progress.validations)
+    said = [_learned_sentence(story, found)]
+    if found:
+        said += [by_heart(found[-1]), forgets(found[-1]), raw_or_average(found[-1])]
+    said.append(_rank_sentence(story))
+    state = STATES.get(story.state, "")
+    if state:
+        said.append(f"{state} {story.ending}".strip())
+    return [sentence for sentence in said if sentence]
+
+
+def _learned_sentence(story: Story, found: list[Validated]) -> str:
+    if not found:
+        return (
+            "Whether it learned was not measured: no picture was held out."
+            if story.progress.step
+            else "Nothing was trained yet."
+        )
+    best, last = best_of(found), found[-1]
+    if best is None or best.gain < SURE * error_of(best.standard_error):
+        if last.gain < -SURE * error_of(last.standard_error):
+            return "It did not learn: pictures that it had not seen are predicted worse than by the base."
+        return "No gain on pictures that it had not seen can be told from chance."
+    share = best.gain / best.base_loss if best.base_loss > 0 else math.nan
+    much = f"{share:.0%} better than by the base" if math.isfinite(share) else "better than by the base"
+    at = "at the end" if best.step == story.progress.step else f"at best at step {best.step:,}"
+    sentence = f"It learned: pictures that it had not seen are predicted {much}, {at}."
+    return f"{sentence} {_overcooked(best, last, story.best)}".strip()
+
+
+def _overcooked(best: Validated, last: Validated, kept: bool) -> str:
+    """Whether it became worse after the best step, and what to do then."""
+    if last.step <= best.step or not last.against_best < -SURE * error_of(last.against_best_error):
+        return ""
+    take = f"; take the file of step {best.step:,}" if kept else ""
+    return f"After that it became worse{take}."
+
+
+def _rank_sentence(story: Story) -> str:
+    if story.rank is None or story.rank["rank"] >= story.rank["trained"]:
+        return ""
+    return (
+        f"Trained at rank {story.rank['trained']}, it needs {story.rank['rank']}: the file can be"
+        f" {story.rank['times_smaller']:.1f} times smaller."
+    )
+
+
+# A run's samples as small pictures inside the page, the base's own at the left.
+
+
+RAW = ", raw adapter (above: its average)"
+MOST_STEPS, MOST_PROMPTS = 7, 4
+ROOM = 1_600_000
+"""Bytes that all samples may take as base64; the page stays below 3 MB with the rest."""
+SIDES = (320, 256, 192, 128, 96)
+QUALITY = 80
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture.
+
+    Attributes:
+        step: at which it was drawn.
+        file: where it lies.
+    """
+
+    step: int
+    file: Path
+
+
+def samples_html(story: Story) -> str:
+    """A row a prompt, a column a step."""
+    rows = sample_rows(story)
+    if not rows:
+        return "<p>No samples were drawn.</p>"
+    pictures = _fitting([sample.file for _, samples in rows for sample in samples])
+    parts = []
+    for prompt, samples in rows:
+        shots = "".join(_figure(sample, pictures.get(sample.file, ""), story) for sample in samples)
+        parts.append(
+            f'<p class="prompt">{safe(prompt)}</p><div class="strip" tabindex="0" role="group"'
+            f' aria-label="Samples of: {safe(prompt)}" style="--count: {len(samples)}">{shots}</div>'
+        )
+    return "".join(parts)
+
+
+def sample_rows(story: Story) -> list[tuple[str, list[Sample]]]:
+    """(prompt, its samples over the steps), of a few prompts and a few steps."""
+    done = _chosen(story.progress.previews, story.progress.best_step)
+    if not done:
+        return []
+    rows = []
+    for number, prompt in enumerate(done[-1].prompts[:MOST_PROMPTS]):
+        same = [one for one in done if number < len(one.prompts) and one.prompts[number] == prompt]
+        for words, drawn in (("", [one.files for one in same]), (RAW, [one.raw_files for one in same])):
+            samples = [
+                Sample(one.step, story.run.path / files[number])
+                for one, files in zip(same, drawn, strict=True)
+                if number < len(files)
+            ]
+            if samples:
+                rows.append((f"{prompt}{words}", samples))
+    return rows
+
+
+def _chosen(previews: Sequence[PreviewDone], best: int | None) -> list[PreviewDone]:
+    """The first, the last, and a few between them, the best among those."""
+    by_step = {one.step: one for one in previews if one.files}
+    steps = sorted(by_step)
+    if len(steps) > MOST_STEPS:
+        places = {round(i * (len(steps) - 1) / (MOST_STEPS - 1)) for i in range(MOST_STEPS)}
+        kept = [steps[place] for place in sorted(places)]
+        if best in by_step and best not in kept:
+            nearest = min(range(1, len(kept) - 1), key=lambda i: abs(kept[i] - best))
+            kept[nearest] = best
+        steps = sorted(set(kept))
+    return [by_step[step] for step in steps]
+
+
+def _figure(sample: Sample, data: str, story: Story) -> str:
+    title = "base" if sample.step == 0 else f"step {sample.step:,}"
+    best = ", best" if sample.step and sample.step == story.progress.best_step else ""
+    words = f"{title}{best}"
+    image = (
+        f'<img src="data:image/webp;base64,{data}" alt="{words}">' if data else '<div class="gone">gone</div>'
+    )
+    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
+
+
+def _fitting(files: Sequence[Path]) -> dict[Path, str]:
+    """The pictures as base64, at the largest size at which all of them have room."""
+    found: dict[Path, str] = {}
+    for side in SIDES:
+        found = {file: data for file in files if (data := small(file, side))}
+        if sum(map(len, found.values())) <= ROOM:
+            return found
+    # So many prompts and steps that even thumbnails take too much: the first ones stay.
+    total, kept = 0, {}
+    for file, data in found.items():
+        total += len(data)
+        if total <= ROOM:
+            kept[file] = data
+    return kept
+
+
+def small(file: Path, side: int) -> str:
+    """A picture as a webp of at most `side` pixels, in base64; "" where it cannot be read."""
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError):
+        return ""
+    image.thumbnail((side, side))
+    data = io.BytesIO()
+    image.save(data, format="WEBP", quality=QUALITY, method=4)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+# What was measured while a run went on, as plots: loss, gain, noise levels, pictures.
+
+
+MOST_PICTURES = 40
+
+
+def loss_html(story: Story) -> str:
+    """Training loss, raw and smoothed."""
+    points = [(float(e.step), e.loss) for e in story.progress.losses if math.isfinite(e.loss)]
+    if len(points) < 2:
+        return paragraph("There is no curve of so few steps.")
+    calm = thinned([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
+    raw = thinned(points)
+    ys = sorted(y for _, y in raw)
+    # A single wild step must not flatten the rest of the curve.
+    top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
+    curves = [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)]
+    plot = curves_plot(f"Training loss, at the end {calm[-1][1]:.4f} smoothed", curves, highest=top)
+    note = "It says little by itself: noise and timesteps are drawn at random. The gain tells more."
+    return figure("Training loss", plot, note)
+
+
+def gain_html(story: Story) -> str:
+    """Gain on held-out pictures with its error, on training pictures, and on what should stay."""
+    found = measured(story.progress.validations)
+    if not found:
+        return paragraph("No picture was held out, so that no gain was measured.")
+    best = best_of(story.progress.validations)
+    curves = [
+        _curve("held-out pictures", found, "smooth", lambda e: (e.gain, e.standard_error)),
+        _curve("training pictures", found, "second", lambda e: (e.train_gain, math.nan)),
+        _curve("the base's own pictures", found, "third", lambda e: (e.prior, e.prior_error)),
+    ]
+    shown = [curve for curve in curves if curve.points]
+    mark = Mark(float(best.step), best.gain, f"best, step {best.step:,}") if best else None
+    words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
+    start = Curve("", [(0.0, 0.0)], (), "raw")
+    plot = curves_plot(f"Gain over the base{words}", [start, *shown], mark)
+    note = (
+        "The base's loss less the adapter's, on the same pictures, noise and timesteps; the bands are two"
+        " standard errors. Above 0 is better than the base."
+    )
+    return figure("Gain", plot, note) + _gauge(found) + folded("As a table", _gain_table(found))
+
+
+def _curve(
+    name: str, found: Sequence[Validated], style: str, value: Callable[[Validated], tuple[float, float]]
+) -> Curve:
+    rows = [(float(e.step), *value(e)) for e in found]
+    rows = [row for row in rows if math.isfinite(row[1])]
+    errors = [SURE * error if math.isfinite(error) else 0.0 for _, _, error in rows]
+    return Curve(name, [(x, y) for x, y, _ in rows], errors if any(errors) else (), style)
+
+
+def _gauge(found: Sequence[Validated]) -> str:
+    last = next((e for e in reversed(found) if math.isfinite(e.gauge)), None)
+    if last is None:
+        return ""
+    return paragraph(
+        f"Memorisation gauge at step {last.step:,}: training pictures gain {last.gauge:+.4f} (standard error"
+        f" {error_of(last.gauge_error):.4f}) more than held-out ones."
+    )
+
+
+def _gain_table(found: Sequence[Validated]) -> str:
+    gains = [(e.gain, e.train_gain, e.gauge, e.prior, e.raw_gain) for e in found]
+    heads = ("Step", "Held out", "Training", "Gauge", "Base's own", "Held out, raw")
+    width = len(heads) if any(math.isfinite(e.raw_gain) for e in found) else len(heads) - 1
+    rows = [(f"{e.step:,}", *map(_signed, own))[:width] for e, own in zip(found, gains, strict=True)]
+    return table_html(heads[:width], rows, "Gain by step")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}" if math.isfinite(value) else "-"
+
+
+def bands_html(story: Story) -> str:
+    """The gain of the best step by noise level."""
+    best = best_of(story.progress.validations)
+    rows = best.bands if best is not None else []
+    if not rows:
+        return ""
+    bars = [
+        Bar(
+            f"timesteps {row['from']:.0f} to {row['to'] - 1:.0f}", row["gain"],
+            SURE * row.get("standard_error", 0.0), f"{row['gain']:+.4f}", row["gain"] < 0,
+        )
+        for row in rows
+    ]  # fmt: skip
+    assert best is not None
+    note = (
+        "Low timesteps are little noise, where detail is decided; high ones are much, where composition is."
+    )
+    plot = bars_plot(f"Gain by noise level at step {best.step}", bars)
+    return figure("By noise level", plot, note)
+
+
+def pictures_html(story: Story) -> str:
+    """The gain of each picture; pictures are numbers here, as the page may be passed on."""
+    rows = story.pictures
+    if not rows:
+        return ""
+    half = MOST_PICTURES // 2
+    shown = rows if len(rows) <= MOST_PICTURES else [*rows[:half], *rows[-half:]]
+    places = {id(row): place for place, row in enumerate(rows, 1)}
+    bars = [
+        Bar(
+            f"{'held out' if row.get('held_out') else 'trained on'}, {places[id(row)]}", row["gain"],
+            SURE * row["standard_error"], f"{row['gain']:+.3f}", not row.get("held_out"),
+        )
+        for row in shown
+    ]  # fmt: skip
+    less = len(rows) - len(shown)
+    more = f" {less} between them are left out." if less else ""
+    note = f"Numbered by gain; names and pictures stay with their owner.{safe(more)}"
+    return figure("Gain of each picture", bars_plot("Gain of each picture, the highest first", bars), note)
+
+
+# The report of a run: one HTML file that holds its pictures and plots, runs nothing and asks for nothing.
+
+
+FILE_NAME = "report.html"
+STYLE = ASSETS / "report.css"
+# The page holds no script; this keeps one out that came in with a name.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def write_report(run: RunFolder, out: Path, measure: bool, tell: Tell, now: float) -> int:
+    """Write the report of a run.
+
+    Args:
+        run: the run.
+        out: the file to write; an older one is replaced.
+        measure: whether to open the base and measure intrinsic rank and strength on the held-out pictures.
+        tell: told how far it is; what it raises ends the work and leaves no file.
+        now: the time, in seconds since the epoch.
+
+    Returns:
+        How many bytes it has.
+
+    Raises:
+        LoraError: the run's settings are broken, or the file cannot be written.
+    """
+    check_report_out(out)
+    page = report_html(story_of(run, measure, tell), now).encode()
+    try:
+        write_atomically(out, page)
+    except OSError as error:
+        raise RunError(f"The report {out} cannot be written: {error.strerror or error}.") from error
+    return len(page)
+
+
+def check_report_out(out: Path) -> None:
+    """Refuse a place for a report before the work rather than after it.
+
+    Raises:
+        RunError: its folder does not exist, or it has another ending.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise RunError(f"--out {out} should end in .html.")
+    if not out.absolute().parent.is_dir():
+        raise RunError(f"--out {out} cannot be written: its folder does not exist; make it first.")
+
+
+def report_html(story: Story, now: float) -> str:
+    """The whole page."""
+    name = safe(story.run.name)
+    made = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
+    sentences = verdict(story)
+    first = f'<p class="verdict">{safe(sentences[0])}</p>' if sentences else ""
+    rest = "".join(paragraph(sentence) for sentence in sentences[1:])
+    parts = [
+        _section("Samples", samples_html(story)),
+        _section("What it learned", f'<div class="figures">{_learned(story)}</div>'),
+        _section("Rank", _rank(story)),
+        _section("Strength", _strength(story)),
+        _section("Settings", settings_html(story)),
+    ]
+    version = importlib.metadata.version("lora-easel")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{name}</title><style>'
+        f'{STYLE.read_text(encoding="utf-8")}</style></head><body><main><header><p class="small">Report'
+        " of a"
+        f" LoRA</p><h1>{name}</h1>{first}{rest}{_tiles(story)}</header>{''.join(parts)}</main><footer"
+        f' class="small">Made with LoRA Easel {safe(version)} on {made}. Nothing in this page runs or'
+        " asks for"
+        " anything.</footer></body></html>\n"
+    )
+
+
+def _section(title: str, inside: str) -> str:
+    return f"<section><h2>{safe(title)}</h2>{inside}</section>"
+
+
+def _tiles(story: Story) -> str:
+    best = best_of(story.progress.validations)
+    done, planned = story.progress.step, story.progress.steps
+    tiles = [
+        (f"{done:,}" + (f" of {planned:,}" if planned > done else ""), "steps"),
+        (base_name(story.config.model.base), "base model"),
+        (f"{story.config.adapter.rank}, alpha {story.config.adapter.alpha:g}", "rank"),
+    ]
+    if story.config.dataset.trigger:
+        tiles.append((story.config.dataset.trigger, "trigger word"))
+    if best is not None:
+        tiles.append((f"{best.gain:+.4f}", f"best gain, \N{PLUS-MINUS SIGN} {2 * best.standard_error:.4f}"))
+    if story.size:
+        tiles.append((f"{story.size / 1e6:.1f} MB", "file"))
+    rows = "".join(f"<div><dt>{safe(words)}</dt><dd>{safe(value)}</dd></div>" for value, words in tiles)
+    return f'<dl class="tiles">{rows}</dl>'
+
+
+def _learned(story: Story) -> str:
+    return "".join(
+        f'<div class="part">{part}</div>'
+        for part in (
+            gain_html(story),
+            loss_html(story),
+            rate_html(story.progress.rate) if story.progress.rate else "",
+            bands_html(story),
+            pictures_html(story),
+        )
+        if part
+    )
+
+
+def _looked_at(story: Story) -> str:
+    which = "the best" if story.best else "the last"
+    return paragraph(f"Of the adapter of step {story.step:,}, {which} that was kept.") if story.step else ""
+
+
+def _rank(story: Story) -> str:
+    if story.spectrum is None:
+        return paragraph(story.problems.get("spectrum", ""))
+    if story.rank is None:
+        needed = paragraph(f"Intrinsic rank: {story.problems.get('rank', '')}")
+    else:
+        needed = f"{intrinsic_html(story.rank)}{_on(story)}"
+    return (
+        f"{_looked_at(story)}<h3>Which rank it needs</h3>{needed}<h3>Spectrum</h3>"
+        f"{spectrum_html(story.spectrum)}"
+    )
+
+
+def _strength(story: Story) -> str:
+    if story.strength is None:
+        return paragraph(story.problems.get("strength", ""))
+    said = "".join(paragraph(sentence) for sentence in story.strength["sentences"])
+    return said + "".join(strength_html(fit, fit["part"]) for fit in story.strength["fits"]) + _on(story)
+
+
+def _on(story: Story) -> str:
+    count = story.measured_on
+    pictures = "the one picture that was" if count == 1 else f"the {count} pictures that were"
+    words = f"Measured on {pictures} held out. {story.note}".strip()
+    return f'<p class="small">{safe(words)}</p>'

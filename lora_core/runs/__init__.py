@@ -1,0 +1,1 @@
+"""The durable record of runs: folder, events, queue, costs. No torch."""

@@ -1,0 +1,358 @@
+"""A run is a folder, and the files in it are the only channel between the trainer and everybody else.
+
+The trainer alone writes `events.jsonl`; everybody may append to `requests.jsonl`, one line a write. Status is
+derived from the last events and from whether the trainer's process lives; it is never stored, so it can never
+be wrong.
+"""
+
+import difflib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from filelock import FileLock, Timeout
+
+from lora_core.errors import RunError
+from lora_core.runs.events import opened_for_lines, read_events, write_line
+from lora_core.runs.progress import Progress
+from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
+from lora_core.system.paths import clear_abandoned, is_device, workspace, write_atomically
+from lora_core.system.processes import live_process, noted_process
+from lora_core.system.untrusted import parsed_json
+
+REQUESTS = ("stop", "pause", "save", "preview", "resume")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name, which is its folder's."""
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        """The frozen input, complete."""
+        return self.path / "config.toml"
+
+    @property
+    def events_file(self) -> Path:
+        """What happened, appended by the trainer."""
+        return self.path / "events.jsonl"
+
+    @property
+    def requests_file(self) -> Path:
+        """What people asked for."""
+        return self.path / "requests.jsonl"
+
+    @property
+    def lock_file(self) -> Path:
+        """Held by the live trainer; the system frees it on a crash."""
+        return self.path / "run.lock"
+
+    @property
+    def process_file(self) -> Path:
+        """Which process holds the lock: pid and start time, for readers, who never try to take the lock."""
+        return self.path / "process.json"
+
+    @property
+    def plan_file(self) -> Path:
+        """What was chosen by measuring, once, before the first step."""
+        return self.path / "plan.json"
+
+    @property
+    def inputs_file(self) -> Path:
+        """Hashes of what the run's bits follow from, written at its first start."""
+        return self.path / "inputs.json"
+
+    @property
+    def log_file(self) -> Path:
+        """The trainer's own output."""
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable states, one folder a step."""
+        return self.path / "checkpoints"
+
+    @property
+    def previews(self) -> Path:
+        """Samples drawn while training."""
+        return self.path / "previews"
+
+    @property
+    def exports(self) -> Path:
+        """Files for other tools."""
+        return self.path / "export"
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunFolder":
+        """Make the folder and freeze its config, whole or not at all.
+
+        A run of that name that failed before its first step holds nothing to go on with and is replaced: who
+        has mended what was wrong can give the same command again.
+
+        Raises:
+            RunError: the name is taken, or the folder cannot be made.
+        """
+        making = cls(path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex}.making"))
+        try:
+            clear_abandoned(path.parent)
+            for below in (making.checkpoints, making.previews, making.exports):
+                below.mkdir(parents=True)
+            write_atomically(making.config_file, to_toml(config).encode())
+            if cls(path)._failed_at_once():
+                os.rename(path, making.path / "replaced")
+            if path.exists():
+                raise RunError(
+                    f"A run named {path.name} exists already in {path.parent}; go on with it by"
+                    f" `resume {path}`, or choose another --name."
+                )
+            os.rename(making.path, path)
+            shutil.rmtree(path / "replaced", ignore_errors=True)
+        except OSError as error:
+            raise RunError(f"The run folder {path} cannot be made: {error.strerror or error}.") from error
+        finally:
+            shutil.rmtree(making.path, ignore_errors=True)
+        return cls(path)
+
+    def _failed_at_once(self) -> bool:
+        """Whether it is a run that ended in failure before its first step."""
+        if not self.config_file.is_file():
+            return False
+        progress = self.progress()
+        return self.status(progress) == "failed" and not progress.step and not self.checkpoint_steps()
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run.
+
+        Raises:
+            RunError: there is no run at `path`.
+        """
+        folder = cls(path)
+        if not folder.config_file.is_file():
+            raise RunError(f"{path} is not a run: it holds no config.toml.")
+        return folder
+
+    def config(self) -> RunConfig:
+        """The frozen settings.
+
+        Raises:
+            ConfigError: the file was edited into something illegal.
+        """
+        return RunConfig.from_dict(load_toml(self.config_file))
+
+    def retired_settings(self) -> list[str]:
+        """A sentence for each setting of the file that an earlier version used and this one does not."""
+        flat = flattened(load_toml(self.config_file))
+        return [
+            f"{sentence} The run goes on as with {RETIRED[name][0]}."
+            for name, value in flat.items()
+            for sentence in retired([(name, value)])
+        ]
+
+    def request(self, do: str) -> str:
+        """Ask the trainer for something; returns the request's id.
+
+        Raises:
+            RunError: `do` is no request, or the folder cannot be written.
+        """
+        if do not in REQUESTS:
+            raise RunError(f"{do!r} is no request; choose one of {', '.join(REQUESTS)}.")
+        line = {"id": uuid.uuid4().hex, "do": do}
+        try:
+            handle = opened_for_lines(self.requests_file)
+            try:
+                write_line(handle, (json.dumps(line) + "\n").encode())
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise RunError(
+                f"The request cannot be written to {self.requests_file}: {error.strerror or error}."
+            ) from error
+        return line["id"]
+
+    def request_live(self, do: str) -> None:
+        """Ask the live trainer for something.
+
+        Raises:
+            RunError: the run is not live, or as `request`.
+        """
+        if self.live_process() is None:
+            raise RunError(f"The run {self.name} is not running (it is {self.status()}), so it cannot {do}.")
+        self.request(do)
+
+    def requests(self) -> list[dict[str, str]]:
+        """All requests in order; those before the last `resume` are void and left out."""
+        try:
+            text = self.requests_file.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        found: list[dict[str, str]] = []
+        for line in text.split("\n")[:-1]:
+            try:
+                request = parsed_json(line)
+                if request["do"] == "resume":
+                    found.clear()
+                elif request["do"] in REQUESTS:
+                    found.append({"id": str(request["id"]), "do": request["do"]})
+            except (ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run's lock and say who holds it; this process is the trainer while the context is open.
+
+        Raises:
+            RunError: another process is training this run, or the folder cannot be written.
+        """
+        lock = FileLock(self.lock_file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(
+                f"The run {self.name} is being trained by another process; stop or pause it first."
+            ) from error
+        except OSError as error:
+            raise RunError(
+                f"The run folder {self.path} cannot be written: {error.strerror or error}."
+            ) from error
+        try:
+            with noted_process(self.process_file):
+                yield
+        finally:
+            lock.release()
+
+    def live_process(self) -> psutil.Process | None:
+        """The trainer, if it lives. Pids are reused, so the start time must agree too."""
+        return live_process(self.process_file)
+
+    def progress(self) -> Progress:
+        """All events so far, folded."""
+        progress = Progress()
+        progress.update(read_events(self.events_file)[0])
+        return progress
+
+    def status(self, progress: Progress | None = None) -> str:
+        """One of queued, preparing, running, paused, stopped, interrupted, done, failed."""
+        progress = progress or self.progress()
+        if self.live_process() is not None:
+            return "running" if progress.stepping else "preparing"
+        return progress.ending or ("interrupted" if progress.started else "queued")
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the whole checkpoints on disk, ascending."""
+        steps = []
+        for path in self.checkpoints.glob("step-*"):
+            match = re.fullmatch(r"step-(\d+)", path.name)
+            if match and (path / "adapter.safetensors").is_file():
+                steps.append(int(match[1]))
+        return sorted(steps)
+
+    def step_of(self, which: str) -> int:
+        """The step of a checkpoint: `best` (the last one where none was the best), `last`, or a step.
+
+        Raises:
+            RunError: there is no such checkpoint.
+        """
+        steps = self.checkpoint_steps()
+        if not steps:
+            raise RunError(f"The run {self.name} has no checkpoint yet; train it first.")
+        best = self.progress().best_step
+        if which in ("best", "last"):
+            return best if which == "best" and best in steps else steps[-1]
+        if which.isdecimal() and len(which) < 10 and int(which) in steps:
+            return int(which)
+        kept = ", ".join(map(str, steps))
+        raise RunError(
+            f"The run {self.name} has no checkpoint {which[:80]}; take best, last or one of {kept}."
+        )
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint at `step`."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def summary(self) -> dict[str, Any]:
+        """The row of `runs --json`."""
+        progress = self.progress()
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "status": self.status(progress),
+            "step": progress.step,
+            "steps": progress.steps,
+            "loss": progress.smoothed_loss(),
+            "best_step": progress.best_step,
+            "reason": progress.reason,
+        }
+
+
+def runs_folder(workspace: Path) -> Path:
+    """Where a workspace keeps its runs."""
+    return workspace / "runs"
+
+
+def all_runs(workspace: Path) -> list[RunFolder]:
+    """The runs of a workspace, newest first."""
+    folder = runs_folder(workspace)
+    if not folder.is_dir():
+        return []
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
+    found = [RunFolder(path) for path in paths if (path / "config.toml").is_file()]
+    return sorted(found, key=lambda run: run.config_file.stat().st_mtime, reverse=True)
+
+
+def find_run(name: str | Path, place: Path | None = None) -> RunFolder:
+    """The run that `name` means: a folder that holds a config.toml, else a run's name in a workspace.
+
+    Args:
+        name: a path or a name; where both exist, the path wins.
+        place: the workspace; None for LORA_EASEL_HOME or the platform's folder.
+
+    Raises:
+        RunError: there is neither.
+    """
+    path = Path(name).expanduser().absolute()
+    try:
+        if (path / "config.toml").is_file():
+            return RunFolder(path.resolve())
+    except OSError:  # a name too long for the file system
+        pass
+    where = runs_folder(workspace(place))
+    there = [run.name for run in all_runs(where.parent)]
+    words = Path(name).parts
+    if len(words) == 1 and words[0] in there:
+        return RunFolder(where / words[0])
+    near = difflib.get_close_matches(path.name, there, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`lora-easel runs` lists those that exist."
+    shown = in_short(path.name or str(path))[1:-1]
+    raise RunError(
+        f"{shown} is not a run: {path} holds no config.toml, and {where} no run of that name; {hint}"
+    )
+
+
+def checked_name(name: str) -> str:
+    """A run name that every file system takes.
+
+    Raises:
+        RunError: the name is empty or holds characters that a folder name cannot.
+    """
+    if not re.fullmatch(r"[\w][\w .()-]{0,99}", name) or name != name.strip(" .") or is_device(name):
+        raise RunError(
+            f"The name {name!r} cannot be a folder's; use letters, digits, space, dot, dash and underscore."
+        )
+    return name

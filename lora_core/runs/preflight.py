@@ -1,0 +1,519 @@
+"""Problems of a run that has not started: what one is, and those of its learning rates."""
+
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from lora_core.data.captions import CHUNK, CaptionRules, part_beyond, varies, with_trigger
+from lora_core.data.dataset import AUDIT_ONLY, open_dataset, summaries
+from lora_core.data.holdout import held_out, wished_pictures
+from lora_core.data.scan import Dataset, ImageRecord
+from lora_core.errors import AdapterFileError, ConfigError, DatasetError, ModelFileError, RunError
+from lora_core.model_files.detect import SINGLE_FILES, BaseFacts, base_facts, is_remote, missing_files
+from lora_core.model_files.families import Family, family_of_version
+from lora_core.model_files.header import read_header
+from lora_core.model_files.sizes import (
+    DRAWN_CAPTIONS_BYTES,
+    MARGIN,
+    base_numbers,
+    checkpoint_bytes,
+    export_bytes,
+    free_bytes,
+    needed_bytes,
+    weight_files,
+)
+from lora_core.runs.folder import RunFolder, all_runs, checked_name, runs_folder
+from lora_core.runs.storage import folder_bytes
+from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
+from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import LossSection
+
+RATES: dict[str, tuple[float, float]] = {
+    "adamw": (1e-6, 3e-3),
+    "adam": (1e-6, 3e-3),
+    "nadam": (1e-6, 3e-3),
+    "radam": (1e-6, 5e-3),
+    "adafactor": (1e-6, 5e-3),
+    "sgd": (1e-4, 10.0),
+    "lion": (3e-7, 6e-4),
+    "prodigy": (0.1, 3.0),
+}
+"""Learning rate x alpha / rank outside of which a run hardly learns, or burns; of an optimizer that finds its
+own rate, the setting alone. Wide: a factor of ten around what guides and peers use."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that stands in the way, or that a person should know before Start.
+
+    Attributes:
+        kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
+            dataset, picture, caption, validation, or what a note on the dataset is of.
+        sentence: for people, with what to do.
+        blocking: whether the run would fail.
+    """
+
+    kind: str
+    sentence: str
+    blocking: bool = True
+
+
+def refuse(problems: list[Problem]) -> None:
+    """Refuse what cannot work, all of it at once.
+
+    Raises:
+        RunError: at least one problem blocks.
+    """
+    sentences = [problem.sentence for problem in problems if problem.blocking]
+    if sentences:
+        raise RunError(" ".join(sentences))
+
+
+def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
+    """The learning rate of each part that has layers to train."""
+    optim, row = config.optim, TARGETS[config.adapter.targets].defaults
+    settings = ("optim.lr", "optim.text_encoder_lr", "optim.text_encoder_2_lr")
+    values = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
+    parts = len(family.parts) if family else len(settings)
+    patterns = (row["unet"], row["text"], row["text"])
+    known = list(zip(settings, values, patterns, strict=True))[:parts]
+    return {name: rate for name, rate, pattern in known if pattern and rate > 0}
+
+
+def rate_problems(config: RunConfig, family: Family | None) -> list[Problem]:
+    """Something is trained, at rates that the optimizer can work with and that are in a sane range.
+
+    Args:
+        config: of the run to come.
+        family: of its base, where that is known.
+    """
+    optim, row = config.optim, chosen(OPTIMIZERS, config.optim.name, "optim.name")
+    rates = _part_rates(config, family)
+    if not rates and not any(rate > 0 for rate in optim.block_lr.values()):
+        return [
+            Problem(
+                "rate",
+                "Nothing would be trained: the learning rates of all chosen layers are 0; see optim.lr,"
+                " optim.text_encoder_lr and optim.block_lr.",
+            )
+        ]
+    if row.one_rate and (len(set(rates.values())) > 1 or optim.lora_plus != 1.0):
+        return [
+            Problem(
+                "rate",
+                f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
+                f" ({optim.lr:g}) or to 0, and optim.lora_plus to 1.",
+            )
+        ]
+    if optim.range_test and (row.one_rate or not optim.lr):
+        why = "finds its own rate" if row.one_rate else "has nothing to begin with where optim.lr is 0"
+        what = row.title if row.one_rate else "The range test"
+        return [Problem("rate", f"{what} {why}; turn optim.range_test off.")]
+    if optim.range_test:
+        return []
+    low, high = RATES.get(optim.name, (0.0, math.inf))
+    scale, product = (1.0, "") if row.one_rate else (config.adapter.scale, " x alpha / rank")
+    found = []
+    for name, rate in rates.items():
+        effective = rate * scale
+        if not low <= effective <= high:
+            much = "much" if effective > high else "little"
+            what = "pictures may burn" if effective > high else "hardly anything may be learned"
+            sentence = (
+                f"{name}{product} = {effective:.3g} is {much} for {row.title}, which is usually given"
+                f" {low:g} to {high:g}; {what}."
+            )
+            found.append(Problem("rate", sentence, False))
+    return found
+
+
+# What stands in the way of a run, found before it starts: all that can be told without its pictures.
+#
+# Everything is looked at and everything is said, so that nobody mends one thing only to meet the next. A
+# problem either blocks (the run would fail) or is a note. `runs/preflight.py` adds what the pictures and
+# captions say.
+
+
+ADAPTER_COPIES = 4
+"""Of each trained number there are in memory: itself, its gradient, and usually two of the optimizer's."""
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Bytes that a run's encoded pictures and captions take: what is not on `disk` yet, and captions in
+    `memory`."""
+
+    disk: int
+    memory: int
+
+
+def base_of(config: RunConfig) -> tuple[BaseFacts | None, list[Problem]]:
+    """The base that a config names, and what is wrong with it."""
+    model = config.model
+    name = model.base
+    if is_remote(name):
+        sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
+        return None, [Problem("base", sentence, False)]
+    try:
+        facts = base_facts(name, model.prediction, model.zero_terminal_snr)
+        lacking = missing_files(facts.path, facts.family) if facts.path.is_dir() and facts.family else []
+        if lacking:
+            raise ModelFileError(
+                f"The base {facts.path} is not whole; it lacks {', '.join(lacking)}. Download it again."
+            )
+        base_numbers(facts)
+    except ModelFileError as error:
+        return None, [Problem("base", str(error))]
+    guess = [Problem("base", f"What the base predicts is {facts.told_by}.", False)] if facts.guessed else []
+    return facts, guess
+
+
+def problems_of(
+    config: RunConfig,
+    workspace: Path,
+    facts: BaseFacts | None,
+    encoded: Encoded,
+    card: Callable[[], int | None],
+) -> list[Problem]:
+    """All problems that can be told from the settings, the base's files and the machine.
+
+    Args:
+        config: of the run to come.
+        workspace: where it would lie.
+        facts: of its base, where that can be read.
+        encoded: what its pictures and captions take once they are encoded.
+        card: asked for the free bytes of the graphics card; None where there is none.
+    """
+    found = [
+        *_name(config, workspace),
+        *_packages(config),
+        *_vae(config),
+        *_adapter(config, facts),
+        *_loss(config, facts),
+        *rate_problems(config, facts.family if facts else None),
+    ]
+    if facts is not None and facts.family is not None:
+        found += _targets(config, facts.family)
+        if not any(problem.kind == "targets" for problem in found):
+            found += _disk(config, workspace, facts, encoded.disk)
+            found += _memory(config, facts, card(), encoded.memory)
+    return found + _busy(workspace)
+
+
+def _name(config: RunConfig, workspace: Path) -> list[Problem]:
+    if not config.name:
+        return []
+    try:
+        path = runs_folder(workspace) / checked_name(config.name)
+    except RunError as error:
+        return [Problem("name", str(error))]
+    if not path.exists() or _holds_nothing(RunFolder(path)):
+        return []
+    return [
+        Problem(
+            "name",
+            f"A run named {path.name} exists already in {path.parent}; go on with it by `resume {path}`, or"
+            " choose another --name.",
+        )
+    ]
+
+
+def _holds_nothing(run: RunFolder) -> bool:
+    """Whether it is a run that failed before its first step, which `RunFolder.create` replaces."""
+    if not run.config_file.is_file():
+        return False
+    progress = run.progress()
+    return run.status(progress) == "failed" and not progress.step and not run.checkpoint_steps()
+
+
+def require_packages(config: RunConfig) -> None:
+    """Check that the optional packages that the settings need are installed.
+
+    Raises:
+        ConfigError: one is missing; the message says how to install it.
+    """
+    optimizer = OPTIMIZERS[config.optim.name]
+    if optimizer.package:
+        feature = f"optim.name = {config.optim.name}"
+        require_package(feature, optimizer.load.partition(":")[0], optimizer.package)
+    if config.save.tensorboard:
+        require_package("save.tensorboard = true", "tensorboard", "tensorboard")
+
+
+def _packages(config: RunConfig) -> list[Problem]:
+    try:
+        require_packages(config)
+    except ConfigError as error:
+        return [Problem("package", str(error))]
+    return []
+
+
+def _vae(config: RunConfig) -> list[Problem]:
+    name = config.model.vae.strip()
+    place = Path(name).expanduser()
+    if not name or place.suffix.lower() == ".ckpt":
+        return []
+    if not place.exists():
+        return [Problem("vae", f"The VAE {name} does not exist; give a folder or a .safetensors file.")]
+    if place.is_dir():
+        whole = (place / "config.json").is_file() and weight_files(place)
+        return [] if whole else [Problem("vae", f"The VAE {name} lacks its config.json or its weights.")]
+    try:
+        read_header(place, ModelFileError)
+    except ModelFileError as error:
+        return [Problem("vae", str(error))]
+    return []
+
+
+def _adapter(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
+    """The LoRA to go on with is there, whole, and for a base of this family where its header says."""
+    name = config.adapter.init.strip()
+    if name in ("", "default"):
+        return []
+    file = Path(name).expanduser()
+    if not file.is_file():
+        sentence = f"The LoRA {file} that adapter.init names does not exist; choose another file."
+        return [Problem("adapter", sentence)]
+    if file.suffix.lower() in SINGLE_FILES[1:]:
+        return []
+    try:
+        version = read_header(file).metadata.get("ss_base_model_version", "")
+    except AdapterFileError as error:
+        return [Problem("adapter", str(error))]
+    family = family_of_version(version)
+    if family is None or facts is None or facts.family is None or family.title == facts.family.title:
+        return []
+    sentence = (
+        f"The LoRA {file} that adapter.init names is for {family.title}, and the base is"
+        f" {facts.family.title}; choose another file or another base."
+    )
+    return [Problem("adapter", sentence)]
+
+
+def _loss(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
+    """Settings of the loss that do nothing with this kind of it, or that leave the last timestep out."""
+    loss, found = config.loss, []
+    usual = LossSection()
+    for name in ("huber_delta", "huber_schedule"):
+        if loss.kind != "huber" and getattr(loss, name) != getattr(usual, name):
+            sentence = f"loss.{name} plays no part where loss.kind is {loss.kind}; it is for huber."
+            found.append(Problem("loss", sentence, False))
+    velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
+    if velocity and loss.gamma("v_prediction"):
+        sentence = (
+            f"loss.min_snr = {loss.gamma('v_prediction'):g} gives the last timestep no weight, as this base"
+            " has zero terminal SNR; set loss.min_snr to auto or 0."
+        )
+        found.append(Problem("loss", sentence, False))
+    return found
+
+
+def _targets(config: RunConfig, family: Family) -> list[Problem]:
+    blocks = TARGETS[config.adapter.targets].defaults.get("blocks", "")
+    if not blocks or getattr(family, blocks):
+        return []
+    return [
+        Problem(
+            "targets",
+            f"Which blocks of the {family.title} carry what is not known, so adapter.targets cannot choose"
+            " them; choose attention, kohya or locon.",
+        )
+    ]
+
+
+def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> list[Problem]:
+    """Room for all that a run writes, or at least for its first checkpoint and the export."""
+    export = export_bytes(facts, config)
+    if export is None:
+        return []
+    free = free_bytes(workspace)
+    all_of_it = caches + needed_bytes(config, export)
+    least = caches + checkpoint_bytes(config, export // 2) + export + MARGIN
+    if free >= all_of_it:
+        return []
+    need = (
+        f"The run needs about {_size(all_of_it)} in {workspace} (pictures and captions {_size(caches)}, each"
+        f" checkpoint {_size(checkpoint_bytes(config, export // 2))}), and {_size(free)} are free; make room,"
+        " or lower save.keep_last."
+    )
+    return [Problem("disk", need, free < least)]
+
+
+def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int) -> list[Problem]:
+    """Weights and adapter against what is free: rough, since how much the pictures take is seen when they
+    run."""
+    numbers, export = base_numbers(facts), export_bytes(facts, config)
+    if not numbers or not export:
+        return []
+    asked = config.train.precision
+    width = 4 if asked == "fp32" or (asked == "auto" and card is None) else 2
+    need = numbers * width + (export // 2) * 4 * ADAPTER_COPIES
+    need += captions if card is None else 0
+    free, where = (psutil.virtual_memory().available, "memory") if card is None else (card, "graphics memory")
+    if need <= free:
+        return []
+    advice = "" if width == 2 else ", or set train.precision to bf16"
+    sentence = (
+        f"The base and the adapter alone take about {_size(need)} of {where}, a rough figure to which the"
+        f" pictures come, and {_size(free)} are free; close other programs{advice}."
+    )
+    return [Problem("memory", sentence, False)]
+
+
+def _busy(workspace: Path) -> list[Problem]:
+    live = [run.name for run in all_runs(workspace) if run.live_process() is not None]
+    if not live:
+        return []
+    sentence = f"The run {live[0]} is going on too; both get slower and share the memory."
+    return [Problem("busy", sentence, False)]
+
+
+def gpu_free_bytes() -> int | None:
+    """Free memory of the first NVIDIA card, or None where there is none or it does not say."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
+        return int(said.split()[0]) * 2**20
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
+        return None
+
+
+def _size(size: int) -> str:
+    return f"{size / GIGABYTE:.1f} GB" if size >= 0.1 * GIGABYTE else f"{size / 1e6:.1f} MB"
+
+
+# All that stands in the way of a run, its pictures and captions included: what is looked at before Start.
+
+
+SHOWN = 5
+"""So many of a kind are named one by one."""
+_EXCERPT = 60
+_LATENT_BYTES = 4 * 4 / 64
+"""A pixel: four channels in fp32, one latent for 8 x 8 pixels."""
+_FILE = 4096
+_MEASURED = 16
+"""So many training pictures are measured where none can be held out."""
+
+
+def preflight(
+    config: RunConfig,
+    workspace: Path,
+    dataset: Dataset | None = None,
+    card: Callable[[], int | None] = gpu_free_bytes,
+) -> list[Problem]:
+    """Everything that is wrong with a run before it starts, and what a person should know.
+
+    Args:
+        config: of the run; a name that is empty is given later and not looked at.
+        workspace: where it would lie.
+        dataset: what was read already of its pictures; else they are read.
+        card: asked for the free bytes of the graphics card; None where there is none.
+
+    Returns:
+        Problems that block first; empty where all is well.
+    """
+    facts, found = base_of(config)
+    records: list[ImageRecord] = []
+    try:
+        if dataset is None:
+            dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
+        records = dataset.records
+        found = [*_pictures(dataset), *_split(records, config), *found]
+    except DatasetError as error:
+        found = [Problem("dataset", str(error)), *found]
+    if facts is not None:
+        found += _captions(records, config, facts)
+    room = Encoded(0, 0)
+    if facts is not None and facts.family is not None:
+        cache = workspace / "cache"
+        again, drawn = caption_bytes(records, config, facts)
+        lacking = (
+            (_picture_bytes(records, config, facts), folder_bytes(cache / "latents")),
+            (again, folder_bytes(cache / "text")),
+        )
+        room = Encoded(sum(max(0, need - there) for need, there in lacking), again + drawn)
+    found += problems_of(config, workspace, facts, room, card)
+    return sorted(found, key=lambda problem: not problem.blocking)
+
+
+def _pictures(dataset: Dataset) -> list[Problem]:
+    found = [Problem("picture", problem.sentence) for problem in dataset.problems[:SHOWN]]
+    more = len(dataset.problems) - SHOWN
+    if not dataset.records and not found:
+        found.append(Problem("dataset", "There are no pictures yet; put some in."))
+    if more > 0:
+        found.append(Problem("picture", f"And {more} more."))
+    notes = summaries(dataset.notes, AUDIT_ONLY)
+    return [*found, *(Problem(note.kind, note.sentence, False) for note in notes)]
+
+
+def _split(records: list[ImageRecord], config: RunConfig) -> list[Problem]:
+    try:
+        if any(record.held_out for record in records):
+            held_out(records, config.validation.pictures, config.seed)
+        else:  # counting is enough, and pictures need not be read for it
+            wished_pictures(len(records), config.validation.pictures)
+    except DatasetError as error:
+        return [Problem("validation", str(error))] if records else []
+    return []
+
+
+def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[Problem]:
+    """Captions of which the end is not read."""
+    limit = config.train.tokens
+    cut: list[tuple[str, str]] = []
+    try:
+        for record in records:
+            lines = with_trigger(record.caption, config.dataset.trigger).splitlines()
+            beyond = max((part_beyond(line, limit, facts.tokenizer) for line in lines), key=len, default="")
+            if beyond:
+                cut.append((record.path.name, beyond))
+    except ModelFileError as error:
+        return [Problem("caption", f"The length of the captions could not be checked. {error}", False)]
+    if not cut:
+        return []
+    name, beyond = max(cut, key=lambda one: len(one[1]))
+    excerpt = beyond if len(beyond) <= _EXCERPT else f"{beyond[:_EXCERPT]}..."
+    count = "1 caption is" if len(cut) == 1 else f"{len(cut)} captions are"
+    sentence = (
+        f"{count} longer than the {limit} tokens that are read; of {name}, “{excerpt}” is not. Shorten it, or"
+        " raise train.tokens."
+    )
+    return [Problem("caption", sentence, False)]
+
+
+def caption_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:
+    """About what a run's encoded captions take where no text encoder is trained, else nothing.
+
+    Returns:
+        Bytes of those that come again, which are kept on disk and in memory, and of those that vary from look
+        to look, which are kept in memory up to a limit.
+    """
+    if facts.family is None or config.optim.text_encoder_lr or config.optim.text_encoder_2_lr:
+        return 0, 0
+    width = 2 if config.train.precision in ("bf16", "fp16") else 4
+    one = config.train.tokens // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE
+    rules, validation = CaptionRules.of(config.dataset), config.validation
+    fixed = sum(not varies(record.caption, rules) for record in records)
+    # Those that vary are measured without chance: the held-out ones, and about as many of the others.
+    held = validation.pictures * (1 if validation.pictures >= 1 else len(records))
+    again = min(len(records), fixed + _MEASURED + math.ceil(2 * held)) if records else 0
+    again += len(config.preview.prompts) + validation.prior + 1
+    looks = config.train.steps * config.train.batch_size * config.train.accumulate
+    return again * one, min(DRAWN_CAPTIONS_BYTES, looks * one) if fixed < len(records) else 0
+
+
+def _picture_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
+    """Bytes of encoded pictures on disk."""
+    side = config.train.resolution or facts.resolution
+    looks = 2 if config.dataset.flip else 1
+    return sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * looks

@@ -1,0 +1,110 @@
+"""Events folded into what a person wants to know: where the run is, how fast, how good."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lora_core.runs import events
+
+
+@dataclass
+class Progress:
+    """The state of a run as its events tell it; feed it new events as they come."""
+
+    step: int = 0
+    steps: int = 0
+    started: bool = False
+    stepping: bool = False
+    phase: str = ""
+    phase_done: int = 0
+    phase_total: int = 0
+    ending: str = ""
+    reason: str = ""
+    changed: list[str] = field(default_factory=list)
+    stopped_early: bool = False
+    export: str = ""
+    best_step: int | None = None
+    rate: events.RateFound | None = None
+    losses: list[events.StepDone] = field(default_factory=list)
+    validations: list[events.Validated] = field(default_factory=list)
+    previews: list[events.PreviewDone] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    handled: set[str] = field(default_factory=set)
+
+    def update(self, new: Iterable[events.Event]) -> None:
+        """Fold in events in the order of the file."""
+        for event in new:
+            self._fold(event)
+
+    def _fold(self, event: events.Event) -> None:
+        match event:
+            case events.Started():
+                self.started, self.steps, self.stepping = True, event.steps, False
+                self.ending, self.reason, self.changed = "", "", []
+            case events.Resumed():
+                self._forget_after(event.step)
+                self.steps = event.steps
+            case events.Preparing():
+                self.stepping = False
+                self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
+            case events.Working():
+                self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
+            case events.RateFound():
+                self.rate = event
+            case events.StepDone():
+                self.stepping, self.step, self.phase = True, event.step, ""
+                self.losses.append(event)
+            case events.Validated():
+                self.validations.append(event)
+                if event.best:
+                    self.best_step = event.step
+            case events.PreviewDone():
+                self.previews.append(event)
+            case events.Warned():
+                self.warnings.append(event.message)
+            case events.Handled():
+                self.handled.add(event.request)
+            case events.Paused():
+                self.ending, self.reason = "paused", event.reason
+            case events.Stopped():
+                self.ending, self.export, self.reason = "stopped", event.export, event.reason
+                self.stopped_early = self.stopped_early or bool(event.reason)
+            case events.Finished():
+                self.ending, self.export = "done", event.export
+            case events.Failed():
+                self.ending, self.reason, self.changed = "failed", event.reason, event.changed
+
+    def _forget_after(self, step: int) -> None:
+        self.step = step
+        self.losses = [e for e in self.losses if e.step <= step]
+        self.validations = [e for e in self.validations if e.step <= step]
+        self.previews = [e for e in self.previews if e.step <= step]
+        self.best_step = next((e.step for e in reversed(self.validations) if e.best), None)
+
+    def smoothed_loss(self) -> float | None:
+        """Exponential mean of the loss over about 50 steps, or None before the first step."""
+        curve = smoothed([e.loss for e in self.losses[-300:]])
+        return curve[-1] if curve else None
+
+    def seconds_a_step(self) -> float | None:
+        """Median seconds of the last 30 steps."""
+        recent = sorted(e.seconds for e in self.losses[-30:])
+        return recent[len(recent) // 2] if recent else None
+
+    def seconds_left(self) -> float | None:
+        """Time to the last step at the present pace."""
+        pace = self.seconds_a_step()
+        return None if pace is None else pace * max(0, self.steps - self.step)
+
+
+def smoothed(values: list[float], memory: float = 50.0) -> list[float]:
+    """Exponential mean with the bias of the start taken out; values that are not finite are passed over."""
+    decay = math.exp(-1.0 / memory)
+    total = weight = 0.0
+    curve = []
+    for value in values:
+        if math.isfinite(value):
+            total = decay * total + value
+            weight = decay * weight + 1.0
+        curve.append(total / weight if weight else math.nan)
+    return curve

@@ -1,0 +1,301 @@
+"""Deleting that can be taken back: a run or a project is moved into the workspace's own `.trash`.
+
+The system's trash is not used. On Windows it deletes at once what is too large for it or lies on a network
+drive, and on other drives it may copy gigabytes; a rename within the workspace is done at once, is whole or
+not at all, works without a desktop, and can be undone in the window.
+"""
+
+import json
+import os
+import shutil
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lora_core.errors import RunError
+from lora_core.runs.folder import RunFolder, all_runs, runs_folder
+from lora_core.runs.queue import Queue
+from lora_core.system.paths import write_atomically
+from lora_core.system.untrusted import parsed_json
+
+_LABEL = "label.json"
+_CONTENT = "content"
+KINDS = {"runs": "run", "projects": "project"}
+_DRAWN = "generated"
+"""The folder of a project with what was drawn in it."""
+
+
+@dataclass(frozen=True)
+class Trashed:
+    """Something in the trash.
+
+    Attributes:
+        place: its folder in the trash.
+        name: what it was called.
+        came_from: where it stood.
+        time: when it was deleted, in seconds since the epoch.
+    """
+
+    place: Path
+    name: str
+    came_from: Path
+    time: float
+
+    @property
+    def content(self) -> Path:
+        """What was deleted, as it was."""
+        return self.place / _CONTENT
+
+    def row(self) -> dict[str, Any]:
+        """The row of `trash list --json`."""
+        kind = KINDS.get(self.came_from.parent.name, "picture")
+        return {
+            "id": self.place.name,
+            "name": self.name,
+            "kind": kind,
+            "came_from": str(self.came_from),
+            "time": self.time,
+        }
+
+
+def trash_folder(workspace: Path) -> Path:
+    """Where a workspace keeps what was deleted."""
+    return workspace / ".trash"
+
+
+def to_trash(path: Path, workspace: Path) -> Path:
+    """Move a run, a project or a drawn picture of a workspace into its trash; returns where it is now.
+
+    A run is taken out of the queue too.
+
+    Raises:
+        RunError: it is neither, it is in use by a run that is going on, or the disk refuses.
+    """
+    path, kind = _allowed(path, workspace)
+    if kind == "run":
+        _refuse_live_run(RunFolder(path))
+        queue = Queue(workspace)
+        if any(job.run == path.name for job in queue.written()):
+            queue.remove(path.name)
+    elif kind == "project":
+        _refuse_used_project(path, workspace)
+    place = trash_folder(workspace) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
+    label = {"name": path.name, "came_from": path.relative_to(workspace.absolute()).as_posix()}
+    try:
+        place.mkdir(parents=True)
+        write_atomically(place / _LABEL, json.dumps({**label, "time": time.time()}).encode())
+        os.rename(path, place / _CONTENT)
+    except OSError as error:
+        shutil.rmtree(place, ignore_errors=True)
+        raise RunError(
+            f"The {kind} {path.name} cannot be moved to the trash: {error.strerror or error}; close what uses"
+            " it and try again."
+        ) from error
+    return place / _CONTENT
+
+
+def trashed(workspace: Path) -> list[Trashed]:
+    """What is in the trash, the newest first."""
+    found = []
+    for label in trash_folder(workspace).glob(f"*/{_LABEL}"):
+        try:
+            said = parsed_json(label.read_bytes())
+            came_from = workspace.absolute() / str(said["came_from"])
+            one = Trashed(label.parent, str(said["name"]), came_from, float(said["time"]))
+        except (OSError, ValueError, OverflowError, KeyError, TypeError):
+            continue
+        if one.content.exists():
+            found.append(one)
+    return sorted(found, key=lambda one: (-one.time, one.place.name))
+
+
+def restore(one: Trashed, workspace: Path) -> Path:
+    """Put something from the trash back where it was; returns that place.
+
+    Where the name is taken by now, a number is added to it.
+
+    Raises:
+        RunError: it is gone from the trash, or the disk refuses.
+    """
+    wanted, kind = _allowed(one.came_from, workspace)
+    path, number = wanted, 2
+    while os.path.lexists(path):
+        path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(one.content, path)
+        shutil.rmtree(one.place, ignore_errors=True)
+    except OSError as error:
+        raise RunError(f"The {kind} {one.name} cannot be put back: {error.strerror or error}.") from error
+    return path
+
+
+def empty_trash(workspace: Path) -> None:
+    """Remove for good all that is in the trash.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    folder = trash_folder(workspace)
+    try:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or folder} cannot be removed: {error.strerror or error}; close what uses it and"
+            " try again."
+        ) from error
+
+
+def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
+    """The path in full and what it is: nothing but runs and projects of this workspace is ever moved.
+
+    Raises:
+        RunError: it is something else.
+    """
+    full = Path(os.path.abspath(path))
+    projects = workspace.absolute() / "projects"
+    inside = full.relative_to(projects).parts if full.is_relative_to(projects) else ()
+    if inside[1:2] == (_DRAWN,) and full.suffix == ".png":
+        return full, "picture"
+    kind = KINDS.get(full.parent.name, "")
+    if not kind or full.parent.parent != workspace.absolute() or full.name.startswith("."):
+        raise RunError(f"{path} is neither a run nor a project of {workspace}, so it is not deleted.")
+    return full, kind
+
+
+def _refuse_live_run(run: RunFolder) -> None:
+    if not run.path.is_dir():
+        raise RunError(f"There is no run {run.name} any more.")
+    lock = FileLock(run.lock_file)
+    try:
+        # Taken and let go: a trainer that has only just come up has not said yet who it is.
+        lock.acquire(timeout=0)
+        lock.release()
+    except Timeout as error:
+        raise RunError(f"The run {run.name} is going on; stop it before it is deleted.") from error
+    except OSError as error:
+        raise RunError(f"The run {run.name} cannot be deleted: {error.strerror or error}.") from error
+
+
+def _refuse_used_project(path: Path, workspace: Path) -> None:
+    if not path.is_dir():
+        raise RunError(f"There is no project {path.name} any more.")
+    for run in all_runs(workspace):
+        if run.live_process() is not None and Path(run.config().dataset.path).is_relative_to(path):
+            raise RunError(
+                f"The run {run.name} is going on with the pictures of {path.name}; stop it before they are"
+                " deleted."
+            )
+
+
+# How much room a workspace takes, by what it is for, and making room without losing work.
+
+
+_GOING = ".going"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes on disk.
+
+    Attributes:
+        caches: each cache by its name: latents, text, datasets.
+        runs: each run by its name.
+        projects: each project by the name of its folder.
+        trash: what can still be taken back.
+    """
+
+    caches: dict[str, int]
+    runs: dict[str, int]
+    projects: dict[str, int]
+    trash: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(sum(part.values()) for part in (self.caches, self.runs, self.projects)) + self.trash
+
+
+def folder_bytes(folder: Path) -> int:
+    """The bytes of all files below a folder; links are not followed, and a file with two names counts once.
+
+    What vanishes meanwhile, as when a run is going on, counts as nothing.
+    """
+    total = 0
+    linked: set[tuple[int, int]] = set()
+    waiting = [str(folder)]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                        continue
+                    found = entry.stat(follow_symlinks=False)
+                    if found.st_nlink > 1:
+                        if (found.st_dev, found.st_ino) in linked:
+                            continue
+                        linked.add((found.st_dev, found.st_ino))
+                    total += found.st_size
+        except OSError:
+            continue
+    return total
+
+
+def workspace_sizes(workspace: Path) -> Sizes:
+    """What everything in a workspace takes."""
+    return Sizes(
+        _each(workspace / "cache"),
+        _each(runs_folder(workspace)),
+        _each(workspace / "projects"),
+        folder_bytes(trash_folder(workspace)),
+    )
+
+
+def _each(folder: Path) -> dict[str, int]:
+    """Each folder in a folder by its name, the largest first."""
+    if not folder.is_dir():
+        return {}
+    found = {path.name: folder_bytes(path) for path in folder.iterdir() if _counted(path)}
+    return dict(sorted(found.items(), key=lambda one: (-one[1], one[0])))
+
+
+def _counted(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
+
+
+def clean_caches(workspace: Path) -> int:
+    """Remove all that a run can make again: encoded pictures and captions, unpacked zips; returns the bytes.
+
+    A run that starts meanwhile finds an empty cache, and not half of one: what goes is first moved aside.
+
+    Raises:
+        RunError: a run is going on, or the disk refuses.
+    """
+    live = [run.name for run in all_runs(workspace) if run.live_process() is not None]
+    if live:
+        raise RunError(
+            f"The run {live[0]} is going on and uses the caches; clean them when it has ended or is paused."
+        )
+    cache = workspace / "cache"
+    freed = folder_bytes(cache)
+    try:
+        for path in list(cache.iterdir()) if cache.is_dir() else []:
+            aside = path if path.name.endswith(_GOING) else cache / f".{path.name}.{uuid.uuid4().hex}{_GOING}"
+            if aside != path:
+                path.rename(aside)
+            if aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside)
+            else:
+                aside.unlink()
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or cache} cannot be removed: {error.strerror or error}; close what uses it and"
+            " try again."
+        ) from error
+    return freed - folder_bytes(cache)

@@ -1,1 +1,0 @@
-"""Making pictures with the base and any adapters."""

@@ -1,0 +1,291 @@
+"""Named choices as tables: optimizers, schedules, losses, samplers, targets, formats.
+
+A row names the code that it stands for as "module:attribute", imported only when it is used, so that a window
+without torch can list them all. The price is that editors cannot follow the reference, so
+`tests/settings/test_choices.py` resolves every row.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row.
+
+    Attributes:
+        title: what a person reads.
+        help: one sentence on when to take it.
+        load: "module:attribute" of the code behind it, or "" where the row is only a name.
+        defaults: keyword arguments that the code is called with.
+        package: the optional package that it needs, as the package index names it, or "".
+        one_rate: an optimizer that works with one learning rate for everything that it trains.
+        state: how many numbers an optimizer keeps for each that it trains.
+        by_matrix: an optimizer that looks at rows and columns, so that each factor is a tensor of its own.
+        fused: an optimizer of torch whose step is one kernel on a card (`fused=True`).
+    """
+
+    title: str
+    help: str
+    load: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    package: str = ""
+    one_rate: bool = False
+    state: float = 2.0
+    by_matrix: bool = False
+    fused: bool = False
+
+    def resolve(self) -> Any:
+        """Import what `load` names.
+
+        Raises:
+            ConfigError: the optional package is not installed.
+        """
+        module, _, attribute = self.load.partition(":")
+        if self.package:
+            require_package(self.title, module, self.package)
+        return getattr(importlib.import_module(module), attribute)
+
+
+def require_package(feature: str, module: str, package: str) -> None:
+    """Check that an optional package is installed, without importing it.
+
+    Args:
+        feature: what needs it, for the message.
+        module: its import name.
+        package: its name on the package index.
+
+    Raises:
+        ConfigError: it is not installed; the message has the command that installs it into this environment.
+    """
+    if importlib.util.find_spec(module) is None:
+        python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
+        raise ConfigError(
+            f"{feature} needs the package {package}, which is not installed. Install it with"
+            f" `{python} -m pip install {package}`."
+        )
+
+
+Table = dict[str, Choice]
+
+OPTIMIZERS: Table = {
+    "adamw": Choice("AdamW", "The safe default.", "torch.optim:AdamW", {"weight_decay": 0.01}, fused=True),
+    "adam": Choice("Adam", "AdamW without weight decay.", "torch.optim:Adam", fused=True),
+    "nadam": Choice("NAdam", "Adam with Nesterov momentum.", "torch.optim:NAdam"),
+    "radam": Choice("RAdam", "Adam that needs less warm-up.", "torch.optim:RAdam"),
+    "adafactor": Choice(
+        "Adafactor",
+        "Keeps far less state; for very large ranks.",
+        "torch.optim:Adafactor",
+        state=0.2,
+        by_matrix=True,
+    ),
+    "sgd": Choice(
+        "SGD",
+        "Plain gradient descent with momentum; needs a much higher rate.",
+        "torch.optim:SGD",
+        {"momentum": 0.9},
+        state=1.0,
+    ),
+    "lion": Choice(
+        "Lion",
+        "Half of AdamW's state; take a third of its learning rate.",
+        "lion_pytorch:Lion",
+        package="lion-pytorch",
+        state=1.0,
+    ),
+    "prodigy": Choice(
+        "Prodigy",
+        "Finds its own learning rate; set the learning rate to 1.",
+        "prodigyopt:Prodigy",
+        {"safeguard_warmup": True, "use_bias_correction": True},
+        package="prodigyopt",
+        one_rate=True,
+        state=4.0,
+    ),
+}
+
+SCHEDULES: Table = {
+    "constant": Choice("Constant", "The same rate to the end.", "lora_core.train.loop:constant"),
+    "linear": Choice("Linear", "Falls to zero in a straight line.", "lora_core.train.loop:linear"),
+    "cosine": Choice(
+        "Cosine", "Falls to zero slowly at both ends; the default.", "lora_core.train.loop:cosine"
+    ),
+    "cosine_restarts": Choice(
+        "Cosine with restarts",
+        "Three cosine falls, each from the full rate.",
+        "lora_core.train.loop:cosine_restarts",
+    ),
+}
+
+LOSSES: Table = {
+    "mse": Choice("Squared error", "What the base was trained with.", "lora_core.train.loss:squared_error"),
+    "l1": Choice(
+        "Absolute error", "Less weight on a few large errors.", "lora_core.train.loss:absolute_error"
+    ),
+    "huber": Choice(
+        "Huber",
+        "Squared where small, linear where large; robust to odd pictures and wrong captions.",
+        "lora_core.train.loss:huber_error",
+    ),
+}
+
+HUBER_SCHEDULES: Table = {
+    "constant": Choice(
+        "Constant", "The same delta at each noise level.", "lora_core.train.loss:constant_delta"
+    ),
+    "snr": Choice(
+        "By signal-to-noise ratio",
+        "From 1 without noise down to delta, as the signal fades; the default.",
+        "lora_core.train.loss:snr_delta",
+    ),
+    "exponential": Choice(
+        "Exponential",
+        "From 1 at the first timestep down to delta at the last.",
+        "lora_core.train.loss:exponential_delta",
+    ),
+}
+
+_ATTENTION = r"attn[12]\.(?:to_q|to_k|to_v|to_out\.0)"
+_TEXT_ATTENTION = r"self_attn\.(?:q_proj|k_proj|v_proj|out_proj)"
+# Everything linear below a Transformer2DModel or a CLIP layer: kohya sd-scripts' default modules.
+_KOHYA_UNET = rf".*\.attentions\.\d+\.(?:proj_in|proj_out|.*\.{_ATTENTION}|.*\.ff\.net\.(?:0\.proj|2))"
+_KOHYA_TEXT = rf".*\.(?:{_TEXT_ATTENTION}|mlp\.fc1|mlp\.fc2)"
+# What its convolution option adds: resnets and the changes of size between levels.
+_CONVOLUTIONS = (
+    r".*\.resnets\.\d+\.(?:conv1|conv2|conv_shortcut|time_emb_proj)|.*\.(?:down|up)samplers\.\d+\.conv"
+)
+
+TARGETS: Table = {
+    "attention": Choice(
+        "Attention",
+        "q, k, v and out of each attention layer; the default.",
+        "lora_core.lora.targets:Targets",
+        {"unet": rf".*\.{_ATTENTION}", "text": rf".*\.{_TEXT_ATTENTION}"},
+    ),
+    "kohya": Choice(
+        "Attention, projections and feed-forward",
+        "kohya's default set; fits more.",
+        "lora_core.lora.targets:Targets",
+        {"unet": _KOHYA_UNET, "text": _KOHYA_TEXT},
+    ),
+    "locon": Choice(
+        "All of these and the convolutions (LoCon)",
+        "Fits textures and line work more closely; a larger file.",
+        "lora_core.lora.targets:Targets",
+        {"unet": f"{_KOHYA_UNET}|{_CONVOLUTIONS}", "text": _KOHYA_TEXT},
+    ),
+    "style": Choice(
+        "Style blocks only",
+        "Only the blocks that carry how a picture looks; mixes well with a subject. No text encoder.",
+        "lora_core.lora.targets:Targets",
+        {"unet": _KOHYA_UNET, "text": "", "blocks": "style_blocks"},
+    ),
+    "subject": Choice(
+        "Subject blocks only",
+        "Only the blocks that carry what is shown; mixes well with a style. No text encoder.",
+        "lora_core.lora.targets:Targets",
+        {"unet": _KOHYA_UNET, "text": "", "blocks": "subject_blocks"},
+    ),
+}
+"""Sets of layers: `unet` and `text` match a layer's whole path as diffusers names it, "" none; `blocks` is
+the field of a family that narrows the UNet's."""
+
+FORMATS: Table = {
+    "kohya": Choice(
+        "kohya (all tools)",
+        "A1111, Forge, ComfyUI, InvokeAI, kohya and diffusers read it.",
+        "lora_core.formats.kohya:to_file",
+    ),
+    "diffusers": Choice(
+        "diffusers / PEFT",
+        "For diffusers scripts; most other tools do not read it.",
+        "lora_core.formats.peft:to_file",
+    ),
+}
+
+# Named as in A1111; each is a diffusers scheduler and how it is configured.
+SAMPLERS: Table = {
+    "ddim": Choice("DDIM", "Plain and deterministic.", "diffusers.schedulers.scheduling_ddim:DDIMScheduler"),
+    "euler": Choice(
+        "Euler", "Fast and smooth.", "diffusers.schedulers.scheduling_euler_discrete:EulerDiscreteScheduler"
+    ),
+    "euler_a": Choice(
+        "Euler a",
+        "Adds noise at each step; livelier.",
+        "diffusers.schedulers.scheduling_euler_ancestral_discrete:EulerAncestralDiscreteScheduler",
+    ),
+    "heun": Choice(
+        "Heun", "Two looks a step.", "diffusers.schedulers.scheduling_heun_discrete:HeunDiscreteScheduler"
+    ),
+    "dpmpp_2m": Choice(
+        "DPM++ 2M",
+        "Sharp in 20 steps.",
+        "diffusers.schedulers.scheduling_dpmsolver_multistep:DPMSolverMultistepScheduler",
+    ),
+    "dpmpp_2m_karras": Choice(
+        "DPM++ 2M Karras",
+        "DPM++ 2M with more steps where detail forms.",
+        "diffusers.schedulers.scheduling_dpmsolver_multistep:DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True},
+    ),
+    "unipc": Choice(
+        "UniPC",
+        "Good in few steps.",
+        "diffusers.schedulers.scheduling_unipc_multistep:UniPCMultistepScheduler",
+    ),
+    "lcm": Choice(
+        "LCM",
+        "4 to 8 steps at a CFG of 1 to 2, with a LoRA or base that was distilled for it.",
+        "diffusers.schedulers.scheduling_lcm:LCMScheduler",
+    ),
+}
+
+PREDICTIONS: Table = {
+    "auto": Choice("As the base says", "Read from the base's own config."),
+    "epsilon": Choice("epsilon", "The base predicts the noise."),
+    "v_prediction": Choice("v", "The base predicts velocity."),
+}
+
+ZERO_TERMINAL_SNR: Table = {
+    "auto": Choice("As the base says", "Read from the file's markers or the base's own config."),
+    "on": Choice("On", "The last timestep is pure noise; only for bases that predict velocity."),
+    "off": Choice("Off", "A little of the picture is left at the last timestep, as usual."),
+}
+
+PRECISIONS: Table = {
+    "auto": Choice(
+        "Automatic", "bf16 where the device is fast at it, else fp16 with tensor cores, else fp32."
+    ),
+    "fp32": Choice("fp32", "Full precision; the most memory."),
+    "bf16": Choice("bf16", "Half the memory; for recent GPUs and CPUs."),
+    "fp16": Choice("fp16", "Half the memory; for older GPUs."),
+}
+
+QUANTISED: Table = {
+    "none": Choice("As it is", "In the number format that precision names."),
+    "int8": Choice(
+        "8 bits",
+        "Rounded to 255 levels: half of bf16's memory, a quarter of fp32's.",
+        "lora_core.backends.int8:int8",
+    ),
+}
+
+
+def chosen(table: Table, name: str, setting: str) -> Choice:
+    """The row `name`, found by key or by title, whatever its case.
+
+    Raises:
+        ConfigError: there is no such row; the sentence lists those that there are.
+    """
+    wanted = name.strip().lower()
+    for key, choice in table.items():
+        if wanted in (key, choice.title.lower()):
+            return choice
+    raise ConfigError(f"{setting} = {name!r} is not known; choose one of {', '.join(table)}.")

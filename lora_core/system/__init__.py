@@ -1,0 +1,1 @@
+"""This computer: paths, processes, signals, hardware, other tools. No torch."""

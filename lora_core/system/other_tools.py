@@ -1,0 +1,561 @@
+"""How each other tool is told by its files, and what its own settings say of its model folders.
+
+Only the few lines that name folders are read, with no YAML library: a file that is written in another way
+than the tools' own examples says less, and the usual folders stay.
+"""
+
+import contextlib
+import filecmp
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lora_core.errors import RunError
+from lora_core.system.paths import sync_folder, write_atomically
+from lora_core.system.untrusted import parsed_json
+
+LARGEST_SETTINGS = 1_000_000
+
+Folders = tuple[list[Path], list[Path]]
+"""Folders with bases, and those with LoRAs, the one that files go into first."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One tool.
+
+    Attributes:
+        name: what people call it.
+        markers: sets of paths below its root; it is the tool where all of one set are there.
+        folders: from the root to its folders, whether they are there or not.
+    """
+
+    name: str
+    markers: tuple[tuple[str, ...], ...]
+    folders: Callable[[Path], Folders]
+
+
+def json_path(file: Path, key: str) -> Path | None:
+    """The path that a JSON file holds under `key`, or None."""
+    try:
+        found = parsed_json(_text(file)).get(key)
+    except (ValueError, AttributeError):
+        return None
+    return Path(found) if isinstance(found, str) and found else None
+
+
+def _text(file: Path) -> str:
+    """A small settings file, or "" where there is none."""
+    try:
+        if file.stat().st_size > LARGEST_SETTINGS:
+            return ""
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def extra_model_paths(file: Path) -> Folders:
+    """What ComfyUI's `extra_model_paths.yaml` adds: its checkpoints and its LoRA folders.
+
+    Two levels are read: sections, and in them `name: value` or `name: |` with one value a line. A section
+    with
+    `is_default: true` goes before the others.
+    """
+    sections: list[dict[str, list[str]]] = []
+    name, depth = "", 0
+    for line in _text(file).splitlines():
+        words = re.sub(r"(^|\s)#.*", "", line).rstrip()
+        if not words.strip():
+            continue
+        indent = len(words) - len(words.lstrip())
+        named = re.fullmatch(r"\s*([\w-]+)\s*:(?:\s+(.*)|)", words)
+        if indent == 0:
+            sections.append({})
+            name = ""
+        elif sections and named and (not name or indent <= depth):
+            name, depth = named[1], indent
+            value = (named[2] or "").strip().strip("\"'")
+            sections[-1][name] = [value] if value not in ("", "|", "|-", ">", ">-") else []
+        elif sections and name:
+            sections[-1][name].append(words.strip().lstrip("- ").strip("\"'"))
+    sections.sort(key=lambda section: section.get("is_default") != ["true"])
+    models, loras = [], []
+    for section in sections:
+        base = Path(_expanded((section.get("base_path") or [""])[0]))
+        models += [file.parent / base / _expanded(value) for value in section.get("checkpoints", [])]
+        loras += [file.parent / base / _expanded(value) for value in section.get("loras", [])]
+    return models, loras
+
+
+def _defaults_first(file: Path) -> bool:
+    return re.search(r"^[ \t]+is_default:\s*true\s*$", _text(file), re.M) is not None
+
+
+def _expanded(text: str) -> str:
+    return os.path.expandvars(os.path.expanduser(text))
+
+
+def command_options(root: Path) -> dict[str, list[Path]]:
+    """The folders that A1111's and Forge's `webui-user` files give on the command line, by option."""
+    found: dict[str, list[Path]] = {}
+    for name in ("webui-user.sh", "webui-user.bat"):
+        for line in _text(root / name).splitlines():
+            if re.match(r"\s*(#|::|@?rem\b)", line, re.I):
+                continue
+            line = line.replace('\\"', '"')
+            options = re.finditer(r"--([a-z-]+-dirs?)(?:=|\s+)(?:\"([^\"]+)\"|'([^']+)'|([^\s\"']+))", line)
+            for option in options:
+                value = _expanded(option[2] or option[3] or option[4])
+                found.setdefault(option[1].rstrip("s"), []).append(root / value)
+    return found
+
+
+def _webui(root: Path) -> Folders:
+    options = command_options(root)
+    tops = options.get("models-dir") or [path / "models" for path in options.get("data-dir", [])]
+    tops = tops or [root / "models"]
+    models = [*options.get("ckpt-dir", []), *(top / "Stable-diffusion" for top in tops)]
+    return models, [*options.get("lora-dir", []), *(top / "Lora" for top in tops)]
+
+
+def _sdnext(root: Path) -> Folders:
+    config = root / "config.json"
+    models = [
+        json_path(config, "ckpt_dir"),
+        json_path(config, "diffusers_dir"),
+        Path("models/Stable-diffusion"),
+    ]
+    loras = [json_path(config, "lora_dir"), Path("models/Lora")]
+    return (
+        [root / path for path in (*models, Path("models/Diffusers")) if path is not None],
+        [root / path for path in loras if path is not None],
+    )
+
+
+def _comfy(root: Path) -> Folders:
+    file = root / "extra_model_paths.yaml"
+    models, loras = extra_model_paths(file)
+    own = root / "models" / "loras"
+    return (
+        [root / "models" / "checkpoints", root / "models" / "diffusers", *models],
+        [*loras, own] if _defaults_first(file) else [own, *loras],
+    )
+
+
+def _invoke(root: Path) -> Folders:
+    named = re.search(r"^models_dir:\s*([^#\n]+)", _text(root / "invokeai.yaml"), re.M)
+    folder = named[1].strip().strip("\"'") if named else "models"
+    # Its database lists its models: a file that is only put among them is not seen. Old versions import from
+    # here.
+    return [root / _expanded(folder)], [root / "autoimport" / "lora"]
+
+
+def _fooocus(root: Path) -> Folders:
+    return [root / "models" / "checkpoints"], [root / "models" / "loras"]
+
+
+def _stability_matrix(root: Path) -> Folders:
+    return [root / "Models" / "StableDiffusion"], [root / "Models" / "Lora"]
+
+
+KINDS = (
+    Kind("Forge", (("webui.py", "modules_forge"),), _webui),
+    Kind("SD.Next", (("installer.py", "launch.py", "modules"),), _sdnext),
+    Kind("AUTOMATIC1111", (("webui.py", "modules", "models/Stable-diffusion"),), _webui),
+    Kind("Fooocus", (("fooocus_version.py", "models"),), _fooocus),
+    # Its desktop version keeps models and nodes of a person, and its own code elsewhere.
+    Kind("ComfyUI", (("main.py", "comfy", "models"), ("custom_nodes", "models/checkpoints")), _comfy),
+    Kind("InvokeAI", (("invokeai.yaml",), ("databases/invokeai.db", "models")), _invoke),
+    Kind("Stability Matrix", (("Models/StableDiffusion", "Packages"),), _stability_matrix),
+)
+"""The tools, the more special before those that they were made from."""
+
+
+# Other picture tools on this computer: where their bases lie, and where they look for LoRAs.
+#
+# A tool is known by files that only it has, and looked for where people put such tools: below the home
+# folder, at the top of each drive, and where managers of tools say. Never deeper: a search of the whole
+# disk would take minutes and wake up drives, and a person can always add a folder by hand.
+
+
+WORDS = (
+    "comfy",
+    "webui",
+    "forge",
+    "automatic",
+    "stable-diffusion",
+    "stable diffusion",
+    "stablediffusion",
+    "sdnext",
+    "sd.next",
+    "invoke",
+    "fooocus",
+    "stabilitymatrix",
+    "stability matrix",
+    "pinokio",
+)
+"""A folder whose name holds one of these is looked into."""
+NESTED = ("webui", "ComfyUI", "app", "Data")
+"""Where a download's folder keeps the tool itself."""
+MANAGED = ("Packages", "api", "Data/Packages")
+"""Where managers of tools keep one folder a tool."""
+USUAL_PLACES = ("", "AI", "ai", "apps", "git", "src", "Projects", "projects", "Programs")
+# On a Mac the system asks a person for leave before a program looks into these.
+PERSONAL_PLACES = ("Documents", "Desktop", "Downloads")
+MOST_ENTRIES, MOST_SECONDS = 4_000, 2.0
+
+SMALLEST_BASE = 100_000_000
+"""Bytes. Smaller files beside bases are adapters, embeddings and VAEs."""
+MOST_FILES, MOST_DEPTH = 200, 4
+NO_BASES = {
+    "lora", "loras", "lycoris", "vae", "controlnet", "control_net", "embedding", "embeddings", "clip",
+    "clip_vision", "clip_embed", "text_encoders", "t5_encoder", "ip_adapter", "t2i_adapter", "upscale_models",
+    "esrgan", "spandrel_image_to_image", "hypernetworks", "vae-approx", ".cache",
+}  # fmt: skip
+"""Folders among models that hold other things."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One tool on this computer.
+
+    Attributes:
+        name: what people call it.
+        root: where it is installed.
+        models: folders with bases.
+        loras: the folder in which it looks for LoRAs, or None where it has none that files can be put into.
+    """
+
+    name: str
+    root: Path
+    models: tuple[Path, ...]
+    loras: Path | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where tools may lie.
+
+    Attributes:
+        places: folders whose children are looked at.
+        settings: folders in which programs keep their settings.
+        environment: variables.
+    """
+
+    places: tuple[Path, ...]
+    settings: tuple[Path, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def this_machine() -> Machine:
+    """The home folder, the drives and the settings folders of this computer."""
+    home = Path.home()
+    usual = [home / place for place in USUAL_PLACES]
+    if sys.platform == "darwin":
+        settings = [home / "Library" / "Application Support"]
+    else:
+        usual += [home / place for place in PERSONAL_PLACES]
+        settings = [home / ".config", home / "AppData" / "Roaming", home / "AppData" / "Local"]
+    if sys.platform != "win32":
+        usual += [Path("/opt"), Path("/workspace")]
+    # The top of other drives; the system's own on Linux and macOS holds no programs of a person.
+    for drive in psutil.disk_partitions(all=False):
+        if drive.mountpoint not in ("/", "/boot", "/boot/efi") and drive.fstype and "cdrom" not in drive.opts:
+            usual += [Path(drive.mountpoint) / place for place in ("", "AI")]
+    return Machine(tuple(usual), tuple(settings), os.environ)
+
+
+def found_tools(
+    extra: Iterable[Path] = (), machine: Machine | None = None, seconds: float = MOST_SECONDS
+) -> list[Tool]:
+    """The tools on this computer, in the order in which they were found, each once.
+
+    Args:
+        extra: folders that a person added: of a tool, or just of models.
+        machine: where to look; this computer where it is None.
+        seconds: after so long the search ends with what it has.
+    """
+    search = _Search(seconds)
+    tools: dict[Path, Tool] = {}
+    for folder in extra:
+        found = [tool for place in search.within(folder) if (tool := recognised(place))]
+        if not found and folder.is_dir():
+            found = [Tool(folder.name or str(folder), folder, (folder,), None)]
+        tools |= {tool.root.resolve(): tool for tool in found}
+    for place in search.candidates(machine or this_machine()):
+        tool = recognised(place)
+        if tool is not None:
+            tools.setdefault(tool.root.resolve(), tool)
+    return list(tools.values())
+
+
+def recognised(folder: Path) -> Tool | None:
+    """The tool that is installed in `folder` itself, if one is."""
+    try:
+        kind = next((kind for kind in KINDS if _marked(folder, kind)), None)
+        if kind is None:
+            return None
+        models, loras = kind.folders(folder)
+        there = tuple(dict.fromkeys(path for path in models if path.is_dir()))
+        return Tool(kind.name, folder, there, next((path for path in loras if path.is_dir()), None))
+    except OSError:
+        # A folder that may not be read is nobody's; the next one may.
+        return None
+
+
+def _marked(folder: Path, kind: Kind) -> bool:
+    return any(all((folder / name).exists() for name in names) for names in kind.markers)
+
+
+class _Search:
+    """A search that ends: after a time, and after a number of names looked at."""
+
+    def __init__(self, seconds: float, entries: int = MOST_ENTRIES) -> None:
+        self.ends_at = time.monotonic() + seconds
+        self.entries_left = entries
+
+    def children(self, folder: Path) -> list[Path]:
+        """The folders in `folder`, sorted; none where it cannot be read or the search is over."""
+        found = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    self.entries_left -= 1
+                    if self.entries_left < 0 or time.monotonic() > self.ends_at:
+                        break
+                    if not entry.name.startswith(".") and entry.is_dir():
+                        found.append(Path(entry.path))
+        except OSError:
+            return sorted(found)
+        return sorted(found)
+
+    def within(self, folder: Path) -> Iterator[Path]:
+        """`folder`, and where downloads and managers keep the tool itself."""
+        yield folder
+        yield from (folder / name for name in NESTED)
+        for name in MANAGED:
+            for child in self.children(folder / name):
+                yield child
+                yield child / "app"
+
+    def candidates(self, machine: Machine) -> Iterator[Path]:
+        """Folders that may be a tool's: first those that somebody names, then those with a telling name."""
+        if "INVOKEAI_ROOT" in machine.environment:
+            yield Path(machine.environment["INVOKEAI_ROOT"])
+        for settings in machine.settings:
+            for program, file, key in (
+                ("ComfyUI", "config.json", "basePath"),
+                ("StabilityMatrix", "library.json", "LibraryPath"),
+            ):
+                named = json_path(settings / program / file, key)
+                yield from self.within(named) if named else ()
+        for place in dict.fromkeys((*machine.places, *machine.settings)):
+            for child in self.children(place):
+                if any(word in child.name.lower() for word in WORDS):
+                    yield from self.within(child)
+
+
+def base_files(tool: Tool, most: int = MOST_FILES, seconds: float = MOST_SECONDS) -> list[Path]:
+    """What may be a base in a tool's folders: large single files and diffusers folders, newest first.
+
+    Args:
+        tool: the tool.
+        most: how many at most.
+        seconds: after so long the search ends with what it has.
+    """
+    search = _Search(seconds)
+    seen: set[tuple[int, int]] = set()
+    found: dict[Path, float] = {}
+    waiting = [(folder, 0) for folder in tool.models]
+    while waiting:
+        folder, depth = waiting.pop(0)
+        try:
+            status = folder.stat()
+            # Links are followed, as tools share folders by them, but no folder is looked into twice.
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            if (folder / "model_index.json").is_file():
+                found[folder] = status.st_mtime
+                continue
+            found |= _large_files(folder, search)
+        except OSError:
+            continue
+        if depth < MOST_DEPTH:
+            waiting += [(c, depth + 1) for c in search.children(folder) if c.name.lower() not in NO_BASES]
+    return sorted(found, key=lambda path: (-found[path], str(path)))[:most]
+
+
+def _large_files(folder: Path, search: _Search) -> dict[Path, float]:
+    """Files of `folder` that are as large as bases are, with their times."""
+    found = {}
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            search.entries_left -= 1
+            if search.entries_left < 0 or time.monotonic() > search.ends_at:
+                break
+            if entry.name.lower().endswith((".safetensors", ".ckpt")) and entry.is_file():
+                status = entry.stat()
+                if status.st_size >= SMALLEST_BASE:
+                    found[Path(entry.path)] = status.st_mtime
+    return found
+
+
+# Copying an export into another tool's folder: whole files or none, and nobody's file is ever replaced by
+# another.
+
+
+SIDE_FILES = (".json", ".preview.png")
+"""What other tools read beside `<stem>.safetensors`: words and strength, and a picture."""
+MOST_NUMBERS = 1000
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What was copied.
+
+    Attributes:
+        file: where the adapter lies now.
+        beside: side files that went with it.
+        kept: side files that were there and differ, which stayed as they were.
+        renamed: whether its name was taken by another file.
+    """
+
+    file: Path
+    beside: tuple[Path, ...]
+    kept: tuple[Path, ...]
+    renamed: bool
+
+
+def copied(file: Path, folder: Path) -> Copied:
+    """Copy an adapter and its side files into `folder`, under a name that is free there.
+
+    Raises:
+        RunError: there is no such folder, or it cannot be written.
+    """
+    if not folder.is_dir():
+        raise RunError(f"There is no folder at {folder}; make it first, or choose another.")
+    stem = _free_stem(file, folder)
+    beside, kept = [], []
+    try:
+        for suffix in SIDE_FILES:
+            source, target = file.with_name(f"{file.stem}{suffix}"), folder / f"{stem}{suffix}"
+            if not source.is_file() or _same(source, target):
+                continue
+            if target.exists():
+                # The tool, or the person in it, wrote this one.
+                kept.append(target)
+                continue
+            _copy(source, target)
+            beside.append(target)
+        # The adapter comes last: a tool that sees it finds what belongs to it.
+        target = folder / f"{stem}{file.suffix}"
+        if not _same(file, target):
+            _copy(file, target)
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written ({error.strerror or error}); nothing was replaced."
+        ) from error
+    return Copied(target, tuple(beside), tuple(kept), stem != file.stem)
+
+
+def _free_stem(file: Path, folder: Path) -> str:
+    for number in range(1, MOST_NUMBERS):
+        stem = file.stem if number == 1 else f"{file.stem}-{number}"
+        target = folder / f"{stem}{file.suffix}"
+        if not os.path.lexists(target) or _same(file, target):
+            return stem
+    raise RunError(f"{folder} holds {MOST_NUMBERS} files called like {file.stem}; choose another name.")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return other.is_file() and filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
+
+
+def _copy(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        # What went wrong above matters; that there is nothing to clean up does not.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+# What a workspace remembers of places outside it: bases that were used, folders that were added, and where
+# LoRAs were copied to.
+
+
+MOST_KEPT = 24
+
+
+class Places:
+    """Three lists in one small file, the newest first; a broken file counts as empty."""
+
+    def __init__(self, file: Path) -> None:
+        """Remember in `file`, which need not be there yet."""
+        self.file = file
+        self._lock = threading.RLock()
+        self._lists = self._read()
+
+    def _read(self) -> dict[str, list[str]]:
+        try:
+            found: Any = parsed_json(self.file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        return {k: [x for x in v if isinstance(x, str)] for k, v in found.items() if isinstance(v, list)}
+
+    def bases(self) -> list[str]:
+        """Bases that were chosen before."""
+        return self._kept("bases")
+
+    def folders(self) -> list[Path]:
+        """Folders of tools or of models that a person added."""
+        return [Path(name) for name in self._kept("folders")]
+
+    def lora_folders(self) -> list[Path]:
+        """Folders that LoRAs were copied to, the last one first."""
+        return [Path(name) for name in self._kept("lora_folders")]
+
+    def keep_base(self, name: str) -> None:
+        """Remember a base that was chosen."""
+        self._keep("bases", name)
+
+    def keep_folder(self, folder: Path) -> None:
+        """Remember a folder of a tool or of models."""
+        self._keep("folders", str(folder))
+
+    def keep_lora_folder(self, folder: Path) -> None:
+        """Remember where LoRAs go."""
+        self._keep("lora_folders", str(folder))
+
+    def _kept(self, kind: str) -> list[str]:
+        with self._lock:
+            return list(self._lists.get(kind, []))
+
+    def _keep(self, kind: str, name: str) -> None:
+        with self._lock:
+            before = self._lists.get(kind, [])
+            after = [name, *(other for other in before if other != name)][:MOST_KEPT]
+            if after != before:
+                self._lists[kind] = after
+                write_atomically(self.file, json.dumps(self._lists, indent=1, ensure_ascii=False).encode())

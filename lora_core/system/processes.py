@@ -1,0 +1,228 @@
+"""Children that outlive whoever starts them, and files that say which process does something.
+
+A pid alone says little, since pids are used again: what is written down is the pid and when the process was
+started, and both have to agree. On Linux that is told in ticks since the machine came up, because the time of
+day that psutil gives moves with the clock when somebody sets it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from lora_core.errors import RunError
+from lora_core.system.paths import ASSETS, write_atomically
+from lora_core.system.untrusted import parsed_json
+
+TRAINER = (sys.executable, "-m", "lora_core", "resume")
+"""The command that a run's path is appended to."""
+ACCEPTING = "--accept-changes"
+"""Its option to go on although what the run follows from has changed."""
+
+
+def detached() -> dict[str, Any]:
+    """Options of Popen that make a child outlive the terminal and the process that started it."""
+    if os.name == "nt":
+        new_group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        return {"creationflags": new_group | getattr(subprocess, "CREATE_NO_WINDOW", 0)}
+    return {"start_new_session": True}
+
+
+def child_environment(workspace: Path) -> dict[str, str]:
+    """The environment of a child that must find the project from any folder, and say its words unbuffered."""
+    root = str(ASSETS.parent)
+    path = os.environ.get("PYTHONPATH", "")
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{path}" if path else root,
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "LORA_EASEL_HOME": str(workspace),
+    }
+
+
+def started(command: list[str], log_file: Path, workspace: Path) -> "subprocess.Popen[bytes]":
+    """A child of its own session, all that it says appended to `log_file`."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_file, "ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=child_environment(workspace),
+            **detached(),
+        )
+
+
+@contextmanager
+def noted_process(file: Path) -> Iterator[None]:
+    """While the context is open, `file` names this process, for readers that may not take its lock.
+
+    Raises:
+        RunError: the drive does not take the file.
+    """
+    me = psutil.Process()
+    note = {"pid": me.pid, "started": me.create_time(), "ticks": _ticks(me.pid)}
+    try:
+        write_atomically(file, json.dumps(note).encode())
+    except OSError as error:
+        raise RunError(
+            f"{file} cannot be written: {error.strerror or error}; make room or give the right to write"
+            " there."
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+
+
+def live_process(file: Path) -> psutil.Process | None:
+    """The process that `file` names, if it lives."""
+    try:
+        named = parsed_json(file.read_bytes())
+        process = psutil.Process(int(named["pid"]))
+        if named.get("ticks"):
+            same = named["ticks"] == _ticks(process.pid)
+        else:
+            same = abs(process.create_time() - float(named["started"])) < 1.0
+        alive = same and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, psutil.Error):
+        return None
+    return process if alive else None
+
+
+def _ticks(pid: int) -> str:
+    """Which start of the machine, and ticks from it to the start of the process; "" where no such file
+    exists."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        after_name = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        )
+        return f"{boot}/{after_name.split()[19]}"
+    except (OSError, IndexError):
+        return ""
+
+
+def log_tail(path: Path, lines: int) -> list[str]:
+    """The last lines of a log, read from its end so that its size does not matter."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 200 * lines))
+            return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
+    except OSError:
+        return []
+
+
+# Signals by which people and systems end a process, taken as a wish to end it well.
+#
+# Ctrl-C, SIGTERM from whoever supervises a process, and SIGHUP from a terminal that is closed mean the
+# same: stop, and keep the work.
+
+
+INTERRUPTED = 130
+"""The exit code of a process that left on such a signal."""
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+_KEYS = ("SIGINT", "SIGBREAK")
+"""Those that a person sends from a keyboard."""
+
+
+def _numbers(names: tuple[str, ...]) -> list[signal.Signals]:
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
+@contextmanager
+def signals_taken(take: Callable[[int], None]) -> Iterator[None]:
+    """While the context is open, `take` is called with the number of each signal that would end the process.
+
+    Python lets only the main thread do so; in another nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        take(number)
+
+    kept = {number: signal.signal(number, on_signal) for number in _numbers(_ENDING)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+class Stopping:
+    """Whether a signal asked this process to end. A second Ctrl-C ends it at once.
+
+    Only that one: closing a terminal sends SIGHUP from the shell and from the system, and whoever supervises
+    a process may say SIGTERM twice.
+
+    Attributes:
+        came: whether one did.
+    """
+
+    def __init__(self) -> None:
+        """None came yet."""
+        self.came = False
+        self._by_key = False
+        self._raises = False
+        self._taken = False
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take the signals while the context is open; inside another such context it changes nothing."""
+        if self._taken:
+            yield
+            return
+        self._taken = True
+        try:
+            with signals_taken(self._take):
+                yield
+        finally:
+            self._taken = False
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Have a signal end what is done while the context is open, such as an import, by a
+        KeyboardInterrupt.
+
+        Raises:
+            KeyboardInterrupt: a signal came, also where a library passed over it or made another error of it.
+        """
+        self._raises = True
+        try:
+            self._raise_if_came()
+            yield
+        except Exception:
+            self._raise_if_came()
+            raise
+        finally:
+            self._raises = False
+        self._raise_if_came()
+
+    def _raise_if_came(self) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+
+    def _take(self, number: int) -> None:
+        if number in _numbers(_KEYS):
+            if self._by_key:
+                os._exit(INTERRUPTED)
+            self._by_key = True
+        self.came = True
+        if self._raises:
+            raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""Operations on adapters as they are: spectra, merging, shrinking, extracting, comparing."""

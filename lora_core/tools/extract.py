@@ -1,0 +1,231 @@
+"""A LoRA out of a fine-tuned model: for each layer the best update of a rank to W_tuned - W_base.
+
+Both models are read layer by layer, so that two layers are in memory at a time. Small differences are
+decomposed exactly, large ones from random probes, as `plain.py` does; for a share of the energy the number of
+probes doubles until they hold it. What the spectrum says of the rank comes for free: the leading singular
+values are known for every layer, and the whole energy is known exactly.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from lora_core.errors import ModelFileError
+from lora_core.formats.io import in_own_form, write_adapter
+from lora_core.formats.layout import family_layout, folder_layout
+from lora_core.lora.targets import named_targets
+from lora_core.lora.weights import AdapterWeights, LayerKey
+from lora_core.tools.base_weights import BaseWeights
+from lora_core.tools.combine import EXACT_UP_TO, Loss, Note, Pair, checked_rank, sketched, with_one_alpha
+from lora_core.tools.rewrite import check_out
+from lora_core.tools.shrink import Wish, checked_energy, error_sentence
+from lora_core.tools.svd import rank_of_energy
+
+EXTRACTED_KEY = "lora_easel.extracted"
+"""Our own key of a header: how it was extracted, as JSON."""
+_FIRST_PROBES = 64
+_EXTRA = 16
+_ROUNDING = 0.5
+"""Differences below this share of a number type's step are its rounding."""
+
+
+@dataclass
+class Spectra:
+    """What is known of the differences' singular values.
+
+    Attributes:
+        squares: by layer the leading squared singular values, falling.
+        energies: by layer the whole sum of squares.
+        outside: the sum of squares in layers that a LoRA of here does not reach.
+    """
+
+    squares: dict[LayerKey, torch.Tensor] = field(default_factory=dict)
+    energies: dict[LayerKey, float] = field(default_factory=dict)
+    outside: float = 0.0
+
+    def rank_for(self, share: float) -> int | None:
+        """The lowest rank for all layers that keeps a share of all energy; None if it is beyond what is
+        known."""
+        whole, known = sum(self.energies.values()), min(map(len, self.squares.values()))
+        deepest = max(map(len, self.squares.values()))
+        kept = torch.zeros(deepest, dtype=torch.float64)
+        for squares in self.squares.values():
+            sums = squares.cumsum(0)
+            kept += torch.cat([sums, sums[-1:].expand(deepest - len(sums))])
+        rank = int((kept < share * whole * (1 - 1e-9)).sum()) + 1
+        complete = all(
+            len(s) >= rank or float(s.sum()) >= self.energies[k] * (1 - 1e-6) for k, s in self.squares.items()
+        )
+        return rank if rank <= deepest and (rank <= known or complete) else None
+
+    def sentence(self) -> str:
+        """Which rank the spectrum suggests, for a person."""
+        found = {share: self.rank_for(share) for share in (0.9, 0.99)}
+        words = [f"rank {rank} would hold {share:.0%} of the change" for share, rank in found.items() if rank]
+        known = max(map(len, self.squares.values()))
+        if not words:
+            return f"The change is of high rank: {known} does not hold 90% of it."
+        more = "" if found[0.99] else f"; {known} does not hold 99%"
+        text = " and ".join(words) + more
+        return text[0].upper() + text[1:] + "."
+
+
+def extracted(
+    tuned: BaseWeights, base: BaseWeights, wish: Wish, note: Note | None = None
+) -> tuple[AdapterWeights, Loss, Spectra]:
+    """The LoRA between two models, in fp32 with one alpha; what it lost, and the spectra.
+
+    Args:
+        tuned: the fine-tuned model.
+        base: what it was made from.
+        wish: a rank for all layers, or a share of energy for each.
+        note: called with (done, all) layers.
+
+    Raises:
+        ConfigError: the rank or the energy is none.
+        ModelFileError: the two are of different kinds or widths, or do not differ.
+    """
+    if wish.rank is not None:
+        checked_rank(wish.rank)
+    else:
+        checked_energy(wish.energy or 0.0)
+    if tuned.family.title != base.family.title:
+        raise ModelFileError(
+            f"{tuned.path} is of the kind {tuned.family.title} and {base.path} of {base.family.title}; give"
+            " the base that it was made from."
+        )
+    loss, spectra = Loss(), Spectra()
+    pairs: dict[LayerKey, Pair] = {}
+    for key, delta in _differences(tuned, base, spectra, note):
+        pairs[key], spectra.squares[key], energy = _low_rank(delta, wish)
+        spectra.energies[key] = energy
+        # Measured, since the difference of two sums of squares shows nothing below the root of a rounding.
+        up, down = (factor.flatten(1) for factor in pairs[key])
+        loss.layers[key] = (energy, float((delta.flatten(1) - up @ down).double().square().sum()))
+    if not pairs:
+        raise ModelFileError(
+            f"{tuned.path} has the weights of {base.path} in every layer that a LoRA reaches; there is"
+            " nothing to extract."
+        )
+    return with_one_alpha(pairs), loss, spectra
+
+
+def _differences(
+    tuned: BaseWeights, base: BaseWeights, spectra: Spectra, note: Note | None
+) -> Iterator[tuple[LayerKey, torch.Tensor]]:
+    """The layers that differ by more than rounding, with their differences in fp32."""
+    layout = family_layout(base.family) if base.single else folder_layout(base.path, base.family)
+    targets = named_targets("locon")
+    for done, key in enumerate(layout, 1):
+        places = tuned.places(key), base.places(key)
+        if bool(places[0]) != bool(places[1]):
+            lacking = base if places[0] else tuned
+            raise ModelFileError(
+                f"{lacking.path} lacks the layer {'.'.join(key)}, which the other model has."
+            )
+        if not places[0]:
+            continue
+        ours, theirs = places[0][0].read(), places[1][0].read()
+        if ours.shape != theirs.shape:
+            raise ModelFileError(
+                f"The layer {'.'.join(key)} has the shapes {list(ours.shape)} and {list(theirs.shape)} in the"
+                " two models; give the base that this one was made from."
+            )
+        delta = ours.float() - theirs.float()
+        steps = {torch.finfo(tensor.dtype).eps for tensor in (ours, theirs)}
+        rounding = _ROUNDING * max(steps) * float(theirs.float().norm()) if len(steps) > 1 else 0.0
+        norm = float(delta.norm())
+        if not math.isfinite(norm):
+            raise ModelFileError(
+                f"The layer {'.'.join(key)} holds numbers that are not finite in one of the two."
+            )
+        pattern = targets.pattern(key[0])
+        if norm > rounding and pattern is not None and pattern.fullmatch(key[1]):
+            yield key, delta
+        elif norm > rounding:
+            spectra.outside += norm**2
+        if note is not None:
+            note(done, len(layout))
+
+
+def _low_rank(delta: torch.Tensor, wish: Wish) -> tuple[Pair, torch.Tensor, float]:
+    """The pair closest to a difference, the squares of its leading singular values, and its energy."""
+    matrix = delta.flatten(1)
+    energy = float(matrix.double().square().sum())
+    full = min(matrix.shape)
+    columns = (wish.rank or _FIRST_PROBES - _EXTRA) + _EXTRA
+    while True:
+        if full <= max(EXACT_UP_TO, columns):
+            u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+        else:
+            u, values, vh = sketched(matrix, columns)
+        squares = values.double().square()
+        if wish.rank is not None:
+            kept = min(wish.rank, full)
+            break
+        reached = squares.cumsum(0) >= (wish.energy or 0.0) * energy * (1 - 1e-9)
+        # The last probes are not sharp, so that the rank must not be found among them.
+        if len(values) == full or bool(reached[: columns - _EXTRA].any()):
+            kept = int((~reached).sum()) + 1 if bool(reached.any()) else rank_of_energy(values, 1.0)
+            break
+        columns *= 2
+    kept = max(1, min(kept, int((values > 0).sum())))
+    root = values[:kept].sqrt()
+    ones = (1,) * (delta.dim() - 2)
+    up, down = u[:, :kept] * root, root[:, None] * vh[:kept]
+    return (up.reshape(*up.shape, *ones), down.reshape(kept, *delta.shape[1:])), squares, energy
+
+
+def extraction_sentences(weights: AdapterWeights, loss: Loss, spectra: Spectra) -> list[str]:
+    """What was extracted and what it cost, for a person."""
+    ranks = [layer.rank for layer in weights.layers.values()]
+    span = f"rank {ranks[0]}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+    said = [f"{len(ranks)} layers of {span}.", error_sentence(loss), spectra.sentence()]
+    whole = spectra.outside + sum(spectra.energies.values())
+    if spectra.outside > 1e-6 * whole:
+        share = math.sqrt(spectra.outside / whole)
+        said.append(f"{share:.2%} of the change is in layers that a LoRA does not reach, and is left out.")
+    return said
+
+
+def extract_file(
+    tuned: str, base: str, out: Path, wish: Wish, precision: str, now: float, note: Note | None = None
+) -> list[str]:
+    """Write the LoRA between two models as a file of the kohya format.
+
+    Args:
+        tuned, base: as `--base` names them.
+        out: the file to make.
+        wish: a rank for all layers, or a share of energy for each.
+        precision: "fp32", "fp16" or "bf16".
+        now: the time, in seconds since the epoch.
+        note: called with (done, all) layers.
+
+    Returns:
+        What was extracted, what it cost and which rank the spectrum suggests, in sentences.
+
+    Raises:
+        LoraError: one sentence on what is wrong; nothing is written then.
+    """
+    check_out(out)
+    models = BaseWeights(tuned), BaseWeights(base)
+    weights, loss, spectra = extracted(*models, wish, note)
+    family = models[1].family
+    header = {
+        "ss_output_name": out.stem,
+        "ss_sd_model_name": models[1].path.name,
+        "modelspec.title": out.stem,
+        "modelspec.date": datetime.fromtimestamp(now, UTC).replace(microsecond=0).isoformat(),
+        "modelspec.implementation": "diffusers",
+        "modelspec.description": (
+            f"LoRA between {models[1].path.stem} and {models[0].path.stem}, extracted with LoRA Easel"
+        ),
+        EXTRACTED_KEY: json.dumps({"rank": wish.rank, "energy": wish.energy, "error": loss.overall}),
+    }
+    write_adapter(in_own_form(weights, family), out, "kohya", precision, family, header)
+    return extraction_sentences(weights, loss, spectra)

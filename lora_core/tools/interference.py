@@ -1,0 +1,390 @@
+"""How alike the directions of two adapters are (Hu et al. 2021, section 7.2, equation 4).
+
+phi(A, B, i, j) = ||U_A^i^T U_B^j||_F^2 / min(i, j), with the leading i and j singular vectors: 1 where the
+smaller subspace lies within the larger one, 0 where the two are orthogonal. The paper takes the right
+singular vectors of A, the directions that an adapter reads from. Here they are those of the whole update
+(alpha/r) B A: the rows of A span the same space, but A and B can trade scale and rotation between them, which
+changes the order of A's own directions and not of the update's. The left ones, which it writes to, are told
+beside them.
+
+Two subspaces that know nothing of each other are not orthogonal. With random ones every pair of unit vectors
+in d dimensions has the mean squared product 1/d, so the mean of phi is i j / d / min(i, j) = max(i, j) / d:
+the baseline.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core.errors import AdapterFileError
+from lora_core.evaluate.validator import clustered_error
+from lora_core.formats import detect
+from lora_core.formats.io import read_adapter
+from lora_core.lora.inject import Strengthened
+from lora_core.lora.weights import LayerKey
+from lora_core.model_files.families import Family
+from lora_core.model_files.header import read_header
+from lora_core.tools.delta import Update, Updates
+from lora_core.tools.evaluator import Measured
+from lora_core.tools.svd import (
+    NO_UPDATE,
+    LeftOut,
+    Pair,
+    Triples,
+    check_same_shape,
+    flat_pair,
+    inner_product,
+    known_updates,
+    numeric_rank,
+    singular_triples,
+)
+
+TABLE = 16
+"""The table of phi over i and j goes no further."""
+
+
+def phi(first: torch.Tensor, second: torch.Tensor) -> float:
+    """phi of two subspaces, in [0, 1].
+
+    Args:
+        first, second: (d, i) and (d, j), orthonormal columns.
+
+    Source: Hu et al. 2021, equation 4.
+    """
+    together = float((first.T @ second).square().sum()) / min(first.shape[1], second.shape[1])
+    # Of what is 1 but for roundings.
+    return min(1.0, round(together, 12))
+
+
+def phi_table(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """phi(i, j) of the leading i and j columns, (i, j) from 1 on: figures 3 and 4 of Hu et al. 2021.
+
+    Args:
+        first, second: (d, I) and (d, J), orthonormal columns, the leading ones first.
+    """
+    sums = (first.T @ second).square().cumsum(0).cumsum(1)
+    rows, columns = (torch.arange(1, n + 1) for n in sums.shape)
+    return (sums / torch.minimum(rows[:, None], columns[None, :])).clamp(max=1.0)
+
+
+def baseline(i: int, j: int, dimension: int) -> float:
+    """The mean of phi of two random subspaces of i and j dimensions among `dimension`."""
+    return min(1.0, max(i, j) / dimension)
+
+
+def meaningful_triples(update: Update) -> Triples:
+    """The singular triples of an update that are more than rounding."""
+    triples = singular_triples(flat_pair(update))
+    return triples.leading(numeric_rank(triples.values, update))
+
+
+def file_similarity(
+    first: Path, second: Path, note: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """The similarity of two adapter files.
+
+    Args:
+        first, second: .safetensors files.
+        note: called with (done, all) layers; what it raises ends the work.
+
+    Returns:
+        `similarity` and `baseline`: the means of phi and of its baseline over the layers that both files
+        change, at the common rank, the lower of their two; `layers`: for each `part`, `module`, `rank` (the
+        common one), `phi` and `baseline` of the directions that are read from, `phi_output` and
+        `baseline_output` of those that are written to; `table`: the mean over layers of phi(i, j), None where
+        no layer is of that rank; `left_out`: layers with the `reason`.
+
+    Raises:
+        AdapterFileError: a file is broken, they are for different bases, or no layer is in both.
+    """
+    (one, out_one), (two, out_two) = known_updates(first), known_updates(second)
+    left_out = [*out_one, *out_two, *_alone(one, two, first.name), *_alone(two, one, second.name)]
+    rows: list[dict[str, Any]] = []
+    total, count = torch.zeros(TABLE, TABLE, dtype=torch.float64), torch.zeros(TABLE, TABLE)
+    shared = [key for key in one if key in two]
+    for done, key in enumerate(shared):
+        if note is not None:
+            note(done, len(shared))
+        check_same_shape(one[key], two[key], (first.name, second.name))
+        a, b = meaningful_triples(one[key]), meaningful_triples(two[key])
+        rank = min(len(a.values), len(b.values))
+        if rank == 0:
+            left_out.append(LeftOut(key, NO_UPDATE))
+            continue
+        a, b = a.leading(rank), b.leading(rank)
+        table = phi_table(a.v[:, :TABLE], b.v[:, :TABLE])
+        total[: len(table), : len(table)] += table
+        count[: len(table), : len(table)] += 1
+        rows.append({"part": key[0], "module": key[1], "rank": rank, **_alike(a, b, rank)})
+    if not rows:
+        raise AdapterFileError(
+            f"{first.name} and {second.name} change no layer in common, so nothing compares."
+        )
+    side = int((count.diagonal() > 0).sum())
+    means = ("phi", "baseline", "phi_output", "baseline_output")
+    return {
+        **{name.replace("phi", "similarity"): sum(row[name] for row in rows) / len(rows) for name in means},
+        "layers": rows,
+        "table": (total / count.clamp(min=1))[:side, :side].tolist(),
+        "left_out": [one.row() for one in left_out],
+    }
+
+
+def _alike(a: Triples, b: Triples, rank: int) -> dict[str, float]:
+    """How alike two updates are in what they read and in what they write, and what chance would give."""
+    return {
+        "phi": phi(a.v, b.v),
+        "baseline": baseline(rank, rank, a.v.shape[0]),
+        "phi_output": phi(a.u, b.u),
+        "baseline_output": baseline(rank, rank, a.u.shape[0]),
+    }
+
+
+def _alone(updates: Mapping[Any, Update], other: Mapping[Any, Update], name: str) -> list[LeftOut]:
+    return [LeftOut(key, f"it is in {name} alone") for key in updates if key not in other]
+
+
+# What happens when several adapters are on at once.
+#
+# Updates add, so two adapters disturb each other where they write to the same directions (columns) or read
+# from the same (rows). For each pair and layer the overlap of both spaces is told, by phi of
+# `similarity.py` over all of their directions, and the cosine <D1, D2> / (|D1| |D2|): positive where they
+# do the same, negative where one undoes the other. All of it comes from the factors; no update is formed.
+#
+# Of each adapter two numbers say what is left of it in the sum S of all. `survives` is <S, D> / |D|^2: 1
+# where the others leave it alone, less where they take from it, more where they add to it. `untouched` is
+# the share of its energy outside all directions that the others read or write: |(1 - P) D (1 - Q)|^2 /
+# |D|^2 with the projections P and Q on the others' columns and rows.
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """An adapter file and its strengths in the stack."""
+
+    path: Path
+    strength: float = 1.0
+    text_strength: float | None = None
+
+    def on(self, part: str) -> float:
+        """The strength on a part."""
+        return self.strength if part == "unet" or self.text_strength is None else self.text_strength
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One adapter's update of a layer, at its strength."""
+
+    file: int
+    triples: Triples
+    factor: float
+
+    @property
+    def pair(self) -> Pair:
+        return self.factor * self.triples.u * self.triples.values, self.triples.v.T
+
+    @property
+    def energy(self) -> float:
+        return self.factor**2 * float(self.triples.values.square().sum())
+
+
+def stack_report(files: Sequence[Stacked], note: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Overlap, cross terms and what survives of each of several adapter files.
+
+    Args:
+        files: two or more.
+        note: called with (done, all) layers; what it raises ends the work.
+
+    Returns:
+        `files`: `name`, `strength`, `norm`, `survives`, `untouched` of each, over all of its layers; `pairs`:
+        `first`, `second` (numbers of files), `cosine`, and the means over shared layers of `column_overlap`,
+        `row_overlap` and their baselines; `layers`: `part`, `module`, `files` (numbers), `survives` and
+        `untouched` for each of those, `pairs`; `left_out`: layers with the `reason`.
+
+    Raises:
+        AdapterFileError: fewer than two files, a broken one, or files for different bases.
+    """
+    if len(files) < 2:
+        raise AdapterFileError("A stack needs two adapters or more.")
+    opened, left_out = _opened(files)
+    layers, totals = [], [[0.0, 0.0, 0.0] for _ in files]
+    keys = list(dict.fromkeys(key for updates in opened for key in updates))
+    for done, key in enumerate(keys):
+        if note is not None:
+            note(done, len(keys))
+        terms = _terms(key, files, opened)
+        if terms:
+            layers.append(_layer(key, terms, totals))
+    return {
+        "files": [
+            {
+                "name": file.path.name,
+                "strength": file.strength,
+                "norm": math.sqrt(energy),
+                "survives": kept / energy if energy else None,
+                "untouched": free / energy if energy else None,
+            }
+            for file, (energy, kept, free) in zip(files, totals, strict=True)
+        ],
+        "pairs": [_over_layers(pair, layers, totals) for pair in combinations(range(len(files)), 2)],
+        "layers": layers,
+        "left_out": [one.row() for one in left_out],
+    }
+
+
+def _opened(files: Sequence[Stacked]) -> tuple[list[Updates], list[LeftOut]]:
+    """The updates of each file, once all are seen to be for one kind of base."""
+    titles: dict[str, tuple[str, Family]] = {}
+    for file in files:
+        header = read_header(file.path)
+        family = detect.file_family(header.shapes, header.metadata)
+        if family is not None:
+            titles.setdefault(family.title, (file.path.name, family))
+    if len(titles) > 1:
+        (one, first), (two, second), *_ = titles.values()
+        raise AdapterFileError(f"{one} is for {first.title} and {two} for {second.title}; they do not stack.")
+    known = next((family for _, family in titles.values()), None)
+    opened, left_out = [], []
+    for file in files:
+        updates, out = known_updates(file.path, known)
+        opened.append(updates)
+        left_out += out
+    return opened, left_out
+
+
+def _terms(key: LayerKey, files: Sequence[Stacked], opened: Sequence[Updates]) -> list[_Term]:
+    """Those that change the layer."""
+    having = [number for number, updates in enumerate(opened) if key in updates]
+    terms = []
+    for number in having:
+        first = having[0]
+        names = (files[first].path.name, files[number].path.name)
+        check_same_shape(opened[first][key], opened[number][key], names)
+        term = _Term(number, meaningful_triples(opened[number][key]), files[number].on(key[0]))
+        if term.energy > 0:
+            terms.append(term)
+    return terms
+
+
+def _layer(key: LayerKey, terms: Sequence[_Term], totals: list[list[float]]) -> dict[str, Any]:
+    survives, untouched = [], []
+    products = {(a.file, b.file): inner_product(a.pair, b.pair) for a, b in combinations(terms, 2)}
+    for term in terms:
+        crossing = sum(value for pair, value in products.items() if term.file in pair)
+        kept = term.energy + crossing
+        free = _free_energy(term, [other for other in terms if other is not term])
+        for index, value in enumerate((term.energy, kept, free)):
+            totals[term.file][index] += value
+        survives.append(kept / term.energy)
+        untouched.append(free / term.energy)
+    return {
+        "part": key[0],
+        "module": key[1],
+        "files": [term.file for term in terms],
+        "survives": survives,
+        "untouched": untouched,
+        "pairs": [_pair(a, b, products[a.file, b.file]) for a, b in combinations(terms, 2)],
+    }
+
+
+def _free_energy(term: _Term, others: Sequence[_Term]) -> float:
+    """The energy of a term outside all that the others read or write."""
+    if not others:
+        return term.energy
+    up, down = term.pair
+    for side, matrix in (("u", up), ("v", down.T)):
+        basis = _span(torch.cat([getattr(other.triples, side) for other in others], dim=1))
+        outside = matrix - basis @ (basis.T @ matrix)
+        up, down = (outside, down) if side == "u" else (up, outside.T)
+    return max(0.0, inner_product((up, down), (up, down)))
+
+
+def _span(columns: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis of what the columns span; they may repeat each other."""
+    u, values, _ = torch.linalg.svd(columns, full_matrices=False)
+    return u[:, values > 1e-9 * values[0]]
+
+
+def _pair(a: _Term, b: _Term, product: float) -> dict[str, Any]:
+    ranks = len(a.triples.values), len(b.triples.values)
+    return {
+        "first": a.file,
+        "second": b.file,
+        "product": product,
+        "cosine": product / math.sqrt(a.energy * b.energy),
+        "column_overlap": phi(a.triples.u, b.triples.u),
+        "column_baseline": baseline(*ranks, a.triples.u.shape[0]),
+        "row_overlap": phi(a.triples.v, b.triples.v),
+        "row_baseline": baseline(*ranks, a.triples.v.shape[0]),
+    }
+
+
+def _over_layers(
+    pair: tuple[int, int], layers: Sequence[dict[str, Any]], totals: Sequence[Sequence[float]]
+) -> dict[str, Any]:
+    first, second = pair
+    rows = [row for layer in layers for row in layer["pairs"] if (row["first"], row["second"]) == pair]
+    product = sum(row["product"] for row in rows)
+    norms = math.sqrt(totals[first][0] * totals[second][0])
+    means = ("column_overlap", "column_baseline", "row_overlap", "row_baseline")
+    return {
+        "first": first,
+        "second": second,
+        "layers": len(rows),
+        "cosine": product / norms if norms else None,
+        **{name: sum(row[name] for row in rows) / len(rows) if rows else None for name in means},
+    }
+
+
+def measured_stack(files: Sequence[Stacked], family: Family, measured: Measured) -> dict[str, Any]:
+    """What a stack gains beside what each of its adapters gains alone, on the same looks.
+
+    Args:
+        files: the adapters.
+        family: of the base.
+        measured: gives the gains of adapters, as `Bench.gains` does.
+
+    Returns:
+        `stack` and `sum` (of the gains of each alone) and `best_alone`, each {gain, standard_error}; `alone`:
+        the same with `name` for each; `lost`: what the stack gains less than the sum, and `against_best`:
+        more than the best alone, each with the paired standard error; `sentence`.
+    """
+    adapters = [
+        Strengthened(read_adapter(file.path, family), file.strength, file.text_strength) for file in files
+    ]
+    alone = [measured([adapter]) for adapter in adapters]
+    together = measured(adapters)
+    best = max(alone, key=lambda gains: float(gains.mean()))
+    sum_alone = torch.stack(alone).sum(dim=0)
+    lost, more = _number(sum_alone - together), _number(together - best)
+    stack = _number(together)
+    return {
+        "stack": stack,
+        "alone": [
+            {"name": file.path.name, **_number(gains)} for file, gains in zip(files, alone, strict=True)
+        ],
+        "sum": _number(sum_alone),
+        "best_alone": _number(best),
+        "lost": lost,
+        "against_best": more,
+        "sentence": (
+            f"Together they gain {stack['gain']:+.4f} (standard error {stack['standard_error']:.4f}),"
+            f" {_more(more)} than the best alone, and {_more(lost, -1)} than the sum of each alone."
+        ),
+    }
+
+
+def _number(gains: torch.Tensor) -> dict[str, float]:
+    return {"gain": float(gains.mean()), "standard_error": clustered_error(gains)}
+
+
+def _more(number: dict[str, float], sign: int = 1) -> str:
+    """A difference in words, with its error."""
+    gain = sign * number["gain"]
+    return (
+        f"{abs(gain):.4f} (standard error {number['standard_error']:.4f}) {'more' if gain >= 0 else 'less'}"
+    )

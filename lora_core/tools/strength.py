@@ -1,0 +1,232 @@
+"""The strength at which an adapter gains most, measured, with the interval that cannot be told from it.
+
+The gain is a smooth curve of the strength: a few coarse points find where it is highest, and parabolas
+through the best three find the top (successive parabolic interpolation; Brent 1973, section 5.2). All points
+are measured on the same fixed looks, so their differences have small errors. The interval holds the strengths
+whose loss of gain against the best is within two standard errors of that paired difference; between the
+measured points each look's curve is a polynomial through its own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_core.errors import ConfigError
+from lora_core.evaluate.validator import clustered_error
+from lora_core.lora.inject import Strengthened
+from lora_core.lora.weights import AdapterWeights
+from lora_core.model_files.families import Family
+from lora_core.tools.evaluator import Measured
+from lora_core.tools.rewrite import AS_IT_IS, Rewriting, check_out
+from lora_core.tools.shrink import opened_plain
+
+BAKED_KEY = "lora_easel.strength"
+"""Our own key of a header: which strength was baked in, as JSON."""
+
+COARSE = (0.5, 1.0, 1.5)
+HIGHEST = 4.0
+STEP = 0.01
+"""Strengths are told to two digits, as people set them."""
+_BEYOND = 0.75
+_REFINEMENTS = 4
+_DEGREE = 4
+
+Gains = Callable[[float], torch.Tensor]
+"""From a strength to the gain on each look, (pictures, K)."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The best strength.
+
+    Attributes:
+        strength: the best of those measured.
+        low, high: the strengths around it that cannot be told from it.
+        gain, standard_error: at the best.
+        curve: (strength, gain, standard error) of each measured strength, rising.
+    """
+
+    strength: float
+    low: float
+    high: float
+    gain: float
+    standard_error: float
+    curve: tuple[tuple[float, float, float], ...]
+
+    def sentence(self, what: str = "The adapter") -> str:
+        """For a person."""
+        if self.strength <= 0:
+            return f"{what} gains at no strength on these pictures: they are better predicted without it."
+        edge = " and may be best beyond that, where nothing was tried" if self.strength >= HIGHEST else ""
+        return (
+            f"{what} gains most at strength {self.strength:.2f}{edge}: {self.gain:+.4f} (standard error"
+            f" {self.standard_error:.4f}); from {self.low:.2f} to {self.high:.2f} no difference can be told."
+        )
+
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        curve = [{"strength": s, "gain": g, "standard_error": e} for s, g, e in self.curve]
+        return {
+            "strength": self.strength,
+            "low": self.low,
+            "high": self.high,
+            "gain": self.gain,
+            "standard_error": self.standard_error,
+            "curve": curve,
+        }
+
+
+def fitted_strength(gains_at: Gains) -> Fit:
+    """The strength of the highest mean gain, with about eight measurements.
+
+    Args:
+        gains_at: the gains at a strength, on the same looks each time.
+    """
+    found = {strength: gains_at(strength) for strength in COARSE}
+    found[0.0] = torch.zeros_like(found[1.0])
+    if _best(found) == 0.0:
+        found[0.2] = gains_at(0.2)
+    while _best(found) == max(found) and max(found) < HIGHEST:
+        further = min(HIGHEST, max(found) + _BEYOND)
+        found[further] = gains_at(further)
+    for _ in range(_REFINEMENTS):
+        place = _next_place(found)
+        if place is None:
+            break
+        found[place] = gains_at(place)
+    return _fit(found)
+
+
+def _best(found: dict[float, torch.Tensor]) -> float:
+    """The strength of the highest mean; the lower of equal ones."""
+    return max(sorted(found), key=lambda strength: float(found[strength].mean()))
+
+
+def _next_place(found: dict[float, torch.Tensor]) -> float | None:
+    """The top of the parabola through the best point and its neighbours, None where that is known well
+    enough."""
+    places = sorted(found)
+    at = places.index(_best(found))
+    if at in (0, len(places) - 1):
+        return None
+    a, b, c = places[at - 1 : at + 2]
+    fa, fb, fc = (float(found[x].mean()) for x in (a, b, c))
+    steeper, flatter = (b - a) * (fb - fc), (b - c) * (fb - fa)
+    bend = steeper - flatter
+    top = b if bend == 0 else b - ((b - a) * steeper - (b - c) * flatter) / (2 * bend)
+    top = round(min(max(top, a), c), 2)
+    if top in found:
+        # The other side of the best, so that it is bracketed closely.
+        wide = (a, b) if b - a > c - b else (b, c)
+        top = round((wide[0] + 2 * wide[1]) / 3 if wide[1] == b else (2 * wide[0] + wide[1]) / 3, 2)
+    return None if top in found or c - a <= 4 * STEP else top
+
+
+def _fit(found: dict[float, torch.Tensor]) -> Fit:
+    best = _best(found)
+    low, high = _interval(found, best)
+    curve = tuple((s, float(g.mean()), clustered_error(g)) for s, g in sorted(found.items()))
+    return Fit(best, low, high, float(found[best].mean()), clustered_error(found[best]), curve)
+
+
+def _interval(found: dict[float, torch.Tensor], best: float) -> tuple[float, float]:
+    """The strengths around the best whose paired loss of gain is within two standard errors."""
+    places = sorted(found)
+    shape = found[best].shape
+    values = np.stack([found[place].flatten().numpy() for place in places])
+    scale = max(places)
+    powers = np.polynomial.polynomial
+    fit = powers.polyfit(np.array(places) / scale, values, min(_DEGREE, len(places) - 1))
+
+    def told_apart(strength: float) -> bool:
+        curve = powers.polyval(strength / scale, fit) - powers.polyval(best / scale, fit)
+        difference = torch.from_numpy(np.asarray(curve)).reshape(shape)
+        return -float(difference.mean()) > 2 * clustered_error(difference)
+
+    ends = []
+    for direction in (-STEP, STEP):
+        end = best
+        while 0 <= end + direction <= scale and not told_apart(end + direction):
+            end += direction
+        ends.append(round(min(max(end, 0.0), scale), 2))
+    return ends[0], ends[1]
+
+
+def fitted(weights: AdapterWeights, measured: Measured) -> Fit:
+    """The best strength of an adapter, the same on UNet and text encoders.
+
+    Args:
+        weights: the adapter.
+        measured: gives the gains of adapters, as `Bench.gains` does.
+    """
+    return fitted_strength(lambda strength: measured([Strengthened(weights, strength)]))
+
+
+def fitted_apart(weights: AdapterWeights, measured: Measured) -> tuple[Fit, Fit]:
+    """The best strengths on the UNet and on the text encoders: first both alike, then the text encoders'
+    with the UNet's held, then the UNet's once more.
+
+    Raises:
+        ConfigError: the adapter is on one of the two alone.
+    """
+    parts = weights.parts()
+    if "unet" not in parts or len(parts) == 1:
+        raise ConfigError(
+            f"The adapter changes {', '.join(parts)} alone, so there are no strengths to tell apart; leave"
+            " --apart out."
+        )
+    unet = fitted(weights, measured).strength
+    text = fitted_strength(_beyond(measured, lambda s: Strengthened(weights, unet, s)))
+    again = fitted_strength(_beyond(measured, lambda s: Strengthened(weights, s, text.strength)))
+    return again, text
+
+
+def _beyond(measured: Measured, at: Callable[[float], Strengthened]) -> Gains:
+    """What one of two strengths adds to the gain of the other alone."""
+    alone = measured([at(0.0)])
+    return lambda strength: measured([at(strength)]) - alone
+
+
+def strengthened(
+    weights: AdapterWeights, strength: float, text_strength: float | None = None
+) -> AdapterWeights:
+    """The adapter that at strength 1 is what this one is at another: alphas change, factors do not.
+
+    Raises:
+        ConfigError: a strength is not above 0.
+    """
+    at = Strengthened(weights, strength, text_strength)
+    for part in weights.parts():
+        if not 0 < at.on(part) < float("inf"):
+            raise ConfigError(
+                f"A strength of {at.on(part):g} on the {part.replace('_', ' ')} cannot be baked in; it has to"
+                " be above 0."
+            )
+    layers = {key: replace(layer, alpha=layer.alpha * at.on(key[0])) for key, layer in weights.layers.items()}
+    return replace(weights, layers=layers)
+
+
+def bake(to: Rewriting, known: Family | None, strengths: Sequence[float]) -> str:
+    """Write an adapter file at a strength of its own, exactly: the factors' bits stay where one alpha does.
+
+    Args:
+        to: from where and where to; the precision is the file's own.
+        known: the family of the base, if there is one.
+        strengths: one, or one for the UNet and one for the text encoders.
+
+    Returns:
+        What was done, in a sentence.
+
+    Raises:
+        LoraError: a strength is not above 0, or the file is no plain LoRA or cannot be written.
+    """
+    check_out(to.out)
+    weights, family = opened_plain(to.source, known)
+    baked = strengthened(weights, *strengths)
+    record = dict(zip(("strength", "text_strength"), strengths, strict=False))
+    replace(to, precision=AS_IT_IS).write(baked, family, BAKED_KEY, record)
+    words = " and ".join(f"{strength:g}" for strength in strengths)
+    return f"Strength {words} is now strength 1."

@@ -1,0 +1,270 @@
+"""The range test: short training at rates that rise from far too low to far too high, which finds the rate.
+
+Source: L. N. Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3. The loss of a
+batch of diffusion training says nothing by itself, since noise and timesteps are drawn at random; so each
+batch is predicted by the bare base too, and what counts is the share of the base's loss that the adapter
+takes away.
+"""
+
+import copy
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from lora_core.backends.onednn import PLAIN, layout_of
+from lora_core.errors import RunError
+from lora_core.evaluate.validator import triple_losses
+from lora_core.models.device import limited, out_of_memory
+from lora_core.models.encode import TextCondition, decoded_latents
+from lora_core.models.unet import prediction
+from lora_core.runs import events
+from lora_core.settings.choices import OPTIMIZERS
+from lora_core.settings.config import RunConfig
+from lora_core.train.loop import StepPlan, Trainee, drawn_batch, micro_batch, take_step
+from lora_core.train.loss import picture_losses
+from lora_core.train.oom import VAE_ASIDE, Ladder, free_memory
+from lora_core.train.setup import Plan, Say, Session
+from lora_core.train.validation import at_strength
+
+LOWEST, HIGHEST, EACH = -4, 8, 4
+"""Octaves around the rate that is set, and steps an octave."""
+WINDOW = 2
+"""Neighbours on each side that a share is looked at with."""
+SPOILED = 0.5
+"""The test ends where less than this share of the best is left."""
+LEAST = 0.01
+"""A best share below this is noise."""
+ABOVE_HALF = 1.0
+"""Octaves from where half of the best share is reached to the rate that is taken: on two sets and with two
+choices of layers that gained 94% to 100% of what the best fixed rate did (docs/sweep.md)."""
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What was found.
+
+    Attributes:
+        rates: of the first group, rising.
+        shares: of the base's loss that the adapter took away after training at the rates up to it.
+        octave: all rates are to be multiplied by 2 to this; a power of two, so that nothing is rounded.
+    """
+
+    rates: list[float]
+    shares: list[float]
+    octave: int
+
+
+def range_tested(session: Session, plan: StepPlan, say: Callable[[str, int, int], None]) -> RangeTest:
+    """Find how all rates should be multiplied; everything is as it was afterwards.
+
+    Args:
+        session: the run before its first step; no other process takes part.
+        plan: of its steps.
+        say: called with (phase, done, all); what it raises ends the test.
+
+    Raises:
+        RunError: nothing was learned at any rate.
+    """
+    trainee = session.trainee
+    groups = trainee.optimizer.param_groups
+    numbers = trainee.storage.whole.detach().clone()
+    optimizer, scaler = copy.deepcopy(trainee.optimizer.state_dict()), trainee.scaler.state_dict()
+    average, trainee.average = trainee.average, None
+    count = (HIGHEST - LOWEST) * EACH + 1
+    rates: list[float] = []
+    shares: list[float] = []
+    try:
+        for number in range(count):
+            say("Finding the learning rate", number, count)
+            factor = 2.0 ** (LOWEST + number / EACH)
+            for group in groups:
+                group["lr"] = group["initial_lr"] * factor
+            share = _step(session, plan, number)
+            if not math.isfinite(share):
+                break
+            rates.append(groups[0]["lr"])
+            shares.append(share)
+            smooth = _smooth(shares)
+            if smooth[-1] < SPOILED * max(smooth) - LEAST:
+                break
+        say("Finding the learning rate", count, count)
+    finally:
+        with trainee.storage.writing() as live:
+            live.copy_(numbers)
+        trainee.optimizer.load_state_dict(optimizer)
+        trainee.scaler.load_state_dict(scaler)
+        trainee.storage.clear()
+        trainee.average = average
+    return RangeTest(rates, shares, chosen_octave(shares))
+
+
+def take_rates(optimizer: torch.optim.Optimizer, octave: int) -> None:
+    """Multiply all rates by 2 to `octave`, to the very bits that a config with those rates gives."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] *= 2.0**octave
+        group["lr"] = group["initial_lr"]
+
+
+def chosen_octave(shares: list[float]) -> int:
+    """The octave to take for shares that were reached at rates `EACH` an octave from `LOWEST` on.
+
+    Raises:
+        RunError: they are all next to nothing.
+    """
+    smooth = _smooth(shares)
+    best = max(smooth, default=0.0)
+    if best < LEAST:
+        raise RunError(
+            "The range test learned nothing at any rate, so that optim.lr = auto finds none; give optim.lr a"
+            " number, or look whether the pictures, the captions and the layers are as they should be."
+        )
+    half = next(number for number, share in enumerate(smooth) if share >= best / 2)
+    return round(LOWEST + half / EACH + ABOVE_HALF)
+
+
+def _smooth(shares: list[float]) -> list[float]:
+    """The median of each and its neighbours; one wild batch is no find."""
+    parts = [shares[max(0, place - WINDOW) : place + WINDOW + 1] for place in range(len(shares))]
+    return [statistics.median(part) for part in parts]
+
+
+def _step(session: Session, plan: StepPlan, number: int) -> float:
+    """Train on micro-batch `number`; the share of the base's loss on it that the adapter took away before."""
+    trainee, base = session.trainee, session.trainee.base
+    batch, draw = drawn_batch(trainee, session.batches, plan, number)
+    with torch.no_grad(), at_strength(trainee.injected, 0.0):
+        condition = session.text.conditions(batch.captions)
+        bare = picture_losses(base, batch.latents, condition, draw, plan.loss, batch.sizes).mean()
+    trainee.storage.clear()
+    part = micro_batch(trainee, session.batches, session.text, plan, number)
+    loss, trouble = take_step(trainee, plan.clip, [part], number + 1)
+    return math.nan if trouble else 1.0 - loss / max(float(bare), 1e-12)
+
+
+# The trial: what a run chooses by trying before its first step.
+#
+# Nothing of the run is changed by it but where its weights lie and at which rates it learns.
+
+
+TEMPORARIES = 2
+"""Tensors as large as all trained numbers that an optimizer's step may make besides its state."""
+
+
+class Trial:
+    """Chooses for one run, and keeps what there is to tell of it."""
+
+    def __init__(self, session: Session, ladder: Ladder, config: RunConfig, goal: int, say: Say) -> None:
+        """For a run that is to have `goal` steps; `say` may end the trial by what it raises."""
+        self.found: list[events.Event] = []
+        self._session = session
+        self._ladder = ladder
+        self._config = config
+        self._steps = StepPlan.of(config, goal)
+        self._say = say
+
+    def plan(self, plan: Plan, fresh: bool) -> Plan:
+        """The plan with all that it lacks; `fresh` where no step was ever taken.
+
+        Raises:
+            OutOfMemory: a step does not fit by any means.
+            RunError: the range test learned nothing.
+        """
+        trainee = self._session.trainee
+        if not plan.layout:
+            layouts = map(layout_of, trainee.base.modules.values())
+            plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
+        if not plan.tried and (fresh or plan.cap) and limited(trainee.base.device):
+            self._say("Trying the heaviest step", 0, 1)
+            state = OPTIMIZERS[self._config.optim.name].state
+            told, peak = chosen_rungs(self._session, self._ladder, self._steps, state)
+            self.found += [events.Warned(message=sentence) for sentence in told]
+            plan = replace(plan, rungs=self._ladder.taken, tried=True, peak=peak)
+        if self._config.optim.range_test and plan.octave is None:
+            found = range_tested(self._session, self._steps, self._say)
+            take_rates(trainee.optimizer, found.octave)
+            plan = replace(plan, octave=found.octave)
+            rate = plan.rated(self._config).optim.lr
+            self.found.append(events.RateFound(rate=rate, rates=found.rates, shares=found.shares))
+        return plan
+
+
+def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float) -> tuple[list[str], int]:
+    """Try the heaviest step, a validation and a sample before the first real one, and climb until they fit.
+
+    Args:
+        session: the run, at step 0.
+        ladder: takes the rungs.
+        plan: of the steps.
+        state: how many numbers the optimizer keeps for each that is trained.
+
+    Returns:
+        What there is to tell a person, and the peak in bytes where the device tells it.
+
+    Raises:
+        OutOfMemory: it does not fit with all rungs taken.
+    """
+    trainee = session.trainee
+    told: list[str] = []
+    device = trainee.base.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    while not _fits(trainee, lambda: _try_step(session, plan, state)):
+        told.append(f"The heaviest step does not fit into memory as it is. {ladder.climb(0)}")
+    while not _fits(trainee, lambda: _try_sample(session)):
+        if ladder.next is None or ladder.next.name != VAE_ASIDE:
+            told.append("Samples do not fit into memory beside the training, so they may be left out.")
+            break
+        told.append(f"Samples do not fit into memory as it is. {ladder.climb(0)}")
+    return told, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _fits(trainee: Trainee, work: Callable[[], None]) -> bool:
+    try:
+        work()
+        return True
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        free_memory(trainee, error)
+        return False
+    finally:
+        free_memory(trainee)
+
+
+def _try_step(session: Session, plan: StepPlan, state: float) -> None:
+    """What a step and a validation take, with nothing changed by it."""
+    trainee, base = session.trainee, session.trainee.base
+    numbers = sum(tensor.numel() for tensor in trainee.injected.parameters())
+    held = torch.empty(int(state * numbers), device=base.device)
+    micro_batch(trainee, session.batches, session.text, plan, session.batches.heaviest())
+    temporary = torch.empty(TEMPORARIES * numbers, device=base.device)
+    del temporary
+    trainee.storage.clear()
+    if session.held_out:
+        largest = max(session.held_out, key=lambda measured: measured.latents.numel())
+        triple_losses(base, [largest], session.text.condition)
+    if session.measured.prior is not None:
+        _guided_pass(session, session.measured.prior.side)
+    del held
+
+
+def _try_sample(session: Session) -> None:
+    """What a sample takes: guided predictions, and the latents turned into an image."""
+    base = session.trainee.base
+    latents = _guided_pass(session, base.resolution)
+    decoded_latents(base, latents)
+
+
+def _guided_pass(session: Session, side: int) -> torch.Tensor:
+    """One prediction with and without a prompt, as classifier-free guidance makes it, for an image of `side`
+    pixels; returns the latents that it began with, (1, C, h, w)."""
+    base = session.trainee.base
+    edge = side // base.pixels_a_latent
+    latents = torch.zeros(1, base.latent_channels, edge, edge, device=base.device)
+    text = TextCondition.cat([session.text.negative(), session.text.condition("")])
+    with torch.no_grad():
+        prediction(base, torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)
+    return latents

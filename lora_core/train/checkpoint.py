@@ -1,0 +1,279 @@
+"""Checkpoints: all that a step depends on and that does not follow from (seed, step).
+
+A checkpoint is a folder that appears whole, by one rename, and goes whole, by another. Its adapter is a
+kohya-format file that any tool can load, the average where one is kept; where that is not bit for bit what is
+trained, a second file has the exact factors. The optimizer's tensors lie beside it, and `state.json` names
+the SHA-256 of each, so that a broken one is known.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from lora_core.errors import AdapterFileError, RunError
+from lora_core.formats.io import read_adapter, write_adapter
+from lora_core.lora.weights import AdapterWeights
+from lora_core.model_files.families import Family
+from lora_core.runs.folder import RunFolder
+from lora_core.system.paths import clear_abandoned, sync_folder, write_atomically
+
+ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+FACTORS = "factors.safetensors"
+"""What is trained, beside an adapter that is an average or whose layers have different alphas: a kohya file
+has one alpha for all, which costs a rounding."""
+AVERAGE = "average.safetensors"
+"""The exact average, where layers have different alphas."""
+SET_ASIDE = "set-aside"
+
+
+@dataclass
+class TrainState:
+    """What a run is at a step, besides its adapter.
+
+    Attributes:
+        step: optimizer steps done.
+        optimizer: the optimizer's `state_dict`.
+        scaler: the loss scaler's `state_dict`, empty where none is used.
+        best: the best validation so far, as {"step", "gain"}, or empty.
+        average: the running average of the adapter, if one is kept.
+        health: what the watch over the numbers remembers, see `guards.Health`.
+        planned: whether it was written when the settings say, and the run was well: such states are gone back
+            to, because an unbroken run has the same ones.
+        marked: whether a person asked for it: it is never removed.
+    """
+
+    step: int
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    average: AdapterWeights | None = None
+    health: dict[str, Any] = field(default_factory=dict)
+    planned: bool = False
+    marked: bool = False
+
+
+def save_checkpoint(
+    run: RunFolder, weights: AdapterWeights, state: TrainState, family: Family, header: dict[str, str]
+) -> Path:
+    """Write the checkpoint of `state.step` and read its files back.
+
+    Raises:
+        RunError: the disk does not take it; earlier checkpoints are untouched.
+        AdapterFileError: the adapter is not finite.
+    """
+    final = run.checkpoint(state.step)
+    making = final.with_name(f".{final.name}.making")
+    try:
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+        _write_adapters(making, weights, state.average, family, header)
+        tensors, plain = _split(state.optimizer)
+        _write_checked(making / OPTIMIZER, save(tensors))
+        record = {
+            "step": state.step,
+            "optimizer": plain,
+            "scaler": state.scaler,
+            "best": state.best,
+            "average": state.average is not None,
+            "health": state.health,
+            "planned": state.planned,
+            "marked": state.marked,
+            "sha256": {file.name: _sha256(file) for file in sorted(making.glob("*.safetensors"))},
+        }
+        _write_checked(making / STATE, json.dumps(record).encode())
+        discard(final)
+        os.rename(making, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise RunError(
+            f"The checkpoint of step {state.step} cannot be written to {final.parent}:"
+            f" {error.strerror or error}. The one before it is whole; make room and resume."
+        ) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return final
+
+
+def _write_adapters(
+    folder: Path, weights: AdapterWeights, average: AdapterWeights | None, family: Family,
+    header: dict[str, str],
+) -> None:  # fmt: skip
+    """Write the file for other tools, and the exact ones where it is not exact."""
+    one_alpha = len({layer.alpha for layer in weights.layers.values()}) == 1
+    write_adapter(average or weights, folder / ADAPTER, "kohya", "fp32", family, header)
+    exact = {
+        FACTORS: None if one_alpha and average is None else weights,
+        AVERAGE: None if one_alpha else average,
+    }
+    for name, adapter in exact.items():
+        if adapter is not None:
+            write_adapter(adapter, folder / name, "kohya", "fp32", family, header, keep_alphas=True)
+
+
+def load_checkpoint(path: Path) -> tuple[AdapterWeights, TrainState]:
+    """What `save_checkpoint` wrote, bit for bit.
+
+    Raises:
+        RunError: a file is missing or is not what was written.
+    """
+    record = checked_record(path)
+    names = record["sha256"]
+    try:
+        weights = read_adapter(path / (FACTORS if FACTORS in names else ADAPTER))
+        average = (
+            read_adapter(path / (AVERAGE if AVERAGE in names else ADAPTER)) if record.get("average") else None
+        )
+        optimizer = _joined(load_file(path / OPTIMIZER), record["optimizer"])
+        return weights, TrainState(
+            record["step"], optimizer, record["scaler"], record["best"], average, record.get("health", {}),
+            bool(record.get("planned")), bool(record.get("marked")),
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, SafetensorError, AdapterFileError) as error:
+        raise RunError(f"The checkpoint {path} is broken: {error}.") from error
+
+
+def checked_record(path: Path) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says, once its files have been seen to be what was written.
+
+    Raises:
+        RunError: one is not, or is missing.
+    """
+    try:
+        record = read_record(path)
+        for name, digest in record["sha256"].items():
+            if _sha256(path / name) != digest:
+                raise RunError(f"The checkpoint {path} is broken: {name} is not what was written.")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RunError(f"The checkpoint {path} is broken: {error}.") from error
+    return record
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and is what was written."""
+    try:
+        return bool(checked_record(path))
+    except RunError:
+        return False
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says.
+
+    Raises:
+        OSError, ValueError: it is missing or broken.
+    """
+    found = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{STATE} holds no table")
+    return found
+
+
+def amend_record(path: Path, changes: dict[str, Any]) -> None:
+    """Change what `state.json` of a checkpoint says, whole or not at all.
+
+    Raises:
+        OSError, ValueError: it cannot be read or written.
+    """
+    write_atomically(path / STATE, json.dumps(read_record(path) | changes).encode())
+
+
+def has(path: Path, word: str) -> bool:
+    """Whether a checkpoint is `planned` or `marked`; a broken one is neither."""
+    try:
+        return bool(read_record(path).get(word))
+    except (OSError, ValueError):
+        return False
+
+
+def clear_unfinished(run: RunFolder) -> None:
+    """Remove what a killed process left half-written, in the run and in the caches."""
+    caches = run.path.parent.parent / "cache"
+    for folder in (run.path, run.checkpoints, run.exports, run.previews, *caches.glob("*")):
+        clear_abandoned(folder)
+    for folder in run.checkpoints.glob("step-*"):
+        clear_abandoned(folder)
+
+
+def prune_checkpoints(run: RunFolder, keep_last: int, keep: Collection[int]) -> None:
+    """Remove all but the newest `keep_last` that were planned, the newest of all, those of the steps in
+    `keep`, and those that are marked."""
+    steps = run.checkpoint_steps()
+    planned = [step for step in steps if has(run.checkpoint(step), "planned")]
+    staying = {*planned[-keep_last:], *steps[-1:], *keep}
+    for step in steps:
+        if step not in staying and not has(run.checkpoint(step), "marked"):
+            discard(run.checkpoint(step))
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint, if it is there; a kill leaves it whole, or out of sight."""
+    going = path.with_name(f".{path.name}.going.making")
+    shutil.rmtree(going, ignore_errors=True)
+    # Where a reader holds a file of it open, as on Windows, it stays for the next time.
+    with contextlib.suppress(OSError):
+        os.rename(path, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def set_aside(path: Path) -> None:
+    """Put a checkpoint under a name by which no run goes on from it, so that a person still has its files."""
+    names = (
+        path.with_name(f"{path.name}-{SET_ASIDE}{end}") for end in ("", *map("-{}".format, range(2, 999)))
+    )
+    os.rename(path, next(name for name in names if not name.exists()))
+
+
+def _write_checked(path: Path, data: bytes) -> None:
+    """Write a file and read it back.
+
+    Raises:
+        RunError: it was read back changed.
+    """
+    write_atomically(path, data)
+    if _sha256(path) != hashlib.sha256(data).hexdigest():
+        raise RunError(f"{path} was read back changed; is the disk failing?")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _split(value: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """A nested structure as (its tensors by path, the rest with the paths in their places)."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def plain(item: Any, path: str) -> Any:
+        if isinstance(item, torch.Tensor):
+            tensors[path] = item.detach().cpu().contiguous().clone()
+            return {"tensor": path}
+        if isinstance(item, dict):
+            return {"dict": [[key, plain(v, f"{path}.{key}")] for key, v in item.items()]}
+        if isinstance(item, list | tuple):
+            kind = "list" if isinstance(item, list) else "tuple"
+            return {kind: [plain(v, f"{path}.{i}") for i, v in enumerate(item)]}
+        return {"value": item}
+
+    return tensors, plain(value, "state")
+
+
+def _joined(tensors: dict[str, torch.Tensor], plain: Any) -> Any:
+    (kind, item), *_ = plain.items()
+    if kind == "tensor":
+        return tensors[item]
+    if kind == "dict":
+        return {key: _joined(tensors, v) for key, v in item}
+    if kind in ("list", "tuple"):
+        values = [_joined(tensors, v) for v in item]
+        return values if kind == "list" else tuple(values)
+    return item

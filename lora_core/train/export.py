@@ -1,0 +1,178 @@
+"""The file for other tools: factors, everything that is known about the run in the header, and the side
+file."""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lora_core.data.captions import plain_caption, tag_counts
+from lora_core.errors import RunError
+from lora_core.formats.compat.verify import verified
+from lora_core.formats.io import file_hashes, read_adapter, read_tensors, write_adapter
+from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
+from lora_core.formats.model_card import THUMBNAIL_KEY, thumbnail, thumbnail_text, write_beside
+from lora_core.lora.weights import AdapterWeights
+from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.header import read_header
+from lora_core.models.load import BaseModel
+from lora_core.runs.folder import RunFolder, checked_name
+from lora_core.settings.config import RunConfig, to_toml
+from lora_core.settings.schema import AdapterSection
+from lora_core.system.paths import write_atomically
+from lora_core.train.checkpoint import FACTORS, STATE, checked_record
+from lora_core.train.data import Item
+from lora_core.train.fingerprint import versions
+
+RAW_SUFFIX = "-raw"
+"""Ends the name of the file with the raw adapter, where the one without it holds the average."""
+
+
+def export_facts(
+    config: RunConfig, base: BaseModel, items: list[Item], steps: int, started_at: float
+) -> ExportFacts:
+    """What a file's header says of a run."""
+    trigger = config.dataset.trigger
+    name = "demo" if config.dataset.path == "demo" else Path(config.dataset.path).stem
+    captions = [plain_caption(item.record.caption, trigger) for item in items]
+    resolution = config.train.resolution or base.resolution
+    section = config.adapter
+    return ExportFacts(
+        name=config.name,
+        family=base.family,
+        base_title=base.family.title if base.name == "demo" else Path(base.name).name,
+        rank=section.rank,
+        alpha=section.alpha,
+        steps=steps,
+        resolution=(resolution, resolution),
+        pictures=len(items),
+        started_at=started_at,
+        finished_at=time.time(),
+        version=versions()["lora-easel"],
+        clip_skip=config.train.clip_skip,
+        seed=config.seed,
+        trigger=trigger,
+        tag_frequency={name: tag_counts(captions)},
+        datasets={name: (1, len(items))},
+        buckets=Counter((item.bucket.width, item.bucket.height) for item in items),
+        prediction=base.noise.prediction,
+        min_snr=config.loss.gamma(base.noise.prediction),
+        settings=to_toml(config),
+        network_args={"targets": section.targets, "dropout": section.dropout, **_unusual(section)},
+    )
+
+
+def run_header(
+    config: RunConfig, base: BaseModel, items: list[Item], steps: int, started_at: float
+) -> dict[str, str]:
+    """The texts of a file's header."""
+    return export_metadata(export_facts(config, base, items, steps, started_at))
+
+
+def _unusual(section: AdapterSection) -> dict[str, Any]:
+    """What of the adapter's settings is worth a word in the header because it is not as usual."""
+    tables = {"block_ranks": section.block_ranks, "block_alphas": section.block_alphas}
+    return ({"rslora": True} if section.rslora else {}) | {
+        name: table for name, table in tables.items() if table
+    }
+
+
+def write_export(
+    weights: AdapterWeights,
+    path: Path,
+    how: tuple[str, str],
+    family: Family,
+    header: dict[str, str],
+    picture: Path | None = None,
+) -> Path:
+    """Write the adapter, and beside it the side file with its trigger word, a page on it and its picture.
+
+    Args:
+        weights: the adapter.
+        path: the file to write.
+        how: (format, precision): a key of `choices.FORMATS`, and "fp32", "fp16" or "bf16".
+        family: of the base.
+        header: texts for the file's header.
+        picture: a PNG that was drawn with the adapter, if there is one.
+
+    Raises:
+        AdapterFileError: the file cannot be written, or read back as it was meant.
+    """
+    kind, precision = how
+    if picture is not None:
+        try:
+            header = header | {THUMBNAIL_KEY: thumbnail_text(thumbnail(picture))}
+        except OSError:
+            # A damaged sample is no reason to lose what was trained.
+            picture = None
+    write_adapter(weights, path, kind, precision, family, header)
+    write_atomically(path.with_suffix(".json"), side_file(header.get("modelspec.trigger_phrase", "")))
+    write_beside(path, read_header(path).metadata, picture)
+    return path
+
+
+def write_raw(
+    weights: AdapterWeights, beside: Path, how: tuple[str, str], family: Family, header: dict[str, str],
+    picture: Path | None,
+) -> Path:  # fmt: skip
+    """Write the raw adapter as `NAME-raw.safetensors` beside `NAME.safetensors`, which holds its average;
+    arguments and errors as of `write_export`."""
+    path = beside.with_name(f"{beside.stem}{RAW_SUFFIX}.safetensors")
+    names = dict.fromkeys(("ss_output_name", "modelspec.title"), path.stem)
+    return write_export(weights, path, how, family, header | names, picture)
+
+
+def newest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
+    """The first of the pictures drawn last up to a step, with the raw adapter if asked; none of step 0, which
+    the base drew alone."""
+    drawn = [
+        event.raw_files if raw else event.files for event in run.progress().previews if 0 < event.step <= step
+    ]
+    picture = next((run.path / files[0] for files in reversed(drawn) if files), None)
+    return picture if picture is not None and picture.is_file() else None
+
+
+def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:
+    """Export a checkpoint of a run; where an average is kept, the raw adapter too.
+
+    Args:
+        run: the run.
+        which: "last", "best", or a step.
+        name: stem of the file, in the run's export folder.
+        how: (format, precision).
+
+    Returns:
+        {file, raw, bytes, modules, sha256, works_in}: `raw` is the path of the raw adapter's file, or "", and
+        `works_in` what `verified` says of the file against the
+        checkpoint: {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
+
+    Raises:
+        RunError: there is no such checkpoint, it is not whole, or the name cannot be a file's.
+        AdapterFileError: the file cannot be written.
+    """
+    step = run.step_of(which)
+    folder = run.checkpoint(step)
+    record = checked_record(folder) if (folder / STATE).exists() else {}
+    header = dict(read_tensors(folder / "adapter.safetensors")[1])
+    weights = read_adapter(folder / "adapter.safetensors")
+    family = next(
+        (f for f in FAMILIES.values() if f.base_version == header.get("ss_base_model_version")), None
+    )
+    if family is None:
+        raise RunError(f"The checkpoint {folder} does not say which family of base it is for.")
+    stem = checked_name(name)
+    header["ss_output_name"] = header["modelspec.title"] = stem
+    target = run.exports / f"{stem}.safetensors"
+    raw: Path | None = None
+    if record.get("average"):
+        factors = read_adapter(folder / FACTORS)
+        raw = write_raw(factors, target, how, family, header, newest_sample(run, step, raw=True))
+    path = write_export(weights, target, how, family, header, newest_sample(run, step))
+    return {
+        "file": str(path),
+        "raw": str(raw or ""),
+        "bytes": path.stat().st_size,
+        "modules": len(weights.layers),
+        "sha256": file_hashes(path)["sha256"],
+        "works_in": verified(path, family, live=weights),
+    }

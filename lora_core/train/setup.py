@@ -1,0 +1,547 @@
+"""The adapter of a run and its optimizer: which layers, how large, at which rate, and what they start
+from."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_core.backends.int8 import Thinner
+from lora_core.backends.offload import depot_for
+from lora_core.backends.onednn import DIRECT, PLAIN, best_layout, prepack
+from lora_core.data.captions import CaptionRules, plain_caption, varies, with_trigger
+from lora_core.data.dataset import ImageRecord, open_dataset, require_clean
+from lora_core.data.holdout import held_out
+from lora_core.errors import AdapterFileError, ConfigError, InputsChanged
+from lora_core.evaluate.validator import Measured
+from lora_core.formats.detect import extras_sentence
+from lora_core.formats.io import read_adapter
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import Blocks, Injected, LayerPlan, begin_with, inject_layers, layer_plans
+from lora_core.lora.layer import LoraLayer, LoraShape
+from lora_core.lora.targets import named_targets
+from lora_core.lora.weights import AdapterWeights, LayerKey
+from lora_core.model_files.detect import GUESS, base_facts
+from lora_core.model_files.families import Family
+from lora_core.model_files.header import read_header
+from lora_core.model_files.hub import fetch_base
+from lora_core.model_files.sizes import base_numbers
+from lora_core.models.device import (
+    bf16_is_faster,
+    compute_deterministically,
+    dtype_of,
+    limited,
+    out_of_memory,
+    release_failed,
+    use_device,
+)
+from lora_core.models.load import BaseModel, open_base
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.choices import OPTIMIZERS, QUANTISED, chosen
+from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import AUTO, AdapterSection, OptimSection, TrainSection
+from lora_core.system.paths import write_atomically
+from lora_core.train.data import (
+    Batches,
+    Item,
+    LatentCache,
+    Looks,
+    TextSource,
+    digest_of,
+    items_of,
+    looks_in_all,
+)
+from lora_core.train.fingerprint import base_inputs, check_inputs, start_input
+from lora_core.train.loop import Average, Trainee
+from lora_core.train.validation_sets import Groups, Prior, groups_of
+
+FRESH = "default"
+"""The value of `adapter.init` for an adapter that starts from nothing."""
+INT8, OFFLOAD = "int8", "offload"
+"""Rungs of `memory.LADDER` that change how the base is kept."""
+
+
+def thinner_of(
+    train: TrainSection, rungs: Sequence[tuple[str, int]], device: torch.device, folder: Path
+) -> Thinner:
+    """How the base is kept as it is opened: as the settings say, and as was found to be needed before step 1.
+
+    Args:
+        train: the settings.
+        rungs: names of what was done to take less memory, and after how many steps.
+        device: what computes.
+        folder: on whose drive weights may be put aside.
+    """
+    first = {name for name, step in rungs if step == 0}
+    kind = INT8 if INT8 in first else train.quantise
+    row = chosen(QUANTISED, kind, "train.quantise")
+    depot = depot_for(device, folder) if train.offload or OFFLOAD in first else None
+    return Thinner(row.resolve() if row.load else None, depot)
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What is to be trained.
+
+    Attributes:
+        layers: each layer's shape and rate.
+        start: the adapter to go on with, or None for a fresh one.
+        name: of the file that it comes from.
+        notes: what a person should know of it, a sentence each.
+    """
+
+    layers: dict[LayerKey, LayerPlan]
+    start: AdapterWeights | None
+    name: str
+    notes: list[str]
+
+    @property
+    def encoders_trained(self) -> bool:
+        """Whether a text encoder is among the adapted parts."""
+        return any(part != "unet" for part, _ in self.layers)
+
+
+def start_file(section: AdapterSection) -> Path | None:
+    """The file of the LoRA to go on with, or None."""
+    return None if section.init.strip() in ("", FRESH) else Path(section.init).expanduser()
+
+
+def adapter_plan(base: BaseModel, config: RunConfig) -> AdapterPlan:
+    """The plan that a config means for a base. Its text encoders have to be there still.
+
+    Raises:
+        ConfigError: it fits no layer, or nothing would be trained.
+        AdapterFileError: the LoRA to go on with is not there, is broken, or is for another family.
+    """
+    section, optim = config.adapter, config.optim
+    rates = part_rates(base.family, optim)
+    targets = named_targets(section.targets, base.family)
+    file = start_file(section)
+    if file is not None and not file.is_file():
+        raise AdapterFileError(
+            f"The LoRA {file} that adapter.init names does not exist; choose another file."
+        )
+    start = read_adapter(file, base.family) if file is not None else None
+    shape = LoraShape(
+        section.rank, section.alpha, section.dropout, section.rank_dropout, section.module_dropout
+    )
+    blocks = Blocks(section.block_ranks, section.block_alphas, optim.block_lr, section.rslora)
+    layers = layer_plans(base.modules, rates, targets, shape, blocks, start.layers if start else ())
+    notes = [
+        f"adapter.targets = {section.targets} names no layer of the {part.replace('_', ' ')}, so that is not"
+        " trained, whatever its learning rate."
+        for part, rate in rates.items()
+        if rate > 0 and targets.pattern(part) is None
+    ]
+    if file is not None and (out := extras_sentence(read_header(file).shapes)):
+        notes.append(f"{file.name}: {out}")
+    if optim.text_encoder_2_lr and len(base.family.text_encoders) < 2:
+        notes.append(f"optim.text_encoder_2_lr plays no part: the {base.family.title} has one text encoder.")
+    return AdapterPlan(layers, start, file.name if file else "", notes)
+
+
+def part_rates(family: Family, optim: OptimSection) -> dict[str, float]:
+    """Learning rate by part: the UNet's, then those of the text encoders in their order."""
+    rates = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
+    return dict(zip(family.parts, rates, strict=False))
+
+
+def injected_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Injected, list[str]]:
+    """The adapter in the base, as it starts, and sentences on what of an earlier one it could not take over.
+
+    Raises:
+        AdapterFileError: the LoRA to go on with does not fit.
+    """
+    injected = inject_layers(base.modules, {key: layer.shape for key, layer in plan.layers.items()}, seed)
+    notes = begin_with(injected, plan.start, plan.name) if plan.start is not None else []
+    for key, layer in injected.layers.items():
+        layer.requires_grad_(plan.layers[key].rate > 0)
+        layer.base.requires_grad_(False)
+    return injected, notes
+
+
+def ready_for_training(base: BaseModel, checkpointing: bool) -> None:
+    """Put the adapted parts into training mode, which checkpointing needs; the base has no dropout of its
+    own."""
+    for module in base.modules.values():
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+            if hasattr(layer, "attention_dropout"):
+                setattr(layer, "attention_dropout", 0.0)  # noqa: B010 - a module's attributes are typed as tensors
+        module.train()
+    if checkpointing:
+        enable_checkpointing(base)
+
+
+def enable_checkpointing(base: BaseModel) -> None:
+    """Have activations computed twice and kept once."""
+    base.unet.enable_gradient_checkpointing()
+    for encoder in base.text_encoders.values():
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def optimizer_of(
+    injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimSection
+) -> tuple[torch.optim.Optimizer, Storage]:
+    """The optimizer and where what it trains lies, with one group for each part and rate, a part's own rate
+    first; `initial_lr` is a group's full rate, `until` the share of steps it is trained for.
+
+    With `optim.lora_plus` each group is two, for the down factors and for the up factors at a multiple of the
+    rate. Source: Hayou et al. 2024, "LoRA+", section 4.
+
+    Raises:
+        ConfigError: the optimizer's package is missing, or it cannot work with these rates.
+    """
+    row = chosen(OPTIMIZERS, optim.name, "optim.name")
+    own = part_rates(base.family, optim)
+    members: list[list[LoraLayer]] = []
+    groups: list[dict[str, Any]] = []
+    for part in injected.parts():
+        by_rate: dict[float, list[LoraLayer]] = {own[part]: []}
+        for key, layer in injected.layers.items():
+            if key[0] == part and plan.layers[key].rate > 0:
+                by_rate.setdefault(plan.layers[key].rate, []).append(layer)
+        until = 1.0 if part == "unet" else optim.text_encoder_until
+        for rate, layers in by_rate.items():
+            if layers:
+                members.append(layers)
+                groups.append({"lr": rate, "until": until})
+    if row.one_rate and (len({group["lr"] for group in groups}) > 1 or optim.lora_plus != 1.0):
+        raise ConfigError(
+            f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
+            f" ({optim.lr:g}) or to 0, optim.lora_plus to 1, and leave optim.block_lr empty."
+        )
+    storage = Storage(members, apart=optim.lora_plus != 1.0)
+    wholes = iter(storage.groups)
+    parts = []
+    for group, layers in zip(groups, members, strict=True):
+        for names, ratio in zip(storage.kinds, (1.0, optim.lora_plus), strict=False):
+            rate, whole = group["lr"] * ratio, next(wholes)
+            factors = [getattr(layer, name) for layer in layers for name in names]
+            own_factors = factors if row.by_matrix else [whole]
+            parts.append({**group, "lr": rate, "initial_lr": rate, "params": own_factors})
+    how = dict(row.defaults)
+    if row.fused and base.device.type == "cuda":
+        how["fused"] = True
+    try:
+        optimizer: torch.optim.Optimizer = row.resolve()(parts, lr=groups[0]["lr"], **how)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"{row.title} does not take these settings: {error}.") from error
+    return optimizer, storage
+
+
+# Everything before the first step: the base opened, pictures read and encoded, the adapter injected.
+
+
+Say = Callable[[str, int, int], None]
+"""Called with (phase, done, all) as the preparation goes on; what it raises ends it."""
+
+SAMPLE_PROMPTS = 2
+_DEVICES = {
+    "cpu": "the processor",
+    "cuda": "a graphics card",
+    "mps": "an Apple graphics card",
+    "xpu": "an Intel graphics card",
+}
+ROOMIER = 1.1
+"""How many times the memory of before is worth trying with fewer rungs."""
+LARGE = 10**8
+"""Numbers of a base; the embedded one has a twentieth, Stable Diffusion 1.5 ten times as many."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for this machine; a resume reads it and chooses nothing anew.
+
+    Attributes:
+        precision: of the base.
+        device, threads: what computes.
+        rungs: what was done to take less memory, and after how many steps; see `memory.LADDER`.
+        tried: whether the heaviest step was tried before the first one.
+        peak: bytes that it took, 0 where the device does not tell.
+        layout: how the base's weights are laid out for the processor; "" before that is decided.
+        octave: all learning rates are multiplied by 2 to this; None where no range test was made.
+        deterministic: whether a CUDA device computes with deterministic kernels alone.
+        cap: bytes that the device's memory was limited to when the last rung was taken, or before the first
+            step; 0 where there was no limit.
+        validate_every: steps between two validations as their share of the time allows it, 0 where that is
+            not known yet.
+    """
+
+    precision: str
+    device: str
+    threads: int
+    rungs: list[tuple[str, int]] = field(default_factory=list)
+    tried: bool = False
+    peak: int = 0
+    validate_every: int = 0
+    layout: str = ""
+    octave: int | None = None
+    deterministic: bool = False
+    cap: int = 0
+
+    @classmethod
+    def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "Plan":
+        """The plan on disk, else a new one, written down.
+
+        Raises:
+            InputsChanged: it was made on another kind of device, and that is not accepted.
+            ConfigError: `train.device` is not there.
+        """
+        try:
+            begun = cls(**_of_today(json.loads(run.plan_file.read_text(encoding="utf-8"))))
+            begun = replace(begun, rungs=[(str(name), int(step)) for name, step in begun.rungs])
+        except (OSError, ValueError, TypeError):
+            begun = None
+        try:
+            device = use_device(config.train.device)
+        except ConfigError:
+            # A run whose card was taken out goes on with what is there, if that is accepted.
+            if begun is None or not accept_changes:
+                raise
+            device = use_device(AUTO)
+        if begun is not None and begun.device == device.type:
+            return begun
+        if begun is not None and not accept_changes:
+            raise InputsChanged(
+                f"The run {run.name} began on {_DEVICES.get(begun.device, begun.device)}, and this"
+                f" computer now computes on {_DEVICES.get(device.type, device.type)}. Make that device"
+                " available again, or go on with --accept-changes; the result is then not that of an"
+                " unbroken run.",
+                ["the device"],
+            )
+        dtype = training_dtype(config, device)
+        precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+        plan = cls(
+            precision,
+            device.type,
+            torch.get_num_threads(),
+            deterministic=config.train.deterministic,
+        )
+        if begun is not None:
+            plan = replace(begun, device=plan.device, precision=precision, threads=plan.threads, layout="")
+        plan.write(run)
+        return plan
+
+    def within(self, cap: int) -> "Plan":
+        """The plan for a process that may take `cap` bytes of the device's memory.
+
+        Where that is clearly more than when the rungs were taken, another process held memory then. The rungs
+        that change no gradient are taken back, and what is needed of them is tried anew.
+        """
+        if not self.cap or cap < ROOMIER * self.cap or not self.rungs:
+            return replace(self, cap=self.cap or cap)
+        return replace(self, cap=cap, tried=False, rungs=[rung for rung in self.rungs if rung[0] == INT8])
+
+    def rated(self, config: RunConfig) -> RunConfig:
+        """The config with the learning rates that the range test found."""
+        if not self.octave:
+            return config
+        optim, factor = config.optim, 2.0**self.octave
+        rates = {n: getattr(optim, n) * factor for n in ("lr", "text_encoder_lr", "text_encoder_2_lr")}
+        by_block = {pattern: rate * factor for pattern, rate in optim.block_lr.items()}
+        return replace(config, optim=replace(optim, **rates, block_lr=by_block))
+
+    def set_up(self) -> None:
+        """Have this process compute as planned. Call it before the first kernel on the device."""
+        torch.set_num_threads(self.threads)
+        if self.deterministic:
+            compute_deterministically(torch.device(self.device))
+
+    def notes(self) -> list[str]:
+        """What of the settings has no effect here, a sentence each."""
+        if not self.deterministic or self.device in ("cpu", "cuda"):
+            return []
+        return [f"train.deterministic has no effect on {_DEVICES.get(self.device, self.device)}."]
+
+    def write(self, run: RunFolder) -> None:
+        """Write the plan down."""
+        write_atomically(run.plan_file, json.dumps(vars(self)).encode())
+
+
+def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The number format of the frozen base.
+
+    On a processor "auto" is bf16 where that is faster and the base is large: of a small one, more time goes
+    into turning numbers from one format into the other.
+
+    Raises:
+        ModelFileError: the base is not there, or broken.
+    """
+    asked, name = config.train.precision, config.model.base
+    if asked == "auto" and device.type == "cpu":
+        fetch_base(name)
+        if (base_numbers(base_facts(name, config.model.prediction)) or 0) >= LARGE and bf16_is_faster():
+            return torch.bfloat16
+    return dtype_of(asked, device)
+
+
+def _of_today(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan that was written before there was more than one layout."""
+    before = plan.pop("prepacked", None)
+    return plan if before is None else {"layout": DIRECT if before else PLAIN, **plan}
+
+
+@dataclass
+class Session:
+    """A run ready to train.
+
+    Attributes:
+        trainee: base, adapter, optimizer, scaler.
+        batches: all micro-batches by number.
+        text: conditions of captions.
+        measured: pictures to validate on.
+        train_items: pictures to train on.
+        prompts: of the samples.
+        notes: what a person should know before it starts, a sentence each.
+    """
+
+    trainee: Trainee
+    batches: Batches
+    text: TextSource
+    measured: Groups
+    train_items: list[Item]
+    prompts: list[str]
+    notes: list[str]
+
+    @property
+    def held_out(self) -> list[Measured]:
+        """The pictures that the gain is measured on."""
+        return self.measured.held_out
+
+
+def prepared(
+    run: RunFolder, config: RunConfig, plan: Plan, say: Say, accept_changes: bool = False
+) -> Session:
+    """Do all that the first step needs.
+
+    Raises:
+        ConfigError, DatasetError, ModelFileError, AdapterFileError: in a sentence, what is wrong.
+        RunError: what the run follows from has changed since it began, and that is not accepted.
+    """
+    workspace = run.path.parent.parent
+    say("Reading the pictures", 0, 1)
+    dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
+    require_clean(dataset)
+    more = base_inputs(config.model) | start_input(start_file(config.adapter))
+    check_inputs(run, dataset.records, accept_changes, more)
+    train, held = held_out(dataset.records, config.validation.pictures, config.seed)
+    say("Opening the base model", 0, 1)
+    device = torch.device(plan.device)
+    model = config.model
+    aside = workspace / "cache"
+    thin = thinner_of(config.train, plan.rungs, device, aside)
+    dtype = dtype_of(plan.precision, device)
+    # Nothing is in memory longer than needed: the VAE and the text encoders come and go before the UNet.
+    base = open_base(model.base, device, dtype, model.prediction, model.vae, thin, model.zero_terminal_snr)
+    layout = adapter_plan(base, config)
+    base.load("vae")
+    latents = LatentCache(base, workspace / "cache" / "latents")
+    resolution = config.train.resolution or base.resolution
+    items, held_items = (items_of(r, resolution, base.size_multiple) if r else [] for r in (train, held))
+    wanted = [*looks_in_all(items, config.dataset.flip), *looks_in_all(held_items, False)]
+    _encode_pictures(base, latents, wanted, say)
+    measured = groups_of(items, held_items, latents, config, base)
+    base.put("vae", torch.device("cpu"))
+    base.load(*base.text_encoders)
+    text = TextSource(
+        base,
+        workspace / "cache" / "text",
+        layout.encoders_trained,
+        config.train.clip_skip,
+        config.train.tokens,
+    )
+    rules = CaptionRules.of(config.dataset)
+    prompts = sample_prompts(config, held or train)
+    prior = _prior(base, text, workspace / "cache" / "prior", config, more)
+    measured.prior = prior
+    if not layout.encoders_trained:
+        fixed = [record for record in train if not varies(record.caption, rules)]
+        captions = [plain_caption(record.caption, rules.trigger) for record in fixed]
+        captions += [one.caption for one in (*measured.held_out, *measured.by_heart)]
+        _encode_captions(text, [*captions, *prompts, *(prior.prompts if prior else []), ""], say)
+        if len(fixed) == len(train):
+            text.release()
+    base.load("unet")
+    base.put("vae", device)
+    trainee, notes = trainee_in(base, layout, config, plan.layout, aside)
+    looks = Looks(config.train.batch_size, config.dataset.flip, rules, config.seed)
+    batches = Batches(items, looks, latents)
+    guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
+    sentences = [*guess, *layout.notes, *notes, *measured.notes]
+    return Session(trainee, batches, text, measured, items, prompts, sentences)
+
+
+def trainee_in(
+    base: BaseModel, layout: AdapterPlan, config: RunConfig, weights: str, aside: Path | None = None
+) -> tuple[Trainee, list[str]]:
+    """The adapter in the base, ready to train, and sentences on its start.
+
+    Args:
+        base: its text encoders are gone where they are not trained.
+        layout: what is to be trained.
+        config: how.
+        weights: how the base's weights are laid out for the processor; "" is what is best here.
+        aside: the folder on whose drive weights may be put aside.
+
+    Raises:
+        AdapterFileError: the LoRA to go on with does not fit.
+        ConfigError: the optimizer's package is missing, or it cannot work with these rates.
+    """
+    injected, notes = injected_adapter(base, layout, config.seed)
+    ready_for_training(base, config.train.checkpointing)
+    trained = base.modules.values()
+    weights = weights or (PLAIN if limited(base.device) else best_layout(trained))
+    for module in trained:
+        prepack(module, weights)
+    optimizer, storage = optimizer_of(injected, layout, base, config.optim)
+    scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
+    average = Average(injected, storage, config.save.ema) if config.save.ema else None
+    return Trainee(base, injected, optimizer, storage, scaler, average, aside=aside), notes
+
+
+def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
+    """What the samples show: the person's prompts with the trigger in them, else captions of `records`."""
+    if config.preview.prompts:
+        return [with_trigger(prompt, config.dataset.trigger) for prompt in config.preview.prompts]
+    captions = dict.fromkeys(plain_caption(record.caption, config.dataset.trigger) for record in records)
+    return list(captions)[:SAMPLE_PROMPTS]
+
+
+def _encode_pictures(base: BaseModel, cache: LatentCache, wanted: list[tuple[Item, bool]], say: Say) -> None:
+    """Encode images; one that does not fit into the device's memory, and those after it, on the processor."""
+    for done, (item, mirrored) in enumerate(wanted):
+        say("Encoding pictures", done, len(wanted))
+        try:
+            cache.latents(item.record, item.bucket, mirrored)
+        except Exception as error:
+            if not out_of_memory(error) or on_processor(base.vae):
+                raise
+            release_failed(error, base.device)
+            base.put("vae", torch.device("cpu"))
+            cache.latents(item.record, item.bucket, mirrored)
+    say("Encoding pictures", len(wanted), len(wanted))
+
+
+def on_processor(module: torch.nn.Module) -> bool:
+    """Whether the weights of a module are in the processor's memory."""
+    return next(module.parameters()).device.type == "cpu"
+
+
+def _encode_captions(text: TextSource, captions: list[str], say: Say) -> None:
+    """Encode the captions that come up as they are; those that vary are encoded as they are drawn."""
+    wanted = list(dict.fromkeys(captions))
+    for done, caption in enumerate(wanted):
+        say("Encoding captions", done, len(wanted))
+        text.condition(caption)
+
+
+def _prior(
+    base: BaseModel, text: TextSource, folder: Path, config: RunConfig, inputs: dict[str, str]
+) -> Prior | None:
+    wanted = config.validation.prior and config.validation.every and config.validation.pictures
+    return Prior(base, text, folder, digest_of(sorted(inputs.items())), config) if wanted else None

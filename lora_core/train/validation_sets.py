@@ -1,0 +1,166 @@
+"""Pictures of the base's own, on which training should change nothing: what is lost on them is forgotten.
+
+They are the base's distribution as far as it is of use here: latents sampled from plain prompts, made when
+they are first measured and kept in the cache.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lora_core.backends.int8 import is_packed
+from lora_core.data.buckets import bucket_of
+from lora_core.data.captions import plain_caption
+from lora_core.data.images import content_hash
+from lora_core.evaluate.validator import Measured, looks_at
+from lora_core.generate.pipeline import OnStep, Picture, sampled_latents
+from lora_core.models.load import BaseModel
+from lora_core.settings.config import RunConfig
+from lora_core.train.data import Item, LatentCache, TextSource, digest_of, from_disk_or
+
+_STEPS, _CFG, _SAMPLER = 10, 3.0, "ddim"
+
+
+class Prior:
+    """The base's pictures for one run; make them with the adapter at strength 0.
+
+    Attributes:
+        side: of the pictures, in pixels.
+    """
+
+    def __init__(
+        self, base: BaseModel, text: TextSource, folder: Path, identity: str, config: RunConfig
+    ) -> None:
+        """Nothing is drawn yet.
+
+        Args:
+            base: the base.
+            text: conditions of captions; those of `prompts` have to be known to it.
+            folder: of the cache.
+            identity: what the base is.
+            config: the run's; where more pictures are wished for than there are prompts, those come again
+                with the next seed.
+        """
+        self._base = base
+        self._text = text
+        self._folder = folder
+        self._identity = identity
+        side = config.train.resolution or base.resolution
+        self.side = bucket_of(side, side, side, base.size_multiple).width
+        self._looks = (config.validation.triples, config.seed)
+        own = base.family.prior_prompts
+        self._shots = [
+            (own[number % len(own)], number // len(own)) for number in range(config.validation.prior)
+        ]
+        self._made: list[Measured] = []
+
+    @property
+    def prompts(self) -> list[str]:
+        """What they show."""
+        return list(dict.fromkeys(prompt for prompt, _ in self._shots))
+
+    def measured(self, note: OnStep) -> list[Measured]:
+        """The pictures with their fixed looks; `note` is called with (done, all) while they are drawn."""
+        if not self._made:
+            for prompt, number in self._shots:
+                how = Picture(number, _STEPS, _CFG, _SAMPLER, self.side, self.side, cfg_rescale=0.0)
+                latents = self._latents(prompt, how, note)
+                looks = looks_at(f"{prompt}/{number}", latents, *self._looks, self._base.noise.timesteps)
+                self._made.append(Measured(latents, looks, prompt))
+        return self._made
+
+    def _latents(self, prompt: str, picture: Picture, note: OnStep) -> torch.Tensor:
+        base = self._base
+        kept = (base.dtype, base.device.type, is_packed(base.unet))
+        name = digest_of(self._identity, prompt, picture, kept)
+
+        def draw() -> dict[str, torch.Tensor]:
+            text = self._text.condition(prompt)
+            made = sampled_latents(base, picture, text, self._text.negative(), note)
+            return {"value": made[0].float().cpu()}
+
+        return from_disk_or(self._folder / f"{name}.safetensors", draw)["value"]
+
+
+# What a run's validation measures: pictures that are held out, some that are trained on, some of the base's
+# own.
+
+
+FEWEST_BY_HEART = 4
+"""So many training pictures are measured at least, where there are as many."""
+MOST_CROSSED = 16
+CROSSED = (
+    "There are too few pictures to hold any out, so the gain is measured on training pictures, each with the"
+    " caption of another: that tells whether the words are learned, and little of what is learned by heart."
+    " Add pictures to measure better."
+)
+
+
+@dataclass
+class Groups:
+    """The pictures that answer a validation's three questions.
+
+    Attributes:
+        held_out: does it gain?
+        by_heart: training pictures: how much of that is learned by heart? Empty where that is not asked.
+        prior: of the base's own: what is forgotten? None where that is not asked.
+        notes: what a person should know of them, a sentence each.
+    """
+
+    held_out: list[Measured]
+    by_heart: list[Measured] = field(default_factory=list)
+    prior: Prior | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def by_name(self, note: Callable[[int, int], None]) -> dict[str, list[Measured]]:
+        """The groups that there are.
+
+        Args:
+            note: called while the base's own pictures are drawn, for which the adapter has to be at strength
+                0.
+        """
+        found = {"held out": self.held_out}
+        if self.by_heart:
+            found["training"] = self.by_heart
+        if self.prior is not None:
+            found["prior"] = self.prior.measured(note)
+        return found
+
+
+def groups_of(
+    items: list[Item], held_out: list[Item], cache: LatentCache, config: RunConfig, base: BaseModel
+) -> Groups:
+    """The groups of a run, the base's own pictures apart.
+
+    Where pictures are wished for and too few to hold any out, training pictures with each other's captions
+    take their place: a cross-validation over captions.
+
+    Args:
+        items: to train on.
+        held_out: kept out of training.
+        cache: of latents.
+        config: the run's.
+        base: for the shape of noise and number of timesteps.
+    """
+    if not config.validation.every or not config.validation.pictures:
+        return Groups([])
+
+    def measured(item: Item, caption: str) -> Measured:
+        latents = cache.latents(item.record, item.bucket, False)
+        picture = content_hash(item.record.path)
+        looks = looks_at(picture, latents, config.validation.triples, config.seed, base.noise.timesteps)
+        return Measured(latents, looks, caption, item.sizes)
+
+    own = [plain_caption(item.record.caption, config.dataset.trigger) for item in items]
+    count = max(len(held_out), FEWEST_BY_HEART) if held_out else MOST_CROSSED
+    order = random.Random(f"{config.seed}/measured").sample(range(len(items)), min(count, len(items)))
+    by_heart = [measured(items[index], own[index]) for index in sorted(order)]
+    kept = by_heart if config.validation.gauge else []
+    if held_out:
+        trigger = config.dataset.trigger
+        return Groups([measured(i, plain_caption(i.record.caption, trigger)) for i in held_out], kept)
+    others = [measured(items[index], own[(index + 1) % len(items)]) for index in sorted(order)]
+    return Groups(others, kept, notes=[CROSSED])

@@ -1,1 +1,0 @@
-"""Measuring an adapter on fixed (picture, noise, timestep) triples."""

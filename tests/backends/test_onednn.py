@@ -1,0 +1,158 @@
+"""Prepacked layers: the same numbers as the plain ones, whatever the shape, and the plain ones come back."""
+
+import copy
+from unittest import mock
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from lora_core.backends import onednn
+from lora_core.backends.onednn import (
+    DIRECT,
+    PLAIN,
+    WINOGRAD,
+    PrepackedConv2d,
+    PrepackedLinear,
+    best_layout,
+    is_prepacked,
+    layout_of,
+    prepack,
+    undo_prepack,
+)
+from lora_core.lora.flat_params import Storage
+from lora_core.lora.inject import inject
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import KOHYA
+from lora_core.model_files.sizes import PREPACKED_SPARE
+from tests.tiny import tiny_unet
+
+pytestmark = pytest.mark.skipif(
+    best_layout([nn.Linear(512, 512).requires_grad_(False)]) == PLAIN,
+    reason="no oneDNN, or too little memory",
+)
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that toys show what large layers do."""
+    monkeypatch.setattr(onednn, "SMALLEST_LINEAR", 1)
+    monkeypatch.setattr(onednn, "SMALLEST_CONVOLUTION", 1)
+    monkeypatch.setattr(onednn, "SMALLEST_WINOGRAD", 1)
+
+
+@pytest.mark.parametrize("layout", [DIRECT, WINOGRAD])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layer", "shapes"),
+    [
+        (nn.Linear(24, 40), [(2, 7, 24), (3, 24), (1, 1, 24)]),
+        (nn.Linear(24, 40, bias=False), [(3, 24)]),
+        (nn.Conv2d(8, 12, 3, padding=1), [(2, 8, 9, 9), (1, 8, 16, 4), (1, 8, 6, 4), (1, 8, 32, 20)]),
+        (nn.Conv2d(8, 12, 3, padding=1, stride=2), [(2, 8, 9, 9), (2, 8, 8, 8)]),
+        (nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), [(1, 8, 6, 7)]),
+        (nn.Conv2d(4, 320, (3, 5), padding=(1, 2)), [(1, 4, 8, 8)]),
+    ],
+)  # fmt: skip
+def test_output_and_gradient(
+    layer: nn.Module, shapes: list[tuple[int, ...]], dtype: torch.dtype, layout: str
+) -> None:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bf16")
+    layer = copy.deepcopy(layer).to(dtype).requires_grad_(False)
+    root = nn.Sequential(layer)
+    prepack(root, layout)
+    assert isinstance(root[0], PrepackedLinear | PrepackedConv2d)
+    assert torch.equal(root[0].weight, layer.weight)
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for shape in shapes:
+        x = torch.randn(shape, dtype=dtype)
+        pairs = []
+        for one in (layer, root):
+            given = x.clone().requires_grad_()
+            y = one(given)
+            y.float().square().sum().backward()
+            pairs.append((y.detach(), given.grad))
+        for plain, packed in zip(*pairs, strict=True):
+            torch.testing.assert_close(packed, plain, **near)
+
+
+@pytest.mark.parametrize("layout", [DIRECT, WINOGRAD])
+def test_nothing_is_kept_for_the_backward_pass(layout: str) -> None:
+    root = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)).requires_grad_(False)
+    prepack(root, layout)
+    assert layout_of(root) == layout
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        root(torch.randn(1, 4, 8, 8, requires_grad=True)).sum().backward()
+    assert kept == []
+
+
+def test_what_stays_plain() -> None:
+    kinds = {
+        "groups": nn.Conv2d(4, 4, 3, groups=2),
+        "wrapping around": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        "words": nn.Conv2d(4, 4, 3, padding="same"),
+        "kernel of one": nn.Conv2d(1280, 1280, 1),
+        "long": nn.Linear(4, 4).double(),
+    }
+    root = nn.ModuleDict(kinds).requires_grad_(False)
+    root["still trained"] = nn.Linear(4, 4)
+    for layout in (PLAIN, DIRECT, WINOGRAD):
+        prepack(root, layout)
+        assert layout_of(root) == PLAIN
+    assert best_layout([root["groups"]]) == PLAIN
+
+
+def test_small_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    same = {"padding": 1}
+    kinds = [
+        *(nn.Linear(255, 257), nn.Linear(256, 256)),
+        *(nn.Conv2d(160, 320, 3, **same), nn.Conv2d(320, 320, 3, **same)),
+        *(nn.Conv2d(320, 320, 3, 2, **same), nn.Conv2d(640, 320, 3, **same)),
+    ]
+    for layout, packed in ((DIRECT, [0, 1, 0, 0, 0, 1]), (WINOGRAD, [0, 1, 0, 1, 0, 1])):
+        root = nn.Sequential(*kinds).requires_grad_(False)
+        prepack(root, layout)
+        assert [is_prepacked(layer) for layer in root] == [bool(one) for one in packed]
+
+
+@pytest.mark.parametrize("layout", [DIRECT, WINOGRAD])
+def test_an_adapted_unet_and_back(layout: str) -> None:
+    plain, packed = tiny_unet(), tiny_unet()
+    found = []
+    for unet in (plain, packed):
+        unet.requires_grad_(False)
+        injected = inject({"unet": unet}, ["unet"], KOHYA, LoraShape(4, 4.0), 0)
+        storage = Storage([list(injected.layers.values())])
+        with torch.no_grad():
+            storage.whole.copy_(
+                0.1 * torch.randn(len(storage.whole), generator=torch.Generator().manual_seed(0))
+            )
+        if unet is packed:
+            before = list(unet.named_parameters())
+            prepack(unet, layout)
+            assert layout_of(unet) == layout
+            assert any(isinstance(layer.base, PrepackedLinear) for layer in injected.layers.values())
+            assert [name for name, _ in unet.named_parameters()] == [name for name, _ in before]
+        generator = torch.Generator().manual_seed(6)
+        latents, context = (
+            torch.randn(2, 4, 8, 8, generator=generator),
+            torch.randn(2, 7, 32, generator=generator),
+        )
+        unet(latents, torch.tensor([10, 700]), context).sample.square().mean().backward()
+        found.append(storage.grads)
+    assert (found[1] - found[0]).norm() <= 1e-5 * found[0].norm()
+    undo_prepack(packed)
+    assert not is_prepacked(packed)
+    assert all(a is b for (_, a), (_, b) in zip(before, packed.named_parameters(), strict=True))
+
+
+def test_the_layout_is_what_there_is_memory_for() -> None:
+    layer = nn.Conv2d(256, 256, 3, padding=1).requires_grad_(False)
+    for times, layout in ((1.9, PLAIN), (2.1, DIRECT), (3.5, DIRECT), (3.6, WINOGRAD)):
+        memory = mock.Mock(available=PREPACKED_SPARE + times * layer.weight.nbytes)
+        with mock.patch.object(psutil, "virtual_memory", lambda memory=memory: memory):
+            assert best_layout([layer]) == layout

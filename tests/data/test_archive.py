@@ -1,0 +1,218 @@
+"""Sound files come in, the others are named, and nothing that is there is lost."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lora_core.data.dataset import scan
+from lora_core.data.importer import Way, import_files, import_folder
+from lora_core.errors import DatasetError
+from tests.data.conftest import Draw, listed, packed
+
+
+def test_import_files(tmp_path: Path, draw: Draw) -> None:
+    files = [
+        draw(tmp_path / "from" / "a.png", caption="a"),
+        tmp_path / "from" / "a.txt",
+        draw(tmp_path / "from" / "b.jpg"),
+        tmp_path / "from" / "text.png",
+        tmp_path / "from" / "bad.txt",
+        tmp_path / "from" / "clip.mp4",
+        tmp_path / "from" / ".DS_Store",
+        tmp_path / "from" / "gone.png",
+    ]
+    (tmp_path / "from" / "text.png").write_text("no picture")
+    (tmp_path / "from" / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "from" / "clip.mp4").write_bytes(b"video")
+    (tmp_path / "from" / ".DS_Store").write_bytes(b"x")
+    imported = import_files(files, tmp_path / "into")
+    assert [path.name for path in imported.added] == ["a.png", "a.txt", "b.jpg"]
+    assert sorted((problem.path.name, problem.kind) for problem in imported.skipped) == [
+        ("bad.txt", "caption"),
+        ("clip.mp4", "other file"),
+        ("gone.png", "unreadable"),
+        ("text.png", "unreadable"),
+    ]
+    assert listed(tmp_path / "into") == ["a.png", "a.txt", "b.jpg"]
+
+
+def test_taken_names_get_a_number_together_with_their_caption(tmp_path: Path, draw: Draw) -> None:
+    into = tmp_path / "into"
+    draw(into / "cat.png", seed=1, caption="first")
+    for seed, number in ((2, "-2"), (3, "-3")):
+        folder = tmp_path / str(seed)
+        files = [draw(folder / "Cat.png", seed=seed, caption=f"no. {seed}"), folder / "Cat.txt"]
+        files.append(draw(folder / "Cat-masklabel.png", seed=seed))
+        imported = import_files(files, into)
+        assert sorted(path.name for path in imported.added) == [
+            f"Cat{number}-masklabel.png",
+            f"Cat{number}.png",
+            f"Cat{number}.txt",
+        ]
+    captions = {record.path.name: record.caption for record in scan(into).records}
+    assert captions == {"cat.png": "first", "Cat-2.png": "no. 2", "Cat-3.png": "no. 3"}
+
+
+def test_a_caption_that_comes_later(tmp_path: Path, draw: Draw) -> None:
+    draw(tmp_path / "into" / "a.png")
+    (tmp_path / "a.txt").write_text("late")
+    assert [path.name for path in import_files([tmp_path / "a.txt"], tmp_path / "into").added] == ["a.txt"]
+    (tmp_path / "a.txt").write_text("later")
+    again = import_files([tmp_path / "a.txt"], tmp_path / "into")
+    assert [problem.kind for problem in again.skipped] == ["already there"]
+    assert (tmp_path / "into" / "a.txt").read_text() == "late"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("10_cat/a.png", "10_cat/a.png"),
+        ("../../a.png", "a.png"),
+        ("/etc/a.png", "etc/a.png"),
+        (r"C:\pictures\a.png", "pictures/a.png"),
+        ('we?ird: "name".png', "we_ird_ _name_.png"),
+        ("aux.png", "_aux.png"),
+        ("COM\N{SUPERSCRIPT TWO}.png", "_COM\N{SUPERSCRIPT TWO}.png"),
+        ("conin$.png", "_conin$.png"),
+        ("dir. /a.png", "dir/a.png"),
+        ("ein Bär 熊.png", "ein Bär 熊.png"),
+        ("é" * 300 + ".png", "é" * 88 + ".png"),
+    ],
+)
+def test_names_of_the_sender(tmp_path: Path, draw: Draw, name: str, wanted: str) -> None:
+    import_files([draw(tmp_path / "upload.png")], tmp_path / "into", [name])
+    assert listed(tmp_path / "into") == [wanted]
+
+
+def test_two_senders_names_that_become_one(tmp_path: Path, draw: Draw) -> None:
+    files = [draw(tmp_path / f"{seed}.png", seed=seed) for seed in range(3)]
+    import_files(files, tmp_path / "into", ["a?.png", "a*.png", "A_.png"])
+    assert listed(tmp_path / "into") == ["A_-3.png", "a_-2.png", "a_.png"]
+
+
+def test_tables_become_text_files(tmp_path: Path, draw: Draw) -> None:
+    draw(tmp_path / "into" / "a.png", seed=5, caption="mine")
+    source = tmp_path / "from"
+    draw(source / "a.png", seed=1)
+    draw(source / "sub" / "b.png", seed=2)
+    draw(source / "c.png", seed=3, caption="beside")
+    rows = [
+        {"file_name": name, "text": text}
+        for name, text in (("a.png", "A"), ("sub/b.png", "B"), ("c.png", "C"))
+    ]
+    lines = [json.dumps(row) for row in [*rows, {"file_name": "d.png", "text": "D"}]]
+    (source / "metadata.jsonl").write_text("\n".join([*lines, "nonsense"]))
+    imported = import_folder(source, tmp_path / "into")
+    captions = {
+        r.path.relative_to(tmp_path / "into").as_posix(): r.caption for r in scan(tmp_path / "into").records
+    }
+    assert captions == {"a.png": "mine", "a-2.png": "A", "c.png": "beside", "sub/b.png": "B"}
+    assert [problem.kind for problem in imported.skipped] == ["metadata", "metadata"]
+    assert scan(tmp_path / "into").problems == []
+
+
+def test_import_folder_keeps_repeats(tmp_path: Path, draw: Draw) -> None:
+    draw(tmp_path / "from" / "10_cat" / "a.png", caption="a")
+    draw(tmp_path / "from" / "b.png", seed=1, caption="b")
+    import_folder(tmp_path / "from", tmp_path / "into")
+    assert [(r.path.name, r.repeats) for r in scan(tmp_path / "into").records] == [
+        ("a.png", 10),
+        ("b.png", 1),
+    ]
+    with pytest.raises(DatasetError, match="does not exist"):
+        import_folder(tmp_path / "nowhere", tmp_path / "into")
+
+
+def test_import_into_a_folder_inside(tmp_path: Path, draw: Draw) -> None:
+    draw(tmp_path / "a.png")
+    for _ in range(2):
+        import_folder(tmp_path, tmp_path / "project")
+    assert listed(tmp_path) == ["a.png", "project/a-2.png", "project/a.png"]
+
+
+def test_import_zips(tmp_path: Path, draw: Draw) -> None:
+    data = draw(tmp_path / "a.png").read_bytes()
+    good = packed(
+        tmp_path / "good.zip", ("set/10_cat/a.png", data), ("set/10_cat/a.txt", b"cat"), ("set/x.exe", b"")
+    )
+    bad = packed(tmp_path / "upload-123", ("../a.png", data))
+    imported = import_files([good, bad], tmp_path / "into", ["good.zip", "bad.zip"])
+    assert listed(tmp_path / "into") == ["set/10_cat/a.png", "set/10_cat/a.txt"]
+    assert [problem.kind for problem in imported.skipped] == ["other file", "zip"]
+    assert imported.skipped[1].sentence.startswith("bad.zip is refused")
+    assert scan(tmp_path / "into").records[0].repeats == 10
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, draw: Draw) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DatasetError, match="cannot be written"):
+        import_files([draw(tmp_path / "a.png")], tmp_path / "file" / "into")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes and devices there")
+@pytest.mark.parametrize("how", ["copy", "link"])
+def test_only_regular_files_of_the_folder_are_taken(tmp_path: Path, draw: Draw, how: str) -> None:
+    source = tmp_path / "from"
+    draw(source / "a.png", caption="a")
+    draw(tmp_path / "private.png", seed=1, caption="private")
+    (source / "b.png").symlink_to("a.png")
+    os.mkfifo(source / "pipe.png")
+    os.mkfifo(source / "pipe.txt")
+    (source / "link.png").symlink_to(tmp_path / "private.png")
+    (source / "a.caption").symlink_to(tmp_path / "private.txt")
+    (source / "zero.txt").symlink_to("/dev/zero")
+    (source / "metadata.jsonl").symlink_to("/dev/zero")
+    (source / "away").symlink_to(tmp_path)
+    (source / "loop.png").symlink_to("loop.png")
+    with open(source / "sparse.png", "wb") as file:
+        file.truncate(1 << 40)
+    with open(source / "sparse.txt", "wb") as file:
+        file.truncate(1 << 40)
+    imported = import_folder(source, tmp_path / "into", Way(how))
+    assert listed(tmp_path / "into") == ["a.png", "a.txt", "b.png"]
+    assert {problem.path.name: problem.kind for problem in imported.skipped} == {
+        "pipe.png": "no file",
+        "pipe.txt": "no file",
+        "link.png": "link",
+        "a.caption": "link",
+        "zero.txt": "no file",
+        "metadata.jsonl": "no file",
+        "away": "link",
+        "loop.png": "unreadable",
+        "sparse.png": "unreadable",
+        "sparse.txt": "caption",
+    }
+    assert all(problem.path.name in problem.sentence for problem in imported.skipped)
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 5000, "d/" * 3000 + "a.png", "d" * 255 + "/" + "x" * 255, "\ud800.png"]
+)
+def test_a_row_with_an_impossible_name_is_said_alone(tmp_path: Path, draw: Draw, name: str) -> None:
+    source = tmp_path / "from"
+    draw(source / "a.png")
+    rows = [{"file_name": name, "text": "x"}, {"file_name": "a.png", "text": "A"}]
+    (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    imported = import_folder(source, tmp_path / "into")
+    assert listed(tmp_path / "into") == ["a.png", "a.txt"]
+    (problem,) = imported.skipped
+    assert problem.kind == "metadata"
+    problem.sentence.encode()
+    assert len(problem.sentence) < 1500
+
+
+def test_a_picture_that_comes_back_meanwhile_is_not_written_over(tmp_path: Path, draw: Draw) -> None:
+    source, into = tmp_path / "from", tmp_path / "into"
+    for name in ("a", "b"):
+        draw(source / f"{name}.png", seed=1)
+    back = draw(tmp_path / "b.png", seed=2).read_bytes()
+
+    def said(phase: str, done: int, total: int) -> None:
+        if phase == "Taking over" and done == 1:
+            (into / "b.png").write_bytes(back)
+
+    import_folder(source, into, Way(said=said))
+    assert listed(into) == ["a.png", "b-2.png", "b.png"]
+    assert (into / "b.png").read_bytes() == back

@@ -1,0 +1,98 @@
+"""Each finding on pictures made for it, and none on sound ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageFilter
+
+from lora_core.data.audit import audit, common_phrases, sharpness
+from lora_core.data.dataset import scan
+from lora_core.data.statistics import Training
+from lora_core.system.paths import DEMO_BASE
+from tests.data.conftest import Draw, noise
+
+WORDS = ("cat", "dog", "tree", "house", "boat", "lamp", "fish", "bird")
+
+
+def kinds(folder: Path, tokenizer: Path | None = None) -> list[tuple[str, str]]:
+    found = audit(scan(folder), Training(64, 8, tokenizer))
+    json.dumps(found)
+    return [(Path(problem["picture"]).name, problem["kind"]) for problem in found["problems"]]
+
+
+def test_sound_pictures_have_no_findings(tmp_path: Path, draw: Draw) -> None:
+    for seed, word in enumerate(WORDS):
+        draw(tmp_path / f"{seed}.png", (96, 64), seed, f"a {word}")
+    assert kinds(tmp_path, DEMO_BASE / "tokenizer") == []
+
+
+def test_each_finding(tmp_path: Path, draw: Draw) -> None:
+    for seed, word in enumerate(WORDS):
+        draw(tmp_path / f"{seed}.png", (96, 64), seed, f"a {word}")
+    (tmp_path / "text.png").write_text("no picture")
+    draw(tmp_path / "small.png", (24, 20), 20, "small")
+    draw(tmp_path / "twin.png", (192, 128), 3, "twin")
+    draw(tmp_path / "silent.png", seed=21)
+    draw(tmp_path / "wordy.png", seed=22, caption="word " * 76)
+    noise(96, 64, 23).filter(ImageFilter.GaussianBlur(10)).save(tmp_path / "soft.png")
+    (tmp_path / "soft.txt").write_text("soft")
+    assert sorted(kinds(tmp_path, DEMO_BASE / "tokenizer")) == [
+        ("silent.png", "no caption"),
+        ("small.png", "tiny"),
+        ("soft.png", "blurred"),
+        ("text.png", "unreadable"),
+        ("twin.png", "twins"),
+        ("wordy.png", "long caption"),
+    ]
+
+
+def test_common_phrase(tmp_path: Path, draw: Draw) -> None:
+    for seed, word in enumerate(WORDS):
+        draw(tmp_path / f"{seed}.png", (96, 64), seed, f"A Photo of a {word}, at night")
+    found = audit(scan(tmp_path), Training(64, 8))
+    assert [(p["picture"], p["kind"]) for p in found["problems"]] == [("", "common phrase")] * 2
+    assert "“photo”" in found["problems"][1]["sentence"]
+    assert "8 of 8" in found["problems"][1]["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("captions", "wanted"),
+    [
+        (["a red hat on a cat", "the red hat, dog"], [("red hat", 2)]),
+        # Four of five are 80%, which is not over 80%.
+        (["x one"] * 4 + ["two"], []),
+        (["x one"] * 9 + ["two"], [("x one", 9)]),
+        # Small words alone say nothing; commas end a phrase.
+        (["of the", "of the"], []),
+        (["a cat, big", "a cat big"], [("big", 2), ("cat", 2)]),
+    ],
+)
+def test_common_phrases(captions: list[str], wanted: list[tuple[str, int]]) -> None:
+    assert common_phrases(captions) == wanted
+
+
+def test_numbers(tmp_path: Path, draw: Draw) -> None:
+    draw(tmp_path / "3_a" / "one.png", seed=1, caption="red, big")
+    draw(tmp_path / "two.png", seed=2, caption="red")
+    draw(tmp_path / "three.png", seed=3)
+    found = audit(scan(tmp_path), Training(64, 8))
+    assert list(found) == ["pictures", "captions", "problems", "tags", "shares", "learned"]
+    assert found["pictures"] == 3
+    assert found["captions"] == 2
+    assert found["tags"] == [{"tag": "red", "pictures": 2}, {"tag": "big", "pictures": 1}]
+    shares = {Path(row["picture"]).name: row["share"] for row in found["shares"]}
+    assert shares == pytest.approx({"one.png": 0.6, "two.png": 0.2, "three.png": 0.2})
+
+
+def test_nothing_at_all(tmp_path: Path) -> None:
+    assert audit(scan(tmp_path), Training(64, 8))["pictures"] == 0
+
+
+def test_sharpness_falls_with_blur() -> None:
+    image = noise(256, 256)
+    values = [sharpness(image.filter(ImageFilter.GaussianBlur(radius))) for radius in (0, 1, 2, 4, 8)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0.5
+    assert values[3] < 0.15
+    assert sharpness(Image.new("RGB", (64, 64), "navy")) == 1.0

@@ -1,0 +1,264 @@
+"""A picture and its caption stay together: whatever is killed, fails, or happens at once."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from lora_core.data import moves
+from lora_core.data.bulk_edit import Edit
+from lora_core.errors import DatasetError
+from lora_core.projects import caption_edits
+from lora_core.projects.project import Project, leave_out, left_out, take_back
+from tests.data.conftest import Draw, listed
+
+NAMES = ["a.png", "sub/b.png", "c.png"]
+
+
+@pytest.fixture
+def project(tmp_path: Path, draw: Draw) -> Project:
+    made = Project(tmp_path / "projects" / "mine")
+    for seed, name in enumerate(NAMES):
+        draw(made.pictures / name, (16, 16), seed, f"words of {name}")
+    draw(made.pictures / "a-masklabel.png", (16, 16), 7)
+    return made
+
+
+def together(project: Project) -> dict[str, str]:
+    """Picture to the folder that it is in, and nothing may be parted, doubled or without its own caption."""
+    found = {}
+    for folder in (project.pictures, project.aside):
+        names = listed(folder) if folder.is_dir() else []
+        pictures = [name for name in names if name.endswith(".png") and "masklabel" not in name]
+        for name in pictures:
+            assert name not in found, f"{name} is there twice"
+            found[name] = folder.name
+            assert (folder / name).with_suffix(".txt").read_text() == f"words of {name}"
+        stems = {Path(name).stem.removesuffix("-masklabel") for name in names}
+        assert stems == {Path(name).stem for name in pictures}, folder.name
+    assert sorted(found) == sorted(NAMES)
+    assert found["a.png"] == ("pictures" if (project.pictures / "a-masklabel.png").exists() else "left out")
+    return found
+
+
+# Forks one child for each kill, as starting an interpreter for each would take a second.
+KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from lora_core.projects.project import leave_out, take_back
+from lora_core.projects.project import Project
+
+folder, how, names = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+WRITES = ("os.rename", "os.remove", "os.mkdir", "shutil.copyfile")
+
+def act(placed):
+    project = Project(folder)
+    work = take_back if (folder / "left out" / names[0]).exists() else leave_out
+    left = placed
+
+    def hook(event, arguments):
+        nonlocal left
+        if event in WRITES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if placed:
+        sys.addaudithook(hook)
+    work(project, names)
+
+def round(placed, wait):
+    child = os.fork()
+    if not child:
+        try:
+            act(placed)
+        except BaseException as error:
+            print(error, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    if wait is not None:
+        time.sleep(wait)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, status
+    print("killed" if os.WIFSIGNALED(status) else "done", flush=True)
+    sys.stdin.readline()
+    return os.WIFSIGNALED(status)
+
+if how == "placed":
+    for _ in range(2):
+        placed = 1
+        while round(placed, None):
+            placed += 1
+else:
+    began = time.monotonic()
+    round(0, None)
+    took, draw = time.monotonic() - began, random.Random(int(how))
+    for _ in range(25):
+        round(0, draw.random() * took)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork there")
+@pytest.mark.parametrize("how", ["placed", "0"])
+def test_a_kill_parts_no_picture_from_its_caption(project: Project, how: str) -> None:
+    command = [sys.executable, "-c", KILLED, str(project.path), how, json.dumps(NAMES[:2])]
+    kills, places = 0, set()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in process.stdout:
+            kills += line == "killed\n"
+            found = together(Project(project.path))
+            # All of one request, or none of it.
+            assert found["a.png"] == found["sub/b.png"]
+            places.add(found["a.png"])
+            process.stdin.write("\n")
+            process.stdin.flush()
+    assert process.returncode == 0
+    assert kills >= 10 or how != "placed"
+    assert places == {"pictures", "left out"}
+    assert not (project.path / moves.JOURNAL).exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # Killed in Leave out, after the picture.
+        ({"left out/a.png": "", "pictures/a.txt": "A"}, {"left out/a.png", "left out/a.txt"}),
+        # Killed in Take back, after the picture.
+        ({"pictures/in/a.png": "", "left out/in/a.txt": "A"}, {"pictures/in/a.png", "pictures/in/a.txt"}),
+        # Taken back after that: the caption had taken the name.
+        ({"pictures/a-2.png": "", "pictures/a.txt": "A"}, {"pictures/a-2.png", "pictures/a-2.txt"}),
+        (
+            {"left out/a.png": "", "left out/a.txt": "A", "pictures/a-masklabel.png": ""},
+            {"left out/a.png", "left out/a.txt", "left out/a-masklabel.png"},
+        ),
+        # Nothing to mend: each has its own.
+        (
+            {"left out/a.png": "", "left out/a.txt": "A", "pictures/a.txt": "other"},
+            {"left out/a.png", "left out/a.txt", "pictures/a.txt"},
+        ),
+        (
+            {"pictures/a-2.png": "", "pictures/a-3.png": "", "pictures/a.txt": "A"},
+            {"pictures/a-2.png", "pictures/a-3.png", "pictures/a.txt"},
+        ),
+    ],
+)
+def test_halves_of_before_are_joined_at_the_start(
+    tmp_path: Path, draw: Draw, old: dict[str, str], new: set[str]
+) -> None:
+    (tmp_path / "left out").mkdir()
+    for name, text in old.items():
+        if text:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        else:
+            draw(tmp_path / name)
+    project = Project(tmp_path)
+    assert {name for name in listed(tmp_path) if "/" in name} == new
+    if "pictures/a-2.txt" in new:
+        assert project.dataset().records[0].caption == "A"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[3]", '[["/x", "a", 0]]', '[["../x", "../y", 0]]', "[" * 9999])
+def test_a_journal_of_somebody_else_moves_nothing(project: Project, tmp_path: Path, text: str) -> None:
+    (tmp_path / "projects" / "x").write_text("outside")
+    (project.path / moves.JOURNAL).write_text(text)
+    assert set(together(Project(project.path)).values()) == {"pictures"}
+    assert (tmp_path / "projects" / "x").read_text() == "outside"
+    assert not (project.path / moves.JOURNAL).exists()
+
+
+def test_a_move_that_fails_leaves_everything_where_it_was(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def locked(source: Path, target: Path) -> None:
+        if Path(source).name == "b.txt" and "left out" in str(target):
+            raise PermissionError(13, "Permission denied", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", locked)
+    with pytest.raises(DatasetError, match=r"b\.txt cannot be moved \(Permission denied\)"):
+        leave_out(project, NAMES)
+    assert set(together(project).values()) == {"pictures"}
+    monkeypatch.undo()
+    assert leave_out(project, NAMES) == 3
+    assert set(together(project).values()) == {"left out"}
+
+
+def test_a_caption_of_two_pictures_stays_with_both(project: Project, draw: Draw) -> None:
+    draw(project.pictures / "two.png", seed=8, caption="both")
+    draw(project.pictures / "two.jpg", seed=9)
+    project.forget()
+    leave_out(project, ["two.png"])
+    assert project.named("two.jpg").caption == "both"
+    assert [record.caption for record in left_out(project)] == ["both"]
+    take_back(project, ["two.png"])
+    assert [project.named(name).caption for name in ("two.jpg", "two-2.png")] == ["both", "both"]
+
+
+def test_a_caption_that_waits_for_its_picture_is_met_again(project: Project) -> None:
+    leave_out(project, ["c.png"])
+    (project.aside / "c.txt").rename(project.pictures / "c.txt")
+    take_back(project, ["c.png"])
+    assert set(together(project).values()) == {"pictures"}
+
+
+def test_nothing_is_written_over(project: Project, draw: Draw) -> None:
+    leave_out(project, ["c.png"])
+    (project.pictures / "c.txt").write_text("another")
+    take_back(project, ["c.png"])
+    assert (project.pictures / "c.txt").read_text() == "another"
+    assert (project.pictures / "c-2.txt").read_text() == "words of c.png"
+
+
+def test_two_pages_at_once_leave_no_orphans(project: Project) -> None:
+    """Bulk changes and their undo in one, leaving out and taking back in another."""
+    ended: list[int] = []
+
+    def page(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(15):
+            name = draw.choice(NAMES)
+            try:
+                match draw.randrange(4):
+                    case 0:
+                        caption_edits.apply(project, Edit("append", put=f", {seed}"), None)
+                    case 1:
+                        caption_edits.undo(project)
+                    case 2:
+                        leave_out(project, [name])
+                    case 3:
+                        take_back(project, [name])
+            except DatasetError:  # it is in the other folder now
+                continue
+        ended.append(seed)
+
+    pages = [threading.Thread(target=page, args=(seed,)) for seed in range(4)]
+    for thread in pages:
+        thread.start()
+    for thread in pages:
+        thread.join()
+    assert sorted(ended) == [0, 1, 2, 3]
+    files = [name for folder in (project.pictures, project.aside) for name in listed(folder)]
+    assert sorted(files) == sorted([*NAMES, *(n.replace("png", "txt") for n in NAMES), "a-masklabel.png"])
+    for folder in (project.pictures, project.aside):
+        stems = {Path(name).stem for name in listed(folder) if name.endswith(".png") and "mask" not in name}
+        assert {Path(name).stem for name in listed(folder) if name.endswith(".txt")} == stems
+
+
+def test_another_process_that_holds_the_project_is_waited_for(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_core.projects.project._PATIENCE", 0.05)
+    with Project(project.path).changing(), pytest.raises(DatasetError, match="being changed by another"):
+        leave_out(project, ["a.png"])
+    assert leave_out(project, ["a.png"]) == 1

@@ -1,0 +1,63 @@
+"""A1111's text in a picture: written as its reader reads, read as its writer writes."""
+
+import pytest
+
+from lora_core.generate.request import Info, Tag, parsed
+
+HOSTILE = '<img src=x onerror="alert(1)"> {{7*7}} 😀 "quoted", Steps: 3'
+
+# Written by A1111 1.10 in this form: see `create_infotext` in its modules/processing.py.
+A1111 = """masterpiece, an owl <lora:owl style:0.8> <lora:detail:0.4:0.6>
+on a branch
+Negative prompt: blurry, bad
+hands
+Steps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 3121234567, Size: 512x768, \
+Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, Clip skip: 2, \
+Lora hashes: "owl style: 0f1a, detail: 22", Version: v1.10.1"""
+
+
+def test_a_text_of_a1111_is_read() -> None:
+    info = parsed(A1111)
+    assert info.prompt == "masterpiece, an owl\non a branch"
+    assert info.negative == "blurry, bad\nhands"
+    assert (info.steps, info.cfg, info.seed, info.width, info.height) == (28, 6.5, 3121234567, 512, 768)
+    assert (info.sampler, info.model, info.clip_skip) == ("DPM++ 2M Karras", "v1-5-pruned-emaonly", 2)
+    # Its extra networks take the text encoder's strength first, then the UNet's.
+    assert info.loras == (Tag("owl style", 0.8), Tag("detail", 0.6, 0.4))
+    assert info.extra["Lora hashes"] == "owl style: 0f1a, detail: 22"
+
+
+def test_named_strengths_of_a1111_are_read() -> None:
+    assert parsed("x <lora:a:te=0.3:unet=0.7>").loras == (Tag("a", 0.7, 0.3),)
+    assert parsed("x <lora:a>").loras == (Tag("a", 1.0),)
+    assert parsed("x <lora:a:much>").loras == ()
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        Info("an owl", "", 20, "Euler a", 7.0, 1, 128, 128, "demo"),
+        Info(HOSTILE, HOSTILE, 20, "DDIM", 5.5, 2**63 - 1, 96, 160, "a, b: c", 2,
+             (Tag("x y", 0.8), Tag("größe", -0.5, 0.25))),
+        Info("two\nlines", "no\nno", 1, "UniPC", 1.0, 0, 64, 64, "demo", extra={"Rows": 'prompt="a, b",c'}),
+    ],
+)  # fmt: skip
+def test_what_is_written_is_read_back(info: Info) -> None:
+    found = parsed(info.text())
+    assert (found.prompt, found.negative, found.loras) == (info.prompt, info.negative, info.loras)
+    for name in ("steps", "sampler", "cfg", "seed", "width", "height", "model"):
+        assert getattr(found, name) == getattr(info, name)
+    assert found.extra.get("Rows") == info.extra.get("Rows")
+
+
+def test_other_texts_are_all_prompt() -> None:
+    assert parsed("just words, nothing more").prompt == "just words, nothing more"
+    assert parsed("").prompt == ""
+    assert parsed('{"workflow": {"nodes": []}}').steps is None
+    assert parsed("Seed: 99999999999999999999999, Steps: x, Size: 9x").seed is None
+    assert len(parsed("a" * 10**6).prompt) <= 200_000
+    parsed('Steps: "' + '\\"' * 50_000)
+
+
+def test_names_cannot_break_out_of_their_tag() -> None:
+    assert Tag("a:1> <lora:b", 1.0).text() == "<lora:a 1 lora b:1>"

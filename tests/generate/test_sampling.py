@@ -1,0 +1,138 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from PIL import Image
+
+from lora_core.errors import ConfigError
+from lora_core.generate.pipeline import (
+    Picture,
+    generated_from_prompt,
+    infotext,
+    rescaled_guidance,
+    sampler_of,
+    save_png,
+)
+from lora_core.models.load import load_base
+from lora_core.settings.choices import SAMPLERS
+from lora_core.system.paths import DEMO_BASE
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base("demo", CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_BASE, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sampler):
+    how = Picture(seed=5, steps=4, cfg=3.0, sampler=sampler, cfg_rescale=0.0)
+    ours = generated_from_prompt(base, how, "owl, on a red background", "blurry")
+    pipeline.scheduler = sampler_of(base, sampler)
+    theirs = pipeline(
+        "owl, on a red background", negative_prompt="blurry", num_inference_steps=4, guidance_scale=3.0,
+        height=128, width=128, generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    difference = np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).mean()
+    assert difference < 1.0, f"{difference} of 255"
+    assert ours.size == (128, 128)
+
+
+def test_guidance_is_rescaled_as_in_diffusers(base, pipeline):
+    how = Picture(seed=5, steps=4, cfg=7.0, cfg_rescale=0.7)
+    ours = generated_from_prompt(base, how, "owl, on a red background")
+    pipeline.scheduler = sampler_of(base, "ddim")
+    theirs = pipeline(
+        "owl, on a red background", num_inference_steps=4, guidance_scale=7.0, guidance_rescale=0.7,
+        height=128, width=128, generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    plain = generated_from_prompt(base, replace(how, cfg_rescale=0.0), "owl, on a red background")
+    pixels = [np.asarray(image, float) for image in (ours, theirs, plain)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 1.0
+    assert np.abs(pixels[0] - pixels[2]).mean() > 3.0
+    assert pixels[0].std() < pixels[2].std(), "rescaled guidance has less contrast"
+    assert "CFG scale: 7, CFG Rescale: 0.7, Seed: 5" in infotext(base, how, "owl", "", [])
+    assert "Rescale" not in infotext(base, replace(how, cfg_rescale=0.0), "owl", "", [])
+    assert "Rescale" not in infotext(base, replace(how, cfg=1.0), "owl", "", [])
+
+
+def test_the_formula_is_that_of_diffusers():
+    guided, with_text = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 3
+    for phi in (0.0, 0.7, 1.0):
+        torch.testing.assert_close(
+            rescaled_guidance(guided, with_text, phi), rescale_noise_cfg(guided, with_text, phi)
+        )
+
+
+@pytest.mark.parametrize("phi", [-0.1, 1.5, float("nan")])
+def test_a_rescale_out_of_range_is_refused(phi):
+    with pytest.raises(ConfigError, match="cfg_rescale"):
+        Picture(cfg_rescale=phi)
+
+
+def test_a_seed_means_a_picture(base):
+    first, again, other = (
+        np.asarray(generated_from_prompt(base, Picture(seed=s, steps=2), "owl")) for s in (1, 1, 2)
+    )
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_without_guidance_the_negative_prompt_plays_no_part(base):
+    how = Picture(steps=2, cfg=1.0)
+    first = np.asarray(generated_from_prompt(base, how, "owl", "red"))
+    assert (first == np.asarray(generated_from_prompt(base, how, "owl", "blue"))).all()
+
+
+@pytest.mark.parametrize("size", [(100, 128), (128, 8), (8192, 128), (-32, 128)])
+def test_a_size_that_the_base_cannot_make_is_refused(base, size):
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        generated_from_prompt(base, Picture(steps=1, width=size[0], height=size[1]), "owl")
+
+
+def test_sizes_other_than_square_come_out(base):
+    assert generated_from_prompt(base, Picture(steps=1, width=96, height=160), "owl").size == (96, 160)
+
+
+def test_an_unknown_sampler_lists_the_known_ones(base):
+    with pytest.raises(ConfigError, match="dpmpp_2m"):
+        sampler_of(base, "magic")
+    assert type(sampler_of(base, "DPM++ 2M Karras")).__name__ == "DPMSolverMultistepScheduler"
+
+
+def test_few_steps_of_lcm_and_too_many(base):
+    few = Picture(steps=4, cfg=1.0, sampler="lcm")
+    first, again = (np.asarray(generated_from_prompt(base, few, "owl")) for _ in range(2))
+    assert (first == again).all(), "the noise of each step is drawn from the seed"
+    assert (first != np.asarray(generated_from_prompt(base, few, "a red fox"))).any()
+    with pytest.raises(ConfigError, match="lcm cannot take 51 steps"):
+        generated_from_prompt(base, Picture(steps=51, sampler="lcm"), "owl")
+
+
+def test_the_settings_are_in_the_png(base, tmp_path):
+    how = Picture(seed=9, steps=12, cfg=3.5, sampler="euler_a", cfg_rescale=0.0)
+    text = infotext(base, how, "owl", "red", [("demo", 0.8)])
+    path = tmp_path / "new folder" / "é.png"
+    save_png(Image.new("RGB", (4, 4)), path, text)
+    assert (
+        Image.open(path).text["parameters"] == "owl <lora:demo:0.8>\nNegative prompt: red\n"
+        "Steps: 12, Sampler: Euler a, CFG scale: 3.5, Seed: 9, Size: 128x128, Model: demo"
+    )
+    assert not list(path.parent.glob(".*"))
+
+
+def test_a_picture_that_cannot_be_written_is_named(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "file" / "x.png", "")

@@ -1,0 +1,137 @@
+"""Which layers are adapted, how large and at which rate: numbers for all, and tables by block."""
+
+import pytest
+import torch
+
+from lora_core.errors import ConfigError
+from lora_core.lora.inject import Blocks, adapter_weights, inject_layers, layer_plans
+from lora_core.lora.layer import LoraShape
+from lora_core.lora.targets import ATTENTION, KOHYA, Targets
+from tests.tiny import tiny_text_encoder, tiny_unet
+
+SHAPE = LoraShape(8, 4.0)
+RATES = {"unet": 1e-4, "text_encoder": 5e-5}
+MIDDLE = "mid_block.attentions.0.transformer_blocks.0"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
+
+
+def _plans(modules, **blocks):
+    return layer_plans(modules, RATES, KOHYA, SHAPE, Blocks(**blocks))
+
+
+def test_without_tables_all_layers_are_alike(modules):
+    plans = _plans(modules)
+    assert len(plans) == 48 + 12
+    assert {plan.shape for plan in plans.values()} == {SHAPE}
+    assert {(part, plan.rate) for (part, _), plan in plans.items()} == set(RATES.items())
+
+
+def test_the_last_pattern_that_is_found_counts(modules):
+    plans = _plans(
+        modules,
+        ranks={"attn1": 3, r"unet\.mid_block": 5, "attn2": 2, "text_encoder": 0, r"layers\.1.*q_proj": 6},
+        alphas={"^unet": 9.0, "mid_block.*to_q$": 1.5},
+    )
+    shapes = {key: plan.shape for key, plan in plans.items()}
+    assert shapes["unet", f"{MIDDLE}.attn1.to_q"] == LoraShape(5, 1.5)
+    assert shapes["unet", f"{MIDDLE}.attn2.to_q"] == LoraShape(2, 1.5)
+    assert shapes["unet", f"{MIDDLE}.ff.net.2"] == LoraShape(5, 9.0)
+    assert shapes["unet", "down_blocks.0.attentions.0.proj_in"] == LoraShape(8, 9.0)
+    assert [key for key in shapes if key[0] == "text_encoder"] == [
+        ("text_encoder", "text_model.encoder.layers.1.self_attn.q_proj")
+    ]
+
+
+def test_rates_by_block_stand_above_those_of_the_parts(modules):
+    plans = layer_plans(
+        modules, {"unet": 0.0, "text_encoder": 5e-5}, ATTENTION, SHAPE,
+        Blocks(rates={"mid_block": 2e-4, r"layers\.0": 0.0}),
+    )  # fmt: skip
+    rates = {key: plan.rate for key, plan in plans.items()}
+    assert len(rates) == 8 + 4
+    assert {rate for (part, _), rate in rates.items() if part == "unet"} == {2e-4}
+    assert all("mid_block" in name for part, name in rates if part == "unet")
+    assert all("layers.1." in name for part, name in rates if part == "text_encoder")
+
+
+def test_what_an_earlier_adapter_has_stays_in_it_untrained(modules):
+    untrained = ("unet", f"{MIDDLE}.attn1.to_q")
+    plans = layer_plans(
+        modules, {"unet": 1e-4, "text_encoder": 0.0}, ATTENTION, SHAPE, Blocks(rates={"mid_block": 0.0}),
+        {untrained, ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj")},
+    )  # fmt: skip
+    assert plans[untrained].rate == 0.0
+    assert [name for part, name in plans if "mid_block" in name] == [untrained[1]]
+    # A part that is not trained at all is left alone, since its encoder may leave memory.
+    assert {part for part, _ in plans} == {"unet"}
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 1.0), (16, 16.0), (9, 3.0)])
+def test_rslora_scales_by_the_root_of_the_rank(modules, rank, alpha):
+    plans = layer_plans(
+        {"unet": modules["unet"]}, {"unet": 1.0}, ATTENTION, LoraShape(rank, alpha), Blocks(rslora=True)
+    )
+    (shape,) = {plan.shape for plan in plans.values()}
+    # Kalajdzievski 2023, section 3: gamma = alpha / sqrt(r).
+    assert shape.alpha / shape.rank == pytest.approx(alpha / rank**0.5)
+
+
+def test_the_layers_act_at_their_own_scale():
+    modules = {"unet": tiny_unet()}
+    plans = layer_plans(
+        modules,
+        {"unet": 1.0},
+        ATTENTION,
+        LoraShape(4, 2.0),
+        Blocks({"to_q$": 16}, {"to_k": 8.0}, rslora=True),
+    )
+    injected = inject_layers(modules, {key: plan.shape for key, plan in plans.items()}, 0)
+    with torch.no_grad():
+        for tensor in injected.parameters():
+            tensor.normal_()
+    weights = adapter_weights(injected)
+    for name, scale in (("to_q", 2.0 / 4.0), ("to_k", 8.0 / 2.0), ("to_v", 2.0 / 2.0)):
+        layer = injected.layers["unet", f"{MIDDLE}.attn1.{name}"]
+        x = torch.randn(3, layer.weight.shape[1])
+        update = scale * (x @ layer.down.T @ layer.up.T)
+        torch.testing.assert_close(layer(x) - layer.base(x), update, rtol=1e-4, atol=1e-4)
+        delta = weights.layers["unet", f"{MIDDLE}.attn1.{name}"].delta()
+        torch.testing.assert_close(x @ delta.T, update, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "named"),
+    [
+        ({"ranks": {"mid_blok": 4}}, r"adapter\.block_ranks has the pattern 'mid_blok'"),
+        ({"ranks": {"mid_blok": 0}}, r"adapter\.block_ranks has the pattern 'mid_blok'"),
+        ({"alphas": {"resnets": 4.0}}, r"adapter\.block_alphas has the pattern 'resnets'"),
+        ({"rates": {"text_encoder_2": 1e-4}}, r"optim\.block_lr has the pattern 'text_encoder_2'"),
+        # Found, but left out by another table.
+        ({"ranks": {"mid_block": 0}, "alphas": {"mid_block": 2.0}}, r"adapter\.block_alphas"),
+        ({"rates": {"mid_block": 0.0}, "ranks": {"mid_block": 2}}, r"adapter\.block_ranks"),
+    ],
+)
+def test_a_pattern_that_does_nothing_is_named(modules, blocks, named):
+    with pytest.raises(ConfigError, match=named):
+        _plans(modules, **blocks)
+
+
+def test_nothing_to_train_is_a_sentence(modules):
+    for rates, blocks in (
+        ({"unet": 0.0, "text_encoder": 0.0}, Blocks()),
+        (RATES, Blocks(rates={"": 0.0})),
+        (RATES, Blocks(ranks={"": 0})),
+    ):
+        with pytest.raises(ConfigError, match="Nothing would be trained"):
+            layer_plans(modules, rates, KOHYA, SHAPE, blocks)
+
+
+def test_a_part_without_patterns_is_left_out_and_one_without_layers_is_refused(modules):
+    plans = layer_plans(modules, RATES, Targets(KOHYA.unet, ""), SHAPE, Blocks())
+    assert {part for part, _ in plans} == {"unet"}
+    with pytest.raises(ConfigError, match="The text_encoder of this base has no layer"):
+        layer_plans(modules, RATES, Targets(KOHYA.unet, "nothing"), SHAPE, Blocks())

@@ -1,0 +1,214 @@
+"""Bases of the hub: what is fetched, how it is continued, and what each refusal says. The client is the real
+one; the hub is `tests/hub.py`."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_core.errors import ModelFileError
+from lora_core.model_files.detect import base_facts, is_remote
+from lora_core.model_files.hub import (
+    Download,
+    DownloadCancelled,
+    download,
+    fetch_base,
+    find_download,
+    needed_files,
+)
+from tests.hub import Hub, hub_of, small_repo, use_hub
+from tests.waiting import PATIENCE
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+WEIGHT_BYTES = 160_000
+"""Numbers of one file of `small_repo`: 200 x 400 in fp16."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with hub_of(base=small_repo(tmp_path / "base"), half=small_repo(tmp_path / "half", "fp16")) as made:
+        use_hub(monkeypatch, made, tmp_path / "cache")
+        yield made
+
+
+def quietly(found: Download, cancelled: threading.Event | None = None) -> list[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    download(found, lambda here, size: told.append((here, size)), (cancelled or threading.Event()).is_set)
+    return told
+
+
+def test_size_first_then_bytes_then_a_base(hub: Hub, tmp_path: Path) -> None:
+    assert is_remote("owner/base")
+    with pytest.raises(ModelFileError, match="not in the local hub cache"):
+        base_facts("owner/base")
+    found = find_download("owner/base")
+    files = [path for path in (tmp_path / "base").rglob("*") if path.is_file()]
+    assert found.size == sum(path.stat().st_size for path in files)
+    assert (found.here, found.fits) == (0, True)
+    told = quietly(found)
+    assert told == sorted(told)
+    assert len({here for here, _ in told}) > 3
+    assert told[-1] == (found.size, found.size)
+    assert not is_remote("owner/base")
+    assert base_facts("owner/base").family.title == "Stable Diffusion 1.x"
+    # Nothing is asked for a second time.
+    hub.asked.clear()
+    fetch_base("owner/base")
+    assert hub.asked == []
+    assert find_download("owner/base").here == found.size
+
+
+def test_weights_in_half_precision_alone_are_enough(hub: Hub) -> None:
+    quietly(find_download("owner/half"))
+    assert not is_remote("owner/half")
+
+
+def test_one_version_of_the_weights_and_no_safety_checker() -> None:
+    stem = "unet/diffusion_pytorch_model"
+    always = ["unet/config.json"]
+    cases = {
+        (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.non_ema.safetensors"): [
+            f"{stem}.safetensors"
+        ],
+        (
+            f"{stem}.safetensors.index.json",
+            f"{stem}-00001-of-00002.safetensors",
+            f"{stem}.fp16.safetensors",
+        ): [
+            f"{stem}.safetensors.index.json",
+            f"{stem}-00001-of-00002.safetensors",
+        ],
+        (f"{stem}.safetensors.index.fp16.json", f"{stem}-00001-of-00001.fp16.safetensors"): [
+            f"{stem}.safetensors.index.fp16.json",
+            f"{stem}-00001-of-00001.fp16.safetensors",
+        ],
+        (f"{stem}.fp16.safetensors.index.json", f"{stem}.fp16-00001-of-00001.safetensors"): [
+            f"{stem}.fp16.safetensors.index.json",
+            f"{stem}.fp16-00001-of-00001.safetensors",
+        ],
+    }
+    others = ["safety_checker/config.json", "safety_checker/model.safetensors", "big.ckpt", "unet/x.bin"]
+    for names, wanted in cases.items():
+        assert set(needed_files("a/b", [*always, *names, *others])) == {*always, *wanted}, names
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        (["model.safetensors"], r"no unet/config\.json.*its \.safetensors file"),
+        (["unet/config.json", "unet/x.bin"], "no .safetensors weights of its unet"),
+    ],
+)
+def test_a_repository_without_a_base_is_refused_before_a_byte(paths: list[str], words: str) -> None:
+    with pytest.raises(ModelFileError, match=words):
+        needed_files("a/b", paths)
+
+
+def test_what_breaks_off_is_taken_up_again(hub: Hub) -> None:
+    hub.cut_after = 40_000
+    quietly(find_download("owner/base"))
+    first, second = hub.sent(UNET)
+    assert first == "bytes=0-"
+    assert int(second.removeprefix("bytes=").removesuffix("-")) >= 16_384
+    assert not is_remote("owner/base")
+
+
+def test_a_cancelled_download_is_continued(hub: Hub) -> None:
+    cancelled = threading.Event()
+    hub.gate.clear()
+    found = find_download("owner/base")
+
+    def stop_at_once(here: int, size: int) -> None:
+        cancelled.set()
+        hub.gate.set()
+
+    with pytest.raises(DownloadCancelled, match="kept"):
+        download(found, stop_at_once, cancelled.is_set)
+    assert is_remote("owner/base")
+    here = find_download("owner/base").here
+    assert 0 < here < WEIGHT_BYTES
+    quietly(found)
+    assert hub.sent(UNET) == ["bytes=0-", f"bytes={here}-"]
+    assert not is_remote("owner/base")
+
+
+def test_a_damaged_file_is_removed(hub: Hub, tmp_path: Path) -> None:
+    found = find_download("owner/base")
+    file = next(file for file in found.files if file.path == UNET)
+    partial = found.blob(file).with_name(f"{file.blob}.incomplete")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(b"x" * 1000)
+    with pytest.raises(ModelFileError, match=r"unet/.* arrived damaged and was removed"):
+        quietly(found)
+    assert not partial.exists()
+    quietly(found)
+    assert not is_remote("owner/base")
+
+
+def test_a_cache_that_another_program_left_half_is_completed(hub: Hub) -> None:
+    quietly(find_download("owner/base"))
+    folder = base_facts("owner/base").path
+    for name in (UNET, "tokenizer/vocab.json"):
+        (folder / name).unlink()
+        assert is_remote("owner/base")
+        fetch_base("owner/base", lambda here, size: None)
+        assert (folder / name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (401, "RepoNotFound", "no such model, or it is private; check the name"),
+        (404, "RepoNotFound", "no such model"),
+        (401, "GatedRepo", r"accept terms first; do so at http://.*/owner/base, then log in"),
+        (403, "GatedRepo", "accept terms first"),
+        (403, "", "error 403; log in"),
+        (503, "", "error 503; try again later"),
+    ],
+)
+def test_a_refusal_says_what_to_do(hub: Hub, status: int, code: str, words: str) -> None:
+    hub.refusals["owner/base"] = (status, code)
+    with pytest.raises(ModelFileError, match=words) as refused:
+        fetch_base("owner/base")
+    assert str(refused.value).startswith("The base 'owner/base' cannot be downloaded: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_without_a_connection(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ModelFileError, match=r"127\.0\.0\.1:9 cannot be reached \(ConnectError\)"):
+        fetch_base("owner/base")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelFileError, match="HF_HUB_OFFLINE is set; unset it"):
+        fetch_base("owner/base")
+
+
+def test_a_full_disk_is_seen_before_it_begins(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_core.model_files.hub.free_bytes", lambda path: 400_000)
+    found = find_download("owner/base")
+    hub.asked.clear()
+    with pytest.raises(ModelFileError, match=r"0\.\d MB are missing and 0\.4 MB are free.*HF_HOME"):
+        quietly(found)
+    assert hub.asked == []
+
+
+def test_two_programs_do_not_write_one_file(hub: Hub) -> None:
+    hub.gate.clear()
+    found = find_download("owner/base")
+    begun = threading.Event()
+    first = threading.Thread(target=download, args=(found, lambda here, size: begun.set()), daemon=True)
+    first.start()
+    assert begun.wait(PATIENCE)
+    with pytest.raises(ModelFileError, match="is being downloaded by another program"):
+        quietly(found)
+    hub.gate.set()
+    first.join(PATIENCE)
+    assert not is_remote("owner/base")
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, lora_core.model_files.hub; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

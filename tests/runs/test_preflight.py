@@ -1,0 +1,329 @@
+"""Pre-flight: each problem alone, all at once, and none where all is well."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from lora_core.data.dataset import open_dataset
+from lora_core.errors import RunError
+from lora_core.model_files import sizes
+from lora_core.model_files.detect import base_facts
+from lora_core.model_files.sizes import base_numbers
+from lora_core.model_files.starting_settings import preset, preset_names
+from lora_core.runs import preflight as light
+from lora_core.runs import preflight as rates
+from lora_core.runs.folder import RunFolder, runs_folder
+from lora_core.runs.preflight import Problem, caption_bytes, preflight, refuse
+from lora_core.settings.choices import OPTIMIZERS
+from lora_core.settings.config import RunConfig
+from lora_core.system.paths import DEMO_BASE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"square number {number}", encoding="utf-8")
+    return RunConfig().changed(preset("demo") | {"dataset.path": str(folder), "name": "mine"})
+
+
+def found(config: RunConfig, home: Path, card: int | None = None, **changes: object) -> list[Problem]:
+    changed = config.changed({name.replace("__", "."): value for name, value in changes.items()})
+    return preflight(changed, home, card=lambda: card)
+
+
+def kinds(problems: list[Problem]) -> list[tuple[str, bool]]:
+    return [(problem.kind, problem.blocking) for problem in problems]
+
+
+def adapter_file(path: Path, version: str) -> Path:
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, path, {"ss_base_model_version": version})
+    return path
+
+
+def test_nothing_is_wrong_with_the_demo_and_the_presets(config: RunConfig, tmp_path: Path) -> None:
+    assert found(config, tmp_path) == []
+    assert preflight(RunConfig().changed(preset("demo")), tmp_path, card=lambda: None) == []
+    for name in preset_names():
+        assert rates.rate_problems(RunConfig().changed(preset(name)), None) == []
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, lora_core.runs.preflight; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_all_problems_at_once_those_that_block_first(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "pictures" / "0.png").write_bytes(b"no picture")
+    (tmp_path / "pictures" / "1.txt").write_text("very " * 200, encoding="utf-8")
+    problems = found(
+        config, tmp_path, validation__pictures=2, optim__lr=2.0, model__vae=str(tmp_path / "none"),
+        adapter__init=str(tmp_path / "none.safetensors"), adapter__targets="style",
+    )  # fmt: skip
+    assert kinds(problems) == [
+        ("picture", True),
+        ("validation", True),
+        ("vae", True),
+        ("adapter", True),
+        ("caption", False),
+        ("rate", False),
+    ]
+    with pytest.raises(RunError) as refused:
+        refuse(problems)
+    assert all(problem.sentence in str(refused.value) for problem in problems if problem.blocking)
+    assert not any(problem.sentence in str(refused.value) for problem in problems if not problem.blocking)
+    assert all(problem.sentence.endswith((".", "!")) for problem in problems)
+
+
+def test_base(config: RunConfig, tmp_path: Path) -> None:
+    (missing,) = found(config, tmp_path, model__base=str(tmp_path / "no-base"))
+    assert (missing.kind, missing.blocking) == ("base", True)
+    assert "no-base" in missing.sentence
+    # What the hub holds is fetched by the run.
+    (away,) = found(config, tmp_path, model__base="nobody/no-such-model")
+    assert (away.kind, away.blocking) == ("base", False)
+    assert "downloaded when the run starts" in away.sentence
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "lacks vae/diffusion_pytorch_model.safetensors"),
+        ("text_encoder/model.safetensors", "lacks text_encoder/model.safetensors"),
+        ("text_encoder/config.json", "lacks text_encoder/config.json"),
+        ("unet/config.json", "unet/config.json"),
+    ],
+)
+def test_a_base_that_is_not_whole(config: RunConfig, tmp_path: Path, file: str, words: str) -> None:
+    base = tmp_path / "base"
+    for path in DEMO_BASE.rglob("*"):
+        if path.is_file() and path != DEMO_BASE / file and "make" not in path.parts:
+            (base / path.relative_to(DEMO_BASE)).parent.mkdir(parents=True, exist_ok=True)
+            (base / path.relative_to(DEMO_BASE)).symlink_to(path)
+    (problem,) = found(config, tmp_path, model__base=str(base))
+    assert problem.blocking
+    assert words in problem.sentence
+
+
+def test_how_many_numbers_a_base_is() -> None:
+    """Against torch, which counts the tensors themselves."""
+    from safetensors.torch import load_file
+
+    facts = light.base_of(RunConfig())[0]
+    assert facts is not None
+    files = list(DEMO_BASE.glob("*/*.safetensors"))
+    assert len(files) == 3
+    assert base_numbers(facts) == sum(t.numel() for file in files for t in load_file(file).values())
+
+
+def test_the_lora_to_go_on_with_is_for_this_family(config: RunConfig, tmp_path: Path) -> None:
+    other = adapter_file(tmp_path / "other.safetensors", "sd_v1")
+    (problem,) = found(config, tmp_path, adapter__init=str(other))
+    assert (problem.kind, problem.blocking) == ("adapter", True)
+    assert "is for Stable Diffusion 1.x, and the base is Embedded tiny base" in problem.sentence
+    for version in ("easel_tiny", "", "of a tool that nobody knows"):
+        fitting = adapter_file(tmp_path / "fitting.safetensors", version)
+        assert found(config, tmp_path, adapter__init=str(fitting)) == []
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(other.read_bytes()[:-2])
+    assert "cut short" in found(config, tmp_path, adapter__init=str(cut))[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "module", "package"),
+    [
+        ({"optim__name": "lion"}, "lion_pytorch", "lion-pytorch"),
+        ({"optim__name": "prodigy"}, "prodigyopt", "prodigyopt"),
+        ({"save__tensorboard": True}, "tensorboard", "tensorboard"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    change: dict[str, object],
+    module: str,
+    package: str,
+    config: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "package" not in [kind for kind, _ in kinds(found(config, tmp_path, **change))]
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == module else find(name, *more)
+    )
+    (missing,) = [one for one in found(config, tmp_path, **change) if one.kind == "package"]
+    assert missing.blocking
+    assert f"{sys.executable} -m pip install {package}" in missing.sentence
+
+
+def test_vae(config: RunConfig, tmp_path: Path) -> None:
+    assert found(config, tmp_path, model__vae=str(DEMO_BASE / "vae")) == []
+    page = tmp_path / "vae.safetensors"
+    page.write_text("<!DOCTYPE html><html>Not found</html>")
+    assert "web page" in found(config, tmp_path, model__vae=str(page))[0].sentence
+    assert "lacks its config.json" in found(config, tmp_path, model__vae=str(tmp_path))[0].sentence
+
+
+def test_captions(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "pictures" / "2.txt").write_text("a cat, " * 30 + "the end of it", encoding="utf-8")
+    (problem,) = found(config, tmp_path)
+    assert (problem.kind, problem.blocking) == ("caption", False)
+    assert problem.sentence.startswith("1 caption is longer than the 75 tokens that are read; of 2.png, “")
+    assert found(config, tmp_path, train__tokens=150) == []
+    # The trigger takes tokens too: 72 of the caption's own fit, and 4 more do not.
+    (tmp_path / "pictures" / "2.txt").write_text("cat " * 72, encoding="utf-8")
+    assert found(config, tmp_path) == []
+    assert kinds(found(config, tmp_path, dataset__trigger="a red big dog and fish")) == [("caption", False)]
+
+
+def test_rates(config: RunConfig, tmp_path: Path) -> None:
+    assert set(rates.RATES) <= set(OPTIMIZERS)
+    (high,) = found(config, tmp_path, optim__lr=0.02, adapter__alpha=4.0, adapter__rank=8)
+    assert "optim.lr x alpha / rank = 0.01 is much for AdamW" in high.sentence
+    (low,) = found(config, tmp_path, optim__lr=1e-4, adapter__alpha=0.01, optim__text_encoder_lr=0.0)
+    assert "is little for AdamW" in low.sentence
+    # rsLoRA divides by the root of the rank: 0.02 x 1 / 4.
+    (root,) = found(
+        config, tmp_path, optim__lr=0.02, adapter__alpha=1.0, adapter__rank=16, adapter__rslora=True
+    )
+    assert "= 0.005 is much" in root.sentence
+    assert found(config, tmp_path, optim__lr=0.02, adapter__alpha=1.0, adapter__rank=16) == []
+    same = {"optim__name": "prodigy", "optim__lr": 1.0}
+    assert found(config, tmp_path, optim__text_encoder_lr=1.0, **same) == []
+    (two,) = found(config, tmp_path, optim__text_encoder_lr=0.5, **same)
+    assert (two.kind, two.blocking) == ("rate", True)
+    # One that finds its own rate is not scaled by alpha / rank.
+    (tiny,) = found(config, tmp_path, optim__name="prodigy", optim__lr=1e-4, optim__text_encoder_lr=1e-4)[:1]
+    assert "optim.lr = 0.0001 is little for Prodigy" in tiny.sentence
+    (none,) = found(config, tmp_path, optim__lr=0.0, optim__text_encoder_lr=0.0)
+    assert none.blocking
+    assert (
+        found(config, tmp_path, optim__lr=0.0, optim__text_encoder_lr=0.0, optim__block_lr={"mid": 1e-4})
+        == []
+    )
+
+
+def test_name_and_neighbours(config: RunConfig, tmp_path: Path) -> None:
+    taken = RunFolder.create(runs_folder(tmp_path) / "mine", config)
+    (problem,) = found(config, tmp_path)
+    assert (problem.kind, problem.blocking) == ("name", True)
+    assert "mine exists already" in problem.sentence
+    with taken.held():
+        assert kinds(found(config, tmp_path, name="other")) == [("busy", False)]
+    assert found(config, tmp_path, name="") == []
+    assert kinds(found(config, tmp_path, name="a/b")) == [("name", True)]
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_room_on_the_disk(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def free(size: int) -> None:
+        monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(10**12, 0, size))
+
+    free(10**12)
+    assert found(config, tmp_path) == []
+    free(10**5)
+    (full,) = found(config, tmp_path)
+    assert (full.kind, full.blocking) == ("disk", True)
+    assert "0.1 MB are free" in full.sentence
+    # Rank 8 of the tiny base trains about a quarter of a million numbers, 12 bytes each in a checkpoint: some
+    # checkpoints fit into 12 MB, but not all of the run.
+    free(12 * 10**6)
+    (short,) = found(config, tmp_path, save__keep_last=20)
+    assert (short.kind, short.blocking) == ("disk", False)
+    assert "save.keep_last" in short.sentence
+
+
+def test_memory_is_a_note_and_says_that_it_is_rough(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(light.psutil, "virtual_memory", lambda: memory._replace(available=10**6))
+    (problem,) = found(config, tmp_path)
+    assert (problem.kind, problem.blocking) == ("memory", False)
+    assert "a rough figure" in problem.sentence
+    assert "bf16" in problem.sentence
+    # The card counts where there is one, and in half precision no advice is left.
+    assert found(config, tmp_path, card=10**10) == []
+    (small,) = found(config, tmp_path, card=10**6, train__precision="auto")
+    assert "of graphics memory" in small.sentence
+    assert "bf16" not in small.sentence
+
+
+def test_a_dataset_that_was_read_is_not_read_again(config: RunConfig, tmp_path: Path) -> None:
+    from lora_core.data.dataset import scan
+
+    dataset = scan(tmp_path / "pictures")
+    nowhere = config.changed({"dataset.path": str(tmp_path / "gone")})
+    assert preflight(nowhere, tmp_path, dataset, card=lambda: None) == []
+    assert kinds(preflight(nowhere, tmp_path, card=lambda: None)) == [("dataset", True)]
+    chosen = [dataclasses.replace(r, held_out=number > 0) for number, r in enumerate(dataset.records)]
+    by_hand = preflight(nowhere, tmp_path, dataclasses.replace(dataset, records=chosen), card=lambda: None)
+    assert kinds(by_hand) == [("validation", True)]
+    assert "choose fewer of them by hand" in by_hand[0].sentence
+    empty = dataclasses.replace(dataset, records=[])
+    assert kinds(preflight(nowhere, tmp_path, empty, card=lambda: None)) == [("dataset", True)]
+
+
+def test_captions_that_vary_are_counted_up_to_their_limit(config: RunConfig, tmp_path: Path) -> None:
+    records, facts = open_dataset(config.dataset.path, tmp_path).records, base_facts("demo")
+    # A file of the embedded base: 77 tokens, 128 channels, fp32; a block of the file system more.
+    one = 77 * 128 * 4 + 4096
+
+    def counted(**changes: object) -> tuple[int, int]:
+        own = {name.replace("__", "."): value for name, value in changes.items()}
+        frozen = {"optim.text_encoder_lr": 0.0, "train.batch_size": 2, "train.steps": 10}
+        return caption_bytes(records, config.changed({**frozen, **own}), facts)
+
+    assert counted()[1] == 0
+    assert len(records) * one <= counted()[0] <= 4 * len(records) * one
+    assert counted(dataset__shuffle_tags=True)[1] == 20 * one
+    assert counted(dataset__shuffle_tags=True, train__accumulate=3)[1] == 60 * one
+    assert counted(dataset__tag_dropout=0.1, train__steps=10**6) == (counted()[0], sizes.DRAWN_CAPTIONS_BYTES)
+    assert counted(dataset__shuffle_tags=True, optim__text_encoder_lr=1e-4) == (0, 0)
+
+
+def test_captions_in_memory_count_on_a_processor(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shuffled = {"optim__text_encoder_lr": 0.0, "dataset__shuffle_tags": True, "train__steps": 10**5}
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(light.psutil, "virtual_memory", lambda: memory._replace(available=200 * 2**20))
+    assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path))]
+    assert "memory" in [kind for kind, _ in kinds(found(config, tmp_path, **shuffled))]
+    assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path, card=200 * 2**20, **shuffled))]
+
+
+def test_a_loss_that_leaves_out_the_last_timestep_is_said(config: RunConfig, tmp_path: Path) -> None:
+    # The embedded base predicts velocity and has zero terminal SNR.
+    (one,) = found(config, tmp_path, loss__min_snr=5.0)
+    assert (one.kind, one.blocking) == ("loss", False)
+    assert "loss.min_snr = 5 gives the last timestep no weight" in one.sentence
+    assert found(config, tmp_path, loss__min_snr=5.0, model__zero_terminal_snr="off") == []
+    assert found(config, tmp_path, loss__min_snr=0) == found(config, tmp_path, loss__min_snr="auto") == []
+
+
+def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:
+    (one,) = found(config, tmp_path, loss__huber_delta=0.5)
+    assert one.sentence == "loss.huber_delta plays no part where loss.kind is mse; it is for huber."
+    assert found(config, tmp_path, loss__huber_delta=0.5, loss__kind="huber") == []
+
+
+def test_zero_terminal_snr_for_a_base_that_predicts_noise_blocks(config: RunConfig, tmp_path: Path) -> None:
+    wrong = {"model__zero_terminal_snr": "on", "model__prediction": "epsilon"}
+    (one,) = found(config, tmp_path, **wrong)
+    assert (one.kind, one.blocking) == ("base", True)
+    assert "predicts noise" in one.sentence

@@ -1,0 +1,133 @@
+"""Events folded into the state of a run."""
+
+import math
+
+import pytest
+
+from lora_core.runs import events
+from lora_core.runs.progress import Progress, smoothed
+
+
+def started(steps: int = 100) -> events.Started:
+    return events.Started(steps=steps, pid=1, device="cpu", threads=2, versions={})
+
+
+def step(number: int, loss: float = 1.0, seconds: float = 0.5) -> events.StepDone:
+    return events.StepDone(step=number, loss=loss, lr=1e-4, seconds=seconds)
+
+
+def validated(number: int, best: bool) -> events.Validated:
+    return events.Validated(
+        step=number, gain=0.1, standard_error=0.01, base_loss=1.0, adapted_loss=0.9, best=best
+    )
+
+
+def folded(*new: events.Event) -> Progress:
+    progress = Progress()
+    progress.update(new)
+    return progress
+
+
+def test_nothing_has_happened_yet() -> None:
+    progress = folded()
+    assert (progress.started, progress.step, progress.ending) == (False, 0, "")
+    assert progress.smoothed_loss() is None
+    assert progress.seconds_left() is None
+
+
+def test_resumed_drops_what_came_after_its_step() -> None:
+    samples = [events.PreviewDone(step=n, files=[f"{n}.png"], prompts=["a"]) for n in (0, 50, 80)]
+    progress = folded(
+        started(),
+        samples[0],
+        *(step(n) for n in range(1, 51)),
+        validated(50, best=True),
+        samples[1],
+        *(step(n) for n in range(51, 81)),
+        validated(80, best=True),
+        samples[2],
+        started(200),
+        events.Resumed(step=50, steps=200),
+    )
+    assert (progress.step, progress.steps, progress.best_step) == (50, 200, 50)
+    assert [e.step for e in progress.losses] == list(range(1, 51))
+    assert [e.step for e in progress.validations] == [50]
+    assert [e.step for e in progress.previews] == [0, 50]
+    progress.update([step(51, loss=3.0)])
+    assert [e.step for e in progress.losses][-2:] == [50, 51]
+
+
+def test_resumed_from_nothing_forgets_all() -> None:
+    progress = folded(started(), step(1), validated(1, best=True), events.Resumed(step=0, steps=100))
+    assert (progress.step, progress.losses, progress.best_step) == (0, [], None)
+
+
+def test_fed_piece_by_piece_is_the_same() -> None:
+    story = [started(), step(1), step(2), events.Resumed(step=1, steps=9), step(2), events.Paused(step=2)]
+    whole, pieces = folded(*story), Progress()
+    for event in story:
+        pieces.update([event])
+    assert whole == pieces
+
+
+@pytest.mark.parametrize(
+    ("event", "ending"),
+    [
+        (events.Paused(step=1), "paused"),
+        (events.Stopped(step=1, export="export/a"), "stopped"),
+        (events.Finished(step=1, export="export/a"), "done"),
+        (events.Failed(reason="Out of memory."), "failed"),
+    ],
+)
+def test_an_ending_is_taken_back_by_the_next_start(event: events.Event, ending: str) -> None:
+    progress = folded(started(), step(1), event)
+    assert progress.ending == ending
+    progress.update([started()])
+    assert (progress.ending, progress.reason, progress.stepping) == ("", "", False)
+
+
+def test_what_a_failure_asks_about_goes_with_it() -> None:
+    progress = folded(started(), step(1), events.Failed(step=1, reason="No.", changed=["the picture a.png"]))
+    assert progress.changed == ["the picture a.png"]
+    progress.update([events.Failed(step=1, reason="Out of memory.")])
+    assert progress.changed == []
+    progress.update([events.Failed(step=1, reason="No.", changed=["config.toml"]), started()])
+    assert progress.changed == []
+
+
+def test_phases_come_and_go() -> None:
+    progress = folded(started(), events.Preparing(phase="Reading pictures", done=2, total=5))
+    assert (progress.stepping, progress.phase, progress.phase_done, progress.phase_total) == (
+        False,
+        "Reading pictures",
+        2,
+        5,
+    )
+    progress.update([step(1), events.Working(phase="Drawing samples", done=0, total=4)])
+    assert (progress.stepping, progress.phase) == (True, "Drawing samples")
+    progress.update([step(2)])
+    assert progress.phase == ""
+
+
+def test_requests_and_warnings_are_kept() -> None:
+    progress = folded(events.Handled(request="a"), events.Warned(message="Slow."))
+    assert progress.handled == {"a"}
+    assert progress.warnings == ["Slow."]
+
+
+def test_time_left_is_the_median_pace_times_the_steps_left() -> None:
+    progress = folded(started(100), *(step(n, seconds=0.5) for n in range(1, 40)), step(40, seconds=60.0))
+    assert progress.seconds_a_step() == 0.5
+    assert progress.seconds_left() == 30.0
+
+
+def test_smoothing_starts_without_a_bias() -> None:
+    """By hand, memory 1: decay e^-1; second value (e^-1 * 1 + 3) / (e^-1 + 1) = 2.4621..."""
+    assert smoothed([1.0, 3.0], memory=1.0) == pytest.approx([1.0, (math.exp(-1) + 3) / (math.exp(-1) + 1)])
+    assert smoothed([2.0] * 200) == pytest.approx([2.0] * 200)
+
+
+def test_smoothing_passes_over_what_is_not_finite() -> None:
+    curve = smoothed([math.nan, 1.0, math.inf, 1.0])
+    assert math.isnan(curve[0])
+    assert curve[1:] == pytest.approx([1.0, 1.0, 1.0])

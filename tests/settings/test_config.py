@@ -1,0 +1,307 @@
+"""Settings: what is legal, what is refused and in which words, and that writing and reading gives the
+same."""
+
+import dataclasses
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lora_core.errors import ConfigError
+from lora_core.settings.config import (
+    RunConfig,
+    flattened,
+    load_toml,
+    parsed_assignment,
+    pattern_lines,
+    patterns_of_lines,
+    settings,
+    to_toml,
+)
+
+
+def refusal(**changes: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig().changed({name.replace("__", "."): value for name, value in changes.items()})
+    return str(caught.value)
+
+
+def test_a_misspelt_setting_is_answered_with_the_right_one() -> None:
+    assert refusal(adapter__rnak=8) == "adapter.rnak is not a setting; did you mean adapter.rank?"
+
+
+def test_a_setting_like_no_other_is_answered_with_the_sections() -> None:
+    assert "The sections are model, adapter, dataset" in refusal(xyzzy=1)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    told = refusal(adapter__rank=0, optim__nmae="adamw", train__steps="many", loss__kind="square")
+    for part in ("adapter.rank = 0", "optim.name?", "train.steps = 'many'", "loss.kind = 'square'"):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"),
+    [
+        ("adapter.rank", 0, "it goes from 1 to 1024"),
+        ("adapter.rank", 1025, "it goes from 1 to 1024"),
+        ("adapter.rank", 8.5, "should be a whole number"),
+        ("adapter.rank", True, "should be a whole number"),
+        ("adapter.rank", "8", "should be a whole number"),
+        ("adapter.alpha", 0, "must be above 0"),
+        ("adapter.alpha", float("inf"), "is not a number that can be used"),
+        ("adapter.dropout", 1.0, "it goes from 0 to 0.99"),
+        ("train.steps", float("inf"), "is not a number that can be used"),
+        ("train.steps", float("nan"), "is not a number that can be used"),
+        ("optim.lr", float("nan"), "is not a number that can be used"),
+        ("dataset.flip", 1, "should be true or false"),
+        ("model.base", 15, "should be a text"),
+        ("preview.prompts", "a tree", "should be a list of texts"),
+        ("preview.prompts", ["a tree", 3], "should be a list of texts"),
+        ("optim.name", "adamx", "choose one of adamw"),
+        ("train.tokens", 100, "choose one of 75, 150, 225"),
+        ("train.tokens", 0, "choose one of 75, 150, 225"),
+        ("adapter.block_ranks", 4, "should be a table of patterns"),
+        ("adapter.block_ranks", "{mid_block = 4}", "should be a table of patterns"),
+        ("adapter.block_ranks", {"mid_block": 1025}, "'mid_block' = 1025 is out of range"),
+        ("adapter.block_ranks", {"mid_block": -1}, "'mid_block' = -1 is out of range"),
+        ("adapter.block_ranks", {"mid_block": 2.5}, "'mid_block' = 2.5 should be a whole number"),
+        ("adapter.block_ranks", {"mid_block": True}, "should be a whole number"),
+        ("adapter.block_ranks", {"unet": {"mid_block": 4}}, "'unet' holds a dot; put it into quotes"),
+        ("adapter.block_ranks", {"(mid": 4}, "'(mid', which cannot be used"),
+        ("adapter.block_ranks", {"(?!a)b": 4}, "cannot be used: groups that begin with"),
+        ("optim.block_lr", {f"a{n}": 0.0 for n in range(101)}, "has 101 patterns; at most 100 can be used"),
+        ("adapter.block_alphas", {"mid_block": 0}, "'mid_block' = 0 is out of range; it must be above 0"),
+        ("optim.block_lr", {"mid_block": float("nan")}, "is not a number that can be used"),
+        ("optim.block_lr", {"*": 1e-4}, "'*', which cannot be used"),
+        ("adapter", {"rank": 8}, "is not a setting"),
+        ("loss.min_snr", "off", "should be a number or auto"),
+        ("loss.min_snr", -1, "it goes from 0 to 100"),
+        ("loss.min_snr", True, "should be a number"),
+        ("loss.huber_delta", 0, "it goes from 0.001 to 10"),
+        ("adapter.kind", "dora", "'dora' cannot be used: lora is the one kind that can be trained"),
+        ("adapter.kind", "oft", "lora is the one kind that can be trained"),
+        ("adapter.kind", 3, "lora is the one kind"),
+        ("dataset.repeats", 10, "10 cannot be used: it changes nothing that is learned"),
+        ("dataset.repeats", 0, "train.steps"),
+        ("dataset.repeats", True, "10_name"),
+    ],
+)
+def test_what_is_refused(name: str, value: object, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig().changed({name: value})
+    assert part in str(caught.value)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("adapter.rank", 8.0, 8),
+        ("optim.lr", 1, 1.0),
+        ("optim.name", "AdamW", "adamw"),
+        ("preview.sampler", " DPM++ 2M Karras ", "dpmpp_2m_karras"),
+        ("preview.prompts", [], []),
+        ("train.tokens", 150.0, 150),
+        ("adapter.block_ranks", {}, {}),
+        ("adapter.block_ranks", {"mid_block": 4.0, r"attn1\.to_q$": 0}, {"mid_block": 4, r"attn1\.to_q$": 0}),
+        ("optim.block_lr", {"mid_block": 0}, {"mid_block": 0.0}),
+        ("seed", 2**32 - 1, 2**32 - 1),
+        ("loss.min_snr", 5, 5.0),
+        ("loss.min_snr", " Auto ", "auto"),
+    ],
+)
+def test_what_is_taken(name: str, value: object, kept: object) -> None:
+    got = RunConfig().changed({name: value}).get(name)
+    assert got == kept
+    assert type(got) is type(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("adapter.kind", "lora"), ("adapter.kind", " LoRA "), ("dataset.repeats", 1)]
+)
+def test_a_retired_setting_is_taken_where_it_means_what_is_done(name: str, value: object) -> None:
+    assert RunConfig().changed({name: value}) == RunConfig()
+    assert name not in flattened(tomllib.loads(to_toml(RunConfig())))
+
+
+def test_an_older_file_is_read_without_what_is_no_more() -> None:
+    values = {"adapter": {"kind": "lora", "rank": 4}, "dataset": {"repeats": 10}, "loss": {"min_snr": 5.0}}
+    config = RunConfig.from_dict(values)
+    assert config == RunConfig().changed({"adapter.rank": 4, "loss.min_snr": 5.0})
+    assert config.loss.gamma("v_prediction") == 5.0, "an older run keeps the number that it was made with"
+
+
+def test_a_refused_change_changes_nothing() -> None:
+    config = RunConfig()
+    with pytest.raises(ConfigError):
+        config.changed({"adapter.rank": 8, "adapter.alpha": -1})
+    assert config == RunConfig()
+
+
+def test_a_config_cannot_be_changed_in_place() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 1  # type: ignore[misc]
+
+
+def test_lists_and_tables_are_not_shared_between_configs() -> None:
+    RunConfig().preview.prompts.append("a tree")
+    RunConfig().adapter.block_ranks["mid_block"] = 4
+    assert RunConfig().preview.prompts == []
+    assert RunConfig().adapter.block_ranks == {}
+
+
+def test_toml_round_trip_is_complete() -> None:
+    config = RunConfig().changed(
+        {
+            "name": 'ä "quoted" name',
+            "adapter.alpha": 0.1,
+            "preview.prompts": ["a tree\nby night", "\u2028"],
+            "adapter.block_ranks": {r"unet\.mid_block": 4, "b": 2, "a": 0, "'\"": 1},
+            "optim.block_lr": {"mid_block": 1e-4},
+        }
+    )
+    text = to_toml(config)
+    assert RunConfig.from_dict(tomllib.loads(text)) == config
+    assert set(flattened(tomllib.loads(text))) == {name for name, _, _ in settings()}
+    # Of several patterns the last counts, so their order is part of the setting.
+    assert list(RunConfig.from_dict(tomllib.loads(text)).adapter.block_ranks) == [
+        r"unet\.mid_block",
+        "b",
+        "a",
+        "'\"",
+    ]
+
+
+def test_a_table_of_a_toml_file_stays_whole() -> None:
+    text = (
+        "[adapter]\nrank = 8\n[adapter.block_ranks]\n'unet\\.mid_block' = 4\nmid = 2\n[optim]\nblock_lr = {up"
+        " = 1e-4}"
+    )
+    assert flattened(tomllib.loads(text)) == {
+        "adapter.rank": 8,
+        "adapter.block_ranks": {r"unet\.mid_block": 4, "mid": 2},
+        "optim.block_lr": {"up": 1e-4},
+    }
+
+
+def test_a_table_as_lines() -> None:
+    table = {r"unet\.mid_block": 4, "a=b": 0.00005}
+    assert patterns_of_lines("x", pattern_lines(table)) == table
+    assert patterns_of_lines("x", ' "mid_block" = 0,5 \n\n') == {"mid_block": 0.5}
+    for line in ("mid_block", "mid_block = many", "mid_block ="):
+        with pytest.raises(ConfigError, match=r"x has the line 'mid_block.*pattern = number"):
+            patterns_of_lines("x", line)
+
+
+@pytest.mark.parametrize(("rank", "rslora", "scale"), [(16, False, 0.5), (16, True, 2.0), (4, True, 4.0)])
+def test_the_scale_of_the_update(rank: int, rslora: bool, scale: float) -> None:
+    config = RunConfig().changed({"adapter.rank": rank, "adapter.alpha": 8, "adapter.rslora": rslora})
+    assert config.adapter.scale == scale
+
+
+def test_every_default_is_legal() -> None:
+    assert RunConfig.from_dict(RunConfig().to_dict()) == RunConfig()
+
+
+def test_every_setting_explains_itself() -> None:
+    for name, info, _ in settings():
+        assert info.metadata["title"], name
+        assert info.metadata["help"].rstrip().endswith("."), name
+
+
+def test_get_refuses_what_is_no_setting() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean adapter\.rank"):
+        RunConfig().get("adapter.ranks")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("adapter.rank=8", "adapter.rank", 8),
+        ("optim.lr=1e-4", "optim.lr", 1e-4),
+        ("dataset.flip=true", "dataset.flip", True),
+        ("dataset.trigger=sks dog", "dataset.trigger", "sks dog"),
+        ('dataset.trigger="sks dog"', "dataset.trigger", "sks dog"),
+        ("dataset.trigger=1999", "dataset.trigger", "1999"),
+        ("dataset.trigger=true", "dataset.trigger", "true"),
+        ("dataset.trigger=", "dataset.trigger", ""),
+        ("model.base=C:\\models\\a=b", "model.base", "C:\\models\\a=b"),
+        ('preview.prompts=["a tree", "a house"]', "preview.prompts", ["a tree", "a house"]),
+        (" adapter.rank = 8", "adapter.rank", 8),
+        ("adapter.rank=eight", "adapter.rank", "eight"),
+        ('adapter.block_ranks={"mid_block"=4}', "adapter.block_ranks", {"mid_block": 4}),
+        (r"optim.block_lr={'unet\.mid'=1e-4, b=0}", "optim.block_lr", {r"unet\.mid": 1e-4, "b": 0}),
+        ("adapter.init=my lora.safetensors", "adapter.init", "my lora.safetensors"),
+    ],
+)
+def test_assignments_of_the_command_line(text: str, name: str, value: object) -> None:
+    assert parsed_assignment(text) == (name, value)
+
+
+def test_an_assignment_needs_its_sign() -> None:
+    with pytest.raises(ConfigError, match=r"section\.key=value"):
+        parsed_assignment("adapter.rank 8")
+
+
+def test_a_file_of_windows_notepad_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbfseed = 7\r\n")
+    assert load_toml(path) == {"seed": 7}
+
+
+@pytest.mark.parametrize("content", [b"seed = ", b"seed = '\xff'", b"seed = 1\nseed = 2"])
+def test_a_broken_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        load_toml(path)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.toml cannot be read"):
+        load_toml(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        "a." * 5000 + "b = 1", "a = " + "[" * 5000 + "]" * 5000, "a = " + "[" * 50 + "]" * 50,
+        "[" + ".".join("x" * 30) + "]\nb = 1", "seed = " + "9" * 5000, "seed = 0x" + "f" * 5000,
+        f"seed = {2**64}", "[optim]\nlr = 1" + "0" * 400, "a = [1, [2, 0x" + "f" * 99 + "]]",
+    ],
+)  # fmt: skip
+def test_hostile_toml_is_one_sentence(toml: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text(toml)
+    with pytest.raises(ConfigError, match=r"levels deep|too large") as caught:
+        load_toml(file)
+    assert len(str(caught.value)) < 300 + len(str(file))
+    key, _, value = toml.rpartition("\n")[2].partition(" = ")
+    with pytest.raises(ConfigError) as refused:
+        RunConfig().changed(dict([parsed_assignment(f"{key}={value}")]))
+    assert len(str(refused.value)) < 300
+
+
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "large.toml").write_bytes(b"#" * 1_000_001)
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (
+        (Path("/dev/zero"), "regular file"), (tmp_path, "regular file"),
+        (tmp_path / "pipe", "regular file"), (tmp_path / "large.toml", "larger than 1 MB"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=why):
+            load_toml(path)
+
+
+@pytest.mark.parametrize("text", ["=5", " = 5", "=", "a"])
+def test_an_assignment_needs_a_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"should read section\.key=value"):
+        parsed_assignment(text)
+
+
+@pytest.mark.parametrize("name", ["dataset.trigger", "dataset.path", "model.base"])
+def test_bytes_that_are_no_text_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        RunConfig().changed({name: "a\udcff"})

@@ -1,0 +1,59 @@
+"""Which process does something: known by its number and its start, whatever the clock says."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lora_core.errors import RunError
+from lora_core.system import processes
+from lora_core.system.paths import write_atomically
+from lora_core.system.processes import live_process, noted_process
+
+
+def test_a_process_is_known_by_its_start(tmp_path: Path) -> None:
+    file = tmp_path / "process.json"
+    with noted_process(file):
+        assert live_process(file) == psutil.Process()
+    assert live_process(file) is None
+
+
+def test_a_clock_that_is_set_back_hides_no_live_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psutil tells the start of a process by the time of day at which the machine came up, which moves
+    along."""
+    file = tmp_path / "process.json"
+    with noted_process(file):
+        if not json.loads(file.read_text())["ticks"]:
+            pytest.skip("no such file on this system")
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: 1_000.0)
+        assert live_process(file) is not None
+
+
+def test_the_same_number_and_other_ticks_are_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "process.json"
+    with noted_process(file):
+        monkeypatch.setattr(processes, "_ticks", lambda pid: "another/1")
+        assert live_process(file) is None
+
+
+def test_a_full_drive_is_told_with_the_file_that_it_did_not_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_atomically(tmp_path / "file", b"x")
+    assert caught.value.filename == str(tmp_path / "file")
+    sentence = r"process\.json cannot be written: No space left on device; make room"
+    with pytest.raises(RunError, match=sentence), noted_process(tmp_path / "process.json"):
+        raise AssertionError("it was entered")
+    assert list(tmp_path.iterdir()) == []

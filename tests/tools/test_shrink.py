@@ -1,0 +1,300 @@
+"""Smaller files against the tails of spectra, and intrinsic ranks of gains that are known."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora_core.__main__ import main
+from lora_core.errors import AdapterFileError
+from lora_core.formats.io import read_adapter
+from lora_core.lora.weights import AdapterWeights
+from lora_core.model_files.header import read_header
+from lora_core.tools.shrink import (
+    Wish,
+    cut,
+    decomposed,
+    intrinsic_rank,
+    pooled_ranks,
+    pooled_ranks_of_energy,
+    ranks_of_energy,
+    shrunk,
+)
+from tests.tools.planted import (
+    CONV,
+    LAYERS,
+    TEXT,
+    TO_K,
+    TO_Q,
+    dense,
+    layer_of,
+    orthonormal,
+    random_layer,
+    saved,
+    shape_of,
+)
+
+
+def layers():
+    return {key: random_layer(key, 6 + n, 2.0 + n, n, 0.1 * (1 + n)) for n, key in enumerate(LAYERS)}
+
+
+def values_of(layer):
+    return np.linalg.svd(dense(layer).numpy(), compute_uv=False)[: layer.rank]
+
+
+def error(one, two):
+    """The relative difference of two adapters, formed; a layer that is left out is nothing."""
+    lost = whole = 0.0
+    for key, layer in one.items():
+        other = dense(two[key]) if key in two else torch.zeros_like(dense(layer))
+        lost += float((dense(layer) - other).square().sum())
+        whole += float(dense(layer).square().sum())
+    return math.sqrt(lost / whole)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_the_error_is_the_tail_of_the_spectrum(rank):
+    before = layers()
+    after, loss, _ = shrunk(decomposed(AdapterWeights(before)), Wish(rank=rank))
+    spectra = [values_of(layer) for layer in before.values()]
+    tail = math.sqrt(sum((s[rank:] ** 2).sum() for s in spectra) / sum((s**2).sum() for s in spectra))
+    assert error(before, after.layers) == pytest.approx(tail, rel=1e-4)
+    assert loss.overall == pytest.approx(tail, rel=1e-6)
+    assert all(layer.rank == rank for layer in after.layers.values())
+    assert after.layers[CONV].down.shape[1:] == before[CONV].down.shape[1:]
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9, 0.99])
+def test_a_share_of_energy_is_kept_with_as_few_columns_as_can_be(share):
+    parts = decomposed(AdapterWeights(layers()))
+    for key, rank in ranks_of_energy(parts, share).items():
+        squares = values_of(parts.weights.layers[key]) ** 2
+        assert squares[:rank].sum() >= share * squares.sum() * (1 - 1e-9)
+        assert squares[: rank - 1].sum() < share * squares.sum()
+    ranks = pooled_ranks_of_energy(parts, share)
+    squares = np.sort(np.concatenate([values_of(layer) ** 2 for layer in layers().values()]))[::-1]
+    columns = int((squares.cumsum() < share * squares.sum()).sum()) + 1
+    assert sum(ranks.values()) == columns
+    # Each layer keeps just those of its values that are among the largest of all.
+    for key, rank in ranks.items():
+        assert rank == int(
+            (values_of(parts.weights.layers[key]) ** 2 >= squares[columns - 1] * (1 - 1e-6)).sum()
+        )
+    after, loss, said = shrunk(parts, Wish(energy=share))
+    assert error(layers(), after.layers) <= math.sqrt(1 - share) * (1 + 1e-6)
+    numbers = sum(layer.up.numel() + layer.down.numel() for layer in after.layers.values())
+    assert numbers == min(parts.parameters(ranks_of_energy(parts, share)), parts.parameters(ranks))
+    assert f"{numbers:,} numbers" in said
+    assert loss.overall == pytest.approx(error(layers(), after.layers), rel=1e-4)
+
+
+def test_a_layer_that_keeps_nothing_is_left_out():
+    parts = decomposed(
+        AdapterWeights({TO_K: random_layer(TO_K, 4, 4.0, 0), TO_Q: random_layer(TO_Q, 4, 4.0, 1, 1e-4)})
+    )
+    after, _ = cut(parts, pooled_ranks(parts, 3))
+    assert list(after.layers) == [TO_K]
+    zero = decomposed(AdapterWeights({TO_K: random_layer(TO_K, 4, 4.0, 0, 0.0)}))
+    with pytest.raises(AdapterFileError, match="changes nothing"):
+        shrunk(zero, Wish(energy=0.9))
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_the_file_keeps_format_precision_and_header(tmp_path, capsys, format):
+    path, out = saved(layers(), tmp_path / "a.safetensors", format, "fp16"), tmp_path / "b.safetensors"
+    assert main(["shrink", str(path), "--out", str(out), "--rank", "3"]) == 0
+    said = capsys.readouterr().out
+    assert f"{path.stat().st_size / out.stat().st_size:.1f} times smaller" in said
+    header = read_header(out)
+    assert {entry["dtype"] for key, entry in header.tensors.items() if not key.endswith(".alpha")} == {"F16"}
+    assert header.metadata["modelspec.trigger_phrase"] == "zkw"
+    record = json.loads(header.metadata["lora_easel.shrunk"])
+    assert record["rank"] == 3
+    assert record["from"]["name"] == "a"
+    found = read_adapter(out).layers
+    assert {layer.rank for layer in found.values()} == {3}
+    assert error(read_adapter(path).layers, found) == pytest.approx(record["error"], rel=1e-3)
+    wide = tmp_path / "c.safetensors"
+    assert main(["shrink", str(path), "--out", str(wide), "--energy", "0.8", "--precision", "fp32"]) == 0
+    assert {entry["dtype"] for entry in read_header(wide).tensors.values()} == {"F32"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rank", "0"], "--rank 0 is out of range"),
+        (["--energy", "1.5"], "--energy 1.5 is out of range"),
+        (["--energy", "0"], "--energy 0 is out of range"),
+        (["--intrinsic"], "give --dataset"),
+    ],
+)
+def test_sizes_that_are_none(tmp_path, capsys, arguments, words):
+    path = saved(layers(), tmp_path / "a.safetensors")
+    assert main(["shrink", str(path), "--out", str(tmp_path / "b.safetensors"), *arguments]) == 1
+    assert words in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors"]
+
+
+def test_a_file_is_not_overwritten(tmp_path, capsys):
+    path = saved(layers(), tmp_path / "a.safetensors")
+    assert main(["shrink", str(path), "--out", str(path), "--rank", "2"]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def known_gain(useful, noise=0.0):
+    """Gains of 6 pictures with 4 looks that grow with what is kept of some planted directions.
+
+    Args:
+        useful: layer to (directions (out, k), weight of each).
+        noise: of each look; the same at every measurement.
+    """
+    draw = torch.Generator().manual_seed(0)
+    scale = 1 + 0.2 * torch.randn(6, 4, generator=draw, dtype=torch.float64)
+
+    def measured(adapters):
+        (adapter,) = adapters
+        gain = 0.0
+        for key, (directions, weights) in useful.items():
+            if key in adapter.weights.layers:
+                delta = adapter.strength * dense(adapter.weights.layers[key])
+                gain += float(((directions.T @ delta).norm(dim=1) * weights).sum())
+        return gain * scale + noise
+
+    return measured
+
+
+def planted(ranks, columns=16):
+    """Layers of rank `columns`, of whose directions only the leading ones are of use; and the measurement."""
+    draw, found, useful = torch.Generator().manual_seed(1), {}, {}
+    for key, rank in ranks.items():
+        out, *inner = shape_of(key)
+        u = orthonormal(out, columns, draw)
+        v = orthonormal(torch.Size(inner).numel(), columns, draw)
+        values = torch.linspace(2.0, 0.5, columns).double()
+        found[key] = layer_of(u * values, v.T, key, float(columns))
+        useful[key] = (u[:, :rank], 1 / values[:rank])
+    return AdapterWeights(found), known_gain(useful)
+
+
+def test_the_intrinsic_rank_is_found():
+    """Every useful direction gives the same gain, so that 99% of it needs all of them."""
+    weights, measured = planted({TO_K: 5, CONV: 5, TEXT: 5})
+    smaller, found = intrinsic_rank(weights, measured)
+    assert (found.trained, found.rank) == (16, 5)
+    assert found.best.kept >= 0.99
+    assert {layer.rank for layer in smaller.layers.values()} == {5}
+    assert found.parameters / found.best.parameters == pytest.approx(16 / 5)
+    assert found.best.standard_error == pytest.approx(0, abs=1e-6)
+    assert found.sentence(3.1).startswith(
+        "Trained at rank 16, needs 5, the file is 3.1 times smaller and keeps 100.0%"
+    )
+    assert len(found.tried) <= 10
+
+
+def test_pooled_energies_win_where_layers_differ():
+    weights, measured = planted({TO_K: 1, TO_Q: 9})
+    big = {
+        key: layer_of(layer.up.flatten(1) * (3 if key == TO_Q else 0.3), layer.down.flatten(1), key, 16.0)
+        for key, layer in weights.layers.items()
+    }
+    smaller, found = intrinsic_rank(AdapterWeights(big), measured)
+    assert found.rank == 9
+    assert found.pooled is not None
+    assert found.best.parameters < found.uniform.parameters
+    assert (
+        float(measured([type("At", (), {"weights": smaller, "strength": 1.0})]).mean()) >= 0.99 * found.gain
+    )
+    assert f"ranks of {min(r for r in found.best.ranks.values() if r)} to" in found.sentence(2.0)
+    document = found.document(2.0)
+    assert sum(row["rank"] for row in document["ranks"]) == sum(found.best.ranks.values())
+
+
+def test_the_error_of_what_is_kept_is_paired():
+    """Half of the pictures lose 10% by a cut and half nothing: kept is 95%, and its error that of these
+    six."""
+    weights, _ = planted({TO_K: 4})
+
+    def measured(adapters):
+        cut_down = adapters[0].weights.layers[TO_K].rank < 16
+        gains = torch.ones(6, 2, dtype=torch.float64)
+        return torch.where(torch.arange(6)[:, None] < 3, 0.9, 1.0) * gains if cut_down else gains
+
+    _, found = intrinsic_rank(weights, measured, keep=0.94)
+    assert found.rank == 1
+    assert found.uniform.kept == pytest.approx(0.95)
+    # Deviation of (0.9, 0.9, 0.9, 1, 1, 1) over sqrt(6).
+    assert found.uniform.standard_error == pytest.approx(np.std([0.9] * 3 + [1.0] * 3, ddof=1) / math.sqrt(6))
+
+
+def test_without_a_gain_there_is_nothing_to_keep():
+    weights, measured = planted({TO_K: 4})
+    with pytest.raises(AdapterFileError, match="gains nothing on these pictures"):
+        intrinsic_rank(weights, lambda adapters: -measured(adapters))
+
+
+def test_the_verb_measures_and_writes(tmp_path, capsys, three_pictures):
+    """Random directions rarely gain; a tiny step against a worse one does: this one is trained for a
+    moment."""
+    path, out = trained(tmp_path, three_pictures), tmp_path / "small.safetensors"
+    arguments = ["shrink", str(path), "--out", str(out), "--intrinsic", "--triples", "2", "--json"]
+    assert main([*arguments, "--dataset", str(three_pictures)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["trained"] == 4
+    assert 1 <= found["rank"] <= 4
+    assert found["kept"] >= 0.99
+    assert found["times_smaller"] == pytest.approx(path.stat().st_size / out.stat().st_size)
+    for name, strength in ((path, "1"), (out, "1")):
+        assert (
+            main(
+                [
+                    "validate",
+                    "--lora",
+                    f"{name}:{strength}",
+                    "--dataset",
+                    str(three_pictures),
+                    "--triples",
+                    "2",
+                    "--json",
+                ]
+            )
+            == 0
+        )
+    whole, small = (json.loads(text) for text in capsys.readouterr().out.replace("}\n{", "}\0{").split("\0"))
+    assert whole["gain"] == pytest.approx(found["gain"], rel=1e-4)
+    assert small["gain"] / whole["gain"] == pytest.approx(found["kept"], abs=2e-3)
+
+
+def trained(folder: Path, pictures: Path) -> Path:
+    """An adapter after some steps of plain gradient descent on the pictures' own looks."""
+    from lora_core.data.dataset import scan
+    from lora_core.evaluate.validator import measured_pictures
+    from lora_core.lora.inject import adapter_weights, inject
+    from lora_core.lora.layer import LoraShape
+    from lora_core.lora.targets import ATTENTION
+    from lora_core.models.encode import text_condition
+    from lora_core.models.load import load_base
+    from lora_core.models.unet import prediction
+
+    base = load_base("demo", torch.device("cpu"), torch.float32)
+    looks = measured_pictures(base, scan(pictures).records, 2, 0)
+    injected = inject(base.modules, ["unet"], ATTENTION, LoraShape(4, 4.0), 0)
+    optimizer = torch.optim.Adam(injected.parameters(), 2e-3)
+    for _ in range(3):
+        for picture in looks:
+            noise, at = picture.looks.noise, picture.looks.timesteps
+            latents = picture.latents.expand_as(noise)
+            noisy, target = (
+                base.noise.noisy_latents(latents, noise, at),
+                base.noise.target(latents, noise, at),
+            )
+            text = text_condition(base, [picture.caption]).expand(len(noise))
+            with torch.enable_grad():
+                loss = (prediction(base, noisy, at, text, None) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return saved(adapter_weights(injected).layers, folder / "trained.safetensors")

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lora_core.data.dataset import scan, write_caption
+from lora_core.errors import RunError
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import ModelSection
+from lora_core.train import fingerprint
+from lora_core.train.fingerprint import base_inputs, check_inputs
+from tests.checkpoints import write_single
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "ab":
+        Image.new("RGB", (32, 32), "red").save(folder / f"{name}.png")
+        write_caption(folder / f"{name}.png", name)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder.create(tmp_path / "run", RunConfig())
+
+
+def _caption(pictures, run, monkeypatch):
+    write_caption(pictures / "a.png", "other words")
+    return "the picture a.png"
+
+
+def _picture(pictures, run, monkeypatch):
+    Image.new("RGB", (32, 32), "blue").save(pictures / "b.png")
+    return "the picture b.png"
+
+
+def _gone(pictures, run, monkeypatch):
+    (pictures / "b.png").unlink()
+    return "the picture b.png"
+
+
+def _settings(pictures, run, monkeypatch):
+    run.config_file.write_text(run.config_file.read_text().replace("rank = 16", "rank = 8"))
+    return "config.toml"
+
+
+def _package(pictures, run, monkeypatch):
+    monkeypatch.setattr(fingerprint, "version", lambda name: "9.9" if name == "torch" else "1")
+    return "the package torch"
+
+
+@pytest.mark.parametrize("change", [_caption, _picture, _gone, _settings, _package])
+def test_a_change_since_the_start_is_named_until_it_is_accepted(pictures, run, monkeypatch, change):
+    check_inputs(run, scan(pictures).records, False)
+    check_inputs(run, scan(pictures).records, False)
+    named = change(pictures, run, monkeypatch)
+    with pytest.raises(RunError, match=named):
+        check_inputs(run, scan(pictures).records, False)
+    check_inputs(run, scan(pictures).records, True)
+    check_inputs(run, scan(pictures).records, False)
+
+
+@pytest.mark.parametrize("vae", [False, True], ids=["the base", "its own VAE"])
+def test_a_file_of_the_base_that_was_trained_on_is_named(pictures, run, tmp_path, vae):
+    """As large and of the same layout: only the numbers differ."""
+    file = write_single(tmp_path / "base.safetensors", "sd15", torch.float32)
+    model = ModelSection(base="demo", vae=str(file)) if vae else ModelSection(base=str(file))
+    check_inputs(run, scan(pictures).records, False, base_inputs(model))
+    size = file.stat().st_size
+    with safe_open(str(file), "pt") as opened:
+        header = opened.metadata()
+    save_file({name: 1.01 * tensor for name, tensor in load_file(file).items()}, file, header)
+    assert file.stat().st_size == size
+    with pytest.raises(RunError, match=f"the {'VAE' if vae else 'base'} base.safetensors. Put it back"):
+        check_inputs(run, scan(pictures).records, False, base_inputs(model))
+    check_inputs(run, scan(pictures).records, True, base_inputs(model))
+    check_inputs(run, scan(pictures).records, False, base_inputs(model))

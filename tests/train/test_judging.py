@@ -1,0 +1,162 @@
+"""What validation decides in whole runs: the best step, when it is enough, and how often it is done."""
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lora_core.errors import RunError
+from lora_core.formats.io import read_adapter
+from lora_core.runs import events
+from lora_core.runs.folder import RunFolder
+from lora_core.train import validation, validation_sets
+from lora_core.train.export import exported_checkpoint
+from tests.faults import corrupt
+from tests.train.runs import Toy, broken_at, result, tensors, trained
+
+HOT = {
+    "validation__every": 1, "validation__pictures": 1, "validation__triples": 4, "validation__patience": 3,
+    "validation__prior": 1, "optim__lr": 0.1, "train__steps": 16, "save__every": 4,
+}  # fmt: skip
+
+
+def all_events(run: RunFolder) -> list[events.Event]:
+    return events.read_events(run.events_file)[0]
+
+
+@pytest.fixture
+def hot(unbroken: Callable[..., RunFolder]) -> RunFolder:
+    """A run at a rate at which it soon gets worse, and ends itself."""
+    return unbroken(**HOT)
+
+
+def test_it_stops_when_nothing_is_gained_and_says_why(hot: RunFolder) -> None:
+    ending = all_events(hot)[-1]
+    assert hot.status() == "stopped"
+    assert isinstance(ending, events.Stopped)
+    assert ending.step < 16
+    best = hot.progress().best_step
+    assert f"after step {best}" in ending.reason
+    assert hot.progress().reason == ending.reason
+    assert ending.step in hot.checkpoint_steps()
+
+
+def test_the_best_is_kept_and_exported(hot: RunFolder) -> None:
+    progress = hot.progress()
+    assert progress.best_step in hot.checkpoint_steps()
+    last = progress.validations[-1]
+    assert last.against_best < -last.against_best_error
+    best = read_adapter(hot.checkpoint(progress.best_step) / "adapter.safetensors").layers
+    exported = read_adapter(hot.path / progress.export).layers
+    assert all(torch.equal(exported[key].up, layer.up.half().float()) for key, layer in best.items())
+    assert any("that of step" in warning for warning in progress.warnings)
+
+
+def test_a_best_that_is_not_whole_is_not_exported(own_toy: Toy, hot: RunFolder) -> None:
+    """The last one is, and who asks for the broken one is told."""
+    run, told = own_toy.run("spoiled", **HOT), hot.progress()
+
+    def on_event(event: events.Event) -> None:
+        if isinstance(event, events.Validated) and event.step == told.step:
+            corrupt(run.checkpoint(told.best_step) / "adapter.safetensors")
+
+    assert trained(run, on_event).status == "stopped"
+    last = read_adapter(run.checkpoint(told.step) / "adapter.safetensors").layers
+    exported = read_adapter(run.path / run.progress().export).layers
+    assert all(torch.equal(exported[key].up, layer.up.half().float()) for key, layer in last.items())
+    with pytest.raises(RunError, match=r"is broken: adapter\.safetensors is not what was written"):
+        exported_checkpoint(run, "best", "mine", ("kohya", "fp16"))
+
+
+def test_each_best_beat_the_one_before_by_more_than_the_error(hot: RunFolder) -> None:
+    seen = hot.progress().validations
+    assert seen[0].best
+    for event in seen[1:]:
+        assert event.best == (event.against_best > event.against_best_error)
+
+
+def test_gauge_and_prior_are_what_they_say(hot: RunFolder) -> None:
+    for event in hot.progress().validations:
+        assert event.gauge == pytest.approx(event.train_gain - event.gain)
+        assert event.gauge_error > event.standard_error
+        assert math.isfinite(event.prior)
+        assert sum(row["to"] - row["from"] for row in event.bands) == 1000
+
+
+def test_a_person_who_resumes_it_gets_all_steps(own_toy: Toy) -> None:
+    run = own_toy.run("on", **HOT)
+    assert trained(run).status == "stopped"
+    assert trained(run).status == "done"
+    assert run.progress().step == 16
+
+
+def test_a_kill_changes_nothing_of_the_decision(own_toy: Toy, hot: RunFolder) -> None:
+    """Broken off after the last validation, before its reason could be told, and in the middle."""
+    last = hot.progress().step
+    for number, step in enumerate((last, 3)):
+        run = own_toy.run(f"killed{number}", **HOT)
+        broken_at(run, events.Validated, step)
+        assert trained(run).status == "stopped"
+        assert run.progress().reason == hot.progress().reason
+        assert tensors(run.path / run.progress().export) == tensors(hot.path / hot.progress().export)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9], ids=["no limit", "hardly any"])
+def test_validation_keeps_to_its_share_of_the_time(own_toy: Toy, share: float) -> None:
+    run = own_toy.run(
+        "budget",
+        validation__pictures=1,
+        validation__every=2,
+        validation__budget=share,
+        validation__patience=0,
+    )
+    trained(run)
+    steps = [event.step for event in run.progress().validations]
+    chosen = json.loads(run.plan_file.read_text())["validate_every"]
+    if share:
+        # The first one has to be done to know what it costs, and the last one is always done.
+        assert (steps, chosen > 12) == ([2, 12], True)
+        assert any(f"every {chosen:,} steps rather than every 2" in text for text in run.progress().warnings)
+    else:
+        assert (steps, chosen) == ([2, 4, 6, 8, 10, 12], 2)
+
+
+def test_the_share_is_of_the_time_that_steps_take(own_toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation of 0.35 s against steps of 0.1 s: with a fifth of the time it may be done every 18 steps,
+    which is every 18 where 2 are wished for."""
+    from lora_core.train.divergence import Pace
+
+    run = own_toy.run("share", validation__pictures=1, validation__every=2, validation__budget=0.2)
+    monkeypatch.setattr(Pace, "usual", 0.1)
+    measured: Callable[..., events.Validated] = validation.Judge.validated
+
+    def slow(self: validation.Judge, *args: object) -> events.Validated:
+        event = measured(self, *args)
+        self.seconds = 0.35
+        return event
+
+    monkeypatch.setattr(validation.Judge, "validated", slow)
+    trained(run)
+    assert json.loads(run.plan_file.read_text())["validate_every"] == 18
+
+
+def test_too_few_pictures_are_measured_with_each_others_captions(own_toy: Toy) -> None:
+    """A tenth of four pictures is none."""
+    run = own_toy.run("few", validation__pictures=0.1, validation__every=6)
+    seen = trained(run)
+    assert seen.status == "done"
+    progress = run.progress()
+    assert [event.step for event in progress.validations] == [6, 12]
+    assert validation_sets.CROSSED in progress.warnings
+    # Their own captions help more than those of others.
+    assert progress.validations[-1].gauge != 0.0
+
+
+def test_validating_changes_nothing_of_the_training(own_toy: Toy) -> None:
+    wanted = own_toy.run("without")
+    trained(wanted)
+    run = own_toy.run("with", validation__pictures=0.1, validation__every=3, validation__patience=0)
+    trained(run)
+    assert result(run)["adapter.safetensors"] == result(wanted)["adapter.safetensors"]

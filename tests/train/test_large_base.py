@@ -1,0 +1,164 @@
+"""Two text encoders, pooled text and size conditioning: training, validation and samples on a narrow base of
+SDXL's layout."""
+
+import dataclasses
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from PIL import Image
+
+from lora_core.lora.inject import adapter_weights
+from lora_core.model_files.detect import base_facts
+from lora_core.model_files.starting_settings import starting_settings
+from lora_core.models.encode import text_condition
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.train import loss
+from lora_core.train.data import TextSource
+from lora_core.train.loop import StepPlan, training_steps
+from lora_core.train.setup import Plan, prepared
+from lora_core.train.validation import Judge, drawn_samples
+from tests.checkpoints import write_folder
+
+BOTH = {"optim.text_encoder_lr": 5e-4, "optim.text_encoder_2_lr": 2e-4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("base") / "large", "sdxl", torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pictures")
+    for name, size in (("a", (200, 80)), ("b", (64, 64)), ("c", (64, 64))):
+        Image.effect_noise(size, 60).convert("RGB").save(place / f"{name}.png")
+        (place / f"{name}.txt").write_text(f"thing {name}")
+    return place
+
+
+@pytest.fixture
+def config(folder, pictures):
+    return RunConfig().changed({
+        "dataset.path": str(pictures), "model.base": str(folder), "adapter.rank": 2, "adapter.alpha": 2.0,
+        "train.steps": 4, "train.precision": "fp32", "train.resolution": 64, "optim.lr": 1e-3,
+        "optim.text_encoder_lr": 0.0, "validation.pictures": 1, "validation.triples": 2,
+        "validation.prior": 1, "optim.warmup": 0.0, "optim.schedule": "constant", "loss.min_snr": 0.0,
+        "preview.prompts": ["thing"], "preview.steps": 1,
+    })  # fmt: skip
+
+
+def _session(place: Path, config: RunConfig):
+    run = RunFolder(place / "runs" / "r")
+    if not run.path.exists():
+        run = RunFolder.create(run.path, config)
+    return prepared(run, config, Plan.of(run, config), lambda *_: None)
+
+
+def _steps(session, config, count):
+    steps = training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, 4), 0)
+    for _ in range(count):
+        next(steps)
+        yield adapter_weights(session.trainee.injected).layers
+
+
+def test_the_family_starts_with_frozen_text_encoders(folder):
+    config = RunConfig().changed(starting_settings("character-quick", base_facts(str(folder)).family))
+    assert (config.optim.text_encoder_lr, config.optim.text_encoder_2_lr) == (0.0, 0.0)
+    assert config.optim.lr == 1e-4
+
+
+def test_frozen_encoders_are_cached_with_their_pooled_text_and_leave_memory(tmp_path, config):
+    session = _session(tmp_path, config)
+    base = session.trainee.base
+    assert base.text_encoders == {}
+    assert {part for part, _ in session.trainee.injected.layers} == {"unet"}
+    fresh = _session(tmp_path / "other", config.changed(BOTH)).trainee.base
+    with torch.no_grad():
+        expected = text_condition(fresh, ["thing a", ""])
+    found = session.text.conditions(["thing a", ""])
+    torch.testing.assert_close(found.context, expected.context, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-4, atol=1e-5)
+    assert found.pooled.shape == (2, 1280)
+    # This family was trained with zeros in place of an empty negative prompt.
+    assert not session.text.negative().context.any()
+    assert not session.text.negative().pooled.any()
+
+
+def test_conditions_come_back_from_disk_and_have_their_own_key(tmp_path, config):
+    base = _session(tmp_path, config.changed(BOTH)).trainee.base
+    first = TextSource(base, tmp_path / "text", False, 1, 75).condition("thing")
+    with mock.patch("lora_core.train.data.text_condition") as encode:
+        again = TextSource(base, tmp_path / "text", False, 1, 75).condition("thing")
+        encode.assert_not_called()
+    assert torch.equal(again.context, first.context)
+    assert torch.equal(again.pooled, first.pooled)
+    assert len(list((tmp_path / "text").iterdir())) == 1
+    longer = TextSource(base, tmp_path / "text", False, 1, 150).condition("thing")
+    assert longer.context.shape[1] == 2 * first.context.shape[1]
+    # The padding of the second tokenizer is part of the key.
+    base.tokenizers["text_encoder_2"].pad_token = "<|endoftext|>"
+    TextSource(base, tmp_path / "text", False, 1, 75).condition("thing")
+    assert len(list((tmp_path / "text").iterdir())) == 3
+
+
+def test_the_unet_is_told_the_true_size_and_crop(tmp_path, config):
+    session = _session(tmp_path, config.changed({"validation.pictures": 0}))
+    told = []
+    original = loss.prediction
+
+    def noting(base, noisy, timesteps, text, sizes):
+        told.extend(tuple(row.tolist()) for row in sizes)
+        return original(base, noisy, timesteps, text, sizes)
+
+    with mock.patch.object(loss, "prediction", noting):
+        for _ in _steps(session, config, 3):
+            pass
+    # 200 x 80 is a bucket of 96 x 32: scaled by 0.48 it would be 96 x 38.4, of which 3.2 px go off at the
+    # top.
+    assert set(told) == {(80.0, 200.0, 3.0, 0.0, 32.0, 96.0), (64.0, 64.0, 0.0, 0.0, 64.0, 64.0)}
+
+
+def test_each_text_encoder_learns_at_its_own_rate(tmp_path, config):
+    config = config.changed({**BOTH, "optim.text_encoder_until": 0.5})
+    session = _session(tmp_path, config)
+    assert [(g["lr"], g["until"]) for g in session.trainee.optimizer.param_groups] == [
+        (1e-3, 1.0), (5e-4, 0.5), (2e-4, 0.5)
+    ]  # fmt: skip
+    assert session.trainee.injected.parts() == ["unet", "text_encoder", "text_encoder_2"]
+    seen = list(_steps(session, config, 4))
+    for part in ("text_encoder", "text_encoder_2"):
+        # A layer's first step with Adam moves each number of up by the rate itself.
+        moved = max(float(layer.up.abs().max()) for key, layer in seen[0].items() if key[0] == part)
+        assert moved == pytest.approx({"text_encoder": 5e-4, "text_encoder_2": 2e-4}[part], rel=0.02)
+        ups = [[layer.up for key, layer in layers.items() if key[0] == part] for layers in seen]
+        assert all(torch.equal(a, b) for a, b in zip(ups[1], ups[3], strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(ups[0], ups[1], strict=True))
+
+
+def test_one_text_encoder_may_be_trained_alone(tmp_path, config):
+    session = _session(tmp_path, config.changed({"optim.lr": 0.0, "optim.text_encoder_2_lr": 1e-4}))
+    assert session.trainee.injected.parts() == ["text_encoder_2"]
+    assert set(session.trainee.base.text_encoders) == {"text_encoder", "text_encoder_2"}
+    list(_steps(session, config, 1))
+
+
+@pytest.mark.parametrize("rates", [{}, BOTH], ids=["frozen", "trained"])
+def test_validation_and_samples(tmp_path, config, rates):
+    config = config.changed(rates)
+    session = _session(tmp_path, config)
+    base = session.trainee.base
+    base.facts = dataclasses.replace(base.facts, resolution=64)
+    judge = Judge(session)
+    first = judge.validated(1, lambda *_: None)
+    assert (first.gain, first.train_gain, first.gauge, first.prior) == (0.0, 0.0, 0.0, 0.0)
+    list(_steps(session, config, 2))
+    gain = judge.validated(2, lambda *_: None)
+    assert 0.0 not in (gain.gain, gain.train_gain, gain.prior)
+    assert gain.against_best == pytest.approx(gain.gain)
+    assert gain.base_loss == pytest.approx(gain.adapted_loss + gain.gain)
+    (file,) = drawn_samples(session, config.preview, tmp_path / "sample", "x", lambda *_: None)
+    with Image.open(file) as image:
+        assert image.size == (64, 64)

@@ -1,0 +1,178 @@
+"""Every optimizer learns with a base in every number format, however it writes what it has learned."""
+
+import importlib.machinery
+import sys
+import types
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_weights
+from lora_core.lora.layer import LoraLayer, LoraShape, Moment
+from lora_core.model_files.families import FAMILIES
+from lora_core.settings.choices import OPTIMIZERS, Choice
+from lora_core.settings.schema import OptimSection
+from lora_core.train.loop import Average, MicroBatch, Trainee, take_step
+from lora_core.train.oom import LADDER
+from lora_core.train.setup import AdapterPlan, optimizer_of
+
+KEY = ("unet", "x")
+RATES = {"prodigy": 1.0}
+STEPS = 100
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ByHand(torch.optim.Optimizer):
+    """Gradient descent; the rows below differ in how they write."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.write(p, p.grad.detach(), group["lr"])
+
+    def write(self, p: nn.Parameter, grad: torch.Tensor, lr: float) -> None:
+        raise NotImplementedError
+
+
+class ThroughData(ByHand):
+    def write(self, p, grad, lr):
+        p.data.add_(grad, alpha=-lr)
+
+
+class OwnKernel(ByHand):
+    """Writes to memory that torch sees no change of, as a compiled extension does."""
+
+    def write(self, p, grad, lr):
+        numbers = p.detach().numpy()
+        numbers -= lr * grad.numpy()
+
+
+class NewTensor(ByHand):
+    def write(self, p, grad, lr):
+        p.data = p.data - lr * grad
+
+
+class Replaced(ByHand):
+    """An 8-bit optimizer as far as a run sees it: other arguments, and a kernel of its own."""
+
+    def __init__(self, params: Any, lr: float = 0.1, **rest: Any) -> None:
+        super().__init__(params, lr)
+
+    write = OwnKernel.write
+
+
+ODD = {
+    "through .data": Choice("", "", f"{__name__}:ThroughData"),
+    "own kernel": Choice("", "", f"{__name__}:OwnKernel"),
+    "new tensor": Choice("", "", f"{__name__}:NewTensor"),
+    "new tensor for each factor": Choice("", "", f"{__name__}:NewTensor", by_matrix=True),
+}
+
+
+def trainee_of(
+    name: str, dtype: torch.dtype, rate: float, lora_plus: float = 1.0, on: str = "cpu"
+) -> Trainee:
+    """One layer with its optimizer, as a run has them."""
+    torch.manual_seed(0)
+    shape = LoraShape(4, 4.0)
+    layer = LoraLayer(nn.Linear(12, 10).to(dtype).requires_grad_(False), "x", shape, Moment(), 0)
+    injected = Injected({KEY: layer}, Moment())
+    base: Any = SimpleNamespace(family=FAMILIES["sd15"], device=torch.device(on), dtype=dtype)
+    optim = OptimSection(name=name, lr=rate, text_encoder_lr=0.0, lora_plus=lora_plus)
+    plan = AdapterPlan({KEY: LayerPlan(shape, rate)}, None, "", [])
+    optimizer, storage = optimizer_of(injected, plan, base, optim)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+    return Trainee(base, injected, optimizer, storage, scaler)
+
+
+def learned(trainee: Trainee, steps: int = STEPS) -> float:
+    """Train on a task of rank 2; the loss at the end as a share of that at the start, in what is exported."""
+    layer = trainee.injected.layers[KEY]
+    generator = torch.Generator().manual_seed(1)
+    x, inner, outer = (torch.randn(size, generator=generator) for size in ((64, 12), (12, 2), (2, 10)))
+    x = x.to(trainee.base.dtype)
+    update = x.float() @ inner @ outer / 12**0.5
+    target = layer.base(x).float() + update
+    for step in range(steps):
+        trainee.storage.clear()
+        loss = (layer(x).float() - target).square().mean()
+        trainee.scaler.scale(loss).backward()
+        trainee.storage.gather()
+        part = MicroBatch(["a"], torch.zeros(1), [loss.detach()[None]])
+        _, trouble = take_step(trainee, 1.0, [part], step + 1)
+        assert not trouble
+    seen = float((layer(x).float() - target).square().mean().detach())
+    weights = adapter_weights(trainee.injected).layers[KEY]
+    exported = float((x.float() @ weights.delta().T - update).square().mean())
+    begun = float(update.square().mean())
+    assert seen == pytest.approx(exported, rel=0.1, abs=0.02 * begun), "the layer computes with other numbers"
+    return exported / begun
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *ODD])
+def test_learns(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in ODD:
+        monkeypatch.setitem(OPTIMIZERS, row, ODD[row])
+    assert learned(trainee_of(name, PRECISIONS[precision], RATES.get(name, 0.1))) < 0.2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_card_takes_a_fused_step_where_there_is_one(name: str) -> None:
+    kinds = [bool(trainee_of(name, torch.float32, 0.1, on=on).optimizer.defaults.get("fused"))
+             for on in ("cpu", "cuda")]  # fmt: skip
+    assert kinds == [False, name in ("adam", "adamw")]
+
+
+@pytest.mark.parametrize("name", ["adafactor", "own kernel", "new tensor"])
+def test_learns_with_factors_kept_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in ODD:
+        monkeypatch.setitem(OPTIMIZERS, row, ODD[row])
+    assert learned(trainee_of(name, torch.bfloat16, 0.05, lora_plus=2.0)) < 0.2
+
+
+def test_the_8_bit_rung_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = types.ModuleType("bitsandbytes")
+    package.__spec__ = importlib.machinery.ModuleSpec("bitsandbytes", None)
+    module: Any = types.ModuleType("bitsandbytes.optim")
+    module.AdamW8bit = Replaced
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
+    trainee = trainee_of("adamw", torch.bfloat16, 0.1)
+    rung = next(rung for rung in LADDER if rung.name == "8-bit optimizer")
+    assert rung.possible(trainee, None)  # type: ignore[arg-type]
+    rung.take(trainee)
+    assert isinstance(trainee.optimizer, Replaced)
+    assert learned(trainee) < 0.2
+
+
+def test_whatever_writes_the_factors_is_seen() -> None:
+    """A checkpoint, the average in the adapter's place and back, the end of a range test."""
+    trainee = trainee_of("adamw", torch.bfloat16, 0.1)
+    layer, storage = trainee.injected.layers[KEY], trainee.storage
+    x = torch.randn(3, 12).bfloat16()
+
+    def current() -> bool:
+        plain = layer.base(x) + (x.float() @ layer.down.T @ layer.up.T).bfloat16()
+        return bool(torch.allclose(layer(x), plain, rtol=0.05, atol=0.05))
+
+    start = adapter_weights(trainee.injected)
+    average = Average(trainee.injected, storage, 0.9)
+    before = layer(x)
+    assert learned(trainee) < 0.2
+    assert current()
+    assert (layer(x) - before).abs().max() > 0.5
+    with average.in_place():
+        assert torch.equal(layer(x), before)
+    assert current()
+    load_weights(trainee.injected, start)
+    assert torch.equal(layer(x), before)
+    with storage.writing() as numbers:
+        numbers.numpy()[:] = 1.0
+    assert current()

@@ -1,0 +1,155 @@
+import pytest
+import torch
+
+from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.settings.schema import LossSection
+from lora_core.train.loop import rate_factor
+from lora_core.train.loss import (
+    absolute_error,
+    drawn,
+    huber_delta,
+    huber_error,
+    min_snr_weight,
+    squared_error,
+)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1, 1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25, 0]),
+        # (1 + cos(pi p)) / 2 at p = 0, 1/4, 1/2, 3/4, 1.
+        ("cosine", [1, 0.853553, 0.5, 0.146447, 0]),
+        ("cosine_restarts", [1, 0.146447, 0.5, 0.853553, 0]),
+    ],
+)
+def test_factors_without_warm_up(schedule, factors):
+    assert [rate_factor(s, 100, schedule, 0.0) for s in (0, 25, 50, 75, 100)] == pytest.approx(
+        factors, abs=1e-6
+    )
+
+
+def test_warm_up_rises_in_a_line_and_never_starts_at_zero():
+    factors = [rate_factor(step, 100, "cosine", 0.04) for step in range(5)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rate_factor(0, 10, "cosine", 1.0) > 0
+
+
+def _schedule(prediction):
+    return NoiseSchedule(torch.tensor([0.9, 0.5, 0.1, 0.0]), prediction)
+
+
+def test_min_snr_weights_are_those_of_the_paper():
+    # SNR is 9, 1, 1/9, 0. epsilon: min(SNR, 5) / SNR; velocity: min(SNR, 5) / (SNR + 1).
+    timesteps = torch.arange(4)
+    # At zero SNR the epsilon weight is its limit, 1, and not 0 / 0.
+    epsilon = min_snr_weight(_schedule("epsilon"), timesteps, 5.0)
+    assert epsilon.tolist() == pytest.approx([5 / 9, 1.0, 1.0, 1.0])
+    velocity = min_snr_weight(_schedule("v_prediction"), timesteps, 5.0)
+    assert velocity.tolist() == pytest.approx([0.5, 0.5, 0.1, 0.0])
+    assert min_snr_weight(_schedule("epsilon"), timesteps, 0.0).tolist() == [1.0] * 4
+
+
+def test_timesteps_are_stratified_over_the_batch_and_uniform():
+    counts = torch.zeros(10)
+    for seed in range(500):
+        draw = drawn(torch.zeros(4, 4, 2, 2), 1000, 0.0, torch.Generator().manual_seed(seed))
+        assert sorted((draw.timesteps // 250).tolist()) == [0, 1, 2, 3]
+        counts += torch.bincount(draw.timesteps // 100, minlength=10)
+    assert counts.min() > 150
+    assert counts.max() < 250
+
+
+def test_the_noise_offset_shifts_whole_channels():
+    generator = torch.Generator().manual_seed(0)
+    plain = drawn(torch.zeros(64, 4, 8, 8), 1000, 0.0, generator).noise
+    shifted = drawn(torch.zeros(64, 4, 8, 8), 1000, 0.5, generator).noise
+    # The mean of 64 pixels has deviation 1/8; the offset adds 0.5: sqrt(1/64 + 1/4) = 0.515.
+    assert plain.mean((2, 3)).std() == pytest.approx(0.125, abs=0.02)
+    assert shifted.mean((2, 3)).std() == pytest.approx(0.515, abs=0.06)
+
+
+def test_min_snr_by_default_depends_on_the_prediction():
+    usual = LossSection()
+    assert usual.gamma("epsilon") == 5.0
+    assert usual.gamma("v_prediction") == 0.0
+    by_hand = LossSection(min_snr=3.0)
+    assert by_hand.gamma("epsilon") == by_hand.gamma("v_prediction") == 3.0
+
+
+def test_by_default_the_last_timestep_of_zero_terminal_snr_has_weight():
+    noise = _schedule("v_prediction")
+    weights = min_snr_weight(noise, torch.arange(4), LossSection().gamma(noise.prediction))
+    assert weights.tolist() == [1.0] * 4
+
+
+def _errors(size=0.3, wrong=0.0):
+    """Errors of a prediction: noise of a usual size (an SD loss is about 0.1), some elements far off."""
+    errors = size * torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    errors[:, :, 0, 0] += wrong
+    return errors.requires_grad_()
+
+
+def _gradient(error, errors, delta=0.1):
+    total = error(errors, torch.zeros_like(errors), lambda: torch.full((2,), delta)).mean()
+    return torch.autograd.grad(total, errors)[0]
+
+
+def test_kinds_of_error():
+    predicted, target = torch.tensor([[[[0.5, 3.0]]]]), torch.zeros(1, 1, 1, 2)
+    delta = lambda: torch.tensor([1.0])  # noqa: E731
+    assert squared_error(predicted, target, delta).tolist() == [[[[0.25, 9.0]]]]
+    assert absolute_error(predicted, target, delta).tolist() == [[[[0.5, 3.0]]]]
+    # 2 (sqrt(e^2 + 1) - 1) at 0.5 and 3.
+    found = huber_error(predicted, target, delta).flatten().tolist()
+    assert found == pytest.approx([0.236068, 4.324555], abs=1e-6)
+
+
+def test_huber_is_squared_error_where_errors_are_small():
+    # Far below delta, where sqrt(e^2 + d^2) - d would have no digits left in fp32.
+    errors = _errors(1e-5).detach()
+    found = huber_error(errors, torch.zeros_like(errors), lambda: torch.full((2,), 0.1))
+    assert torch.allclose(found, errors.square(), rtol=1e-6, atol=0.0)
+
+
+def test_huber_at_the_size_of_diffusion_losses_is_not_a_multiple_of_squared_error():
+    errors = _errors()
+    huber, squared = _gradient(huber_error, errors), _gradient(squared_error, errors)
+    # With delta 1, as it was, the gradients are parallel and an optimizer such as Adam cancels the factor.
+    assert (
+        torch.cosine_similarity(_gradient(huber_error, errors, 10.0).flatten(), squared.flatten(), 0) > 0.999
+    )
+    assert torch.cosine_similarity(huber.flatten(), squared.flatten(), 0) < 0.95
+    ratio = huber_error(errors, torch.zeros_like(errors), lambda: torch.full((2,), 0.1)).mean()
+    assert ratio / errors.square().mean() < 0.7
+
+
+def test_huber_limits_what_an_outlier_pulls():
+    errors = _errors(wrong=30.0)
+    huber, squared = _gradient(huber_error, errors), _gradient(squared_error, errors)
+    far = torch.zeros_like(errors, dtype=torch.bool)
+    far[:, :, 0, 0] = True
+
+    def share(gradient):
+        return float(gradient[far].norm() / gradient.norm())
+
+    assert share(squared) > 0.95
+    assert share(huber) < 0.2
+    # No element's gradient of the mean is above 2 delta / n.
+    assert float(huber.abs().max()) <= 2 * 0.1 / errors.numel() * 1.0001
+
+
+def test_huber_schedules():
+    # Signal shares a: sigma = sqrt((1 - a) / a) is 1/3, 1, 3 and infinite; c = 0.1.
+    noise, timesteps = _schedule("v_prediction"), torch.arange(4)
+
+    def deltas(schedule):
+        rules = LossSection(huber_delta=0.1, huber_schedule=schedule)
+        return huber_delta(noise, timesteps, rules).tolist()
+
+    assert deltas("constant") == pytest.approx([0.1] * 4)
+    # (1 - c) / (1 + sigma)^2 + c, as kohya sd-scripts computes it.
+    assert deltas("snr") == pytest.approx([0.9 * 9 / 16 + 0.1, 0.325, 0.9 / 16 + 0.1, 0.1])
+    # c^(t / T).
+    assert deltas("exponential") == pytest.approx([1.0, 0.1**0.25, 0.1**0.5, 0.1**0.75])

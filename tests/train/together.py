@@ -1,0 +1,131 @@
+"""A process of several: `python -m tests.train.together FOLDER`, started as a launcher does it."""
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lora_core.runs import events
+from lora_core.runs.folder import RunFolder
+from lora_core.train import loop
+from lora_core.train.distributed import Fellows, fellowship
+from lora_core.train.loop import MicroBatch, StepPlan, own_parts, shared_parts
+from lora_core.train.setup import Plan, prepared
+from lora_core.train.trainer import follow, train
+
+CASES: dict[str, dict[str, object]] = {
+    "plain": {},
+    "accumulation": {"train__accumulate": 3},
+    "dropout": {"adapter__dropout": 0.3, "adapter__rank_dropout": 0.2, "adapter__module_dropout": 0.1},
+    "text encoder": {"optim__text_encoder_lr": 5e-4, "adapter__dropout": 0.3},
+    "three pictures": {"train__batch_size": 3},
+    "one picture": {"train__batch_size": 1},
+    "in halves": {"train__batch_size": 4, "adapter__dropout": 0.3},
+}
+"""Settings by name, for runs of the same name; the last goes through in two parts on each process."""
+SPLIT = "in halves"
+TRAINED = {
+    "sgd": {
+        "optim__name": "sgd", "optim__lr": 0.1, "train__steps": 20, "train__batch_size": 3,
+        "dataset__flip": True, "dataset__caption_dropout": 0.3, "adapter__dropout": 0.2, "save__every": 20,
+    },
+    "adamw": {
+        "train__steps": 20, "train__accumulate": 2, "validation__pictures": 2.0, "validation__every": 10,
+        "validation__triples": 8, "preview__every": 10, "save__ema": 0.9, "save__every": 10,
+    },
+}  # fmt: skip
+"""Runs that are trained to their end, here and alone."""
+BREAKS, STARVED = "breaks", "starved"
+
+
+def worst_difference(folder: Path, fellows: Fellows, name: str) -> dict[str, float]:
+    """How far the gradient and the losses of a step are from those of this process alone, as a share."""
+    run = RunFolder(folder / "runs" / name)
+    config = run.config()
+    # The main process encodes what is not in the caches yet.
+    plan = replace(Plan.of(run, config), threads=1) if fellows.main else None
+    if plan:
+        fellows.tell(plan)
+    plan = plan or fellows.told()
+    session = prepared(run, config, plan, lambda phase, done, total: None)
+    trainee = session.trainee
+    trainee.split = 2 if name == SPLIT else 1
+    trainee.storage.whole.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(3))
+    how = (session.batches, session.text, StepPlan.of(config, 12), 4)
+    alone = trainee.storage, own_parts(trainee, *how)
+    gradient, losses = alone[0].grads.clone(), _losses(alone[1])
+    trainee.fellows = fellows
+    if not fellows.main:
+        assert fellows.told().step == 4
+        trainee.storage.whole.detach().zero_()
+    together = shared_parts(trainee, *how)
+    return {
+        "gradient": float((trainee.storage.grads - gradient).norm() / gradient.norm()),
+        "losses": float((_losses(together) - losses).norm() / losses.norm()),
+        "size": float(gradient.norm()),
+    }
+
+
+def _losses(parts: list[MicroBatch]) -> torch.Tensor:
+    return torch.stack([torch.cat(part.losses) for part in parts])
+
+
+def trained_together(
+    folder: Path, fellows: Fellows, name: str, on_event: Callable[[events.Event], None]
+) -> None:
+    if not fellows.main:
+        follow(fellows)
+        return
+    run = RunFolder(folder / "runs" / name)
+    with run.held():
+        try:
+            train(run, None, on_event, fellows=fellows)
+        finally:
+            if name != STARVED:
+                fellows.tell(None)
+
+
+def breaking(event: events.Event) -> None:
+    if isinstance(event, events.StepDone) and event.step == 2:
+        raise ZeroDivisionError
+
+
+def starve() -> None:
+    """Have this process lack the memory for the next third micro-batch."""
+    asked: list[None] = []
+    losses = loop.picture_losses
+
+    def starved_losses(*given: object) -> torch.Tensor:
+        asked.append(None)
+        if len(asked) == 3:
+            raise MemoryError
+        return losses(*given)  # type: ignore[arg-type]
+
+    loop.picture_losses = starved_losses
+
+
+def main(folder: Path, fellows: Fellows) -> None:
+    """Gradients of all cases, then all runs, then one that breaks in the main process between two steps, and
+    one that lacks memory in the other."""
+    found = {name: worst_difference(folder, fellows, name) for name in CASES}
+    (folder / f"found-{fellows.number}.json").write_text(json.dumps(found))
+    for name in TRAINED:
+        trained_together(folder, fellows, name, lambda event: None)
+    with contextlib.suppress(ZeroDivisionError):
+        trained_together(folder, fellows, BREAKS, breaking)
+    (folder / f"left-{fellows.number}").touch()
+    if not fellows.main:
+        starve()
+    trained_together(folder, fellows, STARVED, lambda event: None)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with fellowship() as us:
+        main(Path(sys.argv[1]), us)
