@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from lora_core.formats.io import read_adapter
-from lora_core.generate.pipeline import Picture, generated_from_prompt
-from lora_core.lora.inject import Merger, Strengthened
+from lora_core.generate.pipeline import Picture, generate_image
+from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.models.load import load_base
 from lora_core.system.paths import ASSETS
 
@@ -34,13 +34,11 @@ def main(adapter: Path) -> None:
     strip = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(strip)
     for row, strength in enumerate(STRENGTHS):
-        merger.apply([Strengthened(weights, strength)])
+        merger.apply([LoadedLora(weights, strength)])
         top = row * (side + GAP)
         draw.text((4, top + side // 2 - 8), f"{strength:g}", fill="#6d665c", font=ImageFont.load_default(16))
         for column, caption in enumerate(captions[:SHOWN]):
-            strip.paste(
-                generated_from_prompt(base, HOW, caption.strip()), (LABEL + column * (side + GAP), top)
-            )
+            strip.paste(generate_image(base, HOW, caption.strip()), (LABEL + column * (side + GAP), top))
     strip.save(Path(__file__).with_name("strip.png"))
 
 

@@ -5,7 +5,7 @@ and prints nothing:
 
     >>> inspect(file)["kind"]
     'LoRA'
-    >>> merge([LoraAt(str(file), 0.5), file], merged)
+    >>> merge([WeightedLora(str(file), 0.5), file], merged)
     ['1 layers of rank 4 from 2 files.']
 
 Below the verbs are the parts that they are made of: open a base, put an adapter into it, draw a picture:
@@ -13,8 +13,8 @@ Below the verbs are the parts that they are made of: open a base, put an adapter
     >>> base = load_base("demo", torch.device("cpu"), torch.float32)
     >>> weights = read_adapter(file, base.family)
     >>> merger = Merger(base.modules)
-    >>> merger.apply([Strengthened(weights, 0.5)])
-    >>> generated_from_prompt(base, Picture(seed=3), "a red cat").save(out)
+    >>> merger.apply([LoadedLora(weights, 0.5)])
+    >>> generate_image(base, Picture(seed=3), "a red cat").save(out)
 
 Paths are `str` or `Path`. A run is a folder or a name in the workspace; `workspace=None` means the
 environment variable LORA_EASEL_HOME, else the platform's user data folder. Every problem that a user can fix
@@ -33,7 +33,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_core.data.bulk_edit import Edit
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, LoraError, ModelFileError, RunError
-from lora_core.generate.request import LARGEST_SEED, Axis, LoraAt, Shot, grid_settings, grid_shots
+from lora_core.generate.request import (
+    LARGEST_SEED,
+    Axis,
+    GenerationRequest,
+    WeightedLora,
+    grid_requests,
+    grid_settings,
+)
 from lora_core.model_files.detect import base_facts, chosen_base, is_remote
 from lora_core.model_files.starting_settings import like_file, starting_settings
 from lora_core.runs.folder import RunFolder, checked_name, find_run, runs_folder
@@ -43,13 +50,13 @@ from lora_core.verbs import VERBS
 
 if TYPE_CHECKING:
     from lora_core.data.scan import Dataset
-    from lora_core.generate.pipeline import Artist
+    from lora_core.generate.pipeline import Pipeline
     from lora_core.model_files.families import Family
     from lora_core.models.load import BaseModel
     from lora_core.projects.project import Project
     from lora_core.projects.workspace import Projects
     from lora_core.runs.events import Event
-    from lora_core.tools.evaluator import Bench
+    from lora_core.tools.evaluator import Evaluator
     from lora_core.train.trainer import Outcome
 
 _LAZY = {
@@ -57,14 +64,14 @@ _LAZY = {
     "LayerWeights": "lora_core.lora.weights",
     "Merger": "lora_core.lora.inject",
     "Picture": "lora_core.generate.pipeline",
-    "Strengthened": "lora_core.lora.inject",
+    "LoadedLora": "lora_core.lora.inject",
     "adapter_weights": "lora_core.lora.inject",
-    "generated_from_prompt": "lora_core.generate.pipeline",
+    "generate_image": "lora_core.generate.pipeline",
     "inject": "lora_core.lora.inject",
     "inspect_file": "lora_core.formats.inspect",
     "load_base": "lora_core.models.load",
     "read_adapter": "lora_core.formats.io",
-    "validation": "lora_core.evaluate.validator",
+    "validation_report": "lora_core.evaluate.validator",
     "write_adapter": "lora_core.formats.io",
 }
 """Names that need torch, and the modules that they are imported from when they are first asked for."""
@@ -80,19 +87,19 @@ __all__ = [
     "Axis",
     "left_out",
     "like_file",
-    "LoraAt",
+    "WeightedLora",
     "LoraError",
     "Measure",
     "RunConfig",
     "RunFolder",
-    "Shot",
+    "GenerationRequest",
     "merge_into_base",
     "run_config",
     "shrink_intrinsic",
 ]
 
 File = str | Path
-Lora = LoraAt | str | Path
+Lora = WeightedLora | str | Path
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -581,15 +588,15 @@ def probe(
     _check_triples(triples)
     found_pictures = _dataset(dataset, workspace)
     require_clean(found_pictures)
-    from lora_core.evaluate.caption_scores import caption_probe
-    from lora_core.evaluate.triggers import trigger_words
+    from lora_core.evaluate.caption_scores import score_captions
+    from lora_core.evaluate.triggers import propose_triggers
     from lora_core.models.device import best_device, dtype_of
     from lora_core.models.load import load_base
 
     device = best_device()
     opened = load_base(base, device, dtype_of("auto", device))
-    found = caption_probe(opened, found_pictures.records, triples, seed, said=note)
-    found["trigger"] = trigger_words(opened, found_pictures.records, trigger, triples, seed, said=note)
+    found = score_captions(opened, found_pictures.records, triples, seed, said=note)
+    found["trigger"] = propose_triggers(opened, found_pictures.records, trigger, triples, seed, said=note)
     return found
 
 
@@ -603,16 +610,16 @@ def pictures(
     """What a run has learned of each of its pictures, as `pictures --json`; kept in the run's folder too."""
     _check_triples(triples)
     folder = find_run(run, _path(workspace))
-    from lora_core.evaluate.learned import run_pictures
+    from lora_core.evaluate.learned import measure_run_images
 
-    return run_pictures(folder, checkpoint, triples, note)
+    return measure_run_images(folder, checkpoint, triples, note)
 
 
 # Pictures
 
 
 def generate(
-    shot: Shot,
+    shot: GenerationRequest,
     out: File | None = None,
     count: int = 1,
     precision: str = "auto",
@@ -654,7 +661,11 @@ def generate(
 
 
 def grid(
-    shot: Shot, out: File, rows: Axis | None = None, columns: Axis | None = None, precision: str = "auto"
+    shot: GenerationRequest,
+    out: File,
+    rows: Axis | None = None,
+    columns: Axis | None = None,
+    precision: str = "auto",
 ) -> Path:
     """Draw a labelled sheet of pictures that differ in one or two things; returns its path.
 
@@ -679,13 +690,13 @@ def grid(
             "A grid needs --prompt, or prompts as rows or columns, as in --rows prompt=cat,dog."
         )
     _check_shot(shot)
-    shots, target = grid_shots(shot, rows, columns), Path(out)
+    shots, target = grid_requests(shot, rows, columns), Path(out)
     _check_png(target)
     artist = _artist(shot, precision)
-    from lora_core.generate.grid import sheet
+    from lora_core.generate.grid import make_image_grid
     from lora_core.generate.pipeline import save_png
 
-    made = sheet(
+    made = make_image_grid(
         [[artist.drawn(one) for one in row] for row in shots],
         rows.labels() if rows else [],
         columns.labels() if columns else [],
@@ -694,14 +705,14 @@ def grid(
     return target
 
 
-def _artist(shot: Shot, precision: str) -> "Artist":
-    from lora_core.generate.pipeline import open_artist
-    from lora_core.tools.combine import at_rank
+def _artist(shot: GenerationRequest, precision: str) -> "Pipeline":
+    from lora_core.generate.pipeline import open_pipeline
+    from lora_core.tools.combine import truncate_adapter
 
-    return open_artist(shot, at_rank, precision)
+    return open_pipeline(shot, truncate_adapter, precision)
 
 
-def _check_shot(shot: Shot) -> None:
+def _check_shot(shot: GenerationRequest) -> None:
     for name, legal, range_words in (
         ("steps", 1 <= shot.steps <= 1000, "it goes from 1 to 1000"),
         ("seed", 0 <= shot.seed <= LARGEST_SEED, "it is a whole number from 0 on"),
@@ -743,16 +754,16 @@ def validate(measure: Measure, loras: Sequence[Lora] = (), shuffle_captions: boo
         loras: the adapters, all on at once.
         shuffle_captions: give each picture another's caption.
     """
-    from lora_core.evaluate.validator import validation
+    from lora_core.evaluate.validator import validation_report
     from lora_core.formats.io import read_adapter
-    from lora_core.lora.inject import Strengthened
+    from lora_core.lora.inject import LoadedLora
 
     files = _loras(loras)
     base, records = _measured_on(measure)
     adapters = [
-        Strengthened(read_adapter(Path(f.file), base.family), f.strength, f.text_strength) for f in files
+        LoadedLora(read_adapter(Path(f.file), base.family), f.strength, f.text_strength) for f in files
     ]
-    return validation(base, records, adapters, measure.triples, measure.seed, shuffle_captions)
+    return validation_report(base, records, adapters, measure.triples, measure.seed, shuffle_captions)
 
 
 def inspect(file: File, spectrum: bool = False) -> dict[str, Any]:
@@ -812,11 +823,11 @@ def merge(
         base: of a DoRA, whose update depends on its weights.
         note: told how far it is.
     """
-    from lora_core.tools.merge import Wanted, merge_files
+    from lora_core.tools.merge import MergeOptions, merge_files
 
     _check_precision(precision)
     return merge_files(
-        _ingredients(loras), Path(out), Wanted(rank, blocks, precision, base), time.time(), note
+        _ingredients(loras), Path(out), MergeOptions(rank, blocks, precision, base), time.time(), note
     )
 
 
@@ -848,12 +859,12 @@ def shrink(
         note: told how far it is.
     """
     from lora_core.tools.base_weights import BaseWeights
-    from lora_core.tools.rewrite import Rewriting
-    from lora_core.tools.shrink import Wish, shrink_file
+    from lora_core.tools.rewrite import Rewrite
+    from lora_core.tools.shrink import ShrinkTarget, shrink_file
 
-    to = Rewriting(Path(file), Path(out), precision, time.time())
+    to = Rewrite(Path(file), Path(out), precision, time.time())
     known = BaseWeights(base) if base else None
-    return {"file": str(out), "sentences": shrink_file(to, Wish(rank, energy), known, note)}
+    return {"file": str(out), "sentences": shrink_file(to, ShrinkTarget(rank, energy), known, note)}
 
 
 def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "") -> dict[str, Any]:
@@ -862,13 +873,13 @@ def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "
     Returns:
         file, sentences, and what was found, as `shrink --intrinsic --json`.
     """
-    from lora_core.tools.rewrite import Rewriting, check_out
-    from lora_core.tools.shrink import SHRUNK_KEY, intrinsic_rank, opened_plain
+    from lora_core.tools.rewrite import Rewrite, check_out
+    from lora_core.tools.shrink import SHRUNK_KEY, intrinsic_rank, load_plain_lora
 
     check_out(Path(out))
-    to = Rewriting(Path(file), Path(out), precision, time.time())
+    to = Rewrite(Path(file), Path(out), precision, time.time())
     bench, base = _bench(measure)
-    weights, family = opened_plain(Path(file), base.family)
+    weights, family = load_plain_lora(Path(file), base.family)
     smaller, found = intrinsic_rank(weights, bench.gains)
     record = {"intrinsic": found.rank, "kept": found.best.kept, "standard_error": found.best.standard_error}
     to.write(smaller, family, SHRUNK_KEY, record)
@@ -887,10 +898,10 @@ def extract(
 ) -> list[str]:
     """Write the LoRA between a fine-tuned model and its base, to a rank or an energy; returns sentences."""
     from lora_core.tools.extract import extract_file
-    from lora_core.tools.shrink import Wish
+    from lora_core.tools.shrink import ShrinkTarget
 
     _check_precision(precision)
-    return extract_file(tuned, base, Path(out), Wish(rank, energy), precision, time.time(), note)
+    return extract_file(tuned, base, Path(out), ShrinkTarget(rank, energy), precision, time.time(), note)
 
 
 def strength(file: File, measure: Measure, apart: bool = False, bake: File | None = None) -> dict[str, Any]:
@@ -902,25 +913,25 @@ def strength(file: File, measure: Measure, apart: bool = False, bake: File | Non
         apart: one strength for the UNet and one for the text encoders.
         bake: a file to make that has the best strength at 1.
     """
-    from lora_core.tools.rewrite import AS_IT_IS, Rewriting, check_out
-    from lora_core.tools.shrink import opened_plain
-    from lora_core.tools.strength import bake as baked
-    from lora_core.tools.strength import fitted, fitted_apart
+    from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out
+    from lora_core.tools.shrink import load_plain_lora
+    from lora_core.tools.strength import bake_strength as baked
+    from lora_core.tools.strength import fit_strength, fit_strengths_apart
 
     if bake:
         check_out(Path(bake))
     bench, base = _bench(measure)
-    weights = opened_plain(Path(file), base.family)[0]
+    weights = load_plain_lora(Path(file), base.family)[0]
     if apart:
-        fits = dict(zip(("unet", "text_encoders"), fitted_apart(weights, bench.gains), strict=True))
+        fits = dict(zip(("unet", "text_encoders"), fit_strengths_apart(weights, bench.gains), strict=True))
         found: dict[str, Any] = {name: fit.document() for name, fit in fits.items()}
     else:
-        fits = {"adapter": fitted(weights, bench.gains)}
+        fits = {"adapter": fit_strength(weights, bench.gains)}
         found = fits["adapter"].document()
     words = {"unet": "On the UNet the adapter", "text_encoders": "On the text encoders the adapter"}
     said = [fit.sentence(words.get(name, "The adapter")) for name, fit in fits.items()]
     if bake:
-        to = Rewriting(Path(file), Path(bake), AS_IT_IS, time.time())
+        to = Rewrite(Path(file), Path(bake), AS_IT_IS, time.time())
         said.append(baked(to, base.family, [fit.strength for fit in fits.values()]))
         found["file"] = str(bake)
     return {**found, "sentences": said}
@@ -978,13 +989,13 @@ def compare(first: File, second: File) -> dict[str, Any]:
 
 def stack(loras: Sequence[Lora], measure: Measure | None = None) -> dict[str, Any]:
     """How adapters disturb each other when all are on, as `stack --json`; measured too where asked for."""
-    from lora_core.tools.interference import Stacked, measured_stack, stack_report
+    from lora_core.tools.interference import Stacked, interference_report, measure_stack
 
     files = [Stacked(Path(lora.file), lora.strength, lora.text_strength) for lora in _loras(loras)]
-    found = stack_report(files)
+    found = interference_report(files)
     if measure is not None:
         bench, base = _bench(measure)
-        found["validation"] = measured_stack(files, base.family, bench.gains)
+        found["validation"] = measure_stack(files, base.family, bench.gains)
     return found
 
 
@@ -1289,9 +1300,9 @@ def _path(text: File | None) -> Path | None:
     return Path(text) if text else None
 
 
-def _loras(loras: Sequence[Lora]) -> list[LoraAt]:
+def _loras(loras: Sequence[Lora]) -> list[WeightedLora]:
     """Raises AdapterFileError for a file that does not exist."""
-    found = [one if isinstance(one, LoraAt) else LoraAt(str(one)) for one in loras]
+    found = [one if isinstance(one, WeightedLora) else WeightedLora(str(one)) for one in loras]
     for lora in found:
         if not Path(lora.file).is_file():
             raise AdapterFileError(f"The adapter {lora.file} does not exist.")
@@ -1328,11 +1339,11 @@ def _measured_on(measure: Measure) -> "tuple[BaseModel, list[Any]]":
     return base, found.records
 
 
-def _bench(measure: Measure) -> "tuple[Bench, BaseModel]":
+def _bench(measure: Measure) -> "tuple[Evaluator, BaseModel]":
     base, records = _measured_on(measure)
-    from lora_core.tools.evaluator import Bench
+    from lora_core.tools.evaluator import Evaluator
 
-    return Bench(base, records, measure.triples, measure.seed, measure.said), base
+    return Evaluator(base, records, measure.triples, measure.seed, measure.said), base
 
 
 def _check_triples(triples: int) -> None:

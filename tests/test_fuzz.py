@@ -215,7 +215,7 @@ def test_lines_of_a_run(kind: str, fields: dict[str, Any], other: bytes) -> None
 @given(texts | st.lists(texts, max_size=4).map("".join))
 def test_captions_and_texts_in_pictures(place: Path, text: str) -> None:
     with soon():
-        request.parsed(text)
+        request.parse_infotext(text)
         counted(text[:50_000], Plan(desk_of(place).project))
     folder = place / "pictures"
     folder.mkdir(exist_ok=True)

@@ -17,9 +17,9 @@ from lora_core.model_files.families import FAMILIES
 from lora_core.verbs import VERBS, Verb
 
 PARTS = """
-    AdapterWeights Axis LayerWeights LoraAt LoraError Measure Merger Picture RunConfig RunFolder Shot
-    Strengthened adapter_weights generated_from_prompt inject inspect_file left_out like_file load_base
-    merge_into_base read_adapter run_config shrink_intrinsic validation write_adapter
+    AdapterWeights Axis GenerationRequest LayerWeights LoadedLora LoraError Measure Merger Picture RunConfig
+    RunFolder WeightedLora adapter_weights generate_image inject inspect_file left_out like_file load_base
+    merge_into_base read_adapter run_config shrink_intrinsic validation_report write_adapter
 """
 
 

@@ -8,7 +8,7 @@ from app.preview.page_state import Grid, View, sampler_title
 from app.preview.render_queue import Kept
 from app.routes import address
 from app.snapshot import Moment
-from lora_core.generate.request import Axis, Shot
+from lora_core.generate.request import Axis, GenerationRequest
 
 CROSS = (
     '<svg viewBox="0 0 16 16" aria-hidden="true"><path d="m4 4 8 8m0-8-8 8" stroke="currentColor"'
@@ -100,7 +100,7 @@ def _image(moment: Moment, path: Path, alt: str) -> str:
     return f'<img src="{safe(address("generated", moment.desk.generated, path))}" alt="{safe(alt)}">'
 
 
-def _label(shot: Shot) -> str:
+def _label(shot: GenerationRequest) -> str:
     """The strength, of one LoRA."""
     if len(shot.loras) != 1:
         return f"{len(shot.loras)} LoRAs" if shot.loras else "base"
@@ -109,11 +109,11 @@ def _label(shot: Shot) -> str:
     return f"{lora.strength:.2f}{text}"
 
 
-def _ratio(shot: Shot) -> float:
+def _ratio(shot: GenerationRequest) -> float:
     return shot.width / shot.height if shot.width and shot.height else 1.0
 
 
-def _nearest(view: View, shot: Shot) -> Path | None:
+def _nearest(view: View, shot: GenerationRequest) -> Path | None:
     """While a strength is drawn: the picture of the strip that is nearest to it."""
     if len(shot.loras) != 1:
         return None
@@ -123,7 +123,7 @@ def _nearest(view: View, shot: Shot) -> Path | None:
     return view.pictures[nearest] if nearest is not None else None
 
 
-def _facts(moment: Moment, shot: Shot, base: Path | None, drawn: Path | None) -> str:
+def _facts(moment: Moment, shot: GenerationRequest, base: Path | None, drawn: Path | None) -> str:
     """The settings in one line, and the file to take."""
     size = f", {shot.width} {TIMES} {shot.height}" if shot.width and shot.height else ""
     words = (

@@ -13,7 +13,7 @@ from app.preview.page_state import Grid
 from app.preview.request_form import kept_fields, lora_rows, rows_sent, shot_of
 from app.snapshot import Moment, moment_of
 from lora_core.errors import LoraError
-from lora_core.generate.request import Axis, axis, separated
+from lora_core.generate.request import Axis, make_axis, split_values
 
 NOTHING = "none"
 TITLES = {
@@ -134,8 +134,8 @@ def chosen_axis(kind: str, values: Any) -> Axis | None:
         return None
     listed = [str(value) for value in values or []]
     if kind in ("strength", "seed", "rank"):
-        listed = [part for value in listed for part in separated(value)]
-    return axis(kind, listed)
+        listed = [part for value in listed for part in split_values(value)]
+    return make_axis(kind, listed)
 
 
 def _kept(parts: Parts, start: str) -> tuple[str, list[str], Choices]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_core.generate.request import Axis, Info, Shot, Tag, grid_settings, grid_shots
+from lora_core.generate.request import Axis, GenerationRequest, Infotext, Tag, grid_requests, grid_settings
 from lora_core.model_files.detect import chosen_base
 from lora_core.settings.choices import SAMPLERS
 
@@ -14,25 +14,25 @@ STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
 class Grid:
     """A sheet that is wanted: its axes, its pictures, and the PNG once it is whole."""
 
-    shot: Shot
+    shot: GenerationRequest
     rows: Axis | None
     columns: Axis | None
-    cells: list[list[Shot]]
+    cells: list[list[GenerationRequest]]
     sheet: Path | None = None
     problem: str = ""
 
     @classmethod
-    def of(cls, shot: Shot, rows: Axis | None, columns: Axis | None) -> "Grid":
+    def of(cls, shot: GenerationRequest, rows: Axis | None, columns: Axis | None) -> "Grid":
         """The grid of a shot over two axes.
 
         Raises:
             ConfigError: the axes do not fit.
         """
-        cells = [[cell.acting() for cell in row] for row in grid_shots(shot, rows, columns)]
+        cells = [[cell.acting() for cell in row] for row in grid_requests(shot, rows, columns)]
         return cls(shot, rows, columns, cells)
 
     @property
-    def shots(self) -> list[Shot]:
+    def shots(self) -> list[GenerationRequest]:
         """All pictures in reading order."""
         return [shot for row in self.cells for shot in row]
 
@@ -59,20 +59,20 @@ class View:
     message: str
     done: int
     total: int
-    shot: Shot | None
+    shot: GenerationRequest | None
     strip: tuple[float, ...]
     grid: Grid | None
-    pictures: dict[Shot, Path] = field(default_factory=dict)
+    pictures: dict[GenerationRequest, Path] = field(default_factory=dict)
     wanted_at: float = 0.0
-    drawing: Shot | None = None
+    drawing: GenerationRequest | None = None
     looks: int = 0
     note: str = ""
 
-    def picture(self, shot: Shot) -> Path | None:
+    def picture(self, shot: GenerationRequest) -> Path | None:
         """The picture of a shot, if it is there."""
         return self.pictures.get(shot.acting())
 
-    def strip_shots(self) -> list[Shot]:
+    def strip_shots(self) -> list[GenerationRequest]:
         """The pictures of the strip."""
         if self.shot is None or not self.shot.loras:
             return []
@@ -97,7 +97,7 @@ class View:
 def sheet_info(grid: Grid) -> str:
     """What a sheet's PNG says: the settings that its pictures share, and its axes."""
     shot = grid.shot
-    return Info(
+    return Infotext(
         prompt=shot.prompt, negative=shot.negative, steps=shot.steps, sampler=sampler_title(shot.sampler),
         cfg=shot.cfg, cfg_rescale=_rescale(shot), seed=shot.seed, width=shot.width, height=shot.height,
         model=Path(shot.base).stem, clip_skip=shot.clip_skip,
@@ -106,7 +106,7 @@ def sheet_info(grid: Grid) -> str:
     ).text()  # fmt: skip
 
 
-def _rescale(shot: Shot) -> float:
+def _rescale(shot: GenerationRequest) -> float:
     """CFG rescale as it was drawn with."""
     facts = chosen_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
     return facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0

@@ -17,7 +17,7 @@ from typing import Any
 from app.preview.page_state import Grid, View, sheet_info
 from app.worker_client import CANCELLED, Reply, Worker
 from lora_core.errors import LoraError, RunError
-from lora_core.generate.request import Axis, LoraAt, Shot, axis
+from lora_core.generate.request import Axis, GenerationRequest, WeightedLora, make_axis
 from lora_core.runs.storage import to_trash
 from lora_core.system.untrusted import checked_fields, parsed_json
 
@@ -37,7 +37,7 @@ class Kept:
     """
 
     file: Path
-    shot: Shot
+    shot: GenerationRequest
     rows: Axis | None = None
     columns: Axis | None = None
     time: float = 0.0
@@ -126,22 +126,22 @@ class History:
             if not file.is_relative_to(self.folder.absolute()) or not file.is_file():
                 return None
             rows, columns = (
-                axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
+                make_axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
             )
             return Kept(file, shot_of(said["shot"]), rows, columns, float(said["time"]))
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
             return None
 
 
-def shot_of(said: dict[str, Any]) -> Shot:
+def shot_of(said: dict[str, Any]) -> GenerationRequest:
     """A shot from its own JSON.
 
     Raises:
         TypeError, KeyError: it is none.
     """
-    loras = tuple(checked_fields(LoraAt, row) for row in said["loras"])
+    loras = tuple(checked_fields(WeightedLora, row) for row in said["loras"])
     # Before there was a choice, none was rescaled.
-    return checked_fields(Shot, {"cfg_rescale": 0.0, **said, "loras": loras})
+    return checked_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
 
 
 # What the Preview tab shows: a shot beside the base's own picture, a strip of strengths, and a grid. Each
@@ -163,7 +163,7 @@ class _Job:
     """What to do next: draw a shot for a place, or put the grid together."""
 
     place: str
-    shot: Shot | None = None
+    shot: GenerationRequest | None = None
 
 
 class Studio:
@@ -176,12 +176,12 @@ class Studio:
         self.worker = worker
         self._folder = folder
         self._on_picture = on_picture
-        self._shot: Shot | None = None
+        self._shot: GenerationRequest | None = None
         self._strip: tuple[float, ...] = ()
         self._grid: Grid | None = None
         self._error = self._note = ""
         self._wanted_at = 0.0
-        self._drawn: dict[tuple[Shot, tuple[int, ...]], Path] = {}
+        self._drawn: dict[tuple[GenerationRequest, tuple[int, ...]], Path] = {}
         # Of the files as they were at the last wish: one that is written anew changes nothing that is shown
         # until somebody asks again.
         self._times: dict[str, int] = {}
@@ -200,7 +200,7 @@ class Studio:
                 self._histories[folder] = History(folder)
             return self._histories[folder]
 
-    def want(self, shot: Shot, strip: tuple[float, ...] | None = None) -> None:
+    def want(self, shot: GenerationRequest, strip: tuple[float, ...] | None = None) -> None:
         """Look at a shot, with the strip at these strengths (None: as it is); what is drawn for another shot
         is dropped."""
         with self._changed:
@@ -216,7 +216,7 @@ class Studio:
                     self.worker.cancel(self._reply)
             self._begin()
 
-    def look_at(self, shot: Shot) -> bool:
+    def look_at(self, shot: GenerationRequest) -> bool:
         """Move the strengths of what is looked at; false where nothing was drawn yet."""
         if self._shot is None:
             return False
@@ -293,14 +293,14 @@ class Studio:
             self._thread.start()
         self._changed.notify()
 
-    def _needed_pictures(self, shot: Shot) -> bool:
+    def _needed_pictures(self, shot: GenerationRequest) -> bool:
         """Whether what is looked at is there, and the base's own picture with it."""
         return self._picture(shot.acting()) is not None and self._picture(shot.alone()) is not None
 
-    def _strip_shots(self, shot: Shot | None) -> list[Shot]:
+    def _strip_shots(self, shot: GenerationRequest | None) -> list[GenerationRequest]:
         return View("", "", 0, 0, shot, self._strip, None).strip_shots()
 
-    def _picture(self, shot: Shot) -> Path | None:
+    def _picture(self, shot: GenerationRequest) -> Path | None:
         """The picture of a shot, if it was drawn in the open project, from the files as they were at the last
         wish, and is still there."""
         path = self._drawn.get(self._key(shot))
@@ -308,7 +308,7 @@ class Studio:
             return None
         return path if path.is_file() else None
 
-    def _key(self, shot: Shot) -> tuple[Shot, tuple[int, ...]]:
+    def _key(self, shot: GenerationRequest) -> tuple[GenerationRequest, tuple[int, ...]]:
         """A shot and the times of its files: a checkpoint that was written anew is another picture."""
         return shot, tuple(self._times.setdefault(one.file, _time(one.file)) for one in shot.loras)
 
@@ -349,7 +349,7 @@ class Studio:
                 self._job = self._reply = None
             self._on_picture()
 
-    def _draw_request(self, shot: Shot) -> dict[str, Any]:
+    def _draw_request(self, shot: GenerationRequest) -> dict[str, Any]:
         place = self._folder() / time.strftime("%Y-%m")
         return {"do": "generate", **asdict(shot), "look": True, "out": str(place), "key": self._key(shot)[1]}
 

@@ -12,7 +12,7 @@ from app.preview.loras import ADDED, found_loras, lora_groups, owner, run_loras
 from app.preview.page_state import STRIP
 from app.snapshot import Moment
 from lora_core.errors import ConfigError
-from lora_core.generate.request import Info, LoraAt, Shot, checked_rescale
+from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, parse_cfg_rescale
 from lora_core.model_files.detect import Base, chosen_base
 from lora_core.projects.project import Project
 from lora_core.settings.choices import SAMPLERS
@@ -44,7 +44,7 @@ def kept_fields(moment: Moment) -> dict[str, Any]:
     return {name: draft[name] if draft.get(name) not in (None, "") else usual[name] for name in FIELDS}
 
 
-def lora_rows(moment: Moment) -> tuple[list[LoraAt], dict[str, Any]]:
+def lora_rows(moment: Moment) -> tuple[list[WeightedLora], dict[str, Any]]:
     """The LoRAs of the form, and the draft's record of them; the project's newest until the person chose."""
     kept = moment.desk.project.draft().get("preview_loras") or {}
     if isinstance(kept.get("rows"), list):
@@ -56,10 +56,10 @@ def lora_rows(moment: Moment) -> tuple[list[LoraAt], dict[str, Any]]:
             return there, kept
     own = moment.desk.jobs.own
     newest = next((found for found in found_loras(moment) if own(found.watch)), None)
-    return ([LoraAt(str(newest.file))] if newest else []), {"apart": bool(kept.get("apart")), "rev": 0}
+    return ([WeightedLora(str(newest.file))] if newest else []), {"apart": bool(kept.get("apart")), "rev": 0}
 
 
-def checked_rows(rows: Iterable[Any]) -> list[LoraAt]:
+def checked_rows(rows: Iterable[Any]) -> list[WeightedLora]:
     """Rows as a page sends them: file, strength, and the text encoder's strength or None."""
     found = []
     for row in list(rows)[:MOST_LORAS]:
@@ -67,7 +67,7 @@ def checked_rows(rows: Iterable[Any]) -> list[LoraAt]:
             text = row.get("text")
             file = str(row["file"]).strip().strip('"')
             found.append(
-                LoraAt(file, _strength(row.get("strength")), None if text is None else _strength(text))
+                WeightedLora(file, _strength(row.get("strength")), None if text is None else _strength(text))
             )
     return found
 
@@ -81,7 +81,7 @@ def _strength(value: Any) -> float:
     return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3)
 
 
-def keep_rows(project: Project, rows: list[LoraAt], apart: bool) -> int:
+def keep_rows(project: Project, rows: list[WeightedLora], apart: bool) -> int:
     """Put the LoRAs into the draft; returns the number of this change, which grows."""
     before = project.draft().get("preview_loras") or {}
     rev = int(before.get("rev") or 0) + 1
@@ -90,7 +90,7 @@ def keep_rows(project: Project, rows: list[LoraAt], apart: bool) -> int:
     return rev
 
 
-def rows_sent(moment: Moment, text: str) -> list[LoraAt]:
+def rows_sent(moment: Moment, text: str) -> list[WeightedLora]:
     """The LoRAs as a press brought them along, put into the draft if they are news; the draft's where it
     brought none."""
     before, _ = lora_rows(moment)
@@ -117,20 +117,20 @@ def rows_data(moment: Moment) -> dict[str, Any]:
     }
 
 
-def settings_of(moment: Moment, loras: list[LoraAt]) -> RunConfig:
+def settings_of(moment: Moment, loras: list[WeightedLora]) -> RunConfig:
     """The settings that a LoRA was trained with, for its base; the Train tab's for a file from elsewhere."""
     watches = (owner(moment, lora.file) for lora in loras)
     config = next((c for watch in watches if watch and (c := watch.config())), None)
     return config or moment.plan.config
 
 
-def base_for(moment: Moment, loras: list[LoraAt]) -> Base:
+def base_for(moment: Moment, loras: list[WeightedLora]) -> Base:
     """The base that pictures with these LoRAs are drawn with."""
     model = settings_of(moment, loras).model
     return chosen_base(model.base, model.prediction, model.zero_terminal_snr)
 
 
-def shot_of(moment: Moment, given: dict[str, Any], loras: list[LoraAt]) -> Shot:
+def shot_of(moment: Moment, given: dict[str, Any], loras: list[WeightedLora]) -> GenerationRequest:
     """The shot that the form asks for. A seed of -1 becomes a random one.
 
     Raises:
@@ -139,7 +139,7 @@ def shot_of(moment: Moment, given: dict[str, Any], loras: list[LoraAt]) -> Shot:
     config = settings_of(moment, loras)
     base = base_for(moment, loras)
     seed = int(_number(given, "seed", SEED, -1, 2**63 - 1))
-    return Shot(
+    return GenerationRequest(
         **vars(config.model), cfg_rescale=_rescale(given),
         prompt=str(given.get("prompt") or ""), negative=str(given.get("negative") or ""),
         seed=random.randrange(LARGEST_RANDOM) if seed < 0 else seed,
@@ -152,7 +152,7 @@ def shot_of(moment: Moment, given: dict[str, Any], loras: list[LoraAt]) -> Shot:
 
 def _rescale(given: dict[str, Any]) -> NumberOrAuto:
     value = given.get("cfg_rescale")
-    return checked_rescale(AUTO if value in (None, "") else value)
+    return parse_cfg_rescale(AUTO if value in (None, "") else value)
 
 
 def _number(given: dict[str, Any], name: str, usual: float, lowest: float, highest: float) -> float:
@@ -196,20 +196,20 @@ def strip_is_on(project: Project, base: Base) -> bool:
     return base.embedded if chosen is None else bool(chosen)
 
 
-def fields_of(shot: Shot) -> dict[str, Any]:
+def fields_of(shot: GenerationRequest) -> dict[str, Any]:
     """A shot's fields as the form shows them."""
     values = {name: getattr(shot, name) for name in FIELDS}
     return values | {"width": shot.width or None, "height": shot.height or None}
 
 
-def keep_shot(project: Project, shot: Shot) -> None:
+def keep_shot(project: Project, shot: GenerationRequest) -> None:
     """Put a shot's settings into the form."""
     apart = any(lora.text_strength is not None for lora in shot.loras)
     keep_rows(project, list(shot.loras), apart)
     project.keep(preview=fields_of(shot))
 
 
-def keep_info(moment: Moment, info: Info) -> list[str]:
+def keep_info(moment: Moment, info: Infotext) -> list[str]:
     """Put what a picture says of itself into the form; returns the LoRAs that are not found here."""
     project = moment.desk.project
     fields = kept_fields(moment)
@@ -224,15 +224,15 @@ def keep_info(moment: Moment, info: Info) -> list[str]:
     names: dict[str, str] = {}
     for _, files in lora_groups(moment):
         for _, file in files:
-            names.setdefault(LoraAt(file).name.casefold(), file)
-    rows: list[LoraAt] = []
+            names.setdefault(WeightedLora(file).name.casefold(), file)
+    rows: list[WeightedLora] = []
     missing: list[str] = []
     for tag in info.loras:
         found = names.get(tag.name.casefold())
         if found is None:
             missing.append(tag.name)
         else:
-            rows.append(LoraAt(found, _strength(tag.strength), tag.text_strength))
+            rows.append(WeightedLora(found, _strength(tag.strength), tag.text_strength))
     if info.prompt or info.loras:
         keep_rows(project, rows, any(row.text_strength is not None for row in rows))
     return missing
@@ -248,7 +248,7 @@ def added_lora(project: Project, name: str) -> Path:
     return path
 
 
-def run_shot(moment: Moment, name: str) -> Shot:
+def run_shot(moment: Moment, name: str) -> GenerationRequest:
     """A run's export at the run's own first sample prompt, with the sampler and the seed of its samples.
 
     Raises:
@@ -266,5 +266,5 @@ def run_shot(moment: Moment, name: str) -> Shot:
         "cfg_rescale": config.preview.cfg_rescale, "sampler": config.preview.sampler,
         "width": None, "height": None, "negative": "",
     }  # fmt: skip
-    shot = shot_of(moment, fields, [LoraAt(str(files[0].file))])
+    shot = shot_of(moment, fields, [WeightedLora(str(files[0].file))])
     return replace(shot, prompt=prompt or str(fields["prompt"]))

@@ -16,7 +16,7 @@ from app.routes import Answer, Refused, sent_json
 from app.snapshot import moment_of
 from app.state import Desk
 from lora_core.errors import LoraError, RunError
-from lora_core.generate.request import axis
+from lora_core.generate.request import make_axis
 
 FRESH = {"Cache-Control": "no-store"}
 
@@ -127,7 +127,7 @@ def strip_sheet(desk: Desk) -> Path:
     shots = view.strip_shots()
     if view.shot is None or not shots or any(shot not in view.pictures for shot in shots):
         raise RunError("The strip is not drawn yet; draw it first.")
-    columns = axis("strength", list(view.strip))
+    columns = make_axis("strength", list(view.strip))
     grid = Grid(view.shot, None, columns, [shots])
     stem = view.pictures[shots[0]]
     out = stem.with_name(f"{stem.stem}-strip.png")

@@ -33,7 +33,7 @@ from app.snapshot import Moment, moment_of
 from app.train.base_picker import base_choices
 from lora_core.data.scan import safe_name
 from lora_core.errors import DatasetError, LoraError
-from lora_core.generate.request import Info, LoraAt, axis, parsed, separated
+from lora_core.generate.request import Infotext, WeightedLora, make_axis, parse_infotext, split_values
 from lora_core.model_files.header import read_header
 from lora_core.settings.choices import SAMPLERS
 
@@ -182,7 +182,7 @@ def _wire_strip(parts: Parts, own: tuple[Any, Any, Any], fields: dict[str, Any],
     at, follow, again = own
 
     def kept(values: str, on: bool) -> tuple[float, ...]:
-        found = tuple(float(v) for v in axis("strength", separated(values or "")).values)
+        found = tuple(float(v) for v in make_axis("strength", split_values(values or "")).values)
         desk.project.keep(preview_strip_at={"values": list(found), "on": bool(on)})
         return found
 
@@ -240,7 +240,7 @@ def _file_box(parts: Parts, fields: dict[str, Any]) -> None:
             # Gradio's copy has done its work.
             path.unlink(missing_ok=True)
 
-    def sent(info: Info | None) -> list[Any]:
+    def sent(info: Infotext | None) -> list[Any]:
         if info is None:
             return [gr.skip(), *(gr.skip() for _ in fields)]
         missing = keep_info(moment_of(desk), info)
@@ -264,7 +264,7 @@ def _added(parts: Parts, file: Path) -> str:
     except OSError as error:
         raise DatasetError(f"{file.name} cannot be kept: {error.strerror or error}.") from error
     rows, kept = lora_rows(moment_of(parts.desk))
-    keep_rows(project, [*rows, LoraAt(str(target))], bool(kept.get("apart")))
+    keep_rows(project, [*rows, WeightedLora(str(target))], bool(kept.get("apart")))
     return f'<p class="small" role="status">{safe(target.stem)} is added.</p>'
 
 
@@ -274,7 +274,7 @@ def _added(parts: Parts, file: Path) -> str:
 LONGEST_SHOWN = 600
 
 
-def picture_info(file: Path) -> Info:
+def picture_info(file: Path) -> Infotext:
     """The settings inside a picture.
 
     Raises:
@@ -289,10 +289,10 @@ def picture_info(file: Path) -> Info:
         raise DatasetError(
             f"{file.name} holds no settings; pictures lose them when a site or a chat packs them anew."
         )
-    return parsed(text)
+    return parse_infotext(text)
 
 
-def info_html(name: str, info: Info) -> str:
+def info_html(name: str, info: Infotext) -> str:
     """What was read, with the button that sends it to the form."""
     size = f"{info.width} {TIMES} {info.height}" if info.width and info.height else ""
     loras = ", ".join(f"{tag.name} {tag.strength:g}" for tag in info.loras)

@@ -9,7 +9,7 @@ from app.header import accept_button, percent, request_button, resume_button, ru
 from app.jobs import Watch
 from app.snapshot import Moment
 from app.train.checks import in_words
-from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, thinned
+from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
 from lora_core.report.rank_plots import rate_html
 from lora_core.runs.costs import seconds_left
 from lora_core.runs.events import RateFound, StepDone, Validated
@@ -33,8 +33,8 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
         return _empty("The curve begins with the first steps.")
     # Rounded, so that a loss that stands still is no picture of rounding errors.
     means = [round(y, DIGITS) for y in smoothed([y for _, y in points])]
-    calm = thinned([(x, y) for (x, _), y in zip(points, means, strict=True)])
-    raw = thinned(points)
+    calm = downsample([(x, y) for (x, _), y in zip(points, means, strict=True)])
+    raw = downsample(points)
     stride = math.ceil(len(points) / MOST_POINTS) or 1
     ys = sorted(y for _, y in raw)
     # A single wild step must not flatten the rest of the curve.

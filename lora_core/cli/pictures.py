@@ -9,7 +9,14 @@ from pathlib import Path
 from lora_core import api
 from lora_core.cli import Verbs, adapter_file, add_json, add_workspace, say, say_json, write
 from lora_core.errors import AdapterFileError
-from lora_core.generate.request import KINDS, Axis, LoraAt, Shot, axis_of, checked_rescale
+from lora_core.generate.request import (
+    KINDS,
+    Axis,
+    GenerationRequest,
+    WeightedLora,
+    parse_axis,
+    parse_cfg_rescale,
+)
 from lora_core.model_files.header import read_header
 from lora_core.settings.choices import PREDICTIONS, ZERO_TERMINAL_SNR
 from lora_core.settings.schema import AUTO
@@ -88,13 +95,15 @@ def _add_base_and_loras(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def loras_of(texts: Iterable[str], place: Path | None) -> list[LoraAt]:
+def loras_of(texts: Iterable[str], place: Path | None) -> list[WeightedLora]:
     """The adapters of FILE[:STRENGTH[:TEXT_STRENGTH]]s.
 
     Raises:
         LoraError: as `file_and_strengths`.
     """
-    return [LoraAt(str(path), s, t) for path, s, t in (file_and_strengths(text, place) for text in texts)]
+    return [
+        WeightedLora(str(path), s, t) for path, s, t in (file_and_strengths(text, place) for text in texts)
+    ]
 
 
 def note_extras(files: Iterable[str | Path]) -> None:
@@ -135,15 +144,15 @@ def file_and_strengths(text: str, place: Path | None = None) -> tuple[Path, floa
     return path, first, second
 
 
-def _shot(options: argparse.Namespace) -> Shot:
+def _shot(options: argparse.Namespace) -> GenerationRequest:
     """The picture that a command line asks for.
 
     Raises:
         LoraError: an option is out of range, or an adapter is not there.
     """
-    return Shot(
+    return GenerationRequest(
         base=options.base, prediction=options.prediction, vae=options.vae,
-        zero_terminal_snr=options.zero_terminal_snr, cfg_rescale=checked_rescale(options.cfg_rescale),
+        zero_terminal_snr=options.zero_terminal_snr, cfg_rescale=parse_cfg_rescale(options.cfg_rescale),
         prompt=options.prompt, negative=options.negative, seed=options.seed, steps=options.steps,
         cfg=options.cfg, sampler=options.sampler, width=options.width, height=options.height,
         loras=tuple(loras_of(options.lora, options.workspace)),
@@ -170,7 +179,7 @@ def _grid(options: argparse.Namespace) -> int:
 
 def _axis(text: str, place: Path | None) -> Axis:
     """An axis, its checkpoints as files."""
-    axis = axis_of(text)
+    axis = parse_axis(text)
     if axis.kind != "checkpoint":
         return axis
     return Axis(axis.kind, tuple(str(adapter_file(str(value), place)) for value in axis.values))

@@ -19,11 +19,11 @@ from lora_core.data.captions import CaptionRules, drawn_caption
 from lora_core.data.images import content_hash
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
-from lora_core.evaluate.validator import Measured, looks_at, measured_pictures, triple_losses
+from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel
 
-Said = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with (done, all) as it goes on; what it raises ends it."""
 OTHERS = 6
 """Captions of other pictures that every picture is compared with."""
@@ -36,7 +36,7 @@ _MATTERS, _VAGUE = 0.25, 0.15
 _QUOTED = 60
 
 
-def plain(caption: str) -> str:
+def plain_caption(caption: str) -> str:
     """One caption with nothing left to chance: the first alternative of each."""
     return drawn_caption(caption, CaptionRules("", 0.0, 0.0, False, 0), random.Random(0))
 
@@ -59,7 +59,7 @@ class _Difference:
 class _Teller:
     """Counts measured captions over several rounds."""
 
-    def __init__(self, said: Said | None, total: int) -> None:
+    def __init__(self, said: OnProgress | None, total: int) -> None:
         self._said = said
         self.done, self.total = 0, total
 
@@ -69,8 +69,12 @@ class _Teller:
             self._said(min(self.done, self.total), self.total)
 
 
-def caption_probe(
-    base: BaseModel, records: Sequence[ImageRecord], triples: int = 4, seed: int = 0, said: Said | None = None
+def score_captions(
+    base: BaseModel,
+    records: Sequence[ImageRecord],
+    triples: int = 4,
+    seed: int = 0,
+    said: OnProgress | None = None,
 ) -> dict[str, Any]:
     """How well each caption fits its picture by the base's own loss, the worst first.
 
@@ -90,8 +94,8 @@ def caption_probe(
     Raises:
         DatasetError: fewer than two pictures have captions, or all have the same one.
     """
-    records = [record for record in records if plain(record.caption)]
-    captions = [plain(record.caption) for record in records]
+    records = [record for record in records if plain_caption(record.caption)]
+    captions = [plain_caption(record.caption) for record in records]
     if len(set(captions)) < 2:
         raise DatasetError(
             "Checking captions needs at least two pictures with different captions; write some first."
@@ -101,7 +105,7 @@ def caption_probe(
     teller = _Teller(said, len(records) * (3 + min(OTHERS, len(set(captions)) - 1)) + ahead)
     pictures = []
     for record, caption in zip(records, captions, strict=True):
-        (one,) = measured_pictures(base, [record], triples, seed)
+        (one,) = encode_eval_images(base, [record], triples, seed)
         pictures.append(replace(one, caption=caption))
         teller()
     losses = _Losses(base, teller)
@@ -136,7 +140,7 @@ def _rank(row: dict[str, Any]) -> tuple[bool, float, float]:
 class _First:
     """What a first look says of a picture: `losses` with its own caption, none, and others, (2 + n, K)."""
 
-    picture: Measured
+    picture: EvalImage
     losses: torch.Tensor
 
     @property
@@ -160,10 +164,10 @@ class _Losses:
         with torch.no_grad():
             return text_condition(self._base, [caption])
 
-    def of(self, picture: Measured, captions: Iterable[str]) -> torch.Tensor:
+    def of(self, picture: EvalImage, captions: Iterable[str]) -> torch.Tensor:
         """(captions, K)."""
         asked = [replace(picture, caption=caption) for caption in captions]
-        return triple_losses(self._base, asked, self._condition, self._teller)
+        return eval_losses(self._base, asked, self._condition, self._teller)
 
 
 def _others(captions: Sequence[str], own: str, draw: random.Random) -> list[str]:
@@ -189,12 +193,12 @@ def _row(record: ImageRecord, one: _First) -> dict[str, Any]:
 
 
 def _better(
-    record: ImageRecord, picture: Measured, others: list[str], losses: _Losses, seed: int
+    record: ImageRecord, picture: EvalImage, others: list[str], losses: _Losses, seed: int
 ) -> dict[str, Any]:
     """The other caption that fits best, and by how much it is better than the own one on fresh triples."""
     best = others[int(losses.of(picture, others).mean(1).argmin())]
     count = 2 * len(picture.looks.timesteps)
-    fresh = looks_at(content_hash(record.path), picture.latents, count, seed + 1, losses.timesteps)
+    fresh = eval_noise(content_hash(record.path), picture.latents, count, seed + 1, losses.timesteps)
     own, other = losses.of(replace(picture, looks=fresh), [picture.caption, best])
     found = _Difference.of(own, other)
     return {"caption": best, "by": found.mean, "error": found.error}

@@ -16,7 +16,7 @@ CLEARLY = 2.0
 """So many standard errors leave little doubt."""
 
 
-def difference(before: torch.Tensor | None, now: torch.Tensor) -> tuple[float, float]:
+def paired_difference(before: torch.Tensor | None, now: torch.Tensor) -> tuple[float, float]:
     """How much less is lost now than before, and its standard error.
 
     Args:
@@ -31,12 +31,12 @@ def difference(before: torch.Tensor | None, now: torch.Tensor) -> tuple[float, f
     return float(gained.mean()), max(clustered_error(gained), floor)
 
 
-def better(gained: float, error: float) -> bool:
+def is_better(gained: float, error: float) -> bool:
     """Whether a difference speaks for the later step."""
     return gained > error
 
 
-def worse(gained: float, error: float) -> bool:
+def is_worse(gained: float, error: float) -> bool:
     """Whether a difference speaks against the later step."""
     return gained < -error
 

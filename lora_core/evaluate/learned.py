@@ -23,10 +23,10 @@ from lora_core.data.holdout import held_out
 from lora_core.data.images import content_hash
 from lora_core.data.scan import ImageRecord
 from lora_core.data.statistics import Training, step_shares
-from lora_core.evaluate.caption_scores import Said, plain
-from lora_core.evaluate.validator import Measured, looks_at, triple_losses
+from lora_core.evaluate.caption_scores import OnProgress, plain_caption
+from lora_core.evaluate.validator import EvalImage, eval_losses, eval_noise
 from lora_core.formats.io import read_adapter
-from lora_core.lora.inject import Merger, Strengthened
+from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
 from lora_core.models.device import best_device, dtype_of
 from lora_core.models.encode import TextCondition, encoded_picture, picture_pixels, text_condition
@@ -45,11 +45,11 @@ Opened = Callable[[ModelSection], BaseModel]
 """From what names a base to the base with no adapter in it."""
 
 
-def run_pictures(
+def measure_run_images(
     run: RunFolder,
     which: str = "best",
     triples: int = 8,
-    said: Said | None = None,
+    said: OnProgress | None = None,
     opened: Opened | None = None,
 ) -> dict[str, Any]:
     """Measure a run's adapter on each of its pictures, and write that to `pictures.json` of the run.
@@ -73,7 +73,7 @@ def run_pictures(
     require_clean(dataset)
     base = (opened or _opened)(config.model)
     weights = read_adapter(run.checkpoint(step) / "adapter.safetensors", base.family)
-    rows = picture_rows(base, dataset.records, weights, config, triples, said)
+    rows = image_rows(base, dataset.records, weights, config, triples, said)
     found = {"step": step, "triples": triples, "rows": rows}
     write_atomically(run.path / FILE, json.dumps(found, ensure_ascii=False).encode())
     return found
@@ -87,13 +87,13 @@ def _opened(model: ModelSection) -> BaseModel:
     )  # fmt: skip
 
 
-def picture_rows(
+def image_rows(
     base: BaseModel,
     records: Sequence[ImageRecord],
     weights: AdapterWeights,
     config: RunConfig,
     triples: int = 8,
-    said: Said | None = None,
+    said: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
     """What was learned of each picture: those that stand out first, then the least learned ones.
 
@@ -132,12 +132,12 @@ def picture_rows(
         _row(record, share, record.path in out, of_one)
         for record, share, of_one in zip(records, shares, losses, strict=True)
     ]
-    judge(rows)
+    mark_outliers(rows)
     return sorted(rows, key=lambda row: (not row["suspect"], row["learned"]))
 
 
 def _losses(
-    base: BaseModel, pictures: list[Measured], weights: AdapterWeights, config: RunConfig, told: Said
+    base: BaseModel, pictures: list[EvalImage], weights: AdapterWeights, config: RunConfig, told: OnProgress
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Of each picture: the base's losses, the adapted ones, and the adapted ones without a caption."""
 
@@ -146,32 +146,32 @@ def _losses(
             return text_condition(base, [caption], config.train.clip_skip, config.train.tokens)
 
     merger = Merger(base.modules)
-    before = triple_losses(base, pictures, encoded, told)
+    before = eval_losses(base, pictures, encoded, told)
     try:
-        merger.apply([Strengthened(weights)])
+        merger.apply([LoadedLora(weights)])
         # The adapter may be in the text encoder too, and without a caption all conditions are the same.
         empty = functools.lru_cache(maxsize=1)(encoded)
-        after = triple_losses(base, pictures, encoded, told)
-        bare = triple_losses(base, [replace(one, caption="") for one in pictures], empty, told)
+        after = eval_losses(base, pictures, encoded, told)
+        bare = eval_losses(base, [replace(one, caption="") for one in pictures], empty, told)
     finally:
         merger.apply([])
     return list(zip(before, after, bare, strict=True))
 
 
-def _measured(base: BaseModel, record: ImageRecord, config: RunConfig, triples: int) -> Measured:
+def _measured(base: BaseModel, record: ImageRecord, config: RunConfig, triples: int) -> EvalImage:
     resolution = config.train.resolution or base.resolution
     bucket = bucket_of(record.width, record.height, resolution, base.size_multiple)
     latents = encoded_picture(base, picture_pixels(record, bucket))
-    looks = looks_at(content_hash(record.path), latents, triples, config.seed, base.noise.timesteps)
+    looks = eval_noise(content_hash(record.path), latents, triples, config.seed, base.noise.timesteps)
     sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
-    caption = with_trigger(plain(record.caption), config.dataset.trigger)
-    return Measured(latents, looks, caption, sizes)
+    caption = with_trigger(plain_caption(record.caption), config.dataset.trigger)
+    return EvalImage(latents, looks, caption, sizes)
 
 
 def _row(record: ImageRecord, share: float, held: bool, losses: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     before, after, bare = losses
     gain, helps = before - after, bare - after
-    spoken = bool(plain(record.caption))
+    spoken = bool(plain_caption(record.caption))
     return {
         "picture": str(record.path),
         "gain": float(gain.mean()), "standard_error": _error(gain),
@@ -186,7 +186,7 @@ def _error(values: torch.Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
-def judge(rows: list[dict[str, Any]]) -> None:
+def mark_outliers(rows: list[dict[str, Any]]) -> None:
     """Mark pictures that stand out: a caption that does not help, or far less learned than of the others."""
     captioned = [row for row in rows if row["helps"] is not None]
     helps = [row["helps"] for row in captioned]

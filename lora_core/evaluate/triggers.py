@@ -18,8 +18,8 @@ from lora_core.data.captions import tags_of
 from lora_core.data.scan import ImageRecord
 from lora_core.data.statistics import words_of
 from lora_core.errors import DatasetError
-from lora_core.evaluate.caption_scores import Said, plain
-from lora_core.evaluate.validator import Measured, measured_pictures
+from lora_core.evaluate.caption_scores import OnProgress, plain_caption
+from lora_core.evaluate.validator import EvalImage, encode_eval_images
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import prediction
@@ -35,13 +35,13 @@ _SHAPES = ("cvccv", "cvcvc", "vccv", "ccvcc", "cvcc", "ccvc")
 _KNOWS = 1.3
 
 
-def trigger_words(
+def propose_triggers(
     base: BaseModel,
     records: Sequence[ImageRecord],
     given: str = "",
     triples: int = 4,
     seed: int = 0,
-    said: Said | None = None,
+    said: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Short words by how little the base reacts to them, the least first.
 
@@ -63,12 +63,12 @@ def trigger_words(
     if not records:
         raise DatasetError("Proposing a trigger word needs pictures; put some in.")
     some = random.Random(seed).sample(list(records), min(PICTURES, len(records)))
-    pool = candidates(base, [record.caption for record in records], seed)
+    pool = trigger_candidates(base, [record.caption for record in records], seed)
     known = _known_words(records, given)
     shots = [
-        replace(one, caption=plain(record.caption))
+        replace(one, caption=plain_caption(record.caption))
         for record in some
-        for one in measured_pictures(base, [record], triples, seed)
+        for one in encode_eval_images(base, [record], triples, seed)
     ]
     measure = _Reactions(base, shots, said, len(pool) + 2 * _KEPT + len(known) + 1)
     # A first look at all of them with one picture, a second at the best.
@@ -84,7 +84,7 @@ def trigger_words(
     return {"usual": usual, "rows": sorted(rows, key=lambda row: float(row["reaction"]))}
 
 
-def candidates(base: BaseModel, captions: Sequence[str], seed: int) -> list[str]:
+def trigger_candidates(base: BaseModel, captions: Sequence[str], seed: int) -> list[str]:
     """Invented words and a few that many people use, of the fewest tokens, in no caption.
 
     Rare words of a vocabulary are no choice: they are names and abbreviations, and those mean something to
@@ -96,7 +96,7 @@ def candidates(base: BaseModel, captions: Sequence[str], seed: int) -> list[str]
     taken = frozenset().union(*(words_of(caption) for caption in captions))
     draw = random.Random(seed)
     words = [*_USUAL, *(_invented(draw) for _ in range(_INVENTED))]
-    short = {word: number for word in words if (number := token_number(base, word)) <= MOST_TOKENS}
+    short = {word: number for word in words if (number := num_tokens(base, word)) <= MOST_TOKENS}
     found = sorted((word for word in short if word not in taken), key=short.__getitem__)[:_POOL]
     if not found:
         raise DatasetError("No short word is left that stands in no caption; choose a trigger word yourself.")
@@ -112,7 +112,7 @@ def _one(values: Sequence[str], draw: random.Random) -> str:
     return values[int(draw.random() * len(values))]
 
 
-def token_number(base: BaseModel, word: str) -> int:
+def num_tokens(base: BaseModel, word: str) -> int:
     """How many tokens the base reads for a word."""
     tokenizer = next(iter(base.tokenizers.values()))
     return len(tokenizer(word, add_special_tokens=False, truncation=False, verbose=False).input_ids)
@@ -121,14 +121,14 @@ def token_number(base: BaseModel, word: str) -> int:
 def _known_words(records: Sequence[ImageRecord], given: str) -> list[str]:
     """First tags of captions: words that surely mean something; "" where there are none."""
     own = given.strip().casefold()
-    tags = [next((t for t in tags_of(plain(r.caption)) if t.casefold() != own), "") for r in records]
+    tags = [next((t for t in tags_of(plain_caption(r.caption)) if t.casefold() != own), "") for r in records]
     return list(dict.fromkeys(tag.strip(string.punctuation) for tag in tags if tag))[:_KNOWN]
 
 
 class _Reactions:
     """How far a word moves the prediction, on fixed looks at a few pictures."""
 
-    def __init__(self, base: BaseModel, shots: list[Measured], said: Said | None, total: int) -> None:
+    def __init__(self, base: BaseModel, shots: list[EvalImage], said: OnProgress | None, total: int) -> None:
         self._base, self._shots, self._said = base, shots, said
         self._done, self._total = 0, total
         self._condition: Callable[[str], TextCondition] = functools.lru_cache(maxsize=64)(self._encoded)
@@ -150,7 +150,7 @@ class _Reactions:
             self._said(min(self._done, self._total), self._total)
         return torch.stack(moved)
 
-    def _prediction(self, shot: Measured, caption: str) -> torch.Tensor:
+    def _prediction(self, shot: EvalImage, caption: str) -> torch.Tensor:
         base, looks = self._base, shot.looks
         noise, timesteps = looks.noise.to(base.device), looks.timesteps.to(base.device)
         noisy = base.noise.noisy_latents(shot.latents.to(base.device).expand_as(noise), noise, timesteps)
@@ -167,7 +167,7 @@ def _usual(measure: _Reactions, known: list[str]) -> float:
 
 
 def _row(base: BaseModel, word: str, reaction: torch.Tensor) -> dict[str, Any]:
-    mean, tokens = float(reaction.mean()), token_number(base, word)
+    mean, tokens = float(reaction.mean()), num_tokens(base, word)
     error = float(reaction.std() / len(reaction) ** 0.5) if len(reaction) > 1 else 0.0
     count = "1 token" if tokens == 1 else f"{tokens} tokens"
     sentence = (

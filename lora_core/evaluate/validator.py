@@ -11,21 +11,21 @@ import torch
 from lora_core.data.buckets import bucket_of, size_conditioning
 from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import content_hash
-from lora_core.lora.inject import Merger, Strengthened
+from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.models.encode import TextCondition, encoded_picture, picture_pixels, text_condition
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import prediction
 
 
 @dataclass(frozen=True)
-class Looks:
+class EvalNoise:
     """All looks at one picture: `timesteps` (K,) and `noise` (K, 4, h, w)."""
 
     timesteps: torch.Tensor
     noise: torch.Tensor
 
 
-def looks_at(picture: str, latents: torch.Tensor, count: int, seed: int, timesteps: int) -> Looks:
+def eval_noise(picture: str, latents: torch.Tensor, count: int, seed: int, timesteps: int) -> EvalNoise:
     """The fixed looks at one picture.
 
     Timesteps are stratified over the whole range, one a stratum; noise comes in pairs of opposite sign, which
@@ -45,7 +45,7 @@ def looks_at(picture: str, latents: torch.Tensor, count: int, seed: int, timeste
     strata = (torch.arange(count, dtype=torch.float64) + offsets) / count
     halves = torch.randn((count + 1) // 2, *latents.shape, generator=generator)
     noise = torch.stack([halves, -halves], dim=1).flatten(0, 1)[:count]
-    return Looks((strata * timesteps).long().clamp(max=timesteps - 1), noise)
+    return EvalNoise((strata * timesteps).long().clamp(max=timesteps - 1), noise)
 
 
 # Gain: how much better than the base an adapter predicts pictures that it was not trained on.
@@ -60,12 +60,12 @@ BATCH = 4
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvalImage:
     """One picture ready to be measured: `latents` (4, h, w), its fixed looks, its caption, and what a UNet
     with size conditioning is told of it, (6,); None for a picture of just its size."""
 
     latents: torch.Tensor
-    looks: Looks
+    looks: EvalNoise
     caption: str
     sizes: torch.Tensor | None = None
 
@@ -80,9 +80,9 @@ class Gain:
     adapted_loss: float
 
 
-def triple_losses(
+def eval_losses(
     base: BaseModel,
-    pictures: list[Measured],
+    pictures: list[EvalImage],
     condition: Callable[[str], TextCondition],
     on_picture: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
@@ -134,7 +134,7 @@ def clustered_error(values: torch.Tensor) -> float:
     return float(means.std() / len(means) ** 0.5)
 
 
-def timestep_bands(
+def gain_by_timestep(
     base_losses: torch.Tensor,
     adapted_losses: torch.Tensor,
     timesteps: torch.Tensor,
@@ -166,22 +166,24 @@ def timestep_bands(
 # The `validate` verb: paired validation of an adapter on a folder of pictures.
 
 
-def measured_pictures(base: BaseModel, records: list[ImageRecord], triples: int, seed: int) -> list[Measured]:
+def encode_eval_images(
+    base: BaseModel, records: list[ImageRecord], triples: int, seed: int
+) -> list[EvalImage]:
     """Pictures as latents with their fixed looks."""
     pictures = []
     for record in records:
         bucket = bucket_of(record.width, record.height, base.resolution, base.size_multiple)
         latents = encoded_picture(base, picture_pixels(record, bucket))
-        looks = looks_at(content_hash(record.path), latents, triples, seed, base.noise.timesteps)
+        looks = eval_noise(content_hash(record.path), latents, triples, seed, base.noise.timesteps)
         sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
-        pictures.append(Measured(latents, looks, record.caption, sizes))
+        pictures.append(EvalImage(latents, looks, record.caption, sizes))
     return pictures
 
 
-def validation(
+def validation_report(
     base: BaseModel,
     records: list[ImageRecord],
-    adapters: list[Strengthened],
+    adapters: list[LoadedLora],
     triples: int = 8,
     seed: int = 0,
     shuffle_captions: bool = False,
@@ -191,16 +193,16 @@ def validation(
     With `shuffle_captions` each picture gets another one's caption, for base and adapter alike, and the key
     `captions` says how much worse the base's loss is than with the right ones.
     """
-    pictures = measured_pictures(base, records, triples, seed)
+    pictures = encode_eval_images(base, records, triples, seed)
     merger = Merger(base.modules)
 
     def condition(caption: str) -> TextCondition:
         return text_condition(base, [caption])
 
     asked = _shuffled(pictures, seed) if shuffle_captions else pictures
-    base_losses = triple_losses(base, asked, condition)
+    base_losses = eval_losses(base, asked, condition)
     merger.apply(adapters)
-    adapted_losses = triple_losses(base, asked, condition) if adapters else base_losses
+    adapted_losses = eval_losses(base, asked, condition) if adapters else base_losses
     merger.apply([])
     gain = paired_gain(base_losses, adapted_losses)
     timesteps = torch.stack([picture.looks.timesteps for picture in pictures])
@@ -210,12 +212,12 @@ def validation(
         "base_loss": gain.base_loss,
         "adapted_loss": gain.adapted_loss,
         "triples": base_losses.numel(),
-        "bands": timestep_bands(base_losses, adapted_losses, timesteps, base.noise.timesteps),
+        "bands": gain_by_timestep(base_losses, adapted_losses, timesteps, base.noise.timesteps),
         "strength": adapters[0].strength if adapters else 0.0,
         "pictures": len(pictures),
     }
     if shuffle_captions:
-        right = triple_losses(base, pictures, condition)
+        right = eval_losses(base, pictures, condition)
         report["captions"] = {
             "right_loss": float(right.mean()),
             "shuffled_loss": gain.base_loss,
@@ -225,7 +227,7 @@ def validation(
     return report
 
 
-def _shuffled(pictures: list[Measured], seed: int) -> list[Measured]:
+def _shuffled(pictures: list[EvalImage], seed: int) -> list[EvalImage]:
     """Each picture with the caption of another, where there is another."""
     order = list(range(len(pictures)))
     random.Random(seed).shuffle(order)

@@ -13,7 +13,7 @@ ELLIPSIS = "..."
 """Three dots, as not every build of Pillow's own font has the one character."""
 
 
-def sheet(
+def make_image_grid(
     pictures: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str]
 ) -> Image.Image:
     """The pictures in a grid, RGB, none of them scaled.

@@ -24,8 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from lora_core.backends.int8 import Thinner, int8
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.formats.io import read_adapter
-from lora_core.generate.request import Info, LoraAt, Shot, Tag
-from lora_core.lora.inject import Merger, Strengthened
+from lora_core.generate.request import GenerationRequest, Infotext, Tag, WeightedLora
+from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
 from lora_core.models.device import (
     available_memory,
@@ -54,7 +54,7 @@ FITTED_ON = 6
 SIDE = 128
 
 
-def colour_matrix(base: BaseModel) -> torch.Tensor:
+def fit_rgb_matrix(base: BaseModel) -> torch.Tensor:
     """(C + 1, 3) in fp32: latents with a 1 behind them, times this, are colours in [0, 1]."""
     latents, colours = [], []
     for path in _pictures():
@@ -77,7 +77,7 @@ def _pictures() -> tuple[str, ...]:
     return tuple(str(path) for path in found[:: max(1, len(found) // FITTED_ON)][:FITTED_ON])
 
 
-def look(latents: torch.Tensor, matrix: torch.Tensor) -> Image.Image:
+def latent_preview(latents: torch.Tensor, matrix: torch.Tensor) -> Image.Image:
     """A small RGB picture, a pixel a latent, of latents (1, C, h, w)."""
     flat = latents[0].detach().float().cpu()
     colours = torch.einsum("chw,cr->hwr", flat, matrix[:-1]) + matrix[-1]
@@ -92,7 +92,7 @@ def look(latents: torch.Tensor, matrix: torch.Tensor) -> Image.Image:
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, steps in all); what it raises ends the picture."""
-OnClean = Callable[[Callable[[], torch.Tensor]], None]
+OnPreview = Callable[[Callable[[], torch.Tensor]], None]
 """Called after each step with what computes the latents (1, C, h, w) that the picture is heading for."""
 
 
@@ -129,7 +129,7 @@ class Picture:
                 raise ConfigError(f"{word} = {value} is out of range.")
 
 
-def sampler_of(base: BaseModel, name: str) -> Any:
+def make_scheduler(base: BaseModel, name: str) -> Any:
     """A fresh diffusers scheduler for `name`, configured as the base asks.
 
     Raises:
@@ -139,7 +139,7 @@ def sampler_of(base: BaseModel, name: str) -> Any:
     return row.resolve().from_config(base.scheduler_config, **row.defaults)
 
 
-def picture_size(base: BaseModel, picture: Picture) -> tuple[int, int]:
+def image_size(base: BaseModel, picture: Picture) -> tuple[int, int]:
     """Width and height in pixels.
 
     Raises:
@@ -166,20 +166,20 @@ def _set_steps(scheduler: Any, picture: Picture) -> None:
         ) from error
 
 
-def sampled_latents(
+def sample_latents(
     base: BaseModel,
     picture: Picture,
     text: TextCondition,
     negative: TextCondition,
     on_step: OnStep | None = None,
-    on_clean: OnClean | None = None,
+    on_clean: OnPreview | None = None,
 ) -> torch.Tensor:
     """Latents (1, 4, h, w) after the last sampler step. A step waits for nothing that the device computes.
 
     Source: Ho and Salimans 2022, equation 6, for the guidance.
     """
-    width, height = picture_size(base, picture)
-    scheduler = sampler_of(base, picture.sampler)
+    width, height = image_size(base, picture)
+    scheduler = make_scheduler(base, picture.sampler)
     _set_steps(scheduler, picture)
     factor = base.pixels_a_latent
     generator = torch.Generator().manual_seed(picture.seed)
@@ -201,7 +201,7 @@ def sampled_latents(
                 without, with_text = prediction(base, torch.cat([seen, seen]), at, both, sizes).chunk(2)
                 output = without + picture.cfg * (with_text - without)
                 if phi:
-                    output = rescaled_guidance(output, with_text, phi)
+                    output = rescale_guidance(output, with_text, phi)
             else:
                 output = prediction(base, seen, at, both, sizes)
             latents = scheduler.step(output, timestep, latents, **options).prev_sample
@@ -212,7 +212,7 @@ def sampled_latents(
     return latents
 
 
-def rescaled_guidance(guided: torch.Tensor, with_text: torch.Tensor, phi: float) -> torch.Tensor:
+def rescale_guidance(guided: torch.Tensor, with_text: torch.Tensor, phi: float) -> torch.Tensor:
     """phi guided s(with_text) / s(guided) + (1 - phi) guided, with s the standard deviation of each picture.
 
     Guidance raises the contrast, which a base that has learned pure noise as its start shows as overexposure.
@@ -241,30 +241,30 @@ def _clean(base: BaseModel, seen: torch.Tensor, output: torch.Tensor, timestep: 
     return signal * seen - spread * output
 
 
-def generated(
+def sample_image(
     base: BaseModel,
     picture: Picture,
     text: TextCondition,
     negative: TextCondition,
     on_step: OnStep | None = None,
-    on_clean: OnClean | None = None,
+    on_clean: OnPreview | None = None,
 ) -> Image.Image:
     """The finished picture, RGB."""
-    return image_of(decoded_latents(base, sampled_latents(base, picture, text, negative, on_step, on_clean)))
+    return to_image(decoded_latents(base, sample_latents(base, picture, text, negative, on_step, on_clean)))
 
 
-def image_of(pixels: torch.Tensor) -> Image.Image:
+def to_image(pixels: torch.Tensor) -> Image.Image:
     """The RGB picture of pixels (1, 3, H, W) in [0, 1]."""
     return Image.fromarray((pixels[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
-def generated_from_prompt(
+def generate_image(
     base: BaseModel, picture: Picture, prompt: str, negative: str = "", on_step: OnStep | None = None
 ) -> Image.Image:
     """The finished picture of a prompt, RGB."""
     with torch.no_grad():
         text, unwanted = text_condition(base, [prompt]), negative_condition(base, negative)
-    return generated(base, picture, text, unwanted, on_step)
+    return sample_image(base, picture, text, unwanted, on_step)
 
 
 AdapterUse = tuple[str, float] | tuple[str, float, float | None]
@@ -289,9 +289,9 @@ def infotext(
         adapters: what was in the base.
         extra: more settings, name to value.
     """
-    width, height = picture_size(base, picture)
+    width, height = image_size(base, picture)
     phi = base.facts.cfg_rescale(picture.cfg_rescale) if picture.cfg > 1 else 0.0
-    return Info(
+    return Infotext(
         prompt=prompt, negative=negative, steps=picture.steps,
         sampler=chosen(SAMPLERS, picture.sampler, "sampler").title, cfg=picture.cfg, cfg_rescale=phi,
         seed=picture.seed, width=width, height=height, model=Path(base.name).stem,
@@ -341,7 +341,7 @@ FileKey = tuple[str, int, int, int]
 """Path, time, size, and the rank that it is cut to."""
 
 
-def open_artist(shot: Shot, reduce: Reduce, precision: str = "auto") -> "Artist":
+def open_pipeline(shot: GenerationRequest, reduce: Reduce, precision: str = "auto") -> "Pipeline":
     """The artist of a shot's base, on the best device, kept so that its pictures fit into the memory.
 
     Raises:
@@ -366,7 +366,7 @@ def open_artist(shot: Shot, reduce: Reduce, precision: str = "auto") -> "Artist"
                 if kept != RESIDENT:
                     base.put(part, torch.device("cpu"))
             base.load("vae")
-            return Artist(base, reduce, kept)
+            return Pipeline(base, reduce, kept)
         except OutOfMemory as error:
             if device.type == "cpu":
                 raise
@@ -396,7 +396,7 @@ def _fitting(base: BaseModel) -> int:
     return ASIDE if unet + max(*encoders, vae + SAMPLING) <= room else INT8
 
 
-class Artist:
+class Pipeline:
     """A base with its merged adapters."""
 
     def __init__(self, base: BaseModel, reduce: Reduce, kept: int = RESIDENT) -> None:
@@ -422,11 +422,11 @@ class Artist:
     def matrix(self) -> torch.Tensor:
         """Latents to colours, fitted at the first use."""
         if self._matrix is None:
-            self._matrix = colour_matrix(self.base)
+            self._matrix = fit_rgb_matrix(self.base)
         return self._matrix
 
     def drawn(
-        self, shot: Shot, on_step: OnStep | None = None, on_clean: OnClean | None = None
+        self, shot: GenerationRequest, on_step: OnStep | None = None, on_clean: OnPreview | None = None
     ) -> Image.Image:
         """The picture, RGB. Where a card runs out of memory, the base is kept in a smaller way from then on.
 
@@ -442,14 +442,16 @@ class Artist:
                 release_failed(error, self.base.device)
             self._shrink()
 
-    def _drawn(self, shot: Shot, on_step: OnStep | None, on_clean: OnClean | None) -> Image.Image:
+    def _drawn(
+        self, shot: GenerationRequest, on_step: OnStep | None, on_clean: OnPreview | None
+    ) -> Image.Image:
         began = time.monotonic()
         how = picture_of(shot)
         self.mix(shot.loras)
         text, unwanted = self._condition(shot)
         self.ready_in = time.monotonic() - began
-        latents = sampled_latents(self.base, how, text, unwanted, on_step, on_clean)
-        return image_of(decoded_latents(self.base, latents))
+        latents = sample_latents(self.base, how, text, unwanted, on_step, on_clean)
+        return to_image(decoded_latents(self.base, latents))
 
     def _shrink(self) -> None:
         """Keep the base in the next smaller way."""
@@ -460,7 +462,7 @@ class Artist:
         for part in self.base.text_encoders:
             self.base.put(part, torch.device("cpu"))
 
-    def _condition(self, shot: Shot) -> tuple[TextCondition, TextCondition]:
+    def _condition(self, shot: GenerationRequest) -> tuple[TextCondition, TextCondition]:
         """What the text encoders make of both prompts, kept for as long as no adapter changes them."""
         asked = (shot.prompt, shot.negative, shot.clip_skip, shot.tokens, self._text_mixed)
         if asked not in self._conditions:
@@ -477,7 +479,7 @@ class Artist:
             self._conditions.popitem(last=False)
         return self._conditions[asked]
 
-    def infotext(self, shot: Shot, extra: dict[str, str] | None = None) -> str:
+    def infotext(self, shot: GenerationRequest, extra: dict[str, str] | None = None) -> str:
         """What the PNG of a shot says of it."""
         more = {"Clip skip": str(shot.clip_skip)} if shot.clip_skip > 1 else {}
         more |= {"UNet": "8 bits"} if self.kept == INT8 else {}
@@ -485,7 +487,7 @@ class Artist:
         uses = [(lora.name, lora.strength, lora.text_strength) for lora in shot.loras if lora.acts]
         return infotext(self.base, picture_of(shot), shot.prompt, shot.negative, uses, more | (extra or {}))
 
-    def mix(self, loras: tuple[LoraAt, ...]) -> None:
+    def mix(self, loras: tuple[WeightedLora, ...]) -> None:
         """Make the base act as with exactly these adapters; nothing is done where it does already."""
         read = [(lora, *self._adapter(lora)) for lora in loras]
         wanted = tuple((key, lora.strength, lora.text_strength) for lora, key, _ in read if lora.acts)
@@ -494,7 +496,7 @@ class Artist:
         # If this breaks off halfway, what the weights are is not known.
         self._mixed = None
         acting = [
-            (key, Strengthened(w, lora.strength, lora.text_strength)) for lora, key, w in read if lora.acts
+            (key, LoadedLora(w, lora.strength, lora.text_strength)) for lora, key, w in read if lora.acts
         ]
         self._merger.apply([one for _, one in acting])
         self._text_mixed = tuple(
@@ -502,7 +504,7 @@ class Artist:
         )
         self._mixed = wanted
 
-    def _adapter(self, lora: LoraAt) -> tuple[FileKey, AdapterWeights]:
+    def _adapter(self, lora: WeightedLora) -> tuple[FileKey, AdapterWeights]:
         """The adapter in a file, read again where the file has changed."""
         path = Path(lora.file)
         status = path.stat() if path.is_file() else None
@@ -510,7 +512,7 @@ class Artist:
         key = (*whole, lora.rank)
         if key not in self._adapters:
             if lora.rank:
-                _, weights = self._adapter(LoraAt(lora.file))
+                _, weights = self._adapter(WeightedLora(lora.file))
                 self._adapters[key] = self._reduce(weights, lora.rank)
             else:
                 self._adapters[key] = read_adapter(path, self.base.family)
@@ -520,6 +522,6 @@ class Artist:
         return key, self._adapters[key]
 
 
-def picture_of(shot: Shot) -> Picture:
+def picture_of(shot: GenerationRequest) -> Picture:
     """How a shot is sampled."""
     return Picture(shot.seed, shot.steps, shot.cfg, shot.sampler, shot.width, shot.height, shot.cfg_rescale)

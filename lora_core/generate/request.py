@@ -40,7 +40,7 @@ class Tag:
 
 
 @dataclass(frozen=True)
-class Info:
+class Infotext:
     """What is said of a picture. What a text does not say is None, or "" where it is words."""
 
     prompt: str = ""
@@ -87,7 +87,7 @@ def _unquoted(value: str) -> str:
     return value.strip()
 
 
-def parsed(text: str) -> Info:
+def parse_infotext(text: str) -> Infotext:
     """What a text under `parameters` says; a text of another form is all prompt."""
     lines = text[:LONGEST].strip().split("\n")
     found = {}
@@ -100,7 +100,7 @@ def parsed(text: str) -> Info:
     negative = "\n".join(lines[start:]).removeprefix(_NEGATIVE).strip()
     tags = tuple(tag for match in _TAG.finditer(prompt) if (tag := _tag(match[1])) is not None)
     width, height = _size(found.get("Size", ""))
-    return Info(
+    return Infotext(
         prompt=re.sub(r" ?<lora:[^<>]+>", "", prompt).strip() if tags else prompt.strip(),
         negative=negative, steps=_whole(found.get("Steps")), sampler=_sampler(found),
         cfg=_number(found.get("CFG scale")), cfg_rescale=_number(found.get("CFG Rescale")),
@@ -168,7 +168,7 @@ def adapter_name(file: str) -> str:
 
 
 @dataclass(frozen=True)
-class LoraAt:
+class WeightedLora:
     """An adapter file in a picture.
 
     Attributes:
@@ -193,18 +193,18 @@ class LoraAt:
         """Whether it changes anything."""
         return bool(self.strength or self.text_strength)
 
-    def plainly(self) -> "LoraAt":
+    def plainly(self) -> "WeightedLora":
         """The same, a text encoders' strength that is no other than the UNet's left out."""
         return replace(self, text_strength=None) if self.text_strength == self.strength else self
 
-    def times(self, factor: float) -> "LoraAt":
+    def times(self, factor: float) -> "WeightedLora":
         """The same at a multiple of its strengths."""
         text = None if self.text_strength is None else self.text_strength * factor
         return replace(self, strength=self.strength * factor, text_strength=text)
 
 
 @dataclass(frozen=True)
-class Shot:
+class GenerationRequest:
     """All that a picture depends on. Sides of 0 are the base's own; the rest as in `generate/pipeline.py`."""
 
     base: str = "demo"
@@ -222,17 +222,17 @@ class Shot:
     height: int = 0
     clip_skip: int = 1
     tokens: int = 75
-    loras: tuple[LoraAt, ...] = ()
+    loras: tuple[WeightedLora, ...] = ()
 
-    def alone(self) -> "Shot":
+    def alone(self) -> "GenerationRequest":
         """The base's own picture of it."""
         return replace(self, loras=())
 
-    def acting(self) -> "Shot":
+    def acting(self) -> "GenerationRequest":
         """The same without adapters that change nothing, so that equal pictures are equal data."""
         return replace(self, loras=tuple(lora.plainly() for lora in self.loras if lora.acts))
 
-    def at(self, kind: str, value: Value) -> "Shot":
+    def at(self, kind: str, value: Value) -> "GenerationRequest":
         """The picture with one thing changed.
 
         A strength is that of the one adapter; of several it multiplies all, so that 1 is the mix as it was
@@ -246,7 +246,7 @@ class Shot:
         return _CHANGES[kind](self, value)
 
 
-def checked_rescale(value: Any) -> NumberOrAuto:
+def parse_cfg_rescale(value: Any) -> NumberOrAuto:
     """CFG rescale as a user or a request gives it.
 
     Raises:
@@ -263,7 +263,7 @@ def checked_rescale(value: Any) -> NumberOrAuto:
     return number
 
 
-def _at_strength(shot: Shot, value: Any) -> Shot:
+def _at_strength(shot: GenerationRequest, value: Any) -> GenerationRequest:
     if len(shot.loras) > 1:
         return replace(shot, loras=tuple(lora.times(value) for lora in shot.loras))
     (lora,) = shot.loras
@@ -275,12 +275,12 @@ def _at_strength(shot: Shot, value: Any) -> Shot:
     return replace(shot, loras=(replace(lora, strength=value, text_strength=text),))
 
 
-def _at_checkpoint(shot: Shot, value: Any) -> Shot:
-    first = replace(shot.loras[0], file=value) if shot.loras else LoraAt(value)
+def _at_checkpoint(shot: GenerationRequest, value: Any) -> GenerationRequest:
+    first = replace(shot.loras[0], file=value) if shot.loras else WeightedLora(value)
     return replace(shot, loras=(first, *shot.loras[1:]))
 
 
-_CHANGES: dict[str, Callable[[Shot, Any], Shot]] = {
+_CHANGES: dict[str, Callable[[GenerationRequest, Any], GenerationRequest]] = {
     "checkpoint": _at_checkpoint,
     "prompt": lambda shot, value: replace(shot, prompt=value),
     "seed": lambda shot, value: replace(shot, seed=value),
@@ -323,23 +323,23 @@ def _quoted(value: str) -> str:
     return f'"{doubled}"' if any(mark in value for mark in ',"\n') else value
 
 
-def axis_of(text: str) -> Axis:
+def parse_axis(text: str) -> Axis:
     """`KIND=V,V,...` taken apart; a value with a comma stands in double quotes.
 
     Raises:
         ConfigError: an unknown kind, no value, or a value of the wrong type.
     """
     kind, _, rest = text.partition("=")
-    return axis(kind.strip(), separated(rest))
+    return make_axis(kind.strip(), split_values(rest))
 
 
-def separated(text: str) -> list[str]:
+def split_values(text: str) -> list[str]:
     """Values between commas, blanks around them dropped; double quotes keep a comma."""
     rows = csv.reader(text.splitlines(), skipinitialspace=True)
     return [value.strip() for row in rows for value in row if value.strip()]
 
 
-def axis(kind: str, values: Sequence[Value]) -> Axis:
+def make_axis(kind: str, values: Sequence[Value]) -> Axis:
     """An axis of checked values.
 
     Raises:
@@ -376,7 +376,9 @@ def _checked(kind: str, value: Value) -> Value:
     return number
 
 
-def grid_shots(shot: Shot, rows: Axis | None, columns: Axis | None) -> list[list[Shot]]:
+def grid_requests(
+    shot: GenerationRequest, rows: Axis | None, columns: Axis | None
+) -> list[list[GenerationRequest]]:
     """The pictures of a grid, row by row.
 
     Raises:
@@ -392,7 +394,7 @@ def grid_shots(shot: Shot, rows: Axis | None, columns: Axis | None) -> list[list
             f" {MOST_CELLS} are drawn."
         )
 
-    def cell(row: Value | None, column: Value | None) -> Shot:
+    def cell(row: Value | None, column: Value | None) -> GenerationRequest:
         changes = {axis.kind: v for axis, v in ((rows, row), (columns, column)) if axis and v is not None}
         made = shot
         for kind in KINDS:

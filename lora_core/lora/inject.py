@@ -233,7 +233,7 @@ def _replace(root: nn.Module, path: str, layer: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Strengthened:
+class LoadedLora:
     """An adapter and how strongly it acts: on the UNet, and on the text encoders."""
 
     weights: AdapterWeights
@@ -268,7 +268,7 @@ class Merger:
         self._factors: dict[int, tuple[AdapterWeights, dict[LayerKey, Factors]]] = {}
         """By the adapter's id, beside the adapter, so that no other can have it."""
 
-    def apply(self, adapters: list[Strengthened]) -> None:
+    def apply(self, adapters: list[LoadedLora]) -> None:
         """Make the base act as with exactly these adapters.
 
         Raises:

@@ -97,7 +97,7 @@ def svg(label: str, inside: str, height: float = HEIGHT) -> str:
     )
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+def downsample(points: Points, most: int = MOST_POINTS) -> Points:
     """At most `most` points: the mean of each stretch."""
     stride = math.ceil(len(points) / most) or 1
     if stride == 1:

@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.errors import RunError
-from lora_core.report.plots import Bar, Curve, Mark, bars_plot, curves_plot, safe, table_html, thinned
+from lora_core.report.data import ReportData, Tell, collect_data
+from lora_core.report.plots import Bar, Curve, Mark, bars_plot, curves_plot, downsample, safe, table_html
 from lora_core.report.rank_plots import (
     figure,
     folded,
@@ -23,7 +24,6 @@ from lora_core.report.rank_plots import (
     spectrum_html,
     strength_html,
 )
-from lora_core.report.story import Story, Tell, story_of
 from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import smoothed
@@ -35,7 +35,7 @@ HIDDEN = ("name",)
 PLACES = ("model.base", "model.vae", "dataset.path", "adapter.init")
 
 
-def settings_html(story: Story) -> str:
+def settings_html(story: ReportData) -> str:
     """The changed ones, then the rest folded."""
     changed: list[tuple[str, ...]] = []
     usual: list[tuple[str, ...]] = []
@@ -92,7 +92,7 @@ STATES = {
 }
 
 
-def verdict(story: Story) -> list[str]:
+def summary(story: ReportData) -> list[str]:
     """Sentences, the most important first."""
     found = measured(story.progress.validations)
     said = [_learned_sentence(story, found)]
@@ -105,7 +105,7 @@ def verdict(story: Story) -> list[str]:
     return [sentence for sentence in said if sentence]
 
 
-def _learned_sentence(story: Story, found: list[Validated]) -> str:
+def _learned_sentence(story: ReportData, found: list[Validated]) -> str:
     if not found:
         return (
             "Whether it learned was not measured: no picture was held out."
@@ -132,7 +132,7 @@ def _overcooked(best: Validated, last: Validated, kept: bool) -> str:
     return f"After that it became worse{take}."
 
 
-def _rank_sentence(story: Story) -> str:
+def _rank_sentence(story: ReportData) -> str:
     if story.rank is None or story.rank["rank"] >= story.rank["trained"]:
         return ""
     return (
@@ -165,7 +165,7 @@ class Sample:
     file: Path
 
 
-def samples_html(story: Story) -> str:
+def samples_html(story: ReportData) -> str:
     """A row a prompt, a column a step."""
     rows = sample_rows(story)
     if not rows:
@@ -181,7 +181,7 @@ def samples_html(story: Story) -> str:
     return "".join(parts)
 
 
-def sample_rows(story: Story) -> list[tuple[str, list[Sample]]]:
+def sample_rows(story: ReportData) -> list[tuple[str, list[Sample]]]:
     """(prompt, its samples over the steps), of a few prompts and a few steps."""
     done = _chosen(story.progress.previews, story.progress.best_step)
     if not done:
@@ -214,7 +214,7 @@ def _chosen(previews: Sequence[PreviewDone], best: int | None) -> list[PreviewDo
     return [by_step[step] for step in steps]
 
 
-def _figure(sample: Sample, data: str, story: Story) -> str:
+def _figure(sample: Sample, data: str, story: ReportData) -> str:
     title = "base" if sample.step == 0 else f"step {sample.step:,}"
     best = ", best" if sample.step and sample.step == story.progress.best_step else ""
     words = f"{title}{best}"
@@ -259,13 +259,13 @@ def small(file: Path, side: int) -> str:
 MOST_PICTURES = 40
 
 
-def loss_html(story: Story) -> str:
+def loss_html(story: ReportData) -> str:
     """Training loss, raw and smoothed."""
     points = [(float(e.step), e.loss) for e in story.progress.losses if math.isfinite(e.loss)]
     if len(points) < 2:
         return paragraph("There is no curve of so few steps.")
-    calm = thinned([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
-    raw = thinned(points)
+    calm = downsample([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
+    raw = downsample(points)
     ys = sorted(y for _, y in raw)
     # A single wild step must not flatten the rest of the curve.
     top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
@@ -275,7 +275,7 @@ def loss_html(story: Story) -> str:
     return figure("Training loss", plot, note)
 
 
-def gain_html(story: Story) -> str:
+def gain_html(story: ReportData) -> str:
     """Gain on held-out pictures with its error, on training pictures, and on what should stay."""
     found = measured(story.progress.validations)
     if not found:
@@ -329,7 +329,7 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}" if math.isfinite(value) else "-"
 
 
-def bands_html(story: Story) -> str:
+def bands_html(story: ReportData) -> str:
     """The gain of the best step by noise level."""
     best = best_of(story.progress.validations)
     rows = best.bands if best is not None else []
@@ -350,7 +350,7 @@ def bands_html(story: Story) -> str:
     return figure("By noise level", plot, note)
 
 
-def pictures_html(story: Story) -> str:
+def pictures_html(story: ReportData) -> str:
     """The gain of each picture; pictures are numbers here, as the page may be passed on."""
     rows = story.pictures
     if not rows:
@@ -397,7 +397,7 @@ def write_report(run: RunFolder, out: Path, measure: bool, tell: Tell, now: floa
         LoraError: the run's settings are broken, or the file cannot be written.
     """
     check_report_out(out)
-    page = report_html(story_of(run, measure, tell), now).encode()
+    page = report_html(collect_data(run, measure, tell), now).encode()
     try:
         write_atomically(out, page)
     except OSError as error:
@@ -417,11 +417,11 @@ def check_report_out(out: Path) -> None:
         raise RunError(f"--out {out} cannot be written: its folder does not exist; make it first.")
 
 
-def report_html(story: Story, now: float) -> str:
+def report_html(story: ReportData, now: float) -> str:
     """The whole page."""
     name = safe(story.run.name)
     made = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
-    sentences = verdict(story)
+    sentences = summary(story)
     first = f'<p class="verdict">{safe(sentences[0])}</p>' if sentences else ""
     rest = "".join(paragraph(sentence) for sentence in sentences[1:])
     parts = [
@@ -449,7 +449,7 @@ def _section(title: str, inside: str) -> str:
     return f"<section><h2>{safe(title)}</h2>{inside}</section>"
 
 
-def _tiles(story: Story) -> str:
+def _tiles(story: ReportData) -> str:
     best = best_of(story.progress.validations)
     done, planned = story.progress.step, story.progress.steps
     tiles = [
@@ -467,7 +467,7 @@ def _tiles(story: Story) -> str:
     return f'<dl class="tiles">{rows}</dl>'
 
 
-def _learned(story: Story) -> str:
+def _learned(story: ReportData) -> str:
     return "".join(
         f'<div class="part">{part}</div>'
         for part in (
@@ -481,12 +481,12 @@ def _learned(story: Story) -> str:
     )
 
 
-def _looked_at(story: Story) -> str:
+def _looked_at(story: ReportData) -> str:
     which = "the best" if story.best else "the last"
     return paragraph(f"Of the adapter of step {story.step:,}, {which} that was kept.") if story.step else ""
 
 
-def _rank(story: Story) -> str:
+def _rank(story: ReportData) -> str:
     if story.spectrum is None:
         return paragraph(story.problems.get("spectrum", ""))
     if story.rank is None:
@@ -499,14 +499,14 @@ def _rank(story: Story) -> str:
     )
 
 
-def _strength(story: Story) -> str:
+def _strength(story: ReportData) -> str:
     if story.strength is None:
         return paragraph(story.problems.get("strength", ""))
     said = "".join(paragraph(sentence) for sentence in story.strength["sentences"])
     return said + "".join(strength_html(fit, fit["part"]) for fit in story.strength["fits"]) + _on(story)
 
 
-def _on(story: Story) -> str:
+def _on(story: ReportData) -> str:
     count = story.measured_on
     pictures = "the one picture that was" if count == 1 else f"the {count} pictures that were"
     words = f"Measured on {pictures} held out. {story.note}".strip()

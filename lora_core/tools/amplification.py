@@ -19,7 +19,7 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.lora.weights import LayerKey
 from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.combine import EXACT_UP_TO, sketched
+from lora_core.tools.combine import EXACT_UP_TO, randomized_svd
 from lora_core.tools.delta import Update
 from lora_core.tools.interference import meaningful_triples
 from lora_core.tools.svd import NO_UPDATE, LeftOut, Triples, by_block, known_updates
@@ -50,8 +50,8 @@ def intruder_count(
     count = min(leading, *old.shape)
     columns = 4 * count + _EXTRA
     if min(old.shape) > max(EXACT_UP_TO, columns):
-        looked_at = _leading(sketched(new, count + _EXTRA), count)
-        if not _unlike(sketched(old, columns)[0].T @ looked_at, threshold):
+        looked_at = _leading(randomized_svd(new, count + _EXTRA), count)
+        if not _unlike(randomized_svd(old, columns)[0].T @ looked_at, threshold):
             return 0
     return _unlike(_cosines(old, _exactly_leading(new, count)), threshold)
 

@@ -13,7 +13,7 @@ import torch
 
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats.layers import check_plain
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.settings.config import load_toml, parse_toml
 from lora_core.settings.patterns import Pattern, PatternError
@@ -24,7 +24,7 @@ _INLINE = re.compile(r"\s*([^=,]+?)\s*=\s*(\[[^\]]*\]|[^,\[\]]+?)\s*(?:,|$)")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockWeights:
     """Weights of layers, one for each of the merged files; of the rows that match a layer the last counts.
 
     Attributes:
@@ -53,7 +53,7 @@ class Blocks:
                 )
 
 
-def blocks_of(text: str, files: int) -> Blocks:
+def parse_block_weights(text: str, files: int) -> BlockWeights:
     """The table that `--blocks` gives.
 
     Args:
@@ -66,7 +66,7 @@ def blocks_of(text: str, files: int) -> Blocks:
     """
     path = Path(text).expanduser()
     rows = dict(_flattened(_from_file(path))) if path.is_file() or path.suffix == ".toml" else _inline(text)
-    return Blocks(tuple((_pattern(name), _weights(name, value, files)) for name, value in rows.items()))
+    return BlockWeights(tuple((_pattern(name), _weights(name, value, files)) for name, value in rows.items()))
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ MAX_RANK = 4096
 
 
 @dataclass
-class Loss:
+class TruncationLoss:
     """What an approximation lost, in squared Frobenius norms by layer.
 
     Attributes:
@@ -173,9 +173,9 @@ class Loss:
         )
 
 
-def merged(
-    adapters: Sequence[Strengthened], rank: int | None = None, blocks: Blocks | None = None
-) -> tuple[AdapterWeights, Loss]:
+def merge_adapters(
+    adapters: Sequence[LoadedLora], rank: int | None = None, blocks: BlockWeights | None = None
+) -> tuple[AdapterWeights, TruncationLoss]:
     """The sum of adapters, each times its strength, as one adapter in fp32 with one alpha.
 
     Args:
@@ -191,13 +191,13 @@ def merged(
         ConfigError: the rank is no number of columns, or a row of `blocks` matches nothing.
     """
     if rank is not None:
-        checked_rank(rank)
+        check_rank(rank)
     for adapter in adapters:
         check_plain(adapter.weights)
     keys = dict.fromkeys(key for adapter in adapters for key in adapter.weights.layers)
-    blocks = blocks or Blocks()
+    blocks = blocks or BlockWeights()
     blocks.check(keys)
-    loss = Loss()
+    loss = TruncationLoss()
     pairs: dict[LayerKey, Pair] = {}
     for key in keys:
         terms = [
@@ -210,15 +210,15 @@ def merged(
             continue
         pair = _stacked(key, terms)
         if rank is not None:
-            pair, norm, lost = truncated(pair, rank)
+            pair, norm, lost = truncate_pair(pair, rank)
             loss.layers[key] = (norm, lost)
         pairs[key] = pair
     if not pairs:
         raise AdapterFileError("With these strengths and weights nothing is left of any layer.")
-    return with_one_alpha(pairs), loss
+    return adapter_from_pairs(pairs), loss
 
 
-def checked_rank(rank: int) -> int:
+def check_rank(rank: int) -> int:
     """The rank, if a layer can have it.
 
     Raises:
@@ -252,7 +252,7 @@ def _size(layer: LayerWeights) -> str:
     return f"{list(layer.down.shape[1:])} to {layer.up.shape[0]}"
 
 
-def truncated(pair: Pair, rank: int) -> tuple[Pair, float, float]:
+def truncate_pair(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     """The best pair of at most `rank` columns, the squared norm of the update, and of what was cut off.
 
     With QR of both factors, up @ down = Qu (Ru Rd^T) Qd^T, and the SVD of the small core in the middle is
@@ -269,7 +269,7 @@ def truncated(pair: Pair, rank: int) -> tuple[Pair, float, float]:
     return (new_up, new_down.float()), float(squares.sum()), float(squares[kept:].sum())
 
 
-def with_one_alpha(pairs: dict[LayerKey, Pair]) -> AdapterWeights:
+def adapter_from_pairs(pairs: dict[LayerKey, Pair]) -> AdapterWeights:
     """An adapter in fp32 of pairs, which are taken out of their table: one alpha for all, the highest rank.
 
     Where a layer has fewer columns, its `up` makes up for the alpha that is too high for it.
@@ -285,19 +285,19 @@ def with_one_alpha(pairs: dict[LayerKey, Pair]) -> AdapterWeights:
 # An adapter cut to a rank: what a lower rank would have kept of it.
 
 
-def at_rank(weights: AdapterWeights, rank: int) -> AdapterWeights:
+def truncate_adapter(weights: AdapterWeights, rank: int) -> AdapterWeights:
     """The best adapter of at most `rank` columns a layer; layers that have no more stay as they are.
 
     Raises:
         ConfigError: the rank is no number of columns.
     """
-    checked_rank(rank)
+    check_rank(rank)
     layers = {}
     for key, layer in weights.layers.items():
         if layer.rank <= rank:
             layers[key] = layer
             continue
-        (up, down), _, _ = truncated((layer.up.double() * layer.scale, layer.down), rank)
+        (up, down), _, _ = truncate_pair((layer.up.double() * layer.scale, layer.down), rank)
         layers[key] = LayerWeights(down, up.float(), float(down.shape[0]), layer.magnitude)
     return AdapterWeights(layers, weights.metadata)
 
@@ -326,9 +326,9 @@ def needs_base(updates: Updates) -> bool:
     return any(update.magnitude is not None for update in updates.values())
 
 
-def plain(
+def to_lora(
     updates: Updates, rank: int, weight_of: WeightOf | None = None, note: Note | None = None
-) -> tuple[AdapterWeights, Loss]:
+) -> tuple[AdapterWeights, TruncationLoss]:
     """The plain LoRA of a rank that is closest to the updates, in fp32 with one alpha, and what is lost.
 
     Args:
@@ -342,25 +342,25 @@ def plain(
         AdapterFileError: an update holds numbers that are not finite, or does not fit the base.
         ModelFileError: the base lacks a layer.
     """
-    checked_rank(rank)
-    loss = Loss()
+    check_rank(rank)
+    loss = TruncationLoss()
     pairs: dict[LayerKey, Pair] = {}
     for done, (key, update) in enumerate(updates.items(), 1):
         factors = update.factors() if update.magnitude is None else None
         if factors is not None:
-            pairs[key], norm, lost = truncated(factors, rank)
+            pairs[key], norm, lost = truncate_pair(factors, rank)
         else:
             weight = weight_of(key) if update.magnitude is not None and weight_of else None
-            pairs[key], norm, lost = low_rank(update.delta(weight), rank)
+            pairs[key], norm, lost = low_rank_pair(update.delta(weight), rank)
         if not (norm < float("inf")):
             raise AdapterFileError(f"The update of {update.name} holds numbers that are not finite.")
         loss.layers[key] = (norm, lost)
         if note is not None:
             note(done, len(updates))
-    return with_one_alpha(pairs), loss
+    return adapter_from_pairs(pairs), loss
 
 
-def low_rank(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
+def low_rank_pair(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
     """The pair of at most `rank` columns closest to an update, its squared norm, and that of the difference.
 
     Args:
@@ -375,7 +375,7 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
     if min(matrix.shape) <= max(EXACT_UP_TO, kept + _EXTRA):
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        u, values, vh = sketched(matrix, kept + _EXTRA)
+        u, values, vh = randomized_svd(matrix, kept + _EXTRA)
     root = values[:kept].sqrt()
     up, down = u[:, :kept] * root, root[:, None] * vh[:kept]
     lost = float((matrix - up @ down).double().square().sum())
@@ -383,7 +383,7 @@ def low_rank(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
     return (up.reshape(*up.shape, *ones), down.reshape(kept, *delta.shape[1:])), norm, lost
 
 
-def sketched(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def randomized_svd(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The largest singular triples, from the range of the matrix applied to random probes.
 
     Source: Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1.

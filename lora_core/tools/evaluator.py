@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lora_core.data.dataset import ImageRecord
-from lora_core.evaluate.validator import Gain, measured_pictures, paired_gain, triple_losses
-from lora_core.lora.inject import Merger, Strengthened
+from lora_core.evaluate.validator import Gain, encode_eval_images, eval_losses, paired_gain
+from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.models.encode import TextCondition, text_condition
 from lora_core.models.load import BaseModel
 
-Measured = Callable[[Sequence[Strengthened]], torch.Tensor]
+MeasureGains = Callable[[Sequence[LoadedLora]], torch.Tensor]
 """From adapters to their gain on each look, the base's loss minus theirs, (pictures, K)."""
 
 
-class Bench:
+class Evaluator:
     """Measures adapters on the same (picture, noise, timestep) triples, so that their gains are paired."""
 
     def __init__(
@@ -43,30 +43,30 @@ class Bench:
         self._note = note
         self._on_picture = on_picture
         self._condition = condition or self._usual_condition
-        self._pictures = measured_pictures(base, records, triples, seed)
+        self._pictures = encode_eval_images(base, records, triples, seed)
         self._merger = Merger(base.modules)
         self.calls = 0
         self.base_losses = self._losses([])
 
-    def gains(self, adapters: Sequence[Strengthened]) -> torch.Tensor:
+    def gains(self, adapters: Sequence[LoadedLora]) -> torch.Tensor:
         """What adapters gain together on each look, (pictures, K); exactly 0 where all strengths are 0."""
         return self.base_losses - self._losses(adapters)
 
-    def gain(self, adapters: Sequence[Strengthened]) -> Gain:
+    def gain(self, adapters: Sequence[LoadedLora]) -> Gain:
         """The mean gain of adapters together, with its standard error."""
         return paired_gain(self.base_losses, self._losses(adapters))
 
-    def _losses(self, adapters: Sequence[Strengthened]) -> torch.Tensor:
+    def _losses(self, adapters: Sequence[LoadedLora]) -> torch.Tensor:
         self.calls += 1
         if self._note is not None:
             self._note(f"measurement {self.calls}: {self._words(adapters)}")
         self._merger.apply(list(adapters))
         try:
-            return triple_losses(self._base, self._pictures, self._condition, self._on_picture)
+            return eval_losses(self._base, self._pictures, self._condition, self._on_picture)
         finally:
             self._merger.apply([])
 
-    def _words(self, adapters: Sequence[Strengthened]) -> str:
+    def _words(self, adapters: Sequence[LoadedLora]) -> str:
         if not adapters:
             return "the base"
         return ", ".join(f"rank {_rank(a)} at {a.strength:.3g}" for a in adapters)
@@ -75,5 +75,5 @@ class Bench:
         return text_condition(self._base, [caption])
 
 
-def _rank(adapter: Strengthened) -> int:
+def _rank(adapter: LoadedLora) -> int:
     return max(layer.rank for layer in adapter.weights.layers.values())

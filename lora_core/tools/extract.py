@@ -21,9 +21,17 @@ from lora_core.formats.layout import family_layout, folder_layout
 from lora_core.lora.targets import named_targets
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.combine import EXACT_UP_TO, Loss, Note, Pair, checked_rank, sketched, with_one_alpha
+from lora_core.tools.combine import (
+    EXACT_UP_TO,
+    Note,
+    Pair,
+    TruncationLoss,
+    adapter_from_pairs,
+    check_rank,
+    randomized_svd,
+)
 from lora_core.tools.rewrite import check_out
-from lora_core.tools.shrink import Wish, checked_energy, error_sentence
+from lora_core.tools.shrink import ShrinkTarget, checked_energy, error_sentence
 from lora_core.tools.svd import rank_of_energy
 
 EXTRACTED_KEY = "lora_easel.extracted"
@@ -75,9 +83,9 @@ class Spectra:
         return text[0].upper() + text[1:] + "."
 
 
-def extracted(
-    tuned: BaseWeights, base: BaseWeights, wish: Wish, note: Note | None = None
-) -> tuple[AdapterWeights, Loss, Spectra]:
+def extract_lora(
+    tuned: BaseWeights, base: BaseWeights, wish: ShrinkTarget, note: Note | None = None
+) -> tuple[AdapterWeights, TruncationLoss, Spectra]:
     """The LoRA between two models, in fp32 with one alpha; what it lost, and the spectra.
 
     Args:
@@ -91,7 +99,7 @@ def extracted(
         ModelFileError: the two are of different kinds or widths, or do not differ.
     """
     if wish.rank is not None:
-        checked_rank(wish.rank)
+        check_rank(wish.rank)
     else:
         checked_energy(wish.energy or 0.0)
     if tuned.family.title != base.family.title:
@@ -99,7 +107,7 @@ def extracted(
             f"{tuned.path} is of the kind {tuned.family.title} and {base.path} of {base.family.title}; give"
             " the base that it was made from."
         )
-    loss, spectra = Loss(), Spectra()
+    loss, spectra = TruncationLoss(), Spectra()
     pairs: dict[LayerKey, Pair] = {}
     for key, delta in _differences(tuned, base, spectra, note):
         pairs[key], spectra.squares[key], energy = _low_rank(delta, wish)
@@ -112,7 +120,7 @@ def extracted(
             f"{tuned.path} has the weights of {base.path} in every layer that a LoRA reaches; there is"
             " nothing to extract."
         )
-    return with_one_alpha(pairs), loss, spectra
+    return adapter_from_pairs(pairs), loss, spectra
 
 
 def _differences(
@@ -153,7 +161,7 @@ def _differences(
             note(done, len(layout))
 
 
-def _low_rank(delta: torch.Tensor, wish: Wish) -> tuple[Pair, torch.Tensor, float]:
+def _low_rank(delta: torch.Tensor, wish: ShrinkTarget) -> tuple[Pair, torch.Tensor, float]:
     """The pair closest to a difference, the squares of its leading singular values, and its energy."""
     matrix = delta.flatten(1)
     energy = float(matrix.double().square().sum())
@@ -163,7 +171,7 @@ def _low_rank(delta: torch.Tensor, wish: Wish) -> tuple[Pair, torch.Tensor, floa
         if full <= max(EXACT_UP_TO, columns):
             u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
         else:
-            u, values, vh = sketched(matrix, columns)
+            u, values, vh = randomized_svd(matrix, columns)
         squares = values.double().square()
         if wish.rank is not None:
             kept = min(wish.rank, full)
@@ -181,7 +189,7 @@ def _low_rank(delta: torch.Tensor, wish: Wish) -> tuple[Pair, torch.Tensor, floa
     return (up.reshape(*up.shape, *ones), down.reshape(kept, *delta.shape[1:])), squares, energy
 
 
-def extraction_sentences(weights: AdapterWeights, loss: Loss, spectra: Spectra) -> list[str]:
+def extraction_sentences(weights: AdapterWeights, loss: TruncationLoss, spectra: Spectra) -> list[str]:
     """What was extracted and what it cost, for a person."""
     ranks = [layer.rank for layer in weights.layers.values()]
     span = f"rank {ranks[0]}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
@@ -194,7 +202,7 @@ def extraction_sentences(weights: AdapterWeights, loss: Loss, spectra: Spectra) 
 
 
 def extract_file(
-    tuned: str, base: str, out: Path, wish: Wish, precision: str, now: float, note: Note | None = None
+    tuned: str, base: str, out: Path, wish: ShrinkTarget, precision: str, now: float, note: Note | None = None
 ) -> list[str]:
     """Write the LoRA between two models as a file of the kohya format.
 
@@ -214,7 +222,7 @@ def extract_file(
     """
     check_out(out)
     models = BaseWeights(tuned), BaseWeights(base)
-    weights, loss, spectra = extracted(*models, wish, note)
+    weights, loss, spectra = extract_lora(*models, wish, note)
     family = models[1].family
     header = {
         "ss_output_name": out.stem,

@@ -25,12 +25,12 @@ from lora_core.errors import AdapterFileError
 from lora_core.evaluate.validator import clustered_error
 from lora_core.formats import detect
 from lora_core.formats.io import read_adapter
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import Update, Updates
-from lora_core.tools.evaluator import Measured
+from lora_core.tools.evaluator import MeasureGains
 from lora_core.tools.svd import (
     NO_UPDATE,
     LeftOut,
@@ -192,7 +192,9 @@ class _Term:
         return self.factor**2 * float(self.triples.values.square().sum())
 
 
-def stack_report(files: Sequence[Stacked], note: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def interference_report(
+    files: Sequence[Stacked], note: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """Overlap, cross terms and what survives of each of several adapter files.
 
     Args:
@@ -340,7 +342,7 @@ def _over_layers(
     }
 
 
-def measured_stack(files: Sequence[Stacked], family: Family, measured: Measured) -> dict[str, Any]:
+def measure_stack(files: Sequence[Stacked], family: Family, measured: MeasureGains) -> dict[str, Any]:
     """What a stack gains beside what each of its adapters gains alone, on the same looks.
 
     Args:
@@ -354,7 +356,7 @@ def measured_stack(files: Sequence[Stacked], family: Family, measured: Measured)
         more than the best alone, each with the paired standard error; `sentence`.
     """
     adapters = [
-        Strengthened(read_adapter(file.path, family), file.strength, file.text_strength) for file in files
+        LoadedLora(read_adapter(file.path, family), file.strength, file.text_strength) for file in files
     ]
     alone = [measured([adapter]) for adapter in adapters]
     together = measured(adapters)

@@ -20,7 +20,7 @@ from lora_core.errors import AdapterFileError, ModelFileError
 from lora_core.formats import detect
 from lora_core.formats.io import as_bytes, encoded_header, file_hashes, in_own_form, write_adapter
 from lora_core.formats.metadata import side_file
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
@@ -28,7 +28,14 @@ from lora_core.models.weight_files import THIRDS, SafetensorsFile, Source
 from lora_core.system.paths import sync_folder, write_atomically
 from lora_core.system.untrusted import parsed_json
 from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.combine import Blocks, Note, blocks_of, merged, needs_base, plain
+from lora_core.tools.combine import (
+    BlockWeights,
+    Note,
+    merge_adapters,
+    needs_base,
+    parse_block_weights,
+    to_lora,
+)
 from lora_core.tools.delta import Update, Updates, file_updates
 from lora_core.tools.rewrite import check_out
 
@@ -69,7 +76,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MergeOptions:
     """How to merge.
 
     Attributes:
@@ -86,7 +93,7 @@ class Wanted:
 
 
 def merge_files(
-    ingredients: Sequence[Ingredient], out: Path, wanted: Wanted, now: float, note: Note | None = None
+    ingredients: Sequence[Ingredient], out: Path, wanted: MergeOptions, now: float, note: Note | None = None
 ) -> list[str]:
     """Write the sum of adapter files as one plain LoRA of the kohya format, and its side file.
 
@@ -113,8 +120,8 @@ def merge_files(
         weights, sentence = _plain(source, wanted.rank, base, note)
         said += [sentence] if sentence else []
         reduced |= bool(sentence)
-        adapters.append(Strengthened(weights, source.ingredient.strength, source.ingredient.text_strength))
-    weights, loss = merged(adapters, wanted.rank, blocks)
+        adapters.append(LoadedLora(weights, source.ingredient.strength, source.ingredient.text_strength))
+    weights, loss = merge_adapters(adapters, wanted.rank, blocks)
     family = opened[0].family
     header = _header(opened, out.stem, now)
     write_adapter(in_own_form(weights, family), out, "kohya", wanted.precision, family, header)
@@ -174,8 +181,8 @@ def _extras(ingredients: Sequence[Ingredient]) -> list[str]:
     return [f"{name}: {sentence}" for name, sentence in found if sentence]
 
 
-def _blocks(text: str, files: int) -> Blocks | None:
-    return blocks_of(text, files) if text else None
+def _blocks(text: str, files: int) -> BlockWeights | None:
+    return parse_block_weights(text, files) if text else None
 
 
 def _count(opened: Sequence[Opened]) -> str:
@@ -226,7 +233,7 @@ def _plain(
             f"{path} is a DoRA, whose update depends on the weights of its base: give --base, the model that"
             " it was made for."
         )
-    weights, loss = plain(source.updates, rank, base.weight if base else None, note)
+    weights, loss = to_lora(source.updates, rank, base.weight if base else None, note)
     return weights, f"{path.name} as a plain LoRA: {loss.sentence(rank)}"
 
 
@@ -308,14 +315,14 @@ _CHUNK = 2**22
 
 
 @dataclass(frozen=True)
-class Edit:
+class TensorEdit:
     """A change of one tensor, or of a part of it."""
 
     source: Source
     terms: list[Term]
 
 
-Edits = dict[Path, dict[str, list[Edit]]]
+TensorEdits = dict[Path, dict[str, list[TensorEdit]]]
 """File to tensor name to what is done to it."""
 
 
@@ -324,7 +331,7 @@ def merge_into_base(
     adapters: Sequence[tuple[Updates, float, float]],
     out: Path,
     texts: Mapping[str, str],
-    blocks: Blocks | None = None,
+    blocks: BlockWeights | None = None,
 ) -> int:
     """Write a copy of a base with adapters merged into it, whole or not at all.
 
@@ -342,7 +349,7 @@ def merge_into_base(
         AdapterFileError: a layer is not in this base or has another shape, or nothing would change.
         ModelFileError: the result holds more than the base's number type can, or cannot be written.
     """
-    terms = _terms(adapters, blocks or Blocks())
+    terms = _terms(adapters, blocks or BlockWeights())
     edits = _edits(base, terms)
     draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
     try:
@@ -361,7 +368,9 @@ def merge_into_base(
     return len(terms)
 
 
-def _terms(adapters: Sequence[tuple[Updates, float, float]], blocks: Blocks) -> dict[LayerKey, list[Term]]:
+def _terms(
+    adapters: Sequence[tuple[Updates, float, float]], blocks: BlockWeights
+) -> dict[LayerKey, list[Term]]:
     blocks.check(dict.fromkeys(key for updates, *_ in adapters for key in updates))
     terms: dict[LayerKey, list[Term]] = {}
     for number, (updates, on_unet, on_text) in enumerate(adapters):
@@ -374,7 +383,7 @@ def _terms(adapters: Sequence[tuple[Updates, float, float]], blocks: Blocks) -> 
     return terms
 
 
-def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> Edits:
+def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> TensorEdits:
     """What to do to each tensor, once all layers have been found and fit."""
     missing = [key for key in terms if not base.places(key)]
     if missing:
@@ -383,7 +392,7 @@ def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> Edits:
             f"The adapter has layers that the base {base.path} has not, {'.'.join(missing[0])}{more}; it is"
             " for another base."
         )
-    edits: Edits = {}
+    edits: TensorEdits = {}
     for key, changes in terms.items():
         for source in base.places(key):
             shape = _shape(source)
@@ -394,7 +403,9 @@ def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> Edits:
                         f"The adapter's layer {update.name} has the shape {list(size)}, the base's"
                         f" {list(shape)}; it is for another base."
                     )
-            edits.setdefault(source.file.path, {}).setdefault(source.key, []).append(Edit(source, changes))
+            edits.setdefault(source.file.path, {}).setdefault(source.key, []).append(
+                TensorEdit(source, changes)
+            )
     return edits
 
 
@@ -406,7 +417,7 @@ def _shape(source: Source) -> torch.Size:
 
 
 def _write_file(
-    source: Path, target: Path, edits: Mapping[str, list[Edit]], texts: Mapping[str, str]
+    source: Path, target: Path, edits: Mapping[str, list[TensorEdit]], texts: Mapping[str, str]
 ) -> None:
     """Copy a safetensors file with some tensors changed, see it onto the disk, and read it back."""
     header = read_header(source, ModelFileError)
@@ -428,7 +439,9 @@ def _write_file(
         raise ModelFileError(f"{target} was read back changed; is the disk failing?")
 
 
-def _pieces(source: Path, header: Header, edits: Mapping[str, list[Edit]]) -> Iterator[bytes | memoryview]:
+def _pieces(
+    source: Path, header: Header, edits: Mapping[str, list[TensorEdit]]
+) -> Iterator[bytes | memoryview]:
     """The tensor bytes of a file in their order, changed where there is an edit."""
     weights = SafetensorsFile(source)
     with open(source, "rb") as file:
@@ -447,7 +460,7 @@ def _pieces(source: Path, header: Header, edits: Mapping[str, list[Edit]]) -> It
                 yield chunk
 
 
-def _changed(tensor: torch.Tensor, edits: Sequence[Edit], name: str) -> torch.Tensor:
+def _changed(tensor: torch.Tensor, edits: Sequence[TensorEdit], name: str) -> torch.Tensor:
     """W0 + sum of s delta in fp32, rounded to the tensor's own type."""
     if not tensor.is_floating_point():
         raise ModelFileError(f"{name} holds whole numbers, into which nothing can be merged.")
@@ -468,7 +481,7 @@ def _changed(tensor: torch.Tensor, edits: Sequence[Edit], name: str) -> torch.Te
     return rounded
 
 
-def _write_folder(source: Path, target: Path, edits: Edits, texts: Mapping[str, str]) -> None:
+def _write_folder(source: Path, target: Path, edits: TensorEdits, texts: Mapping[str, str]) -> None:
     """Copy a diffusers folder with some files of weights changed.
 
     At the top only what `model_index.json` lists is copied, and texts. In changed parts, weights in other

@@ -19,7 +19,7 @@ from lora_core.models.weight_files import DTYPES, PRECISIONS
 from lora_core.settings.choices import FORMATS
 from lora_core.system.paths import write_atomically
 
-__all__ = ["AS_IT_IS", "Rewriting", "check_out", "own_precision"]
+__all__ = ["AS_IT_IS", "Rewrite", "check_out", "file_precision"]
 
 
 def check_out(out: Path) -> None:
@@ -36,7 +36,7 @@ def check_out(out: Path) -> None:
         raise AdapterFileError(f"--out {out} cannot be written: its folder does not exist; make it first.")
 
 
-def own_precision(path: Path) -> str:
+def file_precision(path: Path) -> str:
     """The number type of a file's factors, or fp32 where they differ or are of a type that is not written."""
     entries = read_header(path).tensors
     found = {DTYPES[entry["dtype"]] for key, entry in entries.items() if not key.endswith(".alpha")}
@@ -46,7 +46,7 @@ def own_precision(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Rewriting:
+class Rewrite:
     """How to write the new file.
 
     Attributes:
@@ -86,7 +86,7 @@ class Rewriting:
             in_own_form(weights, family),
             self.out,
             named if named in FORMATS else "kohya",
-            self.precision or own_precision(self.source),
+            self.precision or file_precision(self.source),
             family,
             header,
         )

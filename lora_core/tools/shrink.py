@@ -18,15 +18,23 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.evaluate.validator import clustered_error
 from lora_core.formats.detect import extras_sentence
 from lora_core.formats.layers import check_plain
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.combine import Loss, Note, Pair, checked_rank, needs_base, plain, with_one_alpha
+from lora_core.tools.combine import (
+    Note,
+    Pair,
+    TruncationLoss,
+    adapter_from_pairs,
+    check_rank,
+    needs_base,
+    to_lora,
+)
 from lora_core.tools.delta import file_updates
-from lora_core.tools.evaluator import Measured
-from lora_core.tools.rewrite import Rewriting, check_out
+from lora_core.tools.evaluator import MeasureGains
+from lora_core.tools.rewrite import Rewrite, check_out
 from lora_core.tools.svd import Triples, rank_of_energy, singular_triples
 
 SHRUNK_KEY = "lora_easel.shrunk"
@@ -36,7 +44,7 @@ Ranks = Mapping[LayerKey, int]
 
 
 @dataclass(frozen=True)
-class Decomposed:
+class DecomposedAdapter:
     """An adapter with the singular triples of each layer, from which any cut of it is quickly made."""
 
     weights: AdapterWeights
@@ -57,7 +65,7 @@ class Decomposed:
         return sum(layer.up.numel() + layer.down.numel() for layer in self.weights.layers.values())
 
 
-def decomposed(weights: AdapterWeights) -> Decomposed:
+def decompose(weights: AdapterWeights) -> DecomposedAdapter:
     """The singular triples of each layer; vectors in fp32, since an adapter has no more.
 
     Raises:
@@ -71,17 +79,17 @@ def decomposed(weights: AdapterWeights) -> Decomposed:
         kept = min(layer.rank, len(triples.values))
         triples = triples.leading(kept)
         found[key] = Triples(triples.u.float(), triples.values, triples.v.float())
-    return Decomposed(weights, found)
+    return DecomposedAdapter(weights, found)
 
 
-def cut(parts: Decomposed, ranks: Ranks) -> tuple[AdapterWeights, Loss]:
+def cut(parts: DecomposedAdapter, ranks: Ranks) -> tuple[AdapterWeights, TruncationLoss]:
     """The best adapter of these ranks in fp32 with one alpha, and what it lost; a rank of 0 leaves a layer
     out.
 
     Raises:
         AdapterFileError: nothing is left.
     """
-    loss = Loss()
+    loss = TruncationLoss()
     pairs: dict[LayerKey, Pair] = {}
     for key, triples in parts.triples.items():
         rank = min(ranks.get(key, 0), len(triples.values))
@@ -96,20 +104,20 @@ def cut(parts: Decomposed, ranks: Ranks) -> tuple[AdapterWeights, Loss]:
         pairs[key] = up, (root[:, None] * kept.v.T.double()).float().reshape(rank, *shape)
     if not pairs:
         raise AdapterFileError("The adapter changes nothing, so there is nothing to cut.")
-    return replace(with_one_alpha(pairs), metadata=parts.weights.metadata), loss
+    return replace(adapter_from_pairs(pairs), metadata=parts.weights.metadata), loss
 
 
-def uniform_ranks(parts: Decomposed, rank: int) -> dict[LayerKey, int]:
+def uniform_ranks(parts: DecomposedAdapter, rank: int) -> dict[LayerKey, int]:
     """The same rank for every layer that has so much."""
     return {key: min(rank, _nonzero(triples.values)) for key, triples in parts.triples.items()}
 
 
-def ranks_of_energy(parts: Decomposed, share: float) -> dict[LayerKey, int]:
+def ranks_of_energy(parts: DecomposedAdapter, share: float) -> dict[LayerKey, int]:
     """For each layer the lowest rank that keeps the share of its own energy."""
     return {key: rank_of_energy(triples.values, share) for key, triples in parts.triples.items()}
 
 
-def pooled_ranks(parts: Decomposed, columns: int) -> dict[LayerKey, int]:
+def pooled_ranks(parts: DecomposedAdapter, columns: int) -> dict[LayerKey, int]:
     """Ranks that keep the `columns` largest singular values of all layers together."""
     values = torch.cat([triples.values for triples in parts.triples.values()])
     owners = torch.cat([torch.full((len(t.values),), n) for n, t in enumerate(parts.triples.values())])
@@ -120,7 +128,7 @@ def pooled_ranks(parts: Decomposed, columns: int) -> dict[LayerKey, int]:
     return dict(zip(parts.triples, counts, strict=True))
 
 
-def pooled_ranks_of_energy(parts: Decomposed, share: float) -> dict[LayerKey, int]:
+def pooled_ranks_of_energy(parts: DecomposedAdapter, share: float) -> dict[LayerKey, int]:
     """The fewest columns in all that keep the share of the energy of all layers together."""
     values = torch.cat([triples.values for triples in parts.triples.values()])
     return pooled_ranks(parts, rank_of_energy(values.sort(descending=True).values, share))
@@ -143,14 +151,16 @@ def checked_energy(share: float) -> float:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ShrinkTarget:
     """How small: exactly one of the two is given."""
 
     rank: int | None = None
     energy: float | None = None
 
 
-def shrunk(parts: Decomposed, wish: Wish) -> tuple[AdapterWeights, Loss, str]:
+def shrink_adapter(
+    parts: DecomposedAdapter, wish: ShrinkTarget
+) -> tuple[AdapterWeights, TruncationLoss, str]:
     """An adapter cut as wished, what it lost, and how the ranks were chosen, in a sentence.
 
     Raises:
@@ -158,7 +168,7 @@ def shrunk(parts: Decomposed, wish: Wish) -> tuple[AdapterWeights, Loss, str]:
         AdapterFileError: the adapter changes nothing.
     """
     if wish.rank is not None:
-        ranks, how = uniform_ranks(parts, checked_rank(wish.rank)), f"Each layer keeps rank {wish.rank}"
+        ranks, how = uniform_ranks(parts, check_rank(wish.rank)), f"Each layer keeps rank {wish.rank}"
     else:
         share = checked_energy(wish.energy or 0.0)
         each, pooled = ranks_of_energy(parts, share), pooled_ranks_of_energy(parts, share)
@@ -170,7 +180,7 @@ def shrunk(parts: Decomposed, wish: Wish) -> tuple[AdapterWeights, Loss, str]:
     return weights, loss, f"{how}: {size_sentence(parts, ranks)}"
 
 
-def size_sentence(parts: Decomposed, ranks: Ranks) -> str:
+def size_sentence(parts: DecomposedAdapter, ranks: Ranks) -> str:
     """What ranks make of a file's size, for a person."""
     before, after = parts.own_parameters(), max(1, parts.parameters(ranks))
     low, high = min(ranks.values()), max(ranks.values())
@@ -180,7 +190,7 @@ def size_sentence(parts: Decomposed, ranks: Ranks) -> str:
     return f"{span}{less}; {after:,} numbers in place of {before:,}."
 
 
-def opened_plain(path: Path, known: Family | None) -> tuple[AdapterWeights, Family]:
+def load_plain_lora(path: Path, known: Family | None) -> tuple[AdapterWeights, Family]:
     """A plain LoRA and the family that it is for.
 
     Raises:
@@ -197,7 +207,7 @@ def opened_plain(path: Path, known: Family | None) -> tuple[AdapterWeights, Fami
 
 
 def shrink_file(
-    to: Rewriting, wish: Wish, base: BaseWeights | None = None, note: Note | None = None
+    to: Rewrite, wish: ShrinkTarget, base: BaseWeights | None = None, note: Note | None = None
 ) -> list[str]:
     """Write a smaller adapter file.
 
@@ -222,10 +232,10 @@ def shrink_file(
                 f"{to.source} is a DoRA, whose update depends on the weights of its base: give --base, the"
                 " model that it was made for."
             )
-        weights, loss = plain(updates, wish.rank, base.weight if base else None, note)
+        weights, loss = to_lora(updates, wish.rank, base.weight if base else None, note)
         weights, how = replace(weights, metadata=metadata), f"A plain LoRA of rank {wish.rank}."
     else:
-        weights, loss, how = shrunk(decomposed(opened_plain(to.source, known)[0]), wish)
+        weights, loss, how = shrink_adapter(decompose(load_plain_lora(to.source, known)[0]), wish)
     asked = {"rank": wish.rank, "energy": wish.energy}
     to.write(weights, family, SHRUNK_KEY, {**asked, "error": loss.overall})
     out = extras_sentence(read_header(to.source).shapes)
@@ -237,7 +247,7 @@ def shrink_file(
     ]
 
 
-def error_sentence(loss: Loss) -> str:
+def error_sentence(loss: TruncationLoss) -> str:
     """What a cut lost, for a person."""
     name, share = loss.worst
     if loss.overall < 1e-5:
@@ -267,7 +277,7 @@ _CLOSE = 1.05
 
 
 @dataclass(frozen=True)
-class Cut:
+class MeasuredCut:
     """An adapter cut to some ranks, measured.
 
     Attributes:
@@ -301,15 +311,15 @@ class IntrinsicRank:
 
     trained: int
     rank: int
-    uniform: Cut
-    pooled: Cut | None
+    uniform: MeasuredCut
+    pooled: MeasuredCut | None
     gain: float
     standard_error: float
     parameters: int
     tried: tuple[dict[str, float], ...]
 
     @property
-    def best(self) -> Cut:
+    def best(self) -> MeasuredCut:
         """The smaller of the two."""
         return self.pooled or self.uniform
 
@@ -367,24 +377,24 @@ class IntrinsicRank:
 class _Search:
     """Cuts an adapter and measures what is kept."""
 
-    def __init__(self, parts: Decomposed, measured: Measured) -> None:
+    def __init__(self, parts: DecomposedAdapter, measured: MeasureGains) -> None:
         self.parts = parts
         self._measured = measured
-        self.whole = measured([Strengthened(parts.weights)])
+        self.whole = measured([LoadedLora(parts.weights)])
         self.tried: list[dict[str, float]] = []
 
-    def cut(self, ranks: dict[LayerKey, int]) -> Cut:
-        gains = self._measured([Strengthened(cut(self.parts, ranks)[0])])
+    def cut(self, ranks: dict[LayerKey, int]) -> MeasuredCut:
+        gains = self._measured([LoadedLora(cut(self.parts, ranks)[0])])
         kept = float(gains.mean() / self.whole.mean())
         # The error of a ratio of paired means, to first order: that of gains - kept * whole over the whole.
         error = clustered_error(gains - kept * self.whole) / float(self.whole.mean())
         columns = sum(ranks.values())
         self.tried.append({"columns": columns, "kept": kept, "standard_error": error})
-        return Cut(ranks, self.parts.parameters(ranks), float(gains.mean()), kept, error)
+        return MeasuredCut(ranks, self.parts.parameters(ranks), float(gains.mean()), kept, error)
 
 
 def intrinsic_rank(
-    weights: AdapterWeights, measured: Measured, keep: float = KEEP
+    weights: AdapterWeights, measured: MeasureGains, keep: float = KEEP
 ) -> tuple[AdapterWeights, IntrinsicRank]:
     """The smallest cut of an adapter that keeps a share of its gain, and what was found on the way.
 
@@ -396,7 +406,7 @@ def intrinsic_rank(
     Raises:
         AdapterFileError: the adapter gains nothing here, so that there is no gain to keep.
     """
-    parts = decomposed(weights)
+    parts = decompose(weights)
     search = _Search(parts, measured)
     gain = float(search.whole.mean())
     error = clustered_error(search.whole)
@@ -407,7 +417,7 @@ def intrinsic_rank(
         )
     trained = max(layer.rank for layer in weights.layers.values())
     whole = uniform_ranks(parts, trained)
-    uncut = Cut(whole, parts.own_parameters(), gain, 1.0, 0.0)
+    uncut = MeasuredCut(whole, parts.own_parameters(), gain, 1.0, 0.0)
     rank, uniform = _lowest_rank(search, trained, uncut, keep)
     pooled = _fewest_columns(search, uniform, keep)
     found = IntrinsicRank(
@@ -416,7 +426,7 @@ def intrinsic_rank(
     return cut(parts, found.best.ranks)[0], found
 
 
-def _lowest_rank(search: _Search, trained: int, uncut: Cut, keep: float) -> tuple[int, Cut]:
+def _lowest_rank(search: _Search, trained: int, uncut: MeasuredCut, keep: float) -> tuple[int, MeasuredCut]:
     too_low, enough, best = 0, trained, uncut
     while enough - too_low > 1:
         rank = (too_low + enough) // 2
@@ -428,10 +438,10 @@ def _lowest_rank(search: _Search, trained: int, uncut: Cut, keep: float) -> tupl
     return enough, best
 
 
-def _fewest_columns(search: _Search, uniform: Cut, keep: float) -> Cut | None:
+def _fewest_columns(search: _Search, uniform: MeasuredCut, keep: float) -> MeasuredCut | None:
     """The smallest pooled cut, if it is smaller than the uniform one."""
     too_few, enough = 0, sum(uniform.ranks.values())
-    best: Cut | None = None
+    best: MeasuredCut | None = None
     columns = _within(search.parts, enough, uniform.parameters)
     while columns > too_few:
         found = search.cut(pooled_ranks(search.parts, columns))
@@ -447,7 +457,7 @@ def _fewest_columns(search: _Search, uniform: Cut, keep: float) -> Cut | None:
     return best
 
 
-def _within(parts: Decomposed, columns: int, parameters: int) -> int:
+def _within(parts: DecomposedAdapter, columns: int, parameters: int) -> int:
     """The most columns, up to `columns`, whose pooled ranks have fewer than `parameters` numbers."""
     low, high = 0, columns
     while low < high:

@@ -16,12 +16,12 @@ import torch
 
 from lora_core.errors import ConfigError
 from lora_core.evaluate.validator import clustered_error
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
-from lora_core.tools.evaluator import Measured
-from lora_core.tools.rewrite import AS_IT_IS, Rewriting, check_out
-from lora_core.tools.shrink import opened_plain
+from lora_core.tools.evaluator import MeasureGains
+from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out
+from lora_core.tools.shrink import load_plain_lora
 
 BAKED_KEY = "lora_easel.strength"
 """Our own key of a header: which strength was baked in, as JSON."""
@@ -39,7 +39,7 @@ Gains = Callable[[float], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Fit:
+class StrengthFit:
     """The best strength.
 
     Attributes:
@@ -79,7 +79,7 @@ class Fit:
         }
 
 
-def fitted_strength(gains_at: Gains) -> Fit:
+def fit_strength_curve(gains_at: Gains) -> StrengthFit:
     """The strength of the highest mean gain, with about eight measurements.
 
     Args:
@@ -125,11 +125,11 @@ def _next_place(found: dict[float, torch.Tensor]) -> float | None:
     return None if top in found or c - a <= 4 * STEP else top
 
 
-def _fit(found: dict[float, torch.Tensor]) -> Fit:
+def _fit(found: dict[float, torch.Tensor]) -> StrengthFit:
     best = _best(found)
     low, high = _interval(found, best)
     curve = tuple((s, float(g.mean()), clustered_error(g)) for s, g in sorted(found.items()))
-    return Fit(best, low, high, float(found[best].mean()), clustered_error(found[best]), curve)
+    return StrengthFit(best, low, high, float(found[best].mean()), clustered_error(found[best]), curve)
 
 
 def _interval(found: dict[float, torch.Tensor], best: float) -> tuple[float, float]:
@@ -155,17 +155,17 @@ def _interval(found: dict[float, torch.Tensor], best: float) -> tuple[float, flo
     return ends[0], ends[1]
 
 
-def fitted(weights: AdapterWeights, measured: Measured) -> Fit:
+def fit_strength(weights: AdapterWeights, measured: MeasureGains) -> StrengthFit:
     """The best strength of an adapter, the same on UNet and text encoders.
 
     Args:
         weights: the adapter.
         measured: gives the gains of adapters, as `Bench.gains` does.
     """
-    return fitted_strength(lambda strength: measured([Strengthened(weights, strength)]))
+    return fit_strength_curve(lambda strength: measured([LoadedLora(weights, strength)]))
 
 
-def fitted_apart(weights: AdapterWeights, measured: Measured) -> tuple[Fit, Fit]:
+def fit_strengths_apart(weights: AdapterWeights, measured: MeasureGains) -> tuple[StrengthFit, StrengthFit]:
     """The best strengths on the UNet and on the text encoders: first both alike, then the text encoders'
     with the UNet's held, then the UNet's once more.
 
@@ -178,19 +178,19 @@ def fitted_apart(weights: AdapterWeights, measured: Measured) -> tuple[Fit, Fit]
             f"The adapter changes {', '.join(parts)} alone, so there are no strengths to tell apart; leave"
             " --apart out."
         )
-    unet = fitted(weights, measured).strength
-    text = fitted_strength(_beyond(measured, lambda s: Strengthened(weights, unet, s)))
-    again = fitted_strength(_beyond(measured, lambda s: Strengthened(weights, s, text.strength)))
+    unet = fit_strength(weights, measured).strength
+    text = fit_strength_curve(_beyond(measured, lambda s: LoadedLora(weights, unet, s)))
+    again = fit_strength_curve(_beyond(measured, lambda s: LoadedLora(weights, s, text.strength)))
     return again, text
 
 
-def _beyond(measured: Measured, at: Callable[[float], Strengthened]) -> Gains:
+def _beyond(measured: MeasureGains, at: Callable[[float], LoadedLora]) -> Gains:
     """What one of two strengths adds to the gain of the other alone."""
     alone = measured([at(0.0)])
     return lambda strength: measured([at(strength)]) - alone
 
 
-def strengthened(
+def scale_alphas(
     weights: AdapterWeights, strength: float, text_strength: float | None = None
 ) -> AdapterWeights:
     """The adapter that at strength 1 is what this one is at another: alphas change, factors do not.
@@ -198,7 +198,7 @@ def strengthened(
     Raises:
         ConfigError: a strength is not above 0.
     """
-    at = Strengthened(weights, strength, text_strength)
+    at = LoadedLora(weights, strength, text_strength)
     for part in weights.parts():
         if not 0 < at.on(part) < float("inf"):
             raise ConfigError(
@@ -209,7 +209,7 @@ def strengthened(
     return replace(weights, layers=layers)
 
 
-def bake(to: Rewriting, known: Family | None, strengths: Sequence[float]) -> str:
+def bake_strength(to: Rewrite, known: Family | None, strengths: Sequence[float]) -> str:
     """Write an adapter file at a strength of its own, exactly: the factors' bits stay where one alpha does.
 
     Args:
@@ -224,8 +224,8 @@ def bake(to: Rewriting, known: Family | None, strengths: Sequence[float]) -> str
         LoraError: a strength is not above 0, or the file is no plain LoRA or cannot be written.
     """
     check_out(to.out)
-    weights, family = opened_plain(to.source, known)
-    baked = strengthened(weights, *strengths)
+    weights, family = load_plain_lora(to.source, known)
+    baked = scale_alphas(weights, *strengths)
     record = dict(zip(("strength", "text_strength"), strengths, strict=False))
     replace(to, precision=AS_IT_IS).write(baked, family, BAKED_KEY, record)
     words = " and ".join(f"{strength:g}" for strength in strengths)

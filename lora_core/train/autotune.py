@@ -16,7 +16,7 @@ import torch
 
 from lora_core.backends.onednn import PLAIN, layout_of
 from lora_core.errors import RunError
-from lora_core.evaluate.validator import triple_losses
+from lora_core.evaluate.validator import eval_losses
 from lora_core.models.device import limited, out_of_memory
 from lora_core.models.encode import TextCondition, decoded_latents
 from lora_core.models.unet import prediction
@@ -245,7 +245,7 @@ def _try_step(session: Session, plan: StepPlan, state: float) -> None:
     trainee.storage.clear()
     if session.held_out:
         largest = max(session.held_out, key=lambda measured: measured.latents.numel())
-        triple_losses(base, [largest], session.text.condition)
+        eval_losses(base, [largest], session.text.condition)
     if session.measured.prior is not None:
         _guided_pass(session, session.measured.prior.side)
     del held

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_core.evaluate.early_stopping import reason_to_stop, worse
+from lora_core.evaluate.early_stopping import is_worse, reason_to_stop
 from lora_core.lora.inject import adapter_weights
 from lora_core.model_files.sizes import preview_bytes, require_room
 from lora_core.models.device import out_of_memory
@@ -243,7 +243,9 @@ class Duties:
         """
         last = self.validations[-1] if self.validations else None
         best = self.judge.best.step
-        spoiled = last is not None and last.step == step and worse(last.against_best, last.against_best_error)
+        spoiled = (
+            last is not None and last.step == step and is_worse(last.against_best, last.against_best_error)
+        )
         if last is not None and spoiled and is_whole(self._run.checkpoint(best)):
             self._emit(events.Warned(step=step, message=_of_the_best(best, last)))
             made = exported_checkpoint(self._run, str(best), self._run.name, ("kohya", EXPORT_PRECISION))

@@ -16,7 +16,7 @@ from lora_core.data.captions import CaptionRules, plain_caption, varies, with_tr
 from lora_core.data.dataset import ImageRecord, open_dataset, require_clean
 from lora_core.data.holdout import held_out
 from lora_core.errors import AdapterFileError, ConfigError, InputsChanged
-from lora_core.evaluate.validator import Measured
+from lora_core.evaluate.validator import EvalImage
 from lora_core.formats.detect import extras_sentence
 from lora_core.formats.io import read_adapter
 from lora_core.lora.flat_params import Storage
@@ -409,7 +409,7 @@ class Session:
     notes: list[str]
 
     @property
-    def held_out(self) -> list[Measured]:
+    def held_out(self) -> list[EvalImage]:
         """The pictures that the gain is measured on."""
         return self.measured.held_out
 

@@ -11,9 +11,15 @@ from typing import Any
 import torch
 
 from lora_core.backends.int8 import is_packed
-from lora_core.evaluate.early_stopping import better, difference
-from lora_core.evaluate.validator import Measured, clustered_error, paired_gain, timestep_bands, triple_losses
-from lora_core.generate.pipeline import Picture, generated, infotext, save_png
+from lora_core.evaluate.early_stopping import is_better, paired_difference
+from lora_core.evaluate.validator import (
+    EvalImage,
+    clustered_error,
+    eval_losses,
+    gain_by_timestep,
+    paired_gain,
+)
+from lora_core.generate.pipeline import Picture, infotext, sample_image, save_png
 from lora_core.lora.inject import Injected
 from lora_core.runs import events
 from lora_core.settings.schema import PreviewSection
@@ -44,7 +50,7 @@ def drawn_samples(
     with evaluating(session, averaged), torch.no_grad(), at_strength(injected, 1.0 if name else 0.0):
         negative = session.text.negative()
         for number, prompt in enumerate(session.prompts):
-            image = generated(base, how, session.text.condition(prompt), negative, note)
+            image = sample_image(base, how, session.text.condition(prompt), negative, note)
             path = stem.with_name(f"{stem.name}-{number}.png")
             save_png(image, path, infotext(base, how, prompt, "", used))
             files.append(path)
@@ -165,18 +171,18 @@ class Judge:
         if self.best.step in (0, step):
             return True
         # Without the best one's own losses the gains are all there is.
-        return gain > self.best.gain if math.isnan(against) else better(against, error)
+        return gain > self.best.gain if math.isnan(against) else is_better(against, error)
 
-    def _losses(self, pictures: list[Measured], note: OnDone) -> torch.Tensor:
+    def _losses(self, pictures: list[EvalImage], note: OnDone) -> torch.Tensor:
         session = self.session
-        return triple_losses(session.trainee.base, pictures, session.text.condition, note)
+        return eval_losses(session.trainee.base, pictures, session.text.condition, note)
 
     def _event(
-        self, step: int, held_out: list[Measured], adapted: dict[str, torch.Tensor]
+        self, step: int, held_out: list[EvalImage], adapted: dict[str, torch.Tensor]
     ) -> events.Validated:
         base, now = self._base_losses, adapted["held out"]
         gain = paired_gain(base["held out"], now)
-        against, error = difference(self.best.losses, now)
+        against, error = paired_difference(self.best.losses, now)
         best = math.isfinite(gain.gain) and self._is_best(step, gain.gain, against, error)
         if best:
             self.best = Best(step, gain.gain, now)
@@ -190,12 +196,12 @@ class Judge:
             kept = base["prior"] - adapted["prior"]
             found |= {"prior": float(kept.mean()), "prior_error": clustered_error(kept)}
         if RAW in adapted:
-            less, spread = difference(now, adapted[RAW])
+            less, spread = paired_difference(now, adapted[RAW])
             raw = paired_gain(base["held out"], adapted[RAW]).gain
             found |= {"raw_gain": raw, "raw_against": less, "raw_against_error": spread}
         timesteps = torch.stack([picture.looks.timesteps for picture in held_out])
         highest = self.session.trainee.base.noise.timesteps
-        bands = timestep_bands(base["held out"], now, timesteps, highest)
+        bands = gain_by_timestep(base["held out"], now, timesteps, highest)
         return events.Validated(
             step=step, best=best, against_best=against, against_best_error=error, bands=bands,
             **vars(gain), **found,

@@ -15,8 +15,8 @@ from lora_core.backends.int8 import is_packed
 from lora_core.data.buckets import bucket_of
 from lora_core.data.captions import plain_caption
 from lora_core.data.images import content_hash
-from lora_core.evaluate.validator import Measured, looks_at
-from lora_core.generate.pipeline import OnStep, Picture, sampled_latents
+from lora_core.evaluate.validator import EvalImage, eval_noise
+from lora_core.generate.pipeline import OnStep, Picture, sample_latents
 from lora_core.models.load import BaseModel
 from lora_core.settings.config import RunConfig
 from lora_core.train.data import Item, LatentCache, TextSource, digest_of, from_disk_or
@@ -55,21 +55,21 @@ class Prior:
         self._shots = [
             (own[number % len(own)], number // len(own)) for number in range(config.validation.prior)
         ]
-        self._made: list[Measured] = []
+        self._made: list[EvalImage] = []
 
     @property
     def prompts(self) -> list[str]:
         """What they show."""
         return list(dict.fromkeys(prompt for prompt, _ in self._shots))
 
-    def measured(self, note: OnStep) -> list[Measured]:
+    def measured(self, note: OnStep) -> list[EvalImage]:
         """The pictures with their fixed looks; `note` is called with (done, all) while they are drawn."""
         if not self._made:
             for prompt, number in self._shots:
                 how = Picture(number, _STEPS, _CFG, _SAMPLER, self.side, self.side, cfg_rescale=0.0)
                 latents = self._latents(prompt, how, note)
-                looks = looks_at(f"{prompt}/{number}", latents, *self._looks, self._base.noise.timesteps)
-                self._made.append(Measured(latents, looks, prompt))
+                looks = eval_noise(f"{prompt}/{number}", latents, *self._looks, self._base.noise.timesteps)
+                self._made.append(EvalImage(latents, looks, prompt))
         return self._made
 
     def _latents(self, prompt: str, picture: Picture, note: OnStep) -> torch.Tensor:
@@ -79,7 +79,7 @@ class Prior:
 
         def draw() -> dict[str, torch.Tensor]:
             text = self._text.condition(prompt)
-            made = sampled_latents(base, picture, text, self._text.negative(), note)
+            made = sample_latents(base, picture, text, self._text.negative(), note)
             return {"value": made[0].float().cpu()}
 
         return from_disk_or(self._folder / f"{name}.safetensors", draw)["value"]
@@ -110,12 +110,12 @@ class Groups:
         notes: what a person should know of them, a sentence each.
     """
 
-    held_out: list[Measured]
-    by_heart: list[Measured] = field(default_factory=list)
+    held_out: list[EvalImage]
+    by_heart: list[EvalImage] = field(default_factory=list)
     prior: Prior | None = None
     notes: list[str] = field(default_factory=list)
 
-    def by_name(self, note: Callable[[int, int], None]) -> dict[str, list[Measured]]:
+    def by_name(self, note: Callable[[int, int], None]) -> dict[str, list[EvalImage]]:
         """The groups that there are.
 
         Args:
@@ -148,11 +148,11 @@ def groups_of(
     if not config.validation.every or not config.validation.pictures:
         return Groups([])
 
-    def measured(item: Item, caption: str) -> Measured:
+    def measured(item: Item, caption: str) -> EvalImage:
         latents = cache.latents(item.record, item.bucket, False)
         picture = content_hash(item.record.path)
-        looks = looks_at(picture, latents, config.validation.triples, config.seed, base.noise.timesteps)
-        return Measured(latents, looks, caption, item.sizes)
+        looks = eval_noise(picture, latents, config.validation.triples, config.seed, base.noise.timesteps)
+        return EvalImage(latents, looks, caption, item.sizes)
 
     own = [plain_caption(item.record.caption, config.dataset.trigger) for item in items]
     count = max(len(held_out), FEWEST_BY_HEART) if held_out else MOST_CROSSED

@@ -19,14 +19,14 @@ from lora_core.model_files.header import read_header
 from lora_core.models.device import best_device, out_of_memory
 from lora_core.models.load import load_base
 from lora_core.models.weight_files import PRECISIONS
+from lora_core.report.data import RunEvaluator, measure_rank, measure_strength, run_evaluator
 from lora_core.report.report import FILE_NAME, write_report
-from lora_core.report.story import RunBench, measured_rank, measured_strength, run_bench
 from lora_core.runs.folder import RunFolder
 from lora_core.system.paths import workspace
 from lora_core.tools.amplification import file_amplification
 from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.evaluator import Bench
-from lora_core.tools.interference import Stacked, file_similarity, measured_stack, stack_report
+from lora_core.tools.evaluator import Evaluator
+from lora_core.tools.interference import Stacked, file_similarity, interference_report, measure_stack
 from lora_core.tools.svd import file_spectrum
 from lora_core.worker.insights import model_of
 from lora_core.worker.telling import Telling
@@ -102,10 +102,10 @@ class Analysing:
         """What happens when several files are on at once; with `measure`, what they gain."""
         files, telling = [file.stacked() for file in files_of(request)], self.telling(request)
         telling.phase("Layers")
-        report = stack_report(files, telling.step)
+        report = interference_report(files, telling.step)
         if request.get("measure"):
             with self._measuring(request, telling) as found:
-                report["validation"] = measured_stack(files, found.base.family, found.bench.gains)
+                report["validation"] = measure_stack(files, found.base.family, found.bench.gains)
         return {"stack": report}
 
     def amplify(self, request: Request) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Analysing:
         # What is no such file is told before a base is opened.
         read_header(file)
         with self._measuring(request, telling) as found:
-            document = measured_rank(file, found.base.family, found.bench.gains)
+            document = measure_rank(file, found.base.family, found.bench.gains)
         return {"intrinsic": document, **_on(found)}
 
     def strength(self, request: Request) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Analysing:
         read_header(file)
         with self._measuring(request, telling) as found:
             apart = bool(request.get("apart"))
-            document = measured_strength(file, found.base.family, found.bench.gains, apart)
+            document = measure_strength(file, found.base.family, found.bench.gains, apart)
         return {"strength": document, **_on(found)}
 
     def report(self, request: Request) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class Analysing:
         return {"file": str(out), "bytes": size}
 
     @contextmanager
-    def _measuring(self, request: Request, telling: Telling) -> Iterator[RunBench]:
+    def _measuring(self, request: Request, telling: Telling) -> Iterator[RunEvaluator]:
         """A bench for a request; never two bases at once, as there may be memory for one."""
         self._release(request)
         telling.phase("Opening the base and encoding the pictures")
@@ -168,14 +168,14 @@ class Analysing:
             self._release({})
 
 
-def _on(found: RunBench) -> dict[str, Any]:
+def _on(found: RunEvaluator) -> dict[str, Any]:
     return {"pictures": found.pictures, "note": found.note}
 
 
-def _bench(measure: Any, telling: Telling) -> RunBench:
+def _bench(measure: Any, telling: Telling) -> RunEvaluator:
     if measure.get("run"):
         run = RunFolder.open(Path(str(measure["run"])))
-        return run_bench(run, run.config(), telling.phase, telling.step)
+        return run_evaluator(run, run.config(), telling.phase, telling.step)
     dataset = open_dataset(str(measure["dataset"]), workspace() / "cache" / "datasets")
     require_clean(dataset)
     model = model_of(measure)
@@ -184,5 +184,5 @@ def _bench(measure: Any, telling: Telling) -> RunBench:
         zero_snr=model.zero_terminal_snr,
     )  # fmt: skip
     records: Sequence[Any] = dataset.records
-    bench = Bench(base, list(records), LOOKS, 0, telling.phase, telling.step)
-    return RunBench(bench, base, len(records))
+    bench = Evaluator(base, list(records), LOOKS, 0, telling.phase, telling.step)
+    return RunEvaluator(bench, base, len(records))

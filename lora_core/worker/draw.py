@@ -17,12 +17,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.errors import ConfigError
-from lora_core.generate.grid import sheet
-from lora_core.generate.pipeline import Artist, OnClean, OnStep, look, open_artist, save_png
-from lora_core.generate.request import LoraAt, Shot, checked_rescale
+from lora_core.generate.grid import make_image_grid
+from lora_core.generate.pipeline import OnPreview, OnStep, Pipeline, latent_preview, open_pipeline, save_png
+from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
 from lora_core.models.load import BaseModel
 from lora_core.settings.schema import ModelSection
-from lora_core.tools.combine import at_rank
+from lora_core.tools.combine import truncate_adapter
 
 Request = dict[str, Any]
 LOOK_EVERY = 0.25
@@ -41,7 +41,7 @@ class Drawing:
         """Send answers through `answer`; `cancelled` holds the ids of requests to be dropped."""
         self._answer = answer
         self._cancelled = cancelled
-        self._artist: Artist | None = None
+        self._artist: Pipeline | None = None
         self._opened_as: tuple[str, ...] | None = None
 
     def generate(self, request: Request) -> dict[str, Any]:
@@ -55,7 +55,9 @@ class Drawing:
         files: list[str] = []
         watcher = self._watcher(str(request["id"]), artist.matrix) if request.get("look") else None
         for index, factor in enumerate(strengths):
-            scaled = Shot(**{**vars(shot), "loras": tuple(lora.times(factor) for lora in shot.loras)})
+            scaled = GenerationRequest(
+                **{**vars(shot), "loras": tuple(lora.times(factor) for lora in shot.loras)}
+            )
             image = artist.drawn(scaled, self._teller(request, index, len(strengths)), watcher)
             path = _free_name(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{shot.seed}-{factor:g}")
             save_png(image, path, artist.infotext(scaled))
@@ -77,7 +79,7 @@ class Drawing:
 
         return on_step
 
-    def _watcher(self, name: str, matrix: torch.Tensor) -> OnClean:
+    def _watcher(self, name: str, matrix: torch.Tensor) -> OnPreview:
         """Shows the picture under way, now and then."""
         shown_at = time.monotonic()
 
@@ -85,24 +87,24 @@ class Drawing:
             nonlocal shown_at
             if time.monotonic() - shown_at >= LOOK_EVERY:
                 shown_at = time.monotonic()
-                image = base64.b64encode(_small(look(clean(), matrix))).decode()
+                image = base64.b64encode(_small(latent_preview(clean(), matrix))).decode()
                 self._answer({"id": name, "event": "look", "image": image})
 
         return on_clean
 
-    def _opened(self, shot: Shot) -> Artist:
+    def _opened(self, shot: GenerationRequest) -> Pipeline:
         """The artist of a shot's base, opened with the prediction, the noise schedule and the VAE that it
         asks for."""
         wanted = (shot.base, shot.prediction, shot.vae, shot.zero_terminal_snr)
         if self._artist is None or self._opened_as != wanted:
             # Never two bases at once: there may be memory for one.
             self._let_go()
-            self._artist, self._opened_as = open_artist(shot, at_rank), wanted
+            self._artist, self._opened_as = open_pipeline(shot, truncate_adapter), wanted
         return self._artist
 
     def bare_base(self, model: ModelSection) -> BaseModel:
         """The base that is kept, or this one in its place, with no adapter in it."""
-        artist = self._opened(Shot(**vars(model)))
+        artist = self._opened(GenerationRequest(**vars(model)))
         artist.mix(())
         return artist.base
 
@@ -112,7 +114,7 @@ class Drawing:
         `cells` holds rows of paths, or null for a picture that is missing.
         """
         cells = [[_opened_picture(path) for path in row] for row in _rows(request["cells"])]
-        made = sheet(cells, _texts(request.get("rows", [])), _texts(request.get("columns", [])))
+        made = make_image_grid(cells, _texts(request.get("rows", [])), _texts(request.get("columns", [])))
         path = Path(str(request["out"]))
         save_png(made, path, str(request.get("parameters", "")))
         return {"files": [str(path)], "width": made.width, "height": made.height}
@@ -131,21 +133,23 @@ class Drawing:
             torch.mps.empty_cache()
 
 
-def shot_of(request: Request) -> Shot:
-    """The picture that a request asks for; what it leaves out is as in `Shot`."""
-    usual = Shot()
+def shot_of(request: Request) -> GenerationRequest:
+    """The picture that a request asks for; what it leaves out is as in `GenerationRequest`."""
+    usual = GenerationRequest()
     values: dict[str, Any] = {
         key: type(value)(request.get(key, value))
         for key, value in vars(usual).items()
         if key not in ("loras", "cfg_rescale")
     }
-    rescale = checked_rescale(request.get("cfg_rescale", usual.cfg_rescale))
-    return Shot(**values, cfg_rescale=rescale, loras=tuple(_lora(row) for row in request.get("loras", [])))
+    rescale = parse_cfg_rescale(request.get("cfg_rescale", usual.cfg_rescale))
+    return GenerationRequest(
+        **values, cfg_rescale=rescale, loras=tuple(_lora(row) for row in request.get("loras", []))
+    )
 
 
-def _lora(row: Any) -> LoraAt:
+def _lora(row: Any) -> WeightedLora:
     text = row.get("text_strength") if isinstance(row, dict) else None
-    lora = LoraAt(
+    lora = WeightedLora(
         str(row["file"]), float(row.get("strength", 1.0)), None if text is None else float(text),
         int(row.get("rank", 0)),
     )  # fmt: skip

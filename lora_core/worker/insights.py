@@ -10,9 +10,9 @@ from typing import Any
 
 from lora_core.data.dataset import scan
 from lora_core.data.scan import ImageRecord
-from lora_core.evaluate.caption_scores import Said, caption_probe
-from lora_core.evaluate.learned import run_pictures
-from lora_core.evaluate.triggers import trigger_words
+from lora_core.evaluate.caption_scores import OnProgress, score_captions
+from lora_core.evaluate.learned import measure_run_images
+from lora_core.evaluate.triggers import propose_triggers
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import ModelSection
@@ -36,25 +36,25 @@ class Insights:
         """How well the captions of the folder `dataset` fit, by the base `base`: as `caption_probe`."""
         said = self._teller(request)
         base, records = self._base(request), _records(request)
-        return {"found": caption_probe(base, records, *_how(request), said=said)}
+        return {"found": score_captions(base, records, *_how(request), said=said)}
 
     def triggers(self, request: Request) -> dict[str, Any]:
         """Trigger words for the folder `dataset`, beside the word `trigger`: as `trigger_words`."""
         said = self._teller(request)
         base, records = self._base(request), _records(request)
         given = str(request.get("trigger", ""))
-        return {"found": trigger_words(base, records, given, *_how(request), said=said)}
+        return {"found": propose_triggers(base, records, given, *_how(request), said=said)}
 
     def pictures(self, request: Request) -> dict[str, Any]:
         """What the run `run` has learned of each of its pictures: as `run_pictures`, which writes it down."""
         run, said = RunFolder.open(Path(str(request["run"]))), self._teller(request)
         which, triples = str(request.get("checkpoint", "best")), int(request.get("triples", 8))
-        return {"found": run_pictures(run, which, triples, said, self._lend)}
+        return {"found": measure_run_images(run, which, triples, said, self._lend)}
 
     def _base(self, request: Request) -> BaseModel:
         return self._lend(model_of(request))
 
-    def _teller(self, request: Request) -> Said:
+    def _teller(self, request: Request) -> OnProgress:
         """Says how far a request is, and ends it if it is cancelled."""
         return Telling(self._answer, self._cancelled, str(request["id"])).step
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.formats.convert import converted
-from lora_core.report.story import cut_file
+from lora_core.report.data import cut_file
 from lora_core.runs.storage import folder_bytes
 from lora_core.tools.extract import extract_file
-from lora_core.tools.merge import Ingredient, Wanted, merge_files, merge_files_into_base
-from lora_core.tools.rewrite import AS_IT_IS, Rewriting, check_out, own_precision
-from lora_core.tools.shrink import Wish, shrink_file
-from lora_core.tools.strength import bake
+from lora_core.tools.merge import Ingredient, MergeOptions, merge_files, merge_files_into_base
+from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out, file_precision
+from lora_core.tools.shrink import ShrinkTarget, shrink_file
+from lora_core.tools.strength import bake_strength
 from lora_core.worker.analyse import files_of
 from lora_core.worker.telling import Telling
 
@@ -44,7 +44,7 @@ class Remaking:
         telling = self._telling(request)
         telling.phase("Cutting the layers")
         check_out(out)
-        to = Rewriting(source, out, "", time.time())
+        to = Rewrite(source, out, "", time.time())
         if request.get("ranks"):
             ranks = {(str(r["part"]), str(r["module"])): int(r["rank"]) for r in request["ranks"]}
             return _made(out, [cut_file(to, None, ranks, {"measured": True})])
@@ -53,8 +53,8 @@ class Remaking:
     def bake(self, request: Request) -> dict[str, Any]:
         """A file that has other `strengths` at strength 1."""
         source, out = Path(str(request["file"])), Path(str(request["out"]))
-        to = Rewriting(source, out, AS_IT_IS, time.time())
-        return _made(out, [bake(to, None, [float(one) for one in request["strengths"]])])
+        to = Rewrite(source, out, AS_IT_IS, time.time())
+        return _made(out, [bake_strength(to, None, [float(one) for one in request["strengths"]])])
 
     def merge(self, request: Request) -> dict[str, Any]:
         """Several files as one; without a `rank`, exactly. A DoRA needs its `base`.
@@ -64,8 +64,8 @@ class Remaking:
         ingredients, out, telling = _ingredients(request), Path(str(request["out"])), self._telling(request)
         telling.phase("Merging the layers")
         rank, blocks = request.get("rank"), str(request.get("blocks") or "")
-        precision, base = own_precision(ingredients[0].path), str(request.get("base") or "")
-        wanted = Wanted(int(rank) if rank else None, blocks, precision, base)
+        precision, base = file_precision(ingredients[0].path), str(request.get("base") or "")
+        wanted = MergeOptions(int(rank) if rank else None, blocks, precision, base)
         return _made(out, merge_files(ingredients, out, wanted, time.time(), telling.step))
 
     def into_base(self, request: Request) -> dict[str, Any]:
@@ -92,10 +92,10 @@ class Remaking:
         return _made(out, said)
 
 
-def _wish(request: Request) -> Wish:
+def _wish(request: Request) -> ShrinkTarget:
     if request.get("energy"):
-        return Wish(energy=float(request["energy"]))
-    return Wish(rank=int(request["rank"]))
+        return ShrinkTarget(energy=float(request["energy"]))
+    return ShrinkTarget(rank=int(request["rank"]))
 
 
 def _ingredients(request: Request) -> list[Ingredient]:

@@ -19,7 +19,7 @@ from app.preview.routes import open_tab
 from app.snapshot import Moment, moment_of
 from app.state import Desk
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
-from lora_core.generate.request import Info, LoraAt, Shot, Tag, axis
+from lora_core.generate.request import GenerationRequest, Infotext, Tag, WeightedLora, make_axis
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.storage import restore, trashed
 from lora_core.settings.config import RunConfig
@@ -54,10 +54,17 @@ def picture(folder: Path, name: str = "a.png", text: str = "") -> Path:
 
 
 def test_history_is_read_again_newest_first_and_put_back_exactly(tmp_path: Path) -> None:
-    shot = Shot(prompt=HOSTILE, negative="n\nn", seed=2**40, loras=(LoraAt("/x/é.safetensors", 0.8, 0.4, 4),))
+    shot = GenerationRequest(
+        prompt=HOSTILE, negative="n\nn", seed=2**40, loras=(WeightedLora("/x/é.safetensors", 0.8, 0.4, 4),)
+    )
     history = History(tmp_path / "generated")
     first = Kept(picture(history.folder, "1/a.png"), shot)
-    sheet = Kept(picture(history.folder, "1/b.png"), Shot(), axis("prompt", ["a, b"]), axis("seed", [1, 2]))
+    sheet = Kept(
+        picture(history.folder, "1/b.png"),
+        GenerationRequest(),
+        make_axis("prompt", ["a, b"]),
+        make_axis("seed", [1, 2]),
+    )
     history.add(first)
     history.add(sheet)
     with open(history.folder / FILE, "ab") as file:
@@ -69,14 +76,14 @@ def test_history_is_read_again_newest_first_and_put_back_exactly(tmp_path: Path)
         (one.file, one.shot, one.rows, one.columns) for one in (sheet, first)
     ]
     history = History(tmp_path / "generated")
-    history.add(Kept(picture(history.folder, "1/c.png"), Shot()))
+    history.add(Kept(picture(history.folder, "1/c.png"), GenerationRequest()))
     names = [one.file.name for one in History(tmp_path / "generated").newest()]
     assert names == ["c.png", "b.png", "a.png"], "the half line did not swallow it"
 
 
 def test_a_picture_goes_to_the_trash_and_comes_back(desk: Desk) -> None:
     history = desk.studio.history
-    kept = Kept(picture(desk.generated / "2026-01"), Shot())
+    kept = Kept(picture(desk.generated / "2026-01"), GenerationRequest())
     history.add(kept)
     history.remove("a.png", desk.workspace)
     assert not kept.file.exists()
@@ -89,7 +96,7 @@ def test_a_picture_goes_to_the_trash_and_comes_back(desk: Desk) -> None:
 
 
 def test_each_project_has_its_own(desk: Desk) -> None:
-    desk.studio.history.add(Kept(picture(desk.generated), Shot()))
+    desk.studio.history.add(Kept(picture(desk.generated), GenerationRequest()))
     desk.projects.new("another")
     assert desk.studio.history.newest() == []
 
@@ -100,14 +107,14 @@ def test_each_project_has_its_own(desk: Desk) -> None:
 def test_the_newest_lora_is_in_the_form_until_a_person_chooses(desk: Desk) -> None:
     assert preview_form.lora_rows(moment_of(desk))[0] == []
     run, file = run_with_file(desk)
-    assert preview_form.lora_rows(moment_of(desk))[0] == [LoraAt(str(file))]
-    rows = [LoraAt(str(file), 0.5), LoraAt("/typed/é.safetensors", 2.5, 0.25)]
+    assert preview_form.lora_rows(moment_of(desk))[0] == [WeightedLora(str(file))]
+    rows = [WeightedLora(str(file), 0.5), WeightedLora("/typed/é.safetensors", 2.5, 0.25)]
     first = preview_form.keep_rows(desk.project, rows, True)
     assert preview_form.lora_rows(moment_of(desk))[0] == rows
     assert preview_form.keep_rows(desk.project, [], False) == first + 1
     assert preview_form.lora_rows(moment_of(desk))[0] == [], "the base alone is a choice too"
-    preview_form.keep_rows(desk.project, [LoraAt(str(run.path / "gone.safetensors"))], False)
-    assert preview_form.lora_rows(moment_of(desk))[0] == [LoraAt(str(file))]
+    preview_form.keep_rows(desk.project, [WeightedLora(str(run.path / "gone.safetensors"))], False)
+    assert preview_form.lora_rows(moment_of(desk))[0] == [WeightedLora(str(file))]
     # Another project begins with its own, of which there is none.
     desk.projects.new("Other")
     assert preview_form.lora_rows(moment_of(desk))[0] == []
@@ -119,17 +126,20 @@ def test_rows_from_a_page_are_checked() -> None:
         {"file": "x", "strength": float("nan"), "text": "1e99"},
         {"file": "", "strength": 1}, "no row", {"strength": 1}, None,
     ]  # fmt: skip
-    assert preview_form.checked_rows(sent) == [LoraAt("/a b.safetensors", 0.5), LoraAt("x", 0.0, 20.0)]
+    assert preview_form.checked_rows(sent) == [
+        WeightedLora("/a b.safetensors", 0.5),
+        WeightedLora("x", 0.0, 20.0),
+    ]
     assert len(preview_form.checked_rows([{"file": "x"}] * 500)) == preview_form.MOST_LORAS
 
 
 def test_a_press_brings_the_rows_along(desk: Desk) -> None:
     moment = moment_of(desk)
     text = json.dumps({"rows": [{"file": "x", "strength": 0.3, "text": None}], "apart": False})
-    assert preview_form.rows_sent(moment, text) == [LoraAt("x", 0.3)]
-    assert preview_form.lora_rows(moment)[0] == [LoraAt("x", 0.3)]
+    assert preview_form.rows_sent(moment, text) == [WeightedLora("x", 0.3)]
+    assert preview_form.lora_rows(moment)[0] == [WeightedLora("x", 0.3)]
     for broken in ("", "[]", "{}", '{"rows": 3, "apart": 0}', "null"):
-        assert preview_form.rows_sent(moment, broken) == [LoraAt("x", 0.3)]
+        assert preview_form.rows_sent(moment, broken) == [WeightedLora("x", 0.3)]
 
 
 GIVEN = {"prompt": "a", "negative": "", "sampler": "ddim", "steps": 20, "cfg": 5.0, "seed": 3}
@@ -170,21 +180,23 @@ def test_cfg_rescale_as_it_is_typed(desk: Desk) -> None:
 
 
 def test_a_sheet_says_its_rescale(desk: Desk) -> None:
-    assert "CFG Rescale: 0.7" in sheet_info(Grid(Shot(cfg_rescale=0.7), None, None, []))
+    assert "CFG Rescale: 0.7" in sheet_info(Grid(GenerationRequest(cfg_rescale=0.7), None, None, []))
     # The embedded base is drawn without, unless somebody asks for it.
-    assert "Rescale" not in sheet_info(Grid(Shot(), None, None, []))
+    assert "Rescale" not in sheet_info(Grid(GenerationRequest(), None, None, []))
 
 
 def test_a_lora_s_own_base_draws_it(desk: Desk) -> None:
     run, file = run_with_file(desk)
-    shot = preview_form.shot_of(moment_of(desk), GIVEN, [LoraAt("/elsewhere.safetensors"), LoraAt(str(file))])
+    shot = preview_form.shot_of(
+        moment_of(desk), GIVEN, [WeightedLora("/elsewhere.safetensors"), WeightedLora(str(file))]
+    )
     config = run.config()
     assert (shot.base, shot.clip_skip) == (config.model.base, config.train.clip_skip)
 
 
 def test_settings_of_a_picture_go_into_the_form(desk: Desk) -> None:
     _, file = run_with_file(desk)
-    info = Info(
+    info = Infotext(
         HOSTILE, "no", 7, "Euler a", 3.5, 99, 96, 128, "demo", loras=(Tag("mine", 0.8, 0.4), Tag("away", 1))
     )
     assert preview_form.keep_info(moment_of(desk), info) == ["away"]
@@ -193,7 +205,7 @@ def test_settings_of_a_picture_go_into_the_form(desk: Desk) -> None:
         "prompt": HOSTILE, "negative": "no", "sampler": "euler_a", "steps": 7, "cfg": 3.5, "seed": 99,
         "cfg_rescale": 0.0, "width": 96, "height": 128,
     }  # fmt: skip
-    assert preview_form.lora_rows(moment)[0] == [LoraAt(str(file), 0.8, 0.4)]
+    assert preview_form.lora_rows(moment)[0] == [WeightedLora(str(file), 0.8, 0.4)]
 
 
 def test_other_tools_and_added_files_are_offered(
@@ -218,14 +230,14 @@ def test_other_tools_and_added_files_are_offered(
 
 
 def test_the_strip_of_a_run_is_drawn_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted: list[tuple[Shot, object]] = []
+    wanted: list[tuple[GenerationRequest, object]] = []
     monkeypatch.setattr(desk.studio, "want", lambda shot, strip: wanted.append((shot, strip)))
     assert open_tab(desk) == {"fill": False, "drawn": False}
     _, file = run_with_file(desk)
     desk.project.keep(preview_strip="mine")
     assert open_tab(desk)["fill"]
     ((shot, strip),) = wanted
-    assert (shot.loras, shot.seed, shot.steps) == ((LoraAt(str(file)),), 7, 9)
+    assert (shot.loras, shot.seed, shot.steps) == ((WeightedLora(str(file)),), 7, 9)
     assert strip == (0.0, 0.25, 0.5, 0.75, 1.0)
     assert preview_form.kept_fields(moment_of(desk))["seed"] == 7
     assert not open_tab(desk)["fill"]
@@ -240,7 +252,7 @@ def test_the_strip_of_a_run_is_drawn_once(desk: Desk, monkeypatch: pytest.Monkey
 
 
 def test_a_picture_s_settings_are_read_and_shown_as_text(tmp_path: Path) -> None:
-    written = Info(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(Tag("x", 0.5),))
+    written = Infotext(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(Tag("x", 0.5),))
     info = picture_info.picture_info(picture(tmp_path, text=written.text()))
     assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (Tag("x", 0.5),))
     shown = picture_info.info_html(f"{HOSTILE}.png", info)
@@ -271,8 +283,10 @@ def shown(desk: Desk, view: View) -> Moment:
 
 def test_everything_of_people_is_text_and_addresses_stay_inside(desk: Desk) -> None:
     path = picture(desk.generated / "2026-01", "<b>é.png" if os.name != "nt" else "é.png")
-    shot = Shot(prompt=HOSTILE, seed=5, width=96, height=64, loras=(LoraAt(f"/{HOSTILE}.safetensors", 0.5),))
-    grid = Grid.of(shot, axis("prompt", [HOSTILE]), axis("strength", [0, 0.5]))
+    shot = GenerationRequest(
+        prompt=HOSTILE, seed=5, width=96, height=64, loras=(WeightedLora(f"/{HOSTILE}.safetensors", 0.5),)
+    )
+    grid = Grid.of(shot, make_axis("prompt", [HOSTILE]), make_axis("strength", [0, 0.5]))
     pictures = dict.fromkeys((shot, shot.alone(), *grid.shots[:1]), path)
     desk.studio.history.add(Kept(path, shot))
     view = View("error", HOSTILE, 1, 2, shot, (0.0, 0.5), grid, pictures)
@@ -294,14 +308,16 @@ def test_what_is_not_there_yet_says_what_to_do(desk: Desk) -> None:
     assert "press Generate" in " ".join(compare_view.stage(nothing).split())
     assert "disabled title=" in compare_view.state_line(nothing)
     assert "fills once" in compare_view.strip(nothing)
-    busy = shown(desk, View("working", "Waiting: 2 requests before this one.", 0, 0, Shot(), (), None))
+    busy = shown(
+        desk, View("working", "Waiting: 2 requests before this one.", 0, 0, GenerationRequest(), (), None)
+    )
     assert "Waiting: 2" in compare_view.state_line(busy)
     assert "disabled" not in compare_view.state_line(busy)
 
 
 def test_axes_are_typed_or_picked(desk: Desk) -> None:
-    assert grid_card.chosen_axis("strength", ["0, 0.5", "1"]) == axis("strength", [0, 0.5, 1])
-    assert grid_card.chosen_axis("prompt", ["a, b"]) == axis("prompt", ["a, b"])
+    assert grid_card.chosen_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
+    assert grid_card.chosen_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
     assert grid_card.chosen_axis("none", []) is None
     with pytest.raises(LoraError, match="needs values"):
         grid_card.chosen_axis("seed", [])

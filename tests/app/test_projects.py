@@ -16,7 +16,7 @@ from app.snapshot import moment_of
 from app.state import Desk
 from app.train.run_list import earlier
 from lora_core.errors import RunError
-from lora_core.generate.request import Shot
+from lora_core.generate.request import GenerationRequest
 from lora_core.projects.workspace import Projects, adopt, belongs
 from lora_core.runs.folder import RunFolder, all_runs, runs_folder
 from lora_core.runs.storage import trashed
@@ -164,7 +164,7 @@ def test_the_picker(client: TestClient, desk: Desk, pictures: list[Path]) -> Non
 
 
 def test_what_was_looked_at_stays_with_its_project(desk: Desk, client: TestClient, tmp_path: Path) -> None:
-    shot = Shot(prompt="an owl")
+    shot = GenerationRequest(prompt="an owl")
     desk.studio.refuse("It cannot be drawn.")
     desk.studio.want(shot)
     desk.like_said = "Filled in from a file."

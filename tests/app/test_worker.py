@@ -16,7 +16,7 @@ from app.preview.page_state import STRIP, Grid, View
 from app.preview.render_queue import Studio
 from app.state import Desk
 from app.worker_client import GivesWay, Worker
-from lora_core.generate.request import LoraAt, Shot, axis
+from lora_core.generate.request import GenerationRequest, WeightedLora, make_axis
 from lora_core.runs.events import to_line
 from lora_core.system.hardware import Card
 from lora_core.system.processes import detached
@@ -102,8 +102,10 @@ def test_a_worker_that_cannot_start_is_a_sentence(tmp_path: Path) -> None:
     assert "is gone" in worker.ask({"do": "warm"}, timeout=PATIENCE).message
 
 
-def shot(prompt: str = "a cat", *strengths: float) -> Shot:
-    return Shot(prompt=prompt, loras=tuple(LoraAt(f"{n}.safetensors", s) for n, s in enumerate(strengths)))
+def shot(prompt: str = "a cat", *strengths: float) -> GenerationRequest:
+    return GenerationRequest(
+        prompt=prompt, loras=tuple(WeightedLora(f"{n}.safetensors", s) for n, s in enumerate(strengths))
+    )
 
 
 @pytest.fixture
@@ -150,14 +152,14 @@ def test_an_error_stays_until_something_else_is_wanted(studio: Studio) -> None:
 
 
 def test_a_grid_is_filled_cell_by_cell_and_put_together(studio: Studio) -> None:
-    grid = Grid.of(shot("a cat", 0.8), axis("seed", [1, 2]), axis("strength", [0, 0.5, 1]))
+    grid = Grid.of(shot("a cat", 0.8), make_axis("seed", [1, 2]), make_axis("strength", [0, 0.5, 1]))
     studio.draw_grid(grid)
     view = settled(studio)
     assert view.grid is not None
     assert view.grid.sheet is not None
     assert len(view.pictures) == 6
     kept = studio.history.newest()[0]
-    assert (kept.file, kept.rows, kept.is_sheet) == (view.grid.sheet, axis("seed", [1, 2]), True)
+    assert (kept.file, kept.rows, kept.is_sheet) == (view.grid.sheet, make_axis("seed", [1, 2]), True)
     asked = json.loads((view.grid.sheet).read_text())
     assert asked["rows"] == ["seed 1", "seed 2"]
     assert [[Path(c).is_file() for c in row] for row in asked["cells"]] == [[True] * 3] * 2
@@ -166,7 +168,7 @@ def test_a_grid_is_filled_cell_by_cell_and_put_together(studio: Studio) -> None:
 def test_a_file_that_is_written_anew_waits_for_the_next_wish(studio: Studio, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
-    wanted = Shot(prompt="a cat", loras=(LoraAt(str(file), 1.0),))
+    wanted = GenerationRequest(prompt="a cat", loras=(WeightedLora(str(file), 1.0),))
     studio.want(wanted, ())
     first = settled(studio).pictures
     # An export writes the file once more; nobody asked for another picture by that.
@@ -199,7 +201,7 @@ def test_another_project_draws_its_own(worker: Worker, tmp_path: Path) -> None:
 
 
 def test_a_grid_that_fails_says_so_and_stops(studio: Studio) -> None:
-    studio.draw_grid(Grid.of(shot("bad", 1.0), None, axis("seed", [1, 2])))
+    studio.draw_grid(Grid.of(shot("bad", 1.0), None, make_axis("seed", [1, 2])))
     wait_for(lambda: bool(studio.view().grid and studio.view().grid.problem))
     assert studio.view().grid.problem == "It cannot be read."
     assert not studio.view().working
@@ -207,7 +209,7 @@ def test_a_grid_that_fails_says_so_and_stops(studio: Studio) -> None:
 
 def test_cancelling_stops_picture_strip_and_grid(studio: Studio) -> None:
     studio.want(shot("slow", 1.0), STRIP)
-    studio.draw_grid(Grid.of(shot("slow", 1.0), None, axis("seed", [1, 2])))
+    studio.draw_grid(Grid.of(shot("slow", 1.0), None, make_axis("seed", [1, 2])))
     wait_for(lambda: studio.view().drawing is not None)
     studio.cancel()
     view = settled(studio)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_core.backends.int8 import ThinConv2d, ThinLinear, Thinner, int8, is_moved, is_packed, thin_layers
 from lora_core.backends.offload import Depot, FileDepot, depot_for
-from lora_core.lora.inject import Merger, Strengthened, adapter_weights, inject, remove
+from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject, remove
 from lora_core.lora.layer import LoraShape
 from lora_core.lora.targets import ATTENTION
 from lora_core.models.load import load_base
@@ -145,7 +145,7 @@ def test_an_adapter_is_added_to_what_a_packed_weight_stands_for() -> None:
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     layer, update = unet.get_submodule(path), weights.layers["unet", path]
     rounded, kept = layer.weight.clone(), layer.data.clone()
-    Merger(modules).apply([Strengthened(weights, 0.5)])
+    Merger(modules).apply([LoadedLora(weights, 0.5)])
     torch.testing.assert_close(layer.weight, rounded + 0.5 * update.delta())
     # Packing again, as where memory gets short, takes the weight alone.
     layer.pack(int8)

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lora_core.data.dataset import open_dataset
-from lora_core.evaluate.validator import Measured, looks_at, measured_pictures, triple_losses
-from lora_core.generate.pipeline import Picture, sampled_latents
+from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
+from lora_core.generate.pipeline import Picture, sample_latents
 from lora_core.lora.flat_params import Storage
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraShape
@@ -44,8 +44,8 @@ class Given:
 
     train: list[tuple[torch.Tensor, TextCondition]]
     classes: list[tuple[torch.Tensor, TextCondition]]
-    held_out: list[Measured]
-    prior: list[Measured]
+    held_out: list[EvalImage]
+    prior: list[EvalImage]
 
 
 @dataclass
@@ -105,16 +105,16 @@ def _own_pictures(base: BaseModel, count: int, first_seed: int) -> Iterator[tupl
     for number in range(count):
         prompt = prompts[number % len(prompts)]
         how = Picture(first_seed + number, 10, 3.0, "ddim", side, side)
-        yield sampled_latents(base, how, _condition(base, prompt), _condition(base, ""))[0], prompt
+        yield sample_latents(base, how, _condition(base, prompt), _condition(base, ""))[0], prompt
 
 
 def given_by(base: BaseModel) -> Given:
     """The demo's pictures, and some of the base's own."""
     records = open_dataset(str(DEMO / "train"), DEMO / "none").records
-    looked = measured_pictures(base, records, 2, 0)
-    held_out = measured_pictures(base, open_dataset(str(DEMO / "held_out"), DEMO / "none").records, LOOKS, 0)
+    looked = encode_eval_images(base, records, 2, 0)
+    held_out = encode_eval_images(base, open_dataset(str(DEMO / "held_out"), DEMO / "none").records, LOOKS, 0)
     prior = [
-        Measured(latents, looks_at(f"{number}", latents, LOOKS, 0, base.noise.timesteps), prompt)
+        EvalImage(latents, eval_noise(f"{number}", latents, LOOKS, 0, base.noise.timesteps), prompt)
         for number, (latents, prompt) in enumerate(_own_pictures(base, PRIOR_PICTURES, 1000))
     ]
     classes = [
@@ -139,9 +139,9 @@ def _batch(
     return [rows[index] for index in order[:BATCH]]
 
 
-def _losses(base: BaseModel, pictures: list[Measured]) -> float:
+def _losses(base: BaseModel, pictures: list[EvalImage]) -> float:
     base.unet.eval()
-    found = float(triple_losses(base, pictures, lambda caption: _condition(base, caption)).mean())
+    found = float(eval_losses(base, pictures, lambda caption: _condition(base, caption)).mean())
     base.unet.train()
     return found
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_core.generate.pipeline import Artist
-from lora_core.generate.request import Shot
+from lora_core.generate.pipeline import Pipeline
+from lora_core.generate.request import GenerationRequest
 from lora_core.models.load import load_base
 
 TILE = 8
@@ -23,13 +23,13 @@ HELD_OUT = ("horse", "pig", "cow", "chicken", "grapes", "pizza", "airplane", "st
 
 def drawn_set(folder: Path) -> Path:
     """Draw both halves, `train/` and `held_out/`, with captions beside the pictures; returns the folder."""
-    artist = Artist(load_base("demo", torch.device("cpu"), torch.float32), lambda weights, rank: weights)
+    artist = Pipeline(load_base("demo", torch.device("cpu"), torch.float32), lambda weights, rank: weights)
     number = 0
     for name, things in (("train", TRAIN), ("held_out", HELD_OUT)):
         (folder / name).mkdir(parents=True)
         for thing in things:
             ground = f"on a {GROUND[number % len(GROUND)]} background"
-            shot = Shot(prompt=f"{thing}, twemoji style, {ground}", seed=9000 + number, cfg=3.0)
+            shot = GenerationRequest(prompt=f"{thing}, twemoji style, {ground}", seed=9000 + number, cfg=3.0)
             stem = folder / name / thing.replace(" ", "-")
             in_tiles(artist.drawn(shot), number).save(stem.with_suffix(".png"))
             stem.with_suffix(".txt").write_text(f"{thing}, glazewall style, {ground}\n", encoding="utf-8")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from lora_core.formats.io import write_adapter
-from lora_core.generate.pipeline import Artist
-from lora_core.generate.request import LoraAt, Shot
+from lora_core.generate.pipeline import Pipeline
+from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import adapter_weights, inject
 from lora_core.lora.layer import LoraShape
 from lora_core.lora.targets import KOHYA
@@ -43,10 +43,10 @@ def preview_rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
         write_adapter(adapter_weights(injected), file, "kohya", "fp16", base.family, {})
-        artist = Artist(base, lambda weights, rank: weights)
+        artist = Pipeline(base, lambda weights, rank: weights)
 
-        def shot(strength: float) -> Shot:
-            return Shot(prompt="a robot", steps=1, loras=(LoraAt(str(file), strength),))
+        def shot(strength: float) -> GenerationRequest:
+            return GenerationRequest(prompt="a robot", steps=1, loras=(WeightedLora(str(file), strength),))
 
         def forward() -> list[object]:
             with torch.no_grad(), _Recorded() as recorded:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lora_core.evaluate.early_stopping import better, difference, reason_to_stop, worse
+from lora_core.evaluate.early_stopping import is_better, is_worse, paired_difference, reason_to_stop
 from lora_core.runs.events import Validated
 
 
@@ -18,20 +18,20 @@ def test_the_error_of_a_difference_is_that_of_the_pairs():
     # Each look lost 1, 2 and 3 less, whatever it lost before: by hand, mean 2 and sqrt(1 / 3).
     before = torch.tensor([[10.0, 10.0], [500.0, 500.0], [3.0, 3.0]])
     now = before - torch.tensor([[1.0], [2.0], [3.0]])
-    assert difference(before, now) == pytest.approx((2.0, (1 / 3) ** 0.5))
+    assert paired_difference(before, now) == pytest.approx((2.0, (1 / 3) ** 0.5))
 
 
 def test_two_pictures_that_agree_by_chance_do_not_make_it_certain():
     before, now = torch.zeros(2, 4), torch.tensor([[1.0, -1.0, 3.0, -3.0]] * 2)
     # By hand: the means are equal, but eight looks have a deviation of sqrt(40 / 7).
-    assert difference(before, now) == pytest.approx((0.0, (40 / 7) ** 0.5 / 8**0.5))
+    assert paired_difference(before, now) == pytest.approx((0.0, (40 / 7) ** 0.5 / 8**0.5))
 
 
 def test_no_difference_where_the_looks_are_others():
-    assert all(map(math.isnan, difference(None, torch.zeros(2, 2))))
-    assert all(map(math.isnan, difference(torch.zeros(3, 2), torch.zeros(2, 2))))
-    assert not better(math.nan, math.nan)
-    assert not worse(math.nan, math.nan)
+    assert all(map(math.isnan, paired_difference(None, torch.zeros(2, 2))))
+    assert all(map(math.isnan, paired_difference(torch.zeros(3, 2), torch.zeros(2, 2))))
+    assert not is_better(math.nan, math.nan)
+    assert not is_worse(math.nan, math.nan)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_no_difference_where_the_looks_are_others():
     [(0.2, 0.1, (True, False)), (0.05, 0.1, (False, False)), (-0.2, 0.1, (False, True))],
 )
 def test_better_and_worse_ask_for_more_than_the_error(gained, error, verdict):
-    assert (better(gained, error), worse(gained, error)) == verdict
+    assert (is_better(gained, error), is_worse(gained, error)) == verdict
 
 
 def test_a_run_ends_when_it_clearly_falls():

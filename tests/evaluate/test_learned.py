@@ -12,10 +12,10 @@ import torch
 from lora_core.__main__ import main
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import RunError
-from lora_core.evaluate.learned import judge, picture_rows, run_pictures
-from lora_core.evaluate.validator import validation
+from lora_core.evaluate.learned import image_rows, mark_outliers, measure_run_images
+from lora_core.evaluate.validator import validation_report
 from lora_core.formats.io import write_adapter
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder
@@ -41,7 +41,7 @@ def test_an_adapter_of_zeros_gains_exactly_nothing_and_a_wrong_caption_still_sho
 ) -> None:
     wrong = replace(checked[3], caption=checked[6].caption)
     records = [*checked[:3], wrong, *checked[4:]]
-    rows = picture_rows(demo_base, records, planted(0.0), CONFIG, triples=4)
+    rows = image_rows(demo_base, records, planted(0.0), CONFIG, triples=4)
     assert [row["gain"] for row in rows] == [0.0] * 8
     assert [row["picture"] for row in rows if row["suspect"]] == [str(wrong.path)]
     assert rows[0]["picture"] == str(wrong.path)
@@ -51,14 +51,14 @@ def test_an_adapter_of_zeros_gains_exactly_nothing_and_a_wrong_caption_still_sho
 
 def test_gains_shares_and_who_is_held_out(demo_base: BaseModel, checked: list[ImageRecord]) -> None:
     told: list[tuple[int, int]] = []
-    rows = picture_rows(
+    rows = image_rows(
         demo_base, checked, planted(0.02), CONFIG, triples=2, said=lambda *how: told.append(how)
     )
     assert sum(row["held_out"] for row in rows) == 2
     assert {row["share"] for row in rows if row["held_out"]} == {0.0}
     assert [row["share"] for row in rows if not row["held_out"]] == pytest.approx([1 / 6] * 6)
     # The verb `validate` measures the same adapter on the same looks, and says it for all pictures together.
-    whole = validation(demo_base, checked, [Strengthened(planted(0.02))], triples=2, seed=CONFIG.seed)
+    whole = validation_report(demo_base, checked, [LoadedLora(planted(0.02))], triples=2, seed=CONFIG.seed)
     assert whole["gain"] != 0
     assert sum(row["gain"] for row in rows) / 8 == pytest.approx(whole["gain"], rel=1e-4)
     assert sum(row["base_loss"] for row in rows) / 8 == pytest.approx(whole["base_loss"], rel=1e-5)
@@ -67,7 +67,9 @@ def test_gains_shares_and_who_is_held_out(demo_base: BaseModel, checked: list[Im
         assert row["gain"] == pytest.approx(row["base_loss"] - row["adapted_loss"], abs=1e-9)
     assert told[-1] == (32, 32)
     # The base is as it was.
-    assert validation(demo_base, checked, [], triples=2)["base_loss"] == pytest.approx(whole["base_loss"])
+    assert validation_report(demo_base, checked, [], triples=2)["base_loss"] == pytest.approx(
+        whole["base_loss"]
+    )
 
 
 def row(name: str, learned: float, helps: float | None, held: bool = False) -> dict[str, Any]:
@@ -79,18 +81,18 @@ def row(name: str, learned: float, helps: float | None, held: bool = False) -> d
 
 def test_who_stands_out() -> None:
     usual = [row(f"{n}.png", 0.5 + 0.02 * n, 0.2 + 0.01 * n) for n in range(6)]
-    judge(usual)
+    mark_outliers(usual)
     assert not any(one["suspect"] for one in usual)
     rows = [*usual, row("off.png", 0.05, 0.2), row("wrong.png", 0.7, -0.1), row("bare.png", 0.5, None)]
     # Held-out pictures are expected to have less.
     rows.append(row("held.png", 0.05, 0.2, held=True))
-    judge(rows)
+    mark_outliers(rows)
     assert {one["picture"]: one["sentence"].split(" (")[0] for one in rows if one["suspect"]} == {
         "off.png": "off.png was learned far less than the others",
         "wrong.png": "The caption of wrong.png does not help the trained model to predict it",
     }
     few = [row("off.png", 0.05, -0.2), *usual[:2]]
-    judge(few)
+    mark_outliers(few)
     assert not any(one["suspect"] for one in few)
 
 
@@ -104,19 +106,19 @@ def test_a_run_s_pictures_are_written_beside_it(
     settings = {"dataset.path": str(tmp_path / "set"), "validation.pictures": 1}
     run = RunFolder.create(tmp_path / "runs" / "one", RunConfig().changed(settings))
     with pytest.raises(RunError, match="no checkpoint yet"):
-        run_pictures(run, opened=lambda *_: demo_base)
+        measure_run_images(run, opened=lambda *_: demo_base)
     for step, size in ((5, 0.0), (10, 0.02)):
         run.checkpoint(step).mkdir(parents=True)
         write_adapter(
             planted(size), run.checkpoint(step) / "adapter.safetensors", "kohya", "fp32", demo_base.family, {}
         )
-    found = run_pictures(run, triples=2, opened=lambda *_: demo_base)
+    found = measure_run_images(run, triples=2, opened=lambda *_: demo_base)
     assert found["step"] == 10
     assert json.loads((run.path / "pictures.json").read_text()) == found
-    first = run_pictures(run, "5", triples=2, opened=lambda *_: demo_base)
+    first = measure_run_images(run, "5", triples=2, opened=lambda *_: demo_base)
     assert [one["gain"] for one in first["rows"]] == [0.0] * 3
     with pytest.raises(RunError, match=r"no checkpoint 7; take best, last or one of 5, 10"):
-        run_pictures(run, "7", opened=lambda *_: demo_base)
+        measure_run_images(run, "7", opened=lambda *_: demo_base)
 
 
 @pytest.mark.slow
@@ -127,7 +129,7 @@ def test_a_run_with_one_wrong_caption_names_its_picture(tmp_path: Path) -> None:
     for setting in ("validation.every=0", "preview.every=0"):
         how += ["--set", setting]
     assert main(["train", str(tmp_path / "set"), *how]) == 0
-    rows = run_pictures(RunFolder.open(tmp_path / "runs" / "one"))["rows"]
+    rows = measure_run_images(RunFolder.open(tmp_path / "runs" / "one"))["rows"]
     assert [Path(one["picture"]).name for one in rows if one["suspect"]] == ["car.png"]
     # Its gain is no sign: there was more to gain than anywhere else.
     assert rows[0]["gain"] == max(one["gain"] for one in rows)

@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from lora_core.evaluate.validator import (
-    Measured,
+    EvalImage,
     clustered_error,
-    looks_at,
+    eval_losses,
+    eval_noise,
+    gain_by_timestep,
     paired_gain,
-    timestep_bands,
-    triple_losses,
 )
 from lora_core.models.encode import TextCondition
 from lora_core.models.load import load_base
@@ -16,17 +16,17 @@ LATENTS = torch.zeros(4, 4, 4)
 
 
 def test_looks_are_fixed_by_picture_and_seed():
-    first = looks_at("a", LATENTS, 6, 0, 1000)
-    again = looks_at("a", LATENTS, 6, 0, 1000)
+    first = eval_noise("a", LATENTS, 6, 0, 1000)
+    again = eval_noise("a", LATENTS, 6, 0, 1000)
     assert torch.equal(first.noise, again.noise)
     assert torch.equal(first.timesteps, again.timesteps)
-    for other in (looks_at("b", LATENTS, 6, 0, 1000), looks_at("a", LATENTS, 6, 1, 1000)):
+    for other in (eval_noise("b", LATENTS, 6, 0, 1000), eval_noise("a", LATENTS, 6, 1, 1000)):
         assert not torch.equal(first.noise, other.noise)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
 def test_timesteps_are_one_a_stratum_and_noise_comes_in_opposite_pairs(count):
-    looks = looks_at("a", LATENTS, count, 3, 1000)
+    looks = eval_noise("a", LATENTS, count, 3, 1000)
     assert (looks.timesteps * count // 1000).tolist() == list(range(count))
     for pair in range(0, count - 1, 2):
         assert torch.equal(looks.noise[pair], -looks.noise[pair + 1])
@@ -42,7 +42,9 @@ def test_the_error_is_clustered_by_picture():
 
 def test_bands_cut_the_timesteps():
     timesteps = torch.tensor([[100, 600], [200, 900]])
-    rows = timestep_bands(torch.tensor([[4.0, 2.0], [2.0, 8.0]]), torch.ones(2, 2), timesteps, 1000, bands=2)
+    rows = gain_by_timestep(
+        torch.tensor([[4.0, 2.0], [2.0, 8.0]]), torch.ones(2, 2), timesteps, 1000, bands=2
+    )
     assert [(r["from"], r["to"], r["gain"]) for r in rows] == [(0, 500, 2.0), (500, 1000, 4.0)]
     assert rows[0]["standard_error"] == pytest.approx(1.0)
 
@@ -53,11 +55,11 @@ def test_losses_are_the_plain_squared_error_and_do_not_depend_on_neighbours():
     pictures = []
     for name in "abc":
         latents = torch.randn(4, 16, 16, generator=generator)
-        pictures.append(Measured(latents, looks_at(name, latents, 5, 0, 1000), name))
+        pictures.append(EvalImage(latents, eval_noise(name, latents, 5, 0, 1000), name))
     text = TextCondition(torch.zeros(1, 77, base.family.context_width))
-    losses = triple_losses(base, pictures, lambda caption: text)
+    losses = eval_losses(base, pictures, lambda caption: text)
     assert losses.shape == (3, 5)
-    assert torch.equal(triple_losses(base, pictures[1:2], lambda caption: text), losses[1:2])
+    assert torch.equal(eval_losses(base, pictures[1:2], lambda caption: text), losses[1:2])
     picture, k = pictures[2], 3
     share = base.noise.alphas_cumprod[picture.looks.timesteps[k]]
     noise = picture.looks.noise[k]

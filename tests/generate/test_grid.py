@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_core.generate.grid import GAP, sheet
+from lora_core.generate.grid import GAP, make_image_grid
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 
@@ -15,7 +15,7 @@ def field(colour: tuple[int, int, int], size: tuple[int, int] = (64, 48)) -> Ima
 
 def test_pictures_lie_where_the_labels_say_and_are_not_scaled() -> None:
     noise = Image.effect_noise((64, 48), 80).convert("RGB")
-    made = sheet([[field(RED), field(BLUE)], [None, noise]], ["one", "two"], ["a", "b"])
+    made = make_image_grid([[field(RED), field(BLUE)], [None, noise]], ["one", "two"], ["a", "b"])
     # The last column ends one gap before the edge, the last row as well.
     right, bottom = made.width - GAP, made.height - GAP
     last = made.crop((right - 64, bottom - 48, right, bottom))
@@ -27,12 +27,12 @@ def test_pictures_lie_where_the_labels_say_and_are_not_scaled() -> None:
 
 
 def test_without_labels_there_is_no_margin() -> None:
-    assert sheet([[field(RED)]], [], []).size == (64 + 2 * GAP, 48 + 2 * GAP)
+    assert make_image_grid([[field(RED)]], [], []).size == (64 + 2 * GAP, 48 + 2 * GAP)
 
 
 def test_labels_are_drawn_inside_their_places() -> None:
-    plain = sheet([[field(RED)] * 3], [], ["", "", ""])
-    made = sheet([[field(RED)] * 3], [], ["", "strength 0.5", ""])
+    plain = make_image_grid([[field(RED)] * 3], [], ["", "", ""])
+    made = make_image_grid([[field(RED)] * 3], [], ["", "strength 0.5", ""])
     assert made.height > plain.height
     ink = np.asarray(made.convert("L")) < 100
     columns = np.flatnonzero(ink[: made.height - 48 - GAP].any(axis=0))
@@ -52,6 +52,6 @@ def test_labels_are_drawn_inside_their_places() -> None:
     ],
 )
 def test_any_label_fits(label: str) -> None:
-    made = sheet([[field(RED, (128, 128))]], [label], [label])
+    made = make_image_grid([[field(RED, (128, 128))]], [label], [label])
     assert made.width < 128 + 200
     assert made.height < 128 + 200

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_core.generate.request import Info, Tag, parsed
+from lora_core.generate.request import Infotext, Tag, parse_infotext
 
 HOSTILE = '<img src=x onerror="alert(1)"> {{7*7}} 😀 "quoted", Steps: 3'
 
@@ -17,7 +17,7 @@ Lora hashes: "owl style: 0f1a, detail: 22", Version: v1.10.1"""
 
 
 def test_a_text_of_a1111_is_read() -> None:
-    info = parsed(A1111)
+    info = parse_infotext(A1111)
     assert info.prompt == "masterpiece, an owl\non a branch"
     assert info.negative == "blurry, bad\nhands"
     assert (info.steps, info.cfg, info.seed, info.width, info.height) == (28, 6.5, 3121234567, 512, 768)
@@ -28,22 +28,23 @@ def test_a_text_of_a1111_is_read() -> None:
 
 
 def test_named_strengths_of_a1111_are_read() -> None:
-    assert parsed("x <lora:a:te=0.3:unet=0.7>").loras == (Tag("a", 0.7, 0.3),)
-    assert parsed("x <lora:a>").loras == (Tag("a", 1.0),)
-    assert parsed("x <lora:a:much>").loras == ()
+    assert parse_infotext("x <lora:a:te=0.3:unet=0.7>").loras == (Tag("a", 0.7, 0.3),)
+    assert parse_infotext("x <lora:a>").loras == (Tag("a", 1.0),)
+    assert parse_infotext("x <lora:a:much>").loras == ()
 
 
 @pytest.mark.parametrize(
     "info",
     [
-        Info("an owl", "", 20, "Euler a", 7.0, 1, 128, 128, "demo"),
-        Info(HOSTILE, HOSTILE, 20, "DDIM", 5.5, 2**63 - 1, 96, 160, "a, b: c", 2,
+        Infotext("an owl", "", 20, "Euler a", 7.0, 1, 128, 128, "demo"),
+        Infotext(HOSTILE, HOSTILE, 20, "DDIM", 5.5, 2**63 - 1, 96, 160, "a, b: c", 2,
              (Tag("x y", 0.8), Tag("größe", -0.5, 0.25))),
-        Info("two\nlines", "no\nno", 1, "UniPC", 1.0, 0, 64, 64, "demo", extra={"Rows": 'prompt="a, b",c'}),
+        Infotext("two\nlines", "no\nno", 1, "UniPC", 1.0, 0, 64, 64, "demo",
+                 extra={"Rows": 'prompt="a, b",c'}),
     ],
 )  # fmt: skip
-def test_what_is_written_is_read_back(info: Info) -> None:
-    found = parsed(info.text())
+def test_what_is_written_is_read_back(info: Infotext) -> None:
+    found = parse_infotext(info.text())
     assert (found.prompt, found.negative, found.loras) == (info.prompt, info.negative, info.loras)
     for name in ("steps", "sampler", "cfg", "seed", "width", "height", "model"):
         assert getattr(found, name) == getattr(info, name)
@@ -51,12 +52,12 @@ def test_what_is_written_is_read_back(info: Info) -> None:
 
 
 def test_other_texts_are_all_prompt() -> None:
-    assert parsed("just words, nothing more").prompt == "just words, nothing more"
-    assert parsed("").prompt == ""
-    assert parsed('{"workflow": {"nodes": []}}').steps is None
-    assert parsed("Seed: 99999999999999999999999, Steps: x, Size: 9x").seed is None
-    assert len(parsed("a" * 10**6).prompt) <= 200_000
-    parsed('Steps: "' + '\\"' * 50_000)
+    assert parse_infotext("just words, nothing more").prompt == "just words, nothing more"
+    assert parse_infotext("").prompt == ""
+    assert parse_infotext('{"workflow": {"nodes": []}}').steps is None
+    assert parse_infotext("Seed: 99999999999999999999999, Steps: x, Size: 9x").seed is None
+    assert len(parse_infotext("a" * 10**6).prompt) <= 200_000
+    parse_infotext('Steps: "' + '\\"' * 50_000)
 
 
 def test_names_cannot_break_out_of_their_tag() -> None:

@@ -10,8 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from lora_core.data.dataset import scan
-from lora_core.evaluate.validator import measured_pictures, triple_losses, validation
-from lora_core.generate.pipeline import Picture, generated_from_prompt, sampler_of
+from lora_core.evaluate.validator import encode_eval_images, eval_losses, validation_report
+from lora_core.generate.pipeline import Picture, generate_image, make_scheduler
 from lora_core.models.encode import text_condition
 from lora_core.models.load import load_base
 from tests.checkpoints import write_folder
@@ -40,8 +40,8 @@ def pipeline(folder):
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
 def test_the_picture_is_the_one_that_diffusers_makes(base, pipeline, negative, size):
     how = Picture(seed=5, steps=2, cfg=3.0, sampler="ddim", width=size[0], height=size[1])
-    ours = generated_from_prompt(base, how, "an owl on a branch", negative)
-    pipeline.scheduler = sampler_of(base, "ddim")
+    ours = generate_image(base, how, "an owl on a branch", negative)
+    pipeline.scheduler = make_scheduler(base, "ddim")
     # An empty negative prompt is none at all there, which is zeros for this family.
     theirs = pipeline(
         "an owl on a branch", negative_prompt=negative or None, num_inference_steps=2, guidance_scale=3.0,
@@ -57,14 +57,14 @@ def test_losses_are_those_of_the_unet_told_the_true_size(base, tmp_path):
     (tmp_path / "a.txt").write_text("an owl")
     records = scan(tmp_path).records
     base.facts = replace(base.facts, resolution=128)
-    (picture,) = measured_pictures(base, records, 2, 0)
+    (picture,) = encode_eval_images(base, records, 2, 0)
     # 1300 x 500 at 128 px is a bucket of 160 x 64: scaled by 64 / 500 it is 166.4 px wide, 6.4 too many.
     told = torch.tensor([500.0, 1300.0, 0.0, 3.0, 64.0, 160.0])
     assert torch.equal(picture.sizes, told)
 
     with torch.no_grad():
         text = text_condition(base, ["an owl"])
-        losses = triple_losses(base, [picture], lambda caption: text)
+        losses = eval_losses(base, [picture], lambda caption: text)
         for k, found in enumerate(losses[0]):
             share = base.noise.alphas_cumprod[picture.looks.timesteps[k]]
             noise = picture.looks.noise[k]
@@ -74,5 +74,5 @@ def test_losses_are_those_of_the_unet_told_the_true_size(base, tmp_path):
                 added_cond_kwargs={"text_embeds": text.pooled, "time_ids": told[None]},
             ).sample[0]  # fmt: skip
             assert float(found) == pytest.approx(float((said - noise).square().mean()), rel=1e-4)
-    report = validation(base, records, [], 2, 0)
+    report = validation_report(base, records, [], 2, 0)
     assert report["base_loss"] == pytest.approx(float(losses.mean()))

@@ -6,20 +6,20 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import write_adapter
-from lora_core.generate.pipeline import Artist, Picture, generated_from_prompt, look
-from lora_core.generate.request import LoraAt, Shot, axis_of, grid_shots
+from lora_core.generate.pipeline import Picture, Pipeline, generate_image, latent_preview
+from lora_core.generate.request import GenerationRequest, WeightedLora, grid_requests, parse_axis
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import decoded_latents
 from lora_core.models.load import load_base
-from lora_core.tools.combine import at_rank
+from lora_core.tools.combine import truncate_adapter
 
 SIZE = {"steps": 2, "cfg": 3.0, "width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
 def artist():
-    return Artist(load_base("demo", torch.device("cpu"), torch.float32), at_rank)
+    return Pipeline(load_base("demo", torch.device("cpu"), torch.float32), truncate_adapter)
 
 
 def adapter(path, seed, rank=8, part="unet"):
@@ -49,41 +49,43 @@ def drawn(artist, shot):
 
 
 def test_cells_of_a_grid_are_the_single_pictures_and_zero_is_the_base(artist, files):
-    shot = Shot(prompt="owl", seed=4, loras=(LoraAt(files[0], 0.8),), **SIZE)
-    rows, columns = axis_of("seed=4,5"), axis_of("strength=0,0.5,1")
-    cells = [[drawn(artist, cell) for cell in row] for row in grid_shots(shot, rows, columns)]
+    shot = GenerationRequest(prompt="owl", seed=4, loras=(WeightedLora(files[0], 0.8),), **SIZE)
+    rows, columns = parse_axis("seed=4,5"), parse_axis("strength=0,0.5,1")
+    cells = [[drawn(artist, cell) for cell in row] for row in grid_requests(shot, rows, columns)]
     for row, seed in zip(cells, (4, 5), strict=True):
-        alone = drawn(artist, Shot(prompt="owl", seed=seed, **SIZE))
+        alone = drawn(artist, GenerationRequest(prompt="owl", seed=seed, **SIZE))
         assert (row[0] == alone).all()
         for cell, strength in zip(row, (0.0, 0.5, 1.0), strict=True):
-            single = Shot(prompt="owl", seed=seed, loras=(LoraAt(files[0], strength),), **SIZE)
+            single = GenerationRequest(
+                prompt="owl", seed=seed, loras=(WeightedLora(files[0], strength),), **SIZE
+            )
             assert (cell == drawn(artist, single)).all()
         assert (row[1] != row[2]).any()
     artist.mix(())
-    plain = np.asarray(generated_from_prompt(artist.base, Picture(seed=4, **SIZE), "owl"))
+    plain = np.asarray(generate_image(artist.base, Picture(seed=4, **SIZE), "owl"))
     assert (plain == cells[0][0]).all()
 
 
 def test_several_adapters_act_together_and_a_text_encoders_strength_apart(artist, files, tmp_path):
     text = adapter(tmp_path / "text.safetensors", 3, part="text_encoder")
-    shot = Shot(prompt="owl", seed=4, **SIZE)
-    both = drawn(artist, Shot(**{**vars(shot), "loras": tuple(map(LoraAt, files))}))
-    first = drawn(artist, Shot(**{**vars(shot), "loras": (LoraAt(files[0]),)}))
+    shot = GenerationRequest(prompt="owl", seed=4, **SIZE)
+    both = drawn(artist, GenerationRequest(**{**vars(shot), "loras": tuple(map(WeightedLora, files))}))
+    first = drawn(artist, GenerationRequest(**{**vars(shot), "loras": (WeightedLora(files[0]),)}))
     assert (both != first).any()
-    off = drawn(artist, Shot(**{**vars(shot), "loras": (LoraAt(text, 1.0, 0.0),)}))
+    off = drawn(artist, GenerationRequest(**{**vars(shot), "loras": (WeightedLora(text, 1.0, 0.0),)}))
     assert (off == drawn(artist, shot)).all()
-    on = drawn(artist, Shot(**{**vars(shot), "loras": (LoraAt(text, 0.0, 1.0),)}))
+    on = drawn(artist, GenerationRequest(**{**vars(shot), "loras": (WeightedLora(text, 0.0, 1.0),)}))
     assert (on != off).any()
 
 
 def test_a_rank_cuts_by_the_best_there_is(artist, files):
-    shot = Shot(prompt="owl", seed=4, loras=(LoraAt(files[0]),), **SIZE)
+    shot = GenerationRequest(prompt="owl", seed=4, loras=(WeightedLora(files[0]),), **SIZE)
     whole = drawn(artist, shot)
     assert (drawn(artist, shot.at("rank", 8)) == whole).all()
     assert (drawn(artist, shot.at("rank", 2)) != whole).any()
     draw = torch.Generator().manual_seed(9)
     layer = LayerWeights(torch.randn(6, 20, generator=draw), torch.randn(15, 6, generator=draw), 3.0)
-    cut = at_rank(AdapterWeights({("unet", "x"): layer}), 2).layers["unet", "x"]
+    cut = truncate_adapter(AdapterWeights({("unet", "x"): layer}), 2).layers["unet", "x"]
     u, s, vh = torch.linalg.svd(layer.delta().double())
     best = (u[:, :2] * s[:2]) @ vh[:2]
     assert cut.rank == 2
@@ -91,7 +93,7 @@ def test_a_rank_cuts_by_the_best_there_is(artist, files):
 
 
 def test_an_adapter_that_does_not_fit_leaves_the_base_as_it_was(artist, files, tmp_path):
-    shot = Shot(prompt="owl", seed=4, loras=(LoraAt(files[0]),), **SIZE)
+    shot = GenerationRequest(prompt="owl", seed=4, loras=(WeightedLora(files[0]),), **SIZE)
     before = drawn(artist, shot)
     with pytest.raises(AdapterFileError, match="does not exist"):
         artist.drawn(shot.at("checkpoint", str(tmp_path / "nowhere.safetensors")))
@@ -99,8 +101,14 @@ def test_an_adapter_that_does_not_fit_leaves_the_base_as_it_was(artist, files, t
 
 
 def test_the_png_says_what_was_in_the_base(artist, files):
-    loras = (LoraAt(files[0], 0.8, 0.4), LoraAt(files[1], 0.5, rank=4), LoraAt(files[1], 0.0))
-    text = artist.infotext(Shot(prompt="owl", negative="blue", seed=4, clip_skip=2, loras=loras, **SIZE))
+    loras = (
+        WeightedLora(files[0], 0.8, 0.4),
+        WeightedLora(files[1], 0.5, rank=4),
+        WeightedLora(files[1], 0.0),
+    )
+    text = artist.infotext(
+        GenerationRequest(prompt="owl", negative="blue", seed=4, clip_skip=2, loras=loras, **SIZE)
+    )
     assert (
         text == "owl <lora:a:0.4:0.8> <lora:b:0.5>\nNegative prompt: blue\n"
         "Steps: 2, Sampler: DDIM, CFG scale: 3, Seed: 4, Size: 64x64, Model: demo, Clip skip: 2,"
@@ -111,12 +119,12 @@ def test_the_png_says_what_was_in_the_base(artist, files):
 def test_a_look_has_the_colours_of_the_picture(artist):
     """On a prompt that the matrix was not fitted on; a constant picture would explain nothing."""
     seen = []
-    shot = Shot(prompt="owl, on a red background", seed=4, steps=8, cfg=3.0)
+    shot = GenerationRequest(prompt="owl, on a red background", seed=4, steps=8, cfg=3.0)
     image = artist.drawn(shot, on_clean=lambda clean: seen.append(clean()))
     assert len(seen) == 8
     whole = np.asarray(image.resize((16, 16), resample=4), float)
     spread = np.square(whole - whole.mean(axis=(0, 1))).mean()
-    errors = [np.square(np.asarray(look(z, artist.matrix), float) - whole).mean() for z in seen]
+    errors = [np.square(np.asarray(latent_preview(z, artist.matrix), float) - whole).mean() for z in seen]
     assert errors[-1] < 0.4 * spread
     assert errors[-1] < errors[0]
     # The latents that it is heading for are those that the last step arrives at.

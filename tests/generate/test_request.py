@@ -5,17 +5,17 @@ import pytest
 from lora_core.errors import ConfigError
 from lora_core.generate.request import (
     Axis,
-    LoraAt,
-    Shot,
+    GenerationRequest,
+    WeightedLora,
     adapter_name,
-    axis,
-    axis_of,
+    grid_requests,
     grid_settings,
-    grid_shots,
+    make_axis,
+    parse_axis,
 )
 
-ONE = Shot(prompt="owl", seed=3, loras=(LoraAt("a.safetensors", 0.8),))
-TWO = Shot(loras=(LoraAt("a.safetensors", 0.8), LoraAt("b.safetensors", 0.5, 0.2)))
+ONE = GenerationRequest(prompt="owl", seed=3, loras=(WeightedLora("a.safetensors", 0.8),))
+TWO = GenerationRequest(loras=(WeightedLora("a.safetensors", 0.8), WeightedLora("b.safetensors", 0.5, 0.2)))
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ TWO = Shot(loras=(LoraAt("a.safetensors", 0.8), LoraAt("b.safetensors", 0.5, 0.2
     ],
 )
 def test_an_axis_is_read(text: str, kind: str, values: tuple[object, ...]) -> None:
-    assert axis_of(text) == Axis(kind, values)
-    assert axis_of(axis_of(text).text()).values == (values if kind != "checkpoint" else ("a=b",))
+    assert parse_axis(text) == Axis(kind, values)
+    assert parse_axis(parse_axis(text).text()).values == (values if kind != "checkpoint" else ("a=b",))
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,17 @@ def test_an_axis_is_read(text: str, kind: str, values: tuple[object, ...]) -> No
 )
 def test_a_wrong_axis_is_a_sentence(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=r"\.$") as found:
-        axis_of(text)
+        parse_axis(text)
     assert words in str(found.value)
 
 
 def test_the_strength_of_one_adapter_is_its_own_and_of_several_a_factor() -> None:
-    assert ONE.at("strength", 0.5).loras == (LoraAt("a.safetensors", 0.5),)
-    assert TWO.at("strength", 0.5).loras == (LoraAt("a.safetensors", 0.4), LoraAt("b.safetensors", 0.25, 0.1))
-    apart = Shot(loras=(LoraAt("a", 0.8, 0.4),))
+    assert ONE.at("strength", 0.5).loras == (WeightedLora("a.safetensors", 0.5),)
+    assert TWO.at("strength", 0.5).loras == (
+        WeightedLora("a.safetensors", 0.4),
+        WeightedLora("b.safetensors", 0.25, 0.1),
+    )
+    apart = GenerationRequest(loras=(WeightedLora("a", 0.8, 0.4),))
     assert apart.at("strength", 0.8) is apart
     # Half as strong on the text encoders stays half as strong.
     assert apart.at("strength", 1.0).loras[0].text_strength == pytest.approx(0.5)
@@ -65,40 +68,44 @@ def test_the_strength_of_one_adapter_is_its_own_and_of_several_a_factor() -> Non
 
 def test_what_does_not_act_is_no_part_of_a_picture() -> None:
     assert ONE.at("strength", 0.0).acting() == ONE.alone() == ONE.at("strength", 0.0).acting().acting()
-    assert Shot(loras=(LoraAt("a", 0.0, 0.5),)).acting().loras
-    assert Shot(loras=(LoraAt("a", 0.5, 0.5),)).acting() == Shot(loras=(LoraAt("a", 0.5),))
+    assert GenerationRequest(loras=(WeightedLora("a", 0.0, 0.5),)).acting().loras
+    assert GenerationRequest(loras=(WeightedLora("a", 0.5, 0.5),)).acting() == GenerationRequest(
+        loras=(WeightedLora("a", 0.5),)
+    )
 
 
 def test_cells_change_one_thing_each() -> None:
-    cells = grid_shots(ONE, axis_of("seed=1,2"), axis_of("strength=0,1"))
+    cells = grid_requests(ONE, parse_axis("seed=1,2"), parse_axis("strength=0,1"))
     found = [[(cell.seed, cell.loras[0].strength) for cell in row] for row in cells]
     assert found == [[(1, 0.0), (1, 1.0)], [(2, 0.0), (2, 1.0)]]
     assert {cell.prompt for row in cells for cell in row} == {"owl"}
     # Whichever way round, the strength is that of the checkpoint in the cell.
-    by_file = grid_shots(ONE, axis_of("strength=0.5"), axis_of("checkpoint=c,d"))[0]
-    assert [cell.loras for cell in by_file] == [(LoraAt("c", 0.5),), (LoraAt("d", 0.5),)]
-    assert grid_shots(Shot(), None, axis_of("checkpoint=c"))[0][0].loras == (LoraAt("c"),)
-    ranks = grid_shots(TWO, None, axis_of("rank=4"))[0][0]
+    by_file = grid_requests(ONE, parse_axis("strength=0.5"), parse_axis("checkpoint=c,d"))[0]
+    assert [cell.loras for cell in by_file] == [(WeightedLora("c", 0.5),), (WeightedLora("d", 0.5),)]
+    assert grid_requests(GenerationRequest(), None, parse_axis("checkpoint=c"))[0][0].loras == (
+        WeightedLora("c"),
+    )
+    ranks = grid_requests(TWO, None, parse_axis("rank=4"))[0][0]
     assert [lora.rank for lora in ranks.loras] == [4, 4]
 
 
 def test_what_makes_no_grid_is_a_sentence() -> None:
     with pytest.raises(ConfigError, match="both vary the seed"):
-        grid_shots(ONE, axis_of("seed=1"), axis_of("seed=2"))
+        grid_requests(ONE, parse_axis("seed=1"), parse_axis("seed=2"))
     with pytest.raises(ConfigError, match="needs a LoRA"):
-        grid_shots(Shot(), None, axis_of("rank=4"))
-    many = axis("seed", list(range(30)))
+        grid_requests(GenerationRequest(), None, parse_axis("rank=4"))
+    many = make_axis("seed", list(range(30)))
     with pytest.raises(ConfigError, match="900 pictures"):
-        grid_shots(ONE, many, axis("prompt", [str(n) for n in range(30)]))
+        grid_requests(ONE, many, make_axis("prompt", [str(n) for n in range(30)]))
 
 
 def test_labels_and_settings_name_files_without_their_folders() -> None:
-    files = axis_of(
+    files = parse_axis(
         "checkpoint=/home/me/x.safetensors,/home/me/runs/owl/checkpoints/step-000100/adapter.safetensors"
     )
     assert files.labels() == ["x", "owl step-000100"]
     assert adapter_name("/a/b/adapter.safetensors") == "adapter"
-    said = grid_settings(files, axis_of("strength=0,0.5"))
+    said = grid_settings(files, parse_axis("strength=0,0.5"))
     assert said == {"Script": "Grid", "Rows": "checkpoint=x,owl step-000100", "Columns": "strength=0,0.5"}
-    assert axis_of("strength=0,0.5").labels() == ["strength 0", "strength 0.5"]
-    assert axis_of("seed=7").labels() == ["seed 7"]
+    assert parse_axis("strength=0,0.5").labels() == ["strength 0", "strength 0.5"]
+    assert parse_axis("seed=7").labels() == ["seed 7"]

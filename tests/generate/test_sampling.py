@@ -10,10 +10,10 @@ from PIL import Image
 from lora_core.errors import ConfigError
 from lora_core.generate.pipeline import (
     Picture,
-    generated_from_prompt,
+    generate_image,
     infotext,
-    rescaled_guidance,
-    sampler_of,
+    make_scheduler,
+    rescale_guidance,
     save_png,
 )
 from lora_core.models.load import load_base
@@ -38,8 +38,8 @@ def pipeline():
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sampler):
     how = Picture(seed=5, steps=4, cfg=3.0, sampler=sampler, cfg_rescale=0.0)
-    ours = generated_from_prompt(base, how, "owl, on a red background", "blurry")
-    pipeline.scheduler = sampler_of(base, sampler)
+    ours = generate_image(base, how, "owl, on a red background", "blurry")
+    pipeline.scheduler = make_scheduler(base, sampler)
     theirs = pipeline(
         "owl, on a red background", negative_prompt="blurry", num_inference_steps=4, guidance_scale=3.0,
         height=128, width=128, generator=torch.Generator().manual_seed(5),
@@ -51,13 +51,13 @@ def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sam
 
 def test_guidance_is_rescaled_as_in_diffusers(base, pipeline):
     how = Picture(seed=5, steps=4, cfg=7.0, cfg_rescale=0.7)
-    ours = generated_from_prompt(base, how, "owl, on a red background")
-    pipeline.scheduler = sampler_of(base, "ddim")
+    ours = generate_image(base, how, "owl, on a red background")
+    pipeline.scheduler = make_scheduler(base, "ddim")
     theirs = pipeline(
         "owl, on a red background", num_inference_steps=4, guidance_scale=7.0, guidance_rescale=0.7,
         height=128, width=128, generator=torch.Generator().manual_seed(5),
     ).images[0]  # fmt: skip
-    plain = generated_from_prompt(base, replace(how, cfg_rescale=0.0), "owl, on a red background")
+    plain = generate_image(base, replace(how, cfg_rescale=0.0), "owl, on a red background")
     pixels = [np.asarray(image, float) for image in (ours, theirs, plain)]
     assert np.abs(pixels[0] - pixels[1]).mean() < 1.0
     assert np.abs(pixels[0] - pixels[2]).mean() > 3.0
@@ -71,7 +71,7 @@ def test_the_formula_is_that_of_diffusers():
     guided, with_text = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 3
     for phi in (0.0, 0.7, 1.0):
         torch.testing.assert_close(
-            rescaled_guidance(guided, with_text, phi), rescale_noise_cfg(guided, with_text, phi)
+            rescale_guidance(guided, with_text, phi), rescale_noise_cfg(guided, with_text, phi)
         )
 
 
@@ -83,7 +83,7 @@ def test_a_rescale_out_of_range_is_refused(phi):
 
 def test_a_seed_means_a_picture(base):
     first, again, other = (
-        np.asarray(generated_from_prompt(base, Picture(seed=s, steps=2), "owl")) for s in (1, 1, 2)
+        np.asarray(generate_image(base, Picture(seed=s, steps=2), "owl")) for s in (1, 1, 2)
     )
     assert (first == again).all()
     assert (first != other).any()
@@ -91,33 +91,33 @@ def test_a_seed_means_a_picture(base):
 
 def test_without_guidance_the_negative_prompt_plays_no_part(base):
     how = Picture(steps=2, cfg=1.0)
-    first = np.asarray(generated_from_prompt(base, how, "owl", "red"))
-    assert (first == np.asarray(generated_from_prompt(base, how, "owl", "blue"))).all()
+    first = np.asarray(generate_image(base, how, "owl", "red"))
+    assert (first == np.asarray(generate_image(base, how, "owl", "blue"))).all()
 
 
 @pytest.mark.parametrize("size", [(100, 128), (128, 8), (8192, 128), (-32, 128)])
 def test_a_size_that_the_base_cannot_make_is_refused(base, size):
     with pytest.raises(ConfigError, match="multiple of 32"):
-        generated_from_prompt(base, Picture(steps=1, width=size[0], height=size[1]), "owl")
+        generate_image(base, Picture(steps=1, width=size[0], height=size[1]), "owl")
 
 
 def test_sizes_other_than_square_come_out(base):
-    assert generated_from_prompt(base, Picture(steps=1, width=96, height=160), "owl").size == (96, 160)
+    assert generate_image(base, Picture(steps=1, width=96, height=160), "owl").size == (96, 160)
 
 
 def test_an_unknown_sampler_lists_the_known_ones(base):
     with pytest.raises(ConfigError, match="dpmpp_2m"):
-        sampler_of(base, "magic")
-    assert type(sampler_of(base, "DPM++ 2M Karras")).__name__ == "DPMSolverMultistepScheduler"
+        make_scheduler(base, "magic")
+    assert type(make_scheduler(base, "DPM++ 2M Karras")).__name__ == "DPMSolverMultistepScheduler"
 
 
 def test_few_steps_of_lcm_and_too_many(base):
     few = Picture(steps=4, cfg=1.0, sampler="lcm")
-    first, again = (np.asarray(generated_from_prompt(base, few, "owl")) for _ in range(2))
+    first, again = (np.asarray(generate_image(base, few, "owl")) for _ in range(2))
     assert (first == again).all(), "the noise of each step is drawn from the seed"
-    assert (first != np.asarray(generated_from_prompt(base, few, "a red fox"))).any()
+    assert (first != np.asarray(generate_image(base, few, "a red fox"))).any()
     with pytest.raises(ConfigError, match="lcm cannot take 51 steps"):
-        generated_from_prompt(base, Picture(steps=51, sampler="lcm"), "owl")
+        generate_image(base, Picture(steps=51, sampler="lcm"), "owl")
 
 
 def test_the_settings_are_in_the_png(base, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.lora.inject import Merger, Strengthened, adapter_weights, begin_with, begun_layer, inject
+from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, begin_with, begun_layer, inject
 from lora_core.lora.layer import LoraShape
 from lora_core.lora.targets import KOHYA, LOCON
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -34,7 +34,7 @@ def test_the_first_step_computes_what_the_merged_file_computes(rank, alpha):
     earlier = _earlier(4, 6.0)
     merged = tiny_unet()
     base = _output(merged)
-    Merger({"unet": merged}).apply([Strengthened(earlier)])
+    Merger({"unet": merged}).apply([LoadedLora(earlier)])
     unet = tiny_unet()
     injected = inject({"unet": unet}, ["unet"], LOCON, LoraShape(rank, alpha), 7)
     assert begin_with(injected, earlier, "x.safetensors") == []

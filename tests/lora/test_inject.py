@@ -3,7 +3,7 @@ import torch
 
 from lora_core.backends.int8 import ThinConv2d, ThinLinear, Thinner
 from lora_core.errors import AdapterFileError
-from lora_core.lora.inject import Merger, Strengthened, adapter_weights, inject, remove
+from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject, remove
 from lora_core.lora.layer import LoraShape
 from lora_core.lora.targets import KOHYA, layer_by_path
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -43,7 +43,7 @@ def test_merged_equals_unmerged(modules):
         unmerged = _output(modules["unet"])
         remove(modules, injected)
         merger = Merger(modules)
-        merger.apply([Strengthened(weights, strength)])
+        merger.apply([LoadedLora(weights, strength)])
         torch.testing.assert_close(_output(modules["unet"]), unmerged, rtol=1e-4, atol=1e-5)
         merger.apply([])
         injected = inject(modules, ["unet"], KOHYA, LoraShape(3, 6.0), 0)
@@ -54,10 +54,10 @@ def test_merged_equals_unmerged(modules):
 def test_strength_zero_and_taking_out_are_bit_equal_to_the_base(modules):
     before = _output(modules["unet"])
     merger = Merger(modules)
-    merger.apply([Strengthened(_adapter(1), 0.0)])
+    merger.apply([LoadedLora(_adapter(1), 0.0)])
     assert torch.equal(_output(modules["unet"]), before)
     for strength in (1.0, 0.3, 1.7):
-        merger.apply([Strengthened(_adapter(1), strength)])
+        merger.apply([LoadedLora(_adapter(1), strength)])
     assert not torch.equal(_output(modules["unet"]), before)
     merger.apply([])
     assert torch.equal(_output(modules["unet"]), before)
@@ -65,10 +65,10 @@ def test_strength_zero_and_taking_out_are_bit_equal_to_the_base(modules):
 
 def test_merging_again_does_not_drift(modules):
     merger = Merger(modules)
-    merger.apply([Strengthened(_adapter(1), 0.7)])
+    merger.apply([LoadedLora(_adapter(1), 0.7)])
     once = _output(modules["unet"])
     for strength in (0.1, 1.3, 0.7):
-        merger.apply([Strengthened(_adapter(1), strength)])
+        merger.apply([LoadedLora(_adapter(1), strength)])
     assert torch.equal(_output(modules["unet"]), once)
 
 
@@ -78,17 +78,17 @@ def test_factors_beside_a_frozen_weight_are_what_merging_gives_and_depend_on_no_
     Thinner().every(modules["unet"])
     before = _output(modules["unet"])
     beside, merged = Merger(modules), Merger(plain)
-    adapters = [Strengthened(_adapter(1), 0.7), Strengthened(_adapter(2, rank=5), -0.4)]
+    adapters = [LoadedLora(_adapter(1), 0.7), LoadedLora(_adapter(2, rank=5), -0.4)]
     for merger in (beside, merged):
         merger.apply(adapters)
     once = _output(modules["unet"])
     torch.testing.assert_close(once, _output(plain["unet"]), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(once, before, atol=1e-3)
     for strength in (0.1, 1.3, -2.0):
-        beside.apply([Strengthened(adapters[0].weights, strength)])
+        beside.apply([LoadedLora(adapters[0].weights, strength)])
     beside.apply(adapters)
     assert torch.equal(_output(modules["unet"]), once)
-    beside.apply([Strengthened(adapters[0].weights, 0.0)])
+    beside.apply([LoadedLora(adapters[0].weights, 0.0)])
     assert torch.equal(_output(modules["unet"]), before)
     frozen = dict(tiny_unet().named_parameters())
     for path, layer in modules["unet"].named_modules():
@@ -101,7 +101,7 @@ def test_two_adapters_add_up(modules):
     key = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     first, second = _adapter(1), _adapter(2, rank=5)
     original = layer.weight.detach().clone()
-    Merger(modules).apply([Strengthened(first, 0.5), Strengthened(second, 2.0)])
+    Merger(modules).apply([LoadedLora(first, 0.5), LoadedLora(second, 2.0)])
     expected = original + 0.5 * first.layers[key].delta() + 2.0 * second.layers[key].delta()
     torch.testing.assert_close(layer.weight, expected)
 
@@ -110,7 +110,7 @@ def test_text_strength_stands_apart(modules):
     merger = Merger(modules)
     text = modules["text_encoder"].get_submodule("encoder.layers.0.self_attn.q_proj").weight
     before = text.detach().clone()
-    merger.apply([Strengthened(_adapter(1), 1.0, text_strength=0.0)])
+    merger.apply([LoadedLora(_adapter(1), 1.0, text_strength=0.0)])
     assert torch.equal(text, before)
 
 
@@ -126,7 +126,7 @@ def test_an_adapter_for_another_base_is_refused_and_nothing_changes(modules):
         ({("text_encoder_2", "x"): good.layers["unet", "mid_block.attentions.0.proj_in"]}, "has not"),
     ):
         with pytest.raises(AdapterFileError, match=words):
-            merger.apply([Strengthened(AdapterWeights(layers))])
+            merger.apply([LoadedLora(AdapterWeights(layers))])
     assert torch.equal(_output(modules["unet"]), before)
 
 
@@ -134,10 +134,10 @@ def test_several_adapters_add_up_exactly_in_any_order(modules):
     """Sum of strength x delta over the adapters, each layer on its own strength, whatever the ranks and the
     order."""
     adapters = [
-        Strengthened(_adapter(1), 0.5),
-        Strengthened(_adapter(2, rank=5), -1.25, text_strength=2.0),
-        Strengthened(_adapter(3, rank=1), 0.0, text_strength=0.25),
-        Strengthened(_adapter(4, rank=8), 1.5),
+        LoadedLora(_adapter(1), 0.5),
+        LoadedLora(_adapter(2, rank=5), -1.25, text_strength=2.0),
+        LoadedLora(_adapter(3, rank=1), 0.0, text_strength=0.25),
+        LoadedLora(_adapter(4, rank=8), 1.5),
     ]
     originals = {
         key: layer_by_path(key[0], modules[key[0]], key[1])[1].weight.detach().double().clone()
@@ -171,7 +171,7 @@ def test_merged_adapters_and_live_layers_do_not_touch_each_other(modules):
     before = [tensor.detach().clone() for tensor in injected.parameters()]
     live, frozen = _output(modules["unet"]), _adapter(1)
     merger = Merger(modules)
-    merger.apply([Strengthened(frozen, 0.8), Strengthened(_adapter(2), 0.3)])
+    merger.apply([LoadedLora(frozen, 0.8), LoadedLora(_adapter(2), 0.3)])
     both = _output(modules["unet"])
     assert all(torch.equal(a, b) for a, b in zip(before, injected.parameters(), strict=True))
     # The same sum, all of it merged.
@@ -179,6 +179,6 @@ def test_merged_adapters_and_live_layers_do_not_touch_each_other(modules):
     merger.apply([])
     assert torch.equal(_output(modules["unet"]), live)
     remove(modules, injected)
-    merger.apply([Strengthened(frozen, 0.8), Strengthened(_adapter(2), 0.3), Strengthened(trained)])
+    merger.apply([LoadedLora(frozen, 0.8), LoadedLora(_adapter(2), 0.3), LoadedLora(trained)])
     torch.testing.assert_close(_output(modules["unet"]), both, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(both, live, atol=1e-3)

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from safetensors.torch import load_file, save_file
 
 from lora_core.errors import ModelFileError
-from lora_core.generate.pipeline import Picture, sampled_latents
+from lora_core.generate.pipeline import Picture, sample_latents
 from lora_core.model_files.detect import base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import negative_condition, text_condition
@@ -116,7 +116,7 @@ def test_captions_and_pictures_are_those_of_the_diffusers_pipeline(made, name):
         torch.testing.assert_close(text_condition(base, [caption]).context, context)
     how = Picture(seed=5, steps=2, cfg=4.0, width=128, height=64)
     with torch.no_grad():
-        mine = sampled_latents(base, how, text_condition(base, ["an owl"]), negative_condition(base, ""))
+        mine = sample_latents(base, how, text_condition(base, ["an owl"]), negative_condition(base, ""))
     noise = torch.randn(mine.shape, generator=torch.Generator().manual_seed(5))
     theirs = pipeline(
         "an owl",

@@ -18,9 +18,9 @@ from PIL import Image
 from lora_core.__main__ import main
 from lora_core.errors import RunError
 from lora_core.lora.weights import AdapterWeights
-from lora_core.report import story as story_module
-from lora_core.report.report import report_html, sample_rows, verdict, write_report
-from lora_core.report.story import picture_rows, plain_words, story_of
+from lora_core.report import data as story_module
+from lora_core.report.data import collect_data, plain_words, saved_image_rows
+from lora_core.report.report import report_html, sample_rows, summary, write_report
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -140,7 +140,7 @@ def test_samples_keep_base_last_and_best(tmp_path: Path) -> None:
     lines = events.read_events(run.events_file)[0]
     steps = list(range(0, 210, 10))
     write(run, *lines, *previews(run, steps, ["x"], 8), validated(40, 0.2))
-    ((_, row),) = sample_rows(story_of(run, False, quiet))
+    ((_, row),) = sample_rows(collect_data(run, False, quiet))
     shown = [sample.step for sample in row]
     assert shown[0] == 0
     assert shown[-1] == 200
@@ -156,7 +156,7 @@ def test_samples_and_gain_of_the_raw_adapter_are_shown(tmp_path: Path) -> None:
     raw = {"raw_gain": 0.3, "raw_against": 0.1, "raw_against_error": 0.01}
     measured = dataclasses.replace(validated(50, 0.2), **raw)
     write(run, *lines, base, dataclasses.replace(last, raw_files=last.files), measured)
-    story = story_of(run, False, quiet)
+    story = collect_data(run, False, quiet)
     (_, row), (words, of_raw) = sample_rows(story)
     assert ([s.step for s in row], [s.step for s in of_raw]) == ([0, 50], [50])
     assert "raw adapter" in words
@@ -259,7 +259,7 @@ def test_the_command_says_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureF
 def test_verdicts(tmp_path: Path, found: list[events.Event], said: str) -> None:
     run = made_run(tmp_path / "a")
     write(run, *events.read_events(run.events_file)[0], *found)
-    assert said in " ".join(verdict(story_of(run, False, quiet)))
+    assert said in " ".join(summary(collect_data(run, False, quiet)))
 
 
 class Planted:
@@ -288,8 +288,8 @@ def test_rank_and_strength_are_measured(tmp_path: Path, monkeypatch: pytest.Monk
     saved(layers, file)
     bench = Planted(AdapterWeights(layers), 0.8)
     found = SimpleNamespace(bench=bench, base=SimpleNamespace(family=TINY), pictures=3, note="Mind this.")
-    monkeypatch.setattr(story_module, "run_bench", lambda *given: found)
-    story = story_of(run, True, quiet)
+    monkeypatch.setattr(story_module, "run_evaluator", lambda *given: found)
+    story = collect_data(run, True, quiet)
     assert story.strength is not None
     assert math.isclose(story.strength["strengths"][0], 0.8, abs_tol=0.011)
     assert story.rank is not None
@@ -304,7 +304,7 @@ def test_rows_of_pictures_are_sorted_and_checked(tmp_path: Path) -> None:
     file = tmp_path / "pictures.json"
     good = [{"gain": 1, "standard_error": 0.1}, {"gain": 2.5, "standard_error": 0}]
     file.write_text(json.dumps({"rows": [*good, {"gain": True, "standard_error": 1}, {"gain": 3}]}))
-    assert picture_rows(file) == [good[1], good[0]]
+    assert saved_image_rows(file) == [good[1], good[0]]
     file.write_text("[" * 100_000)
-    assert picture_rows(file) == []
-    assert picture_rows(tmp_path / "none.json") == []
+    assert saved_image_rows(file) == []
+    assert saved_image_rows(tmp_path / "none.json") == []

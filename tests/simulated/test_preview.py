@@ -24,8 +24,8 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from app.worker_client import Worker
 from lora_core.backends.int8 import Thinner, is_packed
 from lora_core.generate import pipeline as artists
-from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Artist, Picture, sampled_latents
-from lora_core.generate.request import LoraAt, Shot
+from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Picture, Pipeline, sample_latents
+from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.targets import named_targets, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
@@ -37,7 +37,7 @@ from lora_core.system.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
 from tests.simulated.device import GIB, SimulatedDevice
 from tests.waiting import PATIENCE
 
-SHOT = Shot(prompt="owl", seed=4, steps=3, cfg=3.0, width=64, height=64)
+SHOT = GenerationRequest(prompt="owl", seed=4, steps=3, cfg=3.0, width=64, height=64)
 CPU = torch.device("cpu")
 
 
@@ -56,14 +56,14 @@ def adapter(base: BaseModel, parts: tuple[str, ...] = ("unet",), rank: int = 4) 
     return AdapterWeights(layers)
 
 
-def artist_with(base: BaseModel, weights: AdapterWeights, kept: int = RESIDENT) -> Artist:
-    made = Artist(base, lambda same, rank: same, kept)
+def artist_with(base: BaseModel, weights: AdapterWeights, kept: int = RESIDENT) -> Pipeline:
+    made = Pipeline(base, lambda same, rank: same, kept)
     made._adapter = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
     return made
 
 
-def drawn(artist: Artist, strength: float) -> "np.ndarray[Any, Any]":
-    loras = (LoraAt("x", strength),) if strength else ()
+def drawn(artist: Pipeline, strength: float) -> "np.ndarray[Any, Any]":
+    loras = (WeightedLora("x", strength),) if strength else ()
     return np.asarray(artist.drawn(replace(SHOT, loras=loras)), float)
 
 
@@ -79,7 +79,7 @@ def test_a_step_of_a_sampler_waits_for_nothing(name: str, on_processor: BaseMode
             text, negative = text_condition(base, ["owl"]), negative_condition(base, "")
         card.clear()
         picture = Picture(3, 5, 3.0, name, 64, 64, 0.7)
-        return sampled_latents(base, picture, text, negative)
+        return sample_latents(base, picture, text, negative)
 
     with SimulatedDevice() as card:
         found = latents(load_base("demo", card.device, torch.float32))
@@ -120,7 +120,7 @@ def test_a_new_strength_copies_no_weights_and_reads_no_prompt_again(
             read.clear()
             drawn(artist, 0.8)
             card.clear()
-            artist.mix((LoraAt("x", 0.3),))
+            artist.mix((WeightedLora("x", 0.3),))
             assert (card.uploaded, card.report()["launches"], card.report()["syncs"]) == (0, 0, 0)
             drawn(artist, 0.3)
             assert len(read) == again, parts
@@ -200,13 +200,15 @@ def test_an_sdxl_lora_is_seen_under_seven_gib(monkeypatch: pytest.MonkeyPatch) -
     with SimulatedDevice(gib=7, numbers=False) as card, torch.no_grad():
         weights = adapter(shapes_of("sdxl", Thinner()), rank=16)
         monkeypatch.setattr(artists, "open_base", lambda *asked: shapes_of("sdxl", asked[5]))
-        artist = artists.open_artist(Shot(), lambda same, rank: same)
+        artist = artists.open_pipeline(GenerationRequest(), lambda same, rank: same)
         artist._adapter = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
-        shot = Shot(prompt="owl", steps=1, width=1024, height=1024, loras=(LoraAt("x", 0.8),))
+        shot = GenerationRequest(
+            prompt="owl", steps=1, width=1024, height=1024, loras=(WeightedLora("x", 0.8),)
+        )
         artist.drawn(shot)
         assert (artist.kept, artist.base.decode_tile, len(weights.layers)) == (ASIDE, 512, 722)
         card.clear()
-        artist.drawn(replace(shot, loras=(LoraAt("x", 0.5),)))
+        artist.drawn(replace(shot, loras=(WeightedLora("x", 0.5),)))
         assert card.uploaded < 2**20
         assert card.peak < 6.1 * GIB
 

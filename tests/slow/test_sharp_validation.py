@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lora_core.data.dataset import ImageRecord, open_dataset
-from lora_core.evaluate.validator import Looks, Measured, measured_pictures, paired_gain, triple_losses
+from lora_core.evaluate.validator import EvalImage, EvalNoise, encode_eval_images, eval_losses, paired_gain
 from lora_core.formats.io import read_adapter
-from lora_core.lora.inject import Merger, Strengthened
+from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.encode import TextCondition, text_condition
@@ -85,14 +85,14 @@ def population(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> lis
     return open_dataset(str(folder), folder / "cache").records
 
 
-def losses(base: BaseModel, pictures: list[Measured], adapter: AdapterWeights | None) -> torch.Tensor:
+def losses(base: BaseModel, pictures: list[EvalImage], adapter: AdapterWeights | None) -> torch.Tensor:
     def condition(caption: str) -> TextCondition:
         return text_condition(base, [caption])
 
     merger = Merger(base.modules)
-    merger.apply([Strengthened(adapter)] if adapter else [])
+    merger.apply([LoadedLora(adapter)] if adapter else [])
     try:
-        return triple_losses(base, pictures, condition)
+        return eval_losses(base, pictures, condition)
     finally:
         merger.apply([])
 
@@ -104,7 +104,7 @@ def test_the_stated_error_is_the_true_one(
     pictures share a set: the first division is told, and the mean over many is what is asserted."""
     generator = torch.Generator().manual_seed(7)
     for name, adapter in adapters.items():
-        pictures = measured_pictures(base, population, LOOKS, seed=3)
+        pictures = encode_eval_images(base, population, LOOKS, seed=3)
         gained = [losses(base, pictures, None), losses(base, pictures, adapter)]
         orders = [torch.arange(SETS * PICTURES)]
         orders += [torch.randperm(SETS * PICTURES, generator=generator) for _ in range(DIVISIONS)]
@@ -142,14 +142,14 @@ def test_pairs_are_sharper_than_losses_that_are_not_paired(
     records = open_dataset(str(DEMO / "held_out"), DEMO / "none").records
     generator = torch.Generator().manual_seed(5)
 
-    def free(picture: Measured) -> Measured:
+    def free(picture: EvalImage) -> EvalImage:
         steps = torch.randint(0, base.noise.timesteps, (8,), generator=generator)
         noise = torch.randn(8, *picture.latents.shape, generator=generator)
-        return Measured(picture.latents, Looks(steps, noise), picture.caption, picture.sizes)
+        return EvalImage(picture.latents, EvalNoise(steps, noise), picture.caption, picture.sizes)
 
     paired, unpaired, shares = [], [], []
     for seed in range(12):
-        pictures = measured_pictures(base, records, 8, seed)
+        pictures = encode_eval_images(base, records, 8, seed)
         gain = paired_gain(losses(base, pictures, None), losses(base, pictures, adapters[name]))
         paired.append(gain.gain)
         shares.append(gain.gain / gain.base_loss)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerWeights
-from lora_core.tools.combine import blocks_of, merged
+from lora_core.tools.combine import merge_adapters, parse_block_weights
 
 BLOCK = "transformer_blocks.0"
 TO_K = ("unet", f"down_blocks.0.attentions.0.{BLOCK}.attn2.to_k")
@@ -62,7 +62,7 @@ def close(a, b):
 
 def test_the_sum_has_no_cross_terms():
     one, two = first(), second()
-    result, loss = merged([Strengthened(one, 0.7, 0.2), Strengthened(two, -1.3)])
+    result, loss = merge_adapters([LoadedLora(one, 0.7, 0.2), LoadedLora(two, -1.3)])
     assert loss.layers == {}
     assert result.layers.keys() == one.layers.keys() | two.layers.keys()
     for key in result.layers:
@@ -75,7 +75,7 @@ def test_the_sum_has_no_cross_terms():
 
 
 def test_ranks_add_under_one_alpha():
-    result, _ = merged([Strengthened(first()), Strengthened(second())])
+    result, _ = merge_adapters([LoadedLora(first()), LoadedLora(second())])
     assert {key: layer.rank for key, layer in result.layers.items()} == {
         TO_K: 10, TO_Q: 2, CONV: 8, TEXT: 12, PROJ: 2,
     }  # fmt: skip
@@ -89,7 +89,7 @@ def test_ranks_add_under_one_alpha():
 def test_a_rank_gives_the_best_approximation_that_there_is(rank):
     """Eckart and Young: the error is the norm of the singular values that are cut off."""
     one, two = first(), second()
-    result, loss = merged([Strengthened(one), Strengthened(two, 0.5)], rank)
+    result, loss = merge_adapters([LoadedLora(one), LoadedLora(two, 0.5)], rank)
     squares, missing, shares = 0.0, 0.0, {}
     for key in result.layers:
         whole = dense(one, key) + dense(two, key, 0.5)
@@ -107,7 +107,7 @@ def test_a_rank_gives_the_best_approximation_that_there_is(rank):
 
 
 def test_a_rank_that_is_high_enough_loses_nothing():
-    result, loss = merged([Strengthened(first()), Strengthened(second())], 64)
+    result, loss = merge_adapters([LoadedLora(first()), LoadedLora(second())], 64)
     for key in result.layers:
         close(dense(result, key), dense(first(), key) + dense(second(), key))
     assert loss.overall < 1e-6
@@ -117,12 +117,10 @@ def test_a_rank_that_is_high_enough_loses_nothing():
 
 def test_a_wide_merge_of_full_rank_is_exact_too():
     """More columns than the layer has rows: QR of a stack that is wider than high."""
-    adapters = [
-        Strengthened(AdapterWeights({TO_Q: layer((20, 20), 16, 16.0, seed)}), 0.3) for seed in range(3)
-    ]
+    adapters = [LoadedLora(AdapterWeights({TO_Q: layer((20, 20), 16, 16.0, seed)}), 0.3) for seed in range(3)]
     whole = sum(dense(a.weights, TO_Q, 0.3) for a in adapters)
-    close(dense(merged(adapters)[0], TO_Q), whole)
-    result, loss = merged(adapters, 30)
+    close(dense(merge_adapters(adapters)[0], TO_Q), whole)
+    result, loss = merge_adapters(adapters, 30)
     close(dense(result, TO_Q), whole)
     assert result.layers[TO_Q].rank == 20
     assert loss.overall < 1e-6
@@ -132,7 +130,7 @@ def test_linear_and_1x1_forms_of_one_layer():
     conv = AdapterWeights({PROJ: layer((20, 20, 1, 1), 2, 2.0, 1)})
     flat = AdapterWeights({PROJ: layer((20, 20), 3, 1.0, 2)})
     for adapters in ([conv, flat], [flat, conv]):
-        result, _ = merged([Strengthened(a) for a in adapters])
+        result, _ = merge_adapters([LoadedLora(a) for a in adapters])
         close(dense(result, PROJ), dense(conv, PROJ) + dense(flat, PROJ))
         assert result.layers[PROJ].down.shape == (5, 20, 1, 1)
         assert result.layers[PROJ].up.shape == (20, 5, 1, 1)
@@ -142,27 +140,27 @@ def test_linear_and_1x1_forms_of_one_layer():
 def test_layers_that_differ_are_refused(shape):
     other = AdapterWeights({TO_K: layer(shape, 2, 2.0, 1)})
     with pytest.raises(AdapterFileError, match=r"attn2\.to_k different shapes"):
-        merged([Strengthened(first()), Strengthened(other)])
+        merge_adapters([LoadedLora(first()), LoadedLora(other)])
 
 
 def test_strengths_of_zero_take_no_columns():
-    result, _ = merged([Strengthened(first(), 0.0, 1.0), Strengthened(second())])
+    result, _ = merge_adapters([LoadedLora(first(), 0.0, 1.0), LoadedLora(second())])
     assert TO_Q not in result.layers
     assert result.layers[TO_K].rank == 6
     with pytest.raises(AdapterFileError, match="nothing is left"):
-        merged([Strengthened(first(), 0.0)])
+        merge_adapters([LoadedLora(first(), 0.0)])
 
 
 @pytest.mark.parametrize("rank", [0, -3, 5000])
 def test_a_rank_that_no_layer_can_have(rank):
     with pytest.raises(ConfigError, match=f"--rank {rank}"):
-        merged([Strengthened(first())], rank)
+        merge_adapters([LoadedLora(first())], rank)
 
 
 def test_dora_is_refused():
     dora = AdapterWeights({TO_K: dataclasses.replace(first().layers[TO_K], magnitude=torch.ones(24))})
     with pytest.raises(AdapterFileError, match="DoRA"):
-        merged([Strengthened(dora)])
+        merge_adapters([LoadedLora(dora)])
 
 
 @pytest.mark.parametrize("inline", [True, False])
@@ -176,7 +174,7 @@ def test_a_weight_for_each_block(tmp_path, inline):
             "unet = 0.5\nmid_block = 0\n'to_(k|z)' = [2, -1]\ntext_model.encoder = 1\n"
         )
     one, two = first(), second()
-    result, _ = merged([Strengthened(one, 3.0), Strengthened(two)], blocks=blocks_of(text, 2))
+    result, _ = merge_adapters([LoadedLora(one, 3.0), LoadedLora(two)], blocks=parse_block_weights(text, 2))
     assert TO_Q not in result.layers
     close(dense(result, TO_K), dense(one, TO_K, 6.0) + dense(two, TO_K, -1.0))
     close(dense(result, CONV), dense(one, CONV, 1.5) + dense(two, CONV, 0.5))
@@ -199,14 +197,14 @@ def test_a_weight_for_each_block(tmp_path, inline):
 )
 def test_a_table_that_is_none(text, words):
     with pytest.raises(ConfigError, match=words):
-        merged([Strengthened(first()), Strengthened(second())], blocks=blocks_of(text, 2))
+        merge_adapters([LoadedLora(first()), LoadedLora(second())], blocks=parse_block_weights(text, 2))
 
 
 def test_a_merge_of_many_is_exact_to_a_millionth():
     adapters = [
-        Strengthened(AdapterWeights({TO_K: layer((24, 32), 2 + seed, 1.0 + seed, seed)}), 0.3 * (seed - 2))
+        LoadedLora(AdapterWeights({TO_K: layer((24, 32), 2 + seed, 1.0 + seed, seed)}), 0.3 * (seed - 2))
         for seed in range(7)
     ]
-    result, _ = merged(adapters)
+    result, _ = merge_adapters(adapters)
     whole = sum(dense(a.weights, TO_K, a.strength) for a in adapters)
     assert float((dense(result, TO_K) - whole).norm() / whole.norm()) < 1e-6

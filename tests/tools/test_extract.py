@@ -10,8 +10,8 @@ from lora_core.__main__ import main
 from lora_core.formats.io import read_adapter
 from lora_core.system.paths import DEMO_BASE
 from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.extract import extracted
-from lora_core.tools.shrink import Wish
+from lora_core.tools.extract import extract_lora
+from lora_core.tools.shrink import ShrinkTarget
 from tests.checkpoints import write_single
 from tests.tools.planted import CONV, LAYERS, TEXT, TO_K, dense, random_layer, saved
 
@@ -50,7 +50,7 @@ def test_what_was_hidden_comes_out(tuned, hidden, tmp_path, capsys):
 
 
 def test_a_rank_that_is_too_low_loses_the_tail(tuned, hidden):
-    weights, loss, spectra = extracted(BaseWeights(str(tuned)), BaseWeights("demo"), Wish(rank=1))
+    weights, loss, spectra = extract_lora(BaseWeights(str(tuned)), BaseWeights("demo"), ShrinkTarget(rank=1))
     tail = whole = 0.0
     for key, layer in hidden.items():
         values = torch.linalg.svdvals(dense(layer))
@@ -65,7 +65,7 @@ def test_a_rank_that_is_too_low_loses_the_tail(tuned, hidden):
 def test_an_energy_finds_the_rank_of_each_layer(tuned, hidden, monkeypatch, probes):
     if probes:
         monkeypatch.setattr("lora_core.tools.extract.EXACT_UP_TO", 32)
-    weights, loss, _ = extracted(BaseWeights(str(tuned)), BaseWeights("demo"), Wish(energy=0.8))
+    weights, loss, _ = extract_lora(BaseWeights(str(tuned)), BaseWeights("demo"), ShrinkTarget(energy=0.8))
     for key, layer in hidden.items():
         squares = torch.linalg.svdvals(dense(layer)).square()
         expected = int((squares.cumsum(0) < 0.8 * squares.sum()).sum()) + 1
@@ -81,7 +81,7 @@ def test_probes_double_until_they_hold_the_energy(monkeypatch):
     matrix = torch.randn(300, 100, generator=draw) @ torch.randn(100, 280, generator=draw)
     squares = torch.linalg.svdvals(matrix.double()).square()
     for share in (0.5, 0.9, 0.99, 1.0):
-        (_, down), _, energy = _low_rank(matrix, Wish(energy=share))
+        (_, down), _, energy = _low_rank(matrix, ShrinkTarget(energy=share))
         expected = int((squares.cumsum(0) < share * squares.sum() * (1 - 1e-9)).sum()) + 1
         assert down.shape[0] == pytest.approx(expected, abs=1 if share < 1 else 3)
         assert energy == pytest.approx(float(squares.sum()), rel=1e-5)
@@ -109,7 +109,7 @@ def test_changes_out_of_reach_are_told(tuned, tmp_path):
     save_file(unet, other / UNET, {"format": "pt"})
     from lora_core.tools.extract import extraction_sentences
 
-    found = extracted(BaseWeights(str(other)), BaseWeights("demo"), Wish(rank=3))
+    found = extract_lora(BaseWeights(str(other)), BaseWeights("demo"), ShrinkTarget(rank=3))
     assert ("unet", "conv_in") not in found[0].layers
     assert found[2].outside == pytest.approx(unet["conv_in.weight"].numel(), rel=1e-4)
     assert "layers that a LoRA does not reach" in extraction_sentences(*found)[-1]
@@ -126,7 +126,7 @@ def test_a_single_file_and_its_rounding(tmp_path):
     half[name] = (tensors[name] + change).half()
     save_file(half, tmp_path / "tuned.safetensors")
     models = BaseWeights(str(tmp_path / "tuned.safetensors")), BaseWeights(str(base))
-    weights, _, _ = extracted(*models, Wish(rank=2))
+    weights, _, _ = extract_lora(*models, ShrinkTarget(rank=2))
     (layer,) = weights.layers.values()
     assert float((dense(layer) - change).norm() / change.norm()) < 0.02
     for path in tmp_path.glob("*.safetensors"):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.errors import AdapterFileError, LoraError, ModelFileError
 from lora_core.formats.io import write_adapter
-from lora_core.lora.inject import Merger, Strengthened
+from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.targets import named_targets, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
@@ -87,7 +87,7 @@ def ingredients(base, folder):
             write_adapter(weights, file, "kohya", "fp32", base.family, {})
     return (
         [Ingredient(files[0], 0.7, 0.4), Ingredient(files[1], -0.5)],
-        [Strengthened(one, 0.7, 0.4), Strengthened(two, -0.5)],
+        [LoadedLora(one, 0.7, 0.4), LoadedLora(two, -0.5)],
     )
 
 
@@ -207,7 +207,7 @@ def test_shards_and_half_precision_variants(bases, tmp_path):
     (root / "made by me").mkdir()
     out = tmp_path / "out"
     merge_files_into_base([Ingredient(lora)], str(root), out)
-    Merger(base.modules).apply([Strengthened(weights)])
+    Merger(base.modules).apply([LoadedLora(weights)])
     expected = base.unet.state_dict()
     merged = load_file(out / "unet" / files[0]) | load_file(out / "unet" / files[1])
     assert all(torch.equal(merged[key], expected[key]) for key in expected)
@@ -224,7 +224,7 @@ def test_text_encoders_saved_with_and_without_the_old_level(bases, tmp_path):
     folder, _ = bases("sd15")
     base = load_base(str(folder), CPU, torch.float32)
     lora, weights = small(base, tmp_path, "text_encoder")
-    Merger(base.modules).apply([Strengthened(weights, 2.0)])
+    Merger(base.modules).apply([LoadedLora(weights, 2.0)])
     expected = {
         k.removeprefix("text_model."): t for k, t in base.text_encoders["text_encoder"].state_dict().items()
     }
@@ -249,7 +249,7 @@ def test_block_weights(bases, tmp_path):
     merge_files_into_base([Ingredient(lora)], str(file), out, "unet=0,mid_block=0.5")
     mid = AdapterWeights({k: w for k, w in weights.layers.items() if "mid_block" in k[1]})
     assert 0 < len(mid.layers) < len(weights.layers)
-    Merger(base.modules).apply([Strengthened(mid, 0.5)])
+    Merger(base.modules).apply([LoadedLora(mid, 0.5)])
     found = load_base(str(out), CPU, torch.float32)
     assert all(map(torch.equal, base.unet.state_dict().values(), found.unet.state_dict().values()))
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.tools.shrink import intrinsic_rank
 from tests.tools.planted import TO_K, TO_Q, dense, layer_of, orthonormal, shape_of
@@ -28,7 +28,7 @@ class Truth:
         self.target = {key: dense(one) for key, one in layers.items()}
         self.whole = sum(float(d.square().sum()) for d in self.target.values())
 
-    def __call__(self, adapters: Sequence[Strengthened]) -> torch.Tensor:
+    def __call__(self, adapters: Sequence[LoadedLora]) -> torch.Tensor:
         (adapter,) = adapters
         away = 0.0
         for key, target in self.target.items():

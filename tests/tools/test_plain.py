@@ -11,7 +11,7 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats.layout import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.combine import low_rank, needs_base, plain
+from lora_core.tools.combine import low_rank_pair, needs_base, to_lora
 from lora_core.tools.delta import file_updates
 from tests.formats.odd_files import serialised
 
@@ -186,7 +186,7 @@ def mixed(path):
 def test_a_plain_lora_is_the_best_of_its_rank_and_tells_its_error(path, rank):
     updates, _, _ = file_updates(mixed(path))
     assert set(updates) == set(ALL)
-    weights, loss = plain(updates, rank)
+    weights, loss = to_lora(updates, rank)
     squares = missing = 0.0
     for key, update in updates.items():
         whole = update.delta(None).double()
@@ -210,7 +210,7 @@ def test_a_large_update_is_decomposed_nearly_as_well_as_can_be():
     a, b, c, d = (torch.randn(700, 24, generator=draw) for _ in range(4))
     matrix = (a @ b.T) * (c @ d.T)
     values = torch.linalg.svdvals(matrix)
-    _, norm, lost = low_rank(matrix, 16)
+    _, norm, lost = low_rank_pair(matrix, 16)
     assert norm == pytest.approx(float(values.square().sum()), rel=1e-4)
     best = float(values[16:].square().sum())
     assert best <= lost * 1.0001
@@ -227,12 +227,12 @@ def test_dora_made_plain_against_the_embedded_base(path):
     file = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": magnitude}
     write(path, {f"{stem(LINEAR)}.{leaf}": tensor for leaf, tensor in file.items()})
     updates, _, _ = file_updates(path, base.family)
-    weights, loss = plain(updates, 4, base.weight)
+    weights, loss = to_lora(updates, 4, base.weight)
     # Magnitudes equal to the norms change nothing, so that what is left is a plain LoRA of rank 4.
     torch.testing.assert_close(weights.layers[LINEAR].delta(), up @ down, rtol=1e-3, atol=1e-4)
     assert loss.overall < 1e-3
     with pytest.raises(ConfigError, match="--rank 0"):
-        plain(updates, 0, base.weight)
+        to_lora(updates, 0, base.weight)
 
 
 def good():
@@ -307,4 +307,4 @@ def test_a_dora_for_a_base_of_other_widths(path):
     write(path, {f"{stem(LINEAR)}.{leaf}": tensor for leaf, tensor in file.items()})
     base = BaseWeights("demo")
     with pytest.raises(AdapterFileError, match="for another base"):
-        plain(file_updates(path)[0], 2, base.weight)
+        to_lora(file_updates(path)[0], 2, base.weight)

@@ -14,14 +14,14 @@ from lora_core.formats.io import read_adapter
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.header import read_header
 from lora_core.tools.shrink import (
-    Wish,
+    ShrinkTarget,
     cut,
-    decomposed,
+    decompose,
     intrinsic_rank,
     pooled_ranks,
     pooled_ranks_of_energy,
     ranks_of_energy,
-    shrunk,
+    shrink_adapter,
 )
 from tests.tools.planted import (
     CONV,
@@ -59,7 +59,7 @@ def error(one, two):
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_the_error_is_the_tail_of_the_spectrum(rank):
     before = layers()
-    after, loss, _ = shrunk(decomposed(AdapterWeights(before)), Wish(rank=rank))
+    after, loss, _ = shrink_adapter(decompose(AdapterWeights(before)), ShrinkTarget(rank=rank))
     spectra = [values_of(layer) for layer in before.values()]
     tail = math.sqrt(sum((s[rank:] ** 2).sum() for s in spectra) / sum((s**2).sum() for s in spectra))
     assert error(before, after.layers) == pytest.approx(tail, rel=1e-4)
@@ -70,7 +70,7 @@ def test_the_error_is_the_tail_of_the_spectrum(rank):
 
 @pytest.mark.parametrize("share", [0.6, 0.9, 0.99])
 def test_a_share_of_energy_is_kept_with_as_few_columns_as_can_be(share):
-    parts = decomposed(AdapterWeights(layers()))
+    parts = decompose(AdapterWeights(layers()))
     for key, rank in ranks_of_energy(parts, share).items():
         squares = values_of(parts.weights.layers[key]) ** 2
         assert squares[:rank].sum() >= share * squares.sum() * (1 - 1e-9)
@@ -84,7 +84,7 @@ def test_a_share_of_energy_is_kept_with_as_few_columns_as_can_be(share):
         assert rank == int(
             (values_of(parts.weights.layers[key]) ** 2 >= squares[columns - 1] * (1 - 1e-6)).sum()
         )
-    after, loss, said = shrunk(parts, Wish(energy=share))
+    after, loss, said = shrink_adapter(parts, ShrinkTarget(energy=share))
     assert error(layers(), after.layers) <= math.sqrt(1 - share) * (1 + 1e-6)
     numbers = sum(layer.up.numel() + layer.down.numel() for layer in after.layers.values())
     assert numbers == min(parts.parameters(ranks_of_energy(parts, share)), parts.parameters(ranks))
@@ -93,14 +93,14 @@ def test_a_share_of_energy_is_kept_with_as_few_columns_as_can_be(share):
 
 
 def test_a_layer_that_keeps_nothing_is_left_out():
-    parts = decomposed(
+    parts = decompose(
         AdapterWeights({TO_K: random_layer(TO_K, 4, 4.0, 0), TO_Q: random_layer(TO_Q, 4, 4.0, 1, 1e-4)})
     )
     after, _ = cut(parts, pooled_ranks(parts, 3))
     assert list(after.layers) == [TO_K]
-    zero = decomposed(AdapterWeights({TO_K: random_layer(TO_K, 4, 4.0, 0, 0.0)}))
+    zero = decompose(AdapterWeights({TO_K: random_layer(TO_K, 4, 4.0, 0, 0.0)}))
     with pytest.raises(AdapterFileError, match="changes nothing"):
-        shrunk(zero, Wish(energy=0.9))
+        shrink_adapter(zero, ShrinkTarget(energy=0.9))
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
@@ -271,7 +271,7 @@ def test_the_verb_measures_and_writes(tmp_path, capsys, three_pictures):
 def trained(folder: Path, pictures: Path) -> Path:
     """An adapter after some steps of plain gradient descent on the pictures' own looks."""
     from lora_core.data.dataset import scan
-    from lora_core.evaluate.validator import measured_pictures
+    from lora_core.evaluate.validator import encode_eval_images
     from lora_core.lora.inject import adapter_weights, inject
     from lora_core.lora.layer import LoraShape
     from lora_core.lora.targets import ATTENTION
@@ -280,7 +280,7 @@ def trained(folder: Path, pictures: Path) -> Path:
     from lora_core.models.unet import prediction
 
     base = load_base("demo", torch.device("cpu"), torch.float32)
-    looks = measured_pictures(base, scan(pictures).records, 2, 0)
+    looks = encode_eval_images(base, scan(pictures).records, 2, 0)
     injected = inject(base.modules, ["unet"], ATTENTION, LoraShape(4, 4.0), 0)
     optimizer = torch.optim.Adam(injected.parameters(), 2e-3)
     for _ in range(3):

@@ -8,7 +8,7 @@ import torch
 from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import read_adapter
-from lora_core.tools.interference import Stacked, stack_report
+from lora_core.tools.interference import Stacked, interference_report
 from tests.tools.planted import (
     LAYERS,
     PROJ,
@@ -55,7 +55,7 @@ def files(tmp_path):
 
 
 def test_all_numbers_are_those_of_the_formed_updates(files):
-    report = stack_report(files)
+    report = interference_report(files)
     read = [read_adapter(file.path).layers for file in files]
     energies, kept, free = ([0.0] * 3 for _ in range(3))
     assert {row["module"] for row in report["layers"]} == {TO_K[1], CONV_IN[1], TEXT[1], TO_Q[1]}
@@ -103,13 +103,13 @@ def test_what_survives_by_hand(tmp_path):
     one = saved({TO_K: layer_of(u[:, :1], v[:, :1].T, TO_K, 1.0)}, tmp_path / "a.safetensors")
     against = saved({TO_K: layer_of(-0.5 * u[:, :1], v[:, :1].T, TO_K, 1.0)}, tmp_path / "b.safetensors")
     apart = saved({TO_K: layer_of(u[:, 1:], v[:, 1:].T, TO_K, 1.0)}, tmp_path / "c.safetensors")
-    (pair,) = (report := stack_report([Stacked(one), Stacked(against)]))["pairs"]
+    (pair,) = (report := interference_report([Stacked(one), Stacked(against)]))["pairs"]
     assert pair["cosine"] == pytest.approx(-1)
     assert pair["column_overlap"] == pair["row_overlap"] == pytest.approx(1)
     assert report["files"][0]["survives"] == pytest.approx(0.5)
     assert report["files"][1]["survives"] == pytest.approx(-1)
     assert report["files"][0]["untouched"] == pytest.approx(0, abs=1e-9)
-    report = stack_report([Stacked(one), Stacked(apart)])
+    report = interference_report([Stacked(one), Stacked(apart)])
     assert report["pairs"][0]["cosine"] == pytest.approx(0, abs=1e-6)
     assert [row["survives"] for row in report["files"]] == pytest.approx([1, 1])
     assert [row["untouched"] for row in report["files"]] == pytest.approx([1, 1])
@@ -120,11 +120,11 @@ def test_no_layer_in_common(tmp_path):
         Stacked(saved({key: random_layer(key, 2, 2.0, 0)}, tmp_path / f"{n}.safetensors"))
         for n, key in enumerate((TO_K, PROJ))
     ]
-    report = stack_report(files)
+    report = interference_report(files)
     assert report["pairs"][0]["layers"] == 0
     assert [row["survives"] for row in report["files"]] == pytest.approx([1, 1])
     with pytest.raises(AdapterFileError, match="two adapters or more"):
-        stack_report(files[:1])
+        interference_report(files[:1])
 
 
 def test_the_verb_measures_too(files, tmp_path, capsys, three_pictures):

@@ -9,9 +9,9 @@ import torch
 from lora_core.__main__ import main
 from lora_core.errors import ConfigError
 from lora_core.formats.io import read_adapter
-from lora_core.lora.inject import Strengthened
+from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights
-from lora_core.tools.strength import fitted_apart, fitted_strength, strengthened
+from lora_core.tools.strength import fit_strength_curve, fit_strengths_apart, scale_alphas
 from tests.tools.planted import LAYERS, TEXT, TO_K, dense, random_layer, saved
 
 PICTURES, LOOKS = 8, 4
@@ -38,7 +38,7 @@ def curve(best, spread=0.0, calls=None, shape=lambda x: x - x * x / 2):
 @pytest.mark.parametrize("best", [0.23, 0.5, 0.77, 1.0, 1.31, 2.4, 3.3])
 def test_the_top_is_found_in_few_measurements(best):
     calls = []
-    fit = fitted_strength(curve(best, calls=calls))
+    fit = fit_strength_curve(curve(best, calls=calls))
     assert fit.strength == pytest.approx(best, abs=0.03)
     assert fit.gain == pytest.approx(0.5, abs=2e-3)
     assert len(calls) <= 11
@@ -49,7 +49,7 @@ def test_the_top_is_found_in_few_measurements(best):
 def test_no_better_one_is_among_thirty_on_a_crooked_curve(best):
     """x exp(-x) rises fast and falls slowly; its top is at 1."""
     gains_at = curve(best, 0.1, shape=lambda x: x * (torch.as_tensor(-x, dtype=torch.float64)).exp())
-    fit = fitted_strength(gains_at)
+    fit = fit_strength_curve(gains_at)
     brute = [(float(gains_at(s).mean()), s) for s in torch.linspace(0, 3, 30).tolist()]
     assert fit.gain >= max(brute)[0] - 1e-4
     assert fit.low <= max(brute)[1] <= fit.high
@@ -63,7 +63,7 @@ def test_the_interval_by_hand():
     |x - m| = 4 sd(a)/sqrt(n).
     """
     tops = torch.linspace(0.8, 1.2, PICTURES, dtype=torch.float64)[:, None]
-    fit = fitted_strength(lambda s: (2 * tops * s - s * s).expand(PICTURES, LOOKS))
+    fit = fit_strength_curve(lambda s: (2 * tops * s - s * s).expand(PICTURES, LOOKS))
     half = 4 * float(tops.std()) / math.sqrt(PICTURES)
     assert fit.strength == pytest.approx(1.0, abs=0.02)
     assert (fit.low, fit.high) == pytest.approx((1 - half, 1 + half), abs=0.04)
@@ -76,13 +76,13 @@ def test_the_interval_by_hand():
 
 
 def test_an_adapter_that_harms():
-    fit = fitted_strength(lambda s: torch.full((PICTURES, LOOKS), -s, dtype=torch.float64))
+    fit = fit_strength_curve(lambda s: torch.full((PICTURES, LOOKS), -s, dtype=torch.float64))
     assert (fit.strength, fit.gain) == (0.0, 0.0)
     assert "gains at no strength" in fit.sentence()
 
 
 def test_an_adapter_that_is_far_too_weak():
-    fit = fitted_strength(curve(40.0))
+    fit = fit_strength_curve(curve(40.0))
     assert fit.strength == 4.0
     assert "may be best beyond that" in fit.sentence()
 
@@ -96,25 +96,25 @@ def test_unet_and_text_encoders_apart():
         gain = 2 * unet * 1.2 - unet**2 + 2 * text * 0.4 - text**2 - 0.1 * unet * text
         return torch.full((PICTURES, LOOKS), gain, dtype=torch.float64)
 
-    unet, text = fitted_apart(weights, measured)
+    unet, text = fit_strengths_apart(weights, measured)
     # Of the text encoders 0.4 - unet / 20 at the first unet's 0.78; of the unet then 1.2 - text / 20.
     assert text.strength == pytest.approx(0.36, abs=0.03)
     assert unet.strength == pytest.approx(1.18, abs=0.03)
     with pytest.raises(ConfigError, match="unet alone"):
-        fitted_apart(AdapterWeights({TO_K: weights.layers[TO_K]}), measured)
+        fit_strengths_apart(AdapterWeights({TO_K: weights.layers[TO_K]}), measured)
 
 
 def test_a_strength_goes_into_alpha_alone():
     weights = AdapterWeights({key: random_layer(key, 2 + n, 2.0, n) for n, key in enumerate(LAYERS)})
-    baked = strengthened(weights, 0.83, 0.4)
+    baked = scale_alphas(weights, 0.83, 0.4)
     for key, layer in weights.layers.items():
-        strength = Strengthened(weights, 0.83, 0.4).on(key[0])
+        strength = LoadedLora(weights, 0.83, 0.4).on(key[0])
         assert torch.equal(baked.layers[key].up, layer.up)
         assert torch.equal(baked.layers[key].down, layer.down)
         torch.testing.assert_close(dense(baked.layers[key]), dense(layer, strength))
     for strength in (0.0, -0.5, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="cannot be baked in"):
-            strengthened(weights, strength)
+            scale_alphas(weights, strength)
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
@@ -123,9 +123,9 @@ def test_the_verb_bakes_exactly(tmp_path, capsys, three_pictures, monkeypatch, f
     layers = {key: random_layer(key, 2, 2.0, n, 0.01) for n, key in enumerate(LAYERS)}
     path, out = saved(layers, tmp_path / "a.safetensors", format, precision), tmp_path / "b.safetensors"
     gains = curve(0.83)
-    monkeypatch.setattr("lora_core.tools.evaluator.Bench.__init__", lambda self, *rest: None)
+    monkeypatch.setattr("lora_core.tools.evaluator.Evaluator.__init__", lambda self, *rest: None)
     monkeypatch.setattr(
-        "lora_core.tools.evaluator.Bench.gains", lambda self, adapters: gains(adapters[0].strength)
+        "lora_core.tools.evaluator.Evaluator.gains", lambda self, adapters: gains(adapters[0].strength)
     )
     arguments = ["strength", str(path), "--dataset", str(three_pictures), "--bake", str(out), "--json"]
     assert main(arguments) == 0

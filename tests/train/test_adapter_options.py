@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.formats.io import read_adapter, read_tensors, write_adapter
-from lora_core.lora.inject import Merger, Strengthened, adapter_weights, inject
+from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject
 from lora_core.lora.layer import LoraShape
 from lora_core.lora.targets import KOHYA
 from lora_core.lora.weights import AdapterWeights
@@ -245,7 +245,7 @@ def test_a_run_starts_as_the_file_that_it_continues(tmp_path, config, earlier, r
     merged = load_base("demo", torch.device("cpu"), torch.float32)
     with torch.no_grad():
         plain = _outputs(merged, text_condition(merged, ["dot"]))
-    Merger(merged.modules).apply([Strengthened(read_adapter(earlier, merged.family))])
+    Merger(merged.modules).apply([LoadedLora(read_adapter(earlier, merged.family))])
     with torch.no_grad():
         theirs = _outputs(merged, text_condition(merged, ["dot"]))
     for one, other, without in zip(mine, theirs, plain, strict=True):

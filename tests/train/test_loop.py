@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from lora_core.data.dataset import scan
 from lora_core.errors import ConfigError
-from lora_core.evaluate.validator import measured_pictures, triple_losses
+from lora_core.evaluate.validator import encode_eval_images, eval_losses
 from lora_core.lora.inject import adapter_weights
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -150,10 +150,10 @@ def test_it_learns(tmp_path, config):
     )
     session = _session(tmp_path, config)
     base, text = session.trainee.base, session.text
-    pictures = measured_pictures(base, scan(Path(config.dataset.path)).records, 8, 0)
-    before = triple_losses(base, pictures, text.condition)
+    pictures = encode_eval_images(base, scan(Path(config.dataset.path)).records, 8, 0)
+    before = eval_losses(base, pictures, text.condition)
     list(training_steps(session.trainee, session.batches, text, StepPlan.of(config, 30), 0))
-    after = triple_losses(base, pictures, text.condition)
+    after = eval_losses(base, pictures, text.condition)
     # Five pictures differ too much for a small standard error: each of them has to be learned instead.
     assert (before - after).mean(1).min() > 0
     assert after.mean() < 0.9 * before.mean()

@@ -24,15 +24,15 @@ from lora_core.runs.events import Finished, Stopped, read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
-from lora_core.tools.evaluator import Bench, Measured
-from lora_core.tools.rewrite import Rewriting
-from lora_core.tools.shrink import SHRUNK_KEY, cut, decomposed, intrinsic_rank, opened_plain
-from lora_core.tools.strength import fitted, fitted_apart
+from lora_core.tools.evaluator import Evaluator, MeasureGains
+from lora_core.tools.rewrite import Rewrite
+from lora_core.tools.shrink import SHRUNK_KEY, cut, decompose, intrinsic_rank, load_plain_lora
+from lora_core.tools.strength import fit_strength, fit_strengths_apart
 from lora_core.tools.svd import file_spectrum
 from lora_core.train.fingerprint import inputs_of
 
 
-def measured_rank(file: Path, family: Family, measured: Measured) -> dict[str, Any]:
+def measure_rank(file: Path, family: Family, measured: MeasureGains) -> dict[str, Any]:
     """The intrinsic rank of an adapter file, and by how much the smaller file would be smaller.
 
     Args:
@@ -46,16 +46,16 @@ def measured_rank(file: Path, family: Family, measured: Measured) -> dict[str, A
     Raises:
         AdapterFileError: it is no plain LoRA, or gains nothing on these pictures.
     """
-    weights, known = opened_plain(file, family)
+    weights, known = load_plain_lora(file, family)
     smaller, found = intrinsic_rank(weights, measured)
     with tempfile.TemporaryDirectory() as folder:
-        to = Rewriting(file, Path(folder) / file.name, "", time.time())
+        to = Rewrite(file, Path(folder) / file.name, "", time.time())
         to.write(smaller, known, SHRUNK_KEY, {"intrinsic": found.rank})
         times = to.times_smaller
     return {**found.document(times), "sentences": [found.sentence(times)]}
 
 
-def cut_file(to: Rewriting, known: Family | None, ranks: dict[tuple[str, str], int], record: Any) -> str:
+def cut_file(to: Rewrite, known: Family | None, ranks: dict[tuple[str, str], int], record: Any) -> str:
     """Write an adapter cut to the ranks that were found for it.
 
     Args:
@@ -70,13 +70,15 @@ def cut_file(to: Rewriting, known: Family | None, ranks: dict[tuple[str, str], i
     Raises:
         AdapterFileError: it is no plain LoRA, or cannot be written.
     """
-    weights, family = opened_plain(to.source, known)
-    smaller: AdapterWeights = cut(decomposed(weights), ranks)[0]
+    weights, family = load_plain_lora(to.source, known)
+    smaller: AdapterWeights = cut(decompose(weights), ranks)[0]
     to.write(smaller, family, SHRUNK_KEY, record)
     return f"The file is {to.times_smaller:.1f} times smaller."
 
 
-def measured_strength(file: Path, family: Family, measured: Measured, apart: bool = False) -> dict[str, Any]:
+def measure_strength(
+    file: Path, family: Family, measured: MeasureGains, apart: bool = False
+) -> dict[str, Any]:
     """The best strength of an adapter file, or one for the UNet and one for the text encoders.
 
     Returns:
@@ -86,12 +88,12 @@ def measured_strength(file: Path, family: Family, measured: Measured, apart: boo
     Raises:
         LoraError: it is no plain LoRA, or changes one of the two alone.
     """
-    weights = opened_plain(file, family)[0]
+    weights = load_plain_lora(file, family)[0]
     if apart:
-        unet, text = fitted_apart(weights, measured)
+        unet, text = fit_strengths_apart(weights, measured)
         fits = [("UNet", "On the UNet the adapter", unet), ("text encoders", "On the text encoders it", text)]
     else:
-        fits = [("", "The adapter", fitted(weights, measured))]
+        fits = [("", "The adapter", fit_strength(weights, measured))]
     return {
         "fits": [{"part": part, **fit.document()} for part, _, fit in fits],
         "strengths": [fit.strength for _, _, fit in fits],
@@ -110,7 +112,7 @@ CHANGED = (
 
 
 @dataclass(frozen=True)
-class RunBench:
+class RunEvaluator:
     """A bench, what it stands on, and what a person should know of it.
 
     Attributes:
@@ -120,7 +122,7 @@ class RunBench:
         note: a sentence, "" for none.
     """
 
-    bench: Bench
+    bench: Evaluator
     base: BaseModel
     pictures: int
     note: str = ""
@@ -156,12 +158,12 @@ def _known_inputs(run: RunFolder) -> dict[str, str]:
     return found if isinstance(found, dict) else {}
 
 
-def run_bench(
+def run_evaluator(
     run: RunFolder,
     config: RunConfig,
     note: Callable[[str], None] | None = None,
     on_picture: Callable[[int, int], None] | None = None,
-) -> RunBench:
+) -> RunEvaluator:
     """Open a run's base in full precision and encode its held-out pictures.
 
     Args:
@@ -187,8 +189,8 @@ def run_bench(
         return text_condition(base, [caption], config.train.clip_skip, config.train.tokens)
 
     looks = max(FEWEST_LOOKS, config.validation.triples)
-    bench = Bench(base, records, looks, config.seed, note, on_picture, condition)
-    return RunBench(bench, base, len(records), said)
+    bench = Evaluator(base, records, looks, config.seed, note, on_picture, condition)
+    return RunEvaluator(bench, base, len(records), said)
 
 
 # All that a report tells, read or measured before a line of it is written. What is missing is a sentence.
@@ -203,7 +205,7 @@ Tell = Callable[[str, int, int], None]
 
 
 @dataclass
-class Story:
+class ReportData:
     """What is known of a run.
 
     Attributes:
@@ -241,7 +243,7 @@ class Story:
         return self.run.checkpoint(self.step) / "adapter.safetensors"
 
 
-def story_of(run: RunFolder, measure: bool, tell: Tell) -> Story:
+def collect_data(run: RunFolder, measure: bool, tell: Tell) -> ReportData:
     """Read a run, and measure what needs its base and its pictures.
 
     Args:
@@ -253,8 +255,8 @@ def story_of(run: RunFolder, measure: bool, tell: Tell) -> Story:
         ConfigError: its settings were edited into something illegal.
     """
     config, progress = run.config(), run.progress()
-    story = Story(run, config, progress, run.status(progress), _ending(run, progress))
-    story.pictures = picture_rows(run.path / PICTURES_FILE)
+    story = ReportData(run, config, progress, run.status(progress), _ending(run, progress))
+    story.pictures = saved_image_rows(run.path / PICTURES_FILE)
     steps = run.checkpoint_steps()
     if not steps:
         why = "The run has no checkpoint yet, so there is no adapter to look at."
@@ -274,7 +276,7 @@ def story_of(run: RunFolder, measure: bool, tell: Tell) -> Story:
     return story
 
 
-def _measure(story: Story, tell: Tell) -> None:
+def _measure(story: ReportData, tell: Tell) -> None:
     said = "the base"
 
     def note(words: str) -> None:
@@ -282,13 +284,13 @@ def _measure(story: Story, tell: Tell) -> None:
         said = words
 
     try:
-        found = run_bench(story.run, story.config, note, lambda done, total: tell(said, done, total))
+        found = run_evaluator(story.run, story.config, note, lambda done, total: tell(said, done, total))
     except LoraError as error:
         words = plain_words(str(error), story.run)
         story.problems |= dict.fromkeys(("rank", "strength"), f"It cannot be measured any more. {words}")
         return
     story.measured_on, story.note = found.pictures, found.note
-    for name, work in (("strength", measured_strength), ("rank", measured_rank)):
+    for name, work in (("strength", measure_strength), ("rank", measure_rank)):
         try:
             setattr(story, name, work(story.adapter, found.base.family, found.bench.gains))
         except LoraError as error:
@@ -325,7 +327,7 @@ def plain_words(text: str, run: RunFolder) -> str:
     return " ".join(words)
 
 
-def picture_rows(file: Path) -> list[dict[str, Any]]:
+def saved_image_rows(file: Path) -> list[dict[str, Any]]:
     """Gains by picture, the highest first; a file that is missing or broken counts as empty."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
