@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.system.cpu_threads import AWHILE, VARIABLE
+from lora_core.system.cpu_threads import AWHILE, VARIABLE, without_collecting
 from tests.faults import Nursery
 
 TESTS = Path(__file__).parent
@@ -38,6 +38,13 @@ def nursery() -> Iterator[Nursery]:
     made = Nursery()
     yield made
     made.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """All that is collected stays, with what the test modules import: torch, diffusers, gradio."""
+    with without_collecting():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
