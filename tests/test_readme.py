@@ -32,8 +32,8 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 
 
 def commands() -> list[str]:
-    """All `lora-easel ...` of the README."""
-    return re.findall(r"`lora-easel ([^`]+)`", page("README.md"))
+    """All `lora-easel ...` of the page of commands."""
+    return re.findall(r"`lora-easel ([^`]+)`", page("docs/commands.md"))
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -58,7 +58,7 @@ def test_options_that_are_spoken_of_exist() -> None:
     known = {"--help", *window_parser()._option_string_actions}
     for verb in verbs().values():
         known |= set(verb._option_string_actions)
-    assert set(re.findall(r"`(--[a-z-]+)`", page("README.md"))) <= known
+    assert set(re.findall(r"`(--[a-z-]+)`", page("README.md") + page("docs/commands.md"))) <= known
 
 
 def test_the_two_commands_stand_at_the_start() -> None:
