@@ -28,7 +28,7 @@ from lora_core.data.dataset import scan
 from lora_core.errors import LoraError
 from lora_core.generate import request
 from lora_core.model_files.starting_settings import like_file
-from lora_core.models.weight_files import opened_weights
+from lora_core.models.weight_files import open_weights
 from lora_core.runs.events import from_line
 from lora_core.settings.config import RunConfig, load_toml
 from lora_core.system.other_tools import recognised
@@ -179,7 +179,7 @@ def test_old_checkpoints(place: Path, data: bytes, start: bytes) -> None:
     file = place / "one.ckpt"
     file.write_bytes(start + data)
     with soon(), contextlib.suppress(LoraError):
-        assert opened_weights(file).shapes == {}
+        assert open_weights(file).shapes == {}
 
 
 # ---- settings, lines and texts

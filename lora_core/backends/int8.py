@@ -15,9 +15,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from lora_core.backends.offload import Depot
+from lora_core.backends.offload import OffloadStore
 
-Packed = tuple[torch.Tensor, torch.Tensor]
+Quantized = tuple[torch.Tensor, torch.Tensor]
 """A weight in 8 bits, and its scale for each output, shaped to be multiplied with it."""
 
 Update = tuple[torch.Tensor, torch.Tensor, float]
@@ -29,7 +29,7 @@ errors in them spread to everything."""
 LEVELS = 127
 
 
-def int8(weight: torch.Tensor) -> Packed:
+def quantize_int8(weight: torch.Tensor) -> Quantized:
     """Round a weight (out, ...) to 255 levels, those of each output spread over its largest number.
 
     The error of a number is at most about 1/254 of the largest of its output. The scale of a weight in bf16
@@ -58,7 +58,7 @@ class _Product(torch.autograd.Function):
         return ctx.layer.pulled_back(grad, ctx.layer.whole(), ctx.shape), None
 
 
-class _Thin(nn.Module):
+class _Compact(nn.Module):
     """What both kinds share: how the weight is kept."""
 
     data: torch.Tensor | None
@@ -69,14 +69,14 @@ class _Thin(nn.Module):
         self.dtype, self.shape = weight.dtype, weight.shape
         self.updates: list[Update] = []
         """Added to the weight as it is made whole, which leaves what is kept untouched."""
-        self.depot: Depot | None = None
+        self.depot: OffloadStore | None = None
         self.fetch: Callable[[], torch.Tensor] | None = None
         self.register_buffer("data", weight.detach(), persistent=False)
         self.register_buffer("scale", None, persistent=False)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "_Thin":
         self.updates = [(fn(up), fn(down), factor) for up, down, factor in self.updates]
-        result: _Thin = super()._apply(fn, recurse)
+        result: _Compact = super()._apply(fn, recurse)
         return result
 
     def frozen(self) -> torch.Tensor:
@@ -94,13 +94,13 @@ class _Thin(nn.Module):
 
     weight: Any = property(whole)
 
-    def pack(self, how: Callable[[torch.Tensor], Packed]) -> None:
+    def pack(self, how: Callable[[torch.Tensor], Quantized]) -> None:
         """Keep the weight packed, where it lies."""
         self.data, self.scale = how(self.frozen())
         if self.depot is not None:
             self.move(self.depot)
 
-    def move(self, depot: Depot) -> None:
+    def move(self, depot: OffloadStore) -> None:
         """Keep what is kept in `depot`."""
         assert self.data is not None
         self.depot, self.fetch = depot, depot.put(self.data)
@@ -112,7 +112,7 @@ class _Thin(nn.Module):
         return result
 
 
-class ThinLinear(_Thin, nn.Linear):
+class CompactLinear(_Compact, nn.Linear):
     """A frozen linear layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -131,7 +131,7 @@ class ThinLinear(_Thin, nn.Linear):
         return (grad.flatten(0, -2) @ weight).reshape(shape)
 
 
-class ThinConv2d(_Thin, nn.Conv2d):
+class CompactConv2d(_Compact, nn.Conv2d):
     """A frozen convolution that pads with zeros."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -152,37 +152,37 @@ class ThinConv2d(_Thin, nn.Conv2d):
         return conv2d_input(shape, weight, grad, *more)
 
 
-def thinned(layer: nn.Module) -> ThinLinear | ThinConv2d | None:
+def as_compact(layer: nn.Module) -> CompactLinear | CompactConv2d | None:
     """A thin layer with the weight of `layer`, which may be one already; None where there is no such kind."""
-    if isinstance(layer, ThinLinear | ThinConv2d):
+    if isinstance(layer, CompactLinear | CompactConv2d):
         return layer
     if type(layer) is nn.Linear:
-        return ThinLinear(layer)
+        return CompactLinear(layer)
     if type(layer) is nn.Conv2d and layer.padding_mode == "zeros":
-        return ThinConv2d(layer)
+        return CompactConv2d(layer)
     return None
 
 
-def thin_layers(unet: nn.Module) -> list[ThinLinear | ThinConv2d]:
+def compact_layers(unet: nn.Module) -> list[CompactLinear | CompactConv2d]:
     """The thin layers of a UNet, in its own order."""
-    return [layer for layer in unet.modules() if isinstance(layer, ThinLinear | ThinConv2d)]
+    return [layer for layer in unet.modules() if isinstance(layer, CompactLinear | CompactConv2d)]
 
 
-def is_packed(unet: nn.Module) -> bool:
+def is_quantized(unet: nn.Module) -> bool:
     """Whether the blocks of a UNet are kept in fewer bits."""
-    return any(layer.scale is not None for layer in thin_layers(unet))
+    return any(layer.scale is not None for layer in compact_layers(unet))
 
 
-def is_moved(unet: nn.Module) -> bool:
+def is_offloaded(unet: nn.Module) -> bool:
     """Whether the blocks of a UNet wait outside of the device."""
-    return any(layer.fetch is not None for layer in thin_layers(unet))
+    return any(layer.fetch is not None for layer in compact_layers(unet))
 
 
-class Thinner:
+class WeightPolicy:
     """Makes the layers of a UNet thin in the same way, whether all at once or as each is read."""
 
     def __init__(
-        self, how: Callable[[torch.Tensor], Packed] | None = None, depot: Depot | None = None
+        self, how: Callable[[torch.Tensor], Quantized] | None = None, depot: OffloadStore | None = None
     ) -> None:
         """Pack weights by `how` and keep them in `depot`, each where there is one."""
         self.how = how
@@ -196,7 +196,7 @@ class Thinner:
         """Bytes that the weights of a UNet take on the device in `dtype`, made thin like this."""
         total = 0
         for path, layer in root.named_modules():
-            thin = bool(self) and path.startswith(BLOCKS) and thinned(layer) is not None
+            thin = bool(self) and path.startswith(BLOCKS) and as_compact(layer) is not None
             for name, parameter in layer.named_parameters(recurse=False):
                 width = dtype.itemsize
                 if thin and name == "weight":
@@ -209,7 +209,7 @@ class Thinner:
         if not path.startswith(BLOCKS):
             return
         parent, _, child = path.rpartition(".")
-        layer = thinned(root.get_submodule(path))
+        layer = as_compact(root.get_submodule(path))
         if layer is None:
             return
         if self.how is not None and layer.scale is None:

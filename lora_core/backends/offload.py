@@ -24,7 +24,7 @@ BUFFERS = 3
 """Weights on the card at once: one in use, one on its way, one whose use may still be waiting."""
 
 
-class Depot:
+class OffloadStore:
     """Weights by number, fetched one ahead."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Depot:
         raise NotImplementedError
 
 
-class FileDepot(Depot):
+class FileStore(OffloadStore):
     """A nameless file, which goes with the process however it ends."""
 
     def __init__(self, device: torch.device, folder: Path) -> None:
@@ -113,7 +113,7 @@ class FileDepot(Depot):
         return tensor.to(self._device)
 
 
-class HostDepot(Depot):
+class PinnedStore(OffloadStore):
     """Page-locked memory of the computer, for a graphics card.
 
     Weights are copied on a stream of their own into `BUFFERS` buffers on the card, used in turn, each as
@@ -147,7 +147,7 @@ class HostDepot(Depot):
             if end + size <= len(slab):
                 self._slabs[number] = (slab, end + size)
                 return slab[end : end + size]
-        slab = host_memory(max(SLAB, size))
+        slab = allocate_pinned(max(SLAB, size))
         self._slabs.append((slab, size))
         return slab[:size]
 
@@ -179,7 +179,7 @@ class HostDepot(Depot):
         return tensor
 
 
-def host_memory(size: int) -> torch.Tensor:
+def allocate_pinned(size: int) -> torch.Tensor:
     """Bytes of the computer's memory, page-locked where the system allows it; otherwise copies are slower."""
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -188,6 +188,6 @@ def host_memory(size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
 
-def depot_for(device: torch.device, folder: Path) -> Depot:
+def offload_store_for(device: torch.device, folder: Path) -> OffloadStore:
     """The depot that a device has use for; a file lies on the drive of `folder`."""
-    return HostDepot(device) if device.type == "cuda" else FileDepot(device, folder)
+    return PinnedStore(device) if device.type == "cuda" else FileStore(device, folder)

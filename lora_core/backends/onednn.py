@@ -33,26 +33,26 @@ _BACK = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])
 _BOTH, _BOTH_BACK = torch.kron(_TILE, _TILE), torch.kron(_BACK, _BACK)
 
 
-def fits(layer: nn.Conv2d) -> bool:
+def winograd_fits(layer: nn.Conv2d) -> bool:
     """Whether a convolution is of the kind: fp32 on a processor, 3 x 3, of the same size before and after."""
     same = layer.kernel_size == (3, 3) and layer.padding in (1, (1, 1)) and layer.groups == 1
     plain = set(layer.stride) == {1} and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
     return same and plain and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
 
 
-def pays(shape: torch.Size) -> bool:
+def winograd_pays(shape: torch.Size) -> bool:
     """Whether pictures (B, C, h, w) are even, and enough."""
     count, _, height, width = shape
     return height % STEP == width % STEP == 0 and count * height * width >= LEAST * STEP * STEP
 
 
-def laid_out(weight: torch.Tensor) -> torch.Tensor:
+def transform_kernel(weight: torch.Tensor) -> torch.Tensor:
     """A kernel (out, in, 3, 3) transformed, (16, out, in)."""
     half = torch.einsum("ij,ocjk->iock", _KERNEL, weight)
     return torch.einsum("iock,lk->iloc", half, _KERNEL).reshape(TILE * TILE, *weight.shape[:2]).contiguous()
 
 
-def convolved(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def winograd_conv2d(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """(B, in, h, w) to (B, out, h, w), h and w even, without autograd; zeros around.
 
     Args:
@@ -121,7 +121,7 @@ class _Product(torch.autograd.Function):
         return ctx.layer.pulled_back(grad, ctx.shape), None
 
 
-class PrepackedLinear(nn.Linear):
+class OneDnnLinear(nn.Linear):
     """A frozen linear layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -150,7 +150,7 @@ class PrepackedLinear(nn.Linear):
         return result
 
 
-class PrepackedConv2d(nn.Conv2d):
+class OneDnnConv2d(nn.Conv2d):
     """A frozen convolution.
 
     Each layout is made when a picture first needs it: one is enough as a rule.
@@ -167,7 +167,7 @@ class PrepackedConv2d(nn.Conv2d):
         self.weight, self.bias = layer.weight, layer.bias
         self.plain = (layer,)
         self._how: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
-        self.by_winograd = by_winograd and fits(layer)
+        self.by_winograd = by_winograd and winograd_fits(layer)
         self._turns_back = _keeps_size(layer)
         self._kept: dict[tuple[bool, bool], torch.Tensor] = {}
 
@@ -179,7 +179,7 @@ class PrepackedConv2d(nn.Conv2d):
             if back:
                 weight = weight.transpose(0, 1).flip(2, 3).contiguous()
             if by_winograd:
-                self._kept[kind] = laid_out(weight)
+                self._kept[kind] = transform_kernel(weight)
             else:
                 lay_out: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
                 picture = [1, weight.shape[1], SIDE, SIDE]
@@ -198,10 +198,10 @@ class PrepackedConv2d(nn.Conv2d):
         return conv2d_input(shape, self.weight, grad, more[0], padding, *more[1:])
 
     def _convolved(self, x: torch.Tensor, back: bool, bias: torch.Tensor | None) -> torch.Tensor:
-        by_winograd = self.by_winograd and pays(x.shape)
+        by_winograd = self.by_winograd and winograd_pays(x.shape)
         weight = self._laid_out(back, by_winograd)
         if by_winograd:
-            return convolved(x, weight, bias)
+            return winograd_conv2d(x, weight, bias)
         y: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self._how, *NOTHING_AFTER)
         return y
 
@@ -211,7 +211,7 @@ class PrepackedConv2d(nn.Conv2d):
         return result
 
 
-def best_layout(modules: Iterable[nn.Module]) -> str:
+def choose_layout(modules: Iterable[nn.Module]) -> str:
     """The layout that is the fastest here of those that there is memory for.
 
     It is `PLAIN` where no processor computes, and where the processor's kernels have no use for another.
@@ -234,7 +234,7 @@ def _size(layer: Any, layout: str) -> float:
     kind = _kind(layer, layout)
     if kind is None:
         return 0.0
-    growth = GROWTH if kind is PrepackedConv2d and layout == WINOGRAD and fits(layer) else 1
+    growth = GROWTH if kind is OneDnnConv2d and layout == WINOGRAD and winograd_fits(layer) else 1
     return float(PREPACKED_COPIES * growth * layer.weight.nbytes)
 
 
@@ -244,8 +244,8 @@ def prepack(module: nn.Module, layout: str) -> None:
         return
     for path, layer in list(module.named_modules()):
         kind = _kind(layer, layout)
-        if kind is PrepackedConv2d:
-            _put(module, path, PrepackedConv2d(layer, layout == WINOGRAD))
+        if kind is OneDnnConv2d:
+            _put(module, path, OneDnnConv2d(layer, layout == WINOGRAD))
         elif kind is not None:
             _put(module, path, kind(layer))
 
@@ -253,14 +253,14 @@ def prepack(module: nn.Module, layout: str) -> None:
 def undo_prepack(module: nn.Module) -> None:
     """Put the plain layers back."""
     for path, layer in list(module.named_modules()):
-        if isinstance(layer, PrepackedLinear | PrepackedConv2d):
+        if isinstance(layer, OneDnnLinear | OneDnnConv2d):
             _put(module, path, layer.plain[0])
 
 
 def layout_of(module: nn.Module) -> str:
     """How its weights are laid out."""
-    found = [layer for layer in module.modules() if isinstance(layer, PrepackedLinear | PrepackedConv2d)]
-    by_winograd = any(isinstance(layer, PrepackedConv2d) and layer.by_winograd for layer in found)
+    found = [layer for layer in module.modules() if isinstance(layer, OneDnnLinear | OneDnnConv2d)]
+    by_winograd = any(isinstance(layer, OneDnnConv2d) and layer.by_winograd for layer in found)
     return WINOGRAD if by_winograd else DIRECT if found else PLAIN
 
 
@@ -280,12 +280,12 @@ def _kind(layer: Any, layout: str) -> Any:
     if not isinstance(weight, torch.Tensor) or weight.requires_grad or weight.dtype not in FORMATS:
         return None
     if type(layer) is nn.Linear:
-        return PrepackedLinear if weight.numel() >= SMALLEST_LINEAR else None
+        return OneDnnLinear if weight.numel() >= SMALLEST_LINEAR else None
     if type(layer) is not nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
-    least = SMALLEST_WINOGRAD if layout == WINOGRAD and fits(layer) else SMALLEST_CONVOLUTION
+    least = SMALLEST_WINOGRAD if layout == WINOGRAD and winograd_fits(layer) else SMALLEST_CONVOLUTION
     pays = weight.numel() >= least and layer.kernel_size != (1, 1)
-    return PrepackedConv2d if layer.groups == 1 and pays else None
+    return OneDnnConv2d if layer.groups == 1 and pays else None
 
 
 def _keeps_size(layer: nn.Conv2d) -> bool:

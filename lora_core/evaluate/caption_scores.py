@@ -20,7 +20,7 @@ from lora_core.data.images import content_hash
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
-from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel
 
 OnProgress = Callable[[int, int], None]
@@ -157,12 +157,12 @@ class _Losses:
 
     def __init__(self, base: BaseModel, teller: _Teller) -> None:
         self._base, self._teller = base, teller
-        self.timesteps = base.noise.timesteps
+        self.timesteps = base.noise.num_timesteps
         self._condition = functools.lru_cache(maxsize=128)(self._encoded)
 
-    def _encoded(self, caption: str) -> TextCondition:
+    def _encoded(self, caption: str) -> PromptEmbeds:
         with torch.no_grad():
-            return text_condition(self._base, [caption])
+            return encode_prompt(self._base, [caption])
 
     def of(self, picture: EvalImage, captions: Iterable[str]) -> torch.Tensor:
         """(captions, K)."""

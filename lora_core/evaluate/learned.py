@@ -29,7 +29,7 @@ from lora_core.formats.io import read_adapter
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
 from lora_core.models.device import best_device, dtype_of
-from lora_core.models.encode import TextCondition, encoded_picture, picture_pixels, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_image, encode_prompt, load_pixels
 from lora_core.models.load import BaseModel, load_base
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -141,9 +141,9 @@ def _losses(
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Of each picture: the base's losses, the adapted ones, and the adapted ones without a caption."""
 
-    def encoded(caption: str) -> TextCondition:
+    def encoded(caption: str) -> PromptEmbeds:
         with torch.no_grad():
-            return text_condition(base, [caption], config.train.clip_skip, config.train.tokens)
+            return encode_prompt(base, [caption], config.train.clip_skip, config.train.tokens)
 
     merger = Merger(base.modules)
     before = eval_losses(base, pictures, encoded, told)
@@ -161,8 +161,8 @@ def _losses(
 def _measured(base: BaseModel, record: ImageRecord, config: RunConfig, triples: int) -> EvalImage:
     resolution = config.train.resolution or base.resolution
     bucket = bucket_of(record.width, record.height, resolution, base.size_multiple)
-    latents = encoded_picture(base, picture_pixels(record, bucket))
-    looks = eval_noise(content_hash(record.path), latents, triples, config.seed, base.noise.timesteps)
+    latents = encode_image(base, load_pixels(record, bucket))
+    looks = eval_noise(content_hash(record.path), latents, triples, config.seed, base.noise.num_timesteps)
     sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
     caption = with_trigger(plain_caption(record.caption), config.dataset.trigger)
     return EvalImage(latents, looks, caption, sizes)

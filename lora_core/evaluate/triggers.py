@@ -20,9 +20,9 @@ from lora_core.data.statistics import words_of
 from lora_core.errors import DatasetError
 from lora_core.evaluate.caption_scores import OnProgress, plain_caption
 from lora_core.evaluate.validator import EvalImage, encode_eval_images
-from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import prediction
+from lora_core.models.unet import predict_noise
 
 MOST_TOKENS = 3
 PICTURES = 4
@@ -131,12 +131,12 @@ class _Reactions:
     def __init__(self, base: BaseModel, shots: list[EvalImage], said: OnProgress | None, total: int) -> None:
         self._base, self._shots, self._said = base, shots, said
         self._done, self._total = 0, total
-        self._condition: Callable[[str], TextCondition] = functools.lru_cache(maxsize=64)(self._encoded)
+        self._condition: Callable[[str], PromptEmbeds] = functools.lru_cache(maxsize=64)(self._encoded)
         self._without = [self._prediction(shot, shot.caption) for shot in shots]
 
-    def _encoded(self, caption: str) -> TextCondition:
+    def _encoded(self, caption: str) -> PromptEmbeds:
         with torch.no_grad():
-            return text_condition(self._base, [caption])
+            return encode_prompt(self._base, [caption])
 
     def of(self, word: str, pictures: int = PICTURES) -> torch.Tensor:
         """Root mean square of the change for each of the first pictures, (P,)."""
@@ -153,11 +153,11 @@ class _Reactions:
     def _prediction(self, shot: EvalImage, caption: str) -> torch.Tensor:
         base, looks = self._base, shot.looks
         noise, timesteps = looks.noise.to(base.device), looks.timesteps.to(base.device)
-        noisy = base.noise.noisy_latents(shot.latents.to(base.device).expand_as(noise), noise, timesteps)
+        noisy = base.noise.add_noise(shot.latents.to(base.device).expand_as(noise), noise, timesteps)
         text = self._condition(caption).expand(len(noise))
         sizes = None if shot.sizes is None else shot.sizes.expand(len(noise), -1)
         with torch.no_grad():
-            return prediction(base, noisy, timesteps, text, sizes).cpu()
+            return predict_noise(base, noisy, timesteps, text, sizes).cpu()
 
 
 def _usual(measure: _Reactions, known: list[str]) -> float:

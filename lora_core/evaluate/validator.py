@@ -12,9 +12,9 @@ from lora_core.data.buckets import bucket_of, size_conditioning
 from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import content_hash
 from lora_core.lora.inject import LoadedLora, Merger
-from lora_core.models.encode import TextCondition, encoded_picture, picture_pixels, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_image, encode_prompt, load_pixels
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import prediction
+from lora_core.models.unet import predict_noise
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Gain:
 def eval_losses(
     base: BaseModel,
     pictures: list[EvalImage],
-    condition: Callable[[str], TextCondition],
+    condition: Callable[[str], PromptEmbeds],
     on_picture: Callable[[int, int], None] | None = None,
 ) -> torch.Tensor:
     """The plain squared error of the prediction for each triple, (pictures, K) in fp64.
@@ -103,10 +103,10 @@ def eval_losses(
                 noise = picture.looks.noise[start : start + BATCH].to(base.device)
                 timesteps = picture.looks.timesteps[start : start + BATCH].to(base.device)
                 latents = picture.latents.to(base.device).expand_as(noise)
-                noisy = base.noise.noisy_latents(latents, noise, timesteps)
+                noisy = base.noise.add_noise(latents, noise, timesteps)
                 target = base.noise.target(latents, noise, timesteps)
                 sizes = None if picture.sizes is None else picture.sizes.expand(len(noise), -1)
-                error = prediction(base, noisy, timesteps, text.expand(len(noise)), sizes) - target
+                error = predict_noise(base, noisy, timesteps, text.expand(len(noise)), sizes) - target
                 losses.append(error.cpu().double().square().flatten(1).mean(1))  # MPS has no float64
             rows.append(torch.cat(losses))
             if on_picture is not None:
@@ -173,8 +173,8 @@ def encode_eval_images(
     pictures = []
     for record in records:
         bucket = bucket_of(record.width, record.height, base.resolution, base.size_multiple)
-        latents = encoded_picture(base, picture_pixels(record, bucket))
-        looks = eval_noise(content_hash(record.path), latents, triples, seed, base.noise.timesteps)
+        latents = encode_image(base, load_pixels(record, bucket))
+        looks = eval_noise(content_hash(record.path), latents, triples, seed, base.noise.num_timesteps)
         sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
         pictures.append(EvalImage(latents, looks, record.caption, sizes))
     return pictures
@@ -196,8 +196,8 @@ def validation_report(
     pictures = encode_eval_images(base, records, triples, seed)
     merger = Merger(base.modules)
 
-    def condition(caption: str) -> TextCondition:
-        return text_condition(base, [caption])
+    def condition(caption: str) -> PromptEmbeds:
+        return encode_prompt(base, [caption])
 
     asked = _shuffled(pictures, seed) if shuffle_captions else pictures
     base_losses = eval_losses(base, asked, condition)
@@ -212,7 +212,7 @@ def validation_report(
         "base_loss": gain.base_loss,
         "adapted_loss": gain.adapted_loss,
         "triples": base_losses.numel(),
-        "bands": gain_by_timestep(base_losses, adapted_losses, timesteps, base.noise.timesteps),
+        "bands": gain_by_timestep(base_losses, adapted_losses, timesteps, base.noise.num_timesteps),
         "strength": adapters[0].strength if adapters else 0.0,
         "pictures": len(pictures),
     }

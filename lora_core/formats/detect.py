@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lora_core.formats.names import ldm_family
 from lora_core.model_files.families import FAMILIES, Family
-from lora_core.model_files.unsupported import other_family, refused_kind
+from lora_core.model_files.unsupported import other_family, unsupported_kind
 from lora_core.system.untrusted import parsed_json
 
 Shapes = Mapping[str, Sequence[int]]
@@ -70,7 +70,7 @@ def called(kind: str, shapes: Shapes) -> str:
     if not shapes:
         return "no adapter, for it holds no tensors"
     if kind == "unknown":
-        return refused_kind(shapes) or "no adapter that is known here"
+        return unsupported_kind(shapes) or "no adapter that is known here"
     return f"of the kind {kind!r}"
 
 

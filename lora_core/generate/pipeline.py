@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lora_core.backends.int8 import Thinner, int8
+from lora_core.backends.int8 import WeightPolicy, quantize_int8
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.formats.io import read_adapter
 from lora_core.generate.request import GenerationRequest, Infotext, Tag, WeightedLora
@@ -37,14 +37,14 @@ from lora_core.models.device import (
     release_failed,
 )
 from lora_core.models.encode import (
-    TextCondition,
-    decoded_latents,
-    encoded_picture,
-    negative_condition,
-    text_condition,
+    PromptEmbeds,
+    decode_latents,
+    encode_image,
+    encode_negative_prompt,
+    encode_prompt,
 )
 from lora_core.models.load import BaseModel, open_base
-from lora_core.models.unet import own_sizes, prediction
+from lora_core.models.unet import default_time_ids, predict_noise
 from lora_core.settings.choices import SAMPLERS, chosen
 from lora_core.settings.schema import AUTO, NumberOrAuto
 from lora_core.system.paths import DEMO_TRAIN, write_atomically
@@ -61,8 +61,8 @@ def fit_rgb_matrix(base: BaseModel) -> torch.Tensor:
         with Image.open(path) as opened:
             image = opened.convert("RGB").resize((SIDE, SIDE))
         pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
-        latents.append(encoded_picture(base, pixels * 2 - 1).flatten(1).T)
-        means = torch.nn.functional.avg_pool2d(pixels[None], base.pixels_a_latent)[0]
+        latents.append(encode_image(base, pixels * 2 - 1).flatten(1).T)
+        means = torch.nn.functional.avg_pool2d(pixels[None], base.vae_scale_factor)[0]
         colours.append(means.flatten(1).T)
     known = torch.cat(latents).double()
     ones = torch.ones(len(known), 1, dtype=torch.float64)
@@ -169,8 +169,8 @@ def _set_steps(scheduler: Any, picture: Picture) -> None:
 def sample_latents(
     base: BaseModel,
     picture: Picture,
-    text: TextCondition,
-    negative: TextCondition,
+    text: PromptEmbeds,
+    negative: PromptEmbeds,
     on_step: OnStep | None = None,
     on_clean: OnPreview | None = None,
 ) -> torch.Tensor:
@@ -181,29 +181,29 @@ def sample_latents(
     width, height = image_size(base, picture)
     scheduler = make_scheduler(base, picture.sampler)
     _set_steps(scheduler, picture)
-    factor = base.pixels_a_latent
+    factor = base.vae_scale_factor
     generator = torch.Generator().manual_seed(picture.seed)
     shape = (1, base.latent_channels, height // factor, width // factor)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     guided = picture.cfg > 1
     phi = base.facts.cfg_rescale(picture.cfg_rescale)
-    both = TextCondition.cat([negative, text]) if guided else text
+    both = PromptEmbeds.cat([negative, text]) if guided else text
     draws = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if draws else {}
     on_device = scheduler.timesteps.to(base.device)
-    sizes = own_sizes(len(both.context), height, width).to(base.device)
+    sizes = default_time_ids(len(both.context), height, width).to(base.device)
     with torch.no_grad():
         for done, timestep in enumerate(scheduler.timesteps, start=1):
             at = on_device[done - 1]
             seen = scheduler.scale_model_input(latents, timestep)
             if guided:
-                without, with_text = prediction(base, torch.cat([seen, seen]), at, both, sizes).chunk(2)
+                without, with_text = predict_noise(base, torch.cat([seen, seen]), at, both, sizes).chunk(2)
                 output = without + picture.cfg * (with_text - without)
                 if phi:
                     output = rescale_guidance(output, with_text, phi)
             else:
-                output = prediction(base, seen, at, both, sizes)
+                output = predict_noise(base, seen, at, both, sizes)
             latents = scheduler.step(output, timestep, latents, **options).prev_sample
             if on_step is not None:
                 on_step(done, len(scheduler.timesteps))
@@ -233,10 +233,10 @@ def _clean(base: BaseModel, seen: torch.Tensor, output: torch.Tensor, timestep: 
     What the UNet sees has the variance of the forward process whichever the sampler, so that this needs no
     word from the scheduler. Source: Ho et al. 2020, equation 15; Salimans and Ho 2022, appendix D.
     """
-    step = int(timestep.round().clamp(0, base.noise.timesteps - 1))
+    step = int(timestep.round().clamp(0, base.noise.num_timesteps - 1))
     share = base.noise.alphas_cumprod[step].clamp(min=1e-4)
     signal, spread = float(share.sqrt()), float((1 - share).sqrt())
-    if base.noise.prediction == "epsilon":
+    if base.noise.objective == "epsilon":
         return (seen - spread * output) / signal
     return signal * seen - spread * output
 
@@ -244,13 +244,13 @@ def _clean(base: BaseModel, seen: torch.Tensor, output: torch.Tensor, timestep: 
 def sample_image(
     base: BaseModel,
     picture: Picture,
-    text: TextCondition,
-    negative: TextCondition,
+    text: PromptEmbeds,
+    negative: PromptEmbeds,
     on_step: OnStep | None = None,
     on_clean: OnPreview | None = None,
 ) -> Image.Image:
     """The finished picture, RGB."""
-    return to_image(decoded_latents(base, sample_latents(base, picture, text, negative, on_step, on_clean)))
+    return to_image(decode_latents(base, sample_latents(base, picture, text, negative, on_step, on_clean)))
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
@@ -263,7 +263,7 @@ def generate_image(
 ) -> Image.Image:
     """The finished picture of a prompt, RGB."""
     with torch.no_grad():
-        text, unwanted = text_condition(base, [prompt]), negative_condition(base, negative)
+        text, unwanted = encode_prompt(base, [prompt]), encode_negative_prompt(base, negative)
     return sample_image(base, picture, text, unwanted, on_step)
 
 
@@ -352,13 +352,13 @@ def open_pipeline(shot: GenerationRequest, reduce: Reduce, precision: str = "aut
     cap_memory(device)
     least = RESIDENT
     while True:
-        thin = Thinner()
+        policy = WeightPolicy()
         base = open_base(
-            shot.base, device, dtype_of(precision, device), shot.prediction, shot.vae, thin,
+            shot.base, device, dtype_of(precision, device), shot.prediction, shot.vae, policy,
             shot.zero_terminal_snr,
         )  # fmt: skip
         kept = max(least, _fitting(base))
-        thin.how = int8 if kept == INT8 else None
+        policy.quantize = quantize_int8 if kept == INT8 else None
         try:
             base.load("unet")
             for part in base.text_encoders:
@@ -408,7 +408,7 @@ class Pipeline:
         self._adapters: OrderedDict[FileKey, AdapterWeights] = OrderedDict()
         self._mixed: tuple[object, ...] | None = ()
         self._text_mixed: tuple[object, ...] = ()
-        self._conditions: OrderedDict[object, tuple[TextCondition, TextCondition]] = OrderedDict()
+        self._conditions: OrderedDict[object, tuple[PromptEmbeds, PromptEmbeds]] = OrderedDict()
         self._matrix: torch.Tensor | None = None
         self.ready_in = 0.0
         """Seconds from the last shot to the first step of its sampler: merging and reading the prompt."""
@@ -451,18 +451,18 @@ class Pipeline:
         text, unwanted = self._condition(shot)
         self.ready_in = time.monotonic() - began
         latents = sample_latents(self.base, how, text, unwanted, on_step, on_clean)
-        return to_image(decoded_latents(self.base, latents))
+        return to_image(decode_latents(self.base, latents))
 
     def _shrink(self) -> None:
         """Keep the base in the next smaller way."""
         self.kept += 1
         if self.kept == INT8:
-            Thinner(int8).every(self.base.unet)
+            WeightPolicy(quantize_int8).apply_to(self.base.unet)
             return
         for part in self.base.text_encoders:
             self.base.put(part, torch.device("cpu"))
 
-    def _condition(self, shot: GenerationRequest) -> tuple[TextCondition, TextCondition]:
+    def _condition(self, shot: GenerationRequest) -> tuple[PromptEmbeds, PromptEmbeds]:
         """What the text encoders make of both prompts, kept for as long as no adapter changes them."""
         asked = (shot.prompt, shot.negative, shot.clip_skip, shot.tokens, self._text_mixed)
         if asked not in self._conditions:
@@ -470,8 +470,8 @@ class Pipeline:
                 # The largest text encoder takes more than the VAE.
                 self.base.put("vae", torch.device("cpu"))
             with torch.no_grad():
-                text = text_condition(self.base, [shot.prompt], shot.clip_skip, shot.tokens)
-                unwanted = negative_condition(self.base, shot.negative, shot.clip_skip, shot.tokens)
+                text = encode_prompt(self.base, [shot.prompt], shot.clip_skip, shot.tokens)
+                unwanted = encode_negative_prompt(self.base, shot.negative, shot.clip_skip, shot.tokens)
             self.base.put("vae", self.base.device)
             self._conditions[asked] = text, unwanted
         self._conditions.move_to_end(asked)

@@ -23,7 +23,7 @@ class Factors:
     up: torch.Tensor
 
 
-class Stored(nn.Module):
+class AdapterLayer(nn.Module):
     """A layer with trained factors, `down` and `up`; `place` is where they lie once a storage holds them."""
 
     down: nn.Parameter
@@ -36,7 +36,7 @@ class Stored(nn.Module):
             self.place.storage.mark_changed()
 
 
-class Storage:
+class FlatParams:
     """The numbers of an adapter and their gradients, group after group.
 
     Attributes:
@@ -46,14 +46,14 @@ class Storage:
         kinds: names of the factors that each of a group's tensors holds.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Stored]], apart: bool = False) -> None:
+    def __init__(self, groups: Sequence[Sequence[AdapterLayer]], apart: bool = False) -> None:
         """Move the factors of `groups` of layers here, bit for bit; other layers stay as they are."""
         factors = [factor for group in groups for layer in group for factor in (layer.down, layer.up)]
         self.whole = nn.Parameter(torch.empty(sum(map(torch.numel, factors)), device=factors[0].device))
         self.grads = self.whole.grad = torch.zeros_like(self.whole)
         self.groups: list[nn.Parameter] = []
         self.kinds = (("down",), ("up",)) if apart else (("down", "up"),)
-        self._rounded: dict[torch.dtype, _Rounded] = {}
+        self._rounded: dict[torch.dtype, _CastCopy] = {}
         self._homes: dict[int, tuple[int, torch.Tensor]] = {}
         end = 0
         for group in groups:
@@ -67,7 +67,7 @@ class Storage:
                 self.groups.append(self._part(start, end))
             for number, layer in enumerate(group):
                 sizes = len(layer.down), layer.down[0].numel(), layer.up.shape[0]
-                layer.place = Place(self, starts[number, "down"], starts[number, "up"], *sizes)
+                layer.place = ParamView(self, starts[number, "down"], starts[number, "up"], *sizes)
 
     def mark_changed(self) -> None:
         """Declare that the numbers were written to: the next use of a rounded copy rounds anew."""
@@ -112,14 +112,14 @@ class Storage:
     def rounded(self, dtype: torch.dtype) -> "_Rounded":
         """The numbers in another format than fp32, as they are now."""
         if dtype not in self._rounded:
-            self._rounded[dtype] = _Rounded(self.whole.detach(), dtype)
+            self._rounded[dtype] = _CastCopy(self.whole.detach(), dtype)
         rounded = self._rounded[dtype]
         if rounded.stale:
             rounded.values.copy_(self.whole.detach())
             rounded.stale = False
         return rounded
 
-    def _move(self, layer: Stored, name: str, start: int) -> int:
+    def _move(self, layer: AdapterLayer, name: str, start: int) -> int:
         factor: nn.Parameter = getattr(layer, name)
         end = start + factor.numel()
         moved = self._part(start, end, factor.shape)
@@ -137,13 +137,13 @@ class Storage:
 
 
 @dataclass
-class Place:
+class ParamView:
     """Where a layer's factors lie in a storage: (rank, inside) from `down`, (outside, rank) from `up`.
 
     Views are made once for each number format: hundreds of them in each step took a tenth of a small one.
     """
 
-    storage: Storage
+    storage: FlatParams
     down: int
     up: int
     rank: int
@@ -154,7 +154,7 @@ class Place:
     def factors(self, dtype: torch.dtype) -> Factors:
         """The factors in a number format; all numbers are rounded together, once after each change."""
         if dtype != torch.float32:
-            self.storage.rounded(dtype)
+            self.storage.cast(dtype)
         return self._both(dtype)[0]
 
     def gradients(self, dtype: torch.dtype) -> Factors:
@@ -164,9 +164,9 @@ class Place:
     def _both(self, dtype: torch.dtype) -> tuple[Factors, Factors]:
         if dtype not in self._views:
             if dtype == torch.float32:
-                numbers, gradients = self.storage.whole.detach(), self.storage.grads
+                numbers, gradients = self.storage.data.detach(), self.storage.grads
             else:
-                rounded = self.storage.rounded(dtype)
+                rounded = self.storage.cast(dtype)
                 numbers, gradients = rounded.values, rounded.grads
             self._views[dtype] = self._seen(numbers), self._seen(gradients)
         return self._views[dtype]
@@ -177,7 +177,7 @@ class Place:
         return Factors(down.view(self.rank, self.inside), up.view(self.outside, self.rank))
 
 
-class _Rounded:
+class _CastCopy:
     """The numbers in a shorter format, and the gradients that were computed in it; `stale` where the numbers
     may have changed since they were rounded."""
 

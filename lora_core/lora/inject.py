@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from lora_core.backends.int8 import ThinConv2d, ThinLinear, thinned
+from lora_core.backends.int8 import CompactConv2d, CompactLinear, as_compact
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.lora.layer import LoraLayer, LoraShape, Moment
+from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.lora.targets import Adaptable, Targets, layer_by_path, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.settings.patterns import Pattern, last_matches
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockOverrides:
     """What differs from layer to layer.
 
     Attributes:
@@ -41,16 +41,16 @@ class Blocks:
 class LayerPlan:
     """One layer to adapt: its shape, and its learning rate; at 0 it acts and stays as it is."""
 
-    shape: LoraShape
+    shape: LoraSpec
     rate: float
 
 
-def layer_plans(
+def plan_layers(
     modules: Mapping[str, nn.Module],
     rates: Mapping[str, float],
     targets: Targets,
-    shape: LoraShape,
-    blocks: Blocks,
+    shape: LoraSpec,
+    blocks: BlockOverrides,
     kept: Container[LayerKey] = (),
 ) -> dict[LayerKey, LayerPlan]:
     """The layers to adapt, in the order of `rates` and of the modules.
@@ -134,7 +134,7 @@ class Injected:
     """Trainable layers in a base, by (part, module path)."""
 
     layers: dict[LayerKey, LoraLayer]
-    moment: Moment
+    moment: DropoutState
 
     def parameters(self, part: str | None = None) -> list[nn.Parameter]:
         """All trained tensors, or those of one part, in a fixed order."""
@@ -152,7 +152,7 @@ class Injected:
 
 
 def inject(
-    modules: dict[str, nn.Module], parts: Iterable[str], targets: Targets, shape: LoraShape, seed: int
+    modules: dict[str, nn.Module], parts: Iterable[str], targets: Targets, shape: LoraSpec, seed: int
 ) -> Injected:
     """Replace the targeted layers of `parts` by trainable ones around them.
 
@@ -166,7 +166,7 @@ def inject(
     Raises:
         ConfigError: a part has no such layer.
     """
-    shapes: dict[LayerKey, LoraShape] = {}
+    shapes: dict[LayerKey, LoraSpec] = {}
     for part in parts:
         found = target_modules(part, modules[part], targets)
         if not found:
@@ -177,7 +177,7 @@ def inject(
     return inject_layers(modules, shapes, seed)
 
 
-def inject_layers(modules: dict[str, nn.Module], shapes: Mapping[LayerKey, LoraShape], seed: int) -> Injected:
+def inject_layers(modules: dict[str, nn.Module], shapes: Mapping[LayerKey, LoraSpec], seed: int) -> Injected:
     """Replace each layer that `shapes` names by a trainable one of that shape around it.
 
     Args:
@@ -185,14 +185,14 @@ def inject_layers(modules: dict[str, nn.Module], shapes: Mapping[LayerKey, LoraS
         shapes: rank, alpha and dropout of each layer.
         seed: of the random start and of the dropout masks.
     """
-    moment = Moment(seed)
+    moment = DropoutState(seed)
     layers: dict[LayerKey, LoraLayer] = {}
     for (part, name), shape in shapes.items():
         located = layer_by_path(part, modules[part], name)
         assert located is not None, f"{part} {name}"
         path, base = located
         layers[part, name] = LoraLayer(base, f"{part}/{name}", shape, moment, seed)
-        _replace(modules[part], path, layers[part, name])
+        replace_submodule(modules[part], path, layers[part, name])
     return Injected(layers, moment)
 
 
@@ -201,7 +201,7 @@ def remove(modules: dict[str, nn.Module], injected: Injected) -> None:
     for (part, name), layer in injected.layers.items():
         located = layer_by_path(part, modules[part], name)
         if located is not None:
-            _replace(modules[part], located[0], layer.base)
+            replace_submodule(modules[part], located[0], layer.base)
 
 
 def adapter_weights(injected: Injected) -> AdapterWeights:
@@ -227,7 +227,7 @@ def load_weights(injected: Injected, weights: AdapterWeights) -> None:
         layer.from_layer_weights(saved)
 
 
-def _replace(root: nn.Module, path: str, layer: nn.Module) -> None:
+def replace_submodule(root: nn.Module, path: str, layer: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     setattr(root.get_submodule(parent), child, layer)
 
@@ -264,7 +264,7 @@ class Merger:
         """Manage the components `modules`, by part."""
         self._modules = modules
         self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
-        self._thin: dict[LayerKey, ThinLinear | ThinConv2d] = {}
+        self._thin: dict[LayerKey, CompactLinear | CompactConv2d] = {}
         self._factors: dict[int, tuple[AdapterWeights, dict[LayerKey, Factors]]] = {}
         """By the adapter's id, beside the adapter, so that no other can have it."""
 
@@ -316,7 +316,7 @@ class Merger:
                 f"The adapter has a layer {part} {path} that this base has not; it is for another base."
             )
         (real, layer), update = located, weights.layers[key]
-        shape = layer.shape if isinstance(layer, ThinLinear | ThinConv2d) else layer.weight.shape
+        shape = layer.shape if isinstance(layer, CompactLinear | CompactConv2d) else layer.weight.shape
         size = (update.up.shape[0], *update.down.shape[1:])
         if shape.numel() != math.prod(size) or shape[0] != size[0]:
             raise AdapterFileError(
@@ -328,23 +328,23 @@ class Merger:
         if isinstance(layer, nn.Linear | nn.Conv2d) and (thin := _updatable(layer)) is not None:
             if thin is not layer:
                 holder = self._modules[part].get_submodule(real)
-                _replace(self._modules[part], real if holder is layer else f"{real}.base", thin)
+                replace_submodule(self._modules[part], real if holder is layer else f"{real}.base", thin)
             self._thin[key] = thin
         else:
             self._originals[key] = (layer, layer.weight.detach().clone())
 
 
-def _updatable(layer: Adaptable) -> ThinLinear | ThinConv2d | None:
+def _updatable(layer: Adaptable) -> CompactLinear | CompactConv2d | None:
     """The thin layer that updates are put beside, or None where a weight is merged in place."""
-    if isinstance(layer, ThinLinear | ThinConv2d):
+    if isinstance(layer, CompactLinear | CompactConv2d):
         return layer
-    return None if layer.weight.device.type == "cpu" else thinned(layer)
+    return None if layer.weight.device.type == "cpu" else as_compact(layer)
 
 
 # Going on from an existing LoRA: its update, as exactly as the new rank allows, as the start of a training.
 
 
-def begin_with(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:
+def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:
     """Set fresh trainable layers so that they act as `weights` does; those that it lacks stay fresh.
 
     Args:
@@ -374,7 +374,7 @@ def begin_with(injected: Injected, weights: AdapterWeights, name: str) -> list[s
                 f" {list(fitting)}; it is for another base."
             )
         fresh = LayerWeights(layer.down.detach(), layer.up.detach(), layer.shape.alpha)
-        begun, kept, lost = begun_layer(given, fresh)
+        begun, kept, lost = fit_to_rank(given, fresh)
         layer.from_layer_weights(begun)
         if given.rank > fresh.rank:
             whole, cut, shortened = whole + kept + lost, cut + lost, shortened + 1
@@ -394,7 +394,7 @@ def begin_with(injected: Injected, weights: AdapterWeights, name: str) -> list[s
     return notes
 
 
-def begun_layer(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights, float, float]:
+def fit_to_rank(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights, float, float]:
     """`given` in the rank and at the scale of `fresh`.
 
     Up to the rank of `fresh` the factors are kept, `up` scaled by the quotient of the two scales, and what is

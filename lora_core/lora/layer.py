@@ -15,102 +15,104 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lora_core.backends.onednn import PrepackedConv2d, PrepackedLinear
-from lora_core.lora.flat_params import Place, Stored
+from lora_core.backends.onednn import OneDnnConv2d, OneDnnLinear
+from lora_core.lora.flat_params import AdapterLayer, ParamView
 from lora_core.lora.targets import Adaptable
 from lora_core.lora.weights import LayerWeights
 
 
-def fused_linear(x: torch.Tensor, base: Adaptable, place: Place, scale: float, known: Any) -> torch.Tensor:
+def fused_linear(
+    x: torch.Tensor, base: Adaptable, view: ParamView, scale: float, params: Any
+) -> torch.Tensor:
     """y = base(x) + scale * up(down(x)), (..., in) to (..., out).
 
     Args:
         x: in the base's number format, which the low-rank path is computed in too.
         base: a linear layer.
-        place: where the factors lie.
+        view: where the factors lie.
         scale: strength * alpha / rank.
-        known: the factors as autograd knows them, so that y has a gradient.
+        params: the factors as autograd knows them, so that y has a gradient.
     """
-    result: torch.Tensor = _FusedLinear.apply(x, *known, base, place, scale)
+    result: torch.Tensor = _FusedLinear.apply(x, *params, base, view, scale)
     return result
 
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: Adaptable, place: Place,
+        ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: Adaptable, view: ParamView,
         scale: float,
     ) -> torch.Tensor:  # fmt: skip
-        factors = place.factors(x.dtype)
-        rows = x.reshape(-1, place.inside)
+        factors = view.factors(x.dtype)
+        rows = x.reshape(-1, view.in_features)
         low = rows @ factors.down.T
-        if isinstance(base, PrepackedLinear):
+        if isinstance(base, OneDnnLinear):
             frozen = base.product(rows)
         else:
             frozen = F.linear(rows, base.weight, base.bias)
         y = frozen.addmm_(low, factors.up.T, alpha=scale)
         ctx.save_for_backward(rows, low)
-        ctx.base, ctx.place, ctx.scale, ctx.shape = base, place, scale, x.shape
-        return y.view(*x.shape[:-1], place.outside)
+        ctx.base, ctx.view, ctx.scale, ctx.shape = base, view, scale, x.shape
+        return y.view(*x.shape[:-1], view.out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, low = ctx.saved_tensors
-        factors, gradients = ctx.place.factors(grad.dtype), ctx.place.gradients(grad.dtype)
-        grad = grad.reshape(-1, ctx.place.outside)
+        factors, gradients = ctx.view.factors(grad.dtype), ctx.view.grads(grad.dtype)
+        grad = grad.reshape(-1, ctx.view.out_features)
         low_grad = grad @ factors.up
         gradients.up.addmm_(grad.T, low, alpha=ctx.scale)
         gradients.down.addmm_(low_grad.T, rows, alpha=ctx.scale)
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
-        frozen = (
-            ctx.base.pulled_back(grad) if isinstance(ctx.base, PrepackedLinear) else grad @ ctx.base.weight
-        )
+        frozen = ctx.base.pulled_back(grad) if isinstance(ctx.base, OneDnnLinear) else grad @ ctx.base.weight
         x_grad = frozen.addmm_(low_grad, factors.down, alpha=ctx.scale)
         return (x_grad.view(ctx.shape), *(None,) * 5)
 
 
-def fused_conv2d(x: torch.Tensor, base: nn.Conv2d, place: Place, scale: float, known: Any) -> torch.Tensor:
+def fused_conv2d(
+    x: torch.Tensor, base: nn.Conv2d, view: ParamView, scale: float, params: Any
+) -> torch.Tensor:
     """y = base(x) + scale * up(down(x)), (B, in, h, w) to (B, out, h', w'); arguments as of `fused_linear`.
 
     `base` has one group and pads with zeros. The up factor is a product of matrices for each picture, and so
     is the down factor of a kernel of 1: small convolutions cost several times as much.
     """
-    result: torch.Tensor = _FusedConv2d.apply(x, *known, base, place, scale)
+    result: torch.Tensor = _FusedConv2d.apply(x, *params, base, view, scale)
     return result
 
 
 class _FusedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Conv2d, place: Place,
+        ctx: Any, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, base: nn.Conv2d, view: ParamView,
         scale: float,
     ) -> torch.Tensor:  # fmt: skip
-        factors = place.factors(x.dtype)
+        factors = view.factors(x.dtype)
         ctx.how = (base.stride, base.padding, base.dilation)
         ctx.pointwise = base.kernel_size == (1, 1) and base.stride == (1, 1) and base.padding in (0, (0, 0))
         if ctx.pointwise:
             low = torch.matmul(factors.down, x.flatten(2))
         else:
             # Not by the weight's shape: a thin layer makes its weight whole for whoever asks.
-            down_kernel = factors.down.view(place.rank, x.shape[1], *base.kernel_size)
+            down_kernel = factors.down.view(view.rank, x.shape[1], *base.kernel_size)
             low = F.conv2d(x, down_kernel, None, *ctx.how).flatten(2)
-        if isinstance(base, PrepackedConv2d):
+        if isinstance(base, OneDnnConv2d):
             y = base.product(x)
         else:
             y = F.conv2d(x, base.weight, base.bias, *ctx.how)
         y = y.contiguous()
         y.flatten(2).baddbmm_(factors.up.expand(len(x), -1, -1), low, alpha=scale)
         ctx.save_for_backward(x, low)
-        ctx.base, ctx.place, ctx.scale = base, place, scale
+        ctx.base, ctx.view, ctx.scale = base, view, scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low = ctx.saved_tensors
-        factors, gradients = ctx.place.factors(grad.dtype), ctx.place.gradients(grad.dtype)
+        factors, gradients = ctx.view.factors(grad.dtype), ctx.view.grads(grad.dtype)
         grad = grad.contiguous()
         flat, each = grad.flatten(2), len(x)
         low_grad = torch.bmm(factors.up.T.expand(each, -1, -1), flat)
@@ -120,16 +122,16 @@ class _FusedConv2d(torch.autograd.Function):
         if ctx.pointwise:
             down_grad = torch.bmm(low_grad, x.flatten(2).transpose(1, 2)).sum(0)
         else:
-            shape = (each, ctx.place.rank, *grad.shape[2:])
+            shape = (each, ctx.view.rank, *grad.shape[2:])
             down = factors.down.view(-1, *x.shape[1:2], *ctx.base.kernel_size)
-            below, down_grad = _pulled_back(low_grad.view(shape), x, down, ctx.how, (wanted, True))
+            below, down_grad = _conv2d_grads(low_grad.view(shape), x, down, ctx.how, (wanted, True))
         gradients.down.add_(down_grad.view_as(gradients.down), alpha=ctx.scale)
         if not wanted:
             return (None,) * 6
-        if isinstance(ctx.base, PrepackedConv2d):
+        if isinstance(ctx.base, OneDnnConv2d):
             x_grad = ctx.base.pulled_back(grad, x.shape)
         else:
-            x_grad, _ = _pulled_back(grad, x, ctx.base.weight, ctx.how, (True, False))
+            x_grad, _ = _conv2d_grads(grad, x, ctx.base.weight, ctx.how, (True, False))
         if below is not None:
             x_grad.add_(below, alpha=ctx.scale)
         else:
@@ -138,7 +140,7 @@ class _FusedConv2d(torch.autograd.Function):
         return (x_grad, *(None,) * 5)
 
 
-def _pulled_back(
+def _conv2d_grads(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, how: Any, wanted: tuple[bool, bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of a convolution's input and of its weight, those that are wanted, in one call."""
@@ -153,7 +155,7 @@ def _pulled_back(
 
 
 @dataclass(frozen=True)
-class LoraShape:
+class LoraSpec:
     """What all layers of one adapter share: rank, alpha, and the chances of the three kinds of dropout."""
 
     rank: int
@@ -169,7 +171,7 @@ class LoraShape:
 
 
 @dataclass
-class Moment:
+class DropoutState:
     """Where training stands, told to all layers before each micro-batch: dropout masks follow from it alone.
 
     A layer inside a checkpointed block runs twice a step; masks drawn from this moment are the same both
@@ -185,7 +187,7 @@ class Moment:
     rows: int = 0
 
 
-class LoraLayer(Stored):
+class LoraLayer(AdapterLayer):
     """y = base(x) + strength * (alpha / r) * up(down(x)), for a linear layer or a convolution.
 
     down is (r, in) or (r, in, k, k) and starts random, up is (out, r) or (out, r, 1, 1) and starts at zero,
@@ -195,16 +197,16 @@ class LoraLayer(Stored):
     Source: Hu et al. 2021, section 4.1, equation 3.
     """
 
-    def __init__(self, base: Adaptable, name: str, shape: LoraShape, moment: Moment, seed: int) -> None:
+    def __init__(self, base: Adaptable, name: str, spec: LoraSpec, state: DropoutState, seed: int) -> None:
         """Wrap `base`; `name` and `seed` decide the random start and the dropout masks."""
         super().__init__()
         self.base: Adaptable = base
         self.name = name
-        self.shape = shape
-        self.moment = moment
+        self.spec = shape
+        self.dropout_state = state
         self.strength = 1.0
         weight = base.weight
-        generator = torch.Generator().manual_seed(_number(seed, name))
+        generator = torch.Generator().manual_seed(_hash_seed(seed, name))
         down = torch.empty(shape.rank, *weight.shape[1:])
         # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the start of PyTorch's own linear layers and of the reference
         # LoRA.
@@ -225,13 +227,13 @@ class LoraLayer(Stored):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), or (B, in, h, w) to (B, out, h', w')."""
-        scale = self.strength * self.shape.alpha / self.shape.rank
-        dropping = self.training and self.shape.drops
-        if self.place is not None and scale and not dropping:
-            known = (self.down, self.up)
+        scale = self.strength * self.spec.alpha / self.spec.rank
+        dropping = self.training and self.spec.drops
+        if self.param_view is not None and scale and not dropping:
+            params = (self.down, self.up)
             if isinstance(self.base, nn.Conv2d):
-                return fused_conv2d(x, self.base, self.place, scale, known)
-            return fused_linear(x, self.base, self.place, scale, known)
+                return fused_conv2d(x, self.base, self.param_view, scale, params)
+            return fused_linear(x, self.base, self.param_view, scale, params)
         frozen: torch.Tensor = self.base(x)
         if self.strength == 0:
             return frozen
@@ -251,18 +253,18 @@ class LoraLayer(Stored):
         """The update with masks drawn from (seed, micro-batch, layer); what is kept is scaled up by 1 / (1 -
         p)."""
         draw = torch.Generator(x.device).manual_seed(
-            _number(self.moment.seed, f"{self.moment.micro_batch}/{self.name}")
+            _hash_seed(self.dropout_state.seed, f"{self.dropout_state.micro_batch}/{self.name}")
         )
-        keep_module = torch.rand((), generator=draw, device=x.device) >= self.shape.module_dropout
-        keep_rank = torch.rand(self.shape.rank, generator=draw, device=x.device) >= self.shape.rank_dropout
-        if self.shape.dropout:
-            kept = self._drawn_rows(x, draw) >= self.shape.dropout
-            x = x * (kept / (1 - self.shape.dropout))
+        keep_module = torch.rand((), generator=draw, device=x.device) >= self.spec.module_dropout
+        keep_rank = torch.rand(self.spec.rank, generator=draw, device=x.device) >= self.spec.rank_dropout
+        if self.spec.dropout:
+            kept = self._drawn_rows(x, draw) >= self.spec.dropout
+            x = x * (kept / (1 - self.spec.dropout))
         low = self._down(x)
         mask = (
             keep_rank.to(low)
             * keep_module.to(low)
-            / ((1 - self.shape.rank_dropout) * (1 - self.shape.module_dropout))
+            / ((1 - self.spec.rank_dropout) * (1 - self.spec.module_dropout))
         )
         if isinstance(self.base, nn.Conv2d):
             mask = mask.view(-1, 1, 1)
@@ -270,19 +272,17 @@ class LoraLayer(Stored):
 
     def _drawn_rows(self, x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
         """Numbers in [0, 1) of the shape of `x`, those of its place in the whole micro-batch."""
-        moment = self.moment
-        if moment.last - moment.first == moment.rows:
+        state = self.dropout_state
+        if state.last - state.first == state.rows:
             return torch.rand(x.shape, generator=draw, device=x.device)
         # A text encoder's layers see several rows a picture, one for each chunk of its caption.
-        each = len(x) // (moment.last - moment.first)
-        whole = torch.rand((each * moment.rows, *x.shape[1:]), generator=draw, device=x.device)
-        return whole[each * moment.first : each * moment.last]
+        each = len(x) // (state.last - state.first)
+        whole = torch.rand((each * state.rows, *x.shape[1:]), generator=draw, device=x.device)
+        return whole[each * state.first : each * state.last]
 
     def layer_weights(self) -> LayerWeights:
         """A detached copy of the factors, on the CPU."""
-        return LayerWeights(
-            self.down.detach().cpu().clone(), self.up.detach().cpu().clone(), self.shape.alpha
-        )
+        return LayerWeights(self.down.detach().cpu().clone(), self.up.detach().cpu().clone(), self.spec.alpha)
 
     def from_layer_weights(self, weights: LayerWeights) -> None:
         """Take over factors of the same rank and alpha, bit for bit."""
@@ -292,6 +292,6 @@ class LoraLayer(Stored):
         self.mark_changed()
 
 
-def _number(seed: int, text: str) -> int:
+def _hash_seed(seed: int, text: str) -> int:
     """A 63-bit number that follows from both."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:8], "little") >> 1

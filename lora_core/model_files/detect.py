@@ -14,14 +14,14 @@ from typing import Any
 from lora_core.errors import ModelFileError
 from lora_core.model_files.families import FAMILIES, Family, family_of_context_width
 from lora_core.model_files.header import Header, read_header
-from lora_core.model_files.unsupported import refused_kind
+from lora_core.model_files.unsupported import unsupported_kind
 from lora_core.settings.schema import NumberOrAuto
 from lora_core.system.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
 from lora_core.system.untrusted import parsed_json
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """How the names of a single file's UNet and VAE begin."""
-PIXELS_A_LATENT = 8
+VAE_SCALE_FACTOR = 8
 """Of the VAE of every family that comes in single files."""
 SINGLE_FILES = (".safetensors", ".ckpt")
 UNET_CONFIG = "unet/config.json"
@@ -257,7 +257,7 @@ def single_file_facts(
     Raises:
         ModelFileError: it is nothing that can be trained here; the sentence names what it is.
     """
-    kind = refused_kind(header.shapes)
+    kind = unsupported_kind(header.shapes)
     if kind:
         raise ModelFileError(f"{path} is {kind}, which cannot be used as a base here.")
     width = next((shape[1] for key, shape in header.shapes.items() if _CONTEXT.fullmatch(key)), None)
@@ -272,7 +272,7 @@ def single_file_facts(
     family = family_of_context_width(width, scheduler["prediction_type"])
     if not family.configs:
         raise ModelFileError(f"{path} is for the {family.title.lower()}, which is only used as a folder.")
-    multiple = PIXELS_A_LATENT * 2 ** (len(family.attention_levels) - 1)
+    multiple = VAE_SCALE_FACTOR * 2 ** (len(family.attention_levels) - 1)
     return BaseFacts(name, path, family, family.resolution, multiple, scheduler, told_by)
 
 

@@ -49,7 +49,7 @@ class Footprint:
 
     Attributes:
         unet, text, vae: numbers of their weights.
-        thin, largest: numbers of the UNet's weights that 8 bits and offloading apply to, and of the largest.
+        blocks, largest: parameters of the UNet's weights that 8 bits and offloading apply to, and of the largest.
         guided: bytes a latent pixel that a pass without gradients takes for each image.
         encode, decode: bytes a latent pixel of the VAE in fp32.
         steps: by `adapter.targets`, bytes a latent pixel that a step takes for each image: at rank 16, for
@@ -57,7 +57,7 @@ class Footprint:
     """
 
     unet: int
-    thin: int
+    blocks: int
     largest: int
     text: int
     vae: int
@@ -69,7 +69,7 @@ class Footprint:
 
 FOOTPRINTS = {
     "sd15": Footprint(
-        unet=859_520_964, thin=857_006_080, largest=29_491_200, text=123_060_480, vae=83_653_863,
+        unet=859_520_964, blocks=857_006_080, largest=29_491_200, text=123_060_480, vae=83_653_863,
         guided=16_640, encode=163_840, decode=196_624,
         steps={
             "attention": (202_368, 80, 56_590), "kohya": (230_074, 128, 58_291),
@@ -77,7 +77,7 @@ FOOTPRINTS = {
         },
     ),
     "sd2": Footprint(
-        unet=865_910_724, thin=863_395_840, largest=29_491_200, text=340_387_840, vae=83_653_863,
+        unet=865_910_724, blocks=863_395_840, largest=29_491_200, text=340_387_840, vae=83_653_863,
         guided=16_640, encode=163_840, decode=196_624,
         steps={
             "attention": (192_300, 80, 46_566), "kohya": (230_006, 128, 58_267),
@@ -85,7 +85,7 @@ FOOTPRINTS = {
         },
     ),
     "sdxl": Footprint(
-        unet=2_567_463_684, thin=2_558_566_400, largest=29_491_200, text=817_720_320, vae=83_653_863,
+        unet=2_567_463_684, blocks=2_558_566_400, largest=29_491_200, text=817_720_320, vae=83_653_863,
         guided=10_080, encode=163_840, decode=196_624,
         steps={
             "attention": (345_977, 76, 33_441), "kohya": (415_923, 107, 38_665),

@@ -155,7 +155,7 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     return numbers * BYTES_A_NUMBER + len(adapted) * HEADER_A_LAYER or None
 
 
-def base_numbers(facts: BaseFacts) -> int | None:
+def count_base_parameters(facts: BaseFacts) -> int | None:
     """How many numbers a base's weights are in all, averaged copies left out. None where it does not say.
 
     Raises:

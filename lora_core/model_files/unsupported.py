@@ -48,7 +48,7 @@ _PARTS = (
 )
 
 
-def refused_kind(shapes: Mapping[str, Sequence[int]]) -> str:
+def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:
     """What a file is, for a sentence, if it is no Stable Diffusion text-to-image checkpoint; else ""."""
     for pattern, kind in _KINDS:
         if any(re.search(pattern, key) for key in shapes):

@@ -241,7 +241,7 @@ def _has_tensor_cores(device: torch.device) -> bool:
     return capability >= VOLTA
 
 
-def full_fp32() -> contextlib.AbstractContextManager[None]:
+def without_tf32() -> contextlib.AbstractContextManager[None]:
     """Convolutions in fp32 proper: cuDNN takes TF32, with 10 bits of mantissa, unless told otherwise."""
     cudnn = torch.backends.cudnn
     return cudnn.flags(
@@ -272,7 +272,7 @@ def _seconds(dtype: torch.dtype) -> float:
     return best
 
 
-def send(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def to_device(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors of one dtype in the processor's memory, on `device`.
 
     A card gets them in one asynchronous copy from pinned memory: a copy from other memory makes the

@@ -12,7 +12,7 @@ from lora_core.data.captions import CHUNK, COMMA, chunked
 from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import open_rgb
 from lora_core.model_files.families import TextEncoder
-from lora_core.models.device import full_fp32, out_of_memory, release_failed, send
+from lora_core.models.device import out_of_memory, release_failed, to_device, without_tf32
 from lora_core.models.load import BaseModel
 
 TILES = (512, 256)
@@ -22,7 +22,7 @@ PENULTIMATE = 2
 
 
 @dataclass(frozen=True)
-class TextCondition:
+class PromptEmbeds:
     """What the text encoders make of captions.
 
     Attributes:
@@ -34,7 +34,7 @@ class TextCondition:
     pooled: torch.Tensor | None = None
 
     @classmethod
-    def cat(cls, conditions: list["TextCondition"]) -> "TextCondition":
+    def cat(cls, conditions: list["PromptEmbeds"]) -> "PromptEmbeds":
         """Several one after the other along B."""
         pooled = [c.pooled for c in conditions if c.pooled is not None]
         return cls(torch.cat([c.context for c in conditions]), torch.cat(pooled) if pooled else None)
@@ -44,22 +44,22 @@ class TextCondition:
         """Bytes of memory that it takes."""
         return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
 
-    def expand(self, count: int) -> "TextCondition":
+    def expand(self, count: int) -> "PromptEmbeds":
         """One caption's condition (B = 1) for `count` pictures; no memory is copied."""
         pooled = None if self.pooled is None else self.pooled.expand(count, -1)
-        return TextCondition(self.context.expand(count, -1, -1), pooled)
+        return PromptEmbeds(self.context.expand(count, -1, -1), pooled)
 
-    def to(self, device: torch.device) -> "TextCondition":
+    def to(self, device: torch.device) -> "PromptEmbeds":
         """The same on another device."""
         if device == self.context.device:
             return self
         parts = [self.context] if self.pooled is None else [self.context, self.pooled]
         if self.context.device.type == "cpu":
-            return TextCondition(*send(device, *parts))
-        return TextCondition(*(part.to(device) for part in parts))
+            return PromptEmbeds(*to_device(device, *parts))
+        return PromptEmbeds(*(part.to(device) for part in parts))
 
 
-def encoded_picture(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
+def encode_image(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
     """The latents of one picture: the mean of the VAE's posterior, as the UNet sees it.
 
     Args:
@@ -70,12 +70,12 @@ def encoded_picture(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
         (4, H/f, W/f) in fp32 on the CPU. One picture at a time, so that its bits never depend on its
         neighbours, and without TF32.
     """
-    with torch.no_grad(), full_fp32():
+    with torch.no_grad(), without_tf32():
         mean = base.vae.encode(pixels[None].to(base.vae.device, base.vae.dtype)).latent_dist.mean
     return ((mean - _shift(base)) * _scale(base))[0].float().cpu()
 
 
-def decoded_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H, W) in [0, 1], fp32 on the CPU, from latents (B, 4, h, w).
 
     Where the decoder runs out of memory, in overlapping tiles, and so for all later pictures of this base: an
@@ -95,10 +95,10 @@ def _decoded(base: BaseModel, unscaled: torch.Tensor) -> torch.Tensor:
         try:
             if not tile:
                 return vae.decode(unscaled).sample
-            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // base.pixels_a_latent
+            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // base.vae_scale_factor
             return vae.tiled_decode(unscaled).sample
         except (RuntimeError, MemoryError) as error:
-            side = tile or max(unscaled.shape[-2:]) * base.pixels_a_latent
+            side = tile or max(unscaled.shape[-2:]) * base.vae_scale_factor
             smaller = next((each for each in TILES if each < side), 0)
             if not smaller or not out_of_memory(error):
                 raise
@@ -140,9 +140,7 @@ def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def text_condition(
-    base: BaseModel, captions: list[str], clip_skip: int = 1, tokens: int = 75
-) -> TextCondition:
+def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, tokens: int = 75) -> PromptEmbeds:
     """The text encoders' hidden states of `captions`; differentiable where an adapter is in them.
 
     Longer captions go through the encoders in chunks whose hidden states are joined along T; the pooled
@@ -170,19 +168,19 @@ def text_condition(
         if projected is not None:
             pooled = projected.reshape(len(captions), chunks, -1)[:, 0]
     context = torch.cat(contexts, dim=-1)
-    return TextCondition(context.reshape(len(captions), -1, context.shape[-1]), pooled)
+    return PromptEmbeds(context.reshape(len(captions), -1, context.shape[-1]), pooled)
 
 
-def negative_condition(base: BaseModel, words: str, clip_skip: int = 1, tokens: int = 75) -> TextCondition:
+def encode_negative_prompt(base: BaseModel, words: str, clip_skip: int = 1, tokens: int = 75) -> PromptEmbeds:
     """The condition of a negative prompt; of an empty one zeros, where the family was trained so."""
-    return as_negative(base, words, text_condition(base, [words], clip_skip, tokens))
+    return as_negative_prompt(base, words, encode_prompt(base, [words], clip_skip, tokens))
 
 
-def as_negative(base: BaseModel, words: str, found: TextCondition) -> TextCondition:
+def as_negative_prompt(base: BaseModel, words: str, found: PromptEmbeds) -> PromptEmbeds:
     """The condition `found` of `words`, as a negative prompt is conditioned on."""
     if words.strip() or not base.family.zero_negative:
         return found
-    return TextCondition(
+    return PromptEmbeds(
         torch.zeros_like(found.context), None if found.pooled is None else torch.zeros_like(found.pooled)
     )
 
@@ -207,7 +205,7 @@ def _encoded(
 # A picture on disk as the tensor that the VAE takes.
 
 
-def picture_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torch.Tensor:
+def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torch.Tensor:
     """The picture cropped and scaled to its bucket, (3, H, W) in [-1, 1], fp32; mirrored if `flip`.
 
     Raises:

@@ -20,7 +20,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from lora_core.backends.int8 import Thinner
+from lora_core.backends.int8 import WeightPolicy
 from lora_core.errors import ModelFileError, OutOfMemory
 from lora_core.model_files.detect import UNET, VAE, BaseFacts, base_facts, missing_files, single_file_facts
 from lora_core.model_files.families import Family, TextEncoder
@@ -30,11 +30,11 @@ from lora_core.model_files.key_names import RESNETS, open_clip_path
 from lora_core.models.device import available_memory, memory_of, out_of_memory
 from lora_core.models.noise_schedule import NoiseSchedule
 from lora_core.models.weight_files import (
-    Finder,
-    Source,
+    TensorSource,
     WeightFile,
+    WeightLocator,
     component_in_folder,
-    opened_weights,
+    open_weights,
     text_encoder_in_file,
     unet_in_file,
     vae_in_file,
@@ -43,7 +43,7 @@ from lora_core.system.paths import CLIP_TOKENIZER
 
 
 @dataclass(frozen=True)
-class Where:
+class LoadContext:
     """What a sentence on a problem says.
 
     Attributes:
@@ -58,14 +58,14 @@ class Where:
 
 
 def fill(
-    module: nn.Module, find: Finder, dtype: torch.dtype, device: torch.device, where: Where,
-    thin: Thinner | None = None,
+    module: nn.Module, find: WeightLocator, dtype: torch.dtype, device: torch.device, where: LoadContext,
+    policy: WeightPolicy | None = None,
 ) -> None:  # fmt: skip
     """Read all parameters of `module`, frozen, in `dtype`, onto `device`.
 
     Nothing is left at a random start: a parameter that the files lack is an error, where the libraries only
     log it. All names and shapes are checked before the first number is read.
-    Each layer is made thin as soon as its weight is there, where that is asked for.
+    Each layer is made policy as soon as its weight is there, where that is asked for.
 
     Raises:
         ModelFileError: the files lack a parameter, or it has another shape or holds NaN.
@@ -85,11 +85,13 @@ def fill(
             raise ModelFileError(f"{place.file.path}: the tensor {place.key} {reason}; {advice}.")
         parent, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(parent), leaf, nn.Parameter(held, requires_grad=False))
-        if thin and leaf == "weight":
-            thin.layer(module, parent)
+        if policy and leaf == "weight":
+            policy.apply_to_layer(module, parent)
 
 
-def _places(wanted: dict[str, nn.Parameter], find: Finder, where: Where) -> dict[str, Source]:
+def _places(
+    wanted: dict[str, nn.Parameter], find: WeightLocator, where: LoadContext
+) -> dict[str, TensorSource]:
     """Where each parameter lies."""
     found = {name: find(name) for name in wanted}
     missing = [name for name, place in found.items() if place is None]
@@ -303,7 +305,7 @@ class BaseModel:
         return {"unet": self.unet, **self.text_encoders}
 
     @property
-    def pixels_a_latent(self) -> int:
+    def vae_scale_factor(self) -> int:
         """How many pixels of a side become one latent."""
         config: Any = self.vae.config
         return int(2 ** (len(config.block_out_channels) - 1))
@@ -313,7 +315,7 @@ class BaseModel:
         """Sides of pictures, in pixels, must be multiples of this, so that each level of the UNet divides
         evenly."""
         config: Any = self.unet.config
-        return int(self.pixels_a_latent * 2 ** (len(config.block_out_channels) - 1))
+        return int(self.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1))
 
     @property
     def resolution(self) -> int:
@@ -329,17 +331,17 @@ class BaseModel:
 
 def load_base(
     name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
-    thin: Thinner | None = None, zero_snr: str = "auto",
+    policy: WeightPolicy | None = None, zero_snr: str = "auto",
 ) -> BaseModel:  # fmt: skip
     """Open a base model, frozen, on `device`; see `open_base`."""
-    base = open_base(name, device, dtype, prediction, vae, thin, zero_snr)
+    base = open_base(name, device, dtype, prediction, vae, policy, zero_snr)
     base.load(*base.waiting)
     return base
 
 
 def open_base(
     name: str, device: torch.device, dtype: torch.dtype, prediction: str = "auto", vae: str = "",
-    thin: Thinner | None = None, zero_snr: str = "auto",
+    policy: WeightPolicy | None = None, zero_snr: str = "auto",
 ) -> BaseModel:  # fmt: skip
     """Open a base model without its weights: `BaseModel.load` reads those of the parts that are needed.
 
@@ -351,7 +353,7 @@ def open_base(
         dtype: number format of UNet and text encoders.
         prediction: "auto", or what the UNet predicts, against all that the files say.
         vae: a folder or file with a VAE to use in place of the base's own, or "".
-        thin: makes the layers of the UNet thin as they are read, so that it never takes more.
+        policy: how the weights of the denoiser are kept as they are read, so that it never takes more.
         zero_snr: "auto", or whether the base has zero terminal SNR ("on", "off"), likewise.
 
     Raises:
@@ -360,16 +362,16 @@ def open_base(
     """
     fetch_base(name)
     facts = base_facts(name, prediction, zero_snr)
-    parts = _Parts(facts, (prediction, zero_snr), device)
+    parts = _ComponentBuilder(facts, (prediction, zero_snr), device)
     facts, family = parts.facts, parts.family
     with _reading(facts.path, device):
         autoencoder = parts.vae(vae)
         encoders = {encoder.part: parts.text_encoder(encoder, dtype) for encoder in family.text_encoders}
         tokenizers = {encoder.part: _tokenizer(facts, encoder) for encoder in family.text_encoders}
-        unet = parts.unet(dtype, thin)
-        noise = NoiseSchedule.of(DDPMScheduler.from_config(facts.scheduler))
+        unet = parts.unet(dtype, policy)
+        noise = NoiseSchedule.from_scheduler(DDPMScheduler.from_config(facts.scheduler))
     available = available_memory(device)
-    if available is not None and (thin or Thinner()).resident_bytes(unet, dtype) > available:
+    if available is not None and (policy or WeightPolicy()).resident_bytes(unet, dtype) > available:
         raise _too_large(facts.path, device)
     return BaseModel(
         name=name, path=facts.path, family=family, unet=unet, vae=autoencoder, text_encoders=encoders,
@@ -392,7 +394,7 @@ def _reading(path: Path, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-class _One:
+class _DivideByOne:
     """The number 1 as a divisor: x / _One() is x, where torch would copy x for a division by 1.0."""
 
     def __rtruediv__(self, dividend: Any) -> Any:
@@ -405,7 +407,7 @@ def streamline(module: torch.nn.Module) -> None:
     for block in module.modules():
         for factor in ("output_scale_factor", "rescale_output_factor"):
             if getattr(block, factor, None) == 1:
-                setattr(block, factor, _One())
+                setattr(block, factor, _DivideByOne())
     if isinstance(module, UNet2DConditionModel) and module.time_embed_act is None:
         blocks = [block for block in module.modules() if isinstance(block, ResnetBlock2D)]
         if all(isinstance(block.nonlinearity, torch.nn.SiLU) for block in blocks):
@@ -421,7 +423,7 @@ def _too_large(path: Path, device: torch.device) -> OutOfMemory:
     )
 
 
-class _Parts:
+class _ComponentBuilder:
     """The components of a base, each built with its layers and noted with what reads its weights."""
 
     def __init__(self, facts: BaseFacts, by_hand: tuple[str, str], device: torch.device) -> None:
@@ -430,7 +432,7 @@ class _Parts:
         self._file: WeightFile | None = None
         self._device = device
         if facts.single_file:
-            self._file = opened_weights(facts.path)
+            self._file = open_weights(facts.path)
             if facts.family is None:
                 entries = {key: {"shape": shape} for key, shape in self._file.shapes.items()}
                 facts = single_file_facts(facts.name, facts.path, Header(entries, {}, 0), *by_hand)
@@ -440,7 +442,7 @@ class _Parts:
         if not facts.single_file:
             _check_folder(facts.path, self.family)
 
-    def unet(self, dtype: torch.dtype, thin: Thinner | None) -> UNet2DConditionModel:
+    def unet(self, dtype: torch.dtype, policy: WeightPolicy | None) -> UNet2DConditionModel:
         config = UNet2DConditionModel.load_config(self.facts.configs / "unet")
         if self._file:
             config = unet_config(config, self._file.shapes, self.family)
@@ -449,7 +451,7 @@ class _Parts:
             find = component_in_folder(self.facts.path / "unet", "unet")
         with init_empty_weights(include_buffers=False):
             unet = UNet2DConditionModel.from_config(config)
-        return self._noted("unet", unet, find, dtype, thin=thin)
+        return self._noted("unet", unet, find, dtype, policy=policy)
 
     def vae(self, other: str) -> AutoencoderKL:
         """The VAE in fp32: the base's own, or the one that `other` names."""
@@ -460,7 +462,7 @@ class _Parts:
             config = AutoencoderKL.load_config(place)
             find = component_in_folder(place, "vae")
         else:
-            file = opened_weights(place) if other else self._file
+            file = open_weights(place) if other else self._file
             assert file is not None
             config = vae_config(AutoencoderKL.load_config(self.facts.configs / "vae"), file.shapes)
             find = vae_in_file(file, len(config["block_out_channels"]))
@@ -482,14 +484,14 @@ class _Parts:
         return self._noted(encoder.part, module, find, dtype)
 
     def _noted(
-        self, part: str, module: Any, find: Finder, dtype: torch.dtype, advice: str = "",
-        thin: Thinner | None = None,
+        self, part: str, module: Any, find: WeightLocator, dtype: torch.dtype, advice: str = "",
+        policy: WeightPolicy | None = None,
     ) -> Any:  # fmt: skip
         title = TITLES.get(part, part.replace("_", " "))
-        where = Where(self.facts.path, title, advice or "It is not whole, or of another kind.")
+        where = LoadContext(self.facts.path, title, advice or "It is not whole, or of another kind.")
 
         def read() -> None:
-            fill(module, find, dtype, self._device, where, thin)
+            fill(module, find, dtype, self._device, where, policy)
             module.to(self._device)
 
         names = [name for name, _ in module.named_parameters()]
@@ -499,7 +501,7 @@ class _Parts:
         return module.eval()
 
 
-def _digest(names: list[str], find: Finder) -> str:
+def _digest(names: list[str], find: WeightLocator) -> str:
     """See `BaseModel.digest`."""
     digest = hashlib.sha256()
     for name in sorted(names):

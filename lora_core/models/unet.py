@@ -2,15 +2,15 @@
 
 import torch
 
-from lora_core.models.encode import TextCondition
+from lora_core.models.encode import PromptEmbeds
 from lora_core.models.load import BaseModel
 
 
-def prediction(
+def predict_noise(
     base: BaseModel,
     noisy_latents: torch.Tensor,
     timesteps: torch.Tensor,
-    text: TextCondition,
+    text: PromptEmbeds,
     sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the UNet predicts, (B, 4, h, w) in fp32.
@@ -29,8 +29,8 @@ def prediction(
     if base.family.size_conditioning:
         assert text.pooled is not None
         if sizes is None:
-            height, width = (side * base.pixels_a_latent for side in noisy_latents.shape[-2:])
-            sizes = own_sizes(len(noisy_latents), height, width)
+            height, width = (side * base.vae_scale_factor for side in noisy_latents.shape[-2:])
+            sizes = default_time_ids(len(noisy_latents), height, width)
         more["added_cond_kwargs"] = {
             "text_embeds": text.pooled.to(dtype),
             "time_ids": sizes.to(noisy_latents.device),
@@ -42,6 +42,6 @@ def prediction(
     return output[0].float()
 
 
-def own_sizes(count: int, height: int, width: int) -> torch.Tensor:
+def default_time_ids(count: int, height: int, width: int) -> torch.Tensor:
     """The sizes (count, 6) of uncropped pictures of `height` and `width` pixels."""
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(count, -1)

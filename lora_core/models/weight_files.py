@@ -173,7 +173,7 @@ def _check_zip(path: Path) -> None:
             raise ModelFileError(f"{path} is a compressed zip, which no .ckpt is; unpack it first.")
 
 
-def opened_weights(path: Path) -> WeightFile:
+def open_weights(path: Path) -> WeightFile:
     """The weights in a file, by its kind.
 
     Raises:
@@ -195,7 +195,7 @@ THIRDS = 3
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """One parameter on disk.
 
     Attributes:
@@ -231,50 +231,50 @@ class Source:
         return f"{self.third} {self.transposed} {shape} {sample}"
 
 
-Finder = Callable[[str], Source | None]
+WeightLocator = Callable[[str], TensorSource | None]
 """From a parameter's name in a component to its place, or None where the files lack it."""
 
 
-def unet_in_file(file: WeightFile, family: Family) -> Finder:
+def unet_in_file(file: WeightFile, family: Family) -> WeightLocator:
     """The UNet of a single-file checkpoint."""
 
-    def find(name: str) -> Source | None:
+    def find(name: str) -> TensorSource | None:
         path = ldm_unet_path(name, family.attention_levels)
         key = f"{UNET}{path}"
-        return Source(file, key) if path is not None and key in file.shapes else None
+        return TensorSource(file, key) if path is not None and key in file.shapes else None
 
     return find
 
 
-def vae_in_file(file: WeightFile, levels: int) -> Finder:
+def vae_in_file(file: WeightFile, levels: int) -> WeightLocator:
     """The VAE of a single-file checkpoint, or a VAE alone in a file, in original or in diffusers' names."""
 
-    def find(name: str) -> Source | None:
+    def find(name: str) -> TensorSource | None:
         original = ldm_vae_path(name, levels)
         for key in (VAE + original, original, *_vae_spellings(name)):
             if key in file.shapes:
-                return Source(file, key)
+                return TensorSource(file, key)
         return None
 
     return find
 
 
-def text_encoder_in_file(file: WeightFile, encoder: TextEncoder) -> Finder:
+def text_encoder_in_file(file: WeightFile, encoder: TextEncoder) -> WeightLocator:
     """A text encoder of a single-file checkpoint, in OpenCLIP's or in transformers' names."""
 
-    def find(name: str) -> Source | None:
+    def find(name: str) -> TensorSource | None:
         if encoder.open_clip:
             path, third = open_clip_path(name)
             transposed = path == "text_projection"
             keys = [(encoder.single_file + path, third, transposed)]
         else:
             keys = [(encoder.single_file + spelling, None, False) for spelling in _text_spellings(name)]
-        return next((Source(file, *place) for place in keys if place[0] in file.shapes), None)
+        return next((TensorSource(file, *place) for place in keys if place[0] in file.shapes), None)
 
     return find
 
 
-def component_in_folder(folder: Path, part: str) -> Finder:
+def component_in_folder(folder: Path, part: str) -> WeightLocator:
     """A component of a diffusers folder, whole or sharded.
 
     Raises:
@@ -282,12 +282,12 @@ def component_in_folder(folder: Path, part: str) -> Finder:
     """
     files = [SafetensorsFile(path) for path in weight_paths(folder, part)]
 
-    def find(name: str) -> Source | None:
+    def find(name: str) -> TensorSource | None:
         spellings = _vae_spellings(name) if part == "vae" else _text_spellings(name)
         for key in spellings if part != "unet" else (name,):
             for file in files:
                 if key in file.shapes:
-                    return Source(file, key)
+                    return TensorSource(file, key)
         return None
 
     return find

@@ -17,7 +17,7 @@ from lora_core.errors import DatasetError, LoraError
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
 from lora_core.models.device import best_device
-from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.weight_files import PRECISIONS
 from lora_core.runs.events import Finished, Stopped, read_events
@@ -185,8 +185,8 @@ def run_evaluator(
     if config.train.resolution:
         base = replace(base, facts=replace(base.facts, resolution=config.train.resolution))
 
-    def condition(caption: str) -> TextCondition:
-        return text_condition(base, [caption], config.train.clip_skip, config.train.tokens)
+    def condition(caption: str) -> PromptEmbeds:
+        return encode_prompt(base, [caption], config.train.clip_skip, config.train.tokens)
 
     looks = max(FEWEST_LOOKS, config.validation.triples)
     bench = Evaluator(base, records, looks, config.seed, note, on_picture, condition)

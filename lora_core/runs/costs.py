@@ -23,7 +23,7 @@ from lora_core.model_files.sizes import (
     PREPACKED_SPARE,
     WINOGRAD_COPIES,
     adapters_used,
-    base_numbers,
+    count_base_parameters,
     export_bytes,
 )
 from lora_core.runs.preflight import ADAPTER_COPIES
@@ -338,8 +338,8 @@ def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tup
     larger = weights / (row.unet + row.text + row.vae)
     width = 4 if train.precision == "fp32" else 2
     kept = 1 if train.quantise != "none" else width
-    blocks = BUFFERS * row.largest if train.offload else row.thin
-    unet = (row.unet - row.thin) * width + blocks * kept
+    blocks = BUFFERS * row.largest if train.offload else row.blocks
+    unet = (row.unet - row.blocks) * width + blocks * kept
     made = row.largest * width if train.quantise != "none" else 0
     optim, dataset = config.optim, config.dataset
     encoding = optim.text_encoder_lr or optim.text_encoder_2_lr or dataset.shuffle_tags or dataset.tag_dropout
@@ -370,6 +370,6 @@ def _numbers(base: str, changed_at: int) -> int | None:
     """Kept, as pages ask each second, and a header may hold a megabyte."""
     known = chosen_base(base).facts
     try:
-        return base_numbers(known) if known else None
+        return count_base_parameters(known) if known else None
     except (LoraError, OSError):
         return None

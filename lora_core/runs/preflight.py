@@ -20,8 +20,8 @@ from lora_core.model_files.header import read_header
 from lora_core.model_files.sizes import (
     DRAWN_CAPTIONS_BYTES,
     MARGIN,
-    base_numbers,
     checkpoint_bytes,
+    count_base_parameters,
     export_bytes,
     free_bytes,
     needed_bytes,
@@ -167,7 +167,7 @@ def base_of(config: RunConfig) -> tuple[BaseFacts | None, list[Problem]]:
             raise ModelFileError(
                 f"The base {facts.path} is not whole; it lacks {', '.join(lacking)}. Download it again."
             )
-        base_numbers(facts)
+        count_base_parameters(facts)
     except ModelFileError as error:
         return None, [Problem("base", str(error))]
     guess = [Problem("base", f"What the base predicts is {facts.told_by}.", False)] if facts.guessed else []
@@ -348,7 +348,7 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
 def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int) -> list[Problem]:
     """Weights and adapter against what is free: rough, since how much the pictures take is seen when they
     run."""
-    numbers, export = base_numbers(facts), export_bytes(facts, config)
+    numbers, export = count_base_parameters(facts), export_bytes(facts, config)
     if not numbers or not export:
         return []
     asked = config.train.precision

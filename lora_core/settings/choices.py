@@ -273,7 +273,7 @@ QUANTISED: Table = {
     "int8": Choice(
         "8 bits",
         "Rounded to 255 levels: half of bf16's memory, a quarter of fp32's.",
-        "lora_core.backends.int8:int8",
+        "lora_core.backends.int8:quantize_int8",
     ),
 }
 

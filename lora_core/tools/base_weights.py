@@ -8,7 +8,13 @@ from lora_core.errors import ModelFileError
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.detect import base_facts
 from lora_core.model_files.families import Family
-from lora_core.models.weight_files import Finder, SafetensorsFile, Source, text_encoder_in_file, unet_in_file
+from lora_core.models.weight_files import (
+    SafetensorsFile,
+    TensorSource,
+    WeightLocator,
+    text_encoder_in_file,
+    unet_in_file,
+)
 
 
 class BaseWeights:
@@ -35,12 +41,12 @@ class BaseWeights:
         self._finders = self._in_file() if self.single else {}
         self._files: dict[str, list[SafetensorsFile]] = {}
 
-    def _in_file(self) -> dict[str, Finder]:
+    def _in_file(self) -> dict[str, WeightLocator]:
         file = SafetensorsFile(self.path)
         encoders = {e.part: text_encoder_in_file(file, e) for e in self.family.text_encoders}
         return {"unet": unet_in_file(file, self.family), **encoders}
 
-    def places(self, layer: LayerKey) -> list[Source]:
+    def places(self, layer: LayerKey) -> list[TensorSource]:
         """Where a layer's weight lies; nowhere, if the base has no such layer."""
         part, path = layer
         if self.single:
@@ -51,7 +57,7 @@ class BaseWeights:
             self._files[part] = [SafetensorsFile(found) for found in paths]
         # Newer transformers write text encoders without this level.
         names = dict.fromkeys((f"{path}.weight", f"{path.removeprefix('text_model.')}.weight"))
-        return [Source(file, key) for file in self._files[part] for key in names if key in file.shapes]
+        return [TensorSource(file, key) for file in self._files[part] for key in names if key in file.shapes]
 
     def weight(self, layer: LayerKey) -> torch.Tensor:
         """A layer's weight in fp32.

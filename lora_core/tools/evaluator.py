@@ -8,7 +8,7 @@ import torch
 from lora_core.data.dataset import ImageRecord
 from lora_core.evaluate.validator import Gain, encode_eval_images, eval_losses, paired_gain
 from lora_core.lora.inject import LoadedLora, Merger
-from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel
 
 MeasureGains = Callable[[Sequence[LoadedLora]], torch.Tensor]
@@ -26,7 +26,7 @@ class Evaluator:
         seed: int = 0,
         note: Callable[[str], None] | None = None,
         on_picture: Callable[[int, int], None] | None = None,
-        condition: Callable[[str], TextCondition] | None = None,
+        condition: Callable[[str], PromptEmbeds] | None = None,
     ) -> None:
         """Encode the pictures and measure the base.
 
@@ -71,8 +71,8 @@ class Evaluator:
             return "the base"
         return ", ".join(f"rank {_rank(a)} at {a.strength:.3g}" for a in adapters)
 
-    def _usual_condition(self, caption: str) -> TextCondition:
-        return text_condition(self._base, [caption])
+    def _usual_condition(self, caption: str) -> PromptEmbeds:
+        return encode_prompt(self._base, [caption])
 
 
 def _rank(adapter: LoadedLora) -> int:

@@ -24,7 +24,7 @@ from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
-from lora_core.models.weight_files import THIRDS, SafetensorsFile, Source
+from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
 from lora_core.system.paths import sync_folder, write_atomically
 from lora_core.system.untrusted import parsed_json
 from lora_core.tools.base_weights import BaseWeights
@@ -318,7 +318,7 @@ _CHUNK = 2**22
 class TensorEdit:
     """A change of one tensor, or of a part of it."""
 
-    source: Source
+    source: TensorSource
     terms: list[Term]
 
 
@@ -409,7 +409,7 @@ def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> TensorEdi
     return edits
 
 
-def _shape(source: Source) -> torch.Size:
+def _shape(source: TensorSource) -> torch.Size:
     shape = list(source.file.shapes[source.key])
     if source.third is not None:
         shape[0] //= THIRDS

@@ -18,8 +18,8 @@ from lora_core.backends.onednn import PLAIN, layout_of
 from lora_core.errors import RunError
 from lora_core.evaluate.validator import eval_losses
 from lora_core.models.device import limited, out_of_memory
-from lora_core.models.encode import TextCondition, decoded_latents
-from lora_core.models.unet import prediction
+from lora_core.models.encode import PromptEmbeds, decode_latents
+from lora_core.models.unet import predict_noise
 from lora_core.runs import events
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
@@ -70,7 +70,7 @@ def range_tested(session: Session, plan: StepPlan, say: Callable[[str, int, int]
     """
     trainee = session.trainee
     groups = trainee.optimizer.param_groups
-    numbers = trainee.storage.whole.detach().clone()
+    numbers = trainee.storage.data.detach().clone()
     optimizer, scaler = copy.deepcopy(trainee.optimizer.state_dict()), trainee.scaler.state_dict()
     average, trainee.average = trainee.average, None
     count = (HIGHEST - LOWEST) * EACH + 1
@@ -92,11 +92,11 @@ def range_tested(session: Session, plan: StepPlan, say: Callable[[str, int, int]
                 break
         say("Finding the learning rate", count, count)
     finally:
-        with trainee.storage.writing() as live:
+        with trainee.storage.mutate() as live:
             live.copy_(numbers)
         trainee.optimizer.load_state_dict(optimizer)
         trainee.scaler.load_state_dict(scaler)
-        trainee.storage.clear()
+        trainee.storage.zero_grad()
         trainee.average = average
     return RangeTest(rates, shares, chosen_octave(shares))
 
@@ -138,7 +138,7 @@ def _step(session: Session, plan: StepPlan, number: int) -> float:
     with torch.no_grad(), at_strength(trainee.injected, 0.0):
         condition = session.text.conditions(batch.captions)
         bare = picture_losses(base, batch.latents, condition, draw, plan.loss, batch.sizes).mean()
-    trainee.storage.clear()
+    trainee.storage.zero_grad()
     part = micro_batch(trainee, session.batches, session.text, plan, number)
     loss, trouble = take_step(trainee, plan.clip, [part], number + 1)
     return math.nan if trouble else 1.0 - loss / max(float(bare), 1e-12)
@@ -242,7 +242,7 @@ def _try_step(session: Session, plan: StepPlan, state: float) -> None:
     micro_batch(trainee, session.batches, session.text, plan, session.batches.heaviest())
     temporary = torch.empty(TEMPORARIES * numbers, device=base.device)
     del temporary
-    trainee.storage.clear()
+    trainee.storage.zero_grad()
     if session.held_out:
         largest = max(session.held_out, key=lambda measured: measured.latents.numel())
         eval_losses(base, [largest], session.text.condition)
@@ -255,16 +255,16 @@ def _try_sample(session: Session) -> None:
     """What a sample takes: guided predictions, and the latents turned into an image."""
     base = session.trainee.base
     latents = _guided_pass(session, base.resolution)
-    decoded_latents(base, latents)
+    decode_latents(base, latents)
 
 
 def _guided_pass(session: Session, side: int) -> torch.Tensor:
     """One prediction with and without a prompt, as classifier-free guidance makes it, for an image of `side`
     pixels; returns the latents that it began with, (1, C, h, w)."""
     base = session.trainee.base
-    edge = side // base.pixels_a_latent
+    edge = side // base.vae_scale_factor
     latents = torch.zeros(1, base.latent_channels, edge, edge, device=base.device)
-    text = TextCondition.cat([session.text.negative(), session.text.condition("")])
+    text = PromptEmbeds.cat([session.text.negative(), session.text.condition("")])
     with torch.no_grad():
-        prediction(base, torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)
+        predict_noise(base, torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)
     return latents

@@ -24,11 +24,11 @@ from lora_core.data.images import content_hash
 from lora_core.errors import DatasetError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import (
-    TextCondition,
-    as_negative,
-    encoded_picture,
-    picture_pixels,
-    text_condition,
+    PromptEmbeds,
+    as_negative_prompt,
+    encode_image,
+    encode_prompt,
+    load_pixels,
     token_chunks,
 )
 from lora_core.models.load import BaseModel
@@ -61,7 +61,7 @@ class LatentCache:
             name = digest_of(content_hash(record.path), self._vae, bucket.width, bucket.height, flip, device)
             self._memory[key] = from_disk_or(
                 self._folder / f"{name}.safetensors",
-                lambda: {"value": encoded_picture(self._base, picture_pixels(record, bucket, flip))},
+                lambda: {"value": encode_image(self._base, load_pixels(record, bucket, flip))},
             )["value"]
         return self._memory[key]
 
@@ -75,36 +75,36 @@ class TextSource:
         self._folder = folder
         self._trained = trained
         self._how = (clip_skip, tokens)
-        self._fixed: dict[str, TextCondition] = {}
-        self._drawn: OrderedDict[str, TextCondition] = OrderedDict()
+        self._fixed: dict[str, PromptEmbeds] = {}
+        self._drawn: OrderedDict[str, PromptEmbeds] = OrderedDict()
         self._room = DRAWN_CAPTIONS_BYTES
         self._encoders = "" if trained else "/".join(map(base.digest, base.text_encoders))
 
-    def conditions(self, captions: list[str]) -> TextCondition:
+    def conditions(self, captions: list[str]) -> PromptEmbeds:
         """The condition of B captions as they were drawn for a micro-batch, on the base's device."""
         if self._trained:
-            return text_condition(self._base, captions, *self._how)
-        return TextCondition.cat([self._of_drawn(caption) for caption in captions]).to(self._base.device)
+            return encode_prompt(self._base, captions, *self._how)
+        return PromptEmbeds.cat([self._of_drawn(caption) for caption in captions]).to(self._base.device)
 
-    def condition(self, caption: str) -> TextCondition:
+    def condition(self, caption: str) -> PromptEmbeds:
         """The condition of one caption that comes again, B = 1, on the base's device; it is kept on disk."""
         if self._trained:
-            return text_condition(self._base, [caption], *self._how)
+            return encode_prompt(self._base, [caption], *self._how)
         if caption not in self._fixed:
             path = self._folder / f"{self._key(caption)}.safetensors"
             found = from_disk_or(path, lambda: _tensors(self._encoded(caption)))
-            self._fixed[caption] = TextCondition(found["value"], found.get("pooled"))
+            self._fixed[caption] = PromptEmbeds(found["value"], found.get("pooled"))
         return self._fixed[caption].to(self._base.device)
 
-    def negative(self) -> TextCondition:
+    def negative(self) -> PromptEmbeds:
         """The condition of an empty negative prompt, B = 1."""
-        return as_negative(self._base, "", self.condition(""))
+        return as_negative_prompt(self._base, "", self.condition(""))
 
     def release(self) -> None:
         """Free the text encoders: every caption that can come up is in memory now."""
         self._base.text_encoders.clear()
 
-    def _of_drawn(self, caption: str) -> TextCondition:
+    def _of_drawn(self, caption: str) -> PromptEmbeds:
         if caption in self._fixed:
             return self._fixed[caption]
         found = self._drawn.pop(caption, None)
@@ -125,13 +125,13 @@ class TextSource:
         numbers = (self._base.device.type, self._base.dtype)
         return digest_of(self._encoders, encoders, ids, clip_skip, *numbers)
 
-    def _encoded(self, caption: str) -> TextCondition:
+    def _encoded(self, caption: str) -> PromptEmbeds:
         """One at a time, on the CPU, so that its bits never depend on its neighbours."""
         with torch.no_grad():
-            return text_condition(self._base, [caption], *self._how).to(torch.device("cpu"))
+            return encode_prompt(self._base, [caption], *self._how).to(torch.device("cpu"))
 
 
-def _tensors(condition: TextCondition) -> dict[str, torch.Tensor]:
+def _tensors(condition: PromptEmbeds) -> dict[str, torch.Tensor]:
     pooled = {} if condition.pooled is None else {"pooled": condition.pooled}
     return {"value": condition.context, **pooled}
 

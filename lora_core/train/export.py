@@ -55,8 +55,8 @@ def export_facts(
         tag_frequency={name: tag_counts(captions)},
         datasets={name: (1, len(items))},
         buckets=Counter((item.bucket.width, item.bucket.height) for item in items),
-        prediction=base.noise.prediction,
-        min_snr=config.loss.gamma(base.noise.prediction),
+        prediction=base.noise.objective,
+        min_snr=config.loss.gamma(base.noise.objective),
         settings=to_toml(config),
         network_args={"targets": section.targets, "dropout": section.dropout, **_unusual(section)},
     )

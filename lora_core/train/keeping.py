@@ -109,7 +109,7 @@ class Keeper:
     def finite(self) -> bool:
         """Whether all that a checkpoint would hold is finite; each device is waited for once."""
         trainee = self._trainee
-        live: list[object] = [trainee.storage.whole.detach()]
+        live: list[object] = [trainee.storage.data.detach()]
         for values in trainee.optimizer.state.values():
             live += values.values() if isinstance(values, dict) else []
         finite: dict[torch.device, list[torch.Tensor]] = {}

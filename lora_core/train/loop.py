@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_core.lora.flat_params import Storage
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import Injected, adapter_weights, load_weights
 from lora_core.lora.weights import AdapterWeights
 from lora_core.models.load import BaseModel
@@ -70,12 +70,12 @@ def rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
 class Average:
     """The average beside an adapter in a base."""
 
-    def __init__(self, injected: Injected, storage: Storage, decay: float) -> None:
+    def __init__(self, injected: Injected, storage: FlatParams, decay: float) -> None:
         """Begin at the adapter as it stands; `decay` is below 1."""
         self._injected = injected
         self._decay = decay
         self._storage = storage
-        self._mean = storage.whole.detach().clone()
+        self._mean = storage.data.detach().clone()
 
     def update(self, step: int) -> None:
         """Take in the adapter after optimizer step `step`, counted from 1.
@@ -85,7 +85,7 @@ class Average:
         ExponentialMovingAverage.
         """
         decay = min(self._decay, (1 + step) / (10 + step))
-        self._mean.lerp_(self._storage.whole.detach(), 1.0 - decay)
+        self._mean.lerp_(self._storage.data.detach(), 1.0 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -107,7 +107,7 @@ class Average:
             load_weights(self._injected, weights)
 
     def _swap(self) -> None:
-        with self._storage.writing() as live:
+        with self._storage.mutate() as live:
             kept = live.clone()
             live.copy_(self._mean)
             self._mean.copy_(kept)
@@ -198,7 +198,7 @@ class Trainee:
     base: BaseModel
     injected: Injected
     optimizer: torch.optim.Optimizer
-    storage: Storage
+    storage: FlatParams
     scaler: torch.amp.GradScaler
     average: Average | None = None
     split: int = 1
@@ -254,7 +254,7 @@ def own_parts(
     trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, step: int
 ) -> list[MicroBatch]:
     """The micro-batches of the step after `step` others; their gradients lie in the storage."""
-    trainee.storage.clear()
+    trainee.storage.zero_grad()
     return [
         micro_batch(trainee, batches, text, plan, step * plan.accumulate + part)
         for part in range(plan.accumulate)
@@ -269,7 +269,7 @@ def shared_parts(
     assert fellows is not None
     if fellows.main:
         fellows.tell(Call(step, trainee.scaler.state_dict()))
-    with trainee.storage.writing() as numbers:
+    with trainee.storage.mutate() as numbers:
         fellows.spread(numbers)
     parts = fellows.agreed(lambda: own_parts(trainee, batches, text, plan, step))
     losses = torch.stack([torch.cat(part.losses) for part in parts])
@@ -283,7 +283,7 @@ def drawn_batch(trainee: Trainee, batches: Batches, plan: StepPlan, number: int)
     """Micro-batch `number`, and what is random in it."""
     batch = batches.batch(number)
     generator = torch.Generator().manual_seed(_noise_seed(plan.seed, number))
-    timesteps = trainee.base.noise.timesteps
+    timesteps = trainee.base.noise.num_timesteps
     return batch, drawn(batch.latents, timesteps, plan.loss.noise_offset, generator)
 
 
@@ -294,7 +294,7 @@ def micro_batch(
 
     Where others train with this process, it is that of this process's rows, and the losses of others are 0.
     """
-    base, moment = trainee.base, trainee.injected.moment
+    base, dropout = trainee.base, trainee.injected.dropout_state
     batch, draw = drawn_batch(trainee, batches, plan, number)
     done = MicroBatch(batch.names, draw.timesteps)
     latents, count = batch.latents, len(batch.latents)
@@ -302,14 +302,14 @@ def micro_batch(
     size = max(1, math.ceil((share.stop - share.start) / trainee.split))
     for start in range(share.start, share.stop, size):
         rows = slice(start, min(start + size, share.stop))
-        moment.micro_batch, moment.rows = number, count
-        moment.first, moment.last = rows.start, rows.stop
+        dropout.micro_batch, dropout.rows = number, count
+        dropout.first, dropout.last = rows.start, rows.stop
         condition = text.conditions(batch.captions[rows])
         losses = picture_losses(base, latents[rows], condition, draw.rows(rows), plan.loss, batch.sizes[rows])
         looks = count * plan.accumulate
         trainee.scaler.scale(losses.sum() / looks if looks > 1 else losses.sum()).backward()
         done.losses.append(losses.detach())
-    trainee.storage.gather()
+    trainee.storage.flush_grads()
     if trainee.fellows:
         others = (share.start, count - share.stop)
         before, after = (torch.zeros(rows, device=base.device) for rows in others)

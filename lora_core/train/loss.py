@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lora_core.models.device import send
-from lora_core.models.encode import TextCondition
+from lora_core.models.device import to_device
+from lora_core.models.encode import PromptEmbeds
 from lora_core.models.load import BaseModel
 from lora_core.models.noise_schedule import NoiseSchedule
-from lora_core.models.unet import prediction
+from lora_core.models.unet import predict_noise
 from lora_core.settings.choices import HUBER_SCHEDULES, LOSSES, chosen
 from lora_core.settings.schema import LossSection
 
@@ -54,7 +54,7 @@ def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator:
 def picture_losses(
     base: BaseModel,
     latents: torch.Tensor,
-    text: TextCondition,
+    text: PromptEmbeds,
     draw: Draw,
     rules: LossSection,
     sizes: torch.Tensor | None = None,
@@ -72,19 +72,19 @@ def picture_losses(
         rules: kind of error and its weights.
         sizes: (B, 6) on the CPU, see `models.denoise.prediction`.
     """
-    gamma = rules.gamma(base.noise.prediction)
+    gamma = rules.gamma(base.noise.objective)
     numbers = {
-        "noisy": base.noise.noisy_latents(latents, draw.noise, draw.timesteps),
+        "noisy": base.noise.add_noise(latents, draw.noise, draw.timesteps),
         "target": base.noise.target(latents, draw.noise, draw.timesteps),
         "timesteps": draw.timesteps.float(),
         "weight": min_snr_weight(base.noise, draw.timesteps, gamma),
     }
     if sizes is not None and base.family.size_conditioning:
         numbers["sizes"] = sizes
-    sent = dict(zip(numbers, send(base.device, *numbers.values()), strict=True))
+    sent = dict(zip(numbers, to_device(base.device, *numbers.values()), strict=True))
     error = chosen(LOSSES, rules.kind, "loss.kind").resolve()
     delta = functools.partial(huber_delta, base.noise, draw.timesteps, rules)
-    predicted = prediction(base, sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
+    predicted = predict_noise(base, sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
     losses: torch.Tensor = error(predicted, sent["target"], delta).flatten(1).mean(1)
     return losses * sent["weight"] if gamma else losses
 
@@ -99,7 +99,7 @@ def min_snr_weight(noise: NoiseSchedule, timesteps: torch.Tensor, gamma: float) 
     if not gamma:
         return torch.ones(len(timesteps), device=timesteps.device)
     snr = noise.snr(timesteps)
-    if noise.prediction == "epsilon":
+    if noise.objective == "epsilon":
         return (gamma / snr).clamp(max=1.0)
     return snr.clamp(max=gamma) / (snr + 1.0)
 
@@ -156,4 +156,4 @@ def snr_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> to
 
 def exponential_delta(noise: NoiseSchedule, timesteps: torch.Tensor, delta: float) -> torch.Tensor:
     """delta^(t / T), (B,): 1 at the first timestep, `delta` at the end. Source: as of `huber_error`."""
-    return delta ** (timesteps.float() / noise.timesteps)
+    return delta ** (timesteps.float() / noise.num_timesteps)

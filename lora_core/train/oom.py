@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from lora_core.backends.int8 import Thinner, int8, is_moved, is_packed
-from lora_core.backends.offload import depot_for
+from lora_core.backends.int8 import WeightPolicy, is_offloaded, is_quantized, quantize_int8
+from lora_core.backends.offload import offload_store_for
 from lora_core.backends.onednn import is_prepacked, undo_prepack
 from lora_core.errors import OutOfMemory
 from lora_core.model_files.sizes import free_bytes
@@ -72,16 +72,16 @@ def _take_plain(trainee: Trainee) -> None:
 
 def _int8_possible(trainee: Trainee, config: RunConfig) -> bool:
     # A base that waits elsewhere leaves nothing to save.
-    return not is_packed(trainee.base.unet) and not is_moved(trainee.base.unet)
+    return not is_quantized(trainee.base.unet) and not is_offloaded(trainee.base.unet)
 
 
 def _take_int8(trainee: Trainee) -> None:
-    Thinner(int8).every(trainee.base.unet)
+    WeightPolicy(quantize_int8).apply_to(trainee.base.unet)
 
 
 def _offload_possible(trainee: Trainee, config: RunConfig) -> bool:
     unet, device = trainee.base.unet, trainee.base.device
-    if is_moved(unet) or trainee.aside is None:
+    if is_offloaded(unet) or trainee.aside is None:
         return False
     need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
     room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(trainee.aside)
@@ -90,7 +90,7 @@ def _offload_possible(trainee: Trainee, config: RunConfig) -> bool:
 
 def _take_offload(trainee: Trainee) -> None:
     assert trainee.aside is not None
-    Thinner(None, depot_for(trainee.base.device, trainee.aside)).every(trainee.base.unet)
+    WeightPolicy(None, offload_store_for(trainee.base.device, trainee.aside)).apply_to(trainee.base.unet)
 
 
 def _take_half(trainee: Trainee) -> None:
@@ -200,11 +200,11 @@ class Ladder:
         trainee, unet = self._trainee, self._trainee.base.unet
         tried = ["checkpointing is on"]
         tried += ["pictures go through one at a time"] if trainee.split > 1 else []
-        tried += ["the base is kept in 8 bits"] if is_packed(unet) else []
-        tried += ["the base waits outside of the device's memory"] if is_moved(unet) else []
+        tried += ["the base is kept in 8 bits"] if is_quantized(unet) else []
+        tried += ["the base waits outside of the device's memory"] if is_offloaded(unet) else []
         listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
         others = []
-        if not is_moved(unet):
+        if not is_offloaded(unet):
             others.append(" or make room on the workspace's drive, where the base could wait,")
         if not importlib.util.find_spec(EIGHT_BIT):
             others.append(f" or install {EIGHT_BIT} for an 8-bit optimizer,")
@@ -216,7 +216,7 @@ class Ladder:
 
 def free_memory(trainee: Trainee, error: BaseException | None = None) -> None:
     """Let go of all that a failed step holds."""
-    trainee.storage.clear()
+    trainee.storage.zero_grad()
     release_failed(error, trainee.base.device)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lora_core.backends.int8 import Thinner
-from lora_core.backends.offload import depot_for
-from lora_core.backends.onednn import DIRECT, PLAIN, best_layout, prepack
+from lora_core.backends.int8 import WeightPolicy
+from lora_core.backends.offload import offload_store_for
+from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
 from lora_core.data.captions import CaptionRules, plain_caption, varies, with_trigger
 from lora_core.data.dataset import ImageRecord, open_dataset, require_clean
 from lora_core.data.holdout import held_out
@@ -19,16 +19,23 @@ from lora_core.errors import AdapterFileError, ConfigError, InputsChanged
 from lora_core.evaluate.validator import EvalImage
 from lora_core.formats.detect import extras_sentence
 from lora_core.formats.io import read_adapter
-from lora_core.lora.flat_params import Storage
-from lora_core.lora.inject import Blocks, Injected, LayerPlan, begin_with, inject_layers, layer_plans
-from lora_core.lora.layer import LoraLayer, LoraShape
+from lora_core.lora.flat_params import FlatParams
+from lora_core.lora.inject import (
+    BlockOverrides,
+    Injected,
+    LayerPlan,
+    init_from_lora,
+    inject_layers,
+    plan_layers,
+)
+from lora_core.lora.layer import LoraLayer, LoraSpec
 from lora_core.lora.targets import named_targets
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, base_facts
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.model_files.hub import fetch_base
-from lora_core.model_files.sizes import base_numbers
+from lora_core.model_files.sizes import count_base_parameters
 from lora_core.models.device import (
     bf16_is_faster,
     compute_deterministically,
@@ -64,9 +71,9 @@ INT8, OFFLOAD = "int8", "offload"
 """Rungs of `memory.LADDER` that change how the base is kept."""
 
 
-def thinner_of(
+def weight_policy(
     train: TrainSection, rungs: Sequence[tuple[str, int]], device: torch.device, folder: Path
-) -> Thinner:
+) -> WeightPolicy:
     """How the base is kept as it is opened: as the settings say, and as was found to be needed before step 1.
 
     Args:
@@ -78,8 +85,8 @@ def thinner_of(
     first = {name for name, step in rungs if step == 0}
     kind = INT8 if INT8 in first else train.quantise
     row = chosen(QUANTISED, kind, "train.quantise")
-    depot = depot_for(device, folder) if train.offload or OFFLOAD in first else None
-    return Thinner(row.resolve() if row.load else None, depot)
+    depot = offload_store_for(device, folder) if train.offload or OFFLOAD in first else None
+    return WeightPolicy(row.resolve() if row.load else None, depot)
 
 
 @dataclass(frozen=True)
@@ -125,11 +132,11 @@ def adapter_plan(base: BaseModel, config: RunConfig) -> AdapterPlan:
             f"The LoRA {file} that adapter.init names does not exist; choose another file."
         )
     start = read_adapter(file, base.family) if file is not None else None
-    shape = LoraShape(
+    shape = LoraSpec(
         section.rank, section.alpha, section.dropout, section.rank_dropout, section.module_dropout
     )
-    blocks = Blocks(section.block_ranks, section.block_alphas, optim.block_lr, section.rslora)
-    layers = layer_plans(base.modules, rates, targets, shape, blocks, start.layers if start else ())
+    blocks = BlockOverrides(section.block_ranks, section.block_alphas, optim.block_lr, section.rslora)
+    layers = plan_layers(base.modules, rates, targets, shape, blocks, start.layers if start else ())
     notes = [
         f"adapter.targets = {section.targets} names no layer of the {part.replace('_', ' ')}, so that is not"
         " trained, whatever its learning rate."
@@ -155,8 +162,8 @@ def injected_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Inj
     Raises:
         AdapterFileError: the LoRA to go on with does not fit.
     """
-    injected = inject_layers(base.modules, {key: layer.shape for key, layer in plan.layers.items()}, seed)
-    notes = begin_with(injected, plan.start, plan.name) if plan.start is not None else []
+    injected = inject_layers(base.modules, {key: layer.spec for key, layer in plan.layers.items()}, seed)
+    notes = init_from_lora(injected, plan.start, plan.name) if plan.start is not None else []
     for key, layer in injected.layers.items():
         layer.requires_grad_(plan.layers[key].rate > 0)
         layer.base.requires_grad_(False)
@@ -186,7 +193,7 @@ def enable_checkpointing(base: BaseModel) -> None:
 
 def optimizer_of(
     injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimSection
-) -> tuple[torch.optim.Optimizer, Storage]:
+) -> tuple[torch.optim.Optimizer, FlatParams]:
     """The optimizer and where what it trains lies, with one group for each part and rate, a part's own rate
     first; `initial_lr` is a group's full rate, `until` the share of steps it is trained for.
 
@@ -215,11 +222,11 @@ def optimizer_of(
             f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
             f" ({optim.lr:g}) or to 0, optim.lora_plus to 1, and leave optim.block_lr empty."
         )
-    storage = Storage(members, apart=optim.lora_plus != 1.0)
+    storage = FlatParams(members, split_a_b=optim.lora_plus != 1.0)
     wholes = iter(storage.groups)
     parts = []
     for group, layers in zip(groups, members, strict=True):
-        for names, ratio in zip(storage.kinds, (1.0, optim.lora_plus), strict=False):
+        for names, ratio in zip(storage.factor_names, (1.0, optim.lora_plus), strict=False):
             rate, whole = group["lr"] * ratio, next(wholes)
             factors = [getattr(layer, name) for layer in layers for name in names]
             own_factors = factors if row.by_matrix else [whole]
@@ -375,7 +382,9 @@ def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     asked, name = config.train.precision, config.model.base
     if asked == "auto" and device.type == "cpu":
         fetch_base(name)
-        if (base_numbers(base_facts(name, config.model.prediction)) or 0) >= LARGE and bf16_is_faster():
+        if (
+            count_base_parameters(base_facts(name, config.model.prediction)) or 0
+        ) >= LARGE and bf16_is_faster():
             return torch.bfloat16
     return dtype_of(asked, device)
 
@@ -434,10 +443,10 @@ def prepared(
     device = torch.device(plan.device)
     model = config.model
     aside = workspace / "cache"
-    thin = thinner_of(config.train, plan.rungs, device, aside)
+    policy = weight_policy(config.train, plan.rungs, device, aside)
     dtype = dtype_of(plan.precision, device)
     # Nothing is in memory longer than needed: the VAE and the text encoders come and go before the UNet.
-    base = open_base(model.base, device, dtype, model.prediction, model.vae, thin, model.zero_terminal_snr)
+    base = open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
     layout = adapter_plan(base, config)
     base.load("vae")
     latents = LatentCache(base, workspace / "cache" / "latents")
@@ -495,7 +504,7 @@ def trainee_in(
     injected, notes = injected_adapter(base, layout, config.seed)
     ready_for_training(base, config.train.checkpointing)
     trained = base.modules.values()
-    weights = weights or (PLAIN if limited(base.device) else best_layout(trained))
+    weights = weights or (PLAIN if limited(base.device) else choose_layout(trained))
     for module in trained:
         prepack(module, weights)
     optimizer, storage = optimizer_of(injected, layout, base, config.optim)

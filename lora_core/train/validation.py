@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_core.backends.int8 import is_packed
+from lora_core.backends.int8 import is_quantized
 from lora_core.evaluate.early_stopping import is_better, paired_difference
 from lora_core.evaluate.validator import (
     EvalImage,
@@ -152,7 +152,7 @@ class Judge:
         with evaluating(self.session):
             with at_strength(self.session.trainee.injected, 0.0):
                 groups = self.session.measured.by_name(note)
-                if self._packed != is_packed(self.session.trainee.base.unet):
+                if self._packed != is_quantized(self.session.trainee.base.unet):
                     # A base in 8 bits is another base.
                     self._packed = not self._packed
                     self._base_losses.clear()
@@ -200,7 +200,7 @@ class Judge:
             raw = paired_gain(base["held out"], adapted[RAW]).gain
             found |= {"raw_gain": raw, "raw_against": less, "raw_against_error": spread}
         timesteps = torch.stack([picture.looks.timesteps for picture in held_out])
-        highest = self.session.trainee.base.noise.timesteps
+        highest = self.session.trainee.base.noise.num_timesteps
         bands = gain_by_timestep(base["held out"], now, timesteps, highest)
         return events.Validated(
             step=step, best=best, against_best=against, against_best_error=error, bands=bands,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.backends.int8 import is_packed
+from lora_core.backends.int8 import is_quantized
 from lora_core.data.buckets import bucket_of
 from lora_core.data.captions import plain_caption
 from lora_core.data.images import content_hash
@@ -68,13 +68,15 @@ class Prior:
             for prompt, number in self._shots:
                 how = Picture(number, _STEPS, _CFG, _SAMPLER, self.side, self.side, cfg_rescale=0.0)
                 latents = self._latents(prompt, how, note)
-                looks = eval_noise(f"{prompt}/{number}", latents, *self._looks, self._base.noise.timesteps)
+                looks = eval_noise(
+                    f"{prompt}/{number}", latents, *self._looks, self._base.noise.num_timesteps
+                )
                 self._made.append(EvalImage(latents, looks, prompt))
         return self._made
 
     def _latents(self, prompt: str, picture: Picture, note: OnStep) -> torch.Tensor:
         base = self._base
-        kept = (base.dtype, base.device.type, is_packed(base.unet))
+        kept = (base.dtype, base.device.type, is_quantized(base.unet))
         name = digest_of(self._identity, prompt, picture, kept)
 
         def draw() -> dict[str, torch.Tensor]:
@@ -151,7 +153,7 @@ def groups_of(
     def measured(item: Item, caption: str) -> EvalImage:
         latents = cache.latents(item.record, item.bucket, False)
         picture = content_hash(item.record.path)
-        looks = eval_noise(picture, latents, config.validation.triples, config.seed, base.noise.timesteps)
+        looks = eval_noise(picture, latents, config.validation.triples, config.seed, base.noise.num_timesteps)
         return EvalImage(latents, looks, caption, item.sizes)
 
     own = [plain_caption(item.record.caption, config.dataset.trigger) for item in items]

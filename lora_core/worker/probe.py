@@ -17,13 +17,13 @@ import torch
 from lora_core.data.buckets import Bucket, bucket_of
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import cap_memory, out_of_memory, use_device
-from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel, load_base
-from lora_core.models.unet import prediction
+from lora_core.models.unet import predict_noise
 from lora_core.settings.config import RunConfig
 from lora_core.train.data import Batch, Batches, TextSource
 from lora_core.train.loop import Step, StepPlan, Trainee, training_steps
-from lora_core.train.setup import adapter_plan, thinner_of, trainee_in, training_dtype
+from lora_core.train.setup import adapter_plan, trainee_in, training_dtype, weight_policy
 from lora_core.worker.draw import Cancelled
 
 Request = dict[str, Any]
@@ -86,9 +86,9 @@ class Probe:
             torch.cuda.reset_peak_memory_stats(device)
         model = config.model
         dtype = training_dtype(config, device)
-        thin = thinner_of(config.train, [], device, aside)
+        policy = weight_policy(config.train, [], device, aside)
         base = load_base(
-            model.base, device, dtype, model.prediction, model.vae, thin, model.zero_terminal_snr
+            model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr
         )
         self._check(name)
         trainee, batches, text = _made(base, config)
@@ -122,7 +122,7 @@ class _Noise(Batches):
     """Micro-batches of noise, all of one size."""
 
     def __init__(self, base: BaseModel, bucket: Bucket, count: int) -> None:
-        side = base.pixels_a_latent
+        side = base.vae_scale_factor
         shape = (count, base.latent_channels, bucket.height // side, bucket.width // side)
         self._latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         size = [bucket.height, bucket.width]
@@ -139,10 +139,10 @@ class _OneCaption(TextSource):
 
     def __init__(self, base: BaseModel, clip_skip: int, tokens: int) -> None:
         with torch.no_grad():
-            self._condition = text_condition(base, [CAPTION], clip_skip, tokens)
+            self._condition = encode_prompt(base, [CAPTION], clip_skip, tokens)
         base.text_encoders.clear()
 
-    def conditions(self, captions: list[str]) -> TextCondition:
+    def conditions(self, captions: list[str]) -> PromptEmbeds:
         """The same for each."""
         return self._condition.expand(len(captions))
 
@@ -167,17 +167,17 @@ def _made(base: BaseModel, config: RunConfig) -> tuple[Trainee, Batches, TextSou
     return trainee, _Noise(base, bucket, train.batch_size), text
 
 
-def _draw_seconds(base: BaseModel, text: TextCondition) -> float:
+def _draw_seconds(base: BaseModel, text: PromptEmbeds) -> float:
     """Seconds of a sampler's step at the base's own size."""
-    side = base.resolution // base.pixels_a_latent
+    side = base.resolution // base.vae_scale_factor
     latents = torch.randn(GUIDED, base.latent_channels, side, side).to(base.device)
-    timesteps = torch.full((GUIDED,), base.noise.timesteps // 2, device=base.device)
+    timesteps = torch.full((GUIDED,), base.noise.num_timesteps // 2, device=base.device)
     base.unet.eval()
     taken = []
     with torch.no_grad():
         for _ in range(2):
             began = time.perf_counter()
             # Fetching a number waits for the device.
-            float(prediction(base, latents, timesteps, text.expand(GUIDED)).float().sum())
+            float(predict_noise(base, latents, timesteps, text.expand(GUIDED)).float().sum())
             taken.append(time.perf_counter() - began)
     return min(taken)

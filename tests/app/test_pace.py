@@ -11,7 +11,7 @@ from app.train.facts import facts, memory_needed, time_of
 from app.train.form import preset_config
 from lora_core.model_files.detect import base_facts
 from lora_core.model_files.families import FAMILIES
-from lora_core.model_files.sizes import base_numbers
+from lora_core.model_files.sizes import count_base_parameters
 from lora_core.runs import costs as pace
 from lora_core.runs import events
 from lora_core.runs.progress import Progress
@@ -154,7 +154,7 @@ def test_a_processor_s_run_takes_more_memory_where_there_is_more(
         memory = types.SimpleNamespace(available=available * 2**30)
         monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
         found.append(memory_needed(config, base_facts(str(base)), False))
-    weights = 4 * base_numbers(base_facts(str(base)))
+    weights = 4 * count_base_parameters(base_facts(str(base)))
     assert found[1] - found[0] == pytest.approx(2 * weights)
     assert found[2] - found[0] == pytest.approx(3 * weights)
     assert memory_needed(config.changed({"train.quantise": "int8"}), base_facts(str(base)), False) == found[0]

@@ -9,10 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.backends.int8 import ThinConv2d, ThinLinear, Thinner, int8, is_moved, is_packed, thin_layers
-from lora_core.backends.offload import Depot, FileDepot, depot_for
+from lora_core.backends.int8 import (
+    CompactConv2d,
+    CompactLinear,
+    WeightPolicy,
+    compact_layers,
+    is_offloaded,
+    is_quantized,
+    quantize_int8,
+)
+from lora_core.backends.offload import FileStore, OffloadStore, offload_store_for
 from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject, remove
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import ATTENTION
 from lora_core.models.load import load_base
 from tests.tiny import tiny_folder, tiny_unet
@@ -21,11 +29,11 @@ CPU = torch.device("cpu")
 
 
 def test_eight_bits_by_hand() -> None:
-    packed, scale = int8(torch.tensor([[127.0, -1.0, 0.4], [0.0, 0.0, 0.0], [-2.54, 1.27, 0.02]]))
+    packed, scale = quantize_int8(torch.tensor([[127.0, -1.0, 0.4], [0.0, 0.0, 0.0], [-2.54, 1.27, 0.02]]))
     assert packed.tolist() == [[127, -1, 0], [0, 0, 0], [-127, 64, 1]]
     assert scale.flatten().tolist()[::2] == pytest.approx([1.0, 0.02])
     weight = torch.randn(32, 16, 3, 3) * torch.logspace(-6, 6, 32).view(-1, 1, 1, 1)
-    packed, scale = int8(weight)
+    packed, scale = quantize_int8(weight)
     assert packed.dtype == torch.int8
     largest = weight.abs().amax((1, 2, 3))
     assert bool(((packed * scale - weight).abs().amax((1, 2, 3)) <= largest / 254 * 1.0001).all())
@@ -48,11 +56,11 @@ def test_the_gradient_is_that_of_the_whole_weight(
 ) -> None:
     layer = copy.deepcopy(layer).to(dtype).requires_grad_(False)
     root = nn.ModuleDict({"mid_block": nn.ModuleDict({"layer": layer})})
-    Thinner(int8, FileDepot(CPU, tmp_path) if moved else None).every(root)
+    WeightPolicy(quantize_int8, FileStore(CPU, tmp_path) if moved else None).apply_to(root)
     thin = root.get_submodule("mid_block.layer")
-    assert isinstance(thin, ThinLinear | ThinConv2d)
+    assert isinstance(thin, CompactLinear | CompactConv2d)
     whole = copy.deepcopy(layer)
-    packed, scale = int8(layer.weight)
+    packed, scale = quantize_int8(layer.weight)
     whole.weight.data.copy_(packed * scale)
     assert torch.equal(thin.weight, whole.weight)
     kept: list[torch.Tensor] = []
@@ -77,12 +85,12 @@ def test_a_base_that_waits_elsewhere_has_the_same_gradients(checkpointing: bool,
     after."""
     plain = tiny_unet().requires_grad_(False)
     early, late = copy.deepcopy(plain), copy.deepcopy(plain)
-    Thinner(None, FileDepot(CPU, tmp_path)).every(early)
+    WeightPolicy(None, FileStore(CPU, tmp_path)).apply_to(early)
     adapters = [
-        inject({"unet": unet}, ["unet"], ATTENTION, LoraShape(2, 2.0), 5) for unet in (plain, early, late)
+        inject({"unet": unet}, ["unet"], ATTENTION, LoraSpec(2, 2.0), 5) for unet in (plain, early, late)
     ]
-    Thinner(None, FileDepot(CPU, tmp_path)).every(late)
-    assert len(thin_layers(early)) == len(thin_layers(late)) > 60
+    WeightPolicy(None, FileStore(CPU, tmp_path)).apply_to(late)
+    assert len(compact_layers(early)) == len(compact_layers(late)) > 60
     torch.manual_seed(7)
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 7, 32)
     found = []
@@ -104,58 +112,60 @@ def test_a_base_that_waits_elsewhere_has_the_same_gradients(checkpointing: bool,
 def test_only_blocks_are_thin_and_packing_keeps_the_place(tmp_path: Path) -> None:
     unet = tiny_unet().requires_grad_(False)
     before = unet.down_blocks[0].resnets[0].conv1.weight.clone()
-    Thinner(None, depot_for(CPU, tmp_path)).every(unet)
-    assert (is_packed(unet), is_moved(unet)) == (False, True)
+    WeightPolicy(None, offload_store_for(CPU, tmp_path)).apply_to(unet)
+    assert (is_quantized(unet), is_offloaded(unet)) == (False, True)
     assert type(unet.conv_in) is nn.Conv2d
     assert type(unet.time_embedding.linear_1) is nn.Linear
     conv = unet.down_blocks[0].resnets[0].conv1
     assert torch.equal(conv.weight, before)
-    Thinner(int8).every(unet)
-    assert (is_packed(unet), is_moved(unet)) == (True, True)
+    WeightPolicy(quantize_int8).apply_to(unet)
+    assert (is_quantized(unet), is_offloaded(unet)) == (True, True)
     assert unet.down_blocks[0].resnets[0].conv1 is conv
     assert conv.data is None
-    packed, scale = int8(before)
+    packed, scale = quantize_int8(before)
     assert torch.equal(conv.weight, packed * scale)
     again = conv.weight
-    Thinner(int8).every(unet)
+    WeightPolicy(quantize_int8).apply_to(unet)
     assert torch.equal(conv.weight, again)
 
 
 def test_a_base_is_thin_as_it_is_read(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base")
     whole = load_base(str(folder), CPU, torch.bfloat16)
-    base = load_base(str(folder), CPU, torch.bfloat16, thin=Thinner(int8, FileDepot(CPU, tmp_path)))
-    assert is_moved(base.unet)
+    base = load_base(
+        str(folder), CPU, torch.bfloat16, policy=WeightPolicy(quantize_int8, FileStore(CPU, tmp_path))
+    )
+    assert is_offloaded(base.unet)
     assert base.unet.dtype == torch.bfloat16
-    Thinner(int8).every(whole.unet)
-    for ours, theirs in zip(thin_layers(base.unet), thin_layers(whole.unet), strict=True):
+    WeightPolicy(quantize_int8).apply_to(whole.unet)
+    for ours, theirs in zip(compact_layers(base.unet), compact_layers(whole.unet), strict=True):
         assert torch.equal(ours.weight, theirs.weight)
 
 
 def test_an_adapter_is_added_to_what_a_packed_weight_stands_for() -> None:
     unet = tiny_unet().requires_grad_(False)
     modules: dict[str, nn.Module] = {"unet": unet}
-    injected = inject(modules, ["unet"], ATTENTION, LoraShape(2, 2.0), 5)
+    injected = inject(modules, ["unet"], ATTENTION, LoraSpec(2, 2.0), 5)
     with torch.no_grad():
         for tensor in injected.parameters():
             tensor.normal_(std=0.1)
     weights = adapter_weights(injected)
     remove(modules, injected)
-    Thinner(int8).every(unet)
+    WeightPolicy(quantize_int8).apply_to(unet)
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     layer, update = unet.get_submodule(path), weights.layers["unet", path]
     rounded, kept = layer.weight.clone(), layer.data.clone()
     Merger(modules).apply([LoadedLora(weights, 0.5)])
     torch.testing.assert_close(layer.weight, rounded + 0.5 * update.delta())
     # Packing again, as where memory gets short, takes the weight alone.
-    layer.pack(int8)
+    layer.quantize(quantize_int8)
     assert (layer.data - kept).abs().max() <= 1
 
 
 def test_what_followed_last_time_is_fetched_ahead() -> None:
     begun: list[int] = []
 
-    class Told(Depot):
+    class Told(OffloadStore):
         def _store(self, data: torch.Tensor) -> None:
             pass
 
@@ -179,7 +189,7 @@ def test_what_followed_last_time_is_fetched_ahead() -> None:
 
 
 def test_a_file_that_cannot_be_read_back_is_an_error_of_the_drive(tmp_path: Path) -> None:
-    depot = FileDepot(CPU, tmp_path)
+    depot = FileStore(CPU, tmp_path)
     data = torch.arange(7, dtype=torch.bfloat16).reshape(7, 1)
     fetch = depot.put(data)
     assert torch.equal(fetch(), data)

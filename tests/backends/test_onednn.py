@@ -13,23 +13,23 @@ from lora_core.backends.onednn import (
     DIRECT,
     PLAIN,
     WINOGRAD,
-    PrepackedConv2d,
-    PrepackedLinear,
-    best_layout,
+    OneDnnConv2d,
+    OneDnnLinear,
+    choose_layout,
     is_prepacked,
     layout_of,
     prepack,
     undo_prepack,
 )
-from lora_core.lora.flat_params import Storage
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import KOHYA
 from lora_core.model_files.sizes import PREPACKED_SPARE
 from tests.tiny import tiny_unet
 
 pytestmark = pytest.mark.skipif(
-    best_layout([nn.Linear(512, 512).requires_grad_(False)]) == PLAIN,
+    choose_layout([nn.Linear(512, 512).requires_grad_(False)]) == PLAIN,
     reason="no oneDNN, or too little memory",
 )
 
@@ -63,7 +63,7 @@ def test_output_and_gradient(
     layer = copy.deepcopy(layer).to(dtype).requires_grad_(False)
     root = nn.Sequential(layer)
     prepack(root, layout)
-    assert isinstance(root[0], PrepackedLinear | PrepackedConv2d)
+    assert isinstance(root[0], OneDnnLinear | OneDnnConv2d)
     assert torch.equal(root[0].weight, layer.weight)
     near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for shape in shapes:
@@ -102,7 +102,7 @@ def test_what_stays_plain() -> None:
     for layout in (PLAIN, DIRECT, WINOGRAD):
         prepack(root, layout)
         assert layout_of(root) == PLAIN
-    assert best_layout([root["groups"]]) == PLAIN
+    assert choose_layout([root["groups"]]) == PLAIN
 
 
 def test_small_weights_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,17 +125,17 @@ def test_an_adapted_unet_and_back(layout: str) -> None:
     found = []
     for unet in (plain, packed):
         unet.requires_grad_(False)
-        injected = inject({"unet": unet}, ["unet"], KOHYA, LoraShape(4, 4.0), 0)
-        storage = Storage([list(injected.layers.values())])
+        injected = inject({"unet": unet}, ["unet"], KOHYA, LoraSpec(4, 4.0), 0)
+        storage = FlatParams([list(injected.layers.values())])
         with torch.no_grad():
-            storage.whole.copy_(
-                0.1 * torch.randn(len(storage.whole), generator=torch.Generator().manual_seed(0))
+            storage.data.copy_(
+                0.1 * torch.randn(len(storage.data), generator=torch.Generator().manual_seed(0))
             )
         if unet is packed:
             before = list(unet.named_parameters())
             prepack(unet, layout)
             assert layout_of(unet) == layout
-            assert any(isinstance(layer.base, PrepackedLinear) for layer in injected.layers.values())
+            assert any(isinstance(layer.base, OneDnnLinear) for layer in injected.layers.values())
             assert [name for name, _ in unet.named_parameters()] == [name for name, _ in before]
         generator = torch.Generator().manual_seed(6)
         latents, context = (
@@ -155,4 +155,4 @@ def test_the_layout_is_what_there_is_memory_for() -> None:
     for times, layout in ((1.9, PLAIN), (2.1, DIRECT), (3.5, DIRECT), (3.6, WINOGRAD)):
         memory = mock.Mock(available=PREPACKED_SPARE + times * layer.weight.nbytes)
         with mock.patch.object(psutil, "virtual_memory", lambda memory=memory: memory):
-            assert best_layout([layer]) == layout
+            assert choose_layout([layer]) == layout

@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_core.backends.onednn import AT_ONCE, GROWTH, convolved, fits, laid_out, pays
+from lora_core.backends.onednn import (
+    AT_ONCE,
+    GROWTH,
+    transform_kernel,
+    winograd_conv2d,
+    winograd_fits,
+    winograd_pays,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,17 +30,17 @@ def test_it_equals_a_convolution(shape: tuple[int, ...], biased: bool) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(7, 5, 3, 3)
     bias = torch.randn(7) if biased else None
-    kernel = laid_out(weight)
+    kernel = transform_kernel(weight)
     assert kernel.numel() == GROWTH * weight.numel()
-    found = convolved(x, kernel, bias)
+    found = winograd_conv2d(x, kernel, bias)
     known = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
     assert (found - known).norm() <= 1e-6 * known.norm()
     turned = x.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(convolved(turned, kernel, bias), found, rtol=0, atol=0)
+    torch.testing.assert_close(winograd_conv2d(turned, kernel, bias), found, rtol=0, atol=0)
 
 
 def test_which_convolutions_it_is_for() -> None:
-    assert fits(nn.Conv2d(4, 4, 3, padding=1))
+    assert winograd_fits(nn.Conv2d(4, 4, 3, padding=1))
     others = [
         nn.Conv2d(4, 4, 3),
         nn.Conv2d(4, 4, 1, padding=1),
@@ -45,7 +52,7 @@ def test_which_convolutions_it_is_for() -> None:
         nn.Conv2d(4, 4, 3, padding=1).bfloat16(),
         nn.Conv2d(4, 4, 3, padding=1, device="meta"),
     ]
-    assert not any(map(fits, others))
+    assert not any(map(winograd_fits, others))
 
 
 def test_which_pictures_it_is_for() -> None:
@@ -55,4 +62,4 @@ def test_which_pictures_it_is_for() -> None:
         ((3, 9, 4, 4), False),
         ((1, 9, 9, 8), False),
     ):
-        assert pays(torch.Size(shape)) is good
+        assert winograd_pays(torch.Size(shape)) is good

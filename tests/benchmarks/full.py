@@ -18,11 +18,11 @@ from torch import nn
 from lora_core.data.dataset import open_dataset
 from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
 from lora_core.generate.pipeline import Picture, sample_latents
-from lora_core.lora.flat_params import Storage
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import LOCON
-from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.settings.schema import LossSection
 from lora_core.train.loss import drawn, picture_losses
@@ -42,8 +42,8 @@ class Given:
     """What all train on and are judged by: latents and conditions of the pictures and of the class pictures,
     held-out pictures, and the base's own pictures."""
 
-    train: list[tuple[torch.Tensor, TextCondition]]
-    classes: list[tuple[torch.Tensor, TextCondition]]
+    train: list[tuple[torch.Tensor, PromptEmbeds]]
+    classes: list[tuple[torch.Tensor, PromptEmbeds]]
     held_out: list[EvalImage]
     prior: list[EvalImage]
 
@@ -94,9 +94,9 @@ HEAD = (
 )
 
 
-def _condition(base: BaseModel, caption: str) -> TextCondition:
+def _condition(base: BaseModel, caption: str) -> PromptEmbeds:
     with torch.no_grad():
-        return text_condition(base, [caption])
+        return encode_prompt(base, [caption])
 
 
 def _own_pictures(base: BaseModel, count: int, first_seed: int) -> Iterator[tuple[torch.Tensor, str]]:
@@ -114,7 +114,7 @@ def given_by(base: BaseModel) -> Given:
     looked = encode_eval_images(base, records, 2, 0)
     held_out = encode_eval_images(base, open_dataset(str(DEMO / "held_out"), DEMO / "none").records, LOOKS, 0)
     prior = [
-        EvalImage(latents, eval_noise(f"{number}", latents, LOOKS, 0, base.noise.timesteps), prompt)
+        EvalImage(latents, eval_noise(f"{number}", latents, LOOKS, 0, base.noise.num_timesteps), prompt)
         for number, (latents, prompt) in enumerate(_own_pictures(base, PRIOR_PICTURES, 1000))
     ]
     classes = [
@@ -124,17 +124,17 @@ def given_by(base: BaseModel) -> Given:
     return Given(train, classes, held_out, prior)
 
 
-def _loss(base: BaseModel, rows: list[tuple[torch.Tensor, TextCondition]], number: int) -> torch.Tensor:
+def _loss(base: BaseModel, rows: list[tuple[torch.Tensor, PromptEmbeds]], number: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(number)
     latents = torch.stack([latents for latents, _ in rows])
-    text = TextCondition.cat([condition for _, condition in rows])
-    draw = drawn(latents, base.noise.timesteps, 0.0, generator)
+    text = PromptEmbeds.cat([condition for _, condition in rows])
+    draw = drawn(latents, base.noise.num_timesteps, 0.0, generator)
     return picture_losses(base, latents, text, draw, PLAIN).mean()
 
 
 def _batch(
-    rows: list[tuple[torch.Tensor, TextCondition]], number: int
-) -> list[tuple[torch.Tensor, TextCondition]]:
+    rows: list[tuple[torch.Tensor, PromptEmbeds]], number: int
+) -> list[tuple[torch.Tensor, PromptEmbeds]]:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number)).tolist()
     return [rows[index] for index in order[:BATCH]]
 
@@ -154,10 +154,10 @@ def trained(name: str, rate: float, preserve: bool) -> Story:
     given = given_by(base)
     before = _losses(base, given.held_out), _losses(base, given.prior)
     if name.startswith("LoRA"):
-        injected = inject({"unet": base.unet}, ["unet"], LOCON, LoraShape(RANK, float(RANK)), 0)
-        storage = Storage([list(injected.layers.values())])
+        injected = inject({"unet": base.unet}, ["unet"], LOCON, LoraSpec(RANK, float(RANK)), 0)
+        storage = FlatParams([list(injected.layers.values())])
         tensors: list[nn.Parameter] = list(storage.groups)
-        clear = storage.clear
+        clear = storage.zero_grad
     else:
         tensors = list(base.unet.requires_grad_(True).parameters())
         clear = base.unet.zero_grad

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from lora_core.backends.onednn import DIRECT, prepack
-from lora_core.lora.flat_params import Storage
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import ATTENTION
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel, load_base
@@ -52,11 +52,11 @@ def _doubled(what: str, cost: Callable[[int], Callable[[], object]], sizes: tupl
     return Row(what, f"{max(ratios):.2f} ({listed})", f"at most {MOST}", max(ratios) <= MOST)
 
 
-def _adapted_base() -> tuple[BaseModel, Storage]:
+def _adapted_base() -> tuple[BaseModel, FlatParams]:
     base = load_base("demo", torch.device("cpu"), torch.float32)
     base.unet.requires_grad_(False)
-    injected = inject({"unet": base.unet}, ["unet"], ATTENTION, LoraShape(8, 8.0), 0)
-    storage = Storage([list(injected.layers.values())])
+    injected = inject({"unet": base.unet}, ["unet"], ATTENTION, LoraSpec(8, 8.0), 0)
+    storage = FlatParams([list(injected.layers.values())])
     prepack(base.unet, DIRECT)
     return base, storage
 
@@ -71,7 +71,7 @@ def step_rows() -> list[Row]:
         timesteps = torch.full((batch,), 500)
 
         def once() -> None:
-            storage.clear()
+            storage.zero_grad()
             base.unet(latents, timesteps, context, return_dict=False)[0].square().mean().backward()
 
         return once

@@ -11,7 +11,7 @@ from lora_core.formats.io import write_adapter
 from lora_core.generate.pipeline import Pipeline
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import adapter_weights, inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import KOHYA
 from lora_core.models.load import load_base
 from tests.benchmarks.rows import Row
@@ -37,7 +37,7 @@ def preview_rows() -> list[Row]:
     """On the embedded base."""
     base = load_base("demo", torch.device("cpu"), torch.float32)
     other = load_base("demo", torch.device("cpu"), torch.float32)
-    injected = inject(other.modules, other.family.parts, KOHYA, LoraShape(16, 16.0), 0)
+    injected = inject(other.modules, other.family.parts, KOHYA, LoraSpec(16, 16.0), 0)
     for layer in injected.layers.values():
         torch.nn.init.normal_(layer.up, std=0.01)
     with tempfile.TemporaryDirectory() as folder:

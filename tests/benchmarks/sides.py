@@ -19,10 +19,10 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from lora_core.backends.onednn import best_layout, prepack
-from lora_core.lora.flat_params import Storage
+from lora_core.backends.onednn import choose_layout, prepack
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import ATTENTION
 from lora_core.models.device import keep_freed_memory
 from lora_core.models.load import streamline
@@ -156,19 +156,19 @@ def kohya(dtype: torch.dtype) -> Sides:
     return plain_step(unet, given, factors)
 
 
-def easel_parts(dtype: torch.dtype, prepacked: bool = True) -> tuple[nn.Module, Storage]:
+def easel_parts(dtype: torch.dtype, prepacked: bool = True) -> tuple[nn.Module, FlatParams]:
     """A UNet with LoRA Easel's layers, and where their factors lie."""
     unet = unet_of(dtype)
     streamline(unet)
     order = target_paths(unet)
-    injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraShape(RANK, float(RANK)), 0)
+    injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraSpec(RANK, float(RANK)), 0)
     layers: list[Any] = [unet.get_submodule(path) for path in order]
     assert len(layers) == len(injected.layers)
     for number, layer in enumerate(layers):
         start_of(layer.down, layer.up, number)
-    storage = Storage([layers])
+    storage = FlatParams([layers])
     if prepacked:
-        prepack(unet, best_layout([unet]))
+        prepack(unet, choose_layout([unet]))
     return unet, storage
 
 
@@ -178,14 +178,14 @@ def easel(dtype: torch.dtype) -> Sides:
     return easel_step(unet, storage, Given(dtype))
 
 
-def easel_step(unet: nn.Module, storage: Storage, given: Given) -> Sides:
+def easel_step(unet: nn.Module, storage: FlatParams, given: Given) -> Sides:
     """A step over all numbers at once, as `train/loop.py` takes it."""
     optimizer = torch.optim.AdamW(storage.groups, 1e-4, weight_decay=1e-2)
 
     def step() -> None:
-        storage.clear()
+        storage.zero_grad()
         given.loss(unet).backward()
-        storage.gather()
+        storage.flush_grads()
         factor = 1.0 / (torch.linalg.vector_norm(storage.grads) + 1e-6)
         if factor < 1.0:
             storage.grads.mul_(factor)
@@ -193,7 +193,7 @@ def easel_step(unet: nn.Module, storage: Storage, given: Given) -> Sides:
 
     def gradient() -> torch.Tensor:
         given.loss(unet).backward()
-        storage.gather()
+        storage.flush_grads()
         return storage.grads.clone()
 
     return step, gradient

@@ -81,7 +81,7 @@ def gradient(training: Training) -> None:
     for layer in training.layers.values():
         layer.down.zero_()
         layer.up.copy_(torch.randn(layer.up.shape, generator=generator))
-    trainee.storage.clear()
+    trainee.storage.zero_grad()
     with torch.enable_grad():
         for number in range(BATCHES):
             micro_batch(trainee, training.session.batches, training.session.text, training.plan, number)

@@ -9,7 +9,7 @@ from lora_core.evaluate.validator import (
     gain_by_timestep,
     paired_gain,
 )
-from lora_core.models.encode import TextCondition
+from lora_core.models.encode import PromptEmbeds
 from lora_core.models.load import load_base
 
 LATENTS = torch.zeros(4, 4, 4)
@@ -56,7 +56,7 @@ def test_losses_are_the_plain_squared_error_and_do_not_depend_on_neighbours():
     for name in "abc":
         latents = torch.randn(4, 16, 16, generator=generator)
         pictures.append(EvalImage(latents, eval_noise(name, latents, 5, 0, 1000), name))
-    text = TextCondition(torch.zeros(1, 77, base.family.context_width))
+    text = PromptEmbeds(torch.zeros(1, 77, base.family.context_width))
     losses = eval_losses(base, pictures, lambda caption: text)
     assert losses.shape == (3, 5)
     assert torch.equal(eval_losses(base, pictures[1:2], lambda caption: text), losses[1:2])

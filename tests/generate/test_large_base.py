@@ -12,7 +12,7 @@ from PIL import Image
 from lora_core.data.dataset import scan
 from lora_core.evaluate.validator import encode_eval_images, eval_losses, validation_report
 from lora_core.generate.pipeline import Picture, generate_image, make_scheduler
-from lora_core.models.encode import text_condition
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import load_base
 from tests.checkpoints import write_folder
 
@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_unet_told_the_true_size(base, tmp_path):
     assert torch.equal(picture.sizes, told)
 
     with torch.no_grad():
-        text = text_condition(base, ["an owl"])
+        text = encode_prompt(base, ["an owl"])
         losses = eval_losses(base, [picture], lambda caption: text)
         for k, found in enumerate(losses[0]):
             share = base.noise.alphas_cumprod[picture.looks.timesteps[k]]

@@ -10,7 +10,7 @@ from lora_core.generate.pipeline import Picture, Pipeline, generate_image, laten
 from lora_core.generate.request import GenerationRequest, WeightedLora, grid_requests, parse_axis
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import decoded_latents
+from lora_core.models.encode import decode_latents
 from lora_core.models.load import load_base
 from lora_core.tools.combine import truncate_adapter
 
@@ -128,5 +128,5 @@ def test_a_look_has_the_colours_of_the_picture(artist):
     assert errors[-1] < 0.4 * spread
     assert errors[-1] < errors[0]
     # The latents that it is heading for are those that the last step arrives at.
-    last = (decoded_latents(artist.base, seen[-1])[0].permute(1, 2, 0).numpy() * 255).round()
+    last = (decode_latents(artist.base, seen[-1])[0].permute(1, 2, 0).numpy() * 255).round()
     assert np.abs(last - np.asarray(image, float)).mean() < 1.0

@@ -19,12 +19,12 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_core.backends.int8 import Thinner, int8
-from lora_core.backends.offload import depot_for
+from lora_core.backends.int8 import WeightPolicy, quantize_int8
+from lora_core.backends.offload import offload_store_for
 from lora_core.generate.pipeline import Picture, generate_image
-from lora_core.lora.flat_params import Storage
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import ATTENTION, KOHYA, LOCON, Targets
 from lora_core.model_files.families import FAMILIES
 from lora_core.models import load
@@ -141,19 +141,20 @@ def _draw_images(folder: Path, side: int) -> None:
         (folder / f"{number}.txt").write_text(f"dot, number {number}, plain")
 
 
-def _adapted(unet: nn.Module, targets: Targets, rung: str, device: torch.device, folder: Path) -> Storage:
+def _adapted(unet: nn.Module, targets: Targets, rung: str, device: torch.device, folder: Path) -> FlatParams:
     """Put LoRA layers with random factors into a UNet, and take a rung of the memory ladder."""
-    injected = inject({"unet": unet}, ["unet"], targets, LoraShape(RANK, float(RANK)), 0)
+    injected = inject({"unet": unet}, ["unet"], targets, LoraSpec(RANK, float(RANK)), 0)
     layers = list(injected.layers.values())
     for number, layer in enumerate(layers):
         start_of(layer.down, layer.up, number)
     if rung == "checkpointing":
         unet.enable_gradient_checkpointing()
     if rung in ("int8", "offload"):
-        Thinner(
-            int8 if rung == "int8" else None, depot_for(device, folder) if rung == "offload" else None
-        ).every(unet)
-    return Storage([layers])
+        WeightPolicy(
+            quantize_int8 if rung == "int8" else None,
+            offload_store_for(device, folder) if rung == "offload" else None,
+        ).apply_to(unet)
+    return FlatParams([layers])
 
 
 def correctness(bench: Bench) -> Iterator[Finding]:
@@ -422,10 +423,10 @@ def bad_moments(bench: Bench) -> Iterator[Finding]:
         yield Finding(f"Out of memory in {place}", words, "done", run.status() == "done")
     run, fill = bench.run("full-opening"), load.fill
 
-    def full(module: Any, find: Any, dtype: Any, device: Any, where: Any, thin: Any = None) -> None:
-        if where.title == "UNet" and not thin:
+    def full(module: Any, find: Any, dtype: Any, device: Any, where: Any, policy: Any = None) -> None:
+        if where.title == "UNet" and not policy:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        fill(module, find, dtype, device, where, thin)
+        fill(module, find, dtype, device, where, policy)
 
     with mock.patch.object(load, "fill", full):
         words = _outcome(run)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from lora_core.errors import ConfigError
-from lora_core.lora.inject import Blocks, adapter_weights, inject_layers, layer_plans
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.inject import BlockOverrides, adapter_weights, inject_layers, plan_layers
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import ATTENTION, KOHYA, Targets
 from tests.tiny import tiny_text_encoder, tiny_unet
 
-SHAPE = LoraShape(8, 4.0)
+SHAPE = LoraSpec(8, 4.0)
 RATES = {"unet": 1e-4, "text_encoder": 5e-5}
 MIDDLE = "mid_block.attentions.0.transformer_blocks.0"
 
@@ -20,13 +20,13 @@ def modules():
 
 
 def _plans(modules, **blocks):
-    return layer_plans(modules, RATES, KOHYA, SHAPE, Blocks(**blocks))
+    return plan_layers(modules, RATES, KOHYA, SHAPE, BlockOverrides(**blocks))
 
 
 def test_without_tables_all_layers_are_alike(modules):
     plans = _plans(modules)
     assert len(plans) == 48 + 12
-    assert {plan.shape for plan in plans.values()} == {SHAPE}
+    assert {plan.spec for plan in plans.values()} == {SHAPE}
     assert {(part, plan.rate) for (part, _), plan in plans.items()} == set(RATES.items())
 
 
@@ -36,20 +36,20 @@ def test_the_last_pattern_that_is_found_counts(modules):
         ranks={"attn1": 3, r"unet\.mid_block": 5, "attn2": 2, "text_encoder": 0, r"layers\.1.*q_proj": 6},
         alphas={"^unet": 9.0, "mid_block.*to_q$": 1.5},
     )
-    shapes = {key: plan.shape for key, plan in plans.items()}
-    assert shapes["unet", f"{MIDDLE}.attn1.to_q"] == LoraShape(5, 1.5)
-    assert shapes["unet", f"{MIDDLE}.attn2.to_q"] == LoraShape(2, 1.5)
-    assert shapes["unet", f"{MIDDLE}.ff.net.2"] == LoraShape(5, 9.0)
-    assert shapes["unet", "down_blocks.0.attentions.0.proj_in"] == LoraShape(8, 9.0)
+    shapes = {key: plan.spec for key, plan in plans.items()}
+    assert shapes["unet", f"{MIDDLE}.attn1.to_q"] == LoraSpec(5, 1.5)
+    assert shapes["unet", f"{MIDDLE}.attn2.to_q"] == LoraSpec(2, 1.5)
+    assert shapes["unet", f"{MIDDLE}.ff.net.2"] == LoraSpec(5, 9.0)
+    assert shapes["unet", "down_blocks.0.attentions.0.proj_in"] == LoraSpec(8, 9.0)
     assert [key for key in shapes if key[0] == "text_encoder"] == [
         ("text_encoder", "text_model.encoder.layers.1.self_attn.q_proj")
     ]
 
 
 def test_rates_by_block_stand_above_those_of_the_parts(modules):
-    plans = layer_plans(
+    plans = plan_layers(
         modules, {"unet": 0.0, "text_encoder": 5e-5}, ATTENTION, SHAPE,
-        Blocks(rates={"mid_block": 2e-4, r"layers\.0": 0.0}),
+        BlockOverrides(rates={"mid_block": 2e-4, r"layers\.0": 0.0}),
     )  # fmt: skip
     rates = {key: plan.rate for key, plan in plans.items()}
     assert len(rates) == 8 + 4
@@ -60,8 +60,8 @@ def test_rates_by_block_stand_above_those_of_the_parts(modules):
 
 def test_what_an_earlier_adapter_has_stays_in_it_untrained(modules):
     untrained = ("unet", f"{MIDDLE}.attn1.to_q")
-    plans = layer_plans(
-        modules, {"unet": 1e-4, "text_encoder": 0.0}, ATTENTION, SHAPE, Blocks(rates={"mid_block": 0.0}),
+    plans = plan_layers(
+        modules, {"unet": 1e-4, "text_encoder": 0.0}, ATTENTION, SHAPE, BlockOverrides(rates={"mid_block": 0.0}),
         {untrained, ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj")},
     )  # fmt: skip
     assert plans[untrained].rate == 0.0
@@ -72,24 +72,28 @@ def test_what_an_earlier_adapter_has_stays_in_it_untrained(modules):
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 1.0), (16, 16.0), (9, 3.0)])
 def test_rslora_scales_by_the_root_of_the_rank(modules, rank, alpha):
-    plans = layer_plans(
-        {"unet": modules["unet"]}, {"unet": 1.0}, ATTENTION, LoraShape(rank, alpha), Blocks(rslora=True)
+    plans = plan_layers(
+        {"unet": modules["unet"]},
+        {"unet": 1.0},
+        ATTENTION,
+        LoraSpec(rank, alpha),
+        BlockOverrides(rslora=True),
     )
-    (shape,) = {plan.shape for plan in plans.values()}
+    (shape,) = {plan.spec for plan in plans.values()}
     # Kalajdzievski 2023, section 3: gamma = alpha / sqrt(r).
     assert shape.alpha / shape.rank == pytest.approx(alpha / rank**0.5)
 
 
 def test_the_layers_act_at_their_own_scale():
     modules = {"unet": tiny_unet()}
-    plans = layer_plans(
+    plans = plan_layers(
         modules,
         {"unet": 1.0},
         ATTENTION,
-        LoraShape(4, 2.0),
-        Blocks({"to_q$": 16}, {"to_k": 8.0}, rslora=True),
+        LoraSpec(4, 2.0),
+        BlockOverrides({"to_q$": 16}, {"to_k": 8.0}, rslora=True),
     )
-    injected = inject_layers(modules, {key: plan.shape for key, plan in plans.items()}, 0)
+    injected = inject_layers(modules, {key: plan.spec for key, plan in plans.items()}, 0)
     with torch.no_grad():
         for tensor in injected.parameters():
             tensor.normal_()
@@ -122,16 +126,16 @@ def test_a_pattern_that_does_nothing_is_named(modules, blocks, named):
 
 def test_nothing_to_train_is_a_sentence(modules):
     for rates, blocks in (
-        ({"unet": 0.0, "text_encoder": 0.0}, Blocks()),
-        (RATES, Blocks(rates={"": 0.0})),
-        (RATES, Blocks(ranks={"": 0})),
+        ({"unet": 0.0, "text_encoder": 0.0}, BlockOverrides()),
+        (RATES, BlockOverrides(rates={"": 0.0})),
+        (RATES, BlockOverrides(ranks={"": 0})),
     ):
         with pytest.raises(ConfigError, match="Nothing would be trained"):
-            layer_plans(modules, rates, KOHYA, SHAPE, blocks)
+            plan_layers(modules, rates, KOHYA, SHAPE, blocks)
 
 
 def test_a_part_without_patterns_is_left_out_and_one_without_layers_is_refused(modules):
-    plans = layer_plans(modules, RATES, Targets(KOHYA.unet, ""), SHAPE, Blocks())
+    plans = plan_layers(modules, RATES, Targets(KOHYA.unet, ""), SHAPE, BlockOverrides())
     assert {part for part, _ in plans} == {"unet"}
     with pytest.raises(ConfigError, match="The text_encoder of this base has no layer"):
-        layer_plans(modules, RATES, Targets(KOHYA.unet, "nothing"), SHAPE, Blocks())
+        plan_layers(modules, RATES, Targets(KOHYA.unet, "nothing"), SHAPE, BlockOverrides())

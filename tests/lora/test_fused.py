@@ -8,20 +8,20 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from lora_core.backends.int8 import Thinner, int8
-from lora_core.lora.flat_params import Storage
+from lora_core.backends.int8 import WeightPolicy, quantize_int8
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import Injected, inject
-from lora_core.lora.layer import LoraLayer, LoraShape, Moment
+from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.lora.targets import ATTENTION, KOHYA, LOCON, Targets
 from tests.counting import kept_bytes, launches
 from tests.tiny import tiny_text_encoder, tiny_unet
 
-SHAPE = LoraShape(rank=4, alpha=6.0)
+SHAPE = LoraSpec(rank=4, alpha=6.0)
 
 
 def layers_of(
     module: nn.Module, part: str, targets: Targets, stored: bool, std: float = 0.1, apart: bool = False
-) -> tuple[Injected, Storage | None]:
+) -> tuple[Injected, FlatParams | None]:
     """Layers with factors that are not zero, in a storage or not."""
     module.requires_grad_(False)
     injected = inject({part: module}, [part], targets, SHAPE, seed=0)
@@ -29,7 +29,7 @@ def layers_of(
     with torch.no_grad():
         for tensor in injected.parameters():
             tensor.copy_(std * torch.randn(tensor.shape, generator=generator))
-    return injected, Storage([list(injected.layers.values())], apart) if stored else None
+    return injected, FlatParams([list(injected.layers.values())], apart) if stored else None
 
 
 def unet_output(unet: nn.Module) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_it_equals_the_plain_layers(
             made.append(output(module))
             (scale * made[-1].square().mean()).backward()
             if storage is not None:
-                storage.gather()
+                storage.flush_grads()
         found.append((made[0].detach(), gradient(injected)))
     near = 1e-5 if dtype == torch.float32 else 0.03
     for plain, fused in zip(*found, strict=True):
@@ -86,7 +86,7 @@ def test_kept_apart_they_are_the_same_numbers() -> None:
     found = []
     for apart in (False, True):
         unet = tiny_unet()
-        injected, storage = layers_of(unet, "unet", ATTENTION, stored=True, apart=apart)
+        injected, storage = layers_of(unet, "unet", ATTENTION, stored=True, split_a_b=apart)
         unet_output(unet).square().mean().backward()
         found.append(gradient(injected))
     assert torch.equal(*found)
@@ -115,7 +115,7 @@ def test_beside_a_base_in_eight_bits(targets: Targets) -> None:
     found = []
     for stored in (False, True):
         unet = tiny_unet()
-        Thinner(int8).every(unet)
+        WeightPolicy(quantize_int8).apply_to(unet)
         injected, _ = layers_of(unet, "unet", targets, stored)
         unet_output(unet).square().mean().backward()
         found.append(gradient(injected))
@@ -139,37 +139,37 @@ def test_strength_and_no_gradient() -> None:
 
 def test_dropout_takes_the_plain_way() -> None:
     layer = LoraLayer(
-        nn.Linear(6, 5), "x", LoraShape(2, 2.0, dropout=0.5), Moment(first=0, last=3, rows=3), 0
+        nn.Linear(6, 5), "x", LoraSpec(2, 2.0, dropout=0.5), DropoutState(first=0, last=3, rows=3), 0
     )
     nn.init.normal_(layer.up)
     x = torch.randn(3, 6)
     before = layer(x)
-    Storage([[layer]])
+    FlatParams([[layer]])
     assert torch.equal(layer(x), before)
     torch.testing.assert_close(layer.eval()(x), layer.base(x) + x @ layer.down.T @ layer.up.T)
 
 
 def test_a_storage_keeps_all_bits_and_shows_every_change() -> None:
-    layers = [LoraLayer(nn.Linear(6, 5), str(n), LoraShape(2, 2.0), Moment(), 0) for n in range(3)]
+    layers = [LoraLayer(nn.Linear(6, 5), str(n), LoraSpec(2, 2.0), DropoutState(), 0) for n in range(3)]
     before = [(layer.down.detach().clone(), layer.up.detach().clone()) for layer in layers]
-    storage = Storage([layers[:1], layers[1:2]])
+    storage = FlatParams([layers[:1], layers[1:2]])
     for layer, (down, up) in zip(layers, before, strict=True):
         assert torch.equal(layer.down, down)
         assert torch.equal(layer.up, up)
-    assert layers[2].place is None
+    assert layers[2].param_view is None
     assert [len(group) for group in storage.groups] == [22, 22]
-    assert torch.equal(storage.rounded(torch.bfloat16).values, storage.whole.detach().bfloat16())
-    with storage.writing():
+    assert torch.equal(storage.cast(torch.bfloat16).values, storage.data.detach().bfloat16())
+    with storage.mutate():
         layers[1].up.data.fill_(7.0)
-    assert storage.whole[-10:].tolist() == [7.0] * 10
-    assert storage.rounded(torch.bfloat16).values[-1] == 7.0
+    assert storage.data[-10:].tolist() == [7.0] * 10
+    assert storage.cast(torch.bfloat16).values[-1] == 7.0
     storage.groups[1].grad.fill_(2.0)
     storage.step(torch.optim.SGD(storage.groups[1:], lr=1.0))
     assert layers[1].up.flatten().tolist() == [5.0] * 10
-    assert storage.rounded(torch.bfloat16).values[-1] == 5.0
+    assert storage.cast(torch.bfloat16).values[-1] == 5.0
     layers[1].up.data.fill_(6.0)
-    storage.clear()
-    assert storage.rounded(torch.bfloat16).values[-1] == 6.0
+    storage.zero_grad()
+    assert storage.cast(torch.bfloat16).values[-1] == 6.0
     assert layers[1].up.grad is not None
     assert not layers[1].up.grad.any()
 

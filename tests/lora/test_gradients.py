@@ -7,11 +7,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from lora_core.lora.inject import Injected, inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import KOHYA, LOCON, Targets, target_modules
 from tests.tiny import tiny_text_encoder, tiny_unet
 
-SHAPE = LoraShape(rank=4, alpha=6.0)
+SHAPE = LoraSpec(rank=4, alpha=6.0)
 
 
 def _factors(injected: Injected) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, begin_with, begun_layer, inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, fit_to_rank, init_from_lora, inject
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import KOHYA, LOCON
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from tests.tiny import tiny_unet
@@ -14,7 +14,7 @@ CONV = "down_blocks.0.downsamplers.0.conv"
 
 
 def _earlier(rank: int, alpha: float, seed: int = 3, targets=LOCON) -> AdapterWeights:
-    injected = inject({"unet": tiny_unet()}, ["unet"], targets, LoraShape(rank, alpha), seed)
+    injected = inject({"unet": tiny_unet()}, ["unet"], targets, LoraSpec(rank, alpha), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in injected.parameters():
@@ -36,8 +36,8 @@ def test_the_first_step_computes_what_the_merged_file_computes(rank, alpha):
     base = _output(merged)
     Merger({"unet": merged}).apply([LoadedLora(earlier)])
     unet = tiny_unet()
-    injected = inject({"unet": unet}, ["unet"], LOCON, LoraShape(rank, alpha), 7)
-    assert begin_with(injected, earlier, "x.safetensors") == []
+    injected = inject({"unet": unet}, ["unet"], LOCON, LoraSpec(rank, alpha), 7)
+    assert init_from_lora(injected, earlier, "x.safetensors") == []
     torch.testing.assert_close(_output(unet), _output(merged), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(_output(unet), base, atol=1e-3)
     assert {(w.rank, w.alpha) for w in adapter_weights(injected).layers.values()} == {(rank, alpha)}
@@ -45,16 +45,16 @@ def test_the_first_step_computes_what_the_merged_file_computes(rank, alpha):
 
 def test_the_same_rank_and_scale_give_the_factors_bit_for_bit():
     earlier = _earlier(4, 6.0)
-    injected = inject({"unet": tiny_unet()}, ["unet"], LOCON, LoraShape(4, 6.0), 7)
-    begin_with(injected, earlier, "x")
+    injected = inject({"unet": tiny_unet()}, ["unet"], LOCON, LoraSpec(4, 6.0), 7)
+    init_from_lora(injected, earlier, "x")
     for key, layer in adapter_weights(injected).layers.items():
         assert torch.equal(layer.down, earlier.layers[key].down)
         assert torch.equal(layer.up, earlier.layers[key].up)
 
 
 def test_a_higher_rank_has_something_left_to_learn_with():
-    injected = inject({"unet": tiny_unet()}, ["unet"], LOCON, LoraShape(6, 6.0), 7)
-    begin_with(injected, _earlier(4, 4.0), "x")
+    injected = inject({"unet": tiny_unet()}, ["unet"], LOCON, LoraSpec(6, 6.0), 7)
+    init_from_lora(injected, _earlier(4, 4.0), "x")
     for layer in injected.layers.values():
         assert layer.down[4:].flatten(1).norm(dim=1).min() > 0
         assert not layer.up[:, 4:].any()
@@ -70,7 +70,7 @@ def test_a_lower_rank_is_the_best_approximation(shape):
         3.0,
     )
     fresh = LayerWeights(torch.randn(2, *shape[1:]), torch.zeros(shape[0], 2, *tail), 5.0)
-    begun, kept, lost = begun_layer(given, fresh)
+    begun, kept, lost = fit_to_rank(given, fresh)
     # The product itself and torch's own SVD of it.
     whole = (3.0 / 6.0) * (given.up.flatten(1).double() @ given.down.flatten(1).double())
     u, singular, v = torch.linalg.svd(whole, full_matrices=False)
@@ -85,8 +85,8 @@ def test_a_lower_rank_is_the_best_approximation(shape):
 
 def test_a_cut_is_told_with_what_is_left_of_it():
     earlier = _earlier(4, 6.0)
-    injected = inject({"unet": tiny_unet()}, ["unet"], LOCON, LoraShape(2, 2.0), 7)
-    (note,) = begin_with(injected, earlier, "x.safetensors")
+    injected = inject({"unet": tiny_unet()}, ["unet"], LOCON, LoraSpec(2, 2.0), 7)
+    (note,) = init_from_lora(injected, earlier, "x.safetensors")
     whole = sum(float(layer.delta().square().sum()) for layer in earlier.layers.values())
     rest = sum(float(layer.delta().square().sum()) for layer in adapter_weights(injected).layers.values())
     assert f"{len(injected.layers)} layers of x.safetensors" in note
@@ -96,12 +96,12 @@ def test_a_cut_is_told_with_what_is_left_of_it():
 def test_layers_of_one_side_only(monkeypatch):
     """What the file lacks starts fresh; what the run lacks is counted in a sentence."""
     unet = tiny_unet()
-    injected = inject({"unet": unet}, ["unet"], LOCON, LoraShape(4, 4.0), 7)
-    assert begin_with(injected, _earlier(4, 4.0, targets=KOHYA), "x") == []
+    injected = inject({"unet": unet}, ["unet"], LOCON, LoraSpec(4, 4.0), 7)
+    assert init_from_lora(injected, _earlier(4, 4.0, targets=KOHYA), "x") == []
     assert not injected.layers["unet", CONV].up.any()
-    injected = inject({"unet": tiny_unet()}, ["unet"], KOHYA, LoraShape(4, 4.0), 7)
+    injected = inject({"unet": tiny_unet()}, ["unet"], KOHYA, LoraSpec(4, 4.0), 7)
     earlier = _earlier(4, 4.0)
-    (note,) = begin_with(injected, earlier, "x")
+    (note,) = init_from_lora(injected, earlier, "x")
     assert note.startswith(f"{len(earlier.layers) - 48} of the {len(earlier.layers)} layers of x are not")
 
 
@@ -110,19 +110,19 @@ def test_a_linear_layer_may_stand_in_for_a_small_convolution():
     name = "mid_block.attentions.0.proj_in"
     layer = _earlier(4, 4.0, targets=KOHYA).layers["unet", name]
     flat = LayerWeights(layer.down.flatten(1), layer.up.flatten(1), layer.alpha)
-    injected = inject({"unet": tiny_unet()}, ["unet"], KOHYA, LoraShape(4, 4.0), 7)
-    begin_with(injected, AdapterWeights({("unet", name): flat}), "x")
+    injected = inject({"unet": tiny_unet()}, ["unet"], KOHYA, LoraSpec(4, 4.0), 7)
+    init_from_lora(injected, AdapterWeights({("unet", name): flat}), "x")
     assert torch.equal(injected.layers["unet", name].layer_weights().delta(), layer.delta())
 
 
 def test_what_does_not_fit_is_refused():
-    injected = inject({"unet": tiny_unet()}, ["unet"], KOHYA, LoraShape(4, 4.0), 7)
+    injected = inject({"unet": tiny_unet()}, ["unet"], KOHYA, LoraSpec(4, 4.0), 7)
     name = "mid_block.attentions.0.proj_in"
     wrong = AdapterWeights({("unet", name): LayerWeights(torch.ones(2, 7), torch.ones(5, 2), 1.0)})
     with pytest.raises(
         AdapterFileError, match=r"x cannot be continued: its layer unet\.mid_block.*another base"
     ):
-        begin_with(injected, wrong, "x")
+        init_from_lora(injected, wrong, "x")
     other = AdapterWeights({("text_encoder", "x"): LayerWeights(torch.ones(2, 7), torch.ones(5, 2), 1.0)})
     with pytest.raises(AdapterFileError, match="none of the layers"):
-        begin_with(injected, other, "x")
+        init_from_lora(injected, other, "x")

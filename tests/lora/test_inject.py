@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from lora_core.backends.int8 import ThinConv2d, ThinLinear, Thinner
+from lora_core.backends.int8 import CompactConv2d, CompactLinear, WeightPolicy
 from lora_core.errors import AdapterFileError
 from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject, remove
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import KOHYA, layer_by_path
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from tests.tiny import tiny_text_encoder, tiny_unet
@@ -12,7 +12,7 @@ from tests.tiny import tiny_text_encoder, tiny_unet
 
 def _adapter(seed: int, rank: int = 3) -> AdapterWeights:
     modules = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
-    injected = inject(modules, ["unet", "text_encoder"], KOHYA, LoraShape(rank, 2.0 * rank), seed)
+    injected = inject(modules, ["unet", "text_encoder"], KOHYA, LoraSpec(rank, 2.0 * rank), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in injected.parameters():
@@ -33,7 +33,7 @@ def modules():
 
 
 def test_merged_equals_unmerged(modules):
-    injected = inject(modules, ["unet"], KOHYA, LoraShape(3, 6.0), 0)
+    injected = inject(modules, ["unet"], KOHYA, LoraSpec(3, 6.0), 0)
     with torch.no_grad():
         for tensor in injected.parameters():
             tensor.normal_(std=0.05)
@@ -46,7 +46,7 @@ def test_merged_equals_unmerged(modules):
         merger.apply([LoadedLora(weights, strength)])
         torch.testing.assert_close(_output(modules["unet"]), unmerged, rtol=1e-4, atol=1e-5)
         merger.apply([])
-        injected = inject(modules, ["unet"], KOHYA, LoraShape(3, 6.0), 0)
+        injected = inject(modules, ["unet"], KOHYA, LoraSpec(3, 6.0), 0)
         for key, layer in injected.layers.items():
             layer.from_layer_weights(weights.layers[key])
 
@@ -75,7 +75,7 @@ def test_merging_again_does_not_drift(modules):
 def test_factors_beside_a_frozen_weight_are_what_merging_gives_and_depend_on_no_history(modules):
     """The way of a card: each use of a layer makes the sum anew. Thin layers do so anywhere."""
     plain = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
-    Thinner().every(modules["unet"])
+    WeightPolicy().apply_to(modules["unet"])
     before = _output(modules["unet"])
     beside, merged = Merger(modules), Merger(plain)
     adapters = [LoadedLora(_adapter(1), 0.7), LoadedLora(_adapter(2, rank=5), -0.4)]
@@ -92,8 +92,8 @@ def test_factors_beside_a_frozen_weight_are_what_merging_gives_and_depend_on_no_
     assert torch.equal(_output(modules["unet"]), before)
     frozen = dict(tiny_unet().named_parameters())
     for path, layer in modules["unet"].named_modules():
-        if isinstance(layer, ThinLinear | ThinConv2d):
-            assert torch.equal(layer.frozen(), frozen[f"{path}.weight"])
+        if isinstance(layer, CompactLinear | CompactConv2d):
+            assert torch.equal(layer.dequantize(), frozen[f"{path}.weight"])
 
 
 def test_two_adapters_add_up(modules):
@@ -164,7 +164,7 @@ def test_several_adapters_add_up_exactly_in_any_order(modules):
 
 def test_merged_adapters_and_live_layers_do_not_touch_each_other(modules):
     """The live layer's update comes on top of the merged weight, and its factors stay as they are."""
-    injected = inject(modules, ["unet"], KOHYA, LoraShape(3, 6.0), 0)
+    injected = inject(modules, ["unet"], KOHYA, LoraSpec(3, 6.0), 0)
     with torch.no_grad():
         for tensor in injected.parameters():
             tensor.normal_(std=0.05)

@@ -5,7 +5,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.inject import adapter_weights, inject, load_weights, remove
-from lora_core.lora.layer import LoraLayer, LoraShape, Moment
+from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.lora.targets import ATTENTION, KOHYA, Targets, target_modules
 from tests.tiny import tiny_text_encoder, tiny_unet
 
@@ -13,7 +13,7 @@ from tests.tiny import tiny_text_encoder, tiny_unet
 def _layer(base=None, moment=None, **drop):
     torch.manual_seed(0)
     layer = LoraLayer(
-        base or nn.Linear(6, 5), "unet/x", LoraShape(3, 3.0, **drop), moment or Moment(7), seed=1
+        base or nn.Linear(6, 5), "unet/x", LoraSpec(3, 3.0, **drop), moment or DropoutState(7), seed=1
     )
     with torch.no_grad():
         layer.up.normal_(generator=torch.Generator().manual_seed(2))
@@ -22,7 +22,7 @@ def _layer(base=None, moment=None, **drop):
 
 def test_a_fresh_layer_is_the_base_bit_for_bit():
     base = nn.Linear(6, 5)
-    layer = LoraLayer(base, "unet/x", LoraShape(3, 3.0), Moment(), seed=1)
+    layer = LoraLayer(base, "unet/x", LoraSpec(3, 3.0), DropoutState(), seed=1)
     x = torch.randn(4, 6)
     assert torch.equal(layer(x), base(x))
 
@@ -31,7 +31,7 @@ def test_a_fresh_layer_is_the_base_bit_for_bit():
     "base", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, stride=2, padding=1), nn.Conv2d(6, 5, 1)]
 )
 def test_the_update_is_alpha_over_rank_times_up_times_down(base):
-    layer = LoraLayer(base, "unet/x", LoraShape(2, 6.0), Moment(), seed=1)
+    layer = LoraLayer(base, "unet/x", LoraSpec(2, 6.0), DropoutState(), seed=1)
     with torch.no_grad():
         layer.up.normal_()
     x = torch.randn(2, 6, 8, 8) if isinstance(base, nn.Conv2d) else torch.randn(4, 6)
@@ -45,7 +45,7 @@ def test_the_update_is_alpha_over_rank_times_up_times_down(base):
 
 
 def test_the_start_follows_from_seed_and_name_alone():
-    starts = [LoraLayer(nn.Linear(6, 5), name, LoraShape(3, 3.0), Moment(), seed).down for name, seed in
+    starts = [LoraLayer(nn.Linear(6, 5), name, LoraSpec(3, 3.0), DropoutState(), seed).down for name, seed in
               (("a", 1), ("a", 1), ("b", 1), ("a", 2))]  # fmt: skip
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
@@ -55,7 +55,7 @@ def test_the_start_follows_from_seed_and_name_alone():
 
 @pytest.mark.parametrize("drop", [{"dropout": 0.5}, {"rank_dropout": 0.5}, {"module_dropout": 0.5}])
 def test_dropout_follows_from_the_moment_and_keeps_the_mean(drop):
-    moment = Moment(7)
+    moment = DropoutState(7)
     layer = _layer(moment=moment, **drop)
     x = torch.randn(3, 6)
     first = layer(x)
@@ -71,8 +71,8 @@ def test_dropout_follows_from_the_moment_and_keeps_the_mean(drop):
 
 def test_the_masks_of_earlier_versions_come_again_on_a_processor():
     """Values computed with version 0.1: a run that began with it resumes bit for bit."""
-    moment = Moment(7)
-    shape = LoraShape(3, 3.0, dropout=0.5, rank_dropout=0.3, module_dropout=0.2)
+    moment = DropoutState(7)
+    shape = LoraSpec(3, 3.0, dropout=0.5, rank_dropout=0.3, module_dropout=0.2)
     layer = LoraLayer(nn.Linear(6, 5), "unet/x", shape, moment, seed=1)
     with torch.no_grad():
         for weight, value in ((layer.weight, 0), (layer.bias, 0), (layer.down, 1), (layer.up, 1)):
@@ -99,7 +99,7 @@ def test_a_checkpointed_layer_draws_the_same_mask_again():
 
 def test_a_bf16_base_keeps_fp32_factors():
     base = nn.Linear(6, 5).bfloat16()
-    layer = LoraLayer(base, "unet/x", LoraShape(3, 3.0), Moment(), seed=1)
+    layer = LoraLayer(base, "unet/x", LoraSpec(3, 3.0), DropoutState(), seed=1)
     assert layer.down.dtype == layer.up.dtype == torch.float32
     assert layer(torch.randn(2, 6).bfloat16()).dtype == torch.bfloat16
 
@@ -119,7 +119,7 @@ def test_targets_find_the_layers_of_both_parts():
 def test_inject_and_remove_leave_the_base_as_it_was():
     unet = tiny_unet()
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
-    injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraShape(2, 2.0), 0)
+    injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraSpec(2, 2.0), 0)
     assert set(unet.state_dict()) != set(before)
     remove({"unet": unet}, injected)
     assert set(unet.state_dict()) == set(before)
@@ -127,19 +127,19 @@ def test_inject_and_remove_leave_the_base_as_it_was():
 
 
 def test_weights_go_out_and_in_bit_for_bit():
-    first = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraShape(2, 2.0), 0)
+    first = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraSpec(2, 2.0), 0)
     with torch.no_grad():
         for tensor in first.parameters():
             tensor.normal_()
-    second = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraShape(2, 2.0), 9)
+    second = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraSpec(2, 2.0), 9)
     load_weights(second, adapter_weights(first))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_what_does_not_fit_is_refused():
-    other = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraShape(3, 2.0), 0)
-    mine = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraShape(2, 2.0), 0)
+    other = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraSpec(3, 2.0), 0)
+    mine = inject({"unet": tiny_unet()}, ["unet"], ATTENTION, LoraSpec(2, 2.0), 0)
     with pytest.raises(AdapterFileError, match="other shapes"):
         load_weights(mine, adapter_weights(other))
     with pytest.raises(ConfigError, match="no layer"):
-        inject({"unet": tiny_unet()}, ["unet"], Targets("nothing", "nothing"), LoraShape(2, 2.0), 0)
+        inject({"unet": tiny_unet()}, ["unet"], Targets("nothing", "nothing"), LoraSpec(2, 2.0), 0)

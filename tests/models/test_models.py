@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_core.errors import ModelFileError
 from lora_core.models import device
 from lora_core.models.device import compute_deterministically, dtype_of
-from lora_core.models.encode import decoded_latents, encoded_picture, text_condition, token_chunks
+from lora_core.models.encode import decode_latents, encode_image, encode_prompt, token_chunks
 from lora_core.models.load import load_base, open_base
 from lora_core.models.noise_schedule import NoiseSchedule
 from tests.tiny import tiny_folder
@@ -35,21 +35,21 @@ def base(folder):
 
 def test_an_sd1_folder_opens_frozen_and_says_what_it_is(base):
     assert base.family.name == "sd15"
-    assert base.noise.prediction == "epsilon"
-    assert (base.pixels_a_latent, base.size_multiple, base.resolution, base.latent_channels) == (2, 4, 16, 4)
+    assert base.noise.objective == "epsilon"
+    assert (base.vae_scale_factor, base.size_multiple, base.resolution, base.latent_channels) == (2, 4, 16, 4)
     assert not any(p.requires_grad for m in (*base.modules.values(), base.vae) for p in m.parameters())
 
 
 def test_the_embedded_base_is_v_prediction_with_zero_terminal_snr():
     base = load_base("demo", CPU, torch.float32)
     assert base.family.name == "tiny"
-    assert base.noise.prediction == "v_prediction"
+    assert base.noise.objective == "v_prediction"
     assert base.noise.alphas_cumprod[-1] == 0
     assert base.resolution == 128
 
 
 def test_a_setting_overrules_the_prediction(folder):
-    assert load_base(str(folder), CPU, torch.float32, "v_prediction").noise.prediction == "v_prediction"
+    assert load_base(str(folder), CPU, torch.float32, "v_prediction").noise.objective == "v_prediction"
 
 
 def test_the_base_may_be_bf16_but_the_vae_stays_fp32(folder):
@@ -101,7 +101,7 @@ def test_noise_and_target_are_those_of_diffusers(prediction, zero_snr):
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
         prediction_type=prediction, rescale_betas_zero_snr=zero_snr,
     )  # fmt: skip
-    schedule = NoiseSchedule.of(scheduler)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
     latents, noise = torch.randn(2, 3, 4, 8, 8)
     timesteps = torch.tensor([0, 500, 999])
     torch.testing.assert_close(
@@ -115,7 +115,7 @@ def test_captions_are_encoded_as_the_diffusers_pipeline_does(base, folder):
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     for caption in ("", "owl, noto style, on a white background", "x " * 200):
         theirs = pipeline.encode_prompt(caption, CPU, 1, False)[0]
-        torch.testing.assert_close(text_condition(base, [caption]).context, theirs)
+        torch.testing.assert_close(encode_prompt(base, [caption]).context, theirs)
 
 
 def test_clip_skip_takes_an_earlier_layer_and_norms_it(base):
@@ -128,8 +128,8 @@ def test_clip_skip_takes_an_earlier_layer_and_norms_it(base):
     inner.encoder.config.num_hidden_layers = 1
     with torch.no_grad():
         shorter = encoder(input_ids=ids).last_hidden_state
-        torch.testing.assert_close(text_condition(base, ["owl"], clip_skip=2).context, shorter)
-        assert not torch.allclose(text_condition(base, ["owl"]).context, shorter)
+        torch.testing.assert_close(encode_prompt(base, ["owl"], clip_skip=2).context, shorter)
+        assert not torch.allclose(encode_prompt(base, ["owl"]).context, shorter)
 
 
 def test_long_captions_go_in_chunks_with_a_begin_and_an_end_each(base):
@@ -141,16 +141,16 @@ def test_long_captions_go_in_chunks_with_a_begin_and_an_end_each(base):
     words = [int((row == chunks[0, 1]).sum()) for row in chunks]
     assert words == [75, 25, 0]
     assert chunks[1, 26] == tokenizer.eos_token_id
-    assert text_condition(base, [long, "short"], tokens=225).context.shape == (2, 231, 768)
+    assert encode_prompt(base, [long, "short"], tokens=225).context.shape == (2, 231, 768)
 
 
 def test_pictures_come_back_through_the_vae():
     base = load_base("demo", CPU, torch.float32)
     pixels = torch.full((3, 64, 96), 0.5)
-    latents = encoded_picture(base, pixels)
+    latents = encode_image(base, pixels)
     assert latents.shape == (4, 8, 12)
     assert latents.dtype == torch.float32
-    back = decoded_latents(base, latents[None])
+    back = decode_latents(base, latents[None])
     assert back.shape == (1, 3, 64, 96)
     assert 0 <= back.min() <= back.max() <= 1
 
@@ -225,7 +225,7 @@ def test_images_are_encoded_without_tf32(base):
         lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
     ):
         before = torch.backends.cudnn.allow_tf32
-        encoded_picture(base, torch.zeros(3, 16, 16))
+        encode_image(base, torch.zeros(3, 16, 16))
     assert seen == [False]
     assert torch.backends.cudnn.allow_tf32 == before
 

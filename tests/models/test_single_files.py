@@ -15,9 +15,9 @@ from lora_core.errors import ModelFileError
 from lora_core.generate.pipeline import Picture, sample_latents
 from lora_core.model_files.detect import base_facts
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import negative_condition, text_condition
+from lora_core.models.encode import encode_negative_prompt, encode_prompt
 from lora_core.models.load import load_base
-from lora_core.models.unet import prediction
+from lora_core.models.unet import predict_noise
 from tests.checkpoints import components, original_names, scheduler_config, write_folder, write_single
 
 CPU = torch.device("cpu")
@@ -64,19 +64,20 @@ def test_a_file_and_a_folder_of_the_same_weights_are_the_same_base(made, name):
     folder, file = (opened(path) for path in made(name))
     assert folder.family is file.family is FAMILIES[name]
     assert (folder.resolution, folder.size_multiple) == (file.resolution, file.size_multiple)
-    assert folder.noise.prediction == file.noise.prediction == FAMILIES[name].prediction
+    assert folder.noise.objective == file.noise.objective == FAMILIES[name].prediction
     captions = ["a cat", "", "Ünusual wörds, 日本 and a (long:1.2) tail " * 12]
     for tokens in (75, 150, 225):
-        mine, theirs = (text_condition(base, captions, 1, tokens) for base in (file, folder))
+        mine, theirs = (encode_prompt(base, captions, 1, tokens) for base in (file, folder))
         assert torch.equal(mine.context, theirs.context)
         assert mine.context.shape == (3, tokens // 75 * 77, FAMILIES[name].context_width)
         assert (mine.pooled is None) == (theirs.pooled is None)
         assert mine.pooled is None or torch.equal(mine.pooled, theirs.pooled)
     latents, timesteps = torch.randn(3, 4, 16, 8), torch.tensor([1, 500, 999])
-    condition = text_condition(file, captions)
+    condition = encode_prompt(file, captions)
     with torch.no_grad():
         assert torch.equal(
-            prediction(file, latents, timesteps, condition), prediction(folder, latents, timesteps, condition)
+            predict_noise(file, latents, timesteps, condition),
+            predict_noise(folder, latents, timesteps, condition),
         )
         pixels = torch.randn(1, 3, 32, 32)
         assert torch.equal(
@@ -110,13 +111,13 @@ def test_captions_and_pictures_are_those_of_the_diffusers_pipeline(made, name):
             context, _, pooled, _ = pipeline.encode_prompt(
                 caption, device=CPU, do_classifier_free_guidance=False
             )
-            torch.testing.assert_close(text_condition(base, [caption]).pooled, pooled)
+            torch.testing.assert_close(encode_prompt(base, [caption]).pooled, pooled)
         else:
             context = pipeline.encode_prompt(caption, CPU, 1, False)[0]
-        torch.testing.assert_close(text_condition(base, [caption]).context, context)
+        torch.testing.assert_close(encode_prompt(base, [caption]).context, context)
     how = Picture(seed=5, steps=2, cfg=4.0, width=128, height=64)
     with torch.no_grad():
-        mine = sample_latents(base, how, text_condition(base, ["an owl"]), negative_condition(base, ""))
+        mine = sample_latents(base, how, encode_prompt(base, ["an owl"]), encode_negative_prompt(base, ""))
     noise = torch.randn(mine.shape, generator=torch.Generator().manual_seed(5))
     theirs = pipeline(
         "an owl",
@@ -160,7 +161,7 @@ class TestPrediction:
     def test_a_setting_wins(self, sd2):
         facts = base_facts(str(sd2), "epsilon")
         assert (facts.prediction, facts.resolution, facts.family.name) == ("epsilon", 512, "sd2")
-        assert opened(sd2, prediction="epsilon").noise.prediction == "epsilon"
+        assert opened(sd2, prediction="epsilon").noise.objective == "epsilon"
 
     @pytest.mark.parametrize("place", ["scheduler_config.json", "scheduler/scheduler_config.json"])
     def test_a_config_beside_the_file_counts(self, sd2, tmp_path, place):
@@ -206,7 +207,7 @@ class TestPrediction:
         file = write_single(tmp_path / "x.safetensors", "sdxl", torch.float16, markers=("v_pred", "ztsnr"))
         base = opened(file)
         file.unlink()
-        assert base.noise.prediction == "v_prediction"
+        assert base.noise.objective == "v_prediction"
         assert base.noise.alphas_cumprod[-1] == 0
         assert base.scheduler_config["timestep_spacing"] == "trailing"
 
@@ -388,5 +389,5 @@ def test_folders_of_older_and_of_sharded_kinds_open(tmp_path, made):
     for part in ("unet", "vae"):
         mine, theirs = (getattr(base, part).state_dict() for base in (again, reference))
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-    assert torch.equal(text_condition(again, ["x"]).context, text_condition(reference, ["x"]).context)
+    assert torch.equal(encode_prompt(again, ["x"]).context, encode_prompt(reference, ["x"]).context)
     shutil.rmtree(folder)

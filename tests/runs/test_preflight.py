@@ -17,7 +17,7 @@ from lora_core.data.dataset import open_dataset
 from lora_core.errors import RunError
 from lora_core.model_files import sizes
 from lora_core.model_files.detect import base_facts
-from lora_core.model_files.sizes import base_numbers
+from lora_core.model_files.sizes import count_base_parameters
 from lora_core.model_files.starting_settings import preset, preset_names
 from lora_core.runs import preflight as light
 from lora_core.runs import preflight as rates
@@ -126,7 +126,7 @@ def test_how_many_numbers_a_base_is() -> None:
     assert facts is not None
     files = list(DEMO_BASE.glob("*/*.safetensors"))
     assert len(files) == 3
-    assert base_numbers(facts) == sum(t.numel() for file in files for t in load_file(file).values())
+    assert count_base_parameters(facts) == sum(t.numel() for file in files for t in load_file(file).values())
 
 
 def test_the_lora_to_go_on_with_is_for_this_family(config: RunConfig, tmp_path: Path) -> None:

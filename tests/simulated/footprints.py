@@ -17,9 +17,9 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_core.backends.int8 import BLOCKS
-from lora_core.lora.flat_params import Storage
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import named_targets
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.settings.choices import TARGETS
@@ -76,10 +76,10 @@ def step_bytes(family: Family, targets: str, rank: int, checkpointing: bool) -> 
         if checkpointing:
             unet.enable_gradient_checkpointing()
         injected = inject(
-            {"unet": unet}, ["unet"], named_targets(targets, family), LoraShape(rank, float(rank)), 0
+            {"unet": unet}, ["unet"], named_targets(targets, family), LoraSpec(rank, float(rank)), 0
         )
-        storage = Storage([list(injected.layers.values())])
-        storage.rounded(torch.bfloat16)
+        storage = FlatParams([list(injected.layers.values())])
+        storage.cast(torch.bfloat16)
         gc.collect()
         card.clear()
         before = card.live
@@ -101,15 +101,15 @@ def footprint(family: Family) -> dict[str, Any]:
     side = family.resolution
     pixels = (side // 8) ** 2
     unet, vae, encoders = components(family)
-    thin = [
+    blocks = [
         layer.weight.numel()
         for name, layer in unet.named_modules()
         if name.startswith(BLOCKS) and type(layer) in (nn.Linear, nn.Conv2d)
     ]
     row: dict[str, Any] = {
         "unet": sum(p.numel() for p in unet.parameters()),
-        "thin": sum(thin),
-        "largest": max(thin),
+        "blocks": sum(blocks),
+        "largest": max(blocks),
         "text": sum(p.numel() for encoder in encoders for p in encoder.parameters()),
         "vae": sum(p.numel() for p in vae.parameters()),
     }

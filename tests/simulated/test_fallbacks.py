@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_core.backends import offload
-from lora_core.backends.int8 import Thinner, int8
+from lora_core.backends.int8 import WeightPolicy, quantize_int8
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import SPARE, cap_memory
 from lora_core.models.load import open_base
@@ -41,8 +41,8 @@ def test_offloading_takes_fixed_memory_and_has_the_same_bits(
     with SimulatedDevice() as card:
         card.pinnable = pinnable
         unet.to("cuda")
-        kept = offload.HostDepot(CUDA)
-        Thinner(None, kept).every(unet)
+        kept = offload.PinnedStore(CUDA)
+        WeightPolicy(None, kept).apply_to(unet)
         found = [gradient(unet, "cuda") for _ in range(2)]
         assert card.pinned <= (0 if pinnable == 0 else weights * 1.1 + offload.SLAB)
         assert all(torch.equal(one, wanted) for one in found)
@@ -50,7 +50,7 @@ def test_offloading_takes_fixed_memory_and_has_the_same_bits(
 
 def test_fetching_allocates_nothing_once_buffers_are_there() -> None:
     with SimulatedDevice() as card:
-        kept = offload.HostDepot(CUDA)
+        kept = offload.PinnedStore(CUDA)
         weights = [torch.full((64, size), float(size)) for size in (8, 32, 16, 24, 8)]
         fetch = [kept.put(weight) for weight in weights]
         for one in fetch:
@@ -63,22 +63,22 @@ def test_fetching_allocates_nothing_once_buffers_are_there() -> None:
         assert card.live == offload.BUFFERS * 64 * 32 * 4
 
 
-@pytest.mark.parametrize("how", [None, int8], ids=["whole", "int8"])
+@pytest.mark.parametrize("how", [None, quantize_int8], ids=["whole", "int8"])
 def test_a_base_that_is_too_large_is_refused_before_it_is_read(how, tmp_path: Path) -> None:
     folder = str(tiny_folder(tmp_path / "base"))
-    thin = Thinner(how)
+    policy = WeightPolicy(how)
     with SimulatedDevice() as card:
-        base = open_base(folder, CUDA, BF16, thin=thin)
-        need = thin.resident_bytes(base.unet, BF16)
+        base = open_base(folder, CUDA, BF16, policy=policy)
+        need = policy.resident_bytes(base.unet, BF16)
         before = card.live
         base.load("unet")
         # Blocks of 512 bytes for each tensor, and the scales of 8 bits.
         assert need <= card.live - before <= need * 1.1 + 512 * len(list(base.unet.modules())) * 2
         card.others = card.total - SPARE - card.live - need + 1
         with pytest.raises(OutOfMemory, match="does not fit into the graphics memory"):
-            open_base(folder, CUDA, BF16, thin=thin)
+            open_base(folder, CUDA, BF16, policy=policy)
         card.others -= 1
-        open_base(folder, CUDA, BF16, thin=thin)
+        open_base(folder, CUDA, BF16, policy=policy)
 
 
 @pytest.mark.parametrize(("times", "rungs"), [(1, []), (2, [["vae aside", 0]])])

@@ -17,12 +17,12 @@ from torch import nn
 from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.lora.flat_params import Storage
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import named_targets
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import TextCondition, decoded_latents, encoded_picture
+from lora_core.models.encode import PromptEmbeds, decode_latents, encode_image
 from lora_core.models.load import BaseModel, streamline
 from lora_core.models.noise_schedule import NoiseSchedule
 from lora_core.settings.schema import LossSection
@@ -66,7 +66,7 @@ def opened(family_name: str, card: SimulatedDevice) -> tuple[BaseModel, dict[str
         }
     base = BaseModel(
         name=family_name, path=configs, family=family, unet=unet, vae=vae, text_encoders=encoders,
-        tokenizers={}, noise=NoiseSchedule.of(DDPMScheduler()), scheduler_config={}, device=card.device,
+        tokenizers={}, noise=NoiseSchedule.from_scheduler(DDPMScheduler()), scheduler_config={}, device=card.device,
         dtype=bf16, facts=None,
     )  # fmt: skip
     parts = {
@@ -80,24 +80,24 @@ def opened(family_name: str, card: SimulatedDevice) -> tuple[BaseModel, dict[str
 def stepping(base: BaseModel, side: int, targets: str, checkpointing: bool) -> Callable[[], None]:
     """A whole step of a base with an adapter in its UNet."""
     family = base.family
-    layers = inject(base.modules, ["unet"], named_targets(targets, family), LoraShape(16, 16.0), 0).layers
+    layers = inject(base.modules, ["unet"], named_targets(targets, family), LoraSpec(16, 16.0), 0).layers
     streamline(base.unet)
     ready_for_training(base, checkpointing)
-    storage = Storage([list(layers.values())])
+    storage = FlatParams([list(layers.values())])
     optimizer = torch.optim.AdamW(storage.groups, fused=True)
     width = base.unet.config["cross_attention_dim"]
     pooled = torch.randn(1, 1280) if family.size_conditioning else None
-    text = TextCondition(torch.randn(1, 77, width), pooled).to(base.device)
+    text = PromptEmbeds(torch.randn(1, 77, width), pooled).to(base.device)
     latents = torch.zeros(1, 4, side // 8, side // 8)
     sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)
 
     def step() -> None:
-        storage.clear()
-        draw = drawn(latents, base.noise.timesteps, 0.0, torch.Generator())
+        storage.zero_grad()
+        draw = drawn(latents, base.noise.num_timesteps, 0.0, torch.Generator())
         picture_losses(base, latents, text, draw, LossSection(), sizes).sum().backward()
-        storage.gather()
+        storage.flush_grads()
         norm = nn.utils.get_total_norm([storage.grads])
-        nn.utils.clip_grads_with_norm_(storage.whole, 1.0, norm)
+        nn.utils.clip_grads_with_norm_(storage.data, 1.0, norm)
         storage.step(optimizer)
 
     return step
@@ -115,8 +115,8 @@ def test_each_phase_takes_the_memory_that_forecasts_assume(family: str, side: in
             found[phase] = (card.peak - without) / GIB
 
         takes("vae", parts["vae"])
-        takes("encode", lambda: encoded_picture(base, torch.zeros(3, side, side)))
-        takes("decode", lambda: decoded_latents(base, torch.zeros(1, 4, side // 8, side // 8)))
+        takes("encode", lambda: encode_image(base, torch.zeros(3, side, side)))
+        takes("decode", lambda: decode_latents(base, torch.zeros(1, 4, side // 8, side // 8)))
         base.vae = None  # type: ignore[assignment]
         del parts["vae"]
         takes("text encoders", parts["text encoders"], card.live)

@@ -22,14 +22,14 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from app.worker_client import Worker
-from lora_core.backends.int8 import Thinner, is_packed
+from lora_core.backends.int8 import WeightPolicy, is_quantized
 from lora_core.generate import pipeline as artists
 from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Picture, Pipeline, sample_latents
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.targets import named_targets, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import decoded_latents, negative_condition, text_condition
+from lora_core.models.encode import decode_latents, encode_negative_prompt, encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.noise_schedule import NoiseSchedule
 from lora_core.settings.choices import SAMPLERS
@@ -76,7 +76,7 @@ def on_processor() -> BaseModel:
 def test_a_step_of_a_sampler_waits_for_nothing(name: str, on_processor: BaseModel) -> None:
     def latents(base: BaseModel) -> torch.Tensor:
         with torch.no_grad():
-            text, negative = text_condition(base, ["owl"]), negative_condition(base, "")
+            text, negative = encode_prompt(base, ["owl"]), encode_negative_prompt(base, "")
         card.clear()
         picture = Picture(3, 5, 3.0, name, 64, 64, 0.7)
         return sample_latents(base, picture, text, negative)
@@ -147,7 +147,7 @@ def test_a_card_that_runs_out_draws_on_in_less_memory(on_processor: BaseModel) -
             assert next(bases.text_encoders["text_encoder"].parameters()).device.type == "cpu"
         card.fail_at = card.allocations + 50
         assert np.abs(drawn(artist, 0.8) - wanted).mean() < 8
-        assert (artist.kept, is_packed(bases.unet)) == (INT8, True)
+        assert (artist.kept, is_quantized(bases.unet)) == (INT8, True)
         assert "8 bits" in artist.note
         card.fail_at = card.allocations + 50
         with pytest.raises(torch.OutOfMemoryError):
@@ -160,17 +160,17 @@ def test_a_picture_is_decoded_by_tiles_where_it_does_not_fit_whole(on_processor:
         for _ in range(3):
             latents = nn.functional.avg_pool2d(latents, 3, 1, 1)
         latents = latents / latents.std()
-    whole = decoded_latents(on_processor, latents)
+    whole = decode_latents(on_processor, latents)
     with SimulatedDevice() as card:
         base = load_base("demo", card.device, torch.float32)
         card.clear()
-        decoded_latents(base, latents.to("cuda"))
+        decode_latents(base, latents.to("cuda"))
         peak = card.peak
         card.limit = peak - 2**20
-        tiled = decoded_latents(base, latents.to("cuda"))
+        tiled = decode_latents(base, latents.to("cuda"))
         assert base.decode_tile == 256
         card.clear()
-        assert torch.equal(decoded_latents(base, latents.to("cuda")), tiled)
+        assert torch.equal(decode_latents(base, latents.to("cuda")), tiled)
         assert card.failures == 1, "it is not tried again"
         assert card.peak < peak
     assert tiled.shape == whole.shape
@@ -198,7 +198,7 @@ def test_the_drawing_process_gives_way_and_draws_the_same_when_it_comes_back(tmp
 def test_an_sdxl_lora_is_seen_under_seven_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     """At true shapes, 1024 px, bf16, kohya's layers at rank 16; all of it took 13.7 GiB once."""
     with SimulatedDevice(gib=7, numbers=False) as card, torch.no_grad():
-        weights = adapter(shapes_of("sdxl", Thinner()), rank=16)
+        weights = adapter(shapes_of("sdxl", WeightPolicy()), rank=16)
         monkeypatch.setattr(artists, "open_base", lambda *asked: shapes_of("sdxl", asked[5]))
         artist = artists.open_pipeline(GenerationRequest(), lambda same, rank: same)
         artist._adapter = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
@@ -213,7 +213,7 @@ def test_an_sdxl_lora_is_seen_under_seven_gib(monkeypatch: pytest.MonkeyPatch) -
         assert card.peak < 6.1 * GIB
 
 
-def shapes_of(family_name: str, thin: Thinner) -> BaseModel:
+def shapes_of(family_name: str, policy: WeightPolicy) -> BaseModel:
     """A base at its true shapes, bf16, whose weights are read onto the card with nothing in them."""
     family = FAMILIES[family_name]
     configs = FAMILY_CONFIGS / family.configs
@@ -238,8 +238,8 @@ def shapes_of(family_name: str, thin: Thinner) -> BaseModel:
             parent, _, leaf = name.rpartition(".")
             held = torch.empty(parameter.shape, dtype=dtype, device="cuda")
             setattr(module.get_submodule(parent), leaf, nn.Parameter(held, requires_grad=False))
-            if thin and module is unet and leaf == "weight":
-                thin.layer(module, parent)
+            if policy and module is unet and leaf == "weight":
+                policy.apply_to_layer(module, parent)
         module.to("cuda")
 
     parts = {"unet": unet, "vae": vae, **encoders}
@@ -253,6 +253,6 @@ def shapes_of(family_name: str, thin: Thinner) -> BaseModel:
     facts: Any = SimpleNamespace(resolution=1024, cfg_rescale=lambda asked: 0.0)
     return BaseModel(
         family_name, Path(), family, unet.eval(), vae.eval(), {k: v.eval() for k, v in encoders.items()},
-        tokenizers, NoiseSchedule.of(DDPMScheduler.from_config(scheduler)), scheduler, torch.device("cuda"),
+        tokenizers, NoiseSchedule.from_scheduler(DDPMScheduler.from_config(scheduler)), scheduler, torch.device("cuda"),
         torch.bfloat16, facts, waiting,
     )  # fmt: skip

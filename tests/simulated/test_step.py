@@ -8,9 +8,9 @@ from accelerate import init_empty_weights
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from lora_core.lora.flat_params import Storage
+from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import ATTENTION
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.load import streamline
@@ -67,18 +67,18 @@ def test_launches_of_a_step_of_stable_diffusion_at_512_px() -> None:
             weight = torch.empty(shape, dtype=torch.bfloat16, device=card.device)
             setattr(unet.get_submodule(parent), leaf, nn.Parameter(weight, requires_grad=False))
         streamline(unet)
-        injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraShape(16, 16.0), 0)
-        storage = Storage([list(injected.layers.values())])
+        injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraSpec(16, 16.0), 0)
+        storage = FlatParams([list(injected.layers.values())])
         optimizer = torch.optim.AdamW(storage.groups, fused=True)
         noisy, target = (torch.zeros(1, 4, 64, 64).to(card.device) for _ in range(2))
         timesteps, context = torch.zeros(1).to(card.device), torch.zeros(1, 77, 768).to(card.device)
 
         def step() -> None:
-            storage.clear()
+            storage.zero_grad()
             given = (noisy.bfloat16(), timesteps, context.bfloat16())
             output = unet.train()(*given, return_dict=False)[0]
             nn.functional.mse_loss(output.float(), target).backward()
-            storage.gather()
+            storage.flush_grads()
             torch.linalg.vector_norm(storage.grads)
             storage.grads.mul_(0.5)
             storage.step(optimizer)

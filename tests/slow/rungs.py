@@ -60,10 +60,10 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from torch import nn
 
-    from lora_core.backends.int8 import Thinner, int8
-    from lora_core.backends.offload import FileDepot
+    from lora_core.backends.int8 import WeightPolicy, quantize_int8
+    from lora_core.backends.offload import FileStore
     from lora_core.lora.inject import inject
-    from lora_core.lora.layer import LoraShape
+    from lora_core.lora.layer import LoraSpec
     from lora_core.lora.targets import ATTENTION
 
     torch.set_num_threads(1)
@@ -74,19 +74,19 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
     with init_empty_weights(include_buffers=False):
         unet = UNet2DConditionModel(**UNETS[size]).requires_grad_(False)
     folder = TemporaryDirectory(dir=ROOT / "tests")
-    thin = Thinner(
-        int8 if rung in ("int8", "int8+offload", "all") else None,
-        FileDepot(torch.device("cpu"), Path(folder.name)) if "offload" in rung or rung == "all" else None,
+    policy = WeightPolicy(
+        quantize_int8 if rung in ("int8", "int8+offload", "all") else None,
+        FileStore(torch.device("cpu"), Path(folder.name)) if "offload" in rung or rung == "all" else None,
     )
     torch.manual_seed(0)
     for name, parameter in list(unet.named_parameters()):
         path, _, leaf = name.rpartition(".")
         value = torch.randn(parameter.shape, dtype=dtype) / max(1, parameter[0].numel()) ** 0.5
         setattr(unet.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
-        if thin and leaf == "weight":
-            thin.layer(unet, path)
+        if policy and leaf == "weight":
+            policy.apply_to_layer(unet, path)
     numbers = sum(p.numel() for p in unet.parameters())
-    injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraShape(16, 16.0), 1)
+    injected = inject({"unet": unet}, ["unet"], ATTENTION, LoraSpec(16, 16.0), 1)
     unet.train()
     if rung in ("checkpointing", "all"):
         unet.enable_gradient_checkpointing()

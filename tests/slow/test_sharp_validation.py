@@ -17,7 +17,7 @@ from lora_core.formats.io import read_adapter
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.starting_settings import starting_settings
-from lora_core.models.encode import TextCondition, text_condition
+from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -86,8 +86,8 @@ def population(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def losses(base: BaseModel, pictures: list[EvalImage], adapter: AdapterWeights | None) -> torch.Tensor:
-    def condition(caption: str) -> TextCondition:
-        return text_condition(base, [caption])
+    def condition(caption: str) -> PromptEmbeds:
+        return encode_prompt(base, [caption])
 
     merger = Merger(base.modules)
     merger.apply([LoadedLora(adapter)] if adapter else [])
@@ -143,7 +143,7 @@ def test_pairs_are_sharper_than_losses_that_are_not_paired(
     generator = torch.Generator().manual_seed(5)
 
     def free(picture: EvalImage) -> EvalImage:
-        steps = torch.randint(0, base.noise.timesteps, (8,), generator=generator)
+        steps = torch.randint(0, base.noise.num_timesteps, (8,), generator=generator)
         noise = torch.randn(8, *picture.latents.shape, generator=generator)
         return EvalImage(picture.latents, EvalNoise(steps, noise), picture.caption, picture.sizes)
 

@@ -273,27 +273,27 @@ def trained(folder: Path, pictures: Path) -> Path:
     from lora_core.data.dataset import scan
     from lora_core.evaluate.validator import encode_eval_images
     from lora_core.lora.inject import adapter_weights, inject
-    from lora_core.lora.layer import LoraShape
+    from lora_core.lora.layer import LoraSpec
     from lora_core.lora.targets import ATTENTION
-    from lora_core.models.encode import text_condition
+    from lora_core.models.encode import encode_prompt
     from lora_core.models.load import load_base
-    from lora_core.models.unet import prediction
+    from lora_core.models.unet import predict_noise
 
     base = load_base("demo", torch.device("cpu"), torch.float32)
     looks = encode_eval_images(base, scan(pictures).records, 2, 0)
-    injected = inject(base.modules, ["unet"], ATTENTION, LoraShape(4, 4.0), 0)
+    injected = inject(base.modules, ["unet"], ATTENTION, LoraSpec(4, 4.0), 0)
     optimizer = torch.optim.Adam(injected.parameters(), 2e-3)
     for _ in range(3):
         for picture in looks:
             noise, at = picture.looks.noise, picture.looks.timesteps
             latents = picture.latents.expand_as(noise)
             noisy, target = (
-                base.noise.noisy_latents(latents, noise, at),
+                base.noise.add_noise(latents, noise, at),
                 base.noise.target(latents, noise, at),
             )
-            text = text_condition(base, [picture.caption]).expand(len(noise))
+            text = encode_prompt(base, [picture.caption]).expand(len(noise))
             with torch.enable_grad():
-                loss = (prediction(base, noisy, at, text, None) - target).square().mean()
+                loss = (predict_noise(base, noisy, at, text, None) - target).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

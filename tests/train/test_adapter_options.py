@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.formats.io import read_adapter, read_tensors, write_adapter
 from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject
-from lora_core.lora.layer import LoraShape
+from lora_core.lora.layer import LoraSpec
 from lora_core.lora.targets import KOHYA
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES
-from lora_core.models.encode import text_condition
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import load_base
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
@@ -214,7 +214,7 @@ def earlier(tmp_path_factory) -> Path:
     """A LoRA of rank 3 for the embedded base, as another tool might have written it."""
     base = load_base("demo", torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(0)
-    injected = inject(base.modules, ["unet", "text_encoder"], KOHYA, LoraShape(3, 1.5), 0)
+    injected = inject(base.modules, ["unet", "text_encoder"], KOHYA, LoraSpec(3, 1.5), 0)
     with torch.no_grad():
         for tensor in injected.parameters():
             tensor.copy_(0.05 * torch.randn(tensor.shape, generator=generator))
@@ -241,13 +241,13 @@ def test_a_run_starts_as_the_file_that_it_continues(tmp_path, config, earlier, r
     for module in base.modules.values():
         module.eval()
     with torch.no_grad():
-        mine = _outputs(base, text_condition(base, ["dot"]))
+        mine = _outputs(base, encode_prompt(base, ["dot"]))
     merged = load_base("demo", torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        plain = _outputs(merged, text_condition(merged, ["dot"]))
+        plain = _outputs(merged, encode_prompt(merged, ["dot"]))
     Merger(merged.modules).apply([LoadedLora(read_adapter(earlier, merged.family))])
     with torch.no_grad():
-        theirs = _outputs(merged, text_condition(merged, ["dot"]))
+        theirs = _outputs(merged, encode_prompt(merged, ["dot"]))
     for one, other, without in zip(mine, theirs, plain, strict=True):
         assert float((one - other).norm() / other.norm()) < 1e-5
         assert float((one - without).norm() / without.norm()) > 1e-3

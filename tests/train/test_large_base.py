@@ -12,7 +12,7 @@ from PIL import Image
 from lora_core.lora.inject import adapter_weights
 from lora_core.model_files.detect import base_facts
 from lora_core.model_files.starting_settings import starting_settings
-from lora_core.models.encode import text_condition
+from lora_core.models.encode import encode_prompt
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.train import loss
@@ -77,7 +77,7 @@ def test_frozen_encoders_are_cached_with_their_pooled_text_and_leave_memory(tmp_
     assert {part for part, _ in session.trainee.injected.layers} == {"unet"}
     fresh = _session(tmp_path / "other", config.changed(BOTH)).trainee.base
     with torch.no_grad():
-        expected = text_condition(fresh, ["thing a", ""])
+        expected = encode_prompt(fresh, ["thing a", ""])
     found = session.text.conditions(["thing a", ""])
     torch.testing.assert_close(found.context, expected.context, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-4, atol=1e-5)

@@ -174,7 +174,7 @@ def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(tmp_path, conf
         )
     else:
         calls = []
-        layer.place = None  # the plain way, where autograd calls hooks
+        layer.param_view = None  # the plain way, where autograd calls hooks
         layer.up.register_hook(
             lambda grad: grad * float("nan") if calls.append(1) or len(calls) == 2 else grad
         )
@@ -202,7 +202,7 @@ def test_a_scaler_that_searches_its_scale_is_no_trouble(tmp_path, config):
     trainee = session.trainee
     trainee.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainee.average = Average(trainee.injected, trainee.storage, 0.5)
-    trainee.storage.whole.data.add_(1.0)
+    trainee.storage.data.data.add_(1.0)
     averages = trainee.average.weights()
     steps = list(training_steps(trainee, session.batches, session.text, StepPlan.of(config, 3), 0))
     assert [step.trouble for step in steps] == ["", "", ""]
@@ -210,7 +210,7 @@ def test_a_scaler_that_searches_its_scale_is_no_trouble(tmp_path, config):
     assert _equal(trainee.average.weights(), averages), "a step that was passed over is none to average"
     trainee.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     layer = next(iter(trainee.injected.layers.values()))
-    layer.place = None  # the plain way, where autograd calls hooks
+    layer.param_view = None  # the plain way, where autograd calls hooks
     layer.up.register_hook(lambda grad: grad * float("inf"))
     steps = list(training_steps(trainee, session.batches, session.text, StepPlan.of(config, 2), 0))
     assert all("gradient" in step.trouble for step in steps)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lora_core.backends import onednn
-from lora_core.backends.int8 import is_moved, is_packed
+from lora_core.backends.int8 import is_offloaded, is_quantized
 from lora_core.backends.onednn import PLAIN, WINOGRAD, is_prepacked
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import out_of_memory
@@ -87,7 +87,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(own_toy: Toy, random: bo
     found = []
     for split in (1, 2, 3, 4):
         trainee.split = split
-        trainee.storage.clear()
+        trainee.storage.zero_grad()
         part = micro_batch(trainee, session.batches, session.text, plan, 3)
         grads = torch.cat([p.grad.flatten() for p in trainee.injected.parameters() if p.grad is not None])
         found.append((torch.cat(part.losses), part.timesteps, grads))
@@ -105,7 +105,7 @@ def test_checkpointing_has_the_gradient_of_the_whole(own_toy: Toy) -> None:
     found = []
     rung = next(rung for rung in LADDER if rung.name == "checkpointing")
     for _ in range(2):
-        trainee.storage.clear()
+        trainee.storage.zero_grad()
         micro_batch(trainee, session.batches, session.text, plan, 3)
         found.append(torch.cat([p.grad.flatten() for p in trainee.injected.parameters()]))
         rung.take(trainee)
@@ -279,8 +279,8 @@ def room_beside(kept: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kept", "by_hand", "rungs"),
     [
-        (is_packed, {"train__quantise": "int8"}, ["int8"]),
-        (is_moved, {"train__quantise": "int8", "train__offload": True}, ["int8", "offload"]),
+        (is_quantized, {"train__quantise": "int8"}, ["int8"]),
+        (is_offloaded, {"train__quantise": "int8", "train__offload": True}, ["int8", "offload"]),
     ],
     ids=["int8", "int8 and offload"],
 )

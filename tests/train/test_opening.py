@@ -9,7 +9,7 @@ import torch
 
 from lora_core.errors import OutOfMemory
 from lora_core.models import load
-from lora_core.models.encode import encoded_picture
+from lora_core.models.encode import encode_image
 from lora_core.models.load import load_base, open_base
 from lora_core.train import data, setup
 from lora_core.train.setup import Plan
@@ -114,7 +114,7 @@ def test_pictures_that_do_not_fit_the_card_are_encoded_on_the_processor(own_toy:
     def encode(base, pixels):
         if not moved:
             raise FULL
-        return encoded_picture(base, pixels)
+        return encode_image(base, pixels)
 
     def put(base, part, device):
         moved.append(f"{part} {device}")

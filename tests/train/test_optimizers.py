@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_weights
-from lora_core.lora.layer import LoraLayer, LoraShape, Moment
+from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
 from lora_core.settings.choices import OPTIMIZERS, Choice
 from lora_core.settings.schema import OptimSection
@@ -80,9 +80,9 @@ def trainee_of(
 ) -> Trainee:
     """One layer with its optimizer, as a run has them."""
     torch.manual_seed(0)
-    shape = LoraShape(4, 4.0)
-    layer = LoraLayer(nn.Linear(12, 10).to(dtype).requires_grad_(False), "x", shape, Moment(), 0)
-    injected = Injected({KEY: layer}, Moment())
+    shape = LoraSpec(4, 4.0)
+    layer = LoraLayer(nn.Linear(12, 10).to(dtype).requires_grad_(False), "x", shape, DropoutState(), 0)
+    injected = Injected({KEY: layer}, DropoutState())
     base: Any = SimpleNamespace(family=FAMILIES["sd15"], device=torch.device(on), dtype=dtype)
     optim = OptimSection(name=name, lr=rate, text_encoder_lr=0.0, lora_plus=lora_plus)
     plan = AdapterPlan({KEY: LayerPlan(shape, rate)}, None, "", [])
@@ -100,10 +100,10 @@ def learned(trainee: Trainee, steps: int = STEPS) -> float:
     update = x.float() @ inner @ outer / 12**0.5
     target = layer.base(x).float() + update
     for step in range(steps):
-        trainee.storage.clear()
+        trainee.storage.zero_grad()
         loss = (layer(x).float() - target).square().mean()
         trainee.scaler.scale(loss).backward()
-        trainee.storage.gather()
+        trainee.storage.flush_grads()
         part = MicroBatch(["a"], torch.zeros(1), [loss.detach()[None]])
         _, trouble = take_step(trainee, 1.0, [part], step + 1)
         assert not trouble
@@ -173,6 +173,6 @@ def test_whatever_writes_the_factors_is_seen() -> None:
     assert current()
     load_weights(trainee.injected, start)
     assert torch.equal(layer(x), before)
-    with storage.writing() as numbers:
+    with storage.mutate() as numbers:
         numbers.numpy()[:] = 1.0
     assert current()

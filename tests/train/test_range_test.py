@@ -87,7 +87,7 @@ def test_it_leaves_everything_as_it_was(
     config = run.config()
     session = prepared(run, config, Plan.of(run, config), lambda *told: None)
     trainee = session.trainee
-    before = trainee.storage.whole.detach().clone()
+    before = trainee.storage.data.detach().clone()
     average = trainee.average
 
     def say(phase: str, done: int, total: int) -> None:
@@ -99,7 +99,7 @@ def test_it_leaves_everything_as_it_was(
         assert fails_at is None
     except KeyboardInterrupt:
         assert fails_at
-    assert torch.equal(trainee.storage.whole, before)
+    assert torch.equal(trainee.storage.data, before)
     assert not trainee.storage.grads.any()
     assert not trainee.optimizer.state
     assert [group["lr"] for group in trainee.optimizer.param_groups] == [config.optim.lr]

@@ -80,7 +80,7 @@ def test_min_snr_by_default_depends_on_the_prediction():
 
 def test_by_default_the_last_timestep_of_zero_terminal_snr_has_weight():
     noise = _schedule("v_prediction")
-    weights = min_snr_weight(noise, torch.arange(4), LossSection().gamma(noise.prediction))
+    weights = min_snr_weight(noise, torch.arange(4), LossSection().gamma(noise.objective))
     assert weights.tolist() == [1.0] * 4
 
 

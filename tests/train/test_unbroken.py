@@ -166,13 +166,13 @@ def test_average_and_raw_adapter_are_both_sampled_measured_and_exported(own_toy:
 def test_the_average_follows_its_formula(own_toy: Toy) -> None:
     import torch
 
-    from lora_core.lora.flat_params import Storage
+    from lora_core.lora.flat_params import FlatParams
     from lora_core.lora.inject import Injected
-    from lora_core.lora.layer import LoraLayer, LoraShape, Moment
+    from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
     from lora_core.train.loop import Average
 
-    layer = LoraLayer(torch.nn.Linear(3, 3), "x", LoraShape(1, 1.0), Moment(), 0)
-    average = Average(Injected({("unet", "x"): layer}, Moment()), Storage([[layer]]), 0.5)
+    layer = LoraLayer(torch.nn.Linear(3, 3), "x", LoraSpec(1, 1.0), DropoutState(), 0)
+    average = Average(Injected({("unet", "x"): layer}, DropoutState()), FlatParams([[layer]]), 0.5)
     with torch.no_grad():
         layer.up.fill_(1.0)
     mean = 0.0

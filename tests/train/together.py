@@ -55,14 +55,14 @@ def worst_difference(folder: Path, fellows: Fellows, name: str) -> dict[str, flo
     session = prepared(run, config, plan, lambda phase, done, total: None)
     trainee = session.trainee
     trainee.split = 2 if name == SPLIT else 1
-    trainee.storage.whole.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(3))
+    trainee.storage.data.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(3))
     how = (session.batches, session.text, StepPlan.of(config, 12), 4)
     alone = trainee.storage, own_parts(trainee, *how)
     gradient, losses = alone[0].grads.clone(), _losses(alone[1])
     trainee.fellows = fellows
     if not fellows.main:
         assert fellows.told().step == 4
-        trainee.storage.whole.detach().zero_()
+        trainee.storage.data.detach().zero_()
     together = shared_parts(trainee, *how)
     return {
         "gradient": float((trainee.storage.grads - gradient).norm() / gradient.norm()),
