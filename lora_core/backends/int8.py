@@ -1,9 +1,9 @@
-"""Thin layers: frozen ones whose weight takes less of the device's memory, in 8 bits or waiting elsewhere, or
-has low-rank updates beside it.
+"""Compact layers: frozen weights that take less of the device's memory, in 8 bits or offloaded.
 
-The weight is made whole where it is needed, once in the forward pass and once in the backward pass, and let
-go at once. Autograd keeps nothing of it: a library that makes it whole inside the forward pass has every
-whole weight kept until the backward pass, and gains nothing where one trains.
+A weight is made whole where it is needed, once in the forward pass and once in the backward pass, and let go
+at once. Autograd keeps nothing of it: a library that makes it whole inside the forward pass has every whole
+weight kept until the backward pass, and gains nothing for training. Low-rank updates can be added to the
+weight as it is made whole, which previews use.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_input
 
+from lora_core.backends.base import FrozenModule, conv2d_grads, copy_conv_settings, replace_submodule
 from lora_core.backends.offload import OffloadStore
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -24,16 +23,16 @@ Update = tuple[torch.Tensor, torch.Tensor, float]
 """up (out, r), down (r, in) and the factor of their product."""
 
 BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
-"""Where in a UNet layers are made thin: its first and last ones and those of the timestep are small, and
+"""Where in a UNet layers are made compact: its first and last ones and those of the timestep are small, and
 errors in them spread to everything."""
 LEVELS = 127
 
 
 def quantize_int8(weight: torch.Tensor) -> Quantized:
-    """Round a weight (out, ...) to 255 levels, those of each output spread over its largest number.
+    """Round a weight (out, ...) to 255 levels, spread for each output over its largest element.
 
-    The error of a number is at most about 1/254 of the largest of its output. The scale of a weight in bf16
-    is in bf16 too: all levels are whole numbers that bf16 has, so that the product is made in one go, with
+    The error of an element is at most about 1/254 of the largest of its output. The scale of a weight in bf16
+    is in bf16 too: all levels are integers that bf16 has, so that the product needs one multiplication and
     one rounding. fp16 is too short for small scales.
     """
     rows = weight.detach().float().flatten(1)
@@ -44,21 +43,7 @@ def quantize_int8(weight: torch.Tensor) -> Quantized:
     return packed, scale.reshape(-1, *[1] * (weight.dim() - 1))
 
 
-class _Product(torch.autograd.Function):
-    """What a thin layer does to its input. Only the input has a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: "ThinLinear | ThinConv2d") -> torch.Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer.product(x, layer.whole())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.layer.pulled_back(grad, ctx.layer.whole(), ctx.shape), None
-
-
-class _Compact(nn.Module):
+class _Compact(FrozenModule):
     """What both kinds share: how the weight is kept."""
 
     data: torch.Tensor | None
@@ -69,91 +54,85 @@ class _Compact(nn.Module):
         self.dtype, self.shape = weight.dtype, weight.shape
         self.updates: list[Update] = []
         """Added to the weight as it is made whole, which leaves what is kept untouched."""
-        self.depot: OffloadStore | None = None
+        self.store: OffloadStore | None = None
         self.fetch: Callable[[], torch.Tensor] | None = None
         self.register_buffer("data", weight.detach(), persistent=False)
         self.register_buffer("scale", None, persistent=False)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "_Thin":
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "_Compact":
         self.updates = [(fn(up), fn(down), factor) for up, down, factor in self.updates]
         result: _Compact = super()._apply(fn, recurse)
         return result
 
-    def frozen(self) -> torch.Tensor:
+    def dequantize(self) -> torch.Tensor:
         """The whole weight without its updates."""
         kept = self.fetch() if self.fetch is not None else self.data
         assert kept is not None
         return kept if self.scale is None else (kept * self.scale).to(self.dtype)
 
-    def whole(self) -> torch.Tensor:
+    def materialize(self) -> torch.Tensor:
         """The whole weight, made anew each time: W + sum of factor * up @ down."""
-        weight = self.frozen()
+        weight = self.dequantize()
         for up, down, factor in self.updates:
             weight = torch.addmm(weight.flatten(1), up, down, alpha=factor).view(self.shape)
         return weight
 
-    weight: Any = property(whole)
+    weight: Any = property(materialize)
 
-    def pack(self, how: Callable[[torch.Tensor], Quantized]) -> None:
-        """Keep the weight packed, where it lies."""
-        self.data, self.scale = how(self.frozen())
-        if self.depot is not None:
-            self.move(self.depot)
+    def quantize(self, how: Callable[[torch.Tensor], Quantized]) -> None:
+        """Keep the weight in fewer bits, where it is now."""
+        self.data, self.scale = how(self.dequantize())
+        if self.store is not None:
+            self.offload(self.store)
 
-    def move(self, depot: OffloadStore) -> None:
-        """Keep what is kept in `depot`."""
+    def offload(self, store: OffloadStore) -> None:
+        """Keep what is kept in `store`."""
         assert self.data is not None
-        self.depot, self.fetch = depot, depot.put(self.data)
+        self.store, self.fetch = store, store.put(self.data)
         self.data = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As the layer that it stands for."""
-        result: torch.Tensor = _Product.apply(x, self)
-        return result
 
 
 class CompactLinear(_Compact, nn.Linear):
     """A frozen linear layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        """Stand for `layer`, its weight as it is."""
+        """Replace `layer`, its weight as it is."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
         self.keep(layer.weight)
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward_frozen(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, self.materialize(), self.bias)
 
-    def pulled_back(self, grad: torch.Tensor, weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def input_grad(self, grad_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The gradient of the input from that of the output."""
-        return (grad.flatten(0, -2) @ weight).reshape(shape)
+        return (grad_output.flatten(0, -2) @ self.materialize()).reshape(x.shape)
 
 
 class CompactConv2d(_Compact, nn.Conv2d):
-    """A frozen convolution that pads with zeros."""
+    """A frozen convolution with zero padding."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        """Stand for `layer`, its weight as it is."""
+        """Replace `layer`, its weight as it is."""
         nn.Module.__init__(self)
-        for name in (*nn.Conv2d.__constants__, "transposed"):
-            setattr(self, name, getattr(layer, name))
+        copy_conv_settings(self, layer)
         self.bias = layer.bias
         self.keep(layer.weight)
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward_frozen(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, h, w) to (B, out, h', w')."""
+        weight = self.materialize()
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def pulled_back(self, grad: torch.Tensor, weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def input_grad(self, grad_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The gradient of the input from that of the output."""
-        more: Any = (self.stride, self.padding, self.dilation, self.groups)
-        return conv2d_input(shape, weight, grad, *more)
+        return conv2d_grads(grad_output, x, self.materialize(), self, (True, False))[0]
 
 
 def as_compact(layer: nn.Module) -> CompactLinear | CompactConv2d | None:
-    """A thin layer with the weight of `layer`, which may be one already; None where there is no such kind."""
+    """A compact layer with the weight of `layer`, which may be one already; None for other layers."""
     if isinstance(layer, CompactLinear | CompactConv2d):
         return layer
     if type(layer) is nn.Linear:
@@ -164,7 +143,7 @@ def as_compact(layer: nn.Module) -> CompactLinear | CompactConv2d | None:
 
 
 def compact_layers(unet: nn.Module) -> list[CompactLinear | CompactConv2d]:
-    """The thin layers of a UNet, in its own order."""
+    """The compact layers of a UNet, in its own order."""
     return [layer for layer in unet.modules() if isinstance(layer, CompactLinear | CompactConv2d)]
 
 
@@ -174,51 +153,50 @@ def is_quantized(unet: nn.Module) -> bool:
 
 
 def is_offloaded(unet: nn.Module) -> bool:
-    """Whether the blocks of a UNet wait outside of the device."""
+    """Whether the blocks of a UNet are offloaded."""
     return any(layer.fetch is not None for layer in compact_layers(unet))
 
 
 class WeightPolicy:
-    """Makes the layers of a UNet thin in the same way, whether all at once or as each is read."""
+    """How the weights of a UNet's blocks are kept: in fewer bits, offloaded, both, or as they are."""
 
     def __init__(
-        self, how: Callable[[torch.Tensor], Quantized] | None = None, depot: OffloadStore | None = None
+        self, quantize: Callable[[torch.Tensor], Quantized] | None = None, store: OffloadStore | None = None
     ) -> None:
-        """Pack weights by `how` and keep them in `depot`, each where there is one."""
-        self.how = how
-        self.depot = depot
+        """Quantize weights by `quantize` and keep them in `store`, where given."""
+        self.quantize = quantize
+        self.store = store
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
-        return self.how is not None or self.depot is not None
+        return self.quantize is not None or self.store is not None
 
     def resident_bytes(self, root: nn.Module, dtype: torch.dtype) -> int:
-        """Bytes that the weights of a UNet take on the device in `dtype`, made thin like this."""
+        """Bytes that the weights of a UNet take on the device in `dtype`, kept like this."""
         total = 0
         for path, layer in root.named_modules():
-            thin = bool(self) and path.startswith(BLOCKS) and as_compact(layer) is not None
+            compact = bool(self) and path.startswith(BLOCKS) and as_compact(layer) is not None
             for name, parameter in layer.named_parameters(recurse=False):
                 width = dtype.itemsize
-                if thin and name == "weight":
-                    width = 0 if self.depot is not None else 1
+                if compact and name == "weight":
+                    width = 0 if self.store is not None else 1
                 total += parameter.numel() * width
         return total
 
-    def layer(self, root: nn.Module, path: str) -> None:
-        """Make the layer at `path` thin, where it is one that can be."""
+    def apply_to_layer(self, root: nn.Module, path: str) -> None:
+        """Make the layer at `path` compact, if it can be."""
         if not path.startswith(BLOCKS):
             return
-        parent, _, child = path.rpartition(".")
         layer = as_compact(root.get_submodule(path))
         if layer is None:
             return
-        if self.how is not None and layer.scale is None:
-            layer.pack(self.how)
-        if self.depot is not None and layer.fetch is None:
-            layer.move(self.depot)
-        setattr(root.get_submodule(parent), child, layer)
+        if self.quantize is not None and layer.scale is None:
+            layer.quantize(self.quantize)
+        if self.store is not None and layer.fetch is None:
+            layer.offload(self.store)
+        replace_submodule(root, path, layer)
 
-    def every(self, unet: nn.Module) -> None:
-        """Make all layers of a UNet thin, those inside adapted ones too."""
+    def apply_to(self, unet: nn.Module) -> None:
+        """Make all layers of a UNet compact, those inside adapted ones too."""
         for path in [path for path, _ in unet.named_modules()]:
-            self.layer(unet, path)
+            self.apply_to_layer(unet, path)

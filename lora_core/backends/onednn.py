@@ -1,13 +1,21 @@
-"""Convolutions of 3 x 3 with 4 / 9 of the multiplications: Winograd's F(2 x 2, 3 x 3).
+"""Frozen layers on a processor: weights laid out once for oneDNN, and Winograd convolutions in fp32.
 
-The picture is cut into tiles of 4 x 4 that overlap by two; each gives 2 x 2 of the output. Tiles and kernels
-are transformed, multiplied point by point, which for all channels together are 16 products of matrices, and
-the products are transformed back. A frozen kernel is transformed once. Transforming a tile takes additions
-alone; they are done as products with small matrices of 0, 1 and -1, which is the fastest way that torch has.
+oneDNN lays a weight out anew in every call otherwise, which for the small images and single batches of
+training takes up to half of the time. A weight is laid out twice, for the forward pass and, transposed, for
+the backward pass; the plain one stays. This pays for large weights only. The operators are private to torch:
+`is_available` compares them once with the plain layers, and everything stays plain if they are missing or
+compute something else.
 
+Winograd's F(2 x 2, 3 x 3) needs 4 / 9 of the multiplications of a 3 x 3 convolution. The image is cut into
+tiles of 4 x 4 that overlap by two; each gives 2 x 2 of the output. Tiles and kernels are transformed,
+multiplied point by point, which for all channels together are 16 matrix products, and the products are
+transformed back. A frozen kernel is transformed once. Transforming a tile takes additions only; they are
+done as products with small matrices of 0, 1 and -1, which is the fastest way that torch has.
 Source: Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks", section 4.1.
 """
 
+import functools
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,11 +23,15 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
+from lora_core.backends.base import FrozenModule, copy_conv_settings, replace_submodule
 from lora_core.model_files.sizes import PREPACKED_COPIES, PREPACKED_SPARE
 
+logger = logging.getLogger(__name__)
+
+TESTED_TORCH = (2, 8), (2, 13)
+"""The first and the last minor version of torch whose private operators were tested; see pyproject.toml."""
 TILE, STEP = 4, 2
 AT_ONCE = 128
 """So many tiles are worked at together: more fall out of the processor's cache between two passes."""
@@ -83,15 +95,6 @@ def _convolve(padded: torch.Tensor, kernel: torch.Tensor, y: torch.Tensor) -> No
     y.unflatten(2, (rows, STEP)).unflatten(4, (columns, STEP)).copy_(made.permute(3, 2, 4, 0, 5, 1))
 
 
-# Prepacked layers: frozen weights laid out once as a processor's matrix kernels want them.
-#
-# oneDNN lays a weight out anew in every call otherwise, which for the small pictures and single batches of
-# training takes up to half of the time. The weight is laid out twice, for the forward pass and, transposed,
-# for the backward pass; the plain one stays, for whoever asks for it. It pays for large weights alone:
-# small ones are laid out in no time, and a layout that fits all sizes of pictures can be worse for them
-# than their own.
-
-
 FORMATS = (torch.float32, torch.bfloat16)
 PLAIN, DIRECT, WINOGRAD = "plain", "direct", "winograd"
 """How the weights of a run are laid out: not at all; as oneDNN wants them; the same, and kernels of 3 as
@@ -107,120 +110,146 @@ NOTHING_AFTER: tuple[Any, ...] = ("none", [], "")
 """oneDNN can follow a product by another operation; these layers have none."""
 
 
-class _Product(torch.autograd.Function):
-    """What a prepacked layer does to its input. Only the input has a gradient, and nothing is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: "PrepackedLinear | PrepackedConv2d") -> torch.Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer.product(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.layer.pulled_back(grad, ctx.shape), None
-
-
-class OneDnnLinear(nn.Linear):
+class OneDnnLinear(FrozenModule, nn.Linear):
     """A frozen linear layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        """Stand for `layer`."""
+        """Replace `layer`."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight, self.bias = layer.weight, layer.bias
         self.plain = (layer,)
         weight = layer.weight.detach()
-        self._forth = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        self._back = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous(), None)
+        self._forward_weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._backward_weight = torch.ops.mkldnn._reorder_linear_weight(weight.T.contiguous(), None)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_frozen(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out), without autograd."""
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._forth, self.bias, *NOTHING_AFTER)
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._forward_weight, self.bias, *NOTHING_AFTER
+        )
         return y
 
-    def pulled_back(self, grad: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
+    def input_grad(self, grad_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The gradient of the input from that of the output."""
-        x: torch.Tensor = torch.ops.mkldnn._linear_pointwise(grad, self._back, None, *NOTHING_AFTER)
-        return x
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As the layer that it stands for."""
-        result: torch.Tensor = _Product.apply(x, self)
-        return result
+        x_grad: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            grad_output, self._backward_weight, None, *NOTHING_AFTER
+        )
+        return x_grad
 
 
-class OneDnnConv2d(nn.Conv2d):
+class OneDnnConv2d(FrozenModule, nn.Conv2d):
     """A frozen convolution.
 
-    Each layout is made when a picture first needs it: one is enough as a rule.
+    Each layout is made when an image first needs it: usually one is enough.
 
     Where the size stays, the gradient of the input is a convolution too, with the kernel turned around and
     inputs and outputs exchanged; elsewhere it is torch's own, from the plain weight.
     """
 
     def __init__(self, layer: nn.Conv2d, by_winograd: bool = False) -> None:
-        """Stand for `layer`, which pads with zeros and has one group; `by_winograd` where it fits."""
+        """Replace `layer`, which has zero padding and one group; `by_winograd` where it fits."""
         nn.Module.__init__(self)
-        for name in (*nn.Conv2d.__constants__, "transposed"):
-            setattr(self, name, getattr(layer, name))
+        copy_conv_settings(self, layer)
         self.weight, self.bias = layer.weight, layer.bias
         self.plain = (layer,)
-        self._how: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
+        self._settings: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
         self.by_winograd = by_winograd and winograd_fits(layer)
-        self._turns_back = _keeps_size(layer)
-        self._kept: dict[tuple[bool, bool], torch.Tensor] = {}
+        self._grad_is_convolution = _keeps_size(layer)
+        self._weights: dict[tuple[bool, bool], torch.Tensor] = {}
 
-    def _laid_out(self, back: bool, by_winograd: bool) -> torch.Tensor:
-        """The weight, or what takes gradients back, in one of the layouts."""
-        kind = (back, by_winograd)
-        if kind not in self._kept:
-            weight = self.weight.detach()
-            if back:
-                weight = weight.transpose(0, 1).flip(2, 3).contiguous()
-            if by_winograd:
-                self._kept[kind] = transform_kernel(weight)
-            else:
-                lay_out: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-                picture = [1, weight.shape[1], SIDE, SIDE]
-                self._kept[kind] = lay_out(weight.to_mkldnn(), *self._how, picture)
-        return self._kept[kind]
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_frozen(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, h, w) to (B, out, h', w'), without autograd."""
-        return self._convolved(x, False, self.bias)
+        return self._convolve(x, False, self.bias)
 
-    def pulled_back(self, grad: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """The gradient of the input, which has this shape, from that of the output."""
-        if self._turns_back:
-            return self._convolved(grad, True, None)
-        padding, *more = self._how
-        return conv2d_input(shape, self.weight, grad, more[0], padding, *more[1:])
+    def input_grad(self, grad_output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The gradient of the input from that of the output."""
+        if self._grad_is_convolution:
+            return self._convolve(grad_output, True, None)
+        padding, *more = self._settings
+        return conv2d_input(x.shape, self.weight, grad_output, more[0], padding, *more[1:])
 
-    def _convolved(self, x: torch.Tensor, back: bool, bias: torch.Tensor | None) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor, backward: bool, bias: torch.Tensor | None) -> torch.Tensor:
         by_winograd = self.by_winograd and winograd_pays(x.shape)
-        weight = self._laid_out(back, by_winograd)
+        weight = self._packed(backward, by_winograd)
         if by_winograd:
             return winograd_conv2d(x, weight, bias)
-        y: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *self._how, *NOTHING_AFTER)
+        y: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
+            x, weight, bias, *self._settings, *NOTHING_AFTER
+        )
         return y
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As the layer that it stands for."""
-        result: torch.Tensor = _Product.apply(x, self)
-        return result
+    def _packed(self, backward: bool, by_winograd: bool) -> torch.Tensor:
+        """The weight of the forward pass, or of the gradient, in one of the layouts."""
+        kind = (backward, by_winograd)
+        if kind not in self._weights:
+            weight = self.weight.detach()
+            if backward:
+                weight = weight.transpose(0, 1).flip(2, 3).contiguous()
+            if by_winograd:
+                self._weights[kind] = transform_kernel(weight)
+            else:
+                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+                shape = [1, weight.shape[1], SIDE, SIDE]
+                self._weights[kind] = reorder(weight.to_mkldnn(), *self._settings, shape)
+        return self._weights[kind]
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether torch's private oneDNN operators are here and compute what the plain layers compute."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    first, last = TESTED_TORCH
+    if not first <= version <= last:
+        reason = f"torch {torch.__version__} is not among the tested versions {first} to {last}"
+    else:
+        reason = _self_test()
+    if reason:
+        logger.warning("Frozen layers use plain PyTorch instead of oneDNN's layouts: %s.", reason)
+    return not reason
+
+
+def _self_test() -> str:
+    """Compare output and input gradient of small layers with the plain ones; "" or what is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    layers: list[Any] = [nn.Linear(16, 24), nn.Conv2d(4, 8, 3, padding=1)]
+    for layer in layers:
+        layer.requires_grad_(False)
+        shape = (3, 16) if isinstance(layer, nn.Linear) else (1, 4, 6, 6)
+        x = torch.randn(shape, generator=generator)
+        packed = OneDnnLinear(layer) if isinstance(layer, nn.Linear) else OneDnnConv2d(layer)
+        try:
+            found = _output_and_grad(packed, x)
+        except Exception as error:  # noqa: BLE001 - a private operator can fail in any way
+            return f"{type(layer).__name__} fails with {type(error).__name__}"
+        expected = _output_and_grad(layer, x)
+        if not all(torch.allclose(a, b, 1e-4, 1e-5) for a, b in zip(found, expected, strict=True)):
+            return f"{type(layer).__name__} computes other values"
+    return ""
+
+
+def _output_and_grad(layer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.enable_grad():
+        x = x.clone().requires_grad_()
+        y: torch.Tensor = layer(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+    return y.detach(), grad
+
+
+def supports_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 on this processor."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def choose_layout(modules: Iterable[nn.Module]) -> str:
-    """The layout that is the fastest here of those that there is memory for.
-
-    It is `PLAIN` where no processor computes, and where the processor's kernels have no use for another.
-    """
+    """The fastest layout that there is memory for; `PLAIN` on other devices than a processor."""
     found = (layer for module in modules for layer in module.modules())
     layers: list[Any] = [layer for layer in found if _kind(layer, WINOGRAD) is not None]
-    if not layers or layers[0].weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if not layers or layers[0].weight.device.type != "cpu" or not is_available():
         return PLAIN
-    if layers[0].weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if layers[0].weight.dtype == torch.bfloat16 and not supports_bf16():
         return PLAIN
     available: int = psutil.virtual_memory().available - PREPACKED_SPARE
     for layout in (WINOGRAD, DIRECT):
@@ -240,21 +269,21 @@ def _size(layer: Any, layout: str) -> float:
 
 def prepack(module: nn.Module, layout: str) -> None:
     """Lay out all frozen layers of a module that can be, those inside adapted layers too."""
-    if layout == PLAIN:
+    if layout == PLAIN or not is_available():
         return
     for path, layer in list(module.named_modules()):
         kind = _kind(layer, layout)
         if kind is OneDnnConv2d:
-            _put(module, path, OneDnnConv2d(layer, layout == WINOGRAD))
+            replace_submodule(module, path, OneDnnConv2d(layer, layout == WINOGRAD))
         elif kind is not None:
-            _put(module, path, kind(layer))
+            replace_submodule(module, path, kind(layer))
 
 
 def undo_prepack(module: nn.Module) -> None:
     """Put the plain layers back."""
     for path, layer in list(module.named_modules()):
         if isinstance(layer, OneDnnLinear | OneDnnConv2d):
-            _put(module, path, layer.plain[0])
+            replace_submodule(module, path, layer.plain[0])
 
 
 def layout_of(module: nn.Module) -> str:
@@ -267,11 +296,6 @@ def layout_of(module: nn.Module) -> str:
 def is_prepacked(module: nn.Module) -> bool:
     """Whether any layer is."""
     return layout_of(module) != PLAIN
-
-
-def _put(root: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(root.get_submodule(parent), child, layer)
 
 
 def _kind(layer: Any, layout: str) -> Any:

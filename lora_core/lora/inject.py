@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from lora_core.backends.base import replace_submodule
 from lora_core.backends.int8 import CompactConv2d, CompactLinear, as_compact
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
@@ -39,9 +40,9 @@ class BlockOverrides:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer to adapt: its shape, and its learning rate; at 0 it acts and stays as it is."""
+    """One layer to adapt: its spec, and its learning rate; at 0 the layer is frozen but still acts."""
 
-    shape: LoraSpec
+    spec: LoraSpec
     rate: float
 
 
@@ -49,7 +50,7 @@ def plan_layers(
     modules: Mapping[str, nn.Module],
     rates: Mapping[str, float],
     targets: Targets,
-    shape: LoraSpec,
+    spec: LoraSpec,
     blocks: BlockOverrides,
     kept: Container[LayerKey] = (),
 ) -> dict[LayerKey, LayerPlan]:
@@ -63,7 +64,7 @@ def plan_layers(
         modules: components of the base by part.
         rates: learning rate by part.
         targets: which layers.
-        shape: what is common; with rsLoRA its alpha is the numerator over sqrt(rank).
+        spec: what is common; with rsLoRA its alpha is the numerator over sqrt(rank).
         blocks: what differs.
         kept: layers that an adapter to go on with has.
 
@@ -88,10 +89,10 @@ def plan_layers(
     trained = {part for part, _ in (key for key in found if rate_of[key] > 0 and ranks.get(key, 1) > 0)}
     plans: dict[LayerKey, LayerPlan] = {}
     for key in found:
-        rank = int(ranks.get(key, shape.rank))
+        rank = int(ranks.get(key, spec.rank))
         if rank > 0 and (rate_of[key] > 0 or (key in kept and key[0] in trained)):
-            alpha = alphas.get(key, shape.alpha) * (math.sqrt(rank) if blocks.rslora else 1.0)
-            plans[key] = LayerPlan(replace(shape, rank=rank, alpha=alpha), rate_of[key])
+            alpha = alphas.get(key, spec.alpha) * (math.sqrt(rank) if blocks.rslora else 1.0)
+            plans[key] = LayerPlan(replace(spec, rank=rank, alpha=alpha), rate_of[key])
     for name, table in (
         ("adapter.block_ranks", blocks.ranks),
         ("adapter.block_alphas", blocks.alphas),
@@ -134,7 +135,7 @@ class Injected:
     """Trainable layers in a base, by (part, module path)."""
 
     layers: dict[LayerKey, LoraLayer]
-    moment: DropoutState
+    dropout_state: DropoutState
 
     def parameters(self, part: str | None = None) -> list[nn.Parameter]:
         """All trained tensors, or those of one part, in a fixed order."""
@@ -152,7 +153,7 @@ class Injected:
 
 
 def inject(
-    modules: dict[str, nn.Module], parts: Iterable[str], targets: Targets, shape: LoraSpec, seed: int
+    modules: dict[str, nn.Module], parts: Iterable[str], targets: Targets, spec: LoraSpec, seed: int
 ) -> Injected:
     """Replace the targeted layers of `parts` by trainable ones around them.
 
@@ -160,40 +161,40 @@ def inject(
         modules: components of the base by part.
         parts: the parts to adapt.
         targets: which layers.
-        shape: rank, alpha and dropout.
+        spec: rank, alpha and dropout.
         seed: of the random start and of the dropout masks.
 
     Raises:
         ConfigError: a part has no such layer.
     """
-    shapes: dict[LayerKey, LoraSpec] = {}
+    specs: dict[LayerKey, LoraSpec] = {}
     for part in parts:
         found = target_modules(part, modules[part], targets)
         if not found:
             raise ConfigError(
                 f"The {part} of this base has no layer that adapter.targets names; choose other targets."
             )
-        shapes |= {(part, name): shape for name in found}
-    return inject_layers(modules, shapes, seed)
+        specs |= {(part, name): spec for name in found}
+    return inject_layers(modules, specs, seed)
 
 
-def inject_layers(modules: dict[str, nn.Module], shapes: Mapping[LayerKey, LoraSpec], seed: int) -> Injected:
-    """Replace each layer that `shapes` names by a trainable one of that shape around it.
+def inject_layers(modules: dict[str, nn.Module], specs: Mapping[LayerKey, LoraSpec], seed: int) -> Injected:
+    """Replace each layer that `specs` names by a trainable one around it.
 
     Args:
         modules: components of the base by part.
-        shapes: rank, alpha and dropout of each layer.
+        specs: rank, alpha and dropout of each layer.
         seed: of the random start and of the dropout masks.
     """
-    moment = DropoutState(seed)
+    state = DropoutState(seed)
     layers: dict[LayerKey, LoraLayer] = {}
-    for (part, name), shape in shapes.items():
+    for (part, name), spec in specs.items():
         located = layer_by_path(part, modules[part], name)
         assert located is not None, f"{part} {name}"
         path, base = located
-        layers[part, name] = LoraLayer(base, f"{part}/{name}", shape, moment, seed)
+        layers[part, name] = LoraLayer(base, f"{part}/{name}", spec, state, seed)
         replace_submodule(modules[part], path, layers[part, name])
-    return Injected(layers, moment)
+    return Injected(layers, state)
 
 
 def remove(modules: dict[str, nn.Module], injected: Injected) -> None:
@@ -225,11 +226,6 @@ def load_weights(injected: Injected, weights: AdapterWeights) -> None:
         if saved.down.numel() != layer.down.numel() or saved.up.numel() != layer.up.numel():
             raise AdapterFileError(f"The saved adapter has other shapes than this run at {' '.join(key)}.")
         layer.from_layer_weights(saved)
-
-
-def replace_submodule(root: nn.Module, path: str, layer: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(root.get_submodule(parent), child, layer)
 
 
 @dataclass(frozen=True)
@@ -301,7 +297,7 @@ class Merger:
         layer = self._thin[key]
         known = factors.get(key)
         if known is None or (layer.data is not None and known[0].device != layer.data.device):
-            device = (layer.frozen() if layer.data is None else layer.data).device
+            device = (layer.dequantize() if layer.data is None else layer.data).device
             update = weights.layers[key]
             up, down = (factor.flatten(1).to(device, layer.dtype) for factor in (update.up, update.down))
             factors[key] = (up, down)
@@ -373,7 +369,7 @@ def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> li
                 f"{name} cannot be continued: its layer {'.'.join(key)} is {list(size)} large, the base's"
                 f" {list(fitting)}; it is for another base."
             )
-        fresh = LayerWeights(layer.down.detach(), layer.up.detach(), layer.shape.alpha)
+        fresh = LayerWeights(layer.down.detach(), layer.up.detach(), layer.spec.alpha)
         begun, kept, lost = fit_to_rank(given, fresh)
         layer.from_layer_weights(begun)
         if given.rank > fresh.rank:

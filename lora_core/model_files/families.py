@@ -48,8 +48,9 @@ class Footprint:
     `python -m tests.simulated.footprints`: bf16, fused attention, allocated bytes.
 
     Attributes:
-        unet, text, vae: numbers of their weights.
-        blocks, largest: parameters of the UNet's weights that 8 bits and offloading apply to, and of the largest.
+        unet, text, vae: parameters of each.
+        blocks, largest: parameters of the UNet's layers that 8 bits and offloading apply to, and of the
+            largest one.
         guided: bytes a latent pixel that a pass without gradients takes for each image.
         encode, decode: bytes a latent pixel of the VAE in fp32.
         steps: by `adapter.targets`, bytes a latent pixel that a step takes for each image: at rank 16, for

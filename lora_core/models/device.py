@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from lora_core.backends.onednn import supports_bf16
 from lora_core.errors import ConfigError
 from lora_core.models.weight_files import PRECISIONS
 from lora_core.settings.schema import AUTO
@@ -255,7 +256,7 @@ def bf16_is_faster() -> bool:
     Some have instructions for it and take a half or less, others take longer than in fp32. The two are timed,
     in a tenth of a second; they lie so far apart that the answer is always the same.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not supports_bf16():
         return False
     fp32, bf16 = (_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
     return bf16 < WORTH_IT * fp32

@@ -17,26 +17,24 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: (T,) share of the signal's variance, falling with the timestep.
-        prediction: "epsilon" or "v_prediction".
+        objective: "epsilon" or "v_prediction".
     """
 
     alphas_cumprod: torch.Tensor
-    prediction: str
+    objective: str
 
     @classmethod
-    def of(cls, scheduler: DDPMScheduler) -> "NoiseSchedule":
+    def from_scheduler(cls, scheduler: DDPMScheduler) -> "NoiseSchedule":
         """The schedule of a diffusers scheduler, zero terminal SNR included."""
         config: Any = scheduler.config
         return cls(scheduler.alphas_cumprod.float(), config.prediction_type)
 
     @property
-    def timesteps(self) -> int:
+    def num_timesteps(self) -> int:
         """How many there are, T."""
         return len(self.alphas_cumprod)
 
-    def noisy_latents(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """sqrt(a) latents + sqrt(1 - a) noise, all (B, 4, h, w), timesteps (B,)."""
         signal, spread = self._factors(timesteps, latents)
         return signal * latents + spread * noise
@@ -44,7 +42,7 @@ class NoiseSchedule:
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the UNet should say, (B, 4, h, w): the noise, or the velocity sqrt(a) noise - sqrt(1 - a)
         latents."""
-        if self.prediction == "epsilon":
+        if self.objective == "epsilon":
             return noise
         signal, spread = self._factors(timesteps, latents)
         return signal * noise - spread * latents

@@ -61,7 +61,8 @@ def test_rates_by_block_stand_above_those_of_the_parts(modules):
 def test_what_an_earlier_adapter_has_stays_in_it_untrained(modules):
     untrained = ("unet", f"{MIDDLE}.attn1.to_q")
     plans = plan_layers(
-        modules, {"unet": 1e-4, "text_encoder": 0.0}, ATTENTION, SHAPE, BlockOverrides(rates={"mid_block": 0.0}),
+        modules, {"unet": 1e-4, "text_encoder": 0.0}, ATTENTION, SHAPE,
+        BlockOverrides(rates={"mid_block": 0.0}),
         {untrained, ("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj")},
     )  # fmt: skip
     assert plans[untrained].rate == 0.0

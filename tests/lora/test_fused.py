@@ -86,7 +86,7 @@ def test_kept_apart_they_are_the_same_numbers() -> None:
     found = []
     for apart in (False, True):
         unet = tiny_unet()
-        injected, storage = layers_of(unet, "unet", ATTENTION, stored=True, split_a_b=apart)
+        injected, storage = layers_of(unet, "unet", ATTENTION, stored=True, apart=apart)
         unet_output(unet).square().mean().backward()
         found.append(gradient(injected))
     assert torch.equal(*found)

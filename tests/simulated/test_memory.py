@@ -66,8 +66,8 @@ def opened(family_name: str, card: SimulatedDevice) -> tuple[BaseModel, dict[str
         }
     base = BaseModel(
         name=family_name, path=configs, family=family, unet=unet, vae=vae, text_encoders=encoders,
-        tokenizers={}, noise=NoiseSchedule.from_scheduler(DDPMScheduler()), scheduler_config={}, device=card.device,
-        dtype=bf16, facts=None,
+        tokenizers={}, noise=NoiseSchedule.from_scheduler(DDPMScheduler()), scheduler_config={},
+        device=card.device, dtype=bf16, facts=None,
     )  # fmt: skip
     parts = {
         "unet": lambda: placed(unet, bf16, card),

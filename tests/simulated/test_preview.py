@@ -253,6 +253,6 @@ def shapes_of(family_name: str, policy: WeightPolicy) -> BaseModel:
     facts: Any = SimpleNamespace(resolution=1024, cfg_rescale=lambda asked: 0.0)
     return BaseModel(
         family_name, Path(), family, unet.eval(), vae.eval(), {k: v.eval() for k, v in encoders.items()},
-        tokenizers, NoiseSchedule.from_scheduler(DDPMScheduler.from_config(scheduler)), scheduler, torch.device("cuda"),
-        torch.bfloat16, facts, waiting,
+        tokenizers, NoiseSchedule.from_scheduler(DDPMScheduler.from_config(scheduler)), scheduler,
+        torch.device("cuda"), torch.bfloat16, facts, waiting,
     )  # fmt: skip
