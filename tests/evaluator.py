@@ -31,7 +31,7 @@ class Evaluator:
 
     @property
     def steps(self) -> int:
-        return int(self.pipe.scheduler.config.num_timesteps)
+        return int(self.pipe.scheduler.config.num_train_timesteps)
 
     def losses(self, adapter: Path | None = None, strength: float = 1.0) -> torch.Tensor:
         """The squared error of the prediction for each look, (pictures, looks)."""

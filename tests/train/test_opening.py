@@ -64,13 +64,13 @@ def test_the_unet_is_read_when_everything_is_encoded(own_toy: Toy) -> None:
 def test_a_base_that_does_not_fit_is_opened_in_8_bits(own_toy: Toy) -> None:
     fill = load.fill
 
-    def full_unless_thin(module, find, dtype, device, where, thin=None):
-        if where.title == "UNet" and not (thin and thin.how):
+    def full_unless_compact(module, find, dtype, device, where, policy=None):
+        if where.title == "UNet" and not (policy and policy.quantize):
             raise FULL
-        return fill(module, find, dtype, device, where, thin)
+        return fill(module, find, dtype, device, where, policy)
 
     run = own_toy.run("small", train__steps=2)
-    with mock.patch.object(load, "fill", full_unless_thin):
+    with mock.patch.object(load, "fill", full_unless_compact):
         trained(run)
     assert run.status() == "done"
     assert json.loads(run.plan_file.read_text())["rungs"] == [["int8", 0]]
@@ -84,8 +84,8 @@ def test_a_base_that_does_not_fit_is_opened_in_8_bits(own_toy: Toy) -> None:
 def test_nothing_of_a_base_that_did_not_fit_stays_in_memory(own_toy: Toy) -> None:
     fill, unets, alive = load.fill, [], []
 
-    def full_when_read(module, find, dtype, device, where, thin=None):
-        fill(module, find, dtype, device, where, thin)
+    def full_when_read(module, find, dtype, device, where, policy=None):
+        fill(module, find, dtype, device, where, policy)
         if where.title == "UNet":
             alive.append([one() for one in unets if one() is not None] != [])
             unets.append(weakref.ref(module))
