@@ -46,7 +46,7 @@ class Moment:
         """Whether something changes by itself, so that pages should look often."""
         desk = self.desk
         # Between two runs of a queue none is live.
-        working = desk.prober.active or desk.line.worked or desk.downloads.active
+        working = desk.prober.active or desk.queue.is_running or desk.downloads.active
         return self.live or self.view.working or working
 
 

@@ -18,7 +18,7 @@ from app.preview.render_queue import Studio
 from app.train.checks import Checks
 from app.train.downloads import Downloads
 from app.train.probing import BYTES_A_NUMBER, Prober
-from app.train.queue_client import Line
+from app.train.queue_client import QueueClient
 from app.worker_client import CARDS, GivesWay, Worker
 from lora_core.model_files.detect import chosen_base
 from lora_core.projects.workspace import Projects, adopt, belongs
@@ -96,7 +96,7 @@ class Desk:
         self.jobs.created = lambda run: adopt(run, self.project.path)
         self.jobs.own = lambda watch: belongs(watch.run, watch.config(), self.project.path)
         self.hardware = Hardware(lambda: self.worker.device)
-        self.line = Line(workspace, self.jobs)
+        self.queue = QueueClient(workspace, self.jobs)
         self.checks = Checks(workspace, self.hardware)
         self.on_quit: Callable[[], None] = lambda: None
         self.like_said = ""
@@ -124,7 +124,7 @@ class Desk:
         run = self._live_run()
         if run:
             return f"The run {run} is going on; it can be measured when that has ended."
-        return "The queue is being worked through." if self.line.worked else ""
+        return "The queue is being worked through." if self.queue.is_running else ""
 
     def _device(self) -> str:
         """The device that the open project's settings name."""

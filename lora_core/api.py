@@ -417,13 +417,13 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
         RunError: it is done, live, or in the queue already.
     """
     from lora_core.runs.queue import Queue
-    from lora_core.runs.runner import ensure_owner
+    from lora_core.runs.runner import ensure_runner
 
     folder = find_run(run, _path(workspace))
     queue = Queue(workspace_folder(workspace) if workspace else folder.path.parent.parent)
     queue.add(folder)
     if start:
-        ensure_owner(queue.workspace)
+        ensure_runner(queue.workspace)
 
 
 def queue_list(workspace: File | None = None) -> list[dict[str, Any]]:
@@ -451,9 +451,9 @@ def queue_remove(run: str, workspace: File | None = None) -> None:
 
 def queue_run(workspace: File | None = None, said: Callable[[str], None] | None = None) -> list[Any]:
     """Work through the queue, then return the jobs that ended; `said` is called with a line for each."""
-    from lora_core.runs.runner import work_through
+    from lora_core.runs.runner import run_queue
 
-    return work_through(workspace_folder(workspace), said or (lambda line: None))[0]
+    return run_queue(workspace_folder(workspace), said or (lambda line: None))[0]
 
 
 def queue_pause(workspace: File | None = None) -> None:

@@ -184,7 +184,7 @@ def _body(moment: Moment, watch: Watch) -> str:
 
 
 def _queued(moment: Moment, watch: Watch) -> str:
-    if moment.desk.line.holds(watch.run.name):
+    if moment.desk.queue.holds(watch.run.name):
         return "It waits in the queue below."
     return "The run was made but never started. Resume starts it."
 

@@ -1,58 +1,55 @@
-"""The queue as the window steers it: what waits, in which order, and whether it is being worked through."""
+"""The queue as the window steers it: what waits, in which order, and whether it is run."""
 
 import contextlib
+import dataclasses
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from app.jobs import Jobs
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder, checked_name, runs_folder
-from lora_core.runs.queue import PAUSED, RUNNING, WAITING, Job, Queue
-from lora_core.runs.runner import ensure_owner, pause_queue, take_up
+from lora_core.runs.queue import PAUSED, RUNNING, WAITING, Queue, QueuedRun
+from lora_core.runs.runner import ensure_runner, pause_queue, resume_queue
 from lora_core.settings.config import RunConfig
 
 
-class Line:
-    """The queue of a workspace, read anew only where its file changed."""
+class QueueClient:
+    """The queue of a workspace, for its window."""
 
     def __init__(self, workspace: Path, jobs: Jobs) -> None:
-        """Take up a queue that was being worked through when the machine went down."""
+        """Go on with a queue that ran when the machine went down."""
         self.workspace = workspace
         self.queue = Queue(workspace)
         self._runs = jobs
         self._lock = threading.Lock()
-        # A queue that cannot be read is told where it is shown.
+        # A queue that cannot be read says so where it is shown.
         with contextlib.suppress(RunError, OSError):
-            take_up(workspace)
+            resume_queue(workspace)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[QueuedRun]:
         """What waits, runs or is paused, in order.
 
         Raises:
-            RunError: the file is no queue.
+            RunError: the file is not a queue.
         """
-        if not self.queue.file.exists():
-            return []
-        return [job for job in self.queue.jobs() if job.left]
+        return [job for job in self.queue.jobs() if not job.has_ended]
 
-    def ended(self) -> list[Job]:
+    def ended(self) -> list[QueuedRun]:
         """What the queue is through with, the newest first.
 
         Raises:
-            RunError: the file is no queue.
+            RunError: the file is not a queue.
         """
-        if not self.queue.file.exists():
-            return []
-        return [job for job in reversed(self.queue.jobs()) if not job.left]
+        return [job for job in reversed(self.queue.jobs()) if job.has_ended]
 
     @property
-    def worked(self) -> bool:
-        """Whether somebody works through it."""
-        return self.queue.owner() is not None
+    def is_running(self) -> bool:
+        """Whether a process runs the queue."""
+        return self.queue.runner() is not None
 
     def add(self, config: RunConfig) -> RunFolder:
-        """Make a run and put it at the end. While a run is going on the queue is set going behind it.
+        """Make a run and put it at the end. While a run is going on the queue is started behind it.
 
         Raises:
             RunError: the name is taken, or the queue cannot be written.
@@ -64,19 +61,19 @@ class Line:
         return run
 
     def start(self) -> None:
-        """Have the queue worked through, also when the window is closed.
+        """Start the queue, which goes on when the window is closed.
 
         Raises:
             RunError: it cannot be read.
         """
         with self._lock:
-            for job in self.queue.written():
+            for job in self.queue.stored_jobs():
                 if job.state == PAUSED:
-                    self.queue.note(job.run, state=WAITING, reason="")
-            ensure_owner(self.workspace)
+                    self.queue.update(dataclasses.replace(job, state=WAITING, reason=""))
+            ensure_runner(self.workspace)
 
     def pause(self) -> None:
-        """Stop working through it: the run in hand is paused and waits again.
+        """Pause the queue: the run in hand is paused and waits again.
 
         Raises:
             RunError: the queue cannot be written.
@@ -87,9 +84,9 @@ class Line:
         """Move a waiting job up or down.
 
         Raises:
-            RunError: it does not wait, or stands at that end already.
+            RunError: it does not wait, or is at that end already.
         """
-        waiting = [job.run for job in self.queue.written() if job.state == WAITING]
+        waiting = [job.run for job in self.queue.stored_jobs() if job.state == WAITING]
         if name not in waiting:
             raise RunError(f"The run {name} does not wait in the queue any more.")
         self.queue.move(name, waiting.index(name) + 1 + by)
@@ -106,22 +103,22 @@ class Line:
         if run.path.is_dir() and not run.events_file.exists():
             self._runs.delete(name)
 
-    def act(self, do: str, name: str) -> None:
-        """What a button of the queue asks for.
+    def act(self, action: str, name: str) -> None:
+        """Do what a button of the queue asks for.
 
         Raises:
             RunError: it cannot be done now.
         """
-        acts: dict[str, Any] = {
+        actions: dict[str, Callable[[], None]] = {
             "up": lambda: self.move(name, -1),
             "down": lambda: self.move(name, 1),
             "remove": lambda: self.remove(name),
             "start": self.start,
             "pause": self.pause,
         }
-        if do not in acts:
+        if action not in actions:
             raise RunError("The queue knows no such action.")
-        acts[do]()
+        actions[action]()
 
     def holds(self, name: str) -> bool:
         """Whether a run waits here or is trained from here."""

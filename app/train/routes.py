@@ -37,7 +37,7 @@ def add_run_routes(app: FastAPI, desk: Desk) -> None:
     @app.post("/easel/queue")
     async def queue(request: Request) -> Response:
         sent = await sent_json(request)
-        await asyncio.to_thread(desk.line.act, str(sent.get("do")), str(sent.get("run", "")))
+        await asyncio.to_thread(desk.queue.act, str(sent.get("do")), str(sent.get("run", "")))
         return Answer({"done": True})
 
     @app.get("/easel/debug/{name}")
@@ -63,7 +63,7 @@ def add_run_routes(app: FastAPI, desk: Desk) -> None:
         live = desk.jobs.live()
         # A run is a process of its own and the queue has its owner: both go on.
         threading.Timer(QUIT_AFTER, desk.on_quit).start()
-        return Answer({"run": live.run.name if live else "", "queue": desk.line.worked})
+        return Answer({"run": live.run.name if live else "", "queue": desk.queue.is_running})
 
 
 def steer(desk: Desk, do: str, name: str) -> None:

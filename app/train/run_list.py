@@ -10,7 +10,7 @@ from app.jobs import RESUMABLE, Watch
 from app.snapshot import Moment, asks
 from app.train.checks import in_words
 from lora_core.errors import RunError
-from lora_core.runs.queue import RUNNING, WAITING, Job
+from lora_core.runs.queue import RUNNING, WAITING, QueuedRun
 
 MOST_EARLIER = 12
 MOST_FAILED = 3
@@ -30,9 +30,9 @@ def _button(words: str, path: str, body: dict[str, Any], **options: str) -> str:
 
 def queue_card(moment: Moment) -> str:
     """What waits, in order; nothing where nothing ever waited."""
-    line = moment.desk.line
+    queue = moment.desk.queue
     try:
-        jobs, ended = line.jobs(), line.ended()
+        jobs, ended = queue.jobs(), queue.ended()
     except RunError as error:
         return f'<div class="panel" id="queue-list"><h2>Queue</h2><p class="problem">{safe(error)}</p></div>'
     failed = [job for job in ended if job.state == "failed"][:MOST_FAILED]
@@ -43,14 +43,14 @@ def queue_card(moment: Moment) -> str:
     rows = "".join(_job_row(job, waiting, asking.get(job.run)) for job in [*jobs, *failed])
     return (
         f'<div class="panel" id="queue-list" data-waiting="{len(waiting)}"'
-        f' data-worked="{int(line.worked)}"><div class="row'
+        f' data-worked="{int(queue.is_running)}"><div class="row'
         f' apart"><h2>Queue</h2>{_queue_switch(moment, bool(jobs))}</div><p'
         f' class="small">{_queue_words(moment, jobs)}</p><div class="list">{rows}</div></div>'
     )
 
 
 def _queue_switch(moment: Moment, anything: bool) -> str:
-    if moment.desk.line.worked:
+    if moment.desk.queue.is_running:
         tip = "Pauses the run in hand, which then waits again; nothing is lost."
         return _button("Pause the queue", "queue", {"do": "pause"}, tip=tip)
     why = "" if anything else "Nothing waits in the queue."
@@ -59,15 +59,15 @@ def _queue_switch(moment: Moment, anything: bool) -> str:
     )
 
 
-def _queue_words(moment: Moment, jobs: list[Job]) -> str:
+def _queue_words(moment: Moment, jobs: list[QueuedRun]) -> str:
     if not jobs:
         return "Worked through. What failed says why; the others went on."
-    if not moment.desk.line.worked:
+    if not moment.desk.queue.is_running:
         return "It is not being worked through; start it when you like. It survives a restart."
     return "One after the other, also after a failure and when this window is closed."
 
 
-def _job_row(job: Job, waiting: list[str], asking: Watch | None) -> str:
+def _job_row(job: QueuedRun, waiting: list[str], asking: Watch | None) -> str:
     """One job; `asking` is its run where that ended to ask if it may go on with what has changed."""
     tones = {WAITING: "", RUNNING: "accent", "paused": "warn", "failed": "bad"}
     place = waiting.index(job.run) + 1 if job.state == WAITING else 0
@@ -100,7 +100,7 @@ def _job_row(job: Job, waiting: list[str], asking: Watch | None) -> str:
 def earlier(moment: Moment) -> str:
     """The other runs of the open project, newest first; with a single run, that one, so that it can be
     deleted. Those of other projects are folded below."""
-    listed = [(w, s) for w, s in moment.runs if not (s == "queued" and moment.desk.line.holds(w.run.name))]
+    listed = [(w, s) for w, s in moment.runs if not (s == "queued" and moment.desk.queue.holds(w.run.name))]
     listed = [(w, s) for w, s in listed if w is not moment.watch or not moment.live]
     listed.sort(key=lambda one: one[0] is not moment.watch)
     own: list[tuple[Watch, str]] = []

@@ -51,7 +51,7 @@ def _pressed(
     try:
         config = ready_config(parts, (run_name or "").strip(), do)
         if do == "queue":
-            run = desk.line.add(config)
+            run = desk.queue.add(config)
             return "", f'<p class="small" role="status">{safe(run.name)} waits in the queue.</p>'
         # A run needs the memory more than a picture does; the worker loads again when it is asked.
         desk.worker.release()

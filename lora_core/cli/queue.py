@@ -6,7 +6,7 @@ from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, sa
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.queue import FAILED, Queue
-from lora_core.runs.runner import ensure_owner, pause_queue, work_through
+from lora_core.runs.runner import ensure_runner, pause_queue, run_queue
 from lora_core.system.paths import workspace
 from lora_core.system.processes import INTERRUPTED
 
@@ -43,7 +43,7 @@ def _add(options: argparse.Namespace) -> int:
     queue, run = _queued_run(options)
     queue.add(run)
     if options.start:
-        ensure_owner(queue.workspace)
+        ensure_runner(queue.workspace)
     say(f"{run.name} waits in the queue of {queue.workspace}")
     return 0
 
@@ -63,7 +63,7 @@ def _remove(options: argparse.Namespace) -> int:
 def _job(options: argparse.Namespace) -> tuple[Queue, str]:
     """The queue and the job that a person named; its folder may be gone."""
     queue = Queue(workspace(options.workspace))
-    if any(job.run == options.run_name for job in queue.written()):
+    if any(job.run == options.run_name for job in queue.stored_jobs()):
         return queue, options.run_name
     queue, run = _queued_run(options)
     return queue, run.name
@@ -81,14 +81,14 @@ def _list(options: argparse.Namespace) -> int:
         place = "" if row["position"] is None else f"{row['position']}."
         steps = f"step {row['step']} of {row['steps']}" if row["steps"] else ""
         say(f"{place:>4} {row['name']:30}  {row['state']:8}  {steps}  {row['reason']}".rstrip())
-    if any(row["position"] for row in rows) and queue.owner() is None:
+    if any(row["position"] for row in rows) and queue.runner() is None:
         say("Nobody works through it: start it with `lora-easel queue run`.")
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
     place = workspace(options.workspace)
-    ended, interrupted = work_through(place, (lambda line: None) if options.json else say)
+    ended, interrupted = run_queue(place, (lambda line: None) if options.json else say)
     if options.json:
         say_json(Queue(place).rows())
     if interrupted:

@@ -1,10 +1,9 @@
-"""The owner of a queue: the one process that starts its jobs, one after the other, each as a child of its
-own.
+"""The runner of a queue: the one process that starts its jobs, one after another, as children.
 
-It outlives the window, and its children outlive it: an owner that is killed leaves a trainer that goes on,
-and the next owner waits for that one before it starts another. A job whose process died without a word
-(killed, or the machine went down) is started again from its last checkpoint, once; one that failed in a
-sentence is not, since it would fail again.
+It outlives the window, and its children outlive it: a runner that is killed leaves a trainer that goes on,
+and the next runner waits for that one before it starts another. A job whose process died without an event
+(killed, or the machine went down) is started again from its last checkpoint, once; one that failed with a
+reason is not, since it would fail again.
 """
 
 import contextlib
@@ -16,14 +15,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
 from lora_core.errors import RunError
 from lora_core.runs.diagnosis import Watched, crash_reason, last_sentence
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.notifications import tell_end
-from lora_core.runs.queue import DONE, FAILED, PAUSED, RUNNING, STOPPED, WAITING, Job, Queue, events_size
+from lora_core.runs.queue import (
+    DONE,
+    FAILED,
+    PAUSED,
+    RUNNING,
+    STOPPED,
+    WAITING,
+    Queue,
+    QueuedRun,
+    events_size,
+)
 from lora_core.system.processes import INTERRUPTED, TRAINER, noted_process, signals_taken, started
 
 DIED = "died"
@@ -31,17 +39,17 @@ RESTARTS = 1
 """How often a job whose process died is started again."""
 TICK = 0.25
 """Seconds between two looks at a child."""
-LOOK = 2.0
-"""Seconds between two looks at its memory."""
+LOOK = 1.0
+"""Seconds between two looks at its memory, and at whether the queue was paused."""
 HANDOVER = 5.0
-"""Seconds that an owner which is about to end gets to do so."""
+"""Seconds that a runner which is about to end gets to do so."""
 
 _children: dict[Path, "subprocess.Popen[bytes]"] = {}
-"""Owners that this process started, by workspace; kept so that they are reaped when they end."""
+"""Runners that this process started, by workspace; kept so that they are reaped when they end."""
 
 
-def ensure_owner(workspace: Path) -> bool:
-    """Start a detached owner if jobs wait and nobody works through them; whether one was started.
+def ensure_runner(workspace: Path) -> bool:
+    """Start a detached runner if jobs wait and there is none; whether one was started.
 
     Raises:
         RunError: the queue cannot be read.
@@ -50,9 +58,9 @@ def ensure_owner(workspace: Path) -> bool:
         if child.poll() is not None:
             del _children[place]
     queue = Queue(workspace)
-    waiting = any(job.state in (WAITING, RUNNING) for job in queue.written())
-    # One that was started a moment ago has yet to say that it is there.
-    if workspace in _children or not waiting or queue.owner() is not None:
+    has_work = any(job.state in (WAITING, RUNNING) for job in queue.stored_jobs())
+    # One that was started a moment ago has not written its process file yet.
+    if workspace in _children or not has_work or queue.runner() is not None:
         return False
     command = [sys.executable, "-m", "lora_core", "queue", "run", "--workspace", str(workspace)]
     _children[workspace] = started(command, queue.log_file, workspace)
@@ -60,65 +68,59 @@ def ensure_owner(workspace: Path) -> bool:
 
 
 def pause_queue(workspace: Path) -> None:
-    """Stop working through a queue: the run in hand is paused and waits again.
+    """Have the runner of a queue end: it pauses the run in hand, which waits again.
 
     Raises:
         RunError: the queue cannot be written.
     """
-    queue = Queue(workspace)
-    owner = queue.owner()
-    queue.set_going(False)
-    if owner is not None:
-        with contextlib.suppress(psutil.Error):
-            owner.terminate()
+    Queue(workspace).set_enabled(False)
 
 
-def take_up(workspace: Path) -> bool:
-    """Go on with a queue that was being worked through when the machine or its owner went down; whether it
-    was.
+def resume_queue(workspace: Path) -> bool:
+    """Go on with a queue that ran when the machine or its runner went down; whether it did.
 
     Raises:
         RunError: the queue cannot be read.
     """
-    return Queue(workspace).going() and ensure_owner(workspace)
+    return Queue(workspace).is_enabled() and ensure_runner(workspace)
 
 
-def work_through(
+def run_queue(
     workspace: Path, say: Callable[[str], None], trainer: tuple[str, ...] = TRAINER
-) -> tuple[list[Job], bool]:
-    """Work through a queue until no job waits.
+) -> tuple[list[QueuedRun], bool]:
+    """Train the jobs of a queue until none waits.
 
     Args:
         workspace: whose queue.
-        say: told in a line what happens.
+        say: called with a line for each thing that happens.
         trainer: the command that a run's path is appended to.
 
     Returns:
-        The jobs that ended, in order, and whether a signal ended the work before its time.
+        The jobs that ended, in order, and whether a signal or `pause_queue` ended the work before its time.
 
     Raises:
-        RunError: another process does it already, or the queue cannot be read or written.
+        RunError: another process runs it already, or the queue cannot be read or written.
     """
     queue = Queue(workspace)
-    with _owned(queue):
-        owner = _Owner(queue, say, trainer)
-        with signals_taken(owner.asked_to_end):
-            owner.work()
-        return owner.ended, owner.ending
+    with _claimed(queue):
+        runner = _Runner(queue, say, trainer)
+        with signals_taken(runner.on_signal):
+            runner.work()
+        return runner.ended, runner.must_end
 
 
 @contextmanager
-def _owned(queue: Queue) -> Iterator[None]:
-    other = queue.owner()
+def _claimed(queue: Queue) -> Iterator[None]:
+    other = queue.runner()
     lock = FileLock(queue.lock_file)
     try:
         if other is not None:
             raise Timeout(str(queue.lock_file))
         lock.acquire(timeout=HANDOVER)
     except Timeout as error:
-        named = f" ({other.pid})" if other else ""
+        pid = f" ({other.pid})" if other else ""
         raise RunError(
-            f"The queue of {queue.workspace} is being worked through by another process{named} already."
+            f"The queue of {queue.workspace} is being worked through by another process{pid} already."
         ) from error
     except OSError as error:
         raise RunError(f"{queue.lock_file} cannot be written: {error.strerror or error}.") from error
@@ -129,73 +131,75 @@ def _owned(queue: Queue) -> Iterator[None]:
         lock.release()
 
 
-class _Owner:
-    """One owner's work."""
+class _Runner:
+    """The work of one runner."""
 
     def __init__(self, queue: Queue, say: Callable[[str], None], trainer: tuple[str, ...]) -> None:
-        self.ending = False
-        self.ended: list[Job] = []
+        self.must_end = False
+        self.ended: list[QueuedRun] = []
         self._queue = queue
         self._say = say
         self._trainer = trainer
 
-    def asked_to_end(self, number: int) -> None:
-        """Take signals as a wish to end: the job in hand is paused and waits again. A second one leaves at
-        once."""
-
-        if self.ending:
+    def on_signal(self, number: int) -> None:
+        """Pause the job in hand, which waits again, and end. A second signal ends at once."""
+        if self.must_end:
             raise KeyboardInterrupt
-        self.ending = True
+        self.must_end = True
 
     def work(self) -> None:
-        """Job after job."""
-        self._queue.set_going(True)
-        while not self.ending:
-            self._wait_for_others()
-            if self.ending:
-                break
-            job = self._queue.take()
+        """Train job after job."""
+        self._queue.set_enabled(True)
+        while self._wait_for_others():
+            job = self._queue.take_next()
             if job is None:
-                self._queue.set_going(False)
+                self._queue.set_enabled(False)
                 return
-            self._conduct(job)
+            self._run_job(job)
 
-    def _wait_for_others(self) -> None:
-        """A run that somebody started by hand has the machine for itself."""
+    def _look(self) -> None:
+        """See whether the queue was paused; a file that cannot be read now can be later."""
+        with contextlib.suppress(RunError):
+            self.must_end = self.must_end or not self._queue.is_enabled()
+
+    def _wait_for_others(self) -> bool:
+        """Leave the machine to a run that was started by hand; false where this runner must end."""
         said = False
-        while not self.ending:
-            jobs = self._queue.written()
+        while not self.must_end:
+            self._look()
+            jobs = self._queue.stored_jobs()
             own = {job.run for job in jobs if job.state == RUNNING}
             live = [run for run in all_runs(self._queue.workspace) if run.live_process() is not None]
             others = [run.name for run in live if run.name not in own]
             if own or not others or not any(job.state == WAITING for job in jobs):
-                return
+                break
             if not said:
                 self._say(f"Waiting for the run {others[0]}, which is going on.")
             said = True
             time.sleep(TICK * 2)
+        return not self.must_end
 
-    def _conduct(self, job: Job) -> None:
+    def _run_job(self, job: QueuedRun) -> None:
         run = self._queue.run(job.run)
         if not run.config_file.is_file():
             self._end(job, FAILED, "Its folder is gone.")
             return
-        if not self._left_alone(run):
+        if not self._wait_for_run(run):
             return
-        ended = self._by_others(job, run)
-        if ended is not None:
-            self._end(job, *ended)
+        outcome = self._outcome_elsewhere(run, job.events_bytes)
+        if outcome is not None:
+            self._end(job, *outcome)
             return
         while True:
-            state, reason = self._trained(run)
-            if self.ending and state in (DIED, PAUSED, STOPPED):
-                self._queue.note(job.run, state=WAITING, reason="", restarts=job.restarts)
+            state, reason = self._train(run)
+            if self.must_end and state in (DIED, PAUSED, STOPPED):
+                self._queue.update(dataclasses.replace(job, state=WAITING, reason=""))
                 self._say(f"{job.run}: waits for the next `queue run`")
                 return
             if state != DIED or job.restarts >= RESTARTS:
                 break
-            job = dataclasses.replace(job, restarts=job.restarts + 1)
-            self._queue.note(job.run, restarts=job.restarts)
+            job = dataclasses.replace(job, state=RUNNING, restarts=job.restarts + 1)
+            self._queue.update(job)
             self._say(f"{job.run}: {reason} It is started again.")
         if state == DIED:
             note = tell_end(run, self._queue.workspace, reason)
@@ -203,33 +207,35 @@ class _Owner:
                 self._say(note)
         self._end(job, FAILED if state == DIED else state, reason)
 
-    def _left_alone(self, run: RunFolder) -> bool:
-        """Wait while somebody else's process trains the run; false where this owner is to end before that."""
+    def _wait_for_run(self, run: RunFolder) -> bool:
+        """Wait while another process trains the run; false where this runner must end before that."""
         while run.live_process() is not None:
-            if self.ending:
+            self._look()
+            if self.must_end:
                 return False
             time.sleep(TICK * 2)
         return True
 
-    def _by_others(self, job: Job, run: RunFolder) -> tuple[str, str] | None:
-        """How a run ended that went on since the job was written down, or None where there is more to do."""
-        if events_size(run) <= job.seen:
+    def _outcome_elsewhere(self, run: RunFolder, events_bytes: int) -> tuple[str, str] | None:
+        """How a run ended that went on outside the queue, or None where there is more to do."""
+        if events_size(run) <= events_bytes:
             return None
         progress = run.progress()
         status = run.status(progress)
         asked = any(request["do"] == "stop" for request in run.requests())
-        # A stop that nobody asked for is a signal's: the machine was shut down.
+        # A stop without a request is a signal's: the machine was shut down.
         if status in (DONE, PAUSED, FAILED) or (status == STOPPED and asked):
             return status, progress.reason
         return None
 
-    def _end(self, job: Job, state: str, reason: str) -> None:
-        self._queue.note(job.run, state=state, reason=reason)
-        self.ended.append(dataclasses.replace(job, state=state, reason=reason))
+    def _end(self, job: QueuedRun, state: str, reason: str) -> None:
+        ended = dataclasses.replace(job, state=state, reason=reason)
+        self._queue.update(ended)
+        self.ended.append(ended)
         self._say(f"{job.run}: {state}" + (f": {reason}" if reason else ""))
 
-    def _trained(self, run: RunFolder) -> tuple[str, str]:
-        """Train a run in a child; returns what became of it, and why."""
+    def _train(self, run: RunFolder) -> tuple[str, str]:
+        """Train a run in a child; returns its state then, and the reason."""
         self._say(f"{run.name}: started")
         before = events_size(run)
         watched = Watched(run)
@@ -239,31 +245,29 @@ class _Owner:
             if time.monotonic() - looked > LOOK:
                 looked = time.monotonic()
                 watched.look(child.pid)
-            if self.ending:
+                self._look()
+            if self.must_end:
                 _ask_to_pause(run)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = child.wait(TICK)
         watched.ended(code)
-        if code == INTERRUPTED and not self.ending:
+        if code == INTERRUPTED and not self.must_end:
             time.sleep(TICK * 4)  # a shutdown sends its signal to all, one after the other
-        return self._verdict(run, code, before)
+        return self._outcome(run, code, before)
 
-    def _verdict(self, run: RunFolder, code: int, before: int) -> tuple[str, str]:
+    def _outcome(self, run: RunFolder, code: int, events_before: int) -> tuple[str, str]:
         if run.live_process() is not None:
-            # Somebody else was quicker by a moment, and the child refused.
-            return self._after_others(run)
+            # Another process was quicker by a moment, and the child refused.
+            if not self._wait_for_run(run):
+                return DIED, ""
+            return self._outcome_elsewhere(run, 0) or (DIED, crash_reason(run))
         progress = run.progress()
         status = run.status(progress)
         if code == 0 and status in (DONE, PAUSED, STOPPED):
             return status, ""
-        if events_size(run) > before and status in (DONE, PAUSED, STOPPED, FAILED):
+        if events_size(run) > events_before and status in (DONE, PAUSED, STOPPED, FAILED):
             return status, progress.reason or (last_sentence(run) if code == 1 else "")
         return (FAILED if code == 1 else DIED), crash_reason(run)
-
-    def _after_others(self, run: RunFolder) -> tuple[str, str]:
-        if not self._left_alone(run):
-            return DIED, ""
-        return self._by_others(Job(run.name), run) or (DIED, crash_reason(run))
 
 
 def _ask_to_pause(run: RunFolder) -> None:

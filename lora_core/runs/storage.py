@@ -79,7 +79,7 @@ def to_trash(path: Path, workspace: Path) -> Path:
     if kind == "run":
         _refuse_live_run(RunFolder(path))
         queue = Queue(workspace)
-        if any(job.run == path.name for job in queue.written()):
+        if any(job.run == path.name for job in queue.stored_jobs()):
             queue.remove(path.name)
     elif kind == "project":
         _refuse_used_project(path, workspace)

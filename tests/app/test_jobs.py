@@ -21,6 +21,7 @@ from lora_core.errors import RunError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.runs import events
 from lora_core.runs.diagnosis import Exit, Watched
+from lora_core.runs.queue import QueuedRun
 from lora_core.settings.config import RunConfig
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.waiting import PATIENCE
@@ -104,8 +105,8 @@ CHANGED = events.Failed(
 
 def test_a_run_whose_inputs_changed_says_what_and_asks(desk: Desk) -> None:
     run = make_run(desk, "asks", started(), step(3), CHANGED)
-    desk.line.queue.add(run)
-    desk.line.queue.note("asks", state="failed", reason=CHANGED.reason)
+    desk.queue.queue.add(run)
+    desk.queue.queue.update(QueuedRun("asks", "failed", CHANGED.reason))
     moment = moment_of(desk)
     assert moment.state == "failed"
     for html in (cards.run_card(moment), earlier(moment), queue_card(moment)):

@@ -8,26 +8,26 @@ import pytest
 from app.jobs import Jobs
 from app.snapshot import moment_of
 from app.state import Desk
-from app.train.queue_client import Line
+from app.train.queue_client import QueueClient
 from lora_core.errors import RunError
 from lora_core.runs import events, runner
-from lora_core.runs.queue import Queue
+from lora_core.runs.queue import Queue, QueuedRun
 from lora_core.settings.config import RunConfig
 from tests.app.runs import come_alive, make_run, started, step
 
 
 @pytest.fixture
-def line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Line:
+def line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> QueueClient:
     """A queue that nobody works through."""
-    monkeypatch.setattr("app.train.queue_client.ensure_owner", lambda workspace: False)
-    return desk.line
+    monkeypatch.setattr("app.train.queue_client.ensure_runner", lambda workspace: False)
+    return desk.queue
 
 
-def names(line: Line) -> list[str]:
+def names(line: QueueClient) -> list[str]:
     return [job.run for job in line.jobs()]
 
 
-def test_order_and_removal(desk: Desk, line: Line) -> None:
+def test_order_and_removal(desk: Desk, line: QueueClient) -> None:
     for name in ("a", "b", "c"):
         line.add(RunConfig().changed({"name": name}))
     line.act("up", "c")
@@ -44,10 +44,10 @@ def test_order_and_removal(desk: Desk, line: Line) -> None:
     assert not (desk.workspace / "runs" / "a").exists()
     assert list((desk.workspace / ".trash").glob("*/content/config.toml"))
     # Another window, or this one after a restart, reads the same.
-    assert names(Line(desk.workspace, Jobs(desk.workspace))) == ["c", "b"]
+    assert names(QueueClient(desk.workspace, Jobs(desk.workspace))) == ["c", "b"]
 
 
-def test_a_run_that_began_stays_when_it_is_taken_out(desk: Desk, line: Line) -> None:
+def test_a_run_that_began_stays_when_it_is_taken_out(desk: Desk, line: QueueClient) -> None:
     run = make_run(desk, "a", started(), step(3))
     line.queue.add(run)
     line.act("remove", "a")
@@ -56,16 +56,16 @@ def test_a_run_that_began_stays_when_it_is_taken_out(desk: Desk, line: Line) -> 
 
 
 @pytest.mark.parametrize("name", ["../x", "", "a/b"])
-def test_names_that_are_no_folder_s_are_refused(line: Line, name: str) -> None:
+def test_names_that_are_no_folder_s_are_refused(line: QueueClient, name: str) -> None:
     with pytest.raises(RunError):
         line.act("remove", name)
 
 
-def test_behind_a_live_run_the_queue_is_set_going(
-    desk: Desk, line: Line, monkeypatch: pytest.MonkeyPatch
+def test_behind_a_live_run_the_queue_is_set_enabled(
+    desk: Desk, line: QueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going: list[Path] = []
-    monkeypatch.setattr("app.train.queue_client.ensure_owner", going.append)
+    monkeypatch.setattr("app.train.queue_client.ensure_runner", going.append)
     line.add(RunConfig().changed({"name": "alone"}))
     assert going == []
     come_alive(make_run(desk, "live", started(), step(1)))
@@ -73,7 +73,7 @@ def test_behind_a_live_run_the_queue_is_set_going(
     assert going == [desk.workspace]
 
 
-def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, line: Line) -> None:
+def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, line: QueueClient) -> None:
     for name in ("bad", "good"):
         line.add(RunConfig().changed({"name": name}))
     code = (
@@ -84,9 +84,9 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, 
         " events.Finished(step=3, export=''));"
         "sys.exit(run.name == 'bad')"
     )
-    runner.work_through(desk.workspace, lambda text: None, (sys.executable, "-c", code))
+    runner.run_queue(desk.workspace, lambda text: None, (sys.executable, "-c", code))
     assert [(job.run, job.state) for job in reversed(line.ended())] == [("bad", "failed"), ("good", "done")]
-    assert Queue(desk.workspace).going() is False
+    assert Queue(desk.workspace).is_enabled() is False
     moment = moment_of(desk)
     assert moment.watch is not None
     # The one that did something last is shown, although the other has been made later or earlier.
@@ -96,10 +96,10 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, 
     assert "No picture can be read." in queue_card(moment)
 
 
-def test_a_job_that_failed_and_was_gone_on_with_is_listed_once(desk: Desk, line: Line) -> None:
+def test_a_job_that_failed_and_was_gone_on_with_is_listed_once(desk: Desk, line: QueueClient) -> None:
     run = make_run(desk, "a", started(), events.Failed(reason="No."))
     line.queue.add(run)
-    line.queue.note("a", state="failed", reason="No.")
+    line.queue.update(QueuedRun("a", "failed", "No."))
     assert [job.state for job in line.ended()] == ["failed"]
     come_alive(run)
     assert ([job.state for job in line.jobs()], line.ended()) == (["running"], [])

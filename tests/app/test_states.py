@@ -10,7 +10,7 @@ from app.snapshot import Moment, moment_of
 from app.state import Desk
 from app.train import cards
 from app.train.facts import blockers, facts, notes, unfit
-from app.train.queue_client import Line
+from app.train.queue_client import QueueClient
 from app.train.run_list import earlier, queue_card
 from app.train.samples import samples, shown_rounds
 from lora_core.runs import events
@@ -290,7 +290,7 @@ def test_earlier_runs_say_what_is_left_of_them(desk: Desk) -> None:
 
 def test_the_queue_shows_its_order_and_why_not(desk: Desk) -> None:
     assert queue_card(moment_of(desk)) == ""
-    line = Line(desk.workspace, desk.jobs)
+    line = QueueClient(desk.workspace, desk.jobs)
     for name in ("one", "two"):
         line.queue.add(make_run(desk, name))
     html = queue_card(moment_of(desk))
@@ -301,5 +301,5 @@ def test_the_queue_shows_its_order_and_why_not(desk: Desk) -> None:
     assert "not being worked through" in html
     # Runs that only wait are no earlier runs.
     assert earlier(moment_of(desk)) == ""
-    line.queue.file.write_text("broken")
+    line.queue.file.write_bytes(b"broken" * 500)
     assert "cannot be read" in queue_card(moment_of(desk))

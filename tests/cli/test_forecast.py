@@ -55,7 +55,7 @@ def test_train_says_the_forecast_and_may_wait_in_the_queue(
     assert "Forecast: time about" in said
     assert "effective learning rate 0.003" in said
     assert "24 pictures, 24 with a caption" in said
-    assert [job.run for job in Queue(home).written()] == ["first"]
+    assert [job.run for job in Queue(home).stored_jobs()] == ["first"]
     assert not (home / "runs" / "first" / "requests.jsonl").exists()
 
 

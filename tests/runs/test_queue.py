@@ -1,10 +1,11 @@
-"""The queue on disk and its owner, with real processes: a stand-in for the trainer that does what its run is
+"""The queue on disk and its runner, with real processes: a stand-in for the trainer that does what its run is
 called after."""
 
 import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,8 +21,8 @@ from lora_core.errors import RunError
 from lora_core.runs import events
 from lora_core.runs.events import EventWriter, read_events
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.queue import ENDED_KEPT, Job, Queue
-from lora_core.runs.runner import ensure_owner, take_up, work_through
+from lora_core.runs.queue import ENDED_KEPT, Queue, QueuedRun
+from lora_core.runs.runner import ensure_runner, pause_queue, resume_queue, run_queue
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for
 
@@ -65,12 +66,12 @@ with run.held():
         writer.write(events.StepDone(step=2, loss=1.0, lr=1.0, seconds=0.01))
         writer.write(events.Finished(step=2, export="export/a.safetensors"))
 """
-# The owner as a process of its own, with the stand-in for its trainer.
-OWNER = """
+# The runner as a process of its own, with the stand-in for its trainer.
+RUNNER = """
 import sys
 from pathlib import Path
-from lora_core.runs.runner import work_through
-ended, interrupted = work_through(Path(sys.argv[1]), print, (sys.executable, sys.argv[2]))
+from lora_core.runs.runner import run_queue
+ended, interrupted = run_queue(Path(sys.argv[1]), print, (sys.executable, sys.argv[2]))
 sys.exit(130 if interrupted else 0)
 """
 
@@ -101,8 +102,8 @@ def states(queue: Queue) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def owner(home: Path, trainer: tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", OWNER, str(home), trainer[1]]
+def runner(home: Path, trainer: tuple[str, ...]) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", RUNNER, str(home), trainer[1]]
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -159,13 +160,71 @@ def test_what_cannot_wait(home: Path, tmp_path: Path) -> None:
 
 def test_a_broken_queue_is_named_and_kept(home: Path) -> None:
     queue = queued(home, "a")
+    for text in (b"no database " * 400, b"SQLite format 3\0" + b"\xff" * 5000):
+        queue.file.write_bytes(text)
+        with pytest.raises(RunError, match=r"queue\.db cannot be read"):
+            queue.jobs()
+        with pytest.raises(RunError, match=r"queue\.db cannot be read"):
+            queue.remove("a")
+        assert queue.file.read_bytes() == text
+
+
+def test_a_broken_queue_of_the_old_version_is_named_and_kept(home: Path) -> None:
+    queue = queued(home, "a")
+    old = home / "queue.json"
     for text in ("{", '{"jobs": 3}', '{"jobs": [3]}', '{"jobs": [{"state": "waiting"}]}', "[]"):
-        queue.file.write_text(text)
+        old.write_text(text)
         with pytest.raises(RunError, match=r"queue\.json cannot be read"):
             queue.jobs()
         with pytest.raises(RunError, match=r"queue\.json cannot be read"):
             queue.remove("a")
-        assert queue.file.read_text() == text
+        assert old.read_text() == text
+    old.unlink()
+    assert states(queue) == {"a": "waiting"}
+
+
+def test_the_queue_of_the_old_version_is_taken_over_once(home: Path) -> None:
+    for name in ("a", "b", "c"):
+        RunFolder.create(runs_folder(home) / name, RunConfig())
+    rows = [
+        {"run": "a", "state": "failed", "reason": "No.", "restarts": 1, "seen": 7},
+        {"run": "c", "state": "waiting", "reason": "", "restarts": 0, "seen": 0, "new": "ignored"},
+        {"run": "b", "state": "waiting"},
+    ]
+    (home / "queue.json").write_text(json.dumps({"going": True, "jobs": rows}))
+    queue = Queue(home)
+    assert queue.is_enabled()
+    assert queue.jobs() == [QueuedRun("a", "failed", "No.", 1, 7), QueuedRun("c"), QueuedRun("b")]
+    queue.remove("c")
+    assert [job.run for job in Queue(home).jobs()] == ["a", "b"]
+    assert not (home / "queue.json").exists()
+
+
+@pytest.mark.parametrize("drive", ["local", "network"])
+def test_a_network_drive_gets_the_rollback_journal_and_one_warning(
+    drive: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_core.runs.queue.is_network_drive", lambda path: drive == "network")
+    queue = queued(home, "a", "b")
+    queue.move("b", 1)
+    assert [job.run for job in queue.jobs()] == ["b", "a"]
+    with contextlib.closing(sqlite3.connect(queue.file)) as db:
+        mode = db.execute("PRAGMA journal_mode").fetchone()[0]
+    assert mode == ("delete" if drive == "network" else "wal")
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == (drive == "network")
+    assert all("on a network drive" in line for line in warnings)
+
+
+def test_a_killed_change_leaves_the_queue_as_it_was(home: Path) -> None:
+    queue = queued(home, "a", "b")
+    code = (
+        "import os, sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "db.execute('BEGIN IMMEDIATE'); db.execute('DELETE FROM jobs'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(queue.file)], check=False)
+    queue.move("b", 1)
+    assert [job.run for job in queue.jobs()] == ["b", "a"]
 
 
 def test_no_change_is_lost_when_many_change_at_once(home: Path) -> None:
@@ -178,8 +237,9 @@ def test_no_change_is_lost_when_many_change_at_once(home: Path) -> None:
 
 def test_old_ends_are_dropped(home: Path) -> None:
     queue = Queue(home)
-    with queue.changing() as jobs:
-        jobs += [Job(f"old-{number}", "done") for number in range(ENDED_KEPT + 5)]
+    for number in range(ENDED_KEPT + 5):
+        queue.add(RunFolder.create(runs_folder(home) / f"old-{number}", RunConfig()))
+        queue.update(QueuedRun(f"old-{number}", "done"))
     queued(home, "new")
     assert [job.run for job in queue.jobs()] == [
         *(f"old-{n}" for n in range(5, ENDED_KEPT + 5)),
@@ -191,7 +251,7 @@ def test_five_jobs_of_which_two_go_wrong(home: Path, trainer: tuple[str, ...]) -
     names = ["ok-1", "fails-2", "dies-3", "dies-4-always", "refuses-5", "full-6", "ok-7"]
     queue = queued(home, *names)
     lines: list[str] = []
-    ended, interrupted = work_through(home, lines.append, trainer)
+    ended, interrupted = run_queue(home, lines.append, trainer)
     assert not interrupted
     assert [job.run for job in ended] == names
     assert states(queue) == {
@@ -215,24 +275,24 @@ def test_five_jobs_of_which_two_go_wrong(home: Path, trainer: tuple[str, ...]) -
         for name in ("ok-1", "fails-2", "dies-3", "dies-3", "dies-4-always", "dies-4-always", *names[4:])
     ]
     assert not queue.process_file.exists()
-    assert (queue.owner(), queue.going()) == (None, False)
+    assert (queue.runner(), queue.is_enabled()) == (None, False)
     assert left_behind(home) == []
     # The status of the run agrees with the queue's.
     assert queue.run("full-6").status() == "paused"
     # Again, as a person would: it waits, at the end, and goes on.
     queue.add(queue.run("dies-4-always"))
     assert [job.run for job in queue.jobs()][-1] == "dies-4-always"
-    assert queue.jobs()[-1] == Job(
-        "dies-4-always", seen=queue.run("dies-4-always").events_file.stat().st_size
+    assert queue.jobs()[-1] == QueuedRun(
+        "dies-4-always", events_bytes=queue.run("dies-4-always").events_file.stat().st_size
     )
 
 
 def test_a_pause_is_skipped_and_a_stop_is_an_end(home: Path, trainer: tuple[str, ...]) -> None:
     queue = queued(home, "waits-1", "waits-2", "ok-3")
-    with owner(home, trainer) as process:
+    with runner(home, trainer) as process:
         wait_for(lambda: queue.run("waits-1").progress().step == 1)
         assert states(queue) == {"waits-1": "running", "waits-2": "waiting", "ok-3": "waiting"}
-        assert queue.owner() is not None
+        assert queue.runner() is not None
         with pytest.raises(RunError, match="waits-1 is going on"):
             queue.remove("waits-1")
         with pytest.raises(RunError, match="waits-1 is running; only jobs that wait"):
@@ -248,12 +308,12 @@ def test_a_pause_is_skipped_and_a_stop_is_an_end(home: Path, trainer: tuple[str,
     assert states(queue)["waits-1"] == "done"
 
 
-def test_two_owners_start_nothing_twice(home: Path, trainer: tuple[str, ...]) -> None:
+def test_two_runners_start_nothing_twice(home: Path, trainer: tuple[str, ...]) -> None:
     queue = queued(home, *(f"ok-{number}" for number in range(4)), "waits-5")
-    with owner(home, trainer) as first, owner(home, trainer) as second:
+    with runner(home, trainer) as first, runner(home, trainer) as second:
         wait_for(lambda: queue.run("waits-5").progress().step == 1)
         # The window asks too, at every start.
-        assert not ensure_owner(home)
+        assert not ensure_runner(home)
         wait_for(lambda: None not in (first.poll(), second.poll()) or first.poll() or second.poll())
         (queue.run("waits-5").path / "go").touch()
         codes = sorted([first.wait(PATIENCE), second.wait(PATIENCE)])
@@ -264,19 +324,19 @@ def test_two_owners_start_nothing_twice(home: Path, trainer: tuple[str, ...]) ->
     assert set(states(queue).values()) == {"done"}
 
 
-def test_a_killed_owner_is_followed_by_another(home: Path, trainer: tuple[str, ...]) -> None:
+def test_a_killed_runner_is_followed_by_another(home: Path, trainer: tuple[str, ...]) -> None:
     queue = queued(home, "waits-1", "ok-2")
-    with owner(home, trainer) as process:
+    with runner(home, trainer) as process:
         wait_for(lambda: queue.run("waits-1").progress().step == 1)
         process.kill()
         process.wait()
     child = queue.run("waits-1").live_process()
     assert child is not None
-    assert queue.owner() is None
-    assert queue.going()
+    assert queue.runner() is None
+    assert queue.is_enabled()
     # The trainer lives on: it is waited for, not started again.
-    with owner(home, trainer) as process:
-        wait_for(lambda: queue.owner() is not None)
+    with runner(home, trainer) as process:
+        wait_for(lambda: queue.runner() is not None)
         time.sleep(1.0)
         assert states(queue) == {"waits-1": "running", "ok-2": "waiting"}
         (queue.run("waits-1").path / "go").touch()
@@ -287,10 +347,10 @@ def test_a_killed_owner_is_followed_by_another(home: Path, trainer: tuple[str, .
 
 
 def test_after_the_machine_was_off(home: Path, trainer: tuple[str, ...]) -> None:
-    """Owner and trainer gone at once, with and without a word of the trainer's."""
+    """Runner and trainer gone at once, with and without a word of the trainer's."""
     queue = queued(home, "waits-1", "waits-2", "ok-3")
     queue.move("waits-2", 1)
-    with owner(home, trainer) as process:
+    with runner(home, trainer) as process:
         wait_for(lambda: queue.run("waits-2").progress().step == 1)
         child = queue.run("waits-2").live_process()
         assert child is not None
@@ -299,18 +359,17 @@ def test_after_the_machine_was_off(home: Path, trainer: tuple[str, ...]) -> None
         process.wait()
         wait_for(lambda: queue.run("waits-2").live_process() is None)
     assert states(queue) == {"waits-2": "waiting", "waits-1": "waiting", "ok-3": "waiting"}
-    assert queue.going()
+    assert queue.is_enabled()
     # As a shutdown does: the trainer took SIGTERM for a stop, and nobody was left to note it.
-    with queue.changing() as jobs:
-        jobs[1] = Job("waits-1", "running")
-        jobs[0] = Job("waits-2", "waiting", seen=queue.run("waits-2").events_file.stat().st_size)
+    queue.update(QueuedRun("waits-1", "running"))
+    queue.update(QueuedRun("waits-2", "waiting"))
     writer = EventWriter(queue.run("waits-1").events_file)
     writer.write(events.Started(steps=2, pid=1, device="cpu", threads=1, versions={}))
     writer.write(events.Stopped(step=1, export=""))
     writer.close()
     for name in ("waits-1", "waits-2"):
         (queue.run(name).path / "go").touch()
-    ended, _ = work_through(home, lambda line: None, trainer)
+    ended, _ = run_queue(home, lambda line: None, trainer)
     assert [(job.run, job.state) for job in ended] == [
         ("waits-1", "done"),
         ("waits-2", "done"),
@@ -318,9 +377,9 @@ def test_after_the_machine_was_off(home: Path, trainer: tuple[str, ...]) -> None
     ]
 
 
-def test_an_owner_that_is_told_to_end_keeps_the_work(home: Path, trainer: tuple[str, ...]) -> None:
+def test_a_runner_that_is_told_to_end_keeps_the_work(home: Path, trainer: tuple[str, ...]) -> None:
     queue = queued(home, "waits-1", "ok-2")
-    with owner(home, trainer) as process:
+    with runner(home, trainer) as process:
         wait_for(lambda: queue.run("waits-1").progress().step == 1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 130
@@ -328,8 +387,20 @@ def test_an_owner_that_is_told_to_end_keeps_the_work(home: Path, trainer: tuple[
     assert states(queue) == {"waits-1": "waiting", "ok-2": "waiting"}
     assert left_behind(home) == []
     (queue.run("waits-1").path / "go").touch()
-    ended, _ = work_through(home, lambda line: None, trainer)
+    ended, _ = run_queue(home, lambda line: None, trainer)
     assert [(job.run, job.state) for job in ended] == [("waits-1", "done"), ("ok-2", "done")]
+
+
+def test_a_paused_queue_keeps_the_work_and_is_not_resumed(home: Path, trainer: tuple[str, ...]) -> None:
+    queue = queued(home, "waits-1", "ok-2")
+    with runner(home, trainer) as process:
+        wait_for(lambda: queue.run("waits-1").progress().step == 1)
+        pause_queue(home)
+        assert process.wait(PATIENCE) == 130
+    assert queue.run("waits-1").status() == "paused"
+    assert states(queue) == {"waits-1": "waiting", "ok-2": "waiting"}
+    assert left_behind(home) == []
+    assert not resume_queue(home)
 
 
 def test_a_run_started_by_hand_has_the_machine_for_itself(home: Path, trainer: tuple[str, ...]) -> None:
@@ -337,7 +408,7 @@ def test_a_run_started_by_hand_has_the_machine_for_itself(home: Path, trainer: t
     alone = RunFolder.create(runs_folder(home) / "alone", RunConfig())
     lines: list[str] = []
     with alone.held():
-        thread = threading.Thread(target=work_through, args=(home, lines.append, trainer))
+        thread = threading.Thread(target=run_queue, args=(home, lines.append, trainer))
         thread.start()
         wait_for(lambda: lines)
         time.sleep(1.2)
@@ -355,7 +426,7 @@ def test_jobs_that_ended_or_vanished_meanwhile(home: Path, trainer: tuple[str, .
     process.wait(PATIENCE)
     before = len(read_events(queue.run("ok-by-hand").events_file)[0])
     queue.run("ok-gone").path.rename(home / "elsewhere")
-    work_through(home, lambda line: None, trainer)
+    run_queue(home, lambda line: None, trainer)
     assert states(queue) == {
         "ok-by-hand": "done",
         "waits-by-hand": "stopped",
@@ -367,20 +438,20 @@ def test_jobs_that_ended_or_vanished_meanwhile(home: Path, trainer: tuple[str, .
 
 
 def test_what_the_window_starts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A detached owner, of a queue whose one job cannot work: the real command line, but no torch."""
+    """A detached runner, of a queue whose one job cannot work: the real command line, but no torch."""
     queue = Queue(home)
-    assert not ensure_owner(home)  # nothing waits
+    assert not ensure_runner(home)  # nothing waits
     queued(home, "broken")
     (queue.run("broken").path / "config.toml").write_text("[adapter]\nrank = 0\n")
-    assert not take_up(home)  # nobody set it going
-    assert ensure_owner(home)
-    assert not ensure_owner(home)  # it has been started, whether or not it is up already
-    wait_for(lambda: states(queue)["broken"] == "failed" and queue.owner() is None)
+    assert not resume_queue(home)  # nobody set it going
+    assert ensure_runner(home)
+    assert not ensure_runner(home)  # it has been started, whether or not it is up already
+    wait_for(lambda: states(queue)["broken"] == "failed" and queue.runner() is None)
     assert "adapter.rank = 0" in queue.jobs()[0].reason
-    # The owner's process says so after it has let go of the queue.
+    # The runner's process says so after it has let go of the queue.
     wait_for(lambda: "1 of 1 jobs failed: broken" in queue.log_file.read_text())
-    assert json.loads(queue.file.read_text())["going"] is False
+    assert queue.is_enabled() is False
     queue.add(queue.run("broken"))
-    queue.set_going(True)
-    wait_for(lambda: take_up(home))
-    wait_for(lambda: states(queue)["broken"] == "failed" and queue.owner() is None)
+    queue.set_enabled(True)
+    wait_for(lambda: resume_queue(home))
+    wait_for(lambda: states(queue)["broken"] == "failed" and queue.runner() is None)
