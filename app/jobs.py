@@ -16,8 +16,9 @@ from lora_core.runs.diagnosis import LESS_MEMORY, Watched, crash_reason, resume_
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder, all_runs, checked_name, runs_folder
 from lora_core.runs.progress import Progress
-from lora_core.runs.storage import folder_bytes, to_trash
+from lora_core.runs.storage import to_trash
 from lora_core.settings.config import RunConfig
+from lora_core.system.disk_space import folder_bytes
 from lora_core.system.processes import ACCEPTING, TRAINER, started
 from lora_core.system.processes import child_environment as environment
 

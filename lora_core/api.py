@@ -1061,7 +1061,8 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
 
 def trash_empty(workspace: File | None = None) -> int:
     """Remove for good all that is in a workspace's trash; returns the bytes freed."""
-    from lora_core.runs.storage import empty_trash, folder_bytes, trash_folder
+    from lora_core.runs.storage import empty_trash, trash_folder
+    from lora_core.system.disk_space import folder_bytes
 
     place = workspace_folder(workspace)
     size = folder_bytes(trash_folder(place))

@@ -18,10 +18,9 @@ from app.train.base_picker import base_choices
 from app.worker_client import Reply, Worker
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
-from lora_core.model_files.sizes import MARGIN, free_bytes
 from lora_core.runs.folder import checked_name
-from lora_core.runs.storage import folder_bytes
 from lora_core.settings.choices import FORMATS
+from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
 
 BUSY = "One look is under way already; wait for it, or cancel it."
 

@@ -15,7 +15,8 @@ from app.routes import Answer, Refused, sent_json
 from app.snapshot import Moment
 from app.state import Desk
 from lora_core.errors import RunError
-from lora_core.runs.storage import clean_caches, empty_trash, folder_bytes, restore, trash_folder, trashed
+from lora_core.runs.storage import clean_caches, empty_trash, restore, trash_folder, trashed
+from lora_core.system.disk_space import folder_bytes
 
 DIALOG = """<dialog id="projects" class="panel" aria-labelledby="projects-title">
 <div class="row apart"><h2 id="projects-title">Projects</h2><button type="button" class="own quiet"

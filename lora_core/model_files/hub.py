@@ -38,7 +38,7 @@ from huggingface_hub.utils import (
 
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import UNET_CONFIG, is_remote, weight_names
-from lora_core.model_files.sizes import MARGIN, free_bytes
+from lora_core.system.disk_space import MARGIN, free_bytes
 
 WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")

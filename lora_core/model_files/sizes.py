@@ -4,12 +4,11 @@ import functools
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.errors import LoraError, ModelFileError, NoRoom
+from lora_core.errors import LoraError, ModelFileError
 from lora_core.model_files.detect import UNET, BaseFacts
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import read_header
@@ -17,10 +16,9 @@ from lora_core.model_files.key_names import diffusers_unet_path
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.patterns import PatternError, last_matches
+from lora_core.system.disk_space import MARGIN
 from lora_core.system.paths import FAMILY_CONFIGS
 
-MARGIN = 2**20
-"""Bytes that are left free beyond what a write needs: events and requests have to go on."""
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
 """The most memory that encoded captions take which vary from look to look: some 800 looks of SDXL."""
 _HEADERS = 64 * 1024
@@ -72,42 +70,6 @@ def needed_bytes(config: RunConfig, export: int) -> int:
         + rounds * preview_bytes(config)
         + MARGIN
     )
-
-
-def free_bytes(path: Path) -> int:
-    """What is free on the drive that holds `path`, which need not exist yet.
-
-    Raises:
-        OSError: the drive is gone.
-    """
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def require_room(path: Path, need: int, what: str) -> None:
-    """Refuse to begin a write that the drive could not take.
-
-    Args:
-        path: the folder that is written to.
-        need: bytes.
-        what: is to be written, for the sentence: "The checkpoint of step 500".
-
-    Raises:
-        NoRoom: there is too little room, or the folder is gone.
-    """
-    if not path.exists():
-        raise NoRoom(f"{what} cannot be written: {path} is gone. Connect its drive again and resume.")
-    free = free_bytes(path)
-    if free < need + MARGIN:
-        raise NoRoom(
-            f"{what} needs {_megabytes(need + MARGIN)}, and the drive of {path} has {_megabytes(free)} free."
-            " What is saved is whole; make room and resume."
-        )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MB"
 
 
 # How large a base is and how large the exported file will be, from the shapes of the base's layers: headers

@@ -13,8 +13,9 @@ from lora_core.data.scan import folded, free_stem, safe_name
 from lora_core.errors import ConfigError, DatasetError, RunError
 from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read_json, title_of
 from lora_core.runs.folder import RunFolder, all_runs
-from lora_core.runs.storage import folder_bytes, to_trash
+from lora_core.runs.storage import to_trash
 from lora_core.settings.config import RunConfig
+from lora_core.system.disk_space import folder_bytes
 from lora_core.system.paths import valid_text, write_atomically
 
 DEFAULT = "default"

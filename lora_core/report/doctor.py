@@ -18,7 +18,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from lora_core.errors import RunError
-from lora_core.model_files.sizes import free_bytes
+from lora_core.system.disk_space import free_bytes
 from lora_core.system.hardware import REINSTALL, Card, card_problem, find_card
 from lora_core.system.paths import workspace as workspace_folder
 

@@ -19,19 +19,17 @@ from lora_core.model_files.families import Family, family_of_version
 from lora_core.model_files.header import read_header
 from lora_core.model_files.sizes import (
     DRAWN_CAPTIONS_BYTES,
-    MARGIN,
     checkpoint_bytes,
     count_base_parameters,
     export_bytes,
-    free_bytes,
     needed_bytes,
     weight_files,
 )
 from lora_core.runs.folder import RunFolder, all_runs, checked_name, runs_folder
-from lora_core.runs.storage import folder_bytes
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import LossSection
+from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
 
 RATES: dict[str, tuple[float, float]] = {
     "adamw": (1e-6, 3e-3),

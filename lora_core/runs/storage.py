@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder, all_runs, runs_folder
 from lora_core.runs.queue import Queue
+from lora_core.system.disk_space import folder_bytes
 from lora_core.system.paths import write_atomically
 from lora_core.system.untrusted import parsed_json
 
@@ -219,32 +220,6 @@ class Sizes:
     def total(self) -> int:
         """All of it."""
         return sum(sum(part.values()) for part in (self.caches, self.runs, self.projects)) + self.trash
-
-
-def folder_bytes(folder: Path) -> int:
-    """The bytes of all files below a folder; links are not followed, and a file with two names counts once.
-
-    What vanishes meanwhile, as when a run is going on, counts as nothing.
-    """
-    total = 0
-    linked: set[tuple[int, int]] = set()
-    waiting = [str(folder)]
-    while waiting:
-        try:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-                        continue
-                    found = entry.stat(follow_symlinks=False)
-                    if found.st_nlink > 1:
-                        if (found.st_dev, found.st_ino) in linked:
-                            continue
-                        linked.add((found.st_dev, found.st_ino))
-                    total += found.st_size
-        except OSError:
-            continue
-    return total
 
 
 def workspace_sizes(workspace: Path) -> Sizes:

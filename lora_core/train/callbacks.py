@@ -16,12 +16,13 @@ from PIL import Image
 
 from lora_core.evaluate.early_stopping import is_worse, reason_to_stop
 from lora_core.lora.inject import adapter_weights
-from lora_core.model_files.sizes import preview_bytes, require_room
+from lora_core.model_files.sizes import preview_bytes
 from lora_core.models.device import out_of_memory
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.verdict import raw_or_average
 from lora_core.settings.config import RunConfig
+from lora_core.system.disk_space import require_room
 from lora_core.train.checkpoint import TrainState, amend_record, is_whole
 from lora_core.train.divergence import Health
 from lora_core.train.export import (

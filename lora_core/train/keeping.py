@@ -9,10 +9,11 @@ import torch
 from lora_core.errors import RunError
 from lora_core.lora.inject import adapter_weights, load_weights
 from lora_core.lora.weights import AdapterWeights
-from lora_core.model_files.sizes import checkpoint_bytes, require_room
+from lora_core.model_files.sizes import checkpoint_bytes
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
+from lora_core.system.disk_space import require_room
 from lora_core.train.checkpoint import (
     TrainState,
     amend_record,

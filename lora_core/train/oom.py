@@ -17,10 +17,10 @@ from lora_core.backends.int8 import WeightPolicy, is_offloaded, is_quantized, qu
 from lora_core.backends.offload import offload_store_for
 from lora_core.backends.onednn import is_prepacked, undo_prepack
 from lora_core.errors import OutOfMemory
-from lora_core.model_files.sizes import free_bytes
 from lora_core.models.device import release_failed
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import TrainSection
+from lora_core.system.disk_space import free_bytes
 from lora_core.train.loop import Trainee
 from lora_core.train.setup import INT8, OFFLOAD, enable_checkpointing
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_core.formats.convert import converted
 from lora_core.report.data import cut_file
-from lora_core.runs.storage import folder_bytes
+from lora_core.system.disk_space import folder_bytes
 from lora_core.tools.extract import extract_file
 from lora_core.tools.merge import Ingredient, MergeOptions, merge_files, merge_files_into_base
 from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out, file_precision

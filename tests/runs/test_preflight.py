@@ -25,6 +25,7 @@ from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.runs.preflight import Problem, caption_bytes, preflight, refuse
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
+from lora_core.system import disk_space
 from lora_core.system.paths import DEMO_BASE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,7 +232,7 @@ Usage = namedtuple("Usage", "total used free")
 
 def test_room_on_the_disk(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def free(size: int) -> None:
-        monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path: Usage(10**12, 0, size))
+        monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: Usage(10**12, 0, size))
 
     free(10**12)
     assert found(config, tmp_path) == []

@@ -10,8 +10,9 @@ import pytest
 
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.storage import clean_caches, folder_bytes, to_trash, workspace_sizes
+from lora_core.runs.storage import clean_caches, to_trash, workspace_sizes
 from lora_core.settings.config import RunConfig
+from lora_core.system.disk_space import folder_bytes
 
 
 def filled(folder: Path, *sizes: int) -> Path:

@@ -18,6 +18,7 @@ from lora_core.model_files import sizes
 from lora_core.runs import events
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
+from lora_core.system import disk_space
 from tests.faults import Fault, Nursery, armed
 from tests.train.runs import (
     SAMPLED,
@@ -74,7 +75,10 @@ def test_too_little_room_is_known_before_the_write(own_toy: Toy, wanted: dict) -
     def nearly_full(path: Path) -> object:
         return real(path)._replace(free=2**20 + 1000)
 
-    with mock.patch.object(sizes.shutil, "disk_usage", nearly_full), pytest.raises(NoRoom, match="make room"):
+    with (
+        mock.patch.object(disk_space.shutil, "disk_usage", nearly_full),
+        pytest.raises(NoRoom, match="make room"),
+    ):
         trained(run)
     assert run.status() == "paused"
     assert not run.checkpoint_steps()
@@ -129,10 +133,10 @@ def test_needed_room_is_told_before_the_start(own_toy: Toy) -> None:
     assert actual <= estimate < 1.3 * actual
     need = sizes.needed_bytes(run.config(), export)
     assert need >= 2 * actual + export
-    assert need == pytest.approx(5 * estimate + export + sizes.MARGIN)
-    assert sizes.free_bytes(own_toy.home / "not" / "there" / "yet") > 0
+    assert need == pytest.approx(5 * estimate + export + disk_space.MARGIN)
+    assert disk_space.free_bytes(own_toy.home / "not" / "there" / "yet") > 0
     with pytest.raises(NoRoom, match=r"The checkpoint of step 4 needs .* MB"):
-        sizes.require_room(own_toy.home, 10**18, "The checkpoint of step 4")
+        disk_space.require_room(own_toy.home, 10**18, "The checkpoint of step 4")
 
 
 def test_a_run_of_many_checkpoints_needs_no_more_than_was_told(own_toy: Toy) -> None:

@@ -19,9 +19,9 @@ from unittest import mock
 import pytest
 
 from lora_core.errors import LoraError, NoRoom
-from lora_core.model_files import sizes
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
+from lora_core.system import disk_space
 from tests.faults import Nursery
 from tests.train.runs import SAMPLED, Toy, broken_at, check_story, check_whole, notes, result, trained
 
@@ -96,7 +96,7 @@ def pages(whole: RunFolder, fits: list[str | int]) -> int:
 
 def unasked() -> contextlib.AbstractContextManager[object]:
     """A drive that seems to have room for everything."""
-    return mock.patch.object(sizes, "free_bytes", return_value=2**50)
+    return mock.patch.object(disk_space, "free_bytes", return_value=2**50)
 
 
 @pytest.mark.parametrize("what", list(FILLED))
