@@ -46,14 +46,15 @@ def parser() -> argparse.ArgumentParser:
     tops = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     groups: dict[str, Any] = {}
     parsers = {}
-    for verb in VERBS:
-        first, _, second = verb.name.partition(" ")
+    for words, function in VERBS.items():
+        first, _, second = words.partition(" ")
         if second and first not in groups:
-            words = "|".join(row.name.partition(" ")[2] for row in VERBS if row.name.startswith(f"{first} "))
+            parts_of = "|".join(name.partition(" ")[2] for name in VERBS if name.startswith(f"{first} "))
             parts = tops.add_parser(first, help=GROUPS[first])
-            groups[first] = parts.add_subparsers(dest="part", required=True, metavar=words)
+            groups[first] = parts.add_subparsers(dest="part", required=True, metavar=parts_of)
         inside, name = (groups[first], second) if second else (tops, first)
-        parsers[verb.name] = inside.add_parser(name, help=verb.help, description=verb.help)
+        help_line = (function.__doc__ or "").splitlines()[0]
+        parsers[words] = inside.add_parser(name, help=help_line, description=help_line)
     for module in (jobs, queue, pictures, adapters, combine, analysis, dataset, report, workspace, projects):
         module.add_verbs(parsers)
     return top

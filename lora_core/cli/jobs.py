@@ -34,6 +34,7 @@ from lora_core.system.cpu_threads import COMPUTES, GIVES_WAY, without_collecting
 from lora_core.system.keep_awake import keep_awake
 from lora_core.system.paths import workspace
 from lora_core.system.processes import INTERRUPTED, Stopping
+from lora_core.verbs import PRECISIONS
 
 if TYPE_CHECKING:
     from lora_core.train.distributed import Fellows
@@ -99,7 +100,7 @@ def _add_runs(verbs: Verbs) -> None:
     add_run(export)
     export.add_argument("--checkpoint", default="best", metavar="STEP", help="best, last, or a step")
     export.add_argument("--format", default="kohya", choices=list(FORMATS))
-    export.add_argument("--precision", default="fp16", choices=api.PRECISIONS)
+    export.add_argument("--precision", default="fp16", choices=PRECISIONS)
     export.add_argument("--name", default="", help="of the file, else the run's")
     add_json(export)
     export.set_defaults(run=_export)

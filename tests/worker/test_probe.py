@@ -23,8 +23,8 @@ from lora_core.runs.costs import Measured, cost_key, keep_measured
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.serve import Worker
 from lora_core.settings.config import RunConfig
+from lora_core.train import step_timing
 from lora_core.train.loop import Trainee
-from lora_core.worker import probe as probing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,11 +67,11 @@ def test_it_takes_steps_and_lets_go_of_all(
     took = time.perf_counter() - began
     done = answers[-1]
     assert done["event"] == "done", done
-    assert [line["done"] for line in answers[:-1]] == list(range(1, probing.STEPS + 1))
+    assert [line["done"] for line in answers[:-1]] == list(range(1, step_timing.STEPS + 1))
     # The steps that counted were really taken, within the time that it all took.
     assert 0 < done["step"] * done["steps"] < took
     assert 0 < done["draw"] < took
-    assert (done["steps"], done["device"]) == (probing.STEPS - 1, "cpu")
+    assert (done["steps"], done["device"]) == (step_timing.STEPS - 1, "cpu")
     assert left_over() == []
 
 
@@ -97,7 +97,7 @@ def test_too_little_memory_is_a_sentence_and_leaves_nothing(
     def full(*anything: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(probing, "training_steps", full)
+    monkeypatch.setattr(step_timing, "training_steps", full)
     answer = asked({})[-1]
     assert answer["event"] == "error"
     assert "lower train.batch_size" in answer["message"]

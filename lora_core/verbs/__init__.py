@@ -1,0 +1,161 @@
+"""The registry of verbs: all that the command line, the worker and `lora_core.api` can do, each once.
+
+A verb is a function with typed parameters and a docstring. `queue_add` is the command `queue add`; the first
+line of its docstring is the command's help, and `Args:` is the help of its options. `lora_core.cli` makes a
+parser from the signature, `lora_core.worker` calls it with the keys of a request, `lora_core.api` lists it.
+
+The command line takes a parameter without a default as an argument and any other as an option. Where it is
+spelled otherwise, `Annotated` says so: `"--to FOLDER"` is an option with its placeholder, `"FILE"` an
+argument with its placeholder, a table or a tuple the values to choose from.
+
+Functions import what needs torch when they are called, so that `runs` and `stop` answer at once.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.generate.request import WeightedLora
+from lora_core.system.paths import workspace as workspace_folder
+
+if TYPE_CHECKING:
+    from lora_core.models.load import BaseModel
+    from lora_core.tools.evaluator import Evaluator
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+File = str | Path
+Lora = WeightedLora | str | Path
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+CHECKPOINT = object()
+"""Marks a parameter that takes, on the command line, also a run's checkpoint: RUN or RUN@STEP."""
+AdapterFile = Annotated[File, CHECKPOINT]
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+GROUPS = {
+    "queue": "Train runs one after the other.",
+    "captions": "Change the captions of a folder or project.",
+    "projects": "Projects: pictures, captions, settings and runs.",
+    "caches": "Encoded pictures and captions, unpacked zips.",
+    "trash": "Deleted runs and projects.",
+}
+"""First words of commands of two words, with their help."""
+
+VERBS: dict[str, Callable[..., Any]] = {}
+"""Functions by the words of their command."""
+
+
+def verb(function: Function) -> Function:
+    """Register a function under the words of its command."""
+    first, _, second = function.__name__.partition("_")
+    words = f"{first} {second}" if first in GROUPS else function.__name__
+    VERBS[words.replace("_", "-")] = function
+    return function
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What to measure an adapter on: images that it was not trained on, and a base.
+
+    Attributes:
+        dataset: a folder of pictures with captions, a zip, or `demo`: pictures that it was not trained on.
+        base: `demo`, a diffusers folder, a .safetensors file, or a hub id.
+        vae: a VAE in place of the base's own: a folder or a file.
+        prediction: what the base predicts.
+        triples: noise draws (timestep and noise) per picture.
+        seed: of the noise draws.
+        workspace: where zips are unpacked.
+        said: called with what is being measured.
+        zero_terminal_snr: whether the base's last timestep is pure noise.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
+    """
+
+    dataset: File
+    base: str = "demo"
+    vae: str = ""
+    prediction: str = "auto"
+    triples: int = 8
+    seed: int = 0
+    workspace: File | None = None
+    said: Callable[[str], None] | None = None
+    zero_terminal_snr: str = "auto"
+    device: str = "auto"
+
+    def load(self, precision: str = "fp32") -> "tuple[BaseModel, list[Any]]":
+        """The base, and the images.
+
+        Raises:
+            LoraError: a value is out of range, or the base or an image cannot be read.
+        """
+        from lora_core.data.dataset import require_clean
+
+        check_triples(self.triples)
+        found = load_images(self.dataset, self.workspace)
+        require_clean(found)
+        from lora_core.models.device import dtype_of
+        from lora_core.models.load import load_base
+
+        device = choose_device(self.device)
+        base = load_base(
+            self.base, device, dtype_of(precision, device), self.prediction, self.vae,
+            zero_snr=self.zero_terminal_snr,
+        )  # fmt: skip
+        return base, found.records
+
+    def evaluator(self) -> "tuple[Evaluator, BaseModel]":
+        """What measures adapters on these images, and its base."""
+        base, records = self.load()
+        from lora_core.tools.evaluator import Evaluator
+
+        return Evaluator(base, records, self.triples, self.seed, self.said), base
+
+
+def choose_device(name: str) -> Any:
+    """The device of this process from now on; `auto` leaves it as it is.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    from lora_core.models.device import best_device, use_device
+    from lora_core.settings.config import checked_option
+
+    return best_device() if name == "auto" else use_device(checked_option("--device", "train.device", name))
+
+
+def load_images(dataset: File, workspace: File | None) -> Any:
+    """The dataset at a path; zips are unpacked in the workspace."""
+    from lora_core.data.dataset import open_dataset
+
+    return open_dataset(str(dataset), workspace_folder(workspace) / "cache" / "datasets")
+
+
+def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:
+    """Adapters with their strengths, 1 where none is given.
+
+    Raises:
+        AdapterFileError: a file does not exist.
+    """
+    found = [one if isinstance(one, WeightedLora) else WeightedLora(str(one)) for one in loras]
+    for lora in found:
+        if not Path(lora.file).is_file():
+            raise AdapterFileError(f"The adapter {lora.file} does not exist.")
+    return found
+
+
+def optional_path(text: File | None) -> Path | None:
+    """A path, or None for nothing."""
+    return Path(text) if text else None
+
+
+def check_triples(triples: int) -> None:
+    """Raise ConfigError for a number of noise draws that is out of range."""
+    if not 1 <= triples <= 1000:
+        raise ConfigError(f"--triples {triples} is out of range; it goes from 1 to 1000.")
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for a dtype that adapter files are not written in."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"The precision {precision!r} is not one of {', '.join(PRECISIONS)}.")

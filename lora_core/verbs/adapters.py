@@ -1,0 +1,510 @@
+"""Verbs that draw with adapters, measure them, and make files of them."""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from lora_core.errors import AdapterFileError, ConfigError, RunError
+from lora_core.generate.request import LARGEST_SEED, Axis, GenerationRequest, grid_requests, grid_settings
+from lora_core.model_files.detect import base_facts
+from lora_core.runs.folder import find_run
+from lora_core.settings.choices import FORMATS
+from lora_core.system.paths import workspace as workspace_folder
+from lora_core.verbs import (
+    PRECISIONS,
+    AdapterFile,
+    File,
+    Lora,
+    Measure,
+    Progress,
+    check_precision,
+    checked_loras,
+    choose_device,
+    optional_path,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from lora_core.generate.pipeline import Pipeline
+
+Loras = Annotated[Sequence[Lora], "FILE[:STRENGTH[:TEXT_STRENGTH]]"]
+Out = Annotated[File, "--out"]
+
+
+@verb
+def generate(
+    shot: GenerationRequest,
+    out: File | None = None,
+    count: int = 1,
+    precision: Annotated[str, ("auto", *PRECISIONS)] = "auto",
+    workspace: File | None = None,
+    drawn: Callable[[Path], None] | None = None,
+    device: str = "auto",
+) -> list[Path]:
+    """Make pictures of the seeds from `shot.seed` on, as PNG files; returns their paths.
+
+    Args:
+        shot: all that a picture depends on, adapters included.
+        out: a PNG file, with -2, -3, ... appended for more; else new files in the workspace.
+        count: pictures, each with the next seed.
+        precision: dtype of the base.
+        workspace: where new files are made.
+        drawn: called with each path once the file is written.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
+
+    Raises:
+        LoraError: a value is out of range, or the base or an adapter cannot be used.
+    """
+    if not 1 <= count <= 1000:
+        raise ConfigError(f"--count {count} is out of range; it goes from 1 to 1000.")
+    _check_shot(shot)
+    target = optional_path(out)
+    if target:
+        _check_png(target)
+    folder = None if target else workspace_folder(workspace) / "generated"
+    artist = _open_artist(shot, precision, device)
+    from lora_core.generate.pipeline import save_png
+
+    made = []
+    for number in range(count):
+        one = shot.at("seed", shot.seed + number)
+        path = _numbered(target, number) if target else _unused_png(folder or Path(), one.seed)
+        save_png(artist.drawn(one), path, artist.infotext(one))
+        made.append(path)
+        if drawn:
+            drawn(path)
+    return made
+
+
+@verb
+def grid(
+    shot: GenerationRequest,
+    out: Out,
+    rows: Axis | None = None,
+    columns: Axis | None = None,
+    precision: Annotated[str, ("auto", *PRECISIONS)] = "auto",
+    device: str = "auto",
+) -> Path:
+    """Make a labelled sheet of pictures that differ in one or two things; returns its path.
+
+    Args:
+        shot: what all pictures have in common.
+        out: the PNG file.
+        rows: what differs down the sheet, such as strength=0,0.5,1; a value with a comma needs double quotes.
+        columns: what differs across it.
+        precision: dtype of the base.
+        device: auto, cpu, cuda, cuda:1, mps or xpu.
+
+    Raises:
+        LoraError: a value is out of range, or the base or an adapter cannot be used.
+    """
+    if rows is None and columns is None:
+        raise ConfigError("A grid needs --rows or --columns, as in --columns strength=0,0.5,1.")
+    for axis in (rows, columns):
+        for file in axis.values if axis and axis.kind == "checkpoint" else ():
+            if not Path(str(file)).is_file():
+                raise AdapterFileError(f"The adapter {file} does not exist.")
+    if not shot.prompt and not any(axis and axis.kind == "prompt" for axis in (rows, columns)):
+        raise ConfigError(
+            "A grid needs --prompt, or prompts as rows or columns, as in --rows prompt=cat,dog."
+        )
+    _check_shot(shot)
+    shots, target = grid_requests(shot, rows, columns), Path(out)
+    _check_png(target)
+    artist = _open_artist(shot, precision, device)
+    from lora_core.generate.grid import make_image_grid
+    from lora_core.generate.pipeline import save_png
+
+    made = make_image_grid(
+        [[artist.drawn(one) for one in row] for row in shots],
+        rows.labels() if rows else [],
+        columns.labels() if columns else [],
+    )
+    save_png(made, target, artist.infotext(shot, grid_settings(rows, columns)))
+    return target
+
+
+def _open_artist(shot: GenerationRequest, precision: str, device: str) -> "Pipeline":
+    from lora_core.generate.pipeline import open_pipeline
+    from lora_core.tools.combine import truncate_adapter
+
+    choose_device(device)
+    return open_pipeline(shot, truncate_adapter, precision)
+
+
+def _check_shot(shot: GenerationRequest) -> None:
+    for name, legal, range_words in (
+        ("steps", 1 <= shot.steps <= 1000, "it goes from 1 to 1000"),
+        ("seed", 0 <= shot.seed <= LARGEST_SEED, "it is a whole number from 0 on"),
+        ("cfg", math.isfinite(shot.cfg), "take a number such as 5"),
+    ):
+        if not legal:
+            raise ConfigError(f"--{name} {getattr(shot, name)} is out of range; {range_words}.")
+
+
+def _check_png(path: Path) -> None:
+    """Refuse before the work rather than after it."""
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--out {path} should end in .png.")
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--out {path} cannot be written; choose a file in a folder of yours.")
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path if number == 0 else path.with_name(f"{path.stem}-{number + 1}{path.suffix}")
+
+
+def _unused_png(folder: Path, seed: int) -> Path:
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{seed}"
+    path, number = folder / f"{stem}.png", 2
+    while path.exists():
+        path, number = path.with_name(f"{stem}-{number}.png"), number + 1
+    return path
+
+
+@verb
+def validate(
+    measure: Measure, loras: Annotated[Loras, "--lora"] = (), shuffle_captions: bool = False
+) -> dict[str, Any]:
+    """Measure an adapter on pictures that it was not trained on.
+
+    Args:
+        measure: the pictures and the base.
+        loras: an adapter; several are on at once.
+        shuffle_captions: give each picture another's caption.
+    """
+    from lora_core.evaluate.validator import validation_report
+    from lora_core.formats.io import read_adapter
+    from lora_core.lora.inject import LoadedLora
+
+    files = checked_loras(loras)
+    base, records = measure.load()
+    adapters = [
+        LoadedLora(read_adapter(Path(f.file), base.family), f.strength, f.text_strength) for f in files
+    ]
+    return validation_report(base, records, adapters, measure.triples, measure.seed, shuffle_captions)
+
+
+@verb
+def inspect(file: AdapterFile, spectrum: bool = False) -> dict[str, Any]:
+    """Say what an adapter file is, whoever wrote it.
+
+    Args:
+        file: an adapter.
+        spectrum: the singular values of each layer, and ranks.
+
+    Returns:
+        family, format, kind, ranks, alphas, modules, parameters, hashes, metadata, problem (what is wrong
+        with it, in a sentence) and, with `spectrum`, layers.
+    """
+    from lora_core.formats.inspect import inspect_file
+
+    found = inspect_file(Path(file))
+    if not spectrum or found["problem"]:
+        return found
+    from lora_core.tools.svd import file_spectrum
+
+    return found | file_spectrum(Path(file))
+
+
+@verb
+def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
+    """Say what six tools would make of an adapter file.
+
+    Args:
+        file: an adapter.
+        base: the base that it is for, where the file does not say it.
+    """
+    from lora_core.formats.compat.verify import verified
+    from lora_core.formats.layout import folder_layout
+    from lora_core.tools.base_weights import BaseWeights
+
+    facts = base_facts(base) if base else None
+    family = facts.family if facts else None
+    layout = folder_layout(facts.configs, family) if facts and family else None
+    weight_of = BaseWeights(base).weight if facts and family else None
+    return verified(Path(file), family, modules=layout, weight_of=weight_of)
+
+
+@verb
+def convert(
+    source: Annotated[AdapterFile, "IN"],
+    target: Annotated[File, "OUT"],
+    to: Annotated[str, "--to", FORMATS],
+    keep_alphas: bool = False,
+) -> list[str]:
+    """Translate an adapter file to another format; returns notes.
+
+    Args:
+        source: an adapter.
+        target: the file to make.
+        to: the format.
+        keep_alphas: keep an alpha of its own for each layer.
+
+    Raises:
+        AdapterFileError: the target exists, or the source cannot be translated.
+    """
+    from lora_core.formats.convert import converted
+
+    if Path(target).exists():
+        raise AdapterFileError(f"{target} exists already; choose another name or remove it first.")
+    return converted(Path(source), Path(target), to, keep_alphas)
+
+
+@verb
+def merge(
+    loras: Loras,
+    out: Out,
+    rank: int | None = None,
+    blocks: Annotated[str, "--blocks TABLE"] = "",
+    precision: Annotated[str, PRECISIONS] = "fp32",
+    base: str = "",
+    note: Progress | None = None,
+) -> list[str]:
+    """Merge adapters into one file, or into a base; returns what was done and what it cost, in sentences.
+
+    Args:
+        loras: adapters, LoHa, LoKr and DoRA too.
+        out: the file to make; for a base's folder, the folder.
+        rank: the best LoRA of this rank; else ranks add and nothing is lost.
+        blocks: a TOML file of pattern = weight, or 'mid_block=0.5,...'.
+        precision: dtype of the merged file, else fp32.
+        base: the base of a DoRA, whose weights its update depends on.
+        note: called with how far it is.
+    """
+    from lora_core.tools.merge import MergeOptions, merge_files
+
+    check_precision(precision)
+    wanted = MergeOptions(rank, blocks, precision, base)
+    return merge_files(_ingredients(loras), Path(out), wanted, time.time(), note)
+
+
+def merge_into_base(loras: Sequence[Lora], base: str, out: File, blocks: str = "") -> list[str]:
+    """Merge adapters into a copy of a base, a file or a folder; returns what was done, in sentences."""
+    from lora_core.tools.merge import merge_files_into_base
+
+    return merge_files_into_base(_ingredients(loras), base, Path(out), blocks)
+
+
+@verb
+def shrink(
+    file: AdapterFile,
+    out: Out,
+    rank: int | None = None,
+    energy: Annotated[float | None, "--energy SHARE"] = None,
+    precision: Annotated[str, PRECISIONS] = "",
+    base: str = "",
+    note: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a smaller adapter file, to a rank or an energy; returns {file, sentences}.
+
+    Args:
+        file: an adapter; a LoHa, LoKr or DoRA with a rank.
+        out: the file to make.
+        rank: the same for every layer.
+        energy: what to keep of it, such as 0.99.
+        precision: dtype of the file, else its own.
+        base: the base of a DoRA.
+        note: called with how far it is.
+    """
+    from lora_core.tools.base_weights import BaseWeights
+    from lora_core.tools.rewrite import Rewrite
+    from lora_core.tools.shrink import ShrinkTarget, shrink_file
+
+    to = Rewrite(Path(file), Path(out), precision, time.time())
+    known = BaseWeights(base) if base else None
+    return {"file": str(out), "sentences": shrink_file(to, ShrinkTarget(rank, energy), known, note)}
+
+
+def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "") -> dict[str, Any]:
+    """Write an adapter file cut to the lowest rank that keeps 99% of the gain measured on `measure`.
+
+    Returns:
+        file, sentences, and what was found, as `shrink --intrinsic --json`.
+    """
+    from lora_core.tools.rewrite import Rewrite, check_out
+    from lora_core.tools.shrink import SHRUNK_KEY, intrinsic_rank, load_plain_lora
+
+    check_out(Path(out))
+    to = Rewrite(Path(file), Path(out), precision, time.time())
+    bench, base = measure.evaluator()
+    weights, family = load_plain_lora(Path(file), base.family)
+    smaller, found = intrinsic_rank(weights, bench.gains)
+    record = {"intrinsic": found.rank, "kept": found.best.kept, "standard_error": found.best.standard_error}
+    to.write(smaller, family, SHRUNK_KEY, record)
+    said = [found.sentence(to.times_smaller)]
+    return {"file": str(out), "sentences": said, **found.document(to.times_smaller)}
+
+
+@verb
+def extract(
+    tuned: str,
+    base: Annotated[str, "--base"],
+    out: Out,
+    rank: int | None = None,
+    energy: Annotated[float | None, "--energy SHARE"] = None,
+    precision: Annotated[str, PRECISIONS] = "fp32",
+    note: Progress | None = None,
+) -> list[str]:
+    """Extract a LoRA from a fine-tuned model; returns what was done, in sentences.
+
+    Args:
+        tuned: a diffusers folder or a .safetensors file.
+        base: the base that it was made from.
+        out: the file to make.
+        rank: the same for every layer.
+        energy: what to keep of it, such as 0.99.
+        precision: dtype of the file.
+        note: called with how far it is.
+    """
+    from lora_core.tools.extract import extract_file
+    from lora_core.tools.shrink import ShrinkTarget
+
+    check_precision(precision)
+    return extract_file(tuned, base, Path(out), ShrinkTarget(rank, energy), precision, time.time(), note)
+
+
+@verb
+def strength(
+    file: AdapterFile,
+    measure: Measure,
+    apart: bool = False,
+    bake: Annotated[File | None, "--bake OUT"] = None,
+) -> dict[str, Any]:
+    """Find the strength at which an adapter gains most.
+
+    Args:
+        file: the adapter.
+        measure: the pictures and the base.
+        apart: one strength for the UNet and one for the text encoders.
+        bake: a new file that has it at strength 1.
+    """
+    from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out
+    from lora_core.tools.shrink import load_plain_lora
+    from lora_core.tools.strength import bake_strength as baked
+    from lora_core.tools.strength import fit_strength, fit_strengths_apart
+
+    if bake:
+        check_out(Path(bake))
+    bench, base = measure.evaluator()
+    weights = load_plain_lora(Path(file), base.family)[0]
+    if apart:
+        fits = dict(zip(("unet", "text_encoders"), fit_strengths_apart(weights, bench.gains), strict=True))
+        found: dict[str, Any] = {name: fit.document() for name, fit in fits.items()}
+    else:
+        fits = {"adapter": fit_strength(weights, bench.gains)}
+        found = fits["adapter"].document()
+    words = {"unet": "On the UNet the adapter", "text_encoders": "On the text encoders the adapter"}
+    said = [fit.sentence(words.get(name, "The adapter")) for name, fit in fits.items()]
+    if bake:
+        to = Rewrite(Path(file), Path(bake), AS_IT_IS, time.time())
+        said.append(baked(to, base.family, [fit.strength for fit in fits.values()]))
+        found["file"] = str(bake)
+    return {**found, "sentences": said}
+
+
+@verb
+def copy(
+    file: File, folder: Annotated[str, "--to FOLDER|TOOL"], workspace: File | None = None
+) -> dict[str, Any]:
+    """Copy an adapter and its side files to where another tool looks for it; nothing is replaced.
+
+    Args:
+        file: an adapter, or a run: its export.
+        folder: such as ~/loras, or how the name of a tool on this computer begins, such as comfyui.
+        workspace: where runs live, and whose list of folders is searched for tools too.
+
+    Returns:
+        file (where it is now), beside (side files that went with it), kept (side files that differ and
+        stayed), renamed.
+
+    Raises:
+        RunError: there is no such folder or tool, or it cannot be written.
+    """
+    from lora_core.system.other_tools import copied
+
+    source, target = Path(file), Path(folder).expanduser()
+    if not source.exists() and not source.suffix:
+        run = find_run(file, optional_path(workspace))
+        source = run.path / (run.progress().export or "export")
+        if not source.is_file():
+            raise RunError(f"The run {run.name} has no exported file; make one by `export {run.name}`.")
+    if not source.is_file():
+        raise AdapterFileError(f"The adapter {source} does not exist.")
+    if not target.is_dir():
+        target = _tool_folder(folder, workspace_folder(workspace))
+    done = copied(source, target)
+    sides = {name: [str(path) for path in getattr(done, name)] for name in ("beside", "kept")}
+    return {"file": str(done.file), **sides, "renamed": done.renamed}
+
+
+def _tool_folder(name: str, workspace: Path) -> Path:
+    from lora_core.system.other_tools import Places, found_tools
+
+    there = [
+        tool for tool in found_tools(Places(workspace / "places.json").folders()) if tool.loras is not None
+    ]
+    for tool in there:
+        if tool.loras and tool.name.casefold().startswith(name.casefold()):
+            return tool.loras
+    names = ", ".join(f"{tool.name} ({tool.loras})" for tool in there)
+    raise RunError(
+        f"{name} is neither a folder nor a tool on this computer; "
+        + (f"these were found: {names}." if names else "none was found, so give its LoRA folder.")
+    )
+
+
+@verb
+def compare(
+    first: Annotated[AdapterFile, "A"], second: Annotated[AdapterFile, "B"], note: Progress | None = None
+) -> dict[str, Any]:
+    """Say how alike the directions of two adapters are."""
+    from lora_core.tools.interference import file_similarity
+
+    return file_similarity(Path(first), Path(second), note)
+
+
+@verb
+def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = None) -> dict[str, Any]:
+    """Say how adapters disturb each other when all are on.
+
+    Args:
+        loras: the adapters.
+        measure: measure the stack and each alone on these pictures.
+        note: called with how far it is.
+    """
+    from lora_core.tools.interference import Stacked, interference_report, measure_stack
+
+    files = [Stacked(Path(lora.file), lora.strength, lora.text_strength) for lora in checked_loras(loras)]
+    found = interference_report(files, note)
+    if measure is not None:
+        bench, base = measure.evaluator()
+        found["validation"] = measure_stack(files, base.family, bench.gains)
+    return found
+
+
+@verb
+def amplify(
+    file: AdapterFile, base: Annotated[str, "--base"], note: Progress | None = None
+) -> dict[str, Any]:
+    """Say how much stronger an adapter is than its base where it acts.
+
+    Args:
+        file: an adapter.
+        base: the base that it was made for.
+        note: called with how far it is.
+    """
+    from lora_core.tools.amplification import file_amplification
+    from lora_core.tools.base_weights import BaseWeights
+
+    return file_amplification(Path(file), BaseWeights(base), note)
+
+
+def _ingredients(loras: Sequence[Lora]) -> list[Any]:
+    from lora_core.tools.merge import Ingredient
+
+    return [Ingredient(Path(lora.file), lora.strength, lora.text_strength) for lora in checked_loras(loras)]

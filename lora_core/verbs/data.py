@@ -1,0 +1,411 @@
+"""Verbs about images and captions, the projects that hold them, and what else a workspace keeps."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from lora_core.data.bulk_edit import Edit
+from lora_core.errors import DatasetError, RunError
+from lora_core.model_files.detect import base_facts
+from lora_core.runs.folder import find_run
+from lora_core.settings.config import checked_option
+from lora_core.system.paths import workspace as workspace_folder
+from lora_core.verbs import File, Measure, Progress, check_triples, load_images, optional_path, verb
+
+if TYPE_CHECKING:
+    from lora_core.projects.project import Project
+    from lora_core.projects.workspace import Projects
+
+
+@verb
+def audit(
+    dataset: File,
+    base: str = "demo",
+    resolution: Annotated[int, "--resolution PX"] = 0,
+    trigger: str = "",
+    batch: int = 1,
+    workspace: File | None = None,
+) -> dict[str, Any]:
+    """Say what is wrong with a dataset, and what will be learned from it.
+
+    Args:
+        dataset: a folder of pictures, a zip of one, or `demo`.
+        base: the base that it is for.
+        resolution: in pixels; 0 for what the base was trained at.
+        trigger: a word that may be in every caption.
+        batch: pictures per batch, for their shares of the steps.
+        workspace: where zips are unpacked.
+    """
+    from lora_core.data.audit import audit as audited
+    from lora_core.data.statistics import Training
+
+    checked_option("--batch", "train.batch_size", batch)
+    side = checked_option("--resolution", "train.resolution", resolution)
+    facts = base_facts(base)
+    training = Training(side or facts.resolution, facts.multiple, facts.tokenizer, trigger, batch)
+    return audited(load_images(dataset, workspace), training)
+
+
+@verb
+def probe(
+    dataset: File,
+    base: str = "demo",
+    triples: int = 4,
+    seed: int = 0,
+    trigger: str = "",
+    workspace: File | None = None,
+    note: Progress | None = None,
+) -> dict[str, Any]:
+    """Say what a base makes of captions: which fit badly, and words for a trigger.
+
+    Args:
+        dataset: a folder of pictures, a zip of one, or `demo`.
+        base: that is asked.
+        triples: noise draws per picture.
+        seed: of the noise draws.
+        trigger: the trigger word, to be measured too.
+        workspace: where zips are unpacked.
+        note: called with how far it is.
+    """
+    measure = Measure(dataset, base, triples=triples, seed=seed, workspace=workspace)
+    opened, records = measure.load("auto")
+    from lora_core.evaluate.caption_scores import score_captions
+    from lora_core.evaluate.triggers import propose_triggers
+
+    found = score_captions(opened, records, triples, seed, said=note)
+    found["trigger"] = propose_triggers(opened, records, trigger, triples, seed, said=note)
+    return found
+
+
+@verb
+def pictures(
+    run: File,
+    checkpoint: Annotated[str, "--checkpoint STEP"] = "best",
+    triples: int = 8,
+    workspace: File | None = None,
+    note: Progress | None = None,
+) -> dict[str, Any]:
+    """Say what a run has learned of each of its pictures; it is kept in the run's folder too.
+
+    Args:
+        run: a run's folder, or its name in the workspace.
+        checkpoint: best, last, or the step of a checkpoint.
+        triples: noise draws per picture.
+        workspace: where runs and caches live; else LORA_EASEL_HOME.
+        note: called with how far it is.
+    """
+    check_triples(triples)
+    folder = find_run(run, optional_path(workspace))
+    from lora_core.evaluate.learned import measure_run_images
+
+    return measure_run_images(folder, checkpoint, triples, note)
+
+
+@verb
+def caches_list(workspace: File | None = None) -> dict[str, int]:
+    """Say how large each cache is, in bytes, the largest first."""
+    from lora_core.runs.storage import workspace_sizes
+
+    return workspace_sizes(workspace_folder(workspace)).caches
+
+
+@verb
+def caches_clean(workspace: File | None = None) -> int:
+    """Remove what a run can make again; returns the bytes freed.
+
+    Raises:
+        RunError: a run is live, or the disk refuses.
+    """
+    from lora_core.runs.storage import clean_caches
+
+    return clean_caches(workspace_folder(workspace))
+
+
+@verb
+def trash_list(workspace: File | None = None) -> list[dict[str, Any]]:
+    """List what can be restored, newest first: id, name, kind, came_from, time."""
+    from lora_core.runs.storage import trashed
+
+    return [one.row() for one in trashed(workspace_folder(workspace))]
+
+
+@verb
+def trash_restore(name: str, workspace: File | None = None) -> Path:
+    """Put something back where it was, under another name if its own is taken; returns where it is.
+
+    Args:
+        name: its name, or the id that `list` shows.
+        workspace: whose trash.
+
+    Raises:
+        RunError: nothing, or more than one thing, has that name.
+    """
+    from lora_core.runs.storage import restore, trashed
+
+    place = workspace_folder(workspace)
+    there = trashed(place)
+    found = [one for one in there if name in (one.name, one.place.name)]
+    if len(found) == 1:
+        return restore(found[0], place)
+    if found:
+        ids = ", ".join(one.place.name for one in found)
+        raise RunError(f"The trash holds {len(found)} things named {name}; give one of the ids {ids}.")
+    names = ", ".join(sorted({one.name for one in there})[:10])
+    raise RunError(f"The trash holds no {name}; " + (f"it holds {names}." if names else "it is empty."))
+
+
+@verb
+def trash_empty(workspace: File | None = None) -> int:
+    """Remove all of it for good; returns the bytes freed."""
+    from lora_core.runs.storage import empty_trash, trash_folder
+    from lora_core.system.disk_space import folder_bytes
+
+    place = workspace_folder(workspace)
+    size = folder_bytes(trash_folder(place))
+    empty_trash(place)
+    return size - folder_bytes(trash_folder(place))
+
+
+@verb
+def projects_list(workspace: File | None = None) -> list[dict[str, Any]]:
+    """List the projects, the open one first: key (its folder), title, path, is_open, pictures, runs, size."""
+    projects = _projects(workspace)
+    return [{**asdict(one), "path": str(projects.folder / one.key)} for one in projects.listed()]
+
+
+@verb
+def projects_new(title: str, workspace: File | None = None) -> Path:
+    """Make a project and open it in the window; returns its folder.
+
+    Raises:
+        RunError: the title is empty or taken.
+    """
+    projects = _projects(workspace)
+    return projects.folder / projects.new(title)
+
+
+@verb
+def projects_open(project: str, workspace: File | None = None) -> None:
+    """Choose the project that the window opens with."""
+    projects = _projects(workspace)
+    projects.open(projects.named(project))
+
+
+@verb
+def projects_rename(project: str, title: str, workspace: File | None = None) -> None:
+    """Give a project another title; its folder keeps its name.
+
+    Raises:
+        RunError: there is no such project, or the title is empty or taken.
+    """
+    projects = _projects(workspace)
+    projects.rename(projects.named(project), title)
+
+
+@verb
+def projects_delete(project: str, workspace: File | None = None) -> Path:
+    """Move a project to the trash; returns where it is now.
+
+    Raises:
+        RunError: there is no such project, it is the only one, or a live run uses it.
+    """
+    projects = _projects(workspace)
+    return projects.delete(projects.named(project))
+
+
+@verb
+def projects_import(
+    project: str, source: File, link: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Bring pictures, captions and masks into a project: a folder, a zip or a file.
+
+    Args:
+        project: its title, or its folder's name.
+        source: a folder, a zip or a picture.
+        link: link files instead of copying them.
+        workspace: of the project.
+
+    Returns:
+        added (files) and skipped, a sentence for each file that was left out.
+
+    Raises:
+        LoraError: the source does not exist, or nothing in it can be used.
+    """
+    from lora_core.data.importer import Way, import_files, import_folder
+    from lora_core.projects.project import Project
+
+    projects, where = _projects(workspace), Path(source).expanduser().absolute()
+    into = Project(projects.folder / projects.named(project))
+    if not where.is_dir() and not where.is_file():
+        raise DatasetError(f"There is no folder, zip or picture at {where}.")
+    way = Way("link" if link else "copy", sizes=into.sizes)
+    if where.is_dir():
+        found = import_folder(where, into.pictures, way)
+    else:
+        found = import_files([where], into.pictures, way=way)
+    if link:
+        into.link(where if where.is_dir() else where.parent)
+    return {"added": len(found.added), "skipped": [one.sentence for one in found.skipped]}
+
+
+def _projects(workspace: File | None) -> "Projects":
+    from lora_core.projects.workspace import Projects
+
+    return Projects(workspace_folder(workspace))
+
+
+@verb
+def leave_out(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
+    """Move pictures of a project aside, with their captions; returns how many.
+
+    Args:
+        dataset: a folder of pictures, or a project's name.
+        pictures: paths below the folder.
+        workspace: of the project.
+    """
+    from lora_core.projects.project import leave_out as moved
+
+    return moved(_pictures_of(dataset, workspace), list(pictures))
+
+
+@verb
+def take_back(dataset: File, pictures: Sequence[str], workspace: File | None = None) -> int:
+    """Put pictures that were left out back; returns how many."""
+    from lora_core.projects.project import take_back as moved
+
+    return moved(_pictures_of(dataset, workspace), list(pictures))
+
+
+def left_out(dataset: File, workspace: File | None = None) -> list[str]:
+    """The pictures that were left out, as `take_back` takes them."""
+    from lora_core.projects.project import left_out as aside
+    from lora_core.projects.project import relative_name
+
+    project = _pictures_of(dataset, workspace)
+    return [relative_name(record.path, project.aside) for record in aside(project)]
+
+
+@verb
+def hold_out(
+    dataset: File,
+    pictures: Sequence[str],
+    on: Annotated[bool, "--undo"] = True,
+    workspace: File | None = None,
+) -> None:
+    """Choose the pictures of a project to measure on; `on=False` (`--undo`) has them trained on again."""
+    project = _pictures_of(dataset, workspace)
+    for name in pictures:
+        project.named(name)
+    project.hold_out(list(pictures), on)
+
+
+@verb
+def captions_set(dataset: File, picture: str, text: str, workspace: File | None = None) -> None:
+    """Write the caption of one picture."""
+    _pictures_of(dataset, workspace).save_caption(picture, text)
+
+
+@verb
+def captions_replace(
+    dataset: File,
+    find: str,
+    put: str,
+    regex: bool = False,
+    any_case: bool = False,
+    dry_run: bool = False,
+    workspace: File | None = None,
+) -> dict[str, Any]:
+    """Find and replace in all captions.
+
+    Args:
+        dataset: a folder of pictures, or a project's name.
+        find: a text, or with `regex` a regular expression.
+        put: what comes in its place; may refer to the groups of a regular expression.
+        regex: FIND is a regular expression.
+        any_case: capitals and small letters are the same.
+        dry_run: show what would change, change nothing.
+        workspace: of the project.
+
+    Returns:
+        changed and asked (captions), and rows {picture, pieces} of the first, where pieces are (kind, text)
+        with the kinds same, old and new.
+    """
+    return _edited(dataset, Edit("replace", find, put, regex, any_case), dry_run, workspace)
+
+
+@verb
+def captions_prefix(
+    dataset: File, text: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Put a text in front of all captions; as `captions_replace`."""
+    return _edited(dataset, Edit("prepend", put=text), dry_run, workspace)
+
+
+@verb
+def captions_suffix(
+    dataset: File, text: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Put a text at the end of all captions; as `captions_replace`."""
+    return _edited(dataset, Edit("append", put=text), dry_run, workspace)
+
+
+@verb
+def captions_rename_tag(
+    dataset: File, tag: str, new: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Give a tag another name; as `captions_replace`."""
+    return _edited(dataset, Edit("rename tag", tag, new), dry_run, workspace)
+
+
+@verb
+def captions_delete_tag(
+    dataset: File, tag: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Delete a tag; as `captions_replace`."""
+    return _edited(dataset, Edit("delete tag", tag), dry_run, workspace)
+
+
+@verb
+def captions_trigger(
+    dataset: File, word: str, dry_run: bool = False, workspace: File | None = None
+) -> dict[str, Any]:
+    """Add a trigger word to all captions that lack it; as `captions_replace`."""
+    return _edited(dataset, Edit("trigger", put=word), dry_run, workspace)
+
+
+@verb
+def captions_undo(dataset: File, workspace: File | None = None) -> dict[str, int]:
+    """Take the last change of many captions back; returns how many are undone, and kept as changed since."""
+    from lora_core.projects.caption_edits import undo
+
+    undone, kept = undo(_pictures_of(dataset, workspace))
+    return {"undone": undone, "kept": kept}
+
+
+def _edited(dataset: File, edit: Edit, dry_run: bool, workspace: File | None) -> dict[str, Any]:
+    from lora_core.projects import caption_edits
+
+    project = _pictures_of(dataset, workspace)
+    found = caption_edits.preview(project, edit, None)
+    if not dry_run:
+        found["changed"] = caption_edits.apply(project, edit, None)
+    return found
+
+
+def _pictures_of(dataset: File, workspace: File | None) -> "Project":
+    from lora_core.projects.workspace import pictures_of
+
+    return pictures_of(str(dataset), workspace_folder(workspace))
+
+
+@verb
+def doctor(workspace: File | None = None) -> dict[str, Any]:
+    """Say what this computer has, and the fix for each thing that is wrong.
+
+    Returns:
+        ok, and checks [{name, found, ok, fix}].
+    """
+    from lora_core.report.doctor import diagnosis
+
+    return diagnosis(optional_path(workspace))

@@ -1,0 +1,473 @@
+"""Verbs about runs: make, train, steer, queue, delete and export them."""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from lora_core.errors import ConfigError, DatasetError, ModelFileError
+from lora_core.model_files.detect import base_facts, chosen_base, is_remote
+from lora_core.model_files.starting_settings import like_file, starting_settings
+from lora_core.runs.folder import RunFolder, checked_name, find_run, runs_folder
+from lora_core.settings.choices import FORMATS
+from lora_core.settings.config import RunConfig, checked_option, flattened, with_switches
+from lora_core.system.paths import workspace as workspace_folder
+from lora_core.verbs import PRECISIONS, File, check_precision, load_images, optional_path, verb
+
+if TYPE_CHECKING:
+    from lora_core.data.scan import Dataset
+    from lora_core.model_files.families import Family
+    from lora_core.runs.events import Event
+    from lora_core.runs.queue import Queue
+    from lora_core.train.trainer import Outcome
+
+PLACES = ("model.base", "model.vae", "adapter.init")
+"""Settings that may name a file or a folder."""
+NO_PLACES = ("", "demo", "default")
+
+
+@verb
+def train(
+    dataset: File,
+    name: str = "",
+    settings: Mapping[str, Any] | None = None,
+    preset: str = "",
+    workspace: File | None = None,
+    on_event: "Callable[[Event], None] | None" = None,
+    like: File | None = None,
+) -> "Outcome":
+    """Train an adapter on a dataset: make a run and train it to its end.
+
+    Args:
+        dataset: a folder of pictures, a zip of one, or "demo".
+        name: of the run; "" for date and dataset.
+        settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
+        preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
+        workspace: where the run is made.
+        on_event: called with each event.
+        like: a LoRA file whose settings are taken; `settings` count more.
+
+    Raises:
+        LoraError: what is in the way, all in one message, or what went wrong.
+    """
+    from lora_core.runs.preflight import preflight, refuse
+
+    config = run_config(dataset, name, settings, preset, like)
+    place = workspace_folder(workspace)
+    refuse(preflight(config, place))
+    run = RunFolder.create(runs_folder(place) / config.name, config)
+    return resume(run.path, on_event=on_event)
+
+
+def run_config(
+    dataset: File,
+    name: str = "",
+    settings: Mapping[str, Any] | None = None,
+    preset: str = "",
+    like: File | None = None,
+) -> RunConfig:
+    """The settings of a run to come: preset, what the base's family needs, those of `like`, then `settings`.
+
+    Args:
+        dataset: a folder of pictures, a zip of one, or "demo".
+        name: of the run; "" for date and dataset.
+        settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
+        preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
+        like: a LoRA file, see `spec.like_file`; what it does not say stays as it is.
+
+    Raises:
+        ConfigError: something is not a setting or not legal.
+        AdapterFileError: `like` says nothing of its training.
+    """
+    demo = str(dataset) == "demo"
+    asked = {**(like_file(Path(like)).values if like else {}), **flattened(settings or {})}
+    asked["dataset.path"] = "demo" if demo else str(Path(dataset).expanduser().absolute())
+    # Before the preset's own rate is lost to the word `auto`.
+    asked = dict(with_switches(asked))
+    start = preset or ("demo" if demo else "")
+    config = RunConfig().changed(starting_settings(start, _family_of(asked.get("model.base"))) | asked)
+    config = config.changed({place: _in_full(config.get(place)) for place in PLACES})
+    stem = "demo" if demo else re.sub(r"[^\w.-]+", "-", Path(dataset).stem).strip("-. ") or "dataset"
+    name = name or config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
+    return config.changed({"name": checked_name(name)})
+
+
+def _family_of(base: object) -> "Family | None":
+    """The family of a base, which is downloaded where it is a hub id.
+
+    What is wrong with the files, the run says when it opens them.
+
+    Raises:
+        ModelFileError: it cannot be downloaded.
+    """
+    if not isinstance(base, str):
+        return None
+    if is_remote(base):
+        from lora_core.model_files.hub import fetch_base
+
+        fetch_base(base)
+    try:
+        return base_facts(base).family
+    except ModelFileError:
+        return None
+
+
+def _in_full(place: str) -> str:
+    """The full path of what exists, since a run may be resumed from elsewhere; other words stay."""
+    path = Path(place).expanduser()
+    return str(path.absolute()) if place not in NO_PLACES and path.exists() else place
+
+
+@verb
+def forecast(config: RunConfig, workspace: File | None = None, measure: bool = False) -> dict[str, Any]:
+    """Predict what a run will take (time, memory, file size), and what is in its way.
+
+    Args:
+        config: of the run, see `run_config`.
+        workspace: where it would be; its runs and what was measured there tell the time.
+        measure: take a few steps, to know time and memory.
+
+    Returns:
+        pictures, captions, looks (at each picture), steps, seconds and memory_bytes (None where they are not
+        known), source (measured, probed, scaled or guessed), file_bytes, learning_rate (the effective one),
+        and problems [{kind, sentence, blocking}].
+    """
+    from lora_core.model_files.sizes import export_bytes
+    from lora_core.runs import costs as known
+    from lora_core.runs.costs import at_device, cost_key, read_measured
+    from lora_core.runs.folder import all_runs
+    from lora_core.runs.preflight import caption_bytes, preflight
+    from lora_core.system.hardware import Hardware
+
+    place, base, hardware = workspace_folder(workspace), chosen_base(config.model.base), Hardware()
+    hardware.look()
+    dataset = _opened(config, place)
+    records, problems = dataset.records if dataset else [], preflight(config, place, dataset)
+    if measure and base.facts:
+        _measure_step(config, place, hardware.device)
+    measured = {k: one for k, one in read_measured(place).items() if one.device == hardware.device}
+    runs = ((run.progress(), _config_of(run)) for run in all_runs(place))
+    step = known.forecast(config, runs, measured, len(records), hardware)
+    tried = measured.get(at_device(cost_key(config, base.resolution), hardware.device))
+    memory: float | None = tried.peak if tried and tried.peak else None
+    if memory is None and base.facts:
+        memory = known.memory_needed(config, base.facts, hardware.has_gpu)
+        if memory and not hardware.has_gpu:
+            memory += sum(caption_bytes(records, config, base.facts))
+    shown = sum(record.repeats for record in records)
+    looks = config.train.steps * config.train.batch_size * config.train.accumulate
+    return {
+        "pictures": len(records),
+        "captions": sum(bool(record.caption) for record in records),
+        "looks": looks / shown if shown else 0.0,
+        "steps": config.train.steps,
+        "seconds": step.seconds * config.train.steps if step else None,
+        "source": step.source if step else "",
+        "memory_bytes": round(memory) if memory else None,
+        "file_bytes": export_bytes(base.facts, config) if base.facts else None,
+        "learning_rate": None if config.optim.range_test else config.optim.lr * config.adapter.scale,
+        "problems": [asdict(problem) for problem in problems],
+    }
+
+
+def _opened(config: RunConfig, place: Path) -> "Dataset | None":
+    """The images, or None where they cannot be read, which `preflight` says."""
+    try:
+        return load_images(config.dataset.path, place)
+    except DatasetError:
+        return None
+
+
+def _config_of(run: RunFolder) -> RunConfig | None:
+    try:
+        return run.config()
+    except ConfigError:
+        return None
+
+
+def _measure_step(config: RunConfig, place: Path, device: str) -> None:
+    """Take a few steps, and keep what they took in the workspace."""
+    from lora_core.runs.costs import Measured, cost_key, keep_measured, work_a_step
+    from lora_core.train.step_timing import time_steps
+
+    took = time_steps(config, place / "cache")
+    work, base = work_a_step(config) or 0.0, config.model.base
+    measured = Measured(took["step"], took["draw"], took["peak"], base, device, work)
+    keep_measured(place, cost_key(config, chosen_base(base).resolution), measured)
+
+
+@verb
+def resume(
+    run: File,
+    steps: int | None = None,
+    accept_changes: bool = False,
+    workspace: File | None = None,
+    on_event: "Callable[[Event], None] | None" = None,
+) -> "Outcome":
+    """Start a run or go on with it, to its end; returns how it ended and its exported file.
+
+    Args:
+        run: the run.
+        steps: train to so many steps in all, also a finished run.
+        accept_changes: go on although images, settings or packages changed since the run began.
+        workspace: where a name is looked for.
+        on_event: called with each event.
+
+    Raises:
+        LoraError: what went wrong.
+    """
+    from lora_core.train.trainer import train as train_run
+
+    if steps is not None:
+        steps = checked_option("steps", "train.steps", steps)
+    folder = find_run(run, optional_path(workspace))
+    with folder.held():
+        folder.request("resume")
+        return train_run(folder, steps, on_event or (lambda event: None), accept_changes)
+
+
+@verb
+def stop(run: File, workspace: File | None = None) -> None:
+    """End a run, keep its work and export it."""
+    _request(run, "stop", workspace)
+
+
+@verb
+def pause(run: File, workspace: File | None = None) -> None:
+    """End a run's process, to go on later."""
+    _request(run, "pause", workspace)
+
+
+@verb
+def save(run: File, workspace: File | None = None) -> None:
+    """Write a checkpoint now."""
+    _request(run, "save", workspace)
+
+
+@verb
+def preview(run: File, workspace: File | None = None) -> None:
+    """Draw samples now."""
+    _request(run, "preview", workspace)
+
+
+def _request(run: File, do: str, workspace: File | None) -> None:
+    find_run(run, optional_path(workspace)).request_live(do)
+
+
+@verb
+def runs(workspace: File | None = None) -> list[dict[str, Any]]:
+    """List the runs of a workspace, newest first.
+
+    Returns:
+        name, path, status, step, steps, loss, best_step and reason of each.
+    """
+    from lora_core.runs.diagnosis import crash_reason
+    from lora_core.runs.folder import all_runs
+
+    found = []
+    for run in all_runs(workspace_folder(workspace)):
+        row = run.summary()
+        found.append(row | {"reason": crash_reason(run)} if row["status"] == "interrupted" else row)
+    return found
+
+
+@verb
+def notify(
+    whom: Annotated[str | None, "COMMAND|URL"] = None, test: bool = False, workspace: File | None = None
+) -> str:
+    """Say who is told when a run ends: a command or a web address.
+
+    Args:
+        whom: a command or a web address to keep; '' for nobody.
+        test: tell them now.
+        workspace: whose runs.
+
+    Raises:
+        ConfigError: the command has an open quote, or with `test`, they could not be told.
+    """
+    from lora_core.runs.notifications import tell_from_now_on, try_telling, whom_to_tell
+
+    place = workspace_folder(workspace)
+    if whom is not None:
+        tell_from_now_on(place, whom)
+    told = whom_to_tell(place)
+    if test and (problem := try_telling(told)):
+        raise ConfigError(problem)
+    return told
+
+
+@verb
+def delete(run: File, workspace: File | None = None) -> Path:
+    """Move a run to the trash; returns where it is now.
+
+    Raises:
+        RunError: it is live, or not in a workspace.
+    """
+    from lora_core.runs.storage import to_trash
+
+    folder = find_run(run, optional_path(workspace))
+    return to_trash(folder.path, folder.path.parent.parent)
+
+
+@verb
+def queue_add(run: File, workspace: File | None = None, start: bool = False) -> None:
+    """Put a run at the end of the queue of its workspace.
+
+    Args:
+        run: the run.
+        workspace: where runs and caches live; else LORA_EASEL_HOME.
+        start: have the queue worked through by another process.
+
+    Raises:
+        RunError: it is done, live, or in the queue already.
+    """
+    from lora_core.runs.queue import Queue
+    from lora_core.runs.runner import ensure_runner
+
+    folder = find_run(run, optional_path(workspace))
+    queue = Queue(workspace_folder(workspace) if workspace else folder.path.parent.parent)
+    queue.add(folder)
+    if start:
+        ensure_runner(queue.workspace)
+
+
+@verb
+def queue_list(workspace: File | None = None) -> list[dict[str, Any]]:
+    """List the jobs of the queue, in order: position, name, path, state, step, steps and reason."""
+    from lora_core.runs.queue import Queue
+
+    return Queue(workspace_folder(workspace)).rows()
+
+
+@verb
+def queue_move(run: File, position: int, workspace: File | None = None) -> None:
+    """Give a waiting run another place.
+
+    Args:
+        run: its name, or its folder.
+        position: 1 is the next to start.
+        workspace: of the queue.
+
+    Raises:
+        RunError: it does not wait, or there is no such place.
+    """
+    queue, name = _queue_of(run, workspace)
+    queue.move(name, position)
+
+
+@verb
+def queue_remove(run: File, workspace: File | None = None) -> None:
+    """Take a run out of the queue; the run stays.
+
+    Raises:
+        RunError: it is not in the queue, or live.
+    """
+    queue, name = _queue_of(run, workspace)
+    queue.remove(name)
+
+
+def _queue_of(run: File, workspace: File | None) -> "tuple[Queue, str]":
+    """The queue that a run is in, and the name of its job; the run's folder may be gone."""
+    from lora_core.runs.queue import Queue
+
+    queue = Queue(workspace_folder(workspace))
+    if any(job.run == str(run) for job in queue.stored_jobs()):
+        return queue, str(run)
+    folder = find_run(run, optional_path(workspace))
+    return (queue if workspace else Queue(folder.path.parent.parent)), folder.name
+
+
+@verb
+def queue_run(workspace: File | None = None, said: Callable[[str], None] | None = None) -> list[Any]:
+    """Work through the queue, then end; returns the jobs that ended. `said` gets a line for each."""
+    from lora_core.runs.runner import run_queue
+
+    return run_queue(workspace_folder(workspace), said or (lambda line: None))[0]
+
+
+@verb
+def queue_pause(workspace: File | None = None) -> None:
+    """Stop working through the queue; the run in hand is paused and waits again."""
+    from lora_core.runs.runner import pause_queue
+
+    pause_queue(workspace_folder(workspace))
+
+
+@verb
+def debug(
+    run: File, out: Annotated[File | None, "--out F.zip"] = None, workspace: File | None = None
+) -> Path:
+    """Write a zip for a bug report on a run, without images, paths and names.
+
+    Args:
+        run: the run.
+        out: the zip, else debug.zip in the run's folder.
+        workspace: where a name is looked for.
+    """
+    from lora_core.runs.diagnosis import debug_zip
+    from lora_core.system.paths import write_atomically
+
+    folder = find_run(run, optional_path(workspace))
+    target = optional_path(out) or folder.path / "debug.zip"
+    write_atomically(target, debug_zip(folder, folder.path.parent.parent))
+    return target
+
+
+@verb
+def report(
+    run: File,
+    out: Annotated[File | None, "--out F.html"] = None,
+    measure: Annotated[bool, "--no-measure"] = True,
+    workspace: File | None = None,
+    said: Callable[[str, int, int], None] | None = None,
+) -> Path:
+    """Write a run as one self-contained HTML page.
+
+    Args:
+        run: the run.
+        out: the page, else report.html in the run's folder.
+        measure: intrinsic rank and strength too, which need the base (`--no-measure`: without them).
+        workspace: where a name is looked for.
+        said: called with what is being done, done and total.
+    """
+    from lora_core.report.report import FILE_NAME, write_report
+
+    folder = find_run(run, optional_path(workspace))
+    page = optional_path(out) or folder.path / FILE_NAME
+    write_report(folder, page, measure, said or (lambda words, done, total: None), time.time())
+    return page
+
+
+@verb
+def export(
+    run: File,
+    checkpoint: Annotated[str, "--checkpoint STEP"] = "best",
+    format: Annotated[str, FORMATS] = "kohya",
+    precision: Annotated[str, PRECISIONS] = "fp16",
+    name: str = "",
+    workspace: File | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint of a run as a file for other tools, in the run's `export/`.
+
+    Args:
+        run: the run.
+        checkpoint: best (the last one where none was the best), last, or the step of a checkpoint.
+        format: of the file.
+        precision: dtype of the factors.
+        name: of the file, else the run's.
+        workspace: where a name is looked for.
+
+    Returns:
+        file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, and
+        works_in, as `verify`.
+    """
+    from lora_core.settings.choices import chosen
+    from lora_core.train.export import exported_checkpoint
+
+    folder = find_run(run, optional_path(workspace))
+    chosen(FORMATS, format, "format")
+    check_precision(precision)
+    step = str(folder.step_of(checkpoint))
+    return exported_checkpoint(folder, step, name or folder.name, (format, precision))
