@@ -35,10 +35,10 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = {
-    "step": ("lora_core.train.loop", "picture_losses"),
-    "apply": ("lora_core.train.loop", "take_step"),
-    "validate": ("lora_core.train.validation", "triple_losses"),
-    "draw": ("lora_core.train.validation", "generated"),
+    "step": ("lora_core.train.loop", "diffusion_loss"),
+    "apply": ("lora_core.train.loop", "optimizer_step"),
+    "validate": ("lora_core.train.validation", "eval_losses"),
+    "draw": ("lora_core.train.validation", "sample_image"),
 }
 """The engine's functions behind the points that are none of the system's."""
 
@@ -298,7 +298,7 @@ def _limit(limits: dict[str, Any]) -> None:
     if limits.get("memory"):
         from lora_core.train import trainer
 
-        real = trainer.Ladder
+        real = trainer.MemoryFallback
 
         def ladder(*arguments: Any) -> Any:
             import psutil
@@ -307,4 +307,4 @@ def _limit(limits: dict[str, Any]) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
             return real(*arguments)
 
-        trainer.Ladder = ladder  # type: ignore[misc,assignment]
+        trainer.MemoryFallback = ladder  # type: ignore[misc,assignment]

@@ -37,7 +37,7 @@ from lora_core.system.processes import INTERRUPTED, Stopping
 from lora_core.verbs import PRECISIONS
 
 if TYPE_CHECKING:
-    from lora_core.train.distributed import Fellows
+    from lora_core.train.distributed import ProcessGroup
     from lora_core.train.trainer import Outcome
 
 LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -173,7 +173,7 @@ def _duration(seconds: float) -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
-    def lead(stopping: Stopping, fellows: "Fellows | None") -> int:
+    def lead(stopping: Stopping, group: "ProcessGroup | None") -> int:
         with stopping.raising():
             config = config_of(options)
             place = workspace(options.workspace)
@@ -185,20 +185,20 @@ def _train(options: argparse.Namespace) -> int:
             api.queue_add(run.path)
             say(f"{run.name} waits in the queue of {place}")
             return 0
-        return resumed(run, None, stopping=stopping, fellows=fellows)
+        return resumed(run, None, stopping=stopping, group=group)
 
     return _together(lead)
 
 
 def _resume(options: argparse.Namespace) -> int:
-    def lead(stopping: Stopping, fellows: "Fellows | None") -> int:
+    def lead(stopping: Stopping, group: "ProcessGroup | None") -> int:
         run = named_run(options)
-        return resumed(run, options.steps, options.accept_changes, stopping, fellows)
+        return resumed(run, options.steps, options.accept_changes, stopping, group)
 
     return _together(lead)
 
 
-def _together(lead: Callable[[Stopping, "Fellows | None"], int]) -> int:
+def _together(lead: Callable[[Stopping, "ProcessGroup | None"], int]) -> int:
     """Train alone, or as one of the processes that `accelerate launch` started for one run.
 
     Args:
@@ -211,13 +211,13 @@ def _together(lead: Callable[[Stopping, "Fellows | None"], int]) -> int:
             if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in LAUNCHED):
                 say(f"Note: {ONE_ONLY}")
             return lead(stopping, None)
-        from lora_core.train.distributed import fellowship
-        from lora_core.train.trainer import follow
+        from lora_core.train.distributed import process_group
+        from lora_core.train.trainer import train_as_worker
 
-        with fellowship() as fellows:
-            if fellows.main:
-                return lead(stopping, fellows)
-            follow(fellows)
+        with process_group() as group:
+            if group.main:
+                return lead(stopping, group)
+            train_as_worker(group)
             return 0
 
 
@@ -239,7 +239,7 @@ def resumed(
     steps: int | None,
     accept_changes: bool = False,
     stopping: Stopping | None = None,
-    fellows: "Fellows | None" = None,
+    group: "ProcessGroup | None" = None,
 ) -> int:
     """Train a run from where it stands, and tell whom the person chose when it ends; returns the exit code.
 
@@ -250,7 +250,7 @@ def resumed(
     with stopping.taken():
         before = events_size(run)
         try:
-            outcome = _trained(run, steps, accept_changes, stopping, fellows)
+            outcome = _trained(run, steps, accept_changes, stopping, group)
         finally:
             note = tell_end(run, run.path.parent.parent) if events_size(run) > before else ""
             if note:
@@ -265,7 +265,7 @@ def _trained(
     steps: int | None,
     accept_changes: bool,
     stopping: Stopping,
-    fellows: "Fellows | None",
+    group: "ProcessGroup | None",
 ) -> "Outcome":
     if steps is not None:
         steps = checked_option("--steps", "train.steps", steps)
@@ -280,11 +280,11 @@ def _trained(
             _note_stop(run)
             raise
 
-        if fellows is not None:
-            _say_shares(fellows.count, run.config().train.batch_size)
+        if group is not None:
+            _say_shares(group.count, run.config().train.batch_size)
         printer = EventPrinter(sys.stdout)
         with keep_awake():
-            outcome = train(run, steps, printer.show, accept_changes, stopping, fellows)
+            outcome = train(run, steps, printer.show, accept_changes, stopping, group)
         printer.close()
     return outcome
 

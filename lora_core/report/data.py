@@ -29,7 +29,7 @@ from lora_core.tools.rewrite import Rewrite
 from lora_core.tools.shrink import SHRUNK_KEY, cut, decompose, intrinsic_rank, load_plain_lora
 from lora_core.tools.strength import fit_strength, fit_strengths_apart
 from lora_core.tools.svd import file_spectrum
-from lora_core.train.fingerprint import inputs_of
+from lora_core.train.fingerprint import input_hashes
 
 
 def measure_rank(file: Path, family: Family, measured: MeasureGains) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def held_out_records(run: RunFolder, config: RunConfig) -> tuple[list[ImageRecor
     _, held = held_out(dataset.records, config.validation.pictures, config.seed)
     if not held:
         raise DatasetError(f"{run.name} held no picture out, so there is nothing to measure it on.")
-    known, now = _known_inputs(run), inputs_of(run, dataset.records)
+    known, now = _known_inputs(run), input_hashes(run, dataset.records)
     pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
     changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
     rules = CaptionRules(config.dataset.trigger, 0.0, 0.0, False, 0)

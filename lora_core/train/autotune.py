@@ -23,10 +23,10 @@ from lora_core.models.unet import predict_noise
 from lora_core.runs import events
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
-from lora_core.train.loop import StepPlan, Trainee, drawn_batch, micro_batch, take_step
-from lora_core.train.loss import picture_losses
-from lora_core.train.oom import VAE_ASIDE, Ladder, free_memory
-from lora_core.train.setup import Plan, Say, Session
+from lora_core.train.loop import StepSettings, TrainState, backward_micro_batch, optimizer_step, sample_batch
+from lora_core.train.loss import diffusion_loss
+from lora_core.train.oom import VAE_ASIDE, MemoryFallback, free_memory
+from lora_core.train.setup import OnProgress, RuntimePlan, TrainSession
 from lora_core.train.validation import at_strength
 
 LOWEST, HIGHEST, EACH = -4, 8, 4
@@ -43,7 +43,7 @@ choices of layers that gained 94% to 100% of what the best fixed rate did (docs/
 
 
 @dataclass(frozen=True)
-class RangeTest:
+class RangeTestResult:
     """What was found.
 
     Attributes:
@@ -57,7 +57,9 @@ class RangeTest:
     octave: int
 
 
-def range_tested(session: Session, plan: StepPlan, say: Callable[[str, int, int], None]) -> RangeTest:
+def run_range_test(
+    session: TrainSession, plan: StepSettings, say: Callable[[str, int, int], None]
+) -> RangeTestResult:
     """Find how all rates should be multiplied; everything is as it was afterwards.
 
     Args:
@@ -68,11 +70,11 @@ def range_tested(session: Session, plan: StepPlan, say: Callable[[str, int, int]
     Raises:
         RunError: nothing was learned at any rate.
     """
-    trainee = session.trainee
-    groups = trainee.optimizer.param_groups
-    numbers = trainee.storage.data.detach().clone()
-    optimizer, scaler = copy.deepcopy(trainee.optimizer.state_dict()), trainee.scaler.state_dict()
-    average, trainee.average = trainee.average, None
+    state = session.state
+    groups = state.optimizer.param_groups
+    numbers = state.storage.data.detach().clone()
+    optimizer, scaler = copy.deepcopy(state.optimizer.state_dict()), state.scaler.state_dict()
+    average, state.average = state.average, None
     count = (HIGHEST - LOWEST) * EACH + 1
     rates: list[float] = []
     shares: list[float] = []
@@ -92,23 +94,23 @@ def range_tested(session: Session, plan: StepPlan, say: Callable[[str, int, int]
                 break
         say("Finding the learning rate", count, count)
     finally:
-        with trainee.storage.mutate() as live:
+        with state.storage.mutate() as live:
             live.copy_(numbers)
-        trainee.optimizer.load_state_dict(optimizer)
-        trainee.scaler.load_state_dict(scaler)
-        trainee.storage.zero_grad()
-        trainee.average = average
-    return RangeTest(rates, shares, chosen_octave(shares))
+        state.optimizer.load_state_dict(optimizer)
+        state.scaler.load_state_dict(scaler)
+        state.storage.zero_grad()
+        state.average = average
+    return RangeTestResult(rates, shares, choose_octave(shares))
 
 
-def take_rates(optimizer: torch.optim.Optimizer, octave: int) -> None:
+def scale_learning_rates(optimizer: torch.optim.Optimizer, octave: int) -> None:
     """Multiply all rates by 2 to `octave`, to the very bits that a config with those rates gives."""
     for group in optimizer.param_groups:
         group["initial_lr"] *= 2.0**octave
         group["lr"] = group["initial_lr"]
 
 
-def chosen_octave(shares: list[float]) -> int:
+def choose_octave(shares: list[float]) -> int:
     """The octave to take for shares that were reached at rates `EACH` an octave from `LOWEST` on.
 
     Raises:
@@ -131,16 +133,16 @@ def _smooth(shares: list[float]) -> list[float]:
     return [statistics.median(part) for part in parts]
 
 
-def _step(session: Session, plan: StepPlan, number: int) -> float:
+def _step(session: TrainSession, plan: StepSettings, number: int) -> float:
     """Train on micro-batch `number`; the share of the base's loss on it that the adapter took away before."""
-    trainee, base = session.trainee, session.trainee.base
-    batch, draw = drawn_batch(trainee, session.batches, plan, number)
-    with torch.no_grad(), at_strength(trainee.injected, 0.0):
+    state, base = session.state, session.state.base
+    batch, draw = sample_batch(state, session.batches, plan, number)
+    with torch.no_grad(), at_strength(state.injected, 0.0):
         condition = session.text.conditions(batch.captions)
-        bare = picture_losses(base, batch.latents, condition, draw, plan.loss, batch.sizes).mean()
-    trainee.storage.zero_grad()
-    part = micro_batch(trainee, session.batches, session.text, plan, number)
-    loss, trouble = take_step(trainee, plan.clip, [part], number + 1)
+        bare = diffusion_loss(base, batch.latents, condition, draw, plan.loss, batch.sizes).mean()
+    state.storage.zero_grad()
+    part = backward_micro_batch(state, session.batches, session.text, plan, number)
+    loss, trouble = optimizer_step(state, plan.clip, [part], number + 1)
     return math.nan if trouble else 1.0 - loss / max(float(bare), 1e-12)
 
 
@@ -153,52 +155,56 @@ TEMPORARIES = 2
 """Tensors as large as all trained numbers that an optimizer's step may make besides its state."""
 
 
-class Trial:
+class Autotune:
     """Chooses for one run, and keeps what there is to tell of it."""
 
-    def __init__(self, session: Session, ladder: Ladder, config: RunConfig, goal: int, say: Say) -> None:
+    def __init__(
+        self, session: TrainSession, ladder: MemoryFallback, config: RunConfig, goal: int, say: OnProgress
+    ) -> None:
         """For a run that is to have `goal` steps; `say` may end the trial by what it raises."""
         self.found: list[events.Event] = []
         self._session = session
         self._ladder = ladder
         self._config = config
-        self._steps = StepPlan.of(config, goal)
+        self._steps = StepSettings.of(config, goal)
         self._say = say
 
-    def plan(self, plan: Plan, fresh: bool) -> Plan:
+    def plan(self, plan: RuntimePlan, fresh: bool) -> RuntimePlan:
         """The plan with all that it lacks; `fresh` where no step was ever taken.
 
         Raises:
             OutOfMemory: a step does not fit by any means.
             RunError: the range test learned nothing.
         """
-        trainee = self._session.trainee
+        state = self._session.state
         if not plan.layout:
-            layouts = map(layout_of, trainee.base.modules.values())
+            layouts = map(layout_of, state.base.modules.values())
             plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
-        if not plan.tried and (fresh or plan.cap) and limited(trainee.base.device):
+        if not plan.tried and (fresh or plan.cap) and limited(state.base.device):
             self._say("Trying the heaviest step", 0, 1)
-            state = OPTIMIZERS[self._config.optim.name].state
-            told, peak = chosen_rungs(self._session, self._ladder, self._steps, state)
+            optimizer_state = OPTIMIZERS[self._config.optim.name].state
+            told, peak = fit_memory(self._session, self._ladder, self._steps, optimizer_state)
             self.found += [events.Warned(message=sentence) for sentence in told]
             plan = replace(plan, rungs=self._ladder.taken, tried=True, peak=peak)
         if self._config.optim.range_test and plan.octave is None:
-            found = range_tested(self._session, self._steps, self._say)
-            take_rates(trainee.optimizer, found.octave)
+            found = run_range_test(self._session, self._steps, self._say)
+            scale_learning_rates(state.optimizer, found.octave)
             plan = replace(plan, octave=found.octave)
             rate = plan.rated(self._config).optim.lr
             self.found.append(events.RateFound(rate=rate, rates=found.rates, shares=found.shares))
         return plan
 
 
-def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float) -> tuple[list[str], int]:
+def fit_memory(
+    session: TrainSession, ladder: MemoryFallback, plan: StepSettings, optimizer_state: float
+) -> tuple[list[str], int]:
     """Try the heaviest step, a validation and a sample before the first real one, and climb until they fit.
 
     Args:
         session: the run, at step 0.
         ladder: takes the rungs.
         plan: of the steps.
-        state: how many numbers the optimizer keeps for each that is trained.
+        optimizer_state: how many numbers the optimizer keeps for each that is trained.
 
     Returns:
         What there is to tell a person, and the peak in bytes where the device tells it.
@@ -206,14 +212,14 @@ def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float)
     Raises:
         OutOfMemory: it does not fit with all rungs taken.
     """
-    trainee = session.trainee
+    state = session.state
     told: list[str] = []
-    device = trainee.base.device
+    device = state.base.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    while not _fits(trainee, lambda: _try_step(session, plan, state)):
+    while not _fits(state, lambda: _try_step(session, plan, optimizer_state)):
         told.append(f"The heaviest step does not fit into memory as it is. {ladder.climb(0)}")
-    while not _fits(trainee, lambda: _try_sample(session)):
+    while not _fits(state, lambda: _try_sample(session)):
         if ladder.next is None or ladder.next.name != VAE_ASIDE:
             told.append("Samples do not fit into memory beside the training, so they may be left out.")
             break
@@ -221,28 +227,28 @@ def chosen_rungs(session: Session, ladder: Ladder, plan: StepPlan, state: float)
     return told, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
-def _fits(trainee: Trainee, work: Callable[[], None]) -> bool:
+def _fits(state: TrainState, work: Callable[[], None]) -> bool:
     try:
         work()
         return True
     except Exception as error:
         if not out_of_memory(error):
             raise
-        free_memory(trainee, error)
+        free_memory(state, error)
         return False
     finally:
-        free_memory(trainee)
+        free_memory(state)
 
 
-def _try_step(session: Session, plan: StepPlan, state: float) -> None:
+def _try_step(session: TrainSession, plan: StepSettings, optimizer_state: float) -> None:
     """What a step and a validation take, with nothing changed by it."""
-    trainee, base = session.trainee, session.trainee.base
-    numbers = sum(tensor.numel() for tensor in trainee.injected.parameters())
-    held = torch.empty(int(state * numbers), device=base.device)
-    micro_batch(trainee, session.batches, session.text, plan, session.batches.heaviest())
+    state, base = session.state, session.state.base
+    numbers = sum(tensor.numel() for tensor in state.injected.parameters())
+    held = torch.empty(int(optimizer_state * numbers), device=base.device)
+    backward_micro_batch(state, session.batches, session.text, plan, session.batches.heaviest())
     temporary = torch.empty(TEMPORARIES * numbers, device=base.device)
     del temporary
-    trainee.storage.zero_grad()
+    state.storage.zero_grad()
     if session.held_out:
         largest = max(session.held_out, key=lambda measured: measured.latents.numel())
         eval_losses(base, [largest], session.text.condition)
@@ -251,17 +257,17 @@ def _try_step(session: Session, plan: StepPlan, state: float) -> None:
     del held
 
 
-def _try_sample(session: Session) -> None:
+def _try_sample(session: TrainSession) -> None:
     """What a sample takes: guided predictions, and the latents turned into an image."""
-    base = session.trainee.base
+    base = session.state.base
     latents = _guided_pass(session, base.resolution)
     decode_latents(base, latents)
 
 
-def _guided_pass(session: Session, side: int) -> torch.Tensor:
+def _guided_pass(session: TrainSession, side: int) -> torch.Tensor:
     """One prediction with and without a prompt, as classifier-free guidance makes it, for an image of `side`
     pixels; returns the latents that it began with, (1, C, h, w)."""
-    base = session.trainee.base
+    base = session.state.base
     edge = side // base.vae_scale_factor
     latents = torch.zeros(1, base.latent_channels, edge, edge, device=base.device)
     text = PromptEmbeds.cat([session.text.negative(), session.text.condition("")])

@@ -23,25 +23,24 @@ from lora_core.runs.folder import RunFolder
 from lora_core.runs.verdict import raw_or_average
 from lora_core.settings.config import RunConfig
 from lora_core.system.disk_space import require_room
-from lora_core.train.checkpoint import TrainState, amend_record, is_whole
-from lora_core.train.divergence import Health
+from lora_core.train.checkpoint import CheckpointManager, CheckpointState, amend_record, is_valid
+from lora_core.train.divergence import DivergenceGuard
 from lora_core.train.export import (
     RAW_SUFFIX,
-    exported_checkpoint,
-    newest_sample,
-    run_header,
+    export_checkpoint,
+    export_header,
+    latest_sample,
     write_export,
     write_raw,
 )
-from lora_core.train.keeping import Keeper
 from lora_core.train.oom import free_memory
-from lora_core.train.setup import Session, on_processor
-from lora_core.train.validation import Best, Judge, drawn_samples, due
+from lora_core.train.setup import TrainSession, on_processor
+from lora_core.train.validation import BestStep, Validator, draw_samples, due
 
 FOLDER = "tensorboard"
 
 
-class Board:
+class TensorBoardWriter:
     """Writes one run's curves; feed it events in their order."""
 
     def __init__(self, run: RunFolder, done: int) -> None:
@@ -104,7 +103,7 @@ SECONDS_BETWEEN_NOTES = 0.5
 """Long work says how far it is this often."""
 
 
-class Notes:
+class ProgressReporter:
     """Says now and then how far long work is."""
 
     def __init__(self, emit: Callable[[events.Event], None], check: Callable[[], None]) -> None:
@@ -142,9 +141,9 @@ class Duties:
         self,
         run: RunFolder,
         config: RunConfig,
-        session: Session,
-        keeper: Keeper,
-        notes: Notes,
+        session: TrainSession,
+        keeper: CheckpointManager,
+        notes: ProgressReporter,
         every: int,
     ) -> None:
         """Nothing is measured yet.
@@ -156,7 +155,7 @@ class Duties:
             every: steps between two validations as `Plan.validate_every` has it, 0 where that is not known.
         """
         self.validations: list[events.Validated] = []
-        self.judge = Judge(session)
+        self.judge = Validator(session)
         self.every = every
         self._run = run
         self._config = config
@@ -170,7 +169,7 @@ class Duties:
         """Whether a checkpoint is written after `step`."""
         return step > 0 and (last or asked or due(step, self._config.save.every, last))
 
-    def do(self, step: int, last: bool, asked: set[str], health: Health, pace: float) -> bool:
+    def do(self, step: int, last: bool, asked: set[str], health: DivergenceGuard, pace: float) -> bool:
         """What is due after a step, in the order validation, checkpoint, samples; whether anything was.
 
         Args:
@@ -212,20 +211,20 @@ class Duties:
             return ""
         return reason_to_stop(self.validations, self._config.validation.patience)
 
-    def stand_at(self, state: TrainState, before: Sequence[events.Validated]) -> None:
+    def stand_at(self, state: CheckpointState, before: Sequence[events.Validated]) -> None:
         """Go on from a checkpoint.
 
         Args:
             state: of it.
             before: the validations of the run; those after the checkpoint no longer count.
         """
-        self.judge.best = Best.from_record(state.best)
+        self.judge.best = BestStep.from_record(state.best)
         self.validations = [event for event in before if event.step <= state.step]
 
-    def save(self, step: int, last: bool, asked: set[str], health: Health) -> None:
+    def save(self, step: int, last: bool, asked: set[str], health: DivergenceGuard) -> None:
         """Write a checkpoint; arguments as of `do`."""
         planned = due(step, self._config.save.every, last) and health.calm
-        state = TrainState(
+        state = CheckpointState(
             step,
             {},
             best=self.judge.best.record(),
@@ -247,24 +246,24 @@ class Duties:
         spoiled = (
             last is not None and last.step == step and is_worse(last.against_best, last.against_best_error)
         )
-        if last is not None and spoiled and is_whole(self._run.checkpoint(best)):
+        if last is not None and spoiled and is_valid(self._run.checkpoint(best)):
             self._emit(events.Warned(step=step, message=_of_the_best(best, last)))
-            made = exported_checkpoint(self._run, str(best), self._run.name, ("kohya", EXPORT_PRECISION))
+            made = export_checkpoint(self._run, str(best), self._run.name, ("kohya", EXPORT_PRECISION))
             self._say_which(step, best, made["raw"])
             return Path(made["file"])
         path = self._run.exports / f"{self._run.name}.safetensors"
-        trainee = self._session.trainee
-        weights = adapter_weights(trainee.injected)
+        state = self._session.state
+        weights = adapter_weights(state.injected)
         numbers = sum(layer.down.numel() + layer.up.numel() for layer in weights.layers.values())
-        files = 2 if trainee.average else 1
+        files = 2 if state.average else 1
         require_room(self._run.path, files * 2 * numbers, "The exported file")
-        how, family, header = ("kohya", EXPORT_PRECISION), trainee.base.family, self._header(step)
-        if trainee.average:
-            picture = newest_sample(self._run, step, raw=True)
+        how, family, header = ("kohya", EXPORT_PRECISION), state.base.family, self._header(step)
+        if state.average:
+            picture = latest_sample(self._run, step, raw=True)
             raw = write_raw(weights, path, how, family, header, picture)
             self._say_which(step, step, str(raw))
-            weights = trainee.average.weights()
-        return write_export(weights, path, how, family, header, newest_sample(self._run, step))
+            weights = state.average.weights()
+        return write_export(weights, path, how, family, header, latest_sample(self._run, step))
 
     def _say_which(self, step: int, exported: int, raw: str) -> None:
         """Which of two files holds the average, and which gains more; nothing where there is only one."""
@@ -284,7 +283,7 @@ class Duties:
 
     def _aside(self, step: int, what: str, work: Callable[[int], None]) -> None:
         """Do `work`, with the VAE on the processor if it does not fit otherwise, or leave it out."""
-        base = self._session.trainee.base
+        base = self._session.state.base
         for last_try in (on_processor(base.vae), True):
             try:
                 work(step)
@@ -292,7 +291,7 @@ class Duties:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                free_memory(self._session.trainee, error)
+                free_memory(self._session.state, error)
             if last_try:
                 break
             base.put("vae", torch.device("cpu"))
@@ -338,11 +337,11 @@ class Duties:
         stem = self._run.previews / f"step-{step:06d}"
         name = self._run.name if step else ""
         note = self._notes.working(step, "Sampling")
-        paths = drawn_samples(self._session, self._config.preview, stem, name, note)
+        paths = draw_samples(self._session, self._config.preview, stem, name, note)
         raw: list[Path] = []
-        if step and self._session.trainee.average is not None:
+        if step and self._session.state.average is not None:
             stem = stem.with_name(f"{stem.name}{RAW_SUFFIX}")
-            raw = drawn_samples(
+            raw = draw_samples(
                 self._session, self._config.preview, stem, f"{name}{RAW_SUFFIX}", note, averaged=False
             )
         files, raw_files = ([self._below(path) for path in drawn] for drawn in (paths, raw))
@@ -351,7 +350,7 @@ class Duties:
 
     def _header(self, step: int) -> dict[str, str]:
         session = self._session
-        return run_header(self._config, session.trainee.base, session.train_items, step, self._started_at)
+        return export_header(self._config, session.state.base, session.train_items, step, self._started_at)
 
     def _below(self, path: Path) -> str:
         return path.relative_to(self._run.path).as_posix()

@@ -1,17 +1,19 @@
 """Checkpoints: all that a step depends on and that does not follow from (seed, step).
 
-A checkpoint is a folder that appears whole, by one rename, and goes whole, by another. Its adapter is a
+A checkpoint is a folder that appears complete, by one rename, and disappears by another. Its adapter is a
 kohya-format file that any tool can load, the average where one is kept; where that is not bit for bit what is
-trained, a second file has the exact factors. The optimizer's tensors lie beside it, and `state.json` names
-the SHA-256 of each, so that a broken one is known.
+trained, a second file has the exact factors. The optimizer's tensors are beside it, and `state.json` names
+the SHA-256 of each file, so that damage is detected. `CheckpointManager` saves, resumes from and rolls back
+to checkpoints of one run.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,17 @@ from safetensors.torch import load_file, save
 
 from lora_core.errors import AdapterFileError, RunError
 from lora_core.formats.io import read_adapter, write_adapter
+from lora_core.lora.inject import adapter_weights, load_weights
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
+from lora_core.model_files.sizes import checkpoint_bytes
+from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
+from lora_core.system.disk_space import require_room
 from lora_core.system.paths import clear_abandoned, sync_folder, write_atomically
+from lora_core.train.divergence import DivergenceGuard
+from lora_core.train.loop import TrainState
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 FACTORS = "factors.safetensors"
@@ -37,7 +46,7 @@ SET_ASIDE = "set-aside"
 
 
 @dataclass
-class TrainState:
+class CheckpointState:
     """What a run is at a step, besides its adapter.
 
     Attributes:
@@ -63,7 +72,7 @@ class TrainState:
 
 
 def save_checkpoint(
-    run: RunFolder, weights: AdapterWeights, state: TrainState, family: Family, header: dict[str, str]
+    run: RunFolder, weights: AdapterWeights, state: CheckpointState, family: Family, header: dict[str, str]
 ) -> Path:
     """Write the checkpoint of `state.step` and read its files back.
 
@@ -91,7 +100,7 @@ def save_checkpoint(
             "sha256": {file.name: _sha256(file) for file in sorted(making.glob("*.safetensors"))},
         }
         _write_checked(making / STATE, json.dumps(record).encode())
-        discard(final)
+        remove_checkpoint(final)
         os.rename(making, final)
         sync_folder(final.parent)
     except OSError as error:
@@ -120,13 +129,13 @@ def _write_adapters(
             write_adapter(adapter, folder / name, "kohya", "fp32", family, header, keep_alphas=True)
 
 
-def load_checkpoint(path: Path) -> tuple[AdapterWeights, TrainState]:
+def load_checkpoint(path: Path) -> tuple[AdapterWeights, CheckpointState]:
     """What `save_checkpoint` wrote, bit for bit.
 
     Raises:
         RunError: a file is missing or is not what was written.
     """
-    record = checked_record(path)
+    record = verify_checkpoint(path)
     names = record["sha256"]
     try:
         weights = read_adapter(path / (FACTORS if FACTORS in names else ADAPTER))
@@ -134,7 +143,7 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, TrainState]:
             read_adapter(path / (AVERAGE if AVERAGE in names else ADAPTER)) if record.get("average") else None
         )
         optimizer = _joined(load_file(path / OPTIMIZER), record["optimizer"])
-        return weights, TrainState(
+        return weights, CheckpointState(
             record["step"], optimizer, record["scaler"], record["best"], average, record.get("health", {}),
             bool(record.get("planned")), bool(record.get("marked")),
         )  # fmt: skip
@@ -142,7 +151,7 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, TrainState]:
         raise RunError(f"The checkpoint {path} is broken: {error}.") from error
 
 
-def checked_record(path: Path) -> dict[str, Any]:
+def verify_checkpoint(path: Path) -> dict[str, Any]:
     """What `state.json` of a checkpoint says, once its files have been seen to be what was written.
 
     Raises:
@@ -158,10 +167,10 @@ def checked_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def is_whole(path: Path) -> bool:
+def is_valid(path: Path) -> bool:
     """Whether a checkpoint is there and is what was written."""
     try:
-        return bool(checked_record(path))
+        return bool(verify_checkpoint(path))
     except RunError:
         return False
 
@@ -187,7 +196,7 @@ def amend_record(path: Path, changes: dict[str, Any]) -> None:
     write_atomically(path / STATE, json.dumps(read_record(path) | changes).encode())
 
 
-def has(path: Path, word: str) -> bool:
+def has_flag(path: Path, word: str) -> bool:
     """Whether a checkpoint is `planned` or `marked`; a broken one is neither."""
     try:
         return bool(read_record(path).get(word))
@@ -208,14 +217,14 @@ def prune_checkpoints(run: RunFolder, keep_last: int, keep: Collection[int]) -> 
     """Remove all but the newest `keep_last` that were planned, the newest of all, those of the steps in
     `keep`, and those that are marked."""
     steps = run.checkpoint_steps()
-    planned = [step for step in steps if has(run.checkpoint(step), "planned")]
+    planned = [step for step in steps if has_flag(run.checkpoint(step), "planned")]
     staying = {*planned[-keep_last:], *steps[-1:], *keep}
     for step in steps:
-        if step not in staying and not has(run.checkpoint(step), "marked"):
-            discard(run.checkpoint(step))
+        if step not in staying and not has_flag(run.checkpoint(step), "marked"):
+            remove_checkpoint(run.checkpoint(step))
 
 
-def discard(path: Path) -> None:
+def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint, if it is there; a kill leaves it whole, or out of sight."""
     going = path.with_name(f".{path.name}.going.making")
     shutil.rmtree(going, ignore_errors=True)
@@ -277,3 +286,152 @@ def _joined(tensors: dict[str, torch.Tensor], plain: Any) -> Any:
         values = [_joined(tensors, v) for v in item]
         return values if kind == "list" else tuple(values)
     return item
+
+
+class CheckpointManager:
+    """Saves and brings back one run's train_state."""
+
+    def __init__(
+        self, run: RunFolder, config: RunConfig, train_state: TrainState, emit: Callable[[events.Event], None]
+    ) -> None:
+        """`train_state` is as it starts: that is what a run goes back to before its first checkpoint."""
+        self._run = run
+        self._config = config
+        self._train_state = train_state
+        self._emit = emit
+        self._numbers = sum(tensor.numel() for tensor in train_state.injected.parameters())
+        self._start: tuple[AdapterWeights, CheckpointState] | None = (
+            adapter_weights(train_state.injected),
+            CheckpointState(
+                0, copy.deepcopy(train_state.optimizer.state_dict()), train_state.scaler.state_dict()
+            ),
+        )
+
+    def save(self, state: CheckpointState, header: dict[str, str]) -> Path:
+        """Write a checkpoint and remove those that have had their time.
+
+        Args:
+            state: what is not the train_state's: step, best, health, planned, marked.
+            header: texts for the adapter's file.
+
+        Raises:
+            NoRoom: the drive has too little room for it.
+            RunError: it cannot be written; those before it are whole.
+        """
+        what = f"The checkpoint of step {state.step}"
+        require_room(self._run.path, self._size(), what)
+        train_state = self._train_state
+        state.optimizer = train_state.optimizer.state_dict()
+        state.scaler = train_state.scaler.state_dict()
+        state.average = train_state.average.weights() if train_state.average is not None else None
+        weights = adapter_weights(train_state.injected)
+        path = save_checkpoint(self._run, weights, state, train_state.base.family, header)
+        best = {int(state.best["step"])} if state.best and self._config.save.keep_best else set()
+        anchor = self._anchors()[:1]
+        prune_checkpoints(self._run, self._config.save.keep_last, best.union(anchor))
+        if anchor:
+            self._start = None
+        return path
+
+    def take_up(self) -> CheckpointState | None:
+        """Bring back the newest whole checkpoint, if there is one; a broken one is passed over with a
+        warning."""
+        return self._first_whole(self._run.checkpoint_steps()[::-1])
+
+    def newest(self) -> CheckpointState:
+        """The newest state that is whole: a checkpoint, or the start.
+
+        Raises:
+            RunError: there is none.
+        """
+        return self.take_up() or self._from_start()
+
+    def go_back(self, health: DivergenceGuard) -> tuple[CheckpointState, DivergenceGuard]:
+        """Bring back the last state that an unbroken run has too, with the learning rates halved.
+
+        What was saved since goes, as it may be spoiled already; what a person asked for is set aside. The
+        halved rates are noted in the checkpoint that is gone back to. A kill anywhere in here leaves a run
+        that comes to the same return by itself.
+
+        Args:
+            health: as it stands now.
+
+        Raises:
+            RunError: there is nothing to go back to.
+        """
+        state = self._first_whole(self._anchors()) or self._from_start()
+        after = health.returned(DivergenceGuard(**state.health))
+        for step in self._run.checkpoint_steps():
+            path = self._run.checkpoint(step)
+            if step > state.step:
+                set_aside(path) if has_flag(path, "marked") else remove_checkpoint(path)
+        if state.step:
+            amend_record(self._run.checkpoint(state.step), {"health": after.record()})
+        return state, after
+
+    def finite(self) -> bool:
+        """Whether all that a checkpoint would hold is finite; each device is waited for once."""
+        train_state = self._train_state
+        live: list[object] = [train_state.storage.data.detach()]
+        for values in train_state.optimizer.state.values():
+            live += values.values() if isinstance(values, dict) else []
+        finite: dict[torch.device, list[torch.Tensor]] = {}
+        for value in live:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                finite.setdefault(value.device, []).append(value.isfinite().all())
+        return all(bool(torch.stack(found).all()) for found in finite.values())
+
+    def _anchors(self) -> list[int]:
+        """Steps of the checkpoints that can be gone back to, the newest first."""
+        steps = reversed(self._run.checkpoint_steps())
+        return [step for step in steps if has_flag(self._run.checkpoint(step), "planned")]
+
+    def _first_whole(self, steps: list[int]) -> CheckpointState | None:
+        anew = "There is no other one to go on from, so training begins anew."
+        found = load_first_valid(self._run, steps, self._emit, anew)
+        if found is None:
+            return None
+        self._bring_back(*found)
+        return found[1]
+
+    def _from_start(self) -> CheckpointState:
+        if self._start is None:
+            raise RunError(
+                f"No checkpoint of the run {self._run.name} is whole; start a new run with its settings."
+            )
+        weights, state = self._start
+        self._bring_back(weights, state)
+        return state
+
+    def _bring_back(self, weights: AdapterWeights, state: CheckpointState) -> None:
+        train_state = self._train_state
+        load_weights(train_state.injected, weights)
+        train_state.optimizer.load_state_dict(copy.deepcopy(state.optimizer))
+        if state.scaler:
+            train_state.scaler.load_state_dict(state.scaler)
+        if train_state.average is not None:
+            train_state.average.load(state.average or weights)
+        train_state.applying = False
+
+    def _size(self) -> int:
+        """Bytes of the next checkpoint: those of the last one, else an estimate."""
+        for step in reversed(self._run.checkpoint_steps()):
+            return sum(file.stat().st_size for file in self._run.checkpoint(step).iterdir())
+        return checkpoint_bytes(self._config, self._numbers)
+
+
+def load_first_valid(
+    run: RunFolder,
+    steps: list[int],
+    emit: Callable[[events.Event], None],
+    after_all: str = "There is no other one.",
+) -> tuple[AdapterWeights, CheckpointState] | None:
+    """The first whole one of the checkpoints of `steps`; broken ones are passed over with a warning, which
+    for the last of them ends with `after_all`."""
+    for step in steps:
+        try:
+            return load_checkpoint(run.checkpoint(step))
+        except RunError as error:
+            rest = after_all if step == steps[-1] else "The one before it is used."
+            emit(events.Warned(step=step, message=f"{error} {rest}"))
+    return None

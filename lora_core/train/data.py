@@ -58,15 +58,17 @@ class LatentCache:
         if key not in self._memory:
             # Devices round differently, so that each has latents of its own.
             device = self._base.vae.device.type
-            name = digest_of(content_hash(record.path), self._vae, bucket.width, bucket.height, flip, device)
-            self._memory[key] = from_disk_or(
+            name = short_digest(
+                content_hash(record.path), self._vae, bucket.width, bucket.height, flip, device
+            )
+            self._memory[key] = load_or_compute(
                 self._folder / f"{name}.safetensors",
                 lambda: {"value": encode_image(self._base, load_pixels(record, bucket, flip))},
             )["value"]
         return self._memory[key]
 
 
-class TextSource:
+class PromptCache:
     """Text conditions of captions: live while the text encoder is trained, else encoded once and cached."""
 
     def __init__(self, base: BaseModel, folder: Path, trained: bool, clip_skip: int, tokens: int) -> None:
@@ -92,7 +94,7 @@ class TextSource:
             return encode_prompt(self._base, [caption], *self._how)
         if caption not in self._fixed:
             path = self._folder / f"{self._key(caption)}.safetensors"
-            found = from_disk_or(path, lambda: _tensors(self._encoded(caption)))
+            found = load_or_compute(path, lambda: _tensors(self._encoded(caption)))
             self._fixed[caption] = PromptEmbeds(found["value"], found.get("pooled"))
         return self._fixed[caption].to(self._base.device)
 
@@ -123,7 +125,7 @@ class TextSource:
         tokenizers = (self._base.tokenizers[encoder.part] for encoder in encoders)
         ids = [token_chunks(tokenizer, caption, tokens // CHUNK).tolist() for tokenizer in tokenizers]
         numbers = (self._base.device.type, self._base.dtype)
-        return digest_of(self._encoders, encoders, ids, clip_skip, *numbers)
+        return short_digest(self._encoders, encoders, ids, clip_skip, *numbers)
 
     def _encoded(self, caption: str) -> PromptEmbeds:
         """One at a time, on the CPU, so that its bits never depend on its neighbours."""
@@ -136,7 +138,7 @@ def _tensors(condition: PromptEmbeds) -> dict[str, torch.Tensor]:
     return {"value": condition.context, **pooled}
 
 
-def from_disk_or(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def load_or_compute(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The tensors of a cache file, which is made where it is not there or not whole.
 
     Args:
@@ -164,7 +166,7 @@ def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def digest_of(*values: object) -> str:
+def short_digest(*values: object) -> str:
     """A short text that differs where any of the values does, as a name for what follows from them."""
     return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()[:32]
 
@@ -176,7 +178,7 @@ def digest_of(*values: object) -> str:
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainImage:
     """A picture with the bucket that it is trained in."""
 
     record: ImageRecord
@@ -209,7 +211,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Looks:
+class BatchSettings:
     """How pictures are looked at.
 
     Attributes:
@@ -225,7 +227,7 @@ class Looks:
     seed: int
 
 
-def items_of(records: list[ImageRecord], resolution: int, multiple: int) -> list[Item]:
+def assign_buckets(records: list[ImageRecord], resolution: int, multiple: int) -> list[TrainImage]:
     """Each picture with its bucket.
 
     Raises:
@@ -233,13 +235,13 @@ def items_of(records: list[ImageRecord], resolution: int, multiple: int) -> list
     """
     if not records:
         raise DatasetError("No picture is left to train on; add pictures or hold fewer of them out.")
-    return [Item(r, bucket_of(r.width, r.height, resolution, multiple)) for r in records]
+    return [TrainImage(r, bucket_of(r.width, r.height, resolution, multiple)) for r in records]
 
 
 class Batches:
     """All micro-batches of a run, by number."""
 
-    def __init__(self, items: list[Item], looks: Looks, cache: LatentCache) -> None:
+    def __init__(self, items: list[TrainImage], looks: BatchSettings, cache: LatentCache) -> None:
         """Draw from `items` as `looks` says, latents from `cache`."""
         self._items = items
         self._looks = looks
@@ -266,7 +268,7 @@ class Batches:
             self._epoch = (epoch, self._epoch_batches(epoch))
         return self._epoch[1][place]
 
-    def _look(self, number: int, row: int, index: int) -> tuple[torch.Tensor, str, Item]:
+    def _look(self, number: int, row: int, index: int) -> tuple[torch.Tensor, str, TrainImage]:
         draw = random.Random(f"{self._looks.seed}/look/{number}/{row}")
         item = self._items[index]
         flip = self._looks.flip and draw.random() < 0.5
@@ -293,6 +295,6 @@ class Batches:
         return batches
 
 
-def looks_in_all(items: list[Item], flip: bool) -> list[tuple[Item, bool]]:
+def all_views(items: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bool]]:
     """Every (item, flip) that a run can ask for: what to encode before the first step."""
     return [(item, mirrored) for item in items for mirrored in ((False, True) if flip else (False,))]

@@ -27,7 +27,7 @@ LOST = (
 Result = TypeVar("Result")
 
 
-class Fellows:
+class ProcessGroup:
     """This process among those of the run.
 
     Attributes:
@@ -143,10 +143,10 @@ class Fellows:
 
 
 @contextmanager
-def fellowship() -> Iterator[Fellows]:
+def process_group() -> Iterator[ProcessGroup]:
     """The processes of this run, which the main one lets go however its part ends."""
-    fellows = Fellows()
+    group = ProcessGroup()
     try:
-        yield fellows
+        yield group
     finally:
-        fellows.dismiss()
+        group.dismiss()

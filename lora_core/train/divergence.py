@@ -24,7 +24,7 @@ PACE, SLOW = 20, 5.0
 
 
 @dataclass
-class Health:
+class DivergenceGuard:
     """How the numbers of a run stand.
 
     A loss has run away where the median of the last 10 steps is over 5 times the level before: the mean of up
@@ -65,9 +65,9 @@ class Health:
         """Whether the present state is one to go back to."""
         return not self.bad and (len(self.losses) < RECENT or self._recent() <= CALM * self._level())
 
-    def returned(self, then: "Health") -> "Health":
+    def returned(self, then: "DivergenceGuard") -> "DivergenceGuard":
         """The health after going back to a state of which `then` was the health."""
-        return Health(self.rate / 2, self.returns + 1, 0, then.losses)
+        return DivergenceGuard(self.rate / 2, self.returns + 1, 0, then.losses)
 
     def record(self) -> dict[str, Any]:
         """As plain numbers, for a checkpoint."""
@@ -82,7 +82,7 @@ class Health:
         return min(NOTHING, math.fsum(before) / len(before)) if len(before) >= RECENT else NOTHING
 
 
-class Pace:
+class StepTimer:
     """Notices once that steps suddenly take several times as long.
 
     A graphics driver that is out of memory may move some of it to the computer's own, as Windows does: no
@@ -122,7 +122,7 @@ class Pace:
         return seconds / usual
 
 
-def slow_words(step: int, seconds: float, times: float, device: str) -> str:
+def describe_slow_step(step: int, seconds: float, times: float, device: str) -> str:
     """What a person should know of a step that took `times` as long as those before it."""
     start = f"Step {step} took {seconds:.1f} s, {times:.0f} times as long as those before it."
     if device == "cpu":

@@ -20,8 +20,8 @@ from lora_core.runs.folder import RunFolder, checked_name
 from lora_core.settings.config import RunConfig, to_toml
 from lora_core.settings.schema import AdapterSection
 from lora_core.system.paths import write_atomically
-from lora_core.train.checkpoint import FACTORS, STATE, checked_record
-from lora_core.train.data import Item
+from lora_core.train.checkpoint import FACTORS, STATE, verify_checkpoint
+from lora_core.train.data import TrainImage
 from lora_core.train.fingerprint import versions
 
 RAW_SUFFIX = "-raw"
@@ -29,7 +29,7 @@ RAW_SUFFIX = "-raw"
 
 
 def export_facts(
-    config: RunConfig, base: BaseModel, items: list[Item], steps: int, started_at: float
+    config: RunConfig, base: BaseModel, items: list[TrainImage], steps: int, started_at: float
 ) -> ExportFacts:
     """What a file's header says of a run."""
     trigger = config.dataset.trigger
@@ -62,8 +62,8 @@ def export_facts(
     )
 
 
-def run_header(
-    config: RunConfig, base: BaseModel, items: list[Item], steps: int, started_at: float
+def export_header(
+    config: RunConfig, base: BaseModel, items: list[TrainImage], steps: int, started_at: float
 ) -> dict[str, str]:
     """The texts of a file's header."""
     return export_metadata(export_facts(config, base, items, steps, started_at))
@@ -122,7 +122,7 @@ def write_raw(
     return write_export(weights, path, how, family, header | names, picture)
 
 
-def newest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
+def latest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
     """The first of the pictures drawn last up to a step, with the raw adapter if asked; none of step 0, which
     the base drew alone."""
     drawn = [
@@ -132,7 +132,7 @@ def newest_sample(run: RunFolder, step: int, raw: bool = False) -> Path | None:
     return picture if picture is not None and picture.is_file() else None
 
 
-def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:
+def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str]) -> dict[str, Any]:
     """Export a checkpoint of a run; where an average is kept, the raw adapter too.
 
     Args:
@@ -152,7 +152,7 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
     """
     step = run.step_of(which)
     folder = run.checkpoint(step)
-    record = checked_record(folder) if (folder / STATE).exists() else {}
+    record = verify_checkpoint(folder) if (folder / STATE).exists() else {}
     header = dict(read_tensors(folder / "adapter.safetensors")[1])
     weights = read_adapter(folder / "adapter.safetensors")
     family = next(
@@ -166,8 +166,8 @@ def exported_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, s
     raw: Path | None = None
     if record.get("average"):
         factors = read_adapter(folder / FACTORS)
-        raw = write_raw(factors, target, how, family, header, newest_sample(run, step, raw=True))
-    path = write_export(weights, target, how, family, header, newest_sample(run, step))
+        raw = write_raw(factors, target, how, family, header, latest_sample(run, step, raw=True))
+    path = write_export(weights, target, how, family, header, latest_sample(run, step))
     return {
         "file": str(path),
         "raw": str(raw or ""),

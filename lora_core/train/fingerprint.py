@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def inputs_of(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
+def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
     """A short text for each input: the settings file, each picture with its caption, each package."""
     inputs = {"config.toml": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
     for record in records:
@@ -126,7 +126,7 @@ def check_inputs(
     Raises:
         InputsChanged: something has changed and the person has not accepted it; names what.
     """
-    now = inputs_of(run, records) | (more or {})
+    now = input_hashes(run, records) | (more or {})
     try:
         before = json.loads(run.inputs_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

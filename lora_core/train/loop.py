@@ -20,9 +20,9 @@ from lora_core.models.load import BaseModel
 from lora_core.settings.choices import SCHEDULES, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import LossSection
-from lora_core.train.data import Batch, Batches, TextSource
-from lora_core.train.distributed import Fellows
-from lora_core.train.loss import Draw, drawn, picture_losses
+from lora_core.train.data import Batch, Batches, PromptCache
+from lora_core.train.distributed import ProcessGroup
+from lora_core.train.loss import NoiseSample, diffusion_loss, sample_noise
 
 RESTARTS = 3
 
@@ -47,7 +47,7 @@ def cosine_restarts(progress: float) -> float:
     return cosine(progress * RESTARTS % 1.0) if progress < 1.0 else 0.0
 
 
-def rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
+def lr_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
     """The factor of the full learning rate for the step that follows `step` done ones.
 
     Args:
@@ -67,7 +67,7 @@ def rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
 # A running average of the adapter, steadier than the last step; sampled, measured and exported beside it.
 
 
-class Average:
+class EMA:
     """The average beside an adapter in a base."""
 
     def __init__(self, injected: Injected, storage: FlatParams, decay: float) -> None:
@@ -126,7 +126,7 @@ NAMED = 4
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepSettings:
     """The numbers that a step needs.
 
     Attributes:
@@ -149,7 +149,7 @@ class StepPlan:
     rate: float = 1.0
 
     @classmethod
-    def of(cls, config: RunConfig, steps: int, rate: float = 1.0) -> "StepPlan":
+    def of(cls, config: RunConfig, steps: int, rate: float = 1.0) -> "StepSettings":
         """The plan of a config that runs to `steps`."""
         optim, train = config.optim, config.train
         return cls(
@@ -178,7 +178,7 @@ class Step:
 
 
 @dataclass
-class Trainee:
+class TrainState:
     """What a step changes, and how it is fitted into memory.
 
     Attributes:
@@ -192,7 +192,7 @@ class Trainee:
             same gradient.
         applying: whether the optimizer is at work: a step that fails then is half done.
         aside: the folder on whose drive weights may be put aside.
-        fellows: the processes that train together with this one, if there are any.
+        group: the processes that train together with this one, if there are any.
     """
 
     base: BaseModel
@@ -200,11 +200,11 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     storage: FlatParams
     scaler: torch.amp.GradScaler
-    average: Average | None = None
+    average: EMA | None = None
     split: int = 1
     applying: bool = False
     aside: Path | None = None
-    fellows: Fellows | None = None
+    group: ProcessGroup | None = None
 
 
 @dataclass
@@ -231,7 +231,7 @@ class Call:
 
 
 def training_steps(
-    trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, done: int
+    state: TrainState, batches: Batches, text: PromptCache, plan: StepSettings, done: int
 ) -> Iterator[Step]:
     """Train from `done` optimizer steps to `plan.steps`, yielding after each.
 
@@ -241,103 +241,105 @@ def training_steps(
     """
     for step in range(done, plan.steps):
         began = time.perf_counter()
-        factor = plan.rate * rate_factor(step, plan.steps, plan.schedule, plan.warmup)
-        for group in trainee.optimizer.param_groups:
+        factor = plan.rate * lr_factor(step, plan.steps, plan.schedule, plan.warmup)
+        for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor if step < group["until"] * plan.steps else 0.0
-        parts = (shared_parts if trainee.fellows else own_parts)(trainee, batches, text, plan, step)
-        loss, trouble = take_step(trainee, plan.clip, parts, step + 1)
-        rate = trainee.optimizer.param_groups[0]["lr"]
+        parts = (shared_parts if state.group else own_parts)(state, batches, text, plan, step)
+        loss, trouble = optimizer_step(state, plan.clip, parts, step + 1)
+        rate = state.optimizer.param_groups[0]["lr"]
         yield Step(step + 1, loss, rate, time.perf_counter() - began, trouble)
 
 
 def own_parts(
-    trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, step: int
+    state: TrainState, batches: Batches, text: PromptCache, plan: StepSettings, step: int
 ) -> list[MicroBatch]:
     """The micro-batches of the step after `step` others; their gradients lie in the storage."""
-    trainee.storage.zero_grad()
+    state.storage.zero_grad()
     return [
-        micro_batch(trainee, batches, text, plan, step * plan.accumulate + part)
+        backward_micro_batch(state, batches, text, plan, step * plan.accumulate + part)
         for part in range(plan.accumulate)
     ]
 
 
 def shared_parts(
-    trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, step: int
+    state: TrainState, batches: Batches, text: PromptCache, plan: StepSettings, step: int
 ) -> list[MicroBatch]:
     """`own_parts`, of which each process computes some rows, with gradients and losses added up over all."""
-    fellows = trainee.fellows
-    assert fellows is not None
-    if fellows.main:
-        fellows.tell(Call(step, trainee.scaler.state_dict()))
-    with trainee.storage.mutate() as numbers:
-        fellows.spread(numbers)
-    parts = fellows.agreed(lambda: own_parts(trainee, batches, text, plan, step))
+    group = state.group
+    assert group is not None
+    if group.main:
+        group.tell(Call(step, state.scaler.state_dict()))
+    with state.storage.mutate() as numbers:
+        group.spread(numbers)
+    parts = group.agreed(lambda: own_parts(state, batches, text, plan, step))
     losses = torch.stack([torch.cat(part.losses) for part in parts])
-    fellows.add_up(trainee.storage.grads, losses)
+    group.add_up(state.storage.grads, losses)
     for part, whole in zip(parts, losses, strict=True):
         part.losses = [whole]
     return parts
 
 
-def drawn_batch(trainee: Trainee, batches: Batches, plan: StepPlan, number: int) -> tuple[Batch, Draw]:
+def sample_batch(
+    state: TrainState, batches: Batches, plan: StepSettings, number: int
+) -> tuple[Batch, NoiseSample]:
     """Micro-batch `number`, and what is random in it."""
     batch = batches.batch(number)
     generator = torch.Generator().manual_seed(_noise_seed(plan.seed, number))
-    timesteps = trainee.base.noise.num_timesteps
-    return batch, drawn(batch.latents, timesteps, plan.loss.noise_offset, generator)
+    timesteps = state.base.noise.num_timesteps
+    return batch, sample_noise(batch.latents, timesteps, plan.loss.noise_offset, generator)
 
 
-def micro_batch(
-    trainee: Trainee, batches: Batches, text: TextSource, plan: StepPlan, number: int
+def backward_micro_batch(
+    state: TrainState, batches: Batches, text: PromptCache, plan: StepSettings, number: int
 ) -> MicroBatch:
-    """Add the gradient of micro-batch `number`, in `trainee.split` parts that add up to that of the whole.
+    """Add the gradient of micro-batch `number`, in `state.split` parts that add up to that of the whole.
 
     Where others train with this process, it is that of this process's rows, and the losses of others are 0.
     """
-    base, dropout = trainee.base, trainee.injected.dropout_state
-    batch, draw = drawn_batch(trainee, batches, plan, number)
+    base, dropout = state.base, state.injected.dropout_state
+    batch, draw = sample_batch(state, batches, plan, number)
     done = MicroBatch(batch.names, draw.timesteps)
     latents, count = batch.latents, len(batch.latents)
-    share = trainee.fellows.share(count) if trainee.fellows else slice(0, count)
-    size = max(1, math.ceil((share.stop - share.start) / trainee.split))
+    share = state.group.share(count) if state.group else slice(0, count)
+    size = max(1, math.ceil((share.stop - share.start) / state.split))
     for start in range(share.start, share.stop, size):
         rows = slice(start, min(start + size, share.stop))
         dropout.micro_batch, dropout.rows = number, count
         dropout.first, dropout.last = rows.start, rows.stop
         condition = text.conditions(batch.captions[rows])
-        losses = picture_losses(base, latents[rows], condition, draw.rows(rows), plan.loss, batch.sizes[rows])
+        losses = diffusion_loss(base, latents[rows], condition, draw.rows(rows), plan.loss, batch.sizes[rows])
         looks = count * plan.accumulate
-        trainee.scaler.scale(losses.sum() / looks if looks > 1 else losses.sum()).backward()
+        state.scaler.scale(losses.sum() / looks if looks > 1 else losses.sum()).backward()
         done.losses.append(losses.detach())
-    trainee.storage.flush_grads()
-    if trainee.fellows:
+    state.storage.flush_grads()
+    if state.group:
         others = (share.start, count - share.stop)
         before, after = (torch.zeros(rows, device=base.device) for rows in others)
         done.losses = [before, *done.losses, after]
     return done
 
 
-def take_step(trainee: Trainee, clip: float, parts: list[MicroBatch], step: int) -> tuple[float, str]:
+def optimizer_step(state: TrainState, clip: float, parts: list[MicroBatch], step: int) -> tuple[float, str]:
     """Take the step if all is finite; returns the loss and what was not."""
-    scaler, optimizer = trainee.scaler, trainee.optimizer
+    scaler, optimizer = state.scaler, state.optimizer
     scaler.unscale_(optimizer)
-    loss, norm = _read(parts, trainee.storage.grads)
+    loss, norm = _read(parts, state.storage.grads)
     if math.isfinite(loss + float(norm)):
-        trainee.applying = True
+        state.applying = True
         factor = clip / (norm + CLIP_EPSILON) if clip else norm.new_ones(())
         if factor < 1.0:
-            trainee.storage.grads.mul_(factor)
-        trainee.storage.step(optimizer)
+            state.storage.grads.mul_(factor)
+        state.storage.step(optimizer)
         scaler.update()
-        if trainee.average is not None:
-            trainee.average.update(step)
-        trainee.applying = False
+        if state.average is not None:
+            state.average.update(step)
+        state.applying = False
         return loss, ""
     # A scaler finds its scale by overflowing now and then; such a step is passed over in silence.
     searching = scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() > 1.0
     if scaler.is_enabled():
         scaler.update()
-    return loss, "" if searching else _trouble(trainee.injected, parts, loss)
+    return loss, "" if searching else _trouble(state.injected, parts, loss)
 
 
 def _read(parts: list[MicroBatch], grads: torch.Tensor) -> tuple[float, torch.Tensor]:

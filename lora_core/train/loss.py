@@ -17,18 +17,20 @@ from lora_core.settings.schema import LossSection
 
 
 @dataclass(frozen=True)
-class Draw:
+class NoiseSample:
     """What is random in one batch, on the processor: `timesteps` (B,) and `noise` (B, 4, h, w)."""
 
     timesteps: torch.Tensor
     noise: torch.Tensor
 
-    def rows(self, rows: slice) -> "Draw":
+    def rows(self, rows: slice) -> "NoiseSample":
         """The draw of some of the pictures."""
-        return Draw(self.timesteps[rows], self.noise[rows])
+        return NoiseSample(self.timesteps[rows], self.noise[rows])
 
 
-def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator: torch.Generator) -> Draw:
+def sample_noise(
+    latents: torch.Tensor, timesteps: int, noise_offset: float, generator: torch.Generator
+) -> NoiseSample:
     """Timesteps stratified over the batch, and noise, both drawn on the CPU so that every device draws the
     same.
 
@@ -48,14 +50,14 @@ def drawn(latents: torch.Tensor, timesteps: int, noise_offset: float, generator:
     if noise_offset:
         noise = noise + noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=generator)
     chosen_timesteps = (position * timesteps).long().clamp(max=timesteps - 1)
-    return Draw(chosen_timesteps, noise)
+    return NoiseSample(chosen_timesteps, noise)
 
 
-def picture_losses(
+def diffusion_loss(
     base: BaseModel,
     latents: torch.Tensor,
     text: PromptEmbeds,
-    draw: Draw,
+    draw: NoiseSample,
     rules: LossSection,
     sizes: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -21,7 +21,7 @@ from lora_core.models.device import release_failed
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import TrainSection
 from lora_core.system.disk_space import free_bytes
-from lora_core.train.loop import Trainee
+from lora_core.train.loop import TrainState
 from lora_core.train.setup import INT8, OFFLOAD, enable_checkpointing
 
 EIGHT_BIT = "bitsandbytes"
@@ -32,7 +32,7 @@ SPARE = 2**30
 
 
 @dataclass(frozen=True)
-class Rung:
+class Fallback:
     """One way to take less memory.
 
     Attributes:
@@ -45,92 +45,92 @@ class Rung:
 
     name: str
     told: str
-    possible: Callable[[Trainee, RunConfig], bool]
-    take: Callable[[Trainee], None]
+    possible: Callable[[TrainState, RunConfig], bool]
+    take: Callable[[TrainState], None]
     exact: bool = True
 
 
-def _eight_bit_possible(trainee: Trainee, config: RunConfig) -> bool:
-    plain = type(trainee.optimizer) is torch.optim.AdamW and not trainee.optimizer.state
+def _eight_bit_possible(state: TrainState, config: RunConfig) -> bool:
+    plain = type(state.optimizer) is torch.optim.AdamW and not state.optimizer.state
     return plain and importlib.util.find_spec(EIGHT_BIT) is not None
 
 
-def _take_eight_bit(trainee: Trainee) -> None:
+def _take_eight_bit(state: TrainState) -> None:
     known = ("params", "lr", "initial_lr", "until", "betas", "eps", "weight_decay")
-    groups = [{key: group[key] for key in known} for group in trainee.optimizer.param_groups]
-    trainee.optimizer = importlib.import_module(f"{EIGHT_BIT}.optim").AdamW8bit(groups)
+    groups = [{key: group[key] for key in known} for group in state.optimizer.param_groups]
+    state.optimizer = importlib.import_module(f"{EIGHT_BIT}.optim").AdamW8bit(groups)
 
 
-def _put_vae_aside(trainee: Trainee) -> None:
-    trainee.base.put("vae", torch.device("cpu"))
+def _put_vae_aside(state: TrainState) -> None:
+    state.base.put("vae", torch.device("cpu"))
 
 
-def _take_plain(trainee: Trainee) -> None:
-    for module in trainee.base.modules.values():
+def _take_plain(state: TrainState) -> None:
+    for module in state.base.modules.values():
         undo_prepack(module)
 
 
-def _int8_possible(trainee: Trainee, config: RunConfig) -> bool:
+def _int8_possible(state: TrainState, config: RunConfig) -> bool:
     # A base that waits elsewhere leaves nothing to save.
-    return not is_quantized(trainee.base.unet) and not is_offloaded(trainee.base.unet)
+    return not is_quantized(state.base.unet) and not is_offloaded(state.base.unet)
 
 
-def _take_int8(trainee: Trainee) -> None:
-    WeightPolicy(quantize_int8).apply_to(trainee.base.unet)
+def _take_int8(state: TrainState) -> None:
+    WeightPolicy(quantize_int8).apply_to(state.base.unet)
 
 
-def _offload_possible(trainee: Trainee, config: RunConfig) -> bool:
-    unet, device = trainee.base.unet, trainee.base.device
-    if is_offloaded(unet) or trainee.aside is None:
+def _offload_possible(state: TrainState, config: RunConfig) -> bool:
+    unet, device = state.base.unet, state.base.device
+    if is_offloaded(unet) or state.aside is None:
         return False
     need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
-    room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(trainee.aside)
+    room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(state.aside)
     return room > need + SPARE
 
 
-def _take_offload(trainee: Trainee) -> None:
-    assert trainee.aside is not None
-    WeightPolicy(None, offload_store_for(trainee.base.device, trainee.aside)).apply_to(trainee.base.unet)
+def _take_offload(state: TrainState) -> None:
+    assert state.aside is not None
+    WeightPolicy(None, offload_store_for(state.base.device, state.aside)).apply_to(state.base.unet)
 
 
-def _take_half(trainee: Trainee) -> None:
-    trainee.split *= 2
+def _take_half(state: TrainState) -> None:
+    state.split *= 2
 
 
-LADDER = (
-    Rung(
+FALLBACKS = (
+    Fallback(
         VAE_ASIDE,
         "The VAE waits in the computer's own memory; samples take some seconds longer.",
-        lambda trainee, config: trainee.base.vae.device.type != "cpu",
+        lambda state, config: state.base.vae.device.type != "cpu",
         _put_vae_aside,
     ),
-    Rung(
+    Fallback(
         PLAIN,
         "The base's weights are kept once, as they are, instead of laid out for the processor too: steps take"
         " up to a quarter longer.",
-        lambda trainee, config: any(map(is_prepacked, trainee.base.modules.values())),
+        lambda state, config: any(map(is_prepacked, state.base.modules.values())),
         _take_plain,
     ),
-    Rung(
+    Fallback(
         "checkpointing",
         "Gradient checkpointing is on: steps take about a third longer.",
-        lambda trainee, config: not trainee.base.unet.is_gradient_checkpointing,
-        lambda trainee: enable_checkpointing(trainee.base),
+        lambda state, config: not state.base.unet.is_gradient_checkpointing,
+        lambda state: enable_checkpointing(state.base),
     ),
-    Rung(
+    Fallback(
         "half",
         "Batches go through in parts of half the size that add up to the same gradient: steps take up to"
         " twice as long on a graphics card, and no longer on a processor.",
-        lambda trainee, config: trainee.split < config.train.batch_size,
+        lambda state, config: state.split < config.train.batch_size,
         _take_half,
     ),
-    Rung(
+    Fallback(
         "8-bit optimizer",
         "AdamW keeps its state in 8 bits, a quarter of the memory, at about the same speed.",
         _eight_bit_possible,
         _take_eight_bit,
     ),
-    Rung(
+    Fallback(
         INT8,
         "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
         " third longer, and the base that the LoRA is trained beside is off by one or two percent.",
@@ -138,7 +138,7 @@ LADDER = (
         _take_int8,
         exact=False,
     ),
-    Rung(
+    Fallback(
         OFFLOAD,
         "The base's weights wait outside of the device's memory and are fetched as they are used: the numbers"
         " stay the same, and steps may take twice as long or more.",
@@ -148,17 +148,17 @@ LADDER = (
 )
 """In the order in which they are taken before the first step; the first that is possible comes next. Text
 encoders are dropped after caching in any case."""
-WITHIN = tuple(sorted(LADDER, key=lambda rung: not rung.exact))
+WITHIN = tuple(sorted(FALLBACKS, key=lambda rung: not rung.exact))
 """The order once steps are done. What is trained fits its base, so that this changes last: before the first
 step 8 bits come before fetching, because they cost far less time; later fetching comes first."""
 
 
-class Ladder:
+class MemoryFallback:
     """Where a run stands on the ladder."""
 
-    def __init__(self, trainee: Trainee, config: RunConfig, taken: list[tuple[str, int]]) -> None:
+    def __init__(self, state: TrainState, config: RunConfig, taken: list[tuple[str, int]]) -> None:
         """`taken` names rungs with the steps that they were taken after; the list is added to."""
-        self._trainee = trainee
+        self._state = state
         self._config = config
         self.taken = taken
         self._reached = 0
@@ -170,15 +170,15 @@ class Ladder:
         while self._reached < len(self.taken) and self.taken[self._reached][1] <= step:
             name = self.taken[self._reached][0]
             self._reached += 1
-            rung = next((rung for rung in LADDER if rung.name == name), None)
-            if rung is not None and rung.possible(self._trainee, self._config):
-                rung.take(self._trainee)
+            rung = next((rung for rung in FALLBACKS if rung.name == name), None)
+            if rung is not None and rung.possible(self._state, self._config):
+                rung.take(self._state)
 
     @property
-    def next(self) -> Rung | None:
+    def next(self) -> Fallback | None:
         """The rung that would be taken next."""
-        order = WITHIN if self._done else LADDER
-        return next((rung for rung in order if rung.possible(self._trainee, self._config)), None)
+        order = WITHIN if self._done else FALLBACKS
+        return next((rung for rung in order if rung.possible(self._state, self._config)), None)
 
     def climb(self, step: int) -> str:
         """Take the next rung, from the step after `step` on; returns what that means.
@@ -197,9 +197,9 @@ class Ladder:
         return rung.told
 
     def _nothing_left(self) -> str:
-        trainee, unet = self._trainee, self._trainee.base.unet
+        state, unet = self._state, self._state.base.unet
         tried = ["checkpointing is on"]
-        tried += ["pictures go through one at a time"] if trainee.split > 1 else []
+        tried += ["pictures go through one at a time"] if state.split > 1 else []
         tried += ["the base is kept in 8 bits"] if is_quantized(unet) else []
         tried += ["the base waits outside of the device's memory"] if is_offloaded(unet) else []
         listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
@@ -214,15 +214,15 @@ class Ladder:
         )
 
 
-def free_memory(trainee: Trainee, error: BaseException | None = None) -> None:
+def free_memory(state: TrainState, error: BaseException | None = None) -> None:
     """Let go of all that a failed step holds."""
-    trainee.storage.zero_grad()
-    release_failed(error, trainee.base.device)
+    state.storage.zero_grad()
+    release_failed(error, state.base.device)
 
 
-def smaller_opening(train: TrainSection, taken: list[tuple[str, int]]) -> Rung | None:
+def next_base_fallback(train: TrainSection, taken: list[tuple[str, int]]) -> Fallback | None:
     """The next rung that makes the base itself smaller, for a base that does not fit as it is opened."""
     done = {name for name, _ in taken}
     done |= {INT8} if train.quantise != "none" else set()
     done |= {OFFLOAD} if train.offload else set()
-    return next((rung for rung in LADDER if rung.name in (INT8, OFFLOAD) and rung.name not in done), None)
+    return next((rung for rung in FALLBACKS if rung.name in (INT8, OFFLOAD) and rung.name not in done), None)

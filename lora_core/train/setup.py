@@ -53,17 +53,17 @@ from lora_core.settings.schema import AUTO, AdapterSection, OptimSection, TrainS
 from lora_core.system.paths import write_atomically
 from lora_core.train.data import (
     Batches,
-    Item,
+    BatchSettings,
     LatentCache,
-    Looks,
-    TextSource,
-    digest_of,
-    items_of,
-    looks_in_all,
+    PromptCache,
+    TrainImage,
+    all_views,
+    assign_buckets,
+    short_digest,
 )
 from lora_core.train.fingerprint import base_inputs, check_inputs, start_input
-from lora_core.train.loop import Average, Trainee
-from lora_core.train.validation_sets import Groups, Prior, groups_of
+from lora_core.train.loop import EMA, TrainState
+from lora_core.train.validation_sets import ForgettingSet, ValidationSets, build_validation_sets
 
 FRESH = "default"
 """The value of `adapter.init` for an adapter that starts from nothing."""
@@ -116,7 +116,7 @@ def start_file(section: AdapterSection) -> Path | None:
     return None if section.init.strip() in ("", FRESH) else Path(section.init).expanduser()
 
 
-def adapter_plan(base: BaseModel, config: RunConfig) -> AdapterPlan:
+def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
     """The plan that a config means for a base. Its text encoders have to be there still.
 
     Raises:
@@ -156,7 +156,7 @@ def part_rates(family: Family, optim: OptimSection) -> dict[str, float]:
     return dict(zip(family.parts, rates, strict=False))
 
 
-def injected_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Injected, list[str]]:
+def inject_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Injected, list[str]]:
     """The adapter in the base, as it starts, and sentences on what of an earlier one it could not take over.
 
     Raises:
@@ -170,7 +170,7 @@ def injected_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Inj
     return injected, notes
 
 
-def ready_for_training(base: BaseModel, checkpointing: bool) -> None:
+def set_train_mode(base: BaseModel, checkpointing: bool) -> None:
     """Put the adapted parts into training mode, which checkpointing needs; the base has no dropout of its
     own."""
     for module in base.modules.values():
@@ -191,7 +191,7 @@ def enable_checkpointing(base: BaseModel) -> None:
         encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def optimizer_of(
+def build_optimizer(
     injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimSection
 ) -> tuple[torch.optim.Optimizer, FlatParams]:
     """The optimizer and where what it trains lies, with one group for each part and rate, a part's own rate
@@ -244,7 +244,7 @@ def optimizer_of(
 # Everything before the first step: the base opened, pictures read and encoded, the adapter injected.
 
 
-Say = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Called with (phase, done, all) as the preparation goes on; what it raises ends it."""
 
 SAMPLE_PROMPTS = 2
@@ -261,7 +261,7 @@ LARGE = 10**8
 
 
 @dataclass(frozen=True)
-class Plan:
+class RuntimePlan:
     """What was chosen for this machine; a resume reads it and chooses nothing anew.
 
     Attributes:
@@ -292,7 +292,7 @@ class Plan:
     cap: int = 0
 
     @classmethod
-    def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "Plan":
+    def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "RuntimePlan":
         """The plan on disk, else a new one, written down.
 
         Raises:
@@ -334,7 +334,7 @@ class Plan:
         plan.write(run)
         return plan
 
-    def within(self, cap: int) -> "Plan":
+    def within(self, cap: int) -> "RuntimePlan":
         """The plan for a process that may take `cap` bytes of the device's memory.
 
         Where that is clearly more than when the rungs were taken, another process held memory then. The rungs
@@ -396,11 +396,11 @@ def _of_today(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class Session:
+class TrainSession:
     """A run ready to train.
 
     Attributes:
-        trainee: base, adapter, optimizer, scaler.
+        state: base, adapter, optimizer, scaler.
         batches: all micro-batches by number.
         text: conditions of captions.
         measured: pictures to validate on.
@@ -409,11 +409,11 @@ class Session:
         notes: what a person should know before it starts, a sentence each.
     """
 
-    trainee: Trainee
+    state: TrainState
     batches: Batches
-    text: TextSource
-    measured: Groups
-    train_items: list[Item]
+    text: PromptCache
+    measured: ValidationSets
+    train_items: list[TrainImage]
     prompts: list[str]
     notes: list[str]
 
@@ -423,9 +423,9 @@ class Session:
         return self.measured.held_out
 
 
-def prepared(
-    run: RunFolder, config: RunConfig, plan: Plan, say: Say, accept_changes: bool = False
-) -> Session:
+def prepare(
+    run: RunFolder, config: RunConfig, plan: RuntimePlan, say: OnProgress, accept_changes: bool = False
+) -> TrainSession:
     """Do all that the first step needs.
 
     Raises:
@@ -447,17 +447,19 @@ def prepared(
     dtype = dtype_of(plan.precision, device)
     # Nothing is in memory longer than needed: the VAE and the text encoders come and go before the UNet.
     base = open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
-    layout = adapter_plan(base, config)
+    layout = plan_adapter(base, config)
     base.load("vae")
     latents = LatentCache(base, workspace / "cache" / "latents")
     resolution = config.train.resolution or base.resolution
-    items, held_items = (items_of(r, resolution, base.size_multiple) if r else [] for r in (train, held))
-    wanted = [*looks_in_all(items, config.dataset.flip), *looks_in_all(held_items, False)]
+    items, held_items = (
+        assign_buckets(r, resolution, base.size_multiple) if r else [] for r in (train, held)
+    )
+    wanted = [*all_views(items, config.dataset.flip), *all_views(held_items, False)]
     _encode_pictures(base, latents, wanted, say)
-    measured = groups_of(items, held_items, latents, config, base)
+    measured = build_validation_sets(items, held_items, latents, config, base)
     base.put("vae", torch.device("cpu"))
     base.load(*base.text_encoders)
-    text = TextSource(
+    text = PromptCache(
         base,
         workspace / "cache" / "text",
         layout.encoders_trained,
@@ -477,17 +479,17 @@ def prepared(
             text.release()
     base.load("unet")
     base.put("vae", device)
-    trainee, notes = trainee_in(base, layout, config, plan.layout, aside)
-    looks = Looks(config.train.batch_size, config.dataset.flip, rules, config.seed)
+    state, notes = build_train_state(base, layout, config, plan.layout, aside)
+    looks = BatchSettings(config.train.batch_size, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *measured.notes]
-    return Session(trainee, batches, text, measured, items, prompts, sentences)
+    return TrainSession(state, batches, text, measured, items, prompts, sentences)
 
 
-def trainee_in(
+def build_train_state(
     base: BaseModel, layout: AdapterPlan, config: RunConfig, weights: str, aside: Path | None = None
-) -> tuple[Trainee, list[str]]:
+) -> tuple[TrainState, list[str]]:
     """The adapter in the base, ready to train, and sentences on its start.
 
     Args:
@@ -501,16 +503,16 @@ def trainee_in(
         AdapterFileError: the LoRA to go on with does not fit.
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
-    injected, notes = injected_adapter(base, layout, config.seed)
-    ready_for_training(base, config.train.checkpointing)
+    injected, notes = inject_adapter(base, layout, config.seed)
+    set_train_mode(base, config.train.checkpointing)
     trained = base.modules.values()
     weights = weights or (PLAIN if limited(base.device) else choose_layout(trained))
     for module in trained:
         prepack(module, weights)
-    optimizer, storage = optimizer_of(injected, layout, base, config.optim)
+    optimizer, storage = build_optimizer(injected, layout, base, config.optim)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-    average = Average(injected, storage, config.save.ema) if config.save.ema else None
-    return Trainee(base, injected, optimizer, storage, scaler, average, aside=aside), notes
+    average = EMA(injected, storage, config.save.ema) if config.save.ema else None
+    return TrainState(base, injected, optimizer, storage, scaler, average, aside=aside), notes
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
@@ -521,7 +523,9 @@ def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
     return list(captions)[:SAMPLE_PROMPTS]
 
 
-def _encode_pictures(base: BaseModel, cache: LatentCache, wanted: list[tuple[Item, bool]], say: Say) -> None:
+def _encode_pictures(
+    base: BaseModel, cache: LatentCache, wanted: list[tuple[TrainImage, bool]], say: OnProgress
+) -> None:
     """Encode images; one that does not fit into the device's memory, and those after it, on the processor."""
     for done, (item, mirrored) in enumerate(wanted):
         say("Encoding pictures", done, len(wanted))
@@ -541,7 +545,7 @@ def on_processor(module: torch.nn.Module) -> bool:
     return next(module.parameters()).device.type == "cpu"
 
 
-def _encode_captions(text: TextSource, captions: list[str], say: Say) -> None:
+def _encode_captions(text: PromptCache, captions: list[str], say: OnProgress) -> None:
     """Encode the captions that come up as they are; those that vary are encoded as they are drawn."""
     wanted = list(dict.fromkeys(captions))
     for done, caption in enumerate(wanted):
@@ -550,7 +554,7 @@ def _encode_captions(text: TextSource, captions: list[str], say: Say) -> None:
 
 
 def _prior(
-    base: BaseModel, text: TextSource, folder: Path, config: RunConfig, inputs: dict[str, str]
-) -> Prior | None:
+    base: BaseModel, text: PromptCache, folder: Path, config: RunConfig, inputs: dict[str, str]
+) -> ForgettingSet | None:
     wanted = config.validation.prior and config.validation.every and config.validation.pictures
-    return Prior(base, text, folder, digest_of(sorted(inputs.items())), config) if wanted else None
+    return ForgettingSet(base, text, folder, short_digest(sorted(inputs.items())), config) if wanted else None

@@ -20,9 +20,9 @@ from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.unet import predict_noise
 from lora_core.settings.config import RunConfig
-from lora_core.train.data import Batch, Batches, TextSource
-from lora_core.train.loop import StepPlan, Trainee, training_steps
-from lora_core.train.setup import adapter_plan, trainee_in, training_dtype, weight_policy
+from lora_core.train.data import Batch, Batches, PromptCache
+from lora_core.train.loop import StepSettings, TrainState, training_steps
+from lora_core.train.setup import build_train_state, plan_adapter, training_dtype, weight_policy
 
 STEPS = 4
 """The first one warms up and does not count."""
@@ -78,7 +78,7 @@ def _time_steps(
     on_step(0, STEPS)
     trainee, batches, text = _set_up(base, config)
     seconds: list[float] = []
-    for step in training_steps(trainee, batches, text, StepPlan.of(config, STEPS), 0):
+    for step in training_steps(trainee, batches, text, StepSettings.of(config, STEPS), 0):
         seconds.append(step.seconds)
         on_step(len(seconds), STEPS)
         if len(seconds) > 1 and sum(seconds) > MAX_SECONDS:
@@ -110,7 +110,7 @@ class _Noise(Batches):
         return Batch(self._latents, [CAPTION] * count, ["noise"] * count, self._sizes)
 
 
-class _OneCaption(TextSource):
+class _OneCaption(PromptCache):
     """One caption, encoded once; the text encoders are then dropped, as in a run."""
 
     def __init__(self, base: BaseModel, clip_skip: int, tokens: int) -> None:
@@ -123,17 +123,17 @@ class _OneCaption(TextSource):
         return self._condition.expand(len(captions))
 
 
-def _set_up(base: BaseModel, config: RunConfig) -> tuple[Trainee, Batches, TextSource]:
+def _set_up(base: BaseModel, config: RunConfig) -> tuple[TrainState, Batches, PromptCache]:
     """What the steps of a run need, as `train.setup` makes it, but from noise."""
-    layout, train = adapter_plan(base, config), config.train
+    layout, train = plan_adapter(base, config), config.train
     text = (
-        TextSource(base, base.path, True, train.clip_skip, train.tokens)
+        PromptCache(base, base.path, True, train.clip_skip, train.tokens)
         if layout.encoders_trained
         else _OneCaption(base, train.clip_skip, train.tokens)
     )
     side = train.resolution or base.resolution
     bucket = bucket_of(side, side, side, base.size_multiple)
-    trainee, _ = trainee_in(base, layout, config, "")
+    trainee, _ = build_train_state(base, layout, config, "")
     return trainee, _Noise(base, bucket, train.batch_size), text
 
 

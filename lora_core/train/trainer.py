@@ -19,17 +19,16 @@ from lora_core.runs.preflight import require_packages
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.system.processes import Stopping
-from lora_core.train.autotune import Trial
-from lora_core.train.callbacks import EXPORT_PRECISION, Board, Duties, Notes
-from lora_core.train.checkpoint import TrainState, clear_unfinished
-from lora_core.train.distributed import Fellows
-from lora_core.train.divergence import RETURNS, Health, Pace, slow_words
-from lora_core.train.export import exported_checkpoint
+from lora_core.train.autotune import Autotune
+from lora_core.train.callbacks import EXPORT_PRECISION, Duties, ProgressReporter, TensorBoardWriter
+from lora_core.train.checkpoint import CheckpointManager, CheckpointState, clear_unfinished, load_first_valid
+from lora_core.train.distributed import ProcessGroup
+from lora_core.train.divergence import RETURNS, DivergenceGuard, StepTimer, describe_slow_step
+from lora_core.train.export import export_checkpoint
 from lora_core.train.fingerprint import versions
-from lora_core.train.keeping import Keeper, first_whole
-from lora_core.train.loop import Call, Step, StepPlan, shared_parts, training_steps
-from lora_core.train.oom import Ladder, free_memory, smaller_opening
-from lora_core.train.setup import Plan, Session, prepared
+from lora_core.train.loop import Call, Step, StepSettings, shared_parts, training_steps
+from lora_core.train.oom import MemoryFallback, free_memory, next_base_fallback
+from lora_core.train.setup import RuntimePlan, TrainSession, prepare
 
 
 class Interrupted(BaseException):
@@ -39,7 +38,7 @@ class Interrupted(BaseException):
     """
 
 
-class Requests:
+class RequestWatcher:
     """New requests since the last look. A look is one `stat` of a small file unless something was written."""
 
     def __init__(self, run: RunFolder, handled: set[str]) -> None:
@@ -98,39 +97,39 @@ class Beginning:
     many steps it goes."""
 
     run: Path
-    plan: Plan
+    plan: RuntimePlan
     goal: int
 
 
-def follow(fellows: Fellows) -> None:
+def train_as_worker(group: ProcessGroup) -> None:
     """Serve the main process until it lets this one go.
 
     Raises:
         RunError: it ended without a word, or the run cannot go on.
     """
-    beginning: Beginning | None = fellows.told()
+    beginning: Beginning | None = group.told()
     if beginning is None:
         return
     run = RunFolder(beginning.run)
     config = beginning.plan.rated(run.config())
-    session = fellows.agreed(lambda: _opened(run, beginning.plan))
-    trainee = session.trainee
-    trainee.fellows = fellows
-    plan = StepPlan.of(config, beginning.goal)
-    ladder = Ladder(trainee, config, beginning.plan.rungs)
+    session = group.agreed(lambda: _opened(run, beginning.plan))
+    state = session.state
+    state.group = group
+    plan = StepSettings.of(config, beginning.goal)
+    ladder = MemoryFallback(state, config, beginning.plan.rungs)
     keep_freed_memory()
-    while (call := fellows.told()) is not None:
+    while (call := group.told()) is not None:
         assert isinstance(call, Call)
         ladder.reach(call.step)
         if call.scaler:
-            trainee.scaler.load_state_dict(call.scaler)
-        shared_parts(trainee, session.batches, session.text, plan, call.step)
+            state.scaler.load_state_dict(call.scaler)
+        shared_parts(state, session.batches, session.text, plan, call.step)
 
 
-def _opened(run: RunFolder, plan: Plan) -> Session:
+def _opened(run: RunFolder, plan: RuntimePlan) -> TrainSession:
     """The run as the main process prepared it: everything is in the caches."""
     plan.set_up()
-    return prepared(run, plan.rated(run.config()), plan, lambda phase, done, total: None)
+    return prepare(run, plan.rated(run.config()), plan, lambda phase, done, total: None)
 
 
 # The conductor: it drives the training generator and decides when to log, do what is due, go back, pause or
@@ -159,7 +158,7 @@ class Outcome:
     signalled: bool = False
 
 
-class Conductor:
+class Trainer:
     """One process's part of a run: from its start, or from the last whole checkpoint, to an ending."""
 
     def __init__(
@@ -172,22 +171,22 @@ class Conductor:
     ) -> None:
         """Conduct `run` to `goal` steps; `before` is what earlier processes did."""
         self.step = 0
-        self.requests = Requests(run, before.handled)
-        self.fellows: Fellows | None = None
+        self.requests = RequestWatcher(run, before.handled)
+        self.group: ProcessGroup | None = None
         self._run = run
         self._config = config
         self._goal = goal
         self._before = before
         self._emit = emit
-        self._notes = Notes(emit, self.requests.check)
-        self._health = Health()
-        self._pace = Pace()
+        self._notes = ProgressReporter(emit, self.requests.check)
+        self._health = DivergenceGuard()
+        self._pace = StepTimer()
         self._enough = ""
         self._retried = -1
 
     def conduct(self, accept_changes: bool) -> Outcome:
         """Prepare, train, and end as asked."""
-        self._plan = Plan.of(self._run, self._config, accept_changes)
+        self._plan = RuntimePlan.of(self._run, self._config, accept_changes)
         self._plan.set_up()
         rungs = self._plan.rungs
         self._plan = self._plan.within(cap_memory(torch.device(self._plan.device)))
@@ -211,8 +210,8 @@ class Conductor:
             self._make_ready(session)
         except Interrupted:
             return self._end_unprepared()
-        session.trainee.fellows = self.fellows
-        self._keeper = Keeper(self._run, self._config, session.trainee, self._emit)
+        session.state.group = self.group
+        self._keeper = CheckpointManager(self._run, self._config, session.state, self._emit)
         self._duties = Duties(
             self._run, self._config, session, self._keeper, self._notes, self._plan.validate_every
         )
@@ -222,7 +221,7 @@ class Conductor:
         except Interrupted:
             return self._end()
 
-    def _prepare(self, accept_changes: bool) -> Session:
+    def _prepare(self, accept_changes: bool) -> TrainSession:
         """Open the base and encode the data. A base that does not fit into memory is opened in a smaller way.
 
         Raises:
@@ -230,34 +229,34 @@ class Conductor:
         """
         while True:
             try:
-                return prepared(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
+                return prepare(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
             except Exception as error:
-                rung = smaller_opening(self._config.train, self._plan.rungs)
+                rung = next_base_fallback(self._config.train, self._plan.rungs)
                 lacking = isinstance(error, OutOfMemory) or out_of_memory(error)
-                if not lacking or rung is None or self.fellows:
+                if not lacking or rung is None or self.group:
                     raise
                 release_failed(error, torch.device(self._plan.device))
             self._note_rungs([*self._plan.rungs, (rung.name, 0)])
             self._warn(f"The base does not fit into memory as it is. {rung.told}")
 
-    def _make_ready(self, session: Session) -> None:
+    def _make_ready(self, session: TrainSession) -> None:
         """Choose once, before the first step, what is chosen by trying."""
         for note in session.notes:
             self._warn(note)
-        self._ladder = Ladder(session.trainee, self._config, self._plan.rungs)
+        self._ladder = MemoryFallback(session.state, self._config, self._plan.rungs)
         self._ladder.reach(0)
-        trial = Trial(session, self._ladder, self._config, self._goal, self._notes.preparing)
+        trial = Autotune(session, self._ladder, self._config, self._goal, self._notes.preparing)
         self._plan = trial.plan(self._plan, fresh=not self._run.checkpoint_steps())
         self._plan.write(self._run)
         self._config = self._plan.rated(self._config)
         for event in trial.found:
             self._emit(event)
 
-    def _take_up(self, session: Session, accept_changes: bool) -> None:
+    def _take_up(self, session: TrainSession, accept_changes: bool) -> None:
         """Go on from the newest whole checkpoint, if there is one, and make up for what was due there."""
         state = self._keeper.take_up()
         if state is not None:
-            self._stand_at(state, Health() if accept_changes else Health(**state.health))
+            self._stand_at(state, DivergenceGuard() if accept_changes else DivergenceGuard(**state.health))
         self._ladder.reach(self.step)
         if self._before.started:
             self._emit(events.Resumed(step=self.step, steps=self._goal))
@@ -266,7 +265,7 @@ class Conductor:
         self._duties.make_up(self.step, self._last, validated, sampled)
         self._look_whether_enough()
 
-    def _stand_at(self, state: TrainState, health: Health) -> None:
+    def _stand_at(self, state: CheckpointState, health: DivergenceGuard) -> None:
         self.step, self._health = state.step, health
         self._duties.stand_at(state, self._duties.validations or self._before.validations)
 
@@ -278,15 +277,15 @@ class Conductor:
     def _ending(self) -> bool:
         return self._last or bool(self._enough)
 
-    def _drive(self, session: Session) -> Outcome:
+    def _drive(self, session: TrainSession) -> Outcome:
         """Step until the goal; each round is one stretch without a return or a lack of memory."""
         keep_freed_memory()
-        if self.fellows and not self._ending:
-            self.fellows.tell(Beginning(self._run.path, self._plan, self._goal))
-            self.fellows.agreed(lambda: None)
+        if self.group and not self._ending:
+            self.group.tell(Beginning(self._run.path, self._plan, self._goal))
+            self.group.agreed(lambda: None)
         while not self._ending:
-            plan = StepPlan.of(self._config, self._goal, self._health.rate)
-            steps = training_steps(session.trainee, session.batches, session.text, plan, self.step)
+            plan = StepSettings.of(self._config, self._goal, self._health.rate)
+            steps = training_steps(session.state, session.batches, session.text, plan, self.step)
             while not self._ending and (step := self._next(session, steps)) is not None:
                 if not self._took(session, step):
                     break
@@ -299,18 +298,18 @@ class Conductor:
         self._emit(events.Stopped(step=self.step, export=self._below(export), reason=self._enough))
         return Outcome("stopped", export)
 
-    def _next(self, session: Session, steps: Iterator[Step]) -> Step | None:
+    def _next(self, session: TrainSession, steps: Iterator[Step]) -> Step | None:
         """The next step, or None where it did not fit into memory and the steps have to begin anew."""
         try:
             return next(steps)
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            if self.fellows:
+            if self.group:
                 raise OutOfMemory(BY_HAND) from error
-            half_done = session.trainee.applying
-            free_memory(session.trainee, error)
-        told = self._more_memory(session.trainee.base.device)
+            half_done = session.state.applying
+            free_memory(session.state, error)
+        told = self._more_memory(session.state.base.device)
         if not told:
             told = self._ladder.climb(self.step)
             self._note_rungs(self._ladder.taken)
@@ -318,7 +317,7 @@ class Conductor:
         if half_done:
             # Some tensors have taken the step and some have not, so none of them can be used.
             state = self._keeper.newest()
-            self._stand_at(state, Health(**state.health))
+            self._stand_at(state, DivergenceGuard(**state.health))
             again = f"it goes on from step {self.step}"
         self._warn(f"Memory ran out, so {again}. {told}")
         if half_done:
@@ -346,7 +345,7 @@ class Conductor:
         self._plan = replace(self._plan, rungs=rungs, cap=cap)
         self._plan.write(self._run)
 
-    def _took(self, session: Session, step: Step) -> bool:
+    def _took(self, session: TrainSession, step: Step) -> bool:
         """All that follows a step; False where the run went back, so that the steps have to begin anew."""
         self.step = step.number
         self._emit(events.StepDone(step=step.number, loss=step.loss, lr=step.lr, seconds=step.seconds))
@@ -362,7 +361,7 @@ class Conductor:
             return False
         times = self._pace.slowdown(step.seconds)
         if times is not None:
-            self._warn(slow_words(step.number, step.seconds, times, session.trainee.base.device.type))
+            self._warn(describe_slow_step(step.number, step.seconds, times, session.state.base.device.type))
         if self._duties.do(self.step, self._last, asked, self._health, self._pace.usual):
             self._pace.excuse()
         self._keep_rhythm()
@@ -427,12 +426,12 @@ class Conductor:
 
     def _end_unprepared(self) -> Outcome:
         """Leave early with the newest whole checkpoint, if there is one, as what there is."""
-        found = first_whole(self._run, self._run.checkpoint_steps()[::-1], self._emit)
+        found = load_first_valid(self._run, self._run.checkpoint_steps()[::-1], self._emit)
         if found is None:
             return self._ended(None)
         self.step = found[1].step
         which, how = str(self.step), ("kohya", EXPORT_PRECISION)
-        return self._ended(lambda: Path(exported_checkpoint(self._run, which, self._run.name, how)["file"]))
+        return self._ended(lambda: Path(export_checkpoint(self._run, which, self._run.name, how)["file"]))
 
     def _ended(self, export: Callable[[], Path] | None) -> Outcome:
         request = next((r for r in self.requests.waiting() if r["do"] in ("stop", "pause")), None)
@@ -475,7 +474,7 @@ def train(
     on_event: Callable[[events.Event], None],
     accept_changes: bool = False,
     stopping: Stopping | None = None,
-    fellows: Fellows | None = None,
+    group: ProcessGroup | None = None,
 ) -> Outcome:
     """Train a run from where it stands to its end, or until it is asked to stop. Call it with the run held.
 
@@ -485,7 +484,7 @@ def train(
         on_event: called with each event after it is written.
         accept_changes: go on although pictures, settings or packages are not those that the run began with.
         stopping: takes signals already; else they are taken here.
-        fellows: the processes that train it together with this one, which leads them.
+        group: the processes that train it together with this one, which leads them.
 
     Raises:
         LoraError: what went wrong, in a sentence; it is in the events too.
@@ -500,7 +499,7 @@ def train(
     if before.ending == "done" and steps is None:
         return Outcome("done", run.path / before.export)
     clear_unfinished(run)
-    boards: list[Board] = []
+    boards: list[TensorBoardWriter] = []
     writer = EventWriter(run.events_file)
 
     def emit(event: events.Event) -> None:
@@ -510,13 +509,13 @@ def train(
             with contextlib.suppress(OSError):
                 board.show(event)
 
-    conductor = Conductor(run, config, goal, before, emit)
+    conductor = Trainer(run, config, goal, before, emit)
     conductor.requests.stopping = stopping or conductor.requests.stopping
-    conductor.fellows = fellows
+    conductor.group = group
     try:
         require_packages(config)
         if config.save.tensorboard:
-            boards.append(Board(run, before.step))
+            boards.append(TensorBoardWriter(run, before.step))
         with conductor.requests.stopping.taken():
             return conductor.conduct(accept_changes)
     except Exception as error:

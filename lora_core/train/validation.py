@@ -23,14 +23,14 @@ from lora_core.generate.pipeline import Picture, infotext, sample_image, save_pn
 from lora_core.lora.inject import Injected
 from lora_core.runs import events
 from lora_core.settings.schema import PreviewSection
-from lora_core.train.setup import Session
+from lora_core.train.setup import TrainSession
 
 Note = Callable[[int, int], None]
 """Called with (done, all); what it raises ends the work."""
 
 
-def drawn_samples(
-    session: Session, section: PreviewSection, stem: Path, name: str, note: Note, averaged: bool = True
+def draw_samples(
+    session: TrainSession, section: PreviewSection, stem: Path, name: str, note: Note, averaged: bool = True
 ) -> list[Path]:
     """Draw one picture for each of the session's prompts, all with the section's seed.
 
@@ -42,11 +42,11 @@ def drawn_samples(
         note: called as each picture is denoised.
         averaged: with the average in the adapter's place, where one is kept.
     """
-    base = session.trainee.base
+    base = session.state.base
     how = Picture(section.seed, section.steps, section.cfg, section.sampler, cfg_rescale=section.cfg_rescale)
     used = [(name, 1.0)] if name else []
     files = []
-    injected = session.trainee.injected
+    injected = session.state.injected
     with evaluating(session, averaged), torch.no_grad(), at_strength(injected, 1.0 if name else 0.0):
         negative = session.text.negative()
         for number, prompt in enumerate(session.prompts):
@@ -68,11 +68,11 @@ def at_strength(injected: Injected, strength: float) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(session: Session, averaged: bool = True) -> Iterator[None]:
+def evaluating(session: TrainSession, averaged: bool = True) -> Iterator[None]:
     """Dropout off in the adapted parts, and the average in the adapter's place, where one is kept and is
     asked for, while the context is open."""
-    modules = session.trainee.base.modules.values()
-    average = session.trainee.average if averaged else None
+    modules = session.state.base.modules.values()
+    average = session.state.average if averaged else None
     for module in modules:
         module.eval()
     try:
@@ -102,7 +102,7 @@ OnDone = Callable[[int, int], None]
 
 
 @dataclass
-class Best:
+class BestStep:
     """The best step so far: its gain, and its losses on the held-out triples, (pictures, K)."""
 
     step: int = 0
@@ -110,7 +110,7 @@ class Best:
     losses: torch.Tensor | None = None
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> "Best":
+    def from_record(cls, record: dict[str, Any]) -> "BestStep":
         """As a checkpoint keeps it."""
         if not record:
             return cls()
@@ -127,7 +127,7 @@ class Best:
 
 
 @dataclass
-class Judge:
+class Validator:
     """Measures one run's adapter.
 
     Attributes:
@@ -136,8 +136,8 @@ class Judge:
         seconds: that the last measurement of the adapter took, those of the base not counted.
     """
 
-    session: Session
-    best: Best = field(default_factory=Best)
+    session: TrainSession
+    best: BestStep = field(default_factory=BestStep)
     seconds: float = 0.0
     _base_losses: dict[str, torch.Tensor] = field(default_factory=dict)
     _packed: bool = False
@@ -150,9 +150,9 @@ class Judge:
             note: called as pictures are done.
         """
         with evaluating(self.session):
-            with at_strength(self.session.trainee.injected, 0.0):
+            with at_strength(self.session.state.injected, 0.0):
                 groups = self.session.measured.by_name(note)
-                if self._packed != is_quantized(self.session.trainee.base.unet):
+                if self._packed != is_quantized(self.session.state.base.unet):
                     # A base in 8 bits is another base.
                     self._packed = not self._packed
                     self._base_losses.clear()
@@ -161,7 +161,7 @@ class Judge:
                         self._base_losses[name] = self._losses(pictures, note)
             began = time.monotonic()
             adapted = {name: self._losses(pictures, note) for name, pictures in groups.items()}
-        if self.session.trainee.average is not None:
+        if self.session.state.average is not None:
             with evaluating(self.session, averaged=False):
                 adapted[RAW] = self._losses(groups["held out"], note)
         self.seconds = time.monotonic() - began
@@ -175,7 +175,7 @@ class Judge:
 
     def _losses(self, pictures: list[EvalImage], note: OnDone) -> torch.Tensor:
         session = self.session
-        return eval_losses(session.trainee.base, pictures, session.text.condition, note)
+        return eval_losses(session.state.base, pictures, session.text.condition, note)
 
     def _event(
         self, step: int, held_out: list[EvalImage], adapted: dict[str, torch.Tensor]
@@ -185,7 +185,7 @@ class Judge:
         against, error = paired_difference(self.best.losses, now)
         best = math.isfinite(gain.gain) and self._is_best(step, gain.gain, against, error)
         if best:
-            self.best = Best(step, gain.gain, now)
+            self.best = BestStep(step, gain.gain, now)
         found: dict[str, Any] = {}
         if "training" in adapted:
             learned = base["training"] - adapted["training"]
@@ -200,7 +200,7 @@ class Judge:
             raw = paired_gain(base["held out"], adapted[RAW]).gain
             found |= {"raw_gain": raw, "raw_against": less, "raw_against_error": spread}
         timesteps = torch.stack([picture.looks.timesteps for picture in held_out])
-        highest = self.session.trainee.base.noise.num_timesteps
+        highest = self.session.state.base.noise.num_timesteps
         bands = gain_by_timestep(base["held out"], now, timesteps, highest)
         return events.Validated(
             step=step, best=best, against_best=against, against_best_error=error, bands=bands,

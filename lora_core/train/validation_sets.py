@@ -19,12 +19,12 @@ from lora_core.evaluate.validator import EvalImage, eval_noise
 from lora_core.generate.pipeline import OnStep, Picture, sample_latents
 from lora_core.models.load import BaseModel
 from lora_core.settings.config import RunConfig
-from lora_core.train.data import Item, LatentCache, TextSource, digest_of, from_disk_or
+from lora_core.train.data import LatentCache, PromptCache, TrainImage, load_or_compute, short_digest
 
 _STEPS, _CFG, _SAMPLER = 10, 3.0, "ddim"
 
 
-class Prior:
+class ForgettingSet:
     """The base's pictures for one run; make them with the adapter at strength 0.
 
     Attributes:
@@ -32,7 +32,7 @@ class Prior:
     """
 
     def __init__(
-        self, base: BaseModel, text: TextSource, folder: Path, identity: str, config: RunConfig
+        self, base: BaseModel, text: PromptCache, folder: Path, identity: str, config: RunConfig
     ) -> None:
         """Nothing is drawn yet.
 
@@ -77,14 +77,14 @@ class Prior:
     def _latents(self, prompt: str, picture: Picture, note: OnStep) -> torch.Tensor:
         base = self._base
         kept = (base.dtype, base.device.type, is_quantized(base.unet))
-        name = digest_of(self._identity, prompt, picture, kept)
+        name = short_digest(self._identity, prompt, picture, kept)
 
         def draw() -> dict[str, torch.Tensor]:
             text = self._text.condition(prompt)
             made = sample_latents(base, picture, text, self._text.negative(), note)
             return {"value": made[0].float().cpu()}
 
-        return from_disk_or(self._folder / f"{name}.safetensors", draw)["value"]
+        return load_or_compute(self._folder / f"{name}.safetensors", draw)["value"]
 
 
 # What a run's validation measures: pictures that are held out, some that are trained on, some of the base's
@@ -102,7 +102,7 @@ CROSSED = (
 
 
 @dataclass
-class Groups:
+class ValidationSets:
     """The pictures that answer a validation's three questions.
 
     Attributes:
@@ -114,7 +114,7 @@ class Groups:
 
     held_out: list[EvalImage]
     by_heart: list[EvalImage] = field(default_factory=list)
-    prior: Prior | None = None
+    prior: ForgettingSet | None = None
     notes: list[str] = field(default_factory=list)
 
     def by_name(self, note: Callable[[int, int], None]) -> dict[str, list[EvalImage]]:
@@ -132,9 +132,13 @@ class Groups:
         return found
 
 
-def groups_of(
-    items: list[Item], held_out: list[Item], cache: LatentCache, config: RunConfig, base: BaseModel
-) -> Groups:
+def build_validation_sets(
+    items: list[TrainImage],
+    held_out: list[TrainImage],
+    cache: LatentCache,
+    config: RunConfig,
+    base: BaseModel,
+) -> ValidationSets:
     """The groups of a run, the base's own pictures apart.
 
     Where pictures are wished for and too few to hold any out, training pictures with each other's captions
@@ -148,9 +152,9 @@ def groups_of(
         base: for the shape of noise and number of timesteps.
     """
     if not config.validation.every or not config.validation.pictures:
-        return Groups([])
+        return ValidationSets([])
 
-    def measured(item: Item, caption: str) -> EvalImage:
+    def measured(item: TrainImage, caption: str) -> EvalImage:
         latents = cache.latents(item.record, item.bucket, False)
         picture = content_hash(item.record.path)
         looks = eval_noise(picture, latents, config.validation.triples, config.seed, base.noise.num_timesteps)
@@ -163,6 +167,6 @@ def groups_of(
     kept = by_heart if config.validation.gauge else []
     if held_out:
         trigger = config.dataset.trigger
-        return Groups([measured(i, plain_caption(i.record.caption, trigger)) for i in held_out], kept)
+        return ValidationSets([measured(i, plain_caption(i.record.caption, trigger)) for i in held_out], kept)
     others = [measured(items[index], own[(index + 1) % len(items)]) for index in sorted(order)]
-    return Groups(others, kept, notes=[CROSSED])
+    return ValidationSets(others, kept, notes=[CROSSED])

@@ -464,10 +464,10 @@ def export(
         works_in, as `verify`.
     """
     from lora_core.settings.choices import chosen
-    from lora_core.train.export import exported_checkpoint
+    from lora_core.train.export import export_checkpoint
 
     folder = find_run(run, optional_path(workspace))
     chosen(FORMATS, format, "format")
     check_precision(precision)
     step = str(folder.step_of(checkpoint))
-    return exported_checkpoint(folder, step, name or folder.name, (format, precision))
+    return export_checkpoint(folder, step, name or folder.name, (format, precision))

@@ -7,7 +7,7 @@ from lora_core.errors import AdapterFileError
 from lora_core.formats.compat.verify import verified
 from lora_core.formats.inspect import inspect_file
 from lora_core.runs.folder import RunFolder
-from lora_core.train.export import exported_checkpoint
+from lora_core.train.export import export_checkpoint
 
 Request = dict[str, Any]
 
@@ -15,7 +15,7 @@ Request = dict[str, Any]
 def export(request: Request) -> dict[str, Any]:
     """Write a run's checkpoint as a file for other tools."""
     run = RunFolder.open(Path(str(request["run"])))
-    return exported_checkpoint(
+    return export_checkpoint(
         run, str(request.get("checkpoint", "last")), str(request.get("name", run.name)),
         (str(request.get("format", "kohya")), str(request.get("precision", "fp16"))),
     )  # fmt: skip

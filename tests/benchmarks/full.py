@@ -25,7 +25,7 @@ from lora_core.lora.targets import LOCON
 from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.settings.schema import LossSection
-from lora_core.train.loss import drawn, picture_losses
+from lora_core.train.loss import diffusion_loss, sample_noise
 from tests.counting import kept_bytes
 
 DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo"
@@ -128,8 +128,8 @@ def _loss(base: BaseModel, rows: list[tuple[torch.Tensor, PromptEmbeds]], number
     generator = torch.Generator().manual_seed(number)
     latents = torch.stack([latents for latents, _ in rows])
     text = PromptEmbeds.cat([condition for _, condition in rows])
-    draw = drawn(latents, base.noise.num_timesteps, 0.0, generator)
-    return picture_losses(base, latents, text, draw, PLAIN).mean()
+    draw = sample_noise(latents, base.noise.num_timesteps, 0.0, generator)
+    return diffusion_loss(base, latents, text, draw, PLAIN).mean()
 
 
 def _batch(

@@ -22,8 +22,8 @@ from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
-from lora_core.train.loop import StepPlan, micro_batch, training_steps
-from lora_core.train.setup import Plan, Session, prepared
+from lora_core.train.loop import StepSettings, backward_micro_batch, training_steps
+from lora_core.train.setup import RuntimePlan, TrainSession, prepare
 from tests.benchmarks.sweep import print_table
 from tests.evaluator import Evaluator
 
@@ -38,14 +38,14 @@ LENGTH = 3**-0.5
 class Training:
     """A run before its first step, and what PiSSA took out of the frozen weights."""
 
-    session: Session
-    plan: StepPlan
+    session: TrainSession
+    plan: StepSettings
     taken: dict[LayerKey, LayerWeights] = field(default_factory=dict)
 
     @property
     def layers(self) -> dict[LayerKey, LoraLayer]:
         """The adapted layers."""
-        return self.session.trainee.injected.layers
+        return self.session.state.injected.layers
 
 
 def default(training: Training) -> None:
@@ -76,15 +76,17 @@ def gradient(training: Training) -> None:
     """Down factors along the rows of the frozen weight's gradient, found by a random sketch of it: with up
     factors at random and down factors of zero, the latter's gradient is that sketch (Wang et al. 2024,
     "LoRA-GA", takes the singular vectors themselves)."""
-    trainee = training.session.trainee
+    state = training.session.state
     generator = torch.Generator().manual_seed(training.plan.seed)
     for layer in training.layers.values():
         layer.down.zero_()
         layer.up.copy_(torch.randn(layer.up.shape, generator=generator))
-    trainee.storage.zero_grad()
+    state.storage.zero_grad()
     with torch.enable_grad():
         for number in range(BATCHES):
-            micro_batch(trainee, training.session.batches, training.session.text, training.plan, number)
+            backward_micro_batch(
+                state, training.session.batches, training.session.text, training.plan, number
+            )
     for layer in training.layers.values():
         assert layer.down.grad is not None
         rows = torch.linalg.qr(layer.down.grad.flatten(1).T).Q.T
@@ -124,16 +126,16 @@ def gains_of(
                    "adapter.alpha": 8.0, "validation.pictures": 0.0, "validation.every": 0}  # fmt: skip
         config = RunConfig().changed(starting_settings("demo", None) | changes)
         run = RunFolder.create(Path(home) / "runs" / "run", config)
-        plan = Plan("fp32", "cpu", torch.get_num_threads(), layout=PLAIN)
-        session = prepared(run, config, plan, lambda *told: None)
-        training = Training(session, StepPlan.of(config, config.train.steps))
+        plan = RuntimePlan("fp32", "cpu", torch.get_num_threads(), layout=PLAIN)
+        session = prepare(run, config, plan, lambda *told: None)
+        training = Training(session, StepSettings.of(config, config.train.steps))
         with torch.no_grad():
             start(training)
         found = []
-        for step in training_steps(session.trainee, session.batches, session.text, training.plan, 0):
+        for step in training_steps(session.state, session.batches, session.text, training.plan, 0):
             if step.number in COLUMNS:
                 file = Path(home) / f"{step.number}.safetensors"
-                family = session.trainee.base.family
+                family = session.state.base.family
                 write_adapter(_weights(training), file, "kohya", "fp32", family, {})
                 found.append(base - float(judge.losses(file).mean()))
         return found
@@ -141,7 +143,7 @@ def gains_of(
 
 def _weights(training: Training) -> AdapterWeights:
     """What was learned, as plain factors: with PiSSA those of now beside those of the start, subtracted."""
-    weights = adapter_weights(training.session.trainee.injected)
+    weights = adapter_weights(training.session.state.injected)
     for key, began in training.taken.items():
         now = weights.layers[key]
         weights.layers[key] = LayerWeights(

@@ -14,7 +14,7 @@ from lora_core.data.captions import CaptionRules
 from lora_core.data.dataset import scan
 from lora_core.data.scan import ImageRecord
 from lora_core.data.statistics import Training, attributes, colour_name, learned, step_shares, thumb
-from lora_core.train.data import Batches, Looks, items_of
+from lora_core.train.data import Batches, BatchSettings, assign_buckets
 
 
 def subject(seed: int, background: str = "white", size: tuple[int, int] = (96, 96)) -> Image.Image:
@@ -164,9 +164,9 @@ class NoLatents:
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5])
 def test_shares_are_those_of_a_run(batch: int) -> None:
-    items = items_of(RECORDS, 64, 8)
+    items = assign_buckets(RECORDS, 64, 8)
     rules = CaptionRules("", 0.0, 0.0, False, 0)
-    batches = Batches(items, Looks(batch, False, rules, 0), NoLatents())  # type: ignore[arg-type]
+    batches = Batches(items, BatchSettings(batch, False, rules, 0), NoLatents())  # type: ignore[arg-type]
     epochs = 200
     counted: Counter[str] = Counter()
     for number in range(epochs * batches._an_epoch):

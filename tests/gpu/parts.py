@@ -34,7 +34,7 @@ from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.serve import Worker
 from lora_core.settings.config import FIELDS
-from lora_core.train.setup import Plan
+from lora_core.train.setup import RuntimePlan
 from tests.benchmarks.sides import ENDINGS, Given, Sides, easel_step, plain_step, start_of
 from tests.checkpoints import components, write_folder
 from tests.counting import launches
@@ -439,7 +439,7 @@ def bad_moments(bench: Bench) -> Iterator[Finding]:
         "The disk is full, then it is not", words, "paused, then done", paused and run.status() == "done"
     )
     run = bench.run("moved")
-    plan = Plan.of(run, run.config())
+    plan = RuntimePlan.of(run, run.config())
     run.plan_file.write_text(
         json.dumps({**vars(plan), "device": "xpu" if bench.device.type != "xpu" else "mps"})
     )

@@ -14,7 +14,7 @@ from lora_core.models.device import SPARE, cap_memory
 from lora_core.models.load import open_base
 from lora_core.runs import events
 from lora_core.train import loop, trainer
-from lora_core.train.setup import Plan
+from lora_core.train.setup import RuntimePlan
 from tests.simulated.device import GIB, SimulatedDevice
 from tests.tiny import tiny_folder, tiny_unet
 from tests.train.runs import broken_at, notes, toy, trained
@@ -86,7 +86,7 @@ def test_memory_that_was_short_for_a_moment_costs_no_rung(
     times: int, rungs: list[object], tmp_path: Path
 ) -> None:
     run = toy(tmp_path).run("passing", train__steps=3)
-    real, calls = loop.picture_losses, []
+    real, calls = loop.diffusion_loss, []
 
     def picture_losses(*given):
         calls.append(1)
@@ -95,7 +95,7 @@ def test_memory_that_was_short_for_a_moment_costs_no_rung(
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(*given)
 
-    with SimulatedDevice(), mock.patch.object(loop, "picture_losses", picture_losses):
+    with SimulatedDevice(), mock.patch.object(loop, "diffusion_loss", picture_losses):
         trained(run)
     assert json.loads(run.plan_file.read_text())["rungs"] == rungs
     assert run.status() == "done"
@@ -104,7 +104,7 @@ def test_memory_that_was_short_for_a_moment_costs_no_rung(
 def test_a_hog_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = toy(tmp_path).run("hog", train__steps=2)
     waited: list[float] = []
-    real, failed = loop.picture_losses, []
+    real, failed = loop.diffusion_loss, []
 
     with SimulatedDevice() as card:
 
@@ -120,7 +120,7 @@ def test_a_hog_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             if len(waited) == 3:
                 card.others = 0
 
-        monkeypatch.setattr(loop, "picture_losses", picture_losses)
+        monkeypatch.setattr(loop, "diffusion_loss", picture_losses)
         monkeypatch.setattr(trainer.time, "sleep", sleep)
         trained(run)
     assert len(waited) == 3
@@ -136,7 +136,7 @@ def test_rungs_are_taken_back_where_more_memory_is_free(tmp_path: Path) -> None:
         rungs = [["vae aside", 0], ["checkpointing", 0], ["int8", 1]]
         for share, left in ((1.0, rungs), (0.5, rungs[2:])):
             run.plan_file.write_text(json.dumps({**plan, "rungs": rungs, "cap": int(plan["cap"] * share)}))
-            found = Plan.of(run, run.config()).within(cap_memory(CUDA))
+            found = RuntimePlan.of(run, run.config()).within(cap_memory(CUDA))
             assert [list(rung) for rung in found.rungs] == left
             assert found.tried == (left == rungs)
         trained(run)

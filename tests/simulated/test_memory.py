@@ -27,8 +27,8 @@ from lora_core.models.load import BaseModel, streamline
 from lora_core.models.noise_schedule import NoiseSchedule
 from lora_core.settings.schema import LossSection
 from lora_core.system.paths import FAMILY_CONFIGS
-from lora_core.train.loss import drawn, picture_losses
-from lora_core.train.setup import ready_for_training
+from lora_core.train.loss import diffusion_loss, sample_noise
+from lora_core.train.setup import set_train_mode
 from tests.simulated.device import GIB, SimulatedDevice
 
 # GiB. The first three are weights alone, the others peaks: the VAE alone while it encodes or decodes,
@@ -82,7 +82,7 @@ def stepping(base: BaseModel, side: int, targets: str, checkpointing: bool) -> C
     family = base.family
     layers = inject(base.modules, ["unet"], named_targets(targets, family), LoraSpec(16, 16.0), 0).layers
     streamline(base.unet)
-    ready_for_training(base, checkpointing)
+    set_train_mode(base, checkpointing)
     storage = FlatParams([list(layers.values())])
     optimizer = torch.optim.AdamW(storage.groups, fused=True)
     width = base.unet.config["cross_attention_dim"]
@@ -93,8 +93,8 @@ def stepping(base: BaseModel, side: int, targets: str, checkpointing: bool) -> C
 
     def step() -> None:
         storage.zero_grad()
-        draw = drawn(latents, base.noise.num_timesteps, 0.0, torch.Generator())
-        picture_losses(base, latents, text, draw, LossSection(), sizes).sum().backward()
+        draw = sample_noise(latents, base.noise.num_timesteps, 0.0, torch.Generator())
+        diffusion_loss(base, latents, text, draw, LossSection(), sizes).sum().backward()
         storage.flush_grads()
         norm = nn.utils.get_total_norm([storage.grads])
         nn.utils.clip_grads_with_norm_(storage.data, 1.0, norm)
@@ -127,5 +127,5 @@ def test_each_phase_takes_the_memory_that_forecasts_assume(family: str, side: in
         for phase in ("step", "step with checkpointing"):
             step()
             takes(phase, step)
-            ready_for_training(base, True)
+            set_train_mode(base, True)
     assert found == pytest.approx(dict(zip(PHASES, MEMORY[family, side, targets], strict=True)), rel=CLOSE)

@@ -15,8 +15,8 @@ from lora_core.lora.targets import ATTENTION
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.load import streamline
 from lora_core.system.paths import FAMILY_CONFIGS
-from lora_core.train.loop import StepPlan, training_steps
-from lora_core.train.setup import Plan, prepared
+from lora_core.train.loop import StepSettings, training_steps
+from lora_core.train.setup import RuntimePlan, prepare
 from tests.simulated.device import SimulatedDevice
 from tests.train.conftest import one_thread
 from tests.train.runs import toy
@@ -41,9 +41,9 @@ def test_a_step_waits_once_and_copies_twice_for_each_batch(
     with one_thread(), SimulatedDevice(capability=capability, gib=4) as card:
         run = toy(tmp_path).run("one", **{"train__precision": "auto", "loss__min_snr": 5.0, **settings})
         config = run.config()
-        session = prepared(run, config, Plan.of(run, config), lambda *_: None)
-        plan = StepPlan.of(config, STEPS + 1)
-        steps = training_steps(session.trainee, session.batches, session.text, plan, 0)
+        session = prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
+        plan = StepSettings.of(config, STEPS + 1)
+        steps = training_steps(session.state, session.batches, session.text, plan, 0)
         next(steps)
         card.clear()
         for _ in steps:

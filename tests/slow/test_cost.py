@@ -27,7 +27,7 @@ def test_the_watch_costs_under_a_hundredth_of_a_step(tmp_path: Path) -> None:
     watch: list[float] = []
     check: list[float] = []
     steps: list[float] = []
-    took, apply = trainer.Conductor._took, loop.take_step
+    took, apply = trainer.Trainer._took, loop.optimizer_step
 
     def timed(self, session, step):
         began = time.perf_counter()
@@ -36,17 +36,17 @@ def test_the_watch_costs_under_a_hundredth_of_a_step(tmp_path: Path) -> None:
         steps.append(step.seconds)
         return found
 
-    def checked(trainee, clip, parts, step):
+    def checked(state, clip, parts, step):
         """The check alone, once more: the norm too, which clipping needs in any case."""
         began = time.perf_counter()
-        norm = nn.utils.get_total_norm([p.grad for p in trainee.injected.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in state.injected.parameters() if p.grad is not None])
         torch.stack([torch.stack([part.loss for part in parts]).mean(), norm]).tolist()
         check.append(time.perf_counter() - began)
-        return apply(trainee, clip, parts, step)
+        return apply(state, clip, parts, step)
 
     with (
-        mock.patch.object(trainer.Conductor, "_took", timed),
-        mock.patch.object(loop, "take_step", checked),
+        mock.patch.object(trainer.Trainer, "_took", timed),
+        mock.patch.object(loop, "optimizer_step", checked),
         run.held(),
         warnings.catch_warnings(),
     ):

@@ -23,7 +23,7 @@ from lora_core.models.load import load_base
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
-from lora_core.train.setup import Plan, prepared
+from lora_core.train.setup import RuntimePlan, prepare
 from lora_core.train.trainer import Outcome, train
 from tests.formats.odd_files import serialised
 
@@ -69,7 +69,7 @@ def _run(place: Path, config: RunConfig, name: str) -> RunFolder:
 
 def _session(place: Path, config: RunConfig, name: str = "run"):
     run = _run(place, config, name)
-    return prepared(run, config, Plan.of(run, config), lambda *_: None)
+    return prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
 
 
 def _told(run: RunFolder) -> list[str]:
@@ -129,14 +129,14 @@ def test_one_alpha_needs_no_second_file(tmp_path, config):
 
 def test_groups_of_the_optimizer_follow_the_rates(tmp_path, config):
     session = _session(tmp_path, config.changed(MIXED))
-    groups = session.trainee.optimizer.param_groups
+    groups = session.state.optimizer.param_groups
     # The part's own rate first, so that it is the one that is shown.
     assert [group["initial_lr"] for group in groups] == [1e-3, 3e-3, 5e-5]
-    layers = session.trainee.injected.layers
+    layers = session.state.injected.layers
     sizes = [sum(tensor.numel() for tensor in group["params"]) for group in groups]
     up = [layer for (_, name), layer in layers.items() if "up_blocks" in name]
     assert sizes[1] == sum(layer.down.numel() + layer.up.numel() for layer in up)
-    assert sum(sizes) == sum(tensor.numel() for tensor in session.trainee.injected.parameters())
+    assert sum(sizes) == sum(tensor.numel() for tensor in session.state.injected.parameters())
 
 
 def test_one_rate_for_all_is_asked_of_optimizers_that_find_their_own(tmp_path, config):
@@ -237,7 +237,7 @@ def test_a_run_starts_as_the_file_that_it_continues(tmp_path, config, earlier, r
     changes = {"adapter.init": str(earlier), "adapter.targets": "kohya", "adapter.rank": rank}
     session = _session(tmp_path, config.changed(changes))
     assert session.notes == []
-    base = session.trainee.base
+    base = session.state.base
     for module in base.modules.values():
         module.eval()
     with torch.no_grad():
@@ -303,18 +303,18 @@ def test_a_file_that_has_changed_since_the_start_is_named(tmp_path, config, earl
     copy.write_bytes(earlier.read_bytes())
     config = config.changed({"adapter.init": str(copy), "adapter.targets": "kohya"})
     run = _run(tmp_path, config, "r")
-    plan = Plan.of(run, config)
-    prepared(run, config, plan, lambda *_: None)
+    plan = RuntimePlan.of(run, config)
+    prepare(run, config, plan, lambda *_: None)
     weights = read_adapter(copy)
     for layer in weights.layers.values():
         layer.up.mul_(2)
     write_adapter(weights, copy, "kohya", "fp32", FAMILIES["tiny"], {})
     with pytest.raises(RunError, match=r"the LoRA mine\.safetensors that it continues"):
-        prepared(run, config, plan, lambda *_: None)
-    prepared(run, config, plan, lambda *_: None, accept_changes=True)
+        prepare(run, config, plan, lambda *_: None)
+    prepare(run, config, plan, lambda *_: None, accept_changes=True)
     copy.unlink()
     with pytest.raises(RunError, match=r"the LoRA mine\.safetensors that it continues"):
-        prepared(run, config, plan, lambda *_: None)
+        prepare(run, config, plan, lambda *_: None)
 
 
 def test_a_file_that_cannot_be_continued_is_a_sentence(tmp_path, config, earlier):

@@ -6,7 +6,7 @@ import torch
 from lora_core.data.captions import CaptionRules
 from lora_core.data.dataset import ImageRecord
 from lora_core.errors import DatasetError
-from lora_core.train.data import Batches, Looks, items_of, looks_in_all
+from lora_core.train.data import Batches, BatchSettings, all_views, assign_buckets
 
 PLAIN = CaptionRules("", 0.0, 0.0, False, 0)
 
@@ -26,7 +26,7 @@ def _records(tmp_path, sizes, repeats=1):
 
 
 def _batches(records, size=2, seed=0, flip=False, rules=PLAIN):
-    return Batches(items_of(records, 128, 32), Looks(size, flip, rules, seed), Numbers())
+    return Batches(assign_buckets(records, 128, 32), BatchSettings(size, flip, rules, seed), Numbers())
 
 
 def test_a_batch_follows_from_seed_and_number_alone(tmp_path):
@@ -66,8 +66,8 @@ def test_flips_are_half_of_the_looks(tmp_path):
     batches = _batches(_records(tmp_path, [(128, 128)]), size=1, flip=True)
     mirrored = sum(batches.batch(n).latents.mean() < 0 for n in range(400))
     assert 150 < mirrored < 250
-    items = items_of(_records(tmp_path, [(128, 128)] * 2), 128, 32)
-    assert (len(looks_in_all(items, True)), len(looks_in_all(items, False))) == (4, 2)
+    items = assign_buckets(_records(tmp_path, [(128, 128)] * 2), 128, 32)
+    assert (len(all_views(items, True)), len(all_views(items, False))) == (4, 2)
 
 
 def test_a_batch_says_the_sizes_of_its_pictures(tmp_path):
@@ -80,4 +80,4 @@ def test_a_batch_says_the_sizes_of_its_pictures(tmp_path):
 
 def test_no_pictures_is_a_sentence(tmp_path):
     with pytest.raises(DatasetError, match="No picture"):
-        items_of([], 128, 32)
+        assign_buckets([], 128, 32)

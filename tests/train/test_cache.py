@@ -9,7 +9,7 @@ from lora_core.data.buckets import Bucket
 from lora_core.data.dataset import scan
 from lora_core.models.load import load_base
 from lora_core.train import data
-from lora_core.train.data import LatentCache, TextSource
+from lora_core.train.data import LatentCache, PromptCache
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_each_kind_of_device_has_entries_of_its_own(base, record, tmp_path, monk
     for device in map(torch.device, ("cpu", "meta", "cpu", "meta")):
         other = replace(base, device=device, vae=SimpleNamespace(device=device))
         LatentCache(other, tmp_path / "latents").latents(record, Bucket(64, 64), False)
-        TextSource(other, tmp_path / "text", False, 1, 75).condition("owl")
+        PromptCache(other, tmp_path / "text", False, 1, 75).condition("owl")
     assert made == ["image", "caption"] * 2
 
 
@@ -77,12 +77,14 @@ def test_a_broken_cache_file_is_made_again(base, record, tmp_path):
 
 def test_captions_are_encoded_once_unless_the_encoder_is_trained(base, tmp_path, monkeypatch):
     calls = _counted(monkeypatch, "text_condition")
-    frozen = TextSource(base, tmp_path / "text", False, 1, 75)
+    frozen = PromptCache(base, tmp_path / "text", False, 1, 75)
     both = torch.cat([frozen.condition(caption).context for caption in ("owl", "fox")])
     assert torch.equal(frozen.conditions(["owl", "fox"]).context, both)
-    assert torch.equal(TextSource(base, tmp_path / "text", False, 1, 75).condition("fox").context[0], both[1])
+    assert torch.equal(
+        PromptCache(base, tmp_path / "text", False, 1, 75).condition("fox").context[0], both[1]
+    )
     assert len(calls) == 2
-    live = TextSource(base, tmp_path / "text", True, 1, 75)
+    live = PromptCache(base, tmp_path / "text", True, 1, 75)
     torch.testing.assert_close(live.conditions(["owl", "fox"]).context, both)
     live.conditions(["owl"])
     assert len(calls) == 4
@@ -90,9 +92,9 @@ def test_captions_are_encoded_once_unless_the_encoder_is_trained(base, tmp_path,
 
 def test_captions_that_vary_take_no_disk_and_little_memory(base, tmp_path, monkeypatch):
     calls = _counted(monkeypatch, "text_condition")
-    fixed = TextSource(base, tmp_path / "text", False, 1, 75).condition("owl").context
+    fixed = PromptCache(base, tmp_path / "text", False, 1, 75).condition("owl").context
     monkeypatch.setattr(data, "DRAWN_CAPTIONS_BYTES", 3 * fixed.nbytes)
-    text = TextSource(base, tmp_path / "text", False, 1, 75)
+    text = PromptCache(base, tmp_path / "text", False, 1, 75)
     assert torch.equal(text.condition("owl").context, fixed)
     looks = [f"owl, tag {number}" for number in range(20)]
     seen = [text.conditions(["owl", look]) for look in looks]

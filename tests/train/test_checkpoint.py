@@ -11,7 +11,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
 from lora_core.train.checkpoint import (
-    TrainState,
+    CheckpointState,
     clear_unfinished,
     load_checkpoint,
     prune_checkpoints,
@@ -27,7 +27,7 @@ def _weights():
 
 def _save(run, step, **state):
     optimizer = state.pop("optimizer", {"state": {}, "param_groups": []})
-    return save_checkpoint(run, _weights(), TrainState(step, optimizer, **state), FAMILIES["tiny"], {})
+    return save_checkpoint(run, _weights(), CheckpointState(step, optimizer, **state), FAMILIES["tiny"], {})
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_an_optimizer_goes_on_bit_for_bit(run, name):
 def test_the_adapter_comes_back_bit_for_bit(run):
     weights = _weights()
     path = save_checkpoint(
-        run, weights, TrainState(1, {"state": {}}), FAMILIES["tiny"], {"ss_output_name": "x"}
+        run, weights, CheckpointState(1, {"state": {}}), FAMILIES["tiny"], {"ss_output_name": "x"}
     )
     back, _ = load_checkpoint(path)
     assert torch.equal(back.layers[KEY].down, weights.layers[KEY].down)

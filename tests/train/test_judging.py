@@ -12,7 +12,7 @@ from lora_core.formats.io import read_adapter
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import validation, validation_sets
-from lora_core.train.export import exported_checkpoint
+from lora_core.train.export import export_checkpoint
 from tests.faults import corrupt
 from tests.train.runs import Toy, broken_at, result, tensors, trained
 
@@ -67,7 +67,7 @@ def test_a_best_that_is_not_whole_is_not_exported(own_toy: Toy, hot: RunFolder) 
     exported = read_adapter(run.path / run.progress().export).layers
     assert all(torch.equal(exported[key].up, layer.up.half().float()) for key, layer in last.items())
     with pytest.raises(RunError, match=r"is broken: adapter\.safetensors is not what was written"):
-        exported_checkpoint(run, "best", "mine", ("kohya", "fp16"))
+        export_checkpoint(run, "best", "mine", ("kohya", "fp16"))
 
 
 def test_each_best_beat_the_one_before_by_more_than_the_error(hot: RunFolder) -> None:
@@ -126,18 +126,18 @@ def test_validation_keeps_to_its_share_of_the_time(own_toy: Toy, share: float) -
 def test_the_share_is_of_the_time_that_steps_take(own_toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """A validation of 0.35 s against steps of 0.1 s: with a fifth of the time it may be done every 18 steps,
     which is every 18 where 2 are wished for."""
-    from lora_core.train.divergence import Pace
+    from lora_core.train.divergence import StepTimer
 
     run = own_toy.run("share", validation__pictures=1, validation__every=2, validation__budget=0.2)
-    monkeypatch.setattr(Pace, "usual", 0.1)
-    measured: Callable[..., events.Validated] = validation.Judge.validated
+    monkeypatch.setattr(StepTimer, "usual", 0.1)
+    measured: Callable[..., events.Validated] = validation.Validator.validated
 
-    def slow(self: validation.Judge, *args: object) -> events.Validated:
+    def slow(self: validation.Validator, *args: object) -> events.Validated:
         event = measured(self, *args)
         self.seconds = 0.35
         return event
 
-    monkeypatch.setattr(validation.Judge, "validated", slow)
+    monkeypatch.setattr(validation.Validator, "validated", slow)
     trained(run)
     assert json.loads(run.plan_file.read_text())["validate_every"] == 18
 

@@ -16,10 +16,10 @@ from lora_core.models.encode import encode_prompt
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.train import loss
-from lora_core.train.data import TextSource
-from lora_core.train.loop import StepPlan, training_steps
-from lora_core.train.setup import Plan, prepared
-from lora_core.train.validation import Judge, drawn_samples
+from lora_core.train.data import PromptCache
+from lora_core.train.loop import StepSettings, training_steps
+from lora_core.train.setup import RuntimePlan, prepare
+from lora_core.train.validation import Validator, draw_samples
 from tests.checkpoints import write_folder
 
 BOTH = {"optim.text_encoder_lr": 5e-4, "optim.text_encoder_2_lr": 2e-4}
@@ -54,14 +54,14 @@ def _session(place: Path, config: RunConfig):
     run = RunFolder(place / "runs" / "r")
     if not run.path.exists():
         run = RunFolder.create(run.path, config)
-    return prepared(run, config, Plan.of(run, config), lambda *_: None)
+    return prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
 
 
 def _steps(session, config, count):
-    steps = training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, 4), 0)
+    steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, 4), 0)
     for _ in range(count):
         next(steps)
-        yield adapter_weights(session.trainee.injected).layers
+        yield adapter_weights(session.state.injected).layers
 
 
 def test_the_family_starts_with_frozen_text_encoders(folder):
@@ -72,10 +72,10 @@ def test_the_family_starts_with_frozen_text_encoders(folder):
 
 def test_frozen_encoders_are_cached_with_their_pooled_text_and_leave_memory(tmp_path, config):
     session = _session(tmp_path, config)
-    base = session.trainee.base
+    base = session.state.base
     assert base.text_encoders == {}
-    assert {part for part, _ in session.trainee.injected.layers} == {"unet"}
-    fresh = _session(tmp_path / "other", config.changed(BOTH)).trainee.base
+    assert {part for part, _ in session.state.injected.layers} == {"unet"}
+    fresh = _session(tmp_path / "other", config.changed(BOTH)).state.base
     with torch.no_grad():
         expected = encode_prompt(fresh, ["thing a", ""])
     found = session.text.conditions(["thing a", ""])
@@ -88,19 +88,19 @@ def test_frozen_encoders_are_cached_with_their_pooled_text_and_leave_memory(tmp_
 
 
 def test_conditions_come_back_from_disk_and_have_their_own_key(tmp_path, config):
-    base = _session(tmp_path, config.changed(BOTH)).trainee.base
-    first = TextSource(base, tmp_path / "text", False, 1, 75).condition("thing")
+    base = _session(tmp_path, config.changed(BOTH)).state.base
+    first = PromptCache(base, tmp_path / "text", False, 1, 75).condition("thing")
     with mock.patch("lora_core.train.data.text_condition") as encode:
-        again = TextSource(base, tmp_path / "text", False, 1, 75).condition("thing")
+        again = PromptCache(base, tmp_path / "text", False, 1, 75).condition("thing")
         encode.assert_not_called()
     assert torch.equal(again.context, first.context)
     assert torch.equal(again.pooled, first.pooled)
     assert len(list((tmp_path / "text").iterdir())) == 1
-    longer = TextSource(base, tmp_path / "text", False, 1, 150).condition("thing")
+    longer = PromptCache(base, tmp_path / "text", False, 1, 150).condition("thing")
     assert longer.context.shape[1] == 2 * first.context.shape[1]
     # The padding of the second tokenizer is part of the key.
     base.tokenizers["text_encoder_2"].pad_token = "<|endoftext|>"
-    TextSource(base, tmp_path / "text", False, 1, 75).condition("thing")
+    PromptCache(base, tmp_path / "text", False, 1, 75).condition("thing")
     assert len(list((tmp_path / "text").iterdir())) == 3
 
 
@@ -124,10 +124,10 @@ def test_the_unet_is_told_the_true_size_and_crop(tmp_path, config):
 def test_each_text_encoder_learns_at_its_own_rate(tmp_path, config):
     config = config.changed({**BOTH, "optim.text_encoder_until": 0.5})
     session = _session(tmp_path, config)
-    assert [(g["lr"], g["until"]) for g in session.trainee.optimizer.param_groups] == [
+    assert [(g["lr"], g["until"]) for g in session.state.optimizer.param_groups] == [
         (1e-3, 1.0), (5e-4, 0.5), (2e-4, 0.5)
     ]  # fmt: skip
-    assert session.trainee.injected.parts() == ["unet", "text_encoder", "text_encoder_2"]
+    assert session.state.injected.parts() == ["unet", "text_encoder", "text_encoder_2"]
     seen = list(_steps(session, config, 4))
     for part in ("text_encoder", "text_encoder_2"):
         # A layer's first step with Adam moves each number of up by the rate itself.
@@ -140,8 +140,8 @@ def test_each_text_encoder_learns_at_its_own_rate(tmp_path, config):
 
 def test_one_text_encoder_may_be_trained_alone(tmp_path, config):
     session = _session(tmp_path, config.changed({"optim.lr": 0.0, "optim.text_encoder_2_lr": 1e-4}))
-    assert session.trainee.injected.parts() == ["text_encoder_2"]
-    assert set(session.trainee.base.text_encoders) == {"text_encoder", "text_encoder_2"}
+    assert session.state.injected.parts() == ["text_encoder_2"]
+    assert set(session.state.base.text_encoders) == {"text_encoder", "text_encoder_2"}
     list(_steps(session, config, 1))
 
 
@@ -149,9 +149,9 @@ def test_one_text_encoder_may_be_trained_alone(tmp_path, config):
 def test_validation_and_samples(tmp_path, config, rates):
     config = config.changed(rates)
     session = _session(tmp_path, config)
-    base = session.trainee.base
+    base = session.state.base
     base.facts = dataclasses.replace(base.facts, resolution=64)
-    judge = Judge(session)
+    judge = Validator(session)
     first = judge.validated(1, lambda *_: None)
     assert (first.gain, first.train_gain, first.gauge, first.prior) == (0.0, 0.0, 0.0, 0.0)
     list(_steps(session, config, 2))
@@ -159,6 +159,6 @@ def test_validation_and_samples(tmp_path, config, rates):
     assert 0.0 not in (gain.gain, gain.train_gain, gain.prior)
     assert gain.against_best == pytest.approx(gain.gain)
     assert gain.base_loss == pytest.approx(gain.adapted_loss + gain.gain)
-    (file,) = drawn_samples(session, config.preview, tmp_path / "sample", "x", lambda *_: None)
+    (file,) = draw_samples(session, config.preview, tmp_path / "sample", "x", lambda *_: None)
     with Image.open(file) as image:
         assert image.size == (64, 64)

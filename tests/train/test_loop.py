@@ -17,9 +17,9 @@ from lora_core.lora.inject import adapter_weights
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.train import loop
-from lora_core.train.loop import Average, StepPlan, training_steps
-from lora_core.train.setup import Plan, prepared
-from lora_core.train.validation import drawn_samples
+from lora_core.train.loop import EMA, StepSettings, training_steps
+from lora_core.train.setup import RuntimePlan, prepare
+from lora_core.train.validation import draw_samples
 
 STEPS = 4
 RANDOM = {
@@ -52,15 +52,15 @@ def config(pictures):
 def _session(tmp_path, config, name="run"):
     path = tmp_path / "ws" / "runs" / name
     run = RunFolder(path) if path.exists() else RunFolder.create(path, config)
-    return prepared(run, config, Plan.of(run, config), lambda *_: None)
+    return prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
 
 
 def _trained(session, config, done, until):
     """Step from `done` to `until`; returns the adapter and the optimizer's state."""
-    steps = training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, STEPS), done)
+    steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, STEPS), done)
     for _ in range(until - done):
         next(steps)
-    return adapter_weights(session.trainee.injected), session.trainee.optimizer.state_dict()
+    return adapter_weights(session.state.injected), session.state.optimizer.state_dict()
 
 
 def _equal(first, second):
@@ -86,9 +86,9 @@ def test_a_resume_equals_an_unbroken_run_bit_for_bit(tmp_path, config, changes):
     whole, _ = _trained(_session(tmp_path, config), config, 0, STEPS)
     half, optimizer = _trained(_session(tmp_path, config), config, 0, 2)
     session = _session(tmp_path, config)
-    for key, layer in session.trainee.injected.layers.items():
+    for key, layer in session.state.injected.layers.items():
         layer.from_layer_weights(half.layers[key])
-    session.trainee.optimizer.load_state_dict(optimizer)
+    session.state.optimizer.load_state_dict(optimizer)
     rest, _ = _trained(session, config, 2, STEPS)
     assert _equal(rest, whole)
     assert not _equal(half, whole)
@@ -118,9 +118,9 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(tmp_path, config):
 def test_accumulating_equals_a_larger_batch(tmp_path, config):
     """Two micro-batches of one weigh as one of two: the same draws are fed in by hand."""
     session = _session(tmp_path, config.changed({"train.accumulate": 2}))
-    plan = StepPlan.of(config.changed({"train.accumulate": 2, "optim.clip": 0.0}), STEPS)
-    step = next(training_steps(session.trainee, session.batches, session.text, plan, 0))
-    both = [p.grad.clone() for p in session.trainee.injected.parameters()]
+    plan = StepSettings.of(config.changed({"train.accumulate": 2, "optim.clip": 0.0}), STEPS)
+    step = next(training_steps(session.state, session.batches, session.text, plan, 0))
+    both = [p.grad.clone() for p in session.state.injected.parameters()]
     alone = []
     losses = []
     for number in range(2):
@@ -130,8 +130,8 @@ def test_accumulating_equals_a_larger_batch(tmp_path, config):
         other.batches.batch = lambda n, original=original, number=number: original(number)
         generator_shift = _noise_of(number)
         with generator_shift:
-            losses.append(next(training_steps(other.trainee, other.batches, other.text, shifted, 0)).loss)
-        alone.append([p.grad.clone() for p in other.trainee.injected.parameters()])
+            losses.append(next(training_steps(other.state, other.batches, other.text, shifted, 0)).loss)
+        alone.append([p.grad.clone() for p in other.state.injected.parameters()])
     assert step.loss == pytest.approx(sum(losses) / 2, rel=1e-5)
     for together, first, second in zip(both, *alone, strict=True):
         torch.testing.assert_close(together, (first + second) / 2, rtol=1e-3, atol=1e-8)
@@ -149,10 +149,10 @@ def test_it_learns(tmp_path, config):
         {"optim.lr": 3e-3, "optim.warmup": 0.0, "optim.schedule": "constant", "train.batch_size": 4}
     )
     session = _session(tmp_path, config)
-    base, text = session.trainee.base, session.text
+    base, text = session.state.base, session.text
     pictures = encode_eval_images(base, scan(Path(config.dataset.path)).records, 8, 0)
     before = eval_losses(base, pictures, text.condition)
-    list(training_steps(session.trainee, session.batches, text, StepPlan.of(config, 30), 0))
+    list(training_steps(session.state, session.batches, text, StepSettings.of(config, 30), 0))
     after = eval_losses(base, pictures, text.condition)
     # Five pictures differ too much for a small standard error: each of them has to be learned instead.
     assert (before - after).mean(1).min() > 0
@@ -164,8 +164,8 @@ def test_it_learns(tmp_path, config):
 def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(tmp_path, config, where, clip):
     config = config.changed({"optim.clip": clip, "save.ema": 0.9})
     session = _session(tmp_path, config)
-    trainee = session.trainee
-    key, layer = next(iter(trainee.injected.layers.items()))
+    state = session.state
+    key, layer = next(iter(state.injected.layers.items()))
     if where == "loss":
         session.batches.batch = lambda n, original=session.batches.batch: (
             dataclasses.replace(original(n), latents=torch.full((1, 4, 8, 8), float("nan")))
@@ -178,51 +178,51 @@ def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(tmp_path, conf
         layer.up.register_hook(
             lambda grad: grad * float("nan") if calls.append(1) or len(calls) == 2 else grad
         )
-    steps = training_steps(trainee, session.batches, session.text, StepPlan.of(config, STEPS), 0)
+    steps = training_steps(state, session.batches, session.text, StepSettings.of(config, STEPS), 0)
     assert next(steps).trouble == ""
-    before = adapter_weights(trainee.injected), trainee.average.weights()
-    moments = [v.clone() for state in trainee.optimizer.state.values() for v in state.values()]
+    before = adapter_weights(state.injected), state.average.weights()
+    moments = [v.clone() for moments in state.optimizer.state.values() for v in moments.values()]
     bad = next(steps)
     assert bad.number == 2
-    assert _equal(adapter_weights(trainee.injected), before[0])
-    assert _equal(trainee.average.weights(), before[1])
-    after = [v for state in trainee.optimizer.state.values() for v in state.values()]
+    assert _equal(adapter_weights(state.injected), before[0])
+    assert _equal(state.average.weights(), before[1])
+    after = [v for moments in state.optimizer.state.values() for v in moments.values()]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
     name = session.batches.batch(1).names[0]
     what = "the loss is" if where == "loss" else f"the gradient of {' '.join(key)} is"
     assert re.fullmatch(rf"{re.escape(what)} not finite \({name} at timestep \d+\)", bad.trouble)
     assert next(steps).trouble == ""
-    assert not _equal(adapter_weights(trainee.injected), before[0])
+    assert not _equal(adapter_weights(state.injected), before[0])
 
 
 def test_a_scaler_that_searches_its_scale_is_no_trouble(tmp_path, config):
     """In fp16 the first scale, 65,536, is halved until nothing overflows; such steps are passed over in
     silence."""
     session = _session(tmp_path, config)
-    trainee = session.trainee
-    trainee.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    trainee.average = Average(trainee.injected, trainee.storage, 0.5)
-    trainee.storage.data.data.add_(1.0)
-    averages = trainee.average.weights()
-    steps = list(training_steps(trainee, session.batches, session.text, StepPlan.of(config, 3), 0))
+    state = session.state
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    state.average = EMA(state.injected, state.storage, 0.5)
+    state.storage.data.data.add_(1.0)
+    averages = state.average.weights()
+    steps = list(training_steps(state, session.batches, session.text, StepSettings.of(config, 3), 0))
     assert [step.trouble for step in steps] == ["", "", ""]
-    assert trainee.scaler.get_scale() < 2.0**127
-    assert _equal(trainee.average.weights(), averages), "a step that was passed over is none to average"
-    trainee.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
-    layer = next(iter(trainee.injected.layers.values()))
+    assert state.scaler.get_scale() < 2.0**127
+    assert _equal(state.average.weights(), averages), "a step that was passed over is none to average"
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    layer = next(iter(state.injected.layers.values()))
     layer.param_view = None  # the plain way, where autograd calls hooks
     layer.up.register_hook(lambda grad: grad * float("inf"))
-    steps = list(training_steps(trainee, session.batches, session.text, StepPlan.of(config, 2), 0))
+    steps = list(training_steps(state, session.batches, session.text, StepSettings.of(config, 2), 0))
     assert all("gradient" in step.trouble for step in steps)
 
 
 def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
     config = config.changed({"optim.text_encoder_lr": 5e-4, "optim.warmup": 0.0, "optim.schedule": "linear"})
     session = _session(tmp_path, config)
-    steps = training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, STEPS), 0)
+    steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, STEPS), 0)
     rates = []
     for step in steps:
-        rates.append((step.lr, session.trainee.optimizer.param_groups[1]["lr"]))
+        rates.append((step.lr, session.state.optimizer.param_groups[1]["lr"]))
     assert [r[0] for r in rates] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
     assert [r[1] for r in rates] == pytest.approx([5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
 
@@ -230,10 +230,10 @@ def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
 def test_the_text_encoder_stops_early_on_request(tmp_path, config):
     config = config.changed({"optim.text_encoder_until": 0.5, "optim.schedule": "constant"})
     session = _session(tmp_path, config)
-    steps = training_steps(session.trainee, session.batches, session.text, StepPlan.of(config, STEPS), 0)
+    steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, STEPS), 0)
     seen = []
     for _ in steps:
-        text = adapter_weights(session.trainee.injected).layers
+        text = adapter_weights(session.state.injected).layers
         seen.append({key: layer.up for key, layer in text.items() if key[0] == "text_encoder"})
     assert all(torch.equal(seen[1][key], seen[3][key]) for key in seen[0])
     assert not all(torch.equal(seen[0][key], seen[1][key]) for key in seen[0])
@@ -243,9 +243,9 @@ def test_the_text_encoder_stops_early_on_request(tmp_path, config):
 def test_a_frozen_text_encoder_leaves_memory_once_no_caption_can_be_new(tmp_path, config, shuffle):
     config = config.changed({"optim.text_encoder_lr": 0.0, "dataset.shuffle_tags": shuffle})
     session = _session(tmp_path, config)
-    assert bool(session.trainee.base.text_encoders) == shuffle
+    assert bool(session.state.base.text_encoders) == shuffle
     _trained(session, config, 0, 1)
-    assert drawn_samples(session, config.preview, tmp_path / "sample", "x", lambda *_: None)[0].is_file()
+    assert draw_samples(session, config.preview, tmp_path / "sample", "x", lambda *_: None)[0].is_file()
 
 
 def test_settings_that_cannot_work_together_are_told(tmp_path, config):
@@ -257,6 +257,6 @@ def test_settings_that_cannot_work_together_are_told(tmp_path, config):
 
 def test_only_the_parts_with_a_rate_are_trained(tmp_path, config):
     session = _session(tmp_path, config.changed({"optim.text_encoder_lr": 0.0}))
-    assert session.trainee.injected.parts() == ["unet"]
+    assert session.state.injected.parts() == ["unet"]
     session = _session(tmp_path, config.changed({"optim.lr": 0.0}), "other")
-    assert session.trainee.injected.parts() == ["text_encoder"]
+    assert session.state.injected.parts() == ["text_encoder"]

@@ -22,9 +22,9 @@ from lora_core.models.device import out_of_memory
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import autotune, loop, oom, setup
-from lora_core.train.loop import StepPlan, micro_batch
-from lora_core.train.oom import LADDER, Ladder
-from lora_core.train.setup import Plan, prepared
+from lora_core.train.loop import StepSettings, backward_micro_batch
+from lora_core.train.oom import FALLBACKS, MemoryFallback
+from lora_core.train.setup import RuntimePlan, prepare
 from tests.faults import Fault, Nursery, armed
 from tests.train.runs import (
     RANDOM,
@@ -58,7 +58,7 @@ def plain_layout(request: pytest.FixtureRequest) -> Iterator[None]:
 @contextlib.contextmanager
 def room_for(pictures: int, error: Exception = CUDA, checkpointed: bool = False) -> Iterator[list[int]]:
     """An allocator that holds so many pictures' activations; none without checkpointing, if asked."""
-    real, sizes = loop.picture_losses, []
+    real, sizes = loop.diffusion_loss, []
 
     def picture_losses(base, latents, *more):
         if len(latents) > pictures or (checkpointed and not base.unet.is_gradient_checkpointing):
@@ -66,14 +66,14 @@ def room_for(pictures: int, error: Exception = CUDA, checkpointed: bool = False)
         sizes.append(len(latents))
         return real(base, latents, *more)
 
-    with mock.patch.object(loop, "picture_losses", picture_losses):
+    with mock.patch.object(loop, "diffusion_loss", picture_losses):
         yield sizes
 
 
 def session_of(toy: Toy, name: str, **changes: object):
     run = toy.run(name, **changes)
     config = run.config()
-    return prepared(run, config, Plan.of(run, config), lambda *_: None), config
+    return prepare(run, config, RuntimePlan.of(run, config), lambda *_: None), config
 
 
 @pytest.mark.parametrize("random", [False, True], ids=["plain", "all random"])
@@ -81,15 +81,15 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(own_toy: Toy, random: bo
     """Same pictures, captions, noise and dropout masks, those of a trained text encoder too."""
     more = {key.replace(".", "__"): value for key, value in RANDOM.items()} if random else {}
     session, config = session_of(own_toy, "parts", **BATCH, **more, loss__noise_offset=0.05)
-    trainee, plan = session.trainee, StepPlan.of(config, 12)
-    for layer in trainee.injected.layers.values():
+    state, plan = session.state, StepSettings.of(config, 12)
+    for layer in state.injected.layers.values():
         torch.nn.init.normal_(layer.up, std=0.05)
     found = []
     for split in (1, 2, 3, 4):
-        trainee.split = split
-        trainee.storage.zero_grad()
-        part = micro_batch(trainee, session.batches, session.text, plan, 3)
-        grads = torch.cat([p.grad.flatten() for p in trainee.injected.parameters() if p.grad is not None])
+        state.split = split
+        state.storage.zero_grad()
+        part = backward_micro_batch(state, session.batches, session.text, plan, 3)
+        grads = torch.cat([p.grad.flatten() for p in state.injected.parameters() if p.grad is not None])
         found.append((torch.cat(part.losses), part.timesteps, grads))
     losses, timesteps, grads = found[0]
     assert grads.abs().max() > 0
@@ -101,14 +101,14 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(own_toy: Toy, random: bo
 
 def test_checkpointing_has_the_gradient_of_the_whole(own_toy: Toy) -> None:
     session, config = session_of(own_toy, "twice", **BATCH, adapter__dropout=0.2)
-    trainee, plan = session.trainee, StepPlan.of(config, 12)
+    state, plan = session.state, StepSettings.of(config, 12)
     found = []
-    rung = next(rung for rung in LADDER if rung.name == "checkpointing")
+    rung = next(rung for rung in FALLBACKS if rung.name == "checkpointing")
     for _ in range(2):
-        trainee.storage.zero_grad()
-        micro_batch(trainee, session.batches, session.text, plan, 3)
-        found.append(torch.cat([p.grad.flatten() for p in trainee.injected.parameters()]))
-        rung.take(trainee)
+        state.storage.zero_grad()
+        backward_micro_batch(state, session.batches, session.text, plan, 3)
+        found.append(torch.cat([p.grad.flatten() for p in state.injected.parameters()]))
+        rung.take(state)
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
 
 
@@ -192,13 +192,13 @@ def test_a_broken_run_takes_the_same_rungs_at_the_same_steps(own_toy: Toy) -> No
         broken_at(run, events.StepDone, 7)
     assert json.loads(run.plan_file.read_text())["rungs"] == [["checkpointing", 5]]
     seen: dict[int, bool] = {}
-    real = loop.take_step
+    real = loop.optimizer_step
 
-    def look(trainee, clip, parts, step):
-        seen[step] = trainee.base.unet.is_gradient_checkpointing
-        return real(trainee, clip, parts, step)
+    def look(state, clip, parts, step):
+        seen[step] = state.base.unet.is_gradient_checkpointing
+        return real(state, clip, parts, step)
 
-    with mock.patch.object(loop, "take_step", look):
+    with mock.patch.object(loop, "optimizer_step", look):
         trained(run)
     assert seen == {step: step > 5 for step in range(5, 9)}
     assert result(run) == result(whole)
@@ -254,7 +254,7 @@ def test_a_rung_that_the_trial_chose_equals_the_one_chosen_by_hand(own_toy: Toy,
         trained(run)
     hand = own_toy.run("hand", **start, **(more or {"train__checkpointing": True}))
     if rung == "half":
-        plan = Plan.of(hand, hand.config())
+        plan = RuntimePlan.of(hand, hand.config())
         plan.rungs.append(("half", 0))
         plan.write(hand)
     trained(hand)
@@ -265,14 +265,14 @@ def test_a_rung_that_the_trial_chose_equals_the_one_chosen_by_hand(own_toy: Toy,
 @contextlib.contextmanager
 def room_beside(kept: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
     """An allocator that has room for a step only where the base is kept in a certain way."""
-    real = loop.picture_losses
+    real = loop.diffusion_loss
 
     def picture_losses(base, *more):
         if not kept(base.unet):
             raise type(CUDA)(str(CUDA))  # one that holds no frames of others
         return real(base, *more)
 
-    with mock.patch.object(loop, "picture_losses", picture_losses):
+    with mock.patch.object(loop, "diffusion_loss", picture_losses):
         yield
 
 
@@ -368,12 +368,12 @@ def test_samples_and_validation_that_do_not_fit_are_left_out(
 
 def test_the_eight_bit_optimizer_is_a_rung_where_it_is_installed(own_toy: Toy) -> None:
     session, config = session_of(own_toy, "eight")
-    trainee = session.trainee
-    trainee.split = 8
-    oom.enable_checkpointing(trainee.base)
-    Ladder(trainee, config, [("int8", 0), ("offload", 0)]).reach(0)
+    state = session.state
+    state.split = 8
+    oom.enable_checkpointing(state.base)
+    MemoryFallback(state, config, [("int8", 0), ("offload", 0)]).reach(0)
     with pytest.raises(OutOfMemory, match="or install bitsandbytes for an 8-bit optimizer"):
-        Ladder(trainee, config, []).climb(0)
+        MemoryFallback(state, config, []).climb(0)
 
     class AdamW8bit(torch.optim.AdamW):
         pass
@@ -384,17 +384,17 @@ def test_the_eight_bit_optimizer_is_a_rung_where_it_is_installed(own_toy: Toy) -
     }
     fakes["bitsandbytes.optim"].AdamW8bit = AdamW8bit
     before = [{k: v for k, v in g.items() if k in ("lr", "initial_lr", "until", "betas", "weight_decay")}
-              for g in trainee.optimizer.param_groups]  # fmt: skip
+              for g in state.optimizer.param_groups]  # fmt: skip
     with mock.patch.dict(sys.modules, fakes), mock.patch.object(oom.importlib.util, "find_spec"):
         taken: list[tuple[str, int]] = []
-        assert "8 bits" in Ladder(trainee, config, taken).climb(0)
+        assert "8 bits" in MemoryFallback(state, config, taken).climb(0)
         assert taken == [("8-bit optimizer", 0)]
-        assert type(trainee.optimizer) is AdamW8bit
-        after = [{k: g[k] for k in before[0]} for g in trainee.optimizer.param_groups]
+        assert type(state.optimizer) is AdamW8bit
+        after = [{k: g[k] for k in before[0]} for g in state.optimizer.param_groups]
         assert after == before
         # Once there is a state, it is too late for it.
         with pytest.raises(OutOfMemory):
-            Ladder(trainee, config, []).climb(0)
+            MemoryFallback(state, config, []).climb(0)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_a_run_under_a_real_limit_completes_by_itself(own_toy: Toy, tmp_path: Pa
             if plan["rungs"]:
                 break
         hand = toy.run("hand", **how, train__checkpointing=True)
-        later = Plan.of(hand, hand.config())
+        later = RuntimePlan.of(hand, hand.config())
         later.rungs.extend((name, 0) for name, _ in plan["rungs"] if name != "checkpointing")
         later.write(hand)
         assert nursery.train(hand.path) == (0, "")

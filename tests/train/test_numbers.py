@@ -18,7 +18,7 @@ from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import callbacks, loop
 from lora_core.train.checkpoint import load_checkpoint
-from lora_core.train.divergence import Health, Pace, slow_words
+from lora_core.train.divergence import DivergenceGuard, StepTimer, describe_slow_step
 from tests.faults import Fault, armed
 from tests.train.runs import (
     Toy,
@@ -36,15 +36,15 @@ from tests.train.runs import (
 @contextmanager
 def spoiled(steps: set[int], above: float = 0.0, by: float = math.nan) -> Iterator[None]:
     """The losses of these steps are `by` times as large, wherever the factor of the rates is over `above`."""
-    real = loop.micro_batch
+    real = loop.backward_micro_batch
 
-    def micro_batch(trainee, batches, text, plan, number):
-        done = real(trainee, batches, text, plan, number)
+    def micro_batch(state, batches, text, plan, number):
+        done = real(state, batches, text, plan, number)
         if number // plan.accumulate + 1 in steps and plan.rate > above:
             done.losses = [losses * by for losses in done.losses]
         return done
 
-    with mock.patch.object(loop, "micro_batch", micro_batch):
+    with mock.patch.object(loop, "backward_micro_batch", micro_batch):
         yield
 
 
@@ -230,16 +230,16 @@ def test_a_rate_beyond_reason_ends_in_a_sentence_and_in_no_file_that_is_not_fini
 
 def test_nan_in_the_gradient_of_one_layer_names_it(own_toy: Toy) -> None:
     run = own_toy.run("layer")
-    real, calls = loop.take_step, []
+    real, calls = loop.optimizer_step, []
 
-    def spoil(trainee, clip, parts, step):
+    def spoil(state, clip, parts, step):
         if step == 5:
-            key, layer = list(trainee.injected.layers.items())[3]
+            key, layer = list(state.injected.layers.items())[3]
             layer.up.grad[0, 0] = math.nan
             calls.append(" ".join(key))
-        return real(trainee, clip, parts, step)
+        return real(state, clip, parts, step)
 
-    with mock.patch.object(loop, "take_step", spoil):
+    with mock.patch.object(loop, "optimizer_step", spoil):
         trained(run)
     (name,) = calls
     (note,) = notes(run)
@@ -266,15 +266,15 @@ def test_a_loss_that_runs_away_goes_back(own_toy: Toy) -> None:
 def test_an_adapter_that_is_not_finite_is_never_saved(own_toy: Toy) -> None:
     """The step itself was finite, and what it made is not, just when a checkpoint is due."""
     run = own_toy.run("spoiled")
-    real = loop.take_step
+    real = loop.optimizer_step
 
-    def spoil(trainee, clip, parts, step):
-        found = real(trainee, clip, parts, step)
-        if step == 8 and trainee.optimizer.param_groups[0]["lr"] > 3e-4:
-            trainee.injected.parameters()[0].data[0, 0] = math.inf
+    def spoil(state, clip, parts, step):
+        found = real(state, clip, parts, step)
+        if step == 8 and state.optimizer.param_groups[0]["lr"] > 3e-4:
+            state.injected.parameters()[0].data[0, 0] = math.inf
         return found
 
-    with mock.patch.object(loop, "take_step", spoil):
+    with mock.patch.object(loop, "optimizer_step", spoil):
         trained(run)
     assert any("the adapter itself is no longer finite" in note for note in notes(run))
     assert all_finite(run)
@@ -284,43 +284,43 @@ def test_an_adapter_that_is_not_finite_is_never_saved(own_toy: Toy) -> None:
 def test_what_counts_as_running_away() -> None:
     """Log-normal losses as single pictures give them, spread over two decades, never count; a rise does."""
     draw = random.Random(0)
-    health = Health()
+    health = DivergenceGuard()
     for _ in range(20_000):
         assert health.trouble_after(0.1 * math.exp(draw.gauss(-0.7, 1.2)), "") == ""
     risen = (health.trouble_after(2.0 * math.exp(draw.gauss(-0.7, 1.2)), "") for _ in range(50))
     assert 3 <= next(number for number, found in enumerate(risen, start=1) if found) <= 20
     # From the first step on, where there is no level yet: five times what predicting nothing costs.
-    wild = Health()
+    wild = DivergenceGuard()
     found = [wild.trouble_after(100.0 * step, "") for step in range(1, 11)]
     assert found[:-1] == [""] * 9
     assert "risen from 1 to" in found[-1]
 
 
 def test_health_comes_back_from_its_record_and_is_calm_only_when_well() -> None:
-    health = Health()
+    health = DivergenceGuard()
     for step in range(40):
         health.trouble_after(0.1 + 0.001 * step, "")
     assert health.calm
-    assert Health(**health.record()) == health
+    assert DivergenceGuard(**health.record()) == health
     health.trouble_after(math.nan, "the loss is not finite")
     assert not health.calm
-    after = health.returned(Health(losses=[0.5]))
-    assert after == Health(0.5, 1, 0, [0.5])
+    after = health.returned(DivergenceGuard(losses=[0.5]))
+    assert after == DivergenceGuard(0.5, 1, 0, [0.5])
     for _ in range(10):
         after.trouble_after(3.0, "")
     assert not after.calm
 
 
 def test_a_pace_that_breaks_is_told_once() -> None:
-    pace = Pace()
+    pace = StepTimer()
     assert pace.slowdown(99.0) is None  # the first step may take its time
     told = [pace.slowdown(seconds) for seconds in [0.1] * 20 + [0.8, 0.1, 0.6]]
     assert told == [None] * 23  # single slow steps happen
     pace.excuse()
     assert pace.slowdown(5.0) is None
     assert [pace.slowdown(s) for s in (0.9, 0.9, 0.9)] == [pytest.approx(9.0), None, None]
-    assert "Windows does without an error" in slow_words(7, 0.9, 9.0, "cuda")
-    assert "9 times" in slow_words(7, 0.9, 9.0, "cpu")
+    assert "Windows does without an error" in describe_slow_step(7, 0.9, 9.0, "cuda")
+    assert "9 times" in describe_slow_step(7, 0.9, 9.0, "cpu")
 
 
 def test_a_slow_stretch_is_noted_in_the_run(own_toy: Toy) -> None:

@@ -12,7 +12,7 @@ from lora_core.models import load
 from lora_core.models.encode import encode_image
 from lora_core.models.load import load_base, open_base
 from lora_core.train import data, setup
-from lora_core.train.setup import Plan
+from lora_core.train.setup import RuntimePlan
 from tests.train.runs import Toy, notes, result, trained, trouble
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -135,7 +135,7 @@ def test_pictures_that_do_not_fit_the_card_are_encoded_on_the_processor(own_toy:
 
 def test_a_run_of_a_card_is_resumed_elsewhere_only_if_that_is_accepted(own_toy: Toy) -> None:
     run = own_toy.run("moved", train__steps=2)
-    plan = Plan.of(run, run.config())
+    plan = RuntimePlan.of(run, run.config())
     run.plan_file.write_text(json.dumps({**vars(plan), "device": "cuda", "precision": "bf16"}))
     sentence = trouble(run)
     assert "began on a graphics card, and this computer now computes on the processor" in sentence
@@ -150,7 +150,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(own_toy: Toy) -
     run = own_toy.run("elsewhere", train__steps=2, train__device="cuda:1")
     assert "train.device = cuda:1 is not there; PyTorch sees cpu. Choose" in trouble(run)
     # A run that began on it goes on with what is there, if that is accepted.
-    run.plan_file.write_text(json.dumps(vars(Plan("bf16", "cuda", 1))))
+    run.plan_file.write_text(json.dumps(vars(RuntimePlan("bf16", "cuda", 1))))
     trouble(run)
     trained(run, accept_changes=True)
     assert run.status() == "done"

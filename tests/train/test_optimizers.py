@@ -15,9 +15,9 @@ from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
 from lora_core.settings.choices import OPTIMIZERS, Choice
 from lora_core.settings.schema import OptimSection
-from lora_core.train.loop import Average, MicroBatch, Trainee, take_step
-from lora_core.train.oom import LADDER
-from lora_core.train.setup import AdapterPlan, optimizer_of
+from lora_core.train.loop import EMA, MicroBatch, TrainState, optimizer_step
+from lora_core.train.oom import FALLBACKS
+from lora_core.train.setup import AdapterPlan, build_optimizer
 
 KEY = ("unet", "x")
 RATES = {"prodigy": 1.0}
@@ -77,7 +77,7 @@ ODD = {
 
 def trainee_of(
     name: str, dtype: torch.dtype, rate: float, lora_plus: float = 1.0, on: str = "cpu"
-) -> Trainee:
+) -> TrainState:
     """One layer with its optimizer, as a run has them."""
     torch.manual_seed(0)
     shape = LoraSpec(4, 4.0)
@@ -86,29 +86,29 @@ def trainee_of(
     base: Any = SimpleNamespace(family=FAMILIES["sd15"], device=torch.device(on), dtype=dtype)
     optim = OptimSection(name=name, lr=rate, text_encoder_lr=0.0, lora_plus=lora_plus)
     plan = AdapterPlan({KEY: LayerPlan(shape, rate)}, None, "", [])
-    optimizer, storage = optimizer_of(injected, plan, base, optim)
+    optimizer, storage = build_optimizer(injected, plan, base, optim)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    return Trainee(base, injected, optimizer, storage, scaler)
+    return TrainState(base, injected, optimizer, storage, scaler)
 
 
-def learned(trainee: Trainee, steps: int = STEPS) -> float:
+def learned(state: TrainState, steps: int = STEPS) -> float:
     """Train on a task of rank 2; the loss at the end as a share of that at the start, in what is exported."""
-    layer = trainee.injected.layers[KEY]
+    layer = state.injected.layers[KEY]
     generator = torch.Generator().manual_seed(1)
     x, inner, outer = (torch.randn(size, generator=generator) for size in ((64, 12), (12, 2), (2, 10)))
-    x = x.to(trainee.base.dtype)
+    x = x.to(state.base.dtype)
     update = x.float() @ inner @ outer / 12**0.5
     target = layer.base(x).float() + update
     for step in range(steps):
-        trainee.storage.zero_grad()
+        state.storage.zero_grad()
         loss = (layer(x).float() - target).square().mean()
-        trainee.scaler.scale(loss).backward()
-        trainee.storage.flush_grads()
+        state.scaler.scale(loss).backward()
+        state.storage.flush_grads()
         part = MicroBatch(["a"], torch.zeros(1), [loss.detach()[None]])
-        _, trouble = take_step(trainee, 1.0, [part], step + 1)
+        _, trouble = optimizer_step(state, 1.0, [part], step + 1)
         assert not trouble
     seen = float((layer(x).float() - target).square().mean().detach())
-    weights = adapter_weights(trainee.injected).layers[KEY]
+    weights = adapter_weights(state.injected).layers[KEY]
     exported = float((x.float() @ weights.delta().T - update).square().mean())
     begun = float(update.square().mean())
     assert seen == pytest.approx(exported, rel=0.1, abs=0.02 * begun), "the layer computes with other numbers"
@@ -144,34 +144,34 @@ def test_the_8_bit_rung_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     module.AdamW8bit = Replaced
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
-    trainee = trainee_of("adamw", torch.bfloat16, 0.1)
-    rung = next(rung for rung in LADDER if rung.name == "8-bit optimizer")
-    assert rung.possible(trainee, None)  # type: ignore[arg-type]
-    rung.take(trainee)
-    assert isinstance(trainee.optimizer, Replaced)
-    assert learned(trainee) < 0.2
+    state = trainee_of("adamw", torch.bfloat16, 0.1)
+    rung = next(rung for rung in FALLBACKS if rung.name == "8-bit optimizer")
+    assert rung.possible(state, None)  # type: ignore[arg-type]
+    rung.take(state)
+    assert isinstance(state.optimizer, Replaced)
+    assert learned(state) < 0.2
 
 
 def test_whatever_writes_the_factors_is_seen() -> None:
     """A checkpoint, the average in the adapter's place and back, the end of a range test."""
-    trainee = trainee_of("adamw", torch.bfloat16, 0.1)
-    layer, storage = trainee.injected.layers[KEY], trainee.storage
+    state = trainee_of("adamw", torch.bfloat16, 0.1)
+    layer, storage = state.injected.layers[KEY], state.storage
     x = torch.randn(3, 12).bfloat16()
 
     def current() -> bool:
         plain = layer.base(x) + (x.float() @ layer.down.T @ layer.up.T).bfloat16()
         return bool(torch.allclose(layer(x), plain, rtol=0.05, atol=0.05))
 
-    start = adapter_weights(trainee.injected)
-    average = Average(trainee.injected, storage, 0.9)
+    start = adapter_weights(state.injected)
+    average = EMA(state.injected, storage, 0.9)
     before = layer(x)
-    assert learned(trainee) < 0.2
+    assert learned(state) < 0.2
     assert current()
     assert (layer(x) - before).abs().max() > 0.5
     with average.in_place():
         assert torch.equal(layer(x), before)
     assert current()
-    load_weights(trainee.injected, start)
+    load_weights(state.injected, start)
     assert torch.equal(layer(x), before)
     with storage.mutate() as numbers:
         numbers.numpy()[:] = 1.0

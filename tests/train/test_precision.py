@@ -6,7 +6,7 @@ import torch
 from lora_core.errors import LoraError, ModelFileError
 from lora_core.settings.config import RunConfig
 from lora_core.train import setup, trainer
-from lora_core.train.setup import Plan
+from lora_core.train.setup import RuntimePlan
 from tests.train.runs import Toy, trained
 
 CPU = torch.device("cpu")
@@ -51,17 +51,17 @@ def test_deterministic_training_is_planned_and_set_up_before_anything_is_compute
         done.append("prepared")
         raise LoraError("enough")
 
-    monkeypatch.setattr(trainer, "prepared", prepared)
+    monkeypatch.setattr(trainer, "prepare", prepared)
     run = own_toy.run("one", train__deterministic=True)
     for _ in range(2):
         with pytest.raises(LoraError, match="enough"):
             trained(run)
     assert done == ["cpu", "prepared"] * 2
-    assert Plan.of(run, RunConfig()).deterministic, "the plan counts, as for all that is chosen once"
+    assert RuntimePlan.of(run, RunConfig()).deterministic, "the plan counts, as for all that is chosen once"
 
 
 def test_where_it_has_no_effect_a_note_says_so() -> None:
-    (note,) = Plan("fp32", "mps", 1, deterministic=True).notes()
+    (note,) = RuntimePlan("fp32", "mps", 1, deterministic=True).notes()
     assert "train.deterministic has no effect on an Apple graphics card" in note
-    assert Plan("fp32", "cuda", 1, deterministic=True).notes() == []
-    assert Plan("fp32", "mps", 1).notes() == []
+    assert RuntimePlan("fp32", "cuda", 1, deterministic=True).notes() == []
+    assert RuntimePlan("fp32", "mps", 1).notes() == []

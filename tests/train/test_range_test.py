@@ -11,9 +11,9 @@ from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import rate_problems
 from lora_core.settings.config import RunConfig
-from lora_core.train.autotune import EACH, HIGHEST, LOWEST, chosen_octave, range_tested
-from lora_core.train.loop import StepPlan
-from lora_core.train.setup import Plan, prepared
+from lora_core.train.autotune import EACH, HIGHEST, LOWEST, choose_octave, run_range_test
+from lora_core.train.loop import StepSettings
+from lora_core.train.setup import RuntimePlan, prepare
 from tests.train.runs import Toy, broken_at, trained
 
 COUNT = (HIGHEST - LOWEST) * EACH + 1
@@ -34,16 +34,16 @@ def found_in(run: RunFolder) -> events.RateFound:
 
 @pytest.mark.parametrize("middle", [-2.0, 0.0, 2.5, 5.0])
 def test_it_takes_what_lies_an_octave_above_half_of_the_best(middle: float) -> None:
-    assert abs(chosen_octave(rising(middle)) - (middle + 1.0)) <= 0.75
+    assert abs(choose_octave(rising(middle)) - (middle + 1.0)) <= 0.75
     wild = rising(middle)
     wild[2] = 0.9  # one batch
-    assert abs(chosen_octave(wild) - chosen_octave(rising(middle))) <= 1
+    assert abs(choose_octave(wild) - choose_octave(rising(middle))) <= 1
 
 
 def test_where_nothing_is_learned_it_says_so() -> None:
     for shares in ([], [0.001] * COUNT, [-0.1, -0.2]):
         with pytest.raises(RunError, match=r"optim\.lr = auto finds none; give optim\.lr a number"):
-            chosen_octave(shares)
+            choose_octave(shares)
 
 
 def test_a_run_with_auto_is_the_run_with_the_rates_that_it_found(own_toy: Toy) -> None:
@@ -85,25 +85,25 @@ def test_it_leaves_everything_as_it_was(
 ) -> None:
     run = own_toy.run("trace", optim__lr="auto", save__ema=0.9)
     config = run.config()
-    session = prepared(run, config, Plan.of(run, config), lambda *told: None)
-    trainee = session.trainee
-    before = trainee.storage.data.detach().clone()
-    average = trainee.average
+    session = prepare(run, config, RuntimePlan.of(run, config), lambda *told: None)
+    state = session.state
+    before = state.storage.data.detach().clone()
+    average = state.average
 
     def say(phase: str, done: int, total: int) -> None:
         if done == fails_at:
             raise KeyboardInterrupt
 
     try:
-        range_tested(session, StepPlan.of(config, 12), say)
+        run_range_test(session, StepSettings.of(config, 12), say)
         assert fails_at is None
     except KeyboardInterrupt:
         assert fails_at
-    assert torch.equal(trainee.storage.data, before)
-    assert not trainee.storage.grads.any()
-    assert not trainee.optimizer.state
-    assert [group["lr"] for group in trainee.optimizer.param_groups] == [config.optim.lr]
-    assert trainee.average is average
+    assert torch.equal(state.storage.data, before)
+    assert not state.storage.grads.any()
+    assert not state.optimizer.state
+    assert [group["lr"] for group in state.optimizer.param_groups] == [config.optim.lr]
+    assert state.average is average
 
 
 def test_auto_is_a_word_for_a_switch() -> None:

@@ -3,13 +3,13 @@ import torch
 
 from lora_core.models.noise_schedule import NoiseSchedule
 from lora_core.settings.schema import LossSection
-from lora_core.train.loop import rate_factor
+from lora_core.train.loop import lr_factor
 from lora_core.train.loss import (
     absolute_error,
-    drawn,
     huber_delta,
     huber_error,
     min_snr_weight,
+    sample_noise,
     squared_error,
 )
 
@@ -25,15 +25,15 @@ from lora_core.train.loss import (
     ],
 )
 def test_factors_without_warm_up(schedule, factors):
-    assert [rate_factor(s, 100, schedule, 0.0) for s in (0, 25, 50, 75, 100)] == pytest.approx(
+    assert [lr_factor(s, 100, schedule, 0.0) for s in (0, 25, 50, 75, 100)] == pytest.approx(
         factors, abs=1e-6
     )
 
 
 def test_warm_up_rises_in_a_line_and_never_starts_at_zero():
-    factors = [rate_factor(step, 100, "cosine", 0.04) for step in range(5)]
+    factors = [lr_factor(step, 100, "cosine", 0.04) for step in range(5)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rate_factor(0, 10, "cosine", 1.0) > 0
+    assert lr_factor(0, 10, "cosine", 1.0) > 0
 
 
 def _schedule(prediction):
@@ -54,7 +54,7 @@ def test_min_snr_weights_are_those_of_the_paper():
 def test_timesteps_are_stratified_over_the_batch_and_uniform():
     counts = torch.zeros(10)
     for seed in range(500):
-        draw = drawn(torch.zeros(4, 4, 2, 2), 1000, 0.0, torch.Generator().manual_seed(seed))
+        draw = sample_noise(torch.zeros(4, 4, 2, 2), 1000, 0.0, torch.Generator().manual_seed(seed))
         assert sorted((draw.timesteps // 250).tolist()) == [0, 1, 2, 3]
         counts += torch.bincount(draw.timesteps // 100, minlength=10)
     assert counts.min() > 150
@@ -63,8 +63,8 @@ def test_timesteps_are_stratified_over_the_batch_and_uniform():
 
 def test_the_noise_offset_shifts_whole_channels():
     generator = torch.Generator().manual_seed(0)
-    plain = drawn(torch.zeros(64, 4, 8, 8), 1000, 0.0, generator).noise
-    shifted = drawn(torch.zeros(64, 4, 8, 8), 1000, 0.5, generator).noise
+    plain = sample_noise(torch.zeros(64, 4, 8, 8), 1000, 0.0, generator).noise
+    shifted = sample_noise(torch.zeros(64, 4, 8, 8), 1000, 0.5, generator).noise
     # The mean of 64 pixels has deviation 1/8; the offset adds 0.5: sqrt(1/64 + 1/4) = 0.515.
     assert plain.mean((2, 3)).std() == pytest.approx(0.125, abs=0.02)
     assert shifted.mean((2, 3)).std() == pytest.approx(0.515, abs=0.06)

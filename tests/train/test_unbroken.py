@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from lora_core.runs import events
-from lora_core.train.checkpoint import discard, load_checkpoint
-from lora_core.train.export import exported_checkpoint
+from lora_core.train.checkpoint import load_checkpoint, remove_checkpoint
+from lora_core.train.export import export_checkpoint
 from tests.train.runs import RANDOM, Toy, asked_at, broken_at, check_story, check_whole, result, trained
 
 WAYS = {
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_was_asked_for_stays(own_toy: Toy) -> None:
     run = own_toy.run("marked", save__every=2, save__keep_last=1, save__keep_best=False)
     asked_at(run, "save", 3)
     assert run.checkpoint_steps() == [3, 12]
-    discard(run.checkpoint(3))
+    remove_checkpoint(run.checkpoint(3))
     assert run.checkpoint_steps() == [12]
 
 
@@ -138,11 +138,11 @@ def test_average_and_raw_adapter_are_both_sampled_measured_and_exported(own_toy:
     exported = load_file(averaged.exports / "avg-raw.safetensors")
     same = load_file(plain.exports / "plain.safetensors")
     assert all(torch.equal(exported[name], tensor) for name, tensor in same.items())
-    by_hand = exported_checkpoint(averaged, "last", "mine", ("kohya", "fp16"))
+    by_hand = export_checkpoint(averaged, "last", "mine", ("kohya", "fp16"))
     assert by_hand["raw"] == str(averaged.exports / "mine-raw.safetensors")
     again = load_file(by_hand["raw"])
     assert all(torch.equal(again[name], tensor) for name, tensor in same.items())
-    assert exported_checkpoint(plain, "last", "mine", ("kohya", "fp16"))["raw"] == ""
+    assert export_checkpoint(plain, "last", "mine", ("kohya", "fp16"))["raw"] == ""
     names = ("step-000012-0.png", "step-000012-raw-0.png")
     with (
         Image.open(plain.previews / names[0]) as alone,
@@ -169,10 +169,10 @@ def test_the_average_follows_its_formula(own_toy: Toy) -> None:
     from lora_core.lora.flat_params import FlatParams
     from lora_core.lora.inject import Injected
     from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
-    from lora_core.train.loop import Average
+    from lora_core.train.loop import EMA
 
     layer = LoraLayer(torch.nn.Linear(3, 3), "x", LoraSpec(1, 1.0), DropoutState(), 0)
-    average = Average(Injected({("unet", "x"): layer}, DropoutState()), FlatParams([[layer]]), 0.5)
+    average = EMA(Injected({("unet", "x"): layer}, DropoutState()), FlatParams([[layer]]), 0.5)
     with torch.no_grad():
         layer.up.fill_(1.0)
     mean = 0.0

@@ -13,10 +13,10 @@ import torch
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import loop
-from lora_core.train.distributed import Fellows, fellowship
-from lora_core.train.loop import MicroBatch, StepPlan, own_parts, shared_parts
-from lora_core.train.setup import Plan, prepared
-from lora_core.train.trainer import follow, train
+from lora_core.train.distributed import ProcessGroup, process_group
+from lora_core.train.loop import MicroBatch, StepSettings, own_parts, shared_parts
+from lora_core.train.setup import RuntimePlan, prepare
+from lora_core.train.trainer import train, train_as_worker
 
 CASES: dict[str, dict[str, object]] = {
     "plain": {},
@@ -43,29 +43,29 @@ TRAINED = {
 BREAKS, STARVED = "breaks", "starved"
 
 
-def worst_difference(folder: Path, fellows: Fellows, name: str) -> dict[str, float]:
+def worst_difference(folder: Path, group: ProcessGroup, name: str) -> dict[str, float]:
     """How far the gradient and the losses of a step are from those of this process alone, as a share."""
     run = RunFolder(folder / "runs" / name)
     config = run.config()
     # The main process encodes what is not in the caches yet.
-    plan = replace(Plan.of(run, config), threads=1) if fellows.main else None
+    plan = replace(RuntimePlan.of(run, config), threads=1) if group.main else None
     if plan:
-        fellows.tell(plan)
-    plan = plan or fellows.told()
-    session = prepared(run, config, plan, lambda phase, done, total: None)
-    trainee = session.trainee
-    trainee.split = 2 if name == SPLIT else 1
-    trainee.storage.data.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(3))
-    how = (session.batches, session.text, StepPlan.of(config, 12), 4)
-    alone = trainee.storage, own_parts(trainee, *how)
+        group.tell(plan)
+    plan = plan or group.told()
+    session = prepare(run, config, plan, lambda phase, done, total: None)
+    state = session.state
+    state.split = 2 if name == SPLIT else 1
+    state.storage.data.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(3))
+    how = (session.batches, session.text, StepSettings.of(config, 12), 4)
+    alone = state.storage, own_parts(state, *how)
     gradient, losses = alone[0].grads.clone(), _losses(alone[1])
-    trainee.fellows = fellows
-    if not fellows.main:
-        assert fellows.told().step == 4
-        trainee.storage.data.detach().zero_()
-    together = shared_parts(trainee, *how)
+    state.group = group
+    if not group.main:
+        assert group.told().step == 4
+        state.storage.data.detach().zero_()
+    together = shared_parts(state, *how)
     return {
-        "gradient": float((trainee.storage.grads - gradient).norm() / gradient.norm()),
+        "gradient": float((state.storage.grads - gradient).norm() / gradient.norm()),
         "losses": float((_losses(together) - losses).norm() / losses.norm()),
         "size": float(gradient.norm()),
     }
@@ -76,18 +76,18 @@ def _losses(parts: list[MicroBatch]) -> torch.Tensor:
 
 
 def trained_together(
-    folder: Path, fellows: Fellows, name: str, on_event: Callable[[events.Event], None]
+    folder: Path, group: ProcessGroup, name: str, on_event: Callable[[events.Event], None]
 ) -> None:
-    if not fellows.main:
-        follow(fellows)
+    if not group.main:
+        train_as_worker(group)
         return
     run = RunFolder(folder / "runs" / name)
     with run.held():
         try:
-            train(run, None, on_event, fellows=fellows)
+            train(run, None, on_event, group=group)
         finally:
             if name != STARVED:
-                fellows.tell(None)
+                group.tell(None)
 
 
 def breaking(event: events.Event) -> None:
@@ -98,7 +98,7 @@ def breaking(event: events.Event) -> None:
 def starve() -> None:
     """Have this process lack the memory for the next third micro-batch."""
     asked: list[None] = []
-    losses = loop.picture_losses
+    losses = loop.diffusion_loss
 
     def starved_losses(*given: object) -> torch.Tensor:
         asked.append(None)
@@ -106,26 +106,26 @@ def starve() -> None:
             raise MemoryError
         return losses(*given)  # type: ignore[arg-type]
 
-    loop.picture_losses = starved_losses
+    loop.diffusion_loss = starved_losses
 
 
-def main(folder: Path, fellows: Fellows) -> None:
+def main(folder: Path, group: ProcessGroup) -> None:
     """Gradients of all cases, then all runs, then one that breaks in the main process between two steps, and
     one that lacks memory in the other."""
-    found = {name: worst_difference(folder, fellows, name) for name in CASES}
-    (folder / f"found-{fellows.number}.json").write_text(json.dumps(found))
+    found = {name: worst_difference(folder, group, name) for name in CASES}
+    (folder / f"found-{group.number}.json").write_text(json.dumps(found))
     for name in TRAINED:
-        trained_together(folder, fellows, name, lambda event: None)
+        trained_together(folder, group, name, lambda event: None)
     with contextlib.suppress(ZeroDivisionError):
-        trained_together(folder, fellows, BREAKS, breaking)
-    (folder / f"left-{fellows.number}").touch()
-    if not fellows.main:
+        trained_together(folder, group, BREAKS, breaking)
+    (folder / f"left-{group.number}").touch()
+    if not group.main:
         starve()
-    trained_together(folder, fellows, STARVED, lambda event: None)
+    trained_together(folder, group, STARVED, lambda event: None)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with fellowship() as us:
+    with process_group() as us:
         main(Path(sys.argv[1]), us)

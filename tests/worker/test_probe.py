@@ -24,7 +24,7 @@ from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.serve import Worker
 from lora_core.settings.config import RunConfig
 from lora_core.train import step_timing
-from lora_core.train.loop import Trainee
+from lora_core.train.loop import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,16 +43,16 @@ def asked(changes: dict[str, Any], meanwhile: Any = lambda worker, line: None) -
     return answers
 
 
-def trainees_and_bases() -> list[object]:
+def states_and_bases() -> list[object]:
     gc.collect()
-    return [one for one in gc.get_objects() if isinstance(one, BaseModel | Trainee)]
+    return [one for one in gc.get_objects() if isinstance(one, BaseModel | TrainState)]
 
 
 @pytest.fixture
 def left_over() -> Callable[[], list[object]]:
     """What has come into being since the test began: other tests' shared bases do not count."""
-    before = trainees_and_bases()
-    return lambda: [one for one in trainees_and_bases() if not any(one is old for old in before)]
+    before = states_and_bases()
+    return lambda: [one for one in states_and_bases() if not any(one is old for old in before)]
 
 
 @pytest.mark.parametrize(
