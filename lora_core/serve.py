@@ -20,7 +20,7 @@ import torch
 
 from lora_core.errors import ConfigError, LoraError
 from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
-from lora_core.settings.config import checked_option
+from lora_core.settings.config import checked_value
 from lora_core.system.cpu_threads import others_compute
 from lora_core.worker import files
 from lora_core.worker.analyse import Analysing
@@ -87,7 +87,7 @@ class Worker:
         """Go to the device that a request names; a base on another one is let go."""
         if "device" in request:
             before = best_device()
-            if use_device(checked_option("device", "train.device", request["device"])) != before:
+            if use_device(checked_value("train.device", request["device"], "device")) != before:
                 self._release({})
 
     def _verb(self, request: Request) -> Callable[[Request], dict[str, Any]]:

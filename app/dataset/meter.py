@@ -6,6 +6,7 @@ is what may be read at a look: the trigger word in front, one line of several, t
 """
 
 import functools
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lora_core.errors import LoraError
 from lora_core.settings.config import FIELDS
 from lora_core.system.paths import valid_text
 
-LIMITS: tuple[int, ...] = FIELDS["train.tokens"].metadata["among"]
+LIMITS: tuple[int, ...] = typing.get_args(FIELDS["train.tokens"].annotation)
 
 
 @dataclass(frozen=True)

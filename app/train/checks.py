@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_core.data.dataset import Dataset
 from lora_core.errors import LoraError
 from lora_core.runs.preflight import Problem, preflight
-from lora_core.settings.config import FIELDS, RunConfig
+from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.hardware import Hardware
 
 FRESH_SECONDS = 60.0
@@ -69,8 +69,6 @@ class Checks:
         return card.total - card.used if card else None
 
 
-def in_words(
-    sentence: str, title: Callable[[str], str] = lambda name: str(FIELDS[name].metadata["title"])
-) -> str:
+def in_words(sentence: str, title: Callable[[str], str] = label_of) -> str:
     """A sentence with the settings called as the form calls them."""
     return _NAMES.sub(lambda found: title(found[0]), sentence)

@@ -1,8 +1,10 @@
 """The run that the form stands for at this moment: the draft on disk, read as settings."""
 
+import contextlib
 import json
 import shlex
-from typing import Any
+import typing
+from typing import Any, Literal
 
 import gradio as gr
 
@@ -15,12 +17,15 @@ from lora_core.settings.config import (
     FIELDS,
     RunConfig,
     checked_value,
+    choices_of,
+    help_of,
     is_pattern_table,
+    label_of,
     pattern_lines,
     patterns_of_lines,
     retired,
+    takes_auto,
 )
-from lora_core.settings.schema import AUTO, NumberOrAuto
 
 
 class Plan:
@@ -115,19 +120,19 @@ def group_fields(group: str) -> list[str]:
 
 def widget(name: str, **options: Any) -> Any:
     """The widget of a setting, by its type and metadata."""
-    info = FIELDS[name]
-    common = {"label": info.metadata["title"], "info": info.metadata["help"], "interactive": True, **options}
-    table = info.metadata["table"]
+    kind = FIELDS[name].annotation
+    common = {"label": label_of(name), "info": help_of(name), "interactive": True, **options}
+    table = choices_of(name)
     if table is not None:
         return gr.Dropdown(choices=[(row.title, key) for key, row in table.items()], **common)
-    if info.type is bool:
+    if kind is bool:
         return gr.Checkbox(**common)
-    if info.type is int:
+    if kind is int or typing.get_origin(kind) is Literal:
         return gr.Number(precision=0, **common)
-    if info.type is float:
+    if kind is float:
         # No step: learning rates are typed, and a browser would call 5e-5 invalid for a step of 1.
         return gr.Number(step=0.00001, **common)
-    if info.type in (str, NumberOrAuto):
+    if kind is str or takes_auto(name):
         return gr.Textbox(lines=1, max_lines=1, **common)
     return gr.Textbox(lines=3, max_lines=8, **common)
 
@@ -136,7 +141,7 @@ def shown(name: str, value: Any) -> Any:
     """A setting's value as its widget shows it: a list of texts, or a table of patterns, is one a line."""
     if isinstance(value, dict):
         return pattern_lines(value)
-    if FIELDS[name].type == NumberOrAuto:
+    if takes_auto(name):
         return str(value) if isinstance(value, str) else f"{value:g}"
     return "\n".join(value) if isinstance(value, list) else value
 
@@ -147,25 +152,17 @@ def typed(name: str, value: Any) -> Any:
     Raises:
         ConfigError: it is empty, or not legal for this setting.
     """
-    info = FIELDS[name]
-    title = info.metadata["title"]
-    word = info.type == NumberOrAuto and str(value).strip().lower() == AUTO
-    if info.type in (int, float, NumberOrAuto) and isinstance(value, str) and not word:
-        try:
-            value = float(value.replace(",", "."))
-        except ValueError as error:
-            numbers = f"a number or {AUTO}" if info.type == NumberOrAuto else "a number"
-            raise ConfigError(f"{title} should be {numbers}, not {value!r}.") from error
+    kind, title = FIELDS[name].annotation, label_of(name)
     if value is None:
         raise ConfigError(f"{title} is empty.")
-    if info.type not in (int, float, bool, str, NumberOrAuto) and not is_pattern_table(info):
+    if is_pattern_table(name):
+        value = patterns_of_lines(title, str(value))
+    elif typing.get_origin(kind) is list:
         value = [line.strip() for line in str(value).splitlines() if line.strip()]
-    try:
-        if is_pattern_table(info):
-            value = patterns_of_lines(name, str(value))
-        return checked_value(name, info, value)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(name, title, 1)) from error
+    elif isinstance(value, str) and (kind in (int, float) or takes_auto(name)):
+        with contextlib.suppress(ValueError):
+            value = float(value.replace(",", "."))
+    return checked_value(name, value, title)
 
 
 def preset_name(goal: str, level: str) -> str:
@@ -181,7 +178,7 @@ def preset_config(goal: str, level: str, family: Family | None = None) -> RunCon
 def for_family(goal: str, level: str, family: Family | None) -> list[str]:
     """What the preset is for this family and not for others, as "title value" each."""
     usual, own = preset_config(goal, level), preset_config(goal, level, family)
-    return [f"{FIELDS[n].metadata['title']} {own.get(n):g}" for n in FORM if own.get(n) != usual.get(n)]
+    return [f"{label_of(n)} {own.get(n):g}" for n in FORM if own.get(n) != usual.get(n)]
 
 
 def carried_over(values: dict[str, Any], before: RunConfig, after: RunConfig) -> dict[str, Any]:
@@ -244,7 +241,7 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
 
 def title_of(name: str, config: RunConfig) -> str:
     """The title of the row that a setting names."""
-    table = FIELDS[name].metadata["table"]
+    table = choices_of(name)
     value = config.get(name)
     return str(table[value].title) if table and value in table else str(value)
 

@@ -15,7 +15,7 @@ from app.train.train_form import TrainForm
 from lora_core.errors import LoraError
 from lora_core.model_files.detect import EMBEDDED
 from lora_core.model_files.starting_settings import Like, like_file
-from lora_core.settings.config import FIELDS, RunConfig
+from lora_core.settings.config import RunConfig, label_of
 
 MOST_LISTED = 8
 
@@ -162,7 +162,7 @@ def like_words(like: Like, name: str, taken: dict[str, Any], changed: list[str])
     rows = [
         f"From {name}: {like.source}. {many(len(taken), 'setting')} taken, {len(changed)} of them new here."
     ]
-    told = [f"{FIELDS[n].metadata['title']} {shown(n, taken[n])}" for n in changed[:MOST_LISTED]]
+    told = [f"{label_of(n)} {shown(n, taken[n])}" for n in changed[:MOST_LISTED]]
     more = f" and {len(changed) - MOST_LISTED} more" if len(changed) > MOST_LISTED else ""
     if told:
         rows.append(f"{'; '.join(' '.join(text.split()) for text in told)}{more}.")

@@ -28,7 +28,7 @@ from app.train.form import (
 )
 from lora_core.model_files.detect import EMBEDDED, chosen_base
 from lora_core.model_files.starting_settings import GOALS, LEVELS
-from lora_core.settings.config import FIELDS
+from lora_core.settings.config import help_of, label_of
 
 RESOLUTIONS = (128, 256, 512, 768, 1024)
 FOLDED = [group for group in GROUPS if group != "Base model"]
@@ -70,7 +70,7 @@ class TrainForm:
             made["train.resolution"] = gr.Dropdown(
                 _resolutions(0),
                 label="Resolution",
-                info=FIELDS["train.resolution"].metadata["help"],
+                info=help_of("train.resolution"),
                 allow_custom_value=True,
                 elem_id="resolution",
                 elem_classes=HIDDEN_INFO,
@@ -170,8 +170,7 @@ def found(words: str) -> list[Any]:
 
 
 def _searched(group: str, name: str) -> str:
-    words = FIELDS[name].metadata
-    return f"{name} {name.replace('_', ' ')} {words['title']} {words['help']} {group}".lower()
+    return f"{name} {name.replace('_', ' ')} {label_of(name)} {help_of(name)} {group}".lower()
 
 
 def _slug(group: str) -> str:
@@ -213,7 +212,7 @@ def _changed(moment: Moment) -> str:
     """How much differs from the preset, with the way back."""
     names = [name for name in FORM if name != "model.base"]
     changed = changed_names(moment.plan.config, moment.plan.preset, names)
-    titles = safe(", ".join(str(FIELDS[name].metadata["title"]) for name in changed))
+    titles = safe(", ".join(label_of(name) for name in changed))
     words = f"{len(changed)} changed from preset" if changed else "as the preset has it"
     reset = '<button type="button" class="own quiet" data-press="reset">Reset all</button>' if changed else ""
     return (

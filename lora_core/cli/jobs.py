@@ -29,7 +29,7 @@ from lora_core.runs.notifications import tell_end
 from lora_core.runs.preflight import Problem, refuse
 from lora_core.runs.queue import events_size
 from lora_core.settings.choices import FORMATS
-from lora_core.settings.config import RunConfig, checked_option, flattened, load_toml, parsed_assignment
+from lora_core.settings.config import RunConfig, checked_value, flattened, load_toml, parsed_assignment
 from lora_core.system.cpu_threads import COMPUTES, GIVES_WAY, without_collecting
 from lora_core.system.keep_awake import keep_awake
 from lora_core.system.paths import workspace
@@ -268,7 +268,7 @@ def _trained(
     group: "ProcessGroup | None",
 ) -> "Outcome":
     if steps is not None:
-        steps = checked_option("--steps", "train.steps", steps)
+        steps = checked_value("train.steps", steps, "--steps")
     with run.held():
         try:
             # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this

@@ -14,7 +14,7 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 from lora_core.settings.choices import OPTIMIZERS
-from lora_core.settings.config import FIELDS, RETIRED, checked_value, flattened, load_toml, retired
+from lora_core.settings.config import FIELDS, RETIRED, checked_value, flattened, label_of, load_toml, retired
 from lora_core.system.paths import PRESETS
 from lora_core.system.untrusted import parsed_json
 
@@ -77,9 +77,9 @@ class Like:
     def take(self, name: str, value: Any, called: str = "") -> None:
         """Take a value if it is legal, else say so."""
         try:
-            self.values[name] = checked_value(name, FIELDS[name], value)
+            self.values[name] = checked_value(name, value)
         except (ConfigError, ValueError, OverflowError):
-            title = called or FIELDS[name].metadata["title"]
+            title = called or label_of(name)
             self.left.append(f"{title} is {in_short(value)} there, which cannot be set here.")
 
 
@@ -176,9 +176,7 @@ def from_kohya(texts: Texts) -> Like:
         try:
             found.take(name, read(text))
         except ValueError:
-            found.left.append(
-                f"{FIELDS[name].metadata['title']} is {in_short(text)} there, which is no number."
-            )
+            found.left.append(f"{label_of(name)} is {in_short(text)} there, which is no number.")
     _rates(texts, found)
     _lengths(texts, found)
     _named(texts, found)
@@ -254,9 +252,7 @@ def _named(texts: Texts, found: Like) -> None:
         if text in table:
             found.take(name, table[text])
         elif text not in NOTHING:
-            found.left.append(
-                f"The {FIELDS[name].metadata['title'].lower()} {in_short(text)} is not known here."
-            )
+            found.left.append(f"The {label_of(name).lower()} {in_short(text)} is not known here.")
     _huber(texts, found)
     if _truth(texts.get("ss_zero_terminal_snr", "")):
         found.left.append("It was trained with zero terminal SNR; set that by hand if its base has it.")
@@ -366,9 +362,7 @@ def _ours(text: str) -> Like:
     found.base = in_short(values.get("model.base", ""))
     for name in ("model.vae", "adapter.init"):
         if values.get(name) not in (None, "", "default"):
-            found.left.append(
-                f"{FIELDS[name].metadata['title']} was {in_short(values[name])}; choose it yourself."
-            )
+            found.left.append(f"{label_of(name)} was {in_short(values[name])}; choose it yourself.")
     return found
 
 

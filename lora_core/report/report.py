@@ -28,7 +28,7 @@ from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import smoothed
 from lora_core.runs.verdict import SURE, best_of, by_heart, error_of, forgets, measured, raw_or_average
-from lora_core.settings.config import settings
+from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.paths import ASSETS, write_atomically
 
 HIDDEN = ("name",)
@@ -39,11 +39,12 @@ def settings_html(story: ReportData) -> str:
     """The changed ones, then the rest folded."""
     changed: list[tuple[str, ...]] = []
     usual: list[tuple[str, ...]] = []
-    for name, info, default in settings():
+    usual_config = RunConfig()
+    for name in FIELDS:
         if name in HIDDEN:
             continue
-        value = story.config.get(name)
-        row = (info.metadata["title"], shown(name, value), shown(name, default), name)
+        value, default = story.config.get(name), usual_config.get(name)
+        row = (label_of(name), shown(name, value), shown(name, default), name)
         (changed if value != default else usual).append(row)
     heads = ("Setting", "Value", "Default", "Name")
     first = (

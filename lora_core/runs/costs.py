@@ -75,7 +75,7 @@ def cost_key(config: RunConfig, resolution: int) -> str:
     """
     optim, adapter = config.optim, config.adapter
     # All of the section, so that a setting that is added to it later counts by itself.
-    train = {**asdict(config.train), "resolution": config.train.resolution or resolution}
+    train = {**config.train.model_dump(), "resolution": config.train.resolution or resolution}
     del train["steps"]
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
     adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]

@@ -278,6 +278,12 @@ QUANTISED: Table = {
 }
 
 
+def find_key(table: Table, name: str) -> str | None:
+    """The key of the row `name`, found by key or by title, in any case."""
+    wanted = name.strip().lower()
+    return next((key for key, row in table.items() if wanted in (key, row.title.lower())), None)
+
+
 def chosen(table: Table, name: str, setting: str) -> Choice:
     """The row `name`, found by key or by title, whatever its case.
 

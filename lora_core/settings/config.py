@@ -1,40 +1,43 @@
-"""A whole run's settings: reading them from TOML and the command line, checking them, writing them out.
+"""The settings of a whole run: reading them from TOML and the command line, checking them, writing them out.
 
-The settings themselves are declared in `settings/schema.py` and `settings/schema.py`.
+The settings themselves are declared in `settings/schema.py`.
 """
 
-import dataclasses
+import ast
 import difflib
+import functools
+import inspect
+import itertools
 import math
-import re
 import stat
 import tomllib
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from annotated_types import Ge, Le
+from pydantic import Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from lora_core.errors import ConfigError
-from lora_core.settings import choices
-from lora_core.settings.patterns import LONGEST, MOST, PatternError, check_pattern
+from lora_core.settings.choices import Table
 from lora_core.settings.schema import (
     AUTO,
     AdapterSection,
+    Auto,
     DatasetSection,
-    Form,
     LossSection,
     ModelSection,
-    NumberOrAuto,
     OptimSection,
     PreviewSection,
+    RowOf,
     SaveSection,
+    Section,
     TrainSection,
     ValidationSection,
-    setting,
 )
 from lora_core.system.paths import valid_text
 
@@ -59,27 +62,28 @@ MAX_INTEGER = 2**63
 _LONGEST_SHOWN = 80
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """All settings of one run; immutable, so that nothing can change it while the run goes on."""
+class RunConfig(Section):
+    """All settings of one run; immutable, so that nothing can change them while it trains."""
 
-    name: str = setting("", "Name", "The run's name. Empty: date and dataset.")
-    seed: int = setting(0, "Seed", "Every random draw of the run follows from it.", span=(0, 2**32 - 1))
-    model: ModelSection = field(default_factory=ModelSection)
-    adapter: AdapterSection = field(default_factory=AdapterSection)
-    dataset: DatasetSection = field(default_factory=DatasetSection)
-    train: TrainSection = field(default_factory=TrainSection)
-    optim: OptimSection = field(default_factory=OptimSection)
-    loss: LossSection = field(default_factory=LossSection)
-    validation: ValidationSection = field(default_factory=ValidationSection)
-    preview: PreviewSection = field(default_factory=PreviewSection)
-    save: SaveSection = field(default_factory=SaveSection)
+    name: str = Field("", title="Name")
+    """The run's name. Empty: date and dataset."""
+    seed: int = Field(0, title="Seed", ge=0, le=2**32 - 1)
+    """Every random draw of the run follows from it."""
+    model: ModelSection = Field(default_factory=ModelSection)
+    adapter: AdapterSection = Field(default_factory=AdapterSection)
+    dataset: DatasetSection = Field(default_factory=DatasetSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    optim: OptimSection = Field(default_factory=OptimSection)
+    loss: LossSection = Field(default_factory=LossSection)
+    validation: ValidationSection = Field(default_factory=ValidationSection)
+    preview: PreviewSection = Field(default_factory=PreviewSection)
+    save: SaveSection = Field(default_factory=SaveSection)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
         """A config from nested tables as TOML gives them; what is absent takes its default.
 
-        Settings that an earlier version wrote and that are no more are left out; `retired` names them.
+        Settings that an earlier version wrote and this one does not have are left out; `retired` names them.
 
         Raises:
             ConfigError: names every setting that is unknown, mistyped or out of range, all at once.
@@ -97,31 +101,31 @@ class RunConfig:
             ConfigError: names every setting that is unknown, mistyped or out of range, all at once.
         """
         problems: list[str] = []
-        by_section: dict[str, dict[str, Any]] = {}
-        known = {name: info for name, info, _ in settings()}
+        tables = self.to_dict()
         for name, value in with_switches(changes):
+            section, _, key = name.rpartition(".")
             if name in RETIRED:
                 problems += retired([(name, value)])
-                continue
-            if name not in known:
-                problems.append(_unknown(name, list(known)))
-                continue
+            elif name not in FIELDS:
+                problems.append(_unknown(name))
+            else:
+                (tables[section] if section else tables)[key] = value
+        for section, model in SECTIONS.items():
             try:
-                checked = checked_value(name, known[name], value)
-            except ConfigError as error:
-                problems.append(str(error))
-                continue
-            section, _, key = name.rpartition(".")
-            by_section.setdefault(section, {})[key] = checked
+                tables[section] = model.model_validate(tables[section])
+            except ValidationError as error:
+                problems += _sentences(error, section, tables.pop(section))
+        try:
+            config = RunConfig.model_validate(tables)
+        except ValidationError as error:
+            problems += _sentences(error, "", tables)
         if problems:
             raise ConfigError(" ".join(problems))
-        top = by_section.pop("", {})
-        sections = {s: dataclasses.replace(getattr(self, s), **values) for s, values in by_section.items()}
-        return dataclasses.replace(self, **top, **sections)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """Nested tables with every setting written out."""
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
     def get(self, name: str) -> Any:
         """The value of a setting by its dotted name.
@@ -129,12 +133,141 @@ class RunConfig:
         Raises:
             ConfigError: there is no such setting.
         """
-        value: Any = self
-        for key in name.split("."):
-            if not hasattr(value, key):
-                raise ConfigError(_unknown(name, [known for known, _, _ in settings()]))
-            value = getattr(value, key)
-        return value
+        if name not in FIELDS:
+            raise ConfigError(_unknown(name))
+        return functools.reduce(getattr, name.split("."), self)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: info.annotation
+    for name, info in RunConfig.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+}
+FIELDS: dict[str, FieldInfo] = {
+    name: info for name, info in RunConfig.model_fields.items() if name not in SECTIONS
+} | {
+    f"{section}.{key}": info
+    for section, model in SECTIONS.items()
+    for key, info in model.model_fields.items()
+}
+"""Each setting by its dotted name, in the order of declaration."""
+
+
+def label_of(name: str) -> str:
+    """What the window calls a setting."""
+    return str(FIELDS[name].title)
+
+
+def help_of(name: str) -> str:
+    """What a setting does, in a sentence or two."""
+    section, _, key = name.rpartition(".")
+    return _help_texts(SECTIONS.get(section, RunConfig))[key]
+
+
+@functools.cache
+def _help_texts(model: type[Section]) -> dict[str, str]:
+    """The docstrings below the fields of a model.
+
+    pydantic's `use_attribute_docstrings` does the same for every process at its start, which costs 40 ms.
+    """
+    (source,) = ast.parse(inspect.getsource(model)).body
+    assert isinstance(source, ast.ClassDef)
+    found = {}
+    for field, doc in itertools.pairwise(source.body):
+        match field, doc:
+            case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[key] = " ".join(text.split())
+    return found
+
+
+def choices_of(name: str) -> Table | None:
+    """The table whose keys a setting may name, or None where there is none."""
+    return next((mark.table for mark in FIELDS[name].metadata if isinstance(mark, RowOf)), None)
+
+
+def limits_of(name: str) -> tuple[float, float] | None:
+    """The smallest and the largest value of a setting, or of each value in its table."""
+    info = FIELDS[name]
+    inner = [mark for kind in typing.get_args(info.annotation) for mark in getattr(kind, "__metadata__", ())]
+    marks = [mark for one in (info, *inner) if isinstance(one, FieldInfo) for mark in one.metadata]
+    low = next((mark.ge for mark in marks if isinstance(mark, Ge)), None)
+    high = next((mark.le for mark in marks if isinstance(mark, Le)), None)
+    return None if low is None or high is None else (low, high)  # type: ignore[return-value]
+
+
+def takes_auto(name: str) -> bool:
+    """Whether a setting is a number or `auto`."""
+    return Auto in typing.get_args(FIELDS[name].annotation)
+
+
+def is_pattern_table(name: str) -> bool:
+    """Whether a setting is a table of pattern to number, such as `adapter.block_ranks`."""
+    return typing.get_origin(FIELDS[name].annotation) is dict
+
+
+def checked_value(name: str, value: Any, called: str = "") -> Any:
+    """A value as the setting's type, if it is legal.
+
+    Args:
+        name: of the setting.
+        value: as TOML, JSON or a widget gives it.
+        called: what messages call the setting, such as the option of a verb that stands for it.
+
+    Raises:
+        ConfigError: wrong type, out of range, not among the choices, or a pattern that cannot be used.
+    """
+    section, _, key = name.rpartition(".")
+    try:
+        return getattr(SECTIONS.get(section, RunConfig).model_validate({key: value}), key)
+    except ValidationError as error:
+        raise ConfigError(" ".join(_sentences(error, section, {key: value}, called))) from error
+
+
+def _sentences(
+    error: ValidationError, section: str, values: Mapping[str, Any], called: str = ""
+) -> list[str]:
+    """A sentence for each setting that pydantic refused."""
+    found: dict[str, str] = {}
+    for problem in error.errors(include_url=False, include_input=False):
+        key, *inside = map(str, problem["loc"])
+        name = f"{section}.{key}" if section else key
+        value, shown_name = values[key], called or name
+        if inside and is_pattern_table(name):
+            value, shown_name = value[inside[0]], f"{shown_name} {inside[0]!r}"
+        # Of a type with two forms and of a list, the first problem says enough.
+        found.setdefault(name, f"{shown_name} {_predicate(problem, name, value)}.")
+    return list(found.values())
+
+
+_TYPES = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "dict_type": "a table of patterns, such as {'mid_block' = 4}; in TOML, quote a pattern that holds a"
+    " backslash with single quotes",
+}
+
+
+def _predicate(problem: ErrorDetails, name: str, value: Any) -> str:
+    shown, info = in_short(value), FIELDS[name]
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"= {value} is not a number that can be used"
+    match problem["type"]:
+        case "patterns":
+            return problem["msg"]
+        case "value_error":
+            return f"= {shown} {problem['ctx']['error']}"
+        case "greater_than":
+            return f"= {shown} is out of range; it must be above {problem['ctx']['gt']:g}"
+        case "greater_than_equal" | "less_than_equal":
+            low, high = limits_of(name) or (-math.inf, math.inf)
+            return f"= {shown} is out of range; it goes from {low:.10g} to {high:.10g}"
+        case "literal_error":
+            known = ", ".join(map(str, typing.get_args(info.annotation)))
+            return f"= {shown} is not possible; choose one of {known}"
+    kind = "a list of texts" if typing.get_origin(info.annotation) is list else _TYPES[problem["type"]]
+    return f"= {shown} should be {kind}{f' or {AUTO}' if takes_auto(name) else ''}"
 
 
 def with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -162,23 +295,6 @@ def retired(changes: Iterable[tuple[str, Any]]) -> list[str]:
     return found
 
 
-def settings() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Each setting as (dotted name, dataclass field, default), in the order of declaration."""
-    default = RunConfig()
-    for top in dataclasses.fields(RunConfig):
-        value = getattr(default, top.name)
-        if not dataclasses.is_dataclass(value):
-            yield top.name, top, value
-            continue
-        for info in dataclasses.fields(value):
-            yield f"{top.name}.{info.name}", info, getattr(value, info.name)
-
-
-def is_pattern_table(info: dataclasses.Field[Any]) -> bool:
-    """Whether a setting is a table of pattern to number, such as `adapter.block_ranks`."""
-    return typing.get_origin(info.type) is dict
-
-
 def pattern_lines(table: Mapping[str, float]) -> str:
     """A table of patterns as a person types it, one `pattern = number` a line."""
     return "\n".join(f"{pattern} = {number}" for pattern, number in table.items())
@@ -204,112 +320,14 @@ def patterns_of_lines(name: str, text: str) -> dict[str, float]:
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as dotted names; a setting that is itself a table stays whole."""
-    whole = {name for name, info, _ in settings() if is_pattern_table(info)}
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping) and f"{prefix}{key}" not in whole:
-            flat.update(flattened(value, f"{prefix}{key}."))
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and not (name in FIELDS and is_pattern_table(name)):
+            flat |= flattened(value, f"{name}.")
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[name] = value
     return flat
-
-
-def checked_value(name: str, info: dataclasses.Field[Any], value: Any) -> Any:
-    """`value` as the field's type, if it is legal.
-
-    Raises:
-        ConfigError: wrong type, out of range, not among the choices, or a pattern that cannot be
-        used.
-    """
-    if is_pattern_table(info):
-        return _checked_table(name, info, value)
-    return _checked_one(name, info, info.type, value)
-
-
-def checked_option(option: str, name: str, value: Any) -> Any:
-    """An option of the command line that stands for a setting, checked as the setting is.
-
-    Raises:
-        ConfigError: it is not legal; the message names the option.
-    """
-    return checked_value(option, FIELDS[name], value)
-
-
-def _checked_table(name: str, info: dataclasses.Field[Any], value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(
-            f"{name} = {in_short(value)} should be a table of patterns, such as {{'mid_block' = 4}}; in TOML"
-            " a pattern with a backslash stands in single quotes."
-        )
-    if len(value) > MOST:
-        raise ConfigError(f"{name} has {len(value):,} patterns; at most {MOST} can be used.")
-    kind = typing.get_args(info.type)[1]
-    checked = {}
-    for pattern, one in value.items():
-        try:
-            check_pattern(pattern)
-        except PatternError as error:
-            shown = pattern if len(pattern) <= LONGEST else f"{pattern[:LONGEST]}…"
-            raise ConfigError(f"{name} has the pattern {shown!r}, which cannot be used: {error}.") from error
-        if isinstance(one, Mapping):
-            raise ConfigError(
-                f"{name}: the pattern that begins with {pattern!r} holds a dot; put it into quotes."
-            )
-        checked[pattern] = _checked_one(f"{name} {pattern!r}", info, kind, one)
-    return checked
-
-
-def _checked_one(name: str, info: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name} = {value} is not a number that can be used.")
-    if kind == NumberOrAuto:
-        if isinstance(value, str) and value.strip().lower() == AUTO:
-            return AUTO
-        if isinstance(value, str):
-            raise ConfigError(f"{name} = {value!r} should be a number or {AUTO}.")
-        kind = float
-    typed = _as_type(name, kind, value)
-    span, above, table = info.metadata["span"], info.metadata["above"], info.metadata["table"]
-    if span is not None and not span[0] <= typed <= span[1]:
-        raise ConfigError(
-            f"{name} = {in_short(value)} is out of range; it goes from {span[0]:.10g} to {span[1]:.10g}."
-        )
-    if above is not None and not typed > above:
-        raise ConfigError(f"{name} = {in_short(value)} is out of range; it must be above {above:g}.")
-    among = info.metadata["among"]
-    if isinstance(among, Form):
-        typed = typed.strip().lower()
-        if not re.fullmatch(among.pattern, typed):
-            raise ConfigError(f"{name} = {in_short(value)} is not known; choose {among.words}.")
-    elif among is not None and typed not in among:
-        raise ConfigError(
-            f"{name} = {in_short(value)} is not possible; choose one of {', '.join(map(str, among))}."
-        )
-    if table is not None:
-        choices.chosen(table, typed, name)
-        typed = next(key for key, row in table.items() if typed.strip().lower() in (key, row.title.lower()))
-    return typed
-
-
-def _as_type(name: str, kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.GenericAlias) or typing.get_origin(kind) is list:
-        if isinstance(value, list) and all(isinstance(v, str) and is_unicode(v) for v in value):
-            return value
-        raise ConfigError(f"{name} = {in_short(value)} should be a list of texts.")
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is int and isinstance(value, int | float) and not isinstance(value, bool) and value == int(value):
-        return int(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if abs(value) < MAX_INTEGER:
-            return float(value)
-        raise ConfigError(f"{name} = {in_short(value)} is too large.")
-    if kind is str and isinstance(value, str):
-        if not is_unicode(value):
-            raise ConfigError(f"{name} = {in_short(value)} holds bytes that are not UTF-8; rename it.")
-        return value
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise ConfigError(f"{name} = {in_short(value)} should be {words[kind]}.")
 
 
 def in_short(value: Any) -> str:
@@ -326,16 +344,12 @@ def is_unicode(text: str) -> bool:
     return text == valid_text(text)
 
 
-def _unknown(name: str, known: list[str]) -> str:
+def _unknown(name: str) -> str:
     if len(name) > _LONGEST_SHOWN:
         return f"{name[: _LONGEST_SHOWN - 1]}… is not a setting."
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f"; did you mean {close[0]}?" if close else f". The sections are {', '.join(_sections())}."
+    close = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.6)
+    hint = f"; did you mean {close[0]}?" if close else f". The sections are {', '.join(SECTIONS)}."
     return f"{name} is not a setting{hint}"
-
-
-def _sections() -> list[str]:
-    return [f.name for f in dataclasses.fields(RunConfig) if f.default_factory is not dataclasses.MISSING]
 
 
 def parsed_assignment(text: str) -> tuple[str, Any]:
@@ -354,8 +368,8 @@ def parsed_assignment(text: str) -> tuple[str, Any]:
         value = parse_toml(f"value = {raw}", f"--set {name}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
-    kinds = {known: info.type for known, info, _ in settings()}
-    return name, raw if kinds.get(name) is str and not isinstance(value, str) else value
+    is_text = name in FIELDS and FIELDS[name].annotation is str
+    return name, raw if is_text and not isinstance(value, str) else value
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -417,7 +431,3 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
 def to_toml(config: RunConfig) -> str:
     """The config as TOML, complete."""
     return tomli_w.dumps(config.to_dict())
-
-
-FIELDS: dict[str, dataclasses.Field[Any]] = {name: info for name, info, _ in settings()}
-"""Each setting by its dotted name."""

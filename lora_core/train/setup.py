@@ -351,7 +351,8 @@ class RuntimePlan:
         optim, factor = config.optim, 2.0**self.octave
         rates = {n: getattr(optim, n) * factor for n in ("lr", "text_encoder_lr", "text_encoder_2_lr")}
         by_block = {pattern: rate * factor for pattern, rate in optim.block_lr.items()}
-        return replace(config, optim=replace(optim, **rates, block_lr=by_block))
+        optim = optim.model_copy(update={**rates, "block_lr": by_block})
+        return config.model_copy(update={"optim": optim})
 
     def set_up(self) -> None:
         """Have this process compute as planned. Call it before the first kernel on the device."""

@@ -119,9 +119,9 @@ def choose_device(name: str) -> Any:
         ConfigError: there is no such device.
     """
     from lora_core.models.device import best_device, use_device
-    from lora_core.settings.config import checked_option
+    from lora_core.settings.config import checked_value
 
-    return best_device() if name == "auto" else use_device(checked_option("--device", "train.device", name))
+    return best_device() if name == "auto" else use_device(checked_value("train.device", name, "--device"))
 
 
 def load_images(dataset: File, workspace: File | None) -> Any:

@@ -9,7 +9,7 @@ from lora_core.data.bulk_edit import Edit
 from lora_core.errors import DatasetError, RunError
 from lora_core.model_files.detect import base_facts
 from lora_core.runs.folder import find_run
-from lora_core.settings.config import checked_option
+from lora_core.settings.config import checked_value
 from lora_core.system.paths import workspace as workspace_folder
 from lora_core.verbs import File, Measure, Progress, check_triples, load_images, optional_path, verb
 
@@ -40,8 +40,8 @@ def audit(
     from lora_core.data.audit import audit as audited
     from lora_core.data.statistics import Training
 
-    checked_option("--batch", "train.batch_size", batch)
-    side = checked_option("--resolution", "train.resolution", resolution)
+    checked_value("train.batch_size", batch, "--batch")
+    side = checked_value("train.resolution", resolution, "--resolution")
     facts = base_facts(base)
     training = Training(side or facts.resolution, facts.multiple, facts.tokenizer, trigger, batch)
     return audited(load_images(dataset, workspace), training)

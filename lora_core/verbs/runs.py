@@ -12,7 +12,7 @@ from lora_core.model_files.detect import base_facts, chosen_base, is_remote
 from lora_core.model_files.starting_settings import like_file, starting_settings
 from lora_core.runs.folder import RunFolder, checked_name, find_run, runs_folder
 from lora_core.settings.choices import FORMATS
-from lora_core.settings.config import RunConfig, checked_option, flattened, with_switches
+from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
 from lora_core.system.paths import workspace as workspace_folder
 from lora_core.verbs import PRECISIONS, File, check_precision, load_images, optional_path, verb
 
@@ -221,7 +221,7 @@ def resume(
     from lora_core.train.trainer import train as train_run
 
     if steps is not None:
-        steps = checked_option("steps", "train.steps", steps)
+        steps = checked_value("train.steps", steps, "steps")
     folder = find_run(run, optional_path(workspace))
     with folder.held():
         folder.request("resume")

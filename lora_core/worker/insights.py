@@ -15,6 +15,7 @@ from lora_core.evaluate.learned import measure_run_images
 from lora_core.evaluate.triggers import propose_triggers
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import ModelSection
 from lora_core.worker.telling import Telling
 
@@ -61,12 +62,9 @@ class Insights:
 
 def model_of(request: Request) -> ModelSection:
     """What names the base of a request."""
-    usual = ModelSection()
-    return ModelSection(
-        str(request["base"]), str(request.get("vae", usual.vae)),
-        str(request.get("prediction", usual.prediction)),
-        str(request.get("zero_terminal_snr", usual.zero_terminal_snr)),
-    )  # fmt: skip
+    names = ("base", "vae", "prediction", "zero_terminal_snr")
+    given = {f"model.{name}": str(request[name]) for name in names if name in request}
+    return RunConfig().changed(given).model
 
 
 def _how(request: Request) -> tuple[int, int]:

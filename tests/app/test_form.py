@@ -21,20 +21,19 @@ from app.train.form import (
 from lora_core.errors import ConfigError
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.projects.project import Project
-from lora_core.settings.config import RunConfig, parsed_assignment, settings
+from lora_core.settings.config import FIELDS, RunConfig, help_of, label_of, parsed_assignment
 
 
 def test_every_setting_has_a_place() -> None:
     placed = {name for group in GROUPS for name in group_fields(group)}
     elsewhere = {"name", "dataset.path", "dataset.trigger", "model.base", "train.steps", "train.resolution"}
-    assert placed | elsewhere == {name for name, _, _ in settings()}
+    assert placed | elsewhere == set(FIELDS)
 
 
 @pytest.mark.parametrize("name", FORM)
 def test_a_widget_takes_its_words_from_the_setting(name: str) -> None:
-    info = {n: i for n, i, _ in settings()}[name]
     made = widget(name)
-    assert (made.label, made.info) == (info.metadata["title"], info.metadata["help"])
+    assert (made.label, made.info) == (label_of(name), help_of(name))
 
 
 def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
@@ -51,7 +50,7 @@ def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
     [
         ("train.steps", 0, "Steps"),
         ("train.steps", None, "Steps is empty."),
-        ("train.resolution", "large", "Resolution should be a number"),
+        ("train.resolution", "large", "Resolution = 'large' should be a whole number"),
         ("adapter.rank", 5000, "Rank (size)"),
         ("optim.lr", -1, "Learning rate"),
         ("adapter.block_ranks", "mid_block", "Ranks by block has the line 'mid_block'"),

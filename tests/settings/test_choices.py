@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 
@@ -15,7 +16,7 @@ from lora_core.__main__ import parser
 from lora_core.errors import ConfigError
 from lora_core.settings import choices
 from lora_core.settings.choices import Choice, Table, chosen
-from lora_core.settings.config import settings
+from lora_core.settings.config import FIELDS, choices_of, limits_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES: dict[str, Table] = {
@@ -49,11 +50,11 @@ def test_a_table_leaves_a_choice(table: str) -> None:
 
 
 def test_every_setting_leaves_a_choice() -> None:
-    for name, info, _ in settings():
-        table, among, span = (info.metadata[key] for key in ("table", "among", "span"))
+    for name, info in FIELDS.items():
+        table, limits = choices_of(name), limits_of(name)
         assert table is None or any(table is known for known in TABLES.values()), name
-        assert among is None or len(among) > 1, name
-        assert span is None or span[0] < span[1], name
+        assert limits is None or limits[0] < limits[1], name
+        assert get_origin(info.annotation) is not Literal or len(get_args(info.annotation)) > 1, name
 
 
 def test_every_option_of_the_command_line_leaves_a_choice() -> None:

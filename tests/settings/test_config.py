@@ -1,22 +1,24 @@
 """Settings: what is legal, what is refused and in which words, and that writing and reading gives the
 same."""
 
-import dataclasses
 import os
 import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from lora_core.errors import ConfigError
 from lora_core.settings.config import (
+    FIELDS,
     RunConfig,
     flattened,
+    help_of,
+    label_of,
     load_toml,
     parsed_assignment,
     pattern_lines,
     patterns_of_lines,
-    settings,
     to_toml,
 )
 
@@ -68,7 +70,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("adapter.block_ranks", {"mid_block": -1}, "'mid_block' = -1 is out of range"),
         ("adapter.block_ranks", {"mid_block": 2.5}, "'mid_block' = 2.5 should be a whole number"),
         ("adapter.block_ranks", {"mid_block": True}, "should be a whole number"),
-        ("adapter.block_ranks", {"unet": {"mid_block": 4}}, "'unet' holds a dot; put it into quotes"),
+        ("adapter.block_ranks", {"unet": {"mid_block": 4}}, "begins with 'unet'; put it into quotes"),
         ("adapter.block_ranks", {"(mid": 4}, "'(mid', which cannot be used"),
         ("adapter.block_ranks", {"(?!a)b": 4}, "cannot be used: groups that begin with"),
         ("optim.block_lr", {f"a{n}": 0.0 for n in range(101)}, "has 101 patterns; at most 100 can be used"),
@@ -141,7 +143,7 @@ def test_a_refused_change_changes_nothing() -> None:
 
 
 def test_a_config_cannot_be_changed_in_place() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValidationError):
         RunConfig().seed = 1  # type: ignore[misc]
 
 
@@ -164,7 +166,7 @@ def test_toml_round_trip_is_complete() -> None:
     )
     text = to_toml(config)
     assert RunConfig.from_dict(tomllib.loads(text)) == config
-    assert set(flattened(tomllib.loads(text))) == {name for name, _, _ in settings()}
+    assert set(flattened(tomllib.loads(text))) == set(FIELDS)
     # Of several patterns the last counts, so their order is part of the setting.
     assert list(RunConfig.from_dict(tomllib.loads(text)).adapter.block_ranks) == [
         r"unet\.mid_block",
@@ -206,9 +208,9 @@ def test_every_default_is_legal() -> None:
 
 
 def test_every_setting_explains_itself() -> None:
-    for name, info, _ in settings():
-        assert info.metadata["title"], name
-        assert info.metadata["help"].rstrip().endswith("."), name
+    for name in FIELDS:
+        assert label_of(name), name
+        assert help_of(name).endswith("."), name
 
 
 def test_get_refuses_what_is_no_setting() -> None:
