@@ -5,20 +5,22 @@ python docs/strip.py ADAPTER.safetensors
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from lora_core.formats.io import read_adapter
-from lora_core.generate.pipeline import Picture, generate_image
+from lora_core.generate.pipeline import generate_image
+from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.models.load import load_base
 from lora_core.system.paths import ASSETS
 
 STRENGTHS = (0.0, 0.5, 1.0)
 SHOWN, GAP, LABEL = 5, 8, 44
-HOW = Picture(seed=1234, steps=20, cfg=3.0)
+HOW = GenerationRequest(seed=1234, steps=20, cfg=3.0)
 
 
 def main(adapter: Path) -> None:
@@ -38,7 +40,10 @@ def main(adapter: Path) -> None:
         top = row * (side + GAP)
         draw.text((4, top + side // 2 - 8), f"{strength:g}", fill="#6d665c", font=ImageFont.load_default(16))
         for column, caption in enumerate(captions[:SHOWN]):
-            strip.paste(generate_image(base, HOW, caption.strip()), (LABEL + column * (side + GAP), top))
+            strip.paste(
+                generate_image(base, replace(HOW, prompt=caption.strip())),
+                (LABEL + column * (side + GAP), top),
+            )
     strip.save(Path(__file__).with_name("strip.png"))
 
 

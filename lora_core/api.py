@@ -14,7 +14,7 @@ Below the verbs are the parts that they are made of: open a base, put an adapter
     >>> weights = read_adapter(file, base.family)
     >>> merger = Merger(base.modules)
     >>> merger.apply([LoadedLora(weights, 0.5)])
-    >>> generate_image(base, Picture(seed=3), "a red cat").save(out)
+    >>> generate_image(base, GenerationRequest(prompt="a red cat", seed=3)).save(out)
 
 Paths are `str` or `Path`. A run is a folder or a name in the workspace; `workspace=None` means the
 environment variable LORA_EASEL_HOME, else the platform's user data folder. Every problem that a user can fix
@@ -52,7 +52,6 @@ _LAZY = {
     "AdapterWeights": "lora_core.lora.weights",
     "LayerWeights": "lora_core.lora.weights",
     "Merger": "lora_core.lora.inject",
-    "Picture": "lora_core.generate.pipeline",
     "LoadedLora": "lora_core.lora.inject",
     "adapter_weights": "lora_core.lora.inject",
     "generate_image": "lora_core.generate.pipeline",

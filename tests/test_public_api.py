@@ -17,7 +17,7 @@ from lora_core.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = """
-    AdapterWeights Axis GenerationRequest LayerWeights LoadedLora LoraError Measure Merger Picture RunConfig
+    AdapterWeights Axis GenerationRequest LayerWeights LoadedLora LoraError Measure Merger RunConfig
     RunFolder WeightedLora adapter_weights generate_image inject inspect_file left_out like_file load_base
     merge_into_base read_adapter run_config shrink_intrinsic validation_report write_adapter
 """

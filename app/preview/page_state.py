@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_core.generate.request import Axis, GenerationRequest, Infotext, Tag, grid_requests, grid_settings
+from lora_core.generate.request import Axis, GenerationRequest, Infotext, grid_requests, grid_settings
 from lora_core.model_files.detect import chosen_base
 from lora_core.settings.choices import SAMPLERS
 
@@ -101,7 +101,7 @@ def sheet_info(grid: Grid) -> str:
         prompt=shot.prompt, negative=shot.negative, steps=shot.steps, sampler=sampler_title(shot.sampler),
         cfg=shot.cfg, cfg_rescale=_rescale(shot), seed=shot.seed, width=shot.width, height=shot.height,
         model=Path(shot.base).stem, clip_skip=shot.clip_skip,
-        loras=tuple(Tag(one.name, one.strength, one.text_strength) for one in shot.loras if one.acts),
+        loras=tuple(one for one in shot.loras if one.acts),
         extra=grid_settings(grid.rows, grid.columns),
     ).text()  # fmt: skip
 

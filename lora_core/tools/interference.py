@@ -25,6 +25,7 @@ from lora_core.errors import AdapterFileError
 from lora_core.evaluate.validator import clustered_error
 from lora_core.formats import detect
 from lora_core.formats.io import read_adapter
+from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import Family
@@ -163,19 +164,6 @@ def _alone(updates: Mapping[Any, Update], other: Mapping[Any, Update], name: str
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """An adapter file and its strengths in the stack."""
-
-    path: Path
-    strength: float = 1.0
-    text_strength: float | None = None
-
-    def on(self, part: str) -> float:
-        """The strength on a part."""
-        return self.strength if part == "unet" or self.text_strength is None else self.text_strength
-
-
-@dataclass(frozen=True)
 class _Term:
     """One adapter's update of a layer, at its strength."""
 
@@ -193,7 +181,7 @@ class _Term:
 
 
 def interference_report(
-    files: Sequence[Stacked], note: Callable[[int, int], None] | None = None
+    files: Sequence[WeightedLora], note: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """Overlap, cross terms and what survives of each of several adapter files.
 
@@ -224,7 +212,7 @@ def interference_report(
     return {
         "files": [
             {
-                "name": file.path.name,
+                "name": Path(file.file).name,
                 "strength": file.strength,
                 "norm": math.sqrt(energy),
                 "survives": kept / energy if energy else None,
@@ -238,33 +226,33 @@ def interference_report(
     }
 
 
-def _opened(files: Sequence[Stacked]) -> tuple[list[Updates], list[LeftOut]]:
+def _opened(files: Sequence[WeightedLora]) -> tuple[list[Updates], list[LeftOut]]:
     """The updates of each file, once all are seen to be for one kind of base."""
     titles: dict[str, tuple[str, Family]] = {}
     for file in files:
-        header = read_header(file.path)
+        header = read_header(Path(file.file))
         family = detect.file_family(header.shapes, header.metadata)
         if family is not None:
-            titles.setdefault(family.title, (file.path.name, family))
+            titles.setdefault(family.title, (Path(file.file).name, family))
     if len(titles) > 1:
         (one, first), (two, second), *_ = titles.values()
         raise AdapterFileError(f"{one} is for {first.title} and {two} for {second.title}; they do not stack.")
     known = next((family for _, family in titles.values()), None)
     opened, left_out = [], []
     for file in files:
-        updates, out = known_updates(file.path, known)
+        updates, out = known_updates(Path(file.file), known)
         opened.append(updates)
         left_out += out
     return opened, left_out
 
 
-def _terms(key: LayerKey, files: Sequence[Stacked], opened: Sequence[Updates]) -> list[_Term]:
+def _terms(key: LayerKey, files: Sequence[WeightedLora], opened: Sequence[Updates]) -> list[_Term]:
     """Those that change the layer."""
     having = [number for number, updates in enumerate(opened) if key in updates]
     terms = []
     for number in having:
         first = having[0]
-        names = (files[first].path.name, files[number].path.name)
+        names = (Path(files[first].file).name, Path(files[number].file).name)
         check_same_shape(opened[first][key], opened[number][key], names)
         term = _Term(number, meaningful_triples(opened[number][key]), files[number].on(key[0]))
         if term.energy > 0:
@@ -342,7 +330,7 @@ def _over_layers(
     }
 
 
-def measure_stack(files: Sequence[Stacked], family: Family, measured: MeasureGains) -> dict[str, Any]:
+def measure_stack(files: Sequence[WeightedLora], family: Family, measured: MeasureGains) -> dict[str, Any]:
     """What a stack gains beside what each of its adapters gains alone, on the same looks.
 
     Args:
@@ -356,7 +344,7 @@ def measure_stack(files: Sequence[Stacked], family: Family, measured: MeasureGai
         more than the best alone, each with the paired standard error; `sentence`.
     """
     adapters = [
-        LoadedLora(read_adapter(file.path, family), file.strength, file.text_strength) for file in files
+        LoadedLora(read_adapter(Path(file.file), family), file.strength, file.text_strength) for file in files
     ]
     alone = [measured([adapter]) for adapter in adapters]
     together = measured(adapters)
@@ -367,7 +355,7 @@ def measure_stack(files: Sequence[Stacked], family: Family, measured: MeasureGai
     return {
         "stack": stack,
         "alone": [
-            {"name": file.path.name, **_number(gains)} for file, gains in zip(files, alone, strict=True)
+            {"name": Path(file.file).name, **_number(gains)} for file, gains in zip(files, alone, strict=True)
         ],
         "sum": _number(sum_alone),
         "best_alone": _number(best),

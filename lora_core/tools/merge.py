@@ -20,6 +20,7 @@ from lora_core.errors import AdapterFileError, ModelFileError
 from lora_core.formats import detect
 from lora_core.formats.io import as_bytes, encoded_header, file_hashes, in_own_form, write_adapter
 from lora_core.formats.metadata import side_file
+from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.families import Family
@@ -52,24 +53,10 @@ _AGREED = (
 
 
 @dataclass(frozen=True)
-class Ingredient:
-    """An adapter file and its strength on the UNet and on the text encoders."""
-
-    path: Path
-    strength: float = 1.0
-    text_strength: float | None = None
-
-    @property
-    def on_text(self) -> float:
-        """The strength on the text encoders."""
-        return self.strength if self.text_strength is None else self.text_strength
-
-
-@dataclass(frozen=True)
 class Opened:
-    """What was read of an ingredient."""
+    """An adapter file, read."""
 
-    ingredient: Ingredient
+    lora: WeightedLora
     updates: Updates
     metadata: Mapping[str, str]
     family: Family
@@ -93,12 +80,12 @@ class MergeOptions:
 
 
 def merge_files(
-    ingredients: Sequence[Ingredient], out: Path, wanted: MergeOptions, now: float, note: Note | None = None
+    loras: Sequence[WeightedLora], out: Path, wanted: MergeOptions, now: float, note: Note | None = None
 ) -> list[str]:
     """Write the sum of adapter files as one plain LoRA of the kohya format, and its side file.
 
     Args:
-        ingredients: the files.
+        loras: the files.
         out: the file to write; it must not be there yet.
         wanted: how.
         now: the time, in seconds since the epoch.
@@ -112,15 +99,15 @@ def merge_files(
     """
     check_out(out)
     base = BaseWeights(wanted.base) if wanted.base else None
-    opened = _opened(ingredients, base.family if base else None)
+    opened = _opened(loras, base.family if base else None)
     blocks = _blocks(wanted.blocks, len(opened))
-    said = _extras(ingredients)
+    said = _extras(loras)
     adapters, reduced = [], False
     for source in opened:
         weights, sentence = _plain(source, wanted.rank, base, note)
         said += [sentence] if sentence else []
         reduced |= bool(sentence)
-        adapters.append(LoadedLora(weights, source.ingredient.strength, source.ingredient.text_strength))
+        adapters.append(LoadedLora(weights, source.lora.strength, source.lora.text_strength))
     weights, loss = merge_adapters(adapters, wanted.rank, blocks)
     family = opened[0].family
     header = _header(opened, out.stem, now)
@@ -139,12 +126,12 @@ def merge_files(
 
 
 def merge_files_into_base(
-    ingredients: Sequence[Ingredient], base_name: str, out: Path, blocks: str = ""
+    loras: Sequence[WeightedLora], base_name: str, out: Path, blocks: str = ""
 ) -> list[str]:
     """Write a copy of a base with adapter files merged into it, LoHa, LoKr and DoRA exactly.
 
     Args:
-        ingredients: the files.
+        loras: the files.
         base_name: what `--into-base` names.
         out: the file or folder to make; it must not be there yet.
         blocks: the text of `--blocks`, or "".
@@ -165,19 +152,21 @@ def merge_files_into_base(
             else "folder, so --out should be one too"
         )
         raise AdapterFileError(f"The base {base.path} is a {kind}; {out} does not fit.")
-    opened = _opened(ingredients, base.family)
-    adapters = [(o.updates, o.ingredient.strength, o.ingredient.on_text) for o in opened]
+    opened = _opened(loras, base.family)
+    adapters = [(o.updates, o.lora.strength, o.lora.on_text) for o in opened]
     texts = {
         MERGED_KEY: json.dumps(_rows(opened)),
         "modelspec.merged_from": ", ".join([base.path.stem, *(_title(o) for o in opened)]),
     }
     layers = merge_into_base(base, adapters, out, texts, _blocks(blocks, len(opened)))
-    return [*_extras(ingredients), f"{layers} layers of the base changed by {_count(opened)}."]
+    return [*_extras(loras), f"{layers} layers of the base changed by {_count(opened)}."]
 
 
-def _extras(ingredients: Sequence[Ingredient]) -> list[str]:
+def _extras(loras: Sequence[WeightedLora]) -> list[str]:
     """What the files hold that is not merged, a sentence for each that does."""
-    found = [(item.path.name, detect.extras_sentence(read_header(item.path).shapes)) for item in ingredients]
+    found = [
+        (Path(item.file).name, detect.extras_sentence(read_header(Path(item.file)).shapes)) for item in loras
+    ]
     return [f"{name}: {sentence}" for name, sentence in found if sentence]
 
 
@@ -189,17 +178,18 @@ def _count(opened: Sequence[Opened]) -> str:
     return "one file" if len(opened) == 1 else f"{len(opened)} files"
 
 
-def _opened(ingredients: Sequence[Ingredient], known: Family | None) -> list[Opened]:
+def _opened(loras: Sequence[WeightedLora], known: Family | None) -> list[Opened]:
     """All files, once they are seen to be for one family.
 
     A file that does not say its family is taken to be of the others'; layers that do not fit come out later.
     """
+    paths = [Path(lora.file) for lora in loras]
     families: dict[str, tuple[Path, Family]] = {}
-    for ingredient in ingredients:
-        header = read_header(ingredient.path)
+    for path in paths:
+        header = read_header(path)
         family = detect.file_family(header.shapes, header.metadata)
         if family is not None:
-            families.setdefault(family.title, (ingredient.path, family))
+            families.setdefault(family.title, (path, family))
     if len(families) > 1 and known is None:
         (one, first), (two, second), *_ = families.values()
         raise AdapterFileError(
@@ -208,9 +198,9 @@ def _opened(ingredients: Sequence[Ingredient], known: Family | None) -> list[Ope
         )
     family = known or next((family for _, family in families.values()), None)
     opened = []
-    for ingredient in ingredients:
-        updates, metadata, of = file_updates(ingredient.path, family)
-        opened.append(Opened(ingredient, updates, metadata, of))
+    for lora, path in zip(loras, paths, strict=True):
+        updates, metadata, of = file_updates(path, family)
+        opened.append(Opened(lora, updates, metadata, of))
     return opened
 
 
@@ -218,7 +208,7 @@ def _plain(
     source: Opened, rank: int | None, base: BaseWeights | None, note: Note | None
 ) -> tuple[AdapterWeights, str]:
     """A file as a plain LoRA, and what that lost, in a sentence, or ""."""
-    path = source.ingredient.path
+    path = Path(source.lora.file)
     low = {key: u.low for key, u in source.updates.items() if u.low is not None and u.magnitude is None}
     if len(low) == len(source.updates):
         return AdapterWeights(low, dict(source.metadata)), ""
@@ -241,16 +231,16 @@ def _rows(opened: Sequence[Opened]) -> list[dict[str, object]]:
     return [
         {
             "name": _title(source),
-            "sha256": str(file_hashes(source.ingredient.path)["sha256"])[:12],
-            "strength": source.ingredient.strength,
-            "text_strength": source.ingredient.on_text,
+            "sha256": str(file_hashes(Path(source.lora.file))["sha256"])[:12],
+            "strength": source.lora.strength,
+            "text_strength": source.lora.on_text,
         }
         for source in opened
     ]
 
 
 def _title(source: Opened) -> str:
-    return source.ingredient.path.stem
+    return Path(source.lora.file).stem
 
 
 def _date(now: float) -> str:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from lora_core.evaluate.validator import (
     gain_by_timestep,
     paired_gain,
 )
-from lora_core.generate.pipeline import Picture, infotext, sample_image, save_png
+from lora_core.generate.pipeline import infotext, sample_image, save_png
+from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import Injected
 from lora_core.runs import events
 from lora_core.settings.schema import PreviewSection
@@ -43,16 +44,18 @@ def draw_samples(
         averaged: with the average in the adapter's place, where one is kept.
     """
     base = session.state.base
-    how = Picture(section.seed, section.steps, section.cfg, section.sampler, cfg_rescale=section.cfg_rescale)
-    used = [(name, 1.0)] if name else []
+    request = GenerationRequest(
+        seed=section.seed, steps=section.steps, cfg=section.cfg, cfg_rescale=section.cfg_rescale,
+        sampler=section.sampler, loras=(WeightedLora(name),) if name else (),
+    )  # fmt: skip
     files = []
     injected = session.state.injected
     with evaluating(session, averaged), torch.no_grad(), at_strength(injected, 1.0 if name else 0.0):
         negative = session.text.negative()
         for number, prompt in enumerate(session.prompts):
-            image = sample_image(base, how, session.text.condition(prompt), negative, note)
+            image = sample_image(base, request, session.text.condition(prompt), negative, note)
             path = stem.with_name(f"{stem.name}-{number}.png")
-            save_png(image, path, infotext(base, how, prompt, "", used))
+            save_png(image, path, infotext(base, replace(request, prompt=prompt)))
             files.append(path)
     return files
 

@@ -16,7 +16,8 @@ from lora_core.data.buckets import bucket_of
 from lora_core.data.captions import plain_caption
 from lora_core.data.images import content_hash
 from lora_core.evaluate.validator import EvalImage, eval_noise
-from lora_core.generate.pipeline import OnStep, Picture, sample_latents
+from lora_core.generate.pipeline import OnStep, sample_latents
+from lora_core.generate.request import GenerationRequest
 from lora_core.models.load import BaseModel
 from lora_core.settings.config import RunConfig
 from lora_core.train.data import LatentCache, PromptCache, TrainImage, load_or_compute, short_digest
@@ -66,7 +67,10 @@ class ForgettingSet:
         """The pictures with their fixed looks; `note` is called with (done, all) while they are drawn."""
         if not self._made:
             for prompt, number in self._shots:
-                how = Picture(number, _STEPS, _CFG, _SAMPLER, self.side, self.side, cfg_rescale=0.0)
+                how = GenerationRequest(
+                    seed=number, steps=_STEPS, cfg=_CFG, cfg_rescale=0.0, sampler=_SAMPLER,
+                    width=self.side, height=self.side,
+                )  # fmt: skip
                 latents = self._latents(prompt, how, note)
                 looks = eval_noise(
                     f"{prompt}/{number}", latents, *self._looks, self._base.noise.num_timesteps
@@ -74,14 +78,14 @@ class ForgettingSet:
                 self._made.append(EvalImage(latents, looks, prompt))
         return self._made
 
-    def _latents(self, prompt: str, picture: Picture, note: OnStep) -> torch.Tensor:
+    def _latents(self, prompt: str, request: GenerationRequest, note: OnStep) -> torch.Tensor:
         base = self._base
         kept = (base.dtype, base.device.type, is_quantized(base.unet))
-        name = short_digest(self._identity, prompt, picture, kept)
+        name = short_digest(self._identity, prompt, request, kept)
 
         def draw() -> dict[str, torch.Tensor]:
             text = self._text.condition(prompt)
-            made = sample_latents(base, picture, text, self._text.negative(), note)
+            made = sample_latents(base, request, text, self._text.negative(), note)
             return {"value": made[0].float().cpu()}
 
         return load_or_compute(self._folder / f"{name}.safetensors", draw)["value"]

@@ -65,14 +65,14 @@ def generate(
     if target:
         _check_png(target)
     folder = None if target else workspace_folder(workspace) / "generated"
-    artist = _open_artist(shot, precision, device)
+    pipeline = _open_pipeline(shot, precision, device)
     from lora_core.generate.pipeline import save_png
 
     made = []
     for number in range(count):
         one = shot.at("seed", shot.seed + number)
         path = _numbered(target, number) if target else _unused_png(folder or Path(), one.seed)
-        save_png(artist.drawn(one), path, artist.infotext(one))
+        save_png(pipeline(one), path, pipeline.infotext(one))
         made.append(path)
         if drawn:
             drawn(path)
@@ -114,20 +114,20 @@ def grid(
     _check_shot(shot)
     shots, target = grid_requests(shot, rows, columns), Path(out)
     _check_png(target)
-    artist = _open_artist(shot, precision, device)
+    pipeline = _open_pipeline(shot, precision, device)
     from lora_core.generate.grid import make_image_grid
     from lora_core.generate.pipeline import save_png
 
     made = make_image_grid(
-        [[artist.drawn(one) for one in row] for row in shots],
+        [[pipeline(one) for one in row] for row in shots],
         rows.labels() if rows else [],
         columns.labels() if columns else [],
     )
-    save_png(made, target, artist.infotext(shot, grid_settings(rows, columns)))
+    save_png(made, target, pipeline.infotext(shot, grid_settings(rows, columns)))
     return target
 
 
-def _open_artist(shot: GenerationRequest, precision: str, device: str) -> "Pipeline":
+def _open_pipeline(shot: GenerationRequest, precision: str, device: str) -> "Pipeline":
     from lora_core.generate.pipeline import open_pipeline
     from lora_core.tools.combine import truncate_adapter
 
@@ -280,14 +280,14 @@ def merge(
 
     check_precision(precision)
     wanted = MergeOptions(rank, blocks, precision, base)
-    return merge_files(_ingredients(loras), Path(out), wanted, time.time(), note)
+    return merge_files(checked_loras(loras), Path(out), wanted, time.time(), note)
 
 
 def merge_into_base(loras: Sequence[Lora], base: str, out: File, blocks: str = "") -> list[str]:
     """Merge adapters into a copy of a base, a file or a folder; returns what was done, in sentences."""
     from lora_core.tools.merge import merge_files_into_base
 
-    return merge_files_into_base(_ingredients(loras), base, Path(out), blocks)
+    return merge_files_into_base(checked_loras(loras), base, Path(out), blocks)
 
 
 @verb
@@ -477,9 +477,9 @@ def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = 
         measure: measure the stack and each alone on these pictures.
         note: called with how far it is.
     """
-    from lora_core.tools.interference import Stacked, interference_report, measure_stack
+    from lora_core.tools.interference import interference_report, measure_stack
 
-    files = [Stacked(Path(lora.file), lora.strength, lora.text_strength) for lora in checked_loras(loras)]
+    files = checked_loras(loras)
     found = interference_report(files, note)
     if measure is not None:
         bench, base = measure.evaluator()

@@ -8,13 +8,13 @@ its base and the pictures that it held out, or a base and a folder.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_core.data.dataset import open_dataset, require_clean
 from lora_core.errors import AdapterFileError, OutOfMemory
 from lora_core.formats.inspect import inspect_file
+from lora_core.generate.request import WeightedLora
 from lora_core.model_files.header import read_header
 from lora_core.models.device import best_device, out_of_memory
 from lora_core.models.load import load_base
@@ -26,7 +26,7 @@ from lora_core.system.paths import workspace
 from lora_core.tools.amplification import file_amplification
 from lora_core.tools.base_weights import BaseWeights
 from lora_core.tools.evaluator import Evaluator
-from lora_core.tools.interference import Stacked, file_similarity, interference_report, measure_stack
+from lora_core.tools.interference import file_similarity, interference_report, measure_stack
 from lora_core.tools.svd import file_spectrum
 from lora_core.worker.insights import model_of
 from lora_core.worker.telling import Telling
@@ -36,29 +36,17 @@ Verb = Callable[[Request], dict[str, Any]]
 LOOKS = 8
 
 
-@dataclass(frozen=True)
-class At:
-    """A file and its strengths, as a request gives them."""
-
-    path: Path
-    strength: float = 1.0
-    text_strength: float | None = None
-
-    def stacked(self) -> Stacked:
-        """For the analyses of several."""
-        return Stacked(self.path, self.strength, self.text_strength)
-
-
-def files_of(request: Request) -> list[At]:
+def files_of(request: Request) -> list[WeightedLora]:
     """The files that a request names: `files`, paths or objects {file, strength, text_strength}."""
     return [_file_at(row) for row in request["files"]]
 
 
-def _file_at(row: Any) -> At:
+def _file_at(row: Any) -> WeightedLora:
     if isinstance(row, str):
-        return At(Path(row))
+        return WeightedLora(row)
     text = row.get("text_strength")
-    return At(Path(str(row["file"])), float(row.get("strength", 1.0)), None if text is None else float(text))
+    strength = float(row.get("strength", 1.0))
+    return WeightedLora(str(row["file"]), strength, None if text is None else float(text))
 
 
 class Analysing:
@@ -96,11 +84,11 @@ class Analysing:
         if len(files) != 2:
             raise AdapterFileError("Two files are compared, no more and no fewer.")
         telling.phase("Layers")
-        return {"compare": file_similarity(files[0].path, files[1].path, telling.step)}
+        return {"compare": file_similarity(Path(files[0].file), Path(files[1].file), telling.step)}
 
     def stack(self, request: Request) -> dict[str, Any]:
         """What happens when several files are on at once; with `measure`, what they gain."""
-        files, telling = [file.stacked() for file in files_of(request)], self.telling(request)
+        files, telling = files_of(request), self.telling(request)
         telling.phase("Layers")
         report = interference_report(files, telling.step)
         if request.get("measure"):

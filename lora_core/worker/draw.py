@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lora_core.errors import ConfigError
 from lora_core.generate.grid import make_image_grid
-from lora_core.generate.pipeline import OnPreview, OnStep, Pipeline, latent_preview, open_pipeline, save_png
+from lora_core.generate.pipeline import OnLatents, OnStep, Pipeline, latent_preview, open_pipeline, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
 from lora_core.models.load import BaseModel
 from lora_core.settings.schema import ModelSection
@@ -41,7 +41,7 @@ class Drawing:
         """Send answers through `answer`; `cancelled` holds the ids of requests to be dropped."""
         self._answer = answer
         self._cancelled = cancelled
-        self._artist: Pipeline | None = None
+        self._pipeline: Pipeline | None = None
         self._opened_as: tuple[str, ...] | None = None
 
     def generate(self, request: Request) -> dict[str, Any]:
@@ -51,19 +51,19 @@ class Drawing:
         if not all(map(math.isfinite, strengths)):
             raise ConfigError(f"The strengths {strengths} should be finite numbers.")
         shot, folder = shot_of(request), Path(str(request["out"]))
-        artist = self._opened(shot)
+        pipeline = self._opened(shot)
         files: list[str] = []
-        watcher = self._watcher(str(request["id"]), artist.matrix) if request.get("look") else None
+        watcher = self._watcher(str(request["id"]), pipeline.rgb_matrix) if request.get("look") else None
         for index, factor in enumerate(strengths):
             scaled = GenerationRequest(
                 **{**vars(shot), "loras": tuple(lora.times(factor) for lora in shot.loras)}
             )
-            image = artist.drawn(scaled, self._teller(request, index, len(strengths)), watcher)
+            image = pipeline(scaled, self._teller(request, index, len(strengths)), watcher)
             path = _free_name(folder, f"{time.strftime('%Y%m%d-%H%M%S')}-{shot.seed}-{factor:g}")
-            save_png(image, path, artist.infotext(scaled))
+            save_png(image, path, pipeline.infotext(scaled))
             files.append(str(path))
-            said = {"index": index, "strength": factor, "file": str(path), "ready_in": artist.ready_in}
-            size = {"width": image.width, "height": image.height, "note": artist.note}
+            said = {"index": index, "strength": factor, "file": str(path), "ready_in": pipeline.ready_in}
+            size = {"width": image.width, "height": image.height, "note": pipeline.note}
             self._answer({"id": request["id"], "event": "picture", **said, **size})
         return {"files": files}
 
@@ -79,34 +79,35 @@ class Drawing:
 
         return on_step
 
-    def _watcher(self, name: str, matrix: torch.Tensor) -> OnPreview:
+    def _watcher(self, name: str, matrix: torch.Tensor) -> OnLatents:
         """Shows the picture under way, now and then."""
         shown_at = time.monotonic()
 
-        def on_clean(clean: Callable[[], torch.Tensor]) -> None:
+        def on_latents(clean: Callable[[], torch.Tensor]) -> None:
             nonlocal shown_at
             if time.monotonic() - shown_at >= LOOK_EVERY:
                 shown_at = time.monotonic()
                 image = base64.b64encode(_small(latent_preview(clean(), matrix))).decode()
                 self._answer({"id": name, "event": "look", "image": image})
 
-        return on_clean
+        return on_latents
 
     def _opened(self, shot: GenerationRequest) -> Pipeline:
-        """The artist of a shot's base, opened with the prediction, the noise schedule and the VAE that it
+        """The pipeline of a request's base, opened with the prediction, the noise schedule and the VAE that
+        it
         asks for."""
         wanted = (shot.base, shot.prediction, shot.vae, shot.zero_terminal_snr)
-        if self._artist is None or self._opened_as != wanted:
+        if self._pipeline is None or self._opened_as != wanted:
             # Never two bases at once: there may be memory for one.
             self._let_go()
-            self._artist, self._opened_as = open_pipeline(shot, truncate_adapter), wanted
-        return self._artist
+            self._pipeline, self._opened_as = open_pipeline(shot, truncate_adapter), wanted
+        return self._pipeline
 
     def bare_base(self, model: ModelSection) -> BaseModel:
         """The base that is kept, or this one in its place, with no adapter in it."""
-        artist = self._opened(GenerationRequest(**vars(model)))
-        artist.mix(())
-        return artist.base
+        pipeline = self._opened(GenerationRequest(**vars(model)))
+        pipeline.set_adapters(())
+        return pipeline.base
 
     def sheet(self, request: Request) -> dict[str, Any]:
         """Pictures that are there already as one labelled PNG.
@@ -125,7 +126,7 @@ class Drawing:
         return {}
 
     def _let_go(self) -> None:
-        self._artist, self._opened_as = None, None
+        self._pipeline, self._opened_as = None, None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -13,7 +13,7 @@ from lora_core.formats.convert import converted
 from lora_core.report.data import cut_file
 from lora_core.system.disk_space import folder_bytes
 from lora_core.tools.extract import extract_file
-from lora_core.tools.merge import Ingredient, MergeOptions, merge_files, merge_files_into_base
+from lora_core.tools.merge import MergeOptions, merge_files, merge_files_into_base
 from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out, file_precision
 from lora_core.tools.shrink import ShrinkTarget, shrink_file
 from lora_core.tools.strength import bake_strength
@@ -61,19 +61,19 @@ class Remaking:
 
         `blocks` are weights of layers, as `merge --blocks` takes them.
         """
-        ingredients, out, telling = _ingredients(request), Path(str(request["out"])), self._telling(request)
+        files, out, telling = files_of(request), Path(str(request["out"])), self._telling(request)
         telling.phase("Merging the layers")
         rank, blocks = request.get("rank"), str(request.get("blocks") or "")
-        precision, base = file_precision(ingredients[0].path), str(request.get("base") or "")
+        precision, base = file_precision(Path(files[0].file)), str(request.get("base") or "")
         wanted = MergeOptions(int(rank) if rank else None, blocks, precision, base)
-        return _made(out, merge_files(ingredients, out, wanted, time.time(), telling.step))
+        return _made(out, merge_files(files, out, wanted, time.time(), telling.step))
 
     def into_base(self, request: Request) -> dict[str, Any]:
         """A copy of a base with files merged into it."""
-        ingredients, out = _ingredients(request), Path(str(request["out"]))
+        files, out = files_of(request), Path(str(request["out"]))
         self._telling(request).phase("Writing a copy of the base")
         blocks = str(request.get("blocks") or "")
-        return _made(out, merge_files_into_base(ingredients, str(request["base"]), out, blocks))
+        return _made(out, merge_files_into_base(files, str(request["base"]), out, blocks))
 
     def convert(self, request: Request) -> dict[str, Any]:
         """The same LoRA in another format."""
@@ -96,10 +96,6 @@ def _wish(request: Request) -> ShrinkTarget:
     if request.get("energy"):
         return ShrinkTarget(energy=float(request["energy"]))
     return ShrinkTarget(rank=int(request["rank"]))
-
-
-def _ingredients(request: Request) -> list[Ingredient]:
-    return [Ingredient(file.path, file.strength, file.text_strength) for file in files_of(request)]
 
 
 def _made(out: Path, sentences: list[str]) -> dict[str, Any]:

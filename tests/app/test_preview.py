@@ -19,7 +19,7 @@ from app.preview.routes import open_tab
 from app.snapshot import Moment, moment_of
 from app.state import Desk
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
-from lora_core.generate.request import GenerationRequest, Infotext, Tag, WeightedLora, make_axis
+from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, make_axis
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.storage import restore, trashed
 from lora_core.settings.config import RunConfig
@@ -197,7 +197,16 @@ def test_a_lora_s_own_base_draws_it(desk: Desk) -> None:
 def test_settings_of_a_picture_go_into_the_form(desk: Desk) -> None:
     _, file = run_with_file(desk)
     info = Infotext(
-        HOSTILE, "no", 7, "Euler a", 3.5, 99, 96, 128, "demo", loras=(Tag("mine", 0.8, 0.4), Tag("away", 1))
+        HOSTILE,
+        "no",
+        7,
+        "Euler a",
+        3.5,
+        99,
+        96,
+        128,
+        "demo",
+        loras=(WeightedLora("mine", 0.8, 0.4), WeightedLora("away", 1)),
     )
     assert preview_form.keep_info(moment_of(desk), info) == ["away"]
     moment = moment_of(desk)
@@ -252,9 +261,9 @@ def test_the_strip_of_a_run_is_drawn_once(desk: Desk, monkeypatch: pytest.Monkey
 
 
 def test_a_picture_s_settings_are_read_and_shown_as_text(tmp_path: Path) -> None:
-    written = Infotext(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(Tag("x", 0.5),))
+    written = Infotext(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(WeightedLora("x", 0.5),))
     info = picture_info.picture_info(picture(tmp_path, text=written.text()))
-    assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (Tag("x", 0.5),))
+    assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (WeightedLora("x", 0.5),))
     shown = picture_info.info_html(f"{HOSTILE}.png", info)
     assert "<img" not in shown
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from lora_core.data.dataset import open_dataset
 from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
-from lora_core.generate.pipeline import Picture, sample_latents
+from lora_core.generate.pipeline import sample_latents
+from lora_core.generate.request import GenerationRequest
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
@@ -104,7 +105,7 @@ def _own_pictures(base: BaseModel, count: int, first_seed: int) -> Iterator[tupl
     side = base.resolution
     for number in range(count):
         prompt = prompts[number % len(prompts)]
-        how = Picture(first_seed + number, 10, 3.0, "ddim", side, side)
+        how = GenerationRequest(seed=first_seed + number, steps=10, cfg=3.0, width=side, height=side)
         yield sample_latents(base, how, _condition(base, prompt), _condition(base, ""))[0], prompt
 
 

@@ -23,7 +23,7 @@ HELD_OUT = ("horse", "pig", "cow", "chicken", "grapes", "pizza", "airplane", "st
 
 def drawn_set(folder: Path) -> Path:
     """Draw both halves, `train/` and `held_out/`, with captions beside the pictures; returns the folder."""
-    artist = Pipeline(load_base("demo", torch.device("cpu"), torch.float32), lambda weights, rank: weights)
+    pipeline = Pipeline(load_base("demo", torch.device("cpu"), torch.float32), lambda weights, rank: weights)
     number = 0
     for name, things in (("train", TRAIN), ("held_out", HELD_OUT)):
         (folder / name).mkdir(parents=True)
@@ -31,7 +31,7 @@ def drawn_set(folder: Path) -> Path:
             ground = f"on a {GROUND[number % len(GROUND)]} background"
             shot = GenerationRequest(prompt=f"{thing}, twemoji style, {ground}", seed=9000 + number, cfg=3.0)
             stem = folder / name / thing.replace(" ", "-")
-            in_tiles(artist.drawn(shot), number).save(stem.with_suffix(".png"))
+            in_tiles(pipeline(shot), number).save(stem.with_suffix(".png"))
             stem.with_suffix(".txt").write_text(f"{thing}, glazewall style, {ground}\n", encoding="utf-8")
             number += 1
     return folder

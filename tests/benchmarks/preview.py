@@ -43,7 +43,7 @@ def preview_rows() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
         write_adapter(adapter_weights(injected), file, "kohya", "fp16", base.family, {})
-        artist = Pipeline(base, lambda weights, rank: weights)
+        pipeline = Pipeline(base, lambda weights, rank: weights)
 
         def shot(strength: float) -> GenerationRequest:
             return GenerationRequest(prompt="a robot", steps=1, loras=(WeightedLora(str(file), strength),))
@@ -55,14 +55,14 @@ def preview_rows() -> list[Row]:
             return recorded.story
 
         bare = forward()
-        artist.drawn(shot(0.4))
+        pipeline(shot(0.4))
         worn = forward()
         ready = []
         for strength in STRENGTHS:
-            artist.drawn(shot(strength))
-            ready.append(1e3 * artist.ready_in)
+            pipeline(shot(strength))
+            ready.append(1e3 * pipeline.ready_in)
         began = time.perf_counter()
-        artist.mix(shot(0.55).loras)
+        pipeline.set_adapters(shot(0.55).loras)
         merged = 1e3 * (time.perf_counter() - began)
     middle = statistics.median(ready)
     found = f"{middle:.0f} ms ({min(ready):.0f} to {max(ready):.0f}, {merged:.0f} of them merging)"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_core.generate.request import Infotext, Tag, parse_infotext
+from lora_core.generate.request import Infotext, WeightedLora, parse_infotext
 
 HOSTILE = '<img src=x onerror="alert(1)"> {{7*7}} 😀 "quoted", Steps: 3'
 
@@ -23,13 +23,13 @@ def test_a_text_of_a1111_is_read() -> None:
     assert (info.steps, info.cfg, info.seed, info.width, info.height) == (28, 6.5, 3121234567, 512, 768)
     assert (info.sampler, info.model, info.clip_skip) == ("DPM++ 2M Karras", "v1-5-pruned-emaonly", 2)
     # Its extra networks take the text encoder's strength first, then the UNet's.
-    assert info.loras == (Tag("owl style", 0.8), Tag("detail", 0.6, 0.4))
+    assert info.loras == (WeightedLora("owl style", 0.8), WeightedLora("detail", 0.6, 0.4))
     assert info.extra["Lora hashes"] == "owl style: 0f1a, detail: 22"
 
 
 def test_named_strengths_of_a1111_are_read() -> None:
-    assert parse_infotext("x <lora:a:te=0.3:unet=0.7>").loras == (Tag("a", 0.7, 0.3),)
-    assert parse_infotext("x <lora:a>").loras == (Tag("a", 1.0),)
+    assert parse_infotext("x <lora:a:te=0.3:unet=0.7>").loras == (WeightedLora("a", 0.7, 0.3),)
+    assert parse_infotext("x <lora:a>").loras == (WeightedLora("a", 1.0),)
     assert parse_infotext("x <lora:a:much>").loras == ()
 
 
@@ -38,7 +38,7 @@ def test_named_strengths_of_a1111_are_read() -> None:
     [
         Infotext("an owl", "", 20, "Euler a", 7.0, 1, 128, 128, "demo"),
         Infotext(HOSTILE, HOSTILE, 20, "DDIM", 5.5, 2**63 - 1, 96, 160, "a, b: c", 2,
-             (Tag("x y", 0.8), Tag("größe", -0.5, 0.25))),
+             (WeightedLora("x y", 0.8), WeightedLora("größe", -0.5, 0.25))),
         Infotext("two\nlines", "no\nno", 1, "UniPC", 1.0, 0, 64, 64, "demo",
                  extra={"Rows": 'prompt="a, b",c'}),
     ],
@@ -61,4 +61,4 @@ def test_other_texts_are_all_prompt() -> None:
 
 
 def test_names_cannot_break_out_of_their_tag() -> None:
-    assert Tag("a:1> <lora:b", 1.0).text() == "<lora:a 1 lora b:1>"
+    assert WeightedLora("a:1> <lora:b", 1.0).tag == "<lora:a 1 lora b:1>"

@@ -11,7 +11,8 @@ from PIL import Image
 
 from lora_core.data.dataset import scan
 from lora_core.evaluate.validator import encode_eval_images, eval_losses, validation_report
-from lora_core.generate.pipeline import Picture, generate_image, make_scheduler
+from lora_core.generate.pipeline import generate_image, make_scheduler
+from lora_core.generate.request import GenerationRequest
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import load_base
 from tests.checkpoints import write_folder
@@ -39,8 +40,11 @@ def pipeline(folder):
 @pytest.mark.parametrize("negative", ["", "blurry"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 64)])
 def test_the_picture_is_the_one_that_diffusers_makes(base, pipeline, negative, size):
-    how = Picture(seed=5, steps=2, cfg=3.0, sampler="ddim", width=size[0], height=size[1])
-    ours = generate_image(base, how, "an owl on a branch", negative)
+    request = GenerationRequest(
+        prompt="an owl on a branch", negative=negative, seed=5, steps=2, cfg=3.0, width=size[0],
+        height=size[1],
+    )  # fmt: skip
+    ours = generate_image(base, request)
     pipeline.scheduler = make_scheduler(base, "ddim")
     # An empty negative prompt is none at all there, which is zeros for this family.
     theirs = pipeline(

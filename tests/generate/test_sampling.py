@@ -9,13 +9,13 @@ from PIL import Image
 
 from lora_core.errors import ConfigError
 from lora_core.generate.pipeline import (
-    Picture,
     generate_image,
     infotext,
     make_scheduler,
     rescale_guidance,
     save_png,
 )
+from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.models.load import load_base
 from lora_core.settings.choices import SAMPLERS
 from lora_core.system.paths import DEMO_BASE
@@ -37,8 +37,11 @@ def pipeline():
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sampler):
-    how = Picture(seed=5, steps=4, cfg=3.0, sampler=sampler, cfg_rescale=0.0)
-    ours = generate_image(base, how, "owl, on a red background", "blurry")
+    request = GenerationRequest(
+        prompt="owl, on a red background", negative="blurry", seed=5, steps=4, cfg=3.0, sampler=sampler,
+        cfg_rescale=0.0,
+    )  # fmt: skip
+    ours = generate_image(base, request)
     pipeline.scheduler = make_scheduler(base, sampler)
     theirs = pipeline(
         "owl, on a red background", negative_prompt="blurry", num_inference_steps=4, guidance_scale=3.0,
@@ -50,21 +53,21 @@ def test_each_sampler_makes_the_picture_that_diffusers_makes(base, pipeline, sam
 
 
 def test_guidance_is_rescaled_as_in_diffusers(base, pipeline):
-    how = Picture(seed=5, steps=4, cfg=7.0, cfg_rescale=0.7)
-    ours = generate_image(base, how, "owl, on a red background")
+    how = GenerationRequest(prompt="owl, on a red background", seed=5, steps=4, cfg=7.0, cfg_rescale=0.7)
+    ours = generate_image(base, how)
     pipeline.scheduler = make_scheduler(base, "ddim")
     theirs = pipeline(
         "owl, on a red background", num_inference_steps=4, guidance_scale=7.0, guidance_rescale=0.7,
         height=128, width=128, generator=torch.Generator().manual_seed(5),
     ).images[0]  # fmt: skip
-    plain = generate_image(base, replace(how, cfg_rescale=0.0), "owl, on a red background")
+    plain = generate_image(base, replace(how, cfg_rescale=0.0))
     pixels = [np.asarray(image, float) for image in (ours, theirs, plain)]
     assert np.abs(pixels[0] - pixels[1]).mean() < 1.0
     assert np.abs(pixels[0] - pixels[2]).mean() > 3.0
     assert pixels[0].std() < pixels[2].std(), "rescaled guidance has less contrast"
-    assert "CFG scale: 7, CFG Rescale: 0.7, Seed: 5" in infotext(base, how, "owl", "", [])
-    assert "Rescale" not in infotext(base, replace(how, cfg_rescale=0.0), "owl", "", [])
-    assert "Rescale" not in infotext(base, replace(how, cfg=1.0), "owl", "", [])
+    assert "CFG scale: 7, CFG Rescale: 0.7, Seed: 5" in infotext(base, how)
+    assert "Rescale" not in infotext(base, replace(how, cfg_rescale=0.0))
+    assert "Rescale" not in infotext(base, replace(how, cfg=1.0))
 
 
 def test_the_formula_is_that_of_diffusers():
@@ -76,33 +79,36 @@ def test_the_formula_is_that_of_diffusers():
 
 
 @pytest.mark.parametrize("phi", [-0.1, 1.5, float("nan")])
-def test_a_rescale_out_of_range_is_refused(phi):
+def test_a_rescale_out_of_range_is_refused(base, phi):
     with pytest.raises(ConfigError, match="cfg_rescale"):
-        Picture(cfg_rescale=phi)
+        generate_image(base, GenerationRequest(cfg_rescale=phi))
 
 
 def test_a_seed_means_a_picture(base):
     first, again, other = (
-        np.asarray(generate_image(base, Picture(seed=s, steps=2), "owl")) for s in (1, 1, 2)
+        np.asarray(generate_image(base, GenerationRequest(prompt="owl", seed=s, steps=2))) for s in (1, 1, 2)
     )
     assert (first == again).all()
     assert (first != other).any()
 
 
 def test_without_guidance_the_negative_prompt_plays_no_part(base):
-    how = Picture(steps=2, cfg=1.0)
-    first = np.asarray(generate_image(base, how, "owl", "red"))
-    assert (first == np.asarray(generate_image(base, how, "owl", "blue"))).all()
+    how = GenerationRequest(prompt="owl", negative="red", steps=2, cfg=1.0)
+    first = np.asarray(generate_image(base, how))
+    assert (first == np.asarray(generate_image(base, replace(how, negative="blue")))).all()
 
 
 @pytest.mark.parametrize("size", [(100, 128), (128, 8), (8192, 128), (-32, 128)])
 def test_a_size_that_the_base_cannot_make_is_refused(base, size):
     with pytest.raises(ConfigError, match="multiple of 32"):
-        generate_image(base, Picture(steps=1, width=size[0], height=size[1]), "owl")
+        generate_image(base, GenerationRequest(prompt="owl", steps=1, width=size[0], height=size[1]))
 
 
 def test_sizes_other_than_square_come_out(base):
-    assert generate_image(base, Picture(steps=1, width=96, height=160), "owl").size == (96, 160)
+    assert generate_image(base, GenerationRequest(prompt="owl", steps=1, width=96, height=160)).size == (
+        96,
+        160,
+    )
 
 
 def test_an_unknown_sampler_lists_the_known_ones(base):
@@ -112,17 +118,20 @@ def test_an_unknown_sampler_lists_the_known_ones(base):
 
 
 def test_few_steps_of_lcm_and_too_many(base):
-    few = Picture(steps=4, cfg=1.0, sampler="lcm")
-    first, again = (np.asarray(generate_image(base, few, "owl")) for _ in range(2))
+    few = GenerationRequest(prompt="owl", steps=4, cfg=1.0, sampler="lcm")
+    first, again = (np.asarray(generate_image(base, few)) for _ in range(2))
     assert (first == again).all(), "the noise of each step is drawn from the seed"
-    assert (first != np.asarray(generate_image(base, few, "a red fox"))).any()
+    assert (first != np.asarray(generate_image(base, replace(few, prompt="a red fox")))).any()
     with pytest.raises(ConfigError, match="lcm cannot take 51 steps"):
-        generate_image(base, Picture(steps=51, sampler="lcm"), "owl")
+        generate_image(base, GenerationRequest(prompt="owl", steps=51, sampler="lcm"))
 
 
 def test_the_settings_are_in_the_png(base, tmp_path):
-    how = Picture(seed=9, steps=12, cfg=3.5, sampler="euler_a", cfg_rescale=0.0)
-    text = infotext(base, how, "owl", "red", [("demo", 0.8)])
+    request = GenerationRequest(
+        prompt="owl", negative="red", seed=9, steps=12, cfg=3.5, sampler="euler_a", cfg_rescale=0.0,
+        loras=(WeightedLora("demo", 0.8),),
+    )  # fmt: skip
+    text = infotext(base, request)
     path = tmp_path / "new folder" / "é.png"
     save_png(Image.new("RGB", (4, 4)), path, text)
     assert (

@@ -21,7 +21,8 @@ from torch import nn
 
 from lora_core.backends.int8 import WeightPolicy, quantize_int8
 from lora_core.backends.offload import offload_store_for
-from lora_core.generate.pipeline import Picture, generate_image
+from lora_core.generate.pipeline import generate_image
+from lora_core.generate.request import GenerationRequest
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
@@ -183,7 +184,7 @@ def correctness(bench: Bench) -> Iterator[Finding]:
     images = []
     for device in (CPU, bench.device):
         base = load_base(str(bench.runs().base), device, torch.float32)
-        drawn = generate_image(base, Picture(seed=3, steps=4, width=32, height=32), "a dot")
+        drawn = generate_image(base, GenerationRequest(prompt="a dot", seed=3, steps=4, width=32, height=32))
         images.append(np.asarray(drawn, dtype=np.float64))
     error = float(np.square(images[0] - images[1]).mean())
     decibel = 10 * np.log10(255**2 / max(error, 1e-9))

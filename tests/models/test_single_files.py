@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from safetensors.torch import load_file, save_file
 
 from lora_core.errors import ModelFileError
-from lora_core.generate.pipeline import Picture, sample_latents
+from lora_core.generate.pipeline import sample_latents
+from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import encode_negative_prompt, encode_prompt
@@ -115,7 +116,7 @@ def test_captions_and_pictures_are_those_of_the_diffusers_pipeline(made, name):
         else:
             context = pipeline.encode_prompt(caption, CPU, 1, False)[0]
         torch.testing.assert_close(encode_prompt(base, [caption]).context, context)
-    how = Picture(seed=5, steps=2, cfg=4.0, width=128, height=64)
+    how = GenerationRequest(seed=5, steps=2, cfg=4.0, width=128, height=64)
     with torch.no_grad():
         mine = sample_latents(base, how, encode_prompt(base, ["an owl"]), encode_negative_prompt(base, ""))
     noise = torch.randn(mine.shape, generator=torch.Generator().manual_seed(5))

@@ -23,8 +23,8 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from app.worker_client import Worker
 from lora_core.backends.int8 import WeightPolicy, is_quantized
-from lora_core.generate import pipeline as artists
-from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Picture, Pipeline, sample_latents
+from lora_core.generate import pipeline as module
+from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Pipeline, sample_latents
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.targets import named_targets, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -56,15 +56,15 @@ def adapter(base: BaseModel, parts: tuple[str, ...] = ("unet",), rank: int = 4) 
     return AdapterWeights(layers)
 
 
-def artist_with(base: BaseModel, weights: AdapterWeights, kept: int = RESIDENT) -> Pipeline:
+def pipeline_with(base: BaseModel, weights: AdapterWeights, kept: int = RESIDENT) -> Pipeline:
     made = Pipeline(base, lambda same, rank: same, kept)
-    made._adapter = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
+    made._load = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
     return made
 
 
-def drawn(artist: Pipeline, strength: float) -> "np.ndarray[Any, Any]":
+def drawn(pipeline: Pipeline, strength: float) -> "np.ndarray[Any, Any]":
     loras = (WeightedLora("x", strength),) if strength else ()
-    return np.asarray(artist.drawn(replace(SHOT, loras=loras)), float)
+    return np.asarray(pipeline(replace(SHOT, loras=loras)), float)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,10 @@ def test_a_step_of_a_sampler_waits_for_nothing(name: str, on_processor: BaseMode
         with torch.no_grad():
             text, negative = encode_prompt(base, ["owl"]), encode_negative_prompt(base, "")
         card.clear()
-        picture = Picture(3, 5, 3.0, name, 64, 64, 0.7)
-        return sample_latents(base, picture, text, negative)
+        request = GenerationRequest(
+            seed=3, steps=5, cfg=3.0, sampler=name, width=64, height=64, cfg_rescale=0.7
+        )
+        return sample_latents(base, request, text, negative)
 
     with SimulatedDevice() as card:
         found = latents(load_base("demo", card.device, torch.float32))
@@ -91,19 +93,19 @@ def test_a_step_of_a_sampler_waits_for_nothing(name: str, on_processor: BaseMode
 def test_a_picture_is_the_merged_one_and_depends_on_no_earlier_strength(on_processor: BaseModel) -> None:
     parts = ("unet", "text_encoder")
     weights = adapter(on_processor, parts)
-    merged = artist_with(on_processor, weights)
+    merged = pipeline_with(on_processor, weights)
     wanted = {strength: drawn(merged, strength) for strength in (0.0, 0.8, 1.0)}
-    merged.mix(())
+    merged.set_adapters(())
     with SimulatedDevice() as card:
-        artist = artist_with(load_base("demo", card.device, torch.float32), weights)
-        first = {strength: drawn(artist, strength) for strength in (0.8, 1.0, 0.0)}
+        pipeline = pipeline_with(load_base("demo", card.device, torch.float32), weights)
+        first = {strength: drawn(pipeline, strength) for strength in (0.8, 1.0, 0.0)}
         for strength, image in first.items():
             assert np.abs(image - wanted[strength]).max() <= 1, strength
         assert (first[0.0] == wanted[0.0]).all()
         assert np.abs(first[0.8] - first[0.0]).mean() > 2
         held = card.live
         for strength in (-1.0, 2.0, 0.0, 0.8):
-            last = drawn(artist, strength)
+            last = drawn(pipeline, strength)
         assert (last == first[0.8]).all()
         assert card.live <= held + 2**20, "no weight is there twice"
 
@@ -112,46 +114,48 @@ def test_a_new_strength_copies_no_weights_and_reads_no_prompt_again(
     on_processor: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    real = artists.text_condition
-    monkeypatch.setattr(artists, "text_condition", lambda *a: (read.append(a[1][0]), real(*a))[1])
+    real = module.encode_prompt
+    monkeypatch.setattr(module, "encode_prompt", lambda *a: (read.append(a[1][0]), real(*a))[1])
     for parts, again in ((("unet",), 1), (("unet", "text_encoder"), 2)):
         with SimulatedDevice() as card:
-            artist = artist_with(load_base("demo", card.device, torch.float32), adapter(on_processor, parts))
+            pipeline = pipeline_with(
+                load_base("demo", card.device, torch.float32), adapter(on_processor, parts)
+            )
             read.clear()
-            drawn(artist, 0.8)
+            drawn(pipeline, 0.8)
             card.clear()
-            artist.mix((WeightedLora("x", 0.3),))
+            pipeline.set_adapters((WeightedLora("x", 0.3),))
             assert (card.uploaded, card.report()["launches"], card.report()["syncs"]) == (0, 0, 0)
-            drawn(artist, 0.3)
+            drawn(pipeline, 0.3)
             assert len(read) == again, parts
 
 
 def test_a_card_that_runs_out_draws_on_in_less_memory(on_processor: BaseModel) -> None:
     """Whichever allocation fails first, the picture comes, and is the same as long as the weights are."""
     weights = adapter(on_processor)
-    wanted = drawn(artist_with(on_processor, weights), 0.8)
-    artist_with(on_processor, weights).mix(())
+    wanted = drawn(pipeline_with(on_processor, weights), 0.8)
+    pipeline_with(on_processor, weights).set_adapters(())
     with SimulatedDevice() as card:
         bases = load_base("demo", card.device, torch.float32)
-        artist = artist_with(bases, weights)
+        pipeline = pipeline_with(bases, weights)
         before = card.allocations
-        drawn(artist, 0.8)
+        drawn(pipeline, 0.8)
         taken = card.allocations - before
         for share in (0.05, 0.5, 0.9):
-            artist = artist_with(bases, weights)
+            pipeline = pipeline_with(bases, weights)
             for part in bases.text_encoders:
                 bases.put(part, card.device)
             card.fail_at = card.allocations + round(share * taken)
-            assert np.abs(drawn(artist, 0.8) - wanted).max() <= 1
-            assert artist.kept == ASIDE
+            assert np.abs(drawn(pipeline, 0.8) - wanted).max() <= 1
+            assert pipeline.kept == ASIDE
             assert next(bases.text_encoders["text_encoder"].parameters()).device.type == "cpu"
         card.fail_at = card.allocations + 50
-        assert np.abs(drawn(artist, 0.8) - wanted).mean() < 8
-        assert (artist.kept, is_quantized(bases.unet)) == (INT8, True)
-        assert "8 bits" in artist.note
+        assert np.abs(drawn(pipeline, 0.8) - wanted).mean() < 8
+        assert (pipeline.kept, is_quantized(bases.unet)) == (INT8, True)
+        assert "8 bits" in pipeline.note
         card.fail_at = card.allocations + 50
         with pytest.raises(torch.OutOfMemoryError):
-            drawn(artist, 0.8)
+            drawn(pipeline, 0.8)
 
 
 def test_a_picture_is_decoded_by_tiles_where_it_does_not_fit_whole(on_processor: BaseModel) -> None:
@@ -199,16 +203,16 @@ def test_an_sdxl_lora_is_seen_under_seven_gib(monkeypatch: pytest.MonkeyPatch) -
     """At true shapes, 1024 px, bf16, kohya's layers at rank 16; all of it took 13.7 GiB once."""
     with SimulatedDevice(gib=7, numbers=False) as card, torch.no_grad():
         weights = adapter(shapes_of("sdxl", WeightPolicy()), rank=16)
-        monkeypatch.setattr(artists, "open_base", lambda *asked: shapes_of("sdxl", asked[5]))
-        artist = artists.open_pipeline(GenerationRequest(), lambda same, rank: same)
-        artist._adapter = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
+        monkeypatch.setattr(module, "open_base", lambda *asked: shapes_of("sdxl", asked[5]))
+        pipeline = module.open_pipeline(GenerationRequest(), lambda same, rank: same)
+        pipeline._load = lambda lora: ((lora.file, 0, 0, 0), weights)  # type: ignore[method-assign]
         shot = GenerationRequest(
             prompt="owl", steps=1, width=1024, height=1024, loras=(WeightedLora("x", 0.8),)
         )
-        artist.drawn(shot)
-        assert (artist.kept, artist.base.decode_tile, len(weights.layers)) == (ASIDE, 512, 722)
+        pipeline(shot)
+        assert (pipeline.kept, pipeline.base.decode_tile, len(weights.layers)) == (ASIDE, 512, 722)
         card.clear()
-        artist.drawn(replace(shot, loras=(WeightedLora("x", 0.5),)))
+        pipeline(replace(shot, loras=(WeightedLora("x", 0.5),)))
         assert card.uploaded < 2**20
         assert card.peak < 6.1 * GIB
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lora_core.errors import LoraError
-from lora_core.generate.pipeline import Picture, generate_image
+from lora_core.generate.pipeline import generate_image
+from lora_core.generate.request import GenerationRequest
 from lora_core.models.load import load_base
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
@@ -167,8 +168,8 @@ def test_a_sampler_step_waits_no_more_than_its_budget(place: Toy) -> None:
 
         def syncs(sampler: str, steps: int) -> int:
             card.clear()
-            picture = Picture(sampler=sampler, steps=steps, width=16, height=16)
-            generate_image(base, picture, "a dot")
+            request = GenerationRequest(prompt="a dot", sampler=sampler, steps=steps, width=16, height=16)
+            generate_image(base, request)
             return card.syncs.total()
 
         waits = {name: (syncs(name, 6) - syncs(name, 2)) / 4 for name in SAMPLERS}

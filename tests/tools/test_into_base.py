@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.errors import AdapterFileError, LoraError, ModelFileError
 from lora_core.formats.io import write_adapter
+from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.targets import named_targets, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -25,7 +26,7 @@ from lora_core.model_files.header import read_header
 from lora_core.models.load import load_base
 from lora_core.tools import merge
 from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.merge import Ingredient, merge_files_into_base
+from lora_core.tools.merge import merge_files_into_base
 from tests.checkpoints import NARROW, write_folder, write_single
 
 CPU = torch.device("cpu")
@@ -86,7 +87,7 @@ def ingredients(base, folder):
         if not file.exists():
             write_adapter(weights, file, "kohya", "fp32", base.family, {})
     return (
-        [Ingredient(files[0], 0.7, 0.4), Ingredient(files[1], -0.5)],
+        [WeightedLora(str(files[0]), 0.7, 0.4), WeightedLora(str(files[1]), -0.5)],
         [LoadedLora(one, 0.7, 0.4), LoadedLora(two, -0.5)],
     )
 
@@ -124,7 +125,7 @@ def test_a_merged_base_is_the_live_base_with_the_adapters_bit_for_bit(bases, tmp
     assert [(row["name"], row["strength"], row["text_strength"]) for row in rows] == [
         ("one", 0.7, 0.4), ("two", -0.5, -0.5),
     ]  # fmt: skip
-    assert rows[0]["sha256"] == bits(files[0].path)[:12]
+    assert rows[0]["sha256"] == bits(Path(files[0].file))[:12]
     assert metadata["modelspec.merged_from"] == f"{name}, one, two"
 
 
@@ -142,7 +143,9 @@ def test_each_tensor_keeps_its_number_type_and_the_rest_its_bytes(bases, tmp_pat
         {k: w for k, w in adapter(base, 1, 1.0, every=5).layers.items() if k[0] == "unet"}
     )
     write_adapter(weights, tmp_path / "one.safetensors", "diffusers", "fp32", base.family, {})
-    merge_files_into_base([Ingredient(tmp_path / "one.safetensors")], str(base_folder), tmp_path / "out")
+    merge_files_into_base(
+        [WeightedLora(str(tmp_path / "one.safetensors"))], str(base_folder), tmp_path / "out"
+    )
     after = load_file(tmp_path / "out" / UNET)
     header, old = read_header(tmp_path / "out" / UNET), read_header(base_folder / UNET)
     assert header.tensors == old.tensors
@@ -206,7 +209,7 @@ def test_shards_and_half_precision_variants(bases, tmp_path):
     (root / "v1-5-pruned.safetensors").write_bytes(b"the base as it was")
     (root / "made by me").mkdir()
     out = tmp_path / "out"
-    merge_files_into_base([Ingredient(lora)], str(root), out)
+    merge_files_into_base([WeightedLora(str(lora))], str(root), out)
     Merger(base.modules).apply([LoadedLora(weights)])
     expected = base.unet.state_dict()
     merged = load_file(out / "unet" / files[0]) | load_file(out / "unet" / files[1])
@@ -235,7 +238,7 @@ def test_text_encoders_saved_with_and_without_the_old_level(bases, tmp_path):
         file.unlink()
         save_file(state, file, {"format": "pt"})
         out = tmp_path / f"out{prefix}"
-        merge_files_into_base([Ingredient(lora, 0.0, 2.0)], str(root), out)
+        merge_files_into_base([WeightedLora(str(lora), 0.0, 2.0)], str(root), out)
         found = load_file(out / "text_encoder" / "model.safetensors")
         assert all(torch.equal(found[prefix + key], tensor) for key, tensor in expected.items())
         assert bits(out / UNET) == bits(root / UNET)
@@ -246,7 +249,7 @@ def test_block_weights(bases, tmp_path):
     base = load_base(str(file), CPU, torch.float32)
     lora, weights = small(base, tmp_path)
     out = tmp_path / "out.safetensors"
-    merge_files_into_base([Ingredient(lora)], str(file), out, "unet=0,mid_block=0.5")
+    merge_files_into_base([WeightedLora(str(lora))], str(file), out, "unet=0,mid_block=0.5")
     mid = AdapterWeights({k: w for k, w in weights.layers.items() if "mid_block" in k[1]})
     assert 0 < len(mid.layers) < len(weights.layers)
     Merger(base.modules).apply([LoadedLora(mid, 0.5)])
@@ -265,7 +268,7 @@ def test_a_dora_is_merged_exactly(bases, tmp_path):
         tensors[f"{stem}.dora_scale"] = torch.full((up.shape[0], *(1,) * (up.dim() - 1)), 0.25)
     dora, out = tmp_path / "dora.safetensors", tmp_path / "out.safetensors"
     save_file(tensors, dora, read_header(lora).metadata)
-    merge_files_into_base([Ingredient(dora)], str(file), out)
+    merge_files_into_base([WeightedLora(str(dora))], str(file), out)
     found = load_base(str(out), CPU, torch.float32)
     for key in weights.layers:
         rows = found.modules[key[0]].get_submodule(key[1]).weight.flatten(1)
@@ -285,7 +288,7 @@ def refused(place, words, lora=None, base=None, out=None, error=LoraError, stren
     out = out or tmp_path / "out.safetensors"
     there = out.exists()
     with pytest.raises(error, match=words) as caught:
-        merge_files_into_base([Ingredient(lora or good, strength)], str(base or file), out)
+        merge_files_into_base([WeightedLora(str(lora or good), strength)], str(base or file), out)
     assert "\n" not in str(caught.value)
     assert out.exists() == there
     assert not [name for name in os.listdir(tmp_path) if "draft" in name]
@@ -390,6 +393,6 @@ def test_a_full_disk_is_one_sentence(place, monkeypatch):
         monkeypatch.setattr(shutil, name, full)
     out = tmp_path / "out"
     with pytest.raises(ModelFileError) as caught:
-        merge_files_into_base([Ingredient(adapter)], str(folder), out)
+        merge_files_into_base([WeightedLora(str(adapter))], str(folder), out)
     assert str(caught.value) == f"{out} cannot be written: {os.strerror(errno.ENOSPC)}."
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []

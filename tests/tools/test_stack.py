@@ -8,7 +8,8 @@ import torch
 from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import read_adapter
-from lora_core.tools.interference import Stacked, interference_report
+from lora_core.generate.request import WeightedLora
+from lora_core.tools.interference import interference_report
 from tests.tools.planted import (
     LAYERS,
     PROJ,
@@ -49,7 +50,7 @@ def files(tmp_path):
     ]
     strengths = [(0.8, 0.5), (-1.5, None), (1.0, None)]
     return [
-        Stacked(saved(layer, tmp_path / f"{n}.safetensors"), *strength)
+        WeightedLora(str(saved(layer, tmp_path / f"{n}.safetensors")), *strength)
         for n, (layer, strength) in enumerate(zip(layers, strengths, strict=True))
     ]
 
@@ -103,13 +104,13 @@ def test_what_survives_by_hand(tmp_path):
     one = saved({TO_K: layer_of(u[:, :1], v[:, :1].T, TO_K, 1.0)}, tmp_path / "a.safetensors")
     against = saved({TO_K: layer_of(-0.5 * u[:, :1], v[:, :1].T, TO_K, 1.0)}, tmp_path / "b.safetensors")
     apart = saved({TO_K: layer_of(u[:, 1:], v[:, 1:].T, TO_K, 1.0)}, tmp_path / "c.safetensors")
-    (pair,) = (report := interference_report([Stacked(one), Stacked(against)]))["pairs"]
+    (pair,) = (report := interference_report([WeightedLora(str(one)), WeightedLora(str(against))]))["pairs"]
     assert pair["cosine"] == pytest.approx(-1)
     assert pair["column_overlap"] == pair["row_overlap"] == pytest.approx(1)
     assert report["files"][0]["survives"] == pytest.approx(0.5)
     assert report["files"][1]["survives"] == pytest.approx(-1)
     assert report["files"][0]["untouched"] == pytest.approx(0, abs=1e-9)
-    report = interference_report([Stacked(one), Stacked(apart)])
+    report = interference_report([WeightedLora(str(one)), WeightedLora(str(apart))])
     assert report["pairs"][0]["cosine"] == pytest.approx(0, abs=1e-6)
     assert [row["survives"] for row in report["files"]] == pytest.approx([1, 1])
     assert [row["untouched"] for row in report["files"]] == pytest.approx([1, 1])
@@ -117,7 +118,7 @@ def test_what_survives_by_hand(tmp_path):
 
 def test_no_layer_in_common(tmp_path):
     files = [
-        Stacked(saved({key: random_layer(key, 2, 2.0, 0)}, tmp_path / f"{n}.safetensors"))
+        WeightedLora(str(saved({key: random_layer(key, 2, 2.0, 0)}, tmp_path / f"{n}.safetensors")))
         for n, key in enumerate((TO_K, PROJ))
     ]
     report = interference_report(files)
