@@ -1,6 +1,7 @@
 """Overlap of adapters against sums of formed products."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def files(tmp_path):
 
 def test_all_numbers_are_those_of_the_formed_updates(files):
     report = interference_report(files)
-    read = [read_adapter(file.path).layers for file in files]
+    read = [read_adapter(Path(file.file)).layers for file in files]
     energies, kept, free = ([0.0] * 3 for _ in range(3))
     assert {row["module"] for row in report["layers"]} == {TO_K[1], CONV_IN[1], TEXT[1], TO_Q[1]}
     for row in report["layers"]:
