@@ -502,9 +502,3 @@ def amplify(
     from lora_core.tools.base_weights import BaseWeights
 
     return file_amplification(Path(file), BaseWeights(base), note)
-
-
-def _ingredients(loras: Sequence[Lora]) -> list[Any]:
-    from lora_core.tools.merge import Ingredient
-
-    return [Ingredient(Path(lora.file), lora.strength, lora.text_strength) for lora in checked_loras(loras)]
