@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_core.data.captions import plain_caption, tag_counts
 from lora_core.errors import RunError
-from lora_core.formats.compat.verify import verified
+from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import file_hashes, read_adapter, read_tensors, write_adapter
 from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
 from lora_core.formats.model_card import THUMBNAIL_KEY, thumbnail, thumbnail_text, write_beside
@@ -143,7 +143,7 @@ def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str
 
     Returns:
         {file, raw, bytes, modules, sha256, works_in}: `raw` is the path of the raw adapter's file, or "", and
-        `works_in` what `verified` says of the file against the
+        `works_in` what `verify_adapter` says of the file against the
         checkpoint: {ok, tools: [{tool, keys, matched, dropped, max_delta_error, note}], ...}.
 
     Raises:
@@ -174,5 +174,5 @@ def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str
         "bytes": path.stat().st_size,
         "modules": len(weights.layers),
         "sha256": file_hashes(path)["sha256"],
-        "works_in": verified(path, family, live=weights),
+        "works_in": verify_adapter(path, family, live=weights),
     }

@@ -219,7 +219,7 @@ def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
         file: an adapter.
         base: the base that it is for, where the file does not say it.
     """
-    from lora_core.formats.compat.verify import verified
+    from lora_core.formats.compat.verify import verify_adapter
     from lora_core.formats.layout import folder_layout
     from lora_core.tools.base_weights import BaseWeights
 
@@ -227,7 +227,7 @@ def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
     family = facts.family if facts else None
     layout = folder_layout(facts.configs, family) if facts and family else None
     weight_of = BaseWeights(base).weight if facts and family else None
-    return verified(Path(file), family, modules=layout, weight_of=weight_of)
+    return verify_adapter(Path(file), family, layout=layout, weight_of=weight_of)
 
 
 @verb

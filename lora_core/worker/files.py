@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.compat.verify import verified
+from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.inspect import inspect_file
 from lora_core.runs.folder import RunFolder
 from lora_core.train.export import export_checkpoint
@@ -31,6 +31,6 @@ def verify(request: Request) -> dict[str, Any]:
     file = Path(str(request["file"]))
     report = inspect_file(file)
     try:
-        return {"report": report, "verify": verified(file)}
+        return {"report": report, "verify": verify_adapter(file)}
     except AdapterFileError as error:
         return {"report": report, "problem": str(error)}

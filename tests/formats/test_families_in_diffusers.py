@@ -17,7 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from lora_core.formats.compat.verify import verified
+from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import read_adapter, write_adapter
 from lora_core.formats.kohya import to_file
 from lora_core.formats.layout import family_layout
@@ -168,7 +168,7 @@ def test_our_kohya_file_is_loaded_whole_and_at_its_strength(all_models, tmp_path
     for ours, expected in zip(found, right, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
     assert (right[-1] - plain[-1]).abs().max() > 1e-3
-    assert verified(path, family, weights, shapes_of(models))["tools"][-1]["ok"]
+    assert verify_adapter(path, family, weights, shapes_of(models))["tools"][-1]["ok"]
 
 
 def shapes_of(models):

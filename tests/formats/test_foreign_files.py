@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from lora_core.__main__ import main
 from lora_core.cli.pictures import note_extras
-from lora_core.formats.compat.verify import verified
+from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.convert import converted
 from lora_core.formats.io import read_adapter
 from lora_core.formats.layout import family_layout
@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
 def test_the_same_as_the_tools_own_loaders(folder, name):
     keys, row = TABLE[name]
     family = FAMILIES["sdxl" if name.startswith("sdxl") else "sd15"]
-    report = verified(written(folder, name), family)
+    report = verify_adapter(written(folder, name), family)
     for tool, told, expected in zip(TOOLS, report["tools"], row.split(), strict=True):
         assert told["tool"] == tool
         assert told["keys"] == keys
@@ -100,7 +100,9 @@ def test_the_same_as_the_tools_own_loaders(folder, name):
 
 
 def report_of(folder, name, weight_of=None):
-    return {row["tool"]: row for row in verified(written(folder, name), SD15, weight_of=weight_of)["tools"]}
+    return {
+        row["tool"]: row for row in verify_adapter(written(folder, name), SD15, weight_of=weight_of)["tools"]
+    }
 
 
 def base_weight(layer):
@@ -173,7 +175,7 @@ def test_norm_layers_in_the_text_encoder_suit_fewer_tools(folder):
     path = folder / "text norms.safetensors"
     both = {f"{stem}.{leaf}": torch.ones(768) for leaf in ("w_norm", "b_norm")}
     path.write_bytes(serialised(FILES["kohya_plain"]() | both, {}))
-    matched = {row["tool"]: row["matched"] for row in verified(path, SD15)["tools"]}
+    matched = {row["tool"]: row["matched"] for row in verify_adapter(path, SD15)["tools"]}
     assert matched == {"A1111": 56, "Forge": 54, "ComfyUI": 54, "InvokeAI": 56, "kohya": 54, "diffusers": 0}
 
 
@@ -235,7 +237,7 @@ def test_comfyuis_own_names(tmp_path, family):
     other.write_bytes(serialised(dict(zip(named, comfy.values(), strict=True)), {}))
     assert same_bits(read_adapter(path, row), read_adapter(other, row))
     assert converted(path, tmp_path / "out.safetensors", "kohya") == []
-    assert verified(tmp_path / "out.safetensors")["ok"]
+    assert verify_adapter(tmp_path / "out.safetensors")["ok"]
 
 
 def test_a_converted_file_has_an_alias_of_its_own(folder, tmp_path):

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core.formats.compat.verify import verified
+from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import read_adapter, write_adapter
 from lora_core.formats.names import with_text_model
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -274,7 +274,7 @@ def test_a_dora_of_peft_is_read_as_diffusers_reads_it(models, pipeline, tmp_path
     found = outputs(pipeline.unet, pipeline.text_encoder)[1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (expected - outputs(**models)[1]).abs().max() > 1e-3
-    rows = {row["tool"]: row for row in verified(path, FAMILIES["sd15"])["tools"]}
+    rows = {row["tool"]: row for row in verify_adapter(path, FAMILIES["sd15"])["tools"]}
     assert (rows["diffusers"]["ok"], rows["diffusers"]["dropped"]) == (True, 0)
     assert rows["diffusers"]["max_delta_error"] == 0
     assert not any(rows[name]["ok"] for name in rows if name != "diffusers")

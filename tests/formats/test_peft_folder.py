@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.compat.verify import verified
+from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.inspect import inspect_file
 from lora_core.formats.io import read_adapter
 from lora_core.model_files.families import FAMILIES
@@ -35,7 +35,7 @@ def test_a_unet_saved_by_peft_is_read_at_its_strength(tmp_path, rslora):
     assert report["ranks"] == [2, 4]
     assert set(report["alphas"]) == {3, 10}
     # Nothing else looks at the config, and so nothing else finds the strength.
-    verdict = verified(tmp_path / "adapter_model.safetensors", FAMILIES["sd15"])
+    verdict = verify_adapter(tmp_path / "adapter_model.safetensors", FAMILIES["sd15"])
     assert not verdict["ok"]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import detect
-from lora_core.formats.compat.verify import tool_outcomes, verified
+from lora_core.formats.compat.verify import run_loaders, verify_adapter
 from lora_core.formats.io import read_adapter, write_adapter
 from lora_core.formats.layout import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -48,10 +48,10 @@ def narrow(family):
 @pytest.mark.parametrize("name", FAMILIES_HERE)
 def test_the_same_as_the_tools_own_loaders(path, name, case):
     family = FAMILIES_HERE[name]
-    outcomes = tool_outcomes(written(path, family, case, narrow(family)), family)
+    outcomes = run_loaders(written(path, family, case, narrow(family)), family)
+    layers = {tool: outcome.loaded.layers for tool, outcome in outcomes.items()}
     found = {
-        tool: [len(outcome.used), round(sum(used.scale for used in outcome.used.values()), 3)]
-        for tool, outcome in outcomes.items()
+        t: [len(found), round(sum(layer.scale for layer in found.values()), 3)] for t, found in layers.items()
     }
     assert found == dict(zip(TOOLS, RUNS[name][case], strict=True))
 
@@ -100,7 +100,7 @@ ROWS = [
 def test_the_table_of_the_specification(path, name, case):
     family = FAMILIES_HERE[name]
     expected = TABLE[case].get(name, TABLE[case])
-    report = verified(written(path, family, case), family)
+    report = verify_adapter(written(path, family, case), family)
     layers = sum(key.endswith(("lora_down.weight", "lora_A.weight")) for key in read_header(path).tensors)
     for row in report["tools"]:
         want = expected[row["tool"]]
@@ -143,7 +143,7 @@ def test_our_own_exports_suit_all_six_tools(path, name):
     family = FAMILIES[name]
     live = adapter_for(family, narrow(family), alpha=lambda i: (1.0, 0.3, 7.0)[i % 3])
     write_adapter(live, path, "kohya", "fp32", family, {})
-    report = verified(path, family, live)
+    report = verify_adapter(path, family, live)
     assert report["ok"], report
     assert [row["tool"] for row in report["tools"]] == TOOLS
     # Scaling `up` by 0.3 rounds it once, to a relative error of 6e-8.
@@ -156,7 +156,7 @@ def test_rounding_is_measured_and_no_failure(path, precision, error):
     family = FAMILIES["sd15"]
     live = adapter_for(family, narrow(family))
     write_adapter(live, path, "kohya", precision, family, {})
-    report = verified(path, family, live)
+    report = verify_adapter(path, family, live)
     assert report["ok"]
     assert 1e-5 < report["tools"][0]["max_delta_error"] < error
 
@@ -171,7 +171,7 @@ def test_the_error_is_that_of_the_updates_themselves(path):
         float((file.layers[key].delta() - layer.delta()).norm() / layer.delta().norm())
         for key, layer in live.layers.items()
     )
-    report = verified(path, family, live)
+    report = verify_adapter(path, family, live)
     assert not report["ok"]
     assert [row["max_delta_error"] for row in report["tools"]] == pytest.approx([expected] * 6, rel=1e-4)
 
@@ -180,7 +180,7 @@ def test_a_layer_that_the_file_lacks_is_no_tick(path):
     family = FAMILIES["sd15"]
     live = adapter_for(family, narrow(family))
     write_adapter(AdapterWeights(dict(list(live.layers.items())[1:])), path, "kohya", "fp32", family, {})
-    report = verified(path, family, live)
+    report = verify_adapter(path, family, live)
     assert not report["ok"]
     assert {row["max_delta_error"] for row in report["tools"]} == {1.0}
     assert "lacks layers" in report["tools"][0]["note"]
@@ -190,7 +190,7 @@ def test_a_diffusers_file_is_meant_for_diffusers_alone(path):
     family = FAMILIES["sdxl"]
     live = adapter_for(family, narrow(family), alpha=lambda i: (1.0, 2.0)[i % 2])
     write_adapter(live, path, "diffusers", "fp32", family, {})
-    report = verified(path, family, live)
+    report = verify_adapter(path, family, live)
     assert report["ok"]
     *others, diffusers = report["tools"]
     assert diffusers["max_delta_error"] < 1e-6
@@ -201,7 +201,7 @@ def test_mixed_alphas_are_named_with_how_far_off_they_are(path):
     family = FAMILIES["sd15"]
     live = adapter_for(family, narrow(family), alpha=lambda i: 16.0 if i % 3 else 1.0)
     write_adapter(live, path, "kohya", "fp32", family, {}, keep_alphas=True)
-    report = verified(path, family)
+    report = verify_adapter(path, family)
     assert not report["ok"]
     note = report["tools"][-1]["note"]
     assert "16 times too strong" in note
@@ -212,7 +212,7 @@ def test_mixed_alphas_are_named_with_how_far_off_they_are(path):
 def test_the_embedded_base(path):
     family = FAMILIES["tiny"]
     write_adapter(adapter_for(family, family_layout(family)), path, "kohya", "fp32", family, {})
-    report = verified(path)
+    report = verify_adapter(path)
     assert (report["ok"], report["family"]) == (True, "tiny")
     assert all("of use only with" in row["note"] for row in report["tools"])
 
@@ -226,7 +226,7 @@ def test_dora_and_loha_are_named(path):
         if key.endswith("lora_down.weight")
     }
     path.write_bytes(serialised(tensors | scales, {}))
-    report = verified(path)
+    report = verify_adapter(path)
     assert (report["ok"], report["kind"]) == (False, "DoRA")
     notes = {row["tool"]: row["note"] for row in report["tools"]}
     # Columns are normed, which four tools do as the file means.
@@ -236,7 +236,7 @@ def test_dora_and_loha_are_named(path):
     loha = {f"{stem}.hada_w{i}_{half}": torch.ones(2, 2) for i in (1, 2) for half in "ab"}
     loha |= {f"{stem}.hada_w1_b": torch.ones(2, 768), f"{stem}.hada_w2_b": torch.ones(2, 768)}
     path.write_bytes(serialised(loha | {f"{stem}.alpha": torch.tensor(1.0)}, {}))
-    report = verified(path)
+    report = verify_adapter(path)
     matched = {row["tool"]: row["matched"] for row in report["tools"]}
     assert matched == dict.fromkeys(TOOLS[:4], 5) | {"kohya": 0, "diffusers": 0}
     assert report["tools"][0]["max_delta_error"] is None
@@ -246,7 +246,7 @@ def test_what_cannot_be_verified_is_one_sentence(path):
     def refused(tensors, words, **more):
         path.write_bytes(serialised(tensors, {}))
         with pytest.raises(AdapterFileError, match=words) as caught:
-            verified(path, **more)
+            verify_adapter(path, **more)
         assert "\n" not in str(caught.value)
 
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k"

@@ -1,11 +1,12 @@
-"""What six tools would make of an adapter file: keys that one of them drops, layers at a wrong strength.
+"""What six tools make of an adapter file: the keys that each drops, and layers at the wrong strength.
 
-The file is read back and mapped by each tool's rules (`tools.py`). What a tool would add to a weight is then
-compared with what the adapter means, through the factors alone: where they are the same, by their scales.
+The file is read back and passed to `loaders.py`. What a tool would add to a weight is compared with what the
+adapter means through the factors alone: no update is formed, except those of a DoRA, which need the base.
 """
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,17 +16,8 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import detect, kohya, peft
-from lora_core.formats.compat.dialects import Dialect, Tool
-from lora_core.formats.compat.notes import Outcome, note
-from lora_core.formats.compat.reading import FileFacts, Refused, case_of, groups_of, taken_layers
-from lora_core.formats.compat.rules import (
-    check_components,
-    check_keys,
-    drop_misspelled,
-    drop_partial_attention,
-)
-from lora_core.formats.compat.scales import Used, used_layers
-from lora_core.formats.compat.tools import MEANT_FOR, TOOLS
+from lora_core.formats.compat.loaders import KRON, LOADERS
+from lora_core.formats.compat.matching import AdapterFile, AppliedLayer, Loaded, LoadError
 from lora_core.formats.inspect import file_format
 from lora_core.formats.io import check_family, read_tensors
 from lora_core.formats.layers import (
@@ -47,72 +39,131 @@ from lora_core.model_files.header import read_header
 WeightOf = Callable[[LayerKey], torch.Tensor]
 """The frozen weight of a layer of a base, in fp32."""
 
-TOLERANCE = 2e-3
-"""Relative error of an update up to which it counts as the same; the same as for pictures' noise."""
-_COARSE = {torch.bfloat16: 1e-2}
-"""Of files with fewer digits, whose rounding alone is more than that; fp8 files have 5e-2."""
+MEANT_FOR = {"kohya": tuple(LOADERS), "diffusers": ("diffusers",)}
+"""The tools that a format is meant for."""
+TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative error of an update that rounding to a dtype explains; 5e-2 for the 8-bit ones."""
 
 
-def verified(
+def verify_adapter(
     path: Path,
     family: Family | None = None,
     live: AdapterWeights | None = None,
-    modules: Layout | None = None,
+    layout: Layout | None = None,
     weight_of: WeightOf | None = None,
 ) -> dict[str, Any]:
     """What each tool would do with an adapter file.
 
     Args:
         path: a .safetensors file of the kohya or diffusers format.
-        family: of the base that it is for; None if the file shall tell.
+        family: of the base that it is for; None to tell it from the file.
         live: the adapter that it was written from; None to compare with what the file itself means.
-        modules: the base's layers and the shapes of their weights; None for the family's own.
-        weight_of: gives the base's weights, for the errors of a DoRA; None leaves them open.
+        layout: the base's layers and the shapes of their weights; None for the family's own.
+        weight_of: returns the base's weights, for the errors of a DoRA; None leaves them unknown.
 
     Returns:
         `ok`: whether each tool that the format is meant for takes every key at the right strength; `tools`:
-            for each `tool` whether it is `ok`, how many `keys` the file has, how many are `matched` and how
-            many `dropped`, which those are (`dropped_keys`), which matched ones have no effect there
-            (`unused_keys`), the largest relative error of an update (`max_delta_error`; 1.0 where one is
-            missing, None where it is unknown), and a `note` for people; `family`, `format`, `kind` and
-            `extras` as in `inspect_file`.
+        for each `tool` whether it is `ok`, how many `keys` the file has, how many are `matched` and how many
+        `dropped`, which those are (`dropped_keys`), which matched ones have no effect there (`unused_keys`),
+        the largest relative error of an update (`max_delta_error`; 1.0 where one is missing, None where it is
+        unknown), and a `note` for users; `family`, `format`, `kind` and `extras` as in `inspect_file`.
 
     Raises:
-        AdapterFileError: one sentence on what is wrong with the file, or that it does not say its family.
+        AdapterFileError: one sentence on what is wrong with the file, or that its family is unknown.
     """
     path = Path(path)
     header = read_header(path)
     format, kind = file_format(header.shapes), detect.kind_of(header.shapes)
-    if kind in detect.ADAPTERS:
-        check_family(path, header)
     if kind not in detect.ADAPTERS:
         raise AdapterFileError(f"{path} cannot be verified: it is {detect.called(kind, header.shapes)}.")
+    check_family(path, header)
     if format not in MEANT_FOR:
         names = first_few(header.shapes, 1)
         raise AdapterFileError(
             f"{path} cannot be verified: its tensors are named like no known format, {names}."
         )
-    family = _family(path, header.shapes, header.metadata, family)
-    outcomes = tool_outcomes(path, family, live, modules, weight_of)
+    family = _check_base(path, header.shapes, header.metadata, family)
+    outcomes = run_loaders(path, family, live, layout, weight_of)
     return {
         "ok": all(outcomes[name].fine for name in MEANT_FOR[format]),
         "family": family.name,
         "format": format,
         "kind": kind,
         "extras": detect.extras_sentence(header.shapes),
-        "tools": [_row(name, outcome, format, family) for name, outcome in outcomes.items()],
+        "tools": [
+            {
+                "tool": tool,
+                "ok": outcome.fine,
+                "keys": outcome.keys,
+                "matched": outcome.keys - len(outcome.dropped),
+                "dropped": len(outcome.dropped),
+                "dropped_keys": outcome.dropped,
+                "unused_keys": list(outcome.loaded.unused),
+                "max_delta_error": outcome.max_error,
+                "note": _note(outcome, tool in MEANT_FOR[format], format, family),
+            }
+            for tool, outcome in outcomes.items()
+        ],
     }
 
 
-def tool_outcomes(
+@dataclass(frozen=True)
+class Outcome:
+    """What a tool makes of a file.
+
+    Attributes:
+        refused: why it loads nothing, or "".
+        keys: how many the file has.
+        dropped: those that it makes no use of.
+        loaded: what it takes.
+        meant: what the file means.
+        errors: relative error of each layer's update; None where it is unknown.
+        tolerance: up to which an error is rounding.
+    """
+
+    refused: str
+    keys: int
+    dropped: list[str]
+    loaded: Loaded
+    meant: AdapterWeights
+    errors: dict[LayerKey, float | None]
+    tolerance: float
+
+    @property
+    def unknown(self) -> bool:
+        """Whether the error of a layer is unknown."""
+        return any(error is None for error in self.errors.values())
+
+    @property
+    def max_error(self) -> float | None:
+        """The largest error; None where it is unknown."""
+        known = [error for error in self.errors.values() if error is not None]
+        if self.unknown and max(known, default=0.0) <= self.tolerance:
+            return None
+        return max(known, default=None if self.loaded.layers else 1.0)
+
+    @property
+    def wrong(self) -> list[LayerKey]:
+        """The layers that are applied, but at a wrong strength."""
+        applied = [layer for layer, found in self.loaded.layers.items() if not found.failed]
+        return [layer for layer in applied if (self.errors.get(layer) or 0.0) > self.tolerance]
+
+    @property
+    def fine(self) -> bool:
+        """Whether the tool takes every key at the right strength."""
+        missing = any(error is not None and error > self.tolerance for error in self.errors.values())
+        return not (self.refused or self.dropped or missing or self.unknown)
+
+
+def run_loaders(
     path: Path,
     family: Family,
     live: AdapterWeights | None = None,
-    modules: Layout | None = None,
+    layout: Layout | None = None,
     weight_of: WeightOf | None = None,
 ) -> dict[str, Outcome]:
-    """What each tool makes of an adapter file, by the tool's name; arguments and errors as in `verified`."""
-    layout = modules or family_layout(family)
+    """What each tool makes of an adapter file, by tool; arguments and errors of `verify_adapter`."""
+    layout = layout or family_layout(family)
     header = read_header(path)
     tensors, metadata = read_tensors(path)
     # In the order of their bytes, in which loaders see them: some rules depend on it.
@@ -129,28 +180,39 @@ def tool_outcomes(
     alphas = {
         name: alpha_number(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
     }
-    facts = FileFacts(shapes, alphas, metadata)
-    base = _Base(family, layout, _wide(meant, layout))
-    right = Right(meant, _products(meant, live), magnitudes, weight_of)
-    return {tool.name: _outcome(tool, facts, base, right) for tool in TOOLS}
+    file = AdapterFile(shapes, alphas, metadata, family, layout, _is_full_size(meant, layout))
+    expected = Expected(meant, _products(meant, live), magnitudes, weight_of)
+    return {tool: _run(loader, file, expected) for tool, loader in LOADERS.items()}
 
 
-@dataclass(frozen=True)
-class _Base:
-    family: Family
-    layout: Layout
-    wide: bool
+def _run(loader: Callable[[AdapterFile], Loaded], file: AdapterFile, expected: "Expected") -> Outcome:
+    refused = ""
+    try:
+        loaded = loader(file)
+    except LoadError as reason:
+        loaded, refused = Loaded({}), str(reason)
+    matched = {*loaded.other_keys, *(key for layer in loaded.layers.values() for key in layer.keys)}
+    dropped = [key for key in file.shapes if key not in matched]
+    failed = [layer for layer, found in loaded.layers.items() if found.failed]
+    errors = {
+        layer: expected.error(layer, loaded.layers.get(layer)) for layer in (*expected.products, *failed)
+    }
+    dtypes = {layer.up.dtype for layer in expected.meant.layers.values()} or {torch.float32}
+    tolerance = max(TOLERANCES.get(dtype, 2e-3 if dtype.itemsize > 1 else 5e-2) for dtype in dtypes)
+    return Outcome(refused, len(file.shapes), dropped, loaded, expected.meant, errors, tolerance)
 
 
-def _family(path: Path, shapes: detect.Shapes, metadata: Mapping[str, str], base: Family | None) -> Family:
-    """The family to verify for: the base's, unless the file is told to be for another one."""
-    told = detect.file_family(shapes, metadata)
+def _check_base(
+    path: Path, shapes: detect.Shapes, metadata: Mapping[str, str], base: Family | None
+) -> Family:
+    """The family to verify for: the base's, unless the file is for another one."""
+    found = detect.file_family(shapes, metadata)
     if base is not None:
         signs = detect.family_evidence(shapes, metadata)
-        if told is not None and not any(base.title in titles for titles in signs):
-            raise AdapterFileError(f"{path} is for {told.title}, the base is the {base.title}.")
+        if found is not None and not any(base.title in titles for titles in signs):
+            raise AdapterFileError(f"{path} is for {found.title}, the base is the {base.title}.")
         return base
-    if told is None:
+    if found is None:
         name = detect.family_name(shapes, metadata)
         if name != "unknown":
             raise AdapterFileError(f"{path} is for {name}, so it cannot be verified.")
@@ -158,31 +220,26 @@ def _family(path: Path, shapes: detect.Shapes, metadata: Mapping[str, str], base
             f"{path} does not say which family of base it is for, so it cannot be verified; name its base"
             " with --base."
         )
-    return told
+    return found
 
 
 def _meant(
     tensors: Tensors, metadata: Mapping[str, str], format: str, kind: str, family: Family
 ) -> AdapterWeights:
-    """What the file means, as far as its names are known; nothing for kinds whose layers are no plain
-    pairs."""
+    """What the file means, as far as its names are known; nothing for kinds without plain pairs."""
     if kind not in (detect.LORA, detect.LOCON, detect.DORA):
         return AdapterWeights({})
     found: dict[LayerKey, Tensors] = {}
     for key, tensor in tensors.items():
-        try:
+        with contextlib.suppress(AdapterFileError):
             layer, role = _layer_and_role(key, format, family)
-        except AdapterFileError:
-            continue
-        found.setdefault(layer, {}).setdefault(role, tensor)
-    layers: dict[LayerKey, LayerWeights] = {}
-    for layer, roles in found.items():
-        if roles.keys() == {"alpha"}:
-            continue
-        layers[layer] = checked_layer(".".join(layer), roles)
-    if format == "diffusers":
-        return peft.with_header_alphas(layers, metadata)
-    return AdapterWeights(layers)
+            found.setdefault(layer, {}).setdefault(role, tensor)
+    layers = {
+        layer: checked_layer(".".join(layer), roles)
+        for layer, roles in found.items()
+        if roles.keys() != {"alpha"}
+    }
+    return peft.with_header_alphas(layers, metadata) if format == "diffusers" else AdapterWeights(layers)
 
 
 def _layer_and_role(key: str, format: str, family: Family) -> tuple[LayerKey, str]:
@@ -194,7 +251,7 @@ def _layer_and_role(key: str, format: str, family: Family) -> tuple[LayerKey, st
     return layer_of_stem(stem, family), kohya.ROLES[leaf]
 
 
-def _wide(meant: AdapterWeights, layout: Layout) -> bool:
+def _is_full_size(meant: AdapterWeights, layout: Layout) -> bool:
     """Whether the file is for a base as wide as the layout: toys of the same layout are compared by names."""
     known = [key for key in meant.layers if key in layout]
     fitting = sum(
@@ -204,18 +261,30 @@ def _wide(meant: AdapterWeights, layout: Layout) -> bool:
     return 2 * fitting >= len(known)
 
 
+def _magnitudes(tensors: Tensors, family: Family) -> dict[LayerKey, torch.Tensor]:
+    """The DoRA magnitudes in a file, by layer, as far as its names are known."""
+    found = {}
+    for key, tensor in tensors.items():
+        if match := MAGNITUDE.fullmatch(key):
+            with contextlib.suppress(AdapterFileError):
+                format = "kohya" if "." not in match[1] else "diffusers"
+                layer, _ = _layer_and_role(f"{match[1]}.alpha", format, family)
+                found[layer] = checked_magnitude(match[1], tensor)
+    return found
+
+
 Products = dict[LayerKey, tuple[float, float, float] | None]
-"""For each layer that should be there: |up down|^2 of the file, its product with what is right, |right|^2."""
+"""For each layer that should be there: |BA|^2 of the file, its product with what is right, |right|^2."""
 
 
 def _products(meant: AdapterWeights, live: AdapterWeights | None) -> Products:
-    """What the errors are worked out from, once for all tools: of the file itself only the scales matter."""
+    """What errors are worked out from, once for all tools: of the file itself only the scales matter."""
     if live is None:
         return {key: (1.0, layer.scale, layer.scale**2) for key, layer in meant.layers.items()}
-    return {key: _inner(meant.layers.get(key), right) for key, right in live.layers.items()}
+    return {key: _inner_products(meant.layers.get(key), right) for key, right in live.layers.items()}
 
 
-def _inner(file: LayerWeights | None, right: LayerWeights) -> tuple[float, float, float] | None:
+def _inner_products(file: LayerWeights | None, right: LayerWeights) -> tuple[float, float, float] | None:
     """Inner products of two updates without forming them: <B A, B' A'> = <B^T B', A A'^T>, r x r matrices.
 
     In double precision, since the error is a small difference of them. None if the shapes differ.
@@ -232,45 +301,38 @@ def _inner(file: LayerWeights | None, right: LayerWeights) -> tuple[float, float
     return float(square), float(mixed), float(own)
 
 
-def _magnitudes(tensors: Tensors, family: Family) -> dict[LayerKey, torch.Tensor]:
-    """The DoRA magnitudes in a file, by layer, as far as its names are known."""
-    found = {}
-    for key, tensor in tensors.items():
-        if match := MAGNITUDE.fullmatch(key):
-            with contextlib.suppress(AdapterFileError):
-                layer, _ = _layer_and_role(
-                    f"{match[1]}.alpha", "kohya" if "." not in match[1] else "diffusers", family
-                )
-                found[layer] = checked_magnitude(match[1], tensor)
-    return found
-
-
 @dataclass
-class Right:
+class Expected:
     """What a file should do to each layer, to compare with what a tool does.
 
     Attributes:
-        meant: what the file says, magnitudes aside.
+        meant: by the file, magnitudes aside.
         products: what errors of plain layers are worked out from.
         magnitudes: of the layers that are a DoRA.
-        weight_of: gives the base's weights; None if they are not at hand.
+        weight_of: returns the base's weights; None if they are not at hand.
     """
 
     meant: AdapterWeights
     products: Products
     magnitudes: Mapping[LayerKey, torch.Tensor]
     weight_of: WeightOf | None = None
-    _known: dict[tuple[LayerKey, str, float], float] = field(default_factory=dict)
+    _dora_errors: dict[tuple[LayerKey, str, float], float] = field(default_factory=dict)
 
-    def error(self, layer: LayerKey, used: Used | None) -> float | None:
+    def error(self, layer: LayerKey, applied: AppliedLayer | None) -> float | None:
         """|update - right| / |right| of a layer; 1.0 where a tool leaves it out, None where it is unknown."""
-        if used is None or used.lost:
+        if applied is None or applied.failed:
             return 1.0
-        if used.scale is None:
+        if applied.scale is None:
             return None
         if layer in self.magnitudes:
-            return self._dora_error(layer, used.scale, used.norm)
-        return _plain_error(used.scale, self.products[layer])
+            return self._dora_error(layer, applied.scale, applied.dora_norm)
+        products = self.products[layer]
+        if products is None:
+            return 1.0
+        square, mixed, own = products
+        if own == 0:
+            return 0.0 if square * applied.scale == 0 else 1.0
+        return math.sqrt(max(square * applied.scale**2 - 2 * mixed * applied.scale + own, 0.0) / own)
 
     def _dora_error(self, layer: LayerKey, scale: float, norm: str) -> float | None:
         rows = self.magnitudes[layer].shape[1] == 1
@@ -279,14 +341,14 @@ class Right:
             return 0.0
         if self.weight_of is None:
             return None
-        if (layer, norm, scale) not in self._known:
-            self._known[layer, norm, scale] = self._measured(layer, scale, norm)
-        return self._known[layer, norm, scale]
+        key = layer, norm, scale
+        if key not in self._dora_errors:
+            self._dora_errors[key] = self._measure_dora_error(layer, self.weight_of(layer), scale, norm)
+        return self._dora_errors[key]
 
-    def _measured(self, layer: LayerKey, scale: float, norm: str) -> float:
-        assert self.weight_of is not None
+    def _measure_dora_error(self, layer: LayerKey, weight: torch.Tensor, scale: float, norm: str) -> float:
         weights, magnitude = self.meant.layers[layer], self.magnitudes[layer]
-        weight, delta = self.weight_of(layer), weights.delta()
+        delta = weights.delta()
         if weight.numel() != delta.numel() or magnitude.numel() not in weight.shape[:2]:
             raise AdapterFileError(
                 f"{'.'.join(layer)} has the shape {list(delta.shape)} in the file and {list(weight.shape)} in"
@@ -298,61 +360,64 @@ class Right:
         return float((got - right).norm() / right.norm()) if right.any() else float(got.any())
 
 
-def _plain_error(scale: float, products: tuple[float, float, float] | None) -> float:
-    """|s B A - right| / |right| of a layer without magnitudes, from inner products."""
-    if products is None:
-        return 1.0
-    square, mixed, own = products
-    if own == 0:
-        return 0.0 if square * scale == 0 else 1.0
-    return math.sqrt(max(square * scale**2 - 2 * mixed * scale + own, 0.0) / own)
+def _note(outcome: Outcome, meant_for: bool, format: str, family: Family) -> str:
+    """What a tool makes of a file and what to do, in one sentence."""
+    advice = _advice(outcome, meant_for, format)
+    layers = outcome.loaded.layers
+    failed = sum(layer.failed for layer in layers.values())
+    if outcome.refused:
+        return f"loads nothing: {outcome.refused}; {advice}"
+    if not layers:
+        return f"loads nothing and says nothing, for it knows none of the {outcome.keys} keys; {advice}"
+    if outcome.dropped:
+        wrong = f" and applies {_wrong_strength(outcome)}" if outcome.wrong else ""
+        share = f"{len(outcome.dropped)} of {outcome.keys} keys, such as {first_few(outcome.dropped, 1)},"
+        return f"drops {share} without a word{wrong}; {advice}"
+    if failed:
+        skipped = f"{failed} {'layer' if failed == 1 else 'layers'} of Tucker form"
+        return f"reads every key, but skips {skipped} with an error in its log, since {KRON}; {advice}"
+    if any(layer in layers and layers[layer].dora_norm and e != 0 for layer, e in outcome.errors.items()):
+        error = outcome.max_error
+        off = "--base measures how far off" if error is None else f"{error:.2g} of the update off"
+        return f"norms the DoRA magnitudes in another way than the file means, {off}; {advice}"
+    if outcome.wrong:
+        return f"applies {_wrong_strength(outcome)}; {advice}"
+    if not outcome.fine:
+        return "reads every key, but the file lacks layers of the adapter; export it again"
+    if not family.portable:
+        return f"reads every key; the file is of use only with the {family.title.lower()}"
+    if outcome.loaded.unused:
+        unused = first_few(outcome.loaded.unused, 1)
+        return f"reads every key at the right strength, but makes no use of {unused}"
+    return "reads every key at the right strength"
 
 
-def _outcome(tool: Tool, facts: FileFacts, base: _Base, right: Right) -> Outcome:
-    used: dict[LayerKey, Used] = {}
-    beside: list[str] = []
-    refused = ""
-    try:
-        case = case_of(tool, facts, base.family, base.layout, base.wide)
-        groups = groups_of(case)
-        check_keys(case, groups)
-        taken = taken_layers(case, groups)
-        drop_misspelled(case, taken)
-        drop_partial_attention(case, taken)
-        check_components(case, taken)
-        used = used_layers(case, taken)
-        beside = [key for key in facts.shapes if key.startswith(case.dialect.beside)]
-    except Refused as reason:
-        refused = str(reason)
-    matched = {*beside, *(key for layer in used.values() for key in layer.keys)}
-    dropped = [key for key in facts.shapes if key not in matched]
-    unused = [] if refused else _unused(case.dialect, beside, used)
-    lost = {layer for layer, use in used.items() if use.lost}
-    errors = {layer: right.error(layer, used.get(layer)) for layer in (*right.products, *lost)}
-    factors = {layer.up.dtype for layer in right.meant.layers.values()}
-    tolerance = max(
-        (_COARSE.get(t, TOLERANCE if t.itemsize > 1 else 5e-2) for t in factors), default=TOLERANCE
-    )
-    return Outcome(refused, len(facts.shapes), dropped, used, right.meant, errors, tolerance, unused)
+def _wrong_strength(outcome: Outcome) -> str:
+    """How many layers are how far off, in words."""
+    worst = max(outcome.wrong, key=lambda layer: outcome.errors[layer] or 0.0)
+    used, right = outcome.loaded.layers[worst].scale, outcome.meant.layers[worst].scale
+    layers = f"{len(outcome.wrong)} of {len(outcome.errors)} layers at the wrong strength"
+    ratio = 0.0 if used is None or right == 0 else used / right
+    if ratio <= 0 or abs(ratio - 1) <= outcome.tolerance:
+        return layers
+    return f"{layers}, up to {max(ratio, 1 / ratio):.3g} times too {'strong' if ratio > 1 else 'weak'}"
 
 
-def _unused(dialect: Dialect, beside: list[str], used: Mapping[LayerKey, Used]) -> list[str]:
-    """The keys that a tool reads without effect."""
-    pairs = [key for use in used.values() if use.kind in ("LoRA", "DoRA") for key in use.keys]
-    return [key for key in beside if key.startswith(dialect.unused)] + [
-        key for key in pairs if key.endswith(dialect.unused)
-    ]
+_MERGEABLE = re.compile(r"\.(?:hada|lokr)_|\.dora_scale$|\.lora_magnitude_vector")
+"""Tensors of the kinds that `merge --rank` turns into a plain LoRA."""
 
 
-def _row(tool: str, outcome: Outcome, format: str, family: Family) -> dict[str, Any]:
-    return {
-        "tool": tool,
-        "ok": outcome.fine,
-        "keys": outcome.keys,
-        "matched": outcome.keys - len(outcome.dropped),
-        "dropped": len(outcome.dropped),
-        "dropped_keys": outcome.dropped,
-        "unused_keys": list(outcome.unused),
-        "max_delta_error": outcome.max_error,
-        "note": note(outcome, tool in MEANT_FOR[format], format, family),
-    }
+def _advice(outcome: Outcome, meant_for: bool, format: str) -> str:
+    if not meant_for:
+        return "export as kohya for it"
+    dora = any(layer.kind == "DoRA" for layer in outcome.loaded.layers.values())
+    if dora or any(map(_MERGEABLE.search, outcome.dropped)):
+        return "merge it into a plain LoRA with --rank"
+    extras = detect.extra_keys(outcome.dropped)
+    if extras and len(extras) == outcome.keys:
+        return "no plain LoRA can hold it"
+    if extras and len(extras) == len(outcome.dropped):
+        return "only a file without them suits it; convert leaves them out"
+    if outcome.wrong and not outcome.dropped:
+        return "convert it to kohya, which gives all layers one alpha"
+    return f"convert it to {format}, which writes the names that all tools know"

@@ -1,0 +1,533 @@
+"""What the loaders of six tools take from an adapter file: one function a tool, beside which its source can
+be read.
+
+Each returns the layers that the tool changes and at which scale, or raises `LoadError` where it loads
+nothing. All were checked by running the real loaders (`tests/formats/loader_runs.json`).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_core.errors import AdapterFileError
+from lora_core.formats.compat import matching
+from lora_core.formats.compat.matching import (
+    KOHYA,
+    LYCORIS,
+    AdapterFile,
+    AppliedLayer,
+    Loaded,
+    LoadError,
+    Matched,
+    Module,
+    Pair,
+    apply_layers,
+    match_keys,
+    match_layers,
+)
+from lora_core.formats.peft import HEADER_KEY, header_values
+from lora_core.lora.weights import LayerKey
+from lora_core.model_files.families import FAMILIES
+
+IN_ENCODER = r"text_model\..+"
+NO_BIAS_KINDS = ("LoHa", "LoKr", "full difference", "norm")
+KRON = "it passes PyTorch's kron a tensor that is not contiguous (fails with 2.13; other versions may differ)"
+"""Why Forge and ComfyUI cannot use a LoKr of Tucker form."""
+
+
+def a1111(file: AdapterFile) -> Loaded:
+    """AUTOMATIC1111/stable-diffusion-webui 1.10.1: extensions-builtin/Lora/networks.py (`load_network`),
+    network_*.py.
+
+    It fails at a layer that it knows with nothing that it knows. It counts blocks as SD1 has them, where the
+    coarsest level has no attention. It changes the attention of an OpenCLIP text encoder only as a whole.
+    Bundled embeddings become textual inversions.
+    """
+    open_clip = {encoder.part: encoder.open_clip for encoder in file.family.text_encoders}
+    skipped = r"add_embedding|up_blocks\.0\.upsamplers" if file.ldm_named else "add_embedding"
+    names = file.names("unet", "lora_unet_{ldm_flat}")
+    names |= file.names("unet", "lora_unet_{flat}", rf"(?!{skipped}).+")
+    names |= _kohya_text_names(file)
+    norms = file.names("unet", "lora_unet_{ldm_flat}", norms=True)
+    norms |= file.names("unet", "lora_unet_{flat}", "(?!conv_norm_out).+", norms=True)
+    if len(open_clip) == 2:
+        norms |= file.names("text_encoder", "lora_te1_{flat}", norms=True)
+    elif not open_clip["text_encoder"]:
+        names |= file.names("text_encoder", "lora_te1_{flat}", IN_ENCODER)
+        norms |= file.names("text_encoder", "lora_te_{flat}", r"text_model\.encoder\..+", norms=True)
+    bundled = tuple(key for key in file.shapes if key.startswith("bundle_emb."))
+    keys = (key for key in file.shapes if key not in bundled)
+    modules = match_keys(keys, names, (KOHYA, matching.PEFT._replace(alpha="")), norms, NO_BIAS_KINDS)
+    for module in modules:
+        if module.kind is None:
+            raise LoadError(f"it fails at {module.first_key!r}, which has no pair that it knows")
+    for module in modules:
+        if module.kind == "norm" and ".b_norm" not in module.keys:
+            raise LoadError(f"it fails at {module.first_key!r}, a norm layer without b_norm")
+    matched = match_layers(file, modules)
+    for part, path in list(matched):
+        attention = path.rpartition(".")[0]
+        whole = [(part, f"{attention}.{name}_proj") for name in ("q", "k", "v", "out")]
+        if open_clip.get(part) and attention.endswith(".self_attn") and not matched.keys() >= {*whole}:
+            for layer in whole:
+                matched.pop(layer, None)
+    layers = apply_layers(file, matched, "columns", diff_b=True)
+    return Loaded(layers, bundled, _unused_biases(layers))
+
+
+def forge(file: AdapterFile) -> Loaded:
+    """lllyasviel/stable-diffusion-webui-forge dfdcbab6: packages_3rdparty/comfyui_lora_collection/lora.py,
+    backend/patcher/lora.py.
+
+    It drops a whole file with more than 12 keys that it does not know, and fails at a LoKr of Tucker form.
+    """
+    names, norms = _comfyui_names(file)
+    modules = match_keys(file.shapes, names, COMFYUI_PAIRS, norms, LYCORIS)
+    known = {key for module in modules for key in module.keys.values()}
+    unknown = [key for key in file.shapes if key not in known]
+    if len(unknown) > 12:
+        raise LoadError(
+            f"it drops the whole file, as it does with more than 12 keys that it does not know; here are"
+            f" {len(unknown)}, such as {unknown[0]!r}"
+        )
+    for module in modules:
+        if module.kind == "LoKr" and ".lokr_t2" in module.keys:
+            raise LoadError(f"it fails at {module.first_key!r}, a LoKr of Tucker form: {KRON}")
+    return Loaded(apply_layers(file, match_layers(file, modules), "base rows", diff_b=True))
+
+
+def comfyui(file: AdapterFile) -> Loaded:
+    """comfyanonymous/ComfyUI 0.3.64 (0.8 and 0.12 agree): comfy/lora.py (`load_lora`, `model_lora_keys_*`),
+    comfy/weight_adapter.
+
+    It takes what it knows and logs the rest; a LoKr of Tucker form fails in its log, layer by layer.
+    """
+    names, norms = _comfyui_names(file)
+    for part, clip in (("text_encoder", "clip_l"), ("text_encoder", "clip_h"), ("text_encoder_2", "clip_g")):
+        names |= file.names(part, f"text_encoders.{clip}.transformer.{{path}}", IN_ENCODER)
+    pairs = (*COMFYUI_PAIRS, matching.PEFT_DEFAULT)
+    matched = match_layers(file, match_keys(file.shapes, names, pairs, norms, LYCORIS))
+    layers = apply_layers(file, matched, "base rows", diff_b=True)
+    for layer, module in matched.items():
+        if isinstance(module.kind, str) and ".lokr_t2" in module.keys:
+            layers[layer] = replace(layers[layer], failed=True)
+    return Loaded(layers)
+
+
+COMFYUI_PAIRS = (
+    KOHYA, matching.ATTENTION_PROCESSOR, matching.PEFT, matching.LORA_DOT, matching.LORA_LINEAR,
+)  # fmt: skip
+
+
+def _comfyui_names(file: AdapterFile) -> tuple[dict[str, LayerKey], dict[str, LayerKey]]:
+    """Names of layers and of norm layers in ComfyUI, from which Forge has them."""
+    both = ("lora_unet_{ldm_flat}", "lora_unet_{flat}", "diffusion_model.{ldm}", "lycoris_{flat}")
+    names: dict[str, LayerKey] = {}
+    norms: dict[str, LayerKey] = {}
+    for template in both:
+        norms |= file.names("unet", template, norms=True)
+    for template in (*both, "{processor}", "unet.{processor}"):
+        names |= file.names("unet", template)
+    for template in ("lora_te_{flat}", "lora_te1_{flat}", "text_encoder.{path}"):
+        names |= file.names("text_encoder", template, IN_ENCODER)
+    names |= file.names("text_encoder_2", "lora_te2_{flat}")
+    names |= file.names("text_encoder_2", "text_encoder_2.{path}", IN_ENCODER)
+    return names, norms
+
+
+def invokeai(file: AdapterFile) -> Loaded:
+    """invoke-ai/InvokeAI 8e71a8a5: invokeai/backend/model_manager/configs/lora.py,
+    backend/patches/lora_conversions/sd_lora_conversion_utils.py, sdxl_lora_conversion_utils.py.
+
+    It tells the base from widths and refuses what it cannot tell. Each name in the file must have something
+    that it knows, on a layer of the base or not. For SDXL all UNet names must be of one sort.
+    """
+    names = file.names("unet", "lora_unet_{ldm_flat}") if file.ldm_named else {}
+    norms = file.names("unet", "lora_unet_{ldm_flat}", norms=True) if file.ldm_named else {}
+    names |= file.names("unet", "lora_unet_{flat}") | _kohya_text_names(file, projection=True)
+    norms |= file.names("unet", "lora_unet_{flat}", norms=True)
+    for part, prefix in (("text_encoder", "te"), ("text_encoder", "te1"), ("text_encoder_2", "te2")):
+        norms |= file.names(part, f"lora_{prefix}_{{flat}}", norms=True)
+    bundled = tuple(key for key in file.shapes if key.startswith("bundle_emb"))
+    keys = [key for key in file.shapes if key not in bundled]
+    modules = match_keys(keys, names, (KOHYA,), norms, NO_BIAS_KINDS)
+    if file.family.portable:
+        _check_invokeai_base(file, keys)
+    if file.ldm_named:
+        stray = next((key for key in keys if not key.startswith(("lora_unet_", *_TEXT_STARTS[1:]))), None)
+        if stray:
+            raise LoadError(f"it fails at {stray!r}, which does not begin as {file.family.title} files do")
+        if len({_LDM_NAME.match(key) is None for key in keys if key.startswith("lora_unet_")}) > 1:
+            raise LoadError("it fails where some UNet keys have original block names and others do not")
+    others = {suffix for kind in NO_BIAS_KINDS for suffix in LYCORIS[kind]}
+    for prefix, suffixes in _by_prefix(keys).items():
+        if not (suffixes >= {KOHYA.down, KOHYA.up} or suffixes & others):
+            raise LoadError(f"it refuses files with a key such as {prefix + min(suffixes)!r}")
+    for module in modules:
+        no_bias = re.search(r"\.attn[12]\.to_[qkv]$|^text_projection$", module.layer[1])
+        if module.kind == "full difference" and ".diff_b" in module.keys and no_bias:
+            raise LoadError(f"it fails at {module.keys['.diff_b']!r}, since that layer has no bias")
+        if module.kind in ("LoHa", "LoKr") and ".dora_scale" in module.keys:
+            dora = module.keys[".dora_scale"]
+            raise LoadError(f"it fails at {dora!r}, since it knows DoRA of a plain LoRA only")
+    layers = apply_layers(file, match_layers(file, modules), "columns", diff_b=True)
+    return Loaded(layers, bundled, (*bundled, *_unused_biases(layers)))
+
+
+_LDM_NAME = re.compile(
+    r"lora_unet_(?:input_blocks_\d+_\d+|middle_block_\d|output_blocks_\d+_\d|time_embed_[02]|label_emb_0_[02]"
+    r"|out_[02])(?=[._])"
+)
+_CROSS_ATTENTION = re.compile(r"lora_unet_.*_attn2_to_[kv]\.")
+_DEEP_TRANSFORMER = re.compile(
+    r"lora_unet_(?:(?:down|up)_blocks_\d+_attentions_\d+|mid_block_attentions_\d+"
+    r"|(?:in|out)put_blocks_\d+_\d+|middle_block_\d+)_transformer_blocks_(?:[2-9]|\d\d+)_"
+)
+_CONTEXT_WIDTHS = {1280: 2048}
+"""The width of SDXL's second text encoder, to the width of its text context."""
+
+
+def _check_invokeai_base(file: AdapterFile, keys: Sequence[str]) -> None:
+    """The base is told by the first width that the keys give away, in the file's order."""
+    width = _invokeai_width(file.shapes)
+    if width is None and any(_DEEP_TRANSFORMER.match(key) for key in keys):
+        width = next(f.context_width for f in FAMILIES.values() if f.kohya_block_names == "ldm")
+    if width is None:
+        raise LoadError(
+            "it cannot tell which base the file is for, since no key of the UNet's cross-attention says it;"
+            " adapt attn2.to_k too"
+        )
+    if file.full_size and _CONTEXT_WIDTHS.get(width, width) != file.family.context_width:
+        raise LoadError(
+            f"it takes the file, by a width of {width}, for another base than {file.family.title}"
+        )
+
+
+def _invokeai_width(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The text width that InvokeAI reads off a file, or None.
+
+    It forgets the width of a text encoder at each alpha and up half, so that the two widths of a family with
+    two text encoders meet only by luck.
+    """
+    first = second = None
+    for key, shape in shapes.items():
+        prefix, _, suffix = key.partition(".")
+        width = shape[1] if suffix in _INPUT_LAST and len(shape) > 1 else None
+        if suffix.startswith("lokr_"):
+            factors = [shapes.get(f"{prefix}.lokr_w{n}", ()) for n in "12"]
+            width = factors[0][1] * factors[1][1] if all(len(factor) > 1 for factor in factors) else None
+        if key.startswith("lora_te") and "_self_attn_" in key:
+            first = width if key.startswith("lora_te1_") else first
+            second = width if key.startswith("lora_te2_") else second
+            width = width if key.startswith("lora_te_") else None
+        elif not (_CROSS_ATTENTION.match(key) or (key.startswith("lora_unet_") and _TIME_DOWN in key)):
+            continue
+        if first is not None and second is not None:
+            return first + second
+        if width is not None:
+            return width
+    return None
+
+
+_INPUT_LAST = ("lora_down.weight", "hada_w1_b", "hada_w2_b", "diff")
+"""Tensors whose second axis is the input of their layer."""
+_TIME_DOWN = "time_emb_proj.lora_down"
+
+
+def kohya(file: AdapterFile) -> Loaded:
+    """kohya-ss/sd-scripts 48d368fa: networks/lora.py (`create_network_from_weights`).
+
+    It takes what it knows without a word on the rest, has no `lora_mid`, and reads alpha 0 as the rank.
+    Factors must have the dimensions of their layer. It translates diffusers' block names in SDXL files, for
+    which it must know the first one.
+    """
+    in_blocks = r".*(?:attentions|resnets|downsamplers|upsamplers)\..+"
+    names = file.names("unet", "lora_unet_{ldm_flat}" if file.ldm_named else "lora_unet_{flat}", in_blocks)
+    if file.ldm_named and any(re.search("down_blocks|up_blocks", key) for key in file.shapes):
+        names |= file.names("unet", "lora_unet_{flat}", in_blocks)
+        prefixes = [key.partition(".")[0] for key in file.shapes if key.startswith("lora_unet_")]
+        translated = any(re.search("down_blocks|up_blocks", prefix) for prefix in prefixes)
+        if translated and prefixes[0] not in file.names("unet", "lora_unet_{flat}"):
+            raise LoadError(
+                f"it fails at {prefixes[0]!r}, for it cannot translate it to the original block names"
+            )
+    modules = match_keys(file.shapes, names | _kohya_text_names(file), (matching.KOHYA_NO_MID,))
+    return Loaded(apply_layers(file, match_layers(file, modules, exact=True), zero_is_rank=True))
+
+
+def diffusers(file: AdapterFile) -> Loaded:
+    """huggingface/diffusers 0.42.1 with transformers 5.24 and peft 0.21: loaders/lora_conversion_utils.py,
+    lora_pipeline.py, lora_base.py, utils/state_dict_utils.py.
+
+    A file with kohya's names alone is translated; any other is taken for one of diffusers' or PEFT's names.
+    Both drop `dora_scale`.
+    """
+    keys = [key for key in file.shapes if not key.endswith(".dora_scale")]
+    if not all(key.startswith(("lora_unet_", *_TEXT_STARTS)) for key in keys):
+        return Loaded(_diffusers_peft(file, keys))
+    if file.ldm_named and all(
+        any(re.search(block, key) for key in keys)
+        for block in (_LDM_BLOCK, "down_blocks|mid_block|up_blocks")
+    ):
+        keys = [key for key in keys if not re.search(_LDM_BLOCK, key)]
+    return Loaded(_diffusers_kohya(file, keys))
+
+
+_LDM_BLOCK = "input_blocks|middle_block|output_blocks"
+
+
+def _diffusers_kohya(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, AppliedLayer]:
+    """`_convert_non_diffusers_lora_to_diffusers`: each key must be of a known pair; most layers get the most
+    frequent alpha of their component."""
+    names = file.names("unet", "lora_unet_{ldm_flat}", ".*" if file.ldm_named else _LDM_ENDS)
+    names |= file.names("unet", "lora_unet_{flat}", "(?!add_embedding).+" if file.ldm_named else ".*")
+    for template in ("lora_te_{flat}", "lora_te_{bare_flat}", "lora_te1_{flat}", "lora_te1_{bare_flat}"):
+        names |= file.names("text_encoder", template)
+    names |= file.names("text_encoder_2", "lora_te2_{flat}")
+    pair = matching.KOHYA_NO_MID
+    for prefix, suffixes in _by_prefix(keys).items():
+        extra = suffixes - {*pair} if suffixes >= {pair.down, pair.up} else suffixes
+        if extra:
+            raise LoadError(f"it refuses files with a key such as {prefix + min(extra)!r}")
+    matched = match_layers(file, match_keys(keys, names, (pair,)), exact=True)
+    keys_of = {part: [key for key in keys if key.startswith(_STARTS[part])] for part in file.family.parts}
+    for part in file.family.parts[1:]:
+        out = any("_out_proj." in key for key in keys_of[part])
+        if keys_of[part] and not out and not any("_mlp_" in key for key in keys_of[part]):
+            raise LoadError(
+                f"it fails at {part}, for which it needs out_proj, fc1 or fc2 among the adapted layers"
+            )
+        for layer in [layer for layer in matched if layer[0] == part and ".self_attn." in layer[1]]:
+            if not out:
+                del matched[layer]
+    _check_parts(keys_of, matched)
+    if file.metadata.get(HEADER_KEY):
+        if file.alphas:
+            raise LoadError("it refuses files that have alphas both among the tensors and in the header")
+        return _apply_header(file, matched, keys_of)
+    _check_projection_rank(file, matched)
+    layers = apply_layers(file, matched)
+    common = {part: _common_alpha(file, part, keys_of[part]) for part in file.family.parts}
+    for (part, path), module in matched.items():
+        alpha, down = common[part], module.keys[pair.down]
+        if alpha is not None and not (".alpha" in module.keys and _keeps_alpha(file, part, path, down)):
+            layers[part, path] = replace(layers[part, path], scale=alpha / file.shapes[down][0])
+    return layers
+
+
+def _keeps_alpha(file: AdapterFile, part: str, path: str, key: str) -> bool:
+    """Whether diffusers gives a layer its own alpha: outside of attention, if the file's names have the
+    `text_model` level where the model has it."""
+    if part == "unet":
+        return re.search(r"\.attn[12]\.to_", path) is None
+    if path.startswith("text_model.") and ("text_model" in key) != _has_text_level(file, part):
+        return False
+    return re.search(r"\.mlp\.fc[12]$|^text_projection$", path) is not None
+
+
+def _has_text_level(file: AdapterFile, part: str) -> bool:
+    """Whether transformers still has the `text_model.` level: only in encoders with a projection."""
+    return (part, "text_projection") in file.layout
+
+
+def _common_alpha(file: AdapterFile, part: str, keys: Sequence[str]) -> float | None:
+    """The most frequent alpha of a component; of equally frequent ones the first that diffusers meets."""
+    prefixes = [key.partition(".")[0] for key in keys if key.endswith(".lora_down.weight")]
+    if part == "unet" and file.ldm_named:
+        prefixes = _by_block(prefixes)
+    alphas = [file.alphas[f"{prefix}.alpha"] for prefix in prefixes if f"{prefix}.alpha" in file.alphas]
+    return Counter(alphas).most_common(1)[0][0] if alphas else None
+
+
+_BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_(\d+)_")
+
+
+def _by_block(prefixes: Sequence[str]) -> list[str]:
+    """Prefixes with original names in the order in which diffusers translates them.
+
+    What lies in no block comes first, conv_in included; then the blocks, in the order in which Python's set
+    has their numbers: not always ascending.
+    """
+    blocks = [None if p.startswith("lora_unet_input_blocks_0_0") else _BLOCK.match(p) for p in prefixes]
+    order: dict[tuple[str, int], int] = {}
+    for kind in ("input_blocks", "middle_block", "output_blocks"):
+        numbers = set()
+        for block in blocks:
+            if block and block[1] == kind:
+                numbers.add(int(block[2]))
+        order |= {(kind, number): len(order) + index for index, number in enumerate(numbers)}
+    ranks = [order[block[1], int(block[2])] if block else -1 for block in blocks]
+    return [prefix for _, prefix in sorted(zip(ranks, prefixes, strict=True), key=lambda pair: pair[0])]
+
+
+def _diffusers_peft(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, AppliedLayer]:
+    """Alpha is in the header, without which it is the rank.
+
+    A UNet whose first key is PEFT's is not translated, so its older spellings are lost.
+    """
+    foreign = next((key for key in keys if "lora" not in key), None)
+    if foreign:
+        raise LoadError(f"it refuses files with a key such as {foreign!r}, which lacks 'lora'")
+    names: dict[str, LayerKey] = {}
+    for part, templates in _DIFFUSERS_TEMPLATES.items():
+        for template in templates:
+            names |= file.names(part, f"{part}.{{{template}}}")
+    pairs = [pair._replace(alpha="") for pair in _DIFFUSERS_PAIRS]
+    matched = match_layers(file, match_keys(keys, names, pairs), exact=True)
+    keys_of = {part: [key for key in keys if key.startswith(f"{part}.")] for part in file.family.parts}
+    if "lora_A" in next(iter(keys_of["unet"]), ""):
+        for layer in [layer for layer in matched if layer[0] == "unet" and matched[layer].kind != pairs[0]]:
+            del matched[layer]
+    for part in file.family.parts[1:]:
+        _check_spelling(part, keys_of[part])
+        old = any("to_out_lora" in key for key in keys_of[part])
+        lost = {pairs[3]} if old else {pairs[1], pairs[3]}
+        for layer in [layer for layer in matched if layer[0] == part and matched[layer].kind in lost]:
+            del matched[layer]
+    _check_parts(keys_of, matched)
+    if file.metadata.get(HEADER_KEY):
+        return _apply_header(file, matched, keys_of)
+    _check_projection_rank(file, matched)
+    return {layer: _peft_layer(module, 1.0) for layer, module in matched.items()}
+
+
+_DIFFUSERS_TEMPLATES = {
+    "unet": ("path", "processor", "older"),
+    "text_encoder": ("path", "bare", "older", "older_bare"),
+    "text_encoder_2": ("path", "older"),
+}
+_DIFFUSERS_PAIRS = (matching.PEFT, matching.ATTENTION_PROCESSOR, matching.LORA_LINEAR, matching.LORA_DOT)
+
+
+def _check_spelling(part: str, keys: Sequence[str]) -> None:
+    """diffusers tells the spelling of a text encoder from some of its keys; the others lose q, k and v."""
+    old = any("to_out_lora" in key for key in keys)
+    linear = any("lora_linear_layer" in key or "_mlp_" in key for key in keys)
+    peft = any(".lora_A.weight" in key for key in keys)
+    attention = any(re.search(r"\.(?:q|k|v|out)_proj\.lora_[AB]", key) for key in keys)
+    if keys and not (old or linear) and not (peft and attention):
+        needed = "a layer of its attention" if peft else "out_proj, fc1 or fc2"
+        raise LoadError(f"it fails at {part}, for which it needs {needed} among the adapted layers")
+
+
+def _check_parts(keys_of: Mapping[str, Sequence[str]], matched: Matched) -> None:
+    for part, keys in keys_of.items():
+        if keys and not any(layer[0] == part for layer in matched):
+            raise LoadError(f"it fails, for it knows no layer of {part} by a name such as {keys[0]!r}")
+
+
+def _check_projection_rank(file: AdapterFile, matched: Matched) -> None:
+    """diffusers overlooks the rank of a text projection and takes the most frequent one of its encoder."""
+    for part in file.family.parts[1:]:
+        ranks = {
+            layer: _rank(file, matched[layer])
+            for layer in file.layout
+            if layer[0] == part and layer in matched
+        }
+        own = ranks.pop((part, "text_projection"), None)
+        if own is not None and ranks and own != Counter(ranks.values()).most_common(1)[0][0]:
+            raise LoadError(
+                f"it fails at {part}.text_projection, whose rank {own} is not its encoder's usual one"
+            )
+
+
+def _rank(file: AdapterFile, module: Module) -> int:
+    assert isinstance(module.kind, Pair)
+    return file.shapes[module.keys[module.kind.down]][0]
+
+
+def _peft_layer(module: Module, scale: float) -> AppliedLayer:
+    """A layer of a file with PEFT's names; magnitudes are by rows."""
+    assert isinstance(module.kind, Pair)
+    suffixes = (*module.kind, ".lora_magnitude_vector")
+    keys = tuple(module.keys[suffix] for suffix in suffixes if suffix in module.keys)
+    dora = ".lora_magnitude_vector" in module.keys
+    return AppliedLayer(keys, scale, *(("DoRA", "rows") if dora else ()))
+
+
+def _apply_header(
+    file: AdapterFile, matched: Matched, keys_of: Mapping[str, Sequence[str]]
+) -> dict[LayerKey, AppliedLayer]:
+    """Each layer as a PEFT LoraConfig in the header has it: r, lora_alpha, their patterns, use_rslora."""
+    try:
+        values = header_values(file.metadata)
+    except AdapterFileError as error:
+        raise LoadError(f"it fails at the header: {str(error).rstrip('.')}") from error
+    for part, keys in keys_of.items():
+        if keys and not values.get(f"{part}.target_modules"):
+            raise LoadError(f"it fails at {part}, about which the header says nothing")
+    layers: dict[LayerKey, AppliedLayer] = {}
+    for (part, path), module in matched.items():
+        name = path if _has_text_level(file, part) else path.removeprefix("text_model.")
+        targets = values.get(f"{part}.target_modules")
+        if part != "unet" and isinstance(targets, list) and not any(_ends(name, str(t)) for t in targets):
+            continue
+        rank = _rank(file, module)
+        if _header_number(values, part, name, "r", "rank_pattern") != rank:
+            raise LoadError(f"it fails at {part}.{path}, whose rank {rank} is not the one in the header")
+        alpha = _header_number(values, part, name, "lora_alpha", "alpha_pattern")
+        root = rank**0.5 if values.get(f"{part}.use_rslora") is True else rank
+        layers[part, path] = _peft_layer(module, alpha / root)
+    for part, keys in keys_of.items():
+        if keys and not any(layer[0] == part for layer in layers):
+            raise LoadError(f"it fails at {part}, of which it finds none of the header's target_modules")
+    return layers
+
+
+def _ends(name: str, end: str) -> bool:
+    return f".{name}".endswith(f".{end}")
+
+
+def _header_number(values: Mapping[str, Any], part: str, name: str, key: str, patterns: str) -> float:
+    """A layer's rank or alpha: of the first pattern that matches, else of its part, else PEFT's default 8."""
+    number, own_numbers = values.get(f"{part}.{key}", 8), values.get(f"{part}.{patterns}") or {}
+    if not isinstance(own_numbers, dict):
+        raise LoadError(f"it fails at the header's {part}.{patterns}, which is not a table")
+    for pattern, own in own_numbers.items():
+        plain = pattern.removesuffix("$").replace("\\.", ".")
+        if name == plain[1:] if plain.startswith("^") else _ends(name, plain):
+            number = own
+            break
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise LoadError(f"it fails at the header's {part}.{key}, which is not a number")
+    return float(number)
+
+
+_TEXT_STARTS = ("lora_te_", "lora_te1_", "lora_te2_")
+_STARTS = {"unet": ("lora_unet_",), "text_encoder": _TEXT_STARTS[:2], "text_encoder_2": _TEXT_STARTS[2:]}
+_LDM_ENDS = r"conv_in|conv_out|time_embedding\..+"
+
+
+def _kohya_text_names(file: AdapterFile, projection: bool = False) -> dict[str, LayerKey]:
+    """`lora_te_` of the only text encoder, `lora_te1_` and `lora_te2_` of two."""
+    if len(file.family.text_encoders) == 1:
+        return file.names("text_encoder", "lora_te_{flat}", IN_ENCODER)
+    second = file.names("text_encoder_2", "lora_te2_{flat}", ".*" if projection else IN_ENCODER)
+    return file.names("text_encoder", "lora_te1_{flat}", IN_ENCODER) | second
+
+
+def _by_prefix(keys: Sequence[str]) -> dict[str, set[str]]:
+    """What stands before the first dot of the keys, to what follows."""
+    prefixes: dict[str, set[str]] = {}
+    for key in keys:
+        prefix, _, suffix = key.partition(".")
+        prefixes.setdefault(prefix, set()).add(f".{suffix}")
+    return prefixes
+
+
+def _unused_biases(layers: Mapping[LayerKey, AppliedLayer]) -> tuple[str, ...]:
+    """The changes of biases beside a LoRA, which some tools read and pass over."""
+    low = [layer for layer in layers.values() if layer.kind in ("LoRA", "DoRA")]
+    return tuple(key for layer in low for key in layer.keys if key.endswith(".diff_b"))
+
+
+LOADERS: dict[str, Callable[[AdapterFile], Loaded]] = {
+    "A1111": a1111,
+    "Forge": forge,
+    "ComfyUI": comfyui,
+    "InvokeAI": invokeai,
+    "kohya": kohya,
+    "diffusers": diffusers,
+}
