@@ -7,7 +7,6 @@ import psutil
 from app.formatting import STATES, bar, clock, safe
 from app.jobs import Watch
 from app.snapshot import Moment
-from lora_core.runs.costs import seconds_left
 from lora_core.system.hardware import Card
 from lora_core.system.paths import ASSETS
 
@@ -114,7 +113,7 @@ def run_words(moment: Moment) -> str:
             return f"Preparing: {progress.phase}{counted}"
         case "running" | "pausing" | "stopping":
             verb = "" if moment.state == "running" else f"{STATES[moment.state][0]}, "
-            left = f", {clock(seconds_left(progress))} left" if moment.state == "running" else ""
+            left = f", {clock(progress.seconds_left())} left" if moment.state == "running" else ""
             return f"{verb}{percent(moment)}%, step {progress.step:,} of {progress.steps:,}{left}"
         case "done":
             return f"{name}: done, {progress.step:,} steps"

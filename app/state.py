@@ -22,7 +22,7 @@ from app.train.queue_client import QueueClient
 from app.worker_client import CARDS, GivesWay, Worker
 from lora_core.model_files.detect import chosen_base
 from lora_core.projects.workspace import Projects, adopt, belongs
-from lora_core.runs.costs import numbers_of
+from lora_core.runs.costs import parameters_of
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import Hardware
 from lora_core.system.other_tools import Places, Tool, base_files, found_tools
@@ -145,7 +145,7 @@ class Desk:
         if card is None or not live.progress.stepping:
             return f"Waiting for the graphics card. {until}"
         free, base = card.total - card.used, str(request.get("base", ""))
-        numbers = numbers_of(chosen_base(base)) if base else None
+        numbers = parameters_of(chosen_base(base)) if base else None
         if numbers is None:
             return f"Waiting for the graphics card. {until}"
         needed = numbers * BYTES_A_NUMBER + BESIDE_BASE

@@ -11,7 +11,6 @@ from app.snapshot import Moment
 from app.train.checks import in_words
 from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
 from lora_core.report.rank_plots import rate_html
-from lora_core.runs.costs import seconds_left
 from lora_core.runs.events import RateFound, StepDone, Validated
 from lora_core.runs.progress import smoothed
 from lora_core.runs.verdict import SURE, best_of, error_of, measured, verdict
@@ -251,7 +250,7 @@ def _tiles(moment: Moment) -> list[str]:
     tiles = [tile(f"{progress.step:,}", f"of {progress.steps:,} steps")]
     if moment.live:
         speed = pace(progress.seconds_a_step())
-        tiles.append(tile(clock(seconds_left(progress)), f"left, {speed}" if speed else "left"))
+        tiles.append(tile(clock(progress.seconds_left()), f"left, {speed}" if speed else "left"))
     else:
         took = sum(event.seconds for event in progress.losses)
         # Over the whole run: what its last steps took need not fit the time beside it.

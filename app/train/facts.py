@@ -8,13 +8,13 @@ from app.snapshot import Moment
 from app.train.form import for_family
 from lora_core.model_files.hub import Download
 from lora_core.model_files.sizes import export_bytes
-from lora_core.runs.costs import GUESSED, MEASURED, PROBED, SCALED, Forecast, forecast, memory_needed
+from lora_core.runs.costs import MEASURED, PROBED, SCALED, Forecast, forecast_step, memory_needed
 from lora_core.runs.preflight import caption_bytes
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import card_problem
 
-SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated", GUESSED: "estimated"}
+SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated"}
 NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
 
 
@@ -101,13 +101,13 @@ def time_of(moment: Moment, config: RunConfig) -> Forecast | None:
     """What a step will take, from all that this window knows."""
     desk = moment.desk
     runs = [(watch.progress, watch.config()) for watch, _ in moment.runs]
-    return forecast(config, runs, desk.prober.all(), len(desk.project.dataset().records), desk.hardware)
+    return forecast_step(config, runs, desk.prober.costs(), len(desk.project.dataset().records))
 
 
 def _measuring(moment: Moment, expected: Forecast | None) -> str:
     """Where the time comes from, and the way to measure it; one line in each case, so that nothing jumps."""
     config, prober = moment.plan.config, moment.desk.prober
-    source = expected.source if expected else GUESSED
+    source = expected.source if expected else ""
     if prober.working(config):
         done, total = prober.steps_done()
         count = f", {done} of {total}" if total else ""
@@ -124,9 +124,8 @@ def _measuring(moment: Moment, expected: Forecast | None) -> str:
     if moment.desk.project.dataset().records and not moment.live and prober.follow(config):
         return _line("soon", "The time is measured in a moment.")
     why = prober.problem(config)
-    return _line(
-        "offered", why or "The time is an estimate.", "measure", "Measure it", _what_it_takes(moment)
-    )
+    unknown = "The time is an estimate." if expected else "The time is not known yet."
+    return _line("offered", why or unknown, "measure", "Measure it", _what_it_takes(moment))
 
 
 def _line(state: str, words: str, do: str = "", name: str = "", tip: str = "") -> str:

@@ -8,19 +8,19 @@ a picture that somebody wants, and to a form that has changed meanwhile.
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from app.worker_client import CANCELLED, Reply, Worker
 from lora_core.errors import RunError
 from lora_core.model_files.detect import Base, chosen_base
 from lora_core.runs.costs import (
-    Measured,
-    at_device,
+    StepCost,
     cost_key,
-    keep_measured,
-    measured_file,
-    numbers_of,
-    read_measured,
-    work_a_step,
+    costs_file,
+    keep_cost,
+    parameters_of,
+    read_costs,
+    step_passes,
 )
 from lora_core.settings.config import RunConfig
 from lora_core.system.hardware import Hardware
@@ -49,33 +49,27 @@ class Prober:
         self._in_hand = ""
         self._reply: Reply | None = None
         self._problems: dict[str, str] = {}
-        self._known: dict[str, Measured] = {}
-        self._read_at = 0
+        self._costs: dict[str, StepCost] = {}
+        self._read_at: tuple[int, str] = (0, "")
 
-    @property
-    def device(self) -> str:
-        """What a run would train on, as far as the window knows it."""
-        return self._hardware.device
-
-    def all(self) -> dict[str, Measured]:
+    def costs(self) -> dict[str, StepCost]:
         """What was measured on this machine's device, read again where the file has changed."""
         try:
-            changed_at = measured_file(self._workspace).stat().st_mtime_ns
+            read_at = costs_file(self._workspace).stat().st_mtime_ns, self._hardware.device
         except OSError:
             return {}
         with self._lock:
-            if changed_at != self._read_at:
-                self._known, self._read_at = read_measured(self._workspace), changed_at
-            device = self.device
-            return {key: one for key, one in self._known.items() if one.device == device}
+            if read_at != self._read_at:
+                self._costs, self._read_at = read_costs(self._workspace, self._hardware.device), read_at
+            return self._costs
 
-    def known(self, config: RunConfig) -> Measured | None:
+    def known(self, config: RunConfig) -> StepCost | None:
         """What a step of these settings took here."""
-        return self.all().get(at_device(_key(config), self.device))
+        return self.costs().get(cost_key(config))
 
     def problem(self, config: RunConfig) -> str:
         """Why these settings could not be measured, "" where nothing was in the way."""
-        return self._problems.get(_key(config), "")
+        return self._problems.get(cost_key(config), "")
 
     @property
     def active(self) -> bool:
@@ -84,7 +78,7 @@ class Prober:
 
     def working(self, config: RunConfig | None = None) -> bool:
         """Whether something is being measured: of these settings, or at all."""
-        return bool(self._in_hand) and (config is None or self._in_hand == _key(config))
+        return bool(self._in_hand) and (config is None or self._in_hand == cost_key(config))
 
     def steps_done(self) -> tuple[int, int]:
         """How many steps of how many were taken of what is in hand."""
@@ -97,7 +91,7 @@ class Prober:
         Returns:
             Whether they will be.
         """
-        key = _key(config)
+        key = cost_key(config)
         with self._lock:
             changed, self._wanted = key != self._wanted, key
             if self.known(config) or key in self._problems or not self.gentle(config):
@@ -135,8 +129,8 @@ class Prober:
             raise RunError(busy or base.problem)
         with self._lock:
             self._stop_timer()
-            self._problems.pop(_key(config), None)
-            self._wanted = _key(config)
+            self._problems.pop(cost_key(config), None)
+            self._wanted = cost_key(config)
         self._measure(config)
 
     def cancel(self) -> None:
@@ -149,7 +143,7 @@ class Prober:
                 self._worker.cancel(self._reply)
 
     def _by_itself(self, config: RunConfig) -> None:
-        key = _key(config)
+        key = cost_key(config)
         # In one piece: a form that is looked at meanwhile would set another timer.
         with self._lock:
             self._timer = None
@@ -162,7 +156,7 @@ class Prober:
         with self._lock:
             if self._in_hand:
                 return
-            self._in_hand = _key(config)
+            self._in_hand = cost_key(config)
             request = {"do": "probe", "config": config.to_dict(), "aside": str(self._workspace / "cache")}
             self._reply = self._worker.submit(request)
         watch = threading.Thread(target=self._attend, args=(config, self._reply), daemon=True, name="probe")
@@ -177,7 +171,7 @@ class Prober:
                 self._worker.cancel(reply)
         try:
             if reply.state == "done":
-                keep_measured(self._workspace, key, self._told(config, reply))
+                keep_cost(self._workspace, config, self._cost(config, reply.result))
             elif reply.message != CANCELLED:
                 self._problems[key] = reply.message
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -185,23 +179,18 @@ class Prober:
         with self._lock:
             self._in_hand, self._reply = "", None
 
-    def _told(self, config: RunConfig, reply: Reply) -> Measured:
-        told = reply.result
-        seconds, draw, peak = float(told["step"]), float(told["draw"]), int(told["peak"])
-        return Measured(seconds, draw, peak, config.model.base, self.device, work_a_step(config) or 0.0)
+    def _cost(self, config: RunConfig, result: dict[str, Any]) -> StepCost:
+        step, draw, peak = float(result["step"]), float(result["draw"]), int(result["peak"])
+        return StepCost(step, draw, peak, config.model.base, self._hardware.device, step_passes(config))
 
     def _has_room(self, base: Base) -> bool:
         card = self._hardware.card()
-        numbers = numbers_of(base)
-        if card is None or not numbers:
+        parameters = parameters_of(base)
+        if card is None or not parameters:
             return False
-        return card.total - card.used > numbers * BYTES_A_NUMBER * ROOM
+        return card.total - card.used > parameters * BYTES_A_NUMBER * ROOM
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def _key(config: RunConfig) -> str:
-    return cost_key(config, chosen_base(config.model.base).resolution)

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
+from lora_core.model_files.sizes import OFFLOAD_BUFFERS
+
 SLAB = 2**28
 """Bytes of page-locked memory that are taken at once."""
 ALIGNED = 512
 """Bytes that a weight's place in a slab is a multiple of."""
-BUFFERS = 3
-"""Weights on the card at once: one in use, one on its way, one whose use may still be waiting."""
 
 
 class OffloadStore:
@@ -116,7 +116,7 @@ class FileStore(OffloadStore):
 class PinnedStore(OffloadStore):
     """Page-locked memory of the computer, for a graphics card.
 
-    Weights are copied on a stream of their own into `BUFFERS` buffers on the card, used in turn, each as
+    Weights are copied on a stream of their own into a few buffers on the card, used in turn, each as
     large as the largest weight. Nothing is allocated in a pass, however far the processor runs ahead of the
     card. A fetched weight is valid until the next one is fetched.
     """
@@ -130,7 +130,7 @@ class PinnedStore(OffloadStore):
         self._largest = 0
         self._stream = torch.cuda.Stream(device)
         self._buffers: list[torch.Tensor] = []
-        self._used: list[Any] = [None] * BUFFERS
+        self._used: list[Any] = [None] * OFFLOAD_BUFFERS
         self._turn = 0
         self._lent: int | None = None
 
@@ -156,10 +156,11 @@ class PinnedStore(OffloadStore):
         size = kept.numel() * kept.element_size()
         if not self._buffers or len(self._buffers[0]) < self._largest:
             self._buffers = [
-                torch.empty(self._largest, dtype=torch.uint8, device=self._device) for _ in range(BUFFERS)
+                torch.empty(self._largest, dtype=torch.uint8, device=self._device)
+                for _ in range(OFFLOAD_BUFFERS)
             ]
-            self._used = [torch.cuda.current_stream(self._device).record_event()] * BUFFERS
-        turn, self._turn = self._turn, (self._turn + 1) % BUFFERS
+            self._used = [torch.cuda.current_stream(self._device).record_event()] * OFFLOAD_BUFFERS
+        turn, self._turn = self._turn, (self._turn + 1) % OFFLOAD_BUFFERS
         tensor = self._buffers[turn][:size].view(kept.dtype).view(kept.shape)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._used[turn])

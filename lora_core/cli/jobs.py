@@ -157,6 +157,8 @@ def forecast_lines(found: dict[str, Any]) -> list[str]:
     if found["seconds"]:
         source = "measured" if found["source"] in ("measured", "probed") else "estimated"
         known.append(f"time about {_duration(found['seconds'])}, {source}")
+    else:
+        known.append("time known after some steps, or by `forecast --measure`")
     if found["memory_bytes"]:
         known.append(f"memory about {file_size(found['memory_bytes'])}")
     if found["file_bytes"]:

@@ -185,6 +185,19 @@ def missing_files(folder: Path, family: Family) -> list[str]:
     return missing
 
 
+def check_base_folder(folder: Path, family: Family) -> None:
+    """Refuse a diffusers folder that is not whole.
+
+    Raises:
+        ModelFileError: names every missing file.
+    """
+    missing = missing_files(folder, family)
+    if missing:
+        raise ModelFileError(
+            f"The base {folder} is not whole; it lacks {', '.join(missing)}. Download it again."
+        )
+
+
 def weight_names(part: str) -> list[tuple[str, tuple[str, ...]]]:
     """What the weights of a diffusers component can be called, the first found counting.
 

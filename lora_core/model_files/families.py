@@ -1,14 +1,16 @@
-"""The model families as rows of data: what the files of a base model do not say about themselves.
+"""The model families as rows of data: what the files of a base model do not say about themselves, and which
+of its layers are adapted.
 
-A config that lies beside the weights always wins over a row. Nothing else in the project may branch on a
-family's name.
+A config beside the weights always wins over a row. Nothing else in the project may branch on a family's name.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_core.errors import ModelFileError
+from lora_core.errors import ConfigError, ModelFileError
+from lora_core.settings.choices import TARGETS, chosen
 
 
 @dataclass(frozen=True)
@@ -315,3 +317,61 @@ def family_of_version(version: str) -> Family | None:
 
 def _widths() -> dict[str, int]:
     return {family.title: family.context_width for family in FAMILIES.values()}
+
+
+TEXT_LEVEL = "text_model."
+
+
+@dataclass(frozen=True)
+class Targets:
+    """A set of layers to adapt, as patterns over diffusers' module paths.
+
+    Attributes:
+        unet, text: full-match patterns for the UNet's paths and for the text encoders'; "" for none.
+        blocks: the field of a family that narrows the UNet's further, or "".
+    """
+
+    unet: str
+    text: str
+    blocks: str = ""
+
+    def pattern(self, part: str) -> re.Pattern[str] | None:
+        """The pattern for a part, or None where nothing of it is adapted."""
+        text = self.unet if part == "unet" else self.text
+        return re.compile(text) if text else None
+
+    def within(self, family: Family) -> "Targets":
+        """The same set with the family's blocks written into the pattern.
+
+        Raises:
+            ConfigError: the family does not say which blocks those are.
+        """
+        if not self.blocks:
+            return self
+        blocks = getattr(family, self.blocks)
+        if not blocks:
+            raise ConfigError(
+                f"Which blocks of the {family.title} carry what is not known, so adapter.targets cannot"
+                " choose them; choose attention, kohya or locon."
+            )
+        return replace(self, unet=rf"(?=(?:{blocks})\Z)(?:{self.unet})", blocks="")
+
+
+def named_targets(name: str, family: Family | None = None) -> Targets:
+    """The set of layers that `adapter.targets` names, narrowed to the family's blocks where it asks for that.
+
+    Raises:
+        ConfigError: there is no such set, or not for this family.
+    """
+    row = chosen(TARGETS, name, "adapter.targets")
+    targets = Targets(**row.defaults)
+    return targets if family is None else targets.within(family)
+
+
+ATTENTION, KOHYA, LOCON = (Targets(**TARGETS[name].defaults) for name in ("attention", "kohya", "locon"))
+
+
+def canonical_path(part: str, path: str) -> str:
+    """`path` as adapters name it: text encoders always with the `text_model.` level, which newer transformers
+    dropped."""
+    return path if part == "unet" or path.startswith(TEXT_LEVEL) else TEXT_LEVEL + path

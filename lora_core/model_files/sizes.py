@@ -1,4 +1,5 @@
-"""Room on a drive: what a run will need of it, and whether that is there before something is written."""
+"""Sizes that follow from settings and from the shapes of a base's layers, of which headers are read and no
+weights: checkpoint, samples, exported file, the whole run, and the base in memory."""
 
 import functools
 import json
@@ -10,17 +11,27 @@ from typing import Any
 
 from lora_core.errors import LoraError, ModelFileError
 from lora_core.model_files.detect import UNET, BaseFacts
-from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.families import FAMILIES, Family, canonical_path, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.key_names import diffusers_unet_path
-from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen
+from lora_core.settings.choices import OPTIMIZERS, chosen
 from lora_core.settings.config import RunConfig
-from lora_core.settings.patterns import PatternError, last_matches
+from lora_core.settings.patterns import last_matches
 from lora_core.system.disk_space import MARGIN
 from lora_core.system.paths import FAMILY_CONFIGS
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
 """The most memory that encoded captions take which vary from look to look: some 800 looks of SDXL."""
+PREPACKED_COPIES = 2
+"""How many times the CPU backend lays out a base's weights beside the plain ones."""
+WINOGRAD_COPIES = 3
+"""The same in fp32, where kernels are laid out larger; 2.83 for Stable Diffusion 1.5."""
+PREPACKED_SPARE = 2 * 2**30
+"""Bytes that must stay free beside those."""
+OFFLOAD_BUFFERS = 3
+"""Weights of an offloaded base on the card at once: in use, on its way, maybe still waited for."""
+HEADER_A_LAYER = 450
+"""Bytes of the exported file's header for each layer: three tensors with long names."""
 _HEADERS = 64 * 1024
 _USUAL_SIDE = 512
 _PIXEL = 2.0
@@ -72,20 +83,6 @@ def needed_bytes(config: RunConfig, export: int) -> int:
     )
 
 
-# How large a base is and how large the exported file will be, from the shapes of the base's layers: headers
-# are read, no weights.
-
-
-BYTES_A_NUMBER = 2
-HEADER_A_LAYER = 450
-"""Bytes: what the file's header says of each layer, three tensors with long names."""
-PREPACKED_COPIES = 2
-"""How often a base's weights are laid out beside the plain ones where a processor trains."""
-WINOGRAD_COPIES = 3
-"""The same in fp32, where kernels are laid out larger; 2.83 for Stable Diffusion 1.5."""
-PREPACKED_SPARE = 2 * 2**30
-"""Bytes that have to stay free beside those."""
-
 Layers = dict[tuple[str, str], tuple[int, int]]
 """(part, path as diffusers names it) to the numbers that one rank costs below and above: inputs x kernel,
 outputs."""
@@ -100,46 +97,42 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     trained = [part for part, rate in zip(family.parts, rates, strict=False) if rate > 0]
     try:
         layers = _layers(facts.path, family.name, facts.path.stat().st_mtime_ns)
+        targets = named_targets(config.adapter.targets, family)
+        patterns = {part: pattern for part in trained if (pattern := targets.pattern(part))}
+        adapted = {
+            f"{part}.{path}": sum(sides)
+            for (part, path), sides in layers.items()
+            if part in patterns and patterns[part].fullmatch(path)
+        }
+        ranks = last_matches(config.adapter.block_ranks, adapted)
     except (OSError, LoraError, ValueError, KeyError):
         return None
-    wanted = {part: _wanted(config.adapter.targets, part, family) for part in trained}
-    adapted = {
-        f"{part}.{path}": sum(sides)
-        for (part, path), sides in layers.items()
-        if part in wanted and all(pattern.fullmatch(path) for pattern in wanted[part])
-    }
-    try:
-        ranks = last_matches(config.adapter.block_ranks, adapted)
-    except PatternError:
-        return None
-    rank = config.adapter.rank
-    numbers = sum(ranks.get(name, rank) * sides for name, sides in adapted.items())
-    return numbers * BYTES_A_NUMBER + len(adapted) * HEADER_A_LAYER or None
+    parameters = sum(ranks.get(name, config.adapter.rank) * sides for name, sides in adapted.items())
+    return parameters * _HALF + len(adapted) * HEADER_A_LAYER or None
 
 
 def count_base_parameters(facts: BaseFacts) -> int | None:
-    """How many numbers a base's weights are in all, averaged copies left out. None where it does not say.
+    """How many parameters a base has, averaged copies left out. None where its family is unknown.
 
     Raises:
         ModelFileError: a file of weights is broken.
     """
     if facts.family is None:
         return None
-    if facts.single_file:
-        shapes = read_header(facts.path, ModelFileError).shapes
-        return sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("model_ema."))
-    files = [file for part in (*facts.family.parts, "vae") for file in weight_files(facts.path / part)]
-    headers = [read_header(file, ModelFileError) for file in files]
-    return sum(math.prod(shape) for header in headers for shape in header.shapes.values())
+    parts = () if facts.single_file else (*facts.family.parts, "vae")
+    try:
+        changed_at = facts.path.stat().st_mtime_ns
+    except OSError:
+        changed_at = 0
+    return _count_parameters(facts.path, parts, changed_at)
 
 
-def _wanted(targets: str, part: str, family: Family) -> list[re.Pattern[str]]:
-    """The patterns that a layer's path must all match to be adapted."""
-    row: Mapping[str, str] = TARGETS[targets].defaults
-    if part != "unet":
-        return [re.compile(row["text"])]
-    blocks = getattr(family, row["blocks"]) if row.get("blocks") else ".*"
-    return [re.compile(row["unet"]), re.compile(blocks)]
+@functools.lru_cache(maxsize=16)
+def _count_parameters(path: Path, parts: tuple[str, ...], changed_at: int) -> int:
+    """Kept, since pages ask each second and a header may hold a megabyte."""
+    files = [file for part in parts for file in weight_files(path / part)] if parts else [path]
+    shapes = [item for file in files for item in read_header(file, ModelFileError).shapes.items()]
+    return sum(math.prod(shape) for name, shape in shapes if not name.startswith("model_ema."))
 
 
 @functools.lru_cache(maxsize=8)
@@ -153,11 +146,8 @@ def _layers(path: Path, family_name: str, changed_at: int) -> Layers:
     for part in family.parts:
         for file in weight_files(path / part):
             for name, shape in read_header(file).shapes.items():
-                own = name.removesuffix(".weight")
-                if part != "unet" and not own.startswith("text_model."):
-                    own = f"text_model.{own}"
                 if sides := _sides(shape):
-                    found[part, own] = sides
+                    found[part, canonical_path(part, name.removesuffix(".weight"))] = sides
     if not found:
         raise FileNotFoundError(path)
     return found

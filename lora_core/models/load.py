@@ -22,7 +22,14 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from lora_core.backends.int8 import WeightPolicy
 from lora_core.errors import ModelFileError, OutOfMemory
-from lora_core.model_files.detect import UNET, VAE, BaseFacts, base_facts, missing_files, single_file_facts
+from lora_core.model_files.detect import (
+    UNET,
+    VAE,
+    BaseFacts,
+    base_facts,
+    check_base_folder,
+    single_file_facts,
+)
 from lora_core.model_files.families import Family, TextEncoder
 from lora_core.model_files.header import Header
 from lora_core.model_files.hub import fetch_base
@@ -440,7 +447,7 @@ class _ComponentBuilder:
         self.facts = facts
         self.family = facts.family
         if not facts.single_file:
-            _check_folder(facts.path, self.family)
+            check_base_folder(facts.path, self.family)
 
     def unet(self, dtype: torch.dtype, policy: WeightPolicy | None) -> UNet2DConditionModel:
         config = UNet2DConditionModel.load_config(self.facts.configs / "unet")
@@ -508,19 +515,6 @@ def _digest(names: list[str], find: WeightLocator) -> str:
         source = find(name)
         digest.update(f"{name} {source.sample() if source else None}\n".encode())
     return digest.hexdigest()
-
-
-def _check_folder(path: Path, family: Family) -> None:
-    """Say at once all that a diffusers folder lacks.
-
-    Raises:
-        ModelFileError: names every missing file.
-    """
-    missing = missing_files(path, family)
-    if missing:
-        raise ModelFileError(
-            f"The base {path} is not whole; it lacks {', '.join(missing)}. Download it again."
-        )
 
 
 def _tokenizer(facts: BaseFacts, encoder: TextEncoder) -> Any:

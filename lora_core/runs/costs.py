@@ -1,8 +1,10 @@
-"""What a step took when it was tried on this machine, kept in the workspace by what decides its cost."""
+"""What a run will take, before it starts. Time: from a run of the same cost, else from a few steps that were
+tried on this machine, scaled where only other settings of the base were. Memory: from the sizes of base and
+adapter. What was tried is kept in the workspace's `measured.json`.
+"""
 
 import contextlib
-import functools
-import itertools
+import dataclasses
 import json
 import math
 import threading
@@ -10,15 +12,14 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 
 from lora_core.errors import LoraError
 from lora_core.model_files.detect import Base, BaseFacts, chosen_base
 from lora_core.model_files.families import Family
 from lora_core.model_files.sizes import (
+    OFFLOAD_BUFFERS,
     PREPACKED_COPIES,
     PREPACKED_SPARE,
     WINOGRAD_COPIES,
@@ -30,25 +31,41 @@ from lora_core.runs.preflight import ADAPTER_COPIES
 from lora_core.runs.progress import Progress
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
-from lora_core.system.hardware import Card, Hardware
 from lora_core.system.paths import write_atomically
 from lora_core.system.untrusted import checked_fields, parsed_json
 
 MOST_KEPT = 300
+USUAL_PROMPTS = 2
+"""How many captions are sampled where no prompts are given."""
+FORWARDS, CHECKPOINTING = 3.0, 4.0
+"""Cost of a step in forward passes; gradient checkpointing adds one."""
+MEASURED, PROBED, SCALED = "measured", "probed", "scaled"
+
+PROGRAM = 0.6e9
+"""Bytes of torch and its libraries before a model is loaded."""
+ACTIVATIONS = 0.7e6
+"""Bytes a latent pixel keeps for the backward pass of a UNet of SD 1.x's size, half precision, on the CPU."""
+USUAL_NUMBERS = 1.07e9
+"""Weights of all of SD 1.x, which ACTIVATIONS was measured with."""
+CHECKPOINTING_KEEPS = 0.2
+CONTEXT = 0.8e9
+"""Bytes of a card for its driver's context and the libraries' workspaces."""
+LOOKS = 4
+"""Noise draws that are validated in one batch."""
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepCost:
     """Some steps, really taken.
 
     Attributes:
         step: seconds of an optimizer step.
         draw: seconds of a sampler's step of one sample.
         peak: bytes of the device's memory at the most; 0 where it does not tell.
-        base: the base, as the person named it.
+        base: the base, as the user named it.
         device: what it was measured on.
-        work: floating-point operations of the step, about; 0 where that is not known.
+        passes: `step_passes` of the settings; 0 where an earlier version measured.
         time: when, in seconds since the epoch.
     """
 
@@ -57,251 +74,140 @@ class Measured:
     peak: int
     base: str
     device: str
-    work: float = 0.0
+    passes: float = 0.0
     time: float = field(default_factory=time.time)
-
-
-def measured_file(workspace: Path) -> Path:
-    """Where a workspace keeps them."""
-    return workspace / "measured.json"
-
-
-def cost_key(config: RunConfig, resolution: int) -> str:
-    """What decides how long a step takes and how much memory.
-
-    Args:
-        config: the settings.
-        resolution: the side in pixels that the base was trained at, which stands in where none is set.
-    """
-    optim, adapter = config.optim, config.adapter
-    # All of the section, so that a setting that is added to it later counts by itself.
-    train = {**config.train.model_dump(), "resolution": config.train.resolution or resolution}
-    del train["steps"]
-    trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
-    adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
-    return json.dumps([config.model.base, train, adapted, optim.name, trained, config.save.ema > 0])
-
-
-def read_measured(workspace: Path) -> dict[str, Measured]:
-    """All that was measured, by `cost_key` and device; a file that is missing or broken counts as empty."""
-    found: dict[str, Measured] = {}
-    try:
-        rows = parsed_json(measured_file(workspace).read_bytes())["measured"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return found
-    for key, row in rows:
-        with contextlib.suppress(TypeError, ValueError):
-            one = checked_fields(Measured, row)
-            if math.isfinite(one.step) and one.step > 0 and math.isfinite(one.draw) and one.draw >= 0:
-                found[key] = one
-    return found
-
-
-def keep_measured(workspace: Path, key: str, measured: Measured) -> None:
-    """Add what was measured for a `cost_key`; the newest stay.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-    with _lock:
-        kept: dict[str, Measured] = {**read_measured(workspace), at_device(key, measured.device): measured}
-        newest = sorted(kept.items(), key=lambda item: item[1].time)[-MOST_KEPT:]
-        rows: dict[str, Any] = {name: asdict(one) for name, one in newest}
-        write_atomically(measured_file(workspace), json.dumps({"measured": rows}, indent=1).encode())
-
-
-def at_device(key: str, device: str) -> str:
-    """The key of a cost on a device."""
-    return f"{device} {key}"
-
-
-# What a run will take before it starts. Time: from runs of the same cost or steps that were tried, else
-# from others, else from the machine's speed. Memory: from the sizes of base and adapter.
-
-
-LONGEST_GAP = 600.0
-"""Seconds between two steps beyond which the run was not going on, but paused or broken off."""
-LOOKED_AT = 200
-USUAL_PROMPTS = 2
-"""So many captions are sampled where no prompts are given."""
-PROCESSOR_SHARE = 0.4
-"""What training reaches of the speed of a plain product of matrices, seen with the embedded base."""
-CARD_SHARE = 0.3
-TFLOPS_A_WATT = ((9.0, 1.2), (8.9, 0.35), (8.1, 0.2), (8.0, 0.7), (7.0, 0.2), (0.1, 0.03))
-"""NVIDIA's data sheets, half precision with tensor cores: from which generation on, and how much a watt."""
-
-SHARE_OF_PIXELS = 0.085
-"""What a UNet computes: 2 numbers for each weight at so many of its latent pixels. SD 1.5 (0.68 TFLOP, 0.86 G
-weights, 64 x 64) and SDXL (6.0 TFLOP, 2.57 G weights, 128 x 128) give 0.096 and 0.071."""
-UNET_SHARE = 0.75
-FORWARDS, CHECKPOINTING = 3.0, 4.0
-"""A step costs as much as so many passes; with checkpointing one more."""
-PROGRAM = 0.6e9
-"""Bytes that torch and its libraries take before a model is loaded."""
-ACTIVATIONS = 0.7e6
-"""Bytes that one latent pixel keeps for the way back through a UNet of SD 1.x's size, in half precision, on a
-processor."""
-USUAL_NUMBERS = 1.07e9
-"""Weights of all of SD 1.x, which that was seen with."""
-CHECKPOINTING_KEEPS = 0.2
-CONTEXT = 0.8e9
-"""Bytes of a card that its driver's context and the libraries' workspaces take."""
-BUFFERS, LOOKS = 3, 4
-"""Weights of an offloaded base that are on the card at once, and looks that are measured at once."""
-MEASURED, PROBED, SCALED, GUESSED = "measured", "probed", "scaled", "guessed"
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds a step, samples and validation included, and where the number comes from."""
+    """Seconds a step, samples and validation included, and the source: measured, probed or scaled."""
 
     seconds: float
     source: str
 
 
-def forecast(
+def costs_file(workspace: Path) -> Path:
+    """Where a workspace keeps what was measured."""
+    return workspace / "measured.json"
+
+
+def cost_key(config: RunConfig) -> str:
+    """All settings that decide the time and memory of a step."""
+    optim, adapter, base = config.optim, config.adapter, config.model.base
+    # All of the section, so that a setting that is added to it later counts by itself.
+    train = {
+        **config.train.model_dump(),
+        "resolution": config.train.resolution or chosen_base(base).resolution,
+    }
+    del train["steps"]
+    trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
+    adapted = [adapter.targets, adapter.rank, adapter.block_ranks, adapter.init]
+    return json.dumps([base, train, adapted, optim.name, trained, config.save.ema > 0])
+
+
+def read_costs(workspace: Path, device: str) -> dict[str, StepCost]:
+    """What was measured on a device, by `cost_key`; a file that is missing or broken counts as empty."""
+    return {
+        key.removeprefix(f"{device} "): cost
+        for key, cost in _read_all(workspace).items()
+        if cost.device == device
+    }
+
+
+def keep_cost(workspace: Path, config: RunConfig, cost: StepCost) -> None:
+    """Add what was measured for some settings; the newest stay.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    with _lock:
+        kept = {**_read_all(workspace), f"{cost.device} {cost_key(config)}": cost}
+        newest = sorted(kept.items(), key=lambda item: item[1].time)[-MOST_KEPT:]
+        document = {"measured": {key: asdict(one) for key, one in newest}}
+        write_atomically(costs_file(workspace), json.dumps(document, indent=1).encode())
+
+
+def _read_all(workspace: Path) -> dict[str, StepCost]:
+    found: dict[str, StepCost] = {}
+    try:
+        rows = parsed_json(costs_file(workspace).read_bytes())["measured"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return found
+    known = {field.name for field in dataclasses.fields(StepCost)}
+    for key, row in rows:
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            cost = checked_fields(StepCost, {k: v for k, v in row.items() if k in known})
+            if math.isfinite(cost.step) and cost.step > 0 and math.isfinite(cost.draw) and cost.draw >= 0:
+                found[key] = cost
+    return found
+
+
+def step_passes(config: RunConfig) -> float:
+    """Cost of a step in forward passes of one pixel: to compare settings of the same base."""
+    side = config.train.resolution or chosen_base(config.model.base).resolution
+    images = config.train.batch_size * config.train.accumulate
+    return (CHECKPOINTING if config.train.checkpointing else FORWARDS) * images * float(side) ** 2
+
+
+def forecast_step(
     config: RunConfig,
     runs: Iterable[tuple[Progress, RunConfig | None]],
-    measured: Mapping[str, Measured],
-    pictures: int,
-    hardware: Hardware,
+    costs: Mapping[str, StepCost],
+    images: int,
 ) -> Forecast | None:
-    """What a step of `config` will take, or None where nothing is known to tell it from.
+    """What a step of `config` will take; None where nothing of its base was timed yet.
 
     Args:
         config: of the run to come.
         runs: of this machine, the newest first.
-        measured: what was measured on this device, as `measured.read_measured` has it.
-        pictures: how many there are.
-        hardware: the machine.
+        costs: what was measured on this device, as `read_costs` returns it.
+        images: how many there are.
     """
-    wanted = _key(config)
+    key, base = cost_key(config), config.model.base
     others = []
     for progress, other in runs:
-        pace = wall_pace(progress)
-        if pace is None or other is None:
+        pace = progress.wall_pace()
+        if pace is None or other is None or other.model.base != base:
             continue
-        if _key(other) == wanted:
+        if cost_key(other) == key:
             return Forecast(pace, MEASURED)
-        others.append((pace, other))
-    tried = measured.get(at_device(wanted, hardware.device))
-    if tried is not None:
-        return Forecast(tried.step + between_steps(config, tried.step, tried.draw, pictures), PROBED)
-    work = work_a_step(config)
-    if work is None:
-        return None
-    for one in sorted(measured.values(), key=lambda one: -one.time):
-        if one.work and one.base == config.model.base:
-            step = one.step * work / one.work
-            return Forecast(step + between_steps(config, step, one.draw, pictures), SCALED)
-    for pace, other in others:
-        known = work_a_step(other)
-        if known:
-            return Forecast(pace * work / known, SCALED)
-    card = hardware.card()
-    speed = card_speed(card) if card is not None else processor_speed() if not hardware.has_gpu else None
-    return Forecast(work / speed, GUESSED) if speed else None
+        others.append(pace / step_passes(other))
+    if key in costs:
+        cost = costs[key]
+        return Forecast(cost.step + seconds_between_steps(config, cost.step, cost.draw, images), PROBED)
+    for cost in sorted(costs.values(), key=lambda one: -one.time):
+        if cost.passes and cost.base == base:
+            step = cost.step * step_passes(config) / cost.passes
+            return Forecast(step + seconds_between_steps(config, step, cost.draw, images), SCALED)
+    return Forecast(others[0] * step_passes(config), SCALED) if others else None
 
 
-def between_steps(config: RunConfig, step: float, draw: float, pictures: int) -> float:
-    """Seconds a step for what comes between steps: samples, and the measuring on held-out pictures.
+def seconds_between_steps(config: RunConfig, step: float, draw: float, images: int) -> float:
+    """Seconds a step of samples and validation.
 
     Args:
         config: the settings.
-        step: seconds of a step, of which the measuring may take a share.
+        step: seconds of a step, of which validation may take a share.
         draw: seconds of a sampler's step of one sample, which is two passes at the base's own size.
-        pictures: how many there are.
+        images: how many there are.
     """
     steps, preview, validation = config.train.steps, config.preview, config.validation
-    prompts = len(preview.prompts) or min(USUAL_PROMPTS, pictures)
-    spent = how_often(steps, preview.every) * prompts * preview.steps * draw * adapters_used(config)
-    held = validation.pictures if validation.pictures >= 1 else validation.pictures * pictures
-    looks = round(held) * validation.triples * (adapters_used(config) + (1 if validation.gauge else 0))
-    looks += validation.prior * validation.triples if held else 0
-    base = chosen_base(config.model.base)
-    share = ((config.train.resolution or base.resolution) / base.resolution) ** 2
-    measuring = how_often(steps, validation.every) * looks * draw / 2 * share / steps
+    prompts = len(preview.prompts) or min(USUAL_PROMPTS, images)
+    sampling = how_often(steps, preview.every) * prompts * preview.steps * draw * adapters_used(config)
+    held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
+    passes = round(held) * validation.triples * (adapters_used(config) + (1 if validation.gauge else 0))
+    passes += validation.prior * validation.triples if held else 0
+    own = chosen_base(config.model.base).resolution
+    share = ((config.train.resolution or own) / own) ** 2
+    measuring = how_often(steps, validation.every) * passes * draw / 2 * share / steps
     if validation.budget:
         measuring = min(measuring, validation.budget * step)
-    return spent / steps + measuring
+    return sampling / steps + measuring
 
 
 def how_often(steps: int, every: int) -> int:
     """How often something is done in a run, its beginning and its end included."""
     return math.ceil(steps / every) + 1 if every else 0
-
-
-def _key(config: RunConfig) -> str:
-    return cost_key(config, chosen_base(config.model.base).resolution)
-
-
-def wall_pace(progress: Progress) -> float | None:
-    """Seconds from one step to the next, with all that happened between them."""
-    times = [event.time for event in progress.losses[-LOOKED_AT:]]
-    if len(times) < 3:
-        return None
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    gaps = [gap for gap in gaps if 0.0 <= gap < LONGEST_GAP]
-    steps = progress.seconds_a_step() or 0.0
-    return max(steps, sum(gaps) / len(gaps)) if gaps else steps or None
-
-
-def seconds_left(progress: Progress) -> float | None:
-    """Time to the last step; the median of the last steps, raised by what comes between them."""
-    pace = wall_pace(progress) or progress.seconds_a_step()
-    return None if pace is None else pace * max(0, progress.steps - progress.step)
-
-
-@functools.lru_cache(maxsize=1)
-def processor_speed() -> float:
-    """Operations a second that training reaches here: measured once, in some hundredths of a second."""
-    side = 768
-    a = np.random.default_rng(0).standard_normal((side, side), dtype=np.float32)
-    best = float("inf")
-    for _ in range(4):
-        began = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best * PROCESSOR_SHARE
-
-
-def card_speed(card: Card) -> float | None:
-    """Operations a second that training reaches on a card, by its generation and the power that it may
-    draw."""
-    share = next((a_watt for since, a_watt in TFLOPS_A_WATT if card.generation >= since), 0.0)
-    return card.watts * share * 1e12 * CARD_SHARE or None
-
-
-def work_a_step(config: RunConfig) -> float | None:
-    """Floating-point operations of a step; None where the base cannot be read."""
-    base = chosen_base(config.model.base)
-    if base.facts is None:
-        return None
-    weights = _unet_weights(base.facts.path, _changed_at(base.facts.path))
-    side = config.train.resolution or base.resolution
-    passes = CHECKPOINTING if config.train.checkpointing else FORWARDS
-    pictures = config.train.batch_size * config.train.accumulate
-    return weights * 2 * (side / 8) ** 2 * SHARE_OF_PIXELS * passes * pictures or None
-
-
-def _changed_at(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-@functools.lru_cache(maxsize=16)
-def _unet_weights(path: Path, changed_at: int) -> float:
-    """About how many weights the UNet has, from the size of its files in half precision."""
-    try:
-        if path.is_file():
-            return path.stat().st_size / 2 * UNET_SHARE
-        sizes = sorted(file.stat().st_size for file in (path / "unet").glob("*.safetensors"))
-        shards = sum(sizes) if len(sizes) > 2 else sizes[0]
-        return shards / 2
-    except (OSError, IndexError):
-        return 0.0
 
 
 def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float | None:
@@ -310,7 +216,7 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
     On a card within a quarter of what the simulated card counts, where no fallback is needed; on a processor
     within a factor of two at best.
     """
-    numbers, export = _numbers(config.model.base, _changed_at(known.path)), export_bytes(known, config)
+    numbers, export = parameters_of(chosen_base(config.model.base)), export_bytes(known, config)
     if not numbers or not export:
         return None
     if on_card and known.family is not None:
@@ -338,7 +244,7 @@ def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tup
     larger = weights / (row.unet + row.text + row.vae)
     width = 4 if train.precision == "fp32" else 2
     kept = 1 if train.quantise != "none" else width
-    blocks = BUFFERS * row.largest if train.offload else row.blocks
+    blocks = OFFLOAD_BUFFERS * row.largest if train.offload else row.blocks
     unet = (row.unet - row.blocks) * width + blocks * kept
     made = row.largest * width if train.quantise != "none" else 0
     optim, dataset = config.optim, config.dataset
@@ -360,16 +266,9 @@ def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tup
     return CONTEXT + max(training, vae + row.encode * pixels * math.sqrt(larger), row.text * width * larger)
 
 
-def numbers_of(base: Base) -> int | None:
-    """How many weights a base has, None where its files do not tell."""
-    return _numbers(base.name, _changed_at(base.facts.path)) if base.facts else None
-
-
-@functools.lru_cache(maxsize=16)
-def _numbers(base: str, changed_at: int) -> int | None:
-    """Kept, as pages ask each second, and a header may hold a megabyte."""
-    known = chosen_base(base).facts
+def parameters_of(base: Base) -> int | None:
+    """How many weights a base has; None where its files do not tell."""
     try:
-        return count_base_parameters(known) if known else None
+        return count_base_parameters(base.facts) if base.facts else None
     except (LoraError, OSError):
         return None

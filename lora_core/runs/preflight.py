@@ -14,8 +14,8 @@ from lora_core.data.dataset import AUDIT_ONLY, open_dataset, summaries
 from lora_core.data.holdout import held_out, wished_pictures
 from lora_core.data.scan import Dataset, ImageRecord
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, ModelFileError, RunError
-from lora_core.model_files.detect import SINGLE_FILES, BaseFacts, base_facts, is_remote, missing_files
-from lora_core.model_files.families import Family, family_of_version
+from lora_core.model_files.detect import SINGLE_FILES, BaseFacts, base_facts, check_base_folder, is_remote
+from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.sizes import (
     DRAWN_CAPTIONS_BYTES,
@@ -160,11 +160,8 @@ def base_of(config: RunConfig) -> tuple[BaseFacts | None, list[Problem]]:
         return None, [Problem("base", sentence, False)]
     try:
         facts = base_facts(name, model.prediction, model.zero_terminal_snr)
-        lacking = missing_files(facts.path, facts.family) if facts.path.is_dir() and facts.family else []
-        if lacking:
-            raise ModelFileError(
-                f"The base {facts.path} is not whole; it lacks {', '.join(lacking)}. Download it again."
-            )
+        if facts.path.is_dir() and facts.family:
+            check_base_folder(facts.path, facts.family)
         count_base_parameters(facts)
     except ModelFileError as error:
         return None, [Problem("base", str(error))]
@@ -313,16 +310,11 @@ def _loss(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
 
 
 def _targets(config: RunConfig, family: Family) -> list[Problem]:
-    blocks = TARGETS[config.adapter.targets].defaults.get("blocks", "")
-    if not blocks or getattr(family, blocks):
-        return []
-    return [
-        Problem(
-            "targets",
-            f"Which blocks of the {family.title} carry what is not known, so adapter.targets cannot choose"
-            " them; choose attention, kohya or locon.",
-        )
-    ]
+    try:
+        named_targets(config.adapter.targets, family)
+    except ConfigError as error:
+        return [Problem("targets", str(error))]
+    return []
 
 
 def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> list[Problem]:

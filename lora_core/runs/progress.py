@@ -1,10 +1,15 @@
 """Events folded into what a person wants to know: where the run is, how fast, how good."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lora_core.runs import events
+
+LONGEST_GAP = 600.0
+"""Seconds between two steps beyond which the run was paused or broken off."""
+PACE_STEPS = 200
 
 
 @dataclass
@@ -91,9 +96,19 @@ class Progress:
         recent = sorted(e.seconds for e in self.losses[-30:])
         return recent[len(recent) // 2] if recent else None
 
+    def wall_pace(self) -> float | None:
+        """Seconds from one step to the next, with all that happened between them."""
+        times = [event.time for event in self.losses[-PACE_STEPS:]]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        gaps = [gap for gap in gaps if 0.0 <= gap < LONGEST_GAP]
+        if len(times) < 3:
+            return None
+        steps = self.seconds_a_step() or 0.0
+        return max(steps, sum(gaps) / len(gaps)) if gaps else steps or None
+
     def seconds_left(self) -> float | None:
         """Time to the last step at the present pace."""
-        pace = self.seconds_a_step()
+        pace = self.wall_pace() or self.seconds_a_step()
         return None if pace is None else pace * max(0, self.steps - self.step)
 
 

@@ -166,31 +166,31 @@ TARGETS: Table = {
     "attention": Choice(
         "Attention",
         "q, k, v and out of each attention layer; the default.",
-        "lora_core.lora.targets:Targets",
+        "lora_core.model_files.families:Targets",
         {"unet": rf".*\.{_ATTENTION}", "text": rf".*\.{_TEXT_ATTENTION}"},
     ),
     "kohya": Choice(
         "Attention, projections and feed-forward",
         "kohya's default set; fits more.",
-        "lora_core.lora.targets:Targets",
+        "lora_core.model_files.families:Targets",
         {"unet": _KOHYA_UNET, "text": _KOHYA_TEXT},
     ),
     "locon": Choice(
         "All of these and the convolutions (LoCon)",
         "Fits textures and line work more closely; a larger file.",
-        "lora_core.lora.targets:Targets",
+        "lora_core.model_files.families:Targets",
         {"unet": f"{_KOHYA_UNET}|{_CONVOLUTIONS}", "text": _KOHYA_TEXT},
     ),
     "style": Choice(
         "Style blocks only",
         "Only the blocks that carry how a picture looks; mixes well with a subject. No text encoder.",
-        "lora_core.lora.targets:Targets",
+        "lora_core.model_files.families:Targets",
         {"unet": _KOHYA_UNET, "text": "", "blocks": "style_blocks"},
     ),
     "subject": Choice(
         "Subject blocks only",
         "Only the blocks that carry what is shown; mixes well with a style. No text encoder.",
-        "lora_core.lora.targets:Targets",
+        "lora_core.model_files.families:Targets",
         {"unet": _KOHYA_UNET, "text": "", "blocks": "subject_blocks"},
     ),
 }

@@ -18,8 +18,8 @@ import torch
 from lora_core.errors import ModelFileError
 from lora_core.formats.io import in_own_form, write_adapter
 from lora_core.formats.layout import family_layout, folder_layout
-from lora_core.lora.targets import named_targets
 from lora_core.lora.weights import AdapterWeights, LayerKey
+from lora_core.model_files.families import named_targets
 from lora_core.tools.base_weights import BaseWeights
 from lora_core.tools.combine import (
     EXACT_UP_TO,

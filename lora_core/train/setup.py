@@ -29,10 +29,9 @@ from lora_core.lora.inject import (
     plan_layers,
 )
 from lora_core.lora.layer import LoraLayer, LoraSpec
-from lora_core.lora.targets import named_targets
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, base_facts
-from lora_core.model_files.families import Family
+from lora_core.model_files.families import Family, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.sizes import count_base_parameters

@@ -131,12 +131,11 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
 
     Returns:
         pictures, captions, looks (at each picture), steps, seconds and memory_bytes (None where they are not
-        known), source (measured, probed, scaled or guessed), file_bytes, learning_rate (the effective one),
+        known), source (measured, probed, scaled or ""), file_bytes, learning_rate (the effective one),
         and problems [{kind, sentence, blocking}].
     """
     from lora_core.model_files.sizes import export_bytes
-    from lora_core.runs import costs as known
-    from lora_core.runs.costs import at_device, cost_key, read_measured
+    from lora_core.runs.costs import cost_key, forecast_step, memory_needed, read_costs
     from lora_core.runs.folder import all_runs
     from lora_core.runs.preflight import caption_bytes, preflight
     from lora_core.system.hardware import Hardware
@@ -147,13 +146,13 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
     records, problems = dataset.records if dataset else [], preflight(config, place, dataset)
     if measure and base.facts:
         _measure_step(config, place, hardware.device)
-    measured = {k: one for k, one in read_measured(place).items() if one.device == hardware.device}
+    costs = read_costs(place, hardware.device)
     runs = ((run.progress(), _config_of(run)) for run in all_runs(place))
-    step = known.forecast(config, runs, measured, len(records), hardware)
-    tried = measured.get(at_device(cost_key(config, base.resolution), hardware.device))
+    step = forecast_step(config, runs, costs, len(records))
+    tried = costs.get(cost_key(config))
     memory: float | None = tried.peak if tried and tried.peak else None
     if memory is None and base.facts:
-        memory = known.memory_needed(config, base.facts, hardware.has_gpu)
+        memory = memory_needed(config, base.facts, hardware.has_gpu)
         if memory and not hardware.has_gpu:
             memory += sum(caption_bytes(records, config, base.facts))
     shown = sum(record.repeats for record in records)
@@ -189,13 +188,12 @@ def _config_of(run: RunFolder) -> RunConfig | None:
 
 def _measure_step(config: RunConfig, place: Path, device: str) -> None:
     """Take a few steps, and keep what they took in the workspace."""
-    from lora_core.runs.costs import Measured, cost_key, keep_measured, work_a_step
+    from lora_core.runs.costs import StepCost, keep_cost, step_passes
     from lora_core.train.step_timing import time_steps
 
     took = time_steps(config, place / "cache")
-    work, base = work_a_step(config) or 0.0, config.model.base
-    measured = Measured(took["step"], took["draw"], took["peak"], base, device, work)
-    keep_measured(place, cost_key(config, chosen_base(base).resolution), measured)
+    cost = StepCost(took["step"], took["draw"], took["peak"], config.model.base, device, step_passes(config))
+    keep_cost(place, config, cost)
 
 
 @verb

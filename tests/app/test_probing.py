@@ -16,8 +16,7 @@ from app.train import probing
 from app.train.facts import facts, time_of
 from app.train.routes import steer
 from lora_core.errors import RunError
-from lora_core.runs import costs as pace
-from lora_core.runs.costs import Measured, keep_measured, measured_file
+from lora_core.runs.costs import PROBED, SCALED, StepCost, costs_file, keep_cost
 from tests.app.bases import checkpoint
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import PATIENCE, wait_for
@@ -83,14 +82,14 @@ def test_a_still_form_is_measured_and_says_so(desk: Desk, pictures: list[Path], 
     wait_for(lambda: state(desk) == "known")
     plan = moment_of(desk).plan
     assert [line["config"] for line in asked(tmp_path)] == [plan.config.to_dict()]
-    kept = json.loads(measured_file(desk.workspace).read_text())["measured"]
+    kept = json.loads(costs_file(desk.workspace).read_text())["measured"]
     assert [(row["step"], row["base"]) for row in kept.values()] == [(2.0, plan.config.model.base)]
     found = time_of(moment_of(desk), plan.config)
     assert found is not None
     # 2 s a step, and of 3 pictures 2 are drawn at each round with 20 steps of 0.5 s.
     rounds = plan.config.train.steps / plan.config.preview.every + 1
     drawn = rounds * 2 * plan.config.preview.steps * 0.5 / plan.config.train.steps
-    assert found.source == pace.PROBED
+    assert found.source == PROBED
     # Validation takes 5% of the time at the most.
     assert 2 + drawn <= found.seconds <= 2 * 1.05 + drawn + 1e-6
     shown = facts(moment_of(desk))
@@ -109,7 +108,7 @@ def test_another_rank_is_measured_anew_and_reckoned_meanwhile(desk: Desk, pictur
     more = config.changed({"train.batch_size": 3 * config.train.batch_size})
     found = time_of(moment_of(desk), more)
     assert found is not None
-    assert found.source == pace.SCALED
+    assert found.source == SCALED
     assert found.seconds > 3 * 2.0
 
 
@@ -146,7 +145,7 @@ def test_a_form_that_changes_drops_what_is_measured(desk: Desk, pictures: list[P
     (tmp_path / "slow").unlink()
     wait_for(lambda: state(desk) == "known")
     assert asked(tmp_path)[-1]["config"]["train"]["batch_size"] == 5
-    assert len(desk.prober.all()) == 1
+    assert len(desk.prober.costs()) == 1
 
 
 def test_a_run_and_a_picture_go_first(desk: Desk, pictures: list[Path], tmp_path: Path) -> None:
@@ -164,7 +163,7 @@ def test_a_run_and_a_picture_go_first(desk: Desk, pictures: list[Path], tmp_path
     run = make_run(desk, "live", started(), step(1), train__batch_size=9)
     come_alive(run)
     wait_for(lambda: not desk.prober.active)
-    assert desk.prober.all() == {}
+    assert desk.prober.costs() == {}
     with pytest.raises(RunError, match="live is going on"):
         desk.prober.begin(config)
     assert state(desk) == "offered"
@@ -198,10 +197,9 @@ def test_stopped_by_hand_it_stays_stopped(desk: Desk, pictures: list[Path], tmp_
 
 def test_what_another_device_took_is_no_answer(desk: Desk, pictures: list[Path]) -> None:
     config = moment_of(desk).plan.config
-    key = probing.cost_key(config, moment_of(desk).plan.base.resolution)
-    keep_measured(desk.workspace, key, Measured(1.0, 0.1, 0, "demo", "Some Card"))
+    keep_cost(desk.workspace, config, StepCost(1.0, 0.1, 0, "demo", "Some Card"))
     assert desk.prober.known(config) is None
-    keep_measured(desk.workspace, key, Measured(1.0, 0.1, 0, "demo", desk.prober.device))
+    keep_cost(desk.workspace, config, StepCost(1.0, 0.1, 0, "demo", desk.hardware.device))
     found = desk.prober.known(config)
     assert found is not None
     assert found.step == 1.0

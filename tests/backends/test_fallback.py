@@ -13,7 +13,7 @@ from lora_core.backends.onednn import DIRECT, PLAIN, WINOGRAD, choose_layout, la
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import LOCON
+from lora_core.model_files.families import LOCON
 from tests.tiny import tiny_unet
 
 

@@ -22,7 +22,7 @@ from lora_core.generate.request import GenerationRequest
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import LOCON
+from lora_core.model_files.families import LOCON
 from lora_core.models.encode import PromptEmbeds, encode_prompt
 from lora_core.models.load import BaseModel, load_base
 from lora_core.settings.schema import LossSection

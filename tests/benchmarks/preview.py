@@ -12,7 +12,7 @@ from lora_core.generate.pipeline import Pipeline
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import adapter_weights, inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import KOHYA
+from lora_core.model_files.families import KOHYA
 from lora_core.models.load import load_base
 from tests.benchmarks.rows import Row
 from tests.counting import Counted

@@ -8,8 +8,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_core.formats.layout import family_layout
-from lora_core.lora.targets import ATTENTION, KOHYA, canonical_path
-from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.families import ATTENTION, FAMILIES, KOHYA, canonical_path
 from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
 
 

@@ -26,8 +26,7 @@ from lora_core.generate.request import GenerationRequest
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import ATTENTION, KOHYA, LOCON, Targets
-from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.families import ATTENTION, FAMILIES, KOHYA, LOCON, Targets
 from lora_core.models import load
 from lora_core.models.load import load_base
 from lora_core.runs import events

@@ -6,7 +6,7 @@ import torch
 from lora_core.errors import ConfigError
 from lora_core.lora.inject import BlockOverrides, adapter_weights, inject_layers, plan_layers
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import ATTENTION, KOHYA, Targets
+from lora_core.model_files.families import ATTENTION, KOHYA, Targets
 from tests.tiny import tiny_text_encoder, tiny_unet
 
 SHAPE = LoraSpec(8, 4.0)

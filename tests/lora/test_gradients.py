@@ -8,7 +8,8 @@ from torch import nn
 
 from lora_core.lora.inject import Injected, inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import KOHYA, LOCON, Targets, target_modules
+from lora_core.lora.targets import target_modules
+from lora_core.model_files.families import KOHYA, LOCON, Targets
 from tests.tiny import tiny_text_encoder, tiny_unet
 
 SHAPE = LoraSpec(rank=4, alpha=6.0)

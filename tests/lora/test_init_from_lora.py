@@ -6,8 +6,8 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, fit_to_rank, init_from_lora, inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import KOHYA, LOCON
 from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.model_files.families import KOHYA, LOCON
 from tests.tiny import tiny_unet
 
 CONV = "down_blocks.0.downsamplers.0.conv"

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.errors import ConfigError
-from lora_core.lora.targets import Targets, named_targets, target_modules
-from lora_core.model_files.families import FAMILIES, Family
+from lora_core.lora.targets import target_modules
+from lora_core.model_files.families import FAMILIES, Family, Targets, named_targets
 from lora_core.settings.choices import TARGETS
 from lora_core.system.paths import FAMILY_CONFIGS
 

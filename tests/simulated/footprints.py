@@ -20,8 +20,7 @@ from lora_core.backends.int8 import BLOCKS
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import named_targets
-from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.families import FAMILIES, Family, named_targets
 from lora_core.settings.choices import TARGETS
 from lora_core.system.paths import FAMILY_CONFIGS
 from tests.simulated.device import SimulatedDevice

@@ -20,8 +20,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import named_targets
-from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.models.encode import PromptEmbeds, decode_latents, encode_image
 from lora_core.models.load import BaseModel, streamline
 from lora_core.models.noise_schedule import NoiseSchedule

@@ -11,8 +11,7 @@ from torch import nn
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import ATTENTION
-from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.families import ATTENTION, FAMILIES
 from lora_core.models.load import streamline
 from lora_core.system.paths import FAMILY_CONFIGS
 from lora_core.train.loop import StepSettings, training_steps

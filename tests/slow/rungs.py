@@ -64,7 +64,7 @@ def measured(rung: str, size: str, precision: str, steps: int) -> dict[str, floa
     from lora_core.backends.offload import FileStore
     from lora_core.lora.inject import inject
     from lora_core.lora.layer import LoraSpec
-    from lora_core.lora.targets import ATTENTION
+    from lora_core.model_files.families import ATTENTION
 
     torch.set_num_threads(1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

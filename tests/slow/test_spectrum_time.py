@@ -8,9 +8,8 @@ import torch
 
 from lora_core.formats.io import write_adapter
 from lora_core.formats.layout import family_layout
-from lora_core.lora.targets import named_targets
 from lora_core.lora.weights import AdapterWeights, LayerWeights
-from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.tools.svd import file_spectrum
 
 SECONDS = 10.0

@@ -19,9 +19,9 @@ from lora_core.errors import AdapterFileError, LoraError, ModelFileError
 from lora_core.formats.io import write_adapter
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import LoadedLora, Merger
-from lora_core.lora.targets import named_targets, target_modules
+from lora_core.lora.targets import target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
-from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.models.load import load_base
 from lora_core.tools import merge

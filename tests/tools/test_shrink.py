@@ -274,7 +274,7 @@ def trained(folder: Path, pictures: Path) -> Path:
     from lora_core.evaluate.validator import encode_eval_images
     from lora_core.lora.inject import adapter_weights, inject
     from lora_core.lora.layer import LoraSpec
-    from lora_core.lora.targets import ATTENTION
+    from lora_core.model_files.families import ATTENTION
     from lora_core.models.encode import encode_prompt
     from lora_core.models.load import load_base
     from lora_core.models.unet import predict_noise

@@ -15,9 +15,8 @@ from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.formats.io import read_adapter, read_tensors, write_adapter
 from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import KOHYA
 from lora_core.lora.weights import AdapterWeights
-from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.families import FAMILIES, KOHYA
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import load_base
 from lora_core.runs import events

@@ -14,12 +14,10 @@ import torch
 from app.snapshot import moment_of
 from app.state import Desk
 from app.train.facts import time_of
-from lora_core.model_files.detect import chosen_base
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel
 from lora_core.projects.project import DEMO
-from lora_core.runs import costs as pace
-from lora_core.runs.costs import Measured, cost_key, keep_measured
+from lora_core.runs.costs import PROBED, StepCost, keep_cost
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.serve import Worker
 from lora_core.settings.config import RunConfig
@@ -122,16 +120,16 @@ def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None
     answers: list[dict[str, Any]] = []
     Worker(answers.append).handle({"id": "1", "do": "probe", "config": config.to_dict()})
     told = answers[-1]
-    one = Measured(told["step"], told["draw"], told["peak"], config.model.base, desk.prober.device)
-    keep_measured(tmp_path, cost_key(config, chosen_base(config.model.base).resolution), one)
+    one = StepCost(told["step"], told["draw"], told["peak"], config.model.base, desk.hardware.device)
+    keep_cost(tmp_path, config, one)
     expected = time_of(moment_of(desk), config)
     assert expected is not None
-    assert expected.source == pace.PROBED
+    assert expected.source == PROBED
     run = RunFolder.create(runs_folder(tmp_path) / "real", config)
     # In a process of its own, as in life.
     trainer = [sys.executable, "-m", "lora_core", "resume", str(run.path)]
     done = subprocess.run(trainer, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    taken = pace.wall_pace(desk.jobs.all()[0].run.progress())
+    taken = desk.jobs.all()[0].run.progress().wall_pace()
     assert taken is not None
     assert taken / 1.5 < expected.seconds < taken * 1.5, (expected.seconds, taken)
