@@ -297,7 +297,7 @@ def whole_adapter(path: Path, rank: int) -> Path:
 
     draw = torch.Generator().manual_seed(rank)
     layers = {}
-    for name, module in load_base("demo", torch.device("cpu"), torch.float32).unet.named_modules():
+    for name, module in load_base("demo", torch.device("cpu"), torch.float32).denoiser.named_modules():
         if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
             down = torch.randn(rank, module.in_features, generator=draw) * 0.1
             up = torch.randn(module.out_features, rank, generator=draw) * 0.1

@@ -20,8 +20,9 @@ from lora_core.data.images import content_hash
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
-from lora_core.models.encode import PromptEmbeds, encode_prompt
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
+from lora_core.models.unet import PromptEmbeds
 
 OnProgress = Callable[[int, int], None]
 """Called with (done, all) as it goes on; what it raises ends it."""

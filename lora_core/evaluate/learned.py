@@ -29,8 +29,9 @@ from lora_core.formats.io import read_adapter
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
 from lora_core.models.device import best_device, dtype_of
-from lora_core.models.encode import PromptEmbeds, encode_image, encode_prompt, load_pixels
+from lora_core.models.encode import encode_image, encode_prompt, load_pixels
 from lora_core.models.load import BaseModel, load_base
+from lora_core.models.unet import PromptEmbeds
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import ModelSection

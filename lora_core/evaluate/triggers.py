@@ -20,9 +20,9 @@ from lora_core.data.statistics import words_of
 from lora_core.errors import DatasetError
 from lora_core.evaluate.caption_scores import OnProgress, plain_caption
 from lora_core.evaluate.validator import EvalImage, encode_eval_images
-from lora_core.models.encode import PromptEmbeds, encode_prompt
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import predict_noise
+from lora_core.models.unet import PromptEmbeds
 
 MOST_TOKENS = 3
 PICTURES = 4
@@ -157,7 +157,7 @@ class _Reactions:
         text = self._condition(caption).expand(len(noise))
         sizes = None if shot.sizes is None else shot.sizes.expand(len(noise), -1)
         with torch.no_grad():
-            return predict_noise(base, noisy, timesteps, text, sizes).cpu()
+            return base.predict_noise(noisy, timesteps, text, sizes).cpu()
 
 
 def _usual(measure: _Reactions, known: list[str]) -> float:

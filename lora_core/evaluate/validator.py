@@ -12,9 +12,9 @@ from lora_core.data.buckets import bucket_of, size_conditioning
 from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import content_hash
 from lora_core.lora.inject import LoadedLora, Merger
-from lora_core.models.encode import PromptEmbeds, encode_image, encode_prompt, load_pixels
+from lora_core.models.encode import encode_image, encode_prompt, load_pixels
 from lora_core.models.load import BaseModel
-from lora_core.models.unet import predict_noise
+from lora_core.models.unet import PromptEmbeds
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def eval_losses(
                 noisy = base.noise.add_noise(latents, noise, timesteps)
                 target = base.noise.target(latents, noise, timesteps)
                 sizes = None if picture.sizes is None else picture.sizes.expand(len(noise), -1)
-                error = predict_noise(base, noisy, timesteps, text.expand(len(noise)), sizes) - target
+                error = base.predict_noise(noisy, timesteps, text.expand(len(noise)), sizes) - target
                 losses.append(error.cpu().double().square().flatten(1).mean(1))  # MPS has no float64
             rows.append(torch.cat(losses))
             if on_picture is not None:

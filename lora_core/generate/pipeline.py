@@ -43,14 +43,13 @@ from lora_core.models.device import (
     release_failed,
 )
 from lora_core.models.encode import (
-    PromptEmbeds,
     decode_latents,
     encode_image,
     encode_negative_prompt,
     encode_prompt,
 )
 from lora_core.models.load import BaseModel, open_base
-from lora_core.models.unet import default_time_ids, predict_noise
+from lora_core.models.unet import PromptEmbeds, default_time_ids
 from lora_core.settings.choices import SAMPLERS, chosen
 from lora_core.system.paths import DEMO_TRAIN, write_atomically
 
@@ -133,14 +132,12 @@ def sample_latents(
             at = on_device[done - 1]
             scaled = scheduler.scale_model_input(latents, timestep)
             if guided:
-                without, with_text = predict_noise(base, torch.cat([scaled, scaled]), at, both, sizes).chunk(
-                    2
-                )
+                without, with_text = base.predict_noise(torch.cat([scaled, scaled]), at, both, sizes).chunk(2)
                 output = without + request.cfg * (with_text - without)
                 if phi:
                     output = rescale_guidance(output, with_text, phi)
             else:
-                output = predict_noise(base, scaled, at, both, sizes)
+                output = base.predict_noise(scaled, at, both, sizes)
             latents = scheduler.step(output, timestep, latents, **options).prev_sample
             if on_step is not None:
                 on_step(done, len(scheduler.timesteps))
@@ -413,7 +410,7 @@ class Pipeline:
     def _use_less_memory(self) -> None:
         self.kept += 1
         if self.kept == INT8:
-            WeightPolicy(quantize_int8).apply_to(self.base.unet)
+            WeightPolicy(quantize_int8).apply_to(self.base.denoiser)
             return
         for part in self.base.text_encoders:
             self.base.put(part, torch.device("cpu"))

@@ -10,6 +10,7 @@ packages leave no trace in a tensor, so the copy is made anew after every `mutat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -24,11 +25,20 @@ class Factors:
 
 
 class AdapterLayer(nn.Module):
-    """A layer with trained factors, `down` and `up`; `param_view` is set once a `FlatParams` holds them."""
+    """A layer with trained parameters; `param_view` is set once a `FlatParams` holds them.
 
+    Attributes:
+        factor_names: of the trained parameters, the same for all layers of an adapter.
+    """
+
+    factor_names: ClassVar[tuple[str, ...]] = ("down", "up")
     down: nn.Parameter
     up: nn.Parameter
     param_view: "ParamView | None" = None
+
+    def trained(self) -> list[nn.Parameter]:
+        """The trained parameters, in the order of their names."""
+        return [getattr(self, name) for name in self.factor_names]
 
     def mark_changed(self) -> None:
         """Declare that the factors were written to."""
@@ -42,17 +52,18 @@ class FlatParams:
     Attributes:
         data: (N,), fp32; its `grad` is never None.
         groups: one trained tensor for each group, a view of `data`; its `grad` is a view of that of `data`.
-            With `split_a_b` two: the group's down factors, then its up factors.
-        factor_names: names of the factors that each of a group's tensors holds.
+            With `split_a_b` two: the group's down factors, then all others.
+        factor_names: names of the parameters that each of a group's tensors holds.
     """
 
     def __init__(self, groups: Sequence[Sequence[AdapterLayer]], split_a_b: bool = False) -> None:
         """Move the factors of `groups` of layers here, bit for bit; other layers stay as they are."""
-        factors = [factor for group in groups for layer in group for factor in (layer.down, layer.up)]
+        factors = [factor for group in groups for layer in group for factor in layer.trained()]
         self.data = nn.Parameter(torch.empty(sum(map(torch.numel, factors)), device=factors[0].device))
         self.grads = self.data.grad = torch.zeros_like(self.data)
         self.groups: list[nn.Parameter] = []
-        self.factor_names = (("down",), ("up",)) if split_a_b else (("down", "up"),)
+        first, *others = groups[0][0].factor_names
+        self.factor_names = ((first,), tuple(others)) if split_a_b else ((first, *others),)
         self._casts: dict[torch.dtype, _CastCopy] = {}
         self._homes: dict[int, tuple[int, torch.Tensor]] = {}
         end = 0

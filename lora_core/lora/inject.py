@@ -21,6 +21,7 @@ from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.lora.targets import Adaptable, layer_by_path, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Targets
+from lora_core.settings.choices import ADAPTERS, chosen
 from lora_core.settings.patterns import Pattern, last_matches
 
 
@@ -141,7 +142,7 @@ class Injected:
     def parameters(self, part: str | None = None) -> list[nn.Parameter]:
         """All trained tensors, or those of one part, in a fixed order."""
         chosen = [layer for (owner, _), layer in self.layers.items() if part in (None, owner)]
-        return [tensor for layer in chosen for tensor in (layer.down, layer.up)]
+        return [tensor for layer in chosen for tensor in layer.trained()]
 
     def parts(self) -> list[str]:
         """The adapted components."""
@@ -193,7 +194,8 @@ def inject_layers(modules: dict[str, nn.Module], specs: Mapping[LayerKey, LoraSp
         located = layer_by_path(part, modules[part], name)
         assert located is not None, f"{part} {name}"
         path, base = located
-        layers[part, name] = LoraLayer(base, f"{part}/{name}", spec, state, seed)
+        kind = chosen(ADAPTERS, spec.kind, "adapter.kind").resolve()
+        layers[part, name] = kind(base, f"{part}/{name}", spec, state, seed)
         replace_submodule(modules[part], path, layers[part, name])
     return Injected(layers, state)
 

@@ -27,13 +27,15 @@ from lora_core.lora.weights import LayerWeights
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What all layers of one adapter share: rank, alpha, and the probabilities of three kinds of dropout."""
+    """What all layers of one adapter share: rank, alpha, the probabilities of three kinds of dropout, and
+    the kind, a key of `choices.ADAPTERS`."""
 
     rank: int
     alpha: float
     dropout: float = 0.0
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
+    kind: str = "lora"
 
     @property
     def drops(self) -> bool:
@@ -63,6 +65,9 @@ class LoraLayer(AdapterLayer):
     down is (r, in) or (r, in, k, k) and starts random, up is (out, r) or (out, r, 1, 1) and starts at zero,
     so that training starts at the base exactly. Both are fp32 whatever the base's dtype is. A layer whose
     factors are in a `FlatParams` is fused, unless a dropout is on.
+
+    Other kinds of adapters subclass it and have a row in `choices.ADAPTERS`. They name their parameters in
+    `factor_names`, change `forward`, and translate themselves to and from a plain LoRA.
 
     Source: Hu et al. 2021, section 4.1, equation 3.
     """
@@ -236,7 +241,7 @@ class _LoraConv2d(torch.autograd.Function):
             shape = (count, ctx.view.rank, *grad.shape[2:])
             kernel = factors.down.view(-1, *x.shape[1:2], *ctx.conv.kernel_size)
             low_x_grad, down_grad = conv2d_grads(low_grad.view(shape), x, kernel, ctx.conv, (wanted, True))
-        grads.down.add_(down_grad.view_as(grads.down), alpha=ctx.scale)
+        grads.down.add_(down_grad.reshape_as(grads.down), alpha=ctx.scale)
         if not wanted:
             return (None,) * 6
         x_grad = ctx.frozen.input_grad(grad, x)

@@ -23,7 +23,7 @@ def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, 
 
 def layer_by_path(part: str, module: nn.Module, path: str) -> tuple[str, Adaptable] | None:
     """The (real path, frozen layer) that a canonical path names in `module`, or None."""
-    for candidate in (path, path.removeprefix(TEXT_LEVEL)) if part != "unet" else (path,):
+    for candidate in dict.fromkeys((path, path.removeprefix(TEXT_LEVEL))):
         try:
             layer = module.get_submodule(candidate)
         except AttributeError:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 LayerKey = tuple[str, str]
-"""(part, module path): part is "unet", "text_encoder", ...; the path is diffusers' own dotted name below the
-part, for text encoders always with the `text_model.` level
+"""(part, module path): the part is one of `Family.parts`, such as "unet"; the path is diffusers'
+dotted name below it, for text encoders always with the `text_model.` level
 ("text_model.encoder.layers.0.self_attn.q_proj")."""
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import ModelFileError
-from lora_core.model_files.families import FAMILIES, Family, family_of_context_width
+from lora_core.model_files.families import FAMILIES, Family, family_of_context_width, is_text_encoder
 from lora_core.model_files.header import Header, read_header
 from lora_core.model_files.unsupported import unsupported_kind
 from lora_core.settings.schema import NumberOrAuto
@@ -204,7 +204,7 @@ def weight_names(part: str) -> list[tuple[str, tuple[str, ...]]]:
     Returns:
         The name of the file, and those of the table of its shards where it is sharded.
     """
-    stem = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
+    stem = "model" if is_text_encoder(part) else "diffusion_pytorch_model"
     found: list[tuple[str, tuple[str, ...]]]
     found = [(f"{stem}.safetensors", (f"{stem}.safetensors.index.json",))]
     for variant in VARIANTS:

@@ -119,6 +119,7 @@ class Family:
         modelspec: the value of `modelspec.architecture` in files for this family.
         attention_levels: for each level of the UNet, the finest first, whether it has attention: with it, the
             original (ldm) block numbers follow from diffusers' names.
+        denoiser: the part that predicts from noisy latents, and its folder in a diffusers folder.
         configs: the folder below `assets/families` with the configs for single files, "" if there is none.
         subject_blocks, style_blocks: regular expressions for the UNet paths that carry what is shown, and how
             it looks.
@@ -142,6 +143,7 @@ class Family:
     base_version: str
     modelspec: str
     attention_levels: tuple[bool, ...] = (True, True, True, False)
+    denoiser: str = "unet"
     configs: str = ""
     subject_blocks: str = ""
     style_blocks: str = ""
@@ -158,8 +160,8 @@ class Family:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The trainable components: the UNet first, then the text encoders."""
-        return ("unet", *(encoder.part for encoder in self.text_encoders))
+        """The trainable components: the denoiser first, then the text encoders."""
+        return (self.denoiser, *(encoder.part for encoder in self.text_encoders))
 
     @property
     def footprint(self) -> Footprint:
@@ -290,6 +292,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+def is_text_encoder(part: str) -> bool:
+    """Whether a part of a base is a text encoder; its denoiser is the other one that adapters are for."""
+    return part.startswith("text_encoder")
+
+
 def family_of_context_width(width: int, prediction: str = "") -> Family:
     """The family whose UNet attends to a context of `width` channels.
 
@@ -337,7 +344,7 @@ class Targets:
 
     def pattern(self, part: str) -> re.Pattern[str] | None:
         """The pattern for a part, or None where nothing of it is adapted."""
-        text = self.unet if part == "unet" else self.text
+        text = self.text if is_text_encoder(part) else self.unet
         return re.compile(text) if text else None
 
     def within(self, family: Family) -> "Targets":
@@ -374,4 +381,4 @@ ATTENTION, KOHYA, LOCON = (Targets(**TARGETS[name].defaults) for name in ("atten
 def canonical_path(part: str, path: str) -> str:
     """`path` as adapters name it: text encoders always with the `text_model.` level, which newer transformers
     dropped."""
-    return path if part == "unet" or path.startswith(TEXT_LEVEL) else TEXT_LEVEL + path
+    return TEXT_LEVEL + path.removeprefix(TEXT_LEVEL) if is_text_encoder(part) else path

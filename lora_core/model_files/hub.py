@@ -38,9 +38,10 @@ from huggingface_hub.utils import (
 
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import UNET_CONFIG, is_remote, weight_names
+from lora_core.model_files.families import FAMILIES
 from lora_core.system.disk_space import MARGIN, free_bytes
 
-WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+WEIGHTS = (*dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), "vae")
 CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")
 """Folders of a repository that are fetched; a safety checker, for instance, is not."""
 ANSWER_SECONDS = 15.0

@@ -173,7 +173,7 @@ def _single_file_unet(shapes: Mapping[str, list[int]], family: Family) -> Iterat
             own = name.removeprefix(UNET).removesuffix(".weight")
             path, sides = diffusers_unet_path(own, family.attention_levels), _sides(shape)
             if path is not None and sides:
-                yield ("unet", path), sides
+                yield (family.denoiser, path), sides
 
 
 def _known_text_layers(family: Family) -> Iterator[Any]:

@@ -1,6 +1,5 @@
 """Pictures to latents and back, captions to what the UNet attends to."""
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,51 +11,14 @@ from lora_core.data.captions import CHUNK, COMMA, chunked
 from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import open_rgb
 from lora_core.model_files.families import TextEncoder
-from lora_core.models.device import out_of_memory, release_failed, to_device, without_tf32
+from lora_core.models.device import out_of_memory, release_failed, without_tf32
 from lora_core.models.load import BaseModel
+from lora_core.models.unet import PromptEmbeds
 
 TILES = (512, 256)
 """Sides in pixels, tried in this order."""
 PENULTIMATE = 2
 """The layer before the last, counted from the last."""
-
-
-@dataclass(frozen=True)
-class PromptEmbeds:
-    """What the text encoders make of captions.
-
-    Attributes:
-        context: (B, T, D), the hidden states that the UNet attends to.
-        pooled: (B, P), or None where the family has no pooled conditioning.
-    """
-
-    context: torch.Tensor
-    pooled: torch.Tensor | None = None
-
-    @classmethod
-    def cat(cls, conditions: list["PromptEmbeds"]) -> "PromptEmbeds":
-        """Several one after the other along B."""
-        pooled = [c.pooled for c in conditions if c.pooled is not None]
-        return cls(torch.cat([c.context for c in conditions]), torch.cat(pooled) if pooled else None)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
-        return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
-
-    def expand(self, count: int) -> "PromptEmbeds":
-        """One caption's condition (B = 1) for `count` pictures; no memory is copied."""
-        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
-        return PromptEmbeds(self.context.expand(count, -1, -1), pooled)
-
-    def to(self, device: torch.device) -> "PromptEmbeds":
-        """The same on another device."""
-        if device == self.context.device:
-            return self
-        parts = [self.context] if self.pooled is None else [self.context, self.pooled]
-        if self.context.device.type == "cpu":
-            return PromptEmbeds(*to_device(device, *parts))
-        return PromptEmbeds(*(part.to(device) for part in parts))
 
 
 def encode_image(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:

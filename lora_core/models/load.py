@@ -35,7 +35,7 @@ from lora_core.model_files.header import Header
 from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.key_names import RESNETS, open_clip_path
 from lora_core.models.device import available_memory, memory_of, out_of_memory
-from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.models.unet import NoiseSchedule, PromptEmbeds, as_denoiser, default_time_ids
 from lora_core.models.weight_files import (
     TensorSource,
     WeightFile,
@@ -240,8 +240,9 @@ class BaseModel:
         name: what the person called it ("demo", a path, a hub id).
         path: the diffusers folder or the single file.
         family: its row.
-        unet, vae, text_encoders, tokenizers: the components, the last two by part.
-        noise: the noise schedule and what the UNet predicts.
+        denoiser: a `Denoiser`, or diffusers' UNet.
+        vae, text_encoders, tokenizers: the other components, the last two by part.
+        noise: the noise schedule and what the denoiser predicts.
         scheduler_config: the base's own sampler settings, for samplers to start from.
         device: where the components live.
         dtype: the number format of UNet and text encoders; the VAE is always fp32, where it cannot overflow.
@@ -251,7 +252,7 @@ class BaseModel:
     name: str
     path: Path
     family: Family
-    unet: UNet2DConditionModel
+    denoiser: nn.Module
     vae: AutoencoderKL
     text_encoders: dict[str, Any]
     tokenizers: dict[str, Any]
@@ -261,7 +262,7 @@ class BaseModel:
     dtype: torch.dtype
     facts: BaseFacts
     waiting: dict[str, Callable[[], None]] = field(default_factory=dict)
-    """Components without their weights ("vae", "unet", a text encoder's part), and what reads them."""
+    """Components without their weights (by part, and "vae"), and what reads them."""
     decode_tile: int = 0
     """The side in pixels of the tiles that images are decoded in, because memory is short; 0 for none."""
     digests: dict[str, Callable[[], str]] = field(default_factory=dict)
@@ -286,7 +287,7 @@ class BaseModel:
                 del self.waiting[part]
 
     def put(self, part: str, device: torch.device) -> None:
-        """Move a component that is loaded ("vae", "unet", a text encoder's part) to `device`."""
+        """Move a component that is loaded (by part, and "vae") to `device`."""
         self.component(part).to(device)
 
     @contextmanager
@@ -303,13 +304,13 @@ class BaseModel:
                 self.put(part, home)
 
     def component(self, part: str) -> torch.nn.Module:
-        """The component "vae", "unet" or a text encoder's part."""
+        """The component of a part, or "vae"."""
         return self.vae if part == "vae" else self.modules[part]
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """The components that an adapter can be put into, by part."""
-        return {"unet": self.unet, **self.text_encoders}
+        return {self.family.denoiser: self.denoiser, **self.text_encoders}
 
     @property
     def vae_scale_factor(self) -> int:
@@ -319,10 +320,8 @@ class BaseModel:
 
     @property
     def size_multiple(self) -> int:
-        """Sides of pictures, in pixels, must be multiples of this, so that each level of the UNet divides
-        evenly."""
-        config: Any = self.unet.config
-        return int(self.vae_scale_factor * 2 ** (len(config.block_out_channels) - 1))
+        """Sides of images, in pixels, must be multiples of this."""
+        return self.vae_scale_factor * as_denoiser(self.denoiser).downscale
 
     @property
     def resolution(self) -> int:
@@ -332,8 +331,31 @@ class BaseModel:
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        config: Any = self.unet.config
-        return int(config.in_channels)
+        return as_denoiser(self.denoiser).latent_channels
+
+    def predict_noise(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt: PromptEmbeds,
+        sizes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the denoiser predicts, with whatever adapter is in it, (B, C, h, w) in fp32.
+
+        Args:
+            noisy_latents: (B, C, h, w) in any dtype.
+            timesteps: (B,).
+            prompt: B captions.
+            sizes: (B, 6), see `default_time_ids`, which is the default, for families conditioned on them.
+        """
+        time_ids = None
+        if self.family.size_conditioning:
+            if sizes is None:
+                height, width = (side * self.vae_scale_factor for side in noisy_latents.shape[-2:])
+                sizes = default_time_ids(len(noisy_latents), height, width)
+            time_ids = sizes.to(noisy_latents.device)
+        noisy_latents = noisy_latents.to(self.dtype)
+        return as_denoiser(self.denoiser).predict(noisy_latents, timesteps, prompt, time_ids).float()
 
 
 def load_base(
@@ -381,7 +403,7 @@ def open_base(
     if available is not None and (policy or WeightPolicy()).resident_bytes(unet, dtype) > available:
         raise _too_large(facts.path, device)
     return BaseModel(
-        name=name, path=facts.path, family=family, unet=unet, vae=autoencoder, text_encoders=encoders,
+        name=name, path=facts.path, family=family, denoiser=unet, vae=autoencoder, text_encoders=encoders,
         tokenizers=tokenizers, noise=noise, scheduler_config=dict(facts.scheduler), device=device,
         dtype=dtype, facts=facts, waiting=parts.waiting, digests=parts.digests,
     )  # fmt: skip
@@ -450,15 +472,15 @@ class _ComponentBuilder:
             check_base_folder(facts.path, self.family)
 
     def unet(self, dtype: torch.dtype, policy: WeightPolicy | None) -> UNet2DConditionModel:
-        config = UNet2DConditionModel.load_config(self.facts.configs / "unet")
+        config = UNet2DConditionModel.load_config(self.facts.configs / self.family.denoiser)
         if self._file:
             config = unet_config(config, self._file.shapes, self.family)
             find = unet_in_file(self._file, self.family)
         else:
-            find = component_in_folder(self.facts.path / "unet", "unet")
+            find = component_in_folder(self.facts.path / self.family.denoiser, self.family.denoiser)
         with init_empty_weights(include_buffers=False):
             unet = UNet2DConditionModel.from_config(config)
-        return self._noted("unet", unet, find, dtype, policy=policy)
+        return self._noted(self.family.denoiser, unet, find, dtype, policy=policy)
 
     def vae(self, other: str) -> AutoencoderKL:
         """The VAE in fp32: the base's own, or the one that `other` names."""

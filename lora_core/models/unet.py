@@ -1,47 +1,197 @@
-"""The one place that calls the UNet."""
+"""Forward diffusion, and the network that predicts from noisy latents: a UNet today.
+
+Source: Ho et al. 2020 (equation 4) for the process, Salimans and Ho 2022 (section 4, appendix D) for
+velocity, Liu et al. 2023 ("Flow Straight and Fast", equation 1) for flow.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import nn
 
-from lora_core.models.encode import PromptEmbeds
-from lora_core.models.load import BaseModel
+from lora_core.models.device import to_device
 
 
-def predict_noise(
-    base: BaseModel,
-    noisy_latents: torch.Tensor,
-    timesteps: torch.Tensor,
-    text: PromptEmbeds,
-    sizes: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What the UNet predicts, (B, 4, h, w) in fp32.
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What the text encoders make of captions.
 
-    Args:
-        base: the base model, with whatever adapter is in it.
-        noisy_latents: (B, 4, h, w) in any number format.
-        timesteps: (B,).
-        text: the captions' condition, B of them.
-        sizes: (B, 6), for families that are told the picture's size: original height and width, top and left
-            of the crop, height and width after it, all in pixels (Podell et al. 2023, section 2.2). None is a
-            picture made at just this size.
+    Attributes:
+        context: (B, T, D), the hidden states that the denoiser attends to.
+        pooled: (B, P), or None where the family has no pooled conditioning.
     """
-    dtype = base.dtype
-    more = {}
-    if base.family.size_conditioning:
-        assert text.pooled is not None
-        if sizes is None:
-            height, width = (side * base.vae_scale_factor for side in noisy_latents.shape[-2:])
-            sizes = default_time_ids(len(noisy_latents), height, width)
-        more["added_cond_kwargs"] = {
-            "text_embeds": text.pooled.to(dtype),
-            "time_ids": sizes.to(noisy_latents.device),
-        }
-    output = base.unet(
-        noisy_latents.to(dtype), timesteps, encoder_hidden_states=text.context.to(dtype), return_dict=False,
-        **more,
-    )  # fmt: skip
-    return output[0].float()
+
+    context: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    @classmethod
+    def cat(cls, prompts: list["PromptEmbeds"]) -> "PromptEmbeds":
+        """Concatenate along B."""
+        pooled = [prompt.pooled for prompt in prompts if prompt.pooled is not None]
+        return cls(torch.cat([p.context for p in prompts]), torch.cat(pooled) if pooled else None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.context.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+    def expand(self, count: int) -> "PromptEmbeds":
+        """Repeat one caption (B = 1) for `count` images; no memory is copied."""
+        pooled = None if self.pooled is None else self.pooled.expand(count, -1)
+        return PromptEmbeds(self.context.expand(count, -1, -1), pooled)
+
+    def to(self, device: torch.device) -> "PromptEmbeds":
+        """Copy to another device."""
+        if device == self.context.device:
+            return self
+        parts = [self.context] if self.pooled is None else [self.context, self.pooled]
+        if self.context.device.type == "cpu":
+            return PromptEmbeds(*to_device(device, *parts))
+        return PromptEmbeds(*(part.to(device) for part in parts))
+
+
+class Denoiser(Protocol):
+    """The network that predicts from noisy latents. A module that has these is used as it is."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        ...
+
+    @property
+    def downscale(self) -> int:
+        """Sides of the latents must be multiples of this."""
+        ...
+
+    def predict(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt: PromptEmbeds,
+        time_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What `NoiseSchedule.target` should be, (B, C, h, w) in the dtype of the latents.
+
+        Args:
+            noisy_latents: (B, C, h, w).
+            timesteps: (B,).
+            prompt: B captions.
+            time_ids: (B, 6), or None where the family is not conditioned on sizes.
+        """
+        ...
+
+
+class UNet:
+    """diffusers' UNet as a `Denoiser`."""
+
+    def __init__(self, module: UNet2DConditionModel) -> None:
+        """Call `module`, which may have an adapter in it."""
+        self._module: Any = module
+
+    @property
+    def latent_channels(self) -> int:
+        """See `Denoiser`."""
+        return int(self._module.config.in_channels)
+
+    @property
+    def downscale(self) -> int:
+        """See `Denoiser`: each level halves the sides."""
+        return int(2 ** (len(self._module.config.block_out_channels) - 1))
+
+    def predict(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt: PromptEmbeds,
+        time_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Denoiser`."""
+        dtype, more = noisy_latents.dtype, {}
+        if time_ids is not None:
+            assert prompt.pooled is not None
+            more["added_cond_kwargs"] = {"text_embeds": prompt.pooled.to(dtype), "time_ids": time_ids}
+        context = prompt.context.to(dtype)
+        output: torch.Tensor = self._module(
+            noisy_latents, timesteps, encoder_hidden_states=context, return_dict=False, **more
+        )[0]
+        return output
+
+
+def as_denoiser(module: nn.Module) -> Denoiser:
+    """`module` as a `Denoiser`: itself, or diffusers' UNet behind the same protocol."""
+    denoiser: Any = UNet(module) if isinstance(module, UNet2DConditionModel) else module
+    return denoiser
 
 
 def default_time_ids(count: int, height: int, width: int) -> torch.Tensor:
-    """The sizes (count, 6) of uncropped pictures of `height` and `width` pixels."""
+    """The size conditioning (count, 6) of uncropped images of `height` and `width` pixels.
+
+    Original height and width, top and left of the crop, height and width after it.
+    Source: Podell et al. 2023, section 2.2.
+    """
     return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(count, -1)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How much of the image is left at each timestep, and what is predicted.
+
+    Attributes:
+        alphas_cumprod: (T,) share of the signal's variance, falling with the timestep.
+        objective: "epsilon", "v_prediction" or "flow".
+    """
+
+    alphas_cumprod: torch.Tensor
+    objective: str
+
+    @classmethod
+    def from_scheduler(cls, scheduler: DDPMScheduler) -> "NoiseSchedule":
+        """The schedule of a diffusers scheduler, zero terminal SNR included."""
+        config: Any = scheduler.config
+        return cls(scheduler.alphas_cumprod.float(), config.prediction_type)
+
+    @classmethod
+    def flow(cls, num_timesteps: int) -> "NoiseSchedule":
+        """Rectified flow: noisy = (1 - s) latents + s noise, with s = (t + 1) / T."""
+        sigmas = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        return cls(((1 - sigmas) ** 2 / ((1 - sigmas) ** 2 + sigmas**2)).float(), "flow")
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """sqrt(a) latents + sqrt(1 - a) noise, all (B, C, h, w), timesteps (B,).
+
+        For flow both factors are divided by their sum, so that they add up to 1.
+        """
+        signal, spread = self._factors(timesteps, latents)
+        return signal * latents + spread * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What should be predicted, (B, C, h, w).
+
+        The noise, the velocity sqrt(a) noise - sqrt(1 - a) latents, or the flow noise - latents.
+        """
+        if self.objective == "epsilon":
+            return noise
+        if self.objective == "flow":
+            return noise - latents
+        signal, spread = self._factors(timesteps, latents)
+        return signal * noise - spread * latents
+
+    def snr(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Signal-to-noise ratio a / (1 - a) at each timestep, (B,)."""
+        share = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return share / (1.0 - share)
+
+    def _factors(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        share = self.alphas_cumprod.to(like.device)[timesteps.to(like.device)].view(-1, 1, 1, 1)
+        signal, spread = share.sqrt(), (1.0 - share).sqrt()
+        if self.objective == "flow":
+            signal, spread = signal / (signal + spread), spread / (signal + spread)
+        return signal.to(like.dtype), spread.to(like.dtype)

@@ -16,7 +16,7 @@ import torch
 
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import UNET, VAE, weight_paths
-from lora_core.model_files.families import Family, TextEncoder
+from lora_core.model_files.families import Family, TextEncoder, is_text_encoder
 from lora_core.model_files.header import read_header
 from lora_core.model_files.key_names import ldm_unet_path, ldm_vae_path, open_clip_path
 
@@ -283,14 +283,20 @@ def component_in_folder(folder: Path, part: str) -> WeightLocator:
     files = [SafetensorsFile(path) for path in weight_paths(folder, part)]
 
     def find(name: str) -> TensorSource | None:
-        spellings = _vae_spellings(name) if part == "vae" else _text_spellings(name)
-        for key in spellings if part != "unet" else (name,):
+        for key in _spellings(part, name):
             for file in files:
                 if key in file.shapes:
                     return TensorSource(file, key)
         return None
 
     return find
+
+
+def _spellings(part: str, name: str) -> Iterable[str]:
+    """Names of one parameter in diffusers folders of all ages."""
+    if is_text_encoder(part):
+        return _text_spellings(name)
+    return _vae_spellings(name) if part == "vae" else (name,)
 
 
 def _text_spellings(name: str) -> tuple[str, ...]:

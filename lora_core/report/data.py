@@ -17,8 +17,9 @@ from lora_core.errors import DatasetError, LoraError
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
 from lora_core.models.device import best_device
-from lora_core.models.encode import PromptEmbeds, encode_prompt
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base
+from lora_core.models.unet import PromptEmbeds
 from lora_core.models.weight_files import PRECISIONS
 from lora_core.runs.events import Finished, Stopped, read_events
 from lora_core.runs.folder import RunFolder

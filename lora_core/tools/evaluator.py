@@ -8,8 +8,9 @@ import torch
 from lora_core.data.dataset import ImageRecord
 from lora_core.evaluate.validator import Gain, encode_eval_images, eval_losses, paired_gain
 from lora_core.lora.inject import LoadedLora, Merger
-from lora_core.models.encode import PromptEmbeds, encode_prompt
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
+from lora_core.models.unet import PromptEmbeds
 
 MeasureGains = Callable[[Sequence[LoadedLora]], torch.Tensor]
 """From adapters to their gain on each look, the base's loss minus theirs, (pictures, K)."""

@@ -18,8 +18,8 @@ from lora_core.backends.onednn import PLAIN, layout_of
 from lora_core.errors import RunError
 from lora_core.evaluate.validator import eval_losses
 from lora_core.models.device import limited, out_of_memory
-from lora_core.models.encode import PromptEmbeds, decode_latents
-from lora_core.models.unet import predict_noise
+from lora_core.models.encode import decode_latents
+from lora_core.models.unet import PromptEmbeds
 from lora_core.runs import events
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
@@ -272,5 +272,5 @@ def _guided_pass(session: TrainSession, side: int) -> torch.Tensor:
     latents = torch.zeros(1, base.latent_channels, edge, edge, device=base.device)
     text = PromptEmbeds.cat([session.text.negative(), session.text.condition("")])
     with torch.no_grad():
-        predict_noise(base, torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)
+        base.predict_noise(torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)
     return latents

@@ -24,7 +24,6 @@ from lora_core.data.images import content_hash
 from lora_core.errors import DatasetError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import (
-    PromptEmbeds,
     as_negative_prompt,
     encode_image,
     encode_prompt,
@@ -32,6 +31,7 @@ from lora_core.models.encode import (
     token_chunks,
 )
 from lora_core.models.load import BaseModel
+from lora_core.models.unet import PromptEmbeds
 from lora_core.system.paths import write_atomically
 
 DIGEST = "sha256"

@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_core.models.device import to_device
-from lora_core.models.encode import PromptEmbeds
 from lora_core.models.load import BaseModel
-from lora_core.models.noise_schedule import NoiseSchedule
-from lora_core.models.unet import predict_noise
+from lora_core.models.unet import NoiseSchedule, PromptEmbeds
 from lora_core.settings.choices import HUBER_SCHEDULES, LOSSES, chosen
 from lora_core.settings.schema import LossSection
 
@@ -72,7 +70,7 @@ def diffusion_loss(
         text: B conditions.
         draw: timesteps and noise.
         rules: kind of error and its weights.
-        sizes: (B, 6) on the CPU, see `models.denoise.prediction`.
+        sizes: (B, 6) on the CPU, see `BaseModel.predict_noise`.
     """
     gamma = rules.gamma(base.noise.objective)
     numbers = {
@@ -86,7 +84,7 @@ def diffusion_loss(
     sent = dict(zip(numbers, to_device(base.device, *numbers.values()), strict=True))
     error = chosen(LOSSES, rules.kind, "loss.kind").resolve()
     delta = functools.partial(huber_delta, base.noise, draw.timesteps, rules)
-    predicted = predict_noise(base, sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
+    predicted = base.predict_noise(sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
     losses: torch.Tensor = error(predicted, sent["target"], delta).flatten(1).mean(1)
     return losses * sent["weight"] if gamma else losses
 

@@ -72,15 +72,15 @@ def _take_plain(state: TrainState) -> None:
 
 def _int8_possible(state: TrainState, config: RunConfig) -> bool:
     # A base that waits elsewhere leaves nothing to save.
-    return not is_quantized(state.base.unet) and not is_offloaded(state.base.unet)
+    return not is_quantized(state.base.denoiser) and not is_offloaded(state.base.denoiser)
 
 
 def _take_int8(state: TrainState) -> None:
-    WeightPolicy(quantize_int8).apply_to(state.base.unet)
+    WeightPolicy(quantize_int8).apply_to(state.base.denoiser)
 
 
 def _offload_possible(state: TrainState, config: RunConfig) -> bool:
-    unet, device = state.base.unet, state.base.device
+    unet, device = state.base.denoiser, state.base.device
     if is_offloaded(unet) or state.aside is None:
         return False
     need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
@@ -90,7 +90,7 @@ def _offload_possible(state: TrainState, config: RunConfig) -> bool:
 
 def _take_offload(state: TrainState) -> None:
     assert state.aside is not None
-    WeightPolicy(None, offload_store_for(state.base.device, state.aside)).apply_to(state.base.unet)
+    WeightPolicy(None, offload_store_for(state.base.device, state.aside)).apply_to(state.base.denoiser)
 
 
 def _take_half(state: TrainState) -> None:
@@ -114,7 +114,7 @@ FALLBACKS = (
     Fallback(
         "checkpointing",
         "Gradient checkpointing is on: steps take about a third longer.",
-        lambda state, config: not state.base.unet.is_gradient_checkpointing,
+        lambda state, config: not state.base.denoiser.is_gradient_checkpointing,
         lambda state: enable_checkpointing(state.base),
     ),
     Fallback(
@@ -197,7 +197,7 @@ class MemoryFallback:
         return rung.told
 
     def _nothing_left(self) -> str:
-        state, unet = self._state, self._state.base.unet
+        state, unet = self._state, self._state.base.denoiser
         tried = ["checkpointing is on"]
         tried += ["pictures go through one at a time"] if state.split > 1 else []
         tried += ["the base is kept in 8 bits"] if is_quantized(unet) else []

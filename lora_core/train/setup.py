@@ -185,7 +185,8 @@ def set_train_mode(base: BaseModel, checkpointing: bool) -> None:
 
 def enable_checkpointing(base: BaseModel) -> None:
     """Have activations computed twice and kept once."""
-    base.unet.enable_gradient_checkpointing()
+    denoiser: Any = base.denoiser
+    denoiser.enable_gradient_checkpointing()
     for encoder in base.text_encoders.values():
         encoder.gradient_checkpointing_enable({"use_reentrant": False})
 

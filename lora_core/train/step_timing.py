@@ -16,9 +16,9 @@ import torch
 from lora_core.data.buckets import Bucket, bucket_of
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import cap_memory, out_of_memory, use_device
-from lora_core.models.encode import PromptEmbeds, encode_prompt
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base
-from lora_core.models.unet import predict_noise
+from lora_core.models.unet import PromptEmbeds
 from lora_core.settings.config import RunConfig
 from lora_core.train.data import Batch, Batches, PromptCache
 from lora_core.train.loop import StepSettings, TrainState, training_steps
@@ -142,12 +142,12 @@ def _time_sampler_step(base: BaseModel, text: PromptEmbeds) -> float:
     side = base.resolution // base.vae_scale_factor
     latents = torch.randn(CFG_BATCH, base.latent_channels, side, side).to(base.device)
     timesteps = torch.full((CFG_BATCH,), base.noise.num_timesteps // 2, device=base.device)
-    base.unet.eval()
+    base.denoiser.eval()
     taken = []
     with torch.no_grad():
         for _ in range(2):
             began = time.perf_counter()
             # Fetching a number waits for the device.
-            float(predict_noise(base, latents, timesteps, text.expand(CFG_BATCH)).float().sum())
+            float(base.predict_noise(latents, timesteps, text.expand(CFG_BATCH)).float().sum())
             taken.append(time.perf_counter() - began)
     return min(taken)

@@ -155,7 +155,7 @@ class Validator:
         with evaluating(self.session):
             with at_strength(self.session.state.injected, 0.0):
                 groups = self.session.measured.by_name(note)
-                if self._packed != is_quantized(self.session.state.base.unet):
+                if self._packed != is_quantized(self.session.state.base.denoiser):
                     # A base in 8 bits is another base.
                     self._packed = not self._packed
                     self._base_losses.clear()

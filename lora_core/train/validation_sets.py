@@ -80,7 +80,7 @@ class ForgettingSet:
 
     def _latents(self, prompt: str, request: GenerationRequest, note: OnStep) -> torch.Tensor:
         base = self._base
-        kept = (base.dtype, base.device.type, is_quantized(base.unet))
+        kept = (base.dtype, base.device.type, is_quantized(base.denoiser))
         name = short_digest(self._identity, prompt, request, kept)
 
         def draw() -> dict[str, torch.Tensor]:

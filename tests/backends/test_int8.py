@@ -135,10 +135,10 @@ def test_a_base_is_thin_as_it_is_read(tmp_path: Path) -> None:
     base = load_base(
         str(folder), CPU, torch.bfloat16, policy=WeightPolicy(quantize_int8, FileStore(CPU, tmp_path))
     )
-    assert is_offloaded(base.unet)
-    assert base.unet.dtype == torch.bfloat16
-    WeightPolicy(quantize_int8).apply_to(whole.unet)
-    for ours, theirs in zip(compact_layers(base.unet), compact_layers(whole.unet), strict=True):
+    assert is_offloaded(base.denoiser)
+    assert base.denoiser.dtype == torch.bfloat16
+    WeightPolicy(quantize_int8).apply_to(whole.denoiser)
+    for ours, theirs in zip(compact_layers(base.denoiser), compact_layers(whole.denoiser), strict=True):
         assert torch.equal(ours.weight, theirs.weight)
 
 

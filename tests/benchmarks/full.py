@@ -23,8 +23,9 @@ from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.model_files.families import LOCON
-from lora_core.models.encode import PromptEmbeds, encode_prompt
+from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base
+from lora_core.models.unet import PromptEmbeds
 from lora_core.settings.schema import LossSection
 from lora_core.train.loss import diffusion_loss, sample_noise
 from tests.counting import kept_bytes
@@ -141,9 +142,9 @@ def _batch(
 
 
 def _losses(base: BaseModel, pictures: list[EvalImage]) -> float:
-    base.unet.eval()
+    base.denoiser.eval()
     found = float(eval_losses(base, pictures, lambda caption: _condition(base, caption)).mean())
-    base.unet.train()
+    base.denoiser.train()
     return found
 
 
@@ -151,20 +152,20 @@ def trained(name: str, rate: float, preserve: bool) -> Story:
     """Train from the base as it is; `name` that begins with LoRA trains an adapter."""
     torch.manual_seed(0)
     base = load_base("demo", torch.device("cpu"), torch.float32)
-    base.unet.requires_grad_(False)
+    base.denoiser.requires_grad_(False)
     given = given_by(base)
     before = _losses(base, given.held_out), _losses(base, given.prior)
     if name.startswith("LoRA"):
-        injected = inject({"unet": base.unet}, ["unet"], LOCON, LoraSpec(RANK, float(RANK)), 0)
+        injected = inject({"unet": base.denoiser}, ["unet"], LOCON, LoraSpec(RANK, float(RANK)), 0)
         storage = FlatParams([list(injected.layers.values())])
         tensors: list[nn.Parameter] = list(storage.groups)
         clear = storage.zero_grad
     else:
-        tensors = list(base.unet.requires_grad_(True).parameters())
-        clear = base.unet.zero_grad
+        tensors = list(base.denoiser.requires_grad_(True).parameters())
+        clear = base.denoiser.zero_grad
     optimizer = torch.optim.AdamW(tensors, rate, weight_decay=1e-2)
-    base.unet.train()
-    weights = {tensor.untyped_storage().data_ptr() for tensor in base.unet.state_dict().values()}
+    base.denoiser.train()
+    weights = {tensor.untyped_storage().data_ptr() for tensor in base.denoiser.state_dict().values()}
     rows = _batch(given.train, 0)
     kept = kept_bytes(lambda: _loss(base, rows, 0), weights) * (2 if preserve else 1)
     story = Story(name, sum(map(torch.numel, tensors)), kept)

@@ -54,17 +54,17 @@ def _doubled(what: str, cost: Callable[[int], Callable[[], object]], sizes: tupl
 
 def _adapted_base() -> tuple[BaseModel, FlatParams]:
     base = load_base("demo", torch.device("cpu"), torch.float32)
-    base.unet.requires_grad_(False)
-    injected = inject({"unet": base.unet}, ["unet"], ATTENTION, LoraSpec(8, 8.0), 0)
+    base.denoiser.requires_grad_(False)
+    injected = inject({"unet": base.denoiser}, ["unet"], ATTENTION, LoraSpec(8, 8.0), 0)
     storage = FlatParams([list(injected.layers.values())])
-    prepack(base.unet, DIRECT)
+    prepack(base.denoiser, DIRECT)
     return base, storage
 
 
 def step_rows() -> list[Row]:
     """The embedded base's forward and backward pass."""
     base, storage = _adapted_base()
-    width = base.unet.config.cross_attention_dim
+    width = base.denoiser.config.cross_attention_dim
 
     def work(batch: int, tokens: int) -> Callable[[], object]:
         latents, context = torch.randn(batch, base.latent_channels, 16, 16), torch.randn(batch, tokens, width)
@@ -72,7 +72,7 @@ def step_rows() -> list[Row]:
 
         def once() -> None:
             storage.zero_grad()
-            base.unet(latents, timesteps, context, return_dict=False)[0].square().mean().backward()
+            base.denoiser(latents, timesteps, context, return_dict=False)[0].square().mean().backward()
 
         return once
 

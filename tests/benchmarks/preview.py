@@ -50,8 +50,8 @@ def preview_rows() -> list[Row]:
 
         def forward() -> list[object]:
             with torch.no_grad(), _Recorded() as recorded:
-                base.unet(torch.ones(2, base.latent_channels, 16, 16), torch.tensor([500, 500]),
-                          torch.ones(2, 77, base.unet.config.cross_attention_dim))  # fmt: skip
+                base.denoiser(torch.ones(2, base.latent_channels, 16, 16), torch.tensor([500, 500]),
+                          torch.ones(2, 77, base.denoiser.config.cross_attention_dim))  # fmt: skip
             return recorded.story
 
         bare = forward()

@@ -9,8 +9,8 @@ from lora_core.evaluate.validator import (
     gain_by_timestep,
     paired_gain,
 )
-from lora_core.models.encode import PromptEmbeds
 from lora_core.models.load import load_base
+from lora_core.models.unet import PromptEmbeds
 
 LATENTS = torch.zeros(4, 4, 4)
 
@@ -66,5 +66,5 @@ def test_losses_are_the_plain_squared_error_and_do_not_depend_on_neighbours():
     noisy = share.sqrt() * picture.latents + (1 - share).sqrt() * noise
     target = share.sqrt() * noise - (1 - share).sqrt() * picture.latents
     with torch.no_grad():
-        said = base.unet(noisy[None], picture.looks.timesteps[k], text.context).sample[0]
+        said = base.denoiser(noisy[None], picture.looks.timesteps[k], text.context).sample[0]
     assert float(losses[2, k]) == pytest.approx(float((said - target).square().mean()), rel=1e-4)

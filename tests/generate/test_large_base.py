@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_unet_told_the_true_size(base, tmp_path):
             share = base.noise.alphas_cumprod[picture.looks.timesteps[k]]
             noise = picture.looks.noise[k]
             noisy = share.sqrt() * picture.latents + (1 - share).sqrt() * noise
-            said = base.unet(
+            said = base.denoiser(
                 noisy[None], picture.looks.timesteps[k], text.context,
                 added_cond_kwargs={"text_embeds": text.pooled, "time_ids": told[None]},
             ).sample[0]  # fmt: skip

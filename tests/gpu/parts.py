@@ -280,7 +280,7 @@ def _warm(sides: Sides) -> Callable[[], None]:
 
 
 def _easel(bench: Bench, family: str, rung: str) -> Callable[[], None]:
-    unet = bench.unet(family)
+    unet = bench.denoiser(family)
     storage = _adapted(unet, ATTENTION, rung, bench.device, bench.folder)
     return _warm(easel_step(unet, storage, Step(unet, bench.device, bench.dtype, bench.side(family) // 8)))
 
@@ -288,7 +288,7 @@ def _easel(bench: Bench, family: str, rung: str) -> Callable[[], None]:
 def _peft(bench: Bench, family: str, rung: str) -> Callable[[], None]:
     from peft import LoraConfig
 
-    unet = bench.unet(family)
+    unet = bench.denoiser(family)
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(ENDINGS)))
     factors = [factor for name, factor in unet.named_parameters() if "lora_" in name]
     for factor in factors:
@@ -307,7 +307,7 @@ def _peft(bench: Bench, family: str, rung: str) -> Callable[[], None]:
 
 
 def _frozen(bench: Bench, family: str, rung: str) -> Callable[[], None]:
-    unet = bench.unet(family)
+    unet = bench.denoiser(family)
     if rung == "checkpointing":
         unet.enable_gradient_checkpointing()
     given = Step(unet, bench.device, bench.dtype, bench.side(family) // 8)
@@ -328,7 +328,7 @@ def memory(bench: Bench) -> Iterator[Finding]:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             what = f"Step of {family} at {bench.side(family)} px, kohya's layers, {rung}"
-            unet = bench.unet(family)
+            unet = bench.denoiser(family)
             storage = _adapted(unet, KOHYA, rung, bench.device, bench.folder)
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -17,7 +17,7 @@ from lora_core.models import device
 from lora_core.models.device import compute_deterministically, dtype_of
 from lora_core.models.encode import decode_latents, encode_image, encode_prompt, token_chunks
 from lora_core.models.load import load_base, open_base
-from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.models.unet import NoiseSchedule
 from tests.tiny import tiny_folder
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_a_setting_overrules_the_prediction(folder):
 
 def test_the_base_may_be_bf16_but_the_vae_stays_fp32(folder):
     base = load_base(str(folder), CPU, torch.bfloat16)
-    assert base.unet.dtype == torch.bfloat16
+    assert base.denoiser.dtype == torch.bfloat16
     assert base.vae.dtype == torch.float32
 
 
@@ -241,25 +241,25 @@ def test_attention_in_fp16_does_not_overflow(backend):
 
 
 def test_attention_is_that_of_torch(base):
-    assert {type(found).__name__ for found in base.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+    assert {type(found).__name__ for found in base.denoiser.attn_processors.values()} == {"AttnProcessor2_0"}
 
 
 def test_work_that_changes_nothing_is_left_out(folder, base):
     """Divisions by 1 and the time embedding's activation in each block; the output keeps its bits."""
-    plain = type(base.unet).from_pretrained(folder / "unet")
+    plain = type(base.denoiser).from_pretrained(folder / "unet")
     given = (
         torch.randn(1, 4, 8, 8),
         torch.tensor([500]),
-        torch.randn(1, 77, base.unet.config.cross_attention_dim),
+        torch.randn(1, 77, base.denoiser.config.cross_attention_dim),
     )
     with torch.no_grad():
-        outputs, launched = zip(*(launches_of(lambda unet=u: unet(*given)[0]) for u in (plain, base.unet)),
-                                strict=True)  # fmt: skip
+        both = (launches_of(lambda unet=unet: unet(*given)[0]) for unet in (plain, base.denoiser))
+        outputs, launched = zip(*both, strict=True)
     assert torch.equal(*outputs)
     before, now = launched
     assert before["div"] > 0
     assert now["div"] == 1, "of the timestep embedding"
-    blocks = sum(isinstance(module, ResnetBlock2D) for module in base.unet.modules())
+    blocks = sum(isinstance(module, ResnetBlock2D) for module in base.denoiser.modules())
     assert before["silu"] - now["silu"] == blocks - 1
 
 

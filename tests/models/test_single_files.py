@@ -18,7 +18,6 @@ from lora_core.model_files.detect import base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import encode_negative_prompt, encode_prompt
 from lora_core.models.load import load_base
-from lora_core.models.unet import predict_noise
 from tests.checkpoints import components, original_names, scheduler_config, write_folder, write_single
 
 CPU = torch.device("cpu")
@@ -77,8 +76,8 @@ def test_a_file_and_a_folder_of_the_same_weights_are_the_same_base(made, name):
     condition = encode_prompt(file, captions)
     with torch.no_grad():
         assert torch.equal(
-            predict_noise(file, latents, timesteps, condition),
-            predict_noise(folder, latents, timesteps, condition),
+            file.predict_noise(latents, timesteps, condition),
+            folder.predict_noise(latents, timesteps, condition),
         )
         pixels = torch.randn(1, 3, 32, 32)
         assert torch.equal(
@@ -136,9 +135,9 @@ def test_captions_and_pictures_are_those_of_the_diffusers_pipeline(made, name):
 def test_half_precision_files_open_in_any_precision(tmp_path, made, dtype):
     file = write_single(tmp_path / "half.safetensors", "sd15", dtype)
     exact, half = opened(made("sd15")[1]), opened(file)
-    assert half.unet.dtype == half.vae.dtype == torch.float32
-    assert opened(file, torch.bfloat16).unet.dtype == torch.bfloat16
-    for mine, theirs in zip(half.unet.parameters(), exact.unet.parameters(), strict=True):
+    assert half.denoiser.dtype == half.vae.dtype == torch.float32
+    assert opened(file, torch.bfloat16).denoiser.dtype == torch.bfloat16
+    for mine, theirs in zip(half.denoiser.parameters(), exact.denoiser.parameters(), strict=True):
         assert torch.equal(mine, theirs.to(dtype).float())
 
 
@@ -221,7 +220,8 @@ class TestPickled:
         assert base_facts(str(file)).family is None
         mine, theirs = opened(file), opened(made("sd15")[1])
         assert all(
-            torch.equal(a, b) for a, b in zip(mine.unet.parameters(), theirs.unet.parameters(), strict=True)
+            torch.equal(a, b)
+            for a, b in zip(mine.denoiser.parameters(), theirs.denoiser.parameters(), strict=True)
         )
 
     @pytest.mark.parametrize("zipped", [True, False])
@@ -381,7 +381,7 @@ def test_folders_of_older_and_of_sharded_kinds_open(tmp_path, made):
     for new, old in names.items():
         tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
     save_file(tensors, vae)
-    reference.unet.save_pretrained(folder / "unet", max_shard_size="4MB")
+    reference.denoiser.save_pretrained(folder / "unet", max_shard_size="4MB")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     encoder = folder / "text_encoder" / "model.safetensors"
     state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(encoder).items()}

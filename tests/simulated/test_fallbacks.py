@@ -69,11 +69,11 @@ def test_a_base_that_is_too_large_is_refused_before_it_is_read(how, tmp_path: Pa
     policy = WeightPolicy(how)
     with SimulatedDevice() as card:
         base = open_base(folder, CUDA, BF16, policy=policy)
-        need = policy.resident_bytes(base.unet, BF16)
+        need = policy.resident_bytes(base.denoiser, BF16)
         before = card.live
         base.load("unet")
         # Blocks of 512 bytes for each tensor, and the scales of 8 bits.
-        assert need <= card.live - before <= need * 1.1 + 512 * len(list(base.unet.modules())) * 2
+        assert need <= card.live - before <= need * 1.1 + 512 * len(list(base.denoiser.modules())) * 2
         card.others = card.total - SPARE - card.live - need + 1
         with pytest.raises(OutOfMemory, match="does not fit into the graphics memory"):
             open_base(folder, CUDA, BF16, policy=policy)

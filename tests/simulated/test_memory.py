@@ -21,9 +21,9 @@ from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.model_files.families import FAMILIES, named_targets
-from lora_core.models.encode import PromptEmbeds, decode_latents, encode_image
+from lora_core.models.encode import decode_latents, encode_image
 from lora_core.models.load import BaseModel, streamline
-from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.models.unet import NoiseSchedule, PromptEmbeds
 from lora_core.settings.schema import LossSection
 from lora_core.system.paths import FAMILY_CONFIGS
 from lora_core.train.loss import diffusion_loss, sample_noise
@@ -64,7 +64,7 @@ def opened(family_name: str, card: SimulatedDevice) -> tuple[BaseModel, dict[str
             for encoder in family.text_encoders
         }
     base = BaseModel(
-        name=family_name, path=configs, family=family, unet=unet, vae=vae, text_encoders=encoders,
+        name=family_name, path=configs, family=family, denoiser=unet, vae=vae, text_encoders=encoders,
         tokenizers={}, noise=NoiseSchedule.from_scheduler(DDPMScheduler()), scheduler_config={},
         device=card.device, dtype=bf16, facts=None,
     )  # fmt: skip
@@ -80,11 +80,11 @@ def stepping(base: BaseModel, side: int, targets: str, checkpointing: bool) -> C
     """A whole step of a base with an adapter in its UNet."""
     family = base.family
     layers = inject(base.modules, ["unet"], named_targets(targets, family), LoraSpec(16, 16.0), 0).layers
-    streamline(base.unet)
+    streamline(base.denoiser)
     set_train_mode(base, checkpointing)
     storage = FlatParams([list(layers.values())])
     optimizer = torch.optim.AdamW(storage.groups, fused=True)
-    width = base.unet.config["cross_attention_dim"]
+    width = base.denoiser.config["cross_attention_dim"]
     pooled = torch.randn(1, 1280) if family.size_conditioning else None
     text = PromptEmbeds(torch.randn(1, 77, width), pooled).to(base.device)
     latents = torch.zeros(1, 4, side // 8, side // 8)

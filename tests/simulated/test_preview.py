@@ -31,7 +31,7 @@ from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.models.encode import decode_latents, encode_negative_prompt, encode_prompt
 from lora_core.models.load import BaseModel, load_base
-from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.models.unet import NoiseSchedule
 from lora_core.settings.choices import SAMPLERS
 from lora_core.system.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
 from tests.simulated.device import GIB, SimulatedDevice
@@ -151,7 +151,7 @@ def test_a_card_that_runs_out_draws_on_in_less_memory(on_processor: BaseModel) -
             assert next(bases.text_encoders["text_encoder"].parameters()).device.type == "cpu"
         card.fail_at = card.allocations + 50
         assert np.abs(drawn(pipeline, 0.8) - wanted).mean() < 8
-        assert (pipeline.kept, is_quantized(bases.unet)) == (INT8, True)
+        assert (pipeline.kept, is_quantized(bases.denoiser)) == (INT8, True)
         assert "8 bits" in pipeline.note
         card.fail_at = card.allocations + 50
         with pytest.raises(torch.OutOfMemoryError):

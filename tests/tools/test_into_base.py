@@ -211,13 +211,13 @@ def test_shards_and_half_precision_variants(bases, tmp_path):
     out = tmp_path / "out"
     merge_files_into_base([WeightedLora(str(lora))], str(root), out)
     Merger(base.modules).apply([LoadedLora(weights)])
-    expected = base.unet.state_dict()
+    expected = base.denoiser.state_dict()
     merged = load_file(out / "unet" / files[0]) | load_file(out / "unet" / files[1])
     assert all(torch.equal(merged[key], expected[key]) for key in expected)
     in_half = load_file(out / half)
     changed = {f"{path}.weight" for _, path in weights.layers}
     assert all(torch.equal(in_half[key], unet[key].half()) == (key not in changed) for key in expected)
-    assert load_base(str(out), CPU, torch.float32).unet.state_dict().keys() == expected.keys()
+    assert load_base(str(out), CPU, torch.float32).denoiser.state_dict().keys() == expected.keys()
     assert {p.name for p in out.iterdir()} == {p.name for p in folder.iterdir()}
     assert not (out / "unet" / "diffusion_pytorch_model.bin").exists()
 
@@ -254,7 +254,7 @@ def test_block_weights(bases, tmp_path):
     assert 0 < len(mid.layers) < len(weights.layers)
     Merger(base.modules).apply([LoadedLora(mid, 0.5)])
     found = load_base(str(out), CPU, torch.float32)
-    assert all(map(torch.equal, base.unet.state_dict().values(), found.unet.state_dict().values()))
+    assert all(map(torch.equal, base.denoiser.state_dict().values(), found.denoiser.state_dict().values()))
 
 
 def test_a_dora_is_merged_exactly(bases, tmp_path):

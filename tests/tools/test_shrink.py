@@ -277,7 +277,6 @@ def trained(folder: Path, pictures: Path) -> Path:
     from lora_core.model_files.families import ATTENTION
     from lora_core.models.encode import encode_prompt
     from lora_core.models.load import load_base
-    from lora_core.models.unet import predict_noise
 
     base = load_base("demo", torch.device("cpu"), torch.float32)
     looks = encode_eval_images(base, scan(pictures).records, 2, 0)
@@ -293,7 +292,7 @@ def trained(folder: Path, pictures: Path) -> Path:
             )
             text = encode_prompt(base, [picture.caption]).expand(len(noise))
             with torch.enable_grad():
-                loss = (predict_noise(base, noisy, at, text, None) - target).square().mean()
+                loss = (base.predict_noise(noisy, at, text, None) - target).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

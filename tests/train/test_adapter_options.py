@@ -228,7 +228,7 @@ def _outputs(base, text) -> tuple[torch.Tensor, torch.Tensor]:
     latents = torch.randn(1, 4, 8, 8, generator=generator)
     with torch.no_grad():
         context = text.context
-        return context, base.unet(latents, torch.tensor([300]), context).sample
+        return context, base.denoiser(latents, torch.tensor([300]), context).sample
 
 
 @pytest.mark.parametrize("rank", [3, 6])

@@ -204,7 +204,7 @@ def story(run: RunFolder, base: BaseModel) -> str:
     last = run.checkpoint(run.checkpoint_steps()[-1]) / "adapter.safetensors"
     exports = sorted(run.exports.glob("*.safetensors"))
     plan = json.loads(run.plan_file.read_text())
-    unet = base.unet
+    unet = base.denoiser
     files = sorted(p.relative_to(run.path).as_posix() for p in run.path.rglob("*") if p.is_file())
     found = {
         "told": told,

@@ -61,7 +61,7 @@ def room_for(pictures: int, error: Exception = CUDA, checkpointed: bool = False)
     real, sizes = loop.diffusion_loss, []
 
     def picture_losses(base, latents, *more):
-        if len(latents) > pictures or (checkpointed and not base.unet.is_gradient_checkpointing):
+        if len(latents) > pictures or (checkpointed and not base.denoiser.is_gradient_checkpointing):
             raise type(error)(str(error))
         sizes.append(len(latents))
         return real(base, latents, *more)
@@ -195,7 +195,7 @@ def test_a_broken_run_takes_the_same_rungs_at_the_same_steps(own_toy: Toy) -> No
     real = loop.optimizer_step
 
     def look(state, clip, parts, step):
-        seen[step] = state.base.unet.is_gradient_checkpointing
+        seen[step] = state.base.denoiser.is_gradient_checkpointing
         return real(state, clip, parts, step)
 
     with mock.patch.object(loop, "optimizer_step", look):
@@ -268,7 +268,7 @@ def room_beside(kept: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
     real = loop.diffusion_loss
 
     def picture_losses(base, *more):
-        if not kept(base.unet):
+        if not kept(base.denoiser):
             raise type(CUDA)(str(CUDA))  # one that holds no frames of others
         return real(base, *more)
 

@@ -30,7 +30,7 @@ def test_a_deferred_base_has_the_weights_of_one_that_was_read_at_once(own_toy: T
     assert all(lacks_weights(module) for module in base.modules.values())
     base.load("vae")
     assert not lacks_weights(base.vae)
-    assert lacks_weights(base.unet)
+    assert lacks_weights(base.denoiser)
     base.load(*base.text_encoders, "unet")
     for name, module in {**whole.modules, "vae": whole.vae}.items():
         mine = base.vae if name == "vae" else base.modules[name]
@@ -44,12 +44,12 @@ def test_the_unet_is_read_when_everything_is_encoded(own_toy: Toy) -> None:
 
     def picture(base, *more):
         seen.append(
-            ("picture", lacks_weights(base.unet) and lacks_weights(base.text_encoders["text_encoder"]))
+            ("picture", lacks_weights(base.denoiser) and lacks_weights(base.text_encoders["text_encoder"]))
         )
         return encoded(base, *more)
 
     def text(base, *more):
-        seen.append(("caption", lacks_weights(base.unet)))
+        seen.append(("caption", lacks_weights(base.denoiser)))
         return condition(base, *more)
 
     with (

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora_core.models.noise_schedule import NoiseSchedule
+from lora_core.models.unet import NoiseSchedule
 from lora_core.settings.schema import LossSection
 from lora_core.train.loop import lr_factor
 from lora_core.train.loss import (
