@@ -5,7 +5,7 @@ import json
 import psutil
 
 from app.formatting import STATES, bar, clock, safe
-from app.jobs import Watch
+from app.jobs import RunView
 from app.snapshot import Moment
 from lora_core.system.hardware import Card
 from lora_core.system.paths import ASSETS
@@ -54,7 +54,7 @@ def why_not(moment: Moment, do: str) -> str:
 
 def resume_button(moment: Moment, name: str, tone: str = "") -> str:
     """The button that goes on with the shown run, and from where."""
-    step = moment.watch.aftermath().step if moment.watch else 0
+    step = moment.watch.resume_info().step if moment.watch else 0
     words = "Resume" if name == "resume" else f"Continue at step {step:,}" if step else "Start again"
     if moment.state == "stopped" and moment.progress.reason:
         words = "Go on anyway"
@@ -67,7 +67,7 @@ def resume_button(moment: Moment, name: str, tone: str = "") -> str:
     )
 
 
-def accept_button(watch: Watch, name: str = "", tone: str = "", why: str = "") -> str:
+def accept_button(watch: RunView, name: str = "", tone: str = "", why: str = "") -> str:
     """The button that goes on with a run although something has changed.
 
     Args:

@@ -1,5 +1,4 @@
-"""Starting runs and watching them. The run folder is the only channel: the window may die at any time and
-lose nothing."""
+"""Starts runs and follows them. The run folder is the only channel: a window that is killed loses nothing."""
 
 import contextlib
 import re
@@ -12,102 +11,30 @@ from pathlib import Path
 
 from app.worker_client import last_line
 from lora_core.errors import ConfigError, RunError
-from lora_core.runs.diagnosis import LESS_MEMORY, Watched, crash_reason, resume_step
+from lora_core.runs.diagnosis import LESS_MEMORY, ExitRecorder, crash_reason, resume_step
 from lora_core.runs.events import read_events
-from lora_core.runs.folder import RunFolder, all_runs, checked_name, runs_folder
+from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.runs.progress import Progress
-from lora_core.runs.storage import to_trash
+from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
 from lora_core.system.disk_space import folder_bytes
 from lora_core.system.processes import ACCEPTING, TRAINER, started
 from lora_core.system.processes import child_environment as environment
 
-__all__ = ["LIVE", "RESUMABLE", "Jobs", "Watch", "environment"]
+__all__ = ["LIVE", "RESUMABLE", "Jobs", "RunView", "environment"]
 
 LIVE = ("preparing", "running", "pausing", "stopping")
 LOOK_SECONDS = 2.0
 RESUMABLE = ("queued", "paused", "stopped", "interrupted", "failed")
 
 
-@dataclass
-class Watch:
-    """What the window knows of one run, read on from where it stopped reading."""
-
-    run: RunFolder
-    progress: Progress = field(default_factory=Progress)
-    offset: int = 0
-    started_here: subprocess.Popen[bytes] | None = None
-    attendant: threading.Thread | None = None
-    _config: RunConfig | None = None
-    _looked: tuple[object, "Aftermath"] | None = None
-
-    def config(self) -> RunConfig | None:
-        """The run's settings, read once as they never change; None where somebody broke the file."""
-        if self._config is None:
-            try:
-                self._config = self.run.config()
-            except ConfigError:
-                return None
-        return self._config
-
-    def state(self) -> str:
-        """Status as in `runs --json`, plus pausing and stopping; reads new events first."""
-        new, self.offset = read_events(self.run.events_file, self.offset)
-        self.progress.update(new)
-        status = self.run.status(self.progress)
-        child = self.started_here
-        if child is not None:
-            if child.poll() is None:
-                # The process lives but has not claimed its folder yet: to a person it is preparing.
-                status = status if status in LIVE else "preparing"
-            elif status in ("queued", "interrupted") and self.attendant and self.attendant.is_alive():
-                # How it ended is being written down; until then a wrong reason would be told.
-                status = "preparing" if status == "queued" else "running"
-            elif child.returncode > 0 and status in ("queued", "interrupted"):
-                # It said why and left; one that a signal ended was broken off.
-                status = "failed"
-        if status in LIVE:
-            asked = {r["do"] for r in self.run.requests() if r["id"] not in self.progress.handled}
-            status = "stopping" if "stop" in asked else "pausing" if "pause" in asked else status
-        return status
-
-    def reason(self) -> str:
-        """Why a run failed or broke off, in a sentence."""
-        if self.progress.reason:
-            return self.progress.reason
-        told = self.aftermath().reason
-        said = "" if told else last_line(self.run.log_file)
-        return told or (
-            f"The training process ended before it could say why. Its last words: {said}" if said else ""
-        )
-
-    def aftermath(self) -> "Aftermath":
-        """What an ended run left; read from disk only where it went on meanwhile."""
-        key = (self.offset, _changed_at(self.run.path / "exit.json"), _changed_at(self.run.checkpoints))
-        if self._looked is None or self._looked[0] != key:
-            reason, step = crash_reason(self.run), resume_step(self.run)
-            self._looked = (key, Aftermath(reason, step, folder_bytes(self.run.path)))
-        return self._looked[1]
-
-    @property
-    def changed(self) -> list[str]:
-        """What is not as it was when the run began, where it ended to ask about that."""
-        return self.progress.changed if self.progress.ending == "failed" else []
-
-    @property
-    def out_of_memory(self) -> bool:
-        """Whether it ended because memory did."""
-        said = self.reason().lower()
-        return LESS_MEMORY in said or "out of memory" in said or "not enough memory" in said
-
-
 @dataclass(frozen=True)
-class Aftermath:
+class ResumeInfo:
     """What an ended run left.
 
     Attributes:
         reason: why it broke off or failed, "" where it did not.
-        step: from which one a resume goes on, 0 for none.
+        step: where a resume would continue, 0 for the start.
         size: bytes on disk.
     """
 
@@ -116,11 +43,72 @@ class Aftermath:
     size: int
 
 
-def _changed_at(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
+@dataclass
+class RunView:
+    """What the window knows of one run; events are read on from `offset`."""
+
+    run: RunFolder
+    progress: Progress = field(default_factory=Progress)
+    offset: int = 0
+    child: subprocess.Popen[bytes] | None = None
+    recorder: threading.Thread | None = None
+    _config: RunConfig | None = None
+    _resume_info: tuple[object, ResumeInfo] | None = None
+
+    def config(self) -> RunConfig | None:
+        """The run's settings, read once as they never change; None where the file was broken."""
+        if self._config is None:
+            with contextlib.suppress(ConfigError):
+                self._config = self.run.config()
+        return self._config
+
+    def state(self) -> str:
+        """Status as in `runs --json`, plus pausing and stopping; reads new events first."""
+        new, self.offset = read_events(self.run.events_file, self.offset)
+        self.progress.update(new)
+        status = self.run.status(self.progress)
+        if self.child is not None:
+            has_no_end = status in ("queued", "interrupted")
+            if self.child.poll() is None:
+                # The process has not claimed its folder yet.
+                status = status if status in LIVE else "preparing"
+            elif has_no_end and self.recorder and self.recorder.is_alive():
+                # How it ended is being written down; until then the reason would be wrong.
+                status = "preparing" if status == "queued" else "running"
+            elif has_no_end and self.child.returncode > 0:
+                # It said why and left; one that a signal ended was broken off.
+                status = "failed"
+        if status in LIVE:
+            asked = {r["action"] for r in self.run.requests() if r["id"] not in self.progress.handled}
+            status = "stopping" if "stop" in asked else "pausing" if "pause" in asked else status
+        return status
+
+    def reason(self) -> str:
+        """Why a run failed or broke off, in a sentence."""
+        reason = self.progress.reason or self.resume_info().reason
+        if reason:
+            return reason
+        said = last_line(self.run.log_file)
+        return f"The training process ended before it could say why. Its last words: {said}" if said else ""
+
+    def resume_info(self) -> ResumeInfo:
+        """What an ended run left; read from disk only where it went on meanwhile."""
+        key = (self.offset, _changed_at(self.run.path / "exit.json"), _changed_at(self.run.checkpoints))
+        if self._resume_info is None or self._resume_info[0] != key:
+            info = ResumeInfo(crash_reason(self.run), resume_step(self.run), folder_bytes(self.run.path))
+            self._resume_info = (key, info)
+        return self._resume_info[1]
+
+    @property
+    def changed(self) -> list[str]:
+        """What differs from the run's start, where it ended to ask about that."""
+        return self.progress.changed if self.progress.ending == "failed" else []
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it ended because memory ran out."""
+        said = self.reason().lower()
+        return LESS_MEMORY in said or "out of memory" in said or "not enough memory" in said
 
 
 class Jobs:
@@ -130,33 +118,33 @@ class Jobs:
         """Watch the runs folder of `workspace`; `trainer` is the command that a run's path is appended to."""
         self.trainer = trainer
         self.workspace = workspace
-        self._watches: dict[Path, Watch] = {}
+        self._views: dict[Path, RunView] = {}
         self._lock = threading.RLock()
         self._chosen: Path | None = None
         # Told of each run that is made here; the desk notes which project it belongs to.
         self.created: Callable[[RunFolder], None] = lambda run: None
         # Whether a run is one of the open project; the desk knows.
-        self.own: Callable[[Watch], bool] = lambda watch: True
+        self.own: Callable[[RunView], bool] = lambda watch: True
 
-    def watch(self, run: RunFolder) -> Watch:
+    def watch(self, run: RunFolder) -> RunView:
         """The one watch of a run."""
         with self._lock:
-            return self._watches.setdefault(run.path, Watch(run))
+            return self._views.setdefault(run.path, RunView(run))
 
-    def all(self) -> list[Watch]:
+    def all(self) -> list[RunView]:
         """Every run, newest first."""
         return [self.watch(run) for run in all_runs(self.workspace)]
 
-    def state(self, watch: Watch) -> str:
+    def state(self, watch: RunView) -> str:
         """The state of a run; one reader at a time, as a watch remembers how far it read."""
         with self._lock:
             return watch.state()
 
-    def live(self) -> Watch | None:
+    def live(self) -> RunView | None:
         """The run that is going on, if one is."""
         return next((watch for watch in self.all() if self.state(watch) in LIVE), None)
 
-    def current(self) -> Watch | None:
+    def current(self) -> RunView | None:
         """The run that the window shows: the live one, else the one chosen, else the project's newest."""
         live = self.live()
         if live is not None:
@@ -173,7 +161,7 @@ class Jobs:
 
     def show(self, name: str) -> None:
         """Choose which run the window shows while none is going on."""
-        self._chosen = runs_folder(self.workspace) / checked_name(name)
+        self._chosen = runs_folder(self.workspace) / check_run_name(name)
 
     def create(self, config: RunConfig) -> RunFolder:
         """Make a run folder from `config`, to be started now or later.
@@ -181,11 +169,11 @@ class Jobs:
         Raises:
             RunError: the name is taken or no folder's.
         """
-        name = checked_name(config.name) if config.name else self.free_name(config)
+        name = check_run_name(config.name) if config.name else self.free_name(config)
         run = RunFolder.create(runs_folder(self.workspace) / name, config.changed({"name": name}))
         with self._lock:
             # The name may have been that of a run that failed at once, whose events are gone now.
-            self._watches.pop(run.path, None)
+            self._views.pop(run.path, None)
         self.created(run)
         return run
 
@@ -206,12 +194,12 @@ class Jobs:
         Raises:
             RunError: there is none of that name, or it is going on.
         """
-        run = RunFolder(runs_folder(self.workspace) / checked_name(name))
+        run = RunFolder(runs_folder(self.workspace) / check_run_name(name))
         if run.live_process() is not None:
             raise RunError(f"The run {name} is going on; stop it before it is deleted.")
-        to_trash(run.path, self.workspace)
+        move_to_trash(run.path, self.workspace)
         with self._lock:
-            self._watches.pop(run.path, None)
+            self._views.pop(run.path, None)
 
     def resume(self, name: str, accept_changes: bool = False) -> RunFolder:
         """Go on with a run that was paused, stopped or broken off.
@@ -224,7 +212,7 @@ class Jobs:
             RunError: it does not exist, or a run is going on.
         """
         self._refuse_beside_another()
-        run = RunFolder.open(runs_folder(self.workspace) / checked_name(name))
+        run = RunFolder.open(runs_folder(self.workspace) / check_run_name(name))
         self._launch(run, *([ACCEPTING] if accept_changes else []))
         return run
 
@@ -246,12 +234,14 @@ class Jobs:
 
     def _launch(self, run: RunFolder, *options: str) -> None:
         with self._lock:
-            watch = self.watch(run)
-            attended = Watched(run)
-            child = started([*self.trainer, str(run.path), *options], run.log_file, self.workspace)
-            watch.started_here, self._chosen = child, run.path
-            watch.attendant = threading.Thread(target=_attend, args=(child, attended), daemon=True)
-            watch.attendant.start()
+            view = self.watch(run)
+            exit_recorder = ExitRecorder(run)
+            command = [*self.trainer, str(run.path), *options]
+            view.child, self._chosen = started(command, run.log_file, self.workspace), run.path
+            view.recorder = threading.Thread(
+                target=_record_exit, args=(view.child, exit_recorder), daemon=True
+            )
+            view.recorder.start()
 
     def free_name(self, config: RunConfig) -> str:
         """Date and dataset, with a number where the day has several."""
@@ -264,16 +254,23 @@ class Jobs:
         return stem if number == 1 else f"{stem}-{number}"
 
 
-def _attend(child: "subprocess.Popen[bytes]", attended: Watched) -> None:
+def _record_exit(child: "subprocess.Popen[bytes]", recorder: ExitRecorder) -> None:
     """Note how a trainer ends, which one that is killed cannot do itself."""
     code = None
     while code is None:
-        attended.look(child.pid)
+        recorder.sample_memory(child.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = child.wait(LOOK_SECONDS)
-    attended.ended(code)
+    recorder.record(code)
 
 
-def _last_written(watch: Watch) -> int:
+def _changed_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _last_written(view: RunView) -> int:
     """When a run last did something; those that only wait come last."""
-    return _changed_at(watch.run.events_file)
+    return _changed_at(view.run.events_file)

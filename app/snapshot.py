@@ -3,7 +3,7 @@ shows."""
 
 from dataclasses import dataclass
 
-from app.jobs import LIVE, RESUMABLE, Watch
+from app.jobs import LIVE, RESUMABLE, RunView
 from app.preview.page_state import View
 from app.state import Desk
 from app.train.form import Plan
@@ -15,9 +15,9 @@ class Moment:
     """What the pieces of a page need, read once."""
 
     desk: Desk
-    watch: Watch | None
+    watch: RunView | None
     state: str
-    runs: list[tuple[Watch, str]]
+    runs: list[tuple[RunView, str]]
     view: View
     plan: Plan
 
@@ -50,7 +50,7 @@ class Moment:
         return self.live or self.view.working or working
 
 
-def asks(watch: Watch, state: str) -> bool:
+def asks(watch: RunView, state: str) -> bool:
     """Whether a run ended to ask if it may go on with what has changed."""
     return state == "failed" and bool(watch.changed)
 

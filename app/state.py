@@ -21,7 +21,7 @@ from app.train.probing import BYTES_A_NUMBER, Prober
 from app.train.queue_client import QueueClient
 from app.worker_client import CARDS, GivesWay, Worker
 from lora_core.model_files.detect import chosen_base
-from lora_core.projects.workspace import Projects, adopt, belongs
+from lora_core.projects.workspace import Projects, adopt, belongs_to
 from lora_core.runs.costs import parameters_of
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import Hardware
@@ -94,7 +94,7 @@ class Desk:
         self.thumbs = Thumbs(workspace / "cache" / "thumbs")
         self.jobs = Jobs(workspace)
         self.jobs.created = lambda run: adopt(run, self.project.path)
-        self.jobs.own = lambda watch: belongs(watch.run, watch.config(), self.project.path)
+        self.jobs.own = lambda watch: belongs_to(watch.run, watch.config(), self.project.path)
         self.hardware = Hardware(lambda: self.worker.device)
         self.queue = QueueClient(workspace, self.jobs)
         self.checks = Checks(workspace, self.hardware)

@@ -323,7 +323,7 @@ def test_pause_interrupt_and_stop_keep_the_work(
 
 
 def trained_here(run: RunFolder, on_event: Callable[[events.Event], None]) -> Outcome:
-    with run.held(), warnings.catch_warnings():
+    with run.hold(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.request("resume")
         return train(run, None, on_event)

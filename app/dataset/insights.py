@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.jobs import Jobs, Watch
+from app.jobs import Jobs, RunView
 from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, Worker
 from lora_core.errors import RunError
@@ -108,7 +108,7 @@ class Insights:
         plan = Plan(self.project)
         return "" if plan.base.facts is not None else plan.base.problem
 
-    def _run(self) -> Watch | None:
+    def _run(self) -> RunView | None:
         """The project's newest run on the pictures that are shown, of those with a checkpoint."""
         for watch in self.jobs.all():
             config = watch.config()

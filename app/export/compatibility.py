@@ -10,7 +10,7 @@ import gradio as gr
 
 from app.bindings import QUIET, Parts, piece
 from app.formatting import chip, file_size, many, safe
-from app.jobs import Watch
+from app.jobs import RunView
 from app.routes import address
 from app.snapshot import Moment
 from lora_core.model_files.families import FAMILIES
@@ -20,7 +20,7 @@ from lora_core.system.untrusted import parsed_json
 MOST_NAMES = 40
 
 
-def checkpoint_cards(moment: Moment, watch: Watch | None, chosen: str) -> str:
+def checkpoint_cards(moment: Moment, watch: RunView | None, chosen: str) -> str:
     """Best and last side by side, each with its newest sample and its gain."""
     if watch is None:
         return (
@@ -42,7 +42,7 @@ def checkpoint_cards(moment: Moment, watch: Watch | None, chosen: str) -> str:
     return f'<div class="checkpoints">{"".join(cards)}</div>'
 
 
-def _card(moment: Moment, watch: Watch, title: str, step: int, on: bool) -> str:
+def _card(moment: Moment, watch: RunView, title: str, step: int, on: bool) -> str:
     before = [p for p in watch.progress.previews if p.step <= step and p.files]
     root = runs_folder(moment.desk.workspace)
     image = '<div class="shot"></div>'

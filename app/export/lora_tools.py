@@ -18,7 +18,7 @@ from app.train.base_picker import base_choices
 from app.worker_client import Reply, Worker
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
-from lora_core.runs.folder import checked_name
+from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
 from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
 
@@ -334,7 +334,7 @@ def _measure(desk: Desk, sent: Any) -> dict[str, Any]:
     check_memory_is_free(desk)
     name = str(sent.get("run") or "")
     if name:
-        watch = next((w for w in desk.jobs.all() if w.run.name == checked_name(name)), None)
+        watch = next((w for w in desk.jobs.all() if w.run.name == check_run_name(name)), None)
         if watch is None:
             raise ConfigError(f"There is no run named {name}; choose another.")
         return {"run": str(watch.run.path)}

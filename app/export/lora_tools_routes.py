@@ -14,12 +14,12 @@ from fastapi.responses import FileResponse, Response
 from app.export.lora_tools import TOOLS, Job, check_memory_is_free, choices, free_place, request_of
 from app.export.lora_tools_results import answer_html, made_html
 from app.export.report_card import POLICY, REPORT, report_done
-from app.jobs import Watch
+from app.jobs import RunView
 from app.preview.loras import ADDED
 from app.routes import Answer, Refused, below, sent_json
 from app.state import Desk
 from lora_core.errors import AdapterFileError, RunError
-from lora_core.runs.folder import checked_name, runs_folder
+from lora_core.runs.folder import check_run_name, runs_folder
 
 FRESH = {"Cache-Control": "no-store"}
 
@@ -66,7 +66,7 @@ def add_inside_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/easel/report/of/{run}")
     async def page(run: str, download: int = 0) -> Response:
-        whole = below(runs_folder(desk.workspace), f"{checked_name(run)}/{REPORT}", {".html"})
+        whole = below(runs_folder(desk.workspace), f"{check_run_name(run)}/{REPORT}", {".html"})
         name = f"{run}.html" if download else None
         headers = {"Content-Security-Policy": POLICY, **FRESH}
         return FileResponse(whole, filename=name, media_type="text/html", headers=headers)
@@ -170,7 +170,7 @@ def begin_report(desk: Desk, job: Job, sent: dict[str, Any]) -> None:
         Refused: there is no such run.
     """
     name = str(sent.get("run", ""))
-    watch: Watch | None = next((w for w in desk.jobs.all() if w.run.name == name), None)
+    watch: RunView | None = next((w for w in desk.jobs.all() if w.run.name == name), None)
     if watch is None:
         raise Refused(name)
     if sent.get("measure"):

@@ -4,7 +4,7 @@ from typing import Any
 from urllib.parse import quote
 
 from app.formatting import file_size, safe
-from app.jobs import Watch
+from app.jobs import RunView
 
 REPORT = "report.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -19,7 +19,7 @@ STATE = (
 )
 
 
-def report_card(watch: Watch | None) -> str:
+def report_card(watch: RunView | None) -> str:
     """The button, and the report that is there."""
     if watch is None:
         return (
@@ -44,7 +44,7 @@ def report_card(watch: Watch | None) -> str:
     )
 
 
-def in_list(watch: Watch, learned: bool) -> str:
+def in_list(watch: RunView, learned: bool) -> str:
     """What the list of runs has of it: the way to the report, or a button that makes a quick one.
 
     Args:

@@ -13,13 +13,13 @@ from app.export.compatibility import build_check, checkpoint_cards, works_in, wr
 from app.export.lora_tools import inside_card
 from app.export.report_card import FRAME, STATE, report_card
 from app.formatting import safe
-from app.jobs import Watch
+from app.jobs import RunView
 from app.preview.loras import checkpoint_choices
 from app.snapshot import Moment, moment_of
 from app.state import Desk
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import chosen_base
-from lora_core.runs.folder import checked_name
+from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
 from lora_core.system.other_tools import Copied, copied
 
@@ -78,7 +78,7 @@ def _form(parts: Parts) -> dict[str, Any]:
     return made
 
 
-def _with_checkpoints(moment: Moment) -> list[Watch]:
+def _with_checkpoints(moment: Moment) -> list[RunView]:
     return [watch for watch, _ in moment.runs if watch.run.checkpoint_steps()]
 
 
@@ -100,7 +100,7 @@ class _Chosen:
         if key != self.checkpoint(moment_of(self.desk)):
             self.project.keep(export_checkpoint=key)
 
-    def watch(self, moment: Moment) -> Watch | None:
+    def watch(self, moment: Moment) -> RunView | None:
         there = _with_checkpoints(moment)
         kept = self.project.draft().get("export_run")
         return next((w for w in there if w.run.name == kept), there[0] if there else None)
@@ -166,7 +166,7 @@ def _wire(parts: Parts, fields: dict[str, Any], buttons: dict[str, Any], outputs
 
 def written(
     desk: Desk, run: str, checkpoint: str, name: str, form: str, precision: str
-) -> tuple[Watch, dict[str, Any]]:
+) -> tuple[RunView, dict[str, Any]]:
     """Have the worker write the file. Returns the run and the worker's answer.
 
     Raises:
@@ -175,7 +175,7 @@ def written(
     watch = next((w for w, _ in moment_of(desk).runs if w.run.name == run), None)
     if watch is None:
         raise LoraError("Choose a run first; there is none with a checkpoint yet.")
-    stem = checked_name(name.strip().removesuffix(".safetensors") or watch.run.name)
+    stem = check_run_name(name.strip().removesuffix(".safetensors") or watch.run.name)
     request = {"run": str(watch.run.path), "checkpoint": checkpoint or "last", "name": stem}
     reply = desk.worker.ask({"do": "export", **request, "format": form, "precision": precision})
     if reply.state == "error":
@@ -183,7 +183,7 @@ def written(
     return watch, reply.result
 
 
-def _portable(watch: Watch) -> bool:
+def _portable(watch: RunView) -> bool:
     """Whether other tools have the base that a run was trained on."""
     config = watch.config()
     family = chosen_base(config.model.base).family if config else None

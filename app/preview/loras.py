@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from app.jobs import Watch
+from app.jobs import RunView
 from app.snapshot import Moment
 
 MOST_OF_A_TOOL, MOST_DEPTH = 300, 4
@@ -26,7 +26,7 @@ class Found:
 
     title: str
     file: Path
-    watch: Watch
+    watch: RunView
 
 
 def found_loras(moment: Moment) -> list[Found]:
@@ -34,7 +34,7 @@ def found_loras(moment: Moment) -> list[Found]:
     return [found for watch, _ in moment.runs for found in run_loras(watch)]
 
 
-def run_loras(watch: Watch) -> list[Found]:
+def run_loras(watch: RunView) -> list[Found]:
     """A run's export, its other exported files, then its checkpoints from the last back."""
     found, run = [], watch.run
     files = sorted(run.exports.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -85,12 +85,12 @@ def _in_folder(folder: Path, changed: int, period: int) -> list[tuple[str, str]]
     return found[:MOST_OF_A_TOOL]
 
 
-def owner(moment: Moment, file: str) -> Watch | None:
+def owner(moment: Moment, file: str) -> RunView | None:
     """The run that a file belongs to."""
     return next((watch for watch, _ in moment.runs if Path(file).is_relative_to(watch.run.path)), None)
 
 
-def checkpoint_choices(watch: Watch) -> list[tuple[str, str]]:
+def checkpoint_choices(watch: RunView) -> list[tuple[str, str]]:
     """What can be exported of a run: best and last first, then each step that is on disk."""
     steps = watch.run.checkpoint_steps()
     best = watch.progress.best_step

@@ -18,7 +18,7 @@ from app.preview.page_state import Grid, View, sheet_info
 from app.worker_client import CANCELLED, Reply, Worker
 from lora_core.errors import LoraError, RunError
 from lora_core.generate.request import Axis, GenerationRequest, WeightedLora, make_axis
-from lora_core.runs.storage import to_trash
+from lora_core.runs.storage import move_to_trash
 from lora_core.system.untrusted import checked_fields, parsed_json
 
 MOST_SHOWN = 60
@@ -100,7 +100,7 @@ class History:
             RunError: there is none of that name, or the disk refuses.
         """
         kept = self.named(name)
-        to_trash(kept.file, workspace)
+        move_to_trash(kept.file, workspace)
         with self._lock:
             self._kept = [one for one in self._kept if one is not kept]
         return kept

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.jobs import Watch
+from app.jobs import RunView
 from app.preview.loras import ADDED, found_loras, lora_groups, owner, run_loras
 from app.preview.page_state import STRIP
 from app.snapshot import Moment
@@ -254,7 +254,7 @@ def run_shot(moment: Moment, name: str) -> GenerationRequest:
     Raises:
         ConfigError: there is no such run, or it has no file yet.
     """
-    watch: Watch | None = next((w for w, _ in moment.runs if w.run.name == name), None)
+    watch: RunView | None = next((w for w, _ in moment.runs if w.run.name == name), None)
     files = run_loras(watch) if watch else []
     if watch is None or not files:
         raise ConfigError(f"The run {name} has no file yet; it can be looked at once it has saved one.")

@@ -15,7 +15,7 @@ from app.routes import Answer, Refused, sent_json
 from app.snapshot import Moment
 from app.state import Desk
 from lora_core.errors import RunError
-from lora_core.runs.storage import clean_caches, empty_trash, restore, trash_folder, trashed
+from lora_core.runs.storage import clean_caches, empty_trash, list_trash, restore, trash_folder
 from lora_core.system.disk_space import folder_bytes
 
 DIALOG = """<dialog id="projects" class="panel" aria-labelledby="projects-title">
@@ -99,7 +99,7 @@ def _restored(desk: Desk, place: str) -> str:
     Raises:
         RunError: it is not in the trash any more, or the disk refuses.
     """
-    one = next((one for one in trashed(desk.workspace) if one.place.name == place), None)
+    one = next((one for one in list_trash(desk.workspace) if one.place.name == place), None)
     if one is None:
         raise RunError("It is not in the trash any more.")
     path = restore(one, desk.workspace)
@@ -117,7 +117,7 @@ def _shelves(desk: Desk) -> dict[str, Any]:
         "caches": file_size(caches) if caches else "",
         "trash": file_size(trash) if trash else "",
         "trashed": [
-            one.row() | {"size": file_size(folder_bytes(one.place))} for one in trashed(desk.workspace)
+            one.row() | {"size": file_size(folder_bytes(one.place))} for one in list_trash(desk.workspace)
         ],
         "runs": file_size(runs) if runs else "",
     }

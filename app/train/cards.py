@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 
 from app.formatting import UNKNOWN, changed_inputs, clock, file_size, pace, safe, state_chip, tile
 from app.header import accept_button, percent, request_button, resume_button, run_words, track
-from app.jobs import Watch
+from app.jobs import RunView
 from app.snapshot import Moment
 from app.train.checks import in_words
 from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
 from lora_core.report.rank_plots import rate_html
 from lora_core.runs.events import RateFound, StepDone, Validated
 from lora_core.runs.progress import smoothed
-from lora_core.runs.verdict import SURE, best_of, error_of, measured, verdict
+from lora_core.runs.verdict import SURE, best_of, known_error, verdict, with_gain
 from lora_core.settings.choices import PRECISIONS
 from lora_core.system.hardware import resident_bytes
 from lora_core.system.processes import log_tail
@@ -51,7 +51,7 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
 def gain_chart(validations: Sequence[Validated]) -> str:
     """Gain on held-out pictures with a band of two standard errors, beside it that on training pictures; the
     best step marked."""
-    found = measured(validations)
+    found = with_gain(validations)
     if not found:
         return _empty("Measured from time to time on the pictures that are held out.")
     trained = [one for one in found if math.isfinite(one.train_gain)]
@@ -76,7 +76,7 @@ def _curve(
 ) -> Curve:
     # Step 0 is the base, which gains nothing over itself.
     points = [(0.0, 0.0), *((float(one.step), value(one)) for one in found)]
-    errors = [0.0, *(SURE * error_of(error(one)) for one in found)] if error else ()
+    errors = [0.0, *(SURE * known_error(error(one)) for one in found)] if error else ()
     return Curve(name, points, errors, style)
 
 
@@ -85,7 +85,7 @@ def meaning(validations: Sequence[Validated]) -> str:
     said = verdict(validations)
     if not said:
         return ""
-    last = measured(validations)[-1]
+    last = with_gain(validations)[-1]
     gauges = _gauge("Learning by heart", last.gauge, last.gauge_error)
     gauges += _gauge("The base's own pictures", last.prior, last.prior_error)
     row = f'<p class="small num gauges">{gauges}</p>' if gauges else ""
@@ -100,7 +100,7 @@ def _gauge(name: str, value: float, error: float) -> str:
         "Learning by heart": "How much more training pictures gain than held-out ones.",
         "The base's own pictures": "Gain on pictures that the base made; below 0 they are being forgotten.",
     }
-    words = f"{value:+.4f} ± {error_of(error):.4f}".replace("-", "\N{MINUS SIGN}")
+    words = f"{value:+.4f} ± {known_error(error):.4f}".replace("-", "\N{MINUS SIGN}")
     return f'<span title="{html.escape(tips[name])}">{html.escape(name)} {words}</span>'
 
 
@@ -160,7 +160,7 @@ def _see_it(moment: Moment) -> str:
     )
 
 
-def _body(moment: Moment, watch: Watch) -> str:
+def _body(moment: Moment, watch: RunView) -> str:
     progress = moment.progress
     if moment.asks:
         return _asking(moment, watch)
@@ -182,15 +182,15 @@ def _body(moment: Moment, watch: Watch) -> str:
     )
 
 
-def _queued(moment: Moment, watch: Watch) -> str:
+def _queued(moment: Moment, watch: RunView) -> str:
     if moment.desk.queue.holds(watch.run.name):
         return "It waits in the queue below."
     return "The run was made but never started. Resume starts it."
 
 
-def _asking(moment: Moment, watch: Watch) -> str:
+def _asking(moment: Moment, watch: RunView) -> str:
     """What has changed since the run began, and what each answer leads to."""
-    step = watch.aftermath().step
+    step = watch.resume_info().step
     kept = f" What it saved up to step {step:,} stays in each case." if step else ""
     again = f"Continue at step {step:,}" if step else "Start again"
     return (
@@ -205,9 +205,9 @@ def _reached(moment: Moment) -> str:
     return f"{percent(moment)}%, step {moment.progress.step:,} of {moment.progress.steps:,}"
 
 
-def _broken(moment: Moment, watch: Watch) -> str:
+def _broken(moment: Moment, watch: RunView) -> str:
     """Why it broke off, what to change, and from where it goes on."""
-    after = watch.aftermath()
+    after = watch.resume_info()
     why = watch.reason() or "The run ended without saying why."
     keeps = (
         f"Nothing before step {after.step:,} is lost: it goes on there with the same result as without the"
@@ -228,7 +228,7 @@ def _broken(moment: Moment, watch: Watch) -> str:
     )
 
 
-def _less_memory(watch: Watch) -> str:
+def _less_memory(watch: RunView) -> str:
     """For a run that memory was too small for: the two settings to lower, as they are and where they
     stand."""
     config = watch.config()
@@ -266,7 +266,7 @@ def _tiles(moment: Moment) -> list[str]:
     return tiles
 
 
-def _line(moment: Moment, watch: Watch) -> str:
+def _line(moment: Moment, watch: RunView) -> str:
     """What it is doing between steps, and the memory that it takes."""
     if not moment.live:
         return ""
@@ -276,7 +276,7 @@ def _line(moment: Moment, watch: Watch) -> str:
     return f'<p class="small num" id="run-phase">{safe(doing)}.{_memory(moment, watch)}</p>'
 
 
-def _memory(moment: Moment, watch: Watch) -> str:
+def _memory(moment: Moment, watch: RunView) -> str:
     """What the trainer's process takes, in words; nothing where that is not told."""
     process = watch.run.live_process()
     held = resident_bytes(process)

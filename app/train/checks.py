@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_core.data.dataset import Dataset
 from lora_core.errors import LoraError
-from lora_core.runs.preflight import Problem, preflight
+from lora_core.runs.preflight import RunProblem, preflight
 from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.hardware import Hardware
 
@@ -28,10 +28,10 @@ class Checks:
         self._hardware = hardware
         self._lock = threading.Lock()
         self._asked: tuple[RunConfig, Dataset, float] | None = None
-        self._found: list[Problem] = []
+        self._found: list[RunProblem] = []
         self._busy = False
 
-    def known(self, config: RunConfig, dataset: Dataset) -> list[Problem]:
+    def known(self, config: RunConfig, dataset: Dataset) -> list[RunProblem]:
         """What was found last; where that is of another plan it is looked up meanwhile."""
         now = time.monotonic()
         with self._lock:
@@ -44,10 +44,10 @@ class Checks:
                 ).start()
             return list(self._found)
 
-    def now(self, config: RunConfig, dataset: Dataset) -> list[Problem]:
+    def now(self, config: RunConfig, dataset: Dataset) -> list[RunProblem]:
         """Look it up and wait for it."""
         found = [
-            Problem(one.kind, in_words(one.sentence), one.blocking)
+            RunProblem(one.kind, in_words(one.sentence), one.blocking)
             for one in preflight(config, self._workspace, dataset, self._free_on_card)
             if one.kind not in ELSEWHERE
         ]
@@ -60,7 +60,7 @@ class Checks:
             self.now(config, dataset)
         except (LoraError, OSError) as error:
             with self._lock:
-                self._found = [Problem("check", f"The check before Start failed: {error}", False)]
+                self._found = [RunProblem("check", f"The check before Start failed: {error}", False)]
         finally:
             self._busy = False
 

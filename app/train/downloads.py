@@ -14,7 +14,7 @@ from lora_core.model_files.hub import Download, DownloadCancelled, download, fin
 
 
 @dataclass
-class Offer:
+class DownloadOffer:
     """A base of the hub.
 
     Attributes:
@@ -41,7 +41,7 @@ class Downloads:
         """Told of each base that has arrived."""
         self.arrived = 0
         """How many have, each counted once `finished` was told of it."""
-        self._offers: dict[str, Offer] = {}
+        self._offers: dict[str, DownloadOffer] = {}
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
 
@@ -50,13 +50,13 @@ class Downloads:
         """Whether something changes by itself."""
         return any(offer.state in ("asking", "downloading") for offer in list(self._offers.values()))
 
-    def offer(self, repo: str) -> Offer:
+    def offer(self, repo: str) -> DownloadOffer:
         """What is known of a base; the hub is asked where that is nothing yet."""
         with self._lock:
             known = self._offers.get(repo)
             if known is not None and known.state != "done":
                 return known
-            made = self._offers[repo] = Offer(repo)
+            made = self._offers[repo] = DownloadOffer(repo)
         self._begin(made, self._ask)
         return made
 
@@ -89,10 +89,10 @@ class Downloads:
         """End the download that is under way; what has arrived stays."""
         self._cancelled.set()
 
-    def _begin(self, offer: Offer, work: Callable[[Offer], None]) -> None:
+    def _begin(self, offer: DownloadOffer, work: Callable[[DownloadOffer], None]) -> None:
         threading.Thread(target=work, args=(offer,), daemon=True, name="hub").start()
 
-    def _ask(self, offer: Offer) -> None:
+    def _ask(self, offer: DownloadOffer) -> None:
         try:
             found = find_download(offer.repo)
         except LoraError as error:
@@ -100,7 +100,7 @@ class Downloads:
             return
         offer.found, offer.here, offer.state = found, found.here, "offered"
 
-    def _download(self, offer: Offer) -> None:
+    def _download(self, offer: DownloadOffer) -> None:
         assert offer.found is not None
 
         def progress(here: int, size: int) -> None:

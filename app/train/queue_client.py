@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.jobs import Jobs
 from lora_core.errors import RunError
-from lora_core.runs.folder import RunFolder, checked_name, runs_folder
+from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 from lora_core.runs.queue import PAUSED, RUNNING, WAITING, Queue, QueuedRun
 from lora_core.runs.runner import ensure_runner, pause_queue, resume_queue
 from lora_core.settings.config import RunConfig
@@ -97,7 +97,7 @@ class QueueClient:
         Raises:
             RunError: it is not in the queue, or is going on.
         """
-        name = checked_name(name)
+        name = check_run_name(name)
         self.queue.remove(name)
         run = RunFolder(runs_folder(self.workspace) / name)
         if run.path.is_dir() and not run.events_file.exists():

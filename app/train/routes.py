@@ -18,7 +18,7 @@ from lora_core.errors import RunError
 from lora_core.model_files.header import MAX_HEADER
 from lora_core.model_files.starting_settings import like_file
 from lora_core.runs.diagnosis import debug_zip
-from lora_core.runs.folder import RunFolder, checked_name, runs_folder
+from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 
 QUIT_AFTER = 0.3
 """Seconds: the answer is to be out before the server ends."""
@@ -42,7 +42,7 @@ def add_run_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/easel/debug/{name}")
     async def debug(name: str) -> Response:
-        found = RunFolder(runs_folder(desk.workspace) / checked_name(name))
+        found = RunFolder(runs_folder(desk.workspace) / check_run_name(name))
         if not found.config_file.is_file():
             raise Refused(name)
         card = desk.hardware.card()
@@ -93,7 +93,7 @@ def steer(desk: Desk, do: str, name: str) -> None:
         return
     acts: dict[str, Callable[[str], Any]] = {
         # The Preview tab draws the strip of this run when it is opened.
-        "see": lambda run: desk.project.keep(preview_strip=checked_name(run)),
+        "see": lambda run: desk.project.keep(preview_strip=check_run_name(run)),
         "resume": desk.jobs.resume,
         "accept": lambda run: desk.jobs.resume(run, accept_changes=True),
         "show": desk.jobs.show,

@@ -6,7 +6,7 @@ from typing import Any
 from app.export.report_card import in_list
 from app.formatting import about, changed_inputs, chip, file_size, many, safe, state_chip
 from app.header import accept_button
-from app.jobs import RESUMABLE, Watch
+from app.jobs import RESUMABLE, RunView
 from app.snapshot import Moment, asks
 from app.train.checks import in_words
 from lora_core.errors import RunError
@@ -67,7 +67,7 @@ def _queue_words(moment: Moment, jobs: list[QueuedRun]) -> str:
     return "One after the other, also after a failure and when this window is closed."
 
 
-def _job_row(job: QueuedRun, waiting: list[str], asking: Watch | None) -> str:
+def _job_row(job: QueuedRun, waiting: list[str], asking: RunView | None) -> str:
     """One job; `asking` is its run where that ended to ask if it may go on with what has changed."""
     tones = {WAITING: "", RUNNING: "accent", "paused": "warn", "failed": "bad"}
     place = waiting.index(job.run) + 1 if job.state == WAITING else 0
@@ -103,8 +103,8 @@ def earlier(moment: Moment) -> str:
     listed = [(w, s) for w, s in moment.runs if not (s == "queued" and moment.desk.queue.holds(w.run.name))]
     listed = [(w, s) for w, s in listed if w is not moment.watch or not moment.live]
     listed.sort(key=lambda one: one[0] is not moment.watch)
-    own: list[tuple[Watch, str]] = []
-    others: list[tuple[Watch, str]] = []
+    own: list[tuple[RunView, str]] = []
+    others: list[tuple[RunView, str]] = []
     for one in listed:
         (own if moment.desk.jobs.own(one[0]) else others).append(one)
     if not own and not others:
@@ -119,15 +119,15 @@ def earlier(moment: Moment) -> str:
     return f'<div class="panel"><h2>Runs</h2>{mine}{folded}</div>'
 
 
-def _rows(moment: Moment, listed: list[tuple[Watch, str]]) -> str:
+def _rows(moment: Moment, listed: list[tuple[RunView, str]]) -> str:
     rows = "".join(_run_row(moment, watch, state) for watch, state in listed[:MOST_EARLIER])
     more = len(listed) - MOST_EARLIER
     note = f'<p class="small">And {many(more, "older run")} in the workspace.</p>' if more > 0 else ""
     return f'<div class="list">{rows}</div>{note}'
 
 
-def _run_row(moment: Moment, watch: Watch, state: str) -> str:
-    progress, name, after = watch.progress, watch.run.name, watch.aftermath()
+def _run_row(moment: Moment, watch: RunView, state: str) -> str:
+    progress, name, after = watch.progress, watch.run.name, watch.resume_info()
     parts = [f"{progress.step:,} of {many(progress.steps, 'step')}" if progress.steps else "no step yet"]
     best = next((e for e in reversed(progress.validations) if e.best), None)
     if best is not None:

@@ -1,7 +1,7 @@
 """The samples of a run: a row a prompt, the base first and beside it what was learned, the newest first."""
 
 from app.formatting import safe
-from app.jobs import Watch
+from app.jobs import RunView
 from app.routes import address
 from app.snapshot import Moment
 from lora_core.runs.costs import how_often
@@ -38,7 +38,7 @@ def samples(moment: Moment) -> str:
 
 
 def _strip(
-    moment: Moment, watch: Watch, rounds: list[PreviewDone], which: tuple[int, bool], columns: int
+    moment: Moment, watch: RunView, rounds: list[PreviewDone], which: tuple[int, bool], columns: int
 ) -> str:
     """The pictures of one prompt over the rounds; `which`: its number, and whether of the raw adapter."""
     row, raw = which
@@ -63,7 +63,7 @@ def _strip(
     )
 
 
-def _columns(watch: Watch, there: int) -> int:
+def _columns(watch: RunView, there: int) -> int:
     """As many as the run will fill, so that pictures keep their size while more of them come."""
     config = watch.config()
     planned = how_often(config.train.steps, config.preview.every) if config else 0

@@ -17,7 +17,7 @@ from app.train.samples import samples
 from app.train.starting import build_like, build_start
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError
-from lora_core.runs.notifications import VARIABLE, WEB, tell_from_now_on, try_telling, whom_to_tell
+from lora_core.runs.notifications import VARIABLE, WEB, read_recipient, send_test, write_recipient
 
 ONLY_HERE = (
     "A command can be set on the computer itself alone, as it runs there; from elsewhere give a web address."
@@ -54,7 +54,7 @@ def build_telling(parts: Parts) -> None:
     def saved(text: str, request: gr.Request) -> str:
         try:
             checked(text, request)
-            tell_from_now_on(workspace, text or "")
+            write_recipient(workspace, text or "")
         except (LoraError, OSError) as error:
             return problem(error)
         return done("Saved." if (text or "").strip() else "Saved: nobody is told.")
@@ -64,7 +64,7 @@ def build_telling(parts: Parts) -> None:
             checked(text, request)
         except LoraError as error:
             return problem(error)
-        said = try_telling(text or "")
+        said = send_test(text or "")
         return problem(said) if said else done("It was told that this works; look whether it arrived.")
 
     for event, act in ((keep.click, saved), (whom.submit, saved), (attempt.click, tried)):
@@ -74,7 +74,7 @@ def build_telling(parts: Parts) -> None:
 def chosen(parts: Parts) -> tuple[str, str]:
     """What is kept, and a note where it plays no part or cannot be read."""
     try:
-        whom = whom_to_tell(parts.desk.workspace)
+        whom = read_recipient(parts.desk.workspace)
     except ConfigError as error:
         return "", problem(error)
     return whom, f'<p class="small">{safe(ENVIRONMENT)}</p>' if VARIABLE in os.environ else ""

@@ -25,8 +25,8 @@ from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import base_facts
 from lora_core.runs.events import EventWriter, Stopped
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.notifications import tell_end
-from lora_core.runs.preflight import Problem, refuse
+from lora_core.runs.notifications import notify_end
+from lora_core.runs.preflight import RunProblem, require_none_blocking
 from lora_core.runs.queue import events_size
 from lora_core.settings.choices import FORMATS
 from lora_core.settings.config import RunConfig, checked_value, flattened, load_toml, parsed_assignment
@@ -180,7 +180,7 @@ def _train(options: argparse.Namespace) -> int:
             config = config_of(options)
             place = workspace(options.workspace)
             expected = api.forecast(config, place)
-            refuse([Problem(**problem) for problem in expected["problems"]])
+            require_none_blocking([RunProblem(**problem) for problem in expected["problems"]])
         _say_like(options)
         run = _begun(config, place, expected)
         if options.queue:
@@ -254,7 +254,7 @@ def resumed(
         try:
             outcome = _trained(run, steps, accept_changes, stopping, group)
         finally:
-            note = tell_end(run, run.path.parent.parent) if events_size(run) > before else ""
+            note = notify_end(run, run.path.parent.parent) if events_size(run) > before else ""
             if note:
                 say(f"Note: {note}")
         if outcome.export is not None:
@@ -271,7 +271,7 @@ def _trained(
 ) -> "Outcome":
     if steps is not None:
         steps = checked_value("train.steps", steps, "--steps")
-    with run.held():
+    with run.hold():
         try:
             # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this
             # line.

@@ -13,7 +13,7 @@ from lora_core.data.scan import folded, free_stem, safe_name
 from lora_core.errors import ConfigError, DatasetError, RunError
 from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read_json, title_of
 from lora_core.runs.folder import RunFolder, all_runs
-from lora_core.runs.storage import to_trash
+from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
 from lora_core.system.disk_space import folder_bytes
 from lora_core.system.paths import valid_text, write_atomically
@@ -25,7 +25,7 @@ _MARK = "project.json"
 
 
 @dataclass(frozen=True)
-class Shelved:
+class ProjectRow:
     """A project as the picker lists it."""
 
     key: str
@@ -48,16 +48,18 @@ class Projects:
         last = str(read_json(self.folder / _OPEN).get("open") or DEFAULT)
         self.current = Project(self.folder / (last if self._is_there(last) else DEFAULT))
 
-    def listed(self) -> list[Shelved]:
+    def listed(self) -> list[ProjectRow]:
         """All projects, the open one first, then by title."""
         runs = [(run, _config(run)) for run in all_runs(self.workspace)]
         found = []
         for path in self.folder.iterdir():
             if path.is_dir() and not path.name.startswith("."):
                 pictures = sum(1 for file in (path / "pictures").rglob("*") if _is_picture(file))
-                own = sum(belongs(run, config, path) for run, config in runs)
+                own = sum(belongs_to(run, config, path) for run, config in runs)
                 is_open = path == self.current.path
-                found.append(Shelved(path.name, title_of(path), is_open, pictures, own, folder_bytes(path)))
+                found.append(
+                    ProjectRow(path.name, title_of(path), is_open, pictures, own, folder_bytes(path))
+                )
         return sorted(found, key=lambda one: (not one.is_open, one.title.casefold(), one.key))
 
     def open(self, key: str) -> None:
@@ -115,7 +117,7 @@ class Projects:
                 raise RunError("This is the only project; make another before you delete it.")
             if path == self.current.path:
                 self.open(DEFAULT if DEFAULT in others else others[0])
-            return to_trash(path, self.workspace)
+            return move_to_trash(path, self.workspace)
 
     def _label(self, path: Path, title: str) -> None:
         write_atomically(path / LABEL, json.dumps({"title": title}, ensure_ascii=False).encode())
@@ -159,7 +161,7 @@ class Projects:
         raise RunError(f"There is no project {name} in {self.folder}; {hint}")
 
 
-def pictures_of(name: str, workspace: Path) -> Project:
+def open_images(name: str, workspace: Path) -> Project:
     """A folder of pictures, or the project of that name; a folder comes first.
 
     What was left out of a plain folder, and what its captions were, is kept in its hidden `.lora-easel`.
@@ -184,7 +186,7 @@ def adopt(run: RunFolder, project: Path) -> None:
     write_atomically(run.path / _MARK, json.dumps({"project": project.name}).encode())
 
 
-def belongs(run: RunFolder, config: RunConfig | None, project: Path) -> bool:
+def belongs_to(run: RunFolder, config: RunConfig | None, project: Path) -> bool:
     """Whether a run is one of a project's."""
     projects = project.parent
     marked = str(read_json(run.path / _MARK).get("project") or "")

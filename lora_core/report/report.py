@@ -27,7 +27,15 @@ from lora_core.report.rank_plots import (
 from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import smoothed
-from lora_core.runs.verdict import SURE, best_of, by_heart, error_of, forgets, measured, raw_or_average
+from lora_core.runs.verdict import (
+    SURE,
+    best_of,
+    describe_average,
+    describe_forgetting,
+    describe_memorization,
+    known_error,
+    with_gain,
+)
 from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.paths import ASSETS, write_atomically
 
@@ -95,10 +103,14 @@ STATES = {
 
 def summary(story: ReportData) -> list[str]:
     """Sentences, the most important first."""
-    found = measured(story.progress.validations)
+    found = with_gain(story.progress.validations)
     said = [_learned_sentence(story, found)]
     if found:
-        said += [by_heart(found[-1]), forgets(found[-1]), raw_or_average(found[-1])]
+        said += [
+            describe_memorization(found[-1]),
+            describe_forgetting(found[-1]),
+            describe_average(found[-1]),
+        ]
     said.append(_rank_sentence(story))
     state = STATES.get(story.state, "")
     if state:
@@ -114,8 +126,8 @@ def _learned_sentence(story: ReportData, found: list[Validated]) -> str:
             else "Nothing was trained yet."
         )
     best, last = best_of(found), found[-1]
-    if best is None or best.gain < SURE * error_of(best.standard_error):
-        if last.gain < -SURE * error_of(last.standard_error):
+    if best is None or best.gain < SURE * known_error(best.standard_error):
+        if last.gain < -SURE * known_error(last.standard_error):
             return "It did not learn: pictures that it had not seen are predicted worse than by the base."
         return "No gain on pictures that it had not seen can be told from chance."
     share = best.gain / best.base_loss if best.base_loss > 0 else math.nan
@@ -127,7 +139,7 @@ def _learned_sentence(story: ReportData, found: list[Validated]) -> str:
 
 def _overcooked(best: Validated, last: Validated, kept: bool) -> str:
     """Whether it became worse after the best step, and what to do then."""
-    if last.step <= best.step or not last.against_best < -SURE * error_of(last.against_best_error):
+    if last.step <= best.step or not last.against_best < -SURE * known_error(last.against_best_error):
         return ""
     take = f"; take the file of step {best.step:,}" if kept else ""
     return f"After that it became worse{take}."
@@ -278,7 +290,7 @@ def loss_html(story: ReportData) -> str:
 
 def gain_html(story: ReportData) -> str:
     """Gain on held-out pictures with its error, on training pictures, and on what should stay."""
-    found = measured(story.progress.validations)
+    found = with_gain(story.progress.validations)
     if not found:
         return paragraph("No picture was held out, so that no gain was measured.")
     best = best_of(story.progress.validations)
@@ -314,7 +326,7 @@ def _gauge(found: Sequence[Validated]) -> str:
         return ""
     return paragraph(
         f"Memorisation gauge at step {last.step:,}: training pictures gain {last.gauge:+.4f} (standard error"
-        f" {error_of(last.gauge_error):.4f}) more than held-out ones."
+        f" {known_error(last.gauge_error):.4f}) more than held-out ones."
     )
 
 

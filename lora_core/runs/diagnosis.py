@@ -52,7 +52,7 @@ MOST_WORDS = 300
 
 
 @dataclass(frozen=True)
-class Exit:
+class ExitRecord:
     """How a trainer's process ended, as seen by its parent.
 
     Attributes:
@@ -85,8 +85,8 @@ class Exit:
         )
 
 
-class Watched:
-    """What a parent notes of a trainer while it runs, for the case that it is killed."""
+class ExitRecorder:
+    """Lets the parent of a trainer write down how its process ended, since one that is killed cannot."""
 
     def __init__(self, run: RunFolder) -> None:
         """Begin before the process is started."""
@@ -98,7 +98,7 @@ class Watched:
         with contextlib.suppress(OSError):
             exit_file(run).unlink(missing_ok=True)
 
-    def look(self, pid: int) -> None:
+    def sample_memory(self, pid: int) -> None:
         """Note how much memory the process holds and how much is left."""
         try:
             held = psutil.Process(pid).memory_info().rss
@@ -108,7 +108,7 @@ class Watched:
         if held:
             self._memory = (held, memory.available, memory.total)
 
-    def ended(self, code: int) -> Exit:
+    def record(self, code: int) -> ExitRecord:
         """Write down how it ended; a disk that takes nothing is no reason to fail.
 
         Args:
@@ -116,7 +116,7 @@ class Watched:
         """
         kills = max(0, _oom_kills() - self._kills)
         written = _size(self._run.events_file)
-        found = Exit(code, time.time(), self._events, written, self._log, *self._memory, kills)
+        found = ExitRecord(code, time.time(), self._events, written, self._log, *self._memory, kills)
         with contextlib.suppress(OSError):
             write_atomically(exit_file(self._run), json.dumps(asdict(found)).encode())
         return found
@@ -127,10 +127,10 @@ def exit_file(run: RunFolder) -> Path:
     return run.path / "exit.json"
 
 
-def last_exit(run: RunFolder) -> Exit | None:
+def read_exit(run: RunFolder) -> ExitRecord | None:
     """How the run's last process ended, where its parent saw that."""
     try:
-        found = checked_fields(Exit, parsed_json(exit_file(run).read_bytes()))
+        found = checked_fields(ExitRecord, parsed_json(exit_file(run).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
     return found if found.written == _size(run.events_file) else None
@@ -140,7 +140,7 @@ def crash_reason(run: RunFolder) -> str:
     """Why a run broke off or failed, in a sentence; "" where it did neither."""
     if run.live_process() is not None:
         return ""
-    progress, ended = run.progress(), last_exit(run)
+    progress, ended = run.progress(), read_exit(run)
     status = run.status(progress)
     silent = ended is not None and ended.code not in (0, 130) and ended.events == _size(run.events_file)
     if status == "failed" and not silent:
@@ -155,9 +155,9 @@ def crash_reason(run: RunFolder) -> str:
     return sentence or _of_silence(run, progress, said)
 
 
-def last_sentence(run: RunFolder) -> str:
+def last_log_sentence(run: RunFolder) -> str:
     """The last line that the run's last process wrote to its log, or ""."""
-    said = _last_words(run, last_exit(run))
+    said = _last_words(run, read_exit(run))
     return _as_sentence(said[-1]) if said else ""
 
 
@@ -188,7 +188,7 @@ def _where(progress: Progress) -> str:
     return f"at “{progress.phase}”" if progress.phase else "before its first step"
 
 
-def _last_words(run: RunFolder, ended: Exit | None) -> list[str]:
+def _last_words(run: RunFolder, ended: ExitRecord | None) -> list[str]:
     """What the last process wrote to the log; where nobody noted its beginning, the log's end."""
     lines = log_tail(run.log_file, LINES_LOOKED_AT)
     if ended is not None:
@@ -218,7 +218,7 @@ def _of_error(said: list[str], progress: Progress, its_own: bool) -> str:
     return f"A defect of the program {_where(progress)}: {said[end].rstrip('.')}."
 
 
-def _of_code(ended: Exit | None, progress: Progress) -> str:
+def _of_code(ended: ExitRecord | None, progress: Progress) -> str:
     if ended is None or ended.code in (0, 1, 130):
         return ""
     where, name = _where(progress), _signal_name(ended.code)
@@ -294,7 +294,7 @@ WRITTEN = ("dataset.trigger", "preview.prompts", "name")
 
 def debug_zip(run: RunFolder, workspace: Path, card: str = "") -> bytes:
     """The zip of one run; `card` is the name of the graphics card."""
-    clean = Cleaner(_known(run, workspace))
+    clean = Anonymizer(_known(run, workspace))
     files = {
         "about.json": json.dumps(_about(card), indent=1),
         "settings.toml": _settings(run),
@@ -311,7 +311,7 @@ def debug_zip(run: RunFolder, workspace: Path, card: str = "") -> bytes:
     return made.getvalue()
 
 
-class Cleaner:
+class Anonymizer:
     """Takes out of a text what says who wrote it and where it lies."""
 
     def __init__(self, known: Iterable[tuple[str, str]]) -> None:

@@ -228,7 +228,7 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
 # The one writer of a run's `events.jsonl`: lines appended to a file that others read meanwhile.
 
 
-def complain(sentence: str) -> None:
+def warn_on_stderr(sentence: str) -> None:
     """Say on stderr what cannot be said in the events; a stderr that nobody reads is no reason to fail."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{sentence}\n")
@@ -243,7 +243,7 @@ class EventWriter:
     told in one.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None] = complain) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None] = warn_on_stderr) -> None:
         """Append to `path`; what goes wrong with it is given to `say`."""
         self._path = path
         self._say = say
@@ -251,7 +251,7 @@ class EventWriter:
         self._lost = 0
         self._reason = ""
         with self._surviving():
-            self._handle = opened_for_lines(path)
+            self._handle = open_for_append(path)
 
     def write(self, event: Event) -> None:
         """Append one line."""
@@ -271,7 +271,7 @@ class EventWriter:
 
     def _append(self, event: Event) -> None:
         if self._handle is None:
-            self._handle = opened_for_lines(self._path)
+            self._handle = open_for_append(self._path)
         write_line(self._handle, to_line(event).encode())
 
     def _hole(self) -> str:
@@ -295,7 +295,7 @@ class EventWriter:
             self._lost += 1
 
 
-def opened_for_lines(path: Path) -> int:
+def open_for_append(path: Path) -> int:
     """The file, open for appending; a half line left by a killed writer is ended first.
 
     Raises:

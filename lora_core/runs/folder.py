@@ -21,7 +21,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from lora_core.errors import RunError
-from lora_core.runs.events import opened_for_lines, read_events, write_line
+from lora_core.runs.events import open_for_append, read_events, write_line
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
 from lora_core.system.paths import clear_abandoned, is_device, workspace, write_atomically
@@ -164,17 +164,17 @@ class RunFolder:
             for sentence in retired([(name, value)])
         ]
 
-    def request(self, do: str) -> str:
+    def request(self, action: str) -> str:
         """Ask the trainer for something; returns the request's id.
 
         Raises:
-            RunError: `do` is no request, or the folder cannot be written.
+            RunError: `action` is not a request, or the folder cannot be written.
         """
-        if do not in REQUESTS:
-            raise RunError(f"{do!r} is no request; choose one of {', '.join(REQUESTS)}.")
-        line = {"id": uuid.uuid4().hex, "do": do}
+        if action not in REQUESTS:
+            raise RunError(f"{action!r} is no request; choose one of {', '.join(REQUESTS)}.")
+        line = {"id": uuid.uuid4().hex, "action": action}
         try:
-            handle = opened_for_lines(self.requests_file)
+            handle = open_for_append(self.requests_file)
             try:
                 write_line(handle, (json.dumps(line) + "\n").encode())
             finally:
@@ -185,18 +185,20 @@ class RunFolder:
             ) from error
         return line["id"]
 
-    def request_live(self, do: str) -> None:
+    def request_live(self, action: str) -> None:
         """Ask the live trainer for something.
 
         Raises:
             RunError: the run is not live, or as `request`.
         """
         if self.live_process() is None:
-            raise RunError(f"The run {self.name} is not running (it is {self.status()}), so it cannot {do}.")
-        self.request(do)
+            raise RunError(
+                f"The run {self.name} is not running (it is {self.status()}), so it cannot {action}."
+            )
+        self.request(action)
 
     def requests(self) -> list[dict[str, str]]:
-        """All requests in order; those before the last `resume` are void and left out."""
+        """All requests in order, as {"id", "action"}; those before the last `resume` are void."""
         try:
             text = self.requests_file.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -205,16 +207,18 @@ class RunFolder:
         for line in text.split("\n")[:-1]:
             try:
                 request = parsed_json(line)
-                if request["do"] == "resume":
+                # Earlier versions wrote "do".
+                action = request.get("action") or request["do"]
+                if action == "resume":
                     found.clear()
-                elif request["do"] in REQUESTS:
-                    found.append({"id": str(request["id"]), "do": request["do"]})
-            except (ValueError, KeyError, TypeError):
+                elif action in REQUESTS:
+                    found.append({"id": str(request["id"]), "action": action})
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
         return found
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         """Hold the run's lock and say who holds it; this process is the trainer while the context is open.
 
         Raises:
@@ -345,7 +349,7 @@ def find_run(name: str | Path, place: Path | None = None) -> RunFolder:
     )
 
 
-def checked_name(name: str) -> str:
+def check_run_name(name: str) -> str:
     """A run name that every file system takes.
 
     Raises:

@@ -34,7 +34,7 @@ def notify_file(workspace: Path) -> Path:
     return workspace / "notify.toml"
 
 
-def whom_to_tell(workspace: Path) -> str:
+def read_recipient(workspace: Path) -> str:
     """A command, an address that begins with http, or "".
 
     Raises:
@@ -55,7 +55,7 @@ def whom_to_tell(workspace: Path) -> str:
     return found.strip()
 
 
-def tell_from_now_on(workspace: Path, whom: str) -> None:
+def write_recipient(workspace: Path, whom: str) -> None:
     """Keep whom to tell; "" for nobody.
 
     Raises:
@@ -66,7 +66,7 @@ def tell_from_now_on(workspace: Path, whom: str) -> None:
     write_atomically(notify_file(workspace), tomli_w.dumps({"tell": whom.strip()}).encode())
 
 
-def tell_end(run: RunFolder, workspace: Path, reason: str = "") -> str:
+def notify_end(run: RunFolder, workspace: Path, reason: str = "") -> str:
     """Tell that a run has ended; returns a sentence where that did not work, else "".
 
     Args:
@@ -78,7 +78,7 @@ def tell_end(run: RunFolder, workspace: Path, reason: str = "") -> str:
     if facts is None:
         return ""
     try:
-        whom = whom_to_tell(workspace)
+        whom = read_recipient(workspace)
         if not whom:
             return ""
         if whom.lower().startswith(WEB):
@@ -91,7 +91,7 @@ def tell_end(run: RunFolder, workspace: Path, reason: str = "") -> str:
         return f"The end of the run could not be told to {whom}: {_short(error)}."
 
 
-def try_telling(whom: str) -> str:
+def send_test(whom: str) -> str:
     """Tell somebody now, to see whether it works; returns a sentence where it does not, else ""."""
     whom = whom.strip()
     if not whom:

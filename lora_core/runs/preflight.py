@@ -25,7 +25,7 @@ from lora_core.model_files.sizes import (
     needed_bytes,
     weight_files,
 )
-from lora_core.runs.folder import RunFolder, all_runs, checked_name, runs_folder
+from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import LossSection
@@ -46,7 +46,7 @@ own rate, the setting alone. Wide: a factor of ten around what guides and peers 
 
 
 @dataclass(frozen=True)
-class Problem:
+class RunProblem:
     """One thing that stands in the way, or that a person should know before Start.
 
     Attributes:
@@ -61,7 +61,7 @@ class Problem:
     blocking: bool = True
 
 
-def refuse(problems: list[Problem]) -> None:
+def require_none_blocking(problems: list[RunProblem]) -> None:
     """Refuse what cannot work, all of it at once.
 
     Raises:
@@ -83,7 +83,7 @@ def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
     return {name: rate for name, rate, pattern in known if pattern and rate > 0}
 
 
-def rate_problems(config: RunConfig, family: Family | None) -> list[Problem]:
+def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
     """Something is trained, at rates that the optimizer can work with and that are in a sane range.
 
     Args:
@@ -94,7 +94,7 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[Problem]:
     rates = _part_rates(config, family)
     if not rates and not any(rate > 0 for rate in optim.block_lr.values()):
         return [
-            Problem(
+            RunProblem(
                 "rate",
                 "Nothing would be trained: the learning rates of all chosen layers are 0; see optim.lr,"
                 " optim.text_encoder_lr and optim.block_lr.",
@@ -102,7 +102,7 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[Problem]:
         ]
     if row.one_rate and (len(set(rates.values())) > 1 or optim.lora_plus != 1.0):
         return [
-            Problem(
+            RunProblem(
                 "rate",
                 f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
                 f" ({optim.lr:g}) or to 0, and optim.lora_plus to 1.",
@@ -111,7 +111,7 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[Problem]:
     if optim.range_test and (row.one_rate or not optim.lr):
         why = "finds its own rate" if row.one_rate else "has nothing to begin with where optim.lr is 0"
         what = row.title if row.one_rate else "The range test"
-        return [Problem("rate", f"{what} {why}; turn optim.range_test off.")]
+        return [RunProblem("rate", f"{what} {why}; turn optim.range_test off.")]
     if optim.range_test:
         return []
     low, high = RATES.get(optim.name, (0.0, math.inf))
@@ -126,7 +126,7 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[Problem]:
                 f"{name}{product} = {effective:.3g} is {much} for {row.title}, which is usually given"
                 f" {low:g} to {high:g}; {what}."
             )
-            found.append(Problem("rate", sentence, False))
+            found.append(RunProblem("rate", sentence, False))
     return found
 
 
@@ -143,7 +143,7 @@ GIGABYTE = 1e9
 
 
 @dataclass(frozen=True)
-class Encoded:
+class CacheBytes:
     """Bytes that a run's encoded pictures and captions take: what is not on `disk` yet, and captions in
     `memory`."""
 
@@ -151,31 +151,33 @@ class Encoded:
     memory: int
 
 
-def base_of(config: RunConfig) -> tuple[BaseFacts | None, list[Problem]]:
+def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
     """The base that a config names, and what is wrong with it."""
     model = config.model
     name = model.base
     if is_remote(name):
         sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
-        return None, [Problem("base", sentence, False)]
+        return None, [RunProblem("base", sentence, False)]
     try:
         facts = base_facts(name, model.prediction, model.zero_terminal_snr)
         if facts.path.is_dir() and facts.family:
             check_base_folder(facts.path, facts.family)
         count_base_parameters(facts)
     except ModelFileError as error:
-        return None, [Problem("base", str(error))]
-    guess = [Problem("base", f"What the base predicts is {facts.told_by}.", False)] if facts.guessed else []
+        return None, [RunProblem("base", str(error))]
+    guess = (
+        [RunProblem("base", f"What the base predicts is {facts.told_by}.", False)] if facts.guessed else []
+    )
     return facts, guess
 
 
-def problems_of(
+def settings_problems(
     config: RunConfig,
     workspace: Path,
     facts: BaseFacts | None,
-    encoded: Encoded,
+    encoded: CacheBytes,
     card: Callable[[], int | None],
-) -> list[Problem]:
+) -> list[RunProblem]:
     """All problems that can be told from the settings, the base's files and the machine.
 
     Args:
@@ -201,17 +203,17 @@ def problems_of(
     return found + _busy(workspace)
 
 
-def _name(config: RunConfig, workspace: Path) -> list[Problem]:
+def _name(config: RunConfig, workspace: Path) -> list[RunProblem]:
     if not config.name:
         return []
     try:
-        path = runs_folder(workspace) / checked_name(config.name)
+        path = runs_folder(workspace) / check_run_name(config.name)
     except RunError as error:
-        return [Problem("name", str(error))]
+        return [RunProblem("name", str(error))]
     if not path.exists() or _holds_nothing(RunFolder(path)):
         return []
     return [
-        Problem(
+        RunProblem(
             "name",
             f"A run named {path.name} exists already in {path.parent}; go on with it by `resume {path}`, or"
             " choose another --name.",
@@ -241,32 +243,32 @@ def require_packages(config: RunConfig) -> None:
         require_package("save.tensorboard = true", "tensorboard", "tensorboard")
 
 
-def _packages(config: RunConfig) -> list[Problem]:
+def _packages(config: RunConfig) -> list[RunProblem]:
     try:
         require_packages(config)
     except ConfigError as error:
-        return [Problem("package", str(error))]
+        return [RunProblem("package", str(error))]
     return []
 
 
-def _vae(config: RunConfig) -> list[Problem]:
+def _vae(config: RunConfig) -> list[RunProblem]:
     name = config.model.vae.strip()
     place = Path(name).expanduser()
     if not name or place.suffix.lower() == ".ckpt":
         return []
     if not place.exists():
-        return [Problem("vae", f"The VAE {name} does not exist; give a folder or a .safetensors file.")]
+        return [RunProblem("vae", f"The VAE {name} does not exist; give a folder or a .safetensors file.")]
     if place.is_dir():
         whole = (place / "config.json").is_file() and weight_files(place)
-        return [] if whole else [Problem("vae", f"The VAE {name} lacks its config.json or its weights.")]
+        return [] if whole else [RunProblem("vae", f"The VAE {name} lacks its config.json or its weights.")]
     try:
         read_header(place, ModelFileError)
     except ModelFileError as error:
-        return [Problem("vae", str(error))]
+        return [RunProblem("vae", str(error))]
     return []
 
 
-def _adapter(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
+def _adapter(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
     """The LoRA to go on with is there, whole, and for a base of this family where its header says."""
     name = config.adapter.init.strip()
     if name in ("", "default"):
@@ -274,13 +276,13 @@ def _adapter(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
     file = Path(name).expanduser()
     if not file.is_file():
         sentence = f"The LoRA {file} that adapter.init names does not exist; choose another file."
-        return [Problem("adapter", sentence)]
+        return [RunProblem("adapter", sentence)]
     if file.suffix.lower() in SINGLE_FILES[1:]:
         return []
     try:
         version = read_header(file).metadata.get("ss_base_model_version", "")
     except AdapterFileError as error:
-        return [Problem("adapter", str(error))]
+        return [RunProblem("adapter", str(error))]
     family = family_of_version(version)
     if family is None or facts is None or facts.family is None or family.title == facts.family.title:
         return []
@@ -288,36 +290,36 @@ def _adapter(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
         f"The LoRA {file} that adapter.init names is for {family.title}, and the base is"
         f" {facts.family.title}; choose another file or another base."
     )
-    return [Problem("adapter", sentence)]
+    return [RunProblem("adapter", sentence)]
 
 
-def _loss(config: RunConfig, facts: BaseFacts | None) -> list[Problem]:
+def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
     """Settings of the loss that do nothing with this kind of it, or that leave the last timestep out."""
     loss, found = config.loss, []
     usual = LossSection()
     for name in ("huber_delta", "huber_schedule"):
         if loss.kind != "huber" and getattr(loss, name) != getattr(usual, name):
             sentence = f"loss.{name} plays no part where loss.kind is {loss.kind}; it is for huber."
-            found.append(Problem("loss", sentence, False))
+            found.append(RunProblem("loss", sentence, False))
     velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
     if velocity and loss.gamma("v_prediction"):
         sentence = (
             f"loss.min_snr = {loss.gamma('v_prediction'):g} gives the last timestep no weight, as this base"
             " has zero terminal SNR; set loss.min_snr to auto or 0."
         )
-        found.append(Problem("loss", sentence, False))
+        found.append(RunProblem("loss", sentence, False))
     return found
 
 
-def _targets(config: RunConfig, family: Family) -> list[Problem]:
+def _targets(config: RunConfig, family: Family) -> list[RunProblem]:
     try:
         named_targets(config.adapter.targets, family)
     except ConfigError as error:
-        return [Problem("targets", str(error))]
+        return [RunProblem("targets", str(error))]
     return []
 
 
-def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> list[Problem]:
+def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> list[RunProblem]:
     """Room for all that a run writes, or at least for its first checkpoint and the export."""
     export = export_bytes(facts, config)
     if export is None:
@@ -332,10 +334,10 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
         f" checkpoint {_size(checkpoint_bytes(config, export // 2))}), and {_size(free)} are free; make room,"
         " or lower save.keep_last."
     )
-    return [Problem("disk", need, free < least)]
+    return [RunProblem("disk", need, free < least)]
 
 
-def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int) -> list[Problem]:
+def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int) -> list[RunProblem]:
     """Weights and adapter against what is free: rough, since how much the pictures take is seen when they
     run."""
     numbers, export = count_base_parameters(facts), export_bytes(facts, config)
@@ -353,15 +355,15 @@ def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int
         f"The base and the adapter alone take about {_size(need)} of {where}, a rough figure to which the"
         f" pictures come, and {_size(free)} are free; close other programs{advice}."
     )
-    return [Problem("memory", sentence, False)]
+    return [RunProblem("memory", sentence, False)]
 
 
-def _busy(workspace: Path) -> list[Problem]:
+def _busy(workspace: Path) -> list[RunProblem]:
     live = [run.name for run in all_runs(workspace) if run.live_process() is not None]
     if not live:
         return []
     sentence = f"The run {live[0]} is going on too; both get slower and share the memory."
-    return [Problem("busy", sentence, False)]
+    return [RunProblem("busy", sentence, False)]
 
 
 def gpu_free_bytes() -> int | None:
@@ -399,7 +401,7 @@ def preflight(
     workspace: Path,
     dataset: Dataset | None = None,
     card: Callable[[], int | None] = gpu_free_bytes,
-) -> list[Problem]:
+) -> list[RunProblem]:
     """Everything that is wrong with a run before it starts, and what a person should know.
 
     Args:
@@ -411,7 +413,7 @@ def preflight(
     Returns:
         Problems that block first; empty where all is well.
     """
-    facts, found = base_of(config)
+    facts, found = check_base(config)
     records: list[ImageRecord] = []
     try:
         if dataset is None:
@@ -419,10 +421,10 @@ def preflight(
         records = dataset.records
         found = [*_pictures(dataset), *_split(records, config), *found]
     except DatasetError as error:
-        found = [Problem("dataset", str(error)), *found]
+        found = [RunProblem("dataset", str(error)), *found]
     if facts is not None:
         found += _captions(records, config, facts)
-    room = Encoded(0, 0)
+    room = CacheBytes(0, 0)
     if facts is not None and facts.family is not None:
         cache = workspace / "cache"
         again, drawn = caption_bytes(records, config, facts)
@@ -430,34 +432,34 @@ def preflight(
             (_picture_bytes(records, config, facts), folder_bytes(cache / "latents")),
             (again, folder_bytes(cache / "text")),
         )
-        room = Encoded(sum(max(0, need - there) for need, there in lacking), again + drawn)
-    found += problems_of(config, workspace, facts, room, card)
+        room = CacheBytes(sum(max(0, need - there) for need, there in lacking), again + drawn)
+    found += settings_problems(config, workspace, facts, room, card)
     return sorted(found, key=lambda problem: not problem.blocking)
 
 
-def _pictures(dataset: Dataset) -> list[Problem]:
-    found = [Problem("picture", problem.sentence) for problem in dataset.problems[:SHOWN]]
+def _pictures(dataset: Dataset) -> list[RunProblem]:
+    found = [RunProblem("picture", problem.sentence) for problem in dataset.problems[:SHOWN]]
     more = len(dataset.problems) - SHOWN
     if not dataset.records and not found:
-        found.append(Problem("dataset", "There are no pictures yet; put some in."))
+        found.append(RunProblem("dataset", "There are no pictures yet; put some in."))
     if more > 0:
-        found.append(Problem("picture", f"And {more} more."))
+        found.append(RunProblem("picture", f"And {more} more."))
     notes = summaries(dataset.notes, AUDIT_ONLY)
-    return [*found, *(Problem(note.kind, note.sentence, False) for note in notes)]
+    return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
 
-def _split(records: list[ImageRecord], config: RunConfig) -> list[Problem]:
+def _split(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     try:
         if any(record.held_out for record in records):
             held_out(records, config.validation.pictures, config.seed)
         else:  # counting is enough, and pictures need not be read for it
             wished_pictures(len(records), config.validation.pictures)
     except DatasetError as error:
-        return [Problem("validation", str(error))] if records else []
+        return [RunProblem("validation", str(error))] if records else []
     return []
 
 
-def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[Problem]:
+def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
     """Captions of which the end is not read."""
     limit = config.train.tokens
     cut: list[tuple[str, str]] = []
@@ -468,7 +470,7 @@ def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
             if beyond:
                 cut.append((record.path.name, beyond))
     except ModelFileError as error:
-        return [Problem("caption", f"The length of the captions could not be checked. {error}", False)]
+        return [RunProblem("caption", f"The length of the captions could not be checked. {error}", False)]
     if not cut:
         return []
     name, beyond = max(cut, key=lambda one: len(one[1]))
@@ -478,7 +480,7 @@ def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
         f"{count} longer than the {limit} tokens that are read; of {name}, “{excerpt}” is not. Shorten it, or"
         " raise train.tokens."
     )
-    return [Problem("caption", sentence, False)]
+    return [RunProblem("caption", sentence, False)]
 
 
 def caption_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:

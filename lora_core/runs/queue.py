@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from lora_core.errors import RunError
-from lora_core.runs.events import complain
+from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.system.disk_space import is_network_drive
 from lora_core.system.processes import live_process
@@ -350,7 +350,7 @@ def _enable(db: sqlite3.Connection, enabled: bool) -> None:
 def _journal_mode(workspace: Path) -> str:
     if not is_network_drive(workspace):
         return "WAL"
-    complain(
+    warn_on_stderr(
         f"The workspace {workspace} is on a network drive, so its queue uses SQLite's rollback journal, which"
         " is slower than WAL; change the queue from one computer at a time."
     )

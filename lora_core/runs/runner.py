@@ -18,9 +18,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lora_core.errors import RunError
-from lora_core.runs.diagnosis import Watched, crash_reason, last_sentence
+from lora_core.runs.diagnosis import ExitRecorder, crash_reason, last_log_sentence
 from lora_core.runs.folder import RunFolder, all_runs
-from lora_core.runs.notifications import tell_end
+from lora_core.runs.notifications import notify_end
 from lora_core.runs.queue import (
     DONE,
     FAILED,
@@ -202,7 +202,7 @@ class _Runner:
             self._queue.update(job)
             self._say(f"{job.run}: {reason} It is started again.")
         if state == DIED:
-            note = tell_end(run, self._queue.workspace, reason)
+            note = notify_end(run, self._queue.workspace, reason)
             if note:
                 self._say(note)
         self._end(job, FAILED if state == DIED else state, reason)
@@ -222,7 +222,7 @@ class _Runner:
             return None
         progress = run.progress()
         status = run.status(progress)
-        asked = any(request["do"] == "stop" for request in run.requests())
+        asked = any(request["action"] == "stop" for request in run.requests())
         # A stop without a request is a signal's: the machine was shut down.
         if status in (DONE, PAUSED, FAILED) or (status == STOPPED and asked):
             return status, progress.reason
@@ -238,19 +238,19 @@ class _Runner:
         """Train a run in a child; returns its state then, and the reason."""
         self._say(f"{run.name}: started")
         before = events_size(run)
-        watched = Watched(run)
+        recorder = ExitRecorder(run)
         child = started([*self._trainer, str(run.path)], run.log_file, self._queue.workspace)
         code, looked = None, 0.0
         while code is None:
             if time.monotonic() - looked > LOOK:
                 looked = time.monotonic()
-                watched.look(child.pid)
+                recorder.sample_memory(child.pid)
                 self._look()
             if self.must_end:
                 _ask_to_pause(run)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = child.wait(TICK)
-        watched.ended(code)
+        recorder.record(code)
         if code == INTERRUPTED and not self.must_end:
             time.sleep(TICK * 4)  # a shutdown sends its signal to all, one after the other
         return self._outcome(run, code, before)
@@ -266,12 +266,12 @@ class _Runner:
         if code == 0 and status in (DONE, PAUSED, STOPPED):
             return status, ""
         if events_size(run) > events_before and status in (DONE, PAUSED, STOPPED, FAILED):
-            return status, progress.reason or (last_sentence(run) if code == 1 else "")
+            return status, progress.reason or (last_log_sentence(run) if code == 1 else "")
         return (FAILED if code == 1 else DIED), crash_reason(run)
 
 
 def _ask_to_pause(run: RunFolder) -> None:
     """Ask until it is written down: the trainer's first act is to void what was asked of it before."""
-    if not any(request["do"] == "pause" for request in run.requests()):
+    if not any(request["action"] == "pause" for request in run.requests()):
         with contextlib.suppress(RunError):
             run.request("pause")

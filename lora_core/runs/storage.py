@@ -31,7 +31,7 @@ _DRAWN = "generated"
 
 
 @dataclass(frozen=True)
-class Trashed:
+class TrashItem:
     """Something in the trash.
 
     Attributes:
@@ -68,7 +68,7 @@ def trash_folder(workspace: Path) -> Path:
     return workspace / ".trash"
 
 
-def to_trash(path: Path, workspace: Path) -> Path:
+def move_to_trash(path: Path, workspace: Path) -> Path:
     """Move a run, a project or a drawn picture of a workspace into its trash; returns where it is now.
 
     A run is taken out of the queue too.
@@ -99,14 +99,14 @@ def to_trash(path: Path, workspace: Path) -> Path:
     return place / _CONTENT
 
 
-def trashed(workspace: Path) -> list[Trashed]:
+def list_trash(workspace: Path) -> list[TrashItem]:
     """What is in the trash, the newest first."""
     found = []
     for label in trash_folder(workspace).glob(f"*/{_LABEL}"):
         try:
             said = parsed_json(label.read_bytes())
             came_from = workspace.absolute() / str(said["came_from"])
-            one = Trashed(label.parent, str(said["name"]), came_from, float(said["time"]))
+            one = TrashItem(label.parent, str(said["name"]), came_from, float(said["time"]))
         except (OSError, ValueError, OverflowError, KeyError, TypeError):
             continue
         if one.content.exists():
@@ -114,7 +114,7 @@ def trashed(workspace: Path) -> list[Trashed]:
     return sorted(found, key=lambda one: (-one.time, one.place.name))
 
 
-def restore(one: Trashed, workspace: Path) -> Path:
+def restore(one: TrashItem, workspace: Path) -> Path:
     """Put something from the trash back where it was; returns that place.
 
     Where the name is taken by now, a number is added to it.
@@ -201,7 +201,7 @@ _GOING = ".going"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DiskUsage:
     """Bytes on disk.
 
     Attributes:
@@ -222,9 +222,9 @@ class Sizes:
         return sum(sum(part.values()) for part in (self.caches, self.runs, self.projects)) + self.trash
 
 
-def workspace_sizes(workspace: Path) -> Sizes:
+def workspace_usage(workspace: Path) -> DiskUsage:
     """What everything in a workspace takes."""
-    return Sizes(
+    return DiskUsage(
         _each(workspace / "cache"),
         _each(runs_folder(workspace)),
         _each(workspace / "projects"),

@@ -19,33 +19,41 @@ A_LITTLE = 0.1
 
 def verdict(validations: Sequence[Validated]) -> str:
     """A few sentences, the most important first; "" where nothing was measured."""
-    found = measured(validations)
+    found = with_gain(validations)
     if not found:
         return ""
     return " ".join(
-        filter(None, (_gains(found), by_heart(found[-1]), forgets(found[-1]), raw_or_average(found[-1])))
+        filter(
+            None,
+            (
+                _gains(found),
+                describe_memorization(found[-1]),
+                describe_forgetting(found[-1]),
+                describe_average(found[-1]),
+            ),
+        )
     )
 
 
-def measured(validations: Sequence[Validated]) -> list[Validated]:
+def with_gain(validations: Sequence[Validated]) -> list[Validated]:
     """The validations that have a number."""
     return [one for one in validations if math.isfinite(one.gain)]
 
 
 def best_of(validations: Sequence[Validated]) -> Validated | None:
     """The best step: the newest that was called so when it was measured, which is not always the highest."""
-    return next((one for one in reversed(measured(validations)) if one.best), None)
+    return next((one for one in reversed(with_gain(validations)) if one.best), None)
 
 
-def error_of(value: float) -> float:
+def known_error(value: float) -> float:
     """A standard error, 0 where it is not known."""
     return value if math.isfinite(value) else 0.0
 
 
 def _gains(found: Sequence[Validated]) -> str:
     last, best = found[-1], best_of(found)
-    if best is None or best.gain < SURE * error_of(best.standard_error):
-        if last.gain < -SURE * error_of(last.standard_error):
+    if best is None or best.gain < SURE * known_error(best.standard_error):
+        if last.gain < -SURE * known_error(last.standard_error):
             return f"At step {last.step:,} it predicts new pictures worse than the base does."
         return f"Up to step {last.step:,} no gain can be told from chance."
     if last.step == best.step:
@@ -54,17 +62,17 @@ def _gains(found: Sequence[Validated]) -> str:
             if len(found) > 1
             else f"It gains on pictures that it has not seen: {best.gain:+.4f}."
         )
-    if last.against_best < -SURE * error_of(last.against_best_error):
+    if last.against_best < -SURE * known_error(last.against_best_error):
         return f"It has become worse since step {best.step:,}; that step's file is the better one."
     return f"Nothing gained since step {best.step:,}."
 
 
-def by_heart(last: Validated) -> str:
+def describe_memorization(last: Validated) -> str:
     """Whether it learns by heart, in a sentence; "" where nothing tells of it."""
     if not (math.isfinite(last.gauge) and last.train_gain > 0):
         return ""
     share = last.gauge / last.train_gain
-    if last.gauge <= SURE * error_of(last.gauge_error) or share < BY_HEART:
+    if last.gauge <= SURE * known_error(last.gauge_error) or share < BY_HEART:
         return ""
     if share >= 1:
         return "It is learning by heart: what it gains on its own pictures helps with no others."
@@ -73,9 +81,9 @@ def by_heart(last: Validated) -> str:
     )
 
 
-def forgets(last: Validated) -> str:
+def describe_forgetting(last: Validated) -> str:
     """Whether it forgets what the base knew, in a sentence; "" where nothing tells of it."""
-    if not math.isfinite(last.prior) or last.prior >= -SURE * error_of(last.prior_error):
+    if not math.isfinite(last.prior) or last.prior >= -SURE * known_error(last.prior_error):
         return ""
     if last.gain <= 0:
         return "It forgets what the base knew."
@@ -87,12 +95,12 @@ def forgets(last: Validated) -> str:
     return "It forgets what the base knew: the base's own pictures lose more than the new ones gain."
 
 
-def raw_or_average(last: Validated) -> str:
+def describe_average(last: Validated) -> str:
     """Whether the averaged adapter or the raw one gains more, in a sentence; "" where there is no average."""
     if not math.isfinite(last.raw_gain):
         return ""
     gains = f"{last.gain:+.4f} and {last.raw_gain:+.4f}"
-    error = error_of(last.raw_against_error)
+    error = known_error(last.raw_against_error)
     if abs(last.raw_against) <= SURE * error:
         return f"The averaged adapter and the raw one gain the same but for chance: {gains}."
     gap = f"{abs(last.raw_against):.4f} (standard error {error:.4f})"

@@ -20,7 +20,7 @@ from lora_core.model_files.sizes import preview_bytes
 from lora_core.models.device import out_of_memory
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.verdict import raw_or_average
+from lora_core.runs.verdict import describe_average
 from lora_core.settings.config import RunConfig
 from lora_core.system.disk_space import require_room
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, amend_record, is_valid
@@ -270,7 +270,7 @@ class Duties:
         if not raw:
             return
         measured = next((event for event in self.validations if event.step == exported), None)
-        compared = raw_or_average(measured) if measured else "Which gains more was not measured."
+        compared = describe_average(measured) if measured else "Which gains more was not measured."
         names = f"{self._run.name}.safetensors holds the averaged adapter, {Path(raw).name} the raw one."
         self._emit(events.Warned(step=step, message=f"{names} {compared}"))
 

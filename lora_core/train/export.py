@@ -16,7 +16,7 @@ from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import read_header
 from lora_core.models.load import BaseModel
-from lora_core.runs.folder import RunFolder, checked_name
+from lora_core.runs.folder import RunFolder, check_run_name
 from lora_core.settings.config import RunConfig, to_toml
 from lora_core.settings.schema import AdapterSection
 from lora_core.system.paths import write_atomically
@@ -160,7 +160,7 @@ def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str
     )
     if family is None:
         raise RunError(f"The checkpoint {folder} does not say which family of base it is for.")
-    stem = checked_name(name)
+    stem = check_run_name(name)
     header["ss_output_name"] = header["modelspec.title"] = stem
     target = run.exports / f"{stem}.safetensors"
     raw: Path | None = None

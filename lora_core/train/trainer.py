@@ -73,7 +73,7 @@ class RequestWatcher:
 
     def ending(self) -> bool:
         """Whether the run is asked to end soon."""
-        return self.signalled or any(r["do"] in ("stop", "pause") for r in self.waiting())
+        return self.signalled or any(r["action"] in ("stop", "pause") for r in self.waiting())
 
     def check(self) -> None:
         """Leave long work if the run is asked to end.
@@ -407,10 +407,10 @@ class Trainer:
 
     def _asked(self) -> set[str]:
         """Requests to save or to sample that came since the last step."""
-        wishes = [r for r in self.requests.waiting() if r["do"] in ("save", "preview")]
+        wishes = [r for r in self.requests.waiting() if r["action"] in ("save", "preview")]
         for request in wishes:
             self._handled(request)
-        return {request["do"] for request in wishes}
+        return {request["action"] for request in wishes}
 
     def _handled(self, request: dict[str, str]) -> None:
         self.requests.done(request)
@@ -434,8 +434,8 @@ class Trainer:
         return self._ended(lambda: Path(export_checkpoint(self._run, which, self._run.name, how)["file"]))
 
     def _ended(self, export: Callable[[], Path] | None) -> Outcome:
-        request = next((r for r in self.requests.waiting() if r["do"] in ("stop", "pause")), None)
-        pausing = request is not None and request["do"] == "pause" and not self.requests.signalled
+        request = next((r for r in self.requests.waiting() if r["action"] in ("stop", "pause")), None)
+        pausing = request is not None and request["action"] == "pause" and not self.requests.signalled
         if request is not None:
             self._handled(request)
         if pausing:

@@ -105,9 +105,9 @@ def pictures(
 @verb
 def caches_list(workspace: File | None = None) -> dict[str, int]:
     """Say how large each cache is, in bytes, the largest first."""
-    from lora_core.runs.storage import workspace_sizes
+    from lora_core.runs.storage import workspace_usage
 
-    return workspace_sizes(workspace_folder(workspace)).caches
+    return workspace_usage(workspace_folder(workspace)).caches
 
 
 @verb
@@ -125,9 +125,9 @@ def caches_clean(workspace: File | None = None) -> int:
 @verb
 def trash_list(workspace: File | None = None) -> list[dict[str, Any]]:
     """List what can be restored, newest first: id, name, kind, came_from, time."""
-    from lora_core.runs.storage import trashed
+    from lora_core.runs.storage import list_trash
 
-    return [one.row() for one in trashed(workspace_folder(workspace))]
+    return [one.row() for one in list_trash(workspace_folder(workspace))]
 
 
 @verb
@@ -141,10 +141,10 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
     Raises:
         RunError: nothing, or more than one thing, has that name.
     """
-    from lora_core.runs.storage import restore, trashed
+    from lora_core.runs.storage import list_trash, restore
 
     place = workspace_folder(workspace)
-    there = trashed(place)
+    there = list_trash(place)
     found = [one for one in there if name in (one.name, one.place.name)]
     if len(found) == 1:
         return restore(found[0], place)
@@ -394,9 +394,9 @@ def _edited(dataset: File, edit: Edit, dry_run: bool, workspace: File | None) ->
 
 
 def _pictures_of(dataset: File, workspace: File | None) -> "Project":
-    from lora_core.projects.workspace import pictures_of
+    from lora_core.projects.workspace import open_images
 
-    return pictures_of(str(dataset), workspace_folder(workspace))
+    return open_images(str(dataset), workspace_folder(workspace))
 
 
 @verb

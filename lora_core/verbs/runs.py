@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from lora_core.errors import ConfigError, DatasetError, ModelFileError
 from lora_core.model_files.detect import base_facts, chosen_base, is_remote
 from lora_core.model_files.starting_settings import like_file, starting_settings
-from lora_core.runs.folder import RunFolder, checked_name, find_run, runs_folder
+from lora_core.runs.folder import RunFolder, check_run_name, find_run, runs_folder
 from lora_core.settings.choices import FORMATS
 from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
 from lora_core.system.paths import workspace as workspace_folder
@@ -52,11 +52,11 @@ def train(
     Raises:
         LoraError: what is in the way, all in one message, or what went wrong.
     """
-    from lora_core.runs.preflight import preflight, refuse
+    from lora_core.runs.preflight import preflight, require_none_blocking
 
     config = run_config(dataset, name, settings, preset, like)
     place = workspace_folder(workspace)
-    refuse(preflight(config, place))
+    require_none_blocking(preflight(config, place))
     run = RunFolder.create(runs_folder(place) / config.name, config)
     return resume(run.path, on_event=on_event)
 
@@ -91,7 +91,7 @@ def run_config(
     config = config.changed({place: _in_full(config.get(place)) for place in PLACES})
     stem = "demo" if demo else re.sub(r"[^\w.-]+", "-", Path(dataset).stem).strip("-. ") or "dataset"
     name = name or config.name or f"{time.strftime('%Y-%m-%d-%H%M%S')}-{stem}"
-    return config.changed({"name": checked_name(name)})
+    return config.changed({"name": check_run_name(name)})
 
 
 def _family_of(base: object) -> "Family | None":
@@ -221,7 +221,7 @@ def resume(
     if steps is not None:
         steps = checked_value("train.steps", steps, "steps")
     folder = find_run(run, optional_path(workspace))
-    with folder.held():
+    with folder.hold():
         folder.request("resume")
         return train_run(folder, steps, on_event or (lambda event: None), accept_changes)
 
@@ -285,13 +285,13 @@ def notify(
     Raises:
         ConfigError: the command has an open quote, or with `test`, they could not be told.
     """
-    from lora_core.runs.notifications import tell_from_now_on, try_telling, whom_to_tell
+    from lora_core.runs.notifications import read_recipient, send_test, write_recipient
 
     place = workspace_folder(workspace)
     if whom is not None:
-        tell_from_now_on(place, whom)
-    told = whom_to_tell(place)
-    if test and (problem := try_telling(told)):
+        write_recipient(place, whom)
+    told = read_recipient(place)
+    if test and (problem := send_test(told)):
         raise ConfigError(problem)
     return told
 
@@ -303,10 +303,10 @@ def delete(run: File, workspace: File | None = None) -> Path:
     Raises:
         RunError: it is live, or not in a workspace.
     """
-    from lora_core.runs.storage import to_trash
+    from lora_core.runs.storage import move_to_trash
 
     folder = find_run(run, optional_path(workspace))
-    return to_trash(folder.path, folder.path.parent.parent)
+    return move_to_trash(folder.path, folder.path.parent.parent)
 
 
 @verb

@@ -16,7 +16,7 @@ from app.train import checks
 from app.train.facts import facts, unfit
 from app.train.starting import ready_config
 from lora_core.errors import LoraError
-from lora_core.runs.preflight import Problem
+from lora_core.runs.preflight import RunProblem
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import PATIENCE, wait_for
 
@@ -27,10 +27,10 @@ def test_a_poll_does_not_wait_and_the_next_one_knows(
     asked = []
     go_on = threading.Event()
 
-    def slow(config: object, *more: object) -> list[Problem]:
+    def slow(config: object, *more: object) -> list[RunProblem]:
         asked.append(config)
         assert go_on.wait(PATIENCE)
-        return [Problem("disk", "Make room, or lower save.keep_last.")]
+        return [RunProblem("disk", "Make room, or lower save.keep_last.")]
 
     monkeypatch.setattr(checks, "preflight", slow)
     assert unfit(moment_of(desk)) == []
@@ -103,7 +103,7 @@ def test_a_run_in_the_way_stops_start_and_not_the_queue(desk: Desk, pictures: li
 def test_a_check_that_breaks_is_a_note(
     desk: Desk, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*more: object) -> list[Problem]:
+    def broken(*more: object) -> list[RunProblem]:
         raise OSError("the drive is gone")
 
     monkeypatch.setattr(checks, "preflight", broken)

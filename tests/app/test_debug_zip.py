@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.state import Desk
 from lora_core.runs import events
-from lora_core.runs.diagnosis import Cleaner, debug_zip
+from lora_core.runs.diagnosis import Anonymizer, debug_zip
 from tests.app.runs import make_run, started, step
 
 SECRETS = [
@@ -84,7 +84,7 @@ def test_names_with_accents_and_names_of_new_pictures_are_taken_out_too(desk: De
 
 
 def test_paths_of_any_system_lose_their_names() -> None:
-    clean = Cleaner([("bob", "<user>"), ("ab", "too short"), ("car", "picture 1")])
+    clean = Anonymizer([("bob", "<user>"), ("ab", "too short"), ("car", "picture 1")])
     assert clean.text("card car.png Bob") == "card picture 1.png <user>"
     assert (
         clean.text("see /data/x y/Bob/p.png, D:\\a\\b\\c.txt or a/b")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from app import header
-from app import jobs as jobs_module
 from app.formatting import file_size
 from app.jobs import LIVE, Jobs
 from app.preview.loras import checkpoint_choices, found_loras
@@ -20,7 +19,7 @@ from app.train.run_list import earlier, queue_card
 from lora_core.errors import RunError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.runs import events
-from lora_core.runs.diagnosis import Exit, Watched
+from lora_core.runs.diagnosis import ExitRecord, ExitRecorder
 from lora_core.runs.queue import QueuedRun
 from lora_core.settings.config import RunConfig
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
@@ -61,11 +60,11 @@ def test_a_process_that_ends_without_a_word_has_failed(desk: Desk) -> None:
     jobs = Jobs(desk.workspace, (sys.executable, "-c", "import sys; sys.exit('the disk is full')"))
     run = jobs.start(RunConfig().changed({"name": "broken"}))
     watch = jobs.watch(run)
-    assert watch.started_here is not None
+    assert watch.child is not None
     assert jobs.state(watch) in ("preparing", "failed")
-    watch.started_here.wait(PATIENCE)
-    assert watch.attendant is not None
-    watch.attendant.join(PATIENCE)
+    watch.child.wait(PATIENCE)
+    assert watch.recorder is not None
+    watch.recorder.join(PATIENCE)
     assert jobs.state(watch) == "failed"
     assert "the disk is full" in watch.reason()
 
@@ -74,22 +73,22 @@ def test_no_wrong_reason_is_told_while_it_is_written_down(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = threading.Event()
-    ended = jobs_module.Watched.ended
+    record = ExitRecorder.record
 
-    def late(self: Watched, code: int) -> Exit:
+    def late(self: ExitRecorder, code: int) -> ExitRecord:
         told.wait(PATIENCE)
-        return ended(self, code)
+        return record(self, code)
 
-    monkeypatch.setattr(jobs_module.Watched, "ended", late)
+    monkeypatch.setattr(ExitRecorder, "record", late)
     jobs = Jobs(desk.workspace, (sys.executable, "-c", "import time; time.sleep(60)"))
     watch = jobs.watch(jobs.start(RunConfig().changed({"name": "killed"})))
-    assert watch.started_here is not None
-    assert watch.attendant is not None
-    watch.started_here.kill()
-    watch.started_here.wait(PATIENCE)
+    assert watch.child is not None
+    assert watch.recorder is not None
+    watch.child.kill()
+    watch.child.wait(PATIENCE)
     assert jobs.state(watch) == "preparing"
     told.set()
-    watch.attendant.join(PATIENCE)
+    watch.recorder.join(PATIENCE)
     assert jobs.state(watch) not in LIVE
 
 

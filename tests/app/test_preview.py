@@ -21,7 +21,7 @@ from app.state import Desk
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, make_axis
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.storage import restore, trashed
+from lora_core.runs.storage import list_trash, restore
 from lora_core.settings.config import RunConfig
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}\u202e😀'
@@ -88,7 +88,7 @@ def test_a_picture_goes_to_the_trash_and_comes_back(desk: Desk) -> None:
     history.remove("a.png", desk.workspace)
     assert not kept.file.exists()
     assert history.newest() == History(desk.generated).newest() == []
-    (one,) = trashed(desk.workspace)
+    (one,) = list_trash(desk.workspace)
     assert restore(one, desk.workspace) == kept.file
     assert [one.file for one in History(desk.generated).newest()] == [kept.file]
     with pytest.raises(RunError, match="no picture"):

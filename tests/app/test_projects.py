@@ -17,9 +17,9 @@ from app.state import Desk
 from app.train.run_list import earlier
 from lora_core.errors import RunError
 from lora_core.generate.request import GenerationRequest
-from lora_core.projects.workspace import Projects, adopt, belongs
+from lora_core.projects.workspace import Projects, adopt, belongs_to
 from lora_core.runs.folder import RunFolder, all_runs, runs_folder
-from lora_core.runs.storage import trashed
+from lora_core.runs.storage import list_trash
 from lora_core.settings.config import RunConfig
 
 
@@ -75,7 +75,7 @@ def test_titles_that_will_not_do(desk: Desk, title: str, said: str) -> None:
 def test_deleted_projects_are_in_the_trash_with_all_they_hold(desk: Desk, pictures: list[Path]) -> None:
     desk.projects.new("Second")
     desk.projects.delete("default")
-    [found] = trashed(desk.workspace)
+    [found] = list_trash(desk.workspace)
     assert len(list((found.content / "pictures").glob("*.png"))) == 3
     with pytest.raises(RunError, match="only project"):
         desk.projects.delete("second")
@@ -92,7 +92,7 @@ def test_no_other_folder_is_a_project(desk: Desk, key: str) -> None:
 def names_of_runs(desk: Desk) -> set[str]:
     """The runs of the open project."""
     runs = all_runs(desk.workspace)
-    return {one.name for one in runs if belongs(one, one.config(), desk.project.path)}
+    return {one.name for one in runs if belongs_to(one, one.config(), desk.project.path)}
 
 
 def test_runs_of_a_project(desk: Desk) -> None:

@@ -40,7 +40,7 @@ def test_requests_reach_the_run(desk: Desk, client: TestClient) -> None:
     come_alive(run)
     for do in ("preview", "save", "pause", "stop"):
         assert say(client, "run", do=do, run="") == {"done": True}
-    assert [request["do"] for request in run.requests()] == ["preview", "save", "pause", "stop"]
+    assert [request["action"] for request in run.requests()] == ["preview", "save", "pause", "stop"]
     assert "going on" in str(say(client, "run", do="delete", run="a")["problem"])
 
 
@@ -51,7 +51,7 @@ def test_only_a_yes_to_the_changes_reaches_the_trainer(
     run = make_run(desk, "a", started(), step(1))
     desk.jobs.trainer = (sys.executable, "-c", "import sys; sys.stdout.write(str(sys.argv[1:]))")
     assert say(client, "run", do=do, run="a") == {"done": True}
-    child = desk.jobs.watch(run).started_here
+    child = desk.jobs.watch(run).child
     assert child is not None
     assert child.wait(PATIENCE) == 0
     assert run.log_file.read_text() == str([str(run.path), *options.split()])

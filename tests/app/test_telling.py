@@ -9,7 +9,7 @@ from app.bindings import Parts
 from app.state import Desk
 from app.train.view import checked, chosen
 from lora_core.errors import ConfigError
-from lora_core.runs.notifications import VARIABLE, notify_file, tell_from_now_on
+from lora_core.runs.notifications import VARIABLE, notify_file, write_recipient
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_from_elsewhere_only_a_web_address(host: str) -> None:
 def test_what_is_kept_is_shown(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(desk)
     assert chosen(parts) == ("", "")
-    tell_from_now_on(desk.workspace, 'say "it is done"')
+    write_recipient(desk.workspace, 'say "it is done"')
     assert chosen(parts) == ('say "it is done"', "")
     monkeypatch.setenv(VARIABLE, "other")
     whom, note = chosen(parts)

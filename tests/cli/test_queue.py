@@ -17,7 +17,7 @@ from lora_core.model_files.starting_settings import preset
 from lora_core.runs import events
 from lora_core.runs.events import EventWriter, read_events
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.notifications import tell_from_now_on
+from lora_core.runs.notifications import write_recipient
 from lora_core.runs.queue import Queue
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for
@@ -117,7 +117,7 @@ def test_three_jobs_one_fails_one_is_killed(home: Path, capsys: pytest.CaptureFi
         "import os; v = os.environ\n"
         f"open({str(told)!r}, 'a').write(v['LORA_EASEL_RUN'] + ' ' + v['LORA_EASEL_STATUS'] + '\\n')"
     )
-    tell_from_now_on(home, f'"{sys.executable}" "{script}"')
+    write_recipient(home, f'"{sys.executable}" "{script}"')
     # Time to be killed in.
     killed = made_longer(home, "killed")
     for name in names:

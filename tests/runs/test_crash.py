@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core.runs import diagnosis, events
-from lora_core.runs.diagnosis import Watched, crash_reason, exit_file, last_exit, resume_step
+from lora_core.runs.diagnosis import ExitRecorder, crash_reason, exit_file, read_exit, resume_step
 from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
@@ -41,15 +41,15 @@ def run(tmp_path: Path) -> RunFolder:
 
 def ended(run: RunFolder, code: str) -> None:
     """A child that does `code`, watched as the owner of the queue does it."""
-    watched = Watched(run)
+    recorder = ExitRecorder(run)
     with open(run.log_file, "ab") as log:
         command = [sys.executable, "-c", BEGINNING + code, str(run.path)]
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env)
     while child.poll() is None:
-        watched.look(child.pid)
+        recorder.sample_memory(child.pid)
         time.sleep(0.02)
-    watched.ended(child.returncode)
+    recorder.record(child.returncode)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -101,13 +101,13 @@ def test_an_earlier_end_is_not_mistaken_for_the_last(run: RunFolder) -> None:
     writer = EventWriter(run.events_file)
     writer.write(events.Started(steps=9, pid=1, device="cpu", threads=1, versions={}))
     writer.close()
-    assert last_exit(run) is None
+    assert read_exit(run) is None
     assert crash_reason(run).startswith("Its process ended before its first step without saying why")
 
 
 def test_a_live_run_has_not_crashed(run: RunFolder) -> None:
     ended(run, "start(); os._exit(7)")
-    with run.held():
+    with run.hold():
         assert crash_reason(run) == ""
 
 

@@ -14,7 +14,7 @@ import pytest
 from lora_core.errors import RunError
 from lora_core.runs import events
 from lora_core.runs.events import EventWriter
-from lora_core.runs.folder import RunFolder, all_runs, checked_name, find_run
+from lora_core.runs.folder import RunFolder, all_runs, check_run_name, find_run
 from lora_core.settings.config import RunConfig
 
 STARTED = events.Started(steps=10, pid=1, device="cpu", threads=2, versions={})
@@ -93,7 +93,7 @@ def test_status(run: RunFolder, story: list[events.Event], dead: str, live: str)
     assert run.status() == dead
     name_as_trainer(run, dead_pid(), 1.0)
     assert run.status() == dead
-    with run.held():
+    with run.hold():
         assert run.status() == live
     assert run.status() == dead
 
@@ -130,9 +130,9 @@ def test_a_killed_trainer_that_nobody_waited_for_is_dead(run: RunFolder) -> None
 def test_one_trainer_at_a_time(run: RunFolder) -> None:
     code = (
         "import sys; from pathlib import Path; from lora_core.runs.folder import RunFolder\n"
-        "with RunFolder(Path(sys.argv[1])).held(): pass"
+        "with RunFolder(Path(sys.argv[1])).hold(): pass"
     )
-    with run.held():
+    with run.hold():
         done = subprocess.run(
             [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=False
         )
@@ -145,11 +145,11 @@ def test_requests_come_in_order_and_resume_voids_those_before(run: RunFolder) ->
     assert run.requests() == []
     first = run.request("save")
     second = run.request("stop")
-    assert run.requests() == [{"id": first, "do": "save"}, {"id": second, "do": "stop"}]
+    assert run.requests() == [{"id": first, "action": "save"}, {"id": second, "action": "stop"}]
     run.request("resume")
     assert run.requests() == []
     third = run.request("pause")
-    assert run.requests() == [{"id": third, "do": "pause"}]
+    assert run.requests() == [{"id": third, "action": "pause"}]
 
 
 def test_what_is_no_request_is_refused(run: RunFolder) -> None:
@@ -166,8 +166,18 @@ def test_a_request_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_broken_and_half_requests_are_passed_over(run: RunFolder) -> None:
     kept = run.request("save")
     with open(run.requests_file, "ab") as file:
-        file.write(b'\n[]\n{"do": "stop"}\n{"id": 1, "do": "explode"}\n\xff\n{"id": "x", "do": "st')
-    assert run.requests() == [{"id": kept, "do": "save"}]
+        file.write(
+            b'\n[]\n{"action": "stop"}\n{"id": 1, "action": "explode"}\n\xff\n{"id": "x", "action": "st'
+        )
+    assert run.requests() == [{"id": kept, "action": "save"}]
+
+
+def test_requests_of_an_earlier_version_are_read(run: RunFolder) -> None:
+    run.requests_file.write_bytes(
+        b'{"id": "a", "do": "save"}\n{"id": "b", "do": "resume"}\n{"id": "c", "do": "pause"}\n'
+    )
+    later = run.request("stop")
+    assert run.requests() == [{"id": "c", "action": "pause"}, {"id": later, "action": "stop"}]
 
 
 def test_a_request_that_a_full_drive_took_half_of_spoils_none_after_it(
@@ -188,7 +198,7 @@ def test_a_request_that_a_full_drive_took_half_of_spoils_none_after_it(
             run.request("stop")
     assert run.requests() == []
     asked = run.request("pause")
-    assert run.requests() == [{"id": asked, "do": "pause"}]
+    assert run.requests() == [{"id": asked, "action": "pause"}]
 
 
 def test_requests_of_many_processes_stay_whole(run: RunFolder) -> None:
@@ -243,7 +253,7 @@ def test_runs_are_listed_newest_first_and_nothing_else_is(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["first", "Größe 2 (neu)", "2026-11-24 demo", "a.b_c-d", "木"])
 def test_names_that_every_file_system_takes(name: str) -> None:
-    assert checked_name(name) == name
+    assert check_run_name(name) == name
 
 
 @pytest.mark.parametrize(
@@ -273,7 +283,7 @@ def test_names_that_every_file_system_takes(name: str) -> None:
 )
 def test_names_that_some_file_system_refuses(name: str) -> None:
     with pytest.raises(RunError, match="cannot be a folder's"):
-        checked_name(name)
+        check_run_name(name)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lora_core.errors import ConfigError
 from lora_core.runs import events, notifications
 from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.notifications import notify_file, tell_end, tell_from_now_on, try_telling, whom_to_tell
+from lora_core.runs.notifications import notify_end, notify_file, read_recipient, send_test, write_recipient
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE
 
@@ -49,10 +49,10 @@ def writing(home: Path) -> tuple[str, Path]:
 
 def test_a_command_is_told_in_its_environment(tmp_path: Path) -> None:
     command, told = writing(tmp_path)
-    tell_from_now_on(tmp_path, command)
-    assert whom_to_tell(tmp_path) == command
+    write_recipient(tmp_path, command)
+    assert read_recipient(tmp_path) == command
     run = ended(tmp_path, events.Finished(step=9, export="export/one.safetensors"))
-    assert tell_end(run, tmp_path) == ""
+    assert notify_end(run, tmp_path) == ""
     arguments, values = json.loads(told.read_text())
     assert arguments == ["hello"]
     assert values["LORA_EASEL_RUN"] == "one"
@@ -65,18 +65,18 @@ def test_a_command_is_told_in_its_environment(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="no such names on Windows")
 def test_no_name_and_no_reason_becomes_a_command(tmp_path: Path) -> None:
     command, told = writing(tmp_path)
-    tell_from_now_on(tmp_path, command)
+    write_recipient(tmp_path, command)
     hostile = f"$(touch {tmp_path}/evil) `touch {tmp_path}/evil` ; touch {tmp_path}/evil \n \0 ü"
     name = "$(touch evil); `touch evil` 'quoted' \"x\""
     run = ended(tmp_path, events.Failed(step=8, reason=hostile), name=name)
-    assert tell_end(run, tmp_path) == ""
+    assert notify_end(run, tmp_path) == ""
     values = json.loads(told.read_text())[1]
     assert values["LORA_EASEL_RUN"] == name
     assert values["LORA_EASEL_REASON"] == hostile.replace("\0", "")
     assert not (tmp_path / "evil").exists()
     # The person's own words are words too: no shell reads them.
-    tell_from_now_on(tmp_path, f"{command} ; touch {tmp_path}/evil")
-    tell_end(run, tmp_path)
+    write_recipient(tmp_path, f"{command} ; touch {tmp_path}/evil")
+    notify_end(run, tmp_path)
     assert json.loads(told.read_text())[0] == ["hello", ";", "touch", f"{tmp_path}/evil"]
     assert not (tmp_path / "evil").exists()
 
@@ -109,15 +109,15 @@ def address() -> Iterator[str]:
 
 
 def test_an_address_gets_json(tmp_path: Path, address: str) -> None:
-    tell_from_now_on(tmp_path, f"{address}/hook?a=b")
+    write_recipient(tmp_path, f"{address}/hook?a=b")
     run = ended(tmp_path, events.Paused(step=8, reason="The drive is full."))
-    assert tell_end(run, tmp_path) == ""
+    assert notify_end(run, tmp_path) == ""
     ((path, told),) = Listener.heard
     assert path == "/hook?a=b"
     assert (told["run"], told["status"], told["reason"]) == ("one", "paused", "The drive is full.")
     assert told["text"] == told["content"] == "The run one is paused at step 8 of 9. The drive is full."
     # Killed: its parent says why, and to the person it failed.
-    tell_end(ended(tmp_path, name="two"), tmp_path, "It was killed.")
+    notify_end(ended(tmp_path, name="two"), tmp_path, "It was killed.")
     assert (Listener.heard[1][1]["status"], Listener.heard[1][1]["reason"]) == ("failed", "It was killed.")
 
 
@@ -135,34 +135,34 @@ def test_what_goes_wrong_is_one_sentence(
         (failing, "ended with code 1: no bell"),
     ):
         monkeypatch.setenv(notifications.VARIABLE, whom)
-        said = tell_end(run, tmp_path)
+        said = notify_end(run, tmp_path)
         assert words in said
         assert said.endswith(".")
         assert "\n" not in said
     monkeypatch.setattr(notifications, "COMMAND_TAKES", 0.3)
     monkeypatch.setenv(notifications.VARIABLE, f'"{sys.executable}" -c "import time; time.sleep(600)"')
     began = time.monotonic()
-    assert "took more than 0 seconds" in tell_end(run, tmp_path)
+    assert "took more than 0 seconds" in notify_end(run, tmp_path)
     assert time.monotonic() - began < PATIENCE
 
 
 def test_a_broken_file_and_a_broken_command(tmp_path: Path) -> None:
     run = ended(tmp_path, events.Finished(step=9, export=""))
-    assert tell_end(run, tmp_path) == ""  # nobody is to be told
+    assert notify_end(run, tmp_path) == ""  # nobody is to be told
     with pytest.raises(ConfigError, match="cannot be read: No closing quotation"):
-        tell_from_now_on(tmp_path, "say 'hello")
+        write_recipient(tmp_path, "say 'hello")
     for text in ("tell = ", "tell = 3"):
         notify_file(tmp_path).write_text(text)
-        assert "told to nobody" in tell_end(run, tmp_path)
-    tell_from_now_on(tmp_path, "")
-    assert whom_to_tell(tmp_path) == ""
+        assert "told to nobody" in notify_end(run, tmp_path)
+    write_recipient(tmp_path, "")
+    assert read_recipient(tmp_path) == ""
 
 
 def test_nothing_is_told_of_a_run_that_goes_on(tmp_path: Path, address: str) -> None:
-    tell_from_now_on(tmp_path, address)
+    write_recipient(tmp_path, address)
     run = ended(tmp_path)
-    with run.held():
-        assert tell_end(run, tmp_path) == ""
+    with run.hold():
+        assert notify_end(run, tmp_path) == ""
     assert Listener.heard == []
 
 
@@ -175,10 +175,10 @@ def test_it_is_no_setting_of_a_run() -> None:
 
 def test_it_can_be_tried(tmp_path: Path, address: str) -> None:
     command, told = writing(tmp_path)
-    assert try_telling(command) == ""
+    assert send_test(command) == ""
     assert json.loads(told.read_text())[1]["LORA_EASEL_TEXT"] == "LoRA Easel reaches you here."
-    assert try_telling(f" {address}/a ") == ""
+    assert send_test(f" {address}/a ") == ""
     assert [path for path, _ in Listener.heard] == ["/a"]
-    assert "command or a web address" in try_telling(" ")
-    assert "No closing quotation" in try_telling("say 'hello")
-    assert "could not be told" in try_telling(str(tmp_path / "no-such-program"))
+    assert "command or a web address" in send_test(" ")
+    assert "No closing quotation" in send_test("say 'hello")
+    assert "could not be told" in send_test(str(tmp_path / "no-such-program"))

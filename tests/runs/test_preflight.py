@@ -22,7 +22,7 @@ from lora_core.model_files.starting_settings import preset, preset_names
 from lora_core.runs import preflight as light
 from lora_core.runs import preflight as rates
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.preflight import Problem, caption_bytes, preflight, refuse
+from lora_core.runs.preflight import RunProblem, caption_bytes, preflight, require_none_blocking
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
 from lora_core.system import disk_space
@@ -41,12 +41,12 @@ def config(tmp_path: Path) -> RunConfig:
     return RunConfig().changed(preset("demo") | {"dataset.path": str(folder), "name": "mine"})
 
 
-def found(config: RunConfig, home: Path, card: int | None = None, **changes: object) -> list[Problem]:
+def found(config: RunConfig, home: Path, card: int | None = None, **changes: object) -> list[RunProblem]:
     changed = config.changed({name.replace("__", "."): value for name, value in changes.items()})
     return preflight(changed, home, card=lambda: card)
 
 
-def kinds(problems: list[Problem]) -> list[tuple[str, bool]]:
+def kinds(problems: list[RunProblem]) -> list[tuple[str, bool]]:
     return [(problem.kind, problem.blocking) for problem in problems]
 
 
@@ -83,7 +83,7 @@ def test_all_problems_at_once_those_that_block_first(config: RunConfig, tmp_path
         ("rate", False),
     ]
     with pytest.raises(RunError) as refused:
-        refuse(problems)
+        require_none_blocking(problems)
     assert all(problem.sentence in str(refused.value) for problem in problems if problem.blocking)
     assert not any(problem.sentence in str(refused.value) for problem in problems if not problem.blocking)
     assert all(problem.sentence.endswith((".", "!")) for problem in problems)
@@ -123,7 +123,7 @@ def test_how_many_numbers_a_base_is() -> None:
     """Against torch, which counts the tensors themselves."""
     from safetensors.torch import load_file
 
-    facts = light.base_of(RunConfig())[0]
+    facts = light.check_base(RunConfig())[0]
     assert facts is not None
     files = list(DEMO_BASE.glob("*/*.safetensors"))
     assert len(files) == 3
@@ -221,7 +221,7 @@ def test_name_and_neighbours(config: RunConfig, tmp_path: Path) -> None:
     (problem,) = found(config, tmp_path)
     assert (problem.kind, problem.blocking) == ("name", True)
     assert "mine exists already" in problem.sentence
-    with taken.held():
+    with taken.hold():
         assert kinds(found(config, tmp_path, name="other")) == [("busy", False)]
     assert found(config, tmp_path, name="") == []
     assert kinds(found(config, tmp_path, name="a/b")) == [("name", True)]

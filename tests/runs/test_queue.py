@@ -37,7 +37,7 @@ from lora_core.runs.folder import RunFolder
 run = RunFolder(Path(sys.argv[1]))
 kind = run.name.split("-")[0]
 before = run.progress()
-with run.held():
+with run.hold():
     run.request("resume")
     if kind == "refuses":
         sys.exit("The settings of this run are no good.")
@@ -57,7 +57,7 @@ with run.held():
     asked = set()
     while kind == "waits" and not asked and not (run.path / "go").exists():
         time.sleep(0.02)
-        asked = {r["do"] for r in run.requests()} & {"stop", "pause"}
+        asked = {r["action"] for r in run.requests()} & {"stop", "pause"}
     if "pause" in asked:
         writer.write(events.Paused(step=1))
     elif "stop" in asked:
@@ -149,7 +149,7 @@ def test_what_cannot_wait(home: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not one of the workspace"):
         queue.add(RunFolder.create(tmp_path / "elsewhere" / "runs" / "a", RunConfig()))
     other = RunFolder.create(runs_folder(home) / "b", RunConfig())
-    with other.held(), pytest.raises(RunError, match="b is being trained already"):
+    with other.hold(), pytest.raises(RunError, match="b is being trained already"):
         queue.add(other)
     writer = EventWriter(other.events_file)
     writer.write(events.Finished(step=2, export=""))
@@ -407,7 +407,7 @@ def test_a_run_started_by_hand_has_the_machine_for_itself(home: Path, trainer: t
     queue = queued(home, "ok-1")
     alone = RunFolder.create(runs_folder(home) / "alone", RunConfig())
     lines: list[str] = []
-    with alone.held():
+    with alone.hold():
         thread = threading.Thread(target=run_queue, args=(home, lines.append, trainer))
         thread.start()
         wait_for(lambda: lines)

@@ -47,7 +47,7 @@ def test_the_watch_costs_under_a_hundredth_of_a_step(tmp_path: Path) -> None:
     with (
         mock.patch.object(trainer.Trainer, "_took", timed),
         mock.patch.object(loop, "optimizer_step", checked),
-        run.held(),
+        run.hold(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

@@ -49,7 +49,7 @@ def finished(home: Path, seed: int, changes: dict[str, object]) -> RunFolder:
 
 
 def go_on(run: RunFolder) -> None:
-    with run.held(), warnings.catch_warnings():
+    with run.hold(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(run, None, lambda event: None)
 

@@ -53,7 +53,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterWeigh
     for name, changes in (("early", {"train.steps": 8, "optim.lr": 5e-4}), ("end", {})):
         settings = {**starting_settings("demo", None), **never, **changes, "name": name}
         run = RunFolder.create(home / "runs" / name, RunConfig().changed(settings))
-        with run.held(), warnings.catch_warnings():
+        with run.hold(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             outcome = train(run, None, lambda event: None)
         assert outcome.export is not None

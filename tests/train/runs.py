@@ -77,7 +77,7 @@ def trained(
     run: RunFolder, on_event: Callable[[events.Event], None] | None = None, accept_changes: bool = False
 ) -> Outcome:
     """Train a run in this process."""
-    with run.held(), warnings.catch_warnings():
+    with run.hold(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.request("resume")
         return train(run, None, on_event or (lambda event: None), accept_changes)

@@ -57,7 +57,7 @@ def config(pictures):
 
 
 def _trained(run: RunFolder, on_event: Callable[[events.Event], None] = lambda event: None) -> Outcome:
-    with run.held():
+    with run.hold():
         run.request("resume")
         return train(run, None, on_event)
 

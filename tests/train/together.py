@@ -82,7 +82,7 @@ def trained_together(
         train_as_worker(group)
         return
     run = RunFolder(folder / "runs" / name)
-    with run.held():
+    with run.hold():
         try:
             train(run, None, on_event, group=group)
         finally:
