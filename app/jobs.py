@@ -18,7 +18,7 @@ from lora_core.runs.progress import Progress
 from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
 from lora_core.system.disk_space import folder_bytes
-from lora_core.system.processes import ACCEPTING, TRAINER, started
+from lora_core.system.processes import ACCEPTING, TRAINER, start_detached
 from lora_core.system.processes import child_environment as environment
 
 __all__ = ["LIVE", "RESUMABLE", "Jobs", "RunView", "environment"]
@@ -237,7 +237,7 @@ class Jobs:
             view = self.watch(run)
             exit_recorder = ExitRecorder(run)
             command = [*self.trainer, str(run.path), *options]
-            view.child, self._chosen = started(command, run.log_file, self.workspace), run.path
+            view.child, self._chosen = start_detached(command, run.log_file, self.workspace), run.path
             view.recorder = threading.Thread(
                 target=_record_exit, args=(view.child, exit_recorder), daemon=True
             )

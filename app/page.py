@@ -23,7 +23,7 @@ from app.train import view as train
 from app.train import welcome
 from lora_core.projects.project import Project
 from lora_core.system.paths import ASSETS
-from lora_core.system.untrusted import valid_value
+from lora_core.system.untrusted import clean_value
 
 TABS = (dataset, train, preview, export)
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
@@ -121,7 +121,7 @@ def _despite_draft(project: Project, work: Callable[[], list[Any]]) -> list[Any]
 
 def _valid(value: Any) -> Any:
     """A component's value, or its update, that can be sent as JSON."""
-    return valid_value(value) if isinstance(value, str | int | float | list | dict) else value
+    return clean_value(value) if isinstance(value, str | int | float | list | dict) else value
 
 
 def _fingerprint(value: Any) -> str:

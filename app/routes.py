@@ -23,14 +23,14 @@ from app.export.opening import SHARED
 from app.guard import LOOPBACK, host_name, is_loopback
 from app.state import Desk
 from app.train.form import Plan
-from lora_core.data.images import SUFFIXES
+from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.errors import LoraError, RunError
 from lora_core.projects.project import relative_name
 from lora_core.runs.folder import runs_folder
 from lora_core.system.paths import ASSETS
-from lora_core.system.untrusted import parsed_json, valid_value
+from lora_core.system.untrusted import clean_value, parse_json
 
-PICTURES = set(SUFFIXES)
+PICTURES = set(IMAGE_SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 STYLES = ("style.css", "analysis.css", "dataset.css")
@@ -200,7 +200,7 @@ class Answer(JSONResponse):
         try:
             return super().render(content)
         except ValueError:
-            return super().render(valid_value(content))
+            return super().render(clean_value(content))
 
 
 def _picture(desk: Desk, kind: str, path: str) -> Path:
@@ -235,7 +235,7 @@ async def sent_json(request: Request) -> dict[str, Any]:
         if len(body) > LARGEST_CAPTION:
             raise Refused("too long")
     try:
-        sent = parsed_json(body)
+        sent = parse_json(body)
     except ValueError as error:
         raise Refused("not JSON") from error
     if not isinstance(sent, dict):

@@ -25,16 +25,18 @@ from lora_core.projects.workspace import Projects, adopt, belongs_to
 from lora_core.runs.costs import parameters_of
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import Hardware
-from lora_core.system.other_tools import Places, Tool, base_files, found_tools
+from lora_core.system.other_tools import InstalledTool, RecentPaths, find_tools, list_base_files
 
-Shelf = tuple[Tool, list[Path]]
+Shelf = tuple[InstalledTool, list[Path]]
 """A tool and the bases in its folders."""
 
 
 class OtherTools:
     """What was found at the last look."""
 
-    def __init__(self, places: Places, search: Callable[[Iterable[Path]], list[Tool]] = found_tools) -> None:
+    def __init__(
+        self, places: RecentPaths, search: Callable[[Iterable[Path]], list[InstalledTool]] = find_tools
+    ) -> None:
         """Look for tools with `search`, given the folders that a person added."""
         self._places = places
         self._search = search
@@ -53,7 +55,7 @@ class OtherTools:
     def _look(self) -> None:
         try:
             tools = self._search(self._places.folders())
-            self._shelves = [(tool, base_files(tool)) for tool in tools]
+            self._shelves = [(tool, list_base_files(tool)) for tool in tools]
         finally:
             self._looking.release()
 
@@ -101,7 +103,7 @@ class Desk:
         self.on_quit: Callable[[], None] = lambda: None
         self.like_said = ""
         self.has_password = False
-        self.places = Places(workspace / "places.json")
+        self.places = RecentPaths(workspace / "places.json")
         self.tools = OtherTools(self.places)
         self.downloads = Downloads()
         self.files = FileManager()

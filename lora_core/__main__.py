@@ -28,7 +28,7 @@ from lora_core.cli import (
 )
 from lora_core.errors import LoraError
 from lora_core.settings.config import in_short, is_unicode
-from lora_core.system.cpu_threads import SLEEPS, share_processor
+from lora_core.system.cpu_threads import SLEEPS, limit_spinning
 from lora_core.system.processes import INTERRUPTED
 from lora_core.verbs import GROUPS, VERBS
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     _quiet_libraries()
     _set_up_cuda()
-    share_processor(getattr(options, "processor", SLEEPS))
+    limit_spinning(getattr(options, "processor", SLEEPS))
     _speak_any_letter()
     try:
         find_files(options)

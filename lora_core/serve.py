@@ -21,7 +21,7 @@ import torch
 from lora_core.errors import ConfigError, LoraError
 from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
 from lora_core.settings.config import checked_value
-from lora_core.system.cpu_threads import others_compute
+from lora_core.system.cpu_threads import others_spin
 from lora_core.worker import files
 from lora_core.worker.analyse import Analysing
 from lora_core.worker.draw import Cancelled, Drawing
@@ -58,7 +58,7 @@ class Worker:
 
         With one thread where a training is going on, which is left the other cores.
         """
-        torch.set_num_threads(1 if others_compute() else self._threads)
+        torch.set_num_threads(1 if others_spin() else self._threads)
         name = str(request.get("id", ""))
         began = time.monotonic()
         try:

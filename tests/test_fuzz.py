@@ -31,8 +31,8 @@ from lora_core.model_files.starting_settings import like_file
 from lora_core.models.weight_files import open_weights
 from lora_core.runs.events import from_line
 from lora_core.settings.config import RunConfig, load_toml
-from lora_core.system.other_tools import recognised
-from lora_core.system.untrusted import valid_value
+from lora_core.system.other_tools import recognise_tool
+from lora_core.system.untrusted import clean_value
 
 TIMES = int(os.environ.get("LORA_EASEL_FUZZ", "1"))
 SLOWEST = 5.0
@@ -162,7 +162,7 @@ def test_headers_of_lora_files(place: Path, header: bytes) -> None:
         except LoraError:
             return
         RunConfig().changed(found.values)
-        assert valid_value(found.values) == found.values
+        assert clean_value(found.values) == found.values
         assert all(len(text) < 300 and text.encode() for text in found.left)
 
 
@@ -234,7 +234,7 @@ def test_settings_of_other_tools(place: Path, text: str) -> None:
     (root / "main.py").touch()
     (root / "extra_model_paths.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
     with soon():
-        recognised(root)
+        recognise_tool(root)
 
 
 # ---- requests

@@ -12,8 +12,8 @@ from typing import Any
 from app.train.form import Plan
 from lora_core.data.audit import Looks, audit
 from lora_core.data.dataset import ImageRecord
-from lora_core.data.holdout import held_out
-from lora_core.data.statistics import Training
+from lora_core.data.holdout import split_holdout
+from lora_core.data.statistics import TrainingView
 from lora_core.errors import DatasetError, LoraError
 from lora_core.projects.project import Project, relative_name
 
@@ -99,14 +99,14 @@ class Checker:
             self._state = state
 
 
-def training_of(plan: Plan, records: list[ImageRecord]) -> Training:
+def training_of(plan: Plan, records: list[ImageRecord]) -> TrainingView:
     """How the pictures would be trained on by the run that the form stands for."""
     config = plan.config
     out: frozenset[Path] = frozenset()
     # Where they cannot be parted, the form says so.
     with contextlib.suppress(DatasetError):
-        out = frozenset(r.path for r in held_out(records, config.validation.pictures, config.seed)[1])
-    return Training(
+        out = frozenset(r.path for r in split_holdout(records, config.validation.pictures, config.seed)[1])
+    return TrainingView(
         resolution=config.train.resolution or plan.base.resolution,
         multiple=plan.base.multiple,
         tokenizer=plan.base.tokenizer,

@@ -13,8 +13,8 @@ from app.dataset.meter import mark, too_long
 from app.formatting import chip, many, safe
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
-from lora_core.data.buckets import bucket_of, crop_box
-from lora_core.data.dataset import AUDIT_ONLY, UNUSED, Dataset, ImageRecord, Problem, summaries
+from lora_core.data.buckets import choose_bucket, crop_box
+from lora_core.data.dataset import AUDIT_ONLY, UNUSED, Dataset, FileProblem, ImageRecord, summarize_notes
 from lora_core.projects.project import Project, left_out, relative_name
 
 MOST_SENTENCES = 12
@@ -75,7 +75,7 @@ def _much_smaller(record: ImageRecord, resolution: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _crop(width: int, height: int, resolution: int, multiple: int) -> tuple[list[int], list[float]]:
-    bucket = bucket_of(width, height, resolution, multiple)
+    bucket = choose_bucket(width, height, resolution, multiple)
     left, top, right, bottom = crop_box(width, height, bucket)
     shares = (left / width, top / height, 1 - right / width, 1 - bottom / height)
     return [bucket.width, bucket.height], [round(100 * share, 2) for share in shares]
@@ -91,7 +91,7 @@ def marks(project: Project, plan: Plan) -> str:
     )
 
 
-def findings(dataset: Dataset, skipped: list[Problem], demo: bool, advice: list[str]) -> str:
+def findings(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: list[str]) -> str:
     """Chips with counts, and a sentence for each thing that is wrong.
 
     Args:
@@ -120,7 +120,7 @@ def findings(dataset: Dataset, skipped: list[Problem], demo: bool, advice: list[
         chips.append('<span class="chip" data-captions-fixed>the demo\'s own, which stay as they are</span>')
     if not chips:
         return ""
-    said = [*dataset.problems, *summaries(dataset.notes, AUDIT_ONLY), *skipped]
+    said = [*dataset.problems, *summarize_notes(dataset.notes, AUDIT_ONLY), *skipped]
     sentences = [*advice, *(problem.sentence for problem in said)]
     lines = "".join(f"<li>{safe(sentence)}</li>" for sentence in sentences[:MOST_SENTENCES])
     if len(sentences) > MOST_SENTENCES:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from app.formatting import many
 from app.train.form import Plan
-from lora_core.data.captions import chosen_parts, part_beyond, token_count, with_trigger
+from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
 from lora_core.data.dataset import Dataset
 from lora_core.errors import LoraError
 from lora_core.settings.config import FIELDS
-from lora_core.system.paths import valid_text
+from lora_core.system.paths import clean_text
 
 LIMITS: tuple[int, ...] = typing.get_args(FIELDS["train.tokens"].annotation)
 
@@ -38,7 +38,7 @@ class Counted:
 
 def counted(caption: str, plan: Plan) -> Counted:
     """A caption as the run to come would read it."""
-    return _counted(valid_text(caption), plan.trigger, plan.config.train.tokens, plan.base.tokenizer)
+    return _counted(clean_text(caption), plan.trigger, plan.config.train.tokens, plan.base.tokenizer)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -46,16 +46,16 @@ def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> Counted
     lines = [line for line in caption.splitlines() if line.strip()] or [""]
     texts = [with_trigger(_longest(line), trigger) for line in lines]
     try:
-        counts = [token_count(text, tokenizer) for text in texts]
+        counts = [count_tokens(text, tokenizer) for text in texts]
         most = max(counts)
-        return Counted(most, limit, part_beyond(texts[counts.index(most)], limit, tokenizer))
+        return Counted(most, limit, truncated_part(texts[counts.index(most)], limit, tokenizer))
     except (LoraError, OSError, NotImplementedError):
         return Counted(None, limit)
 
 
 def _longest(line: str) -> str:
     """The line with the longest of each group of alternatives, and of what stands between bars."""
-    return chosen_parts(line, lambda parts: max(parts, key=len))
+    return choose_parts(line, lambda parts: max(parts, key=len))
 
 
 def too_long(dataset: Dataset, plan: Plan) -> str:

@@ -14,7 +14,7 @@ from app.routes import Answer, Refused, sent_json
 from app.state import Desk
 from app.train.form import Plan
 from lora_core.data.bulk_edit import Edit
-from lora_core.data.captions import tag_counts
+from lora_core.data.captions import count_tags
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
 from lora_core.projects.project import leave_out, take_back
@@ -90,7 +90,7 @@ def _add_bulk(app: FastAPI, desk: Desk) -> None:
     @app.get("/easel/tags")
     async def tags() -> Response:
         def counted() -> dict[str, Any]:
-            found = tag_counts(record.caption for record in project.dataset().records)
+            found = count_tags(record.caption for record in project.dataset().records)
             return {"tags": list(found.items()), "undo": bulk.undoable(project)}
 
         return await _done(counted)

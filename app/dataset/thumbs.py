@@ -10,8 +10,8 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lora_core.data.images import thumbnail
-from lora_core.data.sidecars import write_soon
+from lora_core.data.images import make_thumbnail
+from lora_core.data.sidecars import write_without_sync
 from lora_core.errors import LoraError
 
 KEPT_SIDE = 256
@@ -37,7 +37,7 @@ class Thumbs:
     def made(self, file: Path, side: int) -> bytes:
         """As `webp`, in this thread."""
         if side > KEPT_SIDE:
-            return thumbnail(file, side)
+            return make_thumbnail(file, side)
         stamp = file.stat()
         key = hashlib.sha256(f"{file}\n{stamp.st_mtime_ns}\n{stamp.st_size}\n{side}".encode()).hexdigest()
         kept = self.folder / key[:2] / f"{key[2:34]}.webp"
@@ -45,13 +45,13 @@ class Thumbs:
             data = kept.read_bytes()
             if _whole(data):
                 return data
-        data = thumbnail(file, side)
+        data = make_thumbnail(file, side)
         # A full disk is no reason to show nothing. Nothing waits for the disk either: what a power cut spoils
         # is
         # seen by its length and made again.
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_soon(kept, data)
+            write_without_sync(kept, data)
         return data
 
     def prepare(self, files: list[Path], side: int = KEPT_SIDE) -> None:

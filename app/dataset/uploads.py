@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from app.formatting import many
-from lora_core.data.importer import Imported, Way, import_files, import_folder
+from lora_core.data.importer import Imported, TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
 from lora_core.projects.project import Project
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 MOST_FILES = 40_000
 MOST_BATCHES = 8
@@ -54,7 +54,7 @@ class _Parcel:
             self.held += await anext(self.chunks, b"\n")
         line, _, self.held = self.held.partition(b"\n")
         try:
-            listed = [(int(index), str(name), int(size)) for index, name, size in parsed_json(line)]
+            listed = [(int(index), str(name), int(size)) for index, name, size in parse_json(line)]
         except (ValueError, TypeError, OverflowError) as error:
             raise DatasetError("The list of files did not come through; drop them again.") from error
         if any(not 0 <= index < MOST_FILES or size < 0 for index, _, size in listed):
@@ -168,7 +168,7 @@ class Importer:
         del self._batches[batch]
         files = [found.files[index] for index in sorted(found.files)]
 
-        def work(way: Way) -> Imported:
+        def work(way: TransferMode) -> Imported:
             try:
                 paths, names = [path for path, _ in files], [name for _, name in files]
                 return import_files(paths, self.project.pictures, names, way)
@@ -202,7 +202,7 @@ class Importer:
         if link:
             self.project.link(where if is_folder else where.parent)
 
-        def work(way: Way) -> Imported:
+        def work(way: TransferMode) -> Imported:
             into = self.project.pictures
             return import_folder(where, into, way) if is_folder else import_files([where], into, way=way)
 
@@ -212,7 +212,7 @@ class Importer:
         if self.working:
             raise DatasetError("An import is under way; wait until it is done.")
 
-    def _start(self, work: Callable[[Way], Imported], how: str) -> None:
+    def _start(self, work: Callable[[TransferMode], Imported], how: str) -> None:
         with self._lock:
             self._refuse_two()
             number = self._state["number"] + 1
@@ -220,7 +220,7 @@ class Importer:
         thread = threading.Thread(target=self._run, args=(work, how), daemon=True, name="import")
         thread.start()
 
-    def _run(self, work: Callable[[Way], Imported], how: str) -> None:
+    def _run(self, work: Callable[[TransferMode], Imported], how: str) -> None:
         project = self.project
 
         def said(phase: str, done: int, total: int) -> None:
@@ -228,7 +228,7 @@ class Importer:
 
         state, note = "failed", "The import was broken off by a fault of the program; its log says more."
         try:
-            imported = work(Way(how, said, project.sizes))
+            imported = work(TransferMode(how, said, project.sizes))
             project.notes = imported.skipped
             state, note = _outcome(imported)
             if imported.added and project.uses_demo:

@@ -15,7 +15,7 @@ from app.routes import address
 from app.snapshot import Moment
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import runs_folder
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 MOST_NAMES = 40
 
@@ -292,6 +292,6 @@ def trained(metadata: Mapping[str, str]) -> str:
 
 def _json(text: str) -> Any:
     try:
-        return parsed_json(text)
+        return parse_json(text)
     except ValueError:
         return None

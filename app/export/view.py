@@ -21,7 +21,7 @@ from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import chosen_base
 from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
-from lora_core.system.other_tools import Copied, copied
+from lora_core.system.other_tools import CopiedFile, copy_export
 
 TITLE = "Export"
 PRECISIONS = [("fp16, half the size", "fp16"), ("bf16", "bf16"), ("fp32, exact", "fp32")]
@@ -146,7 +146,7 @@ def _wire(parts: Parts, fields: dict[str, Any], buttons: dict[str, Any], outputs
         try:
             target = checked_folder(folder)
             watch, result = written(desk, *choice)
-            done = copied(Path(str(result["file"])), target)
+            done = copy_export(Path(str(result["file"])), target)
         except LoraError as error:
             return problem(error), gr.skip()
         desk.places.keep_lora_folder(target)
@@ -278,7 +278,7 @@ def checked_folder(text: str | None) -> Path:
     return folder.absolute()
 
 
-def copied_line(desk: Desk, done: Copied) -> str:
+def copied_line(desk: Desk, done: CopiedFile) -> str:
     """What was copied, and where it lies."""
     tool = next((n for n, f in desk.tools.lora_folders() if f.resolve() == done.file.parent.resolve()), "")
     with_it = ", with its side files" if done.beside else ""

@@ -19,7 +19,7 @@ from app.worker_client import CANCELLED, Reply, Worker
 from lora_core.errors import LoraError, RunError
 from lora_core.generate.request import Axis, GenerationRequest, WeightedLora, make_axis
 from lora_core.runs.storage import move_to_trash
-from lora_core.system.untrusted import checked_fields, parsed_json
+from lora_core.system.untrusted import check_fields, parse_json
 
 MOST_SHOWN = 60
 FILE = "history.jsonl"
@@ -121,7 +121,7 @@ class History:
 
     def _of_line(self, line: bytes) -> Kept | None:
         try:
-            said: dict[str, Any] = parsed_json(line)
+            said: dict[str, Any] = parse_json(line)
             file = Path(os.path.abspath(self.folder / said["file"]))
             if not file.is_relative_to(self.folder.absolute()) or not file.is_file():
                 return None
@@ -139,9 +139,9 @@ def shot_of(said: dict[str, Any]) -> GenerationRequest:
     Raises:
         TypeError, KeyError: it is none.
     """
-    loras = tuple(checked_fields(WeightedLora, row) for row in said["loras"])
+    loras = tuple(check_fields(WeightedLora, row) for row in said["loras"])
     # Before there was a choice, none was rescaled.
-    return checked_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
+    return check_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
 
 
 # What the Preview tab shows: a shot beside the base's own picture, a strip of strengths, and a grid. Each

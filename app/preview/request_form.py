@@ -18,7 +18,7 @@ from lora_core.projects.project import Project
 from lora_core.settings.choices import SAMPLERS
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, NumberOrAuto
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
 # In no picture of the demo's training set: what is seen is carried over, not remembered.
@@ -95,7 +95,7 @@ def rows_sent(moment: Moment, text: str) -> list[WeightedLora]:
     brought none."""
     before, _ = lora_rows(moment)
     try:
-        sent = parsed_json(text)
+        sent = parse_json(text)
         rows, apart = checked_rows(sent["rows"]), bool(sent["apart"])
     except (ValueError, KeyError, TypeError):
         return before

@@ -23,7 +23,7 @@ from app.train.form import (
 )
 from lora_core.model_files.detect import EMBEDDED, chosen_base
 from lora_core.projects.project import DEMO
-from lora_core.system.other_tools import Machine, base_files, found_tools
+from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
 if TYPE_CHECKING:
     # The desk holds the check of the pictures, which has to know the base.
@@ -214,7 +214,7 @@ def _added_folder(desk: Desk, folder: Path) -> str:
     """Remember a folder with models in it; "" where it holds none."""
     if not folder.is_dir():
         return ""
-    found = {tool.name: len(base_files(tool)) for tool in found_tools([folder], Machine(()))}
+    found = {tool.name: len(list_base_files(tool)) for tool in find_tools([folder], Machine(()))}
     if not sum(found.values()):
         return ""
     desk.places.keep_folder(folder.absolute())

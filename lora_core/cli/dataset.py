@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_core import api
 from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json, write
-from lora_core.data.dataset import Problem, summaries
+from lora_core.data.dataset import FileProblem, summarize_notes
 
 _MOST_TAGS = 20
 _MOST_NAMES = 6
@@ -69,8 +69,8 @@ def _audit(options: argparse.Namespace) -> int:
 
 def _say_findings(found: dict[str, Any]) -> None:
     say(f"{found['pictures']} pictures, {found['captions']} with a caption.")
-    rows = [Problem(Path(row["picture"]), row["kind"], row["sentence"]) for row in found["problems"]]
-    for row in summaries(rows):
+    rows = [FileProblem(Path(row["picture"]), row["kind"], row["sentence"]) for row in found["problems"]]
+    for row in summarize_notes(rows):
         say(f"  {row.kind}: {row.sentence}")
     if all(row.kind == "hidden" for row in rows):
         say("Nothing is wrong with them.")

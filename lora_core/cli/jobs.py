@@ -33,7 +33,7 @@ from lora_core.settings.config import RunConfig, checked_value, flattened, load_
 from lora_core.system.cpu_threads import COMPUTES, GIVES_WAY, without_collecting
 from lora_core.system.keep_awake import keep_awake
 from lora_core.system.paths import workspace
-from lora_core.system.processes import INTERRUPTED, Stopping
+from lora_core.system.processes import INTERRUPTED, StopRequest
 from lora_core.verbs import PRECISIONS
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _duration(seconds: float) -> str:
 
 
 def _train(options: argparse.Namespace) -> int:
-    def lead(stopping: Stopping, group: "ProcessGroup | None") -> int:
+    def lead(stopping: StopRequest, group: "ProcessGroup | None") -> int:
         with stopping.raising():
             config = config_of(options)
             place = workspace(options.workspace)
@@ -193,21 +193,21 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    def lead(stopping: Stopping, group: "ProcessGroup | None") -> int:
+    def lead(stopping: StopRequest, group: "ProcessGroup | None") -> int:
         run = named_run(options)
         return resumed(run, options.steps, options.accept_changes, stopping, group)
 
     return _together(lead)
 
 
-def _together(lead: Callable[[Stopping, "ProcessGroup | None"], int]) -> int:
+def _together(lead: Callable[[StopRequest, "ProcessGroup | None"], int]) -> int:
     """Train alone, or as one of the processes that `accelerate launch` started for one run.
 
     Args:
         lead: what the main process does, or the only one; returns the exit code. The others follow it, and
             leave stopping to it.
     """
-    stopping = Stopping()
+    stopping = StopRequest()
     with stopping.taken():
         if max(int(os.environ.get(name) or 1) for name in LAUNCHED) == 1:
             if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in LAUNCHED):
@@ -240,7 +240,7 @@ def resumed(
     run: RunFolder,
     steps: int | None,
     accept_changes: bool = False,
-    stopping: Stopping | None = None,
+    stopping: StopRequest | None = None,
     group: "ProcessGroup | None" = None,
 ) -> int:
     """Train a run from where it stands, and tell whom the person chose when it ends; returns the exit code.
@@ -248,7 +248,7 @@ def resumed(
     Signals are taken from here on, long before torch is imported: also an early one is a stop that is written
     down.
     """
-    stopping = stopping or Stopping()
+    stopping = stopping or StopRequest()
     with stopping.taken():
         before = events_size(run)
         try:
@@ -266,7 +266,7 @@ def _trained(
     run: RunFolder,
     steps: int | None,
     accept_changes: bool,
-    stopping: Stopping,
+    stopping: StopRequest,
     group: "ProcessGroup | None",
 ) -> "Outcome":
     if steps is not None:

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_core.data.buckets import bucket_of, fit
-from lora_core.data.captions import tag_counts, token_count
-from lora_core.data.dataset import Dataset, ImageRecord, Problem
-from lora_core.data.images import small_rgb
-from lora_core.data.near_duplicates import Fingerprint, fingerprint, twin_groups
-from lora_core.data.statistics import SMALL_WORDS, Training, learned, step_shares, thumb
+from lora_core.data.buckets import choose_bucket, resize_and_crop
+from lora_core.data.captions import count_tags, count_tokens
+from lora_core.data.dataset import Dataset, FileProblem, ImageRecord
+from lora_core.data.images import open_rgb_reduced
+from lora_core.data.near_duplicates import Fingerprint, compute_fingerprint, group_near_duplicates
+from lora_core.data.statistics import STOP_WORDS, TrainingView, reduce_image, report_bias, step_shares
 from lora_core.errors import DatasetError
-from lora_core.system.paths import valid_text
+from lora_core.system.paths import clean_text
 
 TOKENS_READ = 75
 # The steepest edges of a picture rise by this share of its contrast from one pixel to the next, or it is
@@ -52,7 +52,7 @@ Looks = dict[tuple[str, int, int], _Look]
 
 def audit(
     dataset: Dataset,
-    training: Training,
+    training: TrainingView,
     said: Callable[[int, int], None] | None = None,
     looks_before: Looks | None = None,
 ) -> dict[str, Any]:
@@ -97,9 +97,9 @@ def audit(
                 for s in phrase_sentences(captions, training.trigger)
             ),
         ],
-        "tags": [{"tag": tag, "pictures": count} for tag, count in tag_counts(captions).items()],
-        "shares": [{"picture": valid_text(str(r.path)), "share": share} for r, share in shares],
-        "learned": learned(records, names, [look.thumb for look in looks], training),
+        "tags": [{"tag": tag, "pictures": count} for tag, count in count_tags(captions).items()],
+        "shares": [{"picture": clean_text(str(r.path)), "share": share} for r, share in shares],
+        "learned": report_bias(records, names, [look.thumb for look in looks], training),
     }
 
 
@@ -119,9 +119,9 @@ def _looks(
     return looks
 
 
-def _row(problem: Problem, twin: Path | None) -> dict[str, str]:
-    row = {"picture": valid_text(str(problem.path)), "kind": problem.kind, "sentence": problem.sentence}
-    return row if twin is None else {**row, "twin": valid_text(str(twin))}
+def _row(problem: FileProblem, twin: Path | None) -> dict[str, str]:
+    row = {"picture": clean_text(str(problem.path)), "kind": problem.kind, "sentence": problem.sentence}
+    return row if twin is None else {**row, "twin": clean_text(str(twin))}
 
 
 def sharpness(image: Image.Image) -> float:
@@ -163,7 +163,7 @@ def _phrases(part: str) -> set[str]:
     runs = (
         words[i:j] for i in range(len(words)) for j in range(i + 1, min(len(words), i + _LONGEST_PHRASE) + 1)
     )
-    return {" ".join(run) for run in runs if run[0] not in SMALL_WORDS and run[-1] not in SMALL_WORDS}
+    return {" ".join(run) for run in runs if run[0] not in STOP_WORDS and run[-1] not in STOP_WORDS}
 
 
 def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
@@ -183,9 +183,9 @@ def _look(record: ImageRecord, resolution: int, multiple: int, known: Looks) -> 
     try:
         key = (str(record.path), record.path.stat().st_mtime_ns, resolution)
         if key not in known:
-            image = small_rgb(record.path, 2 * resolution)
-            fitted = fit(image, bucket_of(*image.size, resolution, multiple))
-            known[key] = _Look(fingerprint(image), sharpness(fitted), thumb(fitted))
+            image = open_rgb_reduced(record.path, 2 * resolution)
+            fitted = resize_and_crop(image, choose_bucket(*image.size, resolution, multiple))
+            known[key] = _Look(compute_fingerprint(image), sharpness(fitted), reduce_image(fitted))
     except (DatasetError, OSError):
         return _Look(None, 1.0)
     return known[key]
@@ -200,9 +200,9 @@ def _names(records: list[ImageRecord]) -> list[str]:
     ]
 
 
-def _size_problems(records: list[ImageRecord], names: list[str], resolution: int) -> list[Problem]:
+def _size_problems(records: list[ImageRecord], names: list[str], resolution: int) -> list[FileProblem]:
     return [
-        Problem(
+        FileProblem(
             record.path,
             "tiny",
             f"{name} is only {record.width} x {record.height} pixels, under a quarter of the area that is"
@@ -213,9 +213,9 @@ def _size_problems(records: list[ImageRecord], names: list[str], resolution: int
     ]
 
 
-def _blurred(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> list[Problem]:
+def _blurred(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> list[FileProblem]:
     return [
-        Problem(
+        FileProblem(
             record.path,
             "blurred",
             f"{name} has no sharp edge at the training size; leave it out, or its blur is learned too.",
@@ -225,34 +225,34 @@ def _blurred(records: list[ImageRecord], names: list[str], looks: list[_Look]) -
     ]
 
 
-def _twins(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> dict[Problem, Path]:
+def _twins(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> dict[FileProblem, Path]:
     """Each picture that looks the same as an earlier one, and which."""
     return {
-        Problem(
+        FileProblem(
             records[index].path,
             "twins",
             f"{names[index]} looks the same as {names[first]}; keep one, or what they show is learned too"
             " strongly.",
         ): records[first].path
-        for index, first in enumerate(twin_groups([look.print for look in looks]))
+        for index, first in enumerate(group_near_duplicates([look.print for look in looks]))
         if first != index
     }
 
 
 def _caption_problems(
     records: list[ImageRecord], names: list[str], tokenizer_folder: Path | None
-) -> list[Problem]:
+) -> list[FileProblem]:
     problems = []
     for record, name in zip(records, names, strict=True):
         if not record.caption:
             sentence = f"{name} has no caption; describe in {record.path.stem}.txt what it shows."
-            problems.append(Problem(record.path, "no caption", sentence))
+            problems.append(FileProblem(record.path, "no caption", sentence))
         elif tokenizer_folder is not None:
-            tokens = max(token_count(line, tokenizer_folder) for line in record.caption.splitlines())
+            tokens = max(count_tokens(line, tokenizer_folder) for line in record.caption.splitlines())
             if tokens > TOKENS_READ:
                 sentence = (
                     f"The caption of {name} has {tokens} tokens, and the model reads {TOKENS_READ}; shorten"
                     " it, or raise train.tokens."
                 )
-                problems.append(Problem(record.path, "long caption", sentence))
+                problems.append(FileProblem(record.path, "long caption", sentence))
     return problems

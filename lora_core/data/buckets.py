@@ -20,7 +20,7 @@ class Bucket:
     height: int
 
 
-def bucket_of(width: int, height: int, resolution: int, multiple: int) -> Bucket:
+def choose_bucket(width: int, height: int, resolution: int, multiple: int) -> Bucket:
     """The size at which a picture is trained.
 
     Its area is at most resolution^2 and its sides are multiples of `multiple`. It fits into the picture, so
@@ -101,7 +101,7 @@ def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int
     return height, width, round(top * down), round(left * across), bucket.height, bucket.width
 
 
-def fit(image: Image.Image, bucket: Bucket) -> Image.Image:
+def resize_and_crop(image: Image.Image, bucket: Bucket) -> Image.Image:
     """The picture cropped by `crop_box` and resized to the bucket."""
     box = crop_box(*image.size, bucket)
     if image.size == (bucket.width, bucket.height):

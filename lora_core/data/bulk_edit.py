@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_core.data.captions import tags_of, with_trigger
+from lora_core.data.captions import split_tags, with_trigger
 from lora_core.errors import DatasetError
 
 EDITS = ("replace", "prepend", "append", "rename tag", "delete tag", "trigger")
@@ -46,7 +46,7 @@ class Edit:
     any_case: bool = False
 
 
-def edited(captions: list[str], edit: Edit) -> list[str]:
+def apply_edit(captions: list[str], edit: Edit) -> list[str]:
     """What the captions become.
 
     Raises:
@@ -58,17 +58,17 @@ def edited(captions: list[str], edit: Edit) -> list[str]:
     if not needed.strip() and not (edit.do == "replace" and edit.find):
         raise DatasetError("Type first what is to be found or added.")
     if edit.do == "replace":
-        return _replaced(captions, edit)
+        return _replace(captions, edit)
     if edit.do in ("rename tag", "delete tag"):
         put = edit.put if edit.do == "rename tag" else ""
-        return [_by_line(caption, lambda line: _retagged(line, edit.find, put)) for caption in captions]
+        return [_map_lines(caption, lambda line: _rename_tag(line, edit.find, put)) for caption in captions]
     if edit.do == "trigger":
-        return [_triggered(caption, edit.put) for caption in captions]
+        return [_add_trigger(caption, edit.put) for caption in captions]
     front = edit.do == "prepend"
-    return [_by_line(caption, lambda line: _joined(line, edit.put, front)) for caption in captions]
+    return [_map_lines(caption, lambda line: _join_line(line, edit.put, front)) for caption in captions]
 
 
-def difference(before: str, after: str) -> list[tuple[str, str]]:
+def diff_captions(before: str, after: str) -> list[tuple[str, str]]:
     """Two captions as pieces: ("same", text), ("old", text) for what goes, ("new", text) for what comes."""
     one, other = (re.findall(r"\w+|\W", text) for text in (before, after))
     pieces: list[tuple[str, str]] = []
@@ -83,11 +83,11 @@ def difference(before: str, after: str) -> list[tuple[str, str]]:
     return pieces
 
 
-def _by_line(caption: str, change: Callable[[str], str]) -> str:
+def _map_lines(caption: str, change: Callable[[str], str]) -> str:
     return "\n".join(change(line) for line in caption.split("\n"))
 
 
-def _joined(line: str, put: str, front: bool) -> str:
+def _join_line(line: str, put: str, front: bool) -> str:
     """The text before or after a line; a comma between where neither ends in a mark or a space."""
     if not line.strip():
         return put.strip(", ")
@@ -96,10 +96,10 @@ def _joined(line: str, put: str, front: bool) -> str:
     return f"{first}, {last}" if apart else first + last
 
 
-def _retagged(line: str, find: str, put: str) -> str:
+def _rename_tag(line: str, find: str, put: str) -> str:
     """A line with a tag renamed, or left out where the new name is empty or stands there already."""
     wanted = find.strip().casefold()
-    tags = tags_of(line)
+    tags = split_tags(line)
     if wanted not in (tag.casefold() for tag in tags):
         return line
     kept: list[str] = []
@@ -113,13 +113,13 @@ def _retagged(line: str, find: str, put: str) -> str:
     return ", ".join(kept)
 
 
-def _triggered(caption: str, trigger: str) -> str:
+def _add_trigger(caption: str, trigger: str) -> str:
     new = with_trigger(caption, trigger)
     lines = [line.strip() for line in caption.split("\n") if line.strip()]
     return caption if new == "\n".join(lines) else new
 
 
-def _replaced(captions: list[str], edit: Edit) -> list[str]:
+def _replace(captions: list[str], edit: Edit) -> list[str]:
     find, put = (edit.find, edit.put) if edit.regex else (re.escape(edit.find), edit.put.replace("\\", r"\\"))
     try:
         pattern = re.compile(find, re.IGNORECASE if edit.any_case else 0)

@@ -70,10 +70,10 @@ def with_trigger(caption: str, trigger: str) -> str:
         return caption
     word = re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)", re.IGNORECASE)
     lines = [line.strip() for line in caption.splitlines() if line.strip()] or [""]
-    return "\n".join(line if word.search(line) else _joined([trigger, line]) for line in lines)
+    return "\n".join(line if word.search(line) else _join_tags([trigger, line]) for line in lines)
 
 
-def drawn_caption(caption: str, rules: CaptionRules, draw: random.Random) -> str:
+def sample_caption(caption: str, rules: CaptionRules, draw: random.Random) -> str:
     """The caption of one look; it depends on the arguments only.
 
     With the chance `caption_dropout` it is empty. Else one of the caption's lines is drawn, then one of each
@@ -83,24 +83,24 @@ def drawn_caption(caption: str, rules: CaptionRules, draw: random.Random) -> str
     if draw.random() < rules.caption_dropout:
         return ""
     lines = [line.strip() for line in caption.splitlines() if line.strip()]
-    text = _one_of(lines, draw) if lines else ""
-    text = chosen_parts(text, lambda parts: _one_of(parts, draw))
+    text = _choose(lines, draw) if lines else ""
+    text = choose_parts(text, lambda parts: _choose(parts, draw))
     if rules.shuffle_tags or rules.tag_dropout > 0:
-        text = _joined(_varied_tags(tags_of(text), rules, draw))
+        text = _join_tags(_vary_tags(split_tags(text), rules, draw))
     return with_trigger(text, rules.trigger)
 
 
 def plain_caption(caption: str, trigger: str) -> str:
     """One caption with nothing left to chance: the first alternative, the trigger in it, nothing dropped."""
-    return drawn_caption(caption, CaptionRules(trigger, 0.0, 0.0, False, 0), random.Random(0))
+    return sample_caption(caption, CaptionRules(trigger, 0.0, 0.0, False, 0), random.Random(0))
 
 
-def varies(caption: str, rules: CaptionRules) -> bool:
+def varies_by_draw(caption: str, rules: CaptionRules) -> bool:
     """Whether a caption reads differently from look to look, other than by being left out."""
     return rules.shuffle_tags or rules.tag_dropout > 0 or any(mark in caption for mark in "|{\n")
 
 
-def chosen_parts(line: str, choose: Callable[[list[str]], str]) -> str:
+def choose_parts(line: str, choose: Callable[[list[str]], str]) -> str:
     """A line of a caption with what `choose` takes of each `{red|blue}`, inner ones first, and then of the
     parts between bars.
 
@@ -124,23 +124,23 @@ def chosen_parts(line: str, choose: Callable[[list[str]], str]) -> str:
     return choose(_BAR.split("".join(done))).strip()
 
 
-def tags_of(caption: str) -> list[str]:
+def split_tags(caption: str) -> list[str]:
     """The parts between commas and line ends, without those that are empty."""
     return [tag.strip() for tag in re.split(r"[,\n]", caption) if tag.strip()]
 
 
-def tag_counts(captions: Iterable[str]) -> dict[str, int]:
+def count_tags(captions: Iterable[str]) -> dict[str, int]:
     """In how many captions each tag stands, most frequent first; the first spelling stands for all cases."""
     spelling: dict[str, str] = {}
     counts: dict[str, int] = {}
     for caption in captions:
-        for key, tag in {tag.casefold(): tag for tag in reversed(tags_of(caption))}.items():
+        for key, tag in {tag.casefold(): tag for tag in reversed(split_tags(caption))}.items():
             spelling.setdefault(key, tag)
             counts[key] = counts.get(key, 0) + 1
     return {spelling[key]: counts[key] for key in sorted(counts, key=lambda key: (-counts[key], key))}
 
 
-def token_count(text: str, tokenizer_folder: Path) -> int:
+def count_tokens(text: str, tokenizer_folder: Path) -> int:
     """How many CLIP tokens a text has, without the marks of begin and end.
 
     Args:
@@ -153,7 +153,7 @@ def token_count(text: str, tokenizer_folder: Path) -> int:
     return len(_clip_tokenizer(tokenizer_folder.absolute()).encode(text, add_special_tokens=False).ids)
 
 
-def part_beyond(text: str, limit: int, tokenizer_folder: Path) -> str:
+def truncated_part(text: str, limit: int, tokenizer_folder: Path) -> str:
     """What of a text a limit of 75, 150 or 225 tokens leaves unread; "" where it leaves nothing.
 
     Raises:
@@ -162,12 +162,12 @@ def part_beyond(text: str, limit: int, tokenizer_folder: Path) -> str:
     tokenizer = _clip_tokenizer(tokenizer_folder.absolute())
     encoded = tokenizer.encode(text, add_special_tokens=False)
     comma = tokenizer.token_to_id(COMMA)
-    rows = chunked(encoded.ids, -1 if comma is None else comma, max(1, limit // CHUNK))
+    rows = split_chunks(encoded.ids, -1 if comma is None else comma, max(1, limit // CHUNK))
     read = sum(map(len, rows))
     return text[encoded.offsets[read][0] :] if len(encoded.offsets) > read else ""
 
 
-def chunked(ids: list[int], comma: int, chunks: int) -> list[list[int]]:
+def split_chunks(ids: list[int], comma: int, chunks: int) -> list[list[int]]:
     """A caption's tokens as the chunks of 75 that a text encoder reads one by one.
 
     A chunk that is full ends at its last comma where that is at most 20 tokens back, so that no tag is cut in
@@ -227,7 +227,7 @@ def _clip_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _varied_tags(tags: list[str], rules: CaptionRules, draw: random.Random) -> list[str]:
+def _vary_tags(tags: list[str], rules: CaptionRules, draw: random.Random) -> list[str]:
     kept, rest = tags[: rules.keep_tags], tags[rules.keep_tags :]
     if rules.tag_dropout > 0:
         rest = [tag for tag in rest if draw.random() >= rules.tag_dropout]
@@ -238,9 +238,9 @@ def _varied_tags(tags: list[str], rules: CaptionRules, draw: random.Random) -> l
     return kept + rest
 
 
-def _one_of(values: Sequence[T], draw: random.Random) -> T:
+def _choose(values: Sequence[T], draw: random.Random) -> T:
     return values[int(draw.random() * len(values))] if len(values) > 1 else values[0]
 
 
-def _joined(tags: list[str]) -> str:
+def _join_tags(tags: list[str]) -> str:
     return ", ".join(tag for tag in tags if tag)

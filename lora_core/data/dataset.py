@@ -13,44 +13,44 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lora_core.data.images import SUFFIXES, Sizes, content_hash
-from lora_core.data.importer import LIMITS, is_useful, not_unpacked, unpack
+from lora_core.data.images import IMAGE_SUFFIXES, SizeCache, hash_file
+from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
 from lora_core.data.scan import (
     Dataset,
+    FileProblem,
     ImageRecord,
-    Problem,
-    files_below,
-    folded,
+    abbreviate,
+    fold_name,
     is_mask,
-    shortened,
-    unused_folder,
+    unused_folder_kind,
+    walk_files,
 )
 from lora_core.data.sidecars import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
-    metadata_captions,
+    read_metadata_captions,
     read_text,
     write_caption,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.paths import DEMO_TRAIN, valid_text, write_atomically
+from lora_core.system.paths import DEMO_TRAIN, clean_text, write_atomically
 
-LIST = "held_out.txt"
+HOLDOUT_LIST = "held_out.txt"
 
 
-def listed(folder: Path) -> set[str]:
+def read_holdout_list(folder: Path) -> set[str]:
     """The names on the list, folded as file systems compare them; empty without a list.
 
     Raises:
         DatasetError: it cannot be read as text.
     """
-    file = folder / LIST
+    file = folder / HOLDOUT_LIST
     if not file.is_file():
         return set()
-    return {folded(line.strip()) for line in read_text(file, LIST).split("\n") if line.strip()}
+    return {fold_name(line.strip()) for line in read_text(file, HOLDOUT_LIST).split("\n") if line.strip()}
 
 
-def write_list(folder: Path, names: Iterable[str]) -> None:
+def write_holdout_list(folder: Path, names: Iterable[str]) -> None:
     """Write the list; none is left where no name is.
 
     Raises:
@@ -59,7 +59,7 @@ def write_list(folder: Path, names: Iterable[str]) -> None:
     wanted = sorted(set(names))
     if broken := next((name for name in wanted if "\n" in name or "\r" in name), None):
         raise DatasetError(f"{broken!r} has a line break in its name and cannot be listed; rename the file.")
-    file = folder / LIST
+    file = folder / HOLDOUT_LIST
     try:
         if wanted:
             write_atomically(file, ("\n".join(wanted) + "\n").encode("utf-8", "replace"))
@@ -79,12 +79,12 @@ def write_list(folder: Path, names: Iterable[str]) -> None:
 
 __all__ = [
     "Dataset",
+    "FileProblem",
     "ImageRecord",
-    "Problem",
     "open_dataset",
     "require_clean",
     "scan",
-    "summaries",
+    "summarize_notes",
     "write_caption",
 ]
 
@@ -115,14 +115,14 @@ class _Listing:
     and `tables` of them count; `notes` says why the others do not."""
 
     root: Path
-    sizes: Sizes
+    sizes: SizeCache
     exact: dict[str, Path] = field(default_factory=dict)
     folded: dict[str, Path] = field(default_factory=dict)
     pictures: list[Path] = field(default_factory=list)
     texts: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[Problem] = field(default_factory=list)
+    problems: list[FileProblem] = field(default_factory=list)
+    notes: list[FileProblem] = field(default_factory=list)
     held_out: set[str] = field(default_factory=set)
 
     def shown(self, path: Path) -> str:
@@ -131,14 +131,14 @@ class _Listing:
 
     def find(self, shown: str) -> Path | None:
         """The file of that name, whatever its case."""
-        return self.exact.get(shown) or self.folded.get(folded(shown))
+        return self.exact.get(shown) or self.folded.get(fold_name(shown))
 
     def note(self, path: Path, kind: str, rest: str) -> None:
         """Note something of a file that does not block: its name, then `rest`."""
-        self.notes.append(Problem(path, kind, f"{self.shown(path)} {rest}", False))
+        self.notes.append(FileProblem(path, kind, f"{self.shown(path)} {rest}", False))
 
 
-def scan(folder: Path, sizes: Sizes | None = None) -> Dataset:
+def scan(folder: Path, sizes: SizeCache | None = None) -> Dataset:
     """Every picture below a folder with its caption, in an order that is the same on all systems.
 
     A caption is, in this order: the text file beside the picture, its row in the `metadata.jsonl` or `.csv`
@@ -150,13 +150,13 @@ def scan(folder: Path, sizes: Sizes | None = None) -> Dataset:
         folder: the dataset.
         sizes: what is known from before; without it every picture is decoded.
     """
-    listing = _listing(folder, sizes or Sizes())
-    tables = _tables(listing)
+    listing = _list_files(folder, sizes or SizeCache())
+    tables = _read_tables(listing)
     # Decoders let other threads run, and the order of the results does not depend on timing.
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = list(threads.map(lambda path: _record(path, listing, tables), listing.pictures))
+        found = list(threads.map(lambda path: _read_record(path, listing, tables), listing.pictures))
     records = [one for one in found if isinstance(one, ImageRecord)]
-    problems = [one for one in found if isinstance(one, Problem)]
+    problems = [one for one in found if isinstance(one, FileProblem)]
     for record in records:
         if record.transparent:
             listing.note(
@@ -168,9 +168,9 @@ def scan(folder: Path, sizes: Sizes | None = None) -> Dataset:
     return Dataset(records, [*listing.problems, *problems], listing.notes)
 
 
-def summaries(notes: Iterable[Problem], leave_out: Container[str] = ()) -> list[Problem]:
+def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()) -> list[FileProblem]:
     """One note for each kind but those in `leave_out`, in the order in which they come first."""
-    by_kind: dict[str, list[Problem]] = {}
+    by_kind: dict[str, list[FileProblem]] = {}
     for note in (one for one in notes if one.kind not in leave_out):
         by_kind.setdefault(note.kind, []).append(note)
     found = []
@@ -178,9 +178,9 @@ def summaries(notes: Iterable[Problem], leave_out: Container[str] = ()) -> list[
         if len(members) == 1 or kind not in _SUMMARIES:
             found += members
         else:
-            names = shortened([valid_text(one.path.name) for one in members], len(members))
+            names = abbreviate([clean_text(one.path.name) for one in members], len(members))
             sentence = _SUMMARIES[kind].format(len(members), names)
-            found.append(Problem(members[0].path, kind, sentence, False))
+            found.append(FileProblem(members[0].path, kind, sentence, False))
     return found
 
 
@@ -200,14 +200,14 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
         raise DatasetError(
             f"The dataset {where} does not exist; give a folder of pictures, a zip of one, or `demo`."
         )
-    notes: list[Problem] = []
+    notes: list[FileProblem] = []
     if path.is_dir():
         folder = path
     elif path.suffix.casefold() == ".zip":
-        folder = unpack_into / content_hash(path, LIMITS.total_bytes)[:16]
+        folder = unpack_into / hash_file(path, LIMITS.total_bytes)[:16]
         if not folder.is_dir():
             unpack(path, folder)
-        notes = not_unpacked(path)
+        notes = list_skipped_entries(path)
     else:
         raise DatasetError(
             f"The dataset {where} is neither a folder nor a zip; give a folder of pictures, a zip of one, or"
@@ -216,9 +216,9 @@ def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
     dataset = scan(folder)
     dataset = replace(dataset, notes=[*notes, *dataset.notes])
     if not dataset.records and not any(
-        problem.path.suffix.casefold() in SUFFIXES for problem in dataset.problems
+        problem.path.suffix.casefold() in IMAGE_SUFFIXES for problem in dataset.problems
     ):
-        why = "".join(f" {note.sentence}" for note in summaries(dataset.notes, AUDIT_ONLY))
+        why = "".join(f" {note.sentence}" for note in summarize_notes(dataset.notes, AUDIT_ONLY))
         raise DatasetError(
             f"There are no pictures in {where}; put PNG, JPEG, WebP or HEIC files there, each with a .txt"
             f" caption.{why}"
@@ -240,44 +240,44 @@ def require_clean(dataset: Dataset) -> None:
         raise DatasetError(" ".join(sentences))
 
 
-def _listing(root: Path, sizes: Sizes) -> _Listing:
+def _list_files(root: Path, sizes: SizeCache) -> _Listing:
     listing = _Listing(root, sizes)
-    for found in files_below(root, SUFFIXES):
+    for found in walk_files(root, IMAGE_SUFFIXES):
         if isinstance(found, Path):
             listing.exact[listing.shown(found)] = found
-            listing.folded.setdefault(folded(listing.shown(found)), found)
-        elif found.blocking and (is_useful(found.path.name) or os.path.isdir(found.path)):
+            listing.folded.setdefault(fold_name(listing.shown(found)), found)
+        elif found.blocking and (is_dataset_file(found.path.name) or os.path.isdir(found.path)):
             listing.problems.append(found)
         else:
             listing.notes.append(replace(found, blocking=False))
     for path in listing.exact.values():
-        _sort(path, listing)
-    if not any(f"held_out{suffix}" in listing.folded for suffix in SUFFIXES):
+        _classify(path, listing)
+    if not any(f"held_out{suffix}" in listing.folded for suffix in IMAGE_SUFFIXES):
         try:
-            listing.held_out.update(listed(root))
+            listing.held_out.update(read_holdout_list(root))
         except DatasetError as error:
-            listing.problems.append(Problem(root / LIST, "held out", str(error)))
-        listing.texts[:] = [path for path in listing.texts if path != root / LIST]
-        there = {folded(listing.shown(path)) for path in listing.pictures}
+            listing.problems.append(FileProblem(root / HOLDOUT_LIST, "held out", str(error)))
+        listing.texts[:] = [path for path in listing.texts if path != root / HOLDOUT_LIST]
+        there = {fold_name(listing.shown(path)) for path in listing.pictures}
         if missing := sorted(listing.held_out - there):
-            names = shortened(missing, len(missing))
-            sentence = f"{LIST} names pictures that are not there ({names}); they are not held out."
-            listing.notes.append(Problem(root / LIST, "held out", sentence, False))
+            names = abbreviate(missing, len(missing))
+            sentence = f"{HOLDOUT_LIST} names pictures that are not there ({names}); they are not held out."
+            listing.notes.append(FileProblem(root / HOLDOUT_LIST, "held out", sentence, False))
     return listing
 
 
-def _sort(path: Path, listing: _Listing) -> None:
+def _classify(path: Path, listing: _Listing) -> None:
     """Find out what a file is for."""
     suffix, shown = path.suffix.casefold(), listing.shown(path)
-    kind = unused_folder(shown)
+    kind = unused_folder_kind(shown)
     if kind == "regularisation":
         rest = "is in a folder for regularisation, which is not used yet; it is not trained on."
         listing.note(path, kind, rest)
-    elif kind or (suffix in SUFFIXES and _is_mask(path, listing)):
+    elif kind or (suffix in IMAGE_SUFFIXES and _is_mask(path, listing)):
         listing.note(path, "mask", "is a mask, and masks are not used yet: all of its picture is trained on.")
-    elif suffix in SUFFIXES:
+    elif suffix in IMAGE_SUFFIXES:
         listing.pictures.append(path)
-    elif folded(path.name) in METADATA_NAMES:
+    elif fold_name(path.name) in METADATA_NAMES:
         listing.tables.append(path)
     elif suffix in CAPTION_SUFFIXES:
         listing.texts.append(path)
@@ -288,25 +288,25 @@ def _sort(path: Path, listing: _Listing) -> None:
 def _is_mask(path: Path, listing: _Listing) -> bool:
     """`cat-masklabel.png` always; `cat_mask.png`, `cat-mask.png`, `cat.mask.png` beside a picture `cat`."""
     shown = listing.shown(path.with_suffix(""))
-    if is_mask(path) or folded(shown[-5:]) not in _MASK_OF:
+    if is_mask(path) or fold_name(shown[-5:]) not in _MASK_OF:
         return is_mask(path)
-    return _first(listing, [f"{shown[:-5]}{suffix}" for suffix in sorted(SUFFIXES)]) is not None
+    return _find_first(listing, [f"{shown[:-5]}{suffix}" for suffix in sorted(IMAGE_SUFFIXES)]) is not None
 
 
 def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
     """Note the captions that no picture has, and those that several have."""
     readers: dict[Path, list[ImageRecord]] = {}
     for record in records:
-        if sidecar := _sidecar(record.path, listing):
+        if sidecar := _find_sidecar(record.path, listing):
             readers.setdefault(sidecar, []).append(record)
-    spare = {_sidecar(path, listing) for path in listing.pictures}
-    with_caption = {folded(listing.shown(record.path.with_suffix(""))) for record in records}
+    spare = {_find_sidecar(path, listing) for path in listing.pictures}
+    with_caption = {fold_name(listing.shown(record.path.with_suffix(""))) for record in records}
     for text in listing.texts:
         if text in readers:
             if len(readers[text]) > 1:
                 names = " and ".join(record.path.name for record in readers[text])
                 listing.note(text, "shared caption", f"is the caption of {names}; rename one if they differ.")
-        elif folded(listing.shown(text.with_suffix(""))) in with_caption:
+        elif fold_name(listing.shown(text.with_suffix(""))) in with_caption:
             listing.note(text, "second caption", "is not used, as its picture has another caption.")
         elif text in spare:
             listing.note(text, "unread caption", "belongs to a picture that cannot be used.")
@@ -314,14 +314,14 @@ def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
             listing.note(text, "caption without picture", "belongs to no picture; it is not used.")
 
 
-def _tables(listing: _Listing) -> dict[Path, str]:
+def _read_tables(listing: _Listing) -> dict[Path, str]:
     """Picture to caption, of all metadata files; what is wrong joins the problems."""
     captions: dict[Path, str] = {}
     # A table nearer to the picture has the last word.
     for table in sorted(listing.tables, key=lambda path: len(path.parts)):
         shown = listing.shown(table)
-        rows, sentences = metadata_captions(table, shown)
-        listing.problems.extend(Problem(table, "metadata", sentence) for sentence in sentences)
+        rows, sentences = read_metadata_captions(table, shown)
+        listing.problems.extend(FileProblem(table, "metadata", sentence) for sentence in sentences)
         missing: list[str] = []
         for name, caption in rows.items():
             picture = listing.find(posixpath.normpath(posixpath.join(posixpath.dirname(shown), name)))
@@ -331,38 +331,38 @@ def _tables(listing: _Listing) -> dict[Path, str]:
                 captions[picture] = caption
         for name in missing[:_SHOWN_ROWS]:
             sentence = f"{shown} names {name}, which is not there; add the picture or remove the row."
-            listing.problems.append(Problem(table, "metadata", sentence))
+            listing.problems.append(FileProblem(table, "metadata", sentence))
         if len(missing) > _SHOWN_ROWS:
             sentence = f"{shown} names {len(missing) - _SHOWN_ROWS} more pictures that are not there."
-            listing.problems.append(Problem(table, "metadata", sentence))
+            listing.problems.append(FileProblem(table, "metadata", sentence))
     return captions
 
 
-def _record(path: Path, listing: _Listing, tables: dict[Path, str]) -> ImageRecord | Problem:
+def _read_record(path: Path, listing: _Listing, tables: dict[Path, str]) -> ImageRecord | FileProblem:
     info = listing.sizes.info(path, listing.shown(path))
-    if isinstance(info, Problem):
+    if isinstance(info, FileProblem):
         return info
-    repeats, name = _kohya(path, listing.root)
-    sidecar = _sidecar(path, listing)
+    repeats, name = _kohya_folder(path, listing.root)
+    sidecar = _find_sidecar(path, listing)
     try:
         caption = read_text(sidecar, listing.shown(sidecar)) if sidecar else tables.get(path, name)
     except DatasetError as error:
-        return Problem(path, "caption", str(error))
-    by_hand = folded(listing.shown(path)) in listing.held_out
+        return FileProblem(path, "caption", str(error))
+    by_hand = fold_name(listing.shown(path)) in listing.held_out
     return ImageRecord(path, info.width, info.height, caption.strip(), repeats, by_hand, info.transparent)
 
 
-def _sidecar(picture: Path, listing: _Listing) -> Path | None:
+def _find_sidecar(picture: Path, listing: _Listing) -> Path | None:
     """The text file beside a picture."""
     stem = listing.shown(picture.with_suffix(""))
-    return _first(listing, [stem + suffix for suffix in CAPTION_SUFFIXES])
+    return _find_first(listing, [stem + suffix for suffix in CAPTION_SUFFIXES])
 
 
-def _first(listing: _Listing, names: list[str]) -> Path | None:
+def _find_first(listing: _Listing, names: list[str]) -> Path | None:
     return next((found for name in names if (found := listing.find(name))), None)
 
 
-def _kohya(path: Path, root: Path) -> tuple[int, str]:
+def _kohya_folder(path: Path, root: Path) -> tuple[int, str]:
     """Repeats and the caption of last resort, of the nearest `10_name` folder below the root; (1, "") without
     one."""
     for parent in reversed(path.relative_to(root).parts[:-1]):

@@ -9,14 +9,14 @@ heart.
 import hashlib
 
 from lora_core.data.dataset import ImageRecord
-from lora_core.data.near_duplicates import fingerprints, twin_groups
-from lora_core.data.scan import folded
+from lora_core.data.near_duplicates import compute_fingerprints, group_near_duplicates
+from lora_core.data.scan import fold_name
 from lora_core.errors import DatasetError
 
 _FEWEST_TO_TRAIN_ON = 2
 
 
-def held_out(
+def split_holdout(
     records: list[ImageRecord], pictures: float, seed: int
 ) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """The records to train on, and those to measure on, each in their old order.
@@ -31,8 +31,8 @@ def held_out(
         DatasetError: fewer than two pictures would be left to train on.
     """
     if any(record.held_out for record in records):
-        return _by_hand(records)
-    wished = wished_pictures(len(records), pictures)
+        return _split_by_list(records)
+    wished = num_holdout(len(records), pictures)
     if not wished:
         return list(records), []
     groups: dict[int, list[int]] = {}
@@ -46,7 +46,7 @@ def held_out(
     return train, [record for index, record in enumerate(records) if index in chosen]
 
 
-def wished_pictures(count: int, pictures: float) -> int:
+def num_holdout(count: int, pictures: float) -> int:
     """How many of `count` pictures are to be held out, 0 for none.
 
     Args:
@@ -68,7 +68,7 @@ def wished_pictures(count: int, pictures: float) -> int:
     return wished
 
 
-def _by_hand(records: list[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
+def _split_by_list(records: list[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
     """What a person chose, and what looks the same as one of those: it would be no measurement otherwise."""
     groups = _groups(records)
     chosen = {group for group, record in zip(groups, records, strict=True) if record.held_out}
@@ -84,11 +84,11 @@ def _by_hand(records: list[ImageRecord]) -> tuple[list[ImageRecord], list[ImageR
 
 def _groups(records: list[ImageRecord]) -> list[int]:
     """For each record the index of the first one of its group: the same file, or one that looks the same."""
-    by_look = twin_groups(fingerprints(record.path for record in records))
+    by_look = group_near_duplicates(compute_fingerprints(record.path for record in records))
     first: dict[str, int] = {}
     return [by_look[first.setdefault(str(record.path), index)] for index, record in enumerate(records)]
 
 
 def _rank(record: ImageRecord, index: int, seed: int) -> tuple[str, int]:
-    name = folded(record.path.name)
+    name = fold_name(record.path.name)
     return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogatepass")).hexdigest(), index

@@ -21,19 +21,19 @@ import numpy as np
 import pillow_heif
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from lora_core.data.scan import Problem, regular_size
+from lora_core.data.scan import FileProblem, check_regular_file
 from lora_core.errors import DatasetError
 from lora_core.system.paths import write_atomically
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 # What phones call MPO is opened as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")
 _ENDINGS = (
     "png apng jpg jpeg jpe jfif mpo webp heic heif hif avif gif bmp dib tif tiff ppm pgm pbm pnm tga jp2"
 )
-SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
-SMALLEST_SIDE = 16
-MOST_BYTES = 500_000_000
+IMAGE_SUFFIXES = frozenset(f".{ending}" for ending in _ENDINGS.split())
+MIN_SIDE = 16
+MAX_FILE_BYTES = 500_000_000
 """Of one picture file."""
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485
 
@@ -73,24 +73,24 @@ def open_rgb(path: Path) -> Image.Image:
     Raises:
         DatasetError: the file is not a picture, is damaged, or has too many pixels; names the file.
     """
-    with _loaded(path, str(path)) as (image, _):
-        return _upright(as_rgb(image), _orientation(image))
+    with _load_image(path, str(path)) as (image, _):
+        return _apply_orientation(to_rgb(image), _orientation(image))
 
 
-def thumbnail(path: Path, side: int = 256) -> bytes:
+def make_thumbnail(path: Path, side: int = 256) -> bytes:
     """A WebP of the picture that fits into a square of `side` pixels.
 
     Raises:
         DatasetError: as `open_rgb`.
     """
-    small = small_rgb(path, side)
+    small = open_rgb_reduced(path, side)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80, method=2)
     return buffer.getvalue()
 
 
-def small_rgb(path: Path, least: int) -> Image.Image:
+def open_rgb_reduced(path: Path, least: int) -> Image.Image:
     """The picture as upright RGB, possibly shrunk, with sides of at least `least` pixels if it has them.
 
     JPEGs are shrunk while they are decoded, which is several times faster than decoding them whole.
@@ -98,11 +98,11 @@ def small_rgb(path: Path, least: int) -> Image.Image:
     Raises:
         DatasetError: as `open_rgb`.
     """
-    with _loaded(path, str(path), least) as (image, _):
-        return _upright(as_rgb(image), _orientation(image))
+    with _load_image(path, str(path), least) as (image, _):
+        return _apply_orientation(to_rgb(image), _orientation(image))
 
 
-def content_hash(path: Path, most: int = sys.maxsize) -> str:
+def hash_file(path: Path, most: int = sys.maxsize) -> str:
     """SHA-256 of the file's bytes, in hex: the key of everything that is cached for it.
 
     Args:
@@ -112,15 +112,15 @@ def content_hash(path: Path, most: int = sys.maxsize) -> str:
     Raises:
         DatasetError: the file cannot be read, is not a regular file, or is too large.
     """
-    regular_size(path, str(path), most)
+    check_regular_file(path, str(path), most)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DatasetError(_complaint(path, str(path), error)) from error
+        raise DatasetError(_describe_error(path, str(path), error)) from error
 
 
-def image_info(path: Path, shown: str) -> ImageInfo:
+def read_image_info(path: Path, shown: str) -> ImageInfo:
     """Upright size and transparency, after the whole file was decoded.
 
     Args:
@@ -130,7 +130,7 @@ def image_info(path: Path, shown: str) -> ImageInfo:
     Raises:
         DatasetError: as `open_rgb`.
     """
-    with _loaded(path, shown, 1) as (image, stated):
+    with _load_image(path, shown, 1) as (image, stated):
         # Decoding may change the size: a JPEG is shrunk on purpose, a TIFF is turned upright by Pillow.
         width, height = stated if image.format in ("JPEG", "MPO") else image.size
         if _orientation(image) in _SIDEWAYS:
@@ -138,26 +138,26 @@ def image_info(path: Path, shown: str) -> ImageInfo:
         return ImageInfo(width, height, _is_transparent(image))
 
 
-def checked_info(path: Path, shown: str) -> ImageInfo | Problem:
+def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
     """As `image_info`, or what is wrong with a picture that cannot be trained on."""
     try:
-        info = image_info(path, shown)
+        info = read_image_info(path, shown)
     except DatasetError as error:
-        return Problem(path, "unreadable", str(error))
-    if min(info.width, info.height) < SMALLEST_SIDE:
-        return Problem(
+        return FileProblem(path, "unreadable", str(error))
+    if min(info.width, info.height) < MIN_SIDE:
+        return FileProblem(
             path,
             "tiny",
             f"{shown} is only {info.width} x {info.height} pixels; remove it or use a copy with sides of"
-            f" {SMALLEST_SIDE} or more.",
+            f" {MIN_SIDE} or more.",
         )
     return info
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """A decoded picture of any mode as 8-bit RGB."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _from_wide(image).convert("RGB")
+        return _to_8_bit(image).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -176,7 +176,7 @@ def _is_transparent(image: Image.Image) -> bool:
     return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 255)
 
 
-def _from_wide(image: Image.Image) -> Image.Image:
+def _to_8_bit(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits, or of floats, as 8-bit grey; Pillow's own conversion would clip at 255."""
     values = np.asarray(image)
     if image.mode == "F":
@@ -200,12 +200,12 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
+def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 @contextmanager
-def _loaded(
+def _load_image(
     path: Path, shown: str, least: int | None = None
 ) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
     """A decoded picture and the size that its file states; errors become sentences.
@@ -218,7 +218,7 @@ def _loaded(
     Raises:
         DatasetError: as `open_rgb`.
     """
-    if not regular_size(path, shown, MOST_BYTES):
+    if not check_regular_file(path, shown, MAX_FILE_BYTES):
         raise DatasetError(f"{shown} is empty (0 bytes); copy it again from its source or remove it.")
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -230,10 +230,10 @@ def _loaded(
             image.load()
             yield image, stated
     except Exception as error:  # a damaged file can raise anything inside a decoder
-        raise DatasetError(_complaint(path, shown, error)) from error
+        raise DatasetError(_describe_error(path, shown, error)) from error
 
 
-def _complaint(path: Path, shown: str, error: Exception) -> str:
+def _describe_error(path: Path, shown: str, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return (
             f"{shown} has more than {MAX_PIXELS // 1_000_000} million pixels, too many to open safely; save a"
@@ -256,7 +256,7 @@ def _complaint(path: Path, shown: str, error: Exception) -> str:
 _Known = tuple[int, int, ImageInfo]
 
 
-class Sizes:
+class SizeCache:
     """Path to time, bytes and what decoding told; kept in a file where one is given."""
 
     def __init__(self, file: Path | None = None) -> None:
@@ -266,18 +266,18 @@ class Sizes:
         self._changed = False
         if file is not None:
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-                for path, known in parsed_json(file.read_bytes()).items():
+                for path, known in parse_json(file.read_bytes()).items():
                     time, length, width, height, transparent = map(int, known)
                     self._known[path] = (time, length, ImageInfo(width, height, bool(transparent)))
 
-    def info(self, path: Path, shown: str) -> ImageInfo | Problem:
+    def info(self, path: Path, shown: str) -> ImageInfo | FileProblem:
         """As `pictures.checked_info`, without decoding a file that has not changed since it was decoded."""
         stamp = _stamp(path)
         known = self._known.get(str(path))
         if stamp is not None and known is not None and known[:2] == stamp:
             return known[2]
-        found = checked_info(path, shown)
-        if stamp is not None and not isinstance(found, Problem):
+        found = check_image(path, shown)
+        if stamp is not None and not isinstance(found, FileProblem):
             self._known[str(path)] = (*stamp, found)
             self._changed = True
         return found

@@ -17,27 +17,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from lora_core.data.images import MOST_BYTES, SUFFIXES, Sizes
+from lora_core.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, SizeCache
 from lora_core.data.scan import (
     MOST_DEPTH,
-    Problem,
-    files_below,
-    folded,
-    free_stem,
+    FileProblem,
+    abbreviate,
+    fold_name,
     is_junk,
     is_mask,
     safe_name,
-    shortened,
+    unused_stem,
+    walk_files,
 )
 from lora_core.data.sidecars import (
     CAPTION_SUFFIXES,
     METADATA_NAMES,
-    metadata_captions,
+    read_metadata_captions,
     read_text,
     write_caption,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.paths import valid_text
+from lora_core.system.paths import clean_text
 
 _CHUNK = 1 << 20
 
@@ -64,14 +64,16 @@ class Imported:
     """The files that were added, and what was not and why."""
 
     added: list[Path]
-    skipped: list[Problem]
+    skipped: list[FileProblem]
 
 
-def is_useful(name: str) -> bool:
+def is_dataset_file(name: str) -> bool:
     """Whether a file belongs to a dataset: a picture, a caption or a table of captions."""
     suffix = PurePosixPath(name).suffix.casefold()
     return (
-        suffix in SUFFIXES or suffix in CAPTION_SUFFIXES or folded(PurePosixPath(name).name) in METADATA_NAMES
+        suffix in IMAGE_SUFFIXES
+        or suffix in CAPTION_SUFFIXES
+        or fold_name(PurePosixPath(name).name) in METADATA_NAMES
     )
 
 
@@ -153,7 +155,7 @@ def _zip_fault(entry: zipfile.ZipInfo, limits: Limits) -> str:
     return ""
 
 
-def not_unpacked(zip_path: Path) -> list[Problem]:
+def list_skipped_entries(zip_path: Path) -> list[FileProblem]:
     """A note for each entry of a zip that `unpack` leaves out; hidden ones share one.
 
     Raises:
@@ -161,52 +163,52 @@ def not_unpacked(zip_path: Path) -> list[Problem]:
     """
     try:
         with zipfile.ZipFile(zip_path) as archive:
-            return _sorted(archive, zip_path)[1]
+            return _sort_entries(archive, zip_path)[1]
     except (OSError, zipfile.BadZipFile) as error:
         raise DatasetError(f"{zip_path.name} cannot be read ({error}); pack it again.") from error
 
 
-def _sorted(
+def _sort_entries(
     archive: zipfile.ZipFile, zip_path: Path
-) -> tuple[dict[PurePosixPath, zipfile.ZipInfo], list[Problem]]:
+) -> tuple[dict[PurePosixPath, zipfile.ZipInfo], list[FileProblem]]:
     """The useful entries by the relative path that they get, and a note on each of the others."""
     useful: dict[PurePosixPath, zipfile.ZipInfo] = {}
-    notes: list[Problem] = []
+    notes: list[FileProblem] = []
     hidden: list[str] = []
     for entry in archive.infolist():
-        name = _true_name(entry)
+        name = _decode_name(entry)
         if entry.is_dir():
             continue
         if any(is_junk(part) for part in name.split("/")):
             hidden.append(name)
-        elif not is_useful(name):
+        elif not is_dataset_file(name):
             sentence = f"{name} in {zip_path.name} is neither a picture nor a caption; it is not used."
-            notes.append(Problem(zip_path / safe_name(name), "other file", sentence, False))
+            notes.append(FileProblem(zip_path / safe_name(name), "other file", sentence, False))
         elif safe_name(name) in useful:
             sentence = f"{name} stands in {zip_path.name} twice; the first one is used."
-            notes.append(Problem(zip_path / safe_name(name), "other file", sentence, False))
+            notes.append(FileProblem(zip_path / safe_name(name), "other file", sentence, False))
         else:
             useful[safe_name(name)] = entry
     if hidden:
         sentence = (
-            f"{len(hidden)} hidden in {zip_path.name}, not looked at ({shortened(hidden, len(hidden))})."
+            f"{len(hidden)} hidden in {zip_path.name}, not looked at ({abbreviate(hidden, len(hidden))})."
         )
-        notes.append(Problem(zip_path, "hidden", sentence, False))
+        notes.append(FileProblem(zip_path, "hidden", sentence, False))
     return useful, notes
 
 
 def _extract(
     archive: zipfile.ZipFile, zip_path: Path, into: Path, limits: Limits
-) -> tuple[list[Path], list[Problem]]:
+) -> tuple[list[Path], list[FileProblem]]:
     """Write the useful entries; the paths are relative to `into`."""
     added: list[Path] = []
-    useful, skipped = _sorted(archive, zip_path)
+    useful, skipped = _sort_entries(archive, zip_path)
     room = limits.total_bytes
     for name, entry in useful.items():
         target = into / name
         if target.exists():  # where the file system takes two names for one
             sentence = f"{name} stands in {zip_path.name} twice; the first one is used."
-            skipped.append(Problem(zip_path / name, "other file", sentence, False))
+            skipped.append(FileProblem(zip_path / name, "other file", sentence, False))
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         room -= _write(archive, entry, target, min(room, limits.file_bytes))
@@ -230,7 +232,7 @@ def _write(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, most:
     return written
 
 
-def _true_name(entry: zipfile.ZipInfo) -> str:
+def _decode_name(entry: zipfile.ZipInfo) -> str:
     """The entry's name with slashes; UTF-8 that a packer did not announce is read as what it is."""
     name = entry.filename
     if not entry.flag_bits & 0x800:
@@ -245,12 +247,12 @@ def _true_name(entry: zipfile.ZipInfo) -> str:
 # all.
 
 
-def _quiet(phase: str, done: int, total: int) -> None:
+def _ignore_progress(phase: str, done: int, total: int) -> None:
     """Where nobody wants to hear how far it is."""
 
 
 @dataclass(frozen=True)
-class Way:
+class TransferMode:
     """How files are taken over.
 
     Attributes:
@@ -261,11 +263,11 @@ class Way:
     """
 
     how: str = "copy"
-    said: Callable[[str, int, int], None] = _quiet
-    sizes: Sizes = field(default_factory=Sizes)
+    said: Callable[[str, int, int], None] = _ignore_progress
+    sizes: SizeCache = field(default_factory=SizeCache)
 
 
-def take(source: Path, target: Path, way: Way) -> None:
+def transfer_file(source: Path, target: Path, way: TransferMode) -> None:
     """Take over one file.
 
     Raises:
@@ -276,8 +278,8 @@ def take(source: Path, target: Path, way: Way) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if way.how == "move":
             shutil.move(source, temporary)
-        elif way.how == "link" and target.suffix.casefold() in SUFFIXES:
-            _link(source, temporary)
+        elif way.how == "link" and target.suffix.casefold() in IMAGE_SUFFIXES:
+            _link_file(source, temporary)
         else:
             shutil.copyfile(source, temporary)
         os.replace(temporary, target)
@@ -287,7 +289,7 @@ def take(source: Path, target: Path, way: Way) -> None:
     way.sizes.carry(source, target)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link_file(source: Path, target: Path) -> None:
     """A hard link, which stays when the original is moved or removed; to another disk a symbolic one."""
     target.unlink(missing_ok=True)
     try:
@@ -306,7 +308,7 @@ def _link(source: Path, target: Path) -> None:
 # pictures may get new names here and because the window edits text files.
 
 
-__all__ = ["Imported", "Limits", "Way", "import_files", "import_folder", "unpack"]
+__all__ = ["Imported", "Limits", "TransferMode", "import_files", "import_folder", "unpack"]
 
 _MASK = "-masklabel"
 _THREADS = 4
@@ -332,12 +334,12 @@ class _Incoming:
     @property
     def set_name(self) -> str:
         """Shared by a picture, its mask and its caption, which must keep together."""
-        return folded((self.name.parent / self.stem).as_posix())
+        return fold_name((self.name.parent / self.stem).as_posix())
 
     @property
     def is_mask(self) -> bool:
         """Whether it is a mask picture."""
-        return is_mask(Path(self.name)) and self.suffix in SUFFIXES
+        return is_mask(Path(self.name)) and self.suffix in IMAGE_SUFFIXES
 
 
 @dataclass
@@ -345,9 +347,9 @@ class _Import:
     """One import under way."""
 
     into: Path
-    way: Way
+    way: TransferMode
     added: list[Path] = field(default_factory=list)
-    skipped: list[Problem] = field(default_factory=list)
+    skipped: list[FileProblem] = field(default_factory=list)
     placed: dict[str, Path] = field(default_factory=dict)
     _names: dict[Path, set[str]] = field(default_factory=dict)
     _stems: dict[Path, set[str]] = field(default_factory=dict)
@@ -356,8 +358,8 @@ class _Import:
         """The folded names in a folder of the dataset, read once."""
         if folder not in self._names:
             there = [p.name for p in (folder.iterdir() if folder.is_dir() else ()) if not is_junk(p.name)]
-            self._names[folder] = {folded(name) for name in there}
-            self._stems[folder] = {folded(Path(name).stem) for name in there}
+            self._names[folder] = {fold_name(name) for name in there}
+            self._stems[folder] = {fold_name(Path(name).stem) for name in there}
         return self._names[folder]
 
     def stems(self, folder: Path) -> set[str]:
@@ -368,16 +370,16 @@ class _Import:
     def place(self, target: Path) -> None:
         """Note that a name is taken from now on."""
         self.added.append(target)
-        self.names(target.parent).add(folded(target.name))
-        self.stems(target.parent).add(folded(target.stem))
+        self.names(target.parent).add(fold_name(target.name))
+        self.stems(target.parent).add(fold_name(target.stem))
 
     def skip(self, source: Path, kind: str, sentence: str) -> None:
         """Note that a file was left out, and why."""
-        self.skipped.append(Problem(source, kind, sentence))
+        self.skipped.append(FileProblem(source, kind, sentence))
 
 
 def import_files(
-    files: list[Path], into: Path, names: list[str] | None = None, way: Way | None = None
+    files: list[Path], into: Path, names: list[str] | None = None, way: TransferMode | None = None
 ) -> Imported:
     """Take over pictures, their captions and masks into a dataset folder, and unpack zips.
 
@@ -393,9 +395,9 @@ def import_files(
     Raises:
         DatasetError: the folder cannot be written, or the disk is too full.
     """
-    under_way = _started(into, files, way or Way())
+    under_way = _begin_import(into, files, way or TransferMode())
     loose: list[_Incoming] = []
-    for source, name in zip(files, map(valid_text, names or [file.name for file in files]), strict=True):
+    for source, name in zip(files, map(clean_text, names or [file.name for file in files]), strict=True):
         if any(is_junk(part) for part in PurePosixPath(name.replace("\\", "/")).parts):
             continue
         if PurePosixPath(name).suffix.casefold() == ".zip":
@@ -406,7 +408,7 @@ def import_files(
     return Imported(under_way.added, under_way.skipped)
 
 
-def import_folder(folder: Path, into: Path, way: Way | None = None) -> Imported:
+def import_folder(folder: Path, into: Path, way: TransferMode | None = None) -> Imported:
     """Take over the pictures, captions and masks below a folder into a dataset folder; `10_name` sub-folders
     stay.
 
@@ -415,19 +417,19 @@ def import_folder(folder: Path, into: Path, way: Way | None = None) -> Imported:
     """
     if not folder.is_dir():
         raise DatasetError(f"The folder {folder} does not exist; check its path.")
-    found = list(files_below(folder))
+    found = list(walk_files(folder))
     # A dataset folder inside the folder that is imported would be copied into itself.
     inner = into if into.is_relative_to(folder) else None
     files = [one for one in found if isinstance(one, Path) and not (inner and one.is_relative_to(inner))]
-    under_way = _started(into, files, way or Way())
-    under_way.skipped.extend(one for one in found if isinstance(one, Problem) and one.kind != "hidden")
+    under_way = _begin_import(into, files, way or TransferMode())
+    under_way.skipped.extend(one for one in found if isinstance(one, FileProblem) and one.kind != "hidden")
     _import_all(
         [_Incoming(file, safe_name(file.relative_to(folder).as_posix())) for file in files], under_way
     )
     return Imported(under_way.added, under_way.skipped)
 
 
-def _started(into: Path, files: list[Path], way: Way) -> _Import:
+def _begin_import(into: Path, files: list[Path], way: TransferMode) -> _Import:
     """An import, after a look at whether there is room.
 
     Raises:
@@ -452,8 +454,8 @@ def _started(into: Path, files: list[Path], way: Way) -> _Import:
 def _bytes_to_copy(file: Path) -> int:
     """The size of a file that may be taken over; others are refused one by one."""
     is_zip = file.suffix.casefold() == ".zip"
-    size = file.stat().st_size if (is_zip or is_useful(file.name)) and os.path.isfile(file) else 0
-    return size if is_zip or size <= MOST_BYTES else 0
+    size = file.stat().st_size if (is_zip or is_dataset_file(file.name)) and os.path.isfile(file) else 0
+    return size if is_zip or size <= MAX_FILE_BYTES else 0
 
 
 def _import_zip(source: Path, name: str, under_way: _Import) -> None:
@@ -476,18 +478,18 @@ def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
     sets: dict[str, list[_Incoming]] = {}
     tables: list[_Incoming] = []
     for one in incoming:
-        if folded(one.name.name) in METADATA_NAMES:
+        if fold_name(one.name.name) in METADATA_NAMES:
             tables.append(one)
-        elif one.suffix in SUFFIXES or one.suffix in CAPTION_SUFFIXES:
+        elif one.suffix in IMAGE_SUFFIXES or one.suffix in CAPTION_SUFFIXES:
             sets.setdefault(one.set_name, []).append(one)
         else:
             sentence = f"{one.name} is neither a picture nor a caption nor a zip; it was left out."
             under_way.skip(one.source, "other file", sentence)
     listed = [one for members in sets.values() for one in members]
-    faults: dict[_Incoming, Problem | None] = {}
+    faults: dict[_Incoming, FileProblem | None] = {}
     said = under_way.way.said
     with ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda one: _fault(one, under_way.way.sizes), listed)
+        found = threads.map(lambda one: _import_fault(one, under_way.way.sizes), listed)
         for done, (one, fault) in enumerate(zip(listed, found, strict=True)):
             said("Checking", done, len(listed))
             faults[one] = fault
@@ -499,15 +501,15 @@ def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
         _import_table(table, under_way)
 
 
-def _fault(one: _Incoming, sizes: Sizes) -> Problem | None:
+def _import_fault(one: _Incoming, sizes: SizeCache) -> FileProblem | None:
     """What is wrong with a picture or a caption."""
-    if one.suffix in SUFFIXES:
+    if one.suffix in IMAGE_SUFFIXES:
         info = sizes.info(one.source, str(one.name))
-        return info if isinstance(info, Problem) else None
+        return info if isinstance(info, FileProblem) else None
     try:
         read_text(one.source, str(one.name))
     except DatasetError as error:
-        return Problem(one.source, "caption", str(error))
+        return FileProblem(one.source, "caption", str(error))
     return None
 
 
@@ -520,16 +522,16 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
     firsts = [one for one in members if kinds[one.is_mask, one.suffix] is one]
     folder = under_way.into / members[0].name.parent
     stem = firsts[0].stem
-    has_picture = any(one.suffix in SUFFIXES and not one.is_mask for one in firsts)
+    has_picture = any(one.suffix in IMAGE_SUFFIXES and not one.is_mask for one in firsts)
     if has_picture:
-        stem = free_stem(stem, under_way.stems(folder))
+        stem = unused_stem(stem, under_way.stems(folder))
         # One may have been taken back since the folder was read.
         while any(os.path.lexists(folder / f"{stem}{one.suffix}") for one in firsts):
-            under_way.stems(folder).add(folded(stem))
-            stem = free_stem(firsts[0].stem, under_way.stems(folder))
+            under_way.stems(folder).add(fold_name(stem))
+            stem = unused_stem(firsts[0].stem, under_way.stems(folder))
     for one in firsts:
         target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
-        if not has_picture and folded(target.name) in under_way.names(folder):
+        if not has_picture and fold_name(target.name) in under_way.names(folder):
             sentence = f"{one.name} is there already and was left as it is; change it in its place."
             under_way.skip(one.source, "already there", sentence)
         else:
@@ -542,24 +544,24 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
 def _place(one: _Incoming, target: Path, under_way: _Import) -> None:
     """Take over one file, whole or not at all."""
     try:
-        take(one.source, target, under_way.way)
+        transfer_file(one.source, target, under_way.way)
     except OSError as error:
         under_way.skip(
             one.source, "unreadable", f"{one.name} cannot be copied ({error.strerror}); try it again."
         )
         return
     under_way.place(target)
-    under_way.placed[folded(one.name.as_posix())] = target
+    under_way.placed[fold_name(one.name.as_posix())] = target
 
 
 def _import_table(table: _Incoming, under_way: _Import) -> None:
     """Write the rows of a table as text files beside the pictures that have none."""
-    captions, sentences = metadata_captions(table.source, str(table.name))
+    captions, sentences = read_metadata_captions(table.source, str(table.name))
     for sentence in sentences:
         under_way.skip(table.source, "metadata", sentence)
     for name, caption in captions.items():
         shown = safe_name((table.name.parent / name).as_posix())
-        picture = under_way.placed.get(folded(shown.as_posix())) or _there(under_way.into / shown)
+        picture = under_way.placed.get(fold_name(shown.as_posix())) or _existing_names(under_way.into / shown)
         if picture is None:
             sentence = (
                 f"{table.name} names {name}, which did not come along; add the picture and the table"
@@ -571,6 +573,6 @@ def _import_table(table: _Incoming, under_way: _Import) -> None:
             under_way.added.append(picture.with_suffix(".txt"))
 
 
-def _there(path: Path) -> Path | None:
+def _existing_names(path: Path) -> Path | None:
     # `Path.is_file` raises where a name is too long for the file system.
     return path if os.path.isfile(path) else None

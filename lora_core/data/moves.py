@@ -11,9 +11,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_core.data.dataset import LIST
-from lora_core.data.images import SUFFIXES
-from lora_core.data.scan import Problem, files_below, folded, is_mask
+from lora_core.data.dataset import HOLDOUT_LIST
+from lora_core.data.images import IMAGE_SUFFIXES
+from lora_core.data.scan import FileProblem, fold_name, is_mask, walk_files
 from lora_core.data.sidecars import CAPTION_SUFFIXES
 from lora_core.system.paths import write_atomically
 
@@ -29,7 +29,7 @@ class Move:
     copy: bool = False
 
 
-def move_together(moves: list[Move], root: Path) -> None:
+def move_files(moves: list[Move], root: Path) -> None:
     """Move files below `root`, all or none.
 
     Raises:
@@ -46,11 +46,11 @@ def move_together(moves: list[Move], root: Path) -> None:
     done: list[Move] = []
     try:
         for move in moves:
-            _do(move)
+            _apply(move)
             done.append(move)
     except OSError:
         for move in reversed(done):
-            _undo(move)
+            _revert(move)
         (root / JOURNAL).unlink()
         raise
     (root / JOURNAL).unlink()
@@ -65,7 +65,8 @@ def finish_moves(root: Path) -> bool:
     try:
         rows = json.loads((root / JOURNAL).read_bytes())
         moves = [
-            Move(_below(root, source), _below(root, target), bool(copy)) for source, target, copy in rows
+            Move(_journal_path(root, source), _journal_path(root, target), bool(copy))
+            for source, target, copy in rows
         ]
     except FileNotFoundError:
         return False
@@ -73,12 +74,12 @@ def finish_moves(root: Path) -> bool:
         moves = []
     for move in moves:
         if os.path.lexists(move.source) and not os.path.lexists(move.target):
-            _do(move)
+            _apply(move)
     (root / JOURNAL).unlink()
     return True
 
 
-def rejoin(pictures: Path, aside: Path) -> int:
+def rejoin_sidecars(pictures: Path, aside: Path) -> int:
     """Bring captions and masks back to pictures from which they were parted; returns how many.
 
     Before moves were written down, a kill left a caption in the other folder, or, after Take back, beside a
@@ -88,7 +89,7 @@ def rejoin(pictures: Path, aside: Path) -> int:
         OSError: a file cannot be moved.
     """
     here, there = _Files(pictures), _Files(aside)
-    moves = [*_parted(here, there), *_parted(there, here)]
+    moves = [*_separated(here, there), *_separated(there, here)]
     for companion, stem in here.companions.items():
         if stem in here.pictures or stem in there.pictures:
             continue
@@ -96,10 +97,10 @@ def rejoin(pictures: Path, aside: Path) -> int:
         bare = [other for other in here.pictures if numbered.fullmatch(other) and not here.captioned(other)]
         if len(bare) == 1:
             picture = here.pictures[bare[0]]
-            moves.append(Move(companion, picture.with_name(picture.stem + _ending(companion))))
+            moves.append(Move(companion, picture.with_name(picture.stem + _name_after_stem(companion))))
     for move in moves:
         if not os.path.lexists(move.target):
-            _do(move)
+            _apply(move)
     return len(moves)
 
 
@@ -110,14 +111,14 @@ class _Files:
         self.folder = folder
         self.pictures: dict[str, Path] = {}
         self.companions: dict[Path, str] = {}
-        for path in files_below(folder, SUFFIXES):
-            if isinstance(path, Problem) or path == folder / LIST:
+        for path in walk_files(folder, IMAGE_SUFFIXES):
+            if isinstance(path, FileProblem) or path == folder / HOLDOUT_LIST:
                 continue
             shown = path.relative_to(folder).as_posix()
-            stem = folded(shown[: len(shown) - len(_ending(path))])
+            stem = fold_name(shown[: len(shown) - len(_name_after_stem(path))])
             if is_mask(path) or path.suffix.casefold() in CAPTION_SUFFIXES:
                 self.companions[path] = stem
-            elif path.suffix.casefold() in SUFFIXES:
+            elif path.suffix.casefold() in IMAGE_SUFFIXES:
                 self.pictures[stem] = path
 
     def captioned(self, stem: str) -> bool:
@@ -125,26 +126,26 @@ class _Files:
         return any(stem == other and not is_mask(path) for path, other in self.companions.items())
 
 
-def _ending(path: Path) -> str:
+def _name_after_stem(path: Path) -> str:
     """What follows a picture's stem in its name or in that of its caption or mask."""
     stem = path.stem[: -len("-masklabel")] if is_mask(path) else path.stem
     return path.name[len(stem) :]
 
 
-def _parted(one: _Files, other: _Files) -> list[Move]:
+def _separated(one: _Files, other: _Files) -> list[Move]:
     """Captions and masks in `one` whose picture is in `other`, which has no such file."""
     found = []
     for path, stem in one.companions.items():
         if stem in one.pictures or stem not in other.pictures:
             continue
         picture = other.pictures[stem]
-        target = picture.with_name(picture.stem + _ending(path))
+        target = picture.with_name(picture.stem + _name_after_stem(path))
         if is_mask(path) or not other.captioned(stem):
             found.append(Move(path, target))
     return found
 
 
-def _do(move: Move) -> None:
+def _apply(move: Move) -> None:
     move.target.parent.mkdir(parents=True, exist_ok=True)
     if move.copy:
         temporary = move.target.with_name(f".{move.target.name}.tmp")
@@ -154,7 +155,7 @@ def _do(move: Move) -> None:
         os.replace(move.source, move.target)
 
 
-def _undo(move: Move) -> None:
+def _revert(move: Move) -> None:
     # The error that led here is the one to be told of.
     with contextlib.suppress(OSError):
         if move.copy:
@@ -163,7 +164,7 @@ def _undo(move: Move) -> None:
             os.replace(move.target, move.source)
 
 
-def _below(root: Path, name: str) -> Path:
+def _journal_path(root: Path, name: str) -> Path:
     """A file of the journal; ValueError where it is not below `root`."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:

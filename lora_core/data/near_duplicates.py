@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lora_core.data.images import small_rgb
+from lora_core.data.images import open_rgb_reduced
 from lora_core.errors import DatasetError
 
 _SIDE, _KEPT = 32, 8
@@ -37,7 +37,7 @@ class Fingerprint:
     colours: np.ndarray
 
 
-def fingerprint(image: Image.Image) -> Fingerprint:
+def compute_fingerprint(image: Image.Image) -> Fingerprint:
     """What is compared of an RGB picture."""
     grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     waves, k = _cosines(), np.arange(_KEPT)
@@ -48,13 +48,13 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     return Fingerprint(shape.ravel() / np.linalg.norm(shape), colours.ravel())
 
 
-def alike(one: Fingerprint, other: Fingerprint) -> bool:
+def are_near_duplicates(one: Fingerprint, other: Fingerprint) -> bool:
     """Whether two pictures look the same."""
     near = float(one.shape @ other.shape) >= _SAME_SHAPE
     return near and float(np.abs(one.colours - other.colours).mean()) <= _COLOUR_APART
 
 
-def twin_groups(prints: Sequence[Fingerprint | None]) -> list[int]:
+def group_near_duplicates(prints: Sequence[Fingerprint | None]) -> list[int]:
     """For each picture the index of the first one of its group; its own where nothing looks like it.
 
     Twins of twins are one group. None, a picture that could not be read, is alone.
@@ -67,13 +67,13 @@ def twin_groups(prints: Sequence[Fingerprint | None]) -> list[int]:
             continue
         for earlier in np.flatnonzero(shapes[:index] @ one.shape >= _SAME_SHAPE).tolist():
             other = prints[earlier]
-            if other is not None and alike(one, other):
+            if other is not None and are_near_duplicates(one, other):
                 first, last = sorted((group[earlier], group[index]))
                 group = [first if each == last else each for each in group]
     return group
 
 
-def fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
+def compute_fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
     """The fingerprint of each picture; None for one that cannot be read."""
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(_fingerprint_or_none, paths))
@@ -81,7 +81,7 @@ def fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
 
 def _fingerprint_or_none(path: Path) -> Fingerprint | None:
     try:
-        return fingerprint(small_rgb(path, 2 * _SIDE))
+        return compute_fingerprint(open_rgb_reduced(path, 2 * _SIDE))
     except DatasetError:
         return None
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from lora_core.errors import DatasetError
-from lora_core.system.paths import is_device, valid_text
+from lora_core.system.paths import clean_text, is_device
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ImageRecord:
 
 
 @dataclass(frozen=True)
-class Problem:
+class FileProblem:
     """A file that cannot be used as it is, or that is not used: `kind` for programs, `sentence` for people.
 
     `blocking` says that training refuses the dataset because of it.
@@ -48,8 +48,8 @@ class Dataset:
     """The usable pictures in order of path, what is wrong with the rest, and which files are not used."""
 
     records: list[ImageRecord]
-    problems: list[Problem]
-    notes: list[Problem] = field(default_factory=list)
+    problems: list[FileProblem]
+    notes: list[FileProblem] = field(default_factory=list)
 
 
 # File names: how they are compared, and names from elsewhere made fit for every system.
@@ -60,7 +60,7 @@ _ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
 _MOST_BYTES = 180
 
 
-def folded(name: str) -> str:
+def fold_name(name: str) -> str:
     """A name as it is compared: without case and in one Unicode form, as Windows and macOS do."""
     return unicodedata.normalize("NFC", name).casefold()
 
@@ -90,10 +90,10 @@ def _safe_part(part: str) -> str:
     return stem.encode()[:room].decode(errors="ignore") + dot + ending
 
 
-def free_stem(stem: str, used: Container[str]) -> str:
+def unused_stem(stem: str, used: Container[str]) -> str:
     """The stem itself, or with `-2`, `-3`, ... the first that is not among the folded stems of `used`."""
     candidate, number = stem, 1
-    while folded(candidate) in used:
+    while fold_name(candidate) in used:
         number += 1
         candidate = f"{stem}-{number}"
     return candidate
@@ -117,21 +117,21 @@ _SHOWN_HIDDEN = 5
 
 def is_junk(name: str) -> bool:
     """A hidden file or folder, or one that a system leaves behind."""
-    return (name.startswith(".") and name.strip(".") != "") or folded(name) in _LEFT_BEHIND
+    return (name.startswith(".") and name.strip(".") != "") or fold_name(name) in _LEFT_BEHIND
 
 
 def is_mask(path: Path) -> bool:
     """A mask of another image by its own name (`cat-masklabel.png` of `cat.png`)."""
-    return folded(path.stem).endswith(MASK_ENDINGS)
+    return fold_name(path.stem).endswith(MASK_ENDINGS)
 
 
-def unused_folder(shown: str) -> str:
+def unused_folder_kind(shown: str) -> str:
     """ "mask" or "regularisation" for a file in a folder of such images, else "".
 
     Args:
         shown: path below the dataset folder, with forward slashes.
     """
-    for part in folded(shown).split("/")[:-1]:
+    for part in fold_name(shown).split("/")[:-1]:
         if _REGULARISATION.fullmatch(part):
             return "regularisation"
         if _MASK_FOLDER.fullmatch(part):
@@ -139,7 +139,7 @@ def unused_folder(shown: str) -> str:
     return ""
 
 
-def regular_size(path: Path, shown: str, most: int) -> int:
+def check_regular_file(path: Path, shown: str, most: int) -> int:
     """Bytes of a regular file that may be opened.
 
     Args:
@@ -173,7 +173,7 @@ class _Walk:
     hidden_count: int = 0
 
 
-def files_below(root: Path, may_lead_out: Container[str] = ()) -> Iterator[Path | Problem]:
+def walk_files(root: Path, may_lead_out: Container[str] = ()) -> Iterator[Path | FileProblem]:
     """All regular files below a folder that are not hidden, sorted; a problem for everything else.
 
     Two kinds do not block: a link to a folder that is inside (its files are found there), and how many hidden
@@ -184,69 +184,69 @@ def files_below(root: Path, may_lead_out: Container[str] = ()) -> Iterator[Path 
         may_lead_out: suffixes, in lower case, of files that may be links to files elsewhere.
     """
     walk = _Walk(Path(os.path.realpath(root)), may_lead_out)
-    yield from _below(root, "", walk)
+    yield from _walk_folder(root, "", walk)
     if walk.hidden_count:
-        names = shortened(walk.hidden, walk.hidden_count)
+        names = abbreviate(walk.hidden, walk.hidden_count)
         what = "hidden file or folder is" if walk.hidden_count == 1 else "hidden files or folders are"
-        yield Problem(root, "hidden", f"{walk.hidden_count} {what} not looked at ({names}).", False)
+        yield FileProblem(root, "hidden", f"{walk.hidden_count} {what} not looked at ({names}).", False)
 
 
-def shortened(names: list[str], count: int) -> str:
+def abbreviate(names: list[str], count: int) -> str:
     """The first names, and how many more there are of `count`."""
     shown = ", ".join(names[:_SHOWN_HIDDEN])
     more = count - min(len(names), _SHOWN_HIDDEN)
     return f"{shown} and {more} more" if more else shown
 
 
-def _below(folder: Path, above: str, walk: _Walk) -> Iterator[Path | Problem]:
+def _walk_folder(folder: Path, above: str, walk: _Walk) -> Iterator[Path | FileProblem]:
     """The files of a folder; `above` is its path below the root, empty or ending with a slash."""
     try:
         with os.scandir(folder) as scanned:
-            entries = sorted(scanned, key=lambda entry: (folded(entry.name), entry.name))
+            entries = sorted(scanned, key=lambda entry: (fold_name(entry.name), entry.name))
     except OSError as error:
         sentence = f"The folder {folder} cannot be listed ({error.strerror}); check that it may be read."
-        yield Problem(folder, "unreadable", valid_text(sentence))
+        yield FileProblem(folder, "unreadable", clean_text(sentence))
         return
     for entry in entries:
-        path, shown = folder / entry.name, valid_text(above + entry.name)
+        path, shown = folder / entry.name, clean_text(above + entry.name)
         if is_junk(entry.name):
             walk.hidden_count += 1
             if len(walk.hidden) < _SHOWN_HIDDEN:
                 walk.hidden.append(shown)
-        elif valid_text(entry.name) != entry.name:
-            yield Problem(path, "name", f"The name of {shown} is not UTF-8; rename it.")
+        elif clean_text(entry.name) != entry.name:
+            yield FileProblem(path, "name", f"The name of {shown} is not UTF-8; rename it.")
         elif not os.path.isdir(path):
-            yield _file(path, shown, walk)
+            yield _check_file(path, shown, walk)
         elif entry.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path):
-            yield _folder_link(path, shown, walk)
+            yield _check_folder_link(path, shown, walk)
         elif shown.count("/") + 1 > MOST_DEPTH:
             sentence = f"The folder {shown} lies more than {MOST_DEPTH} folders deep; move it further up."
-            yield Problem(path, "deep", sentence)
+            yield FileProblem(path, "deep", sentence)
         else:
-            yield from _below(path, f"{shown}/", walk)
+            yield from _walk_folder(path, f"{shown}/", walk)
 
 
-def _file(path: Path, shown: str, walk: _Walk) -> Path | Problem:
+def _check_file(path: Path, shown: str, walk: _Walk) -> Path | FileProblem:
     try:
         found = path.stat()
     except OSError as error:
         sentence = f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
-        return Problem(path, "unreadable", sentence)
+        return FileProblem(path, "unreadable", sentence)
     if not stat.S_ISREG(found.st_mode):
-        return Problem(path, "no file", f"{shown} is a pipe, a device or a socket; remove it.")
-    if path.is_symlink() and path.suffix.casefold() not in walk.may_lead_out and not _inside(path, walk):
+        return FileProblem(path, "no file", f"{shown} is a pipe, a device or a socket; remove it.")
+    if path.is_symlink() and path.suffix.casefold() not in walk.may_lead_out and not _is_inside(path, walk):
         sentence = f"{shown} is a link to a file outside of the folder; put a copy of the file there."
-        return Problem(path, "link", sentence)
+        return FileProblem(path, "link", sentence)
     return path
 
 
-def _folder_link(path: Path, shown: str, walk: _Walk) -> Problem:
-    if _inside(path, walk):
+def _check_folder_link(path: Path, shown: str, walk: _Walk) -> FileProblem:
+    if _is_inside(path, walk):
         sentence = f"{shown} is a link to a folder that is there already; it is not followed."
-        return Problem(path, "link", sentence, False)
+        return FileProblem(path, "link", sentence, False)
     sentence = f"{shown} is a link to a folder elsewhere, which is not followed; put the folder itself there."
-    return Problem(path, "link", sentence)
+    return FileProblem(path, "link", sentence)
 
 
-def _inside(path: Path, walk: _Walk) -> bool:
+def _is_inside(path: Path, walk: _Walk) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(walk.real)

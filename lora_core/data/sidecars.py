@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.scan import regular_size
+from lora_core.data.scan import check_regular_file
 from lora_core.errors import DatasetError
-from lora_core.system.paths import valid_text, write_atomically
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.paths import clean_text, write_atomically
+from lora_core.system.untrusted import parse_json
 
 CAPTION_BYTES = 1_000_000
 TABLE_BYTES = 50_000_000
@@ -37,7 +37,7 @@ def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:
     Raises:
         DatasetError: it cannot be read, is not a regular file, is too large or not UTF-8; names the file.
     """
-    size = regular_size(path, shown, most)
+    size = check_regular_file(path, shown, most)
     try:
         with open(path, "rb") as file:
             text = file.read(size).decode("utf-8-sig")
@@ -69,7 +69,7 @@ def write_caption(picture: Path, text: str, wait: bool = True) -> None:
             if wait:
                 write_atomically(target, text.encode("utf-8", "replace"))
             else:
-                write_soon(target, text.encode("utf-8", "replace"))
+                write_without_sync(target, text.encode("utf-8", "replace"))
     except OSError as error:
         raise DatasetError(
             f"The caption {target} cannot be written ({error.strerror}); check that the folder may be"
@@ -77,7 +77,7 @@ def write_caption(picture: Path, text: str, wait: bool = True) -> None:
         ) from error
 
 
-def write_soon(target: Path, data: bytes) -> None:
+def write_without_sync(target: Path, data: bytes) -> None:
     """Write a whole file or none, without waiting for the disk."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -87,7 +87,7 @@ def write_soon(target: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str]]:
+def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str]]:
     """The captions in a `metadata.jsonl` or `metadata.csv`.
 
     Args:
@@ -107,21 +107,21 @@ def metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str]
         return {}, [str(error)]
     faults = 0
     for line, row in rows:
-        fault = _fault(row)
+        fault = _row_fault(row)
         if fault:
             faults += 1
             if faults <= _MOST_FAULTS:
                 sentences.append(f"{shown}, line {line}, {fault}; correct it or remove the line.")
             continue
         value = next((row[key] for key in _CAPTION_KEYS if key in row), "")
-        name = valid_text(row["file_name"]).replace("\\", "/").removeprefix("./")
-        captions[name] = valid_text(value or "").strip()
+        name = clean_text(row["file_name"]).replace("\\", "/").removeprefix("./")
+        captions[name] = clean_text(value or "").strip()
     if faults > _MOST_FAULTS:
         sentences.append(f"{shown} has {faults - _MOST_FAULTS} more lines that cannot be used.")
     return captions, sentences
 
 
-def _fault(row: Any) -> str:
+def _row_fault(row: Any) -> str:
     """What is wrong with a row, or nothing."""
     if isinstance(row, str):
         return f"cannot be read ({row})"
@@ -147,7 +147,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            value = parsed_json(line)
+            value = parse_json(line)
         except ValueError as error:
             yield number, f"not JSON: {error}"
         else:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_core.data.buckets import Bucket, bucket_of
+from lora_core.data.buckets import Bucket, choose_bucket
 from lora_core.data.scan import ImageRecord
-from lora_core.system.paths import valid_text
+from lora_core.system.paths import clean_text
 
 SIDE = 24
 """Side of the thumbnail that all is told from, in pixels: a pixel is 4% of the picture."""
@@ -56,16 +56,16 @@ class Attribute:
     words: frozenset[str]
 
 
-def thumb(image: Image.Image) -> np.ndarray:
+def reduce_image(image: Image.Image) -> np.ndarray:
     """What is kept of a picture: (24, 24, 3), 0 to 255."""
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
 
 
-def attributes(thumbs: Sequence[np.ndarray]) -> dict[Attribute, list[int]]:
+def find_attributes(thumbs: Sequence[np.ndarray]) -> dict[Attribute, list[int]]:
     """Each attribute that a picture has, with the indices of all pictures that have it."""
     found: dict[Attribute, list[int]] = {}
     for index, one in enumerate(thumbs):
-        for attribute in _of_one(one.astype(np.float64)):
+        for attribute in _image_attributes(one.astype(np.float64)):
             found.setdefault(attribute, []).append(index)
     same = _same_composition(thumbs)
     if same:
@@ -75,10 +75,10 @@ def attributes(thumbs: Sequence[np.ndarray]) -> dict[Attribute, list[int]]:
     return found
 
 
-def _of_one(image: np.ndarray) -> list[Attribute]:
+def _image_attributes(image: np.ndarray) -> list[Attribute]:
     chroma = image.max(-1) - image.min(-1)
     mean, luma = float(chroma.mean()), float((image @ _WEIGHTS).mean())
-    found = [_edge(image)]
+    found = [_edge_attribute(image)]
     if mean < _LOW_CHROMA:
         words = "monochrome greyscale grayscale black-and-white b&w bw grey gray sketch pencil ink lineart"
         found.append(_attribute("black and white", "are black and white", words))
@@ -91,7 +91,7 @@ def _of_one(image: np.ndarray) -> list[Attribute]:
     elif luma > _BRIGHT:
         words = "bright light high-key sunny white pale overexposed"
         found.append(_attribute("bright", "are bright", words))
-    if mean >= _PLAIN_CHROMA and (hue := _one_hue(image, chroma)):
+    if mean >= _PLAIN_CHROMA and (hue := _dominant_hue(image, chroma)):
         found.append(_attribute(f"{hue} colours", f"are mostly {hue}", f"{hue} {_ALSO.get(hue, '')}"))
     return [attribute for attribute in found if attribute is not None]
 
@@ -100,12 +100,12 @@ def _attribute(name: str, has: str, words: str) -> Attribute:
     return Attribute(name, has, frozenset(words.split()))
 
 
-def _edge(image: np.ndarray) -> Attribute | None:
+def _edge_attribute(image: np.ndarray) -> Attribute | None:
     """A frame, or a plain background, by the pixels along the edge."""
-    middle = np.median(_ring(image, 0), axis=0)
+    middle = np.median(_edge_pixels(image, 0), axis=0)
 
     def near(depth: int, apart: float) -> float:
-        return float((np.abs(_ring(image, depth) - middle).max(-1) <= apart).mean())
+        return float((np.abs(_edge_pixels(image, depth) - middle).max(-1) <= apart).mean())
 
     if near(0, _NEAR) < 0.8:
         return None
@@ -114,7 +114,7 @@ def _edge(image: np.ndarray) -> Attribute | None:
             return _attribute("frame", "have a frame", "frame framed border bordered polaroid vignette")
     if near(1, _NEAR) < 0.8:
         return None
-    colour = colour_name(middle)
+    colour = name_colour(middle)
     words = f"background backdrop plain blank {colour} {_ALSO.get(colour, '')}"
     return _attribute(colour + BACKGROUND, f"have {_article(colour)} {colour} background", words)
 
@@ -123,13 +123,13 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _ring(image: np.ndarray, depth: int) -> np.ndarray:
+def _edge_pixels(image: np.ndarray, depth: int) -> np.ndarray:
     """The pixels that are `depth` from the edge, (n, 3)."""
     inner = image[depth : SIDE - depth, depth : SIDE - depth]
     return np.concatenate([inner[0], inner[-1], inner[1:-1, 0], inner[1:-1, -1]])
 
 
-def colour_name(colour: np.ndarray) -> str:
+def name_colour(colour: np.ndarray) -> str:
     """The name of an RGB colour of 0 to 255."""
     value, chroma = float(colour.max()), float(colour.max() - colour.min())
     if value < 50:
@@ -143,10 +143,10 @@ def colour_name(colour: np.ndarray) -> str:
             return "beige"
         if hue < 42 and value < 140:
             return "brown"
-    return _named(hue)
+    return _name_hue(hue)
 
 
-def _named(hue: float) -> str:
+def _name_hue(hue: float) -> str:
     return next(name for most, name in _HUES if hue < most)
 
 
@@ -163,7 +163,7 @@ def _hue(colours: np.ndarray) -> np.ndarray:
     return hues
 
 
-def _one_hue(image: np.ndarray, chroma: np.ndarray) -> str:
+def _dominant_hue(image: np.ndarray, chroma: np.ndarray) -> str:
     """The colour that 70% of all colourfulness is within 30 degrees of, or ""."""
     weights, hues = chroma.ravel(), _hue(image.reshape(-1, 3))
     centres = np.arange(0, 360, 10)
@@ -174,7 +174,7 @@ def _one_hue(image: np.ndarray, chroma: np.ndarray) -> str:
         return ""
     angles = np.radians(hues[apart[best] <= 30])
     mean = (np.exp(1j * angles) * weights[apart[best] <= 30]).sum()
-    return _named(float(np.degrees(np.angle(mean)) % 360))
+    return _name_hue(float(np.degrees(np.angle(mean)) % 360))
 
 
 def _same_composition(thumbs: Sequence[np.ndarray]) -> list[int]:
@@ -220,15 +220,15 @@ _FEWEST, _FEWEST_ODD = 3, 4
 _MOSTLY = 0.75
 
 
-def finding(
+def bias_finding(
     kind: str, name: str, sentence: str, records: Sequence[ImageRecord], counts: Mapping[str, float]
 ) -> dict[str, Any]:
     """One thing that will be learned, as plain values: `records` are the pictures to look at."""
-    pictures = [valid_text(str(record.path)) for record in records]
+    pictures = [clean_text(str(record.path)) for record in records]
     return {"kind": kind, "name": name, "sentence": sentence, "pictures": pictures, "counts": dict(counts)}
 
 
-def said_of_backgrounds(
+def check_background_captions(
     records: Sequence[ImageRecord], names: Sequence[str], colours: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Words for a background that mean something else in these pictures, and captions that are odd ones out.
@@ -256,20 +256,20 @@ def said_of_backgrounds(
             )
             meant = [records[i] for i in members if colours[i] == shown]
             rows.append(
-                finding("meaning", word, sentence, meant, {"captions": len(members), "pictures": count})
+                bias_finding("meaning", word, sentence, meant, {"captions": len(members), "pictures": count})
             )
         if len(members) >= _FEWEST_ODD:
-            rows += [_odd(records[i], names[i], (word, colours[i], shown), count) for i in odd]
+            rows += [_odd_caption(records[i], names[i], (word, colours[i], shown), count) for i in odd]
     return rows
 
 
-def _odd(record: ImageRecord, name: str, colours: tuple[str, str, str], count: int) -> dict[str, Any]:
+def _odd_caption(record: ImageRecord, name: str, colours: tuple[str, str, str], count: int) -> dict[str, Any]:
     word, own, shown = colours
     sentence = (
         f"The caption of {name} says “{word} background”, but it has {_a_or_an(own)} {own} one; the other"
         f" {count} with these words have {_a_or_an(shown)} {shown} one. Its caption is likely wrong."
     )
-    return finding("odd", word, sentence, [record], {"pictures": count})
+    return bias_finding("odd", word, sentence, [record], {"pictures": count})
 
 
 def _a_or_an(word: str) -> str:
@@ -284,23 +284,23 @@ def _a_or_an(word: str) -> str:
 # cannot be told from the trigger.
 
 
-MOST = 0.6
+MAJORITY = 0.6
 """The share of the pictures that is most of them."""
-FEWEST = 5
+MIN_IMAGES = 5
 """With fewer pictures nothing is said of what they have in common."""
-OFTEN = 2.0
+OVERREPRESENTED = 2.0
 """A picture with so many times an even share of the steps is named."""
 _FEW, _NEARLY_ALL = 0.25, 0.75
 _ALL_CAPTIONS = 0.8
 _MOST_WORDS = 8
 _WORD = re.compile(r"[^\W\d_][\w&'-]+")
 _SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their very"
-SMALL_WORDS = frozenset(_SMALL.split())
+STOP_WORDS = frozenset(_SMALL.split())
 """Words that say nothing of a picture."""
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingView:
     """How pictures will be trained on, as far as a look at them needs to know it.
 
     Attributes:
@@ -324,7 +324,7 @@ class Training:
         return not record.held_out and record.path not in self.held_out
 
 
-def step_shares(records: Sequence[ImageRecord], training: Training) -> list[float]:
+def step_shares(records: Sequence[ImageRecord], training: TrainingView) -> list[float]:
     """The share of all looks that each picture gets, on average over epochs; 0 for one that is held out.
 
     As `train/data` does it: a picture comes as often as it repeats; the last batch of a bucket is
@@ -345,11 +345,11 @@ def step_shares(records: Sequence[ImageRecord], training: Training) -> list[floa
     ]
 
 
-def learned(
+def report_bias(
     records: Sequence[ImageRecord],
     names: Sequence[str],
     thumbs: Sequence[np.ndarray | None],
-    training: Training,
+    training: TrainingView,
 ) -> list[dict[str, Any]]:
     """What will be learned, a row each: kind, name, sentence, the `pictures` to look at, and `counts`.
 
@@ -370,20 +370,24 @@ def learned(
         if one is not None and training.trains_on(record)
     ]
     rows: list[dict[str, Any]] = []
-    if len(used) >= FEWEST:
+    if len(used) >= MIN_IMAGES:
         seen, called, looks = (list(column) for column in zip(*used, strict=True))
-        found = attributes(looks)
-        rows += _in_common(seen, found, training.trigger)
-        rows += said_of_backgrounds(seen, called, background_colours(found, len(seen)))
+        found = find_attributes(looks)
+        rows += _common_attributes(seen, found, training.trigger)
+        rows += check_background_captions(seen, called, background_colours(found, len(seen)))
         rows += _wording(seen, training.trigger)
-    return [*rows, *_by_share(records, names, training), *_lone_in_bucket(records, names, training)]
+    return [
+        *rows,
+        *_uneven_shares(records, names, training),
+        *_single_image_buckets(records, names, training),
+    ]
 
 
-def _in_common(
+def _common_attributes(
     records: list[ImageRecord], found: dict[Attribute, list[int]], trigger: str
 ) -> list[dict[str, Any]]:
     plain = [i for i, colour in enumerate(background_colours(found, len(records))) if colour]
-    most = MOST * len(records)
+    most = MAJORITY * len(records)
     named = any(len(m) >= most and a.name.endswith(BACKGROUND) for a, m in found.items())
     if len(plain) >= most and not named:
         words = frozenset(["background", "backdrop", "plain", "simple", "blank"])
@@ -420,19 +424,19 @@ def _attribute_row(
             " captions, unless it belongs to what you teach."
         )
     counts = {"pictures": len(records), "captions": said, "of": pictures}
-    return finding(kind, attribute.name, sentence, [] if kind == "named" else silent, counts)
+    return bias_finding(kind, attribute.name, sentence, [] if kind == "named" else silent, counts)
 
 
 def words_of(caption: str) -> frozenset[str]:
     """The words of a caption that say something, in small letters; joined ones as a whole and in parts."""
     whole = set(_WORD.findall(caption.casefold()))
-    return frozenset(whole | {part for word in whole for part in word.split("-")}) - SMALL_WORDS
+    return frozenset(whole | {part for word in whole for part in word.split("-")}) - STOP_WORDS
 
 
 def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
     """The words that some captions have and others have not: what prompts can ask for."""
     written = [record for record in records if record.caption]
-    if len(written) < FEWEST:
+    if len(written) < MIN_IMAGES:
         return []
     own = words_of(trigger)
     counts = Counter(word for record in written for word in words_of(record.caption) - own)
@@ -446,37 +450,37 @@ def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
             "No word stands in some captions and not in others, so that prompts can move nothing but what the"
             " base knows by itself."
         )
-        return [finding("wording", "", sentence, [], {"captions": len(written)})]
+        return [bias_finding("wording", "", sentence, [], {"captions": len(written)})]
     listed = ", ".join(f"{word} ({count})" for word, count in some)
     sentence = f"Prompts can ask for, or leave out, what some captions say: {listed}."
-    return [finding("wording", listed, sentence, [], {"captions": len(written)})]
+    return [bias_finding("wording", listed, sentence, [], {"captions": len(written)})]
 
 
-def _buckets(records: Sequence[ImageRecord], training: Training) -> list[Bucket | None]:
+def _buckets(records: Sequence[ImageRecord], training: TrainingView) -> list[Bucket | None]:
     """Where each picture is trained; None for one that is held out."""
     size = (training.resolution, training.multiple)
-    return [bucket_of(r.width, r.height, *size) if training.trains_on(r) else None for r in records]
+    return [choose_bucket(r.width, r.height, *size) if training.trains_on(r) else None for r in records]
 
 
-def _by_share(
-    records: Sequence[ImageRecord], names: Sequence[str], training: Training
+def _uneven_shares(
+    records: Sequence[ImageRecord], names: Sequence[str], training: TrainingView
 ) -> list[dict[str, Any]]:
     shares = step_shares(records, training)
     even = 1 / max(1, sum(share > 0 for share in shares))
     rows = []
     for record, name, share in sorted(zip(records, names, shares, strict=True), key=lambda one: -one[2]):
-        if share > OFTEN * even:
+        if share > OVERREPRESENTED * even:
             why = f"its {record.repeats} repeats" if record.repeats > 1 else "batches that it fills up alone"
             sentence = (
                 f"{name} gets {share:.0%} of all steps, {share / even:.1f} times an even share, by {why}: it"
                 " is learned more strongly than the others."
             )
-            rows.append(finding("share", name, sentence, [record], {"share": share, "even": even}))
+            rows.append(bias_finding("share", name, sentence, [record], {"share": share, "even": even}))
     return rows
 
 
-def _lone_in_bucket(
-    records: Sequence[ImageRecord], names: Sequence[str], training: Training
+def _single_image_buckets(
+    records: Sequence[ImageRecord], names: Sequence[str], training: TrainingView
 ) -> list[dict[str, Any]]:
     """Buckets that one picture has for itself while others share theirs."""
     members: dict[Bucket, list[int]] = {}
@@ -501,5 +505,5 @@ def _lone_in_bucket(
                 f"{name} is over half of what is looked at in the size {size}, by its {repeats[top]} repeats."
             )
         )
-        rows.append(finding("bucket", size, sentence, [record], {"pictures": len(indices)}))
+        rows.append(bias_finding("bucket", size, sentence, [record], {"pictures": len(indices)}))
     return rows

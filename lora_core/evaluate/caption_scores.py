@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lora_core.data.captions import CaptionRules, drawn_caption
-from lora_core.data.images import content_hash
+from lora_core.data.captions import CaptionRules, sample_caption
+from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
@@ -39,7 +39,7 @@ _QUOTED = 60
 
 def plain_caption(caption: str) -> str:
     """One caption with nothing left to chance: the first alternative of each."""
-    return drawn_caption(caption, CaptionRules("", 0.0, 0.0, False, 0), random.Random(0))
+    return sample_caption(caption, CaptionRules("", 0.0, 0.0, False, 0), random.Random(0))
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _better(
     """The other caption that fits best, and by how much it is better than the own one on fresh triples."""
     best = others[int(losses.of(picture, others).mean(1).argmin())]
     count = 2 * len(picture.looks.timesteps)
-    fresh = eval_noise(content_hash(record.path), picture.latents, count, seed + 1, losses.timesteps)
+    fresh = eval_noise(hash_file(record.path), picture.latents, count, seed + 1, losses.timesteps)
     own, other = losses.of(replace(picture, looks=fresh), [picture.caption, best])
     found = _Difference.of(own, other)
     return {"caption": best, "by": found.mean, "error": found.error}

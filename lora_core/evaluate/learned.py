@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from lora_core.data.buckets import bucket_of, size_conditioning
+from lora_core.data.buckets import choose_bucket, size_conditioning
 from lora_core.data.captions import with_trigger
 from lora_core.data.dataset import open_dataset, require_clean
-from lora_core.data.holdout import held_out
-from lora_core.data.images import content_hash
+from lora_core.data.holdout import split_holdout
+from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
-from lora_core.data.statistics import Training, step_shares
+from lora_core.data.statistics import TrainingView, step_shares
 from lora_core.evaluate.caption_scores import OnProgress, plain_caption
 from lora_core.evaluate.validator import EvalImage, eval_losses, eval_noise
 from lora_core.formats.io import read_adapter
@@ -111,7 +111,7 @@ def image_rows(
         base's loss), helps (how much lower the adapted loss is with the caption than without; None where
         there is no caption), helps_error, share (of the training steps), held_out, suspect, sentence}.
     """
-    _, held = held_out(list(records), config.validation.pictures, config.seed)
+    _, held = split_holdout(list(records), config.validation.pictures, config.seed)
     out = frozenset(record.path for record in held)
     count = itertools.count(1)
 
@@ -124,7 +124,7 @@ def image_rows(
         pictures.append(_measured(base, record, config, triples))
         told()
     losses = _losses(base, pictures, weights, config, told)
-    training = Training(
+    training = TrainingView(
         config.train.resolution or base.resolution, base.size_multiple, batch_size=config.train.batch_size,
         held_out=out,
     )  # fmt: skip
@@ -161,9 +161,9 @@ def _losses(
 
 def _measured(base: BaseModel, record: ImageRecord, config: RunConfig, triples: int) -> EvalImage:
     resolution = config.train.resolution or base.resolution
-    bucket = bucket_of(record.width, record.height, resolution, base.size_multiple)
+    bucket = choose_bucket(record.width, record.height, resolution, base.size_multiple)
     latents = encode_image(base, load_pixels(record, bucket))
-    looks = eval_noise(content_hash(record.path), latents, triples, config.seed, base.noise.num_timesteps)
+    looks = eval_noise(hash_file(record.path), latents, triples, config.seed, base.noise.num_timesteps)
     sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
     caption = with_trigger(plain_caption(record.caption), config.dataset.trigger)
     return EvalImage(latents, looks, caption, sizes)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lora_core.data.captions import tags_of
+from lora_core.data.captions import split_tags
 from lora_core.data.scan import ImageRecord
 from lora_core.data.statistics import words_of
 from lora_core.errors import DatasetError
@@ -121,7 +121,9 @@ def num_tokens(base: BaseModel, word: str) -> int:
 def _known_words(records: Sequence[ImageRecord], given: str) -> list[str]:
     """First tags of captions: words that surely mean something; "" where there are none."""
     own = given.strip().casefold()
-    tags = [next((t for t in tags_of(plain_caption(r.caption)) if t.casefold() != own), "") for r in records]
+    tags = [
+        next((t for t in split_tags(plain_caption(r.caption)) if t.casefold() != own), "") for r in records
+    ]
     return list(dict.fromkeys(tag.strip(string.punctuation) for tag in tags if tag))[:_KNOWN]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from lora_core.data.buckets import bucket_of, size_conditioning
+from lora_core.data.buckets import choose_bucket, size_conditioning
 from lora_core.data.dataset import ImageRecord
-from lora_core.data.images import content_hash
+from lora_core.data.images import hash_file
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.models.encode import encode_image, encode_prompt, load_pixels
 from lora_core.models.load import BaseModel
@@ -172,9 +172,9 @@ def encode_eval_images(
     """Pictures as latents with their fixed looks."""
     pictures = []
     for record in records:
-        bucket = bucket_of(record.width, record.height, base.resolution, base.size_multiple)
+        bucket = choose_bucket(record.width, record.height, base.resolution, base.size_multiple)
         latents = encode_image(base, load_pixels(record, bucket))
-        looks = eval_noise(content_hash(record.path), latents, triples, seed, base.noise.num_timesteps)
+        looks = eval_noise(hash_file(record.path), latents, triples, seed, base.noise.num_timesteps)
         sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
         pictures.append(EvalImage(latents, looks, record.caption, sizes))
     return pictures

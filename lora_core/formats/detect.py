@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lora_core.formats.names import ldm_family
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.unsupported import other_family, unsupported_kind
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -223,7 +223,7 @@ def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
 def alpha_claims(metadata: Mapping[str, str], key: str) -> list[float]:
     """The alphas that a header of the diffusers format lists; none if it is absent or unreadable."""
     try:
-        values = parsed_json(metadata.get(key, "{}"))
+        values = parse_json(metadata.get(key, "{}"))
     except ValueError:
         return []
     if not isinstance(values, dict):

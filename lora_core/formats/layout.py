@@ -12,7 +12,7 @@ from typing import Any
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import Family
 from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 Layout = dict[LayerKey, tuple[int, ...]]
 """Each linear layer and convolution, in the models' own order, to the shape of its weight."""
@@ -32,7 +32,7 @@ def folder_layout(folder: Path, family: Family) -> Layout:
 def _layout(folder: Path, parts: tuple[str, ...]) -> Layout:
     layers: Layout = {}
     for part in parts:
-        config = parsed_json((folder / part / "config.json").read_bytes())
+        config = parse_json((folder / part / "config.json").read_bytes())
         found = _unet(config) if part == "unet" else _text_encoder(config)
         layers |= {(part, path): shape for path, shape in found}
     return layers

@@ -21,7 +21,7 @@ from lora_core.formats.detect import file_family
 from lora_core.formats.peft import HEADER_KEY
 from lora_core.model_files.families import Family
 from lora_core.system.paths import write_atomically
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 THUMBNAIL_KEY = "modelspec.thumbnail"
 THUMBNAIL_SIDE = 256
@@ -140,7 +140,7 @@ def _training(metadata: Mapping[str, str]) -> str:
 
 def _table(text: str) -> dict[str, Any]:
     try:
-        found = parsed_json(text or "{}")
+        found = parse_json(text or "{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

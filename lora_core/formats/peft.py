@@ -21,7 +21,7 @@ from lora_core.formats.layers import Tensors, check_plain, checked_layer
 from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer, with_text_model
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 HEADER_KEY = "lora_adapter_metadata"
 """Never in a kohya file: diffusers refuses a file that has both this and alphas among its tensors."""
@@ -199,7 +199,7 @@ def header_values(metadata: Mapping[str, str]) -> dict[str, Any]:
     if not raw:
         return {}
     try:
-        values = parsed_json(raw)
+        values = parse_json(raw)
     except ValueError as error:
         raise AdapterFileError(
             f"The header's {HEADER_KEY} is not valid JSON, so alpha is unknown."
@@ -254,7 +254,7 @@ def with_config_beside(path: Path, keys: Iterable[str], metadata: Mapping[str, s
     if path.name != FILE or HEADER_KEY in metadata or not config.is_file():
         return dict(metadata)
     try:
-        values = parsed_json(config.read_bytes())
+        values = parse_json(config.read_bytes())
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{config} cannot be read, so alpha is unknown: {error}.") from error
     if not isinstance(values, dict):

@@ -17,7 +17,7 @@ from lora_core.model_files.header import Header, read_header
 from lora_core.model_files.unsupported import unsupported_kind
 from lora_core.settings.schema import NumberOrAuto
 from lora_core.system.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """How the names of a single file's UNet and VAE begin."""
@@ -233,7 +233,7 @@ def weight_paths(folder: Path, part: str) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(parsed_json(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelFileError(f"{index} is no table of weight files.") from error
     # A table must not lead out of its folder.
@@ -403,7 +403,7 @@ def _count(path: Path, config: dict[str, Any], part: str) -> int:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = parsed_json(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelFileError(
             f"{path.parent.parent} is no diffusers model: it lacks {path.parent.name}/{path.name}."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import AdapterFileError, LoraError
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 MAX_HEADER = 16 * 2**20
 """Bytes. Real headers stay under 3 MB, even with the tags of a large dataset."""
@@ -97,7 +97,7 @@ def _checked_header(path: Path) -> Header:
     except OSError as error:
         raise _Broken(f"{path} cannot be read: {error.strerror or error}.") from error
     try:
-        values = parsed_json(raw)
+        values = parse_json(raw)
     except ValueError as error:
         raise _Broken(f"{path} is no safetensors file: its header is not JSON.") from error
     if not isinstance(values, dict):

@@ -16,7 +16,7 @@ from lora_core.model_files.header import Header, read_header
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import FIELDS, RETIRED, checked_value, flattened, label_of, load_toml, retired
 from lora_core.system.paths import PRESETS
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}
@@ -191,7 +191,7 @@ def from_kohya(texts: Texts) -> Like:
 def _first_dataset(texts: Texts) -> dict[str, str]:
     """What newer versions say for each dataset alone, of the first one, under the older names."""
     with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, AttributeError):
-        first = parsed_json(texts.get("ss_datasets", ""))[0]
+        first = parse_json(texts.get("ss_datasets", ""))[0]
         flat = {**(first.get("subsets") or [{}])[0], **first}
         return {f"ss_{key}": str(value) for key, value in flat.items() if not isinstance(value, dict | list)}
     return {}
@@ -285,7 +285,7 @@ def _huber(texts: Texts, found: Like) -> None:
 def _network(texts: Texts, found: Like) -> None:
     """The kind of adapter and its arguments, convolutions included."""
     try:
-        arguments = parsed_json(texts.get("ss_network_args", "") or "{}")
+        arguments = parse_json(texts.get("ss_network_args", "") or "{}")
     except ValueError:
         arguments = {}
     known = {str(k): str(v) for k, v in arguments.items()} if isinstance(arguments, dict) else {}

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_core.data.buckets import Bucket, fit
-from lora_core.data.captions import CHUNK, COMMA, chunked
+from lora_core.data.buckets import Bucket, resize_and_crop
+from lora_core.data.captions import CHUNK, COMMA, split_chunks
 from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import open_rgb
 from lora_core.model_files.families import TextEncoder
@@ -93,7 +93,7 @@ def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
         caption: the text; what does not fit into all chunks is cut.
         chunks: how many.
     """
-    bodies = chunked(_tokens(tokenizer, caption), tokenizer.convert_tokens_to_ids(COMMA), chunks)
+    bodies = split_chunks(_tokens(tokenizer, caption), tokenizer.convert_tokens_to_ids(COMMA), chunks)
     bodies += [[]] * (chunks - len(bodies))
     rows = []
     for body in bodies:
@@ -173,6 +173,6 @@ def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torc
     Raises:
         DatasetError: the picture cannot be read any more.
     """
-    pixels = np.asarray(fit(open_rgb(record.path), bucket), dtype=np.float32) / 127.5 - 1.0
+    pixels = np.asarray(resize_and_crop(open_rgb(record.path), bucket), dtype=np.float32) / 127.5 - 1.0
     tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     return tensor.flip(-1) if flip else tensor

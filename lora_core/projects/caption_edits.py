@@ -6,9 +6,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.bulk_edit import Edit, difference, edited
+from lora_core.data.bulk_edit import Edit, apply_edit, diff_captions
 from lora_core.data.dataset import ImageRecord, write_caption
-from lora_core.data.sidecars import write_soon
+from lora_core.data.sidecars import write_without_sync
 from lora_core.errors import DatasetError
 from lora_core.projects.project import Project, read_json, relative_name
 from lora_core.system.paths import sync_folder, write_atomically
@@ -33,7 +33,7 @@ def preview(project: Project, edit: Edit, only: Collection[str] | None) -> dict[
     """
     changes, asked = _changes(project, edit, only)
     rows = [
-        {"picture": name, "pieces": difference(record.caption, after)}
+        {"picture": name, "pieces": diff_captions(record.caption, after)}
         for name, record, after in changes[:SHOWN_ROWS]
     ]
     return {"changed": len(changes), "asked": asked, "rows": rows}
@@ -121,7 +121,7 @@ def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tupl
     folder = project.dataset_folder
     named = [(relative_name(record.path, folder), record) for record in project.dataset().records]
     wanted = [(name, record) for name, record in named if only is None or name in only]
-    after = edited([record.caption for _, record in wanted], edit)
+    after = apply_edit([record.caption for _, record in wanted], edit)
     pairs = zip(wanted, after, strict=True)
     return [(name, record, new) for (name, record), new in pairs if new != record.caption], len(wanted)
 
@@ -152,6 +152,6 @@ def _put(file: Path, old: str | None) -> None:
         if old is None:
             file.unlink(missing_ok=True)
         else:
-            write_soon(file, old.encode("utf-8", "surrogateescape"))
+            write_without_sync(file, old.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise DatasetError(f"The caption {file.name} cannot be written ({error.strerror}).") from error

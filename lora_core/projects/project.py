@@ -16,14 +16,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_core.data.dataset import Dataset, ImageRecord, Problem, scan, write_caption, write_list
-from lora_core.data.images import SUFFIXES, Sizes
-from lora_core.data.moves import JOURNAL, Move, finish_moves, move_together, rejoin
-from lora_core.data.scan import MASK_ENDINGS, folded, free_stem
+from lora_core.data.dataset import Dataset, FileProblem, ImageRecord, scan, write_caption, write_holdout_list
+from lora_core.data.images import IMAGE_SUFFIXES, SizeCache
+from lora_core.data.moves import JOURNAL, Move, finish_moves, move_files, rejoin_sidecars
+from lora_core.data.scan import MASK_ENDINGS, fold_name, unused_stem
 from lora_core.data.sidecars import CAPTION_SUFFIXES
 from lora_core.errors import DatasetError
-from lora_core.system.paths import DEMO_TRAIN, clear_abandoned, valid_text, write_atomically
-from lora_core.system.untrusted import parsed_json, valid_value
+from lora_core.system.paths import DEMO_TRAIN, clean_text, clear_abandoned, write_atomically
+from lora_core.system.untrusted import clean_value, parse_json
 
 DEMO = "demo"
 DEFAULT_TITLE = "My pictures"
@@ -53,10 +53,10 @@ class Project:
             self.aside = path / "left out"
             self.pictures.mkdir(parents=True, exist_ok=True)
             self.title = title_of(path)
-            self.sizes = Sizes(path / "sizes.json")
+            self.sizes = SizeCache(path / "sizes.json")
             self._draft: dict[str, Any] = read_json(path / "draft.json")
             self._scanned: tuple[object, Dataset] | None = None
-            self.notes: list[Problem] = []
+            self.notes: list[FileProblem] = []
             self._file_lock = FileLock(path / _LOCK)
             self.draft_problem = ""
             self._revision += 1
@@ -96,7 +96,7 @@ class Project:
             return
         # A project that cannot be written can still be looked at; it is mended when that is possible.
         with contextlib.suppress(DatasetError, OSError), self.changing():
-            finished, joined = finish_moves(self.root), rejoin(self.pictures, self.aside)
+            finished, joined = finish_moves(self.root), rejoin_sidecars(self.pictures, self.aside)
             if finished or joined:
                 self.forget()
 
@@ -113,7 +113,7 @@ class Project:
     def keep(self, **changes: Any) -> None:
         """Put values into the draft and write it, if anything changed."""
         with self._lock:
-            changed = {**self._draft, **valid_value(changes)}
+            changed = {**self._draft, **clean_value(changes)}
             if changed != self._draft:
                 self._draft = changed
                 write_atomically(self.path / "draft.json", json.dumps(changed, indent=1).encode())
@@ -235,7 +235,7 @@ class Project:
             by_name = {relative_name(r.path, self.pictures): r for r in self.dataset().records}
             held = {name for name, record in by_name.items() if record.held_out}
             held = held | (wanted & by_name.keys()) if on else held - wanted
-            write_list(self.pictures, held)
+            write_holdout_list(self.pictures, held)
             changed = {r.path: replace(r, held_out=n in held) for n, r in by_name.items()}
             self._replace(changed)
 
@@ -253,7 +253,7 @@ class Project:
 
 def relative_name(path: Path, folder: Path) -> str:
     """A picture's name below its dataset folder, with forward slashes."""
-    return valid_text(path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name)
+    return clean_text(path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name)
 
 
 def title_of(path: Path) -> str:
@@ -267,7 +267,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > LARGEST_JSON:
             return {}
-        found = parsed_json(file.read_bytes())
+        found = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -289,7 +289,7 @@ def leave_out(project: Project, names: list[str]) -> int:
         there |= {
             relative_name(p.path, project.pictures): p.path
             for p in dataset.problems
-            if p.path.suffix.casefold() in SUFFIXES
+            if p.path.suffix.casefold() in IMAGE_SUFFIXES
         }
         return _move(project, {name: there.get(name) for name in names}, project.pictures, project.aside)
 
@@ -314,7 +314,7 @@ def left_out(project: Project) -> list[ImageRecord]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.suffix.casefold() in SUFFIXES]
+    return [path for path in folder.rglob("*") if path.suffix.casefold() in IMAGE_SUFFIXES]
 
 
 def _move(project: Project, paths: dict[str, Path | None], source: Path, into: Path) -> int:
@@ -334,19 +334,19 @@ def _move(project: Project, paths: dict[str, Path | None], source: Path, into: P
         files = _set_of(path)
         if folder not in taken:
             there = folder.iterdir() if folder.is_dir() else ()
-            taken[folder] = {folded(one.stem) for one in there if one.suffix.casefold() in SUFFIXES}
+            taken[folder] = {fold_name(one.stem) for one in there if one.suffix.casefold() in IMAGE_SUFFIXES}
         # A picture of that name may have come or been left out meanwhile, or a caption for it.
-        stem = free_stem(path.stem, taken[folder])
+        stem = unused_stem(path.stem, taken[folder])
         while any(os.path.lexists(folder / (stem + file.name[len(path.stem) :])) for file in files):
-            taken[folder].add(folded(stem))
-            stem = free_stem(path.stem, taken[folder])
-        taken[folder].add(folded(stem))
+            taken[folder].add(fold_name(stem))
+            stem = unused_stem(path.stem, taken[folder])
+        taken[folder].add(fold_name(stem))
         shared = any(other not in leaving for other in _of_same_stem(path))
         for file in files:
             target = folder / (stem + file.name[len(path.stem) :])
             moves.append(Move(file, target, copy=shared and file != path))
     try:
-        move_together(moves, project.root)
+        move_files(moves, project.root)
     except OSError as error:
         what = Path(error.filename).name if error.filename else "The pictures"
         raise DatasetError(f"{what} cannot be moved ({error.strerror}); close what uses it.") from error
@@ -357,8 +357,10 @@ def _move(project: Project, paths: dict[str, Path | None], source: Path, into: P
 
 def _of_same_stem(picture: Path) -> list[Path]:
     """Other pictures that share the captions of one."""
-    beside = (other for other in picture.parent.iterdir() if other.suffix.casefold() in SUFFIXES)
-    return [other for other in beside if folded(other.stem) == folded(picture.stem) and other != picture]
+    beside = (other for other in picture.parent.iterdir() if other.suffix.casefold() in IMAGE_SUFFIXES)
+    return [
+        other for other in beside if fold_name(other.stem) == fold_name(picture.stem) and other != picture
+    ]
 
 
 def _set_of(picture: Path) -> list[Path]:
@@ -367,6 +369,6 @@ def _set_of(picture: Path) -> list[Path]:
     masks = [
         picture.with_name(f"{picture.stem}{ending}{suffix}")
         for ending in MASK_ENDINGS
-        for suffix in sorted(SUFFIXES)
+        for suffix in sorted(IMAGE_SUFFIXES)
     ]
     return [file for file in (picture, *captions, *masks) if file.is_file()]

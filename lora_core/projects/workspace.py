@@ -8,15 +8,15 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_core.data.images import SUFFIXES
-from lora_core.data.scan import folded, free_stem, safe_name
+from lora_core.data.images import IMAGE_SUFFIXES
+from lora_core.data.scan import fold_name, safe_name, unused_stem
 from lora_core.errors import ConfigError, DatasetError, RunError
 from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read_json, title_of
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
 from lora_core.system.disk_space import folder_bytes
-from lora_core.system.paths import valid_text, write_atomically
+from lora_core.system.paths import clean_text, write_atomically
 
 DEFAULT = "default"
 _OPEN = "open.json"
@@ -83,7 +83,7 @@ class Projects:
         words = "-".join(re.findall(r"\w+", title)).lower()[:60]
         stem = safe_name(words or "project").name
         with self._lock:
-            key = free_stem(stem, {folded(path.name) for path in self.folder.iterdir()})
+            key = unused_stem(stem, {fold_name(path.name) for path in self.folder.iterdir()})
             try:
                 (self.folder / key / "pictures").mkdir(parents=True)
                 self._label(self.folder / key, title)
@@ -123,7 +123,7 @@ class Projects:
         write_atomically(path / LABEL, json.dumps({"title": title}, ensure_ascii=False).encode())
 
     def _checked(self, title: str, key: str) -> str:
-        title = " ".join(valid_text(title).split())
+        title = " ".join(clean_text(title).split())
         if not title:
             raise RunError("Type a name for the project first.")
         if len(title) > LONGEST_TITLE:
@@ -205,4 +205,4 @@ def _config(run: RunFolder) -> RunConfig | None:
 
 
 def _is_picture(file: Path) -> bool:
-    return file.suffix.casefold() in SUFFIXES and not file.name.startswith(".")
+    return file.suffix.casefold() in IMAGE_SUFFIXES and not file.name.startswith(".")

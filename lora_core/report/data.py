@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import CaptionRules, drawn_caption
+from lora_core.data.captions import CaptionRules, sample_caption
 from lora_core.data.dataset import ImageRecord, open_dataset, require_clean
-from lora_core.data.holdout import held_out
+from lora_core.data.holdout import split_holdout
 from lora_core.errors import DatasetError, LoraError
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
@@ -137,7 +137,7 @@ def held_out_records(run: RunFolder, config: RunConfig) -> tuple[list[ImageRecor
     """
     dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
     require_clean(dataset)
-    _, held = held_out(dataset.records, config.validation.pictures, config.seed)
+    _, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
     if not held:
         raise DatasetError(f"{run.name} held no picture out, so there is nothing to measure it on.")
     known, now = _known_inputs(run), input_hashes(run, dataset.records)
@@ -145,7 +145,7 @@ def held_out_records(run: RunFolder, config: RunConfig) -> tuple[list[ImageRecor
     changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
     rules = CaptionRules(config.dataset.trigger, 0.0, 0.0, False, 0)
     records = [
-        replace(record, caption=drawn_caption(record.caption, rules, random.Random(0))) for record in held
+        replace(record, caption=sample_caption(record.caption, rules, random.Random(0))) for record in held
     ]
     return records, CHANGED if changed else ""
 

@@ -32,7 +32,7 @@ from lora_core.runs.progress import Progress
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
 from lora_core.system.paths import write_atomically
-from lora_core.system.untrusted import checked_fields, parsed_json
+from lora_core.system.untrusted import check_fields, parse_json
 
 MOST_KEPT = 300
 USUAL_PROMPTS = 2
@@ -130,13 +130,13 @@ def keep_cost(workspace: Path, config: RunConfig, cost: StepCost) -> None:
 def _read_all(workspace: Path) -> dict[str, StepCost]:
     found: dict[str, StepCost] = {}
     try:
-        rows = parsed_json(costs_file(workspace).read_bytes())["measured"].items()
+        rows = parse_json(costs_file(workspace).read_bytes())["measured"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return found
     known = {field.name for field in dataclasses.fields(StepCost)}
     for key, row in rows:
         with contextlib.suppress(TypeError, ValueError, AttributeError):
-            cost = checked_fields(StepCost, {k: v for k, v in row.items() if k in known})
+            cost = check_fields(StepCost, {k: v for k, v in row.items() if k in known})
             if math.isfinite(cost.step) and cost.step > 0 and math.isfinite(cost.draw) and cost.draw >= 0:
                 found[key] = cost
     return found

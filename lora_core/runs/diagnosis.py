@@ -34,7 +34,7 @@ from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.system.paths import ASSETS, write_atomically
 from lora_core.system.processes import log_tail
-from lora_core.system.untrusted import checked_fields, parsed_json
+from lora_core.system.untrusted import check_fields, parse_json
 
 GIGABYTE = 1e9
 LESS_MEMORY = "lower train.batch_size or train.resolution, or set train.checkpointing"
@@ -130,7 +130,7 @@ def exit_file(run: RunFolder) -> Path:
 def read_exit(run: RunFolder) -> ExitRecord | None:
     """How the run's last process ended, where its parent saw that."""
     try:
-        found = checked_fields(ExitRecord, parsed_json(exit_file(run).read_bytes()))
+        found = check_fields(ExitRecord, parse_json(exit_file(run).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
     return found if found.written == _size(run.events_file) else None
@@ -170,7 +170,7 @@ def _whole(checkpoint: Path) -> bool:
     """Whether all files of a checkpoint are there and none is cut short; its hashes are the trainer's to
     check."""
     try:
-        record = parsed_json((checkpoint / "state.json").read_bytes())
+        record = parse_json((checkpoint / "state.json").read_bytes())
         for name in record["sha256"]:
             read_header(checkpoint / name)
     except (OSError, ValueError, KeyError, TypeError, AdapterFileError):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_core.system.untrusted import checked_fields, parsed_json
+from lora_core.system.untrusted import check_fields, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +205,9 @@ def to_line(event: Event) -> str:
 def from_line(line: str) -> Event | None:
     """The event of a line, or None where the line is of a kind or shape that this version does not know."""
     try:
-        values: dict[str, Any] = parsed_json(line)
+        values: dict[str, Any] = parse_json(line)
         known: dict[str, Any] = {k: math.nan if v is None else v for k, v in values.items() if k != "event"}
-        return checked_fields(KINDS[values["event"]], known)
+        return check_fields(KINDS[values["event"]], known)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

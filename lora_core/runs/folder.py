@@ -25,8 +25,8 @@ from lora_core.runs.events import open_for_append, read_events, write_line
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
 from lora_core.system.paths import clear_abandoned, is_device, workspace, write_atomically
-from lora_core.system.processes import live_process, noted_process
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.processes import live_process, pid_file
+from lora_core.system.untrusted import parse_json
 
 REQUESTS = ("stop", "pause", "save", "preview", "resume")
 
@@ -206,7 +206,7 @@ class RunFolder:
         found: list[dict[str, str]] = []
         for line in text.split("\n")[:-1]:
             try:
-                request = parsed_json(line)
+                request = parse_json(line)
                 # Earlier versions wrote "do".
                 action = request.get("action") or request["do"]
                 if action == "resume":
@@ -236,7 +236,7 @@ class RunFolder:
                 f"The run folder {self.path} cannot be written: {error.strerror or error}."
             ) from error
         try:
-            with noted_process(self.process_file):
+            with pid_file(self.process_file):
                 yield
         finally:
             lock.release()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from lora_core.data.captions import CHUNK, CaptionRules, part_beyond, varies, with_trigger
-from lora_core.data.dataset import AUDIT_ONLY, open_dataset, summaries
-from lora_core.data.holdout import held_out, wished_pictures
+from lora_core.data.captions import CHUNK, CaptionRules, truncated_part, varies_by_draw, with_trigger
+from lora_core.data.dataset import AUDIT_ONLY, open_dataset, summarize_notes
+from lora_core.data.holdout import num_holdout, split_holdout
 from lora_core.data.scan import Dataset, ImageRecord
 from lora_core.errors import AdapterFileError, ConfigError, DatasetError, ModelFileError, RunError
 from lora_core.model_files.detect import SINGLE_FILES, BaseFacts, base_facts, check_base_folder, is_remote
@@ -444,16 +444,16 @@ def _pictures(dataset: Dataset) -> list[RunProblem]:
         found.append(RunProblem("dataset", "There are no pictures yet; put some in."))
     if more > 0:
         found.append(RunProblem("picture", f"And {more} more."))
-    notes = summaries(dataset.notes, AUDIT_ONLY)
+    notes = summarize_notes(dataset.notes, AUDIT_ONLY)
     return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
 
 def _split(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     try:
         if any(record.held_out for record in records):
-            held_out(records, config.validation.pictures, config.seed)
+            split_holdout(records, config.validation.pictures, config.seed)
         else:  # counting is enough, and pictures need not be read for it
-            wished_pictures(len(records), config.validation.pictures)
+            num_holdout(len(records), config.validation.pictures)
     except DatasetError as error:
         return [RunProblem("validation", str(error))] if records else []
     return []
@@ -466,7 +466,9 @@ def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
     try:
         for record in records:
             lines = with_trigger(record.caption, config.dataset.trigger).splitlines()
-            beyond = max((part_beyond(line, limit, facts.tokenizer) for line in lines), key=len, default="")
+            beyond = max(
+                (truncated_part(line, limit, facts.tokenizer) for line in lines), key=len, default=""
+            )
             if beyond:
                 cut.append((record.path.name, beyond))
     except ModelFileError as error:
@@ -495,7 +497,7 @@ def caption_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFact
     width = 2 if config.train.precision in ("bf16", "fp16") else 4
     one = config.train.tokens // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE
     rules, validation = CaptionRules.of(config.dataset), config.validation
-    fixed = sum(not varies(record.caption, rules) for record in records)
+    fixed = sum(not varies_by_draw(record.caption, rules) for record in records)
     # Those that vary are measured without chance: the held-out ones, and about as many of the others.
     held = validation.pictures * (1 if validation.pictures >= 1 else len(records))
     again = min(len(records), fixed + _MEASURED + math.ceil(2 * held)) if records else 0

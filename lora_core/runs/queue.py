@@ -25,7 +25,7 @@ from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.system.disk_space import is_network_drive
 from lora_core.system.processes import live_process
-from lora_core.system.untrusted import checked_fields, parsed_json
+from lora_core.system.untrusted import check_fields, parse_json
 
 WAITING, RUNNING, PAUSED, DONE, STOPPED, FAILED = "waiting", "running", "paused", "done", "stopped", "failed"
 ENDED = (DONE, STOPPED, FAILED)
@@ -291,10 +291,10 @@ class Queue:
             RunError: it is not a queue.
         """
         try:
-            document = parsed_json(self._old_file.read_bytes())
+            document = parse_json(self._old_file.read_bytes())
             known = {"run", "state", "reason", "restarts", "seen"}
             rows = [{k: v for k, v in row.items() if k in known} for row in document["jobs"]]
-            jobs = [checked_fields(QueuedRun, {"events_bytes": row.pop("seen", 0), **row}) for row in rows]
+            jobs = [check_fields(QueuedRun, {"events_bytes": row.pop("seen", 0), **row}) for row in rows]
             enabled = bool(document.get("going"))
         except FileNotFoundError:
             return

@@ -32,7 +32,7 @@ from lora_core.runs.queue import (
     QueuedRun,
     events_size,
 )
-from lora_core.system.processes import INTERRUPTED, TRAINER, noted_process, signals_taken, started
+from lora_core.system.processes import INTERRUPTED, TRAINER, catch_signals, pid_file, start_detached
 
 DIED = "died"
 RESTARTS = 1
@@ -63,7 +63,7 @@ def ensure_runner(workspace: Path) -> bool:
     if workspace in _children or not has_work or queue.runner() is not None:
         return False
     command = [sys.executable, "-m", "lora_core", "queue", "run", "--workspace", str(workspace)]
-    _children[workspace] = started(command, queue.log_file, workspace)
+    _children[workspace] = start_detached(command, queue.log_file, workspace)
     return True
 
 
@@ -104,7 +104,7 @@ def run_queue(
     queue = Queue(workspace)
     with _claimed(queue):
         runner = _Runner(queue, say, trainer)
-        with signals_taken(runner.on_signal):
+        with catch_signals(runner.on_signal):
             runner.work()
         return runner.ended, runner.must_end
 
@@ -125,7 +125,7 @@ def _claimed(queue: Queue) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"{queue.lock_file} cannot be written: {error.strerror or error}.") from error
     try:
-        with noted_process(queue.process_file):
+        with pid_file(queue.process_file):
             yield
     finally:
         lock.release()
@@ -239,7 +239,7 @@ class _Runner:
         self._say(f"{run.name}: started")
         before = events_size(run)
         recorder = ExitRecorder(run)
-        child = started([*self._trainer, str(run.path)], run.log_file, self._queue.workspace)
+        child = start_detached([*self._trainer, str(run.path)], run.log_file, self._queue.workspace)
         code, looked = None, 0.0
         while code is None:
             if time.monotonic() - looked > LOOK:

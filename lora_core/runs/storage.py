@@ -21,7 +21,7 @@ from lora_core.runs.folder import RunFolder, all_runs, runs_folder
 from lora_core.runs.queue import Queue
 from lora_core.system.disk_space import folder_bytes
 from lora_core.system.paths import write_atomically
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 _LABEL = "label.json"
 _CONTENT = "content"
@@ -104,7 +104,7 @@ def list_trash(workspace: Path) -> list[TrashItem]:
     found = []
     for label in trash_folder(workspace).glob(f"*/{_LABEL}"):
         try:
-            said = parsed_json(label.read_bytes())
+            said = parse_json(label.read_bytes())
             came_from = workspace.absolute() / str(said["came_from"])
             one = TrashItem(label.parent, str(said["name"]), came_from, float(said["time"]))
         except (OSError, ValueError, OverflowError, KeyError, TypeError):

@@ -39,7 +39,7 @@ from lora_core.settings.schema import (
     TrainSection,
     ValidationSection,
 )
-from lora_core.system.paths import valid_text
+from lora_core.system.paths import clean_text
 
 SWITCHES = {"optim.lr": "optim.range_test"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
@@ -341,7 +341,7 @@ def in_short(value: Any) -> str:
 
 def is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8: it holds no lone surrogate."""
-    return text == valid_text(text)
+    return text == clean_text(text)
 
 
 def _unknown(name: str) -> str:

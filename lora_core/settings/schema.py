@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from lora_core.settings import choices
 from lora_core.settings.choices import Table
 from lora_core.settings.patterns import LONGEST, MOST, PatternError, check_pattern
-from lora_core.system.paths import valid_text
+from lora_core.system.paths import clean_text
 
 AUTO: Literal["auto"] = "auto"
 NumberOrAuto = float | Literal["auto"]
@@ -34,7 +34,7 @@ class Section(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
     def _from_toml_or_json(cls, value: Any) -> Any:
         """Take 8.0 for 8, and refuse text that cannot be written as UTF-8."""
         texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and text != valid_text(text) for text in texts):
+        if any(isinstance(text, str) and text != clean_text(text) for text in texts):
             raise ValueError("holds bytes that are not UTF-8; rename it")
         if isinstance(value, dict):
             return {key: _integer(one) for key, one in value.items()}

@@ -29,7 +29,7 @@ PATIENCE = 0.3
 _kept: list[FileLock] = []
 
 
-def share_processor(kind: str) -> None:
+def limit_spinning(kind: str) -> None:
     """Let threads that wait spin, or have them go to sleep soon, as becomes the kind of this process.
 
     Call it before torch is imported. Nothing of it changes a result. The right ends with the process, however
@@ -45,7 +45,7 @@ def share_processor(kind: str) -> None:
     | 30,000 | 0.137 | 0.99 |
     | libgomp's own | 0.138 | 3.9 |
     """
-    if not _to_be_shared():
+    if not _is_default():
         return
     if kind == GIVES_WAY or (kind == COMPUTES and _may_spin()):
         os.environ[VARIABLE] = AWHILE
@@ -53,7 +53,7 @@ def share_processor(kind: str) -> None:
         os.environ[VARIABLE] = SOON
 
 
-def others_compute() -> bool:
+def others_spin() -> bool:
     """Whether another of our processes has the right to spin now."""
     if _kept or not sys.platform.startswith("linux"):
         return False
@@ -66,7 +66,7 @@ def others_compute() -> bool:
     return False
 
 
-def _to_be_shared() -> bool:
+def _is_default() -> bool:
     return sys.platform.startswith("linux") and os.environ.get(VARIABLE, SOON) in (SOON, AWHILE)
 
 

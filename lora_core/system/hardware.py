@@ -102,36 +102,36 @@ class Hardware:
 
 def find_card() -> Card | None:
     """The card that a run would take, asked of its driver now."""
-    return nvidia_card() or amd_card()
+    return find_nvidia_card() or find_amd_card()
 
 
-def nvidia_card() -> Card | None:
+def find_nvidia_card() -> Card | None:
     """The card that a run takes, as NVIDIA's tool tells it: the newest; of several like it, the largest."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-        cards = nvidia_cards(tool)
-        apps = parsed_apps(_said(tool, "--query-compute-apps=pid,used_memory"))
+        cards = list_nvidia_cards(tool)
+        apps = parse_apps(_run_command(tool, "--query-compute-apps=pid,used_memory"))
         best = max(cards, key=lambda card: (card.generation, card.total), default=None)
         return replace(best, by_process=apps) if best else None
     return None
 
 
-def nvidia_cards(tool: str) -> list[Card]:
+def list_nvidia_cards(tool: str) -> list[Card]:
     """All cards of NVIDIA's, in the order of its tool.
 
     Raises:
         OSError, ValueError, subprocess.SubprocessError: the tool does not answer, or in another way.
     """
     try:
-        lines = _said(tool, f"--query-gpu={CARD_FIELDS}").splitlines()
+        lines = _run_command(tool, f"--query-gpu={CARD_FIELDS}").splitlines()
     except subprocess.CalledProcessError:
-        lines = [f"{line}, " for line in _said(tool, f"--query-gpu={OLD_FIELDS}").splitlines()]
-    return [parsed_card(line) for line in lines]
+        lines = [f"{line}, " for line in _run_command(tool, f"--query-gpu={OLD_FIELDS}").splitlines()]
+    return [parse_card(line) for line in lines]
 
 
-def _said(tool: str, query: str) -> str:
+def _run_command(tool: str, query: str) -> str:
     done = subprocess.run(
         [tool, query, "--format=csv,noheader,nounits"],
         capture_output=True,
@@ -143,7 +143,7 @@ def _said(tool: str, query: str) -> str:
     return str(done.stdout)
 
 
-def parsed_card(line: str) -> Card:
+def parse_card(line: str) -> Card:
     """A card from one line of comma-separated values in the order of `CARD_FIELDS`.
 
     Raises:
@@ -154,7 +154,7 @@ def parsed_card(line: str) -> Card:
     return Card(name, *memory, _number(watts), _number(generation), driver=driver)
 
 
-def parsed_apps(text: str) -> dict[int, int]:
+def parse_apps(text: str) -> dict[int, int]:
     """Process to bytes; lines that hold no number, as on Windows, are left out."""
     found = {}
     for line in text.splitlines():
@@ -171,7 +171,7 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def amd_card(devices: Path = Path("/sys/class/drm")) -> Card | None:
+def find_amd_card(devices: Path = Path("/sys/class/drm")) -> Card | None:
     """The largest card whose driver tells its memory in files, as AMD's does on Linux."""
     found = []
     for total in devices.glob("card*/device/mem_info_vram_total"):

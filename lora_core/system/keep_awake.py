@@ -32,7 +32,7 @@ def keep_awake(system: str = sys.platform) -> Iterator[None]:
     if system == "win32":
         _windows(_CONTINUOUS | _SYSTEM_REQUIRED)
     elif command:
-        holder = _started(command)
+        holder = _start(command)
     try:
         yield
     finally:
@@ -52,7 +52,7 @@ def _command(system: str) -> list[str]:
     return []
 
 
-def _started(command: list[str]) -> "subprocess.Popen[bytes] | None":
+def _start(command: list[str]) -> "subprocess.Popen[bytes] | None":
     with contextlib.suppress(OSError):
         return subprocess.Popen(
             command,

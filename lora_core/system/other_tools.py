@@ -22,7 +22,7 @@ import psutil
 
 from lora_core.errors import RunError
 from lora_core.system.paths import sync_folder, write_atomically
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 LARGEST_SETTINGS = 1_000_000
 
@@ -31,7 +31,7 @@ Folders = tuple[list[Path], list[Path]]
 
 
 @dataclass(frozen=True)
-class Kind:
+class ToolKind:
     """One tool.
 
     Attributes:
@@ -48,7 +48,7 @@ class Kind:
 def json_path(file: Path, key: str) -> Path | None:
     """The path that a JSON file holds under `key`, or None."""
     try:
-        found = parsed_json(_text(file)).get(key)
+        found = parse_json(_text(file)).get(key)
     except (ValueError, AttributeError):
         return None
     return Path(found) if isinstance(found, str) and found else None
@@ -169,14 +169,14 @@ def _stability_matrix(root: Path) -> Folders:
 
 
 KINDS = (
-    Kind("Forge", (("webui.py", "modules_forge"),), _webui),
-    Kind("SD.Next", (("installer.py", "launch.py", "modules"),), _sdnext),
-    Kind("AUTOMATIC1111", (("webui.py", "modules", "models/Stable-diffusion"),), _webui),
-    Kind("Fooocus", (("fooocus_version.py", "models"),), _fooocus),
+    ToolKind("Forge", (("webui.py", "modules_forge"),), _webui),
+    ToolKind("SD.Next", (("installer.py", "launch.py", "modules"),), _sdnext),
+    ToolKind("AUTOMATIC1111", (("webui.py", "modules", "models/Stable-diffusion"),), _webui),
+    ToolKind("Fooocus", (("fooocus_version.py", "models"),), _fooocus),
     # Its desktop version keeps models and nodes of a person, and its own code elsewhere.
-    Kind("ComfyUI", (("main.py", "comfy", "models"), ("custom_nodes", "models/checkpoints")), _comfy),
-    Kind("InvokeAI", (("invokeai.yaml",), ("databases/invokeai.db", "models")), _invoke),
-    Kind("Stability Matrix", (("Models/StableDiffusion", "Packages"),), _stability_matrix),
+    ToolKind("ComfyUI", (("main.py", "comfy", "models"), ("custom_nodes", "models/checkpoints")), _comfy),
+    ToolKind("InvokeAI", (("invokeai.yaml",), ("databases/invokeai.db", "models")), _invoke),
+    ToolKind("Stability Matrix", (("Models/StableDiffusion", "Packages"),), _stability_matrix),
 )
 """The tools, the more special before those that they were made from."""
 
@@ -226,7 +226,7 @@ NO_BASES = {
 
 
 @dataclass(frozen=True)
-class Tool:
+class InstalledTool:
     """One tool on this computer.
 
     Attributes:
@@ -257,7 +257,7 @@ class Machine:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def this_machine() -> Machine:
+def detect_machine() -> Machine:
     """The home folder, the drives and the settings folders of this computer."""
     home = Path.home()
     usual = [home / place for place in USUAL_PLACES]
@@ -275,9 +275,9 @@ def this_machine() -> Machine:
     return Machine(tuple(usual), tuple(settings), os.environ)
 
 
-def found_tools(
+def find_tools(
     extra: Iterable[Path] = (), machine: Machine | None = None, seconds: float = MOST_SECONDS
-) -> list[Tool]:
+) -> list[InstalledTool]:
     """The tools on this computer, in the order in which they were found, each once.
 
     Args:
@@ -286,20 +286,20 @@ def found_tools(
         seconds: after so long the search ends with what it has.
     """
     search = _Search(seconds)
-    tools: dict[Path, Tool] = {}
+    tools: dict[Path, InstalledTool] = {}
     for folder in extra:
-        found = [tool for place in search.within(folder) if (tool := recognised(place))]
+        found = [tool for place in search.within(folder) if (tool := recognise_tool(place))]
         if not found and folder.is_dir():
-            found = [Tool(folder.name or str(folder), folder, (folder,), None)]
+            found = [InstalledTool(folder.name or str(folder), folder, (folder,), None)]
         tools |= {tool.root.resolve(): tool for tool in found}
-    for place in search.candidates(machine or this_machine()):
-        tool = recognised(place)
+    for place in search.candidates(machine or detect_machine()):
+        tool = recognise_tool(place)
         if tool is not None:
             tools.setdefault(tool.root.resolve(), tool)
     return list(tools.values())
 
 
-def recognised(folder: Path) -> Tool | None:
+def recognise_tool(folder: Path) -> InstalledTool | None:
     """The tool that is installed in `folder` itself, if one is."""
     try:
         kind = next((kind for kind in KINDS if _marked(folder, kind)), None)
@@ -307,13 +307,13 @@ def recognised(folder: Path) -> Tool | None:
             return None
         models, loras = kind.folders(folder)
         there = tuple(dict.fromkeys(path for path in models if path.is_dir()))
-        return Tool(kind.name, folder, there, next((path for path in loras if path.is_dir()), None))
+        return InstalledTool(kind.name, folder, there, next((path for path in loras if path.is_dir()), None))
     except OSError:
         # A folder that may not be read is nobody's; the next one may.
         return None
 
 
-def _marked(folder: Path, kind: Kind) -> bool:
+def _marked(folder: Path, kind: ToolKind) -> bool:
     return any(all((folder / name).exists() for name in names) for names in kind.markers)
 
 
@@ -365,7 +365,7 @@ class _Search:
                     yield from self.within(child)
 
 
-def base_files(tool: Tool, most: int = MOST_FILES, seconds: float = MOST_SECONDS) -> list[Path]:
+def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float = MOST_SECONDS) -> list[Path]:
     """What may be a base in a tool's folders: large single files and diffusers folders, newest first.
 
     Args:
@@ -421,7 +421,7 @@ MOST_NUMBERS = 1000
 
 
 @dataclass(frozen=True)
-class Copied:
+class CopiedFile:
     """What was copied.
 
     Attributes:
@@ -437,7 +437,7 @@ class Copied:
     renamed: bool
 
 
-def copied(file: Path, folder: Path) -> Copied:
+def copy_export(file: Path, folder: Path) -> CopiedFile:
     """Copy an adapter and its side files into `folder`, under a name that is free there.
 
     Raises:
@@ -466,7 +466,7 @@ def copied(file: Path, folder: Path) -> Copied:
         raise RunError(
             f"{folder} cannot be written ({error.strerror or error}); nothing was replaced."
         ) from error
-    return Copied(target, tuple(beside), tuple(kept), stem != file.stem)
+    return CopiedFile(target, tuple(beside), tuple(kept), stem != file.stem)
 
 
 def _free_stem(file: Path, folder: Path) -> str:
@@ -506,7 +506,7 @@ def _copy(source: Path, target: Path) -> None:
 MOST_KEPT = 24
 
 
-class Places:
+class RecentPaths:
     """Three lists in one small file, the newest first; a broken file counts as empty."""
 
     def __init__(self, file: Path) -> None:
@@ -517,7 +517,7 @@ class Places:
 
     def _read(self) -> dict[str, list[str]]:
         try:
-            found: Any = parsed_json(self.file.read_bytes())
+            found: Any = parse_json(self.file.read_bytes())
         except (OSError, ValueError):
             return {}
         if not isinstance(found, dict):

@@ -71,7 +71,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def valid_text(text: str) -> str:
+def clean_text(text: str) -> str:
     """The text with U+FFFD in place of each lone surrogate, so that it can be encoded as UTF-8.
 
     JSON (`"\\ud800"`) and file names that are not UTF-8 bring surrogates in; pages and files cannot hold

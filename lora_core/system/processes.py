@@ -22,7 +22,7 @@ import psutil
 
 from lora_core.errors import RunError
 from lora_core.system.paths import ASSETS, write_atomically
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 
 TRAINER = (sys.executable, "-m", "lora_core", "resume")
 """The command that a run's path is appended to."""
@@ -51,7 +51,7 @@ def child_environment(workspace: Path) -> dict[str, str]:
     }
 
 
-def started(command: list[str], log_file: Path, workspace: Path) -> "subprocess.Popen[bytes]":
+def start_detached(command: list[str], log_file: Path, workspace: Path) -> "subprocess.Popen[bytes]":
     """A child of its own session, all that it says appended to `log_file`."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with open(log_file, "ab") as log:
@@ -66,7 +66,7 @@ def started(command: list[str], log_file: Path, workspace: Path) -> "subprocess.
 
 
 @contextmanager
-def noted_process(file: Path) -> Iterator[None]:
+def pid_file(file: Path) -> Iterator[None]:
     """While the context is open, `file` names this process, for readers that may not take its lock.
 
     Raises:
@@ -91,7 +91,7 @@ def noted_process(file: Path) -> Iterator[None]:
 def live_process(file: Path) -> psutil.Process | None:
     """The process that `file` names, if it lives."""
     try:
-        named = parsed_json(file.read_bytes())
+        named = parse_json(file.read_bytes())
         process = psutil.Process(int(named["pid"]))
         if named.get("ticks"):
             same = named["ticks"] == _ticks(process.pid)
@@ -145,7 +145,7 @@ def _numbers(names: tuple[str, ...]) -> list[signal.Signals]:
 
 
 @contextmanager
-def signals_taken(take: Callable[[int], None]) -> Iterator[None]:
+def catch_signals(take: Callable[[int], None]) -> Iterator[None]:
     """While the context is open, `take` is called with the number of each signal that would end the process.
 
     Python lets only the main thread do so; in another nothing changes.
@@ -165,7 +165,7 @@ def signals_taken(take: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Stopping:
+class StopRequest:
     """Whether a signal asked this process to end. A second Ctrl-C ends it at once.
 
     Only that one: closing a terminal sends SIGHUP from the shell and from the system, and whoever supervises
@@ -190,7 +190,7 @@ class Stopping:
             return
         self._taken = True
         try:
-            with signals_taken(self._take):
+            with catch_signals(self._take):
                 yield
         finally:
             self._taken = False

@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from lora_core.system.paths import valid_text
+from lora_core.system.paths import clean_text
 
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder(parse_constant=lambda _: None)
@@ -17,20 +17,20 @@ LARGEST = 2**63 - 1
 T = TypeVar("T")
 
 
-def valid_value(value: Any) -> Any:
+def clean_value(value: Any) -> Any:
     """A JSON value with valid texts alone, and null for numbers that JSON or 64 bits cannot hold."""
     if isinstance(value, str):
-        return valid_text(value)
+        return clean_text(value)
     if isinstance(value, dict):
-        return {valid_text(k) if isinstance(k, str) else k: valid_value(v) for k, v in value.items()}
+        return {clean_text(k) if isinstance(k, str) else k: clean_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [valid_value(one) for one in value]
+        return [clean_value(one) for one in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if not isinstance(value, int) or abs(value) <= LARGEST else None
 
 
-def parsed_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, its texts made valid; NaN and Infinity, which are no JSON, become null.
 
     Raises:
@@ -40,12 +40,12 @@ def parsed_json(text: str | bytes) -> Any:
         text = text.decode("utf-8")
     try:
         value = _DECODER.decode(text)
-        return valid_value(value) if _ESCAPED_SURROGATE.search(text) else value
+        return clean_value(value) if _ESCAPED_SURROGATE.search(text) else value
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 
 
-def checked_fields(kind: type[T], values: Any) -> T:
+def check_fields(kind: type[T], values: Any) -> T:
     """An instance of a dataclass, each value of the type that its field says.
 
     Raises:

@@ -27,7 +27,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
 from lora_core.system.paths import sync_folder, write_atomically
-from lora_core.system.untrusted import parsed_json
+from lora_core.system.untrusted import parse_json
 from lora_core.tools.base_weights import BaseWeights
 from lora_core.tools.combine import (
     BlockWeights,
@@ -276,7 +276,7 @@ def _tags(opened: Sequence[Opened]) -> dict[str, dict[str, int]]:
     tags: dict[str, dict[str, int]] = {}
     for source in opened:
         try:
-            found = parsed_json(source.metadata.get("ss_tag_frequency", "{}"))
+            found = parse_json(source.metadata.get("ss_tag_frequency", "{}"))
         except ValueError:
             continue
         for name, counts in found.items() if isinstance(found, dict) else ():

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lora_core.data.buckets import Bucket, bucket_of, size_conditioning
-from lora_core.data.captions import CHUNK, CaptionRules, drawn_caption
+from lora_core.data.buckets import Bucket, choose_bucket, size_conditioning
+from lora_core.data.captions import CHUNK, CaptionRules, sample_caption
 from lora_core.data.dataset import ImageRecord
-from lora_core.data.images import content_hash
+from lora_core.data.images import hash_file
 from lora_core.errors import DatasetError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import (
@@ -58,9 +58,7 @@ class LatentCache:
         if key not in self._memory:
             # Devices round differently, so that each has latents of its own.
             device = self._base.vae.device.type
-            name = short_digest(
-                content_hash(record.path), self._vae, bucket.width, bucket.height, flip, device
-            )
+            name = short_digest(hash_file(record.path), self._vae, bucket.width, bucket.height, flip, device)
             self._memory[key] = load_or_compute(
                 self._folder / f"{name}.safetensors",
                 lambda: {"value": encode_image(self._base, load_pixels(record, bucket, flip))},
@@ -235,7 +233,7 @@ def assign_buckets(records: list[ImageRecord], resolution: int, multiple: int) -
     """
     if not records:
         raise DatasetError("No picture is left to train on; add pictures or hold fewer of them out.")
-    return [TrainImage(r, bucket_of(r.width, r.height, resolution, multiple)) for r in records]
+    return [TrainImage(r, choose_bucket(r.width, r.height, resolution, multiple)) for r in records]
 
 
 class Batches:
@@ -272,7 +270,7 @@ class Batches:
         draw = random.Random(f"{self._looks.seed}/look/{number}/{row}")
         item = self._items[index]
         flip = self._looks.flip and draw.random() < 0.5
-        caption = drawn_caption(item.record.caption, self._looks.captions, draw)
+        caption = sample_caption(item.record.caption, self._looks.captions, draw)
         return self._cache.latents(item.record, item.bucket, flip), caption, item
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import plain_caption, tag_counts
+from lora_core.data.captions import count_tags, plain_caption
 from lora_core.errors import RunError
 from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import file_hashes, read_adapter, read_tensors, write_adapter
@@ -52,7 +52,7 @@ def export_facts(
         clip_skip=config.train.clip_skip,
         seed=config.seed,
         trigger=trigger,
-        tag_frequency={name: tag_counts(captions)},
+        tag_frequency={name: count_tags(captions)},
         datasets={name: (1, len(items))},
         buckets=Counter((item.bucket.width, item.bucket.height) for item in items),
         prediction=base.noise.objective,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.data.dataset import ImageRecord
-from lora_core.data.images import content_hash
+from lora_core.data.images import hash_file
 from lora_core.errors import InputsChanged, ModelFileError
 from lora_core.model_files.detect import base_facts, weight_paths
 from lora_core.model_files.header import read_header
@@ -34,7 +34,7 @@ def input_hashes(run: RunFolder, records: list[ImageRecord]) -> dict[str, str]:
     """A short text for each input: the settings file, each picture with its caption, each package."""
     inputs = {"config.toml": hashlib.sha256(run.config_file.read_bytes()).hexdigest()}
     for record in records:
-        words = f"{content_hash(record.path)} {record.repeats} {record.caption}"
+        words = f"{hash_file(record.path)} {record.repeats} {record.caption}"
         words += "\nheld out by hand" if record.held_out else ""
         inputs[f"the picture {record.path.name}"] = hashlib.sha256(words.encode()).hexdigest()
     return inputs | {f"the package {name}": found for name, found in versions().items()}
@@ -44,7 +44,7 @@ def start_input(start: Path | None) -> dict[str, str]:
     """The same of the LoRA that a run continues, if there is one."""
     if start is None:
         return {}
-    return {f"the LoRA {start.name} that it continues": content_hash(start) if start.is_file() else ""}
+    return {f"the LoRA {start.name} that it continues": hash_file(start) if start.is_file() else ""}
 
 
 def base_inputs(model: ModelSection) -> dict[str, str]:

@@ -12,9 +12,9 @@ import torch
 from lora_core.backends.int8 import WeightPolicy
 from lora_core.backends.offload import offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
-from lora_core.data.captions import CaptionRules, plain_caption, varies, with_trigger
+from lora_core.data.captions import CaptionRules, plain_caption, varies_by_draw, with_trigger
 from lora_core.data.dataset import ImageRecord, open_dataset, require_clean
-from lora_core.data.holdout import held_out
+from lora_core.data.holdout import split_holdout
 from lora_core.errors import AdapterFileError, ConfigError, InputsChanged
 from lora_core.evaluate.validator import EvalImage
 from lora_core.formats.detect import extras_sentence
@@ -439,7 +439,7 @@ def prepare(
     require_clean(dataset)
     more = base_inputs(config.model) | start_input(start_file(config.adapter))
     check_inputs(run, dataset.records, accept_changes, more)
-    train, held = held_out(dataset.records, config.validation.pictures, config.seed)
+    train, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
     model = config.model
@@ -472,7 +472,7 @@ def prepare(
     prior = _prior(base, text, workspace / "cache" / "prior", config, more)
     measured.prior = prior
     if not layout.encoders_trained:
-        fixed = [record for record in train if not varies(record.caption, rules)]
+        fixed = [record for record in train if not varies_by_draw(record.caption, rules)]
         captions = [plain_caption(record.caption, rules.trigger) for record in fixed]
         captions += [one.caption for one in (*measured.held_out, *measured.by_heart)]
         _encode_captions(text, [*captions, *prompts, *(prior.prompts if prior else []), ""], say)

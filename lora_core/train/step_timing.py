@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lora_core.data.buckets import Bucket, bucket_of
+from lora_core.data.buckets import Bucket, choose_bucket
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import cap_memory, out_of_memory, use_device
 from lora_core.models.encode import encode_prompt
@@ -132,7 +132,7 @@ def _set_up(base: BaseModel, config: RunConfig) -> tuple[TrainState, Batches, Pr
         else _OneCaption(base, train.clip_skip, train.tokens)
     )
     side = train.resolution or base.resolution
-    bucket = bucket_of(side, side, side, base.size_multiple)
+    bucket = choose_bucket(side, side, side, base.size_multiple)
     trainee, _ = build_train_state(base, layout, config, "")
     return trainee, _Noise(base, bucket, train.batch_size), text
 

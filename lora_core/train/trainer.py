@@ -18,7 +18,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import require_packages
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
-from lora_core.system.processes import Stopping
+from lora_core.system.processes import StopRequest
 from lora_core.train.autotune import Autotune
 from lora_core.train.callbacks import EXPORT_PRECISION, Duties, ProgressReporter, TensorBoardWriter
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, clear_unfinished, load_first_valid
@@ -43,7 +43,7 @@ class RequestWatcher:
 
     def __init__(self, run: RunFolder, handled: set[str]) -> None:
         """Look at the requests of `run`; those in `handled` were acted on before."""
-        self.stopping = Stopping()
+        self.stopping = StopRequest()
         self._run = run
         self._handled = handled
         self._seen: tuple[int, int] | None = None
@@ -473,7 +473,7 @@ def train(
     steps: int | None,
     on_event: Callable[[events.Event], None],
     accept_changes: bool = False,
-    stopping: Stopping | None = None,
+    stopping: StopRequest | None = None,
     group: ProcessGroup | None = None,
 ) -> Outcome:
     """Train a run from where it stands to its end, or until it is asked to stop. Call it with the run held.

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from lora_core.backends.int8 import is_quantized
-from lora_core.data.buckets import bucket_of
+from lora_core.data.buckets import choose_bucket
 from lora_core.data.captions import plain_caption
-from lora_core.data.images import content_hash
+from lora_core.data.images import hash_file
 from lora_core.evaluate.validator import EvalImage, eval_noise
 from lora_core.generate.pipeline import OnStep, sample_latents
 from lora_core.generate.request import GenerationRequest
@@ -50,7 +50,7 @@ class ForgettingSet:
         self._folder = folder
         self._identity = identity
         side = config.train.resolution or base.resolution
-        self.side = bucket_of(side, side, side, base.size_multiple).width
+        self.side = choose_bucket(side, side, side, base.size_multiple).width
         self._looks = (config.validation.triples, config.seed)
         own = base.family.prior_prompts
         self._shots = [
@@ -160,7 +160,7 @@ def build_validation_sets(
 
     def measured(item: TrainImage, caption: str) -> EvalImage:
         latents = cache.latents(item.record, item.bucket, False)
-        picture = content_hash(item.record.path)
+        picture = hash_file(item.record.path)
         looks = eval_noise(picture, latents, config.validation.triples, config.seed, base.noise.num_timesteps)
         return EvalImage(latents, looks, caption, item.sizes)
 

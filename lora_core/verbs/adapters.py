@@ -425,7 +425,7 @@ def copy(
     Raises:
         RunError: there is no such folder or tool, or it cannot be written.
     """
-    from lora_core.system.other_tools import copied
+    from lora_core.system.other_tools import copy_export
 
     source, target = Path(file), Path(folder).expanduser()
     if not source.exists() and not source.suffix:
@@ -437,16 +437,18 @@ def copy(
         raise AdapterFileError(f"The adapter {source} does not exist.")
     if not target.is_dir():
         target = _tool_folder(folder, workspace_folder(workspace))
-    done = copied(source, target)
+    done = copy_export(source, target)
     sides = {name: [str(path) for path in getattr(done, name)] for name in ("beside", "kept")}
     return {"file": str(done.file), **sides, "renamed": done.renamed}
 
 
 def _tool_folder(name: str, workspace: Path) -> Path:
-    from lora_core.system.other_tools import Places, found_tools
+    from lora_core.system.other_tools import RecentPaths, find_tools
 
     there = [
-        tool for tool in found_tools(Places(workspace / "places.json").folders()) if tool.loras is not None
+        tool
+        for tool in find_tools(RecentPaths(workspace / "places.json").folders())
+        if tool.loras is not None
     ]
     for tool in there:
         if tool.loras and tool.name.casefold().startswith(name.casefold()):

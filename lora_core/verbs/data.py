@@ -38,12 +38,12 @@ def audit(
         workspace: where zips are unpacked.
     """
     from lora_core.data.audit import audit as audited
-    from lora_core.data.statistics import Training
+    from lora_core.data.statistics import TrainingView
 
     checked_value("train.batch_size", batch, "--batch")
     side = checked_value("train.resolution", resolution, "--resolution")
     facts = base_facts(base)
-    training = Training(side or facts.resolution, facts.multiple, facts.tokenizer, trigger, batch)
+    training = TrainingView(side or facts.resolution, facts.multiple, facts.tokenizer, trigger, batch)
     return audited(load_images(dataset, workspace), training)
 
 
@@ -232,14 +232,14 @@ def projects_import(
     Raises:
         LoraError: the source does not exist, or nothing in it can be used.
     """
-    from lora_core.data.importer import Way, import_files, import_folder
+    from lora_core.data.importer import TransferMode, import_files, import_folder
     from lora_core.projects.project import Project
 
     projects, where = _projects(workspace), Path(source).expanduser().absolute()
     into = Project(projects.folder / projects.named(project))
     if not where.is_dir() and not where.is_file():
         raise DatasetError(f"There is no folder, zip or picture at {where}.")
-    way = Way("link" if link else "copy", sizes=into.sizes)
+    way = TransferMode("link" if link else "copy", sizes=into.sizes)
     if where.is_dir():
         found = import_folder(where, into.pictures, way)
     else:

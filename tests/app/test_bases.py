@@ -13,7 +13,7 @@ from app.train.form import FORM, Plan, form_values, preset_config, widget_values
 from lora_core.model_files.detect import chosen_base
 from lora_core.model_files.sizes import HEADER_A_LAYER, export_bytes
 from lora_core.settings.config import RunConfig
-from lora_core.system.other_tools import Machine, Places, Tool, found_tools
+from lora_core.system.other_tools import InstalledTool, Machine, RecentPaths, find_tools
 from tests.app.bases import UNET, checkpoint, write_header
 
 
@@ -131,7 +131,7 @@ def test_a_refused_base_stands_in_the_way(desk: Desk, tmp_path: Path) -> None:
 def test_a_folder_full_of_bases_is_remembered_and_offered(desk: Desk, tmp_path: Path) -> None:
     folder = tmp_path / "my bases"
     file = checkpoint(folder / "sub" / "one.safetensors", "sd15", size=150_000_000)
-    desk.tools = OtherTools(desk.places, lambda extra: found_tools(extra, Machine(())))
+    desk.tools = OtherTools(desk.places, lambda extra: find_tools(extra, Machine(())))
     said, values = choose(desk, str(folder))
     assert "1 model found" in said
     assert values["model.base"] == "demo"
@@ -141,7 +141,7 @@ def test_a_folder_full_of_bases_is_remembered_and_offered(desk: Desk, tmp_path: 
 
 def test_the_list_names_each_base_once(desk: Desk, tmp_path: Path) -> None:
     file = checkpoint(tmp_path / "ComfyUI" / "models" / "one.safetensors", "sd15", size=150_000_000)
-    tools = [Tool(name, file.parents[1], (file.parent,), None) for name in ("ComfyUI", "Other")]
+    tools = [InstalledTool(name, file.parents[1], (file.parent,), None) for name in ("ComfyUI", "Other")]
     desk.tools = OtherTools(desk.places, lambda extra: tools)
     desk.tools.look(wait=True)
     assert base_choices(desk)[1:] == [("ComfyUI: one.safetensors", str(file))]
@@ -152,21 +152,23 @@ def test_the_list_names_each_base_once(desk: Desk, tmp_path: Path) -> None:
 
 
 def test_places_survive_and_a_broken_file_counts_as_empty(tmp_path: Path) -> None:
-    places = Places(tmp_path / "places.json")
+    places = RecentPaths(tmp_path / "places.json")
     for index in range(40):
         places.keep_base(f"/ä/{index}")
     places.keep_lora_folder(tmp_path / "loras")
-    again = Places(tmp_path / "places.json")
+    again = RecentPaths(tmp_path / "places.json")
     assert again.bases()[:2] == ["/ä/39", "/ä/38"]
     assert len(again.bases()) == 24
     assert again.lora_folders() == [tmp_path / "loras"]
     for text in ("{", "[]", '{"bases": [1, {}], "folders": "x"}'):
         (tmp_path / "places.json").write_text(text)
-        assert Places(tmp_path / "places.json").bases() == []
+        assert RecentPaths(tmp_path / "places.json").bases() == []
 
 
 def test_a_search_that_fails_leaves_the_last_result(tmp_path: Path) -> None:
-    tools = OtherTools(Places(tmp_path / "p.json"), lambda extra: [Tool("A", tmp_path, (), tmp_path)])
+    tools = OtherTools(
+        RecentPaths(tmp_path / "p.json"), lambda extra: [InstalledTool("A", tmp_path, (), tmp_path)]
+    )
     tools.look(wait=True)
     assert tools.lora_folders() == [("A", tmp_path)]
     tools.look(wait=True)

@@ -21,7 +21,7 @@ from app.export.view import checked_folder, copied_line, folder_choices
 from app.state import Desk, OtherTools
 from lora_core.errors import RunError
 from lora_core.system import other_tools
-from lora_core.system.other_tools import Tool, copied
+from lora_core.system.other_tools import InstalledTool, copy_export
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
 
@@ -97,17 +97,17 @@ def loras(tmp_path: Path) -> Path:
 
 
 def test_an_export_is_copied_with_what_belongs_to_it(export: Path, loras: Path) -> None:
-    done = copied(export, loras)
+    done = copy_export(export, loras)
     assert sorted(os.listdir(loras)) == ["my dög.json", "my dög.preview.png", "my dög.safetensors"]
     assert done.file.read_bytes() == b"weights"
     assert (len(done.beside), done.kept, done.renamed) == (2, (), False)
-    assert copied(export, loras) == other_tools.Copied(done.file, (), (), False)
+    assert copy_export(export, loras) == other_tools.CopiedFile(done.file, (), (), False)
 
 
 def test_another_file_of_that_name_is_never_replaced(export: Path, loras: Path) -> None:
     (loras / export.name).write_bytes(b"somebody else's")
     (loras / "my dög-2.safetensors").symlink_to(loras / "nowhere")
-    done = copied(export, loras)
+    done = copy_export(export, loras)
     assert done.file == loras / "my dög-3.safetensors"
     assert done.renamed
     assert (loras / "my dög-3.json").is_file()
@@ -115,10 +115,10 @@ def test_another_file_of_that_name_is_never_replaced(export: Path, loras: Path) 
 
 
 def test_words_that_a_person_wrote_there_stay(export: Path, loras: Path) -> None:
-    copied(export, loras)
+    copy_export(export, loras)
     side = loras / "my dög.json"
     side.write_text('{"activation text": "mine", "notes": "good at 0.7"}')
-    done = copied(export, loras)
+    done = copy_export(export, loras)
     assert (done.kept, done.renamed) == ((side,), False)
     assert "good at 0.7" in side.read_text()
 
@@ -132,13 +132,13 @@ def test_a_copy_that_fails_leaves_nothing_behind(
 
     monkeypatch.setattr(other_tools.shutil, "copyfile", full)
     with pytest.raises(RunError, match="No space left"):
-        copied(export, loras)
+        copy_export(export, loras)
     assert os.listdir(loras) == []
 
 
 def test_a_folder_that_is_none_is_a_sentence(export: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no folder at"):
-        copied(export, tmp_path / "gone")
+        copy_export(export, tmp_path / "gone")
     for text, words in (("", "Choose a folder"), (str(tmp_path / "gone"), "no folder at"), (None, "Choose")):
         with pytest.raises(RunError, match=words):
             checked_folder(text)
@@ -150,7 +150,10 @@ def test_folders_of_tools_and_folders_used_before_are_offered(
 ) -> None:
     own = tmp_path / "own"
     own.mkdir()
-    tools = [Tool("ComfyUI", loras.parents[1], (), loras), Tool("InvokeAI", tmp_path, (), None)]
+    tools = [
+        InstalledTool("ComfyUI", loras.parents[1], (), loras),
+        InstalledTool("InvokeAI", tmp_path, (), None),
+    ]
     desk.tools = OtherTools(desk.places, lambda extra: tools)
     desk.tools.look(wait=True)
     for folder in (loras, own, tmp_path / "gone"):
@@ -159,11 +162,11 @@ def test_folders_of_tools_and_folders_used_before_are_offered(
 
 
 def test_what_was_copied_is_said(desk: Desk, export: Path, loras: Path) -> None:
-    tools = [Tool("ComfyUI", loras.parents[1], (), loras)]
+    tools = [InstalledTool("ComfyUI", loras.parents[1], (), loras)]
     desk.tools = OtherTools(desk.places, lambda extra: tools)
     desk.tools.look(wait=True)
     (loras / export.name).write_bytes(b"other")
-    said = copied_line(desk, copied(export, loras))
+    said = copied_line(desk, copy_export(export, loras))
     assert "Copied to ComfyUI, with its side files." in said
     assert "this one is called my dög-2" in said
     assert str(loras / "my dög-2.safetensors") in said

@@ -16,7 +16,7 @@ from lora_core.runs import events
 from lora_core.runs.costs import MEASURED, SCALED
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
-from lora_core.system.hardware import Card, amd_card, parsed_apps, parsed_card
+from lora_core.system.hardware import Card, find_amd_card, parse_apps, parse_card
 from tests.app.bases import checkpoint
 from tests.app.runs import make_run, started, step
 
@@ -139,14 +139,14 @@ def test_a_processor_s_run_takes_more_memory_where_there_is_more(
 
 
 def test_what_nvidia_s_tool_says_is_read() -> None:
-    found = parsed_card("NVIDIA GeForce RTX 3060, rev, 5222, 12288, 580.65, 170.00, 8.6")
+    found = parse_card("NVIDIA GeForce RTX 3060, rev, 5222, 12288, 580.65, 170.00, 8.6")
     assert found == Card(
         "NVIDIA GeForce RTX 3060, rev", 5222 * 2**20, 12288 * 2**20, 170.0, 8.6, driver="580.65"
     )
-    assert parsed_card("Card, 1, 2, 580.65, [N/A], 9.0").watts == 0.0
-    assert parsed_apps("12, 100\n13, [N/A]\n\n") == {12: 100 * 2**20}
+    assert parse_card("Card, 1, 2, 580.65, [N/A], 9.0").watts == 0.0
+    assert parse_apps("12, 100\n13, [N/A]\n\n") == {12: 100 * 2**20}
     with pytest.raises(ValueError, match="unpack"):
-        parsed_card("no devices were found")
+        parse_card("no devices were found")
 
 
 def test_amd_s_files_are_read(tmp_path: Path) -> None:
@@ -154,5 +154,5 @@ def test_amd_s_files_are_read(tmp_path: Path) -> None:
     device.mkdir(parents=True)
     (device / "mem_info_vram_total").write_text("8589934592\n")
     (device / "mem_info_vram_used").write_text("1000\n")
-    assert amd_card(tmp_path) == Card("AMD graphics card", 1000, 8 * 2**30, maker="AMD")
-    assert amd_card(tmp_path / "none") is None
+    assert find_amd_card(tmp_path) == Card("AMD graphics card", 1000, 8 * 2**30, maker="AMD")
+    assert find_amd_card(tmp_path / "none") is None

@@ -8,7 +8,7 @@ import pytest
 from app import formatting
 from app.dataset import gallery
 from app.train import cards
-from lora_core.data.dataset import Dataset, ImageRecord, Problem
+from lora_core.data.dataset import Dataset, FileProblem, ImageRecord
 from lora_core.runs import events
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
@@ -16,7 +16,7 @@ HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
 
 def test_what_is_wrong_is_said_as_text(tmp_path: Path) -> None:
     record = ImageRecord(tmp_path / "a.png", 200, 100, HOSTILE)
-    problem = Problem(tmp_path / "a.png", "broken", f"{HOSTILE} is damaged.")
+    problem = FileProblem(tmp_path / "a.png", "broken", f"{HOSTILE} is damaged.")
     shown = gallery.findings(Dataset([record], [problem]), [problem], False, [HOSTILE])
     assert "<img src=x" not in shown
     assert shown.count("&lt;img src=x") == 3

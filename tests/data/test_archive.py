@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.data.dataset import scan
-from lora_core.data.importer import Way, import_files, import_folder
+from lora_core.data.importer import TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw, listed, packed
 
@@ -170,7 +170,7 @@ def test_only_regular_files_of_the_folder_are_taken(tmp_path: Path, draw: Draw, 
         file.truncate(1 << 40)
     with open(source / "sparse.txt", "wb") as file:
         file.truncate(1 << 40)
-    imported = import_folder(source, tmp_path / "into", Way(how))
+    imported = import_folder(source, tmp_path / "into", TransferMode(how))
     assert listed(tmp_path / "into") == ["a.png", "a.txt", "b.png"]
     assert {problem.path.name: problem.kind for problem in imported.skipped} == {
         "pipe.png": "no file",
@@ -213,6 +213,6 @@ def test_a_picture_that_comes_back_meanwhile_is_not_written_over(tmp_path: Path,
         if phase == "Taking over" and done == 1:
             (into / "b.png").write_bytes(back)
 
-    import_folder(source, into, Way(said=said))
+    import_folder(source, into, TransferMode(said=said))
     assert listed(into) == ["a.png", "b-2.png", "b.png"]
     assert (into / "b.png").read_bytes() == back

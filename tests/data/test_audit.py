@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from lora_core.data.audit import audit, common_phrases, sharpness
 from lora_core.data.dataset import scan
-from lora_core.data.statistics import Training
+from lora_core.data.statistics import TrainingView
 from lora_core.system.paths import DEMO_BASE
 from tests.data.conftest import Draw, noise
 
@@ -16,7 +16,7 @@ WORDS = ("cat", "dog", "tree", "house", "boat", "lamp", "fish", "bird")
 
 
 def kinds(folder: Path, tokenizer: Path | None = None) -> list[tuple[str, str]]:
-    found = audit(scan(folder), Training(64, 8, tokenizer))
+    found = audit(scan(folder), TrainingView(64, 8, tokenizer))
     json.dumps(found)
     return [(Path(problem["picture"]).name, problem["kind"]) for problem in found["problems"]]
 
@@ -50,7 +50,7 @@ def test_each_finding(tmp_path: Path, draw: Draw) -> None:
 def test_common_phrase(tmp_path: Path, draw: Draw) -> None:
     for seed, word in enumerate(WORDS):
         draw(tmp_path / f"{seed}.png", (96, 64), seed, f"A Photo of a {word}, at night")
-    found = audit(scan(tmp_path), Training(64, 8))
+    found = audit(scan(tmp_path), TrainingView(64, 8))
     assert [(p["picture"], p["kind"]) for p in found["problems"]] == [("", "common phrase")] * 2
     assert "“photo”" in found["problems"][1]["sentence"]
     assert "8 of 8" in found["problems"][1]["sentence"]
@@ -76,7 +76,7 @@ def test_numbers(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "3_a" / "one.png", seed=1, caption="red, big")
     draw(tmp_path / "two.png", seed=2, caption="red")
     draw(tmp_path / "three.png", seed=3)
-    found = audit(scan(tmp_path), Training(64, 8))
+    found = audit(scan(tmp_path), TrainingView(64, 8))
     assert list(found) == ["pictures", "captions", "problems", "tags", "shares", "learned"]
     assert found["pictures"] == 3
     assert found["captions"] == 2
@@ -86,7 +86,7 @@ def test_numbers(tmp_path: Path, draw: Draw) -> None:
 
 
 def test_nothing_at_all(tmp_path: Path) -> None:
-    assert audit(scan(tmp_path), Training(64, 8))["pictures"] == 0
+    assert audit(scan(tmp_path), TrainingView(64, 8))["pictures"] == 0
 
 
 def test_sharpness_falls_with_blur() -> None:

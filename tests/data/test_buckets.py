@@ -5,7 +5,7 @@ import math
 import pytest
 from PIL import Image
 
-from lora_core.data.buckets import Bucket, bucket_of, crop_box, fit, size_conditioning
+from lora_core.data.buckets import Bucket, choose_bucket, crop_box, resize_and_crop, size_conditioning
 
 SIDES = (16, 40, 64, 100, 127, 128, 200, 333, 512, 640, 768, 1024, 1500, 4000)
 SIZES = [(w, h) for w in SIDES for h in SIDES]
@@ -14,7 +14,7 @@ SIZES = [(w, h) for w in SIDES for h in SIDES]
 @pytest.mark.parametrize(("resolution", "multiple"), [(128, 16), (256, 64), (512, 64), (512, 8), (1024, 64)])
 def test_properties(resolution: int, multiple: int) -> None:
     for width, height in SIZES:
-        bucket = bucket_of(width, height, resolution, multiple)
+        bucket = choose_bucket(width, height, resolution, multiple)
         assert bucket.width % multiple == bucket.height % multiple == 0
         assert bucket.width >= multiple
         assert bucket.height >= multiple
@@ -26,7 +26,7 @@ def test_properties(resolution: int, multiple: int) -> None:
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_shape_is_the_nearest_of_all_sizes_as_large(width: int, height: int) -> None:
     """Nothing legal is at least as wide and as high and nearer to the picture's shape."""
-    bucket = bucket_of(width, height, 512, 64)
+    bucket = choose_bucket(width, height, 512, 64)
 
     def error(w: int, h: int) -> float:
         return abs(math.log(w / h / (width / height)))
@@ -39,14 +39,14 @@ def test_shape_is_the_nearest_of_all_sizes_as_large(width: int, height: int) -> 
 
 def test_turned_pictures_get_turned_buckets() -> None:
     for width, height in SIZES:
-        one, other = bucket_of(width, height, 512, 64), bucket_of(height, width, 512, 64)
+        one, other = choose_bucket(width, height, 512, 64), choose_bucket(height, width, 512, 64)
         assert (one.width, one.height) == (other.height, other.width)
 
 
 @pytest.mark.parametrize("resolution", [64, 128, 192, 256, 512, 768, 1024])
 @pytest.mark.parametrize("side", [1024, 1333, 3024])
 def test_squares(resolution: int, side: int) -> None:
-    assert bucket_of(side, side, resolution, 64) == Bucket(resolution, resolution)
+    assert choose_bucket(side, side, resolution, 64) == Bucket(resolution, resolution)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_squares(resolution: int, side: int) -> None:
     ],
 )
 def test_golden(size: tuple[int, int], bucket: Bucket) -> None:
-    assert bucket_of(*size, 512, 64) == bucket
+    assert choose_bucket(*size, 512, 64) == bucket
 
 
 def test_crop_box_is_centred_inside_and_of_the_bucket_s_shape() -> None:
     for width, height in SIZES:
-        bucket = bucket_of(width, height, 256, 64)
+        bucket = choose_bucket(width, height, 256, 64)
         left, top, right, bottom = crop_box(width, height, bucket)
         assert left >= 0
         assert top >= 0
@@ -111,11 +111,11 @@ def test_what_a_unet_is_told_of_the_size(
 def test_fit_shows_the_middle() -> None:
     image = Image.new("RGB", (300, 100), "red")
     image.paste((0, 0, 255), (100, 0, 200, 100))
-    fitted = fit(image, Bucket(64, 64))
+    fitted = resize_and_crop(image, Bucket(64, 64))
     assert fitted.size == (64, 64)
     assert fitted.getpixel((1, 32)) == fitted.getpixel((62, 32)) == (0, 0, 255)
 
 
 def test_fit_leaves_a_picture_of_the_right_size_as_it_is() -> None:
     image = Image.effect_noise((64, 64), 80).convert("RGB")
-    assert fit(image, Bucket(64, 64)).tobytes() == image.tobytes()
+    assert resize_and_crop(image, Bucket(64, 64)).tobytes() == image.tobytes()

@@ -5,13 +5,13 @@ import time
 import pytest
 
 from lora_core.data import bulk_edit
-from lora_core.data.bulk_edit import Edit, difference, edited
+from lora_core.data.bulk_edit import Edit, apply_edit, diff_captions
 from lora_core.errors import DatasetError
 from tests.waiting import PATIENCE
 
 
 def one(caption: str, edit: Edit) -> str:
-    return edited([caption], edit)[0]
+    return apply_edit([caption], edit)[0]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_hostile_text_is_text() -> None:
 
 def test_differences_add_up_to_both_texts() -> None:
     before, after = "a red cat, sitting", "a blue cat, sitting down"
-    pieces = difference(before, after)
+    pieces = diff_captions(before, after)
     assert "".join(text for kind, text in pieces if kind != "new") == before
     assert "".join(text for kind, text in pieces if kind != "old") == after
     assert ("old", "red") in pieces

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from lora_core.data import images
-from lora_core.data.dataset import LIST, listed, scan, write_list
-from lora_core.data.holdout import held_out
-from lora_core.data.images import Sizes
-from lora_core.data.scan import Problem
+from lora_core.data.dataset import HOLDOUT_LIST, read_holdout_list, scan, write_holdout_list
+from lora_core.data.holdout import split_holdout
+from lora_core.data.images import SizeCache
+from lora_core.data.scan import FileProblem
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw, noise
 
@@ -21,9 +21,9 @@ def names(records) -> list[str]:
 def test_the_list_decides_whatever_the_number_says(tmp_path: Path, draw: Draw) -> None:
     for seed in range(6):
         draw(tmp_path / ("3_more" if seed > 3 else "") / f"{seed} é.png", seed=seed)
-    write_list(tmp_path, ["1 é.png", "3_more/5 é.png", "gone.png"])
+    write_holdout_list(tmp_path, ["1 é.png", "3_more/5 é.png", "gone.png"])
     for pictures in (0, 0.2, 4):
-        train, held = held_out(scan(tmp_path).records, pictures, seed=3)
+        train, held = split_holdout(scan(tmp_path).records, pictures, seed=3)
         assert names(held) == ["1 é.png", "5 é.png"]
         assert len(train) == 4
 
@@ -32,8 +32,8 @@ def test_twins_of_those_chosen_are_not_trained_on(tmp_path: Path, draw: Draw) ->
     for seed in range(5):
         draw(tmp_path / f"{seed}.png", (96, 72), seed)
     noise(64, 48, 2).save(tmp_path / "copy.jpg", quality=80)
-    write_list(tmp_path, ["2.png"])
-    train, held = held_out(scan(tmp_path).records, 0, 0)
+    write_holdout_list(tmp_path, ["2.png"])
+    train, held = split_holdout(scan(tmp_path).records, 0, 0)
     assert sorted(names(held)) == ["2.png", "copy.jpg"]
     assert "copy.jpg" not in names(train)
 
@@ -41,9 +41,9 @@ def test_twins_of_those_chosen_are_not_trained_on(tmp_path: Path, draw: Draw) ->
 def test_two_must_stay_to_train_on(tmp_path: Path, draw: Draw) -> None:
     for seed in range(3):
         draw(tmp_path / f"{seed}.png", seed=seed)
-    write_list(tmp_path, ["0.png", "1.png"])
+    write_holdout_list(tmp_path, ["0.png", "1.png"])
     with pytest.raises(DatasetError, match="choose fewer"):
-        held_out(scan(tmp_path).records, 0, 0)
+        split_holdout(scan(tmp_path).records, 0, 0)
 
 
 def test_a_caption_of_that_name_is_a_caption(tmp_path: Path, draw: Draw) -> None:
@@ -53,17 +53,17 @@ def test_a_caption_of_that_name_is_a_caption(tmp_path: Path, draw: Draw) -> None
 
 
 def test_an_empty_list_leaves_no_file(tmp_path: Path) -> None:
-    write_list(tmp_path, ["a.png"])
-    assert listed(tmp_path) == {"a.png"}
-    write_list(tmp_path, [])
-    assert not (tmp_path / LIST).exists()
+    write_holdout_list(tmp_path, ["a.png"])
+    assert read_holdout_list(tmp_path) == {"a.png"}
+    write_holdout_list(tmp_path, [])
+    assert not (tmp_path / HOLDOUT_LIST).exists()
     with pytest.raises(DatasetError, match="line break"):
-        write_list(tmp_path, ["a\nb.png"])
+        write_holdout_list(tmp_path, ["a\nb.png"])
 
 
 def test_a_list_that_cannot_be_read_is_a_problem(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "a.png")
-    (tmp_path / LIST).write_bytes(b"\xff\xfe\x00")
+    (tmp_path / HOLDOUT_LIST).write_bytes(b"\xff\xfe\x00")
     assert [problem.kind for problem in scan(tmp_path).problems] == ["held out"]
 
 
@@ -72,18 +72,18 @@ def test_a_picture_is_decoded_once_until_it_changes(
 ) -> None:
     picture = draw(tmp_path / "pictures" / "a.png", (40, 30))
     file = tmp_path / "sizes.json"
-    sizes = Sizes(file)
+    sizes = SizeCache(file)
     assert sizes.info(picture, "a.png") == (40, 30, False)
     sizes.save(tmp_path)
     decoded = []
-    real = images.checked_info
-    monkeypatch.setattr(images, "checked_info", lambda p, s: decoded.append(p) or real(p, s))
-    again = Sizes(file)
+    real = images.check_image
+    monkeypatch.setattr(images, "check_image", lambda p, s: decoded.append(p) or real(p, s))
+    again = SizeCache(file)
     assert again.info(picture, "a.png") == (40, 30, False)
     assert decoded == []
     picture.write_bytes(b"no picture")
-    assert isinstance(again.info(picture, "a.png"), Problem)
-    assert isinstance(again.info(picture, "a.png"), Problem)
+    assert isinstance(again.info(picture, "a.png"), FileProblem)
+    assert isinstance(again.info(picture, "a.png"), FileProblem)
     assert len(decoded) == 2
 
 
@@ -91,12 +91,12 @@ def test_a_picture_is_decoded_once_until_it_changes(
 def test_a_broken_memory_is_an_empty_one(tmp_path: Path, draw: Draw, text: str) -> None:
     (tmp_path / "sizes.json").write_text(text)
     picture = draw(tmp_path / "a.png", (40, 30))
-    assert Sizes(tmp_path / "sizes.json").info(picture, "a.png") == (40, 30, False)
+    assert SizeCache(tmp_path / "sizes.json").info(picture, "a.png") == (40, 30, False)
 
 
 def test_what_is_gone_is_forgotten_on_disk(tmp_path: Path, draw: Draw) -> None:
     inside, outside = draw(tmp_path / "in" / "a.png"), draw(tmp_path / "out" / "b.png", seed=1)
-    sizes = Sizes(tmp_path / "sizes.json")
+    sizes = SizeCache(tmp_path / "sizes.json")
     sizes.info(outside, "b.png")
     sizes.carry(outside, inside)
     sizes.save(tmp_path / "in")

@@ -13,12 +13,12 @@ import pytest
 
 from lora_core.data.captions import (
     CaptionRules,
-    chunked,
-    drawn_caption,
-    part_beyond,
-    tag_counts,
-    tags_of,
-    token_count,
+    count_tags,
+    count_tokens,
+    sample_caption,
+    split_chunks,
+    split_tags,
+    truncated_part,
     with_trigger,
 )
 from lora_core.errors import ModelFileError
@@ -33,7 +33,7 @@ def rules(**changes: object) -> CaptionRules:
 
 
 def draws(caption: str, chosen: CaptionRules, count: int = 400) -> Counter[str]:
-    return Counter(drawn_caption(caption, chosen, random.Random(seed)) for seed in range(count))
+    return Counter(sample_caption(caption, chosen, random.Random(seed)) for seed in range(count))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_trigger(caption: str, trigger: str, wanted: str) -> None:
 
 def test_without_rules_a_caption_stays_as_it_is() -> None:
     for caption in ("", "a cat", "a , b,,c", "{not a wildcard}", "tag |_|, :|", "a|b"):
-        assert drawn_caption(caption, PLAIN, random.Random(0)) == caption
+        assert sample_caption(caption, PLAIN, random.Random(0)) == caption
 
 
 # Random(0): 0.844, 0.758, 0.421, 0.259, 0.511, 0.405. Random(1): 0.134, 0.847, 0.764, 0.255, 0.495, 0.449.
@@ -71,15 +71,15 @@ def test_without_rules_a_caption_stays_as_it_is() -> None:
     ],
 )
 def test_golden(seed: int, shuffled: str, dropped: str) -> None:
-    assert drawn_caption(TAGS, rules(shuffle_tags=True), random.Random(seed)) == shuffled
-    assert drawn_caption(TAGS, rules(tag_dropout=0.5), random.Random(seed)) == dropped
+    assert sample_caption(TAGS, rules(shuffle_tags=True), random.Random(seed)) == shuffled
+    assert sample_caption(TAGS, rules(tag_dropout=0.5), random.Random(seed)) == dropped
 
 
 def test_the_same_arguments_give_the_same_caption() -> None:
     chosen = rules(trigger="zxc", caption_dropout=0.3, tag_dropout=0.3, shuffle_tags=True, keep_tags=1)
     caption = "a, b, {c|d|e}, f\ng, h | i, j"
     for seed in range(50):
-        first, second = (drawn_caption(caption, chosen, random.Random(seed)) for _ in range(2))
+        first, second = (sample_caption(caption, chosen, random.Random(seed)) for _ in range(2))
         assert first == second
 
 
@@ -95,7 +95,7 @@ def test_kept_tags_stay_in_front() -> None:
     chosen = rules(shuffle_tags=True, tag_dropout=0.5, keep_tags=2)
     drawn = draws(TAGS, chosen)
     assert all(caption.startswith("one, two") for caption in drawn)
-    assert {tag for caption in drawn for tag in tags_of(caption)} == set(tags_of(TAGS))
+    assert {tag for caption in drawn for tag in split_tags(caption)} == set(split_tags(TAGS))
     assert "one, two" in drawn
 
 
@@ -129,7 +129,7 @@ def test_alternatives(caption: str, wanted: set[str]) -> None:
 
 def test_tag_counts() -> None:
     captions = ["Red hat, cat", "red hat, dog, dog", "cat\ncat, tree", ""]
-    assert list(tag_counts(captions).items()) == [("cat", 2), ("Red hat", 2), ("dog", 1), ("tree", 1)]
+    assert list(count_tags(captions).items()) == [("cat", 2), ("Red hat", 2), ("dog", 1), ("tree", 1)]
 
 
 TEXTS = [
@@ -146,7 +146,7 @@ def test_a_tokenizer_without_its_marks_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text('{"<|startoftext|>": 0}')
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(ModelFileError, match=r"vocab\.json lacks <\|endoftext\|>"):
-        token_count("a cat", tmp_path)
+        count_tokens("a cat", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +170,8 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_token_count_by_hand(small_tokenizer: Path) -> None:
     # "the" and "cat" are one token by their merges, "hat" is three letters, "of" one.
-    assert token_count("The hat of the cat", small_tokenizer) == 1 + 3 + 1 + 1 + 1
-    assert token_count("", small_tokenizer) == 0
+    assert count_tokens("The hat of the cat", small_tokenizer) == 1 + 3 + 1 + 1 + 1
+    assert count_tokens("", small_tokenizer) == 0
 
 
 @pytest.mark.parametrize("which", ["small", "embedded"])
@@ -181,12 +181,12 @@ def test_token_count_equals_transformers(small_tokenizer: Path, which: str) -> N
     folder = small_tokenizer if which == "small" else DEMO_BASE / "tokenizer"
     theirs = CLIPTokenizer.from_pretrained(folder)
     for text in TEXTS:
-        assert token_count(text, folder) == len(theirs(text, add_special_tokens=False).input_ids), text
+        assert count_tokens(text, folder) == len(theirs(text, add_special_tokens=False).input_ids), text
 
 
 def test_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"vocab\.json and merges\.txt"):
-        token_count("a", tmp_path)
+        count_tokens("a", tmp_path)
 
 
 A, COMMA_ID = 5, 7
@@ -214,7 +214,7 @@ A, COMMA_ID = 5, 7
 )
 def test_long_captions_are_cut_into_chunks_as_a1111_does(ids, chunks, lengths):
     """Expected values worked out by hand from A1111 1.10.1, modules/sd_hijack_clip.py, tokenize_line."""
-    rows = chunked(ids, COMMA_ID, chunks)
+    rows = split_chunks(ids, COMMA_ID, chunks)
     assert [len(row) for row in rows] == lengths
     flat = [token for row in rows for token in row]
     assert flat == ids[: len(flat)]
@@ -223,6 +223,6 @@ def test_long_captions_are_cut_into_chunks_as_a1111_does(ids, chunks, lengths):
 def test_what_is_not_read_follows_the_chunks():
     text = "a " * 70 + ", " + "b " * 100
     # 71 tokens to the comma, then 75 of the rest.
-    assert part_beyond(text, 150, CLIP_TOKENIZER).split() == ["b"] * 25
-    assert part_beyond(text, 75, CLIP_TOKENIZER).split() == ["b"] * 96
-    assert part_beyond(text, 225, CLIP_TOKENIZER) == ""
+    assert truncated_part(text, 150, CLIP_TOKENIZER).split() == ["b"] * 25
+    assert truncated_part(text, 75, CLIP_TOKENIZER).split() == ["b"] * 96
+    assert truncated_part(text, 225, CLIP_TOKENIZER) == ""

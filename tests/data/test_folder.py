@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lora_core.data import dataset as folder
-from lora_core.data.dataset import Dataset, Problem, open_dataset, require_clean, scan, write_caption
+from lora_core.data.dataset import Dataset, FileProblem, open_dataset, require_clean, scan, write_caption
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw
 
@@ -222,7 +222,7 @@ def test_only_bad_pictures_are_not_the_same_as_none(tmp_path: Path) -> None:
 
 
 def test_require_clean() -> None:
-    problems = [Problem(Path(f"{n}.png"), "unreadable", f"{n}.png is broken.") for n in range(7)]
+    problems = [FileProblem(Path(f"{n}.png"), "unreadable", f"{n}.png is broken.") for n in range(7)]
     require_clean(Dataset([], []))
     with pytest.raises(DatasetError) as caught:
         require_clean(Dataset([], problems[:5]))

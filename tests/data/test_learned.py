@@ -13,7 +13,14 @@ from lora_core.data.audit import audit
 from lora_core.data.captions import CaptionRules
 from lora_core.data.dataset import scan
 from lora_core.data.scan import ImageRecord
-from lora_core.data.statistics import Training, attributes, colour_name, learned, step_shares, thumb
+from lora_core.data.statistics import (
+    TrainingView,
+    find_attributes,
+    name_colour,
+    reduce_image,
+    report_bias,
+    step_shares,
+)
 from lora_core.train.data import Batches, BatchSettings, assign_buckets
 
 
@@ -41,7 +48,7 @@ def framed(seed: int) -> Image.Image:
 
 
 def names(images: list[Image.Image], share: float = 1.0) -> set[str]:
-    found = attributes([thumb(image) for image in images])
+    found = find_attributes([reduce_image(image) for image in images])
     return {one.name for one, members in found.items() if len(members) >= share * len(images)}
 
 
@@ -86,13 +93,13 @@ def test_one_colour_and_one_composition() -> None:
     ],
 )  # fmt: skip
 def test_names_of_colours(colour: tuple[int, int, int], name: str) -> None:
-    assert colour_name(np.array(colour, dtype=float)) == name
+    assert name_colour(np.array(colour, dtype=float)) == name
 
 
 def rows_of(captions: list[str], trigger: str = "sks", background: str = "white") -> list[dict[str, Any]]:
     records = [ImageRecord(Path(f"{n}.png"), 96, 96, caption) for n, caption in enumerate(captions)]
-    thumbs = [thumb(subject(n, background)) for n in range(len(captions))]
-    rows = learned(records, [r.path.name for r in records], thumbs, Training(64, 8, trigger=trigger))
+    thumbs = [reduce_image(subject(n, background)) for n in range(len(captions))]
+    rows = report_bias(records, [r.path.name for r in records], thumbs, TrainingView(64, 8, trigger=trigger))
     json.dumps(rows)
     return rows
 
@@ -128,8 +135,8 @@ def test_words_that_come_to_mean_something_else_and_the_odd_one_out() -> None:
     assert [r["kind"] for r in rows_of(captions, background="navy") if r["name"] == "navy"] == []
 
     records = [ImageRecord(Path(f"{n}.png"), 96, 96, "sks on a white background") for n in range(6)]
-    thumbs = [thumb(subject(n, "green" if n == 4 else "white")) for n in range(6)]
-    rows = learned(records, [r.path.name for r in records], thumbs, Training(64, 8))
+    thumbs = [reduce_image(subject(n, "green" if n == 4 else "white")) for n in range(6)]
+    rows = report_bias(records, [r.path.name for r in records], thumbs, TrainingView(64, 8))
     (odd,) = [row for row in rows if row["kind"] == "odd"]
     assert odd["pictures"] == ["4.png"]
     assert "says “white background”, but it has a green one; the other 5" in odd["sentence"]
@@ -171,7 +178,7 @@ def test_shares_are_those_of_a_run(batch: int) -> None:
     counted: Counter[str] = Counter()
     for number in range(epochs * batches._an_epoch):
         counted.update(batches.batch(number).names)
-    shares = step_shares(RECORDS, Training(64, 8, batch_size=batch))
+    shares = step_shares(RECORDS, TrainingView(64, 8, batch_size=batch))
     assert sum(shares) == pytest.approx(1)
     total = counted.total()
     real = {record.path.name: counted[record.path.name] / total for record in RECORDS}
@@ -184,8 +191,8 @@ def test_shares_are_those_of_a_run(batch: int) -> None:
 
 
 def test_a_picture_alone_in_its_bucket_is_told() -> None:
-    training = Training(64, 8, batch_size=4)
-    rows = learned(RECORDS, [r.path.name for r in RECORDS], [None] * 6, training)
+    training = TrainingView(64, 8, batch_size=4)
+    rows = report_bias(RECORDS, [r.path.name for r in RECORDS], [None] * 6, training)
     assert [(row["kind"], row["name"]) for row in rows] == [
         ("bucket", "64 x 64"), ("bucket", "40 x 80"), ("bucket", "80 x 40"),
     ]  # fmt: skip
@@ -195,7 +202,7 @@ def test_a_picture_alone_in_its_bucket_is_told() -> None:
 
 def test_a_picture_with_many_steps_is_told() -> None:
     records = [ImageRecord(Path(f"{n}.png"), 64, 64, "", repeats=1 + 5 * (n == 2)) for n in range(5)]
-    (row,) = learned(records, [r.path.name for r in records], [None] * 5, Training(64, 8))
+    (row,) = report_bias(records, [r.path.name for r in records], [None] * 5, TrainingView(64, 8))
     assert (row["kind"], row["pictures"]) == ("share", ["2.png"])
     # Six looks of ten, and an even share is one of five.
     assert row["counts"] == {"share": pytest.approx(0.6), "even": 0.2}
@@ -208,5 +215,5 @@ def test_held_out_pictures_get_no_share(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_text("a")
     dataset = scan(tmp_path)
     out = frozenset({tmp_path / "1.png"})
-    shares = [row["share"] for row in audit(dataset, Training(64, 8, held_out=out))["shares"]]
+    shares = [row["share"] for row in audit(dataset, TrainingView(64, 8, held_out=out))["shares"]]
     assert shares == [0.5, 0.0, 0.5]

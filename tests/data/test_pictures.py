@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_core.data.images import as_rgb, checked_info, content_hash, image_info, open_rgb, thumbnail
-from lora_core.data.scan import Problem
+from lora_core.data.images import check_image, hash_file, make_thumbnail, open_rgb, read_image_info, to_rgb
+from lora_core.data.scan import FileProblem
 from lora_core.errors import DatasetError
 
 ORIENTATION = 0x0112
@@ -58,7 +58,7 @@ def test_16_bit_colour(tmp_path: Path) -> None:
 def test_wide_values(values: np.ndarray, mode: str, grey: list[int]) -> None:
     image = Image.fromarray(values)
     assert image.mode == mode
-    assert [pixel[0] for pixel in as_rgb(image).get_flattened_data()] == grey
+    assert [pixel[0] for pixel in to_rgb(image).get_flattened_data()] == grey
 
 
 def test_cmyk(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_exif_orientation(tmp_path: Path, ending: str, orientation: int) -> None
     x = width // 8 if "l" in corners[orientation] else width * 7 // 8
     y = height // 8 if "t" in corners[orientation] else height * 7 // 8
     red, green, blue = upright.getpixel((x, y))
-    assert upright.size == image_info(tmp_path / f"a.{ending}", "a")[:2] == wanted
+    assert upright.size == read_image_info(tmp_path / f"a.{ending}", "a")[:2] == wanted
     assert red > 200
     assert green < 60
     assert blue < 60
@@ -193,15 +193,15 @@ def test_broken_files_are_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(DatasetError, match=words) as caught:
         open_rgb(path)
     assert str(path) in str(caught.value)
-    problem = checked_info(path, name)
-    assert isinstance(problem, Problem)
+    problem = check_image(path, name)
+    assert isinstance(problem, FileProblem)
     assert problem.kind == "unreadable"
     assert problem.sentence.startswith(name)
     assert problem.sentence.endswith(".")
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    for read in (open_rgb, thumbnail, content_hash):
+    for read in (open_rgb, make_thumbnail, hash_file):
         with pytest.raises(DatasetError, match=r"a\.png cannot be opened"):
             read(tmp_path / "a.png")
 
@@ -209,22 +209,22 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (15, 400), (400, 15)])
 def test_tiny(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size).save(tmp_path / "a.png")
-    problem = checked_info(tmp_path / "a.png", "a.png")
-    assert isinstance(problem, Problem)
+    problem = check_image(tmp_path / "a.png", "a.png")
+    assert isinstance(problem, FileProblem)
     assert problem.kind == "tiny"
     assert f"{size[0]} x {size[1]}" in problem.sentence
 
 
 def test_smallest_that_is_taken(tmp_path: Path) -> None:
     Image.new("RGB", (16, 17)).save(tmp_path / "a.png")
-    assert checked_info(tmp_path / "a.png", "a.png") == (16, 17, False)
+    assert check_image(tmp_path / "a.png", "a.png") == (16, 17, False)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_size_of_a_jpeg_is_that_of_the_file(tmp_path: Path, mode: str) -> None:
     """The check decodes JPEGs at an eighth, which must not show."""
     Image.new(mode, (1001, 333)).save(tmp_path / "a.jpg")
-    assert image_info(tmp_path / "a.jpg", "a.jpg")[:2] == (1001, 333)
+    assert read_image_info(tmp_path / "a.jpg", "a.jpg")[:2] == (1001, 333)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_size_of_a_jpeg_is_that_of_the_file(tmp_path: Path, mode: str) -> None:
 )
 def test_thumbnail(tmp_path: Path, name: str, size: tuple[int, int], wanted: tuple[int, int]) -> None:
     Image.new("RGB", size, (10, 200, 30)).save(tmp_path / name)
-    small = Image.open(io.BytesIO(thumbnail(tmp_path / name)))
+    small = Image.open(io.BytesIO(make_thumbnail(tmp_path / name)))
     assert small.format == "WEBP"
     assert small.size == wanted
     assert np.allclose(small.convert("RGB").getpixel((5, 5)), (10, 200, 30), atol=6)
@@ -241,6 +241,4 @@ def test_thumbnail(tmp_path: Path, name: str, size: tuple[int, int], wanted: tup
 def test_content_hash(tmp_path: Path) -> None:
     """Golden value: the example "abc" of FIPS 180-2, appendix B.1."""
     (tmp_path / "a.png").write_bytes(b"abc")
-    assert (
-        content_hash(tmp_path / "a.png") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert hash_file(tmp_path / "a.png") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

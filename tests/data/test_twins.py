@@ -4,7 +4,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageEnhance
 
-from lora_core.data.near_duplicates import alike, fingerprint, fingerprints, twin_groups
+from lora_core.data.near_duplicates import (
+    are_near_duplicates,
+    compute_fingerprint,
+    compute_fingerprints,
+    group_near_duplicates,
+)
 from tests.data.conftest import Draw, noise
 
 
@@ -18,17 +23,19 @@ def test_copies_are_alike() -> None:
     for seed in range(10):
         image = noise(256, 192, seed)
         for copy in (image.resize((100, 75)), ImageEnhance.Brightness(image).enhance(0.95)):
-            assert alike(fingerprint(image), fingerprint(copy))
+            assert are_near_duplicates(compute_fingerprint(image), compute_fingerprint(copy))
 
 
 def test_others_are_not() -> None:
-    prints = [fingerprint(noise(256, 192, seed)) for seed in range(40)]
-    assert twin_groups([*prints]) == list(range(40))
+    prints = [compute_fingerprint(noise(256, 192, seed)) for seed in range(40)]
+    assert group_near_duplicates([*prints]) == list(range(40))
 
 
 def test_one_shape_in_two_colours_is_two_pictures() -> None:
-    assert not alike(fingerprint(disc("red")), fingerprint(disc("green")))
-    assert alike(fingerprint(disc("red")), fingerprint(disc("red").resize((90, 90))))
+    assert not are_near_duplicates(compute_fingerprint(disc("red")), compute_fingerprint(disc("green")))
+    assert are_near_duplicates(
+        compute_fingerprint(disc("red")), compute_fingerprint(disc("red").resize((90, 90)))
+    )
 
 
 def test_groups_join_twins_of_twins(tmp_path: Path, draw: Draw) -> None:
@@ -40,5 +47,5 @@ def test_groups_join_twins_of_twins(tmp_path: Path, draw: Draw) -> None:
         draw(tmp_path / "d.png", (200, 150), seed=1),
         tmp_path / "missing too.png",
     ]
-    assert twin_groups(fingerprints(paths)) == [0, 1, 0, 3, 0, 5]
-    assert twin_groups([]) == []
+    assert group_near_duplicates(compute_fingerprints(paths)) == [0, 1, 0, 3, 0, 5]
+    assert group_near_duplicates([]) == []

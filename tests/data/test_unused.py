@@ -15,7 +15,7 @@ from PIL import Image
 from lora_core.__main__ import main
 from lora_core.data.audit import audit
 from lora_core.data.dataset import open_dataset, require_clean, scan
-from lora_core.data.statistics import Training
+from lora_core.data.statistics import TrainingView
 from lora_core.errors import DatasetError
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig
@@ -28,7 +28,7 @@ ENDINGS = ("", ".png", ".jpg", ".PNG", ".txt", ".caption", ".json", ".jsonl", ".
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    found = audit(scan(folder), Training(64, 8))
+    found = audit(scan(folder), TrainingView(64, 8))
     json.dumps(found, ensure_ascii=False).encode()
     return found["problems"]
 

@@ -14,7 +14,7 @@ from lora_core.errors import ConfigError
 from lora_core.models import device
 from lora_core.settings.config import RunConfig
 from lora_core.system import hardware
-from lora_core.system.hardware import Card, card_problem, nvidia_cards
+from lora_core.system.hardware import Card, card_problem, list_nvidia_cards
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90a"]
@@ -175,6 +175,8 @@ def test_an_old_driver_is_asked_for_what_it_knows(monkeypatch: pytest.MonkeyPatc
             raise subprocess.CalledProcessError(2, tool)
         return "Quadro P4000, 10, 8192, 470.82.01, 105.00\nTesla K80, 1, 11441, 470.82.01, [N/A]\n"
 
-    monkeypatch.setattr(hardware, "_said", said)
-    names = [(card.name, card.driver, card.generation, card.watts) for card in nvidia_cards("nvidia-smi")]
+    monkeypatch.setattr(hardware, "_run_command", said)
+    names = [
+        (card.name, card.driver, card.generation, card.watts) for card in list_nvidia_cards("nvidia-smi")
+    ]
     assert names == [("Quadro P4000", "470.82.01", 0.0, 105.0), ("Tesla K80", "470.82.01", 0.0, 0.0)]

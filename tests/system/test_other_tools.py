@@ -9,13 +9,13 @@ import pytest
 
 from lora_core.system import other_tools
 from lora_core.system.other_tools import (
+    InstalledTool,
     Machine,
-    Tool,
-    base_files,
     command_options,
+    detect_machine,
     extra_model_paths,
-    found_tools,
-    this_machine,
+    find_tools,
+    list_base_files,
 )
 
 LAYOUTS = {
@@ -49,7 +49,7 @@ def large(path: Path, size: int = 200_000_000, age: float = 0.0) -> Path:
     return path
 
 
-def named(tools: list[Tool]) -> dict[str, Tool]:
+def named(tools: list[InstalledTool]) -> dict[str, InstalledTool]:
     return {tool.name: tool for tool in tools}
 
 
@@ -74,7 +74,7 @@ def test_a_tool_is_found_where_it_is_usually_put(
 ) -> None:
     root = install(tmp_path / place, name)
     (tmp_path / "Pictures" / "webui").mkdir(parents=True)
-    found = named(found_tools(machine=Machine((tmp_path,))))
+    found = named(find_tools(machine=Machine((tmp_path,))))
     assert found[name].root == root
     assert found[name].loras == (root / loras if loras else None)
     assert len(found) == 1
@@ -92,7 +92,7 @@ def test_what_others_say_of_themselves_is_followed(tmp_path: Path) -> None:
     ):
         (settings / program).mkdir(parents=True)
         (settings / program / file).write_text(json.dumps({key: str(where)}))
-    found = found_tools(machine=Machine((), (settings,), {"INVOKEAI_ROOT": str(invoke)}))
+    found = find_tools(machine=Machine((), (settings,), {"INVOKEAI_ROOT": str(invoke)}))
     assert [tool.root for tool in found] == [invoke, comfy, matrix, forge]
 
 
@@ -100,7 +100,7 @@ def test_a_desktop_comfyui_holds_no_code(tmp_path: Path) -> None:
     for part in ("custom_nodes", "models/checkpoints", "models/loras", "user"):
         (tmp_path / "ComfyUI" / part).mkdir(parents=True)
     assert (
-        named(found_tools(machine=Machine((tmp_path,))))["ComfyUI"].loras == tmp_path / "ComfyUI/models/loras"
+        named(find_tools(machine=Machine((tmp_path,))))["ComfyUI"].loras == tmp_path / "ComfyUI/models/loras"
     )
 
 
@@ -108,8 +108,8 @@ def test_added_folders_come_first_and_once(tmp_path: Path) -> None:
     comfy = install(tmp_path / "ComfyUI", "ComfyUI")
     plain = tmp_path / "my bases"
     plain.mkdir()
-    found = found_tools([plain, comfy, tmp_path / "gone"], Machine((tmp_path,)))
-    assert found[0] == Tool("my bases", plain, (plain,), None)
+    found = find_tools([plain, comfy, tmp_path / "gone"], Machine((tmp_path,)))
+    assert found[0] == InstalledTool("my bases", plain, (plain,), None)
     assert [tool.name for tool in found] == ["my bases", "ComfyUI"]
 
 
@@ -144,7 +144,7 @@ def test_extra_model_paths_of_comfyui(tmp_path: Path) -> None:
     assert loras == [disk / "own loras", web / "models/Lora", web / "models/LyCORIS"]
     for folder in (disk / "own loras", disk / "bases"):
         folder.mkdir(parents=True)
-    tool = named(found_tools(machine=Machine((tmp_path,))))["ComfyUI"]
+    tool = named(find_tools(machine=Machine((tmp_path,))))["ComfyUI"]
     assert tool.loras == disk / "own loras"
     assert tool.models == (root / "models/checkpoints", disk / "bases")
 
@@ -179,7 +179,7 @@ def test_folders_on_the_command_line_of_a_web_ui(
     assert [given.get("lora-dir", []), given.get("ckpt-dir", [])] == wanted
     for name in expected:
         (tmp_path / name).mkdir(exist_ok=True)
-    tool = found_tools(machine=Machine((tmp_path,)))[0]
+    tool = find_tools(machine=Machine((tmp_path,)))[0]
     assert tool.loras == (wanted[0] or [root / "models/Lora"])[0]
     assert tool.models[0] == (wanted[1] or [root / "models/Stable-diffusion"])[0]
 
@@ -194,7 +194,7 @@ def test_invoke_and_sdnext_name_their_folders(tmp_path: Path) -> None:
     (sdnext / "config.json").write_text(
         json.dumps({"lora_dir": str(tmp_path / "loras here"), "ckpt_dir": str(tmp_path / "bases")})
     )
-    found = named(found_tools(machine=Machine((tmp_path,))))
+    found = named(find_tools(machine=Machine((tmp_path,))))
     assert found["InvokeAI"].models == (tmp_path / "elsewhere",)
     assert found["SD.Next"].loras == tmp_path / "loras here"
     assert found["SD.Next"].models[0] == tmp_path / "bases"
@@ -213,23 +213,23 @@ def test_bases_are_large_files_and_diffusers_folders_newest_first(tmp_path: Path
     os.utime(folder, (time.time() - 100,) * 2)
     (models / "loop").symlink_to(models, target_is_directory=True)
     (models / "broken").symlink_to(tmp_path / "nowhere")
-    tool = found_tools(machine=Machine((tmp_path,)))[0]
-    assert base_files(tool) == [new, folder, old]
-    assert base_files(tool, most=1) == [new]
+    tool = find_tools(machine=Machine((tmp_path,)))[0]
+    assert list_base_files(tool) == [new, folder, old]
+    assert list_base_files(tool, most=1) == [new]
 
 
 def test_a_search_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(60):
         (tmp_path / f"other {index}").mkdir()
     install(tmp_path / "zz ComfyUI", "ComfyUI")
-    assert found_tools(machine=Machine((tmp_path,)), seconds=-1) == []
+    assert find_tools(machine=Machine((tmp_path,)), seconds=-1) == []
     monkeypatch.setattr(other_tools._Search.__init__, "__defaults__", (5,))
     assert len(other_tools._Search(60).children(tmp_path)) == 5
 
 
 def test_this_computer_is_searched_in_time() -> None:
     began = time.process_time()
-    machine = this_machine()
-    found_tools(machine=machine)
+    machine = detect_machine()
+    find_tools(machine=machine)
     assert time.process_time() - began < 6
     assert Path.home() in machine.places

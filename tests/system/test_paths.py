@@ -8,7 +8,7 @@ import pytest
 
 from lora_core.errors import RunError
 from lora_core.system import paths
-from lora_core.system.paths import valid_text, workspace, write_atomically
+from lora_core.system.paths import clean_text, workspace, write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -95,4 +95,4 @@ def test_the_assets_are_found() -> None:
     ("text", "valid"), [("a é 😀\n", "a é 😀\n"), ("\ud800.png", "�.png"), ("a\udcff\udfff", "a��")]
 )
 def test_lone_surrogates_are_replaced(text: str, valid: str) -> None:
-    assert valid_text(text) == valid
+    assert clean_text(text) == valid

@@ -11,12 +11,12 @@ import pytest
 from lora_core.errors import RunError
 from lora_core.system import processes
 from lora_core.system.paths import write_atomically
-from lora_core.system.processes import live_process, noted_process
+from lora_core.system.processes import live_process, pid_file
 
 
 def test_a_process_is_known_by_its_start(tmp_path: Path) -> None:
     file = tmp_path / "process.json"
-    with noted_process(file):
+    with pid_file(file):
         assert live_process(file) == psutil.Process()
     assert live_process(file) is None
 
@@ -27,7 +27,7 @@ def test_a_clock_that_is_set_back_hides_no_live_process(
     """psutil tells the start of a process by the time of day at which the machine came up, which moves
     along."""
     file = tmp_path / "process.json"
-    with noted_process(file):
+    with pid_file(file):
         if not json.loads(file.read_text())["ticks"]:
             pytest.skip("no such file on this system")
         monkeypatch.setattr(psutil.Process, "create_time", lambda self: 1_000.0)
@@ -38,7 +38,7 @@ def test_the_same_number_and_other_ticks_are_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "process.json"
-    with noted_process(file):
+    with pid_file(file):
         monkeypatch.setattr(processes, "_ticks", lambda pid: "another/1")
         assert live_process(file) is None
 
@@ -54,6 +54,6 @@ def test_a_full_drive_is_told_with_the_file_that_it_did_not_take(
         write_atomically(tmp_path / "file", b"x")
     assert caught.value.filename == str(tmp_path / "file")
     sentence = r"process\.json cannot be written: No space left on device; make room"
-    with pytest.raises(RunError, match=sentence), noted_process(tmp_path / "process.json"):
+    with pytest.raises(RunError, match=sentence), pid_file(tmp_path / "process.json"):
         raise AssertionError("it was entered")
     assert list(tmp_path.iterdir()) == []

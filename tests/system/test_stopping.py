@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lora_core.system import processes
-from lora_core.system.processes import Stopping, signals_taken
+from lora_core.system.processes import StopRequest, catch_signals
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
 
@@ -23,7 +23,7 @@ def test_signals_are_given_back() -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     taken: list[int] = []
-    with signals_taken(taken.append):
+    with catch_signals(taken.append):
         for name in ("SIGTERM", "SIGHUP", "SIGINT"):
             send(name)
     assert taken == [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
@@ -34,7 +34,7 @@ def test_another_thread_changes_nothing() -> None:
     found: list[object] = []
 
     def look() -> None:
-        with signals_taken(lambda number: None):
+        with catch_signals(lambda number: None):
             found.append(signal.getsignal(signal.SIGTERM))
 
     before = signal.getsignal(signal.SIGTERM)
@@ -47,7 +47,7 @@ def test_another_thread_changes_nothing() -> None:
 def test_a_second_ctrl_c_leaves_and_other_signals_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(processes.os, "_exit", codes.append)
-    wish = Stopping()
+    wish = StopRequest()
     with wish.taken(), wish.taken():
         for name in ("SIGTERM", "SIGTERM", "SIGHUP", "SIGINT"):
             send(name)
@@ -59,7 +59,7 @@ def test_a_second_ctrl_c_leaves_and_other_signals_do_not(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("error", [None, ImportError("half")])
 def test_within_an_import_it_ends_it_however_that_is_taken(error: Exception | None) -> None:
-    wish = Stopping()
+    wish = StopRequest()
 
     def imported() -> None:
         try:
@@ -74,5 +74,5 @@ def test_within_an_import_it_ends_it_however_that_is_taken(error: Exception | No
         send("SIGTERM")  # no longer
         with pytest.raises(KeyboardInterrupt), wish.raising():
             raise AssertionError("it is not begun")
-    with pytest.raises(ImportError), Stopping().raising():
+    with pytest.raises(ImportError), StopRequest().raising():
         raise ImportError("its own")

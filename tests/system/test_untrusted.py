@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from lora_core.model_files.header import read_header
-from lora_core.system.untrusted import checked_fields, parsed_json, valid_value
+from lora_core.system.untrusted import check_fields, clean_value, parse_json
 
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 
@@ -24,7 +24,7 @@ class Row:
 
 
 def test_json_with_lone_surrogates_and_numbers_that_are_none() -> None:
-    assert parsed_json('{"\\ud800": ["a\\udfffb", NaN, Infinity, "\\ud83d\\ude00"]}') == {
+    assert parse_json('{"\\ud800": ["a\\udfffb", NaN, Infinity, "\\ud83d\\ude00"]}') == {
         REPLACED: [f"a{REPLACED}b", None, None, "\N{GRINNING FACE}"]
     }
 
@@ -32,12 +32,12 @@ def test_json_with_lone_surrogates_and_numbers_that_are_none() -> None:
 @pytest.mark.parametrize("text", ["[" * 100_000, "", "{", b"\xff", "9" * 5000])
 def test_what_is_no_json_is_a_value_error(text: Any) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
-        parsed_json(text)
+        parse_json(text)
 
 
 def test_values_that_a_page_cannot_be_sent() -> None:
     value = {"a\ud800": [math.nan, 10**30, (1, "\udc00")], 1: 2.5}
-    assert valid_value(value) == {f"a{REPLACED}": [None, None, [1, REPLACED]], 1: 2.5}
+    assert clean_value(value) == {f"a{REPLACED}": [None, None, [1, REPLACED]], 1: 2.5}
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_values_that_a_page_cannot_be_sent() -> None:
 )
 def test_fields_of_another_type_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(TypeError):
-        checked_fields(Row, values)
+        check_fields(Row, values)
 
 
 def test_fields_of_their_type_are_taken() -> None:
-    found = checked_fields(Row, {"name": "a", "size": 2, "share": 1, "words": ["b"], "at": 0.5})
+    found = check_fields(Row, {"name": "a", "size": 2, "share": 1, "words": ["b"], "at": 0.5})
     assert (found.size, found.share, found.words, found.at) == (2, 1, ["b"], 0.5)
-    assert checked_fields(Row, {"name": "a", "words": None}).at == "auto"
+    assert check_fields(Row, {"name": "a", "words": None}).at == "auto"
 
 
 def test_names_and_texts_of_a_header_can_be_shown(tmp_path: Any) -> None:
