@@ -139,7 +139,7 @@ def read_image_info(path: Path, shown: str) -> ImageInfo:
 
 
 def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
-    """As `image_info`, or what is wrong with a picture that cannot be trained on."""
+    """As `read_image_info`, or what is wrong with a picture that cannot be trained on."""
     try:
         info = read_image_info(path, shown)
     except DatasetError as error:
@@ -168,7 +168,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    """Whether a decoded picture has a pixel that `as_rgb` lays on white."""
+    """Whether a decoded picture has a pixel that `to_rgb` lays on white."""
     if not image.has_transparency_data:
         return False
     if image.mode == "La":
@@ -271,7 +271,7 @@ class SizeCache:
                     self._known[path] = (time, length, ImageInfo(width, height, bool(transparent)))
 
     def info(self, path: Path, shown: str) -> ImageInfo | FileProblem:
-        """As `pictures.checked_info`, without decoding a file that has not changed since it was decoded."""
+        """As `check_image`, without decoding a file that has not changed since it was decoded."""
         stamp = _stamp(path)
         known = self._known.get(str(path))
         if stamp is not None and known is not None and known[:2] == stamp:

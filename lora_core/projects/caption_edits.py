@@ -29,7 +29,7 @@ def preview(project: Project, edit: Edit, only: Collection[str] | None) -> dict[
         only: the names of the pictures that are meant, None for all.
 
     Raises:
-        DatasetError: as `edited`.
+        DatasetError: as `apply_edit`.
     """
     changes, asked = _changes(project, edit, only)
     rows = [
@@ -43,7 +43,7 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     """Make a change, keeping what was there before; returns how many captions are different.
 
     Raises:
-        DatasetError: as `edited`; or the demo is chosen, or the disk refuses.
+        DatasetError: as `apply_edit`; or the demo is chosen, or the disk refuses.
     """
     project.refuse_demo()
     changes, _ = _changes(project, edit, only)

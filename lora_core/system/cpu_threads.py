@@ -21,7 +21,7 @@ SOON, AWHILE = "1000", "20000"
 """Turns after which a waiting thread goes to sleep; libgomp's own are 300,000 and more."""
 COMPUTES, GIVES_WAY, SLEEPS = "computes", "gives way", "sleeps"
 """What a process is: one that a person waits for, which spins where it has the right; one that asks
-`others_compute` before each piece of work, and takes one thread where they do, which waits for nobody; any
+`others_spin` before each piece of work, and takes one thread where they do, which waits for nobody; any
 other, whose waiting threads sleep soon."""
 PATIENCE = 0.3
 """Seconds to wait for the right: who only asks whether somebody has it holds it for a moment."""

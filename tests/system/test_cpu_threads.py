@@ -13,9 +13,9 @@ from lora_core.system.cpu_threads import AWHILE, COMPUTES, GIVES_WAY, SLEEPS, SO
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what Linux has")
 SAY = f"""
 import os, sys
-from lora_core.system.cpu_threads import others_compute, share_processor
-share_processor(sys.argv[1])
-others = ", others compute" if others_compute() else ""
+from lora_core.system.cpu_threads import others_spin, limit_spinning
+limit_spinning(sys.argv[1])
+others = ", others compute" if others_spin() else ""
 print(os.environ.get({VARIABLE!r}, "its own") + others, flush=True)
 sys.stdin.read()
 """
