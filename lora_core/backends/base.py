@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+Adaptable = nn.Linear | nn.Conv2d
+"""The layers that have a `FrozenLayer`, and that an adapter can wrap."""
+
 
 class FrozenLayer(Protocol):
     """A linear layer or a convolution whose weight has no gradient."""
@@ -91,7 +94,7 @@ class PlainConv2d:
         return conv2d_grads(grad_output, x, self._layer.weight, self._layer, (True, False))[0]
 
 
-def frozen_layer(layer: nn.Linear | nn.Conv2d) -> FrozenLayer:
+def frozen_layer(layer: Adaptable) -> FrozenLayer:
     """`layer` as a `FrozenLayer`: itself where it is one, else torch's own operators on its weight."""
     if isinstance(layer, FrozenModule):
         return layer

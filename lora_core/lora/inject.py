@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from lora_core.backends.base import replace_submodule
+from lora_core.backends.base import Adaptable, replace_submodule
 from lora_core.backends.int8 import CompactConv2d, CompactLinear, as_compact
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
-from lora_core.lora.targets import Adaptable, layer_by_path, target_modules
+from lora_core.lora.targets import layer_by_path, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Targets
 from lora_core.settings.choices import ADAPTERS, chosen

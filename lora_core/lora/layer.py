@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lora_core.backends.base import conv2d_grads, frozen_layer
+from lora_core.backends.base import Adaptable, conv2d_grads, frozen_layer
 from lora_core.lora.flat_params import AdapterLayer, ParamView
-from lora_core.lora.targets import Adaptable
 from lora_core.lora.weights import LayerWeights
 
 

@@ -2,10 +2,8 @@
 
 from torch import nn
 
+from lora_core.backends.base import Adaptable
 from lora_core.model_files.families import TEXT_LEVEL, Targets, canonical_path
-
-Adaptable = nn.Linear | nn.Conv2d
-"""The layers that a low-rank path can be put beside."""
 
 
 def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, tuple[str, Adaptable]]:
