@@ -1,10 +1,8 @@
-"""Which layers one adapter has, how large each is and how fast it learns: numbers for all, and tables by
-block.
+"""Putting an adapter into a base: which layers, as trainable layers for training, or merged for use.
 
-A table's pattern (`settings/patterns.py`) is looked for in "part.path", such as
-"unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" or
-"text_encoder.text_model.encoder.layers.0.self_attn.q_proj". Of several that match, the last in the table
-counts.
+Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" or
+"text_encoder.text_model.encoder.layers.0.self_attn.q_proj". The patterns of block tables
+(`settings/patterns.py`) are searched for in these names; of several that match, the last in the table counts.
 """
 
 import math
@@ -18,11 +16,37 @@ from lora_core.backends.base import Adaptable, replace_submodule
 from lora_core.backends.int8 import CompactConv2d, CompactLinear, as_compact
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
-from lora_core.lora.targets import layer_by_path, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.model_files.families import Targets
+from lora_core.model_files.families import TEXT_LEVEL, Targets, canonical_path, is_text_encoder
 from lora_core.settings.choices import ADAPTERS, chosen
 from lora_core.settings.patterns import Pattern, last_matches
+
+
+def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, tuple[str, Adaptable]]:
+    """The layers of `module` to adapt: canonical path to (real path, layer), in the module's own order."""
+    pattern = targets.pattern(part)
+    if pattern is None:
+        return {}
+    found: dict[str, tuple[str, Adaptable]] = {}
+    for path, layer in module.named_modules():
+        name = canonical_path(part, path)
+        if isinstance(layer, Adaptable) and pattern.fullmatch(name):
+            found[name] = (path, layer)
+    return found
+
+
+def layer_by_path(module: nn.Module, path: str) -> tuple[str, Adaptable] | None:
+    """The (real path, frozen layer) that a canonical path names in `module`, or None."""
+    for candidate in dict.fromkeys((path, path.removeprefix(TEXT_LEVEL))):
+        try:
+            layer = module.get_submodule(candidate)
+        except AttributeError:
+            continue
+        # An adapted layer hides the frozen one behind it.
+        frozen = getattr(layer, "base", layer)
+        if isinstance(frozen, Adaptable):
+            return candidate, frozen
+    return None
 
 
 @dataclass(frozen=True)
@@ -30,8 +54,8 @@ class BlockOverrides:
     """What differs from layer to layer.
 
     Attributes:
-        ranks, alphas, rates: pattern to number; a layer without a match keeps what is common.
-        rslora: whether the scale is alpha / sqrt(rank) in place of alpha / rank (Kalajdzievski 2023).
+        ranks, alphas, rates: pattern to value; a layer without a match keeps the common value.
+        rslora: whether the scale is alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023).
     """
 
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -58,17 +82,16 @@ def plan_layers(
 ) -> dict[LayerKey, LayerPlan]:
     """The layers to adapt, in the order of `rates` and of the modules.
 
-    A layer whose rank is 0 is left out, and so is one whose rate is 0, unless it is among `kept` and its part
-    is
-    trained elsewhere.
+    A layer whose rank is 0 is left out, and so is one whose rate is 0, unless it is among `kept` and another
+    layer of its part is trained.
 
     Args:
         modules: components of the base by part.
         rates: learning rate by part.
         targets: which layers.
-        spec: what is common; with rsLoRA its alpha is the numerator over sqrt(rank).
-        blocks: what differs.
-        kept: layers that an adapter to go on with has.
+        spec: the common values; with rsLoRA its alpha is the numerator over sqrt(rank).
+        blocks: what differs from it.
+        kept: layers of an adapter to continue.
 
     Raises:
         ConfigError: a pattern matches no layer or takes too long, a trained part has no such layer, or
@@ -76,17 +99,11 @@ def plan_layers(
     """
     found: list[LayerKey] = []
     for part, rate in rates.items():
-        if targets.pattern(part) is None:
-            continue
-        names = target_modules(part, modules[part], targets)
-        if not names and rate > 0:
-            raise ConfigError(
-                f"The {part} of this base has no layer that adapter.targets names; choose other targets."
-            )
-        found += [(part, name) for name in names]
-    ranks = _by_block(blocks.ranks, found)
-    alphas = _by_block(blocks.alphas, found)
-    own_rates = _by_block(blocks.rates, found)
+        if targets.pattern(part) is not None:
+            found += _find_layers(modules, part, targets, required=rate > 0)
+    ranks, alphas, own_rates = (
+        _by_layer(table, found) for table in (blocks.ranks, blocks.alphas, blocks.rates)
+    )
     rate_of = {key: own_rates.get(key, rates[key[0]]) for key in found}
     trained = {part for part, _ in (key for key in found if rate_of[key] > 0 and ranks.get(key, 1) > 0)}
     plans: dict[LayerKey, LayerPlan] = {}
@@ -95,12 +112,9 @@ def plan_layers(
         if rank > 0 and (rate_of[key] > 0 or (key in kept and key[0] in trained)):
             alpha = alphas.get(key, spec.alpha) * (math.sqrt(rank) if blocks.rslora else 1.0)
             plans[key] = LayerPlan(replace(spec, rank=rank, alpha=alpha), rate_of[key])
-    for name, table in (
-        ("adapter.block_ranks", blocks.ranks),
-        ("adapter.block_alphas", blocks.alphas),
-        ("optim.block_lr", blocks.rates),
-    ):
-        _check_patterns(name, table, found, plans)
+    _check_patterns("adapter.block_ranks", blocks.ranks, found, plans)
+    _check_patterns("adapter.block_alphas", blocks.alphas, found, plans)
+    _check_patterns("optim.block_lr", blocks.rates, found, plans)
     if not trained:
         raise ConfigError(
             "Nothing would be trained: the learning rates of all chosen layers are 0; see optim.lr,"
@@ -109,8 +123,24 @@ def plan_layers(
     return plans
 
 
-def _by_block(table: Mapping[str, float], found: list[LayerKey]) -> dict[LayerKey, float]:
-    """The number of the last matching pattern, for each layer that has one."""
+def _find_layers(
+    modules: Mapping[str, nn.Module], part: str, targets: Targets, required: bool = True
+) -> list[LayerKey]:
+    """The layers of a part to adapt.
+
+    Raises:
+        ConfigError: there is none, but one is `required`.
+    """
+    names = target_modules(part, modules[part], targets)
+    if not names and required:
+        raise ConfigError(
+            f"The {part} of this base has no layer that adapter.targets names; choose other targets."
+        )
+    return [(part, name) for name in names]
+
+
+def _by_layer(table: Mapping[str, float], found: list[LayerKey]) -> dict[LayerKey, float]:
+    """The value of the last matching pattern, for each layer that has one."""
     names = {".".join(key): key for key in found}
     return {names[name]: value for name, value in last_matches(table, names).items()}
 
@@ -118,7 +148,7 @@ def _by_block(table: Mapping[str, float], found: list[LayerKey]) -> dict[LayerKe
 def _check_patterns(
     setting: str, table: Mapping[str, float], found: list[LayerKey], plans: Container[LayerKey]
 ) -> None:
-    """Refuse a pattern that does nothing; one that leaves layers out has only to find some."""
+    """Refuse a pattern without effect; one that leaves layers out has only to match some."""
     for text, value in table.items():
         pattern = Pattern(text)
         matches = [key for key in found if pattern.search(".".join(key))]
@@ -129,9 +159,6 @@ def _check_patterns(
             )
 
 
-# Putting an adapter into a base: as trainable layers for training, or merged into the weights for use.
-
-
 @dataclass
 class Injected:
     """Trainable layers in a base, by (part, module path)."""
@@ -139,10 +166,9 @@ class Injected:
     layers: dict[LayerKey, LoraLayer]
     dropout_state: DropoutState
 
-    def parameters(self, part: str | None = None) -> list[nn.Parameter]:
-        """All trained tensors, or those of one part, in a fixed order."""
-        chosen = [layer for (owner, _), layer in self.layers.items() if part in (None, owner)]
-        return [tensor for layer in chosen for tensor in layer.trained()]
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained tensors, in a fixed order."""
+        return [tensor for layer in self.layers.values() for tensor in layer.trained()]
 
     def parts(self) -> list[str]:
         """The adapted components."""
@@ -169,29 +195,16 @@ def inject(
     Raises:
         ConfigError: a part has no such layer.
     """
-    specs: dict[LayerKey, LoraSpec] = {}
-    for part in parts:
-        found = target_modules(part, modules[part], targets)
-        if not found:
-            raise ConfigError(
-                f"The {part} of this base has no layer that adapter.targets names; choose other targets."
-            )
-        specs |= {(part, name): spec for name in found}
-    return inject_layers(modules, specs, seed)
+    keys = [key for part in parts for key in _find_layers(modules, part, targets)]
+    return inject_layers(modules, dict.fromkeys(keys, spec), seed)
 
 
 def inject_layers(modules: dict[str, nn.Module], specs: Mapping[LayerKey, LoraSpec], seed: int) -> Injected:
-    """Replace each layer that `specs` names by a trainable one around it.
-
-    Args:
-        modules: components of the base by part.
-        specs: rank, alpha and dropout of each layer.
-        seed: of the random start and of the dropout masks.
-    """
+    """Replace each layer that `specs` names by a trainable one around it; arguments as of `inject`."""
     state = DropoutState(seed)
     layers: dict[LayerKey, LoraLayer] = {}
     for (part, name), spec in specs.items():
-        located = layer_by_path(part, modules[part], name)
+        located = layer_by_path(modules[part], name)
         assert located is not None, f"{part} {name}"
         path, base = located
         kind = chosen(ADAPTERS, spec.kind, "adapter.kind").resolve()
@@ -203,7 +216,7 @@ def inject_layers(modules: dict[str, nn.Module], specs: Mapping[LayerKey, LoraSp
 def remove(modules: dict[str, nn.Module], injected: Injected) -> None:
     """Put the frozen layers back in place of the trainable ones."""
     for (part, name), layer in injected.layers.items():
-        located = layer_by_path(part, modules[part], name)
+        located = layer_by_path(modules[part], name)
         if located is not None:
             replace_submodule(modules[part], located[0], layer.base)
 
@@ -231,9 +244,93 @@ def load_weights(injected: Injected, weights: AdapterWeights) -> None:
         layer.from_layer_weights(saved)
 
 
+def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:
+    """Set fresh trainable layers so that they act as `weights`; those that it lacks stay fresh.
+
+    Args:
+        injected: the layers, fresh from `inject_layers`.
+        weights: the LoRA to continue, of any ranks and alphas.
+        name: of its file, for messages.
+
+    Returns:
+        What the user should know, a sentence each: what was cut off, and what is not continued.
+
+    Raises:
+        AdapterFileError: nothing of it fits, or a layer has another shape than the base's.
+    """
+    common = [key for key in injected.layers if key in weights.layers]
+    if not common:
+        raise AdapterFileError(
+            f"{name} adapts none of the layers that are to be trained; see adapter.targets."
+        )
+    energy, lost_energy, truncated = 0.0, 0.0, 0
+    for key in common:
+        layer, given = injected.layers[key], weights.layers[key]
+        wanted, size = tuple(layer.base.weight.shape), given.weight_shape
+        if size[0] != wanted[0] or math.prod(size) != math.prod(wanted):
+            raise AdapterFileError(
+                f"{name} cannot be continued: its layer {'.'.join(key)} is {list(size)} large, the base's"
+                f" {list(wanted)}; it is for another base."
+            )
+        fresh = LayerWeights(layer.down.detach(), layer.up.detach(), layer.spec.alpha)
+        fitted, kept, lost = fit_to_rank(given, fresh)
+        layer.from_layer_weights(fitted)
+        if given.rank > fresh.rank:
+            energy, lost_energy, truncated = energy + kept + lost, lost_energy + lost, truncated + 1
+    notes = []
+    if truncated:
+        share = 1.0 - lost_energy / energy if energy else 1.0
+        notes.append(
+            f"{truncated} layers of {name} have a higher rank than this run; their best approximation holds"
+            f" {100 * share:.1f}% of their energy."
+        )
+    left = len(weights.layers) - len(common)
+    if left:
+        notes.append(
+            f"{left} of the {len(weights.layers)} layers of {name} are not continued, because this run does"
+            " not train them; its result is without them."
+        )
+    return notes
+
+
+def fit_to_rank(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights, float, float]:
+    """`given` in the rank and at the scale of `fresh`.
+
+    Up to the rank of `fresh` the factors are kept, `up` scaled by the quotient of the two scales, and
+    filled up with the fresh rows of down and columns of zeros in up. Beyond it, the best approximation of
+    that rank is taken (Eckart and Young 1936), through the singular values of the two small factors of a QR
+    decomposition of up and down, so that the product is never formed.
+
+    Returns:
+        The layer, and how much of the update's squared norm is kept and how much is lost.
+    """
+    scale = given.scale / fresh.scale
+    down, up = given.down.double().flatten(1), given.up.double().flatten(1)
+    fresh_down = fresh.down.double().flatten(1).cpu()
+    kept, lost = 0.0, 0.0
+    if given.rank <= fresh.rank:
+        new_down = torch.cat([down, fresh_down[given.rank :]])
+        new_up = torch.cat([scale * up, torch.zeros(len(up), fresh.rank - given.rank, dtype=torch.double)], 1)
+    else:
+        left, small_up = torch.linalg.qr(up)
+        right, small_down = torch.linalg.qr(down.T)
+        u, singular, v = torch.linalg.svd(small_up @ small_down.T * scale)
+        squares = (singular * fresh.scale).square()
+        kept, lost = float(squares[: fresh.rank].sum()), float(squares[fresh.rank :].sum())
+        count = min(fresh.rank, len(singular))
+        root = singular[:count].sqrt()
+        new_up, new_down = torch.zeros(len(up), fresh.rank).double(), fresh_down.clone()
+        new_up[:, :count] = left @ u[:, :count] * root
+        new_down[:count] = root[:, None] * (v[:count] @ right.T)
+    layer = LayerWeights(
+        new_down.float().reshape(fresh.down.shape), new_up.float().reshape(fresh.up.shape), fresh.alpha
+    )
+    return layer, kept, lost
+
+
 @dataclass(frozen=True)
 class LoadedLora:
-    """An adapter and how strongly it acts: on the UNet, and on the text encoders."""
+    """An adapter and its strengths: on the denoiser, and on the text encoders where that differs."""
 
     weights: AdapterWeights
     strength: float = 1.0
@@ -241,7 +338,8 @@ class LoadedLora:
 
     def on(self, part: str) -> float:
         """The strength on a part."""
-        return self.strength if part == "unet" or self.text_strength is None else self.text_strength
+        text = self.text_strength
+        return text if text is not None and is_text_encoder(part) else self.strength
 
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -254,16 +352,15 @@ class Merger:
     Where every strength is 0 the weight is W0 bit for bit, and nothing depends on what was merged before.
 
     On a processor, a layer's weight is overwritten by the sum in fp32 and W0 is kept beside it: inference
-    costs what the base costs. On other devices memory is scarcer than time: W0 stays as it is, the factors
-    are copied to the device once, in the base's dtype, and each use of a layer makes the sum anew, by one
-    `addmm` for each adapter. So a new strength copies nothing, and no weight is there twice.
-    """
+    costs what the base costs. On other devices memory is scarcer than time: W0 stays, the factors are
+    copied to the device once, in the base's dtype, and each use of a layer computes the sum anew, by one
+    `addmm` for each adapter. So a new strength copies nothing, and no weight is there twice."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         """Manage the components `modules`, by part."""
         self._modules = modules
         self._originals: dict[LayerKey, tuple[Adaptable, torch.Tensor]] = {}
-        self._thin: dict[LayerKey, CompactLinear | CompactConv2d] = {}
+        self._compact: dict[LayerKey, CompactLinear | CompactConv2d] = {}
         self._factors: dict[int, tuple[AdapterWeights, dict[LayerKey, Factors]]] = {}
         """By the adapter's id, beside the adapter, so that no other can have it."""
 
@@ -285,21 +382,21 @@ class Merger:
                 for strength, weights in acting.get(key, []):
                     merged = merged + strength * weights.layers[key].delta().reshape(original.shape)
                 layer.weight.copy_(merged)
-            if adapters and self._thin:
-                wanted = {id(adapter.weights) for adapter in adapters}
-                self._factors = {name: kept for name, kept in self._factors.items() if name in wanted}
-            for key, thin in self._thin.items():
-                thin.updates = [
-                    (*self._on_device(key, weights), strength * weights.layers[key].scale)
+            if adapters and self._compact:
+                used = {id(adapter.weights) for adapter in adapters}
+                self._factors = {name: kept for name, kept in self._factors.items() if name in used}
+            for key, compact in self._compact.items():
+                compact.updates = [
+                    (*self._factors_on_device(key, weights), strength * weights.layers[key].scale)
                     for strength, weights in acting.get(key, [])
                 ]
 
-    def _on_device(self, key: LayerKey, weights: AdapterWeights) -> Factors:
+    def _factors_on_device(self, key: LayerKey, weights: AdapterWeights) -> Factors:
         """up (out, r) and down (r, in) of a layer, in its dtype and on its device."""
         _, factors = self._factors.setdefault(id(weights), (weights, {}))
-        layer = self._thin[key]
-        known = factors.get(key)
-        if known is None or (layer.data is not None and known[0].device != layer.data.device):
+        layer = self._compact[key]
+        found = factors.get(key)
+        if found is None or (layer.data is not None and found[0].device != layer.data.device):
             device = (layer.dequantize() if layer.data is None else layer.data).device
             update = weights.layers[key]
             up, down = (factor.flatten(1).to(device, layer.dtype) for factor in (update.up, update.down))
@@ -309,123 +406,32 @@ class Merger:
     def _prepare(self, key: LayerKey, weights: AdapterWeights) -> None:
         """Check that a layer fits, and have its W0 kept."""
         part, path = key
-        located = layer_by_path(part, self._modules[part], path) if part in self._modules else None
+        located = layer_by_path(self._modules[part], path) if part in self._modules else None
         if located is None:
             raise AdapterFileError(
                 f"The adapter has a layer {part} {path} that this base has not; it is for another base."
             )
-        (real, layer), update = located, weights.layers[key]
+        (real, layer), size = located, weights.layers[key].weight_shape
         shape = layer.shape if isinstance(layer, CompactLinear | CompactConv2d) else layer.weight.shape
-        size = (update.up.shape[0], *update.down.shape[1:])
         if shape.numel() != math.prod(size) or shape[0] != size[0]:
             raise AdapterFileError(
                 f"The adapter's layer {part} {path} is {size[1]} to {size[0]} wide, the base's "
                 f"{shape[1]} to {shape[0]}; it is for another base."
             )
-        if key in self._originals or key in self._thin:
+        if key in self._originals or key in self._compact:
             return
-        if isinstance(layer, nn.Linear | nn.Conv2d) and (thin := _updatable(layer)) is not None:
-            if thin is not layer:
-                holder = self._modules[part].get_submodule(real)
-                replace_submodule(self._modules[part], real if holder is layer else f"{real}.base", thin)
-            self._thin[key] = thin
-        else:
+        compact = _updatable(layer)
+        if compact is None:
             self._originals[key] = (layer, layer.weight.detach().clone())
+            return
+        if compact is not layer:
+            holder = self._modules[part].get_submodule(real)
+            replace_submodule(self._modules[part], real if holder is layer else f"{real}.base", compact)
+        self._compact[key] = compact
 
 
 def _updatable(layer: Adaptable) -> CompactLinear | CompactConv2d | None:
-    """The thin layer that updates are put beside, or None where a weight is merged in place."""
+    """The compact layer that updates are added to, or None where a weight is merged in place."""
     if isinstance(layer, CompactLinear | CompactConv2d):
         return layer
     return None if layer.weight.device.type == "cpu" else as_compact(layer)
-
-
-# Going on from an existing LoRA: its update, as exactly as the new rank allows, as the start of a training.
-
-
-def init_from_lora(injected: Injected, weights: AdapterWeights, name: str) -> list[str]:
-    """Set fresh trainable layers so that they act as `weights` does; those that it lacks stay fresh.
-
-    Args:
-        injected: the layers, fresh from `inject_layers`.
-        weights: what to go on with, of any ranks and alphas.
-        name: of its file, for sentences.
-
-    Returns:
-        What a person should know of it, a sentence each: what was cut off, and what is not continued.
-
-    Raises:
-        AdapterFileError: nothing of it fits, or a layer has another shape than the base's.
-    """
-    common = [key for key in injected.layers if key in weights.layers]
-    if not common:
-        raise AdapterFileError(
-            f"{name} adapts none of the layers that are to be trained; see adapter.targets."
-        )
-    whole, cut, shortened = 0.0, 0.0, 0
-    for key in common:
-        layer, given = injected.layers[key], weights.layers[key]
-        fitting = tuple(layer.base.weight.shape)
-        size = (given.up.shape[0], *given.down.shape[1:])
-        if size[0] != fitting[0] or math.prod(size) != math.prod(fitting):
-            raise AdapterFileError(
-                f"{name} cannot be continued: its layer {'.'.join(key)} is {list(size)} large, the base's"
-                f" {list(fitting)}; it is for another base."
-            )
-        fresh = LayerWeights(layer.down.detach(), layer.up.detach(), layer.spec.alpha)
-        begun, kept, lost = fit_to_rank(given, fresh)
-        layer.from_layer_weights(begun)
-        if given.rank > fresh.rank:
-            whole, cut, shortened = whole + kept + lost, cut + lost, shortened + 1
-    notes = []
-    if shortened:
-        share = 1.0 - cut / whole if whole else 1.0
-        notes.append(
-            f"{shortened} layers of {name} have a higher rank than this run; their best approximation holds"
-            f" {100 * share:.1f}% of their energy."
-        )
-    left = len(weights.layers) - len(common)
-    if left:
-        notes.append(
-            f"{left} of the {len(weights.layers)} layers of {name} are not continued, because this run does"
-            " not train them; its result is without them."
-        )
-    return notes
-
-
-def fit_to_rank(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights, float, float]:
-    """`given` in the rank and at the scale of `fresh`.
-
-    Up to the rank of `fresh` the factors are kept, `up` scaled by the quotient of the two scales, and what is
-    missing is filled up with the fresh rows of down and columns of zeros in up. Beyond it, the best
-    approximation of
-    that rank is taken (Eckart and Young 1936), through the singular values of the two small factors of a QR
-    decomposition of up and down, so that the product is never formed.
-
-    Returns:
-        The layer, and how much of the update's squared norm is kept and how much is lost.
-    """
-    scale = given.scale / fresh.scale
-    down, up = given.down.double().flatten(1), given.up.double().flatten(1)
-    kept, lost = 0.0, 0.0
-    if given.rank <= fresh.rank:
-        new_down = torch.cat([down, fresh.down.double().flatten(1)[given.rank :].cpu()])
-        new_up = torch.cat([scale * up, torch.zeros(len(up), fresh.rank - given.rank, dtype=torch.double)], 1)
-    else:
-        left, small_up = torch.linalg.qr(up)
-        right, small_down = torch.linalg.qr(down.T)
-        u, singular, v = torch.linalg.svd(small_up @ small_down.T * scale)
-        squares = (singular * fresh.scale).square()
-        kept, lost = float(squares[: fresh.rank].sum()), float(squares[fresh.rank :].sum())
-        count = min(fresh.rank, len(singular))
-        root = singular[:count].sqrt()
-        new_up, new_down = (
-            torch.zeros(len(up), fresh.rank).double(),
-            fresh.down.double().flatten(1).cpu().clone(),
-        )
-        new_up[:, :count] = left @ u[:, :count] * root
-        new_down[:count] = root[:, None] * (v[:count] @ right.T)
-    layer = LayerWeights(
-        new_down.float().reshape(fresh.down.shape), new_up.float().reshape(fresh.up.shape), fresh.alpha
-    )
-    return layer, kept, lost

@@ -1,5 +1,4 @@
-"""The canonical in-memory adapter. File formats only translate to and from it, so n formats need n
-translators."""
+"""The one in-memory adapter: each file format translates to and from it, so n formats need n translators."""
 
 from dataclasses import dataclass, field
 
@@ -33,16 +32,20 @@ class LayerWeights:
         return self.down.shape[0]
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the layer's weight: (out, in) or (out, in, k, k)."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    @property
     def scale(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank
 
     def delta(self) -> torch.Tensor:
-        """The update at strength 1 in the shape of the layer's weight, (out, in) or (out, in, k, k), in
-        fp32."""
+        """The update at strength 1 in the shape of the layer's weight, in fp32."""
         up, down = self.up.float(), self.down.float()
         product = up.flatten(1) @ down.flatten(1)
-        return (self.scale * product).reshape(up.shape[0], *down.shape[1:])
+        return (self.scale * product).reshape(self.weight_shape)
 
 
 @dataclass(frozen=True)

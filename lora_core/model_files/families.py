@@ -294,7 +294,7 @@ FAMILIES: dict[str, Family] = {
 
 def is_text_encoder(part: str) -> bool:
     """Whether a part of a base is a text encoder; its denoiser is the other one that adapters are for."""
-    return part.startswith("text_encoder")
+    return part.startswith("text")
 
 
 def family_of_context_width(width: int, prediction: str = "") -> Family:

@@ -6,9 +6,8 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from lora_core.lora.inject import Injected, inject
+from lora_core.lora.inject import Injected, inject, target_modules
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import target_modules
 from lora_core.model_files.families import KOHYA, LOCON, Targets
 from tests.tiny import tiny_text_encoder, tiny_unet
 

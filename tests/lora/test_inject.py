@@ -3,9 +3,8 @@ import torch
 
 from lora_core.backends.int8 import CompactConv2d, CompactLinear, WeightPolicy
 from lora_core.errors import AdapterFileError
-from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject, remove
+from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject, layer_by_path, remove
 from lora_core.lora.layer import LoraSpec
-from lora_core.lora.targets import layer_by_path
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import KOHYA
 from tests.tiny import tiny_text_encoder, tiny_unet
@@ -141,16 +140,14 @@ def test_several_adapters_add_up_exactly_in_any_order(modules):
         LoadedLora(_adapter(4, rank=8), 1.5),
     ]
     originals = {
-        key: layer_by_path(key[0], modules[key[0]], key[1])[1].weight.detach().double().clone()
+        key: layer_by_path(modules[key[0]], key[1])[1].weight.detach().double().clone()
         for key in adapters[0].weights.layers
     }
     merger = Merger(modules)
     results = []
     for order in (adapters, adapters[::-1], [adapters[2], adapters[0], adapters[3], adapters[1]]):
         merger.apply(order)
-        results.append(
-            {key: layer_by_path(key[0], modules[key[0]], key[1])[1].weight.clone() for key in originals}
-        )
+        results.append({key: layer_by_path(modules[key[0]], key[1])[1].weight.clone() for key in originals})
     for key, original in originals.items():
         expected = original
         # Each adapter's strength on this part; alpha / rank is 2 for all.

@@ -4,9 +4,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.lora.inject import adapter_weights, inject, load_weights, remove
+from lora_core.lora.inject import adapter_weights, inject, load_weights, remove, target_modules
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
-from lora_core.lora.targets import target_modules
 from lora_core.model_files.families import ATTENTION, KOHYA, Targets
 from tests.tiny import tiny_text_encoder, tiny_unet
 

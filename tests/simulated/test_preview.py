@@ -26,7 +26,7 @@ from lora_core.backends.int8 import WeightPolicy, is_quantized
 from lora_core.generate import pipeline as module
 from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Pipeline, sample_latents
 from lora_core.generate.request import GenerationRequest, WeightedLora
-from lora_core.lora.targets import target_modules
+from lora_core.lora.inject import target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.models.encode import decode_latents, encode_negative_prompt, encode_prompt
