@@ -1,4 +1,4 @@
-"""How the tabs plug into the page: what follows the moment, what is filled in at load, what makes the page
+"""How the tabs plug into the page: what follows the snapshot, what is filled in at load, what makes the page
 look again.
 
 There is one load event and one poll for the whole page. Each piece says what it shows; only what changed is
@@ -11,8 +11,8 @@ from typing import Any
 
 import gradio as gr
 
-from app.snapshot import Moment
-from app.state import Desk
+from app.snapshot import Snapshot
+from app.state import AppState
 
 # Every event of the window: a plain function that runs to its end, also when the page is closed meanwhile.
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -22,14 +22,14 @@ TYPING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 
 @dataclass(frozen=True)
 class Live:
-    """A component that follows the moment."""
+    """A component that follows the snapshot."""
 
     component: Any
-    shows: Callable[[Moment], Any]
+    shows: Callable[[Snapshot], Any]
 
 
 @dataclass(frozen=True)
-class Fill:
+class Initial:
     """A component that is filled from the draft when the page opens."""
 
     component: Any
@@ -37,41 +37,41 @@ class Fill:
 
 
 @dataclass
-class Parts:
+class Bindings:
     """What the tabs hand to the page."""
 
-    desk: Desk
-    lives: list[Live] = field(default_factory=list)
-    fills: list[Fill] = field(default_factory=list)
-    actions: list[Any] = field(default_factory=list)
+    app_state: AppState
+    live: list[Live] = field(default_factory=list)
+    initial: list[Initial] = field(default_factory=list)
+    refreshing: list[Any] = field(default_factory=list)
     trigger: Any = None
 
-    def live(self, component: Any, shows: Callable[[Moment], Any]) -> Any:
-        """Have a component follow the moment."""
-        self.lives.append(Live(component, shows))
+    def follow(self, component: Any, shows: Callable[[Snapshot], Any]) -> Any:
+        """Have a component follow the snapshot."""
+        self.live.append(Live(component, shows))
         return component
 
-    def fill(self, component: Any, value: Callable[[], Any]) -> Any:
+    def fill_on_load(self, component: Any, value: Callable[[], Any]) -> Any:
         """Have a component filled at load."""
-        self.fills.append(Fill(component, value))
+        self.initial.append(Initial(component, value))
         return component
 
-    def action(self, event: Any) -> Any:
+    def refresh_after(self, event: Any) -> Any:
         """Have the page look again after an event."""
-        self.actions.append(event)
+        self.refreshing.append(event)
         return event
 
-    def filled(self) -> list[Any]:
+    def initial_values(self) -> list[Any]:
         """The values of all filled components, in their order."""
-        return [fill.value() for fill in self.fills]
+        return [fill.value() for fill in self.initial]
 
 
-def piece(value: str = "", **options: Any) -> Any:
+def html_block(value: str = "", **options: Any) -> Any:
     """A piece of our own HTML, without the frame and the type that Gradio would give it."""
     return gr.HTML(value, padding=False, apply_default_css=False, js_on_load=None, **options)
 
 
-def edited(component: Any) -> list[Any]:
+def edit_events(component: Any) -> list[Any]:
     """The events of a person's editing a field.
 
     A text box swallows the first input after a value was put into it, a paste as well as a key: leaving it

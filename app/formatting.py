@@ -38,7 +38,7 @@ def state_chip(state: str) -> str:
     return chip(words, tone)
 
 
-def clock(seconds: float | None) -> str:
+def format_clock(seconds: float | None) -> str:
     """Time as 4:12 or 1:04:12, or a dash where unknown."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
@@ -47,14 +47,14 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def about(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A rough time: 40 s, 14 min, 2.5 h."""
     if seconds < 90:
         return f"{max(5, 5 * round(seconds / 5))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def file_size(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as kB, MB or GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size >= scale:
@@ -62,7 +62,7 @@ def file_size(size: float) -> str:
     return f"{size / 1e3:.0f} kB"
 
 
-def pace(seconds_a_step: float | None) -> str:
+def format_speed(seconds_a_step: float | None) -> str:
     """Speed as steps a second, or seconds a step where that is the clearer number; never broken over two
     lines."""
     if not seconds_a_step:
@@ -71,18 +71,18 @@ def pace(seconds_a_step: float | None) -> str:
     return f"{number:.1f}\N{NO-BREAK SPACE}{unit}"
 
 
-def scientific(value: float) -> str:
+def format_scientific(value: float) -> str:
     """A learning rate as people write it: 1.0e-4."""
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
 
 
-def many(count: int, one: str, more: str | None = None) -> str:
+def pluralize(count: int, one: str, more: str | None = None) -> str:
     """1 picture, 24 pictures."""
     return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
-def changed_inputs(names: list[str]) -> str:
+def describe_changes(names: list[str]) -> str:
     """In a sentence, what is not as it was when a run began.
 
     Args:
@@ -102,7 +102,7 @@ def changed_inputs(names: list[str]) -> str:
     return f"Since this run began, this has changed: {', '.join(shown)}{more}."
 
 
-def bar(share: int, label: str, kind: str = "track") -> str:
+def progress_bar(share: int, label: str, kind: str = "track") -> str:
     """A progress bar at `share` percent."""
     return (
         f'<div class="{kind}" role="progressbar" aria-label="{safe(label)}" aria-valuemin="0"'

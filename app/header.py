@@ -4,9 +4,9 @@ import json
 
 import psutil
 
-from app.formatting import STATES, bar, clock, safe
+from app.formatting import STATES, format_clock, progress_bar, safe
 from app.jobs import RunView
-from app.snapshot import Moment
+from app.snapshot import Snapshot
 from lora_core.system.hardware import Card
 from lora_core.system.paths import ASSETS
 
@@ -24,16 +24,16 @@ NOTE = (
 NAMES = {"pause": "Pause", "stop": "Stop", "preview": "Sample now", "save": "Save now"}
 
 
-def request_button(moment: Moment, do: str, name: str, text: str = "") -> str:
+def request_button(snapshot: Snapshot, do: str, name: str, text: str = "") -> str:
     """A button that asks the run for something; where it cannot be pressed its tip says why.
 
     Args:
-        moment: the state of things.
+        snapshot: what the page shows.
         do: the request, as in the run folder.
         name: the button's id.
         text: what stands on it, if not the usual words.
     """
-    why = why_not(moment, do)
+    why = why_disabled(snapshot, do)
     tip, off = why or REASONS[do], " disabled" if why else ""
     return (
         f'<button type="button" class="own" id="{name}" data-run-do="{do}" title="{safe(tip)}"{off}>'
@@ -41,25 +41,25 @@ def request_button(moment: Moment, do: str, name: str, text: str = "") -> str:
     )
 
 
-def why_not(moment: Moment, do: str) -> str:
+def why_disabled(snapshot: Snapshot, do: str) -> str:
     """Why the run cannot be asked for something now; "" where it can."""
-    if not moment.live:
+    if not snapshot.live:
         return "No run is going on."
-    if moment.state in ("pausing", "stopping"):
-        return f"The run is {moment.state}; this takes until the present step is done and saved."
-    if do in ("preview", "save") and moment.state == "preparing":
+    if snapshot.state in ("pausing", "stopping"):
+        return f"The run is {snapshot.state}; this takes until the present step is done and saved."
+    if do in ("preview", "save") and snapshot.state == "preparing":
         return "The run is still preparing; this can be asked for once it steps."
     return ""
 
 
-def resume_button(moment: Moment, name: str, tone: str = "") -> str:
+def resume_button(snapshot: Snapshot, name: str, tone: str = "") -> str:
     """The button that goes on with the shown run, and from where."""
-    step = moment.watch.resume_info().step if moment.watch else 0
+    step = snapshot.run_view.resume_info().step if snapshot.run_view else 0
     words = "Resume" if name == "resume" else f"Continue at step {step:,}" if step else "Start again"
-    if moment.state == "stopped" and moment.progress.reason:
+    if snapshot.state == "stopped" and snapshot.progress.reason:
         words = "Go on anyway"
     tip = f"Goes on at step {step:,}." if step else "Starts again: no checkpoint was written yet."
-    if moment.asks:
+    if snapshot.asks:
         tip = "For when what has changed was put back; else it asks again."
     return (
         f'<button type="button" class="own {tone}" id="{name}" data-run-do="resume"'
@@ -67,7 +67,7 @@ def resume_button(moment: Moment, name: str, tone: str = "") -> str:
     )
 
 
-def accept_button(watch: RunView, name: str = "", tone: str = "", why: str = "") -> str:
+def accept_button(run_view: RunView, name: str = "", tone: str = "", why: str = "") -> str:
     """The button that goes on with a run although something has changed.
 
     Args:
@@ -77,7 +77,7 @@ def accept_button(watch: RunView, name: str = "", tone: str = "", why: str = "")
         why: why it cannot be pressed now, "" where it can.
     """
     tip = why or "The result is then not that of an unbroken run."
-    body = json.dumps({"do": "accept", "run": watch.run.name})
+    body = json.dumps({"do": "accept", "run": run_view.run.name})
     named, off = f' id="{name}"' if name else "", " disabled" if why else ""
     return (
         f'<button type="button" class="own {tone}"{named} data-post="run" data-body="{safe(body)}"'
@@ -85,12 +85,12 @@ def accept_button(watch: RunView, name: str = "", tone: str = "", why: str = "")
     )
 
 
-def run_actions(moment: Moment) -> str:
+def run_actions(snapshot: Snapshot) -> str:
     """Pause and Stop while a run is going on, Resume where one can be gone on with."""
-    if moment.live:
-        both = request_button(moment, "pause", "pause") + request_button(moment, "stop", "stop")
+    if snapshot.live:
+        both = request_button(snapshot, "pause", "pause") + request_button(snapshot, "stop", "stop")
         return f'<div class="row run-actions">{both}</div>'
-    return resume_button(moment, "resume") if moment.resumable else ""
+    return resume_button(snapshot, "resume") if snapshot.resumable else ""
 
 
 def brand() -> str:
@@ -99,11 +99,11 @@ def brand() -> str:
     return f'<h1 class="brand">{icon}<span>{TITLE}</span></h1>'
 
 
-def run_words(moment: Moment) -> str:
+def describe_run(snapshot: Snapshot) -> str:
     """The run in one line."""
-    progress, watch = moment.progress, moment.watch
-    name = watch.run.name if watch else ""
-    match moment.state:
+    progress, run_view = snapshot.progress, snapshot.run_view
+    name = run_view.run.name if run_view else ""
+    match snapshot.state:
         case "none":
             return "No run yet"
         case "preparing":
@@ -112,57 +112,60 @@ def run_words(moment: Moment) -> str:
             counted = f", {progress.phase_done} of {progress.phase_total}" if progress.phase_total > 1 else ""
             return f"Preparing: {progress.phase}{counted}"
         case "running" | "pausing" | "stopping":
-            verb = "" if moment.state == "running" else f"{STATES[moment.state][0]}, "
-            left = f", {clock(progress.seconds_left())} left" if moment.state == "running" else ""
-            return f"{verb}{percent(moment)}%, step {progress.step:,} of {progress.steps:,}{left}"
+            verb = "" if snapshot.state == "running" else f"{STATES[snapshot.state][0]}, "
+            left = f", {format_clock(progress.seconds_left())} left" if snapshot.state == "running" else ""
+            return f"{verb}{percent(snapshot)}%, step {progress.step:,} of {progress.steps:,}{left}"
         case "done":
             return f"{name}: done, {progress.step:,} steps"
         case _:
             at = f" at step {progress.step:,} of {progress.steps:,}" if progress.steps else ""
-            return f"{name}: {STATES[moment.state][0].lower()}{at}"
+            return f"{name}: {STATES[snapshot.state][0].lower()}{at}"
 
 
-def percent(moment: Moment) -> int:
+def percent(snapshot: Snapshot) -> int:
     """How far the shown run is."""
-    progress = moment.progress
-    if moment.state == "preparing":
+    progress = snapshot.progress
+    if snapshot.state == "preparing":
         return round(100 * progress.phase_done / progress.phase_total) if progress.phase_total else 0
     return min(100, round(100 * progress.step / progress.steps)) if progress.steps else 0
 
 
-def track(moment: Moment, label: str) -> str:
+def track(snapshot: Snapshot, label: str) -> str:
     """The bar. Preparing is not step 0: it has a look of its own."""
-    return bar(percent(moment), label, "track preparing" if moment.state == "preparing" else "track")
-
-
-def draft_note(moment: Moment) -> str:
-    """That the draft was set aside, where it was."""
-    problem = moment.desk.project.draft_problem
-    return f'<p class="problem" role="alert">{safe(problem)}</p>' if problem else ""
-
-
-def page_title(moment: Moment) -> str:
-    """What the browser's tab says: how far, and which run."""
-    name = moment.watch.run.name if moment.watch else ""
-    if moment.state in ("running", "pausing", "stopping"):
-        return f"{percent(moment)}% \N{MIDDLE DOT} {name}"
-    if moment.state in ("preparing", "done", "failed", "interrupted"):
-        return f"{STATES[moment.state][0]} \N{MIDDLE DOT} {name}"
-    return TITLE
-
-
-def run_bar(moment: Moment) -> str:
-    """Bar and words; the page's title rides along as data."""
-    words = run_words(moment)
-    name = moment.watch.run.name if moment.watch else ""
-    shown = "" if moment.state == "none" else track(moment, "Training")
-    return (
-        f'<div class="runbar" data-page-title="{safe(page_title(moment))}" data-run-state="{moment.state}"'
-        f' data-run-name="{safe(name)}">{shown}<span class="num small-on-phone">{safe(words)}</span></div>'
+    return progress_bar(
+        percent(snapshot), label, "track preparing" if snapshot.state == "preparing" else "track"
     )
 
 
-def memory(card: Card | None) -> str:
+def draft_note(snapshot: Snapshot) -> str:
+    """That the draft was set aside, where it was."""
+    problem = snapshot.app_state.project.draft_problem
+    return f'<p class="problem" role="alert">{safe(problem)}</p>' if problem else ""
+
+
+def page_title(snapshot: Snapshot) -> str:
+    """What the browser's tab says: how far, and which run."""
+    name = snapshot.run_view.run.name if snapshot.run_view else ""
+    if snapshot.state in ("running", "pausing", "stopping"):
+        return f"{percent(snapshot)}% \N{MIDDLE DOT} {name}"
+    if snapshot.state in ("preparing", "done", "failed", "interrupted"):
+        return f"{STATES[snapshot.state][0]} \N{MIDDLE DOT} {name}"
+    return TITLE
+
+
+def run_bar(snapshot: Snapshot) -> str:
+    """Bar and words; the page's title rides along as data."""
+    words = describe_run(snapshot)
+    name = snapshot.run_view.run.name if snapshot.run_view else ""
+    shown = "" if snapshot.state == "none" else track(snapshot, "Training")
+    return (
+        f'<div class="runbar" data-page-title="{safe(page_title(snapshot))}"'
+        f' data-run-state="{snapshot.state}" data-run-name="{safe(name)}">{shown}<span'
+        f' class="num small-on-phone">{safe(words)}</span></div>'
+    )
+
+
+def memory_usage(card: Card | None) -> str:
     """How much memory is taken, of the graphics card where there is one; rounded so that it does not
     flicker."""
     if card is not None:
@@ -177,7 +180,7 @@ def memory(card: Card | None) -> str:
     )
 
 
-def tools(has_password: bool) -> str:
+def header_buttons(has_password: bool) -> str:
     """The small buttons at the end: tell at the end, light or dark, log out where one had to log in, quit."""
     log_out = '<a class="link small" href="/easel/logout">Log out</a>' if has_password else ""
     return f'<div class="row tools">{_bell()}{theme_switch()}{log_out}{_quit()}</div>'

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from app.worker_client import last_line
+from app.worker_client import last_log_line
 from lora_core.errors import ConfigError, RunError
 from lora_core.runs.diagnosis import LESS_MEMORY, ExitRecorder, crash_reason, resume_step
 from lora_core.runs.events import read_events
@@ -88,7 +88,7 @@ class RunView:
         reason = self.progress.reason or self.resume_info().reason
         if reason:
             return reason
-        said = last_line(self.run.log_file)
+        said = last_log_line(self.run.log_file)
         return f"The training process ended before it could say why. Its last words: {said}" if said else ""
 
     def resume_info(self) -> ResumeInfo:
@@ -121,28 +121,28 @@ class Jobs:
         self._views: dict[Path, RunView] = {}
         self._lock = threading.RLock()
         self._chosen: Path | None = None
-        # Told of each run that is made here; the desk notes which project it belongs to.
+        # Told of each run that is made here; the window notes which project it belongs to.
         self.created: Callable[[RunFolder], None] = lambda run: None
-        # Whether a run is one of the open project; the desk knows.
-        self.own: Callable[[RunView], bool] = lambda watch: True
+        # Whether a run is one of the open project, as the window knows.
+        self.own: Callable[[RunView], bool] = lambda run_view: True
 
-    def watch(self, run: RunFolder) -> RunView:
+    def run_view(self, run: RunFolder) -> RunView:
         """The one watch of a run."""
         with self._lock:
             return self._views.setdefault(run.path, RunView(run))
 
     def all(self) -> list[RunView]:
         """Every run, newest first."""
-        return [self.watch(run) for run in all_runs(self.workspace)]
+        return [self.run_view(run) for run in all_runs(self.workspace)]
 
-    def state(self, watch: RunView) -> str:
+    def state(self, run_view: RunView) -> str:
         """The state of a run; one reader at a time, as a watch remembers how far it read."""
         with self._lock:
-            return watch.state()
+            return run_view.state()
 
     def live(self) -> RunView | None:
         """The run that is going on, if one is."""
-        return next((watch for watch in self.all() if self.state(watch) in LIVE), None)
+        return next((run_view for run_view in self.all() if self.state(run_view) in LIVE), None)
 
     def current(self) -> RunView | None:
         """The run that the window shows: the live one, else the one chosen, else the project's newest."""
@@ -151,9 +151,9 @@ class Jobs:
             # What a queue starts is followed too, and stays in view when it has ended.
             self._chosen = live.run.path
             return live
-        watches = self.all()
-        chosen = next((w for w in watches if w.run.path == self._chosen), None)
-        return chosen or max(filter(self.own, watches), key=_last_written, default=None)
+        run_views = self.all()
+        chosen = next((w for w in run_views if w.run.path == self._chosen), None)
+        return chosen or max(filter(self.own, run_views), key=_last_written, default=None)
 
     def choose_anew(self) -> None:
         """Forget which run was chosen, as when another project is opened."""
@@ -234,7 +234,7 @@ class Jobs:
 
     def _launch(self, run: RunFolder, *options: str) -> None:
         with self._lock:
-            view = self.watch(run)
+            view = self.run_view(run)
             exit_recorder = ExitRecorder(run)
             command = [*self.trainer, str(run.path), *options]
             view.child, self._chosen = start_detached(command, run.log_file, self.workspace), run.path

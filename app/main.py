@@ -19,13 +19,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.dataset.routes import add_dataset_routes
-from app.export.lora_tools_routes import add_inside_routes
+from app.export.lora_tools_routes import add_export_routes
 from app.guard import Guard, Login, is_loopback
 from app.page import mount
 from app.preview.routes import add_preview_routes
 from app.projects.routes import add_project_routes
 from app.routes import add_routes
-from app.state import Desk
+from app.state import AppState
 from app.train.routes import add_run_routes
 from lora_core.errors import LoraError, RunError
 from lora_core.system.paths import workspace, write_atomically
@@ -34,7 +34,7 @@ FIRST_PORT, PORTS_TRIED = 7860, 40
 PASSWORD_VARIABLE = "LORA_EASEL_PASSWORD"
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The window's options."""
     made = argparse.ArgumentParser(prog="launch.py", description="Open the window of LoRA Easel.")
     made.add_argument(
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Open the window and serve it until Ctrl-C. Returns the exit code."""
-    options = parser().parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     try:
         password = _password(options.password_file)
         if not is_loopback(options.host) and not password:
@@ -68,46 +68,49 @@ def main(arguments: list[str]) -> int:
                 f"Listening on {options.host} lets other computers in; give a password with --password-file"
                 f" or {PASSWORD_VARIABLE}."
             )
-        desk = Desk(workspace(options.workspace))
-        desk.files.shared = not is_loopback(options.host)
-        running = _already_open(desk)
+        app_state = AppState(workspace(options.workspace))
+        app_state.files.shared = not is_loopback(options.host)
+        running = _already_open(app_state)
         if running is not None and options.port in (None, running):
             return _point_to(running, options)
         listener = _listener(options.host, options.port)
     except LoraError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    return _serve(desk, listener, options, password)
+    return _serve(app_state, listener, options, password)
 
 
-def build_app(desk: Desk, allowed: list[str], password: str = "") -> Any:
+def build_app(app_state: AppState, allowed: list[str], password: str = "") -> Any:
     """The whole server as one ASGI app: guard, then login, then our routes and Gradio's."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    add_routes(app, desk)
-    add_run_routes(app, desk)
-    add_dataset_routes(app, desk)
-    add_project_routes(app, desk)
-    add_preview_routes(app, desk)
-    add_inside_routes(app, desk)
-    desk.has_password = bool(password)
-    inner: Any = mount(app, desk, desk.workspace / "tmp")
+    add_routes(app, app_state)
+    add_run_routes(app, app_state)
+    add_dataset_routes(app, app_state)
+    add_project_routes(app, app_state)
+    add_preview_routes(app, app_state)
+    add_export_routes(app, app_state)
+    app_state.has_password = bool(password)
+    inner: Any = mount(app, app_state, app_state.workspace / "tmp")
     if password:
         inner = Login(inner, password)
     return Guard(inner, allowed)
 
 
-def _serve(desk: Desk, listener: socket.socket, options: argparse.Namespace, password: str) -> int:
+def _serve(app_state: AppState, listener: socket.socket, options: argparse.Namespace, password: str) -> int:
     port = listener.getsockname()[1]
     allowed = [*options.allow_host]
     if not is_loopback(options.host) and options.host not in ("0.0.0.0", "::"):
         allowed.append(f"[{options.host}]" if ":" in options.host else options.host)
     # With the default, Ctrl-C waits for as long as a page is open.
     config = uvicorn.Config(
-        build_app(desk, allowed, password), log_level="warning", timeout_graceful_shutdown=1, lifespan="on"
+        build_app(app_state, allowed, password),
+        log_level="warning",
+        timeout_graceful_shutdown=1,
+        lifespan="on",
     )
     server = _Server(config, f"http://127.0.0.1:{port}", not options.no_browser)
-    desk.on_quit = server.quit
-    write_atomically(desk.workspace / "window.json", json.dumps({"port": port}).encode())
+    app_state.on_quit = server.quit
+    write_atomically(app_state.workspace / "window.json", json.dumps({"port": port}).encode())
     # uvicorn raises the signal again once it has shut down; without this the worker would be left behind.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -115,7 +118,7 @@ def _serve(desk: Desk, listener: socket.socket, options: argparse.Namespace, pas
     except KeyboardInterrupt:
         sys.stderr.write("\nLoRA Easel is closed. Runs that are going on go on.\n")
     finally:
-        desk.close()
+        app_state.close()
     return 0
 
 
@@ -196,14 +199,14 @@ def _listener(host: str, port: int | None) -> socket.socket:
     )
 
 
-def _already_open(desk: Desk) -> int | None:
+def _already_open(app_state: AppState) -> int | None:
     """The port of a window that is open on this workspace already."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        port = int(json.loads((desk.workspace / "window.json").read_text())["port"])
+        port = int(json.loads((app_state.workspace / "window.json").read_text())["port"])
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(f"http://127.0.0.1:{port}/easel", timeout=2) as answer:
             said = json.loads(answer.read(1000))
-        if said.get("app") == "lora-easel" and said.get("workspace") == desk.identity:
+        if said.get("app") == "lora-easel" and said.get("workspace") == app_state.identity:
             return port
     return None
 

@@ -11,14 +11,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from app import header
-from app.bindings import QUIET, TYPING, Parts, piece
+from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.dataset import view as dataset
 from app.export import view as export
 from app.preview import view as preview
 from app.projects import routes as project_picker
 from app.routes import SCRIPTS, STYLES
-from app.snapshot import moment_of
-from app.state import Desk
+from app.snapshot import take_snapshot
+from app.state import AppState
 from app.train import view as train
 from app.train import welcome
 from lora_core.projects.project import Project
@@ -30,83 +30,83 @@ LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
 REST = 0.25
 
 
-def build_page(desk: Desk) -> gr.Blocks:
-    """The whole page over one desk."""
-    parts = Parts(desk)
+def build_page(app_state: AppState) -> gr.Blocks:
+    """The whole page over one state."""
+    bindings = Bindings(app_state)
     page: gr.Blocks
     with gr.Blocks(
         title=header.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
-        _header(parts)
-        demo = welcome.build(parts)
+        _header(bindings)
+        demo = welcome.build(bindings)
         with gr.Tabs(elem_id="tabs") as tabs:
             for tab in TABS:
                 with gr.Tab(tab.TITLE, id=tab.TITLE, render_children=True):
-                    tab.build(parts)
-        welcome.wire(parts, demo, tabs)
-        _poll(parts, page)
+                    tab.build(bindings)
+        welcome.wire(bindings, demo, tabs)
+        _poll(bindings, page)
     return page
 
 
-def _header(parts: Parts) -> None:
+def _header(bindings: Bindings) -> None:
     with gr.Row(elem_id="easel-header"):
         with gr.Row(elem_classes="brand-row"):
-            piece(header.brand())
-            parts.live(piece(), project_picker.project_button)
-        parts.live(piece(elem_classes="grow"), header.run_bar)
+            html_block(header.brand())
+            bindings.follow(html_block(), project_picker.project_button)
+        bindings.follow(html_block(elem_classes="grow"), header.run_bar)
         with gr.Row(elem_classes="header-actions"):
-            parts.live(piece(), header.run_actions)
-            parts.live(piece(), lambda m: header.memory(m.desk.hardware.card()))
-            piece(header.tools(parts.desk.has_password))
-    piece(header.NOTE)
-    parts.live(piece(), header.draft_note)
-    piece(project_picker.DIALOG)
+            bindings.follow(html_block(), header.run_actions)
+            bindings.follow(html_block(), lambda snap: header.memory_usage(snap.app_state.hardware.card()))
+            html_block(header.header_buttons(bindings.app_state.has_password))
+    html_block(header.NOTE)
+    bindings.follow(html_block(), header.draft_note)
+    html_block(project_picker.DIALOG)
 
 
-def _poll(parts: Parts, demo: gr.Blocks) -> None:
+def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
     """One load, one timer, one hidden button: all ask the same question, and get only what changed."""
-    desk = parts.desk
+    app_state = bindings.app_state
     timer = gr.Timer(LIVE_EVERY)
-    parts.live(timer, lambda m: gr.update(value=LIVE_EVERY if m.busy else IDLE_EVERY))
+    bindings.follow(timer, lambda snap: gr.update(value=LIVE_EVERY if snap.busy else IDLE_EVERY))
     refresh = gr.Button("Look again", elem_id="refresh", visible="hidden")
     seen = gr.State({})
-    outputs = [seen, *(live.component for live in parts.lives)]
+    outputs = [seen, *(live.component for live in bindings.live)]
 
     def shown() -> list[Any]:
-        moment = moment_of(desk)
-        return [_valid(live.shows(moment)) for live in parts.lives]
+        snapshot = take_snapshot(app_state)
+        return [_valid(live.shows(snapshot)) for live in bindings.live]
 
     def filled_in() -> list[Any]:
-        values = [_valid(value) for value in parts.filled()]
-        for fill, value in zip(parts.fills, values, strict=True):
+        values = [_valid(value) for value in bindings.initial_values()]
+        for fill, value in zip(bindings.initial, values, strict=True):
             if not isinstance(value, dict):
                 # What a field cannot show is to fail here, where the draft can be set aside.
                 fill.component.postprocess(value)
         return values
 
     def look(before: dict[int, str]) -> list[Any]:
-        values = _despite_draft(desk.project, shown)
+        values = _retry_without_draft(app_state.project, shown)
         now = {index: _fingerprint(value) for index, value in enumerate(values)}
         fresh = [v if now[i] != before.get(i) else gr.skip() for i, v in enumerate(values)]
         return [now if now != before else gr.skip(), *fresh]
 
     def opened() -> list[Any]:
-        desk.worker.warm()
-        desk.tools.look()
-        desk.project.forget()
-        return [*_despite_draft(desk.project, filled_in), *look({})]
+        app_state.worker.warm()
+        app_state.tools.look()
+        app_state.project.forget()
+        return [*_retry_without_draft(app_state.project, filled_in), *look({})]
 
-    filled = [fill.component for fill in parts.fills]
+    filled = [fill.component for fill in bindings.initial]
     demo.load(opened, None, [*filled, *outputs], **QUIET)
     refill = gr.Button("Fill the form again", elem_id="refill", visible="hidden")
-    parts.action(refill.click(parts.filled, None, filled, **QUIET))
+    bindings.refresh_after(refill.click(bindings.initial_values, None, filled, **QUIET))
     # What was asked for during a look is looked for after it.
     gr.on([timer.tick, refresh.click], look, seen, outputs, **TYPING)
-    for event in parts.actions:
+    for event in bindings.refreshing:
         event.then(look, seen, outputs, **QUIET)
 
 
-def _despite_draft(project: Project, work: Callable[[], list[Any]]) -> list[Any]:
+def _retry_without_draft(project: Project, work: Callable[[], list[Any]]) -> list[Any]:
     """What `work` gives; where the project's draft keeps it from that, without the draft, which is set
     aside."""
     try:
@@ -140,7 +140,7 @@ def head() -> str:
     )
 
 
-def calm(queue: Any) -> None:
+def slow_queue_polling(queue: Any) -> None:
     """Have Gradio's queue rest.
 
     It looks for work each millisecond and for progress each hundredth of a second, for ever, which is most of
@@ -151,12 +151,12 @@ def calm(queue: Any) -> None:
             setattr(queue, name, REST)
 
 
-def mount(app: Any, desk: Desk, temporary: Path) -> Any:
+def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
     """Mount the page on a FastAPI app, with every switch of Gradio's that reaches outside turned off."""
     temporary.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
-    page = build_page(desk)
-    calm(getattr(page, "_queue", None))
+    page = build_page(app_state)
+    slow_queue_polling(getattr(page, "_queue", None))
     return gr.mount_gradio_app(
         app,
         page,

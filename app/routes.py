@@ -18,10 +18,10 @@ from urllib.parse import quote, unquote
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-from app.dataset.meter import counted
+from app.dataset.meter import count_caption_tokens
 from app.export.opening import SHARED
 from app.guard import LOOPBACK, host_name, is_loopback
-from app.state import Desk
+from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.errors import LoraError, RunError
@@ -52,11 +52,11 @@ LARGEST_CAPTION = 1_000_000
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 
-class Refused(Exception):
+class BadRequest(Exception):
     """A path that leaves its root or names nothing there."""
 
 
-class Gone(Exception):
+class NotFound(Exception):
     """A picture that was left out, taken back or deleted since the page was told of it."""
 
 
@@ -80,24 +80,24 @@ def below(root: Path, path: str, suffixes: set[str], also: Sequence[Path] = ()) 
         tops = [top, *(folder.resolve() for folder in also)]
         inside = plain.is_relative_to(os.path.abspath(root))
     except (OSError, ValueError, RuntimeError) as error:
-        raise Refused(path) from error
+        raise BadRequest(path) from error
     if (
         not inside
         or not any(map(whole.is_relative_to, tops))
         or not whole.is_file()
         or whole.suffix.lower() not in suffixes
     ):
-        raise Refused(path)
+        raise BadRequest(path)
     return whole
 
 
-def add_routes(app: FastAPI, desk: Desk) -> None:
+def add_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the window's own routes to `app`."""
     _answer_problems(app)
 
     async def same_project(request: Request) -> None:
         meant = request.headers.get("x-easel-project")
-        if meant is not None and unquote(meant) != desk.project.path.name:
+        if meant is not None and unquote(meant) != app_state.project.path.name:
             raise RunError("Another page has opened another project, so nothing was changed here.")
 
     # In front of all routes that are added from here on.
@@ -105,56 +105,56 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/easel")
     async def who() -> Response:
-        return Answer({"app": "lora-easel", "workspace": desk.identity})
+        return Answer({"app": "lora-easel", "workspace": app_state.identity})
 
     app.get("/easel/assets/{name}")(_asset)
 
     @app.get("/easel/picture/{kind}/{path:path}")
     async def picture(kind: str, path: str) -> Response:
-        file = _picture(desk, kind, path)
+        file = _picture(app_state, kind, path)
         if file.suffix.lower() in SHOWN and kind not in ("dataset", "left-out"):
             return FileResponse(file, media_type=SHOWN[file.suffix.lower()], headers=KEEP)
-        return await _small(desk, file, 1024)
+        return await _small(app_state, file, 1024)
 
     @app.get("/easel/thumb/{kind}/{path:path}")
     async def thumb(kind: str, path: str) -> Response:
-        return await _small(desk, _picture(desk, kind, path), 256)
+        return await _small(app_state, _picture(app_state, kind, path), 256)
 
     @app.get("/easel/download/{run}/{file}")
     async def download(run: str, file: str) -> Response:
-        whole = below(runs_folder(desk.workspace), f"{run}/export/{file}", {".safetensors"})
+        whole = below(runs_folder(app_state.workspace), f"{run}/export/{file}", {".safetensors"})
         return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
 
     @app.post("/easel/show-file")
     async def show_file(request: Request) -> Response:
-        sent = await sent_json(request)
+        sent = await read_sent_json(request)
         asker, host = request.client, request.headers.get("host", "")
         # A proxy is on this computer too, for whoever it speaks.
         near = asker is not None and is_loopback(asker.host) and "x-forwarded-for" not in request.headers
         if not near or host_name(host) not in LOOPBACK:
             raise RunError(SHARED)
-        await asyncio.to_thread(desk.files.show, str(sent.get("file", "")))
+        await asyncio.to_thread(app_state.files.show, str(sent.get("file", "")))
         return Answer({"done": True})
 
     @app.post("/easel/caption")
     async def caption(request: Request) -> Response:
-        sent = await sent_json(request)
+        sent = await read_sent_json(request)
         text = str(sent.get("text", ""))
-        before = desk.project.revision
-        await asyncio.to_thread(desk.project.save_caption, str(sent.get("picture", "")), text)
-        revisions = {"before": before, "revision": desk.project.revision}
-        return Answer({"saved": True, **revisions, **_tokens(desk, text)})
+        before = app_state.project.revision
+        await asyncio.to_thread(app_state.project.save_caption, str(sent.get("picture", "")), text)
+        revisions = {"before": before, "revision": app_state.project.revision}
+        return Answer({"saved": True, **revisions, **_tokens(app_state, text)})
 
     @app.post("/easel/tokens")
     async def tokens(request: Request) -> Response:
-        sent = await sent_json(request)
-        return Answer(_tokens(desk, str(sent.get("text", ""))))
+        sent = await read_sent_json(request)
+        return Answer(_tokens(app_state, str(sent.get("text", ""))))
 
 
 def _answer_problems(app: FastAPI) -> None:
     """Have each kind of exception answered in words, never with a traceback."""
-    app.exception_handler(Refused)(_refused)
-    app.exception_handler(Gone)(_gone)
+    app.exception_handler(BadRequest)(_refused)
+    app.exception_handler(NotFound)(_gone)
     app.exception_handler(LoraError)(_problem)
     app.exception_handler(OSError)(_disk_problem)
     app.exception_handler(Exception)(_fault)
@@ -162,7 +162,7 @@ def _answer_problems(app: FastAPI) -> None:
 
 async def _asset(name: str) -> Response:
     if name not in PUBLIC:
-        raise Refused(name)
+        raise BadRequest(name)
     return FileResponse(ASSETS / name, media_type=PUBLIC[name], headers={"Cache-Control": "no-cache"})
 
 
@@ -203,27 +203,27 @@ class Answer(JSONResponse):
             return super().render(clean_value(content))
 
 
-def _picture(desk: Desk, kind: str, path: str) -> Path:
+def _picture(app_state: AppState, kind: str, path: str) -> Path:
     roots = {
-        "dataset": desk.project.dataset_folder,
-        "left-out": desk.project.aside,
-        "run": runs_folder(desk.workspace),
-        "generated": desk.generated,
+        "dataset": app_state.project.dataset_folder,
+        "left-out": app_state.project.aside,
+        "run": runs_folder(app_state.workspace),
+        "generated": app_state.generated,
     }
     if kind not in roots:
-        raise Refused(kind)
+        raise BadRequest(kind)
     root = roots[kind]
     try:
-        return below(root, path, PICTURES, desk.project.linked_folders)
-    except Refused as error:
+        return below(root, path, PICTURES, app_state.project.linked_folders)
+    except BadRequest as error:
         plain = Path(os.path.abspath(root / path))
         named = plain.is_relative_to(os.path.abspath(root)) and plain.suffix.lower() in PICTURES
         if named and "\0" not in path and not os.path.lexists(plain):
-            raise Gone(path) from error
+            raise NotFound(path) from error
         raise
 
 
-async def sent_json(request: Request) -> dict[str, Any]:
+async def read_sent_json(request: Request) -> dict[str, Any]:
     """What a page sent, as an object.
 
     Raises:
@@ -233,29 +233,29 @@ async def sent_json(request: Request) -> dict[str, Any]:
     async for chunk in request.stream():
         body += chunk
         if len(body) > LARGEST_CAPTION:
-            raise Refused("too long")
+            raise BadRequest("too long")
     try:
         sent = parse_json(body)
     except ValueError as error:
-        raise Refused("not JSON") from error
+        raise BadRequest("not JSON") from error
     if not isinstance(sent, dict):
-        raise Refused("not an object")
+        raise BadRequest("not an object")
     return sent
 
 
-def _tokens(desk: Desk, text: str) -> dict[str, Any]:
-    return dataclasses.asdict(counted(text, Plan(desk.project)))
+def _tokens(app_state: AppState, text: str) -> dict[str, Any]:
+    return dataclasses.asdict(count_caption_tokens(text, Plan(app_state.project)))
 
 
-async def _small(desk: Desk, file: Path, side: int) -> Response:
+async def _small(app_state: AppState, file: Path, side: int) -> Response:
     try:
-        data = await desk.thumbs.webp(file, side)
+        data = await app_state.thumbs.webp(file, side)
     except FileNotFoundError as error:
-        raise Gone(file.name) from error
+        raise NotFound(file.name) from error
     return Response(data, media_type="image/webp", headers=KEEP)
 
 
-def address(kind: str, root: Path, file: Path, size: str = "picture") -> str:
+def image_url(kind: str, root: Path, file: Path, size: str = "picture") -> str:
     """The address of a picture in the window; its time is part of it, so that browsers may keep it for
     ever."""
     try:

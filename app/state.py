@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from app.dataset.checking import Checker
-from app.dataset.insights import Insights
-from app.dataset.thumbs import Thumbs
+from app.dataset.insights import DatasetInsights
+from app.dataset.thumbs import Thumbnails
 from app.dataset.uploads import Importer
 from app.export.opening import FileManager
 from app.jobs import Jobs, environment
-from app.preview.render_queue import Studio
+from app.preview.render_queue import RenderQueue
 from app.train.checks import Checks
 from app.train.downloads import Downloads
 from app.train.probing import BYTES_A_NUMBER, Prober
 from app.train.queue_client import QueueClient
-from app.worker_client import CARDS, GivesWay, Worker
+from app.worker_client import CARDS, MemoryYieldPolicy, WorkerClient
 from lora_core.model_files.detect import chosen_base
 from lora_core.projects.workspace import Projects, adopt, belongs_to
 from lora_core.runs.costs import parameters_of
@@ -82,7 +82,7 @@ BESIDE_BASE = 1_500_000_000
 """Bytes that a picture takes beside its base: CUDA's context, the sampler and the decoder by tiles."""
 
 
-class Desk:
+class AppState:
     """The state behind the pages."""
 
     def __init__(self, workspace: Path, worker_command: list[str] | None = None) -> None:
@@ -93,10 +93,10 @@ class Desk:
         self.project = self.projects.current
         self.importer = Importer(self.project, workspace / "tmp" / "incoming")
         self.checker = Checker(self.project)
-        self.thumbs = Thumbs(workspace / "cache" / "thumbs")
+        self.thumbs = Thumbnails(workspace / "cache" / "thumbs")
         self.jobs = Jobs(workspace)
         self.jobs.created = lambda run: adopt(run, self.project.path)
-        self.jobs.own = lambda watch: belongs_to(watch.run, watch.config(), self.project.path)
+        self.jobs.own = lambda run_view: belongs_to(run_view.run, run_view.config(), self.project.path)
         self.hardware = Hardware(lambda: self.worker.device)
         self.queue = QueueClient(workspace, self.jobs)
         self.checks = Checks(workspace, self.hardware)
@@ -108,13 +108,13 @@ class Desk:
         self.downloads = Downloads()
         self.files = FileManager()
         command = worker_command or [sys.executable, "-m", "lora_core", "serve"]
-        self.worker = Worker(command, environment(workspace), workspace / "logs" / "worker.txt")
+        self.worker = WorkerClient(command, environment(workspace), workspace / "logs" / "worker.txt")
         self.worker.wanted_device = self._device
-        self.worker.is_needed_elsewhere = GivesWay(self._live_run)
+        self.worker.is_needed_elsewhere = MemoryYieldPolicy(self._live_run)
         self.worker.in_the_way = self._in_the_way
-        self.studio = Studio(self.worker, lambda: self.generated)
+        self.render_queue = RenderQueue(self.worker, lambda: self.generated)
         self.prober = Prober(workspace, self.worker, self.hardware, self._occupied)
-        self.insights = Insights(self.project, self.worker, self.jobs, self._occupied)
+        self.insights = DatasetInsights(self.project, self.worker, self.jobs, self._occupied)
 
     @property
     def generated(self) -> Path:
@@ -175,7 +175,7 @@ class Desk:
     def turn_to_project(self) -> None:
         """Put away what was looked at in the project before, as another is open now."""
         self.jobs.choose_anew()
-        self.studio.clear()
+        self.render_queue.clear()
         self.like_said = ""
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class Reply:
     finished: threading.Event = field(default_factory=threading.Event)
 
 
-class Worker:
+class WorkerClient:
     """Owns the worker process."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log_file: Path) -> None:
@@ -302,7 +302,7 @@ class Worker:
                 return
 
     def _death(self, reason: str) -> str:
-        said = last_line(self.log_file)
+        said = last_log_line(self.log_file)
         return f"The drawing process is gone: {reason}. It starts again when you draw. {said}".strip()
 
 
@@ -325,13 +325,13 @@ def _close_pipes(process: subprocess.Popen[bytes]) -> None:
                 pipe.close()
 
 
-def last_line(path: Path) -> str:
+def last_log_line(path: Path) -> str:
     """The last line of a log that says something, or ""."""
     lines = log_tail(path, 40)
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-class GivesWay:
+class MemoryYieldPolicy:
     """Says when a worker's memory should go to a run: once as a run begins, later after a minute's rest."""
 
     def __init__(self, live_run: Callable[[], str], rest: float = 60.0) -> None:

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from app import main
-from app.dataset.meter import counted
-from app.state import Desk
+from app.dataset.meter import count_caption_tokens
+from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.dataset import scan
 from lora_core.errors import LoraError
@@ -216,7 +216,7 @@ def test_lines_of_a_run(kind: str, fields: dict[str, Any], other: bytes) -> None
 def test_captions_and_texts_in_pictures(place: Path, text: str) -> None:
     with soon():
         request.parse_infotext(text)
-        counted(text[:50_000], Plan(desk_of(place).project))
+        count_caption_tokens(text[:50_000], Plan(desk_of(place).project))
     folder = place / "pictures"
     folder.mkdir(exist_ok=True)
     for name in ("a.txt", "metadata.jsonl", "metadata.csv"):
@@ -240,14 +240,14 @@ def test_settings_of_other_tools(place: Path, text: str) -> None:
 # ---- requests
 # -----------------------------------------------------------------------------------------
 
-_desks: dict[Path, Desk] = {}
+_desks: dict[Path, AppState] = {}
 
 
-def desk_of(place: Path) -> Desk:
+def desk_of(place: Path) -> AppState:
     if place not in _desks:
         workspace = place / "easel"
         workspace.mkdir()
-        _desks[place] = Desk(workspace, worker_command=["no-such-program"])
+        _desks[place] = AppState(workspace, worker_command=["no-such-program"])
     return _desks[place]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.main import parser as window_parser
+from app.main import build_parser as window_parser
 from lora_core.__main__ import parser
 from lora_core.verbs import GROUPS, VERBS
 

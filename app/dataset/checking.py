@@ -23,12 +23,12 @@ cores."""
 LISTS = ("problems", "learned", "shares")
 
 
-class _Away(Exception):
+class _Outdated(Exception):
     """The pictures have changed, or another project is open: a look at them is of no use any more."""
 
 
 @dataclass(frozen=True)
-class _Aim:
+class _CheckKey:
     """What a check is of."""
 
     folder: Path
@@ -45,7 +45,7 @@ class Checker:
         self._looks: Looks = {}
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle"}
-        self._aim: _Aim | None = None
+        self._aim: _CheckKey | None = None
 
     def state(self) -> dict[str, Any]:
         """`state` (idle, working, done, failed), how far, the findings, and whether they are of the pictures
@@ -65,7 +65,7 @@ class Checker:
             self._state = {"state": "working", "done": 0, "total": total}
         threading.Thread(target=self._run, args=(aim,), daemon=True, name="check").start()
 
-    def _now(self) -> _Aim:
+    def _now(self) -> _CheckKey:
         plan = Plan(self.project)
         # First, as reading the folder may make a new revision.
         self.project.dataset()
@@ -73,21 +73,21 @@ class Checker:
         resolution = config.train.resolution or base.resolution
         batch = config.train.batch_size
         how = (resolution, base.multiple, plan.trigger, batch, config.validation.pictures, config.seed)
-        return _Aim(self.project.dataset_folder, self.project.revision, how)
+        return _CheckKey(self.project.dataset_folder, self.project.revision, how)
 
-    def _run(self, aim: _Aim) -> None:
+    def _run(self, aim: _CheckKey) -> None:
         plan, dataset = Plan(self.project), self.project.dataset()
 
         def said(done: int, total: int) -> None:
             if self._aim is not aim or self.project.dataset_folder != aim.folder:
-                raise _Away
+                raise _Outdated
             self._state = {"state": "working", "done": done, "total": total}
 
         try:
-            found = audit(dataset, training_of(plan, dataset.records), said, self._looks)
-            rows = {key: [_shown(row, aim.folder) for row in found[key]] for key in LISTS}
+            found = audit(dataset, plan_training(plan, dataset.records), said, self._looks)
+            rows = {key: [_relative_row(row, aim.folder) for row in found[key]] for key in LISTS}
             state = {"state": "done", **rows}
-        except _Away:
+        except _Outdated:
             with self._lock:
                 # Another project was opened; its page would follow this one for ever.
                 if self._aim is aim:
@@ -99,7 +99,7 @@ class Checker:
             self._state = state
 
 
-def training_of(plan: Plan, records: list[ImageRecord]) -> TrainingView:
+def plan_training(plan: Plan, records: list[ImageRecord]) -> TrainingView:
     """How the pictures would be trained on by the run that the form stands for."""
     config = plan.config
     out: frozenset[Path] = frozenset()
@@ -116,7 +116,7 @@ def training_of(plan: Plan, records: list[ImageRecord]) -> TrainingView:
     )
 
 
-def _shown(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _relative_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A finding with names below the dataset folder in place of paths."""
     named: dict[str, Any] = {
         key: relative_name(Path(row[key]), folder) for key in ("picture", "twin") if row.get(key)

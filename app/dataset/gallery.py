@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from app.dataset.meter import mark, too_long
-from app.formatting import chip, many, safe
+from app.dataset.meter import meter_version, warn_of_long_captions
+from app.formatting import chip, pluralize, safe
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.buckets import choose_bucket, crop_box
@@ -20,7 +20,7 @@ from lora_core.projects.project import Project, left_out, relative_name
 MOST_SENTENCES = 12
 
 
-def shelf(project: Project, plan: Plan) -> dict[str, Any]:
+def gallery_data(project: Project, plan: Plan) -> dict[str, Any]:
     """All that the page shows of the pictures, as plain values.
 
     Returns:
@@ -30,15 +30,15 @@ def shelf(project: Project, plan: Plan) -> dict[str, Any]:
     dataset, folder = project.dataset(), project.dataset_folder
     side, multiple = _size(plan)
     return {
-        "mark": shelf_mark(project, plan),
+        "mark": gallery_version(project, plan),
         "revision": project.revision,
         "fixed": project.uses_demo,
-        "pictures": [cell(record, folder, side, multiple) for record in dataset.records],
-        "left_out": [cell(record, project.aside, side, multiple) for record in left_out(project)],
+        "pictures": [image_facts(record, folder, side, multiple) for record in dataset.records],
+        "left_out": [image_facts(record, project.aside, side, multiple) for record in left_out(project)],
     }
 
 
-def shelf_mark(project: Project, plan: Plan) -> str:
+def gallery_version(project: Project, plan: Plan) -> str:
     """What a page compares to know that its pictures are no longer those on disk."""
     return f"{project.revision} {_size(plan)}"
 
@@ -47,7 +47,7 @@ def _size(plan: Plan) -> tuple[int, int]:
     return plan.config.train.resolution or plan.base.resolution, plan.base.multiple
 
 
-def cell(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> dict[str, Any]:
+def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> dict[str, Any]:
     """One picture's facts: name, caption, size, bucket, crop in percent from each side, repeats, time."""
     bucket, crop = _crop(record.width, record.height, resolution, multiple)
     try:
@@ -62,13 +62,15 @@ def cell(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> d
         "size": [record.width, record.height],
         "bucket": bucket,
         "crop": crop,
-        "small": record.width < bucket[0] or record.height < bucket[1] or _much_smaller(record, resolution),
+        "small": record.width < bucket[0]
+        or record.height < bucket[1]
+        or _is_much_smaller(record, resolution),
         "repeats": record.repeats,
         "held": record.held_out,
     }
 
 
-def _much_smaller(record: ImageRecord, resolution: int) -> bool:
+def _is_much_smaller(record: ImageRecord, resolution: int) -> bool:
     """Under a quarter of the area that is trained at, as the check says it."""
     return record.width * record.height * 4 < resolution**2
 
@@ -81,17 +83,17 @@ def _crop(width: int, height: int, resolution: int, multiple: int) -> tuple[list
     return [bucket.width, bucket.height], [round(100 * share, 2) for share in shares]
 
 
-def marks(project: Project, plan: Plan) -> str:
+def version_marker(project: Project, plan: Plan) -> str:
     """The hidden piece that tells pages when to ask for the pictures again, and to count captions anew."""
     project.dataset()
     return (
-        f'<span id="dataset-mark" hidden data-mark="{safe(shelf_mark(project, plan))}"'
-        f' data-meter="{safe(mark(plan))}" data-project="{safe(project.path.name)}"'
+        f'<span id="dataset-mark" hidden data-mark="{safe(gallery_version(project, plan))}"'
+        f' data-meter="{safe(meter_version(plan))}" data-project="{safe(project.path.name)}"'
         f' data-trigger="{safe(plan.trigger)}"></span>'
     )
 
 
-def findings(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: list[str]) -> str:
+def findings_html(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: list[str]) -> str:
     """Chips with counts, and a sentence for each thing that is wrong.
 
     Args:
@@ -111,9 +113,9 @@ def findings(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: l
     if held:
         chips.append(chip(f"{held} held out for validation"))
     if dataset.problems:
-        chips.append(chip(many(len(dataset.problems), "problem"), "bad"))
+        chips.append(chip(pluralize(len(dataset.problems), "problem"), "bad"))
     if unused := sum(note.kind in UNUSED for note in dataset.notes):
-        chips.append(chip(f"{many(unused, 'file')} not used", "warn"))
+        chips.append(chip(f"{pluralize(unused, 'file')} not used", "warn"))
     if skipped:
         chips.append(chip(f"{len(skipped)} skipped at the last import", "warn"))
     if demo:
@@ -135,7 +137,7 @@ def findings(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: l
     )
 
 
-class Findings:
+class FindingsView:
     """The findings of the open project, worked out again only where something changed."""
 
     def __init__(self) -> None:
@@ -145,11 +147,11 @@ class Findings:
     def html(self, project: Project, plan: Plan) -> str:
         """As `findings`."""
         dataset, skipped = project.dataset(), [] if project.uses_demo else project.notes
-        key = (project.revision, mark(plan), tuple(problem.sentence for problem in skipped))
+        key = (project.revision, meter_version(plan), tuple(problem.sentence for problem in skipped))
         if self._known is None or self._known[0] != key:
-            cut = too_long(dataset, plan)
+            cut = warn_of_long_captions(dataset, plan)
             captions = [record.caption for record in dataset.records if record.caption]
             phrases = [] if project.uses_demo else phrase_sentences(captions, plan.trigger)[:3]
             advice = [*([cut] if cut else []), *phrases]
-            self._known = (key, findings(dataset, skipped, project.uses_demo, advice))
+            self._known = (key, findings_html(dataset, skipped, project.uses_demo, advice))
         return self._known[1]

@@ -15,7 +15,7 @@ from typing import Any
 
 from app.jobs import Jobs, RunView
 from app.train.form import Plan
-from app.worker_client import CANCELLED, Reply, Worker
+from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.errors import RunError
 from lora_core.projects.project import DEMO, Project, read_json, relative_name
 from lora_core.system.paths import write_atomically
@@ -37,7 +37,7 @@ class _Work:
 
 
 @dataclass
-class Insights:
+class DatasetInsights:
     """Asks the worker, and keeps what it found.
 
     Attributes:
@@ -48,7 +48,7 @@ class Insights:
     """
 
     project: Project
-    worker: Worker
+    worker: WorkerClient
     jobs: Jobs
     occupied: Callable[[], str]
     _work: dict[str, _Work] = field(default_factory=dict)
@@ -110,21 +110,21 @@ class Insights:
 
     def _run(self) -> RunView | None:
         """The project's newest run on the pictures that are shown, of those with a checkpoint."""
-        for watch in self.jobs.all():
-            config = watch.config()
-            if config is None or not self.jobs.own(watch) or not watch.run.checkpoint_steps():
+        for run_view in self.jobs.all():
+            config = run_view.config()
+            if config is None or not self.jobs.own(run_view) or not run_view.run.checkpoint_steps():
                 continue
             path = config.dataset.path
             if path == DEMO if self.project.uses_demo else Path(path) == self.project.dataset_folder:
-                return watch
+                return run_view
         return None
 
     def _request(self, what: str) -> tuple[dict[str, Any], str]:
         """What to ask the worker, and the mark of what it is of."""
         if what == "pictures":
-            watch = self._run()
-            assert watch is not None
-            return {"do": what, "run": str(watch.run.path)}, watch.run.name
+            run_view = self._run()
+            assert run_view is not None
+            return {"do": what, "run": str(run_view.run.path)}, run_view.run.name
         plan = Plan(self.project)
         model = plan.config.model
         asked = dict(vars(model))
@@ -162,17 +162,17 @@ class Insights:
         return {"found": kept["found"], "fresh": kept.get("mark") == mark}
 
     def _kept_of_run(self) -> dict[str, Any]:
-        watch = self._run()
-        if watch is None:
+        run_view = self._run()
+        if run_view is None:
             return {}
-        found, steps = read_json(watch.run.path / OF_A_RUN), watch.run.checkpoint_steps()
+        found, steps = read_json(run_view.run.path / OF_A_RUN), run_view.run.checkpoint_steps()
         if not isinstance(found.get("rows"), list):
-            return {"run": watch.run.name}
+            return {"run": run_view.run.name}
         shown = _named(found, self.project.dataset_folder)
         # A run that was trained on since has another best or last checkpoint.
-        best = watch.run.progress().best_step
+        best = run_view.run.progress().best_step
         wanted = best if best in steps else steps[-1]
-        return {"found": shown, "run": watch.run.name, "fresh": found.get("step") == wanted}
+        return {"found": shown, "run": run_view.run.name, "fresh": found.get("step") == wanted}
 
     def _attend(self, what: str, work: _Work) -> None:
         """Wait for the end and keep what was found; a run that begins meanwhile comes first."""

@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.formatting import many
+from app.formatting import pluralize
 from app.train.form import Plan
 from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
 from lora_core.data.dataset import Dataset
@@ -22,7 +22,7 @@ LIMITS: tuple[int, ...] = typing.get_args(FIELDS["train.tokens"].annotation)
 
 
 @dataclass(frozen=True)
-class Counted:
+class TokenCount:
     """One caption against the limit.
 
     Attributes:
@@ -36,21 +36,21 @@ class Counted:
     cut: str = ""
 
 
-def counted(caption: str, plan: Plan) -> Counted:
+def count_caption_tokens(caption: str, plan: Plan) -> TokenCount:
     """A caption as the run to come would read it."""
     return _counted(clean_text(caption), plan.trigger, plan.config.train.tokens, plan.base.tokenizer)
 
 
 @functools.lru_cache(maxsize=4096)
-def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> Counted:
+def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> TokenCount:
     lines = [line for line in caption.splitlines() if line.strip()] or [""]
     texts = [with_trigger(_longest(line), trigger) for line in lines]
     try:
         counts = [count_tokens(text, tokenizer) for text in texts]
         most = max(counts)
-        return Counted(most, limit, truncated_part(texts[counts.index(most)], limit, tokenizer))
+        return TokenCount(most, limit, truncated_part(texts[counts.index(most)], limit, tokenizer))
     except (LoraError, OSError, NotImplementedError):
-        return Counted(None, limit)
+        return TokenCount(None, limit)
 
 
 def _longest(line: str) -> str:
@@ -58,17 +58,19 @@ def _longest(line: str) -> str:
     return choose_parts(line, lambda parts: max(parts, key=len))
 
 
-def too_long(dataset: Dataset, plan: Plan) -> str:
+def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
     """A sentence on the captions of which a part is not read, or ""."""
-    cut = [record.path.name for record in dataset.records if counted(record.caption, plan).cut]
+    cut = [record.path.name for record in dataset.records if count_caption_tokens(record.caption, plan).cut]
     if not cut:
         return ""
     limit, most = plan.config.train.tokens, LIMITS[-1]
     advice = "shorten them" if limit == most else f"shorten them, or raise Caption tokens to up to {most}"
     named = ", ".join(cut[:3]) + (" and others" if len(cut) > 3 else "")
-    return f"{many(len(cut), 'caption')} longer than the {limit} tokens that are read ({named}): {advice}."
+    return (
+        f"{pluralize(len(cut), 'caption')} longer than the {limit} tokens that are read ({named}): {advice}."
+    )
 
 
-def mark(plan: Plan) -> str:
+def meter_version(plan: Plan) -> str:
     """What the browser compares to know that captions have to be counted again."""
     return f"{plan.config.train.tokens} {plan.base.tokenizer} {plan.trigger}"

@@ -9,9 +9,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from app.dataset.checking import BY_ITSELF
-from app.dataset.gallery import shelf
-from app.routes import Answer, Refused, sent_json
-from app.state import Desk
+from app.dataset.gallery import gallery_data
+from app.routes import Answer, BadRequest, read_sent_json
+from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.bulk_edit import Edit
 from lora_core.data.captions import count_tags
@@ -22,42 +22,42 @@ from lora_core.projects.project import leave_out, take_back
 MOST_NAMES = 50_000
 
 
-def add_dataset_routes(app: FastAPI, desk: Desk) -> None:
+def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
-    _add_pictures(app, desk)
-    _add_import(app, desk)
-    _add_bulk(app, desk)
-    _add_check(app, desk)
-    _add_insights(app, desk)
+    _add_pictures(app, app_state)
+    _add_import(app, app_state)
+    _add_bulk(app, app_state)
+    _add_check(app, app_state)
+    _add_insights(app, app_state)
 
 
-def _add_pictures(app: FastAPI, desk: Desk) -> None:
-    project = desk.project
+def _add_pictures(app: FastAPI, app_state: AppState) -> None:
+    project = app_state.project
 
     @app.get("/easel/dataset")
     async def dataset() -> Response:
-        shown = await asyncio.to_thread(lambda: shelf(project, Plan(project)))
+        shown = await asyncio.to_thread(lambda: gallery_data(project, Plan(project)))
         return Answer(shown, headers={"Cache-Control": "no-store"})
 
     @app.post("/easel/leave-out")
     async def out(request: Request) -> Response:
-        names = _names(await sent_json(request))
+        names = _names(await read_sent_json(request))
         return await _done(lambda: {"left_out": leave_out(project, names)})
 
     @app.post("/easel/take-back")
     async def back(request: Request) -> Response:
-        names = _names(await sent_json(request))
+        names = _names(await read_sent_json(request))
         return await _done(lambda: {"taken_back": take_back(project, names)})
 
     @app.post("/easel/hold-out")
     async def hold(request: Request) -> Response:
-        sent = await sent_json(request)
+        sent = await read_sent_json(request)
         names, on = _names(sent), bool(sent.get("on"))
         return await _done(lambda: project.hold_out(names, on), lambda: {"revision": project.revision})
 
 
-def _add_import(app: FastAPI, desk: Desk) -> None:
-    importer = desk.importer
+def _add_import(app: FastAPI, app_state: AppState) -> None:
+    importer = app_state.importer
 
     @app.get("/easel/import")
     async def state() -> Response:
@@ -65,7 +65,7 @@ def _add_import(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/easel/import")
     async def from_path(request: Request) -> Response:
-        sent = await sent_json(request)
+        sent = await read_sent_json(request)
         path, link = str(sent.get("path", "")), bool(sent.get("link"))
         return await _done(lambda: importer.from_path(path, link), importer.state)
 
@@ -79,13 +79,13 @@ def _add_import(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/easel/upload/{batch}")
     async def finish(batch: str, request: Request) -> Response:
-        if (await sent_json(request)).get("give_up"):
+        if (await read_sent_json(request)).get("give_up"):
             return await _done(lambda: importer.give_up(batch), lambda: {"given_up": True})
         return await _done(lambda: importer.finish(batch), importer.state)
 
 
-def _add_bulk(app: FastAPI, desk: Desk) -> None:
-    project = desk.project
+def _add_bulk(app: FastAPI, app_state: AppState) -> None:
+    project = app_state.project
 
     @app.get("/easel/tags")
     async def tags() -> Response:
@@ -97,7 +97,7 @@ def _add_bulk(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/easel/bulk")
     async def change(request: Request) -> Response:
-        sent = await sent_json(request)
+        sent = await read_sent_json(request)
         only = set(_names(sent)) if "pictures" in sent else None
         edit = _edit(sent, Plan(project).trigger)
         if not sent.get("apply"):
@@ -115,8 +115,8 @@ def _add_bulk(app: FastAPI, desk: Desk) -> None:
         return await _done(undone)
 
 
-def _add_check(app: FastAPI, desk: Desk) -> None:
-    checker = desk.checker
+def _add_check(app: FastAPI, app_state: AppState) -> None:
+    checker = app_state.checker
 
     @app.get("/easel/check")
     async def state() -> Response:
@@ -124,18 +124,18 @@ def _add_check(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/easel/check")
     async def start(request: Request) -> Response:
-        by_itself = bool((await sent_json(request)).get("by_itself"))
+        by_itself = bool((await read_sent_json(request)).get("by_itself"))
 
         def started() -> dict[str, Any]:
-            if not by_itself or len(desk.project.dataset().records) <= BY_ITSELF:
+            if not by_itself or len(app_state.project.dataset().records) <= BY_ITSELF:
                 checker.start()
             return checker.state()
 
         return await _done(started)
 
 
-def _add_insights(app: FastAPI, desk: Desk) -> None:
-    insights = desk.insights
+def _add_insights(app: FastAPI, app_state: AppState) -> None:
+    insights = app_state.insights
 
     @app.get("/easel/insights")
     async def state() -> Response:
@@ -143,7 +143,7 @@ def _add_insights(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/easel/insights")
     async def ask(request: Request) -> Response:
-        sent = await sent_json(request)
+        sent = await read_sent_json(request)
         act = insights.cancel if sent.get("do") == "cancel" else insights.begin
         return await _done(lambda: act(str(sent.get("what", ""))), insights.state)
 
@@ -157,7 +157,7 @@ async def _done(work: Callable[[], Any], said: Callable[[], Any] | None = None) 
 def _names(sent: dict[str, Any]) -> list[str]:
     names = sent.get("pictures")
     if not isinstance(names, list) or len(names) > MOST_NAMES:
-        raise Refused("no list of pictures")
+        raise BadRequest("no list of pictures")
     return [str(name) for name in names]
 
 

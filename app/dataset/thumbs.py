@@ -18,7 +18,7 @@ KEPT_SIDE = 256
 _THREADS = 2
 
 
-class Thumbs:
+class Thumbnails:
     """A folder of thumbnails, named for the picture's path, time and size; it can be emptied at any time."""
 
     def __init__(self, folder: Path) -> None:

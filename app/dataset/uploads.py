@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.formatting import many
+from app.formatting import pluralize
 from lora_core.data.importer import Imported, TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
@@ -30,14 +30,14 @@ ROOM_LEFT = 200_000_000
 
 
 @dataclass
-class Batch:
+class UploadBatch:
     """Files that a page is sending: where they lie, and what the page calls them."""
 
     folder: Path
     files: dict[int, tuple[Path, str]] = field(default_factory=dict)
 
 
-class _Parcel:
+class _BodyReader:
     """Files as they come in one request."""
 
     def __init__(self, chunks: AsyncIterator[bytes]) -> None:
@@ -86,7 +86,7 @@ class Importer:
         self.staging = staging
         # Whatever a window that was killed had received is of no use any more.
         shutil.rmtree(staging, ignore_errors=True)
-        self._batches: dict[str, Batch] = {}
+        self._batches: dict[str, UploadBatch] = {}
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle", "number": 0}
         # What is to be worked out before an import counts as done.
@@ -117,7 +117,7 @@ class Importer:
             folder.mkdir(parents=True)
         except OSError as error:
             raise DatasetError(f"The folder {folder} cannot be made ({error.strerror}).") from error
-        self._batches[name] = Batch(folder)
+        self._batches[name] = UploadBatch(folder)
         return name
 
     async def receive(self, batch: str, chunks: AsyncIterator[bytes]) -> int:
@@ -133,7 +133,7 @@ class Importer:
         found = self._batches.get(batch)
         if found is None:
             raise DatasetError("This import is over; drop the files again.")
-        parcel = _Parcel(chunks)
+        parcel = _BodyReader(chunks)
         listed = await parcel.listed()
         room = shutil.disk_usage(found.folder).free - ROOM_LEFT
         for index, name, size in listed:
@@ -230,7 +230,7 @@ class Importer:
         try:
             imported = work(TransferMode(how, said, project.sizes))
             project.notes = imported.skipped
-            state, note = _outcome(imported)
+            state, note = _summarize(imported)
             if imported.added and project.uses_demo:
                 # Own pictures were brought: from here on they are trained on, with a preset for them.
                 base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
@@ -247,7 +247,7 @@ class Importer:
             self._state = {**self._state, "state": state, "note": note}
 
 
-def _outcome(imported: Imported) -> tuple[str, str]:
-    added = f"{many(len(imported.added), 'file')} added." if imported.added else "Nothing was added."
+def _summarize(imported: Imported) -> tuple[str, str]:
+    added = f"{pluralize(len(imported.added), 'file')} added." if imported.added else "Nothing was added."
     skipped = f" {len(imported.skipped)} skipped, see below." if imported.skipped else ""
     return "done" if imported.added else "failed", added + skipped

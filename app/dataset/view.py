@@ -6,8 +6,8 @@ Train tab needs, and tells pages when something changed.
 
 import gradio as gr
 
-from app.bindings import TYPING, Parts, edited, piece
-from app.dataset.gallery import Findings, marks
+from app.bindings import TYPING, Bindings, edit_events, html_block
+from app.dataset.gallery import FindingsView, version_marker
 from app.train.form import Plan
 
 TITLE = "Dataset"
@@ -15,34 +15,36 @@ FIRST_SEEN = 48
 """Pictures of which the thumbnails are made while an import still shows its bar."""
 
 
-def build(parts: Parts) -> None:
+def build(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
-    found, project = Findings(), parts.desk.project
-    desk = parts.desk
+    found, project = FindingsView(), bindings.app_state.project
+    app_state = bindings.app_state
 
     def imported() -> None:
         found.html(project, Plan(project))
-        desk.thumbs.prepare([record.path for record in project.dataset().records[:FIRST_SEEN]])
+        app_state.thumbs.prepare([record.path for record in project.dataset().records[:FIRST_SEEN]])
 
-    desk.importer.after = imported
+    app_state.importer.after = imported
     with gr.Row(elem_classes="page page-dataset"):
         with gr.Column(elem_classes="main"):
-            piece(DROP)
+            html_block(DROP)
             with gr.Row(elem_classes="toolbar"):
-                piece(TOOLBAR, elem_classes="grow")
-                _trigger(parts)
-                piece(TRIGGER, elem_classes="beside")
-            piece(WORDS)
-            piece(GRID, elem_id="dataset-grid")
-            parts.live(piece(elem_classes="after"), lambda m: found.html(m.desk.project, m.plan))
-            piece(TOOLS, elem_classes="after")
-            piece(LEARNED, elem_classes="after")
-            parts.live(piece(), lambda m: marks(m.desk.project, m.plan))
-        piece(DETAIL, elem_classes="side")
+                html_block(TOOLBAR, elem_classes="grow")
+                _trigger(bindings)
+                html_block(TRIGGER, elem_classes="beside")
+            html_block(WORDS)
+            html_block(GRID, elem_id="dataset-grid")
+            bindings.follow(
+                html_block(elem_classes="after"), lambda snap: found.html(snap.app_state.project, snap.plan)
+            )
+            html_block(TOOLS, elem_classes="after")
+            html_block(LEARNED, elem_classes="after")
+            bindings.follow(html_block(), lambda snap: version_marker(snap.app_state.project, snap.plan))
+        html_block(DETAIL, elem_classes="side")
 
 
-def _trigger(parts: Parts) -> None:
-    project = parts.desk.project
+def _trigger(bindings: Bindings) -> None:
+    project = bindings.app_state.project
     trigger = gr.Textbox(
         label="Trigger word",
         elem_id="trigger",
@@ -55,10 +57,14 @@ def _trigger(parts: Parts) -> None:
         interactive=False,
     )
     # What is typed before the draft has been filled in would be overwritten by it.
-    parts.fill(trigger, lambda: gr.update(value=project.draft().get("trigger", ""), interactive=True))
-    save = gr.on(edited(trigger), lambda text: project.keep(trigger=text.strip()), trigger, None, **TYPING)
-    parts.action(save)
-    parts.trigger = trigger
+    bindings.fill_on_load(
+        trigger, lambda: gr.update(value=project.draft().get("trigger", ""), interactive=True)
+    )
+    save = gr.on(
+        edit_events(trigger), lambda text: project.keep(trigger=text.strip()), trigger, None, **TYPING
+    )
+    bindings.refresh_after(save)
+    bindings.trigger = trigger
 
 
 # The Dataset tab's fixed HTML; what moves in it is drawn by `assets/dataset.js`, `dataset_tools.js` and

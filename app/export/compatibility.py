@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from app.bindings import QUIET, Parts, piece
-from app.formatting import chip, file_size, many, safe
+from app.bindings import QUIET, Bindings, html_block
+from app.formatting import chip, format_bytes, pluralize, safe
 from app.jobs import RunView
-from app.routes import address
-from app.snapshot import Moment
+from app.routes import image_url
+from app.snapshot import Snapshot
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import runs_folder
 from lora_core.system.untrusted import parse_json
@@ -20,36 +20,38 @@ from lora_core.system.untrusted import parse_json
 MOST_NAMES = 40
 
 
-def checkpoint_cards(moment: Moment, watch: RunView | None, chosen: str) -> str:
+def checkpoint_cards(snapshot: Snapshot, run_view: RunView | None, chosen: str) -> str:
     """Best and last side by side, each with its newest sample and its gain."""
-    if watch is None:
+    if run_view is None:
         return (
             '<div class="empty"><h3>Nothing to export yet</h3><p class="small">Train first: each run leaves'
             " checkpoints here, and each of them can become a file for other tools.</p></div>"
         )
-    steps = watch.run.checkpoint_steps()
+    steps = run_view.run.checkpoint_steps()
     cards = []
-    best = watch.progress.best_step
+    best = run_view.progress.best_step
     if best is not None and best in steps:
         title = "Best and last" if best == steps[-1] else "Best"
         cards.append(
-            _card(moment, watch, title, best, chosen == "best" or (chosen == "last" and best == steps[-1]))
+            _card(
+                snapshot, run_view, title, best, chosen == "best" or (chosen == "last" and best == steps[-1])
+            )
         )
     if steps and best != steps[-1]:
-        cards.append(_card(moment, watch, "Last", steps[-1], chosen == "last"))
+        cards.append(_card(snapshot, run_view, "Last", steps[-1], chosen == "last"))
     if chosen in map(str, steps):
-        cards.append(_card(moment, watch, "Picked", int(chosen), True))
+        cards.append(_card(snapshot, run_view, "Picked", int(chosen), True))
     return f'<div class="checkpoints">{"".join(cards)}</div>'
 
 
-def _card(moment: Moment, watch: RunView, title: str, step: int, on: bool) -> str:
-    before = [p for p in watch.progress.previews if p.step <= step and p.files]
-    root = runs_folder(moment.desk.workspace)
+def _card(snapshot: Snapshot, run_view: RunView, title: str, step: int, on: bool) -> str:
+    before = [p for p in run_view.progress.previews if p.step <= step and p.files]
+    root = runs_folder(snapshot.app_state.workspace)
     image = '<div class="shot"></div>'
     if before:
-        source = safe(address("run", root, watch.run.path / before[-1].files[0]))
+        source = safe(image_url("run", root, run_view.run.path / before[-1].files[0]))
         image = f'<img src="{source}" alt="sample at step {before[-1].step}">'
-    gain = next((v for v in watch.progress.validations if v.step == step), None)
+    gain = next((v for v in run_view.progress.validations if v.step == step), None)
     note = f"gain {gain.gain:+.4f}" if gain else "not measured"
     return (
         f'<div class="panel tight{" on" if on else ""}"><div class="row apart"><b>{title}</b><span'
@@ -104,7 +106,7 @@ def verdict_chip(verified: dict[str, Any], fine: str) -> str:
     return chip("not every tool reads it", "bad")
 
 
-def works_in(result: dict[str, Any] | None, portable: bool) -> str:
+def compatibility_card(result: dict[str, Any] | None, portable: bool) -> str:
     """What each tool makes of the written file, from the worker's answer."""
     own = (
         ""
@@ -129,7 +131,7 @@ def works_in(result: dict[str, Any] | None, portable: bool) -> str:
 
 def written_line(result: dict[str, Any], precision: str, address_of_file: str, place: str) -> str:
     """What was written, the link to have it again, and the line that says where it is."""
-    size = file_size(float(result.get("bytes", 0)))
+    size = format_bytes(float(result.get("bytes", 0)))
     name = str(result.get("file", "")).replace("\\", "/").rsplit("/", 1)[-1]
     return (
         f'<p class="small num" role="status">{safe(name)}, {size}, {safe(precision)},'
@@ -153,10 +155,10 @@ WRITERS = (
 )
 
 
-def build_check(parts: Parts) -> None:
+def build_check(bindings: Bindings) -> None:
     """Lay out the panel and wire it."""
     with gr.Column(elem_classes="card"):
-        piece(
+        html_block(
             '<h2>Check a LoRA file</h2><p class="small">Any tool\'s file: what it is, its trigger words, and'
             " whether each tool reads it whole. Nothing in the file is run.</p>"
         )
@@ -172,18 +174,18 @@ def build_check(parts: Parts) -> None:
                 max_lines=1,
             )
             look = gr.Button("Check", elem_id="check-file", min_width=0, scale=0)
-        report = piece(elem_id="check-report")
+        report = html_block(elem_id="check-report")
 
     def uploaded(file: str | None) -> str:
         if not file:
             return ""
-        return checked(parts, kept_aside(parts.desk.workspace / "tmp" / "dropped", Path(file)))
+        return check_file(bindings, move_aside(bindings.app_state.workspace / "tmp" / "dropped", Path(file)))
 
     def from_path(text: str) -> str:
         name = text.strip().strip('"')
         if not name:
             return _problem("Choose a file, or type its path first.")
-        return checked(parts, Path(name).expanduser())
+        return check_file(bindings, Path(name).expanduser())
 
     busy = {**QUIET, "show_progress": "minimal"}
     upload.upload(uploaded, upload, report, **busy)
@@ -191,7 +193,7 @@ def build_check(parts: Parts) -> None:
     path.submit(from_path, path, report, **busy)
 
 
-def kept_aside(folder: Path, file: Path) -> Path:
+def move_aside(folder: Path, file: Path) -> Path:
     """The dropped file in a place of its own, so that it can be looked into; the one before it goes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,9 +204,9 @@ def _problem(text: str) -> str:
     return f'<p class="problem" role="alert">{safe(text)}</p>'
 
 
-def checked(parts: Parts, file: Path) -> str:
+def check_file(bindings: Bindings, file: Path) -> str:
     """The worker's answer on a file, as HTML."""
-    reply = parts.desk.worker.ask({"do": "verify", "file": str(file)})
+    reply = bindings.app_state.worker.ask({"do": "verify", "file": str(file)})
     if reply.state == "error":
         return _problem(reply.message)
     into = (
@@ -221,15 +223,15 @@ def report_html(name: str, result: Mapping[str, Any]) -> str:
     rows = [
         ("For", _family_title(str(report.get("family", "unknown")))),
         ("Kind", f"{report.get('kind', '')}, {report.get('format', '')} format"),
-        ("Written by", written_by(metadata) or "not said"),
+        ("Written by", find_writer(metadata) or "not said"),
         ("Rank", _numbers(report.get("ranks"))),
         ("Alpha", _numbers(report.get("alphas"))),
         ("Layers", f"{report.get('modules', 0):,}, {report.get('parameters', 0):,} numbers"),
-        ("Trigger words", trigger_words(metadata) or "not said"),
-        ("Trained", trained(metadata) or "not said"),
+        ("Trigger words", find_trigger_words(metadata) or "not said"),
+        ("Trained", describe_training(metadata) or "not said"),
     ]
     table = "".join(f'<tr><th scope="row">{safe(k)}</th><td>{safe(v)}</td></tr>' for k, v in rows)
-    size = file_size(float(report.get("bytes", 0)))
+    size = format_bytes(float(report.get("bytes", 0)))
     broken = report.get("hash_matches") is False
     changed = chip("changed after it was written: its hash differs", "warn") if broken else ""
     verified: dict[str, Any] = dict(result.get("verify") or {})
@@ -254,7 +256,7 @@ def _numbers(values: Any) -> str:
     return ", ".join(found) if len(found) <= 4 else f"{found[0]} to {found[-1]}, {len(found)} values"
 
 
-def written_by(metadata: Mapping[str, str]) -> str:
+def find_writer(metadata: Mapping[str, str]) -> str:
     """Which program wrote a file, where its header says it; "" otherwise."""
     software = _json(metadata.get("software", ""))
     if isinstance(software, dict) and software.get("name"):
@@ -262,7 +264,7 @@ def written_by(metadata: Mapping[str, str]) -> str:
     return next((name for key, name in WRITERS if key in metadata), "")
 
 
-def trigger_words(metadata: Mapping[str, str]) -> str:
+def find_trigger_words(metadata: Mapping[str, str]) -> str:
     """The words that a file says call it up, else the tags that most of its captions had."""
     phrase = metadata.get("modelspec.trigger_phrase", "").strip()
     if phrase:
@@ -277,17 +279,17 @@ def trigger_words(metadata: Mapping[str, str]) -> str:
     return f"most frequent tags: {', '.join(often)}" if often else ""
 
 
-def trained(metadata: Mapping[str, str]) -> str:
+def describe_training(metadata: Mapping[str, str]) -> str:
     """On what and how long, as far as the header says it."""
-    parts = []
+    words = []
     base = metadata.get("ss_sd_model_name", "")
     if base:
-        parts.append(f"on {base}")
+        words.append(f"on {base}")
     for key, unit in (("ss_num_train_images", "picture"), ("ss_steps", "step")):
         value = metadata.get(key, "")
         if re.fullmatch("[0-9]{1,18}", value) and int(value):
-            parts.append(many(int(value), unit))
-    return ", ".join(parts)
+            words.append(pluralize(int(value), unit))
+    return ", ".join(words)
 
 
 def _json(text: str) -> Any:

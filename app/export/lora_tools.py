@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.formatting import file_size, safe
-from app.preview.loras import ADDED, lora_groups, owner
-from app.snapshot import Moment, moment_of
-from app.state import Desk
+from app.formatting import format_bytes, safe
+from app.preview.loras import ADDED, find_owner, lora_groups
+from app.snapshot import Snapshot, take_snapshot
+from app.state import AppState
 from app.train.base_picker import base_choices
-from app.worker_client import Reply, Worker
+from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
 from lora_core.runs.folder import check_run_name
@@ -25,10 +25,10 @@ from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
 BUSY = "One look is under way already; wait for it, or cancel it."
 
 
-class Job:
+class BackgroundTask:
     """The piece of work in hand, or the last one."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: WorkerClient) -> None:
         """Work through `worker`."""
         self._worker = worker
         self._lock = threading.Lock()
@@ -116,7 +116,7 @@ CHECKPOINT = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
-class Tool:
+class LoraTool:
     """One thing to do with LoRA files.
 
     Attributes:
@@ -139,73 +139,75 @@ class Tool:
     do: str = ""
 
 
-TOOLS: dict[str, Tool] = {
-    "spectrum": Tool("Spectrum", "What it is, and how many directions each layer really uses."),
-    "amplify": Tool("Amplification", "What it brings out of its base, block by block.", needs=("base",)),
-    "intrinsic": Tool(
+TOOLS: dict[str, LoraTool] = {
+    "spectrum": LoraTool("Spectrum", "What it is, and how many directions each layer really uses."),
+    "amplify": LoraTool("Amplification", "What it brings out of its base, block by block.", needs=("base",)),
+    "intrinsic": LoraTool(
         "Intrinsic rank", "The lowest rank that keeps 99% of its gain, measured.", (1, 1), ("measure",),
         "Measure",
     ),
-    "strength": Tool(
+    "strength": LoraTool(
         "Best strength", "Where it gains most, measured.", (1, 1), ("measure", "apart"), "Measure"
     ),
-    "compare": Tool("Similarity", "How alike the directions of two files are, against chance.", (2, 2)),
-    "stack": Tool(
+    "compare": LoraTool("Similarity", "How alike the directions of two files are, against chance.", (2, 2)),
+    "stack": LoraTool(
         "Stacking", "What is left of each when all are on.", (2, MOST_FILES), ("strengths", "measure?")
     ),
-    "merge": Tool(
+    "merge": LoraTool(
         "Merge", "Several files as one: exactly or at a rank, with a weight for each block.", (1, MOST_FILES),
         ("strengths", "rank?", "blocks?", "base?"), "Merge", "adapter",
     ),
-    "into-base": Tool(
+    "into-base": LoraTool(
         "Merge into a base", "A copy of a base model with files merged into it.", (1, MOST_FILES),
         ("strengths", "base", "blocks?"), "Merge", "base",
     ),
-    "plain": Tool(
+    "plain": LoraTool(
         "Plain LoRA", "A LoHa, LoKr or DoRA as a plain LoRA, which every tool reads.", (1, 1),
         ("rank", "base?"), "Convert", "adapter", "merge",
     ),
-    "convert": Tool(
+    "convert": LoraTool(
         "Convert", "The same LoRA in the format of other tools.", (1, 1), ("format", "alphas"), "Convert",
         "adapter",
     ),
-    "shrink": Tool("Shrink", "A smaller file, and what that costs.", (1, 1), ("size",), "Shrink", "adapter"),
-    "extract": Tool(
+    "shrink": LoraTool(
+        "Shrink", "A smaller file, and what that costs.", (1, 1), ("size",), "Shrink", "adapter"
+    ),
+    "extract": LoraTool(
         "Extract", "A LoRA out of a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract",
         "adapter",
     ),
 }  # fmt: skip
 
 
-def choices(desk: Desk) -> dict[str, Any]:
+def list_choices(app_state: AppState) -> dict[str, Any]:
     """What a page offers: files with the run that they are of, runs to measure on, bases."""
-    moment = moment_of(desk)
+    snapshot = take_snapshot(app_state)
     groups = []
-    for heading, files in lora_groups(moment):
+    for heading, files in lora_groups(snapshot):
         rows = []
         for title, path in files:
-            watch = owner(moment, path)
-            rows.append({"title": title, "path": path, "run": watch.run.name if watch else ""})
+            run_view = find_owner(snapshot, path)
+            rows.append({"title": title, "path": path, "run": run_view.run.name if run_view else ""})
         groups.append({"heading": heading, "files": rows})
-    bases = [{"title": title, "name": name} for title, name in base_choices(desk)]
-    return {"groups": groups, "runs": _runs(moment), "bases": bases}
+    bases = [{"title": title, "name": name} for title, name in base_choices(app_state)]
+    return {"groups": groups, "runs": _runs(snapshot), "bases": bases}
 
 
-def _runs(moment: Moment) -> list[dict[str, str]]:
+def _runs(snapshot: Snapshot) -> list[dict[str, str]]:
     """Runs that something was held out of."""
     found = []
-    for watch, _ in moment.runs:
-        config = watch.config()
+    for run_view, _ in snapshot.runs:
+        config = run_view.config()
         if config is not None and config.validation.pictures > 0:
-            found.append({"name": watch.run.name, "base": config.model.base})
+            found.append({"name": run_view.run.name, "base": config.model.base})
     return found
 
 
-def request_of(desk: Desk, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
+def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
     """What the worker is asked for.
 
     Args:
-        desk: the window.
+        app_state: the window.
         tool: of `TOOLS`.
         sent: a page's choices: `files` ({file, strength}), `base`, `tuned`, `measure`, `rank`, `energy`,
             `apart`.
@@ -229,8 +231,8 @@ def request_of(desk: Desk, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "base": lambda: {"base": _text(sent, "base", "Choose the base that it was made for.")},
         "tuned": lambda: {"tuned": _text(sent, "tuned", "Give the path of the fine-tuned model.")},
-        "measure": lambda: {"measure": _measure(desk, sent.get("measure"))},
-        "measure?": lambda: {"measure": _measure(desk, sent["measure"])} if sent.get("measure") else {},
+        "measure": lambda: {"measure": _measure(app_state, sent.get("measure"))},
+        "measure?": lambda: {"measure": _measure(app_state, sent["measure"])} if sent.get("measure") else {},
         "apart": lambda: {"apart": bool(sent.get("apart"))},
         "size": lambda: _size(sent),
         "rank": lambda: {"rank": _rank(sent.get("rank") or "")},
@@ -243,14 +245,14 @@ def request_of(desk: Desk, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
     for need in wanted.needs:
         request |= makers[need]() if need in makers else {}
     if wanted.makes == "base":
-        request["out"] = str(_base_place(desk, request["base"], files[0]["file"]))
+        request["out"] = str(_base_place(app_state, request["base"], files[0]["file"]))
     elif wanted.makes:
         source = str(sent["tuned"]) if tool == "extract" else files[0]["file"]
-        request["out"] = str(free_place(desk, source, _suffix(tool, request)))
+        request["out"] = str(free_path(app_state, source, _suffix(tool, request)))
     return request
 
 
-def _needs_files(tool: Tool) -> str:
+def _needs_files(tool: LoraTool) -> str:
     low, high = tool.files
     if (low, high) == (1, 1):
         return "Choose a LoRA file first."
@@ -318,63 +320,63 @@ def _size(sent: dict[str, Any]) -> dict[str, Any]:
     return {"rank": _rank(sent.get("rank") or "")}
 
 
-def check_memory_is_free(desk: Desk) -> None:
+def check_memory_is_free(app_state: AppState) -> None:
     """Refuse to open a base for measuring while a run needs the memory and the time.
 
     Raises:
         RunError: a run is going on.
     """
-    if desk.jobs.live() is not None:
+    if app_state.jobs.live() is not None:
         raise RunError("A run is going on, which needs the memory; measure once it has ended.")
 
 
-def _measure(desk: Desk, sent: Any) -> dict[str, Any]:
+def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:
     """What to measure on: a run's held-out pictures, or a folder with a base."""
     sent = sent if isinstance(sent, dict) else {}
-    check_memory_is_free(desk)
+    check_memory_is_free(app_state)
     name = str(sent.get("run") or "")
     if name:
-        watch = next((w for w in desk.jobs.all() if w.run.name == check_run_name(name)), None)
-        if watch is None:
+        run_view = next((w for w in app_state.jobs.all() if w.run.name == check_run_name(name)), None)
+        if run_view is None:
             raise ConfigError(f"There is no run named {name}; choose another.")
-        return {"run": str(watch.run.path)}
+        return {"run": str(run_view.run.path)}
     dataset = _text(
         sent, "dataset", "Choose what to measure on: a run, or a folder of pictures with captions."
     )
     return {"dataset": str(Path(dataset).expanduser()), "base": _text(sent, "base", "Choose the base.")}
 
 
-def stem_of(desk: Desk, file: Path) -> str:
+def default_stem(app_state: AppState, file: Path) -> str:
     """What a new file made of this one is called at its beginning; a checkpoint is called like its run."""
-    watch = owner(moment_of(desk), str(file))
-    stem = f"{watch.run.name}-{file.parent.name}" if watch and file.name == CHECKPOINT else file.stem
+    run_view = find_owner(take_snapshot(app_state), str(file))
+    stem = f"{run_view.run.name}-{file.parent.name}" if run_view and file.name == CHECKPOINT else file.stem
     return re.sub(r"[^\w .()-]", "_", stem).strip(" .") or "lora"
 
 
-def free_place(desk: Desk, source: str, suffix: str) -> Path:
+def free_path(app_state: AppState, source: str, suffix: str) -> Path:
     """Where a file that is made of `source` goes: beside a run's exports, else among the project's own."""
     file = Path(source).expanduser()
-    watch = owner(moment_of(desk), str(file))
-    folder = watch.run.exports if watch else desk.project.path / ADDED
-    return _free(folder, f"{stem_of(desk, file)[:80]}-{suffix}", ".safetensors")
+    run_view = find_owner(take_snapshot(app_state), str(file))
+    folder = run_view.run.exports if run_view else app_state.project.path / ADDED
+    return _free(folder, f"{default_stem(app_state, file)[:80]}-{suffix}", ".safetensors")
 
 
-def _base_place(desk: Desk, base: str, source: str) -> Path:
+def _base_place(app_state: AppState, base: str, source: str) -> Path:
     """Where a base that has `source` merged into it goes: among the project's bases.
 
     Raises:
         ModelFileError: the base is not on this computer, or there is no room for a copy of it.
     """
     path = base_path(base)
-    folder = desk.project.path / BASES
+    folder = app_state.project.path / BASES
     size = path.stat().st_size if path.is_file() else folder_bytes(path.resolve())
     free = free_bytes(folder)
     if size + MARGIN > free:
         raise ModelFileError(
-            f"A copy of the base takes {file_size(size)}, and {file_size(free)} are free in {folder}; make"
-            " room."
+            f"A copy of the base takes {format_bytes(size)}, and {format_bytes(free)} are free in {folder};"
+            " make room."
         )
-    stem = f"{path.stem[:60]}-{stem_of(desk, Path(source))[:60]}"
+    stem = f"{path.stem[:60]}-{default_stem(app_state, Path(source))[:60]}"
     return _free(folder, stem, ".safetensors" if path.is_file() else "")
 
 
@@ -404,7 +406,7 @@ EMPTY = (
 )
 
 
-def inside_card() -> str:
+def lora_tools_card() -> str:
     """The whole card."""
     return (
         '<section id="inside" class="card" aria-labelledby="inside-title"><div><h2 id="inside-title">Look'
@@ -424,7 +426,7 @@ def _file_row() -> str:
     )
 
 
-def _tool(key: str, tool: Tool) -> str:
+def _tool(key: str, tool: LoraTool) -> str:
     low, high = tool.files
     return (
         f'<button type="button" class="own tool" data-tool="{key}" data-low="{low}" data-high="{high}"'

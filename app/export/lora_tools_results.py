@@ -6,7 +6,7 @@ from typing import Any
 
 from app.export.compatibility import report_html
 from app.export.lora_tools import CHECKPOINT, TOOLS
-from app.formatting import file_size, safe
+from app.formatting import format_bytes, safe
 from lora_core.report.plots import Bar, bars_plot, square_plot, table_html
 from lora_core.report.rank_plots import (
     amplified_html,
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 MOST_PAIRS = 30
 
 
-def answer_html(tool: str, request: Row, result: Row) -> str:
+def result_html(tool: str, request: Row, result: Row) -> str:
     """The HTML of a tool's answer.
 
     Args:
@@ -33,7 +33,7 @@ def answer_html(tool: str, request: Row, result: Row) -> str:
         result: what the worker answered.
     """
     if TOOLS[tool].makes:
-        return made_html(result)
+        return written_html(result)
     if tool == "stack":
         shown = _stack(result["stack"], [_name(row["file"]) for row in request["files"]])
     else:
@@ -209,11 +209,11 @@ def _blocks(found: Row) -> str:
     return folded("Table of shared layers", table_html(("Layer", "First", "Second"), rows, "What survives"))
 
 
-def made_html(result: Row) -> str:
+def written_html(result: Row) -> str:
     """A file that was made: where it is, what it cost, and what can be done with it."""
     file = Path(str(result["file"]))
     said = "".join(paragraph(sentence) for sentence in result.get("sentences", []))
-    size = file_size(float(result.get("bytes", 0)))
+    size = format_bytes(float(result.get("bytes", 0)))
     link = (
         f'<a class="own primary" href="{safe(result["link"])}" download>Download</a>'
         if result.get("link")

@@ -11,40 +11,47 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
-from app.export.lora_tools import TOOLS, Job, check_memory_is_free, choices, free_place, request_of
-from app.export.lora_tools_results import answer_html, made_html
+from app.export.lora_tools import (
+    TOOLS,
+    BackgroundTask,
+    build_worker_request,
+    check_memory_is_free,
+    free_path,
+    list_choices,
+)
+from app.export.lora_tools_results import result_html, written_html
 from app.export.report_card import POLICY, REPORT, report_done
 from app.jobs import RunView
 from app.preview.loras import ADDED
-from app.routes import Answer, Refused, below, sent_json
-from app.state import Desk
+from app.routes import Answer, BadRequest, below, read_sent_json
+from app.state import AppState
 from lora_core.errors import AdapterFileError, RunError
 from lora_core.runs.folder import check_run_name, runs_folder
 
 FRESH = {"Cache-Control": "no-store"}
 
 
-def add_inside_routes(app: FastAPI, desk: Desk) -> None:
+def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     """Add them to `app`."""
-    look = _Look(desk)
-    report = Job(desk.worker)
+    look = _Look(app_state)
+    report = BackgroundTask(app_state.worker)
 
     async def answer(do: Callable[..., Any], *given: Any) -> Response:
         return Answer(await asyncio.to_thread(do, *given) or {"done": True}, headers=FRESH)
 
-    app.get("/easel/inside/choices")(lambda: Answer(choices(desk), headers=FRESH))
+    app.get("/easel/inside/choices")(lambda: Answer(list_choices(app_state), headers=FRESH))
 
     @app.post("/easel/inside/start")
     async def start(request: Request) -> Response:
-        return await answer(look.start, await sent_json(request))
+        return await answer(look.start, await read_sent_json(request))
 
     @app.post("/easel/inside/act")
     async def act(request: Request) -> Response:
-        return await answer(look.act, await sent_json(request))
+        return await answer(look.act, await read_sent_json(request))
 
     @app.post("/easel/inside/go-on")
     async def go_on(request: Request) -> Response:
-        return await answer(train_on, desk, str((await sent_json(request)).get("file", "")))
+        return await answer(train_on, app_state, str((await read_sent_json(request)).get("file", "")))
 
     @app.get("/easel/inside/numbers.json")
     async def numbers() -> Response:
@@ -54,25 +61,25 @@ def add_inside_routes(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/easel/made/{file}")
     async def made(file: str) -> Response:
-        whole = below(desk.project.path / ADDED, file, {".safetensors"})
+        whole = below(app_state.project.path / ADDED, file, {".safetensors"})
         return FileResponse(whole, filename=whole.name, media_type="application/octet-stream")
 
     @app.post("/easel/report/start")
     async def start_report(request: Request) -> Response:
-        return await answer(begin_report, desk, report, await sent_json(request))
+        return await answer(begin_report_task, app_state, report, await read_sent_json(request))
 
     for name, job in (("inside", look.job), ("report", report)):
         _follow(app, name, job)
 
     @app.get("/easel/report/of/{run}")
     async def page(run: str, download: int = 0) -> Response:
-        whole = below(runs_folder(desk.workspace), f"{check_run_name(run)}/{REPORT}", {".html"})
+        whole = below(runs_folder(app_state.workspace), f"{check_run_name(run)}/{REPORT}", {".html"})
         name = f"{run}.html" if download else None
         headers = {"Content-Security-Policy": POLICY, **FRESH}
         return FileResponse(whole, filename=name, media_type="text/html", headers=headers)
 
 
-def _follow(app: FastAPI, name: str, job: Job) -> None:
+def _follow(app: FastAPI, name: str, job: BackgroundTask) -> None:
     """The routes that tell how far a job is and drop it."""
 
     @app.get(f"/easel/{name}/now")
@@ -81,7 +88,7 @@ def _follow(app: FastAPI, name: str, job: Job) -> None:
 
     @app.post(f"/easel/{name}/cancel")
     async def cancel(request: Request) -> Response:
-        await sent_json(request)
+        await read_sent_json(request)
         job.cancel()
         return Answer({"done": True}, headers=FRESH)
 
@@ -89,9 +96,9 @@ def _follow(app: FastAPI, name: str, job: Job) -> None:
 class _Look:
     """Looks and what is made of them: one at a time, the last answer kept for what follows from it."""
 
-    def __init__(self, desk: Desk) -> None:
-        self.job = Job(desk.worker)
-        self._desk = desk
+    def __init__(self, app_state: AppState) -> None:
+        self.job = BackgroundTask(app_state.worker)
+        self._desk = app_state
         self._asked: dict[str, Any] = {}
         self._found: dict[str, Any] = {}
         self._html = ""
@@ -103,13 +110,13 @@ class _Look:
             LoraError: something is missing.
         """
         tool = str(sent.get("tool"))
-        request = request_of(self._desk, tool, sent)
+        request = build_worker_request(self._desk, tool, sent)
 
         def shows(result: dict[str, Any]) -> str:
             self._asked, self._found = request, result
             if TOOLS[tool].makes == "base":
                 self._desk.places.keep_base(str(result["file"]))
-            self._html = answer_html(tool, request, self._linked(result))
+            self._html = result_html(tool, request, self._linked(result))
             return self._html
 
         self.job.start(TOOLS[tool].title, request, shows)
@@ -128,10 +135,10 @@ class _Look:
         else:
             raise RunError("Measure first; there is nothing to make a file of.")
         before = self._html
-        out = free_place(self._desk, asked["file"], suffix)
+        out = free_path(self._desk, asked["file"], suffix)
         request = {"do": do, "file": asked["file"], "out": str(out), **more}
         self.job.start(
-            "Writing the file", request, lambda result: f"{made_html(self._linked(result))}{before}"
+            "Writing the file", request, lambda result: f"{written_html(self._linked(result))}{before}"
         )
 
     def numbers(self) -> dict[str, Any]:
@@ -149,7 +156,7 @@ class _Look:
         return {**result, "link": link, "place": self._desk.files.place(file, "It is at")}
 
 
-def train_on(desk: Desk, name: str) -> None:
+def train_on(app_state: AppState, name: str) -> None:
     """Have the Train form start from a LoRA file.
 
     Raises:
@@ -158,11 +165,11 @@ def train_on(desk: Desk, name: str) -> None:
     file = Path(name)
     if not name or not file.is_file():
         raise AdapterFileError(f"There is no file at {name}; choose another.")
-    values = dict(desk.project.draft().get("values") or {})
-    desk.project.keep(values={**values, "adapter.init": str(file)})
+    values = dict(app_state.project.draft().get("values") or {})
+    app_state.project.keep(values={**values, "adapter.init": str(file)})
 
 
-def begin_report(desk: Desk, job: Job, sent: dict[str, Any]) -> None:
+def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, Any]) -> None:
     """Have the report of a run made.
 
     Raises:
@@ -170,10 +177,10 @@ def begin_report(desk: Desk, job: Job, sent: dict[str, Any]) -> None:
         Refused: there is no such run.
     """
     name = str(sent.get("run", ""))
-    watch: RunView | None = next((w for w in desk.jobs.all() if w.run.name == name), None)
-    if watch is None:
-        raise Refused(name)
+    run_view: RunView | None = next((w for w in app_state.jobs.all() if w.run.name == name), None)
+    if run_view is None:
+        raise BadRequest(name)
     if sent.get("measure"):
-        check_memory_is_free(desk)
-    request = {"do": "report", "run": str(watch.run.path), "measure": bool(sent.get("measure"))}
+        check_memory_is_free(app_state)
+    request = {"do": "report", "run": str(run_view.run.path), "measure": bool(sent.get("measure"))}
     job.start("Report", request, lambda result: report_done(name, result))

@@ -3,7 +3,7 @@
 from typing import Any
 from urllib.parse import quote
 
-from app.formatting import file_size, safe
+from app.formatting import format_bytes, safe
 from app.jobs import RunView
 
 REPORT = "report.html"
@@ -19,19 +19,19 @@ STATE = (
 )
 
 
-def report_card(watch: RunView | None) -> str:
+def report_card(run_view: RunView | None) -> str:
     """The button, and the report that is there."""
-    if watch is None:
+    if run_view is None:
         return (
             '<div class="row"><button type="button" class="own" id="report-make" disabled title="There is no'
             ' checkpoint yet; train something first.">Make the report</button><span class="small">There is no'
             " run to tell of yet.</span></div>"
         )
-    name = safe(watch.run.name)
-    file = watch.run.path / REPORT
+    name = safe(run_view.run.name)
+    file = run_view.run.path / REPORT
     try:
-        size = f", {file_size(file.stat().st_size)}"
-        there = links(watch.run.name, size)
+        size = f", {format_bytes(file.stat().st_size)}"
+        there = report_links(run_view.run.name, size)
     except OSError:
         there = ""
     return (
@@ -44,15 +44,15 @@ def report_card(watch: RunView | None) -> str:
     )
 
 
-def in_list(watch: RunView, learned: bool) -> str:
+def report_entry(run_view: RunView, learned: bool) -> str:
     """What the list of runs has of it: the way to the report, or a button that makes a quick one.
 
     Args:
         watch: the run.
         learned: whether it has a checkpoint, without which there is nothing to tell.
     """
-    name = watch.run.name
-    if (watch.run.path / REPORT).is_file():
+    name = run_view.run.name
+    if (run_view.run.path / REPORT).is_file():
         return (
             f'<a class="own quiet" href="{safe(_address(name))}" target="_blank"'
             f' data-report-of="{safe(name)}" aria-label="Open the report of {safe(name)}">Report</a>'
@@ -70,7 +70,7 @@ def _address(name: str) -> str:
     return f"/easel/report/of/{quote(name)}"
 
 
-def links(name: str, words: str) -> str:
+def report_links(name: str, words: str) -> str:
     """To a report."""
     address = _address(name)
     return (

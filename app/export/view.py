@@ -8,15 +8,15 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from app.bindings import QUIET, TYPING, Parts, piece
-from app.export.compatibility import build_check, checkpoint_cards, works_in, written_line
-from app.export.lora_tools import inside_card
+from app.bindings import QUIET, TYPING, Bindings, html_block
+from app.export.compatibility import build_check, checkpoint_cards, compatibility_card, written_line
+from app.export.lora_tools import lora_tools_card
 from app.export.report_card import FRAME, STATE, report_card
 from app.formatting import safe
 from app.jobs import RunView
 from app.preview.loras import checkpoint_choices
-from app.snapshot import Moment, moment_of
-from app.state import Desk
+from app.snapshot import Snapshot, take_snapshot
+from app.state import AppState
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import chosen_base
 from lora_core.runs.folder import check_run_name
@@ -30,35 +30,35 @@ START_DOWNLOAD = """(address) => { if (address) { const link = document.createEl
 link.href = address; link.download = ""; document.body.append(link); link.click(); link.remove(); } }"""
 
 
-def build(parts: Parts) -> None:
+def build(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-export"):
         with gr.Column(elem_classes="main card"):
-            piece("<h2>Export</h2>")
-            fields = _form(parts)
+            html_block("<h2>Export</h2>")
+            fields = _form(bindings)
             button = gr.Button(
                 "Download .safetensors", variant="primary", elem_id="export-download", elem_classes="big"
             )
-            parts.live(button, lambda m: gr.update(interactive=bool(_with_checkpoints(m))))
-            written = piece(elem_id="export-written")
+            bindings.follow(button, lambda snap: gr.update(interactive=bool(_with_checkpoints(snap))))
+            written = html_block(elem_id="export-written")
             address = gr.Textbox(visible="hidden", elem_id="export-address")
-            buttons = {"download": button, **build_copy(parts, lambda m: bool(_with_checkpoints(m)))}
+            buttons = {"download": button, **build_copy(bindings, lambda snap: bool(_with_checkpoints(snap)))}
         with gr.Column(elem_classes="main"):
-            table = piece(works_in(None, True), elem_id="works-in")
-            build_check(parts)
+            table = html_block(compatibility_card(None, True), elem_id="works-in")
+            build_check(bindings)
             with gr.Column(elem_classes="card"):
-                piece(FRAME)
-                parts.live(piece(), lambda m: report_card(_Chosen(parts).watch(m)))
-                piece(STATE)
+                html_block(FRAME)
+                bindings.follow(html_block(), lambda snap: report_card(_Chosen(bindings).run_view(snap)))
+                html_block(STATE)
         with gr.Column(elem_classes="main wide"):
-            piece(inside_card())
-    _wire(parts, fields, buttons, [written, table, address])
+            html_block(lora_tools_card())
+    _wire(bindings, fields, buttons, [written, table, address])
 
 
-def _form(parts: Parts) -> dict[str, Any]:
+def _form(bindings: Bindings) -> dict[str, Any]:
     made: dict[str, Any] = {}
     made["run"] = gr.Dropdown(label="Run", elem_id="export-run", allow_custom_value=False)
-    cards = piece(elem_id="export-cards")
+    cards = html_block(elem_id="export-cards")
     with gr.Row(elem_classes="pair"):
         made["checkpoint"] = gr.Dropdown(label="Checkpoint", elem_id="checkpoint")
         made["name"] = gr.Textbox(label="File name", elem_id="export-name", lines=1, max_lines=1)
@@ -68,18 +68,22 @@ def _form(parts: Parts) -> dict[str, Any]:
         made["precision"] = gr.Dropdown(
             PRECISIONS, value="fp16", label="Precision", elem_id="export-precision"
         )
-    chosen = _Chosen(parts)
-    parts.live(made["run"], chosen.runs)
-    parts.live(made["checkpoint"], chosen.checkpoints)
-    parts.live(made["name"], chosen.name)
-    parts.live(cards, lambda m: checkpoint_cards(m, chosen.watch(m), chosen.checkpoint(m)))
-    parts.action(made["run"].input(chosen.choose_run, made["run"], None, **TYPING))
-    parts.action(made["checkpoint"].input(chosen.choose_checkpoint, made["checkpoint"], None, **TYPING))
+    chosen = _Chosen(bindings)
+    bindings.follow(made["run"], chosen.runs)
+    bindings.follow(made["checkpoint"], chosen.checkpoints)
+    bindings.follow(made["name"], chosen.name)
+    bindings.follow(
+        cards, lambda snap: checkpoint_cards(snap, chosen.run_view(snap), chosen.checkpoint(snap))
+    )
+    bindings.refresh_after(made["run"].input(chosen.choose_run, made["run"], None, **TYPING))
+    bindings.refresh_after(
+        made["checkpoint"].input(chosen.choose_checkpoint, made["checkpoint"], None, **TYPING)
+    )
     return made
 
 
-def _with_checkpoints(moment: Moment) -> list[RunView]:
-    return [watch for watch, _ in moment.runs if watch.run.checkpoint_steps()]
+def _with_checkpoints(snapshot: Snapshot) -> list[RunView]:
+    return [run_view for run_view, _ in snapshot.runs if run_view.run.checkpoint_steps()]
 
 
 class _Chosen:
@@ -88,104 +92,110 @@ class _Chosen:
     A list's event fires also where it is merely left, which is no choice.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.desk, self.project = parts.desk, parts.desk.project
+    def __init__(self, bindings: Bindings) -> None:
+        self.app_state, self.project = bindings.app_state, bindings.app_state.project
 
     def choose_run(self, name: str) -> None:
-        watch = self.watch(moment_of(self.desk))
-        if watch is None or watch.run.name != name:
+        run_view = self.run_view(take_snapshot(self.app_state))
+        if run_view is None or run_view.run.name != name:
             self.project.keep(export_run=name, export_checkpoint="")
 
     def choose_checkpoint(self, key: str) -> None:
-        if key != self.checkpoint(moment_of(self.desk)):
+        if key != self.checkpoint(take_snapshot(self.app_state)):
             self.project.keep(export_checkpoint=key)
 
-    def watch(self, moment: Moment) -> RunView | None:
-        there = _with_checkpoints(moment)
+    def run_view(self, snapshot: Snapshot) -> RunView | None:
+        there = _with_checkpoints(snapshot)
         kept = self.project.draft().get("export_run")
         return next((w for w in there if w.run.name == kept), there[0] if there else None)
 
-    def checkpoint(self, moment: Moment) -> str:
-        watch = self.watch(moment)
-        keys = [key for _, key in checkpoint_choices(watch)] if watch else []
+    def checkpoint(self, snapshot: Snapshot) -> str:
+        run_view = self.run_view(snapshot)
+        keys = [key for _, key in checkpoint_choices(run_view)] if run_view else []
         kept = str(self.project.draft().get("export_checkpoint") or "")
         return kept if kept in keys else keys[0] if keys else ""
 
-    def runs(self, moment: Moment) -> Any:
-        watch = self.watch(moment)
-        names = [w.run.name for w in _with_checkpoints(moment)]
-        return gr.update(choices=names, value=watch.run.name if watch else None)
+    def runs(self, snapshot: Snapshot) -> Any:
+        run_view = self.run_view(snapshot)
+        names = [w.run.name for w in _with_checkpoints(snapshot)]
+        return gr.update(choices=names, value=run_view.run.name if run_view else None)
 
-    def checkpoints(self, moment: Moment) -> Any:
-        watch = self.watch(moment)
+    def checkpoints(self, snapshot: Snapshot) -> Any:
+        run_view = self.run_view(snapshot)
         return gr.update(
-            choices=checkpoint_choices(watch) if watch else [], value=self.checkpoint(moment) or None
+            choices=checkpoint_choices(run_view) if run_view else [], value=self.checkpoint(snapshot) or None
         )
 
-    def name(self, moment: Moment) -> Any:
-        watch = self.watch(moment)
-        return gr.update(value=watch.run.name if watch else "")
+    def name(self, snapshot: Snapshot) -> Any:
+        run_view = self.run_view(snapshot)
+        return gr.update(value=run_view.run.name if run_view else "")
 
 
-def _wire(parts: Parts, fields: dict[str, Any], buttons: dict[str, Any], outputs: list[Any]) -> None:
-    desk = parts.desk
+def _wire(bindings: Bindings, fields: dict[str, Any], buttons: dict[str, Any], outputs: list[Any]) -> None:
+    app_state = bindings.app_state
 
     def download(*choice: str) -> tuple[str, Any, str]:
         try:
-            watch, result = written(desk, *choice)
+            run_view, result = write_export(app_state, *choice)
         except LoraError as error:
-            return problem(error), gr.skip(), ""
+            return problem_html(error), gr.skip(), ""
         file = Path(str(result["file"]))
-        link = f"/easel/download/{quote(watch.run.name)}/{quote(file.name)}"
-        place = desk.files.place(file, "It is at")
+        link = f"/easel/download/{quote(run_view.run.name)}/{quote(file.name)}"
+        place = app_state.files.place(file, "It is at")
         if result.get("raw"):
-            place += desk.files.place(Path(result["raw"]), "It holds the averaged adapter; the raw one is at")
-        return written_line(result, choice[-1], link, place), works_in(result, _portable(watch)), link
+            place += app_state.files.place(
+                Path(result["raw"]), "It holds the averaged adapter; the raw one is at"
+            )
+        return (
+            written_line(result, choice[-1], link, place),
+            compatibility_card(result, _portable(run_view)),
+            link,
+        )
 
     def copy(folder: str, *choice: str) -> tuple[str, Any]:
         try:
-            target = checked_folder(folder)
-            watch, result = written(desk, *choice)
+            target = check_folder(folder)
+            run_view, result = write_export(app_state, *choice)
             done = copy_export(Path(str(result["file"])), target)
         except LoraError as error:
-            return problem(error), gr.skip()
-        desk.places.keep_lora_folder(target)
-        return copied_line(desk, done), works_in(result, _portable(watch))
+            return problem_html(error), gr.skip()
+        app_state.places.keep_lora_folder(target)
+        return copied_line(app_state, done), compatibility_card(result, _portable(run_view))
 
     inputs = [fields[name] for name in ("run", "checkpoint", "name", "format", "precision")]
     busy = {**QUIET, "show_progress": "minimal"}
     done = buttons["download"].click(download, inputs, outputs, **busy)
     done.then(None, outputs[-1], None, js=START_DOWNLOAD, queue=False)
-    parts.action(done)
+    bindings.refresh_after(done)
     note, table = buttons["copied"], outputs[1]
     # What was said of one file says nothing of the next.
     changes = [fields[name].input for name in ("run", "checkpoint", "format", "precision")]
-    gr.on(changes, lambda: ["", works_in(None, True), ""], None, [outputs[0], table, note], **QUIET)
-    parts.action(buttons["copy"].click(copy, [buttons["folder"], *inputs], [note, table], **busy))
+    gr.on(changes, lambda: ["", compatibility_card(None, True), ""], None, [outputs[0], table, note], **QUIET)
+    bindings.refresh_after(buttons["copy"].click(copy, [buttons["folder"], *inputs], [note, table], **busy))
 
 
-def written(
-    desk: Desk, run: str, checkpoint: str, name: str, form: str, precision: str
+def write_export(
+    app_state: AppState, run: str, checkpoint: str, name: str, form: str, precision: str
 ) -> tuple[RunView, dict[str, Any]]:
     """Have the worker write the file. Returns the run and the worker's answer.
 
     Raises:
         LoraError: there is no such run, the name is no file's, or the worker could not write it.
     """
-    watch = next((w for w, _ in moment_of(desk).runs if w.run.name == run), None)
-    if watch is None:
+    run_view = next((w for w, _ in take_snapshot(app_state).runs if w.run.name == run), None)
+    if run_view is None:
         raise LoraError("Choose a run first; there is none with a checkpoint yet.")
-    stem = check_run_name(name.strip().removesuffix(".safetensors") or watch.run.name)
-    request = {"run": str(watch.run.path), "checkpoint": checkpoint or "last", "name": stem}
-    reply = desk.worker.ask({"do": "export", **request, "format": form, "precision": precision})
+    stem = check_run_name(name.strip().removesuffix(".safetensors") or run_view.run.name)
+    request = {"run": str(run_view.run.path), "checkpoint": checkpoint or "last", "name": stem}
+    reply = app_state.worker.ask({"do": "export", **request, "format": form, "precision": precision})
     if reply.state == "error":
         raise LoraError(reply.message)
-    return watch, reply.result
+    return run_view, reply.result
 
 
-def _portable(watch: RunView) -> bool:
+def _portable(run_view: RunView) -> bool:
     """Whether other tools have the base that a run was trained on."""
-    config = watch.config()
+    config = run_view.config()
     family = chosen_base(config.model.base).family if config else None
     return family is None or family.portable
 
@@ -193,16 +203,16 @@ def _portable(watch: RunView) -> bool:
 # The part of the Export tab that puts the file where another tool looks for it.
 
 
-def build_copy(parts: Parts, ready: Callable[[Moment], bool]) -> dict[str, Any]:
+def build_copy(bindings: Bindings, ready: Callable[[Snapshot], bool]) -> dict[str, Any]:
     """The dropdown of folders, the button, and the place for what came of it.
 
     Args:
         parts: of the page.
         ready: whether there is anything to export.
     """
-    desk = parts.desk
+    app_state = bindings.app_state
     made: dict[str, Any] = {}
-    piece('<h3 class="over-line">Or put it where your other tool looks for LoRAs</h3>')
+    html_block('<h3 class="over-line">Or put it where your other tool looks for LoRAs</h3>')
     with gr.Row(elem_id="copy-row"):
         made["folder"] = gr.Dropdown(
             label="Folder of the other tool",
@@ -213,22 +223,22 @@ def build_copy(parts: Parts, ready: Callable[[Moment], bool]) -> dict[str, Any]:
             elem_classes="tip",
         )
         made["copy"] = gr.Button("Copy there", elem_id="copy-export", min_width=0, scale=0)
-    made["copied"] = piece(elem_id="copy-note")
-    parts.live(piece(), lambda m: _tools_note(desk))
-    parts.live(made["folder"], lambda m: _folders(desk))
-    parts.live(made["copy"], lambda m: gr.update(interactive=ready(m)))
+    made["copied"] = html_block(elem_id="copy-note")
+    bindings.follow(html_block(), lambda snap: _tools_note(app_state))
+    bindings.follow(made["folder"], lambda snap: _folders(app_state))
+    bindings.follow(made["copy"], lambda snap: gr.update(interactive=ready(snap)))
     chosen = made["folder"].input(
-        lambda folder: desk.project.keep(copy_to=folder or ""), made["folder"], None, **TYPING
+        lambda folder: app_state.project.keep(copy_to=folder or ""), made["folder"], None, **TYPING
     )
-    parts.action(chosen)
+    bindings.refresh_after(chosen)
     return made
 
 
-def folder_choices(desk: Desk) -> list[tuple[str, str]]:
+def folder_choices(app_state: AppState) -> list[tuple[str, str]]:
     """Where a LoRA can be copied to, as (words, path): tools' folders first, then others used before."""
-    found = [(f"{name}: {_short(folder)}", str(folder)) for name, folder in desk.tools.lora_folders()]
+    found = [(f"{name}: {_short(folder)}", str(folder)) for name, folder in app_state.tools.lora_folders()]
     known = {Path(folder).resolve() for _, folder in found}
-    before = [folder for folder in desk.places.lora_folders() if folder.is_dir()]
+    before = [folder for folder in app_state.places.lora_folders() if folder.is_dir()]
     return found + [(_short(folder), str(folder)) for folder in before if folder.resolve() not in known]
 
 
@@ -238,22 +248,24 @@ def _short(folder: Path) -> str:
     return f"~/{folder.relative_to(home).as_posix()}" if folder.is_relative_to(home) else str(folder)
 
 
-def _folders(desk: Desk) -> Any:
+def _folders(app_state: AppState) -> Any:
     """The choices; what was chosen, else the folder that was used last, else the first tool's."""
-    choices = folder_choices(desk)
-    wanted = [str(desk.project.draft().get("copy_to") or ""), *map(str, desk.places.lora_folders())]
+    choices = folder_choices(app_state)
+    wanted = [str(app_state.project.draft().get("copy_to") or ""), *map(str, app_state.places.lora_folders())]
     there = [folder for _, folder in choices]
     value = next((f for f in wanted if f in there or (f and Path(f).is_dir())), there[0] if there else None)
     return gr.update(choices=choices, value=value)
 
 
-def _tools_note(desk: Desk) -> str:
+def _tools_note(app_state: AppState) -> str:
     """What to do where no folder was found, and for tools that keep a list of their own and look into
     none."""
-    if not folder_choices(desk):
+    if not folder_choices(app_state):
         return '<p class="small">No folder of another tool was found here; type its path.</p>'
     names = [
-        tool.name for tool, _ in desk.tools.shelves() if tool.loras is None and tool.root not in tool.models
+        tool.name
+        for tool, _ in app_state.tools.shelves()
+        if tool.loras is None and tool.root not in tool.models
     ]
     if not names:
         return ""
@@ -263,7 +275,7 @@ def _tools_note(desk: Desk) -> str:
     )
 
 
-def checked_folder(text: str | None) -> Path:
+def check_folder(text: str | None) -> Path:
     """The folder that was chosen or typed.
 
     Raises:
@@ -278,9 +290,11 @@ def checked_folder(text: str | None) -> Path:
     return folder.absolute()
 
 
-def copied_line(desk: Desk, done: CopiedFile) -> str:
+def copied_line(app_state: AppState, done: CopiedFile) -> str:
     """What was copied, and where it lies."""
-    tool = next((n for n, f in desk.tools.lora_folders() if f.resolve() == done.file.parent.resolve()), "")
+    tool = next(
+        (n for n, f in app_state.tools.lora_folders() if f.resolve() == done.file.parent.resolve()), ""
+    )
     with_it = ", with its side files" if done.beside else ""
     words = [f"Copied{f' to {tool}' if tool else ''}{with_it}."]
     if done.renamed:
@@ -290,10 +304,10 @@ def copied_line(desk: Desk, done: CopiedFile) -> str:
     words.append("The tool lists it after a refresh." if tool else "")
     return (
         '<p class="small"'
-        f' role="status">{safe(" ".join(words).strip())}</p>{desk.files.place(done.file, "It is at")}'
+        f' role="status">{safe(" ".join(words).strip())}</p>{app_state.files.place(done.file, "It is at")}'
     )
 
 
-def problem(error: Exception) -> str:
+def problem_html(error: Exception) -> str:
     """A problem as HTML."""
     return f'<p class="problem" role="alert">{safe(error)}</p>'

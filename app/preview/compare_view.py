@@ -3,11 +3,11 @@ the grid."""
 
 from pathlib import Path
 
-from app.formatting import TIMES, many, safe
-from app.preview.page_state import Grid, View, sampler_title
-from app.preview.render_queue import Kept
-from app.routes import address
-from app.snapshot import Moment
+from app.formatting import TIMES, pluralize, safe
+from app.preview.page_state import GridState, PreviewState, sampler_title
+from app.preview.render_queue import HistoryEntry
+from app.routes import image_url
+from app.snapshot import Snapshot
 from lora_core.generate.request import Axis, GenerationRequest
 
 CROSS = (
@@ -21,9 +21,9 @@ ARROW = (
 )
 
 
-def state_line(moment: Moment) -> str:
+def state_line(snapshot: Snapshot) -> str:
     """What the worker is at; `#preview-state` is what scripts read."""
-    view = moment.view
+    view = snapshot.view
     words = {"error": view.message, "idle": _idle(view), "working": working_words(view)}[view.state]
     tone = "problem" if view.state == "error" else "small"
     busy = view.working
@@ -37,7 +37,7 @@ def state_line(moment: Moment) -> str:
     )
 
 
-def _idle(view: View) -> str:
+def _idle(view: PreviewState) -> str:
     if view.message:
         return view.message
     if view.shot is None:
@@ -47,20 +47,20 @@ def _idle(view: View) -> str:
     return f"Drawn with seed {view.shot.seed}. {view.note}".strip()
 
 
-def working_words(view: View) -> str:
+def working_words(view: PreviewState) -> str:
     """How far the picture in hand is, or why it is not begun."""
     if view.message:
         return view.message
     return f"Drawing, {view.done} of {view.total} steps" if view.total else "Drawing"
 
 
-def stage(moment: Moment) -> str:
+def comparison(snapshot: Snapshot) -> str:
     """The two pictures under one slider, and beside them what was drawn before."""
-    return f'<div class="stage"><div class="stage-main">{_compare(moment)}</div>{_history(moment)}</div>'
+    return f'<div class="stage"><div class="stage-main">{_compare(snapshot)}</div>{_history(snapshot)}</div>'
 
 
-def _compare(moment: Moment) -> str:
-    view = moment.view
+def _compare(snapshot: Snapshot) -> str:
+    view = snapshot.view
     shot = view.shot
     if shot is None:
         return (
@@ -74,11 +74,11 @@ def _compare(moment: Moment) -> str:
     prompt = safe(shot.prompt)
     pieces = []
     if base is not None:
-        pieces.append(f'<div id="preview-base">{_image(moment, base, f"base: {shot.prompt}")}</div>')
+        pieces.append(f'<div id="preview-base">{_image(snapshot, base, f"base: {shot.prompt}")}</div>')
     if shot.loras and drawn is not None:
         alt = f"{label}: {shot.prompt}"
         after = "after" if base is not None else "whole"
-        pieces.append(f'<div id="preview-result" class="{after}{stale}">{_image(moment, drawn, alt)}</div>')
+        pieces.append(f'<div id="preview-result" class="{after}{stale}">{_image(snapshot, drawn, alt)}</div>')
     look = f'<img class="look" alt="the picture as it is drawn: {prompt}" hidden>'
     marks = ""
     if base is not None:
@@ -92,12 +92,12 @@ def _compare(moment: Moment) -> str:
             )
     return (
         f'<div class="compare" id="compare" style="--ratio:{_ratio(shot):.4f}" data-strength="{safe(label)}">'
-        f"{''.join(pieces)}{look}{marks}</div>{_facts(moment, shot, base, drawn if not stale else None)}"
+        f"{''.join(pieces)}{look}{marks}</div>{_facts(snapshot, shot, base, drawn if not stale else None)}"
     )
 
 
-def _image(moment: Moment, path: Path, alt: str) -> str:
-    return f'<img src="{safe(address("generated", moment.desk.generated, path))}" alt="{safe(alt)}">'
+def _image(snapshot: Snapshot, path: Path, alt: str) -> str:
+    return f'<img src="{safe(image_url("generated", snapshot.app_state.generated, path))}" alt="{safe(alt)}">'
 
 
 def _label(shot: GenerationRequest) -> str:
@@ -113,7 +113,7 @@ def _ratio(shot: GenerationRequest) -> float:
     return shot.width / shot.height if shot.width and shot.height else 1.0
 
 
-def _nearest(view: View, shot: GenerationRequest) -> Path | None:
+def _nearest(view: PreviewState, shot: GenerationRequest) -> Path | None:
     """While a strength is drawn: the picture of the strip that is nearest to it."""
     if len(shot.loras) != 1:
         return None
@@ -123,17 +123,15 @@ def _nearest(view: View, shot: GenerationRequest) -> Path | None:
     return view.pictures[nearest] if nearest is not None else None
 
 
-def _facts(moment: Moment, shot: GenerationRequest, base: Path | None, drawn: Path | None) -> str:
+def _facts(snapshot: Snapshot, shot: GenerationRequest, base: Path | None, drawn: Path | None) -> str:
     """The settings in one line, and the file to take."""
     size = f", {shot.width} {TIMES} {shot.height}" if shot.width and shot.height else ""
-    words = (
-        f"Seed {shot.seed}, {sampler_title(shot.sampler)}, {many(shot.steps, 'step')}, guidance {shot.cfg:g}"
-    )
-    words += size
+    words = f"Seed {shot.seed}, {sampler_title(shot.sampler)}, {pluralize(shot.steps, 'step')}"
+    words += f", guidance {shot.cfg:g}{size}"
     file = drawn or base
     save = ""
     if file is not None:
-        link = safe(address("generated", moment.desk.generated, file))
+        link = safe(image_url("generated", snapshot.app_state.generated, file))
         save = f'<a class="own" href="{link}" download="{safe(file.name)}" id="save-picture">Save PNG</a>'
     return (
         f'<div class="row apart stage-facts"><p class="small num" id="preview-facts">{safe(words)}</p><div'
@@ -149,37 +147,37 @@ def _modes() -> str:
     )
 
 
-def _history(moment: Moment) -> str:
-    kept = moment.desk.studio.history.newest()
+def _history(snapshot: Snapshot) -> str:
+    kept = snapshot.app_state.render_queue.history.newest()
     if not kept:
         return ""
-    cells = "".join(_cell(moment, one) for one in kept)
+    cells = "".join(_cell(snapshot, one) for one in kept)
     return (
         f'<div class="recent" id="history"><h3>Drawn in this project</h3><div class="cells">{cells}</div><p'
         ' class="small">A click puts its settings back.</p></div>'
     )
 
 
-def _cell(moment: Moment, one: Kept) -> str:
-    root = moment.desk.generated
+def _cell(snapshot: Snapshot, one: HistoryEntry) -> str:
+    root = snapshot.app_state.generated
     shot, name = one.shot, safe(one.file.name)
     what = f"Grid of {shot.prompt}" if one.is_sheet else f"{shot.prompt}, {_label(shot)}, seed {shot.seed}"
     words = safe(what[:300])
-    thumb = safe(address("generated", root, one.file, "thumb"))
+    thumb = safe(image_url("generated", root, one.file, "thumb"))
     mark = "<em>grid</em>" if one.is_sheet else ""
     return (
         f'<div class="cell"><button type="button" data-put-back="{name}" title="{words}" aria-label="Settings'
         f' of: {words}"><img loading="lazy" decoding="async" src="{thumb}" alt="">{mark}</button><span><a'
-        f' class="own icon" href="{safe(address("generated", root, one.file))}" download="{name}"'
+        f' class="own icon" href="{safe(image_url("generated", root, one.file))}" download="{name}"'
         f' aria-label="Save {name}" title="Save PNG">{ARROW}</a><button type="button" class="own icon"'
         f' data-forget="{name}" aria-label="Delete {name}" title="Move it to the'
         f' trash">{CROSS}</button></span></div>'
     )
 
 
-def strip(moment: Moment) -> str:
+def strength_strip(snapshot: Snapshot) -> str:
     """The same noise at several strengths."""
-    view = moment.view
+    view = snapshot.view
     if view.shot is None or not view.shot.loras:
         words = (
             "Choose a LoRA to see it at these strengths."
@@ -197,7 +195,9 @@ def strip(moment: Moment) -> str:
         picture = view.pictures.get(shot)
         here = " drawing" if picture is None and view.drawing == shot else ""
         image = (
-            _image(moment, picture, f"strength {value:.2f}") if picture else f'<div class="shot{here}"></div>'
+            _image(snapshot, picture, f"strength {value:.2f}")
+            if picture
+            else f'<div class="shot{here}"></div>'
         )
         cells.append(f'<figure>{image}<figcaption class="small num">{value:.2f}</figcaption></figure>')
     mixed = " 1.00 is the mix as it is set." if len(view.shot.loras) > 1 else ""
@@ -214,9 +214,9 @@ def strip(moment: Moment) -> str:
     )
 
 
-def grid_block(moment: Moment) -> str:
+def grid_result(snapshot: Snapshot) -> str:
     """The grid as it fills, then the sheet."""
-    view = moment.view
+    view = snapshot.view
     grid = view.grid
     if grid is None:
         return (
@@ -225,7 +225,7 @@ def grid_block(moment: Moment) -> str:
         )
     count = f"{sum(shot in view.pictures for shot in grid.shots)} of {len(grid.shots)}"
     if grid.sheet is not None and grid.sheet.is_file():
-        link = safe(address("generated", moment.desk.generated, grid.sheet))
+        link = safe(image_url("generated", snapshot.app_state.generated, grid.sheet))
         name = safe(grid.sheet.name)
         return (
             f'<div id="grid-state" data-state="done"><a href="{link}" target="_blank" rel="noopener"'
@@ -238,24 +238,24 @@ def grid_block(moment: Moment) -> str:
     tone = "problem" if grid.problem else "small num"
     return (
         f'<p class="{tone}" id="grid-state" data-state="{state}" role="status">{safe(said)}</p>'
-        f"{_table(moment, grid)}"
+        f"{_table(snapshot, grid)}"
     )
 
 
-def _grid_words(grid: Grid) -> str:
+def _grid_words(grid: GridState) -> str:
     axes = [("Rows", grid.rows), ("Columns", grid.columns)]
     return ". ".join(f"{name}: {', '.join(axis.labels())}" for name, axis in axes if axis)[:1000]
 
 
-def _table(moment: Moment, grid: Grid) -> str:
+def _table(snapshot: Snapshot, grid: GridState) -> str:
     heads = _heads(grid.columns)
     labels = grid.rows.labels() if grid.rows else [""] * len(grid.cells)
     rows = []
     for label, row in zip(labels, grid.cells, strict=True):
         cells = []
         for shot in row:
-            picture = moment.view.pictures.get(shot)
-            cells.append(f"<td>{_image(moment, picture, '') if picture else '<div class=shot></div>'}</td>")
+            picture = snapshot.view.pictures.get(shot)
+            cells.append(f"<td>{_image(snapshot, picture, '') if picture else '<div class=shot></div>'}</td>")
         head = f'<th scope="row" class="small">{safe(label[:120])}</th>' if grid.rows else ""
         rows.append(f"<tr>{head}{''.join(cells)}</tr>")
     corner = "<td></td>" if grid.rows and heads else ""

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from app.jobs import RunView
-from app.snapshot import Moment
+from app.snapshot import Snapshot
 
 MOST_OF_A_TOOL, MOST_DEPTH = 300, 4
 LOOK_AGAIN = 20
@@ -21,43 +21,43 @@ Group = tuple[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundLora:
     """One adapter file of a run."""
 
     title: str
     file: Path
-    watch: RunView
+    run_view: RunView
 
 
-def found_loras(moment: Moment) -> list[Found]:
+def find_loras(snapshot: Snapshot) -> list[FoundLora]:
     """Newest run first; in a run its export, then its checkpoints from the last back."""
-    return [found for watch, _ in moment.runs for found in run_loras(watch)]
+    return [found for run_view, _ in snapshot.runs for found in list_run_loras(run_view)]
 
 
-def run_loras(watch: RunView) -> list[Found]:
+def list_run_loras(run_view: RunView) -> list[FoundLora]:
     """A run's export, its other exported files, then its checkpoints from the last back."""
-    found, run = [], watch.run
+    found, run = [], run_view.run
     files = sorted(run.exports.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
-    named = watch.progress.export
+    named = run_view.progress.export
     main = run.path / named if named else None
     files.sort(key=lambda file: file != main)
     for file in files:
         title = run.name if file.stem == run.name else f"{run.name}, {file.stem}"
-        found.append(Found(title, file, watch))
+        found.append(FoundLora(title, file, run_view))
     for step in reversed(run.checkpoint_steps()):
-        best = ", best" if step == watch.progress.best_step else ""
+        best = ", best" if step == run_view.progress.best_step else ""
         file = run.checkpoint(step) / "adapter.safetensors"
-        found.append(Found(f"{run.name}, step {step:,}{best}", file, watch))
+        found.append(FoundLora(f"{run.name}, step {step:,}{best}", file, run_view))
     return found
 
 
-def lora_groups(moment: Moment) -> list[Group]:
+def lora_groups(snapshot: Snapshot) -> list[Group]:
     """All LoRAs to choose from, by where they are."""
-    groups: list[Group] = [("Runs", [(one.title, str(one.file)) for one in found_loras(moment)])]
+    groups: list[Group] = [("Runs", [(one.title, str(one.file)) for one in find_loras(snapshot)])]
     period = int(time.monotonic() / LOOK_AGAIN)
-    added = moment.desk.project.path / ADDED
+    added = snapshot.app_state.project.path / ADDED
     groups.append(("Added here", _in_folder(added, _changed(added), 0)))
-    for tool, folder in moment.desk.tools.lora_folders():
+    for tool, folder in snapshot.app_state.tools.lora_folders():
         groups.append((tool, _in_folder(folder, 0, period)))
     return [(heading, files) for heading, files in groups if files]
 
@@ -85,15 +85,17 @@ def _in_folder(folder: Path, changed: int, period: int) -> list[tuple[str, str]]
     return found[:MOST_OF_A_TOOL]
 
 
-def owner(moment: Moment, file: str) -> RunView | None:
+def find_owner(snapshot: Snapshot, file: str) -> RunView | None:
     """The run that a file belongs to."""
-    return next((watch for watch, _ in moment.runs if Path(file).is_relative_to(watch.run.path)), None)
+    return next(
+        (run_view for run_view, _ in snapshot.runs if Path(file).is_relative_to(run_view.run.path)), None
+    )
 
 
-def checkpoint_choices(watch: RunView) -> list[tuple[str, str]]:
+def checkpoint_choices(run_view: RunView) -> list[tuple[str, str]]:
     """What can be exported of a run: best and last first, then each step that is on disk."""
-    steps = watch.run.checkpoint_steps()
-    best = watch.progress.best_step
+    steps = run_view.run.checkpoint_steps()
+    best = run_view.progress.best_step
     choices = []
     if best in steps:
         choices.append((f"Best, step {best:,}", "best"))

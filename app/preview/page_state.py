@@ -11,7 +11,7 @@ STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass
-class Grid:
+class GridState:
     """A sheet that is wanted: its axes, its pictures, and the PNG once it is whole."""
 
     shot: GenerationRequest
@@ -22,7 +22,7 @@ class Grid:
     problem: str = ""
 
     @classmethod
-    def of(cls, shot: GenerationRequest, rows: Axis | None, columns: Axis | None) -> "Grid":
+    def of(cls, shot: GenerationRequest, rows: Axis | None, columns: Axis | None) -> "GridState":
         """The grid of a shot over two axes.
 
         Raises:
@@ -38,7 +38,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class View:
+class PreviewState:
     """What a page shows at a moment.
 
     Attributes:
@@ -61,7 +61,7 @@ class View:
     total: int
     shot: GenerationRequest | None
     strip: tuple[float, ...]
-    grid: Grid | None
+    grid: GridState | None
     pictures: dict[GenerationRequest, Path] = field(default_factory=dict)
     wanted_at: float = 0.0
     drawing: GenerationRequest | None = None
@@ -94,7 +94,7 @@ class View:
         return self.grid is not None and not self.grid.problem and self.grid.sheet is None
 
 
-def sheet_info(grid: Grid) -> str:
+def sheet_info(grid: GridState) -> str:
     """What a sheet's PNG says: the settings that its pictures share, and its axes."""
     shot = grid.shot
     return Infotext(

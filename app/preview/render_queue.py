@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.preview.page_state import Grid, View, sheet_info
-from app.worker_client import CANCELLED, Reply, Worker
+from app.preview.page_state import GridState, PreviewState, sheet_info
+from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.errors import LoraError, RunError
 from lora_core.generate.request import Axis, GenerationRequest, WeightedLora, make_axis
 from lora_core.runs.storage import move_to_trash
@@ -26,7 +26,7 @@ FILE = "history.jsonl"
 
 
 @dataclass(frozen=True)
-class Kept:
+class HistoryEntry:
     """A picture that was drawn.
 
     Attributes:
@@ -59,12 +59,12 @@ class History:
         self._half_line = False
         self._kept = self._read()
 
-    def newest(self, most: int = MOST_SHOWN) -> list[Kept]:
+    def newest(self, most: int = MOST_SHOWN) -> list[HistoryEntry]:
         """The pictures, newest first."""
         with self._lock:
             return self._kept[::-1][:most]
 
-    def named(self, name: str) -> Kept:
+    def named(self, name: str) -> HistoryEntry:
         """The picture with that file name.
 
         Raises:
@@ -76,7 +76,7 @@ class History:
             raise RunError(f"There is no picture {name!r} any more.")
         return found
 
-    def add(self, kept: Kept) -> None:
+    def add(self, kept: HistoryEntry) -> None:
         """Remember a picture; the same settings again replace the earlier line."""
         kept = dataclasses.replace(kept, time=time.time())
         line = {
@@ -93,7 +93,7 @@ class History:
                 file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
             self._half_line = False
 
-    def remove(self, name: str, workspace: Path) -> Kept:
+    def remove(self, name: str, workspace: Path) -> HistoryEntry:
         """Move a picture into the trash.
 
         Raises:
@@ -105,13 +105,13 @@ class History:
             self._kept = [one for one in self._kept if one is not kept]
         return kept
 
-    def _read(self) -> list[Kept]:
+    def _read(self) -> list[HistoryEntry]:
         try:
             lines = (self.folder / FILE).read_bytes().split(b"\n")
         except OSError:
             return []
         self._half_line = bool(lines[-1])
-        found: dict[Path, Kept] = {}
+        found: dict[Path, HistoryEntry] = {}
         for line in lines:
             kept = self._of_line(line)
             if kept is not None:
@@ -119,7 +119,7 @@ class History:
                 found[kept.file] = kept
         return list(found.values())
 
-    def _of_line(self, line: bytes) -> Kept | None:
+    def _of_line(self, line: bytes) -> HistoryEntry | None:
         try:
             said: dict[str, Any] = parse_json(line)
             file = Path(os.path.abspath(self.folder / said["file"]))
@@ -128,12 +128,12 @@ class History:
             rows, columns = (
                 make_axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
             )
-            return Kept(file, shot_of(said["shot"]), rows, columns, float(said["time"]))
+            return HistoryEntry(file, request_from_settings(said["shot"]), rows, columns, float(said["time"]))
         except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
             return None
 
 
-def shot_of(said: dict[str, Any]) -> GenerationRequest:
+def request_from_settings(said: dict[str, Any]) -> GenerationRequest:
     """A shot from its own JSON.
 
     Raises:
@@ -159,18 +159,18 @@ RESTS = 0.15
 
 
 @dataclass(frozen=True)
-class _Job:
+class _RenderJob:
     """What to do next: draw a shot for a place, or put the grid together."""
 
     place: str
     shot: GenerationRequest | None = None
 
 
-class Studio:
+class RenderQueue:
     """Draws shots through the worker, in a thread of its own."""
 
     def __init__(
-        self, worker: Worker, folder: Callable[[], Path], on_picture: Callable[[], None] = lambda: None
+        self, worker: WorkerClient, folder: Callable[[], Path], on_picture: Callable[[], None] = lambda: None
     ) -> None:
         """Draw into what `folder` says at the time, calling `on_picture` for each picture that is there."""
         self.worker = worker
@@ -178,7 +178,7 @@ class Studio:
         self._on_picture = on_picture
         self._shot: GenerationRequest | None = None
         self._strip: tuple[float, ...] = ()
-        self._grid: Grid | None = None
+        self._grid: GridState | None = None
         self._error = self._note = ""
         self._wanted_at = 0.0
         self._drawn: dict[tuple[GenerationRequest, tuple[int, ...]], Path] = {}
@@ -187,7 +187,7 @@ class Studio:
         self._times: dict[str, int] = {}
         self._histories: dict[Path, History] = {}
         self._reply: Reply | None = None
-        self._job: _Job | None = None
+        self._job: _RenderJob | None = None
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -223,7 +223,7 @@ class Studio:
         self.want(shot)
         return True
 
-    def draw_grid(self, grid: Grid) -> None:
+    def draw_grid(self, grid: GridState) -> None:
         """Fill a grid behind what is looked at; an earlier one that is not whole is dropped."""
         with self._changed:
             self._times.clear()
@@ -256,7 +256,7 @@ class Studio:
                 self.worker.cancel(self._reply)
             self._shot, self._grid, self._strip, self._error = None, None, (), ""
 
-    def view(self) -> View:
+    def view(self) -> PreviewState:
         """The present shot, strip and grid with their pictures."""
         with self._changed:
             shot, reply, job, grid = self._shot, self._reply, self._job, self._grid
@@ -270,7 +270,7 @@ class Studio:
             message = self._error or (self._words(reply) if reply is not None else "")
             done, total = (reply.done, reply.total) if reply is not None else (0, 0)
             looks = reply.looks if reply is not None else 0
-            return View(
+            return PreviewState(
                 state, message, done, total, shot, self._strip, grid, pictures, self._wanted_at,
                 job.shot if job else None, looks, self._note,
             )  # fmt: skip
@@ -289,7 +289,7 @@ class Studio:
 
     def _begin(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._draw_for_ever, daemon=True, name="studio")
+            self._thread = threading.Thread(target=self._draw_for_ever, daemon=True, name="render-queue")
             self._thread.start()
         self._changed.notify()
 
@@ -298,7 +298,7 @@ class Studio:
         return self._picture(shot.acting()) is not None and self._picture(shot.alone()) is not None
 
     def _strip_shots(self, shot: GenerationRequest | None) -> list[GenerationRequest]:
-        return View("", "", 0, 0, shot, self._strip, None).strip_shots()
+        return PreviewState("", "", 0, 0, shot, self._strip, None).strip_shots()
 
     def _picture(self, shot: GenerationRequest) -> Path | None:
         """The picture of a shot, if it was drawn in the open project, from the files as they were at the last
@@ -312,23 +312,23 @@ class Studio:
         """A shot and the times of its files: a checkpoint that was written anew is another picture."""
         return shot, tuple(self._times.setdefault(one.file, _time(one.file)) for one in shot.loras)
 
-    def _next(self) -> _Job | None:
+    def _next(self) -> _RenderJob | None:
         """What is looked at, then the base beside it, the strip, the grid and its sheet."""
         shot = self._shot
         if shot is not None and not self._error:
             if self._picture(shot.acting()) is None:
-                return _Job("shot", shot.acting())
+                return _RenderJob("shot", shot.acting())
             if self._picture(shot.alone()) is None:
-                return _Job("base", shot.alone())
+                return _RenderJob("base", shot.alone())
             for wanted in self._strip_shots(shot):
                 if self._picture(wanted) is None:
-                    return _Job("strip", wanted)
+                    return _RenderJob("strip", wanted)
         grid = self._grid
         if grid is None or grid.problem or grid.sheet is not None:
             return None
         missing = (cell for cell in grid.shots if self._picture(cell) is None)
         cell = next(missing, None)
-        return _Job("grid", cell) if cell is not None else _Job("sheet")
+        return _RenderJob("grid", cell) if cell is not None else _RenderJob("sheet")
 
     def _draw_for_ever(self) -> None:
         while True:
@@ -353,7 +353,7 @@ class Studio:
         place = self._folder() / time.strftime("%Y-%m")
         return {"do": "generate", **asdict(shot), "look": True, "out": str(place), "key": self._key(shot)[1]}
 
-    def _sheet_request(self, grid: Grid | None) -> dict[str, Any]:
+    def _sheet_request(self, grid: GridState | None) -> dict[str, Any]:
         assert grid is not None
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-grid-{time.monotonic_ns() % 100_000:05d}.png"
         cells = [[str(path) if (path := self._picture(s)) else None for s in row] for row in grid.cells]
@@ -366,7 +366,7 @@ class Studio:
             "out": str(self._folder() / time.strftime("%Y-%m") / stem),
         }
 
-    def _keep(self, job: _Job, grid: Grid | None, reply: Reply) -> None:
+    def _keep(self, job: _RenderJob, grid: GridState | None, reply: Reply) -> None:
         if reply.state == "error":
             self._failed(job, grid, reply)
             return
@@ -379,16 +379,16 @@ class Studio:
         elif job.shot is None:
             assert grid is not None
             grid.sheet = path
-            self._remember(Kept(path, grid.shot, grid.rows, grid.columns))
+            self._remember(HistoryEntry(path, grid.shot, grid.rows, grid.columns))
         else:
             self._note = str(reply.pictures[-1].get("note", "")) if reply.pictures else ""
             self._drawn[job.shot, tuple(reply.request["key"])] = path
             while len(self._drawn) > MOST_DRAWN:
                 self._drawn.pop(next(iter(self._drawn)))
             if job.place == "shot":
-                self._remember(Kept(path, job.shot))
+                self._remember(HistoryEntry(path, job.shot))
 
-    def _remember(self, kept: Kept) -> None:
+    def _remember(self, kept: HistoryEntry) -> None:
         history = next((h for f, h in self._histories.items() if kept.file.is_relative_to(f)), None)
         (history or self.history_at(kept.file.parent.parent)).add(kept)
 
@@ -396,7 +396,7 @@ class Studio:
         """The history of a folder, opened if it was not."""
         return self._histories.setdefault(folder, History(folder))
 
-    def _failed(self, job: _Job, grid: Grid | None, reply: Reply) -> None:
+    def _failed(self, job: _RenderJob, grid: GridState | None, reply: Reply) -> None:
         """Say what went wrong where it belongs; what was cancelled by a new wish says nothing."""
         if job.place in ("grid", "sheet"):
             if grid is not None and not (reply.dropped and grid is self._grid and not grid.problem):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from app.jobs import RunView
-from app.preview.loras import ADDED, found_loras, lora_groups, owner, run_loras
+from app.preview.loras import ADDED, find_loras, find_owner, list_run_loras, lora_groups
 from app.preview.page_state import STRIP
-from app.snapshot import Moment
+from app.snapshot import Snapshot
 from lora_core.errors import ConfigError
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, parse_cfg_rescale
 from lora_core.model_files.detect import Base, chosen_base
@@ -29,37 +29,37 @@ MOST_LORAS = 20
 MOST_STRENGTH = 20.0
 
 
-def kept_fields(moment: Moment) -> dict[str, Any]:
+def load_fields(snapshot: Snapshot) -> dict[str, Any]:
     """The tab's fields: the draft, over what suits the shown run."""
-    draft = moment.desk.project.draft().get("preview") or {}
-    preview = moment.plan.config.preview
+    draft = snapshot.app_state.project.draft().get("preview") or {}
+    preview = snapshot.plan.config.preview
     usual: dict[str, Any] = {"sampler": preview.sampler, "steps": preview.steps, "cfg": preview.cfg}
     usual["cfg_rescale"] = preview.cfg_rescale
     usual |= {"prompt": "", "negative": "", "seed": SEED, "width": None, "height": None}
-    previews = moment.progress.previews
-    if moment.desk.project.uses_demo:
+    previews = snapshot.progress.previews
+    if snapshot.app_state.project.uses_demo:
         usual["prompt"] = DEMO_PROMPT
     elif previews and previews[0].prompts:
         usual["prompt"] = previews[0].prompts[0]
     return {name: draft[name] if draft.get(name) not in (None, "") else usual[name] for name in FIELDS}
 
 
-def lora_rows(moment: Moment) -> tuple[list[WeightedLora], dict[str, Any]]:
+def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
     """The LoRAs of the form, and the draft's record of them; the project's newest until the person chose."""
-    kept = moment.desk.project.draft().get("preview_loras") or {}
+    kept = snapshot.app_state.project.draft().get("preview_loras") or {}
     if isinstance(kept.get("rows"), list):
-        rows = checked_rows(kept["rows"])
-        runs = moment.desk.workspace / "runs"
+        rows = parse_rows(kept["rows"])
+        runs = snapshot.app_state.workspace / "runs"
         # A run that was deleted took its files along; a path that somebody typed stays as it was typed.
         there = [r for r in rows if not Path(r.file).is_relative_to(runs) or Path(r.file).is_file()]
         if there or not rows:
             return there, kept
-    own = moment.desk.jobs.own
-    newest = next((found for found in found_loras(moment) if own(found.watch)), None)
+    own = snapshot.app_state.jobs.own
+    newest = next((found for found in find_loras(snapshot) if own(found.run_view)), None)
     return ([WeightedLora(str(newest.file))] if newest else []), {"apart": bool(kept.get("apart")), "rev": 0}
 
 
-def checked_rows(rows: Iterable[Any]) -> list[WeightedLora]:
+def parse_rows(rows: Iterable[Any]) -> list[WeightedLora]:
     """Rows as a page sends them: file, strength, and the text encoder's strength or None."""
     found = []
     for row in list(rows)[:MOST_LORAS]:
@@ -81,7 +81,7 @@ def _strength(value: Any) -> float:
     return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3)
 
 
-def keep_rows(project: Project, rows: list[WeightedLora], apart: bool) -> int:
+def save_rows(project: Project, rows: list[WeightedLora], apart: bool) -> int:
     """Put the LoRAs into the draft; returns the number of this change, which grows."""
     before = project.draft().get("preview_loras") or {}
     rev = int(before.get("rev") or 0) + 1
@@ -90,54 +90,54 @@ def keep_rows(project: Project, rows: list[WeightedLora], apart: bool) -> int:
     return rev
 
 
-def rows_sent(moment: Moment, text: str) -> list[WeightedLora]:
+def take_sent_rows(snapshot: Snapshot, text: str) -> list[WeightedLora]:
     """The LoRAs as a press brought them along, put into the draft if they are news; the draft's where it
     brought none."""
-    before, _ = lora_rows(moment)
+    before, _ = lora_rows(snapshot)
     try:
         sent = parse_json(text)
-        rows, apart = checked_rows(sent["rows"]), bool(sent["apart"])
+        rows, apart = parse_rows(sent["rows"]), bool(sent["apart"])
     except (ValueError, KeyError, TypeError):
         return before
     if rows != before:
-        keep_rows(moment.desk.project, rows, apart)
+        save_rows(snapshot.app_state.project, rows, apart)
     return rows
 
 
-def rows_data(moment: Moment) -> dict[str, Any]:
+def rows_data(snapshot: Snapshot) -> dict[str, Any]:
     """What the page's script needs to show the rows."""
-    rows, kept = lora_rows(moment)
+    rows, kept = lora_rows(snapshot)
     listed = [{"file": r.file, "strength": r.strength, "text": r.text_strength} for r in rows]
     return {
-        "project": moment.desk.project.path.name,
+        "project": snapshot.app_state.project.path.name,
         "rev": int(kept.get("rev") or 0),
         "apart": bool(kept.get("apart")),
         "rows": listed,
-        "groups": lora_groups(moment),
+        "groups": lora_groups(snapshot),
     }
 
 
-def settings_of(moment: Moment, loras: list[WeightedLora]) -> RunConfig:
+def settings_for(snapshot: Snapshot, loras: list[WeightedLora]) -> RunConfig:
     """The settings that a LoRA was trained with, for its base; the Train tab's for a file from elsewhere."""
-    watches = (owner(moment, lora.file) for lora in loras)
-    config = next((c for watch in watches if watch and (c := watch.config())), None)
-    return config or moment.plan.config
+    run_views = (find_owner(snapshot, lora.file) for lora in loras)
+    config = next((c for run_view in run_views if run_view and (c := run_view.config())), None)
+    return config or snapshot.plan.config
 
 
-def base_for(moment: Moment, loras: list[WeightedLora]) -> Base:
+def base_for(snapshot: Snapshot, loras: list[WeightedLora]) -> Base:
     """The base that pictures with these LoRAs are drawn with."""
-    model = settings_of(moment, loras).model
+    model = settings_for(snapshot, loras).model
     return chosen_base(model.base, model.prediction, model.zero_terminal_snr)
 
 
-def shot_of(moment: Moment, given: dict[str, Any], loras: list[WeightedLora]) -> GenerationRequest:
+def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[WeightedLora]) -> GenerationRequest:
     """The shot that the form asks for. A seed of -1 becomes a random one.
 
     Raises:
         ConfigError: a side is no multiple of what the base needs, or a number is out of range.
     """
-    config = settings_of(moment, loras)
-    base = base_for(moment, loras)
+    config = settings_for(snapshot, loras)
+    base = base_for(snapshot, loras)
     seed = int(_number(given, "seed", SEED, -1, 2**63 - 1))
     return GenerationRequest(
         **vars(config.model), cfg_rescale=_rescale(given),
@@ -202,17 +202,17 @@ def fields_of(shot: GenerationRequest) -> dict[str, Any]:
     return values | {"width": shot.width or None, "height": shot.height or None}
 
 
-def keep_shot(project: Project, shot: GenerationRequest) -> None:
+def save_request(project: Project, shot: GenerationRequest) -> None:
     """Put a shot's settings into the form."""
     apart = any(lora.text_strength is not None for lora in shot.loras)
-    keep_rows(project, list(shot.loras), apart)
+    save_rows(project, list(shot.loras), apart)
     project.keep(preview=fields_of(shot))
 
 
-def keep_info(moment: Moment, info: Infotext) -> list[str]:
+def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
     """Put what a picture says of itself into the form; returns the LoRAs that are not found here."""
-    project = moment.desk.project
-    fields = kept_fields(moment)
+    project = snapshot.app_state.project
+    fields = load_fields(snapshot)
     sampler = next((key for key, row in SAMPLERS.items() if info.sampler in (key, row.title)), None)
     said = {
         "steps": info.steps, "cfg": info.cfg, "seed": info.seed, "sampler": sampler,
@@ -222,7 +222,7 @@ def keep_info(moment: Moment, info: Infotext) -> list[str]:
     fields |= {name: value for name, value in said.items() if value is not None}
     project.keep(preview=fields | {"prompt": info.prompt, "negative": info.negative})
     names: dict[str, str] = {}
-    for _, files in lora_groups(moment):
+    for _, files in lora_groups(snapshot):
         for _, file in files:
             names.setdefault(WeightedLora(file).name.casefold(), file)
     rows: list[WeightedLora] = []
@@ -234,11 +234,11 @@ def keep_info(moment: Moment, info: Infotext) -> list[str]:
         else:
             rows.append(WeightedLora(found, _strength(tag.strength), tag.text_strength))
     if info.prompt or info.loras:
-        keep_rows(project, rows, any(row.text_strength is not None for row in rows))
+        save_rows(project, rows, any(row.text_strength is not None for row in rows))
     return missing
 
 
-def added_lora(project: Project, name: str) -> Path:
+def new_lora_path(project: Project, name: str) -> Path:
     """A free path for a LoRA file that was dropped on the page."""
     folder = project.path / ADDED
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,23 +248,23 @@ def added_lora(project: Project, name: str) -> Path:
     return path
 
 
-def run_shot(moment: Moment, name: str) -> GenerationRequest:
+def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
     """A run's export at the run's own first sample prompt, with the sampler and the seed of its samples.
 
     Raises:
         ConfigError: there is no such run, or it has no file yet.
     """
-    watch: RunView | None = next((w for w, _ in moment.runs if w.run.name == name), None)
-    files = run_loras(watch) if watch else []
-    if watch is None or not files:
+    run_view: RunView | None = next((w for w, _ in snapshot.runs if w.run.name == name), None)
+    files = list_run_loras(run_view) if run_view else []
+    if run_view is None or not files:
         raise ConfigError(f"The run {name} has no file yet; it can be looked at once it has saved one.")
-    config = watch.config() or moment.plan.config
-    previews = watch.progress.previews
+    config = run_view.config() or snapshot.plan.config
+    previews = run_view.progress.previews
     prompt = previews[0].prompts[0] if previews and previews[0].prompts else ""
-    fields = kept_fields(moment) | {
+    fields = load_fields(snapshot) | {
         "seed": config.preview.seed, "steps": config.preview.steps, "cfg": config.preview.cfg,
         "cfg_rescale": config.preview.cfg_rescale, "sampler": config.preview.sampler,
         "width": None, "height": None, "negative": "",
     }  # fmt: skip
-    shot = shot_of(moment, fields, [WeightedLora(str(files[0].file))])
+    shot = build_request(snapshot, fields, [WeightedLora(str(files[0].file))])
     return replace(shot, prompt=prompt or str(fields["prompt"]))

@@ -10,26 +10,26 @@ from typing import Any
 import gradio as gr
 from PIL import Image, UnidentifiedImageError
 
-from app.bindings import QUIET, TYPING, Parts, edited, piece
+from app.bindings import QUIET, TYPING, Bindings, edit_events, html_block
 from app.formatting import TIMES, safe
-from app.preview.compare_view import stage, state_line, strip
+from app.preview.compare_view import comparison, state_line, strength_strip
 from app.preview.grid_card import build_grid
 from app.preview.request_form import (
     FIELDS,
-    added_lora,
+    apply_infotext,
     base_for,
-    keep_info,
-    keep_rows,
-    keep_shot,
-    kept_fields,
+    build_request,
+    load_fields,
     lora_rows,
+    new_lora_path,
     rows_data,
-    rows_sent,
-    shot_of,
+    save_request,
+    save_rows,
     strip_is_on,
     strip_values,
+    take_sent_rows,
 )
-from app.snapshot import Moment, moment_of
+from app.snapshot import Snapshot, take_snapshot
 from app.train.base_picker import base_choices
 from lora_core.data.scan import safe_name
 from lora_core.errors import DatasetError, LoraError
@@ -42,35 +42,35 @@ TITLE = "Preview"
 WITH_ROWS = "(...values) => [...values.slice(0, -1), window.easel.loraRows()]"
 
 
-def build(parts: Parts) -> None:
+def build(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-preview"):
         with gr.Column(elem_classes="side card"):
-            fields = _form(parts)
+            fields = _form(bindings)
             rows_box = gr.Textbox(visible="hidden", elem_id="lora-rows-now")
             draw = gr.Button("Generate", variant="primary", elem_id="generate", elem_classes="big")
-            parts.live(piece(), state_line)
-            piece('<p class="small">Ctrl+Enter draws too. A new strength needs no reload.</p>')
-            _file_box(parts, fields)
+            bindings.follow(html_block(), state_line)
+            html_block('<p class="small">Ctrl+Enter draws too. A new strength needs no reload.</p>')
+            _file_box(bindings, fields)
         with gr.Column(elem_classes="main"):
             with gr.Column(elem_classes="card"):
-                piece("<h2>Base against LoRA</h2>")
-                parts.live(piece(elem_id="stage"), stage)
+                html_block("<h2>Base against LoRA</h2>")
+                bindings.follow(html_block(elem_id="stage"), comparison)
             with gr.Column(elem_classes="card"):
-                at, follow, again = _strip(parts)
-                parts.live(piece(elem_id="strength-strip"), strip)
-            build_grid(parts, fields, rows_box)
-    _wire(parts, fields, rows_box, draw)
-    _wire_strip(parts, (at, follow, again), fields, rows_box)
+                at, follow, again = _strip(bindings)
+                bindings.follow(html_block(elem_id="strength-strip"), strength_strip)
+            build_grid(bindings, fields, rows_box)
+    _wire(bindings, fields, rows_box, draw)
+    _wire_strip(bindings, (at, follow, again), fields, rows_box)
 
 
-def _form(parts: Parts) -> dict[str, Any]:
+def _form(bindings: Bindings) -> dict[str, Any]:
     made: dict[str, Any] = {}
     made["prompt"] = gr.Textbox(label="Prompt", elem_id="prompt", lines=3, max_lines=8)
     made["negative"] = gr.Textbox(label="Negative prompt", elem_id="negative", lines=1, max_lines=4)
     # The rows are the page's script's own: a slider that is being moved must not be replaced by a poll.
-    piece('<div id="loras" role="group" aria-label="LoRAs"></div>')
-    parts.live(piece(), _rows_piece)
+    html_block('<div id="loras" role="group" aria-label="LoRAs"></div>')
+    bindings.follow(html_block(), _rows_piece)
     with gr.Row(elem_classes="pair"):
         samplers = [(row.title, key) for key, row in SAMPLERS.items()]
         made["sampler"] = gr.Dropdown(samplers, label="Sampler", elem_id="sampler")
@@ -87,26 +87,26 @@ def _form(parts: Parts) -> dict[str, Any]:
         last = gr.Button("Last used", elem_id="last-seed", min_width=0, scale=0)
     made = {name: made[name] for name in FIELDS}
     for name, field in made.items():
-        parts.fill(field, functools.partial(_kept_value, parts, name))
-    parts.action(dice.click(lambda: -1, None, made["seed"], **QUIET))
-    parts.action(last.click(functools.partial(_last_seed, parts), None, made["seed"], **QUIET))
+        bindings.fill_on_load(field, functools.partial(_kept_value, bindings, name))
+    bindings.refresh_after(dice.click(lambda: -1, None, made["seed"], **QUIET))
+    bindings.refresh_after(last.click(functools.partial(_last_seed, bindings), None, made["seed"], **QUIET))
     return made
 
 
-def _kept_value(parts: Parts, name: str) -> Any:
-    return kept_fields(moment_of(parts.desk))[name]
+def _kept_value(bindings: Bindings, name: str) -> Any:
+    return load_fields(take_snapshot(bindings.app_state))[name]
 
 
-def _last_seed(parts: Parts) -> Any:
-    shot = parts.desk.studio.view().shot
+def _last_seed(bindings: Bindings) -> Any:
+    shot = bindings.app_state.render_queue.view().shot
     return shot.seed if shot is not None else gr.skip()
 
 
-def _rows_piece(moment: Moment) -> str:
+def _rows_piece(snapshot: Snapshot) -> str:
     """The rows as data for the page's script, and the base that they are drawn with."""
-    data = json.dumps(rows_data(moment))
-    base = base_for(moment, lora_rows(moment)[0])
-    titles = {value: words for words, value in base_choices(moment.desk)}
+    data = json.dumps(rows_data(snapshot))
+    base = base_for(snapshot, lora_rows(snapshot)[0])
+    titles = {value: words for words, value in base_choices(snapshot.app_state)}
     name = titles.get(base.name) or Path(base.name).name or "Embedded base (tiny)"
     why = "" if base.facts is not None else f' <span class="problem">{safe(base.problem)}</span>'
     sides = f"sides in steps of {base.multiple}, {base.resolution} by default"
@@ -116,74 +116,74 @@ def _rows_piece(moment: Moment) -> str:
     )
 
 
-def _strip(parts: Parts) -> tuple[Any, Any, Any]:
+def _strip(bindings: Bindings) -> tuple[Any, Any, Any]:
     with gr.Row(elem_classes="strip-tools"):
-        piece("<h2>Strength strip</h2>")
+        html_block("<h2>Strength strip</h2>")
         follow = gr.Checkbox(label="With each picture", elem_id="strip-follows", container=False, min_width=0)
         at = gr.Textbox(label="Strengths of the strip", elem_id="strip-values", lines=1, max_lines=1)
         again = gr.Button("Draw the strip", elem_id="draw-strip", min_width=0, scale=0)
-    project = parts.desk.project
-    parts.fill(at, lambda: ", ".join(f"{value:g}" for value in strip_values(project)))
-    parts.fill(follow, lambda: strip_is_on(project, base_for(*_now(parts))))
+    project = bindings.app_state.project
+    bindings.fill_on_load(at, lambda: ", ".join(f"{value:g}" for value in strip_values(project)))
+    bindings.fill_on_load(follow, lambda: strip_is_on(project, base_for(*_now(bindings))))
     return at, follow, again
 
 
-def _now(parts: Parts) -> tuple[Moment, list[Any]]:
-    moment = moment_of(parts.desk)
-    return moment, lora_rows(moment)[0]
+def _now(bindings: Bindings) -> tuple[Snapshot, list[Any]]:
+    snapshot = take_snapshot(bindings.app_state)
+    return snapshot, lora_rows(snapshot)[0]
 
 
-def _wire(parts: Parts, fields: dict[str, Any], rows_box: Any, draw: Any) -> None:
-    desk = parts.desk
+def _wire(bindings: Bindings, fields: dict[str, Any], rows_box: Any, draw: Any) -> None:
+    app_state = bindings.app_state
     every = list(fields.values())
 
     def typed(*values: Any) -> None:
-        desk.project.keep(preview=dict(zip(FIELDS, values, strict=True)))
+        app_state.project.keep(preview=dict(zip(FIELDS, values, strict=True)))
 
     def generate(*values: Any) -> None:
         typed(*values[:-1])
-        moment = moment_of(desk)
-        loras = rows_sent(moment, values[-1])
+        snapshot = take_snapshot(app_state)
+        loras = take_sent_rows(snapshot, values[-1])
         try:
-            shot = shot_of(moment, dict(zip(FIELDS, values, strict=False)), loras)
+            shot = build_request(snapshot, dict(zip(FIELDS, values, strict=False)), loras)
         except LoraError as error:
-            desk.studio.refuse(str(error))
+            app_state.render_queue.refuse(str(error))
             return
-        on = strip_is_on(desk.project, base_for(moment, loras))
-        desk.studio.want(shot, strip_values(desk.project) if on else ())
+        on = strip_is_on(app_state.project, base_for(snapshot, loras))
+        app_state.render_queue.want(shot, strip_values(app_state.project) if on else ())
 
     def put_back(name: str) -> list[Any]:
         try:
-            kept = desk.studio.history.named(name)
+            kept = app_state.render_queue.history.named(name)
         except LoraError as error:
-            desk.studio.refuse(str(error))
+            app_state.render_queue.refuse(str(error))
             return [gr.skip() for _ in every]
-        keep_shot(desk.project, kept.shot)
+        save_request(app_state.project, kept.shot)
         if not kept.is_sheet:
-            desk.studio.want(kept.shot, ())
-        return _filled(parts)
+            app_state.render_queue.want(kept.shot, ())
+        return _field_values(bindings)
 
-    gr.on([event for field in every for event in edited(field)], typed, every, None, **TYPING)
-    parts.action(draw.click(generate, [*every, rows_box], None, js=WITH_ROWS, **TYPING))
+    gr.on([event for field in every for event in edit_events(field)], typed, every, None, **TYPING)
+    bindings.refresh_after(draw.click(generate, [*every, rows_box], None, js=WITH_ROWS, **TYPING))
     named = gr.Textbox(visible="hidden", elem_id="put-back-name")
     back = gr.Button("Put its settings back", elem_id="put-back", visible="hidden")
-    parts.action(back.click(put_back, named, every, js="() => [window.easel.putBack]", **TYPING))
+    bindings.refresh_after(back.click(put_back, named, every, js="() => [window.easel.putBack]", **TYPING))
     fill = gr.Button("Fill in again", elem_id="preview-fill", visible="hidden")
-    parts.action(fill.click(lambda: _filled(parts), None, every, **QUIET))
+    bindings.refresh_after(fill.click(lambda: _field_values(bindings), None, every, **QUIET))
 
 
-def _filled(parts: Parts) -> list[Any]:
-    values = kept_fields(moment_of(parts.desk))
+def _field_values(bindings: Bindings) -> list[Any]:
+    values = load_fields(take_snapshot(bindings.app_state))
     return [values[name] for name in FIELDS]
 
 
-def _wire_strip(parts: Parts, own: tuple[Any, Any, Any], fields: dict[str, Any], rows_box: Any) -> None:
-    desk = parts.desk
+def _wire_strip(bindings: Bindings, own: tuple[Any, Any, Any], fields: dict[str, Any], rows_box: Any) -> None:
+    app_state = bindings.app_state
     at, follow, again = own
 
     def kept(values: str, on: bool) -> tuple[float, ...]:
         found = tuple(float(v) for v in make_axis("strength", split_values(values or "")).values)
-        desk.project.keep(preview_strip_at={"values": list(found), "on": bool(on)})
+        app_state.project.keep(preview_strip_at={"values": list(found), "on": bool(on)})
         return found
 
     def changed(values: str, on: bool) -> None:
@@ -194,25 +194,27 @@ def _wire_strip(parts: Parts, own: tuple[Any, Any, Any], fields: dict[str, Any],
             return
 
     def drawn(values: str, on: bool, *form: Any) -> None:
-        moment = moment_of(desk)
+        snapshot = take_snapshot(app_state)
         try:
             strengths = kept(values, on)
-            desk.project.keep(preview=dict(zip(FIELDS, form, strict=False)))
-            shot = shot_of(moment, dict(zip(FIELDS, form, strict=False)), rows_sent(moment, form[-1]))
+            app_state.project.keep(preview=dict(zip(FIELDS, form, strict=False)))
+            shot = build_request(
+                snapshot, dict(zip(FIELDS, form, strict=False)), take_sent_rows(snapshot, form[-1])
+            )
             shot.at("strength", 0.0)
         except LoraError as error:
-            desk.studio.refuse(str(error))
+            app_state.render_queue.refuse(str(error))
             return
-        desk.studio.want(shot, strengths)
+        app_state.render_queue.want(shot, strengths)
 
     gr.on([at.input, at.blur, follow.input], changed, [at, follow], None, **TYPING)
     inputs = [at, follow, *fields.values(), rows_box]
-    parts.action(again.click(drawn, inputs, None, js=WITH_ROWS, **QUIET))
+    bindings.refresh_after(again.click(drawn, inputs, None, js=WITH_ROWS, **QUIET))
 
 
-def _file_box(parts: Parts, fields: dict[str, Any]) -> None:
+def _file_box(bindings: Bindings, fields: dict[str, Any]) -> None:
     """A LoRA file or a picture with settings inside, chosen or dropped."""
-    desk = parts.desk
+    app_state = bindings.app_state
     read = gr.State(None)
     with gr.Row(elem_id="preview-drop"):
         upload = gr.UploadButton(
@@ -222,8 +224,8 @@ def _file_box(parts: Parts, fields: dict[str, Any]) -> None:
             min_width=0,
             scale=0,
         )
-        piece('<p class="small">or drop it here: a LoRA is added, a picture\'s settings are read.</p>')
-    report = piece(elem_id="preview-report")
+        html_block('<p class="small">or drop it here: a LoRA is added, a picture\'s settings are read.</p>')
+    report = html_block(elem_id="preview-report")
 
     def uploaded(file: str | None) -> tuple[str, Any]:
         if not file:
@@ -231,8 +233,8 @@ def _file_box(parts: Parts, fields: dict[str, Any]) -> None:
         path = Path(file)
         try:
             if path.suffix.lower() == ".safetensors":
-                return _added(parts, path), None
-            info = picture_info(path)
+                return _add_lora(bindings, path), None
+            info = read_infotext(path)
             return info_html(path.name, info), info
         except LoraError as error:
             return f'<p class="problem" role="alert">{safe(error)}</p>', None
@@ -243,28 +245,30 @@ def _file_box(parts: Parts, fields: dict[str, Any]) -> None:
     def sent(info: Infotext | None) -> list[Any]:
         if info is None:
             return [gr.skip(), *(gr.skip() for _ in fields)]
-        missing = keep_info(moment_of(desk), info)
+        missing = apply_infotext(take_snapshot(app_state), info)
         words = "Its settings are in the form."
         if missing:
             words += f" Not found here: {', '.join(missing)}; drop that LoRA file to add it."
-        return [f'<p class="small" role="status">{safe(words)}</p>', *_filled(parts)]
+        return [f'<p class="small" role="status">{safe(words)}</p>', *_field_values(bindings)]
 
-    parts.action(upload.upload(uploaded, upload, [report, read], **{**QUIET, "show_progress": "minimal"}))
+    bindings.refresh_after(
+        upload.upload(uploaded, upload, [report, read], **{**QUIET, "show_progress": "minimal"})
+    )
     send = gr.Button("Send to form", elem_id="send-to-form", visible="hidden")
-    parts.action(send.click(sent, read, [report, *fields.values()], **QUIET))
+    bindings.refresh_after(send.click(sent, read, [report, *fields.values()], **QUIET))
 
 
-def _added(parts: Parts, file: Path) -> str:
+def _add_lora(bindings: Bindings, file: Path) -> str:
     """Keep a copy of a LoRA file in the project and add a row for it."""
     read_header(file)
-    project = parts.desk.project
-    target = added_lora(project, safe_name(file.name).name)
+    project = bindings.app_state.project
+    target = new_lora_path(project, safe_name(file.name).name)
     try:
         shutil.move(file, target)
     except OSError as error:
         raise DatasetError(f"{file.name} cannot be kept: {error.strerror or error}.") from error
-    rows, kept = lora_rows(moment_of(parts.desk))
-    keep_rows(project, [*rows, WeightedLora(str(target))], bool(kept.get("apart")))
+    rows, kept = lora_rows(take_snapshot(bindings.app_state))
+    save_rows(project, [*rows, WeightedLora(str(target))], bool(kept.get("apart")))
     return f'<p class="small" role="status">{safe(target.stem)} is added.</p>'
 
 
@@ -274,7 +278,7 @@ def _added(parts: Parts, file: Path) -> str:
 LONGEST_SHOWN = 600
 
 
-def picture_info(file: Path) -> Infotext:
+def read_infotext(file: Path) -> Infotext:
     """The settings inside a picture.
 
     Raises:

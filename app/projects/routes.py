@@ -10,10 +10,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.formatting import file_size, safe
-from app.routes import Answer, Refused, sent_json
-from app.snapshot import Moment
-from app.state import Desk
+from app.formatting import format_bytes, safe
+from app.routes import Answer, BadRequest, read_sent_json
+from app.snapshot import Snapshot
+from app.state import AppState
 from lora_core.errors import RunError
 from lora_core.runs.storage import clean_caches, empty_trash, list_trash, restore, trash_folder
 from lora_core.system.disk_space import folder_bytes
@@ -33,9 +33,9 @@ class="own primary">New</button></form>
 <div class="row apart" id="projects-room"></div></dialog>"""
 
 
-def project_button(moment: Moment) -> str:
+def project_button(snapshot: Snapshot) -> str:
     """Which project is open; opens the dialog."""
-    project = moment.desk.project
+    project = snapshot.app_state.project
     demo = " (demo pictures)" if project.uses_demo else ""
     return (
         '<button type="button" class="project" id="project-picker" aria-haspopup="dialog" title="Projects:'
@@ -48,25 +48,25 @@ def project_button(moment: Moment) -> str:
 # The project picker's routes: what there is and how large it is; new, open, rename, delete; caches.
 
 
-def add_project_routes(app: FastAPI, desk: Desk) -> None:
+def add_project_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the picker's routes to `app`."""
 
     @app.get("/easel/projects")
     async def listed() -> Response:
-        return await _answer(lambda: _shelves(desk))
+        return await _answer(lambda: _shelves(app_state))
 
     @app.post("/easel/projects")
     async def change(request: Request) -> Response:
-        sent = await sent_json(request)
+        sent = await read_sent_json(request)
         do, key, title = (str(sent.get(name, "")) for name in ("do", "project", "title"))
-        return await _answer(lambda: _changed(desk, do, key, title))
+        return await _answer(lambda: _changed(app_state, do, key, title))
 
 
-def _changed(desk: Desk, do: str, key: str, title: str) -> dict[str, Any]:
+def _changed(app_state: AppState, do: str, key: str, title: str) -> dict[str, Any]:
     """Do what the picker asks; the page loads itself anew where another project is open after it."""
-    if desk.importer.working:
+    if app_state.importer.working:
         raise RunError("Pictures are being imported; wait until that is done.")
-    before, projects = desk.project.path, desk.projects
+    before, projects = app_state.project.path, app_state.projects
     said = ""
     match do:
         case "new":
@@ -78,48 +78,54 @@ def _changed(desk: Desk, do: str, key: str, title: str) -> dict[str, Any]:
         case "delete":
             projects.delete(key)
         case "clean":
-            said = f"{file_size(clean_caches(desk.workspace))} freed."
+            said = f"{format_bytes(clean_caches(app_state.workspace))} freed."
         case "empty":
-            size = folder_bytes(trash_folder(desk.workspace))
-            empty_trash(desk.workspace)
-            said = f"{file_size(size)} freed."
+            size = folder_bytes(trash_folder(app_state.workspace))
+            empty_trash(app_state.workspace)
+            said = f"{format_bytes(size)} freed."
         case "restore":
-            said = _restored(desk, key)
+            said = _restored(app_state, key)
         case _:
-            raise Refused("no such action")
-    switched = desk.project.path != before
+            raise BadRequest("no such action")
+    switched = app_state.project.path != before
     if switched:
-        desk.turn_to_project()
-    return {**_shelves(desk), "switched": switched, "said": said}
+        app_state.turn_to_project()
+    return {**_shelves(app_state), "switched": switched, "said": said}
 
 
-def _restored(desk: Desk, place: str) -> str:
+def _restored(app_state: AppState, place: str) -> str:
     """Put back what has that place in the trash, and say under which name it is there now.
 
     Raises:
         RunError: it is not in the trash any more, or the disk refuses.
     """
-    one = next((one for one in list_trash(desk.workspace) if one.place.name == place), None)
+    one = next((one for one in list_trash(app_state.workspace) if one.place.name == place), None)
     if one is None:
         raise RunError("It is not in the trash any more.")
-    path = restore(one, desk.workspace)
+    path = restore(one, app_state.workspace)
     if path.name == one.name:
         return f"{one.name} is restored."
     return f"{one.name} is restored as {path.name}, because its name is taken."
 
 
-def _shelves(desk: Desk) -> dict[str, Any]:
-    shelved = [dataclasses.asdict(one) | {"size": file_size(one.size)} for one in desk.projects.listed()]
-    caches, trash = folder_bytes(desk.workspace / "cache"), folder_bytes(trash_folder(desk.workspace))
-    runs = folder_bytes(desk.workspace / "runs")
+def _shelves(app_state: AppState) -> dict[str, Any]:
+    shelved = [
+        dataclasses.asdict(one) | {"size": format_bytes(one.size)} for one in app_state.projects.listed()
+    ]
+    caches, trash = (
+        folder_bytes(app_state.workspace / "cache"),
+        folder_bytes(trash_folder(app_state.workspace)),
+    )
+    runs = folder_bytes(app_state.workspace / "runs")
     return {
         "projects": shelved,
-        "caches": file_size(caches) if caches else "",
-        "trash": file_size(trash) if trash else "",
+        "caches": format_bytes(caches) if caches else "",
+        "trash": format_bytes(trash) if trash else "",
         "trashed": [
-            one.row() | {"size": file_size(folder_bytes(one.place))} for one in list_trash(desk.workspace)
+            one.row() | {"size": format_bytes(folder_bytes(one.place))}
+            for one in list_trash(app_state.workspace)
         ],
-        "runs": file_size(runs) if runs else "",
+        "runs": format_bytes(runs) if runs else "",
     }
 
 

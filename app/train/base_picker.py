@@ -2,14 +2,14 @@
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
-from app.bindings import TYPING, Parts, piece
-from app.formatting import many, safe
-from app.snapshot import Moment
-from app.state import Desk
+from app.bindings import TYPING, Bindings, html_block
+from app.formatting import pluralize, safe
+from app.snapshot import Snapshot
+from app.state import AppState
 from app.train.facts import base_note, download_note
 from app.train.form import (
     FORM,
@@ -25,21 +25,17 @@ from lora_core.model_files.detect import EMBEDDED, chosen_base
 from lora_core.projects.project import DEMO
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
-if TYPE_CHECKING:
-    # The desk holds the check of the pictures, which has to know the base.
-    from app.state import Desk
 
-
-def base_choices(desk: "Desk") -> list[tuple[str, str]]:
+def base_choices(app_state: AppState) -> list[tuple[str, str]]:
     """What the picker offers, as (words, value): the embedded base, those used before, then the other
     tools'."""
     titles: dict[str, tuple[str, str]] = {}
-    for tool, files in desk.tools.shelves():
+    for tool, files in app_state.tools.shelves():
         for file in files:
             top = next((folder for folder in tool.models if file.is_relative_to(folder)), file.parent)
             words = file.relative_to(top).as_posix() if file != top else file.name
             titles.setdefault(_key(str(file)), (f"{tool.name}: {words}", str(file)))
-    seen = {_key(name): name for name in desk.places.bases() if _there(name)}
+    seen = {_key(name): name for name in app_state.places.bases() if _there(name)}
     before = [(titles[key][0] if key in titles else Path(name).name, name) for key, name in seen.items()]
     return [
         ("Embedded base (tiny)", EMBEDDED),
@@ -70,7 +66,7 @@ HIDDEN_INFO = "tip"
 USUAL_LEVEL = "balanced"
 
 
-def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
+def build_picker(bindings: Bindings) -> tuple[dict[str, Any], Any]:
     """The dropdown, its notes, and the two settings that stand with it.
 
     Returns:
@@ -78,7 +74,7 @@ def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
     """
     made: dict[str, Any] = {}
     made["model.base"] = gr.Dropdown(
-        base_choices(parts.desk),
+        base_choices(bindings.app_state),
         label="Base model",
         allow_custom_value=True,
         filterable=True,
@@ -86,25 +82,25 @@ def build_picker(parts: Parts) -> tuple[dict[str, Any], Any]:
         info=INFO,
         elem_classes=HIDDEN_INFO,
     )
-    parts.live(made["model.base"], lambda m: gr.update(choices=base_choices(m.desk)))
-    parts.live(piece(), base_note)
-    parts.live(piece(), download_note)
-    parts.desk.downloads.finished = functools.partial(base_arrived, parts.desk)
-    added = piece(elem_id="base-added")
+    bindings.follow(made["model.base"], lambda snap: gr.update(choices=base_choices(snap.app_state)))
+    bindings.follow(html_block(), base_note)
+    bindings.follow(html_block(), download_note)
+    bindings.app_state.downloads.finished = functools.partial(adopt_downloaded_base, bindings.app_state)
+    added = html_block(elem_id="base-added")
     with gr.Column(elem_classes="group", elem_id="base-details") as details:
-        parts.live(piece(elem_classes="group-note"), _details_note)
+        bindings.follow(html_block(elem_classes="group-note"), _details_note)
         with gr.Accordion("Prediction and VAE", open=False) as fold:
             made["model.prediction"] = widget("model.prediction", elem_id="model-prediction")
             made["model.zero_terminal_snr"] = widget("model.zero_terminal_snr", elem_id="model-zero-snr")
             made["model.vae"] = widget("model.vae", elem_id="model-vae", placeholder="the base's own")
-    parts.live(details, lambda m: gr.update(visible=not m.plan.base.embedded))
-    parts.live(fold, lambda m: gr.update(open=_asks(m)))
+    bindings.follow(details, lambda snap: gr.update(visible=not snap.plan.base.embedded))
+    bindings.follow(fold, lambda snap: gr.update(open=_asks(snap)))
     return made, added
 
 
-def _details_note(moment: Moment) -> str:
+def _details_note(snapshot: Snapshot) -> str:
     """What the folded settings hold."""
-    facts, vae = moment.plan.base.facts, moment.plan.config.model.vae
+    facts, vae = snapshot.plan.base.facts, snapshot.plan.config.model.vae
     if facts is None or facts.family is None:
         return ""
     predicts = "velocity" if facts.prediction == "v_prediction" else "noise"
@@ -113,15 +109,15 @@ def _details_note(moment: Moment) -> str:
     return f"<span>{predicts}{guess}{snr}{', own VAE' if vae else ''}</span>"
 
 
-def _asks(moment: Moment) -> bool:
+def _asks(snapshot: Snapshot) -> bool:
     """Whether the person has to look at these settings: a guess may be wrong, and what was set may be in
     the way."""
-    model = moment.plan.config.model
+    model = snapshot.plan.config.model
     by_hand = model.prediction != "auto" or model.zero_terminal_snr != "auto" or bool(model.vae)
-    return moment.plan.base.guessed or by_hand
+    return snapshot.plan.base.guessed or by_hand
 
 
-def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, seen: Any) -> None:
+def wire_picker(bindings: Bindings, widgets: dict[str, Any], level: Any, note: Any, seen: Any) -> None:
     """Have a choice of a base fill the form with its starting values.
 
     Args:
@@ -131,7 +127,7 @@ def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, se
         note: the place for what choosing a folder said.
         seen: what the page was filled with.
     """
-    fields, project = list(widgets.values()), parts.desk.project
+    fields, project = list(widgets.values()), bindings.app_state.project
 
     def chosen(before: list[Any] | None, *values: Any) -> list[Any]:
         """Fills in only what the choice changes: the event fires also where the field is merely left, and
@@ -140,7 +136,7 @@ def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, se
         if before is not None and before[FORM.index("model.base")] == given["model.base"]:
             return [gr.skip()] * len(outputs)
         old_level = choice(project.draft())[1]
-        said, new_level, changed = base_chosen(parts.desk, given)
+        said, new_level, changed = choose_base(bindings.app_state, given)
         fresh = {name: value for name, value in changed.items() if value != given[name]}
         keep_typed(project, before, list(values))
         project.keep(values=standing_values(project) | fresh, level=new_level)
@@ -150,38 +146,38 @@ def wire_picker(parts: Parts, widgets: dict[str, Any], level: Any, note: Any, se
         return [shown_note, shown_level, page, *(fresh.get(name, gr.skip()) for name in FORM)]
 
     inputs, outputs = [seen, *fields], [note, level, seen, *fields]
-    parts.action(widgets["model.base"].input(chosen, inputs, outputs, **TYPING))
+    bindings.refresh_after(widgets["model.base"].input(chosen, inputs, outputs, **TYPING))
 
 
-def base_chosen(desk: Desk, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     """What choosing a base makes of the form.
 
     A folder full of models is no base: it is remembered, and its models are offered from then on.
 
     Args:
-        desk: where it is remembered.
+        app_state: where it is remembered.
         values: the form with the new base in it, dotted name to what the widget holds.
 
     Returns:
         A sentence, or ""; the preset's level; and the form's new values.
     """
-    draft = desk.project.draft()
+    draft = app_state.project.draft()
     goal, level = choice(draft)
     before = chosen_base(_fitted(draft))
     name = str(values["model.base"] or "").strip().strip('"') or EMBEDDED
     values = {**values, "model.base": name}
     new = chosen_base(name)
-    if new.problem and (added := _added_folder(desk, Path(name).expanduser())):
+    if new.problem and (added := _added_folder(app_state, Path(name).expanduser())):
         return added, level, {**values, "model.base": before.name or EMBEDDED}
     if new.facts is None:
         # Once its files are here, it is known whose starting values the form still holds.
-        desk.project.keep(fitted={"base": name, "to": before.name})
+        app_state.project.keep(fitted={"base": name, "to": before.name})
         return "", level, values
     # The demo's preset is for the embedded base alone: its rate and precision would be no good start
     # elsewhere.
     new_level = USUAL_LEVEL if level == DEMO and not new.embedded else level
     if not new.embedded:
-        desk.places.keep_base(name)
+        app_state.places.keep_base(name)
     changed = carried_over(
         values, preset_config(goal, level, before.family), preset_config(goal, new_level, new.family)
     )
@@ -202,21 +198,21 @@ def _fitted(draft: dict[str, Any]) -> str:
     return str(fitted["to"]) if fitted.get("base") == standing else standing
 
 
-def base_arrived(desk: Desk, name: str) -> None:
+def adopt_downloaded_base(app_state: AppState, name: str) -> None:
     """Fill the form with the starting values of a base that has arrived, where it is still the chosen one."""
-    values = standing_values(desk.project)
+    values = standing_values(app_state.project)
     if values["model.base"] == name:
-        _, level, changed = base_chosen(desk, values)
-        desk.project.keep(values=changed, level=level)
+        _, level, changed = choose_base(app_state, values)
+        app_state.project.keep(values=changed, level=level)
 
 
-def _added_folder(desk: Desk, folder: Path) -> str:
+def _added_folder(app_state: AppState, folder: Path) -> str:
     """Remember a folder with models in it; "" where it holds none."""
     if not folder.is_dir():
         return ""
     found = {tool.name: len(list_base_files(tool)) for tool in find_tools([folder], Machine(()))}
     if not sum(found.values()):
         return ""
-    desk.places.keep_folder(folder.absolute())
-    desk.tools.look(wait=True)
-    return f"{many(sum(found.values()), 'model')} found in {folder}: open the list above to choose one."
+    app_state.places.keep_folder(folder.absolute())
+    app_state.tools.look(wait=True)
+    return f"{pluralize(sum(found.values()), 'model')} found in {folder}: open the list above to choose one."

@@ -4,10 +4,19 @@ import html
 import math
 from collections.abc import Callable, Sequence
 
-from app.formatting import UNKNOWN, changed_inputs, clock, file_size, pace, safe, state_chip, tile
-from app.header import accept_button, percent, request_button, resume_button, run_words, track
+from app.formatting import (
+    UNKNOWN,
+    describe_changes,
+    format_bytes,
+    format_clock,
+    format_speed,
+    safe,
+    state_chip,
+    tile,
+)
+from app.header import accept_button, describe_run, percent, request_button, resume_button, track
 from app.jobs import RunView
-from app.snapshot import Moment
+from app.snapshot import Snapshot
 from app.train.checks import in_words
 from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
 from lora_core.report.rank_plots import rate_html
@@ -80,7 +89,7 @@ def _curve(
     return Curve(name, points, errors, style)
 
 
-def meaning(validations: Sequence[Validated]) -> str:
+def describe_gain(validations: Sequence[Validated]) -> str:
     """What the curve of the gain means, in a sentence or two, and the two gauges behind it."""
     said = verdict(validations)
     if not said:
@@ -113,109 +122,108 @@ LOG_LINES = 40
 MOST_WARNINGS = 3
 
 
-def run_card(moment: Moment) -> str:
+def run_card(snapshot: Snapshot) -> str:
     """State, bar, buttons and the four figures. `#run-status` is what scripts read."""
-    progress = moment.progress
+    progress = snapshot.progress
     open_tag = (
-        f'<div class="panel" id="run-status" data-state="{moment.state}" data-step="{progress.step}"'
+        f'<div class="panel" id="run-status" data-state="{snapshot.state}" data-step="{progress.step}"'
         f' data-steps="{progress.steps}">'
     )
-    if moment.watch is None:
+    if snapshot.run_view is None:
         return (
             f'{open_tag}<h2>No run yet</h2><p class="small">Press Start. The run goes on by itself, also when'
             " this page or the window is closed; here you see how far it is, how the loss falls and what it"
-            f' has learned.</p><div class="row">{_requests(moment)}</div></div>'
+            f' has learned.</p><div class="row">{_requests(snapshot)}</div></div>'
         )
-    name = moment.watch.run.name
+    name = snapshot.run_view.run.name
     head = (
         f'<div class="row apart"><div class="row"><h2>{safe(name)}</h2><span'
-        f' role="status">{state_chip(moment.state)}</span></div><div class="row'
-        f' run-buttons">{_next_step(moment)}</div></div>'
+        f' role="status">{state_chip(snapshot.state)}</span></div><div class="row'
+        f' run-buttons">{_next_step(snapshot)}</div></div>'
     )
-    return f"{open_tag}{head}{track(moment, name)}{_body(moment, moment.watch)}</div>"
+    return f"{open_tag}{head}{track(snapshot, name)}{_body(snapshot, snapshot.run_view)}</div>"
 
 
-def _requests(moment: Moment) -> str:
-    return "".join(request_button(moment, do, TWINS[do]) for do in ASKS)
+def _requests(snapshot: Snapshot) -> str:
+    return "".join(request_button(snapshot, do, TWINS[do]) for do in ASKS)
 
 
-def _next_step(moment: Moment) -> str:
+def _next_step(snapshot: Snapshot) -> str:
     """What can be done now, the one clear thing first."""
-    if moment.live or moment.watch is None:
-        return _requests(moment)
-    if moment.state == "done":
-        return _see_it(moment)
-    if moment.asks:
-        yes = accept_button(moment.watch, "train-accept", "primary")
-        return yes + resume_button(moment, "train-resume")
-    again = resume_button(moment, "train-resume", "" if moment.state == "stopped" else "primary")
-    return _see_it(moment) + again if moment.state == "stopped" else again
+    if snapshot.live or snapshot.run_view is None:
+        return _requests(snapshot)
+    if snapshot.state == "done":
+        return _see_it(snapshot)
+    if snapshot.asks:
+        yes = accept_button(snapshot.run_view, "train-accept", "primary")
+        return yes + resume_button(snapshot, "train-resume")
+    again = resume_button(snapshot, "train-resume", "" if snapshot.state == "stopped" else "primary")
+    return _see_it(snapshot) + again if snapshot.state == "stopped" else again
 
 
-def _see_it(moment: Moment) -> str:
-    name = safe(moment.watch.run.name if moment.watch else "")
+def _see_it(snapshot: Snapshot) -> str:
+    name = safe(snapshot.run_view.run.name if snapshot.run_view else "")
     return (
         f'<button type="button" class="own primary" id="see-result" data-show-preview="{name}">See what it'
         ' learned</button><button type="button" class="own" data-tab="Export">Export</button>'
     )
 
 
-def _body(moment: Moment, watch: RunView) -> str:
-    progress = moment.progress
-    if moment.asks:
-        return _asking(moment, watch)
-    if moment.state in ("failed", "interrupted"):
-        return _broken(moment, watch)
-    if moment.state == "queued":
-        return f'<p class="small">{_queued(moment, watch)}</p>'
-    if moment.state == "preparing" and not progress.losses:
+def _body(snapshot: Snapshot, run_view: RunView) -> str:
+    progress = snapshot.progress
+    if snapshot.asks:
+        return _asking(snapshot, run_view)
+    if snapshot.state in ("failed", "interrupted"):
+        return _broken(snapshot, run_view)
+    if snapshot.state == "queued":
+        return f'<p class="small">{_queued(snapshot, run_view)}</p>'
+    if snapshot.state == "preparing" and not progress.losses:
         return (
-            f'<p class="small num" id="run-phase">{safe(run_words(moment))}. Steps begin after'
-            f" that.{_memory(moment, watch)}</p>"
+            f'<p class="small num" id="run-phase">{safe(describe_run(snapshot))}. Steps begin after'
+            f" that.{_memory(snapshot, run_view)}</p>"
         )
     warnings = "".join(
         f'<p class="small notes">{safe(text)}</p>'
         for text in dict.fromkeys(progress.warnings[-MOST_WARNINGS:])
     )
-    return (
-        f'<div class="facts">{"".join(_tiles(moment))}</div>{_line(moment, watch)}{warnings}{_remark(moment)}'
-    )
+    tiles = "".join(_tiles(snapshot))
+    return f'<div class="facts">{tiles}</div>{_line(snapshot, run_view)}{warnings}{_remark(snapshot)}'
 
 
-def _queued(moment: Moment, watch: RunView) -> str:
-    if moment.desk.queue.holds(watch.run.name):
+def _queued(snapshot: Snapshot, run_view: RunView) -> str:
+    if snapshot.app_state.queue.holds(run_view.run.name):
         return "It waits in the queue below."
     return "The run was made but never started. Resume starts it."
 
 
-def _asking(moment: Moment, watch: RunView) -> str:
+def _asking(snapshot: Snapshot, run_view: RunView) -> str:
     """What has changed since the run began, and what each answer leads to."""
-    step = watch.resume_info().step
+    step = run_view.resume_info().step
     kept = f" What it saved up to step {step:,} stays in each case." if step else ""
     again = f"Continue at step {step:,}" if step else "Start again"
     return (
-        f'<p class="notes" role="alert" data-hint="changed">{safe(changed_inputs(watch.changed))} Go on all'
-        f' the same?</p><p class="small num">Reached {_reached(moment)}. With the changes it goes on with'
-        " what is there now, and the result is not that of an unbroken run. To have that one, put back what"
-        f" has changed and press {again}. Or leave the run as it is.{kept}</p>"
+        f'<p class="notes" role="alert" data-hint="changed">{safe(describe_changes(run_view.changed))} Go on'
+        f' all the same?</p><p class="small num">Reached {_reached(snapshot)}. With the changes it goes on'
+        " with what is there now, and the result is not that of an unbroken run. To have that one, put back"
+        f" what has changed and press {again}. Or leave the run as it is.{kept}</p>"
     )
 
 
-def _reached(moment: Moment) -> str:
-    return f"{percent(moment)}%, step {moment.progress.step:,} of {moment.progress.steps:,}"
+def _reached(snapshot: Snapshot) -> str:
+    return f"{percent(snapshot)}%, step {snapshot.progress.step:,} of {snapshot.progress.steps:,}"
 
 
-def _broken(moment: Moment, watch: RunView) -> str:
+def _broken(snapshot: Snapshot, run_view: RunView) -> str:
     """Why it broke off, what to change, and from where it goes on."""
-    after = watch.resume_info()
-    why = watch.reason() or "The run ended without saying why."
+    after = run_view.resume_info()
+    why = run_view.reason() or "The run ended without saying why."
     keeps = (
         f"Nothing before step {after.step:,} is lost: it goes on there with the same result as without the"
         " break."
         if after.step
         else "It had not saved a checkpoint yet, so it starts again from the beginning."
     )
-    lines = "\n".join(log_tail(watch.run.log_file, LOG_LINES))
+    lines = "\n".join(log_tail(run_view.run.log_file, LOG_LINES))
     log = (
         '<details><summary>What it said last</summary><pre class="log"'
         f' tabindex="0">{safe(lines)}</pre></details>'
@@ -223,16 +231,16 @@ def _broken(moment: Moment, watch: RunView) -> str:
         else ""
     )
     return (
-        f'<p class="problem" role="alert">{safe(in_words(why))}</p>{_less_memory(watch)}<p'
-        f' class="small num">Reached {_reached(moment)}. {keeps}</p>{log}'
+        f'<p class="problem" role="alert">{safe(in_words(why))}</p>{_less_memory(run_view)}<p'
+        f' class="small num">Reached {_reached(snapshot)}. {keeps}</p>{log}'
     )
 
 
-def _less_memory(watch: RunView) -> str:
+def _less_memory(run_view: RunView) -> str:
     """For a run that memory was too small for: the two settings to lower, as they are and where they
     stand."""
-    config = watch.config()
-    if config is None or not watch.out_of_memory:
+    config = run_view.config()
+    if config is None or not run_view.out_of_memory:
         return ""
     batch, side = config.train.batch_size, config.train.resolution
     size = f"{side} px" if side else "as the base"
@@ -245,17 +253,17 @@ def _less_memory(watch: RunView) -> str:
     )
 
 
-def _tiles(moment: Moment) -> list[str]:
-    progress = moment.progress
+def _tiles(snapshot: Snapshot) -> list[str]:
+    progress = snapshot.progress
     tiles = [tile(f"{progress.step:,}", f"of {progress.steps:,} steps")]
-    if moment.live:
-        speed = pace(progress.seconds_a_step())
-        tiles.append(tile(clock(progress.seconds_left()), f"left, {speed}" if speed else "left"))
+    if snapshot.live:
+        speed = format_speed(progress.seconds_a_step())
+        tiles.append(tile(format_clock(progress.seconds_left()), f"left, {speed}" if speed else "left"))
     else:
         took = sum(event.seconds for event in progress.losses)
         # Over the whole run: what its last steps took need not fit the time beside it.
-        mean = pace(took / len(progress.losses)) if progress.losses else ""
-        tiles.append(tile(clock(took), f"of training, {mean}" if mean else "taken"))
+        mean = format_speed(took / len(progress.losses)) if progress.losses else ""
+        tiles.append(tile(format_clock(took), f"of training, {mean}" if mean else "taken"))
     loss = progress.smoothed_loss()
     tiles.append(tile(f"{loss:.4f}" if loss is not None else UNKNOWN, "loss, smoothed"))
     if progress.validations:
@@ -266,35 +274,35 @@ def _tiles(moment: Moment) -> list[str]:
     return tiles
 
 
-def _line(moment: Moment, watch: RunView) -> str:
+def _line(snapshot: Snapshot, run_view: RunView) -> str:
     """What it is doing between steps, and the memory that it takes."""
-    if not moment.live:
+    if not snapshot.live:
         return ""
-    progress = moment.progress
+    progress = snapshot.progress
     count = f", {progress.phase_done} of {progress.phase_total}" if progress.phase_total > 1 else ""
     doing = f"{progress.phase}{count}" if progress.phase else "Training"
-    return f'<p class="small num" id="run-phase">{safe(doing)}.{_memory(moment, watch)}</p>'
+    return f'<p class="small num" id="run-phase">{safe(doing)}.{_memory(snapshot, run_view)}</p>'
 
 
-def _memory(moment: Moment, watch: RunView) -> str:
+def _memory(snapshot: Snapshot, run_view: RunView) -> str:
     """What the trainer's process takes, in words; nothing where that is not told."""
-    process = watch.run.live_process()
+    process = run_view.run.live_process()
     held = resident_bytes(process)
     if process is None or held is None:
         return ""
-    card = moment.desk.hardware.card()
+    card = snapshot.app_state.hardware.card()
     own = card.by_process.get(process.pid) if card else None
     # Coarse, so that a line that is looked at each second does not flicker.
-    on_card = f" and {file_size(own)} on the graphics card" if own else ""
+    on_card = f" and {format_bytes(own)} on the graphics card" if own else ""
     return f" Its process holds {round(held / 1e8) / 10:.1f} GB of memory{on_card}."
 
 
-def _remark(moment: Moment) -> str:
-    reason = moment.progress.reason
-    if moment.state == "paused" and reason:
+def _remark(snapshot: Snapshot) -> str:
+    reason = snapshot.progress.reason
+    if snapshot.state == "paused" and reason:
         # A pause that nobody asked for: the drive is full, for instance.
         return f'<p class="problem" role="alert" data-hint="paused">{safe(in_words(reason))}</p>'
-    if moment.state == "stopped" and reason:
+    if snapshot.state == "stopped" and reason:
         # The run's own decision: nothing was gained any more.
         return (
             f'<p role="status" data-hint="early">{safe(in_words(reason))} The file of what it learned is'
@@ -308,15 +316,15 @@ def _remark(moment: Moment) -> str:
             "Ended early on request; the file of what it learned is there, and it can be gone on with."
         ),
     }
-    text = texts.get(moment.state, "")
+    text = texts.get(snapshot.state, "")
     return f'<p class="small">{safe(text)}</p>' if text else ""
 
 
-def charts(moment: Moment) -> str:
+def charts(snapshot: Snapshot) -> str:
     """The two curves side by side, the smoothing of the loss in the person's hand."""
-    if moment.watch is None:
+    if snapshot.run_view is None:
         return ""
-    progress = moment.progress
+    progress = snapshot.progress
     smoothing = (
         '<label class="small smoothing">Smoothing <input type="range" id="smoothing" min="0" max="200"'
         ' step="5" value="50" aria-label="Smoothing of the loss, in steps"></label>'
@@ -324,7 +332,7 @@ def charts(moment: Moment) -> str:
         else ""
     )
     return (
-        f'<div class="panel">{meaning(progress.validations)}<div class="cols2 plots"><div><h3>Gain on'
+        f'<div class="panel">{describe_gain(progress.validations)}<div class="cols2 plots"><div><h3>Gain on'
         f" pictures that it has never seen</h3>{gain_chart(progress.validations)}</div><div><div"
         f' class="row apart"><h3>Training loss</h3>{smoothing}</div>{loss_chart(progress.losses)}</div>'
         f"</div>{_rate(progress.rate)}</div>"
@@ -341,13 +349,13 @@ def _rate(found: RateFound | None) -> str:
     )
 
 
-def log_card(moment: Moment) -> str:
+def log_card(snapshot: Snapshot) -> str:
     """The end of the run's log, and the zip for whoever looks for a defect."""
-    watch = moment.watch
-    if watch is None:
+    run_view = snapshot.run_view
+    if run_view is None:
         return ""
-    lines = "\n".join(log_tail(watch.run.log_file, LOG_LINES)) or "Nothing yet."
-    name = safe(watch.run.name)
+    lines = "\n".join(log_tail(run_view.run.log_file, LOG_LINES)) or "Nothing yet."
+    name = safe(run_view.run.name)
     return (
         '<div class="panel tight"><details id="log"><summary>Log</summary><pre class="log"'
         f' tabindex="0">{safe(lines)}</pre></details><div class="row apart"><span class="small">Something'

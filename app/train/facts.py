@@ -3,8 +3,18 @@ problem."""
 
 import json
 
-from app.formatting import UNKNOWN, about, bar, file_size, many, pace, safe, scientific, tile
-from app.snapshot import Moment
+from app.formatting import (
+    UNKNOWN,
+    format_bytes,
+    format_duration,
+    format_scientific,
+    format_speed,
+    pluralize,
+    progress_bar,
+    safe,
+    tile,
+)
+from app.snapshot import Snapshot
 from app.train.form import for_family
 from lora_core.model_files.hub import Download
 from lora_core.model_files.sizes import export_bytes
@@ -18,20 +28,20 @@ SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated"}
 NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try the demo there."
 
 
-def blockers(moment: Moment) -> list[str]:
+def blockers(snapshot: Snapshot) -> list[str]:
     """Why Start cannot be pressed, each with what to do; empty where it can."""
-    found = unfit(moment)
-    if moment.live and moment.watch:
+    found = unfit(snapshot)
+    if snapshot.live and snapshot.run_view:
         found.append(
-            f"The run {moment.watch.run.name} is going on; pause or stop it first, or add this one to the"
-            " queue."
+            f"The run {snapshot.run_view.run.name} is going on; pause or stop it first, or add this one to"
+            " the queue."
         )
     return found
 
 
-def unfit(moment: Moment) -> list[str]:
+def unfit(snapshot: Snapshot) -> list[str]:
     """What has to be mended before this run can be started or put into the queue."""
-    plan, dataset = moment.plan, moment.desk.project.dataset()
+    plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
     found = list(plan.problems)
     if not dataset.records and not dataset.problems:
         found.append(NO_PICTURES)
@@ -39,21 +49,21 @@ def unfit(moment: Moment) -> list[str]:
         found.append("The base model is not on this computer yet; download it, below its name.")
     elif plan.base.problem:
         found.append("The base model cannot be used; below its name stands why.")
-    known = moment.desk.checks.known(plan.config, dataset)
+    known = snapshot.app_state.checks.known(plan.config, dataset)
     bad_base = bool(plan.base.problem)
     found += [one.sentence for one in known if one.blocking and not (bad_base and one.kind == "base")]
     return list(dict.fromkeys(found))
 
 
-def notes(moment: Moment) -> list[str]:
+def notes(snapshot: Snapshot) -> list[str]:
     """What a person should know before Start, but may disregard."""
-    plan, dataset = moment.plan, moment.desk.project.dataset()
-    known = [one for one in moment.desk.checks.known(plan.config, dataset) if not one.blocking]
+    plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
+    known = [one for one in snapshot.app_state.checks.known(plan.config, dataset) if not one.blocking]
     # What stands below the base's name is not said twice.
     found = [one.sentence for one in known if not (plan.base.remote and one.kind == "base")]
     found += plan.notes
-    hardware = moment.desk.hardware
-    card, worker = hardware.card(), moment.desk.worker
+    hardware = snapshot.app_state.hardware
+    card, worker = hardware.card(), snapshot.app_state.worker
     if card is not None and worker.device == "cpu" and plan.config.train.device == AUTO:
         found.insert(0, card_problem(card, worker.found) + " Until then the processor trains.")
     elif hardware.known and not hardware.has_gpu and not plan.base.embedded:
@@ -65,48 +75,48 @@ def notes(moment: Moment) -> list[str]:
     return found
 
 
-def facts(moment: Moment) -> str:
+def facts(snapshot: Snapshot) -> str:
     """Three figures, a few sentences, and what is in the way."""
-    config, known = moment.plan.config, moment.plan.base.facts
+    config, known = snapshot.plan.config, snapshot.plan.base.facts
     size = export_bytes(known, config) if known else None
-    expected = time_of(moment, config)
-    tried = moment.desk.prober.known(config)
+    expected = time_of(snapshot, config)
+    tried = snapshot.app_state.prober.known(config)
     peak = tried.peak if tried else 0
-    memory = peak or (memory_needed(config, known, moment.desk.hardware.has_gpu) if known else None)
-    if memory and known and not moment.desk.hardware.has_gpu:
-        memory += sum(caption_bytes(moment.desk.project.dataset().records, config, known))
+    memory = peak or (memory_needed(config, known, snapshot.app_state.hardware.has_gpu) if known else None)
+    if memory and known and not snapshot.app_state.hardware.has_gpu:
+        memory += sum(caption_bytes(snapshot.app_state.project.dataset().records, config, known))
     tiles = [
         tile(
-            about(expected.seconds * config.train.steps) if expected else UNKNOWN,
+            format_duration(expected.seconds * config.train.steps) if expected else UNKNOWN,
             SOURCES[expected.source] if expected else "time, known after some steps",
         ),
         tile(
             f"{'' if peak else '~'}{memory / 1e9:.1f} GB" if memory else UNKNOWN,
-            _memory_words(moment, bool(peak)),
+            _memory_words(snapshot, bool(peak)),
         ),
-        tile(file_size(size) if size else UNKNOWN, "file size"),
+        tile(format_bytes(size) if size else UNKNOWN, "file size"),
     ]
-    stops = blockers(moment)
+    stops = blockers(snapshot)
     # That a run is going on is no problem of the form's.
-    tone = "small" if moment.live and len(stops) == 1 else "problem"
+    tone = "small" if snapshot.live and len(stops) == 1 else "problem"
     return (
-        f'<div class="facts three">{"".join(tiles)}</div>{_measuring(moment, expected)}<p'
-        f' class="small">{safe(" ".join(_sentences(moment)))}</p>'
-        + _listed(notes(moment), "small notes", "start-notes")
+        f'<div class="facts three">{"".join(tiles)}</div>{_measuring(snapshot, expected)}<p'
+        f' class="small">{safe(" ".join(_sentences(snapshot)))}</p>'
+        + _listed(notes(snapshot), "small notes", "start-notes")
         + _listed(stops, tone, "start-why")
     )
 
 
-def time_of(moment: Moment, config: RunConfig) -> Forecast | None:
+def time_of(snapshot: Snapshot, config: RunConfig) -> Forecast | None:
     """What a step will take, from all that this window knows."""
-    desk = moment.desk
-    runs = [(watch.progress, watch.config()) for watch, _ in moment.runs]
-    return forecast_step(config, runs, desk.prober.costs(), len(desk.project.dataset().records))
+    app_state = snapshot.app_state
+    runs = [(run_view.progress, run_view.config()) for run_view, _ in snapshot.runs]
+    return forecast_step(config, runs, app_state.prober.costs(), len(app_state.project.dataset().records))
 
 
-def _measuring(moment: Moment, expected: Forecast | None) -> str:
+def _measuring(snapshot: Snapshot, expected: Forecast | None) -> str:
     """Where the time comes from, and the way to measure it; one line in each case, so that nothing jumps."""
-    config, prober = moment.plan.config, moment.desk.prober
+    config, prober = snapshot.plan.config, snapshot.app_state.prober
     source = expected.source if expected else ""
     if prober.working(config):
         done, total = prober.steps_done()
@@ -114,18 +124,19 @@ def _measuring(moment: Moment, expected: Forecast | None) -> str:
         return _line("working", f"Trying some steps{count}.", "unmeasure", "Stop")
     tried = prober.known(config)
     if tried and source == PROBED:
-        return _line("known", f"A step was tried on this computer: {pace(tried.step)}.")
+        return _line("known", f"A step was tried on this computer: {format_speed(tried.step)}.")
     if source == MEASURED:
         return _line(
-            "known", f"A run like it took {pace(expected.seconds if expected else 0)}, samples included."
+            "known",
+            f"A run like it took {format_speed(expected.seconds if expected else 0)}, samples included.",
         )
-    if not moment.plan.base.facts or moment.plan.problems:
+    if not snapshot.plan.base.facts or snapshot.plan.problems:
         return _line("off", "The time is measured once the settings can be used.")
-    if moment.desk.project.dataset().records and not moment.live and prober.follow(config):
+    if snapshot.app_state.project.dataset().records and not snapshot.live and prober.follow(config):
         return _line("soon", "The time is measured in a moment.")
     why = prober.problem(config)
     unknown = "The time is an estimate." if expected else "The time is not known yet."
-    return _line("offered", why or unknown, "measure", "Measure it", _what_it_takes(moment))
+    return _line("offered", why or unknown, "measure", "Measure it", _what_it_takes(snapshot))
 
 
 def _line(state: str, words: str, do: str = "", name: str = "", tip: str = "") -> str:
@@ -133,9 +144,9 @@ def _line(state: str, words: str, do: str = "", name: str = "", tip: str = "") -
     return f'<p class="small num measuring" id="measuring" data-measuring="{state}">{safe(words)}{button}</p>'
 
 
-def _what_it_takes(moment: Moment) -> str:
+def _what_it_takes(snapshot: Snapshot) -> str:
     """What measuring costs, for the button's tip."""
-    base, hardware = moment.plan.base, moment.desk.hardware
+    base, hardware = snapshot.plan.base, snapshot.app_state.hardware
     takes = "Opens the base and takes a few steps on noise; nothing is kept but the time."
     if base.embedded or hardware.has_gpu:
         return takes
@@ -149,14 +160,14 @@ def _listed(sentences: list[str], tone: str, name: str) -> str:
     return f'<ul class="sentences {tone}" id="{name}">{rows}</ul>'
 
 
-def _memory_words(moment: Moment, measured: bool) -> str:
-    card = moment.desk.hardware.card()
+def _memory_words(snapshot: Snapshot, measured: bool) -> str:
+    card = snapshot.app_state.hardware.card()
     words = "memory, measured" if measured else "memory"
     return f"{words}, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
 
 
-def _sentences(moment: Moment) -> list[str]:
-    config, dataset = moment.plan.config, moment.desk.project.dataset()
+def _sentences(snapshot: Snapshot) -> list[str]:
+    config, dataset = snapshot.plan.config, snapshot.app_state.project.dataset()
     sentences = []
     if dataset.records:
         bare = sum(not record.caption for record in dataset.records)
@@ -164,10 +175,11 @@ def _sentences(moment: Moment) -> list[str]:
         shown = sum(record.repeats for record in dataset.records) or 1
         looks = config.train.steps * config.train.batch_size * config.train.accumulate / shown
         sentences.append(
-            f"{many(len(dataset.records), 'picture')}, {captions}. {many(config.train.steps, 'step')} look at"
-            f" each about {many(max(1, round(looks)), 'time')}."
+            f"{pluralize(len(dataset.records), 'picture')}, {captions}."
+            f" {pluralize(config.train.steps, 'step')} look at each"
+            f" about {pluralize(max(1, round(looks)), 'time')}."
         )
-        sentences += _caption_sentences(moment)
+        sentences += _caption_sentences(snapshot)
     if config.optim.range_test:
         sentences.append(
             "A range test finds the learning rate before the first step, beginning around"
@@ -190,27 +202,27 @@ def _sentences(moment: Moment) -> list[str]:
     return sentences
 
 
-def _caption_sentences(moment: Moment) -> list[str]:
+def _caption_sentences(snapshot: Snapshot) -> list[str]:
     """What captions that vary cost, where they do."""
-    known = moment.plan.base.facts
-    records = moment.desk.project.dataset().records
-    drawn = caption_bytes(records, moment.plan.config, known)[1] if known else 0
+    known = snapshot.plan.base.facts
+    records = snapshot.app_state.project.dataset().records
+    drawn = caption_bytes(records, snapshot.plan.config, known)[1] if known else 0
     if not drawn:
         return []
     return [
         "Captions vary from look to look, so each is encoded as it comes; up to"
-        f" {file_size(drawn)} of them stay in memory, none on disk."
+        f" {format_bytes(drawn)} of them stay in memory, none on disk."
     ]
 
 
 def _rate(value: float) -> str:
     """A learning rate that is not broken over two lines."""
-    return scientific(value).replace("-", "\N{NON-BREAKING HYPHEN}")
+    return format_scientific(value).replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
-def base_note(moment: Moment) -> str:
+def base_note(snapshot: Snapshot) -> str:
     """What the chosen base is, and what the form starts with because of it."""
-    plan = moment.plan
+    plan = snapshot.plan
     tone = "problem" if plan.base.problem and not plan.base.remote else "small"
     sentences = [plan.base.sentence]
     own = for_family(plan.goal, plan.level, plan.base.family)
@@ -219,19 +231,19 @@ def base_note(moment: Moment) -> str:
     trained_at = plan.config.train.resolution
     if plan.base.facts and trained_at and trained_at != plan.base.resolution:
         sentences.append(f"You train it at {trained_at} px.")
-    arrived = moment.desk.downloads.arrived
+    arrived = snapshot.app_state.downloads.arrived
     return (
         f'<p class="{tone}" id="base-note" role="status" data-arrived="{arrived}">'
         f"{safe(' '.join(sentences))}</p>"
     )
 
 
-def download_note(moment: Moment) -> str:
+def download_note(snapshot: Snapshot) -> str:
     """What downloading a base of the hub takes, how far it is, and the buttons for it."""
-    base = moment.plan.base
+    base = snapshot.plan.base
     if not base.remote:
         return ""
-    offer = moment.desk.downloads.offer(base.name)
+    offer = snapshot.app_state.downloads.offer(base.name)
     problem = f'<p class="problem" role="alert">{safe(offer.problem)}</p>' if offer.problem else ""
     found = offer.found
     if offer.state == "asking":
@@ -240,18 +252,18 @@ def download_note(moment: Moment) -> str:
         shown = _run_button("download-ask", "Try again")
     elif offer.state == "downloading":
         share = 100 * offer.here // max(found.size, 1)
-        words = f"{file_size(offer.here)} of {file_size(found.size)}, {share}%"
-        shown = bar(share, f"Download of {base.name}") + _said(words, "download-cancel", "Cancel")
+        words = f"{format_bytes(offer.here)} of {format_bytes(found.size)}, {share}%"
+        shown = progress_bar(share, f"Download of {base.name}") + _said(words, "download-cancel", "Cancel")
     else:
         shown = _offered(found)
     return f'<div id="base-download" data-state="{offer.state}">{problem}{shown}</div>'
 
 
 def _offered(found: Download) -> str:
-    here, free = found.here, file_size(found.free)
-    words = f"{file_size(found.size - here)} to download from the hub; {free} are free."
+    here, free = found.here, format_bytes(found.free)
+    words = f"{format_bytes(found.size - here)} to download from the hub; {free} are free."
     if here:
-        words = f"{file_size(here)} of {file_size(found.size)} are here already. {words}"
+        words = f"{format_bytes(here)} of {format_bytes(found.size)} are here already. {words}"
     if not found.fits:
         return _said(f"{words} Make room first, or set HF_HOME to a folder on another drive.")
     return _said(words, "download", "Download the rest" if here else "Download")

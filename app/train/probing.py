@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.worker_client import CANCELLED, Reply, Worker
+from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.errors import RunError
 from lora_core.model_files.detect import Base, chosen_base
 from lora_core.runs.costs import (
@@ -36,7 +36,7 @@ class Prober:
     """What was measured, what is being measured, and why something could not be."""
 
     def __init__(
-        self, workspace: Path, worker: Worker, hardware: Hardware, occupied: Callable[[], str]
+        self, workspace: Path, worker: WorkerClient, hardware: Hardware, occupied: Callable[[], str]
     ) -> None:
         """`occupied` says in a sentence what else needs the machine now, "" where nothing does."""
         self._workspace = workspace

@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.routes import Answer, Refused, sent_json
-from app.state import Desk
+from app.routes import Answer, BadRequest, read_sent_json
+from app.state import AppState
 from app.train.form import Plan
 from app.train.starting import take_settings
 from lora_core.errors import RunError
@@ -25,28 +25,28 @@ QUIT_AFTER = 0.3
 LARGEST_FILE = 2**40
 
 
-def add_run_routes(app: FastAPI, desk: Desk) -> None:
+def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     """Add them to `app`."""
 
     @app.post("/easel/run")
     async def run(request: Request) -> Response:
-        sent = await sent_json(request)
-        await asyncio.to_thread(steer, desk, str(sent.get("do")), str(sent.get("run", "")))
+        sent = await read_sent_json(request)
+        await asyncio.to_thread(do_run_action, app_state, str(sent.get("do")), str(sent.get("run", "")))
         return Answer({"done": True})
 
     @app.post("/easel/queue")
     async def queue(request: Request) -> Response:
-        sent = await sent_json(request)
-        await asyncio.to_thread(desk.queue.act, str(sent.get("do")), str(sent.get("run", "")))
+        sent = await read_sent_json(request)
+        await asyncio.to_thread(app_state.queue.act, str(sent.get("do")), str(sent.get("run", "")))
         return Answer({"done": True})
 
     @app.get("/easel/debug/{name}")
     async def debug(name: str) -> Response:
-        found = RunFolder(runs_folder(desk.workspace) / check_run_name(name))
+        found = RunFolder(runs_folder(app_state.workspace) / check_run_name(name))
         if not found.config_file.is_file():
-            raise Refused(name)
-        card = desk.hardware.card()
-        data = await asyncio.to_thread(debug_zip, found, desk.workspace, card.name if card else "")
+            raise BadRequest(name)
+        card = app_state.hardware.card()
+        data = await asyncio.to_thread(debug_zip, found, app_state.workspace, card.name if card else "")
         headers = {"Content-Disposition": 'attachment; filename="lora-easel-debug.zip"'}
         return Response(data, media_type="application/zip", headers=headers)
 
@@ -55,18 +55,18 @@ def add_run_routes(app: FastAPI, desk: Desk) -> None:
         header = await _body(request, MAX_HEADER + 8)
         size = request.query_params.get("size", "")
         name = request.query_params.get("name", "the file")[:200]
-        await asyncio.to_thread(_take_header, desk, header, size, name)
+        await asyncio.to_thread(_take_header, app_state, header, size, name)
         return Answer({"taken": True})
 
     @app.post("/easel/quit")
     async def leave() -> Response:
-        live = desk.jobs.live()
+        live = app_state.jobs.live()
         # A run is a process of its own and the queue has its owner: both go on.
-        threading.Timer(QUIT_AFTER, desk.on_quit).start()
-        return Answer({"run": live.run.name if live else "", "queue": desk.queue.is_running})
+        threading.Timer(QUIT_AFTER, app_state.on_quit).start()
+        return Answer({"run": live.run.name if live else "", "queue": app_state.queue.is_running})
 
 
-def steer(desk: Desk, do: str, name: str) -> None:
+def do_run_action(app_state: AppState, do: str, name: str) -> None:
     """What a button of a run asks for.
 
     Raises:
@@ -74,15 +74,15 @@ def steer(desk: Desk, do: str, name: str) -> None:
         Refused: there is no such action.
     """
     if do in ("pause", "stop", "save", "preview"):
-        desk.jobs.request(do)
+        app_state.jobs.request(do)
         return
     if do == "measure":
-        desk.prober.begin(Plan(desk.project).config)
+        app_state.prober.begin(Plan(app_state.project).config)
         return
     if do == "unmeasure":
-        desk.prober.cancel()
+        app_state.prober.cancel()
         return
-    downloads, base = desk.downloads, Plan(desk.project).base.name
+    downloads, base = app_state.downloads, Plan(app_state.project).base.name
     loads: dict[str, Callable[[], None]] = {
         "download": lambda: downloads.start(base),
         "download-cancel": downloads.cancel,
@@ -93,24 +93,24 @@ def steer(desk: Desk, do: str, name: str) -> None:
         return
     acts: dict[str, Callable[[str], Any]] = {
         # The Preview tab draws the strip of this run when it is opened.
-        "see": lambda run: desk.project.keep(preview_strip=check_run_name(run)),
-        "resume": desk.jobs.resume,
-        "accept": lambda run: desk.jobs.resume(run, accept_changes=True),
-        "show": desk.jobs.show,
-        "delete": desk.jobs.delete,
+        "see": lambda run: app_state.project.keep(preview_strip=check_run_name(run)),
+        "resume": app_state.jobs.resume,
+        "accept": lambda run: app_state.jobs.resume(run, accept_changes=True),
+        "show": app_state.jobs.show,
+        "delete": app_state.jobs.delete,
     }
     if do not in acts:
-        raise Refused("no such action")
-    current = desk.jobs.current()
+        raise BadRequest("no such action")
+    current = app_state.jobs.current()
     if not name and current is not None:
         name = current.run.name
     if do in ("resume", "accept"):
         # A run needs the memory more than a picture does.
-        desk.worker.release()
+        app_state.worker.release()
     acts[do](name)
 
 
-def _take_header(desk: Desk, header: bytes, size: str, name: str) -> None:
+def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> None:
     """Read settings from the header of a file whose numbers stayed in the browser.
 
     A file of the same length without the numbers is read in its place, so that all that is checked of a file
@@ -118,7 +118,7 @@ def _take_header(desk: Desk, header: bytes, size: str, name: str) -> None:
     """
     if not re.fullmatch("[0-9]{1,13}", size) or not len(header) <= int(size) <= LARGEST_FILE:
         raise RunError("The size of the dropped file does not fit its header.")
-    folder = desk.workspace / "tmp"
+    folder = app_state.workspace / "tmp"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"like-{threading.get_ident()}.safetensors"
     try:
@@ -130,7 +130,7 @@ def _take_header(desk: Desk, header: bytes, size: str, name: str) -> None:
         raise RunError(f"The dropped file could not be looked at: {error.strerror or error}.") from error
     finally:
         file.unlink(missing_ok=True)
-    desk.like_said = take_settings(desk.project, found, name)
+    app_state.like_said = take_settings(app_state.project, found, name)
 
 
 async def _body(request: Request, most: int) -> bytes:
@@ -138,5 +138,5 @@ async def _body(request: Request, most: int) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > most:
-            raise Refused("too long")
+            raise BadRequest("too long")
     return body

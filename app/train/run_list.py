@@ -3,11 +3,11 @@
 import json
 from typing import Any
 
-from app.export.report_card import in_list
-from app.formatting import about, changed_inputs, chip, file_size, many, safe, state_chip
+from app.export.report_card import report_entry
+from app.formatting import chip, describe_changes, format_bytes, format_duration, pluralize, safe, state_chip
 from app.header import accept_button
 from app.jobs import RESUMABLE, RunView
-from app.snapshot import Moment, asks
+from app.snapshot import Snapshot, asks_to_accept
 from app.train.checks import in_words
 from lora_core.errors import RunError
 from lora_core.runs.queue import RUNNING, WAITING, QueuedRun
@@ -28,9 +28,9 @@ def _button(words: str, path: str, body: dict[str, Any], **options: str) -> str:
     )
 
 
-def queue_card(moment: Moment) -> str:
+def queue_card(snapshot: Snapshot) -> str:
     """What waits, in order; nothing where nothing ever waited."""
-    queue = moment.desk.queue
+    queue = snapshot.app_state.queue
     try:
         jobs, ended = queue.jobs(), queue.ended()
     except RunError as error:
@@ -39,18 +39,20 @@ def queue_card(moment: Moment) -> str:
     if not jobs and not failed:
         return ""
     waiting = [job.run for job in jobs if job.state == WAITING]
-    asking = {watch.run.name: watch for watch, state in moment.runs if asks(watch, state)}
+    asking = {
+        run_view.run.name: run_view for run_view, state in snapshot.runs if asks_to_accept(run_view, state)
+    }
     rows = "".join(_job_row(job, waiting, asking.get(job.run)) for job in [*jobs, *failed])
     return (
         f'<div class="panel" id="queue-list" data-waiting="{len(waiting)}"'
         f' data-worked="{int(queue.is_running)}"><div class="row'
-        f' apart"><h2>Queue</h2>{_queue_switch(moment, bool(jobs))}</div><p'
-        f' class="small">{_queue_words(moment, jobs)}</p><div class="list">{rows}</div></div>'
+        f' apart"><h2>Queue</h2>{_queue_switch(snapshot, bool(jobs))}</div><p'
+        f' class="small">{_queue_words(snapshot, jobs)}</p><div class="list">{rows}</div></div>'
     )
 
 
-def _queue_switch(moment: Moment, anything: bool) -> str:
-    if moment.desk.queue.is_running:
+def _queue_switch(snapshot: Snapshot, anything: bool) -> str:
+    if snapshot.app_state.queue.is_running:
         tip = "Pauses the run in hand, which then waits again; nothing is lost."
         return _button("Pause the queue", "queue", {"do": "pause"}, tip=tip)
     why = "" if anything else "Nothing waits in the queue."
@@ -59,10 +61,10 @@ def _queue_switch(moment: Moment, anything: bool) -> str:
     )
 
 
-def _queue_words(moment: Moment, jobs: list[QueuedRun]) -> str:
+def _queue_words(snapshot: Snapshot, jobs: list[QueuedRun]) -> str:
     if not jobs:
         return "Worked through. What failed says why; the others went on."
-    if not moment.desk.queue.is_running:
+    if not snapshot.app_state.queue.is_running:
         return "It is not being worked through; start it when you like. It survives a restart."
     return "One after the other, also after a failure and when this window is closed."
 
@@ -88,7 +90,7 @@ def _job_row(job: QueuedRun, waiting: list[str], asking: RunView | None) -> str:
     if job.state != RUNNING:
         tip = "Takes it out of the queue; a run that began stays below."
         actions += _button("Remove", "queue", {"do": "remove", "run": name}, tip=tip)
-    told = f"{changed_inputs(asking.changed)} Decide below, under Runs." if asking else in_words(job.reason)
+    told = f"{describe_changes(asking.changed)} Decide below, under Runs." if asking else in_words(job.reason)
     why = f'<span class="small">{safe(told)}</span>' if told else ""
     return (
         f'<div class="row apart" data-job="{safe(name)}" data-job-state="{job.state}"><div'
@@ -97,58 +99,62 @@ def _job_row(job: QueuedRun, waiting: list[str], asking: RunView | None) -> str:
     )
 
 
-def earlier(moment: Moment) -> str:
+def earlier(snapshot: Snapshot) -> str:
     """The other runs of the open project, newest first; with a single run, that one, so that it can be
     deleted. Those of other projects are folded below."""
-    listed = [(w, s) for w, s in moment.runs if not (s == "queued" and moment.desk.queue.holds(w.run.name))]
-    listed = [(w, s) for w, s in listed if w is not moment.watch or not moment.live]
-    listed.sort(key=lambda one: one[0] is not moment.watch)
+    listed = [
+        (w, s) for w, s in snapshot.runs if not (s == "queued" and snapshot.app_state.queue.holds(w.run.name))
+    ]
+    listed = [(w, s) for w, s in listed if w is not snapshot.run_view or not snapshot.live]
+    listed.sort(key=lambda one: one[0] is not snapshot.run_view)
     own: list[tuple[RunView, str]] = []
     others: list[tuple[RunView, str]] = []
     for one in listed:
-        (own if moment.desk.jobs.own(one[0]) else others).append(one)
+        (own if snapshot.app_state.jobs.own(one[0]) else others).append(one)
     if not own and not others:
         return ""
-    mine = _rows(moment, own) if own else '<p class="small">No earlier run of this project yet.</p>'
+    mine = _rows(snapshot, own) if own else '<p class="small">No earlier run of this project yet.</p>'
     folded = (
-        f'<details id="other-runs"><summary>{many(len(others), "run")} of other projects</summary>'
-        f"{_rows(moment, others)}</details>"
+        f'<details id="other-runs"><summary>{pluralize(len(others), "run")} of other projects</summary>'
+        f"{_rows(snapshot, others)}</details>"
         if others
         else ""
     )
     return f'<div class="panel"><h2>Runs</h2>{mine}{folded}</div>'
 
 
-def _rows(moment: Moment, listed: list[tuple[RunView, str]]) -> str:
-    rows = "".join(_run_row(moment, watch, state) for watch, state in listed[:MOST_EARLIER])
+def _rows(snapshot: Snapshot, listed: list[tuple[RunView, str]]) -> str:
+    rows = "".join(_run_row(snapshot, run_view, state) for run_view, state in listed[:MOST_EARLIER])
     more = len(listed) - MOST_EARLIER
-    note = f'<p class="small">And {many(more, "older run")} in the workspace.</p>' if more > 0 else ""
+    note = f'<p class="small">And {pluralize(more, "older run")} in the workspace.</p>' if more > 0 else ""
     return f'<div class="list">{rows}</div>{note}'
 
 
-def _run_row(moment: Moment, watch: RunView, state: str) -> str:
-    progress, name, after = watch.progress, watch.run.name, watch.resume_info()
-    parts = [f"{progress.step:,} of {many(progress.steps, 'step')}" if progress.steps else "no step yet"]
+def _run_row(snapshot: Snapshot, run_view: RunView, state: str) -> str:
+    progress, name, after = run_view.progress, run_view.run.name, run_view.resume_info()
+    parts = [f"{progress.step:,} of {pluralize(progress.steps, 'step')}" if progress.steps else "no step yet"]
     best = next((e for e in reversed(progress.validations) if e.best), None)
     if best is not None:
         parts.append(f"best gain {best.gain:+.4f} at {best.step:,}")
     took = sum(event.seconds for event in progress.losses)
-    parts += [about(took)] if took else []
-    parts.append(file_size(after.size))
-    busy = "A run is going on; pause or stop it first." if moment.live else ""
+    parts += [format_duration(took)] if took else []
+    parts.append(format_bytes(after.size))
+    busy = "A run is going on; pause or stop it first." if snapshot.live else ""
     words = f"Continue at {after.step:,}" if after.step else "Start again"
     resume = _button(words, "run", {"do": "resume", "run": name}, why=busy) if state in RESUMABLE else ""
-    yes = accept_button(watch, tone="quiet", why=busy) if asks(watch, state) else ""
-    seen = "" if watch is moment.watch else _button("Show", "run", {"do": "show", "run": name}, why=busy)
+    yes = accept_button(run_view, tone="quiet", why=busy) if asks_to_accept(run_view, state) else ""
+    seen = (
+        "" if run_view is snapshot.run_view else _button("Show", "run", {"do": "show", "run": name}, why=busy)
+    )
     ask = f"Move the run {name} with its samples and files to the trash?"
     delete = _button("Delete", "run", {"do": "delete", "run": name}, confirm=ask, label=f"Delete {name}")
     folder = (
-        f'<button type="button" class="own quiet" data-copy="{safe(watch.run.path)}"'
-        f' title="{safe(watch.run.path)}" aria-label="Copy the path of {safe(name)}">Copy path</button>'
+        f'<button type="button" class="own quiet" data-copy="{safe(run_view.run.path)}"'
+        f' title="{safe(run_view.run.path)}" aria-label="Copy the path of {safe(name)}">Copy path</button>'
     )
-    report = in_list(watch, after.step > 0)
-    why = watch.reason() if state in ("failed", "interrupted") else ""
-    told = changed_inputs(watch.changed) if yes else in_words(why)
+    report = report_entry(run_view, after.step > 0)
+    why = run_view.reason() if state in ("failed", "interrupted") else ""
+    told = describe_changes(run_view.changed) if yes else in_words(why)
     reason = f'<p class="small">{safe(told)}</p>' if told else ""
     return (
         f'<div class="row apart" data-run="{safe(name)}"><div'

@@ -2,8 +2,8 @@
 
 from app.formatting import safe
 from app.jobs import RunView
-from app.routes import address
-from app.snapshot import Moment
+from app.routes import image_url
+from app.snapshot import Snapshot
 from lora_core.runs.costs import how_often
 from lora_core.runs.events import PreviewDone
 from lora_core.runs.folder import runs_folder
@@ -12,12 +12,12 @@ RAW = ", raw adapter (above: its average)"
 MOST_ROWS, FEWEST_COLUMNS, MOST_COLUMNS = 4, 3, 6
 
 
-def samples(moment: Moment) -> str:
+def samples_card(snapshot: Snapshot) -> str:
     """All rows; a click on one opens it large."""
-    watch = moment.watch
-    if watch is None:
+    run_view = snapshot.run_view
+    if run_view is None:
         return ""
-    rounds = shown_rounds(moment.progress.previews)
+    rounds = select_rounds(snapshot.progress.previews)
     head = (
         '<div class="row apart"><h2>Samples</h2><span class="small">each row one prompt, same noise; first'
         " the base, then the newest</span></div>"
@@ -27,10 +27,10 @@ def samples(moment: Moment) -> str:
             f'<div class="panel">{head}<p class="small">The first ones show the base, before it learns'
             " anything.</p></div>"
         )
-    columns = _columns(watch, len(rounds))
+    columns = _columns(run_view, len(rounds))
     kinds = (False, True) if any(one.raw_files for one in rounds) else (False,)
     strips = [
-        _strip(moment, watch, rounds, (row, raw), columns)
+        _strip(snapshot, run_view, rounds, (row, raw), columns)
         for row in range(min(MOST_ROWS, max(len(r.files) for r in rounds)))
         for raw in kinds
     ]
@@ -38,18 +38,18 @@ def samples(moment: Moment) -> str:
 
 
 def _strip(
-    moment: Moment, watch: RunView, rounds: list[PreviewDone], which: tuple[int, bool], columns: int
+    snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone], which: tuple[int, bool], columns: int
 ) -> str:
     """The pictures of one prompt over the rounds; `which`: its number, and whether of the raw adapter."""
     row, raw = which
-    root = runs_folder(moment.desk.workspace)
+    root = runs_folder(snapshot.app_state.workspace)
     prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
     words = safe(f"{prompt}{RAW if raw else ''}")
     cells = []
     for one in rounds:
         files = one.raw_files if raw else one.files
         if row < len(files):
-            link = safe(address("run", root, watch.run.path / files[row]))
+            link = safe(image_url("run", root, run_view.run.path / files[row]))
             shown = safe(one.prompts[row] if row < len(one.prompts) else "")
             step = f"step {one.step:,}" + (", the base" if one.step == 0 else "")
             cells.append(
@@ -63,14 +63,14 @@ def _strip(
     )
 
 
-def _columns(watch: RunView, there: int) -> int:
+def _columns(run_view: RunView, there: int) -> int:
     """As many as the run will fill, so that pictures keep their size while more of them come."""
-    config = watch.config()
+    config = run_view.config()
     planned = how_often(config.train.steps, config.preview.every) if config else 0
     return min(MOST_COLUMNS, max(FEWEST_COLUMNS, planned, there))
 
 
-def shown_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:
+def select_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:
     """The first, then the newest, and as many between as fit, evenly spread, backwards in time."""
     if len(rounds) > MOST_COLUMNS:
         last = len(rounds) - 1

@@ -6,9 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-from app.bindings import QUIET, Parts, piece
-from app.formatting import many, safe
-from app.snapshot import Moment, moment_of
+from app.bindings import QUIET, Bindings, html_block
+from app.formatting import pluralize, safe
+from app.snapshot import Snapshot, take_snapshot
 from app.train.facts import blockers, facts, unfit
 from app.train.form import FORM, command_line, keep_typed, shown, widget_values
 from app.train.train_form import TrainForm
@@ -20,48 +20,48 @@ from lora_core.settings.config import RunConfig, label_of
 MOST_LISTED = 8
 
 
-def build_start(parts: Parts, form: TrainForm) -> None:
+def build_start(bindings: Bindings, form: TrainForm) -> None:
     """What will happen, the buttons that make it happen, and the command that does the same."""
     name = gr.Textbox(
         label="Name of the run", placeholder="date and dataset", elem_id="run-name", lines=1, max_lines=1
     )
-    parts.live(piece(elem_id="facts"), facts)
+    bindings.follow(html_block(elem_id="facts"), facts)
     with gr.Row(elem_classes="start-row"):
         start = gr.Button(
             "Start training", variant="primary", interactive=False, elem_id="start", elem_classes="big"
         )
         queue = gr.Button("Add to queue", interactive=False, elem_id="add-to-queue", elem_classes="big")
-    parts.live(start, lambda m: gr.update(interactive=not blockers(m)))
-    parts.live(queue, lambda m: gr.update(interactive=not unfit(m)))
-    note = piece(elem_id="start-note")
-    parts.live(piece(elem_id="command"), command)
-    inputs = [name, parts.trigger, form.seen, *form.fields]
+    bindings.follow(start, lambda snap: gr.update(interactive=not blockers(snap)))
+    bindings.follow(queue, lambda snap: gr.update(interactive=not unfit(snap)))
+    note = html_block(elem_id="start-note")
+    bindings.follow(html_block(elem_id="command"), command)
+    inputs = [name, bindings.trigger, form.seen, *form.fields]
     for button, do in ((start, "start"), (queue, "queue")):
-        act = functools.partial(_pressed, parts, do)
-        parts.action(button.click(act, inputs, [name, note], **QUIET))
+        act = functools.partial(_pressed, bindings, do)
+        bindings.refresh_after(button.click(act, inputs, [name, note], **QUIET))
 
 
 def _pressed(
-    parts: Parts, do: str, run_name: str, trigger: str, seen: list[Any] | None, *values: Any
+    bindings: Bindings, do: str, run_name: str, trigger: str, seen: list[Any] | None, *values: Any
 ) -> tuple[Any, str]:
-    desk = parts.desk
+    app_state = bindings.app_state
     # The press of the button takes all with it: what was typed last may still be on its way to the draft.
-    keep_typed(desk.project, seen, list(values))
-    desk.project.keep(trigger=(trigger or "").strip())
+    keep_typed(app_state.project, seen, list(values))
+    app_state.project.keep(trigger=(trigger or "").strip())
     try:
-        config = ready_config(parts, (run_name or "").strip(), do)
+        config = ready_config(bindings, (run_name or "").strip(), do)
         if do == "queue":
-            run = desk.queue.add(config)
+            run = app_state.queue.add(config)
             return "", f'<p class="small" role="status">{safe(run.name)} waits in the queue.</p>'
         # A run needs the memory more than a picture does; the worker loads again when it is asked.
-        desk.worker.release()
-        desk.jobs.start(config)
+        app_state.worker.release()
+        app_state.jobs.start(config)
     except LoraError as error:
         return gr.skip(), f'<p class="problem" role="alert">{safe(error)}</p>'
     return "", ""
 
 
-def ready_config(parts: Parts, name: str, do: str = "start") -> RunConfig:
+def ready_config(bindings: Bindings, name: str, do: str = "start") -> RunConfig:
     """The settings that the form stands for, once all of it was looked at.
 
     Args:
@@ -72,22 +72,22 @@ def ready_config(parts: Parts, name: str, do: str = "start") -> RunConfig:
     Raises:
         LoraError: something is in the way; all of it in one message.
     """
-    desk = parts.desk
-    moment = moment_of(desk)
-    config = moment.plan.config.changed({"name": name})
-    found = list(moment.plan.problems) or [
-        one.sentence for one in desk.checks.now(config, desk.project.dataset()) if one.blocking
+    app_state = bindings.app_state
+    snapshot = take_snapshot(app_state)
+    config = snapshot.plan.config.changed({"name": name})
+    found = list(snapshot.plan.problems) or [
+        one.sentence for one in app_state.checks.now(config, app_state.project.dataset()) if one.blocking
     ]
-    stops = blockers(moment) if do == "start" else unfit(moment)
+    stops = blockers(snapshot) if do == "start" else unfit(snapshot)
     sentences = list(dict.fromkeys([*found, *stops]))
     if sentences:
         raise LoraError(" ".join(sentences))
     return config
 
 
-def command(moment: Moment) -> str:
+def command(snapshot: Snapshot) -> str:
     """The same as a command, to copy."""
-    plan = moment.plan
+    plan = snapshot.plan
     line = safe(command_line(plan.config, plan.goal, plan.level, plan.base.family))
     return (
         f'<details id="as-command"><summary>As a command</summary><pre class="log" tabindex="0">{line}</pre>'
@@ -95,11 +95,11 @@ def command(moment: Moment) -> str:
     )
 
 
-def build_like(parts: Parts, form: TrainForm) -> None:
+def build_like(bindings: Bindings, form: TrainForm) -> None:
     """Train like a file: drop it or give its path, and its settings come into the form."""
-    desk = parts.desk
+    app_state = bindings.app_state
     with gr.Column(elem_classes="group"), gr.Accordion("Train like a LoRA file", open=False):
-        piece(
+        html_block(
             '<div id="like-drop" class="empty like"><p class="small">Drop any LoRA here, or <label'
             ' class="link">choose one<input type="file" id="like-file" accept=".safetensors"'
             ' aria-label="Choose a LoRA file whose settings are taken"></label>. Its settings come into'
@@ -114,29 +114,29 @@ def build_like(parts: Parts, form: TrainForm) -> None:
                 max_lines=1,
             )
             take = gr.Button("Take its settings", elem_id="like-take", min_width=0, scale=0)
-        note = piece(elem_id="like-note")
+        note = html_block(elem_id="like-note")
 
     def from_path(text: str) -> list[Any]:
         name = (text or "").strip().strip('"')
         if not name:
             return [_problem("Choose a file, or type its path first."), *(gr.skip() for _ in outputs[1:])]
         try:
-            said = take_settings(desk.project, like_file(Path(name).expanduser()), Path(name).name)
+            said = take_settings(app_state.project, like_file(Path(name).expanduser()), Path(name).name)
         except (LoraError, OSError, ValueError) as error:
             return [_problem(str(error)), *(gr.skip() for _ in outputs[1:])]
         return [said, *_refilled()]
 
     def from_drop() -> list[Any]:
-        return [desk.like_said, *_refilled()]
+        return [app_state.like_said, *_refilled()]
 
     def _refilled() -> list[Any]:
-        values = widget_values(desk.project)
-        return [desk.project.draft().get("trigger") or "", values, *values]
+        values = widget_values(app_state.project)
+        return [app_state.project.draft().get("trigger") or "", values, *values]
 
-    outputs = [note, parts.trigger, form.seen, *form.fields]
-    parts.action(gr.on([take.click, path.submit], from_path, path, outputs, **QUIET))
+    outputs = [note, bindings.trigger, form.seen, *form.fields]
+    bindings.refresh_after(gr.on([take.click, path.submit], from_path, path, outputs, **QUIET))
     dropped = gr.Button("Settings of the dropped file", elem_id="like-taken", visible="hidden")
-    parts.action(dropped.click(from_drop, None, outputs, **QUIET))
+    bindings.refresh_after(dropped.click(from_drop, None, outputs, **QUIET))
 
 
 def _problem(text: str) -> str:
@@ -159,9 +159,8 @@ def take_settings(project: Any, like: Like, name: str) -> str:
 
 def like_words(like: Like, name: str, taken: dict[str, Any], changed: list[str]) -> str:
     """What was taken from a file and what was not."""
-    rows = [
-        f"From {name}: {like.source}. {many(len(taken), 'setting')} taken, {len(changed)} of them new here."
-    ]
+    count = pluralize(len(taken), "setting")
+    rows = [f"From {name}: {like.source}. {count} taken, {len(changed)} of them new here."]
     told = [f"{label_of(n)} {shown(n, taken[n])}" for n in changed[:MOST_LISTED]]
     more = f" and {len(changed) - MOST_LISTED} more" if len(changed) > MOST_LISTED else ""
     if told:

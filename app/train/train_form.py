@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from app.bindings import QUIET, TYPING, Parts, edited, piece
+from app.bindings import QUIET, TYPING, Bindings, edit_events, html_block
 from app.formatting import safe
-from app.snapshot import Moment
+from app.snapshot import Snapshot
 from app.train.base_picker import HIDDEN_INFO, build_picker, wire_picker
 from app.train.form import (
     FORM,
@@ -38,11 +38,11 @@ UNMATCHED = "unmatched"
 class TrainForm:
     """The widgets of the form and what belongs to them."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, bindings: Bindings) -> None:
         """Lay the form out and wire it."""
-        self.parts = parts
+        self.bindings = bindings
         self.folds: dict[str, Any] = {}
-        made, added = build_picker(parts)
+        made, added = build_picker(bindings)
         self._build_basic(made)
         search = self._build_advanced(made)
         self.widgets: dict[str, Any] = {name: made[name] for name in FORM}
@@ -51,12 +51,12 @@ class TrainForm:
         # would write its old values over what the first has typed since.
         self.seen = gr.State(None)
         for index, name in enumerate(FORM):
-            parts.fill(self.widgets[name], functools.partial(_widget_value, parts, index))
-        parts.fill(self.goal, lambda: choice(parts.desk.project.draft())[0])
-        parts.fill(self.level, lambda: choice(parts.desk.project.draft())[1])
-        parts.fill(self.seen, lambda: widget_values(parts.desk.project))
+            bindings.fill_on_load(self.widgets[name], functools.partial(_widget_value, bindings, index))
+        bindings.fill_on_load(self.goal, lambda: choice(bindings.app_state.project.draft())[0])
+        bindings.fill_on_load(self.level, lambda: choice(bindings.app_state.project.draft())[1])
+        bindings.fill_on_load(self.seen, lambda: widget_values(bindings.app_state.project))
         self._wire(search)
-        wire_picker(parts, self.widgets, self.level, added, self.seen)
+        wire_picker(bindings, self.widgets, self.level, added, self.seen)
 
     def _build_basic(self, made: dict[str, Any]) -> None:
         with gr.Row(elem_classes="pair"):
@@ -75,11 +75,13 @@ class TrainForm:
                 elem_id="resolution",
                 elem_classes=HIDDEN_INFO,
             )
-        self.parts.live(made["train.resolution"], lambda m: gr.update(choices=_resolutions(_own_size(m))))
+        self.bindings.follow(
+            made["train.resolution"], lambda snap: gr.update(choices=_resolutions(_own_size(snap)))
+        )
 
     def _build_advanced(self, made: dict[str, Any]) -> Any:
         with gr.Column(elem_classes="group advanced"):
-            self.parts.live(piece(elem_id="changed"), _changed)
+            self.bindings.follow(html_block(elem_id="changed"), _changed)
             search = gr.Textbox(
                 label="Find a setting",
                 placeholder="Find a setting: rank, clip skip, warm-up ...",
@@ -87,18 +89,18 @@ class TrainForm:
                 lines=1,
                 max_lines=1,
             )
-            self.none = piece(elem_id="find-none")
+            self.none = html_block(elem_id="find-none")
         for group in FOLDED:
             with gr.Column(elem_classes="group", elem_id=f"group-{_slug(group)}"):
-                note = piece(elem_classes="group-note")
-                self.parts.live(note, functools.partial(_group_note, group))
+                note = html_block(elem_classes="group-note")
+                self.bindings.follow(note, functools.partial(_group_note, group))
                 with gr.Accordion(group, open=False) as self.folds[group]:
                     for name in group_fields(group):
                         made[name] = widget(name, elem_id=_field_id(name), elem_classes=HIDDEN_INFO)
         return search
 
     def _wire(self, search: Any) -> None:
-        project, parts = self.parts.desk.project, self.parts
+        project, bindings = self.bindings.app_state.project, self.bindings
 
         def typed(seen: list[Any] | None, *values: Any) -> list[Any]:
             keep_typed(project, seen, list(values))
@@ -119,18 +121,20 @@ class TrainForm:
 
         kept = [field for name, field in self.widgets.items() if name != "model.base"]
         # A group that is unfolded renders its fields anew, which is no typing: only a person's events count.
-        events = [event for field in kept for event in edited(field)]
-        parts.action(gr.on(events, typed, [self.seen, *self.fields], self.seen, **TYPING))
+        events = [event for field in kept for event in edit_events(field)]
+        bindings.refresh_after(gr.on(events, typed, [self.seen, *self.fields], self.seen, **TYPING))
         choices = [self.widgets["model.base"], self.goal, self.level]
         filled = [self.seen, *self.fields]
         for chosen in (self.goal, self.level):
-            parts.action(chosen.input(left_or_chosen, choices, filled, **TYPING))
+            bindings.refresh_after(chosen.input(left_or_chosen, choices, filled, **TYPING))
         reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")
-        parts.action(reset.click(preset_chosen, choices, filled, **QUIET))
+        bindings.refresh_after(reset.click(preset_chosen, choices, filled, **QUIET))
         for group in FOLDED:
             back = gr.Button(f"Reset {group}", elem_id=f"reset-{_slug(group)}", visible="hidden")
             own = [self.widgets[name] for name in group_fields(group)]
-            parts.action(back.click(functools.partial(self._reset, group), None, [self.seen, *own], **QUIET))
+            bindings.refresh_after(
+                back.click(functools.partial(self._reset, group), None, [self.seen, *own], **QUIET)
+            )
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
         # Its input event swallows the first key. Nothing is ever put into it: each change is a person's.
@@ -138,7 +142,7 @@ class TrainForm:
 
     def _reset(self, group: str) -> list[Any]:
         """Put a group's settings back to the preset's."""
-        project = self.parts.desk.project
+        project = self.bindings.app_state.project
         preset = Plan(project).preset
         standard = dict(zip(FORM, form_values(preset), strict=True))
         own = {name: standard[name] for name in group_fields(group)}
@@ -181,8 +185,8 @@ def _field_id(name: str) -> str:
     return name.replace(".", "-").replace("_", "-")
 
 
-def _own_size(moment: Moment) -> int:
-    base = moment.plan.base
+def _own_size(snapshot: Snapshot) -> int:
+    base = snapshot.plan.base
     return base.resolution if base.family else 0
 
 
@@ -192,13 +196,13 @@ def _resolutions(own: int) -> list[tuple[str, int]]:
     return [(words, 0), *((str(side), side) for side in RESOLUTIONS if side != own)]
 
 
-def _widget_value(parts: Parts, index: int) -> Any:
-    return widget_values(parts.desk.project)[index]
+def _widget_value(bindings: Bindings, index: int) -> Any:
+    return widget_values(bindings.app_state.project)[index]
 
 
-def _group_note(group: str, moment: Moment) -> str:
+def _group_note(group: str, snapshot: Snapshot) -> str:
     """What a folded group holds; where something was changed, the way back."""
-    config, preset = moment.plan.config, moment.plan.preset
+    config, preset = snapshot.plan.config, snapshot.plan.preset
     words = f"<span>{safe(summary(group, config, preset))}</span>"
     if not changed_names(config, preset, group_fields(group)):
         return words
@@ -208,10 +212,10 @@ def _group_note(group: str, moment: Moment) -> str:
     )
 
 
-def _changed(moment: Moment) -> str:
+def _changed(snapshot: Snapshot) -> str:
     """How much differs from the preset, with the way back."""
     names = [name for name in FORM if name != "model.base"]
-    changed = changed_names(moment.plan.config, moment.plan.preset, names)
+    changed = changed_names(snapshot.plan.config, snapshot.plan.preset, names)
     titles = safe(", ".join(label_of(name) for name in changed))
     words = f"{len(changed)} changed from preset" if changed else "as the preset has it"
     reset = '<button type="button" class="own quiet" data-press="reset">Reset all</button>' if changed else ""

@@ -8,12 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from app.bindings import QUIET, Parts, piece
+from app.bindings import QUIET, Bindings, html_block
 from app.formatting import safe
 from app.guard import is_loopback
 from app.train import cards
 from app.train.run_list import earlier, queue_card
-from app.train.samples import samples
+from app.train.samples import samples_card
 from app.train.starting import build_like, build_start
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError
@@ -27,11 +27,11 @@ ENVIRONMENT = (
 )
 
 
-def build_telling(parts: Parts) -> None:
+def build_notifications(bindings: Bindings) -> None:
     """A field, and buttons to keep it and to try it."""
-    workspace = parts.desk.workspace
+    workspace = bindings.app_state.workspace
     with gr.Column(elem_classes="group"), gr.Accordion("When a run ends", open=False, elem_id="telling"):
-        piece(
+        html_block(
             '<p class="small">A command is run, or a web address is sent a message (ntfy, Slack, Discord,'
             " Mattermost): also when this page and the window are closed. The bell above tells through the"
             " browser.</p>"
@@ -47,9 +47,9 @@ def build_telling(parts: Parts) -> None:
         with gr.Row(elem_classes="tell-row"):
             keep = gr.Button("Save", elem_id="tell-save", min_width=0, scale=0)
             attempt = gr.Button("Try it", elem_id="tell-try", min_width=0, scale=0)
-        note = piece(elem_id="tell-note")
-    parts.fill(whom, lambda: chosen(parts)[0])
-    parts.fill(note, lambda: chosen(parts)[1])
+        note = html_block(elem_id="tell-note")
+    bindings.fill_on_load(whom, lambda: chosen(bindings)[0])
+    bindings.fill_on_load(note, lambda: chosen(bindings)[1])
 
     def saved(text: str, request: gr.Request) -> str:
         try:
@@ -71,10 +71,10 @@ def build_telling(parts: Parts) -> None:
         event(act, whom, note, **QUIET)
 
 
-def chosen(parts: Parts) -> tuple[str, str]:
+def chosen(bindings: Bindings) -> tuple[str, str]:
     """What is kept, and a note where it plays no part or cannot be read."""
     try:
-        whom = read_recipient(parts.desk.workspace)
+        whom = read_recipient(bindings.app_state.workspace)
     except ConfigError as error:
         return "", problem(error)
     return whom, f'<p class="small">{safe(ENVIRONMENT)}</p>' if VARIABLE in os.environ else ""
@@ -108,18 +108,18 @@ def done(sentence: str) -> str:
 TITLE = "Train"
 
 
-def build(parts: Parts) -> None:
+def build(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-train"):
         with gr.Column(elem_classes="side card"):
-            form = TrainForm(parts)
-            build_like(parts, form)
-            build_telling(parts)
-            build_start(parts, form)
+            form = TrainForm(bindings)
+            build_like(bindings, form)
+            build_notifications(bindings)
+            build_start(bindings, form)
         with gr.Column(elem_classes="main"):
-            parts.live(piece(elem_id="run-card"), cards.run_card)
-            parts.live(piece(elem_id="queue"), queue_card)
-            parts.live(piece(elem_id="charts"), cards.charts)
-            parts.live(piece(elem_id="samples"), samples)
-            parts.live(piece(elem_id="earlier"), earlier)
-            parts.live(piece(elem_id="run-log"), cards.log_card)
+            bindings.follow(html_block(elem_id="run-card"), cards.run_card)
+            bindings.follow(html_block(elem_id="queue"), queue_card)
+            bindings.follow(html_block(elem_id="charts"), cards.charts)
+            bindings.follow(html_block(elem_id="samples"), samples_card)
+            bindings.follow(html_block(elem_id="earlier"), earlier)
+            bindings.follow(html_block(elem_id="run-log"), cards.log_card)

@@ -4,7 +4,7 @@ import json
 
 import psutil
 
-from app.state import Desk
+from app.state import AppState
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
@@ -12,10 +12,12 @@ from lora_core.settings.config import RunConfig
 HOSTILE = '<img src=x onerror="alert(1)">'
 
 
-def make_run(desk: Desk, name: str, *lines: events.Event, **settings: object) -> RunFolder:
+def make_run(app_state: AppState, name: str, *lines: events.Event, **settings: object) -> RunFolder:
     """A run with these events; settings by dotted name with two underscores for the dot."""
     changes = {key.replace("__", "."): value for key, value in settings.items()}
-    run = RunFolder.create(runs_folder(desk.workspace) / name, RunConfig().changed({"name": name, **changes}))
+    run = RunFolder.create(
+        runs_folder(app_state.workspace) / name, RunConfig().changed({"name": name, **changes})
+    )
     if lines:
         run.events_file.write_text("".join(events.to_line(line) for line in lines))
     return run

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from app.dataset.meter import counted, too_long
-from app.snapshot import moment_of
-from app.state import Desk, OtherTools
-from app.train.base_picker import base_choices, base_chosen
+from app.dataset.meter import count_caption_tokens, warn_of_long_captions
+from app.snapshot import take_snapshot
+from app.state import AppState, OtherTools
+from app.train.base_picker import base_choices, choose_base
 from app.train.facts import base_note, blockers
 from app.train.form import FORM, Plan, form_values, preset_config, widget_values
 from lora_core.model_files.detect import chosen_base
@@ -17,13 +17,13 @@ from lora_core.system.other_tools import InstalledTool, Machine, RecentPaths, fi
 from tests.app.bases import UNET, checkpoint, write_header
 
 
-def draft_of(desk: Desk) -> dict[str, object]:
-    return dict(zip(FORM, widget_values(desk.project), strict=True))
+def draft_of(app_state: AppState) -> dict[str, object]:
+    return dict(zip(FORM, widget_values(app_state.project), strict=True))
 
 
-def choose(desk: Desk, name: str) -> tuple[str, dict[str, object]]:
-    said, level, values = base_chosen(desk, {**draft_of(desk), "model.base": name})
-    desk.project.keep(values=values, level=level)
+def choose(app_state: AppState, name: str) -> tuple[str, dict[str, object]]:
+    said, level, values = choose_base(app_state, {**draft_of(app_state), "model.base": name})
+    app_state.project.keep(values=values, level=level)
     return said, values
 
 
@@ -85,70 +85,73 @@ def test_what_cannot_be_used_is_a_sentence(tmp_path: Path, kind: str) -> None:
     assert (found.resolution, found.multiple) == (512, 64)
 
 
-def test_a_large_base_brings_its_starting_values(desk: Desk, tmp_path: Path) -> None:
+def test_a_large_base_brings_its_starting_values(app_state: AppState, tmp_path: Path) -> None:
     xl, one = (
         checkpoint(tmp_path / "xl.safetensors", "sdxl"),
         checkpoint(tmp_path / "one.safetensors", "sd15"),
     )
-    desk.project.keep(goal="character", level="balanced")
-    assert draft_of(desk)["optim.text_encoder_lr"] == 5e-5
-    desk.project.keep(values={**draft_of(desk), "train.resolution": 512, "optim.lr": 3e-4})
-    said, values = choose(desk, str(xl))
+    app_state.project.keep(goal="character", level="balanced")
+    assert draft_of(app_state)["optim.text_encoder_lr"] == 5e-5
+    app_state.project.keep(values={**draft_of(app_state), "train.resolution": 512, "optim.lr": 3e-4})
+    said, values = choose(app_state, str(xl))
     assert said == ""
     assert values["optim.text_encoder_lr"] == 0
     assert values["train.resolution"] == 0
     assert values["optim.lr"] == 3e-4
-    moment = moment_of(desk)
-    assert moment.plan.preset.optim.text_encoder_lr == 0
-    assert "starts with Text encoder rate 0." in base_note(moment)
-    assert "1024 px" in base_note(moment)
-    _, back = choose(desk, str(one))
+    snapshot = take_snapshot(app_state)
+    assert snapshot.plan.preset.optim.text_encoder_lr == 0
+    assert "starts with Text encoder rate 0." in base_note(snapshot)
+    assert "1024 px" in base_note(snapshot)
+    _, back = choose(app_state, str(one))
     assert back["optim.text_encoder_lr"] == 5e-5
-    assert "starts with" not in base_note(moment_of(desk))
-    assert desk.places.bases() == [str(one), str(xl)]
+    assert "starts with" not in base_note(take_snapshot(app_state))
+    assert app_state.places.bases() == [str(one), str(xl)]
 
 
-def test_the_demo_s_preset_is_for_the_embedded_base_alone(desk: Desk, tmp_path: Path) -> None:
-    desk.project.keep(dataset="demo", level="demo", goal="style", values={})
-    assert (draft_of(desk)["optim.lr"], draft_of(desk)["train.precision"]) == (3e-3, "fp32")
-    _, values = choose(desk, str(checkpoint(tmp_path / "one.safetensors", "sd15")))
+def test_the_demo_s_preset_is_for_the_embedded_base_alone(app_state: AppState, tmp_path: Path) -> None:
+    app_state.project.keep(dataset="demo", level="demo", goal="style", values={})
+    assert (draft_of(app_state)["optim.lr"], draft_of(app_state)["train.precision"]) == (3e-3, "fp32")
+    _, values = choose(app_state, str(checkpoint(tmp_path / "one.safetensors", "sd15")))
     assert (values["optim.lr"], values["train.precision"]) == (1e-4, "auto")
-    assert desk.project.draft()["level"] == "balanced"
+    assert app_state.project.draft()["level"] == "balanced"
 
 
-def test_a_refused_base_stands_in_the_way(desk: Desk, tmp_path: Path) -> None:
+def test_a_refused_base_stands_in_the_way(app_state: AppState, tmp_path: Path) -> None:
     file = tmp_path / "<b>x.safetensors"
     file.write_text("<html>")
-    before = draft_of(desk)
-    assert choose(desk, str(file)) == ("", {**before, "model.base": str(file)})
-    moment = moment_of(desk)
-    assert "The base model cannot be used; below its name stands why." in blockers(moment)
-    assert 'class="problem"' in base_note(moment)
-    assert "<b>" not in base_note(moment)
-    assert desk.places.bases() == []
+    before = draft_of(app_state)
+    assert choose(app_state, str(file)) == ("", {**before, "model.base": str(file)})
+    snapshot = take_snapshot(app_state)
+    assert "The base model cannot be used; below its name stands why." in blockers(snapshot)
+    assert 'class="problem"' in base_note(snapshot)
+    assert "<b>" not in base_note(snapshot)
+    assert app_state.places.bases() == []
 
 
-def test_a_folder_full_of_bases_is_remembered_and_offered(desk: Desk, tmp_path: Path) -> None:
+def test_a_folder_full_of_bases_is_remembered_and_offered(app_state: AppState, tmp_path: Path) -> None:
     folder = tmp_path / "my bases"
     file = checkpoint(folder / "sub" / "one.safetensors", "sd15", size=150_000_000)
-    desk.tools = OtherTools(desk.places, lambda extra: find_tools(extra, Machine(())))
-    said, values = choose(desk, str(folder))
+    app_state.tools = OtherTools(app_state.places, lambda extra: find_tools(extra, Machine(())))
+    said, values = choose(app_state, str(folder))
     assert "1 model found" in said
     assert values["model.base"] == "demo"
-    assert desk.places.folders() == [folder]
-    assert ("my bases: sub/one.safetensors", str(file)) in base_choices(desk)
+    assert app_state.places.folders() == [folder]
+    assert ("my bases: sub/one.safetensors", str(file)) in base_choices(app_state)
 
 
-def test_the_list_names_each_base_once(desk: Desk, tmp_path: Path) -> None:
+def test_the_list_names_each_base_once(app_state: AppState, tmp_path: Path) -> None:
     file = checkpoint(tmp_path / "ComfyUI" / "models" / "one.safetensors", "sd15", size=150_000_000)
     tools = [InstalledTool(name, file.parents[1], (file.parent,), None) for name in ("ComfyUI", "Other")]
-    desk.tools = OtherTools(desk.places, lambda extra: tools)
-    desk.tools.look(wait=True)
-    assert base_choices(desk)[1:] == [("ComfyUI: one.safetensors", str(file))]
-    desk.places.keep_base(str(file))
-    desk.places.keep_base(str(tmp_path / "gone.safetensors"))
-    desk.places.keep_base(str(checkpoint(tmp_path / "two.safetensors", "sd15")))
-    assert [words for words, _ in base_choices(desk)[1:]] == ["two.safetensors", "ComfyUI: one.safetensors"]
+    app_state.tools = OtherTools(app_state.places, lambda extra: tools)
+    app_state.tools.look(wait=True)
+    assert base_choices(app_state)[1:] == [("ComfyUI: one.safetensors", str(file))]
+    app_state.places.keep_base(str(file))
+    app_state.places.keep_base(str(tmp_path / "gone.safetensors"))
+    app_state.places.keep_base(str(checkpoint(tmp_path / "two.safetensors", "sd15")))
+    assert [words for words, _ in base_choices(app_state)[1:]] == [
+        "two.safetensors",
+        "ComfyUI: one.safetensors",
+    ]
 
 
 def test_places_survive_and_a_broken_file_counts_as_empty(tmp_path: Path) -> None:
@@ -223,35 +226,35 @@ def test_unknown_kinds_have_no_size(tmp_path: Path) -> None:
     assert export_bytes(facts, config()) is None
 
 
-def plan_with(desk: Desk, **changes: object) -> Plan:
+def plan_with(app_state: AppState, **changes: object) -> Plan:
     values = dict(zip(FORM, form_values(preset_config("style", "balanced")), strict=True))
-    desk.project.keep(values=values | {n.replace("__", "."): v for n, v in changes.items()})
-    return Plan(desk.project)
+    app_state.project.keep(values=values | {n.replace("__", "."): v for n, v in changes.items()})
+    return Plan(app_state.project)
 
 
-def test_the_meter_counts_with_the_base_s_tokenizer(desk: Desk, tmp_path: Path) -> None:
+def test_the_meter_counts_with_the_base_s_tokenizer(app_state: AppState, tmp_path: Path) -> None:
     """CLIP makes one token of each of these words, and of each comma (the published vocabulary)."""
     file = str(checkpoint(tmp_path / "one.safetensors", "sd15"))
     caption = ", ".join(["dog"] * 40)
-    found = counted(caption, plan_with(desk, model__base=file))
+    found = count_caption_tokens(caption, plan_with(app_state, model__base=file))
     assert (found.tokens, found.limit) == (79, 75)
     assert found.cut == ", dog, dog"
-    found = counted(caption, plan_with(desk, model__base=file, train__tokens=150))
+    found = count_caption_tokens(caption, plan_with(app_state, model__base=file, train__tokens=150))
     assert (found.tokens, found.limit, found.cut) == (79, 150, "")
 
 
-def test_the_meter_counts_what_is_drawn(desk: Desk, tmp_path: Path) -> None:
-    plan = plan_with(desk, model__base=str(checkpoint(tmp_path / "one.safetensors", "sd15")))
-    assert counted("a {red|very very red} dog\ncat", plan).tokens == 5
-    assert counted("", plan).tokens == 0
-    desk.project.keep(trigger="blue cat")
-    assert counted("dog", Plan(desk.project)).tokens == 4
+def test_the_meter_counts_what_is_drawn(app_state: AppState, tmp_path: Path) -> None:
+    plan = plan_with(app_state, model__base=str(checkpoint(tmp_path / "one.safetensors", "sd15")))
+    assert count_caption_tokens("a {red|very very red} dog\ncat", plan).tokens == 5
+    assert count_caption_tokens("", plan).tokens == 0
+    app_state.project.keep(trigger="blue cat")
+    assert count_caption_tokens("dog", Plan(app_state.project)).tokens == 4
 
 
-def test_captions_that_are_cut_are_named(desk: Desk, pictures: list[Path]) -> None:
-    plan = plan_with(desk)
-    assert too_long(desk.project.dataset(), plan) == ""
-    desk.project.save_caption(pictures[0].name, "dog " * 90)
-    said = too_long(desk.project.dataset(), plan)
+def test_captions_that_are_cut_are_named(app_state: AppState, pictures: list[Path]) -> None:
+    plan = plan_with(app_state)
+    assert warn_of_long_captions(app_state.project.dataset(), plan) == ""
+    app_state.project.save_caption(pictures[0].name, "dog " * 90)
+    said = warn_of_long_captions(app_state.project.dataset(), plan)
     assert said.startswith("1 caption longer than the 75 tokens that are read (picture-0.png)")
     assert "150" in said or "225" in said

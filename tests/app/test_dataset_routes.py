@@ -14,20 +14,20 @@ from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
 from app.dataset import uploads
-from app.dataset.gallery import findings
+from app.dataset.gallery import findings_html
 from app.dataset.routes import add_dataset_routes
 from app.routes import add_routes
-from app.state import Desk
+from app.state import AppState
 from tests.waiting import wait_for
 
 HOSTILE = "<img src=x onerror=\"alert('1')\"> {{7*7}} \u202eabc 😀"
 
 
 @pytest.fixture
-def client(desk: Desk) -> TestClient:
+def client(app_state: AppState) -> TestClient:
     app = FastAPI()
-    add_routes(app, desk)
-    add_dataset_routes(app, desk)
+    add_routes(app, app_state)
+    add_dataset_routes(app, app_state)
     return TestClient(app)
 
 
@@ -65,11 +65,11 @@ def shelf(client: TestClient) -> list[dict[str, Any]]:
     return client.get("/easel/dataset").json()["pictures"]
 
 
-def test_folders_stay_folders_and_files_stay_bytes(client: TestClient, desk: Desk) -> None:
+def test_folders_stay_folders_and_files_stay_bytes(client: TestClient, app_state: AppState) -> None:
     picture, caption = png(1), f"{HOSTILE}\r\nsecond".encode()
     state = imported(client, {"3_my dog/a é.png": picture, "3_my dog/a é.txt": caption, "b.png": png(2)})
     assert (state["state"], state["note"]) == ("done", "3 files added.")
-    pictures = desk.project.pictures
+    pictures = app_state.project.pictures
     assert (pictures / "3_my dog" / "a é.png").read_bytes() == picture
     assert (pictures / "3_my dog" / "a é.txt").read_bytes() == caption
     first, second = shelf(client)
@@ -77,10 +77,10 @@ def test_folders_stay_folders_and_files_stay_bytes(client: TestClient, desk: Des
     assert first["caption"] == f"{HOSTILE}\nsecond"
     thumb = client.get(f"/easel/thumb/dataset/{first['url']}")
     assert (thumb.status_code, thumb.headers["content-type"]) == (200, "image/webp")
-    assert list((desk.workspace / "tmp" / "incoming").iterdir()) == []
+    assert list((app_state.workspace / "tmp" / "incoming").iterdir()) == []
 
 
-def test_a_zip_and_what_is_wrong_in_it(client: TestClient, desk: Desk) -> None:
+def test_a_zip_and_what_is_wrong_in_it(client: TestClient, app_state: AppState) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("in/a.png", png(1))
@@ -88,7 +88,7 @@ def test_a_zip_and_what_is_wrong_in_it(client: TestClient, desk: Desk) -> None:
         archive.writestr("in/broken.png", "no picture")
     state = imported(client, {"all.zip": buffer.getvalue(), 'we"ird\n<b>.png': png(3)})
     assert state["note"] == "3 files added. 1 skipped, see below."
-    assert "broken.png is not a picture" in desk.project.notes[0].sentence
+    assert "broken.png is not a picture" in app_state.project.notes[0].sentence
     assert sorted(one["name"] for one in shelf(client)) == ["in/a.png", "we_ird__b_.png"]
 
 
@@ -104,14 +104,16 @@ def test_phone_pictures(client: TestClient) -> None:
         assert client.get(f"/easel/picture/dataset/{one['url']}").headers["content-type"] == "image/webp"
 
 
-def test_links_share_the_original_and_leave_it_alone(client: TestClient, desk: Desk, tmp_path: Path) -> None:
+def test_links_share_the_original_and_leave_it_alone(
+    client: TestClient, app_state: AppState, tmp_path: Path
+) -> None:
     folder = tmp_path / "originals"
     folder.mkdir()
     (folder / "a.png").write_bytes(png(1))
     (folder / "a.txt").write_text("a thing")
     client.post("/easel/import", json={"path": str(folder), "link": True})
     assert settled(client, "import")["state"] == "done"
-    taken = desk.project.pictures / "a.png"
+    taken = app_state.project.pictures / "a.png"
     assert taken.samefile(folder / "a.png")
     client.post("/easel/caption", json={"picture": "a.png", "text": "changed"})
     client.post("/easel/leave-out", json={"pictures": ["a.png"]})
@@ -120,7 +122,7 @@ def test_links_share_the_original_and_leave_it_alone(client: TestClient, desk: D
 
 
 def test_a_link_to_another_disk_is_shown_but_no_other_link(
-    client: TestClient, desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "originals"
     folder.mkdir()
@@ -133,8 +135,8 @@ def test_a_link_to_another_disk_is_shown_but_no_other_link(
     monkeypatch.setattr("os.link", other_disk)
     client.post("/easel/import", json={"path": str(folder), "link": True})
     settled(client, "import")
-    assert (desk.project.pictures / "a.png").is_symlink()
-    (desk.project.pictures / "b.png").symlink_to(tmp_path / "secret.png")
+    assert (app_state.project.pictures / "a.png").is_symlink()
+    (app_state.project.pictures / "b.png").symlink_to(tmp_path / "secret.png")
     assert client.get("/easel/thumb/dataset/a.png").status_code == 200
     assert client.get("/easel/thumb/dataset/b.png").status_code == 404
     assert client.get("/easel/thumb/dataset/../../../originals/a.png").status_code == 404
@@ -172,7 +174,7 @@ def test_too_large_a_file_is_refused_as_it_comes(client: TestClient, monkeypatch
         (b"[" * 100_000 + b"\n", "list of files"),
     ],
 )
-def test_parcels_that_are_none(client: TestClient, desk: Desk, body: bytes, said: str) -> None:
+def test_parcels_that_are_none(client: TestClient, app_state: AppState, body: bytes, said: str) -> None:
     batch = client.post("/easel/upload").json()["batch"]
     assert said in client.put(f"/easel/upload/{batch}", content=body).json().get("problem", "")
     assert "over" in client.put("/easel/upload/other", content=body).json()["problem"]
@@ -181,7 +183,7 @@ def test_parcels_that_are_none(client: TestClient, desk: Desk, body: bytes, said
     assert shelf(client) == []
 
 
-def test_left_out_and_taken_back_whole(client: TestClient, desk: Desk) -> None:
+def test_left_out_and_taken_back_whole(client: TestClient, app_state: AppState) -> None:
     files = {"in/a.png": png(1), "in/a.txt": b"first", "other/a.png": png(2), "other/a.txt": b"second"}
     imported(client, files)
     client.post("/easel/leave-out", json={"pictures": ["in/a.png", "other/a.png"]})
@@ -191,23 +193,25 @@ def test_left_out_and_taken_back_whole(client: TestClient, desk: Desk) -> None:
     assert client.get(f"/easel/thumb/left-out/{said['left_out'][0]['url']}").status_code == 200
     client.post("/easel/take-back", json={"pictures": ["other/a.png"]})
     assert [(one["name"], one["caption"]) for one in shelf(client)] == [("other/a.png", "second")]
-    assert (desk.project.pictures / "other" / "a.png").read_bytes() == png(2)
+    assert (app_state.project.pictures / "other" / "a.png").read_bytes() == png(2)
 
 
-def test_what_is_no_picture_can_be_left_out(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
-    (desk.project.pictures / "broken.png").write_text("no picture")
+def test_what_is_no_picture_can_be_left_out(
+    client: TestClient, app_state: AppState, pictures: list[Path]
+) -> None:
+    (app_state.project.pictures / "broken.png").write_text("no picture")
     client.post("/easel/leave-out", json={"pictures": ["broken.png"]})
-    assert desk.project.dataset().problems == []
+    assert app_state.project.dataset().problems == []
     answer = client.post("/easel/leave-out", json={"pictures": ["../../draft.json"]})
     assert "no picture named" in answer.json()["problem"]
 
 
-def test_held_out_by_hand(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+def test_held_out_by_hand(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
     client.post("/easel/hold-out", json={"pictures": ["picture-1.png"], "on": True})
     assert [one["held"] for one in shelf(client)] == [False, True, False]
-    assert (desk.project.pictures / "held_out.txt").read_text() == "picture-1.png\n"
+    assert (app_state.project.pictures / "held_out.txt").read_text() == "picture-1.png\n"
     client.post("/easel/hold-out", json={"pictures": ["picture-1.png"], "on": False})
-    assert not (desk.project.pictures / "held_out.txt").exists()
+    assert not (app_state.project.pictures / "held_out.txt").exists()
 
 
 def test_a_caption_leaves_other_pages_one_step_behind(client: TestClient, pictures: list[Path]) -> None:
@@ -230,10 +234,12 @@ def test_bulk_edit_and_back(client: TestClient, pictures: list[Path]) -> None:
     assert "pattern" in bad.json()["problem"]
 
 
-def test_the_trigger_word_reaches_every_caption(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+def test_the_trigger_word_reaches_every_caption(
+    client: TestClient, app_state: AppState, pictures: list[Path]
+) -> None:
     answer = client.post("/easel/bulk", json={"do": "trigger", "apply": True}).json()
     assert "no trigger word yet" in answer["problem"]
-    desk.project.keep(trigger="sks")
+    app_state.project.keep(trigger="sks")
     client.post("/easel/bulk", json={"do": "trigger", "apply": True})
     assert [one["caption"] for one in shelf(client)] == [
         "sks, a plain field, number 0",
@@ -243,10 +249,10 @@ def test_the_trigger_word_reaches_every_caption(client: TestClient, desk: Desk, 
     assert dict(client.get("/easel/tags").json()["tags"])["sks"] == 3
 
 
-def test_the_check_finds_twins_and_names_both(client: TestClient, desk: Desk) -> None:
+def test_the_check_finds_twins_and_names_both(client: TestClient, app_state: AppState) -> None:
     files = {f"{n}.png": png(n) for n in range(3)} | {"copy.png": png(1, (160, 120)), "bad.png": b"x"}
     imported(client, files)
-    (desk.project.pictures / "bad.png").write_bytes(b"x")
+    (app_state.project.pictures / "bad.png").write_bytes(b"x")
     client.post("/easel/check", json={})
     found = settled(client, "check")
     assert found["fresh"]
@@ -265,15 +271,15 @@ def test_broken_requests_do_no_harm(client: TestClient, pictures: list[Path], pa
 
 
 @pytest.mark.parametrize("path", ["leave-out", "hold-out"])
-def test_the_demo_stays_as_it_is(client: TestClient, desk: Desk, path: str) -> None:
-    desk.project.keep(dataset="demo")
+def test_the_demo_stays_as_it_is(client: TestClient, app_state: AppState, path: str) -> None:
+    app_state.project.keep(dataset="demo")
     name = shelf(client)[0]["name"]
     assert "demo" in client.post(f"/easel/{path}", json={"pictures": [name], "on": True}).json()["problem"]
 
 
-def test_a_page_of_another_project_changes_nothing(client: TestClient, desk: Desk) -> None:
+def test_a_page_of_another_project_changes_nothing(client: TestClient, app_state: AppState) -> None:
     imported(client, {"a.png": png(), "a.txt": b"of this project"})
-    caption = desk.project.dataset_folder / "a.txt"
+    caption = app_state.project.dataset_folder / "a.txt"
     left_behind = {"X-Easel-Project": "an%20older%20one"}
     for path, sent in (
         ("caption", {"picture": "a.png", "text": "?"}),
@@ -282,7 +288,7 @@ def test_a_page_of_another_project_changes_nothing(client: TestClient, desk: Des
         answer = client.post(f"/easel/{path}", json=sent, headers=left_behind)
         assert "another project" in answer.json()["problem"]
     assert caption.read_text() == "of this project"
-    here = {"X-Easel-Project": desk.project.path.name}
+    here = {"X-Easel-Project": app_state.project.path.name}
     assert client.post("/easel/caption", json={"picture": "a.png", "text": "mine"}, headers=here).json()[
         "saved"
     ]
@@ -290,7 +296,9 @@ def test_a_page_of_another_project_changes_nothing(client: TestClient, desk: Des
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes and no such names there")
-def test_a_hostile_folder_comes_in_without_harm(client: TestClient, desk: Desk, tmp_path: Path) -> None:
+def test_a_hostile_folder_comes_in_without_harm(
+    client: TestClient, app_state: AppState, tmp_path: Path
+) -> None:
     """A pipe once hung the import for good, and a lone surrogate broke the page."""
     folder = tmp_path / "from"
     folder.mkdir()
@@ -304,12 +312,12 @@ def test_a_hostile_folder_comes_in_without_harm(client: TestClient, desk: Desk, 
     client.post("/easel/import", json={"path": str(folder)})
     state = settled(client, "import")
     assert (state["state"], state["note"]) == ("done", "1 file added. 5 skipped, see below.")
-    shutil.copy(folder / "a.png", os.fsencode(desk.project.pictures) + b"/\xfe.png")
-    desk.project.forget()
-    (desk.project.pictures / "mask").mkdir()
-    (desk.project.pictures / "mask" / "a.png").write_bytes(png(3))
+    shutil.copy(folder / "a.png", os.fsencode(app_state.project.pictures) + b"/\xfe.png")
+    app_state.project.forget()
+    (app_state.project.pictures / "mask").mkdir()
+    (app_state.project.pictures / "mask" / "a.png").write_bytes(png(3))
     assert [(one["name"], one["caption"]) for one in shelf(client)] == [("a.png", "")]
-    shown = findings(desk.project.dataset(), desk.project.notes, False, [])
+    shown = findings_html(app_state.project.dataset(), app_state.project.notes, False, [])
     for words in ("pipe.png is a pipe", "a.txt is a link to a file outside", "�.png", "mask/a.png is a mask"):
         assert words in shown
     shown.encode()

@@ -6,7 +6,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from app.state import Desk
+from app.state import AppState
 from lora_core.runs import events
 from lora_core.runs.diagnosis import Anonymizer, debug_zip
 from tests.app.runs import make_run, started, step
@@ -24,10 +24,10 @@ SECRETS = [
 ]
 
 
-def test_no_pictures_paths_or_names_are_in_it(desk: Desk) -> None:
+def test_no_pictures_paths_or_names_are_in_it(app_state: AppState) -> None:
     prompt = "Annabel laughing by the sea"
     run = make_run(
-        desk,
+        app_state,
         "Annabel-2",
         started(),
         events.PreviewDone(step=0, files=["previews/step-0.png"], prompts=[prompt]),
@@ -49,13 +49,13 @@ def test_no_pictures_paths_or_names_are_in_it(desk: Desk) -> None:
         '  File "/opt/py/lib/python3.11/site-packages/torch/nn/module.py", line 3, in call\n'
         f"C:\\Users\\hunter\\Desktop\\b.png zwxtoken {prompt} bel_07\nRuntimeError: shapes differ\n"
     )
-    watch = desk.jobs.watch(run)
-    desk.jobs.state(watch)
-    with zipfile.ZipFile(io.BytesIO(debug_zip(watch.run, desk.workspace))) as archive:
+    run_view = app_state.jobs.run_view(run)
+    app_state.jobs.state(run_view)
+    with zipfile.ZipFile(io.BytesIO(debug_zip(run_view.run, app_state.workspace))) as archive:
         texts = {name: archive.read(name).decode() for name in archive.namelist()}
     assert set(texts) == {"about.json", "settings.toml", "events.jsonl", "log.txt"}
     whole = "\n".join(texts.values())
-    for secret in [*SECRETS, str(desk.workspace), str(home)]:
+    for secret in [*SECRETS, str(app_state.workspace), str(home)]:
         assert secret.lower() not in whole.lower(), secret
     # What helps is left.
     assert "lr = 0.0003" in texts["settings.toml"]
@@ -66,15 +66,15 @@ def test_no_pictures_paths_or_names_are_in_it(desk: Desk) -> None:
     assert "torch" in json.loads(texts["about.json"])["versions"]
 
 
-def test_names_with_accents_and_names_of_new_pictures_are_taken_out_too(desk: Desk) -> None:
+def test_names_with_accents_and_names_of_new_pictures_are_taken_out_too(app_state: AppState) -> None:
     changed = ["the picture zoë.png", "the picture zuzana.png", "the package torch"]
     reason = f"Since the run a began, this has changed: {', '.join(changed)}."
-    run = make_run(desk, "a", started(), events.Failed(reason=reason, changed=changed))
+    run = make_run(app_state, "a", started(), events.Failed(reason=reason, changed=changed))
     # The second one came after the run began.
     run.inputs_file.write_text(json.dumps({"the picture zoë.png": "ab"}))
-    watch = desk.jobs.watch(run)
-    desk.jobs.state(watch)
-    with zipfile.ZipFile(io.BytesIO(debug_zip(watch.run, desk.workspace))) as archive:
+    run_view = app_state.jobs.run_view(run)
+    app_state.jobs.state(run_view)
+    with zipfile.ZipFile(io.BytesIO(debug_zip(run_view.run, app_state.workspace))) as archive:
         lines = archive.read("events.jsonl").decode().splitlines()
     failed = json.loads(lines[-1])
     assert failed["changed"] == 3

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from app.export.compatibility import (
+    compatibility_card,
+    describe_training,
+    find_trigger_words,
+    find_writer,
     report_html,
     tool_rows,
-    trained,
-    trigger_words,
-    works_in,
-    written_by,
     written_line,
 )
-from app.export.view import checked_folder, copied_line, folder_choices
-from app.state import Desk, OtherTools
+from app.export.view import check_folder, copied_line, folder_choices
+from app.state import AppState, OtherTools
 from lora_core.errors import RunError
 from lora_core.system import other_tools
 from lora_core.system.other_tools import InstalledTool, copy_export
@@ -67,12 +67,12 @@ def test_a_row_a_tool(changes: dict[str, Any], verdict: str, said: str) -> None:
 
 def test_what_the_worker_says_of_tools_is_text() -> None:
     hostile = row(HOSTILE, matched=1, dropped=50, dropped_keys=[HOSTILE] * 50, note=HOSTILE)
-    shown = works_in({"works_in": {"ok": False, "tools": [hostile]}}, portable=False)
+    shown = compatibility_card({"works_in": {"ok": False, "tools": [hostile]}}, portable=False)
     assert "<img" not in shown
     assert "and 10 more" in shown
     assert "not every tool reads it" in shown
     assert "only with that base" in shown
-    assert "only with that base" not in works_in(None, portable=True)
+    assert "only with that base" not in compatibility_card(None, portable=True)
     line = written_line({"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}, "fp16", "/x", "")
     assert "<img" not in line
 
@@ -141,12 +141,12 @@ def test_a_folder_that_is_none_is_a_sentence(export: Path, tmp_path: Path) -> No
         copy_export(export, tmp_path / "gone")
     for text, words in (("", "Choose a folder"), (str(tmp_path / "gone"), "no folder at"), (None, "Choose")):
         with pytest.raises(RunError, match=words):
-            checked_folder(text)
-    assert checked_folder(f' "{tmp_path}" ') == tmp_path
+            check_folder(text)
+    assert check_folder(f' "{tmp_path}" ') == tmp_path
 
 
 def test_folders_of_tools_and_folders_used_before_are_offered(
-    desk: Desk, loras: Path, tmp_path: Path
+    app_state: AppState, loras: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own"
     own.mkdir()
@@ -154,19 +154,19 @@ def test_folders_of_tools_and_folders_used_before_are_offered(
         InstalledTool("ComfyUI", loras.parents[1], (), loras),
         InstalledTool("InvokeAI", tmp_path, (), None),
     ]
-    desk.tools = OtherTools(desk.places, lambda extra: tools)
-    desk.tools.look(wait=True)
+    app_state.tools = OtherTools(app_state.places, lambda extra: tools)
+    app_state.tools.look(wait=True)
     for folder in (loras, own, tmp_path / "gone"):
-        desk.places.keep_lora_folder(folder)
-    assert folder_choices(desk) == [(f"ComfyUI: {loras}", str(loras)), (str(own), str(own))]
+        app_state.places.keep_lora_folder(folder)
+    assert folder_choices(app_state) == [(f"ComfyUI: {loras}", str(loras)), (str(own), str(own))]
 
 
-def test_what_was_copied_is_said(desk: Desk, export: Path, loras: Path) -> None:
+def test_what_was_copied_is_said(app_state: AppState, export: Path, loras: Path) -> None:
     tools = [InstalledTool("ComfyUI", loras.parents[1], (), loras)]
-    desk.tools = OtherTools(desk.places, lambda extra: tools)
-    desk.tools.look(wait=True)
+    app_state.tools = OtherTools(app_state.places, lambda extra: tools)
+    app_state.tools.look(wait=True)
     (loras / export.name).write_bytes(b"other")
-    said = copied_line(desk, copy_export(export, loras))
+    said = copied_line(app_state, copy_export(export, loras))
     assert "Copied to ComfyUI, with its side files." in said
     assert "this one is called my dög-2" in said
     assert str(loras / "my dög-2.safetensors") in said
@@ -186,16 +186,16 @@ def test_what_was_copied_is_said(desk: Desk, export: Path, loras: Path) -> None:
     ],
 )
 def test_who_wrote_a_file(metadata: dict[str, str], program: str) -> None:
-    assert written_by(metadata) == program
+    assert find_writer(metadata) == program
 
 
 def test_trigger_words_are_those_said_else_the_frequent_tags() -> None:
     tags = json.dumps({"10_dog": {"zwx dog": 12, "grass": 3}, "5_more": {"grass": 20, "bad": "x"}, "odd": 7})
-    assert trigger_words({"modelspec.trigger_phrase": " zwx ", "ss_tag_frequency": tags}) == "zwx"
-    assert trigger_words({"ss_tag_frequency": tags}) == "most frequent tags: grass, zwx dog"
-    assert trigger_words({"ss_tag_frequency": "[1"}) == ""
+    assert find_trigger_words({"modelspec.trigger_phrase": " zwx ", "ss_tag_frequency": tags}) == "zwx"
+    assert find_trigger_words({"ss_tag_frequency": tags}) == "most frequent tags: grass, zwx dog"
+    assert find_trigger_words({"ss_tag_frequency": "[1"}) == ""
     assert (
-        trained({"ss_sd_model_name": "v1-5", "ss_num_train_images": "20", "ss_steps": "x"})
+        describe_training({"ss_sd_model_name": "v1-5", "ss_num_train_images": "20", "ss_steps": "x"})
         == "on v1-5, 20 pictures"
     )
 

@@ -28,7 +28,7 @@ from app import main
 from app.dataset.routes import add_dataset_routes
 from app.guard import COOKIE, OPEN_PATHS, Guard, Login, host_name, is_loopback
 from app.routes import add_routes
-from app.state import Desk
+from app.state import AppState
 from tests.waiting import wait_for
 
 HERE = "127.0.0.1:7860"
@@ -139,12 +139,12 @@ class Whole:
         self.outside = folder / "home"
         workspace = self.outside / "easel"
         workspace.mkdir(parents=True)
-        self.desk = Desk(workspace, worker_command=["no-such-program"])
+        self.app_state = AppState(workspace, worker_command=["no-such-program"])
         for place in (self.outside, workspace, workspace / "projects" / "other" / "pictures"):
             place.mkdir(parents=True, exist_ok=True)
             for name in ("secret.png", "secret.txt", "secret.safetensors", "config.toml"):
                 (place / name).write_bytes(png(64, 64) + MARK)
-        self.picture = self.desk.project.pictures / "own.png"
+        self.picture = self.app_state.project.pictures / "own.png"
         self.picture.write_bytes(png(64, 64) + MARK)
         self.picture.with_suffix(".txt").write_text("a caption")
         run = workspace / "runs" / "first"
@@ -153,14 +153,14 @@ class Whole:
         (run / "config.toml").write_text('name = "first"\n')
 
     def client(self, password: str = "", allowed: tuple[str, ...] = ()) -> TestClient:
-        app = main.build_app(self.desk, list(allowed), password)
+        app = main.build_app(self.app_state, list(allowed), password)
         return TestClient(app, base_url=ORIGIN, raise_server_exceptions=False)
 
     def own(self) -> TestClient:
         """The own routes alone, which are made quicker."""
         app = FastAPI()
-        add_routes(app, self.desk)
-        add_dataset_routes(app, self.desk)
+        add_routes(app, self.app_state)
+        add_dataset_routes(app, self.app_state)
         return TestClient(app)
 
     def around(self) -> dict[str, bytes]:
@@ -241,7 +241,7 @@ def test_names_that_are_allowed(locked: TestClient) -> None:
 
 
 def test_gradio_gives_out_no_file_of_ours(client: TestClient, whole: Whole) -> None:
-    for file in (whole.picture, whole.outside / "secret.txt", whole.desk.workspace / "secret.png"):
+    for file in (whole.picture, whole.outside / "secret.txt", whole.app_state.workspace / "secret.png"):
         for path in (
             f"/gradio_api/file={file}",
             f"/gradio_api/file/{file}",
@@ -318,7 +318,7 @@ def test_listening_wider_only_with_a_password(
 ) -> None:
     served: list[str] = []
     monkeypatch.setattr(
-        main, "_serve", lambda desk, listener, options, password: served.append(password) or 0
+        main, "_serve", lambda app_state, listener, options, password: served.append(password) or 0
     )
     monkeypatch.setattr(main, "_listener", lambda host, port: None)
     arguments = ["--host", host, "--no-browser", "--workspace", str(tmp_path)]
@@ -418,7 +418,11 @@ def test_each_own_route_is_in_one_of_the_tables(client: TestClient) -> None:
 @pytest.mark.parametrize(("method", "path"), SENT, ids=lambda one: one.strip("/"))
 def test_paths_that_lead_out_lead_nowhere(client: TestClient, whole: Whole, method: str, path: str) -> None:
     before = whole.around()
-    for evil in [*LEADING_OUT, str(whole.outside / "secret.png"), str(whole.desk.workspace / "secret.txt")]:
+    for evil in [
+        *LEADING_OUT,
+        str(whole.outside / "secret.png"),
+        str(whole.app_state.workspace / "secret.txt"),
+    ]:
         # In an address the client itself would resolve plain dots before it is sent.
         written = (quote(evil, safe=""), f"x%2f{quote(evil, safe='')}") if "{" in path else (evil,)
         for one in written:
@@ -513,14 +517,14 @@ def test_files_that_were_made_to_do_harm(
     whole = Whole(tmp_path)
     client = whole.own()
     around = whole.around()
-    before = sorted(whole.desk.project.pictures.rglob("*"))
+    before = sorted(whole.app_state.project.pictures.rglob("*"))
     state = taken(client, name, made())
-    notes = " ".join(note.sentence for note in whole.desk.project.notes)
+    notes = " ".join(note.sentence for note in whole.app_state.project.notes)
     assert state["state"] == "failed"
     assert said in state["note"] + notes
-    assert sorted(whole.desk.project.pictures.rglob("*")) == before
+    assert sorted(whole.app_state.project.pictures.rglob("*")) == before
     assert whole.around() == around
-    assert not list((whole.desk.workspace / "tmp" / "incoming").iterdir())
+    assert not list((whole.app_state.workspace / "tmp" / "incoming").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -531,12 +535,12 @@ def test_names_of_dropped_files_lead_nowhere(tmp_path: Path, name: str) -> None:
     around = whole.around()
     taken(whole.own(), name, png(64, 64))
     assert whole.around() == around
-    assert len(list(whole.desk.project.pictures.rglob("*.png"))) == 2
+    assert len(list(whole.app_state.project.pictures.rglob("*.png"))) == 2
 
 
 def test_a_huge_picture_that_lies_there_already_is_not_opened(tmp_path: Path) -> None:
     whole = Whole(tmp_path)
-    (whole.desk.project.pictures / "huge.png").write_bytes(a_huge_picture())
+    (whole.app_state.project.pictures / "huge.png").write_bytes(a_huge_picture())
     for size in ("thumb", "picture"):
         answer = whole.own().get(f"/easel/{size}/dataset/huge.png")
         assert "million pixels" in answer.json()["problem"]
@@ -639,7 +643,7 @@ def test_a_body_that_no_page_sends_is_refused_before_it_is_held() -> None:
 
 
 def test_a_fault_of_the_program_is_one_sentence(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(desk: Desk, text: str) -> None:
+    def broken(app_state: AppState, text: str) -> None:
         raise KeyError("secret")
 
     monkeypatch.setattr("app.routes._tokens", broken)

@@ -11,12 +11,12 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app.export.lora_tools import TOOLS, choices, free_place, inside_card, request_of
-from app.export.lora_tools_results import answer_html, made_html
-from app.export.lora_tools_routes import add_inside_routes
+from app.export.lora_tools import TOOLS, build_worker_request, free_path, list_choices, lora_tools_card
+from app.export.lora_tools_results import result_html, written_html
+from app.export.lora_tools_routes import add_export_routes
 from app.export.report_card import report_card
 from app.routes import add_routes
-from app.state import Desk
+from app.state import AppState
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.app.test_preview import run_with_file
@@ -53,19 +53,19 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def app_state(tmp_path: Path) -> Iterator[AppState]:
     workspace = tmp_path / "work space é"
     workspace.mkdir()
-    made = Desk(workspace, worker_command=[sys.executable, "-c", FAKE])
+    made = AppState(workspace, worker_command=[sys.executable, "-c", FAKE])
     yield made
     made.close()
 
 
 @pytest.fixture
-def client(desk: Desk) -> Iterator[TestClient]:
+def client(app_state: AppState) -> Iterator[TestClient]:
     app = FastAPI()
-    add_routes(app, desk)
-    add_inside_routes(app, desk)
+    add_routes(app, app_state)
+    add_export_routes(app, app_state)
     with TestClient(app) as made:
         yield made
 
@@ -85,16 +85,16 @@ def ended(client: TestClient, job: str = "inside") -> dict[str, Any]:
 
 
 def test_every_tool_says_what_it_tells_and_what_it_needs() -> None:
-    card = inside_card()
+    card = lora_tools_card()
     for key, tool in TOOLS.items():
         assert f'data-tool="{key}"' in card
         assert tool.line.endswith(".")
     assert "Nothing looked at yet" in card
 
 
-def test_what_there_is_to_choose(desk: Desk) -> None:
-    _, file = run_with_file(desk)
-    found = choices(desk)
+def test_what_there_is_to_choose(app_state: AppState) -> None:
+    _, file = run_with_file(app_state)
+    found = list_choices(app_state)
     assert found["runs"] == [{"name": "mine", "base": "demo"}]
     files = found["groups"][0]["files"]
     assert files[0] == {"title": "mine", "path": str(file), "run": "mine"}
@@ -127,34 +127,38 @@ def test_what_there_is_to_choose(desk: Desk) -> None:
         ("fly", {}, "There is no tool"),
     ],
 )
-def test_what_is_missing_is_said(desk: Desk, tool: str, sent: dict[str, Any], problem: str) -> None:
-    _, file = run_with_file(desk)
+def test_what_is_missing_is_said(app_state: AppState, tool: str, sent: dict[str, Any], problem: str) -> None:
+    _, file = run_with_file(app_state)
     if isinstance(sent.get("files"), int):
         sent = {**sent, "files": [{"file": str(file), "strength": sent.get("strength", 1)}] * sent["files"]}
     with pytest.raises((AdapterFileError, ConfigError, ModelFileError), match=problem):
-        request_of(desk, tool, sent)
+        build_worker_request(app_state, tool, sent)
 
 
-def test_requests_are_what_the_worker_knows(desk: Desk) -> None:
-    run, file = run_with_file(desk)
+def test_requests_are_what_the_worker_knows(app_state: AppState) -> None:
+    run, file = run_with_file(app_state)
     files = [{"file": f' "{file}" ', "strength": "0,5"}]
-    asked = request_of(desk, "intrinsic", {"files": files, "measure": {"run": "mine"}, "rank": "3"})
+    asked = build_worker_request(
+        app_state, "intrinsic", {"files": files, "measure": {"run": "mine"}, "rank": "3"}
+    )
     assert asked == {"do": "intrinsic", "file": str(file), "measure": {"run": str(run.path)}}
-    asked = request_of(desk, "shrink", {"files": files, "by": "energy", "energy": "99,5"})
+    asked = build_worker_request(app_state, "shrink", {"files": files, "by": "energy", "energy": "99,5"})
     assert asked == {
         "do": "shrink", "file": str(file), "energy": 0.995,
         "out": str(run.exports / "mine-energy99.5.safetensors"),
     }  # fmt: skip
-    asked = request_of(desk, "merge", {"files": [*files, *files], "rank": ""})
+    asked = build_worker_request(app_state, "merge", {"files": [*files, *files], "rank": ""})
     assert asked["files"] == [{"file": str(file), "strength": 0.5}] * 2
     assert not asked.keys() & {"rank", "blocks", "base"}
     sent = {"files": files, "rank": "4", "base": "demo", "blocks": " mid_block=0.5 "}
-    asked = request_of(desk, "merge", sent)
+    asked = build_worker_request(app_state, "merge", sent)
     assert (asked["rank"], asked["base"], asked["blocks"]) == (4, "demo", "mid_block=0.5")
-    plain = request_of(desk, "plain", sent)
+    plain = build_worker_request(app_state, "plain", sent)
     assert (plain["do"], plain["files"], plain["rank"], plain["base"]) == ("merge", asked["files"], 4, "demo")
     assert Path(plain["out"]).name == "mine-plain4.safetensors"
-    asked = request_of(desk, "convert", {"files": files, "format": "diffusers", "alphas": True})
+    asked = build_worker_request(
+        app_state, "convert", {"files": files, "format": "diffusers", "alphas": True}
+    )
     assert asked == {
         "do": "convert", "file": str(file), "format": "diffusers", "keep_alphas": True,
         "out": str(run.exports / "mine-diffusers.safetensors"),
@@ -162,35 +166,35 @@ def test_requests_are_what_the_worker_knows(desk: Desk) -> None:
 
 
 def test_a_base_with_files_in_it_is_offered_as_a_base(
-    desk: Desk, client: TestClient, monkeypatch: pytest.MonkeyPatch
+    app_state: AppState, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, file = run_with_file(desk)
+    _, file = run_with_file(app_state)
     sent = {"files": [{"file": str(file), "strength": "0,8"}], "base": "demo", "blocks": "mid_block=0"}
-    asked = request_of(desk, "into-base", sent)
-    out = desk.project.path / "bases" / "base-mine"
+    asked = build_worker_request(app_state, "into-base", sent)
+    out = app_state.project.path / "bases" / "base-mine"
     assert (asked["do"], asked["out"], asked["blocks"]) == ("into-base", str(out), "mid_block=0")
     assert say(client, "inside/start", tool="into-base", **sent) == {"done": True}
     shown = ended(client)["html"]
     assert "base-mine" in shown
     assert "/easel/made/" not in shown
-    assert desk.places.bases() == [str(out)]
+    assert app_state.places.bases() == [str(out)]
     out.rename(out.with_name("base-mine-2"))
     monkeypatch.setattr("app.export.lora_tools.free_bytes", lambda path: 1000)
     assert "A copy of the base takes" in say(client, "inside/start", tool="into-base", **sent)["problem"]
 
 
-def test_new_files_never_take_a_name_that_is_taken(desk: Desk, tmp_path: Path) -> None:
-    run, file = run_with_file(desk)
+def test_new_files_never_take_a_name_that_is_taken(app_state: AppState, tmp_path: Path) -> None:
+    run, file = run_with_file(app_state)
     (run.exports / "mine-rank2.safetensors").touch()
-    assert free_place(desk, str(file), "rank2") == run.exports / "mine-rank2-2.safetensors"
+    assert free_path(app_state, str(file), "rank2") == run.exports / "mine-rank2-2.safetensors"
     checkpoint = run.checkpoint(50) / "adapter.safetensors"
-    assert free_place(desk, str(checkpoint), "rank2").name == "mine-step-000050-rank2.safetensors"
-    place = free_place(desk, str(tmp_path / "../a:b?.safetensors"), "merged")
-    assert place == desk.project.path / "loras" / "a_b_-merged.safetensors"
+    assert free_path(app_state, str(checkpoint), "rank2").name == "mine-step-000050-rank2.safetensors"
+    place = free_path(app_state, str(tmp_path / "../a:b?.safetensors"), "merged")
+    assert place == app_state.project.path / "loras" / "a_b_-merged.safetensors"
 
 
-def test_a_measurement_and_the_file_made_of_it(desk: Desk, client: TestClient) -> None:
-    _, file = run_with_file(desk)
+def test_a_measurement_and_the_file_made_of_it(app_state: AppState, client: TestClient) -> None:
+    _, file = run_with_file(app_state)
     assert say(client, "inside/act", do="shrink")["problem"].startswith("Measure first")
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
     assert say(client, "inside/start", tool="intrinsic", **body) == {"done": True}
@@ -212,7 +216,9 @@ def test_a_measurement_and_the_file_made_of_it(desk: Desk, client: TestClient) -
     assert "mine-baked.safetensors" in ended(client)["html"]
 
 
-def test_files_from_elsewhere_are_made_in_the_project(desk: Desk, client: TestClient, tmp_path: Path) -> None:
+def test_files_from_elsewhere_are_made_in_the_project(
+    app_state: AppState, client: TestClient, tmp_path: Path
+) -> None:
     file = tmp_path / "found é.safetensors"
     file.write_bytes(b"x")
     say(client, "inside/start", tool="shrink", files=[{"file": str(file)}], rank=2)
@@ -223,18 +229,18 @@ def test_files_from_elsewhere_are_made_in_the_project(desk: Desk, client: TestCl
         assert client.get(f"/easel/made/{name}").status_code == 404
 
 
-def test_problems_of_the_worker_are_text(desk: Desk, client: TestClient) -> None:
-    _, file = run_with_file(desk)
+def test_problems_of_the_worker_are_text(app_state: AppState, client: TestClient) -> None:
+    _, file = run_with_file(app_state)
     say(client, "inside/start", tool="spectrum", files=[{"file": str(file)}])
     now = ended(client)
     assert now["state"] == "error"
     assert "&lt;b&gt;It cannot be read." in now["html"]
 
 
-def test_nothing_is_measured_while_a_run_needs_the_memory(desk: Desk, client: TestClient) -> None:
-    run = make_run(desk, "live", started(), step(1))
+def test_nothing_is_measured_while_a_run_needs_the_memory(app_state: AppState, client: TestClient) -> None:
+    run = make_run(app_state, "live", started(), step(1))
     come_alive(run)
-    _, file = run_with_file(desk)
+    _, file = run_with_file(app_state)
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
     assert "A run is going on" in say(client, "inside/start", tool="strength", **body)["problem"]
     assert "A run is going on" in say(client, "report/start", run="mine", measure=True)["problem"]
@@ -242,18 +248,18 @@ def test_nothing_is_measured_while_a_run_needs_the_memory(desk: Desk, client: Te
     ended(client, "report")
 
 
-def test_training_goes_on_from_a_file(desk: Desk, client: TestClient, tmp_path: Path) -> None:
-    _, file = run_with_file(desk)
-    desk.project.keep(values={"train.steps": 7})
+def test_training_goes_on_from_a_file(app_state: AppState, client: TestClient, tmp_path: Path) -> None:
+    _, file = run_with_file(app_state)
+    app_state.project.keep(values={"train.steps": 7})
     assert say(client, "inside/go-on", file=str(file)) == {"done": True}
-    assert desk.project.draft()["values"] == {"train.steps": 7, "adapter.init": str(file)}
+    assert app_state.project.draft()["values"] == {"train.steps": 7, "adapter.init": str(file)}
     assert "no file at" in say(client, "inside/go-on", file=str(tmp_path / "gone"))["problem"]
 
 
-def test_the_report_is_made_shown_and_downloaded(desk: Desk, client: TestClient) -> None:
-    run = make_run(desk, "mine é", started(), step(1))
-    watch = desk.jobs.all()[0]
-    assert "report-open" not in report_card(watch)
+def test_the_report_is_made_shown_and_downloaded(app_state: AppState, client: TestClient) -> None:
+    run = make_run(app_state, "mine é", started(), step(1))
+    run_view = app_state.jobs.all()[0]
+    assert "report-open" not in report_card(run_view)
     assert "disabled" in report_card(None)
     assert client.get("/easel/report/of/mine é").status_code == 404
     assert client.post("/easel/report/start", json={"run": "../x"}).status_code == 404
@@ -263,7 +269,7 @@ def test_the_report_is_made_shown_and_downloaded(desk: Desk, client: TestClient)
     assert page.text == "<p>told</p>"
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert "attachment" in client.get("/easel/report/of/mine é?download=1").headers["content-disposition"]
-    assert "report-open" in report_card(watch)
+    assert "report-open" in report_card(run_view)
     assert run.path.joinpath("report.html").is_file()
 
 
@@ -303,7 +309,7 @@ def test_what_files_are_called_is_text() -> None:
         ("amplify", one, {"amplify": amplify}),
         ("stack", two, {"stack": stack}),
     ):
-        shown = answer_html(tool, request, result)
+        shown = result_html(tool, request, result)
         assert "<img" not in shown
         assert "&lt;img src=x" in shown
-    assert "<img" not in made_html({"file": f"/a/{HOSTILE}", "sentences": [HOSTILE], "link": HOSTILE})
+    assert "<img" not in written_html({"file": f"/a/{HOSTILE}", "sentences": [HOSTILE], "link": HOSTILE})

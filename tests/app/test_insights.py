@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from app.dataset.routes import add_dataset_routes
 from app.routes import add_routes
-from app.state import Desk
+from app.state import AppState
 from tests.app.runs import come_alive, make_run, started, step
 from tests.waiting import wait_for
 
@@ -44,21 +44,21 @@ while (asked := asks.get()) is not None:
 
 
 @pytest.fixture
-def desk(tmp_path: Path):
+def app_state(tmp_path: Path):
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     workspace = tmp_path / "work space é"
     workspace.mkdir()
-    made = Desk(workspace, worker_command=[sys.executable, str(script)])
+    made = AppState(workspace, worker_command=[sys.executable, str(script)])
     yield made
     made.worker.close()
 
 
 @pytest.fixture
-def client(desk: Desk) -> TestClient:
+def client(app_state: AppState) -> TestClient:
     app = FastAPI()
-    add_routes(app, desk)
-    add_dataset_routes(app, desk)
+    add_routes(app, app_state)
+    add_dataset_routes(app, app_state)
     return TestClient(app)
 
 
@@ -87,7 +87,7 @@ def test_nothing_can_be_asked_without_pictures(client: TestClient) -> None:
 
 
 def test_what_was_found_is_named_kept_and_goes_stale(
-    client: TestClient, desk: Desk, pictures: list[Path]
+    client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
     ask(client, "captions")
     state = settled(client, "captions")
@@ -95,10 +95,10 @@ def test_what_was_found_is_named_kept_and_goes_stale(
     (row,) = state["found"]["rows"]
     assert (row["picture"], row["better"]["picture"]) == ("picture-0.png", "picture-1.png")
     assert row["asked"]["base"] == "demo"
-    assert row["asked"]["dataset"] == str(desk.project.pictures)
-    again = Desk(desk.workspace, worker_command=["no-such-program"])
+    assert row["asked"]["dataset"] == str(app_state.project.pictures)
+    again = AppState(app_state.workspace, worker_command=["no-such-program"])
     assert again.insights.state()["captions"] == state
-    desk.project.save_caption("picture-0.png", "something else")
+    app_state.project.save_caption("picture-0.png", "something else")
     assert client.get("/easel/insights").json()["captions"]["fresh"] is False
 
 
@@ -111,26 +111,26 @@ def test_captions_that_are_all_the_same_are_not_asked_about(client: TestClient, 
 
 
 def test_a_word_is_measured_with_the_trigger_and_can_be_cancelled(
-    client: TestClient, desk: Desk, pictures: list[Path]
+    client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
-    desk.project.keep(trigger="slow")
+    app_state.project.keep(trigger="slow")
     ask(client, "triggers")
     working(client, "triggers")
     ask(client, "triggers", "cancel")
     assert settled(client, "triggers")["state"] == "idle"
-    desk.project.keep(trigger="bad")
+    app_state.project.keep(trigger="bad")
     ask(client, "triggers")
     assert settled(client, "triggers") == {"state": "failed", "message": "It is broken.", "why": ""}
-    desk.project.keep(trigger="sks")
+    app_state.project.keep(trigger="sks")
     ask(client, "triggers")
     assert settled(client, "triggers")["found"]["rows"][0]["asked"]["trigger"] == "sks"
 
 
-def test_a_run_comes_first(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
-    desk.project.keep(trigger="slow")
+def test_a_run_comes_first(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
+    app_state.project.keep(trigger="slow")
     ask(client, "triggers")
     working(client, "triggers")
-    come_alive(make_run(desk, "live", started(), step(1)))
+    come_alive(make_run(app_state, "live", started(), step(1)))
     state = settled(client, "triggers")
     assert state["state"] == "failed"
     assert "run live is going on" in state["message"]
@@ -138,11 +138,11 @@ def test_a_run_comes_first(client: TestClient, desk: Desk, pictures: list[Path])
 
 
 def test_a_run_s_pictures_are_read_from_its_folder(
-    client: TestClient, desk: Desk, pictures: list[Path]
+    client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
     assert "no run on these pictures" in ask(client, "pictures")["problem"]
-    other = make_run(desk, "other", started(), dataset__path="demo")
-    mine = make_run(desk, "mine", started(), dataset__path=str(desk.project.pictures))
+    other = make_run(app_state, "other", started(), dataset__path="demo")
+    mine = make_run(app_state, "mine", started(), dataset__path=str(app_state.project.pictures))
     for run in (other, mine):
         run.checkpoint(5).mkdir(parents=True)
         (run.checkpoint(5) / "adapter.safetensors").write_bytes(b"")
@@ -160,7 +160,9 @@ def test_a_run_s_pictures_are_read_from_its_folder(
     assert client.get("/easel/insights").json()["pictures"]["state"] == "idle"
 
 
-def test_the_check_says_what_will_be_learned(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+def test_the_check_says_what_will_be_learned(
+    client: TestClient, app_state: AppState, pictures: list[Path]
+) -> None:
     client.post("/easel/check", json={})
     wait_for(lambda: client.get("/easel/check").json()["state"] != "working")
     state = client.get("/easel/check").json()
@@ -168,5 +170,5 @@ def test_the_check_says_what_will_be_learned(client: TestClient, desk: Desk, pic
     assert sum(row["share"] for row in state["shares"]) == pytest.approx(1)
     assert all(set(row["pictures"]) <= {path.name for path in pictures} for row in state["learned"])
     # Another batch size fills batches up in another way.
-    desk.project.keep(values={"train.batch_size": 4})
+    app_state.project.keep(values={"train.batch_size": 4})
     assert client.get("/easel/check").json()["fresh"] is False

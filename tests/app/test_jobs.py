@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from app import header
-from app.formatting import file_size
+from app.formatting import format_bytes
 from app.jobs import LIVE, Jobs
-from app.preview.loras import checkpoint_choices, found_loras
-from app.snapshot import moment_of
-from app.state import Desk
+from app.preview.loras import checkpoint_choices, find_loras
+from app.snapshot import take_snapshot
+from app.state import AppState
 from app.train import cards
 from app.train.facts import blockers, facts
 from app.train.run_list import earlier, queue_card
@@ -26,51 +26,58 @@ from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.waiting import PATIENCE
 
 
-def test_states_and_words(desk: Desk) -> None:
-    assert moment_of(desk).state == "none"
-    run = make_run(desk, "first", started(), step(1), step(34))
-    assert moment_of(desk).state == "interrupted"
+def test_states_and_words(app_state: AppState) -> None:
+    assert take_snapshot(app_state).state == "none"
+    run = make_run(app_state, "first", started(), step(1), step(34))
+    assert take_snapshot(app_state).state == "interrupted"
     come_alive(run)
-    moment = moment_of(desk)
-    assert moment.state == "running"
-    assert header.run_words(moment) == "34%, step 34 of 100, 0:33 left"
-    assert 'aria-valuenow="34"' in header.run_bar(moment)
-    assert 'data-state="running" data-step="34" data-steps="100"' in cards.run_card(moment)
+    snapshot = take_snapshot(app_state)
+    assert snapshot.state == "running"
+    assert header.describe_run(snapshot) == "34%, step 34 of 100, 0:33 left"
+    assert 'aria-valuenow="34"' in header.run_bar(snapshot)
+    assert 'data-state="running" data-step="34" data-steps="100"' in cards.run_card(snapshot)
     run.request("pause")
-    assert moment_of(desk).state == "pausing"
+    assert take_snapshot(app_state).state == "pausing"
     run.request("stop")
-    assert moment_of(desk).state == "stopping"
+    assert take_snapshot(app_state).state == "stopping"
 
 
-def test_preparing_is_not_step_0(desk: Desk) -> None:
-    run = make_run(desk, "first", started(), events.Preparing(phase="Encoding pictures", done=3, total=12))
+def test_preparing_is_not_step_0(app_state: AppState) -> None:
+    run = make_run(
+        app_state, "first", started(), events.Preparing(phase="Encoding pictures", done=3, total=12)
+    )
     come_alive(run)
-    moment = moment_of(desk)
-    assert (moment.state, header.run_words(moment)) == ("preparing", "Preparing: Encoding pictures, 3 of 12")
+    snapshot = take_snapshot(app_state)
+    assert (snapshot.state, header.describe_run(snapshot)) == (
+        "preparing",
+        "Preparing: Encoding pictures, 3 of 12",
+    )
 
 
-def test_a_failure_says_why(desk: Desk) -> None:
-    make_run(desk, "first", started(), step(3), events.Failed(step=3, reason=f"Out of memory {HOSTILE}."))
-    card = cards.run_card(moment_of(desk))
+def test_a_failure_says_why(app_state: AppState) -> None:
+    make_run(
+        app_state, "first", started(), step(3), events.Failed(step=3, reason=f"Out of memory {HOSTILE}.")
+    )
+    card = cards.run_card(take_snapshot(app_state))
     assert "Out of memory &lt;img" in card
     assert "<img" not in card
 
 
-def test_a_process_that_ends_without_a_word_has_failed(desk: Desk) -> None:
-    jobs = Jobs(desk.workspace, (sys.executable, "-c", "import sys; sys.exit('the disk is full')"))
+def test_a_process_that_ends_without_a_word_has_failed(app_state: AppState) -> None:
+    jobs = Jobs(app_state.workspace, (sys.executable, "-c", "import sys; sys.exit('the disk is full')"))
     run = jobs.start(RunConfig().changed({"name": "broken"}))
-    watch = jobs.watch(run)
-    assert watch.child is not None
-    assert jobs.state(watch) in ("preparing", "failed")
-    watch.child.wait(PATIENCE)
-    assert watch.recorder is not None
-    watch.recorder.join(PATIENCE)
-    assert jobs.state(watch) == "failed"
-    assert "the disk is full" in watch.reason()
+    run_view = jobs.run_view(run)
+    assert run_view.child is not None
+    assert jobs.state(run_view) in ("preparing", "failed")
+    run_view.child.wait(PATIENCE)
+    assert run_view.recorder is not None
+    run_view.recorder.join(PATIENCE)
+    assert jobs.state(run_view) == "failed"
+    assert "the disk is full" in run_view.reason()
 
 
 def test_no_wrong_reason_is_told_while_it_is_written_down(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    app_state: AppState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = threading.Event()
     record = ExitRecorder.record
@@ -80,16 +87,16 @@ def test_no_wrong_reason_is_told_while_it_is_written_down(
         return record(self, code)
 
     monkeypatch.setattr(ExitRecorder, "record", late)
-    jobs = Jobs(desk.workspace, (sys.executable, "-c", "import time; time.sleep(60)"))
-    watch = jobs.watch(jobs.start(RunConfig().changed({"name": "killed"})))
-    assert watch.child is not None
-    assert watch.recorder is not None
-    watch.child.kill()
-    watch.child.wait(PATIENCE)
-    assert jobs.state(watch) == "preparing"
+    jobs = Jobs(app_state.workspace, (sys.executable, "-c", "import time; time.sleep(60)"))
+    run_view = jobs.run_view(jobs.start(RunConfig().changed({"name": "killed"})))
+    assert run_view.child is not None
+    assert run_view.recorder is not None
+    run_view.child.kill()
+    run_view.child.wait(PATIENCE)
+    assert jobs.state(run_view) == "preparing"
     told.set()
-    watch.recorder.join(PATIENCE)
-    assert jobs.state(watch) not in LIVE
+    run_view.recorder.join(PATIENCE)
+    assert jobs.state(run_view) not in LIVE
 
 
 CHANGED = events.Failed(
@@ -102,95 +109,97 @@ CHANGED = events.Failed(
 )
 
 
-def test_a_run_whose_inputs_changed_says_what_and_asks(desk: Desk) -> None:
-    run = make_run(desk, "asks", started(), step(3), CHANGED)
-    desk.queue.queue.add(run)
-    desk.queue.queue.update(QueuedRun("asks", "failed", CHANGED.reason))
-    moment = moment_of(desk)
-    assert moment.state == "failed"
-    for html in (cards.run_card(moment), earlier(moment), queue_card(moment)):
+def test_a_run_whose_inputs_changed_says_what_and_asks(app_state: AppState) -> None:
+    run = make_run(app_state, "asks", started(), step(3), CHANGED)
+    app_state.queue.queue.add(run)
+    app_state.queue.queue.update(QueuedRun("asks", "failed", CHANGED.reason))
+    snapshot = take_snapshot(app_state)
+    assert snapshot.state == "failed"
+    for html in (cards.run_card(snapshot), earlier(snapshot), queue_card(snapshot)):
         assert "this has changed: its settings (config.toml), the picture &lt;img" in html
         assert ".png or its caption, the package torch, a, b and 2 more." in html
         assert "<img" not in html
         assert "--accept" not in html
     yes = 'data-body="{&quot;do&quot;: &quot;accept&quot;, &quot;run&quot;: &quot;asks&quot;}"'
-    assert 'data-hint="changed"' in cards.run_card(moment)
-    assert yes in cards.run_card(moment)
-    assert yes in earlier(moment)
+    assert 'data-hint="changed"' in cards.run_card(snapshot)
+    assert yes in cards.run_card(snapshot)
+    assert yes in earlier(snapshot)
     # Who put it back goes on as always.
-    assert 'id="train-resume"' in cards.run_card(moment)
-    assert "it asks again" in header.run_actions(moment)
+    assert 'id="train-resume"' in cards.run_card(snapshot)
+    assert "it asks again" in header.run_actions(snapshot)
     # Going on takes the question back.
     come_alive(run)
-    moment = moment_of(desk)
-    assert not any("accept" in html for html in (cards.run_card(moment), earlier(moment)))
+    snapshot = take_snapshot(app_state)
+    assert not any("accept" in html for html in (cards.run_card(snapshot), earlier(snapshot)))
 
 
-def test_another_failure_asks_nothing(desk: Desk) -> None:
-    make_run(desk, "first", started(), CHANGED, started(), events.Failed(step=3, reason="The disk is full."))
-    moment = moment_of(desk)
-    assert "accept" not in cards.run_card(moment) + earlier(moment)
-    assert "The disk is full." in cards.run_card(moment)
+def test_another_failure_asks_nothing(app_state: AppState) -> None:
+    make_run(
+        app_state, "first", started(), CHANGED, started(), events.Failed(step=3, reason="The disk is full.")
+    )
+    snapshot = take_snapshot(app_state)
+    assert "accept" not in cards.run_card(snapshot) + earlier(snapshot)
+    assert "The disk is full." in cards.run_card(snapshot)
 
 
-def test_a_question_waits_while_another_run_is_going_on(desk: Desk) -> None:
-    make_run(desk, "asks", started(), step(3), CHANGED)
-    come_alive(make_run(desk, "other", started(), step(1)))
-    row = earlier(moment_of(desk))
+def test_a_question_waits_while_another_run_is_going_on(app_state: AppState) -> None:
+    make_run(app_state, "asks", started(), step(3), CHANGED)
+    come_alive(make_run(app_state, "other", started(), step(1)))
+    row = earlier(take_snapshot(app_state))
     tag = row[: row.index("Go on with the changes")].rpartition("<button")[2]
     assert "A run is going on; pause or stop it first." in tag
     assert tag.endswith(" disabled>")
 
 
-def test_one_run_at_a_time(desk: Desk, pictures: list[Path]) -> None:
-    assert blockers(moment_of(desk)) == []
-    come_alive(make_run(desk, "first", started(), step(1)))
-    assert "first is going on" in blockers(moment_of(desk))[0]
+def test_one_run_at_a_time(app_state: AppState, pictures: list[Path]) -> None:
+    assert blockers(take_snapshot(app_state)) == []
+    come_alive(make_run(app_state, "first", started(), step(1)))
+    assert "first is going on" in blockers(take_snapshot(app_state))[0]
     with pytest.raises(RunError, match="first is going on"):
-        desk.jobs.start(RunConfig())
+        app_state.jobs.start(RunConfig())
     with pytest.raises(RunError, match="first is going on"):
-        desk.jobs.resume("first")
+        app_state.jobs.resume("first")
 
 
-def test_names_count_up(desk: Desk) -> None:
-    config = RunConfig().changed({"dataset.path": str(desk.project.pictures)})
-    first = desk.jobs.free_name(config)
-    make_run(desk, first)
-    assert desk.jobs.free_name(config) == f"{first}-2"
+def test_names_count_up(app_state: AppState) -> None:
+    config = RunConfig().changed({"dataset.path": str(app_state.project.pictures)})
+    first = app_state.jobs.free_name(config)
+    make_run(app_state, first)
+    assert app_state.jobs.free_name(config) == f"{first}-2"
     assert first == f"{time.strftime('%Y-%m-%d')}-pictures"
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "", "..", "a\x00b"])
-def test_names_that_are_no_folder_s_are_refused(desk: Desk, name: str) -> None:
+def test_names_that_are_no_folder_s_are_refused(app_state: AppState, name: str) -> None:
     with pytest.raises(RunError):
-        desk.jobs.resume(name)
+        app_state.jobs.resume(name)
 
 
-def test_facts_before_start(desk: Desk, pictures: list[Path]) -> None:
-    said = facts(moment_of(desk))
+def test_facts_before_start(app_state: AppState, pictures: list[Path]) -> None:
+    said = facts(take_snapshot(app_state))
     assert "3 pictures, 1 without a caption." in said
     assert "Effective learning rate" in said
     assert "start-why" not in said
     assert "Captions vary" not in said
 
 
-def test_facts_say_what_captions_that_vary_take(desk: Desk, pictures: list[Path]) -> None:
+def test_facts_say_what_captions_that_vary_take(app_state: AppState, pictures: list[Path]) -> None:
     values = {"dataset.shuffle_tags": True, "optim.text_encoder_lr": 0.0, "train.steps": 10**6}
-    desk.project.keep(values=values)
-    limit = file_size(DRAWN_CAPTIONS_BYTES)
-    assert f"up to {limit} of them stay in memory, none on disk" in facts(moment_of(desk))
+    app_state.project.keep(values=values)
+    limit = format_bytes(DRAWN_CAPTIONS_BYTES)
+    assert f"up to {limit} of them stay in memory, none on disk" in facts(take_snapshot(app_state))
 
 
-def test_without_pictures_start_says_why(desk: Desk) -> None:
-    assert 'id="start-why"' in facts(moment_of(desk))
+def test_without_pictures_start_says_why(app_state: AppState) -> None:
+    assert 'id="start-why"' in facts(take_snapshot(app_state))
 
 
-def test_what_a_run_left_can_be_looked_at(desk: Desk) -> None:
+def test_what_a_run_left_can_be_looked_at(app_state: AppState) -> None:
     best = events.Validated(
         step=50, gain=0.01, standard_error=0.001, base_loss=0.2, adapted_loss=0.19, best=True
     )
     run = make_run(
-        desk,
+        app_state,
         "first",
         started(),
         step(50),
@@ -202,22 +211,22 @@ def test_what_a_run_left_can_be_looked_at(desk: Desk) -> None:
     for number in (50, 100):
         run.checkpoint(number).mkdir()
         (run.checkpoint(number) / "adapter.safetensors").write_bytes(b"")
-    moment = moment_of(desk)
-    assert [one.title for one in found_loras(moment)] == [
+    snapshot = take_snapshot(app_state)
+    assert [one.title for one in find_loras(snapshot)] == [
         "first, a",
         "first, step 100",
         "first, step 50, best",
     ]
-    assert moment.watch is not None
-    choices = checkpoint_choices(moment.watch)
+    assert snapshot.run_view is not None
+    choices = checkpoint_choices(snapshot.run_view)
     assert [key for _, key in choices] == ["best", "last", "100", "50"]
 
 
-def test_earlier_runs_are_listed_with_what_can_be_done(desk: Desk) -> None:
-    make_run(desk, "older", started(), step(5), events.Paused(step=5))
-    make_run(desk, "newer", started(), step(9), events.Finished(step=9, export=""))
-    desk.jobs.show("newer")
-    listed = earlier(moment_of(desk))
+def test_earlier_runs_are_listed_with_what_can_be_done(app_state: AppState) -> None:
+    make_run(app_state, "older", started(), step(5), events.Paused(step=5))
+    make_run(app_state, "newer", started(), step(9), events.Finished(step=9, export=""))
+    app_state.jobs.show("newer")
+    listed = earlier(take_snapshot(app_state))
     assert 'data-run="older"' in listed
     assert "&quot;do&quot;: &quot;resume&quot;" in listed
     assert "Paused" in listed

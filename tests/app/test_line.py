@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from app.jobs import Jobs
-from app.snapshot import moment_of
-from app.state import Desk
+from app.snapshot import take_snapshot
+from app.state import AppState
 from app.train.queue_client import QueueClient
 from lora_core.errors import RunError
 from lora_core.runs import events, runner
@@ -17,17 +17,17 @@ from tests.app.runs import come_alive, make_run, started, step
 
 
 @pytest.fixture
-def line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> QueueClient:
+def line(app_state: AppState, monkeypatch: pytest.MonkeyPatch) -> QueueClient:
     """A queue that nobody works through."""
     monkeypatch.setattr("app.train.queue_client.ensure_runner", lambda workspace: False)
-    return desk.queue
+    return app_state.queue
 
 
 def names(line: QueueClient) -> list[str]:
     return [job.run for job in line.jobs()]
 
 
-def test_order_and_removal(desk: Desk, line: QueueClient) -> None:
+def test_order_and_removal(app_state: AppState, line: QueueClient) -> None:
     for name in ("a", "b", "c"):
         line.add(RunConfig().changed({"name": name}))
     line.act("up", "c")
@@ -41,14 +41,14 @@ def test_order_and_removal(desk: Desk, line: QueueClient) -> None:
     line.act("remove", "a")
     assert names(line) == ["c", "b"]
     # A run that never began goes with its place in the queue, into the trash.
-    assert not (desk.workspace / "runs" / "a").exists()
-    assert list((desk.workspace / ".trash").glob("*/content/config.toml"))
+    assert not (app_state.workspace / "runs" / "a").exists()
+    assert list((app_state.workspace / ".trash").glob("*/content/config.toml"))
     # Another window, or this one after a restart, reads the same.
-    assert names(QueueClient(desk.workspace, Jobs(desk.workspace))) == ["c", "b"]
+    assert names(QueueClient(app_state.workspace, Jobs(app_state.workspace))) == ["c", "b"]
 
 
-def test_a_run_that_began_stays_when_it_is_taken_out(desk: Desk, line: QueueClient) -> None:
-    run = make_run(desk, "a", started(), step(3))
+def test_a_run_that_began_stays_when_it_is_taken_out(app_state: AppState, line: QueueClient) -> None:
+    run = make_run(app_state, "a", started(), step(3))
     line.queue.add(run)
     line.act("remove", "a")
     assert run.events_file.exists()
@@ -62,18 +62,20 @@ def test_names_that_are_no_folder_s_are_refused(line: QueueClient, name: str) ->
 
 
 def test_behind_a_live_run_the_queue_is_set_enabled(
-    desk: Desk, line: QueueClient, monkeypatch: pytest.MonkeyPatch
+    app_state: AppState, line: QueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going: list[Path] = []
     monkeypatch.setattr("app.train.queue_client.ensure_runner", going.append)
     line.add(RunConfig().changed({"name": "alone"}))
     assert going == []
-    come_alive(make_run(desk, "live", started(), step(1)))
+    come_alive(make_run(app_state, "live", started(), step(1)))
     line.add(RunConfig().changed({"name": "behind"}))
-    assert going == [desk.workspace]
+    assert going == [app_state.workspace]
 
 
-def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, line: QueueClient) -> None:
+def test_the_next_one_starts_after_a_failure_and_the_window_follows(
+    app_state: AppState, line: QueueClient
+) -> None:
     for name in ("bad", "good"):
         line.add(RunConfig().changed({"name": name}))
     code = (
@@ -84,20 +86,22 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(desk: Desk, 
         " events.Finished(step=3, export=''));"
         "sys.exit(run.name == 'bad')"
     )
-    runner.run_queue(desk.workspace, lambda text: None, (sys.executable, "-c", code))
+    runner.run_queue(app_state.workspace, lambda text: None, (sys.executable, "-c", code))
     assert [(job.run, job.state) for job in reversed(line.ended())] == [("bad", "failed"), ("good", "done")]
-    assert Queue(desk.workspace).is_enabled() is False
-    moment = moment_of(desk)
-    assert moment.watch is not None
+    assert Queue(app_state.workspace).is_enabled() is False
+    snapshot = take_snapshot(app_state)
+    assert snapshot.run_view is not None
     # The one that did something last is shown, although the other has been made later or earlier.
-    assert (moment.watch.run.name, moment.state) == ("good", "done")
+    assert (snapshot.run_view.run.name, snapshot.state) == ("good", "done")
     from app.train.run_list import queue_card
 
-    assert "No picture can be read." in queue_card(moment)
+    assert "No picture can be read." in queue_card(snapshot)
 
 
-def test_a_job_that_failed_and_was_gone_on_with_is_listed_once(desk: Desk, line: QueueClient) -> None:
-    run = make_run(desk, "a", started(), events.Failed(reason="No."))
+def test_a_job_that_failed_and_was_gone_on_with_is_listed_once(
+    app_state: AppState, line: QueueClient
+) -> None:
+    run = make_run(app_state, "a", started(), events.Failed(reason="No."))
     line.queue.add(run)
     line.queue.update(QueuedRun("a", "failed", "No."))
     assert [job.state for job in line.ended()] == ["failed"]

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from app.export.opening import FileManager, commands, lacking
 from app.routes import add_routes
-from app.state import Desk
+from app.state import AppState
 from tests.waiting import wait_for
 
 NAME = "my, 'lora' $(touch x).safetensors"
@@ -45,17 +45,17 @@ def asked(file: Path, last: str) -> list[str]:
     return wait_for(look)
 
 
-def client(desk: Desk, near: str = "127.0.0.1", host: str = "127.0.0.1:7860") -> TestClient:
+def client(app_state: AppState, near: str = "127.0.0.1", host: str = "127.0.0.1:7860") -> TestClient:
     app = FastAPI()
-    add_routes(app, desk)
+    add_routes(app, app_state)
     return TestClient(app, base_url=f"http://{host}", client=(near, 5000))
 
 
-def test_a_file_that_was_named_is_shown(desk: Desk, file: Path) -> None:
-    page = client(desk)
+def test_a_file_that_was_named_is_shown(app_state: AppState, file: Path) -> None:
+    page = client(app_state)
     refused = page.post("/easel/show-file", json={"file": str(file)}).json()
     assert "has not written this file" in refused["problem"]
-    assert "Show in folder" in desk.files.place(file, "It is at")
+    assert "Show in folder" in app_state.files.place(file, "It is at")
     assert page.post("/easel/show-file", json={"file": str(file)}).json() == {"done": True}
     lines = asked(file, str(file.parent))
     assert lines[0] == "dbus-send"
@@ -76,10 +76,10 @@ def test_a_file_that_was_named_is_shown(desk: Desk, file: Path) -> None:
     ],
 )
 def test_only_for_a_page_on_this_computer(
-    desk: Desk, file: Path, near: str, host: str, headers: dict[str, str]
+    app_state: AppState, file: Path, near: str, host: str, headers: dict[str, str]
 ) -> None:
-    desk.files.place(file, "It is at")
-    answer = client(desk, near, host).post("/easel/show-file", json={"file": str(file)}, headers=headers)
+    app_state.files.place(file, "It is at")
+    answer = client(app_state, near, host).post("/easel/show-file", json={"file": str(file)}, headers=headers)
     assert "open to other computers" in answer.json()["problem"]
     assert not (file.parent / "asked").exists()
 

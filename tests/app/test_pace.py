@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.snapshot import moment_of
-from app.state import Desk
+from app.snapshot import take_snapshot
+from app.state import AppState
 from app.train.facts import facts, memory_needed, time_of
 from app.train.form import preset_config
 from lora_core.model_files.detect import base_facts
@@ -37,31 +37,35 @@ def test_what_comes_between_steps_counts_and_a_night_s_pause_does_not() -> None:
     assert progress_of().wall_pace() is None
 
 
-def test_a_run_of_the_same_cost_counts_first(desk: Desk) -> None:
+def test_a_run_of_the_same_cost_counts_first(app_state: AppState) -> None:
     same = {"train__steps": 7, "train__batch_size": 2}
-    make_run(desk, "same", started(), *(step(n, 100.0 + 2 * n) for n in range(1, 9)), **same)
-    make_run(desk, "other", started(), *(step(n, 100.0 + 9 * n) for n in range(1, 9)), train__batch_size=1)
-    moment = moment_of(desk)
+    make_run(app_state, "same", started(), *(step(n, 100.0 + 2 * n) for n in range(1, 9)), **same)
+    make_run(
+        app_state, "other", started(), *(step(n, 100.0 + 9 * n) for n in range(1, 9)), train__batch_size=1
+    )
+    snapshot = take_snapshot(app_state)
     config = RunConfig().changed({"train.batch_size": 2})
-    found = time_of(moment, config)
+    found = time_of(snapshot, config)
     assert found is not None
     assert (found.source, found.seconds) == (MEASURED, pytest.approx(2.0))
     # Four pictures a step cost four times as much as one; the newest run is the one with one.
-    scaled = time_of(moment, config.changed({"train.batch_size": 4}))
+    scaled = time_of(snapshot, config.changed({"train.batch_size": 4}))
     assert scaled is not None
     assert scaled.source == SCALED
     assert scaled.seconds in (pytest.approx(36.0), pytest.approx(4.0))
 
 
-def test_with_no_run_at_all_the_time_is_not_known_and_that_is_said(desk: Desk, pictures: list[Path]) -> None:
-    desk.hardware.known = True
-    assert time_of(moment_of(desk), preset_config("style", "demo")) is None
-    assert "time, known after some steps" in facts(moment_of(desk))
+def test_with_no_run_at_all_the_time_is_not_known_and_that_is_said(
+    app_state: AppState, pictures: list[Path]
+) -> None:
+    app_state.hardware.known = True
+    assert time_of(take_snapshot(app_state), preset_config("style", "demo")) is None
+    assert "time, known after some steps" in facts(take_snapshot(app_state))
 
 
-def test_a_run_of_another_base_tells_nothing(desk: Desk) -> None:
-    make_run(desk, "other", started(), *(step(n, 100.0 + n) for n in range(1, 9)), model__base="other")
-    assert time_of(moment_of(desk), RunConfig()) is None
+def test_a_run_of_another_base_tells_nothing(app_state: AppState) -> None:
+    make_run(app_state, "other", started(), *(step(n, 100.0 + n) for n in range(1, 9)), model__base="other")
+    assert time_of(take_snapshot(app_state), RunConfig()) is None
 
 
 def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:

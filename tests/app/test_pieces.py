@@ -17,13 +17,13 @@ HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
 def test_what_is_wrong_is_said_as_text(tmp_path: Path) -> None:
     record = ImageRecord(tmp_path / "a.png", 200, 100, HOSTILE)
     problem = FileProblem(tmp_path / "a.png", "broken", f"{HOSTILE} is damaged.")
-    shown = gallery.findings(Dataset([record], [problem]), [problem], False, [HOSTILE])
+    shown = gallery.findings_html(Dataset([record], [problem]), [problem], False, [HOSTILE])
     assert "<img src=x" not in shown
     assert shown.count("&lt;img src=x") == 3
 
 
 def test_the_crop_is_drawn_in_shares_of_the_picture(tmp_path: Path) -> None:
-    cell = gallery.cell(ImageRecord(tmp_path / "a.png", 300, 200, ""), tmp_path, 128, 8)
+    cell = gallery.image_facts(ImageRecord(tmp_path / "a.png", 300, 200, ""), tmp_path, 128, 8)
     left, top, right, bottom = cell["crop"]
     assert left == pytest.approx(right, abs=0.02)
     assert top == pytest.approx(bottom, abs=0.02)
@@ -76,27 +76,27 @@ def test_the_gauges_stand_beside_what_they_mean() -> None:
     drawn = cards.gain_chart([validated(10, 0.005, True), last])
     assert drawn.count("<polyline") == 2
     assert "training pictures" in drawn
-    said = cards.meaning([validated(10, 0.005, True), last])
+    said = cards.describe_gain([validated(10, 0.005, True), last])
     assert "Still gaining. It is learning by heart: 67% of" in said
     assert "Learning by heart +0.0200 ± 0.0040" in said
     assert "The base&#x27;s own pictures \N{MINUS SIGN}0.0001 ± 0.0000" in said
-    assert cards.meaning([]) == ""
-    assert "Learning by heart" not in cards.meaning([validated(10, 0.005, True)])
+    assert cards.describe_gain([]) == ""
+    assert "Learning by heart" not in cards.describe_gain([validated(10, 0.005, True)])
 
 
 def test_the_raw_adapter_stands_beside_its_average() -> None:
     raw = {"raw_gain": 0.02, "raw_against": 0.01, "raw_against_error": 0.001}
     found = [validated(10, 0.005, True), validated(20, 0.01, True, **raw)]
     assert "raw adapter" in cards.gain_chart(found)
-    assert "The raw adapter gains more than its average" in cards.meaning(found)
+    assert "The raw adapter gains more than its average" in cards.describe_gain(found)
 
 
 def test_numbers_as_people_read_them() -> None:
-    assert formatting.clock(252) == "4:12"
-    assert formatting.clock(3852) == "1:04:12"
-    assert formatting.clock(None) == formatting.UNKNOWN
-    assert formatting.about(840) == "14 min"
-    assert formatting.file_size(6_400_000) == "6.4 MB"
-    assert formatting.pace(0.4) == "2.5\N{NO-BREAK SPACE}it/s"
-    assert formatting.pace(2.0) == "2.0\N{NO-BREAK SPACE}s/it"
-    assert formatting.scientific(1e-4) == "1.0e-4"
+    assert formatting.format_clock(252) == "4:12"
+    assert formatting.format_clock(3852) == "1:04:12"
+    assert formatting.format_clock(None) == formatting.UNKNOWN
+    assert formatting.format_duration(840) == "14 min"
+    assert formatting.format_bytes(6_400_000) == "6.4 MB"
+    assert formatting.format_speed(0.4) == "2.5\N{NO-BREAK SPACE}it/s"
+    assert formatting.format_speed(2.0) == "2.0\N{NO-BREAK SPACE}s/it"
+    assert formatting.format_scientific(1e-4) == "1.0e-4"

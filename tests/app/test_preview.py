@@ -13,11 +13,11 @@ from app.preview import compare_view, grid_card
 from app.preview import request_form as preview_form
 from app.preview import view as picture_info
 from app.preview.loras import lora_groups
-from app.preview.page_state import Grid, View, sheet_info
-from app.preview.render_queue import FILE, History, Kept
+from app.preview.page_state import GridState, PreviewState, sheet_info
+from app.preview.render_queue import FILE, History, HistoryEntry
 from app.preview.routes import open_tab
-from app.snapshot import Moment, moment_of
-from app.state import Desk
+from app.snapshot import Snapshot, take_snapshot
+from app.state import AppState
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, make_axis
 from lora_core.runs.folder import RunFolder
@@ -27,10 +27,10 @@ from lora_core.settings.config import RunConfig
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}\u202e😀'
 
 
-def run_with_file(desk: Desk, name: str = "mine") -> tuple[RunFolder, Path]:
+def run_with_file(app_state: AppState, name: str = "mine") -> tuple[RunFolder, Path]:
     """A run that has an export and two checkpoints, as far as the window looks."""
     config = RunConfig().changed({"preview.prompts": ["a house"], "preview.seed": 7, "preview.steps": 9})
-    run = RunFolder.create(desk.workspace / "runs" / name, config)
+    run = RunFolder.create(app_state.workspace / "runs" / name, config)
     for step in (50, 100):
         run.checkpoint(step).mkdir(parents=True)
         (run.checkpoint(step) / "adapter.safetensors").write_bytes(b"x")
@@ -58,8 +58,8 @@ def test_history_is_read_again_newest_first_and_put_back_exactly(tmp_path: Path)
         prompt=HOSTILE, negative="n\nn", seed=2**40, loras=(WeightedLora("/x/é.safetensors", 0.8, 0.4, 4),)
     )
     history = History(tmp_path / "generated")
-    first = Kept(picture(history.folder, "1/a.png"), shot)
-    sheet = Kept(
+    first = HistoryEntry(picture(history.folder, "1/a.png"), shot)
+    sheet = HistoryEntry(
         picture(history.folder, "1/b.png"),
         GenerationRequest(),
         make_axis("prompt", ["a, b"]),
@@ -76,48 +76,48 @@ def test_history_is_read_again_newest_first_and_put_back_exactly(tmp_path: Path)
         (one.file, one.shot, one.rows, one.columns) for one in (sheet, first)
     ]
     history = History(tmp_path / "generated")
-    history.add(Kept(picture(history.folder, "1/c.png"), GenerationRequest()))
+    history.add(HistoryEntry(picture(history.folder, "1/c.png"), GenerationRequest()))
     names = [one.file.name for one in History(tmp_path / "generated").newest()]
     assert names == ["c.png", "b.png", "a.png"], "the half line did not swallow it"
 
 
-def test_a_picture_goes_to_the_trash_and_comes_back(desk: Desk) -> None:
-    history = desk.studio.history
-    kept = Kept(picture(desk.generated / "2026-01"), GenerationRequest())
+def test_a_picture_goes_to_the_trash_and_comes_back(app_state: AppState) -> None:
+    history = app_state.render_queue.history
+    kept = HistoryEntry(picture(app_state.generated / "2026-01"), GenerationRequest())
     history.add(kept)
-    history.remove("a.png", desk.workspace)
+    history.remove("a.png", app_state.workspace)
     assert not kept.file.exists()
-    assert history.newest() == History(desk.generated).newest() == []
-    (one,) = list_trash(desk.workspace)
-    assert restore(one, desk.workspace) == kept.file
-    assert [one.file for one in History(desk.generated).newest()] == [kept.file]
+    assert history.newest() == History(app_state.generated).newest() == []
+    (one,) = list_trash(app_state.workspace)
+    assert restore(one, app_state.workspace) == kept.file
+    assert [one.file for one in History(app_state.generated).newest()] == [kept.file]
     with pytest.raises(RunError, match="no picture"):
-        history.remove("../../draft.json", desk.workspace)
+        history.remove("../../draft.json", app_state.workspace)
 
 
-def test_each_project_has_its_own(desk: Desk) -> None:
-    desk.studio.history.add(Kept(picture(desk.generated), GenerationRequest()))
-    desk.projects.new("another")
-    assert desk.studio.history.newest() == []
+def test_each_project_has_its_own(app_state: AppState) -> None:
+    app_state.render_queue.history.add(HistoryEntry(picture(app_state.generated), GenerationRequest()))
+    app_state.projects.new("another")
+    assert app_state.render_queue.history.newest() == []
 
 
 # ---- the form
 
 
-def test_the_newest_lora_is_in_the_form_until_a_person_chooses(desk: Desk) -> None:
-    assert preview_form.lora_rows(moment_of(desk))[0] == []
-    run, file = run_with_file(desk)
-    assert preview_form.lora_rows(moment_of(desk))[0] == [WeightedLora(str(file))]
+def test_the_newest_lora_is_in_the_form_until_a_person_chooses(app_state: AppState) -> None:
+    assert preview_form.lora_rows(take_snapshot(app_state))[0] == []
+    run, file = run_with_file(app_state)
+    assert preview_form.lora_rows(take_snapshot(app_state))[0] == [WeightedLora(str(file))]
     rows = [WeightedLora(str(file), 0.5), WeightedLora("/typed/é.safetensors", 2.5, 0.25)]
-    first = preview_form.keep_rows(desk.project, rows, True)
-    assert preview_form.lora_rows(moment_of(desk))[0] == rows
-    assert preview_form.keep_rows(desk.project, [], False) == first + 1
-    assert preview_form.lora_rows(moment_of(desk))[0] == [], "the base alone is a choice too"
-    preview_form.keep_rows(desk.project, [WeightedLora(str(run.path / "gone.safetensors"))], False)
-    assert preview_form.lora_rows(moment_of(desk))[0] == [WeightedLora(str(file))]
+    first = preview_form.save_rows(app_state.project, rows, True)
+    assert preview_form.lora_rows(take_snapshot(app_state))[0] == rows
+    assert preview_form.save_rows(app_state.project, [], False) == first + 1
+    assert preview_form.lora_rows(take_snapshot(app_state))[0] == [], "the base alone is a choice too"
+    preview_form.save_rows(app_state.project, [WeightedLora(str(run.path / "gone.safetensors"))], False)
+    assert preview_form.lora_rows(take_snapshot(app_state))[0] == [WeightedLora(str(file))]
     # Another project begins with its own, of which there is none.
-    desk.projects.new("Other")
-    assert preview_form.lora_rows(moment_of(desk))[0] == []
+    app_state.projects.new("Other")
+    assert preview_form.lora_rows(take_snapshot(app_state))[0] == []
 
 
 def test_rows_from_a_page_are_checked() -> None:
@@ -126,31 +126,31 @@ def test_rows_from_a_page_are_checked() -> None:
         {"file": "x", "strength": float("nan"), "text": "1e99"},
         {"file": "", "strength": 1}, "no row", {"strength": 1}, None,
     ]  # fmt: skip
-    assert preview_form.checked_rows(sent) == [
+    assert preview_form.parse_rows(sent) == [
         WeightedLora("/a b.safetensors", 0.5),
         WeightedLora("x", 0.0, 20.0),
     ]
-    assert len(preview_form.checked_rows([{"file": "x"}] * 500)) == preview_form.MOST_LORAS
+    assert len(preview_form.parse_rows([{"file": "x"}] * 500)) == preview_form.MOST_LORAS
 
 
-def test_a_press_brings_the_rows_along(desk: Desk) -> None:
-    moment = moment_of(desk)
+def test_a_press_brings_the_rows_along(app_state: AppState) -> None:
+    snapshot = take_snapshot(app_state)
     text = json.dumps({"rows": [{"file": "x", "strength": 0.3, "text": None}], "apart": False})
-    assert preview_form.rows_sent(moment, text) == [WeightedLora("x", 0.3)]
-    assert preview_form.lora_rows(moment)[0] == [WeightedLora("x", 0.3)]
+    assert preview_form.take_sent_rows(snapshot, text) == [WeightedLora("x", 0.3)]
+    assert preview_form.lora_rows(snapshot)[0] == [WeightedLora("x", 0.3)]
     for broken in ("", "[]", "{}", '{"rows": 3, "apart": 0}', "null"):
-        assert preview_form.rows_sent(moment, broken) == [WeightedLora("x", 0.3)]
+        assert preview_form.take_sent_rows(snapshot, broken) == [WeightedLora("x", 0.3)]
 
 
 GIVEN = {"prompt": "a", "negative": "", "sampler": "ddim", "steps": 20, "cfg": 5.0, "seed": 3}
 
 
-def test_a_seed_of_minus_one_is_drawn_by_lot(desk: Desk) -> None:
-    moment = moment_of(desk)
-    seeds = {preview_form.shot_of(moment, {**GIVEN, "seed": -1}, []).seed for _ in range(5)}
+def test_a_seed_of_minus_one_is_drawn_by_lot(app_state: AppState) -> None:
+    snapshot = take_snapshot(app_state)
+    seeds = {preview_form.build_request(snapshot, {**GIVEN, "seed": -1}, []).seed for _ in range(5)}
     assert len(seeds) == 5
     assert min(seeds) >= 0
-    assert preview_form.shot_of(moment, {**GIVEN, "seed": 0}, []).seed == 0
+    assert preview_form.build_request(snapshot, {**GIVEN, "seed": 0}, []).seed == 0
 
 
 @pytest.mark.parametrize(
@@ -167,35 +167,35 @@ def test_a_seed_of_minus_one_is_drawn_by_lot(desk: Desk) -> None:
         ({"cfg_rescale": "nan"}, "out of range"),
     ],
 )
-def test_what_cannot_be_drawn_is_a_sentence(desk: Desk, more: dict[str, object], words: str) -> None:
+def test_what_cannot_be_drawn_is_a_sentence(app_state: AppState, more: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=r"\.$") as found:
-        preview_form.shot_of(moment_of(desk), {**GIVEN, **more}, [])
+        preview_form.build_request(take_snapshot(app_state), {**GIVEN, **more}, [])
     assert words in str(found.value)
 
 
-def test_cfg_rescale_as_it_is_typed(desk: Desk) -> None:
-    moment = moment_of(desk)
+def test_cfg_rescale_as_it_is_typed(app_state: AppState) -> None:
+    snapshot = take_snapshot(app_state)
     for typed, meant in (("auto", "auto"), ("", "auto"), (None, "auto"), ("0,5", 0.5), (0, 0.0)):
-        assert preview_form.shot_of(moment, {**GIVEN, "cfg_rescale": typed}, []).cfg_rescale == meant
+        assert preview_form.build_request(snapshot, {**GIVEN, "cfg_rescale": typed}, []).cfg_rescale == meant
 
 
-def test_a_sheet_says_its_rescale(desk: Desk) -> None:
-    assert "CFG Rescale: 0.7" in sheet_info(Grid(GenerationRequest(cfg_rescale=0.7), None, None, []))
+def test_a_sheet_says_its_rescale(app_state: AppState) -> None:
+    assert "CFG Rescale: 0.7" in sheet_info(GridState(GenerationRequest(cfg_rescale=0.7), None, None, []))
     # The embedded base is drawn without, unless somebody asks for it.
-    assert "Rescale" not in sheet_info(Grid(GenerationRequest(), None, None, []))
+    assert "Rescale" not in sheet_info(GridState(GenerationRequest(), None, None, []))
 
 
-def test_a_lora_s_own_base_draws_it(desk: Desk) -> None:
-    run, file = run_with_file(desk)
-    shot = preview_form.shot_of(
-        moment_of(desk), GIVEN, [WeightedLora("/elsewhere.safetensors"), WeightedLora(str(file))]
+def test_a_lora_s_own_base_draws_it(app_state: AppState) -> None:
+    run, file = run_with_file(app_state)
+    shot = preview_form.build_request(
+        take_snapshot(app_state), GIVEN, [WeightedLora("/elsewhere.safetensors"), WeightedLora(str(file))]
     )
     config = run.config()
     assert (shot.base, shot.clip_skip) == (config.model.base, config.train.clip_skip)
 
 
-def test_settings_of_a_picture_go_into_the_form(desk: Desk) -> None:
-    _, file = run_with_file(desk)
+def test_settings_of_a_picture_go_into_the_form(app_state: AppState) -> None:
+    _, file = run_with_file(app_state)
     info = Infotext(
         HOSTILE,
         "no",
@@ -208,28 +208,28 @@ def test_settings_of_a_picture_go_into_the_form(desk: Desk) -> None:
         "demo",
         loras=(WeightedLora("mine", 0.8, 0.4), WeightedLora("away", 1)),
     )
-    assert preview_form.keep_info(moment_of(desk), info) == ["away"]
-    moment = moment_of(desk)
-    assert preview_form.kept_fields(moment) == {
+    assert preview_form.apply_infotext(take_snapshot(app_state), info) == ["away"]
+    snapshot = take_snapshot(app_state)
+    assert preview_form.load_fields(snapshot) == {
         "prompt": HOSTILE, "negative": "no", "sampler": "euler_a", "steps": 7, "cfg": 3.5, "seed": 99,
         "cfg_rescale": 0.0, "width": 96, "height": 128,
     }  # fmt: skip
-    assert preview_form.lora_rows(moment)[0] == [WeightedLora(str(file), 0.8, 0.4)]
+    assert preview_form.lora_rows(snapshot)[0] == [WeightedLora(str(file), 0.8, 0.4)]
 
 
 def test_other_tools_and_added_files_are_offered(
-    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "ComfyUI" / "models" / "loras"
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "x.safetensors").write_bytes(b"")
     (folder / "notes.txt").write_bytes(b"")
-    monkeypatch.setattr(desk.tools, "lora_folders", lambda: [("ComfyUI", folder)])
-    _, file = run_with_file(desk)
-    added = preview_form.added_lora(desk.project, "y.safetensors")
+    monkeypatch.setattr(app_state.tools, "lora_folders", lambda: [("ComfyUI", folder)])
+    _, file = run_with_file(app_state)
+    added = preview_form.new_lora_path(app_state.project, "y.safetensors")
     added.write_bytes(b"")
-    assert preview_form.added_lora(desk.project, "y.safetensors").name == "y-2.safetensors"
-    groups = dict(lora_groups(moment_of(desk)))
+    assert preview_form.new_lora_path(app_state.project, "y.safetensors").name == "y-2.safetensors"
+    groups = dict(lora_groups(take_snapshot(app_state)))
     assert groups["ComfyUI"] == [("sub/x", str(folder / "sub" / "x.safetensors"))]
     assert groups["Added here"] == [("y", str(added))]
     assert groups["Runs"][0] == ("mine", str(file))
@@ -238,23 +238,23 @@ def test_other_tools_and_added_files_are_offered(
 # ---- opening the tab
 
 
-def test_the_strip_of_a_run_is_drawn_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_strip_of_a_run_is_drawn_once(app_state: AppState, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[tuple[GenerationRequest, object]] = []
-    monkeypatch.setattr(desk.studio, "want", lambda shot, strip: wanted.append((shot, strip)))
-    assert open_tab(desk) == {"fill": False, "drawn": False}
-    _, file = run_with_file(desk)
-    desk.project.keep(preview_strip="mine")
-    assert open_tab(desk)["fill"]
+    monkeypatch.setattr(app_state.render_queue, "want", lambda shot, strip: wanted.append((shot, strip)))
+    assert open_tab(app_state) == {"fill": False, "drawn": False}
+    _, file = run_with_file(app_state)
+    app_state.project.keep(preview_strip="mine")
+    assert open_tab(app_state)["fill"]
     ((shot, strip),) = wanted
     assert (shot.loras, shot.seed, shot.steps) == ((WeightedLora(str(file)),), 7, 9)
     assert strip == (0.0, 0.25, 0.5, 0.75, 1.0)
-    assert preview_form.kept_fields(moment_of(desk))["seed"] == 7
-    assert not open_tab(desk)["fill"]
+    assert preview_form.load_fields(take_snapshot(app_state))["seed"] == 7
+    assert not open_tab(app_state)["fill"]
     assert len(wanted) == 1
-    desk.project.keep(preview_strip="deleted")
-    open_tab(desk)
-    assert desk.studio.view().state == "error"
-    assert "deleted" in desk.studio.view().message
+    app_state.project.keep(preview_strip="deleted")
+    open_tab(app_state)
+    assert app_state.render_queue.view().state == "error"
+    assert "deleted" in app_state.render_queue.view().message
 
 
 # ---- pictures that say how they were made
@@ -262,7 +262,7 @@ def test_the_strip_of_a_run_is_drawn_once(desk: Desk, monkeypatch: pytest.Monkey
 
 def test_a_picture_s_settings_are_read_and_shown_as_text(tmp_path: Path) -> None:
     written = Infotext(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(WeightedLora("x", 0.5),))
-    info = picture_info.picture_info(picture(tmp_path, text=written.text()))
+    info = picture_info.read_infotext(picture(tmp_path, text=written.text()))
     assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (WeightedLora("x", 0.5),))
     shown = picture_info.info_html(f"{HOSTILE}.png", info)
     assert "<img" not in shown
@@ -270,67 +270,73 @@ def test_a_picture_s_settings_are_read_and_shown_as_text(tmp_path: Path) -> None
 
 def test_a_picture_without_settings_and_no_picture_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no settings"):
-        picture_info.picture_info(picture(tmp_path))
+        picture_info.read_infotext(picture(tmp_path))
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     for name in ("b.png", "missing.png"):
         with pytest.raises(DatasetError, match="no picture"):
-            picture_info.picture_info(tmp_path / name)
+            picture_info.read_infotext(tmp_path / name)
     # A text of 100 MB packed small: Pillow's limit for such texts, not ours, stops it.
     info = PngInfo()
     info.add_text("parameters", "a" * 2**21, zip=True)
     Image.new("RGB", (1, 1)).save(tmp_path / "bomb.png", pnginfo=info)
     with pytest.raises(DatasetError, match=r"\.$"):
-        picture_info.picture_info(tmp_path / "bomb.png")
+        picture_info.read_infotext(tmp_path / "bomb.png")
 
 
 # ---- HTML
 
 
-def shown(desk: Desk, view: View) -> Moment:
-    return replace(moment_of(desk), view=view)
+def shown(app_state: AppState, view: PreviewState) -> Snapshot:
+    return replace(take_snapshot(app_state), view=view)
 
 
-def test_everything_of_people_is_text_and_addresses_stay_inside(desk: Desk) -> None:
-    path = picture(desk.generated / "2026-01", "<b>é.png" if os.name != "nt" else "é.png")
+def test_everything_of_people_is_text_and_addresses_stay_inside(app_state: AppState) -> None:
+    path = picture(app_state.generated / "2026-01", "<b>é.png" if os.name != "nt" else "é.png")
     shot = GenerationRequest(
         prompt=HOSTILE, seed=5, width=96, height=64, loras=(WeightedLora(f"/{HOSTILE}.safetensors", 0.5),)
     )
-    grid = Grid.of(shot, make_axis("prompt", [HOSTILE]), make_axis("strength", [0, 0.5]))
+    grid = GridState.of(shot, make_axis("prompt", [HOSTILE]), make_axis("strength", [0, 0.5]))
     pictures = dict.fromkeys((shot, shot.alone(), *grid.shots[:1]), path)
-    desk.studio.history.add(Kept(path, shot))
-    view = View("error", HOSTILE, 1, 2, shot, (0.0, 0.5), grid, pictures)
-    moment = shown(desk, view)
-    pieces = [compare_view.stage, compare_view.state_line, compare_view.strip, compare_view.grid_block]
+    app_state.render_queue.history.add(HistoryEntry(path, shot))
+    view = PreviewState("error", HOSTILE, 1, 2, shot, (0.0, 0.5), grid, pictures)
+    snapshot = shown(app_state, view)
+    pieces = [
+        compare_view.comparison,
+        compare_view.state_line,
+        compare_view.strength_strip,
+        compare_view.grid_result,
+    ]
     for make in pieces:
-        html = make(moment)
+        html = make(snapshot)
         assert "<img src=x" not in html
         assert "<b>é" not in html
         assert html.count("<img") == html.count('src="/easel/') + html.count('class="look"')
-    assert "--ratio:1.5000" in compare_view.stage(moment)
-    assert 'id="preview-result"' in compare_view.stage(moment)
+    assert "--ratio:1.5000" in compare_view.comparison(snapshot)
+    assert 'id="preview-result"' in compare_view.comparison(snapshot)
     grid.sheet = path
-    assert "<img src=x" not in compare_view.grid_block(moment)
+    assert "<img src=x" not in compare_view.grid_result(snapshot)
 
 
-def test_what_is_not_there_yet_says_what_to_do(desk: Desk) -> None:
-    nothing = shown(desk, View("idle", "", 0, 0, None, (), None))
-    assert "press Generate" in " ".join(compare_view.stage(nothing).split())
+def test_what_is_not_there_yet_says_what_to_do(app_state: AppState) -> None:
+    nothing = shown(app_state, PreviewState("idle", "", 0, 0, None, (), None))
+    assert "press Generate" in " ".join(compare_view.comparison(nothing).split())
     assert "disabled title=" in compare_view.state_line(nothing)
-    assert "fills once" in compare_view.strip(nothing)
+    assert "fills once" in compare_view.strength_strip(nothing)
     busy = shown(
-        desk, View("working", "Waiting: 2 requests before this one.", 0, 0, GenerationRequest(), (), None)
+        app_state,
+        PreviewState("working", "Waiting: 2 requests before this one.", 0, 0, GenerationRequest(), (), None),
     )
     assert "Waiting: 2" in compare_view.state_line(busy)
     assert "disabled" not in compare_view.state_line(busy)
 
 
-def test_axes_are_typed_or_picked(desk: Desk) -> None:
-    assert grid_card.chosen_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
-    assert grid_card.chosen_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
-    assert grid_card.chosen_axis("none", []) is None
+def test_axes_are_typed_or_picked(app_state: AppState) -> None:
+    assert grid_card.parse_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
+    assert grid_card.parse_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
+    assert grid_card.parse_axis("none", []) is None
     with pytest.raises(LoraError, match="needs values"):
-        grid_card.chosen_axis("seed", [])
-    run_with_file(desk)
-    choices, picked = grid_card.offered(moment_of(desk), "checkpoint")
+        grid_card.parse_axis("seed", [])
+    run_with_file(app_state)
+    choices, picked = grid_card.list_axis_values(take_snapshot(app_state), "checkpoint")
     assert [title for title, _ in choices] == ["mine", "mine, step 100", "mine, step 50"]
     assert [Path(file).parent.name for file in picked] == ["step-000050", "step-000100"]

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from app.snapshot import moment_of
-from app.state import Desk
+from app.snapshot import take_snapshot
+from app.state import AppState
 from app.train import probing
 from app.train.facts import facts, time_of
-from app.train.routes import steer
+from app.train.routes import do_run_action
 from lora_core.errors import RunError
 from lora_core.runs.costs import PROBED, SCALED, StepCost, costs_file, keep_cost
 from tests.app.bases import checkpoint
@@ -48,14 +48,14 @@ while True:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def app_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppState]:
     monkeypatch.setattr(probing, "STILL_FOR", 0.05)
     monkeypatch.setattr(probing, "LOOK_EVERY", 0.02)
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     workspace = tmp_path / "work space é"
     workspace.mkdir()
-    made = Desk(workspace, worker_command=[sys.executable, str(script), str(tmp_path)])
+    made = AppState(workspace, worker_command=[sys.executable, str(script), str(tmp_path)])
     made.hardware.known = True
     yield made
     made.close()
@@ -66,25 +66,27 @@ def asked(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def state(desk: Desk) -> str:
-    return facts(moment_of(desk)).split('data-measuring="')[1].split('"')[0]
+def state(app_state: AppState) -> str:
+    return facts(take_snapshot(app_state)).split('data-measuring="')[1].split('"')[0]
 
 
-def awake(desk: Desk) -> None:
-    desk.worker.warm()
-    wait_for(lambda: desk.worker.ready and not desk.worker.in_hand)
+def awake(app_state: AppState) -> None:
+    app_state.worker.warm()
+    wait_for(lambda: app_state.worker.ready and not app_state.worker.in_hand)
 
 
-def test_a_still_form_is_measured_and_says_so(desk: Desk, pictures: list[Path], tmp_path: Path) -> None:
-    assert state(desk) == "offered"  # the worker does not run yet
-    awake(desk)
-    assert state(desk) == "soon"
-    wait_for(lambda: state(desk) == "known")
-    plan = moment_of(desk).plan
+def test_a_still_form_is_measured_and_says_so(
+    app_state: AppState, pictures: list[Path], tmp_path: Path
+) -> None:
+    assert state(app_state) == "offered"  # the worker does not run yet
+    awake(app_state)
+    assert state(app_state) == "soon"
+    wait_for(lambda: state(app_state) == "known")
+    plan = take_snapshot(app_state).plan
     assert [line["config"] for line in asked(tmp_path)] == [plan.config.to_dict()]
-    kept = json.loads(costs_file(desk.workspace).read_text())["measured"]
+    kept = json.loads(costs_file(app_state.workspace).read_text())["measured"]
     assert [(row["step"], row["base"]) for row in kept.values()] == [(2.0, plan.config.model.base)]
-    found = time_of(moment_of(desk), plan.config)
+    found = time_of(take_snapshot(app_state), plan.config)
     assert found is not None
     # 2 s a step, and of 3 pictures 2 are drawn at each round with 20 steps of 0.5 s.
     rounds = plan.config.train.steps / plan.config.preview.every + 1
@@ -92,7 +94,7 @@ def test_a_still_form_is_measured_and_says_so(desk: Desk, pictures: list[Path], 
     assert found.source == PROBED
     # Validation takes 5% of the time at the most.
     assert 2 + drawn <= found.seconds <= 2 * 1.05 + drawn + 1e-6
-    shown = facts(moment_of(desk))
+    shown = facts(take_snapshot(app_state))
     assert "<small>measured</small>" in shown
     assert '<b class="num">3.0 GB</b>' in shown
     # It is not asked for again.
@@ -100,106 +102,110 @@ def test_a_still_form_is_measured_and_says_so(desk: Desk, pictures: list[Path], 
     assert len(asked(tmp_path)) == 1
 
 
-def test_another_rank_is_measured_anew_and_reckoned_meanwhile(desk: Desk, pictures: list[Path]) -> None:
-    config = moment_of(desk).plan.config
-    awake(desk)
-    assert state(desk) == "soon"
-    wait_for(lambda: state(desk) == "known")
+def test_another_rank_is_measured_anew_and_reckoned_meanwhile(
+    app_state: AppState, pictures: list[Path]
+) -> None:
+    config = take_snapshot(app_state).plan.config
+    awake(app_state)
+    assert state(app_state) == "soon"
+    wait_for(lambda: state(app_state) == "known")
     more = config.changed({"train.batch_size": 3 * config.train.batch_size})
-    found = time_of(moment_of(desk), more)
+    found = time_of(take_snapshot(app_state), more)
     assert found is not None
     assert found.source == SCALED
     assert found.seconds > 3 * 2.0
 
 
-def test_nothing_is_measured_without_pictures(desk: Desk, tmp_path: Path) -> None:
-    awake(desk)
-    assert state(desk) == "offered"
+def test_nothing_is_measured_without_pictures(app_state: AppState, tmp_path: Path) -> None:
+    awake(app_state)
+    assert state(app_state) == "offered"
     time.sleep(0.3)
     assert asked(tmp_path) == []
 
 
 def test_a_large_base_on_a_processor_only_on_a_click(
-    desk: Desk, pictures: list[Path], tmp_path: Path
+    app_state: AppState, pictures: list[Path], tmp_path: Path
 ) -> None:
     base = checkpoint(tmp_path / "large.safetensors", "sd15", 2_130_000_000)
-    desk.project.keep(values={"model.base": str(base)})
-    awake(desk)
-    assert state(desk) == "offered"
-    assert "takes some minutes" in facts(moment_of(desk))
+    app_state.project.keep(values={"model.base": str(base)})
+    awake(app_state)
+    assert state(app_state) == "offered"
+    assert "takes some minutes" in facts(take_snapshot(app_state))
     time.sleep(0.3)
     assert asked(tmp_path) == []
-    steer(desk, "measure", "")
-    wait_for(lambda: state(desk) == "known")
+    do_run_action(app_state, "measure", "")
+    wait_for(lambda: state(app_state) == "known")
 
 
-def test_a_form_that_changes_drops_what_is_measured(desk: Desk, pictures: list[Path], tmp_path: Path) -> None:
-    awake(desk)
+def test_a_form_that_changes_drops_what_is_measured(
+    app_state: AppState, pictures: list[Path], tmp_path: Path
+) -> None:
+    awake(app_state)
     (tmp_path / "slow").touch()
-    assert state(desk) == "soon"
-    wait_for(lambda: state(desk) == "working")
-    wait_for(lambda: "1 of 4" in facts(moment_of(desk)))
-    desk.project.keep(values={"train.batch_size": 5})
-    facts(moment_of(desk))
-    wait_for(lambda: state(desk) and len(asked(tmp_path)) > 1)
+    assert state(app_state) == "soon"
+    wait_for(lambda: state(app_state) == "working")
+    wait_for(lambda: "1 of 4" in facts(take_snapshot(app_state)))
+    app_state.project.keep(values={"train.batch_size": 5})
+    facts(take_snapshot(app_state))
+    wait_for(lambda: state(app_state) and len(asked(tmp_path)) > 1)
     (tmp_path / "slow").unlink()
-    wait_for(lambda: state(desk) == "known")
+    wait_for(lambda: state(app_state) == "known")
     assert asked(tmp_path)[-1]["config"]["train"]["batch_size"] == 5
-    assert len(desk.prober.costs()) == 1
+    assert len(app_state.prober.costs()) == 1
 
 
-def test_a_run_and_a_picture_go_first(desk: Desk, pictures: list[Path], tmp_path: Path) -> None:
-    awake(desk)
+def test_a_run_and_a_picture_go_first(app_state: AppState, pictures: list[Path], tmp_path: Path) -> None:
+    awake(app_state)
     (tmp_path / "slow").touch()
-    config = moment_of(desk).plan.config
-    desk.prober.begin(config)
-    wait_for(lambda: desk.worker.in_hand is not None)
-    assert desk.worker.ask({"do": "generate"}, PATIENCE).state == "done"
-    wait_for(lambda: not desk.prober.active)
+    config = take_snapshot(app_state).plan.config
+    app_state.prober.begin(config)
+    wait_for(lambda: app_state.worker.in_hand is not None)
+    assert app_state.worker.ask({"do": "generate"}, PATIENCE).state == "done"
+    wait_for(lambda: not app_state.prober.active)
 
-    desk.worker.holds_memory = False
-    desk.prober.begin(config)
-    wait_for(lambda: desk.worker.in_hand is not None)
-    run = make_run(desk, "live", started(), step(1), train__batch_size=9)
+    app_state.worker.holds_memory = False
+    app_state.prober.begin(config)
+    wait_for(lambda: app_state.worker.in_hand is not None)
+    run = make_run(app_state, "live", started(), step(1), train__batch_size=9)
     come_alive(run)
-    wait_for(lambda: not desk.prober.active)
-    assert desk.prober.costs() == {}
+    wait_for(lambda: not app_state.prober.active)
+    assert app_state.prober.costs() == {}
     with pytest.raises(RunError, match="live is going on"):
-        desk.prober.begin(config)
-    assert state(desk) == "offered"
+        app_state.prober.begin(config)
+    assert state(app_state) == "offered"
 
 
 def test_what_fails_is_said_and_not_tried_again_by_itself(
-    desk: Desk, pictures: list[Path], tmp_path: Path
+    app_state: AppState, pictures: list[Path], tmp_path: Path
 ) -> None:
-    awake(desk)
+    awake(app_state)
     (tmp_path / "full").touch()
-    assert state(desk) == "soon"
-    wait_for(lambda: "It did not fit." in facts(moment_of(desk)))
-    assert state(desk) == "offered"
+    assert state(app_state) == "soon"
+    wait_for(lambda: "It did not fit." in facts(take_snapshot(app_state)))
+    assert state(app_state) == "offered"
     time.sleep(0.3)
     assert len(asked(tmp_path)) == 1
     (tmp_path / "full").unlink()
-    steer(desk, "measure", "")
-    wait_for(lambda: state(desk) == "known")
+    do_run_action(app_state, "measure", "")
+    wait_for(lambda: state(app_state) == "known")
 
 
-def test_stopped_by_hand_it_stays_stopped(desk: Desk, pictures: list[Path], tmp_path: Path) -> None:
-    awake(desk)
+def test_stopped_by_hand_it_stays_stopped(app_state: AppState, pictures: list[Path], tmp_path: Path) -> None:
+    awake(app_state)
     (tmp_path / "slow").touch()
-    assert state(desk) == "soon"
-    wait_for(lambda: state(desk) == "working" and asked(tmp_path))
-    steer(desk, "unmeasure", "")
-    wait_for(lambda: state(desk) == "offered")
+    assert state(app_state) == "soon"
+    wait_for(lambda: state(app_state) == "working" and asked(tmp_path))
+    do_run_action(app_state, "unmeasure", "")
+    wait_for(lambda: state(app_state) == "offered")
     time.sleep(0.3)
     assert len(asked(tmp_path)) == 1
 
 
-def test_what_another_device_took_is_no_answer(desk: Desk, pictures: list[Path]) -> None:
-    config = moment_of(desk).plan.config
-    keep_cost(desk.workspace, config, StepCost(1.0, 0.1, 0, "demo", "Some Card"))
-    assert desk.prober.known(config) is None
-    keep_cost(desk.workspace, config, StepCost(1.0, 0.1, 0, "demo", desk.hardware.device))
-    found = desk.prober.known(config)
+def test_what_another_device_took_is_no_answer(app_state: AppState, pictures: list[Path]) -> None:
+    config = take_snapshot(app_state).plan.config
+    keep_cost(app_state.workspace, config, StepCost(1.0, 0.1, 0, "demo", "Some Card"))
+    assert app_state.prober.known(config) is None
+    keep_cost(app_state.workspace, config, StepCost(1.0, 0.1, 0, "demo", app_state.hardware.device))
+    found = app_state.prober.known(config)
     assert found is not None
     assert found.step == 1.0

@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 from app.page import build_page
 from app.projects.routes import add_project_routes
 from app.routes import add_routes
-from app.snapshot import moment_of
-from app.state import Desk
+from app.snapshot import take_snapshot
+from app.state import AppState
 from app.train.run_list import earlier
 from lora_core.errors import RunError
 from lora_core.generate.request import GenerationRequest
@@ -23,129 +23,131 @@ from lora_core.runs.storage import list_trash
 from lora_core.settings.config import RunConfig
 
 
-def run(desk: Desk, name: str, dataset: str = "demo") -> RunFolder:
+def run(app_state: AppState, name: str, dataset: str = "demo") -> RunFolder:
     config = RunConfig().changed({"name": name, "dataset.path": dataset})
-    return RunFolder.create(runs_folder(desk.workspace) / name, config)
+    return RunFolder.create(runs_folder(app_state.workspace) / name, config)
 
 
-def test_a_project_of_its_own(desk: Desk, pictures: list[Path]) -> None:
-    first = desk.project.path
-    desk.project.keep(trigger="sks")
-    key = desk.projects.new("My <b>dog</b>: a / b")
-    assert desk.project.path.name == key
+def test_a_project_of_its_own(app_state: AppState, pictures: list[Path]) -> None:
+    first = app_state.project.path
+    app_state.project.keep(trigger="sks")
+    key = app_state.projects.new("My <b>dog</b>: a / b")
+    assert app_state.project.path.name == key
     assert key == "my-b-dog-b-a-b"
-    assert (desk.project.title, desk.project.dataset().records) == ("My <b>dog</b>: a / b", [])
-    assert desk.project.draft() == {}
-    desk.projects.open("default")
-    assert desk.project.path == first
-    assert (len(desk.project.dataset().records), desk.project.draft()["trigger"]) == (3, "sks")
+    assert (app_state.project.title, app_state.project.dataset().records) == ("My <b>dog</b>: a / b", [])
+    assert app_state.project.draft() == {}
+    app_state.projects.open("default")
+    assert app_state.project.path == first
+    assert (len(app_state.project.dataset().records), app_state.project.draft()["trigger"]) == (3, "sks")
 
 
-def test_the_project_that_was_open_is_open_again(desk: Desk) -> None:
-    key = desk.projects.new("Second")
-    assert Projects(desk.workspace).current.path.name == key
-    desk.projects.delete(key)
-    assert Projects(desk.workspace).current.path.name == "default"
+def test_the_project_that_was_open_is_open_again(app_state: AppState) -> None:
+    key = app_state.projects.new("Second")
+    assert Projects(app_state.workspace).current.path.name == key
+    app_state.projects.delete(key)
+    assert Projects(app_state.workspace).current.path.name == "default"
 
 
 @pytest.mark.parametrize(
     "text", ['{"open": "../../etc"}', '{"open": 3}', "{", '{"open": "gone"}', '{"open": ".."}']
 )
-def test_a_broken_note_opens_the_default(desk: Desk, text: str) -> None:
-    (desk.workspace / "projects" / "open.json").write_text(text)
-    assert Projects(desk.workspace).current.path.name == "default"
+def test_a_broken_note_opens_the_default(app_state: AppState, text: str) -> None:
+    (app_state.workspace / "projects" / "open.json").write_text(text)
+    assert Projects(app_state.workspace).current.path.name == "default"
 
 
-def test_rename_keeps_the_folder(desk: Desk) -> None:
-    desk.projects.rename("default", "Our dog 😀")
-    assert desk.project.title == "Our dog 😀"
-    assert Projects(desk.workspace).current.title == "Our dog 😀"
-    assert desk.project.path.name == "default"
+def test_rename_keeps_the_folder(app_state: AppState) -> None:
+    app_state.projects.rename("default", "Our dog 😀")
+    assert app_state.project.title == "Our dog 😀"
+    assert Projects(app_state.workspace).current.title == "Our dog 😀"
+    assert app_state.project.path.name == "default"
 
 
 @pytest.mark.parametrize(
     ("title", "said"),
     [("", "Type a name"), (" \n", "Type a name"), ("x" * 81, "longer"), ("my PICTURES", "already")],
 )
-def test_titles_that_will_not_do(desk: Desk, title: str, said: str) -> None:
+def test_titles_that_will_not_do(app_state: AppState, title: str, said: str) -> None:
     with pytest.raises(RunError, match=said):
-        desk.projects.new(title)
+        app_state.projects.new(title)
 
 
-def test_deleted_projects_are_in_the_trash_with_all_they_hold(desk: Desk, pictures: list[Path]) -> None:
-    desk.projects.new("Second")
-    desk.projects.delete("default")
-    [found] = list_trash(desk.workspace)
+def test_deleted_projects_are_in_the_trash_with_all_they_hold(
+    app_state: AppState, pictures: list[Path]
+) -> None:
+    app_state.projects.new("Second")
+    app_state.projects.delete("default")
+    [found] = list_trash(app_state.workspace)
     assert len(list((found.content / "pictures").glob("*.png"))) == 3
     with pytest.raises(RunError, match="only project"):
-        desk.projects.delete("second")
+        app_state.projects.delete("second")
 
 
 @pytest.mark.parametrize("key", ["", ".", "..", "../runs", "gone", "default/pictures"])
-def test_no_other_folder_is_a_project(desk: Desk, key: str) -> None:
-    desk.projects.new("Second")
-    for act in (desk.projects.open, desk.projects.delete):
+def test_no_other_folder_is_a_project(app_state: AppState, key: str) -> None:
+    app_state.projects.new("Second")
+    for act in (app_state.projects.open, app_state.projects.delete):
         with pytest.raises(RunError, match="no project"):
             act(key)
 
 
-def names_of_runs(desk: Desk) -> set[str]:
+def names_of_runs(app_state: AppState) -> set[str]:
     """The runs of the open project."""
-    runs = all_runs(desk.workspace)
-    return {one.name for one in runs if belongs_to(one, one.config(), desk.project.path)}
+    runs = all_runs(app_state.workspace)
+    return {one.name for one in runs if belongs_to(one, one.config(), app_state.project.path)}
 
 
-def test_runs_of_a_project(desk: Desk) -> None:
-    run(desk, "from-the-command-line", "demo")
-    run(desk, "own-pictures", str(desk.workspace / "projects" / "second" / "pictures"))
-    of_demo = run(desk, "demo-in-second")
-    run(desk, "of-one-that-is-gone", str(desk.workspace / "projects" / "gone" / "pictures"))
-    key = desk.projects.new("Second")
+def test_runs_of_a_project(app_state: AppState) -> None:
+    run(app_state, "from-the-command-line", "demo")
+    run(app_state, "own-pictures", str(app_state.workspace / "projects" / "second" / "pictures"))
+    of_demo = run(app_state, "demo-in-second")
+    run(app_state, "of-one-that-is-gone", str(app_state.workspace / "projects" / "gone" / "pictures"))
+    key = app_state.projects.new("Second")
     assert key == "second"
-    adopt(of_demo, desk.project.path)
-    assert names_of_runs(desk) == {"own-pictures", "demo-in-second"}
-    desk.projects.open("default")
-    assert names_of_runs(desk) == {"from-the-command-line", "of-one-that-is-gone"}
+    adopt(of_demo, app_state.project.path)
+    assert names_of_runs(app_state) == {"own-pictures", "demo-in-second"}
+    app_state.projects.open("default")
+    assert names_of_runs(app_state) == {"from-the-command-line", "of-one-that-is-gone"}
 
 
-def test_a_project_shows_its_own_runs_and_folds_the_others(desk: Desk, client: TestClient) -> None:
-    run(desk, "in-the-first")
+def test_a_project_shows_its_own_runs_and_folds_the_others(app_state: AppState, client: TestClient) -> None:
+    run(app_state, "in-the-first")
     for name in ("in-the-second", "in-the-second-too"):
-        adopt(run(desk, name), desk.workspace / "projects" / "second")
-    desk.jobs.show("in-the-first")
+        adopt(run(app_state, name), app_state.workspace / "projects" / "second")
+    app_state.jobs.show("in-the-first")
     assert client.post("/easel/projects", json={"do": "new", "title": "Second"}).json()["switched"]
-    moment = moment_of(desk)
+    snapshot = take_snapshot(app_state)
     # What was chosen in the other project is not what this one shows.
-    assert moment.watch is not None
-    assert moment.watch.run.name.startswith("in-the-second")
-    shown, folded = earlier(moment).split('<details id="other-runs">')
+    assert snapshot.run_view is not None
+    assert snapshot.run_view.run.name.startswith("in-the-second")
+    shown, folded = earlier(snapshot).split('<details id="other-runs">')
     assert [name for name in ("in-the-second", "in-the-second-too") if f'data-run="{name}"' in shown] == [
         "in-the-second", "in-the-second-too",
     ]  # fmt: skip
     assert "in-the-first" not in shown
     assert "1 run of other projects" in folded
     assert 'data-run="in-the-first"' in folded
-    desk.jobs.show("in-the-first")
-    chosen = moment_of(desk).watch
+    app_state.jobs.show("in-the-first")
+    chosen = take_snapshot(app_state).run_view
     assert chosen is not None
     assert chosen.run.name == "in-the-first"
 
     client.post("/easel/projects", json={"do": "new", "title": "Third"})
-    moment = moment_of(desk)
-    assert moment.watch is None
-    assert "No earlier run of this project yet." in earlier(moment)
-    assert "3 runs of other projects" in earlier(moment)
+    snapshot = take_snapshot(app_state)
+    assert snapshot.run_view is None
+    assert "No earlier run of this project yet." in earlier(snapshot)
+    assert "3 runs of other projects" in earlier(snapshot)
 
 
 @pytest.fixture
-def client(desk: Desk) -> TestClient:
+def client(app_state: AppState) -> TestClient:
     app = FastAPI()
-    add_routes(app, desk)
-    add_project_routes(app, desk)
+    add_routes(app, app_state)
+    add_project_routes(app, app_state)
     return TestClient(app)
 
 
-def test_the_picker(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+def test_the_picker(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
     [listed] = client.get("/easel/projects").json()["projects"]
     assert (listed["title"], listed["pictures"], listed["is_open"]) == ("My pictures", 3, True)
     answer = client.post("/easel/projects", json={"do": "new", "title": "Dog"}).json()
@@ -163,57 +165,61 @@ def test_the_picker(client: TestClient, desk: Desk, pictures: list[Path]) -> Non
     assert client.post("/easel/projects", json={"do": "fly"}).status_code == 404
 
 
-def test_what_was_looked_at_stays_with_its_project(desk: Desk, client: TestClient, tmp_path: Path) -> None:
+def test_what_was_looked_at_stays_with_its_project(
+    app_state: AppState, client: TestClient, tmp_path: Path
+) -> None:
     shot = GenerationRequest(prompt="an owl")
-    desk.studio.refuse("It cannot be drawn.")
-    desk.studio.want(shot)
-    desk.like_said = "Filled in from a file."
+    app_state.render_queue.refuse("It cannot be drawn.")
+    app_state.render_queue.want(shot)
+    app_state.like_said = "Filled in from a file."
     client.post("/easel/projects", json={"do": "new", "title": "Other"})
-    view = desk.studio.view()
+    view = app_state.render_queue.view()
     assert (view.state, view.message, view.shot) == ("idle", "", None)
-    assert desk.like_said == ""
+    assert app_state.like_said == ""
 
 
 def test_caches_are_cleaned_and_pictures_are_not(
-    client: TestClient, desk: Desk, pictures: list[Path]
+    client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
     client.get("/easel/thumb/dataset/picture-0.png")
     assert client.get("/easel/projects").json()["caches"]
     answer = client.post("/easel/projects", json={"do": "clean"}).json()
     assert "freed" in answer["said"]
     assert answer["caches"] == ""
-    assert len(desk.project.dataset().records) == 3
+    assert len(app_state.project.dataset().records) == 3
     assert client.get("/easel/thumb/dataset/picture-0.png").status_code == 200
 
 
-def test_a_thumbnail_that_was_cut_short_is_made_again(client: TestClient, desk: Desk, tmp_path: Path) -> None:
-    Image.new("RGB", (40, 40)).save(desk.project.pictures / "a.png")
+def test_a_thumbnail_that_was_cut_short_is_made_again(
+    client: TestClient, app_state: AppState, tmp_path: Path
+) -> None:
+    Image.new("RGB", (40, 40)).save(app_state.project.pictures / "a.png")
     whole = client.get("/easel/thumb/dataset/a.png").content
-    [kept] = (desk.workspace / "cache" / "thumbs").rglob("*.webp")
+    [kept] = (app_state.workspace / "cache" / "thumbs").rglob("*.webp")
     kept.write_bytes(whole[:-3])
     assert client.get("/easel/thumb/dataset/a.png").content == whole
 
 
-def test_a_run_made_in_the_window_is_the_open_project_s(desk: Desk) -> None:
-    desk.projects.new("Second")
-    desk.jobs.create(RunConfig().changed({"name": "one", "dataset.path": "demo"}))
-    assert names_of_runs(desk) == {"one"}
-    desk.projects.open("default")
-    assert names_of_runs(desk) == set()
+def test_a_run_made_in_the_window_is_the_open_project_s(app_state: AppState) -> None:
+    app_state.projects.new("Second")
+    app_state.jobs.create(RunConfig().changed({"name": "one", "dataset.path": "demo"}))
+    assert names_of_runs(app_state) == {"one"}
+    app_state.projects.open("default")
+    assert names_of_runs(app_state) == set()
 
 
-def test_the_trash_is_listed_and_given_back(desk: Desk) -> None:
+def test_the_trash_is_listed_and_given_back(app_state: AppState) -> None:
     app = FastAPI()
-    add_routes(app, desk)
-    add_project_routes(app, desk)
+    add_routes(app, app_state)
+    add_project_routes(app, app_state)
     client = TestClient(app)
 
     def say(do: str, project: str = "") -> Any:
         return client.post("/easel/projects", json={"do": do, "project": project}).json()
 
-    made = run(desk, "first")
-    desk.jobs.delete("first")
-    key = desk.projects.new("Gone")
+    made = run(app_state, "first")
+    app_state.jobs.delete("first")
+    key = app_state.projects.new("Gone")
     say("delete", key)
     project, kept = client.get("/easel/projects").json()["trashed"]
     assert (project["kind"], project["name"], kept["kind"], kept["name"]) == (
@@ -227,10 +233,10 @@ def test_the_trash_is_listed_and_given_back(desk: Desk) -> None:
     answer = say("restore", project["id"])
     assert answer["said"] == f"{key} is restored."
     assert "Gone" in [one["title"] for one in answer["projects"]]
-    again = run(desk, "first")
+    again = run(app_state, "first")
     answer = say("restore", kept["id"])
     assert answer["said"] == "first is restored as first-2, because its name is taken."
-    assert sorted(watch.run.name for watch in desk.jobs.all()) == [again.name, "first-2"]
+    assert sorted(run_view.run.name for run_view in app_state.jobs.all()) == [again.name, "first-2"]
     assert (answer["trashed"], answer["trash"]) == ([], "")
     assert "not in the trash any more" in say("restore", kept["id"])["problem"]
     assert "not in the trash any more" in say("restore", "../../x")["problem"]
@@ -245,12 +251,12 @@ def test_the_trash_is_listed_and_given_back(desk: Desk) -> None:
         {"preview_loras": {"rows": [], "rev": "x"}, "preview": {"steps": "x"}},
     ],
 )
-def test_a_draft_that_cannot_be_shown_is_set_aside(desk: Desk, draft: dict[str, Any]) -> None:
-    project = desk.project
+def test_a_draft_that_cannot_be_shown_is_set_aside(app_state: AppState, draft: dict[str, Any]) -> None:
+    project = app_state.project
     (project.path / "draft.json").write_text(json.dumps(draft))
     project.open(project.path)
-    assert desk.worker.wanted_device() == "auto"
-    page = build_page(desk)
+    assert app_state.worker.wanted_device() == "auto"
+    page = build_page(app_state)
     opened = next(event for event in page.fns.values() if event.name == "opened")
     for _ in range(2):
         shown = opened.fn()
@@ -263,7 +269,7 @@ def test_a_draft_that_cannot_be_shown_is_set_aside(desk: Desk, draft: dict[str, 
         assert str(aside) in project.draft_problem
 
 
-def test_a_project_whose_title_is_no_valid_text(desk: Desk) -> None:
-    key = desk.projects.new("a\ud800b")
-    assert desk.project.title == "a\N{REPLACEMENT CHARACTER}b"
-    assert [one.key for one in desk.projects.listed() if one.title == desk.project.title] == [key]
+def test_a_project_whose_title_is_no_valid_text(app_state: AppState) -> None:
+    key = app_state.projects.new("a\ud800b")
+    assert app_state.project.title == "a\N{REPLACEMENT CHARACTER}b"
+    assert [one.key for one in app_state.projects.listed() if one.title == app_state.project.title] == [key]

@@ -7,36 +7,38 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.page import REST, build_page, calm
-from app.routes import Refused, add_routes, address, below
-from app.state import Desk
+from app.page import REST, build_page, slow_queue_polling
+from app.routes import BadRequest, add_routes, below, image_url
+from app.state import AppState
 
 
 @pytest.fixture
-def client(desk: Desk) -> TestClient:
+def client(app_state: AppState) -> TestClient:
     app = FastAPI()
-    add_routes(app, desk)
+    add_routes(app, app_state)
     return TestClient(app)
 
 
-def test_thumbnails_and_large_pictures(client: TestClient, desk: Desk, pictures: list[Path]) -> None:
+def test_thumbnails_and_large_pictures(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
     for size, side in (("thumb", 256), ("picture", 1024)):
-        answer = client.get(address("dataset", desk.project.pictures, pictures[0], size))
+        answer = client.get(image_url("dataset", app_state.project.pictures, pictures[0], size))
         assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
         assert len(answer.content) < side * side
 
 
 def test_a_thumbnail_of_a_picture_that_is_gone_by_now_is_no_error(
-    client: TestClient, desk: Desk, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+    client: TestClient, app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = desk.thumbs.made
+    made = app_state.thumbs.made
 
     def made_late(file: Path, side: int) -> bytes:
         file.rename(file.with_name("elsewhere.png"))
         return made(file, side)
 
-    monkeypatch.setattr(desk.thumbs, "made", made_late)
-    told = [address("dataset", desk.project.pictures, pictures[0], size) for size in ("thumb", "picture")]
+    monkeypatch.setattr(app_state.thumbs, "made", made_late)
+    told = [
+        image_url("dataset", app_state.project.pictures, pictures[0], size) for size in ("thumb", "picture")
+    ]
     # Moved while it is read, and before.
     for where in (told[0], *told):
         answer = client.get(where)
@@ -56,23 +58,25 @@ def test_a_thumbnail_of_a_picture_that_is_gone_by_now_is_no_error(
         ".",
     ],
 )
-def test_paths_that_lead_out_are_refused(client: TestClient, desk: Desk, kind: str, path: str) -> None:
-    Image.new("RGB", (8, 8)).save(desk.workspace / "secret.png")
+def test_paths_that_lead_out_are_refused(
+    client: TestClient, app_state: AppState, kind: str, path: str
+) -> None:
+    Image.new("RGB", (8, 8)).save(app_state.workspace / "secret.png")
     for size in ("picture", "thumb"):
         assert client.get(f"/easel/{size}/{kind}/{path}").status_code == 404
 
 
-def test_a_link_that_leads_out_is_refused(desk: Desk) -> None:
-    secret = desk.workspace / "secret.png"
+def test_a_link_that_leads_out_is_refused(app_state: AppState) -> None:
+    secret = app_state.workspace / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
-    link = desk.project.pictures / "link.png"
+    link = app_state.project.pictures / "link.png"
     link.symlink_to(secret)
-    with pytest.raises(Refused):
-        below(desk.project.pictures, "link.png", {".png"})
+    with pytest.raises(BadRequest):
+        below(app_state.project.pictures, "link.png", {".png"})
 
 
-def test_downloads_are_exports_alone(client: TestClient, desk: Desk) -> None:
-    exports = desk.workspace / "runs" / "first" / "export"
+def test_downloads_are_exports_alone(client: TestClient, app_state: AppState) -> None:
+    exports = app_state.workspace / "runs" / "first" / "export"
     exports.mkdir(parents=True)
     (exports / "first.safetensors").write_bytes(b"weights")
     (exports.parent / "config.toml").write_text("")
@@ -100,10 +104,10 @@ def test_broken_requests_do_no_harm(client: TestClient, pictures: list[Path], bo
     assert client.post("/easel/caption", content=body).status_code in (200, 404)
 
 
-def test_who_it_is_says_no_path(client: TestClient, desk: Desk) -> None:
+def test_who_it_is_says_no_path(client: TestClient, app_state: AppState) -> None:
     said = client.get("/easel").json()
     assert said["app"] == "lora-easel"
-    assert str(desk.workspace) not in str(said)
+    assert str(app_state.workspace) not in str(said)
 
 
 def test_assets_are_those_of_the_page_alone(client: TestClient) -> None:
@@ -111,10 +115,10 @@ def test_assets_are_those_of_the_page_alone(client: TestClient) -> None:
     assert client.get("/easel/assets/base/easel.json").status_code == 404
 
 
-def test_gradio_s_queue_rests_and_nothing_of_ours_waits_in_it(desk: Desk) -> None:
-    page = build_page(desk)
+def test_gradio_s_queue_rests_and_nothing_of_ours_waits_in_it(app_state: AppState) -> None:
+    page = build_page(app_state)
     queue = page._queue
-    calm(queue)
+    slow_queue_polling(queue)
     assert queue.sleep_when_free == queue.progress_update_sleep_when_free == REST
     assert [event.targets for event in page.fns.values() if event.queue] == []
-    calm(None)
+    slow_queue_polling(None)

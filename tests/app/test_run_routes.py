@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from app.routes import add_routes
-from app.state import Desk
+from app.state import AppState
 from app.train import routes as run_routes
 from app.train.form import FORM, widget_values
 from app.train.routes import add_run_routes
@@ -20,10 +20,10 @@ from tests.waiting import PATIENCE
 
 
 @pytest.fixture
-def client(desk: Desk) -> Iterator[TestClient]:
+def client(app_state: AppState) -> Iterator[TestClient]:
     app = FastAPI()
-    add_routes(app, desk)
-    add_run_routes(app, desk)
+    add_routes(app, app_state)
+    add_run_routes(app, app_state)
     with TestClient(app) as made:
         yield made
 
@@ -34,9 +34,9 @@ def say(client: TestClient, path: str, **body: str) -> dict[str, object]:
     return dict(answer.json())
 
 
-def test_requests_reach_the_run(desk: Desk, client: TestClient) -> None:
+def test_requests_reach_the_run(app_state: AppState, client: TestClient) -> None:
     assert say(client, "run", do="pause", run="")["problem"] == "No run is going on."
-    run = make_run(desk, "a", started(), step(1))
+    run = make_run(app_state, "a", started(), step(1))
     come_alive(run)
     for do in ("preview", "save", "pause", "stop"):
         assert say(client, "run", do=do, run="") == {"done": True}
@@ -46,28 +46,28 @@ def test_requests_reach_the_run(desk: Desk, client: TestClient) -> None:
 
 @pytest.mark.parametrize(("do", "options"), [("resume", ""), ("accept", "--accept-changes")])
 def test_only_a_yes_to_the_changes_reaches_the_trainer(
-    desk: Desk, client: TestClient, do: str, options: str
+    app_state: AppState, client: TestClient, do: str, options: str
 ) -> None:
-    run = make_run(desk, "a", started(), step(1))
-    desk.jobs.trainer = (sys.executable, "-c", "import sys; sys.stdout.write(str(sys.argv[1:]))")
+    run = make_run(app_state, "a", started(), step(1))
+    app_state.jobs.trainer = (sys.executable, "-c", "import sys; sys.stdout.write(str(sys.argv[1:]))")
     assert say(client, "run", do=do, run="a") == {"done": True}
-    child = desk.jobs.watch(run).child
+    child = app_state.jobs.run_view(run).child
     assert child is not None
     assert child.wait(PATIENCE) == 0
     assert run.log_file.read_text() == str([str(run.path), *options.split()])
 
 
-def test_a_deleted_run_lies_in_the_trash(desk: Desk, client: TestClient) -> None:
-    run = make_run(desk, "a", started(), step(1))
+def test_a_deleted_run_lies_in_the_trash(app_state: AppState, client: TestClient) -> None:
+    run = make_run(app_state, "a", started(), step(1))
     assert say(client, "run", do="delete", run="a") == {"done": True}
     assert not run.path.exists()
-    assert list((desk.workspace / ".trash").glob("*/content/events.jsonl"))
+    assert list((app_state.workspace / ".trash").glob("*/content/events.jsonl"))
 
 
-def test_what_the_preview_is_to_draw_is_kept(desk: Desk, client: TestClient) -> None:
-    make_run(desk, "a", started(), step(1))
+def test_what_the_preview_is_to_draw_is_kept(app_state: AppState, client: TestClient) -> None:
+    make_run(app_state, "a", started(), step(1))
     assert say(client, "run", do="see", run="a") == {"done": True}
-    assert desk.project.draft()["preview_strip"] == "a"
+    assert app_state.project.draft()["preview_strip"] == "a"
 
 
 @pytest.mark.parametrize("name", ["../../etc", "..", "a/b", "a\0b"])
@@ -85,24 +85,26 @@ def test_no_such_action(client: TestClient) -> None:
     assert "problem" in say(client, "queue", do="burn")
 
 
-def test_the_zip_of_a_run(desk: Desk, client: TestClient) -> None:
-    make_run(desk, "a", started(), step(1))
+def test_the_zip_of_a_run(app_state: AppState, client: TestClient) -> None:
+    make_run(app_state, "a", started(), step(1))
     answer = client.get("/easel/debug/a")
     assert answer.headers["content-type"] == "application/zip"
     assert answer.content[:2] == b"PK"
     assert client.get("/easel/debug/none").status_code == 404
 
 
-def test_only_the_header_of_a_dropped_file_is_needed(desk: Desk, client: TestClient, tmp_path: Path) -> None:
+def test_only_the_header_of_a_dropped_file_is_needed(
+    app_state: AppState, client: TestClient, tmp_path: Path
+) -> None:
     file = lora(tmp_path, KOHYA)
     data = file.read_bytes()
     head = data[: 8 + int.from_bytes(data[:8], "little")]
     answer = client.post(f"/easel/like?size={len(data)}&name=<b>x", content=head)
     assert answer.json() == {"taken": True}
-    assert dict(zip(FORM, widget_values(desk.project), strict=True))["adapter.rank"] == 32
-    assert "&lt;b&gt;x" in desk.like_said
-    assert "<b>" not in desk.like_said
-    assert not list((desk.workspace / "tmp").glob("like-*"))
+    assert dict(zip(FORM, widget_values(app_state.project), strict=True))["adapter.rank"] == 32
+    assert "&lt;b&gt;x" in app_state.like_said
+    assert "<b>" not in app_state.like_said
+    assert not list((app_state.workspace / "tmp").glob("like-*"))
     for size in ("", "5", "-1", "99999999999999999999"):
         assert "problem" in client.post(f"/easel/like?size={size}", content=head).json()
     assert "cut short" in client.post(f"/easel/like?size={len(head)}", content=head).json()["problem"]
@@ -113,10 +115,12 @@ def test_a_header_without_end_is_refused(client: TestClient, monkeypatch: pytest
     assert client.post("/easel/like?size=99999", content=b"x" * 2000).status_code == 404
 
 
-def test_quitting_says_what_goes_on(desk: Desk, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quitting_says_what_goes_on(
+    app_state: AppState, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run_routes, "QUIT_AFTER", 0.0)
     left = threading.Event()
-    desk.on_quit = left.set
-    come_alive(make_run(desk, "a", started(), step(1)))
+    app_state.on_quit = left.set
+    come_alive(make_run(app_state, "a", started(), step(1)))
     assert say(client, "quit") == {"run": "a", "queue": False}
     assert left.wait(PATIENCE)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from app.main import _already_open, _listener, _password, main
-from app.state import Desk
+from app.state import AppState
 from lora_core.errors import RunError
 from tests.waiting import PATIENCE
 
@@ -53,12 +53,12 @@ def test_without_a_port_the_next_free_one_is_taken(capsys: pytest.CaptureFixture
         second.close()
 
 
-def test_a_window_that_is_gone_is_not_pointed_to(desk: Desk) -> None:
-    assert _already_open(desk) is None
-    (desk.workspace / "window.json").write_text(json.dumps({"port": 1}))
-    assert _already_open(desk) is None
-    (desk.workspace / "window.json").write_text("broken")
-    assert _already_open(desk) is None
+def test_a_window_that_is_gone_is_not_pointed_to(app_state: AppState) -> None:
+    assert _already_open(app_state) is None
+    (app_state.workspace / "window.json").write_text(json.dumps({"port": 1}))
+    assert _already_open(app_state) is None
+    (app_state.workspace / "window.json").write_text("broken")
+    assert _already_open(app_state) is None
 
 
 def test_a_second_start_points_to_the_first_and_the_real_server_guards_itself(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from app import header
-from app.snapshot import Moment, moment_of
-from app.state import Desk
+from app.snapshot import Snapshot, take_snapshot
+from app.state import AppState
 from app.train import cards
 from app.train.facts import blockers, facts, notes, unfit
 from app.train.queue_client import QueueClient
 from app.train.run_list import earlier, queue_card
-from app.train.samples import samples, shown_rounds
+from app.train.samples import samples_card, select_rounds
 from lora_core.runs import events
 from lora_core.runs.diagnosis import LESS_MEMORY
 from lora_core.runs.folder import RunFolder
@@ -22,8 +22,8 @@ from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 SEE = 'id="see-result"'
 
 
-def card(desk: Desk) -> str:
-    return cards.run_card(moment_of(desk))
+def card(app_state: AppState) -> str:
+    return cards.run_card(take_snapshot(app_state))
 
 
 def disabled(html: str, name: str) -> str:
@@ -48,131 +48,137 @@ def checkpoint(run: RunFolder, number: int) -> None:
     (folder / "state.json").write_text(json.dumps({"sha256": {"adapter.safetensors": ""}}))
 
 
-def test_no_run_yet(desk: Desk) -> None:
-    html = card(desk)
+def test_no_run_yet(app_state: AppState) -> None:
+    html = card(app_state)
     assert 'data-state="none"' in html
     assert "Press Start" in html
     for name in ("sample-now", "save-now", "train-pause", "train-stop"):
         assert disabled(html, name) == "No run is going on."
-    assert header.run_actions(moment_of(desk)) == ""
+    assert header.run_actions(take_snapshot(app_state)) == ""
 
 
-def test_no_pictures_says_where_to_put_some(desk: Desk) -> None:
-    moment = moment_of(desk)
-    assert "drop some on the Dataset tab" in unfit(moment)[0]
-    assert 'id="start-why"' in facts(moment)
+def test_no_pictures_says_where_to_put_some(app_state: AppState) -> None:
+    snapshot = take_snapshot(app_state)
+    assert "drop some on the Dataset tab" in unfit(snapshot)[0]
+    assert 'id="start-why"' in facts(snapshot)
 
 
-def test_preparing_is_a_phase_with_a_number(desk: Desk) -> None:
-    come_alive(make_run(desk, "a", started(), events.Preparing(phase="Encoding pictures", done=3, total=12)))
-    html = card(desk)
+def test_preparing_is_a_phase_with_a_number(app_state: AppState) -> None:
+    come_alive(
+        make_run(app_state, "a", started(), events.Preparing(phase="Encoding pictures", done=3, total=12))
+    )
+    html = card(app_state)
     assert "Preparing: Encoding pictures, 3 of 12" in html
     assert "Steps begin after" in html
     assert 'aria-valuenow="25"' in html
     assert "track preparing" in html
     assert "still preparing" in disabled(html, "sample-now")
     assert enabled(html, "train-pause")
-    assert header.page_title(moment_of(desk)) == "Preparing · a"
+    assert header.page_title(take_snapshot(app_state)) == "Preparing · a"
 
 
-def test_running(desk: Desk) -> None:
-    come_alive(make_run(desk, "my-dog", started(), *(step(n, 10.0 + n) for n in range(1, 35))))
-    moment = moment_of(desk)
-    html = cards.run_card(moment)
+def test_running(app_state: AppState) -> None:
+    come_alive(make_run(app_state, "my-dog", started(), *(step(n, 10.0 + n) for n in range(1, 35))))
+    snapshot = take_snapshot(app_state)
+    html = cards.run_card(snapshot)
     assert all(enabled(html, name) for name in ("sample-now", "save-now", "train-pause", "train-stop"))
     # 66 steps are left, and from one to the next a second went by, of which a step takes half.
     assert "1:06" in html
     assert "2.0\N{NO-BREAK SPACE}it/s" in html
     assert "GB of memory." in html
-    assert header.page_title(moment) == "34% · my-dog"
-    assert enabled(header.run_actions(moment), "pause")
+    assert header.page_title(snapshot) == "34% · my-dog"
+    assert enabled(header.run_actions(snapshot), "pause")
 
 
-def test_work_between_steps_is_named(desk: Desk) -> None:
+def test_work_between_steps_is_named(app_state: AppState) -> None:
     come_alive(
         make_run(
-            desk, "a", started(), step(5), events.Working(phase="Drawing samples", done=1, total=2, step=5)
+            app_state,
+            "a",
+            started(),
+            step(5),
+            events.Working(phase="Drawing samples", done=1, total=2, step=5),
         )
     )
-    assert "Drawing samples, 1 of 2." in card(desk)
+    assert "Drawing samples, 1 of 2." in card(app_state)
 
 
 @pytest.mark.parametrize(("do", "state"), [("pause", "pausing"), ("stop", "stopping")])
-def test_what_was_asked_for_shows_at_once(desk: Desk, do: str, state: str) -> None:
-    run = make_run(desk, "a", started(), step(5))
+def test_what_was_asked_for_shows_at_once(app_state: AppState, do: str, state: str) -> None:
+    run = make_run(app_state, "a", started(), step(5))
     come_alive(run)
     run.request(do)
-    html = card(desk)
+    html = card(app_state)
     assert f'data-state="{state}"' in html
     assert "present step" in html
     assert f"is {state}" in disabled(html, "train-pause")
     assert f"is {state}" in disabled(html, "train-stop")
-    assert disabled(header.run_actions(moment_of(desk)), "pause")
+    assert disabled(header.run_actions(take_snapshot(app_state)), "pause")
 
 
-def test_paused_goes_on(desk: Desk) -> None:
-    checkpoint(make_run(desk, "a", started(), step(40), events.Paused(step=40)), 40)
-    html = card(desk)
+def test_paused_goes_on(app_state: AppState) -> None:
+    checkpoint(make_run(app_state, "a", started(), step(40), events.Paused(step=40)), 40)
+    html = card(app_state)
     assert "Continue at step 40" in html
     assert "same result" in html
     assert "data-hint" not in html
 
 
-def test_a_full_disk_pauses_and_says_so(desk: Desk) -> None:
+def test_a_full_disk_pauses_and_says_so(app_state: AppState) -> None:
     reason = (
         f"The checkpoint of step 40 needs 3 MB, and the drive {HOSTILE} has 1 MB free; make room and resume."
     )
-    make_run(desk, "a", started(), step(40), events.Paused(step=40, reason=reason))
-    html = card(desk)
+    make_run(app_state, "a", started(), step(40), events.Paused(step=40, reason=reason))
+    html = card(app_state)
     assert 'data-hint="paused"' in html
     assert 'role="alert"' in html
     assert "make room" in html
     assert "<img" not in html
 
 
-def test_done_leads_on(desk: Desk) -> None:
-    make_run(desk, "a", started(), step(100), events.Finished(step=100, export=""))
-    html = card(desk)
+def test_done_leads_on(app_state: AppState) -> None:
+    make_run(app_state, "a", started(), step(100), events.Finished(step=100, export=""))
+    html = card(app_state)
     assert SEE in html
     assert 'data-tab="Export"' in html
-    assert header.page_title(moment_of(desk)) == "Done · a"
-    assert 'id="resume"' not in header.run_actions(moment_of(desk))
+    assert header.page_title(take_snapshot(app_state)) == "Done · a"
+    assert 'id="resume"' not in header.run_actions(take_snapshot(app_state))
 
 
-def test_stopped_can_be_seen_and_gone_on_with(desk: Desk) -> None:
-    make_run(desk, "a", started(), step(50), events.Stopped(step=50, export=""))
-    html = card(desk)
+def test_stopped_can_be_seen_and_gone_on_with(app_state: AppState) -> None:
+    make_run(app_state, "a", started(), step(50), events.Stopped(step=50, export=""))
+    html = card(app_state)
     assert SEE in html
     assert 'id="train-resume"' in html
     assert "Ended early on request" in html
 
 
-def test_a_run_that_ended_by_itself_says_why_and_may_go_on_anyway(desk: Desk) -> None:
+def test_a_run_that_ended_by_itself_says_why_and_may_go_on_anyway(app_state: AppState) -> None:
     why = "Nothing was gained on held-out pictures after step 300 <b>"
-    make_run(desk, "early", started(900), step(500), events.Stopped(step=500, export="", reason=why))
-    card = cards.run_card(moment_of(desk))
+    make_run(app_state, "early", started(900), step(500), events.Stopped(step=500, export="", reason=why))
+    card = cards.run_card(take_snapshot(app_state))
     assert 'data-hint="early"' in card
     assert "after step 300 &lt;b&gt;" in card
     assert "Go on anyway" in card
 
 
-def test_a_crash_says_why_and_from_where_it_goes_on(desk: Desk) -> None:
-    run = make_run(desk, "a", started(1000), step(812), step(830))
+def test_a_crash_says_why_and_from_where_it_goes_on(app_state: AppState) -> None:
+    run = make_run(app_state, "a", started(1000), step(812), step(830))
     checkpoint(run, 812)
     run.log_file.write_text(f"step 830\n{HOSTILE}\n")
-    html = card(desk)
+    html = card(app_state)
     assert 'data-state="interrupted"' in html
     assert 'role="alert"' in html
     assert "Continue at step 812" in html
     assert "Nothing before step 812 is lost" in html
     assert "&lt;img" in html
     assert "<img" not in html
-    assert "Goes on at step 812." in header.run_actions(moment_of(desk))
+    assert "Goes on at step 812." in header.run_actions(take_snapshot(app_state))
 
 
-def test_out_of_memory_names_the_two_settings(desk: Desk) -> None:
+def test_out_of_memory_names_the_two_settings(app_state: AppState) -> None:
     make_run(
-        desk,
+        app_state,
         "a",
         started(),
         step(3),
@@ -180,126 +186,128 @@ def test_out_of_memory_names_the_two_settings(desk: Desk) -> None:
         train__batch_size=6,
         train__resolution=768,
     )
-    html = card(desk)
+    html = card(app_state)
     assert 'data-hint="memory"' in html
     assert "lower Batch size or Resolution, or set Gradient checkpointing." in html
     assert "<b>Batch size</b> (Memory and speed; it was 6)" in html
     assert "<b>Resolution</b> (it was 768 px)" in html
 
 
-def test_another_failure_says_nothing_of_memory(desk: Desk) -> None:
-    make_run(desk, "a", started(), step(3), events.Failed(step=3, reason="The picture a.png is gone."))
-    assert "data-hint" not in card(desk)
+def test_another_failure_says_nothing_of_memory(app_state: AppState) -> None:
+    make_run(app_state, "a", started(), step(3), events.Failed(step=3, reason="The picture a.png is gone."))
+    assert "data-hint" not in card(app_state)
 
 
-def test_warnings_are_shown_as_text(desk: Desk) -> None:
-    come_alive(make_run(desk, "a", started(), step(3), events.Warned(step=3, message=f"{HOSTILE} lr halved")))
-    html = card(desk)
+def test_warnings_are_shown_as_text(app_state: AppState) -> None:
+    come_alive(
+        make_run(app_state, "a", started(), step(3), events.Warned(step=3, message=f"{HOSTILE} lr halved"))
+    )
+    html = card(app_state)
     assert "lr halved" in html
     assert "<img" not in html
 
 
-def without_card(desk: Desk) -> Moment:
-    desk.hardware.known = True
-    return moment_of(desk)
+def without_card(app_state: AppState) -> Snapshot:
+    app_state.hardware.known = True
+    return take_snapshot(app_state)
 
 
 def test_without_a_card_it_says_that_it_takes_hours(
-    desk: Desk, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    app_state: AppState, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.app.bases import checkpoint as base_file
 
-    monkeypatch.setattr(desk.hardware, "look", lambda: None)
-    assert not any("graphics card" in text for text in notes(without_card(desk)))
+    monkeypatch.setattr(app_state.hardware, "look", lambda: None)
+    assert not any("graphics card" in text for text in notes(without_card(app_state)))
     base = base_file(tmp_path / "base.safetensors", "sd15")
-    desk.project.keep(values={"model.base": str(base)})
-    assert "No graphics card was found" in notes(without_card(desk))[0]
-    desk.hardware._card = Card("RTX 3060", 2**30, 8 * 2**30)
-    assert not any("graphics card" in text for text in notes(without_card(desk)))
-    assert "of 8 GB on the card" in facts(moment_of(desk))
-    assert "GPU 1.0 of 8 GB" in header.memory(desk.hardware.card())
+    app_state.project.keep(values={"model.base": str(base)})
+    assert "No graphics card was found" in notes(without_card(app_state))[0]
+    app_state.hardware._card = Card("RTX 3060", 2**30, 8 * 2**30)
+    assert not any("graphics card" in text for text in notes(without_card(app_state)))
+    assert "of 8 GB on the card" in facts(take_snapshot(app_state))
+    assert "GPU 1.0 of 8 GB" in header.memory_usage(app_state.hardware.card())
     # PyTorch was installed for a processor, or the driver is too old.
-    desk.worker.found = {"device": "cpu", "torch": "2.13.0+cpu", "build": "CPU", "lacks_code": ""}
-    said = notes(moment_of(desk))[0]
+    app_state.worker.found = {"device": "cpu", "torch": "2.13.0+cpu", "build": "CPU", "lacks_code": ""}
+    said = notes(take_snapshot(app_state))[0]
     assert said.startswith(
         "There is an RTX 3060, but this PyTorch (2.13.0+cpu, built for CPU) cannot use it: it is"
     )
     assert "start launch.py again" in said
-    assert not desk.hardware.has_gpu
-    desk.project.keep(values={"model.base": str(base), "train.device": "cpu"})
-    assert not any("cannot use it" in text for text in notes(moment_of(desk)))
-    desk.project.keep(values={"model.base": str(base)})
-    desk.worker.found["device"] = "cuda"
-    assert not any("cannot use it" in text for text in notes(moment_of(desk)))
+    assert not app_state.hardware.has_gpu
+    app_state.project.keep(values={"model.base": str(base), "train.device": "cpu"})
+    assert not any("cannot use it" in text for text in notes(take_snapshot(app_state)))
+    app_state.project.keep(values={"model.base": str(base)})
+    app_state.worker.found["device"] = "cuda"
+    assert not any("cannot use it" in text for text in notes(take_snapshot(app_state)))
 
 
-def test_a_run_in_the_way_leaves_the_queue(desk: Desk, pictures: list[Path]) -> None:
-    come_alive(make_run(desk, "a", started(), step(5)))
-    moment = moment_of(desk)
-    assert "add this one to the queue" in blockers(moment)[0]
-    assert unfit(moment) == []
+def test_a_run_in_the_way_leaves_the_queue(app_state: AppState, pictures: list[Path]) -> None:
+    come_alive(make_run(app_state, "a", started(), step(5)))
+    snapshot = take_snapshot(app_state)
+    assert "add this one to the queue" in blockers(snapshot)[0]
+    assert unfit(snapshot) == []
 
 
-def test_samples_begin_with_the_base_then_the_newest(desk: Desk) -> None:
+def test_samples_begin_with_the_base_then_the_newest(app_state: AppState) -> None:
     rounds = [
         events.PreviewDone(step=n, files=[f"previews/{n}.png"], prompts=[f"a dog {HOSTILE}"])
         for n in (0, 10, 20, 30)
     ]
-    make_run(desk, "a", started(), *rounds)
-    html = samples(moment_of(desk))
+    make_run(app_state, "a", started(), *rounds)
+    html = samples_card(take_snapshot(app_state))
     steps = [part.split("<")[0] for part in html.split('<figcaption class="small num">')[1:]]
     assert steps == ["step 0, the base", "step 30", "step 20", "step 10"]
     assert "<img src=x" not in html
     assert "data-large" in html
     many = [events.PreviewDone(step=n, files=[], prompts=[]) for n in range(20)]
-    assert [r.step for r in shown_rounds(many)] == [0, 19, 15, 11, 8, 4]
+    assert [r.step for r in select_rounds(many)] == [0, 19, 15, 11, 8, 4]
 
 
-def test_samples_of_the_raw_adapter_have_a_row_of_their_own(desk: Desk) -> None:
+def test_samples_of_the_raw_adapter_have_a_row_of_their_own(app_state: AppState) -> None:
     rounds = [
         events.PreviewDone(step=n, files=[f"previews/{n}.png"], prompts=["a dog"], raw_files=raw)
         for n, raw in ((0, []), (10, ["previews/10-raw.png"]))
     ]
-    make_run(desk, "a", started(), *rounds)
-    strips = samples(moment_of(desk)).split('<p class="small prompt"')[1:]
+    make_run(app_state, "a", started(), *rounds)
+    strips = samples_card(take_snapshot(app_state)).split('<p class="small prompt"')[1:]
     assert ["10.png" in strip for strip in strips] == [True, False]
     assert ["10-raw.png" in strip for strip in strips] == [False, True]
     assert "a dog, raw adapter" in strips[1]
 
 
-def test_earlier_runs_say_what_is_left_of_them(desk: Desk) -> None:
+def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
     gain = events.Validated(
         step=50, gain=0.0312, standard_error=0.001, base_loss=0.2, adapted_loss=0.17, best=True
     )
-    make_run(desk, "old", started(), step(50), gain, step(100), events.Finished(step=100, export=""))
-    checkpoint(make_run(desk, "new", started(), step(12)), 10)
-    desk.jobs.show("new")
-    html = earlier(moment_of(desk))
+    make_run(app_state, "old", started(), step(50), gain, step(100), events.Finished(step=100, export=""))
+    checkpoint(make_run(app_state, "new", started(), step(12)), 10)
+    app_state.jobs.show("new")
+    html = earlier(take_snapshot(app_state))
     assert "100 of 100 steps, best gain +0.0312 at 50" in html
     assert "kB" in html
     assert "Continue at 10" in html
     assert html.count("data-confirm=") == 2
     # A report can be made of what has a checkpoint, and opened where there is one.
     assert [name for name in ("old", "new") if f'data-report-run="{name}"' in html] == ["new"]
-    (desk.workspace / "runs" / "old" / "report.html").write_text("<p>told</p>")
-    html = earlier(moment_of(desk))
+    (app_state.workspace / "runs" / "old" / "report.html").write_text("<p>told</p>")
+    html = earlier(take_snapshot(app_state))
     assert '<a class="own quiet" href="/easel/report/of/old"' in html
-    come_alive(RunFolder(desk.workspace / "runs" / "new"))
-    assert "A run is going on; pause or stop it first." in earlier(moment_of(desk))
+    come_alive(RunFolder(app_state.workspace / "runs" / "new"))
+    assert "A run is going on; pause or stop it first." in earlier(take_snapshot(app_state))
 
 
-def test_the_queue_shows_its_order_and_why_not(desk: Desk) -> None:
-    assert queue_card(moment_of(desk)) == ""
-    line = QueueClient(desk.workspace, desk.jobs)
+def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:
+    assert queue_card(take_snapshot(app_state)) == ""
+    line = QueueClient(app_state.workspace, app_state.jobs)
     for name in ("one", "two"):
-        line.queue.add(make_run(desk, name))
-    html = queue_card(moment_of(desk))
+        line.queue.add(make_run(app_state, name))
+    html = queue_card(take_snapshot(app_state))
     assert html.index('data-job="one"') < html.index('data-job="two"')
     assert "It is the first already." in html
     assert "It is the last already." in html
     assert "Start the queue" in html
     assert "not being worked through" in html
     # Runs that only wait are no earlier runs.
-    assert earlier(moment_of(desk)) == ""
+    assert earlier(take_snapshot(app_state)) == ""
     line.queue.file.write_bytes(b"broken" * 500)
-    assert "cannot be read" in queue_card(moment_of(desk))
+    assert "cannot be read" in queue_card(take_snapshot(app_state))

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.bindings import Parts
-from app.state import Desk
+from app.bindings import Bindings
+from app.state import AppState
 from app.train.view import checked, chosen
 from lora_core.errors import ConfigError
 from lora_core.runs.notifications import VARIABLE, notify_file, write_recipient
@@ -37,20 +37,20 @@ def test_from_elsewhere_only_a_web_address(host: str) -> None:
         checked("rm -r .", None)
 
 
-def test_what_is_kept_is_shown(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = Parts(desk)
-    assert chosen(parts) == ("", "")
-    write_recipient(desk.workspace, 'say "it is done"')
-    assert chosen(parts) == ('say "it is done"', "")
+def test_what_is_kept_is_shown(app_state: AppState, monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = Bindings(app_state)
+    assert chosen(bindings) == ("", "")
+    write_recipient(app_state.workspace, 'say "it is done"')
+    assert chosen(bindings) == ('say "it is done"', "")
     monkeypatch.setenv(VARIABLE, "other")
-    whom, note = chosen(parts)
+    whom, note = chosen(bindings)
     assert whom == "other"
     assert "plays no part" in note
 
 
-def test_a_file_that_cannot_be_read_is_a_sentence(desk: Desk, tmp_path: Path) -> None:
-    notify_file(desk.workspace).write_text("tell = <b>")
-    whom, note = chosen(Parts(desk))
+def test_a_file_that_cannot_be_read_is_a_sentence(app_state: AppState, tmp_path: Path) -> None:
+    notify_file(app_state.workspace).write_text("tell = <b>")
+    whom, note = chosen(Bindings(app_state))
     assert whom == ""
     assert "mend or remove it" in note
     assert "<b>" not in note

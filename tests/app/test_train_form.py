@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from app.snapshot import moment_of
-from app.state import Desk
+from app.snapshot import take_snapshot
+from app.state import AppState
 from app.train.checks import in_words
 from app.train.form import FORM, Plan, group_fields, keep_typed, widget_values
 from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, found
@@ -65,16 +65,16 @@ def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:
     assert Plan(project).config.train.steps == 7
 
 
-def test_a_group_offers_its_own_way_back(desk: Desk) -> None:
-    assert "Reset" not in _group_note("Learning", moment_of(desk))
-    desk.project.keep(values={"optim.warmup": 0.5, "adapter.rank": 3})
-    moment = moment_of(desk)
-    note = _group_note("Learning", moment)
+def test_a_group_offers_its_own_way_back(app_state: AppState) -> None:
+    assert "Reset" not in _group_note("Learning", take_snapshot(app_state))
+    app_state.project.keep(values={"optim.warmup": 0.5, "adapter.rank": 3})
+    snapshot = take_snapshot(app_state)
+    note = _group_note("Learning", snapshot)
     assert "1 changed from preset" in note
     assert 'data-press="reset-learning"' in note
-    assert 'data-press="reset-memory-and-speed"' not in _group_note("Memory and speed", moment)
-    assert "2 changed from preset" in _changed(moment)
-    assert "Warm-up" in _changed(moment)
+    assert 'data-press="reset-memory-and-speed"' not in _group_note("Memory and speed", snapshot)
+    assert "2 changed from preset" in _changed(snapshot)
+    assert "Warm-up" in _changed(snapshot)
 
 
 def test_problems_call_settings_as_the_form_does() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from app.preview.page_state import STRIP, Grid, View
-from app.preview.render_queue import Studio
-from app.state import Desk
-from app.worker_client import GivesWay, Worker
+from app.preview.page_state import STRIP, GridState, PreviewState
+from app.preview.render_queue import RenderQueue
+from app.state import AppState
+from app.worker_client import MemoryYieldPolicy, WorkerClient
 from lora_core.generate.request import GenerationRequest, WeightedLora, make_axis
 from lora_core.runs.events import to_line
 from lora_core.system.hardware import Card
@@ -77,18 +77,18 @@ while True:
 def worker(tmp_path: Path):
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
-    made = Worker([sys.executable, str(script)], {}, tmp_path / "logs" / "worker.txt")
+    made = WorkerClient([sys.executable, str(script)], {}, tmp_path / "logs" / "worker.txt")
     yield made
     made.close()
 
 
-def test_an_answer_and_an_error(worker: Worker, tmp_path: Path) -> None:
+def test_an_answer_and_an_error(worker: WorkerClient, tmp_path: Path) -> None:
     reply = worker.ask({"do": "generate", "strengths": [0.0, 1.0], "out": str(tmp_path)}, timeout=PATIENCE)
     assert (reply.state, len(reply.pictures), reply.result["seconds"]) == ("done", 2, 0.1)
     assert worker.ask({"do": "inspect"}, timeout=PATIENCE).message == "It cannot be read."
 
 
-def test_a_worker_that_dies_is_reported_and_started_again(worker: Worker, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_reported_and_started_again(worker: WorkerClient, tmp_path: Path) -> None:
     reply = worker.ask({"do": "die"}, timeout=PATIENCE)
     assert reply.state == "error"
     assert "code 7" in reply.message
@@ -98,7 +98,7 @@ def test_a_worker_that_dies_is_reported_and_started_again(worker: Worker, tmp_pa
 
 
 def test_a_worker_that_cannot_start_is_a_sentence(tmp_path: Path) -> None:
-    worker = Worker([str(tmp_path / "missing")], {}, tmp_path / "log.txt")
+    worker = WorkerClient([str(tmp_path / "missing")], {}, tmp_path / "log.txt")
     assert "is gone" in worker.ask({"do": "warm"}, timeout=PATIENCE).message
 
 
@@ -109,118 +109,120 @@ def shot(prompt: str = "a cat", *strengths: float) -> GenerationRequest:
 
 
 @pytest.fixture
-def studio(worker: Worker, tmp_path: Path) -> Studio:
-    return Studio(worker, lambda: tmp_path / "projects" / "x" / "generated")
+def render_queue(worker: WorkerClient, tmp_path: Path) -> RenderQueue:
+    return RenderQueue(worker, lambda: tmp_path / "projects" / "x" / "generated")
 
 
-def settled(studio: Studio) -> View:
-    wait_for(lambda: not studio.view().working)
-    return studio.view()
+def settled(render_queue: RenderQueue) -> PreviewState:
+    wait_for(lambda: not render_queue.view().working)
+    return render_queue.view()
 
 
-def test_a_shot_is_drawn_then_the_base_then_the_strip(studio: Studio) -> None:
-    assert not studio.look_at(shot("a cat", 0.5))
-    studio.want(shot("a cat", 0.8), STRIP)
-    assert studio.view().state == "working"
-    view = settled(studio)
+def test_a_shot_is_drawn_then_the_base_then_the_strip(render_queue: RenderQueue) -> None:
+    assert not render_queue.look_at(shot("a cat", 0.5))
+    render_queue.want(shot("a cat", 0.8), STRIP)
+    assert render_queue.view().state == "working"
+    view = settled(render_queue)
     assert {one.loras[0].strength if one.loras else 0.0 for one in view.pictures} == {0.8, *STRIP}
     # The strip holds it already, so that nothing is drawn again.
-    assert studio.look_at(shot("a cat", 0.5))
-    assert studio.view().state == "idle"
+    assert render_queue.look_at(shot("a cat", 0.5))
+    assert render_queue.view().state == "idle"
 
 
-def test_strength_zero_is_the_base_s_own_picture(studio: Studio) -> None:
-    studio.want(shot("a cat", 1.0), (0.0, 1.0))
-    view = settled(studio)
+def test_strength_zero_is_the_base_s_own_picture(render_queue: RenderQueue) -> None:
+    render_queue.want(shot("a cat", 1.0), (0.0, 1.0))
+    view = settled(render_queue)
     assert view.shot is not None
     assert view.picture(view.shot.at("strength", 0.0)) == view.picture(view.shot.alone())
     assert len(set(view.pictures.values())) == 2
 
 
-def test_without_a_lora_the_base_alone_is_drawn(studio: Studio) -> None:
-    studio.want(shot("a cat"), STRIP)
-    assert set(settled(studio).pictures) == {shot("a cat")}
+def test_without_a_lora_the_base_alone_is_drawn(render_queue: RenderQueue) -> None:
+    render_queue.want(shot("a cat"), STRIP)
+    assert set(settled(render_queue).pictures) == {shot("a cat")}
 
 
-def test_an_error_stays_until_something_else_is_wanted(studio: Studio) -> None:
-    studio.want(shot("bad", 1.0), ())
-    wait_for(lambda: studio.view().state == "error")
-    assert studio.view().message == "It cannot be read."
-    studio.want(shot("good", 1.0), ())
-    wait_for(lambda: studio.view().state == "idle")
-    assert [one.shot.prompt for one in studio.history.newest()] == ["good"]
+def test_an_error_stays_until_something_else_is_wanted(render_queue: RenderQueue) -> None:
+    render_queue.want(shot("bad", 1.0), ())
+    wait_for(lambda: render_queue.view().state == "error")
+    assert render_queue.view().message == "It cannot be read."
+    render_queue.want(shot("good", 1.0), ())
+    wait_for(lambda: render_queue.view().state == "idle")
+    assert [one.shot.prompt for one in render_queue.history.newest()] == ["good"]
 
 
-def test_a_grid_is_filled_cell_by_cell_and_put_together(studio: Studio) -> None:
-    grid = Grid.of(shot("a cat", 0.8), make_axis("seed", [1, 2]), make_axis("strength", [0, 0.5, 1]))
-    studio.draw_grid(grid)
-    view = settled(studio)
+def test_a_grid_is_filled_cell_by_cell_and_put_together(render_queue: RenderQueue) -> None:
+    grid = GridState.of(shot("a cat", 0.8), make_axis("seed", [1, 2]), make_axis("strength", [0, 0.5, 1]))
+    render_queue.draw_grid(grid)
+    view = settled(render_queue)
     assert view.grid is not None
     assert view.grid.sheet is not None
     assert len(view.pictures) == 6
-    kept = studio.history.newest()[0]
+    kept = render_queue.history.newest()[0]
     assert (kept.file, kept.rows, kept.is_sheet) == (view.grid.sheet, make_axis("seed", [1, 2]), True)
     asked = json.loads((view.grid.sheet).read_text())
     assert asked["rows"] == ["seed 1", "seed 2"]
     assert [[Path(c).is_file() for c in row] for row in asked["cells"]] == [[True] * 3] * 2
 
 
-def test_a_file_that_is_written_anew_waits_for_the_next_wish(studio: Studio, tmp_path: Path) -> None:
+def test_a_file_that_is_written_anew_waits_for_the_next_wish(
+    render_queue: RenderQueue, tmp_path: Path
+) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"one")
     wanted = GenerationRequest(prompt="a cat", loras=(WeightedLora(str(file), 1.0),))
-    studio.want(wanted, ())
-    first = settled(studio).pictures
+    render_queue.want(wanted, ())
+    first = settled(render_queue).pictures
     # An export writes the file once more; nobody asked for another picture by that.
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))
-    assert (studio.view().state, studio.view().pictures) == ("idle", first)
-    studio.want(wanted)
-    assert studio.view().state == "working"
-    again = settled(studio).pictures
+    assert (render_queue.view().state, render_queue.view().pictures) == ("idle", first)
+    render_queue.want(wanted)
+    assert render_queue.view().state == "working"
+    again = settled(render_queue).pictures
     assert (again[wanted.alone()], again[wanted.acting()] == first[wanted.acting()]) == (
         first[wanted.alone()],
         False,
     )
 
 
-def test_another_project_draws_its_own(worker: Worker, tmp_path: Path) -> None:
+def test_another_project_draws_its_own(worker: WorkerClient, tmp_path: Path) -> None:
     """The history and the trash of a project hold what was drawn in it, so no picture serves two."""
     here = tmp_path / "one"
-    studio = Studio(worker, lambda: here)
-    studio.want(shot("a cat", 0.8))
-    first = settled(studio).pictures
+    render_queue = RenderQueue(worker, lambda: here)
+    render_queue.want(shot("a cat", 0.8))
+    first = settled(render_queue).pictures
     assert first
     here = tmp_path / "two"
-    studio.clear()
-    assert studio.view().shot is None
-    studio.want(shot("a cat", 0.8))
-    second = settled(studio).pictures
+    render_queue.clear()
+    assert render_queue.view().shot is None
+    render_queue.want(shot("a cat", 0.8))
+    second = settled(render_queue).pictures
     assert first.keys() == second.keys()
     assert all(path.is_relative_to(tmp_path / "two") for path in second.values())
 
 
-def test_a_grid_that_fails_says_so_and_stops(studio: Studio) -> None:
-    studio.draw_grid(Grid.of(shot("bad", 1.0), None, make_axis("seed", [1, 2])))
-    wait_for(lambda: bool(studio.view().grid and studio.view().grid.problem))
-    assert studio.view().grid.problem == "It cannot be read."
-    assert not studio.view().working
+def test_a_grid_that_fails_says_so_and_stops(render_queue: RenderQueue) -> None:
+    render_queue.draw_grid(GridState.of(shot("bad", 1.0), None, make_axis("seed", [1, 2])))
+    wait_for(lambda: bool(render_queue.view().grid and render_queue.view().grid.problem))
+    assert render_queue.view().grid.problem == "It cannot be read."
+    assert not render_queue.view().working
 
 
-def test_cancelling_stops_picture_strip_and_grid(studio: Studio) -> None:
-    studio.want(shot("slow", 1.0), STRIP)
-    studio.draw_grid(Grid.of(shot("slow", 1.0), None, make_axis("seed", [1, 2])))
-    wait_for(lambda: studio.view().drawing is not None)
-    studio.cancel()
-    view = settled(studio)
+def test_cancelling_stops_picture_strip_and_grid(render_queue: RenderQueue) -> None:
+    render_queue.want(shot("slow", 1.0), STRIP)
+    render_queue.draw_grid(GridState.of(shot("slow", 1.0), None, make_axis("seed", [1, 2])))
+    wait_for(lambda: render_queue.view().drawing is not None)
+    render_queue.cancel()
+    view = settled(render_queue)
     assert (view.state, view.message) == ("idle", "Cancelled.")
     assert view.grid is not None
     assert view.grid.problem == "Cancelled."
-    studio.want(shot("quick", 1.0), ())
-    assert settled(studio).state == "idle"
+    render_queue.want(shot("quick", 1.0), ())
+    assert settled(render_queue).state == "idle"
 
 
-def test_who_waits_is_told_how_long(worker: Worker, tmp_path: Path) -> None:
+def test_who_waits_is_told_how_long(worker: WorkerClient, tmp_path: Path) -> None:
     first = worker.submit({"do": "generate", "prompt": "slow", "strengths": [1], "out": str(tmp_path)})
     second = worker.submit({"do": "generate", "strengths": [1], "out": str(tmp_path)})
     third = worker.submit({"do": "generate", "strengths": [1], "out": str(tmp_path)})
@@ -234,7 +236,7 @@ def test_who_waits_is_told_how_long(worker: Worker, tmp_path: Path) -> None:
     assert worker.ahead_of(second) == 0
 
 
-def test_looks_are_kept_while_a_picture_is_made(worker: Worker, tmp_path: Path) -> None:
+def test_looks_are_kept_while_a_picture_is_made(worker: WorkerClient, tmp_path: Path) -> None:
     reply = worker.ask(
         {"do": "generate", "strengths": [1], "look": True, "out": str(tmp_path)}, timeout=PATIENCE
     )
@@ -243,7 +245,7 @@ def test_looks_are_kept_while_a_picture_is_made(worker: Worker, tmp_path: Path) 
 
 def test_memory_is_given_back_when_a_run_begins_and_after_a_rest() -> None:
     live = ""
-    gives = GivesWay(lambda: live, rest=60)
+    gives = MemoryYieldPolicy(lambda: live, rest=60)
     assert not gives(1000)
     live = "a run"
     assert gives(5)
@@ -254,7 +256,7 @@ def test_memory_is_given_back_when_a_run_begins_and_after_a_rest() -> None:
 
 
 def test_a_worker_with_memory_looks_around_for_a_run(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: WorkerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.worker_client.LOOK_AROUND_EVERY", 0.05)
     asked: list[float] = []
@@ -269,20 +271,20 @@ def test_a_worker_with_memory_looks_around_for_a_run(
 
 
 @pytest.fixture
-def on_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+def on_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerClient]:
     monkeypatch.setattr("app.worker_client.LOOK_AROUND_EVERY", 0.05)
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
-    made = Worker([sys.executable, str(script)], {"DEVICE": "cuda"}, tmp_path / "logs" / "worker.txt")
+    made = WorkerClient([sys.executable, str(script)], {"DEVICE": "cuda"}, tmp_path / "logs" / "worker.txt")
     yield made
     made.close()
 
 
 def test_on_a_card_the_process_ends_for_a_run_and_what_it_drew_is_drawn_after_it(
-    on_card: Worker, tmp_path: Path
+    on_card: WorkerClient, tmp_path: Path
 ) -> None:
     run, go = "", tmp_path / "go"
-    on_card.is_needed_elsewhere = GivesWay(lambda: run)
+    on_card.is_needed_elsewhere = MemoryYieldPolicy(lambda: run)
     on_card.in_the_way = lambda request: f"Waiting for {run}." if run else ""
     picture = {"do": "generate", "strengths": [1], "out": str(tmp_path)}
     reply = on_card.submit({**picture, "until": str(go)})
@@ -305,7 +307,7 @@ def test_on_a_card_the_process_ends_for_a_run_and_what_it_drew_is_drawn_after_it
 
 
 def test_start_ends_an_idle_process_on_a_card_at_once_and_a_picture_starts_it_again(
-    on_card: Worker, tmp_path: Path
+    on_card: WorkerClient, tmp_path: Path
 ) -> None:
     picture = {"do": "generate", "strengths": [1], "out": str(tmp_path)}
     on_card.ask(picture, PATIENCE)
@@ -317,7 +319,7 @@ def test_start_ends_an_idle_process_on_a_card_at_once_and_a_picture_starts_it_ag
     assert on_card.ask(picture, PATIENCE).state == "done"
 
 
-def test_a_picture_that_waits_for_a_run_is_cancelled_at_once(on_card: Worker, tmp_path: Path) -> None:
+def test_a_picture_that_waits_for_a_run_is_cancelled_at_once(on_card: WorkerClient, tmp_path: Path) -> None:
     on_card.in_the_way = lambda request: "Waiting for a run."
     reply = on_card.submit({"do": "generate", "strengths": [1], "out": str(tmp_path)})
     wait_for(lambda: reply.message)
@@ -326,26 +328,26 @@ def test_a_picture_that_waits_for_a_run_is_cancelled_at_once(on_card: Worker, tm
     assert (reply.state, reply.message) == ("error", "Cancelled.")
 
 
-def test_a_picture_beside_a_run_on_the_card_waits_until_it_fits(desk: Desk) -> None:
-    picture, train = {"do": "generate", "base": "demo"}, make_run(desk, "a", started())
+def test_a_picture_beside_a_run_on_the_card_waits_until_it_fits(app_state: AppState) -> None:
+    picture, train = {"do": "generate", "base": "demo"}, make_run(app_state, "a", started())
     card = Card("RTX 3060", used=9 * 10**9, total=12 * 10**9)
-    desk.hardware._card, desk.hardware.known = card, True
-    desk.hardware._asked = time.monotonic() + 1000
-    desk.worker.found = {"device": "cuda"}
-    assert desk._in_the_way(picture) == ""
+    app_state.hardware._card, app_state.hardware.known = card, True
+    app_state.hardware._asked = time.monotonic() + 1000
+    app_state.worker.found = {"device": "cuda"}
+    assert app_state._in_the_way(picture) == ""
     come_alive(train)
     # Before its first step it has not taken all of its memory.
-    assert "Waiting for the graphics card" in desk._in_the_way(picture)
+    assert "Waiting for the graphics card" in app_state._in_the_way(picture)
     with open(train.events_file, "a") as events:
         events.write(to_line(step(1)))
-    assert desk._in_the_way(picture) == ""
-    desk.hardware._card = replace(card, used=11 * 10**9)
-    sentence = desk._in_the_way(picture)
+    assert app_state._in_the_way(picture) == ""
+    app_state.hardware._card = replace(card, used=11 * 10**9)
+    sentence = app_state._in_the_way(picture)
     assert "It does not fit beside the run: about 1.5 GB are needed" in sentence
     assert "1.0 GB are free. It is done when the run a has ended or is paused." in sentence
     # On a processor, both go on side by side.
-    desk.worker.found = {"device": "cpu"}
-    assert desk._in_the_way(picture) == ""
+    app_state.worker.found = {"device": "cpu"}
+    assert app_state._in_the_way(picture) == ""
 
 
 def test_one_that_is_closed_while_it_starts_leaves_no_process(
@@ -359,7 +361,7 @@ def test_one_that_is_closed_while_it_starts_leaves_no_process(
         return detached()
 
     monkeypatch.setattr("app.worker_client.detached", slowly)
-    made = Worker([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
+    made = WorkerClient([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
     reply = made.submit({"do": "warm"})
     assert begun.wait(PATIENCE)
     made.close()
@@ -367,7 +369,7 @@ def test_one_that_is_closed_while_it_starts_leaves_no_process(
     assert made._process is not None
     assert made._process.poll() is not None, "it goes on though nobody knows of it"
     # Nor does what is asked of it afterwards start one.
-    late = Worker([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
+    late = WorkerClient([sys.executable, "-c", "input()"], {}, tmp_path / "worker.txt")
     late.close()
     late.submit({"do": "warm"})
     assert late._running_process() is None

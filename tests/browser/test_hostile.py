@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.state import Desk
+from app.state import AppState
 from lora_core.runs import events
 from tests.app.runs import make_run, started, step
 from tests.browser.pages import frames, has_value, loaded_anew, open_tab
@@ -26,7 +26,7 @@ NAME = "we\"ird '<img src=x onerror=hit=1>' {{7*7}} \u202eabc 😀\nline.png"
 @pytest.fixture
 def window(own_window: Window, pictures: list[Path]) -> Window:
     """With a run whose every text is hostile; written before the first page looks."""
-    desk = Desk(own_window.workspace, worker_command=["no-such-program"])
+    app_state = AppState(own_window.workspace, worker_command=["no-such-program"])
     lines = [
         started(),
         step(3),
@@ -34,11 +34,11 @@ def window(own_window: Window, pictures: list[Path]) -> Window:
         events.Warned(step=3, message=HOSTILE),
         events.Failed(step=3, reason=f"The base {HOSTILE} cannot be read."),
     ]
-    run = make_run(desk, "first", *lines, dataset__trigger=HOSTILE, preview__prompts=[HOSTILE])
+    run = make_run(app_state, "first", *lines, dataset__trigger=HOSTILE, preview__prompts=[HOSTILE])
     (run.path / "previews").mkdir(exist_ok=True)
     shutil.copy(pictures[0], run.path / "previews" / "3.png")
     run.log_file.write_text(f"{HOSTILE}\n", encoding="utf-8")
-    desk.close()
+    app_state.close()
     return own_window
 
 

@@ -21,7 +21,7 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from app.worker_client import Worker
+from app.worker_client import WorkerClient
 from lora_core.backends.int8 import WeightPolicy, is_quantized
 from lora_core.generate import pipeline as module
 from lora_core.generate.pipeline import ASIDE, INT8, RESIDENT, Pipeline, sample_latents
@@ -183,7 +183,7 @@ def test_a_picture_is_decoded_by_tiles_where_it_does_not_fit_whole(on_processor:
 
 def test_the_drawing_process_gives_way_and_draws_the_same_when_it_comes_back(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.simulated.device", "--gib", "2", "serve"]
-    worker = Worker(command, dict(os.environ), tmp_path / "log.txt")
+    worker = WorkerClient(command, dict(os.environ), tmp_path / "log.txt")
     asked = {**asdict(SHOT), "do": "generate", "steps": 2, "strengths": [1], "out": str(tmp_path)}
     try:
         first = worker.ask(asked, PATIENCE)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.snapshot import moment_of
-from app.state import Desk
+from app.snapshot import take_snapshot
+from app.state import AppState
 from app.train.facts import time_of
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel
@@ -109,8 +109,8 @@ def test_what_cannot_be_trained_says_why() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["demo", "style-quick"])
 def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None:
-    desk = Desk(tmp_path, worker_command=["no-such-program"])
-    desk.project.keep(dataset=DEMO)
+    app_state = AppState(tmp_path, worker_command=["no-such-program"])
+    app_state.project.keep(dataset=DEMO)
     config = RunConfig().changed(
         {
             **starting_settings(preset, None), "dataset.path": DEMO, "train.steps": 40,
@@ -120,9 +120,9 @@ def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None
     answers: list[dict[str, Any]] = []
     Worker(answers.append).handle({"id": "1", "do": "probe", "config": config.to_dict()})
     told = answers[-1]
-    one = StepCost(told["step"], told["draw"], told["peak"], config.model.base, desk.hardware.device)
+    one = StepCost(told["step"], told["draw"], told["peak"], config.model.base, app_state.hardware.device)
     keep_cost(tmp_path, config, one)
-    expected = time_of(moment_of(desk), config)
+    expected = time_of(take_snapshot(app_state), config)
     assert expected is not None
     assert expected.source == PROBED
     run = RunFolder.create(runs_folder(tmp_path) / "real", config)
@@ -130,6 +130,6 @@ def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None
     trainer = [sys.executable, "-m", "lora_core", "resume", str(run.path)]
     done = subprocess.run(trainer, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    taken = desk.jobs.all()[0].run.progress().wall_pace()
+    taken = app_state.jobs.all()[0].run.progress().wall_pace()
     assert taken is not None
     assert taken / 1.5 < expected.seconds < taken * 1.5, (expected.seconds, taken)
