@@ -1,4 +1,9 @@
-"""Filling a component that was built without memory for its weights, one parameter at a time."""
+"""Opening a base model: a diffusers folder, a single file, the bundled one, or one from the hub.
+
+Components are built without memory for their weights and filled tensor by tensor, in the wanted dtype, from
+wherever each parameter is: a base never takes more memory than its weights. Only submodules of diffusers and
+transformers are imported: all pipelines take ten seconds more.
+"""
 
 import functools
 import hashlib
@@ -48,186 +53,8 @@ from lora_core.models.weight_files import (
 )
 from lora_core.system.paths import CLIP_TOKENIZER
 
-
-@dataclass(frozen=True)
-class LoadContext:
-    """What a sentence on a problem says.
-
-    Attributes:
-        path: of the base.
-        title: of the component.
-        advice: what to do where weights are missing.
-    """
-
-    path: Path
-    title: str
-    advice: str
-
-
-def fill(
-    module: nn.Module, find: WeightLocator, dtype: torch.dtype, device: torch.device, where: LoadContext,
-    policy: WeightPolicy | None = None,
-) -> None:  # fmt: skip
-    """Read all parameters of `module`, frozen, in `dtype`, onto `device`.
-
-    Nothing is left at a random start: a parameter that the files lack is an error, where the libraries only
-    log it. All names and shapes are checked before the first number is read.
-    Each layer is made policy as soon as its weight is there, where that is asked for.
-
-    Raises:
-        ModelFileError: the files lack a parameter, or it has another shape or holds NaN.
-    """
-    wanted = dict(module.named_parameters())
-    places = _places(wanted, find, where)
-    for name, place in places.items():
-        tensor = place.read()
-        if not tensor.is_floating_point():
-            raise ModelFileError(f"{place.file.path} holds {place.key} in whole numbers; it is no weight.")
-        tensor = tensor.reshape(wanted[name].shape)
-        held = tensor.to(device, dtype)
-        if not _finite(held):
-            broken = not _finite(tensor.float())
-            reason = "holds NaN or infinity" if broken else f"holds more than {str(dtype)[6:]} can"
-            advice = "choose another file" if broken else "set train.precision to fp32 or bf16"
-            raise ModelFileError(f"{place.file.path}: the tensor {place.key} {reason}; {advice}.")
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent), leaf, nn.Parameter(held, requires_grad=False))
-        if policy and leaf == "weight":
-            policy.apply_to_layer(module, parent)
-
-
-def _places(
-    wanted: dict[str, nn.Parameter], find: WeightLocator, where: LoadContext
-) -> dict[str, TensorSource]:
-    """Where each parameter lies."""
-    found = {name: find(name) for name in wanted}
-    missing = [name for name, place in found.items() if place is None]
-    if missing:
-        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        lacks = where.title if len(missing) == len(found) else f"{missing[0]}{more} of the {where.title}"
-        raise ModelFileError(f"The base {where.path} lacks {lacks}. {where.advice}")
-    places = {name: place for name, place in found.items() if place is not None}
-    for name, place in places.items():
-        if place.numel != wanted[name].numel():
-            raise ModelFileError(
-                f"{place.file.path} holds {place.key} in the shape {place.file.shapes[place.key]}, not"
-                f" {list(wanted[name].shape)}; its {where.title} is of another kind."
-            )
-    return places
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite, without a second tensor of the same size."""
-    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-
-
-# The configs of a single file's components: the family's, with the sizes that the tensors themselves have.
-#
-# Depths and widths show in names and shapes; how attention is cut into heads does not, so that it stays as
-# the family's config says, or 64 channels a head where that does not divide.
-
-
-Shapes = Mapping[str, Sequence[int]]
-HEAD_WIDTH = 64
-"""Channels of an attention head in every family from SD 2.x on, and in all CLIP text encoders."""
-
-
-def unet_config(config: Mapping[str, Any], shapes: Shapes, family: Family) -> dict[str, Any]:
-    """A UNet's config with the widths and depths of the file's tensors."""
-    found = dict(config)
-    levels = range(len(family.attention_levels))
-    firsts = [f"{UNET}input_blocks.{1 + (RESNETS + 1) * level}" for level in levels]
-    widths = [shapes.get(f"{first}.0.in_layers.2.weight") for first in firsts]
-    channels = [int(width[0]) for width in widths if width]
-    if len(channels) != len(firsts):
-        return found
-    found["block_out_channels"] = channels
-    heads = config.get("attention_head_dim", 8)
-    heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(channels)
-    fitting = [_heads(own, width) for own, width in zip(heads, channels, strict=True)]
-    found["attention_head_dim"] = fitting if len(set(fitting)) > 1 else fitting[0]
-    depths = [_depth(shapes, f"{first}.1.transformer_blocks.") for first in firsts]
-    if any(depths):
-        kept = [depth or 1 for depth in depths]
-        found["transformer_layers_per_block"] = kept if len(set(kept)) > 1 else kept[0]
-    projection = next(
-        (s for k, s in shapes.items() if k.startswith(UNET) and k.endswith(".proj_in.weight")), None
-    )
-    if projection:
-        found["use_linear_projection"] = len(projection) == 2
-    label = shapes.get(f"{UNET}label_emb.0.0.weight")
-    if label and config.get("projection_class_embeddings_input_dim"):
-        found["projection_class_embeddings_input_dim"] = int(label[1])
-    return found
-
-
-def _heads(own: int, channels: int) -> int:
-    return own if channels % own == 0 else max(1, channels // HEAD_WIDTH)
-
-
-def _depth(shapes: Shapes, start: str) -> int:
-    """How many numbered things follow `start` in the names."""
-    numbers = {match[1] for key in shapes if (match := re.match(re.escape(start) + r"(\d+)\.", key))}
-    return len(numbers)
-
-
-def vae_config(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """A VAE's config with the widths of the file's tensors, whichever names it uses."""
-    found = dict(config)
-    channels = []
-    for level in range(len(config["block_out_channels"])):
-        for key in (f"encoder.down.{level}.block.0", f"encoder.down_blocks.{level}.resnets.0"):
-            shape = shapes.get(f"{VAE}{key}.conv1.weight") or shapes.get(f"{key}.conv1.weight")
-            if shape:
-                channels.append(int(shape[0]))
-    if len(channels) == len(config["block_out_channels"]):
-        found["block_out_channels"] = channels
-    return found
-
-
-def text_config(config: Mapping[str, Any], shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
-    """A text encoder's config with the widths and the depth of the file's tensors.
-
-    OpenCLIP files of SD 2.x hold one layer more than is used, so the depth is never more than the config's.
-    """
-    found = dict(config)
-
-    def shape(name: str) -> Sequence[int] | None:
-        if encoder.open_clip:
-            return shapes.get(encoder.single_file + open_clip_path(name)[0])
-        return shapes.get(f"{encoder.single_file}text_model.{name}") or shapes.get(encoder.single_file + name)
-
-    words, first = shape("embeddings.token_embedding.weight"), shape("encoder.layers.0.mlp.fc1.weight")
-    if not words or not first:
-        return found
-    depth = max(
-        _depth(shapes, encoder.single_file + layers)
-        for layers in ("text_model.encoder.layers.", "encoder.layers.", "transformer.resblocks.")
-    )
-    width = int(words[1])
-    found |= {
-        "vocab_size": int(words[0]),
-        "hidden_size": width,
-        "intermediate_size": int(first[0]),
-        "num_hidden_layers": min(depth, config["num_hidden_layers"]),
-        "num_attention_heads": _heads(config["num_attention_heads"], width),
-    }
-    projection = shape("text_projection.weight") if encoder.pooled else None
-    if projection:
-        found["projection_dim"] = int(projection[1])
-    return found
-
-
-# Opening a base model: a diffusers folder, a single file, the embedded one, or one from the hub.
-#
-# Components are built without memory for their weights and filled tensor by tensor from wherever each
-# parameter lies, in the number format that is asked for: a base never takes more memory than it has
-# weights. Only submodules of diffusers and transformers are imported: the whole pipeline zoo takes ten
-# seconds more.
-
-
 TITLES = {"unet": "UNet", "vae": "VAE"}
-"""What sentences call the components whose part is no word of its own."""
+"""Components in messages, where the part's own name is no word."""
 
 
 @dataclass
@@ -237,7 +64,7 @@ class BaseModel:
     A component that was not loaded yet has its layers and their shapes, but weights on the meta device.
 
     Attributes:
-        name: what the person called it ("demo", a path, a hub id).
+        name: what the user called it ("demo", a path, a hub id).
         path: the diffusers folder or the single file.
         family: its row.
         denoiser: a `Denoiser`, or diffusers' UNet.
@@ -245,8 +72,8 @@ class BaseModel:
         noise: the noise schedule and what the denoiser predicts.
         scheduler_config: the base's own sampler settings, for samplers to start from.
         device: where the components live.
-        dtype: the number format of UNet and text encoders; the VAE is always fp32, where it cannot overflow.
-        facts: what its files say of it.
+        dtype: of the denoiser and the text encoders; the VAE is always fp32, where it cannot overflow.
+        facts: what its files say about it.
     """
 
     name: str
@@ -262,15 +89,15 @@ class BaseModel:
     dtype: torch.dtype
     facts: BaseFacts
     waiting: dict[str, Callable[[], None]] = field(default_factory=dict)
-    """Components without their weights (by part, and "vae"), and what reads them."""
+    """By component, a function that reads its weights, which are not loaded yet."""
     decode_tile: int = 0
     """The side in pixels of the tiles that images are decoded in, because memory is short; 0 for none."""
     digests: dict[str, Callable[[], str]] = field(default_factory=dict)
-    """What computes the digest of a component's weights from its files, by part; see `digest`."""
+    """By component, the function behind `digest`."""
 
     def digest(self, part: str) -> str:
-        """What tells a component's weights from others: a hash of each tensor's name, shape, dtype and of 64
-        of its bytes, read from the files, wherever the weights are now."""
+        """Identify a component's weights: a hash of each tensor's name, shape, dtype and of 64 of its
+        bytes, read from the files, wherever the weights are now."""
         return self.digests[part]()
 
     def load(self, *parts: str) -> None:
@@ -287,12 +114,12 @@ class BaseModel:
                 del self.waiting[part]
 
     def put(self, part: str, device: torch.device) -> None:
-        """Move a component that is loaded (by part, and "vae") to `device`."""
+        """Move a loaded component to `device`."""
         self.component(part).to(device)
 
     @contextmanager
     def on_device(self, part: str) -> Iterator[None]:
-        """Have a component on the base's device while it is used; it goes back to where it was."""
+        """Have a component on the base's device while the context is open; then it goes back."""
         home = next(self.component(part).parameters()).device
         moved = home.type != self.device.type
         if moved:
@@ -374,16 +201,16 @@ def open_base(
 ) -> BaseModel:  # fmt: skip
     """Open a base model without its weights: `BaseModel.load` reads those of the parts that are needed.
 
-    Whether the UNet fits is known before anything is read.
+    Whether the denoiser fits is checked before anything is read.
 
     Args:
         name: "demo", a diffusers folder, a single file, or a hub id.
         device: where to put the components.
-        dtype: number format of UNet and text encoders.
-        prediction: "auto", or what the UNet predicts, against all that the files say.
-        vae: a folder or file with a VAE to use in place of the base's own, or "".
-        policy: how the weights of the denoiser are kept as they are read, so that it never takes more.
-        zero_snr: "auto", or whether the base has zero terminal SNR ("on", "off"), likewise.
+        dtype: of the denoiser and the text encoders.
+        prediction: "auto", or what the denoiser predicts, whatever the files say.
+        vae: a folder or file with a VAE to use instead of the base's own, or "".
+        policy: how the denoiser's weights are kept from the moment they are read.
+        zero_snr: "auto", or whether the base has zero terminal SNR ("on", "off"), whatever the files say.
 
     Raises:
         ModelFileError: names what is missing or broken.
@@ -411,7 +238,7 @@ def open_base(
 
 @contextmanager
 def _reading(path: Path, device: torch.device) -> Iterator[None]:
-    """Turn what reading a base raises into a sentence."""
+    """Raise an error that names the base for one that reading it raises."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
@@ -424,15 +251,15 @@ def _reading(path: Path, device: torch.device) -> Iterator[None]:
 
 
 class _DivideByOne:
-    """The number 1 as a divisor: x / _One() is x, where torch would copy x for a division by 1.0."""
+    """1 as a divisor: x / _DivideByOne() is x, where torch would copy x for a division by 1.0."""
 
     def __rtruediv__(self, dividend: Any) -> Any:
         return dividend
 
 
 def streamline(module: torch.nn.Module) -> None:
-    """Leave out work of diffusers' blocks that changes no bit: divisions by a factor of 1, and the repeated
-    activation of the time embedding, which is the same in each residual block."""
+    """Skip work of diffusers' blocks that changes no bit: divisions by a factor of 1, and the activation of
+    the time embedding in each residual block, which is the same in all of them."""
     for block in module.modules():
         for factor in ("output_scale_factor", "rescale_output_factor"):
             if getattr(block, factor, None) == 1:
@@ -453,7 +280,7 @@ def _too_large(path: Path, device: torch.device) -> OutOfMemory:
 
 
 class _ComponentBuilder:
-    """The components of a base, each built with its layers and noted with what reads its weights."""
+    """Builds the components of a base, and registers the functions that read their weights."""
 
     def __init__(self, facts: BaseFacts, by_hand: tuple[str, str], device: torch.device) -> None:
         self.waiting: dict[str, Callable[[], None]] = {}
@@ -480,7 +307,7 @@ class _ComponentBuilder:
             find = component_in_folder(self.facts.path / self.family.denoiser, self.family.denoiser)
         with init_empty_weights(include_buffers=False):
             unet = UNet2DConditionModel.from_config(config)
-        return self._noted(self.family.denoiser, unet, find, dtype, policy=policy)
+        return self._register(self.family.denoiser, unet, find, dtype, policy=policy)
 
     def vae(self, other: str) -> AutoencoderKL:
         """The VAE in fp32: the base's own, or the one that `other` names."""
@@ -498,7 +325,7 @@ class _ComponentBuilder:
         with init_empty_weights(include_buffers=False):
             vae = AutoencoderKL.from_config(config)
         advice = "Set model.vae to a VAE file." if self._file and not other else ""
-        return self._noted("vae", vae, find, torch.float32, advice)
+        return self._register("vae", vae, find, torch.float32, advice)
 
     def text_encoder(self, encoder: TextEncoder, dtype: torch.dtype) -> Any:
         config = CLIPTextConfig.from_pretrained(self.facts.configs / encoder.part, local_files_only=True)
@@ -510,9 +337,9 @@ class _ComponentBuilder:
         kind: Any = CLIPTextModelWithProjection if encoder.pooled else CLIPTextModel
         with init_empty_weights(include_buffers=False):
             module = kind(config)
-        return self._noted(encoder.part, module, find, dtype)
+        return self._register(encoder.part, module, find, dtype)
 
-    def _noted(
+    def _register(
         self, part: str, module: Any, find: WeightLocator, dtype: torch.dtype, advice: str = "",
         policy: WeightPolicy | None = None,
     ) -> Any:  # fmt: skip
@@ -543,3 +370,171 @@ def _tokenizer(facts: BaseFacts, encoder: TextEncoder) -> Any:
     if not facts.single_file:
         return CLIPTokenizer.from_pretrained(facts.path / encoder.tokenizer, local_files_only=True)
     return CLIPTokenizer.from_pretrained(CLIP_TOKENIZER, pad_token=encoder.pad_token, local_files_only=True)
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """What errors mention.
+
+    Attributes:
+        path: of the base.
+        title: of the component.
+        advice: what to do where weights are missing.
+    """
+
+    path: Path
+    title: str
+    advice: str
+
+
+def fill(
+    module: nn.Module, find: WeightLocator, dtype: torch.dtype, device: torch.device, where: LoadContext,
+    policy: WeightPolicy | None = None,
+) -> None:  # fmt: skip
+    """Read all parameters of `module`, frozen, in `dtype`, onto `device`.
+
+    Nothing is left at its random initialization: a parameter that the files lack is an error, where the
+    libraries only log it. All names and shapes are checked before the first tensor is read. `policy` is
+    applied to each layer as soon as its weight is there.
+
+    Raises:
+        ModelFileError: the files lack a parameter, or it has another shape or holds NaN.
+    """
+    wanted = dict(module.named_parameters())
+    sources = _locate(wanted, find, where)
+    for name, source in sources.items():
+        tensor = source.read()
+        if not tensor.is_floating_point():
+            raise ModelFileError(f"{source.file.path} holds {source.key} in whole numbers; it is no weight.")
+        tensor = tensor.reshape(wanted[name].shape)
+        loaded = tensor.to(device, dtype)
+        if not _finite(loaded):
+            broken = not _finite(tensor.float())
+            reason = "holds NaN or infinity" if broken else f"holds more than {str(dtype)[6:]} can"
+            advice = "choose another file" if broken else "set train.precision to fp32 or bf16"
+            raise ModelFileError(f"{source.file.path}: the tensor {source.key} {reason}; {advice}.")
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, nn.Parameter(loaded, requires_grad=False))
+        if policy and leaf == "weight":
+            policy.apply_to_layer(module, parent)
+
+
+def _locate(
+    wanted: dict[str, nn.Parameter], find: WeightLocator, where: LoadContext
+) -> dict[str, TensorSource]:
+    """The source of each parameter."""
+    found = {name: find(name) for name in wanted}
+    missing = [name for name, source in found.items() if source is None]
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        lacks = where.title if len(missing) == len(found) else f"{missing[0]}{more} of the {where.title}"
+        raise ModelFileError(f"The base {where.path} lacks {lacks}. {where.advice}")
+    sources = {name: source for name, source in found.items() if source is not None}
+    for name, source in sources.items():
+        if source.numel != wanted[name].numel():
+            raise ModelFileError(
+                f"{source.file.path} holds {source.key} in the shape {source.file.shapes[source.key]}, not"
+                f" {list(wanted[name].shape)}; its {where.title} is of another kind."
+            )
+    return sources
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, without a second tensor of the same size."""
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+# Configs of a single file's components: the family's, with the sizes of the file's tensors. Depths and widths
+# show in names and shapes. How attention is cut into heads does not: that stays as in the family's config, or
+# 64 channels a head where that does not divide.
+
+
+Shapes = Mapping[str, Sequence[int]]
+HEAD_WIDTH = 64
+"""Channels of an attention head in every family from SD 2.x on, and in all CLIP text encoders."""
+
+
+def unet_config(config: Mapping[str, Any], shapes: Shapes, family: Family) -> dict[str, Any]:
+    """A UNet's config with the widths and depths of the file's tensors."""
+    found = dict(config)
+    levels = range(len(family.attention_levels))
+    firsts = [f"{UNET}input_blocks.{1 + (RESNETS + 1) * level}" for level in levels]
+    widths = [shapes.get(f"{first}.0.in_layers.2.weight") for first in firsts]
+    channels = [int(width[0]) for width in widths if width]
+    if len(channels) != len(firsts):
+        return found
+    found["block_out_channels"] = channels
+    heads = config.get("attention_head_dim", 8)
+    heads = list(heads) if isinstance(heads, list | tuple) else [heads] * len(channels)
+    fitting = [_heads(own, width) for own, width in zip(heads, channels, strict=True)]
+    found["attention_head_dim"] = fitting if len(set(fitting)) > 1 else fitting[0]
+    depths = [_depth(shapes, f"{first}.1.transformer_blocks.") for first in firsts]
+    if any(depths):
+        kept = [depth or 1 for depth in depths]
+        found["transformer_layers_per_block"] = kept if len(set(kept)) > 1 else kept[0]
+    projection = next(
+        (s for k, s in shapes.items() if k.startswith(UNET) and k.endswith(".proj_in.weight")), None
+    )
+    if projection:
+        found["use_linear_projection"] = len(projection) == 2
+    label = shapes.get(f"{UNET}label_emb.0.0.weight")
+    if label and config.get("projection_class_embeddings_input_dim"):
+        found["projection_class_embeddings_input_dim"] = int(label[1])
+    return found
+
+
+def _heads(own: int, channels: int) -> int:
+    return own if channels % own == 0 else max(1, channels // HEAD_WIDTH)
+
+
+def _depth(shapes: Shapes, start: str) -> int:
+    """How many different numbers follow `start` in the names."""
+    numbers = {match[1] for key in shapes if (match := re.match(re.escape(start) + r"(\d+)\.", key))}
+    return len(numbers)
+
+
+def vae_config(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """A VAE's config with the widths of the file's tensors, in original or in diffusers' names."""
+    found = dict(config)
+    channels = []
+    for level in range(len(config["block_out_channels"])):
+        for key in (f"encoder.down.{level}.block.0", f"encoder.down_blocks.{level}.resnets.0"):
+            shape = shapes.get(f"{VAE}{key}.conv1.weight") or shapes.get(f"{key}.conv1.weight")
+            if shape:
+                channels.append(int(shape[0]))
+    if len(channels) == len(config["block_out_channels"]):
+        found["block_out_channels"] = channels
+    return found
+
+
+def text_config(config: Mapping[str, Any], shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
+    """A text encoder's config with the widths and the depth of the file's tensors.
+
+    OpenCLIP files of SD 2.x hold one layer more than is used, so the depth is never more than the config's.
+    """
+    found = dict(config)
+
+    def shape(name: str) -> Sequence[int] | None:
+        if encoder.open_clip:
+            return shapes.get(encoder.single_file + open_clip_path(name)[0])
+        return shapes.get(f"{encoder.single_file}text_model.{name}") or shapes.get(encoder.single_file + name)
+
+    words, first = shape("embeddings.token_embedding.weight"), shape("encoder.layers.0.mlp.fc1.weight")
+    if not words or not first:
+        return found
+    depth = max(
+        _depth(shapes, encoder.single_file + layers)
+        for layers in ("text_model.encoder.layers.", "encoder.layers.", "transformer.resblocks.")
+    )
+    width = int(words[1])
+    found |= {
+        "vocab_size": int(words[0]),
+        "hidden_size": width,
+        "intermediate_size": int(first[0]),
+        "num_hidden_layers": min(depth, config["num_hidden_layers"]),
+        "num_attention_heads": _heads(config["num_attention_heads"], width),
+    }
+    projection = shape("text_projection.weight") if encoder.pooled else None
+    if projection:
+        found["projection_dim"] = int(projection[1])
+    return found
