@@ -17,7 +17,7 @@ from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoiseSchedule, PromptEmbeds
 from lora_core.settings.choices import ADAPTERS, Choice
 from lora_core.settings.schema import LossSection
-from lora_core.train.loss import Draw, picture_losses
+from lora_core.train.loss import NoiseSample, diffusion_loss
 
 CPU = torch.device("cpu")
 SPEC = LoraSpec(rank=4, alpha=4.0)
@@ -95,10 +95,10 @@ def train(base: BaseModel, spec: LoraSpec, steps: int = 40) -> tuple[Injected, l
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, 4, 4, generator=generator).expand(8, -1, -1, -1)
     prompt, losses = PromptEmbeds(torch.randn(1, 3, 8, generator=generator)).expand(8), []
-    draw = Draw(torch.arange(0, 80, 10), torch.randn(8, 4, 4, 4, generator=generator))
+    draw = NoiseSample(torch.arange(0, 80, 10), torch.randn(8, 4, 4, 4, generator=generator))
     for _ in range(steps):
         flat.zero_grad()
-        loss = picture_losses(base, latents, prompt, draw, LossSection()).mean()
+        loss = diffusion_loss(base, latents, prompt, draw, LossSection()).mean()
         loss.backward()
         flat.step(optimizer)
         losses.append(float(loss.detach()))
