@@ -11,8 +11,8 @@ from typing import Any
 
 from app.train.form import Plan
 from lora_core.data.audit import Looks, audit
-from lora_core.data.dataset import ImageRecord
 from lora_core.data.holdout import split_holdout
+from lora_core.data.scan import ImageRecord
 from lora_core.data.statistics import TrainingView
 from lora_core.errors import DatasetError, LoraError
 from lora_core.projects.project import Project, relative_name

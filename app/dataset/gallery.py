@@ -14,7 +14,8 @@ from app.formatting import chip, pluralize, safe
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.buckets import choose_bucket, crop_box
-from lora_core.data.dataset import AUDIT_ONLY, UNUSED, Dataset, FileProblem, ImageRecord, summarize_notes
+from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
+from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.projects.project import Project, left_out, relative_name
 
 MOST_SENTENCES = 12

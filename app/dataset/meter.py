@@ -13,7 +13,7 @@ from pathlib import Path
 from app.formatting import pluralize
 from app.train.form import Plan
 from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
-from lora_core.data.dataset import Dataset
+from lora_core.data.scan import Dataset
 from lora_core.errors import LoraError
 from lora_core.settings.config import FIELDS
 from lora_core.system.paths import clean_text

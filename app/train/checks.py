@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lora_core.data.dataset import Dataset
+from lora_core.data.scan import Dataset
 from lora_core.errors import LoraError
 from lora_core.runs.preflight import RunProblem, preflight
 from lora_core.settings.config import FIELDS, RunConfig, label_of

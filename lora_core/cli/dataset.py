@@ -8,7 +8,8 @@ from typing import Any
 
 from lora_core import api
 from lora_core.cli import Verbs, add_json, add_run, add_workspace, named_run, say, say_json, write
-from lora_core.data.dataset import FileProblem, summarize_notes
+from lora_core.data.dataset import summarize_notes
+from lora_core.data.scan import FileProblem
 
 _MOST_TAGS = 20
 _MOST_NAMES = 6

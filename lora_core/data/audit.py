@@ -1,7 +1,7 @@
-"""What is wrong with a dataset, and, with `learned`, what will be learned from it.
+"""Finds what is wrong with a dataset and, with `learned`, what training on it will pick up.
 
-Everything here is advice: thresholds are set so that a sharp photo, a flat drawing and a short caption pass,
-and so that each finding says what to do about it.
+Findings are advice. Thresholds let a sharp photo, a flat drawing and a short caption pass, and each finding
+says what to do about it.
 """
 
 import functools
@@ -18,9 +18,9 @@ from PIL import Image
 
 from lora_core.data.buckets import choose_bucket, resize_and_crop
 from lora_core.data.captions import count_tags, count_tokens
-from lora_core.data.dataset import Dataset, FileProblem, ImageRecord
 from lora_core.data.images import open_rgb_reduced
 from lora_core.data.near_duplicates import Fingerprint, compute_fingerprint, group_near_duplicates
+from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.data.statistics import STOP_WORDS, TrainingView, reduce_image, report_bias, step_shares
 from lora_core.errors import DatasetError
 from lora_core.system.paths import clean_text

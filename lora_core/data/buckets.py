@@ -1,8 +1,8 @@
-"""Aspect-ratio buckets: which size a picture is trained at, and which part of it is seen.
+"""Aspect-ratio buckets: the size an image is trained at, and the part of it that is seen.
 
-A picture is shrunk to about the area that the base was trained at, in its own shape, and never enlarged. The
-sides are rounded to what the model can take; of all the roundings near the ideal size, the one that cuts off
-least is taken.
+An image is reduced to about the area that the base was trained at, keeping its aspect ratio, and never
+enlarged. Sides are rounded to what the model accepts; of the roundings near the ideal size, the one that
+crops least is taken.
 """
 
 import math

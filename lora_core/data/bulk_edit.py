@@ -1,7 +1,7 @@
-"""Changing many captions at once: what each becomes, and what of it is new.
+"""Edits of many captions at once: the new text of each, and the difference.
 
-Nothing here writes: the same function makes the preview and the change. A caption's lines are captions of
-their own, so each is changed by itself, and a line that a change does not touch keeps its every character.
+Nothing here writes; preview and edit use the same function. Each line of a caption is edited on its own,
+and a line that an edit does not match keeps every character.
 """
 
 import difflib

@@ -1,7 +1,7 @@
-"""What is drawn from a caption at each look, and how long it is for the text encoder.
+"""Samples a caption for each draw and counts its tokens.
 
-Only `Random.random` is used: it alone is promised to give the same numbers in every version of Python, and a
-run that is resumed after an update must see the same captions.
+Only `Random.random` is used: it alone is guaranteed to give the same values in every version of Python, and
+a run resumed after an update must see the same captions.
 """
 
 import functools

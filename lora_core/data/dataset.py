@@ -1,8 +1,8 @@
-"""The pictures that a person chose to measure on: a list in the dataset folder, so that it goes where they
-go.
+"""Reads a dataset folder: its images, their captions, and what is wrong with it.
 
-`held_out.txt` names one picture a line, by its path below the folder, with forward slashes. It is a list
-unless a picture of that name lies beside it, whose caption it then is.
+Every image is decoded once, which costs some milliseconds each and finds damaged files before a run starts.
+The user's own validation images are listed in `held_out.txt`, one path below the folder a line, so that the
+list moves with the dataset; beside an image named `held_out` that file is its caption instead.
 """
 
 import os
@@ -30,7 +30,6 @@ from lora_core.data.sidecars import (
     METADATA_NAMES,
     read_metadata_captions,
     read_text,
-    write_caption,
 )
 from lora_core.errors import DatasetError
 from lora_core.system.paths import DEMO_TRAIN, clean_text, write_atomically
@@ -70,23 +69,6 @@ def write_holdout_list(folder: Path, names: Iterable[str]) -> None:
             f"The list {file} cannot be written ({error.strerror}); check that the folder may be written."
         ) from error
 
-
-# A dataset on disk: which pictures it holds, with which captions, and what is wrong with it.
-#
-# Every picture is decoded once when a folder is read. That costs some milliseconds a picture, and buys that
-# a damaged file is named before a run starts.
-
-
-__all__ = [
-    "Dataset",
-    "FileProblem",
-    "ImageRecord",
-    "open_dataset",
-    "require_clean",
-    "scan",
-    "summarize_notes",
-    "write_caption",
-]
 
 _REPEATED = re.compile(r"([1-9]\d{0,3})_(.+)")
 _MASK_OF = ("_mask", "-mask", ".mask")

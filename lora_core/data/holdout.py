@@ -1,16 +1,14 @@
-"""Which pictures are kept out of training, to measure on.
+"""Splits a dataset into training and validation images.
 
-Those that a person chose, where there are any (`by_hand`). Else each picture has a rank that follows from the
-seed and its name alone, so that adding pictures to a dataset hardly changes which ones are held out. A
-picture and its twins are on one side: a measurement on a copy of a training picture would praise learning by
-heart.
+The user's own list decides where there is one. Otherwise each image is ranked by a hash of seed and name,
+so adding images hardly changes the split. Near-duplicates stay on one side: a validation image that is a
+copy of a training image would reward memorization.
 """
 
 import hashlib
 
-from lora_core.data.dataset import ImageRecord
 from lora_core.data.near_duplicates import compute_fingerprints, group_near_duplicates
-from lora_core.data.scan import fold_name
+from lora_core.data.scan import ImageRecord, fold_name
 from lora_core.errors import DatasetError
 
 _FEWEST_TO_TRAIN_ON = 2

@@ -1,8 +1,9 @@
-"""Reading a picture file of any kind as plain RGB, or saying in a sentence why it cannot be read.
+"""Decodes image files to plain RGB, or says in a sentence why one cannot be used.
 
-Only the formats listed here are tried: a file's name proves nothing, and some of Pillow's other readers start
-programs (EPS) or are seldom tested. Pictures are decoded, never only opened, so that a file that was cut
-short is found now and not in the middle of a run.
+Only the formats listed here are tried: a file's name proves nothing, and some of Pillow's other readers
+start programs (EPS) or are rarely tested. Images are fully decoded, so a truncated file is found now and
+not during a run. `SizeCache` remembers decoded sizes by modification time and length, which makes opening a
+project of a thousand images instant; a run always decodes.
 """
 
 import contextlib
@@ -244,13 +245,6 @@ def _describe_error(path: Path, shown: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{shown} cannot be opened ({error.strerror}); check that it is there and may be read."
     return f"{shown} is damaged or cut short ({error}); copy it again from its source or remove it."
-
-
-# Sizes of pictures that were decoded whole before, so that a folder of a thousand is read again at once.
-#
-# A size holds for as long as the file's time and length stay as they were. Only good pictures are
-# remembered: a bad one is looked at again each time, as somebody may have mended it. A run never asks here;
-# it decodes.
 
 
 _Known = tuple[int, int, ImageInfo]

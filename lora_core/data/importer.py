@@ -1,8 +1,10 @@
-"""Unpacking a zip that a stranger may have made.
+"""Imports files into a dataset folder: dropped files, a folder, or a zip from a stranger.
 
-Nothing in a zip's table of contents is trusted: names are checked before a byte is written, and bytes are
-counted while they come out. All is unpacked into a temporary folder beside the wanted one and renamed at the
-end, so that a zip that is refused halfway leaves nothing behind.
+Originals never change: files are copied, or linked on request, byte for byte, and nothing that exists is
+overwritten. Files are judged one by one; what cannot be used is reported and does not block the others.
+Nothing in a zip's table of contents is trusted: names are checked first and bytes counted while they are
+read. A table of captions becomes one text file an image, because images may get new names and because the
+window edits text files.
 """
 
 import errno
@@ -243,10 +245,6 @@ def _decode_name(entry: zipfile.ZipInfo) -> str:
     return name.replace("\\", "/")
 
 
-# How one file from outside gets its place in a dataset folder: copied, linked, or moved; whole or not at
-# all.
-
-
 def _ignore_progress(phase: str, done: int, total: int) -> None:
     """Where nobody wants to hear how far it is."""
 
@@ -299,16 +297,6 @@ def _link_file(source: Path, target: Path) -> None:
             raise
         os.symlink(os.path.realpath(source), target)
 
-
-# Bringing files from outside into a dataset folder: dropped files, a folder, a zip.
-#
-# The originals are never changed: files are copied, or linked where the person wants that, byte for byte.
-# Each file is judged by itself: what cannot be used is reported and does not keep the others out. Nothing
-# that is there already is overwritten. A table of captions becomes one text file a picture, because
-# pictures may get new names here and because the window edits text files.
-
-
-__all__ = ["Imported", "Limits", "TransferMode", "import_files", "import_folder", "unpack"]
 
 _MASK = "-masklabel"
 _THREADS = 4

@@ -1,6 +1,6 @@
-"""Files that move together: a picture with its caption and mask, whole also where the process is killed.
+"""Moves files that belong together: an image with its caption and mask.
 
-What will be moved is written down first and taken away last, so that the next start finishes what was begun.
+The moves are written to a journal first, so that the next start completes what a killed process began.
 """
 
 import contextlib

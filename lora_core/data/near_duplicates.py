@@ -1,9 +1,9 @@
-"""Pictures that look the same: the same file twice, or another size, format or quality of it.
+"""Finds near-duplicate images: the same file twice, or another size, format or quality.
 
-The fingerprint holds a picture's lowest frequencies, as perceptual hashes do (Zauner 2010, "Implementation
-and benchmarking of perceptual image hash functions"), but their values and not only their signs: in flat,
-symmetric drawings half of them are about zero, and the sign of that is chance. Next to it a thumbnail of 4 x
-4 colours keeps apart two drawings of one shape in different colours.
+The fingerprint holds an image's lowest frequencies, as perceptual hashes do (Zauner 2010, "Implementation
+and benchmarking of perceptual image hash functions"), but their values instead of their signs: in flat,
+symmetric drawings half of them are near zero and their sign is chance. A 4 x 4 colour thumbnail separates
+drawings of one shape in different colours.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,9 @@
-"""What a dataset is in memory: usable pictures, and what is wrong with the others."""
+"""Lists the files of a dataset folder, in the same order on every system, and the records they become.
+
+A folder may come from a stranger (a clone, an unpacked archive): links to folders are not followed, links
+to files count only inside the folder, and pipes, devices and sockets are never opened. Names are compared
+without case and in one Unicode form, as Windows and macOS do.
+"""
 
 import os
 import re
@@ -52,9 +57,6 @@ class Dataset:
     notes: list[FileProblem] = field(default_factory=list)
 
 
-# File names: how they are compared, and names from elsewhere made fit for every system.
-
-
 _ILLEGAL = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')
 # File systems take 255 bytes; some are left for `-2` and for the ending of a temporary file.
 _MOST_BYTES = 180
@@ -97,12 +99,6 @@ def unused_stem(stem: str, used: Container[str]) -> str:
         number += 1
         candidate = f"{stem}-{number}"
     return candidate
-
-
-# Which files of a folder count, in which order: the same on every system, and nothing outside of it.
-#
-# A folder may come from a stranger (a clone, an unpacked archive). So links to folders are not followed,
-# links to files count only where they stay inside, and pipes, devices and sockets are never opened.
 
 
 MOST_DEPTH = 20

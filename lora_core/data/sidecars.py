@@ -1,4 +1,4 @@
-"""Captions as they lie on disk: a text file beside each picture, or one table for a folder."""
+"""Reads and writes captions on disk: a text file beside each image, or one table for a folder."""
 
 import csv
 import io

@@ -1,8 +1,9 @@
-"""What most pictures of a dataset have in common, told from their pixels without any model.
+"""Predicts from pixels and captions, without a model, what training will pick up beside the subject.
 
-A few attributes that a thumbnail shows: the colour of a plain background, a frame, brightness, one colour all
-over, black and white, one composition. Thresholds are set so that a photo has few of them: what is missed
-costs nothing, and what is claimed has to be plain to see.
+A LoRA learns what its captions do not explain. An attribute that most images share goes to the trigger word
+unless captions name it, and a word in all captions cannot be told from the trigger. Attributes are the few
+that a thumbnail shows: a plain background's colour, a frame, brightness, one colour, black and white, one
+composition. Thresholds are strict: a missed attribute costs nothing, a reported one has to be plain to see.
 """
 
 import re
@@ -209,12 +210,6 @@ def background_colours(found: dict[Attribute, list[int]], pictures: int) -> list
     return colours
 
 
-# What captions say of plain backgrounds, held against what their pictures show.
-#
-# A colour is the one thing that both a caption and a thumbnail say plainly. Where all pictures of "white
-# background" are beige, the words will come to mean beige; where one of them is not, its caption is wrong.
-
-
 _BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")
 _FEWEST, _FEWEST_ODD = 3, 4
 _MOSTLY = 0.75
@@ -274,14 +269,6 @@ def _odd_caption(record: ImageRecord, name: str, colours: tuple[str, str, str], 
 
 def _a_or_an(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
-
-
-# What a run on these pictures will learn beside its subject: what most pictures show and few captions say,
-# what all captions say, and which pictures the steps are spent on.
-#
-# A LoRA learns what its captions do not explain, and ties the rest to the words that stand there. So an
-# attribute that most pictures have goes to the trigger unless captions name it, and a word in all captions
-# cannot be told from the trigger.
 
 
 MAJORITY = 0.6

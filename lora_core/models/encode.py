@@ -8,8 +8,8 @@ import torch
 
 from lora_core.data.buckets import Bucket, resize_and_crop
 from lora_core.data.captions import CHUNK, COMMA, split_chunks
-from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import open_rgb
+from lora_core.data.scan import ImageRecord
 from lora_core.model_files.families import TextEncoder
 from lora_core.models.device import out_of_memory, release_failed, without_tf32
 from lora_core.models.load import BaseModel

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.data.bulk_edit import Edit, apply_edit, diff_captions
-from lora_core.data.dataset import ImageRecord, write_caption
-from lora_core.data.sidecars import write_without_sync
+from lora_core.data.scan import ImageRecord
+from lora_core.data.sidecars import write_caption, write_without_sync
 from lora_core.errors import DatasetError
 from lora_core.projects.project import Project, read_json, relative_name
 from lora_core.system.paths import sync_folder, write_atomically

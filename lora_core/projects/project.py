@@ -16,11 +16,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_core.data.dataset import Dataset, FileProblem, ImageRecord, scan, write_caption, write_holdout_list
+from lora_core.data.dataset import scan, write_holdout_list
 from lora_core.data.images import IMAGE_SUFFIXES, SizeCache
 from lora_core.data.moves import JOURNAL, Move, finish_moves, move_files, rejoin_sidecars
-from lora_core.data.scan import MASK_ENDINGS, fold_name, unused_stem
-from lora_core.data.sidecars import CAPTION_SUFFIXES
+from lora_core.data.scan import MASK_ENDINGS, Dataset, FileProblem, ImageRecord, fold_name, unused_stem
+from lora_core.data.sidecars import CAPTION_SUFFIXES, write_caption
 from lora_core.errors import DatasetError
 from lora_core.system.paths import DEMO_TRAIN, clean_text, clear_abandoned, write_atomically
 from lora_core.system.untrusted import clean_value, parse_json

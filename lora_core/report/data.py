@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.data.captions import CaptionRules, sample_caption
-from lora_core.data.dataset import ImageRecord, open_dataset, require_clean
+from lora_core.data.dataset import open_dataset, require_clean
 from lora_core.data.holdout import split_holdout
+from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError, LoraError
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family

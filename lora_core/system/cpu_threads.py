@@ -1,9 +1,9 @@
-"""The processor and who may keep it busy by waiting: of all our processes one at a time.
+"""Limits OpenMP spin-waiting: only one of our processes may spin at a time.
 
-The threads of torch wait for each other hundreds of times a step. Libgomp has them spin meanwhile, which is
-fast as long as each has a core for itself, and ruinous beside anything else that computes: each spins away
-the time that the other would need to arrive. So nobody spins for as long as libgomp would, and one of our
-processes at a time for as long as most waits are.
+torch's threads wait for each other hundreds of times a step. libgomp lets them spin meanwhile, which is
+fast while each has a core of its own, and very slow beside any other program that computes. So the process
+that the user waits for spins for as long as most waits take, and all others sleep soon. Figures:
+docs/decisions/speed.md.
 """
 
 import contextlib
@@ -81,9 +81,6 @@ def _may_spin() -> bool:
             lock.acquire(timeout=PATIENCE)
             _kept.append(lock)
     return bool(_kept)
-
-
-# Importing what is large: torch and diffusers together are some 3,500 modules.
 
 
 @contextlib.contextmanager

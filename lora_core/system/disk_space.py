@@ -1,4 +1,4 @@
-"""What a drive holds and has free, and whether it is one of the network."""
+"""Capacity and free space of a drive, and whether it is a network drive."""
 
 import ctypes
 import os

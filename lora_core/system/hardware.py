@@ -1,6 +1,6 @@
-"""What the machine has and what is taken of it: its graphics card and a trainer's memory, told without torch.
+"""Reads the graphics card and a process's memory, without torch.
 
-A card is asked in the background and seldom: the program that answers takes a moment each time.
+Cards are asked in the background and rarely, because the program that answers takes a moment.
 """
 
 import contextlib

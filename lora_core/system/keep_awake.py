@@ -1,7 +1,6 @@
-"""Keeping the computer awake while a run goes on, by what each system has for it.
+"""Keeps the computer awake during a run, by each system's own means.
 
-None of it is worth failing a run for: where the system has no such thing, or refuses, the run goes on as it
-would have.
+Best effort: where a system has no such means or refuses, the run continues as it would have.
 """
 
 import contextlib

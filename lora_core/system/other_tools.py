@@ -1,7 +1,9 @@
-"""How each other tool is told by its files, and what its own settings say of its model folders.
+"""Other image tools on this computer: where their base models are and where they look for LoRAs.
 
-Only the few lines that name folders are read, with no YAML library: a file that is written in another way
-than the tools' own examples says less, and the usual folders stay.
+A tool is recognised by files that only it has, and searched for in the usual places: the home folder, the
+top of each drive, and where managers of tools say. A search of the whole disk would take minutes; folders
+can be added by hand. Of the tools' settings only the lines that name folders are read, without a YAML
+library.
 """
 
 import contextlib
@@ -179,13 +181,6 @@ KINDS = (
     ToolKind("Stability Matrix", (("Models/StableDiffusion", "Packages"),), _stability_matrix),
 )
 """The tools, the more special before those that they were made from."""
-
-
-# Other picture tools on this computer: where their bases lie, and where they look for LoRAs.
-#
-# A tool is known by files that only it has, and looked for where people put such tools: below the home
-# folder, at the top of each drive, and where managers of tools say. Never deeper: a search of the whole
-# disk would take minutes and wake up drives, and a person can always add a folder by hand.
 
 
 WORDS = (
@@ -411,10 +406,6 @@ def _large_files(folder: Path, search: _Search) -> dict[Path, float]:
     return found
 
 
-# Copying an export into another tool's folder: whole files or none, and nobody's file is ever replaced by
-# another.
-
-
 SIDE_FILES = (".json", ".preview.png")
 """What other tools read beside `<stem>.safetensors`: words and strength, and a picture."""
 MOST_NUMBERS = 1000
@@ -497,10 +488,6 @@ def _copy(source: Path, target: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync_folder(target.parent)
-
-
-# What a workspace remembers of places outside it: bases that were used, folders that were added, and where
-# LoRAs were copied to.
 
 
 MOST_KEPT = 24

@@ -1,4 +1,4 @@
-"""Where things are: the shipped assets, and the workspace in which everything that a person makes is kept."""
+"""Paths of the bundled assets and of the workspace; atomic writes."""
 
 import contextlib
 import os

@@ -1,8 +1,8 @@
-"""Children that outlive whoever starts them, and files that say which process does something.
+"""Detached child processes, pid files and stop signals.
 
-A pid alone says little, since pids are used again: what is written down is the pid and when the process was
-started, and both have to agree. On Linux that is told in ticks since the machine came up, because the time of
-day that psutil gives moves with the clock when somebody sets it.
+Pids are reused, so a pid file holds the start time too, and both have to match. On Linux the start time is
+in ticks since boot, because psutil's time of day moves when the clock is set. Ctrl-C, SIGTERM and SIGHUP
+all mean: stop and keep the work.
 """
 
 import contextlib
@@ -125,12 +125,6 @@ def log_tail(path: Path, lines: int) -> list[str]:
             return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
     except OSError:
         return []
-
-
-# Signals by which people and systems end a process, taken as a wish to end it well.
-#
-# Ctrl-C, SIGTERM from whoever supervises a process, and SIGHUP from a terminal that is closed mean the
-# same: stop, and keep the work.
 
 
 INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""Texts and JSON that come from files and pages, made fit to be kept, written and shown."""
+"""Cleans text and JSON from files and pages, so that they can be kept, written and shown."""
 
 import dataclasses
 import json

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lora_core.data.dataset import ImageRecord
+from lora_core.data.scan import ImageRecord
 from lora_core.evaluate.validator import Gain, encode_eval_images, eval_losses, paired_gain
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.models.encode import encode_prompt

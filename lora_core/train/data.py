@@ -19,8 +19,8 @@ from safetensors.torch import save
 
 from lora_core.data.buckets import Bucket, choose_bucket, size_conditioning
 from lora_core.data.captions import CHUNK, CaptionRules, sample_caption
-from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import hash_file
+from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import (

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.dataset import ImageRecord
 from lora_core.data.images import hash_file
+from lora_core.data.scan import ImageRecord
 from lora_core.errors import InputsChanged, ModelFileError
 from lora_core.model_files.detect import base_facts, weight_paths
 from lora_core.model_files.header import read_header

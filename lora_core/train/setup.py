@@ -13,8 +13,9 @@ from lora_core.backends.int8 import WeightPolicy
 from lora_core.backends.offload import offload_store_for
 from lora_core.backends.onednn import DIRECT, PLAIN, choose_layout, prepack
 from lora_core.data.captions import CaptionRules, plain_caption, varies_by_draw, with_trigger
-from lora_core.data.dataset import ImageRecord, open_dataset, require_clean
+from lora_core.data.dataset import open_dataset, require_clean
 from lora_core.data.holdout import split_holdout
+from lora_core.data.scan import ImageRecord
 from lora_core.errors import AdapterFileError, ConfigError, InputsChanged
 from lora_core.evaluate.validator import EvalImage
 from lora_core.formats.detect import extras_sentence

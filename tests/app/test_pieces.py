@@ -8,7 +8,7 @@ import pytest
 from app import formatting
 from app.dataset import gallery
 from app.train import cards
-from lora_core.data.dataset import Dataset, FileProblem, ImageRecord
+from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.runs import events
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'

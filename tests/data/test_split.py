@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.data.dataset import ImageRecord, scan
+from lora_core.data.dataset import scan
 from lora_core.data.holdout import split_holdout
+from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
 from tests.data.conftest import Draw, noise
 

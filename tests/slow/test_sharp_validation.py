@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_core.data.dataset import ImageRecord, open_dataset
+from lora_core.data.dataset import open_dataset
+from lora_core.data.scan import ImageRecord
 from lora_core.evaluate.validator import EvalImage, EvalNoise, encode_eval_images, eval_losses, paired_gain
 from lora_core.formats.io import read_adapter
 from lora_core.lora.inject import LoadedLora, Merger

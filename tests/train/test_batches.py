@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_core.data.captions import CaptionRules
-from lora_core.data.dataset import ImageRecord
+from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.train.data import Batches, BatchSettings, all_views, assign_buckets
 
