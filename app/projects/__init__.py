@@ -1,1 +1,0 @@
-"""Projects: each with its pictures, captions, draft and runs; and the picker in the header."""
