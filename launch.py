@@ -93,9 +93,10 @@ def open_app(arguments: "list[str]") -> int:
     from app.install import VENV, SetupError
 
     try:
-        from app.loading import loaded_main
+        from lora_core.system.cpu_threads import without_collecting
 
-        app_main = loaded_main()
+        with without_collecting():
+            from app.main import main as app_main
     except ImportError as error:
         raise SetupError(f"The app cannot be loaded ({error}): delete {VENV} and start again.") from error
     return app_main(arguments)

@@ -11,8 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.snapshot import Snapshot
-from app.state import AppState
+from app.state import AppState, Snapshot
 
 # Every event of the window: a plain function that runs to its end, also when the page is closed meanwhile.
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}

@@ -6,7 +6,7 @@ import psutil
 
 from app.formatting import STATES, format_clock, progress_bar, safe
 from app.jobs import RunView
-from app.snapshot import Snapshot
+from app.state import Snapshot
 from lora_core.system.hardware import Card
 from lora_core.system.paths import ASSETS
 

@@ -19,11 +19,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.dataset.routes import add_dataset_routes
-from app.export.lora_tools_routes import add_export_routes
+from app.export.routes import add_export_routes
 from app.guard import Guard, Login, is_loopback
 from app.page import mount
 from app.preview.routes import add_preview_routes
-from app.projects.routes import add_project_routes
+from app.projects import add_project_routes
 from app.routes import add_routes
 from app.state import AppState
 from app.train.routes import add_run_routes

@@ -1,4 +1,4 @@
-"""The page: header, four tabs, one load event, one poll."""
+"""The page: header, welcome, tabs; one load event and one poll for all components."""
 
 import logging
 import os
@@ -11,16 +11,14 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from app import header
+from app import projects as project_picker
 from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.dataset import view as dataset
 from app.export import view as export
 from app.preview import view as preview
-from app.projects import routes as project_picker
 from app.routes import SCRIPTS, STYLES
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train import view as train
-from app.train import welcome
 from lora_core.projects.project import Project
 from lora_core.system.paths import ASSETS
 from lora_core.system.untrusted import clean_value
@@ -28,6 +26,10 @@ from lora_core.system.untrusted import clean_value
 TABS = (dataset, train, preview, export)
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
 REST = 0.25
+WELCOME = """<h2>Teach a picture model something new, on your own computer</h2>
+<p>1. Drop pictures of one thing or one style. &nbsp; 2. Press Start. &nbsp; 3. Move the strength slider, take
+the file.</p> <p class="small">No pictures at hand? The demo trains a style in a minute or two, without a
+GPU.</p>"""
 
 
 def build_page(app_state: AppState) -> gr.Blocks:
@@ -38,12 +40,12 @@ def build_page(app_state: AppState) -> gr.Blocks:
         title=header.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
         _header(bindings)
-        demo = welcome.build(bindings)
+        demo = build_welcome(bindings)
         with gr.Tabs(elem_id="tabs") as tabs:
             for tab in TABS:
                 with gr.Tab(tab.TITLE, id=tab.TITLE, render_children=True):
                     tab.build(bindings)
-        welcome.wire(bindings, demo, tabs)
+        wire_demo(bindings, demo, tabs)
         _poll(bindings, page)
     return page
 
@@ -172,3 +174,34 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
         theme=gr.themes.Base(),
         head=head(),
     )
+
+
+def build_welcome(bindings: Bindings) -> Any:
+    """The three lines and the demo's button; gone once there is anything to see."""
+    with gr.Row(elem_id="welcome", visible=False) as row:
+        html_block(WELCOME, elem_classes="grow")
+        demo = gr.Button("Try it with the demo", variant="primary", elem_id="use-demo", min_width=0, scale=0)
+    bindings.follow(row, lambda snap: gr.update(visible=snap.app_state.is_new()))
+    return demo
+
+
+def wire_demo(bindings: Bindings, demo: Any, tabs: Any) -> None:
+    """Have the demo's button fill the form in and show the Train tab, where Start stands ready."""
+    project = bindings.app_state.project
+    filled = [fill.component for fill in bindings.initial]
+
+    def to_demo() -> list[Any]:
+        """The form alone: the tab is shown only when it stands there, lest what is typed be overwritten."""
+        project.keep(
+            dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_loras={}
+        )
+        return bindings.initial_values()
+
+    def to_own() -> list[Any]:
+        project.keep(dataset="", level="", values={}, preview={}, preview_loras={})
+        return bindings.initial_values()
+
+    filled_in = demo.click(to_demo, None, filled, **QUIET)
+    bindings.refresh_after(filled_in.then(lambda: gr.Tabs(selected="Train"), None, tabs, **QUIET))
+    own = gr.Button("Use my own pictures", elem_id="use-own", visible="hidden")
+    bindings.refresh_after(own.click(to_own, None, filled, **QUIET))

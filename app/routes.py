@@ -18,8 +18,8 @@ from urllib.parse import quote, unquote
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-from app.dataset.meter import count_caption_tokens
-from app.export.opening import SHARED
+from app.dataset.gallery import count_caption_tokens
+from app.export.file_manager import SHARED
 from app.guard import LOOPBACK, host_name, is_loopback
 from app.state import AppState
 from app.train.form import Plan

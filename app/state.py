@@ -5,24 +5,26 @@ import hashlib
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.dataset.checking import Checker
-from app.dataset.insights import DatasetInsights
-from app.dataset.thumbs import Thumbnails
+from app.dataset.findings import Checker, DatasetInsights
+from app.dataset.gallery import Thumbnails
 from app.dataset.uploads import Importer
-from app.export.opening import FileManager
-from app.jobs import Jobs, environment
-from app.preview.render_queue import RenderQueue
+from app.export.file_manager import FileManager
+from app.jobs import LIVE, RESUMABLE, Jobs, RunView, environment
+from app.preview.render_queue import PreviewState, RenderQueue
 from app.train.checks import Checks
 from app.train.downloads import Downloads
+from app.train.form import Plan
 from app.train.probing import BYTES_A_NUMBER, Prober
 from app.train.queue_client import QueueClient
 from app.worker_client import CARDS, MemoryYieldPolicy, WorkerClient
 from lora_core.model_files.detect import chosen_base
 from lora_core.projects.workspace import Projects, adopt, belongs_to
 from lora_core.runs.costs import parameters_of
+from lora_core.runs.progress import Progress
 from lora_core.settings.schema import AUTO
 from lora_core.system.hardware import Hardware
 from lora_core.system.other_tools import InstalledTool, RecentPaths, find_tools, list_base_files
@@ -183,3 +185,59 @@ class AppState:
         self.worker.close()
         self.downloads.cancel()
         self.thumbs.close()
+
+
+# The window at one moment: read once a poll, then shown by many pieces; and how a piece says what it shows.
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the pieces of a page need, read once."""
+
+    app_state: AppState
+    run_view: RunView | None
+    state: str
+    runs: list[tuple[RunView, str]]
+    view: PreviewState
+    plan: Plan
+
+    @property
+    def progress(self) -> Progress:
+        """Of the shown run; empty where there is none."""
+        return self.run_view.progress if self.run_view else Progress()
+
+    @property
+    def live(self) -> bool:
+        """Whether a run is going on."""
+        return self.state in LIVE
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the shown run can be gone on with."""
+        return self.state in RESUMABLE and self.run_view is not None
+
+    @property
+    def asks(self) -> bool:
+        """Whether the shown run ended to ask if it may go on with what has changed."""
+        return self.run_view is not None and asks_to_accept(self.run_view, self.state)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something changes by itself, so that pages should look often."""
+        app_state = self.app_state
+        # Between two runs of a queue none is live.
+        working = app_state.prober.active or app_state.queue.is_running or app_state.downloads.active
+        return self.live or self.view.working or working
+
+
+def asks_to_accept(run_view: RunView, state: str) -> bool:
+    """Whether a run ended to ask if it may go on with what has changed."""
+    return state == "failed" and bool(run_view.changed)
+
+
+def take_snapshot(app_state: AppState) -> Snapshot:
+    """Read everything once."""
+    runs = [(run_view, app_state.jobs.state(run_view)) for run_view in app_state.jobs.all()]
+    run_view = app_state.jobs.current()
+    state = next((s for w, s in runs if w is run_view), "none")
+    return Snapshot(app_state, run_view, state, runs, app_state.render_queue.view(), Plan(app_state.project))

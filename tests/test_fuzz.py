@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from app import main
-from app.dataset.meter import count_caption_tokens
+from app.dataset.gallery import count_caption_tokens
 from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.dataset import scan

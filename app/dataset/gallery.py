@@ -1,22 +1,164 @@
-"""The dataset as the page draws it: pictures as data, findings as HTML.
+"""Small pictures for the window: made when they are first asked for, by two threads, and kept on disk.
 
-The grid is drawn in the browser (`assets/dataset.js`), where choosing, filtering and the arrow keys are
-instant with 1,000 pictures; the server sends each picture's facts once, and again only when they change.
+Two threads, because each may hold a decoded picture of 90 million pixels; and they are never the threads that
+save captions. Large views are made anew each time somebody looks: a browser keeps them.
 """
 
+import asyncio
+import contextlib
 import functools
+import hashlib
+import typing
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from app.dataset.meter import meter_version, warn_of_long_captions
 from app.formatting import chip, pluralize, safe
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.buckets import choose_bucket, crop_box
+from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
+from lora_core.data.images import make_thumbnail
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
+from lora_core.data.sidecars import write_without_sync
+from lora_core.errors import LoraError
 from lora_core.projects.project import Project, left_out, relative_name
+from lora_core.settings.config import FIELDS
+from lora_core.system.paths import clean_text
+
+KEPT_SIDE = 256
+_THREADS = 2
+
+
+class Thumbnails:
+    """A folder of thumbnails, named for the picture's path, time and size; it can be emptied at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep them in `folder`, which need not be there."""
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="thumbs")
+
+    async def webp(self, file: Path, side: int) -> bytes:
+        """The picture as a WebP that fits into a square of `side` pixels.
+
+        Raises:
+            DatasetError: it cannot be read as a picture.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self.made, file, side)
+
+    def made(self, file: Path, side: int) -> bytes:
+        """As `webp`, in this thread."""
+        if side > KEPT_SIDE:
+            return make_thumbnail(file, side)
+        stamp = file.stat()
+        key = hashlib.sha256(f"{file}\n{stamp.st_mtime_ns}\n{stamp.st_size}\n{side}".encode()).hexdigest()
+        kept = self.folder / key[:2] / f"{key[2:34]}.webp"
+        with contextlib.suppress(OSError):
+            data = kept.read_bytes()
+            if _whole(data):
+                return data
+        data = make_thumbnail(file, side)
+        # A full disk is no reason to show nothing. Nothing waits for the disk either: what a power cut spoils
+        # is
+        # seen by its length and made again.
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_without_sync(kept, data)
+        return data
+
+    def prepare(self, files: list[Path], side: int = KEPT_SIDE) -> None:
+        """Make those that will be looked at first; one that cannot be made is left to whoever asks for it."""
+
+        def quietly(file: Path) -> None:
+            with contextlib.suppress(LoraError, OSError):
+                self.made(file, side)
+
+        list(self._pool.map(quietly, files))
+
+    def close(self) -> None:
+        """Make no more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _whole(data: bytes) -> bool:
+    """Whether a WebP is as long as its head says (RIFF: the length less 8, in bytes 4 to 8)."""
+    return data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 == len(data)
+
+
+# The token meter: how much of a caption the base reads, counted with its own tokenizer, and the part that
+# is cut.
+#
+# Bases with two text encoders count with the first one's tokenizer; both have the same words. What is
+# counted is what may be read at a look: the trigger word in front, one line of several, the longest of
+# alternatives.
+
+
+LIMITS: tuple[int, ...] = typing.get_args(FIELDS["train.tokens"].annotation)
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """One caption against the limit.
+
+    Attributes:
+        tokens: of the longest text that is drawn from it; None where the base's tokenizer cannot be used.
+        limit: how many are read.
+        cut: what of that text is not read.
+    """
+
+    tokens: int | None
+    limit: int
+    cut: str = ""
+
+
+def count_caption_tokens(caption: str, plan: Plan) -> TokenCount:
+    """A caption as the run to come would read it."""
+    return _counted(clean_text(caption), plan.trigger, plan.config.train.tokens, plan.base.tokenizer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> TokenCount:
+    lines = [line for line in caption.splitlines() if line.strip()] or [""]
+    texts = [with_trigger(_longest(line), trigger) for line in lines]
+    try:
+        counts = [count_tokens(text, tokenizer) for text in texts]
+        most = max(counts)
+        return TokenCount(most, limit, truncated_part(texts[counts.index(most)], limit, tokenizer))
+    except (LoraError, OSError, NotImplementedError):
+        return TokenCount(None, limit)
+
+
+def _longest(line: str) -> str:
+    """The line with the longest of each group of alternatives, and of what stands between bars."""
+    return choose_parts(line, lambda parts: max(parts, key=len))
+
+
+def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
+    """A sentence on the captions of which a part is not read, or ""."""
+    cut = [record.path.name for record in dataset.records if count_caption_tokens(record.caption, plan).cut]
+    if not cut:
+        return ""
+    limit, most = plan.config.train.tokens, LIMITS[-1]
+    advice = "shorten them" if limit == most else f"shorten them, or raise Caption tokens to up to {most}"
+    named = ", ".join(cut[:3]) + (" and others" if len(cut) > 3 else "")
+    return (
+        f"{pluralize(len(cut), 'caption')} longer than the {limit} tokens that are read ({named}): {advice}."
+    )
+
+
+def meter_version(plan: Plan) -> str:
+    """What the browser compares to know that captions have to be counted again."""
+    return f"{plan.config.train.tokens} {plan.base.tokenizer} {plan.trigger}"
+
+
+# The dataset as the page draws it: pictures as data, findings as HTML.
+#
+# The grid is drawn in the browser (`assets/dataset.js`), where choosing, filtering and the arrow keys are
+# instant with 1,000 pictures; the server sends each picture's facts once, and again only when they change.
+
 
 MOST_SENTENCES = 12
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.dataset.checking import BY_ITSELF
+from app.dataset.findings import BY_ITSELF
 from app.dataset.gallery import gallery_data
 from app.routes import Answer, BadRequest, read_sent_json
 from app.state import AppState

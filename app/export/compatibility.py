@@ -12,7 +12,7 @@ from app.bindings import QUIET, Bindings, html_block
 from app.formatting import chip, format_bytes, pluralize, safe
 from app.jobs import RunView
 from app.routes import image_url
-from app.snapshot import Snapshot
+from app.state import Snapshot
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import runs_folder
 from lora_core.system.untrusted import parse_json

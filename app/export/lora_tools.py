@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from app.formatting import format_bytes, safe
-from app.preview.loras import ADDED, find_owner, lora_groups
-from app.snapshot import Snapshot, take_snapshot
-from app.state import AppState
+from app.preview.request_form import ADDED, find_owner, lora_groups
+from app.state import AppState, Snapshot, take_snapshot
 from app.train.base_picker import base_choices
 from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError

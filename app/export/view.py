@@ -11,12 +11,11 @@ import gradio as gr
 from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.export.compatibility import build_check, checkpoint_cards, compatibility_card, written_line
 from app.export.lora_tools import lora_tools_card
-from app.export.report_card import FRAME, STATE, report_card
+from app.export.lora_tools_results import FRAME, STATE, report_card
 from app.formatting import safe
 from app.jobs import RunView
-from app.preview.loras import checkpoint_choices
-from app.snapshot import Snapshot, take_snapshot
-from app.state import AppState
+from app.preview.request_form import checkpoint_choices
+from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import chosen_base
 from lora_core.runs.folder import check_run_name

@@ -4,10 +4,9 @@ the grid."""
 from pathlib import Path
 
 from app.formatting import TIMES, pluralize, safe
-from app.preview.page_state import GridState, PreviewState, sampler_title
-from app.preview.render_queue import HistoryEntry
+from app.preview.render_queue import GridState, HistoryEntry, PreviewState, sampler_title
 from app.routes import image_url
-from app.snapshot import Snapshot
+from app.state import Snapshot
 from lora_core.generate.request import Axis, GenerationRequest
 
 CROSS = (

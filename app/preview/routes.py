@@ -9,12 +9,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
 
 from app.preview.compare_view import working_words
-from app.preview.page_state import GridState, sheet_info
-from app.preview.render_queue import HistoryEntry
+from app.preview.render_queue import GridState, HistoryEntry, sheet_info
 from app.preview.request_form import build_run_request, parse_rows, save_request, save_rows, strip_values
 from app.routes import Answer, BadRequest, read_sent_json
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from lora_core.errors import LoraError, RunError
 from lora_core.generate.request import make_axis
 

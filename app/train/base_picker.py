@@ -8,8 +8,7 @@ import gradio as gr
 
 from app.bindings import TYPING, Bindings, html_block
 from app.formatting import pluralize, safe
-from app.snapshot import Snapshot
-from app.state import AppState
+from app.state import AppState, Snapshot
 from app.train.facts import base_note, download_note
 from app.train.form import (
     FORM,

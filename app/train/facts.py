@@ -14,7 +14,7 @@ from app.formatting import (
     safe,
     tile,
 )
-from app.snapshot import Snapshot
+from app.state import Snapshot
 from app.train.form import for_family
 from lora_core.model_files.hub import Download
 from lora_core.model_files.sizes import export_bytes

@@ -3,11 +3,11 @@
 import json
 from typing import Any
 
-from app.export.report_card import report_entry
+from app.export.lora_tools_results import report_entry
 from app.formatting import chip, describe_changes, format_bytes, format_duration, pluralize, safe, state_chip
 from app.header import accept_button
 from app.jobs import RESUMABLE, RunView
-from app.snapshot import Snapshot, asks_to_accept
+from app.state import Snapshot, asks_to_accept
 from app.train.checks import in_words
 from lora_core.errors import RunError
 from lora_core.runs.queue import RUNNING, WAITING, QueuedRun

@@ -8,7 +8,7 @@ import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
 from app.formatting import pluralize, safe
-from app.snapshot import Snapshot, take_snapshot
+from app.state import Snapshot, take_snapshot
 from app.train.facts import blockers, facts, unfit
 from app.train.form import FORM, command_line, keep_typed, shown, widget_values
 from app.train.train_form import TrainForm

@@ -9,7 +9,7 @@ import gradio as gr
 
 from app.bindings import QUIET, TYPING, Bindings, edit_events, html_block
 from app.formatting import safe
-from app.snapshot import Snapshot
+from app.state import Snapshot
 from app.train.base_picker import HIDDEN_INFO, build_picker, wire_picker
 from app.train.form import (
     FORM,

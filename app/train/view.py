@@ -12,8 +12,8 @@ from app.bindings import QUIET, Bindings, html_block
 from app.formatting import safe
 from app.guard import is_loopback
 from app.train import cards
+from app.train.cards import samples_card
 from app.train.run_list import earlier, queue_card
-from app.train.samples import samples_card
 from app.train.starting import build_like, build_start
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError

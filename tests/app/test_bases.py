@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from app.dataset.meter import count_caption_tokens, warn_of_long_captions
-from app.snapshot import take_snapshot
-from app.state import AppState, OtherTools
+from app.dataset.gallery import count_caption_tokens, warn_of_long_captions
+from app.state import AppState, OtherTools, take_snapshot
 from app.train.base_picker import base_choices, choose_base
 from app.train.facts import base_note, blockers
 from app.train.form import FORM, Plan, form_values, preset_config, widget_values

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from app.bindings import Bindings
-from app.dataset import checking, gallery
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.dataset import findings, gallery
+from app.state import AppState, take_snapshot
 from app.train import checks
 from app.train.facts import facts, unfit
 from app.train.starting import ready_config
@@ -115,13 +114,13 @@ def test_a_look_that_another_project_cuts_off_is_not_at_work_for_ever(
     app_state: AppState, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
-    whole = checking.audit
+    whole = findings.audit
 
     def slow(dataset: Any, training: Any, said: Any, looks: Any) -> Any:
         go_on.wait(PATIENCE)
         return whole(dataset, training, said, looks)
 
-    monkeypatch.setattr(checking, "audit", slow)
+    monkeypatch.setattr(findings, "audit", slow)
     first = app_state.project.path.name
     app_state.checker.start()
     assert app_state.checker.state()["state"] == "working"

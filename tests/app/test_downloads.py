@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train.base_picker import adopt_downloaded_base, choose_base
 from app.train.facts import base_note, blockers, download_note, notes
 from app.train.form import standing_values

@@ -12,9 +12,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from app.export.lora_tools import TOOLS, build_worker_request, free_path, list_choices, lora_tools_card
-from app.export.lora_tools_results import result_html, written_html
-from app.export.lora_tools_routes import add_export_routes
-from app.export.report_card import report_card
+from app.export.lora_tools_results import report_card, result_html, written_html
+from app.export.routes import add_export_routes
 from app.routes import add_routes
 from app.state import AppState
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError

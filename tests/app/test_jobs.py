@@ -10,9 +10,8 @@ import pytest
 from app import header
 from app.formatting import format_bytes
 from app.jobs import LIVE, Jobs
-from app.preview.loras import checkpoint_choices, find_loras
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.preview.request_form import checkpoint_choices, find_loras
+from app.state import AppState, take_snapshot
 from app.train import cards
 from app.train.facts import blockers, facts
 from app.train.run_list import earlier, queue_card

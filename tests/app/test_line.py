@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.jobs import Jobs
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train.queue_client import QueueClient
 from lora_core.errors import RunError
 from lora_core.runs import events, runner

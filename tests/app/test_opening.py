@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from app.export.opening import FileManager, commands, lacking
+from app.export.file_manager import FileManager, commands, lacking
 from app.routes import add_routes
 from app.state import AppState
 from tests.waiting import wait_for

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train.facts import facts, memory_needed, time_of
 from app.train.form import preset_config
 from lora_core.model_files.detect import base_facts

@@ -9,15 +9,14 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app.preview import compare_view, grid_card
+from app.preview import compare_view
 from app.preview import request_form as preview_form
+from app.preview import view as grid_card
 from app.preview import view as picture_info
-from app.preview.loras import lora_groups
-from app.preview.page_state import GridState, PreviewState, sheet_info
-from app.preview.render_queue import FILE, History, HistoryEntry
+from app.preview.render_queue import FILE, GridState, History, HistoryEntry, PreviewState, sheet_info
+from app.preview.request_form import lora_groups
 from app.preview.routes import open_tab
-from app.snapshot import Snapshot, take_snapshot
-from app.state import AppState
+from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, make_axis
 from lora_core.runs.folder import RunFolder

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train import probing
 from app.train.facts import facts, time_of
 from app.train.routes import do_run_action

@@ -10,10 +10,9 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.page import build_page
-from app.projects.routes import add_project_routes
+from app.projects import add_project_routes
 from app.routes import add_routes
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train.run_list import earlier
 from lora_core.errors import RunError
 from lora_core.generate.request import GenerationRequest

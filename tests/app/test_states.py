@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 
 from app import header
-from app.snapshot import Snapshot, take_snapshot
-from app.state import AppState
+from app.state import AppState, Snapshot, take_snapshot
 from app.train import cards
+from app.train.cards import samples_card, select_rounds
 from app.train.facts import blockers, facts, notes, unfit
 from app.train.queue_client import QueueClient
 from app.train.run_list import earlier, queue_card
-from app.train.samples import samples_card, select_rounds
 from lora_core.runs import events
 from lora_core.runs.diagnosis import LESS_MEMORY
 from lora_core.runs.folder import RunFolder

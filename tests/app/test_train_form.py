@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train.checks import in_words
 from app.train.form import FORM, Plan, group_fields, keep_typed, widget_values
 from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, found

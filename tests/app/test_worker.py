@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from app.preview.page_state import STRIP, GridState, PreviewState
-from app.preview.render_queue import RenderQueue
+from app.preview.render_queue import STRIP, GridState, PreviewState, RenderQueue
 from app.state import AppState
 from app.worker_client import MemoryYieldPolicy, WorkerClient
 from lora_core.generate.request import GenerationRequest, WeightedLora, make_axis

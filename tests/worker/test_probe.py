@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.snapshot import take_snapshot
-from app.state import AppState
+from app.state import AppState, take_snapshot
 from app.train.facts import time_of
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel

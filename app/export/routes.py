@@ -19,10 +19,9 @@ from app.export.lora_tools import (
     free_path,
     list_choices,
 )
-from app.export.lora_tools_results import result_html, written_html
-from app.export.report_card import POLICY, REPORT, report_done
+from app.export.lora_tools_results import POLICY, REPORT, report_done, result_html, written_html
 from app.jobs import RunView
-from app.preview.loras import ADDED
+from app.preview.request_form import ADDED
 from app.routes import Answer, BadRequest, below, read_sent_json
 from app.state import AppState
 from lora_core.errors import AdapterFileError, RunError

@@ -12,8 +12,7 @@ from fastapi.responses import Response
 
 from app.formatting import format_bytes, safe
 from app.routes import Answer, BadRequest, read_sent_json
-from app.snapshot import Snapshot
-from app.state import AppState
+from app.state import AppState, Snapshot
 from lora_core.errors import RunError
 from lora_core.runs.storage import clean_caches, empty_trash, list_trash, restore, trash_folder
 from lora_core.system.disk_space import folder_bytes
@@ -53,13 +52,13 @@ def add_project_routes(app: FastAPI, app_state: AppState) -> None:
 
     @app.get("/easel/projects")
     async def listed() -> Response:
-        return await _answer(lambda: _shelves(app_state))
+        return await _answer_in_thread(lambda: _shelves(app_state))
 
     @app.post("/easel/projects")
     async def change(request: Request) -> Response:
         sent = await read_sent_json(request)
         do, key, title = (str(sent.get(name, "")) for name in ("do", "project", "title"))
-        return await _answer(lambda: _changed(app_state, do, key, title))
+        return await _answer_in_thread(lambda: _changed(app_state, do, key, title))
 
 
 def _changed(app_state: AppState, do: str, key: str, title: str) -> dict[str, Any]:
@@ -129,5 +128,5 @@ def _shelves(app_state: AppState) -> dict[str, Any]:
     }
 
 
-async def _answer(work: Any) -> Response:
+async def _answer_in_thread(work: Any) -> Response:
     return Answer(await asyncio.to_thread(work), headers={"Cache-Control": "no-store"})
