@@ -115,11 +115,7 @@ class RunFolder:
             write_atomically(making.config_file, to_toml(config).encode())
             if cls(path)._failed_at_once():
                 os.rename(path, making.path / "replaced")
-            if path.exists():
-                raise RunError(
-                    f"A run named {path.name} exists already in {path.parent}; go on with it by"
-                    f" `resume {path}`, or choose another --name."
-                )
+            cls(path).require_free()
             os.rename(making.path, path)
             shutil.rmtree(path / "replaced", ignore_errors=True)
         except OSError as error:
@@ -127,6 +123,18 @@ class RunFolder:
         finally:
             shutil.rmtree(making.path, ignore_errors=True)
         return cls(path)
+
+    def require_free(self) -> None:
+        """Refuse a path that `create` could not use.
+
+        Raises:
+            RunError: there is something else than a run that failed before its first step.
+        """
+        if self.path.exists() and not self._failed_at_once():
+            raise RunError(
+                f"A run named {self.name} exists already in {self.path.parent}; go on with it by"
+                f" `resume {self.path}`, or choose another --name."
+            )
 
     def _failed_at_once(self) -> bool:
         """Whether it is a run that ended in failure before its first step."""
@@ -347,6 +355,15 @@ def find_run(name: str | Path, place: Path | None = None) -> RunFolder:
     raise RunError(
         f"{shown} is not a run: {path} holds no config.toml, and {where} no run of that name; {hint}"
     )
+
+
+def check_free_name(workspace: Path, name: str) -> None:
+    """Refuse a name that a new run of a workspace cannot have.
+
+    Raises:
+        RunError: as `check_run_name`, or the name is taken.
+    """
+    RunFolder(runs_folder(workspace) / check_run_name(name)).require_free()
 
 
 def check_run_name(name: str) -> str:

@@ -1,8 +1,10 @@
-"""Problems of a run that has not started: what one is, and those of its learning rates."""
+"""What is wrong with a run before it starts, told without torch: settings, files, machine and images.
+
+Everything is checked and everything is said, so that nobody fixes one thing only to meet the next. A problem
+blocks where the run would fail; else it is a note.
+"""
 
 import math
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from lora_core.data.captions import CHUNK, CaptionRules, truncated_part, varies_
 from lora_core.data.dataset import AUDIT_ONLY, open_dataset, summarize_notes
 from lora_core.data.holdout import num_holdout, split_holdout
 from lora_core.data.scan import Dataset, ImageRecord
-from lora_core.errors import AdapterFileError, ConfigError, DatasetError, ModelFileError, RunError
+from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError
 from lora_core.model_files.detect import SINGLE_FILES, BaseFacts, base_facts, check_base_folder, is_remote
 from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import read_header
@@ -25,11 +27,12 @@ from lora_core.model_files.sizes import (
     needed_bytes,
     weight_files,
 )
-from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
+from lora_core.runs.folder import all_runs, check_free_name
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import LossSection
 from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
+from lora_core.system.hardware import find_card
 
 RATES: dict[str, tuple[float, float]] = {
     "adamw": (1e-6, 3e-3),
@@ -41,17 +44,28 @@ RATES: dict[str, tuple[float, float]] = {
     "lion": (3e-7, 6e-4),
     "prodigy": (0.1, 3.0),
 }
-"""Learning rate x alpha / rank outside of which a run hardly learns, or burns; of an optimizer that finds its
-own rate, the setting alone. Wide: a factor of ten around what guides and peers use."""
+"""Learning rate x alpha / rank outside of which a run hardly learns, or burns; for an optimizer that finds
+its own rate, the setting alone. Wide: ten times what guides and peers use, either way."""
+ADAPTER_COPIES = 4
+"""Copies of each trained parameter in memory: itself, its gradient, and usually two of the optimizer's."""
+SHOWN = 5
+"""How many problems with images are named one by one."""
+GIGABYTE = 1e9
+_EXCERPT = 60
+_LATENT_BYTES = 4 * 4 / 64
+"""A pixel: four channels in fp32, one latent for 8 x 8 pixels."""
+_FILE = 4096
+_MEASURED = 16
+"""How many training images are validated where none can be held out."""
 
 
 @dataclass(frozen=True)
 class RunProblem:
-    """One thing that stands in the way, or that a person should know before Start.
+    """One thing that is in the way, or that a user should know before Start.
 
     Attributes:
         kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,
-            dataset, picture, caption, validation, or what a note on the dataset is of.
+            dataset, picture, caption, validation, or the kind of a note on the dataset.
         sentence: for people, with what to do.
         blocking: whether the run would fail.
     """
@@ -59,6 +73,55 @@ class RunProblem:
     kind: str
     sentence: str
     blocking: bool = True
+
+
+def free_card_bytes() -> int | None:
+    """Free memory of the graphics card that a run takes; None where there is none or it does not say."""
+    card = find_card()
+    return card.total - card.used if card else None
+
+
+def preflight(
+    config: RunConfig,
+    workspace: Path,
+    dataset: Dataset | None = None,
+    card: Callable[[], int | None] = free_card_bytes,
+) -> list[RunProblem]:
+    """Everything that is wrong with a run before it starts, and what a user should know.
+
+    Args:
+        config: of the run; an empty name is given later and not checked.
+        workspace: where it will be.
+        dataset: its images, where they were read already.
+        card: asked for the free bytes of the graphics card; None where there is none.
+
+    Returns:
+        Blocking problems first; empty where all is well.
+    """
+    facts, found = check_base(config)
+    records: list[ImageRecord] = []
+    try:
+        if dataset is None:
+            dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
+        records = dataset.records
+        found = [*_images(dataset), *_holdout(records, config), *found]
+    except DatasetError as error:
+        found = [RunProblem("dataset", str(error)), *found]
+    family = facts.family if facts else None
+    if facts is not None:
+        found += _captions(records, config, facts)
+    if config.name:
+        found += _found_by(lambda: check_free_name(workspace, config.name), "name")
+    found += _found_by(lambda: require_packages(config), "package")
+    found += _found_by(lambda: _check_vae(config.model.vae.strip()), "vae")
+    found += _found_by(lambda: _check_adapter(config.adapter.init.strip(), family), "adapter")
+    found += _loss(config, facts)
+    found += rate_problems(config, family)
+    if facts is not None and family is not None:
+        targets = _found_by(lambda: named_targets(config.adapter.targets, family), "targets")
+        found += targets or _room(config, workspace, facts, records, card())
+    found += _busy(workspace)
+    return sorted(found, key=lambda problem: not problem.blocking)
 
 
 def require_none_blocking(problems: list[RunProblem]) -> None:
@@ -72,15 +135,96 @@ def require_none_blocking(problems: list[RunProblem]) -> None:
         raise RunError(" ".join(sentences))
 
 
-def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
-    """The learning rate of each part that has layers to train."""
-    optim, row = config.optim, TARGETS[config.adapter.targets].defaults
-    settings = ("optim.lr", "optim.text_encoder_lr", "optim.text_encoder_2_lr")
-    values = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
-    parts = len(family.parts) if family else len(settings)
-    patterns = (row["unet"], row["text"], row["text"])
-    known = list(zip(settings, values, patterns, strict=True))[:parts]
-    return {name: rate for name, rate, pattern in known if pattern and rate > 0}
+def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
+    """The base that a config names, and what is wrong with it."""
+    model = config.model
+    name = model.base
+    if is_remote(name):
+        sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
+        return None, [RunProblem("base", sentence, False)]
+    try:
+        facts = base_facts(name, model.prediction, model.zero_terminal_snr)
+        if facts.path.is_dir() and facts.family:
+            check_base_folder(facts.path, facts.family)
+        count_base_parameters(facts)
+    except ModelFileError as error:
+        return None, [RunProblem("base", str(error))]
+    guess = (
+        [RunProblem("base", f"What the base predicts is {facts.told_by}.", False)] if facts.guessed else []
+    )
+    return facts, guess
+
+
+def require_packages(config: RunConfig) -> None:
+    """Check that the optional packages that the settings need are installed.
+
+    Raises:
+        ConfigError: one is missing; the message says how to install it.
+    """
+    optimizer = OPTIMIZERS[config.optim.name]
+    if optimizer.package:
+        feature = f"optim.name = {config.optim.name}"
+        require_package(feature, optimizer.load.partition(":")[0], optimizer.package)
+    if config.save.tensorboard:
+        require_package("save.tensorboard = true", "tensorboard", "tensorboard")
+
+
+def _found_by(check: Callable[[], object], kind: str) -> list[RunProblem]:
+    """What a check raises, as a problem that blocks."""
+    try:
+        check()
+    except LoraError as error:
+        return [RunProblem(kind, str(error))]
+    return []
+
+
+def _check_vae(name: str) -> None:
+    place = Path(name).expanduser()
+    if not name or place.suffix.lower() == ".ckpt":
+        return
+    if not place.exists():
+        raise ModelFileError(f"The VAE {name} does not exist; give a folder or a .safetensors file.")
+    if not place.is_dir():
+        read_header(place, ModelFileError)
+    elif not (place / "config.json").is_file() or not weight_files(place):
+        raise ModelFileError(f"The VAE {name} lacks its config.json or its weights.")
+
+
+def _check_adapter(name: str, family: Family | None) -> None:
+    """The LoRA to start from exists, is whole, and is for a base of this family where its header says so."""
+    file = Path(name).expanduser()
+    if name in ("", "default"):
+        return
+    if not file.is_file():
+        raise AdapterFileError(
+            f"The LoRA {file} that adapter.init names does not exist; choose another file."
+        )
+    if file.suffix.lower() in SINGLE_FILES[1:]:
+        return
+    own = family_of_version(read_header(file).metadata.get("ss_base_model_version", ""))
+    if own and family and own.title != family.title:
+        raise AdapterFileError(
+            f"The LoRA {file} that adapter.init names is for {own.title}, and the base is {family.title};"
+            " choose another file or another base."
+        )
+
+
+def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
+    """Settings of the loss that do nothing with this kind of it, or that leave the last timestep out."""
+    loss, found = config.loss, []
+    usual = LossSection()
+    for name in ("huber_delta", "huber_schedule"):
+        if loss.kind != "huber" and getattr(loss, name) != getattr(usual, name):
+            sentence = f"loss.{name} plays no part where loss.kind is {loss.kind}; it is for huber."
+            found.append(RunProblem("loss", sentence, False))
+    velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
+    if velocity and loss.gamma("v_prediction"):
+        sentence = (
+            f"loss.min_snr = {loss.gamma('v_prediction'):g} gives the last timestep no weight, as this base"
+            " has zero terminal SNR; set loss.min_snr to auto or 0."
+        )
+        found.append(RunProblem("loss", sentence, False))
+    return found
 
 
 def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
@@ -130,193 +274,75 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
     return found
 
 
-# What stands in the way of a run, found before it starts: all that can be told without its pictures.
-#
-# Everything is looked at and everything is said, so that nobody mends one thing only to meet the next. A
-# problem either blocks (the run would fail) or is a note. `runs/preflight.py` adds what the pictures and
-# captions say.
+def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
+    """The learning rate of each part that has layers to train."""
+    optim, row = config.optim, TARGETS[config.adapter.targets].defaults
+    settings = ("optim.lr", "optim.text_encoder_lr", "optim.text_encoder_2_lr")
+    values = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
+    parts = len(family.parts) if family else len(settings)
+    patterns = (row["unet"], row["text"], row["text"])
+    known = list(zip(settings, values, patterns, strict=True))[:parts]
+    return {name: rate for name, rate, pattern in known if pattern and rate > 0}
 
 
-ADAPTER_COPIES = 4
-"""Of each trained number there are in memory: itself, its gradient, and usually two of the optimizer's."""
-GIGABYTE = 1e9
+def _images(dataset: Dataset) -> list[RunProblem]:
+    found = [RunProblem("picture", problem.sentence) for problem in dataset.problems[:SHOWN]]
+    more = len(dataset.problems) - SHOWN
+    if not dataset.records and not found:
+        found.append(RunProblem("dataset", "There are no pictures yet; put some in."))
+    if more > 0:
+        found.append(RunProblem("picture", f"And {more} more."))
+    notes = summarize_notes(dataset.notes, AUDIT_ONLY)
+    return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
 
 
-@dataclass(frozen=True)
-class CacheBytes:
-    """Bytes that a run's encoded pictures and captions take: what is not on `disk` yet, and captions in
-    `memory`."""
-
-    disk: int
-    memory: int
-
-
-def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
-    """The base that a config names, and what is wrong with it."""
-    model = config.model
-    name = model.base
-    if is_remote(name):
-        sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
-        return None, [RunProblem("base", sentence, False)]
+def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     try:
-        facts = base_facts(name, model.prediction, model.zero_terminal_snr)
-        if facts.path.is_dir() and facts.family:
-            check_base_folder(facts.path, facts.family)
-        count_base_parameters(facts)
-    except ModelFileError as error:
-        return None, [RunProblem("base", str(error))]
-    guess = (
-        [RunProblem("base", f"What the base predicts is {facts.told_by}.", False)] if facts.guessed else []
-    )
-    return facts, guess
-
-
-def settings_problems(
-    config: RunConfig,
-    workspace: Path,
-    facts: BaseFacts | None,
-    encoded: CacheBytes,
-    card: Callable[[], int | None],
-) -> list[RunProblem]:
-    """All problems that can be told from the settings, the base's files and the machine.
-
-    Args:
-        config: of the run to come.
-        workspace: where it would lie.
-        facts: of its base, where that can be read.
-        encoded: what its pictures and captions take once they are encoded.
-        card: asked for the free bytes of the graphics card; None where there is none.
-    """
-    found = [
-        *_name(config, workspace),
-        *_packages(config),
-        *_vae(config),
-        *_adapter(config, facts),
-        *_loss(config, facts),
-        *rate_problems(config, facts.family if facts else None),
-    ]
-    if facts is not None and facts.family is not None:
-        found += _targets(config, facts.family)
-        if not any(problem.kind == "targets" for problem in found):
-            found += _disk(config, workspace, facts, encoded.disk)
-            found += _memory(config, facts, card(), encoded.memory)
-    return found + _busy(workspace)
-
-
-def _name(config: RunConfig, workspace: Path) -> list[RunProblem]:
-    if not config.name:
-        return []
-    try:
-        path = runs_folder(workspace) / check_run_name(config.name)
-    except RunError as error:
-        return [RunProblem("name", str(error))]
-    if not path.exists() or _holds_nothing(RunFolder(path)):
-        return []
-    return [
-        RunProblem(
-            "name",
-            f"A run named {path.name} exists already in {path.parent}; go on with it by `resume {path}`, or"
-            " choose another --name.",
-        )
-    ]
-
-
-def _holds_nothing(run: RunFolder) -> bool:
-    """Whether it is a run that failed before its first step, which `RunFolder.create` replaces."""
-    if not run.config_file.is_file():
-        return False
-    progress = run.progress()
-    return run.status(progress) == "failed" and not progress.step and not run.checkpoint_steps()
-
-
-def require_packages(config: RunConfig) -> None:
-    """Check that the optional packages that the settings need are installed.
-
-    Raises:
-        ConfigError: one is missing; the message says how to install it.
-    """
-    optimizer = OPTIMIZERS[config.optim.name]
-    if optimizer.package:
-        feature = f"optim.name = {config.optim.name}"
-        require_package(feature, optimizer.load.partition(":")[0], optimizer.package)
-    if config.save.tensorboard:
-        require_package("save.tensorboard = true", "tensorboard", "tensorboard")
-
-
-def _packages(config: RunConfig) -> list[RunProblem]:
-    try:
-        require_packages(config)
-    except ConfigError as error:
-        return [RunProblem("package", str(error))]
+        if any(record.held_out for record in records):
+            split_holdout(records, config.validation.pictures, config.seed)
+        else:  # counting is enough, and pictures need not be read for it
+            num_holdout(len(records), config.validation.pictures)
+    except DatasetError as error:
+        return [RunProblem("validation", str(error))] if records else []
     return []
 
 
-def _vae(config: RunConfig) -> list[RunProblem]:
-    name = config.model.vae.strip()
-    place = Path(name).expanduser()
-    if not name or place.suffix.lower() == ".ckpt":
-        return []
-    if not place.exists():
-        return [RunProblem("vae", f"The VAE {name} does not exist; give a folder or a .safetensors file.")]
-    if place.is_dir():
-        whole = (place / "config.json").is_file() and weight_files(place)
-        return [] if whole else [RunProblem("vae", f"The VAE {name} lacks its config.json or its weights.")]
+def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
+    """Captions of which the end is not read."""
+    limit = config.train.tokens
+    cut: list[tuple[str, str]] = []
     try:
-        read_header(place, ModelFileError)
+        for record in records:
+            lines = with_trigger(record.caption, config.dataset.trigger).splitlines()
+            beyond = max((truncated_part(line, limit, facts.tokenizer) for line in lines), key=len, default="")
+            if beyond:
+                cut.append((record.path.name, beyond))
     except ModelFileError as error:
-        return [RunProblem("vae", str(error))]
-    return []
-
-
-def _adapter(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
-    """The LoRA to go on with is there, whole, and for a base of this family where its header says."""
-    name = config.adapter.init.strip()
-    if name in ("", "default"):
+        return [RunProblem("caption", f"The length of the captions could not be checked. {error}", False)]
+    if not cut:
         return []
-    file = Path(name).expanduser()
-    if not file.is_file():
-        sentence = f"The LoRA {file} that adapter.init names does not exist; choose another file."
-        return [RunProblem("adapter", sentence)]
-    if file.suffix.lower() in SINGLE_FILES[1:]:
-        return []
-    try:
-        version = read_header(file).metadata.get("ss_base_model_version", "")
-    except AdapterFileError as error:
-        return [RunProblem("adapter", str(error))]
-    family = family_of_version(version)
-    if family is None or facts is None or facts.family is None or family.title == facts.family.title:
-        return []
+    name, beyond = max(cut, key=lambda one: len(one[1]))
+    excerpt = beyond if len(beyond) <= _EXCERPT else f"{beyond[:_EXCERPT]}..."
+    count = "1 caption is" if len(cut) == 1 else f"{len(cut)} captions are"
     sentence = (
-        f"The LoRA {file} that adapter.init names is for {family.title}, and the base is"
-        f" {facts.family.title}; choose another file or another base."
+        f"{count} longer than the {limit} tokens that are read; of {name}, “{excerpt}” is not. Shorten it, or"
+        " raise train.tokens."
     )
-    return [RunProblem("adapter", sentence)]
+    return [RunProblem("caption", sentence, False)]
 
 
-def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
-    """Settings of the loss that do nothing with this kind of it, or that leave the last timestep out."""
-    loss, found = config.loss, []
-    usual = LossSection()
-    for name in ("huber_delta", "huber_schedule"):
-        if loss.kind != "huber" and getattr(loss, name) != getattr(usual, name):
-            sentence = f"loss.{name} plays no part where loss.kind is {loss.kind}; it is for huber."
-            found.append(RunProblem("loss", sentence, False))
-    velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
-    if velocity and loss.gamma("v_prediction"):
-        sentence = (
-            f"loss.min_snr = {loss.gamma('v_prediction'):g} gives the last timestep no weight, as this base"
-            " has zero terminal SNR; set loss.min_snr to auto or 0."
-        )
-        found.append(RunProblem("loss", sentence, False))
-    return found
-
-
-def _targets(config: RunConfig, family: Family) -> list[RunProblem]:
-    try:
-        named_targets(config.adapter.targets, family)
-    except ConfigError as error:
-        return [RunProblem("targets", str(error))]
-    return []
+def _room(
+    config: RunConfig, workspace: Path, facts: BaseFacts, records: list[ImageRecord], card: int | None
+) -> list[RunProblem]:
+    """Disk and memory against the sizes of caches, checkpoints, base and adapter."""
+    cache = workspace / "cache"
+    again, drawn = caption_bytes(records, config, facts)
+    lacking = (
+        _latent_bytes(records, config, facts) - folder_bytes(cache / "latents"),
+        again - folder_bytes(cache / "text"),
+    )
+    on_disk = sum(max(0, size) for size in lacking)
+    return _disk(config, workspace, facts, on_disk) + _memory(config, facts, card, again + drawn)
 
 
 def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> list[RunProblem]:
@@ -366,125 +392,6 @@ def _busy(workspace: Path) -> list[RunProblem]:
     return [RunProblem("busy", sentence, False)]
 
 
-def gpu_free_bytes() -> int | None:
-    """Free memory of the first NVIDIA card, or None where there is none or it does not say."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
-        return int(said.split()[0]) * 2**20
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError):
-        return None
-
-
-def _size(size: int) -> str:
-    return f"{size / GIGABYTE:.1f} GB" if size >= 0.1 * GIGABYTE else f"{size / 1e6:.1f} MB"
-
-
-# All that stands in the way of a run, its pictures and captions included: what is looked at before Start.
-
-
-SHOWN = 5
-"""So many of a kind are named one by one."""
-_EXCERPT = 60
-_LATENT_BYTES = 4 * 4 / 64
-"""A pixel: four channels in fp32, one latent for 8 x 8 pixels."""
-_FILE = 4096
-_MEASURED = 16
-"""So many training pictures are measured where none can be held out."""
-
-
-def preflight(
-    config: RunConfig,
-    workspace: Path,
-    dataset: Dataset | None = None,
-    card: Callable[[], int | None] = gpu_free_bytes,
-) -> list[RunProblem]:
-    """Everything that is wrong with a run before it starts, and what a person should know.
-
-    Args:
-        config: of the run; a name that is empty is given later and not looked at.
-        workspace: where it would lie.
-        dataset: what was read already of its pictures; else they are read.
-        card: asked for the free bytes of the graphics card; None where there is none.
-
-    Returns:
-        Problems that block first; empty where all is well.
-    """
-    facts, found = check_base(config)
-    records: list[ImageRecord] = []
-    try:
-        if dataset is None:
-            dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
-        records = dataset.records
-        found = [*_pictures(dataset), *_split(records, config), *found]
-    except DatasetError as error:
-        found = [RunProblem("dataset", str(error)), *found]
-    if facts is not None:
-        found += _captions(records, config, facts)
-    room = CacheBytes(0, 0)
-    if facts is not None and facts.family is not None:
-        cache = workspace / "cache"
-        again, drawn = caption_bytes(records, config, facts)
-        lacking = (
-            (_picture_bytes(records, config, facts), folder_bytes(cache / "latents")),
-            (again, folder_bytes(cache / "text")),
-        )
-        room = CacheBytes(sum(max(0, need - there) for need, there in lacking), again + drawn)
-    found += settings_problems(config, workspace, facts, room, card)
-    return sorted(found, key=lambda problem: not problem.blocking)
-
-
-def _pictures(dataset: Dataset) -> list[RunProblem]:
-    found = [RunProblem("picture", problem.sentence) for problem in dataset.problems[:SHOWN]]
-    more = len(dataset.problems) - SHOWN
-    if not dataset.records and not found:
-        found.append(RunProblem("dataset", "There are no pictures yet; put some in."))
-    if more > 0:
-        found.append(RunProblem("picture", f"And {more} more."))
-    notes = summarize_notes(dataset.notes, AUDIT_ONLY)
-    return [*found, *(RunProblem(note.kind, note.sentence, False) for note in notes)]
-
-
-def _split(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
-    try:
-        if any(record.held_out for record in records):
-            split_holdout(records, config.validation.pictures, config.seed)
-        else:  # counting is enough, and pictures need not be read for it
-            num_holdout(len(records), config.validation.pictures)
-    except DatasetError as error:
-        return [RunProblem("validation", str(error))] if records else []
-    return []
-
-
-def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
-    """Captions of which the end is not read."""
-    limit = config.train.tokens
-    cut: list[tuple[str, str]] = []
-    try:
-        for record in records:
-            lines = with_trigger(record.caption, config.dataset.trigger).splitlines()
-            beyond = max(
-                (truncated_part(line, limit, facts.tokenizer) for line in lines), key=len, default=""
-            )
-            if beyond:
-                cut.append((record.path.name, beyond))
-    except ModelFileError as error:
-        return [RunProblem("caption", f"The length of the captions could not be checked. {error}", False)]
-    if not cut:
-        return []
-    name, beyond = max(cut, key=lambda one: len(one[1]))
-    excerpt = beyond if len(beyond) <= _EXCERPT else f"{beyond[:_EXCERPT]}..."
-    count = "1 caption is" if len(cut) == 1 else f"{len(cut)} captions are"
-    sentence = (
-        f"{count} longer than the {limit} tokens that are read; of {name}, “{excerpt}” is not. Shorten it, or"
-        " raise train.tokens."
-    )
-    return [RunProblem("caption", sentence, False)]
-
-
 def caption_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:
     """About what a run's encoded captions take where no text encoder is trained, else nothing.
 
@@ -506,8 +413,12 @@ def caption_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFact
     return again * one, min(DRAWN_CAPTIONS_BYTES, looks * one) if fixed < len(records) else 0
 
 
-def _picture_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
+def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
     """Bytes of encoded pictures on disk."""
     side = config.train.resolution or facts.resolution
     looks = 2 if config.dataset.flip else 1
     return sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * looks
+
+
+def _size(size: int) -> str:
+    return f"{size / GIGABYTE:.1f} GB" if size >= 0.1 * GIGABYTE else f"{size / 1e6:.1f} MB"

@@ -19,10 +19,15 @@ from lora_core.model_files import sizes
 from lora_core.model_files.detect import base_facts
 from lora_core.model_files.sizes import count_base_parameters
 from lora_core.model_files.starting_settings import preset, preset_names
-from lora_core.runs import preflight as light
-from lora_core.runs import preflight as rates
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.preflight import RunProblem, caption_bytes, preflight, require_none_blocking
+from lora_core.runs.preflight import (
+    RATES,
+    RunProblem,
+    caption_bytes,
+    preflight,
+    rate_problems,
+    require_none_blocking,
+)
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
 from lora_core.system import disk_space
@@ -59,7 +64,7 @@ def test_nothing_is_wrong_with_the_demo_and_the_presets(config: RunConfig, tmp_p
     assert found(config, tmp_path) == []
     assert preflight(RunConfig().changed(preset("demo")), tmp_path, card=lambda: None) == []
     for name in preset_names():
-        assert rates.rate_problems(RunConfig().changed(preset(name)), None) == []
+        assert rate_problems(RunConfig().changed(preset(name)), None) == []
 
 
 def test_it_needs_no_torch() -> None:
@@ -123,8 +128,7 @@ def test_how_many_numbers_a_base_is() -> None:
     """Against torch, which counts the tensors themselves."""
     from safetensors.torch import load_file
 
-    facts = light.check_base(RunConfig())[0]
-    assert facts is not None
+    facts = base_facts("demo")
     files = list(DEMO_BASE.glob("*/*.safetensors"))
     assert len(files) == 3
     assert count_base_parameters(facts) == sum(t.numel() for file in files for t in load_file(file).values())
@@ -190,7 +194,7 @@ def test_captions(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_rates(config: RunConfig, tmp_path: Path) -> None:
-    assert set(rates.RATES) <= set(OPTIMIZERS)
+    assert set(RATES) <= set(OPTIMIZERS)
     (high,) = found(config, tmp_path, optim__lr=0.02, adapter__alpha=4.0, adapter__rank=8)
     assert "optim.lr x alpha / rank = 0.01 is much for AdamW" in high.sentence
     (low,) = found(config, tmp_path, optim__lr=1e-4, adapter__alpha=0.01, optim__text_encoder_lr=0.0)
@@ -252,7 +256,7 @@ def test_memory_is_a_note_and_says_that_it_is_rough(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = psutil.virtual_memory()
-    monkeypatch.setattr(light.psutil, "virtual_memory", lambda: memory._replace(available=10**6))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10**6))
     (problem,) = found(config, tmp_path)
     assert (problem.kind, problem.blocking) == ("memory", False)
     assert "a rough figure" in problem.sentence
@@ -302,7 +306,7 @@ def test_captions_in_memory_count_on_a_processor(
 ) -> None:
     shuffled = {"optim__text_encoder_lr": 0.0, "dataset__shuffle_tags": True, "train__steps": 10**5}
     memory = psutil.virtual_memory()
-    monkeypatch.setattr(light.psutil, "virtual_memory", lambda: memory._replace(available=200 * 2**20))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=200 * 2**20))
     assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path))]
     assert "memory" in [kind for kind, _ in kinds(found(config, tmp_path, **shuffled))]
     assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path, card=200 * 2**20, **shuffled))]
