@@ -27,10 +27,10 @@ from lora_core.runs.events import EventWriter, Stopped
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.runs.notifications import notify_end
 from lora_core.runs.preflight import RunProblem, require_none_blocking
-from lora_core.runs.queue import events_size
 from lora_core.settings.choices import FORMATS
 from lora_core.settings.config import RunConfig, checked_value, flattened, load_toml, parsed_assignment
 from lora_core.system.cpu_threads import COMPUTES, GIVES_WAY, without_collecting
+from lora_core.system.disk_space import file_bytes
 from lora_core.system.keep_awake import keep_awake
 from lora_core.system.paths import workspace
 from lora_core.system.processes import INTERRUPTED, StopRequest
@@ -250,11 +250,11 @@ def resumed(
     """
     stopping = stopping or StopRequest()
     with stopping.taken():
-        before = events_size(run)
+        before = file_bytes(run.events_file)
         try:
             outcome = _trained(run, steps, accept_changes, stopping, group)
         finally:
-            note = notify_end(run, run.path.parent.parent) if events_size(run) > before else ""
+            note = notify_end(run, run.path.parent.parent) if file_bytes(run.events_file) > before else ""
             if note:
                 say(f"Note: {note}")
         if outcome.export is not None:

@@ -1,7 +1,7 @@
-"""Telling that a run has ended: a command or a web address of the person's choice.
+"""Notification at a run's end: a command or a web address of the user's choice.
 
 It is kept in the workspace's `notify.toml` or the environment variable LORA_EASEL_NOTIFY and never in a run's
-settings: those travel in config files, and a config of somebody else must not be able to run a command here.
+settings: those travel in config files, and a stranger's config must not be able to run a command here.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ WORDS = {"done": "is done", "stopped": "was stopped", "paused": "is paused", "fa
 
 
 def notify_file(workspace: Path) -> Path:
-    """Where a workspace keeps whom to tell."""
+    """Where a workspace keeps its recipient."""
     return workspace / "notify.toml"
 
 
@@ -38,7 +38,7 @@ def read_recipient(workspace: Path) -> str:
     """A command, an address that begins with http, or "".
 
     Raises:
-        ConfigError: the file is not what it should be.
+        ConfigError: the file cannot be read.
     """
     chosen = os.environ.get(VARIABLE)
     if chosen is not None:
@@ -55,58 +55,59 @@ def read_recipient(workspace: Path) -> str:
     return found.strip()
 
 
-def write_recipient(workspace: Path, whom: str) -> None:
-    """Keep whom to tell; "" for nobody.
+def write_recipient(workspace: Path, recipient: str) -> None:
+    """Keep whom to notify; "" for nobody.
 
     Raises:
         ConfigError: the command has an open quote.
     """
-    if not whom.strip().lower().startswith(WEB):
-        _words(whom)
-    write_atomically(notify_file(workspace), tomli_w.dumps({"tell": whom.strip()}).encode())
+    recipient = recipient.strip()
+    if not _is_address(recipient):
+        _split(recipient)
+    write_atomically(notify_file(workspace), tomli_w.dumps({"tell": recipient}).encode())
 
 
 def notify_end(run: RunFolder, workspace: Path, reason: str = "") -> str:
-    """Tell that a run has ended; returns a sentence where that did not work, else "".
+    """Notify that a run has ended; returns a sentence where that did not work, else "".
 
     Args:
-        run: the run; nothing is told while it goes on.
+        run: the run; nobody is notified while it goes on.
         workspace: its workspace.
         reason: why it ended, where its events do not say so.
     """
     facts = _facts(run, reason)
-    if facts is None:
-        return ""
     try:
-        whom = read_recipient(workspace)
-        if not whom:
-            return ""
-        if whom.lower().startswith(WEB):
-            _post(whom, facts)
-            return ""
-        return _run(whom, facts)
+        recipient = read_recipient(workspace) if facts else ""
+        return _send(recipient, facts) if facts and recipient else ""
     except ConfigError as error:
         return f"The end of the run was told to nobody: {error}"
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return f"The end of the run could not be told to {whom}: {_short(error)}."
+        return f"The end of the run could not be told to {recipient}: {_short(error)}."
 
 
-def send_test(whom: str) -> str:
-    """Tell somebody now, to see whether it works; returns a sentence where it does not, else ""."""
-    whom = whom.strip()
-    if not whom:
+def send_test(recipient: str) -> str:
+    """Notify somebody now, to see whether it works; returns a sentence where it does not, else ""."""
+    recipient = recipient.strip()
+    if not recipient:
         return "Give a command or a web address first."
     facts = {"run": "a-try", "path": "", "status": "done", "step": 0, "steps": 0, "reason": "", "export": ""}
-    facts["text"] = "LoRA Easel reaches you here."
     try:
-        if whom.lower().startswith(WEB):
-            _post(whom, facts)
-            return ""
-        return _run(whom, facts)
+        return _send(recipient, {**facts, "text": "LoRA Easel reaches you here."})
     except ConfigError as error:
         return str(error)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        return f"{whom} could not be told: {_short(error)}."
+        return f"{recipient} could not be told: {_short(error)}."
+
+
+def _is_address(recipient: str) -> bool:
+    return recipient.lower().startswith(WEB)
+
+
+def _send(recipient: str, facts: dict[str, Any]) -> str:
+    if not _is_address(recipient):
+        return _run(recipient, facts)
+    _post(recipient, facts)
+    return ""
 
 
 def _facts(run: RunFolder, reason: str) -> dict[str, Any] | None:
@@ -131,11 +132,11 @@ def _facts(run: RunFolder, reason: str) -> dict[str, Any] | None:
 
 
 def _run(command: str, facts: dict[str, Any]) -> str:
-    """Run the person's words as they are. What a run is called goes into the environment alone: no shell
-    reads the command, so a name can never become part of it."""
+    """Run the command without a shell; facts are in its environment alone, so that a run's name can never
+    become part of it."""
     values = {f"LORA_EASEL_{key.upper()}": str(value).replace("\0", "") for key, value in facts.items()}
     done = subprocess.run(
-        command if os.name == "nt" else _words(command),
+        command if os.name == "nt" else _split(command),
         env={**os.environ, **values},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -149,7 +150,7 @@ def _run(command: str, facts: dict[str, Any]) -> str:
     return f"The command that tells of a run's end ({command}) ended with code {done.returncode}{words}."
 
 
-def _words(command: str) -> list[str]:
+def _split(command: str) -> list[str]:
     try:
         return shlex.split(command)
     except ValueError as error:

@@ -314,7 +314,8 @@ def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
     try:
         for record in records:
             lines = with_trigger(record.caption, config.dataset.trigger).splitlines()
-            beyond = max((truncated_part(line, limit, facts.tokenizer) for line in lines), key=len, default="")
+            parts = (truncated_part(line, limit, facts.tokenizer) for line in lines)
+            beyond = max(parts, key=len, default="")
             if beyond:
                 cut.append((record.path.name, beyond))
     except ModelFileError as error:

@@ -23,7 +23,7 @@ import psutil
 from lora_core.errors import RunError
 from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.system.disk_space import is_network_drive
+from lora_core.system.disk_space import file_bytes, is_network_drive
 from lora_core.system.processes import live_process
 from lora_core.system.untrusted import check_fields, parse_json
 
@@ -121,7 +121,7 @@ class Queue:
             return dataclasses.replace(job, state=RUNNING, reason="")
         if job.state == RUNNING:
             return job if has_runner else dataclasses.replace(job, state=WAITING)
-        if job.state == WAITING or events_size(run) <= job.events_bytes:
+        if job.state == WAITING or file_bytes(run.events_file) <= job.events_bytes:
             return job
         progress = run.progress()
         status = run.status(progress)
@@ -168,7 +168,7 @@ class Queue:
             raise RunError(
                 f"The run {run.name} is done; train it further with `resume {run.path} --steps N`."
             )
-        job = QueuedRun(run.name, events_bytes=events_size(run))
+        job = QueuedRun(run.name, events_bytes=file_bytes(run.events_file))
         with self._transaction() as db:
             jobs = _jobs(db)
             if any(other.run == run.name and other.state in (WAITING, RUNNING) for other in jobs):
@@ -233,7 +233,7 @@ class Queue:
 
     def update(self, job: QueuedRun) -> None:
         """Write down the state, reason and restarts of a job, unless it was taken out."""
-        values = [job.state, job.reason, job.restarts, events_size(self.run(job.run)), job.run]
+        values = [job.state, job.reason, job.restarts, file_bytes(self.run(job.run).events_file), job.run]
         with self._transaction() as db:
             db.execute(
                 "UPDATE jobs SET state = ?, reason = ?, restarts = ?, events_bytes = ? WHERE run = ?", values
@@ -312,14 +312,6 @@ class Queue:
             _enable(db, enabled)
         with contextlib.suppress(FileNotFoundError):
             os.replace(self._old_file, self._old_file.with_suffix(".json.imported"))
-
-
-def events_size(run: RunFolder) -> int:
-    """Bytes of a run's events; 0 where there are none."""
-    try:
-        return run.events_file.stat().st_size
-    except OSError:
-        return 0
 
 
 def _jobs(db: sqlite3.Connection) -> list[QueuedRun]:

@@ -30,8 +30,8 @@ from lora_core.runs.queue import (
     WAITING,
     Queue,
     QueuedRun,
-    events_size,
 )
+from lora_core.system.disk_space import file_bytes
 from lora_core.system.processes import INTERRUPTED, TRAINER, catch_signals, pid_file, start_detached
 
 DIED = "died"
@@ -218,7 +218,7 @@ class _Runner:
 
     def _outcome_elsewhere(self, run: RunFolder, events_bytes: int) -> tuple[str, str] | None:
         """How a run ended that went on outside the queue, or None where there is more to do."""
-        if events_size(run) <= events_bytes:
+        if file_bytes(run.events_file) <= events_bytes:
             return None
         progress = run.progress()
         status = run.status(progress)
@@ -237,7 +237,7 @@ class _Runner:
     def _train(self, run: RunFolder) -> tuple[str, str]:
         """Train a run in a child; returns its state then, and the reason."""
         self._say(f"{run.name}: started")
-        before = events_size(run)
+        before = file_bytes(run.events_file)
         recorder = ExitRecorder(run)
         child = start_detached([*self._trainer, str(run.path)], run.log_file, self._queue.workspace)
         code, looked = None, 0.0
@@ -265,7 +265,7 @@ class _Runner:
         status = run.status(progress)
         if code == 0 and status in (DONE, PAUSED, STOPPED):
             return status, ""
-        if events_size(run) > events_before and status in (DONE, PAUSED, STOPPED, FAILED):
+        if file_bytes(run.events_file) > events_before and status in (DONE, PAUSED, STOPPED, FAILED):
             return status, progress.reason or (last_log_sentence(run) if code == 1 else "")
         return (FAILED if code == 1 else DIED), crash_reason(run)
 

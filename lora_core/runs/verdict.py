@@ -1,6 +1,6 @@
-"""What the validations of a run say so far, in words: whether it still gains, learns by heart, forgets.
+"""What the validations of a run mean, in sentences: gain, memorization, forgetting.
 
-Command line, report and window say the same, because they ask here.
+Command line, report and window ask here, so that they say the same.
 """
 
 import math
@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from lora_core.runs.events import Validated
 
 SURE = 2.0
-"""Standard errors beyond which a difference is told."""
-BY_HEART = 0.25
-"""Where less than this share of the gain on training pictures is missing on others, that is as it always
-is."""
+"""Standard errors beyond which a difference counts."""
+MEMORIZED = 0.25
+"""Share of the gain on training images; where less is missing on others, that is usual."""
 A_LITTLE = 0.1
-"""Of the gain: forgetting less is hardly seen."""
+"""Share of the gain; forgetting less is hardly seen."""
 
 
 def verdict(validations: Sequence[Validated]) -> str:
@@ -22,17 +21,14 @@ def verdict(validations: Sequence[Validated]) -> str:
     found = with_gain(validations)
     if not found:
         return ""
-    return " ".join(
-        filter(
-            None,
-            (
-                _gains(found),
-                describe_memorization(found[-1]),
-                describe_forgetting(found[-1]),
-                describe_average(found[-1]),
-            ),
-        )
+    last = found[-1]
+    sentences = (
+        _describe_gain(found),
+        describe_memorization(last),
+        describe_forgetting(last),
+        describe_average(last),
     )
+    return " ".join(filter(None, sentences))
 
 
 def with_gain(validations: Sequence[Validated]) -> list[Validated]:
@@ -50,49 +46,43 @@ def known_error(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _gains(found: Sequence[Validated]) -> str:
+def _describe_gain(found: Sequence[Validated]) -> str:
     last, best = found[-1], best_of(found)
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
-            return f"At step {last.step:,} it predicts new pictures worse than the base does."
-        return f"Up to step {last.step:,} no gain can be told from chance."
+            return f"At step {last.step:,} it predicts held-out pictures worse than the base does."
+        return f"No significant gain up to step {last.step:,}."
     if last.step == best.step:
-        return (
-            "Still gaining."
-            if len(found) > 1
-            else f"It gains on pictures that it has not seen: {best.gain:+.4f}."
-        )
+        return "Still gaining." if len(found) > 1 else f"It gains on held-out pictures: {best.gain:+.4f}."
     if last.against_best < -SURE * known_error(last.against_best_error):
-        return f"It has become worse since step {best.step:,}; that step's file is the better one."
-    return f"Nothing gained since step {best.step:,}."
+        return f"It has become worse since step {best.step:,}; the file of that step is better."
+    return f"No further gain since step {best.step:,}."
 
 
 def describe_memorization(last: Validated) -> str:
-    """Whether it learns by heart, in a sentence; "" where nothing tells of it."""
+    """Whether it learns its images by heart, in a sentence; "" where it does not or was not measured."""
     if not (math.isfinite(last.gauge) and last.train_gain > 0):
         return ""
     share = last.gauge / last.train_gain
-    if last.gauge <= SURE * known_error(last.gauge_error) or share < BY_HEART:
+    if last.gauge <= SURE * known_error(last.gauge_error) or share < MEMORIZED:
         return ""
     if share >= 1:
-        return "It is learning by heart: what it gains on its own pictures helps with no others."
-    return (
-        f"It is learning by heart: {share:.0%} of what it gains on its own pictures is not gained on others."
-    )
+        return "Memorization: its gain on training pictures does not carry over to others at all."
+    return f"Memorization: {share:.0%} of its gain on training pictures does not carry over to others."
 
 
 def describe_forgetting(last: Validated) -> str:
-    """Whether it forgets what the base knew, in a sentence; "" where nothing tells of it."""
+    """Whether it forgets what the base knew, in a sentence; "" where it does not or was not measured."""
     if not math.isfinite(last.prior) or last.prior >= -SURE * known_error(last.prior_error):
         return ""
     if last.gain <= 0:
-        return "It forgets what the base knew."
+        return "Forgetting: it gets worse on the base's own pictures."
     share = -last.prior / last.gain
     if share < A_LITTLE:
-        return "It forgets a little of what the base knew."
+        return "Forgetting: it gets slightly worse on the base's own pictures."
     if share < 1:
-        return f"It forgets what the base knew: that costs {share:.0%} of what it gains."
-    return "It forgets what the base knew: the base's own pictures lose more than the new ones gain."
+        return f"Forgetting: it loses {share:.0%} as much on the base's own pictures as it gains on new ones."
+    return "Forgetting: it loses more on the base's own pictures than it gains on new ones."
 
 
 def describe_average(last: Validated) -> str:
@@ -102,7 +92,7 @@ def describe_average(last: Validated) -> str:
     gains = f"{last.gain:+.4f} and {last.raw_gain:+.4f}"
     error = known_error(last.raw_against_error)
     if abs(last.raw_against) <= SURE * error:
-        return f"The averaged adapter and the raw one gain the same but for chance: {gains}."
+        return f"The averaged adapter and the raw one gain the same within the error: {gains}."
     gap = f"{abs(last.raw_against):.4f} (standard error {error:.4f})"
     if last.raw_against < 0:
         return f"The averaged adapter gains more than the raw one, by {gap}: {gains}."

@@ -79,6 +79,14 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
+def file_bytes(path: Path) -> int:
+    """Size of a file; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def is_network_drive(path: Path) -> bool:
     """Whether `path` is on a drive that other machines can write too, as far as the system says so."""
     path = Path(os.path.abspath(path))

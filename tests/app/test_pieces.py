@@ -77,7 +77,7 @@ def test_the_gauges_stand_beside_what_they_mean() -> None:
     assert drawn.count("<polyline") == 2
     assert "training pictures" in drawn
     said = cards.describe_gain([validated(10, 0.005, True), last])
-    assert "Still gaining. It is learning by heart: 67% of" in said
+    assert "Still gaining. Memorization: 67% of" in said
     assert "Learning by heart +0.0200 ± 0.0040" in said
     assert "The base&#x27;s own pictures \N{MINUS SIGN}0.0001 ± 0.0000" in said
     assert cards.describe_gain([]) == ""

@@ -253,7 +253,7 @@ def test_the_command_says_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureF
             "After that it became worse.",
         ),
         ([], "no picture was held out"),
-        ([validated(100, 0.2, gauge=0.2, gauge_error=0.01, train_gain=0.4)], "learning by heart: 50%"),
+        ([validated(100, 0.2, gauge=0.2, gauge_error=0.01, train_gain=0.4)], "Memorization: 50%"),
     ],
 )
 def test_verdicts(tmp_path: Path, found: list[events.Event], said: str) -> None:

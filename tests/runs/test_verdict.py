@@ -26,24 +26,24 @@ LATER = at(200, 0.014, True, against_best=0.004, against_best_error=0.001)
     [
         ([], ""),
         ([at(100, math.nan)], ""),
-        ([at(100, 0.0015, True)], "Up to step 100 no gain can be told from chance."),
-        ([at(1100, -0.004, True)], "At step 1,100 it predicts new pictures worse than the base does."),
-        ([FIRST], "It gains on pictures that it has not seen: +0.0100."),
+        ([at(100, 0.0015, True)], "No significant gain up to step 100."),
+        ([at(1100, -0.004, True)], "At step 1,100 it predicts held-out pictures worse than the base does."),
+        ([FIRST], "It gains on held-out pictures: +0.0100."),
         ([FIRST, LATER], "Still gaining."),
         # Within its error of the best, though higher: the best one stays.
         (
             [FIRST, at(200, 0.0103, against_best=0.0003, against_best_error=0.001)],
-            "Nothing gained since step 100.",
+            "No further gain since step 100.",
         ),
         (
             [FIRST, LATER, at(300, 0.012, against_best=-0.0019, against_best_error=0.001)],
-            "Nothing gained since step 200.",
+            "No further gain since step 200.",
         ),
         (
             [FIRST, LATER, at(300, 0.011, against_best=-0.0021, against_best_error=0.001)],
-            "It has become worse since step 200; that step's file is the better one.",
+            "It has become worse since step 200; the file of that step is better.",
         ),
-        ([FIRST, at(200, 0.009, against_best=math.nan)], "Nothing gained since step 100."),
+        ([FIRST, at(200, 0.009, against_best=math.nan)], "No further gain since step 100."),
     ],
 )
 def test_gain(events: list[Validated], said: str) -> None:
@@ -57,26 +57,29 @@ def test_gain(events: list[Validated], said: str) -> None:
         ({"train_gain": 0.05, "gauge": 0.010, "gauge_error": 0.001}, ""),  # a fifth of the gain
         (
             {"train_gain": 0.02, "gauge": 0.012, "gauge_error": 0.004},
-            "It is learning by heart: 60% of what it gains on its own pictures is not gained on others.",
+            "Memorization: 60% of its gain on training pictures does not carry over to others.",
         ),
         (
             {"train_gain": 0.02, "gauge": 0.03, "gauge_error": 0.004},
-            "It is learning by heart: what it gains on its own pictures helps with no others.",
+            "Memorization: its gain on training pictures does not carry over to others at all.",
         ),
         ({"prior": -0.001, "prior_error": 0.0006}, ""),
-        ({"prior": -0.001, "prior_error": 0.0004}, "It forgets a little of what the base knew."),
+        (
+            {"prior": -0.001, "prior_error": 0.0004},
+            "Forgetting: it gets slightly worse on the base's own pictures.",
+        ),
         (
             {"prior": -0.007, "prior_error": 0.001},
-            "It forgets what the base knew: that costs 50% of what it gains.",
+            "Forgetting: it loses 50% as much on the base's own pictures as it gains on new ones.",
         ),
         (
             {"prior": -0.02, "prior_error": 0.001},
-            "It forgets what the base knew: the base's own pictures lose more than the new ones gain.",
+            "Forgetting: it loses more on the base's own pictures than it gains on new ones.",
         ),
         ({"prior": 0.01, "prior_error": 0.001}, ""),
     ],
 )
-def test_learning_by_heart_and_forgetting(numbers: dict[str, float], said: str) -> None:
+def test_memorization_and_forgetting(numbers: dict[str, float], said: str) -> None:
     last = at(200, 0.014, True, against_best=0.004, against_best_error=0.001, **numbers)
     assert verdict([FIRST, last]) == f"Still gaining. {said}".strip()
 
@@ -93,7 +96,7 @@ def test_the_newest_that_was_called_best_is_the_best() -> None:
     [
         (-0.002, "The averaged adapter gains more than the raw one, by 0.0020 (standard error 0.0005)"),
         (0.002, "The raw adapter gains more than its average, by 0.0020 (standard error 0.0005)"),
-        (0.0005, "gain the same but for chance"),
+        (0.0005, "gain the same within the error"),
     ],
 )
 def test_the_average_beside_the_raw_adapter(against: float, said: str) -> None:
