@@ -1,4 +1,4 @@
-"""Pictures to latents and back, captions to what the UNet attends to."""
+"""Images to latents and back, captions to prompt embeddings."""
 
 from functools import lru_cache
 from typing import Any
@@ -16,21 +16,22 @@ from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 
 TILES = (512, 256)
-"""Sides in pixels, tried in this order."""
+"""Sides of VAE tiles in pixels, tried in this order."""
 PENULTIMATE = 2
 """The layer before the last, counted from the last."""
 
 
 def encode_image(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
-    """The latents of one picture: the mean of the VAE's posterior, as the UNet sees it.
+    """The latents of one image: the mean of the VAE's posterior, shifted and scaled for the denoiser.
 
     Args:
         base: the base model.
         pixels: (3, H, W) in [-1, 1].
 
     Returns:
-        (4, H/f, W/f) in fp32 on the CPU. One picture at a time, so that its bits never depend on its
-        neighbours, and without TF32.
+        (C, H/f, W/f) in fp32 on the CPU. One image at a time and without TF32, so that the bits never
+            depend on
+        other images.
     """
     with torch.no_grad(), without_tf32():
         mean = base.vae.encode(pixels[None].to(base.vae.device, base.vae.dtype)).latent_dist.mean
@@ -38,11 +39,11 @@ def encode_image(base: BaseModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [0, 1], fp32 on the CPU, from latents (B, 4, h, w).
+    """Images (B, 3, H, W) in [0, 1], fp32 on the CPU, from latents (B, C, h, w).
 
-    Where the decoder runs out of memory, in overlapping tiles, and so for all later pictures of this base: an
-    image takes 3 GiB at 1024 px, a tile of 512 px a quarter. The colours of tiles differ a little.
-    """
+    If the decoder runs out of memory, this and all later images of this base are decoded in overlapping
+    tiles: an image takes 3 GiB at 1024 px, a tile of 512 px a quarter. The colours of tiles differ a
+    little."""
     with torch.no_grad():
         unscaled = latents.to(base.vae.device, base.vae.dtype) / _scale(base) + _shift(base)
         pixels = _decoded(base, unscaled)
@@ -50,7 +51,7 @@ def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _decoded(base: BaseModel, unscaled: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1]: whole, or in the largest tiles that fit."""
+    """Images in [-1, 1], in one piece or in the largest tiles that fit."""
     vae: Any = base.vae
     while True:
         tile = base.decode_tile
@@ -78,7 +79,7 @@ def _shift(base: BaseModel) -> float:
 
 @lru_cache(maxsize=4096)
 def _tokens(tokenizer: Any, caption: str) -> list[int]:
-    """A caption's token ids, looked up once: the same caption comes many times in a training."""
+    """Token ids; cached, since each caption is encoded many times."""
     found: list[int] = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return found
 
@@ -86,11 +87,9 @@ def _tokens(tokenizer: Any, caption: str) -> list[int]:
 def token_chunks(tokenizer: Any, caption: str, chunks: int) -> torch.Tensor:
     """A caption as (chunks, 77) token ids, each chunk with its own begin, end and padding.
 
-    Where the caption is cut into chunks is `dataset/captions.chunked`'s to say.
-
     Args:
         tokenizer: a CLIP tokenizer.
-        caption: the text; what does not fit into all chunks is cut.
+        caption: the text, cut into chunks by `data.captions.chunked`; what does not fit is dropped.
         chunks: how many.
     """
     bodies = split_chunks(_tokens(tokenizer, caption), tokenizer.convert_tokens_to_ids(COMMA), chunks)
@@ -111,9 +110,9 @@ def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, toke
     Args:
         base: the base model.
         captions: B texts.
-        clip_skip: which layer counted from the last is taken. Families that are conditioned on the last one
-            have the final layer norm after it; those conditioned on the penultimate, number 2, have none, and
-            never take a later one.
+        clip_skip: which layer, counted from the last. Families conditioned on the last one apply the final
+            layer
+            norm; those conditioned on the penultimate, number 2, do not, and never take a later one.
         tokens: 75, 150 or 225: one, two or three chunks, joined along T.
     """
     chunks = max(1, round(tokens / CHUNK))
@@ -134,23 +133,22 @@ def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, toke
 
 
 def encode_negative_prompt(base: BaseModel, words: str, clip_skip: int = 1, tokens: int = 75) -> PromptEmbeds:
-    """The condition of a negative prompt; of an empty one zeros, where the family was trained so."""
+    """Encode a negative prompt; an empty one to zeros, where the family was trained so."""
     return as_negative_prompt(base, words, encode_prompt(base, [words], clip_skip, tokens))
 
 
-def as_negative_prompt(base: BaseModel, words: str, found: PromptEmbeds) -> PromptEmbeds:
-    """The condition `found` of `words`, as a negative prompt is conditioned on."""
+def as_negative_prompt(base: BaseModel, words: str, embeds: PromptEmbeds) -> PromptEmbeds:
+    """`embeds` of `words` as a negative prompt."""
     if words.strip() or not base.family.zero_negative:
-        return found
-    return PromptEmbeds(
-        torch.zeros_like(found.context), None if found.pooled is None else torch.zeros_like(found.pooled)
-    )
+        return embeds
+    pooled = None if embeds.pooled is None else torch.zeros_like(embeds.pooled)
+    return PromptEmbeds(torch.zeros_like(embeds.context), pooled)
 
 
 def _encoded(
     module: Any, encoder: TextEncoder, ids: torch.Tensor, clip_skip: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Hidden states (B, T, D) of the layer that is asked for, and the pooled projection (B, P) or None."""
+    """Hidden states (B, T, D) of the chosen layer, and the pooled projection (B, P) or None."""
     if encoder.hidden == "last" and clip_skip == 1:
         output = module(input_ids=ids)
         return output.last_hidden_state, output.text_embeds if encoder.pooled else None
@@ -164,14 +162,11 @@ def _encoded(
     return hidden, output.text_embeds if encoder.pooled else None
 
 
-# A picture on disk as the tensor that the VAE takes.
-
-
 def load_pixels(record: ImageRecord, bucket: Bucket, flip: bool = False) -> torch.Tensor:
-    """The picture cropped and scaled to its bucket, (3, H, W) in [-1, 1], fp32; mirrored if `flip`.
+    """An image file cropped and scaled to its bucket, (3, H, W) in [-1, 1], fp32; mirrored if `flip`.
 
     Raises:
-        DatasetError: the picture cannot be read any more.
+        DatasetError: the file can no longer be read.
     """
     pixels = np.asarray(resize_and_crop(open_rgb(record.path), bucket), dtype=np.float32) / 127.5 - 1.0
     tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

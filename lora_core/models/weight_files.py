@@ -1,9 +1,11 @@
-"""Reading weights tensor by tensor, straight into the memory that will hold them.
+"""Reading weights tensor by tensor, and locating each parameter of a component in its files.
 
-Nothing is mapped and no file is read as a whole: the peak is what is held plus one tensor. Mapped pages would
-count as memory of this process until the whole file is closed, which on a base in half precision nearly
-doubles it. A `.ckpt` is the exception: its numbers lie in a zip that torch itself maps.
-"""
+Nothing is mapped and no file is read in one piece: the peak is what is kept plus one tensor. Mapped pages
+would count as memory of this process until the file is closed, which nearly doubles it for a base in half
+precision. A `.ckpt` is the exception: torch maps the zip that it is.
+
+A `TensorSource` is one tensor of one file, or a part of it. Loading reads through it; merging into a base
+writes through it."""
 
 import pickle
 import zipfile
@@ -34,15 +36,15 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""The number types of safetensors files."""
+"""The dtypes of safetensors files."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What people choose between, for a base in memory and for a file."""
+"""What users choose from, for a base in memory and for a file."""
 SAMPLE = 64
-"""Bytes of a tensor that tell it from another."""
+"""Bytes of a tensor that identify it."""
 
 
 class WeightFile(Protocol):
-    """A file with named tensors."""
+    """A file of named tensors."""
 
     path: Path
     shapes: dict[str, list[int]]
@@ -52,7 +54,7 @@ class WeightFile(Protocol):
         ...
 
     def sample(self, key: str) -> bytes:
-        """A tensor's dtype and 64 bytes from its middle: another training or merge changes them."""
+        """A tensor's dtype and 64 bytes from its middle, which training or merging changes."""
         ...
 
 
@@ -63,7 +65,7 @@ class SafetensorsFile:
         """Read the header.
 
         Raises:
-            ModelFileError: one sentence on what is wrong with the file.
+            ModelFileError: what is wrong with the file.
         """
         header = read_header(path, ModelFileError)
         self.path = path
@@ -106,7 +108,7 @@ class SafetensorsFile:
 
 
 class PickledFile:
-    """A `.ckpt`: only plain tensors are taken from it, and no code in it is ever run."""
+    """A `.ckpt`: only plain tensors are read from it, and no code in it is run."""
 
     def __init__(self, path: Path) -> None:
         """Open the file.
@@ -152,7 +154,7 @@ class PickledFile:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has bytes for each of its numbers; a stride of 0 makes a large one of a few bytes."""
+    """Whether a tensor has bytes for each element; a stride of 0 makes a large one of a few bytes."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
         return False
     if tensor.device.type != "cpu" or tensor.is_quantized:
@@ -161,7 +163,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse a zip that unpacks to more than it is: torch packs nothing when it saves.
+    """Refuse a zip that unpacks to more than its size: torch compresses nothing when it saves.
 
     Raises:
         ModelFileError: something in it is compressed.
@@ -174,19 +176,12 @@ def _check_zip(path: Path) -> None:
 
 
 def open_weights(path: Path) -> WeightFile:
-    """The weights in a file, by its kind.
+    """Open a file of weights by its extension.
 
     Raises:
-        ModelFileError: one sentence on what is wrong with the file.
+        ModelFileError: what is wrong with the file.
     """
     return PickledFile(path) if path.suffix.lower() == ".ckpt" else SafetensorsFile(path)
-
-
-# Where each parameter of a component lies on disk: in a diffusers folder, or under its original name in a
-# single file.
-#
-# A `Source` says which tensor of which file, and what part of it. Loading reads through it, merging into a
-# base writes through it.
 
 
 _OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -199,7 +194,7 @@ class TensorSource:
     """One parameter on disk.
 
     Attributes:
-        file: the file that it lies in.
+        file: that it is in.
         key: the tensor's name there.
         third: which third of the tensor along its first axis, or None for all of it.
         transposed: whether the tensor is the parameter's transpose.
@@ -212,27 +207,27 @@ class TensorSource:
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         total = 1
         for side in self.file.shapes[self.key]:
             total *= side
         return total if self.third is None else total // THIRDS
 
     def read(self) -> torch.Tensor:
-        """The parameter, in the file's number format, shaped as in the file."""
+        """The parameter, in the dtype and shape of the file."""
         tensor = self.file.tensor(self.key)
         if self.third is not None:
             tensor = tensor.chunk(THIRDS)[self.third].clone()
         return tensor.t().contiguous() if self.transposed else tensor
 
     def sample(self) -> str:
-        """What tells the parameter from another, without reading all of it."""
+        """Identifies the parameter without reading all of it."""
         shape, sample = self.file.shapes[self.key], self.file.sample(self.key).hex()
         return f"{self.third} {self.transposed} {shape} {sample}"
 
 
 WeightLocator = Callable[[str], TensorSource | None]
-"""From a parameter's name in a component to its place, or None where the files lack it."""
+"""From a parameter's name in a component to its source, or None where the files lack it."""
 
 
 def unet_in_file(file: WeightFile, family: Family) -> WeightLocator:
@@ -275,10 +270,10 @@ def text_encoder_in_file(file: WeightFile, encoder: TextEncoder) -> WeightLocato
 
 
 def component_in_folder(folder: Path, part: str) -> WeightLocator:
-    """A component of a diffusers folder, whole or sharded.
+    """A component of a diffusers folder, in one file or sharded.
 
     Raises:
-        ModelFileError: there is no file of weights in the folder, or one is broken.
+        ModelFileError: the folder has no weights, or a file is broken.
     """
     files = [SafetensorsFile(path) for path in weight_paths(folder, part)]
 
