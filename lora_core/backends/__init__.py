@@ -1,1 +1,1 @@
-"""Implementations of the frozen layers that depend on torch internals."""
+"""Implementations of the frozen layers; the only place for private operators of torch."""

@@ -1,7 +1,7 @@
-"""Where frozen weights wait while the device does not need them: the computer's own memory, or a file.
+"""Offloaded weights: in RAM or in a file while the device does not need them.
 
-A graphics card fetches from page-locked memory beside its work; any other device computes in the memory that
-is short, so that a file is what is left. The weight that followed last time is fetched ahead.
+A card fetches from page-locked memory while it computes. Other devices compute in the memory that is short,
+so that only a file is left. The weight that followed last time is prefetched.
 """
 
 import errno
@@ -19,32 +19,32 @@ import torch
 from lora_core.model_files.sizes import OFFLOAD_BUFFERS
 
 SLAB = 2**28
-"""Bytes of page-locked memory that are taken at once."""
+"""Bytes of page-locked memory that are allocated at once."""
 ALIGNED = 512
-"""Bytes that a weight's place in a slab is a multiple of."""
+"""Alignment of a weight in a slab, in bytes."""
 
 
 class OffloadStore:
-    """Weights by number, fetched one ahead."""
+    """Weights by number, with one prefetched."""
 
     def __init__(self) -> None:
-        """Nothing is kept yet."""
+        """Start empty."""
         self._count = 0
         self._followed: dict[tuple[int, int], int] = {}
         self._last = (-1, -1)
         self._ahead: tuple[int, Any] | None = None
 
     def put(self, data: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Keep a tensor; returns what fetches it."""
+        """Keep a tensor; returns the function that fetches it."""
         self._store(data)
         self._count += 1
-        return functools.partial(self._fetched, self._count - 1)
+        return functools.partial(self._fetch, self._count - 1)
 
-    def _fetched(self, number: int) -> torch.Tensor:
+    def _fetch(self, number: int) -> torch.Tensor:
         ahead, self._ahead = self._ahead, None
         begun = ahead[1] if ahead is not None and ahead[0] == number else self._begin(number)
         tensor = self._finish(begun)
-        # Two in a row tell forward from backward, so that a pass follows the one of its kind.
+        # The last two tell a forward from a backward pass, so that each is predicted from one of its kind.
         before, last = self._last
         self._followed[before, last] = number
         self._last = (last, number)
@@ -64,39 +64,39 @@ class OffloadStore:
 
 
 class FileStore(OffloadStore):
-    """A nameless file, which goes with the process however it ends."""
+    """A file without a name, which vanishes with the process however it ends."""
 
     def __init__(self, device: torch.device, folder: Path) -> None:
-        """Keep a file on the drive of `folder`.
+        """Keep weights in a file on the drive of `folder`.
 
         Raises:
-            OSError: no file can be made there.
+            OSError: no file can be created there.
         """
         super().__init__()
         folder.mkdir(parents=True, exist_ok=True)
         self._device = device
         self._file = tempfile.TemporaryFile(dir=folder, prefix=".", suffix=".tmp", buffering=0)  # noqa: SIM115
-        self._places: list[tuple[int, torch.Size, torch.dtype]] = []
+        self._entries: list[tuple[int, torch.Size, torch.dtype]] = []
         self._end = 0
-        self._in_hand = threading.Lock()
+        self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1)
         weakref.finalize(self, self._file.close)
 
     def _store(self, data: torch.Tensor) -> None:
-        numbers = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        view = memoryview(numbers.data)
-        with self._in_hand:
+        values = data.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        view = memoryview(values.data)
+        with self._lock:
             self._file.seek(self._end)
             while view:
                 view = view[self._file.write(view) :]
-        self._places.append((self._end, data.shape, data.dtype))
-        self._end += numbers.nbytes
+        self._entries.append((self._end, data.shape, data.dtype))
+        self._end += values.nbytes
 
     def _read(self, number: int) -> torch.Tensor:
-        start, shape, dtype = self._places[number]
+        start, shape, dtype = self._entries[number]
         tensor = torch.empty(shape, dtype=dtype)
         view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        with self._in_hand:
+        with self._lock:
             self._file.seek(start)
             while view:
                 count = self._file.readinto(view)
@@ -142,7 +142,7 @@ class PinnedStore(OffloadStore):
         self._largest = max(self._largest, size)
 
     def _place(self, size: int) -> torch.Tensor:
-        """Bytes of a slab that has room; slabs are as large as a power of two, which torch rounds up to."""
+        """Bytes of a slab that has room; slabs are a power of two, to which torch rounds up."""
         for number, (slab, end) in enumerate(self._slabs):
             if end + size <= len(slab):
                 self._slabs[number] = (slab, end + size)
@@ -167,11 +167,11 @@ class PinnedStore(OffloadStore):
             tensor.copy_(kept, non_blocking=True)
             return turn, tensor, self._stream.record_event()
 
-    def _fetched(self, number: int) -> torch.Tensor:
+    def _fetch(self, number: int) -> torch.Tensor:
         if self._lent is not None:
-            # All that uses the weight fetched before is in the queue of the computing stream by now.
+            # By now all work that uses the weight fetched before is queued on the computing stream.
             self._used[self._lent] = torch.cuda.current_stream(self._device).record_event()
-        return super()._fetched(number)
+        return super()._fetch(number)
 
     def _finish(self, begun: Any) -> torch.Tensor:
         tensor: torch.Tensor
@@ -181,7 +181,7 @@ class PinnedStore(OffloadStore):
 
 
 def allocate_pinned(size: int) -> torch.Tensor:
-    """Bytes of the computer's memory, page-locked where the system allows it; otherwise copies are slower."""
+    """Bytes of RAM, page-locked where the system allows it; otherwise copies are slower."""
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:
@@ -190,5 +190,5 @@ def allocate_pinned(size: int) -> torch.Tensor:
 
 
 def offload_store_for(device: torch.device, folder: Path) -> OffloadStore:
-    """The depot that a device has use for; a file lies on the drive of `folder`."""
+    """The store that suits a device; a file is created on the drive of `folder`."""
     return PinnedStore(device) if device.type == "cuda" else FileStore(device, folder)

@@ -34,11 +34,11 @@ TESTED_TORCH = (2, 8), (2, 13)
 """The first and the last minor version of torch whose private operators were tested; see pyproject.toml."""
 TILE, STEP = 4, 2
 AT_ONCE = 128
-"""So many tiles are worked at together: more fall out of the processor's cache between two passes."""
+"""Tiles that are processed together: more fall out of the CPU's cache between two passes."""
 LEAST = 16
-"""With fewer tiles, reading the transformed kernel, 16 / 9 as large, takes longer than it saves."""
+"""With fewer tiles, reading the transformed kernel, which is 16 / 9 as large, takes longer than it saves."""
 GROWTH = 16 / 9
-"""Size of a transformed kernel, as a multiple of the kernel's."""
+"""Size of a transformed kernel relative to the kernel's."""
 _TILE = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
 _KERNEL = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 _BACK = torch.tensor([[1.0, 1, 1, 0], [0, 1, -1, -1]])
@@ -46,26 +46,26 @@ _BOTH, _BOTH_BACK = torch.kron(_TILE, _TILE), torch.kron(_BACK, _BACK)
 
 
 def winograd_fits(layer: nn.Conv2d) -> bool:
-    """Whether a convolution is of the kind: fp32 on a processor, 3 x 3, of the same size before and after."""
+    """Whether a convolution can use it: fp32 on a CPU, 3 x 3, input and output of the same size."""
     same = layer.kernel_size == (3, 3) and layer.padding in (1, (1, 1)) and layer.groups == 1
     plain = set(layer.stride) == {1} and set(layer.dilation) == {1} and layer.padding_mode == "zeros"
     return same and plain and layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
 
 
 def winograd_pays(shape: torch.Size) -> bool:
-    """Whether pictures (B, C, h, w) are even, and enough."""
+    """Whether the sides of images (B, C, h, w) are even, and there are enough tiles."""
     count, _, height, width = shape
     return height % STEP == width % STEP == 0 and count * height * width >= LEAST * STEP * STEP
 
 
 def transform_kernel(weight: torch.Tensor) -> torch.Tensor:
-    """A kernel (out, in, 3, 3) transformed, (16, out, in)."""
+    """Transform a kernel (out, in, 3, 3) to (16, out, in)."""
     half = torch.einsum("ij,ocjk->iock", _KERNEL, weight)
     return torch.einsum("iock,lk->iloc", half, _KERNEL).reshape(TILE * TILE, *weight.shape[:2]).contiguous()
 
 
 def winograd_conv2d(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(B, in, h, w) to (B, out, h, w), h and w even, without autograd; zeros around.
+    """(B, in, h, w) to (B, out, h, w), h and w even, without autograd; padded with zeros.
 
     Args:
         x: the pictures.
@@ -78,10 +78,12 @@ def winograd_conv2d(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | 
     rows, columns = height // STEP, width // STEP
     together, band = max(1, AT_ONCE // (rows * columns)), max(1, AT_ONCE // columns)
     for first in range(0, count, together):
-        pictures = slice(first, first + together)
+        rows_of_batch = slice(first, first + together)
         for top in range(0, rows, band):
             start, end = top * STEP, min(top + band, rows) * STEP
-            _convolve(padded[pictures, :, start : end + TILE - STEP], kernel, y[pictures, :, start:end])
+            _convolve(
+                padded[rows_of_batch, :, start : end + TILE - STEP], kernel, y[rows_of_batch, :, start:end]
+            )
     return y if bias is None else y.add_(bias[:, None, None])
 
 
@@ -97,17 +99,17 @@ def _convolve(padded: torch.Tensor, kernel: torch.Tensor, y: torch.Tensor) -> No
 
 FORMATS = (torch.float32, torch.bfloat16)
 PLAIN, DIRECT, WINOGRAD = "plain", "direct", "winograd"
-"""How the weights of a run are laid out: not at all; as oneDNN wants them; the same, and kernels of 3 as
-`winograd` wants them, which is faster in fp32 and takes more memory."""
+"""How the weights of a run are laid out: not at all; for oneDNN; for oneDNN, and 3 x 3 kernels for Winograd,
+which is faster in fp32 and takes more memory."""
 SMALLEST_LINEAR, SMALLEST_CONVOLUTION, SMALLEST_WINOGRAD = 2**16, 2**20, 2**19
-"""Numbers in a weight from which on it pays; one Zen 4 core (the last: one core of an Intel Xeon), batches of
-1 to 8 and sides of 4 to 64. Convolutions with kernels of 1 stay as they are: for them a layout chosen for one
-size takes up to 150 times as long with another."""
+"""Elements of a weight from which on it pays; measured on one Zen 4 core (the last: one core of an Intel Xeon),
+batches of 1 to 8 and sides of 4 to 64. Convolutions with kernels of 1 stay plain: a layout chosen for one size
+takes up to 150 times as long with another."""
 SIDE = 8
-"""Side of the picture that a convolution's layout is chosen for. Used with sides of 4 to 64 it was as fast as
-their own; one chosen for 16, or for none in particular, took 25 times as long for some widths."""
+"""Side of the image that a convolution's layout is chosen for. With sides of 4 to 64 it was as fast as their own
+layouts; one chosen for 16, or for none in particular, took 25 times as long for some widths."""
 NOTHING_AFTER: tuple[Any, ...] = ("none", [], "")
-"""oneDNN can follow a product by another operation; these layers have none."""
+"""oneDNN can fuse another operation behind a product; these layers have none."""
 
 
 class OneDnnLinear(FrozenModule, nn.Linear):
@@ -259,7 +261,7 @@ def choose_layout(modules: Iterable[nn.Module]) -> str:
 
 
 def _size(layer: Any, layout: str) -> float:
-    """Bytes that a layer's layouts take."""
+    """Bytes of a layer's layouts."""
     kind = _kind(layer, layout)
     if kind is None:
         return 0.0
@@ -268,7 +270,7 @@ def _size(layer: Any, layout: str) -> float:
 
 
 def prepack(module: nn.Module, layout: str) -> None:
-    """Lay out all frozen layers of a module that can be, those inside adapted layers too."""
+    """Lay out all suitable frozen layers of a module, those inside adapted layers too."""
     if layout == PLAIN or not is_available():
         return
     for path, layer in list(module.named_modules()):
@@ -287,19 +289,19 @@ def undo_prepack(module: nn.Module) -> None:
 
 
 def layout_of(module: nn.Module) -> str:
-    """How its weights are laid out."""
+    """How the weights of a module are laid out."""
     found = [layer for layer in module.modules() if isinstance(layer, OneDnnLinear | OneDnnConv2d)]
     by_winograd = any(isinstance(layer, OneDnnConv2d) and layer.by_winograd for layer in found)
     return WINOGRAD if by_winograd else DIRECT if found else PLAIN
 
 
 def is_prepacked(module: nn.Module) -> bool:
-    """Whether any layer is."""
+    """Whether any layer of a module is laid out."""
     return layout_of(module) != PLAIN
 
 
 def _kind(layer: Any, layout: str) -> Any:
-    """What a layer becomes, or None."""
+    """The class that replaces a layer, or None."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.requires_grad or weight.dtype not in FORMATS:
         return None

@@ -1,4 +1,4 @@
-"""Which device and which number format: what the machine has, and what a setting chose."""
+"""Devices, dtypes and memory: what the machine has, and what the settings choose from it."""
 
 import contextlib
 import ctypes
@@ -25,23 +25,23 @@ LARGEST = 2**31 - 1
 VOLTA, TURING = (7, 0), (7, 5)
 """Compute capabilities."""
 SPARE = 300 * 2**20
-"""Bytes of a card that this program leaves free."""
+"""Bytes of a card that this process leaves free."""
 WORTH_IT = 0.7
-"""The largest share of fp32's time that bf16's lost digits are worth."""
+"""bf16 is taken where it needs at most this share of fp32's time."""
 
 
 _device: list[torch.device] = []
-"""What `use_device` chose for this process; empty: the best one."""
+"""Set by `use_device`; empty: the best one."""
 
 
 def use_device(name: str) -> torch.device:
-    """Have this process compute on the device that `train.device` names, from now on.
+    """Compute on the device that `train.device` names, from now on.
 
     Args:
         name: auto, cpu, mps, xpu, cuda, or cuda:N and xpu:N with a card's number.
 
     Raises:
-        ConfigError: it is not there, or accelerate gives each of several processes its own.
+        ConfigError: there is no such device, or accelerate gives each of several processes its own.
     """
     _device.clear()
     if name == AUTO:
@@ -63,7 +63,7 @@ def use_device(name: str) -> torch.device:
             f"train.device = {name} is not there; PyTorch sees {listed}.{hides} Choose one of these, or auto."
         )
     if device.type == "cuda":
-        # "cuda" without a number, which a plan holds, means this one from now on.
+        # A plan stores "cuda" without a number, which means this one from now on.
         torch.cuda.set_device(device if device.index is not None else best_card())
         device = torch.device("cuda", torch.cuda.current_device())
     elif device.type == "xpu" and device.index is not None:
@@ -73,7 +73,7 @@ def use_device(name: str) -> torch.device:
 
 
 def best_device() -> torch.device:
-    """What `use_device` chose, else the GPU if there is one that this PyTorch has code for, else the CPU."""
+    """The device of `use_device`, else a GPU that this PyTorch has code for, else the CPU."""
     if _device:
         return _device[0]
     device = PartialState().device
@@ -87,7 +87,7 @@ def best_device() -> torch.device:
 
 
 def best_card() -> int:
-    """The number of the newest CUDA device; of several like it, of the one with the most memory."""
+    """The index of the newest CUDA device; of several alike, of the one with the most memory."""
 
     def rank(number: int) -> tuple[bool, tuple[int, int], int]:
         total = torch.cuda.get_device_properties(number).total_memory
@@ -97,7 +97,7 @@ def best_card() -> int:
 
 
 def has_code(number: int) -> bool:
-    """Whether this PyTorch has kernels for a CUDA device: for its generation, or a form to compile for it."""
+    """Whether this PyTorch has kernels for a CUDA device, or PTX to compile for it."""
     if torch.version.cuda is None:
         return True
     mine = torch.cuda.get_device_capability(number)
@@ -106,7 +106,7 @@ def has_code(number: int) -> bool:
         digits = digits.rstrip("af")
         if digits.isdigit():
             theirs = int(digits[:-1]), int(digits[-1])
-            # Kernels serve later minor versions, those for "sm_90a" none but 9.0; "compute" serves all later.
+            # Kernels run on later minor versions, except for "sm_90a"; "compute" (PTX) on all later ones.
             same = theirs[0] == mine[0] and not arch.endswith("a")
             if theirs == mine or (theirs <= mine and (same or kind == "compute")):
                 return True
@@ -114,7 +114,7 @@ def has_code(number: int) -> bool:
 
 
 def build_of_torch() -> str:
-    """What this PyTorch was built for: "CUDA 13.0", "ROCm 6.4", "XPU", "Metal" or "CPU"."""
+    """The build of PyTorch: "CUDA 13.0", "ROCm 6.4", "XPU", "Metal" or "CPU"."""
     if torch.version.cuda:
         return f"CUDA {torch.version.cuda}"
     if torch.version.hip:
@@ -125,10 +125,10 @@ def build_of_torch() -> str:
 
 
 def devices() -> list[dict[str, Any]]:
-    """All devices that PyTorch sees, by the names of `train.device`; the processor is the first.
+    """All devices that PyTorch sees, by the names of `train.device`, the CPU first.
 
-    Each has `device`, `name`, `capability` ("8.6", "" where there is none), and `usable`, false for a card
-    that this PyTorch has no code for.
+    Each has `device`, `name`, `capability` ("8.6", or ""), and `usable`, false for a card that this PyTorch
+    has no code for.
     """
     found = [("cpu", "", "", True)]
     if torch.backends.mps.is_available():
@@ -143,9 +143,9 @@ def devices() -> list[dict[str, Any]]:
 
 
 def free_memory(name: str) -> tuple[int, int] | None:
-    """Free bytes and all bytes of a CUDA device, by the name that `devices` has; None where it cannot tell.
+    """Free and total bytes of a CUDA device, by its name in `devices`; None for other devices.
 
-    Takes some hundred MB of the card for as long as this process lives.
+    Takes some hundred MB of the card until this process ends.
     """
     if not name.startswith("cuda"):
         return None
@@ -157,8 +157,8 @@ def free_memory(name: str) -> tuple[int, int] | None:
 
 
 def describe_torch() -> dict[str, str]:
-    """What PyTorch is and computes on: `device` (its kind), `torch`, `build`, `capability` of the card, and
-    `lacks_code`, the capability of a card that it has no kernels for."""
+    """`device` (its type), `torch` (version), `build`, `capability` of the card, and `lacks_code`, the
+    capability of a card that PyTorch has no kernels for."""
     device = best_device()
     cards = {one["device"]: one for one in devices() if one["device"].startswith("cuda")}
     mine = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" else ""
@@ -172,8 +172,8 @@ def describe_torch() -> dict[str, str]:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes of a card that this process can still allocate, less `SPARE` for the driver and the desktop; None
-    where the device does not tell."""
+    """Bytes of a card that this process can still allocate, less `SPARE` for the driver and the desktop;
+    None for other devices."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -182,10 +182,10 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def cap_memory(device: torch.device) -> int:
-    """Keep this process within the card's memory that no other process holds, less `SPARE`.
+    """Limit this process to the card's memory that no other process holds, less `SPARE`.
 
-    Beyond it the allocator raises, which the memory fallbacks handle. Without a cap, the driver of Windows
-    moves memory to the computer's own instead, and steps take many times as long without an error.
+    Beyond it the allocator raises, which the memory fallbacks handle. Without a cap, the Windows driver moves
+    memory to RAM instead, and steps take many times as long without an error.
 
     Returns:
         The cap in bytes, 0 where the device has none.
@@ -200,11 +200,11 @@ def cap_memory(device: torch.device) -> int:
 
 
 def compute_deterministically(device: torch.device) -> None:
-    """Have a CUDA device compute the same bits each time, for the rest of the process.
+    """Make a CUDA device compute the same bits each time, for the rest of the process.
 
-    Call it before the first kernel. Strict mode is what makes the backward passes of flash and
-    memory-efficient attention deterministic; `warn_only` would not. cuDNN's attention has no such mode. On
-    other devices nothing is done.
+    Call it before the first kernel. Strict mode makes the backward passes of flash and memory-efficient
+    attention deterministic; `warn_only` does not. cuDNN's attention has no such mode. No effect on other
+    devices.
     """
     if device.type != "cuda":
         return
@@ -212,14 +212,14 @@ def compute_deterministically(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Filling each new tensor costs a kernel, and no result depends on what an empty tensor held.
+    # Filling each new tensor costs a kernel, and no result depends on the contents of an empty tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """The number format that `precision` ("auto", "fp32", "bf16", "fp16") means on `device`.
+    """The dtype that `precision` ("auto", "fp32", "bf16", "fp16") means on `device`.
 
-    "auto" asks what the hardware can do and measures nothing, so that two runs on one machine never differ.
+    "auto" follows from the hardware and measures nothing, so that two runs on one machine never differ.
     """
     if precision != "auto":
         return PRECISIONS[precision]
@@ -231,10 +231,10 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
-    """Whether an NVIDIA card multiplies fp16 in tensor cores: Volta and later, but for the small Turings.
+    """Whether an NVIDIA card multiplies fp16 in tensor cores: Volta and later, except the small Turings.
 
     Pascal and older compute fp16 at a fraction of fp32's rate. GTX 16xx and its siblings (MX450, T500 to
-    T2000) report Turing's 7.5 and have none; their fp16 convolutions are known for NaN.
+    T2000) report Turing's 7.5 and have none; their fp16 convolutions are known to return NaN.
     """
     capability = torch.cuda.get_device_capability(device)
     if capability == TURING:
@@ -243,7 +243,7 @@ def _has_tensor_cores(device: torch.device) -> bool:
 
 
 def without_tf32() -> contextlib.AbstractContextManager[None]:
-    """Convolutions in fp32 proper: cuDNN takes TF32, with 10 bits of mantissa, unless told otherwise."""
+    """Convolutions in full fp32: by default cuDNN uses TF32, with 10 bits of mantissa."""
     cudnn = torch.backends.cudnn
     return cudnn.flags(
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
@@ -253,8 +253,8 @@ def without_tf32() -> contextlib.AbstractContextManager[None]:
 def bf16_is_faster() -> bool:
     """Whether this processor multiplies matrices in bf16 in well under the time of fp32.
 
-    Some have instructions for it and take a half or less, others take longer than in fp32. The two are timed,
-    in a tenth of a second; they lie so far apart that the answer is always the same.
+    Processors with instructions for it take half the time or less, others longer than in fp32. Both are
+    timed in a tenth of a second; they are so far apart that the answer is always the same.
     """
     if not supports_bf16():
         return False
@@ -263,7 +263,7 @@ def bf16_is_faster() -> bool:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """The fastest of some products of the size of a transformer's."""
+    """The fastest of some matrix products of a transformer's size."""
     rows, weight = torch.ones(512, 1280, dtype=dtype), torch.ones(1280, 1280, dtype=dtype)
     best = math.inf
     for _ in range(8):
@@ -274,10 +274,10 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def to_device(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors of one dtype in the processor's memory, on `device`.
+    """Copy tensors of one dtype from the CPU to `device`.
 
-    A card gets them in one asynchronous copy from pinned memory: a copy from other memory makes the
-    processor wait. The results share memory there.
+    A card gets them in one asynchronous copy from pinned memory: other copies make the CPU wait. The results
+    share memory there.
     """
     if device.type != "cuda":
         return tuple(tensor.to(device) for tensor in tensors)
@@ -287,10 +287,10 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tenso
 
 
 def keep_freed_memory() -> None:
-    """Have the allocator of Linux keep large blocks that are freed, for the next one that asks for them.
+    """Have glibc keep large freed blocks for the next allocation.
 
-    It gives each back to the system otherwise, and every step touches its pages anew: 12% of a step of SD 1.5
-    on a processor. The dearest thresholds that glibc takes; elsewhere nothing is done.
+    By default it returns each to the system, and every step touches its pages anew: 12% of a step of SD 1.5
+    on a CPU. Sets the largest thresholds that glibc accepts; no effect elsewhere.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -301,7 +301,7 @@ def keep_freed_memory() -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, of whichever kind."""
+    """Whether an error means that an allocation failed, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if not isinstance(error, RuntimeError):
@@ -310,13 +310,13 @@ def out_of_memory(error: BaseException) -> bool:
         word in str(error) for word in ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
     ):
         return True
-    # What oneDNN says when its allocation fails; without a limit it would mean something else.
+    # oneDNN's message when its allocation fails; without a limit it means something else.
     return "could not create a primitive" in str(error) and limited(torch.device("cpu"))
 
 
 def release_failed(error: BaseException | None, device: torch.device) -> None:
-    """Let go of what the frames of a failure hold, and of the allocator's cache. The error loses its
-    traceback: a cleared frame still refers to its function, and a closure to what it encloses."""
+    """Free what the frames of a failure hold, and the allocator's cache. The error loses its traceback: a
+    cleared frame still refers to its function, and a closure to what it encloses."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
@@ -329,10 +329,10 @@ def release_failed(error: BaseException | None, device: torch.device) -> None:
 
 
 def limited(device: torch.device) -> bool:
-    """Whether running out of memory would be an error here that can be caught.
+    """Whether running out of memory raises an error here.
 
-    A processor's memory gives way to the disk, and then to the system's end of the process, without one;
-    only a limit on the address space makes an error of it.
+    A CPU's memory is swapped to disk, and then the system kills the process, without an error; only a limit
+    on the address space raises one.
     """
     if device.type != "cpu":
         return True
@@ -344,5 +344,5 @@ def limited(device: torch.device) -> bool:
 
 
 def memory_of(device: torch.device) -> str:
-    """What people call the memory that computing on `device` takes."""
+    """The memory of `device` in messages."""
     return "memory" if device.type in ("cpu", "mps") else "graphics memory"

@@ -46,11 +46,11 @@ def decode_latents(base: BaseModel, latents: torch.Tensor) -> torch.Tensor:
     little."""
     with torch.no_grad():
         unscaled = latents.to(base.vae.device, base.vae.dtype) / _scale(base) + _shift(base)
-        pixels = _decoded(base, unscaled)
+        pixels = _decode(base, unscaled)
     return (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 
-def _decoded(base: BaseModel, unscaled: torch.Tensor) -> torch.Tensor:
+def _decode(base: BaseModel, unscaled: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1], in one piece or in the largest tiles that fit."""
     vae: Any = base.vae
     while True:
@@ -111,8 +111,7 @@ def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, toke
         base: the base model.
         captions: B texts.
         clip_skip: which layer, counted from the last. Families conditioned on the last one apply the final
-            layer
-            norm; those conditioned on the penultimate, number 2, do not, and never take a later one.
+            layer norm; those conditioned on the penultimate, number 2, do not, and never take a later one.
         tokens: 75, 150 or 225: one, two or three chunks, joined along T.
     """
     chunks = max(1, round(tokens / CHUNK))
@@ -122,7 +121,7 @@ def encode_prompt(base: BaseModel, captions: list[str], clip_skip: int = 1, toke
             [token_chunks(base.tokenizers[encoder.part], caption, chunks) for caption in captions]
         )
         with base.on_device(encoder.part):
-            hidden, projected = _encoded(
+            hidden, projected = _hidden_states(
                 base.text_encoders[encoder.part], encoder, ids.to(base.device), clip_skip
             )
         contexts.append(hidden)
@@ -145,7 +144,7 @@ def as_negative_prompt(base: BaseModel, words: str, embeds: PromptEmbeds) -> Pro
     return PromptEmbeds(torch.zeros_like(embeds.context), pooled)
 
 
-def _encoded(
+def _hidden_states(
     module: Any, encoder: TextEncoder, ids: torch.Tensor, clip_skip: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Hidden states (B, T, D) of the chosen layer, and the pooled projection (B, P) or None."""
