@@ -100,7 +100,7 @@ PLAIN, DIRECT, WINOGRAD = "plain", "direct", "winograd"
 """How the weights of a run are laid out: not at all; for oneDNN; for oneDNN, and 3 x 3 kernels for Winograd,
 which is faster in fp32 and takes more memory."""
 SMALLEST_LINEAR, SMALLEST_CONVOLUTION, SMALLEST_WINOGRAD = 2**16, 2**20, 2**19
-"""Elements of a weight from which on it pays; measured on one Zen 4 core (the last: an Intel Xeon), batches of
+"""Elements of a weight from which on it pays; measured on a Zen 4 core (the last: an Intel Xeon), batches of
 1 to 8 and sides of 4 to 64. Convolutions with kernels of 1 stay plain: a layout chosen for one size takes up
 to 150 times as long with another."""
 SIDE = 8
