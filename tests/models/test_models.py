@@ -105,7 +105,7 @@ def test_noise_and_target_are_those_of_diffusers(prediction, zero_snr):
     latents, noise = torch.randn(2, 3, 4, 8, 8)
     timesteps = torch.tensor([0, 500, 999])
     torch.testing.assert_close(
-        schedule.noisy_latents(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps)
+        schedule.add_noise(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps)
     )
     theirs = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
     torch.testing.assert_close(schedule.target(latents, noise, timesteps), theirs)
