@@ -21,7 +21,7 @@ from app.train.form import Plan
 from app.train.probing import BYTES_A_NUMBER, Prober
 from app.train.queue_client import QueueClient
 from app.worker_client import CARDS, MemoryYieldPolicy, WorkerClient
-from lora_core.model_files.detect import chosen_base
+from lora_core.model_files.detect import lookup_base
 from lora_core.projects.workspace import Projects, adopt, belongs_to
 from lora_core.runs.costs import parameters_of
 from lora_core.runs.progress import Progress
@@ -149,7 +149,7 @@ class AppState:
         if card is None or not live.progress.stepping:
             return f"Waiting for the graphics card. {until}"
         free, base = card.total - card.used, str(request.get("base", ""))
-        numbers = parameters_of(chosen_base(base)) if base else None
+        numbers = parameters_of(lookup_base(base)) if base else None
         if numbers is None:
             return f"Waiting for the graphics card. {until}"
         needed = numbers * BYTES_A_NUMBER + BESIDE_BASE

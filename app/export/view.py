@@ -17,7 +17,7 @@ from app.jobs import RunView
 from app.preview.request_form import checkpoint_choices
 from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import LoraError, RunError
-from lora_core.model_files.detect import chosen_base
+from lora_core.model_files.detect import lookup_base
 from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
 from lora_core.system.other_tools import CopiedFile, copy_export
@@ -195,7 +195,7 @@ def write_export(
 def _portable(run_view: RunView) -> bool:
     """Whether other tools have the base that a run was trained on."""
     config = run_view.config()
-    family = chosen_base(config.model.base).family if config else None
+    family = lookup_base(config.model.base).family if config else None
     return family is None or family.portable
 
 

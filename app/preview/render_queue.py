@@ -21,7 +21,7 @@ from lora_core.generate.request import (
     grid_settings,
     make_axis,
 )
-from lora_core.model_files.detect import chosen_base
+from lora_core.model_files.detect import lookup_base
 from lora_core.runs.storage import move_to_trash
 from lora_core.settings.choices import SAMPLERS
 from lora_core.system.untrusted import check_fields, parse_json
@@ -127,7 +127,7 @@ def sheet_info(grid: GridState) -> str:
 
 def _resolve_rescale(shot: GenerationRequest) -> float:
     """CFG rescale as it was drawn with."""
-    facts = chosen_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
+    facts = lookup_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
     return facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0
 
 

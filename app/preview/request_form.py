@@ -16,7 +16,7 @@ from app.preview.render_queue import STRIP
 from app.state import Snapshot
 from lora_core.errors import ConfigError
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, parse_cfg_rescale
-from lora_core.model_files.detect import Base, chosen_base
+from lora_core.model_files.detect import Base, lookup_base
 from lora_core.projects.project import Project
 from lora_core.settings.choices import SAMPLERS
 from lora_core.settings.config import RunConfig
@@ -227,7 +227,7 @@ def settings_for(snapshot: Snapshot, loras: list[WeightedLora]) -> RunConfig:
 def base_for(snapshot: Snapshot, loras: list[WeightedLora]) -> Base:
     """The base that pictures with these LoRAs are drawn with."""
     model = settings_for(snapshot, loras).model
-    return chosen_base(model.base, model.prediction, model.zero_terminal_snr)
+    return lookup_base(model.base, model.prediction, model.zero_terminal_snr)
 
 
 def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[WeightedLora]) -> GenerationRequest:

@@ -20,7 +20,7 @@ from app.train.form import (
     standing_values,
     widget,
 )
-from lora_core.model_files.detect import EMBEDDED, chosen_base
+from lora_core.model_files.detect import EMBEDDED, lookup_base
 from lora_core.projects.project import DEMO
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
@@ -162,10 +162,10 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
     """
     draft = app_state.project.draft()
     goal, level = choice(draft)
-    before = chosen_base(_fitted(draft))
+    before = lookup_base(_fitted(draft))
     name = str(values["model.base"] or "").strip().strip('"') or EMBEDDED
     values = {**values, "model.base": name}
-    new = chosen_base(name)
+    new = lookup_base(name)
     if new.problem and (added := _added_folder(app_state, Path(name).expanduser())):
         return added, level, {**values, "model.base": before.name or EMBEDDED}
     if new.facts is None:

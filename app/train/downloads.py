@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_core.errors import LoraError, RunError
-from lora_core.model_files.detect import forget_bases
+from lora_core.model_files.detect import clear_base_cache
 from lora_core.model_files.hub import Download, DownloadCancelled, download, find_download
 
 
@@ -113,7 +113,7 @@ class Downloads:
         except LoraError as error:
             offer.problem, offer.state = str(error), "offered"
         else:
-            forget_bases()
+            clear_base_cache()
             self.finished(offer.repo)
             self.arrived += 1
             offer.state = "done"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from lora_core.errors import ConfigError
-from lora_core.model_files.detect import EMBEDDED, Base, chosen_base
+from lora_core.model_files.detect import EMBEDDED, Base, lookup_base
 from lora_core.model_files.families import Family
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.projects.project import DEMO, Project
@@ -57,7 +57,7 @@ def base_of(values: dict[str, Any]) -> Base:
     """The base that the form's values name."""
     name = values.get("model.base") or EMBEDDED
     by_hand = (str(values.get(key) or "auto") for key in ("model.prediction", "model.zero_terminal_snr"))
-    return chosen_base(str(name), *by_hand)
+    return lookup_base(str(name), *by_hand)
 
 
 def widget_values(project: Project) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.errors import RunError
-from lora_core.model_files.detect import Base, chosen_base
+from lora_core.model_files.detect import Base, lookup_base
 from lora_core.runs.costs import (
     StepCost,
     cost_key,
@@ -107,7 +107,7 @@ class Prober:
 
     def gentle(self, config: RunConfig) -> bool:
         """Whether measuring disturbs nobody: a small base or room on the card, and a worker that rests."""
-        base, worker = chosen_base(config.model.base), self._worker
+        base, worker = lookup_base(config.model.base), self._worker
         if base.facts is None or not self._hardware.known or not (base.embedded or self._has_room(base)):
             return False
         asked = [one for one in (*worker.waiting, worker.in_hand) if one not in (None, self._reply)]
@@ -124,7 +124,7 @@ class Prober:
         Raises:
             RunError: something else is going on, or the base cannot be used.
         """
-        base, busy = chosen_base(config.model.base), self._occupied()
+        base, busy = lookup_base(config.model.base), self._occupied()
         if base.facts is None or busy:
             raise RunError(busy or base.problem)
         with self._lock:

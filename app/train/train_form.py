@@ -26,7 +26,7 @@ from app.train.form import (
     widget,
     widget_values,
 )
-from lora_core.model_files.detect import EMBEDDED, chosen_base
+from lora_core.model_files.detect import EMBEDDED, lookup_base
 from lora_core.model_files.starting_settings import GOALS, LEVELS
 from lora_core.settings.config import help_of, label_of
 
@@ -107,7 +107,7 @@ class TrainForm:
             return list(values)
 
         def preset_chosen(base: str, goal: str, level: str) -> list[Any]:
-            family = chosen_base(str(base or EMBEDDED)).family
+            family = lookup_base(str(base or EMBEDDED)).family
             values = dict(zip(FORM, form_values(preset_config(goal, level, family)), strict=True))
             values["model.base"] = base
             project.keep(goal=goal, level=level, values=values, fitted=None)

@@ -22,7 +22,7 @@ from lora_core.cli import (
 )
 from lora_core.cli.progress import EventPrinter
 from lora_core.errors import ModelFileError
-from lora_core.model_files.detect import base_facts
+from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.events import EventWriter, Stopped
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.runs.notifications import notify_end
@@ -228,7 +228,7 @@ def _begun(config: RunConfig, place: Path, expected: dict[str, Any]) -> RunFolde
     say(f"Run {run.name} in {run.path}")
     with contextlib.suppress(ModelFileError):  # the run says it
         model = config.model
-        say(f"Base: {base_facts(model.base, model.prediction, model.zero_terminal_snr).sentence}")
+        say(f"Base: {read_base_facts(model.base, model.prediction, model.zero_terminal_snr).sentence}")
     for line in forecast_lines(expected):
         say(line)
     for problem in expected["problems"]:

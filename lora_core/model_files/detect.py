@@ -47,7 +47,7 @@ class BaseFacts:
         resolution: the side in pixels that it was trained at.
         multiple: what sides of pictures must be divisible by, in pixels.
         scheduler: its noise schedule and prediction type, as a diffusers scheduler config.
-        told_by: what says how it predicts, for people.
+        prediction_source: what says how it predicts, for people.
     """
 
     name: str
@@ -56,7 +56,7 @@ class BaseFacts:
     resolution: int
     multiple: int
     scheduler: dict[str, Any] = field(default_factory=dict)
-    told_by: str = ""
+    prediction_source: str = ""
 
     @property
     def single_file(self) -> bool:
@@ -66,7 +66,7 @@ class BaseFacts:
     @property
     def guessed(self) -> bool:
         """Whether nothing says how it predicts, so that a person may have to."""
-        return self.told_by == GUESS
+        return self.prediction_source == GUESS
 
     @property
     def prediction(self) -> str:
@@ -110,7 +110,7 @@ class BaseFacts:
             return "A .ckpt file; what kind of base it is shows when the run starts."
         predicts = "velocity" if self.prediction == "v_prediction" else "noise"
         snr = ", zero terminal SNR" if self.zero_terminal_snr else ""
-        told = f" ({self.told_by})" if self.told_by else ""
+        told = f" ({self.prediction_source})" if self.prediction_source else ""
         return f"{self.family.title}, trained at {self.resolution} px, predicts {predicts}{told}{snr}."
 
 
@@ -242,7 +242,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
+def read_base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
     """What is known of the base that a person named.
 
     Args:
@@ -259,10 +259,10 @@ def base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto") -> B
     if path.suffix.lower() == ".ckpt":
         return BaseFacts(name, path, None, 512, 64)
     header = read_header(path, ModelFileError)
-    return single_file_facts(name, path, header, prediction, zero_snr)
+    return read_single_file_facts(name, path, header, prediction, zero_snr)
 
 
-def single_file_facts(
+def read_single_file_facts(
     name: str, path: Path, header: Header, prediction: str = "auto", zero_snr: str = "auto"
 ) -> BaseFacts:
     """What a single file is, from the names and shapes of its tensors.
@@ -280,13 +280,13 @@ def single_file_facts(
             " model."
         )
     family_of_context_width(width)
-    scheduler, told_by = _single_file_scheduler(path, header, width)
-    told_by = _set_by_hand(path, scheduler, told_by, prediction, zero_snr)
+    scheduler, prediction_source = _single_file_scheduler(path, header, width)
+    prediction_source = _set_by_hand(path, scheduler, prediction_source, prediction, zero_snr)
     family = family_of_context_width(width, scheduler["prediction_type"])
     if not family.configs:
         raise ModelFileError(f"{path} is for the {family.title.lower()}, which is only used as a folder.")
     multiple = VAE_SCALE_FACTOR * 2 ** (len(family.attention_levels) - 1)
-    return BaseFacts(name, path, family, family.resolution, multiple, scheduler, told_by)
+    return BaseFacts(name, path, family, family.resolution, multiple, scheduler, prediction_source)
 
 
 def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict[str, Any], str]:
@@ -315,7 +315,7 @@ def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict
     return scheduler, GUESS
 
 
-def _set_by_hand(path: Path, scheduler: dict[str, Any], told_by: str, prediction: str, zero_snr: str) -> str:
+def _set_by_hand(path: Path, scheduler: dict[str, Any], source: str, prediction: str, zero_snr: str) -> str:
     """Put what was set in place of what the files say; returns what says how the base predicts.
 
     Raises:
@@ -323,7 +323,7 @@ def _set_by_hand(path: Path, scheduler: dict[str, Any], told_by: str, prediction
             a timestep without a signal (Lin et al. 2023, section 3.1).
     """
     if prediction != "auto":
-        scheduler["prediction_type"], told_by = prediction, "as set"
+        scheduler["prediction_type"], source = prediction, "as set"
     if zero_snr == "on":
         if scheduler["prediction_type"] != "v_prediction":
             raise ModelFileError(
@@ -333,7 +333,7 @@ def _set_by_hand(path: Path, scheduler: dict[str, Any], told_by: str, prediction
         scheduler |= _ZERO_SNR
     elif zero_snr == "off":
         scheduler["rescale_betas_zero_snr"] = False
-    return told_by
+    return source
 
 
 def _config_beside(path: Path) -> tuple[dict[str, Any], str]:
@@ -364,9 +364,9 @@ def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> Base
     rows = [family for family in FAMILIES.values() if family.context_width == width]
     # A config of a time before there was a choice says nothing, and means noise; where a width has two rows,
     # it may mean either.
-    told_by = GUESS if "prediction_type" not in scheduler and len(rows) > 1 else ""
+    prediction_source = GUESS if "prediction_type" not in scheduler and len(rows) > 1 else ""
     scheduler.setdefault("prediction_type", family_of_context_width(width).prediction)
-    told_by = _set_by_hand(path, scheduler, told_by, prediction, zero_snr)
+    prediction_source = _set_by_hand(path, scheduler, prediction_source, prediction, zero_snr)
     family = family_of_context_width(width, scheduler["prediction_type"])
     pixels = 2 ** (_count(path, vae, "vae") - 1)
     size = unet.get("sample_size")
@@ -377,7 +377,7 @@ def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> Base
         resolution=size * pixels if isinstance(size, int) else family.resolution,
         multiple=pixels * 2 ** (_count(path, unet, "unet") - 1),
         scheduler=scheduler,
-        told_by=told_by,
+        prediction_source=prediction_source,
     )
 
 
@@ -477,7 +477,7 @@ class Base:
         return self.facts.sentence if self.facts else self.problem
 
 
-def chosen_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> Base:
+def lookup_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> Base:
     """What is known of the base that a person named.
 
     Args:
@@ -500,11 +500,11 @@ def _changed_at(name: str) -> tuple[int, int]:
 @functools.lru_cache(maxsize=16)
 def _base(name: str, prediction: str, zero_snr: str, changed_at: tuple[int, int], period: int) -> Base:
     try:
-        return Base(name, base_facts(name, prediction, zero_snr))
+        return Base(name, read_base_facts(name, prediction, zero_snr))
     except ModelFileError as error:
         return Base(name, None, str(error), is_remote(name))
 
 
-def forget_bases() -> None:
+def clear_base_cache() -> None:
     """Look at the files of every base again."""
     _base.cache_clear()

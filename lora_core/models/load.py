@@ -31,9 +31,9 @@ from lora_core.model_files.detect import (
     UNET,
     VAE,
     BaseFacts,
-    base_facts,
     check_base_folder,
-    single_file_facts,
+    read_base_facts,
+    read_single_file_facts,
 )
 from lora_core.model_files.families import Family, TextEncoder
 from lora_core.model_files.header import Header
@@ -217,7 +217,7 @@ def open_base(
         OutOfMemory: a component does not fit into the device's memory.
     """
     fetch_base(name)
-    facts = base_facts(name, prediction, zero_snr)
+    facts = read_base_facts(name, prediction, zero_snr)
     parts = _ComponentBuilder(facts, (prediction, zero_snr), device)
     facts, family = parts.facts, parts.family
     with _reading(facts.path, device):
@@ -291,7 +291,7 @@ class _ComponentBuilder:
             self._file = open_weights(facts.path)
             if facts.family is None:
                 entries = {key: {"shape": shape} for key, shape in self._file.shapes.items()}
-                facts = single_file_facts(facts.name, facts.path, Header(entries, {}, 0), *by_hand)
+                facts = read_single_file_facts(facts.name, facts.path, Header(entries, {}, 0), *by_hand)
         assert facts.family is not None
         self.facts = facts
         self.family = facts.family

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from lora_core.errors import LoraError
-from lora_core.model_files.detect import Base, BaseFacts, chosen_base
+from lora_core.model_files.detect import Base, BaseFacts, lookup_base
 from lora_core.model_files.families import Family
 from lora_core.model_files.sizes import (
     OFFLOAD_BUFFERS,
@@ -97,7 +97,7 @@ def cost_key(config: RunConfig) -> str:
     # All of the section, so that a setting that is added to it later counts by itself.
     train = {
         **config.train.model_dump(),
-        "resolution": config.train.resolution or chosen_base(base).resolution,
+        "resolution": config.train.resolution or lookup_base(base).resolution,
     }
     del train["steps"]
     trained = [optim.lr > 0, optim.text_encoder_lr > 0, optim.text_encoder_2_lr > 0]
@@ -144,7 +144,7 @@ def _read_all(workspace: Path) -> dict[str, StepCost]:
 
 def step_passes(config: RunConfig) -> float:
     """Cost of a step in forward passes of one pixel: to compare settings of the same base."""
-    side = config.train.resolution or chosen_base(config.model.base).resolution
+    side = config.train.resolution or lookup_base(config.model.base).resolution
     images = config.train.batch_size * config.train.accumulate
     return (CHECKPOINTING if config.train.checkpointing else FORWARDS) * images * float(side) ** 2
 
@@ -197,7 +197,7 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
     passes = round(held) * validation.triples * (adapters_used(config) + (1 if validation.gauge else 0))
     passes += validation.prior * validation.triples if held else 0
-    own = chosen_base(config.model.base).resolution
+    own = lookup_base(config.model.base).resolution
     share = ((config.train.resolution or own) / own) ** 2
     measuring = how_often(steps, validation.every) * passes * draw / 2 * share / steps
     if validation.budget:
@@ -216,7 +216,7 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
     On a card within a quarter of what the simulated card counts, where no fallback is needed; on a processor
     within a factor of two at best.
     """
-    numbers, export = parameters_of(chosen_base(config.model.base)), export_bytes(known, config)
+    numbers, export = parameters_of(lookup_base(config.model.base)), export_bytes(known, config)
     if not numbers or not export:
         return None
     if on_card and known.family is not None:

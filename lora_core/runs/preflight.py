@@ -16,7 +16,13 @@ from lora_core.data.dataset import AUDIT_ONLY, open_dataset, summarize_notes
 from lora_core.data.holdout import num_holdout, split_holdout
 from lora_core.data.scan import Dataset, ImageRecord
 from lora_core.errors import AdapterFileError, DatasetError, LoraError, ModelFileError, RunError
-from lora_core.model_files.detect import SINGLE_FILES, BaseFacts, base_facts, check_base_folder, is_remote
+from lora_core.model_files.detect import (
+    SINGLE_FILES,
+    BaseFacts,
+    check_base_folder,
+    is_remote,
+    read_base_facts,
+)
 from lora_core.model_files.families import Family, family_of_version, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.sizes import (
@@ -143,16 +149,15 @@ def check_base(config: RunConfig) -> tuple[BaseFacts | None, list[RunProblem]]:
         sentence = f"The base {name} is not on this computer yet; it is downloaded when the run starts."
         return None, [RunProblem("base", sentence, False)]
     try:
-        facts = base_facts(name, model.prediction, model.zero_terminal_snr)
+        facts = read_base_facts(name, model.prediction, model.zero_terminal_snr)
         if facts.path.is_dir() and facts.family:
             check_base_folder(facts.path, facts.family)
         count_base_parameters(facts)
     except ModelFileError as error:
         return None, [RunProblem("base", str(error))]
-    guess = (
-        [RunProblem("base", f"What the base predicts is {facts.told_by}.", False)] if facts.guessed else []
-    )
-    return facts, guess
+    if not facts.guessed:
+        return facts, []
+    return facts, [RunProblem("base", f"What the base predicts is {facts.prediction_source}.", False)]
 
 
 def require_packages(config: RunConfig) -> None:

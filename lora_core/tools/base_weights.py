@@ -6,7 +6,7 @@ import torch
 
 from lora_core.errors import ModelFileError
 from lora_core.lora.weights import LayerKey
-from lora_core.model_files.detect import base_facts
+from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import Family
 from lora_core.models.weight_files import (
     SafetensorsFile,
@@ -29,7 +29,7 @@ class BaseWeights:
         Raises:
             ModelFileError: nothing usable is there; a `.ckpt` is not read.
         """
-        facts = base_facts(name)
+        facts = read_base_facts(name)
         if facts.family is None:
             raise ModelFileError(
                 f"The base {name} is a .ckpt; this needs a .safetensors file or a diffusers folder, so"

@@ -10,7 +10,7 @@ from typing import Any
 from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import InputsChanged, ModelFileError
-from lora_core.model_files.detect import base_facts, weight_paths
+from lora_core.model_files.detect import read_base_facts, weight_paths
 from lora_core.model_files.header import read_header
 from lora_core.model_files.hub import fetch_base
 from lora_core.models.weight_files import SAMPLE
@@ -54,7 +54,7 @@ def base_inputs(model: ModelSection) -> dict[str, str]:
         ModelFileError: the base is not there.
     """
     fetch_base(model.base)
-    facts = base_facts(model.base, model.prediction, model.zero_terminal_snr)
+    facts = read_base_facts(model.base, model.prediction, model.zero_terminal_snr)
     found: dict[str, str] = {}
     if facts.single_file:
         found[f"the base {facts.path.name}"] = weights_digest(facts.path)

@@ -31,7 +31,7 @@ from lora_core.lora.inject import (
 )
 from lora_core.lora.layer import LoraLayer, LoraSpec
 from lora_core.lora.weights import AdapterWeights, LayerKey
-from lora_core.model_files.detect import GUESS, base_facts
+from lora_core.model_files.detect import GUESS, read_base_facts
 from lora_core.model_files.families import Family, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.hub import fetch_base
@@ -385,7 +385,7 @@ def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     if asked == "auto" and device.type == "cpu":
         fetch_base(name)
         if (
-            count_base_parameters(base_facts(name, config.model.prediction)) or 0
+            count_base_parameters(read_base_facts(name, config.model.prediction)) or 0
         ) >= LARGE and bf16_is_faster():
             return torch.bfloat16
     return dtype_of(asked, device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.generate.request import LARGEST_SEED, Axis, GenerationRequest, grid_requests, grid_settings
-from lora_core.model_files.detect import base_facts
+from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.choices import FORMATS
 from lora_core.system.paths import workspace as workspace_folder
@@ -223,7 +223,7 @@ def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
     from lora_core.formats.layout import folder_layout
     from lora_core.tools.base_weights import BaseWeights
 
-    facts = base_facts(base) if base else None
+    facts = read_base_facts(base) if base else None
     family = facts.family if facts else None
     layout = folder_layout(facts.configs, family) if facts and family else None
     weight_of = BaseWeights(base).weight if facts and family else None

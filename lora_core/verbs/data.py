@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.data.bulk_edit import Edit
 from lora_core.errors import DatasetError, RunError
-from lora_core.model_files.detect import base_facts
+from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.config import checked_value
 from lora_core.system.paths import workspace as workspace_folder
@@ -42,7 +42,7 @@ def audit(
 
     checked_value("train.batch_size", batch, "--batch")
     side = checked_value("train.resolution", resolution, "--resolution")
-    facts = base_facts(base)
+    facts = read_base_facts(base)
     training = TrainingView(side or facts.resolution, facts.multiple, facts.tokenizer, trigger, batch)
     return audited(load_images(dataset, workspace), training)
 

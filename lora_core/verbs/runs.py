@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.errors import ConfigError, DatasetError, ModelFileError
-from lora_core.model_files.detect import base_facts, chosen_base, is_remote
+from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
 from lora_core.model_files.starting_settings import like_file, starting_settings
 from lora_core.runs.folder import RunFolder, check_run_name, find_run, runs_folder
 from lora_core.settings.choices import FORMATS
@@ -109,7 +109,7 @@ def _family_of(base: object) -> "Family | None":
 
         fetch_base(base)
     try:
-        return base_facts(base).family
+        return read_base_facts(base).family
     except ModelFileError:
         return None
 
@@ -140,7 +140,7 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
     from lora_core.runs.preflight import caption_bytes, preflight
     from lora_core.system.hardware import Hardware
 
-    place, base, hardware = workspace_folder(workspace), chosen_base(config.model.base), Hardware()
+    place, base, hardware = workspace_folder(workspace), lookup_base(config.model.base), Hardware()
     hardware.look()
     dataset = _opened(config, place)
     records, problems = dataset.records if dataset else [], preflight(config, place, dataset)

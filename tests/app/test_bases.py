@@ -9,7 +9,7 @@ from app.state import AppState, OtherTools, take_snapshot
 from app.train.base_picker import base_choices, choose_base
 from app.train.facts import base_note, blockers
 from app.train.form import FORM, Plan, form_values, preset_config, widget_values
-from lora_core.model_files.detect import chosen_base
+from lora_core.model_files.detect import lookup_base
 from lora_core.model_files.sizes import HEADER_A_LAYER, export_bytes
 from lora_core.settings.config import RunConfig
 from lora_core.system.other_tools import InstalledTool, Machine, RecentPaths, find_tools
@@ -27,7 +27,7 @@ def choose(app_state: AppState, name: str) -> tuple[str, dict[str, object]]:
 
 
 def test_the_embedded_base_is_described_from_its_files() -> None:
-    found = chosen_base("demo")
+    found = lookup_base("demo")
     assert found.embedded
     assert found.facts is not None
     assert (found.problem, found.resolution, found.multiple) == ("", 128, 32)
@@ -45,7 +45,7 @@ def test_the_embedded_base_is_described_from_its_files() -> None:
     ],
 )
 def test_a_single_file_says_what_it_is(tmp_path: Path, family: str, words: tuple[str, ...]) -> None:
-    found = chosen_base(str(checkpoint(tmp_path / "böse base.safetensors", family)))
+    found = lookup_base(str(checkpoint(tmp_path / "böse base.safetensors", family)))
     assert found.problem == ""
     assert all(word in found.sentence for word in words)
     assert found.guessed
@@ -53,7 +53,7 @@ def test_a_single_file_says_what_it_is(tmp_path: Path, family: str, words: tuple
 
 def test_the_prediction_that_was_set_counts(tmp_path: Path) -> None:
     file = str(checkpoint(tmp_path / "two.safetensors", "sd2"))
-    found = chosen_base(file, "epsilon")
+    found = lookup_base(file, "epsilon")
     assert "512 px, predicts noise (as set)" in found.sentence
     assert not found.guessed
 
@@ -69,7 +69,7 @@ def test_what_cannot_be_used_is_a_sentence(tmp_path: Path, kind: str) -> None:
         checkpoint(file, "sd15", **{f"{UNET}input_blocks.0.0.weight": [320, 9, 3, 3]})
     elif kind == "folder":
         file = tmp_path
-    found = chosen_base("nobody/nothing-here" if kind == "hub" else str(file))
+    found = lookup_base("nobody/nothing-here" if kind == "hub" else str(file))
     words = {
         "missing": "does not exist",
         "html": "a web page",
@@ -182,7 +182,7 @@ def config(**changes: object) -> RunConfig:
 
 
 def test_file_size_is_rank_times_both_sides(tmp_path: Path) -> None:
-    facts = chosen_base(str(checkpoint(tmp_path / "one.safetensors", "sd15"))).facts
+    facts = lookup_base(str(checkpoint(tmp_path / "one.safetensors", "sd15"))).facts
     assert facts is not None
     attention = (320 + 320) + (768 + 320)
     assert export_bytes(facts, config()) == 2 * 4 * attention + 2 * HEADER_A_LAYER
@@ -197,7 +197,7 @@ def test_file_size_is_rank_times_both_sides(tmp_path: Path) -> None:
 
 def test_text_encoders_of_single_files_count_with_their_rates(tmp_path: Path) -> None:
     """12 layers of width 768 and 32 of width 1280, four projections each: the models' cards."""
-    facts = chosen_base(str(checkpoint(tmp_path / "xl.safetensors", "sdxl"))).facts
+    facts = lookup_base(str(checkpoint(tmp_path / "xl.safetensors", "sdxl"))).facts
     assert facts is not None
     alone = export_bytes(facts, config())
     first = export_bytes(facts, config(optim__text_encoder_lr=1e-5))
@@ -212,7 +212,7 @@ def test_text_encoders_of_single_files_count_with_their_rates(tmp_path: Path) ->
 def test_the_embedded_base_s_file_is_as_large_as_it_is_said_to_be() -> None:
     """An export of the demo, rank 8 on all layers of both parts, with a picture in its header: 1,013,592
     bytes."""
-    facts = chosen_base("demo").facts
+    facts = lookup_base("demo").facts
     assert facts is not None
     size = export_bytes(facts, preset_config("style", "demo"))
     assert size == pytest.approx(1_013_592, rel=0.05)
@@ -220,7 +220,7 @@ def test_the_embedded_base_s_file_is_as_large_as_it_is_said_to_be() -> None:
 
 def test_unknown_kinds_have_no_size(tmp_path: Path) -> None:
     (tmp_path / "old.ckpt").write_bytes(b"PK\x03\x04")
-    facts = chosen_base(str(tmp_path / "old.ckpt")).facts
+    facts = lookup_base(str(tmp_path / "old.ckpt")).facts
     assert facts is not None
     assert export_bytes(facts, config()) is None
 

@@ -15,7 +15,7 @@ from app.train.facts import base_note, blockers, download_note, notes
 from app.train.form import standing_values
 from app.train.routes import do_run_action
 from lora_core.errors import RunError
-from lora_core.model_files.detect import forget_bases
+from lora_core.model_files.detect import clear_base_cache
 from tests.hub import Hub, hub_of, small_repo, use_hub
 from tests.waiting import wait_for
 
@@ -26,7 +26,7 @@ def hub(app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with hub_of(base=small_repo(tmp_path / "base")) as made:
         use_hub(monkeypatch, made, tmp_path / "cache")
         app_state.downloads.finished = functools.partial(adopt_downloaded_base, app_state)
-        forget_bases()
+        clear_base_cache()
         yield made
         app_state.downloads.cancel()
 

@@ -8,7 +8,7 @@ import pytest
 from app.state import AppState, take_snapshot
 from app.train.facts import facts, memory_needed, time_of
 from app.train.form import preset_config
-from lora_core.model_files.detect import base_facts
+from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.sizes import count_base_parameters
 from lora_core.runs import events
@@ -70,7 +70,7 @@ def test_a_run_of_another_base_tells_nothing(app_state: AppState) -> None:
 def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
     """Gigabytes, with 0.8 for context and workspaces; 5.0 is the UNet of SDXL in bf16, 1.7 that of SD 1.5."""
     base = checkpoint(tmp_path / "xl.safetensors", "sdxl", 6_900_000_000)
-    known = base_facts(str(base))
+    known = read_base_facts(str(base))
 
     def gigabytes(**changes: object) -> float:
         own = {key.replace("__", "."): value for key, value in changes.items()}
@@ -120,7 +120,7 @@ def test_memory_is_within_a_quarter_of_the_simulated_card_s(
     size = {"sd15": 2_132_000_000, "sdxl": 6_938_000_000}[family]
     base = checkpoint(tmp_path / f"{family}.safetensors", family, size)
     settings = {**FAMILIES[family].settings, "model.base": str(base), **changes}
-    found = memory_needed(RunConfig().changed(settings), base_facts(str(base)), True)
+    found = memory_needed(RunConfig().changed(settings), read_base_facts(str(base)), True)
     assert found is not None
     assert found / 1e9 == pytest.approx(simulated, rel=0.25)
 
@@ -134,11 +134,14 @@ def test_a_processor_s_run_takes_more_memory_where_there_is_more(
     for available in (8, 16, 24):
         memory = types.SimpleNamespace(available=available * 2**30)
         monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
-        found.append(memory_needed(config, base_facts(str(base)), False))
-    weights = 4 * count_base_parameters(base_facts(str(base)))
+        found.append(memory_needed(config, read_base_facts(str(base)), False))
+    weights = 4 * count_base_parameters(read_base_facts(str(base)))
     assert found[1] - found[0] == pytest.approx(2 * weights)
     assert found[2] - found[0] == pytest.approx(3 * weights)
-    assert memory_needed(config.changed({"train.quantise": "int8"}), base_facts(str(base)), False) == found[0]
+    assert (
+        memory_needed(config.changed({"train.quantise": "int8"}), read_base_facts(str(base)), False)
+        == found[0]
+    )
 
 
 def test_what_nvidia_s_tool_says_is_read() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_core.errors import ModelFileError
-from lora_core.model_files.detect import base_facts, base_path, is_hub_id
+from lora_core.model_files.detect import base_path, is_hub_id, read_base_facts
 from tests.app.bases import UNET, WIDTHS, checkpoint, write_header
 
 MARKER = [0]
@@ -40,7 +40,7 @@ REFUSED = {
 def test_the_family_shows_in_the_context_width(
     tmp_path: Path, family: str, title: str, resolution: int, multiple: int, prediction: str
 ) -> None:
-    facts = base_facts(str(checkpoint(tmp_path / "x.safetensors", family)))
+    facts = read_base_facts(str(checkpoint(tmp_path / "x.safetensors", family)))
     assert facts.single_file
     assert facts.family is not None
     assert facts.family.context_width == WIDTHS[family]
@@ -54,9 +54,9 @@ def test_the_family_shows_in_the_context_width(
 def test_markers_say_v_and_zero_snr(tmp_path: Path) -> None:
     """Tensors that model makers put in for this: `v_pred` and `ztsnr`, as ComfyUI reads them."""
     plain = checkpoint(tmp_path / "v.safetensors", "sdxl", v_pred=MARKER)
-    facts = base_facts(str(plain))
+    facts = read_base_facts(str(plain))
     assert (facts.prediction, facts.scheduler.get("rescale_betas_zero_snr")) == ("v_prediction", None)
-    both = base_facts(str(checkpoint(tmp_path / "z.safetensors", "sdxl", v_pred=MARKER, ztsnr=MARKER)))
+    both = read_base_facts(str(checkpoint(tmp_path / "z.safetensors", "sdxl", v_pred=MARKER, ztsnr=MARKER)))
     assert (both.prediction, both.scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
     assert "zero terminal SNR" in both.sentence
     assert "marker v_pred" in both.sentence
@@ -75,7 +75,7 @@ def test_a_config_beside_the_file_counts(tmp_path: Path, beside: str, text: str,
     file = checkpoint(tmp_path / "x.safetensors", "sd2")
     (tmp_path / beside).parent.mkdir(exist_ok=True)
     (tmp_path / beside).write_text(text)
-    facts = base_facts(str(file))
+    facts = read_base_facts(str(file))
     assert facts.prediction == prediction
     assert facts.resolution == (768 if prediction == "v_prediction" else 512)
     assert not facts.guessed
@@ -84,50 +84,54 @@ def test_a_config_beside_the_file_counts(tmp_path: Path, beside: str, text: str,
 
 def test_zero_terminal_snr_by_hand(tmp_path: Path) -> None:
     plain = checkpoint(tmp_path / "y.safetensors", "sdxl")
-    facts = base_facts(str(plain), "v_prediction", "on")
+    facts = read_base_facts(str(plain), "v_prediction", "on")
     assert facts.zero_terminal_snr
     assert facts.scheduler["timestep_spacing"] == "trailing"
     assert "predicts velocity (as set), zero terminal SNR" in facts.sentence
-    assert not base_facts(str(plain), "v_prediction").zero_terminal_snr
+    assert not read_base_facts(str(plain), "v_prediction").zero_terminal_snr
     marked = str(checkpoint(tmp_path / "z.safetensors", "sdxl", v_pred=MARKER, ztsnr=MARKER))
-    assert base_facts(marked).zero_terminal_snr
-    assert not base_facts(marked, zero_snr="off").zero_terminal_snr
+    assert read_base_facts(marked).zero_terminal_snr
+    assert not read_base_facts(marked, zero_snr="off").zero_terminal_snr
     own = folder(tmp_path / "folder")
-    assert base_facts(str(own), "v_prediction", "on").zero_terminal_snr
+    assert read_base_facts(str(own), "v_prediction", "on").zero_terminal_snr
     for file in (plain, own):
         with pytest.raises(ModelFileError, match=r"predicts noise, and zero terminal SNR .* v_prediction"):
-            base_facts(str(file), "auto", "on")
+            read_base_facts(str(file), "auto", "on")
 
 
 def test_cfg_rescale_by_default_is_for_velocity_with_zero_terminal_snr(tmp_path: Path) -> None:
     file = str(checkpoint(tmp_path / "y.safetensors", "sdxl"))
-    v_zero, v_plain = base_facts(file, "v_prediction", "on"), base_facts(file, "v_prediction")
-    assert [facts.cfg_rescale("auto") for facts in (v_zero, v_plain, base_facts(file))] == [0.7, 0.0, 0.0]
+    v_zero, v_plain = read_base_facts(file, "v_prediction", "on"), read_base_facts(file, "v_prediction")
+    assert [facts.cfg_rescale("auto") for facts in (v_zero, v_plain, read_base_facts(file))] == [
+        0.7,
+        0.0,
+        0.0,
+    ]
     assert [facts.cfg_rescale(0.0) for facts in (v_zero, v_plain)] == [0.0, 0.0]
-    assert base_facts(file).cfg_rescale(0.3) == 0.3
+    assert read_base_facts(file).cfg_rescale(0.3) == 0.3
 
 
 def test_a_folder_without_a_prediction_is_a_guess_where_it_may_be_either(tmp_path: Path) -> None:
     for name, width, guessed in (("a", 1024, True), ("b", 768, False)):
         found = folder(tmp_path / name, cross_attention_dim=width)
         (found / "scheduler" / "scheduler_config.json").write_text("{}")
-        assert base_facts(str(found)).guessed == guessed
-        assert not base_facts(str(found), "epsilon").guessed
+        assert read_base_facts(str(found)).guessed == guessed
+        assert not read_base_facts(str(found), "epsilon").guessed
 
 
 def test_the_header_counts_before_a_guess_and_a_setting_before_all(tmp_path: Path) -> None:
     shapes = {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [320, 1024]}
     file = write_header(tmp_path / "x.safetensors", shapes, {"modelspec.prediction_type": "epsilon"})
-    assert (base_facts(str(file)).prediction, base_facts(str(file)).guessed) == ("epsilon", False)
-    assert base_facts(str(file), "v_prediction").prediction == "v_prediction"
-    assert "as set" in base_facts(str(file), "v_prediction").sentence
+    assert (read_base_facts(str(file)).prediction, read_base_facts(str(file)).guessed) == ("epsilon", False)
+    assert read_base_facts(str(file), "v_prediction").prediction == "v_prediction"
+    assert "as set" in read_base_facts(str(file), "v_prediction").sentence
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_other_models_are_refused_by_their_name(tmp_path: Path, what: str) -> None:
     file = write_header(tmp_path / "x.safetensors", REFUSED[what])
     with pytest.raises(ModelFileError, match=what) as caught:
-        base_facts(str(file))
+        read_base_facts(str(file))
     assert str(file) in str(caught.value)
 
 
@@ -135,13 +139,13 @@ def test_other_models_are_refused_by_their_name(tmp_path: Path, what: str) -> No
 def test_other_inputs_are_refused(tmp_path: Path, channels: int) -> None:
     entry = {f"{UNET}input_blocks.0.0.weight": [320, channels, 3, 3]}
     with pytest.raises(ModelFileError, match=f"{channels} input channels|inpainting"):
-        base_facts(str(checkpoint(tmp_path / "x.safetensors", "sd15", **entry)))
+        read_base_facts(str(checkpoint(tmp_path / "x.safetensors", "sd15", **entry)))
 
 
 def test_an_unknown_width_lists_those_that_are_known(tmp_path: Path) -> None:
     shapes = {f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [320, 999]}
     with pytest.raises(ModelFileError, match=r"999 channels .*768 .*1024 .*2048"):
-        base_facts(str(write_header(tmp_path / "x.safetensors", shapes)))
+        read_base_facts(str(write_header(tmp_path / "x.safetensors", shapes)))
 
 
 def test_a_pickle_under_the_wrong_name_is_never_loaded(tmp_path: Path) -> None:
@@ -155,11 +159,11 @@ def test_a_pickle_under_the_wrong_name_is_never_loaded(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", pickle.dumps(Trap()))
     for file in (plain, packed):
         with pytest.raises(ModelFileError, match="pickled"):
-            base_facts(str(file))
+            read_base_facts(str(file))
     ckpt = tmp_path / "c.ckpt"
     ckpt.write_bytes(plain.read_bytes())
-    assert base_facts(str(ckpt)).family is None
-    assert "shows when the run starts" in base_facts(str(ckpt)).sentence
+    assert read_base_facts(str(ckpt)).family is None
+    assert "shows when the run starts" in read_base_facts(str(ckpt)).sentence
     assert not (tmp_path / "sprung").exists()
 
 
@@ -176,7 +180,7 @@ def folder(path: Path, **changes: Any) -> Path:
 
 
 def test_a_folder_says_it_in_its_configs(tmp_path: Path) -> None:
-    facts = base_facts(str(folder(tmp_path / "ä folder", sample_size=96)))
+    facts = read_base_facts(str(folder(tmp_path / "ä folder", sample_size=96)))
     assert (facts.resolution, facts.multiple, facts.prediction) == (768, 64, "epsilon")
     assert not facts.single_file
     assert not facts.guessed
@@ -194,15 +198,15 @@ def test_a_folder_says_it_in_its_configs(tmp_path: Path) -> None:
 )
 def test_folders_that_are_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelFileError, match=words):
-        base_facts(str(folder(tmp_path, **changes)))
+        read_base_facts(str(folder(tmp_path, **changes)))
 
 
 def test_an_incomplete_folder_names_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"lacks unet/config.json"):
-        base_facts(str(tmp_path))
+        read_base_facts(str(tmp_path))
     (folder(tmp_path) / "vae" / "config.json").write_text("[")
     with pytest.raises(ModelFileError, match="cannot be read as JSON"):
-        base_facts(str(tmp_path))
+        read_base_facts(str(tmp_path))
 
 
 def test_names_that_are_no_paths() -> None:

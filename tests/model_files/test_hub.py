@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora_core.errors import ModelFileError
-from lora_core.model_files.detect import base_facts, is_remote
+from lora_core.model_files.detect import is_remote, read_base_facts
 from lora_core.model_files.hub import (
     Download,
     DownloadCancelled,
@@ -43,7 +43,7 @@ def quietly(found: Download, cancelled: threading.Event | None = None) -> list[t
 def test_size_first_then_bytes_then_a_base(hub: Hub, tmp_path: Path) -> None:
     assert is_remote("owner/base")
     with pytest.raises(ModelFileError, match="not in the local hub cache"):
-        base_facts("owner/base")
+        read_base_facts("owner/base")
     found = find_download("owner/base")
     files = [path for path in (tmp_path / "base").rglob("*") if path.is_file()]
     assert found.size == sum(path.stat().st_size for path in files)
@@ -53,7 +53,7 @@ def test_size_first_then_bytes_then_a_base(hub: Hub, tmp_path: Path) -> None:
     assert len({here for here, _ in told}) > 3
     assert told[-1] == (found.size, found.size)
     assert not is_remote("owner/base")
-    assert base_facts("owner/base").family.title == "Stable Diffusion 1.x"
+    assert read_base_facts("owner/base").family.title == "Stable Diffusion 1.x"
     # Nothing is asked for a second time.
     hub.asked.clear()
     fetch_base("owner/base")
@@ -150,7 +150,7 @@ def test_a_damaged_file_is_removed(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_cache_that_another_program_left_half_is_completed(hub: Hub) -> None:
     quietly(find_download("owner/base"))
-    folder = base_facts("owner/base").path
+    folder = read_base_facts("owner/base").path
     for name in (UNET, "tokenizer/vocab.json"):
         (folder / name).unlink()
         assert is_remote("owner/base")

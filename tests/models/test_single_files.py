@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lora_core.errors import ModelFileError
 from lora_core.generate.pipeline import sample_latents
 from lora_core.generate.request import GenerationRequest
-from lora_core.model_files.detect import base_facts
+from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.models.encode import encode_negative_prompt, encode_prompt
 from lora_core.models.load import load_base
@@ -151,15 +151,15 @@ class TestPrediction:
         shutil.rmtree(path.parent)
 
     def told(self, path: Path) -> tuple[str, int, str]:
-        facts = base_facts(str(path))
+        facts = read_base_facts(str(path))
         return facts.prediction, facts.resolution, facts.family.name
 
     def test_the_width_alone_means_velocity_and_is_said_to_be_a_guess(self, sd2):
         assert self.told(sd2) == ("v_prediction", 768, "sd2_v")
-        assert "a guess" in base_facts(str(sd2)).sentence
+        assert "a guess" in read_base_facts(str(sd2)).sentence
 
     def test_a_setting_wins(self, sd2):
-        facts = base_facts(str(sd2), "epsilon")
+        facts = read_base_facts(str(sd2), "epsilon")
         assert (facts.prediction, facts.resolution, facts.family.name) == ("epsilon", 512, "sd2")
         assert opened(sd2, prediction="epsilon").noise.objective == "epsilon"
 
@@ -170,7 +170,7 @@ class TestPrediction:
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_text(json.dumps({"prediction_type": "epsilon", "beta_end": 0.02}))
         assert self.told(file) == ("epsilon", 512, "sd2")
-        assert base_facts(str(file)).scheduler["beta_end"] == 0.02
+        assert read_base_facts(str(file)).scheduler["beta_end"] == 0.02
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -198,7 +198,7 @@ class TestPrediction:
         key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
         save_file({key: torch.zeros(4, 2048)} | {m: torch.tensor([]) for m in markers}, file)
         (tmp_path / "scheduler_config.json").write_text(json.dumps({"prediction_type": "epsilon"}))
-        facts = base_facts(str(file))
+        facts = read_base_facts(str(file))
         assert (facts.prediction, facts.family.name) == ("v_prediction", "sdxl")
         assert bool(facts.scheduler.get("rescale_betas_zero_snr")) is snr
         assert markers[0] in facts.sentence
@@ -217,7 +217,7 @@ class TestPickled:
 
     def test_one_with_plain_weights_opens_as_the_safetensors_file(self, tmp_path, made):
         file = write_single(tmp_path / "old.ckpt", "sd15")
-        assert base_facts(str(file)).family is None
+        assert read_base_facts(str(file)).family is None
         mine, theirs = opened(file), opened(made("sd15")[1])
         assert all(
             torch.equal(a, b)
@@ -293,7 +293,7 @@ def test_what_is_no_base_is_refused_by_name(tmp_path, case):
     shapes, words = OTHERS[case]
     file = tmp_path / "file.safetensors"
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, file)
-    for open_it in (base_facts, lambda name: load_base(name, CPU, torch.float32)):
+    for open_it in (read_base_facts, lambda name: load_base(name, CPU, torch.float32)):
         with pytest.raises(ModelFileError, match=words) as caught:
             open_it(str(file))
         assert "\n" not in str(caught.value)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.model_files.detect import chosen_base
+from lora_core.model_files.detect import lookup_base
 from lora_core.runs import costs
 from lora_core.runs.costs import StepCost, cost_key, costs_file, keep_cost, read_costs
 from lora_core.settings.config import RunConfig
@@ -37,7 +37,7 @@ def test_what_costs_none_has_the_same(name: str, value: object) -> None:
 
 
 def test_the_base_s_own_size_is_the_same_as_its_number() -> None:
-    own = chosen_base("demo").resolution
+    own = lookup_base("demo").resolution
     assert cost_key(RunConfig()) == cost_key(RunConfig().changed({"train.resolution": own}))
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lora_core.data.dataset import open_dataset
 from lora_core.errors import RunError
 from lora_core.model_files import sizes
-from lora_core.model_files.detect import base_facts
+from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.sizes import count_base_parameters
 from lora_core.model_files.starting_settings import preset, preset_names
 from lora_core.runs.folder import RunFolder, runs_folder
@@ -128,7 +128,7 @@ def test_how_many_numbers_a_base_is() -> None:
     """Against torch, which counts the tensors themselves."""
     from safetensors.torch import load_file
 
-    facts = base_facts("demo")
+    facts = read_base_facts("demo")
     files = list(DEMO_BASE.glob("*/*.safetensors"))
     assert len(files) == 3
     assert count_base_parameters(facts) == sum(t.numel() for file in files for t in load_file(file).values())
@@ -284,7 +284,7 @@ def test_a_dataset_that_was_read_is_not_read_again(config: RunConfig, tmp_path: 
 
 
 def test_captions_that_vary_are_counted_up_to_their_limit(config: RunConfig, tmp_path: Path) -> None:
-    records, facts = open_dataset(config.dataset.path, tmp_path).records, base_facts("demo")
+    records, facts = open_dataset(config.dataset.path, tmp_path).records, read_base_facts("demo")
     # A file of the embedded base: 77 tokens, 128 channels, fp32; a block of the file system more.
     one = 77 * 128 * 4 + 4096
 

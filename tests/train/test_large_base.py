@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lora_core.lora.inject import adapter_weights
-from lora_core.model_files.detect import base_facts
+from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.encode import encode_prompt
 from lora_core.runs.folder import RunFolder
@@ -65,7 +65,7 @@ def _steps(session, config, count):
 
 
 def test_the_family_starts_with_frozen_text_encoders(folder):
-    config = RunConfig().changed(starting_settings("character-quick", base_facts(str(folder)).family))
+    config = RunConfig().changed(starting_settings("character-quick", read_base_facts(str(folder)).family))
     assert (config.optim.text_encoder_lr, config.optim.text_encoder_2_lr) == (0.0, 0.0)
     assert config.optim.lr == 1e-4
 
