@@ -409,10 +409,10 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "two mistakes at once": (settings("adapter.rank=0", "seed=-1"), r"adapter\.rank.*seed = -1"),
     "wrong type": (settings("train.steps=many"), r"train\.steps = 'many' should be a whole number"),
     "set without =": (settings("adapter.rank"), r"section\.key=value"),
-    "unknown optimizer": (settings("optim.name=adamx"), r"optim\.name = 'adamx'.*adamw"),
-    "unknown schedule": (settings("optim.schedule=cubic"), r"optim\.schedule = 'cubic'.*cosine"),
-    "nothing to train": (settings("optim.lr=0", "optim.text_encoder_lr=0"), r"optim\.lr"),
-    "two rates for prodigy": (settings("optim.name=prodigy", "optim.lr=1"), r"one learning rate"),
+    "unknown optimizer": (settings("optimizer.name=adamx"), r"optimizer\.name = 'adamx'.*adamw"),
+    "unknown schedule": (settings("optimizer.schedule=cubic"), r"optimizer\.schedule = 'cubic'.*cosine"),
+    "nothing to train": (settings("optimizer.lr=0", "optimizer.text_encoder_lr=0"), r"optimizer\.lr"),
+    "two rates for prodigy": (settings("optimizer.name=prodigy", "optimizer.lr=1"), r"one learning rate"),
     "unknown preset": (lambda p: p.train("--preset", "best"), r"preset 'best'.*style-high"),
     "config missing": (lambda p: p.train("--config", p.root / "no.toml"), r"no\.toml cannot be read"),
     "config broken": (broken_toml, r"config\.toml is not valid TOML"),
@@ -538,7 +538,7 @@ def test_wrong_usage_of_a_verb_exits_with_2(arguments: list[str], capsys: pytest
 def test_the_corrected_second_try_takes_the_same_name(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["--set", "train.steps=1", "--set", "preview.every=0", "--set", "validation.pictures=0"]
+    few = ["--set", "train.steps=1", "--set", "sample.every=0", "--set", "validation.pictures=0"]
     # What only opening the base tells; what can be told before makes no run at all.
     arguments = [str(word) for word in (*base_without_a_tensor(place), *few)]
     assert main(arguments) == 1
@@ -558,31 +558,32 @@ def test_all_that_is_wrong_is_said_at_once_and_no_run_is_made(
     (place.pictures / "notes.png").write_text("I am no picture.")
     arguments = place.train(
         "--base", place.root / "no-base", "--set", "model.vae=no-vae", "--set", "validation.pictures=3",
-        "--set", "adapter.init=no.safetensors", "--set", "optim.lr=0", "--set", "optim.text_encoder_lr=0",
+        "--set", "adapter.init=no.safetensors", "--set", "optimizer.lr=0", "--set",
+        "optimizer.text_encoder_lr=0",
     )  # fmt: skip
     assert main([str(word) for word in arguments]) == 1
     said = one_sentence(capsys.readouterr().err)
-    for words in ("notes.png", "no-base", "no-vae", "validation.pictures", "no.safetensors", "optim.lr"):
+    for words in ("notes.png", "no-base", "no-vae", "validation.pictures", "no.safetensors", "optimizer.lr"):
         assert words in said
     assert not place.run.exists()
 
 
 def test_what_does_not_block_is_a_note(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     (place.pictures / "red.txt").write_text("a red square, " * 40, encoding="utf-8")
-    few = ["--set", "train.steps=1", "--set", "preview.every=0", "--set", "optim.lr=1"]
+    few = ["--set", "train.steps=1", "--set", "sample.every=0", "--set", "optimizer.lr=1"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert main([str(word) for word in place.train(*few)]) == 0
     lines = capsys.readouterr().out.splitlines()
     notes = [line for line in lines if line.startswith("Note: ")]
     assert any("red.png" in line and "75 tokens" in line for line in notes)
-    assert any("optim.lr x alpha / rank = 1 is much for AdamW" in line for line in notes)
+    assert any("optimizer.lr x alpha / rank = 1 is much for AdamW" in line for line in notes)
     assert lines[-1] == str(place.run / "export" / "mine.safetensors")
 
 
 def test_output_that_nobody_reads_is_no_reason_to_fail(place: Place) -> None:
     """`train ... | head -1` must not end a run."""
-    few = ["--set", "train.steps=2", "--set", "preview.every=0", "--set", "validation.pictures=0"]
+    few = ["--set", "train.steps=2", "--set", "sample.every=0", "--set", "validation.pictures=0"]
     command = [sys.executable, "-m", "lora_core", *map(str, place.train(*few))]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -37,10 +37,10 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = 30
 SETTINGS = [
     "adapter.rank=4", "adapter.alpha=2", "train.batch_size=2", f"train.steps={STEPS}", "train.resolution=64",
-    "train.precision=fp32", "optim.lr=0.003", "dataset.flip=true", "dataset.trigger=blob",
-    "adapter.dropout=0.1", "validation.pictures=2", "validation.every=10", "validation.triples=2",
-    "validation.budget=0",
-    "preview.every=15", "preview.steps=2", "save.every=5", "save.keep_last=2",
+    "train.precision=fp32", "optimizer.lr=0.003", "dataset.flip=true", "dataset.trigger=blob",
+    "adapter.dropout=0.1", "validation.pictures=2", "validation.every=10", "validation.draws_per_image=2",
+    "validation.max_time_share=0",
+    "sample.every=15", "sample.steps=2", "save.every=5", "save.keep_last=2",
 ]  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def test_pause_interrupt_and_stop_keep_the_work(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunFolder(tmp_path / "runs" / "long")
-    seldom = ["preview.every=0", "validation.every=0", "save.every=0"]
+    seldom = ["sample.every=0", "validation.every=0", "save.every=0"]
     words = train_words(tmp_path, trained.pictures, "long", "train.steps=5000", *seldom)
     with under_way(words, run) as process:
         # Nobody else may train it meanwhile.
@@ -332,7 +332,7 @@ def trained_here(run: RunFolder, on_event: Callable[[events.Event], None]) -> Ou
 def test_a_stop_before_the_first_step_of_a_resume_exports_what_there_is(
     trained: Trained, tmp_path: Path
 ) -> None:
-    config = trained.run.config().changed({"name": "short", "train.steps": 20, "preview.every": 0})
+    config = trained.run.config().changed({"name": "short", "train.steps": 20, "sample.every": 0})
     run = RunFolder.create(tmp_path / "runs" / "short", config)
 
     def ask(do: str, kind: type[events.Event]) -> Callable[[events.Event], None]:
@@ -391,8 +391,10 @@ def test_a_run_of_the_unet_alone_in_another_shape(trained: Trained, tmp_path: Pa
     """Captions are encoded once, gradients over several batches, activations twice: other paths, same
     story."""
     words = train_words(
-        tmp_path, trained.pictures, "unet", "train.steps=2", "optim.text_encoder_lr=0", "train.accumulate=2",
-        "train.checkpointing=true", "preview.every=0", "adapter.targets=kohya", "optim.name=adafactor",
+        tmp_path, trained.pictures, "unet", "train.steps=2", "optimizer.text_encoder_lr=0",
+        "train.gradient_accumulation_steps=2",
+        "train.gradient_checkpointing=true", "sample.every=0", "adapter.targets=kohya",
+        "optimizer.name=adafactor",
     )  # fmt: skip
     export = Path(said(*words).splitlines()[-1])
     assert read_adapter(export, FAMILIES["tiny"]).parts() == ["unet"]

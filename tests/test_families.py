@@ -55,7 +55,7 @@ class Offline:
             pictures(dataset, side)
         number = len(list(self.place.glob("runs/*")))
         chosen = {
-            "train.resolution": side, "preview.every": 0, "validation.pictures": 0, "adapter.rank": 4,
+            "train.resolution": side, "sample.every": 0, "validation.pictures": 0, "adapter.rank": 4,
         } | {key.replace("__", "."): value for key, value in settings.items()}  # fmt: skip
         given = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
         where = ["--base", base, "--workspace", self.place, "--name", f"run-{number}"]
@@ -89,7 +89,10 @@ def test_a_single_file_is_opened_trained_and_exported_whole(
     name: str, tmp_path: Path, offline: Offline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write_single(tmp_path / f"{name} ü.safetensors", name, torch.float16, size="deep")
-    rates = {"optim__text_encoder_lr": 1e-4, "optim__text_encoder_2_lr": 1e-4 if name == "sdxl" else 0}
+    rates = {
+        "optimizer__text_encoder_lr": 1e-4,
+        "optimizer__text_encoder_2_lr": 1e-4 if name == "sdxl" else 0,
+    }
     file = offline.trained(
         base, 64, train__steps=2, adapter__targets="kohya", train__precision="fp32", **rates
     )
@@ -120,7 +123,7 @@ class TestFullSize:
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     def test_sd15_takes_little_more_than_its_weights(self, precision, tmp_path, offline, capsys):
         base = write_single(tmp_path / "base.safetensors", "sd15", torch.float32, size="full")
-        frozen = {"optim__text_encoder_lr": 0, "train__steps": 1, "train__precision": precision}
+        frozen = {"optimizer__text_encoder_lr": 0, "train__steps": 1, "train__precision": precision}
         offline.trained(base, 256, **frozen)
         size = 4 if precision == "fp32" else 2
         # UNet and text encoder as the run holds them; the VAE is always fp32.
@@ -143,7 +146,10 @@ class TestFullSize:
     @pytest.mark.parametrize("name", MODULES)
     def test_all_layers_train_and_export(self, name, tmp_path, offline):
         base = write_single(tmp_path / "base.safetensors", name, torch.bfloat16, size="full")
-        rates = {"optim__text_encoder_lr": 1e-4, "optim__text_encoder_2_lr": 1e-4 if name == "sdxl" else 0}
+        rates = {
+            "optimizer__text_encoder_lr": 1e-4,
+            "optimizer__text_encoder_2_lr": 1e-4 if name == "sdxl" else 0,
+        }
         file = offline.trained(
             base, 256, train__steps=2, adapter__targets="kohya", train__precision="bf16", **rates
         )

@@ -110,7 +110,7 @@ KEYS = (
 tomls = st.one_of(
     texts,
     st.tuples(
-        st.sampled_from(["adapter.rank", "seed", "optim.lr", "dataset.trigger", "model.base"]), values
+        st.sampled_from(["adapter.rank", "seed", "optimizer.lr", "dataset.trigger", "model.base"]), values
     ).map(lambda pair: f"{pair[0]} = {json.dumps(pair[1])}"),
     texts.map(lambda pattern: f"[adapter]\nrank = 4\n[adapter.block_ranks]\n{json.dumps(pattern)} = 4"),
     st.sampled_from(["a = " + "[" * 9000, ".".join("a" * 9000) + " = 1", "seed = 0x" + "f" * 9000]),
@@ -376,7 +376,7 @@ drafts = st.one_of(
             st.sampled_from(
                 [
                     "train.steps",
-                    "optim.lr",
+                    "optimizer.lr",
                     "model.base",
                     "adapter.block_ranks",
                     "seed",

@@ -96,7 +96,7 @@ def _whole(data: bytes) -> bool:
 # alternatives.
 
 
-LIMITS: tuple[int, ...] = typing.get_args(FIELDS["train.tokens"].annotation)
+LIMITS: tuple[int, ...] = typing.get_args(FIELDS["train.max_token_length"].annotation)
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ class TokenCount:
 
 def count_caption_tokens(caption: str, plan: Plan) -> TokenCount:
     """A caption as the run to come would read it."""
-    return _counted(clean_text(caption), plan.trigger, plan.config.train.tokens, plan.base.tokenizer)
+    return _counted(
+        clean_text(caption), plan.trigger, plan.config.train.max_token_length, plan.base.tokenizer
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -141,7 +143,7 @@ def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
     cut = [record.path.name for record in dataset.records if count_caption_tokens(record.caption, plan).cut]
     if not cut:
         return ""
-    limit, most = plan.config.train.tokens, LIMITS[-1]
+    limit, most = plan.config.train.max_token_length, LIMITS[-1]
     advice = "shorten them" if limit == most else f"shorten them, or raise Caption tokens to up to {most}"
     named = ", ".join(cut[:3]) + (" and others" if len(cut) > 3 else "")
     return (
@@ -151,7 +153,7 @@ def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
 
 def meter_version(plan: Plan) -> str:
     """What the browser compares to know that captions have to be counted again."""
-    return f"{plan.config.train.tokens} {plan.base.tokenizer} {plan.trigger}"
+    return f"{plan.config.train.max_token_length} {plan.base.tokenizer} {plan.trigger}"
 
 
 # The dataset as the page draws it: pictures as data, findings as HTML.

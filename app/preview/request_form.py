@@ -132,7 +132,7 @@ MOST_STRENGTH = 20.0
 def load_fields(snapshot: Snapshot) -> dict[str, Any]:
     """The tab's fields: the draft, over what suits the shown run."""
     draft = snapshot.app_state.project.draft().get("preview") or {}
-    preview = snapshot.plan.config.preview
+    preview = snapshot.plan.config.sample
     usual: dict[str, Any] = {"sampler": preview.sampler, "steps": preview.steps, "cfg": preview.cfg}
     usual["cfg_rescale"] = preview.cfg_rescale
     usual |= {"prompt": "", "negative": "", "seed": SEED, "width": None, "height": None}
@@ -246,7 +246,7 @@ def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[Weighte
         steps=int(_number(given, "steps", 20, 1, 200)), cfg=_number(given, "cfg", 5.0, 1, 30),
         sampler=str(given.get("sampler") or "ddim"),
         width=_side(given, "width", base), height=_side(given, "height", base),
-        clip_skip=config.train.clip_skip, tokens=config.train.tokens, loras=tuple(loras),
+        clip_skip=config.train.clip_skip, tokens=config.train.max_token_length, loras=tuple(loras),
     )  # fmt: skip
 
 
@@ -362,8 +362,8 @@ def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
     previews = run_view.progress.previews
     prompt = previews[0].prompts[0] if previews and previews[0].prompts else ""
     fields = load_fields(snapshot) | {
-        "seed": config.preview.seed, "steps": config.preview.steps, "cfg": config.preview.cfg,
-        "cfg_rescale": config.preview.cfg_rescale, "sampler": config.preview.sampler,
+        "seed": config.sample.seed, "steps": config.sample.steps, "cfg": config.sample.cfg,
+        "cfg_rescale": config.sample.cfg_rescale, "sampler": config.sample.sampler,
         "width": None, "height": None, "negative": "",
     }  # fmt: skip
     shot = build_request(snapshot, fields, [WeightedLora(str(files[0].file))])

@@ -429,7 +429,7 @@ def _strip(
 def _columns(run_view: RunView, there: int) -> int:
     """As many as the run will fill, so that pictures keep their size while more of them come."""
     config = run_view.config()
-    planned = how_often(config.train.steps, config.preview.every) if config else 0
+    planned = how_often(config.train.steps, config.sample.every) if config else 0
     return min(MOST_COLUMNS, max(FEWEST_COLUMNS, planned, there))
 
 

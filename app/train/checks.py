@@ -9,14 +9,16 @@ from pathlib import Path
 from lora_core.data.scan import Dataset
 from lora_core.errors import LoraError
 from lora_core.runs.preflight import RunProblem, preflight
-from lora_core.settings.config import FIELDS, RunConfig, label_of
+from lora_core.settings.config import FIELDS, OLD_NAMES, RunConfig, label_of
 from lora_core.system.hardware import Hardware
 
 FRESH_SECONDS = 60.0
 """Drives fill up and other programs take memory: looked at anew after so long."""
 ELSEWHERE = ("busy", "dataset")
 """Kinds that the window says in words of its own, with the way to its own tabs."""
-_NAMES = re.compile("|".join(sorted((re.escape(n) for n in FIELDS if "." in n), key=len, reverse=True)))
+_NAMES = re.compile(
+    "|".join(sorted((re.escape(n) for n in (*FIELDS, *OLD_NAMES) if "." in n), key=len, reverse=True))
+)
 
 
 class Checks:
@@ -71,4 +73,4 @@ class Checks:
 
 def in_words(sentence: str, title: Callable[[str], str] = label_of) -> str:
     """A sentence with the settings called as the form calls them."""
-    return _NAMES.sub(lambda found: title(found[0]), sentence)
+    return _NAMES.sub(lambda found: title(OLD_NAMES.get(found[0], found[0])), sentence)

@@ -173,22 +173,24 @@ def _sentences(snapshot: Snapshot) -> list[str]:
         bare = sum(not record.caption for record in dataset.records)
         captions = "all with captions" if not bare else f"{bare} without a caption"
         shown = sum(record.repeats for record in dataset.records) or 1
-        looks = config.train.steps * config.train.batch_size * config.train.accumulate / shown
+        looks = (
+            config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps / shown
+        )
         sentences.append(
             f"{pluralize(len(dataset.records), 'picture')}, {captions}."
             f" {pluralize(config.train.steps, 'step')} look at each"
             f" about {pluralize(max(1, round(looks)), 'time')}."
         )
         sentences += _caption_sentences(snapshot)
-    if config.optim.range_test:
+    if config.optimizer.range_test:
         sentences.append(
             "A range test finds the learning rate before the first step, beginning around"
-            f" {_rate(config.optim.lr)}; it takes about as long as 65 steps."
+            f" {_rate(config.optimizer.lr)}; it takes about as long as 65 steps."
         )
         return sentences
     sentences.append(
-        f"Effective learning rate {_rate(config.optim.lr * config.adapter.scale)}"
-        f" ({_rate(config.optim.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."
+        f"Effective learning rate {_rate(config.optimizer.lr * config.adapter.scale)}"
+        f" ({_rate(config.optimizer.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."
     )
     if config.dataset.trigger:
         sentences.append(f"Trigger word: {config.dataset.trigger}.")

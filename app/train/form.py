@@ -15,6 +15,7 @@ from lora_core.model_files.starting_settings import starting_settings
 from lora_core.projects.project import DEMO, Project
 from lora_core.settings.config import (
     FIELDS,
+    OLD_NAMES,
     RunConfig,
     checked_value,
     choices_of,
@@ -35,7 +36,7 @@ class Plan:
         """Read the project's draft."""
         draft = project.draft()
         self.goal, self.level = choice(draft)
-        kept = draft.get("values") or {}
+        kept = typed_values(draft)
         values = {name: v for name, v in kept.items() if name in FORM}
         # Until the form is changed: then the draft is written anew, without them.
         self.notes = retired(kept.items())
@@ -45,6 +46,11 @@ class Plan:
         path = DEMO if project.uses_demo else str(project.pictures)
         self.trigger = str(draft.get("trigger") or "")
         self.config: RunConfig = config.changed({"dataset.path": path, "dataset.trigger": self.trigger})
+
+
+def typed_values(draft: dict[str, Any]) -> dict[str, Any]:
+    """What a draft holds of the form, by the names that the settings have today."""
+    return {OLD_NAMES.get(name, name): value for name, value in (draft.get("values") or {}).items()}
 
 
 def choice(draft: dict[str, Any]) -> tuple[str, str]:
@@ -63,7 +69,7 @@ def base_of(values: dict[str, Any]) -> Base:
 def widget_values(project: Project) -> list[Any]:
     """What the form's widgets show: the draft as it was typed, the preset where nothing was."""
     draft = project.draft()
-    typed = draft.get("values") or {}
+    typed = typed_values(draft)
     standard = form_values(preset_config(*choice(draft), base_of(typed).family))
     return [typed.get(name, value) for name, value in zip(FORM, standard, strict=True)]
 
@@ -102,10 +108,10 @@ def keep_typed(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
 GROUPS = {
     "Base model": ("model",),
     "Adapter": ("adapter",),
-    "Learning": ("optim", "loss"),
+    "Learning": ("optimizer", "loss"),
     "Data": ("dataset",),
     "Memory and speed": ("train",),
-    "Samples and saving": ("preview", "save", "validation", ""),
+    "Samples and saving": ("sample", "save", "validation", ""),
 }
 BASIC = ("model.base", "train.steps", "train.resolution")
 ELSEWHERE = ("name", "dataset.path", "dataset.trigger")
@@ -227,11 +233,11 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     changed = len(changed_names(config, base, group_fields(group)))
     if changed:
         return f"{changed} changed from preset"
-    rate = "rate found by a test" if config.optim.range_test else f"{config.optim.lr:g}"
+    rate = "rate found by a test" if config.optimizer.range_test else f"{config.optimizer.lr:g}"
     telling = {
         "Base model": "",
         "Adapter": f"rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
-        "Learning": f"{title_of('optim.name', config)}, {rate}",
+        "Learning": f"{title_of('optimizer.name', config)}, {rate}",
         "Data": "mirrored" if config.dataset.flip else "",
         "Memory and speed": f"batch {config.train.batch_size}",
         "Samples and saving": f"every {config.save.every} steps" if config.save.every else "",

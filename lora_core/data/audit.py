@@ -252,7 +252,7 @@ def _caption_problems(
             if tokens > TOKENS_READ:
                 sentence = (
                     f"The caption of {name} has {tokens} tokens, and the model reads {TOKENS_READ}; shorten"
-                    " it, or raise train.tokens."
+                    " it, or raise train.max_token_length."
                 )
                 problems.append(FileProblem(record.path, "long caption", sentence))
     return problems

@@ -144,7 +144,7 @@ def _losses(
 
     def encoded(caption: str) -> PromptEmbeds:
         with torch.no_grad():
-            return encode_prompt(base, [caption], config.train.clip_skip, config.train.tokens)
+            return encode_prompt(base, [caption], config.train.clip_skip, config.train.max_token_length)
 
     merger = Merger(base.modules)
     before = eval_losses(base, pictures, encoded, told)

@@ -73,13 +73,13 @@ class ExportFacts:
 
 
 _FROM_SETTINGS = {
-    "ss_optimizer": "optim.name",
-    "ss_lr_scheduler": "optim.schedule",
-    "ss_learning_rate": "optim.lr",
-    "ss_unet_lr": "optim.lr",
-    "ss_text_encoder_lr": "optim.text_encoder_lr",
+    "ss_optimizer": "optimizer.name",
+    "ss_lr_scheduler": "optimizer.schedule",
+    "ss_learning_rate": "optimizer.lr",
+    "ss_unet_lr": "optimizer.lr",
+    "ss_text_encoder_lr": "optimizer.text_encoder_lr",
     "ss_batch_size_per_device": "train.batch_size",
-    "ss_gradient_accumulation_steps": "train.accumulate",
+    "ss_gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "ss_noise_offset": "loss.noise_offset",
     "ss_network_dropout": "adapter.dropout",
 }

@@ -114,11 +114,11 @@ def plan_layers(
             plans[key] = LayerPlan(replace(spec, rank=rank, alpha=alpha), rate_of[key])
     _check_patterns("adapter.block_ranks", blocks.ranks, found, plans)
     _check_patterns("adapter.block_alphas", blocks.alphas, found, plans)
-    _check_patterns("optim.block_lr", blocks.rates, found, plans)
+    _check_patterns("optimizer.block_lr", blocks.rates, found, plans)
     if not trained:
         raise ConfigError(
-            "Nothing would be trained: the learning rates of all chosen layers are 0; see optim.lr,"
-            " optim.text_encoder_lr and optim.block_lr."
+            "Nothing would be trained: the learning rates of all chosen layers are 0; see optimizer.lr,"
+            " optimizer.text_encoder_lr and optimizer.block_lr."
         )
     return plans
 

@@ -287,7 +287,7 @@ FAMILIES: dict[str, Family] = {
         style_blocks=r"up_blocks\.0\.attentions\.1\..*",
         zero_negative=True,
         # Both text encoders cost 1.6 GB in half precision; frozen, their output is encoded once and they go.
-        settings={"optim.text_encoder_lr": 0.0, "optim.text_encoder_2_lr": 0.0},
+        settings={"optimizer.text_encoder_lr": 0.0, "optimizer.text_encoder_2_lr": 0.0},
     ),
 }
 

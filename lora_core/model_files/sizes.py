@@ -46,7 +46,7 @@ def checkpoint_bytes(config: RunConfig, numbers: int) -> int:
         config: the run's settings.
         numbers: how many are trained.
     """
-    state = chosen(OPTIMIZERS, config.optim.name, "optim.name").state
+    state = chosen(OPTIMIZERS, config.optimizer.name, "optimizer.name").state
     copies = 1.0 + state + (1.0 if config.save.ema else 0.0)
     return int(copies * numbers * _FULL) + _HEADERS
 
@@ -59,7 +59,7 @@ def adapters_used(config: RunConfig) -> int:
 def preview_bytes(config: RunConfig) -> int:
     """About how much one round of samples takes."""
     side = config.train.resolution or _USUAL_SIDE
-    return int(max(2, len(config.preview.prompts)) * side * side * _PIXEL) * adapters_used(config)
+    return int(max(2, len(config.sample.prompts)) * side * side * _PIXEL) * adapters_used(config)
 
 
 def needed_bytes(config: RunConfig, export: int) -> int:
@@ -74,7 +74,7 @@ def needed_bytes(config: RunConfig, export: int) -> int:
     save = config.save
     # Those that stay, the best, the one to go back to, and the new one before an old one goes.
     count = save.keep_last + (1 if save.keep_best else 0) + 2 if save.every else 2
-    rounds = config.train.steps // config.preview.every + 2 if config.preview.every else 0
+    rounds = config.train.steps // config.sample.every + 2 if config.sample.every else 0
     return (
         count * checkpoint_bytes(config, numbers)
         + export * adapters_used(config)
@@ -93,7 +93,7 @@ def export_bytes(facts: BaseFacts, config: RunConfig) -> int | None:
     family = facts.family
     if family is None:
         return None
-    rates = (config.optim.lr, config.optim.text_encoder_lr, config.optim.text_encoder_2_lr)
+    rates = (config.optimizer.lr, config.optimizer.text_encoder_lr, config.optimizer.text_encoder_2_lr)
     trained = [part for part, rate in zip(family.parts, rates, strict=False) if rate > 0]
     try:
         layers = _layers(facts.path, family.name, facts.path.stat().st_mtime_ns)

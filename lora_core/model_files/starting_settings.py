@@ -129,10 +129,10 @@ PLAIN: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("ss_network_dim", "adapter.rank", _number),
     ("ss_network_alpha", "adapter.alpha", _number),
     ("ss_network_dropout", "adapter.dropout", _number),
-    ("ss_text_encoder_lr", "optim.text_encoder_lr", _first_number),
-    ("ss_max_grad_norm", "optim.clip", _number),
-    ("ss_gradient_accumulation_steps", "train.accumulate", _number),
-    ("ss_gradient_checkpointing", "train.checkpointing", _truth),
+    ("ss_text_encoder_lr", "optimizer.text_encoder_lr", _first_number),
+    ("ss_max_grad_norm", "optimizer.max_grad_norm", _number),
+    ("ss_gradient_accumulation_steps", "train.gradient_accumulation_steps", _number),
+    ("ss_gradient_checkpointing", "train.gradient_checkpointing", _truth),
     ("ss_clip_skip", "train.clip_skip", _number),
     ("ss_min_snr_gamma", "loss.min_snr", _number),
     ("ss_noise_offset", "loss.noise_offset", _number),
@@ -202,15 +202,15 @@ def _rates(texts: Texts, found: Like) -> None:
     general, unet = (texts.get(key, "").strip() for key in ("ss_learning_rate", "ss_unet_lr"))
     for text in (unet, general):
         with contextlib.suppress(ValueError):
-            found.take("optim.lr", _first_number(text))
+            found.take("optimizer.lr", _first_number(text))
             break
     numbers = re.findall(r"[\d.]+(?:[eE][-+]?\d+)?", texts.get("ss_text_encoder_lr", ""))
     if len(numbers) > 1:
         with contextlib.suppress(ValueError):
-            found.take("optim.text_encoder_2_lr", _number(numbers[1]))
-    if "optim.text_encoder_lr" not in found.values and "optim.lr" in found.values:
+            found.take("optimizer.text_encoder_2_lr", _number(numbers[1]))
+    if "optimizer.text_encoder_lr" not in found.values and "optimizer.lr" in found.values:
         with contextlib.suppress(ValueError):
-            found.take("optim.text_encoder_lr", _first_number(general))
+            found.take("optimizer.text_encoder_lr", _first_number(general))
 
 
 def _lengths(texts: Texts, found: Like) -> None:
@@ -220,7 +220,7 @@ def _lengths(texts: Texts, found: Like) -> None:
         found.take("train.steps", steps)
     warmup = _whole(texts, "ss_lr_warmup_steps")
     if warmup is not None and steps:
-        found.take("optim.warmup", min(1.0, warmup / steps))
+        found.take("optimizer.warmup", min(1.0, warmup / steps))
     sides = [int(side) for side in re.findall(r"\d{2,5}", texts.get("ss_resolution", ""))]
     if sides:
         # Ours is the side of a square of the same area, on the grid of 64 that all bases take.
@@ -230,7 +230,7 @@ def _lengths(texts: Texts, found: Like) -> None:
         found.take("train.batch_size", batch)
     length = _whole(texts, "ss_max_token_length")
     if length is not None:
-        found.take("train.tokens", length)
+        found.take("train.max_token_length", length)
 
 
 def _named(texts: Texts, found: Like) -> None:
@@ -239,13 +239,13 @@ def _named(texts: Texts, found: Like) -> None:
     plain = optimizer.removesuffix("8bit").removeprefix("paged")
     key = next((k for k in (optimizer, plain) if k in OPTIMIZERS), "")
     if key:
-        found.take("optim.name", key)
+        found.take("optimizer.name", key)
     if optimizer and key != optimizer:
         instead = f"; {OPTIMIZERS[key].title} is taken for it" if key else ""
         found.left.append(f"The optimizer {in_short(optimizer)} is not known here{instead}.")
     for source, table, name in (
-        ("ss_lr_scheduler", SCHEDULES, "optim.schedule"),
-        ("ss_loss_type", LOSSES, "loss.kind"),
+        ("ss_lr_scheduler", SCHEDULES, "optimizer.schedule"),
+        ("ss_loss_type", LOSSES, "loss.type"),
         ("ss_huber_schedule", HUBER_SCHEDULES, "loss.huber_schedule"),
     ):
         text = texts.get(source, "").strip().lower()
@@ -262,7 +262,7 @@ def _named(texts: Texts, found: Like) -> None:
 
 def _huber(texts: Texts, found: Like) -> None:
     """Huber's delta; where the loss is another one, what kohya writes of it says nothing."""
-    if found.values.get("loss.kind") != "huber":
+    if found.values.get("loss.type") != "huber":
         found.values.pop("loss.huber_schedule", None)
         return
     # What the trainer takes where a header of its first versions with this loss says nothing.
@@ -347,7 +347,7 @@ def like_file(path: Path) -> Like:
 def _ours(text: str) -> Like:
     found = Like("the settings that LoRA Easel wrote into it")
     try:
-        values = flattened(tomllib.loads(text))
+        values = flattened(tomllib.loads(text), say=False)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"The settings in the file cannot be read: {str(error)[:LONGEST]}.") from error
     for name, value in values.items():
@@ -380,7 +380,7 @@ def _from_layers(header: Header, found: Like) -> None:
         forward = any(re.search(r"ff[._]net|mlp[._]fc|proj_in", name) for name in downs)
         found.take("adapter.targets", "locon" if convolutions else "kohya" if forward else "attention")
     if not any("te" in name.split("_")[:2] or "te1" in name or "text" in name for name in downs):
-        found.take("optim.text_encoder_lr", 0.0)
+        found.take("optimizer.text_encoder_lr", 0.0)
     if "adapter.alpha" not in found.values:
         found.left.append("Its alpha is not written in the header; set it to what you used, or to the rank.")
         found.take("adapter.alpha", float(rank))

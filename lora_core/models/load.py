@@ -275,7 +275,7 @@ def streamline(module: torch.nn.Module) -> None:
 def _too_large(path: Path, device: torch.device) -> OutOfMemory:
     return OutOfMemory(
         f"The base {path} does not fit into the {memory_of(device)} that is free; close other programs that"
-        " use it, or set train.quantise to int8 or train.offload to true."
+        " use it, or set train.quantize_base to int8 or train.offload to true."
     )
 
 

@@ -188,9 +188,9 @@ def run_evaluator(
         base = replace(base, facts=replace(base.facts, resolution=config.train.resolution))
 
     def condition(caption: str) -> PromptEmbeds:
-        return encode_prompt(base, [caption], config.train.clip_skip, config.train.tokens)
+        return encode_prompt(base, [caption], config.train.clip_skip, config.train.max_token_length)
 
-    looks = max(FEWEST_LOOKS, config.validation.triples)
+    looks = max(FEWEST_LOOKS, config.validation.draws_per_image)
     bench = Evaluator(base, records, looks, config.seed, note, on_picture, condition)
     return RunEvaluator(bench, base, len(records), said)
 

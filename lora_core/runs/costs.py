@@ -93,7 +93,7 @@ def costs_file(workspace: Path) -> Path:
 
 def cost_key(config: RunConfig) -> str:
     """All settings that decide the time and memory of a step."""
-    optim, adapter, base = config.optim, config.adapter, config.model.base
+    optim, adapter, base = config.optimizer, config.adapter, config.model.base
     # All of the section, so that a setting that is added to it later counts by itself.
     train = {
         **config.train.model_dump(),
@@ -145,8 +145,8 @@ def _read_all(workspace: Path) -> dict[str, StepCost]:
 def step_passes(config: RunConfig) -> float:
     """Cost of a step in forward passes of one pixel: to compare settings of the same base."""
     side = config.train.resolution or lookup_base(config.model.base).resolution
-    images = config.train.batch_size * config.train.accumulate
-    return (CHECKPOINTING if config.train.checkpointing else FORWARDS) * images * float(side) ** 2
+    images = config.train.batch_size * config.train.gradient_accumulation_steps
+    return (CHECKPOINTING if config.train.gradient_checkpointing else FORWARDS) * images * float(side) ** 2
 
 
 def forecast_step(
@@ -191,17 +191,21 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
         draw: seconds of a sampler's step of one sample, which is two passes at the base's own size.
         images: how many there are.
     """
-    steps, preview, validation = config.train.steps, config.preview, config.validation
+    steps, preview, validation = config.train.steps, config.sample, config.validation
     prompts = len(preview.prompts) or min(USUAL_PROMPTS, images)
     sampling = how_often(steps, preview.every) * prompts * preview.steps * draw * adapters_used(config)
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
-    passes = round(held) * validation.triples * (adapters_used(config) + (1 if validation.gauge else 0))
-    passes += validation.prior * validation.triples if held else 0
+    passes = (
+        round(held)
+        * validation.draws_per_image
+        * (adapters_used(config) + (1 if validation.memorization else 0))
+    )
+    passes += validation.forgetting * validation.draws_per_image if held else 0
     own = lookup_base(config.model.base).resolution
     share = ((config.train.resolution or own) / own) ** 2
     measuring = how_often(steps, validation.every) * passes * draw / 2 * share / steps
-    if validation.budget:
-        measuring = min(measuring, validation.budget * step)
+    if validation.max_time_share:
+        measuring = min(measuring, validation.max_time_share * step)
     return sampling / steps + measuring
 
 
@@ -224,11 +228,11 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
     asked = config.train.precision
     width = 4 if asked in ("fp32", "auto") else 2
     side = config.train.resolution or known.resolution
-    kept = CHECKPOINTING_KEEPS if config.train.checkpointing else 1.0
+    kept = CHECKPOINTING_KEEPS if config.train.gradient_checkpointing else 1.0
     pixels = (side / 8) ** 2 * config.train.batch_size
     activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
     weights = numbers * width
-    if not (config.train.offload or config.train.quantise != "none"):
+    if not (config.train.offload or config.train.quantize_base != "none"):
         # A processor's run takes more where there is more, because that is faster.
         room = psutil.virtual_memory().available - PREPACKED_SPARE
         most = WINOGRAD_COPIES if width == 4 else PREPACKED_COPIES
@@ -243,11 +247,11 @@ def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tup
     weights, trained = counts
     larger = weights / (row.unet + row.text + row.vae)
     width = 4 if train.precision == "fp32" else 2
-    kept = 1 if train.quantise != "none" else width
+    kept = 1 if train.quantize_base != "none" else width
     blocks = OFFLOAD_BUFFERS * row.largest if train.offload else row.blocks
     unet = (row.unet - row.blocks) * width + blocks * kept
-    made = row.largest * width if train.quantise != "none" else 0
-    optim, dataset = config.optim, config.dataset
+    made = row.largest * width if train.quantize_base != "none" else 0
+    optim, dataset = config.optimizer, config.dataset
     encoding = optim.text_encoder_lr or optim.text_encoder_2_lr or dataset.shuffle_tags or dataset.tag_dropout
     text = row.text * width if encoding else 0
     copies = 2 + OPTIMIZERS[optim.name].state + (1 if width == 2 else 0) + (1 if config.save.ema else 0)
@@ -255,10 +259,10 @@ def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tup
     activation = math.sqrt(larger) * width / 2
     pixels, own_pixels = (((side or resolution) / 8) ** 2 for side in (train.resolution, resolution))
     plain, of_rank, checkpointed = row.steps.get(config.adapter.targets, row.steps["kohya"])
-    step = checkpointed if train.checkpointing else plain + of_rank * (config.adapter.rank - 16)
+    step = checkpointed if train.gradient_checkpointing else plain + of_rank * (config.adapter.rank - 16)
     passing = [step * train.batch_size * pixels * activation]
     if config.validation.every and config.validation.pictures:
-        passing.append(min(LOOKS, config.validation.triples) * row.guided * pixels * activation)
+        passing.append(min(LOOKS, config.validation.draws_per_image) * row.guided * pixels * activation)
     # A sample can be asked for at any time.
     passing += [2 * row.guided * own_pixels * activation, row.decode * own_pixels * math.sqrt(larger)]
     vae = row.vae * 4 * larger

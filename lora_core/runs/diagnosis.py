@@ -38,7 +38,7 @@ from lora_core.system.processes import log_tail
 from lora_core.system.untrusted import check_fields, parse_json
 
 GIGABYTE = 1e9
-LESS_MEMORY = "lower train.batch_size or train.resolution, or set train.checkpointing"
+LESS_MEMORY = "lower train.batch_size or train.resolution, or set train.gradient_checkpointing"
 NEARLY_FULL = 0.1
 """A kill is put down to full memory where less than this share was free."""
 MOST_OF_IT = 0.75
@@ -57,7 +57,7 @@ PATH = re.compile(r"""(?:[A-Za-z]:)?(?:[\\/][^\\/\s"'<>|:*?,;()]+){2,}[\\/]?""")
 TAIL = r"""((?:[\\/][^"'<>\n:]*)?[\\/][^\\/\s"'<>|:*?,;()]*)?"""
 """What may follow a known folder: names with spaces too, up to the last separator of the line."""
 OURS = ("<run>", "<app>", "<python>")
-WRITTEN = ("dataset.trigger", "preview.prompts", "name")
+WRITTEN = ("dataset.trigger", "sample.prompts", "name")
 PACKAGES = ("lora-easel", "torch", "diffusers", "transformers", "gradio", "safetensors")
 
 
@@ -352,7 +352,7 @@ def _known_words(run: RunFolder, workspace: Path) -> list[tuple[str, str]]:
             if _is_path(text):
                 pairs += [(form, f"<{name}>") for form in _json_forms(text)]
         pairs.append((config.dataset.trigger, "<trigger>"))
-        pairs += [(prompt, "<prompt>") for prompt in config.preview.prompts]
+        pairs += [(prompt, "<prompt>") for prompt in config.sample.prompts]
     progress = run.progress()
     pairs += [(prompt, "<prompt>") for event in progress.previews for prompt in event.prompts]
     return pairs + _image_names(run, progress.changed)

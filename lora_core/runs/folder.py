@@ -161,11 +161,11 @@ class RunFolder:
         Raises:
             ConfigError: the file was edited into something illegal.
         """
-        return RunConfig.from_dict(load_toml(self.config_file))
+        return RunConfig.from_dict(load_toml(self.config_file), say=False)
 
     def retired_settings(self) -> list[str]:
         """A sentence for each setting of the file that an earlier version used and this one does not."""
-        flat = flattened(load_toml(self.config_file))
+        flat = flattened(load_toml(self.config_file), say=False)
         return [
             f"{sentence} The run goes on as with {RETIRED[name][0]}."
             for name, value in flat.items()

@@ -166,9 +166,9 @@ def require_packages(config: RunConfig) -> None:
     Raises:
         ConfigError: one is missing; the message says how to install it.
     """
-    optimizer = OPTIMIZERS[config.optim.name]
+    optimizer = OPTIMIZERS[config.optimizer.name]
     if optimizer.package:
-        feature = f"optim.name = {config.optim.name}"
+        feature = f"optimizer.name = {config.optimizer.name}"
         require_package(feature, optimizer.load.partition(":")[0], optimizer.package)
     if config.save.tensorboard:
         require_package("save.tensorboard = true", "tensorboard", "tensorboard")
@@ -219,8 +219,8 @@ def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
     loss, found = config.loss, []
     usual = LossSection()
     for name in ("huber_delta", "huber_schedule"):
-        if loss.kind != "huber" and getattr(loss, name) != getattr(usual, name):
-            sentence = f"loss.{name} plays no part where loss.kind is {loss.kind}; it is for huber."
+        if loss.type != "huber" and getattr(loss, name) != getattr(usual, name):
+            sentence = f"loss.{name} plays no part where loss.type is {loss.type}; it is for huber."
             found.append(RunProblem("loss", sentence, False))
     velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
     if velocity and loss.gamma("v_prediction"):
@@ -239,28 +239,28 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
         config: of the run to come.
         family: of its base, where that is known.
     """
-    optim, row = config.optim, chosen(OPTIMIZERS, config.optim.name, "optim.name")
+    optim, row = config.optimizer, chosen(OPTIMIZERS, config.optimizer.name, "optimizer.name")
     rates = _part_rates(config, family)
     if not rates and not any(rate > 0 for rate in optim.block_lr.values()):
         return [
             RunProblem(
                 "rate",
-                "Nothing would be trained: the learning rates of all chosen layers are 0; see optim.lr,"
-                " optim.text_encoder_lr and optim.block_lr.",
+                "Nothing would be trained: the learning rates of all chosen layers are 0; see optimizer.lr,"
+                " optimizer.text_encoder_lr and optimizer.block_lr.",
             )
         ]
     if row.one_rate and (len(set(rates.values())) > 1 or optim.lora_plus != 1.0):
         return [
             RunProblem(
                 "rate",
-                f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
-                f" ({optim.lr:g}) or to 0, and optim.lora_plus to 1.",
+                f"{row.title} works with one learning rate; set the rates of the text encoders to"
+                f" optimizer.lr ({optim.lr:g}) or to 0, and optimizer.lora_plus to 1.",
             )
         ]
     if optim.range_test and (row.one_rate or not optim.lr):
-        why = "finds its own rate" if row.one_rate else "has nothing to begin with where optim.lr is 0"
+        why = "finds its own rate" if row.one_rate else "has nothing to begin with where optimizer.lr is 0"
         what = row.title if row.one_rate else "The range test"
-        return [RunProblem("rate", f"{what} {why}; turn optim.range_test off.")]
+        return [RunProblem("rate", f"{what} {why}; turn optimizer.range_test off.")]
     if optim.range_test:
         return []
     low, high = RATES.get(optim.name, (0.0, math.inf))
@@ -281,8 +281,8 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
 
 def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
     """The learning rate of each part that has layers to train."""
-    optim, row = config.optim, TARGETS[config.adapter.targets].defaults
-    settings = ("optim.lr", "optim.text_encoder_lr", "optim.text_encoder_2_lr")
+    optim, row = config.optimizer, TARGETS[config.adapter.targets].defaults
+    settings = ("optimizer.lr", "optimizer.text_encoder_lr", "optimizer.text_encoder_2_lr")
     values = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
     parts = len(family.parts) if family else len(settings)
     patterns = (row["unet"], row["text"], row["text"])
@@ -314,7 +314,7 @@ def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
 
 def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> list[RunProblem]:
     """Captions of which the end is not read."""
-    limit = config.train.tokens
+    limit = config.train.max_token_length
     cut: list[tuple[str, str]] = []
     try:
         for record in records:
@@ -332,7 +332,7 @@ def _captions(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -
     count = "1 caption is" if len(cut) == 1 else f"{len(cut)} captions are"
     sentence = (
         f"{count} longer than the {limit} tokens that are read; of {name}, “{excerpt}” is not. Shorten it, or"
-        " raise train.tokens."
+        " raise train.max_token_length."
     )
     return [RunProblem("caption", sentence, False)]
 
@@ -405,17 +405,17 @@ def caption_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFact
         Bytes of those that come again, which are kept on disk and in memory, and of those that vary from look
         to look, which are kept in memory up to a limit.
     """
-    if facts.family is None or config.optim.text_encoder_lr or config.optim.text_encoder_2_lr:
+    if facts.family is None or config.optimizer.text_encoder_lr or config.optimizer.text_encoder_2_lr:
         return 0, 0
     width = 2 if config.train.precision in ("bf16", "fp16") else 4
-    one = config.train.tokens // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE
+    one = config.train.max_token_length // CHUNK * (CHUNK + 2) * facts.family.context_width * width + _FILE
     rules, validation = CaptionRules.of(config.dataset), config.validation
     fixed = sum(not varies_by_draw(record.caption, rules) for record in records)
     # Those that vary are measured without chance: the held-out ones, and about as many of the others.
     held = validation.pictures * (1 if validation.pictures >= 1 else len(records))
     again = min(len(records), fixed + _MEASURED + math.ceil(2 * held)) if records else 0
-    again += len(config.preview.prompts) + validation.prior + 1
-    looks = config.train.steps * config.train.batch_size * config.train.accumulate
+    again += len(config.sample.prompts) + validation.forgetting + 1
+    looks = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps
     return again * one, min(DRAWN_CAPTIONS_BYTES, looks * one) if fixed < len(records) else 0
 
 

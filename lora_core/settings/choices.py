@@ -273,7 +273,7 @@ PRECISIONS: Table = {
     "fp16": Choice("fp16", "Half the memory; for older GPUs."),
 }
 
-QUANTISED: Table = {
+QUANTIZED: Table = {
     "none": Choice("As it is", "In the number format that precision names."),
     "int8": Choice(
         "8 bits",

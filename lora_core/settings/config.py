@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import logging
 import math
 import stat
 import tomllib
@@ -31,9 +32,9 @@ from lora_core.settings.schema import (
     DatasetSection,
     LossSection,
     ModelSection,
-    OptimSection,
-    PreviewSection,
+    OptimizerSection,
     RowOf,
+    SampleSection,
     SaveSection,
     Section,
     TrainSection,
@@ -41,7 +42,7 @@ from lora_core.settings.schema import (
 )
 from lora_core.system.paths import clean_text
 
-SWITCHES = {"optim.lr": "optim.range_test"}
+SWITCHES = {"optimizer.lr": "optimizer.range_test"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""
 RETIRED: dict[str, tuple[Any, str]] = {
     "adapter.kind": (
@@ -56,6 +57,22 @@ RETIRED: dict[str, tuple[Any, str]] = {
     ),
 }
 """Settings that are no more: the value that still means something, and why no other does."""
+OLD_NAMES = {
+    "loss.kind": "loss.type",
+    "optim.clip": "optimizer.max_grad_norm",
+    "optim.text_encoder_until": "optimizer.stop_text_encoder_at",
+    "train.accumulate": "train.gradient_accumulation_steps",
+    "train.checkpointing": "train.gradient_checkpointing",
+    "train.quantise": "train.quantize_base",
+    "train.tokens": "train.max_token_length",
+    "validation.budget": "validation.max_time_share",
+    "validation.gauge": "validation.memorization",
+    "validation.prior": "validation.forgetting",
+    "validation.triples": "validation.draws_per_image",
+    **{f"optim.{key}": f"optimizer.{key}" for key in OptimizerSection.model_fields},
+    **{f"preview.{key}": f"sample.{key}" for key in SampleSection.model_fields},
+}
+"""Names of earlier versions, in the files of their users, and what the settings are called today."""
 MAX_TOML_BYTES = 1_000_000
 MAX_TOML_DEPTH = 20
 MAX_INTEGER = 2**63
@@ -73,22 +90,26 @@ class RunConfig(Section):
     adapter: AdapterSection = Field(default_factory=AdapterSection)
     dataset: DatasetSection = Field(default_factory=DatasetSection)
     train: TrainSection = Field(default_factory=TrainSection)
-    optim: OptimSection = Field(default_factory=OptimSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     loss: LossSection = Field(default_factory=LossSection)
     validation: ValidationSection = Field(default_factory=ValidationSection)
-    preview: PreviewSection = Field(default_factory=PreviewSection)
+    sample: SampleSection = Field(default_factory=SampleSection)
     save: SaveSection = Field(default_factory=SaveSection)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+    def from_dict(cls, values: Mapping[str, Any], say: bool = True) -> "RunConfig":
         """A config from nested tables as TOML gives them; what is absent takes its default.
 
         Settings that an earlier version wrote and this one does not have are left out; `retired` names them.
 
+        Args:
+            values: the tables, with names of today or of earlier versions.
+            say: log the new name of each old one, once in a process.
+
         Raises:
             ConfigError: names every setting that is unknown, mistyped or out of range, all at once.
         """
-        flat = flattened(values)
+        flat = flattened(values, say)
         return cls().changed({name: value for name, value in flat.items() if name not in RETIRED})
 
     def changed(self, changes: Mapping[str, Any]) -> "RunConfig":
@@ -102,7 +123,7 @@ class RunConfig(Section):
         """
         problems: list[str] = []
         tables = self.to_dict()
-        for name, value in with_switches(changes):
+        for name, value in with_switches(current_names(changes)):
             section, _, key = name.rpartition(".")
             if name in RETIRED:
                 problems += retired([(name, value)])
@@ -133,6 +154,7 @@ class RunConfig(Section):
         Raises:
             ConfigError: there is no such setting.
         """
+        name = OLD_NAMES.get(name, name)
         if name not in FIELDS:
             raise ConfigError(_unknown(name))
         return functools.reduce(getattr, name.split("."), self)
@@ -318,16 +340,53 @@ def patterns_of_lines(name: str, text: str) -> dict[str, float]:
     return table
 
 
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted names; a setting that is itself a table stays whole."""
-    flat: dict[str, Any] = {}
+def current_names(values: Mapping[str, Any], say: bool = True) -> dict[str, Any]:
+    """Values by the names that their settings have today.
+
+    Args:
+        values: dotted name to value; names of earlier versions are accepted.
+        say: log the new name of each old one, once in a process.
+
+    Raises:
+        ConfigError: a setting is given by its old and its new name.
+    """
+    found: dict[str, Any] = {}
+    for old, value in values.items():
+        name = OLD_NAMES.get(old, old)
+        if name != old and name in values:
+            raise ConfigError(f"{old} is the old name of {name}, which is given too; remove {old}.")
+        if name != old and say:
+            _say_new_name(old, name)
+        found[name] = value
+    return found
+
+
+@functools.cache
+def _say_new_name(old: str, name: str) -> None:
+    logging.getLogger(__name__).warning("%s is now called %s; the old name still works.", old, name)
+
+
+def flattened(values: Mapping[str, Any], say: bool = True) -> dict[str, Any]:
+    """Nested tables as dotted names; a setting that is itself a table stays in one piece.
+
+    Args:
+        values: as TOML gives them, with names of today or of earlier versions.
+        say: log the new name of each old one, once in a process.
+
+    Raises:
+        ConfigError: a setting is given by its old and its new name.
+    """
+    return current_names(dict(_leaves(values, "")), say)
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
-        name = f"{prefix}{key}"
+        old = f"{prefix}{key}"
+        name = OLD_NAMES.get(old, old)
         if isinstance(value, Mapping) and not (name in FIELDS and is_pattern_table(name)):
-            flat |= flattened(value, f"{name}.")
+            yield from _leaves(value, f"{old}.")
         else:
-            flat[name] = value
-    return flat
+            yield old, value
 
 
 def in_short(value: Any) -> str:
@@ -360,12 +419,12 @@ def parsed_assignment(text: str) -> tuple[str, Any]:
     Raises:
         ConfigError: there is no `=` or nothing before it, or the value is nested too deeply.
     """
-    name, equals, raw = text.partition("=")
-    name = name.strip()
+    given, equals, raw = text.partition("=")
+    (name,) = current_names({given.strip(): raw})
     if not equals or not name:
         raise ConfigError(f"--set {in_short(text)} should read section.key=value.")
     try:
-        value = parse_toml(f"value = {raw}", f"--set {name}")["value"]
+        value = parse_toml(f"value = {raw}", f"--set {given.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = raw
     is_text = name in FIELDS and FIELDS[name].annotation is str

@@ -175,7 +175,7 @@ class TrainSection(Section):
     """Optimizer steps. About 100 per picture, between 800 and 3,000, is a good start."""
     batch_size: int = Field(1, title="Batch size", ge=1, le=256)
     """Pictures that go through the model at once."""
-    accumulate: int = Field(1, title="Accumulate", ge=1, le=1024)
+    gradient_accumulation_steps: int = Field(1, title="Accumulate", ge=1, le=1024)
     """Batches summed into one step: a larger batch without more memory."""
     resolution: int = Field(0, title="Resolution", ge=0, le=4096)
     """In pixels; training images have about the area of a square with this side. 0: what the base was trained
@@ -185,10 +185,10 @@ class TrainSection(Section):
     in nvidia-smi (ROCm's too), `mps` on a Mac, `xpu` for Intel's."""
     precision: Annotated[str, RowOf(choices.PRECISIONS)] = Field("auto", title="Precision")
     """dtype of the frozen base; the adapter is always fp32."""
-    checkpointing: bool = Field(False, title="Gradient checkpointing")
+    gradient_checkpointing: bool = Field(False, title="Gradient checkpointing")
     """Recomputes activations in the backward pass instead of keeping them: less memory, about a third
     slower."""
-    quantise: Annotated[str, RowOf(choices.QUANTISED)] = Field("none", title="Quantize base model")
+    quantize_base: Annotated[str, RowOf(choices.QUANTIZED)] = Field("none", title="Quantize base model")
     """Rounds the frozen weights of the UNet's blocks: much less memory, slightly longer steps, and the LoRA
     is trained beside a base that is very slightly off."""
     offload: bool = Field(False, title="Offload the base")
@@ -200,11 +200,11 @@ class TrainSection(Section):
     clip_skip: int = Field(1, title="Clip skip", ge=1, le=8)
     """Which layer of the text encoder, counted from the last, conditions the picture. Many anime bases want
     2. Bases that always use the layer before the last, such as SDXL, treat 1 as 2."""
-    tokens: Literal[75, 150, 225] = Field(75, title="Caption tokens")
+    max_token_length: Literal[75, 150, 225] = Field(75, title="Caption tokens")
     """How much of a caption is read: 75, 150 or 225 tokens."""
 
 
-class OptimSection(Section):
+class OptimizerSection(Section):
     """The optimizer and its learning rates."""
 
     name: Annotated[str, RowOf(choices.OPTIMIZERS)] = Field("adamw", title="Optimizer")
@@ -213,12 +213,12 @@ class OptimSection(Section):
     """Of the UNet's adapter. What counts is this times alpha / rank."""
     range_test: bool = Field(False, title="Auto learning rate")
     """A short range test before the first step finds the learning rate; the others keep their ratio to it. In
-    a file or on the command line, `optim.lr = auto` does the same."""
+    a file or on the command line, `optimizer.lr = auto` does the same."""
     text_encoder_lr: Rate = Field(5e-5, title="Text encoder rate")
     """Of the (first) text encoder's adapter. 0: the text encoder is not trained."""
     text_encoder_2_lr: Rate = Field(0.0, title="Second text encoder rate")
     """Of the second text encoder's adapter, where a base has two. 0: it is not trained."""
-    text_encoder_until: float = Field(1.0, title="Stop text encoder at", ge=0.0, le=1.0)
+    stop_text_encoder_at: float = Field(1.0, title="Stop text encoder at", ge=0.0, le=1.0)
     """Share of the steps after which the text encoders' adapter is frozen; less keeps it from overfitting."""
     block_lr: Annotated[dict[str, Rate], Patterns] = Field({}, title="Rates by block")
     """Learning rate for the layers whose path matches a pattern; 0: they are not trained. If several patterns
@@ -230,14 +230,14 @@ class OptimSection(Section):
     """How the learning rate changes over the run."""
     warmup: float = Field(0.05, title="Warm-up", ge=0.0, le=1.0)
     """Share of the steps over which the learning rate rises from zero."""
-    clip: float = Field(1.0, title="Gradient clipping", ge=0.0, le=1000.0)
+    max_grad_norm: float = Field(1.0, title="Gradient clipping", ge=0.0, le=1000.0)
     """Largest norm of the gradient. 0: no clipping."""
 
 
 class LossSection(Section):
     """What is minimised."""
 
-    kind: Annotated[str, RowOf(choices.LOSSES)] = Field("mse", title="Loss")
+    type: Annotated[str, RowOf(choices.LOSSES)] = Field("mse", title="Loss")
     """How an error is weighted."""
     huber_delta: float = Field(0.1, title="Huber delta", ge=0.001, le=10.0)
     """Errors well below it count squared, errors well above it linearly. Only for Huber."""
@@ -267,20 +267,20 @@ class ValidationSection(Section):
     """Steps between two validations. 0: never."""
     pictures: float = Field(0.1, title="Held-out pictures", ge=0.0, le=10_000.0)
     """Kept out of training and used to measure: a share below 1, or a number. 0: none."""
-    triples: int = Field(4, title="Noise draws per image", ge=1, le=1000)
+    draws_per_image: int = Field(4, title="Noise draws per image", ge=1, le=1000)
     """Fixed (noise, timestep) pairs for each held-out picture."""
-    budget: float = Field(0.05, title="Validation time budget", ge=0.0, le=1.0)
+    max_time_share: float = Field(0.05, title="Validation time budget", ge=0.0, le=1.0)
     """As a share of the training time: validations that cost more are done less often. 0: no limit."""
-    gauge: bool = Field(True, title="Memorization gauge")
+    memorization: bool = Field(True, title="Memorization gauge")
     """Measure training pictures too: what they gain beyond held-out pictures is memorized."""
-    prior: int = Field(4, title="Prior images", ge=0, le=1000)
+    forgetting: int = Field(4, title="Prior images", ge=0, le=1000)
     """Images that the base generates before the first step, to measure what it forgets. 0: none."""
     patience: int = Field(4, title="Patience", ge=0, le=1000)
     """Stop after this many validations without improvement if the last is clearly worse than the best, else
     after twice as many. 0: never stop early."""
 
 
-class PreviewSection(Section):
+class SampleSection(Section):
     """Samples generated while training."""
 
     every: int = Field(100, title="Sample every", ge=0, le=1_000_000)

@@ -120,8 +120,8 @@ def choose_octave(shares: list[float]) -> int:
     best = max(smooth, default=0.0)
     if best < LEAST:
         raise RunError(
-            "The range test learned nothing at any rate, so that optim.lr = auto finds none; give optim.lr a"
-            " number, or look whether the pictures, the captions and the layers are as they should be."
+            "The range test learned nothing at any rate, so optimizer.lr = auto finds none; give optimizer.lr"
+            " a number, or look whether the pictures, the captions and the layers are as they should be."
         )
     half = next(number for number, share in enumerate(smooth) if share >= best / 2)
     return round(LOWEST + half / EACH + ABOVE_HALF)
@@ -182,15 +182,15 @@ class Autotune:
             plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
         if not plan.tried and (fresh or plan.cap) and limited(state.base.device):
             self._say("Trying the heaviest step", 0, 1)
-            optimizer_state = OPTIMIZERS[self._config.optim.name].state
+            optimizer_state = OPTIMIZERS[self._config.optimizer.name].state
             told, peak = fit_memory(self._session, self._ladder, self._steps, optimizer_state)
             self.found += [events.Warned(message=sentence) for sentence in told]
             plan = replace(plan, rungs=self._ladder.taken, tried=True, peak=peak)
-        if self._config.optim.range_test and plan.octave is None:
+        if self._config.optimizer.range_test and plan.octave is None:
             found = run_range_test(self._session, self._steps, self._say)
             scale_learning_rates(state.optimizer, found.octave)
             plan = replace(plan, octave=found.octave)
-            rate = plan.rated(self._config).optim.lr
+            rate = plan.rated(self._config).optimizer.lr
             self.found.append(events.RateFound(rate=rate, rates=found.rates, shares=found.shares))
         return plan
 

@@ -181,7 +181,7 @@ class Duties:
         """
         validates = self._validates(step, last)
         saves = self.saves(step, last, "save" in asked)
-        samples = "preview" in asked or due(step, self._config.preview.every, last)
+        samples = "preview" in asked or due(step, self._config.sample.every, last)
         if validates:
             self._aside(step, "The validation was", self._validate)
             self._keep_to_budget(step, pace)
@@ -202,7 +202,7 @@ class Duties:
         """
         if self._validates(step, last) and step not in validated:
             self._aside(step, "The validation was", self._validate_late)
-        if due(step, self._config.preview.every, last) and step not in sampled:
+        if due(step, self._config.sample.every, last) and step not in sampled:
             self._aside(step, "The samples were", self._preview)
 
     def enough(self, step: int) -> str:
@@ -318,7 +318,7 @@ class Duties:
         if self.every or not self.validations:
             return
         self.every = section.every
-        share = section.budget * section.every * pace
+        share = section.max_time_share * section.every * pace
         if share > 0 and self.judge.seconds > share:
             self.every = section.every * math.ceil(self.judge.seconds / share)
             self._emit(
@@ -327,7 +327,7 @@ class Duties:
                     message=(
                         f"A validation takes {self.judge.seconds:.1f} s, so it is done every"
                         f" {self.every:,} steps rather than every {section.every:,}: that keeps it to"
-                        f" {section.budget:.0%} of the time (validation.budget)."
+                        f" {section.max_time_share:.0%} of the time (validation.max_time_share)."
                     ),
                 )
             )
@@ -337,12 +337,12 @@ class Duties:
         stem = self._run.previews / f"step-{step:06d}"
         name = self._run.name if step else ""
         note = self._notes.working(step, "Sampling")
-        paths = draw_samples(self._session, self._config.preview, stem, name, note)
+        paths = draw_samples(self._session, self._config.sample, stem, name, note)
         raw: list[Path] = []
         if step and self._session.state.average is not None:
             stem = stem.with_name(f"{stem.name}{RAW_SUFFIX}")
             raw = draw_samples(
-                self._session, self._config.preview, stem, f"{name}{RAW_SUFFIX}", note, averaged=False
+                self._session, self._config.sample, stem, f"{name}{RAW_SUFFIX}", note, averaged=False
             )
         files, raw_files = ([self._below(path) for path in drawn] for drawn in (paths, raw))
         prompts = self._session.prompts

@@ -130,5 +130,5 @@ def describe_slow_step(step: int, seconds: float, times: float, device: str) -> 
     return (
         f"{start} The graphics memory may be full and its driver moving some of it to the computer's own, as"
         " Windows does without an error: pause, close other programs that use the graphics card, or set"
-        " train.checkpointing or a lower train.batch_size, and go on."
+        " train.gradient_checkpointing or a lower train.batch_size, and go on."
     )

@@ -60,7 +60,7 @@ def lr_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
     if step < rising:
         return (step + 1) / (rising + 1)
     return float(
-        chosen(SCHEDULES, schedule, "optim.schedule").resolve()((step - rising) / max(1, steps - rising))
+        chosen(SCHEDULES, schedule, "optimizer.schedule").resolve()((step - rising) / max(1, steps - rising))
     )
 
 
@@ -151,9 +151,16 @@ class StepSettings:
     @classmethod
     def of(cls, config: RunConfig, steps: int, rate: float = 1.0) -> "StepSettings":
         """The plan of a config that runs to `steps`."""
-        optim, train = config.optim, config.train
+        optim, train = config.optimizer, config.train
         return cls(
-            steps, train.accumulate, optim.clip, optim.schedule, optim.warmup, config.seed, config.loss, rate
+            steps,
+            train.gradient_accumulation_steps,
+            optim.max_grad_norm,
+            optim.schedule,
+            optim.warmup,
+            config.seed,
+            config.loss,
+            rate,
         )
 
 

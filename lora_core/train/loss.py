@@ -82,7 +82,7 @@ def diffusion_loss(
     if sizes is not None and base.family.size_conditioning:
         numbers["sizes"] = sizes
     sent = dict(zip(numbers, to_device(base.device, *numbers.values()), strict=True))
-    error = chosen(LOSSES, rules.kind, "loss.kind").resolve()
+    error = chosen(LOSSES, rules.type, "loss.type").resolve()
     delta = functools.partial(huber_delta, base.noise, draw.timesteps, rules)
     predicted = base.predict_noise(sent["noisy"], sent["timesteps"], text, sent.get("sizes"))
     losses: torch.Tensor = error(predicted, sent["target"], delta).flatten(1).mean(1)

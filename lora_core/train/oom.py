@@ -223,6 +223,6 @@ def free_memory(state: TrainState, error: BaseException | None = None) -> None:
 def next_base_fallback(train: TrainSection, taken: list[tuple[str, int]]) -> Fallback | None:
     """The next rung that makes the base itself smaller, for a base that does not fit as it is opened."""
     done = {name for name, _ in taken}
-    done |= {INT8} if train.quantise != "none" else set()
+    done |= {INT8} if train.quantize_base != "none" else set()
     done |= {OFFLOAD} if train.offload else set()
     return next((rung for rung in FALLBACKS if rung.name in (INT8, OFFLOAD) and rung.name not in done), None)

@@ -47,9 +47,9 @@ from lora_core.models.device import (
 )
 from lora_core.models.load import BaseModel, open_base
 from lora_core.runs.folder import RunFolder
-from lora_core.settings.choices import OPTIMIZERS, QUANTISED, chosen
+from lora_core.settings.choices import OPTIMIZERS, QUANTIZED, chosen
 from lora_core.settings.config import RunConfig
-from lora_core.settings.schema import AUTO, AdapterSection, OptimSection, TrainSection
+from lora_core.settings.schema import AUTO, AdapterSection, OptimizerSection, TrainSection
 from lora_core.system.paths import write_atomically
 from lora_core.train.data import (
     Batches,
@@ -83,8 +83,8 @@ def weight_policy(
         folder: on whose drive weights may be put aside.
     """
     first = {name for name, step in rungs if step == 0}
-    kind = INT8 if INT8 in first else train.quantise
-    row = chosen(QUANTISED, kind, "train.quantise")
+    kind = INT8 if INT8 in first else train.quantize_base
+    row = chosen(QUANTIZED, kind, "train.quantize_base")
     depot = offload_store_for(device, folder) if train.offload or OFFLOAD in first else None
     return WeightPolicy(row.resolve() if row.load else None, depot)
 
@@ -123,7 +123,7 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
         ConfigError: it fits no layer, or nothing would be trained.
         AdapterFileError: the LoRA to go on with is not there, is broken, or is for another family.
     """
-    section, optim = config.adapter, config.optim
+    section, optim = config.adapter, config.optimizer
     rates = part_rates(base.family, optim)
     targets = named_targets(section.targets, base.family)
     file = start_file(section)
@@ -146,11 +146,13 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
     if file is not None and (out := extras_sentence(read_header(file).shapes)):
         notes.append(f"{file.name}: {out}")
     if optim.text_encoder_2_lr and len(base.family.text_encoders) < 2:
-        notes.append(f"optim.text_encoder_2_lr plays no part: the {base.family.title} has one text encoder.")
+        notes.append(
+            f"optimizer.text_encoder_2_lr plays no part: the {base.family.title} has one text encoder."
+        )
     return AdapterPlan(layers, start, file.name if file else "", notes)
 
 
-def part_rates(family: Family, optim: OptimSection) -> dict[str, float]:
+def part_rates(family: Family, optim: OptimizerSection) -> dict[str, float]:
     """Learning rate by part: the UNet's, then those of the text encoders in their order."""
     rates = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
     return dict(zip(family.parts, rates, strict=False))
@@ -193,18 +195,18 @@ def enable_checkpointing(base: BaseModel) -> None:
 
 
 def build_optimizer(
-    injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimSection
+    injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimizerSection
 ) -> tuple[torch.optim.Optimizer, FlatParams]:
     """The optimizer and where what it trains lies, with one group for each part and rate, a part's own rate
     first; `initial_lr` is a group's full rate, `until` the share of steps it is trained for.
 
-    With `optim.lora_plus` each group is two, for the down factors and for the up factors at a multiple of the
-    rate. Source: Hayou et al. 2024, "LoRA+", section 4.
+    With `optimizer.lora_plus` each group is two, for the down factors and for the up factors at a multiple of
+    the rate. Source: Hayou et al. 2024, "LoRA+", section 4.
 
     Raises:
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
-    row = chosen(OPTIMIZERS, optim.name, "optim.name")
+    row = chosen(OPTIMIZERS, optim.name, "optimizer.name")
     own = part_rates(base.family, optim)
     members: list[list[LoraLayer]] = []
     groups: list[dict[str, Any]] = []
@@ -213,15 +215,15 @@ def build_optimizer(
         for key, layer in injected.layers.items():
             if key[0] == part and plan.layers[key].rate > 0:
                 by_rate.setdefault(plan.layers[key].rate, []).append(layer)
-        until = 1.0 if part == "unet" else optim.text_encoder_until
+        until = 1.0 if part == "unet" else optim.stop_text_encoder_at
         for rate, layers in by_rate.items():
             if layers:
                 members.append(layers)
                 groups.append({"lr": rate, "until": until})
     if row.one_rate and (len({group["lr"] for group in groups}) > 1 or optim.lora_plus != 1.0):
         raise ConfigError(
-            f"{row.title} works with one learning rate; set the rates of the text encoders to optim.lr"
-            f" ({optim.lr:g}) or to 0, optim.lora_plus to 1, and leave optim.block_lr empty."
+            f"{row.title} works with one learning rate; set the rates of the text encoders to optimizer.lr"
+            f" ({optim.lr:g}) or to 0, optimizer.lora_plus to 1, and leave optimizer.block_lr empty."
         )
     storage = FlatParams(members, split_a_b=optim.lora_plus != 1.0)
     wholes = iter(storage.groups)
@@ -349,11 +351,11 @@ class RuntimePlan:
         """The config with the learning rates that the range test found."""
         if not self.octave:
             return config
-        optim, factor = config.optim, 2.0**self.octave
+        optim, factor = config.optimizer, 2.0**self.octave
         rates = {n: getattr(optim, n) * factor for n in ("lr", "text_encoder_lr", "text_encoder_2_lr")}
         by_block = {pattern: rate * factor for pattern, rate in optim.block_lr.items()}
         optim = optim.model_copy(update={**rates, "block_lr": by_block})
-        return config.model_copy(update={"optim": optim})
+        return config.model_copy(update={"optimizer": optim})
 
     def set_up(self) -> None:
         """Have this process compute as planned. Call it before the first kernel on the device."""
@@ -466,7 +468,7 @@ def prepare(
         workspace / "cache" / "text",
         layout.encoders_trained,
         config.train.clip_skip,
-        config.train.tokens,
+        config.train.max_token_length,
     )
     rules = CaptionRules.of(config.dataset)
     prompts = sample_prompts(config, held or train)
@@ -506,12 +508,12 @@ def build_train_state(
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
     injected, notes = inject_adapter(base, layout, config.seed)
-    set_train_mode(base, config.train.checkpointing)
+    set_train_mode(base, config.train.gradient_checkpointing)
     trained = base.modules.values()
     weights = weights or (PLAIN if limited(base.device) else choose_layout(trained))
     for module in trained:
         prepack(module, weights)
-    optimizer, storage = build_optimizer(injected, layout, base, config.optim)
+    optimizer, storage = build_optimizer(injected, layout, base, config.optimizer)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     average = EMA(injected, storage, config.save.ema) if config.save.ema else None
     return TrainState(base, injected, optimizer, storage, scaler, average, aside=aside), notes
@@ -519,8 +521,8 @@ def build_train_state(
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
     """What the samples show: the person's prompts with the trigger in them, else captions of `records`."""
-    if config.preview.prompts:
-        return [with_trigger(prompt, config.dataset.trigger) for prompt in config.preview.prompts]
+    if config.sample.prompts:
+        return [with_trigger(prompt, config.dataset.trigger) for prompt in config.sample.prompts]
     captions = dict.fromkeys(plain_caption(record.caption, config.dataset.trigger) for record in records)
     return list(captions)[:SAMPLE_PROMPTS]
 
@@ -558,5 +560,5 @@ def _encode_captions(text: PromptCache, captions: list[str], say: OnProgress) ->
 def _prior(
     base: BaseModel, text: PromptCache, folder: Path, config: RunConfig, inputs: dict[str, str]
 ) -> ForgettingSet | None:
-    wanted = config.validation.prior and config.validation.every and config.validation.pictures
+    wanted = config.validation.forgetting and config.validation.every and config.validation.pictures
     return ForgettingSet(base, text, folder, short_digest(sorted(inputs.items())), config) if wanted else None

@@ -127,9 +127,9 @@ def _set_up(base: BaseModel, config: RunConfig) -> tuple[TrainState, Batches, Pr
     """What the steps of a run need, as `train.setup` makes it, but from noise."""
     layout, train = plan_adapter(base, config), config.train
     text = (
-        PromptCache(base, base.path, True, train.clip_skip, train.tokens)
+        PromptCache(base, base.path, True, train.clip_skip, train.max_token_length)
         if layout.encoders_trained
-        else _OneCaption(base, train.clip_skip, train.tokens)
+        else _OneCaption(base, train.clip_skip, train.max_token_length)
     )
     side = train.resolution or base.resolution
     bucket = choose_bucket(side, side, side, base.size_multiple)

@@ -138,8 +138,8 @@ def _opened(run: RunFolder, plan: RuntimePlan) -> TrainSession:
 
 BY_HAND = (
     "The device of one of the processes ran out of memory in a step. With several processes that is not"
-    " mended by itself: set train.checkpointing, train.quantise or train.offload, or lower train.batch_size"
-    " or train.resolution, in a new run."
+    " mended by itself: set train.gradient_checkpointing, train.quantize_base or train.offload, or lower"
+    " train.batch_size or train.resolution, in a new run."
 )
 
 PATIENCE, POLL = 10.0, 0.5
@@ -389,11 +389,11 @@ class Trainer:
             RunError: it did so three times before.
         """
         if self._health.returns >= RETURNS:
-            lr = self._config.optim.lr * self._health.rate
+            lr = self._config.optimizer.lr * self._health.rate
             raise RunError(
                 f"Training does not hold at step {self.step}, though the learning rate was halved"
-                f" {RETURNS} times, to {lr:g}: {why}. Set a lower optim.lr or train.precision to fp32, look"
-                " at the pictures that the notes name, and start again; the last checkpoint is whole."
+                f" {RETURNS} times, to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to fp32,"
+                " look at the pictures that the notes name, and start again; the last checkpoint is whole."
             )
         at = self.step
         state, health = self._keeper.go_back(self._health)
@@ -561,7 +561,7 @@ def _problem(run: RunFolder, error: Exception) -> LoraError | None:
     if out_of_memory(error):
         return OutOfMemory(
             "The device ran out of memory; lower train.batch_size or train.resolution, or set"
-            " train.checkpointing."
+            " train.gradient_checkpointing."
         )
     if isinstance(error, OSError):
         return RunError(f"{error.filename or run.path} cannot be used: {error.strerror or error}.")

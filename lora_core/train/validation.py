@@ -23,7 +23,7 @@ from lora_core.generate.pipeline import infotext, sample_image, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import Injected
 from lora_core.runs import events
-from lora_core.settings.schema import PreviewSection
+from lora_core.settings.schema import SampleSection
 from lora_core.train.setup import TrainSession
 
 Note = Callable[[int, int], None]
@@ -31,7 +31,7 @@ Note = Callable[[int, int], None]
 
 
 def draw_samples(
-    session: TrainSession, section: PreviewSection, stem: Path, name: str, note: Note, averaged: bool = True
+    session: TrainSession, section: SampleSection, stem: Path, name: str, note: Note, averaged: bool = True
 ) -> list[Path]:
     """Draw one picture for each of the session's prompts, all with the section's seed.
 

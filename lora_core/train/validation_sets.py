@@ -51,10 +51,10 @@ class ForgettingSet:
         self._identity = identity
         side = config.train.resolution or base.resolution
         self.side = choose_bucket(side, side, side, base.size_multiple).width
-        self._looks = (config.validation.triples, config.seed)
+        self._looks = (config.validation.draws_per_image, config.seed)
         own = base.family.prior_prompts
         self._shots = [
-            (own[number % len(own)], number // len(own)) for number in range(config.validation.prior)
+            (own[number % len(own)], number // len(own)) for number in range(config.validation.forgetting)
         ]
         self._made: list[EvalImage] = []
 
@@ -161,14 +161,16 @@ def build_validation_sets(
     def measured(item: TrainImage, caption: str) -> EvalImage:
         latents = cache.latents(item.record, item.bucket, False)
         picture = hash_file(item.record.path)
-        looks = eval_noise(picture, latents, config.validation.triples, config.seed, base.noise.num_timesteps)
+        looks = eval_noise(
+            picture, latents, config.validation.draws_per_image, config.seed, base.noise.num_timesteps
+        )
         return EvalImage(latents, looks, caption, item.sizes)
 
     own = [plain_caption(item.record.caption, config.dataset.trigger) for item in items]
     count = max(len(held_out), FEWEST_BY_HEART) if held_out else MOST_CROSSED
     order = random.Random(f"{config.seed}/measured").sample(range(len(items)), min(count, len(items)))
     by_heart = [measured(items[index], own[index]) for index in sorted(order)]
-    kept = by_heart if config.validation.gauge else []
+    kept = by_heart if config.validation.memorization else []
     if held_out:
         trigger = config.dataset.trigger
         return ValidationSets([measured(i, plain_caption(i.record.caption, trigger)) for i in held_out], kept)

@@ -156,7 +156,7 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
         if memory and not hardware.has_gpu:
             memory += sum(caption_bytes(records, config, base.facts))
     shown = sum(record.repeats for record in records)
-    looks = config.train.steps * config.train.batch_size * config.train.accumulate
+    looks = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps
     return {
         "pictures": len(records),
         "captions": sum(bool(record.caption) for record in records),
@@ -166,7 +166,7 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
         "source": step.source if step else "",
         "memory_bytes": round(memory) if memory else None,
         "file_bytes": export_bytes(base.facts, config) if base.facts else None,
-        "learning_rate": None if config.optim.range_test else config.optim.lr * config.adapter.scale,
+        "learning_rate": None if config.optimizer.range_test else config.optimizer.lr * config.adapter.scale,
         "problems": [asdict(problem) for problem in problems],
     }
 

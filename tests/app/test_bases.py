@@ -90,28 +90,28 @@ def test_a_large_base_brings_its_starting_values(app_state: AppState, tmp_path: 
         checkpoint(tmp_path / "one.safetensors", "sd15"),
     )
     app_state.project.keep(goal="character", level="balanced")
-    assert draft_of(app_state)["optim.text_encoder_lr"] == 5e-5
-    app_state.project.keep(values={**draft_of(app_state), "train.resolution": 512, "optim.lr": 3e-4})
+    assert draft_of(app_state)["optimizer.text_encoder_lr"] == 5e-5
+    app_state.project.keep(values={**draft_of(app_state), "train.resolution": 512, "optimizer.lr": 3e-4})
     said, values = choose(app_state, str(xl))
     assert said == ""
-    assert values["optim.text_encoder_lr"] == 0
+    assert values["optimizer.text_encoder_lr"] == 0
     assert values["train.resolution"] == 0
-    assert values["optim.lr"] == 3e-4
+    assert values["optimizer.lr"] == 3e-4
     snapshot = take_snapshot(app_state)
     assert snapshot.plan.preset.optim.text_encoder_lr == 0
     assert "starts with Text encoder rate 0." in base_note(snapshot)
     assert "1024 px" in base_note(snapshot)
     _, back = choose(app_state, str(one))
-    assert back["optim.text_encoder_lr"] == 5e-5
+    assert back["optimizer.text_encoder_lr"] == 5e-5
     assert "starts with" not in base_note(take_snapshot(app_state))
     assert app_state.places.bases() == [str(one), str(xl)]
 
 
 def test_the_demo_s_preset_is_for_the_embedded_base_alone(app_state: AppState, tmp_path: Path) -> None:
     app_state.project.keep(dataset="demo", level="demo", goal="style", values={})
-    assert (draft_of(app_state)["optim.lr"], draft_of(app_state)["train.precision"]) == (3e-3, "fp32")
+    assert (draft_of(app_state)["optimizer.lr"], draft_of(app_state)["train.precision"]) == (3e-3, "fp32")
     _, values = choose(app_state, str(checkpoint(tmp_path / "one.safetensors", "sd15")))
-    assert (values["optim.lr"], values["train.precision"]) == (1e-4, "auto")
+    assert (values["optimizer.lr"], values["train.precision"]) == (1e-4, "auto")
     assert app_state.project.draft()["level"] == "balanced"
 
 
@@ -177,7 +177,7 @@ def test_a_search_that_fails_leaves_the_last_result(tmp_path: Path) -> None:
 
 
 def config(**changes: object) -> RunConfig:
-    rates = {"optim.text_encoder_lr": 0.0, "adapter.rank": 4}
+    rates = {"optimizer.text_encoder_lr": 0.0, "adapter.rank": 4}
     return RunConfig().changed(rates | {name.replace("__", "."): value for name, value in changes.items()})
 
 
@@ -200,8 +200,8 @@ def test_text_encoders_of_single_files_count_with_their_rates(tmp_path: Path) ->
     facts = lookup_base(str(checkpoint(tmp_path / "xl.safetensors", "sdxl"))).facts
     assert facts is not None
     alone = export_bytes(facts, config())
-    first = export_bytes(facts, config(optim__text_encoder_lr=1e-5))
-    both = export_bytes(facts, config(optim__text_encoder_lr=1e-5, optim__text_encoder_2_lr=1e-5))
+    first = export_bytes(facts, config(optimizer__text_encoder_lr=1e-5))
+    both = export_bytes(facts, config(optimizer__text_encoder_lr=1e-5, optimizer__text_encoder_2_lr=1e-5))
     assert alone is not None
     assert first is not None
     assert both is not None
@@ -238,7 +238,7 @@ def test_the_meter_counts_with_the_base_s_tokenizer(app_state: AppState, tmp_pat
     found = count_caption_tokens(caption, plan_with(app_state, model__base=file))
     assert (found.tokens, found.limit) == (79, 75)
     assert found.cut == ", dog, dog"
-    found = count_caption_tokens(caption, plan_with(app_state, model__base=file, train__tokens=150))
+    found = count_caption_tokens(caption, plan_with(app_state, model__base=file, train__max_token_length=150))
     assert (found.tokens, found.limit, found.cut) == (79, 150, "")
 
 

@@ -45,7 +45,7 @@ def test_a_poll_does_not_wait_and_the_next_one_knows(
 
 def test_start_says_everything_at_once(app_state: AppState, pictures: list[Path]) -> None:
     app_state.project.keep(
-        values={"model.vae": "/no/vae", "adapter.init": "/no/lora.safetensors", "optim.lr": 9.0}
+        values={"model.vae": "/no/vae", "adapter.init": "/no/lora.safetensors", "optimizer.lr": 9.0}
     )
     with pytest.raises(LoraError) as caught:
         ready_config(Bindings(app_state), "a run")

@@ -37,9 +37,9 @@ def test_no_pictures_paths_or_names_are_in_it(app_state: AppState) -> None:
         dataset__path="/mnt/d/Annabel/Pictures",
         model__base="/mnt/d/models/hunter base.safetensors",
         dataset__trigger="zwxtoken",
-        preview__prompts=[prompt],
+        sample__prompts=[prompt],
         adapter__init="C:\\Users\\hunter\\old.safetensors",
-        optim__lr=3e-4,
+        optimizer__lr=3e-4,
     )
     (run.previews / "step-0.png").write_bytes(b"picture")
     run.inputs_file.write_text(json.dumps({"the picture bel_07.png": "ab", "the package torch 2.8": ""}))

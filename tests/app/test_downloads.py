@@ -77,7 +77,7 @@ def test_it_arrives_with_its_starting_values(app_state: AppState, hub: Hub) -> N
     snapshot = take_snapshot(app_state)
     assert snapshot.plan.base.facts is not None
     assert not any("base model" in sentence for sentence in blockers(snapshot))
-    assert (app_state.project.draft()["level"], snapshot.plan.config.optim.lr) == ("balanced", 1e-4)
+    assert (app_state.project.draft()["level"], snapshot.plan.config.optimizer.lr) == ("balanced", 1e-4)
     assert snapshot.plan.config == snapshot.plan.preset.changed(
         {name: snapshot.plan.config.get(name) for name in ("model.base", "dataset.path")}
     )

@@ -38,8 +38,8 @@ def test_a_widget_takes_its_words_from_the_setting(name: str) -> None:
 
 def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
     config = RunConfig().changed({
-        "preview.prompts": ["a cat", "a dog"], "optim.lr": 5e-5,
-        "adapter.block_ranks": {r"unet\.mid_block": 4, "attn2": 0}, "optim.block_lr": {"mid_block": 1e-5},
+        "sample.prompts": ["a cat", "a dog"], "optimizer.lr": 5e-5,
+        "adapter.block_ranks": {r"unet\.mid_block": 4, "attn2": 0}, "optimizer.block_lr": {"mid_block": 1e-5},
     })  # fmt: skip
     again, problems = config_of(dict(zip(FORM, form_values(config), strict=True)), RunConfig())
     assert (again, problems) == (config, [])
@@ -52,9 +52,9 @@ def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
         ("train.steps", None, "Steps is empty."),
         ("train.resolution", "large", "Resolution = 'large' should be a whole number"),
         ("adapter.rank", 5000, "Rank (size)"),
-        ("optim.lr", -1, "Learning rate"),
+        ("optimizer.lr", -1, "Learning rate"),
         ("adapter.block_ranks", "mid_block", "Ranks by block has the line 'mid_block'"),
-        ("optim.block_lr", "mid_block = 11", "Rates by block 'mid_block' = 11"),
+        ("optimizer.block_lr", "mid_block = 11", "Rates by block 'mid_block' = 11"),
     ],
 )
 def test_what_is_not_legal_is_a_sentence_with_the_field_s_own_name(
@@ -76,9 +76,9 @@ def test_the_command_line_means_the_same_settings(goal: str, level: str) -> None
     config = base.changed(
         {
             "dataset.path": "/a b/é",
-            "optim.lr": 3e-4,
+            "optimizer.lr": 3e-4,
             "dataset.flip": True,
-            "preview.prompts": ["it's"],
+            "sample.prompts": ["it's"],
             "adapter.block_ranks": {r"unet\.mid_block": 4, "a b'": 0},
         }
     )
@@ -96,10 +96,13 @@ def test_a_group_says_what_was_changed() -> None:
 
 
 def test_a_draft_survives_and_may_hold_what_is_not_legal(tmp_path) -> None:
-    values = dict(zip(FORM, form_values(RunConfig()), strict=True)) | {"train.steps": None, "optim.lr": 2e-4}
+    values = dict(zip(FORM, form_values(RunConfig()), strict=True)) | {
+        "train.steps": None,
+        "optimizer.lr": 2e-4,
+    }
     Project(tmp_path).keep(values=values, goal="object", level="quick", trigger="zwx")
     again = Project(tmp_path)
     plan = Plan(again)
     assert plan.problems == ["Steps is empty."]
-    assert (plan.config.optim.lr, plan.config.dataset.trigger, plan.goal) == (2e-4, "zwx", "object")
+    assert (plan.config.optimizer.lr, plan.config.dataset.trigger, plan.goal) == (2e-4, "zwx", "object")
     assert widget_values(again)[FORM.index("train.steps")] is None

@@ -65,19 +65,19 @@ def test_kohya_s_header(tmp_path: Path) -> None:
         "adapter.block_ranks": {r"\.conv[12]$|samplers.*\.conv$": 8},
         "adapter.block_alphas": {r"\.conv[12]$|samplers.*\.conv$": 4.0},
         "adapter.rank_dropout": 0.1,
-        "optim.lr": 2e-4,
-        "optim.text_encoder_lr": 5e-5,
-        "optim.name": "adamw",
-        "optim.schedule": "cosine_restarts",
-        "optim.warmup": 0.05,
+        "optimizer.lr": 2e-4,
+        "optimizer.text_encoder_lr": 5e-5,
+        "optimizer.name": "adamw",
+        "optimizer.schedule": "cosine_restarts",
+        "optimizer.warmup": 0.05,
         "train.steps": 2000,
         # The square of the same area: sqrt(512 x 768) = 627, on the grid of 64.
         "train.resolution": 640,
         "train.clip_skip": 2,
         "train.batch_size": 2,
-        "train.checkpointing": True,
+        "train.gradient_checkpointing": True,
         "loss.min_snr": 5.0,
-        "loss.kind": "huber",
+        "loss.type": "huber",
         "loss.huber_schedule": "exponential",
         "loss.huber_delta": 0.2,
         "dataset.keep_tags": 1,
@@ -117,7 +117,7 @@ def test_kohya_s_header(tmp_path: Path) -> None:
 )
 def test_kohya_s_huber(tmp_path: Path, texts: dict[str, str], values: tuple[object, ...], said: str) -> None:
     like = like_file(lora(tmp_path, {"ss_network_dim": "4", "ss_network_alpha": "4", **texts}))
-    names = ("loss.kind", "loss.huber_schedule", "loss.huber_delta")
+    names = ("loss.type", "loss.huber_schedule", "loss.huber_delta")
     assert tuple(like.values.get(name) for name in names) == values
     assert said in " ".join(like.left)
 
@@ -148,7 +148,7 @@ def test_our_own_header_comes_back_whole(tmp_path: Path) -> None:
     import tomli_w
 
     config = RunConfig().changed({
-        "optim.lr": 3e-4, "adapter.block_ranks": {"mid_block": 4}, "preview.prompts": ["a cat", "it's"],
+        "optimizer.lr": 3e-4, "adapter.block_ranks": {"mid_block": 4}, "sample.prompts": ["a cat", "it's"],
         "dataset.trigger": "zwx", "model.base": "my base.safetensors", "dataset.path": "dog",
     })  # fmt: skip
     path = lora(tmp_path, {"lora_easel.config": tomli_w.dumps(config.to_dict() | {"later": 1})})
@@ -164,7 +164,7 @@ def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
     assert like.values["adapter.rank"] == 8
     assert like.values["adapter.targets"] == "attention"
     # No layer of a text encoder is in it.
-    assert like.values["optim.text_encoder_lr"] == 0.0
+    assert like.values["optimizer.text_encoder_lr"] == 0.0
     assert "alpha is not written" in like.left[0]
     wider = {
         **LAYERS,
@@ -173,7 +173,7 @@ def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
     }
     values = like_file(lora(tmp_path, layers=wider)).values
     assert values["adapter.targets"] == "locon"
-    assert "optim.text_encoder_lr" not in values
+    assert "optimizer.text_encoder_lr" not in values
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
 
 def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    project.keep(values=dict(zip(FORM, widget_values(project), strict=True)) | {"preview.cfg": 7.5})
+    project.keep(values=dict(zip(FORM, widget_values(project), strict=True)) | {"sample.cfg": 7.5})
     hostile = {
         **KOHYA,
         "ss_sd_model_name": "<img src=x onerror=alert(1)>",
@@ -217,7 +217,7 @@ def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) ->
     }
     said = take_settings(project, like_file(lora(tmp_path, hostile)), "<b>.safetensors")
     values = dict(zip(FORM, widget_values(project), strict=True))
-    assert (values["adapter.rank"], values["train.steps"], values["preview.cfg"]) == (32, 2000, 7.5)
+    assert (values["adapter.rank"], values["train.steps"], values["sample.cfg"]) == (32, 2000, 7.5)
     assert values["adapter.block_ranks"] == r"\.conv[12]$|samplers.*\.conv$ = 8"
     assert project.draft()["trigger"] == "zwx dog"
     assert "23 settings taken" in said

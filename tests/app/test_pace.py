@@ -74,7 +74,12 @@ def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
 
     def gigabytes(**changes: object) -> float:
         own = {key.replace("__", "."): value for key, value in changes.items()}
-        settings = {"model.base": str(base), "train.resolution": 1024, "optim.text_encoder_lr": 0.0, **own}
+        settings = {
+            "model.base": str(base),
+            "train.resolution": 1024,
+            "optimizer.text_encoder_lr": 0.0,
+            **own,
+        }
         found = memory_needed(RunConfig().changed(settings), known, True)
         assert found is not None
         return found / 1e9
@@ -82,32 +87,34 @@ def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
     plain = gigabytes()
     assert 11 < plain < 14
     # Less than without, by what the decoding of a sample leaves of it.
-    assert 9 < gigabytes(train__checkpointing=True) < 11
+    assert 9 < gigabytes(train__gradient_checkpointing=True) < 11
     assert gigabytes(train__batch_size=2) - plain == pytest.approx(345_977 * 128**2 / 1e9, rel=0.01)
-    assert gigabytes(train__quantise="int8") < plain - 2.3
+    assert gigabytes(train__quantize_base="int8") < plain - 2.3
     assert gigabytes(train__offload=True) < plain - 4.5
     assert gigabytes(train__precision="fp32") > 2 * plain - 2
-    assert gigabytes(optim__text_encoder_lr=1e-4) - plain == pytest.approx(1.63, abs=0.1)
+    assert gigabytes(optimizer__text_encoder_lr=1e-4) - plain == pytest.approx(1.63, abs=0.1)
 
 
 @pytest.mark.parametrize(
     ("family", "simulated", "changes"),
     [
         ("sd15", 4.04, {}),
-        ("sd15", 4.29, {"adapter.targets": "locon", "train.resolution": 768, "train.checkpointing": True}),
-        ("sd15", 3.33, {"adapter.targets": "kohya", "train.quantise": "int8"}),
-        ("sd15", 2.42, {"train.offload": True, "train.checkpointing": True}),
+        ("sd15", 4.29, {"adapter.targets": "locon", "train.resolution": 768,
+        "train.gradient_checkpointing": True}),
+        ("sd15", 3.33, {"adapter.targets": "kohya", "train.quantize_base": "int8"}),
+        ("sd15", 2.42, {"train.offload": True, "train.gradient_checkpointing": True}),
         ("sdxl", 13.94, {"adapter.targets": "kohya"}),
-        ("sdxl", 11.35, {"adapter.rank": 64, "train.checkpointing": True}),
+        ("sdxl", 11.35, {"adapter.rank": 64, "train.gradient_checkpointing": True}),
         (
             "sdxl", 10.34,
             {
-                "adapter.targets": "kohya", "train.batch_size": 2, "train.checkpointing": True,
+                "adapter.targets": "kohya", "train.batch_size": 2, "train.gradient_checkpointing": True,
                 "train.resolution": 768,
             },
         ),
-        ("sdxl", 11.65, {"adapter.targets": "locon", "train.quantise": "int8"}),
-        ("sdxl", 5.06, {"adapter.targets": "kohya", "train.offload": True, "train.checkpointing": True}),
+        ("sdxl", 11.65, {"adapter.targets": "locon", "train.quantize_base": "int8"}),
+        ("sdxl", 5.06, {"adapter.targets": "kohya", "train.offload": True,
+        "train.gradient_checkpointing": True}),
     ],
 )  # fmt: skip
 def test_memory_is_within_a_quarter_of_the_simulated_card_s(
@@ -139,7 +146,7 @@ def test_a_processor_s_run_takes_more_memory_where_there_is_more(
     assert found[1] - found[0] == pytest.approx(2 * weights)
     assert found[2] - found[0] == pytest.approx(3 * weights)
     assert (
-        memory_needed(config.changed({"train.quantise": "int8"}), read_base_facts(str(base)), False)
+        memory_needed(config.changed({"train.quantize_base": "int8"}), read_base_facts(str(base)), False)
         == found[0]
     )
 

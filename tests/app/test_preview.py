@@ -28,7 +28,7 @@ HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}\u202e😀'
 
 def run_with_file(app_state: AppState, name: str = "mine") -> tuple[RunFolder, Path]:
     """A run that has an export and two checkpoints, as far as the window looks."""
-    config = RunConfig().changed({"preview.prompts": ["a house"], "preview.seed": 7, "preview.steps": 9})
+    config = RunConfig().changed({"sample.prompts": ["a house"], "sample.seed": 7, "sample.steps": 9})
     run = RunFolder.create(app_state.workspace / "runs" / name, config)
     for step in (50, 100):
         run.checkpoint(step).mkdir(parents=True)

@@ -88,8 +88,8 @@ def test_a_still_form_is_measured_and_says_so(
     found = time_of(take_snapshot(app_state), plan.config)
     assert found is not None
     # 2 s a step, and of 3 pictures 2 are drawn at each round with 20 steps of 0.5 s.
-    rounds = plan.config.train.steps / plan.config.preview.every + 1
-    drawn = rounds * 2 * plan.config.preview.steps * 0.5 / plan.config.train.steps
+    rounds = plan.config.train.steps / plan.config.sample.every + 1
+    drawn = rounds * 2 * plan.config.sample.steps * 0.5 / plan.config.train.steps
     assert found.source == PROBED
     # Validation takes 5% of the time at the most.
     assert 2 + drawn <= found.seconds <= 2 * 1.05 + drawn + 1e-6

@@ -244,7 +244,7 @@ def test_the_trash_is_listed_and_given_back(app_state: AppState) -> None:
 @pytest.mark.parametrize(
     "draft",
     [
-        {"values": {"train.steps": "many", "optim.lr": [1]}},
+        {"values": {"train.steps": "many", "optimizer.lr": [1]}},
         {"values": [1, 2]},
         {"values": {"train.steps": 10**30}, "trigger": {"a": 1}, "linked": 5},
         {"preview_loras": {"rows": [], "rev": "x"}, "preview": {"steps": "x"}},

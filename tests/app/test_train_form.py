@@ -21,11 +21,11 @@ def hits(words: str) -> list[str]:
 
 
 def test_a_search_finds_by_name_title_and_help() -> None:
-    assert hits("warm") == ["optim.warmup"]
+    assert hits("warm") == ["optimizer.warmup"]
     assert "train.clip_skip" in hits("clip skip")
-    assert "optim.clip" not in hits("clip skip")
+    assert "optimizer.max_grad_norm" not in hits("clip skip")
     assert hits("hang et al") == ["loss.min_snr"]
-    assert "optim.text_encoder_lr" in hits("TEXT encoder")
+    assert "optimizer.text_encoder_lr" in hits("TEXT encoder")
 
 
 def test_a_search_for_nothing_folds_all_and_hides_none() -> None:
@@ -66,7 +66,7 @@ def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:
 
 def test_a_group_offers_its_own_way_back(app_state: AppState) -> None:
     assert "Reset" not in _group_note("Learning", take_snapshot(app_state))
-    app_state.project.keep(values={"optim.warmup": 0.5, "adapter.rank": 3})
+    app_state.project.keep(values={"optimizer.warmup": 0.5, "adapter.rank": 3})
     snapshot = take_snapshot(app_state)
     note = _group_note("Learning", snapshot)
     assert "1 changed from preset" in note
@@ -78,7 +78,7 @@ def test_a_group_offers_its_own_way_back(app_state: AppState) -> None:
 
 def test_problems_call_settings_as_the_form_does() -> None:
     assert (
-        in_words("raise train.tokens, not optim.text_encoder_2_lr.")
+        in_words("raise train.max_token_length, not optimizer.text_encoder_2_lr.")
         == "raise Caption tokens, not Second text encoder rate."
     )
 

@@ -143,7 +143,7 @@ def _toy_run(home: Path, count: int, steps: int) -> RunFolder:
         **starting_settings("demo", None), "name": "toy", "model.base": str(base),
         "dataset.path": str(pictures),
         "train.steps": steps, "train.batch_size": 1, "train.resolution": 64, "validation.every": 0,
-        "validation.pictures": 0.0, "preview.every": 0, "save.every": 0, "optim.text_encoder_lr": 0.0,
+        "validation.pictures": 0.0, "sample.every": 0, "save.every": 0, "optimizer.text_encoder_lr": 0.0,
     }  # fmt: skip
     return RunFolder.create(home / "home" / "runs" / "toy", RunConfig().changed(settings))
 

@@ -34,7 +34,8 @@ RANK, BATCH, STEPS, EVERY = 8, 8, 300, 20
 RATES = (1e-4, 3e-4, 1e-3, 2e-3)
 ROUNDS = 3
 SAME_WORK: dict[str, object] = {
-    "adapter.targets": "attention", "optim.text_encoder_lr": 0.0, "optim.lr": RATES[2], "train.steps": STEPS,
+    "adapter.targets": "attention", "optimizer.text_encoder_lr": 0.0, "optimizer.lr": RATES[2],
+    "train.steps": STEPS,
 }  # fmt: skip
 """What the script does in a step; it has no other layers and leaves the text encoder alone."""
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -119,7 +120,7 @@ def _easel(
 ) -> tuple[RunFolder, float]:
     """Our side with the demo's preset and `more`; returns the run and when it was launched."""
     settings = {
-        "adapter.rank": RANK, "train.batch_size": BATCH, "preview.every": 0, "validation.every": 0,
+        "adapter.rank": RANK, "train.batch_size": BATCH, "sample.every": 0, "validation.every": 0,
         "validation.pictures": 0, "save.every": every, "save.keep_last": 1000, **(more or {}),
     }  # fmt: skip
     changes = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]

@@ -27,8 +27,8 @@ SEEDS = (0, 1)
 COLUMNS = (20, 40, 60, 80, 120)
 SAME: dict[str, object] = {
     "adapter.rank": 8, "train.batch_size": 8, "train.steps": 120, "validation.every": 0,
-    "validation.pictures": 0.0, "preview.every": 0, "save.every": 20, "save.keep_last": 1000,
-    "optim.text_encoder_lr": 5e-4, "optim.warmup": 0.05,
+    "validation.pictures": 0.0, "sample.every": 0, "save.every": 20, "save.keep_last": 1000,
+    "optimizer.text_encoder_lr": 5e-4, "optimizer.warmup": 0.05,
 }  # fmt: skip
 Settings = Mapping[str, object]
 T = TypeVar("T")
@@ -38,28 +38,30 @@ Gains = Callable[[Path, T, int, Evaluator, float], list[float]]
 def variants() -> dict[str, Settings]:
     """What is compared: layers by rate, then one thing at a time beside the preset's choice."""
     found: dict[str, Settings] = {
-        f"{targets}, {rate:g}": {"adapter.targets": targets, "optim.lr": rate}
+        f"{targets}, {rate:g}": {"adapter.targets": targets, "optimizer.lr": rate}
         for targets in ("attention", "kohya", "locon")
         for rate in (1e-3, 3e-3, 6e-3)
     }
     chosen = {
-        "adapter.targets": "locon", "optim.lr": 3e-3, "optim.text_encoder_lr": 3e-3, "optim.warmup": 0.0,
+        "adapter.targets": "locon", "optimizer.lr": 3e-3, "optimizer.text_encoder_lr": 3e-3,
+        "optimizer.warmup": 0.0,
     }  # fmt: skip
     one_thing: dict[str, Settings] = {
         "as it is": {},
         **{
-            f"text encoder at {rate:g}": {"optim.text_encoder_lr": rate} for rate in (0.0, 5e-4, 1.5e-3, 6e-3)
+            f"text encoder at {rate:g}": {"optimizer.text_encoder_lr": rate}
+            for rate in (0.0, 5e-4, 1.5e-3, 6e-3)
         },
-        "UNet at 2e-3": {"optim.lr": 2e-3},
-        "warm-up of 5%": {"optim.warmup": 0.05},
-        "constant rate": {"optim.schedule": "constant"},
-        "LoRA+ 4, UNet at 1.5e-3": {"optim.lora_plus": 4.0, "optim.lr": 1.5e-3},
-        "LoRA+ 16, UNet at 7.5e-4": {"optim.lora_plus": 16.0, "optim.lr": 7.5e-4},
+        "UNet at 2e-3": {"optimizer.lr": 2e-3},
+        "warm-up of 5%": {"optimizer.warmup": 0.05},
+        "constant rate": {"optimizer.schedule": "constant"},
+        "LoRA+ 4, UNet at 1.5e-3": {"optimizer.lora_plus": 4.0, "optimizer.lr": 1.5e-3},
+        "LoRA+ 16, UNet at 7.5e-4": {"optimizer.lora_plus": 16.0, "optimizer.lr": 7.5e-4},
         "min-SNR 5": {"loss.min_snr": 5.0},
         "EMA 0.9": {"save.ema": 0.9},
         "alpha 16": {"adapter.alpha": 16.0},
-        "Prodigy": {"optim.name": "prodigy", "optim.lr": 1.0, "optim.text_encoder_lr": 1.0},
-        "Lion, 6e-4": {"optim.name": "lion", "optim.lr": 6e-4, "optim.text_encoder_lr": 1e-4},
+        "Prodigy": {"optimizer.name": "prodigy", "optimizer.lr": 1.0, "optimizer.text_encoder_lr": 1.0},
+        "Lion, 6e-4": {"optimizer.name": "lion", "optimizer.lr": 6e-4, "optimizer.text_encoder_lr": 1e-4},
     }
     return found | {f"the preset, {name}": {**chosen, **more} for name, more in one_thing.items()}
 
@@ -68,12 +70,16 @@ def rates() -> dict[str, Settings]:
     """Fixed rates beside the one that a range test finds, which begins far too low."""
     found: dict[str, Settings] = {}
     for targets, encoder in (("attention", 0.0), ("locon", 1.0)):
-        same = {"adapter.targets": targets, "optim.warmup": 0.0}
+        same = {"adapter.targets": targets, "optimizer.warmup": 0.0}
         for octave in range(3, 7):
             rate = 1e-4 * 2**octave
-            fixed = {"optim.lr": rate, "optim.text_encoder_lr": encoder * rate}
+            fixed = {"optimizer.lr": rate, "optimizer.text_encoder_lr": encoder * rate}
             found[f"{targets}, {rate:g}"] = {**same, **fixed}
-        low = {"optim.lr": 1e-4, "optim.text_encoder_lr": encoder * 1e-4, "optim.range_test": "true"}
+        low = {
+            "optimizer.lr": 1e-4,
+            "optimizer.text_encoder_lr": encoder * 1e-4,
+            "optimizer.range_test": "true",
+        }
         found[f"{targets}, auto from 1e-4"] = {**same, **low}
     return found
 

@@ -25,7 +25,7 @@ FLAGS = [
     "--disable-sync",
 ]
 # A demo run that is over soon, for tests that only look at what is left of it.
-SHORT = {"train.steps": 4, "train.batch_size": 2, "preview.steps": 2, "validation.prior": 1}
+SHORT = {"train.steps": 4, "train.batch_size": 2, "sample.steps": 2, "validation.forgetting": 1}
 DEMO = {"dataset": "demo", "level": "demo", "goal": "style"}
 SHORT_DEMO = {**DEMO, "values": SHORT}
 

@@ -34,7 +34,7 @@ def window(own_window: Window, pictures: list[Path]) -> Window:
         events.Warned(step=3, message=HOSTILE),
         events.Failed(step=3, reason=f"The base {HOSTILE} cannot be read."),
     ]
-    run = make_run(app_state, "first", *lines, dataset__trigger=HOSTILE, preview__prompts=[HOSTILE])
+    run = make_run(app_state, "first", *lines, dataset__trigger=HOSTILE, sample__prompts=[HOSTILE])
     (run.path / "previews").mkdir(exist_ok=True)
     shutil.copy(pictures[0], run.path / "previews" / "3.png")
     run.log_file.write_text(f"{HOSTILE}\n", encoding="utf-8")

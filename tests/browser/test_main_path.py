@@ -13,7 +13,7 @@ from tests.browser.pages import has_value, open_tab, set_steps, state_is
 HOSTILE = "<img src=x onerror=\"document.title='broken in'\"> {{7*7}} 😀"
 
 # Rough samples and little measuring, as neither is looked at here.
-QUICK = {"values": {"preview.steps": 2, "validation.prior": 1}}
+QUICK = {"values": {"sample.steps": 2, "validation.forgetting": 1}}
 
 
 def train(page, steps: int) -> None:

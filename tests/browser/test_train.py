@@ -25,9 +25,9 @@ def trainer(run: Path) -> psutil.Process:
 def test_three_clicks_from_nothing_to_a_strength_strip(page, window: Any) -> None:
     page.click("#use-demo")
     # Typed only to keep this short; the demo's own 120 steps take a minute or more on a shared machine.
-    find_setting(page, "sampler steps", "#preview-steps input")
-    page.fill("#preview-steps input", "4")
-    page.press("#preview-steps input", "Tab")
+    find_setting(page, "sampler steps", "#sample-steps input")
+    page.fill("#sample-steps input", "4")
+    page.press("#sample-steps input", "Tab")
     set_steps(page, 6)
     page.click("#start:enabled")
     state_is(page, "preparing", "running")
@@ -56,20 +56,23 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
     for name in ("#base-model", "#goal", "#preset"):
         page.focus(f"{name} input")
         page.keyboard.press("Tab")
-    find_setting(page, "warm", "#optim-warmup input")
-    assert page.locator("#optim-schedule").count() == 0 or not page.locator("#optim-schedule").is_visible()
-    page.fill("#optim-warmup input", "0.2")
-    page.press("#optim-warmup input", "Tab")
+    find_setting(page, "warm", "#optimizer-warmup input")
+    assert (
+        page.locator("#optimizer-schedule").count() == 0
+        or not page.locator("#optimizer-schedule").is_visible()
+    )
+    page.fill("#optimizer-warmup input", "0.2")
+    page.press("#optimizer-warmup input", "Tab")
     page.wait_for_selector("#group-learning .group-note [data-press=reset-learning]")
     assert "1 changed from preset" in page.inner_text("#group-learning .group-note")
     has_value(page, "#steps input", "29")
     # The other page was filled before that; what is typed there leaves it alone.
     set_steps(other, 31)
     draft = json.loads((window.project / "draft.json").read_text())["values"]
-    assert (draft["optim.warmup"], draft["train.steps"]) == (0.2, 31)
+    assert (draft["optimizer.warmup"], draft["train.steps"]) == (0.2, 31)
     page.click("[data-press=reset-learning]")
     page.wait_for_function("!document.querySelector('[data-press=reset-learning]')")
-    until(page, lambda: float(page.input_value("#optim-warmup input")) == 0.0)
+    until(page, lambda: float(page.input_value("#optimizer-warmup input")) == 0.0)
 
     file = write_header(
         tmp_path / 'a "lora" é.safetensors',

@@ -33,7 +33,7 @@ def test_a_forecast(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert (found["pictures"], found["steps"], found["problems"]) == (24, 240, [])
     assert found["looks"] == pytest.approx(240 * api.run_config("demo").train.batch_size / 24)
-    assert found["learning_rate"] == pytest.approx(api.run_config("demo").optim.lr)
+    assert found["learning_rate"] == pytest.approx(api.run_config("demo").optimizer.lr)
     assert 0.5e6 < found["file_bytes"] < 2e6
     assert found["memory_bytes"] > 0.6e9
     # Nothing was timed yet.

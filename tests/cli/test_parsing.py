@@ -98,16 +98,16 @@ def test_later_words_win(tmp_path: Path) -> None:
 
 def test_auto_keeps_the_presets_rates_to_begin_with(tmp_path: Path) -> None:
     preset = asked("demo")
-    for words in (["--set", "optim.lr=auto"], ["--set", "optim.range_test=true"]):
+    for words in (["--set", "optimizer.lr=auto"], ["--set", "optimizer.range_test=true"]):
         config = asked("demo", *words)
-        assert config.optim.range_test
-        assert config.optim.lr == preset.optim.lr != RunConfig().optim.lr
-    assert not asked("demo", "--set", "optim.lr=auto", "--set", "optim.lr=2e-3").optim.range_test
+        assert config.optimizer.range_test
+        assert config.optimizer.lr == preset.optimizer.lr != RunConfig().optimizer.lr
+    assert not asked("demo", "--set", "optimizer.lr=auto", "--set", "optimizer.lr=2e-3").optimizer.range_test
     file = tmp_path / "config.toml"
     file.write_text('[optim]\nlr = "auto"\n', encoding="utf-8")
-    assert asked("demo", "--config", str(file)).optim.range_test
-    config = asked("demo", "--config", str(file), "--set", "optim.lr=2e-3")
-    assert (config.optim.range_test, config.optim.lr) == (False, 2e-3)
+    assert asked("demo", "--config", str(file)).optimizer.range_test
+    config = asked("demo", "--config", str(file), "--set", "optimizer.lr=2e-3")
+    assert (config.optimizer.range_test, config.optimizer.lr) == (False, 2e-3)
 
 
 def test_what_the_bases_family_needs_stands_between_preset_and_words(tmp_path: Path) -> None:
@@ -119,22 +119,22 @@ def test_what_the_bases_family_needs_stands_between_preset_and_words(tmp_path: P
     base = tmp_path / "large.safetensors"
     save_file({name: torch.zeros(shape, dtype=torch.float16) for name, shape in names.items()}, base)
     words = ["x", "--preset", "character-quick"]
-    assert asked(*words).optim.text_encoder_lr == 5e-5
+    assert asked(*words).optimizer.text_encoder_lr == 5e-5
     for how in (["--base", str(base)], ["--set", f"model.base={base}"]):
         config = asked(*words, *how)
-        assert (config.optim.text_encoder_lr, config.optim.lr) == (0.0, 1e-4)
-        config = asked(*words, *how, "--set", "optim.text_encoder_lr=1e-5")
-        assert (config.optim.text_encoder_lr, config.optim.text_encoder_2_lr) == (1e-5, 0.0)
+        assert (config.optimizer.text_encoder_lr, config.optimizer.lr) == (0.0, 1e-4)
+        config = asked(*words, *how, "--set", "optimizer.text_encoder_lr=1e-5")
+        assert (config.optimizer.text_encoder_lr, config.optimizer.text_encoder_2_lr) == (1e-5, 0.0)
     file = tmp_path / "config.toml"
     file.write_text(f"[model]\nbase = '{base}'\n[optim]\ntext_encoder_2_lr = 2e-5\n", encoding="utf-8")
     config = asked(*words, "--config", str(file))
-    assert (config.optim.text_encoder_lr, config.optim.text_encoder_2_lr) == (0.0, 2e-5)
+    assert (config.optimizer.text_encoder_lr, config.optimizer.text_encoder_2_lr) == (0.0, 2e-5)
 
 
 def test_a_base_of_the_hub_is_fetched_before_its_family_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked_for = []
     monkeypatch.setattr("lora_core.model_files.hub.fetch_base", asked_for.append)
-    assert asked("x", "--base", "owner/name").optim.text_encoder_lr == 5e-5
+    assert asked("x", "--base", "owner/name").optimizer.text_encoder_lr == 5e-5
     assert asked_for == ["owner/name"]
 
 
@@ -158,7 +158,7 @@ def test_the_demo_has_a_preset_of_its_own() -> None:
     # A run's name is the second in which it was asked for.
     assert plain == asked("demo", "--preset", "demo").changed({"name": plain.name})
     assert asked("demo").train.batch_size != asked("elsewhere").train.batch_size
-    assert asked("demo", "--preset", "quick").optim == asked("elsewhere", "--preset", "quick").optim
+    assert asked("demo", "--preset", "quick").optimizer == asked("elsewhere", "--preset", "quick").optimizer
 
 
 def test_a_dataset_is_kept_by_its_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,14 +182,14 @@ def test_a_run_without_a_name_gets_date_and_dataset(dataset: str, ending: str) -
     [
         ("adapter.rank=4", 4),
         ("adapter.alpha=2", 2.0),
-        ("optim.lr=1e-3", 1e-3),
+        ("optimizer.lr=1e-3", 1e-3),
         ("dataset.flip=true", True),
         ("dataset.trigger=red fox", "red fox"),
         ('dataset.trigger="red = fox"', "red = fox"),
         ("dataset.trigger=2024", "2024"),
         ("dataset.trigger=", ""),
-        ('preview.prompts=["a", "b"]', ["a", "b"]),
-        ("optim.name=AdamW", "adamw"),
+        ('sample.prompts=["a", "b"]', ["a", "b"]),
+        ("optimizer.name=AdamW", "adamw"),
         (" adapter.rank = 4", 4),
     ],
 )
@@ -198,7 +198,7 @@ def test_a_setting_is_read_without_quotes(word: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["adapter.rank=4.5", "dataset.flip=1", "preview.prompts=a", "train.steps=true"]
+    "word", ["adapter.rank=4.5", "dataset.flip=1", "sample.prompts=a", "train.steps=true"]
 )
 def test_a_setting_of_the_wrong_type_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match="should be"):

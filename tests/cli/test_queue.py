@@ -25,7 +25,7 @@ from tests.waiting import PATIENCE, wait_for
 ROOT = Path(__file__).resolve().parents[2]
 FEW = {
     "train.steps": 3, "train.resolution": 64, "train.batch_size": 1, "adapter.rank": 2, "adapter.alpha": 2.0,
-    "preview.every": 0, "validation.pictures": 0.0, "save.every": 1, "optim.text_encoder_lr": 0.0,
+    "sample.every": 0, "validation.pictures": 0.0, "save.every": 1, "optimizer.text_encoder_lr": 0.0,
 }  # fmt: skip
 
 

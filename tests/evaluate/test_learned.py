@@ -126,7 +126,7 @@ def test_a_run_with_one_wrong_caption_names_its_picture(tmp_path: Path) -> None:
     shutil.copytree(DEMO_TRAIN, tmp_path / "set")
     (tmp_path / "set" / "car.txt").write_text("panda, duskprint style, on a white background")
     how = ["--name", "one", "--preset", "demo", "--workspace", str(tmp_path)]
-    for setting in ("validation.every=0", "preview.every=0"):
+    for setting in ("validation.every=0", "sample.every=0"):
         how += ["--set", setting]
     assert main(["train", str(tmp_path / "set"), *how]) == 0
     rows = measure_run_images(RunFolder.open(tmp_path / "runs" / "one"))["rows"]

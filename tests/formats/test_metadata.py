@@ -13,8 +13,8 @@ SETTINGS = to_toml(
             "dataset.path": "/home/someone/secret project/cats",
             "model.base": "C:\\Users\\someone\\models\\base.safetensors",
             "model.vae": "~/models/vae",
-            "preview.prompts": ["a cat, at night", "and/or a dog"],
-            "optim.lr": 0.0003,
+            "sample.prompts": ["a cat, at night", "and/or a dog"],
+            "optimizer.lr": 0.0003,
         }
     )
 )
@@ -119,11 +119,11 @@ def test_no_folder_of_the_machine_is_told(facts):
 def test_the_settings_come_back(facts):
     settings = tomllib.loads(export_metadata(facts)[CONFIG_KEY])
     config = RunConfig.from_dict(settings)
-    assert config.optim.lr == 0.0003
+    assert config.optimizer.lr == 0.0003
     assert config.dataset.path == "cats"
     assert config.model.base == "base.safetensors"
     assert config.model.vae == "vae"
-    assert config.preview.prompts == ["a cat, at night", "and/or a dog"]
+    assert config.sample.prompts == ["a cat, at night", "and/or a dog"]
 
 
 def test_little_known_is_enough():

@@ -49,7 +49,7 @@ RANK = 16
 RUNGS = ("none", "checkpointing", "int8", "offload")
 BARS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """How far a gradient may be from that of the processor in fp32, of its norm."""
-HELD = {"validation__pictures": 1, "validation__every": 3, "preview__every": 6}
+HELD = {"validation__pictures": 1, "validation__every": 3, "sample__every": 6}
 
 
 @dataclass
@@ -196,7 +196,8 @@ def resume(bench: Bench) -> Iterator[Finding]:
     """A run that was broken off, or killed, beside an unbroken one."""
     exact = {"train__deterministic": True} if "train.deterministic" in FIELDS else {}
     rows = {"fp32": {}, "int8, offload, EMA": {
-        "train__quantise": "int8", "train__offload": True, "save__ema": 0.9, "train__checkpointing": True,
+        "train__quantize_base": "int8", "train__offload": True, "save__ema": 0.9,
+        "train__gradient_checkpointing": True,
     }}  # fmt: skip
     if bench.device.type == "cuda":
         rows |= {"bf16": {"train__precision": "bf16"}, "fp16": {"train__precision": "fp16"}}

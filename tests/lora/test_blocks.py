@@ -114,7 +114,7 @@ def test_the_layers_act_at_their_own_scale():
         ({"ranks": {"mid_blok": 4}}, r"adapter\.block_ranks has the pattern 'mid_blok'"),
         ({"ranks": {"mid_blok": 0}}, r"adapter\.block_ranks has the pattern 'mid_blok'"),
         ({"alphas": {"resnets": 4.0}}, r"adapter\.block_alphas has the pattern 'resnets'"),
-        ({"rates": {"text_encoder_2": 1e-4}}, r"optim\.block_lr has the pattern 'text_encoder_2'"),
+        ({"rates": {"text_encoder_2": 1e-4}}, r"optimizer\.block_lr has the pattern 'text_encoder_2'"),
         # Found, but left out by another table.
         ({"ranks": {"mid_block": 0}, "alphas": {"mid_block": 2.0}}, r"adapter\.block_alphas"),
         ({"rates": {"mid_block": 0.0}, "ranks": {"mid_block": 2}}, r"adapter\.block_ranks"),

@@ -48,8 +48,8 @@ def test_what_a_family_needs_counts_more_than_the_preset(family) -> None:
         own = dict(family.settings) if family else {}
         for key, value in ({**preset(name), **own} if name else own).items():
             assert config.get(key) == value
-    assert starting_settings("character-high", FAMILIES["sdxl"])["optim.text_encoder_lr"] == 0.0
-    assert starting_settings("character-high", FAMILIES["sd15"])["optim.text_encoder_lr"] == 5e-5
+    assert starting_settings("character-high", FAMILIES["sdxl"])["optimizer.text_encoder_lr"] == 0.0
+    assert starting_settings("character-high", FAMILIES["sd15"])["optimizer.text_encoder_lr"] == 5e-5
 
 
 def test_an_unknown_preset_is_answered_with_all_names() -> None:

@@ -17,17 +17,17 @@ NUMBERS = 1_000_000
     ("name", "ema", "copies"), [("adamw", 0.0, 3), ("lion", 0.0, 2), ("sgd", 0.9, 3), ("prodigy", 0.0, 5)]
 )
 def test_a_checkpoint_is_so_many_copies_of_4_bytes(name: str, ema: float, copies: int) -> None:
-    config = RunConfig().changed({"optim.name": name, "save.ema": ema})
+    config = RunConfig().changed({"optimizer.name": name, "save.ema": ema})
     assert sizes.checkpoint_bytes(config, NUMBERS) == copies * 4 * NUMBERS + 65_536
 
 
 def test_a_run_needs_its_checkpoints_samples_and_export() -> None:
     """3 + the best + the one to go back to + the new one; 10 rounds of 2 samples of 512 x 512 at 2 bytes."""
-    config = RunConfig().changed({"train.steps": 800, "preview.every": 100, "save.keep_last": 3})
+    config = RunConfig().changed({"train.steps": 800, "sample.every": 100, "save.keep_last": 3})
     one = sizes.checkpoint_bytes(config, NUMBERS)
     need = sizes.needed_bytes(config, 2 * NUMBERS)
     assert need == 6 * one + 2 * NUMBERS + 10 * 2 * 512 * 512 * 2 + disk_space.MARGIN
-    seldom = config.changed({"save.every": 0, "preview.every": 0})
+    seldom = config.changed({"save.every": 0, "sample.every": 0})
     assert sizes.needed_bytes(seldom, 2 * NUMBERS) == 2 * one + 2 * NUMBERS + disk_space.MARGIN
 
 

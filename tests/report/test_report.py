@@ -167,7 +167,7 @@ def test_samples_and_gain_of_the_raw_adapter_are_shown(tmp_path: Path) -> None:
 
 def test_what_people_and_files_say_is_text(tmp_path: Path) -> None:
     run = made_run(
-        tmp_path / "x", preview__prompts=[HOSTILE], dataset__trigger=HOSTILE, model__base=f"/m/{HOSTILE}",
+        tmp_path / "x", sample__prompts=[HOSTILE], dataset__trigger=HOSTILE, model__base=f"/m/{HOSTILE}",
         adapter__block_ranks={HOSTILE.replace("/", ""): 3},
     )  # fmt: skip
     lines = events.read_events(run.events_file)[0][:-1]

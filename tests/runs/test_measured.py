@@ -16,11 +16,11 @@ from lora_core.settings.config import RunConfig
     [
         ("train.resolution", 256),
         ("train.batch_size", 3),
-        ("train.checkpointing", True),
+        ("train.gradient_checkpointing", True),
         ("train.precision", "bf16"),
         ("adapter.rank", 7),
-        ("optim.text_encoder_lr", 0.0),
-        ("optim.name", "sgd"),
+        ("optimizer.text_encoder_lr", 0.0),
+        ("optimizer.name", "sgd"),
         ("model.base", "other"),
     ],
 )
@@ -30,7 +30,7 @@ def test_what_costs_time_has_another_key(name: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("train.steps", 7), ("seed", 3), ("optim.lr", 3e-4), ("dataset.trigger", "sks"), ("name", "x")],
+    [("train.steps", 7), ("seed", 3), ("optimizer.lr", 3e-4), ("dataset.trigger", "sks"), ("name", "x")],
 )
 def test_what_costs_none_has_the_same(name: str, value: object) -> None:
     assert cost_key(RunConfig()) == cost_key(RunConfig().changed({name: value}))

@@ -76,7 +76,7 @@ def test_all_problems_at_once_those_that_block_first(config: RunConfig, tmp_path
     (tmp_path / "pictures" / "0.png").write_bytes(b"no picture")
     (tmp_path / "pictures" / "1.txt").write_text("very " * 200, encoding="utf-8")
     problems = found(
-        config, tmp_path, validation__pictures=2, optim__lr=2.0, model__vae=str(tmp_path / "none"),
+        config, tmp_path, validation__pictures=2, optimizer__lr=2.0, model__vae=str(tmp_path / "none"),
         adapter__init=str(tmp_path / "none.safetensors"), adapter__targets="style",
     )  # fmt: skip
     assert kinds(problems) == [
@@ -150,8 +150,8 @@ def test_the_lora_to_go_on_with_is_for_this_family(config: RunConfig, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "module", "package"),
     [
-        ({"optim__name": "lion"}, "lion_pytorch", "lion-pytorch"),
-        ({"optim__name": "prodigy"}, "prodigyopt", "prodigyopt"),
+        ({"optimizer__name": "lion"}, "lion_pytorch", "lion-pytorch"),
+        ({"optimizer__name": "prodigy"}, "prodigyopt", "prodigyopt"),
         ({"save__tensorboard": True}, "tensorboard", "tensorboard"),
     ],
 )
@@ -186,7 +186,7 @@ def test_captions(config: RunConfig, tmp_path: Path) -> None:
     (problem,) = found(config, tmp_path)
     assert (problem.kind, problem.blocking) == ("caption", False)
     assert problem.sentence.startswith("1 caption is longer than the 75 tokens that are read; of 2.png, “")
-    assert found(config, tmp_path, train__tokens=150) == []
+    assert found(config, tmp_path, train__max_token_length=150) == []
     # The trigger takes tokens too: 72 of the caption's own fit, and 4 more do not.
     (tmp_path / "pictures" / "2.txt").write_text("cat " * 72, encoding="utf-8")
     assert found(config, tmp_path) == []
@@ -195,27 +195,35 @@ def test_captions(config: RunConfig, tmp_path: Path) -> None:
 
 def test_rates(config: RunConfig, tmp_path: Path) -> None:
     assert set(RATES) <= set(OPTIMIZERS)
-    (high,) = found(config, tmp_path, optim__lr=0.02, adapter__alpha=4.0, adapter__rank=8)
-    assert "optim.lr x alpha / rank = 0.01 is much for AdamW" in high.sentence
-    (low,) = found(config, tmp_path, optim__lr=1e-4, adapter__alpha=0.01, optim__text_encoder_lr=0.0)
+    (high,) = found(config, tmp_path, optimizer__lr=0.02, adapter__alpha=4.0, adapter__rank=8)
+    assert "optimizer.lr x alpha / rank = 0.01 is much for AdamW" in high.sentence
+    (low,) = found(config, tmp_path, optimizer__lr=1e-4, adapter__alpha=0.01, optimizer__text_encoder_lr=0.0)
     assert "is little for AdamW" in low.sentence
     # rsLoRA divides by the root of the rank: 0.02 x 1 / 4.
     (root,) = found(
-        config, tmp_path, optim__lr=0.02, adapter__alpha=1.0, adapter__rank=16, adapter__rslora=True
+        config, tmp_path, optimizer__lr=0.02, adapter__alpha=1.0, adapter__rank=16, adapter__rslora=True
     )
     assert "= 0.005 is much" in root.sentence
-    assert found(config, tmp_path, optim__lr=0.02, adapter__alpha=1.0, adapter__rank=16) == []
-    same = {"optim__name": "prodigy", "optim__lr": 1.0}
-    assert found(config, tmp_path, optim__text_encoder_lr=1.0, **same) == []
-    (two,) = found(config, tmp_path, optim__text_encoder_lr=0.5, **same)
+    assert found(config, tmp_path, optimizer__lr=0.02, adapter__alpha=1.0, adapter__rank=16) == []
+    same = {"optimizer__name": "prodigy", "optimizer__lr": 1.0}
+    assert found(config, tmp_path, optimizer__text_encoder_lr=1.0, **same) == []
+    (two,) = found(config, tmp_path, optimizer__text_encoder_lr=0.5, **same)
     assert (two.kind, two.blocking) == ("rate", True)
     # One that finds its own rate is not scaled by alpha / rank.
-    (tiny,) = found(config, tmp_path, optim__name="prodigy", optim__lr=1e-4, optim__text_encoder_lr=1e-4)[:1]
-    assert "optim.lr = 0.0001 is little for Prodigy" in tiny.sentence
-    (none,) = found(config, tmp_path, optim__lr=0.0, optim__text_encoder_lr=0.0)
+    (tiny,) = found(
+        config, tmp_path, optimizer__name="prodigy", optimizer__lr=1e-4, optimizer__text_encoder_lr=1e-4
+    )[:1]
+    assert "optimizer.lr = 0.0001 is little for Prodigy" in tiny.sentence
+    (none,) = found(config, tmp_path, optimizer__lr=0.0, optimizer__text_encoder_lr=0.0)
     assert none.blocking
     assert (
-        found(config, tmp_path, optim__lr=0.0, optim__text_encoder_lr=0.0, optim__block_lr={"mid": 1e-4})
+        found(
+            config,
+            tmp_path,
+            optimizer__lr=0.0,
+            optimizer__text_encoder_lr=0.0,
+            optimizer__block_lr={"mid": 1e-4},
+        )
         == []
     )
 
@@ -290,21 +298,21 @@ def test_captions_that_vary_are_counted_up_to_their_limit(config: RunConfig, tmp
 
     def counted(**changes: object) -> tuple[int, int]:
         own = {name.replace("__", "."): value for name, value in changes.items()}
-        frozen = {"optim.text_encoder_lr": 0.0, "train.batch_size": 2, "train.steps": 10}
+        frozen = {"optimizer.text_encoder_lr": 0.0, "train.batch_size": 2, "train.steps": 10}
         return caption_bytes(records, config.changed({**frozen, **own}), facts)
 
     assert counted()[1] == 0
     assert len(records) * one <= counted()[0] <= 4 * len(records) * one
     assert counted(dataset__shuffle_tags=True)[1] == 20 * one
-    assert counted(dataset__shuffle_tags=True, train__accumulate=3)[1] == 60 * one
+    assert counted(dataset__shuffle_tags=True, train__gradient_accumulation_steps=3)[1] == 60 * one
     assert counted(dataset__tag_dropout=0.1, train__steps=10**6) == (counted()[0], sizes.DRAWN_CAPTIONS_BYTES)
-    assert counted(dataset__shuffle_tags=True, optim__text_encoder_lr=1e-4) == (0, 0)
+    assert counted(dataset__shuffle_tags=True, optimizer__text_encoder_lr=1e-4) == (0, 0)
 
 
 def test_captions_in_memory_count_on_a_processor(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shuffled = {"optim__text_encoder_lr": 0.0, "dataset__shuffle_tags": True, "train__steps": 10**5}
+    shuffled = {"optimizer__text_encoder_lr": 0.0, "dataset__shuffle_tags": True, "train__steps": 10**5}
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=200 * 2**20))
     assert "memory" not in [kind for kind, _ in kinds(found(config, tmp_path))]
@@ -323,8 +331,8 @@ def test_a_loss_that_leaves_out_the_last_timestep_is_said(config: RunConfig, tmp
 
 def test_settings_of_huber_for_another_loss_are_said(config: RunConfig, tmp_path: Path) -> None:
     (one,) = found(config, tmp_path, loss__huber_delta=0.5)
-    assert one.sentence == "loss.huber_delta plays no part where loss.kind is mse; it is for huber."
-    assert found(config, tmp_path, loss__huber_delta=0.5, loss__kind="huber") == []
+    assert one.sentence == "loss.huber_delta plays no part where loss.type is mse; it is for huber."
+    assert found(config, tmp_path, loss__huber_delta=0.5, loss__type="huber") == []
 
 
 def test_zero_terminal_snr_for_a_base_that_predicts_noise_blocks(config: RunConfig, tmp_path: Path) -> None:

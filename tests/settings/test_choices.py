@@ -70,8 +70,8 @@ def test_every_option_of_the_command_line_leaves_a_choice() -> None:
 
 
 def test_an_unknown_name_is_answered_with_all_that_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"loss\.kind = .cubic. is not known; choose one of mse, l1, huber"):
-        chosen(choices.LOSSES, "cubic", "loss.kind")
+    with pytest.raises(ConfigError, match=r"loss\.type = .cubic. is not known; choose one of mse, l1, huber"):
+        chosen(choices.LOSSES, "cubic", "loss.type")
 
 
 def test_a_missing_optional_package_comes_with_the_command_that_installs_it() -> None:

@@ -38,8 +38,8 @@ def test_a_setting_like_no_other_is_answered_with_the_sections() -> None:
 
 
 def test_all_problems_are_told_at_once() -> None:
-    told = refusal(adapter__rank=0, optim__nmae="adamw", train__steps="many", loss__kind="square")
-    for part in ("adapter.rank = 0", "optim.name?", "train.steps = 'many'", "loss.kind = 'square'"):
+    told = refusal(adapter__rank=0, optimizer__nmae="adamw", train__steps="many", loss__type="square")
+    for part in ("adapter.rank = 0", "optimizer.name?", "train.steps = 'many'", "loss.type = 'square'"):
         assert part in told
 
 
@@ -56,14 +56,14 @@ def test_all_problems_are_told_at_once() -> None:
         ("adapter.dropout", 1.0, "it goes from 0 to 0.99"),
         ("train.steps", float("inf"), "is not a number that can be used"),
         ("train.steps", float("nan"), "is not a number that can be used"),
-        ("optim.lr", float("nan"), "is not a number that can be used"),
+        ("optimizer.lr", float("nan"), "is not a number that can be used"),
         ("dataset.flip", 1, "should be true or false"),
         ("model.base", 15, "should be a text"),
-        ("preview.prompts", "a tree", "should be a list of texts"),
-        ("preview.prompts", ["a tree", 3], "should be a list of texts"),
-        ("optim.name", "adamx", "choose one of adamw"),
-        ("train.tokens", 100, "choose one of 75, 150, 225"),
-        ("train.tokens", 0, "choose one of 75, 150, 225"),
+        ("sample.prompts", "a tree", "should be a list of texts"),
+        ("sample.prompts", ["a tree", 3], "should be a list of texts"),
+        ("optimizer.name", "adamx", "choose one of adamw"),
+        ("train.max_token_length", 100, "choose one of 75, 150, 225"),
+        ("train.max_token_length", 0, "choose one of 75, 150, 225"),
         ("adapter.block_ranks", 4, "should be a table of patterns"),
         ("adapter.block_ranks", "{mid_block = 4}", "should be a table of patterns"),
         ("adapter.block_ranks", {"mid_block": 1025}, "'mid_block' = 1025 is out of range"),
@@ -73,10 +73,14 @@ def test_all_problems_are_told_at_once() -> None:
         ("adapter.block_ranks", {"unet": {"mid_block": 4}}, "begins with 'unet'; put it into quotes"),
         ("adapter.block_ranks", {"(mid": 4}, "'(mid', which cannot be used"),
         ("adapter.block_ranks", {"(?!a)b": 4}, "cannot be used: groups that begin with"),
-        ("optim.block_lr", {f"a{n}": 0.0 for n in range(101)}, "has 101 patterns; at most 100 can be used"),
+        (
+            "optimizer.block_lr",
+            {f"a{n}": 0.0 for n in range(101)},
+            "has 101 patterns; at most 100 can be used",
+        ),
         ("adapter.block_alphas", {"mid_block": 0}, "'mid_block' = 0 is out of range; it must be above 0"),
-        ("optim.block_lr", {"mid_block": float("nan")}, "is not a number that can be used"),
-        ("optim.block_lr", {"*": 1e-4}, "'*', which cannot be used"),
+        ("optimizer.block_lr", {"mid_block": float("nan")}, "is not a number that can be used"),
+        ("optimizer.block_lr", {"*": 1e-4}, "'*', which cannot be used"),
         ("adapter", {"rank": 8}, "is not a setting"),
         ("loss.min_snr", "off", "should be a number or auto"),
         ("loss.min_snr", -1, "it goes from 0 to 100"),
@@ -101,14 +105,14 @@ def test_what_is_refused(name: str, value: object, part: str) -> None:
     ("name", "value", "kept"),
     [
         ("adapter.rank", 8.0, 8),
-        ("optim.lr", 1, 1.0),
-        ("optim.name", "AdamW", "adamw"),
-        ("preview.sampler", " DPM++ 2M Karras ", "dpmpp_2m_karras"),
-        ("preview.prompts", [], []),
-        ("train.tokens", 150.0, 150),
+        ("optimizer.lr", 1, 1.0),
+        ("optimizer.name", "AdamW", "adamw"),
+        ("sample.sampler", " DPM++ 2M Karras ", "dpmpp_2m_karras"),
+        ("sample.prompts", [], []),
+        ("train.max_token_length", 150.0, 150),
         ("adapter.block_ranks", {}, {}),
         ("adapter.block_ranks", {"mid_block": 4.0, r"attn1\.to_q$": 0}, {"mid_block": 4, r"attn1\.to_q$": 0}),
-        ("optim.block_lr", {"mid_block": 0}, {"mid_block": 0.0}),
+        ("optimizer.block_lr", {"mid_block": 0}, {"mid_block": 0.0}),
         ("seed", 2**32 - 1, 2**32 - 1),
         ("loss.min_snr", 5, 5.0),
         ("loss.min_snr", " Auto ", "auto"),
@@ -148,9 +152,9 @@ def test_a_config_cannot_be_changed_in_place() -> None:
 
 
 def test_lists_and_tables_are_not_shared_between_configs() -> None:
-    RunConfig().preview.prompts.append("a tree")
+    RunConfig().sample.prompts.append("a tree")
     RunConfig().adapter.block_ranks["mid_block"] = 4
-    assert RunConfig().preview.prompts == []
+    assert RunConfig().sample.prompts == []
     assert RunConfig().adapter.block_ranks == {}
 
 
@@ -159,9 +163,9 @@ def test_toml_round_trip_is_complete() -> None:
         {
             "name": 'ä "quoted" name',
             "adapter.alpha": 0.1,
-            "preview.prompts": ["a tree\nby night", "\u2028"],
+            "sample.prompts": ["a tree\nby night", "\u2028"],
             "adapter.block_ranks": {r"unet\.mid_block": 4, "b": 2, "a": 0, "'\"": 1},
-            "optim.block_lr": {"mid_block": 1e-4},
+            "optimizer.block_lr": {"mid_block": 1e-4},
         }
     )
     text = to_toml(config)
@@ -184,7 +188,7 @@ def test_a_table_of_a_toml_file_stays_whole() -> None:
     assert flattened(tomllib.loads(text)) == {
         "adapter.rank": 8,
         "adapter.block_ranks": {r"unet\.mid_block": 4, "mid": 2},
-        "optim.block_lr": {"up": 1e-4},
+        "optimizer.block_lr": {"up": 1e-4},
     }
 
 
@@ -222,7 +226,7 @@ def test_get_refuses_what_is_no_setting() -> None:
     ("text", "name", "value"),
     [
         ("adapter.rank=8", "adapter.rank", 8),
-        ("optim.lr=1e-4", "optim.lr", 1e-4),
+        ("optimizer.lr=1e-4", "optimizer.lr", 1e-4),
         ("dataset.flip=true", "dataset.flip", True),
         ("dataset.trigger=sks dog", "dataset.trigger", "sks dog"),
         ('dataset.trigger="sks dog"', "dataset.trigger", "sks dog"),
@@ -230,11 +234,11 @@ def test_get_refuses_what_is_no_setting() -> None:
         ("dataset.trigger=true", "dataset.trigger", "true"),
         ("dataset.trigger=", "dataset.trigger", ""),
         ("model.base=C:\\models\\a=b", "model.base", "C:\\models\\a=b"),
-        ('preview.prompts=["a tree", "a house"]', "preview.prompts", ["a tree", "a house"]),
+        ('sample.prompts=["a tree", "a house"]', "sample.prompts", ["a tree", "a house"]),
         (" adapter.rank = 8", "adapter.rank", 8),
         ("adapter.rank=eight", "adapter.rank", "eight"),
         ('adapter.block_ranks={"mid_block"=4}', "adapter.block_ranks", {"mid_block": 4}),
-        (r"optim.block_lr={'unet\.mid'=1e-4, b=0}", "optim.block_lr", {r"unet\.mid": 1e-4, "b": 0}),
+        (r"optimizer.block_lr={'unet\.mid'=1e-4, b=0}", "optimizer.block_lr", {r"unet\.mid": 1e-4, "b": 0}),
         ("adapter.init=my lora.safetensors", "adapter.init", "my lora.safetensors"),
     ],
 )

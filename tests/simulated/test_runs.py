@@ -61,18 +61,18 @@ def case(syncs: int, uploads: int, launches: int, card: Any = None, **settings: 
 # Upper bounds of one step: syncs, uploads, launches. Whoever makes a step cheaper lowers them.
 CASES = {
     "fp32": case(1, 5, 631, train__precision="fp32"),
-    "bf16 dropout nadam": case(1, 250, 3401, train__precision="bf16", optim__name="nadam", **DROPOUT),
-    "fp16 average adam": case(2, 5, 649, OLD, train__precision="auto", optim__name="adam", save__ema=0.9),
+    "bf16 dropout nadam": case(1, 250, 3401, train__precision="bf16", optimizer__name="nadam", **DROPOUT),
+    "fp16 average adam": case(2, 5, 649, OLD, train__precision="auto", optimizer__name="adam", save__ema=0.9),
     "int8 checkpointing radam": case(
-        1, 5, 1003, train__precision="bf16", train__quantise="int8", train__checkpointing=True,
-        optim__name="radam",
+        1, 5, 1003, train__precision="bf16", train__quantize_base="int8", train__gradient_checkpointing=True,
+        optimizer__name="radam",
     ),
     "offload adafactor": case(
-        130, 141, 1793, train__precision="fp16", train__offload=True, optim__name="adafactor"
+        130, 141, 1793, train__precision="fp16", train__offload=True, optimizer__name="adafactor"
     ),
-    "sgd": case(1, 5, 629, optim__name="sgd", optim__lora_plus=4.0),
-    "lion": case(1, 5, 639, train__precision="bf16", optim__name="lion"),
-    "prodigy": case(3, 5, 636, optim__name="prodigy", optim__lr=1.0),
+    "sgd": case(1, 5, 629, optimizer__name="sgd", optimizer__lora_plus=4.0),
+    "lion": case(1, 5, 639, train__precision="bf16", optimizer__name="lion"),
+    "prodigy": case(3, 5, 636, optimizer__name="prodigy", optimizer__lr=1.0),
 }  # fmt: skip
 SAMPLER_WAITS = {"ddim": 6.0, "lcm": 3.0}
 """Syncs of a step of a sampler, at most; of one that is not named, none."""
@@ -126,7 +126,7 @@ def unbroken(place: Toy) -> Callable[[str], Unbroken]:
 
 
 def test_every_optimizer_has_a_case() -> None:
-    named = {case.settings.get("optim__name", "adamw") for case in CASES.values()}
+    named = {case.settings.get("optimizer__name", "adamw") for case in CASES.values()}
     assert named == set(OPTIMIZERS)
 
 

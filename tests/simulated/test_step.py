@@ -30,7 +30,7 @@ STEPS = 3
         ((8, 6), {}, 580),
         ((8, 6), DROPOUT, 1350),
         ((7, 5), {"save__ema": 0.9}, 590),
-        ((8, 6), {"train__accumulate": 2}, 1150),
+        ((8, 6), {"train__gradient_accumulation_steps": 2}, 1150),
     ],
     ids=["bf16", "dropout", "fp16", "accumulate"],
 )
@@ -49,7 +49,7 @@ def test_a_step_waits_once_and_copies_twice_for_each_batch(
             pass
         seen = card.report()
     assert seen["syncs"] == seen["downloads"] == STEPS, card.syncs
-    assert seen["uploads"] == 2 * STEPS * config.train.accumulate, card.uploads
+    assert seen["uploads"] == 2 * STEPS * config.train.gradient_accumulation_steps, card.uploads
     assert seen["draws"] == 0, card.draws
     assert seen["launches"] <= launches * STEPS, card.launches
 

@@ -25,7 +25,8 @@ from tests.train.runs import RANDOM, Toy, check_story, check_whole, result, toy
 
 SETTINGS = {
     **RANDOM, "train.steps": 12, "save.every": 3, "save.ema": 0.9, "validation.pictures": 1,
-    "validation.every": 4, "preview.every": 6, "optim.name": "adamw", "optim.schedule": "cosine_restarts",
+    "validation.every": 4, "sample.every": 6, "optimizer.name": "adamw",
+    "optimizer.schedule": "cosine_restarts",
 }  # fmt: skip
 KILLED = -9
 BETWEEN = ("StepDone", "Resumed", "Validated", "CheckpointDone", "PreviewDone")

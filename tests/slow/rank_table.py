@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HELD_OUT = ROOT / "assets" / "demo" / "held_out"
 RANKS = (1, 2, 4, 8, 16, 32)
 SETTINGS: dict[str, object] = {
-    "adapter.targets": "attention", "optim.lr": 1e-3, "optim.text_encoder_lr": 5e-4, "optim.warmup": 0.05,
-    "train.steps": 300, "preview.every": 0,
+    "adapter.targets": "attention", "optimizer.lr": 1e-3, "optimizer.text_encoder_lr": 5e-4,
+    "optimizer.warmup": 0.05,
+    "train.steps": 300, "sample.every": 0,
 }  # fmt: skip
 """Attention alone, where the adapter has no room to spare and rank matters most."""
 

@@ -21,7 +21,7 @@ from lora_core.train.trainer import train
 
 @pytest.mark.slow
 def test_the_watch_costs_under_a_hundredth_of_a_step(tmp_path: Path) -> None:
-    never = {"preview.every": 0, "validation.every": 0, "save.every": 0}
+    never = {"sample.every": 0, "validation.every": 0, "save.every": 0}
     config = RunConfig().changed({**starting_settings("demo", None), "name": "d", "train.steps": 40, **never})
     run = RunFolder.create(tmp_path / "runs" / "d", config)
     watch: list[float] = []

@@ -17,10 +17,11 @@ from lora_core.train.trainer import train
 from tests.evaluator import Evaluator, mean_and_error
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-WATCHED: dict[str, object] = {"validation.pictures": 4.0, "validation.triples": 4, "preview.every": 0}
+WATCHED: dict[str, object] = {"validation.pictures": 4.0, "validation.draws_per_image": 4, "sample.every": 0}
 STEPS = 480
 TOO_LONG = WATCHED | {
-    "train.steps": STEPS, "optim.lr": 6e-3, "optim.text_encoder_lr": 6e-3, "optim.schedule": "constant",
+    "train.steps": STEPS, "optimizer.lr": 6e-3, "optimizer.text_encoder_lr": 6e-3,
+    "optimizer.schedule": "constant",
     "dataset.caption_dropout": 0.0, "validation.every": 20, "save.every": 80,
 }  # fmt: skip
 WELL = WATCHED | {"validation.every": 10, "save.every": 40}

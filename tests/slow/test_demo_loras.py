@@ -47,7 +47,7 @@ def loras(home: Path) -> list[Path]:
             for file in (picture, picture.with_suffix(".txt")):
                 shutil.copy(file, folder)
         more = ["--preset", "demo", "--workspace", home, "--name", f"half-{half}", "--set", f"seed={half}"]
-        quiet = ["--set", "preview.every=0", "--set", "validation.every=0"]
+        quiet = ["--set", "sample.every=0", "--set", "validation.every=0"]
         files.append(Path(said("train", folder, *more, *quiet).strip().splitlines()[-1]))
     return files
 

@@ -49,9 +49,9 @@ def base() -> BaseModel:
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterWeights]:
     """The demo's adapter as it begins to gain, and at its end."""
     home = tmp_path_factory.mktemp("runs")
-    never = {"preview.every": 0, "validation.every": 0}
+    never = {"sample.every": 0, "validation.every": 0}
     found = {}
-    for name, changes in (("early", {"train.steps": 8, "optim.lr": 5e-4}), ("end", {})):
+    for name, changes in (("early", {"train.steps": 8, "optimizer.lr": 5e-4}), ("end", {})):
         settings = {**starting_settings("demo", None), **never, **changes, "name": name}
         run = RunFolder.create(home / "runs" / name, RunConfig().changed(settings))
         with run.hold(), warnings.catch_warnings():

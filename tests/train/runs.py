@@ -24,17 +24,18 @@ from tests.tiny import tiny_folder
 LEFTOVERS = (".tmp", ".draft", ".making")
 SETTINGS = {
     "adapter.rank": 2, "adapter.alpha": 2.0, "train.steps": 12, "train.batch_size": 2, "train.resolution": 32,
-    "train.precision": "fp32", "optim.lr": 1e-3, "validation.pictures": 0.0, "validation.every": 0,
-    "validation.budget": 0.0, "validation.triples": 2, "validation.prior": 1,
-    "preview.every": 0, "preview.steps": 1, "preview.prompts": ["a dot"], "save.every": 4,
-    "save.keep_last": 2, "loss.min_snr": 0.0, "optim.text_encoder_lr": 0.0,
+    "train.precision": "fp32", "optimizer.lr": 1e-3, "validation.pictures": 0.0, "validation.every": 0,
+    "validation.max_time_share": 0.0, "validation.draws_per_image": 2, "validation.forgetting": 1,
+    "sample.every": 0, "sample.steps": 1, "sample.prompts": ["a dot"], "save.every": 4,
+    "save.keep_last": 2, "loss.min_snr": 0.0, "optimizer.text_encoder_lr": 0.0,
 }  # fmt: skip
 RANDOM = {
     "dataset.flip": True, "dataset.shuffle_tags": True, "dataset.caption_dropout": 0.3,
-    "adapter.dropout": 0.2, "adapter.rank_dropout": 0.2, "adapter.module_dropout": 0.1, "train.accumulate": 2,
-    "optim.text_encoder_lr": 5e-4,
+    "adapter.dropout": 0.2, "adapter.rank_dropout": 0.2, "adapter.module_dropout": 0.1,
+    "train.gradient_accumulation_steps": 2,
+    "optimizer.text_encoder_lr": 5e-4,
 }  # fmt: skip
-SAMPLED = {"preview__every": 6, "validation__pictures": 1, "validation__every": 6}
+SAMPLED = {"sample__every": 6, "validation__pictures": 1, "validation__every": 6}
 """A short run that does everything."""
 
 

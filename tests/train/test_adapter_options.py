@@ -31,7 +31,7 @@ MIXED = {
     "adapter.rslora": True,
     "adapter.block_ranks": {r"unet\..*attn1": 3, r"layers\.0": 0, "mid_block": 5},
     "adapter.block_alphas": {"down_blocks": 0.7, r"attn2\.to_v": 3.0},
-    "optim.block_lr": {"up_blocks": 3e-3, "mid_block.*attn2": 0.0},
+    "optimizer.block_lr": {"up_blocks": 3e-3, "mid_block.*attn2": 0.0},
 }
 
 
@@ -50,8 +50,8 @@ def pictures(tmp_path_factory):
 def config(pictures):
     return RunConfig().changed({
         "dataset.path": str(pictures), "adapter.rank": 2, "adapter.alpha": 2.0, "train.steps": STEPS,
-        "train.precision": "fp32", "train.resolution": 64, "optim.lr": 1e-3, "validation.pictures": 0.0,
-        "loss.min_snr": 0.0, "preview.prompts": ["dot"], "preview.every": 0, "preview.steps": 1,
+        "train.precision": "fp32", "train.resolution": 64, "optimizer.lr": 1e-3, "validation.pictures": 0.0,
+        "loss.min_snr": 0.0, "sample.prompts": ["dot"], "sample.every": 0, "sample.steps": 1,
         "save.every": 1, "save.keep_last": 9,
     })  # fmt: skip
 
@@ -139,18 +139,23 @@ def test_groups_of_the_optimizer_follow_the_rates(tmp_path, config):
 
 
 def test_one_rate_for_all_is_asked_of_optimizers_that_find_their_own(tmp_path, config):
-    rates = {"optim.text_encoder_lr": 0.0, "optim.block_lr": {"mid_block": 5e-4}}
-    with pytest.raises(ConfigError, match=r"Prodigy works with one learning rate.*optim\.block_lr"):
-        _session(tmp_path, config.changed({"optim.name": "prodigy", **rates}))
+    rates = {"optimizer.text_encoder_lr": 0.0, "optimizer.block_lr": {"mid_block": 5e-4}}
+    with pytest.raises(ConfigError, match=r"Prodigy works with one learning rate.*optimizer\.block_lr"):
+        _session(tmp_path, config.changed({"optimizer.name": "prodigy", **rates}))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
 def test_lora_plus_trains_the_second_matrix_at_a_multiple_of_the_rate(tmp_path, config, optimizer):
-    changes = {"optim.name": optimizer, "train.steps": 1, "optim.warmup": 0.0, "optim.clip": 0.0}
-    changes |= {"optim.lr": 1e-2, "optim.text_encoder_lr": 1e-3}
+    changes = {
+        "optimizer.name": optimizer,
+        "train.steps": 1,
+        "optimizer.warmup": 0.0,
+        "optimizer.max_grad_norm": 0.0,
+    }
+    changes |= {"optimizer.lr": 1e-2, "optimizer.text_encoder_lr": 1e-3}
     ups = []
     for number, ratio in enumerate((1.0, 8.0)):
-        run = _run(tmp_path, config.changed({**changes, "optim.lora_plus": ratio}), f"r{number}")
+        run = _run(tmp_path, config.changed({**changes, "optimizer.lora_plus": ratio}), f"r{number}")
         _trained(run)
         kept = read_adapter(run.checkpoint(1) / "adapter.safetensors", FAMILIES["tiny"])
         ups.append([layer.up for layer in kept.layers.values()])
@@ -161,7 +166,7 @@ def test_lora_plus_trains_the_second_matrix_at_a_multiple_of_the_rate(tmp_path, 
 
 
 def test_lora_plus_goes_on_as_if_unbroken(tmp_path, config):
-    config = config.changed({"optim.lora_plus": 4.0})
+    config = config.changed({"optimizer.lora_plus": 4.0})
     whole, broken = (_run(tmp_path, config, name) for name in ("whole", "broken"))
     _trained(whole)
 
@@ -193,9 +198,9 @@ def test_presets_of_blocks_train_the_unet_alone_and_say_so(tmp_path, config, tar
 
 
 def test_a_rate_for_an_encoder_that_is_not_there_is_told(tmp_path, config):
-    session = _session(tmp_path, config.changed({"optim.text_encoder_2_lr": 1e-4}))
+    session = _session(tmp_path, config.changed({"optimizer.text_encoder_2_lr": 1e-4}))
     assert session.notes == [
-        "optim.text_encoder_2_lr plays no part: the Embedded tiny base has one text encoder."
+        "optimizer.text_encoder_2_lr plays no part: the Embedded tiny base has one text encoder."
     ]
 
 
@@ -253,7 +258,7 @@ def test_a_run_starts_as_the_file_that_it_continues(tmp_path, config, earlier, r
 
 
 def test_the_first_sample_of_a_continued_run_is_still_the_bases(tmp_path, config, earlier):
-    config = config.changed({"preview.every": 1, "train.steps": 1, "adapter.targets": "kohya"})
+    config = config.changed({"sample.every": 1, "train.steps": 1, "adapter.targets": "kohya"})
     fresh = _run(tmp_path, config, "fresh")
     continued = _run(tmp_path, config.changed({"adapter.init": str(earlier)}), "continued")
     seen = []
@@ -286,7 +291,7 @@ def test_layers_with_a_rate_of_zero_stay_as_in_the_file(tmp_path, config, earlie
         "adapter.targets": "kohya",
         "adapter.rank": 3,
         "adapter.alpha": 1.5,
-        "optim.block_lr": {"mid_block": 0.0},
+        "optimizer.block_lr": {"mid_block": 0.0},
         "train.steps": 2,
     }
     run = _run(tmp_path, config.changed(changes), "r")

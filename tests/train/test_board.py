@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lora_core.runs import events
 from tests.train.runs import Toy, broken_at, trained, trouble
 
-SHOWN = {"save__tensorboard": True, "validation__pictures": 1, "validation__every": 6, "preview__every": 6}
+SHOWN = {"save__tensorboard": True, "validation__pictures": 1, "validation__every": 6, "sample__every": 6}
 
 
 def test_tensorboard_reads_what_the_events_say(own_toy: Toy) -> None:

@@ -30,16 +30,16 @@ from tests.train.runs import Toy, notes, tensors, trained
 
 Changes = dict[str, Any]
 SHORT: Changes = {"train.steps": 2, "save.every": 0}
-HELD: Changes = {"validation.pictures": 1, "validation.every": 1, "validation.triples": 1}
+HELD: Changes = {"validation.pictures": 1, "validation.every": 1, "validation.draws_per_image": 1}
 HOT: Changes = {
-    **HELD, "optim.lr": 0.1, "train.steps": 6, "validation.triples": 4, "validation.patience": 0,
-    "validation.prior": 0, "validation.gauge": False,
+    **HELD, "optimizer.lr": 0.1, "train.steps": 6, "validation.draws_per_image": 4, "validation.patience": 0,
+    "validation.forgetting": 0, "validation.memorization": False,
 }  # fmt: skip
-SAMPLED: Changes = {"preview.every": 1, "preview.cfg": 3.0, "train.steps": 1}
+SAMPLED: Changes = {"sample.every": 1, "sample.cfg": 3.0, "train.steps": 1}
 V: Changes = {"model.prediction": "v_prediction"}
-TEXT: Changes = {"optim.text_encoder_lr": 5e-4}
+TEXT: Changes = {"optimizer.text_encoder_lr": 5e-4}
 FIRST: Changes = {"dataset.shuffle_tags": True}
-HUBER: Changes = {"loss.kind": "huber"}
+HUBER: Changes = {"loss.type": "huber"}
 CASES: dict[str, tuple[Any, Changes]] = {
     "name": ("another", {}),
     "seed": (1, {}),
@@ -66,47 +66,47 @@ CASES: dict[str, tuple[Any, Changes]] = {
     "dataset.keep_tags": (2, FIRST),
     "train.steps": (3, {}),
     "train.batch_size": (1, {}),
-    "train.accumulate": (2, {}),
+    "train.gradient_accumulation_steps": (2, {}),
     "train.resolution": (16, {}),
     "train.device": ("cuda:7", {}),
     "train.precision": ("bf16", {}),
-    "train.checkpointing": (True, {}),
-    "train.quantise": ("int8", {}),
+    "train.gradient_checkpointing": (True, {}),
+    "train.quantize_base": ("int8", {}),
     "train.offload": (True, {}),
     "train.deterministic": (True, {}),
     "train.clip_skip": (2, {}),
-    "train.tokens": (150, {}),
-    "optim.name": ("sgd", {}),
-    "optim.lr": (1e-2, {}),
-    "optim.range_test": (True, {}),
-    "optim.text_encoder_lr": (1e-3, {}),
-    "optim.text_encoder_2_lr": (1e-3, {}),
-    "optim.text_encoder_until": (0.5, TEXT),
-    "optim.block_lr": ({"mid_block": 0.0}, {}),
-    "optim.lora_plus": (4.0, {}),
-    "optim.schedule": ("constant", {"train.steps": 4}),
-    "optim.warmup": (1.0, {}),
-    "optim.clip": (1e-4, {}),
-    "loss.kind": ("l1", {}),
+    "train.max_token_length": (150, {}),
+    "optimizer.name": ("sgd", {}),
+    "optimizer.lr": (1e-2, {}),
+    "optimizer.range_test": (True, {}),
+    "optimizer.text_encoder_lr": (1e-3, {}),
+    "optimizer.text_encoder_2_lr": (1e-3, {}),
+    "optimizer.stop_text_encoder_at": (0.5, TEXT),
+    "optimizer.block_lr": ({"mid_block": 0.0}, {}),
+    "optimizer.lora_plus": (4.0, {}),
+    "optimizer.schedule": ("constant", {"train.steps": 4}),
+    "optimizer.warmup": (1.0, {}),
+    "optimizer.max_grad_norm": (1e-4, {}),
+    "loss.type": ("l1", {}),
     "loss.huber_delta": (0.5, HUBER),
     "loss.huber_schedule": ("constant", HUBER),
     "loss.min_snr": (1.0, {}),
     "loss.noise_offset": (0.1, {}),
     "validation.every": (2, HELD),
     "validation.pictures": (2, HELD),
-    "validation.triples": (2, HELD),
+    "validation.draws_per_image": (2, HELD),
     # After the first validation there has to be a step whose time counts.
-    "validation.budget": (1e-9, {**HELD, "validation.every": 2, "train.steps": 6}),
-    "validation.gauge": (False, HELD),
-    "validation.prior": (0, HELD),
+    "validation.max_time_share": (1e-9, {**HELD, "validation.every": 2, "train.steps": 6}),
+    "validation.memorization": (False, HELD),
+    "validation.forgetting": (0, HELD),
     "validation.patience": (1, HOT),
-    "preview.every": (0, SAMPLED),
-    "preview.prompts": (["two dots"], SAMPLED),
-    "preview.seed": (5, SAMPLED),
-    "preview.steps": (2, SAMPLED),
-    "preview.cfg": (9.0, SAMPLED),
-    "preview.cfg_rescale": (0.0, {**SAMPLED, **V, "model.zero_terminal_snr": "on"}),
-    "preview.sampler": ("euler_a", {**SAMPLED, "preview.steps": 2}),
+    "sample.every": (0, SAMPLED),
+    "sample.prompts": (["two dots"], SAMPLED),
+    "sample.seed": (5, SAMPLED),
+    "sample.steps": (2, SAMPLED),
+    "sample.cfg": (9.0, SAMPLED),
+    "sample.cfg_rescale": (0.0, {**SAMPLED, **V, "model.zero_terminal_snr": "on"}),
+    "sample.sampler": ("euler_a", {**SAMPLED, "sample.steps": 2}),
     "save.every": (1, {}),
     "save.keep_last": (1, {"save.every": 1}),
     "save.keep_best": (False, {**HOT, "save.every": 1, "save.keep_last": 1}),
@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Any, Changes]] = {
 """Setting: another value, and what has to be set with it for both runs."""
 ELSEWHERE: dict[str, Callable[[RunConfig], Any]] = {
     # The toy has one text encoder.
-    "optim.text_encoder_2_lr": lambda config: part_rates(FAMILIES["sdxl"], config.optim),
+    "optimizer.text_encoder_2_lr": lambda config: part_rates(FAMILIES["sdxl"], config.optimizer),
     "train.device": lambda config: device_or_problem(config.train.device),
 }
 
@@ -253,7 +253,7 @@ def test_what_is_compared_is_what_a_run_did(runs: Runs, monkeypatch: pytest.Monk
     monkeypatch.setattr(RunFolder, "config", lambda self: one)
     asked = {name: value for name, (value, more) in CASES.items() if not more and name not in ELSEWHERE}
     # These two would not go together, were they read.
-    del asked["adapter.init"], asked["optim.range_test"], asked["name"]
+    del asked["adapter.init"], asked["optimizer.range_test"], asked["name"]
     assert runs.did(asked) == plain
 
 

@@ -17,8 +17,9 @@ from tests.faults import corrupt
 from tests.train.runs import Toy, broken_at, result, tensors, trained
 
 HOT = {
-    "validation__every": 1, "validation__pictures": 1, "validation__triples": 4, "validation__patience": 3,
-    "validation__prior": 1, "optim__lr": 0.1, "train__steps": 16, "save__every": 4,
+    "validation__every": 1, "validation__pictures": 1, "validation__draws_per_image": 4,
+    "validation__patience": 3,
+    "validation__forgetting": 1, "optimizer__lr": 0.1, "train__steps": 16, "save__every": 4,
 }  # fmt: skip
 
 
@@ -109,7 +110,7 @@ def test_validation_keeps_to_its_share_of_the_time(own_toy: Toy, share: float) -
         "budget",
         validation__pictures=1,
         validation__every=2,
-        validation__budget=share,
+        validation__max_time_share=share,
         validation__patience=0,
     )
     trained(run)
@@ -128,7 +129,7 @@ def test_the_share_is_of_the_time_that_steps_take(own_toy: Toy, monkeypatch: pyt
     which is every 18 where 2 are wished for."""
     from lora_core.train.divergence import StepTimer
 
-    run = own_toy.run("share", validation__pictures=1, validation__every=2, validation__budget=0.2)
+    run = own_toy.run("share", validation__pictures=1, validation__every=2, validation__max_time_share=0.2)
     monkeypatch.setattr(StepTimer, "usual", 0.1)
     measured: Callable[..., events.Validated] = validation.Validator.validated
 

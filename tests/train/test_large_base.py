@@ -22,7 +22,7 @@ from lora_core.train.setup import RuntimePlan, prepare
 from lora_core.train.validation import Validator, draw_samples
 from tests.checkpoints import write_folder
 
-BOTH = {"optim.text_encoder_lr": 5e-4, "optim.text_encoder_2_lr": 2e-4}
+BOTH = {"optimizer.text_encoder_lr": 5e-4, "optimizer.text_encoder_2_lr": 2e-4}
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,11 @@ def pictures(tmp_path_factory):
 def config(folder, pictures):
     return RunConfig().changed({
         "dataset.path": str(pictures), "model.base": str(folder), "adapter.rank": 2, "adapter.alpha": 2.0,
-        "train.steps": 4, "train.precision": "fp32", "train.resolution": 64, "optim.lr": 1e-3,
-        "optim.text_encoder_lr": 0.0, "validation.pictures": 1, "validation.triples": 2,
-        "validation.prior": 1, "optim.warmup": 0.0, "optim.schedule": "constant", "loss.min_snr": 0.0,
-        "preview.prompts": ["thing"], "preview.steps": 1,
+        "train.steps": 4, "train.precision": "fp32", "train.resolution": 64, "optimizer.lr": 1e-3,
+        "optimizer.text_encoder_lr": 0.0, "validation.pictures": 1, "validation.draws_per_image": 2,
+        "validation.forgetting": 1, "optimizer.warmup": 0.0, "optimizer.schedule": "constant",
+        "loss.min_snr": 0.0,
+        "sample.prompts": ["thing"], "sample.steps": 1,
     })  # fmt: skip
 
 
@@ -66,8 +67,8 @@ def _steps(session, config, count):
 
 def test_the_family_starts_with_frozen_text_encoders(folder):
     config = RunConfig().changed(starting_settings("character-quick", read_base_facts(str(folder)).family))
-    assert (config.optim.text_encoder_lr, config.optim.text_encoder_2_lr) == (0.0, 0.0)
-    assert config.optim.lr == 1e-4
+    assert (config.optimizer.text_encoder_lr, config.optimizer.text_encoder_2_lr) == (0.0, 0.0)
+    assert config.optimizer.lr == 1e-4
 
 
 def test_frozen_encoders_are_cached_with_their_pooled_text_and_leave_memory(tmp_path, config):
@@ -122,7 +123,7 @@ def test_the_unet_is_told_the_true_size_and_crop(tmp_path, config):
 
 
 def test_each_text_encoder_learns_at_its_own_rate(tmp_path, config):
-    config = config.changed({**BOTH, "optim.text_encoder_until": 0.5})
+    config = config.changed({**BOTH, "optimizer.stop_text_encoder_at": 0.5})
     session = _session(tmp_path, config)
     assert [(g["lr"], g["until"]) for g in session.state.optimizer.param_groups] == [
         (1e-3, 1.0), (5e-4, 0.5), (2e-4, 0.5)
@@ -139,7 +140,7 @@ def test_each_text_encoder_learns_at_its_own_rate(tmp_path, config):
 
 
 def test_one_text_encoder_may_be_trained_alone(tmp_path, config):
-    session = _session(tmp_path, config.changed({"optim.lr": 0.0, "optim.text_encoder_2_lr": 1e-4}))
+    session = _session(tmp_path, config.changed({"optimizer.lr": 0.0, "optimizer.text_encoder_2_lr": 1e-4}))
     assert session.state.injected.parts() == ["text_encoder_2"]
     assert set(session.state.base.text_encoders) == {"text_encoder", "text_encoder_2"}
     list(_steps(session, config, 1))

@@ -25,7 +25,7 @@ STEPS = 4
 RANDOM = {
     "dataset.flip": True, "dataset.shuffle_tags": True, "dataset.caption_dropout": 0.3, "dataset.tag_dropout":
     0.2, "adapter.dropout": 0.2, "adapter.rank_dropout": 0.2, "adapter.module_dropout": 0.1,
-    "train.accumulate": 2, "train.batch_size": 2, "loss.noise_offset": 0.05,
+    "train.gradient_accumulation_steps": 2, "train.batch_size": 2, "loss.noise_offset": 0.05,
 }  # fmt: skip
 
 
@@ -44,8 +44,8 @@ def pictures(tmp_path_factory):
 def config(pictures):
     return RunConfig().changed({
         "dataset.path": str(pictures), "adapter.rank": 2, "adapter.alpha": 2.0, "train.steps": STEPS,
-        "train.precision": "fp32", "optim.lr": 1e-3, "validation.pictures": 0.0, "loss.min_snr": 0.0,
-        "preview.prompts": ["dot"],
+        "train.precision": "fp32", "optimizer.lr": 1e-3, "validation.pictures": 0.0, "loss.min_snr": 0.0,
+        "sample.prompts": ["dot"],
     })  # fmt: skip
 
 
@@ -75,8 +75,8 @@ def _equal(first, second):
     [
         {},
         RANDOM,
-        {**RANDOM, "optim.text_encoder_lr": 0.0, "train.checkpointing": True},
-        {"optim.name": "lion", "optim.schedule": "cosine_restarts"},
+        {**RANDOM, "optimizer.text_encoder_lr": 0.0, "train.gradient_checkpointing": True},
+        {"optimizer.name": "lion", "optimizer.schedule": "cosine_restarts"},
         {"train.precision": "bf16"},
     ],
     ids=["plain", "all random", "frozen text, checkpointing", "lion, restarts", "bf16"],
@@ -97,7 +97,7 @@ def test_a_resume_equals_an_unbroken_run_bit_for_bit(tmp_path, config, changes):
 def test_checkpointing_changes_no_gradient_and_keeps_less(tmp_path, config):
     adapters, kept = [], []
     for on in (False, True):
-        changed = config.changed({**RANDOM, "train.checkpointing": on})
+        changed = config.changed({**RANDOM, "train.gradient_checkpointing": on})
         session = _session(tmp_path, changed)
         sizes = Counter()
 
@@ -117,8 +117,10 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(tmp_path, config):
 
 def test_accumulating_equals_a_larger_batch(tmp_path, config):
     """Two micro-batches of one weigh as one of two: the same draws are fed in by hand."""
-    session = _session(tmp_path, config.changed({"train.accumulate": 2}))
-    plan = StepSettings.of(config.changed({"train.accumulate": 2, "optim.clip": 0.0}), STEPS)
+    session = _session(tmp_path, config.changed({"train.gradient_accumulation_steps": 2}))
+    plan = StepSettings.of(
+        config.changed({"train.gradient_accumulation_steps": 2, "optimizer.max_grad_norm": 0.0}), STEPS
+    )
     step = next(training_steps(session.state, session.batches, session.text, plan, 0))
     both = [p.grad.clone() for p in session.state.injected.parameters()]
     alone = []
@@ -146,7 +148,12 @@ def _noise_of(number):
 def test_it_learns(tmp_path, config):
     """Measured on fixed triples of the training pictures, since the loss of single steps is mostly noise."""
     config = config.changed(
-        {"optim.lr": 3e-3, "optim.warmup": 0.0, "optim.schedule": "constant", "train.batch_size": 4}
+        {
+            "optimizer.lr": 3e-3,
+            "optimizer.warmup": 0.0,
+            "optimizer.schedule": "constant",
+            "train.batch_size": 4,
+        }
     )
     session = _session(tmp_path, config)
     base, text = session.state.base, session.text
@@ -162,7 +169,7 @@ def test_it_learns(tmp_path, config):
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_counted_and_changes_nothing(tmp_path, config, where, clip):
-    config = config.changed({"optim.clip": clip, "save.ema": 0.9})
+    config = config.changed({"optimizer.max_grad_norm": clip, "save.ema": 0.9})
     session = _session(tmp_path, config)
     state = session.state
     key, layer = next(iter(state.injected.layers.items()))
@@ -217,7 +224,9 @@ def test_a_scaler_that_searches_its_scale_is_no_trouble(tmp_path, config):
 
 
 def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
-    config = config.changed({"optim.text_encoder_lr": 5e-4, "optim.warmup": 0.0, "optim.schedule": "linear"})
+    config = config.changed(
+        {"optimizer.text_encoder_lr": 5e-4, "optimizer.warmup": 0.0, "optimizer.schedule": "linear"}
+    )
     session = _session(tmp_path, config)
     steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, STEPS), 0)
     rates = []
@@ -228,7 +237,7 @@ def test_the_rate_follows_the_schedule_for_each_part(tmp_path, config):
 
 
 def test_the_text_encoder_stops_early_on_request(tmp_path, config):
-    config = config.changed({"optim.text_encoder_until": 0.5, "optim.schedule": "constant"})
+    config = config.changed({"optimizer.stop_text_encoder_at": 0.5, "optimizer.schedule": "constant"})
     session = _session(tmp_path, config)
     steps = training_steps(session.state, session.batches, session.text, StepSettings.of(config, STEPS), 0)
     seen = []
@@ -241,22 +250,22 @@ def test_the_text_encoder_stops_early_on_request(tmp_path, config):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_frozen_text_encoder_leaves_memory_once_no_caption_can_be_new(tmp_path, config, shuffle):
-    config = config.changed({"optim.text_encoder_lr": 0.0, "dataset.shuffle_tags": shuffle})
+    config = config.changed({"optimizer.text_encoder_lr": 0.0, "dataset.shuffle_tags": shuffle})
     session = _session(tmp_path, config)
     assert bool(session.state.base.text_encoders) == shuffle
     _trained(session, config, 0, 1)
-    assert draw_samples(session, config.preview, tmp_path / "sample", "x", lambda *_: None)[0].is_file()
+    assert draw_samples(session, config.sample, tmp_path / "sample", "x", lambda *_: None)[0].is_file()
 
 
 def test_settings_that_cannot_work_together_are_told(tmp_path, config):
     with pytest.raises(ConfigError, match="Nothing would be trained"):
-        _session(tmp_path, config.changed({"optim.lr": 0.0, "optim.text_encoder_lr": 0.0}))
+        _session(tmp_path, config.changed({"optimizer.lr": 0.0, "optimizer.text_encoder_lr": 0.0}))
     with pytest.raises(ConfigError, match="one learning rate"):
-        _session(tmp_path, config.changed({"optim.name": "prodigy"}), "other")
+        _session(tmp_path, config.changed({"optimizer.name": "prodigy"}), "other")
 
 
 def test_only_the_parts_with_a_rate_are_trained(tmp_path, config):
-    session = _session(tmp_path, config.changed({"optim.text_encoder_lr": 0.0}))
+    session = _session(tmp_path, config.changed({"optimizer.text_encoder_lr": 0.0}))
     assert session.state.injected.parts() == ["unet"]
-    session = _session(tmp_path, config.changed({"optim.lr": 0.0}), "other")
+    session = _session(tmp_path, config.changed({"optimizer.lr": 0.0}), "other")
     assert session.state.injected.parts() == ["text_encoder"]

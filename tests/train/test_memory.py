@@ -209,9 +209,9 @@ def test_a_broken_run_takes_the_same_rungs_at_the_same_steps(own_toy: Toy) -> No
 def test_memory_that_ends_in_the_optimizer_takes_nothing_half_done(own_toy: Toy, saved: int) -> None:
     """Some tensors have stepped and others have not: it goes back to what is whole, and no step counts
     twice."""
-    by_hand = own_toy.run("by-hand", save__every=saved, train__checkpointing=True)
+    by_hand = own_toy.run("by-hand", save__every=saved, train__gradient_checkpointing=True)
     trained(by_hand)
-    run = own_toy.run("half", save__every=saved, train__checkpointing=True)
+    run = own_toy.run("half", save__every=saved, train__gradient_checkpointing=True)
     real = torch.optim.AdamW.step
     calls = []
 
@@ -243,7 +243,7 @@ def test_a_rung_that_the_trial_chose_equals_the_one_chosen_by_hand(own_toy: Toy,
         **BATCH, "adapter__dropout": 0.1, "train__steps": 6, "validation__pictures": 1,
         "validation__every": 3,
     }  # fmt: skip
-    more = {"train__checkpointing": True} if rung == "half" else {}
+    more = {"train__gradient_checkpointing": True} if rung == "half" else {}
     run = own_toy.run("tried", **start, **more)
     room = room_for(2) if rung == "half" else room_for(4, checkpointed=True)
     with room, mock.patch.object(autotune, "limited", return_value=True):
@@ -252,7 +252,7 @@ def test_a_rung_that_the_trial_chose_equals_the_one_chosen_by_hand(own_toy: Toy,
         assert (plan["rungs"], plan["tried"]) == ([[rung, 0]], True)
         assert any("heaviest step does not fit into memory as it is" in note for note in notes(run))
         trained(run)
-    hand = own_toy.run("hand", **start, **(more or {"train__checkpointing": True}))
+    hand = own_toy.run("hand", **start, **(more or {"train__gradient_checkpointing": True}))
     if rung == "half":
         plan = RuntimePlan.of(hand, hand.config())
         plan.rungs.append(("half", 0))
@@ -279,8 +279,8 @@ def room_beside(kept: Callable[[torch.nn.Module], bool]) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kept", "by_hand", "rungs"),
     [
-        (is_quantized, {"train__quantise": "int8"}, ["int8"]),
-        (is_offloaded, {"train__quantise": "int8", "train__offload": True}, ["int8", "offload"]),
+        (is_quantized, {"train__quantize_base": "int8"}, ["int8"]),
+        (is_offloaded, {"train__quantize_base": "int8", "train__offload": True}, ["int8", "offload"]),
     ],
     ids=["int8", "int8 and offload"],
 )
@@ -290,7 +290,8 @@ def test_a_base_that_the_trial_chose_equals_the_one_chosen_by_hand(
 ) -> None:  # fmt: skip
     """Also where the run was broken off, with the base read anew and thin from the start."""
     start = {
-        "train__batch_size": 1, "train__checkpointing": True, "adapter__dropout": 0.1, "train__steps": 6,
+        "train__batch_size": 1, "train__gradient_checkpointing": True, "adapter__dropout": 0.1,
+        "train__steps": 6,
     }  # fmt: skip
     run = own_toy.run("tried", **start)
     with mock.patch.object(autotune, "limited", return_value=True), room_beside(kept):
@@ -308,7 +309,7 @@ def test_a_base_that_the_trial_chose_equals_the_one_chosen_by_hand(
 def test_within_a_run_the_base_waits_elsewhere_and_stays_the_same(
     own_toy: Toy, unbroken: Callable[..., RunFolder]
 ) -> None:
-    start = {"train__batch_size": 1, "train__checkpointing": True, "train__steps": 8}
+    start = {"train__batch_size": 1, "train__gradient_checkpointing": True, "train__steps": 8}
     plain, run = unbroken(**start), own_toy.run("short", **start)
     with armed(Fault("step", nth=6, do="memory")):
         broken_at(run, events.StepDone, 7)
@@ -321,7 +322,7 @@ def test_within_a_run_the_base_waits_elsewhere_and_stays_the_same(
 
 def test_without_room_aside_a_run_goes_on_in_eight_bits(own_toy: Toy) -> None:
     """A broken run, resumed from step 4, takes them at the same step again."""
-    start = {"train__batch_size": 1, "train__checkpointing": True, "train__steps": 8}
+    start = {"train__batch_size": 1, "train__gradient_checkpointing": True, "train__steps": 8}
     whole, run = own_toy.run("whole", **start), own_toy.run("short", **start)
     with mock.patch.object(oom, "free_bytes", return_value=2**20):
         with armed(Fault("step", nth=6, do="memory")):
@@ -355,7 +356,7 @@ def test_a_trial_that_cannot_fit_ends_before_the_first_step(own_toy: Toy) -> Non
 def test_samples_and_validation_that_do_not_fit_are_left_out(
     own_toy: Toy, unbroken: Callable[..., RunFolder]
 ) -> None:
-    how = {"preview__every": 2, "validation__pictures": 1, "validation__every": 2, "train__steps": 4}
+    how = {"sample__every": 2, "validation__pictures": 1, "validation__every": 2, "train__steps": 4}
     plain, run = unbroken(**how), own_toy.run("short", **how)
     with armed(Fault("draw", times=0, do="memory"), Fault("validate", nth=2, times=1, do="memory")):
         trained(run)
@@ -438,7 +439,7 @@ def test_a_run_under_a_real_limit_completes_by_itself(own_toy: Toy, tmp_path: Pa
             assert plan["tried"]
             if plan["rungs"]:
                 break
-        hand = toy.run("hand", **how, train__checkpointing=True)
+        hand = toy.run("hand", **how, train__gradient_checkpointing=True)
         later = RuntimePlan.of(hand, hand.config())
         later.rungs.extend((name, 0) for name, _ in plan["rungs"] if name != "checkpointing")
         later.write(hand)

@@ -196,7 +196,7 @@ def test_before_the_first_checkpoint_it_goes_back_to_the_start(own_toy: Toy) -> 
 
 
 def test_after_three_returns_it_ends_with_a_diagnosis(own_toy: Toy) -> None:
-    run = own_toy.run("hopeless", optim__lr=2e-3)
+    run = own_toy.run("hopeless", optimizer__lr=2e-3)
     with spoiled({7, 8, 9}):
         sentence = trouble(run)
         assert "does not hold at step 9" in sentence
@@ -218,9 +218,14 @@ def test_after_three_returns_it_ends_with_a_diagnosis(own_toy: Toy) -> None:
 
 
 def test_a_rate_beyond_reason_ends_in_a_sentence_and_in_no_file_that_is_not_finite(own_toy: Toy) -> None:
-    with pytest.raises(ConfigError, match=r"optim\.lr"):
-        own_toy.run("infinite", optim__lr=math.inf)
-    wild = {"optim__lr": 10.0, "optim__clip": 0.0, "optim__warmup": 0.0, "optim__name": "sgd"}
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        own_toy.run("infinite", optimizer__lr=math.inf)
+    wild = {
+        "optimizer__lr": 10.0,
+        "optimizer__max_grad_norm": 0.0,
+        "optimizer__warmup": 0.0,
+        "optimizer__name": "sgd",
+    }
     run = own_toy.run("wild", train__steps=40, adapter__alpha=1e6, **wild)
     assert "does not hold" in trouble(run)
     assert run.status() == "failed"

@@ -76,7 +76,7 @@ def test_a_base_that_does_not_fit_is_opened_in_8_bits(own_toy: Toy) -> None:
     assert json.loads(run.plan_file.read_text())["rungs"] == [["int8", 0]]
     assert [note for note in notes(run) if note.startswith("The base does not fit into memory as it is.")]
     # A run that asks for 8 bits takes the same steps.
-    asked = own_toy.run("asked", train__steps=2, train__quantise="int8")
+    asked = own_toy.run("asked", train__steps=2, train__quantize_base="int8")
     trained(asked)
     assert result(run)["adapter.safetensors"] == result(asked)["adapter.safetensors"]
 

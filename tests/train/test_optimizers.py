@@ -14,7 +14,7 @@ from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_wei
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
 from lora_core.settings.choices import OPTIMIZERS, Choice
-from lora_core.settings.schema import OptimSection
+from lora_core.settings.schema import OptimizerSection
 from lora_core.train.loop import EMA, MicroBatch, TrainState, optimizer_step
 from lora_core.train.oom import FALLBACKS
 from lora_core.train.setup import AdapterPlan, build_optimizer
@@ -84,7 +84,7 @@ def trainee_of(
     layer = LoraLayer(nn.Linear(12, 10).to(dtype).requires_grad_(False), "x", shape, DropoutState(), 0)
     injected = Injected({KEY: layer}, DropoutState())
     base: Any = SimpleNamespace(family=FAMILIES["sd15"], device=torch.device(on), dtype=dtype)
-    optim = OptimSection(name=name, lr=rate, text_encoder_lr=0.0, lora_plus=lora_plus)
+    optim = OptimizerSection(name=name, lr=rate, text_encoder_lr=0.0, lora_plus=lora_plus)
     plan = AdapterPlan({KEY: LayerPlan(shape, rate)}, None, "", [])
     optimizer, storage = build_optimizer(injected, plan, base, optim)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)

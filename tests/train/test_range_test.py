@@ -17,7 +17,7 @@ from lora_core.train.setup import RuntimePlan, prepare
 from tests.train.runs import Toy, broken_at, trained
 
 COUNT = (HIGHEST - LOWEST) * EACH + 1
-TRAINED_TEXT = {"optim__text_encoder_lr": 2e-4, "optim__block_lr": {"mid_block": 3e-4}}
+TRAINED_TEXT = {"optimizer__text_encoder_lr": 2e-4, "optimizer__block_lr": {"mid_block": 3e-4}}
 
 
 def rising(middle: float, steep: float = 1.5, top: float = 0.4) -> list[float]:
@@ -42,23 +42,23 @@ def test_it_takes_what_lies_an_octave_above_half_of_the_best(middle: float) -> N
 
 def test_where_nothing_is_learned_it_says_so() -> None:
     for shares in ([], [0.001] * COUNT, [-0.1, -0.2]):
-        with pytest.raises(RunError, match=r"optim\.lr = auto finds none; give optim\.lr a number"):
+        with pytest.raises(RunError, match=r"optimizer\.lr = auto finds none; give optimizer\.lr a number"):
             choose_octave(shares)
 
 
 def test_a_run_with_auto_is_the_run_with_the_rates_that_it_found(own_toy: Toy) -> None:
-    auto = own_toy.run("auto", optim__lr="auto", **TRAINED_TEXT)
+    auto = own_toy.run("auto", optimizer__lr="auto", **TRAINED_TEXT)
     trained(auto)
     found = found_in(auto)
     assert len(found.rates) == len(found.shares) <= COUNT
     assert found.rates == sorted(found.rates)
     assert found.rates[EACH] == 2 * found.rates[0]
-    factor = found.rate / auto.config().optim.lr
+    factor = found.rate / auto.config().optimizer.lr
     assert math.log2(factor).is_integer()
     rates = {
-        "optim__lr": found.rate,
-        "optim__text_encoder_lr": 2e-4 * factor,
-        "optim__block_lr": {"mid_block": 3e-4 * factor},
+        "optimizer__lr": found.rate,
+        "optimizer__text_encoder_lr": 2e-4 * factor,
+        "optimizer__block_lr": {"mid_block": 3e-4 * factor},
     }
     numbers = own_toy.run("numbers", **rates)
     trained(numbers)
@@ -72,7 +72,7 @@ def test_a_run_with_auto_is_the_run_with_the_rates_that_it_found(own_toy: Toy) -
 
 
 def test_it_is_made_once(own_toy: Toy) -> None:
-    run = own_toy.run("once", optim__lr="auto")
+    run = own_toy.run("once", optimizer__lr="auto")
     broken_at(run, events.StepDone, 6)
     before = run.events_file.read_text().count('"RateFound"')
     trained(run)
@@ -83,7 +83,7 @@ def test_it_is_made_once(own_toy: Toy) -> None:
 def test_it_leaves_everything_as_it_was(
     own_toy: Toy, fails_at: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = own_toy.run("trace", optim__lr="auto", save__ema=0.9)
+    run = own_toy.run("trace", optimizer__lr="auto", save__ema=0.9)
     config = run.config()
     session = prepare(run, config, RuntimePlan.of(run, config), lambda *told: None)
     state = session.state
@@ -102,27 +102,30 @@ def test_it_leaves_everything_as_it_was(
     assert torch.equal(state.storage.data, before)
     assert not state.storage.grads.any()
     assert not state.optimizer.state
-    assert [group["lr"] for group in state.optimizer.param_groups] == [config.optim.lr]
+    assert [group["lr"] for group in state.optimizer.param_groups] == [config.optimizer.lr]
     assert state.average is average
 
 
 def test_auto_is_a_word_for_a_switch() -> None:
-    config = RunConfig().changed({"optim.lr": "Auto"})
-    assert config.optim.range_test
-    assert config.optim.lr == RunConfig().optim.lr
+    config = RunConfig().changed({"optimizer.lr": "Auto"})
+    assert config.optimizer.range_test
+    assert config.optimizer.lr == RunConfig().optimizer.lr
     assert RunConfig.from_dict(config.to_dict()) == config, "as a file has it, with both"
-    assert not config.changed({"optim.lr": 1e-3}).optim.range_test
-    with pytest.raises(LoraError, match=r"optim\.text_encoder_lr = 'auto' should be a number"):
-        config.changed({"optim.text_encoder_lr": "auto"})
+    assert not config.changed({"optimizer.lr": 1e-3}).optimizer.range_test
+    with pytest.raises(LoraError, match=r"optimizer\.text_encoder_lr = 'auto' should be a number"):
+        config.changed({"optimizer.text_encoder_lr": "auto"})
 
 
 def test_what_it_does_not_go_with() -> None:
     for changes, words in (
-        ({"optim.name": "prodigy", "optim.text_encoder_lr": 0.0}, "Prodigy finds its own rate"),
-        ({"optim.lr": 0.0, "optim.range_test": True}, "nothing to begin with where optim.lr is 0"),
+        ({"optimizer.name": "prodigy", "optimizer.text_encoder_lr": 0.0}, "Prodigy finds its own rate"),
+        (
+            {"optimizer.lr": 0.0, "optimizer.range_test": True},
+            "nothing to begin with where optimizer.lr is 0",
+        ),
     ):
-        config = RunConfig().changed({"optim.range_test": True, **changes})
+        config = RunConfig().changed({"optimizer.range_test": True, **changes})
         (problem,) = rate_problems(config, None)
         assert problem.blocking
         assert words in problem.sentence
-    assert rate_problems(RunConfig().changed({"optim.lr": "auto", "adapter.alpha": 1.0}), None) == []
+    assert rate_problems(RunConfig().changed({"optimizer.lr": "auto", "adapter.alpha": 1.0}), None) == []

@@ -215,7 +215,7 @@ def test_a_real_drive_that_turns_read_only_and_one_that_is_gone(own_toy: Toy, sm
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are those of POSIX")
 def test_a_file_size_limit_of_the_system_is_a_full_drive(own_toy: Toy, nursery: Nursery) -> None:
-    run = own_toy.run("limited", adapter__rank=64, preview__every=0)
+    run = own_toy.run("limited", adapter__rank=64, sample__every=0)
     code, said = nursery.train(run.path, file_size=300_000)
     assert code == 1
     assert "File too large" in said

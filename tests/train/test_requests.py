@@ -19,7 +19,7 @@ from tests.faults import corrupt
 from tests.train.runs import Broken, Toy, broken_at, check_story, check_whole, notes, result, trained
 
 ON_UNIX = pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
-STORY = {"preview__every": 6, "preview__steps": 3, "validation__pictures": 2, "validation__every": 6}
+STORY = {"sample__every": 6, "sample__steps": 3, "validation__pictures": 2, "validation__every": 6}
 
 
 def always_note(patch: pytest.MonkeyPatch) -> None:

@@ -183,7 +183,7 @@ def test_want_of_memory_in_one_process_ends_the_run_in_a_sentence(numbers: tuple
     run = of(numbers[0], STARVED)
     assert run.status() == "failed"
     assert "The device of one of the processes ran out of memory" in run.progress().reason
-    assert "train.checkpointing" in run.progress().reason
+    assert "train.gradient_checkpointing" in run.progress().reason
     assert run.progress().step == 2
 
 
@@ -194,7 +194,7 @@ def test_a_killed_main_process_takes_all_along_and_the_run_goes_on(
 ) -> None:
     settings = {"train.steps": 5000, "train.batch_size": 2, "train.resolution": 32, "adapter.rank": 2}
     words = [f"--set={key}={value}" for key, value in settings.items()]
-    more = ("--set=validation.every=0", "--set=preview.every=0", "--set=save.every=4")
+    more = ("--set=validation.every=0", "--set=sample.every=0", "--set=save.every=4")
     place = ("--workspace", str(own_toy.home), "--name", "asked", "--base", str(own_toy.base))
     made = launch(launched, "train", str(own_toy.pictures), *place, *words, *more)
     run = RunFolder(own_toy.home / "runs" / "asked")

@@ -157,7 +157,7 @@ def test_settings_edited_by_hand_are_told(
         trained(other)
     for rate in ("inf", "nan", "-1.0"):
         other.config_file.write_text(text.replace("lr = 0.001", f"lr = {rate}", 1))
-        with pytest.raises(ConfigError, match=r"optim\.lr"):
+        with pytest.raises(ConfigError, match=r"optimizer\.lr"):
             trained(other, accept_changes=True)
     other.config_file.write_text(text)
     check_whole(other)

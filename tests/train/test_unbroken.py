@@ -16,14 +16,14 @@ WAYS = {
         "validation.pictures": 1,
         "validation.every": 5,
     },
-    "lion, restarts": {"optim.name": "lion", "optim.schedule": "cosine_restarts"},
-    "prodigy, bf16 base": {"optim.name": "prodigy", "optim.lr": 1.0, "train.precision": "bf16"},
+    "lion, restarts": {"optimizer.name": "lion", "optimizer.schedule": "cosine_restarts"},
+    "prodigy, bf16 base": {"optimizer.name": "prodigy", "optimizer.lr": 1.0, "train.precision": "bf16"},
     "bf16 base": {"train.precision": "bf16"},
     "average": {"save.ema": 0.9},
-    "a rate that is found": {"optim.lr": "auto", "save.ema": 0.9, "optim.lora_plus": 3.0},
+    "a rate that is found": {"optimizer.lr": "auto", "save.ema": 0.9, "optimizer.lora_plus": 3.0},
     "average, alphas by block": {"save.ema": 0.9, "adapter.block_alphas": {"mid_block": 1.0}},
     "checkpointing, captions that vary": {
-        "train.checkpointing": True,
+        "train.gradient_checkpointing": True,
         "adapter.dropout": 0.2,
         "dataset.shuffle_tags": True,
         "dataset.tag_dropout": 0.3,
@@ -77,7 +77,7 @@ def test_every_checkpoint_that_is_kept_leads_to_the_same_end(own_toy: Toy) -> No
 
 def test_what_a_stop_left_undone_is_made_up_for(own_toy: Toy) -> None:
     """Stopped while it validates: the checkpoint is of a step whose validation and samples are missing."""
-    how = {"validation__pictures": 1, "validation__every": 6, "preview__every": 6}
+    how = {"validation__pictures": 1, "validation__every": 6, "sample__every": 6}
     whole = own_toy.run("whole", **how)
     trained(whole)
     run = own_toy.run("stopped", **how)
@@ -116,7 +116,7 @@ def test_average_and_raw_adapter_are_both_sampled_measured_and_exported(own_toy:
     from PIL import Image
     from safetensors.torch import load_file
 
-    how = {"preview__every": 12, "validation__pictures": 1, "validation__every": 6}
+    how = {"sample__every": 12, "validation__pictures": 1, "validation__every": 6}
     plain, averaged = own_toy.run("plain", **how), own_toy.run("avg", **how, save__ema=0.5)
     for run in (plain, averaged):
         last_line = trained(run).export

@@ -20,9 +20,9 @@ from lora_core.train.trainer import train, train_as_worker
 
 CASES: dict[str, dict[str, object]] = {
     "plain": {},
-    "accumulation": {"train__accumulate": 3},
+    "accumulation": {"train__gradient_accumulation_steps": 3},
     "dropout": {"adapter__dropout": 0.3, "adapter__rank_dropout": 0.2, "adapter__module_dropout": 0.1},
-    "text encoder": {"optim__text_encoder_lr": 5e-4, "adapter__dropout": 0.3},
+    "text encoder": {"optimizer__text_encoder_lr": 5e-4, "adapter__dropout": 0.3},
     "three pictures": {"train__batch_size": 3},
     "one picture": {"train__batch_size": 1},
     "in halves": {"train__batch_size": 4, "adapter__dropout": 0.3},
@@ -31,12 +31,13 @@ CASES: dict[str, dict[str, object]] = {
 SPLIT = "in halves"
 TRAINED = {
     "sgd": {
-        "optim__name": "sgd", "optim__lr": 0.1, "train__steps": 20, "train__batch_size": 3,
+        "optimizer__name": "sgd", "optimizer__lr": 0.1, "train__steps": 20, "train__batch_size": 3,
         "dataset__flip": True, "dataset__caption_dropout": 0.3, "adapter__dropout": 0.2, "save__every": 20,
     },
     "adamw": {
-        "train__steps": 20, "train__accumulate": 2, "validation__pictures": 2.0, "validation__every": 10,
-        "validation__triples": 8, "preview__every": 10, "save__ema": 0.9, "save__every": 10,
+        "train__steps": 20, "train__gradient_accumulation_steps": 2, "validation__pictures": 2.0,
+        "validation__every": 10,
+        "validation__draws_per_image": 8, "sample__every": 10, "save__ema": 0.9, "save__every": 10,
     },
 }  # fmt: skip
 """Runs that are trained to their end, here and alone."""

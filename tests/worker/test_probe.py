@@ -54,7 +54,15 @@ def left_over() -> Callable[[], list[object]]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"optim.text_encoder_lr": 1e-5, "train.batch_size": 2, "save.ema": 0.9, "train.accumulate": 2}],
+    [
+        {},
+        {
+            "optimizer.text_encoder_lr": 1e-5,
+            "train.batch_size": 2,
+            "save.ema": 0.9,
+            "train.gradient_accumulation_steps": 2,
+        },
+    ],
 )
 def test_it_takes_steps_and_lets_go_of_all(
     changes: dict[str, Any], left_over: Callable[[], list[object]]
@@ -113,7 +121,7 @@ def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None
     config = RunConfig().changed(
         {
             **starting_settings(preset, None), "dataset.path": DEMO, "train.steps": 40,
-            "preview.every": 10, "validation.every": 10, "save.every": 20, "name": "real",
+            "sample.every": 10, "validation.every": 10, "save.every": 20, "name": "real",
         }
     )  # fmt: skip
     answers: list[dict[str, Any]] = []
