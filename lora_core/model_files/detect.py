@@ -1,7 +1,7 @@
-"""What a base model is, told from its files without loading it: family, prediction, size.
+"""Recognizing a base model from its files without loading it: family, prediction type, size.
 
-A diffusers folder says it in its configs; a single file in the names and shapes of its tensors. No torch, so
-that the window can say it as soon as a base is chosen, and no network.
+A diffusers folder has configs; a single file has the names and shapes of its tensors. No torch, so that the
+window can tell as soon as a base is chosen, and no network.
 """
 
 import functools
@@ -20,19 +20,19 @@ from lora_core.system.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
 from lora_core.system.untrusted import parse_json
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-"""How the names of a single file's UNet and VAE begin."""
+"""Prefixes of the UNet's and the VAE's tensors in a single file."""
 VAE_SCALE_FACTOR = 8
-"""Of the VAE of every family that comes in single files."""
+"""Pixels a latent, for the VAE of every family that comes in single files."""
 SINGLE_FILES = (".safetensors", ".ckpt")
 UNET_CONFIG = "unet/config.json"
-"""The file of a diffusers folder by which the hub's cache is recognised."""
+"""The file of a diffusers folder that shows that the hub's cache has it."""
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
 VARIANTS = ("fp16", "bf16")
-"""Of the weights in a diffusers folder, where there are none without such a word in their names."""
+"""Variants of the weights in a diffusers folder, used where there are none without a variant."""
 _CONTEXT = re.compile(re.escape(UNET) + r".*\.attn2\.to_k\.weight")
 GUESS = "a guess: nothing in or beside the file says it; change Prediction if pictures come out as noise"
 CFG_RESCALE = 0.7
-"""phi that Lin et al. 2023 (section 3.4) recommend for bases with zero terminal SNR."""
+"""phi for bases with zero terminal SNR, as Lin et al. 2023 (section 3.4) recommend."""
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -41,13 +41,13 @@ class BaseFacts:
     """A base model as its files describe it.
 
     Attributes:
-        name: what the person called it ("demo", a path, a hub id).
+        name: what the user called it ("demo", a path, a hub id).
         path: the diffusers folder or the file.
-        family: its row, or None for a `.ckpt`, which only loading it tells.
+        family: its row, or None for a `.ckpt`, which has to be loaded to tell.
         resolution: the side in pixels that it was trained at.
-        multiple: what sides of pictures must be divisible by, in pixels.
+        multiple: sides of images, in pixels, must be multiples of this.
         scheduler: its noise schedule and prediction type, as a diffusers scheduler config.
-        prediction_source: what says how it predicts, for people.
+        prediction_source: how its prediction type is known, for messages.
     """
 
     name: str
@@ -60,28 +60,28 @@ class BaseFacts:
 
     @property
     def single_file(self) -> bool:
-        """Whether all components lie in one file."""
+        """Whether all components are in one file."""
         return self.path.is_file()
 
     @property
     def guessed(self) -> bool:
-        """Whether nothing says how it predicts, so that a person may have to."""
+        """Whether the prediction type is a guess, which the user may have to correct."""
         return self.prediction_source == GUESS
 
     @property
     def prediction(self) -> str:
-        """What the UNet predicts: "epsilon" or "v_prediction"."""
+        """The prediction type: "epsilon" or "v_prediction"."""
         return str(self.scheduler.get("prediction_type", "epsilon"))
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether nothing of the picture is left at its last timestep (Lin et al. 2023)."""
+        """Whether the last timestep is pure noise (Lin et al. 2023)."""
         return bool(self.scheduler.get("rescale_betas_zero_snr"))
 
     def cfg_rescale(self, setting: NumberOrAuto) -> float:
-        """phi of CFG rescale as a setting means it for this base; 0: off.
+        """phi of CFG rescale for a setting; 0: off.
 
-        `auto` leaves the embedded base alone: its white backgrounds turn grey with it.
+        `auto` is off for the bundled base, whose white backgrounds turn grey with it.
         """
         if not isinstance(setting, str):
             return setting
@@ -105,7 +105,7 @@ class BaseFacts:
 
     @property
     def sentence(self) -> str:
-        """What a person should know of it, in one line."""
+        """A description in one line."""
         if self.family is None:
             return "A .ckpt file; what kind of base it is shows when the run starts."
         predicts = "velocity" if self.prediction == "v_prediction" else "noise"
@@ -115,7 +115,7 @@ class BaseFacts:
 
 
 def base_path(name: str) -> Path:
-    """The folder or file that `name` stands for: "demo", a path, or a hub id in the local cache.
+    """The folder or file of a base: `name` is "demo", a path, or a hub id in the local cache.
 
     Raises:
         ModelFileError: nothing is there.
@@ -142,13 +142,13 @@ def is_hub_id(name: str) -> bool:
 
 
 def is_remote(name: str) -> bool:
-    """Whether `name` is a hub id that still has to be downloaded, in part or completely."""
+    """Whether `name` is a hub id that is not yet completely downloaded."""
     name = name.strip()
     return is_hub_id(name) and not Path(name).expanduser().exists() and _cached_folder(name) is None
 
 
 def _cached_folder(repo: str) -> Path | None:
-    """The diffusers folder of a hub id in the local cache; None where it lacks a file."""
+    """The diffusers folder of a hub id in the local cache; None if a file is missing."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -162,7 +162,7 @@ def _cached_folder(repo: str) -> Path | None:
     try:
         family = family_of_context_width(_json(Path(found)).get("cross_attention_dim", 0))
     except ModelFileError:
-        # Its own sentence says what it is.
+        # Reading it says what it is.
         return folder
     return None if missing_files(folder, family) else folder
 
@@ -199,10 +199,10 @@ def check_base_folder(folder: Path, family: Family) -> None:
 
 
 def weight_names(part: str) -> list[tuple[str, tuple[str, ...]]]:
-    """What the weights of a diffusers component can be called, the first found counting.
+    """Possible file names of a diffusers component's weights, the best first.
 
     Returns:
-        The name of the file, and those of the table of its shards where it is sharded.
+        For each, the name of the file, and those of the index of its shards.
     """
     stem = "model" if is_text_encoder(part) else "diffusion_pytorch_model"
     found: list[tuple[str, tuple[str, ...]]]
@@ -217,7 +217,7 @@ def weight_paths(folder: Path, part: str) -> list[Path]:
     """The files that hold a component's weights; several where they are sharded.
 
     Raises:
-        ModelFileError: there is none, or the table of the shards cannot be used.
+        ModelFileError: there is none, or the index of the shards cannot be used.
     """
     names = weight_names(part)
     for name, tables in names:
@@ -243,15 +243,15 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
-    """What is known of the base that a person named.
+    """Recognize the base that the user named.
 
     Args:
-        name: "demo", a diffusers folder, a single file, or a hub id that is in the local cache.
-        prediction: "auto", or what it predicts, against all that the files say.
-        zero_snr: "auto", or whether it has zero terminal SNR ("on", "off"), likewise.
+        name: "demo", a diffusers folder, a single file, or a hub id in the local cache.
+        prediction: "auto", or the prediction type, whatever the files say.
+        zero_snr: "auto", or whether it has zero terminal SNR ("on", "off"), whatever the files say.
 
     Raises:
-        ModelFileError: nothing is there, or it is nothing that can be trained here; the sentence names it.
+        ModelFileError: nothing is there, or it cannot be trained here; the message says what it is.
     """
     path = base_path(name.strip())
     if path.is_dir():
@@ -265,10 +265,10 @@ def read_base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto")
 def read_single_file_facts(
     name: str, path: Path, header: Header, prediction: str = "auto", zero_snr: str = "auto"
 ) -> BaseFacts:
-    """What a single file is, from the names and shapes of its tensors.
+    """Recognize a single file by the names and shapes of its tensors.
 
     Raises:
-        ModelFileError: it is nothing that can be trained here; the sentence names what it is.
+        ModelFileError: it cannot be trained here; the message says what it is.
     """
     kind = unsupported_kind(header.shapes)
     if kind:
@@ -290,9 +290,9 @@ def read_single_file_facts(
 
 
 def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict[str, Any], str]:
-    """The scheduler config of a single file, and what says how it predicts.
+    """The scheduler config of a single file, and how its prediction type is known.
 
-    In this order: marker tensors, a config beside the file, the header's texts, the width.
+    In this order: marker tensors, a config beside the file, the header's metadata, the width.
     """
     usual = next(f for f in FAMILIES.values() if f.context_width == width and f.usual)
     scheduler = _json(FAMILY_CONFIGS / usual.configs / "scheduler" / "scheduler_config.json")
@@ -316,7 +316,7 @@ def _single_file_scheduler(path: Path, header: Header, width: int) -> tuple[dict
 
 
 def _set_by_hand(path: Path, scheduler: dict[str, Any], source: str, prediction: str, zero_snr: str) -> str:
-    """Put what was set in place of what the files say; returns what says how the base predicts.
+    """Override what the files say with the settings; returns how the prediction type is known.
 
     Raises:
         ModelFileError: zero terminal SNR for a base that predicts noise, of which nothing can be learned at
@@ -337,7 +337,7 @@ def _set_by_hand(path: Path, scheduler: dict[str, Any], source: str, prediction:
 
 
 def _config_beside(path: Path) -> tuple[dict[str, Any], str]:
-    """What a scheduler config beside a file says, and the config's name; A1111's `.yaml` files too."""
+    """A scheduler config beside a file, and its name; A1111's `.yaml` files too."""
     yaml = path.with_suffix(".yaml")
     if yaml.is_file():
         stated = re.search(
@@ -362,8 +362,8 @@ def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> Base
         )
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
     rows = [family for family in FAMILIES.values() if family.context_width == width]
-    # A config of a time before there was a choice says nothing, and means noise; where a width has two rows,
-    # it may mean either.
+    # A config from before there was a choice has no prediction type and means epsilon; where a width has two rows, it
+    # may mean either.
     prediction_source = GUESS if "prediction_type" not in scheduler and len(rows) > 1 else ""
     scheduler.setdefault("prediction_type", family_of_context_width(width).prediction)
     prediction_source = _set_by_hand(path, scheduler, prediction_source, prediction, zero_snr)
@@ -415,25 +415,22 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-# A base that a user named: what its files say, or the sentence why it cannot be used.
-
-
 EMBEDDED = "demo"
-# What pictures are shown at while a base cannot be read.
 USUAL_RESOLUTION, USUAL_MULTIPLE = 512, 64
-# Pages ask each second; files beside a base, such as a config, are looked at again after so long.
+"""Shown while a base cannot be read."""
 FRESH_SECONDS = 20
+"""Pages ask each second; files beside a base, such as a config, are read again after this time."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base that a person named.
+    """A base that the user named: what its files say, or why it cannot be used.
 
     Attributes:
-        name: as it was typed.
+        name: as typed.
         facts: what its files say, or None where it cannot be used.
         problem: why not, in a sentence.
-        remote: whether it is one of the hub's that is not on this computer.
+        remote: whether it is on the hub and not on this computer.
     """
 
     name: str
@@ -443,12 +440,12 @@ class Base:
 
     @property
     def family(self) -> Family | None:
-        """Its row, where that is known before it is loaded."""
+        """Its row, if known before it is loaded."""
         return self.facts.family if self.facts else None
 
     @property
     def embedded(self) -> bool:
-        """Whether it is the one that comes with the program."""
+        """Whether it is the bundled one."""
         return self.name in (EMBEDDED, "")
 
     @property
@@ -458,7 +455,7 @@ class Base:
 
     @property
     def multiple(self) -> int:
-        """What sides of pictures must be divisible by, in pixels."""
+        """Sides of images, in pixels, must be multiples of this."""
         return self.facts.multiple if self.facts else USUAL_MULTIPLE
 
     @property
@@ -468,23 +465,17 @@ class Base:
 
     @property
     def guessed(self) -> bool:
-        """Whether how it predicts is a guess."""
+        """Whether its prediction type is a guess."""
         return self.facts is not None and self.facts.guessed
 
     @property
     def sentence(self) -> str:
-        """What a person should know of it, in one line."""
+        """A description in one line."""
         return self.facts.sentence if self.facts else self.problem
 
 
 def lookup_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> Base:
-    """What is known of the base that a person named.
-
-    Args:
-        name: `demo`, a diffusers folder, a single file, or a hub id in the local cache.
-        prediction: what was set, or "auto".
-        zero_snr: likewise.
-    """
+    """`read_base_facts` without raising, and cached; arguments as there."""
     name = name.strip().strip('"')
     return _base(name, prediction, zero_snr, _changed_at(name), int(time.monotonic() / FRESH_SECONDS))
 
@@ -506,5 +497,5 @@ def _base(name: str, prediction: str, zero_snr: str, changed_at: tuple[int, int]
 
 
 def clear_base_cache() -> None:
-    """Look at the files of every base again."""
+    """Read the files of every base again."""
     _base.cache_clear()

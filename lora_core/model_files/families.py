@@ -19,14 +19,14 @@ class TextEncoder:
 
     Attributes:
         part: the component's name in a diffusers folder, and in `AdapterWeights` keys.
-        kohya_prefix: how adapter files of the kohya format begin its keys.
+        kohya_prefix: of its keys in adapter files of the kohya format.
         width: hidden size, in channels.
-        hidden: which hidden state conditions the UNet: "last", the final layer norm applied, or
+        hidden: the hidden state that conditions the denoiser: "last", with the final layer norm, or
             "penultimate", without it.
-        pooled: whether its pooled projection conditions the UNet too.
-        pad_token: what fills a caption up to full length, where no tokenizer's own config says it.
-        single_file: where a single-file checkpoint keeps its weights: the beginning of their names.
-        open_clip: whether a single-file checkpoint keeps them under OpenCLIP's names.
+        pooled: whether its pooled projection conditions the denoiser too.
+        pad_token: pads captions, where no tokenizer config says it.
+        single_file: prefix of its weights in a single-file checkpoint.
+        open_clip: whether a single-file checkpoint has them under OpenCLIP's names.
     """
 
     part: str
@@ -46,17 +46,17 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a family takes of a card's memory, measured at its true shapes on the simulated card by
+    """A family's use of a card's memory, measured at its true shapes on the simulated card by
     `python -m tests.simulated.footprints`: bf16, fused attention, allocated bytes.
 
     Attributes:
         unet, text, vae: parameters of each.
         blocks, largest: parameters of the UNet's layers that 8 bits and offloading apply to, and of the
             largest one.
-        guided: bytes a latent pixel that a pass without gradients takes for each image.
+        guided: bytes a latent pixel and image of a pass without gradients.
         encode, decode: bytes a latent pixel of the VAE in fp32.
-        steps: by `adapter.targets`, bytes a latent pixel that a step takes for each image: at rank 16, for
-            each rank more, and with checkpointing.
+        steps: by `adapter.targets`, bytes a latent pixel and image of a step: at rank 16, for each
+            additional rank, and with checkpointing.
     """
 
     unet: int
@@ -105,15 +105,15 @@ class Family:
 
     Attributes:
         name: the row's key.
-        title: what people call it. Rows that share a title have the same layers: an adapter for one fits the
+        title: its common name. Rows that share a title have the same layers: an adapter for one fits the
             others.
-        text_encoders: in the order in which their hidden states are joined.
-        context_width: channels of the UNet's cross-attention; this is how a base's family is told.
+        text_encoders: in the order in which their hidden states are concatenated.
+        context_width: channels of the cross-attention, by which a base's family is recognized.
         resolution: the side, in pixels, that the base was trained at.
-        latent_scale: the factor between VAE latents and what the UNet sees, where no VAE config says it.
-        prediction: what the UNet predicts, where nothing beside the weights says it: "epsilon" or
-            "v_prediction". It tells rows of one title apart.
-        size_conditioning: whether the UNet is told the picture's size and crop.
+        latent_scale: the VAE's scaling factor, where no VAE config says it.
+        prediction: the prediction type, where nothing beside the weights says it: "epsilon" or
+            "v_prediction". It distinguishes rows of one title.
+        size_conditioning: whether the denoiser is conditioned on the image's size and crop.
         kohya_block_names: "diffusers" or "ldm", the UNet block names in kohya files.
         base_version: the value of `ss_base_model_version` in files for this family.
         modelspec: the value of `modelspec.architecture` in files for this family.
@@ -123,12 +123,11 @@ class Family:
         configs: the folder below `assets/families` with the configs for single files, "" if there is none.
         subject_blocks, style_blocks: regular expressions for the UNet paths that carry what is shown, and how
             it looks.
-        usual: whether an unmarked single file of this context width is taken to be of this row.
-        zero_negative: whether an empty negative prompt is a condition of zeros, and not an encoded empty
-        text.
-        settings: what a run on such a base takes in place of the general defaults, dotted name to value.
-        portable: whether files for this family are of use with bases that other tools have.
-        prior_prompts: plain things that the base draws well; what it loses on them is measured as forgetting.
+        usual: whether an unmarked single file of this context width is assumed to be of this row.
+        zero_negative: whether an empty negative prompt is zeros instead of an encoded empty text.
+        settings: defaults of a run on such a base that differ from the general ones, dotted name to value.
+        portable: whether other tools have bases that files for this family work with.
+        prior_prompts: simple things that the base generates well; the loss on them is measured as forgetting.
     """
 
     name: str
@@ -165,11 +164,11 @@ class Family:
 
     @property
     def footprint(self) -> Footprint:
-        """What a base of its layers takes of a card; where none was measured, that of the smallest."""
+        """The footprint of its layers; where none was measured, that of the smallest family."""
         return FOOTPRINTS.get(self.configs) or FOOTPRINTS["sd15"]
 
 
-# Coarse layers decide what is shown, fine ones how it looks: Voynov et al. 2023 (P+), figure 4, measured on
+# Coarse layers decide the content, fine ones the style: Voynov et al. 2023 (P+), figure 4, measured on
 # Stable Diffusion 1.x at 512 px; coarse is where the latents are 16 x 16 or less.
 _COARSE = r"(?:down_blocks\.2|mid_block|up_blocks\.1)\..*"
 _FINE = r"(?:down_blocks\.[01]|up_blocks\.[23])\..*"
@@ -286,7 +285,7 @@ FAMILIES: dict[str, Family] = {
         subject_blocks=r"up_blocks\.0\.attentions\.0\..*",
         style_blocks=r"up_blocks\.0\.attentions\.1\..*",
         zero_negative=True,
-        # Both text encoders cost 1.6 GB in half precision; frozen, their output is encoded once and they go.
+        # Both text encoders take 1.6 GB in half precision; frozen, they are freed once captions are encoded.
         settings={"optimizer.text_encoder_lr": 0.0, "optimizer.text_encoder_2_lr": 0.0},
     ),
 }
@@ -298,11 +297,11 @@ def is_text_encoder(part: str) -> bool:
 
 
 def family_of_context_width(width: int, prediction: str = "") -> Family:
-    """The family whose UNet attends to a context of `width` channels.
+    """The family whose cross-attention has `width` channels.
 
     Args:
         width: of the cross-attention, in channels.
-        prediction: what the UNet predicts, to choose between rows of one title; "" for the first of them.
+        prediction: chooses between rows of one title; "" for the first of them.
 
     Raises:
         ModelFileError: no family here has that width.
@@ -318,7 +317,7 @@ def family_of_context_width(width: int, prediction: str = "") -> Family:
 
 
 def family_of_version(version: str) -> Family | None:
-    """The row whose files carry `version` as `ss_base_model_version`, if there is one."""
+    """The row whose files have `version` as `ss_base_model_version`, if there is one."""
     return next((family for family in FAMILIES.values() if family.base_version == version), None)
 
 
