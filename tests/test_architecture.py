@@ -160,3 +160,16 @@ def called_by_route(tree: ast.AST, name: str) -> bool:
         )
         for function in functions
     )
+
+
+def test_private_names_of_torch_are_used_in_backends_alone() -> None:
+    """Any minor version may change them: `backends` checks them at start and falls back."""
+    found = [
+        (name, ast.unparse(node))
+        for name in below("lora_core/", "app/")
+        if not name.startswith("lora_core/backends/")
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        and ast.unparse(node).split(".")[0] in TENSORS
+    ]  # fmt: skip
+    assert found == []

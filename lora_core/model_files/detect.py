@@ -362,8 +362,8 @@ def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> Base
         )
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
     rows = [family for family in FAMILIES.values() if family.context_width == width]
-    # A config from before there was a choice has no prediction type and means epsilon; where a width has two rows, it
-    # may mean either.
+    # A config from before there was a choice has no prediction type and means epsilon; where a width has two
+    # rows, it may mean either.
     prediction_source = GUESS if "prediction_type" not in scheduler and len(rows) > 1 else ""
     scheduler.setdefault("prediction_type", family_of_context_width(width).prediction)
     prediction_source = _set_by_hand(path, scheduler, prediction_source, prediction, zero_snr)

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read without trust and without torch.
+"""Reading the header of an untrusted safetensors file, without torch.
 
-Each claim of the header is checked first, so that a broken file gets one sentence and no more memory than it
-has bytes. Format: https://github.com/huggingface/safetensors#format
+Each claim of the header is checked first, so that a broken file gets a clear error and never more memory
+than its own size. Format: https://github.com/huggingface/safetensors#format
 """
 
 import math
@@ -16,7 +16,7 @@ MAX_HEADER = 16 * 2**20
 """Bytes. Real headers stay under 3 MB, even with the tags of a large dataset."""
 
 LONGEST_NAME = 1000
-"""Letters of a tensor's name; real ones stay under 200."""
+"""Characters of a tensor's name; real ones stay under 200."""
 
 ITEM_SIZES = {
     "F64": 8,
@@ -32,7 +32,7 @@ ITEM_SIZES = {
     "U8": 1,
     "BOOL": 1,
 }
-"""Number types that are known here, and bytes a number."""
+"""Supported dtypes, and bytes an element."""
 
 _NOT_SAFETENSORS = (
     (b"PK\x03\x04", "a pickled torch file or a zip"),
@@ -48,8 +48,8 @@ class Header:
 
     Attributes:
         tensors: name to dtype, shape and offsets, as in the file.
-        metadata: the texts that the file carries.
-        start: where the tensor bytes begin, in bytes.
+        metadata: the texts in the file.
+        start: offset of the tensor data, in bytes.
     """
 
     tensors: dict[str, dict[str, Any]]
@@ -67,10 +67,10 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
 
     Args:
         path: the file.
-        error: what a broken file is called: `AdapterFileError` or `ModelFileError`.
+        error: the class to raise for a broken file: `AdapterFileError` or `ModelFileError`.
 
     Raises:
-        LoraError: of the kind `error`, one sentence on what is wrong with the file.
+        LoraError: of the class `error`: what is wrong with the file.
     """
     try:
         return _checked_header(Path(path))
@@ -79,7 +79,7 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
 
 
 class _Broken(Exception):
-    """What is wrong with a file, in a sentence."""
+    """What is wrong with a file."""
 
 
 def _checked_header(path: Path) -> Header:
@@ -112,7 +112,7 @@ def _checked_header(path: Path) -> Header:
 def _header_length(path: Path, start: bytes, size: int) -> int:
     if size == 0:
         raise _Broken(f"{path} is empty.")
-    # A good header starts with a brace at byte 8; its length before that can look like any magic number.
+    # A valid header starts with a brace at byte 8; its length before that can look like any magic number.
     for magic, what in _NOT_SAFETENSORS if start[8:9] != b"{" else ():
         if start.lstrip().startswith(magic):
             raise _Broken(f"{path} is no safetensors file but {what}.")
@@ -132,7 +132,7 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
 
 
 def _check_entries(path: Path, entries: dict[str, Any], available: int) -> None:
-    """Each tensor lies within the file, has as many bytes as its shape says, and overlaps no other."""
+    """Check that each tensor is within the file, has the bytes of its shape, and overlaps no other."""
     end = 0
     spans = []
     for name, entry in entries.items():

@@ -1,4 +1,4 @@
-"""A base by its hub id: how large its download is, and the download into the hub's local cache.
+"""Bases on the Hugging Face hub: size of the download, and the download into the hub's local cache.
 
 Weights are streamed here, into `blobs/<sha256>.incomplete` of the cache: huggingface_hub throws a partial
 file away, so a download of gigabytes that was cut off would begin again. huggingface_hub fetches the small
@@ -47,11 +47,11 @@ CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")
 ANSWER_SECONDS = 15.0
 CHUNK = 2**20
 TRIES = 5
-"""How often a transfer that breaks off is taken up again without a byte in between."""
+"""Retries of an interrupted transfer without a byte in between."""
 NOTE_SECONDS = 5.0
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are here and those of all files."""
+"""Called with (bytes present, bytes of all files)."""
 
 
 class DownloadCancelled(ModelFileError):
@@ -60,8 +60,7 @@ class DownloadCancelled(ModelFileError):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: its path there, bytes, name among the cache's blobs, and whether that is its
-    SHA-256."""
+    """A file of a repository: path, bytes, name among the cache's blobs, and whether that is its SHA-256."""
 
     path: str
     size: int
@@ -71,7 +70,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Download:
-    """What a base takes to download.
+    """The download of a base.
 
     Attributes:
         repo: the hub id.
@@ -85,7 +84,7 @@ class Download:
 
     @property
     def folder(self) -> Path:
-        """Where the cache keeps the repository."""
+        """The repository in the cache."""
         return Path(constants.HF_HUB_CACHE) / f"models--{self.repo.replace('/', '--')}"
 
     @property
@@ -95,7 +94,7 @@ class Download:
 
     @property
     def here(self) -> int:
-        """Bytes that are in the cache already, those of partial files included."""
+        """Bytes already in the cache, including partial files."""
         return sum(self._have(file) for file in self.files)
 
     @property
@@ -105,11 +104,11 @@ class Download:
 
     @property
     def fits(self) -> bool:
-        """Whether what is missing fits on that drive."""
+        """Whether the missing bytes fit on that drive."""
         return self.size - self.here + MARGIN <= self.free
 
     def blob(self, file: RemoteFile) -> Path:
-        """Where the cache keeps a file's bytes."""
+        """A file in the cache."""
         return self.folder / "blobs" / file.blob
 
     def is_here(self, file: RemoteFile) -> bool:
@@ -121,7 +120,7 @@ class Download:
 
 
 def find_download(repo: str) -> Download:
-    """Ask the hub which files of a repository are needed and how large they are.
+    """Ask the hub for the needed files of a repository and their sizes.
 
     Raises:
         ModelFileError: the hub does not answer or refuses, or the repository holds no Stable Diffusion model.
@@ -142,7 +141,7 @@ def find_download(repo: str) -> Download:
 
 
 def needed_files(repo: str, paths: Sequence[str]) -> list[str]:
-    """Of the files of a repository, those that a base needs: configs, and one version of each component's
+    """The files of a repository that a base needs: configs, and one variant of each component's
     weights.
 
     Raises:
@@ -185,7 +184,7 @@ def _weights(part: str, names: Sequence[str]) -> list[str]:
 
 
 def fetch_base(name: str, progress: Progress | None = None) -> None:
-    """Have a base that is named by a hub id in the local cache; any other name is left alone.
+    """Download a base that is named by a hub id into the local cache; other names are ignored.
 
     Args:
         name: what names the base.
@@ -200,7 +199,7 @@ def fetch_base(name: str, progress: Progress | None = None) -> None:
 
 
 def download(found: Download, progress: Progress, cancelled: Callable[[], bool] = lambda: False) -> None:
-    """Fetch what is missing of a base; a partial file is continued.
+    """Download what is missing of a base; a partial file is continued.
 
     Args:
         found: from `find_download`.
@@ -255,7 +254,7 @@ def _fetch(found: Download, file: RemoteFile, progress: Progress, cancelled: Cal
 def _stream(
     found: Download, file: RemoteFile, partial: Path, progress: Progress, cancelled: Callable[[], bool]
 ) -> None:
-    """Fetch the rest of a file, taking up again what breaks off, and compare its hash."""
+    """Download the rest of a file, with retries, and compare its hash."""
     if _bytes(partial) > file.size:
         partial.unlink()
     others = found.here - _bytes(partial)
@@ -335,7 +334,7 @@ def _in_a_sentence(repo: str) -> Iterator[None]:
 
 
 def _reason(repo: str, error: BaseException) -> str:
-    # What the client gives up on is wrapped in an error of its own.
+    # The client wraps the error that it gives up on.
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     hub = constants.ENDPOINT
@@ -371,12 +370,12 @@ def _reason(repo: str, error: BaseException) -> str:
 
 
 def gigabytes(size: int) -> str:
-    """Bytes as GB, or as MB where they are few."""
+    """Bytes as text in GB, or in MB below 0.1 GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _lines_on_stderr(found: Download) -> Progress:
-    """A line that is written over on a terminal; otherwise a new one now and then."""
+    """One line that is overwritten on a terminal, a new one every few seconds elsewhere."""
     terminal, last = sys.stderr.isatty(), 0.0
 
     def note(here: int, size: int) -> None:
@@ -387,7 +386,7 @@ def _lines_on_stderr(found: Download) -> Progress:
         last = now
         share = here * 100 // max(size, 1)
         text = f"Downloading {found.repo}: {gigabytes(here)} of {gigabytes(size)}, {share}%"
-        # Nobody may be there to read it.
+        # stderr may be closed.
         with contextlib.suppress(OSError):
             sys.stderr.write(f"\r\x1b[2K{text}" + "\n" * ended if terminal else f"{text}\n")
             sys.stderr.flush()

@@ -1,5 +1,5 @@
-"""Models that cannot be used here, known by the names and shapes of their tensors, so that each is refused by
-name: whole models given as a base, and adapters of other families."""
+"""Models that cannot be used here, recognized by the names and shapes of their tensors so that errors can
+name them: models given as a base, and adapters of other families."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ _PARTS = (
 
 
 def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:
-    """What a file is, for a sentence, if it is no Stable Diffusion text-to-image checkpoint; else ""."""
+    """What a file is, for messages, if it is no Stable Diffusion text-to-image checkpoint; else ""."""
     for pattern, kind in _KINDS:
         if any(re.search(pattern, key) for key in shapes):
             return kind
@@ -67,14 +67,14 @@ _START = re.compile(
     r"^(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer|unet)\.|lora_(?:unet|transformer)_"
     r"|lycoris_|model\.)+"
 )
-"""What precedes a layer's own name in adapter files, whatever tool wrote them."""
+"""Prefixes of a layer's name in adapter files of any tool."""
 
 _OWN = re.compile(
     r"(?:(?:down|up)_blocks[._]\d+|mid_block)[._](?:attentions[._]\d+[._](?:transformer_blocks|proj)|resnets|\w+samplers)"
     r"|(?:input_blocks[._]\d+|output_blocks[._]\d+|middle_block)[._]\d"
     r"|(?:lora_te[12]?_|text_encoder(?:_2)?\.)?text_model[._]encoder"
 )
-"""Layers of Stable Diffusion's UNet and CLIP, which tell no other family."""
+"""Layers of Stable Diffusion's UNet and CLIP, which no other family has."""
 
 _FAMILIES = (
     (
@@ -97,7 +97,7 @@ _FAMILIES = (
     (r"^(?:double|single)_stream_blocks_\d+_", "HiDream"),
     (r"^(?:joint_transformer_blocks|double_layers|single_layers)_\d+_", "AuraFlow"),
     (r"^transformer_blocks_\d+_(?:img|txt)_m(?:lp|od)_", "Qwen-Image"),
-    # Of the bases with these names only this one has as many blocks.
+    # Of the bases with these names only this one has so many blocks.
     (r"^transformer_blocks_(?:3[89]|[45]\d)_attn_", "Qwen-Image"),
     (r"^blocks_\d+_(?:self_attn|cross_attn)_(?:[qkvo]|k_img|v_img|norm_[qk])_|^blocks_\d+_ffn_", "Wan"),
     (r"^blocks_\d+_attn2_add_[kv]_proj", "Wan"),
@@ -118,7 +118,7 @@ _FAMILIES = (
     (r"temporal_transformer_blocks|_time_stack_|_time_mixer_", "Stable Video Diffusion"),
     (r"^encoder_hid_proj_|_self_attention_query_key_value", "Kolors"),
 )
-"""By names; those of diffusion transformers with like names are told apart by `_WIDTHS`."""
+"""By names; diffusion transformers with similar names are distinguished by `_WIDTHS`."""
 
 _WIDTHS: tuple[tuple[str, Mapping[int, str], str], ...] = (
     (r"^single_transformer_blocks_\d+_", {6144: "Flux 2"}, "Flux or Hunyuan Video"),
@@ -161,7 +161,7 @@ _WIDTHS: tuple[tuple[str, Mapping[int, str], str], ...] = (
         "a base with a T5 text encoder",
     ),
 )
-"""Names that several families share, with the width that each has, and what to say of any other."""
+"""Names that several families share, with the width of each, and the description of any other width."""
 
 _HEADERS = {
     "flux-2": "Flux 2", "flux2": "Flux 2", "flux": "Flux", "chroma": "Chroma", "kolors": "Kolors",
@@ -173,17 +173,18 @@ _HEADERS = {
     "z-image": "Z-Image", "zimage": "Z-Image", "ltx": "LTX-Video", "cogvideo": "CogVideoX",
     "cosmos": "Cosmos or Anima", "anima": "Cosmos or Anima", "omnigen": "OmniGen", "kandinsky": "Kandinsky",
 }  # fmt: skip
-"""How `modelspec.architecture` and `ss_base_model_version` begin."""
+"""Prefixes of `modelspec.architecture` and `ss_base_model_version`."""
 
 
 def other_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str] | None = None) -> str:
-    """The family of an adapter that is for no Stable Diffusion with a UNet, such as "Flux"; "" if none shows.
+    """The family of an adapter that is not for Stable Diffusion with a UNet, such as "Flux"; "" if none is
+    recognized.
 
     Args:
         shapes: name of each tensor to its shape, in kohya's, diffusers' or ComfyUI's names.
-        metadata: the header's texts, which count before the names.
+        metadata: of the header, which takes precedence over the names.
     """
-    stated = _of_header(metadata or {})
+    stated = _family_in_header(metadata or {})
     if stated:
         return stated
     names = {key: name for key in shapes if not _OWN.match(name := _START.sub("", key))}
@@ -202,7 +203,7 @@ def other_family(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str
     return ""
 
 
-def _of_header(metadata: Mapping[str, str]) -> str:
+def _family_in_header(metadata: Mapping[str, str]) -> str:
     for key in ("modelspec.architecture", "ss_base_model_version"):
         text = metadata.get(key, "").lower().replace("_", "-").replace(" ", "-")
         for start, title in _HEADERS.items():
