@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.generate.pipeline import generate_image
 from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import LoadedLora, Merger
@@ -26,7 +26,7 @@ HOW = GenerationRequest(seed=1234, steps=20, cfg=3.0)
 def main(adapter: Path) -> None:
     """One column a caption of the held-out pictures, one row a strength."""
     base = load_base("demo", torch.device("cpu"), torch.float32)
-    weights = read_adapter(adapter, base.family)
+    weights = load_adapter(adapter, base.family)
     captions = [
         path.read_text(encoding="utf-8") for path in sorted((ASSETS / "demo" / "held_out").glob("*.txt"))
     ]

@@ -11,7 +11,7 @@ and prints nothing:
 Below the verbs are the parts that they are made of: open a base, put an adapter into it, draw a picture:
 
     >>> base = load_base("demo", torch.device("cpu"), torch.float32)
-    >>> weights = read_adapter(file, base.family)
+    >>> weights = load_adapter(file, base.family)
     >>> merger = Merger(base.modules)
     >>> merger.apply([LoadedLora(weights, 0.5)])
     >>> generate_image(base, GenerationRequest(prompt="a red cat", seed=3)).save(out)
@@ -58,8 +58,9 @@ _LAZY = {
     "inject": "lora_core.lora.inject",
     "inspect_file": "lora_core.formats.inspect",
     "load_base": "lora_core.models.load",
-    "read_adapter": "lora_core.formats.io",
+    "load_adapter": "lora_core.formats.io",
     "validation_report": "lora_core.evaluate.validator",
+    "save_adapter": "lora_core.formats.io",
     "write_adapter": "lora_core.formats.io",
 }
 """Names that need torch, and the modules that they are imported from when they are first asked for."""
@@ -70,6 +71,7 @@ _FORMER = {
     "Shot": "GenerationRequest",
     "Strengthened": "LoadedLora",
     "generated_from_prompt": "generate_image",
+    "read_adapter": "load_adapter",
     "validation": "validation_report",
 }
 """Former names, which scripts may use, and the names of today."""

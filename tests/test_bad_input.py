@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs import events
@@ -114,7 +114,7 @@ def place(tmp_path: Path) -> Place:
     place.pictures.mkdir()
     for color in ("red", "green", "blue", "white"):
         draw(place.pictures / f"{color}.png", color)
-    write_adapter(adapter(128), place.lora, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(adapter(128), place.lora, FAMILIES["tiny"])
     return place
 
 
@@ -258,7 +258,7 @@ def separate_vae_missing(place: Place) -> list[object]:
 
 
 def lora_of_another_family(place: Place) -> list[object]:
-    write_adapter(adapter(768), place.root / "other.safetensors", "kohya", "fp32", FAMILIES["sd15"], {})
+    save_adapter(adapter(768), place.root / "other.safetensors", FAMILIES["sd15"])
     return place.generate("--lora", place.root / "other.safetensors")
 
 
@@ -266,7 +266,7 @@ def lora_of_another_base(place: Place) -> list[object]:
     layers = {("unet", "down_blocks.9.attentions.0.transformer_blocks.0.attn2.to_k"): LayerWeights(
         torch.ones(2, 128), torch.ones(96, 2), 2.0)}  # fmt: skip
     odd = place.root / "odd.safetensors"
-    write_adapter(AdapterWeights(layers), odd, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(AdapterWeights(layers), odd, FAMILIES["tiny"])
     return place.generate("--lora", odd)
 
 

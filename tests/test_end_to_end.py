@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from lora_core.__main__ import main
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
 from lora_core.runs import events
@@ -149,8 +149,8 @@ def test_what_a_run_leaves_behind(trained: Trained) -> None:
     assert thumbnail.startswith("data:image/jpeg;base64,")
     assert [path for path in trained.home.rglob(".*") if path.suffix in (".tmp", ".draft", ".making")] == []
     assert not trained.run.process_file.exists()
-    checkpoint = read_adapter(trained.run.checkpoint(30) / "adapter.safetensors", FAMILIES["tiny"])
-    for key, layer in read_adapter(trained.export).layers.items():
+    checkpoint = load_adapter(trained.run.checkpoint(30) / "adapter.safetensors", FAMILIES["tiny"])
+    for key, layer in load_adapter(trained.export).layers.items():
         assert torch.equal(layer.down, checkpoint.layers[key].down.half())
         assert torch.equal(layer.up, checkpoint.layers[key].up.half())
 
@@ -237,7 +237,7 @@ def test_diffusers_loads_the_export_whole_and_draws_the_same(trained: Trained) -
         for path, module in getattr(pipeline, part).named_modules()
         if hasattr(module, "lora_A")
     }
-    assert adapted == set(read_adapter(trained.export).layers)
+    assert adapted == set(load_adapter(trained.export).layers)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     side = pipeline.unet.config.sample_size
     noise = torch.randn((1, 4, side, side), generator=torch.Generator().manual_seed(3))
@@ -302,7 +302,7 @@ def test_pause_interrupt_and_stop_keep_the_work(
     assert interrupted_at > paused_at
     assert run.checkpoint_steps()[-1] == interrupted_at
     assert lines[-1] == str(run.exports / "long.safetensors")
-    read_adapter(Path(lines[-1]), FAMILIES["tiny"])
+    load_adapter(Path(lines[-1]), FAMILIES["tiny"])
 
     with under_way(["resume", run.path], run) as process:
         said("stop", run.path)
@@ -349,7 +349,7 @@ def test_a_stop_before_the_first_step_of_a_resume_exports_what_there_is(
     outcome = trained_here(run, ask("stop", events.Preparing))
     assert outcome == Outcome("stopped", run.exports / "short.safetensors")
     assert run.progress().export == "export/short.safetensors"
-    assert read_adapter(run.exports / "short.safetensors", FAMILIES["tiny"]).layers
+    assert load_adapter(run.exports / "short.safetensors", FAMILIES["tiny"]).layers
 
 
 def ended_or_told(process: subprocess.Popen[str], run: RunFolder, events_told: int) -> bool:
@@ -376,7 +376,7 @@ def test_sigkill_at_any_moment_costs_no_bit(trained: Trained, tmp_path: Path) ->
         story = read_events(run.events_file)[0]
         told.append((moment, wait, story[-1].kind, story[-1].step))
         for file in run.path.rglob("*.safetensors"):
-            read_adapter(file) if file.name.startswith("adapter") else load_file(file)
+            load_adapter(file) if file.name.startswith("adapter") else load_file(file)
         words = ["resume", run.path]
     said("resume", run.path)
     assert run.status() == "done", told
@@ -397,4 +397,4 @@ def test_a_run_of_the_unet_alone_in_another_shape(trained: Trained, tmp_path: Pa
         "optimizer.name=adafactor",
     )  # fmt: skip
     export = Path(said(*words).splitlines()[-1])
-    assert read_adapter(export, FAMILIES["tiny"]).parts() == ["unet"]
+    assert load_adapter(export, FAMILIES["tiny"]).parts() == ["unet"]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = """
     AdapterWeights Axis GenerationRequest LayerWeights LoadedLora LoraError Measure Merger RunConfig
     RunFolder WeightedLora adapter_weights generate_image inject inspect_file left_out like_file load_base
-    merge_into_base read_adapter run_config shrink_intrinsic validation_report write_adapter
+    load_adapter merge_into_base run_config save_adapter shrink_intrinsic validation_report write_adapter
 """
 
 
@@ -75,4 +75,4 @@ def test_the_example_of_the_docstring_runs(tmp_path: Path) -> None:
 
 def test_a_layer_for_another_base_is_a_problem_with_a_name(tmp_path: Path) -> None:
     with pytest.raises(api.LoraError, match="does not exist"):
-        api.read_adapter(tmp_path / "nothing.safetensors")
+        api.load_adapter(tmp_path / "nothing.safetensors")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core.formats.io import file_hashes, write_adapter
+from lora_core.formats.io import file_hashes, save_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
@@ -106,7 +106,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layer = LayerWeights(torch.randn(4, 128, generator=draw), torch.randn(96, 4, generator=draw), 4.0)
     names = [f"down_blocks.1.attentions.0.transformer_blocks.0.attn2.{to}" for to in ("to_k", "to_v")]
     weights = AdapterWeights({("unet", name): layer for name in names})
-    write_adapter(weights, path, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(weights, path, FAMILIES["tiny"])
     return path
 
 
@@ -158,7 +158,7 @@ def test_an_adapter_that_changed_on_disk_is_read_again(worker: Worker, lora: Pat
     before = worker.answers(wish("1", tmp_path, loras=[{"file": str(file)}]))[-1]["files"][0]
     layer = LayerWeights(torch.ones(2, 128), torch.ones(96, 2), 2.0)
     key = ("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
-    write_adapter(AdapterWeights({key: layer}), file, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(AdapterWeights({key: layer}), file, FAMILIES["tiny"])
     after = worker.answers(wish("2", tmp_path, loras=[{"file": str(file)}]))[-1]["files"][0]
     assert pixels(before) != pixels(after)
 
@@ -302,7 +302,7 @@ def whole_adapter(path: Path, rank: int) -> Path:
             down = torch.randn(rank, module.in_features, generator=draw) * 0.1
             up = torch.randn(module.out_features, rank, generator=draw) * 0.1
             layers["unet", name] = LayerWeights(down, up, float(rank))
-    write_adapter(AdapterWeights(layers), path, "kohya", "fp16", FAMILIES["tiny"], {})
+    save_adapter(AdapterWeights(layers), path, FAMILIES["tiny"], dtype="fp16")
     return path
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import LayerWeights
 from lora_core.model_files.header import read_header
 from lora_core.system.paths import DEMO_BASE, DEMO_TRAIN
@@ -92,7 +92,7 @@ def test_shrinking_to_the_planted_rank_loses_nothing(worker: Worker, planted: Pa
     assert made["file"] == str(out)
     assert made["bytes"] == out.stat().st_size < planted.stat().st_size / 3
     assert "Nothing is lost." in made["sentences"]
-    before, after = read_adapter(planted, TINY).layers, read_adapter(out, TINY).layers
+    before, after = load_adapter(planted, TINY).layers, load_adapter(out, TINY).layers
     for key in before:
         assert torch.allclose(dense(after[key]), dense(before[key]), atol=1e-5)
     assert "exists already" in worker.error(
@@ -107,7 +107,7 @@ def test_shrinking_to_the_planted_rank_loses_nothing(worker: Worker, planted: Pa
 def test_a_strength_is_baked_in(worker: Worker, planted: Path, tmp_path: Path) -> None:
     out = tmp_path / "baked.safetensors"
     done(worker, do="bake", file=str(planted), out=str(out), strengths=[0.5])
-    before, after = read_adapter(planted, TINY).layers[TO_K], read_adapter(out, TINY).layers[TO_K]
+    before, after = load_adapter(planted, TINY).layers[TO_K], load_adapter(out, TINY).layers[TO_K]
     assert torch.allclose(dense(after), dense(before, 0.5), atol=1e-7)
 
 
@@ -115,23 +115,23 @@ def test_merging_adds_and_takes_away(worker: Worker, planted: Path, tmp_path: Pa
     other = saved({TO_K: random_layer(TO_K, 2, 2.0, 5)}, tmp_path / "b.safetensors")
     both, back = tmp_path / "both.safetensors", tmp_path / "back.safetensors"
     done(worker, do="merge", files=[str(planted), {"file": str(other), "strength": 0.7}], out=str(both))
-    a, b = read_adapter(planted, TINY).layers[TO_K], read_adapter(other, TINY).layers[TO_K]
+    a, b = load_adapter(planted, TINY).layers[TO_K], load_adapter(other, TINY).layers[TO_K]
     wanted = dense(a) + dense(b, 0.7)
-    assert torch.allclose(dense(read_adapter(both, TINY).layers[TO_K]), wanted, atol=1e-5)
+    assert torch.allclose(dense(load_adapter(both, TINY).layers[TO_K]), wanted, atol=1e-5)
     files = [str(both), {"file": str(other), "strength": -0.7}]
     done(worker, do="merge", files=files, out=str(back))
-    assert torch.allclose(dense(read_adapter(back, TINY).layers[TO_K]), dense(a), atol=1e-5)
+    assert torch.allclose(dense(load_adapter(back, TINY).layers[TO_K]), dense(a), atol=1e-5)
 
 
 def test_blocks_are_weighed_and_a_copy_of_the_base_is_written(
     worker: Worker, planted: Path, tmp_path: Path
 ) -> None:
     """What the command line's `merge --blocks` and `--into-base` do."""
-    layers, out = read_adapter(planted, TINY).layers, tmp_path / "out.safetensors"
+    layers, out = load_adapter(planted, TINY).layers, tmp_path / "out.safetensors"
     weighed = next(key for key in layers if key != TO_K)
     blocks = f"{weighed[1].replace('.', '[.]')}=0.5"
     done(worker, do="merge", files=[str(planted)], out=str(out), blocks=blocks)
-    after = read_adapter(out, TINY).layers
+    after = load_adapter(out, TINY).layers
     assert torch.allclose(dense(after[weighed]), dense(layers[weighed], 0.5), atol=1e-5)
     folder = tmp_path / "base"
     made = done(worker, do="into-base", files=[str(planted)], base="demo", out=str(folder), blocks=blocks)
@@ -157,7 +157,7 @@ def test_a_dora_becomes_a_plain_lora_with_its_base(worker: Worker, planted: Path
     assert "whose update depends on the weights of its base" in refused["message"]
     said = done(worker, **request, base="demo")["sentences"]
     assert any(sentence.startswith("dora.safetensors as a plain LoRA:") for sentence in said)
-    assert {layer.rank for layer in read_adapter(out, TINY).layers.values()} == {4}
+    assert {layer.rank for layer in load_adapter(out, TINY).layers.values()} == {4}
 
 
 def test_another_format_and_back(worker: Worker, planted: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_another_format_and_back(worker: Worker, planted: Path, tmp_path: Path) 
     said = done(worker, do="convert", file=str(planted), out=str(there), format="diffusers")["sentences"]
     assert said[0].startswith("Only diffusers reads this format")
     done(worker, do="convert", file=str(there), out=str(back), format="kohya", keep_alphas=True)
-    before, after = read_adapter(planted, TINY).layers[TO_K], read_adapter(back, TINY).layers[TO_K]
+    before, after = load_adapter(planted, TINY).layers[TO_K], load_adapter(back, TINY).layers[TO_K]
     assert torch.allclose(dense(after), dense(before), atol=1e-6)
 
 
@@ -188,8 +188,8 @@ def test_a_model_s_change_is_extracted(worker: Worker, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     made = done(worker, do="extract", tuned=str(tuned), base=str(DEMO_BASE), out=str(out), energy=0.9999)
     assert "1 layers of rank 2." in made["sentences"]
-    found = read_adapter(out, TINY).layers[TO_K]
-    wanted = dense(read_adapter(lora, TINY).layers[TO_K])
+    found = load_adapter(out, TINY).layers[TO_K]
+    wanted = dense(load_adapter(lora, TINY).layers[TO_K])
     assert float((dense(found) - wanted).norm() / wanted.norm()) < 0.02
 
 

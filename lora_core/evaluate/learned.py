@@ -25,7 +25,7 @@ from lora_core.data.scan import ImageRecord
 from lora_core.data.statistics import TrainingView, step_shares
 from lora_core.evaluate.caption_scores import OnProgress, plain_caption
 from lora_core.evaluate.validator import EvalImage, eval_losses, eval_noise
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
 from lora_core.models.device import best_device, dtype_of
@@ -73,7 +73,7 @@ def measure_run_images(
     dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
     require_clean(dataset)
     base = (opened or _opened)(config.model)
-    weights = read_adapter(run.checkpoint(step) / "adapter.safetensors", base.family)
+    weights = load_adapter(run.checkpoint(step) / "adapter.safetensors", base.family)
     rows = image_rows(base, dataset.records, weights, config, triples, said)
     found = {"step": step, "triples": triples, "rows": rows}
     write_atomically(run.path / FILE, json.dumps(found, ensure_ascii=False).encode())

@@ -44,7 +44,7 @@ def file_alpha(weights: AdapterWeights) -> float:
     return counts.most_common(1)[0][0]
 
 
-def to_file(weights: AdapterWeights, family: Family, keep_alphas: bool = False) -> Tensors:
+def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = False) -> Tensors:
     """The tensors of a file, by name.
 
     Args:
@@ -89,11 +89,11 @@ def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
     }
 
 
-def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
+def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
     """The adapter in a file's tensors; ranks and alphas may differ, and without alpha the scale is 1.
 
     An alpha of 0 is taken at its word, as all tools but kohya's do: such a layer changes nothing. What
-    `kinds.extras_sentence` names is passed over.
+    `detect.extras_sentence` names is passed over.
 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape.

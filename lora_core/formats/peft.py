@@ -56,7 +56,7 @@ def matches(keys: Iterable[str]) -> bool:
     )
 
 
-def to_file(weights: AdapterWeights, family: Family, keep_alphas: bool = True) -> Tensors:
+def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = True) -> Tensors:
     """The tensors of a file, by name; `header` must go into the same file.
 
     Args:
@@ -116,8 +116,8 @@ def _plain(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def from_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
-    """The adapter in a file's tensors and header, but for what `kinds.extras_sentence` names.
+def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
+    """The adapter in a file's tensors and header, but for what `detect.extras_sentence` names.
 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape, or says

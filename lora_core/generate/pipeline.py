@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora_core.backends.int8 import WeightPolicy, quantize_int8
 from lora_core.errors import ConfigError, OutOfMemory
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
@@ -469,7 +469,7 @@ class Pipeline:
                 _, weights = self._load(WeightedLora(lora.file))
                 self._files[key] = self._truncate(weights, lora.rank)
             else:
-                self._files[key] = read_adapter(path, self.base.family)
+                self._files[key] = load_adapter(path, self.base.family)
         self._files.move_to_end(key)
         while len(self._files) > MOST_ADAPTERS:
             self._files.popitem(last=False)

@@ -206,12 +206,12 @@ FORMATS: Table = {
     "kohya": Choice(
         "kohya (all tools)",
         "A1111, Forge, ComfyUI, InvokeAI, kohya and diffusers read it.",
-        "lora_core.formats.kohya:to_file",
+        "lora_core.formats.kohya:to_tensors",
     ),
     "diffusers": Choice(
         "diffusers / PEFT",
         "For diffusers scripts; most other tools do not read it.",
-        "lora_core.formats.peft:to_file",
+        "lora_core.formats.peft:to_tensors",
     ),
 }
 

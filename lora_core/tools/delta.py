@@ -18,14 +18,8 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import detect, kohya, peft
-from lora_core.formats.io import (
-    TURNED_PLAIN,
-    check_family,
-    in_own_form,
-    kernel_of,
-    read_adapter,
-    read_tensors,
-)
+from lora_core.formats.io import CONVERTIBLE, check_family, load_adapter, read_tensors
+from lora_core.formats.layer_shapes import kernel_of, reshape_adapter
 from lora_core.formats.layers import (
     MAGNITUDE,
     Tensors,
@@ -182,14 +176,14 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
         AdapterFileError: one sentence on what is wrong with the file, or that it is for another family.
     """
     header = read_header(path)
-    if detect.kind_of(header.shapes) in TURNED_PLAIN:
+    if detect.kind_of(header.shapes) in CONVERTIBLE:
         check_family(path, header)
     family = known or detect.file_family(header.shapes, header.metadata)
-    if detect.kind_of(header.shapes) not in TURNED_PLAIN:
-        weights = read_adapter(path, known)
+    if detect.kind_of(header.shapes) not in CONVERTIBLE:
+        weights = load_adapter(path, known)
         if family is None:
             raise AdapterFileError(_no_family(path, header))
-        layers = in_own_form(weights, family).layers
+        layers = reshape_adapter(weights, family).layers
         return {key: Update(".".join(key), layer) for key, layer in layers.items()}, weights.metadata, family
     if family is None:
         raise AdapterFileError(_no_family(path, header))
@@ -224,9 +218,9 @@ def _odd_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) 
     }
     if tensors:
         translator = kohya if kohya.matches(tensors) else peft
-        plain = translator.from_file(tensors, metadata)
+        plain = translator.from_tensors(tensors, metadata)
         check_finite(plain)
-        for layer, low in in_own_form(plain, family).layers.items():
+        for layer, low in reshape_adapter(plain, family).layers.items():
             updates[layer] = Update(".".join(layer), low)
     for name, magnitude in magnitudes.items():
         layer = _layer(name, family)

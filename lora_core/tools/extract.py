@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from lora_core.errors import ModelFileError
-from lora_core.formats.io import in_own_form, write_adapter
-from lora_core.formats.layout import family_layout, folder_layout
+from lora_core.formats.io import save_adapter
+from lora_core.formats.layer_shapes import family_layout, folder_layout, reshape_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.families import named_targets
 from lora_core.tools.base_weights import BaseWeights
@@ -235,5 +235,5 @@ def extract_file(
         ),
         EXTRACTED_KEY: json.dumps({"rank": wish.rank, "energy": wish.energy, "error": loss.overall}),
     }
-    write_adapter(in_own_form(weights, family), out, "kohya", precision, family, header)
+    save_adapter(reshape_adapter(weights, family), out, family, dtype=precision, metadata=header)
     return extraction_sentences(weights, loss, spectra)

@@ -24,7 +24,7 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.evaluate.validator import clustered_error
 from lora_core.formats import detect
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import LayerKey
@@ -344,7 +344,7 @@ def measure_stack(files: Sequence[WeightedLora], family: Family, measured: Measu
         more than the best alone, each with the paired standard error; `sentence`.
     """
     adapters = [
-        LoadedLora(read_adapter(Path(file.file), family), file.strength, file.text_strength) for file in files
+        LoadedLora(load_adapter(Path(file.file), family), file.strength, file.text_strength) for file in files
     ]
     alone = [measured([adapter]) for adapter in adapters]
     together = measured(adapters)

@@ -18,7 +18,8 @@ import torch
 
 from lora_core.errors import AdapterFileError, ModelFileError
 from lora_core.formats import detect
-from lora_core.formats.io import as_bytes, encoded_header, file_hashes, in_own_form, write_adapter
+from lora_core.formats.io import as_bytes, encoded_header, file_hashes, save_adapter
+from lora_core.formats.layer_shapes import reshape_adapter
 from lora_core.formats.metadata import side_file
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import LoadedLora
@@ -111,7 +112,7 @@ def merge_files(
     weights, loss = merge_adapters(adapters, wanted.rank, blocks)
     family = opened[0].family
     header = _header(opened, out.stem, now)
-    write_adapter(in_own_form(weights, family), out, "kohya", wanted.precision, family, header)
+    save_adapter(reshape_adapter(weights, family), out, family, dtype=wanted.precision, metadata=header)
     beside = out.with_suffix(".json")
     if not beside.exists():
         write_atomically(beside, side_file(header.get("modelspec.trigger_phrase", "")))

@@ -10,7 +10,8 @@ from typing import Any
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats.inspect import file_format
-from lora_core.formats.io import AS_IT_IS, file_hashes, in_own_form, write_adapter
+from lora_core.formats.io import AS_IT_IS, file_hashes, save_adapter
+from lora_core.formats.layer_shapes import reshape_adapter
 from lora_core.formats.metadata import side_file
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
@@ -82,13 +83,13 @@ class Rewrite:
             "modelspec.date": datetime.fromtimestamp(self.now, UTC).replace(microsecond=0).isoformat(),
             key: json.dumps({"from": source, **record}),
         }
-        write_adapter(
-            in_own_form(weights, family),
+        save_adapter(
+            reshape_adapter(weights, family),
             self.out,
-            named if named in FORMATS else "kohya",
-            self.precision or file_precision(self.source),
             family,
-            header,
+            format=named if named in FORMATS else "kohya",
+            dtype=self.precision or file_precision(self.source),
+            metadata=header,
         )
         beside = self.out.with_suffix(".json")
         if not beside.exists():

@@ -16,7 +16,7 @@ import torch
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import detect
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
@@ -138,7 +138,7 @@ def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, li
     header = read_header(path)
     known = family or detect.file_family(header.shapes, header.metadata)
     if known is None and detect.kind_of(header.shapes) in (detect.LORA, detect.LOCON):
-        layers = read_adapter(path).layers
+        layers = load_adapter(path).layers
         return {key: Update(".".join(key), layer) for key, layer in layers.items()}, []
     updates = file_updates(path, family)[0]
     left_out = [

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from lora_core.errors import AdapterFileError, RunError
-from lora_core.formats.io import read_adapter, write_adapter
+from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.lora.inject import adapter_weights, load_weights
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
@@ -119,14 +119,14 @@ def _write_adapters(
 ) -> None:  # fmt: skip
     """Write the file for other tools, and the exact ones where it is not exact."""
     one_alpha = len({layer.alpha for layer in weights.layers.values()}) == 1
-    write_adapter(average or weights, folder / ADAPTER, "kohya", "fp32", family, header)
+    save_adapter(average or weights, folder / ADAPTER, family, metadata=header)
     exact = {
         FACTORS: None if one_alpha and average is None else weights,
         AVERAGE: None if one_alpha else average,
     }
     for name, adapter in exact.items():
         if adapter is not None:
-            write_adapter(adapter, folder / name, "kohya", "fp32", family, header, keep_alphas=True)
+            save_adapter(adapter, folder / name, family, metadata=header, keep_alphas=True)
 
 
 def load_checkpoint(path: Path) -> tuple[AdapterWeights, CheckpointState]:
@@ -138,9 +138,9 @@ def load_checkpoint(path: Path) -> tuple[AdapterWeights, CheckpointState]:
     record = verify_checkpoint(path)
     names = record["sha256"]
     try:
-        weights = read_adapter(path / (FACTORS if FACTORS in names else ADAPTER))
+        weights = load_adapter(path / (FACTORS if FACTORS in names else ADAPTER))
         average = (
-            read_adapter(path / (AVERAGE if AVERAGE in names else ADAPTER)) if record.get("average") else None
+            load_adapter(path / (AVERAGE if AVERAGE in names else ADAPTER)) if record.get("average") else None
         )
         optimizer = _joined(load_file(path / OPTIMIZER), record["optimizer"])
         return weights, CheckpointState(

@@ -9,7 +9,7 @@ from typing import Any
 from lora_core.data.captions import count_tags, plain_caption
 from lora_core.errors import RunError
 from lora_core.formats.compat.verify import verify_adapter
-from lora_core.formats.io import file_hashes, read_adapter, read_tensors, write_adapter
+from lora_core.formats.io import file_hashes, load_adapter, read_tensors, save_adapter
 from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
 from lora_core.formats.model_card import THUMBNAIL_KEY, thumbnail, thumbnail_text, write_beside
 from lora_core.lora.weights import AdapterWeights
@@ -105,7 +105,7 @@ def write_export(
         except OSError:
             # A damaged sample is no reason to lose what was trained.
             picture = None
-    write_adapter(weights, path, kind, precision, family, header)
+    save_adapter(weights, path, family, format=kind, dtype=precision, metadata=header)
     write_atomically(path.with_suffix(".json"), side_file(header.get("modelspec.trigger_phrase", "")))
     write_beside(path, read_header(path).metadata, picture)
     return path
@@ -154,7 +154,7 @@ def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str
     folder = run.checkpoint(step)
     record = verify_checkpoint(folder) if (folder / STATE).exists() else {}
     header = dict(read_tensors(folder / "adapter.safetensors")[1])
-    weights = read_adapter(folder / "adapter.safetensors")
+    weights = load_adapter(folder / "adapter.safetensors")
     family = next(
         (f for f in FAMILIES.values() if f.base_version == header.get("ss_base_model_version")), None
     )
@@ -165,7 +165,7 @@ def export_checkpoint(run: RunFolder, which: str, name: str, how: tuple[str, str
     target = run.exports / f"{stem}.safetensors"
     raw: Path | None = None
     if record.get("average"):
-        factors = read_adapter(folder / FACTORS)
+        factors = load_adapter(folder / FACTORS)
         raw = write_raw(factors, target, how, family, header, latest_sample(run, step, raw=True))
     path = write_export(weights, target, how, family, header, latest_sample(run, step))
     return {

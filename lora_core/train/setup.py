@@ -19,7 +19,7 @@ from lora_core.data.scan import ImageRecord
 from lora_core.errors import AdapterFileError, ConfigError, InputsChanged
 from lora_core.evaluate.validator import EvalImage
 from lora_core.formats.detect import extras_sentence
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.lora.flat_params import FlatParams
 from lora_core.lora.inject import (
     BlockOverrides,
@@ -131,7 +131,7 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
         raise AdapterFileError(
             f"The LoRA {file} that adapter.init names does not exist; choose another file."
         )
-    start = read_adapter(file, base.family) if file is not None else None
+    start = load_adapter(file, base.family) if file is not None else None
     shape = LoraSpec(
         section.rank, section.alpha, section.dropout, section.rank_dropout, section.module_dropout
     )

@@ -178,13 +178,13 @@ def validate(
         shuffle_captions: give each picture another's caption.
     """
     from lora_core.evaluate.validator import validation_report
-    from lora_core.formats.io import read_adapter
+    from lora_core.formats.io import load_adapter
     from lora_core.lora.inject import LoadedLora
 
     files = checked_loras(loras)
     base, records = measure.load()
     adapters = [
-        LoadedLora(read_adapter(Path(f.file), base.family), f.strength, f.text_strength) for f in files
+        LoadedLora(load_adapter(Path(f.file), base.family), f.strength, f.text_strength) for f in files
     ]
     return validation_report(base, records, adapters, measure.triples, measure.seed, shuffle_captions)
 
@@ -220,7 +220,7 @@ def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
         base: the base that it is for, where the file does not say it.
     """
     from lora_core.formats.compat.verify import verify_adapter
-    from lora_core.formats.layout import folder_layout
+    from lora_core.formats.layer_shapes import folder_layout
     from lora_core.tools.base_weights import BaseWeights
 
     facts = read_base_facts(base) if base else None
@@ -248,11 +248,11 @@ def convert(
     Raises:
         AdapterFileError: the target exists, or the source cannot be translated.
     """
-    from lora_core.formats.convert import converted
+    from lora_core.formats.io import convert_adapter
 
     if Path(target).exists():
         raise AdapterFileError(f"{target} exists already; choose another name or remove it first.")
-    return converted(Path(source), Path(target), to, keep_alphas)
+    return convert_adapter(Path(source), Path(target), to, keep_alphas)
 
 
 @verb

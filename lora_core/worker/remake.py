@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_core.formats.convert import converted
+from lora_core.formats.io import convert_adapter
 from lora_core.report.data import cut_file
 from lora_core.system.disk_space import folder_bytes
 from lora_core.tools.extract import extract_file
@@ -80,7 +80,7 @@ class Remaking:
         source, out = Path(str(request["file"])), Path(str(request["out"]))
         self._telling(request).phase("Writing the file")
         check_out(out)
-        notes = converted(source, out, str(request["format"]), bool(request.get("keep_alphas")))
+        notes = convert_adapter(source, out, str(request["format"]), bool(request.get("keep_alphas")))
         return _made(out, [f"{note[:1].upper()}{note[1:]}" for note in notes])
 
     def extract(self, request: Request) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.generate.pipeline import Pipeline
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.lora.inject import adapter_weights, inject
@@ -42,7 +42,7 @@ def preview_rows() -> list[Row]:
         torch.nn.init.normal_(layer.up, std=0.01)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "lora.safetensors"
-        write_adapter(adapter_weights(injected), file, "kohya", "fp16", base.family, {})
+        save_adapter(adapter_weights(injected), file, base.family, dtype="fp16")
         pipeline = Pipeline(base, lambda weights, rank: weights)
 
         def shot(strength: float) -> GenerationRequest:

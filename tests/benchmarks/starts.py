@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lora_core.backends.onednn import PLAIN
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.lora.inject import adapter_weights
 from lora_core.lora.layer import LoraLayer
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
@@ -136,7 +136,7 @@ def gains_of(
             if step.number in COLUMNS:
                 file = Path(home) / f"{step.number}.safetensors"
                 family = session.state.base.family
-                write_adapter(_weights(training), file, "kohya", "fp32", family, {})
+                save_adapter(_weights(training), file, family)
                 found.append(base - float(judge.losses(file).mean()))
         return found
 

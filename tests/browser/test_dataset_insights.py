@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
@@ -36,7 +36,7 @@ def window(own_window: Window) -> Window:
     draw = torch.Generator().manual_seed(0)
     layer = LayerWeights(torch.randn(2, 128, generator=draw), 0.02 * torch.randn(96, 2, generator=draw), 2.0)
     weights = AdapterWeights({("unet", LAYER): layer})
-    write_adapter(weights, run.checkpoint(5) / "adapter.safetensors", "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(weights, run.checkpoint(5) / "adapter.safetensors", FAMILIES["tiny"])
     own_window.open_project("default", {})
     return own_window
 

@@ -46,7 +46,7 @@ def lora(path: Path) -> Path:
     """A LoRA whose header says hostile things of itself."""
     import torch
 
-    from lora_core.formats.io import write_adapter
+    from lora_core.formats.io import save_adapter
     from lora_core.lora.weights import AdapterWeights, LayerWeights
     from lora_core.model_files.families import FAMILIES
 
@@ -62,7 +62,7 @@ def lora(path: Path) -> Path:
         "software": json.dumps({"name": HOSTILE, "version": LONG}),
     }
     weights = AdapterWeights({("unet", name): layer}, said)
-    write_adapter(weights, path, "kohya", "fp32", FAMILIES["tiny"], said)
+    save_adapter(weights, path, FAMILIES["tiny"], metadata=said)
     return path
 
 

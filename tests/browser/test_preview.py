@@ -19,7 +19,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Strong enough that every picture shows it."""
     import torch
 
-    from lora_core.formats.io import write_adapter
+    from lora_core.formats.io import save_adapter
     from lora_core.lora.weights import AdapterWeights, LayerWeights
     from lora_core.model_files.families import FAMILIES
 
@@ -27,7 +27,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = torch.Generator().manual_seed(0)
     layer = LayerWeights(torch.randn(4, 128, generator=draw), torch.randn(96, 4, generator=draw), 1.0)
     name = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
-    write_adapter(AdapterWeights({("unet", name): layer}), path, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(AdapterWeights({("unet", name): layer}), path, FAMILIES["tiny"])
     return path
 
 

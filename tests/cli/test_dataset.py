@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_core.__main__ import main
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
@@ -62,7 +62,7 @@ def test_pictures_of_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     draw = torch.Generator().manual_seed(0)
     layer = LayerWeights(torch.randn(2, 128, generator=draw), 0.02 * torch.randn(96, 2, generator=draw), 2.0)
     file = run.checkpoint(3) / "adapter.safetensors"
-    write_adapter(AdapterWeights({("unet", LAYER): layer}), file, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(AdapterWeights({("unet", LAYER): layer}), file, FAMILIES["tiny"])
     assert main(["pictures", str(run.path), "--triples", "1"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("% of the steps") == 2

@@ -14,7 +14,7 @@ from lora_core.data.scan import ImageRecord
 from lora_core.errors import RunError
 from lora_core.evaluate.learned import image_rows, mark_outliers, measure_run_images
 from lora_core.evaluate.validator import validation_report
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.models.load import BaseModel
@@ -109,9 +109,7 @@ def test_a_run_s_pictures_are_written_beside_it(
         measure_run_images(run, opened=lambda *_: demo_base)
     for step, size in ((5, 0.0), (10, 0.02)):
         run.checkpoint(step).mkdir(parents=True)
-        write_adapter(
-            planted(size), run.checkpoint(step) / "adapter.safetensors", "kohya", "fp32", demo_base.family, {}
-        )
+        save_adapter(planted(size), run.checkpoint(step) / "adapter.safetensors", demo_base.family)
     found = measure_run_images(run, triples=2, opened=lambda *_: demo_base)
     assert found["step"] == 10
     assert json.loads((run.path / "pictures.json").read_text()) == found

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.convert import converted
-from lora_core.formats.io import AS_IT_IS, read_adapter, read_tensors, write_adapter
-from lora_core.formats.layout import family_layout
+from lora_core.formats.io import AS_IT_IS, convert_adapter, load_adapter, read_tensors, save_adapter
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from tests.formats.odd_files import serialised
@@ -48,11 +47,11 @@ def same_tensors(one, two):
 def test_there_and_back(tmp_path, name, alphas):
     family = FAMILIES[name]
     start, middle, end = (tmp_path / f"{name}.safetensors" for name in ("start", "middle", "end"))
-    write_adapter(
-        weights(family, alphas, (4, 8, 1)), start, "kohya", "fp32", family, {"ss_seed": "1"}, keep_alphas=True
+    save_adapter(
+        weights(family, alphas, (4, 8, 1)), start, family, metadata={"ss_seed": "1"}, keep_alphas=True
     )
-    assert "only diffusers" in converted(start, middle, "diffusers")[0]
-    told = converted(middle, end, "kohya", keep_alphas=True)
+    assert "only diffusers" in convert_adapter(start, middle, "diffusers")[0]
+    told = convert_adapter(middle, end, "kohya", keep_alphas=True)
     assert bool(told) == (len(alphas) > 1)
     same_tensors(start, end)
     metadata = read_tensors(end)[1]
@@ -64,19 +63,19 @@ def test_there_and_back(tmp_path, name, alphas):
 def test_without_keep_alphas_a_file_of_one_alpha_is_bit_exact(tmp_path):
     family = FAMILIES["sd15"]
     start, middle, end = (tmp_path / f"{name}.safetensors" for name in ("start", "middle", "end"))
-    write_adapter(weights(family, (0.3,), (4, 8)), start, "diffusers", "fp16", family, {})
-    assert converted(start, middle, "kohya") == []
-    converted(middle, end, "diffusers")
+    save_adapter(weights(family, (0.3,), (4, 8)), start, family, format="diffusers", dtype="fp16")
+    assert convert_adapter(start, middle, "kohya") == []
+    convert_adapter(middle, end, "diffusers")
     same_tensors(start, end)
 
 
 def test_different_alphas_become_one_and_it_is_said(tmp_path):
     family = FAMILIES["sd15"]
     start, end = tmp_path / "start.safetensors", tmp_path / "end.safetensors"
-    write_adapter(weights(family, (6.0, 6.0, 1.0)), start, "diffusers", "fp32", family, {})
-    (told,) = converted(start, end, "kohya")
+    save_adapter(weights(family, (6.0, 6.0, 1.0)), start, family, format="diffusers")
+    (told,) = convert_adapter(start, end, "kohya")
     assert "--keep-alphas" in told
-    before, after = read_adapter(start), read_adapter(end)
+    before, after = load_adapter(start), load_adapter(end)
     assert {layer.alpha for layer in after.layers.values()} == {6.0}
     for key, layer in before.layers.items():
         torch.testing.assert_close(after.layers[key].delta(), layer.delta())
@@ -85,8 +84,8 @@ def test_different_alphas_become_one_and_it_is_said(tmp_path):
 def test_who_misreads_kept_alphas_is_said(tmp_path):
     family = FAMILIES["sd2"]
     start, end = tmp_path / "start.safetensors", tmp_path / "end.safetensors"
-    write_adapter(weights(family, (6.0, 1.0)), start, "diffusers", "fp32", family, {})
-    (told,) = converted(start, end, "kohya", keep_alphas=True)
+    save_adapter(weights(family, (6.0, 1.0)), start, family, format="diffusers")
+    (told,) = convert_adapter(start, end, "kohya", keep_alphas=True)
     assert "diffusers reads at the wrong strength" in told
 
 
@@ -97,9 +96,9 @@ def test_each_factor_keeps_its_own_precision(tmp_path):
         down, up = ((torch.float16, torch.float32), (torch.bfloat16, torch.float64))[number % 2]
         mixed.layers[key] = LayerWeights(layer.down.to(down), layer.up.to(up), layer.alpha)
     start, middle, end = (tmp_path / f"{name}.safetensors" for name in ("start", "middle", "end"))
-    write_adapter(mixed, start, "kohya", AS_IT_IS, family, {})
-    converted(start, middle, "diffusers")
-    converted(middle, end, "kohya")
+    save_adapter(mixed, start, family, dtype=AS_IT_IS)
+    convert_adapter(start, middle, "diffusers")
+    convert_adapter(middle, end, "kohya")
     same_tensors(start, end)
     assert {t.dtype for k, t in read_tensors(end)[0].items() if "lora_up" in k} == {
         torch.float32,
@@ -112,7 +111,7 @@ def test_other_spellings_become_the_usual_one(tmp_path):
     family = FAMILIES["sdxl"]
     usual, other, back = (tmp_path / f"{name}.safetensors" for name in ("usual", "other", "back"))
     some = weights(family)
-    write_adapter(some, usual, "kohya", "fp32", family, {})
+    save_adapter(some, usual, family)
     tensors = {}
     for (part, path), layer in some.layers.items():
         prefix = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}[part]
@@ -121,7 +120,7 @@ def test_other_spellings_become_the_usual_one(tmp_path):
         tensors[f"{stem}.lora_up.weight"] = layer.up
         tensors[f"{stem}.alpha"] = torch.tensor(layer.alpha)
     other.write_bytes(serialised(tensors, {"ss_base_model_version": "sdxl_base_v1-0"}))
-    converted(other, back, "kohya")
+    convert_adapter(other, back, "kohya")
     same_tensors(usual, back)
     assert any("input_blocks" in key for key in read_tensors(back)[0])
 
@@ -133,10 +132,10 @@ def test_layers_get_the_shapes_that_the_base_has(tmp_path):
     layer = drawn((1280, 1280), 2, 2.0, 0)
     source, target = tmp_path / "f.safetensors", tmp_path / "g.safetensors"
     both = AdapterWeights({key: layer, to_k: drawn((1280, 768), 2, 2.0, 1)})
-    write_adapter(both, source, "diffusers", "fp32", family, {})
-    (note,) = converted(source, target, "kohya")
+    save_adapter(both, source, family, format="diffusers")
+    (note,) = convert_adapter(source, target, "kohya")
     assert "1 x 1" in note
-    found = read_adapter(target).layers[key]
+    found = load_adapter(target).layers[key]
     assert found.down.shape == (2, 1280, 1, 1)
     assert found.up.flatten(1).equal(layer.up)
 
@@ -150,8 +149,8 @@ def test_the_header_keeps_saying_which_kind_of_sd2(tmp_path, version):
         stem = f"{'lora_unet' if part == 'unet' else 'lora_te'}_{path.replace('.', '_')}"
         tensors |= {f"{stem}.lora_down.weight": layer.down, f"{stem}.lora_up.weight": layer.up}
     source.write_bytes(serialised(tensors, {"ss_base_model_version": version}))
-    converted(source, middle, "diffusers")
-    converted(middle, end, "kohya")
+    convert_adapter(source, middle, "diffusers")
+    convert_adapter(middle, end, "kohya")
     for path in (middle, end):
         metadata = read_tensors(path)[1]
         assert metadata["ss_base_model_version"] == version
@@ -168,11 +167,11 @@ def test_a_tucker_layer_is_told(tmp_path):
         f"{stem}.lora_up.weight": torch.randn(320, 2, 1, 1, generator=draw),
     }
     source.write_bytes(serialised(tensors, {"ss_base_model_version": "sd_v1"}))
-    (note,) = converted(source, target, "kohya")
+    (note,) = convert_adapter(source, target, "kohya")
     assert "three factors" in note
     down, mid, up = tensors.values()
     expected = torch.einsum("op,pqkl,qi->oikl", up.flatten(1), mid, down.flatten(1))
-    ((_, layer),) = read_adapter(target).layers.items()
+    ((_, layer),) = load_adapter(target).layers.items()
     torch.testing.assert_close(layer.delta(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -189,7 +188,7 @@ def test_other_kinds_are_refused_with_the_offer_of_a_merge(tmp_path, kind):
     source.write_bytes(serialised({f"lora_unet_mid_x.{leaf}": torch.ones(2, 2) for leaf in KEYS[kind]}, {}))
     for format in ("kohya", "diffusers"):
         with pytest.raises(AdapterFileError, match=rf"{kind}.*merge mine.safetensors .*--rank") as refused:
-            converted(source, target, format)
+            convert_adapter(source, target, format)
         assert ("--base" in str(refused.value)) == (kind == "DoRA")
     assert not target.exists()
 
@@ -200,7 +199,7 @@ def test_a_file_for_no_known_family_is_refused(tmp_path):
     tensors = {f"{stem}.lora_down.weight": torch.ones(2, 1536), f"{stem}.lora_up.weight": torch.ones(5, 2)}
     source.write_bytes(serialised(tensors, {}))
     with pytest.raises(AdapterFileError, match="1536 channels wide"):
-        converted(source, tmp_path / "g.safetensors", "diffusers")
+        convert_adapter(source, tmp_path / "g.safetensors", "diffusers")
     assert not (tmp_path / "g.safetensors").exists()
 
 
@@ -212,10 +211,10 @@ def test_a_diffusers_header_says_each_alpha(tmp_path):
     )
     adapter = AdapterWeights({one: drawn((1280, 768), 4, 4.0, 0), two: drawn((1280, 768), 8, 2.0, 1)})
     source, target = tmp_path / "f.safetensors", tmp_path / "g.safetensors"
-    write_adapter(adapter, source, "kohya", "fp32", family, {}, keep_alphas=True)
-    converted(source, target, "diffusers")
+    save_adapter(adapter, source, family, keep_alphas=True)
+    convert_adapter(source, target, "diffusers")
     values = json.loads(read_tensors(target)[1]["lora_adapter_metadata"])
     alphas = {values["unet.lora_alpha"], *values["unet.alpha_pattern"].values()}
     assert alphas == {4, 2}
-    back = read_adapter(target)
+    back = load_adapter(target)
     assert (back.layers[one].alpha, back.layers[two].alpha) == (4.0, 2.0)

@@ -18,9 +18,9 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_core.formats.compat.verify import verify_adapter
-from lora_core.formats.io import read_adapter, write_adapter
-from lora_core.formats.kohya import to_file
-from lora_core.formats.layout import family_layout
+from lora_core.formats.io import load_adapter, save_adapter
+from lora_core.formats.kohya import to_tensors
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.formats.names import with_text_model
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
@@ -153,7 +153,7 @@ def test_our_kohya_file_is_loaded_whole_and_at_its_strength(all_models, tmp_path
     models, family = all_models[name], FAMILIES[name]
     weights = layers_of(models, *CASES[case])
     path = tmp_path / "f.safetensors"
-    write_adapter(weights, path, "kohya", "fp32", family, {})
+    save_adapter(weights, path, family)
     pipeline = pipeline_of(name, models)
     pipeline.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="ours")
     loaded = {part: getattr(pipeline, part) for part in models}
@@ -208,7 +208,7 @@ def test_diffusers_own_files_are_read_at_their_strength(all_models, tmp_path, na
         saved |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": config}
         count += len(layers) // 2
     type(pipeline).save_lora_weights(tmp_path, **saved)
-    weights = read_adapter(tmp_path / "pytorch_lora_weights.safetensors")
+    weights = load_adapter(tmp_path / "pytorch_lora_weights.safetensors")
 
     assert len(weights.layers) == count
     for ours, right in zip(outputs(merged(models, weights)), outputs(trained), strict=True):
@@ -224,7 +224,7 @@ def test_module_counts_of_the_specification(name):
         for key, shape in family_layout(family).items()
         if default(*key)
     }
-    tensors = to_file(AdapterWeights(layers), family)
+    tensors = to_tensors(AdapterWeights(layers), family)
     assert len(tensors) == 3 * {"sd15": 264, "sd2": 330, "sdxl": 986}[name]
     start = "lora_unet_input_blocks_4_1_" if name == "sdxl" else "lora_unet_down_blocks_0_attentions_0_"
     assert f"{start}transformer_blocks_0_attn1_to_q.lora_up.weight" in tensors

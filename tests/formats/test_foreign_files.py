@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from lora_core.__main__ import main
 from lora_core.cli.pictures import note_extras
 from lora_core.formats.compat.verify import verify_adapter
-from lora_core.formats.convert import converted
-from lora_core.formats.io import read_adapter
-from lora_core.formats.layout import family_layout
+from lora_core.formats.io import convert_adapter, load_adapter
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.formats.names import layer_of_stem
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
@@ -191,8 +190,8 @@ def test_what_can_be_taken_is_taken_and_the_rest_is_named(folder, tmp_path, caps
     source, target = written(folder, name), tmp_path / "converted.safetensors"
     assert main(["convert", str(source), str(target), "--to", "kohya"]) == 0
     assert EXTRAS[name] in capsys.readouterr().out
-    weights = read_adapter(source, SD15)
-    assert same_bits(weights, read_adapter(target, SD15))
+    weights = load_adapter(source, SD15)
+    assert same_bits(weights, load_adapter(target, SD15))
     assert len(weights.layers) == 18
     assert main(["merge", str(source), str(source), "--out", str(tmp_path / "merged.safetensors")]) == 0
     assert EXTRAS[name] in capsys.readouterr().out
@@ -235,8 +234,8 @@ def test_comfyuis_own_names(tmp_path, family):
     named = kohya(layers, family=row)
     path.write_bytes(serialised(comfy, {}))
     other.write_bytes(serialised(dict(zip(named, comfy.values(), strict=True)), {}))
-    assert same_bits(read_adapter(path, row), read_adapter(other, row))
-    assert converted(path, tmp_path / "out.safetensors", "kohya") == []
+    assert same_bits(load_adapter(path, row), load_adapter(other, row))
+    assert convert_adapter(path, tmp_path / "out.safetensors", "kohya") == []
     assert verify_adapter(tmp_path / "out.safetensors")["ok"]
 
 
@@ -244,6 +243,6 @@ def test_a_converted_file_has_an_alias_of_its_own(folder, tmp_path):
     source = tmp_path / "source.safetensors"
     texts = {"ss_output_name": "old", "modelspec.title": "old", "ss_seed": "7"}
     source.write_bytes(serialised(FILES["kohya_plain"](), texts))
-    converted(source, tmp_path / "new.safetensors", "kohya")
+    convert_adapter(source, tmp_path / "new.safetensors", "kohya")
     found = read_header(tmp_path / "new.safetensors").metadata
     assert [found[key] for key in texts] == ["new", "new", "7"]

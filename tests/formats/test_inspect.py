@@ -4,7 +4,7 @@ import torch
 from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
 from lora_core.formats.inspect import inspect_file
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES
 from tests.formats.conftest import BLOCK, CLIP, adapter, linear
@@ -30,7 +30,7 @@ def test_our_own_files(path, format):
             ("text_encoder", f"{CLIP}.self_attn.q_proj"): linear(4, 2.0, inside=128, outside=128),
         }
     )
-    write_adapter(weights, path, format, "fp16", FAMILIES["tiny"], {"ss_seed": "1"})
+    save_adapter(weights, path, FAMILIES["tiny"], format=format, dtype="fp16", metadata={"ss_seed": "1"})
     facts = inspect_file(path)
     assert facts.keys() == KEYS
     assert (facts["family"], facts["format"], facts["kind"]) == ("tiny", format, "LoRA")
@@ -46,7 +46,7 @@ def test_our_own_files(path, format):
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 def test_convolutions_and_several_alphas(path, family, format):
     weights = adapter(alphas=(1.0, 2.0, 4.0, 4.0, 4.0))
-    write_adapter(weights, path, format, "fp32", family, {}, keep_alphas=True)
+    save_adapter(weights, path, family, format=format, keep_alphas=True)
     facts = inspect_file(path)
     assert facts["kind"] == "LoCon"
     assert facts["alphas"] == [1.0, 2.0, 4.0]

@@ -9,7 +9,7 @@ import torch
 
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats import io as adapter_file
-from lora_core.formats.io import read_adapter, write_adapter
+from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES, TextEncoder
 from lora_core.settings import choices
@@ -25,8 +25,8 @@ def path(tmp_path):
 @pytest.mark.parametrize("format", choices.FORMATS)
 def test_write_and_read_is_bit_for_bit(path, family, format):
     weights = adapter(alphas=(3.0,) * 5, ranks=(1, 2, 4, 8, 16))
-    write_adapter(weights, path, format, "fp32", family, {"ss_tag_frequency": "{}"})
-    back = read_adapter(path, family)
+    save_adapter(weights, path, family, format=format, metadata={"ss_tag_frequency": "{}"})
+    back = load_adapter(path, family)
     assert same_bits(back, weights)
     assert back.metadata["ss_tag_frequency"] == "{}"
     assert os.listdir(path.parent) == [path.name]
@@ -35,15 +35,15 @@ def test_write_and_read_is_bit_for_bit(path, family, format):
 @pytest.mark.parametrize("first", choices.FORMATS)
 def test_from_file_to_file_and_back(path, tmp_path, family, first):
     second = next(name for name in choices.FORMATS if name != first)
-    write_adapter(adapter(alphas=(3.0,) * 5), path, first, "fp32", family, {"ss_seed": "7"})
+    save_adapter(adapter(alphas=(3.0,) * 5), path, family, format=first, metadata={"ss_seed": "7"})
     other, again = tmp_path / "other.safetensors", tmp_path / "again.safetensors"
     for source, target, format in ((path, other, second), (other, again, first)):
-        weights = read_adapter(source)
-        write_adapter(weights, target, format, "fp32", family, weights.metadata)
+        weights = load_adapter(source)
+        save_adapter(weights, target, family, format=format, metadata=weights.metadata)
     start, end = safetensors.torch.load_file(path), safetensors.torch.load_file(again)
     assert start.keys() == end.keys()
     assert all(start[key].numpy().tobytes() == end[key].numpy().tobytes() for key in start)
-    assert read_adapter(again).metadata["ss_seed"] == "7"
+    assert load_adapter(again).metadata["ss_seed"] == "7"
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,15 @@ def test_from_file_to_file_and_back(path, tmp_path, family, first):
 )
 def test_precisions(path, family, precision, dtype):
     weights = adapter()
-    write_adapter(weights, path, "kohya", precision, family, {})
+    save_adapter(weights, path, family, dtype=precision)
     for name, tensor in safetensors.torch.load_file(path).items():
         assert tensor.dtype == (torch.float32 if name.endswith(".alpha") else dtype)
-    layer = read_adapter(path).layers["unet", f"{BLOCK}.attn2.to_k"]
+    layer = load_adapter(path).layers["unet", f"{BLOCK}.attn2.to_k"]
     assert torch.equal(layer.down, weights.layers["unet", f"{BLOCK}.attn2.to_k"].down.to(dtype))
 
 
 def test_the_headers_hash_is_that_of_the_tensor_bytes(path, family):
-    write_adapter(adapter(), path, "kohya", "fp16", family, {"sshs_model_hash": "stale", "format": "pt"})
+    save_adapter(adapter(), path, family, dtype="fp16", metadata={"sshs_model_hash": "stale", "format": "pt"})
     raw = path.read_bytes()
     expected = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
     with safetensors.safe_open(path, "pt") as file:
@@ -72,8 +72,12 @@ def test_the_headers_hash_is_that_of_the_tensor_bytes(path, family):
 def test_diffusers_own_key_is_in_its_files_only(path, family):
     weights = adapter()
     for format in choices.FORMATS:
-        write_adapter(
-            weights, path, format, "fp32", family, {"lora_adapter_metadata": '{"unet.lora_alpha": 99}'}
+        save_adapter(
+            weights,
+            path,
+            family,
+            format=format,
+            metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 99}'},
         )
         with safetensors.safe_open(path, "pt") as file:
             stored = file.metadata().get("lora_adapter_metadata")
@@ -84,8 +88,8 @@ def test_diffusers_own_key_is_in_its_files_only(path, family):
 def test_equal_adapters_give_equal_files(path, tmp_path, family):
     other = tmp_path / "b.safetensors"
     header = {f"ss_{i}": "x" for i in range(30)}
-    write_adapter(adapter(), path, "kohya", "fp32", family, header)
-    write_adapter(adapter(), other, "kohya", "fp32", family, header)
+    save_adapter(adapter(), path, family, metadata=header)
+    save_adapter(adapter(), other, family, metadata=header)
     assert path.read_bytes() == other.read_bytes()
 
 
@@ -101,23 +105,23 @@ def test_numbers_that_are_not_finite_are_never_written(path, family, number, wha
     path.write_bytes(b"the old file")
     for format in choices.FORMATS:
         with pytest.raises(AdapterFileError, match=r"attn2\.to_k"):
-            write_adapter(changed(adapter(), **{what: value}), path, format, "fp32", family, {})
+            save_adapter(changed(adapter(), **{what: value}), path, family, format=format)
     assert path.read_bytes() == b"the old file"
 
 
 def test_overflow_of_fp16_is_refused(path, family):
     weights = changed(adapter(), up=torch.full((24, 4), 70_000.0))
     with pytest.raises(AdapterFileError, match=r"7e\+04.*fp16.*bf16"):
-        write_adapter(weights, path, "kohya", "fp16", family, {})
+        save_adapter(weights, path, family, dtype="fp16")
     assert not path.exists()
     for precision in ("bf16", "fp32"):
-        write_adapter(weights, path, "kohya", precision, family, {})
+        save_adapter(weights, path, family, dtype=precision)
 
 
 def test_overflow_by_folding_alpha_is_refused(path, family):
     weights = changed(adapter(), alpha=1e30, up=torch.full((24, 4), 1e20))
     with pytest.raises(AdapterFileError, match="more than fp32"):
-        write_adapter(weights, path, "kohya", "fp32", family, {})
+        save_adapter(weights, path, family)
 
 
 def test_a_file_that_comes_back_changed_is_not_called_done(path, family, monkeypatch):
@@ -127,18 +131,18 @@ def test_a_file_that_comes_back_changed_is_not_called_done(path, family, monkeyp
         adapter_file, "write_pieces", lambda p, data: write(p, [b"".join(data)[:-1] + b"\x55"])
     )
     with pytest.raises(AdapterFileError, match="read back"):
-        write_adapter(adapter(), path, "kohya", "fp32", family, {})
+        save_adapter(adapter(), path, family)
     assert path.read_bytes() == b"the old file"
     assert os.listdir(path.parent) == [path.name]
 
 
 def test_what_cannot_be_written_is_said(tmp_path, family):
     with pytest.raises(AdapterFileError, match="cannot be written"):
-        write_adapter(adapter(), tmp_path / "none" / "f.safetensors", "kohya", "fp32", family, {})
+        save_adapter(adapter(), tmp_path / "none" / "f.safetensors", family)
     with pytest.raises(AdapterFileError, match="int3"):
-        write_adapter(adapter(), tmp_path / "f.safetensors", "kohya", "int3", family, {})
+        save_adapter(adapter(), tmp_path / "f.safetensors", family, dtype="int3")
     with pytest.raises(ConfigError, match="kohya, diffusers"):
-        write_adapter(adapter(), tmp_path / "f.safetensors", "onnx", "fp32", family, {})
+        save_adapter(adapter(), tmp_path / "f.safetensors", family, format="onnx")
 
 
 def test_broken_weights_are_found_on_reading(path):
@@ -149,13 +153,13 @@ def test_broken_weights_are_found_on_reading(path):
     tensors["lora_unet_conv_in.lora_up.weight"][1, 1] = float("nan")
     path.write_bytes(serialised(tensors, {}))
     with pytest.raises(AdapterFileError, match=r"1 of 1 layers.*NaN.*unet.conv_in"):
-        read_adapter(path)
+        load_adapter(path)
 
 
 def test_8_bit_floats_are_read(path):
     tensors = {"unet.conv_in.lora_A.weight": torch.ones(2, 3), "unet.conv_in.lora_B.weight": torch.ones(5, 2)}
     path.write_bytes(serialised({k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}, {}))
-    assert read_adapter(path).layers["unet", "conv_in"].down.dtype == torch.float32
+    assert load_adapter(path).layers["unet", "conv_in"].down.dtype == torch.float32
 
 
 NOT_PLAIN = {
@@ -179,7 +183,7 @@ NOT_PLAIN = {
 def test_other_kinds_are_refused_by_name(path, kind):
     path.write_bytes(serialised({key: torch.ones(2, 2) for key in NOT_PLAIN[kind]}, {}))
     with pytest.raises(AdapterFileError, match=kind):
-        read_adapter(path)
+        load_adapter(path)
 
 
 TINY, SD1 = FAMILIES["tiny"], FAMILIES["sd15"]
@@ -207,10 +211,10 @@ def text(width):
     ],
 )
 def test_a_file_for_another_family_is_refused(path, format, weights, family, words):
-    write_adapter(weights, path, format, "fp32", family, {})
+    save_adapter(weights, path, family, format=format)
     with pytest.raises(AdapterFileError, match=words):
-        read_adapter(path, TINY)
-    assert read_adapter(path).layers.keys() == weights.layers.keys()
+        load_adapter(path, TINY)
+    assert load_adapter(path).layers.keys() == weights.layers.keys()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +235,7 @@ def test_what_the_header_says_counts_too(path, metadata):
     with pytest.raises(
         AdapterFileError, match=r"is for Stable Diffusion .*, the base is the Embedded tiny base\."
     ):
-        read_adapter(path, TINY)
+        load_adapter(path, TINY)
 
 
 def test_files_without_any_claim_are_taken_at_their_shapes(path):
@@ -242,7 +246,7 @@ def test_files_without_any_claim_are_taken_at_their_shapes(path):
             f"{stem}.lora_up.weight": torch.ones(5, 2),
         }
         path.write_bytes(serialised(tensors, {"ss_base_model_version": "my own base"}))
-        assert len(read_adapter(path, family).layers) == 1
+        assert len(load_adapter(path, family).layers) == 1
 
 
 def test_a_part_that_the_base_lacks_is_refused(path):
@@ -255,7 +259,7 @@ def test_a_part_that_the_base_lacks_is_refused(path):
         ),
     )
     weights = AdapterWeights({("text_encoder_2", f"{CLIP}.mlp.fc1"): linear(2, 1.0, inside=128)})
-    write_adapter(weights, path, "kohya", "fp32", double, {})
+    save_adapter(weights, path, double)
     assert "lora_te2_text_model_encoder_layers_1_mlp_fc1.alpha" in safetensors.torch.load_file(path)
     with pytest.raises(AdapterFileError, match="the base is the Embedded tiny base"):
-        read_adapter(path, TINY)
+        load_adapter(path, TINY)

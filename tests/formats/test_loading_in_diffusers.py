@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.formats.compat.verify import verify_adapter
-from lora_core.formats.io import read_adapter, write_adapter
+from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.formats.names import with_text_model
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
@@ -167,7 +167,7 @@ def heard():
 def test_same_outputs_as_merged_by_hand(models, pipeline, family, tmp_path, heard, case, format):
     weights = layers_of(models, *CASES[case])
     path = tmp_path / "f.safetensors"
-    write_adapter(weights, path, format, "fp32", family, {"ss_output_name": "f"})
+    save_adapter(weights, path, family, format=format, metadata={"ss_output_name": "f"})
 
     pipeline.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="ours")
 
@@ -194,7 +194,7 @@ def test_same_outputs_as_merged_by_hand(models, pipeline, family, tmp_path, hear
 def test_the_loaders_own_state_dict_names_each_layer(models, family, tmp_path, format):
     weights = layers_of(models, *CASES["kohya's default targets"])
     path = tmp_path / "f.safetensors"
-    write_adapter(weights, path, format, "fp16", family, {})
+    save_adapter(weights, path, family, format=format, dtype="fp16")
     state, alphas, metadata = diffusers.StableDiffusionPipeline.lora_state_dict(
         tmp_path, weight_name=path.name, return_lora_metadata=True
     )
@@ -244,7 +244,7 @@ def test_files_that_diffusers_wrote_are_read_at_their_strength(models, pipeline,
         unet_lora_adapter_metadata=unet_config,
         text_encoder_lora_adapter_metadata=text_config,
     )
-    weights = read_adapter(tmp_path / "pytorch_lora_weights.safetensors", family)
+    weights = load_adapter(tmp_path / "pytorch_lora_weights.safetensors", family)
 
     assert len(weights.layers) == (len(unet) + len(text)) // 2
     expected = outputs(pipeline.unet, pipeline.text_encoder)

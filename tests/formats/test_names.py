@@ -7,7 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora_core.errors import AdapterFileError
 from lora_core.formats import names
-from lora_core.formats.layout import family_layout
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.model_files.families import FAMILIES
 
 FAMILY = FAMILIES["sd15"]

@@ -20,7 +20,7 @@ PEFT = pair(f"unet.{PATH}.lora_A.weight", f"unet.{PATH}.lora_B.weight")
 
 
 def test_names(family):
-    tensors = peft.to_file(adapter(), family)
+    tensors = peft.to_tensors(adapter(), family)
     assert f"unet.{BLOCK}.attn1.to_out.0.lora_A.weight" in tensors
     assert f"text_encoder.{CLIP}.self_attn.q_proj.lora_B.weight" in tensors
     assert len(tensors) == 10
@@ -30,11 +30,11 @@ def test_names(family):
 def test_kohya_to_diffusers_to_kohya_is_bit_for_bit(family, keep_alphas):
     one = adapter(alphas=(6.0,) * 5, ranks=(1, 2, 4, 8, 16))
     mixed = adapter(alphas=(2.0, 2.0, 5.0, 0.3, 1.0), ranks=(4, 8, 4, 4, 4))
-    start = kohya.to_file(mixed if keep_alphas else one, family, keep_alphas)
-    weights = kohya.from_file(start, {})
-    through = peft.from_file(peft.to_file(weights, family), peft.header(weights, family))
+    start = kohya.to_tensors(mixed if keep_alphas else one, family, keep_alphas)
+    weights = kohya.from_tensors(start, {})
+    through = peft.from_tensors(peft.to_tensors(weights, family), peft.header(weights, family))
     assert same_bits(through, weights)
-    end = kohya.to_file(through, family, keep_alphas)
+    end = kohya.to_tensors(through, family, keep_alphas)
     assert end.keys() == start.keys()
     for key, tensor in start.items():
         assert tensor.numpy().tobytes() == end[key].numpy().tobytes(), key
@@ -57,7 +57,7 @@ def test_header_holds_ranks_and_alphas(family):
 
 
 def test_without_a_header_alpha_is_the_rank():
-    (layer,) = peft.from_file(PEFT, {}).layers.values()
+    (layer,) = peft.from_tensors(PEFT, {}).layers.values()
     assert layer.scale == 1
 
 
@@ -66,7 +66,7 @@ def with_header(**values):
 
 
 def test_alpha_of_the_header():
-    (layer,) = peft.from_file(
+    (layer,) = peft.from_tensors(
         PEFT, with_header(unet__lora_alpha=2, text_encoder__lora_alpha=9)
     ).layers.values()
     assert layer.alpha == 2
@@ -75,13 +75,13 @@ def test_alpha_of_the_header():
 @pytest.mark.parametrize("pattern", [PATH, f"^{PATH}", "to_q", "attn1.to_q", "attn1\\.to_q$"])
 def test_a_pattern_is_the_end_of_a_name(pattern):
     header = with_header(unet__lora_alpha=2, unet__alpha_pattern={"o_q": 7, "to_k": 8, pattern: 3})
-    (layer,) = peft.from_file(PEFT, header).layers.values()
+    (layer,) = peft.from_tensors(PEFT, header).layers.values()
     assert layer.alpha == 3
 
 
 def test_rslora_is_folded_into_alpha():
     header = with_header(unet__lora_alpha=2, unet__use_rslora=True)
-    (layer,) = peft.from_file(PEFT, header).layers.values()
+    (layer,) = peft.from_tensors(PEFT, header).layers.values()
     assert layer.scale == pytest.approx(2 / 4**0.5)
 
 
@@ -110,12 +110,12 @@ def test_other_spellings(name):
     halves = ("down", "up") if name in OLDER else ("A", "B")
     tensors = pair(*(name.format(half) for half in halves))
     assert peft.matches(tensors)
-    assert list(peft.from_file(tensors, {}).layers) == [(OLDER | PEFTS_OWN)[name]]
+    assert list(peft.from_tensors(tensors, {}).layers) == [(OLDER | PEFTS_OWN)[name]]
 
 
 def test_alpha_among_the_tensors():
     tensors = PEFT | {f"unet.{PATH}.alpha": torch.tensor(2.0)}
-    (layer,) = peft.from_file(tensors, {}).layers.values()
+    (layer,) = peft.from_tensors(tensors, {}).layers.values()
     assert layer.alpha == 2
 
 
@@ -152,12 +152,12 @@ BAD = {
 def test_broken_contents_are_named(case):
     tensors, metadata, words = BAD[case]
     with pytest.raises(AdapterFileError, match=words):
-        peft.from_file(tensors, metadata)
+        peft.from_tensors(tensors, metadata)
 
 
 def test_what_cannot_be_written_is_said(family):
     with pytest.raises(AdapterFileError, match="has no part 'text_encoder_2'"):
-        peft.to_file(AdapterWeights({("text_encoder_2", f"{CLIP}.mlp.fc1"): linear(2, 1.0)}), family)
+        peft.to_tensors(AdapterWeights({("text_encoder_2", f"{CLIP}.mlp.fc1"): linear(2, 1.0)}), family)
     layer = dataclasses.replace(linear(4, 1.0), magnitude=torch.ones(24))
     with pytest.raises(AdapterFileError, match="DoRA"):
-        peft.to_file(AdapterWeights({("unet", "conv_in"): layer}), family)
+        peft.to_tensors(AdapterWeights({("unet", "conv_in"): layer}), family)

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from lora_core.errors import AdapterFileError
 from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.inspect import inspect_file
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.model_files.families import FAMILIES
 from tests.checkpoints import components
 
@@ -24,7 +24,7 @@ def test_a_unet_saved_by_peft_is_read_at_its_strength(tmp_path, rslora):
     )  # fmt: skip
     model = get_peft_model(unet, config)
     model.save_pretrained(tmp_path)
-    weights = read_adapter(tmp_path / "adapter_model.safetensors")
+    weights = load_adapter(tmp_path / "adapter_model.safetensors")
     base = model.base_model.model
     for (part, path), layer in weights.layers.items():
         assert part == "unet"
@@ -45,4 +45,4 @@ def test_a_broken_config_beside_is_told(tmp_path):
     for text in ("{", json.dumps([1])):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(AdapterFileError, match=r"adapter_config\.json"):
-            read_adapter(tmp_path / "adapter_model.safetensors")
+            load_adapter(tmp_path / "adapter_model.safetensors")

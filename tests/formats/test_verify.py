@@ -14,8 +14,8 @@ import torch
 from lora_core.errors import AdapterFileError
 from lora_core.formats import detect
 from lora_core.formats.compat.verify import run_loaders, verify_adapter
-from lora_core.formats.io import read_adapter, write_adapter
-from lora_core.formats.layout import family_layout
+from lora_core.formats.io import load_adapter, save_adapter
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
@@ -142,7 +142,7 @@ def adapter_for(family, layout, rank=2, alpha=lambda i: 1.0):
 def test_our_own_exports_suit_all_six_tools(path, name):
     family = FAMILIES[name]
     live = adapter_for(family, narrow(family), alpha=lambda i: (1.0, 0.3, 7.0)[i % 3])
-    write_adapter(live, path, "kohya", "fp32", family, {})
+    save_adapter(live, path, family)
     report = verify_adapter(path, family, live)
     assert report["ok"], report
     assert [row["tool"] for row in report["tools"]] == TOOLS
@@ -155,7 +155,7 @@ def test_our_own_exports_suit_all_six_tools(path, name):
 def test_rounding_is_measured_and_no_failure(path, precision, error):
     family = FAMILIES["sd15"]
     live = adapter_for(family, narrow(family))
-    write_adapter(live, path, "kohya", precision, family, {})
+    save_adapter(live, path, family, dtype=precision)
     report = verify_adapter(path, family, live)
     assert report["ok"]
     assert 1e-5 < report["tools"][0]["max_delta_error"] < error
@@ -166,7 +166,7 @@ def test_the_error_is_that_of_the_updates_themselves(path):
     family = FAMILIES["sd15"]
     file, live = (adapter_for(family, narrow(family), alpha=lambda i, a=a: a) for a in (2.0, 3.0))
     live = AdapterWeights({k: dataclasses.replace(v, down=v.down + 0.1) for k, v in live.layers.items()})
-    write_adapter(file, path, "kohya", "fp32", family, {})
+    save_adapter(file, path, family)
     expected = max(
         float((file.layers[key].delta() - layer.delta()).norm() / layer.delta().norm())
         for key, layer in live.layers.items()
@@ -179,7 +179,7 @@ def test_the_error_is_that_of_the_updates_themselves(path):
 def test_a_layer_that_the_file_lacks_is_no_tick(path):
     family = FAMILIES["sd15"]
     live = adapter_for(family, narrow(family))
-    write_adapter(AdapterWeights(dict(list(live.layers.items())[1:])), path, "kohya", "fp32", family, {})
+    save_adapter(AdapterWeights(dict(list(live.layers.items())[1:])), path, family)
     report = verify_adapter(path, family, live)
     assert not report["ok"]
     assert {row["max_delta_error"] for row in report["tools"]} == {1.0}
@@ -189,7 +189,7 @@ def test_a_layer_that_the_file_lacks_is_no_tick(path):
 def test_a_diffusers_file_is_meant_for_diffusers_alone(path):
     family = FAMILIES["sdxl"]
     live = adapter_for(family, narrow(family), alpha=lambda i: (1.0, 2.0)[i % 2])
-    write_adapter(live, path, "diffusers", "fp32", family, {})
+    save_adapter(live, path, family, format="diffusers")
     report = verify_adapter(path, family, live)
     assert report["ok"]
     *others, diffusers = report["tools"]
@@ -200,7 +200,7 @@ def test_a_diffusers_file_is_meant_for_diffusers_alone(path):
 def test_mixed_alphas_are_named_with_how_far_off_they_are(path):
     family = FAMILIES["sd15"]
     live = adapter_for(family, narrow(family), alpha=lambda i: 16.0 if i % 3 else 1.0)
-    write_adapter(live, path, "kohya", "fp32", family, {}, keep_alphas=True)
+    save_adapter(live, path, family, keep_alphas=True)
     report = verify_adapter(path, family)
     assert not report["ok"]
     note = report["tools"][-1]["note"]
@@ -211,7 +211,7 @@ def test_mixed_alphas_are_named_with_how_far_off_they_are(path):
 
 def test_the_embedded_base(path):
     family = FAMILIES["tiny"]
-    write_adapter(adapter_for(family, family_layout(family)), path, "kohya", "fp32", family, {})
+    save_adapter(adapter_for(family, family_layout(family)), path, family)
     report = verify_adapter(path)
     assert (report["ok"], report["family"]) == (True, "tiny")
     assert all("of use only with" in row["note"] for row in report["tools"])
@@ -303,6 +303,6 @@ def test_files_of_others_are_read_whole(path, name, case):
     family = FAMILIES_HERE[name]
     written(path, family, case)
     halves = [key for key in read_header(path).tensors if key.endswith(("down.weight", "lora_A.weight"))]
-    weights = read_adapter(path, family)
+    weights = load_adapter(path, family)
     assert len(weights.layers) == len(halves)
     assert weights.layers.keys() <= family_layout(family).keys()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.generate.pipeline import Pipeline, generate_image, latent_preview
 from lora_core.generate.request import GenerationRequest, WeightedLora, grid_requests, parse_axis
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -32,9 +32,7 @@ def adapter(path, seed, rank=8, part="unet"):
     layer = LayerWeights(
         torch.randn(rank, sizes[0], generator=draw), torch.randn(sizes[1], rank, generator=draw), 4.0
     )
-    write_adapter(
-        AdapterWeights({(part, name): layer for name in names}), path, "kohya", "fp32", FAMILIES["tiny"], {}
-    )
+    save_adapter(AdapterWeights({(part, name): layer for name in names}), path, FAMILIES["tiny"])
     return str(path)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from tests.evaluator import Evaluator, mean_and_error
 from tests.tools.planted import dense
 
@@ -86,7 +86,7 @@ def test_two_at_once_equal_their_exact_merge(home: Path, loras: list[Path]) -> N
 
 def test_overlap_is_what_formed_updates_say(home: Path, loras: list[Path]) -> None:
     report = json.loads(said("stack", f"{loras[0]}:1", f"{loras[1]}:1", "--json"))
-    one, two = (read_adapter(file).layers for file in loras)
+    one, two = (load_adapter(file).layers for file in loras)
     whole = own = 0.0
     for row in report["layers"]:
         key = (row["part"], row["module"])

@@ -14,7 +14,7 @@ import torch
 from lora_core.data.dataset import open_dataset
 from lora_core.data.scan import ImageRecord
 from lora_core.evaluate.validator import EvalImage, EvalNoise, encode_eval_images, eval_losses, paired_gain
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.lora.inject import LoadedLora, Merger
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.starting_settings import starting_settings
@@ -58,7 +58,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AdapterWeigh
             warnings.simplefilter("ignore")
             outcome = train(run, None, lambda event: None)
         assert outcome.export is not None
-        found[name] = read_adapter(outcome.export)
+        found[name] = load_adapter(outcome.export)
     return found
 
 

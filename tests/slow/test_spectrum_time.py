@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_core.formats.io import write_adapter
-from lora_core.formats.layout import family_layout
+from lora_core.formats.io import save_adapter
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.tools.svd import file_spectrum
@@ -28,7 +28,7 @@ def test_all_layers_of_a_unet_in_seconds(tmp_path: Path) -> None:
             layers[key] = LayerWeights(torch.randn(16, *inner, generator=draw), up, 16.0)
     assert len(layers) == 722
     path = tmp_path / "xl.safetensors"
-    write_adapter(AdapterWeights(layers), path, "kohya", "fp16", family, {})
+    save_adapter(AdapterWeights(layers), path, family, dtype="fp16")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

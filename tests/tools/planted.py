@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from lora_core.formats.io import write_adapter
-from lora_core.formats.layout import family_layout
+from lora_core.formats.io import save_adapter
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import FAMILIES
 
@@ -54,5 +54,12 @@ def saved(
     layers: dict[LayerKey, LayerWeights], path: Path, format: str = "kohya", precision: str = "fp32"
 ) -> Path:
     """A file of these layers."""
-    write_adapter(AdapterWeights(layers), path, format, precision, TINY, {"modelspec.trigger_phrase": "zkw"})
+    save_adapter(
+        AdapterWeights(layers),
+        path,
+        TINY,
+        format=format,
+        dtype=precision,
+        metadata={"modelspec.trigger_phrase": "zkw"},
+    )
     return path

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.system.paths import DEMO_BASE
 from lora_core.tools.base_weights import BaseWeights
 from lora_core.tools.extract import extract_lora
@@ -39,7 +39,7 @@ def tuned(tmp_path_factory, hidden):
 def test_what_was_hidden_comes_out(tuned, hidden, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert main(["extract", str(tuned), "--base", "demo", "--rank", "3", "--out", str(out)]) == 0
-    found = read_adapter(out).layers
+    found = load_adapter(out).layers
     assert found.keys() == hidden.keys()
     for key, layer in hidden.items():
         difference = (dense(found[key]) - dense(layer)).norm() / dense(layer).norm()

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from lora_core.errors import AdapterFileError, LoraError, ModelFileError
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import LoadedLora, Merger, target_modules
 from lora_core.lora.weights import AdapterWeights, LayerWeights
@@ -84,7 +84,7 @@ def ingredients(base, folder):
     files = [folder / f"{name}.safetensors" for name in ("one", "two")]
     for weights, file in zip((one, two), files, strict=True):
         if not file.exists():
-            write_adapter(weights, file, "kohya", "fp32", base.family, {})
+            save_adapter(weights, file, base.family)
     return (
         [WeightedLora(str(files[0]), 0.7, 0.4), WeightedLora(str(files[1]), -0.5)],
         [LoadedLora(one, 0.7, 0.4), LoadedLora(two, -0.5)],
@@ -141,7 +141,7 @@ def test_each_tensor_keeps_its_number_type_and_the_rest_its_bytes(bases, tmp_pat
     weights = AdapterWeights(
         {k: w for k, w in adapter(base, 1, 1.0, every=5).layers.items() if k[0] == "unet"}
     )
-    write_adapter(weights, tmp_path / "one.safetensors", "diffusers", "fp32", base.family, {})
+    save_adapter(weights, tmp_path / "one.safetensors", base.family, format="diffusers")
     merge_files_into_base(
         [WeightedLora(str(tmp_path / "one.safetensors"))], str(base_folder), tmp_path / "out"
     )
@@ -181,7 +181,7 @@ def small(base, tmp_path, part="unet"):
     """An adapter file for the first layers of one part."""
     layers = {k: w for k, w in adapter(base, 3, 2.0, every=11).layers.items() if k[0] == part}
     path = tmp_path / "small.safetensors"
-    write_adapter(AdapterWeights(layers), path, "kohya", "fp32", base.family, {})
+    save_adapter(AdapterWeights(layers), path, base.family)
     return path, AdapterWeights(layers)
 
 
@@ -302,7 +302,7 @@ def test_layers_that_the_base_lacks(place):
         )
         for n in (3, 4, 5)
     }
-    write_adapter(AdapterWeights(layers), lora, "kohya", "fp32", FAMILIES["sd15"], {})
+    save_adapter(AdapterWeights(layers), lora, FAMILIES["sd15"])
     refused(place, r"encoder\.layers\.3\.mlp\.fc1 and 2 more; it is for another base", lora)
 
 
@@ -311,7 +311,7 @@ def test_layers_of_other_widths(place):
     key = ("unet", "mid_block.attentions.0.transformer_blocks.0.ff.net.2")
     layers = weights.layers | {key: LayerWeights(torch.ones(1, 300), torch.ones(64, 1), 1.0)}
     lora = tmp_path / "other.safetensors"
-    write_adapter(AdapterWeights(layers), lora, "kohya", "fp32", FAMILIES["sd15"], {})
+    save_adapter(AdapterWeights(layers), lora, FAMILIES["sd15"])
     refused(place, r"has the shape \[64, 300\], the base's \[64, 256\]", lora)
     refused(place, r"has the shape \[64, 300\]", lora, folder, tmp_path / "out")
 
@@ -320,7 +320,7 @@ def test_an_adapter_for_another_family(place):
     lora = place[-1] / "xl.safetensors"
     key = ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
     layer = LayerWeights(torch.ones(1, 2048), torch.ones(64, 1), 1.0)
-    write_adapter(AdapterWeights({key: layer}), lora, "kohya", "fp32", FAMILIES["sdxl"], {})
+    save_adapter(AdapterWeights({key: layer}), lora, FAMILIES["sdxl"])
     refused(place, "is for Stable Diffusion XL, the base is the Stable Diffusion 1.x", lora)
 
 

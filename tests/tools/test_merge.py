@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
 from lora_core.formats.inspect import inspect_file
-from lora_core.formats.io import file_hashes, read_adapter, write_adapter
-from lora_core.formats.layout import family_layout
+from lora_core.formats.io import file_hashes, load_adapter, save_adapter
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
@@ -40,10 +40,10 @@ def files(tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "my two.safetensors"
     header = {"ss_sd_model_name": "sd-v1-5", "ss_resolution": "(512, 512)", "lora_easel.config": "seed = 1"}
     header |= {"ss_tag_frequency": '{"set": {"owl": 3}}', "modelspec.trigger_phrase": "ohwx owl"}
-    write_adapter(adapter(SD15, 1, 4, 2.0), one, "kohya", "fp16", SD15, header)
+    save_adapter(adapter(SD15, 1, 4, 2.0), one, SD15, dtype="fp16", metadata=header)
     header |= {"ss_tag_frequency": '{"set": {"cat": 5}}', "modelspec.trigger_phrase": "zkx cat"}
     header |= {"ss_resolution": "(768, 768)"}
-    write_adapter(adapter(SD15, 2, 3, 3.0, (TO_K, TEXT)), two, "diffusers", "fp32", SD15, header)
+    save_adapter(adapter(SD15, 2, 3, 3.0, (TO_K, TEXT)), two, SD15, format="diffusers", metadata=header)
     return one, two
 
 
@@ -59,7 +59,7 @@ def test_an_exact_merge(files, tmp_path, capsys):
     code, lines, _ = run(capsys, "merge", f"{one}:0.5:0.25", f"{two}:-2", "--out", out)
     assert (code, lines[-1]) == (0, str(out))
     assert "3 layers of ranks 4 to 7 from 2 files" in lines[0]
-    a, b, found = (read_adapter(path).layers for path in (one, two, out))
+    a, b, found = (load_adapter(path).layers for path in (one, two, out))
     for key, strength in ((TO_K, 0.5), (TEXT, 0.25)):
         expected = strength * a[key].delta().double() - 2 * b[key].delta().double()
         torch.testing.assert_close(found[key].delta().double(), expected, rtol=1e-5, atol=1e-5)
@@ -110,7 +110,7 @@ def test_block_weights(files, tmp_path, capsys):
     table, out = tmp_path / "table.toml", tmp_path / "out.safetensors"
     table.write_text("text_encoder = [0, 1]\n'attn2\\.to_[kv]' = 0.5\n")
     assert run(capsys, "merge", *files, "--out", out, "--blocks", table)[0] == 0
-    a, b, found = (read_adapter(path).layers for path in (*files, out))
+    a, b, found = (load_adapter(path).layers for path in (*files, out))
     torch.testing.assert_close(found[TEXT].delta(), b[TEXT].delta())
     torch.testing.assert_close(
         found[TO_K].delta(), (a[TO_K].delta() + b[TO_K].delta()) / 2, rtol=1e-5, atol=1e-5
@@ -153,7 +153,7 @@ def test_a_loha_becomes_a_plain_lora_and_the_error_is_told(tmp_path, capsys):
         f"ha.safetensors as a plain LoRA: At rank 3 the update differs from the whole one by {share:.2%}"
         in lines[0]
     )
-    found = read_adapter(out).layers[TO_K]
+    found = load_adapter(out).layers[TO_K]
     assert float((found.delta() - 2 * expected).norm() / (2 * expected).norm()) == pytest.approx(
         share, rel=1e-3
     )
@@ -178,15 +178,15 @@ def test_a_dora_needs_its_base(tmp_path, capsys):
 def test_kinds_are_merged_with_each_other(tmp_path, capsys):
     odd, even, out = (tmp_path / f"{name}.safetensors" for name in ("odd", "even", "out"))
     expected = loha(odd)
-    write_adapter(adapter(TINY, 1, 2, 2.0, (TO_K,)), even, "kohya", "fp32", TINY, {})
+    save_adapter(adapter(TINY, 1, 2, 2.0, (TO_K,)), even, TINY)
     assert run(capsys, "merge", odd, even, "--out", out, "--rank", 6)[0] == 0
-    expected = expected + read_adapter(even).layers[TO_K].delta()
-    torch.testing.assert_close(read_adapter(out).layers[TO_K].delta(), expected, rtol=1e-3, atol=1e-3)
+    expected = expected + load_adapter(even).layers[TO_K].delta()
+    torch.testing.assert_close(load_adapter(out).layers[TO_K].delta(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_into_a_base(tmp_path, capsys):
     lora, out = tmp_path / "one.safetensors", tmp_path / "out"
-    write_adapter(adapter(TINY, 1, 2, 2.0), lora, "kohya", "fp32", TINY, {})
+    save_adapter(adapter(TINY, 1, 2, 2.0), lora, TINY)
     code, lines, _ = run(capsys, "merge", f"{lora}:0.1", "--into-base", "demo", "--out", out)
     assert (code, lines) == (0, ["3 layers of the base changed by one file.", str(out)])
     assert sorted(os.listdir(out)) == sorted(
@@ -222,7 +222,7 @@ def test_what_does_not_go_together(files, tmp_path, capsys):
     one, two = files
     out = tmp_path / "out.safetensors"
     other = tmp_path / "tiny.safetensors"
-    write_adapter(adapter(TINY, 1, 2, 2.0), other, "kohya", "fp32", TINY, {})
+    save_adapter(adapter(TINY, 1, 2, 2.0), other, TINY)
     refused(
         capsys,
         "one.*is for Stable Diffusion 1.x and .*tiny.* for Embedded tiny base",
@@ -249,7 +249,7 @@ def test_a_file_that_does_not_say_its_family_is_of_the_others(files, tmp_path, c
     refused(capsys, "name its base with --base", silent, "--out", out)
     assert run(capsys, "merge", silent, one, "--out", out)[0] == 0
     torch.testing.assert_close(
-        read_adapter(out).layers[PROJ].delta(), 2 * read_adapter(one).layers[PROJ].delta()
+        load_adapter(out).layers[PROJ].delta(), 2 * load_adapter(one).layers[PROJ].delta()
     )
 
 

@@ -8,7 +8,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from torch import nn
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.formats.layout import family_layout
+from lora_core.formats.layer_shapes import family_layout
 from lora_core.model_files.families import FAMILIES
 from lora_core.tools.base_weights import BaseWeights
 from lora_core.tools.combine import low_rank_pair, needs_base, to_lora

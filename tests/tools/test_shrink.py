@@ -10,7 +10,7 @@ import torch
 
 from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.header import read_header
 from lora_core.tools.shrink import (
@@ -115,9 +115,9 @@ def test_the_file_keeps_format_precision_and_header(tmp_path, capsys, format):
     record = json.loads(header.metadata["lora_easel.shrunk"])
     assert record["rank"] == 3
     assert record["from"]["name"] == "a"
-    found = read_adapter(out).layers
+    found = load_adapter(out).layers
     assert {layer.rank for layer in found.values()} == {3}
-    assert error(read_adapter(path).layers, found) == pytest.approx(record["error"], rel=1e-3)
+    assert error(load_adapter(path).layers, found) == pytest.approx(record["error"], rel=1e-3)
     wide = tmp_path / "c.safetensors"
     assert main(["shrink", str(path), "--out", str(wide), "--energy", "0.8", "--precision", "fp32"]) == 0
     assert {entry["dtype"] for entry in read_header(wide).tensors.values()} == {"F32"}

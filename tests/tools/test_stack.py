@@ -8,7 +8,7 @@ import torch
 
 from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.generate.request import WeightedLora
 from lora_core.tools.interference import interference_report
 from tests.tools.planted import (
@@ -58,7 +58,7 @@ def files(tmp_path):
 
 def test_all_numbers_are_those_of_the_formed_updates(files):
     report = interference_report(files)
-    read = [read_adapter(Path(file.file)).layers for file in files]
+    read = [load_adapter(Path(file.file)).layers for file in files]
     energies, kept, free = ([0.0] * 3 for _ in range(3))
     assert {row["module"] for row in report["layers"]} == {TO_K[1], CONV_IN[1], TEXT[1], TO_Q[1]}
     for row in report["layers"]:

@@ -8,7 +8,7 @@ import torch
 
 from lora_core.__main__ import main
 from lora_core.errors import ConfigError
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights
 from lora_core.tools.strength import fit_strength_curve, fit_strengths_apart, scale_alphas
@@ -131,7 +131,7 @@ def test_the_verb_bakes_exactly(tmp_path, capsys, three_pictures, monkeypatch, f
     assert main(arguments) == 0
     strength = json.loads(capsys.readouterr().out)["strength"]
     assert strength == pytest.approx(0.83, abs=0.02)
-    before, after = read_adapter(path).layers, read_adapter(out).layers
+    before, after = load_adapter(path).layers, load_adapter(out).layers
     assert before.keys() == after.keys()
     for key, layer in before.items():
         assert torch.equal(after[key].up, layer.up)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from lora_core.errors import AdapterFileError, ConfigError, RunError
-from lora_core.formats.io import read_adapter, read_tensors, write_adapter
+from lora_core.formats.io import load_adapter, read_tensors, save_adapter
 from lora_core.lora.inject import LoadedLora, Merger, adapter_weights, inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.lora.weights import AdapterWeights
@@ -101,8 +101,8 @@ def test_a_checkpoint_of_many_alphas_is_still_one_that_all_tools_read(tmp_path, 
     """Its own file has one alpha, the exact one beside it each layer's; both mean the same update."""
     run = _run(tmp_path, config.changed(MIXED), "r")
     _trained(run)
-    one = read_adapter(run.checkpoint(STEPS) / "adapter.safetensors", FAMILIES["tiny"])
-    exact = read_adapter(run.checkpoint(STEPS) / "factors.safetensors", FAMILIES["tiny"])
+    one = load_adapter(run.checkpoint(STEPS) / "adapter.safetensors", FAMILIES["tiny"])
+    exact = load_adapter(run.checkpoint(STEPS) / "factors.safetensors", FAMILIES["tiny"])
     assert len({layer.alpha for layer in one.layers.values()}) == 1
     # alpha / sqrt(rank) of each layer, folded into alpha / rank.
     scales = {round(layer.scale, 5) for layer in exact.layers.values()}
@@ -111,7 +111,7 @@ def test_a_checkpoint_of_many_alphas_is_still_one_that_all_tools_read(tmp_path, 
     }
     for key, layer in exact.layers.items():
         torch.testing.assert_close(one.layers[key].delta(), layer.delta(), rtol=1e-5, atol=1e-8)
-    export = read_adapter(run.exports / "r.safetensors", FAMILIES["tiny"])
+    export = load_adapter(run.exports / "r.safetensors", FAMILIES["tiny"])
     assert export.layers.keys() == exact.layers.keys()
     names = [".".join(key) for key in exact.layers]
     assert not [name for name in names if re.search(r"mid_block.*attn2|layers\.0", name)]
@@ -121,7 +121,7 @@ def test_one_alpha_needs_no_second_file(tmp_path, config):
     run = _run(tmp_path, config.changed({"adapter.rslora": True, "train.steps": 1}), "r")
     _trained(run)
     assert not (run.checkpoint(1) / "factors.safetensors").exists()
-    weights = read_adapter(run.checkpoint(1) / "adapter.safetensors")
+    weights = load_adapter(run.checkpoint(1) / "adapter.safetensors")
     (alpha,) = {layer.alpha for layer in weights.layers.values()}
     assert alpha == pytest.approx(2.0 * 2**0.5)
 
@@ -157,7 +157,7 @@ def test_lora_plus_trains_the_second_matrix_at_a_multiple_of_the_rate(tmp_path, 
     for number, ratio in enumerate((1.0, 8.0)):
         run = _run(tmp_path, config.changed({**changes, "optimizer.lora_plus": ratio}), f"r{number}")
         _trained(run)
-        kept = read_adapter(run.checkpoint(1) / "adapter.safetensors", FAMILIES["tiny"])
+        kept = load_adapter(run.checkpoint(1) / "adapter.safetensors", FAMILIES["tiny"])
         ups.append([layer.up for layer in kept.layers.values()])
     # The first matrix has no gradient at the start, where the second is zero.
     for one, eight in zip(*ups, strict=True):
@@ -187,7 +187,7 @@ def test_lora_plus_goes_on_as_if_unbroken(tmp_path, config):
 def test_presets_of_blocks_train_the_unet_alone_and_say_so(tmp_path, config, targets):
     run = _run(tmp_path, config.changed({"adapter.targets": targets, "train.steps": 1}), "r")
     _trained(run)
-    weights = read_adapter(run.exports / "r.safetensors", FAMILIES["tiny"])
+    weights = load_adapter(run.exports / "r.safetensors", FAMILIES["tiny"])
     pattern = re.compile(getattr(FAMILIES["tiny"], f"{targets}_blocks"))
     assert weights.parts() == ["unet"]
     assert all(pattern.fullmatch(name) for _, name in weights.layers)
@@ -207,7 +207,7 @@ def test_a_rate_for_an_encoder_that_is_not_there_is_told(tmp_path, config):
 def test_convolutions_are_trained(tmp_path, config):
     run = _run(tmp_path, config.changed({"adapter.targets": "locon", "train.steps": 1}), "r")
     _trained(run)
-    layers = read_adapter(run.exports / "r.safetensors", FAMILIES["tiny"]).layers
+    layers = load_adapter(run.exports / "r.safetensors", FAMILIES["tiny"]).layers
     convolutions = {key: w for key, w in layers.items() if w.down.dim() == 4 and w.down.shape[-1] == 3}
     assert any("downsamplers" in name for _, name in convolutions)
     assert all(layer.up.abs().max() > 0 for layer in convolutions.values())
@@ -224,7 +224,7 @@ def earlier(tmp_path_factory) -> Path:
             tensor.copy_(0.05 * torch.randn(tensor.shape, generator=generator))
     layers = adapter_weights(injected).layers
     path = tmp_path_factory.mktemp("earlier") / "earlier.safetensors"
-    write_adapter(AdapterWeights(layers), path, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(AdapterWeights(layers), path, FAMILIES["tiny"])
     return path
 
 
@@ -249,7 +249,7 @@ def test_a_run_starts_as_the_file_that_it_continues(tmp_path, config, earlier, r
     merged = load_base("demo", torch.device("cpu"), torch.float32)
     with torch.no_grad():
         plain = _outputs(merged, encode_prompt(merged, ["dot"]))
-    Merger(merged.modules).apply([LoadedLora(read_adapter(earlier, merged.family))])
+    Merger(merged.modules).apply([LoadedLora(load_adapter(earlier, merged.family))])
     with torch.no_grad():
         theirs = _outputs(merged, encode_prompt(merged, ["dot"]))
     for one, other, without in zip(mine, theirs, plain, strict=True):
@@ -296,7 +296,7 @@ def test_layers_with_a_rate_of_zero_stay_as_in_the_file(tmp_path, config, earlie
     }
     run = _run(tmp_path, config.changed(changes), "r")
     _trained(run)
-    before, after = read_adapter(earlier), read_adapter(run.checkpoint(2) / "adapter.safetensors")
+    before, after = load_adapter(earlier), load_adapter(run.checkpoint(2) / "adapter.safetensors")
     assert before.layers.keys() == after.layers.keys()
     for key, layer in after.layers.items():
         assert torch.equal(layer.up, before.layers[key].up) == ("mid_block" in key[1])
@@ -309,10 +309,10 @@ def test_a_file_that_has_changed_since_the_start_is_named(tmp_path, config, earl
     run = _run(tmp_path, config, "r")
     plan = RuntimePlan.of(run, config)
     prepare(run, config, plan, lambda *_: None)
-    weights = read_adapter(copy)
+    weights = load_adapter(copy)
     for layer in weights.layers.values():
         layer.up.mul_(2)
-    write_adapter(weights, copy, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(weights, copy, FAMILIES["tiny"])
     with pytest.raises(RunError, match=r"the LoRA mine\.safetensors that it continues"):
         prepare(run, config, plan, lambda *_: None)
     prepare(run, config, plan, lambda *_: None, accept_changes=True)
@@ -323,7 +323,7 @@ def test_a_file_that_has_changed_since_the_start_is_named(tmp_path, config, earl
 
 def test_a_file_that_cannot_be_continued_is_a_sentence(tmp_path, config, earlier):
     other = tmp_path / "other.safetensors"
-    write_adapter(read_adapter(earlier), other, "kohya", "fp32", FAMILIES["sd15"], {})
+    save_adapter(load_adapter(earlier), other, FAMILIES["sd15"])
     for number, (file, named) in enumerate(
         ((other, "Stable Diffusion 1.x"), (tmp_path / "no.safetensors", "does not exist"))
     ):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_core.errors import RunError
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import validation, validation_sets
@@ -49,8 +49,8 @@ def test_the_best_is_kept_and_exported(hot: RunFolder) -> None:
     assert progress.best_step in hot.checkpoint_steps()
     last = progress.validations[-1]
     assert last.against_best < -last.against_best_error
-    best = read_adapter(hot.checkpoint(progress.best_step) / "adapter.safetensors").layers
-    exported = read_adapter(hot.path / progress.export).layers
+    best = load_adapter(hot.checkpoint(progress.best_step) / "adapter.safetensors").layers
+    exported = load_adapter(hot.path / progress.export).layers
     assert all(torch.equal(exported[key].up, layer.up.half().float()) for key, layer in best.items())
     assert any("that of step" in warning for warning in progress.warnings)
 
@@ -64,8 +64,8 @@ def test_a_best_that_is_not_whole_is_not_exported(own_toy: Toy, hot: RunFolder) 
             corrupt(run.checkpoint(told.best_step) / "adapter.safetensors")
 
     assert trained(run, on_event).status == "stopped"
-    last = read_adapter(run.checkpoint(told.step) / "adapter.safetensors").layers
-    exported = read_adapter(run.path / run.progress().export).layers
+    last = load_adapter(run.checkpoint(told.step) / "adapter.safetensors").layers
+    exported = load_adapter(run.path / run.progress().export).layers
     assert all(torch.equal(exported[key].up, layer.up.half().float()) for key, layer in last.items())
     with pytest.raises(RunError, match=r"is broken: adapter\.safetensors is not what was written"):
         export_checkpoint(run, "best", "mine", ("kohya", "fp16"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_core.errors import LoraError, RunError
-from lora_core.formats.io import read_adapter
+from lora_core.formats.io import load_adapter
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.preflight import rate_problems
@@ -63,7 +63,7 @@ def test_a_run_with_auto_is_the_run_with_the_rates_that_it_found(own_toy: Toy) -
     numbers = own_toy.run("numbers", **rates)
     trained(numbers)
     assert numbers.progress().rate is None
-    one, other = (read_adapter(run.path / run.progress().export).layers for run in (auto, numbers))
+    one, other = (load_adapter(run.path / run.progress().export).layers for run in (auto, numbers))
     assert one.keys() == other.keys()
     for key, layer in one.items():
         assert torch.equal(layer.down, other[key].down)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_core.formats.io import write_adapter
+from lora_core.formats.io import save_adapter
 from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
@@ -48,7 +48,7 @@ def adapter(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = torch.Generator().manual_seed(0)
     layer = LayerWeights(torch.randn(4, 128, generator=draw), torch.randn(96, 4, generator=draw), 4.0)
-    write_adapter(AdapterWeights({("unet", LAYER): layer}), path, "kohya", "fp32", FAMILIES["tiny"], {})
+    save_adapter(AdapterWeights({("unet", LAYER): layer}), path, FAMILIES["tiny"])
     return path
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from lora_core.formats.layout import Layout, norm_layers
+from lora_core.formats.layer_shapes import Layout, norm_layers
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import Family
 from lora_core.model_files.key_names import ldm_unet_path

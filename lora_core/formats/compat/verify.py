@@ -20,6 +20,7 @@ from lora_core.formats.compat.loaders import KRON, LOADERS
 from lora_core.formats.compat.matching import AdapterFile, AppliedLayer, Loaded, LoadError
 from lora_core.formats.inspect import file_format
 from lora_core.formats.io import check_family, read_tensors
+from lora_core.formats.layer_shapes import Layout, family_layout
 from lora_core.formats.layers import (
     MAGNITUDE,
     Tensors,
@@ -29,7 +30,6 @@ from lora_core.formats.layers import (
     checked_magnitude,
     dora_update,
 )
-from lora_core.formats.layout import Layout, family_layout
 from lora_core.formats.names import first_few, layer_of_stem
 from lora_core.formats.peft import with_config_beside
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights

@@ -5,11 +5,12 @@ CLIPTextModel is written down here once more. A test compares it with the real c
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_core.lora.weights import LayerKey
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
 from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
 from lora_core.system.untrusted import parse_json
@@ -36,6 +37,29 @@ def _layout(folder: Path, parts: tuple[str, ...]) -> Layout:
         found = _unet(config) if part == "unet" else _text_encoder(config)
         layers |= {(part, path): shape for path, shape in found}
     return layers
+
+
+def kernel_of(layer: LayerKey, family: Family) -> tuple[int, ...] | None:
+    """(height, width) of a layer's kernel, () for a linear layer, None for a layer that the family lacks."""
+    shape = family_layout(family).get(layer)
+    return None if shape is None else tuple(shape[2:])
+
+
+def reshape_adapter(weights: AdapterWeights, family: Family) -> AdapterWeights:
+    """The same update, 1 x 1 convolutions and linear layers each as the family has them.
+
+    Some tools write one as the other, which means the same and which others refuse.
+    """
+    layers = {key: _reshape(layer, kernel_of(key, family)) for key, layer in weights.layers.items()}
+    return AdapterWeights(layers, weights.metadata)
+
+
+def _reshape(layer: LayerWeights, kernel: tuple[int, ...] | None) -> LayerWeights:
+    if layer.down.dim() == 2 and kernel == (1, 1):
+        return replace(layer, down=layer.down[..., None, None], up=layer.up[..., None, None])
+    if layer.down.dim() == 4 and kernel == () and layer.down.shape[2:] == (1, 1):
+        return replace(layer, down=layer.down.flatten(1), up=layer.up.flatten(1))
+    return layer
 
 
 _NORMS = {
