@@ -32,9 +32,9 @@ from lora_core.settings.config import RunConfig
 from lora_core.verbs import VERBS, Measure, verb
 
 # fmt: off
-from lora_core.verbs.adapters import (
-    amplify, compare, convert, copy, extract, generate, grid, inspect, merge, merge_into_base, shrink,
-    shrink_intrinsic, stack, strength, validate, verify,
+from lora_core.verbs.runs import (
+    debug, delete, export, forecast, notify, pause, preview, queue_add, queue_list, queue_move, queue_pause,
+    queue_remove, queue_run, report, resume, run_config, runs, save, stop, train,
 )
 from lora_core.verbs.data import (
     audit, caches_clean, caches_list, captions_delete_tag, captions_prefix, captions_rename_tag,
@@ -42,9 +42,9 @@ from lora_core.verbs.data import (
     leave_out, left_out, pictures, probe, projects_delete, projects_import, projects_list, projects_new,
     projects_open, projects_rename, take_back, trash_empty, trash_list, trash_restore,
 )
-from lora_core.verbs.runs import (
-    debug, delete, export, forecast, notify, pause, preview, queue_add, queue_list, queue_move, queue_pause,
-    queue_remove, queue_run, report, resume, run_config, runs, save, stop, train,
+from lora_core.verbs.adapters import (
+    amplify, compare, convert, copy, extract, generate, grid, inspect, merge, merge_into_base, shrink,
+    shrink_intrinsic, stack, strength, validate, verify,
 )
 # fmt: on
 
@@ -89,9 +89,9 @@ def __getattr__(name: str) -> Any:
 @verb
 def serve() -> None:
     """Be the warm worker: JSON lines in on stdin, JSON lines out on stdout, until stdin ends."""
-    from lora_core import serve as worker
+    from lora_core.worker import main
 
-    worker.main()
+    main()
 
 
 __all__ = [

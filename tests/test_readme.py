@@ -1,6 +1,5 @@
 """README, ARCHITECTURE, CONTRIBUTING and CHANGELOG: their links and commands work."""
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from app.main import build_parser as window_parser
-from lora_core.__main__ import parser
-from lora_core.verbs import GROUPS, VERBS
+from lora_core.api import VERBS
+from lora_core.cli import parameters, parse
+from lora_core.verbs import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -24,11 +24,6 @@ PAGES = [
 
 def page(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
-
-
-def verbs() -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
 
 
 def commands() -> list[str]:
@@ -51,13 +46,12 @@ def test_the_commands_are_those_that_there_are() -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_the_command_is_understood(command: str) -> None:
-    parser().parse_args(shlex.split(command))
+    parse(shlex.split(command))
 
 
 def test_options_that_are_spoken_of_exist() -> None:
     known = {"--help", *window_parser()._option_string_actions}
-    for verb in verbs().values():
-        known |= set(verb._option_string_actions)
+    known |= {one.option for verb in VERBS for one in parameters(verb)}
     assert set(re.findall(r"`(--[a-z-]+)`", page("README.md") + page("docs/commands.md"))) <= known
 
 

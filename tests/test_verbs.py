@@ -1,6 +1,5 @@
 """Nothing that the window or the worker does is without a command, and the table of verbs says the truth."""
 
-import argparse
 import ast
 import re
 from pathlib import Path
@@ -8,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from app.export.lora_tools import TOOLS
-from lora_core.__main__ import parser
 from lora_core.api import VERBS
+from lora_core.cli import parameters
 from lora_core.verbs import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,20 +95,31 @@ WORKER_STATE = {
 """Requests of the worker that need no command, with the reason."""
 
 
+def told_apart(function: ast.AST) -> set[str]:
+    """The words that a function tells apart: its cases, else keys of its tables and what it compares with."""
+    parts: list[ast.AST | None] = [n.value for n in ast.walk(function) if isinstance(n, ast.MatchValue)]
+    for node in ast.walk(function) if not parts else ():
+        if isinstance(node, ast.Dict):
+            parts += node.keys
+        elif isinstance(node, ast.Compare):
+            parts += [one for part in node.comparators for one in ast.walk(part)]
+    return {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+
+
+def answered(*words: str) -> set[str]:
+    """The values of `do` that the function of a route knows, which is the one that knows these words."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "app").rglob("*.py")]
+    functions = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    (found,) = (known for known in map(told_apart, functions) if known >= set(words))
+    return found
+
+
 def several() -> dict[str, set[str]]:
     """Routes that do several things, and the values of `do` that they know."""
-    steer = WINDOW[WINDOW.index("def steer(") : WINDOW.index("current = desk.jobs.current()")]
-    line = WINDOW[
-        WINDOW.index("def act(self, do: str, name: str)") : WINDOW.index(
-            "if do not in acts:\n            raise"
-        )
-    ]
-    projects = WINDOW[WINDOW.index("def _changed(") : WINDOW.index("def _shelves(")]
-    quoted = set(re.findall(r'"([a-z-]+)"(?::|,|\)|:$)', steer[steer.index("if do in") :]))
     return {
-        "run": quoted | set(re.findall(r'do == "([a-z-]+)"', steer)),
-        "queue": set(re.findall(r'"([a-z-]+)":', line)),
-        "projects": set(re.findall(r'case "([a-z-]+)"', projects)),
+        "run": answered("accept", "unmeasure"),
+        "queue": answered("up", "down"),
+        "projects": answered("rename", "restore"),
         "inside/start": set(TOOLS),
         "inside/act": {"shrink", "bake"},
     }
@@ -126,16 +136,9 @@ def needed() -> set[str]:
 
 def requests() -> set[str]:
     """All that the warm worker can be asked to do."""
-    tree = ast.parse((ROOT / "lora_core" / "serve.py").read_text(encoding="utf-8"))
-    tables = [tree, *(ast.parse(p.read_text()) for p in (ROOT / "lora_core" / "worker").glob("*.py"))]
-    found = set()
-    for function in (
-        node for table in tables for node in ast.walk(table) if isinstance(node, ast.FunctionDef)
-    ):
-        if function.name in ("__init__", "verbs"):
-            for table in (node for node in ast.walk(function) if isinstance(node, ast.Dict)):
-                found |= {key.value for key in table.keys if isinstance(key, ast.Constant)}
-    return found | {"warm"}
+    tree = ast.parse((ROOT / "lora_core" / "worker.py").read_text(encoding="utf-8"))
+    functions = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {name[3:].replace("_", "-") for name in functions if name.startswith("do_")} | {"warm"}
 
 
 def test_every_route_that_changes_something_has_a_verb() -> None:
@@ -153,15 +156,17 @@ def test_every_request_of_the_worker_has_a_verb() -> None:
     assert not known & set(WORKER_STATE)
 
 
-def test_every_verb_has_one_parser_and_a_function() -> None:
-    (tops,) = (a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    names = {}
-    for top, sub in tops.choices.items():
-        inner = [a for a in sub._actions if isinstance(a, argparse._SubParsersAction)]
-        names |= {f"{top} {part}": p for part, p in inner[0].choices.items()} if inner else {top: sub}
-    assert set(names) == set(VERBS) >= set(DOES)
+def test_groups_are_those_of_the_verbs() -> None:
+    assert set(VERBS) >= set(DOES)
     assert {words.split()[0] for words in VERBS if " " in words} == set(GROUPS)
-    assert all(callable(sub.get_default("run")) for sub in names.values())
+
+
+@pytest.mark.parametrize("words", VERBS)
+def test_every_option_has_one_name_and_a_help(words: str) -> None:
+    found = parameters(words)
+    assert len({one.name for one in found}) == len(found)
+    nameable = {"find", "put", "text", "tag", "new", "word", "picture", "title", "to", "format", "out"}
+    assert [one.name for one in found if not one.help and one.name not in nameable] == []
 
 
 @pytest.mark.parametrize("words", VERBS)

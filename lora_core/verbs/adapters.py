@@ -44,10 +44,10 @@ def generate(
     drawn: Callable[[Path], None] | None = None,
     device: str = "auto",
 ) -> list[Path]:
-    """Make pictures of the seeds from `shot.seed` on, as PNG files; returns their paths.
+    """Make pictures as PNG files; returns their paths.
 
     Args:
-        shot: all that a picture depends on, adapters included.
+        shot: all that a picture depends on, adapters included; the first has its seed.
         out: a PNG file, with -2, -3, ... appended for more; else new files in the workspace.
         count: pictures, each with the next seed.
         precision: dtype of the base.
@@ -71,7 +71,8 @@ def generate(
     made = []
     for number in range(count):
         one = shot.at("seed", shot.seed + number)
-        path = _numbered(target, number) if target else _unused_png(folder or Path(), one.seed)
+        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{one.seed}"
+        path = _numbered(target, number) if target else unused_png(folder or Path(), stem)
         save_png(pipeline(one), path, pipeline.infotext(one))
         made.append(path)
         if drawn:
@@ -158,11 +159,11 @@ def _numbered(path: Path, number: int) -> Path:
     return path if number == 0 else path.with_name(f"{path.stem}-{number + 1}{path.suffix}")
 
 
-def _unused_png(folder: Path, seed: int) -> Path:
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{seed}"
+def unused_png(folder: Path, stem: str) -> Path:
+    """`stem.png` in a folder, or the first of `stem-2.png`, `stem-3.png`, ... that does not exist."""
     path, number = folder / f"{stem}.png", 2
     while path.exists():
-        path, number = path.with_name(f"{stem}-{number}.png"), number + 1
+        path, number = folder / f"{stem}-{number}.png", number + 1
     return path
 
 

@@ -310,8 +310,8 @@ def delete(run: File, workspace: File | None = None) -> Path:
 
 
 @verb
-def queue_add(run: File, workspace: File | None = None, start: bool = False) -> None:
-    """Put a run at the end of the queue of its workspace.
+def queue_add(run: File, workspace: File | None = None, start: bool = False) -> RunFolder:
+    """Put a run at the end of the queue of its workspace; returns its folder.
 
     Args:
         run: the run.
@@ -329,6 +329,7 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
     queue.add(folder)
     if start:
         ensure_runner(queue.workspace)
+    return folder
 
 
 @verb

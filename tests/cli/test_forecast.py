@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core import api
-from lora_core.__main__ import main, parser
-from lora_core.cli.jobs import config_of
+from lora_core.cli import main, parse
 from lora_core.runs.queue import Queue
 
 
@@ -66,7 +65,7 @@ def test_settings_of_a_file(home: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ss_optimizer="bitsandbytes.optim.adamw.AdamW8bit", ss_ip_noise_gamma="0.1",
     )  # fmt: skip
     words = ["train", "demo", "--like", str(file), "--set", "train.steps=5"]
-    config = config_of(parser().parse_args(words))
+    config = parse(words).arguments()["training"].run_config()
     assert (config.adapter.rank, config.adapter.alpha, config.train.steps) == (12, 6.0, 5)
     assert main([*words, "--queue", "--name", "like"]) == 0
     said = capsys.readouterr().out

@@ -1,6 +1,5 @@
 """What the command line makes of its words."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -8,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_core.__main__ import main, parser
-from lora_core.cli import named_run, printable, say, say_json
-from lora_core.cli.jobs import config_of
-from lora_core.cli.pictures import file_and_strengths
+from lora_core.api import VERBS
+from lora_core.cli import main, parse, weighted_lora
+from lora_core.cli.terminal import printable, say, say_json
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -42,7 +40,8 @@ def test_a_file_and_its_strengths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path(file).write_bytes(b"")
-    assert file_and_strengths(text) == (Path(file), *meant)
+    found = weighted_lora(text)
+    assert (found.file, found.strength, found.text_strength) == (file, *meant)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_a_file_that_is_not_there_is_named_without_its_strength(
     monkeypatch.chdir(tmp_path)
     Path("here.safetensors").write_bytes(b"")
     with pytest.raises(AdapterFileError) as error:
-        file_and_strengths(text)
+        weighted_lora(text)
     assert str(error.value) == f"The adapter {named} does not exist."
 
 
@@ -71,11 +70,13 @@ def test_a_strength_must_be_finite(strength: str, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"")
     with pytest.raises(AdapterFileError, match="finite"):
-        file_and_strengths(f"{file}:{strength}")
+        weighted_lora(f"{file}:{strength}")
 
 
 def asked(*words: str) -> RunConfig:
-    return config_of(parser().parse_args(["train", *words]))
+    config = parse(["train", *words]).arguments()["training"].run_config()
+    assert isinstance(config, RunConfig)
+    return config
 
 
 def test_later_words_win(tmp_path: Path) -> None:
@@ -206,26 +207,24 @@ def test_a_setting_of_the_wrong_type_is_refused(word: str) -> None:
 
 
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    actions = [a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)]
-    verbs = list(actions[0].choices)
     promised = "train resume stop pause save preview runs generate inspect convert validate serve"
-    assert set(promised.split()) <= set(verbs)
-    for verb in verbs:
+    assert set(promised.split()) <= set(VERBS)
+    for verb in VERBS:
         with pytest.raises(SystemExit) as ended:
-            main([verb, "--help"])
+            main([*verb.split(), "--help"])
         assert ended.value.code == 0
-        assert f"usage: lora-easel {verb}" in capsys.readouterr().out
+        assert f"Usage: lora-easel {verb}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", [".", "../mine", "mine", "{}"])
 def test_a_run_is_found_from_wherever_one_stands(
-    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its name and its workspace follow from the folder, not from the word that it was called by."""
     run = RunFolder.create(tmp_path / "runs" / "mine", RunConfig())
     monkeypatch.chdir(run.path.parent if word == "mine" else run.path)
-    options = parser().parse_args(["resume", word.format(run.path)])
-    assert named_run(options) == run
+    assert main(["pause", word.format(run.path)]) == 1
+    assert "mine is not running" in capsys.readouterr().err
 
 
 def test_no_runs_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,13 +238,6 @@ RUN_VERBS = [
     ["resume"], ["stop"], ["pause"], ["save"], ["preview"], ["pictures"], ["report"],
     ["queue", "add"], ["queue", "remove"],
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("verb", RUN_VERBS, ids=" ".join)
-def test_a_run_has_a_name_in_the_workspace(verb: list[str], tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "runs" / "first", RunConfig())
-    options = parser().parse_args([*verb, "first", "--workspace", str(tmp_path)])
-    assert named_run(options) == run
 
 
 @pytest.mark.parametrize("verb", RUN_VERBS, ids=" ".join)
@@ -283,3 +275,33 @@ def test_steps_of_resume_go_as_far_as_the_setting(
     assert main(["resume", str(run.path), "--steps", steps]) == 1
     assert "it goes from 1 to 1000000" in capsys.readouterr().err
     assert not run.requests_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["genrate"], "Did you mean 'generate'?"),
+        (["queue", "lst"], "Did you mean 'list'?"),
+        (["runs", "--jsn"], "Did you mean --json?"),
+        (["generate", "--prompt", "a", "--sampeler", "ddim"], "Did you mean --sampler"),
+    ],
+)
+def test_a_misspelt_word_is_answered_with_a_near_one(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["generate", "grid", "validate"])
+def test_a_device_that_is_not_there_is_a_sentence(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"validate": ["--dataset", "demo"]}.get(verb, ["--prompt", "a", "--out", str(tmp_path / "a.png")])
+    words += ["--columns", "seed=1,2"] if verb == "grid" else []
+    assert main([verb, *words, "--device", "cuda:77", "--workspace", str(tmp_path)]) == 1
+    assert "cuda:77 is not there" in capsys.readouterr().err
+    assert main([verb, *words, "--device", "abacus", "--workspace", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("--device = 'abacus'")

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from lora_core.cli import progress
-from lora_core.cli.progress import EventPrinter
+from lora_core.cli import terminal
+from lora_core.cli.terminal import EventPrinter
 from lora_core.runs import events
 
 STARTED = events.Started(steps=100, pid=1, device="cpu", threads=2, versions={})
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(terminal, "time", clock)
     return clock
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from lora_core import api
-from lora_core.__main__ import main, parser
-from lora_core.cli import adapter_file, find_files
-from lora_core.cli.pictures import file_and_strengths
+from lora_core.cli import adapter_file, main, parse, weighted_lora
 from lora_core.errors import AdapterFileError, RunError
+from lora_core.generate.request import WeightedLora
 from lora_core.runs.events import EventWriter, Finished
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
@@ -82,8 +81,8 @@ def test_an_adapter_is_a_file_or_a_runs_checkpoint(home: Path, tmp_path: Path) -
     files = {step: run.checkpoint(step) / "adapter.safetensors" for step in (5, 10)}
     assert adapter_file("first", None) == adapter_file("first@last", None) == files[10]
     assert adapter_file("first@5", home) == adapter_file(f"{run.path}@5", None) == files[5]
-    assert file_and_strengths("first@5:0.5:0.25") == (files[5], 0.5, 0.25)
-    assert file_and_strengths("first:0.5") == (files[10], 0.5, None)
+    assert weighted_lora("first@5:0.5:0.25") == WeightedLora(str(files[5]), 0.5, 0.25)
+    assert weighted_lora("first:0.5") == WeightedLora(str(files[10]), 0.5)
     with pytest.raises(RunError, match="no checkpoint 7; take best, last or one of 5, 10"):
         adapter_file("first@7", None)
     with pytest.raises(AdapterFileError, match="did you mean first"):
@@ -132,9 +131,8 @@ def test_every_verb_takes_a_runs_checkpoint(verb: str, more: list[str], home: Pa
     file.parent.mkdir()
     file.write_bytes(b"")
     for name in ("first", "first@best", "first@5"):
-        options = parser().parse_args([verb, name, *more])
-        find_files(options)
-        assert {getattr(options, one) for one in options.file_arguments} == {file}
+        found = parse([verb, name, *more]).arguments()
+        assert {found[one] for one in ("file", "source", "first", "second") if one in found} == {file}
     assert main([verb, "frist", *more]) == 1
 
 

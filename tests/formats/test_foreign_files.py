@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_core.__main__ import main
-from lora_core.cli.pictures import note_extras
+from lora_core.cli import main, note_extras
 from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import convert_adapter, load_adapter
 from lora_core.formats.layer_shapes import family_layout

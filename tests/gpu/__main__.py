@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_core.__main__ import _quiet_libraries, _set_up_cuda
+from lora_core.cli import quiet_libraries, set_up_cuda
 from lora_core.errors import LoraError
 from lora_core.system.hardware import card_problem, find_card
 
@@ -47,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def main(words: list[str] | None = None) -> int:
     """Measure and write the two files."""
     options = parser().parse_args(words)
-    _quiet_libraries()
-    _set_up_cuda()  # before torch is imported, as the program does
+    quiet_libraries()
+    set_up_cuda()  # before torch is imported, as the program does
     from lora_core.models.device import describe_torch, devices, use_device
     from tests.gpu.parts import Bench
 

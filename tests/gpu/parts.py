@@ -32,9 +32,9 @@ from lora_core.models.load import load_base
 from lora_core.runs import events
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
-from lora_core.serve import Worker
 from lora_core.settings.config import FIELDS
 from lora_core.train.setup import RuntimePlan
+from lora_core.worker import Worker
 from tests.benchmarks.sides import ENDINGS, Given, Sides, easel_step, plain_step, start_of
 from tests.checkpoints import components, write_folder
 from tests.counting import launches

@@ -124,7 +124,7 @@ def test_a_device_that_means_nothing_gets_a_sentence(value: str) -> None:
 
 
 def test_cards_are_numbered_as_nvidia_smi_does() -> None:
-    script = "import lora_core.__main__ as m, os; m._set_up_cuda(); print(os.environ['CUDA_DEVICE_ORDER'])"
+    script = "import lora_core.cli as m, os; m.set_up_cuda(); print(os.environ['CUDA_DEVICE_ORDER'])"
     for given, order in (({}, "PCI_BUS_ID"), ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, "FASTEST_FIRST")):
         env = {key: value for key, value in os.environ.items() if key != "CUDA_DEVICE_ORDER"} | given
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)

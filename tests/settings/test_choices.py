@@ -1,18 +1,17 @@
 """Every row of every table names code that exists and is found by key and by title; no table, setting or
 option has one value only."""
 
-import argparse
 import inspect
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
 
 from app import install
-from lora_core.__main__ import parser
+from lora_core.api import VERBS
+from lora_core.cli import parameters
 from lora_core.errors import ConfigError
 from lora_core.settings import choices
 from lora_core.settings.choices import Choice, Table, chosen
@@ -58,15 +57,9 @@ def test_every_setting_leaves_a_choice() -> None:
 
 
 def test_every_option_of_the_command_line_leaves_a_choice() -> None:
-    def options(verb: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
-        for action in verb._actions:
-            yield verb.prog, action
-            if isinstance(action, argparse._SubParsersAction):
-                for below in action.choices.values():
-                    yield from options(below)
-
-    for prog, action in options(parser()):
-        assert action.choices is None or len(action.choices) > 1, f"{prog} {action.option_strings}"
+    for verb in VERBS:
+        for one in parameters(verb):
+            assert not one.choices or len(one.choices) > 1, f"{verb} {one.name}"
 
 
 def test_an_unknown_name_is_answered_with_all_that_there_are() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_core.cli.progress import EventPrinter
+from lora_core.cli.terminal import EventPrinter
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.__main__ import parser
+from lora_core.cli import parse, processor_use
 from lora_core.system.cpu_threads import AWHILE, COMPUTES, GIVES_WAY, SLEEPS, SOON, VARIABLE
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what Linux has")
@@ -70,4 +70,4 @@ def test_what_a_person_has_set_stays(start) -> None:
     [(["train", "demo"], COMPUTES), (["resume", "a"], COMPUTES), (["serve"], GIVES_WAY), (["runs"], SLEEPS)],
 )
 def test_what_a_person_waits_for_computes(words: list[str], kind: str) -> None:
-    assert getattr(parser().parse_args(words), "processor", SLEEPS) == kind
+    assert processor_use(parse(words).verb) == kind

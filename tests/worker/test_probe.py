@@ -18,10 +18,10 @@ from lora_core.models.load import BaseModel
 from lora_core.projects.project import DEMO
 from lora_core.runs.costs import PROBED, StepCost, keep_cost
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.serve import Worker
 from lora_core.settings.config import RunConfig
 from lora_core.train import step_timing
 from lora_core.train.loop import TrainState
+from lora_core.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -24,7 +24,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Worker:

@@ -16,7 +16,6 @@ from lora_core.system.paths import DEMO_BASE, DEMO_TRAIN
 from lora_core.tools.base_weights import BaseWeights
 from lora_core.tools.svd import file_spectrum
 from tests.report.test_report import made_run
-from tests.test_serve import Worker
 from tests.tools.planted import (
     LAYERS,
     TINY,
@@ -29,6 +28,7 @@ from tests.tools.planted import (
     saved,
     shape_of,
 )
+from tests.worker.test_protocol import Worker
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,545 @@
+"""The warm worker: one process that keeps a base loaded and answers a line of JSON with lines of JSON.
+
+Requests come on stdin, one object per line, each with an "id" and what to "do"; answers go to stdout and
+carry the id. The first line says that the worker is ready, on which kind of device it computes and with which
+torch. A request may name another "device", as `train.device` does, which is used from then on. "cancel" is
+read while a request is worked on, and "quit" ends the worker.
+
+Each method `do_...` of `Worker` is a request: most call a verb and answer its result under a key. The base is
+the one that pictures are drawn with; never two at once, since there may be memory for one.
+"""
+
+import base64
+import gc
+import inspect as signatures
+import io
+import json
+import math
+import queue
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from lora_core.data.dataset import scan
+from lora_core.errors import AdapterFileError, ConfigError, LoraError, OutOfMemory
+from lora_core.evaluate.caption_scores import score_captions
+from lora_core.evaluate.learned import measure_run_images
+from lora_core.evaluate.triggers import propose_triggers
+from lora_core.generate.grid import make_image_grid
+from lora_core.generate.pipeline import OnLatents, Pipeline, latent_preview, open_pipeline, save_png
+from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
+from lora_core.model_files.header import read_header
+from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
+from lora_core.models.load import BaseModel
+from lora_core.report.data import RunEvaluator, cut_file, measure_rank, measure_strength, run_evaluator
+from lora_core.runs.folder import RunFolder
+from lora_core.settings.config import RunConfig, checked_value
+from lora_core.settings.schema import ModelSection
+from lora_core.system.cpu_threads import others_spin
+from lora_core.system.disk_space import folder_bytes
+from lora_core.tools.combine import truncate_adapter
+from lora_core.tools.evaluator import Evaluator
+from lora_core.tools.interference import measure_stack
+from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out, file_precision
+from lora_core.tools.strength import bake_strength
+from lora_core.tools.svd import file_spectrum
+from lora_core.train.step_timing import time_steps
+from lora_core.verbs import Measure, adapters, runs
+
+Request = dict[str, Any]
+Result = dict[str, Any]
+Answer = Callable[[dict[str, Any]], None]
+SECONDS_BETWEEN_PROGRESS = 0.1
+"""So that a file of many layers does not fill the pipe."""
+SECONDS_BETWEEN_PREVIEWS = 0.25
+PREVIEW_SIDE = 128
+"""The longer side of a preview, in pixels."""
+
+
+class Cancelled(Exception):
+    """The request was cancelled by its sender."""
+
+
+class Reporter:
+    """Answers progress for one request; every method raises Cancelled once the sender has cancelled it."""
+
+    def __init__(self, answer: Answer, cancelled: set[str], name: str) -> None:
+        """Answer through `answer` under the id `name`; `cancelled` holds the ids of cancelled requests."""
+        self._answer, self._cancelled, self._name = answer, cancelled, name
+        self._phase, self._sent_at = "", 0.0
+
+    def check(self) -> None:
+        """Do nothing but raise."""
+        if self._name in self._cancelled:
+            raise Cancelled
+
+    def send(self, event: str, **what: Any) -> None:
+        """Answer at once."""
+        self.check()
+        self._answer({"id": self._name, "event": event, **what})
+
+    def phase(self, words: str) -> None:
+        """Say what is being done."""
+        self._phase, self._sent_at = words, 0.0
+        self.step(0, 0)
+
+    def step(self, done: int, total: int) -> None:
+        """Say how far it is, unless that was said a moment ago."""
+        self.check()
+        if time.monotonic() - self._sent_at >= SECONDS_BETWEEN_PROGRESS:
+            self._sent_at = time.monotonic()
+            self.send("progress", done=done, total=total, phase=self._phase)
+
+    def both(self, words: str, done: int, total: int) -> None:
+        """Say what is being done, and how far that is."""
+        if words != self._phase:
+            self._phase, self._sent_at = words, 0.0
+        self.step(done, total)
+
+
+class Worker:
+    """Does requests, one at a time, and keeps the base and the adapters that were used last."""
+
+    def __init__(self, answer: Answer) -> None:
+        """Send answers through `answer`."""
+        self.cancelled: set[str] = set()
+        self._answer = answer
+        self._threads = torch.get_num_threads()
+        self._pipeline: Pipeline | None = None
+        self._opened_as: tuple[str, ...] = ()
+
+    def handle(self, request: Request) -> None:
+        """Do one request; every problem becomes an answer, so that the worker goes on.
+
+        It uses one thread while another process trains, which is left the other cores.
+        """
+        torch.set_num_threads(1 if others_spin() else self._threads)
+        name = str(request.get("id", ""))
+        began = time.monotonic()
+        try:
+            result = self._do(request, Reporter(self._answer, self.cancelled, name))
+            last = {"event": "done", "seconds": time.monotonic() - began, **result}
+        except Cancelled:
+            last = {"event": "error", "message": "Cancelled."}
+        except LoraError as error:
+            last = {"event": "error", "message": str(error)}
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"The request is not understood: {type(error).__name__} {error}."
+            last = {"event": "error", "message": message}
+        except Exception as error:  # noqa: BLE001 - a defect costs one request, and its traceback is kept
+            message = "The device ran out of memory; ask for a smaller picture."
+            if not out_of_memory(error):
+                traceback.print_exc()
+                message = f"A defect of the program: {type(error).__name__} {error}."
+            last = {"event": "error", "message": message}
+        finally:
+            self.cancelled.discard(name)
+        self._answer({"id": name, **last})
+
+    def _do(self, request: Request, report: Reporter) -> Result:
+        report.check()
+        known = {name[3:].replace("_", "-"): name for name in dir(self) if name.startswith("do_")}
+        name = known.get(str(request.get("do")))
+        if name is None:
+            raise ConfigError(f"The worker does not know {request.get('do')!r}; it can {', '.join(known)}.")
+        if "device" in request:
+            before = best_device()
+            if use_device(checked_value("train.device", request["device"], "device")) != before:
+                self._release()
+        result: Result = getattr(self, name)(request, report)
+        return result
+
+    # Images
+
+    def do_generate(self, request: Request, report: Reporter) -> Result:
+        """One picture for each of `strengths`, which multiply those of all adapters; all from one noise."""
+        strengths = [float(s) for s in request.get("strengths", [1.0])]
+        if not all(map(math.isfinite, strengths)):
+            raise ConfigError(f"The strengths {strengths} should be finite numbers.")
+        shot, folder = generation_request(request), Path(str(request["out"]))
+        pipeline = self._pipeline_for(shot)
+        files: list[str] = []
+        preview = _previewer(report, pipeline.rgb_matrix) if request.get("look") else None
+        for index, factor in enumerate(strengths):
+
+            def on_step(done: int, total: int, before: int = index) -> None:
+                report.send("progress", done=before * total + done, total=total * len(strengths))
+
+            loras = tuple(lora.times(factor) for lora in shot.loras)
+            scaled = GenerationRequest(**{**vars(shot), "loras": loras})
+            image = pipeline(scaled, on_step, preview)
+            stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{shot.seed}-{factor:g}"
+            path = adapters.unused_png(folder, stem)
+            save_png(image, path, pipeline.infotext(scaled))
+            files.append(str(path))
+            made = {"index": index, "strength": factor, "file": str(path), "ready_in": pipeline.ready_in}
+            size = {"width": image.width, "height": image.height, "note": pipeline.note}
+            self._answer({"id": request["id"], "event": "picture", **made, **size})
+        return {"files": files}
+
+    def do_sheet(self, request: Request, report: Reporter) -> Result:
+        """Pictures that exist as one labelled PNG; `cells` holds rows of paths, null where one is missing."""
+        cells = request["cells"]
+        if not isinstance(cells, list) or not all(isinstance(row, list) for row in cells):
+            raise TypeError("cells should be a list of lists")
+        images = [[_open_image(path) for path in row] for row in cells]
+        labels = ([str(label) for label in request.get(side, [])] for side in ("rows", "columns"))
+        made = make_image_grid(images, *labels)
+        path = Path(str(request["out"]))
+        save_png(made, path, str(request.get("parameters", "")))
+        return {"files": [str(path)], "width": made.width, "height": made.height}
+
+    def do_release(self, request: Request, report: Reporter) -> Result:
+        """Free the memory of base and adapters."""
+        self._release()
+        return {}
+
+    def _release(self) -> None:
+        self._pipeline, self._opened_as = None, ()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        elif torch.backends.mps.is_available():
+            torch.mps.empty_cache()
+
+    def _pipeline_for(self, shot: GenerationRequest) -> Pipeline:
+        """The pipeline of a request's base, prediction type, noise schedule and VAE."""
+        wanted = (shot.base, shot.prediction, shot.vae, shot.zero_terminal_snr)
+        if self._pipeline is None or self._opened_as != wanted:
+            self._release()
+            self._pipeline, self._opened_as = open_pipeline(shot, truncate_adapter), wanted
+        return self._pipeline
+
+    def _bare_base(self, model: ModelSection) -> BaseModel:
+        """A base with no adapter in it: the loaded one, or this one in its place."""
+        pipeline = self._pipeline_for(GenerationRequest(**vars(model)))
+        pipeline.set_adapters(())
+        return pipeline.base
+
+    # Datasets
+
+    def do_captions(self, request: Request, report: Reporter) -> Result:
+        """How well the captions of the folder `dataset` fit, according to the base."""
+        base, records = self._bare_base(_model(request)), scan(Path(str(request["dataset"]))).records
+        triples, seed = int(request.get("triples", 4)), int(request.get("seed", 0))
+        return {"found": score_captions(base, records, triples, seed, said=report.step)}
+
+    def do_triggers(self, request: Request, report: Reporter) -> Result:
+        """Trigger words for the folder `dataset`, beside the word `trigger`."""
+        base, records = self._bare_base(_model(request)), scan(Path(str(request["dataset"]))).records
+        given, triples = str(request.get("trigger", "")), int(request.get("triples", 4))
+        seed = int(request.get("seed", 0))
+        return {"found": propose_triggers(base, records, given, triples, seed, said=report.step)}
+
+    def do_pictures(self, request: Request, report: Reporter) -> Result:
+        """What the run `run` has learned of each of its pictures."""
+        run, which = RunFolder.open(Path(str(request["run"]))), str(request.get("checkpoint", "best"))
+        triples = int(request.get("triples", 8))
+        return {"found": measure_run_images(run, which, triples, report.step, self._bare_base)}
+
+    def do_probe(self, request: Request, report: Reporter) -> Result:
+        """Time some training steps of `config`; `aside` is a folder that weights may be offloaded to."""
+
+        def on_step(done: int, total: int) -> None:
+            if done:
+                report.send("progress", done=done, total=total)
+            report.check()
+
+        self._release()
+        try:
+            folder = Path(str(request.get("aside") or tempfile.gettempdir()))
+            return time_steps(RunConfig.from_dict(request["config"]), folder, on_step)
+        finally:
+            self._release()
+
+    # Adapter files
+
+    def do_export(self, request: Request, report: Reporter) -> Result:
+        """Write a run's checkpoint as a file for other tools."""
+        result: Result = _call(runs.export, {"checkpoint": "last", **request})
+        return result
+
+    def do_inspect(self, request: Request, report: Reporter) -> Result:
+        """What a file is."""
+        return {"report": adapters.inspect(request["file"])}
+
+    def do_verify(self, request: Request, report: Reporter) -> Result:
+        """What a file is, and what each tool makes of it; for a kind that cannot be verified, why not."""
+        about = adapters.inspect(request["file"])
+        try:
+            return {"report": about, "verify": adapters.verify(request["file"])}
+        except AdapterFileError as error:
+            return {"report": about, "problem": str(error)}
+
+    def do_spectrum(self, request: Request, report: Reporter) -> Result:
+        """What a file is, and the singular values of its layers."""
+        report.phase("Reading the file")
+        about = adapters.inspect(request["file"])
+        report.phase("Layers")
+        return {"report": about, "spectrum": file_spectrum(Path(str(request["file"])), report.step)}
+
+    def do_compare(self, request: Request, report: Reporter) -> Result:
+        """How alike two files are."""
+        files = _loras(request)
+        if len(files) != 2:
+            raise AdapterFileError("Two files are compared, no more and no fewer.")
+        report.phase("Layers")
+        return {"compare": adapters.compare(files[0].file, files[1].file, report.step)}
+
+    def do_stack(self, request: Request, report: Reporter) -> Result:
+        """What happens when several files are on at once; with `measure`, what they gain."""
+        loras = _loras(request)
+        report.phase("Layers")
+        found = adapters.stack(loras, note=report.step)
+        if request.get("measure"):
+            with self._evaluator(request["measure"], report) as on:
+                found["validation"] = measure_stack(loras, on.base.family, on.bench.gains)
+        return {"stack": found}
+
+    def do_amplify(self, request: Request, report: Reporter) -> Result:
+        """What a file amplifies of its base."""
+        report.phase("Layers")
+        return {"amplify": adapters.amplify(request["file"], str(request["base"]), report.step)}
+
+    def do_intrinsic(self, request: Request, report: Reporter) -> Result:
+        """The lowest rank that keeps nearly all of a file's gain."""
+        file = Path(str(request["file"]))
+        read_header(file)  # before a base is opened
+        with self._evaluator(request["measure"], report) as on:
+            found = measure_rank(file, on.base.family, on.bench.gains)
+        return {"intrinsic": found, "pictures": on.pictures, "note": on.note}
+
+    def do_strength(self, request: Request, report: Reporter) -> Result:
+        """The strength at which a file gains most."""
+        file = Path(str(request["file"]))
+        read_header(file)
+        with self._evaluator(request["measure"], report) as on:
+            found = measure_strength(file, on.base.family, on.bench.gains, bool(request.get("apart")))
+        return {"strength": found, "pictures": on.pictures, "note": on.note}
+
+    def do_report(self, request: Request, report: Reporter) -> Result:
+        """A run as one page."""
+        measure = bool(request.get("measure"))
+        report.phase("Reading the run")
+        if measure:
+            self._release()
+        with self._memory():
+            page = runs.report(request["run"], request.get("out"), measure, said=report.both)
+        return {"file": str(page), "bytes": page.stat().st_size}
+
+    @contextmanager
+    def _evaluator(self, measure: Request, report: Reporter) -> Iterator[RunEvaluator]:
+        """What measures adapters on a `run`'s held-out pictures, or on a `dataset` with a `base`."""
+        self._release()
+        report.phase("Opening the base and encoding the pictures")
+        with self._memory():
+            if measure.get("run"):
+                run = RunFolder.open(Path(str(measure["run"])))
+                yield run_evaluator(run, run.config(), report.phase, report.step)
+            else:
+                on = _call(Measure, measure)
+                base, records = on.load()
+                bench = Evaluator(base, list(records), on.triples, on.seed, report.phase, report.step)
+                yield RunEvaluator(bench, base, len(records))
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
+            if not (out_of_memory(error) or isinstance(error, OutOfMemory)):
+                raise
+            raise OutOfMemory(
+                "Measuring opens the base in full precision, and the device ran out of memory; close what"
+                " else uses it, or measure on the processor with CUDA_VISIBLE_DEVICES= before the command."
+            ) from error
+        finally:
+            self._release()
+
+    def do_shrink(self, request: Request, report: Reporter) -> Result:
+        """A smaller file: by `rank`, by `energy`, or by `ranks`, rows {part, module, rank}, as measured."""
+        out = Path(str(request["out"]))
+        report.phase("Cutting the layers")
+        check_out(out)
+        if request.get("ranks"):
+            ranks = {(str(r["part"]), str(r["module"])): int(r["rank"]) for r in request["ranks"]}
+            to = Rewrite(Path(str(request["file"])), out, "", time.time())
+            return _made(out, [cut_file(to, None, ranks, {"measured": True})])
+        made = adapters.shrink(request["file"], out, **_size(request), note=report.step)
+        return _made(out, made["sentences"])
+
+    def do_bake(self, request: Request, report: Reporter) -> Result:
+        """A file that has other `strengths` at strength 1."""
+        out = Path(str(request["out"]))
+        to = Rewrite(Path(str(request["file"])), out, AS_IT_IS, time.time())
+        return _made(out, [bake_strength(to, None, [float(one) for one in request["strengths"]])])
+
+    def do_merge(self, request: Request, report: Reporter) -> Result:
+        """Several files as one, in the dtype of the first; exact without `rank`. DoRAs need their `base`."""
+        loras, out, rank = _loras(request), Path(str(request["out"])), request.get("rank")
+        report.phase("Merging the layers")
+        how = (int(rank) if rank else None, str(request.get("blocks") or ""))
+        precision, base = file_precision(Path(loras[0].file)), str(request.get("base") or "")
+        return _made(out, adapters.merge(loras, out, *how, precision, base, report.step))
+
+    def do_into_base(self, request: Request, report: Reporter) -> Result:
+        """A copy of a base with files merged into it."""
+        loras, out = _loras(request), Path(str(request["out"]))
+        report.phase("Writing a copy of the base")
+        blocks = str(request.get("blocks") or "")
+        return _made(out, adapters.merge_into_base(loras, str(request["base"]), out, blocks))
+
+    def do_convert(self, request: Request, report: Reporter) -> Result:
+        """The same LoRA in another format."""
+        out = Path(str(request["out"]))
+        report.phase("Writing the file")
+        check_out(out)
+        to, keep = str(request["format"]), bool(request.get("keep_alphas"))
+        notes = adapters.convert(request["file"], out, to, keep)
+        return _made(out, [f"{note[:1].upper()}{note[1:]}" for note in notes])
+
+    def do_extract(self, request: Request, report: Reporter) -> Result:
+        """The LoRA between a fine-tuned model and its base, in fp16."""
+        out = Path(str(request["out"]))
+        report.phase("Comparing the layers of the two models")
+        models, size = (str(request["tuned"]), str(request["base"])), _size(request)
+        return _made(out, adapters.extract(*models, out, **size, precision="fp16", note=report.step))
+
+
+def _call(function: Callable[..., Any], request: Request, **given: Any) -> Any:
+    """Call a function with the keys of a request that it has parameters for."""
+    known = signatures.signature(function).parameters
+    return function(**{key: value for key, value in request.items() if key in known}, **given)
+
+
+def generation_request(request: Request) -> GenerationRequest:
+    """The picture that a request asks for; what it leaves out is as in `GenerationRequest`."""
+    usual = GenerationRequest()
+    values: dict[str, Any] = {
+        key: type(value)(request.get(key, value))
+        for key, value in vars(usual).items()
+        if key not in ("loras", "cfg_rescale")
+    }
+    rescale = parse_cfg_rescale(request.get("cfg_rescale", usual.cfg_rescale))
+    return GenerationRequest(**values, cfg_rescale=rescale, loras=tuple(_loras(request, "loras")))
+
+
+def _lora(row: Any) -> WeightedLora:
+    """An adapter of a request: a path, or {file, strength, text_strength, rank}."""
+    if isinstance(row, str):
+        return WeightedLora(row)
+    text = row.get("text_strength")
+    lora = WeightedLora(
+        str(row["file"]), float(row.get("strength", 1.0)), None if text is None else float(text),
+        int(row.get("rank", 0)),
+    )  # fmt: skip
+    if not all(map(math.isfinite, (lora.strength, lora.text_strength or 0.0))):
+        raise ConfigError(f"The strength of {lora.file} is not a finite number.")
+    return lora
+
+
+def _loras(request: Request, key: str = "files") -> list[WeightedLora]:
+    rows = request["files"] if key == "files" else request.get(key, [])
+    if not isinstance(rows, list):
+        raise TypeError(f"{key} should be a list")
+    return [_lora(row) for row in rows]
+
+
+def _model(request: Request) -> ModelSection:
+    """What names the base of a request."""
+    names = ("base", "vae", "prediction", "zero_terminal_snr")
+    given = {f"model.{name}": str(request[name]) for name in names if name in request}
+    return RunConfig().changed(given).model
+
+
+def _size(request: Request) -> dict[str, Any]:
+    """The size that a request asks for: an energy, or else a rank."""
+    if request.get("energy"):
+        return {"energy": float(request["energy"])}
+    return {"rank": int(request["rank"])}
+
+
+def _made(out: Path, sentences: list[str]) -> Result:
+    size = folder_bytes(out) if out.is_dir() else out.stat().st_size
+    return {"file": str(out), "bytes": size, "sentences": sentences}
+
+
+def _previewer(report: Reporter, matrix: torch.Tensor) -> OnLatents:
+    """Sends the picture as it is so far, now and then."""
+    sent_at = time.monotonic()
+
+    def on_preview(latents: Callable[[], torch.Tensor]) -> None:
+        nonlocal sent_at
+        if time.monotonic() - sent_at >= SECONDS_BETWEEN_PREVIEWS:
+            sent_at = time.monotonic()
+            image = latent_preview(latents(), matrix)
+            image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+            data = io.BytesIO()
+            image.save(data, format="JPEG", quality=85)
+            report.send("look", image=base64.b64encode(data.getvalue()).decode())
+
+    return on_preview
+
+
+def _open_image(path: Any) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        with Image.open(Path(str(path))) as opened:
+            return opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"The picture {path} cannot be read; draw it again.") from error
+
+
+def serve(incoming: TextIO, outgoing: TextIO) -> None:
+    """Answer requests until `quit` or the end of `incoming`."""
+    lock = threading.Lock()
+
+    def answer(line: dict[str, Any]) -> None:
+        with lock:
+            outgoing.write(json.dumps(line, ensure_ascii=False) + "\n")
+            outgoing.flush()
+
+    worker = Worker(answer)
+    waiting: queue.Queue[Request | None] = queue.Queue()
+
+    def read() -> None:
+        for line in incoming:
+            try:
+                request = json.loads(line)
+                do = request["do"]
+            except (ValueError, KeyError, TypeError):
+                message = "A request is one JSON object a line, with id and do."
+                answer({"id": None, "event": "error", "message": message})
+                continue
+            if do == "cancel":
+                worker.cancelled.add(str(request.get("target", "")))
+            elif do == "quit":
+                break
+            else:
+                waiting.put(request)
+        waiting.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    answer({"id": None, "event": "ready", **describe_torch()})
+    while (request := waiting.get()) is not None:
+        worker.handle(request)
+
+
+def main() -> None:
+    """Serve on the process's own stdin and stdout, in UTF-8; what libraries print goes to stderr."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    outgoing = sys.stdout
+    sys.stdout = sys.stderr
+    serve(sys.stdin, outgoing)

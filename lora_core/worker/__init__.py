@@ -1,1 +1,0 @@
-"""What the warm worker can do, verb by verb; `serve.py` has its protocol."""
