@@ -18,15 +18,12 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from app.dataset.routes import add_dataset_routes
-from app.export.routes import add_export_routes
+from app import tabs
 from app.guard import Guard, Login, is_loopback
 from app.page import mount
-from app.preview.routes import add_preview_routes
 from app.projects import add_project_routes
-from app.routes import add_routes
+from app.routes import add_assets, add_routes
 from app.state import AppState
-from app.train.routes import add_run_routes
 from lora_core.errors import LoraError, RunError
 from lora_core.system.paths import workspace, write_atomically
 
@@ -84,11 +81,10 @@ def build_app(app_state: AppState, allowed: list[str], password: str = "") -> An
     """The whole server as one ASGI app: guard, then login, then our routes and Gradio's."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, app_state)
-    add_run_routes(app, app_state)
-    add_dataset_routes(app, app_state)
     add_project_routes(app, app_state)
-    add_preview_routes(app, app_state)
-    add_export_routes(app, app_state)
+    add_assets(app, [*tabs.list_scripts(), *tabs.list_styles(), "icon.svg"])
+    for tab in tabs.TABS:
+        tab.add_routes(app, app_state)
     app_state.has_password = bool(password)
     inner: Any = mount(app, app_state, app_state.workspace / "tmp")
     if password:

@@ -12,18 +12,13 @@ import gradio as gr
 
 from app import header
 from app import projects as project_picker
+from app import tabs as registry
 from app.bindings import QUIET, TYPING, Bindings, html_block
-from app.dataset import view as dataset
-from app.export import view as export
-from app.preview import view as preview
-from app.routes import SCRIPTS, STYLES
 from app.state import AppState, take_snapshot
-from app.train import view as train
 from lora_core.projects.project import Project
 from lora_core.system.paths import ASSETS
 from lora_core.system.untrusted import clean_value
 
-TABS = (dataset, train, preview, export)
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
 REST = 0.25
 WELCOME = """<h2>Teach a picture model something new, on your own computer</h2>
@@ -42,8 +37,8 @@ def build_page(app_state: AppState) -> gr.Blocks:
         _header(bindings)
         demo = build_welcome(bindings)
         with gr.Tabs(elem_id="tabs") as tabs:
-            for tab in TABS:
-                with gr.Tab(tab.TITLE, id=tab.TITLE, render_children=True):
+            for tab in registry.TABS:
+                with gr.Tab(tab.title, id=tab.title, render_children=True):
                     tab.build(bindings)
         wire_demo(bindings, demo, tabs)
         _poll(bindings, page)
@@ -133,21 +128,27 @@ def _fingerprint(value: Any) -> str:
 def head() -> str:
     """What the page loads besides Gradio: our own style and scripts, by addresses that change with the
     files."""
-    version = max(int((ASSETS / name).stat().st_mtime) for name in (*SCRIPTS, *STYLES))
-    scripts = "".join(f'<script defer src="/easel/assets/{name}?v={version}"></script>' for name in SCRIPTS)
-    styles = "".join(f'<link rel="stylesheet" href="/easel/assets/{name}?v={version}">' for name in STYLES)
+    script_files, style_files = registry.list_scripts(), registry.list_styles()
+    version = max(int((ASSETS / name).stat().st_mtime) for name in (*script_files, *style_files))
+    scripts = "".join(
+        f'<script defer src="/easel/assets/{name}?v={version}"></script>' for name in script_files
+    )
+    styles = "".join(
+        f'<link rel="stylesheet" href="/easel/assets/{name}?v={version}">' for name in style_files
+    )
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon"'
         f' href="/easel/assets/icon.svg">{styles}{scripts}'
     )
 
 
-def slow_queue_polling(queue: Any) -> None:
-    """Have Gradio's queue rest.
+def slow_queue_polling(page: gr.Blocks) -> None:
+    """Make Gradio's queue poll rarely; the only place that touches Gradio's private attributes.
 
-    It looks for work each millisecond and for progress each hundredth of a second, for ever, which is most of
-    what an idle window costs; no event of ours goes through it.
+    The queue polls for work every millisecond and for progress every 10 ms, which is most of what an idle
+    window costs, and no event of ours goes through it.
     """
+    queue = getattr(page, "_queue", None)
     for name in ("sleep_when_free", "progress_update_sleep_when_free"):
         if hasattr(queue, name):
             setattr(queue, name, REST)
@@ -158,7 +159,7 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
     temporary.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     page = build_page(app_state)
-    slow_queue_polling(getattr(page, "_queue", None))
+    slow_queue_polling(page)
     return gr.mount_gradio_app(
         app,
         page,

@@ -33,20 +33,7 @@ from lora_core.system.untrusted import clean_value, parse_json
 PICTURES = set(IMAGE_SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
-STYLES = ("style.css", "analysis.css", "dataset.css")
-PUBLIC = {"icon.svg": "image/svg+xml", **dict.fromkeys(STYLES, "text/css")}
-SCRIPTS = (
-    "window.js",
-    "folder_drop.js",
-    "dataset.js",
-    "dataset_tools.js",
-    "dataset_learned.js",
-    "projects.js",
-    "train.js",
-    "preview.js",
-    "inside.js",
-)
-PUBLIC |= dict.fromkeys(SCRIPTS, "text/javascript")
+ASSET_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 LARGEST_CAPTION = 1_000_000
 # Addresses carry the file's time, so that a changed file has another address and this can be long.
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
@@ -107,8 +94,6 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
     async def who() -> Response:
         return Answer({"app": "lora-easel", "workspace": app_state.identity})
 
-    app.get("/easel/assets/{name}")(_asset)
-
     @app.get("/easel/picture/{kind}/{path:path}")
     async def picture(kind: str, path: str) -> Response:
         file = _picture(app_state, kind, path)
@@ -151,6 +136,17 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         return Answer(_tokens(app_state, str(sent.get("text", ""))))
 
 
+def add_assets(app: FastAPI, names: list[str]) -> None:
+    """Serve `names` out of `assets/`, and nothing else of that folder."""
+
+    @app.get("/easel/assets/{name}")
+    async def asset(name: str) -> Response:
+        if name not in names:
+            raise BadRequest(name)
+        kind = ASSET_TYPES[Path(name).suffix]
+        return FileResponse(ASSETS / name, media_type=kind, headers={"Cache-Control": "no-cache"})
+
+
 def _answer_problems(app: FastAPI) -> None:
     """Have each kind of exception answered in words, never with a traceback."""
     app.exception_handler(BadRequest)(_refused)
@@ -158,12 +154,6 @@ def _answer_problems(app: FastAPI) -> None:
     app.exception_handler(LoraError)(_problem)
     app.exception_handler(OSError)(_disk_problem)
     app.exception_handler(Exception)(_fault)
-
-
-async def _asset(name: str) -> Response:
-    if name not in PUBLIC:
-        raise BadRequest(name)
-    return FileResponse(ASSETS / name, media_type=PUBLIC[name], headers={"Cache-Control": "no-cache"})
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -10,12 +10,11 @@ from app.bindings import TYPING, Bindings, edit_events, html_block
 from app.dataset.gallery import FindingsView, version_marker
 from app.train.form import Plan
 
-TITLE = "Dataset"
 FIRST_SEEN = 48
 """Pictures of which the thumbnails are made while an import still shows its bar."""
 
 
-def build(bindings: Bindings) -> None:
+def build_dataset(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     found, project = FindingsView(), bindings.app_state.project
     app_state = bindings.app_state

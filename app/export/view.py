@@ -22,14 +22,13 @@ from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
 from lora_core.system.other_tools import CopiedFile, copy_export
 
-TITLE = "Export"
 PRECISIONS = [("fp16, half the size", "fp16"), ("bf16", "bf16"), ("fp32, exact", "fp32")]
 # The page starts a download by itself once the file is written.
 START_DOWNLOAD = """(address) => { if (address) { const link = document.createElement("a");
 link.href = address; link.download = ""; document.body.append(link); link.click(); link.remove(); } }"""
 
 
-def build(bindings: Bindings) -> None:
+def build_export(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-export"):
         with gr.Column(elem_classes="main card"):

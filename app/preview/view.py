@@ -187,12 +187,11 @@ def _kept_values(bindings: Bindings, start: str) -> Any:
 # The Preview tab: a prompt, LoRAs with their strengths, base and LoRA under one slider, strip and grid.
 
 
-TITLE = "Preview"
 # A press takes along what the page's script knows of the LoRA rows, whose last change may be on its way.
 WITH_ROWS = "(...values) => [...values.slice(0, -1), window.easel.loraRows()]"
 
 
-def build(bindings: Bindings) -> None:
+def build_preview(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-preview"):
         with gr.Column(elem_classes="side card"):

@@ -105,10 +105,7 @@ def done(sentence: str) -> str:
 # The Train tab: five settings, the rest folded; what will happen; Start; and the run as it goes.
 
 
-TITLE = "Train"
-
-
-def build(bindings: Bindings) -> None:
+def build_train(bindings: Bindings) -> None:
     """Lay out the tab and wire it."""
     with gr.Row(elem_classes="page page-train"):
         with gr.Column(elem_classes="side card"):

@@ -27,7 +27,7 @@ from starlette.websockets import WebSocketDisconnect
 from app import main
 from app.dataset.routes import add_dataset_routes
 from app.guard import COOKIE, OPEN_PATHS, Guard, Login, host_name, is_loopback
-from app.routes import add_routes
+from app.routes import add_assets, add_routes
 from app.state import AppState
 from tests.waiting import wait_for
 
@@ -160,6 +160,7 @@ class Whole:
         """The own routes alone, which are made quicker."""
         app = FastAPI()
         add_routes(app, self.app_state)
+        add_assets(app, ["style.css"])
         add_dataset_routes(app, self.app_state)
         return TestClient(app)
 

@@ -8,7 +8,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.page import REST, build_page, slow_queue_polling
-from app.routes import BadRequest, add_routes, below, image_url
+from app.routes import BadRequest, add_assets, add_routes, below, image_url
 from app.state import AppState
 
 
@@ -16,6 +16,7 @@ from app.state import AppState
 def client(app_state: AppState) -> TestClient:
     app = FastAPI()
     add_routes(app, app_state)
+    add_assets(app, ["style.css"])
     return TestClient(app)
 
 
@@ -118,7 +119,6 @@ def test_assets_are_those_of_the_page_alone(client: TestClient) -> None:
 def test_gradio_s_queue_rests_and_nothing_of_ours_waits_in_it(app_state: AppState) -> None:
     page = build_page(app_state)
     queue = page._queue
-    slow_queue_polling(queue)
+    slow_queue_polling(page)
     assert queue.sleep_when_free == queue.progress_update_sleep_when_free == REST
     assert [event.targets for event in page.fns.values() if event.queue] == []
-    slow_queue_polling(None)

@@ -1,0 +1,61 @@
+"""The tabs of the window.
+
+To add one, write its view and routes and a script in `assets/`, and add a row here: the page, the
+server and the list of served assets are made from `TABS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from app.bindings import Bindings
+from app.dataset.routes import add_dataset_routes
+from app.dataset.view import build_dataset
+from app.export.routes import add_export_routes
+from app.export.view import build_export
+from app.preview.routes import add_preview_routes
+from app.preview.view import build_preview
+from app.state import AppState
+from app.train.routes import add_run_routes
+from app.train.view import build_train
+
+
+@dataclass(frozen=True)
+class Tab:
+    """One tab.
+
+    Attributes:
+        title: on the tab, and its id.
+        build: lays out the tab's components inside an open Gradio context.
+        add_routes: adds its routes to the server.
+        scripts: its JavaScript, files in `assets/`.
+        styles: its CSS, files in `assets/`.
+    """
+
+    title: str
+    build: Callable[[Bindings], None]
+    add_routes: Callable[[FastAPI, AppState], None]
+    scripts: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+
+
+TABS = (
+    Tab(
+        "Dataset", build_dataset, add_dataset_routes,
+        ("dataset.js", "dataset_tools.js", "dataset_learned.js"), ("dataset.css",),
+    ),
+    Tab("Train", build_train, add_run_routes, ("train.js",)),
+    Tab("Preview", build_preview, add_preview_routes, ("preview.js",)),
+    Tab("Export", build_export, add_export_routes, ("inside.js",), ("analysis.css",)),
+)  # fmt: skip
+
+
+def list_scripts() -> list[str]:
+    """The page's scripts in loading order: the shared ones, then each tab's."""
+    return ["window.js", "folder_drop.js", "projects.js", *(name for tab in TABS for name in tab.scripts)]
+
+
+def list_styles() -> list[str]:
+    """The page's style sheets in loading order."""
+    return ["style.css", *(name for tab in TABS for name in tab.styles)]

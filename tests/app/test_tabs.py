@@ -1,0 +1,45 @@
+"""A tab is added through the registry alone."""
+
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from app import main, page, routes, tabs
+from app.bindings import Bindings, html_block
+from app.state import AppState
+
+
+def build_toy(bindings: Bindings) -> None:
+    bindings.follow(html_block(elem_id="toy"), lambda snap: f"<p>{snap.app_state.project.title} in a toy</p>")
+    gr.Button("Toy button")
+
+
+def add_toy_routes(app: FastAPI, app_state: AppState) -> None:
+    app.get("/easel/toy")(lambda: {"runs": len(app_state.jobs.all())})
+
+
+def test_a_row_adds_tab_routes_and_script(
+    app_state: AppState, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    shared = (*tabs.list_scripts(), *tabs.list_styles(), "icon.svg")
+    for name in shared:
+        (assets / name).write_bytes((page.ASSETS / name).read_bytes())
+    (assets / "toy.js").write_text("window.toy = true;")
+    monkeypatch.setattr(page, "ASSETS", assets)
+    monkeypatch.setattr(routes, "ASSETS", assets)
+    toy = tabs.Tab("Toy", build_toy, add_toy_routes, ("toy.js",))
+    monkeypatch.setattr(tabs, "TABS", (*tabs.TABS, toy))
+
+    client = TestClient(main.build_app(app_state, ["testserver"]))
+    assert client.get("/easel/toy").json() == {"runs": 0}
+    assert client.get("/easel/assets/toy.js").text == "window.toy = true;"
+    html = client.get("/").text
+    assert "/easel/assets/toy.js" in html
+    for words in ("Toy button", "Dataset", "Train", "Preview", "Export"):
+        assert words in html
+    app_state.close()
