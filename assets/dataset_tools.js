@@ -106,7 +106,7 @@
       }
       const share = state.total ? state.done / state.total : 0;
       // Looking at the pictures takes most of the time, giving them their place the rest.
-      const part = { Checking: share * 0.85, "Taking over": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
+      const part = { Checking: share * 0.85, "Importing": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
       progress(state.total ? `${state.phase}, ${state.done.toLocaleString("en")} of ${state.total.toLocaleString("en")}` : state.phase, from + (1 - from) * part, false);
       await later(250);
     }

@@ -53,7 +53,7 @@ Looks = dict[tuple[str, int, int], _Look]
 def audit(
     dataset: Dataset,
     training: TrainingView,
-    said: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     looks_before: Looks | None = None,
 ) -> dict[str, Any]:
     """The findings, as plain values for JSON.
@@ -62,19 +62,20 @@ def audit(
         dataset: what was scanned.
         training: how it will be trained on.
         said: called with (done, all) as the pictures are looked at; what it raises ends the audit.
-        looks_before: of earlier audits of the same files; what is new is added.
+        looks_before: results of earlier audits of the same files; new ones are added.
 
     Returns:
         `pictures` and `captions`: how many there are; `problems`: picture (or the file that is meant; empty
-        where all are), kind, sentence, and for twins the `twin` that stays; `tags`: tag, pictures; `shares`:
-        picture, share of the training steps that look at it; `learned`: the rows of `learned.learned`.
+        where all are), kind, sentence, and for near-duplicates the `twin` that is kept; `tags`: tag,
+        pictures; `shares`:
+        picture, its share of the training steps; `learned`: the rows of `report_bias`.
 
     Raises:
         ModelFileError: the tokenizer folder holds no tokenizer.
     """
     records = dataset.records
     known = {} if looks_before is None else looks_before
-    looks = _looks(records, (training.resolution, training.multiple), known, said)
+    looks = _looks(records, (training.resolution, training.multiple), known, progress)
     names = _names(records)
     twins = _twins(records, names, looks)
     problems = [
@@ -104,7 +105,10 @@ def audit(
 
 
 def _looks(
-    records: list[ImageRecord], size: tuple[int, int], known: Looks, said: Callable[[int, int], None] | None
+    records: list[ImageRecord],
+    size: tuple[int, int],
+    known: Looks,
+    progress: Callable[[int, int], None] | None,
 ) -> list[_Look]:
     """What is measured on each picture; `size` is the resolution and what sides are divisible by."""
     looks: list[_Look] = []
@@ -112,8 +116,8 @@ def _looks(
     try:
         for look in threads.map(lambda record: _look(record, *size, known), records):
             looks.append(look)
-            if said is not None:
-                said(len(looks), len(records))
+            if progress is not None:
+                progress(len(looks), len(records))
     finally:
         threads.shutdown(cancel_futures=True)
     return looks
@@ -167,7 +171,7 @@ def _phrases(part: str) -> set[str]:
 
 
 def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
-    """A sentence on each phrase that stands in over 80% of the captions and is no part of the trigger."""
+    """A sentence on each phrase in over 80% of the captions that is not part of the trigger."""
     if len(captions) < _FEWEST_CAPTIONS:
         return []
     own = f" {' '.join(trigger.casefold().replace(',', ' ').split())} "

@@ -40,7 +40,7 @@ def choose_bucket(width: int, height: int, resolution: int, multiple: int) -> Bu
     for w, h in _roundings(width * scale, height * scale, multiple):
         if w > most_wide or h > most_high or w * h > area:
             continue
-        # To nine places, so that two shapes that cut off the same are told apart by their area and not by
+        # To nine places, so that two shapes that crop the same differ by their area and not by
         # rounding.
         error = round(abs(math.log(w / h / aspect)), 9)
         best = min(best, (error, -w * h, Bucket(w, h)), key=lambda one: one[:2])
@@ -82,7 +82,7 @@ def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, flo
 
 
 def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int, int, int]:
-    """What a UNet with size conditioning is told of a picture (Podell et al. 2023, section 2.2).
+    """SDXL's size conditioning of an image (Podell et al. 2023, section 2.2).
 
     The crop is the centred one of `crop_box`, so that a mirrored picture has the same numbers.
 
@@ -93,7 +93,7 @@ def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int
 
     Returns:
         Original height and width, in pixels of the picture on disk; top and left of the crop, in pixels of
-        the picture as it is resized before it is cropped, rounded; height and width of what is left, the
+        the image as resized before cropping, rounded; height and width of what is left, the
         bucket.
     """
     left, top, right, bottom = crop_box(width, height, bucket)

@@ -97,7 +97,7 @@ def _join_line(line: str, put: str, front: bool) -> str:
 
 
 def _rename_tag(line: str, find: str, put: str) -> str:
-    """A line with a tag renamed, or left out where the new name is empty or stands there already."""
+    """A line with a tag renamed, or removed where the new name is empty or already present."""
     wanted = find.strip().casefold()
     tags = split_tags(line)
     if wanted not in (tag.casefold() for tag in tags):

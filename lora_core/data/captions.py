@@ -61,7 +61,7 @@ class CaptionRules:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """The caption with the trigger in front, unless it stands in it as a word already; case does not count.
+    """The caption with the trigger word in front, unless it already contains it, in any case.
 
     Each line is a caption of its own.
     """
@@ -130,7 +130,7 @@ def split_tags(caption: str) -> list[str]:
 
 
 def count_tags(captions: Iterable[str]) -> dict[str, int]:
-    """In how many captions each tag stands, most frequent first; the first spelling stands for all cases."""
+    """The number of captions with each tag, most frequent first; the first spelling represents all cases."""
     spelling: dict[str, str] = {}
     counts: dict[str, int] = {}
     for caption in captions:

@@ -78,7 +78,7 @@ _THREADS = 4
 AUDIT_ONLY = ("hidden", "link", "unread caption")
 """Notes that only the audit needs: a problem says it too, or nothing is lost."""
 UNUSED = ("mask", "regularisation", "caption without picture", "second caption", "other file")
-"""Notes on files that a person may think are used."""
+"""Notes on files that a user may think are used."""
 _SUMMARIES = {
     "mask": "{} masks are not used yet: pictures are trained on whole, whatever a mask leaves out ({}).",
     "regularisation": "{} files in folders for regularisation are not used yet, and not trained on ({}).",
@@ -167,12 +167,11 @@ def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()
 
 
 def open_dataset(where: str | Path, unpack_into: Path) -> Dataset:
-    """The dataset that a person named.
+    """Opens the dataset that the user named.
 
     Args:
         where: `demo`, a folder, or a zip.
-        unpack_into: where a zip is unpacked, in a folder named for its content; what is there already is used
-        again.
+        unpack_into: where a zip is unpacked, in a folder named by its hash; an existing one is reused.
 
     Raises:
         DatasetError: it does not exist, is neither, cannot be unpacked, or holds no picture file.
@@ -297,7 +296,7 @@ def _note_texts(records: list[ImageRecord], listing: _Listing) -> None:
 
 
 def _read_tables(listing: _Listing) -> dict[Path, str]:
-    """Picture to caption, of all metadata files; what is wrong joins the problems."""
+    """Image to caption, from all metadata files; errors are added to the problems."""
     captions: dict[Path, str] = {}
     # A table nearer to the picture has the last word.
     for table in sorted(listing.tables, key=lambda path: len(path.parts)):

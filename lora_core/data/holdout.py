@@ -21,8 +21,8 @@ def split_holdout(
 
     Args:
         records: all records.
-        pictures: a share if below 1, else a number of pictures. Where twins would have to be parted, it is
-        fewer. It does not count where pictures were chosen by hand.
+        pictures: a share if below 1, else a number of pictures. Where near-duplicates would have to be
+        separated, it is fewer. Ignored where the user listed images.
         seed: of the choice.
 
     Raises:
@@ -67,7 +67,7 @@ def num_holdout(count: int, pictures: float) -> int:
 
 
 def _split_by_list(records: list[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """What a person chose, and what looks the same as one of those: it would be no measurement otherwise."""
+    """The user's choice and its near-duplicates, which would otherwise be trained on."""
     groups = _groups(records)
     chosen = {group for group, record in zip(groups, records, strict=True) if record.held_out}
     train = [record for group, record in zip(groups, records, strict=True) if group not in chosen]

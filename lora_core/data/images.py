@@ -54,7 +54,7 @@ pillow_heif.register_heif_opener()
 # Pillow only warns between one and two times its limit; here both are refused. Set once for the process,
 # because the standard library's way to catch warnings for a moment is not safe among threads.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-# A damaged EXIF block is no fault of the pixels.
+# A damaged EXIF block says nothing about the pixels.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
@@ -94,7 +94,7 @@ def make_thumbnail(path: Path, side: int = 256) -> bytes:
 def open_rgb_reduced(path: Path, least: int) -> Image.Image:
     """The picture as upright RGB, possibly shrunk, with sides of at least `least` pixels if it has them.
 
-    JPEGs are shrunk while they are decoded, which is several times faster than decoding them whole.
+    JPEGs are reduced while decoding, which is several times faster than decoding them fully.
 
     Raises:
         DatasetError: as `open_rgb`.
@@ -122,7 +122,7 @@ def hash_file(path: Path, most: int = sys.maxsize) -> str:
 
 
 def read_image_info(path: Path, shown: str) -> ImageInfo:
-    """Upright size and transparency, after the whole file was decoded.
+    """Upright size and transparency, after decoding the full file.
 
     Args:
         path: the file.
@@ -140,7 +140,7 @@ def read_image_info(path: Path, shown: str) -> ImageInfo:
 
 
 def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
-    """As `read_image_info`, or what is wrong with a picture that cannot be trained on."""
+    """As `read_image_info`, or the problem of an image that cannot be trained on."""
     try:
         info = read_image_info(path, shown)
     except DatasetError as error:
@@ -251,7 +251,7 @@ _Known = tuple[int, int, ImageInfo]
 
 
 class SizeCache:
-    """Path to time, bytes and what decoding told; kept in a file where one is given."""
+    """Path to modification time, bytes and decoded info; kept in a file if one is given."""
 
     def __init__(self, file: Path | None = None) -> None:
         """Read what `file` remembers; a broken file counts as empty."""
@@ -277,14 +277,14 @@ class SizeCache:
         return found
 
     def carry(self, source: Path, target: Path) -> None:
-        """Have what is known of `source` hold for its copy, too."""
+        """Copies the entry of `source` to its copy."""
         known, stamp = self._known.get(str(source)), _stamp(target)
         if known is not None and stamp is not None:
             self._known[str(target)] = (*stamp, known[2])
             self._changed = True
 
     def save(self, below: Path) -> None:
-        """Write down what is known of files below a folder, if anything is new; the rest is forgotten."""
+        """Writes the entries of files below a folder, if anything is new; drops the rest."""
         if self.file is None or not self._changed:
             return
         self._changed = False

@@ -53,7 +53,7 @@ class Limits:
     file_bytes: int = 500_000_000
     total_bytes: int = 20_000_000_000
     ratio: int = 200
-    # A small file may be packed as tightly as it likes: a white bitmap is no attack.
+    # Small files may be packed at any ratio: a white bitmap is not an attack.
     ratio_from_bytes: int = 50_000_000
 
 
@@ -251,17 +251,17 @@ def _ignore_progress(phase: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class TransferMode:
-    """How files are taken over.
+    """How files are transferred.
 
     Attributes:
         how: "copy"; "link", where pictures share the originals' place on the disk and captions are copied all
         the same, as the window writes them; or "move", for files that were made for the import only.
-        said: called with (phase, done, all) as it goes on.
+        progress: called with (phase, done, total).
         sizes: where the sizes of the pictures that were decoded are remembered.
     """
 
     how: str = "copy"
-    said: Callable[[str, int, int], None] = _ignore_progress
+    progress: Callable[[str, int, int], None] = _ignore_progress
     sizes: SizeCache = field(default_factory=SizeCache)
 
 
@@ -304,7 +304,7 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class _Incoming:
-    """A file on its way in: where it lies, and its relative path from the sender, made safe."""
+    """An incoming file: its path, and its relative path from the sender, made safe."""
 
     source: Path
     name: PurePosixPath
@@ -418,7 +418,7 @@ def import_folder(folder: Path, into: Path, way: TransferMode | None = None) -> 
 
 
 def _begin_import(into: Path, files: list[Path], way: TransferMode) -> _Import:
-    """An import, after a look at whether there is room.
+    """An import, after checking free space.
 
     Raises:
         DatasetError: the folder cannot be written, or the disk is too full for the files.
@@ -440,16 +440,16 @@ def _begin_import(into: Path, files: list[Path], way: TransferMode) -> _Import:
 
 
 def _bytes_to_copy(file: Path) -> int:
-    """The size of a file that may be taken over; others are refused one by one."""
+    """The size of a file that may be imported; others are refused one by one."""
     is_zip = file.suffix.casefold() == ".zip"
     size = file.stat().st_size if (is_zip or is_dataset_file(file.name)) and os.path.isfile(file) else 0
     return size if is_zip or size <= MAX_FILE_BYTES else 0
 
 
 def _import_zip(source: Path, name: str, under_way: _Import) -> None:
-    """Unpack into a hidden folder and take over what is in it."""
+    """Unpacks into a hidden folder and imports its content."""
     way = under_way.way
-    way.said("Unpacking", 0, 1)
+    way.progress("Unpacking", 0, 1)
     try:
         with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=under_way.into) as temporary:
             # The sender's name, so that messages do not speak of a temporary upload.
@@ -475,15 +475,15 @@ def _import_all(incoming: list[_Incoming], under_way: _Import) -> None:
             under_way.skip(one.source, "other file", sentence)
     listed = [one for members in sets.values() for one in members]
     faults: dict[_Incoming, FileProblem | None] = {}
-    said = under_way.way.said
+    progress = under_way.way.progress
     with ThreadPoolExecutor(_THREADS) as threads:
         found = threads.map(lambda one: _import_fault(one, under_way.way.sizes), listed)
         for done, (one, fault) in enumerate(zip(listed, found, strict=True)):
-            said("Checking", done, len(listed))
+            progress("Checking", done, len(listed))
             faults[one] = fault
     under_way.skipped.extend(fault for fault in faults.values() if fault)
     for done, members in enumerate(sets.values()):
-        said("Taking over", done, len(sets))
+        progress("Importing", done, len(sets))
         _import_set([one for one in members if not faults[one]], under_way)
     for table in tables:
         _import_table(table, under_way)
@@ -530,7 +530,7 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
 
 
 def _place(one: _Incoming, target: Path, under_way: _Import) -> None:
-    """Take over one file, whole or not at all."""
+    """Imports one file, completely or not at all."""
     try:
         transfer_file(one.source, target, under_way.way)
     except OSError as error:

@@ -57,7 +57,7 @@ def move_files(moves: list[Move], root: Path) -> None:
 
 
 def finish_moves(root: Path) -> bool:
-    """Finish what a killed process had begun to move below `root`; whether there was anything.
+    """Completes the moves of a killed process below `root`; returns whether there were any.
 
     Raises:
         OSError: a file cannot be moved.
@@ -156,7 +156,7 @@ def _apply(move: Move) -> None:
 
 
 def _revert(move: Move) -> None:
-    # The error that led here is the one to be told of.
+    # The first error is the one to report.
     with contextlib.suppress(OSError):
         if move.copy:
             move.target.unlink()

@@ -57,7 +57,7 @@ def are_near_duplicates(one: Fingerprint, other: Fingerprint) -> bool:
 def group_near_duplicates(prints: Sequence[Fingerprint | None]) -> list[int]:
     """For each picture the index of the first one of its group; its own where nothing looks like it.
 
-    Twins of twins are one group. None, a picture that could not be read, is alone.
+    Near-duplicates of near-duplicates are one group. None, an unreadable image, is alone.
     """
     group = list(range(len(prints)))
     nothing = np.zeros(_KEPT * _KEPT)

@@ -37,7 +37,7 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class FileProblem:
-    """A file that cannot be used as it is, or that is not used: `kind` for programs, `sentence` for people.
+    """A file that cannot be used, or is not used: `kind` for programs, `sentence` for users.
 
     `blocking` says that training refuses the dataset because of it.
     """
@@ -50,7 +50,7 @@ class FileProblem:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable pictures in order of path, what is wrong with the rest, and which files are not used."""
+    """The usable images in order of path, problems of the rest, and notes on unused files."""
 
     records: list[ImageRecord]
     problems: list[FileProblem]
@@ -161,7 +161,7 @@ def check_regular_file(path: Path, shown: str, most: int) -> int:
 
 @dataclass
 class _Walk:
-    """A walk under way: the folder as it really lies, and what was hidden."""
+    """State of a walk: the resolved folder, and hidden files."""
 
     real: Path
     may_lead_out: Container[str]

@@ -53,7 +53,7 @@ def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:
 
 
 def write_caption(picture: Path, text: str, wait: bool = True) -> None:
-    """Write the caption into the `.txt` beside a picture, whole or not at all.
+    """Writes the caption to the `.txt` beside an image, atomically.
 
     Args:
         picture: whose caption it is.
@@ -78,7 +78,7 @@ def write_caption(picture: Path, text: str, wait: bool = True) -> None:
 
 
 def write_without_sync(target: Path, data: bytes) -> None:
-    """Write a whole file or none, without waiting for the disk."""
+    """Writes a file atomically, without waiting for the disk."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         temporary.write_bytes(data)

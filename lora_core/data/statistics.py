@@ -21,7 +21,7 @@ from lora_core.data.scan import ImageRecord
 from lora_core.system.paths import clean_text
 
 SIDE = 24
-"""Side of the thumbnail that all is told from, in pixels: a pixel is 4% of the picture."""
+"""Side of the thumbnail, in pixels: a pixel is 4% of the side."""
 BACKGROUND = " background"
 """How names of attributes end that are the colour of a plain background."""
 _NEAR = 36
@@ -218,7 +218,7 @@ _MOSTLY = 0.75
 def bias_finding(
     kind: str, name: str, sentence: str, records: Sequence[ImageRecord], counts: Mapping[str, float]
 ) -> dict[str, Any]:
-    """One thing that will be learned, as plain values: `records` are the pictures to look at."""
+    """A finding as plain values: `records` are the images to look at."""
     pictures = [clean_text(str(record.path)) for record in records]
     return {"kind": kind, "name": name, "sentence": sentence, "pictures": pictures, "counts": dict(counts)}
 
@@ -274,7 +274,7 @@ def _a_or_an(word: str) -> str:
 MAJORITY = 0.6
 """The share of the pictures that is most of them."""
 MIN_IMAGES = 5
-"""With fewer pictures nothing is said of what they have in common."""
+"""With fewer images common attributes are not reported."""
 OVERREPRESENTED = 2.0
 """A picture with so many times an even share of the steps is named."""
 _FEW, _NEARLY_ALL = 0.25, 0.75
@@ -288,7 +288,7 @@ STOP_WORDS = frozenset(_SMALL.split())
 
 @dataclass(frozen=True)
 class TrainingView:
-    """How pictures will be trained on, as far as a look at them needs to know it.
+    """The training settings that the report needs.
 
     Attributes:
         resolution: in pixels.
@@ -338,7 +338,7 @@ def report_bias(
     thumbs: Sequence[np.ndarray | None],
     training: TrainingView,
 ) -> list[dict[str, Any]]:
-    """What will be learned, a row each: kind, name, sentence, the `pictures` to look at, and `counts`.
+    """What training will pick up, a row each: kind, name, sentence, the `pictures` to look at, `counts`.
 
     Kinds: `absorbed` (most pictures show it, few captions say it), `named` (most show it, and captions say
         so), `meaning` (words for a background that mean another one here), `odd` (a caption that says another
@@ -415,7 +415,7 @@ def _attribute_row(
 
 
 def words_of(caption: str) -> frozenset[str]:
-    """The words of a caption that say something, in small letters; joined ones as a whole and in parts."""
+    """The meaningful words of a caption in lower case; compounds both joined and split."""
     whole = set(_WORD.findall(caption.casefold()))
     return frozenset(whole | {part for word in whole for part in word.split("-")}) - STOP_WORDS
 

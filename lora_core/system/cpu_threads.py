@@ -20,7 +20,7 @@ VARIABLE = "GOMP_SPINCOUNT"
 SOON, AWHILE = "1000", "20000"
 """Turns after which a waiting thread goes to sleep; libgomp's own are 300,000 and more."""
 COMPUTES, GIVES_WAY, SLEEPS = "computes", "gives way", "sleeps"
-"""What a process is: one that a person waits for, which spins where it has the right; one that asks
+"""Kinds of processes: one that the user waits for, which spins if it holds the lock; one that asks
 `others_spin` before each piece of work, and takes one thread where they do, which waits for nobody; any
 other, whose waiting threads sleep soon."""
 PATIENCE = 0.3
@@ -30,10 +30,10 @@ _kept: list[FileLock] = []
 
 
 def limit_spinning(kind: str) -> None:
-    """Let threads that wait spin, or have them go to sleep soon, as becomes the kind of this process.
+    """Sets how long waiting threads spin, by the kind of this process.
 
     Call it before torch is imported. Nothing of it changes a result. The right ends with the process, however
-    it ends. What a person has set stays. Seconds for a step of the demo on two cores of a virtual
+    it ends. The user's own setting is kept. Seconds for a step of the demo on two cores of a virtual
     machine, by turns:
 
     | turns | alone | beside another program that keeps one core busy |
@@ -85,7 +85,7 @@ def _may_spin() -> bool:
 
 @contextlib.contextmanager
 def without_collecting() -> Iterator[None]:
-    """Import without the garbage collector, for a process that has just begun.
+    """Imports without the garbage collector, for a process that has just started.
 
     What an import makes stays, yet the collector goes through all of it again and again: a fifth of the
     processor time of importing the trainer (3.7 s with it, 3.0 s without, two shared cores). What is there

@@ -56,7 +56,7 @@ def _megabytes(size: int) -> str:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder; links are not followed, and hard links count once.
 
-    Files that vanish meanwhile, as during a run, count as 0.
+    Files that disappear during the count are 0.
     """
     total = 0
     linked: set[tuple[int, int]] = set()

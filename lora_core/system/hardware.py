@@ -38,11 +38,11 @@ class Card:
         name: as its driver calls it.
         used: bytes taken by everybody.
         total: bytes that it has.
-        watts: the most it may draw; 0 where that is not told.
+        watts: power limit; 0 if unknown.
         generation: NVIDIA's compute capability; 0 elsewhere.
-        by_process: process to bytes that it takes, where that is told.
+        by_process: process to bytes, where known.
         maker: "NVIDIA" or "AMD".
-        driver: its driver's version, "" where that is not told.
+        driver: driver version, "" if unknown.
     """
 
     name: str
@@ -106,7 +106,7 @@ def find_card() -> Card | None:
 
 
 def find_nvidia_card() -> Card | None:
-    """The card that a run takes, as NVIDIA's tool tells it: the newest; of several like it, the largest."""
+    """The card that a run uses, from nvidia-smi: the newest; of equal ones, the largest."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -172,7 +172,7 @@ def _number(text: str) -> float:
 
 
 def find_amd_card(devices: Path = Path("/sys/class/drm")) -> Card | None:
-    """The largest card whose driver tells its memory in files, as AMD's does on Linux."""
+    """The largest card whose driver reports memory in sysfs, as AMD's does on Linux."""
     found = []
     for total in devices.glob("card*/device/mem_info_vram_total"):
         with contextlib.suppress(OSError, ValueError):
@@ -185,7 +185,7 @@ def card_problem(card: Card, found: Mapping[str, str], system: str = platform.sy
     """Why PyTorch does not compute on a card that is there, and what to do about it, in two sentences.
 
     Args:
-        card: as its driver tells it.
+        card: from its driver.
         found: `torch`, `build` and `lacks_code`, as `describe_torch` says them.
         system: as `platform.system()`.
     """

@@ -37,7 +37,7 @@ class ToolKind:
     """One tool.
 
     Attributes:
-        name: what people call it.
+        name: display name.
         markers: sets of paths below its root; it is the tool where all of one set are there.
         folders: from the root to its folders, whether they are there or not.
     """
@@ -175,7 +175,7 @@ KINDS = (
     ToolKind("SD.Next", (("installer.py", "launch.py", "modules"),), _sdnext),
     ToolKind("AUTOMATIC1111", (("webui.py", "modules", "models/Stable-diffusion"),), _webui),
     ToolKind("Fooocus", (("fooocus_version.py", "models"),), _fooocus),
-    # Its desktop version keeps models and nodes of a person, and its own code elsewhere.
+    # The desktop version keeps the user's models and nodes here, and its code elsewhere.
     ToolKind("ComfyUI", (("main.py", "comfy", "models"), ("custom_nodes", "models/checkpoints")), _comfy),
     ToolKind("InvokeAI", (("invokeai.yaml",), ("databases/invokeai.db", "models")), _invoke),
     ToolKind("Stability Matrix", (("Models/StableDiffusion", "Packages"),), _stability_matrix),
@@ -205,7 +205,7 @@ NESTED = ("webui", "ComfyUI", "app", "Data")
 MANAGED = ("Packages", "api", "Data/Packages")
 """Where managers of tools keep one folder a tool."""
 USUAL_PLACES = ("", "AI", "ai", "apps", "git", "src", "Projects", "projects", "Programs")
-# On a Mac the system asks a person for leave before a program looks into these.
+# macOS asks the user for permission before a program reads these.
 PERSONAL_PLACES = ("Documents", "Desktop", "Downloads")
 MOST_ENTRIES, MOST_SECONDS = 4_000, 2.0
 
@@ -225,7 +225,7 @@ class InstalledTool:
     """One tool on this computer.
 
     Attributes:
-        name: what people call it.
+        name: display name.
         root: where it is installed.
         models: folders with bases.
         loras: the folder in which it looks for LoRAs, or None where it has none that files can be put into.
@@ -263,7 +263,7 @@ def detect_machine() -> Machine:
         settings = [home / ".config", home / "AppData" / "Roaming", home / "AppData" / "Local"]
     if sys.platform != "win32":
         usual += [Path("/opt"), Path("/workspace")]
-    # The top of other drives; the system's own on Linux and macOS holds no programs of a person.
+    # The top of other drives; the system drive on Linux and macOS holds no user programs.
     for drive in psutil.disk_partitions(all=False):
         if drive.mountpoint not in ("/", "/boot", "/boot/efi") and drive.fstype and "cdrom" not in drive.opts:
             usual += [Path(drive.mountpoint) / place for place in ("", "AI")]
@@ -276,7 +276,7 @@ def find_tools(
     """The tools on this computer, in the order in which they were found, each once.
 
     Args:
-        extra: folders that a person added: of a tool, or just of models.
+        extra: folders that the user added: of a tool, or of models.
         machine: where to look; this computer where it is None.
         seconds: after so long the search ends with what it has.
     """
@@ -416,7 +416,7 @@ class CopiedFile:
     """What was copied.
 
     Attributes:
-        file: where the adapter lies now.
+        file: the adapter.
         beside: side files that went with it.
         kept: side files that were there and differ, which stayed as they were.
         renamed: whether its name was taken by another file.
@@ -444,7 +444,7 @@ def copy_export(file: Path, folder: Path) -> CopiedFile:
             if not source.is_file() or _same(source, target):
                 continue
             if target.exists():
-                # The tool, or the person in it, wrote this one.
+                # The tool or its user wrote this one.
                 kept.append(target)
                 continue
             _copy(source, target)
@@ -516,7 +516,7 @@ class RecentPaths:
         return self._kept("bases")
 
     def folders(self) -> list[Path]:
-        """Folders of tools or of models that a person added."""
+        """Folders of tools or models that the user added."""
         return [Path(name) for name in self._kept("folders")]
 
     def lora_folders(self) -> list[Path]:

@@ -52,7 +52,7 @@ def workspace(chosen: str | Path | None = None) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a whole file or none: a temporary file beside it, fsync, rename."""
+    """Writes a file atomically: temporary file beside it, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:

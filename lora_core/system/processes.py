@@ -131,7 +131,7 @@ INTERRUPTED = 130
 """The exit code of a process that left on such a signal."""
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 _KEYS = ("SIGINT", "SIGBREAK")
-"""Those that a person sends from a keyboard."""
+"""Signals sent from a keyboard."""
 
 
 def _numbers(names: tuple[str, ...]) -> list[signal.Signals]:

@@ -210,9 +210,9 @@ def test_a_picture_that_comes_back_meanwhile_is_not_written_over(tmp_path: Path,
     back = draw(tmp_path / "b.png", seed=2).read_bytes()
 
     def said(phase: str, done: int, total: int) -> None:
-        if phase == "Taking over" and done == 1:
+        if phase == "Importing" and done == 1:
             (into / "b.png").write_bytes(back)
 
-    import_folder(source, into, TransferMode(said=said))
+    import_folder(source, into, TransferMode(progress=said))
     assert listed(into) == ["a.png", "b-2.png", "b.png"]
     assert (into / "b.png").read_bytes() == back
