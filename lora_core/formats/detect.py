@@ -65,7 +65,7 @@ ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "full difference")
 """The kinds of which it is known here how tools read them."""
 
 
-def called(kind: str, shapes: Shapes) -> str:
+def describe_kind(kind: str, shapes: Shapes) -> str:
     """A file of a kind in a sentence after "it is"."""
     if not shapes:
         return "no adapter, for it holds no tensors"
@@ -74,7 +74,7 @@ def called(kind: str, shapes: Shapes) -> str:
     return f"of the kind {kind!r}"
 
 
-def kind_of(shapes: Shapes) -> str:
+def detect_kind(shapes: Shapes) -> str:
     """What the tensors of a file make together, such as "LoRA" or "whole checkpoint", else "unknown".
 
     A LoRA that adapts convolutions larger than 1 x 1 is a LoCon.
@@ -148,13 +148,13 @@ def mismatch(shapes: Shapes, metadata: Mapping[str, str], family: Family) -> str
     return ""
 
 
-def family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
+def detect_family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
     """The key of the first row of the family's title, or a title where there is no row, or "unknown"."""
     title = _title(shapes, metadata)
     return next((name for name, family in FAMILIES.items() if family.title == title), title)
 
 
-def file_family(shapes: Shapes, metadata: Mapping[str, str]) -> Family | None:
+def detect_family(shapes: Shapes, metadata: Mapping[str, str]) -> Family | None:
     """The exact row that a file is for, or None.
 
     Where several rows share a title, the header chooses: by version, architecture or prediction; else the
@@ -220,7 +220,7 @@ def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
     return rows or {f"a base whose text encoder is {width} channels wide"}
 
 
-def alpha_claims(metadata: Mapping[str, str], key: str) -> list[float]:
+def header_alphas(metadata: Mapping[str, str], key: str) -> list[float]:
     """The alphas that a header of the diffusers format lists; none if it is absent or unreadable."""
     try:
         values = parse_json(metadata.get(key, "{}"))

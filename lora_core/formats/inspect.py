@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from lora_core.errors import AdapterFileError
 from lora_core.formats import detect, kohya, peft
 from lora_core.formats.io import file_hashes, read_tensors
-from lora_core.formats.layers import Tensors, alpha_number, check_products, checked_layer, is_finite
-from lora_core.formats.peft import with_config_beside
+from lora_core.formats.layers import Tensors, check_lycoris_factors, is_finite, layer_from_tensors, read_alpha
+from lora_core.formats.peft import add_peft_config
 from lora_core.model_files.header import Header, read_header
 
 
@@ -37,9 +37,9 @@ def inspect_file(path: Path) -> dict[str, Any]:
     ranks = sorted({rank for keys in modules.values() if (rank := _rank(keys, shapes))})
     weights = [shape for key, shape in shapes.items() if not key.endswith(".alpha")]
     return {
-        "family": detect.family_name(shapes, header.metadata),
+        "family": detect.detect_family_name(shapes, header.metadata),
         "format": file_format(shapes),
-        "kind": detect.kind_of(shapes),
+        "kind": detect.detect_kind(shapes),
         "ranks": ranks,
         "alphas": _alphas(path, header, ranks),
         "modules": len(modules),
@@ -69,7 +69,7 @@ def _problem(path: Path, shapes: detect.Shapes) -> str:
     """What is wrong inside a file whose header is in order, whatever its layers are called."""
     if not shapes:
         return f"{path} holds no tensors; it is no adapter."
-    if detect.kind_of(shapes) not in detect.ADAPTERS:
+    if detect.detect_kind(shapes) not in detect.ADAPTERS:
         return ""
     tensors, _ = read_tensors(path)
     for name, tensor in tensors.items():
@@ -93,10 +93,10 @@ def _check_module(module: str, tensors: Tensors) -> None:
     """
     products = {match[1]: tensors[key] for key in tensors if (match := _PRODUCT.search(key))}
     if products:
-        check_products(module, products)
+        check_lycoris_factors(module, products)
     roles = {role: tensors[key] for key in tensors if (role := _role(key))}
     if roles.keys() - {"alpha"}:
-        checked_layer(module, roles)
+        layer_from_tensors(module, roles)
     elif len(tensors) == 1 and roles:
         raise AdapterFileError(f"{module!r} has an alpha, but no weights.")
 
@@ -135,9 +135,9 @@ def _alphas(path: Path, header: Header, ranks: list[int]) -> list[float]:
     ]
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            stored = [alpha_number(file.get_tensor(name)) for name in names]
+            stored = [read_alpha(file.get_tensor(name)) for name in names]
     except (SafetensorError, OSError, RuntimeError) as error:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
-    texts = with_config_beside(path, header.tensors, header.metadata)
-    claimed = stored or detect.alpha_claims(texts, peft.HEADER_KEY)
+    texts = add_peft_config(path, header.tensors, header.metadata)
+    claimed = stored or detect.header_alphas(texts, peft.HEADER_KEY)
     return sorted({alpha for alpha in claimed if math.isfinite(alpha)}) or [float(rank) for rank in ranks]

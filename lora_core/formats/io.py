@@ -23,7 +23,7 @@ from lora_core.errors import AdapterFileError
 from lora_core.formats import detect
 from lora_core.formats.layer_shapes import reshape_adapter
 from lora_core.formats.layers import Tensors, check_finite
-from lora_core.formats.peft import HEADER_KEY, with_config_beside
+from lora_core.formats.peft import HEADER_KEY, add_peft_config
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
@@ -58,14 +58,14 @@ def load_adapter(path: Path, family: Family | None = None) -> AdapterWeights:
             another family.
     """
     header = read_header(path)
-    kind = detect.kind_of(header.shapes)
+    kind = detect.detect_kind(header.shapes)
     if kind != "unknown":
         check_family(path, header)
     if kind not in (detect.LORA, detect.LOCON):
-        what = detect.called(kind, header.shapes) + ("" if kind == "unknown" else ", not a plain LoRA")
+        what = detect.describe_kind(kind, header.shapes) + ("" if kind == "unknown" else ", not a plain LoRA")
         raise AdapterFileError(f"{path} cannot be used: it is {what}.{merge_offer(path, kind)}")
     tensors, texts = read_tensors(path)
-    metadata = with_config_beside(path, tensors, texts)
+    metadata = add_peft_config(path, tensors, texts)
     translator = next((m for m in map(_translator, FORMATS) if m.matches(tensors)), None)
     if translator is None:
         raise AdapterFileError(f"{path} cannot be used: its tensors are named like no known format.")
@@ -148,9 +148,9 @@ def convert_adapter(source: Path, target: Path, format: str, keep_alphas: bool =
     """
     header = read_header(source)
     weights = load_adapter(source)
-    family = detect.file_family(header.shapes, header.metadata)
+    family = detect.detect_family(header.shapes, header.metadata)
     if family is None:
-        name = detect.family_name(header.shapes, header.metadata)
+        name = detect.detect_family_name(header.shapes, header.metadata)
         what = "does not say which family of base it is for" if name == "unknown" else f"is for {name}"
         raise AdapterFileError(f"{source} {what}, so its layers have no names in another format.")
     reshaped = reshape_adapter(weights, family)
@@ -239,7 +239,7 @@ def write_tensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> 
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
-        write_pieces(draft, pieces(tensors, metadata))
+        write_pieces(draft, serialize(tensors, metadata))
         _check_written(draft, tensors)
         os.replace(draft, path)
         sync_folder(path.parent)
@@ -273,7 +273,7 @@ def write_pieces(path: Path, data: Iterable[bytes | memoryview]) -> None:
         os.fsync(file.fileno())
 
 
-def pieces(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+def serialize(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """A safetensors file piece by piece, the header first; equal contents give equal bytes.
 
     Tensors are ordered by item size and then by name, so that each is aligned.
@@ -286,7 +286,7 @@ def pieces(tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[bytes | me
         dtype = _DTYPE_NAMES[tensor.dtype]
         entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": offsets}
         end = offsets[1]
-    yield encoded_header(entries, metadata)
+    yield encode_header(entries, metadata)
     for name in order:
         yield as_bytes(tensors[name]).numpy().data
 
@@ -296,7 +296,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def encoded_header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+def encode_header(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
     """The beginning of a safetensors file: its length and the header, padded so that tensors are aligned."""
     header: dict[str, Any] = {}
     if metadata:
@@ -317,7 +317,7 @@ def header_hashes(tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, st
     """
     whole, window, start = hashlib.sha256(), hashlib.sha256(), 0
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    for number, piece in enumerate(pieces(tensors, kept)):
+    for number, piece in enumerate(serialize(tensors, kept)):
         if number:
             whole.update(piece)
         window.update(piece[max(0, 0x100000 - start) : max(0, 0x110000 - start)])

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.detect import extra_keys, file_family
-from lora_core.formats.layers import Tensors, check_plain, checked_layer
-from lora_core.formats.names import STEM_PARTS, first_few, layer_of_stem, stem_of_layer
+from lora_core.formats.detect import detect_family, extra_keys
+from lora_core.formats.layers import Tensors, check_plain, layer_from_tensors
+from lora_core.formats.names import PREFIX_PARTS, first_few, layer_of_prefix, prefix_of_layer
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
 
@@ -25,7 +25,7 @@ ROLES = {
     "lora_A.weight": "down",
     "lora_B.weight": "up",
 }
-_STARTS = tuple(f"{prefix}_" for prefix in STEM_PARTS)
+_STARTS = tuple(f"{prefix}_" for prefix in PREFIX_PARTS)
 
 
 def matches(keys: Iterable[str]) -> bool:
@@ -60,7 +60,7 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = Fals
     common = file_alpha(weights)
     tensors: Tensors = {}
     for (part, path), layer in weights.layers.items():
-        stem = stem_of_layer(part, path, family)
+        stem = prefix_of_layer(part, path, family)
         kept = layer.alpha == common or keep_alphas
         tensors[f"{stem}.lora_down.weight"] = layer.down
         tensors[f"{stem}.lora_up.weight"] = layer.up if kept else _up_for_alpha(layer, common)
@@ -111,13 +111,13 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         if ROLES[leaf] in by_stem.setdefault(stem, {}):
             raise AdapterFileError(f"The file holds the {ROLES[leaf]} half of {stem!r} twice.")
         by_stem[stem][ROLES[leaf]] = tensor
-    family = file_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
+    family = detect_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
     layers: dict[LayerKey, LayerWeights] = {}
     for stem, roles in by_stem.items():
-        key_of_layer = layer_of_stem(stem, family)
+        key_of_layer = layer_of_prefix(stem, family)
         if key_of_layer in layers:
             raise AdapterFileError(
                 f"The file adapts {'.'.join(key_of_layer)} twice, the second time as {stem!r}."
             )
-        layers[key_of_layer] = checked_layer(stem, roles)
+        layers[key_of_layer] = layer_from_tensors(stem, roles)
     return AdapterWeights(layers, dict(metadata))

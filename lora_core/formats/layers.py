@@ -12,7 +12,7 @@ from lora_core.lora.weights import AdapterWeights, LayerWeights
 Tensors = dict[str, torch.Tensor]
 
 
-def checked_layer(name: str, tensors: Tensors) -> LayerWeights:
+def layer_from_tensors(name: str, tensors: Tensors) -> LayerWeights:
     """The layer that a file calls `name`.
 
     Args:
@@ -58,13 +58,13 @@ def _alpha(name: str, stored: torch.Tensor | None, rank: int) -> float:
         return float(rank)
     if stored.numel() != 1:
         raise AdapterFileError(f"{name!r} has an alpha of shape {list(stored.shape)}; it must be one number.")
-    alpha = alpha_number(stored)
+    alpha = read_alpha(stored)
     if not math.isfinite(alpha):
         raise AdapterFileError(f"{name!r} has the alpha {alpha}, which is not a finite number.")
     return alpha
 
 
-def alpha_number(stored: torch.Tensor) -> float:
+def read_alpha(stored: torch.Tensor) -> float:
     """The number in an alpha tensor; from fp32 the shortest decimal that rounds to it, 0.3 for 0.300000012.
 
     So an alpha that a person wrote comes back as the same number, and a resumed run scales just as an
@@ -116,7 +116,7 @@ def check_finite(weights: AdapterWeights) -> None:
         )
 
 
-def check_products(name: str, roles: Tensors) -> None:
+def check_lycoris_factors(name: str, roles: Tensors) -> None:
     """Refuse a LoHa or a LoKr that lacks a tensor.
 
     Args:
@@ -144,7 +144,7 @@ MAGNITUDE = re.compile(r"(.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.default)
 """The name of a tensor of DoRA magnitudes; the first group is the layer's."""
 
 
-def checked_magnitude(name: str, stored: torch.Tensor) -> torch.Tensor:
+def magnitude_from_tensor(name: str, stored: torch.Tensor) -> torch.Tensor:
     """A layer's DoRA magnitudes, (out, 1) where rows are normed, (1, in) where columns are.
 
     kohya's files say which by the shape, PEFT's always have one for each row.

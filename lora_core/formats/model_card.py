@@ -1,10 +1,7 @@
-"""What lies beside an adapter file for people: a picture of what it does, and a page on what it is.
+"""The files beside an adapter file, for users: the image `<stem>.preview.png` and the card `<stem>.md`.
 
-The picture goes into the header as well (`modelspec.thumbnail`, which SwarmUI and others show) and beside the
-file
-as `<stem>.preview.png`, which A1111, Forge and ComfyUI show. InvokeAI takes neither. The page, `<stem>.md`,
-is
-made of the header alone, so that it can be made for a file of any tool.
+A1111, Forge and ComfyUI show the image; it goes into the header as well (`modelspec.thumbnail`, which SwarmUI
+and others show). The card is made from the header alone, so it can be made for a file of any tool.
 """
 
 import base64
@@ -12,16 +9,20 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from lora_core.formats.detect import file_family
+from lora_core.formats.detect import detect_family
 from lora_core.formats.peft import HEADER_KEY
 from lora_core.model_files.families import Family
 from lora_core.system.paths import write_atomically
 from lora_core.system.untrusted import parse_json
+
+if TYPE_CHECKING:
+    import jinja2
 
 THUMBNAIL_KEY = "modelspec.thumbnail"
 THUMBNAIL_SIDE = 256
@@ -31,13 +32,13 @@ _MOST_BYTES = 24_000
 """Of the JPEG: the header that holds it is read by every tool that lists files."""
 
 
-def thumbnail(picture: Path) -> bytes:
+def thumbnail(image_path: Path) -> bytes:
     """A JPEG of at most 256 pixels a side.
 
     Raises:
-        OSError: the picture cannot be read.
+        OSError: the image cannot be read.
     """
-    with Image.open(picture) as image:
+    with Image.open(image_path) as image:
         small = image.convert("RGB")
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = b""
@@ -50,64 +51,79 @@ def thumbnail(picture: Path) -> bytes:
     return data
 
 
-def thumbnail_text(jpeg: bytes) -> str:
+def thumbnail_uri(jpeg: bytes) -> str:
     """A JPEG as the text of a header: a data URI."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
 
 
 def preview_file(path: Path) -> Path:
-    """Where the picture of an adapter file lies."""
+    """The path of an adapter file's preview image."""
     return path.with_name(f"{path.stem}.preview.png")
 
 
 def card_file(path: Path) -> Path:
-    """Where the page on an adapter file lies."""
+    """The path of an adapter file's model card."""
     return path.with_suffix(".md")
 
 
-def write_beside(path: Path, metadata: Mapping[str, str], picture: Path | None = None) -> None:
-    """Write the picture, if there is one, and the page beside an adapter file.
+def write_beside(path: Path, metadata: Mapping[str, str], image: Path | None = None) -> None:
+    """Write the preview image, if there is one, and the model card beside an adapter file.
 
     Args:
         path: the adapter file.
-        metadata: its header's texts.
-        picture: a PNG that was drawn with it.
+        metadata: of its header.
+        image: a PNG that was generated with it.
 
     Raises:
         OSError: they cannot be written.
     """
-    shown = []
-    if picture is not None:
-        write_atomically(preview_file(path), picture.read_bytes())
-        shown.append(preview_file(path).name)
-    card = model_card(metadata, path.name, shown)
+    images = []
+    if image is not None:
+        write_atomically(preview_file(path), image.read_bytes())
+        images.append(preview_file(path).name)
+    card = model_card(metadata, path.name, images)
     write_atomically(card_file(path), card.encode("utf-8", "replace"))
 
 
-def model_card(metadata: Mapping[str, str], file_name: str, pictures: Sequence[str] = ()) -> str:
-    """A page in Markdown on an adapter file, with the front matter that model sites read.
+def model_card(metadata: Mapping[str, str], file_name: str, images: Sequence[str] = ()) -> str:
+    """A Markdown page on an adapter file (`model_card.md.j2`), with the front matter that model sites read.
 
     Args:
-        metadata: the texts of the file's header, of whichever tool.
+        metadata: of the file's header, by any tool.
         file_name: of the adapter file.
-        pictures: names of files that lie beside it.
+        images: names of files beside it.
     """
-    stem = Path(file_name).stem
-    family = file_family({}, metadata)
-    title = _line(metadata.get("modelspec.title") or metadata.get("ss_output_name") or stem)
-    trigger = _line(metadata.get("modelspec.trigger_phrase", ""))
-    front = ["---", "tags:", "- stable-diffusion", "- lora", "- text-to-image"]
-    front += [f"instance_prompt: {json.dumps(trigger, ensure_ascii=False)}"] if trigger else []
-    rows = [f"| {name} | {_cell(value)} |" for name, value in _facts(metadata, family, trigger) if value]
-    parts = ["\n".join([*front, "---"]), f"# {title}"]
-    parts += [f"![{_line(name)}](<{name}>)" for name in pictures]
-    parts += ["\n".join(["| | |", "|---|---|", *rows])] if rows else []
-    return "\n\n".join([*parts, *_use(metadata, family, file_name, trigger)]) + "\n"
+    family, stem = detect_family({}, metadata), Path(file_name).stem
+    trigger = _one_line(metadata.get("modelspec.trigger_phrase", ""))
+    return _template().render(
+        title=metadata.get("modelspec.title") or metadata.get("ss_output_name") or stem,
+        trigger=trigger,
+        prompt=trigger or "your prompt",
+        stem=stem,
+        file_name=file_name,
+        images=images,
+        facts=[(name, value) for name, value in _facts(metadata, family, trigger) if value],
+        only_for=family.title.lower() if family and not family.portable else "",
+        diffusers_only=HEADER_KEY in metadata,
+    )
+
+
+@lru_cache(maxsize=1)
+def _template() -> "jinja2.Template":
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    # Markdown: nothing is escaped as HTML; `one_line` takes out what either would read as a command.
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters |= {"one_line": _one_line, "quoted": lambda t: json.dumps(t, ensure_ascii=False)}
+    return environment.get_template("model_card.md.j2")
 
 
 def _facts(metadata: Mapping[str, str], family: Family | None, trigger: str) -> list[tuple[str, str]]:
     title = family.title if family else metadata.get("modelspec.architecture", "")
-    name = metadata.get("ss_sd_model_name", "")
+    name, clip_skip = metadata.get("ss_sd_model_name", ""), metadata.get("ss_clip_skip", "")
     rank, alpha = metadata.get("ss_network_dim", ""), metadata.get("ss_network_alpha", "")
     return [
         ("Base", f"{title} ({name})" if name and name != title else title),
@@ -115,10 +131,7 @@ def _facts(metadata: Mapping[str, str], family: Family | None, trigger: str) -> 
         ("Rank, alpha", f"{rank}, {alpha}" if rank and alpha else rank),
         ("Trained", _training(metadata)),
         ("Prediction", metadata.get("modelspec.prediction_type", "")),
-        (
-            "Clip skip",
-            "" if metadata.get("ss_clip_skip") in ("1", "None", None) else metadata["ss_clip_skip"],
-        ),
+        ("Clip skip", "" if clip_skip in ("1", "None") else clip_skip),
         ("Merged from", metadata.get("modelspec.merged_from", "")),
         ("Date", metadata.get("modelspec.date", "")[:10]),
         ("About", metadata.get("modelspec.description", "")),
@@ -126,69 +139,20 @@ def _facts(metadata: Mapping[str, str], family: Family | None, trigger: str) -> 
 
 
 def _training(metadata: Mapping[str, str]) -> str:
-    """Steps, pictures and size in words, as far as the header says them."""
+    """Steps, images and size in words, as far as the header has them."""
     steps = metadata.get("ss_steps") or metadata.get("ss_max_train_steps", "")
-    counts = [
-        entry["img_count"]
-        for entry in _table(metadata.get("ss_dataset_dirs", "")).values()
-        if isinstance(entry, dict) and isinstance(entry.get("img_count"), int)
-    ]
+    try:
+        datasets = parse_json(metadata.get("ss_dataset_dirs") or "{}")
+    except ValueError:
+        datasets = {}
+    entries = datasets.values() if isinstance(datasets, dict) else ()
+    counts = [entry.get("img_count") for entry in entries if isinstance(entry, dict)]
+    images = sum(count for count in counts if isinstance(count, int))
     size = metadata.get("modelspec.resolution") or metadata.get("ss_resolution", "")
-    words = [f"{steps} steps" if steps else "", f"on {sum(counts)} pictures" if counts else ""]
+    words = [f"{steps} steps" if steps else "", f"on {images} pictures" if images else ""]
     return " ".join(word for word in (*words, f"at {size} px" if size else "") if word)
 
 
-def _table(text: str) -> dict[str, Any]:
-    try:
-        found = parse_json(text or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _use(metadata: Mapping[str, str], family: Family | None, file_name: str, trigger: str) -> list[str]:
-    """How to use the file in each tool that reads its format."""
-    stem = Path(file_name).stem
-    prompt = trigger or "your prompt"
-    parts = ["## Use"]
-    if family is not None and not family.portable:
-        parts.append(f"Of use only with the {family.title.lower()}.")
-    if HEADER_KEY in metadata:
-        parts.append("In the format of diffusers, which the other tools do not read whole.")
-    else:
-        parts.append(
-            "\n".join(
-                [
-                    (
-                        "- **A1111, Forge**: put the file into `models/Lora` and write"
-                        f" `<lora:{stem}:1> {prompt}` into the prompt."
-                    ),
-                    "- **ComfyUI**: put the file into `models/loras` and add the node *Load LoRA*.",
-                    "- **InvokeAI**: add the file in the model manager.",
-                    "- **diffusers**:",
-                ]
-            )
-        )
-    parts.append(
-        "\n".join(
-            [
-                "```python",
-                "import diffusers",
-                "",
-                'pipeline = diffusers.DiffusionPipeline.from_pretrained("the base")',
-                f'pipeline.load_lora_weights(".", weight_name={json.dumps(file_name, ensure_ascii=False)})',
-                f"image = pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0]",
-                "```",
-            ]
-        )
-    )
-    return parts
-
-
-def _line(text: str) -> str:
-    """A text of somebody on one line, without what Markdown or HTML would take for a command."""
+def _one_line(text: str) -> str:
+    """A text on one line, without what Markdown or HTML would take for a command."""
     return re.sub(r"[\s`<>|\[\]]+", " ", text).strip()
-
-
-def _cell(text: str) -> str:
-    return _line(text) or " "

@@ -54,7 +54,7 @@ CLIP_PATHS = (
     "text_projection",
 )
 
-STEM_PARTS = {
+PREFIX_PARTS = {
     "lora_unet": "unet",
     "lora_te": "text_encoder",
     "lora_te1": "text_encoder",
@@ -90,7 +90,7 @@ def ldm_family() -> Family:
     return next(family for family in FAMILIES.values() if family.kohya_block_names == "ldm")
 
 
-def layer_of_stem(stem: str, family: Family | None = None) -> tuple[str, str]:
+def layer_of_prefix(stem: str, family: Family | None = None) -> tuple[str, str]:
     """(part, dotted path) of a kohya stem, in diffusers' block names or in the original ones.
 
     Args:
@@ -102,15 +102,15 @@ def layer_of_stem(stem: str, family: Family | None = None) -> tuple[str, str]:
     """
     match = _STEM.fullmatch(stem)
     if match is None:
-        raise AdapterFileError(unknown_layer(stem))
-    part, name = STEM_PARTS[match[1]], match[2]
+        raise AdapterFileError(unknown_layer_message(stem))
+    part, name = PREFIX_PARTS[match[1]], match[2]
     if _kind(part) == "text" and name.startswith("encoder_layers_"):
         name = f"text_model_{name}"
     path = _dotted(name, _kind(part))
     if path is None and part == "unet":
         path = from_ldm(_dotted(name, "ldm") or "", family)
     if path is None:
-        raise AdapterFileError(unknown_layer(stem))
+        raise AdapterFileError(unknown_layer_message(stem))
     return part, path
 
 
@@ -125,12 +125,12 @@ def _dotted(name: str, kind: str) -> str | None:
 
 def from_ldm(path: str, family: Family | None = None) -> str | None:
     """Diffusers' path of a UNet layer's original one, or None if it is none; `family` as in
-    `layer_of_stem`."""
+    `layer_of_prefix`."""
     found = diffusers_unet_path(path, (family or ldm_family()).attention_levels)
     return found if found is not None and is_layer("unet", found) else None
 
 
-def unknown_layer(whole: str) -> str:
+def unknown_layer_message(whole: str) -> str:
     """The sentence on a layer that no table holds, by the name that the file has for it."""
     other = other_family({f"{whole}.": ()})
     if other:
@@ -138,7 +138,7 @@ def unknown_layer(whole: str) -> str:
     return f"The file holds {whole!r}, which names no layer of a UNet or a text encoder."
 
 
-def stem_of_layer(part: str, path: str, family: Family) -> str:
+def prefix_of_layer(part: str, path: str, family: Family) -> str:
     """The kohya stem of a layer.
 
     Raises:

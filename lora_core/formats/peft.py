@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.formats.detect import extra_keys, file_family
-from lora_core.formats.layers import Tensors, check_plain, checked_layer
-from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer, with_text_model
+from lora_core.formats.detect import detect_family, extra_keys
+from lora_core.formats.layers import Tensors, check_plain, layer_from_tensors
+from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer_message, with_text_model
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
 from lora_core.system.untrusted import parse_json
@@ -132,21 +132,21 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
             "The file holds tensors that belong to no plain LoRA of the diffusers format:"
             f" {first_few(unknown)}."
         )
-    family = file_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
+    family = detect_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
     by_layer: dict[LayerKey, Tensors] = {}
     for key, tensor in tensors.items():
-        layer, role = layer_and_role(key, family)
+        layer, role = parse_key(key, family)
         if role in by_layer.setdefault(layer, {}):
             raise AdapterFileError(
                 f"The file holds the {role} half of {'.'.join(layer)} twice, once as {key!r}."
             )
         by_layer[layer][role] = tensor
-    layers = {layer: checked_layer(".".join(layer), roles) for layer, roles in by_layer.items()}
+    layers = {layer: layer_from_tensors(".".join(layer), roles) for layer, roles in by_layer.items()}
     own = {layer for layer, roles in by_layer.items() if "alpha" in roles}
-    return with_header_alphas(layers, metadata, own)
+    return apply_header_alphas(layers, metadata, own)
 
 
-def with_header_alphas(
+def apply_header_alphas(
     layers: Mapping[LayerKey, LayerWeights], metadata: Mapping[str, str], own: Container[LayerKey] = ()
 ) -> AdapterWeights:
     """The adapter of `layers` with the header's alphas, but for the layers in `own`, which have theirs.
@@ -154,7 +154,7 @@ def with_header_alphas(
     Raises:
         AdapterFileError: the header's alphas cannot be read.
     """
-    values = header_values(metadata)
+    values = read_lora_config(metadata)
     found = dict(layers)
     for (part, path), layer in layers.items():
         if (part, path) not in own and f"{part}.lora_alpha" in values:
@@ -162,12 +162,12 @@ def with_header_alphas(
     return AdapterWeights(found, {k: v for k, v in metadata.items() if k != HEADER_KEY})
 
 
-def layer_and_role(key: str, family: Family | None = None) -> tuple[LayerKey, str]:
+def parse_key(key: str, family: Family | None = None) -> tuple[LayerKey, str]:
     """The layer that a key is for, and the half: "down", "up", "mid" or "alpha".
 
     Args:
         key: the name of a tensor.
-        family: whose blocks original names count, as in `names.layer_of_stem`.
+        family: whose blocks original names count, as in `names.layer_of_prefix`.
 
     Raises:
         AdapterFileError: it names no layer.
@@ -184,12 +184,12 @@ def layer_and_role(key: str, family: Family | None = None) -> tuple[LayerKey, st
         path = f"{path}.{_OLD_LEAVES['unet' if part == 'unet' else 'text'][leaf['old']]}"
     path = with_text_model(path) if part != "unet" else from_ldm(path, family) or path
     if not is_layer(part, path):
-        raise AdapterFileError(unknown_layer(key))
+        raise AdapterFileError(unknown_layer_message(key))
     role = "alpha" if leaf["alpha"] else leaf["role"] or _PEFT_ROLES.get(leaf["new"], leaf["new"])
     return (part, path), role
 
 
-def header_values(metadata: Mapping[str, str]) -> dict[str, Any]:
+def read_lora_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The arguments of PEFT's LoraConfigs in a file's header, by dotted name; none without such a header.
 
     Raises:
@@ -239,7 +239,7 @@ FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TAKEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")
 
 
-def with_config_beside(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
+def add_peft_config(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
     """A file's metadata, with what a PEFT config beside it says of alpha put where diffusers has it.
 
     Args:

@@ -23,13 +23,13 @@ from lora_core.formats.layer_shapes import kernel_of, reshape_adapter
 from lora_core.formats.layers import (
     MAGNITUDE,
     Tensors,
-    alpha_number,
     check_finite,
-    check_products,
-    checked_magnitude,
+    check_lycoris_factors,
     dora_update,
+    magnitude_from_tensor,
+    read_alpha,
 )
-from lora_core.formats.names import layer_of_stem
+from lora_core.formats.names import layer_of_prefix
 from lora_core.lora.weights import LayerKey, LayerWeights
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
@@ -176,10 +176,10 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
         AdapterFileError: one sentence on what is wrong with the file, or that it is for another family.
     """
     header = read_header(path)
-    if detect.kind_of(header.shapes) in CONVERTIBLE:
+    if detect.detect_kind(header.shapes) in CONVERTIBLE:
         check_family(path, header)
-    family = known or detect.file_family(header.shapes, header.metadata)
-    if detect.kind_of(header.shapes) not in CONVERTIBLE:
+    family = known or detect.detect_family(header.shapes, header.metadata)
+    if detect.detect_kind(header.shapes) not in CONVERTIBLE:
         weights = load_adapter(path, known)
         if family is None:
             raise AdapterFileError(_no_family(path, header))
@@ -198,7 +198,7 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
 
 
 def _no_family(path: Path, header: Header) -> str:
-    name = detect.family_name(header.shapes, header.metadata)
+    name = detect.detect_family_name(header.shapes, header.metadata)
     if name != "unknown":
         return f"{path} is for {name}, which cannot be used here."
     return f"Nothing in {path} says which family of base it is for; name its base with --base."
@@ -226,13 +226,13 @@ def _odd_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) 
         layer = _layer(name, family)
         if layer not in updates:
             raise AdapterFileError(f"{name!r} has DoRA magnitudes, but no update.")
-        updates[layer] = replace(updates[layer], magnitude=checked_magnitude(name, magnitude))
+        updates[layer] = replace(updates[layer], magnitude=magnitude_from_tensor(name, magnitude))
     return updates
 
 
 def _layer(name: str, family: Family) -> LayerKey:
     """The layer that a module's name in a file means."""
-    return layer_of_stem(name, family) if "." not in name else peft.layer_and_role(f"{name}.alpha", family)[0]
+    return layer_of_prefix(name, family) if "." not in name else peft.parse_key(f"{name}.alpha", family)[0]
 
 
 def _odd_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: Family) -> Update:
@@ -241,7 +241,7 @@ def _odd_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: F
             f"{name!r} is a LoHa or a LoKr under PEFT's names, where the strength is in no file; convert it"
             " with PEFT first."
         )
-    check_products(name, roles)
+    check_lycoris_factors(name, roles)
     inner = next((roles[key] for key in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if key in roles), None)
     # Without a rank, as in a LoKr of two whole matrices, alpha means nothing.
     scale = 1.0
@@ -250,7 +250,7 @@ def _odd_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: F
             raise AdapterFileError(
                 f"{name!r} has an alpha of shape {list(alpha.shape)}; it must be one number."
             )
-        scale = alpha_number(alpha) / inner.shape[0]
+        scale = read_alpha(alpha) / inner.shape[0]
     layer = _layer(name, family)
     update = Update(".".join(layer), None, roles, scale, kernel_of(layer, family) or ())
     numbers = torch.stack([tensor.float().abs().max() for tensor in roles.values()])

@@ -231,7 +231,7 @@ def _opened(files: Sequence[WeightedLora]) -> tuple[list[Updates], list[LeftOut]
     titles: dict[str, tuple[str, Family]] = {}
     for file in files:
         header = read_header(Path(file.file))
-        family = detect.file_family(header.shapes, header.metadata)
+        family = detect.detect_family(header.shapes, header.metadata)
         if family is not None:
             titles.setdefault(family.title, (Path(file.file).name, family))
     if len(titles) > 1:

@@ -18,7 +18,7 @@ import torch
 
 from lora_core.errors import AdapterFileError, ModelFileError
 from lora_core.formats import detect
-from lora_core.formats.io import as_bytes, encoded_header, file_hashes, save_adapter
+from lora_core.formats.io import as_bytes, encode_header, file_hashes, save_adapter
 from lora_core.formats.layer_shapes import reshape_adapter
 from lora_core.formats.metadata import side_file
 from lora_core.generate.request import WeightedLora
@@ -188,7 +188,7 @@ def _opened(loras: Sequence[WeightedLora], known: Family | None) -> list[Opened]
     families: dict[str, tuple[Path, Family]] = {}
     for path in paths:
         header = read_header(path)
-        family = detect.file_family(header.shapes, header.metadata)
+        family = detect.detect_family(header.shapes, header.metadata)
         if family is not None:
             families.setdefault(family.title, (path, family))
     if len(families) > 1 and known is None:
@@ -413,7 +413,7 @@ def _write_file(
     """Copy a safetensors file with some tensors changed, see it onto the disk, and read it back."""
     header = read_header(source, ModelFileError)
     metadata = {key: text for key, text in header.metadata.items() if key not in STALE} | dict(texts)
-    start = encoded_header(header.tensors, metadata)
+    start = encode_header(header.tensors, metadata)
     written = hashlib.sha256(start)
     with open(target, "wb") as file:
         file.write(start)

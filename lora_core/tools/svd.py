@@ -136,8 +136,8 @@ def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, li
         AdapterFileError: the file is broken, or no adapter.
     """
     header = read_header(path)
-    known = family or detect.file_family(header.shapes, header.metadata)
-    if known is None and detect.kind_of(header.shapes) in (detect.LORA, detect.LOCON):
+    known = family or detect.detect_family(header.shapes, header.metadata)
+    if known is None and detect.detect_kind(header.shapes) in (detect.LORA, detect.LOCON):
         layers = load_adapter(path).layers
         return {key: Update(".".join(key), layer) for key, layer in layers.items()}, []
     updates = file_updates(path, family)[0]

@@ -11,7 +11,7 @@ from lora_core.errors import RunError
 from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import file_hashes, load_adapter, read_tensors, save_adapter
 from lora_core.formats.metadata import ExportFacts, export_metadata, side_file
-from lora_core.formats.model_card import THUMBNAIL_KEY, thumbnail, thumbnail_text, write_beside
+from lora_core.formats.model_card import THUMBNAIL_KEY, thumbnail, thumbnail_uri, write_beside
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import read_header
@@ -101,7 +101,7 @@ def write_export(
     kind, precision = how
     if picture is not None:
         try:
-            header = header | {THUMBNAIL_KEY: thumbnail_text(thumbnail(picture))}
+            header = header | {THUMBNAIL_KEY: thumbnail_uri(thumbnail(picture))}
         except OSError:
             # A damaged sample is no reason to lose what was trained.
             picture = None

@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from lora_core.formats.io import pieces
-from lora_core.formats.names import stem_of_layer
+from lora_core.formats.io import serialize
+from lora_core.formats.names import prefix_of_layer
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.key_names import ldm_unet_path
 
@@ -18,7 +18,7 @@ TEXT = re.compile(r"text_model\..*")
 
 def serialised(tensors, metadata):
     """A safetensors file in memory."""
-    return b"".join(pieces(tensors, metadata))
+    return b"".join(serialize(tensors, metadata))
 
 
 def prefixes(family):
@@ -26,7 +26,7 @@ def prefixes(family):
 
 
 def own_stem(part, path, family):
-    return stem_of_layer(part, path, family)
+    return prefix_of_layer(part, path, family)
 
 
 def diffusers_stem(part, path, family):

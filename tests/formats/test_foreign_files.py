@@ -17,7 +17,7 @@ from lora_core.cli import main, note_extras
 from lora_core.formats.compat.verify import verify_adapter
 from lora_core.formats.io import convert_adapter, load_adapter
 from lora_core.formats.layer_shapes import family_layout
-from lora_core.formats.names import layer_of_stem
+from lora_core.formats.names import layer_of_prefix
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.header import read_header
 from tests.formats.conftest import same_bits
@@ -126,7 +126,7 @@ def test_the_error_of_a_dora_is_measured_on_its_base(folder, name):
         stem, _, leaf = key.partition(".")
         if leaf != "dora_scale":
             continue
-        layer = layer_of_stem(stem, SD15)
+        layer = layer_of_prefix(stem, SD15)
         weight, scale = base_weight(layer), tensors[key]
         up, down = (tensors[f"{stem}.lora_{half}.weight"].flatten(1) for half in ("up", "down"))
         product = up @ down

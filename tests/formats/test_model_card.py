@@ -13,7 +13,7 @@ from lora_core.formats.model_card import (
     model_card,
     preview_file,
     thumbnail,
-    thumbnail_text,
+    thumbnail_uri,
     write_beside,
 )
 
@@ -108,7 +108,7 @@ def test_a_thumbnail_keeps_the_proportions_and_stays_small(tmp_path, size, small
     assert len(data) < 50_000
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size) == ("JPEG", small)
-    text = thumbnail_text(data)
+    text = thumbnail_uri(data)
     assert base64.b64decode(text.removeprefix("data:image/jpeg;base64,")) == data
 
 

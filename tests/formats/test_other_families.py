@@ -159,5 +159,5 @@ def test_a_base_told_by_its_width_alone_is_not_asked_for(tmp_path, capsys):
 
 
 def test_an_embedding_by_its_token_alone():
-    assert detect.kind_of({"<cat>": (3, 768)}) == "textual-inversion embedding"
-    assert detect.kind_of({"0.to_q_lora.down.weight": (4, 4)}) == "IP-Adapter"
+    assert detect.detect_kind({"<cat>": (3, 768)}) == "textual-inversion embedding"
+    assert detect.detect_kind({"0.to_q_lora.down.weight": (4, 4)}) == "IP-Adapter"

@@ -27,7 +27,7 @@ from lora_core.formats.compat.matching import (
     match_keys,
     match_layers,
 )
-from lora_core.formats.peft import HEADER_KEY, header_values
+from lora_core.formats.peft import HEADER_KEY, read_lora_config
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import FAMILIES
 
@@ -452,7 +452,7 @@ def _apply_header(
 ) -> dict[LayerKey, AppliedLayer]:
     """Each layer as a PEFT LoraConfig in the header has it: r, lora_alpha, their patterns, use_rslora."""
     try:
-        values = header_values(file.metadata)
+        values = read_lora_config(file.metadata)
     except AdapterFileError as error:
         raise LoadError(f"it fails at the header: {str(error).rstrip('.')}") from error
     for part, keys in keys_of.items():

@@ -24,14 +24,14 @@ from lora_core.formats.layer_shapes import Layout, family_layout
 from lora_core.formats.layers import (
     MAGNITUDE,
     Tensors,
-    alpha_number,
     check_finite,
-    checked_layer,
-    checked_magnitude,
     dora_update,
+    layer_from_tensors,
+    magnitude_from_tensor,
+    read_alpha,
 )
-from lora_core.formats.names import first_few, layer_of_stem
-from lora_core.formats.peft import with_config_beside
+from lora_core.formats.names import first_few, layer_of_prefix
+from lora_core.formats.peft import add_peft_config
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
@@ -73,9 +73,11 @@ def verify_adapter(
     """
     path = Path(path)
     header = read_header(path)
-    format, kind = file_format(header.shapes), detect.kind_of(header.shapes)
+    format, kind = file_format(header.shapes), detect.detect_kind(header.shapes)
     if kind not in detect.ADAPTERS:
-        raise AdapterFileError(f"{path} cannot be verified: it is {detect.called(kind, header.shapes)}.")
+        raise AdapterFileError(
+            f"{path} cannot be verified: it is {detect.describe_kind(kind, header.shapes)}."
+        )
     check_family(path, header)
     if format not in MEANT_FOR:
         names = first_few(header.shapes, 1)
@@ -171,14 +173,14 @@ def run_loaders(
     tensors = {name: tensors[name] for name in order}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
-        texts = with_config_beside(path, tensors, metadata)
-        meant = _meant(tensors, texts, file_format(shapes), detect.kind_of(shapes), family)
+        texts = add_peft_config(path, tensors, metadata)
+        meant = _meant(tensors, texts, file_format(shapes), detect.detect_kind(shapes), family)
         check_finite(meant)
         magnitudes = _magnitudes(tensors, family)
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
     alphas = {
-        name: alpha_number(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
+        name: read_alpha(t) for name, t in tensors.items() if name.endswith(".alpha") and t.numel() == 1
     }
     file = AdapterFile(shapes, alphas, metadata, family, layout, _is_full_size(meant, layout))
     expected = Expected(meant, _products(meant, live), magnitudes, weight_of)
@@ -206,14 +208,14 @@ def _check_base(
     path: Path, shapes: detect.Shapes, metadata: Mapping[str, str], base: Family | None
 ) -> Family:
     """The family to verify for: the base's, unless the file is for another one."""
-    found = detect.file_family(shapes, metadata)
+    found = detect.detect_family(shapes, metadata)
     if base is not None:
         signs = detect.family_evidence(shapes, metadata)
         if found is not None and not any(base.title in titles for titles in signs):
             raise AdapterFileError(f"{path} is for {found.title}, the base is the {base.title}.")
         return base
     if found is None:
-        name = detect.family_name(shapes, metadata)
+        name = detect.detect_family_name(shapes, metadata)
         if name != "unknown":
             raise AdapterFileError(f"{path} is for {name}, so it cannot be verified.")
         raise AdapterFileError(
@@ -235,20 +237,20 @@ def _meant(
             layer, role = _layer_and_role(key, format, family)
             found.setdefault(layer, {}).setdefault(role, tensor)
     layers = {
-        layer: checked_layer(".".join(layer), roles)
+        layer: layer_from_tensors(".".join(layer), roles)
         for layer, roles in found.items()
         if roles.keys() != {"alpha"}
     }
-    return peft.with_header_alphas(layers, metadata) if format == "diffusers" else AdapterWeights(layers)
+    return peft.apply_header_alphas(layers, metadata) if format == "diffusers" else AdapterWeights(layers)
 
 
 def _layer_and_role(key: str, format: str, family: Family) -> tuple[LayerKey, str]:
     if format == "diffusers":
-        return peft.layer_and_role(key, family)
+        return peft.parse_key(key, family)
     stem, _, leaf = key.partition(".")
     if leaf not in kohya.ROLES:
         raise AdapterFileError(f"The file holds {key!r}, which belongs to no plain LoRA.")
-    return layer_of_stem(stem, family), kohya.ROLES[leaf]
+    return layer_of_prefix(stem, family), kohya.ROLES[leaf]
 
 
 def _is_full_size(meant: AdapterWeights, layout: Layout) -> bool:
@@ -269,7 +271,7 @@ def _magnitudes(tensors: Tensors, family: Family) -> dict[LayerKey, torch.Tensor
             with contextlib.suppress(AdapterFileError):
                 format = "kohya" if "." not in match[1] else "diffusers"
                 layer, _ = _layer_and_role(f"{match[1]}.alpha", format, family)
-                found[layer] = checked_magnitude(match[1], tensor)
+                found[layer] = magnitude_from_tensor(match[1], tensor)
     return found
 
 
