@@ -57,11 +57,9 @@ def raw_file(path, header, data=b"", length=None):
 
 
 def same_bits(a, b):
-    """Whether two adapters, or two mappings of layers, are equal to the bit."""
-    a, b = (getattr(one, "layers", one) for one in (a, b))
-    assert a.keys() == b.keys()
-    for key, layer in a.items():
-        other = b[key]
+    assert a.layers.keys() == b.layers.keys()
+    for key, layer in a.layers.items():
+        other = b.layers[key]
         assert layer.alpha == other.alpha, key
         for one, two in ((layer.down, other.down), (layer.up, other.up)):
             assert one.dtype == two.dtype

@@ -183,7 +183,7 @@ def test_dora_and_nothing_are_refused(family):
 
 
 def test_header(family):
-    header = kohya.header(adapter(alphas=(3.0, 3.0, 1.0, 3.0, 3.0), ranks=(4, 8, 8, 8, 4)).layers, family)
+    header = kohya.header(adapter(alphas=(3.0, 3.0, 1.0, 3.0, 3.0), ranks=(4, 8, 8, 8, 4)), family)
     assert header["ss_network_dim"] == "8"
     assert header["ss_network_alpha"] == "3.0"
     assert header["ss_base_model_version"] == "easel_tiny"

@@ -32,7 +32,7 @@ def test_kohya_to_diffusers_to_kohya_is_bit_for_bit(family, keep_alphas):
     mixed = adapter(alphas=(2.0, 2.0, 5.0, 0.3, 1.0), ranks=(4, 8, 4, 4, 4))
     start = kohya.to_tensors(mixed if keep_alphas else one, family, keep_alphas)
     weights = kohya.from_tensors(start, {})
-    through = peft.from_tensors(peft.to_tensors(weights, family), peft.header(weights.layers, family))
+    through = peft.from_tensors(peft.to_tensors(weights, family), peft.header(weights, family))
     assert same_bits(through, weights)
     end = kohya.to_tensors(through, family, keep_alphas)
     assert end.keys() == start.keys()
@@ -41,7 +41,7 @@ def test_kohya_to_diffusers_to_kohya_is_bit_for_bit(family, keep_alphas):
 
 
 def test_header_holds_ranks_and_alphas(family):
-    header = peft.header(adapter(alphas=(2.0, 2.0, 5.0, 0.5, 1.0), ranks=(4, 8, 4, 4, 2)).layers, family)
+    header = peft.header(adapter(alphas=(2.0, 2.0, 5.0, 0.5, 1.0), ranks=(4, 8, 4, 4, 2)), family)
     values = json.loads(header[peft.HEADER_KEY])
     assert values["unet.r"] == 4
     assert values["unet.lora_alpha"] == 2
