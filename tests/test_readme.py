@@ -8,7 +8,7 @@ import pytest
 
 from app.main import build_parser as window_parser
 from lora_core.api import VERBS
-from lora_core.cli import parameters, parse
+from lora_core.cli.parser import parameters, parse
 from lora_core.verbs import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,7 +8,7 @@ import pytest
 
 from app.export.lora_tools import TOOLS
 from lora_core.api import VERBS
-from lora_core.cli import parameters
+from lora_core.cli.parser import parameters
 from lora_core.verbs import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]

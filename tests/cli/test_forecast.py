@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core import api
-from lora_core.cli import main, parse
+from lora_core.cli import main
+from lora_core.cli.parser import parse
 from lora_core.runs.queue import Queue
 
 

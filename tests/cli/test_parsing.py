@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core.api import VERBS
-from lora_core.cli import main, parse, weighted_lora
+from lora_core.cli import main
+from lora_core.cli.parser import parse, weighted_lora
 from lora_core.cli.terminal import printable, say, say_json
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.runs.folder import RunFolder

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_core import api
-from lora_core.cli import adapter_file, main, parse, weighted_lora
+from lora_core.cli import main
+from lora_core.cli.parser import adapter_file, parse, weighted_lora
 from lora_core.errors import AdapterFileError, RunError
 from lora_core.generate.request import WeightedLora
 from lora_core.runs.events import EventWriter, Finished

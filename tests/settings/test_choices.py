@@ -11,7 +11,7 @@ import pytest
 
 from app import install
 from lora_core.api import VERBS
-from lora_core.cli import parameters
+from lora_core.cli.parser import parameters
 from lora_core.errors import ConfigError
 from lora_core.settings import choices
 from lora_core.settings.choices import Choice, Table, chosen

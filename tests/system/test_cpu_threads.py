@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.cli import parse, processor_use
+from lora_core.cli import processor_use
+from lora_core.cli.parser import parse
 from lora_core.system.cpu_threads import AWHILE, COMPUTES, GIVES_WAY, SLEEPS, SOON, VARIABLE
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what Linux has")
