@@ -34,24 +34,24 @@ from lora_core.errors import AdapterFileError, ConfigError, LoraError, OutOfMemo
 from lora_core.evaluate.caption_scores import score_captions
 from lora_core.evaluate.learned import measure_run_images
 from lora_core.evaluate.triggers import propose_triggers
+from lora_core.evaluate.validator import Evaluator
 from lora_core.generate.grid import make_image_grid
 from lora_core.generate.pipeline import OnLatents, Pipeline, latent_preview, open_pipeline, save_png
 from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cfg_rescale
 from lora_core.model_files.header import read_header
 from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
 from lora_core.models.load import BaseModel
-from lora_core.report.data import RunEvaluator, cut_file, measure_rank, measure_strength, run_evaluator
+from lora_core.report.data import RunEvaluator, run_evaluator
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig, checked_value
 from lora_core.settings.schema import ModelSection
 from lora_core.system.cpu_threads import others_spin
 from lora_core.system.disk_space import folder_bytes
-from lora_core.tools.combine import truncate_adapter
-from lora_core.tools.evaluator import Evaluator
 from lora_core.tools.interference import measure_stack
-from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out, file_precision
-from lora_core.tools.strength import bake_strength
-from lora_core.tools.svd import file_spectrum
+from lora_core.tools.save import Rewrite, check_out, file_precision
+from lora_core.tools.shrink import measure_rank, truncate_file
+from lora_core.tools.strength import bake_strength, measure_strength
+from lora_core.tools.svd import file_spectrum, truncate_adapter
 from lora_core.train.step_timing import time_steps
 from lora_core.verbs import Measure, adapters, runs
 
@@ -231,14 +231,14 @@ class Worker:
         """How well the captions of the folder `dataset` fit, according to the base."""
         base, records = self._bare_base(_model(request)), scan(Path(str(request["dataset"]))).records
         triples, seed = int(request.get("triples", 4)), int(request.get("seed", 0))
-        return {"found": score_captions(base, records, triples, seed, said=report.step)}
+        return {"found": score_captions(base, records, triples, seed, on_progress=report.step)}
 
     def do_triggers(self, request: Request, report: Reporter) -> Result:
         """Trigger words for the folder `dataset`, beside the word `trigger`."""
         base, records = self._bare_base(_model(request)), scan(Path(str(request["dataset"]))).records
         given, triples = str(request.get("trigger", "")), int(request.get("triples", 4))
         seed = int(request.get("seed", 0))
-        return {"found": propose_triggers(base, records, given, triples, seed, said=report.step)}
+        return {"found": propose_triggers(base, records, given, triples, seed, on_progress=report.step)}
 
     def do_pictures(self, request: Request, report: Reporter) -> Result:
         """What the run `run` has learned of each of its pictures."""
@@ -302,7 +302,7 @@ class Worker:
         found = adapters.stack(loras, note=report.step)
         if request.get("measure"):
             with self._evaluator(request["measure"], report) as on:
-                found["validation"] = measure_stack(loras, on.base.family, on.bench.gains)
+                found["validation"] = measure_stack(loras, on.base.family, on.evaluator.gains)
         return {"stack": found}
 
     def do_amplify(self, request: Request, report: Reporter) -> Result:
@@ -315,7 +315,7 @@ class Worker:
         file = Path(str(request["file"]))
         read_header(file)  # before a base is opened
         with self._evaluator(request["measure"], report) as on:
-            found = measure_rank(file, on.base.family, on.bench.gains)
+            found = measure_rank(file, on.base.family, on.evaluator.gains)
         return {"intrinsic": found, "pictures": on.pictures, "note": on.note}
 
     def do_strength(self, request: Request, report: Reporter) -> Result:
@@ -323,7 +323,7 @@ class Worker:
         file = Path(str(request["file"]))
         read_header(file)
         with self._evaluator(request["measure"], report) as on:
-            found = measure_strength(file, on.base.family, on.bench.gains, bool(request.get("apart")))
+            found = measure_strength(file, on.base.family, on.evaluator.gains, bool(request.get("apart")))
         return {"strength": found, "pictures": on.pictures, "note": on.note}
 
     def do_report(self, request: Request, report: Reporter) -> Result:
@@ -348,8 +348,8 @@ class Worker:
             else:
                 on = _call(Measure, measure)
                 base, records = on.load()
-                bench = Evaluator(base, list(records), on.triples, on.seed, report.phase, report.step)
-                yield RunEvaluator(bench, base, len(records))
+                evaluator = Evaluator(base, list(records), on.triples, on.seed, report.phase, report.step)
+                yield RunEvaluator(evaluator, base, len(records))
 
     @contextmanager
     def _memory(self) -> Iterator[None]:
@@ -373,14 +373,14 @@ class Worker:
         if request.get("ranks"):
             ranks = {(str(r["part"]), str(r["module"])): int(r["rank"]) for r in request["ranks"]}
             to = Rewrite(Path(str(request["file"])), out, "", time.time())
-            return _made(out, [cut_file(to, None, ranks, {"measured": True})])
+            return _made(out, [truncate_file(to, None, ranks, {"measured": True})])
         made = adapters.shrink(request["file"], out, **_size(request), note=report.step)
         return _made(out, made["sentences"])
 
     def do_bake(self, request: Request, report: Reporter) -> Result:
         """A file that has other `strengths` at strength 1."""
         out = Path(str(request["out"]))
-        to = Rewrite(Path(str(request["file"])), out, AS_IT_IS, time.time())
+        to = Rewrite(Path(str(request["file"])), out, "", time.time())
         return _made(out, [bake_strength(to, None, [float(one) for one in request["strengths"]])])
 
     def do_merge(self, request: Request, report: Reporter) -> Result:

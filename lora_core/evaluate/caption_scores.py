@@ -1,33 +1,38 @@
-"""What the base itself thinks of captions: it predicts a picture better with a caption that fits it.
+"""How well captions fit by the base's own loss: it predicts an image better with a caption that fits.
 
-All captions are measured on the same triples of a picture, so that differences are paired. A picture is
-compared with a few captions of other pictures first; only where its own does not stand out are all of them
-tried, and the best of those is measured again on fresh triples, because the best of many is partly luck.
+All captions are measured on the same draws of an image, so that differences are paired. An image is compared
+with a few captions of other images first; only where its own does not stand out are all of them tried, and
+the best of those is measured again on fresh draws, because the best of many is partly luck.
 """
 
 import functools
 import random
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_core.data.captions import CaptionRules, sample_caption
+from lora_core.data.captions import plain_caption
 from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
-from lora_core.evaluate.validator import EvalImage, encode_eval_images, eval_losses, eval_noise
+from lora_core.evaluate.validator import (
+    EvalImage,
+    OnProgress,
+    encode_eval_image,
+    eval_losses,
+    eval_noise,
+    standard_error,
+)
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 
-OnProgress = Callable[[int, int], None]
-"""Called with (done, all) as it goes on; what it raises ends it."""
 OTHERS = 6
-"""Captions of other pictures that every picture is compared with."""
+"""Captions of other images that every image is compared with."""
 MOST_OTHERS = 100
 _LEAST_TRIED, _MOST_TRIED, _TRIED_SHARE = 2, 24, 0.15
 _STANDS_OUT = 0.5
@@ -37,54 +42,35 @@ _MATTERS, _VAGUE = 0.25, 0.15
 _QUOTED = 60
 
 
-def plain_caption(caption: str) -> str:
-    """One caption with nothing left to chance: the first alternative of each."""
-    return sample_caption(caption, CaptionRules("", 0.0, 0.0, False, 0), random.Random(0))
-
-
 @dataclass(frozen=True)
 class _Difference:
-    """A mean difference of losses on the same triples, and its standard error."""
+    """A mean difference of losses on the same draws, and its standard error."""
 
     mean: float
     error: float
 
     @classmethod
     def of(cls, worse: torch.Tensor, own: torch.Tensor) -> "_Difference":
-        """Of losses on the same triples, (K,) each, or (n, K) of which the mean counts."""
+        """Of losses on the same draws, (K,) each, or (n, K) that are averaged."""
         values = worse.reshape(-1, len(own)).mean(0) - own
-        error = float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-        return cls(float(values.mean()), error)
-
-
-class _Teller:
-    """Counts measured captions over several rounds."""
-
-    def __init__(self, said: OnProgress | None, total: int) -> None:
-        self._said = said
-        self.done, self.total = 0, total
-
-    def __call__(self, done: int = 0, total: int = 0) -> None:
-        self.done += 1
-        if self._said is not None:
-            self._said(min(self.done, self.total), self.total)
+        return cls(float(values.mean()), standard_error(values))
 
 
 def score_captions(
     base: BaseModel,
     records: Sequence[ImageRecord],
-    triples: int = 4,
+    draws: int = 4,
     seed: int = 0,
-    said: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """How well each caption fits its picture by the base's own loss, the worst first.
+    """How well each caption fits its image by the base's own loss, the worst first.
 
     Args:
         base: with no adapter in it.
-        records: pictures; those without a caption are left out.
-        triples: looks a picture; what is doubtful is looked at twice as often once more.
-        seed: of the looks and of which captions are compared.
-        said: told how far it is.
+        records: images; those without a caption are left out.
+        draws: noise draws per image; doubtful ones are measured again with twice as many.
+        seed: of the draws and of which captions are compared.
+        on_progress: called after each measured caption.
 
     Returns:
         `triples`; `helped` and `standard_error`: how much lower the loss is with captions than without, over
@@ -95,39 +81,38 @@ def score_captions(
     Raises:
         DatasetError: fewer than two pictures have captions, or all have the same one.
     """
-    records = [record for record in records if plain_caption(record.caption)]
-    captions = [plain_caption(record.caption) for record in records]
+    records = [record for record in records if plain_caption(record.caption, "")]
+    captions = [plain_caption(record.caption, "") for record in records]
     if len(set(captions)) < 2:
         raise DatasetError(
             "Checking captions needs at least two pictures with different captions; write some first."
         )
     tried = max(_LEAST_TRIED, min(_MOST_TRIED, round(_TRIED_SHARE * len(records))))
     ahead = tried * (min(MOST_OTHERS, len(set(captions))) + 1)
-    teller = _Teller(said, len(records) * (3 + min(OTHERS, len(set(captions)) - 1)) + ahead)
-    pictures = []
+    counter = _Counter(on_progress, len(records) * (3 + min(OTHERS, len(set(captions)) - 1)) + ahead)
+    images = []
     for record, caption in zip(records, captions, strict=True):
-        (one,) = encode_eval_images(base, [record], triples, seed)
-        pictures.append(replace(one, caption=caption))
-        teller()
-    losses = _Losses(base, teller)
+        images.append(encode_eval_image(base, record, caption, draws, seed))
+        counter()
+    losses = _Losses(base, counter)
     first = []
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         others = _others(captions, captions[number], random.Random(f"{seed}/{number}"))[:OTHERS]
-        first.append(_First(picture, losses.of(picture, [picture.caption, "", *others])))
+        first.append(_First(image, losses.of(image, [image.caption, "", *others])))
     doubtful = _doubtful([one.fits.mean for one in first], tried)
     rows = []
-    for number, (record, looked) in enumerate(zip(records, first, strict=True)):
-        row = _row(record, looked)
+    for number, (record, one) in enumerate(zip(records, first, strict=True)):
+        row = _row(record, one)
         if number in doubtful:
             others = _others(captions, captions[number], random.Random(f"{seed}/{number}"))[:MOST_OTHERS]
-            row["better"] = _better(record, looked.picture, others, losses, seed)
+            row["better"] = _better(record, one.image, others, losses, seed)
         rows.append(row)
-    _judge(rows, dict(zip(reversed(captions), reversed(records), strict=True)))
+    _explain(rows, dict(zip(reversed(captions), reversed(records), strict=True)))
     helped = torch.tensor([one.helped.mean for one in first], dtype=torch.float64)
     return {
-        "triples": triples,
+        "triples": draws,
         "helped": float(helped.mean()),
-        "standard_error": float(helped.std() / len(helped) ** 0.5),
+        "standard_error": standard_error(helped),
         "rows": sorted(rows, key=_rank),
     }
 
@@ -137,11 +122,24 @@ def _rank(row: dict[str, Any]) -> tuple[bool, float, float]:
     return not row["suspect"], -row["better"]["by"] if row["better"] else 0.0, row["fits"]
 
 
+class _Counter:
+    """Counts measured captions over several rounds."""
+
+    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
+        self._on_progress = on_progress
+        self.done, self.total = 0, total
+
+    def __call__(self, done: int = 0, total: int = 0) -> None:
+        self.done += 1
+        if self._on_progress is not None:
+            self._on_progress(min(self.done, self.total), self.total)
+
+
 @dataclass(frozen=True)
 class _First:
-    """What a first look says of a picture: `losses` with its own caption, none, and others, (2 + n, K)."""
+    """The first measurement of an image: `losses` with its own caption, none, and others, (2 + n, K)."""
 
-    picture: EvalImage
+    image: EvalImage
     losses: torch.Tensor
 
     @property
@@ -154,10 +152,10 @@ class _First:
 
 
 class _Losses:
-    """Measures pictures with captions; conditions are kept for a while."""
+    """Measures images with captions; the last embeddings are cached."""
 
-    def __init__(self, base: BaseModel, teller: _Teller) -> None:
-        self._base, self._teller = base, teller
+    def __init__(self, base: BaseModel, counter: _Counter) -> None:
+        self._base, self._counter = base, counter
         self.timesteps = base.noise.num_timesteps
         self._condition = functools.lru_cache(maxsize=128)(self._encoded)
 
@@ -165,10 +163,10 @@ class _Losses:
         with torch.no_grad():
             return encode_prompt(self._base, [caption])
 
-    def of(self, picture: EvalImage, captions: Iterable[str]) -> torch.Tensor:
+    def of(self, image: EvalImage, captions: Iterable[str]) -> torch.Tensor:
         """(captions, K)."""
-        asked = [replace(picture, caption=caption) for caption in captions]
-        return eval_losses(self._base, asked, self._condition, self._teller)
+        asked = [replace(image, caption=caption) for caption in captions]
+        return eval_losses(self._base, asked, self._condition, self._counter)
 
 
 def _others(captions: Sequence[str], own: str, draw: random.Random) -> list[str]:
@@ -187,26 +185,26 @@ def _doubtful(fits: list[float], tried: int) -> set[int]:
 
 def _row(record: ImageRecord, one: _First) -> dict[str, Any]:
     return {
-        "picture": str(record.path), "caption": one.picture.caption, "loss": float(one.losses[0].mean()),
+        "picture": str(record.path), "caption": one.image.caption, "loss": float(one.losses[0].mean()),
         "helped": one.helped.mean, "helped_error": one.helped.error, "fits": one.fits.mean,
         "fits_error": one.fits.error, "better": None, "suspect": False, "sentence": "",
     }  # fmt: skip
 
 
 def _better(
-    record: ImageRecord, picture: EvalImage, others: list[str], losses: _Losses, seed: int
+    record: ImageRecord, image: EvalImage, others: list[str], losses: _Losses, seed: int
 ) -> dict[str, Any]:
-    """The other caption that fits best, and by how much it is better than the own one on fresh triples."""
-    best = others[int(losses.of(picture, others).mean(1).argmin())]
-    count = 2 * len(picture.looks.timesteps)
-    fresh = eval_noise(hash_file(record.path), picture.latents, count, seed + 1, losses.timesteps)
-    own, other = losses.of(replace(picture, looks=fresh), [picture.caption, best])
+    """The other caption that fits best, and how much better than its own it fits on fresh draws."""
+    best = others[int(losses.of(image, others).mean(1).argmin())]
+    count = 2 * len(image.draws.timesteps)
+    fresh = eval_noise(hash_file(record.path), image.latents, count, seed + 1, losses.timesteps)
+    own, other = losses.of(replace(image, draws=fresh), [image.caption, best])
     found = _Difference.of(own, other)
     return {"caption": best, "by": found.mean, "error": found.error}
 
 
-def _judge(rows: list[dict[str, Any]], givers: dict[str, ImageRecord]) -> None:
-    """Say of each row what it means; `givers` holds a picture of each caption."""
+def _explain(rows: list[dict[str, Any]], givers: dict[str, ImageRecord]) -> None:
+    """Add a sentence to each row; `givers` has an image of each caption."""
     usual = statistics.median(row["fits"] for row in rows)
     helps = statistics.median(row["helped"] for row in rows)
     for row in rows:

@@ -1,8 +1,8 @@
-"""Which step of a run is the best one, and when nothing is gained any more: rules that know the error bars.
+"""Which step of a run is the best one, and when a run stops gaining: rules that know the error bars.
 
-All steps are measured on the same triples, so the difference of two of them has a small error of its own,
-however large that of either gain is. A step is better, or worse, than another where the difference is more
-than its error; between the two the earlier one stays, which has learned less by heart.
+All steps are measured on the same draws, so the difference of two of them has a small error of its own,
+however large that of either gain is. A step is better, or worse, than another where the difference exceeds
+its error; between the two the earlier one stays, which is less overfitted.
 """
 
 from collections.abc import Sequence
@@ -13,38 +13,39 @@ from lora_core.evaluate.validator import clustered_error
 from lora_core.runs.events import Validated
 
 CLEARLY = 2.0
-"""So many standard errors leave little doubt."""
+"""Standard errors from which a difference is clear."""
 
 
 def paired_difference(before: torch.Tensor | None, now: torch.Tensor) -> tuple[float, float]:
-    """How much less is lost now than before, and its standard error.
+    """How much lower the loss is now than before, and the standard error.
 
     Args:
-        before, now: losses on the same triples, each (pictures, K); NaN comes back where `before` is None or
-            of other triples.
+        before, now: losses on the same draws, each (images, K); the result is NaN where `before` is None or
+        of
+            other draws.
     """
     if before is None or before.shape != now.shape:
         return float("nan"), float("nan")
     gained = before - now
-    # Two or three pictures can agree by chance: their looks, taken for independent, give a floor.
+    # Two or three images can agree by chance: their draws, taken for independent, give a floor.
     floor = float(gained.std() / gained.numel() ** 0.5) if gained.numel() > 1 else 0.0
     return float(gained.mean()), max(clustered_error(gained), floor)
 
 
 def is_better(gained: float, error: float) -> bool:
-    """Whether a difference speaks for the later step."""
+    """Whether a difference favours the later step."""
     return gained > error
 
 
 def is_worse(gained: float, error: float) -> bool:
-    """Whether a difference speaks against the later step."""
+    """Whether a difference is against the later step."""
     return gained < -error
 
 
 def reason_to_stop(validations: Sequence[Validated], patience: int) -> str:
-    """Why a run should end after its last validation, or "" where it should go on.
+    """Why a run should stop after its last validation, or "" where it should continue.
 
-    It ends after `patience` validations in a row that were no better than the best, if the last of them is
+    It stops after `patience` validations in a row that were no better than the best, if the last of them is
     clearly worse; after twice as many in any case.
 
     Args:

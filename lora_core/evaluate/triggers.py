@@ -1,34 +1,38 @@
-"""Words that a base hardly reacts to, proposed as trigger words.
+"""Proposes trigger words: short words that a base hardly reacts to.
 
 A trigger should be the LoRA's own: a word that the base knows brings its old meaning along. How much a base
-reacts to a word is told by how far its prediction moves when the word is put before a caption, next to how
-far the words of other captions move it.
+reacts to a word is measured by how far its prediction moves when the word is put before a caption, relative
+to how far the words of other captions move it.
 """
 
 import functools
 import random
 import string
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from lora_core.data.captions import split_tags
+from lora_core.data.captions import plain_caption, split_tags
 from lora_core.data.scan import ImageRecord
 from lora_core.data.statistics import words_of
 from lora_core.errors import DatasetError
-from lora_core.evaluate.caption_scores import OnProgress, plain_caption
-from lora_core.evaluate.validator import EvalImage, encode_eval_images
+from lora_core.evaluate.validator import (
+    Encode,
+    EvalImage,
+    OnProgress,
+    encode_eval_image,
+    standard_error,
+)
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 
 MOST_TOKENS = 3
-PICTURES = 4
+IMAGES = 4
 _POOL, _KEPT, _KNOWN = 24, 8, 4
 _INVENTED = 120
-# What many people take; a base that has seen their pictures may know some of them.
+# Common choices; a base that has seen their images may know some of them.
 _USUAL = ("ohwx", "zwx", "uhsx", "sks")
 _CONSONANTS, _VOWELS = "bdfghjklmnprtvxzq", "aeiouy"
 _SHAPES = ("cvccv", "cvcvc", "vccv", "ccvcc", "cvcc", "ccvc")
@@ -39,39 +43,37 @@ def propose_triggers(
     base: BaseModel,
     records: Sequence[ImageRecord],
     given: str = "",
-    triples: int = 4,
+    draws: int = 4,
     seed: int = 0,
-    said: OnProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Short words by how little the base reacts to them, the least first.
 
     Args:
         base: with no adapter in it.
-        records: pictures with captions, of which the first few are used.
-        given: the trigger word that is used now, "" for none; it is measured too.
-        triples: looks a picture.
-        seed: of the candidates and the looks.
-        said: told how far it is.
+        records: images with captions, of which a few are used.
+        given: the current trigger word, "" for none; it is measured too.
+        draws: noise draws per image.
+        seed: of the candidates and the draws.
+        on_progress: called after each measured word.
 
     Returns:
         `usual`: how far words of other captions move the prediction (root mean square); `rows`: `word`,
-        `tokens`, `reaction` as a multiple of that, its `error` over pictures, `given`, `sentence`.
+        `tokens`, `reaction` as a multiple of that, its `error` over images, `given`, `sentence`.
 
     Raises:
-        DatasetError: there is no picture, or no candidate is left.
+        DatasetError: there is no image, or no candidate is left.
     """
     if not records:
         raise DatasetError("Proposing a trigger word needs pictures; put some in.")
-    some = random.Random(seed).sample(list(records), min(PICTURES, len(records)))
+    some = random.Random(seed).sample(list(records), min(IMAGES, len(records)))
     pool = trigger_candidates(base, [record.caption for record in records], seed)
     known = _known_words(records, given)
-    shots = [
-        replace(one, caption=plain_caption(record.caption))
-        for record in some
-        for one in encode_eval_images(base, [record], triples, seed)
+    images = [
+        encode_eval_image(base, record, plain_caption(record.caption, ""), draws, seed) for record in some
     ]
-    measure = _Reactions(base, shots, said, len(pool) + 2 * _KEPT + len(known) + 1)
-    # A first look at all of them with one picture, a second at the best.
+    measure = _Reactions(base, images, on_progress, len(pool) + 2 * _KEPT + len(known) + 1)
+    # All of them with one image first, then the best.
     first = {word: float(measure.of(word, 1).mean()) for word in pool}
     best = sorted(first, key=first.__getitem__)[: 2 * _KEPT]
     usual = _usual(measure, known)
@@ -85,10 +87,10 @@ def propose_triggers(
 
 
 def trigger_candidates(base: BaseModel, captions: Sequence[str], seed: int) -> list[str]:
-    """Invented words and a few that many people use, of the fewest tokens, in no caption.
+    """Invented words and a few common choices with the fewest tokens, that are in no caption.
 
-    Rare words of a vocabulary are no choice: they are names and abbreviations, and those mean something to
-    people even where a base does not know them.
+    Rare words of the vocabulary are excluded: they are names and abbreviations, which mean something to users
+    even where a base does not know them.
 
     Raises:
         DatasetError: none is left.
@@ -105,72 +107,75 @@ def trigger_candidates(base: BaseModel, captions: Sequence[str], seed: int) -> l
 
 def _invented(draw: random.Random) -> str:
     kinds = {"c": _CONSONANTS, "v": _VOWELS}
-    return "".join(kinds[kind][int(draw.random() * len(kinds[kind]))] for kind in _one(_SHAPES, draw))
+    return "".join(kinds[kind][int(draw.random() * len(kinds[kind]))] for kind in _choose(_SHAPES, draw))
 
 
-def _one(values: Sequence[str], draw: random.Random) -> str:
+def _choose(values: Sequence[str], draw: random.Random) -> str:
     return values[int(draw.random() * len(values))]
 
 
 def num_tokens(base: BaseModel, word: str) -> int:
-    """How many tokens the base reads for a word."""
+    """How many tokens a word has."""
     tokenizer = next(iter(base.tokenizers.values()))
     return len(tokenizer(word, add_special_tokens=False, truncation=False, verbose=False).input_ids)
 
 
 def _known_words(records: Sequence[ImageRecord], given: str) -> list[str]:
-    """First tags of captions: words that surely mean something; "" where there are none."""
+    """First tags of captions, words that surely mean something."""
     own = given.strip().casefold()
-    tags = [
-        next((t for t in split_tags(plain_caption(r.caption)) if t.casefold() != own), "") for r in records
-    ]
+    tags = []
+    for record in records:
+        captions = split_tags(plain_caption(record.caption, ""))
+        tags.append(next((tag for tag in captions if tag.casefold() != own), ""))
     return list(dict.fromkeys(tag.strip(string.punctuation) for tag in tags if tag))[:_KNOWN]
 
 
 class _Reactions:
-    """How far a word moves the prediction, on fixed looks at a few pictures."""
+    """How far a word moves the prediction, on fixed draws of a few images."""
 
-    def __init__(self, base: BaseModel, shots: list[EvalImage], said: OnProgress | None, total: int) -> None:
-        self._base, self._shots, self._said = base, shots, said
+    def __init__(
+        self, base: BaseModel, images: list[EvalImage], on_progress: OnProgress | None, total: int
+    ) -> None:
+        self._base, self._images, self._on_progress = base, images, on_progress
         self._done, self._total = 0, total
-        self._condition: Callable[[str], PromptEmbeds] = functools.lru_cache(maxsize=64)(self._encoded)
-        self._without = [self._prediction(shot, shot.caption) for shot in shots]
+        self._embeds: Encode = functools.lru_cache(maxsize=64)(self._encoded)
+        self._without = [self._predict(image, image.caption) for image in images]
 
     def _encoded(self, caption: str) -> PromptEmbeds:
         with torch.no_grad():
             return encode_prompt(self._base, [caption])
 
-    def of(self, word: str, pictures: int = PICTURES) -> torch.Tensor:
-        """Root mean square of the change for each of the first pictures, (P,)."""
+    def of(self, word: str, count: int = IMAGES) -> torch.Tensor:
+        """The root mean square of the change for each of the first `count` images, (count,)."""
         moved = []
-        for shot, without in zip(self._shots[:pictures], self._without, strict=False):
-            caption = f"{word}, {shot.caption}" if shot.caption else word
-            change = self._prediction(shot, caption) - without
+        for image, without in zip(self._images[:count], self._without, strict=False):
+            caption = f"{word}, {image.caption}" if image.caption else word
+            change = self._predict(image, caption) - without
             moved.append(change.double().square().mean().sqrt())
         self._done += 1
-        if self._said is not None:
-            self._said(min(self._done, self._total), self._total)
+        if self._on_progress is not None:
+            self._on_progress(min(self._done, self._total), self._total)
         return torch.stack(moved)
 
-    def _prediction(self, shot: EvalImage, caption: str) -> torch.Tensor:
-        base, looks = self._base, shot.looks
-        noise, timesteps = looks.noise.to(base.device), looks.timesteps.to(base.device)
-        noisy = base.noise.add_noise(shot.latents.to(base.device).expand_as(noise), noise, timesteps)
-        text = self._condition(caption).expand(len(noise))
-        sizes = None if shot.sizes is None else shot.sizes.expand(len(noise), -1)
+    def _predict(self, image: EvalImage, caption: str) -> torch.Tensor:
+        base, draws = self._base, image.draws
+        noise, timesteps = draws.noise.to(base.device), draws.timesteps.to(base.device)
+        noisy = base.noise.add_noise(image.latents.to(base.device).expand_as(noise), noise, timesteps)
+        text = self._embeds(caption).expand(len(noise))
+        sizes = None if image.sizes is None else image.sizes.expand(len(noise), -1)
         with torch.no_grad():
             return base.predict_noise(noisy, timesteps, text, sizes).cpu()
 
 
 def _usual(measure: _Reactions, known: list[str]) -> float:
-    """How far known words move it; a plain one where the captions have none."""
+    """How far known words move the prediction; a common word where the captions have none."""
     moved = [float(measure.of(word).mean()) for word in known or ["photo"]]
     return max(sum(moved) / len(moved), 1e-12)
 
 
 def _row(base: BaseModel, word: str, reaction: torch.Tensor) -> dict[str, Any]:
     mean, tokens = float(reaction.mean()), num_tokens(base, word)
-    error = float(reaction.std() / len(reaction) ** 0.5) if len(reaction) > 1 else 0.0
+    error = standard_error(reaction)
     count = "1 token" if tokens == 1 else f"{tokens} tokens"
     sentence = (
         f"“{word}” is {count} long and moves the base {mean:.2f} times as much as words of the captions do"
@@ -182,9 +187,8 @@ def _row(base: BaseModel, word: str, reaction: torch.Tensor) -> dict[str, Any]:
 
 
 def _given_row(row: dict[str, Any], best: dict[str, Any], apart: torch.Tensor) -> dict[str, Any]:
-    """The word that is used now, beside the best of the proposed ones; `apart` is by how much it moves each
-    picture more."""
-    error = float(apart.std() / len(apart) ** 0.5) if len(apart) > 1 else 0.0
+    """The current word beside the best of the proposed ones; `apart` is how much more it moves each image."""
+    error = standard_error(apart)
     known = float(apart.mean()) > 2 * error and row["reaction"] > _KNOWS * best["reaction"]
     more = (
         f" “{best['word']}” moves it less, {best['reaction']:.2f} times: what “{row['word']}” means to the"

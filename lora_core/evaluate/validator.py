@@ -1,8 +1,13 @@
-"""Fixed (picture, noise, timestep) triples, so that two measurements differ by the adapter alone."""
+"""Paired validation: how much better than the base an adapter predicts images that it was not trained on.
+
+Base and adapter are measured on the same (image, noise, timestep) draws and their losses are subtracted, so
+that what makes an image or a noise level hard cancels out, and the standard error is that of the difference.
+Draws of one image are not independent of each other: errors are clustered by image.
+"""
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,63 +21,119 @@ from lora_core.models.encode import encode_image, encode_prompt, load_pixels
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 
+BATCH = 4
+"""Draws that go through the UNet at once; fixed, so that the bits of a loss do not depend on memory."""
+
+Encode = Callable[[str], PromptEmbeds]
+"""From a caption to its embeddings, batch 1."""
+OnProgress = Callable[[int, int], None]
+"""Called with (done, total); an exception from it ends the work."""
+MeasureGains = Callable[[Sequence[LoadedLora]], torch.Tensor]
+"""From adapters to their gain on each draw, the base's loss minus theirs, (images, K)."""
+
 
 @dataclass(frozen=True)
 class EvalNoise:
-    """All looks at one picture: `timesteps` (K,) and `noise` (K, 4, h, w)."""
+    """The fixed draws of one image: `timesteps` (K,) and `noise` (K, C, h, w)."""
 
     timesteps: torch.Tensor
     noise: torch.Tensor
 
 
-def eval_noise(picture: str, latents: torch.Tensor, count: int, seed: int, timesteps: int) -> EvalNoise:
-    """The fixed looks at one picture.
+def eval_noise(name: str, latents: torch.Tensor, count: int, seed: int, num_timesteps: int) -> EvalNoise:
+    """The fixed draws of one image, a function of (name, seed, count) and not of the other images.
 
-    Timesteps are stratified over the whole range, one a stratum; noise comes in pairs of opposite sign, which
-    cancels what is odd in it. All depends on (picture, seed, count) and not on which other pictures there
-    are.
+    Timesteps are stratified over the whole range, one per stratum; noise comes in pairs of opposite sign,
+    which cancels its odd part.
 
     Args:
-        picture: what names it, the same at every measurement (its content hash).
-        latents: (4, h, w), for the shape.
+        name: of the image, the same at every measurement (its content hash).
+        latents: (C, h, w), for the shape.
         count: K.
         seed: of the draws.
-        timesteps: how many the base has.
+        num_timesteps: how many the base has.
     """
-    digest = hashlib.sha256(f"{seed}/{picture}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     offsets = torch.rand(count, generator=generator, dtype=torch.float64)
     strata = (torch.arange(count, dtype=torch.float64) + offsets) / count
     halves = torch.randn((count + 1) // 2, *latents.shape, generator=generator)
     noise = torch.stack([halves, -halves], dim=1).flatten(0, 1)[:count]
-    return EvalNoise((strata * timesteps).long().clamp(max=timesteps - 1), noise)
-
-
-# Gain: how much better than the base an adapter predicts pictures that it was not trained on.
-#
-# The base's loss on the same triples is subtracted, so that what makes a picture or a noise level hard
-# cancels out, and the standard error is that of the difference. Triples of one picture are not independent
-# of each other: the error is clustered by picture.
-
-
-BATCH = 4
-"""Looks that go through the UNet at once; fixed, so that the bits of a loss do not depend on memory."""
+    return EvalNoise((strata * num_timesteps).long().clamp(max=num_timesteps - 1), noise)
 
 
 @dataclass(frozen=True)
 class EvalImage:
-    """One picture ready to be measured: `latents` (4, h, w), its fixed looks, its caption, and what a UNet
-    with size conditioning is told of it, (6,); None for a picture of just its size."""
+    """One image ready to be measured.
+
+    Attributes:
+        latents: (C, h, w).
+        draws: its fixed noise and timesteps.
+        caption: its caption.
+        sizes: (6,), the size conditioning; None for an image of exactly its latents' size.
+    """
 
     latents: torch.Tensor
-    looks: EvalNoise
+    draws: EvalNoise
     caption: str
     sizes: torch.Tensor | None = None
 
 
+def encode_eval_image(
+    base: BaseModel, record: ImageRecord, caption: str, draws: int, seed: int, resolution: int = 0
+) -> EvalImage:
+    """An image as latents with its fixed draws; a resolution of 0 is the base's own."""
+    bucket = choose_bucket(record.width, record.height, resolution or base.resolution, base.size_multiple)
+    latents = encode_image(base, load_pixels(record, bucket))
+    fixed = eval_noise(hash_file(record.path), latents, draws, seed, base.noise.num_timesteps)
+    sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
+    return EvalImage(latents, fixed, caption, sizes)
+
+
+def encode_eval_images(
+    base: BaseModel, records: Sequence[ImageRecord], draws: int, seed: int
+) -> list[EvalImage]:
+    """Images with their own captions, see `encode_eval_image`."""
+    return [encode_eval_image(base, record, record.caption, draws, seed) for record in records]
+
+
+def eval_losses(
+    base: BaseModel, images: Sequence[EvalImage], encode: Encode, on_image: OnProgress | None = None
+) -> torch.Tensor:
+    """The squared error of the prediction for each draw, (images, K) in fp64.
+
+    Args:
+        base: with whatever adapter is in it.
+        images: what to measure on; all have K draws.
+        encode: the text encoders.
+        on_image: called after each image.
+    """
+    rows = []
+    with torch.no_grad():
+        for done, image in enumerate(images, start=1):
+            text = encode(image.caption)
+            losses = []
+            for start in range(0, len(image.draws.timesteps), BATCH):
+                noise = image.draws.noise[start : start + BATCH].to(base.device)
+                timesteps = image.draws.timesteps[start : start + BATCH].to(base.device)
+                latents = image.latents.to(base.device).expand_as(noise)
+                noisy = base.noise.add_noise(latents, noise, timesteps)
+                target = base.noise.target(latents, noise, timesteps)
+                sizes = None if image.sizes is None else image.sizes.expand(len(noise), -1)
+                error = base.predict_noise(noisy, timesteps, text.expand(len(noise)), sizes) - target
+                losses.append(error.cpu().double().square().flatten(1).mean(1))  # MPS has no float64
+            rows.append(torch.cat(losses))
+            if on_image is not None:
+                on_image(done, len(images))
+    return torch.stack(rows)
+
+
+# Gains.
+
+
 @dataclass(frozen=True)
 class Gain:
-    """Mean over triples of base loss minus adapted loss, and its standard error clustered by picture."""
+    """The mean over draws of base loss minus adapted loss, and its standard error clustered by image."""
 
     gain: float
     standard_error: float
@@ -80,42 +141,8 @@ class Gain:
     adapted_loss: float
 
 
-def eval_losses(
-    base: BaseModel,
-    pictures: list[EvalImage],
-    condition: Callable[[str], PromptEmbeds],
-    on_picture: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
-    """The plain squared error of the prediction for each triple, (pictures, K) in fp64.
-
-    Args:
-        base: the base, with whatever adapter is in it.
-        pictures: what to measure on; all have K looks.
-        condition: a caption's text condition, batch 1.
-        on_picture: called with (done, all) after each picture; what it raises ends the measurement.
-    """
-    rows = []
-    with torch.no_grad():
-        for done, picture in enumerate(pictures, start=1):
-            text = condition(picture.caption)
-            losses = []
-            for start in range(0, len(picture.looks.timesteps), BATCH):
-                noise = picture.looks.noise[start : start + BATCH].to(base.device)
-                timesteps = picture.looks.timesteps[start : start + BATCH].to(base.device)
-                latents = picture.latents.to(base.device).expand_as(noise)
-                noisy = base.noise.add_noise(latents, noise, timesteps)
-                target = base.noise.target(latents, noise, timesteps)
-                sizes = None if picture.sizes is None else picture.sizes.expand(len(noise), -1)
-                error = base.predict_noise(noisy, timesteps, text.expand(len(noise)), sizes) - target
-                losses.append(error.cpu().double().square().flatten(1).mean(1))  # MPS has no float64
-            rows.append(torch.cat(losses))
-            if on_picture is not None:
-                on_picture(done, len(pictures))
-    return torch.stack(rows)
-
-
 def paired_gain(base_losses: torch.Tensor, adapted_losses: torch.Tensor) -> Gain:
-    """The gain of paired losses, both (pictures, K)."""
+    """The gain of paired losses, both (images, K)."""
     difference = base_losses - adapted_losses
     return Gain(
         gain=float(difference.mean()),
@@ -125,13 +152,17 @@ def paired_gain(base_losses: torch.Tensor, adapted_losses: torch.Tensor) -> Gain
     )
 
 
+def standard_error(values: torch.Tensor) -> float:
+    """The standard error of the mean of independent values (n,); 0 for fewer than two."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+
+
 def clustered_error(values: torch.Tensor) -> float:
-    """Standard error of the mean of (pictures, K) values: the spread of the pictures' means over
-    sqrt(pictures)."""
-    means = values.mean(dim=1)
-    if len(means) < 2:
-        return float(values.std() / max(1, values.numel()) ** 0.5) if values.numel() > 1 else 0.0
-    return float(means.std() / len(means) ** 0.5)
+    """The standard error of the mean of (images, K) values: that of the images' means.
+
+    With one image, its draws are taken for independent.
+    """
+    return standard_error(values.mean(dim=1) if len(values) > 1 else values.flatten())
 
 
 def gain_by_timestep(
@@ -144,9 +175,9 @@ def gain_by_timestep(
     """Gain by noise level: rows {from, to, gain, standard_error}, timesteps in [from, to).
 
     Args:
-        base_losses, adapted_losses, timesteps: each (pictures, K).
+        base_losses, adapted_losses, timesteps: each (images, K).
         highest: how many timesteps the base has.
-        bands: into how many equal bands they are cut.
+        bands: the number of equal bands.
     """
     rows = []
     difference = base_losses - adapted_losses
@@ -156,56 +187,88 @@ def gain_by_timestep(
         if not inside.any():
             continue
         means = torch.stack([d[m].mean() for d, m in zip(difference, inside, strict=True) if m.any()])
-        error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else 0.0
-        rows.append(
-            {"from": low, "to": high, "gain": float(difference[inside].mean()), "standard_error": error}
-        )
+        gain = float(difference[inside].mean())
+        rows.append({"from": low, "to": high, "gain": gain, "standard_error": standard_error(means)})
     return rows
 
 
-# The `validate` verb: paired validation of an adapter on a folder of pictures.
+class Evaluator:
+    """Measures adapters one after the other on the same draws, so that their gains are paired."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        records: Sequence[ImageRecord],
+        draws: int = 8,
+        seed: int = 0,
+        on_phase: Callable[[str], None] | None = None,
+        on_image: OnProgress | None = None,
+        encode: Encode | None = None,
+    ) -> None:
+        """Encode the images and measure the base.
+
+        Args:
+            base: with no adapter in it.
+            records: images with captions.
+            draws: noise draws per image.
+            seed: of the draws.
+            on_phase: called with what is being measured, in a few words.
+            on_image: called within each measurement.
+            encode: the text encoders; None for the base's own at clip skip 1.
+        """
+        self._base = base
+        self._on_phase = on_phase
+        self._on_image = on_image
+        self._encode = encode or (lambda caption: encode_prompt(base, [caption]))
+        self.images = encode_eval_images(base, records, draws, seed)
+        self._merger = Merger(base.modules)
+        self._calls = 0
+        self.base_losses = self.losses([])
+
+    def gains(self, adapters: Sequence[LoadedLora]) -> torch.Tensor:
+        """The joint gain of adapters on each draw, (images, K); exactly 0 where all strengths are 0."""
+        return self.base_losses - self.losses(adapters)
+
+    def losses(
+        self, adapters: Sequence[LoadedLora], images: Sequence[EvalImage] | None = None
+    ) -> torch.Tensor:
+        """The losses with adapters, (images, K), on the evaluator's own images or on others."""
+        self._calls += 1
+        if self._on_phase is not None:
+            self._on_phase(f"measurement {self._calls}: {_words(adapters)}")
+        self._merger.apply(list(adapters))
+        try:
+            return eval_losses(self._base, images or self.images, self._encode, self._on_image)
+        finally:
+            self._merger.apply([])
 
 
-def encode_eval_images(
-    base: BaseModel, records: list[ImageRecord], triples: int, seed: int
-) -> list[EvalImage]:
-    """Pictures as latents with their fixed looks."""
-    pictures = []
-    for record in records:
-        bucket = choose_bucket(record.width, record.height, base.resolution, base.size_multiple)
-        latents = encode_image(base, load_pixels(record, bucket))
-        looks = eval_noise(hash_file(record.path), latents, triples, seed, base.noise.num_timesteps)
-        sizes = torch.tensor(size_conditioning(record.width, record.height, bucket), dtype=torch.float32)
-        pictures.append(EvalImage(latents, looks, record.caption, sizes))
-    return pictures
+def _words(adapters: Sequence[LoadedLora]) -> str:
+    ranks = [max(layer.rank for layer in adapter.weights.layers.values()) for adapter in adapters]
+    words = [f"rank {rank} at {a.strength:.3g}" for rank, a in zip(ranks, adapters, strict=True)]
+    return ", ".join(words) or "the base"
 
 
 def validation_report(
     base: BaseModel,
     records: list[ImageRecord],
     adapters: list[LoadedLora],
-    triples: int = 8,
+    draws: int = 8,
     seed: int = 0,
     shuffle_captions: bool = False,
 ) -> dict[str, Any]:
     """The document of `validate --json`.
 
-    With `shuffle_captions` each picture gets another one's caption, for base and adapter alike, and the key
-    `captions` says how much worse the base's loss is than with the right ones.
+    With `shuffle_captions` each image gets another one's caption, for base and adapter alike, and `captions`
+    has how much worse the base's loss is than with the right ones.
     """
-    pictures = encode_eval_images(base, records, triples, seed)
-    merger = Merger(base.modules)
-
-    def condition(caption: str) -> PromptEmbeds:
-        return encode_prompt(base, [caption])
-
-    asked = _shuffled(pictures, seed) if shuffle_captions else pictures
-    base_losses = eval_losses(base, asked, condition)
-    merger.apply(adapters)
-    adapted_losses = eval_losses(base, asked, condition) if adapters else base_losses
-    merger.apply([])
+    evaluator = Evaluator(base, records, draws, seed)
+    right = evaluator.base_losses
+    images = _shuffle_captions(evaluator.images, seed) if shuffle_captions else evaluator.images
+    base_losses = evaluator.losses([], images) if shuffle_captions else right
+    adapted_losses = evaluator.losses(adapters, images) if adapters else base_losses
     gain = paired_gain(base_losses, adapted_losses)
-    timesteps = torch.stack([picture.looks.timesteps for picture in pictures])
+    timesteps = torch.stack([image.draws.timesteps for image in images])
     report: dict[str, Any] = {
         "gain": gain.gain,
         "standard_error": gain.standard_error,
@@ -214,10 +277,9 @@ def validation_report(
         "triples": base_losses.numel(),
         "bands": gain_by_timestep(base_losses, adapted_losses, timesteps, base.noise.num_timesteps),
         "strength": adapters[0].strength if adapters else 0.0,
-        "pictures": len(pictures),
+        "pictures": len(images),
     }
     if shuffle_captions:
-        right = eval_losses(base, pictures, condition)
         report["captions"] = {
             "right_loss": float(right.mean()),
             "shuffled_loss": gain.base_loss,
@@ -227,9 +289,9 @@ def validation_report(
     return report
 
 
-def _shuffled(pictures: list[EvalImage], seed: int) -> list[EvalImage]:
-    """Each picture with the caption of another, where there is another."""
-    order = list(range(len(pictures)))
+def _shuffle_captions(images: Sequence[EvalImage], seed: int) -> list[EvalImage]:
+    """Each image with the caption of another, where there is another."""
+    order = list(range(len(images)))
     random.Random(seed).shuffle(order)
     giver = {order[i]: order[(i + 1) % len(order)] for i in range(len(order))}
-    return [replace(picture, caption=pictures[giver[i]].caption) for i, picture in enumerate(pictures)]
+    return [replace(image, caption=images[giver[i]].caption) for i, image in enumerate(images)]

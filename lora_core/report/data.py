@@ -1,22 +1,18 @@
-"""What is measured of an adapter on a bench, as plain numbers: the intrinsic rank and the best strength."""
+"""Everything that a report shows, read or measured before it is rendered; a gap is a sentence instead."""
 
 import json
 import math
-import random
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import CaptionRules, sample_caption
+from lora_core.data.captions import plain_caption
 from lora_core.data.dataset import open_dataset, require_clean
 from lora_core.data.holdout import split_holdout
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError, LoraError
-from lora_core.lora.weights import AdapterWeights
-from lora_core.model_files.families import Family
+from lora_core.evaluate.validator import Evaluator
 from lora_core.models.device import best_device
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base
@@ -26,85 +22,10 @@ from lora_core.runs.events import Finished, Stopped, read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
-from lora_core.tools.evaluator import Evaluator, MeasureGains
-from lora_core.tools.rewrite import Rewrite
-from lora_core.tools.shrink import SHRUNK_KEY, cut, decompose, intrinsic_rank, load_plain_lora
-from lora_core.tools.strength import fit_strength, fit_strengths_apart
+from lora_core.tools.shrink import measure_rank
+from lora_core.tools.strength import measure_strength
 from lora_core.tools.svd import file_spectrum
 from lora_core.train.fingerprint import input_hashes
-
-
-def measure_rank(file: Path, family: Family, measured: MeasureGains) -> dict[str, Any]:
-    """The intrinsic rank of an adapter file, and by how much the smaller file would be smaller.
-
-    Args:
-        file: a plain LoRA.
-        family: of its base.
-        measured: gives the gains of adapters, as `Bench.gains` does.
-
-    Returns:
-        The document of `shrink --intrinsic --json`; `ranks` by layer is what `cut_file` takes.
-
-    Raises:
-        AdapterFileError: it is no plain LoRA, or gains nothing on these pictures.
-    """
-    weights, known = load_plain_lora(file, family)
-    smaller, found = intrinsic_rank(weights, measured)
-    with tempfile.TemporaryDirectory() as folder:
-        to = Rewrite(file, Path(folder) / file.name, "", time.time())
-        to.write(smaller, known, SHRUNK_KEY, {"intrinsic": found.rank})
-        times = to.times_smaller
-    return {**found.document(times), "sentences": [found.sentence(times)]}
-
-
-def cut_file(to: Rewrite, known: Family | None, ranks: dict[tuple[str, str], int], record: Any) -> str:
-    """Write an adapter cut to the ranks that were found for it.
-
-    Args:
-        to: from where and where to.
-        known: the family of the base, if there is one.
-        ranks: by layer.
-        record: what the header says of it.
-
-    Returns:
-        What was done, in a sentence.
-
-    Raises:
-        AdapterFileError: it is no plain LoRA, or cannot be written.
-    """
-    weights, family = load_plain_lora(to.source, known)
-    smaller: AdapterWeights = cut(decompose(weights), ranks)[0]
-    to.write(smaller, family, SHRUNK_KEY, record)
-    return f"The file is {to.times_smaller:.1f} times smaller."
-
-
-def measure_strength(
-    file: Path, family: Family, measured: MeasureGains, apart: bool = False
-) -> dict[str, Any]:
-    """The best strength of an adapter file, or one for the UNet and one for the text encoders.
-
-    Returns:
-        `fits`: rows of `part` ("" for the whole adapter, else "UNet" or "text encoders") and what `Fit` says;
-        `strengths`: to bake in; `sentences`.
-
-    Raises:
-        LoraError: it is no plain LoRA, or changes one of the two alone.
-    """
-    weights = load_plain_lora(file, family)[0]
-    if apart:
-        unet, text = fit_strengths_apart(weights, measured)
-        fits = [("UNet", "On the UNet the adapter", unet), ("text encoders", "On the text encoders it", text)]
-    else:
-        fits = [("", "The adapter", fit_strength(weights, measured))]
-    return {
-        "fits": [{"part": part, **fit.document()} for part, _, fit in fits],
-        "strengths": [fit.strength for _, _, fit in fits],
-        "sentences": [fit.sentence(what) for _, what, fit in fits],
-    }
-
-
-# What a run's adapter can be measured on once the run is over: its base, and the pictures that it held out.
-
 
 FEWEST_LOOKS = 8
 CHANGED = (
@@ -115,16 +36,16 @@ CHANGED = (
 
 @dataclass(frozen=True)
 class RunEvaluator:
-    """A bench, what it stands on, and what a person should know of it.
+    """An evaluator on the images that a run held out.
 
     Attributes:
-        bench: measures adapters.
+        evaluator: measures adapters.
         base: the run's base.
         pictures: how many are measured.
         note: a sentence, "" for none.
     """
 
-    bench: Evaluator
+    evaluator: Evaluator
     base: BaseModel
     pictures: int
     note: str = ""
@@ -144,9 +65,8 @@ def held_out_records(run: RunFolder, config: RunConfig) -> tuple[list[ImageRecor
     known, now = _known_inputs(run), input_hashes(run, dataset.records)
     pictures = {name for name in (*known, *now) if name.startswith("the picture ")}
     changed = bool(known) and any(known.get(name) != now.get(name) for name in pictures)
-    rules = CaptionRules(config.dataset.trigger, 0.0, 0.0, False, 0)
     records = [
-        replace(record, caption=sample_caption(record.caption, rules, random.Random(0))) for record in held
+        replace(record, caption=plain_caption(record.caption, config.dataset.trigger)) for record in held
     ]
     return records, CHANGED if changed else ""
 
@@ -191,8 +111,8 @@ def run_evaluator(
         return encode_prompt(base, [caption], config.train.clip_skip, config.train.max_token_length)
 
     looks = max(FEWEST_LOOKS, config.validation.draws_per_image)
-    bench = Evaluator(base, records, looks, config.seed, note, on_picture, condition)
-    return RunEvaluator(bench, base, len(records), said)
+    evaluator = Evaluator(base, records, looks, config.seed, note, on_picture, condition)
+    return RunEvaluator(evaluator, base, len(records), said)
 
 
 # All that a report tells, read or measured before a line of it is written. What is missing is a sentence.
@@ -294,7 +214,7 @@ def _measure(story: ReportData, tell: Tell) -> None:
     story.measured_on, story.note = found.pictures, found.note
     for name, work in (("strength", measure_strength), ("rank", measure_rank)):
         try:
-            setattr(story, name, work(story.adapter, found.base.family, found.bench.gains))
+            setattr(story, name, work(story.adapter, found.base.family, found.evaluator.gains))
         except LoraError as error:
             story.problems[name] = plain_words(str(error), story.run)
 

@@ -1,5 +1,4 @@
-"""What the layers of any adapter file do to a base's weights: LoRA, LoCon, LoHa, LoKr, and DoRA on top of
-each.
+"""The updates that adapter files make to the weights of a base: LoRA, LoCon, LoHa, LoKr, and DoRA on each.
 
 With s = alpha / rank, the update of a weight W0 is
 
@@ -7,6 +6,9 @@ With s = alpha / rank, the update of a weight W0 is
     LoHa   s (w1a @ w1b) * (w2a @ w2b), multiplied element by element       Yeh et al. 2023, section 4.1
     LoKr   s kron(w1, w2), each of which may be a product itself            the same
     DoRA   m (W0 + update) / |W0 + update| - W0, norms of rows or columns   Liu et al. 2024, equation 5
+
+Files are read here and nothing is approximated; see `shrink.to_lora` for that. The weights of a base are read
+layer by layer, without opening the base.
 """
 
 import re
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lora_core.errors import AdapterFileError
+from lora_core.errors import AdapterFileError, ModelFileError
 from lora_core.formats import detect, kohya, peft
 from lora_core.formats.io import CONVERTIBLE, check_family, load_adapter, read_tensors
 from lora_core.formats.layer_shapes import kernel_of, reshape_adapter
@@ -30,18 +32,26 @@ from lora_core.formats.layers import (
     read_alpha,
 )
 from lora_core.formats.names import layer_of_prefix
-from lora_core.lora.weights import LayerKey, LayerWeights
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
+from lora_core.models.weight_files import (
+    SafetensorsFile,
+    TensorSource,
+    WeightLocator,
+    text_encoder_in_file,
+    unet_in_file,
+)
 
-_ODD = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))")
+_LYCORIS = re.compile(r"(.+)\.(hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))")
 _LARGEST = 2**25
-"""Numbers in a weight. The largest of Stable Diffusion XL has 29.5 million; a broken file can claim any."""
+"""Elements of a weight. The largest of Stable Diffusion XL has 29.5 million; a broken file can claim more."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a file does to the weight of one layer.
+    """The update of one layer.
 
     Attributes:
         name: of the layer, for error sentences.
@@ -61,7 +71,7 @@ class Update:
 
     @property
     def size(self) -> tuple[int, ...]:
-        """The shape of the update, (out, in) or (out, in, k, k), found without computing it."""
+        """The shape of the update, (out, in) or (out, in, k, k), without computing it."""
         if self.low is not None:
             return (self.low.up.shape[0], *self.low.down.shape[1:])
         assert self.roles is not None
@@ -80,10 +90,9 @@ class Update:
         return dense.flatten(1) if dense.shape[2:] == (1, 1) and not self.kernel else dense
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(up, down) whose product is the update before magnitudes, where that has far fewer columns than it.
+        """(up, down) whose product is the update before magnitudes; None where their rank would not be low.
 
-        A product element by element of two products is a product of all columns' pairs; so is a Kronecker
-        product.
+        An elementwise or Kronecker product of two products is a product of all pairs of their columns.
         """
         if self.low is not None:
             return self.low.scale * self.low.up.double(), self.low.down
@@ -95,7 +104,7 @@ class Update:
         return up.reshape(*up.shape, *(1 for _ in self.size[2:])), down
 
     def delta(self, weight: torch.Tensor | None) -> torch.Tensor:
-        """The whole update at strength 1, in fp32.
+        """The update at strength 1, in fp32.
 
         Args:
             weight: the frozen weight in fp32; only a DoRA needs it.
@@ -125,7 +134,7 @@ def _loha(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     halves = []
     for n in "12":
         a, b, core = tensors[f"hada_w{n}_a"], tensors[f"hada_w{n}_b"], tensors.get(f"hada_t{n}")
-        # In the Tucker form the first factor lies the other way round.
+        # In the Tucker form the first factor is transposed.
         halves.append(a @ b if core is None else torch.einsum("ijkl,jr,ip->prkl", core, b, a))
     return halves[0] * halves[1]
 
@@ -145,7 +154,7 @@ def _lokr_half(tensors: Mapping[str, torch.Tensor], n: str) -> torch.Tensor:
 
 
 def _paired(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A LoHa or a LoKr as a product of two matrices, or None where it is not one of two products."""
+    """A LoHa or a LoKr as (up, down), or None where one of its two parts is no product."""
     if "hada_t1" in tensors or "lokr_t2" in tensors:
         return None
     if "hada_w1_a" in tensors:
@@ -165,15 +174,53 @@ def _paired(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 Updates = dict[LayerKey, Update]
 
 
+def needs_base(updates: Updates) -> bool:
+    """Whether the updates depend on the base's own weights, as those of a DoRA do."""
+    return any(update.magnitude is not None for update in updates.values())
+
+
+def plain_layers(updates: Updates) -> dict[LayerKey, LayerWeights] | None:
+    """The layers of a plain LoRA; None where a layer is of another kind."""
+    low = {key: u.low for key, u in updates.items() if u.low is not None and u.magnitude is None}
+    return low if len(low) == len(updates) else None
+
+
+def check_rank_given(path: Path, updates: Updates, rank: int | None) -> int:
+    """Refuse to take a LoHa, a LoKr or a DoRA for a plain LoRA without a rank.
+
+    Raises:
+        AdapterFileError: there is no rank.
+    """
+    if rank is None:
+        kind = "DoRA" if needs_base(updates) else "LoHa or LoKr"
+        raise AdapterFileError(
+            f"{path} is a {kind}, which is a plain LoRA only to a rank: give --rank, such as 32."
+        )
+    return rank
+
+
+def load_plain_lora(path: Path, known: Family | None) -> tuple[AdapterWeights, Family]:
+    """A plain LoRA and the family that it is for.
+
+    Raises:
+        AdapterFileError: it is broken, of another kind, or does not name its family.
+    """
+    updates, metadata, family = file_updates(path, known)
+    layers = plain_layers(updates)
+    if layers is None:
+        check_rank_given(path, updates, None)
+    return AdapterWeights(layers or {}, metadata), family
+
+
 def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict[str, str], Family]:
-    """The updates in an adapter file of any of these kinds, its header's texts, and the family it is for.
+    """The updates in an adapter file of any of these kinds, its metadata, and the family that it is for.
 
     Args:
         path: a .safetensors file.
         known: of the base that it is used with, if there is one.
 
     Raises:
-        AdapterFileError: one sentence on what is wrong with the file, or that it is for another family.
+        AdapterFileError: the file is broken, of another kind, for another family, or does not name its own.
     """
     header = read_header(path)
     if detect.detect_kind(header.shapes) in CONVERTIBLE:
@@ -192,7 +239,7 @@ def file_updates(path: Path, known: Family | None = None) -> tuple[Updates, dict
         raise AdapterFileError(f"{path} is for {other}, the base is the {family.title}.")
     tensors, metadata = read_tensors(path)
     try:
-        return _odd_updates(tensors, metadata, family), metadata, family
+        return _lycoris_updates(tensors, metadata, family), metadata, family
     except AdapterFileError as error:
         raise AdapterFileError(f"{path} cannot be used. {error}") from error
 
@@ -204,16 +251,16 @@ def _no_family(path: Path, header: Header) -> str:
     return f"Nothing in {path} says which family of base it is for; name its base with --base."
 
 
-def _odd_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) -> Updates:
+def _lycoris_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) -> Updates:
     for name in detect.extra_keys(tensors):
         del tensors[name]
     magnitudes = {match[1]: tensors.pop(key) for key in list(tensors) if (match := MAGNITUDE.fullmatch(key))}
     roles: dict[str, Tensors] = {}
     for key in list(tensors):
-        if match := _ODD.fullmatch(key):
+        if match := _LYCORIS.fullmatch(key):
             roles.setdefault(match[1], {})[match[2]] = tensors.pop(key)
     updates = {
-        _layer(name, family): _odd_update(name, found, tensors.pop(f"{name}.alpha", None), family)
+        _layer(name, family): _lycoris_update(name, found, tensors.pop(f"{name}.alpha", None), family)
         for name, found in roles.items()
     }
     if tensors:
@@ -231,11 +278,11 @@ def _odd_updates(tensors: Tensors, metadata: Mapping[str, str], family: Family) 
 
 
 def _layer(name: str, family: Family) -> LayerKey:
-    """The layer that a module's name in a file means."""
+    """The layer that a module is called in a file."""
     return layer_of_prefix(name, family) if "." not in name else peft.parse_key(f"{name}.alpha", family)[0]
 
 
-def _odd_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: Family) -> Update:
+def _lycoris_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: Family) -> Update:
     if alpha is None and "." in name:
         raise AdapterFileError(
             f"{name!r} is a LoHa or a LoKr under PEFT's names, where the strength is in no file; convert it"
@@ -243,7 +290,7 @@ def _odd_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: F
         )
     check_lycoris_factors(name, roles)
     inner = next((roles[key] for key in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if key in roles), None)
-    # Without a rank, as in a LoKr of two whole matrices, alpha means nothing.
+    # Without a rank, as in a LoKr of two full matrices, alpha means nothing.
     scale = 1.0
     if alpha is not None and inner is not None:
         if alpha.numel() != 1:
@@ -266,3 +313,62 @@ def _odd_update(name: str, roles: Tensors, alpha: torch.Tensor | None, family: F
             f"{name!r} claims a weight of the shape {list(size)}, which no layer here has."
         )
     return update
+
+
+class BaseWeights:
+    """The weights of a base on disk, by the layers that adapters name.
+
+    A folder may hold a layer twice, in full and in half precision.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Read the headers of the base's files.
+
+        Args:
+            name: "demo", a diffusers folder, a `.safetensors` file, or a hub id that is in the local cache.
+
+        Raises:
+            ModelFileError: nothing usable is there; a `.ckpt` is not read.
+        """
+        facts = read_base_facts(name)
+        if facts.family is None:
+            raise ModelFileError(
+                f"The base {name} is a .ckpt; this needs a .safetensors file or a diffusers folder, so"
+                " convert it first."
+            )
+        self.path: Path = facts.path
+        self.family: Family = facts.family
+        self.single = facts.single_file
+        self._finders = self._in_file() if self.single else {}
+        self._files: dict[str, list[SafetensorsFile]] = {}
+
+    def _in_file(self) -> dict[str, WeightLocator]:
+        file = SafetensorsFile(self.path)
+        encoders = {e.part: text_encoder_in_file(file, e) for e in self.family.text_encoders}
+        return {"unet": unet_in_file(file, self.family), **encoders}
+
+    def places(self, layer: LayerKey) -> list[TensorSource]:
+        """The tensors that hold a layer's weight; none, if the base has no such layer."""
+        part, path = layer
+        if self.single:
+            source = self._finders[part](f"{path}.weight") if part in self._finders else None
+            return [source] if source else []
+        if part not in self._files:
+            paths = sorted((self.path / part).glob("*.safetensors"))
+            self._files[part] = [SafetensorsFile(found) for found in paths]
+        # Newer transformers save text encoders without this level.
+        names = dict.fromkeys((f"{path}.weight", f"{path.removeprefix('text_model.')}.weight"))
+        return [TensorSource(file, key) for file in self._files[part] for key in names if key in file.shapes]
+
+    def weight(self, layer: LayerKey) -> torch.Tensor:
+        """A layer's weight in fp32.
+
+        Raises:
+            ModelFileError: the base has no such layer.
+        """
+        places = self.places(layer)
+        if not places:
+            raise ModelFileError(
+                f"The base {self.path} has no layer {'.'.join(layer)}; the file is for another."
+            )
+        return places[0].read().float()

@@ -1,16 +1,14 @@
-"""A LoRA out of a fine-tuned model: for each layer the best update of a rank to W_tuned - W_base.
+"""Extracts a LoRA from a fine-tuned model: for each layer the best update of a rank to W_tuned - W_base.
 
-Both models are read layer by layer, so that two layers are in memory at a time. Small differences are
-decomposed exactly, large ones from random probes, as `plain.py` does; for a share of the energy the number of
-probes doubles until they hold it. What the spectrum says of the rank comes for free: the leading singular
-values are known for every layer, and the whole energy is known exactly.
+Both models are read layer by layer, so that two layers are in memory at a time. For a share of the energy the
+number of random probes doubles until they hold it. The leading singular values are known for every layer and
+the total energy is known exactly, so the spectrum also suggests a rank.
 """
 
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -20,36 +18,36 @@ from lora_core.formats.io import save_adapter
 from lora_core.formats.layer_shapes import family_layout, folder_layout, reshape_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.families import named_targets
-from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.combine import (
-    EXACT_UP_TO,
-    Note,
+from lora_core.tools.delta import BaseWeights
+from lora_core.tools.save import check_out, titles
+from lora_core.tools.shrink import ShrinkTarget
+from lora_core.tools.svd import (
+    OnLayer,
     Pair,
+    Triples,
     TruncationLoss,
     adapter_from_pairs,
-    check_rank,
-    randomized_svd,
+    rank_of_energy,
+    split_triples,
+    svd_of_matrix,
 )
-from lora_core.tools.rewrite import check_out
-from lora_core.tools.shrink import ShrinkTarget, checked_energy, error_sentence
-from lora_core.tools.svd import rank_of_energy
 
 EXTRACTED_KEY = "lora_easel.extracted"
 """Our own key of a header: how it was extracted, as JSON."""
 _FIRST_PROBES = 64
 _EXTRA = 16
 _ROUNDING = 0.5
-"""Differences below this share of a number type's step are its rounding."""
+"""Differences below this share of the dtype's epsilon are rounding."""
 
 
 @dataclass
 class Spectra:
-    """What is known of the differences' singular values.
+    """The singular values of the differences, as far as they are known.
 
     Attributes:
-        squares: by layer the leading squared singular values, falling.
-        energies: by layer the whole sum of squares.
-        outside: the sum of squares in layers that a LoRA of here does not reach.
+        squares: by layer the leading squared singular values, descending.
+        energies: by layer the total sum of squares.
+        outside: the sum of squares in layers that no LoRA target includes.
     """
 
     squares: dict[LayerKey, torch.Tensor] = field(default_factory=dict)
@@ -57,8 +55,8 @@ class Spectra:
     outside: float = 0.0
 
     def rank_for(self, share: float) -> int | None:
-        """The lowest rank for all layers that keeps a share of all energy; None if it is beyond what is
-        known."""
+        """The lowest rank for all layers that keeps a share of all energy; None if it is beyond the known
+        ones."""
         whole, known = sum(self.energies.values()), min(map(len, self.squares.values()))
         deepest = max(map(len, self.squares.values()))
         kept = torch.zeros(deepest, dtype=torch.float64)
@@ -72,7 +70,7 @@ class Spectra:
         return rank if rank <= deepest and (rank <= known or complete) else None
 
     def sentence(self) -> str:
-        """Which rank the spectrum suggests, for a person."""
+        """The rank that the spectrum suggests, in words."""
         found = {share: self.rank_for(share) for share in (0.9, 0.99)}
         words = [f"rank {rank} would hold {share:.0%} of the change" for share, rank in found.items() if rank]
         known = max(map(len, self.squares.values()))
@@ -84,24 +82,21 @@ class Spectra:
 
 
 def extract_lora(
-    tuned: BaseWeights, base: BaseWeights, wish: ShrinkTarget, note: Note | None = None
+    tuned: BaseWeights, base: BaseWeights, target: ShrinkTarget, on_layer: OnLayer | None = None
 ) -> tuple[AdapterWeights, TruncationLoss, Spectra]:
-    """The LoRA between two models, in fp32 with one alpha; what it lost, and the spectra.
+    """The LoRA between two models, in fp32 with one alpha; its error, and the spectra.
 
     Args:
         tuned: the fine-tuned model.
         base: what it was made from.
-        wish: a rank for all layers, or a share of energy for each.
-        note: called with (done, all) layers.
+        target: a rank for all layers, or a share of energy for each.
+        on_layer: called after each layer.
 
     Raises:
-        ConfigError: the rank or the energy is none.
+        ConfigError: the rank or the energy is out of range.
         ModelFileError: the two are of different kinds or widths, or do not differ.
     """
-    if wish.rank is not None:
-        check_rank(wish.rank)
-    else:
-        checked_energy(wish.energy or 0.0)
+    target.check()
     if tuned.family.title != base.family.title:
         raise ModelFileError(
             f"{tuned.path} is of the kind {tuned.family.title} and {base.path} of {base.family.title}; give"
@@ -109,8 +104,8 @@ def extract_lora(
         )
     loss, spectra = TruncationLoss(), Spectra()
     pairs: dict[LayerKey, Pair] = {}
-    for key, delta in _differences(tuned, base, spectra, note):
-        pairs[key], spectra.squares[key], energy = _low_rank(delta, wish)
+    for key, delta in _differences(tuned, base, spectra, on_layer):
+        pairs[key], spectra.squares[key], energy = _low_rank(delta, target)
         spectra.energies[key] = energy
         # Measured, since the difference of two sums of squares shows nothing below the root of a rounding.
         up, down = (factor.flatten(1) for factor in pairs[key])
@@ -124,7 +119,7 @@ def extract_lora(
 
 
 def _differences(
-    tuned: BaseWeights, base: BaseWeights, spectra: Spectra, note: Note | None
+    tuned: BaseWeights, base: BaseWeights, spectra: Spectra, on_layer: OnLayer | None
 ) -> Iterator[tuple[LayerKey, torch.Tensor]]:
     """The layers that differ by more than rounding, with their differences in fp32."""
     layout = family_layout(base.family) if base.single else folder_layout(base.path, base.family)
@@ -157,62 +152,64 @@ def _differences(
             yield key, delta
         elif norm > rounding:
             spectra.outside += norm**2
-        if note is not None:
-            note(done, len(layout))
+        if on_layer is not None:
+            on_layer(done, len(layout))
 
 
-def _low_rank(delta: torch.Tensor, wish: ShrinkTarget) -> tuple[Pair, torch.Tensor, float]:
+def _low_rank(delta: torch.Tensor, target: ShrinkTarget) -> tuple[Pair, torch.Tensor, float]:
     """The pair closest to a difference, the squares of its leading singular values, and its energy."""
     matrix = delta.flatten(1)
     energy = float(matrix.double().square().sum())
     full = min(matrix.shape)
-    columns = (wish.rank or _FIRST_PROBES - _EXTRA) + _EXTRA
+    columns = (target.rank or _FIRST_PROBES - _EXTRA) + _EXTRA
     while True:
-        if full <= max(EXACT_UP_TO, columns):
-            u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-        else:
-            u, values, vh = randomized_svd(matrix, columns)
+        u, values, vh = svd_of_matrix(matrix, columns)
         squares = values.double().square()
-        if wish.rank is not None:
-            kept = min(wish.rank, full)
+        if target.rank is not None:
+            kept = min(target.rank, full)
             break
-        reached = squares.cumsum(0) >= (wish.energy or 0.0) * energy * (1 - 1e-9)
-        # The last probes are not sharp, so that the rank must not be found among them.
+        reached = squares.cumsum(0) >= (target.energy or 0.0) * energy * (1 - 1e-9)
+        # The last probes are inaccurate, so the rank must not be found among them.
         if len(values) == full or bool(reached[: columns - _EXTRA].any()):
             kept = int((~reached).sum()) + 1 if bool(reached.any()) else rank_of_energy(values, 1.0)
             break
         columns *= 2
     kept = max(1, min(kept, int((values > 0).sum())))
-    root = values[:kept].sqrt()
-    ones = (1,) * (delta.dim() - 2)
-    up, down = u[:, :kept] * root, root[:, None] * vh[:kept]
-    return (up.reshape(*up.shape, *ones), down.reshape(kept, *delta.shape[1:])), squares, energy
+    return split_triples(Triples(u, values, vh.T).leading(kept), delta.shape[1:]), squares, energy
 
 
 def extraction_sentences(weights: AdapterWeights, loss: TruncationLoss, spectra: Spectra) -> list[str]:
-    """What was extracted and what it cost, for a person."""
+    """What was extracted and what it cost."""
     ranks = [layer.rank for layer in weights.layers.values()]
     span = f"rank {ranks[0]}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
-    said = [f"{len(ranks)} layers of {span}.", error_sentence(loss), spectra.sentence()]
+    sentences = [f"{len(ranks)} layers of {span}.", loss.sentence(), spectra.sentence()]
     whole = spectra.outside + sum(spectra.energies.values())
     if spectra.outside > 1e-6 * whole:
         share = math.sqrt(spectra.outside / whole)
-        said.append(f"{share:.2%} of the change is in layers that a LoRA does not reach, and is left out.")
-    return said
+        sentences.append(
+            f"{share:.2%} of the change is in layers that a LoRA does not reach, and is left out."
+        )
+    return sentences
 
 
 def extract_file(
-    tuned: str, base: str, out: Path, wish: ShrinkTarget, precision: str, now: float, note: Note | None = None
+    tuned: str,
+    base: str,
+    out: Path,
+    target: ShrinkTarget,
+    precision: str,
+    now: float,
+    on_layer: OnLayer | None = None,
 ) -> list[str]:
     """Write the LoRA between two models as a file of the kohya format.
 
     Args:
         tuned, base: as `--base` names them.
         out: the file to make.
-        wish: a rank for all layers, or a share of energy for each.
+        target: a rank for all layers, or a share of energy for each.
         precision: "fp32", "fp16" or "bf16".
         now: the time, in seconds since the epoch.
-        note: called with (done, all) layers.
+        on_layer: called after each layer.
 
     Returns:
         What was extracted, what it cost and which rank the spectrum suggests, in sentences.
@@ -222,18 +219,16 @@ def extract_file(
     """
     check_out(out)
     models = BaseWeights(tuned), BaseWeights(base)
-    weights, loss, spectra = extract_lora(*models, wish, note)
+    weights, loss, spectra = extract_lora(*models, target, on_layer)
     family = models[1].family
     header = {
-        "ss_output_name": out.stem,
+        **titles(out, now),
         "ss_sd_model_name": models[1].path.name,
-        "modelspec.title": out.stem,
-        "modelspec.date": datetime.fromtimestamp(now, UTC).replace(microsecond=0).isoformat(),
         "modelspec.implementation": "diffusers",
         "modelspec.description": (
             f"LoRA between {models[1].path.stem} and {models[0].path.stem}, extracted with LoRA Easel"
         ),
-        EXTRACTED_KEY: json.dumps({"rank": wish.rank, "energy": wish.energy, "error": loss.overall}),
+        EXTRACTED_KEY: json.dumps({"rank": target.rank, "energy": target.energy, "error": loss.overall}),
     }
     save_adapter(reshape_adapter(weights, family), out, family, dtype=precision, metadata=header)
     return extraction_sentences(weights, loss, spectra)

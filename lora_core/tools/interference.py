@@ -1,19 +1,25 @@
-"""How alike the directions of two adapters are (Hu et al. 2021, section 7.2, equation 4).
+"""How alike two adapters are, and what happens when several are on at once.
 
-phi(A, B, i, j) = ||U_A^i^T U_B^j||_F^2 / min(i, j), with the leading i and j singular vectors: 1 where the
-smaller subspace lies within the larger one, 0 where the two are orthogonal. The paper takes the right
-singular vectors of A, the directions that an adapter reads from. Here they are those of the whole update
-(alpha/r) B A: the rows of A span the same space, but A and B can trade scale and rotation between them, which
-changes the order of A's own directions and not of the update's. The left ones, which it writes to, are told
-beside them.
+Similarity (Hu et al. 2021, section 7.2, equation 4) is phi(A, B, i, j) = ||U_A^i^T U_B^j||_F^2 / min(i, j) of
+the leading i and j singular vectors: 1 where the smaller subspace lies within the larger one, 0 where the two
+are orthogonal. The paper takes the right singular vectors of A, the directions that an adapter reads from.
+Here they are those of the update (alpha/r) B A: the rows of A span the same space, but A and B can trade
+scale and rotation between them, which changes the order of A's own directions and not of the update's. The
+left ones, which it writes to, are reported too. Random subspaces are not orthogonal: each pair of unit
+vectors in d dimensions has the mean squared product 1/d, so the mean of phi is i j / d / min(i, j) = max(i,
+j) / d, the baseline.
 
-Two subspaces that know nothing of each other are not orthogonal. With random ones every pair of unit vectors
-in d dimensions has the mean squared product 1/d, so the mean of phi is i j / d / min(i, j) = max(i, j) / d:
-the baseline.
+Updates add, so two adapters interfere where they write to the same directions (columns) or read from the same
+(rows). For each pair and layer that is phi over all of their directions, and the cosine <D1, D2> / (|D1|
+|D2|): positive where they do the same, negative where one undoes the other. Of each adapter, `survives` is
+<S, D> / |D|^2 with the sum S of all: 1 where the others leave it alone, less where they take from it, more
+where they add to it. `untouched` is the share of its energy outside of all directions that the others read or
+write, |(1 - P) D (1 - Q)|^2 / |D|^2 with the projections P and Q on the others' columns and rows. No update
+is formed.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +28,7 @@ from typing import Any
 import torch
 
 from lora_core.errors import AdapterFileError
-from lora_core.evaluate.validator import clustered_error
+from lora_core.evaluate.validator import MeasureGains, clustered_error
 from lora_core.formats import detect
 from lora_core.formats.io import load_adapter
 from lora_core.generate.request import WeightedLora
@@ -31,22 +37,20 @@ from lora_core.lora.weights import LayerKey
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import Update, Updates
-from lora_core.tools.evaluator import MeasureGains
 from lora_core.tools.svd import (
     NO_UPDATE,
     LeftOut,
+    OnLayer,
     Pair,
     Triples,
     check_same_shape,
-    flat_pair,
     inner_product,
     known_updates,
-    numeric_rank,
-    singular_triples,
+    significant_triples,
 )
 
 TABLE = 16
-"""The table of phi over i and j goes no further."""
+"""The highest i and j in the table of phi."""
 
 
 def phi(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -58,8 +62,7 @@ def phi(first: torch.Tensor, second: torch.Tensor) -> float:
     Source: Hu et al. 2021, equation 4.
     """
     together = float((first.T @ second).square().sum()) / min(first.shape[1], second.shape[1])
-    # Of what is 1 but for roundings.
-    return min(1.0, round(together, 12))
+    return min(1.0, round(together, 12))  # exactly 1 where it is 1 up to rounding
 
 
 def phi_table(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -78,20 +81,12 @@ def baseline(i: int, j: int, dimension: int) -> float:
     return min(1.0, max(i, j) / dimension)
 
 
-def meaningful_triples(update: Update) -> Triples:
-    """The singular triples of an update that are more than rounding."""
-    triples = singular_triples(flat_pair(update))
-    return triples.leading(numeric_rank(triples.values, update))
-
-
-def file_similarity(
-    first: Path, second: Path, note: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+def file_similarity(first: Path, second: Path, on_layer: OnLayer | None = None) -> dict[str, Any]:
     """The similarity of two adapter files.
 
     Args:
         first, second: .safetensors files.
-        note: called with (done, all) layers; what it raises ends the work.
+        on_layer: called before each layer.
 
     Returns:
         `similarity` and `baseline`: the means of phi and of its baseline over the layers that both files
@@ -109,10 +104,10 @@ def file_similarity(
     total, count = torch.zeros(TABLE, TABLE, dtype=torch.float64), torch.zeros(TABLE, TABLE)
     shared = [key for key in one if key in two]
     for done, key in enumerate(shared):
-        if note is not None:
-            note(done, len(shared))
+        if on_layer is not None:
+            on_layer(done, len(shared))
         check_same_shape(one[key], two[key], (first.name, second.name))
-        a, b = meaningful_triples(one[key]), meaningful_triples(two[key])
+        a, b = significant_triples(one[key]), significant_triples(two[key])
         rank = min(len(a.values), len(b.values))
         if rank == 0:
             left_out.append(LeftOut(key, NO_UPDATE))
@@ -150,19 +145,6 @@ def _alone(updates: Mapping[Any, Update], other: Mapping[Any, Update], name: str
     return [LeftOut(key, f"it is in {name} alone") for key in updates if key not in other]
 
 
-# What happens when several adapters are on at once.
-#
-# Updates add, so two adapters disturb each other where they write to the same directions (columns) or read
-# from the same (rows). For each pair and layer the overlap of both spaces is told, by phi of
-# `similarity.py` over all of their directions, and the cosine <D1, D2> / (|D1| |D2|): positive where they
-# do the same, negative where one undoes the other. All of it comes from the factors; no update is formed.
-#
-# Of each adapter two numbers say what is left of it in the sum S of all. `survives` is <S, D> / |D|^2: 1
-# where the others leave it alone, less where they take from it, more where they add to it. `untouched` is
-# the share of its energy outside all directions that the others read or write: |(1 - P) D (1 - Q)|^2 /
-# |D|^2 with the projections P and Q on the others' columns and rows.
-
-
 @dataclass(frozen=True)
 class _Term:
     """One adapter's update of a layer, at its strength."""
@@ -180,14 +162,12 @@ class _Term:
         return self.factor**2 * float(self.triples.values.square().sum())
 
 
-def interference_report(
-    files: Sequence[WeightedLora], note: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+def interference_report(files: Sequence[WeightedLora], on_layer: OnLayer | None = None) -> dict[str, Any]:
     """Overlap, cross terms and what survives of each of several adapter files.
 
     Args:
         files: two or more.
-        note: called with (done, all) layers; what it raises ends the work.
+        on_layer: called before each layer.
 
     Returns:
         `files`: `name`, `strength`, `norm`, `survives`, `untouched` of each, over all of its layers; `pairs`:
@@ -200,13 +180,13 @@ def interference_report(
     """
     if len(files) < 2:
         raise AdapterFileError("A stack needs two adapters or more.")
-    opened, left_out = _opened(files)
+    updates_of, left_out = _read(files)
     layers, totals = [], [[0.0, 0.0, 0.0] for _ in files]
-    keys = list(dict.fromkeys(key for updates in opened for key in updates))
+    keys = list(dict.fromkeys(key for updates in updates_of for key in updates))
     for done, key in enumerate(keys):
-        if note is not None:
-            note(done, len(keys))
-        terms = _terms(key, files, opened)
+        if on_layer is not None:
+            on_layer(done, len(keys))
+        terms = _terms(key, files, updates_of)
         if terms:
             layers.append(_layer(key, terms, totals))
     return {
@@ -226,8 +206,8 @@ def interference_report(
     }
 
 
-def _opened(files: Sequence[WeightedLora]) -> tuple[list[Updates], list[LeftOut]]:
-    """The updates of each file, once all are seen to be for one kind of base."""
+def _read(files: Sequence[WeightedLora]) -> tuple[list[Updates], list[LeftOut]]:
+    """The updates of each file, once all headers agree on the kind of base."""
     titles: dict[str, tuple[str, Family]] = {}
     for file in files:
         header = read_header(Path(file.file))
@@ -238,23 +218,23 @@ def _opened(files: Sequence[WeightedLora]) -> tuple[list[Updates], list[LeftOut]
         (one, first), (two, second), *_ = titles.values()
         raise AdapterFileError(f"{one} is for {first.title} and {two} for {second.title}; they do not stack.")
     known = next((family for _, family in titles.values()), None)
-    opened, left_out = [], []
+    updates_of, left_out = [], []
     for file in files:
         updates, out = known_updates(Path(file.file), known)
-        opened.append(updates)
+        updates_of.append(updates)
         left_out += out
-    return opened, left_out
+    return updates_of, left_out
 
 
-def _terms(key: LayerKey, files: Sequence[WeightedLora], opened: Sequence[Updates]) -> list[_Term]:
-    """Those that change the layer."""
-    having = [number for number, updates in enumerate(opened) if key in updates]
+def _terms(key: LayerKey, files: Sequence[WeightedLora], updates_of: Sequence[Updates]) -> list[_Term]:
+    """The updates that change the layer."""
+    having = [number for number, updates in enumerate(updates_of) if key in updates]
     terms = []
     for number in having:
         first = having[0]
         names = (Path(files[first].file).name, Path(files[number].file).name)
-        check_same_shape(opened[first][key], opened[number][key], names)
-        term = _Term(number, meaningful_triples(opened[number][key]), files[number].on(key[0]))
+        check_same_shape(updates_of[first][key], updates_of[number][key], names)
+        term = _Term(number, significant_triples(updates_of[number][key]), files[number].on(key[0]))
         if term.energy > 0:
             terms.append(term)
     return terms
@@ -282,7 +262,7 @@ def _layer(key: LayerKey, terms: Sequence[_Term], totals: list[list[float]]) -> 
 
 
 def _free_energy(term: _Term, others: Sequence[_Term]) -> float:
-    """The energy of a term outside all that the others read or write."""
+    """The energy of a term outside of all that the others read or write."""
     if not others:
         return term.energy
     up, down = term.pair
@@ -330,13 +310,13 @@ def _over_layers(
     }
 
 
-def measure_stack(files: Sequence[WeightedLora], family: Family, measured: MeasureGains) -> dict[str, Any]:
-    """What a stack gains beside what each of its adapters gains alone, on the same looks.
+def measure_stack(loras: Sequence[WeightedLora], family: Family, measure: MeasureGains) -> dict[str, Any]:
+    """What adapters gain together and what each gains alone, on the same draws.
 
     Args:
-        files: the adapters.
+        loras: the adapters.
         family: of the base.
-        measured: gives the gains of adapters, as `Bench.gains` does.
+        measure: the gains of adapters, as `Evaluator.gains`.
 
     Returns:
         `stack` and `sum` (of the gains of each alone) and `best_alone`, each {gain, standard_error}; `alone`:
@@ -344,10 +324,10 @@ def measure_stack(files: Sequence[WeightedLora], family: Family, measured: Measu
         more than the best alone, each with the paired standard error; `sentence`.
     """
     adapters = [
-        LoadedLora(load_adapter(Path(file.file), family), file.strength, file.text_strength) for file in files
+        LoadedLora(load_adapter(Path(lora.file), family), lora.strength, lora.text_strength) for lora in loras
     ]
-    alone = [measured([adapter]) for adapter in adapters]
-    together = measured(adapters)
+    alone = [measure([adapter]) for adapter in adapters]
+    together = measure(adapters)
     best = max(alone, key=lambda gains: float(gains.mean()))
     sum_alone = torch.stack(alone).sum(dim=0)
     lost, more = _number(sum_alone - together), _number(together - best)
@@ -355,7 +335,7 @@ def measure_stack(files: Sequence[WeightedLora], family: Family, measured: Measu
     return {
         "stack": stack,
         "alone": [
-            {"name": Path(file.file).name, **_number(gains)} for file, gains in zip(files, alone, strict=True)
+            {"name": Path(lora.file).name, **_number(gains)} for lora, gains in zip(loras, alone, strict=True)
         ],
         "sum": _number(sum_alone),
         "best_alone": _number(best),

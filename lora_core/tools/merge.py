@@ -1,45 +1,213 @@
-"""The verb `merge`: adapter files into one file, or into a copy of a base.
+"""Merges adapters: the sum of their updates as one adapter, exactly or at a chosen rank.
 
-The mathematics is in `combine.py`, `plain.py` and `into_base.py`; here files are read, checked against each
-other, and written with a header that says what was merged.
+The update of a layer is the sum over files of s (alpha/r) up @ down. Factors that are concatenated give that
+sum, [u1 u2] [d1; d2] = u1 d1 + u2 d2, and ranks add; factors that are added to each other would give the
+cross terms u1 d2 and u2 d1 as well. A lower rank comes from a truncated SVD of the concatenation.
+
+Strengths can differ from layer to layer: patterns over layer names, from a TOML file or the command line.
 """
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lora_core.errors import AdapterFileError, ModelFileError
+from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats import detect
-from lora_core.formats.io import as_bytes, encode_header, file_hashes, save_adapter
-from lora_core.formats.layer_shapes import reshape_adapter
-from lora_core.formats.metadata import side_file
+from lora_core.formats.layers import check_plain
 from lora_core.generate.request import WeightedLora
 from lora_core.lora.inject import LoadedLora
-from lora_core.lora.weights import AdapterWeights, LayerKey
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import Header, read_header
-from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
-from lora_core.system.paths import sync_folder, write_atomically
+from lora_core.model_files.header import read_header
+from lora_core.settings.config import load_toml, parse_toml
+from lora_core.settings.patterns import Pattern, PatternError
 from lora_core.system.untrusted import parse_json
-from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.combine import (
-    BlockWeights,
-    Note,
-    merge_adapters,
-    needs_base,
-    parse_block_weights,
-    to_lora,
-)
-from lora_core.tools.delta import Update, Updates, file_updates
-from lora_core.tools.rewrite import check_out
+from lora_core.tools.delta import BaseWeights, Updates, file_updates, plain_layers
+from lora_core.tools.save import check_out, file_record, save_with_side_file, titles
+from lora_core.tools.shrink import file_to_lora
+from lora_core.tools.svd import OnLayer, Pair, TruncationLoss, adapter_from_pairs, check_rank, truncate_pair
+
+_INLINE = re.compile(r"\s*([^=,]+?)\s*=\s*(\[[^\]]*\]|[^,\[\]]+?)\s*(?:,|$)")
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Weights of layers, one for each of the merged files; of the rows that match a layer the last counts.
+
+    Attributes:
+        rows: a pattern that is searched in "part.path", and a weight for each file.
+    """
+
+    rows: tuple[tuple[Pattern, tuple[float, ...]], ...] = ()
+
+    def weight(self, layer: LayerKey, file: int) -> float:
+        """The weight of a layer in the file of that number; 1 where no row matches."""
+        name = ".".join(layer)
+        return next((weights[file] for row, weights in reversed(self.rows) if row.search(name)), 1.0)
+
+    def check(self, layers: Iterable[LayerKey]) -> None:
+        """Refuse a row that changes nothing, probably a typo.
+
+        Raises:
+            ConfigError: names the pattern that matches no layer.
+        """
+        names = [".".join(layer) for layer in layers]
+        for row, _ in self.rows:
+            if not any(map(row.search, names)):
+                raise ConfigError(
+                    f"The pattern {row.text!r} of --blocks matches no layer of these files; their layers"
+                    f" are named like {names[0] if names else 'unet.mid_block...'}."
+                )
+
+
+def parse_block_weights(text: str, files: int) -> BlockWeights:
+    """The table that `--blocks` gives; an empty text gives an empty one.
+
+    Args:
+        text: a TOML file of `pattern = weight` and `pattern = [weight, ...]`, or the same rows inline with
+            commas between.
+        files: how many are merged; a list has one weight for each.
+
+    Raises:
+        ConfigError: a row cannot be parsed.
+    """
+    if not text:
+        return BlockWeights()
+    path = Path(text).expanduser()
+    rows = dict(_flatten(_read_table(path))) if path.is_file() or path.suffix == ".toml" else _inline(text)
+    return BlockWeights(tuple((_pattern(name), _weights(name, row, files)) for name, row in rows.items()))
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ConfigError(f"The table {path} of --blocks does not exist.")
+    return load_toml(path)
+
+
+def _flatten(table: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
+    """Rows of nested tables joined by dots, since TOML takes an unquoted `up_blocks.1` for a nested table."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+def _inline(text: str) -> dict[str, Any]:
+    rows, position = {}, 0
+    while match := _INLINE.match(text, position):
+        rows[match[1]] = match[2]
+        position = match.end()
+    if not rows or text[position:].strip():
+        raise ConfigError(
+            f"--blocks {text!r} is neither a TOML file nor a table such as 'mid_block=0.5,up_blocks.1=0'."
+        )
+    try:
+        return {
+            name: parse_toml(f"value = {value}", f"--blocks {name}")["value"] for name, value in rows.items()
+        }
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--blocks {text!r} holds a weight that is not a number.") from error
+
+
+def _pattern(name: str) -> Pattern:
+    try:
+        return Pattern(name)
+    except PatternError as error:
+        raise ConfigError(f"The pattern {name!r} of --blocks cannot be used: {error}.") from error
+
+
+def _weights(name: str, value: Any, files: int) -> tuple[float, ...]:
+    values = value if isinstance(value, list) else [value] * files
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e6]
+    if len(numbers) != len(values):
+        raise ConfigError(f"{name} = {value!r} of --blocks should be a number, or a list of numbers.")
+    if len(numbers) != files:
+        raise ConfigError(
+            f"{name} of --blocks lists {len(numbers)} weights for {files} files; give one number for all or"
+            " one for each file."
+        )
+    return tuple(float(number) for number in numbers)
+
+
+# The sum.
+
+
+def merge_adapters(
+    adapters: Sequence[LoadedLora], rank: int | None = None, blocks: BlockWeights | None = None
+) -> tuple[AdapterWeights, TruncationLoss]:
+    """The sum of plain adapters, each times its strength, as one adapter in fp32 with one alpha.
+
+    Args:
+        adapters: what to add up, all for one family.
+        rank: of the result; None adds the ranks and loses nothing.
+        blocks: weights of layers on top of the strengths.
+
+    Returns:
+        The adapter, and what the rank lost.
+
+    Raises:
+        AdapterFileError: two adapters give a layer different shapes, or no layer changes anything.
+        ConfigError: the rank is out of range, or a row of `blocks` matches nothing.
+    """
+    if rank is not None:
+        check_rank(rank)
+    for adapter in adapters:
+        check_plain(adapter.weights)
+    keys = dict.fromkeys(key for adapter in adapters for key in adapter.weights.layers)
+    blocks = blocks or BlockWeights()
+    blocks.check(keys)
+    loss = TruncationLoss()
+    pairs: dict[LayerKey, Pair] = {}
+    for key in keys:
+        terms = [
+            (adapter.on(key[0]) * blocks.weight(key, number), adapter.weights.layers[key])
+            for number, adapter in enumerate(adapters)
+            if key in adapter.weights.layers
+        ]
+        terms = [(factor, layer) for factor, layer in terms if factor * layer.scale != 0]
+        if not terms:
+            continue
+        pair = _concatenate(key, terms)
+        if rank is not None:
+            pair, norm, lost = truncate_pair(pair, rank)
+            loss.layers[key] = (norm, lost)
+        pairs[key] = pair
+    if not pairs:
+        raise AdapterFileError("With these strengths and weights nothing is left of any layer.")
+    return adapter_from_pairs(pairs), loss
+
+
+def _concatenate(key: LayerKey, terms: Sequence[tuple[float, LayerWeights]]) -> Pair:
+    """The sum of the terms as one pair: up (out, R) or (out, R, 1, 1), down (R, in) or (R, in, k, k)."""
+    # A 1 x 1 convolution and a linear layer are the same; where files differ, the longer shape can be both.
+    template = max((layer.down.shape for _, layer in terms), key=len)
+    ups, downs = [], []
+    for factor, layer in terms:
+        inner = layer.down.shape[1:]
+        same = inner == template[1:] or (inner.numel() == inner[0] == template[1:].numel() == template[1])
+        if not same or layer.up.shape[0] != terms[0][1].up.shape[0]:
+            raise AdapterFileError(
+                f"The files give {'.'.join(key)} different shapes, {_size(terms[0][1])} and {_size(layer)};"
+                " they are for different bases."
+            )
+        ups.append(factor * layer.scale * layer.up.double().flatten(1))
+        downs.append(layer.down.float().reshape(-1, *template[1:]))
+    up = torch.cat(ups, dim=1)
+    return up.reshape(*up.shape, *(1 for _ in template[2:])), torch.cat(downs)
+
+
+def _size(layer: LayerWeights) -> str:
+    return f"{list(layer.down.shape[1:])} to {layer.up.shape[0]}"
+
+
+# Files.
 
 MERGED_KEY = "lora_easel.merged"
 """Our own key of a header: what was merged, as a JSON list of {name, sha256, strength, text_strength}."""
@@ -50,17 +218,22 @@ _AGREED = (
     "modelspec.resolution",
     "modelspec.prediction_type",
 )
-"""Texts that are kept where all files say the same."""
+"""Metadata that is kept where all files agree."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An adapter file, read."""
+class LoraFile:
+    """An adapter file of any kind, read."""
 
     lora: WeightedLora
     updates: Updates
     metadata: Mapping[str, str]
     family: Family
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return Path(self.lora.file)
 
 
 @dataclass(frozen=True)
@@ -71,7 +244,7 @@ class MergeOptions:
         rank: of the result; None adds the ranks.
         blocks: the text of `--blocks`, or "".
         precision: "fp32", "fp16" or "bf16".
-        base: what `--base` names, or "".
+        base: the base that a DoRA is for, or "".
     """
 
     rank: int | None = None
@@ -81,16 +254,20 @@ class MergeOptions:
 
 
 def merge_files(
-    loras: Sequence[WeightedLora], out: Path, wanted: MergeOptions, now: float, note: Note | None = None
+    loras: Sequence[WeightedLora],
+    out: Path,
+    options: MergeOptions,
+    now: float,
+    on_layer: OnLayer | None = None,
 ) -> list[str]:
     """Write the sum of adapter files as one plain LoRA of the kohya format, and its side file.
 
     Args:
         loras: the files.
-        out: the file to write; it must not be there yet.
-        wanted: how.
+        out: the file to write; it must not exist.
+        options: how.
         now: the time, in seconds since the epoch.
-        note: called with (done, all) layers of a file whose decomposition takes long.
+        on_layer: called for a file whose decomposition takes long.
 
     Returns:
         What was done and what it cost, in sentences.
@@ -99,90 +276,51 @@ def merge_files(
         LoraError: one sentence on what is wrong; nothing is written then.
     """
     check_out(out)
-    base = BaseWeights(wanted.base) if wanted.base else None
-    opened = _opened(loras, base.family if base else None)
-    blocks = _blocks(wanted.blocks, len(opened))
-    said = _extras(loras)
+    base = BaseWeights(options.base) if options.base else None
+    files = read_files(loras, base.family if base else None)
+    blocks = parse_block_weights(options.blocks, len(files))
+    sentences = extras_sentences(loras)
     adapters, reduced = [], False
-    for source in opened:
-        weights, sentence = _plain(source, wanted.rank, base, note)
-        said += [sentence] if sentence else []
-        reduced |= bool(sentence)
-        adapters.append(LoadedLora(weights, source.lora.strength, source.lora.text_strength))
-    weights, loss = merge_adapters(adapters, wanted.rank, blocks)
-    family = opened[0].family
-    header = _header(opened, out.stem, now)
-    save_adapter(reshape_adapter(weights, family), out, family, dtype=wanted.precision, metadata=header)
-    beside = out.with_suffix(".json")
-    if not beside.exists():
-        write_atomically(beside, side_file(header.get("modelspec.trigger_phrase", "")))
+    for file in files:
+        layers = plain_layers(file.updates)
+        if layers is not None:
+            weights = AdapterWeights(layers, dict(file.metadata))
+        else:
+            weights, loss = file_to_lora(file.path, file.updates, options.rank, base, on_layer)
+            sentences.append(f"{file.path.name} as a plain LoRA: {loss.sentence(options.rank)}")
+            reduced = True
+        adapters.append(LoadedLora(weights, file.lora.strength, file.lora.text_strength))
+    weights, loss = merge_adapters(adapters, options.rank, blocks)
+    save_with_side_file(weights, files[0].family, out, options.precision, _header(files, out, now))
     ranks = sorted({layer.rank for layer in weights.layers.values()})
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    said.append(f"{len(weights.layers)} layers of {span} from {_count(opened)}.")
-    if wanted.rank is not None and not reduced:
-        said.append(loss.sentence(wanted.rank))
-    elif wanted.rank is not None and not loss.none:
-        said.append(f"Of the sum of these: {loss.sentence(wanted.rank)}")
-    return said
+    sentences.append(f"{len(weights.layers)} layers of {span} from {files_words(files)}.")
+    if options.rank is not None and not reduced:
+        sentences.append(loss.sentence(options.rank))
+    elif options.rank is not None and not loss.none:
+        sentences.append(f"Of the sum of these: {loss.sentence(options.rank)}")
+    return sentences
 
 
-def merge_files_into_base(
-    loras: Sequence[WeightedLora], base_name: str, out: Path, blocks: str = ""
-) -> list[str]:
-    """Write a copy of a base with adapter files merged into it, LoHa, LoKr and DoRA exactly.
-
-    Args:
-        loras: the files.
-        base_name: what `--into-base` names.
-        out: the file or folder to make; it must not be there yet.
-        blocks: the text of `--blocks`, or "".
-
-    Returns:
-        What was done, in sentences.
-
-    Raises:
-        LoraError: one sentence on what is wrong; nothing is written then.
-    """
-    base = BaseWeights(base_name)
-    if out.exists():
-        raise AdapterFileError(f"{out} exists already; choose another name or remove it first.")
-    if base.single != (out.suffix.lower() == ".safetensors"):
-        kind = (
-            "file, so --out should end in .safetensors"
-            if base.single
-            else "folder, so --out should be one too"
-        )
-        raise AdapterFileError(f"The base {base.path} is a {kind}; {out} does not fit.")
-    opened = _opened(loras, base.family)
-    adapters = [(o.updates, o.lora.strength, o.lora.on_text) for o in opened]
-    texts = {
-        MERGED_KEY: json.dumps(_rows(opened)),
-        "modelspec.merged_from": ", ".join([base.path.stem, *(_title(o) for o in opened)]),
-    }
-    layers = merge_into_base(base, adapters, out, texts, _blocks(blocks, len(opened)))
-    return [*_extras(loras), f"{layers} layers of the base changed by {_count(opened)}."]
-
-
-def _extras(loras: Sequence[WeightedLora]) -> list[str]:
-    """What the files hold that is not merged, a sentence for each that does."""
-    found = [
-        (Path(item.file).name, detect.extras_sentence(read_header(Path(item.file)).shapes)) for item in loras
-    ]
+def extras_sentences(loras: Sequence[WeightedLora]) -> list[str]:
+    """A sentence for each file that contains something that is not merged."""
+    paths = [Path(lora.file) for lora in loras]
+    found = [(path.name, detect.extras_sentence(read_header(path).shapes)) for path in paths]
     return [f"{name}: {sentence}" for name, sentence in found if sentence]
 
 
-def _blocks(text: str, files: int) -> BlockWeights | None:
-    return parse_block_weights(text, files) if text else None
+def files_words(files: Sequence[LoraFile]) -> str:
+    """How many files, in words."""
+    return "one file" if len(files) == 1 else f"{len(files)} files"
 
 
-def _count(opened: Sequence[Opened]) -> str:
-    return "one file" if len(opened) == 1 else f"{len(opened)} files"
+def read_files(loras: Sequence[WeightedLora], known: Family | None) -> list[LoraFile]:
+    """Read all files, once their headers agree on the family.
 
+    A file that does not name its family is taken to be of the others'; its layers are checked later.
 
-def _opened(loras: Sequence[WeightedLora], known: Family | None) -> list[Opened]:
-    """All files, once they are seen to be for one family.
-
-    A file that does not say its family is taken to be of the others'; layers that do not fit come out later.
+    Raises:
+        AdapterFileError: they are for different families, or one is broken.
     """
     paths = [Path(lora.file) for lora in loras]
     families: dict[str, tuple[Path, Family]] = {}
@@ -198,317 +336,48 @@ def _opened(loras: Sequence[WeightedLora], known: Family | None) -> list[Opened]
             " be merged."
         )
     family = known or next((family for _, family in families.values()), None)
-    opened = []
-    for lora, path in zip(loras, paths, strict=True):
-        updates, metadata, of = file_updates(path, family)
-        opened.append(Opened(lora, updates, metadata, of))
-    return opened
+    return [LoraFile(lora, *file_updates(path, family)) for lora, path in zip(loras, paths, strict=True)]
 
 
-def _plain(
-    source: Opened, rank: int | None, base: BaseWeights | None, note: Note | None
-) -> tuple[AdapterWeights, str]:
-    """A file as a plain LoRA, and what that lost, in a sentence, or ""."""
-    path = Path(source.lora.file)
-    low = {key: u.low for key, u in source.updates.items() if u.low is not None and u.magnitude is None}
-    if len(low) == len(source.updates):
-        return AdapterWeights(low, dict(source.metadata)), ""
-    dora = needs_base(source.updates)
-    kind = "DoRA" if dora else "LoHa or LoKr"
-    if rank is None:
-        raise AdapterFileError(
-            f"{path} is a {kind}, which is a plain LoRA only to a rank: give --rank, such as 32."
-        )
-    if dora and base is None:
-        raise AdapterFileError(
-            f"{path} is a DoRA, whose update depends on the weights of its base: give --base, the model that"
-            " it was made for."
-        )
-    weights, loss = to_lora(source.updates, rank, base.weight if base else None, note)
-    return weights, f"{path.name} as a plain LoRA: {loss.sentence(rank)}"
-
-
-def _rows(opened: Sequence[Opened]) -> list[dict[str, object]]:
+def file_rows(files: Sequence[LoraFile]) -> list[dict[str, object]]:
+    """The files for a header: {name, sha256, strength, text_strength} of each."""
     return [
-        {
-            "name": _title(source),
-            "sha256": str(file_hashes(Path(source.lora.file))["sha256"])[:12],
-            "strength": source.lora.strength,
-            "text_strength": source.lora.on_text,
-        }
-        for source in opened
+        {**file_record(file.path), "strength": file.lora.strength, "text_strength": file.lora.on_text}
+        for file in files
     ]
 
 
-def _title(source: Opened) -> str:
-    return Path(source.lora.file).stem
-
-
-def _date(now: float) -> str:
-    return datetime.fromtimestamp(now, UTC).replace(microsecond=0).isoformat()
-
-
-def _header(opened: Sequence[Opened], stem: str, now: float) -> dict[str, str]:
-    """What the merged file's header says; what follows from its weights is added when it is written."""
-    rows = _rows(opened)
+def _header(files: Sequence[LoraFile], out: Path, now: float) -> dict[str, str]:
+    """The metadata of the merged file, without what `save_adapter` adds."""
+    rows = file_rows(files)
     parts = " + ".join(f"{row['strength']:g} x {row['name']}" for row in rows)
     texts = {
-        "ss_output_name": stem,
-        "modelspec.title": stem,
-        "modelspec.date": _date(now),
+        **titles(out, now),
         "modelspec.implementation": "diffusers",
         "modelspec.description": f"Sum of LoRA adapters: {parts}, made with LoRA Easel",
         "modelspec.merged_from": ", ".join(str(row["name"]) for row in rows),
-        "ss_tag_frequency": json.dumps(_tags(opened)),
+        "ss_tag_frequency": json.dumps(_tag_counts(files)),
         MERGED_KEY: json.dumps(rows),
     }
     for key in _AGREED:
-        values = {source.metadata.get(key) for source in opened}
+        values = {file.metadata.get(key) for file in files}
         if len(values) == 1 and (value := values.pop()):
             texts[key] = value
-    words = [source.metadata.get("modelspec.trigger_phrase", "").strip() for source in opened]
+    words = [file.metadata.get("modelspec.trigger_phrase", "").strip() for file in files]
     trigger = ", ".join(dict.fromkeys(word for word in words if word))
     return texts | ({"modelspec.trigger_phrase": trigger} if trigger else {})
 
 
-def _tags(opened: Sequence[Opened]) -> dict[str, dict[str, int]]:
-    """The tags of all files by dataset, for A1111's list of trained words; what cannot be read is left
-    out."""
+def _tag_counts(files: Sequence[LoraFile]) -> dict[str, dict[str, int]]:
+    """The tags of all files by dataset, for A1111's list of trained words; broken entries are left out."""
     tags: dict[str, dict[str, int]] = {}
-    for source in opened:
+    for file in files:
         try:
-            found = parse_json(source.metadata.get("ss_tag_frequency", "{}"))
+            found = parse_json(file.metadata.get("ss_tag_frequency", "{}"))
         except ValueError:
             continue
         for name, counts in found.items() if isinstance(found, dict) else ():
             if isinstance(counts, dict):
-                own = f"{_title(source)} {name}" if name in tags else str(name)
+                own = f"{file.path.stem} {name}" if name in tags else str(name)
                 tags[own] = {str(tag): n for tag, n in counts.items() if isinstance(n, int)}
     return tags
-
-
-# Adapters merged into a base on disk: a diffusers folder or a single file, written anew beside the old one.
-#
-# A file is copied tensor by tensor. Where adapters change a tensor it becomes W0 + sum of s delta, summed
-# in fp32 as `lora/inject.Merger` does and rounded once to the tensor's own number type; everything
-# else, names, order and places in the file included, is copied byte for byte. At most one tensor is in
-# memory at a time.
-
-
-Term = tuple[float, Update]
-"""A strength, and what it multiplies."""
-
-STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""Texts of a header that are no longer true once a tensor has changed."""
-_OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5")
-_TEXTS = (".json", ".md", ".txt")
-_CHUNK = 2**22
-
-
-@dataclass(frozen=True)
-class TensorEdit:
-    """A change of one tensor, or of a part of it."""
-
-    source: TensorSource
-    terms: list[Term]
-
-
-TensorEdits = dict[Path, dict[str, list[TensorEdit]]]
-"""File to tensor name to what is done to it."""
-
-
-def merge_into_base(
-    base: BaseWeights,
-    adapters: Sequence[tuple[Updates, float, float]],
-    out: Path,
-    texts: Mapping[str, str],
-    blocks: BlockWeights | None = None,
-) -> int:
-    """Write a copy of a base with adapters merged into it, whole or not at all.
-
-    Args:
-        base: where to merge.
-        adapters: (updates, strength on the UNet, strength on the text encoders) for each.
-        out: the file or the folder to make; it must not be there yet.
-        texts: what the header of each changed file says in addition.
-        blocks: weights of layers on top of the strengths.
-
-    Returns:
-        How many layers were changed.
-
-    Raises:
-        AdapterFileError: a layer is not in this base or has another shape, or nothing would change.
-        ModelFileError: the result holds more than the base's number type can, or cannot be written.
-    """
-    terms = _terms(adapters, blocks or BlockWeights())
-    edits = _edits(base, terms)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
-    try:
-        if base.single:
-            _write_file(base.path, draft, edits.get(base.path, {}), texts)
-        else:
-            _write_folder(base.path, draft, edits, texts)
-        os.rename(draft, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise ModelFileError(f"{out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
-    return len(terms)
-
-
-def _terms(
-    adapters: Sequence[tuple[Updates, float, float]], blocks: BlockWeights
-) -> dict[LayerKey, list[Term]]:
-    blocks.check(dict.fromkeys(key for updates, *_ in adapters for key in updates))
-    terms: dict[LayerKey, list[Term]] = {}
-    for number, (updates, on_unet, on_text) in enumerate(adapters):
-        for key, update in updates.items():
-            strength = (on_unet if key[0] == "unet" else on_text) * blocks.weight(key, number)
-            if strength != 0:
-                terms.setdefault(key, []).append((strength, update))
-    if not terms:
-        raise AdapterFileError("With these strengths and weights nothing of the base would change.")
-    return terms
-
-
-def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> TensorEdits:
-    """What to do to each tensor, once all layers have been found and fit."""
-    missing = [key for key in terms if not base.places(key)]
-    if missing:
-        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        raise AdapterFileError(
-            f"The adapter has layers that the base {base.path} has not, {'.'.join(missing[0])}{more}; it is"
-            " for another base."
-        )
-    edits: TensorEdits = {}
-    for key, changes in terms.items():
-        for source in base.places(key):
-            shape = _shape(source)
-            for _, update in changes:
-                size = torch.Size(update.size)
-                if size.numel() != shape.numel() or size[0] != shape[0]:
-                    raise AdapterFileError(
-                        f"The adapter's layer {update.name} has the shape {list(size)}, the base's"
-                        f" {list(shape)}; it is for another base."
-                    )
-            edits.setdefault(source.file.path, {}).setdefault(source.key, []).append(
-                TensorEdit(source, changes)
-            )
-    return edits
-
-
-def _shape(source: TensorSource) -> torch.Size:
-    shape = list(source.file.shapes[source.key])
-    if source.third is not None:
-        shape[0] //= THIRDS
-    return torch.Size(shape[::-1] if source.transposed else shape)
-
-
-def _write_file(
-    source: Path, target: Path, edits: Mapping[str, list[TensorEdit]], texts: Mapping[str, str]
-) -> None:
-    """Copy a safetensors file with some tensors changed, see it onto the disk, and read it back."""
-    header = read_header(source, ModelFileError)
-    metadata = {key: text for key, text in header.metadata.items() if key not in STALE} | dict(texts)
-    start = encode_header(header.tensors, metadata)
-    written = hashlib.sha256(start)
-    with open(target, "wb") as file:
-        file.write(start)
-        for piece in _pieces(source, header, edits):
-            file.write(piece)
-            written.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    found = hashlib.sha256()
-    with open(target, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    if found.digest() != written.digest() or read_header(target, ModelFileError).tensors != header.tensors:
-        raise ModelFileError(f"{target} was read back changed; is the disk failing?")
-
-
-def _pieces(
-    source: Path, header: Header, edits: Mapping[str, list[TensorEdit]]
-) -> Iterator[bytes | memoryview]:
-    """The tensor bytes of a file in their order, changed where there is an edit."""
-    weights = SafetensorsFile(source)
-    with open(source, "rb") as file:
-        for name in sorted(header.tensors, key=lambda name: header.tensors[name]["data_offsets"]):
-            if name in edits:
-                changed = _changed(weights.tensor(name), edits[name], f"{source}: the tensor {name}")
-                yield as_bytes(changed).numpy().data
-                continue
-            first, last = header.tensors[name]["data_offsets"]
-            file.seek(header.start + first)
-            while first < last:
-                chunk = file.read(min(_CHUNK, last - first))
-                if not chunk:
-                    raise ModelFileError(f"{source} has become shorter; is it still being written?")
-                first += len(chunk)
-                yield chunk
-
-
-def _changed(tensor: torch.Tensor, edits: Sequence[TensorEdit], name: str) -> torch.Tensor:
-    """W0 + sum of s delta in fp32, rounded to the tensor's own type."""
-    if not tensor.is_floating_point():
-        raise ModelFileError(f"{name} holds whole numbers, into which nothing can be merged.")
-    whole = tensor.float().clone()
-    for edit in edits:
-        rows = whole if edit.source.third is None else whole.chunk(THIRDS)[edit.source.third]
-        weight = rows.t() if edit.source.transposed else rows
-        merged = weight
-        for strength, update in edit.terms:
-            merged = merged + strength * update.delta(weight).reshape(weight.shape)
-        weight.copy_(merged)
-    rounded = whole.to(tensor.dtype)
-    if not torch.isfinite(rounded.float()).all():
-        reason = "more than its number type can" if torch.isfinite(whole).all() else "NaN or infinity"
-        raise ModelFileError(
-            f"{name} would hold {reason}; lower the strength, or take a base in fp32 or bf16."
-        )
-    return rounded
-
-
-def _write_folder(source: Path, target: Path, edits: TensorEdits, texts: Mapping[str, str]) -> None:
-    """Copy a diffusers folder with some files of weights changed.
-
-    At the top only what `model_index.json` lists is copied, and texts. In changed parts, weights in other
-    formats would be those of the unchanged base, and stay behind.
-    """
-    changed = {path.parent for path in edits}
-    parts = _parts(source) | {path.parent.name for path in edits}
-
-    def wanted(path: Path) -> bool:
-        if path.parent == source:
-            return path.name in parts or path.suffix.lower() in _TEXTS
-        if path.parent in changed:
-            return path not in edits and not path.name.endswith(_OTHER_WEIGHTS)
-        return True
-
-    _copy_tree(source, target, wanted)
-    for path, changes in edits.items():
-        _write_file(path, target / path.relative_to(source), changes, texts)
-
-
-def _copy_tree(source: Path, target: Path, wanted: Callable[[Path], bool]) -> None:
-    """Copy what is wanted of a folder. Unlike `shutil.copytree`, it stops at the first error."""
-    target.mkdir()
-    for path in filter(wanted, source.iterdir()):
-        if path.is_dir():
-            _copy_tree(path, target / path.name, wanted)
-        else:
-            shutil.copyfile(path, target / path.name)
-
-
-def _parts(folder: Path) -> set[str]:
-    """The components that a diffusers folder lists."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(
-            f"{folder} has no readable model_index.json, so what to copy is unknown."
-        ) from error
-    return {"model_index.json", *index}

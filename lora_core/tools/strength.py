@@ -2,26 +2,27 @@
 
 The gain is a smooth curve of the strength: a few coarse points find where it is highest, and parabolas
 through the best three find the top (successive parabolic interpolation; Brent 1973, section 5.2). All points
-are measured on the same fixed looks, so their differences have small errors. The interval holds the strengths
-whose loss of gain against the best is within two standard errors of that paired difference; between the
-measured points each look's curve is a polynomial through its own.
+are measured on the same draws, so their differences have small errors. The interval holds the strengths whose
+loss of gain against the best is within two standard errors of that paired difference; between the measured
+points the curve of each draw is a polynomial through its own.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lora_core.errors import ConfigError
-from lora_core.evaluate.validator import clustered_error
+from lora_core.evaluate.validator import MeasureGains, clustered_error
+from lora_core.formats.io import AS_IT_IS
 from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
-from lora_core.tools.evaluator import MeasureGains
-from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out
-from lora_core.tools.shrink import load_plain_lora
+from lora_core.tools.delta import load_plain_lora
+from lora_core.tools.save import Rewrite, check_out
 
 BAKED_KEY = "lora_easel.strength"
 """Our own key of a header: which strength was baked in, as JSON."""
@@ -29,13 +30,13 @@ BAKED_KEY = "lora_easel.strength"
 COARSE = (0.5, 1.0, 1.5)
 HIGHEST = 4.0
 STEP = 0.01
-"""Strengths are told to two digits, as people set them."""
+"""Strengths have two decimals, as users set them."""
 _BEYOND = 0.75
 _REFINEMENTS = 4
 _DEGREE = 4
 
-Gains = Callable[[float], torch.Tensor]
-"""From a strength to the gain on each look, (pictures, K)."""
+GainsAt = Callable[[float], torch.Tensor]
+"""From a strength to the gain on each draw, (images, K)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class StrengthFit:
         strength: the best of those measured.
         low, high: the strengths around it that cannot be told from it.
         gain, standard_error: at the best.
-        curve: (strength, gain, standard error) of each measured strength, rising.
+        curve: (strength, gain, standard error) of each measured strength, ascending.
     """
 
     strength: float
@@ -57,7 +58,7 @@ class StrengthFit:
     curve: tuple[tuple[float, float, float], ...]
 
     def sentence(self, what: str = "The adapter") -> str:
-        """For a person."""
+        """The result in words."""
         if self.strength <= 0:
             return f"{what} gains at no strength on these pictures: they are better predicted without it."
         edge = " and may be best beyond that, where nothing was tried" if self.strength >= HIGHEST else ""
@@ -67,24 +68,13 @@ class StrengthFit:
         )
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
-        curve = [{"strength": s, "gain": g, "standard_error": e} for s, g, e in self.curve]
-        return {
-            "strength": self.strength,
-            "low": self.low,
-            "high": self.high,
-            "gain": self.gain,
-            "standard_error": self.standard_error,
-            "curve": curve,
-        }
+        """The result for JSON."""
+        rows = [{"strength": s, "gain": g, "standard_error": e} for s, g, e in self.curve]
+        return {**vars(self), "curve": rows}
 
 
-def fit_strength_curve(gains_at: Gains) -> StrengthFit:
-    """The strength of the highest mean gain, with about eight measurements.
-
-    Args:
-        gains_at: the gains at a strength, on the same looks each time.
-    """
+def fit_strength_curve(gains_at: GainsAt) -> StrengthFit:
+    """The strength of the highest mean gain, with about eight measurements on the same draws."""
     found = {strength: gains_at(strength) for strength in COARSE}
     found[0.0] = torch.zeros_like(found[1.0])
     if _best(found) == 0.0:
@@ -93,11 +83,14 @@ def fit_strength_curve(gains_at: Gains) -> StrengthFit:
         further = min(HIGHEST, max(found) + _BEYOND)
         found[further] = gains_at(further)
     for _ in range(_REFINEMENTS):
-        place = _next_place(found)
-        if place is None:
+        strength = _next_strength(found)
+        if strength is None:
             break
-        found[place] = gains_at(place)
-    return _fit(found)
+        found[strength] = gains_at(strength)
+    best = _best(found)
+    low, high = _interval(found, best)
+    curve = tuple((s, float(g.mean()), clustered_error(g)) for s, g in sorted(found.items()))
+    return StrengthFit(best, low, high, float(found[best].mean()), clustered_error(found[best]), curve)
 
 
 def _best(found: dict[float, torch.Tensor]) -> float:
@@ -105,14 +98,14 @@ def _best(found: dict[float, torch.Tensor]) -> float:
     return max(sorted(found), key=lambda strength: float(found[strength].mean()))
 
 
-def _next_place(found: dict[float, torch.Tensor]) -> float | None:
-    """The top of the parabola through the best point and its neighbours, None where that is known well
+def _next_strength(found: dict[float, torch.Tensor]) -> float | None:
+    """The top of the parabola through the best point and its neighbours; None where it is known well
     enough."""
-    places = sorted(found)
-    at = places.index(_best(found))
-    if at in (0, len(places) - 1):
+    strengths = sorted(found)
+    at = strengths.index(_best(found))
+    if at in (0, len(strengths) - 1):
         return None
-    a, b, c = places[at - 1 : at + 2]
+    a, b, c = strengths[at - 1 : at + 2]
     fa, fb, fc = (float(found[x].mean()) for x in (a, b, c))
     steeper, flatter = (b - a) * (fb - fc), (b - c) * (fb - fa)
     bend = steeper - flatter
@@ -125,23 +118,16 @@ def _next_place(found: dict[float, torch.Tensor]) -> float | None:
     return None if top in found or c - a <= 4 * STEP else top
 
 
-def _fit(found: dict[float, torch.Tensor]) -> StrengthFit:
-    best = _best(found)
-    low, high = _interval(found, best)
-    curve = tuple((s, float(g.mean()), clustered_error(g)) for s, g in sorted(found.items()))
-    return StrengthFit(best, low, high, float(found[best].mean()), clustered_error(found[best]), curve)
-
-
 def _interval(found: dict[float, torch.Tensor], best: float) -> tuple[float, float]:
     """The strengths around the best whose paired loss of gain is within two standard errors."""
-    places = sorted(found)
+    strengths = sorted(found)
     shape = found[best].shape
-    values = np.stack([found[place].flatten().numpy() for place in places])
-    scale = max(places)
+    values = np.stack([found[strength].flatten().numpy() for strength in strengths])
+    scale = max(strengths)
     powers = np.polynomial.polynomial
-    fit = powers.polyfit(np.array(places) / scale, values, min(_DEGREE, len(places) - 1))
+    fit = powers.polyfit(np.array(strengths) / scale, values, min(_DEGREE, len(strengths) - 1))
 
-    def told_apart(strength: float) -> bool:
+    def differs(strength: float) -> bool:
         curve = powers.polyval(strength / scale, fit) - powers.polyval(best / scale, fit)
         difference = torch.from_numpy(np.asarray(curve)).reshape(shape)
         return -float(difference.mean()) > 2 * clustered_error(difference)
@@ -149,25 +135,21 @@ def _interval(found: dict[float, torch.Tensor], best: float) -> tuple[float, flo
     ends = []
     for direction in (-STEP, STEP):
         end = best
-        while 0 <= end + direction <= scale and not told_apart(end + direction):
+        while 0 <= end + direction <= scale and not differs(end + direction):
             end += direction
         ends.append(round(min(max(end, 0.0), scale), 2))
     return ends[0], ends[1]
 
 
-def fit_strength(weights: AdapterWeights, measured: MeasureGains) -> StrengthFit:
-    """The best strength of an adapter, the same on UNet and text encoders.
-
-    Args:
-        weights: the adapter.
-        measured: gives the gains of adapters, as `Bench.gains` does.
-    """
-    return fit_strength_curve(lambda strength: measured([LoadedLora(weights, strength)]))
+def fit_strength(weights: AdapterWeights, measure: MeasureGains) -> StrengthFit:
+    """The best strength of an adapter, the same on UNet and text encoders."""
+    return fit_strength_curve(lambda strength: measure([LoadedLora(weights, strength)]))
 
 
-def fit_strengths_apart(weights: AdapterWeights, measured: MeasureGains) -> tuple[StrengthFit, StrengthFit]:
-    """The best strengths on the UNet and on the text encoders: first both alike, then the text encoders'
-    with the UNet's held, then the UNet's once more.
+def fit_strengths_apart(weights: AdapterWeights, measure: MeasureGains) -> tuple[StrengthFit, StrengthFit]:
+    """The best strengths on the UNet and on the text encoders.
+
+    First both alike, then the text encoders' with the UNet's held, then the UNet's once more.
 
     Raises:
         ConfigError: the adapter is on one of the two alone.
@@ -178,16 +160,41 @@ def fit_strengths_apart(weights: AdapterWeights, measured: MeasureGains) -> tupl
             f"The adapter changes {', '.join(parts)} alone, so there are no strengths to tell apart; leave"
             " --apart out."
         )
-    unet = fit_strength(weights, measured).strength
-    text = fit_strength_curve(_beyond(measured, lambda s: LoadedLora(weights, unet, s)))
-    again = fit_strength_curve(_beyond(measured, lambda s: LoadedLora(weights, s, text.strength)))
+    unet = fit_strength(weights, measure).strength
+    text = fit_strength_curve(_gains_beyond_zero(measure, lambda s: LoadedLora(weights, unet, s)))
+    again = fit_strength_curve(_gains_beyond_zero(measure, lambda s: LoadedLora(weights, s, text.strength)))
     return again, text
 
 
-def _beyond(measured: MeasureGains, at: Callable[[float], LoadedLora]) -> Gains:
+def _gains_beyond_zero(measure: MeasureGains, at: Callable[[float], LoadedLora]) -> GainsAt:
     """What one of two strengths adds to the gain of the other alone."""
-    alone = measured([at(0.0)])
-    return lambda strength: measured([at(strength)]) - alone
+    alone = measure([at(0.0)])
+    return lambda strength: measure([at(strength)]) - alone
+
+
+def measure_strength(
+    file: Path, family: Family, measure: MeasureGains, apart: bool = False
+) -> dict[str, Any]:
+    """The best strength of an adapter file, or one for the UNet and one for the text encoders.
+
+    Returns:
+        `fits`: rows of `part` ("" for the whole adapter, else "UNet" or "text encoders") and `StrengthFit`;
+        `strengths`: to bake in; `sentences`.
+
+    Raises:
+        LoraError: it is no plain LoRA, or `apart` and on one of the two alone.
+    """
+    weights = load_plain_lora(file, family)[0]
+    if apart:
+        unet, text = fit_strengths_apart(weights, measure)
+        fits = [("UNet", "On the UNet the adapter", unet), ("text encoders", "On the text encoders it", text)]
+    else:
+        fits = [("", "The adapter", fit_strength(weights, measure))]
+    return {
+        "fits": [{"part": part, **fit.document()} for part, _, fit in fits],
+        "strengths": [fit.strength for _, _, fit in fits],
+        "sentences": [fit.sentence(what) for _, what, fit in fits],
+    }
 
 
 def scale_alphas(
@@ -210,10 +217,10 @@ def scale_alphas(
 
 
 def bake_strength(to: Rewrite, known: Family | None, strengths: Sequence[float]) -> str:
-    """Write an adapter file at a strength of its own, exactly: the factors' bits stay where one alpha does.
+    """Save an adapter file at a strength of its own; the bits of the factors stay.
 
     Args:
-        to: from where and where to; the precision is the file's own.
+        to: the files; the precision is the source's.
         known: the family of the base, if there is one.
         strengths: one, or one for the UNet and one for the text encoders.
 
@@ -225,8 +232,6 @@ def bake_strength(to: Rewrite, known: Family | None, strengths: Sequence[float])
     """
     check_out(to.out)
     weights, family = load_plain_lora(to.source, known)
-    baked = scale_alphas(weights, *strengths)
     record = dict(zip(("strength", "text_strength"), strengths, strict=False))
-    replace(to, precision=AS_IT_IS).write(baked, family, BAKED_KEY, record)
-    words = " and ".join(f"{strength:g}" for strength in strengths)
-    return f"Strength {words} is now strength 1."
+    replace(to, precision=AS_IT_IS).save(scale_alphas(weights, *strengths), family, BAKED_KEY, record)
+    return f"Strength {' and '.join(f'{strength:g}' for strength in strengths)} is now strength 1."

@@ -1,32 +1,46 @@
-"""The singular value decomposition of an update from its factors, without forming the update.
+"""The singular value decomposition of an update from its factors: spectra, and the best update of a rank.
 
 With QR of both factors, up @ down = Qu (Ru Rd^T) Qd^T, and the SVD of the small core in the middle is that of
-the whole. It is computed in double precision: a file of 722 layers takes seconds, and small singular values
-keep their digits, which the eigenvalues of up^T up would not.
+the product, which is never formed. It is computed in double precision: 722 layers take seconds, and small
+singular values keep their digits, which the eigenvalues of up^T up would not. Updates without low rank are
+decomposed exactly up to 512 rows or columns, else from random probes in a tenth of the time.
+
+"Rank" is one of three numbers: how many columns the file has, how many of them matter alike (effective rank),
+and how many hold a share of the energy (rank90, rank99), the sum of squared singular values.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_core.errors import AdapterFileError
+from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats import detect
 from lora_core.formats.io import load_adapter
-from lora_core.lora.weights import LayerKey
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import Update, Updates, file_updates
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """(up, down) whose product is an update; the scale is in `up`."""
+OnLayer = Callable[[int, int], None]
+"""Called with (done, total) layers; an exception from it ends the work."""
 
 DORA_LEFT_OUT = "a DoRA, whose update depends on the weights of its base"
 NO_UPDATE = "it changes nothing"
+MAX_RANK = 4096
+"""No layer of a Stable Diffusion has a higher one."""
+EXACT_UP_TO = 512
+"""The shorter side up to which an exact SVD is quick."""
+_EXTRA_PROBES, _POWER_ITERATIONS = 32, 4
+
+
+# Pairs of factors.
 
 
 @dataclass(frozen=True)
@@ -34,9 +48,9 @@ class Triples:
     """The singular triples of an update, u diag(values) v^T.
 
     Attributes:
-        u: (out, k), directions that the update writes to.
-        values: (k,), falling, fp64.
-        v: (in, k), directions that it reads from; the kernel of a convolution is part of `in`.
+        u: (out, k), the directions that the update writes to.
+        values: (k,), descending, fp64.
+        v: (in, k), the directions that it reads from; for a convolution `in` includes the kernel.
     """
 
     u: torch.Tensor
@@ -48,44 +62,14 @@ class Triples:
         return Triples(self.u[:, :count], self.values[:count], self.v[:, :count])
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A layer that an analysis says nothing of, and why."""
-
-    layer: LayerKey
-    reason: str
-
-    def row(self) -> dict[str, str]:
-        """For JSON."""
-        return {"part": self.layer[0], "module": self.layer[1], "reason": self.reason}
-
-
-def flat_pair(update: Update) -> Pair:
-    """(up (out, R), down (R, in)) in fp64; a LoKr that is no thin product stands as itself times one.
-
-    Args:
-        update: without magnitudes.
-    """
-    pair = update.factors()
-    if pair is None:
-        matrix = update.product().double().flatten(1)
-        return matrix, torch.eye(matrix.shape[1], dtype=torch.float64)
-    return pair[0].double().flatten(1), pair[1].double().flatten(1)
-
-
-def _thin(pair: Pair) -> bool:
-    """Whether the factors have fewer columns than their product has rows and columns."""
+def _is_thin(pair: Pair) -> bool:
     return pair[1].shape[0] < min(pair[0].shape[0], pair[1].shape[1])
 
 
 def singular_values(pair: Pair) -> torch.Tensor:
-    """The singular values of up @ down, falling, in fp64: as many as the product has rows, columns or ranks.
-
-    Args:
-        pair: up (out, R), down (R, in).
-    """
+    """The singular values of up (out, R) @ down (R, in), descending, fp64, min(out, in, R) of them."""
     up, down = pair[0].double(), pair[1].double()
-    if not _thin(pair):
+    if not _is_thin(pair):
         return torch.linalg.svdvals(up @ down)
     r_up = torch.linalg.qr(up, mode="r").R
     r_down = torch.linalg.qr(down.T, mode="r").R
@@ -93,13 +77,9 @@ def singular_values(pair: Pair) -> torch.Tensor:
 
 
 def singular_triples(pair: Pair) -> Triples:
-    """The singular triples of up @ down, in fp64.
-
-    Args:
-        pair: up (out, R), down (R, in).
-    """
+    """The singular triples of up (out, R) @ down (R, in), in fp64."""
     up, down = pair[0].double(), pair[1].double()
-    if not _thin(pair):
+    if not _is_thin(pair):
         u, values, vh = torch.linalg.svd(up @ down, full_matrices=False)
         return Triples(u, values, vh.T)
     q_up, r_up = torch.linalg.qr(up)
@@ -109,20 +89,164 @@ def singular_triples(pair: Pair) -> Triples:
 
 
 def inner_product(one: Pair, two: Pair) -> float:
-    """<up1 down1, up2 down2>, the sum over elements, as the trace of two small matrices' product."""
+    """<up1 down1, up2 down2>, the sum over elements, as the trace of a product of two small matrices."""
     return float(((one[0].T @ two[0]) * (one[1] @ two[1].T)).sum())
 
 
-def numeric_rank(values: torch.Tensor, update: Update) -> int:
-    """How many singular values are more than what rounding to the file's number format makes.
+def svd_of_matrix(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(u, values, vh) of a matrix: all of them for small ones, else the `columns` largest by random
+    probes."""
+    if min(matrix.shape) <= max(EXACT_UP_TO, columns):
+        return torch.linalg.svd(matrix, full_matrices=False)
+    return randomized_svd(matrix, columns)
+
+
+def randomized_svd(matrix: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The largest singular triples, from the range of the matrix applied to random probes.
+
+    Source: Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1.
+    """
+    probes = torch.randn(matrix.shape[1], columns, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(matrix @ probes)[0]
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    u, values, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, values, vh
+
+
+# The best approximation of a rank (Eckart and Young 1936).
+
+
+@dataclass
+class TruncationLoss:
+    """The error of an approximation.
+
+    Attributes:
+        layers: layer to (squared norm of the update, squared norm of the difference).
+    """
+
+    layers: dict[LayerKey, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def overall(self) -> float:
+        """The relative error over all layers: |difference| / |update|."""
+        total = sum(norm for norm, _ in self.layers.values())
+        return math.sqrt(sum(lost for _, lost in self.layers.values()) / total) if total else 0.0
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The layer with the largest relative error, and that error; ("", 0) without any."""
+        errors = {".".join(key): math.sqrt(lost / n) for key, (n, lost) in self.layers.items() if n}
+        name = max(errors, key=lambda name: errors[name], default="")
+        return (name, errors[name]) if name else ("", 0.0)
+
+    @property
+    def none(self) -> bool:
+        """Whether only rounding is lost."""
+        return self.overall < 1e-5
+
+    def sentence(self, rank: int | None = None) -> str:
+        """The error in words; with `rank` the sentence begins with it."""
+        at, (name, error) = f"At rank {rank} " if rank else "", self.worst
+        if self.none:
+            words = "nothing is lost."
+        else:
+            words = (
+                f"the update differs from the whole one by {self.overall:.2%} of its norm; the worst layer,"
+                f" {name}, by {error:.2%}."
+            )
+        return at + words if at else words[0].upper() + words[1:]
+
+
+def check_rank(rank: int) -> int:
+    """The rank, or a ConfigError where no layer can have it."""
+    if not 1 <= rank <= MAX_RANK:
+        raise ConfigError(f"--rank {rank} is out of range; it goes from 1 to {MAX_RANK}.")
+    return rank
+
+
+def split_triples(triples: Triples, shape: torch.Size) -> Pair:
+    """(up, down) of singular triples, for a layer whose `down` has rows of `shape`.
+
+    The singular values are shared between the factors, so that both have about the same size.
+    """
+    root, rank = triples.values.sqrt(), len(triples.values)
+    up = (triples.u * root).reshape(-1, rank, *(1 for _ in shape[1:]))
+    return up, (root[:, None] * triples.v.T).reshape(rank, *shape)
+
+
+def truncate_pair(pair: Pair, rank: int) -> tuple[Pair, float, float]:
+    """The best pair of at most `rank` columns, the squared norm of the update, and that of the difference."""
+    up, down = pair
+    triples = singular_triples((up.flatten(1), down.flatten(1)))
+    kept = min(rank, down.shape[0], len(triples.values))
+    new_up, new_down = split_triples(triples.leading(kept), down.shape[1:])
+    squares = triples.values.square()
+    return (new_up, new_down.float()), float(squares.sum()), float(squares[kept:].sum())
+
+
+def low_rank_pair(delta: torch.Tensor, rank: int) -> tuple[Pair, float, float]:
+    """The pair of at most `rank` columns closest to an update, its squared norm, and that of the difference.
 
     Args:
-        values: of the update, falling.
-        update: whose factors they are of.
+        delta: (out, in) or (out, in, k, k).
+        rank: of the pair.
     """
-    tensors = [update.low.up, update.low.down] if update.low else list((update.roles or {}).values())
-    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
-    return int((values > 2 * coarsest * values[0]).sum()) if float(values[0]) > 0 else 0
+    matrix = delta.flatten(1)
+    norm = float(matrix.double().square().sum())
+    kept = min(rank, *matrix.shape)
+    if not norm < float("inf"):
+        return (delta, delta), norm, norm
+    u, values, vh = svd_of_matrix(matrix, kept + _EXTRA_PROBES)
+    up, down = split_triples(Triples(u, values, vh.T).leading(kept), delta.shape[1:])
+    # Measured, since the difference of two sums of squares shows nothing below the root of a rounding.
+    lost = float((matrix - up.flatten(1) @ down.flatten(1)).double().square().sum())
+    return (up, down), norm, lost
+
+
+def adapter_from_pairs(pairs: dict[LayerKey, Pair]) -> AdapterWeights:
+    """An adapter in fp32 with one alpha, the highest rank; `pairs` is emptied to save memory.
+
+    Where a layer has fewer columns, its `up` makes up for the alpha that is too high for it.
+    """
+    alpha = max(down.shape[0] for _, down in pairs.values())
+    layers = {}
+    for key in list(pairs):
+        up, down = pairs.pop(key)
+        layers[key] = LayerWeights(down, (up * (down.shape[0] / alpha)).float(), float(alpha))
+    return AdapterWeights(layers)
+
+
+def truncate_adapter(weights: AdapterWeights, rank: int) -> AdapterWeights:
+    """The best adapter of at most `rank` columns per layer; layers that have no more stay as they are.
+
+    Raises:
+        ConfigError: the rank is out of range.
+    """
+    check_rank(rank)
+    layers = {}
+    for key, layer in weights.layers.items():
+        if layer.rank <= rank:
+            layers[key] = layer
+            continue
+        (up, down), _, _ = truncate_pair((layer.up.double() * layer.scale, layer.down), rank)
+        layers[key] = LayerWeights(down, up.float(), float(down.shape[0]), layer.magnitude)
+    return AdapterWeights(layers, weights.metadata)
+
+
+# Updates of a file, and their spectra.
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A layer that an analysis leaves out, and why."""
+
+    layer: LayerKey
+    reason: str
+
+    def row(self) -> dict[str, str]:
+        """For JSON."""
+        return {"part": self.layer[0], "module": self.layer[1], "reason": self.reason}
 
 
 def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, list[LeftOut]]:
@@ -141,10 +265,9 @@ def known_updates(path: Path, family: Family | None = None) -> tuple[Updates, li
         layers = load_adapter(path).layers
         return {key: Update(".".join(key), layer) for key, layer in layers.items()}, []
     updates = file_updates(path, family)[0]
-    left_out = [
-        LeftOut(key, DORA_LEFT_OUT) for key, update in updates.items() if update.magnitude is not None
-    ]
-    return {key: update for key, update in updates.items() if update.magnitude is None}, left_out
+    doras = [key for key, update in updates.items() if update.magnitude is not None]
+    kept = {key: update for key, update in updates.items() if update.magnitude is None}
+    return kept, [LeftOut(key, DORA_LEFT_OUT) for key in doras]
 
 
 def check_same_shape(first: Update, second: Update, names: tuple[str, str]) -> None:
@@ -161,26 +284,31 @@ def check_same_shape(first: Update, second: Update, names: tuple[str, str]) -> N
         )
 
 
-# The spectrum of an adapter: the singular values of each layer's update, and what they say of its rank.
-#
-# Three numbers say "rank" and mean different things: how many columns the file has, how many of them matter
-# alike (effective rank), and how many hold a share of the energy (rank90, rank99), the energy being the sum
-# of squared singular values.
+def flat_pair(update: Update) -> Pair:
+    """(up (out, R), down (R, in)) in fp64 of an update without magnitudes; a dense one is itself times
+    one."""
+    pair = update.factors()
+    if pair is None:
+        matrix = update.product().double().flatten(1)
+        return matrix, torch.eye(matrix.shape[1], dtype=torch.float64)
+    return pair[0].double().flatten(1), pair[1].double().flatten(1)
 
 
-Note = Callable[[int, int], None]
-"""Called with how many layers are done, and of how many; what it raises ends the work."""
+def numeric_rank(values: torch.Tensor, update: Update) -> int:
+    """How many singular values (descending) of an update exceed the rounding of the file's dtype."""
+    tensors = [update.low.up, update.low.down] if update.low else list((update.roles or {}).values())
+    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+    return int((values > 2 * coarsest * values[0]).sum()) if float(values[0]) > 0 else 0
 
-_BLOCK = re.compile(r"((?:down|up)_blocks\.\d+|mid_block|(?:text_model\.)?encoder\.layers\.\d+|[^.]+)")
+
+def significant_triples(update: Update) -> Triples:
+    """The singular triples of an update that exceed rounding."""
+    triples = singular_triples(flat_pair(update))
+    return triples.leading(numeric_rank(triples.values, update))
 
 
 def effective_rank(values: torch.Tensor) -> float:
-    """exp of the Shannon entropy of the singular values over their sum; 0 of nothing.
-
-    k equal values give k, one value alone gives 1.
-
-    Args:
-        values: singular values.
+    """exp of the Shannon entropy of the singular values over their sum: k for k equal values, 0 for none.
 
     Source: Roy and Vetterli 2007, definition 2.
     """
@@ -192,7 +320,7 @@ def effective_rank(values: torch.Tensor) -> float:
 
 
 def stable_rank(values: torch.Tensor) -> float:
-    """The squared Frobenius norm over the squared spectral norm; 0 of nothing.
+    """The squared Frobenius norm over the squared spectral norm; 0 for none.
 
     Source: Rudelson and Vershynin 2007, section 1.
     """
@@ -201,38 +329,27 @@ def stable_rank(values: torch.Tensor) -> float:
 
 
 def rank_of_energy(values: torch.Tensor, share: float) -> int:
-    """How many of the largest singular values hold a share of the energy; 0 of nothing.
-
-    Args:
-        values: singular values, falling.
-        share: of the sum of squares, above 0 and at most 1.
-    """
+    """How many of the largest singular values (descending) hold a share of the sum of squares; 0 for none."""
     sums = values.double().square().cumsum(0)
     if float(sums[-1]) <= 0:
         return 0
-    # A little less, since the last sums differ from the whole by roundings only.
+    # A little less, since the last sums differ from the total by roundings only.
     return int((sums < share * sums[-1] * (1 - 1e-12)).sum()) + 1
 
 
 def spectrum_row(key: LayerKey, update: Update) -> dict[str, Any]:
-    """The spectrum of one layer's update at strength 1, as `inspect --spectrum --json` has it.
-
-    Args:
-        key: of the layer.
-        update: without magnitudes.
-    """
-    pair = flat_pair(update)
-    values = singular_values(pair)
-    meant = numeric_rank(values, update)
+    """The spectrum of one layer's update (without magnitudes), see `file_spectrum`."""
+    values = singular_values(flat_pair(update))
+    significant = numeric_rank(values, update)
     return {
         "part": key[0],
         "module": key[1],
         "rank": update.low.rank if update.low else len(values),
         "alpha": update.low.alpha if update.low else None,
         "norm": float(values.square().sum().sqrt()),
-        "numeric_rank": meant,
-        # The entropy counts small values far more than energy does, roundings of fp16 and bf16 too.
-        "effective_rank": effective_rank(values[:meant]),
+        "numeric_rank": significant,
+        # The entropy weighs small values far more than the energy does, roundings of fp16 and bf16 too.
+        "effective_rank": effective_rank(values[:significant]),
         "stable_rank": stable_rank(values),
         "rank90": rank_of_energy(values, 0.9),
         "rank99": rank_of_energy(values, 0.99),
@@ -240,29 +357,27 @@ def spectrum_row(key: LayerKey, update: Update) -> dict[str, Any]:
     }
 
 
-def file_spectrum(path: Path, note: Note | None = None) -> dict[str, Any]:
-    """The spectrum of an adapter file, whoever wrote it.
-
-    Args:
-        path: a .safetensors file.
-        note: called with (done, all) layers.
+def file_spectrum(path: Path, on_layer: OnLayer | None = None) -> dict[str, Any]:
+    """The spectrum of an adapter file of any kind at strength 1.
 
     Returns:
         `layers`: for each, `part`, `module`, `rank` and `alpha` of the file (`alpha` None for a LoHa or a
-            LoKr), `norm`, `numeric_rank` (values above the rounding of the file's number format),
-            `effective_rank`, `stable_rank`, `rank90`, `rank99`, `singular_values`; `blocks`: see
-            `block_rows`; `left_out`: layers that nothing is said of, with the `reason`.
+            LoKr), `norm`, `numeric_rank`, `effective_rank`, `stable_rank`, `rank90`, `rank99`,
+            `singular_values`; `blocks`: see `block_rows`; `left_out`: other layers with the `reason`.
 
     Raises:
-        AdapterFileError: one sentence on what is wrong with the file.
+        AdapterFileError: the file is broken, or no adapter.
     """
     updates, left_out = known_updates(path)
     layers = []
     for key, update in updates.items():
         layers.append(spectrum_row(key, update))
-        if note is not None:
-            note(len(layers), len(updates))
+        if on_layer is not None:
+            on_layer(len(layers), len(updates))
     return {"layers": layers, "blocks": block_rows(layers), "left_out": [one.row() for one in left_out]}
+
+
+_BLOCK = re.compile(r"((?:down|up)_blocks\.\d+|mid_block|(?:text_model\.)?encoder\.layers\.\d+|[^.]+)")
 
 
 def block_of(layer: LayerKey) -> str:
@@ -272,31 +387,21 @@ def block_of(layer: LayerKey) -> str:
 
 
 def by_block(layers: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Rows of layers grouped by (part, block): the UNet's blocks first, numbers in their order.
-
-    Args:
-        layers: rows with `part` and `module`.
-    """
+    """Rows with `part` and `module` grouped by (part, block): the UNet first, blocks by their number."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in layers:
         groups.setdefault((row["part"], block_of((row["part"], row["module"]))), []).append(row)
 
-    def place(group: tuple[str, str]) -> tuple[bool, str, list[tuple[int, str]]]:
+    def order(group: tuple[str, str]) -> tuple[bool, str, list[tuple[int, str]]]:
         words = re.findall(r"\d+|\D+", group[1])
         return group[0] != "unet", group[0], [(int(w), "") if w.isdigit() else (-1, w) for w in words]
 
-    return {group: groups[group] for group in sorted(groups, key=place)}
+    return {group: groups[group] for group in sorted(groups, key=order)}
 
 
 def block_rows(layers: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Norms by block: the root of the sum of squares.
-
-    Args:
-        layers: rows with `part`, `module`, `norm`, `effective_rank`, `rank99`.
-
-    Returns:
-        Rows of `part`, `block`, `layers`, `norm`, and the means of `effective_rank` and `rank99`.
-    """
+    """Rows of `part`, `block`, `layers`, `norm` (the root of the sum of squares), and the means of
+    `effective_rank` and `rank99`, from rows of layers."""
     return [
         {
             "part": part,

@@ -202,7 +202,7 @@ class Validator:
             less, spread = paired_difference(now, adapted[RAW])
             raw = paired_gain(base["held out"], adapted[RAW]).gain
             found |= {"raw_gain": raw, "raw_against": less, "raw_against_error": spread}
-        timesteps = torch.stack([picture.looks.timesteps for picture in held_out])
+        timesteps = torch.stack([picture.draws.timesteps for picture in held_out])
         highest = self.session.state.base.noise.num_timesteps
         bands = gain_by_timestep(base["held out"], now, timesteps, highest)
         return events.Validated(

@@ -21,8 +21,8 @@ from lora_core.generate.request import WeightedLora
 from lora_core.system.paths import workspace as workspace_folder
 
 if TYPE_CHECKING:
+    from lora_core.evaluate.validator import Evaluator
     from lora_core.models.load import BaseModel
-    from lora_core.tools.evaluator import Evaluator
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 File = str | Path
@@ -107,7 +107,7 @@ class Measure:
     def evaluator(self) -> "tuple[Evaluator, BaseModel]":
         """What measures adapters on these images, and its base."""
         base, records = self.load()
-        from lora_core.tools.evaluator import Evaluator
+        from lora_core.evaluate.validator import Evaluator
 
         return Evaluator(base, records, self.triples, self.seed, self.said), base
 

@@ -130,7 +130,7 @@ def grid(
 
 def _open_pipeline(shot: GenerationRequest, precision: str, device: str) -> "Pipeline":
     from lora_core.generate.pipeline import open_pipeline
-    from lora_core.tools.combine import truncate_adapter
+    from lora_core.tools.svd import truncate_adapter
 
     choose_device(device)
     return open_pipeline(shot, truncate_adapter, precision)
@@ -222,7 +222,7 @@ def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
     """
     from lora_core.formats.compat.verify import verify_adapter
     from lora_core.formats.layer_shapes import folder_layout
-    from lora_core.tools.base_weights import BaseWeights
+    from lora_core.tools.delta import BaseWeights
 
     facts = read_base_facts(base) if base else None
     family = facts.family if facts else None
@@ -286,7 +286,7 @@ def merge(
 
 def merge_into_base(loras: Sequence[Lora], base: str, out: File, blocks: str = "") -> list[str]:
     """Merge adapters into a copy of a base, a file or a folder; returns what was done, in sentences."""
-    from lora_core.tools.merge import merge_files_into_base
+    from lora_core.tools.merge_into_base import merge_files_into_base
 
     return merge_files_into_base(checked_loras(loras), base, Path(out), blocks)
 
@@ -312,8 +312,8 @@ def shrink(
         base: the base of a DoRA.
         note: called with how far it is.
     """
-    from lora_core.tools.base_weights import BaseWeights
-    from lora_core.tools.rewrite import Rewrite
+    from lora_core.tools.delta import BaseWeights
+    from lora_core.tools.save import Rewrite
     from lora_core.tools.shrink import ShrinkTarget, shrink_file
 
     to = Rewrite(Path(file), Path(out), precision, time.time())
@@ -327,8 +327,9 @@ def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "
     Returns:
         file, sentences, and what was found, as `shrink --intrinsic --json`.
     """
-    from lora_core.tools.rewrite import Rewrite, check_out
-    from lora_core.tools.shrink import SHRUNK_KEY, intrinsic_rank, load_plain_lora
+    from lora_core.tools.delta import load_plain_lora
+    from lora_core.tools.save import Rewrite, check_out
+    from lora_core.tools.shrink import SHRUNK_KEY, intrinsic_rank
 
     check_out(Path(out))
     to = Rewrite(Path(file), Path(out), precision, time.time())
@@ -336,7 +337,7 @@ def shrink_intrinsic(file: File, out: File, measure: Measure, precision: str = "
     weights, family = load_plain_lora(Path(file), base.family)
     smaller, found = intrinsic_rank(weights, bench.gains)
     record = {"intrinsic": found.rank, "kept": found.best.kept, "standard_error": found.best.standard_error}
-    to.write(smaller, family, SHRUNK_KEY, record)
+    to.save(smaller, family, SHRUNK_KEY, record)
     said = [found.sentence(to.times_smaller)]
     return {"file": str(out), "sentences": said, **found.document(to.times_smaller)}
 
@@ -384,8 +385,8 @@ def strength(
         apart: one strength for the UNet and one for the text encoders.
         bake: a new file that has it at strength 1.
     """
-    from lora_core.tools.rewrite import AS_IT_IS, Rewrite, check_out
-    from lora_core.tools.shrink import load_plain_lora
+    from lora_core.tools.delta import load_plain_lora
+    from lora_core.tools.save import Rewrite, check_out
     from lora_core.tools.strength import bake_strength as baked
     from lora_core.tools.strength import fit_strength, fit_strengths_apart
 
@@ -402,7 +403,7 @@ def strength(
     words = {"unet": "On the UNet the adapter", "text_encoders": "On the text encoders the adapter"}
     said = [fit.sentence(words.get(name, "The adapter")) for name, fit in fits.items()]
     if bake:
-        to = Rewrite(Path(file), Path(bake), AS_IT_IS, time.time())
+        to = Rewrite(Path(file), Path(bake), "", time.time())
         said.append(baked(to, base.family, [fit.strength for fit in fits.values()]))
         found["file"] = str(bake)
     return {**found, "sentences": said}
@@ -502,6 +503,6 @@ def amplify(
         note: called with how far it is.
     """
     from lora_core.tools.amplification import file_amplification
-    from lora_core.tools.base_weights import BaseWeights
+    from lora_core.tools.delta import BaseWeights
 
     return file_amplification(Path(file), BaseWeights(base), note)

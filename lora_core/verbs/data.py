@@ -73,8 +73,8 @@ def probe(
     from lora_core.evaluate.caption_scores import score_captions
     from lora_core.evaluate.triggers import propose_triggers
 
-    found = score_captions(opened, records, triples, seed, said=note)
-    found["trigger"] = propose_triggers(opened, records, trigger, triples, seed, said=note)
+    found = score_captions(opened, records, triples, seed, on_progress=note)
+    found["trigger"] = propose_triggers(opened, records, trigger, triples, seed, on_progress=note)
     return found
 
 

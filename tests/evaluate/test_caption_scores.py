@@ -23,7 +23,7 @@ def test_two_swapped_captions_are_found_and_each_one_s_own_is_named(
     demo_base: BaseModel, swapped: list[ImageRecord]
 ) -> None:
     told: list[tuple[int, int]] = []
-    found = score_captions(demo_base, swapped, triples=2, said=lambda *how: told.append(how))
+    found = score_captions(demo_base, swapped, draws=2, on_progress=lambda *how: told.append(how))
     one, other = swapped[1], swapped[4]
     assert set(names(found["rows"][:2])) == {one.path.name, other.path.name}
     for row in found["rows"][:2]:
@@ -43,24 +43,24 @@ def test_two_swapped_captions_are_found_and_each_one_s_own_is_named(
 
 def test_right_captions_are_left_alone(demo_base: BaseModel, checked: list[ImageRecord]) -> None:
     checked = checked[:5]
-    found = score_captions(demo_base, checked, triples=2)
+    found = score_captions(demo_base, checked, draws=2)
     assert [row for row in found["rows"] if row["suspect"] or row["better"]] == []
     assert found["helped"] > 2 * found["standard_error"]
     # The same losses as the verb `validate` has for the same pictures and looks.
     loss = sum(row["loss"] for row in found["rows"]) / len(checked)
-    assert loss == pytest.approx(validation_report(demo_base, checked, [], triples=2)["base_loss"], rel=1e-5)
+    assert loss == pytest.approx(validation_report(demo_base, checked, [], draws=2)["base_loss"], rel=1e-5)
 
 
 def test_the_same_twice_and_cancelled_in_between(demo_base: BaseModel, checked: list[ImageRecord]) -> None:
-    first = score_captions(demo_base, checked[:3], triples=2)
-    assert score_captions(demo_base, checked[:3], triples=2) == first
+    first = score_captions(demo_base, checked[:3], draws=2)
+    assert score_captions(demo_base, checked[:3], draws=2) == first
 
     def said(done: int, total: int) -> None:
         if done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score_captions(demo_base, checked[:3], triples=2, said=said)
+        score_captions(demo_base, checked[:3], draws=2, on_progress=said)
 
 
 def test_captions_that_are_all_the_same_cannot_be_compared(
@@ -83,14 +83,14 @@ def test_candidates_are_short_and_new(demo_base: BaseModel) -> None:
 def test_words_are_ranked_by_how_little_the_base_reacts(
     demo_base: BaseModel, checked: list[ImageRecord]
 ) -> None:
-    found = propose_triggers(demo_base, checked[:4], given="whale", triples=2)
+    found = propose_triggers(demo_base, checked[:4], given="whale", draws=2)
     reactions = [row["reaction"] for row in found["rows"]]
     assert reactions == sorted(reactions)
     assert [row["word"] for row in found["rows"] if row["given"]] == ["whale"]
     best, whale = found["rows"][0], next(row for row in found["rows"] if row["given"])
     assert best["reaction"] < whale["reaction"]
     assert f"“{best['word']}”" in whale["sentence"]
-    assert propose_triggers(demo_base, checked[:4], given="whale", triples=2) == found
+    assert propose_triggers(demo_base, checked[:4], given="whale", draws=2) == found
 
 
 def test_a_word_that_the_encoder_cannot_tell_from_nothing_would_be_the_best(
@@ -106,7 +106,7 @@ def test_a_word_that_the_encoder_cannot_tell_from_nothing_would_be_the_best(
         return encode.encode_prompt(base, [caption.removeprefix(f"{hidden}, ") for caption in captions])
 
     monkeypatch.setattr(triggers, "text_condition", blind)
-    found = propose_triggers(demo_base, checked[:2], triples=2)
+    found = propose_triggers(demo_base, checked[:2], draws=2)
     assert found["rows"][0]["word"] == hidden
     assert found["rows"][0]["reaction"] == pytest.approx(0.0, abs=1e-6)
     assert found["rows"][1]["reaction"] > 0.01

@@ -41,7 +41,7 @@ def test_an_adapter_of_zeros_gains_exactly_nothing_and_a_wrong_caption_still_sho
 ) -> None:
     wrong = replace(checked[3], caption=checked[6].caption)
     records = [*checked[:3], wrong, *checked[4:]]
-    rows = image_rows(demo_base, records, planted(0.0), CONFIG, triples=4)
+    rows = image_rows(demo_base, records, planted(0.0), CONFIG, draws=4)
     assert [row["gain"] for row in rows] == [0.0] * 8
     assert [row["picture"] for row in rows if row["suspect"]] == [str(wrong.path)]
     assert rows[0]["picture"] == str(wrong.path)
@@ -52,13 +52,13 @@ def test_an_adapter_of_zeros_gains_exactly_nothing_and_a_wrong_caption_still_sho
 def test_gains_shares_and_who_is_held_out(demo_base: BaseModel, checked: list[ImageRecord]) -> None:
     told: list[tuple[int, int]] = []
     rows = image_rows(
-        demo_base, checked, planted(0.02), CONFIG, triples=2, said=lambda *how: told.append(how)
+        demo_base, checked, planted(0.02), CONFIG, draws=2, on_progress=lambda *how: told.append(how)
     )
     assert sum(row["held_out"] for row in rows) == 2
     assert {row["share"] for row in rows if row["held_out"]} == {0.0}
     assert [row["share"] for row in rows if not row["held_out"]] == pytest.approx([1 / 6] * 6)
     # The verb `validate` measures the same adapter on the same looks, and says it for all pictures together.
-    whole = validation_report(demo_base, checked, [LoadedLora(planted(0.02))], triples=2, seed=CONFIG.seed)
+    whole = validation_report(demo_base, checked, [LoadedLora(planted(0.02))], draws=2, seed=CONFIG.seed)
     assert whole["gain"] != 0
     assert sum(row["gain"] for row in rows) / 8 == pytest.approx(whole["gain"], rel=1e-4)
     assert sum(row["base_loss"] for row in rows) / 8 == pytest.approx(whole["base_loss"], rel=1e-5)
@@ -67,7 +67,7 @@ def test_gains_shares_and_who_is_held_out(demo_base: BaseModel, checked: list[Im
         assert row["gain"] == pytest.approx(row["base_loss"] - row["adapted_loss"], abs=1e-9)
     assert told[-1] == (32, 32)
     # The base is as it was.
-    assert validation_report(demo_base, checked, [], triples=2)["base_loss"] == pytest.approx(
+    assert validation_report(demo_base, checked, [], draws=2)["base_loss"] == pytest.approx(
         whole["base_loss"]
     )
 
@@ -106,17 +106,17 @@ def test_a_run_s_pictures_are_written_beside_it(
     settings = {"dataset.path": str(tmp_path / "set"), "validation.pictures": 1}
     run = RunFolder.create(tmp_path / "runs" / "one", RunConfig().changed(settings))
     with pytest.raises(RunError, match="no checkpoint yet"):
-        measure_run_images(run, opened=lambda *_: demo_base)
+        measure_run_images(run, open_base=lambda *_: demo_base)
     for step, size in ((5, 0.0), (10, 0.02)):
         run.checkpoint(step).mkdir(parents=True)
         save_adapter(planted(size), run.checkpoint(step) / "adapter.safetensors", demo_base.family)
-    found = measure_run_images(run, triples=2, opened=lambda *_: demo_base)
+    found = measure_run_images(run, draws=2, open_base=lambda *_: demo_base)
     assert found["step"] == 10
     assert json.loads((run.path / "pictures.json").read_text()) == found
-    first = measure_run_images(run, "5", triples=2, opened=lambda *_: demo_base)
+    first = measure_run_images(run, "5", draws=2, open_base=lambda *_: demo_base)
     assert [one["gain"] for one in first["rows"]] == [0.0] * 3
     with pytest.raises(RunError, match=r"no checkpoint 7; take best, last or one of 5, 10"):
-        measure_run_images(run, "7", opened=lambda *_: demo_base)
+        measure_run_images(run, "7", open_base=lambda *_: demo_base)
 
 
 @pytest.mark.slow

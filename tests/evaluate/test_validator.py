@@ -61,10 +61,10 @@ def test_losses_are_the_plain_squared_error_and_do_not_depend_on_neighbours():
     assert losses.shape == (3, 5)
     assert torch.equal(eval_losses(base, pictures[1:2], lambda caption: text), losses[1:2])
     picture, k = pictures[2], 3
-    share = base.noise.alphas_cumprod[picture.looks.timesteps[k]]
-    noise = picture.looks.noise[k]
+    share = base.noise.alphas_cumprod[picture.draws.timesteps[k]]
+    noise = picture.draws.noise[k]
     noisy = share.sqrt() * picture.latents + (1 - share).sqrt() * noise
     target = share.sqrt() * noise - (1 - share).sqrt() * picture.latents
     with torch.no_grad():
-        said = base.denoiser(noisy[None], picture.looks.timesteps[k], text.context).sample[0]
+        said = base.denoiser(noisy[None], picture.draws.timesteps[k], text.context).sample[0]
     assert float(losses[2, k]) == pytest.approx(float((said - target).square().mean()), rel=1e-4)

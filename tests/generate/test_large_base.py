@@ -70,11 +70,11 @@ def test_losses_are_those_of_the_unet_told_the_true_size(base, tmp_path):
         text = encode_prompt(base, ["an owl"])
         losses = eval_losses(base, [picture], lambda caption: text)
         for k, found in enumerate(losses[0]):
-            share = base.noise.alphas_cumprod[picture.looks.timesteps[k]]
-            noise = picture.looks.noise[k]
+            share = base.noise.alphas_cumprod[picture.draws.timesteps[k]]
+            noise = picture.draws.noise[k]
             noisy = share.sqrt() * picture.latents + (1 - share).sqrt() * noise
             said = base.denoiser(
-                noisy[None], picture.looks.timesteps[k], text.context,
+                noisy[None], picture.draws.timesteps[k], text.context,
                 added_cond_kwargs={"text_embeds": text.pooled, "time_ids": told[None]},
             ).sample[0]  # fmt: skip
             assert float(found) == pytest.approx(float((said - noise).square().mean()), rel=1e-4)

@@ -287,7 +287,7 @@ def test_rank_and_strength_are_measured(tmp_path: Path, monkeypatch: pytest.Monk
     layers = {key: random_layer(key, 2, 2.0, seed) for seed, key in enumerate((TO_K, TO_Q, TEXT))}
     saved(layers, file)
     bench = Planted(AdapterWeights(layers), 0.8)
-    found = SimpleNamespace(bench=bench, base=SimpleNamespace(family=TINY), pictures=3, note="Mind this.")
+    found = SimpleNamespace(evaluator=bench, base=SimpleNamespace(family=TINY), pictures=3, note="Mind this.")
     monkeypatch.setattr(story_module, "run_evaluator", lambda *given: found)
     story = collect_data(run, True, quiet)
     assert story.strength is not None

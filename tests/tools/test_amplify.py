@@ -9,7 +9,7 @@ import torch
 from lora_core.__main__ import main
 from lora_core.tools import amplification
 from lora_core.tools.amplification import file_amplification, intruder_count
-from lora_core.tools.base_weights import BaseWeights
+from lora_core.tools.delta import BaseWeights
 from tests.tools.planted import CONV, LAYERS, TO_K, dense, layer_of, random_layer, saved
 
 

@@ -8,7 +8,7 @@ import torch
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.inject import LoadedLora
 from lora_core.lora.weights import AdapterWeights, LayerWeights
-from lora_core.tools.combine import merge_adapters, parse_block_weights
+from lora_core.tools.merge import merge_adapters, parse_block_weights
 
 BLOCK = "transformer_blocks.0"
 TO_K = ("unet", f"down_blocks.0.attentions.0.{BLOCK}.attn2.to_k")

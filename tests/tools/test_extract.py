@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from lora_core.__main__ import main
 from lora_core.formats.io import load_adapter
 from lora_core.system.paths import DEMO_BASE
-from lora_core.tools.base_weights import BaseWeights
+from lora_core.tools.delta import BaseWeights
 from lora_core.tools.extract import extract_lora
 from lora_core.tools.shrink import ShrinkTarget
 from tests.checkpoints import write_single
@@ -64,7 +64,7 @@ def test_a_rank_that_is_too_low_loses_the_tail(tuned, hidden):
 @pytest.mark.parametrize("probes", [False, True])
 def test_an_energy_finds_the_rank_of_each_layer(tuned, hidden, monkeypatch, probes):
     if probes:
-        monkeypatch.setattr("lora_core.tools.extract.EXACT_UP_TO", 32)
+        monkeypatch.setattr("lora_core.tools.svd.EXACT_UP_TO", 32)
     weights, loss, _ = extract_lora(BaseWeights(str(tuned)), BaseWeights("demo"), ShrinkTarget(energy=0.8))
     for key, layer in hidden.items():
         squares = torch.linalg.svdvals(dense(layer)).square()
@@ -76,7 +76,7 @@ def test_an_energy_finds_the_rank_of_each_layer(tuned, hidden, monkeypatch, prob
 def test_probes_double_until_they_hold_the_energy(monkeypatch):
     from lora_core.tools.extract import _low_rank
 
-    monkeypatch.setattr("lora_core.tools.extract.EXACT_UP_TO", 32)
+    monkeypatch.setattr("lora_core.tools.svd.EXACT_UP_TO", 32)
     draw = torch.Generator().manual_seed(0)
     matrix = torch.randn(300, 100, generator=draw) @ torch.randn(100, 280, generator=draw)
     squares = torch.linalg.svdvals(matrix.double()).square()

@@ -24,8 +24,8 @@ from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.models.load import load_base
 from lora_core.tools import merge
-from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.merge import merge_files_into_base
+from lora_core.tools.delta import BaseWeights
+from lora_core.tools.merge_into_base import merge_files_into_base
 from tests.checkpoints import NARROW, write_folder, write_single
 
 CPU = torch.device("cpu")
@@ -344,7 +344,7 @@ def test_what_the_base_cannot_hold(place):
     unet = {key: t.half() for key, t in load_file(root / UNET).items()}
     (root / UNET).unlink()
     save_file(unet, root / UNET, {"format": "pt"})
-    refused(place, "more than its number type can; lower", base=root, out=tmp_path / "out", strength=1e6)
+    refused(place, "more than its dtype can; lower", base=root, out=tmp_path / "out", strength=1e6)
     broken = tmp_path / "nan.safetensors"
     tensors = load_file(place[2])
     next(t for k, t in tensors.items() if "lora_up" in k).fill_(float("nan"))

@@ -10,9 +10,9 @@ from torch import nn
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats.layer_shapes import family_layout
 from lora_core.model_files.families import FAMILIES
-from lora_core.tools.base_weights import BaseWeights
-from lora_core.tools.combine import low_rank_pair, needs_base, to_lora
-from lora_core.tools.delta import file_updates
+from lora_core.tools.delta import BaseWeights, file_updates, needs_base
+from lora_core.tools.shrink import to_lora
+from lora_core.tools.svd import low_rank_pair
 from tests.formats.odd_files import serialised
 
 TINY = FAMILIES["tiny"]

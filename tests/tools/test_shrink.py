@@ -15,13 +15,13 @@ from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.header import read_header
 from lora_core.tools.shrink import (
     ShrinkTarget,
-    cut,
     decompose,
     intrinsic_rank,
     pooled_ranks,
     pooled_ranks_of_energy,
     ranks_of_energy,
     shrink_adapter,
+    truncate_to_ranks,
 )
 from tests.tools.planted import (
     CONV,
@@ -96,7 +96,7 @@ def test_a_layer_that_keeps_nothing_is_left_out():
     parts = decompose(
         AdapterWeights({TO_K: random_layer(TO_K, 4, 4.0, 0), TO_Q: random_layer(TO_Q, 4, 4.0, 1, 1e-4)})
     )
-    after, _ = cut(parts, pooled_ranks(parts, 3))
+    after, _ = truncate_to_ranks(parts, pooled_ranks(parts, 3))
     assert list(after.layers) == [TO_K]
     zero = decompose(AdapterWeights({TO_K: random_layer(TO_K, 4, 4.0, 0, 0.0)}))
     with pytest.raises(AdapterFileError, match="changes nothing"):
@@ -187,7 +187,7 @@ def test_the_intrinsic_rank_is_found():
     assert (found.trained, found.rank) == (16, 5)
     assert found.best.kept >= 0.99
     assert {layer.rank for layer in smaller.layers.values()} == {5}
-    assert found.parameters / found.best.parameters == pytest.approx(16 / 5)
+    assert found.uniform.parameters / found.best.parameters == pytest.approx(16 / 5)
     assert found.best.standard_error == pytest.approx(0, abs=1e-6)
     assert found.sentence(3.1).startswith(
         "Trained at rank 16, needs 5, the file is 3.1 times smaller and keeps 100.0%"
@@ -284,7 +284,7 @@ def trained(folder: Path, pictures: Path) -> Path:
     optimizer = torch.optim.Adam(injected.parameters(), 2e-3)
     for _ in range(3):
         for picture in looks:
-            noise, at = picture.looks.noise, picture.looks.timesteps
+            noise, at = picture.draws.noise, picture.draws.timesteps
             latents = picture.latents.expand_as(noise)
             noisy, target = (
                 base.noise.add_noise(latents, noise, at),

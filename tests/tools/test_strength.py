@@ -123,9 +123,9 @@ def test_the_verb_bakes_exactly(tmp_path, capsys, three_pictures, monkeypatch, f
     layers = {key: random_layer(key, 2, 2.0, n, 0.01) for n, key in enumerate(LAYERS)}
     path, out = saved(layers, tmp_path / "a.safetensors", format, precision), tmp_path / "b.safetensors"
     gains = curve(0.83)
-    monkeypatch.setattr("lora_core.tools.evaluator.Evaluator.__init__", lambda self, *rest: None)
+    monkeypatch.setattr("lora_core.evaluate.validator.Evaluator.__init__", lambda self, *rest: None)
     monkeypatch.setattr(
-        "lora_core.tools.evaluator.Evaluator.gains", lambda self, adapters: gains(adapters[0].strength)
+        "lora_core.evaluate.validator.Evaluator.gains", lambda self, adapters: gains(adapters[0].strength)
     )
     arguments = ["strength", str(path), "--dataset", str(three_pictures), "--bake", str(out), "--json"]
     assert main(arguments) == 0
