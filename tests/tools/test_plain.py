@@ -227,12 +227,12 @@ def test_dora_made_plain_against_the_embedded_base(path):
     file = {"lora_down.weight": down, "lora_up.weight": up, "dora_scale": magnitude}
     write(path, {f"{stem(LINEAR)}.{leaf}": tensor for leaf, tensor in file.items()})
     updates, _, _ = file_updates(path, base.family)
-    weights, loss = to_lora(updates, 4, base.weight)
+    weights, loss = to_lora(updates, 4, base)
     # Magnitudes equal to the norms change nothing, so that what is left is a plain LoRA of rank 4.
     torch.testing.assert_close(weights.layers[LINEAR].delta(), up @ down, rtol=1e-3, atol=1e-4)
     assert loss.overall < 1e-3
     with pytest.raises(ConfigError, match="--rank 0"):
-        to_lora(updates, 0, base.weight)
+        to_lora(updates, 0, base)
 
 
 def good():
@@ -307,4 +307,4 @@ def test_a_dora_for_a_base_of_other_widths(path):
     write(path, {f"{stem(LINEAR)}.{leaf}": tensor for leaf, tensor in file.items()})
     base = BaseWeights("demo")
     with pytest.raises(AdapterFileError, match="for another base"):
-        to_lora(file_updates(path)[0], 2, base.weight)
+        to_lora(file_updates(path)[0], 2, base)

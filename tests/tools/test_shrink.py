@@ -187,7 +187,7 @@ def test_the_intrinsic_rank_is_found():
     assert (found.trained, found.rank) == (16, 5)
     assert found.best.kept >= 0.99
     assert {layer.rank for layer in smaller.layers.values()} == {5}
-    assert found.uniform.parameters / found.best.parameters == pytest.approx(16 / 5)
+    assert decompose(weights).own_parameters() / found.best.parameters == pytest.approx(16 / 5)
     assert found.best.standard_error == pytest.approx(0, abs=1e-6)
     assert found.sentence(3.1).startswith(
         "Trained at rank 16, needs 5, the file is 3.1 times smaller and keeps 100.0%"
