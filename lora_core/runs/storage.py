@@ -1,8 +1,9 @@
-"""Deleting that can be taken back: a run or a project is moved into the workspace's own `.trash`.
+"""The trash and the caches of a workspace.
 
-The system's trash is not used. On Windows it deletes at once what is too large for it or lies on a network
-drive, and on other drives it may copy gigabytes; a rename within the workspace is done at once, is whole or
-not at all, works without a desktop, and can be undone in the window.
+Deleted runs, projects and generated images move into the workspace's own `.trash`, from which they can be
+restored. The system's trash is not used: on Windows it deletes at once what is too large for it or on a
+network drive, and on other drives it may copy gigabytes. A rename within the workspace is instant, atomic,
+and needs no desktop.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_core.errors import RunError
-from lora_core.runs.folder import RunFolder, all_runs, runs_folder
+from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.queue import Queue
 from lora_core.system.disk_space import folder_bytes
 from lora_core.system.paths import write_atomically
@@ -26,8 +27,9 @@ from lora_core.system.untrusted import parse_json
 _LABEL = "label.json"
 _CONTENT = "content"
 KINDS = {"runs": "run", "projects": "project"}
-_DRAWN = "generated"
-"""The folder of a project with what was drawn in it."""
+_GENERATED = "generated"
+"""The folder of a project's generated images."""
+_GOING = ".going"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class TrashItem:
     Attributes:
         place: its folder in the trash.
         name: what it was called.
-        came_from: where it stood.
+        came_from: where it was.
         time: when it was deleted, in seconds since the epoch.
     """
 
@@ -69,12 +71,12 @@ def trash_folder(workspace: Path) -> Path:
 
 
 def move_to_trash(path: Path, workspace: Path) -> Path:
-    """Move a run, a project or a drawn picture of a workspace into its trash; returns where it is now.
+    """Move a run, a project or a generated image of a workspace into its trash; returns where it is now.
 
     A run is taken out of the queue too.
 
     Raises:
-        RunError: it is neither, it is in use by a run that is going on, or the disk refuses.
+        RunError: it is none of these, a live run uses it, or the disk refuses.
     """
     path, kind = _allowed(path, workspace)
     if kind == "run":
@@ -115,9 +117,8 @@ def list_trash(workspace: Path) -> list[TrashItem]:
 
 
 def restore(one: TrashItem, workspace: Path) -> Path:
-    """Put something from the trash back where it was; returns that place.
-
-    Where the name is taken by now, a number is added to it.
+    """Put something from the trash back where it was, with a number added to a name that is taken; returns
+    that place.
 
     Raises:
         RunError: it is gone from the trash, or the disk refuses.
@@ -153,7 +154,7 @@ def empty_trash(workspace: Path) -> None:
 
 
 def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
-    """The path in full and what it is: nothing but runs and projects of this workspace is ever moved.
+    """The full path and what it is: only runs, projects and generated images of this workspace are moved.
 
     Raises:
         RunError: it is something else.
@@ -161,7 +162,7 @@ def _allowed(path: Path, workspace: Path) -> tuple[Path, str]:
     full = Path(os.path.abspath(path))
     projects = workspace.absolute() / "projects"
     inside = full.relative_to(projects).parts if full.is_relative_to(projects) else ()
-    if inside[1:2] == (_DRAWN,) and full.suffix == ".png":
+    if inside[1:2] == (_GENERATED,) and full.suffix == ".png":
         return full, "picture"
     kind = KINDS.get(full.parent.name, "")
     if not kind or full.parent.parent != workspace.absolute() or full.name.startswith("."):
@@ -174,7 +175,7 @@ def _refuse_live_run(run: RunFolder) -> None:
         raise RunError(f"There is no run {run.name} any more.")
     lock = FileLock(run.lock_file)
     try:
-        # Taken and let go: a trainer that has only just come up has not said yet who it is.
+        # A trainer that has only just started holds the lock before it writes its process file.
         lock.acquire(timeout=0)
         lock.release()
     except Timeout as error:
@@ -194,60 +195,23 @@ def _refuse_used_project(path: Path, workspace: Path) -> None:
             )
 
 
-# How much room a workspace takes, by what it is for, and making room without losing work.
-
-
-_GOING = ".going"
-
-
-@dataclass(frozen=True)
-class DiskUsage:
-    """Bytes on disk.
-
-    Attributes:
-        caches: each cache by its name: latents, text, datasets.
-        runs: each run by its name.
-        projects: each project by the name of its folder.
-        trash: what can still be taken back.
-    """
-
-    caches: dict[str, int]
-    runs: dict[str, int]
-    projects: dict[str, int]
-    trash: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(sum(part.values()) for part in (self.caches, self.runs, self.projects)) + self.trash
-
-
-def workspace_usage(workspace: Path) -> DiskUsage:
-    """What everything in a workspace takes."""
-    return DiskUsage(
-        _each(workspace / "cache"),
-        _each(runs_folder(workspace)),
-        _each(workspace / "projects"),
-        folder_bytes(trash_folder(workspace)),
+def cache_sizes(workspace: Path) -> dict[str, int]:
+    """Bytes of each cache (latents, text, datasets), the largest first."""
+    folder = workspace / "cache"
+    paths = (path for path in folder.iterdir() if _is_shown(path)) if folder.is_dir() else ()
+    return dict(
+        sorted(((path.name, folder_bytes(path)) for path in paths), key=lambda one: (-one[1], one[0]))
     )
 
 
-def _each(folder: Path) -> dict[str, int]:
-    """Each folder in a folder by its name, the largest first."""
-    if not folder.is_dir():
-        return {}
-    found = {path.name: folder_bytes(path) for path in folder.iterdir() if _counted(path)}
-    return dict(sorted(found.items(), key=lambda one: (-one[1], one[0])))
-
-
-def _counted(path: Path) -> bool:
+def _is_shown(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
 
 
 def clean_caches(workspace: Path) -> int:
-    """Remove all that a run can make again: encoded pictures and captions, unpacked zips; returns the bytes.
+    """Remove all that a run can make again (encoded images and captions, unpacked zips); returns the bytes.
 
-    A run that starts meanwhile finds an empty cache, and not half of one: what goes is first moved aside.
+    Caches are renamed first, so that a run that starts meanwhile finds an empty cache and not half of one.
 
     Raises:
         RunError: a run is going on, or the disk refuses.

@@ -105,9 +105,9 @@ def pictures(
 @verb
 def caches_list(workspace: File | None = None) -> dict[str, int]:
     """Say how large each cache is, in bytes, the largest first."""
-    from lora_core.runs.storage import workspace_usage
+    from lora_core.runs.storage import cache_sizes
 
-    return workspace_usage(workspace_folder(workspace)).caches
+    return cache_sizes(workspace_folder(workspace))
 
 
 @verb
