@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.worker_client import last_log_line
-from lora_core.errors import ConfigError, RunError
+from lora_core.errors import RunError
 from lora_core.runs.diagnosis import LESS_MEMORY, ExitRecorder, crash_reason, resume_step
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
@@ -58,8 +58,7 @@ class RunView:
     def config(self) -> RunConfig | None:
         """The run's settings, read once as they never change; None where the file was broken."""
         if self._config is None:
-            with contextlib.suppress(ConfigError):
-                self._config = self.run.config()
+            self._config = self.run.config_or_none()
         return self._config
 
     def state(self) -> str:

@@ -90,7 +90,7 @@ def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
     def opened() -> list[Any]:
         app_state.worker.warm()
         app_state.tools.look()
-        app_state.project.forget()
+        app_state.project.invalidate()
         return [*_retry_without_draft(app_state.project, filled_in), *look({})]
 
     filled = [fill.component for fill in bindings.initial]
@@ -193,13 +193,13 @@ def wire_demo(bindings: Bindings, demo: Any, tabs: Any) -> None:
 
     def to_demo() -> list[Any]:
         """The form alone: the tab is shown only when it stands there, lest what is typed be overwritten."""
-        project.keep(
+        project.update_draft(
             dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_loras={}
         )
         return bindings.initial_values()
 
     def to_own() -> list[Any]:
-        project.keep(dataset="", level="", values={}, preview={}, preview_loras={})
+        project.update_draft(dataset="", level="", values={}, preview={}, preview_loras={})
         return bindings.initial_values()
 
     filled_in = demo.click(to_demo, None, filled, **QUIET)

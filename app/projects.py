@@ -109,7 +109,8 @@ def _restored(app_state: AppState, place: str) -> str:
 
 def _shelves(app_state: AppState) -> dict[str, Any]:
     shelved = [
-        dataclasses.asdict(one) | {"size": format_bytes(one.size)} for one in app_state.projects.listed()
+        dataclasses.asdict(one) | {"size": format_bytes(one.size)}
+        for one in app_state.projects.list_projects()
     ]
     caches, trash = (
         folder_bytes(app_state.workspace / "cache"),

@@ -22,7 +22,7 @@ from app.train.probing import BYTES_A_NUMBER, Prober
 from app.train.queue_client import QueueClient
 from app.worker_client import CARDS, MemoryYieldPolicy, WorkerClient
 from lora_core.model_files.detect import lookup_base
-from lora_core.projects.workspace import Projects, adopt, belongs_to
+from lora_core.projects.workspace import Projects, belongs_to, mark_project
 from lora_core.runs.costs import parameters_of
 from lora_core.runs.progress import Progress
 from lora_core.settings.schema import AUTO
@@ -97,7 +97,7 @@ class AppState:
         self.checker = Checker(self.project)
         self.thumbs = Thumbnails(workspace / "cache" / "thumbs")
         self.jobs = Jobs(workspace)
-        self.jobs.created = lambda run: adopt(run, self.project.path)
+        self.jobs.created = lambda run: mark_project(run, self.project.path)
         self.jobs.own = lambda run_view: belongs_to(run_view.run, run_view.config(), self.project.path)
         self.hardware = Hardware(lambda: self.worker.device)
         self.queue = QueueClient(workspace, self.jobs)

@@ -25,7 +25,7 @@ from lora_core.data.images import make_thumbnail
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.data.sidecars import write_without_sync
 from lora_core.errors import LoraError
-from lora_core.projects.project import Project, left_out, relative_name
+from lora_core.projects.project import Project, list_left_out, relative_name
 from lora_core.settings.config import FIELDS
 from lora_core.system.paths import clean_text
 
@@ -179,7 +179,7 @@ def gallery_data(project: Project, plan: Plan) -> dict[str, Any]:
         "revision": project.revision,
         "fixed": project.uses_demo,
         "pictures": [image_facts(record, folder, side, multiple) for record in dataset.records],
-        "left_out": [image_facts(record, project.aside, side, multiple) for record in left_out(project)],
+        "left_out": [image_facts(record, project.aside, side, multiple) for record in list_left_out(project)],
     }
 
 

@@ -91,7 +91,7 @@ def _add_bulk(app: FastAPI, app_state: AppState) -> None:
     async def tags() -> Response:
         def counted() -> dict[str, Any]:
             found = count_tags(record.caption for record in project.dataset().records)
-            return {"tags": list(found.items()), "undo": bulk.undoable(project)}
+            return {"tags": list(found.items()), "undo": bulk.last_change(project)}
 
         return await _done(counted)
 
@@ -103,14 +103,14 @@ def _add_bulk(app: FastAPI, app_state: AppState) -> None:
         if not sent.get("apply"):
             return await _done(lambda: bulk.preview(project, edit, only))
         return await _done(
-            lambda: {"changed": bulk.apply(project, edit, only), "undo": bulk.undoable(project)}
+            lambda: {"changed": bulk.apply(project, edit, only), "undo": bulk.last_change(project)}
         )
 
     @app.post("/easel/bulk/undo")
     async def undo() -> Response:
         def undone() -> dict[str, Any]:
             done, kept = bulk.undo(project)
-            return {"undone": done, "kept": kept, "undo": bulk.undoable(project)}
+            return {"undone": done, "kept": kept, "undo": bulk.last_change(project)}
 
         return await _done(undone)
 

@@ -234,10 +234,10 @@ class Importer:
             if imported.added and project.uses_demo:
                 # Own pictures were brought: from here on they are trained on, with a preset for them.
                 base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
-                project.keep(dataset="", level="", values={"model.base": base})
+                project.update_draft(dataset="", level="", values={"model.base": base})
                 self._state = {**self._state, "left_demo": True}
             said("Reading captions", 0, 0)
-            project.forget()
+            project.invalidate()
             self.after()
         except LoraError as error:
             note = str(error)

@@ -60,7 +60,7 @@ def _trigger(bindings: Bindings) -> None:
         trigger, lambda: gr.update(value=project.draft().get("trigger", ""), interactive=True)
     )
     save = gr.on(
-        edit_events(trigger), lambda text: project.keep(trigger=text.strip()), trigger, None, **TYPING
+        edit_events(trigger), lambda text: project.update_draft(trigger=text.strip()), trigger, None, **TYPING
     )
     bindings.refresh_after(save)
     bindings.trigger = trigger

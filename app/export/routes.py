@@ -165,7 +165,7 @@ def train_on(app_state: AppState, name: str) -> None:
     if not name or not file.is_file():
         raise AdapterFileError(f"There is no file at {name}; choose another.")
     values = dict(app_state.project.draft().get("values") or {})
-    app_state.project.keep(values={**values, "adapter.init": str(file)})
+    app_state.project.update_draft(values={**values, "adapter.init": str(file)})
 
 
 def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, Any]) -> None:

@@ -96,11 +96,11 @@ class _Chosen:
     def choose_run(self, name: str) -> None:
         run_view = self.run_view(take_snapshot(self.app_state))
         if run_view is None or run_view.run.name != name:
-            self.project.keep(export_run=name, export_checkpoint="")
+            self.project.update_draft(export_run=name, export_checkpoint="")
 
     def choose_checkpoint(self, key: str) -> None:
         if key != self.checkpoint(take_snapshot(self.app_state)):
-            self.project.keep(export_checkpoint=key)
+            self.project.update_draft(export_checkpoint=key)
 
     def run_view(self, snapshot: Snapshot) -> RunView | None:
         there = _with_checkpoints(snapshot)
@@ -226,7 +226,7 @@ def build_copy(bindings: Bindings, ready: Callable[[Snapshot], bool]) -> dict[st
     bindings.follow(made["folder"], lambda snap: _folders(app_state))
     bindings.follow(made["copy"], lambda snap: gr.update(interactive=ready(snap)))
     chosen = made["folder"].input(
-        lambda folder: app_state.project.keep(copy_to=folder or ""), made["folder"], None, **TYPING
+        lambda folder: app_state.project.update_draft(copy_to=folder or ""), made["folder"], None, **TYPING
     )
     bindings.refresh_after(chosen)
     return made

@@ -186,7 +186,7 @@ def save_rows(project: Project, rows: list[WeightedLora], apart: bool) -> int:
     before = project.draft().get("preview_loras") or {}
     rev = int(before.get("rev") or 0) + 1
     listed = [{"file": r.file, "strength": r.strength, "text": r.text_strength} for r in rows]
-    project.keep(preview_loras={"rows": listed, "apart": apart, "rev": rev})
+    project.update_draft(preview_loras={"rows": listed, "apart": apart, "rev": rev})
     return rev
 
 
@@ -306,7 +306,7 @@ def save_request(project: Project, shot: GenerationRequest) -> None:
     """Put a shot's settings into the form."""
     apart = any(lora.text_strength is not None for lora in shot.loras)
     save_rows(project, list(shot.loras), apart)
-    project.keep(preview=fields_of(shot))
+    project.update_draft(preview=fields_of(shot))
 
 
 def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
@@ -320,7 +320,7 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
         "width": info.width, "height": info.height,
     }  # fmt: skip
     fields |= {name: value for name, value in said.items() if value is not None}
-    project.keep(preview=fields | {"prompt": info.prompt, "negative": info.negative})
+    project.update_draft(preview=fields | {"prompt": info.prompt, "negative": info.negative})
     names: dict[str, str] = {}
     for _, files in lora_groups(snapshot):
         for _, file in files:

@@ -108,10 +108,10 @@ def open_tab(app_state: AppState) -> dict[str, Any]:
         ):
             # It will have a file when it is done; the wish is kept until then.
             return {"fill": False, "drawn": True, "problem": ""}
-        app_state.project.keep(preview_strip="")
+        app_state.project.update_draft(preview_strip="")
         app_state.render_queue.refuse(str(error))
         return {"fill": False, "drawn": True}
-    app_state.project.keep(preview_strip="")
+    app_state.project.update_draft(preview_strip="")
     save_request(app_state.project, shot)
     app_state.render_queue.want(shot, strip_values(app_state.project))
     return {"fill": True, "drawn": True}

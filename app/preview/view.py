@@ -88,7 +88,7 @@ def _wire_grid(
     names = list(fields)
 
     def typed(*values: Any) -> None:
-        app_state.project.keep(
+        app_state.project.update_draft(
             preview_grid=dict(zip(("rows", "row_values", "columns", "column_values"), values, strict=True))
         )
 
@@ -287,7 +287,7 @@ def _wire(bindings: Bindings, fields: dict[str, Any], rows_box: Any, draw: Any) 
     every = list(fields.values())
 
     def typed(*values: Any) -> None:
-        app_state.project.keep(preview=dict(zip(FIELDS, values, strict=True)))
+        app_state.project.update_draft(preview=dict(zip(FIELDS, values, strict=True)))
 
     def generate(*values: Any) -> None:
         typed(*values[:-1])
@@ -332,7 +332,7 @@ def _wire_strip(bindings: Bindings, own: tuple[Any, Any, Any], fields: dict[str,
 
     def kept(values: str, on: bool) -> tuple[float, ...]:
         found = tuple(float(v) for v in make_axis("strength", split_values(values or "")).values)
-        app_state.project.keep(preview_strip_at={"values": list(found), "on": bool(on)})
+        app_state.project.update_draft(preview_strip_at={"values": list(found), "on": bool(on)})
         return found
 
     def changed(values: str, on: bool) -> None:
@@ -346,7 +346,7 @@ def _wire_strip(bindings: Bindings, own: tuple[Any, Any, Any], fields: dict[str,
         snapshot = take_snapshot(app_state)
         try:
             strengths = kept(values, on)
-            app_state.project.keep(preview=dict(zip(FIELDS, form, strict=False)))
+            app_state.project.update_draft(preview=dict(zip(FIELDS, form, strict=False)))
             shot = build_request(
                 snapshot, dict(zip(FIELDS, form, strict=False)), take_sent_rows(snapshot, form[-1])
             )

@@ -138,7 +138,7 @@ def wire_picker(bindings: Bindings, widgets: dict[str, Any], level: Any, note: A
         said, new_level, changed = choose_base(bindings.app_state, given)
         fresh = {name: value for name, value in changed.items() if value != given[name]}
         keep_typed(project, before, list(values))
-        project.keep(values=standing_values(project) | fresh, level=new_level)
+        project.update_draft(values=standing_values(project) | fresh, level=new_level)
         shown_note = f'<p class="small" role="status">{safe(said)}</p>' if said else ""
         shown_level = gr.skip() if new_level == old_level else new_level
         page = list((given | fresh).values())
@@ -170,7 +170,7 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
         return added, level, {**values, "model.base": before.name or EMBEDDED}
     if new.facts is None:
         # Once its files are here, it is known whose starting values the form still holds.
-        app_state.project.keep(fitted={"base": name, "to": before.name})
+        app_state.project.update_draft(fitted={"base": name, "to": before.name})
         return "", level, values
     # The demo's preset is for the embedded base alone: its rate and precision would be no good start
     # elsewhere.
@@ -202,7 +202,7 @@ def adopt_downloaded_base(app_state: AppState, name: str) -> None:
     values = standing_values(app_state.project)
     if values["model.base"] == name:
         _, level, changed = choose_base(app_state, values)
-        app_state.project.keep(values=changed, level=level)
+        app_state.project.update_draft(values=changed, level=level)
 
 
 def _added_folder(app_state: AppState, folder: Path) -> str:

@@ -93,7 +93,7 @@ def keep_typed(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
         given = standing_values(project) | {
             name: value for name, value in given.items() if value != before[name]
         }
-    project.keep(values=given)
+    project.update_draft(values=given)
 
 
 # The training form: widgets made from the settings' metadata, so that label, tooltip, range and choices are

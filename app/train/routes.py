@@ -93,7 +93,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         return
     acts: dict[str, Callable[[str], Any]] = {
         # The Preview tab draws the strip of this run when it is opened.
-        "see": lambda run: app_state.project.keep(preview_strip=check_run_name(run)),
+        "see": lambda run: app_state.project.update_draft(preview_strip=check_run_name(run)),
         "resume": app_state.jobs.resume,
         "accept": lambda run: app_state.jobs.resume(run, accept_changes=True),
         "show": app_state.jobs.show,

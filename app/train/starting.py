@@ -47,7 +47,7 @@ def _pressed(
     app_state = bindings.app_state
     # The press of the button takes all with it: what was typed last may still be on its way to the draft.
     keep_typed(app_state.project, seen, list(values))
-    app_state.project.keep(trigger=(trigger or "").strip())
+    app_state.project.update_draft(trigger=(trigger or "").strip())
     try:
         config = ready_config(bindings, (run_name or "").strip(), do)
         if do == "queue":
@@ -153,7 +153,7 @@ def take_settings(project: Any, like: Like, name: str) -> str:
     if like.values.get("dataset.trigger"):
         keep["trigger"] = str(like.values["dataset.trigger"])
     said = like_words(like, name, taken, changed)
-    project.keep(**keep)
+    project.update_draft(**keep)
     return said
 
 

@@ -110,7 +110,7 @@ class TrainForm:
             family = lookup_base(str(base or EMBEDDED)).family
             values = dict(zip(FORM, form_values(preset_config(goal, level, family)), strict=True))
             values["model.base"] = base
-            project.keep(goal=goal, level=level, values=values, fitted=None)
+            project.update_draft(goal=goal, level=level, values=values, fitted=None)
             return [list(values.values()), *values.values()]
 
         def left_or_chosen(base: str, goal: str, level: str) -> list[Any]:
@@ -147,7 +147,7 @@ class TrainForm:
         standard = dict(zip(FORM, form_values(preset), strict=True))
         own = {name: standard[name] for name in group_fields(group)}
         values = standing_values(project) | own
-        project.keep(values=values)
+        project.update_draft(values=values)
         return [list(values.values()), *own.values()]
 
 

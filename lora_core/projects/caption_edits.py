@@ -1,5 +1,4 @@
-"""Changes of many captions at once in the open project: shown before they are made, and taken back once
-made."""
+"""Bulk edits of captions in the open project: previewed, applied, and undone."""
 
 import json
 from collections.abc import Collection
@@ -21,12 +20,12 @@ _Change = tuple[str, ImageRecord, str]
 
 
 def preview(project: Project, edit: Edit, only: Collection[str] | None) -> dict[str, Any]:
-    """What a change would do: how many captions it meets, and the first of them in pieces.
+    """What an edit would do: how many captions it changes, and the first of them as pieces.
 
     Args:
         project: the open one.
-        edit: the change.
-        only: the names of the pictures that are meant, None for all.
+        edit: to apply.
+        only: the names of the images to edit, None for all.
 
     Raises:
         DatasetError: as `apply_edit`.
@@ -40,16 +39,16 @@ def preview(project: Project, edit: Edit, only: Collection[str] | None) -> dict[
 
 
 def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
-    """Make a change, keeping what was there before; returns how many captions are different.
+    """Apply an edit and keep the captions from before; returns how many changed.
 
     Raises:
         DatasetError: as `apply_edit`; or the demo is chosen, or the disk refuses.
     """
     project.refuse_demo()
     changes, _ = _changes(project, edit, only)
-    with project.changing():
-        # A pattern may take its time: what has moved or changed since stays as it is.
-        project.forget()
+    with project.lock():
+        # A pattern may take a while: what has moved or changed since stays as it is.
+        project.invalidate()
         now = {relative_name(record.path, project.pictures): record for record in project.dataset().records}
         changes = [one for one in changes if now.get(one[0]) == one[1]]
         if changes:
@@ -59,34 +58,38 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
 
 def _write(project: Project, edit: Edit, changes: list[_Change]) -> None:
     before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
-    kept = {"what": words(edit), "before": before, "after": {name: after for name, _, after in changes}}
+    kept = {
+        "what": describe_edit(edit),
+        "before": before,
+        "after": {name: after for name, _, after in changes},
+    }
     _keep(project, [*_steps(project), kept])
     for _, record, after in changes:
         write_caption(record.path, after, wait=False)
     sync_folder(project.pictures)
-    project.forget()
+    project.invalidate()
 
 
-def undoable(project: Project) -> str:
-    """What the last change was that can be taken back, or ""."""
+def last_change(project: Project) -> str:
+    """The last edit that can be undone, in words, or ""."""
     steps = [] if project.uses_demo else _steps(project)
     return str(steps[-1]["what"]) if steps else ""
 
 
 def undo(project: Project) -> tuple[int, int]:
-    """Take the last change back, but where a caption was changed since; how many are as before, how many are
-    not.
+    """Undo the last edit, except where a caption was changed since; returns how many are as before and how
+    many are not.
 
     Raises:
-        DatasetError: there is nothing to take back, or the disk refuses.
+        DatasetError: there is nothing to undo, or the disk refuses.
     """
     project.refuse_demo()
-    with project.changing():
+    with project.lock():
         return _undo(project)
 
 
 def _undo(project: Project) -> tuple[int, int]:
-    project.forget()
+    project.invalidate()
     steps = _steps(project)
     if not steps:
         raise DatasetError("There is no change of many captions left to take back.")
@@ -100,12 +103,12 @@ def _undo(project: Project) -> tuple[int, int]:
         _put(record.path.with_suffix(".txt"), old)
         done += 1
     _keep(project, steps)
-    project.forget()
+    project.invalidate()
     return done, len(last["before"]) - done
 
 
-def words(edit: Edit) -> str:
-    """A change in words."""
+def describe_edit(edit: Edit) -> str:
+    """An edit in words."""
     return {
         "replace": f"“{edit.find}” replaced by “{edit.put}”",
         "prepend": f"“{edit.put}” put in front",
@@ -117,7 +120,7 @@ def words(edit: Edit) -> str:
 
 
 def _changes(project: Project, edit: Edit, only: Collection[str] | None) -> tuple[list[_Change], int]:
-    """The captions that become different, and of how many that were asked for."""
+    """The captions that change, and how many were considered."""
     folder = project.dataset_folder
     named = [(relative_name(record.path, folder), record) for record in project.dataset().records]
     wanted = [(name, record) for name, record in named if only is None or name in only]

@@ -1,7 +1,7 @@
-"""The open project: the person's pictures and the form not yet sent, both on disk, so that nothing typed is
-ever lost.
+"""The open project: the user's images and the unsent form, both on disk, so that nothing typed is lost.
 
-One object a window, whichever project is open: what holds on to it goes on working when another is opened.
+There is one object a window, whichever project is open, so that its holders follow when another is opened.
+Images that were left out are moved aside into the project, with captions and masks.
 """
 
 import contextlib
@@ -46,13 +46,13 @@ class Project:
         self.open(path, pictures)
 
     def open(self, path: Path, pictures: Path | None = None) -> None:
-        """Have this object stand for another project from now on."""
+        """Switch this object to another project."""
         with self._lock:
             self.path = path
             self.pictures = pictures or path / "pictures"
             self.aside = path / "left out"
             self.pictures.mkdir(parents=True, exist_ok=True)
-            self.title = title_of(path)
+            self.title = read_title(path)
             self.sizes = SizeCache(path / "sizes.json")
             self._draft: dict[str, Any] = read_json(path / "draft.json")
             self._scanned: tuple[object, Dataset] | None = None
@@ -63,8 +63,8 @@ class Project:
         self._mend()
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
-        """Hold the project against other threads and processes while files are moved or captions written.
+    def lock(self) -> Iterator[None]:
+        """Lock out other threads and processes while files are moved or captions written.
 
         Raises:
             DatasetError: another process holds it for too long, or the folder cannot be written.
@@ -86,23 +86,23 @@ class Project:
 
     @property
     def root(self) -> Path:
-        """The folder that holds the pictures and those that were left out."""
+        """The folder of the images and of those that were left out."""
         return self.pictures if self.path.is_relative_to(self.pictures) else self.path
 
     def _mend(self) -> None:
-        """Finish what a killed process had begun, and bring captions back to their pictures."""
+        """Finish moves of a killed process, and bring captions back to their images."""
         clear_abandoned(self.path)
         if not self.aside.is_dir() and not (self.root / JOURNAL).exists():
             return
-        # A project that cannot be written can still be looked at; it is mended when that is possible.
-        with contextlib.suppress(DatasetError, OSError), self.changing():
+        # A project that cannot be written can still be shown; it is repaired when that is possible.
+        with contextlib.suppress(DatasetError, OSError), self.lock():
             finished, joined = finish_moves(self.root), rejoin_sidecars(self.pictures, self.aside)
             if finished or joined:
-                self.forget()
+                self.invalidate()
 
     @property
     def revision(self) -> int:
-        """Another number after each change of pictures or captions."""
+        """A number that changes with images and captions."""
         return self._revision
 
     def draft(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class Project:
         with self._lock:
             return dict(self._draft)
 
-    def keep(self, **changes: Any) -> None:
+    def update_draft(self, **changes: Any) -> None:
         """Put values into the draft and write it, if anything changed."""
         with self._lock:
             changed = {**self._draft, **clean_value(changes)}
@@ -120,7 +120,7 @@ class Project:
 
     @contextmanager
     def without_draft(self) -> Iterator[None]:
-        """As if nothing had been typed, while the context is open."""
+        """An empty draft while the context is open."""
         with self._lock:
             kept, self._draft = self._draft, {}
             try:
@@ -129,8 +129,7 @@ class Project:
                 self._draft = kept
 
     def set_draft_aside(self) -> None:
-        """Begin with an empty form; what the draft held is kept in a file beside it, and `draft_problem` says
-        so."""
+        """Start with an empty form; the draft moves to a file beside it, which `draft_problem` names."""
         with self._lock:
             aside = self.path / "draft-set-aside.json"
             write_atomically(aside, json.dumps(self._draft, indent=1).encode())
@@ -143,25 +142,25 @@ class Project:
 
     @property
     def uses_demo(self) -> bool:
-        """Whether the demo's pictures are chosen in place of the person's own."""
+        """Whether the demo's images are chosen in place of the user's own."""
         return bool(self.draft().get("dataset") == DEMO)
 
     @property
     def dataset_folder(self) -> Path:
-        """The folder whose pictures are shown and trained on."""
+        """The folder of the images that are shown and trained on."""
         return DEMO_TRAIN if self.uses_demo else self.pictures
 
     @property
     def linked_folders(self) -> list[Path]:
-        """Folders from which pictures were linked instead of copied, so that links may lead there."""
+        """Folders whose images were linked instead of copied, so that links may lead there."""
         return [Path(str(folder)) for folder in self.draft().get("linked") or []]
 
     def link(self, folder: Path) -> None:
-        """Note a folder from which pictures were linked; where a link leads is checked when it is shown."""
-        self.keep(linked=list(dict.fromkeys([*map(str, self.linked_folders), str(folder)])))
+        """Note a folder whose images were linked; where a link leads is checked when it is shown."""
+        self.update_draft(linked=list(dict.fromkeys([*map(str, self.linked_folders), str(folder)])))
 
     def dataset(self) -> Dataset:
-        """The pictures, read again only where the folder changed or `forget()` was called."""
+        """The images, read again only after a change of the folder or `invalidate()`."""
         folder = self.dataset_folder
         with self._lock:
             try:
@@ -176,15 +175,15 @@ class Project:
                     self._revision += 1
             return self._scanned[1]
 
-    def forget(self) -> None:
-        """Have the folder read again at the next look."""
+    def invalidate(self) -> None:
+        """Read the folder again next time."""
         with self._lock:
             if self._scanned is not None:
                 # Kept for comparison: pages are told only where something is different.
                 self._scanned = (None, self._scanned[1])
 
-    def named(self, name: str) -> ImageRecord:
-        """The picture of that name below the dataset folder.
+    def find_image(self, name: str) -> ImageRecord:
+        """The image of that name below the dataset folder.
 
         Raises:
             DatasetError: there is none.
@@ -214,23 +213,23 @@ class Project:
             raise DatasetError(
                 "The demo's captions stay as they are; drop your own pictures to write captions."
             )
-        with self.changing():
-            record = self.named(name)
+        with self.lock():
+            record = self.find_image(name)
             if not record.path.is_file():
-                self.forget()
+                self.invalidate()
                 raise DatasetError(f"There is no picture named {name!r} in the dataset any more.")
             write_caption(record.path, text)
             # A scan strips captions, too.
             self._replace({record.path: replace(record, caption=text.strip())})
 
     def hold_out(self, names: list[str], on: bool) -> None:
-        """Choose pictures to measure on, or have them trained on again.
+        """Hold images out for validation, or train on them again.
 
         Raises:
             DatasetError: it is the demo's, or the list cannot be written.
         """
         self.refuse_demo()
-        with self.changing():
+        with self.lock():
             wanted = set(names)
             by_name = {relative_name(r.path, self.pictures): r for r in self.dataset().records}
             held = {name for name, record in by_name.items() if record.held_out}
@@ -252,12 +251,12 @@ class Project:
 
 
 def relative_name(path: Path, folder: Path) -> str:
-    """A picture's name below its dataset folder, with forward slashes."""
+    """An image's name below its dataset folder, with forward slashes."""
     return clean_text(path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name)
 
 
-def title_of(path: Path) -> str:
-    """What a project is called: its label, else its folder's name."""
+def read_title(path: Path) -> str:
+    """The title of a project: its label, else its folder's name."""
     title = str(read_json(path / LABEL).get("title") or "").strip()
     return title[:LONGEST_TITLE] or (DEFAULT_TITLE if path.name == "default" else path.name)
 
@@ -273,17 +272,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# Pictures that were left out: moved aside into the project, with captions and masks, and taken back.
-
-
 def leave_out(project: Project, names: list[str]) -> int:
-    """Move pictures aside; also files that were found to be no pictures. Returns how many.
+    """Move images aside; also damaged ones. Returns how many.
 
     Raises:
         DatasetError: the demo is chosen, or there is no such picture, or the disk refuses.
     """
     project.refuse_demo()
-    with project.changing():
+    with project.lock():
         dataset = project.dataset()
         there = {relative_name(r.path, project.pictures): r.path for r in dataset.records}
         there |= {
@@ -295,35 +291,35 @@ def leave_out(project: Project, names: list[str]) -> int:
 
 
 def take_back(project: Project, names: list[str]) -> int:
-    """Move pictures that were left out back to where they were. Returns how many.
+    """Move images that were left out back to where they were. Returns how many.
 
     Raises:
         DatasetError: there is no such picture, or the disk refuses.
     """
     project.refuse_demo()
-    with project.changing():
-        there = {relative_name(path, project.aside): path for path in _pictures(project.aside)}
+    with project.lock():
+        there = {relative_name(path, project.aside): path for path in _images(project.aside)}
         return _move(project, {name: there.get(name) for name in names}, project.aside, project.pictures)
 
 
-def left_out(project: Project) -> list[ImageRecord]:
-    """The pictures that lie aside; damaged ones among them are not shown."""
+def list_left_out(project: Project) -> list[ImageRecord]:
+    """The images that were left out, without damaged ones."""
     if project.uses_demo or not project.aside.is_dir():
         return []
     return scan(project.aside, project.sizes).records
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.suffix.casefold() in IMAGE_SUFFIXES]
 
 
 def _move(project: Project, paths: dict[str, Path | None], source: Path, into: Path) -> int:
-    """Move pictures by their names, with captions and masks, all in one step.
+    """Move images by their names, with captions and masks, all in one step.
 
     Raises:
         DatasetError: one is not there, or the disk refuses; then none has moved.
     """
-    project.forget()
+    project.invalidate()
     moves: list[Move] = []
     taken: dict[Path, set[str]] = {}
     leaving = set(paths.values())
@@ -335,7 +331,7 @@ def _move(project: Project, paths: dict[str, Path | None], source: Path, into: P
         if folder not in taken:
             there = folder.iterdir() if folder.is_dir() else ()
             taken[folder] = {fold_name(one.stem) for one in there if one.suffix.casefold() in IMAGE_SUFFIXES}
-        # A picture of that name may have come or been left out meanwhile, or a caption for it.
+        # An image of that name, or a caption for it, may have come or been left out meanwhile.
         stem = unused_stem(path.stem, taken[folder])
         while any(os.path.lexists(folder / (stem + file.name[len(path.stem) :])) for file in files):
             taken[folder].add(fold_name(stem))
@@ -355,20 +351,18 @@ def _move(project: Project, paths: dict[str, Path | None], source: Path, into: P
     return len(paths)
 
 
-def _of_same_stem(picture: Path) -> list[Path]:
-    """Other pictures that share the captions of one."""
-    beside = (other for other in picture.parent.iterdir() if other.suffix.casefold() in IMAGE_SUFFIXES)
-    return [
-        other for other in beside if fold_name(other.stem) == fold_name(picture.stem) and other != picture
-    ]
+def _of_same_stem(image: Path) -> list[Path]:
+    """Other images that share the captions of one."""
+    beside = (other for other in image.parent.iterdir() if other.suffix.casefold() in IMAGE_SUFFIXES)
+    return [other for other in beside if fold_name(other.stem) == fold_name(image.stem) and other != image]
 
 
-def _set_of(picture: Path) -> list[Path]:
-    """A picture, its captions and its masks."""
-    captions = [picture.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+def _set_of(image: Path) -> list[Path]:
+    """An image, its captions and its masks."""
+    captions = [image.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
     masks = [
-        picture.with_name(f"{picture.stem}{ending}{suffix}")
+        image.with_name(f"{image.stem}{ending}{suffix}")
         for ending in MASK_ENDINGS
         for suffix in sorted(IMAGE_SUFFIXES)
     ]
-    return [file for file in (picture, *captions, *masks) if file.is_file()]
+    return [file for file in (image, *captions, *masks) if file.is_file()]

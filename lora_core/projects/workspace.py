@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.data.scan import fold_name, safe_name, unused_stem
-from lora_core.errors import ConfigError, DatasetError, RunError
-from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read_json, title_of
+from lora_core.errors import DatasetError, RunError
+from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read_json, read_title
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
@@ -21,7 +21,7 @@ from lora_core.system.paths import clean_text, write_atomically
 DEFAULT = "default"
 _OPEN = "open.json"
 _MARK = "project.json"
-"""In a run's folder: the project that it was started from."""
+"""In a run's folder: the project that started it."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Projects:
         last = str(read_json(self.folder / _OPEN).get("open") or DEFAULT)
         self.current = Project(self.folder / (last if self._is_there(last) else DEFAULT))
 
-    def listed(self) -> list[ProjectRow]:
+    def list_projects(self) -> list[ProjectRow]:
         """All projects, the open one first, then by title."""
-        runs = [(run, _config(run)) for run in all_runs(self.workspace)]
+        runs = [(run, run.config_or_none()) for run in all_runs(self.workspace)]
         found = []
         for path in self.folder.iterdir():
             if path.is_dir() and not path.name.startswith("."):
-                pictures = sum(1 for file in (path / "pictures").rglob("*") if _is_picture(file))
+                pictures = sum(1 for file in (path / "pictures").rglob("*") if _is_image(file))
                 own = sum(belongs_to(run, config, path) for run, config in runs)
                 is_open = path == self.current.path
                 found.append(
-                    ProjectRow(path.name, title_of(path), is_open, pictures, own, folder_bytes(path))
+                    ProjectRow(path.name, read_title(path), is_open, pictures, own, folder_bytes(path))
                 )
         return sorted(found, key=lambda one: (not one.is_open, one.title.casefold(), one.key))
 
@@ -102,7 +102,7 @@ class Projects:
         path = self._path(key)
         self._label(path, self._checked(title, key))
         if path == self.current.path:
-            self.current.title = title_of(path)
+            self.current.title = read_title(path)
 
     def delete(self, key: str) -> Path:
         """Move a project into the trash, and return where it is; if it was open, another is opened.
@@ -112,7 +112,7 @@ class Projects:
         """
         path = self._path(key)
         with self._lock:
-            others = [one.key for one in self.listed() if one.key != key]
+            others = [one.key for one in self.list_projects() if one.key != key]
             if not others:
                 raise RunError("This is the only project; make another before you delete it.")
             if path == self.current.path:
@@ -129,7 +129,7 @@ class Projects:
         if len(title) > LONGEST_TITLE:
             raise RunError(f"The name is longer than {LONGEST_TITLE} letters; make it shorter.")
         others = (path for path in self.folder.iterdir() if path.is_dir() and path.name != key)
-        if title.casefold() in (title_of(path).casefold() for path in others):
+        if title.casefold() in (read_title(path).casefold() for path in others):
             raise RunError(f"There is a project named {title} already; choose another name.")
         return title
 
@@ -141,7 +141,7 @@ class Projects:
             raise RunError(f"There is no project {key!r} any more.")
         return self.folder / key
 
-    def named(self, name: str) -> str:
+    def find_key(self, name: str) -> str:
         """The folder's name of the project with this title, or of this name.
 
         Raises:
@@ -149,7 +149,7 @@ class Projects:
         """
         if self._is_there(name):
             return name
-        titles = {path.name: title_of(path) for path in self.folder.iterdir() if path.is_dir()}
+        titles = {path.name: read_title(path) for path in self.folder.iterdir() if path.is_dir()}
         found = [key for key, title in titles.items() if title.casefold() == name.strip().casefold()]
         if len(found) == 1:
             return found[0]
@@ -162,9 +162,9 @@ class Projects:
 
 
 def open_images(name: str, workspace: Path) -> Project:
-    """A folder of pictures, or the project of that name; a folder comes first.
+    """A folder of images, or the project of that name; a folder comes first.
 
-    What was left out of a plain folder, and what its captions were, is kept in its hidden `.lora-easel`.
+    Images left out of a plain folder, and its former captions, are kept in its hidden `.lora-easel`.
 
     Raises:
         DatasetError: it is the demo, which stays as it is.
@@ -178,11 +178,11 @@ def open_images(name: str, workspace: Path) -> Project:
     if folder.is_dir():
         return Project(folder / ".lora-easel", folder)
     projects = Projects(workspace)
-    return Project(projects.folder / projects.named(name))
+    return Project(projects.folder / projects.find_key(name))
 
 
-def adopt(run: RunFolder, project: Path) -> None:
-    """Note in a run's folder which project it was started from."""
+def mark_project(run: RunFolder, project: Path) -> None:
+    """Note in a run's folder which project started it."""
     write_atomically(run.path / _MARK, json.dumps({"project": project.name}).encode())
 
 
@@ -197,12 +197,5 @@ def belongs_to(run: RunFolder, config: RunConfig | None, project: Path) -> bool:
     return project.name == (marked if there else DEFAULT)
 
 
-def _config(run: RunFolder) -> RunConfig | None:
-    try:
-        return run.config()
-    except ConfigError:
-        return None
-
-
-def _is_picture(file: Path) -> bool:
+def _is_image(file: Path) -> bool:
     return file.suffix.casefold() in IMAGE_SUFFIXES and not file.name.startswith(".")

@@ -26,12 +26,11 @@ from typing import Any
 import psutil
 import tomli_w
 
-from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.errors import AdapterFileError
 from lora_core.model_files.header import read_header
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import Progress
-from lora_core.settings.config import RunConfig
 from lora_core.system.disk_space import file_bytes
 from lora_core.system.paths import ASSETS, write_atomically
 from lora_core.system.processes import log_tail
@@ -345,7 +344,7 @@ def _known_words(run: RunFolder, workspace: Path) -> list[tuple[str, str]]:
     with contextlib.suppress(OSError, KeyError, ImportError):
         pairs.append((getpass.getuser(), "<user>"))
     pairs += [(socket.gethostname(), "<computer>"), (run.name, "<run name>")]
-    config = _config(run)
+    config = run.config_or_none()
     if config is not None:
         for name in ("dataset.path", "model.base", "model.vae", "adapter.init"):
             text = str(config.get(name))
@@ -356,13 +355,6 @@ def _known_words(run: RunFolder, workspace: Path) -> list[tuple[str, str]]:
     progress = run.progress()
     pairs += [(prompt, "<prompt>") for event in progress.previews for prompt in event.prompts]
     return pairs + _image_names(run, progress.changed)
-
-
-def _config(run: RunFolder) -> RunConfig | None:
-    try:
-        return run.config()
-    except ConfigError:
-        return None
 
 
 def _json_forms(text: str) -> set[str]:
@@ -390,7 +382,7 @@ def _is_path(text: str) -> bool:
 
 def _settings(run: RunFolder) -> str:
     """The settings, paths cut down to a suffix and what a user wrote left out."""
-    config = _config(run)
+    config = run.config_or_none()
     if config is None:
         return ""
     values = config.to_dict()

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from lora_core.errors import RunError
+from lora_core.errors import ConfigError, RunError
 from lora_core.runs.events import open_for_append, read_events, write_line
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
@@ -162,6 +162,13 @@ class RunFolder:
             ConfigError: the file was edited into something illegal.
         """
         return RunConfig.from_dict(load_toml(self.config_file), say=False)
+
+    def config_or_none(self) -> RunConfig | None:
+        """The frozen settings, or None where the file was edited into something illegal."""
+        try:
+            return self.config()
+        except ConfigError:
+            return None
 
     def retired_settings(self) -> list[str]:
         """A sentence for each setting of the file that an earlier version used and this one does not."""

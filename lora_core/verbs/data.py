@@ -171,7 +171,7 @@ def trash_empty(workspace: File | None = None) -> int:
 def projects_list(workspace: File | None = None) -> list[dict[str, Any]]:
     """List the projects, the open one first: key (its folder), title, path, is_open, pictures, runs, size."""
     projects = _projects(workspace)
-    return [{**asdict(one), "path": str(projects.folder / one.key)} for one in projects.listed()]
+    return [{**asdict(one), "path": str(projects.folder / one.key)} for one in projects.list_projects()]
 
 
 @verb
@@ -189,7 +189,7 @@ def projects_new(title: str, workspace: File | None = None) -> Path:
 def projects_open(project: str, workspace: File | None = None) -> None:
     """Choose the project that the window opens with."""
     projects = _projects(workspace)
-    projects.open(projects.named(project))
+    projects.open(projects.find_key(project))
 
 
 @verb
@@ -200,7 +200,7 @@ def projects_rename(project: str, title: str, workspace: File | None = None) -> 
         RunError: there is no such project, or the title is empty or taken.
     """
     projects = _projects(workspace)
-    projects.rename(projects.named(project), title)
+    projects.rename(projects.find_key(project), title)
 
 
 @verb
@@ -211,7 +211,7 @@ def projects_delete(project: str, workspace: File | None = None) -> Path:
         RunError: there is no such project, it is the only one, or a live run uses it.
     """
     projects = _projects(workspace)
-    return projects.delete(projects.named(project))
+    return projects.delete(projects.find_key(project))
 
 
 @verb
@@ -236,7 +236,7 @@ def projects_import(
     from lora_core.projects.project import Project
 
     projects, where = _projects(workspace), Path(source).expanduser().absolute()
-    into = Project(projects.folder / projects.named(project))
+    into = Project(projects.folder / projects.find_key(project))
     if not where.is_dir() and not where.is_file():
         raise DatasetError(f"There is no folder, zip or picture at {where}.")
     way = TransferMode("link" if link else "copy", sizes=into.sizes)
@@ -279,7 +279,7 @@ def take_back(dataset: File, pictures: Sequence[str], workspace: File | None = N
 
 def left_out(dataset: File, workspace: File | None = None) -> list[str]:
     """The pictures that were left out, as `take_back` takes them."""
-    from lora_core.projects.project import left_out as aside
+    from lora_core.projects.project import list_left_out as aside
     from lora_core.projects.project import relative_name
 
     project = _pictures_of(dataset, workspace)
@@ -296,7 +296,7 @@ def hold_out(
     """Choose the pictures of a project to measure on; `on=False` (`--undo`) has them trained on again."""
     project = _pictures_of(dataset, workspace)
     for name in pictures:
-        project.named(name)
+        project.find_image(name)
     project.hold_out(list(pictures), on)
 
 

@@ -147,7 +147,7 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
     if measure and base.facts:
         _measure_step(config, place, hardware.device)
     costs = read_costs(place, hardware.device)
-    runs = ((run.progress(), _config_of(run)) for run in all_runs(place))
+    runs = ((run.progress(), run.config_or_none()) for run in all_runs(place))
     step = forecast_step(config, runs, costs, len(records))
     tried = costs.get(cost_key(config))
     memory: float | None = tried.peak if tried and tried.peak else None
@@ -176,13 +176,6 @@ def _opened(config: RunConfig, place: Path) -> "Dataset | None":
     try:
         return load_images(config.dataset.path, place)
     except DatasetError:
-        return None
-
-
-def _config_of(run: RunFolder) -> RunConfig | None:
-    try:
-        return run.config()
-    except ConfigError:
         return None
 
 

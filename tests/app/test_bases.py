@@ -22,7 +22,7 @@ def draft_of(app_state: AppState) -> dict[str, object]:
 
 def choose(app_state: AppState, name: str) -> tuple[str, dict[str, object]]:
     said, level, values = choose_base(app_state, {**draft_of(app_state), "model.base": name})
-    app_state.project.keep(values=values, level=level)
+    app_state.project.update_draft(values=values, level=level)
     return said, values
 
 
@@ -89,9 +89,10 @@ def test_a_large_base_brings_its_starting_values(app_state: AppState, tmp_path: 
         checkpoint(tmp_path / "xl.safetensors", "sdxl"),
         checkpoint(tmp_path / "one.safetensors", "sd15"),
     )
-    app_state.project.keep(goal="character", level="balanced")
+    app_state.project.update_draft(goal="character", level="balanced")
     assert draft_of(app_state)["optimizer.text_encoder_lr"] == 5e-5
-    app_state.project.keep(values={**draft_of(app_state), "train.resolution": 512, "optimizer.lr": 3e-4})
+    values = {**draft_of(app_state), "train.resolution": 512, "optimizer.lr": 3e-4}
+    app_state.project.update_draft(values=values)
     said, values = choose(app_state, str(xl))
     assert said == ""
     assert values["optimizer.text_encoder_lr"] == 0
@@ -108,7 +109,7 @@ def test_a_large_base_brings_its_starting_values(app_state: AppState, tmp_path: 
 
 
 def test_the_demo_s_preset_is_for_the_embedded_base_alone(app_state: AppState, tmp_path: Path) -> None:
-    app_state.project.keep(dataset="demo", level="demo", goal="style", values={})
+    app_state.project.update_draft(dataset="demo", level="demo", goal="style", values={})
     assert (draft_of(app_state)["optimizer.lr"], draft_of(app_state)["train.precision"]) == (3e-3, "fp32")
     _, values = choose(app_state, str(checkpoint(tmp_path / "one.safetensors", "sd15")))
     assert (values["optimizer.lr"], values["train.precision"]) == (1e-4, "auto")
@@ -227,7 +228,7 @@ def test_unknown_kinds_have_no_size(tmp_path: Path) -> None:
 
 def plan_with(app_state: AppState, **changes: object) -> Plan:
     values = dict(zip(FORM, form_values(preset_config("style", "balanced")), strict=True))
-    app_state.project.keep(values=values | {n.replace("__", "."): v for n, v in changes.items()})
+    app_state.project.update_draft(values=values | {n.replace("__", "."): v for n, v in changes.items()})
     return Plan(app_state.project)
 
 
@@ -246,7 +247,7 @@ def test_the_meter_counts_what_is_drawn(app_state: AppState, tmp_path: Path) -> 
     plan = plan_with(app_state, model__base=str(checkpoint(tmp_path / "one.safetensors", "sd15")))
     assert count_caption_tokens("a {red|very very red} dog\ncat", plan).tokens == 5
     assert count_caption_tokens("", plan).tokens == 0
-    app_state.project.keep(trigger="blue cat")
+    app_state.project.update_draft(trigger="blue cat")
     assert count_caption_tokens("dog", Plan(app_state.project)).tokens == 4
 
 

@@ -28,14 +28,14 @@ def test_a_preview_changes_nothing(app_state: AppState, pictures: list[Path]) ->
 
 def test_a_change_is_taken_back_byte_for_byte(app_state: AppState, pictures: list[Path]) -> None:
     pictures[1].with_suffix(".txt").write_bytes(b"\xef\xbb\xbfa plain field\r\n")
-    app_state.project.forget()
+    app_state.project.invalidate()
     before = texts(pictures)
     assert bulk.apply(app_state.project, Edit("prepend", put="sks"), None) == 3
     assert pictures[2].with_suffix(".txt").read_text() == "sks"
     assert pictures[0].with_suffix(".txt").read_text() == "sks, a plain field, number 0"
     assert bulk.undo(app_state.project) == (3, 0)
     assert texts(pictures) == before
-    assert bulk.undoable(app_state.project) == ""
+    assert bulk.last_change(app_state.project) == ""
     with pytest.raises(DatasetError, match="left to take back"):
         bulk.undo(app_state.project)
 
@@ -44,26 +44,26 @@ def test_what_was_written_since_stays(app_state: AppState, pictures: list[Path])
     bulk.apply(app_state.project, Edit("append", put="outside"), None)
     app_state.project.save_caption("picture-0.png", "by hand")
     assert bulk.undo(app_state.project) == (2, 1)
-    assert app_state.project.named("picture-0.png").caption == "by hand"
-    assert app_state.project.named("picture-2.png").caption == ""
+    assert app_state.project.find_image("picture-0.png").caption == "by hand"
+    assert app_state.project.find_image("picture-2.png").caption == ""
 
 
 def test_each_change_can_be_taken_back_the_last_first(app_state: AppState, pictures: list[Path]) -> None:
     bulk.apply(app_state.project, Edit("replace", "plain", "wide"), None)
     bulk.apply(app_state.project, Edit("delete tag", "number 1"), None)
-    assert bulk.undoable(app_state.project) == "tag “number 1” deleted"
+    assert bulk.last_change(app_state.project) == "tag “number 1” deleted"
     assert bulk.undo(app_state.project) == (1, 0)
-    assert bulk.undoable(app_state.project) == "“plain” replaced by “wide”"
-    assert app_state.project.named("picture-1.png").caption == "a wide field, number 1"
+    assert bulk.last_change(app_state.project) == "“plain” replaced by “wide”"
+    assert app_state.project.find_image("picture-1.png").caption == "a wide field, number 1"
 
 
 def test_only_the_named_pictures(app_state: AppState, pictures: list[Path]) -> None:
     assert bulk.apply(app_state.project, Edit("append", put="!"), {"picture-1.png"}) == 1
-    assert app_state.project.named("picture-0.png").caption == "a plain field, number 0"
+    assert app_state.project.find_image("picture-0.png").caption == "a plain field, number 0"
 
 
 def test_the_demo_stays_as_it_is(app_state: AppState) -> None:
-    app_state.project.keep(dataset="demo")
+    app_state.project.update_draft(dataset="demo")
     assert bulk.preview(app_state.project, Edit("append", put="!"), None)["changed"] == 24
     with pytest.raises(DatasetError, match="demo"):
         bulk.apply(app_state.project, Edit("append", put="!"), None)

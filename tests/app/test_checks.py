@@ -38,13 +38,13 @@ def test_a_poll_does_not_wait_and_the_next_one_knows(
     assert 'id="start-why"' in facts(take_snapshot(app_state))
     # Nothing changed: nothing is looked up again.
     assert len(asked) == 1
-    app_state.project.keep(values={"train.steps": 9})
+    app_state.project.update_draft(values={"train.steps": 9})
     unfit(take_snapshot(app_state))
     wait_for(lambda: len(asked) == 2)
 
 
 def test_start_says_everything_at_once(app_state: AppState, pictures: list[Path]) -> None:
-    app_state.project.keep(
+    app_state.project.update_draft(
         values={"model.vae": "/no/vae", "adapter.init": "/no/lora.safetensors", "optimizer.lr": 9.0}
     )
     with pytest.raises(LoraError) as caught:
@@ -70,7 +70,7 @@ def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: lis
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(pictures[0], folder / name)
     Image.new("RGBA", (160, 160), (0, 90, 160, 90)).save(folder / "clear.png")
-    app_state.project.forget()
+    app_state.project.invalidate()
     assert len(app_state.project.dataset().records) == 4
     said = wait_for(lambda: [text for text in _notes(app_state) if "masks are not used yet" in text])
     assert said == [

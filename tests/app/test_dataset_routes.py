@@ -239,7 +239,7 @@ def test_the_trigger_word_reaches_every_caption(
 ) -> None:
     answer = client.post("/easel/bulk", json={"do": "trigger", "apply": True}).json()
     assert "no trigger word yet" in answer["problem"]
-    app_state.project.keep(trigger="sks")
+    app_state.project.update_draft(trigger="sks")
     client.post("/easel/bulk", json={"do": "trigger", "apply": True})
     assert [one["caption"] for one in shelf(client)] == [
         "sks, a plain field, number 0",
@@ -272,7 +272,7 @@ def test_broken_requests_do_no_harm(client: TestClient, pictures: list[Path], pa
 
 @pytest.mark.parametrize("path", ["leave-out", "hold-out"])
 def test_the_demo_stays_as_it_is(client: TestClient, app_state: AppState, path: str) -> None:
-    app_state.project.keep(dataset="demo")
+    app_state.project.update_draft(dataset="demo")
     name = shelf(client)[0]["name"]
     assert "demo" in client.post(f"/easel/{path}", json={"pictures": [name], "on": True}).json()["problem"]
 
@@ -313,7 +313,7 @@ def test_a_hostile_folder_comes_in_without_harm(
     state = settled(client, "import")
     assert (state["state"], state["note"]) == ("done", "1 file added. 5 skipped, see below.")
     shutil.copy(folder / "a.png", os.fsencode(app_state.project.pictures) + b"/\xfe.png")
-    app_state.project.forget()
+    app_state.project.invalidate()
     (app_state.project.pictures / "mask").mkdir()
     (app_state.project.pictures / "mask" / "a.png").write_bytes(png(3))
     assert [(one["name"], one["caption"]) for one in shelf(client)] == [("a.png", "")]

@@ -33,7 +33,7 @@ def hub(app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def choose(app_state: AppState, name: str) -> None:
     _, level, values = choose_base(app_state, {**standing_values(app_state.project), "model.base": name})
-    app_state.project.keep(values=values, level=level)
+    app_state.project.update_draft(values=values, level=level)
 
 
 def shown(app_state: AppState) -> str:
@@ -60,7 +60,7 @@ def test_the_size_is_said_and_nothing_is_fetched_unasked(app_state: AppState, hu
 
 def test_it_arrives_with_its_starting_values(app_state: AppState, hub: Hub) -> None:
     """From the demo's own preset, whose rate suits the embedded base alone."""
-    app_state.project.keep(level="demo", goal="style", values={})
+    app_state.project.update_draft(level="demo", goal="style", values={})
     choose(app_state, "owner/base")
     assert app_state.project.draft()["level"] == "demo"
     wait_for(lambda: buttons(app_state) == ["download"])

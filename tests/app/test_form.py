@@ -100,7 +100,7 @@ def test_a_draft_survives_and_may_hold_what_is_not_legal(tmp_path) -> None:
         "train.steps": None,
         "optimizer.lr": 2e-4,
     }
-    Project(tmp_path).keep(values=values, goal="object", level="quick", trigger="zwx")
+    Project(tmp_path).update_draft(values=values, goal="object", level="quick", trigger="zwx")
     again = Project(tmp_path)
     plan = Plan(again)
     assert plan.problems == ["Steps is empty."]

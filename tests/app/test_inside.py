@@ -249,7 +249,7 @@ def test_nothing_is_measured_while_a_run_needs_the_memory(app_state: AppState, c
 
 def test_training_goes_on_from_a_file(app_state: AppState, client: TestClient, tmp_path: Path) -> None:
     _, file = run_with_file(app_state)
-    app_state.project.keep(values={"train.steps": 7})
+    app_state.project.update_draft(values={"train.steps": 7})
     assert say(client, "inside/go-on", file=str(file)) == {"done": True}
     assert app_state.project.draft()["values"] == {"train.steps": 7, "adapter.init": str(file)}
     assert "no file at" in say(client, "inside/go-on", file=str(tmp_path / "gone"))["problem"]

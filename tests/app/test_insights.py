@@ -113,21 +113,21 @@ def test_captions_that_are_all_the_same_are_not_asked_about(client: TestClient, 
 def test_a_word_is_measured_with_the_trigger_and_can_be_cancelled(
     client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
-    app_state.project.keep(trigger="slow")
+    app_state.project.update_draft(trigger="slow")
     ask(client, "triggers")
     working(client, "triggers")
     ask(client, "triggers", "cancel")
     assert settled(client, "triggers")["state"] == "idle"
-    app_state.project.keep(trigger="bad")
+    app_state.project.update_draft(trigger="bad")
     ask(client, "triggers")
     assert settled(client, "triggers") == {"state": "failed", "message": "It is broken.", "why": ""}
-    app_state.project.keep(trigger="sks")
+    app_state.project.update_draft(trigger="sks")
     ask(client, "triggers")
     assert settled(client, "triggers")["found"]["rows"][0]["asked"]["trigger"] == "sks"
 
 
 def test_a_run_comes_first(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
-    app_state.project.keep(trigger="slow")
+    app_state.project.update_draft(trigger="slow")
     ask(client, "triggers")
     working(client, "triggers")
     come_alive(make_run(app_state, "live", started(), step(1)))
@@ -170,5 +170,5 @@ def test_the_check_says_what_will_be_learned(
     assert sum(row["share"] for row in state["shares"]) == pytest.approx(1)
     assert all(set(row["pictures"]) <= {path.name for path in pictures} for row in state["learned"])
     # Another batch size fills batches up in another way.
-    app_state.project.keep(values={"train.batch_size": 4})
+    app_state.project.update_draft(values={"train.batch_size": 4})
     assert client.get("/easel/check").json()["fresh"] is False

@@ -184,7 +184,7 @@ def test_facts_before_start(app_state: AppState, pictures: list[Path]) -> None:
 
 def test_facts_say_what_captions_that_vary_take(app_state: AppState, pictures: list[Path]) -> None:
     values = {"dataset.shuffle_tags": True, "optimizer.text_encoder_lr": 0.0, "train.steps": 10**6}
-    app_state.project.keep(values=values)
+    app_state.project.update_draft(values=values)
     limit = format_bytes(DRAWN_CAPTIONS_BYTES)
     assert f"up to {limit} of them stay in memory, none on disk" in facts(take_snapshot(app_state))
 

@@ -209,7 +209,7 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
 
 def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    project.keep(values=dict(zip(FORM, widget_values(project), strict=True)) | {"sample.cfg": 7.5})
+    project.update_draft(values=dict(zip(FORM, widget_values(project), strict=True)) | {"sample.cfg": 7.5})
     hostile = {
         **KOHYA,
         "ss_sd_model_name": "<img src=x onerror=alert(1)>",
@@ -229,7 +229,7 @@ def test_a_file_cannot_freeze_the_window_with_a_pattern(tmp_path: Path) -> None:
     """`re` would look for this one in a layer's name for longer than anybody lives."""
     hostile = {"lora_easel.config": "[adapter]\nrank = 4\n[adapter.block_ranks]\n'([a-z0-9_.]+)+!' = 4"}
     project = Project(tmp_path / "project")
-    project.keep(values=dict(zip(FORM, widget_values(project), strict=True)))
+    project.update_draft(values=dict(zip(FORM, widget_values(project), strict=True)))
     take_settings(project, like_file(lora(tmp_path, hostile)), "x.safetensors")
     plan = Plan(project)
     begun = time.process_time()

@@ -242,7 +242,7 @@ def test_the_strip_of_a_run_is_drawn_once(app_state: AppState, monkeypatch: pyte
     monkeypatch.setattr(app_state.render_queue, "want", lambda shot, strip: wanted.append((shot, strip)))
     assert open_tab(app_state) == {"fill": False, "drawn": False}
     _, file = run_with_file(app_state)
-    app_state.project.keep(preview_strip="mine")
+    app_state.project.update_draft(preview_strip="mine")
     assert open_tab(app_state)["fill"]
     ((shot, strip),) = wanted
     assert (shot.loras, shot.seed, shot.steps) == ((WeightedLora(str(file)),), 7, 9)
@@ -250,7 +250,7 @@ def test_the_strip_of_a_run_is_drawn_once(app_state: AppState, monkeypatch: pyte
     assert preview_form.load_fields(take_snapshot(app_state))["seed"] == 7
     assert not open_tab(app_state)["fill"]
     assert len(wanted) == 1
-    app_state.project.keep(preview_strip="deleted")
+    app_state.project.update_draft(preview_strip="deleted")
     open_tab(app_state)
     assert app_state.render_queue.view().state == "error"
     assert "deleted" in app_state.render_queue.view().message

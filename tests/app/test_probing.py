@@ -126,7 +126,7 @@ def test_a_large_base_on_a_processor_only_on_a_click(
     app_state: AppState, pictures: list[Path], tmp_path: Path
 ) -> None:
     base = checkpoint(tmp_path / "large.safetensors", "sd15", 2_130_000_000)
-    app_state.project.keep(values={"model.base": str(base)})
+    app_state.project.update_draft(values={"model.base": str(base)})
     awake(app_state)
     assert state(app_state) == "offered"
     assert "takes some minutes" in facts(take_snapshot(app_state))
@@ -144,7 +144,7 @@ def test_a_form_that_changes_drops_what_is_measured(
     assert state(app_state) == "soon"
     wait_for(lambda: state(app_state) == "working")
     wait_for(lambda: "1 of 4" in facts(take_snapshot(app_state)))
-    app_state.project.keep(values={"train.batch_size": 5})
+    app_state.project.update_draft(values={"train.batch_size": 5})
     facts(take_snapshot(app_state))
     wait_for(lambda: state(app_state) and len(asked(tmp_path)) > 1)
     (tmp_path / "slow").unlink()

@@ -16,7 +16,7 @@ from app.state import AppState, take_snapshot
 from app.train.run_list import earlier
 from lora_core.errors import RunError
 from lora_core.generate.request import GenerationRequest
-from lora_core.projects.workspace import Projects, adopt, belongs_to
+from lora_core.projects.workspace import Projects, belongs_to, mark_project
 from lora_core.runs.folder import RunFolder, all_runs, runs_folder
 from lora_core.runs.storage import list_trash
 from lora_core.settings.config import RunConfig
@@ -29,7 +29,7 @@ def run(app_state: AppState, name: str, dataset: str = "demo") -> RunFolder:
 
 def test_a_project_of_its_own(app_state: AppState, pictures: list[Path]) -> None:
     first = app_state.project.path
-    app_state.project.keep(trigger="sks")
+    app_state.project.update_draft(trigger="sks")
     key = app_state.projects.new("My <b>dog</b>: a / b")
     assert app_state.project.path.name == key
     assert key == "my-b-dog-b-a-b"
@@ -103,7 +103,7 @@ def test_runs_of_a_project(app_state: AppState) -> None:
     run(app_state, "of-one-that-is-gone", str(app_state.workspace / "projects" / "gone" / "pictures"))
     key = app_state.projects.new("Second")
     assert key == "second"
-    adopt(of_demo, app_state.project.path)
+    mark_project(of_demo, app_state.project.path)
     assert names_of_runs(app_state) == {"own-pictures", "demo-in-second"}
     app_state.projects.open("default")
     assert names_of_runs(app_state) == {"from-the-command-line", "of-one-that-is-gone"}
@@ -112,7 +112,7 @@ def test_runs_of_a_project(app_state: AppState) -> None:
 def test_a_project_shows_its_own_runs_and_folds_the_others(app_state: AppState, client: TestClient) -> None:
     run(app_state, "in-the-first")
     for name in ("in-the-second", "in-the-second-too"):
-        adopt(run(app_state, name), app_state.workspace / "projects" / "second")
+        mark_project(run(app_state, name), app_state.workspace / "projects" / "second")
     app_state.jobs.show("in-the-first")
     assert client.post("/easel/projects", json={"do": "new", "title": "Second"}).json()["switched"]
     snapshot = take_snapshot(app_state)
@@ -271,4 +271,6 @@ def test_a_draft_that_cannot_be_shown_is_set_aside(app_state: AppState, draft: d
 def test_a_project_whose_title_is_no_valid_text(app_state: AppState) -> None:
     key = app_state.projects.new("a\ud800b")
     assert app_state.project.title == "a\N{REPLACEMENT CHARACTER}b"
-    assert [one.key for one in app_state.projects.listed() if one.title == app_state.project.title] == [key]
+    assert [
+        one.key for one in app_state.projects.list_projects() if one.title == app_state.project.title
+    ] == [key]

@@ -219,7 +219,7 @@ def test_without_a_card_it_says_that_it_takes_hours(
     monkeypatch.setattr(app_state.hardware, "look", lambda: None)
     assert not any("graphics card" in text for text in notes(without_card(app_state)))
     base = base_file(tmp_path / "base.safetensors", "sd15")
-    app_state.project.keep(values={"model.base": str(base)})
+    app_state.project.update_draft(values={"model.base": str(base)})
     assert "No graphics card was found" in notes(without_card(app_state))[0]
     app_state.hardware._card = Card("RTX 3060", 2**30, 8 * 2**30)
     assert not any("graphics card" in text for text in notes(without_card(app_state)))
@@ -233,9 +233,9 @@ def test_without_a_card_it_says_that_it_takes_hours(
     )
     assert "start launch.py again" in said
     assert not app_state.hardware.has_gpu
-    app_state.project.keep(values={"model.base": str(base), "train.device": "cpu"})
+    app_state.project.update_draft(values={"model.base": str(base), "train.device": "cpu"})
     assert not any("cannot use it" in text for text in notes(take_snapshot(app_state)))
-    app_state.project.keep(values={"model.base": str(base)})
+    app_state.project.update_draft(values={"model.base": str(base)})
     app_state.worker.found["device"] = "cuda"
     assert not any("cannot use it" in text for text in notes(take_snapshot(app_state)))
 

@@ -66,7 +66,7 @@ def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:
 
 def test_a_group_offers_its_own_way_back(app_state: AppState) -> None:
     assert "Reset" not in _group_note("Learning", take_snapshot(app_state))
-    app_state.project.keep(values={"optimizer.warmup": 0.5, "adapter.rank": 3})
+    app_state.project.update_draft(values={"optimizer.warmup": 0.5, "adapter.rank": 3})
     snapshot = take_snapshot(app_state)
     note = _group_note("Learning", snapshot)
     assert "1 changed from preset" in note
@@ -85,7 +85,7 @@ def test_problems_call_settings_as_the_form_does() -> None:
 
 def test_an_older_draft_names_what_is_no_longer_used_until_it_is_changed(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    project.keep(values={"dataset.repeats": 10, "adapter.kind": "lora", "loss.min_snr": 5.0})
+    project.update_draft(values={"dataset.repeats": 10, "adapter.kind": "lora", "loss.min_snr": 5.0})
     plan = Plan(project)
     assert [note.split(":")[0] for note in plan.notes] == ["dataset.repeats = 10 cannot be used"]
     assert (plan.problems, plan.config.loss.min_snr) == ([], 5.0)

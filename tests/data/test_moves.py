@@ -14,7 +14,7 @@ from lora_core.data import moves
 from lora_core.data.bulk_edit import Edit
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits
-from lora_core.projects.project import Project, leave_out, left_out, take_back
+from lora_core.projects.project import Project, leave_out, list_left_out, take_back
 from tests.data.conftest import Draw, listed
 
 NAMES = ["a.png", "sub/b.png", "c.png"]
@@ -197,12 +197,12 @@ def test_a_move_that_fails_leaves_everything_where_it_was(
 def test_a_caption_of_two_pictures_stays_with_both(project: Project, draw: Draw) -> None:
     draw(project.pictures / "two.png", seed=8, caption="both")
     draw(project.pictures / "two.jpg", seed=9)
-    project.forget()
+    project.invalidate()
     leave_out(project, ["two.png"])
-    assert project.named("two.jpg").caption == "both"
-    assert [record.caption for record in left_out(project)] == ["both"]
+    assert project.find_image("two.jpg").caption == "both"
+    assert [record.caption for record in list_left_out(project)] == ["both"]
     take_back(project, ["two.png"])
-    assert [project.named(name).caption for name in ("two.jpg", "two-2.png")] == ["both", "both"]
+    assert [project.find_image(name).caption for name in ("two.jpg", "two-2.png")] == ["both", "both"]
 
 
 def test_a_caption_that_waits_for_its_picture_is_met_again(project: Project) -> None:
@@ -259,6 +259,6 @@ def test_another_process_that_holds_the_project_is_waited_for(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_core.projects.project._PATIENCE", 0.05)
-    with Project(project.path).changing(), pytest.raises(DatasetError, match="being changed by another"):
+    with Project(project.path).lock(), pytest.raises(DatasetError, match="being changed by another"):
         leave_out(project, ["a.png"])
     assert leave_out(project, ["a.png"]) == 1

@@ -117,7 +117,7 @@ def test_what_cannot_be_trained_says_why() -> None:
 @pytest.mark.parametrize("preset", ["demo", "style-quick"])
 def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None:
     app_state = AppState(tmp_path, worker_command=["no-such-program"])
-    app_state.project.keep(dataset=DEMO)
+    app_state.project.update_draft(dataset=DEMO)
     config = RunConfig().changed(
         {
             **starting_settings(preset, None), "dataset.path": DEMO, "train.steps": 40,
