@@ -1,18 +1,30 @@
-"""Sizes against `du`, and caches that are cleaned only while nobody uses them."""
+"""Caches are cleaned only while nobody uses them; the trash gives all back, and takes nothing in use."""
 
 import os
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from lora_core.errors import RunError
-from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.storage import cache_sizes, clean_caches
+from lora_core.runs.folder import RunFolder, all_runs, runs_folder
+from lora_core.runs.queue import Queue
+from lora_core.runs.storage import (
+    cache_sizes,
+    clean_caches,
+    empty_trash,
+    list_trash,
+    move_to_trash,
+    restore,
+    trash_folder,
+)
 from lora_core.settings.config import RunConfig
 from lora_core.system.disk_space import folder_bytes
+from tests.waiting import PATIENCE
 
 
 def filled(folder: Path, *sizes: int) -> Path:
@@ -78,3 +90,126 @@ def test_caches_are_cleaned_and_nothing_else(tmp_path: Path) -> None:
     assert run.config_file.is_file()
     assert clean_caches(tmp_path) == 0
     assert clean_caches(tmp_path / "nowhere") == 0
+
+
+def made(home: Path, name: str = "one", dataset: str = "demo") -> RunFolder:
+    return RunFolder.create(runs_folder(home) / name, RunConfig().changed({"dataset.path": dataset}))
+
+
+def project(home: Path, name: str = "cats") -> Path:
+    pictures = home / "projects" / name / "pictures"
+    pictures.mkdir(parents=True)
+    (pictures / "a.png").write_bytes(b"a")
+    return pictures.parent
+
+
+def test_a_run_goes_and_comes_back(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    (run.checkpoints / "state").write_bytes(b"precious")
+    before = run.config_file.read_bytes()
+    moved = move_to_trash(run.path, tmp_path)
+    assert not run.path.exists()
+    assert all_runs(tmp_path) == []
+    assert (moved / "checkpoints" / "state").read_bytes() == b"precious"
+    (one,) = list_trash(tmp_path)
+    assert (one.name, one.came_from, one.content) == ("one", run.path, moved)
+    assert restore(one, tmp_path) == run.path
+    assert run.config_file.read_bytes() == before
+    assert list_trash(tmp_path) == []
+    assert list(trash_folder(tmp_path).iterdir()) == []
+
+
+def test_two_of_one_name(tmp_path: Path) -> None:
+    move_to_trash(made(tmp_path).path, tmp_path)
+    move_to_trash(made(tmp_path).path, tmp_path)
+    again = made(tmp_path)
+    newest, oldest = list_trash(tmp_path)
+    assert newest.time >= oldest.time
+    before = again.config_file.read_bytes()
+    assert [restore(one, tmp_path).name for one in (newest, oldest)] == ["one-2", "one-3"]
+    assert again.config_file.read_bytes() == before
+    assert list_trash(tmp_path) == []
+    assert sorted(run.name for run in all_runs(tmp_path)) == ["one", "one-2", "one-3"]
+    move_to_trash(again.path, tmp_path)
+    empty_trash(tmp_path)
+    assert list_trash(tmp_path) == []
+
+
+def test_a_live_run_stays(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    with run.hold(), pytest.raises(RunError, match="one is going on; stop it"):
+        move_to_trash(run.path, tmp_path)
+    # One that has the lock and has not said yet who it is.
+    locked, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with FileLock(run.lock_file):
+            locked.set()
+            leave.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    locked.wait(PATIENCE)
+    with pytest.raises(RunError, match="one is going on"):
+        move_to_trash(run.path, tmp_path)
+    leave.set()
+    thread.join()
+    assert run.config_file.is_file()
+    assert list_trash(tmp_path) == []
+    move_to_trash(run.path, tmp_path)
+
+
+def test_a_project_whose_pictures_are_trained_on_stays(tmp_path: Path) -> None:
+    folder, other = project(tmp_path), project(tmp_path, "dogs")
+    run = made(tmp_path, dataset=str(folder / "pictures"))
+    with run.hold():
+        with pytest.raises(RunError, match="one is going on with the pictures of cats"):
+            move_to_trash(folder, tmp_path)
+        move_to_trash(other, tmp_path)
+    moved = move_to_trash(folder, tmp_path)
+    assert (moved / "pictures" / "a.png").read_bytes() == b"a"
+    assert {one.name for one in list_trash(tmp_path)} == {"cats", "dogs"}
+
+
+def test_a_job_leaves_the_queue_too(tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    queue.add(made(tmp_path, "one"))
+    queue.add(made(tmp_path, "two"))
+    move_to_trash(queue.run("one").path, tmp_path)
+    assert [job.run for job in queue.jobs()] == ["two"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["", "runs", "runs/one/checkpoints", "cache", "runs/../runs/.trash", ".trash", "../outside", "runs/.."],
+)
+def test_nothing_else_is_ever_moved(tmp_path: Path, place: str) -> None:
+    home = tmp_path / "home"
+    made(home)
+    (tmp_path / "outside" / "runs" / "x").mkdir(parents=True)
+    for path in (home / place, tmp_path / "outside" / "runs" / "x"):
+        with pytest.raises(RunError, match="neither a run nor a project"):
+            move_to_trash(path, home)
+    assert (tmp_path / "outside" / "runs" / "x").is_dir()
+    assert made(home, "two").path.is_dir()
+
+
+def test_what_is_gone_already(tmp_path: Path) -> None:
+    for place in (runs_folder(tmp_path) / "gone", tmp_path / "projects" / "gone"):
+        with pytest.raises(RunError, match="gone any more"):
+            move_to_trash(place, tmp_path)
+    empty_trash(tmp_path)
+
+
+def test_a_refused_rename_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made(tmp_path)
+
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("lora_core.runs.storage.os.rename", refuse)
+    with pytest.raises(RunError, match="one cannot be moved to the trash: Permission denied"):
+        move_to_trash(run.path, tmp_path)
+    assert run.config_file.is_file()
+    assert list_trash(tmp_path) == []
+    assert list(trash_folder(tmp_path).iterdir()) == []
