@@ -1,4 +1,4 @@
-"""What a file is, told from names, shapes and header alone: the kind of adapter, and for which family."""
+"""Detects the kind of an adapter file and the family that it is for, from names, shapes and header alone."""
 
 import re
 from collections import Counter
@@ -40,7 +40,7 @@ _KINDS = (
     (re.compile(r"^(encoder|decoder)\.(down_blocks|mid_block|up_blocks)\."), "whole VAE"),
     (re.compile(r"^(emb_params|string_to_param|clip_[lg])$"), "textual-inversion embedding"),
 )
-"""By names, the more special first."""
+"""Patterns of tensor names to kinds, the more specific first."""
 
 _EXTRAS = (
     (re.compile(r"^bundle_emb\."), "bundled embeddings"),
@@ -48,7 +48,7 @@ _EXTRAS = (
     (re.compile(r"\.diff_b$|\.bias$|\.bias_(?:indices|values|size)$"), "changes of biases"),
     (re.compile(r"\.diff$"), "full differences of weights"),
 )
-"""What some files hold beside the factors of a LoRA: the name of a tensor, and what it is."""
+"""Tensors that some files hold beside the factors of a LoRA: the name, and what it is."""
 
 _DOWN = r"[._](?:lora[_.](?:down|A|linear_layer\.down)|hada_w1_b)"
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]" + _DOWN)
@@ -62,11 +62,11 @@ _DEEP = re.compile(r"[._]transformer_blocks[._][2-9][._]")
 _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 
 ADAPTERS = (LORA, LOCON, DORA, "LoHa", "LoKr", "full difference")
-"""The kinds of which it is known here how tools read them."""
+"""The kinds that `compat/` knows how tools read."""
 
 
 def describe_kind(kind: str, shapes: Shapes) -> str:
-    """A file of a kind in a sentence after "it is"."""
+    """How to name a file of a kind in a sentence, after "it is"."""
     if not shapes:
         return "no adapter, for it holds no tensors"
     if kind == "unknown":
@@ -75,7 +75,7 @@ def describe_kind(kind: str, shapes: Shapes) -> str:
 
 
 def detect_kind(shapes: Shapes) -> str:
-    """What the tensors of a file make together, such as "LoRA" or "whole checkpoint", else "unknown".
+    """The kind of a file, such as "LoRA" or "whole checkpoint", else "unknown".
 
     A LoRA that adapts convolutions larger than 1 x 1 is a LoCon.
     """
@@ -94,9 +94,9 @@ def detect_kind(shapes: Shapes) -> str:
 
 
 def extra_keys(keys: Iterable[str]) -> dict[str, str]:
-    """The tensors that stand beside the factors of a LoRA and fit in no plain LoRA, each with what it is.
+    """The tensors that do not fit into a plain LoRA, each with what it is.
 
-    An alpha that belongs to such tensors alone is one of them.
+    The alpha of a module that has only such tensors is one of them.
     """
     extras = {key: what for key in keys for pattern, what in _EXTRAS if pattern.search(key)}
     modules = keys_by_module(keys) if extras else {}
@@ -108,7 +108,7 @@ def extra_keys(keys: Iterable[str]) -> dict[str, str]:
 
 
 def extras_sentence(shapes: Shapes) -> str:
-    """What of an adapter file is not used here, in a sentence; "" if everything is."""
+    """The tensors of an adapter file that are left out here, in a sentence; "" if none are."""
     extras = extra_keys(list(shapes))
     if not extras or not any(_FACTOR.search(key) for key in shapes):
         return ""
@@ -122,7 +122,7 @@ def extras_sentence(shapes: Shapes) -> str:
 def family_evidence(
     shapes: Shapes, metadata: Mapping[str, str], rows: Sequence[Family] = tuple(FAMILIES.values())
 ) -> list[set[str]]:
-    """Each sign of the family that a file is for, as the titles that it allows; the header's first."""
+    """Each sign of the family that a file is for, as the set of titles that it allows; the header's first."""
     other = other_family(shapes, metadata)
     if other:
         return [{other}]
@@ -149,16 +149,15 @@ def mismatch(shapes: Shapes, metadata: Mapping[str, str], family: Family) -> str
 
 
 def detect_family_name(shapes: Shapes, metadata: Mapping[str, str]) -> str:
-    """The key of the first row of the family's title, or a title where there is no row, or "unknown"."""
+    """The name of the first row with the family's title, else the title itself, else "unknown"."""
     title = _title(shapes, metadata)
     return next((name for name, family in FAMILIES.items() if family.title == title), title)
 
 
 def detect_family(shapes: Shapes, metadata: Mapping[str, str]) -> Family | None:
-    """The exact row that a file is for, or None.
+    """The row that a file is for, or None.
 
-    Where several rows share a title, the header chooses: by version, architecture or prediction; else the
-    first.
+    If several rows share a title: by the header's version, architecture or prediction, else the first.
     """
     title = _title(shapes, metadata)
     rows = [family for family in FAMILIES.values() if family.title == title]
@@ -188,8 +187,7 @@ def _title(shapes: Shapes, metadata: Mapping[str, str]) -> str:
 
 
 def _by_blocks(shapes: Shapes) -> str:
-    """The title of a file whose widths and header do not tell: by names of blocks and depths of
-    transformers."""
+    """The title by names of blocks and depths of transformers, for files without widths or a header."""
     large = any(_LDM.search(key) or _DEEP.search(key) for key in shapes)
     return ldm_family().title if large else "unknown"
 
@@ -221,7 +219,7 @@ def _titles_of_text_width(width: int, families: Sequence[Family]) -> set[str]:
 
 
 def header_alphas(metadata: Mapping[str, str], key: str) -> list[float]:
-    """The alphas that a header of the diffusers format lists; none if it is absent or unreadable."""
+    """The alphas in a header of the diffusers format; none if it is absent or unreadable."""
     try:
         values = parse_json(metadata.get(key, "{}"))
     except ValueError:

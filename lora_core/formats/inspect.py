@@ -1,4 +1,4 @@
-"""What an adapter file is, whoever wrote it: told from its header, alphas and hashes, without a base."""
+"""Describes an adapter file of any tool by its header, alphas and hashes, without a base."""
 
 import math
 import re
@@ -16,14 +16,14 @@ from lora_core.model_files.header import Header, read_header
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """What is known about an adapter file of any kind, LoHa, LoKr and DoRA included.
+    """Describe an adapter file of any kind, LoHa, LoKr and DoRA included.
 
     Returns:
         `family`: a row of `FAMILIES`, else a title, else "unknown"; `format`: "kohya", "diffusers" or
         "unknown"; `kind`: "LoRA", "LoCon", "LoHa", ...; `ranks` and `alphas`: the distinct values, ascending;
-        `modules`: how many are adapted; `parameters`: how many numbers, alphas not counted; `bytes`;
+        `modules`: how many are adapted; `parameters`: how many, without alphas; `bytes`;
         `sha256`, `autov2`, `autov3`; `hash_matches`: whether the header's own hash is right, None if it has
-        none; `problem`: a sentence on numbers that are not finite, factors that do not fit or a file without
+        none; `problem`: a sentence on values that are not finite, factors that do not fit or a file without
         tensors, "" if there is none; `extras`: a sentence on what of the file is not used here, or "";
         `metadata`: the header's texts.
 
@@ -53,7 +53,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
 
 
 def file_format(shapes: detect.Shapes) -> str:
-    """Which format a file's names are of: "kohya", "diffusers" or "unknown"."""
+    """The format of a file by its tensors' names: "kohya", "diffusers" or "unknown"."""
     if kohya.matches(shapes):
         return "kohya"
     return "diffusers" if peft.matches(shapes) else "unknown"
@@ -66,7 +66,7 @@ _ROLE = re.compile(
 
 
 def _problem(path: Path, shapes: detect.Shapes) -> str:
-    """What is wrong inside a file whose header is in order, whatever its layers are called."""
+    """What is wrong with the tensors of a file whose header is fine, whatever its layers are called."""
     if not shapes:
         return f"{path} holds no tensors; it is no adapter."
     if detect.detect_kind(shapes) not in detect.ADAPTERS:

@@ -1,7 +1,7 @@
-"""The kohya format, the only one that all tools read: `<stem>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+"""The kohya format: `<prefix>.lora_down.weight`, `.lora_up.weight`, `.alpha`. All tools read it.
 
 One alpha for the whole file, because diffusers 0.42 takes the most frequent alpha of a component for most
-layers; where layers differ, the difference goes into `lora_up`. Ranks may differ.
+layers; where layers differ, `lora_up` is scaled instead. Ranks may differ.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ ROLES = {
     "lora_up.weight": "up",
     "lora_mid.weight": "mid",
     "alpha": "alpha",
-    # Some trainers put PEFT's leaves below kohya's stems.
+    # Some trainers put PEFT's suffixes after kohya's prefixes.
     "lora_A.weight": "down",
     "lora_B.weight": "up",
 }
@@ -48,7 +48,7 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = Fals
     """The tensors of a file, by name.
 
     Args:
-        weights: what to write; precisions stay as they are.
+        weights: to write; dtypes are kept.
         family: whose names to use.
         keep_alphas: write each layer's own alpha, bit for bit; diffusers reads such a file at the wrong
         strength.
@@ -60,12 +60,12 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = Fals
     common = file_alpha(weights)
     tensors: Tensors = {}
     for (part, path), layer in weights.layers.items():
-        stem = prefix_of_layer(part, path, family)
+        prefix = prefix_of_layer(part, path, family)
         kept = layer.alpha == common or keep_alphas
-        tensors[f"{stem}.lora_down.weight"] = layer.down
-        tensors[f"{stem}.lora_up.weight"] = layer.up if kept else _up_for_alpha(layer, common)
+        tensors[f"{prefix}.lora_down.weight"] = layer.down
+        tensors[f"{prefix}.lora_up.weight"] = layer.up if kept else _up_for_alpha(layer, common)
         alpha = layer.alpha if kept else common
-        tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        tensors[f"{prefix}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors
 
 
@@ -76,7 +76,7 @@ def _up_for_alpha(layer: LayerWeights, alpha: float) -> torch.Tensor:
 
 
 def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
-    """What the header must say so that other tools treat the file right; all values are texts."""
+    """The header entries that other tools need to treat the file correctly."""
     rank = Counter(layer.rank for layer in weights.layers.values()).most_common(1)[0][0]
     return {
         "ss_network_module": "networks.lora",
@@ -92,8 +92,8 @@ def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
 def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
     """The adapter in a file's tensors; ranks and alphas may differ, and without alpha the scale is 1.
 
-    An alpha of 0 is taken at its word, as all tools but kohya's do: such a layer changes nothing. What
-    `detect.extras_sentence` names is passed over.
+    An alpha of 0 means 0, as in all tools but kohya's: such a layer changes nothing. What
+    `detect.extras_sentence` names is skipped.
 
     Raises:
         AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape.
@@ -105,19 +105,19 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         raise AdapterFileError(
             f"The file holds tensors that belong to no plain LoRA of the kohya format: {first_few(unknown)}."
         )
-    by_stem: dict[str, Tensors] = {}
+    by_prefix: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
-        stem, _, leaf = key.partition(".")
-        if ROLES[leaf] in by_stem.setdefault(stem, {}):
-            raise AdapterFileError(f"The file holds the {ROLES[leaf]} half of {stem!r} twice.")
-        by_stem[stem][ROLES[leaf]] = tensor
+        prefix, _, suffix = key.partition(".")
+        if ROLES[suffix] in by_prefix.setdefault(prefix, {}):
+            raise AdapterFileError(f"The file holds the {ROLES[suffix]} half of {prefix!r} twice.")
+        by_prefix[prefix][ROLES[suffix]] = tensor
     family = detect_family({key: tensor.shape for key, tensor in tensors.items()}, metadata)
     layers: dict[LayerKey, LayerWeights] = {}
-    for stem, roles in by_stem.items():
-        key_of_layer = layer_of_prefix(stem, family)
+    for prefix, roles in by_prefix.items():
+        key_of_layer = layer_of_prefix(prefix, family)
         if key_of_layer in layers:
             raise AdapterFileError(
-                f"The file adapts {'.'.join(key_of_layer)} twice, the second time as {stem!r}."
+                f"The file adapts {'.'.join(key_of_layer)} twice, the second time as {prefix!r}."
             )
-        layers[key_of_layer] = layer_from_tensors(stem, roles)
+        layers[key_of_layer] = layer_from_tensors(prefix, roles)
     return AdapterWeights(layers, dict(metadata))

@@ -1,7 +1,7 @@
-"""Which layers a family's models have, and how large: worked out from its configs alone.
+"""The layers of a family's models and the shapes of their weights, from its configs alone.
 
-No model is built, so that this takes milliseconds; the price is that the layout of UNet2DConditionModel and
-CLIPTextModel is written down here once more. A test compares it with the real classes.
+No model is built, so this takes milliseconds; the price is that the layout of UNet2DConditionModel and
+CLIPTextModel is repeated here. A test compares it with the real classes.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
 from lora_core.system.untrusted import parse_json
 
 Layout = dict[LayerKey, tuple[int, ...]]
-"""Each linear layer and convolution, in the models' own order, to the shape of its weight."""
+"""Each linear layer and convolution to the shape of its weight, in the models' own order."""
 
 
 def family_layout(family: Family) -> Layout:
-    """The layers of a family's UNet and text encoders; treat it as read-only."""
+    """The layers of a family's UNet and text encoders; read-only."""
     return folder_layout(FAMILY_CONFIGS / family.configs if family.configs else DEMO_BASE, family)
 
 
 def folder_layout(folder: Path, family: Family) -> Layout:
-    """The layers of a base whose configs lie in `folder`, as in a diffusers folder; treat it as read-only."""
+    """The layers of a base with its configs in a diffusers folder; read-only."""
     return _layout(folder, family.parts)
 
 
@@ -72,11 +72,11 @@ _NORMS = {
     ".self_attn.q_proj": ".layer_norm1",
     ".mlp.fc1": ".layer_norm2",
 }
-"""The end of a layer's path, to the end of the path of the norm that its input passes."""
+"""The end of a layer's path, to that of the norm layer before it."""
 
 
 def norm_layers(layout: Layout) -> list[LayerKey]:
-    """The norm layers of the models whose layers these are."""
+    """The norm layers of the models with these layers."""
     found = [(part, "conv_norm_out") for part, path in layout if path == "conv_out"]
     for part, path in layout:
         for end, norm in _NORMS.items():

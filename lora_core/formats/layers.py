@@ -1,4 +1,4 @@
-"""From the loose tensors of one layer, as any format names them, to checked `LayerWeights`."""
+"""Checks the tensors of one layer of a file, of any format, and makes `LayerWeights` of them."""
 
 import math
 import re
@@ -13,15 +13,15 @@ Tensors = dict[str, torch.Tensor]
 
 
 def layer_from_tensors(name: str, tensors: Tensors) -> LayerWeights:
-    """The layer that a file calls `name`.
+    """The `LayerWeights` in the tensors of one layer.
 
     Args:
-        name: as the file has it, for error sentences.
-        tensors: some of "down" (r, in, ...), "up" (out, r, ...), "mid" (r, r, k, k) and "alpha" (one number).
-            Without alpha the scale is 1.
+        name: in the file, for errors.
+        tensors: some of "down" (r, in, ...), "up" (out, r, ...), "mid" (r, r, k, k) and "alpha" (one
+            element). Without alpha the scale is 1.
 
     Raises:
-        AdapterFileError: half of a pair is missing, or shapes or numbers are impossible.
+        AdapterFileError: half of a pair is missing, or shapes or values are impossible.
     """
     for role, other in (("down", "up"), ("up", "down")):
         if role not in tensors:
@@ -65,10 +65,10 @@ def _alpha(name: str, stored: torch.Tensor | None, rank: int) -> float:
 
 
 def read_alpha(stored: torch.Tensor) -> float:
-    """The number in an alpha tensor; from fp32 the shortest decimal that rounds to it, 0.3 for 0.300000012.
+    """The value of an alpha tensor; from fp32 the shortest decimal that rounds to it, 0.3 for 0.300000012.
 
-    So an alpha that a person wrote comes back as the same number, and a resumed run scales just as an
-    unbroken one.
+    So the alpha in a user's settings comes back as the same float, and a resumed run scales exactly as an
+    uninterrupted one.
     """
     number = float(stored.reshape(()))
     return float(str(np.float32(number))) if stored.dtype == torch.float32 else number
@@ -90,7 +90,7 @@ def _without_mid(name: str, down: torch.Tensor, mid: torch.Tensor) -> torch.Tens
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all numbers are finite. The sum tells in a fifth of the time, unless it overflows."""
+    """Whether all values are finite. The sum shows it in a fifth of the time, unless it overflows."""
     if tensor.dtype.itemsize == 1:
         # torch cannot compute with 8-bit floats.
         tensor = tensor.float()
@@ -99,10 +99,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def check_finite(weights: AdapterWeights) -> None:
-    """Refuse NaN and infinity, which would turn every picture black.
+    """Refuse NaN and infinity, which would turn every image black.
 
     Raises:
-        AdapterFileError: names the first layer with such a number, and how many there are.
+        AdapterFileError: names the first layer with such a value, and how many there are.
     """
     bad = [
         f"{part}.{path}"
@@ -120,11 +120,11 @@ def check_lycoris_factors(name: str, roles: Tensors) -> None:
     """Refuse a LoHa or a LoKr that lacks a tensor.
 
     Args:
-        name: of the layer, for error sentences.
+        name: of the layer, for errors.
         roles: its tensors by LyCORIS' names, such as "hada_w1_a" or "lokr_w2".
 
     Raises:
-        AdapterFileError: a factor is missing, empty or of whole numbers.
+        AdapterFileError: a factor is missing, empty or of an integer dtype.
     """
     if any(role.startswith("hada") for role in roles):
         needed = {f"hada_w{n}_{half}" for n in "12" for half in "ab"}
@@ -147,14 +147,14 @@ MAGNITUDE = re.compile(r"(.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.default)
 def magnitude_from_tensor(name: str, stored: torch.Tensor) -> torch.Tensor:
     """A layer's DoRA magnitudes, (out, 1) where rows are normed, (1, in) where columns are.
 
-    kohya's files say which by the shape, PEFT's always have one for each row.
+    In kohya's files the shape tells which; PEFT always has one for each row.
 
     Args:
         name: of the layer in the file.
         stored: the tensor in the file.
 
     Raises:
-        AdapterFileError: the shape is impossible, or a number is not finite.
+        AdapterFileError: the shape is impossible, or a value is not finite.
     """
     if stored.numel() == 0 or stored.numel() != max(stored.shape, default=0):
         raise AdapterFileError(f"{name!r} has DoRA magnitudes of the impossible shape {list(stored.shape)}.")
@@ -171,10 +171,10 @@ def dora_update(
 
     Args:
         weight: W0, (out, in) or (out, in, k, k).
-        product: the update before magnitudes, of as many numbers.
+        product: the update before magnitudes, with as many elements.
         magnitude: m, (out, 1) or (1, in).
         norm: what |V| is: "rows" or "columns" of W0 + update, or "base rows", those of W0 alone; "" for
-            rows or columns as the magnitudes have it.
+            the axis of the magnitudes.
     """
     merged = weight + product.reshape(weight.shape)
     norm = norm or ("rows" if magnitude.shape[1] == 1 else "columns")

@@ -1,7 +1,6 @@
-"""The texts in a file's header, and the side file beside it: what other tools show, filter and look up by.
+"""The metadata of an exported file's header, and the JSON file beside it: what other tools show.
 
-Everything here is plain facts in and texts out. Nothing that is written may name a folder of the machine:
-people share these files.
+Users share these files, so nothing that is written may name a folder of the machine.
 """
 
 import json
@@ -18,31 +17,31 @@ import tomli_w
 from lora_core.model_files.families import Family
 
 CONFIG_KEY = "lora_easel.config"
-"""Our own key: the run's settings as TOML, so that a file can be trained again like it was."""
+"""Our own key: the run's settings as TOML, from which the training can be repeated."""
 
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What is known about a run when its adapter is exported.
+    """Facts about a run for the header of its exported adapter.
 
     Attributes:
         name: the stem of the file; in A1111 an alias of it.
         family: of the base.
-        base_title: how to call the base.
-        rank: of most layers.
+        base_title: of the base, for users.
+        rank: the most frequent one.
         alpha: of the file.
         steps: optimizer steps done.
         resolution: (width, height) in pixels.
-        pictures: how many were trained on, repeats not counted.
+        num_images: that were trained on, without repeats.
         started_at: when the run began, in seconds since the epoch.
         finished_at: when this state was reached, in seconds since the epoch.
         version: of this program.
         clip_skip: as in A1111, 1 or less if none.
         seed: of the run.
-        trigger: the word that calls the adapter, or "".
+        trigger: the trigger word, or "".
         tag_frequency: dataset name to tag to how many captions have it.
-        datasets: dataset name to (repeats, pictures).
-        buckets: (width, height) in pixels to pictures.
+        datasets: dataset name to (repeats, images).
+        buckets: (width, height) in pixels to number of images.
         prediction: "epsilon" or "v_prediction".
         min_snr: gamma of min-SNR, 0 for none.
         settings: the run's settings as TOML.
@@ -56,7 +55,7 @@ class ExportFacts:
     alpha: float
     steps: int
     resolution: tuple[int, int]
-    pictures: int
+    num_images: int
     started_at: float
     finished_at: float
     version: str
@@ -83,18 +82,18 @@ _FROM_SETTINGS = {
     "ss_noise_offset": "loss.noise_offset",
     "ss_network_dropout": "adapter.dropout",
 }
-"""kohya's name to ours, for what A1111 shows in its table."""
+"""kohya's key to our setting, for the table that A1111 shows."""
 
 
 def export_metadata(facts: ExportFacts) -> dict[str, str]:
-    """The header of an exported file, without the hashes, which `file.write_adapter` adds.
+    """The header of an exported file, without the hashes, which `io.save_adapter` adds.
 
     Raises:
         tomllib.TOMLDecodeError: `facts.settings` is not TOML.
     """
     width, height = facts.resolution
     settings = _shareable(tomllib.loads(facts.settings))
-    trained = sum(repeats * count for repeats, count in facts.datasets.values()) or facts.pictures
+    trained = sum(repeats * count for repeats, count in facts.datasets.values()) or facts.num_images
     texts = {
         "ss_output_name": _last_name(facts.name),
         "ss_base_model_version": facts.family.base_version,
@@ -162,12 +161,12 @@ def _modelspec(facts: ExportFacts) -> dict[str, str]:
 
 
 def side_file(trigger: str, strength: float = 0.0, description: str = "") -> bytes:
-    """The file `<stem>.json` beside an adapter, from which A1111, Forge and InvokeAI take the trigger words.
+    """The file `<stem>.json` beside an adapter, from which A1111, Forge and InvokeAI read the trigger words.
 
     Args:
         trigger: what to put into a prompt, or "".
-        strength: the one to use by default; 0 leaves it to the tool.
-        description: for people.
+        strength: the default one; 0 leaves it to the tool.
+        description: for users.
     """
     values = {
         "description": description,
@@ -180,7 +179,7 @@ def side_file(trigger: str, strength: float = 0.0, description: str = "") -> byt
 
 
 def _json(value: dict[Any, Any]) -> str:
-    """JSON that every parser takes: no NaN or infinity."""
+    """JSON without NaN and infinity, which not every parser reads."""
     return json.dumps(_finite(value), allow_nan=False)
 
 
@@ -199,7 +198,7 @@ def _get(settings: Mapping[str, Any], dotted: str) -> Any:
 
 
 def _shareable(value: Any) -> Any:
-    """Settings in which each path is cut down to its last name."""
+    """Settings with each path reduced to its last name."""
     if isinstance(value, dict):
         return {key: _shareable(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -208,7 +207,7 @@ def _shareable(value: Any) -> Any:
 
 
 def _last_name(text: str) -> str:
-    """The last part of a text that is a path from somewhere; any other text, such as a hub id, as it is."""
+    """The last name of an absolute or relative path; any other text, such as a hub id, unchanged."""
     if PureWindowsPath(text).drive or text.startswith("\\"):
         return PureWindowsPath(text).name
     if text.startswith(("/", "~", "./", "../")):

@@ -1,9 +1,9 @@
-"""Layer names: the dotted paths of diffusers, and kohya's stems, in which each dot is an underscore.
+"""Layer names: the dotted paths of diffusers, and the key prefixes of kohya, with underscores for dots.
 
-A stem cannot simply be split, since underscores are part of the names too. So all adaptable layers are rows
-of a table in which `#` stands for a number; numbers are taken out of a name, the row is looked up, and they
+A prefix cannot be split at underscores, since they are part of the names too. So all adaptable layers are
+rows of a table with `#` for each number: a name's numbers are replaced, the row is looked up, and the numbers
 are put back. This needs no model. The original (ldm) block names, which some families have in kohya files
-(`Family.kohya_block_names`), are one more table; `model_files/key_names.py` knows what they are in diffusers.
+(`Family.kohya_block_names`), are another table; `model_files/key_names.py` translates them.
 """
 
 import re
@@ -62,12 +62,12 @@ PREFIX_PARTS = {
     # SimpleTuner's LyCORIS files.
     "lycoris": "unet",
 }
-"""What a kohya key begins with, to the part that it adapts."""
+"""The beginning of a kohya key, to the part that it adapts."""
 
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
-_STEM = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te|lycoris)_(.+)")
+_PREFIX = re.compile(r"(lora_unet|lora_te1|lora_te2|lora_te|lycoris)_(.+)")
 _PATHS = {"unet": set(UNET_PATHS), "text": set(CLIP_PATHS), "ldm": set(LDM_PATHS)}
-_BY_STEM = {kind: {path.replace(".", "_"): path for path in paths} for kind, paths in _PATHS.items()}
+_BY_FLAT_NAME = {kind: {path.replace(".", "_"): path for path in paths} for kind, paths in _PATHS.items()}
 
 
 def _kind(part: str) -> str:
@@ -85,24 +85,23 @@ def is_layer(part: str, path: str) -> bool:
 
 
 def ldm_family() -> Family:
-    """The family whose kohya files have the original block names: what such names mean, if nothing says
-    more."""
+    """The family whose kohya files have the original block names, for files that do not say their family."""
     return next(family for family in FAMILIES.values() if family.kohya_block_names == "ldm")
 
 
-def layer_of_prefix(stem: str, family: Family | None = None) -> tuple[str, str]:
-    """(part, dotted path) of a kohya stem, in diffusers' block names or in the original ones.
+def layer_of_prefix(prefix: str, family: Family | None = None) -> tuple[str, str]:
+    """(part, dotted path) of a kohya key prefix, with diffusers' block names or the original ones.
 
     Args:
-        stem: what stands before the first dot of a key.
+        prefix: of a key, up to its first dot.
         family: whose blocks the original names count; None for the family that has them in its files.
 
     Raises:
         AdapterFileError: it names no layer of a UNet or a CLIP text encoder.
     """
-    match = _STEM.fullmatch(stem)
+    match = _PREFIX.fullmatch(prefix)
     if match is None:
-        raise AdapterFileError(unknown_layer_message(stem))
+        raise AdapterFileError(unknown_layer_message(prefix))
     part, name = PREFIX_PARTS[match[1]], match[2]
     if _kind(part) == "text" and name.startswith("encoder_layers_"):
         name = f"text_model_{name}"
@@ -110,13 +109,13 @@ def layer_of_prefix(stem: str, family: Family | None = None) -> tuple[str, str]:
     if path is None and part == "unet":
         path = from_ldm(_dotted(name, "ldm") or "", family)
     if path is None:
-        raise AdapterFileError(unknown_layer_message(stem))
+        raise AdapterFileError(unknown_layer_message(prefix))
     return part, path
 
 
 def _dotted(name: str, kind: str) -> str | None:
     """The dotted path of an underscored name, or None if the table `kind` lacks it."""
-    row = _BY_STEM[kind].get(_NUMBER.sub("#", name))
+    row = _BY_FLAT_NAME[kind].get(_NUMBER.sub("#", name))
     if row is None:
         return None
     numbers = iter(_NUMBER.findall(name))
@@ -124,14 +123,13 @@ def _dotted(name: str, kind: str) -> str | None:
 
 
 def from_ldm(path: str, family: Family | None = None) -> str | None:
-    """Diffusers' path of a UNet layer's original one, or None if it is none; `family` as in
-    `layer_of_prefix`."""
+    """A UNet layer's path in diffusers, from its original one, or None; `family` as in `layer_of_prefix`."""
     found = diffusers_unet_path(path, (family or ldm_family()).attention_levels)
     return found if found is not None and is_layer("unet", found) else None
 
 
 def unknown_layer_message(whole: str) -> str:
-    """The sentence on a layer that no table holds, by the name that the file has for it."""
+    """The error message for a layer that no table has, by its name in the file."""
     other = other_family({f"{whole}.": ()})
     if other:
         return f"The file holds {whole!r}, a layer of {other}, which is no family that can be used here."
@@ -139,7 +137,7 @@ def unknown_layer_message(whole: str) -> str:
 
 
 def prefix_of_layer(part: str, path: str, family: Family) -> str:
-    """The kohya stem of a layer.
+    """The kohya key prefix of a layer.
 
     Raises:
         AdapterFileError: the family lacks the part, or the layer has no such name.
@@ -156,7 +154,7 @@ def prefix_of_layer(part: str, path: str, family: Family) -> str:
 
 
 def first_few(names: Iterable[str], most: int = 3) -> str:
-    """Some names for a sentence: "a, b, c and 5 more"."""
+    """The first names, quoted for a sentence: 'a', 'b', 'c' and 5 more."""
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(repr(name) for name in listed[:most]) + more

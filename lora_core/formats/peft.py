@@ -1,7 +1,7 @@
 """The diffusers / PEFT format: `<part>.<path>.lora_A.weight` (down), `.lora_B.weight` (up); older spellings.
 
-The tensors carry no alpha: it stands in the header, as the arguments of a PEFT `LoraConfig` for each part.
-Without that header alpha is taken to be the rank.
+Alpha is in the header, as the arguments of a PEFT `LoraConfig` for each part; without that header it is the
+rank. PEFT itself writes it to `adapter_config.json` beside its `adapter_model.safetensors`.
 """
 
 import json
@@ -36,7 +36,7 @@ _COMFY_PARTS = {
     "text_encoders.clip_h.transformer": "text_encoder",
     "text_encoders.clip_g.transformer": "text_encoder_2",
 }
-"""How ComfyUI calls the parts."""
+"""ComfyUI's names of the parts."""
 _OLDER = r"(?:(?P<old>to_q|to_k|to_v|to_out)_lora|lora|lora_linear_layer)\.(?P<role>down|up)\.weight"
 _LEAF = re.compile(
     rf"\.(?:(?:processor\.)?{_OLDER}|lora_(?P<new>A|B|down|up|mid)(?:\.default)?\.weight|(?P<alpha>alpha))$"
@@ -60,10 +60,9 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = True
     """The tensors of a file, by name; `header` must go into the same file.
 
     Args:
-        weights: what to write; precisions stay as they are.
+        weights: to write; dtypes are kept.
         family: which parts there are.
-        keep_alphas: taken only so that all formats are called alike; this one always keeps each layer's
-        alpha.
+        keep_alphas: ignored, for the same signature as `kohya.to_tensors`; alphas are always kept.
 
     Raises:
         AdapterFileError: the family lacks a part, or a layer is no plain LoRA.
@@ -79,7 +78,7 @@ def to_tensors(weights: AdapterWeights, family: Family, keep_alphas: bool = True
 
 
 def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
-    """What the header must say so that diffusers gives each layer its rank and alpha."""
+    """The header entries from which diffusers takes the rank and alpha of each layer."""
     values: dict[str, Any] = {}
     for part in weights.parts():
         layers = {_target(path): layer for (p, path), layer in weights.layers.items() if p == part}
@@ -104,10 +103,9 @@ def header(weights: AdapterWeights, family: Family) -> dict[str, str]:
 
 
 def _target(path: str) -> str:
-    """A layer as PEFT finds it by the end of its name, with and without the `text_model.` level.
+    """The end of a layer's name by which PEFT finds it, with and without the `text_model.` level.
 
-    The short forms ("q_proj") would adapt layers that the file leaves out; PEFT would leave random factors
-    there.
+    Short names ("q_proj") would also match layers that are not in the file, which PEFT would fill at random.
     """
     return path.removeprefix("text_model.")
 
@@ -117,12 +115,11 @@ def _plain(number: float) -> float:
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> AdapterWeights:
-    """The adapter in a file's tensors and header, but for what `detect.extras_sentence` names.
+    """The adapter in a file's tensors and header, except what `detect.extras_sentence` names.
 
     Raises:
-        AdapterFileError: names a key that is unknown, incomplete, doubled or of an impossible shape, or says
-        that
-            the header's alphas cannot be read.
+        AdapterFileError: a key is unknown, incomplete, doubled or of an impossible shape, or the header's
+            alphas cannot be read.
     """
     extras = extra_keys(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if key not in extras}
@@ -149,7 +146,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 def apply_header_alphas(
     layers: Mapping[LayerKey, LayerWeights], metadata: Mapping[str, str], own: Container[LayerKey] = ()
 ) -> AdapterWeights:
-    """The adapter of `layers` with the header's alphas, but for the layers in `own`, which have theirs.
+    """The adapter of `layers` with the header's alphas, except for the layers in `own`, which keep theirs.
 
     Raises:
         AdapterFileError: the header's alphas cannot be read.
@@ -163,7 +160,7 @@ def apply_header_alphas(
 
 
 def parse_key(key: str, family: Family | None = None) -> tuple[LayerKey, str]:
-    """The layer that a key is for, and the half: "down", "up", "mid" or "alpha".
+    """The layer of a key, and which of its tensors it is: "down", "up", "mid" or "alpha".
 
     Args:
         key: the name of a tensor.
@@ -229,18 +226,14 @@ def _header_alpha(values: Mapping[str, Any], part: str, path: str, rank: int) ->
     return float(alpha) * (math.sqrt(rank) if values.get(f"{part}.use_rslora") is True else 1.0)
 
 
-# The `adapter_config.json` that PEFT writes beside its `adapter_model.safetensors`: where alpha stands.
-#
-# A file of this kind says nothing of alpha itself; without the config beside it, alpha is taken to be the
-# rank. Source: huggingface/peft, `PeftModel.save_pretrained`.
-
-
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TAKEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules")
 
 
 def add_peft_config(path: Path, keys: Iterable[str], metadata: Mapping[str, str]) -> dict[str, str]:
-    """A file's metadata, with what a PEFT config beside it says of alpha put where diffusers has it.
+    """A file's metadata, with the alphas of a PEFT config beside it put where diffusers has them.
+
+    Source: huggingface/peft, `PeftModel.save_pretrained`.
 
     Args:
         path: the adapter file.

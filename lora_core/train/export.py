@@ -45,7 +45,7 @@ def export_facts(
         alpha=section.alpha,
         steps=steps,
         resolution=(resolution, resolution),
-        pictures=len(items),
+        num_images=len(items),
         started_at=started_at,
         finished_at=time.time(),
         version=versions()["lora-easel"],

@@ -30,7 +30,7 @@ def facts():
         alpha=8,
         steps=1200,
         resolution=(512, 768),
-        pictures=20,
+        num_images=20,
         started_at=1_700_000_000.5,
         finished_at=1_700_003_600.0,
         version="0.1.0",
@@ -129,7 +129,7 @@ def test_the_settings_come_back(facts):
 def test_little_known_is_enough():
     facts = ExportFacts(
         name="x", family=FAMILIES["tiny"], base_title="demo", rank=4, alpha=4.0, steps=1, resolution=(128,
-        128), pictures=3, started_at=0.0, finished_at=0.0, version="0", network_args={"dropout":
+        128), num_images=3, started_at=0.0, finished_at=0.0, version="0", network_args={"dropout":
         float("nan")},
     )  # fmt: skip
     texts = export_metadata(facts)
