@@ -34,9 +34,7 @@ from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.header import read_header
 from lora_core.runs.events import EventWriter, Stopped
 from lora_core.runs.folder import RunFolder, find_run, runs_folder
-from lora_core.runs.notifications import notify_end
 from lora_core.runs.queue import FAILED, Queue
-from lora_core.runs.runner import run_queue
 from lora_core.settings.config import (
     RunConfig,
     checked_value,
@@ -358,6 +356,8 @@ def _resume_run(
     group: "ProcessGroup | None",
 ) -> int:
     """Train a run to its end, and notify the user when it ends; returns the exit code."""
+    from lora_core.runs.notifications import notify_end
+
     before = file_bytes(run.events_file)
     try:
         outcome = _train_run(run, steps, accept_changes, stopping, group)
@@ -407,6 +407,8 @@ def _train_run(
 
 @command("queue run")
 def _queue_run(workspace: Path | None = None, as_json: bool = False) -> int:
+    from lora_core.runs.runner import run_queue
+
     place = workspace_folder(workspace)
     ended, interrupted = run_queue(place, (lambda line: None) if as_json else say)
     if as_json:

@@ -112,14 +112,15 @@ class GenerationRequest:
 
     def check(self) -> None:
         """Raise a ConfigError for a value that no sampler supports."""
-        for word, value, legal in (
-            ("seed", self.seed, 0 <= self.seed <= LARGEST_SEED),
-            ("steps", self.steps, 1 <= self.steps <= 1000),
-            ("cfg", self.cfg, math.isfinite(self.cfg)),
-            ("cfg_rescale", self.cfg_rescale, self.cfg_rescale == AUTO or 0.0 <= self.cfg_rescale <= 1.0),
+        phi = self.cfg_rescale
+        for name, legal, hint in (
+            ("seed", 0 <= self.seed <= LARGEST_SEED, "it is a whole number from 0 on"),
+            ("steps", 1 <= self.steps <= 1000, "it goes from 1 to 1000"),
+            ("cfg", math.isfinite(self.cfg), "take a number such as 5"),
+            ("cfg_rescale", phi == AUTO or 0.0 <= phi <= 1.0, "it goes from 0 to 1"),
         ):
             if not legal:
-                raise ConfigError(f"{word} = {value} is out of range.")
+                raise ConfigError(f"{name} = {getattr(self, name)} is out of range; {hint}.")
 
     def alone(self) -> "GenerationRequest":
         """The base's own image."""

@@ -1,6 +1,5 @@
 """Verbs that draw with adapters, measure them, and make files of them."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.errors import AdapterFileError, ConfigError, RunError
-from lora_core.generate.request import LARGEST_SEED, Axis, GenerationRequest, grid_requests, grid_settings
+from lora_core.generate.request import Axis, GenerationRequest, grid_requests, grid_settings
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.choices import FORMATS
@@ -60,11 +59,10 @@ def generate(
     """
     if not 1 <= count <= 1000:
         raise ConfigError(f"--count {count} is out of range; it goes from 1 to 1000.")
-    _check_shot(shot)
+    shot.check()
     target = optional_path(out)
     if target:
         _check_png(target)
-    folder = None if target else workspace_folder(workspace) / "generated"
     pipeline = _open_pipeline(shot, precision, device)
     from lora_core.generate.pipeline import save_png
 
@@ -72,7 +70,10 @@ def generate(
     for number in range(count):
         one = shot.at("seed", shot.seed + number)
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{one.seed}"
-        path = _numbered(target, number) if target else unused_png(folder or Path(), stem)
+        if target:
+            path = target.with_stem(f"{target.stem}-{number + 1}") if number else target
+        else:
+            path = unused_png(workspace_folder(workspace) / "generated", stem)
         save_png(pipeline(one), path, pipeline.infotext(one))
         made.append(path)
         if drawn:
@@ -112,7 +113,7 @@ def grid(
         raise ConfigError(
             "A grid needs --prompt, or prompts as rows or columns, as in --rows prompt=cat,dog."
         )
-    _check_shot(shot)
+    shot.check()
     shots, target = grid_requests(shot, rows, columns), Path(out)
     _check_png(target)
     pipeline = _open_pipeline(shot, precision, device)
@@ -136,16 +137,6 @@ def _open_pipeline(shot: GenerationRequest, precision: str, device: str) -> "Pip
     return open_pipeline(shot, truncate_adapter, precision)
 
 
-def _check_shot(shot: GenerationRequest) -> None:
-    for name, legal, range_words in (
-        ("steps", 1 <= shot.steps <= 1000, "it goes from 1 to 1000"),
-        ("seed", 0 <= shot.seed <= LARGEST_SEED, "it is a whole number from 0 on"),
-        ("cfg", math.isfinite(shot.cfg), "take a number such as 5"),
-    ):
-        if not legal:
-            raise ConfigError(f"--{name} {getattr(shot, name)} is out of range; {range_words}.")
-
-
 def _check_png(path: Path) -> None:
     """Refuse before the work rather than after it."""
     if path.suffix.lower() != ".png":
@@ -153,10 +144,6 @@ def _check_png(path: Path) -> None:
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"--out {path} cannot be written; choose a file in a folder of yours.")
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path if number == 0 else path.with_name(f"{path.stem}-{number + 1}{path.suffix}")
 
 
 def unused_png(folder: Path, stem: str) -> Path:

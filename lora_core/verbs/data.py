@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from lora_core.data.bulk_edit import Edit
 from lora_core.errors import DatasetError, RunError
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
@@ -331,7 +330,7 @@ def captions_replace(
         changed and asked (captions), and rows {picture, pieces} of the first, where pieces are (kind, text)
         with the kinds same, old and new.
     """
-    return _edited(dataset, Edit("replace", find, put, regex, any_case), dry_run, workspace)
+    return _edit(dataset, dry_run, workspace, "replace", find, put, regex, any_case)
 
 
 @verb
@@ -339,7 +338,7 @@ def captions_prefix(
     dataset: File, text: str, dry_run: bool = False, workspace: File | None = None
 ) -> dict[str, Any]:
     """Put a text in front of all captions; as `captions_replace`."""
-    return _edited(dataset, Edit("prepend", put=text), dry_run, workspace)
+    return _edit(dataset, dry_run, workspace, "prepend", "", text)
 
 
 @verb
@@ -347,7 +346,7 @@ def captions_suffix(
     dataset: File, text: str, dry_run: bool = False, workspace: File | None = None
 ) -> dict[str, Any]:
     """Put a text at the end of all captions; as `captions_replace`."""
-    return _edited(dataset, Edit("append", put=text), dry_run, workspace)
+    return _edit(dataset, dry_run, workspace, "append", "", text)
 
 
 @verb
@@ -355,7 +354,7 @@ def captions_rename_tag(
     dataset: File, tag: str, new: str, dry_run: bool = False, workspace: File | None = None
 ) -> dict[str, Any]:
     """Give a tag another name; as `captions_replace`."""
-    return _edited(dataset, Edit("rename tag", tag, new), dry_run, workspace)
+    return _edit(dataset, dry_run, workspace, "rename tag", tag, new)
 
 
 @verb
@@ -363,7 +362,7 @@ def captions_delete_tag(
     dataset: File, tag: str, dry_run: bool = False, workspace: File | None = None
 ) -> dict[str, Any]:
     """Delete a tag; as `captions_replace`."""
-    return _edited(dataset, Edit("delete tag", tag), dry_run, workspace)
+    return _edit(dataset, dry_run, workspace, "delete tag", tag)
 
 
 @verb
@@ -371,7 +370,7 @@ def captions_trigger(
     dataset: File, word: str, dry_run: bool = False, workspace: File | None = None
 ) -> dict[str, Any]:
     """Add a trigger word to all captions that lack it; as `captions_replace`."""
-    return _edited(dataset, Edit("trigger", put=word), dry_run, workspace)
+    return _edit(dataset, dry_run, workspace, "trigger", "", word)
 
 
 @verb
@@ -383,10 +382,12 @@ def captions_undo(dataset: File, workspace: File | None = None) -> dict[str, int
     return {"undone": undone, "kept": kept}
 
 
-def _edited(dataset: File, edit: Edit, dry_run: bool, workspace: File | None) -> dict[str, Any]:
+def _edit(dataset: File, dry_run: bool, workspace: File | None, *how: Any) -> dict[str, Any]:
+    """Change all captions, or show what would change; `how` are the fields of an `Edit`."""
+    from lora_core.data.bulk_edit import Edit
     from lora_core.projects import caption_edits
 
-    project = _pictures_of(dataset, workspace)
+    project, edit = _pictures_of(dataset, workspace), Edit(*how)
     found = caption_edits.preview(project, edit, None)
     if not dry_run:
         found["changed"] = caption_edits.apply(project, edit, None)
