@@ -1,4 +1,4 @@
-"""Every implementation of a frozen layer against the plain one: the same output and the same input gradient."""
+"""Every frozen layer against the plain one: the same output and the same input gradient."""
 
 import copy
 from collections.abc import Callable

@@ -1,5 +1,4 @@
-"""Thin layers: what 8 bits cost, that gradients are those of the whole weight, and that nothing is kept of
-it."""
+"""Compact layers: the error of 8 bits, gradients of the whole weight, and no copy of it for the backward pass."""
 
 import copy
 import threading
@@ -57,20 +56,20 @@ def test_the_gradient_is_that_of_the_whole_weight(
     layer = copy.deepcopy(layer).to(dtype).requires_grad_(False)
     root = nn.ModuleDict({"mid_block": nn.ModuleDict({"layer": layer})})
     WeightPolicy(quantize_int8, FileStore(CPU, tmp_path) if moved else None).apply_to(root)
-    thin = root.get_submodule("mid_block.layer")
-    assert isinstance(thin, CompactLinear | CompactConv2d)
+    compact = root.get_submodule("mid_block.layer")
+    assert isinstance(compact, CompactLinear | CompactConv2d)
     whole = copy.deepcopy(layer)
     packed, scale = quantize_int8(layer.weight)
     whole.weight.data.copy_(packed * scale)
-    assert torch.equal(thin.weight, whole.weight)
+    assert torch.equal(compact.weight, whole.weight)
     kept: list[torch.Tensor] = []
     found = []
-    for module in (thin, whole):
+    for module in (compact, whole):
         torch.manual_seed(3)
         x = torch.randn(shape, dtype=dtype).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
             y = module(x)
-        if module is thin:
+        if module is compact:
             assert not kept
         found.append((y, torch.autograd.grad(y, x, torch.randn_like(y))[0]))
     assert kept
@@ -109,7 +108,7 @@ def test_a_base_that_waits_elsewhere_has_the_same_gradients(checkpointing: bool,
     assert list(tmp_path.iterdir()) == []  # the file has no name, so that no kill leaves it
 
 
-def test_only_blocks_are_thin_and_packing_keeps_the_place(tmp_path: Path) -> None:
+def test_only_blocks_are_compact_and_packing_keeps_the_place(tmp_path: Path) -> None:
     unet = tiny_unet().requires_grad_(False)
     before = unet.down_blocks[0].resnets[0].conv1.weight.clone()
     WeightPolicy(None, offload_store_for(CPU, tmp_path)).apply_to(unet)
@@ -129,7 +128,7 @@ def test_only_blocks_are_thin_and_packing_keeps_the_place(tmp_path: Path) -> Non
     assert torch.equal(conv.weight, again)
 
 
-def test_a_base_is_thin_as_it_is_read(tmp_path: Path) -> None:
+def test_a_base_is_compact_as_it_is_read(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "base")
     whole = load_base(str(folder), CPU, torch.bfloat16)
     base = load_base(
