@@ -149,7 +149,7 @@
   const takeHeader = async (file) => {
     const length = Number(new DataView(await file.slice(0, 8).arrayBuffer()).getBigUint64(0, true));
     if (!file.size || file.size < 8 || length > Math.min(file.size - 8, 2 ** 24)) {
-      return toast(`${file.name} is no safetensors file.`, "bad");
+      return toast(`${file.name} is not a safetensors file.`, "bad");
     }
     const query = new URLSearchParams({ size: file.size, name: file.name });
     const said = await send(`like?${query}`, {

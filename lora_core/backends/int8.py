@@ -1,9 +1,9 @@
 """Compact layers: frozen weights that take less of the device's memory, in 8 bits or offloaded.
 
-A weight is made whole where it is needed, once in the forward pass and once in the backward pass, and let go
-at once. Autograd keeps nothing of it: a library that makes it whole inside the forward pass has every whole
-weight kept until the backward pass, and gains nothing for training. Low-rank updates can be added to the
-weight as it is made whole, which previews use.
+The full weight is materialized where it is needed, once in the forward pass and once in the backward pass,
+and freed at once. Autograd keeps nothing of it: where the forward pass materializes it under autograd,
+every full weight is kept until the backward pass, and training gains nothing. Low-rank updates can be added
+to the weight as it is materialized, which previews use.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class _Compact(FrozenModule):
         """Keep a weight as it is, for now."""
         self.dtype, self.shape = weight.dtype, weight.shape
         self.updates: list[Update] = []
-        """Added to the weight as it is made whole, which leaves what is kept untouched."""
+        """Added to the weight as it is materialized; the stored weight is untouched."""
         self.store: OffloadStore | None = None
         self.fetch: Callable[[], torch.Tensor] | None = None
         self.register_buffer("data", weight.detach(), persistent=False)
@@ -65,13 +65,13 @@ class _Compact(FrozenModule):
         return result
 
     def dequantize(self) -> torch.Tensor:
-        """The whole weight without its updates."""
+        """The full weight without its updates."""
         kept = self.fetch() if self.fetch is not None else self.data
         assert kept is not None
         return kept if self.scale is None else (kept * self.scale).to(self.dtype)
 
     def materialize(self) -> torch.Tensor:
-        """The whole weight, made anew each time: W + sum of factor * up @ down."""
+        """The full weight, computed each time: W + sum of factor * up @ down."""
         weight = self.dequantize()
         for up, down, factor in self.updates:
             weight = torch.addmm(weight.flatten(1), up, down, alpha=factor).view(self.shape)

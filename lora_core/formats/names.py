@@ -132,7 +132,7 @@ def unknown_layer_message(whole: str) -> str:
     """The error message for a layer that no table has, by its name in the file."""
     other = other_family({f"{whole}.": ()})
     if other:
-        return f"The file holds {whole!r}, a layer of {other}, which is no family that can be used here."
+        return f"The file holds {whole!r}, a layer of {other}, which is not a family that can be used here."
     return f"The file holds {whole!r}, which names no layer of a UNet or a text encoder."
 
 

@@ -409,7 +409,7 @@ class Merger:
         located = layer_by_path(self._modules[part], path) if part in self._modules else None
         if located is None:
             raise AdapterFileError(
-                f"The adapter has a layer {part} {path} that this base has not; it is for another base."
+                f"The adapter has a layer {part} {path} that this base does not have; it is for another base."
             )
         (real, layer), size = located, weights.layers[key].weight_shape
         shape = layer.shape if isinstance(layer, CompactLinear | CompactConv2d) else layer.weight.shape

@@ -145,14 +145,14 @@ class LoraLayer(AdapterLayer):
         return self._up(low * mask)
 
     def _uniform_rows(self, x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
-        """Uniform in [0, 1), of the shape of `x`: its rows of what is drawn for the whole micro-batch."""
+        """Uniform in [0, 1), of the shape of `x`: its rows of the draw for the full micro-batch."""
         state = self.dropout_state
         if state.last - state.first == state.rows:
             return torch.rand(x.shape, generator=draw, device=x.device)
         # A text encoder's layers see several rows an image, one for each chunk of its caption.
         each = len(x) // (state.last - state.first)
-        whole = torch.rand((each * state.rows, *x.shape[1:]), generator=draw, device=x.device)
-        return whole[each * state.first : each * state.last]
+        full = torch.rand((each * state.rows, *x.shape[1:]), generator=draw, device=x.device)
+        return full[each * state.first : each * state.last]
 
     def layer_weights(self) -> LayerWeights:
         """A detached copy of the factors, on the CPU."""
@@ -214,7 +214,7 @@ class _LoraConv2d(torch.autograd.Function):
         if ctx.pointwise:
             low = torch.matmul(factors.down, x.flatten(2))
         else:
-            # Not by the weight's shape: a compact layer makes its weight whole for every reader.
+            # Not by the weight's shape: reading it materializes that of a compact layer.
             kernel = factors.down.view(view.rank, x.shape[1], *conv.kernel_size)
             low = F.conv2d(x, kernel, None, conv.stride, conv.padding, conv.dilation).flatten(2)
         y = frozen.forward_frozen(x).contiguous()

@@ -50,7 +50,7 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A whole adapter: its layers by (part, module path), and the text metadata that a file carries."""
+    """An adapter: its layers by (part, module path), and the text metadata of its file."""
 
     layers: dict[LayerKey, LayerWeights]
     metadata: dict[str, str] = field(default_factory=dict)

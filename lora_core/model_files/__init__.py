@@ -1,1 +1,1 @@
-"""Checkpoints on disk, read without trust and without torch: families, headers, names, sizes."""
+"""Checkpoints on disk, read as untrusted and without torch: families, headers, names, sizes."""

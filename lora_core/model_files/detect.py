@@ -129,7 +129,7 @@ def base_path(name: str) -> Path:
         cached = _cached_folder(name)
         if cached is not None:
             return cached
-        raise ModelFileError(f"The base {name!r} is no folder here and not in the local hub cache.")
+        raise ModelFileError(f"The base {name!r} is neither a folder here nor in the local hub cache.")
     raise ModelFileError(
         f"The base {name!r} does not exist; give `demo`, a diffusers folder, a .safetensors file, or a hub id"
         " like owner/name."
@@ -186,7 +186,7 @@ def missing_files(folder: Path, family: Family) -> list[str]:
 
 
 def check_base_folder(folder: Path, family: Family) -> None:
-    """Refuse a diffusers folder that is not whole.
+    """Refuse an incomplete diffusers folder.
 
     Raises:
         ModelFileError: names every missing file.
@@ -194,7 +194,7 @@ def check_base_folder(folder: Path, family: Family) -> None:
     missing = missing_files(folder, family)
     if missing:
         raise ModelFileError(
-            f"The base {folder} is not whole; it lacks {', '.join(missing)}. Download it again."
+            f"The base {folder} is incomplete; it lacks {', '.join(missing)}. Download it again."
         )
 
 
@@ -235,10 +235,10 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"{index} is no table of weight files.") from error
+        raise ModelFileError(f"{index} is not an index of weight files.") from error
     # A table must not lead out of its folder.
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ModelFileError(f"{index} is no table of weight files.")
+        raise ModelFileError(f"{index} is not an index of weight files.")
     return [index.parent / name for name in names]
 
 
@@ -276,8 +276,8 @@ def read_single_file_facts(
     width = next((shape[1] for key, shape in header.shapes.items() if _CONTEXT.fullmatch(key)), None)
     if width is None:
         raise ModelFileError(
-            f"{path} holds no Stable Diffusion UNet (no names that begin with {UNET}), so it is no base"
-            " model."
+            f"{path} holds no Stable Diffusion UNet (no names that begin with {UNET}), so it is not a"
+            " base model."
         )
     family_of_context_width(width)
     scheduler, prediction_source = _single_file_scheduler(path, header, width)
@@ -357,7 +357,7 @@ def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> Base
     width = unet.get("cross_attention_dim")
     if not isinstance(width, int):
         raise ModelFileError(
-            f"The base {path} is of no family that can be trained here: its unet/config.json says"
+            f"The base {path} is not of a family that can be trained here: its unet/config.json says"
             f" cross_attention_dim = {width}, which should be one number."
         )
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
@@ -406,7 +406,7 @@ def _json(path: Path) -> dict[str, Any]:
         found = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise ModelFileError(
-            f"{path.parent.parent} is no diffusers model: it lacks {path.parent.name}/{path.name}."
+            f"{path.parent.parent} is not a diffusers model: it lacks {path.parent.name}/{path.name}."
         ) from error
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path} cannot be read as JSON: {error}.") from error

@@ -311,7 +311,7 @@ def family_of_context_width(width: int, prediction: str = "") -> Family:
         return next((family for family in found if family.prediction == prediction), found[0])
     known = ", ".join(f"{width} ({title})" for title, width in _widths().items())
     raise ModelFileError(
-        f"This base model attends to a text context {width} channels wide, which is no family that can be"
+        f"This base model attends to a text context {width} channels wide, which is not a family that can be"
         f" trained here; known are {known}."
     )
 

@@ -99,9 +99,9 @@ def _checked_header(path: Path) -> Header:
     try:
         values = parse_json(raw)
     except ValueError as error:
-        raise _Broken(f"{path} is no safetensors file: its header is not JSON.") from error
+        raise _Broken(f"{path} is not a safetensors file: its header is not JSON.") from error
     if not isinstance(values, dict):
-        raise _Broken(f"{path} is no safetensors file: its header is not a table.")
+        raise _Broken(f"{path} is not a safetensors file: its header is not a table.")
     metadata = values.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _Broken(f"{path} is broken: the metadata in its header is not a table of texts.")
@@ -115,9 +115,9 @@ def _header_length(path: Path, start: bytes, size: int) -> int:
     # A valid header starts with a brace at byte 8; its length before that can look like any magic number.
     for magic, what in _NOT_SAFETENSORS if start[8:9] != b"{" else ():
         if start.lstrip().startswith(magic):
-            raise _Broken(f"{path} is no safetensors file but {what}.")
+            raise _Broken(f"{path} is not a safetensors file but {what}.")
     if size < 8:
-        raise _Broken(f"{path} is no safetensors file: it has only {size} bytes.")
+        raise _Broken(f"{path} is not a safetensors file: it has only {size} bytes.")
     length = int.from_bytes(start[:8], "little")
     if length > size - 8:
         raise _Broken(

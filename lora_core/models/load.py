@@ -344,7 +344,7 @@ class _ComponentBuilder:
         policy: WeightPolicy | None = None,
     ) -> Any:  # fmt: skip
         title = TITLES.get(part, part.replace("_", " "))
-        where = LoadContext(self.facts.path, title, advice or "It is not whole, or of another kind.")
+        where = LoadContext(self.facts.path, title, advice or "It is incomplete or of another kind.")
 
         def read() -> None:
             fill(module, find, dtype, self._device, where, policy)
@@ -405,7 +405,7 @@ def fill(
     for name, source in sources.items():
         tensor = source.read()
         if not tensor.is_floating_point():
-            raise ModelFileError(f"{source.file.path} holds {source.key} in whole numbers; it is no weight.")
+            raise ModelFileError(f"{source.file.path} holds {source.key} as integers; it is not a weight.")
         tensor = tensor.reshape(wanted[name].shape)
         loaded = tensor.to(device, dtype)
         if not _finite(loaded):

@@ -133,12 +133,12 @@ class PickledFile:
         if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
             found = found["state_dict"]
         if not isinstance(found, dict):
-            raise ModelFileError(f"{path} holds no table of weights.")
+            raise ModelFileError(f"{path} has no table of weights.")
         self._tensors = {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
         for key, value in self._tensors.items():
             if not _is_plain(value):
                 raise ModelFileError(
-                    f"{path} is broken: the tensor {key[:200]!r} is no plain one that lies in the file."
+                    f"{path} is broken: the tensor {key[:200]!r} is not a plain one stored in the file."
                 )
         self.shapes = {key: list(tensor.shape) for key, tensor in self._tensors.items()}
 

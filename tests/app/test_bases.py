@@ -75,7 +75,7 @@ def test_what_cannot_be_used_is_a_sentence(tmp_path: Path, kind: str) -> None:
         "html": "a web page",
         "flux": "a Flux model",
         "inpainting": "an inpainting model",
-        "folder": "no diffusers model",
+        "folder": "not a diffusers model",
         "hub": "hub cache",
     }
     assert found.facts is None

@@ -122,8 +122,8 @@ def test_an_adapter_for_another_base_is_refused_and_nothing_changes(modules):
     merger = Merger(modules)
     for layers, words in (
         (wrong, "another base"),
-        ({("unet", "no.such.layer"): good.layers["unet", "mid_block.attentions.0.proj_in"]}, "has not"),
-        ({("text_encoder_2", "x"): good.layers["unet", "mid_block.attentions.0.proj_in"]}, "has not"),
+        ({("unet", "no.such.layer"): good.layers["unet", "mid_block.attentions.0.proj_in"]}, "does not have"),
+        ({("text_encoder_2", "x"): good.layers["unet", "mid_block.attentions.0.proj_in"]}, "does not have"),
     ):
         with pytest.raises(AdapterFileError, match=words):
             merger.apply([LoadedLora(AdapterWeights(layers))])

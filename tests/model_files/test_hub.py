@@ -42,7 +42,7 @@ def quietly(found: Download, cancelled: threading.Event | None = None) -> list[t
 
 def test_size_first_then_bytes_then_a_base(hub: Hub, tmp_path: Path) -> None:
     assert is_remote("owner/base")
-    with pytest.raises(ModelFileError, match="not in the local hub cache"):
+    with pytest.raises(ModelFileError, match="nor in the local hub cache"):
         read_base_facts("owner/base")
     found = find_download("owner/base")
     files = [path for path in (tmp_path / "base").rglob("*") if path.is_file()]

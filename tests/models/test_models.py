@@ -70,7 +70,7 @@ def test_the_base_may_be_bf16_but_the_vae_stays_fp32(folder):
         (lambda p: (p / "unet" / "config.json").write_text("{"), "cannot be read as JSON"),
         (
             lambda p: (p / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 99),
-            "no safetensors file|cut short",
+            "not a safetensors file|cut short",
         ),
         (lambda p: _change(p / "unet" / "config.json", cross_attention_dim=555), "555 channels"),
         (lambda p: _change(p / "unet" / "config.json", in_channels=9), "inpainting"),

@@ -255,7 +255,7 @@ class TestPickled:
         """`clone` of the first would ask for 160 GB; the file has 1 kB."""
         file = tmp_path / "bomb.ckpt"
         torch.save({"state_dict": {"x": tensor}}, file)
-        with pytest.raises(ModelFileError, match=r"bomb\.ckpt.*'x' is no plain one"):
+        with pytest.raises(ModelFileError, match=r"bomb\.ckpt.*'x' is not a plain one"):
             opened(file)
 
     @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"PK\x03\x04 no zip", pickle.dumps([1, 2])])
