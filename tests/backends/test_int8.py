@@ -1,4 +1,4 @@
-"""Compact layers: the error of 8 bits, gradients of the whole weight, and nothing kept for the backward pass."""
+"""Compact layers: the error of 8 bits, gradients of the full weight, nothing kept for the backward pass."""
 
 import copy
 import threading
