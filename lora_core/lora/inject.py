@@ -18,8 +18,11 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import TEXT_LEVEL, Targets, canonical_path, is_text_encoder
-from lora_core.settings.choices import ADAPTERS, chosen
 from lora_core.settings.patterns import Pattern, last_matches
+
+ADAPTERS: dict[str, type[LoraLayer]] = {"lora": LoraLayer}
+"""Kinds of adapters that can be trained, by `LoraSpec.kind`. With a second one, `adapter.kind` becomes a
+setting."""
 
 
 def target_modules(part: str, module: nn.Module, targets: Targets) -> dict[str, tuple[str, Adaptable]]:
@@ -207,8 +210,7 @@ def inject_layers(modules: dict[str, nn.Module], specs: Mapping[LayerKey, LoraSp
         located = layer_by_path(modules[part], name)
         assert located is not None, f"{part} {name}"
         path, base = located
-        kind = chosen(ADAPTERS, spec.kind, "adapter.kind").resolve()
-        layers[part, name] = kind(base, f"{part}/{name}", spec, state, seed)
+        layers[part, name] = ADAPTERS[spec.kind](base, f"{part}/{name}", spec, state, seed)
         replace_submodule(modules[part], path, layers[part, name])
     return Injected(layers, state)
 

@@ -27,7 +27,7 @@ from lora_core.lora.weights import LayerWeights
 @dataclass(frozen=True)
 class LoraSpec:
     """What all layers of one adapter share: rank, alpha, the probabilities of three kinds of dropout, and
-    the kind, a key of `choices.ADAPTERS`."""
+    the kind, a key of `inject.ADAPTERS`."""
 
     rank: int
     alpha: float
@@ -65,7 +65,7 @@ class LoraLayer(AdapterLayer):
     so that training starts at the base exactly. Both are fp32 whatever the base's dtype is. A layer whose
     factors are in a `FlatParams` is fused, unless a dropout is on.
 
-    Other kinds of adapters subclass it and have a row in `choices.ADAPTERS`. They name their parameters in
+    Other kinds of adapters subclass it and have a row in `inject.ADAPTERS`. They name their parameters in
     `factor_names`, change `forward`, and translate themselves to and from a plain LoRA.
 
     Source: Hu et al. 2021, section 4.1, equation 3.

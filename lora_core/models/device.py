@@ -273,19 +273,6 @@ def _seconds(dtype: torch.dtype) -> float:
     return best
 
 
-def to_device(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Copy tensors of one dtype from the CPU to `device`.
-
-    A card gets them in one asynchronous copy from pinned memory: other copies make the CPU wait. The results
-    share memory there.
-    """
-    if device.type != "cuda":
-        return tuple(tensor.to(device) for tensor in tensors)
-    packed = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
-    parts = packed.split([tensor.numel() for tensor in tensors])
-    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
-
-
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next allocation.
 

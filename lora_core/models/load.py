@@ -40,7 +40,7 @@ from lora_core.model_files.header import Header
 from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.key_names import RESNETS, open_clip_path
 from lora_core.models.device import available_memory, memory_of, out_of_memory
-from lora_core.models.unet import NoiseSchedule, PromptEmbeds, as_denoiser, default_time_ids
+from lora_core.models.unet import NoisePredictor, NoiseSchedule, as_denoiser
 from lora_core.models.weight_files import (
     TensorSource,
     WeightFile,
@@ -58,7 +58,7 @@ TITLES = {"unet": "UNet", "vae": "VAE"}
 
 
 @dataclass
-class BaseModel:
+class BaseModel(NoisePredictor):
     """A frozen base model in memory.
 
     A component that was not loaded yet has its layers and their shapes, but weights on the meta device.
@@ -159,30 +159,6 @@ class BaseModel:
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return as_denoiser(self.denoiser).latent_channels
-
-    def predict_noise(
-        self,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        prompt: PromptEmbeds,
-        sizes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """What the denoiser predicts, with whatever adapter is in it, (B, C, h, w) in fp32.
-
-        Args:
-            noisy_latents: (B, C, h, w) in any dtype.
-            timesteps: (B,).
-            prompt: B captions.
-            sizes: (B, 6), see `default_time_ids`, which is the default, for families conditioned on them.
-        """
-        time_ids = None
-        if self.family.size_conditioning:
-            if sizes is None:
-                height, width = (side * self.vae_scale_factor for side in noisy_latents.shape[-2:])
-                sizes = default_time_ids(len(noisy_latents), height, width)
-            time_ids = sizes.to(noisy_latents.device)
-        noisy_latents = noisy_latents.to(self.dtype)
-        return as_denoiser(self.denoiser).predict(noisy_latents, timesteps, prompt, time_ids).float()
 
 
 def load_base(

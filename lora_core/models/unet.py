@@ -12,7 +12,20 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
 
-from lora_core.models.device import to_device
+from lora_core.model_files.families import Family
+
+
+def to_device(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Copy tensors of one dtype from the CPU to `device`.
+
+    A card gets them in one asynchronous copy from pinned memory: other copies make the CPU wait. The results
+    share memory there.
+    """
+    if device.type != "cuda":
+        return tuple(tensor.to(device) for tensor in tensors)
+    packed = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
 @dataclass(frozen=True)
@@ -195,3 +208,42 @@ class NoiseSchedule:
         if self.objective == "flow":
             signal, spread = signal / (signal + spread), spread / (signal + spread)
         return signal.to(like.dtype), spread.to(like.dtype)
+
+
+class NoisePredictor:
+    """The part of a base model that a training step calls; `models.load.BaseModel` is one."""
+
+    family: Family
+    denoiser: nn.Module
+    noise: NoiseSchedule
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a latent, along a side."""
+        raise NotImplementedError
+
+    def predict_noise(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt: PromptEmbeds,
+        sizes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the denoiser predicts, with whatever adapter is in it, (B, C, h, w) in fp32.
+
+        Args:
+            noisy_latents: (B, C, h, w) in any dtype.
+            timesteps: (B,).
+            prompt: B captions.
+            sizes: (B, 6), see `default_time_ids`, which is the default, for families conditioned on them.
+        """
+        time_ids = None
+        if self.family.size_conditioning:
+            if sizes is None:
+                height, width = (side * self.vae_scale_factor for side in noisy_latents.shape[-2:])
+                sizes = default_time_ids(len(noisy_latents), height, width)
+            time_ids = sizes.to(noisy_latents.device)
+        noisy_latents = noisy_latents.to(self.dtype)
+        return as_denoiser(self.denoiser).predict(noisy_latents, timesteps, prompt, time_ids).float()

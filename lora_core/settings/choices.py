@@ -111,11 +111,6 @@ OPTIMIZERS: Table = {
     ),
 }
 
-ADAPTERS: Table = {
-    "lora": Choice("LoRA", "A low-rank path beside each layer.", "lora_core.lora.layer:LoraLayer"),
-}
-"""Kinds of adapters that can be trained. There is one; `adapter.kind` becomes a setting with the second."""
-
 SCHEDULES: Table = {
     "constant": Choice("Constant", "The same rate to the end.", "lora_core.train.loop:constant"),
     "linear": Choice("Linear", "Falls to zero in a straight line.", "lora_core.train.loop:linear"),

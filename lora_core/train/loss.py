@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lora_core.models.device import to_device
-from lora_core.models.load import BaseModel
-from lora_core.models.unet import NoiseSchedule, PromptEmbeds
+from lora_core.models.unet import NoisePredictor, NoiseSchedule, PromptEmbeds, to_device
 from lora_core.settings.choices import HUBER_SCHEDULES, LOSSES, chosen
 from lora_core.settings.schema import LossSection
 
@@ -52,7 +50,7 @@ def sample_noise(
 
 
 def diffusion_loss(
-    base: BaseModel,
+    base: NoisePredictor,
     latents: torch.Tensor,
     text: PromptEmbeds,
     draw: NoiseSample,
@@ -70,7 +68,7 @@ def diffusion_loss(
         text: B conditions.
         draw: timesteps and noise.
         rules: kind of error and its weights.
-        sizes: (B, 6) on the CPU, see `BaseModel.predict_noise`.
+        sizes: (B, 6) on the CPU, see `NoisePredictor.predict_noise`.
     """
     gamma = rules.gamma(base.noise.objective)
     numbers = {

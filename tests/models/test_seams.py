@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from lora_core.lora.flat_params import FlatParams
-from lora_core.lora.inject import Injected, adapter_weights, inject, load_weights
+from lora_core.lora.inject import ADAPTERS, Injected, adapter_weights, inject, load_weights
 from lora_core.lora.layer import LoraLayer, LoraSpec
 from lora_core.lora.weights import LayerWeights
 from lora_core.model_files.families import FAMILIES, Targets
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import NoiseSchedule, PromptEmbeds
-from lora_core.settings.choices import ADAPTERS, Choice
 from lora_core.settings.schema import LossSection
 from lora_core.train.loss import NoiseSample, diffusion_loss
 
@@ -123,7 +122,7 @@ def test_flow_goes_in_a_straight_line_from_image_to_noise() -> None:
 
 
 def test_another_kind_of_adapter_trains(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ADAPTERS, "gain", Choice("Gain", "For tests.", f"{__name__}:GainLora"))
+    monkeypatch.setitem(ADAPTERS, "gain", GainLora)
     injected, losses = train(base, replace(SPEC, kind="gain"))
     assert losses[-1] < 0.7 * losses[0]
     layers = list(injected.layers.values())
