@@ -21,6 +21,7 @@ environment variable LORA_EASEL_HOME, else the platform's user data folder. Ever
 is a `LoraError`. Torch is imported by what needs it, not by `import lora_core.api`.
 """
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -68,11 +69,10 @@ _LAZY = {
 
 _FORMER = {
     "LoraAt": "WeightedLora",
+    "Picture": "GenerationRequest",
     "Shot": "GenerationRequest",
     "Strengthened": "LoadedLora",
-    "generated_from_prompt": "generate_image",
     "read_adapter": "load_adapter",
-    "validation": "validation_report",
 }
 """Former names, which scripts may use, and the names of today."""
 
@@ -84,6 +84,24 @@ def __getattr__(name: str) -> Any:
     if name in globals():
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def generated_from_prompt(
+    base: Any, picture: GenerationRequest, prompt: str, negative: str = "", on_step: Any = None
+) -> Any:
+    """Former form of `generate_image`."""
+    from lora_core.generate.pipeline import generate_image
+
+    return generate_image(base, dataclasses.replace(picture, prompt=prompt, negative=negative), on_step)
+
+
+def validation(
+    base: Any, records: Any, adapters: Any, triples: int = 8, seed: int = 0, shuffle_captions: bool = False
+) -> dict[str, Any]:
+    """Former form of `validation_report`."""
+    from lora_core.evaluate.validator import validation_report
+
+    return validation_report(base, records, adapters, triples, seed, shuffle_captions)
 
 
 @verb

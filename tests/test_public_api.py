@@ -76,3 +76,12 @@ def test_the_example_of_the_docstring_runs(tmp_path: Path) -> None:
 def test_a_layer_for_another_base_is_a_problem_with_a_name(tmp_path: Path) -> None:
     with pytest.raises(api.LoraError, match="does not exist"):
         api.load_adapter(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LoraAt", "Picture", "Shot", "Strengthened", "generated_from_prompt", "read_adapter", "validation",
+     "write_adapter"],
+)  # fmt: skip
+def test_a_former_name_can_be_imported(name: str) -> None:
+    assert callable(getattr(api, name))
