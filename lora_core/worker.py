@@ -265,7 +265,8 @@ class Worker:
 
     def do_export(self, request: Request, report: Reporter) -> Result:
         """Write a run's checkpoint as a file for other tools."""
-        result: Result = _call(runs.export, {"checkpoint": "last", **request})
+        checkpoint = str(request.get("checkpoint", "last"))
+        result: Result = _call(runs.export, request | {"checkpoint": checkpoint})
         return result
 
     def do_inspect(self, request: Request, report: Reporter) -> Result:

@@ -483,16 +483,12 @@ def _notes(notes: list[str], given: Given) -> None:
     _lines([f"Note: {note}" for note in notes], {"out": given["target"]})
 
 
-def _deleted(words: str) -> Callable[[Any, Given], None]:
-    def show(place: Path, given: Given) -> None:
-        name = Path(str(given[words])).name if words == "run" else place.parent.name
-        say(f"In the trash; `lora-easel trash restore {name}` puts it back.")
-
-    return show
+def _deleted(name: str) -> None:
+    say(f"In the trash; `lora-easel trash restore {name}` puts it back.")
 
 
-def _counted(sentence: str, text: Callable[[Any], Any] = str) -> Callable[[Any, Given], None]:
-    return lambda found, given: say(sentence.format(text(found)))
+def _freed(size: int, given: Given) -> None:
+    say(f"{file_size(size)} freed")
 
 
 RESULTS: dict[str, Callable[[Any, Given], None]] = {
@@ -502,10 +498,12 @@ RESULTS: dict[str, Callable[[Any, Given], None]] = {
     "validate": _validation, "inspect": _inspection, "verify": _verification, "copy": _copied,
     "compare": _comparison, "stack": _stack, "amplify": _amplification, "strength": _strength,
     "queue add": lambda run, given: say(f"{run.name} waits in the queue of {run.path.parent.parent}"),
-    "merge": _lines, "extract": _lines, "convert": _notes, "delete": _deleted("run"),
+    "merge": _lines, "extract": _lines, "convert": _notes,
+    "delete": lambda place, given: _deleted(Path(str(given["run"])).name),
     "shrink": lambda made, given: _lines(made["sentences"], {"out": made["file"]}),
-    "projects delete": _deleted("project"), "leave-out": _counted("{} left out."),
-    "caches clean": _counted("{} freed", file_size), "trash empty": _counted("{} freed", file_size),
+    "projects delete": lambda place, given: _deleted(place.parent.name),
+    "leave-out": lambda count, given: say(f"{count} left out."),
+    "caches clean": _freed, "trash empty": _freed,
     "notify": lambda told, given: say(told or "Nobody is told when a run ends."),
     "generate": lambda paths, given: None,
     **dict.fromkeys(
