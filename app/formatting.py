@@ -1,7 +1,9 @@
 """Numbers and states as a person reads them. Everything shown that somebody typed goes through `safe`."""
 
 import html
+import json
 import math
+from typing import Any
 
 UNKNOWN, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
@@ -107,6 +109,25 @@ def progress_bar(share: int, label: str, kind: str = "track") -> str:
     return (
         f'<div class="{kind}" role="progressbar" aria-label="{safe(label)}" aria-valuemin="0"'
         f' aria-valuemax="100" aria-valuenow="{share}"><i style="width:{share}%"></i></div>'
+    )
+
+
+def post_button(words: str, path: str, body: dict[str, Any], **options: str) -> str:
+    """A button that posts `body` to `path`.
+
+    Args:
+        words: its label.
+        path: below `/easel/`.
+        body: sent as JSON.
+        options: `tip`; `why` it cannot be pressed; `confirm`, asked first; `label` for screen readers.
+    """
+    why, ask, tip = options.get("why", ""), options.get("confirm", ""), options.get("tip", "")
+    off = " disabled" if why else ""
+    asks = f' data-confirm="{safe(ask)}"' if ask else ""
+    label = f' aria-label="{safe(options["label"])}"' if "label" in options else ""
+    return (
+        f'<button type="button" class="own quiet" data-post="{path}" data-body="{safe(json.dumps(body))}"'
+        f' title="{safe(why or tip)}"{label}{asks}{off}>{safe(words)}</button>'
     )
 
 

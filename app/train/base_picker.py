@@ -1,4 +1,4 @@
-"""Which bases there are to choose from."""
+"""The choice of a base: those to choose from, what the chosen one is, and its download."""
 
 import functools
 from pathlib import Path
@@ -7,13 +7,13 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import TYPING, Bindings, html_block
-from app.formatting import pluralize, safe
+from app.formatting import format_bytes, pluralize, post_button, progress_bar, safe
 from app.state import AppState, Snapshot
-from app.train.facts import base_note, download_note
 from app.train.form import (
     FORM,
     carried_over,
     choice,
+    for_family,
     keep_typed,
     preset_config,
     shown,
@@ -21,6 +21,7 @@ from app.train.form import (
     widget,
 )
 from lora_core.model_files.detect import EMBEDDED, lookup_base
+from lora_core.model_files.hub import Download
 from lora_core.projects.project import DEMO
 from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
@@ -215,3 +216,57 @@ def _added_folder(app_state: AppState, folder: Path) -> str:
     app_state.places.keep_folder(folder.absolute())
     app_state.tools.look(wait=True)
     return f"{pluralize(sum(found.values()), 'model')} found in {folder}: open the list above to choose one."
+
+
+def base_note(snapshot: Snapshot) -> str:
+    """What the chosen base is, and what the form starts with because of it."""
+    plan = snapshot.plan
+    tone = "problem" if plan.base.problem and not plan.base.remote else "small"
+    sentences = [plan.base.sentence]
+    own = for_family(plan.goal, plan.level, plan.base.family)
+    if own:
+        sentences.append(f"For it the preset starts with {', '.join(own)}.")
+    trained_at = plan.config.train.resolution
+    if plan.base.facts and trained_at and trained_at != plan.base.resolution:
+        sentences.append(f"You train it at {trained_at} px.")
+    arrived = snapshot.app_state.downloads.arrived
+    return (
+        f'<p class="{tone}" id="base-note" role="status" data-arrived="{arrived}">'
+        f"{safe(' '.join(sentences))}</p>"
+    )
+
+
+def download_note(snapshot: Snapshot) -> str:
+    """What downloading a base of the hub takes, how far it is, and the buttons for it."""
+    base = snapshot.plan.base
+    if not base.remote:
+        return ""
+    offer = snapshot.app_state.downloads.offer(base.name)
+    problem = f'<p class="problem" role="alert">{safe(offer.problem)}</p>' if offer.problem else ""
+    found = offer.found
+    if offer.state == "asking":
+        shown = _said("Asking the hub how large it is.")
+    elif found is None:
+        shown = post_button("Try again", "run", {"do": "download-ask"})
+    elif offer.state == "downloading":
+        share = 100 * offer.here // max(found.size, 1)
+        words = f"{format_bytes(offer.here)} of {format_bytes(found.size)}, {share}%"
+        shown = progress_bar(share, f"Download of {base.name}") + _said(words, "download-cancel", "Cancel")
+    else:
+        shown = _offered(found)
+    return f'<div id="base-download" data-state="{offer.state}">{problem}{shown}</div>'
+
+
+def _offered(found: Download) -> str:
+    here, free = found.here, format_bytes(found.free)
+    words = f"{format_bytes(found.size - here)} to download from the hub; {free} are free."
+    if here:
+        words = f"{format_bytes(here)} of {format_bytes(found.size)} are here already. {words}"
+    if not found.fits:
+        return _said(f"{words} Make room first, or set HF_HOME to a folder on another drive.")
+    return _said(words, "download", "Download the rest" if here else "Download")
+
+
+def _said(words: str, do: str = "", name: str = "") -> str:
+    button = post_button(name, "run", {"do": do}) if do else ""
+    return f'<p class="small num">{safe(words)} {button}</p>'

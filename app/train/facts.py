@@ -1,8 +1,6 @@
 """What will happen, said before Start in plain sentences: pictures, looks, time, memory, file size, and each
 problem."""
 
-import json
-
 from app.formatting import (
     UNKNOWN,
     format_bytes,
@@ -10,15 +8,12 @@ from app.formatting import (
     format_scientific,
     format_speed,
     pluralize,
-    progress_bar,
+    post_button,
     safe,
     tile,
 )
 from app.state import Snapshot
-from app.train.form import for_family
-from lora_core.model_files.hub import Download
-from lora_core.model_files.sizes import export_bytes
-from lora_core.runs.costs import MEASURED, PROBED, SCALED, Forecast, forecast_step, memory_needed
+from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
 from lora_core.runs.preflight import caption_bytes
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO
@@ -77,70 +72,64 @@ def notes(snapshot: Snapshot) -> list[str]:
 
 def facts(snapshot: Snapshot) -> str:
     """Three figures, a few sentences, and what is in the way."""
-    config, known = snapshot.plan.config, snapshot.plan.base.facts
-    size = export_bytes(known, config) if known else None
-    expected = time_of(snapshot, config)
-    tried = snapshot.app_state.prober.known(config)
-    peak = tried.peak if tried else 0
-    memory = peak or (memory_needed(config, known, snapshot.app_state.hardware.has_gpu) if known else None)
-    if memory and known and not snapshot.app_state.hardware.has_gpu:
-        memory += sum(caption_bytes(snapshot.app_state.project.dataset().records, config, known))
+    expected = forecast(snapshot, snapshot.plan.config)
+    tried = snapshot.app_state.prober.known(snapshot.plan.config)
+    is_measured = bool(tried and tried.peak)
+    memory, size = expected.memory_bytes, expected.file_bytes
     tiles = [
         tile(
-            format_duration(expected.seconds * config.train.steps) if expected else UNKNOWN,
-            SOURCES[expected.source] if expected else "time, known after some steps",
+            format_duration(expected.seconds) if expected.seconds else UNKNOWN,
+            SOURCES.get(expected.source, "time, known after some steps"),
         ),
         tile(
-            f"{'' if peak else '~'}{memory / 1e9:.1f} GB" if memory else UNKNOWN,
-            _memory_words(snapshot, bool(peak)),
+            f"{'' if is_measured else '~'}{memory / 1e9:.1f} GB" if memory else UNKNOWN,
+            _memory_words(snapshot, is_measured),
         ),
         tile(format_bytes(size) if size else UNKNOWN, "file size"),
     ]
     stops = blockers(snapshot)
-    # That a run is going on is no problem of the form's.
+    # A run that is going on is no problem of the form's.
     tone = "small" if snapshot.live and len(stops) == 1 else "problem"
     return (
         f'<div class="facts three">{"".join(tiles)}</div>{_measuring(snapshot, expected)}<p'
-        f' class="small">{safe(" ".join(_sentences(snapshot)))}</p>'
+        f' class="small">{safe(" ".join(_sentences(snapshot, expected)))}</p>'
         + _listed(notes(snapshot), "small notes", "start-notes")
         + _listed(stops, tone, "start-why")
     )
 
 
-def time_of(snapshot: Snapshot, config: RunConfig) -> Forecast | None:
-    """What a step will take, from all that this window knows."""
-    app_state = snapshot.app_state
+def forecast(snapshot: Snapshot, config: RunConfig) -> RunForecast:
+    """What a run will take, from all that this window knows."""
+    app_state, base = snapshot.app_state, snapshot.plan.base
     runs = [(run_view.progress, run_view.config()) for run_view, _ in snapshot.runs]
-    return forecast_step(config, runs, app_state.prober.costs(), len(app_state.project.dataset().records))
+    records, costs = app_state.project.dataset().records, app_state.prober.costs()
+    return forecast_run(config, base.facts, records, runs, costs, app_state.hardware.has_gpu)
 
 
-def _measuring(snapshot: Snapshot, expected: Forecast | None) -> str:
+def _measuring(snapshot: Snapshot, expected: RunForecast) -> str:
     """Where the time comes from, and the way to measure it; one line in each case, so that nothing jumps."""
     config, prober = snapshot.plan.config, snapshot.app_state.prober
-    source = expected.source if expected else ""
     if prober.working(config):
         done, total = prober.steps_done()
         count = f", {done} of {total}" if total else ""
         return _line("working", f"Trying some steps{count}.", "unmeasure", "Stop")
     tried = prober.known(config)
-    if tried and source == PROBED:
+    if tried and expected.source == PROBED:
         return _line("known", f"A step was tried on this computer: {format_speed(tried.step)}.")
-    if source == MEASURED:
-        return _line(
-            "known",
-            f"A run like it took {format_speed(expected.seconds if expected else 0)}, samples included.",
-        )
+    if expected.source == MEASURED:
+        speed = format_speed(expected.seconds_a_step)
+        return _line("known", f"A run like it took {speed}, samples included.")
     if not snapshot.plan.base.facts or snapshot.plan.problems:
         return _line("off", "The time is measured once the settings can be used.")
     if snapshot.app_state.project.dataset().records and not snapshot.live and prober.follow(config):
         return _line("soon", "The time is measured in a moment.")
-    why = prober.problem(config)
-    unknown = "The time is an estimate." if expected else "The time is not known yet."
-    return _line("offered", why or unknown, "measure", "Measure it", _what_it_takes(snapshot))
+    unknown = "The time is an estimate." if expected.seconds else "The time is not known yet."
+    why = prober.problem(config) or unknown
+    return _line("offered", why, "measure", "Measure it", _what_it_takes(snapshot))
 
 
 def _line(state: str, words: str, do: str = "", name: str = "", tip: str = "") -> str:
-    button = f" {_run_button(do, name, tip)}" if do else ""
+    button = f" {post_button(name, 'run', {'do': do}, tip=tip)}" if do else ""
     return f'<p class="small num measuring" id="measuring" data-measuring="{state}">{safe(words)}{button}</p>'
 
 
@@ -166,20 +155,16 @@ def _memory_words(snapshot: Snapshot, measured: bool) -> str:
     return f"{words}, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
 
 
-def _sentences(snapshot: Snapshot) -> list[str]:
-    config, dataset = snapshot.plan.config, snapshot.app_state.project.dataset()
+def _sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
+    config, records = snapshot.plan.config, snapshot.app_state.project.dataset().records
     sentences = []
-    if dataset.records:
-        bare = sum(not record.caption for record in dataset.records)
+    if records:
+        bare = expected.pictures - expected.captions
         captions = "all with captions" if not bare else f"{bare} without a caption"
-        shown = sum(record.repeats for record in dataset.records) or 1
-        looks = (
-            config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps / shown
-        )
+        looks = pluralize(max(1, round(expected.looks)), "time")
         sentences.append(
-            f"{pluralize(len(dataset.records), 'picture')}, {captions}."
-            f" {pluralize(config.train.steps, 'step')} look at each"
-            f" about {pluralize(max(1, round(looks)), 'time')}."
+            f"{pluralize(expected.pictures, 'picture')}, {captions}."
+            f" {pluralize(expected.steps, 'step')} look at each about {looks}."
         )
         sentences += _caption_sentences(snapshot)
     if config.optimizer.range_test:
@@ -195,11 +180,11 @@ def _sentences(snapshot: Snapshot) -> list[str]:
     if config.dataset.trigger:
         sentences.append(f"Trigger word: {config.dataset.trigger}.")
     held = config.validation.pictures
-    by_hand = sum(record.held_out for record in dataset.records)
+    by_hand = sum(record.held_out for record in records)
     if by_hand:
         sentences.append(f"{by_hand} held out by hand to measure on.")
-    elif held and dataset.records and config.validation.every:
-        count = held if held >= 1 else held * len(dataset.records)
+    elif held and records and config.validation.every:
+        count = held if held >= 1 else held * len(records)
         sentences.append(f"About {max(1, round(count))} held out to measure on.")
     return sentences
 
@@ -220,63 +205,3 @@ def _caption_sentences(snapshot: Snapshot) -> list[str]:
 def _rate(value: float) -> str:
     """A learning rate that is not broken over two lines."""
     return format_scientific(value).replace("-", "\N{NON-BREAKING HYPHEN}")
-
-
-def base_note(snapshot: Snapshot) -> str:
-    """What the chosen base is, and what the form starts with because of it."""
-    plan = snapshot.plan
-    tone = "problem" if plan.base.problem and not plan.base.remote else "small"
-    sentences = [plan.base.sentence]
-    own = for_family(plan.goal, plan.level, plan.base.family)
-    if own:
-        sentences.append(f"For it the preset starts with {', '.join(own)}.")
-    trained_at = plan.config.train.resolution
-    if plan.base.facts and trained_at and trained_at != plan.base.resolution:
-        sentences.append(f"You train it at {trained_at} px.")
-    arrived = snapshot.app_state.downloads.arrived
-    return (
-        f'<p class="{tone}" id="base-note" role="status" data-arrived="{arrived}">'
-        f"{safe(' '.join(sentences))}</p>"
-    )
-
-
-def download_note(snapshot: Snapshot) -> str:
-    """What downloading a base of the hub takes, how far it is, and the buttons for it."""
-    base = snapshot.plan.base
-    if not base.remote:
-        return ""
-    offer = snapshot.app_state.downloads.offer(base.name)
-    problem = f'<p class="problem" role="alert">{safe(offer.problem)}</p>' if offer.problem else ""
-    found = offer.found
-    if offer.state == "asking":
-        shown = _said("Asking the hub how large it is.")
-    elif found is None:
-        shown = _run_button("download-ask", "Try again")
-    elif offer.state == "downloading":
-        share = 100 * offer.here // max(found.size, 1)
-        words = f"{format_bytes(offer.here)} of {format_bytes(found.size)}, {share}%"
-        shown = progress_bar(share, f"Download of {base.name}") + _said(words, "download-cancel", "Cancel")
-    else:
-        shown = _offered(found)
-    return f'<div id="base-download" data-state="{offer.state}">{problem}{shown}</div>'
-
-
-def _offered(found: Download) -> str:
-    here, free = found.here, format_bytes(found.free)
-    words = f"{format_bytes(found.size - here)} to download from the hub; {free} are free."
-    if here:
-        words = f"{format_bytes(here)} of {format_bytes(found.size)} are here already. {words}"
-    if not found.fits:
-        return _said(f"{words} Make room first, or set HF_HOME to a folder on another drive.")
-    return _said(words, "download", "Download the rest" if here else "Download")
-
-
-def _said(words: str, do: str = "", name: str = "") -> str:
-    return f'<p class="small num">{safe(words)} {_run_button(do, name) if do else ""}</p>'
-
-
-def _run_button(do: str, name: str, tip: str = "") -> str:
-    return (
-        f'<button type="button" class="own quiet" data-post="run" data-body="{safe(json.dumps({"do": do}))}"'
-        f' title="{safe(tip)}">{name}</button>'
-    )

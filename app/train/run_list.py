@@ -1,10 +1,16 @@
 """The queue and the earlier runs, each a list of rows with what can be done about them."""
 
-import json
-from typing import Any
-
 from app.export.lora_tools_results import report_entry
-from app.formatting import chip, describe_changes, format_bytes, format_duration, pluralize, safe, state_chip
+from app.formatting import (
+    chip,
+    describe_changes,
+    format_bytes,
+    format_duration,
+    pluralize,
+    post_button,
+    safe,
+    state_chip,
+)
 from app.header import accept_button
 from app.jobs import RESUMABLE, RunView
 from app.state import Snapshot, asks_to_accept
@@ -14,18 +20,6 @@ from lora_core.runs.queue import RUNNING, WAITING, QueuedRun
 
 MOST_EARLIER = 12
 MOST_FAILED = 3
-
-
-def _button(words: str, path: str, body: dict[str, Any], **options: str) -> str:
-    """A button that posts something; `confirm` is asked first, `why` is why it cannot be pressed."""
-    why, ask, tip = options.get("why", ""), options.get("confirm", ""), options.get("tip", "")
-    off = " disabled" if why else ""
-    asks = f' data-confirm="{safe(ask)}"' if ask else ""
-    label = f' aria-label="{safe(options["label"])}"' if "label" in options else ""
-    return (
-        f'<button type="button" class="own quiet" data-post="{path}" data-body="{safe(json.dumps(body))}"'
-        f' title="{safe(why or tip)}"{label}{asks}{off}>{safe(words)}</button>'
-    )
 
 
 def queue_card(snapshot: Snapshot) -> str:
@@ -54,9 +48,9 @@ def queue_card(snapshot: Snapshot) -> str:
 def _queue_switch(snapshot: Snapshot, anything: bool) -> str:
     if snapshot.app_state.queue.is_running:
         tip = "Pauses the run in hand, which then waits again; nothing is lost."
-        return _button("Pause the queue", "queue", {"do": "pause"}, tip=tip)
+        return post_button("Pause the queue", "queue", {"do": "pause"}, tip=tip)
     why = "" if anything else "Nothing waits in the queue."
-    return _button(
+    return post_button(
         "Start the queue", "queue", {"do": "start"}, why=why, tip="Also when this window is closed."
     )
 
@@ -81,15 +75,15 @@ def _job_row(job: QueuedRun, waiting: list[str], asking: RunView | None) -> str:
     if place:
         up = "It is the first already." if place == 1 else ""
         down = "It is the last already." if place == len(waiting) else ""
-        actions = _button(
+        actions = post_button(
             "↑", "queue", {"do": "up", "run": name}, why=up, label=f"Move {name} up", tip="Earlier"
         )
-        actions += _button(
+        actions += post_button(
             "↓", "queue", {"do": "down", "run": name}, why=down, label=f"Move {name} down", tip="Later"
         )
     if job.state != RUNNING:
         tip = "Takes it out of the queue; a run that began stays below."
-        actions += _button("Remove", "queue", {"do": "remove", "run": name}, tip=tip)
+        actions += post_button("Remove", "queue", {"do": "remove", "run": name}, tip=tip)
     told = f"{describe_changes(asking.changed)} Decide below, under Runs." if asking else in_words(job.reason)
     why = f'<span class="small">{safe(told)}</span>' if told else ""
     return (
@@ -141,13 +135,15 @@ def _run_row(snapshot: Snapshot, run_view: RunView, state: str) -> str:
     parts.append(format_bytes(after.size))
     busy = "A run is going on; pause or stop it first." if snapshot.live else ""
     words = f"Continue at {after.step:,}" if after.step else "Start again"
-    resume = _button(words, "run", {"do": "resume", "run": name}, why=busy) if state in RESUMABLE else ""
+    resume = post_button(words, "run", {"do": "resume", "run": name}, why=busy) if state in RESUMABLE else ""
     yes = accept_button(run_view, tone="quiet", why=busy) if asks_to_accept(run_view, state) else ""
     seen = (
-        "" if run_view is snapshot.run_view else _button("Show", "run", {"do": "show", "run": name}, why=busy)
+        ""
+        if run_view is snapshot.run_view
+        else post_button("Show", "run", {"do": "show", "run": name}, why=busy)
     )
     ask = f"Move the run {name} with its samples and files to the trash?"
-    delete = _button("Delete", "run", {"do": "delete", "run": name}, confirm=ask, label=f"Delete {name}")
+    delete = post_button("Delete", "run", {"do": "delete", "run": name}, confirm=ask, label=f"Delete {name}")
     folder = (
         f'<button type="button" class="own quiet" data-copy="{safe(run_view.run.path)}"'
         f' title="{safe(run_view.run.path)}" aria-label="Copy the path of {safe(name)}">Copy path</button>'

@@ -9,12 +9,13 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 
+from lora_core.data.scan import ImageRecord
 from lora_core.errors import LoraError
 from lora_core.model_files.detect import Base, BaseFacts, lookup_base
 from lora_core.model_files.families import Family
@@ -27,7 +28,7 @@ from lora_core.model_files.sizes import (
     count_base_parameters,
     export_bytes,
 )
-from lora_core.runs.preflight import ADAPTER_COPIES
+from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes
 from lora_core.runs.progress import Progress
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
@@ -79,11 +80,34 @@ class StepCost:
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """Seconds a step, samples and validation included, and the source: measured, probed or scaled."""
+class RunForecast:
+    """What a run will take; None where it is not known.
 
-    seconds: float
+    Attributes:
+        pictures, captions: how many there are, and how many have a caption.
+        looks: how often each image is trained on.
+        steps: of the run.
+        seconds: of all steps, samples and validation included.
+        source: of the time: measured, probed, scaled or "".
+        memory_bytes: at the peak.
+        file_bytes: of the exported file.
+        learning_rate: the effective one.
+    """
+
+    pictures: int
+    captions: int
+    looks: float
+    steps: int
+    seconds: float | None
     source: str
+    memory_bytes: int | None
+    file_bytes: int | None
+    learning_rate: float | None
+
+    @property
+    def seconds_a_step(self) -> float | None:
+        """Samples and validation included."""
+        return self.seconds / self.steps if self.seconds else None
 
 
 def costs_file(workspace: Path) -> Path:
@@ -149,20 +173,54 @@ def step_passes(config: RunConfig) -> float:
     return (CHECKPOINTING if config.train.gradient_checkpointing else FORWARDS) * images * float(side) ** 2
 
 
-def forecast_step(
+def forecast_run(
+    config: RunConfig,
+    facts: BaseFacts | None,
+    records: Sequence[ImageRecord],
+    runs: Iterable[tuple[Progress, RunConfig | None]],
+    costs: Mapping[str, StepCost],
+    has_gpu: bool,
+) -> RunForecast:
+    """What a run will take.
+
+    Args:
+        config: its settings.
+        facts: of its base, None where that cannot be read.
+        records: its images.
+        runs: of this machine, the newest first.
+        costs: what was measured on this device, as `read_costs` returns it.
+        has_gpu: whether it trains on a card.
+    """
+    step, source = _forecast_step(config, runs, costs, len(records)) or (None, "")
+    tried = costs.get(cost_key(config))
+    memory: float | None = tried.peak if tried and tried.peak else None
+    if memory is None and facts:
+        memory = memory_needed(config, facts, has_gpu)
+        if memory and not has_gpu:
+            memory += sum(caption_bytes(records, config, facts))
+    shown = sum(record.repeats for record in records)
+    draws = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps
+    return RunForecast(
+        pictures=len(records),
+        captions=sum(bool(record.caption) for record in records),
+        looks=draws / shown if shown else 0.0,
+        steps=config.train.steps,
+        seconds=step * config.train.steps if step else None,
+        source=source,
+        memory_bytes=round(memory) if memory else None,
+        file_bytes=export_bytes(facts, config) if facts else None,
+        learning_rate=None if config.optimizer.range_test else config.optimizer.lr * config.adapter.scale,
+    )
+
+
+def _forecast_step(
     config: RunConfig,
     runs: Iterable[tuple[Progress, RunConfig | None]],
     costs: Mapping[str, StepCost],
     images: int,
-) -> Forecast | None:
-    """What a step of `config` will take; None where nothing of its base was timed yet.
-
-    Args:
-        config: of the run to come.
-        runs: of this machine, the newest first.
-        costs: what was measured on this device, as `read_costs` returns it.
-        images: how many there are.
-    """
+) -> tuple[float, str] | None:
+    """Seconds of a step with what comes between steps, and their source; None where nothing of the base was
+    timed yet."""
     key, base = cost_key(config), config.model.base
     others = []
     for progress, other in runs:
@@ -170,16 +228,16 @@ def forecast_step(
         if pace is None or other is None or other.model.base != base:
             continue
         if cost_key(other) == key:
-            return Forecast(pace, MEASURED)
+            return pace, MEASURED
         others.append(pace / step_passes(other))
     if key in costs:
         cost = costs[key]
-        return Forecast(cost.step + seconds_between_steps(config, cost.step, cost.draw, images), PROBED)
+        return cost.step + seconds_between_steps(config, cost.step, cost.draw, images), PROBED
     for cost in sorted(costs.values(), key=lambda one: -one.time):
         if cost.passes and cost.base == base:
             step = cost.step * step_passes(config) / cost.passes
-            return Forecast(step + seconds_between_steps(config, step, cost.draw, images), SCALED)
-    return Forecast(others[0] * step_passes(config), SCALED) if others else None
+            return step + seconds_between_steps(config, step, cost.draw, images), SCALED
+    return (others[0] * step_passes(config), SCALED) if others else None
 
 
 def seconds_between_steps(config: RunConfig, step: float, draw: float, images: int) -> float:

@@ -5,7 +5,7 @@ blocks where the run would fail; else it is a note.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -398,7 +398,7 @@ def _busy(workspace: Path) -> list[RunProblem]:
     return [RunProblem("busy", sentence, False)]
 
 
-def caption_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:
+def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: BaseFacts) -> tuple[int, int]:
     """About what a run's encoded captions take where no text encoder is trained, else nothing.
 
     Returns:

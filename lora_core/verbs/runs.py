@@ -134,41 +134,22 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
         known), source (measured, probed, scaled or ""), file_bytes, learning_rate (the effective one),
         and problems [{kind, sentence, blocking}].
     """
-    from lora_core.model_files.sizes import export_bytes
-    from lora_core.runs.costs import cost_key, forecast_step, memory_needed, read_costs
+    from lora_core.runs.costs import forecast_run, read_costs
     from lora_core.runs.folder import all_runs
-    from lora_core.runs.preflight import caption_bytes, preflight
+    from lora_core.runs.preflight import preflight
     from lora_core.system.hardware import Hardware
 
-    place, base, hardware = workspace_folder(workspace), lookup_base(config.model.base), Hardware()
+    place, facts, hardware = workspace_folder(workspace), lookup_base(config.model.base).facts, Hardware()
     hardware.look()
     dataset = _opened(config, place)
-    records, problems = dataset.records if dataset else [], preflight(config, place, dataset)
-    if measure and base.facts:
+    problems = preflight(config, place, dataset)
+    if measure and facts:
         _measure_step(config, place, hardware.device)
     costs = read_costs(place, hardware.device)
     runs = ((run.progress(), run.config_or_none()) for run in all_runs(place))
-    step = forecast_step(config, runs, costs, len(records))
-    tried = costs.get(cost_key(config))
-    memory: float | None = tried.peak if tried and tried.peak else None
-    if memory is None and base.facts:
-        memory = memory_needed(config, base.facts, hardware.has_gpu)
-        if memory and not hardware.has_gpu:
-            memory += sum(caption_bytes(records, config, base.facts))
-    shown = sum(record.repeats for record in records)
-    looks = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps
-    return {
-        "pictures": len(records),
-        "captions": sum(bool(record.caption) for record in records),
-        "looks": looks / shown if shown else 0.0,
-        "steps": config.train.steps,
-        "seconds": step.seconds * config.train.steps if step else None,
-        "source": step.source if step else "",
-        "memory_bytes": round(memory) if memory else None,
-        "file_bytes": export_bytes(base.facts, config) if base.facts else None,
-        "learning_rate": None if config.optimizer.range_test else config.optimizer.lr * config.adapter.scale,
-        "problems": [asdict(problem) for problem in problems],
-    }
+    records = dataset.records if dataset else []
+    found = forecast_run(config, facts, records, runs, costs, hardware.has_gpu)
+    return asdict(found) | {"problems": [asdict(problem) for problem in problems]}
 
 
 def _opened(config: RunConfig, place: Path) -> "Dataset | None":

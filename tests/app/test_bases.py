@@ -6,8 +6,8 @@ import pytest
 
 from app.dataset.gallery import count_caption_tokens, warn_of_long_captions
 from app.state import AppState, OtherTools, take_snapshot
-from app.train.base_picker import base_choices, choose_base
-from app.train.facts import base_note, blockers
+from app.train.base_picker import base_choices, base_note, choose_base
+from app.train.facts import blockers
 from app.train.form import FORM, Plan, form_values, preset_config, widget_values
 from lora_core.model_files.detect import lookup_base
 from lora_core.model_files.sizes import HEADER_A_LAYER, export_bytes

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from app.state import AppState, take_snapshot
-from app.train.base_picker import adopt_downloaded_base, choose_base
-from app.train.facts import base_note, blockers, download_note, notes
+from app.train.base_picker import adopt_downloaded_base, base_note, choose_base, download_note
+from app.train.facts import blockers, notes
 from app.train.form import standing_values
 from app.train.routes import do_run_action
 from lora_core.errors import RunError

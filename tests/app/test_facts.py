@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from app.state import AppState, take_snapshot
-from app.train.facts import facts, memory_needed, time_of
+from app.train.facts import facts, forecast
 from app.train.form import preset_config
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.families import FAMILIES
 from lora_core.model_files.sizes import count_base_parameters
 from lora_core.runs import events
-from lora_core.runs.costs import MEASURED, SCALED
+from lora_core.runs.costs import MEASURED, SCALED, memory_needed
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.system.hardware import Card, find_amd_card, parse_apps, parse_card
@@ -44,27 +44,25 @@ def test_a_run_of_the_same_cost_counts_first(app_state: AppState) -> None:
     )
     snapshot = take_snapshot(app_state)
     config = RunConfig().changed({"train.batch_size": 2})
-    found = time_of(snapshot, config)
-    assert found is not None
-    assert (found.source, found.seconds) == (MEASURED, pytest.approx(2.0))
+    found = forecast(snapshot, config)
+    assert (found.source, found.seconds_a_step) == (MEASURED, pytest.approx(2.0))
     # Four pictures a step cost four times as much as one; the newest run is the one with one.
-    scaled = time_of(snapshot, config.changed({"train.batch_size": 4}))
-    assert scaled is not None
+    scaled = forecast(snapshot, config.changed({"train.batch_size": 4}))
     assert scaled.source == SCALED
-    assert scaled.seconds in (pytest.approx(36.0), pytest.approx(4.0))
+    assert scaled.seconds_a_step in (pytest.approx(36.0), pytest.approx(4.0))
 
 
 def test_with_no_run_at_all_the_time_is_not_known_and_that_is_said(
     app_state: AppState, pictures: list[Path]
 ) -> None:
     app_state.hardware.known = True
-    assert time_of(take_snapshot(app_state), preset_config("style", "demo")) is None
+    assert forecast(take_snapshot(app_state), preset_config("style", "demo")).seconds is None
     assert "time, known after some steps" in facts(take_snapshot(app_state))
 
 
 def test_a_run_of_another_base_tells_nothing(app_state: AppState) -> None:
     make_run(app_state, "other", started(), *(step(n, 100.0 + n) for n in range(1, 9)), model__base="other")
-    assert time_of(take_snapshot(app_state), RunConfig()) is None
+    assert forecast(take_snapshot(app_state), RunConfig()).seconds is None
 
 
 def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from app.state import AppState, take_snapshot
 from app.train import probing
-from app.train.facts import facts, time_of
+from app.train.facts import facts, forecast
 from app.train.routes import do_run_action
 from lora_core.errors import RunError
 from lora_core.runs.costs import PROBED, SCALED, StepCost, costs_file, keep_cost
@@ -85,14 +85,14 @@ def test_a_still_form_is_measured_and_says_so(
     assert [line["config"] for line in asked(tmp_path)] == [plan.config.to_dict()]
     kept = json.loads(costs_file(app_state.workspace).read_text())["measured"]
     assert [(row["step"], row["base"]) for row in kept.values()] == [(2.0, plan.config.model.base)]
-    found = time_of(take_snapshot(app_state), plan.config)
-    assert found is not None
+    found = forecast(take_snapshot(app_state), plan.config)
+    assert found.seconds_a_step is not None
     # 2 s a step, and of 3 pictures 2 are drawn at each round with 20 steps of 0.5 s.
     rounds = plan.config.train.steps / plan.config.sample.every + 1
     drawn = rounds * 2 * plan.config.sample.steps * 0.5 / plan.config.train.steps
     assert found.source == PROBED
     # Validation takes 5% of the time at the most.
-    assert 2 + drawn <= found.seconds <= 2 * 1.05 + drawn + 1e-6
+    assert 2 + drawn <= found.seconds_a_step <= 2 * 1.05 + drawn + 1e-6
     shown = facts(take_snapshot(app_state))
     assert "<small>measured</small>" in shown
     assert '<b class="num">3.0 GB</b>' in shown
@@ -109,10 +109,10 @@ def test_another_rank_is_measured_anew_and_reckoned_meanwhile(
     assert state(app_state) == "soon"
     wait_for(lambda: state(app_state) == "known")
     more = config.changed({"train.batch_size": 3 * config.train.batch_size})
-    found = time_of(take_snapshot(app_state), more)
-    assert found is not None
+    found = forecast(take_snapshot(app_state), more)
+    assert found.seconds_a_step is not None
     assert found.source == SCALED
-    assert found.seconds > 3 * 2.0
+    assert found.seconds_a_step > 3 * 2.0
 
 
 def test_nothing_is_measured_without_pictures(app_state: AppState, tmp_path: Path) -> None:

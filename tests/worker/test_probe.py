@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from app.state import AppState, take_snapshot
-from app.train.facts import time_of
+from app.train.facts import forecast
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel
 from lora_core.projects.project import DEMO
@@ -129,8 +129,8 @@ def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None
     told = answers[-1]
     one = StepCost(told["step"], told["draw"], told["peak"], config.model.base, app_state.hardware.device)
     keep_cost(tmp_path, config, one)
-    expected = time_of(take_snapshot(app_state), config)
-    assert expected is not None
+    expected = forecast(take_snapshot(app_state), config)
+    assert expected.seconds_a_step is not None
     assert expected.source == PROBED
     run = RunFolder.create(runs_folder(tmp_path) / "real", config)
     # In a process of its own, as in life.
@@ -139,4 +139,4 @@ def test_the_forecast_is_what_the_run_takes(tmp_path: Path, preset: str) -> None
     assert done.returncode == 0, done.stderr
     taken = app_state.jobs.all()[0].run.progress().wall_pace()
     assert taken is not None
-    assert taken / 1.5 < expected.seconds < taken * 1.5, (expected.seconds, taken)
+    assert taken / 1.5 < expected.seconds_a_step < taken * 1.5, (expected.seconds_a_step, taken)
