@@ -99,7 +99,7 @@ def test_a_large_base_brings_its_starting_values(app_state: AppState, tmp_path: 
     assert values["train.resolution"] == 0
     assert values["optimizer.lr"] == 3e-4
     snapshot = take_snapshot(app_state)
-    assert snapshot.plan.preset.optim.text_encoder_lr == 0
+    assert snapshot.plan.preset.optimizer.text_encoder_lr == 0
     assert "starts with Text encoder rate 0." in base_note(snapshot)
     assert "1024 px" in base_note(snapshot)
     _, back = choose(app_state, str(one))
