@@ -9,15 +9,12 @@ from app.export.compatibility import report_html
 from app.export.lora_tools import CHECKPOINT, TOOLS
 from app.formatting import format_bytes, safe
 from app.jobs import RunView
-from lora_core.report.plots import Bar, bars_plot, square_plot, table_html
+from lora_core.report.plots import Bar, bars_plot, figure, folded, paragraph, square_plot, table_html
 from lora_core.report.rank_plots import (
     amplified_html,
     block_name,
-    figure,
-    folded,
     intrinsic_html,
     left_out_html,
-    paragraph,
     spectrum_html,
     strength_html,
 )

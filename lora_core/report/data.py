@@ -12,7 +12,7 @@ from lora_core.data.dataset import open_dataset, require_clean
 from lora_core.data.holdout import split_holdout
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError, LoraError
-from lora_core.evaluate.validator import Evaluator
+from lora_core.evaluate.validator import Evaluator, OnProgress
 from lora_core.models.device import best_device
 from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel, load_base
@@ -27,7 +27,7 @@ from lora_core.tools.strength import measure_strength
 from lora_core.tools.svd import file_spectrum
 from lora_core.train.fingerprint import input_hashes
 
-FEWEST_LOOKS = 8
+FEWEST_DRAWS = 8
 CHANGED = (
     "The pictures have changed since the run began, so that some of those that are measured may have been"
     " trained on."
@@ -41,7 +41,7 @@ class RunEvaluator:
     Attributes:
         evaluator: measures adapters.
         base: the run's base.
-        pictures: how many are measured.
+        pictures: how many images are measured.
         note: a sentence, "" for none.
     """
 
@@ -52,10 +52,10 @@ class RunEvaluator:
 
 
 def held_out_records(run: RunFolder, config: RunConfig) -> tuple[list[ImageRecord], str]:
-    """The pictures that a run held out, captions as they were measured, and a note if they have changed.
+    """The images that a run held out with their captions, and a note if they have changed.
 
     Raises:
-        DatasetError: the pictures are gone, or none was held out.
+        DatasetError: the images are gone, or none was held out.
     """
     dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
     require_clean(dataset)
@@ -72,7 +72,7 @@ def held_out_records(run: RunFolder, config: RunConfig) -> tuple[list[ImageRecor
 
 
 def _known_inputs(run: RunFolder) -> dict[str, str]:
-    """What the run wrote down of its pictures when it began; {} of a run that did not."""
+    """The hashes of its images that the run recorded at the start; {} for a run that did not."""
     try:
         found = json.loads(run.inputs_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -83,22 +83,22 @@ def _known_inputs(run: RunFolder) -> dict[str, str]:
 def run_evaluator(
     run: RunFolder,
     config: RunConfig,
-    note: Callable[[str], None] | None = None,
-    on_picture: Callable[[int, int], None] | None = None,
+    on_phase: Callable[[str], None] | None = None,
+    on_image: OnProgress | None = None,
 ) -> RunEvaluator:
-    """Open a run's base in full precision and encode its held-out pictures.
+    """Load a run's base in fp32 and encode its held-out images.
 
     Args:
         run: the run.
         config: its settings.
-        note: told in a few words what is being measured.
-        on_picture: called with (done, all) within a measurement; what it raises ends it.
+        on_phase: called with what is being measured, in a few words.
+        on_image: called within each measurement.
 
     Raises:
-        DatasetError: the pictures are gone, or none was held out.
+        DatasetError: the images are gone, or none was held out.
         ModelFileError: the base is gone.
     """
-    records, said = held_out_records(run, config)
+    records, note = held_out_records(run, config)
     model = config.model
     base = load_base(
         model.base, best_device(), PRECISIONS["fp32"], model.prediction, model.vae,
@@ -107,40 +107,39 @@ def run_evaluator(
     if config.train.resolution:
         base = replace(base, facts=replace(base.facts, resolution=config.train.resolution))
 
-    def condition(caption: str) -> PromptEmbeds:
+    def encode(caption: str) -> PromptEmbeds:
         return encode_prompt(base, [caption], config.train.clip_skip, config.train.max_token_length)
 
-    looks = max(FEWEST_LOOKS, config.validation.draws_per_image)
-    evaluator = Evaluator(base, records, looks, config.seed, note, on_picture, condition)
-    return RunEvaluator(evaluator, base, len(records), said)
+    draws = max(FEWEST_DRAWS, config.validation.draws_per_image)
+    evaluator = Evaluator(base, records, draws, config.seed, on_phase, on_image, encode)
+    return RunEvaluator(evaluator, base, len(records), note)
 
 
-# All that a report tells, read or measured before a line of it is written. What is missing is a sentence.
-
+# The data of a report.
 
 NOT_ASKED = "It was not measured for this report."
 PICTURES_FILE = "pictures.json"
-"""Gains by picture, which another command writes into the run folder."""
+"""Gains by image, written by `evaluate.learned`."""
 
-Tell = Callable[[str, int, int], None]
-"""Called with (what is done, done, all); what it raises ends the work."""
+OnPhase = Callable[[str, int, int], None]
+"""Called with (what is being done, done, total); an exception from it ends the work."""
 
 
 @dataclass
 class ReportData:
-    """What is known of a run.
+    """What a report shows of a run.
 
     Attributes:
         run, config, progress, state: the run.
-        ending: why it ended early, in a sentence, "" where it did not.
-        step: of the adapter that is looked at, 0 where there is none.
-        best: whether that is the best by validation, rather than the last.
-        size: bytes of the exported file, or of the checkpoint's.
-        spectrum, rank, strength: as the analyses give them, None where there is none.
-        problems: by those names, why not.
-        measured_on: how many held-out pictures rank and strength were measured on.
-        note: what to know of the measurements, "" for nothing.
-        pictures: rows of gains by picture.
+        ending: why it ended early, in a sentence, or "".
+        step: of the adapter that is analysed, 0 for none.
+        best: whether that is the best step by validation, rather than the last.
+        size: of the exported file, or of the checkpoint's, in bytes.
+        spectrum, rank, strength: the documents of the analyses, or None.
+        problems: by those names, why there is none.
+        measured_on: how many held-out images rank and strength were measured on.
+        note: about the measurements, or "".
+        images: rows of gains by image.
     """
 
     run: RunFolder
@@ -157,74 +156,74 @@ class ReportData:
     problems: dict[str, str] = field(default_factory=dict)
     measured_on: int = 0
     note: str = ""
-    pictures: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def adapter(self) -> Path:
-        """The file that is looked at."""
+        """The adapter that is analysed."""
         return self.run.checkpoint(self.step) / "adapter.safetensors"
 
 
-def collect_data(run: RunFolder, measure: bool, tell: Tell) -> ReportData:
-    """Read a run, and measure what needs its base and its pictures.
+def collect_data(run: RunFolder, measure: bool, on_phase: OnPhase) -> ReportData:
+    """Read a run, and measure what needs its base and its images.
 
     Args:
         run: the run.
-        measure: whether to open the base and measure intrinsic rank and strength.
-        tell: told how far it is.
+        measure: whether to load the base and measure intrinsic rank and strength.
+        on_phase: called with the progress.
 
     Raises:
         ConfigError: its settings were edited into something illegal.
     """
     config, progress = run.config(), run.progress()
-    story = ReportData(run, config, progress, run.status(progress), _ending(run, progress))
-    story.pictures = saved_image_rows(run.path / PICTURES_FILE)
+    data = ReportData(run, config, progress, run.status(progress), _ending(run, progress))
+    data.images = saved_image_rows(run.path / PICTURES_FILE)
     steps = run.checkpoint_steps()
     if not steps:
         why = "The run has no checkpoint yet, so there is no adapter to look at."
-        story.problems = dict.fromkeys(("spectrum", "rank", "strength"), why)
-        return story
-    story.best = progress.best_step in steps
-    story.step = progress.best_step if story.best and progress.best_step is not None else steps[-1]
-    story.size = _size(run, progress, story.adapter)
+        data.problems = dict.fromkeys(("spectrum", "rank", "strength"), why)
+        return data
+    data.best = progress.best_step in steps
+    data.step = progress.best_step if data.best and progress.best_step is not None else steps[-1]
+    data.size = _size(run, progress, data.adapter)
     try:
-        story.spectrum = file_spectrum(story.adapter, lambda done, total: tell("spectrum", done, total))
+        data.spectrum = file_spectrum(data.adapter, lambda done, total: on_phase("spectrum", done, total))
     except LoraError as error:
-        story.problems["spectrum"] = plain_words(str(error), run)
+        data.problems["spectrum"] = without_paths(str(error), run)
     if measure:
-        _measure(story, tell)
+        _measure(data, on_phase)
     else:
-        story.problems |= dict.fromkeys(("rank", "strength"), NOT_ASKED)
-    return story
+        data.problems |= dict.fromkeys(("rank", "strength"), NOT_ASKED)
+    return data
 
 
-def _measure(story: ReportData, tell: Tell) -> None:
-    said = "the base"
+def _measure(data: ReportData, on_phase: OnPhase) -> None:
+    phase = "the base"
 
-    def note(words: str) -> None:
-        nonlocal said
-        said = words
+    def start(words: str) -> None:
+        nonlocal phase
+        phase = words
 
     try:
-        found = run_evaluator(story.run, story.config, note, lambda done, total: tell(said, done, total))
+        found = run_evaluator(data.run, data.config, start, lambda done, total: on_phase(phase, done, total))
     except LoraError as error:
-        words = plain_words(str(error), story.run)
-        story.problems |= dict.fromkeys(("rank", "strength"), f"It cannot be measured any more. {words}")
+        words = without_paths(str(error), data.run)
+        data.problems |= dict.fromkeys(("rank", "strength"), f"It cannot be measured any more. {words}")
         return
-    story.measured_on, story.note = found.pictures, found.note
+    data.measured_on, data.note = found.pictures, found.note
     for name, work in (("strength", measure_strength), ("rank", measure_rank)):
         try:
-            setattr(story, name, work(story.adapter, found.base.family, found.evaluator.gains))
+            setattr(data, name, work(data.adapter, found.base.family, found.evaluator.gains))
         except LoraError as error:
-            story.problems[name] = plain_words(str(error), story.run)
+            data.problems[name] = without_paths(str(error), data.run)
 
 
 def _ending(run: RunFolder, progress: Progress) -> str:
     """Why a run ended before its last step."""
     if progress.ending in ("failed", "paused"):
-        return plain_words(progress.reason, run)
+        return without_paths(progress.reason, run)
     last = [e for e in read_events(run.events_file)[0] if isinstance(e, Stopped | Finished)]
-    return plain_words(last[-1].reason, run) if last and isinstance(last[-1], Stopped) else ""
+    return without_paths(last[-1].reason, run) if last and isinstance(last[-1], Stopped) else ""
 
 
 def _size(run: RunFolder, progress: Progress, adapter: Path) -> int:
@@ -234,10 +233,10 @@ def _size(run: RunFolder, progress: Progress, adapter: Path) -> int:
     return 0
 
 
-def plain_words(text: str, run: RunFolder) -> str:
-    """A sentence without the places of this computer: a path becomes its last part.
+def without_paths(text: str, run: RunFolder) -> str:
+    """A sentence without the paths of this computer: each becomes its last part.
 
-    A page that is passed on must not tell where, and for whom, it was made.
+    A page that is passed on must not reveal where it was made, and for whom.
     """
     places = [str(run.path), str(run.path.parent.parent), str(Path.home())]
     for place in places:
@@ -250,7 +249,7 @@ def plain_words(text: str, run: RunFolder) -> str:
 
 
 def saved_image_rows(file: Path) -> list[dict[str, Any]]:
-    """Gains by picture, the highest first; a file that is missing or broken counts as empty."""
+    """Gains by image, the highest first; a file that is missing or broken counts as empty."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

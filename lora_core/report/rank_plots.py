@@ -1,48 +1,42 @@
-"""What the analyses of an adapter found, as HTML: the spectrum, the intrinsic rank, the best strength.
+"""The analyses of an adapter as HTML: the spectrum, the intrinsic rank, the best strength, amplification.
 
-From plain numbers, as the command line's `--json` has them, so that the window draws them without torch and
-the report of a run has the same pictures.
+They are drawn from plain data, the documents of the command line's `--json`, so that the window draws them
+without torch and the report of a run has the same figures.
 """
 
+import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_core.report.plots import Bar, Curve, Mark, bars_plot, curves_plot, heat_plot, safe, table_html
+from lora_core.report.plots import (
+    Bar,
+    Curve,
+    Mark,
+    bars_plot,
+    curves_plot,
+    figure,
+    figures,
+    folded,
+    heat_plot,
+    paragraph,
+    table_html,
+)
 from lora_core.runs.events import RateFound
 
 MOST_BLOCKS = 40
 Row = Mapping[str, Any]
 
 
-def paragraph(text: str) -> str:
-    """A sentence."""
-    return f"<p>{safe(text)}</p>"
-
-
-def figure(title: str, inside: str, note: str = "") -> str:
-    """A plot under its heading, with a sentence that says how to read it."""
-    said = f'<p class="small">{safe(note)}</p>' if note else ""
-    return f'<figure class="shown"><h3>{safe(title)}</h3>{inside}{said}</figure>'
-
-
-def folded(title: str, inside: str) -> str:
-    """What few want to see at once."""
-    return f"<details><summary>{safe(title)}</summary>{inside}</details>"
-
-
 def left_out_html(rows: Sequence[Row]) -> str:
-    """Layers that nothing is said of, by the reason."""
+    """How many layers were left out, by reason."""
     if not rows:
         return ""
-    reasons: dict[str, int] = {}
-    for row in rows:
-        reasons[str(row["reason"])] = reasons.get(str(row["reason"]), 0) + 1
-    words = "; ".join(
-        f"{count} {'layer' if count == 1 else 'layers'}: {why}" for why, count in reasons.items()
-    )
-    return f'<p class="small">Left out: {safe(words)}.</p>'
+    reasons = Counter(str(row["reason"]) for row in rows)
+    words = [f"{n} {'layer' if n == 1 else 'layers'}: {reason}" for reason, n in reasons.items()]
+    return paragraph(f"Left out: {'; '.join(words)}.", small=True)
 
 
 def span_of(values: Sequence[float]) -> str:
@@ -52,7 +46,7 @@ def span_of(values: Sequence[float]) -> str:
 
 
 def spectrum_sentence(spectrum: Row) -> str:
-    """What the spectrum says, for a person."""
+    """The spectrum in words."""
     layers: list[Row] = spectrum["layers"]
     if not layers:
         return "No layer of this file can be taken apart."
@@ -67,10 +61,10 @@ def spectrum_sentence(spectrum: Row) -> str:
 
 
 def spectrum_html(spectrum: Row) -> str:
-    """Energy by block, how fast it is held, and the ranks layer by layer, with the tables.
+    """Energy by rank, the ranks of the layers, energy by block, and the tables.
 
     Args:
-        spectrum: as `analysis.spectrum.file_spectrum` gives it.
+        spectrum: of `tools.svd.file_spectrum`.
     """
     layers: list[Row] = spectrum["layers"]
     said = paragraph(spectrum_sentence(spectrum)) + left_out_html(spectrum["left_out"])
@@ -88,42 +82,30 @@ def spectrum_html(spectrum: Row) -> str:
         folded("Table by block", _block_table(spectrum["blocks"])),
         folded("Table of all layers", _layer_table(layers)),
     ]
-    return f'{said}<div class="figures">{"".join(plots)}</div>{"".join(tables)}'
+    return said + figures(plots) + "".join(tables)
 
 
 def _held(layers: Sequence[Row]) -> str:
     """Cumulative energy over the number of directions."""
-    shares = []
     longest = max(len(row["singular_values"]) for row in layers)
+    shares = []
     for row in layers:
-        squares = [value**2 for value in row["singular_values"]]
-        total = sum(squares)
-        if total <= 0:
-            continue
-        sums, held = 0.0, []
-        for square in squares:
-            sums += square
-            held.append(sums / total)
-        shares.append(held + [1.0] * (longest - len(held)))
+        sums = list(itertools.accumulate(value**2 for value in row["singular_values"]))
+        if sums[-1] > 0:
+            shares.append([value / sums[-1] for value in sums] + [1.0] * (longest - len(sums)))
     if not shares:
         return paragraph("All layers are zero.")
     columns = [sorted(column) for column in zip(*shares, strict=True)]
-    middle = [column[len(column) // 2] for column in columns]
-    low = [column[len(column) // 10] for column in columns]
-    high = [column[len(column) * 9 // 10] for column in columns]
-    points = [(float(k), 100 * share) for k, share in enumerate(middle, 1)]
-    outer = [
-        Curve("", [(float(k), 100 * share) for k, share in enumerate(side, 1)], (), "raw")
-        for side in (low, high)
-    ]
-    start = [(0.0, 0.0)]
-    curves = [*(Curve("", start + curve.points, (), "raw") for curve in outer), Curve("", start + points)]
-    at = next(k for k, share in enumerate(middle, 1) if share >= 0.99 * (1 - 1e-9))
-    mark = Mark(float(at), 100 * middle[at - 1], f"99% by {at}")
-    label = (
-        f"Share of energy held by the leading directions; the median layer holds 99% with {at} of {longest}"
-    )
-    return curves_plot(label, curves, mark)
+
+    def curve(tenths: int, style: str) -> Curve:
+        values = [100 * column[len(column) * tenths // 10] for column in columns]
+        return Curve("", [(0.0, 0.0), *((float(k), value) for k, value in enumerate(values, 1))], (), style)
+
+    median = curve(5, "smooth")
+    at, energy = next((k, y) for k, y in median.points if y >= 99 * (1 - 1e-9))
+    label = "Share of energy held by the leading directions; the median layer holds 99% with"
+    curves = [curve(1, "raw"), curve(9, "raw"), median]
+    return curves_plot(f"{label} {at:.0f} of {longest}", curves, Mark(at, energy, f"99% by {at:.0f}"))
 
 
 def _sorted_ranks(layers: Sequence[Row]) -> str:
@@ -144,7 +126,7 @@ def _sorted_ranks(layers: Sequence[Row]) -> str:
 
 
 def block_name(row: Row) -> str:
-    """A block's name, with its part where that is no UNet."""
+    """A block's name, with its part unless that is the UNet."""
     return str(row["block"]) if row["part"] == "unet" else f"{row['part']} {row['block']}"
 
 
@@ -236,7 +218,7 @@ def amplified_html(report: Row) -> str:
     """The heat map of amplification by block.
 
     Args:
-        report: as `analysis.amplify.file_amplification` gives it.
+        report: of `tools.amplification.file_amplification`.
     """
     blocks: Sequence[Row] = report["blocks"]
     overall = report["amplification"]
@@ -260,22 +242,19 @@ def amplified_html(report: Row) -> str:
          f"{row['intruders']} in {row['layers']}"]
         for row in blocks
     ]  # fmt: skip
-    rows = [(block_name(row), [0.0, 0.0, 0.0]) for row in blocks]
+    names = [block_name(row) for row in blocks]
     columns = ("Amplification", "Norm", "Intruders")
-    plot = heat_plot("Amplification, norm and intruders by block", rows, columns, shares, words)
+    plot = heat_plot("Amplification, norm and intruders by block", names, columns, shares, words)
     table = table_html(
         ("Block", *columns),
-        [(name, *cells) for (name, _), cells in zip(rows, words, strict=True)],
+        [(name, *cells) for name, cells in zip(names, words, strict=True)],
         "By block",
     )
     return said + left_out_html(report["left_out"]) + figure("By block", plot) + folded("As a table", table)
 
 
-# The range test's curve: what was learned at which learning rate, and the rate that was taken.
-
-
 def rate_html(found: RateFound) -> str:
-    """The curve, its x axis in powers of ten."""
+    """The learning rate range test, its x axis in powers of ten."""
     points = [(math.log10(rate), share) for rate, share in zip(found.rates, found.shares, strict=True)]
     place = math.log10(found.rate)
     share = min(points, key=lambda point: abs(point[0] - place))[1]

@@ -1,4 +1,7 @@
-"""A run's settings for somebody else: what differs from the defaults first, and no places of a computer."""
+"""The report of a run: one HTML file that holds its images and plots, runs nothing and requests nothing.
+
+Paths of this computer and names of images do not appear in it, since the page may be passed on.
+"""
 
 import base64
 import importlib.metadata
@@ -13,17 +16,21 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.errors import RunError
-from lora_core.report.data import ReportData, Tell, collect_data
-from lora_core.report.plots import Bar, Curve, Mark, bars_plot, curves_plot, downsample, safe, table_html
-from lora_core.report.rank_plots import (
+from lora_core.report.data import OnPhase, ReportData, collect_data
+from lora_core.report.plots import (
+    Bar,
+    Curve,
+    Mark,
+    bars_plot,
+    curves_plot,
+    downsample,
     figure,
     folded,
-    intrinsic_html,
     paragraph,
-    rate_html,
-    spectrum_html,
-    strength_html,
+    table_html,
+    templates,
 )
+from lora_core.report.rank_plots import intrinsic_html, rate_html, spectrum_html, strength_html
 from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import smoothed
@@ -39,29 +46,118 @@ from lora_core.runs.verdict import (
 from lora_core.settings.config import FIELDS, RunConfig, label_of
 from lora_core.system.paths import ASSETS, write_atomically
 
+FILE_NAME = "report.html"
+STYLE = ASSETS / "report.css"
+
+
+def write_report(run: RunFolder, out: Path, measure: bool, on_phase: OnPhase, now: float) -> int:
+    """Write the report of a run.
+
+    Args:
+        run: the run.
+        out: the file to write; an older one is replaced.
+        measure: whether to load the base and measure intrinsic rank and strength on the held-out images.
+        on_phase: called with the progress; an exception from it leaves no file.
+        now: the time, in seconds since the epoch.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        LoraError: the run's settings are broken, or the file cannot be written.
+    """
+    check_report_out(out)
+    page = report_html(collect_data(run, measure, on_phase), now).encode()
+    try:
+        write_atomically(out, page)
+    except OSError as error:
+        raise RunError(f"The report {out} cannot be written: {error.strerror or error}.") from error
+    return len(page)
+
+
+def check_report_out(out: Path) -> None:
+    """Refuse a path for a report before the work rather than after it.
+
+    Raises:
+        RunError: its folder does not exist, or it does not end in .html.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise RunError(f"--out {out} should end in .html.")
+    if not out.absolute().parent.is_dir():
+        raise RunError(f"--out {out} cannot be written: its folder does not exist; make it first.")
+
+
+def report_html(data: ReportData, now: float) -> str:
+    """The page."""
+    changed, unchanged = _settings(data.config)
+    rate = data.progress.rate
+    return (
+        templates()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            name=data.run.name,
+            style=STYLE.read_text(encoding="utf-8"),
+            summary=summary(data),
+            tiles=_tiles(data),
+            samples=_samples(data),
+            learned=[
+                gain_html(data),
+                loss_html(data),
+                rate_html(rate) if rate else "",
+                bands_html(data),
+                images_html(data),
+            ],
+            rank=intrinsic_html(data.rank) if data.rank else "",
+            spectrum=spectrum_html(data.spectrum) if data.spectrum else "",
+            strengths=[strength_html(fit, fit["part"]) for fit in (data.strength or {}).get("fits", [])],
+            changed=changed,
+            unchanged=unchanged,
+            version=importlib.metadata.version("lora-easel"),
+            made=datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d"),
+        )
+    )
+
+
+def _tiles(data: ReportData) -> list[tuple[str, str]]:
+    """(value, what it is) of the most important figures."""
+    best = best_of(data.progress.validations)
+    done, planned = data.progress.step, data.progress.steps
+    adapter, trigger = data.config.adapter, data.config.dataset.trigger
+    tiles = [
+        (f"{done:,}" + (f" of {planned:,}" if planned > done else ""), "steps"),
+        (base_name(data.config.model.base), "base model"),
+        (f"{adapter.rank}, alpha {adapter.alpha:g}", "rank"),
+    ]
+    if trigger:
+        tiles.append((trigger, "trigger word"))
+    if best is not None:
+        tiles.append((f"{best.gain:+.4f}", f"best gain, \N{PLUS-MINUS SIGN} {2 * best.standard_error:.4f}"))
+    if data.size:
+        tiles.append((f"{data.size / 1e6:.1f} MB", "file"))
+    return tiles
+
+
+# Settings.
+
 HIDDEN = ("name",)
 PLACES = ("model.base", "model.vae", "dataset.path", "adapter.init")
 
 
-def settings_html(story: ReportData) -> str:
-    """The changed ones, then the rest folded."""
+def _settings(config: RunConfig) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Changed settings as (label, value, default, name), and the others as (label, value, name)."""
     changed: list[tuple[str, ...]] = []
-    usual: list[tuple[str, ...]] = []
-    usual_config = RunConfig()
+    unchanged: list[tuple[str, ...]] = []
+    defaults = RunConfig()
     for name in FIELDS:
         if name in HIDDEN:
             continue
-        value, default = story.config.get(name), usual_config.get(name)
-        row = (label_of(name), shown(name, value), shown(name, default), name)
-        (changed if value != default else usual).append(row)
-    heads = ("Setting", "Value", "Default", "Name")
-    first = (
-        table_html(heads, changed, "Changed from the defaults", numbers=False)
-        if changed
-        else paragraph("All settings are the defaults.")
-    )
-    rest = table_html(("Setting", "Value", "Name"), [(a, b, d) for a, b, _, d in usual], "As usual", False)
-    return first + folded(f"The other {len(usual)} settings", rest)
+        value, default = config.get(name), defaults.get(name)
+        if value != default:
+            changed.append((label_of(name), shown(name, value), shown(name, default), name))
+        else:
+            unchanged.append((label_of(name), shown(name, value), name))
+    return changed, unchanged
 
 
 def shown(name: str, value: Any) -> str:
@@ -84,10 +180,7 @@ def base_name(text: str) -> str:
     return text.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "none"
 
 
-# What came of a run, in a few sentences: whether it learned, which file to take, what to mind.
-#
-# Learning by heart and forgetting are told in the words that the window has for them (`runs/verdict.py`).
-
+# The summary.
 
 STATES = {
     "queued": "It has not begun.",
@@ -101,28 +194,28 @@ STATES = {
 }
 
 
-def summary(story: ReportData) -> list[str]:
+def summary(data: ReportData) -> list[str]:
     """Sentences, the most important first."""
-    found = with_gain(story.progress.validations)
-    said = [_learned_sentence(story, found)]
+    found = with_gain(data.progress.validations)
+    said = [_learned_sentence(data, found)]
     if found:
         said += [
             describe_memorization(found[-1]),
             describe_forgetting(found[-1]),
             describe_average(found[-1]),
         ]
-    said.append(_rank_sentence(story))
-    state = STATES.get(story.state, "")
+    said.append(_rank_sentence(data))
+    state = STATES.get(data.state, "")
     if state:
-        said.append(f"{state} {story.ending}".strip())
+        said.append(f"{state} {data.ending}".strip())
     return [sentence for sentence in said if sentence]
 
 
-def _learned_sentence(story: ReportData, found: list[Validated]) -> str:
+def _learned_sentence(data: ReportData, found: list[Validated]) -> str:
     if not found:
         return (
             "Whether it learned was not measured: no picture was held out."
-            if story.progress.step
+            if data.progress.step
             else "Nothing was trained yet."
         )
     best, last = best_of(found), found[-1]
@@ -132,9 +225,9 @@ def _learned_sentence(story: ReportData, found: list[Validated]) -> str:
         return "No gain on pictures that it had not seen can be told from chance."
     share = best.gain / best.base_loss if best.base_loss > 0 else math.nan
     much = f"{share:.0%} better than by the base" if math.isfinite(share) else "better than by the base"
-    at = "at the end" if best.step == story.progress.step else f"at best at step {best.step:,}"
+    at = "at the end" if best.step == data.progress.step else f"at best at step {best.step:,}"
     sentence = f"It learned: pictures that it had not seen are predicted {much}, {at}."
-    return f"{sentence} {_overcooked(best, last, story.best)}".strip()
+    return f"{sentence} {_overcooked(best, last, data.best)}".strip()
 
 
 def _overcooked(best: Validated, last: Validated, kept: bool) -> str:
@@ -145,17 +238,16 @@ def _overcooked(best: Validated, last: Validated, kept: bool) -> str:
     return f"After that it became worse{take}."
 
 
-def _rank_sentence(story: ReportData) -> str:
-    if story.rank is None or story.rank["rank"] >= story.rank["trained"]:
+def _rank_sentence(data: ReportData) -> str:
+    if data.rank is None or data.rank["rank"] >= data.rank["trained"]:
         return ""
     return (
-        f"Trained at rank {story.rank['trained']}, it needs {story.rank['rank']}: the file can be"
-        f" {story.rank['times_smaller']:.1f} times smaller."
+        f"Trained at rank {data.rank['trained']}, it needs {data.rank['rank']}: the file can be"
+        f" {data.rank['times_smaller']:.1f} times smaller."
     )
 
 
-# A run's samples as small pictures inside the page, the base's own at the left.
-
+# Samples.
 
 RAW = ", raw adapter (above: its average)"
 MOST_STEPS, MOST_PROMPTS = 7, 4
@@ -167,36 +259,33 @@ QUALITY = 80
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture.
-
-    Attributes:
-        step: at which it was drawn.
-        file: where it lies.
-    """
+    """One sample: the step that it was drawn at, and its file."""
 
     step: int
     file: Path
 
 
-def samples_html(story: ReportData) -> str:
-    """A row a prompt, a column a step."""
-    rows = sample_rows(story)
-    if not rows:
-        return "<p>No samples were drawn.</p>"
-    pictures = _fitting([sample.file for _, samples in rows for sample in samples])
-    parts = []
-    for prompt, samples in rows:
-        shots = "".join(_figure(sample, pictures.get(sample.file, ""), story) for sample in samples)
-        parts.append(
-            f'<p class="prompt">{safe(prompt)}</p><div class="strip" tabindex="0" role="group"'
-            f' aria-label="Samples of: {safe(prompt)}" style="--count: {len(samples)}">{shots}</div>'
-        )
-    return "".join(parts)
+def _samples(data: ReportData) -> list[dict[str, Any]]:
+    """The samples for the template: rows of `prompt` and `samples` with `title` and `data` (webp, base64)."""
+    rows = sample_rows(data)
+    images = _encode_all([sample.file for _, samples in rows for sample in samples])
+
+    def title(step: int) -> str:
+        best = ", best" if step and step == data.progress.best_step else ""
+        return f"step {step:,}{best}" if step else "base"
+
+    return [
+        {
+            "prompt": prompt,
+            "samples": [{"title": title(one.step), "data": images.get(one.file, "")} for one in samples],
+        }
+        for prompt, samples in rows
+    ]
 
 
-def sample_rows(story: ReportData) -> list[tuple[str, list[Sample]]]:
+def sample_rows(data: ReportData) -> list[tuple[str, list[Sample]]]:
     """(prompt, its samples over the steps), of a few prompts and a few steps."""
-    done = _chosen(story.progress.previews, story.progress.best_step)
+    done = _chosen(data.progress.previews, data.progress.best_step)
     if not done:
         return []
     rows = []
@@ -204,7 +293,7 @@ def sample_rows(story: ReportData) -> list[tuple[str, list[Sample]]]:
         same = [one for one in done if number < len(one.prompts) and one.prompts[number] == prompt]
         for words, drawn in (("", [one.files for one in same]), (RAW, [one.raw_files for one in same])):
             samples = [
-                Sample(one.step, story.run.path / files[number])
+                Sample(one.step, data.run.path / files[number])
                 for one, files in zip(same, drawn, strict=True)
                 if number < len(files)
             ]
@@ -227,21 +316,11 @@ def _chosen(previews: Sequence[PreviewDone], best: int | None) -> list[PreviewDo
     return [by_step[step] for step in steps]
 
 
-def _figure(sample: Sample, data: str, story: ReportData) -> str:
-    title = "base" if sample.step == 0 else f"step {sample.step:,}"
-    best = ", best" if sample.step and sample.step == story.progress.best_step else ""
-    words = f"{title}{best}"
-    image = (
-        f'<img src="data:image/webp;base64,{data}" alt="{words}">' if data else '<div class="gone">gone</div>'
-    )
-    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
-
-
-def _fitting(files: Sequence[Path]) -> dict[Path, str]:
+def _encode_all(files: Sequence[Path]) -> dict[Path, str]:
     """The pictures as base64, at the largest size at which all of them have room."""
     found: dict[Path, str] = {}
     for side in SIDES:
-        found = {file: data for file in files if (data := small(file, side))}
+        found = {file: data for file in files if (data := encode_thumbnail(file, side))}
         if sum(map(len, found.values())) <= ROOM:
             return found
     # So many prompts and steps that even thumbnails take too much: the first ones stay.
@@ -253,7 +332,7 @@ def _fitting(files: Sequence[Path]) -> dict[Path, str]:
     return kept
 
 
-def small(file: Path, side: int) -> str:
+def encode_thumbnail(file: Path, side: int) -> str:
     """A picture as a webp of at most `side` pixels, in base64; "" where it cannot be read."""
     try:
         with Image.open(file) as opened:
@@ -266,15 +345,14 @@ def small(file: Path, side: int) -> str:
     return base64.b64encode(data.getvalue()).decode()
 
 
-# What was measured while a run went on, as plots: loss, gain, noise levels, pictures.
-
+# Plots of what was measured during the run.
 
 MOST_PICTURES = 40
 
 
-def loss_html(story: ReportData) -> str:
+def loss_html(data: ReportData) -> str:
     """Training loss, raw and smoothed."""
-    points = [(float(e.step), e.loss) for e in story.progress.losses if math.isfinite(e.loss)]
+    points = [(float(e.step), e.loss) for e in data.progress.losses if math.isfinite(e.loss)]
     if len(points) < 2:
         return paragraph("There is no curve of so few steps.")
     calm = downsample([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
@@ -288,12 +366,12 @@ def loss_html(story: ReportData) -> str:
     return figure("Training loss", plot, note)
 
 
-def gain_html(story: ReportData) -> str:
+def gain_html(data: ReportData) -> str:
     """Gain on held-out pictures with its error, on training pictures, and on what should stay."""
-    found = with_gain(story.progress.validations)
+    found = with_gain(data.progress.validations)
     if not found:
         return paragraph("No picture was held out, so that no gain was measured.")
-    best = best_of(story.progress.validations)
+    best = best_of(data.progress.validations)
     curves = [
         _curve("held-out pictures", found, "smooth", lambda e: (e.gain, e.standard_error)),
         _curve("training pictures", found, "second", lambda e: (e.train_gain, math.nan)),
@@ -342,9 +420,9 @@ def _signed(value: float) -> str:
     return f"{value:+.4f}" if math.isfinite(value) else "-"
 
 
-def bands_html(story: ReportData) -> str:
+def bands_html(data: ReportData) -> str:
     """The gain of the best step by noise level."""
-    best = best_of(story.progress.validations)
+    best = best_of(data.progress.validations)
     rows = best.bands if best is not None else []
     if not rows:
         return ""
@@ -363,9 +441,9 @@ def bands_html(story: ReportData) -> str:
     return figure("By noise level", plot, note)
 
 
-def pictures_html(story: ReportData) -> str:
+def images_html(data: ReportData) -> str:
     """The gain of each picture; pictures are numbers here, as the page may be passed on."""
-    rows = story.pictures
+    rows = data.images
     if not rows:
         return ""
     half = MOST_PICTURES // 2
@@ -380,147 +458,5 @@ def pictures_html(story: ReportData) -> str:
     ]  # fmt: skip
     less = len(rows) - len(shown)
     more = f" {less} between them are left out." if less else ""
-    note = f"Numbered by gain; names and pictures stay with their owner.{safe(more)}"
+    note = f"Numbered by gain; names and pictures stay with their owner.{more}"
     return figure("Gain of each picture", bars_plot("Gain of each picture, the highest first", bars), note)
-
-
-# The report of a run: one HTML file that holds its pictures and plots, runs nothing and asks for nothing.
-
-
-FILE_NAME = "report.html"
-STYLE = ASSETS / "report.css"
-# The page holds no script; this keeps one out that came in with a name.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-def write_report(run: RunFolder, out: Path, measure: bool, tell: Tell, now: float) -> int:
-    """Write the report of a run.
-
-    Args:
-        run: the run.
-        out: the file to write; an older one is replaced.
-        measure: whether to open the base and measure intrinsic rank and strength on the held-out pictures.
-        tell: told how far it is; what it raises ends the work and leaves no file.
-        now: the time, in seconds since the epoch.
-
-    Returns:
-        How many bytes it has.
-
-    Raises:
-        LoraError: the run's settings are broken, or the file cannot be written.
-    """
-    check_report_out(out)
-    page = report_html(collect_data(run, measure, tell), now).encode()
-    try:
-        write_atomically(out, page)
-    except OSError as error:
-        raise RunError(f"The report {out} cannot be written: {error.strerror or error}.") from error
-    return len(page)
-
-
-def check_report_out(out: Path) -> None:
-    """Refuse a place for a report before the work rather than after it.
-
-    Raises:
-        RunError: its folder does not exist, or it has another ending.
-    """
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise RunError(f"--out {out} should end in .html.")
-    if not out.absolute().parent.is_dir():
-        raise RunError(f"--out {out} cannot be written: its folder does not exist; make it first.")
-
-
-def report_html(story: ReportData, now: float) -> str:
-    """The whole page."""
-    name = safe(story.run.name)
-    made = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
-    sentences = summary(story)
-    first = f'<p class="verdict">{safe(sentences[0])}</p>' if sentences else ""
-    rest = "".join(paragraph(sentence) for sentence in sentences[1:])
-    parts = [
-        _section("Samples", samples_html(story)),
-        _section("What it learned", f'<div class="figures">{_learned(story)}</div>'),
-        _section("Rank", _rank(story)),
-        _section("Strength", _strength(story)),
-        _section("Settings", settings_html(story)),
-    ]
-    version = importlib.metadata.version("lora-easel")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
-        ' content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{name}</title><style>'
-        f'{STYLE.read_text(encoding="utf-8")}</style></head><body><main><header><p class="small">Report'
-        " of a"
-        f" LoRA</p><h1>{name}</h1>{first}{rest}{_tiles(story)}</header>{''.join(parts)}</main><footer"
-        f' class="small">Made with LoRA Easel {safe(version)} on {made}. Nothing in this page runs or'
-        " asks for"
-        " anything.</footer></body></html>\n"
-    )
-
-
-def _section(title: str, inside: str) -> str:
-    return f"<section><h2>{safe(title)}</h2>{inside}</section>"
-
-
-def _tiles(story: ReportData) -> str:
-    best = best_of(story.progress.validations)
-    done, planned = story.progress.step, story.progress.steps
-    tiles = [
-        (f"{done:,}" + (f" of {planned:,}" if planned > done else ""), "steps"),
-        (base_name(story.config.model.base), "base model"),
-        (f"{story.config.adapter.rank}, alpha {story.config.adapter.alpha:g}", "rank"),
-    ]
-    if story.config.dataset.trigger:
-        tiles.append((story.config.dataset.trigger, "trigger word"))
-    if best is not None:
-        tiles.append((f"{best.gain:+.4f}", f"best gain, \N{PLUS-MINUS SIGN} {2 * best.standard_error:.4f}"))
-    if story.size:
-        tiles.append((f"{story.size / 1e6:.1f} MB", "file"))
-    rows = "".join(f"<div><dt>{safe(words)}</dt><dd>{safe(value)}</dd></div>" for value, words in tiles)
-    return f'<dl class="tiles">{rows}</dl>'
-
-
-def _learned(story: ReportData) -> str:
-    return "".join(
-        f'<div class="part">{part}</div>'
-        for part in (
-            gain_html(story),
-            loss_html(story),
-            rate_html(story.progress.rate) if story.progress.rate else "",
-            bands_html(story),
-            pictures_html(story),
-        )
-        if part
-    )
-
-
-def _looked_at(story: ReportData) -> str:
-    which = "the best" if story.best else "the last"
-    return paragraph(f"Of the adapter of step {story.step:,}, {which} that was kept.") if story.step else ""
-
-
-def _rank(story: ReportData) -> str:
-    if story.spectrum is None:
-        return paragraph(story.problems.get("spectrum", ""))
-    if story.rank is None:
-        needed = paragraph(f"Intrinsic rank: {story.problems.get('rank', '')}")
-    else:
-        needed = f"{intrinsic_html(story.rank)}{_on(story)}"
-    return (
-        f"{_looked_at(story)}<h3>Which rank it needs</h3>{needed}<h3>Spectrum</h3>"
-        f"{spectrum_html(story.spectrum)}"
-    )
-
-
-def _strength(story: ReportData) -> str:
-    if story.strength is None:
-        return paragraph(story.problems.get("strength", ""))
-    said = "".join(paragraph(sentence) for sentence in story.strength["sentences"])
-    return said + "".join(strength_html(fit, fit["part"]) for fit in story.strength["fits"]) + _on(story)
-
-
-def _on(story: ReportData) -> str:
-    count = story.measured_on
-    pictures = "the one picture that was" if count == 1 else f"the {count} pictures that were"
-    words = f"Measured on {pictures} held out. {story.note}".strip()
-    return f'<p class="small">{safe(words)}</p>'

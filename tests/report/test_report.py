@@ -19,7 +19,7 @@ from lora_core.__main__ import main
 from lora_core.errors import RunError
 from lora_core.lora.weights import AdapterWeights
 from lora_core.report import data as story_module
-from lora_core.report.data import collect_data, plain_words, saved_image_rows
+from lora_core.report.data import collect_data, saved_image_rows, without_paths
 from lora_core.report.report import report_html, sample_rows, summary, write_report
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
@@ -194,7 +194,7 @@ def test_no_place_of_the_computer_is_told(tmp_path: Path) -> None:
     assert "my base.safetensors" in page.text
     assert "old.safetensors" in page.text
     assert "It cannot be measured any more." in page.text
-    assert plain_words("see /home/anna/disk.txt, or a/b", run) == "see disk.txt, or a/b"
+    assert without_paths("see /home/anna/disk.txt, or a/b", run) == "see disk.txt, or a/b"
 
 
 @pytest.mark.parametrize("missing", ["events", "checkpoint", "previews", "broken adapter", "broken pictures"])
