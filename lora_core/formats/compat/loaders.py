@@ -267,15 +267,9 @@ def diffusers(file: AdapterFile) -> Loaded:
     keys = [key for key in file.shapes if not key.endswith(".dora_scale")]
     if not all(key.startswith(("lora_unet_", *_TEXT_STARTS)) for key in keys):
         return Loaded(_diffusers_peft(file, keys))
-    if file.ldm_named and all(
-        any(re.search(block, key) for key in keys)
-        for block in (_LDM_BLOCK, "down_blocks|mid_block|up_blocks")
-    ):
-        keys = [key for key in keys if not re.search(_LDM_BLOCK, key)]
+    if file.ldm_named and any(re.search("down_blocks|mid_block|up_blocks", key) for key in keys):
+        keys = [key for key in keys if not re.search("input_blocks|middle_block|output_blocks", key)]
     return Loaded(_diffusers_kohya(file, keys))
-
-
-_LDM_BLOCK = "input_blocks|middle_block|output_blocks"
 
 
 def _diffusers_kohya(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, AppliedLayer]:
