@@ -335,10 +335,15 @@ class _ComponentBuilder:
 
 def _digest(names: list[str], find: WeightLocator) -> str:
     """See `BaseModel.digest`."""
+    sources = {name: find(name) for name in sorted(names)}
+    keys: dict[WeightFile, list[str]] = {}
+    for found in filter(None, sources.values()):
+        keys.setdefault(found.file, []).append(found.key)
+    samples = {file: file.samples(wanted) for file, wanted in keys.items()}
     digest = hashlib.sha256()
-    for name in sorted(names):
-        source = find(name)
-        digest.update(f"{name} {source.sample() if source else None}\n".encode())
+    for name, source in sources.items():
+        identity = source.identify(samples[source.file][source.key]) if source else None
+        digest.update(f"{name} {identity}\n".encode())
     return digest.hexdigest()
 
 

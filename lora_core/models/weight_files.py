@@ -53,8 +53,8 @@ class WeightFile(Protocol):
         """One tensor, as it is in the file, in memory of its own."""
         ...
 
-    def sample(self, key: str) -> bytes:
-        """A tensor's dtype and 64 bytes from its middle, which training or merging changes."""
+    def samples(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Each tensor's dtype and 64 bytes from its middle, which training or merging changes."""
         ...
 
 
@@ -95,16 +95,20 @@ class SafetensorsFile:
             raise ModelFileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
         return buffer.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
-    def sample(self, key: str) -> bytes:
-        """A tensor's dtype and 64 bytes from its middle."""
-        entry = self._entries[key]
-        first, last = entry["data_offsets"]
+    def samples(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Each tensor's dtype and 64 bytes from its middle; the file is opened once."""
+        found = {}
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._start + (first + last) // 2)
-                return str(entry["dtype"]).encode() + file.read(min(SAMPLE, last - (first + last) // 2))
+                for key in keys:
+                    entry = self._entries[key]
+                    first, last = entry["data_offsets"]
+                    middle = (first + last) // 2
+                    file.seek(self._start + middle)
+                    found[key] = str(entry["dtype"]).encode() + file.read(min(SAMPLE, last - middle))
         except OSError as error:
             raise ModelFileError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+        return found
 
 
 class PickledFile:
@@ -146,11 +150,14 @@ class PickledFile:
         """One tensor, in memory of its own."""
         return self._tensors[key].clone()
 
-    def sample(self, key: str) -> bytes:
-        """A tensor's dtype and 64 bytes from its middle."""
-        tensor = self._tensors[key]
-        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-        return str(tensor.dtype).encode() + flat[len(flat) // 2 :][:SAMPLE].numpy().tobytes()
+    def samples(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """Each tensor's dtype and 64 bytes from its middle."""
+        found = {}
+        for key in keys:
+            flat = self._tensors[key].detach().contiguous().flatten().view(torch.uint8)
+            sample = flat[len(flat) // 2 :][:SAMPLE].numpy().tobytes()
+            found[key] = str(self._tensors[key].dtype).encode() + sample
+        return found
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -220,10 +227,9 @@ class TensorSource:
             tensor = tensor.chunk(THIRDS)[self.third].clone()
         return tensor.t().contiguous() if self.transposed else tensor
 
-    def sample(self) -> str:
-        """Identifies the parameter without reading all of it."""
-        shape, sample = self.file.shapes[self.key], self.file.sample(self.key).hex()
-        return f"{self.third} {self.transposed} {shape} {sample}"
+    def identify(self, sample: bytes) -> str:
+        """Identifies the parameter without reading all of it, by the sample of its tensor."""
+        return f"{self.third} {self.transposed} {self.file.shapes[self.key]} {sample.hex()}"
 
 
 WeightLocator = Callable[[str], TensorSource | None]
