@@ -370,11 +370,11 @@ def named_targets(name: str, family: Family | None = None) -> Targets:
         ConfigError: there is no such set, or not for this family.
     """
     row = chosen(TARGETS, name, "adapter.targets")
-    targets = Targets(**row.defaults)
+    targets = Targets(row.unet, row.text, row.blocks)
     return targets if family is None else targets.within(family)
 
 
-ATTENTION, KOHYA, LOCON = (Targets(**TARGETS[name].defaults) for name in ("attention", "kohya", "locon"))
+ATTENTION, KOHYA, LOCON = (named_targets(name) for name in ("attention", "kohya", "locon"))
 
 
 def canonical_path(part: str, path: str) -> str:

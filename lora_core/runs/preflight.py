@@ -281,11 +281,11 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
 
 def _part_rates(config: RunConfig, family: Family | None) -> dict[str, float]:
     """The learning rate of each part that has layers to train."""
-    optim, row = config.optimizer, TARGETS[config.adapter.targets].defaults
+    optim, row = config.optimizer, TARGETS[config.adapter.targets]
     settings = ("optimizer.lr", "optimizer.text_encoder_lr", "optimizer.text_encoder_2_lr")
     values = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
     parts = len(family.parts) if family else len(settings)
-    patterns = (row["unet"], row["text"], row["text"])
+    patterns = (row.unet, row.text, row.text)
     known = list(zip(settings, values, patterns, strict=True))[:parts]
     return {name: rate for name, rate, pattern in known if pattern and rate > 0}
 

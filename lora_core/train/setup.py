@@ -47,7 +47,7 @@ from lora_core.models.device import (
 )
 from lora_core.models.load import BaseModel, open_base
 from lora_core.runs.folder import RunFolder
-from lora_core.settings.choices import OPTIMIZERS, QUANTIZED, chosen
+from lora_core.settings.choices import OPTIMIZERS, QUANTIZED, Implementation, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, AdapterSection, OptimizerSection, TrainSection
 from lora_core.system.paths import write_atomically
@@ -86,7 +86,7 @@ def weight_policy(
     kind = INT8 if INT8 in first else train.quantize_base
     row = chosen(QUANTIZED, kind, "train.quantize_base")
     depot = offload_store_for(device, folder) if train.offload or OFFLOAD in first else None
-    return WeightPolicy(row.resolve() if row.load else None, depot)
+    return WeightPolicy(row.resolve() if isinstance(row, Implementation) else None, depot)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,23 @@ option has one value only."""
 
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+import torch
 
 from app import install
+from app.train.form import widget
 from lora_core.api import VERBS
 from lora_core.cli.parser import parameters
 from lora_core.errors import ConfigError
-from lora_core.settings import choices
-from lora_core.settings.choices import Choice, Table, chosen
-from lora_core.settings.config import FIELDS, choices_of, limits_of
+from lora_core.settings import choices, schema
+from lora_core.settings.choices import Implementation, OptimizerChoice, Table, chosen
+from lora_core.settings.config import FIELDS, RunConfig, choices_of, limits_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES: dict[str, Table] = {
@@ -29,7 +33,7 @@ def test_the_row_is_real(table: str, key: str) -> None:
     row = TABLES[table][key]
     assert row.title
     assert row.help.endswith(".")
-    if row.load:
+    if isinstance(row, Implementation):
         found = row.resolve()
         if inspect.isclass(found):  # a misspelt keyword would come to light only when the row is used
             known = inspect.signature(found).parameters
@@ -68,7 +72,7 @@ def test_an_unknown_name_is_answered_with_all_that_there_are() -> None:
 
 
 def test_a_missing_optional_package_comes_with_the_command_that_installs_it() -> None:
-    row = Choice("Nothing", "For tests.", "no_such_package_at_all:Thing", package="the-package")
+    row = Implementation("Nothing", "For tests.", "no_such_package_at_all:Thing", package="the-package")
     with pytest.raises(ConfigError, match=r"needs the package the-package.*-m pip install the-package`"):
         row.resolve()
 
@@ -78,10 +82,58 @@ def test_optional_packages_are_those_that_the_launcher_installs() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     installed = [need for extra in install.EXTRAS for need in extras[extra]]
-    packages = {row.package for table in TABLES.values() for row in table.values() if row.package}
+    packages = {
+        row.package
+        for table in TABLES.values()
+        for row in table.values()
+        if isinstance(row, Implementation) and row.package
+    }
     assert {re.split(r"[<>=;\[ ]", need)[0] for need in installed} == packages | {"tensorboard"}
 
 
 def test_a_missing_module_of_our_own_is_a_defect() -> None:
     with pytest.raises(ModuleNotFoundError):
-        Choice("Nothing", "For tests.", "lora_core.no_such_module:thing").resolve()
+        Implementation("Nothing", "For tests.", "lora_core.no_such_module:thing").resolve()
+
+
+class Toy(torch.optim.SGD):
+    """An optimizer that a package brings."""
+
+
+def test_a_row_is_all_that_an_optimizer_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = OptimizerChoice("Toy", "For tests.", f"{__name__}:Toy", {"momentum": 0.5}, state=1.0)
+    monkeypatch.setitem(choices.OPTIMIZERS, "toy", row)
+    config = RunConfig().changed({"optimizer.name": "Toy"})
+    assert config.optimizer.name == "toy"
+    assert ("Toy", "toy") in widget("optimizer.name").choices
+    made = row.resolve()(torch.nn.Linear(4, 4).parameters(), lr=config.optimizer.lr, **row.defaults)
+    assert isinstance(made, Toy)
+    assert made.defaults["momentum"] == 0.5
+
+
+def test_a_declaration_is_all_that_a_setting_needs(tmp_path: Path) -> None:
+    """Window, TOML, command line, checks and help of a setting follow from its field."""
+    source = Path(schema.__file__).read_text(encoding="utf-8")
+    field = '    toy: int = Field(1, title="Toy", ge=0, le=3)\n    """For tests."""\n'
+    (tmp_path / "schema.py").write_text(source.rstrip() + "\n" + field, encoding="utf-8")
+    script = f"""
+import importlib.util, sys, tomllib
+spec = importlib.util.spec_from_file_location("lora_core.settings.schema", {str(tmp_path / "schema.py")!r})
+sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[spec.name])
+from app.train.form import group_fields, widget
+from lora_core.errors import ConfigError
+from lora_core.settings.config import RunConfig, help_of, parsed_assignment, to_toml
+config = RunConfig().changed(dict([parsed_assignment("save.toy=2")]))
+assert RunConfig.from_dict(tomllib.loads(to_toml(config))).save.toy == 2
+assert "save.toy" in group_fields("Samples and saving")
+assert (widget("save.toy").label, help_of("save.toy")) == ("Toy", "For tests.")
+try:
+    config.changed({{"save.toy": 4}})
+except ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "save.toy = 4 is out of range; it goes from 0 to 3.\n"

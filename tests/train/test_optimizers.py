@@ -13,7 +13,7 @@ from torch import nn
 from lora_core.lora.inject import Injected, LayerPlan, adapter_weights, load_weights
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
-from lora_core.settings.choices import OPTIMIZERS, Choice
+from lora_core.settings.choices import OPTIMIZERS, OptimizerChoice
 from lora_core.settings.schema import OptimizerSection
 from lora_core.train.loop import EMA, MicroBatch, TrainState, optimizer_step
 from lora_core.train.oom import FALLBACKS
@@ -68,10 +68,10 @@ class Replaced(ByHand):
 
 
 ODD = {
-    "through .data": Choice("", "", f"{__name__}:ThroughData"),
-    "own kernel": Choice("", "", f"{__name__}:OwnKernel"),
-    "new tensor": Choice("", "", f"{__name__}:NewTensor"),
-    "new tensor for each factor": Choice("", "", f"{__name__}:NewTensor", by_matrix=True),
+    "through .data": OptimizerChoice("", "", f"{__name__}:ThroughData"),
+    "own kernel": OptimizerChoice("", "", f"{__name__}:OwnKernel"),
+    "new tensor": OptimizerChoice("", "", f"{__name__}:NewTensor"),
+    "new tensor for each factor": OptimizerChoice("", "", f"{__name__}:NewTensor", by_matrix=True),
 }
 
 
