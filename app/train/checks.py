@@ -1,4 +1,4 @@
-"""What is wrong with the run to come, looked up in the background: a page that polls must not wait for it."""
+"""Preflight in the background, since a page that polls must not wait for it."""
 
 import re
 import threading
@@ -13,9 +13,9 @@ from lora_core.settings.config import FIELDS, OLD_NAMES, RunConfig, label_of
 from lora_core.system.hardware import Hardware
 
 FRESH_SECONDS = 60.0
-"""Drives fill up and other programs take memory: looked at anew after so long."""
+"""Checked again after so long, as drives fill up and other programs take memory."""
 ELSEWHERE = ("busy", "dataset")
-"""Kinds that the window says in words of its own, with the way to its own tabs."""
+"""Kinds for which the window has sentences of its own, which name its tabs."""
 _NAMES = re.compile(
     "|".join(sorted((re.escape(n) for n in (*FIELDS, *OLD_NAMES) if "." in n), key=len, reverse=True))
 )
@@ -25,7 +25,7 @@ class Checks:
     """The problems of the newest plan that was asked about."""
 
     def __init__(self, workspace: Path, hardware: Hardware) -> None:
-        """Nothing is looked up before somebody asks."""
+        """Nothing is checked before the first question."""
         self._workspace = workspace
         self._hardware = hardware
         self._lock = threading.Lock()

@@ -22,7 +22,7 @@ class DownloadOffer:
         state: "asking" for its size, "offered", "downloading", "done" or "failed".
         found: its files, once the hub has named them.
         here: bytes that are on this computer.
-        problem: why the last thing that was tried failed, or "".
+        problem: why the last attempt failed, or "".
     """
 
     repo: str
@@ -47,7 +47,7 @@ class Downloads:
 
     @property
     def active(self) -> bool:
-        """Whether something changes by itself."""
+        """Whether a question or a download is under way."""
         return any(offer.state in ("asking", "downloading") for offer in list(self._offers.values()))
 
     def offer(self, repo: str) -> DownloadOffer:

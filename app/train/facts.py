@@ -1,5 +1,4 @@
-"""What will happen, said before Start in plain sentences: pictures, looks, time, memory, file size, and each
-problem."""
+"""The forecast and the problems of the run to come, shown before Start."""
 
 from app.formatting import (
     UNKNOWN,
@@ -24,7 +23,7 @@ NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try t
 
 
 def blockers(snapshot: Snapshot) -> list[str]:
-    """Why Start cannot be pressed, each with what to do; empty where it can."""
+    """Why Start is disabled, each with what to do; empty where it is not."""
     found = unfit(snapshot)
     if snapshot.live and snapshot.run_view:
         found.append(
@@ -35,7 +34,7 @@ def blockers(snapshot: Snapshot) -> list[str]:
 
 
 def unfit(snapshot: Snapshot) -> list[str]:
-    """What has to be mended before this run can be started or put into the queue."""
+    """What must be fixed before this run can be started or queued."""
     plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
     found = list(plan.problems)
     if not dataset.records and not dataset.problems:
@@ -43,7 +42,7 @@ def unfit(snapshot: Snapshot) -> list[str]:
     if plan.base.remote:
         found.append("The base model is not on this computer yet; download it, below its name.")
     elif plan.base.problem:
-        found.append("The base model cannot be used; below its name stands why.")
+        found.append("The base model cannot be used; the reason is below its name.")
     known = snapshot.app_state.checks.known(plan.config, dataset)
     bad_base = bool(plan.base.problem)
     found += [one.sentence for one in known if one.blocking and not (bad_base and one.kind == "base")]
@@ -51,10 +50,10 @@ def unfit(snapshot: Snapshot) -> list[str]:
 
 
 def notes(snapshot: Snapshot) -> list[str]:
-    """What a person should know before Start, but may disregard."""
+    """What a user should know before Start, but may disregard."""
     plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
     known = [one for one in snapshot.app_state.checks.known(plan.config, dataset) if not one.blocking]
-    # What stands below the base's name is not said twice.
+    # Not repeated: it is shown below the base's name.
     found = [one.sentence for one in known if not (plan.base.remote and one.kind == "base")]
     found += plan.notes
     hardware = snapshot.app_state.hardware
@@ -121,7 +120,7 @@ def _measuring(snapshot: Snapshot, expected: RunForecast) -> str:
         return _line("known", f"A run like it took {speed}, samples included.")
     if not snapshot.plan.base.facts or snapshot.plan.problems:
         return _line("off", "The time is measured once the settings can be used.")
-    if snapshot.app_state.project.dataset().records and not snapshot.live and prober.follow(config):
+    if snapshot.app_state.project.dataset().records and not snapshot.live and prober.schedule(config):
         return _line("soon", "The time is measured in a moment.")
     unknown = "The time is an estimate." if expected.seconds else "The time is not known yet."
     why = prober.problem(config) or unknown

@@ -1,8 +1,7 @@
-"""Measures what a step takes before a first run of its kind: the warm worker takes a few, once the form has
-been still for a moment.
+"""Times a few steps in the warm worker before the first run of its kind, once the form rests for a moment.
 
-Where that is a burden, a full-size base on a processor, it is done on a click only. It gives way to a run, to
-a picture that somebody wants, and to a form that has changed meanwhile.
+Where that is a burden (a full-size base on the CPU) it needs a click. It yields to runs, to images that a
+user asks for, and to changes of the form.
 """
 
 import threading
@@ -26,14 +25,14 @@ from lora_core.settings.config import RunConfig
 from lora_core.system.hardware import Hardware
 
 STILL_FOR = 1.5
-"""Seconds without a change of the form before it is measured by itself."""
+"""Seconds without a change of the form before measuring starts by itself."""
 LOOK_EVERY = 0.4
 BYTES_A_NUMBER, ROOM = 2, 2.0
 """On a card: half precision, and as much again for the steps."""
 
 
 class Prober:
-    """What was measured, what is being measured, and why something could not be."""
+    """What was measured, what is being measured, and why a measurement failed."""
 
     def __init__(
         self, workspace: Path, worker: WorkerClient, hardware: Hardware, occupied: Callable[[], str]
@@ -46,7 +45,7 @@ class Prober:
         self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
         self._wanted = ""
-        self._in_hand = ""
+        self._current_key = ""
         self._reply: Reply | None = None
         self._problems: dict[str, str] = {}
         self._costs: dict[str, StepCost] = {}
@@ -74,19 +73,19 @@ class Prober:
     @property
     def active(self) -> bool:
         """Whether something is being measured or will be in a moment."""
-        return bool(self._in_hand) or self._timer is not None
+        return bool(self._current_key) or self._timer is not None
 
     def working(self, config: RunConfig | None = None) -> bool:
         """Whether something is being measured: of these settings, or at all."""
-        return bool(self._in_hand) and (config is None or self._in_hand == cost_key(config))
+        return bool(self._current_key) and (config is None or self._current_key == cost_key(config))
 
     def steps_done(self) -> tuple[int, int]:
-        """How many steps of how many were taken of what is in hand."""
+        """Steps done, and in all, of the measurement under way."""
         reply = self._reply
         return (reply.done, reply.total) if reply else (0, 0)
 
-    def follow(self, config: RunConfig) -> bool:
-        """Have the settings measured in a moment if nothing changes, where that is no burden.
+    def schedule(self, config: RunConfig) -> bool:
+        """Schedule a measurement of the settings, where that is no burden.
 
         Returns:
             Whether they will be.
@@ -94,18 +93,18 @@ class Prober:
         key = cost_key(config)
         with self._lock:
             changed, self._wanted = key != self._wanted, key
-            if self.known(config) or key in self._problems or not self.gentle(config):
+            if self.known(config) or key in self._problems or not self.is_no_burden(config):
                 self._stop_timer()
                 return False
             if changed:
                 self._stop_timer()
-            if self._timer is None and not self._in_hand:
-                self._timer = threading.Timer(STILL_FOR, self._by_itself, (config,))
+            if self._timer is None and not self._current_key:
+                self._timer = threading.Timer(STILL_FOR, self._on_timer, (config,))
                 self._timer.daemon = True
                 self._timer.start()
             return True
 
-    def gentle(self, config: RunConfig) -> bool:
+    def is_no_burden(self, config: RunConfig) -> bool:
         """Whether measuring disturbs nobody: a small base or room on the card, and a worker that rests."""
         base, worker = lookup_base(config.model.base), self._worker
         if base.facts is None or not self._hardware.known or not (base.embedded or self._has_room(base)):
@@ -119,7 +118,7 @@ class Prober:
         return not self._occupied()
 
     def begin(self, config: RunConfig) -> None:
-        """Measure now, because somebody asked for it.
+        """Measure now, on request.
 
         Raises:
             RunError: something else is going on, or the base cannot be used.
@@ -134,37 +133,39 @@ class Prober:
         self._measure(config)
 
     def cancel(self) -> None:
-        """Stop measuring; what is in hand is dropped at its next step."""
+        """Stop measuring at the next step."""
         with self._lock:
             self._stop_timer()
             if self._reply is not None:
-                # Not again by itself, until the form changes or somebody asks.
-                self._problems.setdefault(self._in_hand, "")
+                # Not again until the form changes or a user asks.
+                self._problems.setdefault(self._current_key, "")
                 self._worker.cancel(self._reply)
 
-    def _by_itself(self, config: RunConfig) -> None:
+    def _on_timer(self, config: RunConfig) -> None:
         key = cost_key(config)
-        # In one piece: a form that is looked at meanwhile would set another timer.
+        # Under the lock, so that a page that polls meanwhile sets no other timer.
         with self._lock:
             self._timer = None
             if self._wanted != key or key in self._problems or self.known(config):
                 return
-            if self.gentle(config):
+            if self.is_no_burden(config):
                 self._measure(config)
 
     def _measure(self, config: RunConfig) -> None:
         with self._lock:
-            if self._in_hand:
+            if self._current_key:
                 return
-            self._in_hand = cost_key(config)
+            self._current_key = cost_key(config)
             request = {"do": "probe", "config": config.to_dict(), "aside": str(self._workspace / "cache")}
             self._reply = self._worker.submit(request)
-        watch = threading.Thread(target=self._attend, args=(config, self._reply), daemon=True, name="probe")
+        watch = threading.Thread(
+            target=self._wait_for_reply, args=(config, self._reply), daemon=True, name="probe"
+        )
         watch.start()
 
-    def _attend(self, config: RunConfig, reply: Reply) -> None:
+    def _wait_for_reply(self, config: RunConfig, reply: Reply) -> None:
         """Wait for the end; what it took is kept, and whoever needs the machine meanwhile gets it."""
-        key = self._in_hand
+        key = self._current_key
         while not reply.finished.wait(LOOK_EVERY):
             others = [one for one in self._worker.waiting if one is not reply]
             if not reply.dropped and (self._wanted != key or others or self._occupied()):
@@ -177,7 +178,7 @@ class Prober:
         except (OSError, KeyError, TypeError, ValueError) as error:
             self._problems[key] = f"What was measured could not be kept: {error}."
         with self._lock:
-            self._in_hand, self._reply = "", None
+            self._current_key, self._reply = "", None
 
     def _cost(self, config: RunConfig, result: dict[str, Any]) -> StepCost:
         step, draw, peak = float(result["step"]), float(result["draw"]), int(result["peak"])

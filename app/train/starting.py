@@ -62,7 +62,7 @@ def _pressed(
 
 
 def ready_config(bindings: Bindings, name: str, do: str = "start") -> RunConfig:
-    """The settings that the form stands for, once all of it was looked at.
+    """The settings of the form, once all of it was checked.
 
     Args:
         parts: of the page.

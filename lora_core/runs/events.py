@@ -1,6 +1,6 @@
-"""The lines of `events.jsonl`: one dataclass a kind, one writer (`event_file`), any number of readers.
+"""The lines of `events.jsonl`: one dataclass a kind, one writer, any number of readers.
 
-Readers keep a byte offset and ignore a last line without its newline, so that they can look while the trainer
+Readers keep a byte offset and ignore a last line without its newline, so that they can read while the trainer
 writes.
 """
 
@@ -21,7 +21,7 @@ from lora_core.system.untrusted import check_fields, parse_json
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """What all lines share: `time` in seconds since the epoch, `step` in optimizer steps done."""
+    """Fields of all lines: `time` in seconds since the epoch, `step` in optimizer steps done."""
 
     kind: ClassVar[str] = "Event"
     time: float = field(default_factory=time.time)
@@ -38,7 +38,7 @@ KINDS: dict[str, type[Event]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Started(Event):
-    """The trainer came up; `steps` is where it will end, `precision` the number format of the frozen base."""
+    """The trainer started; `steps` is where it will end, `precision` the dtype of the frozen base."""
 
     steps: int
     pid: int
@@ -59,7 +59,7 @@ class Preparing(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Working(Event):
-    """Work between two steps that takes a while: `phase` in words, `done` of `total`."""
+    """Long work between two steps: `phase` in words, `done` of `total`."""
 
     phase: str
     done: int
@@ -68,8 +68,8 @@ class Working(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RateFound(Event):
-    """The range test's find: the UNet's learning rate, and the curve that it follows from, `shares` of the
-    base's loss that were taken away at `rates`."""
+    """Result of the range test: the denoiser's learning rate, and the curve behind it: the
+    `shares` of the base's loss removed at `rates`."""
 
     rate: float
     rates: list[float]
@@ -78,7 +78,7 @@ class RateFound(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
-    """One optimizer step: its loss, the learning rate of the UNet, and seconds that it took."""
+    """One optimizer step: its loss, the learning rate of the denoiser, and its seconds."""
 
     loss: float
     lr: float
@@ -123,8 +123,8 @@ class Validated(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewDone(Event):
-    """Samples were drawn: `files` below the run folder, in the order of `prompts`; where an average of the
-    adapter is kept, `files` are the average's and `raw_files` those of the raw adapter."""
+    """Samples: `files` below the run folder, in the order of `prompts`; with an average of the adapter,
+    `files` are the average's and `raw_files` those of the raw adapter."""
 
     files: list[str]
     prompts: list[str]
@@ -140,7 +140,7 @@ class CheckpointDone(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """Something that a person should know but that does not end the run."""
+    """A warning, which does not end the run."""
 
     message: str
 
@@ -165,7 +165,7 @@ class Stopped(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """The run goes on from `step`; later steps written before this line are void."""
+    """The run continues from `step`; later steps written before this line are void."""
 
     steps: int
 
@@ -225,11 +225,8 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
     return [event for event in map(from_line, lines) if event is not None], offset + len(whole)
 
 
-# The one writer of a run's `events.jsonl`: lines appended to a file that others read meanwhile.
-
-
 def warn_on_stderr(sentence: str) -> None:
-    """Say on stderr what cannot be said in the events; a stderr that nobody reads is no reason to fail."""
+    """A line on stderr, if it can be written there."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{sentence}\n")
         sys.stderr.flush()
@@ -238,9 +235,9 @@ def warn_on_stderr(sentence: str) -> None:
 class EventWriter:
     """The one writer of an events file.
 
-    Each line is one write, so that a kill leaves at most one half line. A line that cannot be written is
-    lost and said elsewhere: no run ends because of its diary. When lines can be written again, the hole is
-    told in one.
+    Each line is one write, so that a kill leaves at most one half line. A line that cannot be written is lost
+    and reported through `say`: no run ends because of its log. Once lines can be written again, a warning
+    says how many are missing.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = warn_on_stderr) -> None:

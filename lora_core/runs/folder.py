@@ -1,8 +1,8 @@
-"""A run is a folder, and the files in it are the only channel between the trainer and everybody else.
+"""A run is a folder, and its files are the only channel between the trainer and all other processes.
 
-The trainer alone writes `events.jsonl`; everybody may append to `requests.jsonl`, one line a write. Status is
-derived from the last events and from whether the trainer's process lives; it is never stored, so it can never
-be wrong.
+The trainer alone writes `events.jsonl`; anyone may append to `requests.jsonl`, one line a write. The status
+follows from the last events and from whether the trainer's process lives; it is never stored, so it cannot be
+wrong.
 """
 
 import difflib
@@ -44,37 +44,37 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """The frozen input, complete."""
+        """The frozen settings, complete."""
         return self.path / "config.toml"
 
     @property
     def events_file(self) -> Path:
-        """What happened, appended by the trainer."""
+        """Events, appended by the trainer."""
         return self.path / "events.jsonl"
 
     @property
     def requests_file(self) -> Path:
-        """What people asked for."""
+        """Requests to the trainer, appended by anyone."""
         return self.path / "requests.jsonl"
 
     @property
     def lock_file(self) -> Path:
-        """Held by the live trainer; the system frees it on a crash."""
+        """Held by the live trainer; freed by the system on a crash."""
         return self.path / "run.lock"
 
     @property
     def process_file(self) -> Path:
-        """Which process holds the lock: pid and start time, for readers, who never try to take the lock."""
+        """Pid and start time of the lock's holder, for readers, which never try the lock."""
         return self.path / "process.json"
 
     @property
     def plan_file(self) -> Path:
-        """What was chosen by measuring, once, before the first step."""
+        """What was chosen by measuring before the first step."""
         return self.path / "plan.json"
 
     @property
     def inputs_file(self) -> Path:
-        """Hashes of what the run's bits follow from, written at its first start."""
+        """Hashes of all inputs of the run, written at its first start."""
         return self.path / "inputs.json"
 
     @property
@@ -89,7 +89,7 @@ class RunFolder:
 
     @property
     def previews(self) -> Path:
-        """Samples drawn while training."""
+        """Samples taken while training."""
         return self.path / "previews"
 
     @property

@@ -1,7 +1,7 @@
 """What is wrong with a run before it starts, told without torch: settings, files, machine and images.
 
-Everything is checked and everything is said, so that nobody fixes one thing only to meet the next. A problem
-blocks where the run would fail; else it is a note.
+All checks run and all problems are reported together. A problem blocks where the run would fail; else it is a
+note.
 """
 
 import math
@@ -67,7 +67,7 @@ _MEASURED = 16
 
 @dataclass(frozen=True)
 class RunProblem:
-    """One thing that is in the way, or that a user should know before Start.
+    """A problem that is in the way, or that a user should know before Start.
 
     Attributes:
         kind: for programs: name, package, base, vae, adapter, loss, targets, rate, disk, memory, busy,

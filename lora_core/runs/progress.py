@@ -1,4 +1,4 @@
-"""Events folded into what a person wants to know: where the run is, how fast, how good."""
+"""The state of a run, folded from its events: where it is, how fast, how good."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ PACE_STEPS = 200
 
 @dataclass
 class Progress:
-    """The state of a run as its events tell it; feed it new events as they come."""
+    """The state of a run, updated with new events as they come."""
 
     step: int = 0
     steps: int = 0

@@ -1,7 +1,7 @@
 """The runner of a queue: the one process that starts its jobs, one after another, as children.
 
-It outlives the window, and its children outlive it: a runner that is killed leaves a trainer that goes on,
-and the next runner waits for that one before it starts another. A job whose process died without an event
+It outlives the window, and its children outlive it: a killed runner leaves its trainer running, and
+the next runner waits for that one before it starts another. A job whose process died without an event
 (killed, or the machine went down) is started again from its last checkpoint, once; one that failed with a
 reason is not, since it would fail again.
 """
@@ -38,9 +38,9 @@ DIED = "died"
 RESTARTS = 1
 """How often a job whose process died is started again."""
 TICK = 0.25
-"""Seconds between two looks at a child."""
+"""Seconds between two polls of a child."""
 LOOK = 1.0
-"""Seconds between two looks at its memory, and at whether the queue was paused."""
+"""Seconds between two samples of its memory, and checks whether the queue was paused."""
 HANDOVER = 5.0
 """Seconds that a runner which is about to end gets to do so."""
 
@@ -68,7 +68,7 @@ def ensure_runner(workspace: Path) -> bool:
 
 
 def pause_queue(workspace: Path) -> None:
-    """Have the runner of a queue end: it pauses the run in hand, which waits again.
+    """End the runner of a queue: it pauses its run, which waits again.
 
     Raises:
         RunError: the queue cannot be written.
@@ -92,7 +92,7 @@ def run_queue(
 
     Args:
         workspace: whose queue.
-        say: called with a line for each thing that happens.
+        say: called with a line for each start and end.
         trainer: the command that a run's path is appended to.
 
     Returns:
@@ -142,7 +142,7 @@ class _Runner:
         self._trainer = trainer
 
     def on_signal(self, number: int) -> None:
-        """Pause the job in hand, which waits again, and end. A second signal ends at once."""
+        """Pause the current job, which waits again, and end. A second signal ends at once."""
         if self.must_end:
             raise KeyboardInterrupt
         self.must_end = True
@@ -157,8 +157,8 @@ class _Runner:
                 return
             self._run_job(job)
 
-    def _look(self) -> None:
-        """See whether the queue was paused; a file that cannot be read now can be later."""
+    def _check_paused(self) -> None:
+        """Note whether the queue was paused; a file that cannot be read now may be readable later."""
         with contextlib.suppress(RunError):
             self.must_end = self.must_end or not self._queue.is_enabled()
 
@@ -166,7 +166,7 @@ class _Runner:
         """Leave the machine to a run that was started by hand; false where this runner must end."""
         said = False
         while not self.must_end:
-            self._look()
+            self._check_paused()
             jobs = self._queue.stored_jobs()
             own = {job.run for job in jobs if job.state == RUNNING}
             live = [run for run in all_runs(self._queue.workspace) if run.live_process() is not None]
@@ -210,7 +210,7 @@ class _Runner:
     def _wait_for_run(self, run: RunFolder) -> bool:
         """Wait while another process trains the run; false where this runner must end before that."""
         while run.live_process() is not None:
-            self._look()
+            self._check_paused()
             if self.must_end:
                 return False
             time.sleep(TICK * 2)
@@ -245,7 +245,7 @@ class _Runner:
             if time.monotonic() - looked > LOOK:
                 looked = time.monotonic()
                 recorder.sample_memory(child.pid)
-                self._look()
+                self._check_paused()
             if self.must_end:
                 _ask_to_pause(run)
             with contextlib.suppress(subprocess.TimeoutExpired):

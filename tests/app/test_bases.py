@@ -122,7 +122,7 @@ def test_a_refused_base_stands_in_the_way(app_state: AppState, tmp_path: Path) -
     before = draft_of(app_state)
     assert choose(app_state, str(file)) == ("", {**before, "model.base": str(file)})
     snapshot = take_snapshot(app_state)
-    assert "The base model cannot be used; below its name stands why." in blockers(snapshot)
+    assert "The base model cannot be used; the reason is below its name." in blockers(snapshot)
     assert 'class="problem"' in base_note(snapshot)
     assert "<b>" not in base_note(snapshot)
     assert app_state.places.bases() == []
