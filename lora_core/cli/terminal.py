@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -122,7 +123,9 @@ class EventPrinter:
         if not text:
             return
         if self._terminal and often:
-            write(self._stream, self._bar() + text, over=True)
+            # A line that wraps could not be overwritten.
+            width = shutil.get_terminal_size().columns - 1
+            write(self._stream, (self._bar() + text)[:width], over=True)
             self._bar_shown = True
         else:
             self.close()

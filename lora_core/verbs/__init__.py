@@ -8,7 +8,9 @@ The command line takes a parameter without a default as an argument and any othe
 spelled otherwise, `Annotated` says so: `"--to FOLDER"` is an option with its placeholder, `"FILE"` an
 argument with its placeholder, a table or a tuple the values to choose from.
 
-Functions import what needs torch when they are called, so that `runs` and `stop` answer at once.
+`workspace` is where runs, projects and caches live and where names are looked for; `run` is a run's folder or
+its name there. Functions import what needs torch when they are called, so that `runs` and `stop` answer at
+once.
 """
 
 from collections.abc import Callable, Sequence

@@ -50,7 +50,6 @@ def generate(
         out: a PNG file, with -2, -3, ... appended for more; else new files in the workspace.
         count: pictures, each with the next seed.
         precision: dtype of the base.
-        workspace: where new files are made.
         drawn: called with each path once the file is written.
         device: auto, cpu, cuda, cuda:1, mps or xpu.
 
@@ -405,7 +404,6 @@ def copy(
     Args:
         file: an adapter, or a run: its export.
         folder: such as ~/loras, or how the name of a tool on this computer begins, such as comfyui.
-        workspace: where runs live, and whose list of folders is searched for tools too.
 
     Returns:
         file (where it is now), beside (side files that went with it), kept (side files that differ and

@@ -34,7 +34,6 @@ def audit(
         resolution: in pixels; 0 for what the base was trained at.
         trigger: a word that may be in every caption.
         batch: pictures per batch, for their shares of the steps.
-        workspace: where zips are unpacked.
     """
     from lora_core.data.audit import audit as audited
     from lora_core.data.statistics import TrainingView
@@ -64,7 +63,6 @@ def probe(
         triples: noise draws per picture.
         seed: of the noise draws.
         trigger: the trigger word, to be measured too.
-        workspace: where zips are unpacked.
         note: called with how far it is.
     """
     measure = Measure(dataset, base, triples=triples, seed=seed, workspace=workspace)
@@ -88,10 +86,8 @@ def pictures(
     """Say what a run has learned of each of its pictures; it is kept in the run's folder too.
 
     Args:
-        run: a run's folder, or its name in the workspace.
         checkpoint: best, last, or the step of a checkpoint.
         triples: noise draws per picture.
-        workspace: where runs and caches live; else LORA_EASEL_HOME.
         note: called with how far it is.
     """
     check_triples(triples)
@@ -135,7 +131,6 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
 
     Args:
         name: its name, or the id that `list` shows.
-        workspace: whose trash.
 
     Raises:
         RunError: nothing, or more than one thing, has that name.
@@ -223,7 +218,6 @@ def projects_import(
         project: its title, or its folder's name.
         source: a folder, a zip or a picture.
         link: link files instead of copying them.
-        workspace: of the project.
 
     Returns:
         added (files) and skipped, a sentence for each file that was left out.
@@ -261,7 +255,6 @@ def leave_out(dataset: File, pictures: Sequence[str], workspace: File | None = N
     Args:
         dataset: a folder of pictures, or a project's name.
         pictures: paths below the folder.
-        workspace: of the project.
     """
     from lora_core.projects.project import leave_out as moved
 
@@ -324,7 +317,6 @@ def captions_replace(
         regex: FIND is a regular expression.
         any_case: capitals and small letters are the same.
         dry_run: show what would change, change nothing.
-        workspace: of the project.
 
     Returns:
         changed and asked (captions), and rows {picture, pieces} of the first, where pieces are (kind, text)

@@ -45,7 +45,6 @@ def train(
         name: of the run; "" for date and dataset.
         settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
         preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
-        workspace: where the run is made.
         on_event: called with each event.
         like: a LoRA file whose settings are taken; `settings` count more.
 
@@ -126,7 +125,6 @@ def forecast(config: RunConfig, workspace: File | None = None, measure: bool = F
 
     Args:
         config: of the run, see `run_config`.
-        workspace: where it would be; its runs and what was measured there tell the time.
         measure: take a few steps, to know time and memory.
 
     Returns:
@@ -181,10 +179,8 @@ def resume(
     """Start a run or go on with it, to its end; returns how it ended and its exported file.
 
     Args:
-        run: the run.
         steps: train to so many steps in all, also a finished run.
         accept_changes: go on although images, settings or packages changed since the run began.
-        workspace: where a name is looked for.
         on_event: called with each event.
 
     Raises:
@@ -254,7 +250,6 @@ def notify(
     Args:
         whom: a command or a web address to keep; '' for nobody.
         test: tell them now.
-        workspace: whose runs.
 
     Raises:
         ConfigError: the command has an open quote, or with `test`, they could not be told.
@@ -288,8 +283,6 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
     """Put a run at the end of the queue of its workspace; returns its folder.
 
     Args:
-        run: the run.
-        workspace: where runs and caches live; else LORA_EASEL_HOME.
         start: have the queue worked through by another process.
 
     Raises:
@@ -319,9 +312,7 @@ def queue_move(run: File, position: int, workspace: File | None = None) -> None:
     """Give a waiting run another place.
 
     Args:
-        run: its name, or its folder.
         position: 1 is the next to start.
-        workspace: of the queue.
 
     Raises:
         RunError: it does not wait, or there is no such place.
@@ -375,9 +366,7 @@ def debug(
     """Write a zip for a bug report on a run, without images, paths and names.
 
     Args:
-        run: the run.
         out: the zip, else debug.zip in the run's folder.
-        workspace: where a name is looked for.
     """
     from lora_core.runs.diagnosis import debug_zip
     from lora_core.system.paths import write_atomically
@@ -399,10 +388,8 @@ def report(
     """Write a run as one self-contained HTML page.
 
     Args:
-        run: the run.
         out: the page, else report.html in the run's folder.
         measure: intrinsic rank and strength too, which need the base (`--no-measure`: without them).
-        workspace: where a name is looked for.
         said: called with what is being done, done and total.
     """
     from lora_core.report.report import FILE_NAME, write_report
@@ -425,12 +412,10 @@ def export(
     """Write a checkpoint of a run as a file for other tools, in the run's `export/`.
 
     Args:
-        run: the run.
         checkpoint: best (the last one where none was the best), last, or the step of a checkpoint.
         format: of the file.
         precision: dtype of the factors.
         name: of the file, else the run's.
-        workspace: where a name is looked for.
 
     Returns:
         file, raw (the raw adapter's file where an average is kept, else ""), bytes, modules, sha256, and

@@ -110,6 +110,18 @@ def test_a_terminal_has_one_bar(clock: Clock) -> None:
     assert "\nstep 50  saved" in text
 
 
+def test_the_bar_fits_the_terminal(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    out = Terminal()
+    printer = EventPrinter(out)
+    printer.show(STARTED)
+    clock.now = 1.0
+    printer.show(step(1))
+    bar = out.getvalue().rpartition("\x1b[2K")[2]
+    assert bar.startswith("[")
+    assert len(bar) == 49
+
+
 def test_a_loss_that_is_no_number_is_shown(clock: Clock) -> None:
     out = io.StringIO()
     printer = EventPrinter(out)
