@@ -92,10 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(call: Call) -> int:
     """Do a verb and print its result; returns the exit code."""
     function, arguments = function_of(call.verb), call.arguments()
-    request = next((one for one in arguments.values() if isinstance(one, GenerationRequest | Measure)), None)
-    if request is not None:
-        loras = getattr(request, "loras", arguments.get("loras", ()))
-        note_extras([*(lora.file for lora in loras), *([arguments["file"]] if "file" in arguments else [])])
+    for one in arguments.values():
+        if isinstance(one, GenerationRequest) or (isinstance(one, Measure) and one.dataset):
+            loras = getattr(one, "loras", arguments.get("loras", ()))
+            files = [arguments["file"]] if "file" in arguments else []
+            note_extras([*files, *(lora.file for lora in loras)])
     result = function(**arguments)
     if function in PROGRAMS:
         return int(result)
