@@ -7,7 +7,6 @@ logging out ends it.
 
 import asyncio
 import hmac
-import html
 import ipaddress
 import re
 import secrets
@@ -19,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.formatting import safe
 from lora_core.model_files.header import MAX_HEADER
 
 COOKIE = "lora_easel_login"
@@ -130,7 +130,7 @@ async def _small_body(request: Request) -> bytes:
 
 
 def _page(note: str, status: int) -> HTMLResponse:
-    return HTMLResponse(PAGE.format(note=html.escape(note)), status_code=status)
+    return HTMLResponse(PAGE.format(note=safe(note)), status_code=status)
 
 
 # Who may talk to the window: a pure-ASGI guard in front of every route, Gradio's own included.

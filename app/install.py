@@ -311,13 +311,12 @@ def make_environment() -> None:
         ) from error
 
 
-def install_torch() -> None:
-    """Install the PyTorch build that suits the machine, where that is not the default index's."""
+def install_torch(cards: Cards) -> None:
+    """Install the PyTorch build that suits `cards`, where that is not the default index's."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     torch = next(text for text in project["dependencies"] if text.startswith("torch"))
-    cards = find_cards()
     for note in card_notes(platform.system(), cards):
         say(note)
     backend = torch_backend(platform.system(), cards)
@@ -403,9 +402,10 @@ def set_up(extra: str) -> None:
             say(f"Setting up in {VENV}, once: 2 GB of disk and some minutes, more with a graphics card.")
             make_environment()
             python = environment_version()
-        install_torch()
+        cards = find_cards()
+        install_torch(cards)
         say("Installing the project and what it needs ...")
-        extras = [*EXTRAS, *(CARD_EXTRAS if find_cards().nvidia else ()), *([extra] if extra else [])]
+        extras = [*EXTRAS, *(CARD_EXTRAS if cards.nvidia else ()), *([extra] if extra else [])]
         if not pip("--editable", f".[{','.join(extras)}]"):
             raise SetupError(
                 f"The installation failed.\n{pip_errors()}\nSee that the internet can be reached and that the"

@@ -48,34 +48,39 @@ class NotFound(Exception):
 
 
 def below(root: Path, path: str, suffixes: set[str], also: Sequence[Path] = ()) -> Path:
-    """The file at `path` below `root`.
+    """Resolve `path` below `root`.
 
     Args:
         root: the folder.
-        path: of the file, below it.
-        suffixes: of the kinds that are given out.
-        also: folders from which the person linked pictures, so that links may lead there.
+        path: relative to it.
+        suffixes: the file types that may be served.
+        also: other folders that a link below `root` may point into.
 
     Raises:
-        Refused: it lies elsewhere (`..`, an absolute path, a link that leads out), is missing, or of another
-        kind.
+        BadRequest: the path leads out (`..`, absolute, a link), names no file, or is of another type.
     """
+    plain = _join_below(root, path)
     try:
-        # Where the path itself stands, links not followed, is below the root in any case.
-        plain, top = Path(os.path.abspath(root / path)), root.resolve(strict=True)
-        whole = plain.resolve(strict=True)
-        tops = [top, *(folder.resolve() for folder in also)]
-        inside = plain.is_relative_to(os.path.abspath(root))
+        found = plain.resolve(strict=True)
+        tops = [root.resolve(strict=True), *(folder.resolve() for folder in also)]
     except (OSError, ValueError, RuntimeError) as error:
         raise BadRequest(path) from error
-    if (
-        not inside
-        or not any(map(whole.is_relative_to, tops))
-        or not whole.is_file()
-        or whole.suffix.lower() not in suffixes
-    ):
+    allowed = any(map(found.is_relative_to, tops)) and found.suffix.lower() in suffixes
+    if not allowed or not found.is_file():
         raise BadRequest(path)
-    return whole
+    return found
+
+
+def _join_below(root: Path, path: str) -> Path:
+    """`root / path` with `..` resolved and links not followed.
+
+    Raises:
+        BadRequest: the path leads out of `root`.
+    """
+    plain = Path(os.path.abspath(root / path))
+    if "\0" in path or not plain.is_relative_to(os.path.abspath(root)):
+        raise BadRequest(path)
+    return plain
 
 
 def add_routes(app: FastAPI, app_state: AppState) -> None:
@@ -206,9 +211,8 @@ def _picture(app_state: AppState, kind: str, path: str) -> Path:
     try:
         return below(root, path, PICTURES, app_state.project.linked_folders)
     except BadRequest as error:
-        plain = Path(os.path.abspath(root / path))
-        named = plain.is_relative_to(os.path.abspath(root)) and plain.suffix.lower() in PICTURES
-        if named and "\0" not in path and not os.path.lexists(plain):
+        plain = _join_below(root, path)
+        if plain.suffix.lower() in PICTURES and not os.path.lexists(plain):
             raise NotFound(path) from error
         raise
 
@@ -217,7 +221,7 @@ async def read_sent_json(request: Request) -> dict[str, Any]:
     """What a page sent, as an object.
 
     Raises:
-        Refused: it is no JSON object, or too long.
+        BadRequest: it is not a JSON object, or too long.
     """
     body = b""
     async for chunk in request.stream():

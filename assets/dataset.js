@@ -2,7 +2,7 @@
 //
 // All text goes in as text, never as HTML: names and captions are whatever people and files say.
 (() => {
-  const { one, all, post, press } = window.easel;
+  const { one, all, get, post, press, make } = window.easel;
   const MOST_STEPS = 200;
   const EMPTY = {
     none: ["No pictures yet", "15 to 30 sharp pictures of one thing or one style are plenty. Write beside each what is in it; what you do not write is what gets learned."],
@@ -26,12 +26,6 @@
   const grid = () => one("#dataset-grid [role=listbox]");
   const shown = () => pictures().filter((picture) => cells.get(picture.name) && !cells.get(picture.name).hidden);
   const acted = () => (several.size > 1 ? [...several] : chosen ? [chosen] : []);
-
-  const make = (tag, properties = {}, ...inside) => {
-    const node = Object.assign(document.createElement(tag), properties);
-    node.append(...inside);
-    return node;
-  };
 
   // ---- the grid -------------------------------------------------------------------------------------------------
   // A browser's own lazy loading asks for all that was ever scrolled past, and what is looked at waits behind it.
@@ -330,7 +324,7 @@
     loading = (async () => {
       do {
         again = false;
-        const saved = saves, answer = await (await fetch("/easel/dataset")).json();
+        const saved = saves, answer = await get("dataset");
         // A caption was saved meanwhile: the answer may be older than it.
         if (saved !== saves) { again = true; continue; }
         if (answer.problem) throw new Error(answer.problem);
@@ -430,7 +424,7 @@
 
   // For the tools beside the grid.
   Object.assign(window.easel, {
-    make, load, leaveOut,
+    load, leaveOut,
     shelf: () => shelf,
     waitingSaves: () => Promise.all([...waiting.keys()].map((name) => save(name))),
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },

@@ -2,9 +2,7 @@
 // of captions and of words for a trigger, and what the last run has learned of each picture.
 (() => {
   const easel = window.easel;
-  const { one, post, make, later, redraw } = easel;
-  const ask = async (path) => (await fetch(`/easel/${path}`)).json();
-  const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+  const { one, get, post, make, plural, later, redraw } = easel;
   const percent = (share) => `${(100 * share).toFixed(share < 0.095 ? 1 : 0)}%`;
   const signed = (value) => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(3)}`;
   const apart = (value, error) => `${Math.abs(value).toFixed(3)} ± ${error.toFixed(3)} ${value < 0 ? "higher" : "lower"}`;
@@ -58,7 +56,7 @@
     const [least, most] = [trained[0], trained.at(-1)], out = shares.length - trained.length;
     const held = out ? ` ${out === 1 ? "One is held out and gets" : `${out} are held out and get`} none.` : "";
     const even = most.share < 1.1 * least.share;
-    const text = even ? `Each of the ${many(trained.length, "picture")} gets ${percent(most.share)} of the steps.` : `A picture gets between ${percent(least.share)} and ${percent(most.share)} of the steps, by its repeats and by how batches are filled up.`;
+    const text = even ? `Each of the ${plural(trained.length, "picture")} gets ${percent(most.share)} of the steps.` : `A picture gets between ${percent(least.share)} and ${percent(most.share)} of the steps, by its repeats and by how batches are filled up.`;
     return [make("div", { className: "row" }, words(text + held, ...(even ? [] : [make("div", { className: "minis" }, mini(least.picture), make("span", { className: "small", textContent: "least" }), mini(most.picture), make("span", { className: "small", textContent: "most" }))])))];
   };
 
@@ -66,9 +64,9 @@
     const place = one("#learned-found"), line = one("#learned-state"), button = one("#learned-start");
     if (!place) return;
     button.hidden = check.state !== "idle" && check.state !== "failed";
-    if (check.state === "working") line.textContent = `Looking at ${check.done} of ${many(check.total, "picture")}`;
+    if (check.state === "working") line.textContent = `Looking at ${check.done} of ${plural(check.total, "picture")}`;
     else if (check.state === "failed") line.textContent = check.problem;
-    else if (check.state === "idle") line.textContent = `${many(easel.shelf().pictures.length, "picture")} are many: looking at them takes a while.`;
+    else if (check.state === "idle") line.textContent = `${plural(easel.shelf().pictures.length, "picture")} are many: looking at them takes a while.`;
     line.hidden = check.state === "done";
     if (check.state !== "done") return;
     const phrases = check.problems.filter((row) => row.kind === "common phrase").map((row) => ({ kind: "phrase", sentence: row.sentence }));
@@ -94,7 +92,7 @@
         showFound(check);
         if (check.state !== "working") break;
         await later(400);
-        check = await ask("check");
+        check = await get("check");
       }
       seen = easel.shelf().mark;
     } catch { /* asked again at the next change */ } finally { looking = false; }
@@ -135,7 +133,7 @@
     const suspects = found.rows.filter((row) => row.suspect && known(row.picture)), others = found.rows.filter((row) => !row.suspect && known(row.picture));
     const shown = [...suspects, ...(whole.captions ? others : others.slice(0, Math.max(0, 3 - suspects.length)))];
     const more = suspects.length + others.length - shown.length;
-    const verdict = suspects.length ? `${many(suspects.length, "caption")} likely wrong.` : "No caption fits another picture better than its own. The weakest:";
+    const verdict = suspects.length ? `${plural(suspects.length, "caption")} likely wrong.` : "No caption fits another picture better than its own. The weakest:";
     redraw(one("#captions-found"), make("p", { className: suspects.length ? "notes" : "small", textContent: verdict }), ...shown.map(captionRow), ...(more ? [rest(more, "captions")] : []));
   };
 
@@ -174,7 +172,7 @@
     one("#trigger-found").hidden = !found;
     if (!found) return;
     const cards = found.rows.filter((row) => !row.given).map((row) => {
-      const card = make("button", { type: "button", className: "own word", title: row.sentence }, make("b", { textContent: row.word }), make("span", { className: "small num", textContent: `${row.reaction.toFixed(2)}×, ${many(row.tokens, "token")}` }));
+      const card = make("button", { type: "button", className: "own word", title: row.sentence }, make("b", { textContent: row.word }), make("span", { className: "small num", textContent: `${row.reaction.toFixed(2)}×, ${plural(row.tokens, "token")}` }));
       card.dataset.triggerWord = row.word;
       return card;
     });
@@ -200,7 +198,7 @@
   };
 
   const following = easel.follower(async () => {
-    state = await ask("insights");
+    state = await get("insights");
     show();
     return Object.values(state).some((one) => one.state === "working");
   }, 500);

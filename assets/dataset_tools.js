@@ -1,9 +1,7 @@
 // The Dataset tab's tools: bringing pictures in, changing many captions at once, looking the pictures over.
 (() => {
   const easel = window.easel;
-  const { one, all, post, press, make, later, redraw } = easel;
-  const ask = async (path) => (await fetch(`/easel/${path}`)).json();
-  const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+  const { one, all, get, post, press, make, plural, later, redraw } = easel;
 
   // ---- bringing pictures in: file by file, so that the server can say which one is wrong, and folders stay folders -----
   const AT_ONCE = 4, PARCEL_BYTES = 8e6, PARCEL_FILES = 200;
@@ -71,7 +69,7 @@
       const worker = async () => {
         while (next < wanted.length && !mine.stopped) {
           const index = next++;
-          const show = () => progress(`Reading ${done.toLocaleString("en")} of ${many(files.length, "file")}`, 0.5 * Math.min(1, loaded.reduce((a, b) => a + b, 0) / total), true);
+          const show = () => progress(`Reading ${done.toLocaleString("en")} of ${plural(files.length, "file")}`, 0.5 * Math.min(1, loaded.reduce((a, b) => a + b, 0) / total), true);
           await send(`/easel/upload/${batch}`, wanted[index], (bytes) => { loaded[index] = bytes; show(); });
           done += wanted[index].length;
           show();
@@ -94,7 +92,7 @@
 
   const follow = async (from = 0) => {
     for (;;) {
-      const state = await ask("import");
+      const state = await get("import");
       if (state.state !== "working") {
         await easel.load();
         // Only where the form follows from the import: what is being typed at this moment must not go.
@@ -159,7 +157,7 @@
     const replace = one("#bulk-do").value === "replace";
     all("[data-for=replace]", form).forEach((node) => { node.hidden = !replace; });
     one("#bulk-put-title").textContent = replace ? "Replace with" : "Text";
-    const scope = easel.scope(), whom = scope ? many(scope.length, "picture") : "all pictures";
+    const scope = easel.scope(), whom = scope ? plural(scope.length, "picture") : "all pictures";
     if (!edit()[replace ? "find" : "put"]) {
       allow(false, "Type first what is to be found or added");
       return bulkSay(`For ${whom}. Type to see what would change.`);
@@ -168,7 +166,7 @@
     if (number !== looked) return;
     allow(!answer.problem && answer.changed > 0, answer.problem ?? "No caption would change");
     if (answer.problem) return bulkSay(answer.problem, true);
-    bulkSay(`${many(answer.changed, "caption")} of ${answer.asked.toLocaleString("en")} would change${scope ? ` (${whom})` : ""}.`);
+    bulkSay(`${plural(answer.changed, "caption")} of ${answer.asked.toLocaleString("en")} would change${scope ? ` (${whom})` : ""}.`);
     const more = answer.changed - answer.rows.length;
     one("#bulk-preview").append(make("ul", { className: "changes" }, ...answer.rows.map(rowOf)));
     if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} more.` }));
@@ -195,7 +193,7 @@
     await tags();
     looked += 1;
     allow(false, "Nothing would change yet");
-    tell(answer.changed ? `${many(answer.changed, "caption")} changed.` : "No caption had to be changed.");
+    tell(answer.changed ? `${plural(answer.changed, "caption")} changed.` : "No caption had to be changed.");
     press("refresh");
   }, true);
 
@@ -206,8 +204,8 @@
     if (answer.problem) return tell(answer.problem, true);
     await easel.load();
     await tags();
-    const kept = answer.kept ? ` ${many(answer.kept, "caption")} changed since then and left as they are.` : "";
-    tell(`${many(answer.undone, "caption")} as before.${kept}`);
+    const kept = answer.kept ? ` ${plural(answer.kept, "caption")} changed since then and left as they are.` : "";
+    tell(`${plural(answer.undone, "caption")} as before.${kept}`);
     press("refresh");
   });
 
@@ -222,7 +220,7 @@
   const tags = async () => {
     const place = one("#bulk-tags");
     if (!place || !one("#bulk").open) return;
-    const found = await ask("tags");
+    const found = await get("tags");
     const button = one("#bulk-undo");
     button.hidden = !found.undo;
     button.title = found.undo ? `Takes back: ${found.undo}` : "";
@@ -303,13 +301,13 @@
     button.title = button.disabled ? "The pictures are being looked at" : "";
     button.textContent = state.state === "done" && !state.fresh ? "Check again" : "Check now";
     button.hidden = state.state === "done" && state.fresh;
-    if (state.state === "working") line.textContent = `Looking at ${state.done} of ${many(state.total, "picture")}`;
+    if (state.state === "working") line.textContent = `Looking at ${state.done} of ${plural(state.total, "picture")}`;
     if (state.state === "failed") line.textContent = state.problem;
     if (state.state !== "done") return;
     const names = new Set(easel.shelf().pictures.map((picture) => picture.name));
     // What was left out since is no problem any more.
     const rows = state.problems.filter((row) => (row.kind === "twins" ? names.has(row.picture) && names.has(row.twin) : !row.picture || names.has(row.picture) || state.fresh));
-    line.textContent = rows.length ? `${many(rows.length, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the pictures.";
+    line.textContent = rows.length ? `${plural(rows.length, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the pictures.";
     one("#check > summary").textContent = rows.length ? `Check the pictures, ${rows.length} found` : "Check the pictures";
     easel.setTwins(rows.filter((row) => row.kind === "twins").flatMap((row) => [row.picture, row.twin]));
     const groups = GROUPS.map(([kind, title]) => [kind, title, rows.filter((row) => row.kind === kind)]).filter(([, , members]) => members.length);
@@ -327,7 +325,7 @@
   };
 
   const watchCheck = easel.follower(async () => {
-    let state = await ask("check");
+    let state = await get("check");
     // What was measured is kept, so that a second look at a few pictures takes no time.
     if (state.state === "done" && !state.fresh) state = await post("check", { by_itself: true });
     showCheck(state);
@@ -383,6 +381,6 @@
   easel.settling.push(() => {
     if (!first || !one("#import-note") || !one("#dataset-mark")) return;
     first = false;
-    ask("import").then(async (state) => { if (state.state === "working") { sending = {}; await follow(); sending = null; } else watchCheck(); }).catch(() => {});
+    get("import").then(async (state) => { if (state.state === "working") { sending = {}; await follow(); sending = null; } else watchCheck(); }).catch(() => {});
   });
 })();

@@ -1,18 +1,10 @@
 // The browser's half of "Look inside any LoRA" and of the report: which files and which tool, the fields that the tool
 // needs, and how far the work is. What was found comes as HTML from the window, escaped there.
 (() => {
-  const { one, all, post, press, openTab } = window.easel;
+  const { one, all, get, post, press, make, openTab } = window.easel;
   const OTHER = "\u0000other", FOLDER = "\u0000folder";
   let offered = { groups: [], runs: [], bases: [] }, tool = "spectrum", rows = [{ file: "", strength: 1 }];
 
-  const get = async (path) => (await fetch(`/easel/${path}`)).json();
-  const make = (name, properties = {}, ...inside) => {
-    const { data = {}, attributes = {}, ...rest } = properties, made = Object.assign(document.createElement(name), rest);
-    Object.assign(made.dataset, data);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    made.append(...inside);
-    return made;
-  };
   const option = (words, value, on) => make("option", { textContent: words, value, selected: on });
   const known = (path) => offered.groups.flatMap((group) => group.files).find((file) => file.path === path);
   const button = () => one(`#inside [data-tool="${tool}"]`);

@@ -3,7 +3,7 @@
 // The rows are built here and not by the window, so that no answer of the server replaces a slider that is being
 // moved. What the window knows comes as data with a number; each change of ours gets the next number.
 (() => {
-  const { one, all, post, press, refocus } = window.easel;
+  const { one, all, get, post, press, make, refocus } = window.easel;
   const MOST = 1.5;
   let rows = [], apart = false, groups = [], rev = -1, project = null, mark = "", sending = false;
 
@@ -11,15 +11,6 @@
   window.easel.loraRows = () => (one("#loras")?.dataset.ready ? JSON.stringify({ rows: sent(), apart }) : "");
 
   // ---- the rows -------------------------------------------------------------------------------------------------
-  const make = (tag, options = {}, ...inside) => {
-    const { data = {}, attributes = {}, ...rest } = options;
-    const made = Object.assign(document.createElement(tag), rest);
-    Object.assign(made.dataset, data);
-    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-    made.append(...inside);
-    return made;
-  };
-
   const files = (row) => {
     const select = make("select", { className: "field", data: { part: "file" }, attributes: { "aria-label": "LoRA file" } });
     const known = groups.flatMap(([, found]) => found.map(([, file]) => file));
@@ -141,7 +132,7 @@
       for (let quiet = 0; quiet < 20;) {
         await new Promise((done) => setTimeout(done, 250));
         if (document.hidden || !one("#preview-state")?.offsetParent) { quiet += 1; continue; }
-        const now = await (await fetch("/easel/preview/now")).json();
+        const now = await get("preview/now");
         const state = one("#preview-state"), image = one("#compare img.look");
         if (now.state === "working" && now.words && state?.dataset.state === "working") state.textContent = now.words;
         if (image && now.state === "working" && now.looks && now.looks !== looks) { image.src = `/easel/preview/look?n=${now.at}-${now.looks}`; image.hidden = false; }

@@ -1,7 +1,6 @@
 // The project picker: a dialog that lists the projects and what they take on disk.
 (() => {
-  const { one, post, make } = window.easel;
-  const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
+  const { one, get, post, make, plural } = window.easel;
   const say = (text) => { one("#projects-note").textContent = text; };
 
   const button = (does, text, project, tone = "quiet") => {
@@ -14,7 +13,7 @@
 
   const row = (project) => {
     const words = make("div", { className: "grow" }, make("b", { textContent: project.title }),
-      make("p", { className: "small num", textContent: `${many(project.pictures, "picture")}, ${many(project.runs, "run")}, ${project.size}` }));
+      make("p", { className: "small num", textContent: `${plural(project.pictures, "picture")}, ${plural(project.runs, "run")}, ${project.size}` }));
     const open = project.is_open ? make("span", { className: "chip accent", textContent: "Open" }) : button("open", "Open", project, "");
     return make("div", { className: "row apart" }, words, make("div", { className: "row" }, button("rename", "Rename", project), button("delete", "Delete", project), open));
   };
@@ -31,7 +30,7 @@
   const showTrash = (things) => {
     const fold = one("#projects-trash");
     fold.hidden = !things.length;
-    one("summary", fold).textContent = `In the trash: ${many(things.length, "thing")}`;
+    one("summary", fold).textContent = `In the trash: ${plural(things.length, "thing")}`;
     window.easel.refocus(fold, () => one(".list", fold).replaceChildren(...things.map(trashRow)));
   };
 
@@ -53,7 +52,7 @@
     // The list of the last time would be replaced under a hand that is at work in it.
     one("#projects-list").replaceChildren();
     dialog.showModal();
-    try { show(await (await fetch("/easel/projects")).json()); } catch { say("The window does not answer."); }
+    try { show(await get("projects")); } catch { say("The window does not answer."); }
   };
 
   const act = async (body) => {
@@ -80,7 +79,7 @@
     place.replaceChildren(form);
     (field.matches?.("label") ? one("input", field) : yes).focus();
   };
-  const act_again = async () => show(await (await fetch("/easel/projects")).json());
+  const act_again = async () => show(await get("projects"));
 
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button");

@@ -3,9 +3,7 @@
 //
 // By delegation on the document, as in window.js: the page's pieces of HTML are replaced as runs go on.
 (() => {
-  const one = (selector, within = document) => within.querySelector(selector);
-  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
-  const press = (id) => document.getElementById(id)?.click();
+  const { one, all, press } = window.easel;
 
   // ---- words from the window, for a moment ------------------------------------------------------------------------
   let toastTimer = 0;

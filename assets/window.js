@@ -13,8 +13,19 @@
     if (!answer.ok) throw new Error(await answer.text());
     return answer.json();
   };
+  const get = async (path) => (await fetch(`/easel/${path}`)).json();
   const press = (id) => document.getElementById(id)?.click();
   const openTab = (name) => all("[role=tab]").find((tab) => tab.textContent.trim() === name)?.click();
+  // An element with properties, `data-*` values and other attributes, and children.
+  const make = (tag, options = {}, ...inside) => {
+    const { data = {}, attributes = {}, ...rest } = options;
+    const made = Object.assign(document.createElement(tag), rest);
+    Object.assign(made.dataset, data);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...inside);
+    return made;
+  };
+  const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
   const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
   // Calls `look` until it says that there is nothing more to wait for. Who asks while it is at it gets at least one
@@ -67,7 +78,9 @@
   };
 
   // What the other scripts use; `settling` is called whenever pieces of the page may have been replaced.
-  window.easel = { openTab, one, all, post, press, later, follower, whenChanged, refocus, redraw, settling: [] };
+  window.easel = {
+    openTab, one, all, get, post, press, make, plural, later, follower, whenChanged, refocus, redraw, settling: [],
+  };
 
   // ---- one listener a kind of event -----------------------------------------------------------------------------
   document.addEventListener("click", (event) => {

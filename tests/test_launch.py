@@ -264,9 +264,8 @@ def install_calls(
 
     monkeypatch.setattr(install, "run_install", installed)
     monkeypatch.setattr(install, "answers", lambda url: reachable)
-    monkeypatch.setattr(install, "find_cards", lambda: cards)
     monkeypatch.setattr(install.platform, "system", lambda: "Linux")
-    install.install_torch()
+    install.install_torch(cards)
     return calls
 
 
@@ -354,7 +353,7 @@ def test_a_failed_installation_says_what_to_do_and_leaves_no_stamp(
 
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "environment_version", lambda: "3.11")
-    monkeypatch.setattr(install, "install_torch", lambda: None)
+    monkeypatch.setattr(install, "install_torch", lambda cards: None)
     with pytest.raises(install.SetupError, match=r"(?s)ERROR: No space left on device.*start again"):
         install.set_up("")
     assert install.written_stamp() == {}
@@ -369,7 +368,7 @@ def test_what_the_window_offers_is_installed(
     installed: list[tuple[str, ...]] = []
     monkeypatch.setattr(install, "pip", lambda *arguments, quiet=False: installed.append(arguments) or True)
     monkeypatch.setattr(install, "environment_version", lambda: "3.11")
-    monkeypatch.setattr(install, "install_torch", lambda: None)
+    monkeypatch.setattr(install, "install_torch", lambda cards: None)
     monkeypatch.setattr(install, "find_cards", lambda: install.Cards(nvidia=card))
     install.set_up("")
     assert installed == [("--editable", f".[{extras}]")]
@@ -390,7 +389,7 @@ def test_one_process_sets_up_and_the_other_finds_it_done(
 
     monkeypatch.setattr(install, "pip", pip)
     monkeypatch.setattr(install, "environment_version", lambda: "3.11")
-    monkeypatch.setattr(install, "install_torch", lambda: None)
+    monkeypatch.setattr(install, "install_torch", lambda cards: None)
     first = threading.Thread(target=install.set_up, args=("test",))
     second = threading.Thread(target=lambda: inside.wait(10) and install.set_up("test"))
     second.start()

@@ -173,7 +173,7 @@ def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, 
 
     Raises:
         RunError: a report is being made, or it would measure while a run is going on.
-        Refused: there is no such run.
+        BadRequest: there is no such run.
     """
     name = str(sent.get("run", ""))
     run_view: RunView | None = next((w for w in app_state.jobs.all() if w.run.name == name), None)

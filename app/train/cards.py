@@ -1,6 +1,5 @@
 """The two charts of a run and what they mean: one small piece of text a poll, no library, no node a point."""
 
-import html
 import math
 from collections.abc import Callable, Sequence
 
@@ -34,7 +33,7 @@ DIGITS = 7
 
 
 def _empty(text: str) -> str:
-    return f'<p class="plot-empty small">{html.escape(text)}</p>'
+    return f'<p class="plot-empty small">{safe(text)}</p>'
 
 
 def loss_chart(losses: Sequence[StepDone]) -> str:
@@ -101,7 +100,7 @@ def describe_gain(validations: Sequence[Validated]) -> str:
     gauges = _gauge("Learning by heart", last.gauge, last.gauge_error)
     gauges += _gauge("The base's own pictures", last.prior, last.prior_error)
     row = f'<p class="small num gauges">{gauges}</p>' if gauges else ""
-    return f'<div class="meaning" id="verdict"><p role="status">{html.escape(said)}</p>{row}</div>'
+    return f'<div class="meaning" id="verdict"><p role="status">{safe(said)}</p>{row}</div>'
 
 
 def _gauge(name: str, value: float, error: float) -> str:
@@ -113,7 +112,7 @@ def _gauge(name: str, value: float, error: float) -> str:
         "The base's own pictures": "Gain on pictures that the base made; below 0 they are being forgotten.",
     }
     words = f"{value:+.4f} ± {known_error(error):.4f}".replace("-", "\N{MINUS SIGN}")
-    return f'<span title="{html.escape(tips[name])}">{html.escape(name)} {words}</span>'
+    return f'<span title="{safe(tips[name])}">{safe(name)} {words}</span>'
 
 
 # The run card and the charts of the Train tab as HTML: what the shown run does, and what to do about it.

@@ -71,7 +71,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
 
     Raises:
         RunError: it cannot be done now.
-        Refused: there is no such action.
+        BadRequest: there is no such action.
     """
     if do in ("pause", "stop", "save", "preview"):
         app_state.jobs.request(do)

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from lora_core.errors import RunError
 from lora_core.system.disk_space import free_bytes
@@ -23,7 +24,7 @@ from lora_core.system.hardware import REINSTALL, Card, card_problem, find_card
 from lora_core.system.paths import workspace as workspace_folder
 
 PROJECT = "lora-easel"
-PORT, PORTS_TRIED = 7860, 40
+FIRST_PORT, PORTS_TRIED = 7860, 40
 """Where the window listens: the first port that is free."""
 LITTLE_DISK, LITTLE_MEMORY = 5 * 10**9, 2 * 10**9
 LONGEST_BELOW = 130
@@ -59,14 +60,22 @@ def diagnosis(workspace: Path | None = None) -> dict[str, Any]:
 
 def _python() -> Iterator[Check]:
     bits = 64 if sys.maxsize > 2**32 else 32
-    fits = (3, 11) <= sys.version_info[:2] <= (3, 13) and bits == 64
-    fix = (
-        ""
-        if fits
-        else "Install a 64-bit Python 3.11, 3.12 or 3.13, delete .venv and start launch.py with it."
-    )
-    yield Check("Python", f"{platform.python_version()}, {bits} bit, {sys.executable}", fix)
+    *older, newest = _supported_pythons()
+    fits = "{}.{}".format(*sys.version_info) in (*older, newest) and bits == 64
+    versions = f"{', '.join(older)} or {newest}" if older else newest
+    fix = f"Install a 64-bit Python {versions}, delete .venv and start launch.py with it."
+    found = f"{platform.python_version()}, {bits} bit, {sys.executable}"
+    yield Check("Python", found, "" if fits else fix)
     yield Check("System", platform.platform())
+
+
+def _supported_pythons() -> list[str]:
+    """Minor versions ("3.11") that pyproject.toml allows; where the project is not installed, this one."""
+    try:
+        declared = SpecifierSet(importlib.metadata.metadata(PROJECT)["Requires-Python"])
+    except importlib.metadata.PackageNotFoundError:
+        return ["{}.{}".format(*sys.version_info)]
+    return [f"3.{minor}" for minor in range(50) if declared.contains(f"3.{minor}")]
 
 
 def _packages() -> Iterator[Check]:
@@ -202,14 +211,16 @@ def _long_paths() -> bool:
 
 def _port(is_free: Callable[[int], bool] | None = None) -> Iterator[Check]:
     free = is_free or _is_free
-    first = next((port for port in range(PORT, PORT + PORTS_TRIED) if free(port)), None)
+    first = next((port for port in range(FIRST_PORT, FIRST_PORT + PORTS_TRIED) if free(port)), None)
     if first is None:
-        found = f"{PORT} to {PORT + PORTS_TRIED - 1} are all taken"
+        found = f"{FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} are all taken"
         yield Check("Port of the window", found, "Start with --port and a number that is free.")
-    elif first == PORT:
-        yield Check("Port of the window", f"{PORT} is free")
+    elif first == FIRST_PORT:
+        yield Check("Port of the window", f"{FIRST_PORT} is free")
     else:
-        yield Check("Port of the window", f"{PORT} is taken, by this program or another; {first} is free")
+        yield Check(
+            "Port of the window", f"{FIRST_PORT} is taken, by this program or another; {first} is free"
+        )
 
 
 def _is_free(port: int) -> bool:
