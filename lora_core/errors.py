@@ -3,33 +3,53 @@
 Everything that is not a `LoraError` is a defect of the program and keeps its traceback.
 """
 
+from typing import ClassVar
+
 
 class LoraError(Exception):
-    """A problem that a person can fix: shown as one sentence, exit code 1."""
+    """A problem that a person can fix: shown as one sentence, exit code 1.
+
+    Attributes:
+        cause: what kind of problem it is, as the events of a run say it; see `runs.events.Failed`.
+    """
+
+    cause: ClassVar[str] = "other"
 
 
 class ConfigError(LoraError):
     """A setting that does not exist, has the wrong type or lies out of range."""
 
+    cause = "settings"
+
 
 class DatasetError(LoraError):
     """Pictures or captions that cannot be used as they are."""
+
+    cause = "data"
 
 
 class ModelFileError(LoraError):
     """A base model that is missing, broken, or of a kind that cannot be trained here."""
 
+    cause = "base"
+
 
 class AdapterFileError(LoraError):
     """An adapter file that is missing, broken, or does not fit the base."""
+
+    cause = "adapter"
 
 
 class RunError(LoraError):
     """A run folder in a state that does not allow what was asked."""
 
+    cause = "run"
+
 
 class InputsChanged(RunError):
     """What a run follows from is not what it began with; it goes on only if a person accepts that."""
+
+    cause = "inputs_changed"
 
     def __init__(self, sentence: str, changed: list[str]) -> None:
         """Say it in `sentence`; `changed` names all that differs."""
@@ -40,6 +60,22 @@ class InputsChanged(RunError):
 class NoRoom(RunError):
     """The drive of a run is full, gone or read-only: the run is paused, and goes on when that is mended."""
 
+    cause = "disk_full"
+
+
+class Diverged(RunError):
+    """Training diverged again after all rollbacks."""
+
+    cause = "diverged"
+
+
+class ProcessLost(RunError):
+    """Another process of a run ended."""
+
+    cause = "process_lost"
+
 
 class OutOfMemory(LoraError):
     """The device has too little memory for the settings; names the two settings to lower."""
+
+    cause = "out_of_memory"

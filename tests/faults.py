@@ -38,7 +38,7 @@ ENGINE = {
     "step": ("lora_core.train.loop", "diffusion_loss"),
     "apply": ("lora_core.train.loop", "optimizer_step"),
     "validate": ("lora_core.train.validation", "eval_losses"),
-    "draw": ("lora_core.train.validation", "sample_image"),
+    "draw": ("lora_core.train.callbacks", "sample_image"),
 }
 """The engine's functions behind the points that are none of the system's."""
 

@@ -339,11 +339,10 @@ def _together(lead: Callable[[StopRequest, "ProcessGroup | None"], int]) -> int:
             if "MASTER_ADDR" in os.environ and not any(name in os.environ for name in LAUNCHED):
                 say(f"Note: {ONE_ONLY}")
             return lead(stopping, None)
-        from lora_core.train.distributed import process_group
-        from lora_core.train.trainer import train_as_worker
+        from lora_core.train.distributed import process_group, train_as_worker
 
         with process_group() as group:
-            if group.main:
+            if group.is_main:
                 return lead(stopping, group)
             train_as_worker(group)
             return 0
@@ -396,9 +395,11 @@ def _train_run(
             raise
         if group is not None:
             size = run.config().train.batch_size
-            say(f"{group.count} processes share each batch of {size}.")
-            if size < group.count:
-                say(f"Note: {group.count - size} of them have nothing to do; train.batch_size is {size}.")
+            say(f"{group.world_size} processes share each batch of {size}.")
+            if size < group.world_size:
+                say(
+                    f"Note: {group.world_size - size} of them have nothing to do; train.batch_size is {size}."
+                )
         printer = EventPrinter(sys.stdout)
         with keep_awake():
             outcome = train(run, steps, printer.show, accept_changes, stopping, group)

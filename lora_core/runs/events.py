@@ -147,9 +147,11 @@ class Warned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Paused(Event):
-    """The process ended, to go on later: on request, or for `reason`, as when a drive is full."""
+    """The process ended, to go on later: on request, or for `reason`, as when a drive is full, with
+    its `cause` as of `Failed`."""
 
     reason: str = ""
+    cause: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +174,16 @@ class Resumed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
-    """The run ended with an error: `reason` in a sentence; `changed` names what a person may accept."""
+    """The run ended with an error: `reason` in a sentence; `changed` names what a person may accept.
+
+    Attributes:
+        cause: `LoraError.cause` ("out_of_memory", "disk_full", "diverged", "data", "base", ...), "defect" for
+            a defect of the program, "" in events of earlier versions.
+    """
 
     reason: str
     changed: list[str] = field(default_factory=list)
+    cause: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

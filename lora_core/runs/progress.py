@@ -25,6 +25,7 @@ class Progress:
     phase_total: int = 0
     ending: str = ""
     reason: str = ""
+    cause: str = ""
     changed: list[str] = field(default_factory=list)
     stopped_early: bool = False
     export: str = ""
@@ -45,7 +46,7 @@ class Progress:
         match event:
             case events.Started():
                 self.started, self.steps, self.stepping = True, event.steps, False
-                self.ending, self.reason, self.changed = "", "", []
+                self.ending, self.reason, self.cause, self.changed = "", "", "", []
             case events.Resumed():
                 self._forget_after(event.step)
                 self.steps = event.steps
@@ -70,7 +71,7 @@ class Progress:
             case events.Handled():
                 self.handled.add(event.request)
             case events.Paused():
-                self.ending, self.reason = "paused", event.reason
+                self.ending, self.reason, self.cause = "paused", event.reason, event.cause
             case events.Stopped():
                 self.ending, self.export, self.reason = "stopped", event.export, event.reason
                 self.stopped_early = self.stopped_early or bool(event.reason)
@@ -78,6 +79,7 @@ class Progress:
                 self.ending, self.export = "done", event.export
             case events.Failed():
                 self.ending, self.reason, self.changed = "failed", event.reason, event.changed
+                self.cause = event.cause
 
     def _forget_after(self, step: int) -> None:
         self.step = step

@@ -23,9 +23,16 @@ from lora_core.models.unet import PromptEmbeds
 from lora_core.runs import events
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
-from lora_core.train.loop import StepSettings, TrainState, backward_micro_batch, optimizer_step, sample_batch
+from lora_core.train.loop import (
+    StepSettings,
+    TrainState,
+    backward_micro_batch,
+    mean_loss,
+    optimizer_step,
+    sample_batch,
+)
 from lora_core.train.loss import diffusion_loss
-from lora_core.train.oom import VAE_ASIDE, MemoryFallback, free_memory
+from lora_core.train.oom import VAE_ON_CPU, MemoryFallback, free_memory
 from lora_core.train.setup import OnProgress, RuntimePlan, TrainSession
 from lora_core.train.validation import at_strength
 
@@ -72,7 +79,7 @@ def run_range_test(
     """
     state = session.state
     groups = state.optimizer.param_groups
-    numbers = state.storage.data.detach().clone()
+    numbers = state.flat_params.data.detach().clone()
     optimizer, scaler = copy.deepcopy(state.optimizer.state_dict()), state.scaler.state_dict()
     average, state.average = state.average, None
     count = (HIGHEST - LOWEST) * EACH + 1
@@ -94,11 +101,11 @@ def run_range_test(
                 break
         say("Finding the learning rate", count, count)
     finally:
-        with state.storage.mutate() as live:
+        with state.flat_params.mutate() as live:
             live.copy_(numbers)
         state.optimizer.load_state_dict(optimizer)
         state.scaler.load_state_dict(scaler)
-        state.storage.zero_grad()
+        state.flat_params.zero_grad()
         state.average = average
     return RangeTestResult(rates, shares, choose_octave(shares))
 
@@ -140,10 +147,10 @@ def _step(session: TrainSession, plan: StepSettings, number: int) -> float:
     with torch.no_grad(), at_strength(state.injected, 0.0):
         condition = session.text.conditions(batch.captions)
         bare = diffusion_loss(base, batch.latents, condition, draw, plan.loss, batch.sizes).mean()
-    state.storage.zero_grad()
-    part = backward_micro_batch(state, session.batches, session.text, plan, number)
-    loss, trouble = optimizer_step(state, plan.clip, [part], number + 1)
-    return math.nan if trouble else 1.0 - loss / max(float(bare), 1e-12)
+    state.flat_params.zero_grad()
+    loss = backward_micro_batch(state, session.batches, session.text, plan, number)
+    losses, ok = optimizer_step(state, plan.max_grad_norm, [loss], number + 1)
+    return 1.0 - mean_loss(losses) / max(float(bare), 1e-12) if ok else math.nan
 
 
 # The trial: what a run chooses by trying before its first step.
@@ -159,12 +166,12 @@ class Autotune:
     """Chooses for one run, and keeps what there is to tell of it."""
 
     def __init__(
-        self, session: TrainSession, ladder: MemoryFallback, config: RunConfig, goal: int, say: OnProgress
+        self, session: TrainSession, memory: MemoryFallback, config: RunConfig, goal: int, say: OnProgress
     ) -> None:
         """For a run that is to have `goal` steps; `say` may end the trial by what it raises."""
         self.found: list[events.Event] = []
         self._session = session
-        self._ladder = ladder
+        self._memory = memory
         self._config = config
         self._steps = StepSettings.of(config, goal)
         self._say = say
@@ -183,9 +190,9 @@ class Autotune:
         if not plan.tried and (fresh or plan.cap) and limited(state.base.device):
             self._say("Trying the heaviest step", 0, 1)
             optimizer_state = OPTIMIZERS[self._config.optimizer.name].state
-            told, peak = fit_memory(self._session, self._ladder, self._steps, optimizer_state)
+            told, peak = fit_memory(self._session, self._memory, self._steps, optimizer_state)
             self.found += [events.Warned(message=sentence) for sentence in told]
-            plan = replace(plan, rungs=self._ladder.taken, tried=True, peak=peak)
+            plan = replace(plan, rungs=self._memory.applied, tried=True, peak=peak)
         if self._config.optimizer.range_test and plan.octave is None:
             found = run_range_test(self._session, self._steps, self._say)
             scale_learning_rates(state.optimizer, found.octave)
@@ -196,7 +203,7 @@ class Autotune:
 
 
 def fit_memory(
-    session: TrainSession, ladder: MemoryFallback, plan: StepSettings, optimizer_state: float
+    session: TrainSession, memory: MemoryFallback, plan: StepSettings, optimizer_state: float
 ) -> tuple[list[str], int]:
     """Try the heaviest step, a validation and a sample before the first real one, and climb until they fit.
 
@@ -218,12 +225,12 @@ def fit_memory(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     while not _fits(state, lambda: _try_step(session, plan, optimizer_state)):
-        told.append(f"The heaviest step does not fit into memory as it is. {ladder.climb(0)}")
+        told.append(f"The heaviest step does not fit into memory as it is. {memory.apply_next(0)}")
     while not _fits(state, lambda: _try_sample(session)):
-        if ladder.next is None or ladder.next.name != VAE_ASIDE:
+        if memory.next is None or memory.next.name != VAE_ON_CPU:
             told.append("Samples do not fit into memory beside the training, so they may be left out.")
             break
-        told.append(f"Samples do not fit into memory as it is. {ladder.climb(0)}")
+        told.append(f"Samples do not fit into memory as it is. {memory.apply_next(0)}")
     return told, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
@@ -248,12 +255,12 @@ def _try_step(session: TrainSession, plan: StepSettings, optimizer_state: float)
     backward_micro_batch(state, session.batches, session.text, plan, session.batches.heaviest())
     temporary = torch.empty(TEMPORARIES * numbers, device=base.device)
     del temporary
-    state.storage.zero_grad()
-    if session.held_out:
-        largest = max(session.held_out, key=lambda measured: measured.latents.numel())
+    state.flat_params.zero_grad()
+    if session.validation_sets.held_out:
+        largest = max(session.validation_sets.held_out, key=lambda measured: measured.latents.numel())
         eval_losses(base, [largest], session.text.condition)
-    if session.measured.prior is not None:
-        _guided_pass(session, session.measured.prior.side)
+    if session.validation_sets.forgetting is not None:
+        _guided_pass(session, session.validation_sets.forgetting.side)
     del held
 
 

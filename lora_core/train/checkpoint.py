@@ -27,10 +27,9 @@ from lora_core.formats.io import load_adapter, save_adapter
 from lora_core.lora.inject import adapter_weights, load_weights
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
-from lora_core.model_files.sizes import checkpoint_bytes
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.settings.config import RunConfig
+from lora_core.settings.schema import SaveSection
 from lora_core.system.disk_space import require_room
 from lora_core.system.paths import clear_abandoned, sync_folder, write_atomically
 from lora_core.train.divergence import DivergenceGuard
@@ -289,17 +288,30 @@ def _joined(tensors: dict[str, torch.Tensor], plain: Any) -> Any:
 
 
 class CheckpointManager:
-    """Saves and brings back one run's train_state."""
+    """Saves, resumes from and rolls back to checkpoints of one run."""
 
     def __init__(
-        self, run: RunFolder, config: RunConfig, train_state: TrainState, emit: Callable[[events.Event], None]
+        self,
+        run: RunFolder,
+        section: SaveSection,
+        train_state: TrainState,
+        emit: Callable[[events.Event], None],
+        size: int,
     ) -> None:
-        """`train_state` is as it starts: that is what a run goes back to before its first checkpoint."""
+        """Keep the untrained state to roll back to until there is a checkpoint.
+
+        Args:
+            run: the run.
+            section: which checkpoints to keep.
+            train_state: as it is before the first step.
+            emit: called with warnings.
+            size: estimated bytes of the first checkpoint.
+        """
         self._run = run
-        self._config = config
+        self._section = section
         self._train_state = train_state
         self._emit = emit
-        self._numbers = sum(tensor.numel() for tensor in train_state.injected.parameters())
+        self._size = size
         self._start: tuple[AdapterWeights, CheckpointState] | None = (
             adapter_weights(train_state.injected),
             CheckpointState(
@@ -308,72 +320,66 @@ class CheckpointManager:
         )
 
     def save(self, state: CheckpointState, header: dict[str, str]) -> Path:
-        """Write a checkpoint and remove those that have had their time.
+        """Write a checkpoint and remove old ones.
 
         Args:
-            state: what is not the train_state's: step, best, health, planned, marked.
+            state: step, best, health, planned and marked; the rest is filled in.
             header: texts for the adapter's file.
 
         Raises:
             NoRoom: the drive has too little room for it.
-            RunError: it cannot be written; those before it are whole.
+            RunError: it cannot be written; those before it are intact.
         """
-        what = f"The checkpoint of step {state.step}"
-        require_room(self._run.path, self._size(), what)
-        train_state = self._train_state
-        state.optimizer = train_state.optimizer.state_dict()
-        state.scaler = train_state.scaler.state_dict()
-        state.average = train_state.average.weights() if train_state.average is not None else None
-        weights = adapter_weights(train_state.injected)
-        path = save_checkpoint(self._run, weights, state, train_state.base.family, header)
-        best = {int(state.best["step"])} if state.best and self._config.save.keep_best else set()
-        anchor = self._anchors()[:1]
-        prune_checkpoints(self._run, self._config.save.keep_last, best.union(anchor))
+        require_room(self._run.path, self._next_size(), f"The checkpoint of step {state.step}")
+        current = self._train_state
+        state.optimizer = current.optimizer.state_dict()
+        state.scaler = current.scaler.state_dict()
+        state.average = current.average.weights() if current.average is not None else None
+        weights = adapter_weights(current.injected)
+        path = save_checkpoint(self._run, weights, state, current.base.family, header)
+        best = {int(state.best["step"])} if state.best and self._section.keep_best else set()
+        anchor = self._rollback_steps()[:1]
+        prune_checkpoints(self._run, self._section.keep_last, best.union(anchor))
         if anchor:
             self._start = None
         return path
 
-    def take_up(self) -> CheckpointState | None:
-        """Bring back the newest whole checkpoint, if there is one; a broken one is passed over with a
-        warning."""
-        return self._first_whole(self._run.checkpoint_steps()[::-1])
+    def load_latest(self) -> CheckpointState | None:
+        """Restore the newest valid checkpoint, if there is one; broken ones are skipped with a warning."""
+        return self._load_first_valid(self._run.checkpoint_steps()[::-1])
 
-    def newest(self) -> CheckpointState:
-        """The newest state that is whole: a checkpoint, or the start.
-
-        Raises:
-            RunError: there is none.
-        """
-        return self.take_up() or self._from_start()
-
-    def go_back(self, health: DivergenceGuard) -> tuple[CheckpointState, DivergenceGuard]:
-        """Bring back the last state that an unbroken run has too, with the learning rates halved.
-
-        What was saved since goes, as it may be spoiled already; what a person asked for is set aside. The
-        halved rates are noted in the checkpoint that is gone back to. A kill anywhere in here leaves a run
-        that comes to the same return by itself.
-
-        Args:
-            health: as it stands now.
+    def load_latest_or_start(self) -> CheckpointState:
+        """Restore the newest valid checkpoint, else the untrained state.
 
         Raises:
-            RunError: there is nothing to go back to.
+            RunError: there is neither.
         """
-        state = self._first_whole(self._anchors()) or self._from_start()
-        after = health.returned(DivergenceGuard(**state.health))
+        return self.load_latest() or self._load_start()
+
+    def roll_back(self, guard: DivergenceGuard) -> CheckpointState:
+        """Restore the last state that an unbroken run has too, and halve the learning rates of `guard`.
+
+        Later checkpoints are removed, as they may be spoiled already; what a user asked for is set aside. The
+        halved rates are written to the checkpoint that is restored. A kill anywhere in here leaves a run
+        that comes to the same rollback by itself.
+
+        Raises:
+            RunError: there is no such state.
+        """
+        state = self._load_first_valid(self._rollback_steps()) or self._load_start()
+        guard.roll_back_to(state.health)
         for step in self._run.checkpoint_steps():
             path = self._run.checkpoint(step)
             if step > state.step:
                 set_aside(path) if has_flag(path, "marked") else remove_checkpoint(path)
         if state.step:
-            amend_record(self._run.checkpoint(state.step), {"health": after.record()})
-        return state, after
+            amend_record(self._run.checkpoint(state.step), {"health": guard.record()})
+        return state
 
-    def finite(self) -> bool:
-        """Whether all that a checkpoint would hold is finite; each device is waited for once."""
-        train_state = self._train_state
-        live: list[object] = [train_state.storage.data.detach()]
-        for values in train_state.optimizer.state.values():
+    def is_finite(self) -> bool:
+        """Whether adapter and optimizer are finite; waits once for each device."""
+        live: list[object] = [self._train_state.flat_params.data.detach()]
+        for values in self._train_state.optimizer.state.values():
             live += values.values() if isinstance(values, dict) else []
         finite: dict[torch.device, list[torch.Tensor]] = {}
         for value in live:
@@ -381,43 +387,41 @@ class CheckpointManager:
                 finite.setdefault(value.device, []).append(value.isfinite().all())
         return all(bool(torch.stack(found).all()) for found in finite.values())
 
-    def _anchors(self) -> list[int]:
-        """Steps of the checkpoints that can be gone back to, the newest first."""
+    def _rollback_steps(self) -> list[int]:
+        """Steps of the checkpoints that a run can roll back to, the newest first."""
         steps = reversed(self._run.checkpoint_steps())
         return [step for step in steps if has_flag(self._run.checkpoint(step), "planned")]
 
-    def _first_whole(self, steps: list[int]) -> CheckpointState | None:
+    def _load_first_valid(self, steps: list[int]) -> CheckpointState | None:
         anew = "There is no other one to go on from, so training begins anew."
         found = load_first_valid(self._run, steps, self._emit, anew)
         if found is None:
             return None
-        self._bring_back(*found)
+        self._restore(*found)
         return found[1]
 
-    def _from_start(self) -> CheckpointState:
+    def _load_start(self) -> CheckpointState:
         if self._start is None:
             raise RunError(
                 f"No checkpoint of the run {self._run.name} is whole; start a new run with its settings."
             )
-        weights, state = self._start
-        self._bring_back(weights, state)
-        return state
+        self._restore(*self._start)
+        return self._start[1]
 
-    def _bring_back(self, weights: AdapterWeights, state: CheckpointState) -> None:
-        train_state = self._train_state
-        load_weights(train_state.injected, weights)
-        train_state.optimizer.load_state_dict(copy.deepcopy(state.optimizer))
+    def _restore(self, weights: AdapterWeights, state: CheckpointState) -> None:
+        current = self._train_state
+        load_weights(current.injected, weights)
+        current.optimizer.load_state_dict(copy.deepcopy(state.optimizer))
         if state.scaler:
-            train_state.scaler.load_state_dict(state.scaler)
-        if train_state.average is not None:
-            train_state.average.load(state.average or weights)
-        train_state.applying = False
+            current.scaler.load_state_dict(state.scaler)
+        if current.average is not None:
+            current.average.load(state.average or weights)
 
-    def _size(self) -> int:
-        """Bytes of the next checkpoint: those of the last one, else an estimate."""
+    def _next_size(self) -> int:
+        """Bytes of the next checkpoint: those of the last one, else the estimate."""
         for step in reversed(self._run.checkpoint_steps()):
             return sum(file.stat().st_size for file in self._run.checkpoint(step).iterdir())
-        return checkpoint_bytes(self._config, self._numbers)
+        return self._size
 
 
 def load_first_valid(

@@ -1,152 +1,244 @@
-"""Fellows: the processes that train one run together, as `accelerate launch` started them.
+"""Data-parallel training: every process holds the same state and all-reduces gradients.
 
-All that lasts is in the main process: weights, optimizer, events, files. Each step it sends the weights to
-the others, every process computes its share of the rows of each micro-batch, and the gradients are added up.
-Sending the weights costs what adding up the gradients does; in return no process can come to differ from
-another, whatever a run does between two steps. Everything goes through accelerate, which chooses how.
+Each process computes its rows of each micro-batch. Gradients and losses are summed over all processes, and
+each takes the same optimizer step with the same bits, as in DDP. The main process alone writes files, decides
+and keeps the events; before each step it says whether to go on, and it sends its state at the start and
+after a rollback. All communication goes through accelerate, which chooses the backend.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather_object, parse_flag_from_env, reduce
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, reduce
 
-from lora_core.errors import LoraError, RunError
+from lora_core.errors import LoraError, ProcessLost, RunError
+from lora_core.models.device import keep_freed_memory, out_of_memory
+from lora_core.runs.folder import RunFolder
+from lora_core.train.loop import (
+    PartialUpdate,
+    SingleProcess,
+    Step,
+    StepSettings,
+    TrainState,
+    training_steps,
+)
+from lora_core.train.oom import MemoryFallback
+from lora_core.train.setup import RuntimePlan, prepare
 
-PATIENCE = timedelta(days=1)
-"""So long the others wait for a word of the main process, which encodes, validates and draws alone. A process
-that dies is noticed at once; this is for a machine that vanishes without a word."""
+TIMEOUT = timedelta(days=1)
+"""For how long a process waits for the main one, which encodes, validates and samples alone. A process that
+dies is noticed at once; this is for a machine that vanishes."""
 LOST = (
     "Another process of this run ended, so the run cannot go on; what it said stands above. The last"
     " checkpoint is whole: resume the run from there."
 )
-Result = TypeVar("Result")
 
 
-class ProcessGroup:
+class ProcessGroup(SingleProcess):
     """This process among those of the run.
 
     Attributes:
-        number: of this process, 0 for the main one.
-        count: of all processes.
+        rank: of this process, 0 for the main one.
+        world_size: number of processes.
     """
 
     def __init__(self) -> None:
-        """Meet the others.
+        """Connect to the others.
 
         Raises:
-            RunError: they cannot be reached.
+            ProcessLost: they cannot be reached.
         """
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        self._over = True
-        with self._linked():
-            state = PartialState(cpu=cpu, timeout=PATIENCE)
-        self._over = False
-        self.number: int = state.process_index
-        self.count: int = state.num_processes
+        self._closed = True
+        with self._connected():
+            state = PartialState(cpu=cpu, timeout=TIMEOUT)
+        self._closed = False
+        self.rank: int = state.process_index
+        self.world_size: int = state.num_processes
         self._device = state.device
 
     @property
-    def main(self) -> bool:
-        """Whether this process leads."""
-        return self.number == 0
+    def is_main(self) -> bool:
+        """Whether this is the main process."""
+        return self.rank == 0
 
-    def share(self, rows: int) -> slice:
-        """Which of the rows of a micro-batch this process computes; none where there are too few.
+    def local_rows(self, count: int) -> slice:
+        """Which of the `count` rows of a micro-batch this process computes; none where there are too few.
 
-        The main process never has fewer than another, so that what it measures of memory holds for all.
+        The main process never has fewer than another, so that the memory that it measures suffices for all.
         """
-        size = -(-rows // self.count)
-        return slice(min(self.number * size, rows), min((self.number + 1) * size, rows))
+        size = -(-count // self.world_size)
+        return slice(min(self.rank * size, count), min((self.rank + 1) * size, count))
 
-    def tell(self, message: object) -> None:
-        """Send a message from the main process to all others."""
-        with self._linked():
-            broadcast_object_list([message])
-
-    def told(self) -> Any:
-        """Wait for the next message of the main process."""
-        message: list[Any] = [None]
-        with self._linked():
+    def broadcast_object(self, value: object = None) -> Any:
+        """The `value` of the main process, in every process."""
+        message = [value]
+        with self._connected():
             broadcast_object_list(message)
         return message[0]
 
-    def spread(self, numbers: torch.Tensor) -> None:
-        """Give `numbers` of the main process to all others."""
-        with self._linked():
-            found = broadcast(numbers if self.main else torch.empty_like(numbers))
-        if not self.main:
-            numbers.copy_(found)
-
-    def add_up(self, *tensors: torch.Tensor) -> None:
-        """Add each tensor up over all processes, in place."""
-        with self._linked():
-            for tensor, found in zip(tensors, reduce(list(tensors), "sum"), strict=True):
-                tensor.copy_(found)
-
-    def agreed(self, work: Callable[[], Result]) -> Result:
-        """Work that every process does its part of; none goes on where it failed in one.
+    def all_reduce(self, *tensors: torch.Tensor) -> None:
+        """Sum each tensor over all processes, in place.
 
         Raises:
-            RunError: it failed in another process, with the sentence for it.
-            RuntimeError: it failed in another process, by a defect or for want of memory, and this one leads.
-            Exception: what `work` raised here.
+            LoraError, RuntimeError: another process failed before this call.
         """
-        try:
-            result = work()
-        except BaseException as error:
-            self._compare(error)
-            raise
-        self._compare(None)
-        return result
+        self.barrier()
+        with self._connected():
+            for tensor, total in zip(tensors, reduce(list(tensors), "sum"), strict=True):
+                tensor.copy_(total)
 
-    def _compare(self, error: BaseException | None) -> None:
-        """Tell the others of an error here, and hear of theirs; after one, all leave without another word."""
-        failed = torch.tensor([float(error is not None)], device=self._device)
-        self.add_up(failed)
+    def barrier(self, error: BaseException | None = None) -> None:
+        """Wait for all processes; `error` tells them that this one failed, and then all leave the group.
+
+        Raises:
+            LoraError: another process failed, with its message.
+            RuntimeError: another process failed by a defect, and this is the main one.
+            MemoryError: another process ran out of memory, and this is the main one.
+        """
+        if self._closed:
+            return
+        with self._connected():
+            failed = reduce(torch.tensor([float(error is not None)], device=self._device), "sum")
         if not failed:
             return
-        plain = isinstance(error, LoraError)
-        why = "out of memory" if isinstance(error, MemoryError) else error
-        said = str(error) if plain else f"{type(error).__name__}: {why}"
-        word = [] if error is None else [(plain, f"Process {self.number}: {said}")]
-        with self._linked():
-            told: list[tuple[bool, str]] = gather_object(word)
-        self._over = True
+        with self._connected():
+            errors: list[Exception] = gather_object([] if error is None else [self._as_message(error)])
+        self._closed = True
         if error is None:
-            plain, sentence = told[0]
-            raise RunError(sentence) if plain or not self.main else RuntimeError(sentence)
+            raise errors[0] if self.is_main or isinstance(errors[0], LoraError) else RunError(str(errors[0]))
 
-    def dismiss(self) -> None:
-        """Let the other processes go, and leave them; nothing where they left already."""
-        if self._over:
+    def _as_message(self, error: BaseException) -> Exception:
+        """An error that can be sent: of the same meaning, with the rank in its text."""
+        if isinstance(error, LoraError):
+            return RunError(f"Process {self.rank}: {error}")
+        kind = MemoryError if out_of_memory(error) else RuntimeError
+        return kind(f"Process {self.rank}: {type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Let the other processes end, and leave the group; nothing where it is left already."""
+        if self._closed:
             return
-        if self.main:
-            self.tell(None)
-        with self._linked():
+        if self.is_main:
+            self.broadcast_object(None)
+        with self._connected():
             PartialState().destroy_process_group()
 
     @contextmanager
-    def _linked(self) -> Iterator[None]:
-        """All processes have to come through here together; where one did not, there is no link any more."""
+    def _connected(self) -> Iterator[None]:
+        """For one collective, which all processes take part in; if it fails, the group is closed.
+
+        Raises:
+            ProcessLost: a process is gone.
+        """
         try:
             yield
         except BaseException as error:
-            self._over = True
+            self._closed = True
             if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-                raise RunError(LOST) from error
+                raise ProcessLost(LOST) from error
             raise
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """The processes of this run, which the main one lets go however its part ends."""
+    """The processes of this run; the main one lets the others end, however its own part ends."""
     group = ProcessGroup()
     try:
         yield group
     finally:
-        group.dismiss()
+        group.close()
+
+
+TAKE_A_STEP = "step"
+
+
+@dataclass(frozen=True)
+class WorkerStart:
+    """Sent once: the run's folder, what was chosen for it, and the step to train to."""
+
+    run: Path
+    plan: RuntimePlan
+    goal: int
+
+
+@dataclass(frozen=True)
+class SharedState:
+    """Sent at the start and after a rollback: the state of the main process after `step` steps."""
+
+    step: int
+    lr_scale: float
+    parameters: torch.Tensor
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+
+    @classmethod
+    def of(cls, state: TrainState, step: int, lr_scale: float) -> "SharedState":
+        """A copy of `state` in the CPU's memory."""
+        parameters = state.flat_params.data.detach().cpu()
+        optimizer = _to_cpu(state.optimizer.state_dict())
+        return cls(step, lr_scale, parameters, optimizer, state.scaler.state_dict())
+
+    def restore(self, state: TrainState) -> None:
+        """Make `state` equal to that of the main process."""
+        with state.flat_params.mutate() as live:
+            live.copy_(self.parameters)
+        state.optimizer.load_state_dict(copy.deepcopy(self.optimizer))
+        if self.scaler:
+            state.scaler.load_state_dict(self.scaler)
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {key: _to_cpu(each) for key, each in value.items()}
+    return [_to_cpu(each) for each in value] if isinstance(value, list) else value
+
+
+def train_as_worker(group: ProcessGroup) -> None:
+    """Take the same steps as the main process until it ends; everything is encoded and cached by then.
+
+    Raises:
+        RunError: the main process is gone, or the run cannot go on.
+    """
+    start: WorkerStart | None = group.broadcast_object()
+    if start is None:
+        return
+    run, plan = RunFolder(start.run), start.plan
+    config = plan.rated(run.config())
+    try:
+        plan.set_up()
+        session = prepare(run, config, plan, lambda phase, done, total: None)
+    except BaseException as error:
+        group.barrier(error)
+        raise
+    group.barrier()
+    session.state.group = group
+    memory = MemoryFallback(session.state, config.train.batch_size, plan.rungs, session.offload_folder)
+    keep_freed_memory()
+    step = 0
+    steps: Iterator[Step] = iter(())
+    while (message := group.broadcast_object()) is not None:
+        if isinstance(message, SharedState):
+            memory.apply_until(message.step)
+            message.restore(session.state)
+            settings = StepSettings.of(config, start.goal, message.lr_scale)
+            step = message.step
+            steps = training_steps(session.state, session.batches, session.text, settings, step)
+            continue
+        memory.apply_until(step)
+        try:
+            step = next(steps).number
+        except PartialUpdate:
+            raise
+        except Exception as error:
+            group.barrier(error)
+            raise

@@ -1,14 +1,15 @@
-"""Memory: a ladder of ways to take less of it, and what an error of it looks like.
+"""Out of memory: an ordered list of fallbacks that take less of it.
 
-Each rung costs time, or nothing, and all but one change a gradient by rounding alone: a base in 8 bits is
-another base, by a little. What was taken from which step on is in `plan.json`, so that a resume takes the
-same rungs at the same steps.
+Each costs time, or nothing, and all but one change a gradient by rounding alone: a base in 8 bits is another
+base, by a little. What was applied, and after which step, is kept in `plan.json`, so that a resumed run does
+the same at the same steps.
 """
 
 import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -18,17 +19,16 @@ from lora_core.backends.offload import offload_store_for
 from lora_core.backends.onednn import is_prepacked, undo_prepack
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import release_failed
-from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import TrainSection
 from lora_core.system.disk_space import free_bytes
 from lora_core.train.loop import TrainState
 from lora_core.train.setup import INT8, OFFLOAD, enable_checkpointing
 
-EIGHT_BIT = "bitsandbytes"
-VAE_ASIDE = "vae aside"
+BITSANDBYTES = "bitsandbytes"
+VAE_ON_CPU = "vae aside"
 PLAIN = "plain layout"
 SPARE = 2**30
-"""Bytes that are left free where weights are put aside."""
+"""Bytes that stay free where the base is offloaded to."""
 
 
 @dataclass(frozen=True)
@@ -37,192 +37,212 @@ class Fallback:
 
     Attributes:
         name: in `plan.json`.
-        told: what is done and what it costs, a sentence.
-        possible: whether it can be taken now.
-        take: does it.
-        exact: whether gradients stay as they are but for rounding.
+        description: what is done and what it costs, a sentence.
+        possible: whether it can be applied now.
+        apply: does it.
+        exact: whether gradients stay the same but for rounding.
     """
 
     name: str
-    told: str
-    possible: Callable[[TrainState, RunConfig], bool]
-    take: Callable[[TrainState], None]
+    description: str
+    possible: "Callable[[MemoryFallback], bool]"
+    apply: "Callable[[MemoryFallback], None]"
     exact: bool = True
 
 
-def _eight_bit_possible(state: TrainState, config: RunConfig) -> bool:
-    plain = type(state.optimizer) is torch.optim.AdamW and not state.optimizer.state
-    return plain and importlib.util.find_spec(EIGHT_BIT) is not None
-
-
-def _take_eight_bit(state: TrainState) -> None:
-    known = ("params", "lr", "initial_lr", "until", "betas", "eps", "weight_decay")
-    groups = [{key: group[key] for key in known} for group in state.optimizer.param_groups]
-    state.optimizer = importlib.import_module(f"{EIGHT_BIT}.optim").AdamW8bit(groups)
-
-
-def _put_vae_aside(state: TrainState) -> None:
-    state.base.put("vae", torch.device("cpu"))
-
-
-def _take_plain(state: TrainState) -> None:
-    for module in state.base.modules.values():
-        undo_prepack(module)
-
-
-def _int8_possible(state: TrainState, config: RunConfig) -> bool:
-    # A base that waits elsewhere leaves nothing to save.
-    return not is_quantized(state.base.denoiser) and not is_offloaded(state.base.denoiser)
-
-
-def _take_int8(state: TrainState) -> None:
-    WeightPolicy(quantize_int8).apply_to(state.base.denoiser)
-
-
-def _offload_possible(state: TrainState, config: RunConfig) -> bool:
-    unet, device = state.base.denoiser, state.base.device
-    if is_offloaded(unet) or state.aside is None:
-        return False
-    need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
-    room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(state.aside)
-    return room > need + SPARE
-
-
-def _take_offload(state: TrainState) -> None:
-    assert state.aside is not None
-    WeightPolicy(None, offload_store_for(state.base.device, state.aside)).apply_to(state.base.denoiser)
-
-
-def _take_half(state: TrainState) -> None:
-    state.split *= 2
-
-
-FALLBACKS = (
-    Fallback(
-        VAE_ASIDE,
-        "The VAE waits in the computer's own memory; samples take some seconds longer.",
-        lambda state, config: state.base.vae.device.type != "cpu",
-        _put_vae_aside,
-    ),
-    Fallback(
-        PLAIN,
-        "The base's weights are kept once, as they are, instead of laid out for the processor too: steps take"
-        " up to a quarter longer.",
-        lambda state, config: any(map(is_prepacked, state.base.modules.values())),
-        _take_plain,
-    ),
-    Fallback(
-        "checkpointing",
-        "Gradient checkpointing is on: steps take about a third longer.",
-        lambda state, config: not state.base.denoiser.is_gradient_checkpointing,
-        lambda state: enable_checkpointing(state.base),
-    ),
-    Fallback(
-        "half",
-        "Batches go through in parts of half the size that add up to the same gradient: steps take up to"
-        " twice as long on a graphics card, and no longer on a processor.",
-        lambda state, config: state.split < config.train.batch_size,
-        _take_half,
-    ),
-    Fallback(
-        "8-bit optimizer",
-        "AdamW keeps its state in 8 bits, a quarter of the memory, at about the same speed.",
-        _eight_bit_possible,
-        _take_eight_bit,
-    ),
-    Fallback(
-        INT8,
-        "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
-        " third longer, and the base that the LoRA is trained beside is off by one or two percent.",
-        _int8_possible,
-        _take_int8,
-        exact=False,
-    ),
-    Fallback(
-        OFFLOAD,
-        "The base's weights wait outside of the device's memory and are fetched as they are used: the numbers"
-        " stay the same, and steps may take twice as long or more.",
-        _offload_possible,
-        _take_offload,
-    ),
-)
-"""In the order in which they are taken before the first step; the first that is possible comes next. Text
-encoders are dropped after caching in any case."""
-WITHIN = tuple(sorted(FALLBACKS, key=lambda rung: not rung.exact))
-"""The order once steps are done. What is trained fits its base, so that this changes last: before the first
-step 8 bits come before fetching, because they cost far less time; later fetching comes first."""
-
-
 class MemoryFallback:
-    """Where a run stands on the ladder."""
+    """Applies fallbacks to the training of one run."""
 
-    def __init__(self, state: TrainState, config: RunConfig, taken: list[tuple[str, int]]) -> None:
-        """`taken` names rungs with the steps that they were taken after; the list is added to."""
-        self._state = state
-        self._config = config
-        self.taken = taken
-        self._reached = 0
-        self._done = 0
+    def __init__(
+        self,
+        state: TrainState,
+        batch_size: int,
+        applied: list[tuple[str, int]],
+        offload_folder: Path | None = None,
+    ) -> None:
+        """Nothing is applied yet.
 
-    def reach(self, step: int) -> None:
-        """Take what was taken after `step` steps or earlier by the process that did them."""
-        self._done = step
-        while self._reached < len(self.taken) and self.taken[self._reached][1] <= step:
-            name = self.taken[self._reached][0]
-            self._reached += 1
-            rung = next((rung for rung in FALLBACKS if rung.name == name), None)
-            if rung is not None and rung.possible(self._state, self._config):
-                rung.take(self._state)
+        Args:
+            state: what trains.
+            batch_size: images per micro-batch.
+            applied: names of fallbacks with the steps that they were applied after; the list is added to.
+            offload_folder: on whose drive the base may be offloaded to.
+        """
+        self.state = state
+        self.batch_size = batch_size
+        self.applied = applied
+        self.offload_folder = offload_folder
+        self._count = 0
+        self._step = 0
+
+    def apply_until(self, step: int) -> None:
+        """Apply what an earlier process applied after `step` steps or fewer."""
+        self._step = step
+        while self._count < len(self.applied) and self.applied[self._count][1] <= step:
+            name = self.applied[self._count][0]
+            self._count += 1
+            fallback = next((each for each in FALLBACKS if each.name == name), None)
+            if fallback is not None and fallback.possible(self):
+                fallback.apply(self)
 
     @property
     def next(self) -> Fallback | None:
-        """The rung that would be taken next."""
-        order = WITHIN if self._done else FALLBACKS
-        return next((rung for rung in order if rung.possible(self._state, self._config)), None)
+        """The fallback that `apply_next` would apply."""
+        order = FALLBACKS_WITHIN_A_RUN if self._step else FALLBACKS
+        return next((each for each in order if each.possible(self)), None)
 
-    def climb(self, step: int) -> str:
-        """Take the next rung, from the step after `step` on; returns what that means.
+    def apply_next(self, step: int) -> str:
+        """Apply the next fallback, from the step after `step` on; returns its description.
 
         Raises:
             OutOfMemory: there is none left.
         """
-        self.reach(step)
-        rung = self.next
-        if rung is None:
+        self.apply_until(step)
+        fallback = self.next
+        if fallback is None:
             raise OutOfMemory(self._nothing_left())
-        # Rungs noted for later steps are no longer what will happen.
-        del self.taken[self._reached :]
-        self.taken.append((rung.name, step))
-        self.reach(step)
-        return rung.told
+        # What was planned for later steps no longer applies.
+        del self.applied[self._count :]
+        self.applied.append((fallback.name, step))
+        self.apply_until(step)
+        return fallback.description
 
     def _nothing_left(self) -> str:
-        state, unet = self._state, self._state.base.denoiser
+        unet = self.state.base.denoiser
         tried = ["checkpointing is on"]
-        tried += ["pictures go through one at a time"] if state.split > 1 else []
+        tried += ["pictures go through one at a time"] if self.state.chunks > 1 else []
         tried += ["the base is kept in 8 bits"] if is_quantized(unet) else []
         tried += ["the base waits outside of the device's memory"] if is_offloaded(unet) else []
         listed = " and ".join((", ".join(tried[:-1]), tried[-1]) if tried[1:] else tried)
         others = []
         if not is_offloaded(unet):
             others.append(" or make room on the workspace's drive, where the base could wait,")
-        if not importlib.util.find_spec(EIGHT_BIT):
-            others.append(f" or install {EIGHT_BIT} for an 8-bit optimizer,")
+        if not importlib.util.find_spec(BITSANDBYTES):
+            others.append(f" or install {BITSANDBYTES} for an 8-bit optimizer,")
         return (
             f"The device ran out of memory although {listed}; lower train.resolution or adapter.rank,"
             f"{''.join(others)} or close other programs that use the device. What is saved is whole."
         )
 
 
+def _put_vae_on_cpu(memory: MemoryFallback) -> None:
+    memory.state.base.put("vae", torch.device("cpu"))
+
+
+def _undo_prepacking(memory: MemoryFallback) -> None:
+    for module in memory.state.base.modules.values():
+        undo_prepack(module)
+
+
+def _checkpoint_gradients(memory: MemoryFallback) -> None:
+    enable_checkpointing(memory.state.base)
+
+
+def _halve_chunks(memory: MemoryFallback) -> None:
+    memory.state.chunks *= 2
+
+
+def _can_use_8bit_adamw(memory: MemoryFallback) -> bool:
+    optimizer = memory.state.optimizer
+    fresh = type(optimizer) is torch.optim.AdamW and not optimizer.state
+    return fresh and importlib.util.find_spec(BITSANDBYTES) is not None
+
+
+def _use_8bit_adamw(memory: MemoryFallback) -> None:
+    known = ("params", "lr", "initial_lr", "until", "betas", "eps", "weight_decay")
+    groups = [{key: group[key] for key in known} for group in memory.state.optimizer.param_groups]
+    memory.state.optimizer = importlib.import_module(f"{BITSANDBYTES}.optim").AdamW8bit(groups)
+
+
+def _can_quantize(memory: MemoryFallback) -> bool:
+    # An offloaded base leaves nothing to save.
+    unet = memory.state.base.denoiser
+    return not is_quantized(unet) and not is_offloaded(unet)
+
+
+def _quantize(memory: MemoryFallback) -> None:
+    WeightPolicy(quantize_int8).apply_to(memory.state.base.denoiser)
+
+
+def _can_offload(memory: MemoryFallback) -> bool:
+    unet, device, folder = memory.state.base.denoiser, memory.state.base.device, memory.offload_folder
+    if is_offloaded(unet) or folder is None:
+        return False
+    need = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
+    room = psutil.virtual_memory().available if device.type == "cuda" else free_bytes(folder)
+    return room > need + SPARE
+
+
+def _offload(memory: MemoryFallback) -> None:
+    assert memory.offload_folder is not None
+    store = offload_store_for(memory.state.base.device, memory.offload_folder)
+    WeightPolicy(None, store).apply_to(memory.state.base.denoiser)
+
+
+FALLBACKS = (
+    Fallback(
+        VAE_ON_CPU,
+        "The VAE waits in the computer's own memory; samples take some seconds longer.",
+        lambda memory: memory.state.base.vae.device.type != "cpu",
+        _put_vae_on_cpu,
+    ),
+    Fallback(
+        PLAIN,
+        "The base's weights are kept once, as they are, instead of laid out for the processor too: steps take"
+        " up to a quarter longer.",
+        lambda memory: any(map(is_prepacked, memory.state.base.modules.values())),
+        _undo_prepacking,
+    ),
+    Fallback(
+        "checkpointing",
+        "Gradient checkpointing is on: steps take about a third longer.",
+        lambda memory: not memory.state.base.denoiser.is_gradient_checkpointing,
+        _checkpoint_gradients,
+    ),
+    Fallback(
+        "half",
+        "Batches go through in parts of half the size that add up to the same gradient: steps take up to"
+        " twice as long on a graphics card, and no longer on a processor.",
+        lambda memory: memory.state.chunks < memory.batch_size,
+        _halve_chunks,
+    ),
+    Fallback(
+        "8-bit optimizer",
+        "AdamW keeps its state in 8 bits, a quarter of the memory, at about the same speed.",
+        _can_use_8bit_adamw,
+        _use_8bit_adamw,
+    ),
+    Fallback(
+        INT8,
+        "The base's weights are rounded to 8 bits, a half or a quarter of their memory: steps take up to a"
+        " third longer, and the base that the LoRA is trained beside is off by one or two percent.",
+        _can_quantize,
+        _quantize,
+        exact=False,
+    ),
+    Fallback(
+        OFFLOAD,
+        "The base's weights wait outside of the device's memory and are fetched as they are used: the numbers"
+        " stay the same, and steps may take twice as long or more.",
+        _can_offload,
+        _offload,
+    ),
+)
+"""In the order in which they are applied before the first step."""
+FALLBACKS_WITHIN_A_RUN = tuple(sorted(FALLBACKS, key=lambda each: not each.exact))
+"""The order after the first step. The adapter fits its base by then, so the base changes last; before the
+first step 8 bits come before offloading, because they cost far less time."""
+
+
 def free_memory(state: TrainState, error: BaseException | None = None) -> None:
-    """Let go of all that a failed step holds."""
-    state.storage.zero_grad()
+    """Release all that a failed step holds."""
+    state.flat_params.zero_grad()
     release_failed(error, state.base.device)
 
 
-def next_base_fallback(train: TrainSection, taken: list[tuple[str, int]]) -> Fallback | None:
-    """The next rung that makes the base itself smaller, for a base that does not fit as it is opened."""
-    done = {name for name, _ in taken}
+def next_base_fallback(train: TrainSection, applied: list[tuple[str, int]]) -> Fallback | None:
+    """The next fallback that makes the base itself smaller, for one that does not fit when loaded."""
+    done = {name for name, _ in applied}
     done |= {INT8} if train.quantize_base != "none" else set()
     done |= {OFFLOAD} if train.offload else set()
-    return next((rung for rung in FALLBACKS if rung.name in (INT8, OFFLOAD) and rung.name not in done), None)
+    return next((each for each in FALLBACKS if each.name in (INT8, OFFLOAD) and each.name not in done), None)

@@ -38,6 +38,7 @@ from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.sizes import count_base_parameters
 from lora_core.models.device import (
     bf16_is_faster,
+    cap_memory,
     compute_deterministically,
     dtype_of,
     limited,
@@ -63,7 +64,7 @@ from lora_core.train.data import (
 )
 from lora_core.train.fingerprint import base_inputs, check_inputs, start_input
 from lora_core.train.loop import EMA, TrainState
-from lora_core.train.validation_sets import ForgettingSet, ValidationSets, build_validation_sets
+from lora_core.train.validation import ForgettingSet, ValidationSets, build_validation_sets, make_eval_image
 
 FRESH = "default"
 """The value of `adapter.init` for an adapter that starts from nothing."""
@@ -357,6 +358,10 @@ class RuntimePlan:
         optim = optim.model_copy(update={**rates, "block_lr": by_block})
         return config.model_copy(update={"optimizer": optim})
 
+    def with_fallbacks(self, applied: list[tuple[str, int]]) -> "RuntimePlan":
+        """The plan with memory fallbacks, and within how much memory they were applied."""
+        return replace(self, rungs=applied, cap=cap_memory(torch.device(self.device)))
+
     def set_up(self) -> None:
         """Have this process compute as planned. Call it before the first kernel on the device."""
         torch.set_num_threads(self.threads)
@@ -407,24 +412,21 @@ class TrainSession:
         state: base, adapter, optimizer, scaler.
         batches: all micro-batches by number.
         text: conditions of captions.
-        measured: pictures to validate on.
-        train_items: pictures to train on.
+        validation_sets: images to validate on.
+        train_items: images to train on.
         prompts: of the samples.
-        notes: what a person should know before it starts, a sentence each.
+        notes: what a user should know before it starts, a sentence each.
+        offload_folder: on whose drive the base may be offloaded to.
     """
 
     state: TrainState
     batches: Batches
     text: PromptCache
-    measured: ValidationSets
+    validation_sets: ValidationSets
     train_items: list[TrainImage]
     prompts: list[str]
     notes: list[str]
-
-    @property
-    def held_out(self) -> list[EvalImage]:
-        """The pictures that the gain is measured on."""
-        return self.measured.held_out
+    offload_folder: Path
 
 
 def prepare(
@@ -460,7 +462,12 @@ def prepare(
     )
     wanted = [*all_views(items, config.dataset.flip), *all_views(held_items, False)]
     _encode_pictures(base, latents, wanted, say)
-    measured = build_validation_sets(items, held_items, latents, config, base)
+    section, timesteps = config.validation, base.noise.num_timesteps
+
+    def to_eval(image: TrainImage, caption: str) -> EvalImage:
+        return make_eval_image(image, caption, latents, section.draws_per_image, config.seed, timesteps)
+
+    sets = build_validation_sets(items, held_items, to_eval, section, config.dataset.trigger, config.seed)
     base.put("vae", torch.device("cpu"))
     base.load(*base.text_encoders)
     text = PromptCache(
@@ -472,27 +479,31 @@ def prepare(
     )
     rules = CaptionRules.of(config.dataset)
     prompts = sample_prompts(config, held or train)
-    prior = _prior(base, text, workspace / "cache" / "prior", config, more)
-    measured.prior = prior
+    if section.forgetting and section.every and section.pictures:
+        identity = short_digest(sorted(more.items()))
+        sets.forgetting = ForgettingSet(
+            base, text, workspace / "cache" / "prior", identity, section.forgetting, resolution
+        )
     if not layout.encoders_trained:
         fixed = [record for record in train if not varies_by_draw(record.caption, rules)]
         captions = [plain_caption(record.caption, rules.trigger) for record in fixed]
-        captions += [one.caption for one in (*measured.held_out, *measured.by_heart)]
-        _encode_captions(text, [*captions, *prompts, *(prior.prompts if prior else []), ""], say)
+        captions += [one.caption for one in (*sets.held_out, *sets.training)]
+        captions += [*prompts, *(sets.forgetting.prompts if sets.forgetting else []), ""]
+        _encode_captions(text, captions, say)
         if len(fixed) == len(train):
             text.release()
     base.load("unet")
     base.put("vae", device)
-    state, notes = build_train_state(base, layout, config, plan.layout, aside)
+    state, notes = build_train_state(base, layout, config, plan.layout)
     looks = BatchSettings(config.train.batch_size, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
-    sentences = [*guess, *layout.notes, *notes, *measured.notes]
-    return TrainSession(state, batches, text, measured, items, prompts, sentences)
+    sentences = [*guess, *layout.notes, *notes, *sets.notes]
+    return TrainSession(state, batches, text, sets, items, prompts, sentences, aside)
 
 
 def build_train_state(
-    base: BaseModel, layout: AdapterPlan, config: RunConfig, weights: str, aside: Path | None = None
+    base: BaseModel, layout: AdapterPlan, config: RunConfig, weights: str
 ) -> tuple[TrainState, list[str]]:
     """The adapter in the base, ready to train, and sentences on its start.
 
@@ -501,7 +512,6 @@ def build_train_state(
         layout: what is to be trained.
         config: how.
         weights: how the base's weights are laid out for the processor; "" is what is best here.
-        aside: the folder on whose drive weights may be put aside.
 
     Raises:
         AdapterFileError: the LoRA to go on with does not fit.
@@ -516,7 +526,7 @@ def build_train_state(
     optimizer, storage = build_optimizer(injected, layout, base, config.optimizer)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
     average = EMA(injected, storage, config.save.ema) if config.save.ema else None
-    return TrainState(base, injected, optimizer, storage, scaler, average, aside=aside), notes
+    return TrainState(base, injected, optimizer, storage, scaler, average), notes
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
@@ -555,10 +565,3 @@ def _encode_captions(text: PromptCache, captions: list[str], say: OnProgress) ->
     for done, caption in enumerate(wanted):
         say("Encoding captions", done, len(wanted))
         text.condition(caption)
-
-
-def _prior(
-    base: BaseModel, text: PromptCache, folder: Path, config: RunConfig, inputs: dict[str, str]
-) -> ForgettingSet | None:
-    wanted = config.validation.forgetting and config.validation.every and config.validation.pictures
-    return ForgettingSet(base, text, folder, short_digest(sorted(inputs.items())), config) if wanted else None

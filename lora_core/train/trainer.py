@@ -1,4 +1,10 @@
-"""What people ask of a run while it trains: lines in `requests.jsonl`, and signals, which mean stop."""
+"""Trains a run: prepares it, drives the loop, and reports how it ended.
+
+All that a user sees of a run goes through its events; all that they ask for comes through `requests.jsonl` or
+a signal. `Trainer` owns the decisions: what is due after a step, when to roll back, to take less memory, to
+pause or to stop. With several processes the main one runs a `Trainer`, and the others
+`distributed.train_as_worker`.
+"""
 
 import contextlib
 import errno
@@ -10,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lora_core.errors import InputsChanged, LoraError, NoRoom, OutOfMemory, RunError
+from lora_core.errors import Diverged, InputsChanged, LoraError, NoRoom, OutOfMemory, RunError
+from lora_core.model_files.sizes import checkpoint_bytes, preview_bytes
 from lora_core.models.device import cap_memory, keep_freed_memory, out_of_memory, release_failed
 from lora_core.runs import events
 from lora_core.runs.events import EventWriter
@@ -20,60 +27,91 @@ from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.system.processes import StopRequest
 from lora_core.train.autotune import Autotune
-from lora_core.train.callbacks import EXPORT_PRECISION, Duties, ProgressReporter, TensorBoardWriter
+from lora_core.train.callbacks import (
+    EXPORT_FORMAT,
+    Callback,
+    Export,
+    ProgressReporter,
+    Sample,
+    Save,
+    Schedule,
+    TensorBoardWriter,
+    Validate,
+)
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, clear_unfinished, load_first_valid
-from lora_core.train.distributed import ProcessGroup
-from lora_core.train.divergence import RETURNS, DivergenceGuard, StepTimer, describe_slow_step
-from lora_core.train.export import export_checkpoint
+from lora_core.train.distributed import TAKE_A_STEP, ProcessGroup, SharedState, WorkerStart
+from lora_core.train.divergence import (
+    MAX_ROLLBACKS,
+    DivergenceGuard,
+    NeedsRollback,
+    StepTimer,
+    describe_nonfinite,
+    describe_slow_step,
+)
+from lora_core.train.export import export_checkpoint, export_header
 from lora_core.train.fingerprint import versions
-from lora_core.train.loop import Call, Step, StepSettings, shared_parts, training_steps
+from lora_core.train.loop import PartialUpdate, Step, StepSettings, training_steps
 from lora_core.train.oom import MemoryFallback, free_memory, next_base_fallback
 from lora_core.train.setup import RuntimePlan, TrainSession, prepare
+from lora_core.train.validation import Validator
+
+OUT_OF_MEMORY_IN_A_PROCESS = (
+    "The device of one of the processes ran out of memory in a step. With several processes that is not"
+    " mended by itself: set train.gradient_checkpointing, train.quantize_base or train.offload, or lower"
+    " train.batch_size or train.resolution, in a new run."
+)
+PATIENCE, POLL = 10.0, 0.5
+"""Seconds to wait for memory that another process holds, and between two looks."""
+SAME = 0.98
+"""The share of the memory of before that counts as all of it."""
+DRIVE_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN")
+    if hasattr(errno, name)
+}
+"""Errors of a drive: full, over quota, failing, gone. They pass, so the run is paused."""
 
 
 class Interrupted(BaseException):
-    """Raised inside long work to leave it at once; the work done so far is kept by the conductor.
+    """Raised inside long work to leave it at once, because the run is asked to end.
 
-    It derives from BaseException so that no handler of ordinary errors in a library takes it for one.
+    It derives from BaseException so that no handler of ordinary errors in a library catches it.
     """
 
 
 class RequestWatcher:
-    """New requests since the last look. A look is one `stat` of a small file unless something was written."""
+    """What users ask of a run while it trains: lines in `requests.jsonl`, and signals, which mean stop.
 
-    def __init__(self, run: RunFolder, handled: set[str]) -> None:
-        """Look at the requests of `run`; those in `handled` were acted on before."""
-        self.stopping = StopRequest()
+    A look costs one `stat` of a small file unless something was written.
+    """
+
+    def __init__(self, run: RunFolder, handled: set[str], stopping: StopRequest) -> None:
+        """Watch the requests of `run`; those in `handled` were acted on before."""
         self._run = run
         self._handled = handled
-        self._seen: tuple[int, int] | None = None
-        self._waiting: list[dict[str, str]] = []
+        self._stopping = stopping
+        self._last_stat: tuple[int, int] | None = None
+        self._pending: list[dict[str, str]] = []
 
-    def waiting(self) -> list[dict[str, str]]:
-        """Requests that nobody has acted on, in order."""
-        try:
+    def pending(self, *kinds: str) -> list[dict[str, str]]:
+        """Requests of these kinds that nobody has acted on, in order."""
+        with contextlib.suppress(FileNotFoundError):
             found = os.stat(self._run.requests_file)
-        except FileNotFoundError:
-            return []
-        now = (found.st_mtime_ns, found.st_size)
-        if now != self._seen:
-            self._seen = now
-            self._waiting = [r for r in self._run.requests() if r["id"] not in self._handled]
-        return self._waiting
+            now = (found.st_mtime_ns, found.st_size)
+            if now != self._last_stat:
+                self._last_stat = now
+                self._pending = [r for r in self._run.requests() if r["id"] not in self._handled]
+        return [request for request in self._pending if request["action"] in kinds]
 
-    def done(self, request: dict[str, str]) -> None:
+    def mark_handled(self, request: dict[str, str]) -> None:
         """Note that a request was acted on."""
         self._handled.add(request["id"])
-        self._waiting = [r for r in self._waiting if r["id"] != request["id"]]
+        self._pending = [each for each in self._pending if each["id"] != request["id"]]
 
     @property
     def signalled(self) -> bool:
         """Whether a signal asked for the end."""
-        return self.stopping.came
-
-    def ending(self) -> bool:
-        """Whether the run is asked to end soon."""
-        return self.signalled or any(r["action"] in ("stop", "pause") for r in self.waiting())
+        return self._stopping.came
 
     def check(self) -> None:
         """Leave long work if the run is asked to end.
@@ -81,391 +119,393 @@ class RequestWatcher:
         Raises:
             Interrupted: it is.
         """
-        if self.ending():
+        if self.signalled or self.pending("stop", "pause"):
             raise Interrupted
-
-
-# What the processes beside the main one do: open the same run, and compute their share of each step.
-#
-# They write nothing, decide nothing and keep nothing: each step begins with the weights that the main
-# process sends.
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """What the main process tells before the first step: the run's folder, what was chosen for it, and to how
-    many steps it goes."""
-
-    run: Path
-    plan: RuntimePlan
-    goal: int
-
-
-def train_as_worker(group: ProcessGroup) -> None:
-    """Serve the main process until it lets this one go.
-
-    Raises:
-        RunError: it ended without a word, or the run cannot go on.
-    """
-    beginning: Beginning | None = group.told()
-    if beginning is None:
-        return
-    run = RunFolder(beginning.run)
-    config = beginning.plan.rated(run.config())
-    session = group.agreed(lambda: _opened(run, beginning.plan))
-    state = session.state
-    state.group = group
-    plan = StepSettings.of(config, beginning.goal)
-    ladder = MemoryFallback(state, config, beginning.plan.rungs)
-    keep_freed_memory()
-    while (call := group.told()) is not None:
-        assert isinstance(call, Call)
-        ladder.reach(call.step)
-        if call.scaler:
-            state.scaler.load_state_dict(call.scaler)
-        shared_parts(state, session.batches, session.text, plan, call.step)
-
-
-def _opened(run: RunFolder, plan: RuntimePlan) -> TrainSession:
-    """The run as the main process prepared it: everything is in the caches."""
-    plan.set_up()
-    return prepare(run, plan.rated(run.config()), plan, lambda phase, done, total: None)
-
-
-# The conductor: it drives the training generator and decides when to log, do what is due, go back, pause or
-# stop.
-
-
-BY_HAND = (
-    "The device of one of the processes ran out of memory in a step. With several processes that is not"
-    " mended by itself: set train.gradient_checkpointing, train.quantize_base or train.offload, or lower"
-    " train.batch_size or train.resolution, in a new run."
-)
-
-PATIENCE, POLL = 10.0, 0.5
-"""Seconds that are waited for memory which another process holds, and between two looks."""
-SAME = 0.98
-"""The share of the memory of before that counts as all of it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the process ended: a status of `runs --json`, the exported file if there is one, and by whose
-    wish."""
+    """How a process ended: a status of `runs --json`, the exported file if there is one, and whether a signal
+    asked for it."""
 
     status: str
     export: Path | None = None
     signalled: bool = False
 
 
+@dataclass(frozen=True)
+class RunContext:
+    """What one process's part of a run works with.
+
+    Attributes:
+        run: the run.
+        goal: the step to train to.
+        before: what earlier processes did.
+        reporter: gets all events.
+        requests: of users.
+        group: the processes that train together, None for this one alone.
+    """
+
+    run: RunFolder
+    goal: int
+    before: Progress
+    reporter: ProgressReporter
+    requests: RequestWatcher
+    group: ProcessGroup | None
+
+    def finish_early(self, step: int, export: Callable[[], Path] | None) -> Outcome:
+        """End as asked: paused, or stopped with an export if there is something to export."""
+        request = next(iter(self.requests.pending("stop", "pause")), None)
+        pausing = request is not None and request["action"] == "pause" and not self.requests.signalled
+        if request is not None:
+            self.mark_handled(step, request)
+        if pausing:
+            self.reporter.emit(events.Paused(step=step))
+            return Outcome("paused")
+        path = export() if export is not None else None
+        self.reporter.emit(events.Stopped(step=step, export=self.relative(path) if path else ""))
+        return Outcome("stopped", path, self.requests.signalled)
+
+    def finish_unprepared(self) -> Outcome:
+        """End as asked before training began: with the newest valid checkpoint, if there is one."""
+        found = load_first_valid(self.run, self.run.checkpoint_steps()[::-1], self.reporter.emit)
+        if found is None:
+            return self.finish_early(0, None)
+        step = found[1].step
+        return self.finish_early(
+            step,
+            lambda: Path(export_checkpoint(self.run, str(step), self.run.name, EXPORT_FORMAT)["file"]),
+        )
+
+    def mark_handled(self, step: int, request: dict[str, str]) -> None:
+        """Note that a request was acted on, for this and later processes."""
+        self.requests.mark_handled(request)
+        self.reporter.emit(events.Handled(step=step, request=request["id"]))
+
+    def relative(self, path: Path) -> str:
+        """A path below the run's folder."""
+        return path.relative_to(self.run.path).as_posix()
+
+
+@dataclass
+class Setup:
+    """A run that is ready to train: its config with the learning rates found, what was chosen for this
+    machine, what trains, and what was done to fit it into memory."""
+
+    config: RunConfig
+    plan: RuntimePlan
+    session: TrainSession
+    memory: MemoryFallback
+
+
+def set_up(context: RunContext, config: RunConfig, accept_changes: bool) -> Setup:
+    """Choose what the machine decides, load the base, encode the data, try a step where memory is limited.
+
+    Raises:
+        LoraError: it cannot train.
+        Interrupted: it is asked to end.
+    """
+    run, reporter, goal = context.run, context.reporter, context.goal
+    plan = RuntimePlan.of(run, config, accept_changes)
+    plan.set_up()
+    fallbacks = plan.rungs
+    plan = plan.within(cap_memory(torch.device(plan.device)))
+    reporter.emit(
+        events.Started(
+            steps=goal, pid=os.getpid(), device=plan.device, threads=plan.threads, versions=versions(),
+            precision=plan.precision,
+        )
+    )  # fmt: skip
+    for sentence in [*run.retired_settings(), *plan.notes()]:
+        reporter.warn(0, sentence)
+    if plan.rungs != fallbacks:
+        reporter.warn(
+            0, "More memory is free than before, so what was done to take less of it is tried anew."
+        )
+    config = plan.rated(config)
+    while True:
+        try:
+            session = prepare(run, config, plan, reporter.preparing, accept_changes)
+            break
+        except Exception as error:
+            fallback = next_base_fallback(config.train, plan.rungs)
+            lacking = isinstance(error, OutOfMemory) or out_of_memory(error)
+            if not lacking or fallback is None or context.group:
+                raise
+            release_failed(error, torch.device(plan.device))
+        plan = plan.with_fallbacks([*plan.rungs, (fallback.name, 0)])
+        plan.write(run)
+        reporter.warn(0, f"The base does not fit into memory as it is. {fallback.description}")
+    for note in session.notes:
+        reporter.warn(0, note)
+    memory = MemoryFallback(session.state, config.train.batch_size, plan.rungs, session.offload_folder)
+    memory.apply_until(0)
+    autotune = Autotune(session, memory, config, goal, reporter.preparing)
+    plan = autotune.plan(plan, fresh=not run.checkpoint_steps())
+    plan.write(run)
+    for event in autotune.found:
+        reporter.emit(event)
+    return Setup(plan.rated(config), plan, session, memory)
+
+
 class Trainer:
-    """One process's part of a run: from its start, or from the last whole checkpoint, to an ending."""
+    """One process's part of a run: from its start, or from the last valid checkpoint, to an ending.
 
-    def __init__(
-        self,
-        run: RunFolder,
-        config: RunConfig,
-        goal: int,
-        before: Progress,
-        emit: Callable[[events.Event], None],
-    ) -> None:
-        """Conduct `run` to `goal` steps; `before` is what earlier processes did."""
+    Attributes:
+        step: optimizer steps done.
+        callbacks: what may be due after a step, in order.
+    """
+
+    def __init__(self, context: RunContext, setup: Setup) -> None:
+        """Nothing is trained yet."""
+        config, session, run = setup.config, setup.session, context.run
         self.step = 0
-        self.requests = RequestWatcher(run, before.handled)
-        self.group: ProcessGroup | None = None
+        self._context = context
         self._run = run
+        self._reporter = context.reporter
         self._config = config
-        self._goal = goal
-        self._before = before
-        self._emit = emit
-        self._notes = ProgressReporter(emit, self.requests.check)
-        self._health = DivergenceGuard()
-        self._pace = StepTimer()
-        self._enough = ""
-        self._retried = -1
+        self._plan = setup.plan
+        self._session = session
+        self._state = session.state
+        self._memory = setup.memory
+        self._guard = DivergenceGuard()
+        self._timer = StepTimer()
+        self._stop_reason = ""
+        self._retried_at = -1
+        if context.group is not None:
+            self._state.group = context.group
+        started = run.config_file.stat().st_mtime
 
-    def conduct(self, accept_changes: bool) -> Outcome:
-        """Prepare, train, and end as asked."""
-        self._plan = RuntimePlan.of(self._run, self._config, accept_changes)
-        self._plan.set_up()
-        rungs = self._plan.rungs
-        self._plan = self._plan.within(cap_memory(torch.device(self._plan.device)))
-        self._emit(
-            events.Started(
-                steps=self._goal,
-                pid=os.getpid(),
-                device=self._plan.device,
-                threads=self._plan.threads,
-                versions=versions(),
-                precision=self._plan.precision,
-            )
+        def header(step: int) -> dict[str, str]:
+            return export_header(config, session.state.base, session.train_items, step, started)
+
+        parameters = sum(tensor.numel() for tensor in session.state.injected.parameters())
+        self._checkpoints = CheckpointManager(
+            run, config.save, session.state, context.reporter.emit, checkpoint_bytes(config, parameters)
         )
-        for sentence in [*self._run.retired_settings(), *self._plan.notes()]:
-            self._warn(sentence)
-        if self._plan.rungs != rungs:
-            self._warn("More memory is free than before, so what was done to take less of it is tried anew.")
-        self._config = self._plan.rated(self._config)
-        try:
-            session = self._prepare(accept_changes)
-            self._make_ready(session)
-        except Interrupted:
-            return self._end_unprepared()
-        session.state.group = self.group
-        self._keeper = CheckpointManager(self._run, self._config, session.state, self._emit)
-        self._duties = Duties(
-            self._run, self._config, session, self._keeper, self._notes, self._plan.validate_every
+        validator = Validator(session.state, session.text, session.validation_sets)
+        self._validate = Validate(
+            validator, config.validation, run, context.goal, setup.plan.validate_every,
+            lambda: self._timer.median, context.reporter,
+        )  # fmt: skip
+        self._save = Save(
+            self._checkpoints, Schedule(config.save.every, context.goal), config.save.keep_best, validator,
+            self._guard, header, self._report_checkpoint,
+        )  # fmt: skip
+        self._sample = Sample(
+            session, config.sample, run, context.goal, preview_bytes(config), context.reporter
         )
+        self._export = Export(session.state, run, self._validate, header, context.reporter)
+        self.callbacks: list[Callback] = [self._validate, self._save, self._sample]
+
+    def fit(self, accept_changes: bool) -> Outcome:
+        """Resume from the newest valid checkpoint, train, and end as asked."""
         try:
-            self._take_up(session, accept_changes)
-            return self._drive(session)
+            self._resume(accept_changes)
+            keep_freed_memory()
+            self._start_workers()
+            while not self._ending:
+                # Each round is one stretch without a rollback or a lack of memory.
+                for step in self._steps():
+                    try:
+                        self._after_step(step)
+                    except NeedsRollback as error:
+                        self._roll_back(str(error))
+                        break
+                    if self._ending:
+                        break
+                    self._context.requests.check()
+            return self._finish()
         except Interrupted:
-            return self._end()
-
-    def _prepare(self, accept_changes: bool) -> TrainSession:
-        """Open the base and encode the data. A base that does not fit into memory is opened in a smaller way.
-
-        Raises:
-            OutOfMemory: it does not fit in any way.
-        """
-        while True:
-            try:
-                return prepare(self._run, self._config, self._plan, self._notes.preparing, accept_changes)
-            except Exception as error:
-                rung = next_base_fallback(self._config.train, self._plan.rungs)
-                lacking = isinstance(error, OutOfMemory) or out_of_memory(error)
-                if not lacking or rung is None or self.group:
-                    raise
-                release_failed(error, torch.device(self._plan.device))
-            self._note_rungs([*self._plan.rungs, (rung.name, 0)])
-            self._warn(f"The base does not fit into memory as it is. {rung.told}")
-
-    def _make_ready(self, session: TrainSession) -> None:
-        """Choose once, before the first step, what is chosen by trying."""
-        for note in session.notes:
-            self._warn(note)
-        self._ladder = MemoryFallback(session.state, self._config, self._plan.rungs)
-        self._ladder.reach(0)
-        trial = Autotune(session, self._ladder, self._config, self._goal, self._notes.preparing)
-        self._plan = trial.plan(self._plan, fresh=not self._run.checkpoint_steps())
-        self._plan.write(self._run)
-        self._config = self._plan.rated(self._config)
-        for event in trial.found:
-            self._emit(event)
-
-    def _take_up(self, session: TrainSession, accept_changes: bool) -> None:
-        """Go on from the newest whole checkpoint, if there is one, and make up for what was due there."""
-        state = self._keeper.take_up()
-        if state is not None:
-            self._stand_at(state, DivergenceGuard() if accept_changes else DivergenceGuard(**state.health))
-        self._ladder.reach(self.step)
-        if self._before.started:
-            self._emit(events.Resumed(step=self.step, steps=self._goal))
-        validated = {event.step for event in self._duties.validations}
-        sampled = {event.step for event in self._before.previews}
-        self._duties.make_up(self.step, self._last, validated, sampled)
-        self._look_whether_enough()
-
-    def _stand_at(self, state: CheckpointState, health: DivergenceGuard) -> None:
-        self.step, self._health = state.step, health
-        self._duties.stand_at(state, self._duties.validations or self._before.validations)
-
-    @property
-    def _last(self) -> bool:
-        return self.step == self._goal
+            if self.step and self._checkpoints.is_finite():
+                self._save_if_missing()
+                return self._context.finish_early(self.step, lambda: self._export(self.step))
+            return self._context.finish_unprepared()
 
     @property
     def _ending(self) -> bool:
-        return self._last or bool(self._enough)
+        return self.step == self._context.goal or bool(self._stop_reason)
 
-    def _drive(self, session: TrainSession) -> Outcome:
-        """Step until the goal; each round is one stretch without a return or a lack of memory."""
-        keep_freed_memory()
-        if self.group and not self._ending:
-            self.group.tell(Beginning(self._run.path, self._plan, self._goal))
-            self.group.agreed(lambda: None)
-        while not self._ending:
-            plan = StepSettings.of(self._config, self._goal, self._health.rate)
-            steps = training_steps(session.state, session.batches, session.text, plan, self.step)
-            while not self._ending and (step := self._next(session, steps)) is not None:
-                if not self._took(session, step):
-                    break
-        if not self._last and self.step not in self._run.checkpoint_steps():
-            self._duties.save(self.step, self._last, set(), self._health)
-        export = self._duties.export(self.step)
-        if self._last:
-            self._emit(events.Finished(step=self.step, export=self._below(export)))
-            return Outcome("done", export)
-        self._emit(events.Stopped(step=self.step, export=self._below(export), reason=self._enough))
-        return Outcome("stopped", export)
+    def _resume(self, accept_changes: bool) -> None:
+        """Restore the newest valid checkpoint, and catch up on what was due at its step."""
+        state = self._checkpoints.load_latest()
+        if state is not None:
+            self._restore(state)
+            self._guard.restore({} if accept_changes else state.health)
+        self._memory.apply_until(self.step)
+        before = self._context.before
+        if before.started:
+            self._report_resumed()
+        if self._validate.due(self.step) and self.step not in {e.step for e in self._validate.history}:
+            self._validate.catch_up(self.step)
+        if self._sample.due(self.step) and self.step not in {e.step for e in before.previews}:
+            self._sample(self.step)
+        self._update_stop_reason()
 
-    def _next(self, session: TrainSession, steps: Iterator[Step]) -> Step | None:
-        """The next step, or None where it did not fit into memory and the steps have to begin anew."""
-        try:
-            return next(steps)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            if self.group:
-                raise OutOfMemory(BY_HAND) from error
-            half_done = session.state.applying
-            free_memory(session.state, error)
-        told = self._more_memory(session.state.base.device)
-        if not told:
-            told = self._ladder.climb(self.step)
-            self._note_rungs(self._ladder.taken)
+    def _restore(self, state: CheckpointState) -> None:
+        self.step = state.step
+        self._validate.restore(state, self._validate.history or self._context.before.validations)
+
+    def _steps(self) -> Iterator[Step]:
+        """The steps from here on, until one does not fit into memory and the stretch has to begin anew."""
+        settings = StepSettings.of(self._config, self._context.goal, self._guard.lr_scale)
+        group, session = self._context.group, self._session
+        if group is not None:
+            group.broadcast_object(SharedState.of(self._state, self.step, self._guard.lr_scale))
+        steps = training_steps(self._state, session.batches, session.text, settings, self.step)
+        while True:
+            if group is not None:
+                group.broadcast_object(TAKE_A_STEP)
+            try:
+                step = next(steps, None)
+            except Exception as error:
+                if group is not None and not isinstance(error, PartialUpdate):
+                    group.barrier(error)
+                if not out_of_memory(_original(error)):
+                    raise
+                self._take_less_memory(error)
+                return
+            if step is None:
+                return
+            yield step
+
+    def _take_less_memory(self, error: Exception) -> None:
+        """After a step that did not fit; if the optimizer failed midway, go back to the last checkpoint.
+
+        Raises:
+            OutOfMemory: there is no way to take less.
+        """
+        if self._context.group is not None:
+            raise OutOfMemory(OUT_OF_MEMORY_IN_A_PROCESS) from error
+        partial = isinstance(error, PartialUpdate)
+        free_memory(self._state, error)
+        done = self._wait_for_memory()
+        if not done:
+            done = self._memory.apply_next(self.step)
+            self._plan = self._plan.with_fallbacks(self._memory.applied)
+            self._plan.write(self._run)
         again = f"step {self.step + 1} is done again"
-        if half_done:
-            # Some tensors have taken the step and some have not, so none of them can be used.
-            state = self._keeper.newest()
-            self._stand_at(state, DivergenceGuard(**state.health))
+        if partial:
+            state = self._checkpoints.load_latest_or_start()
+            self._restore(state)
+            self._guard.restore(state.health)
             again = f"it goes on from step {self.step}"
-        self._warn(f"Memory ran out, so {again}. {told}")
-        if half_done:
-            self._emit(events.Resumed(step=self.step, steps=self._goal))
-        self._pace.excuse()
-        return None
+        self._reporter.warn(self.step, f"Memory ran out, so {again}. {done}")
+        if partial:
+            self._report_resumed()
+        self._timer.skip_next()
 
-    def _more_memory(self, device: torch.device) -> str:
+    def _wait_for_memory(self) -> str:
         """Wait for memory of a card that another process may hold, once for each step.
 
         Returns:
             A sentence if the step is worth another try, else "".
         """
-        if device.type != "cuda" or self._retried == self.step:
+        device = self._state.base.device
+        if device.type != "cuda" or self._retried_at == self.step:
             return ""
-        self._retried = self.step
+        self._retried_at = self.step
         until = time.monotonic() + PATIENCE
         while cap_memory(device) < SAME * self._plan.cap and time.monotonic() < until:
             time.sleep(POLL)
         return "Other programs may have held the memory; it is tried as it is once more."
 
-    def _note_rungs(self, rungs: list[tuple[str, int]]) -> None:
-        """Write down the rungs, and within how much memory they were taken."""
-        cap = cap_memory(torch.device(self._plan.device))
-        self._plan = replace(self._plan, rungs=rungs, cap=cap)
-        self._plan.write(self._run)
+    def _after_step(self, step: Step) -> None:
+        """Log a step and do what is due after it.
 
-    def _took(self, session: TrainSession, step: Step) -> bool:
-        """All that follows a step; False where the run went back, so that the steps have to begin anew."""
+        Raises:
+            NeedsRollback: training diverged.
+        """
         self.step = step.number
-        self._emit(events.StepDone(step=step.number, loss=step.loss, lr=step.lr, seconds=step.seconds))
-        if step.trouble:
-            self._warn(f"Step {step.number} was passed over: {step.trouble}. The adapter is as before it.")
-        back = self._health.trouble_after(step.loss, step.trouble)
-        asked = self._asked()
-        saves = self._duties.saves(self.step, self._last, "save" in asked)
-        if saves and not back and not self._keeper.finite():
-            back = "the adapter itself is no longer finite"
-        if back:
-            self._go_back(back)
-            return False
-        times = self._pace.slowdown(step.seconds)
-        if times is not None:
-            self._warn(describe_slow_step(step.number, step.seconds, times, session.state.base.device.type))
-        if self._duties.do(self.step, self._last, asked, self._health, self._pace.usual):
-            self._pace.excuse()
-        self._keep_rhythm()
-        self._ladder.reach(self.step)
-        self._look_whether_enough()
-        if not self._ending:
-            self.requests.check()
-        return True
-
-    def _look_whether_enough(self) -> None:
-        """Whether the run ends here by itself; not if it did before and a person wanted more."""
-        if not self._before.stopped_early:
-            self._enough = self._duties.enough(self.step)
-
-    def _keep_rhythm(self) -> None:
-        """Write down how often validations are done, once that is known."""
-        if self._duties.every != self._plan.validate_every:
-            self._plan = replace(self._plan, validate_every=self._duties.every)
+        self._reporter.emit(
+            events.StepDone(step=step.number, loss=step.loss, lr=step.lr, seconds=step.seconds)
+        )
+        problem = describe_nonfinite(step.nonfinite) if step.nonfinite else ""
+        if problem:
+            self._reporter.warn(
+                step.number, f"Step {step.number} was passed over: {problem}. The adapter is as before it."
+            )
+        diverged = self._guard.update(step.loss, problem)
+        self._take_requests()
+        if not diverged and self._save.scheduled(step.number) and not self._checkpoints.is_finite():
+            diverged = "the adapter itself is no longer finite"
+        if diverged:
+            raise NeedsRollback(diverged)
+        if (times := self._timer.update(step.seconds)) is not None:
+            device = self._state.base.device.type
+            self._reporter.warn(step.number, describe_slow_step(step.number, step.seconds, times, device))
+        for callback in self.callbacks:
+            if callback.due(step.number):
+                callback(step.number)
+                self._timer.skip_next()
+        if self._validate.every != self._plan.validate_every:
+            self._plan = replace(self._plan, validate_every=self._validate.every)
             self._plan.write(self._run)
+        self._memory.apply_until(step.number)
+        self._update_stop_reason()
 
-    def _go_back(self, why: str) -> None:
+    def _take_requests(self) -> None:
+        for request in self._context.requests.pending("save", "preview"):
+            self._context.mark_handled(self.step, request)
+            (self._save if request["action"] == "save" else self._sample).request()
+
+    def _update_stop_reason(self) -> None:
+        """Stop early if validation says so; not if the run did so before and the user wanted more."""
+        if not self._context.before.stopped_early:
+            self._stop_reason = self._validate.stop_reason(self.step)
+
+    def _roll_back(self, why: str) -> None:
         """Return to the last good state with half the learning rates.
 
         Raises:
-            RunError: it did so three times before.
+            Diverged: it was done three times before.
         """
-        if self._health.returns >= RETURNS:
-            lr = self._config.optimizer.lr * self._health.rate
-            raise RunError(
+        if self._guard.rollbacks >= MAX_ROLLBACKS:
+            lr = self._config.optimizer.lr * self._guard.lr_scale
+            raise Diverged(
                 f"Training does not hold at step {self.step}, though the learning rate was halved"
-                f" {RETURNS} times, to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to fp32,"
-                " look at the pictures that the notes name, and start again; the last checkpoint is whole."
+                f" {MAX_ROLLBACKS} times, to {lr:g}: {why}. Set a lower optimizer.lr or train.precision to"
+                " fp32, look at the pictures that the notes name, and start again; the last checkpoint is"
+                " whole."
             )
         at = self.step
-        state, health = self._keeper.go_back(self._health)
-        self._stand_at(state, health)
-        self._warn(
+        self._restore(self._checkpoints.roll_back(self._guard))
+        self._reporter.warn(
+            self.step,
             f"At step {at} {why}, so training goes on from step {self.step}, the last good state, with the"
-            f" learning rates halved ({health.returns} of at most {RETURNS} times)."
+            f" learning rates halved ({self._guard.rollbacks} of at most {MAX_ROLLBACKS} times).",
         )
-        self._emit(events.Resumed(step=self.step, steps=self._goal))
-        self._pace.excuse()
+        self._report_resumed()
+        self._timer.skip_next()
 
-    def _asked(self) -> set[str]:
-        """Requests to save or to sample that came since the last step."""
-        wishes = [r for r in self.requests.waiting() if r["action"] in ("save", "preview")]
-        for request in wishes:
-            self._handled(request)
-        return {request["action"] for request in wishes}
+    def _finish(self) -> Outcome:
+        """Export; the run is done, or stopped early."""
+        done = self.step == self._context.goal
+        if not done:
+            self._save_if_missing()
+        export = self._export(self.step)
+        path = self._context.relative(export)
+        if done:
+            self._reporter.emit(events.Finished(step=self.step, export=path))
+            return Outcome("done", export)
+        self._reporter.emit(events.Stopped(step=self.step, export=path, reason=self._stop_reason))
+        return Outcome("stopped", export)
 
-    def _handled(self, request: dict[str, str]) -> None:
-        self.requests.done(request)
-        self._emit(events.Handled(step=self.step, request=request["id"]))
+    def _save_if_missing(self) -> None:
+        if self.step not in self._run.checkpoint_steps():
+            self._save(self.step)
 
-    def _end(self) -> Outcome:
-        """Leave early, as asked: save, and for a stop export too."""
-        if self.step and self._keeper.finite():
-            if self.step not in self._run.checkpoint_steps():
-                self._duties.save(self.step, self._last, set(), self._health)
-            return self._ended(lambda: self._duties.export(self.step))
-        return self._end_unprepared()
+    def _report_checkpoint(self, step: int, path: Path) -> None:
+        self._reporter.emit(events.CheckpointDone(step=step, path=self._context.relative(path)))
 
-    def _end_unprepared(self) -> Outcome:
-        """Leave early with the newest whole checkpoint, if there is one, as what there is."""
-        found = load_first_valid(self._run, self._run.checkpoint_steps()[::-1], self._emit)
-        if found is None:
-            return self._ended(None)
-        self.step = found[1].step
-        which, how = str(self.step), ("kohya", EXPORT_PRECISION)
-        return self._ended(lambda: Path(export_checkpoint(self._run, which, self._run.name, how)["file"]))
+    def _report_resumed(self) -> None:
+        self._reporter.emit(events.Resumed(step=self.step, steps=self._context.goal))
 
-    def _ended(self, export: Callable[[], Path] | None) -> Outcome:
-        request = next((r for r in self.requests.waiting() if r["action"] in ("stop", "pause")), None)
-        pausing = request is not None and request["action"] == "pause" and not self.requests.signalled
-        if request is not None:
-            self._handled(request)
-        if pausing:
-            self._emit(events.Paused(step=self.step))
-            return Outcome("paused")
-        path = export() if export is not None else None
-        self._emit(events.Stopped(step=self.step, export=self._below(path) if path else ""))
-        return Outcome("stopped", path, self.requests.signalled)
-
-    def _warn(self, message: str) -> None:
-        self._emit(events.Warned(step=self.step, message=message))
-
-    def _below(self, path: Path) -> str:
-        return path.relative_to(self._run.path).as_posix()
-
-
-# One process's part of a run, from the outside: it is conducted, and however it ends is said in the events.
-#
-# Everything that a person sees of a run goes through the events; everything that they ask for comes through
-# `requests.jsonl` or a signal.
-
-
-__all__ = ["Outcome", "train"]
-
-_DRIVE = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN")
-    if hasattr(errno, name)
-}
-"""Errors of a drive: full, over quota, failing, gone. They pass, so the run is paused."""
+    def _start_workers(self) -> None:
+        """Have the other processes prepare the run as this one did."""
+        if self._context.group is not None and not self._ending:
+            self._context.group.broadcast_object(WorkerStart(self._run.path, self._plan, self._context.goal))
+            self._context.group.barrier()
 
 
 def train(
@@ -476,21 +516,20 @@ def train(
     stopping: StopRequest | None = None,
     group: ProcessGroup | None = None,
 ) -> Outcome:
-    """Train a run from where it stands to its end, or until it is asked to stop. Call it with the run held.
+    """Train a run from where it is to its end, or until it is asked to stop. Call it with the run held.
 
     Args:
         run: the run.
         steps: train to so many steps in all; None for what was planned.
         on_event: called with each event after it is written.
-        accept_changes: go on although pictures, settings or packages are not those that the run began with.
+        accept_changes: go on although images, settings or packages are not those that the run began with.
         stopping: takes signals already; else they are taken here.
-        group: the processes that train it together with this one, which leads them.
+        group: the processes that train it together, of which this is the main one.
 
     Raises:
         LoraError: what went wrong, in a sentence; it is in the events too.
     """
-    before = run.progress()
-    config = run.config()
+    before, config = run.progress(), run.config()
     goal = steps or before.steps or config.train.steps
     if steps is not None and steps <= before.step:
         raise RunError(
@@ -499,56 +538,79 @@ def train(
     if before.ending == "done" and steps is None:
         return Outcome("done", run.path / before.export)
     clear_unfinished(run)
-    boards: list[TensorBoardWriter] = []
-    writer = EventWriter(run.events_file)
-
-    def emit(event: events.Event) -> None:
-        writer.write(event)
-        on_event(event)
-        for board in boards:
-            with contextlib.suppress(OSError):
-                board.show(event)
-
-    conductor = Trainer(run, config, goal, before, emit)
-    conductor.requests.stopping = stopping or conductor.requests.stopping
-    conductor.group = group
+    stopping = stopping or StopRequest()
+    requests = RequestWatcher(run, before.handled, stopping)
+    trainer: Trainer | None = None
+    log = EventLog(run, on_event)
+    context = RunContext(run, goal, before, ProgressReporter(log.emit, requests.check), requests, group)
     try:
         require_packages(config)
         if config.save.tensorboard:
-            boards.append(TensorBoardWriter(run, before.step))
-        with conductor.requests.stopping.taken():
-            return conductor.conduct(accept_changes)
+            log.add_tensorboard(TensorBoardWriter(run, before.step))
+        with stopping.taken():
+            try:
+                trainer = Trainer(context, set_up(context, config, accept_changes))
+            except Interrupted:
+                return context.finish_unprepared()
+            return trainer.fit(accept_changes)
     except Exception as error:
-        problem = _told(run, error, conductor.step, emit)
+        problem = _to_lora_error(run, error)
+        _report_failure(log.emit, trainer.step if trainer else 0, problem, error)
         if problem is None or problem is error:
             raise
         raise problem from error
     finally:
-        writer.close()
-        for board in boards:
-            board.close()
+        log.close()
 
 
-def _told(
-    run: RunFolder, error: Exception, step: int, emit: Callable[[events.Event], None]
-) -> LoraError | None:
-    """Say in the events how an error ends the process; returns what it means, or None for a defect."""
-    problem = _problem(run, error)
+class EventLog:
+    """Writes events to the run's folder, and shows them to a caller and to TensorBoard."""
+
+    def __init__(self, run: RunFolder, on_event: Callable[[events.Event], None]) -> None:
+        """Append to the run's events."""
+        self._writer = EventWriter(run.events_file)
+        self._on_event = on_event
+        self._tensorboard: TensorBoardWriter | None = None
+
+    def emit(self, event: events.Event) -> None:
+        """Write and show an event."""
+        self._writer.write(event)
+        self._on_event(event)
+        if self._tensorboard is not None:
+            with contextlib.suppress(OSError):
+                self._tensorboard.show(event)
+
+    def add_tensorboard(self, tensorboard: TensorBoardWriter) -> None:
+        """Show events to TensorBoard too, from now on."""
+        self._tensorboard = tensorboard
+
+    def close(self) -> None:
+        """Close all files."""
+        self._writer.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _report_failure(
+    emit: Callable[[events.Event], None], step: int, problem: LoraError | None, error: Exception
+) -> None:
     if isinstance(problem, NoRoom):
-        emit(events.Paused(step=step, reason=str(problem)))
-    else:
-        defect = f"A defect of the program: {type(error).__name__}: {error}"
+        emit(events.Paused(step=step, reason=str(problem), cause=problem.cause))
+    elif problem is not None:
         changed = problem.changed if isinstance(problem, InputsChanged) else []
-        emit(events.Failed(step=step, reason=defect if problem is None else str(problem), changed=changed))
-    return problem
+        emit(events.Failed(step=step, reason=str(problem), cause=problem.cause, changed=changed))
+    else:
+        original = _original(error)
+        reason = f"A defect of the program: {type(original).__name__}: {original}"
+        emit(events.Failed(step=step, reason=reason, cause="defect"))
 
 
-def _problem(run: RunFolder, error: Exception) -> LoraError | None:
-    """What an error means for a person, or None for a defect."""
+def _to_lora_error(run: RunFolder, error: Exception) -> LoraError | None:
+    """What an error means for a user, or None for a defect."""
     if isinstance(error, NoRoom):
         return error
-    cause = _system_error(error)
-    if cause is not None and (cause.errno in _DRIVE or not run.path.is_dir()):
+    cause = _os_error(error)
+    if cause is not None and (cause.errno in DRIVE_ERRORS or not run.path.is_dir()):
         place = cause.filename or run.path
         sentence = (
             str(error) if isinstance(error, LoraError) else f"{place} cannot be written: {cause.strerror}."
@@ -568,8 +630,13 @@ def _problem(run: RunFolder, error: Exception) -> LoraError | None:
     return None
 
 
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The error of the system that an error came from."""
+def _original(error: BaseException) -> BaseException:
+    """The error that made the optimizer fail midway, or the error itself."""
+    return error.__cause__ or error if isinstance(error, PartialUpdate) else error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error that an error came from."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__
     return error

@@ -1,63 +1,191 @@
-"""What happens between steps with the adapter as it stands: samples, and what a measurement needs."""
+"""Validation of a run: the adapter measured on the same fixed noise draws each time.
+
+Three sets of images answer three questions. Held-out images: is there a gain? Training images: how much of it
+is memorization? The base's own images: what is forgotten? The base's losses on them are measured once.
+"""
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_core.backends.int8 import is_quantized
+from lora_core.data.buckets import choose_bucket
+from lora_core.data.captions import plain_caption
+from lora_core.data.images import hash_file
 from lora_core.evaluate.early_stopping import is_better, paired_difference
 from lora_core.evaluate.validator import (
     EvalImage,
     clustered_error,
     eval_losses,
+    eval_noise,
     gain_by_timestep,
     paired_gain,
 )
-from lora_core.generate.pipeline import infotext, sample_image, save_png
-from lora_core.generate.request import GenerationRequest, WeightedLora
+from lora_core.generate.pipeline import sample_latents
+from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import Injected
+from lora_core.models.load import BaseModel
 from lora_core.runs import events
-from lora_core.settings.schema import SampleSection
-from lora_core.train.setup import TrainSession
+from lora_core.settings.schema import ValidationSection
+from lora_core.train.data import LatentCache, PromptCache, TrainImage, load_or_compute, short_digest
+from lora_core.train.loop import TrainState
 
-Note = Callable[[int, int], None]
-"""Called with (done, all); what it raises ends the work."""
+OnStep = Callable[[int, int], None]
+"""Called with (done, total); what it raises ends the work."""
+RAW = "raw"
+"""The held-out images with the raw adapter, where the rest is measured with its average."""
+MIN_TRAINING_IMAGES = 4
+"""So many training images are measured at least, where there are as many."""
+MAX_CROSSED = 16
+CROSSED = (
+    "There are too few pictures to hold any out, so the gain is measured on training pictures, each with the"
+    " caption of another: that tells whether the words are learned, and little of what is learned by heart."
+    " Add pictures to measure better."
+)
+_STEPS, _CFG, _SAMPLER = 10, 3.0, "ddim"
 
 
-def draw_samples(
-    session: TrainSession, section: SampleSection, stem: Path, name: str, note: Note, averaged: bool = True
-) -> list[Path]:
-    """Draw one picture for each of the session's prompts, all with the section's seed.
+class ForgettingSet:
+    """Images of the base's own, on which training should change nothing.
+
+    Latents sampled from plain prompts with the adapter off, made when they are first measured and cached.
+
+    Attributes:
+        side: of the images, in pixels.
+        prompts: what they show.
+    """
+
+    def __init__(
+        self, base: BaseModel, text: PromptCache, folder: Path, identity: str, count: int, side: int
+    ) -> None:
+        """Nothing is sampled yet.
+
+        Args:
+            base: the base.
+            text: embeddings of captions; those of `prompts` have to be known to it.
+            folder: of the cache.
+            identity: what the base is.
+            count: number of images; beyond the number of prompts, those come again with the next seed.
+            side: about how many pixels wide and high they are.
+        """
+        self._base = base
+        self._text = text
+        self._folder = folder
+        self._identity = identity
+        self.side = choose_bucket(side, side, side, base.size_multiple).width
+        own = base.family.prior_prompts
+        self._requests = [(own[number % len(own)], number // len(own)) for number in range(count)]
+        self.prompts = list(dict.fromkeys(prompt for prompt, _ in self._requests))
+        self._images: list[EvalImage] = []
+
+    def images(self, draws: int, seed: int, on_step: OnStep) -> list[EvalImage]:
+        """The images with `draws` noise draws each; `on_step` is called while they are sampled."""
+        if not self._images:
+            for prompt, number in self._requests:
+                request = GenerationRequest(
+                    seed=number, steps=_STEPS, cfg=_CFG, cfg_rescale=0.0, sampler=_SAMPLER,
+                    width=self.side, height=self.side,
+                )  # fmt: skip
+                latents = self._latents(prompt, request, on_step)
+                timesteps = self._base.noise.num_timesteps
+                noise = eval_noise(f"{prompt}/{number}", latents, draws, seed, timesteps)
+                self._images.append(EvalImage(latents, noise, prompt))
+        return self._images
+
+    def _latents(self, prompt: str, request: GenerationRequest, on_step: OnStep) -> torch.Tensor:
+        base = self._base
+        kept = (base.dtype, base.device.type, is_quantized(base.denoiser))
+        name = short_digest(self._identity, prompt, request, kept)
+
+        def sample() -> dict[str, torch.Tensor]:
+            text = self._text.condition(prompt)
+            made = sample_latents(base, request, text, self._text.negative(), on_step)
+            return {"value": made[0].float().cpu()}
+
+        return load_or_compute(self._folder / f"{name}.safetensors", sample)["value"]
+
+
+@dataclass
+class ValidationSets:
+    """The images that answer a validation's three questions.
+
+    Attributes:
+        held_out: is there a gain?
+        training: how much of it is memorization? Empty where that is not measured.
+        forgetting: what is forgotten? None where that is not measured.
+        draws, seed: noise draws per image, and their seed.
+        notes: what a user should know of them, a sentence each.
+    """
+
+    held_out: list[EvalImage]
+    training: list[EvalImage] = field(default_factory=list)
+    forgetting: ForgettingSet | None = None
+    draws: int = 0
+    seed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def by_name(self, on_step: OnStep) -> dict[str, list[EvalImage]]:
+        """The sets that there are; the adapter has to be off.
+
+        Args:
+            on_step: called while the base's own images are sampled.
+        """
+        found = {"held out": self.held_out}
+        if self.training:
+            found["training"] = self.training
+        if self.forgetting is not None:
+            found["prior"] = self.forgetting.images(self.draws, self.seed, on_step)
+        return found
+
+
+def build_validation_sets(
+    images: list[TrainImage],
+    held_out: list[TrainImage],
+    to_eval: Callable[[TrainImage, str], EvalImage],
+    section: ValidationSection,
+    trigger: str,
+    seed: int,
+) -> ValidationSets:
+    """Held-out and training images, ready to be measured.
+
+    Where there are too few images to hold any out, training images with each other's captions take their
+    place: a cross-validation over captions.
 
     Args:
-        session: the run.
-        section: how to sample.
-        stem: where to write, `-0.png`, `-1.png`, ... appended.
-        name: of the adapter, for the pictures' settings; "" for pictures of the base without it.
-        note: called as each picture is denoised.
-        averaged: with the average in the adapter's place, where one is kept.
+        images, held_out: to train on, and kept out of training.
+        to_eval: makes an image with a caption ready, see `make_eval_image`.
+        section: what is measured.
+        trigger: the trigger word.
+        seed: of the choice of training images.
     """
-    base = session.state.base
-    request = GenerationRequest(
-        seed=section.seed, steps=section.steps, cfg=section.cfg, cfg_rescale=section.cfg_rescale,
-        sampler=section.sampler, loras=(WeightedLora(name),) if name else (),
-    )  # fmt: skip
-    files = []
-    injected = session.state.injected
-    with evaluating(session, averaged), torch.no_grad(), at_strength(injected, 1.0 if name else 0.0):
-        negative = session.text.negative()
-        for number, prompt in enumerate(session.prompts):
-            image = sample_image(base, request, session.text.condition(prompt), negative, note)
-            path = stem.with_name(f"{stem.name}-{number}.png")
-            save_png(image, path, infotext(base, replace(request, prompt=prompt)))
-            files.append(path)
-    return files
+    if not section.every or not section.pictures:
+        return ValidationSets([])
+    captions = [plain_caption(image.record.caption, trigger) for image in images]
+    count = max(len(held_out), MIN_TRAINING_IMAGES) if held_out else MAX_CROSSED
+    order = random.Random(f"{seed}/measured").sample(range(len(images)), min(count, len(images)))
+    training = [to_eval(images[index], captions[index]) for index in sorted(order)]
+    kept = training if section.memorization else []
+    if held_out:
+        measured = [to_eval(image, plain_caption(image.record.caption, trigger)) for image in held_out]
+        return ValidationSets(measured, kept, None, section.draws_per_image, seed)
+    crossed = [to_eval(images[index], captions[(index + 1) % len(images)]) for index in sorted(order)]
+    return ValidationSets(crossed, kept, None, section.draws_per_image, seed, notes=[CROSSED])
+
+
+def make_eval_image(
+    image: TrainImage, caption: str, cache: LatentCache, draws: int, seed: int, timesteps: int
+) -> EvalImage:
+    """An image of the dataset with `draws` fixed draws of noise and timestep."""
+    latents = cache.latents(image.record, image.bucket, False)
+    noise = eval_noise(hash_file(image.record.path), latents, draws, seed, timesteps)
+    return EvalImage(latents, noise, caption, image.sizes)
 
 
 @contextmanager
@@ -71,11 +199,11 @@ def at_strength(injected: Injected, strength: float) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(session: TrainSession, averaged: bool = True) -> Iterator[None]:
-    """Dropout off in the adapted parts, and the average in the adapter's place, where one is kept and is
-    asked for, while the context is open."""
-    modules = session.state.base.modules.values()
-    average = session.state.average if averaged else None
+def evaluating(state: TrainState, averaged: bool = True) -> Iterator[None]:
+    """Dropout off, and the average in the adapter's place if there is one and `averaged`, while the context
+    is open."""
+    modules = state.base.modules.values()
+    average = state.average if averaged else None
     for module in modules:
         module.eval()
     try:
@@ -86,27 +214,9 @@ def evaluating(session: TrainSession, averaged: bool = True) -> Iterator[None]:
             module.train()
 
 
-def due(step: int, every: int, last: bool) -> bool:
-    """Whether what is done `every` so many steps is due now: then, and at the end, but never where `every` is
-    0."""
-    return every > 0 and (last or step % every == 0)
-
-
-# The validation of a run: the adapter as it stands, measured on the same fixed triples each time.
-#
-# Three groups of pictures answer three questions. Held-out ones: does it gain? Training ones: how much of
-# that is learned by heart? The base's own: what is forgotten? The base's losses on them are measured once.
-
-
-RAW = "raw"
-"""The held-out pictures with the raw adapter, where what is measured else is its average."""
-OnDone = Callable[[int, int], None]
-"""Called with (done, all); what it raises ends the work."""
-
-
 @dataclass
 class BestStep:
-    """The best step so far: its gain, and its losses on the held-out triples, (pictures, K)."""
+    """The best step so far: its gain, and its losses on the held-out images, (images, draws)."""
 
     step: int = 0
     gain: float = math.nan
@@ -129,60 +239,66 @@ class BestStep:
         return {"step": self.step, "gain": self.gain, "losses": losses}
 
 
-@dataclass
 class Validator:
-    """Measures one run's adapter.
+    """Measures the adapter of one run.
 
     Attributes:
-        session: the run.
-        best: the best step so far, which `validated` keeps.
-        seconds: that the last measurement of the adapter took, those of the base not counted.
+        state: what is measured.
+        best: the best step so far, kept by `validate`.
+        seconds: duration of the last measurement, without that of the base.
     """
 
-    session: TrainSession
-    best: BestStep = field(default_factory=BestStep)
-    seconds: float = 0.0
-    _base_losses: dict[str, torch.Tensor] = field(default_factory=dict)
-    _packed: bool = False
+    def __init__(self, state: TrainState, text: PromptCache, sets: ValidationSets) -> None:
+        """Nothing is measured yet."""
+        self.best = BestStep()
+        self.seconds = 0.0
+        self.state = state
+        self._text = text
+        self._sets = sets
+        self._base_losses: dict[str, torch.Tensor] = {}
+        self._quantized = False
 
-    def validated(self, step: int, note: OnDone) -> events.Validated:
-        """Measure the adapter; if it is the best so far, `best` is this step afterwards.
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self._sets.held_out)
+
+    def validate(self, step: int, on_step: OnStep) -> events.Validated:
+        """Measure the adapter; `best` is this step afterwards if it is the best so far.
 
         Args:
             step: optimizer steps done.
-            note: called as pictures are done.
+            on_step: called as images are done.
         """
-        with evaluating(self.session):
-            with at_strength(self.session.state.injected, 0.0):
-                groups = self.session.measured.by_name(note)
-                if self._packed != is_quantized(self.session.state.base.denoiser):
+        state = self.state
+        with evaluating(state):
+            with at_strength(state.injected, 0.0):
+                sets = self._sets.by_name(on_step)
+                if self._quantized != is_quantized(state.base.denoiser):
                     # A base in 8 bits is another base.
-                    self._packed = not self._packed
+                    self._quantized = not self._quantized
                     self._base_losses.clear()
-                for name, pictures in groups.items():
+                for name, images in sets.items():
                     if name not in self._base_losses:
-                        self._base_losses[name] = self._losses(pictures, note)
-            began = time.monotonic()
-            adapted = {name: self._losses(pictures, note) for name, pictures in groups.items()}
-        if self.session.state.average is not None:
-            with evaluating(self.session, averaged=False):
-                adapted[RAW] = self._losses(groups["held out"], note)
-        self.seconds = time.monotonic() - began
-        return self._event(step, groups["held out"], adapted)
+                        self._base_losses[name] = self._losses(images, on_step)
+            start = time.monotonic()
+            adapted = {name: self._losses(images, on_step) for name, images in sets.items()}
+        if state.average is not None:
+            with evaluating(state, averaged=False):
+                adapted[RAW] = self._losses(sets["held out"], on_step)
+        self.seconds = time.monotonic() - start
+        return self._event(step, adapted)
 
     def _is_best(self, step: int, gain: float, against: float, error: float) -> bool:
         if self.best.step in (0, step):
             return True
-        # Without the best one's own losses the gains are all there is.
+        # Without the losses of the best step, the gains have to do.
         return gain > self.best.gain if math.isnan(against) else is_better(against, error)
 
-    def _losses(self, pictures: list[EvalImage], note: OnDone) -> torch.Tensor:
-        session = self.session
-        return eval_losses(session.state.base, pictures, session.text.condition, note)
+    def _losses(self, images: list[EvalImage], on_step: OnStep) -> torch.Tensor:
+        return eval_losses(self.state.base, images, self._text.condition, on_step)
 
-    def _event(
-        self, step: int, held_out: list[EvalImage], adapted: dict[str, torch.Tensor]
-    ) -> events.Validated:
+    def _event(self, step: int, adapted: dict[str, torch.Tensor]) -> events.Validated:
         base, now = self._base_losses, adapted["held out"]
         gain = paired_gain(base["held out"], now)
         against, error = paired_difference(self.best.losses, now)
@@ -192,9 +308,9 @@ class Validator:
         found: dict[str, Any] = {}
         if "training" in adapted:
             learned = base["training"] - adapted["training"]
-            by_heart = float(learned.mean()) - gain.gain
+            memorized = float(learned.mean()) - gain.gain
             spread = math.hypot(clustered_error(learned), gain.standard_error)
-            found = {"train_gain": float(learned.mean()), "gauge": by_heart, "gauge_error": spread}
+            found = {"train_gain": float(learned.mean()), "gauge": memorized, "gauge_error": spread}
         if "prior" in adapted:
             kept = base["prior"] - adapted["prior"]
             found |= {"prior": float(kept.mean()), "prior_error": clustered_error(kept)}
@@ -202,8 +318,8 @@ class Validator:
             less, spread = paired_difference(now, adapted[RAW])
             raw = paired_gain(base["held out"], adapted[RAW]).gain
             found |= {"raw_gain": raw, "raw_against": less, "raw_against_error": spread}
-        timesteps = torch.stack([picture.draws.timesteps for picture in held_out])
-        highest = self.session.state.base.noise.num_timesteps
+        timesteps = torch.stack([image.draws.timesteps for image in self._sets.held_out])
+        highest = self.state.base.noise.num_timesteps
         bands = gain_by_timestep(base["held out"], now, timesteps, highest)
         return events.Validated(
             step=step, best=best, against_best=against, against_best_error=error, bands=bands,

@@ -81,7 +81,7 @@ def gradient(training: Training) -> None:
     for layer in training.layers.values():
         layer.down.zero_()
         layer.up.copy_(torch.randn(layer.up.shape, generator=generator))
-    state.storage.zero_grad()
+    state.flat_params.zero_grad()
     with torch.enable_grad():
         for number in range(BATCHES):
             backward_micro_batch(

@@ -11,7 +11,7 @@ from lora_core.errors import RunError
 from lora_core.formats.io import load_adapter
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.train import validation, validation_sets
+from lora_core.train import validation
 from lora_core.train.export import export_checkpoint
 from tests.faults import corrupt
 from tests.train.runs import Toy, broken_at, result, tensors, trained
@@ -130,15 +130,15 @@ def test_the_share_is_of_the_time_that_steps_take(own_toy: Toy, monkeypatch: pyt
     from lora_core.train.divergence import StepTimer
 
     run = own_toy.run("share", validation__pictures=1, validation__every=2, validation__max_time_share=0.2)
-    monkeypatch.setattr(StepTimer, "usual", 0.1)
-    measured: Callable[..., events.Validated] = validation.Validator.validated
+    monkeypatch.setattr(StepTimer, "median", 0.1)
+    measured: Callable[..., events.Validated] = validation.Validator.validate
 
     def slow(self: validation.Validator, *args: object) -> events.Validated:
         event = measured(self, *args)
         self.seconds = 0.35
         return event
 
-    monkeypatch.setattr(validation.Validator, "validated", slow)
+    monkeypatch.setattr(validation.Validator, "validate", slow)
     trained(run)
     assert json.loads(run.plan_file.read_text())["validate_every"] == 18
 
@@ -150,7 +150,7 @@ def test_too_few_pictures_are_measured_with_each_others_captions(own_toy: Toy) -
     assert seen.status == "done"
     progress = run.progress()
     assert [event.step for event in progress.validations] == [6, 12]
-    assert validation_sets.CROSSED in progress.warnings
+    assert validation.CROSSED in progress.warnings
     # Their own captions help more than those of others.
     assert progress.validations[-1].gauge != 0.0
 

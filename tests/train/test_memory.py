@@ -23,8 +23,8 @@ from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import autotune, loop, oom, setup
 from lora_core.train.loop import StepSettings, backward_micro_batch
-from lora_core.train.oom import FALLBACKS, MemoryFallback
-from lora_core.train.setup import RuntimePlan, prepare
+from lora_core.train.oom import MemoryFallback
+from lora_core.train.setup import RuntimePlan, enable_checkpointing, prepare
 from tests.faults import Fault, Nursery, armed
 from tests.train.runs import (
     RANDOM,
@@ -86,15 +86,14 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(own_toy: Toy, random: bo
         torch.nn.init.normal_(layer.up, std=0.05)
     found = []
     for split in (1, 2, 3, 4):
-        state.split = split
-        state.storage.zero_grad()
-        part = backward_micro_batch(state, session.batches, session.text, plan, 3)
+        state.chunks = split
+        state.flat_params.zero_grad()
+        losses = backward_micro_batch(state, session.batches, session.text, plan, 3)
         grads = torch.cat([p.grad.flatten() for p in state.injected.parameters() if p.grad is not None])
-        found.append((torch.cat(part.losses), part.timesteps, grads))
-    losses, timesteps, grads = found[0]
+        found.append((losses, grads))
+    losses, grads = found[0]
     assert grads.abs().max() > 0
-    for other, same, parts in found[1:]:
-        assert torch.equal(same, timesteps)
+    for other, parts in found[1:]:
         torch.testing.assert_close(other, losses, rtol=1e-5, atol=1e-6)
         assert (parts - grads).norm() <= 1e-5 * grads.norm()
 
@@ -103,12 +102,11 @@ def test_checkpointing_has_the_gradient_of_the_whole(own_toy: Toy) -> None:
     session, config = session_of(own_toy, "twice", **BATCH, adapter__dropout=0.2)
     state, plan = session.state, StepSettings.of(config, 12)
     found = []
-    rung = next(rung for rung in FALLBACKS if rung.name == "checkpointing")
     for _ in range(2):
-        state.storage.zero_grad()
+        state.flat_params.zero_grad()
         backward_micro_batch(state, session.batches, session.text, plan, 3)
         found.append(torch.cat([p.grad.flatten() for p in state.injected.parameters()]))
-        rung.take(state)
+        enable_checkpointing(state.base)
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
 
 
@@ -369,12 +367,12 @@ def test_samples_and_validation_that_do_not_fit_are_left_out(
 
 def test_the_eight_bit_optimizer_is_a_rung_where_it_is_installed(own_toy: Toy) -> None:
     session, config = session_of(own_toy, "eight")
-    state = session.state
-    state.split = 8
-    oom.enable_checkpointing(state.base)
-    MemoryFallback(state, config, [("int8", 0), ("offload", 0)]).reach(0)
+    state, batch = session.state, config.train.batch_size
+    state.chunks = 8
+    enable_checkpointing(state.base)
+    MemoryFallback(state, batch, [("int8", 0), ("offload", 0)], session.offload_folder).apply_until(0)
     with pytest.raises(OutOfMemory, match="or install bitsandbytes for an 8-bit optimizer"):
-        MemoryFallback(state, config, []).climb(0)
+        MemoryFallback(state, batch, []).apply_next(0)
 
     class AdamW8bit(torch.optim.AdamW):
         pass
@@ -388,14 +386,14 @@ def test_the_eight_bit_optimizer_is_a_rung_where_it_is_installed(own_toy: Toy) -
               for g in state.optimizer.param_groups]  # fmt: skip
     with mock.patch.dict(sys.modules, fakes), mock.patch.object(oom.importlib.util, "find_spec"):
         taken: list[tuple[str, int]] = []
-        assert "8 bits" in MemoryFallback(state, config, taken).climb(0)
+        assert "8 bits" in MemoryFallback(state, batch, taken).apply_next(0)
         assert taken == [("8-bit optimizer", 0)]
         assert type(state.optimizer) is AdamW8bit
         after = [{k: g[k] for k in before[0]} for g in state.optimizer.param_groups]
         assert after == before
         # Once there is a state, it is too late for it.
         with pytest.raises(OutOfMemory):
-            MemoryFallback(state, config, []).climb(0)
+            MemoryFallback(state, batch, []).apply_next(0)
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,9 @@ def spoiled(steps: set[int], above: float = 0.0, by: float = math.nan) -> Iterat
     real = loop.backward_micro_batch
 
     def micro_batch(state, batches, text, plan, number):
-        done = real(state, batches, text, plan, number)
-        if number // plan.accumulate + 1 in steps and plan.rate > above:
-            done.losses = [losses * by for losses in done.losses]
-        return done
+        losses = real(state, batches, text, plan, number)
+        spoils = number // plan.accumulate + 1 in steps and plan.lr_scale > above
+        return losses * by if spoils else losses
 
     with mock.patch.object(loop, "backward_micro_batch", micro_batch):
         yield
@@ -291,12 +290,12 @@ def test_what_counts_as_running_away() -> None:
     draw = random.Random(0)
     health = DivergenceGuard()
     for _ in range(20_000):
-        assert health.trouble_after(0.1 * math.exp(draw.gauss(-0.7, 1.2)), "") == ""
-    risen = (health.trouble_after(2.0 * math.exp(draw.gauss(-0.7, 1.2)), "") for _ in range(50))
+        assert health.update(0.1 * math.exp(draw.gauss(-0.7, 1.2)), "") == ""
+    risen = (health.update(2.0 * math.exp(draw.gauss(-0.7, 1.2)), "") for _ in range(50))
     assert 3 <= next(number for number, found in enumerate(risen, start=1) if found) <= 20
     # From the first step on, where there is no level yet: five times what predicting nothing costs.
     wild = DivergenceGuard()
-    found = [wild.trouble_after(100.0 * step, "") for step in range(1, 11)]
+    found = [wild.update(100.0 * step, "") for step in range(1, 11)]
     assert found[:-1] == [""] * 9
     assert "risen from 1 to" in found[-1]
 
@@ -304,26 +303,28 @@ def test_what_counts_as_running_away() -> None:
 def test_health_comes_back_from_its_record_and_is_calm_only_when_well() -> None:
     health = DivergenceGuard()
     for step in range(40):
-        health.trouble_after(0.1 + 0.001 * step, "")
-    assert health.calm
-    assert DivergenceGuard(**health.record()) == health
-    health.trouble_after(math.nan, "the loss is not finite")
-    assert not health.calm
-    after = health.returned(DivergenceGuard(losses=[0.5]))
-    assert after == DivergenceGuard(0.5, 1, 0, [0.5])
+        health.update(0.1 + 0.001 * step, "")
+    assert health.stable
+    restored = DivergenceGuard()
+    restored.restore(health.record())
+    assert restored == health
+    health.update(math.nan, "the loss is not finite")
+    assert not health.stable
+    health.roll_back_to(DivergenceGuard(losses=[0.5]).record())
+    assert health == DivergenceGuard(0.5, 1, 0, [0.5])
     for _ in range(10):
-        after.trouble_after(3.0, "")
-    assert not after.calm
+        health.update(3.0, "")
+    assert not health.stable
 
 
 def test_a_pace_that_breaks_is_told_once() -> None:
     pace = StepTimer()
-    assert pace.slowdown(99.0) is None  # the first step may take its time
-    told = [pace.slowdown(seconds) for seconds in [0.1] * 20 + [0.8, 0.1, 0.6]]
+    assert pace.update(99.0) is None  # the first step may take its time
+    told = [pace.update(seconds) for seconds in [0.1] * 20 + [0.8, 0.1, 0.6]]
     assert told == [None] * 23  # single slow steps happen
-    pace.excuse()
-    assert pace.slowdown(5.0) is None
-    assert [pace.slowdown(s) for s in (0.9, 0.9, 0.9)] == [pytest.approx(9.0), None, None]
+    pace.skip_next()
+    assert pace.update(5.0) is None
+    assert [pace.update(s) for s in (0.9, 0.9, 0.9)] == [pytest.approx(9.0), None, None]
     assert "Windows does without an error" in describe_slow_step(7, 0.9, 9.0, "cuda")
     assert "9 times" in describe_slow_step(7, 0.9, 9.0, "cpu")
 

@@ -15,8 +15,8 @@ from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.model_files.families import FAMILIES
 from lora_core.settings.choices import OPTIMIZERS, OptimizerChoice
 from lora_core.settings.schema import OptimizerSection
-from lora_core.train.loop import EMA, MicroBatch, TrainState, optimizer_step
-from lora_core.train.oom import FALLBACKS
+from lora_core.train.loop import EMA, TrainState, optimizer_step
+from lora_core.train.oom import MemoryFallback
 from lora_core.train.setup import AdapterPlan, build_optimizer
 
 KEY = ("unet", "x")
@@ -100,13 +100,12 @@ def learned(state: TrainState, steps: int = STEPS) -> float:
     update = x.float() @ inner @ outer / 12**0.5
     target = layer.base(x).float() + update
     for step in range(steps):
-        state.storage.zero_grad()
+        state.flat_params.zero_grad()
         loss = (layer(x).float() - target).square().mean()
         state.scaler.scale(loss).backward()
-        state.storage.flush_grads()
-        part = MicroBatch(["a"], torch.zeros(1), [loss.detach()[None]])
-        _, trouble = optimizer_step(state, 1.0, [part], step + 1)
-        assert not trouble
+        state.flat_params.flush_grads()
+        _, ok = optimizer_step(state, 1.0, [loss.detach()[None]], step + 1)
+        assert ok
     seen = float((layer(x).float() - target).square().mean().detach())
     weights = adapter_weights(state.injected).layers[KEY]
     exported = float((x.float() @ weights.delta().T - update).square().mean())
@@ -145,9 +144,7 @@ def test_the_8_bit_rung_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", module)
     state = trainee_of("adamw", torch.bfloat16, 0.1)
-    rung = next(rung for rung in FALLBACKS if rung.name == "8-bit optimizer")
-    assert rung.possible(state, None)  # type: ignore[arg-type]
-    rung.take(state)
+    MemoryFallback(state, 1, [("8-bit optimizer", 0)]).apply_until(0)
     assert isinstance(state.optimizer, Replaced)
     assert learned(state) < 0.2
 
@@ -155,7 +152,7 @@ def test_the_8_bit_rung_learns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whatever_writes_the_factors_is_seen() -> None:
     """A checkpoint, the average in the adapter's place and back, the end of a range test."""
     state = trainee_of("adamw", torch.bfloat16, 0.1)
-    layer, storage = state.injected.layers[KEY], state.storage
+    layer, storage = state.injected.layers[KEY], state.flat_params
     x = torch.randn(3, 12).bfloat16()
 
     def current() -> bool:

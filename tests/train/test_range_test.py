@@ -87,7 +87,7 @@ def test_it_leaves_everything_as_it_was(
     config = run.config()
     session = prepare(run, config, RuntimePlan.of(run, config), lambda *told: None)
     state = session.state
-    before = state.storage.data.detach().clone()
+    before = state.flat_params.data.detach().clone()
     average = state.average
 
     def say(phase: str, done: int, total: int) -> None:
@@ -99,8 +99,8 @@ def test_it_leaves_everything_as_it_was(
         assert fails_at is None
     except KeyboardInterrupt:
         assert fails_at
-    assert torch.equal(state.storage.data, before)
-    assert not state.storage.grads.any()
+    assert torch.equal(state.flat_params.data, before)
+    assert not state.flat_params.grads.any()
     assert not state.optimizer.state
     assert [group["lr"] for group in state.optimizer.param_groups] == [config.optimizer.lr]
     assert state.average is average

@@ -26,7 +26,7 @@ def always_note(patch: pytest.MonkeyPatch) -> None:
     """Long work says at every turn how far it is, so that a test can ask for something in its midst."""
     from lora_core.train import callbacks
 
-    patch.setattr(callbacks, "SECONDS_BETWEEN_NOTES", -1.0)
+    patch.setattr(callbacks, "SECONDS_BETWEEN_REPORTS", -1.0)
 
 
 @ON_UNIX

@@ -174,6 +174,13 @@ def test_a_run_by_two_has_one_story(numbers: tuple[Toy, Toy]) -> None:
         check_whole(run)
 
 
+def test_all_processes_hold_the_same_bits_after_each_step(numbers: tuple[Toy, Toy]) -> None:
+    for name in TRAINED:
+        main, worker = ((numbers[0].home / f"{name}-{rank}.txt").read_text().split() for rank in (0, 1))
+        assert main == worker
+        assert len(set(main)) == 20
+
+
 def test_an_error_of_the_main_process_lets_the_other_go(numbers: tuple[Toy, Toy]) -> None:
     assert of(numbers[0], BREAKS).status() == "failed"
     assert [(numbers[0].home / f"left-{number}").exists() for number in range(2)] == [True, True]

@@ -1,22 +1,24 @@
 """A process of several: `python -m tests.train.together FOLDER`, started as a launcher does it."""
 
 import contextlib
+import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.train import loop
-from lora_core.train.distributed import ProcessGroup, process_group
-from lora_core.train.loop import MicroBatch, StepSettings, own_parts, shared_parts
+from lora_core.train.distributed import ProcessGroup, process_group, train_as_worker
+from lora_core.train.loop import StepSettings, accumulate_gradients
 from lora_core.train.setup import RuntimePlan, prepare
-from lora_core.train.trainer import train, train_as_worker
+from lora_core.train.trainer import train
 
 CASES: dict[str, dict[str, object]] = {
     "plain": {},
@@ -49,37 +51,44 @@ def worst_difference(folder: Path, group: ProcessGroup, name: str) -> dict[str, 
     run = RunFolder(folder / "runs" / name)
     config = run.config()
     # The main process encodes what is not in the caches yet.
-    plan = replace(RuntimePlan.of(run, config), threads=1) if group.main else None
-    if plan:
-        group.tell(plan)
-    plan = plan or group.told()
+    plan = group.broadcast_object(replace(RuntimePlan.of(run, config), threads=1) if group.is_main else None)
     session = prepare(run, config, plan, lambda phase, done, total: None)
-    state = session.state
-    state.split = 2 if name == SPLIT else 1
-    state.storage.data.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(3))
-    how = (session.batches, session.text, StepSettings.of(config, 12), 4)
-    alone = state.storage, own_parts(state, *how)
-    gradient, losses = alone[0].grads.clone(), _losses(alone[1])
+    state, grads = session.state, session.state.flat_params.grads
+    state.chunks = 2 if name == SPLIT else 1
+    state.flat_params.data.detach().normal_(std=0.05, generator=torch.Generator().manual_seed(3))
+    step = (session.batches, session.text, StepSettings.of(config, 12), 4)
+    losses = torch.stack(accumulate_gradients(state, *step))
+    gradient = grads.clone()
     state.group = group
-    if not group.main:
-        assert group.told().step == 4
-        state.storage.data.detach().zero_()
-    together = shared_parts(state, *how)
+    shared = accumulate_gradients(state, *step)
+    group.all_reduce(grads, *shared)
     return {
-        "gradient": float((state.storage.grads - gradient).norm() / gradient.norm()),
-        "losses": float((_losses(together) - losses).norm() / losses.norm()),
+        "gradient": float((grads - gradient).norm() / gradient.norm()),
+        "losses": float((torch.stack(shared) - losses).norm() / losses.norm()),
         "size": float(gradient.norm()),
     }
 
 
-def _losses(parts: list[MicroBatch]) -> torch.Tensor:
-    return torch.stack([torch.cat(part.losses) for part in parts])
+@contextlib.contextmanager
+def noted_states(path: Path) -> Iterator[None]:
+    """Write down what each step left: a hash of all parameters."""
+    real = loop.optimizer_step
+
+    def optimizer_step(state, *given):
+        found = real(state, *given)
+        digest = hashlib.sha256(state.flat_params.data.detach().numpy().tobytes()).hexdigest()
+        with open(path, "a") as file:
+            file.write(f"{digest}\n")
+        return found
+
+    with mock.patch.object(loop, "optimizer_step", optimizer_step):
+        yield
 
 
 def trained_together(
     folder: Path, group: ProcessGroup, name: str, on_event: Callable[[events.Event], None]
 ) -> None:
-    if not group.main:
+    if not group.is_main:
         train_as_worker(group)
         return
     run = RunFolder(folder / "runs" / name)
@@ -88,7 +97,7 @@ def trained_together(
             train(run, None, on_event, group=group)
         finally:
             if name != STARVED:
-                group.tell(None)
+                group.broadcast_object(None)
 
 
 def breaking(event: events.Event) -> None:
@@ -114,13 +123,14 @@ def main(folder: Path, group: ProcessGroup) -> None:
     """Gradients of all cases, then all runs, then one that breaks in the main process between two steps, and
     one that lacks memory in the other."""
     found = {name: worst_difference(folder, group, name) for name in CASES}
-    (folder / f"found-{group.number}.json").write_text(json.dumps(found))
+    (folder / f"found-{group.rank}.json").write_text(json.dumps(found))
     for name in TRAINED:
-        trained_together(folder, group, name, lambda event: None)
+        with noted_states(folder / f"{name}-{group.rank}.txt"):
+            trained_together(folder, group, name, lambda event: None)
     with contextlib.suppress(ZeroDivisionError):
         trained_together(folder, group, BREAKS, breaking)
-    (folder / f"left-{group.number}").touch()
-    if not group.main:
+    (folder / f"left-{group.rank}").touch()
+    if not group.is_main:
         starve()
     trained_together(folder, group, STARVED, lambda event: None)
 
