@@ -27,7 +27,7 @@ from typing import Any
 
 from lora_core.errors import LoraError
 from lora_core.generate.request import Axis, WeightedLora, GenerationRequest
-from lora_core.model_files.starting_settings import like_file
+from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.verbs import VERBS, Measure, verb
@@ -72,6 +72,7 @@ _FORMER = {
     "Picture": "GenerationRequest",
     "Shot": "GenerationRequest",
     "Strengthened": "LoadedLora",
+    "like_file": "settings_from_lora",
     "read_adapter": "load_adapter",
 }
 """Former names, which scripts may use, and the names of today."""
@@ -114,6 +115,6 @@ def serve() -> None:
 
 __all__ = [
     *_LAZY, *(function.__name__ for function in VERBS.values()), "Axis", "GenerationRequest", "LoraError",
-    "Measure", "RunConfig", "RunFolder", "WeightedLora", "left_out", "like_file", "merge_into_base",
+    "Measure", "RunConfig", "RunFolder", "WeightedLora", "left_out", "settings_from_lora", "merge_into_base",
     "run_config", "shrink_intrinsic",
 ]  # fmt: skip

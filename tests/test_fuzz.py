@@ -27,7 +27,7 @@ from app.train.form import Plan
 from lora_core.data.dataset import scan
 from lora_core.errors import LoraError
 from lora_core.generate import request
-from lora_core.model_files.starting_settings import like_file
+from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.models.weight_files import open_weights
 from lora_core.runs.events import from_line
 from lora_core.settings.config import RunConfig, load_toml
@@ -158,7 +158,7 @@ def test_headers_of_lora_files(place: Path, header: bytes) -> None:
     file.write_bytes(file_of(header))
     with soon():
         try:
-            found = like_file(file)
+            found = settings_from_lora(file)
         except LoraError:
             return
         RunConfig().changed(found.values)

@@ -18,8 +18,9 @@ from lora_core.verbs import VERBS
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = """
     AdapterWeights Axis GenerationRequest LayerWeights LoadedLora LoraError Measure Merger RunConfig
-    RunFolder WeightedLora adapter_weights generate_image inject inspect_file left_out like_file load_base
-    load_adapter merge_into_base run_config save_adapter shrink_intrinsic validation_report write_adapter
+    RunFolder WeightedLora adapter_weights generate_image inject inspect_file left_out load_base
+    load_adapter merge_into_base run_config save_adapter settings_from_lora shrink_intrinsic
+    validation_report write_adapter
 """
 
 

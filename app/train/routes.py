@@ -16,7 +16,7 @@ from app.train.form import Plan
 from app.train.starting import take_settings
 from lora_core.errors import RunError
 from lora_core.model_files.header import MAX_HEADER
-from lora_core.model_files.starting_settings import like_file
+from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.runs.diagnosis import debug_zip
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
 
@@ -125,7 +125,7 @@ def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> No
         with open(file, "wb") as made:
             made.write(header)
             made.truncate(int(size))
-        found = like_file(file)
+        found = settings_from_lora(file)
     except OSError as error:
         raise RunError(f"The dropped file could not be looked at: {error.strerror or error}.") from error
     finally:

@@ -14,7 +14,7 @@ from app.train.form import FORM, command_line, keep_typed, shown, widget_values
 from app.train.train_form import TrainForm
 from lora_core.errors import LoraError
 from lora_core.model_files.detect import EMBEDDED
-from lora_core.model_files.starting_settings import Like, like_file
+from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
 from lora_core.settings.config import RunConfig, label_of
 
 MOST_LISTED = 8
@@ -121,7 +121,9 @@ def build_like(bindings: Bindings, form: TrainForm) -> None:
         if not name:
             return [_problem("Choose a file, or type its path first."), *(gr.skip() for _ in outputs[1:])]
         try:
-            said = take_settings(app_state.project, like_file(Path(name).expanduser()), Path(name).name)
+            said = take_settings(
+                app_state.project, settings_from_lora(Path(name).expanduser()), Path(name).name
+            )
         except (LoraError, OSError, ValueError) as error:
             return [_problem(str(error)), *(gr.skip() for _ in outputs[1:])]
         return [said, *_refilled()]
@@ -143,7 +145,7 @@ def _problem(text: str) -> str:
     return f'<p class="problem" role="alert">{safe(text)}</p>'
 
 
-def take_settings(project: Any, like: Like, name: str) -> str:
+def take_settings(project: Any, like: LoraSettings, name: str) -> str:
     """Put a file's settings into the draft; returns what was taken and what was not, as HTML."""
     standing = dict(zip(FORM, widget_values(project), strict=True))
     taken = {name: value for name, value in like.values.items() if name in FORM}
@@ -157,7 +159,7 @@ def take_settings(project: Any, like: Like, name: str) -> str:
     return said
 
 
-def like_words(like: Like, name: str, taken: dict[str, Any], changed: list[str]) -> str:
+def like_words(like: LoraSettings, name: str, taken: dict[str, Any], changed: list[str]) -> str:
     """What was taken from a file and what was not."""
     count = pluralize(len(taken), "setting")
     rows = [f"From {name}: {like.source}. {count} taken, {len(changed)} of them new here."]

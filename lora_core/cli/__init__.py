@@ -255,7 +255,7 @@ class Training:
     def say_like(self) -> None:
         """Print what was taken from the file of --like, and what was not."""
         if self.like:
-            like = api.like_file(self.like)
+            like = api.settings_from_lora(self.like)
             say(f"Like {self.like.name}: {len(like.values)} settings from {like.source}.")
             if like.base:
                 say(f"Note: It was trained on {like.base}; choose the base by --base.")

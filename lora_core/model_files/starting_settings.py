@@ -1,4 +1,8 @@
-"""Starting configs by goal: TOML files in `assets/presets` that hold settings and nothing else."""
+"""What a run starts from: presets by goal, and the settings that a LoRA file says it was trained with.
+
+Presets are TOML files in `assets/presets`. A LoRA may come from anywhere: each value in its header is checked
+as if a user had typed it, and what cannot be used is listed in a sentence each.
+"""
 
 import contextlib
 import math
@@ -40,11 +44,11 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def starting_settings(name: str, family: Family | None) -> dict[str, Any]:
-    """What a run starts from before a person changes anything, dotted name to value.
+    """What a run starts from before the user changes anything, dotted name to value.
 
     Args:
         name: of a preset, or "" for the general defaults.
-        family: of the base, whose own settings count more than the preset's; None where it is not known.
+        family: of the base, whose own settings override the preset's; None where it is not known.
 
     Raises:
         ConfigError: there is no such preset.
@@ -52,20 +56,21 @@ def starting_settings(name: str, family: Family | None) -> dict[str, Any]:
     return (preset(name) if name else {}) | dict(family.settings if family else {})
 
 
-# What a LoRA file says of its training, value by value, each checked as if a person had typed it.
-
-
+CONFIG_KEY = "lora_easel.config"
+PLACES = ("name", "dataset.path", "model.base", "model.vae", "adapter.init")
+"""Settings that name files of the machine that the LoRA was made on."""
 LONGEST = 80
+Texts = Mapping[str, str]
 
 
 @dataclass
-class Like:
-    """What a file says of its training.
+class LoraSettings:
+    """What a LoRA file says about its training.
 
     Attributes:
         source: who wrote that down, in words.
         values: dotted name to value, each legal.
-        left: a sentence for each thing that could not be taken.
+        left: a sentence for each thing that cannot be used.
         base: what it was trained on, "" where the file does not say.
     """
 
@@ -74,17 +79,33 @@ class Like:
     left: list[str] = field(default_factory=list)
     base: str = ""
 
-    def take(self, name: str, value: Any, called: str = "") -> None:
-        """Take a value if it is legal, else say so."""
+    def take(self, name: str, value: Any) -> None:
+        """Take a value if it is legal, else list it."""
         try:
             self.values[name] = checked_value(name, value)
         except (ConfigError, ValueError, OverflowError):
-            title = called or label_of(name)
-            self.left.append(f"{title} is {in_short(value)} there, which cannot be set here.")
+            self.left.append(f"{label_of(name)} is {in_short(value)} there, which cannot be set here.")
+
+    def take_text(self, name: str, text: str, read: Callable[[str], Any]) -> None:
+        """Take what `read` makes of a text; an empty text or "None" says nothing.
+
+        Args:
+            name: of the setting.
+            text: as the header has it.
+            read: raises KeyError for a name that is not known, ValueError for what is not a number.
+        """
+        if text.lower() in ("", "none"):
+            return
+        try:
+            self.take(name, read(text))
+        except KeyError:
+            self.left.append(f"The {label_of(name).lower()} {in_short(text)} is not known here.")
+        except ValueError:
+            self.left.append(f"{label_of(name)} is {in_short(text)} there, which is not a number.")
 
 
 def in_short(value: Any) -> str:
-    """A value as one line that is never long."""
+    """A value as one short line."""
     try:
         text = " ".join(str(value).split())
     except (ValueError, RecursionError):  # an integer of over 4,300 digits, or a deep list
@@ -92,251 +113,22 @@ def in_short(value: Any) -> str:
     return f"{text[: LONGEST - 1]}…" if len(text) > LONGEST else text
 
 
-# Settings from the header that kohya's trainer writes into a LoRA. Names: kohya-ss/sd-scripts,
-# train_network.py.
-
-
-CONVOLUTIONS = r"\.conv[12]$|samplers.*\.conv$"
-"""What kohya gives `conv_dim` to: convolutions wider than one pixel."""
-
-Texts = Mapping[str, str]
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
-
-
-def _first_number(text: str) -> float:
-    """The first number of `5e-05`, `[5e-05, 1e-05]` or `(512, 768)`."""
-    found = re.search(r"[-+]?[0-9]+(?:\.\d+)?(?:[eE][-+]?\d+)?", text)
-    return _number(found[0] if found else text)
-
-
-def _whole(texts: Texts, *keys: str) -> int | None:
-    """The first whole number under one of the keys, with at most 18 digits."""
-    found = (re.fullmatch(r"[0-9]{1,18}", texts.get(key, "").strip()) for key in keys)
-    return next((int(match[0]) for match in found if match), None)
-
-
-def _truth(text: str) -> bool:
-    return text.strip().lower() == "true"
-
-
-PLAIN: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
-    ("ss_network_dim", "adapter.rank", _number),
-    ("ss_network_alpha", "adapter.alpha", _number),
-    ("ss_network_dropout", "adapter.dropout", _number),
-    ("ss_text_encoder_lr", "optimizer.text_encoder_lr", _first_number),
-    ("ss_max_grad_norm", "optimizer.max_grad_norm", _number),
-    ("ss_gradient_accumulation_steps", "train.gradient_accumulation_steps", _number),
-    ("ss_gradient_checkpointing", "train.gradient_checkpointing", _truth),
-    ("ss_clip_skip", "train.clip_skip", _number),
-    ("ss_min_snr_gamma", "loss.min_snr", _number),
-    ("ss_noise_offset", "loss.noise_offset", _number),
-    ("ss_caption_dropout_rate", "dataset.caption_dropout", _number),
-    ("ss_caption_tag_dropout_rate", "dataset.tag_dropout", _number),
-    ("ss_shuffle_caption", "dataset.shuffle_tags", _truth),
-    ("ss_keep_tokens", "dataset.keep_tags", _number),
-    ("ss_flip_aug", "dataset.flip", _truth),
-    ("ss_seed", "seed", _number),
-    ("modelspec.trigger_phrase", "dataset.trigger", str),
-)
-"""kohya's name, ours, and how its text is read."""
-SCHEDULES = {
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "linear": "linear",
-    "cosine": "cosine",
-    "cosine_with_restarts": "cosine_restarts",
-}
-HUBER_SCHEDULES = {"constant": "constant", "snr": "snr", "exponential": "exponential"}
-LOSSES = {"l2": "mse", "l1": "l1", "huber": "huber", "smooth_l1": "huber"}
-UNUSED = {
-    "ss_multires_noise_iterations": "Multi-resolution noise",
-    "ss_ip_noise_gamma": "Input perturbation",
-    "ss_adaptive_noise_scale": "Adaptive noise scale",
-    "ss_scale_weight_norms": "Limit of the weight norms",
-    "ss_debiased_estimation": "Debiased estimation",
-    "ss_face_crop_aug_range": "Face crop",
-}
-NOTHING = ("", "none", "0", "0.0", "false", "{}")
-
-
-def from_kohya(texts: Texts) -> Like:
-    """What such a header says."""
-    found = Like("the header that kohya's trainer wrote into it")
-    texts = {**_first_dataset(texts), **texts}
-    for key, name, read in PLAIN:
-        text = texts.get(key, "").strip()
-        if text.lower() in ("", "none"):
-            continue
-        try:
-            found.take(name, read(text))
-        except ValueError:
-            found.left.append(f"{label_of(name)} is {in_short(text)} there, which is no number.")
-    _rates(texts, found)
-    _lengths(texts, found)
-    _named(texts, found)
-    _network(texts, found)
-    for key, title in UNUSED.items():
-        if texts.get(key, "").strip().lower() not in NOTHING:
-            found.left.append(f"{title} ({in_short(texts[key])}) is not known here.")
-    found.base = texts.get("ss_sd_model_name", "")[:LONGEST]
-    return found
-
-
-def _first_dataset(texts: Texts) -> dict[str, str]:
-    """What newer versions say for each dataset alone, of the first one, under the older names."""
-    with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, AttributeError):
-        first = parse_json(texts.get("ss_datasets", ""))[0]
-        flat = {**(first.get("subsets") or [{}])[0], **first}
-        return {f"ss_{key}": str(value) for key, value in flat.items() if not isinstance(value, dict | list)}
-    return {}
-
-
-def _rates(texts: Texts, found: Like) -> None:
-    """The UNet's own rate counts more than the general one, which counts for text encoders without one."""
-    general, unet = (texts.get(key, "").strip() for key in ("ss_learning_rate", "ss_unet_lr"))
-    for text in (unet, general):
-        with contextlib.suppress(ValueError):
-            found.take("optimizer.lr", _first_number(text))
-            break
-    numbers = re.findall(r"[\d.]+(?:[eE][-+]?\d+)?", texts.get("ss_text_encoder_lr", ""))
-    if len(numbers) > 1:
-        with contextlib.suppress(ValueError):
-            found.take("optimizer.text_encoder_2_lr", _number(numbers[1]))
-    if "optimizer.text_encoder_lr" not in found.values and "optimizer.lr" in found.values:
-        with contextlib.suppress(ValueError):
-            found.take("optimizer.text_encoder_lr", _first_number(general))
-
-
-def _lengths(texts: Texts, found: Like) -> None:
-    """Steps, warm-up, size of pictures and batch, caption length."""
-    steps = _whole(texts, "ss_max_train_steps", "ss_steps")
-    if steps is not None:
-        found.take("train.steps", steps)
-    warmup = _whole(texts, "ss_lr_warmup_steps")
-    if warmup is not None and steps:
-        found.take("optimizer.warmup", min(1.0, warmup / steps))
-    sides = [int(side) for side in re.findall(r"\d{2,5}", texts.get("ss_resolution", ""))]
-    if sides:
-        # Ours is the side of a square of the same area, on the grid of 64 that all bases take.
-        found.take("train.resolution", max(64, round(math.sqrt(sides[0] * sides[-1]) / 64) * 64))
-    batch = _whole(texts, "ss_batch_size_per_device", "ss_total_batch_size")
-    if batch is not None:
-        found.take("train.batch_size", batch)
-    length = _whole(texts, "ss_max_token_length")
-    if length is not None:
-        found.take("train.max_token_length", length)
-
-
-def _named(texts: Texts, found: Like) -> None:
-    """Optimizer, schedule, loss and number format, by the names that kohya has for them."""
-    optimizer = re.split(r"[(\s]", texts.get("ss_optimizer", "").strip())[0].rpartition(".")[2].lower()
-    plain = optimizer.removesuffix("8bit").removeprefix("paged")
-    key = next((k for k in (optimizer, plain) if k in OPTIMIZERS), "")
-    if key:
-        found.take("optimizer.name", key)
-    if optimizer and key != optimizer:
-        instead = f"; {OPTIMIZERS[key].title} is taken for it" if key else ""
-        found.left.append(f"The optimizer {in_short(optimizer)} is not known here{instead}.")
-    for source, table, name in (
-        ("ss_lr_scheduler", SCHEDULES, "optimizer.schedule"),
-        ("ss_loss_type", LOSSES, "loss.type"),
-        ("ss_huber_schedule", HUBER_SCHEDULES, "loss.huber_schedule"),
-    ):
-        text = texts.get(source, "").strip().lower()
-        if text in table:
-            found.take(name, table[text])
-        elif text not in NOTHING:
-            found.left.append(f"The {label_of(name).lower()} {in_short(text)} is not known here.")
-    _huber(texts, found)
-    if _truth(texts.get("ss_zero_terminal_snr", "")):
-        found.left.append("It was trained with zero terminal SNR; set that by hand if its base has it.")
-    if texts.get("ss_mixed_precision", "") in ("fp16", "bf16"):
-        found.take("train.precision", texts["ss_mixed_precision"])
-
-
-def _huber(texts: Texts, found: Like) -> None:
-    """Huber's delta; where the loss is another one, what kohya writes of it says nothing."""
-    if found.values.get("loss.type") != "huber":
-        found.values.pop("loss.huber_schedule", None)
-        return
-    # What the trainer takes where a header of its first versions with this loss says nothing.
-    schedule = found.values.setdefault("loss.huber_schedule", "snr")
-    with contextlib.suppress(ValueError):
-        scale = _number(texts.get("ss_huber_scale", "") or "1")
-        constant = schedule == "constant"
-        found.take(
-            "loss.huber_delta", _number(texts.get("ss_huber_c", "") or "0.1") * (scale if constant else 1)
-        )
-        if schedule == "exponential" and scale != 1.0:
-            found.left.append(f"Huber's scale ({in_short(scale)}) is not known here for that schedule.")
-    if texts.get("ss_loss_type", "").strip().lower() == "smooth_l1" and schedule != "constant":
-        found.left.append(
-            "Its loss is smooth_l1, which is Huber over delta; Huber is taken, so the noise levels weigh"
-            " otherwise."
-        )
-
-
-def _network(texts: Texts, found: Like) -> None:
-    """The kind of adapter and its arguments, convolutions included."""
-    try:
-        arguments = parse_json(texts.get("ss_network_args", "") or "{}")
-    except ValueError:
-        arguments = {}
-    known = {str(k): str(v) for k, v in arguments.items()} if isinstance(arguments, dict) else {}
-    kind = known.pop("algo", "")
-    if kind.lower() not in ("", "lora", "locon"):
-        found.left.append(f"It is of the kind {in_short(kind)}; a LoRA of that rank is what is trained here.")
-    found.take("adapter.targets", "kohya")
-    for source, name in (("rank_dropout", "rank_dropout"), ("module_dropout", "module_dropout")):
-        if known.get(source, "").lower() not in NOTHING:
-            with contextlib.suppress(ValueError):
-                found.take(f"adapter.{name}", _number(known[source]))
-        known.pop(source, None)
-    rank, alpha = known.pop("conv_dim", ""), known.pop("conv_alpha", "")
-    if rank.lower() not in NOTHING:
-        with contextlib.suppress(ValueError):
-            found.take("adapter.targets", "locon")
-            found.take("adapter.block_ranks", {CONVOLUTIONS: int(_number(rank))})
-            found.take("adapter.block_alphas", {CONVOLUTIONS: _number(alpha or "1")})
-    for name, value in known.items():
-        if value.lower() not in NOTHING and name not in ("preset", "dropout"):
-            found.left.append(f"The network argument {in_short(name)} = {in_short(value)} is not known here.")
-
-
-# Settings read back from a LoRA file: our own header, what kohya's trainer writes, or the layers
-# themselves.
-#
-# A header comes from anywhere: each value is checked as if a person had typed it, and what cannot be taken
-# is said.
-
-
-CONFIG_KEY = "lora_easel.config"
-PLACES = ("name", "dataset.path", "model.base", "model.vae", "adapter.init")
-"""Settings that name files of the machine that the LoRA was made on."""
-
-
-def like_file(path: Path) -> Like:
+def settings_from_lora(path: Path) -> LoraSettings:
     """The settings that a LoRA file was trained with.
 
     Raises:
-        AdapterFileError: it is no such file, or says nothing of its training.
+        AdapterFileError: it is no such file, or says nothing about its training.
     """
     header = read_header(path)
     texts = header.metadata
     if CONFIG_KEY in texts:
-        found = _ours(texts[CONFIG_KEY])
+        found = _from_our_header(texts[CONFIG_KEY])
     elif "ss_network_dim" in texts or "ss_network_module" in texts:
-        found = from_kohya(texts)
+        found = _from_kohya(texts)
     else:
-        found = Like("its layers alone; no settings are written in it")
+        found = LoraSettings("its layers alone; no settings are written in it")
     if "adapter.rank" not in found.values:
-        _from_layers(header, found)
+        _take_from_layers(header, found)
     if not found.values:
         raise AdapterFileError(
             f"{path.name} says nothing of how it was trained, and no layer of it is known."
@@ -344,8 +136,8 @@ def like_file(path: Path) -> Like:
     return found
 
 
-def _ours(text: str) -> Like:
-    found = Like("the settings that LoRA Easel wrote into it")
+def _from_our_header(text: str) -> LoraSettings:
+    found = LoraSettings("the settings that LoRA Easel wrote into it")
     try:
         values = flattened(tomllib.loads(text), say=False)
     except (ValueError, RecursionError) as error:
@@ -366,10 +158,12 @@ def _ours(text: str) -> Like:
     return found
 
 
-def _from_layers(header: Header, found: Like) -> None:
-    """The rank that most layers have, and which layers there are."""
+def _take_from_layers(header: Header, found: LoraSettings) -> None:
+    """The rank of most layers, and which layers are adapted."""
     downs = {
-        n: s for n, s in header.shapes.items() if re.search(r"(lora_down|lora_A)(\.\w+)?\.weight$", n) and s
+        name: shape
+        for name, shape in header.shapes.items()
+        if shape and re.search(r"(lora_down|lora_A)(\.\w+)?\.weight$", name)
     }
     if not downs:
         return
@@ -384,3 +178,176 @@ def _from_layers(header: Header, found: Like) -> None:
     if "adapter.alpha" not in found.values:
         found.left.append("Its alpha is not written in the header; set it to what you used, or to the rank.")
         found.take("adapter.alpha", float(rank))
+
+
+# The header that kohya's trainer writes. Names: kohya-ss/sd-scripts, train_network.py.
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _first_number(text: str) -> float:
+    """The first number of `5e-05`, `[5e-05, 1e-05]` or `(512, 768)`."""
+    found = re.search(r"[-+]?[0-9]+(?:\.\d+)?(?:[eE][-+]?\d+)?", text)
+    return _number(found[0] if found else text)
+
+
+def _is_true(text: str) -> bool:
+    return text.lower() == "true"
+
+
+def _side(text: str) -> int:
+    """The side of a square of the same area, on the grid of 64 that all bases take."""
+    sides = [int(side) for side in re.findall(r"\d{2,5}", text)]
+    if not sides:
+        raise ValueError(text)
+    return max(64, round(math.sqrt(sides[0] * sides[-1]) / 64) * 64)
+
+
+def _row_of(table: Mapping[str, str]) -> Callable[[str], str]:
+    return lambda text: table[text.lower()]
+
+
+_SCHEDULES = {
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+    "linear": "linear",
+    "cosine": "cosine",
+    "cosine_with_restarts": "cosine_restarts",
+}
+_LOSSES = {"l2": "mse", "l1": "l1", "huber": "huber", "smooth_l1": "huber"}
+_HUBER_SCHEDULES = {name: name for name in ("constant", "snr", "exponential")}
+KOHYA: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
+    ("adapter.rank", "ss_network_dim", _number),
+    ("adapter.alpha", "ss_network_alpha", _number),
+    ("adapter.dropout", "ss_network_dropout", _number),
+    ("optimizer.lr", "ss_unet_lr ss_learning_rate", _first_number),
+    ("optimizer.text_encoder_lr", "ss_text_encoder_lr ss_learning_rate", _first_number),
+    ("optimizer.max_grad_norm", "ss_max_grad_norm", _number),
+    ("optimizer.schedule", "ss_lr_scheduler", _row_of(_SCHEDULES)),
+    ("train.steps", "ss_max_train_steps ss_steps", _number),
+    ("train.batch_size", "ss_batch_size_per_device ss_total_batch_size", _number),
+    ("train.gradient_accumulation_steps", "ss_gradient_accumulation_steps", _number),
+    ("train.gradient_checkpointing", "ss_gradient_checkpointing", _is_true),
+    ("train.resolution", "ss_resolution", _side),
+    ("train.clip_skip", "ss_clip_skip", _number),
+    ("train.max_token_length", "ss_max_token_length", _number),
+    ("loss.type", "ss_loss_type", _row_of(_LOSSES)),
+    ("loss.huber_schedule", "ss_huber_schedule", _row_of(_HUBER_SCHEDULES)),
+    ("loss.min_snr", "ss_min_snr_gamma", _number),
+    ("loss.noise_offset", "ss_noise_offset", _number),
+    ("dataset.caption_dropout", "ss_caption_dropout_rate", _number),
+    ("dataset.tag_dropout", "ss_caption_tag_dropout_rate", _number),
+    ("dataset.shuffle_tags", "ss_shuffle_caption", _is_true),
+    ("dataset.keep_tags", "ss_keep_tokens", _number),
+    ("dataset.flip", "ss_flip_aug", _is_true),
+    ("dataset.trigger", "modelspec.trigger_phrase", str),
+    ("seed", "ss_seed", _number),
+)
+"""Our name, kohya's names of which the first with a text counts, and how that text is read."""
+_UNUSED = {
+    "ss_multires_noise_iterations": "Multi-resolution noise",
+    "ss_ip_noise_gamma": "Input perturbation",
+    "ss_adaptive_noise_scale": "Adaptive noise scale",
+    "ss_scale_weight_norms": "Limit of the weight norms",
+    "ss_debiased_estimation": "Debiased estimation",
+    "ss_face_crop_aug_range": "Face crop",
+}
+_NOTHING = ("", "none", "0", "0.0", "false", "{}")
+_CONVOLUTIONS = r"\.conv[12]$|samplers.*\.conv$"
+"""What kohya gives `conv_dim` to: convolutions wider than one pixel."""
+
+
+def _from_kohya(texts: Texts) -> LoraSettings:
+    found = LoraSettings("the header that kohya's trainer wrote into it")
+    texts = {key: text.strip() for key, text in {**_first_dataset(texts), **texts}.items()}
+    for name, keys, read in KOHYA:
+        given = (texts.get(key, "") for key in keys.split())
+        found.take_text(name, next((text for text in given if text.lower() not in ("", "none")), ""), read)
+    rates = re.findall(r"[\d.]+(?:[eE][-+]?\d+)?", texts.get("ss_text_encoder_lr", ""))
+    if len(rates) > 1:
+        found.take_text("optimizer.text_encoder_2_lr", rates[1], _number)
+    if found.values.get("train.steps"):
+        steps = found.values["train.steps"]
+        warmup = texts.get("ss_lr_warmup_steps", "")
+        found.take_text("optimizer.warmup", warmup, lambda text: min(1.0, _number(text) / steps))
+    if texts.get("ss_mixed_precision", "") in ("fp16", "bf16"):
+        found.take("train.precision", texts["ss_mixed_precision"])
+    _take_optimizer(texts.get("ss_optimizer", ""), found)
+    _take_huber(texts, found)
+    _take_network(texts.get("ss_network_args", ""), found)
+    if _is_true(texts.get("ss_zero_terminal_snr", "")):
+        found.left.append("It was trained with zero terminal SNR; set that by hand if its base has it.")
+    for key, title in _UNUSED.items():
+        if texts.get(key, "").lower() not in _NOTHING:
+            found.left.append(f"{title} ({in_short(texts[key])}) is not known here.")
+    found.base = texts.get("ss_sd_model_name", "")[:LONGEST]
+    return found
+
+
+def _first_dataset(texts: Texts) -> dict[str, str]:
+    """What newer versions write for each dataset, of the first one, under the older names."""
+    with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, AttributeError):
+        first = parse_json(texts.get("ss_datasets", ""))[0]
+        flat = {**(first.get("subsets") or [{}])[0], **first}
+        return {f"ss_{key}": str(value) for key, value in flat.items() if not isinstance(value, dict | list)}
+    return {}
+
+
+def _take_optimizer(text: str, found: LoraSettings) -> None:
+    """The optimizer of a class and its arguments, `bitsandbytes.optim.AdamW8bit(weight_decay=0.1)`."""
+    name = re.split(r"[(\s]", text)[0].rpartition(".")[2].lower()
+    plain = name.removesuffix("8bit").removeprefix("paged")
+    key = next((known for known in (name, plain) if known in OPTIMIZERS), "")
+    if key:
+        found.take("optimizer.name", key)
+    if name and key != name:
+        instead = f"; {OPTIMIZERS[key].title} is used instead" if key else ""
+        found.left.append(f"The optimizer {in_short(name)} is not known here{instead}.")
+
+
+def _take_huber(texts: Texts, found: LoraSettings) -> None:
+    """Huber's delta; with another loss, what kohya writes about Huber says nothing."""
+    if found.values.get("loss.type") != "huber":
+        found.values.pop("loss.huber_schedule", None)
+        return
+    # The trainer's default, where a header of its first versions with this loss says nothing.
+    schedule = found.values.setdefault("loss.huber_schedule", "snr")
+    delta, scale = (texts.get(key, "") for key in ("ss_huber_c", "ss_huber_scale"))
+    factor = scale if schedule == "constant" else ""
+    found.take_text("loss.huber_delta", delta or "0.1", lambda c: _number(c) * _number(factor or "1"))
+    if schedule == "exponential" and scale not in ("", "1", "1.0"):
+        found.left.append(f"Huber's scale ({in_short(scale)}) is not known here for that schedule.")
+    if texts.get("ss_loss_type", "").lower() == "smooth_l1" and schedule != "constant":
+        found.left.append(
+            "Its loss is smooth_l1, which is Huber over delta; Huber is used, so the noise levels are"
+            " weighted differently."
+        )
+
+
+def _take_network(text: str, found: LoraSettings) -> None:
+    """The kind of adapter and its arguments, convolutions included."""
+    try:
+        arguments = parse_json(text or "{}")
+    except ValueError:
+        arguments = {}
+    given = {str(k): str(v) for k, v in arguments.items()} if isinstance(arguments, dict) else {}
+    given = {name: value for name, value in given.items() if value.lower() not in _NOTHING}
+    kind = given.pop("algo", "")
+    if kind.lower() not in ("", "lora", "locon"):
+        found.left.append(f"It is of the kind {in_short(kind)}; here a LoRA of that rank is trained.")
+    found.take("adapter.targets", "kohya")
+    for name in ("rank_dropout", "module_dropout"):
+        found.take_text(f"adapter.{name}", given.pop(name, ""), _number)
+    rank, alpha = given.pop("conv_dim", ""), given.pop("conv_alpha", "1")
+    if rank:
+        found.take("adapter.targets", "locon")
+        found.take_text("adapter.block_ranks", rank, lambda text: {_CONVOLUTIONS: int(_number(text))})
+        found.take_text("adapter.block_alphas", alpha, lambda text: {_CONVOLUTIONS: _number(text)})
+    for name, value in given.items():
+        if name not in ("preset", "dropout"):
+            found.left.append(f"The network argument {in_short(name)} = {in_short(value)} is not known here.")

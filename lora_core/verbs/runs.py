@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core.errors import ConfigError, DatasetError, ModelFileError
 from lora_core.model_files.detect import is_remote, lookup_base, read_base_facts
-from lora_core.model_files.starting_settings import like_file, starting_settings
+from lora_core.model_files.starting_settings import settings_from_lora, starting_settings
 from lora_core.runs.folder import RunFolder, check_run_name, find_run, runs_folder
 from lora_core.settings.choices import FORMATS
 from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
@@ -74,14 +74,14 @@ def run_config(
         name: of the run; "" for date and dataset.
         settings: dotted names to values, such as {"adapter.rank": 8}, or nested tables.
         preset: such as "style-balanced"; "" for the demo's own where the dataset is "demo".
-        like: a LoRA file, see `spec.like_file`; what it does not say stays as it is.
+        like: a LoRA file, see `model_files.settings_from_lora`; what it does not say stays as it is.
 
     Raises:
         ConfigError: something is not a setting or not legal.
         AdapterFileError: `like` says nothing of its training.
     """
     demo = str(dataset) == "demo"
-    asked = {**(like_file(Path(like)).values if like else {}), **flattened(settings or {})}
+    asked = {**(settings_from_lora(Path(like)).values if like else {}), **flattened(settings or {})}
     asked["dataset.path"] = "demo" if demo else str(Path(dataset).expanduser().absolute())
     # Before the preset's own rate is lost to the word `auto`.
     asked = dict(with_switches(asked))

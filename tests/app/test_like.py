@@ -10,7 +10,7 @@ from app.train.form import FORM, Plan, widget_values
 from app.train.starting import take_settings
 from lora_core.errors import AdapterFileError
 from lora_core.model_files.sizes import export_bytes
-from lora_core.model_files.starting_settings import like_file
+from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.projects.project import Project
 from lora_core.settings.config import RunConfig
 from tests.app.bases import write_header
@@ -57,7 +57,7 @@ def lora(
 
 
 def test_kohya_s_header(tmp_path: Path) -> None:
-    like = like_file(lora(tmp_path, KOHYA))
+    like = settings_from_lora(lora(tmp_path, KOHYA))
     assert like.values == {
         "adapter.rank": 32,
         "adapter.alpha": 16.0,
@@ -116,7 +116,7 @@ def test_kohya_s_header(tmp_path: Path) -> None:
     ],
 )
 def test_kohya_s_huber(tmp_path: Path, texts: dict[str, str], values: tuple[object, ...], said: str) -> None:
-    like = like_file(lora(tmp_path, {"ss_network_dim": "4", "ss_network_alpha": "4", **texts}))
+    like = settings_from_lora(lora(tmp_path, {"ss_network_dim": "4", "ss_network_alpha": "4", **texts}))
     names = ("loss.type", "loss.huber_schedule", "loss.huber_delta")
     assert tuple(like.values.get(name) for name in names) == values
     assert said in " ".join(like.left)
@@ -124,7 +124,7 @@ def test_kohya_s_huber(tmp_path: Path, texts: dict[str, str], values: tuple[obje
 
 def test_an_older_header_of_ours_with_retired_settings(tmp_path: Path) -> None:
     text = "[adapter]\nkind = 'lora'\nrank = 4\n[dataset]\nrepeats = 10\n"
-    like = like_file(lora(tmp_path, {"lora_easel.config": text}))
+    like = settings_from_lora(lora(tmp_path, {"lora_easel.config": text}))
     assert like.values == {"adapter.rank": 4}
     assert len(like.left) == 1
     assert "dataset.repeats = 10 cannot be used" in like.left[0]
@@ -139,7 +139,7 @@ def test_newer_headers_keep_it_by_dataset(tmp_path: Path) -> None:
         }
     ]
     texts = {"ss_network_dim": "4", "ss_network_alpha": "1", "ss_datasets": json.dumps(datasets)}
-    values = like_file(lora(tmp_path, texts)).values
+    values = settings_from_lora(lora(tmp_path, texts)).values
     assert values["dataset.flip"] is True
     assert values["dataset.keep_tags"] == 2
 
@@ -152,7 +152,7 @@ def test_our_own_header_comes_back_whole(tmp_path: Path) -> None:
         "dataset.trigger": "zwx", "model.base": "my base.safetensors", "dataset.path": "dog",
     })  # fmt: skip
     path = lora(tmp_path, {"lora_easel.config": tomli_w.dumps(config.to_dict() | {"later": 1})})
-    like = like_file(path)
+    like = settings_from_lora(path)
     back = RunConfig().changed(like.values)
     assert back == config.changed({"model.base": "demo", "dataset.path": "demo"})
     assert like.base == "my base.safetensors"
@@ -160,7 +160,7 @@ def test_our_own_header_comes_back_whole(tmp_path: Path) -> None:
 
 
 def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
-    like = like_file(lora(tmp_path))
+    like = settings_from_lora(lora(tmp_path))
     assert like.values["adapter.rank"] == 8
     assert like.values["adapter.targets"] == "attention"
     # No layer of a text encoder is in it.
@@ -171,7 +171,7 @@ def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
         "lora_unet_a_resnets_0_conv1.lora_down.weight": [8, 320, 3, 3],
         "lora_te_b.lora_down.weight": [8, 9],
     }
-    values = like_file(lora(tmp_path, layers=wider)).values
+    values = settings_from_lora(lora(tmp_path, layers=wider)).values
     assert values["adapter.targets"] == "locon"
     assert "optimizer.text_encoder_lr" not in values
 
@@ -192,7 +192,7 @@ def test_a_file_without_a_header_tells_rank_and_layers(tmp_path: Path) -> None:
     ],
 )
 def test_nonsense_is_left_out_and_said(tmp_path: Path, metadata: dict[str, str]) -> None:
-    like = like_file(lora(tmp_path, metadata))
+    like = settings_from_lora(lora(tmp_path, metadata))
     RunConfig().changed(like.values)
     assert like.left
     assert all(len(text) < 300 for text in like.left)
@@ -200,11 +200,11 @@ def test_nonsense_is_left_out_and_said(tmp_path: Path, metadata: dict[str, str])
 
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="says nothing"):
-        like_file(lora(tmp_path, layers={"a.weight": [4, 4]}))
+        settings_from_lora(lora(tmp_path, layers={"a.weight": [4, 4]}))
     with pytest.raises(AdapterFileError, match="cannot be read"):
-        like_file(lora(tmp_path, {"lora_easel.config": "= ="}))
+        settings_from_lora(lora(tmp_path, {"lora_easel.config": "= ="}))
     with pytest.raises(AdapterFileError, match="does not exist"):
-        like_file(tmp_path / "none.safetensors")
+        settings_from_lora(tmp_path / "none.safetensors")
 
 
 def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) ->
         "ss_sd_model_name": "<img src=x onerror=alert(1)>",
         "modelspec.trigger_phrase": "zwx dog",
     }
-    said = take_settings(project, like_file(lora(tmp_path, hostile)), "<b>.safetensors")
+    said = take_settings(project, settings_from_lora(lora(tmp_path, hostile)), "<b>.safetensors")
     values = dict(zip(FORM, widget_values(project), strict=True))
     assert (values["adapter.rank"], values["train.steps"], values["sample.cfg"]) == (32, 2000, 7.5)
     assert values["adapter.block_ranks"] == r"\.conv[12]$|samplers.*\.conv$ = 8"
@@ -230,7 +230,7 @@ def test_a_file_cannot_freeze_the_window_with_a_pattern(tmp_path: Path) -> None:
     hostile = {"lora_easel.config": "[adapter]\nrank = 4\n[adapter.block_ranks]\n'([a-z0-9_.]+)+!' = 4"}
     project = Project(tmp_path / "project")
     project.update_draft(values=dict(zip(FORM, widget_values(project), strict=True)))
-    take_settings(project, like_file(lora(tmp_path, hostile)), "x.safetensors")
+    take_settings(project, settings_from_lora(lora(tmp_path, hostile)), "x.safetensors")
     plan = Plan(project)
     begun = time.process_time()
     assert plan.base.facts is not None
@@ -240,6 +240,6 @@ def test_a_file_cannot_freeze_the_window_with_a_pattern(tmp_path: Path) -> None:
 
 def test_a_pattern_that_cannot_be_used_is_left_out_and_said(tmp_path: Path) -> None:
     hostile = {"lora_easel.config": "[adapter]\nrank = 4\n[adapter.block_ranks]\n'(?=(a+))+b' = 4"}
-    like = like_file(lora(tmp_path, hostile))
+    like = settings_from_lora(lora(tmp_path, hostile))
     assert "adapter.block_ranks" not in like.values
     assert like.left[0].startswith("Ranks by block is {'(?=(a+))+b': 4}")

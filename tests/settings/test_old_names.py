@@ -9,7 +9,7 @@ import pytest
 from app.train.checks import in_words
 from app.train.form import FORM, Plan, widget_values
 from lora_core.errors import ConfigError
-from lora_core.model_files.starting_settings import like_file
+from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.projects.project import Project
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
@@ -161,7 +161,7 @@ def test_an_old_run_resumes_to_the_same_bits_and_exports(
     assert result(run) == result(unbroken)
     assert run.config_file.read_bytes() == written, "the fingerprint of a run is that of its file"
     assert [record for record in caplog.records if "is now called" in record.message] == []
-    like = like_file(run.exports / "old.safetensors")
+    like = settings_from_lora(run.exports / "old.safetensors")
     assert {name: like.values[name] for name in TODAY} == TODAY
 
 
@@ -199,7 +199,7 @@ def test_an_old_draft_of_a_project_opens(tmp_path: Path) -> None:
 def test_an_old_header_is_read(tmp_path: Path) -> None:
     layers = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": [2, 8]}
     text = OLD_CONFIG.format(name="x", base="demo", pictures="demo")
-    like = like_file(write_header(tmp_path / "a.safetensors", layers, {"lora_easel.config": text}))
+    like = settings_from_lora(write_header(tmp_path / "a.safetensors", layers, {"lora_easel.config": text}))
     assert {name: like.values[name] for name in TODAY} == TODAY
     assert like.left == []
 
