@@ -74,12 +74,12 @@ def score_captions(
 
     Returns:
         `triples`; `helped` and `standard_error`: how much lower the loss is with captions than without, over
-        all pictures; `rows`: `picture`, `caption`, `loss`, `helped` (by its caption) with `helped_error`,
+        all images; `rows`: `picture`, `caption`, `loss`, `helped` (by its caption) with `helped_error`,
         `fits` (how much lower the loss is than with others' captions) with `fits_error`, `suspect`,
-        `sentence`, and, where another caption fits better, `better`: its picture, `caption`, `by`, `error`.
+        `sentence`, and, where another caption fits better, `better`: its image, `caption`, `by`, `error`.
 
     Raises:
-        DatasetError: fewer than two pictures have captions, or all have the same one.
+        DatasetError: fewer than two images have captions, or all have the same one.
     """
     records = [record for record in records if plain_caption(record.caption, "")]
     captions = [plain_caption(record.caption, "") for record in records]
@@ -226,11 +226,11 @@ def _explain(rows: list[dict[str, Any]], givers: dict[str, ImageRecord]) -> None
             row["sentence"] = (
                 f"The caption of {name} fits it no better than captions of other pictures do (the loss is"
                 f" lower by {row['fits']:.3f} ± {row['fits_error']:.3f}, for most by {usual:.3f}): it is"
-                " wrong, or says what the base does not know."
+                " wrong, or names something that the base does not know."
             )
         elif row["helped"] < _VAGUE * max(helps, 0.0):
             row["sentence"] = (
-                f"The caption of {name} helps the base hardly more than none at all (by {row['helped']:.3f},"
+                f"The caption of {name} helps the base hardly more than an empty one (by {row['helped']:.3f},"
                 f" for most by {helps:.3f})."
             )
         else:

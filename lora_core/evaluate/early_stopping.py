@@ -69,6 +69,6 @@ def reason_to_stop(validations: Sequence[Validated], patience: int) -> str:
         )
     )
     return (
-        f"Nothing was gained on held-out pictures after step {validations[best].step:,}: {since} validations"
-        f" were no better, and {how}. Resume the run to go on anyway."
+        f"The gain on held-out pictures stopped growing after step {validations[best].step:,}: {since}"
+        f" validations were no better, and {how}. Resume the run to continue anyway."
     )

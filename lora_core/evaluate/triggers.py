@@ -101,7 +101,7 @@ def trigger_candidates(base: BaseModel, captions: Sequence[str], seed: int) -> l
     short = {word: number for word in words if (number := num_tokens(base, word)) <= MOST_TOKENS}
     found = sorted((word for word in short if word not in taken), key=short.__getitem__)[:_POOL]
     if not found:
-        raise DatasetError("No short word is left that stands in no caption; choose a trigger word yourself.")
+        raise DatasetError("Every short candidate is in a caption already; choose a trigger word yourself.")
     return found
 
 

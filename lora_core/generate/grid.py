@@ -1,4 +1,4 @@
-"""A labelled sheet of pictures: a pure function of pictures and labels, drawn with Pillow's own font."""
+"""Draws a labelled grid of images with Pillow's own font."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -10,69 +10,69 @@ GAP = 8
 MOST_LINES = 4
 PAPER, INK = "#ffffff", "#1f1c18"
 ELLIPSIS = "..."
-"""Three dots, as not every build of Pillow's own font has the one character."""
+"""Three dots, as not every build of Pillow's font has the single character."""
 
 
 def make_image_grid(
-    pictures: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str]
+    images: Sequence[Sequence[Image.Image | None]], rows: Sequence[str], columns: Sequence[str]
 ) -> Image.Image:
-    """The pictures in a grid, RGB, none of them scaled.
+    """The images in a grid, RGB, none of them scaled.
 
     Args:
-        pictures: row by row; what is missing stays blank.
+        images: row by row; None leaves a blank cell.
         rows: labels left of the rows; none for no labels.
         columns: labels above the columns; none for no labels.
     """
-    there = [picture for row in pictures for picture in row if picture is not None]
-    width = max((picture.width for picture in there), default=64)
-    height = max((picture.height for picture in there), default=64)
+    present = [image for row in images for image in row if image is not None]
+    width = max((image.width for image in present), default=64)
+    height = max((image.height for image in present), default=64)
     font = ImageFont.load_default(size=max(11, min(28, width // 18 + 6)))
-    left = _wrapped(rows, max(96, min(width // 2, 320)), font)
-    top = _wrapped(columns, width, font)
+    line_height = int(font.getbbox("Ágj")[3]) + 3
+    left = _wrap_labels(rows, max(96, min(width // 2, 320)), font)
+    top = _wrap_labels(columns, width, font)
     margin = max((_width(line, font) for lines in left for line in lines), default=0)
-    line_height = _line_height(font)
     head = max((len(lines) for lines in top), default=0) * line_height
     x0, y0 = GAP + (margin + GAP if margin else 0), GAP + (head + GAP if head else 0)
-    across = max((len(row) for row in pictures), default=0)
-    made = Image.new("RGB", (x0 + across * (width + GAP), y0 + len(pictures) * (height + GAP)), PAPER)
-    draw = ImageDraw.Draw(made)
+    across = max((len(row) for row in images), default=0)
+    grid = Image.new("RGB", (x0 + across * (width + GAP), y0 + len(images) * (height + GAP)), PAPER)
+    draw = ImageDraw.Draw(grid)
     for number, lines in enumerate(top):
         x = x0 + number * (width + GAP)
         for index, line in enumerate(lines):
-            indent = (width - _width(line, font)) // 2
+            indent = max(0, (width - _width(line, font)) // 2)
             y = y0 - GAP - (len(lines) - index) * line_height
-            draw.text((x + max(0, indent), y), line, fill=INK, font=font)
+            draw.text((x + indent, y), line, fill=INK, font=font)
     for number, lines in enumerate(left):
         y = y0 + number * (height + GAP) + max(0, (height - len(lines) * line_height) // 2)
         for index, line in enumerate(lines):
             draw.text((GAP, y + index * line_height), line, fill=INK, font=font)
-    for down, row in enumerate(pictures):
-        for right, picture in enumerate(row):
-            if picture is not None:
-                made.paste(picture, (x0 + right * (width + GAP), y0 + down * (height + GAP)))
-    return made
+    for down, row in enumerate(images):
+        for right, image in enumerate(row):
+            if image is not None:
+                grid.paste(image, (x0 + right * (width + GAP), y0 + down * (height + GAP)))
+    return grid
 
 
-def _wrapped(labels: Sequence[str], width: int, font: Font) -> list[list[str]]:
-    """Each label in at most `MOST_LINES` lines of at most `width` pixels, the rest cut."""
-    words = [_printable(label) for label in labels]
+def _wrap_labels(labels: Sequence[str], width: int, font: Font) -> list[list[str]]:
+    """Each label in at most `MOST_LINES` lines of at most `width` pixels; the rest is cut off."""
+    texts = [_printable(label) for label in labels]
     if not isinstance(font, ImageFont.FreeTypeFont):
-        # A Pillow without FreeType has a font of Latin letters alone.
-        words = [word.encode("ascii", "replace").decode() for word in words]
-    return [_lines(word, width, font) for word in words]
+        # Without FreeType, Pillow has a font of Latin letters only.
+        texts = [text.encode("ascii", "replace").decode() for text in texts]
+    return [_wrap(text, width, font) for text in texts]
 
 
 def _printable(label: str) -> str:
-    """One line without marks that turn or hide what follows."""
+    """One line without control characters."""
     kept = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in label[:2000])
     return " ".join("".join(c for c in kept if unicodedata.category(c) not in ("Cf", "Cs", "Co")).split())
 
 
-def _lines(text: str, width: int, font: Font) -> list[str]:
+def _wrap(text: str, width: int, font: Font) -> list[str]:
     lines: list[str] = []
     rest = text
     while rest and len(lines) < MOST_LINES:
-        count = _fitting(rest, width, font)
+        count = _num_fitting(rest, width, font)
         if count < len(rest):
             blank = rest.rfind(" ", 1, count + 1)
             count = blank if blank > count // 3 else count
@@ -86,7 +86,7 @@ def _lines(text: str, width: int, font: Font) -> list[str]:
     return lines
 
 
-def _fitting(text: str, width: int, font: Font) -> int:
+def _num_fitting(text: str, width: int, font: Font) -> int:
     """How many characters from the start fit, at least 1."""
     low, high = 1, min(len(text), 400)
     while low < high:
@@ -97,7 +97,3 @@ def _fitting(text: str, width: int, font: Font) -> int:
 
 def _width(text: str, font: Font) -> int:
     return int(font.getlength(text)) + 1
-
-
-def _line_height(font: Font) -> int:
-    return int(font.getbbox("Ágj")[3]) + 3

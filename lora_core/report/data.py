@@ -29,7 +29,7 @@ from lora_core.train.fingerprint import input_hashes
 
 FEWEST_DRAWS = 8
 CHANGED = (
-    "The pictures have changed since the run began, so that some of those that are measured may have been"
+    "The pictures have changed since the run started, so some of those that are measured may have been"
     " trained on."
 )
 
@@ -180,7 +180,7 @@ def collect_data(run: RunFolder, measure: bool, on_phase: OnPhase) -> ReportData
     data.images = saved_image_rows(run.path / PICTURES_FILE)
     steps = run.checkpoint_steps()
     if not steps:
-        why = "The run has no checkpoint yet, so there is no adapter to look at."
+        why = "The run has no checkpoint yet, so there is no adapter to analyse."
         data.problems = dict.fromkeys(("spectrum", "rank", "strength"), why)
         return data
     data.best = progress.best_step in steps

@@ -49,7 +49,7 @@ def spectrum_sentence(spectrum: Row) -> str:
     """The spectrum in words."""
     layers: list[Row] = spectrum["layers"]
     if not layers:
-        return "No layer of this file can be taken apart."
+        return "No layer of this file can be decomposed."
     needs = statistics.median(row["rank99"] for row in layers)
     effective = statistics.fmean(row["effective_rank"] for row in layers)
     plural = "layer" if len(layers) == 1 else "layers"
@@ -199,17 +199,14 @@ def strength_html(found: Row, what: str = "") -> str:
     points = [(float(row["strength"]), float(row["gain"])) for row in curve]
     errors = [2 * float(row["standard_error"]) for row in curve]
     best, low, high = (float(found[key]) for key in ("strength", "low", "high"))
-    label = f"Gain over strength; highest at {best:.2f}, no difference from {low:.2f} to {high:.2f}"
+    label = f"Gain over strength; highest at {best:.2f}, as good within noise from {low:.2f} to {high:.2f}"
     mark = Mark(best, float(found["gain"]), f"best, {best:.2f}")
     plot = curves_plot(label, [Curve("", points, errors)], mark, whole=False, between=(low, high))
     rows = [
         (f"{row['strength']:.2f}", f"{row['gain']:+.4f}", f"{row['standard_error']:.4f}") for row in curve
     ]
     table = table_html(("Strength", "Gain", "Standard error"), rows, "Measured strengths")
-    note = (
-        "Two standard errors around the gain; between the edges of the shaded strengths no difference from"
-        " the best can be told."
-    )
+    note = "Two standard errors around the gain; the shaded strengths are as good as the best within noise."
     title = f"Gain over strength{f', {what}' if what else ''}"
     return figure(title, plot, note) + folded("As a table", table)
 
@@ -227,8 +224,8 @@ def amplified_html(report: Row) -> str:
     said = paragraph(
         f"Where it acts it is {factor} times as strong as the base is there"
         f"{' in all' if overall is not None else ''}; {count:,} intruder"
-        f" {'dimension' if count == 1 else 'dimensions'}: new leading directions that the base has none like,"
-        " a sign of forgetting where there are many."
+        f" {'dimension' if count == 1 else 'dimensions'}: new leading directions that the base does not"
+        " have; many of them are a sign of forgetting."
     )
     factors = [row["amplification"] or 0.0 for row in blocks]
     norms = [row["norm"] for row in blocks]
@@ -263,7 +260,7 @@ def rate_html(found: RateFound) -> str:
     mark = Mark(place, share, f"taken: {found.rate:.2g}")
     plot = curves_plot(label, [curve], mark, ticks=lambda x: f"{10**x:.1g}")
     note = (
-        "A short training before the first step, at rates that rise. Taken is twice the rate at which half of"
-        " the best is reached: high enough to be quick, and well below where it gets rough."
+        "A short test before the first step, at rising rates. The chosen rate is twice the one that reaches"
+        " half of the best: fast, and well below where training becomes unstable."
     )
     return figure("Learning rate", plot, note)

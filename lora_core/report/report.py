@@ -183,12 +183,12 @@ def base_name(text: str) -> str:
 # The summary.
 
 STATES = {
-    "queued": "It has not begun.",
+    "queued": "It has not started.",
     "preparing": "It is being prepared.",
-    "running": "It is still going on.",
+    "running": "It is still running.",
     "paused": "It is paused.",
     "stopped": "It was stopped early.",
-    "interrupted": "It was broken off and can go on.",
+    "interrupted": "It was interrupted and can be resumed.",
     "failed": "It failed.",
     "done": "",
 }
@@ -197,18 +197,18 @@ STATES = {
 def summary(data: ReportData) -> list[str]:
     """Sentences, the most important first."""
     found = with_gain(data.progress.validations)
-    said = [_learned_sentence(data, found)]
+    sentences = [_learned_sentence(data, found)]
     if found:
-        said += [
+        sentences += [
             describe_memorization(found[-1]),
             describe_forgetting(found[-1]),
             describe_average(found[-1]),
         ]
-    said.append(_rank_sentence(data))
+    sentences.append(_rank_sentence(data))
     state = STATES.get(data.state, "")
     if state:
-        said.append(f"{state} {data.ending}".strip())
-    return [sentence for sentence in said if sentence]
+        sentences.append(f"{state} {data.ending}".strip())
+    return [sentence for sentence in sentences if sentence]
 
 
 def _learned_sentence(data: ReportData, found: list[Validated]) -> str:
@@ -221,17 +221,17 @@ def _learned_sentence(data: ReportData, found: list[Validated]) -> str:
     best, last = best_of(found), found[-1]
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
-            return "It did not learn: pictures that it had not seen are predicted worse than by the base."
-        return "No gain on pictures that it had not seen can be told from chance."
+            return "It did not learn: held-out pictures are predicted worse than by the base."
+        return "The gain on held-out pictures is within noise."
     share = best.gain / best.base_loss if best.base_loss > 0 else math.nan
     much = f"{share:.0%} better than by the base" if math.isfinite(share) else "better than by the base"
     at = "at the end" if best.step == data.progress.step else f"at best at step {best.step:,}"
-    sentence = f"It learned: pictures that it had not seen are predicted {much}, {at}."
+    sentence = f"It learned: held-out pictures are predicted {much}, {at}."
     return f"{sentence} {_overcooked(best, last, data.best)}".strip()
 
 
 def _overcooked(best: Validated, last: Validated, kept: bool) -> str:
-    """Whether it became worse after the best step, and what to do then."""
+    """Whether it became worse after the best step, and which file to use."""
     if last.step <= best.step or not last.against_best < -SURE * known_error(last.against_best_error):
         return ""
     take = f"; take the file of step {best.step:,}" if kept else ""
@@ -317,13 +317,13 @@ def _chosen(previews: Sequence[PreviewDone], best: int | None) -> list[PreviewDo
 
 
 def _encode_all(files: Sequence[Path]) -> dict[Path, str]:
-    """The pictures as base64, at the largest size at which all of them have room."""
+    """The images as base64, at the largest size at which all of them fit into `ROOM`."""
     found: dict[Path, str] = {}
     for side in SIDES:
         found = {file: data for file in files if (data := encode_thumbnail(file, side))}
         if sum(map(len, found.values())) <= ROOM:
             return found
-    # So many prompts and steps that even thumbnails take too much: the first ones stay.
+    # Even the smallest thumbnails take too much: the first ones are kept.
     total, kept = 0, {}
     for file, data in found.items():
         total += len(data)
@@ -333,7 +333,7 @@ def _encode_all(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def encode_thumbnail(file: Path, side: int) -> str:
-    """A picture as a webp of at most `side` pixels, in base64; "" where it cannot be read."""
+    """An image as a webp of at most `side` pixels, in base64; "" where it cannot be read."""
     try:
         with Image.open(file) as opened:
             image = opened.convert("RGB")
@@ -354,23 +354,23 @@ def loss_html(data: ReportData) -> str:
     """Training loss, raw and smoothed."""
     points = [(float(e.step), e.loss) for e in data.progress.losses if math.isfinite(e.loss)]
     if len(points) < 2:
-        return paragraph("There is no curve of so few steps.")
-    calm = downsample([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
+        return paragraph("Too few steps for a curve.")
+    smooth = downsample([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
     raw = downsample(points)
     ys = sorted(y for _, y in raw)
-    # A single wild step must not flatten the rest of the curve.
-    top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
-    curves = [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)]
-    plot = curves_plot(f"Training loss, at the end {calm[-1][1]:.4f} smoothed", curves, highest=top)
-    note = "It says little by itself: noise and timesteps are drawn at random. The gain tells more."
+    # A single outlier must not flatten the rest of the curve.
+    top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in smooth))
+    curves = [Curve("each step", raw, (), "raw"), Curve("smoothed", smooth)]
+    plot = curves_plot(f"Training loss, at the end {smooth[-1][1]:.4f} smoothed", curves, highest=top)
+    note = "It says little by itself, since noise and timesteps are random; the gain says more."
     return figure("Training loss", plot, note)
 
 
 def gain_html(data: ReportData) -> str:
-    """Gain on held-out pictures with its error, on training pictures, and on what should stay."""
+    """Gain on held-out images with its error, on training images, and on the base's own."""
     found = with_gain(data.progress.validations)
     if not found:
-        return paragraph("No picture was held out, so that no gain was measured.")
+        return paragraph("No picture was held out, so no gain was measured.")
     best = best_of(data.progress.validations)
     curves = [
         _curve("held-out pictures", found, "smooth", lambda e: (e.gain, e.standard_error)),
@@ -442,7 +442,7 @@ def bands_html(data: ReportData) -> str:
 
 
 def images_html(data: ReportData) -> str:
-    """The gain of each picture; pictures are numbers here, as the page may be passed on."""
+    """The gain of each image, by number instead of name, as the page may be passed on."""
     rows = data.images
     if not rows:
         return ""
@@ -458,5 +458,5 @@ def images_html(data: ReportData) -> str:
     ]  # fmt: skip
     less = len(rows) - len(shown)
     more = f" {less} between them are left out." if less else ""
-    note = f"Numbered by gain; names and pictures stay with their owner.{more}"
+    note = f"Numbered by gain; the page contains neither their names nor the pictures.{more}"
     return figure("Gain of each picture", bars_plot("Gain of each picture, the highest first", bars), note)

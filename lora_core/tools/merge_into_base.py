@@ -131,7 +131,7 @@ def _edits(base: BaseWeights, terms: Mapping[LayerKey, list[Term]]) -> TensorEdi
     if missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise AdapterFileError(
-            f"The adapter has layers that the base {base.path} has not, {'.'.join(missing[0])}{more}; it is"
+            f"The adapter has layers that the base {base.path} lacks, {'.'.join(missing[0])}{more}; it is"
             " for another base."
         )
     edits: TensorEdits = {}
@@ -204,7 +204,7 @@ def _pieces(
 def _edit_tensor(tensor: torch.Tensor, edits: Sequence[TensorEdit], name: str) -> torch.Tensor:
     """W0 + sum of s delta in fp32, rounded to the tensor's own dtype."""
     if not tensor.is_floating_point():
-        raise ModelFileError(f"{name} holds whole numbers, into which nothing can be merged.")
+        raise ModelFileError(f"{name} has an integer dtype, into which nothing can be merged.")
     full = tensor.float().clone()
     for edit in edits:
         rows = full if edit.source.third is None else full.chunk(THIRDS)[edit.source.third]

@@ -1,4 +1,4 @@
-"""The strength at which an adapter gains most, measured, with the interval that cannot be told from it.
+"""Measures the strength at which an adapter gains most, and which strengths are as good within noise.
 
 The gain is a smooth curve of the strength: a few coarse points find where it is highest, and parabolas
 through the best three find the top (successive parabolic interpolation; Brent 1973, section 5.2). All points
@@ -45,7 +45,7 @@ class StrengthFit:
 
     Attributes:
         strength: the best of those measured.
-        low, high: the strengths around it that cannot be told from it.
+        low, high: the ends of the strengths around it that are as good within noise.
         gain, standard_error: at the best.
         curve: (strength, gain, standard error) of each measured strength, ascending.
     """
@@ -60,11 +60,12 @@ class StrengthFit:
     def sentence(self, what: str = "The adapter") -> str:
         """The result in words."""
         if self.strength <= 0:
-            return f"{what} gains at no strength on these pictures: they are better predicted without it."
+            return f"{what} gains at no strength on these pictures: the base predicts them better without it."
         edge = " and may be best beyond that, where nothing was tried" if self.strength >= HIGHEST else ""
         return (
             f"{what} gains most at strength {self.strength:.2f}{edge}: {self.gain:+.4f} (standard error"
-            f" {self.standard_error:.4f}); from {self.low:.2f} to {self.high:.2f} no difference can be told."
+            f" {self.standard_error:.4f}); from {self.low:.2f} to {self.high:.2f} the difference is within"
+            " noise."
         )
 
     def document(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class TruncationLoss:
             words = "nothing is lost."
         else:
             words = (
-                f"the update differs from the whole one by {self.overall:.2%} of its norm; the worst layer,"
+                f"the update differs from the original by {self.overall:.2%} of its norm; the worst layer,"
                 f" {name}, by {error:.2%}."
             )
         return at + words if at else words[0].upper() + words[1:]

@@ -239,7 +239,7 @@ def test_the_command_says_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureF
     ("found", "said"),
     [
         ([validated(50, 0.1), validated(100, 0.2)], "40% better than by the base, at the end"),
-        ([validated(50, 0.015, best=False)], "can be told from chance"),
+        ([validated(50, 0.015, best=False)], "is within noise"),
         ([validated(50, -0.1, best=False)], "It did not learn"),
         (
             [

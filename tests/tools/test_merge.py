@@ -150,7 +150,7 @@ def test_a_loha_becomes_a_plain_lora_and_the_error_is_told(tmp_path, capsys):
     values = torch.linalg.svdvals(expected)
     share = float((values[3:].square().sum() / values.square().sum()).sqrt())
     assert (
-        f"ha.safetensors as a plain LoRA: At rank 3 the update differs from the whole one by {share:.2%}"
+        f"ha.safetensors as a plain LoRA: At rank 3 the update differs from the original by {share:.2%}"
         in lines[0]
     )
     found = load_adapter(out).layers[TO_K]
@@ -172,7 +172,7 @@ def test_a_dora_needs_its_base(tmp_path, capsys):
     assert "give --base" in error
     code, lines, _ = run(capsys, "merge", source, "--out", out, "--rank", 3, "--base", "demo")
     assert code == 0
-    assert "differs from the whole one" in lines[0]
+    assert "differs from the original" in lines[0]
 
 
 def test_kinds_are_merged_with_each_other(tmp_path, capsys):

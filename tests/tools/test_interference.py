@@ -1,6 +1,7 @@
-"""Overlap of adapters against sums of formed products."""
+"""Similarity and interference of adapters: by hand, planted, and against sums of formed products."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import load_adapter
 from lora_core.generate.request import WeightedLora
-from lora_core.tools.interference import interference_report
+from lora_core.tools.interference import baseline, file_similarity, interference_report, phi, phi_table
 from tests.tools.planted import (
+    CONV,
     LAYERS,
     PROJ,
     TEXT,
@@ -24,6 +26,122 @@ from tests.tools.planted import (
     saved,
     shape_of,
 )
+
+
+def test_equation_4_by_hand():
+    """In three dimensions: span(e1, e2) and span(e1, a) with a at 60 degrees between e2 and e3.
+
+    The products are <e1, e1> = 1, <e2, a> = 1/2 and two zeros, so |U^T V|^2 = 1 + 1/4 and phi(2, 2) = 5/8; of
+    the leading ones alone it is 1; e1 lies wholly in the second plane, so that phi(1, 2) = 1.
+    """
+    first = torch.tensor([[1.0, 0], [0, 1], [0, 0]])
+    second = torch.tensor([[1.0, 0], [0, 0.5], [0, math.sqrt(3) / 2]])
+    assert phi(first, second) == pytest.approx(5 / 8)
+    torch.testing.assert_close(phi_table(first, second), torch.tensor([[1.0, 1.0], [1.0, 5 / 8]]))
+    assert phi(first[:, :1], second) == 1.0
+    assert phi(first[:, 1:], second[:, :1]) == 0.0
+
+
+def test_the_baseline_is_the_mean_over_random_subspaces():
+    """200 draws of 3 and 5 of 24 dimensions: 5/24; the deviation of one draw is about 0.06."""
+    draw = torch.Generator().manual_seed(0)
+    found = [phi(orthonormal(24, 3, draw), orthonormal(24, 5, draw)) for _ in range(200)]
+    assert sum(found) / 200 == pytest.approx(baseline(3, 5, 24), abs=0.015)
+    assert baseline(3, 5, 24) == 5 / 24
+
+
+def sharing(key, shared, seed):
+    """Rank 8 with equal singular values: 3 directions are of `shared`, the others orthogonal to them and
+    random."""
+    draw = torch.Generator().manual_seed(seed)
+    sides = []
+    for common in shared:
+        rest = torch.randn(common.shape[0], 5, generator=draw, dtype=torch.float64)
+        sides.append(torch.cat([common, torch.linalg.qr(rest - common @ (common.T @ rest)).Q], dim=1))
+    turn = orthonormal(8, 8, draw)
+    return layer_of(sides[0] @ turn, turn.T @ sides[1].T, key, 8.0)
+
+
+def test_a_planted_subspace_shows(tmp_path):
+    files, draw = ([], []), torch.Generator().manual_seed(5)
+    one, two = {}, {}
+    for number, key in enumerate(LAYERS):
+        sizes = dense(random_layer(key, 1, 1.0, 0)).shape
+        shared = [orthonormal(size, 3, draw) for size in sizes]
+        one[key], two[key] = sharing(key, shared, 2 * number), sharing(key, shared, 2 * number + 1)
+    files = saved(one, tmp_path / "a.safetensors"), saved(two, tmp_path / "b.safetensors", "diffusers")
+    report = file_similarity(*files)
+    for row in report["layers"]:
+        out, inside = dense(one[row["part"], row["module"]]).shape
+        assert row["rank"] == 8
+        for name, size in (("phi", inside), ("phi_output", out)):
+            # 3 of 8 directions in full, and 5 random ones of what is left against 5 others.
+            expected = (3 + 5 * 5 / (size - 3)) / 8
+            assert row[name] == pytest.approx(expected, abs=0.04)
+        assert (row["baseline"], row["baseline_output"]) == (8 / inside, 8 / out)
+    assert report["similarity"] > 3 * report["baseline"]
+    assert len(report["table"]) == 8
+
+
+def test_of_strangers_nothing_is_alike(tmp_path):
+    files = [
+        saved(
+            {key: random_layer(key, 4, 4.0, seed + n) for n, key in enumerate(LAYERS)},
+            tmp_path / f"{seed}.safetensors",
+        )
+        for seed in (0, 100)
+    ]
+    report = file_similarity(*files)
+    assert report["similarity"] == pytest.approx(report["baseline"], abs=0.03)
+
+
+def test_a_file_and_itself(tmp_path, capsys):
+    path = saved(
+        {key: random_layer(key, 4, 4.0, n) for n, key in enumerate(LAYERS)}, tmp_path / "a.safetensors"
+    )
+    assert main(["compare", str(path), str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["similarity"] == report["similarity_output"] == 1.0
+    assert all(row["phi"] == 1.0 for row in report["layers"])
+    assert main(["compare", str(path), str(path)]) == 0
+    assert "Similarity 1.000" in capsys.readouterr().out
+
+
+def test_the_lower_rank_counts_and_scale_and_format_do_not(tmp_path):
+    """A cut adapter's directions are the leading ones of the whole."""
+    u, v = (orthonormal(size, 6, torch.Generator().manual_seed(n)) for n, size in enumerate(shape_of(TO_K)))
+    values = torch.tensor([9.0, 7, 5, 3, 2, 1]).double()
+    whole = {TO_K: layer_of(u * values, v.T, TO_K, 6.0)}
+    part = {TO_K: layer_of(-0.1 * u[:, :2] * values[:2], v[:, :2].T, TO_K, 9.0)}
+    report = file_similarity(
+        saved(whole, tmp_path / "a.safetensors"), saved(part, tmp_path / "b.safetensors")
+    )
+    assert report["layers"][0]["rank"] == 2
+    assert report["similarity"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_layers_of_one_file_alone_are_named(tmp_path):
+    zero = random_layer(CONV, 2, 2.0, 1, size=0.0)
+    one = saved({TO_K: random_layer(TO_K, 2, 2.0, 0), CONV: zero}, tmp_path / "a.safetensors")
+    two = {
+        TO_K: random_layer(TO_K, 2, 2.0, 1),
+        CONV: random_layer(CONV, 2, 2.0, 1),
+        TEXT: random_layer(TEXT, 2, 2.0, 2),
+    }
+    report = file_similarity(one, saved(two, tmp_path / "b.safetensors"))
+    assert [row["module"] for row in report["layers"]] == [TO_K[1]]
+    assert {(row["module"], row["reason"]) for row in report["left_out"]} == {
+        (TEXT[1], "it is in b.safetensors alone"),
+        (CONV[1], "it changes nothing"),
+    }
+
+
+def test_nothing_in_common(tmp_path, capsys):
+    one = saved({TO_K: random_layer(TO_K, 2, 2.0, 0)}, tmp_path / "a.safetensors")
+    two = saved({TEXT: random_layer(TEXT, 2, 2.0, 0)}, tmp_path / "b.safetensors")
+    assert main(["compare", str(one), str(two)]) == 1
+    assert "no layer in common" in capsys.readouterr().err
+
 
 CONV_IN = ("unet", "conv_in")
 

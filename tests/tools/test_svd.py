@@ -22,7 +22,7 @@ from tests.tools.planted import (
     saved,
     shape_of,
 )
-from tests.tools.test_plain import LINEAR, VERSION, in_peft, stem
+from tests.tools.test_delta import LINEAR, VERSION, in_peft, stem
 
 
 @pytest.fixture
