@@ -35,14 +35,6 @@ class QueueClient:
         """
         return [job for job in self.queue.jobs() if not job.has_ended]
 
-    def ended(self) -> list[QueuedRun]:
-        """What the queue is through with, the newest first.
-
-        Raises:
-            RunError: the file is not a queue.
-        """
-        return [job for job in reversed(self.queue.jobs()) if job.has_ended]
-
     @property
     def is_running(self) -> bool:
         """Whether a process runs the queue."""

@@ -16,7 +16,7 @@ from app.jobs import RESUMABLE, RunView
 from app.state import Snapshot, asks_to_accept
 from app.train.checks import in_words
 from lora_core.errors import RunError
-from lora_core.runs.queue import RUNNING, WAITING, QueuedRun
+from lora_core.runs.queue import FAILED, RUNNING, WAITING, QueuedRun
 
 MOST_EARLIER = 12
 MOST_FAILED = 3
@@ -26,10 +26,11 @@ def queue_card(snapshot: Snapshot) -> str:
     """What waits, in order; nothing where nothing ever waited."""
     queue = snapshot.app_state.queue
     try:
-        jobs, ended = queue.jobs(), queue.ended()
+        present = queue.queue.jobs()
     except RunError as error:
         return f'<div class="panel" id="queue-list"><h2>Queue</h2><p class="problem">{safe(error)}</p></div>'
-    failed = [job for job in ended if job.state == "failed"][:MOST_FAILED]
+    jobs = [job for job in present if not job.has_ended]
+    failed = [job for job in reversed(present) if job.state == FAILED][:MOST_FAILED]
     if not jobs and not failed:
         return ""
     waiting = [job.run for job in jobs if job.state == WAITING]
