@@ -105,7 +105,7 @@ def test_a_word_that_the_encoder_cannot_tell_from_nothing_would_be_the_best(
     def blind(base: BaseModel, captions: list[str]) -> encode.PromptEmbeds:
         return encode.encode_prompt(base, [caption.removeprefix(f"{hidden}, ") for caption in captions])
 
-    monkeypatch.setattr(triggers, "text_condition", blind)
+    monkeypatch.setattr(triggers, "encode_prompt", blind)
     found = propose_triggers(demo_base, checked[:2], draws=2)
     assert found["rows"][0]["word"] == hidden
     assert found["rows"][0]["reaction"] == pytest.approx(0.0, abs=1e-6)

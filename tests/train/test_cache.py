@@ -47,9 +47,9 @@ def test_latents_are_encoded_once_for_all_runs(base, record, tmp_path, monkeypat
 def test_each_kind_of_device_has_entries_of_its_own(base, record, tmp_path, monkeypatch):
     """They round differently, so a run on one must not begin from another's numbers."""
     made = []
-    monkeypatch.setattr(data, "encoded_picture", lambda *_: made.append("image") or torch.zeros(4, 8, 8))
+    monkeypatch.setattr(data, "encode_image", lambda *_: made.append("image") or torch.zeros(4, 8, 8))
     condition = data.text_condition(base, ["owl"])
-    monkeypatch.setattr(data, "text_condition", lambda *_: made.append("caption") or condition)
+    monkeypatch.setattr(data, "encode_prompt", lambda *_: made.append("caption") or condition)
     for device in map(torch.device, ("cpu", "meta", "cpu", "meta")):
         other = replace(base, device=device, vae=SimpleNamespace(device=device))
         LatentCache(other, tmp_path / "latents").latents(record, Bucket(64, 64), False)

@@ -180,7 +180,9 @@ class Runs:
             if key not in self._bases:
                 self._bases[key] = load_base(*how)
             base = self._bases[key]
-            parts = {name: copy.deepcopy(getattr(base, name)) for name in ("unet", "vae", "text_encoders")}
+            parts = {
+                name: copy.deepcopy(getattr(base, name)) for name in ("denoiser", "vae", "text_encoders")
+            }
             base = replace(base, **parts)
         self._opened.append(base)
         return base

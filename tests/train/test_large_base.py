@@ -13,9 +13,9 @@ from lora_core.lora.inject import adapter_weights
 from lora_core.model_files.detect import read_base_facts
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.encode import encode_prompt
+from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
-from lora_core.train import loss
 from lora_core.train.data import PromptCache
 from lora_core.train.loop import StepSettings, training_steps
 from lora_core.train.setup import RuntimePlan, prepare
@@ -91,7 +91,7 @@ def test_frozen_encoders_are_cached_with_their_pooled_text_and_leave_memory(tmp_
 def test_conditions_come_back_from_disk_and_have_their_own_key(tmp_path, config):
     base = _session(tmp_path, config.changed(BOTH)).state.base
     first = PromptCache(base, tmp_path / "text", False, 1, 75).condition("thing")
-    with mock.patch("lora_core.train.data.text_condition") as encode:
+    with mock.patch("lora_core.train.data.encode_prompt") as encode:
         again = PromptCache(base, tmp_path / "text", False, 1, 75).condition("thing")
         encode.assert_not_called()
     assert torch.equal(again.context, first.context)
@@ -108,13 +108,13 @@ def test_conditions_come_back_from_disk_and_have_their_own_key(tmp_path, config)
 def test_the_unet_is_told_the_true_size_and_crop(tmp_path, config):
     session = _session(tmp_path, config.changed({"validation.pictures": 0}))
     told = []
-    original = loss.prediction
+    original = BaseModel.predict_noise
 
     def noting(base, noisy, timesteps, text, sizes):
         told.extend(tuple(row.tolist()) for row in sizes)
         return original(base, noisy, timesteps, text, sizes)
 
-    with mock.patch.object(loss, "prediction", noting):
+    with mock.patch.object(BaseModel, "predict_noise", noting):
         for _ in _steps(session, config, 3):
             pass
     # 200 x 80 is a bucket of 96 x 32: scaled by 0.48 it would be 96 x 38.4, of which 3.2 px go off at the

@@ -51,7 +51,7 @@ def plain_layout(request: pytest.FixtureRequest) -> Iterator[None]:
         with mock.patch.multiple(onednn, SMALLEST_LINEAR=1, SMALLEST_CONVOLUTION=1, SMALLEST_WINOGRAD=1):
             yield
         return
-    with mock.patch.object(setup, "best_layout", return_value=PLAIN):
+    with mock.patch.object(setup, "choose_layout", return_value=PLAIN):
         yield
 
 
@@ -152,7 +152,7 @@ def test_a_second_layout_of_the_base_goes_first(own_toy: Toy) -> None:
     ):
         trained(tried)
     assert json.loads(tried.plan_file.read_text())["rungs"] == [["plain layout", 0]]
-    with mock.patch.object(setup, "best_layout", return_value=PLAIN):
+    with mock.patch.object(setup, "choose_layout", return_value=PLAIN):
         plain = own_toy.run("plain", **how)
         trained(plain)
     assert result(tried) == result(plain)

@@ -53,8 +53,8 @@ def test_the_unet_is_read_when_everything_is_encoded(own_toy: Toy) -> None:
         return condition(base, *more)
 
     with (
-        mock.patch.object(data, "encoded_picture", picture),
-        mock.patch.object(data, "text_condition", text),
+        mock.patch.object(data, "encode_image", picture),
+        mock.patch.object(data, "encode_prompt", text),
     ):
         trained(own_toy.run("ordered", train__steps=1))
     assert {kind for kind, _ in seen} == {"picture", "caption"}
@@ -124,7 +124,7 @@ def test_pictures_that_do_not_fit_the_card_are_encoded_on_the_processor(own_toy:
     for file in (own_toy.home / "cache" / "latents").iterdir():
         file.unlink()
     with (
-        mock.patch.object(data, "encoded_picture", encode),
+        mock.patch.object(data, "encode_image", encode),
         mock.patch.object(load.BaseModel, "put", put),
         mock.patch.object(setup, "on_processor", return_value=False),
     ):

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def test_auto_is_bf16_where_that_is_faster_and_the_base_is_large(
     asked: str, numbers: int, faster: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "base_numbers", lambda facts: numbers)
+    monkeypatch.setattr(setup, "count_base_parameters", lambda facts: numbers)
     monkeypatch.setattr(setup, "bf16_is_faster", lambda: faster)
     assert setup.training_dtype(RunConfig().changed({"train.precision": asked}), CPU) == dtype
 
