@@ -11,13 +11,13 @@ from app.formatting import format_bytes, pluralize, post_button, progress_bar, s
 from app.state import AppState, Snapshot
 from app.train.form import (
     FORM,
-    carried_over,
-    choice,
-    for_family,
-    keep_typed,
+    carry_over,
+    chosen_preset,
+    current_values,
+    family_differences,
+    keep_changed_values,
     preset_config,
-    shown,
-    standing_values,
+    to_widget_value,
     widget,
 )
 from lora_core.model_files.detect import EMBEDDED, lookup_base
@@ -135,11 +135,11 @@ def wire_picker(bindings: Bindings, widgets: dict[str, Any], level: Any, note: A
         given = dict(zip(FORM, values, strict=True))
         if before is not None and before[FORM.index("model.base")] == given["model.base"]:
             return [gr.skip()] * len(outputs)
-        old_level = choice(project.draft())[1]
+        old_level = chosen_preset(project.draft())[1]
         said, new_level, changed = choose_base(bindings.app_state, given)
         fresh = {name: value for name, value in changed.items() if value != given[name]}
-        keep_typed(project, before, list(values))
-        project.update_draft(values=standing_values(project) | fresh, level=new_level)
+        keep_changed_values(project, before, list(values))
+        project.update_draft(values=current_values(project) | fresh, level=new_level)
         shown_note = f'<p class="small" role="status">{safe(said)}</p>' if said else ""
         shown_level = gr.skip() if new_level == old_level else new_level
         page = list((given | fresh).values())
@@ -162,7 +162,7 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
         A sentence, or ""; the preset's level; and the form's new values.
     """
     draft = app_state.project.draft()
-    goal, level = choice(draft)
+    goal, level = chosen_preset(draft)
     before = lookup_base(_fitted(draft))
     name = str(values["model.base"] or "").strip().strip('"') or EMBEDDED
     values = {**values, "model.base": name}
@@ -178,13 +178,13 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
     new_level = USUAL_LEVEL if level == DEMO and not new.embedded else level
     if not new.embedded:
         app_state.places.keep_base(name)
-    changed = carried_over(
+    changed = carry_over(
         values, preset_config(goal, level, before.family), preset_config(goal, new_level, new.family)
     )
     changed["model.base"] = name
     if new.resolution != before.resolution:
         # A size that suits another base is not meant for this one.
-        changed["train.resolution"] = shown("train.resolution", 0)
+        changed["train.resolution"] = to_widget_value("train.resolution", 0)
     if name != before.name:
         # What was set against one base's files says nothing of the next.
         changed |= {"model.prediction": "auto", "model.zero_terminal_snr": "auto", "model.vae": ""}
@@ -200,7 +200,7 @@ def _fitted(draft: dict[str, Any]) -> str:
 
 def adopt_downloaded_base(app_state: AppState, name: str) -> None:
     """Fill the form with the starting values of a base that has arrived, where it is still the chosen one."""
-    values = standing_values(app_state.project)
+    values = current_values(app_state.project)
     if values["model.base"] == name:
         _, level, changed = choose_base(app_state, values)
         app_state.project.update_draft(values=changed, level=level)
@@ -223,7 +223,7 @@ def base_note(snapshot: Snapshot) -> str:
     plan = snapshot.plan
     tone = "problem" if plan.base.problem and not plan.base.remote else "small"
     sentences = [plan.base.sentence]
-    own = for_family(plan.goal, plan.level, plan.base.family)
+    own = family_differences(plan.goal, plan.level, plan.base.family)
     if own:
         sentences.append(f"For it the preset starts with {', '.join(own)}.")
     trained_at = plan.config.train.resolution

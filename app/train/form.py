@@ -1,4 +1,9 @@
-"""The run that the form stands for at this moment: the draft on disk, read as settings."""
+"""The training form without its layout: from settings to widgets, from widgets to the draft on disk, and from
+the draft to the settings of the run to come.
+
+Widgets follow from the declarations in `settings/schema.py`, so label, help, range and choices are written
+once; `train_form.py` places them.
+"""
 
 import contextlib
 import json
@@ -28,83 +33,6 @@ from lora_core.settings.config import (
     takes_auto,
 )
 
-
-class Plan:
-    """Settings of the run to come, what is not legal in them, and what of an older draft is not used."""
-
-    def __init__(self, project: Project) -> None:
-        """Read the project's draft."""
-        draft = project.draft()
-        self.goal, self.level = choice(draft)
-        kept = typed_values(draft)
-        values = {name: v for name, v in kept.items() if name in FORM}
-        # Until the form is changed: then the draft is written anew, without them.
-        self.notes = retired(kept.items())
-        self.base = base_of(values)
-        self.preset = preset_config(self.goal, self.level, self.base.family)
-        config, self.problems = config_of(values, self.preset)
-        path = DEMO if project.uses_demo else str(project.pictures)
-        self.trigger = str(draft.get("trigger") or "")
-        self.config: RunConfig = config.changed({"dataset.path": path, "dataset.trigger": self.trigger})
-
-
-def typed_values(draft: dict[str, Any]) -> dict[str, Any]:
-    """What a draft holds of the form, by the names that the settings have today."""
-    return {OLD_NAMES.get(name, name): value for name, value in (draft.get("values") or {}).items()}
-
-
-def choice(draft: dict[str, Any]) -> tuple[str, str]:
-    """The goal and the preset of a draft; the demo's pictures bring their own preset."""
-    level = draft.get("level") or (DEMO if draft.get("dataset") == DEMO else "balanced")
-    return str(draft.get("goal") or "style"), str(level)
-
-
-def base_of(values: dict[str, Any]) -> Base:
-    """The base that the form's values name."""
-    name = values.get("model.base") or EMBEDDED
-    by_hand = (str(values.get(key) or "auto") for key in ("model.prediction", "model.zero_terminal_snr"))
-    return lookup_base(str(name), *by_hand)
-
-
-def widget_values(project: Project) -> list[Any]:
-    """What the form's widgets show: the draft as it was typed, the preset where nothing was."""
-    draft = project.draft()
-    typed = typed_values(draft)
-    standard = form_values(preset_config(*choice(draft), base_of(typed).family))
-    return [typed.get(name, value) for name, value in zip(FORM, standard, strict=True)]
-
-
-def standing_values(project: Project) -> dict[str, Any]:
-    """`widget_values` by the settings' names."""
-    return dict(zip(FORM, widget_values(project), strict=True))
-
-
-def keep_typed(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
-    """Put into the draft what was typed on a page, and nothing of what only stood there.
-
-    Args:
-        project: whose draft.
-        seen: what the page was filled with, in the order of `FORM`; None where that is not known.
-        values: what its fields hold now.
-    """
-    given = dict(zip(FORM, values, strict=True))
-    if seen is not None and len(seen) == len(values):
-        before = dict(zip(FORM, seen, strict=True))
-        given = standing_values(project) | {
-            name: value for name, value in given.items() if value != before[name]
-        }
-    project.update_draft(values=given)
-
-
-# The training form: widgets made from the settings' metadata, so that label, tooltip, range and choices are
-# said once.
-#
-# Tabs place the widgets by hand; this module only supplies words, ranges and the way from widgets to
-# settings.
-
-
-# Which sections make up a folded group. What stands in the basic form or follows from elsewhere is left out
-# below.
 GROUPS = {
     "Base model": ("model",),
     "Adapter": ("adapter",),
@@ -113,9 +41,77 @@ GROUPS = {
     "Memory and speed": ("train",),
     "Samples and saving": ("sample", "save", "validation", ""),
 }
+"""The sections in each folded group, without the settings that are placed elsewhere."""
 BASIC = ("model.base", "train.steps", "train.resolution")
 ELSEWHERE = ("name", "dataset.path", "dataset.trigger")
 FORM = tuple(name for name in FIELDS if name not in ELSEWHERE)
+
+
+class Plan:
+    """The settings of the run to come, and sentences on values of the draft that are illegal or obsolete."""
+
+    def __init__(self, project: Project) -> None:
+        """Read the project's draft."""
+        draft = project.draft()
+        self.goal, self.level = chosen_preset(draft)
+        kept = draft_values(draft)
+        values = {name: v for name, v in kept.items() if name in FORM}
+        # Shown until the form is changed, which rewrites the draft without them.
+        self.notes = retired(kept.items())
+        self.base = base_of(values)
+        self.preset = preset_config(self.goal, self.level, self.base.family)
+        config, self.problems = build_config(values, self.preset)
+        path = DEMO if project.uses_demo else str(project.pictures)
+        self.trigger = str(draft.get("trigger") or "")
+        self.config: RunConfig = config.changed({"dataset.path": path, "dataset.trigger": self.trigger})
+
+
+def draft_values(draft: dict[str, Any]) -> dict[str, Any]:
+    """What a draft holds of the form, by the names that the settings have today."""
+    return {OLD_NAMES.get(name, name): value for name, value in (draft.get("values") or {}).items()}
+
+
+def chosen_preset(draft: dict[str, Any]) -> tuple[str, str]:
+    """The goal and the preset of a draft; the demo's pictures bring their own preset."""
+    level = draft.get("level") or (DEMO if draft.get("dataset") == DEMO else "balanced")
+    return str(draft.get("goal") or "style"), str(level)
+
+
+def base_of(values: dict[str, Any]) -> Base:
+    """The base that the form's values choose."""
+    name = values.get("model.base") or EMBEDDED
+    by_hand = (str(values.get(key) or "auto") for key in ("model.prediction", "model.zero_terminal_snr"))
+    return lookup_base(str(name), *by_hand)
+
+
+def widget_values(project: Project) -> list[Any]:
+    """What the widgets show, in the order of `FORM`: the draft as typed, else the preset."""
+    draft = project.draft()
+    typed = draft_values(draft)
+    standard = form_values(preset_config(*chosen_preset(draft), base_of(typed).family))
+    return [typed.get(name, value) for name, value in zip(FORM, standard, strict=True)]
+
+
+def current_values(project: Project) -> dict[str, Any]:
+    """`widget_values` by the settings' names."""
+    return dict(zip(FORM, widget_values(project), strict=True))
+
+
+def keep_changed_values(project: Any, seen: list[Any] | None, values: list[Any]) -> None:
+    """Put into the draft what was typed on a page, but not what was merely displayed there.
+
+    Args:
+        project: whose draft.
+        seen: what the page was filled with, in the order of `FORM`; None if unknown.
+        values: what its fields hold now.
+    """
+    given = dict(zip(FORM, values, strict=True))
+    if seen is not None and len(seen) == len(values):
+        before = dict(zip(FORM, seen, strict=True))
+        given = current_values(project) | {
+            name: value for name, value in given.items() if value != before[name]
+        }
+    project.update_draft(values=given)
 
 
 def group_fields(group: str) -> list[str]:
@@ -143,8 +139,8 @@ def widget(name: str, **options: Any) -> Any:
     return gr.Textbox(lines=3, max_lines=8, **common)
 
 
-def shown(name: str, value: Any) -> Any:
-    """A setting's value as its widget shows it: a list of texts, or a table of patterns, is one a line."""
+def to_widget_value(name: str, value: Any) -> Any:
+    """A setting's value as its widget shows it; a list or a table of patterns has one entry a line."""
     if isinstance(value, dict):
         return pattern_lines(value)
     if takes_auto(name):
@@ -152,7 +148,7 @@ def shown(name: str, value: Any) -> Any:
     return "\n".join(value) if isinstance(value, list) else value
 
 
-def typed(name: str, value: Any) -> Any:
+def from_widget_value(name: str, value: Any) -> Any:
     """What a widget holds, as the setting's type.
 
     Raises:
@@ -181,14 +177,14 @@ def preset_config(goal: str, level: str, family: Family | None = None) -> RunCon
     return RunConfig().changed(starting_settings(preset_name(goal, level), family))
 
 
-def for_family(goal: str, level: str, family: Family | None) -> list[str]:
-    """What the preset is for this family and not for others, as "title value" each."""
+def family_differences(goal: str, level: str, family: Family | None) -> list[str]:
+    """What the preset changes for this family, as "label value" each."""
     usual, own = preset_config(goal, level), preset_config(goal, level, family)
     return [f"{label_of(n)} {own.get(n):g}" for n in FORM if own.get(n) != usual.get(n)]
 
 
-def carried_over(values: dict[str, Any], before: RunConfig, after: RunConfig) -> dict[str, Any]:
-    """The form's values once another base has other starting values: what was left at the start goes along.
+def carry_over(values: dict[str, Any], before: RunConfig, after: RunConfig) -> dict[str, Any]:
+    """The form's values for another base: what was left at its starting value takes the new base's.
 
     Args:
         values: dotted name to what the widget holds.
@@ -196,28 +192,30 @@ def carried_over(values: dict[str, Any], before: RunConfig, after: RunConfig) ->
         after: those of the new base.
     """
     return {
-        name: shown(name, after.get(name)) if value == shown(name, before.get(name)) else value
+        name: to_widget_value(name, after.get(name))
+        if value == to_widget_value(name, before.get(name))
+        else value
         for name, value in values.items()
     }
 
 
 def form_values(config: RunConfig) -> list[Any]:
     """The values of all widgets of the form, in the order of `FORM`."""
-    return [shown(name, config.get(name)) for name in FORM]
+    return [to_widget_value(name, config.get(name)) for name in FORM]
 
 
-def config_of(values: dict[str, Any], base: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The settings that the form stands for, and a sentence for each value that is not legal.
+def build_config(values: dict[str, Any], base: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The settings that the widgets hold, and a sentence for each value that is not legal.
 
     Args:
         values: dotted name to what the widget holds.
-        base: the settings of the preset, which stand in where a value is not legal.
+        base: the settings of the preset, used where a value is not legal.
     """
     legal: dict[str, Any] = {}
     problems = []
     for name, value in values.items():
         try:
-            legal[name] = typed(name, value)
+            legal[name] = from_widget_value(name, value)
         except ConfigError as error:
             problems.append(str(error))
     return base.changed(legal), problems
@@ -229,7 +227,7 @@ def changed_names(config: RunConfig, base: RunConfig, names: list[str]) -> list[
 
 
 def summary(group: str, config: RunConfig, base: RunConfig) -> str:
-    """What a folded group says about itself: what was changed, else its most telling values."""
+    """One line on a folded group: how many settings were changed, else its most important values."""
     changed = len(changed_names(config, base, group_fields(group)))
     if changed:
         return f"{changed} changed from preset"
@@ -237,7 +235,7 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     telling = {
         "Base model": "",
         "Adapter": f"rank {config.adapter.rank}, alpha {config.adapter.alpha:g}",
-        "Learning": f"{title_of('optimizer.name', config)}, {rate}",
+        "Learning": f"{row_title('optimizer.name', config)}, {rate}",
         "Data": "mirrored" if config.dataset.flip else "",
         "Memory and speed": f"batch {config.train.batch_size}",
         "Samples and saving": f"every {config.save.every} steps" if config.save.every else "",
@@ -245,7 +243,7 @@ def summary(group: str, config: RunConfig, base: RunConfig) -> str:
     return telling[group]
 
 
-def title_of(name: str, config: RunConfig) -> str:
+def row_title(name: str, config: RunConfig) -> str:
     """The title of the row that a setting names."""
     table = choices_of(name)
     value = config.get(name)

@@ -10,7 +10,7 @@ from app.bindings import QUIET, Bindings, html_block
 from app.formatting import pluralize, safe
 from app.state import Snapshot, take_snapshot
 from app.train.facts import blockers, facts, unfit
-from app.train.form import FORM, command_line, keep_typed, shown, widget_values
+from app.train.form import FORM, command_line, keep_changed_values, to_widget_value, widget_values
 from app.train.train_form import TrainForm
 from lora_core.errors import LoraError
 from lora_core.model_files.detect import EMBEDDED
@@ -46,7 +46,7 @@ def _pressed(
 ) -> tuple[Any, str]:
     app_state = bindings.app_state
     # The press of the button takes all with it: what was typed last may still be on its way to the draft.
-    keep_typed(app_state.project, seen, list(values))
+    keep_changed_values(app_state.project, seen, list(values))
     app_state.project.update_draft(trigger=(trigger or "").strip())
     try:
         config = ready_config(bindings, (run_name or "").strip(), do)
@@ -149,8 +149,8 @@ def take_settings(project: Any, like: LoraSettings, name: str) -> str:
     """Put a file's settings into the draft; returns what was taken and what was not, as HTML."""
     standing = dict(zip(FORM, widget_values(project), strict=True))
     taken = {name: value for name, value in like.values.items() if name in FORM}
-    changed = [name for name, value in taken.items() if standing[name] != shown(name, value)]
-    values = standing | {name: shown(name, value) for name, value in taken.items()}
+    changed = [name for name, value in taken.items() if standing[name] != to_widget_value(name, value)]
+    values = standing | {name: to_widget_value(name, value) for name, value in taken.items()}
     keep: dict[str, Any] = {"values": values}
     if like.values.get("dataset.trigger"):
         keep["trigger"] = str(like.values["dataset.trigger"])
@@ -163,7 +163,7 @@ def like_words(like: LoraSettings, name: str, taken: dict[str, Any], changed: li
     """What was taken from a file and what was not."""
     count = pluralize(len(taken), "setting")
     rows = [f"From {name}: {like.source}. {count} taken, {len(changed)} of them new here."]
-    told = [f"{label_of(n)} {shown(n, taken[n])}" for n in changed[:MOST_LISTED]]
+    told = [f"{label_of(n)} {to_widget_value(n, taken[n])}" for n in changed[:MOST_LISTED]]
     more = f" and {len(changed) - MOST_LISTED} more" if len(changed) > MOST_LISTED else ""
     if told:
         rows.append(f"{'; '.join(' '.join(text.split()) for text in told)}{more}.")

@@ -1,5 +1,5 @@
-"""The form of the Train tab: five settings, the rest under Advanced in groups, with a search and the ways
-back."""
+"""Layout and wiring of the Train tab's form: five basic settings, the rest under Advanced in groups, with a
+search and buttons that reset."""
 
 import functools
 import re
@@ -16,12 +16,12 @@ from app.train.form import (
     GROUPS,
     Plan,
     changed_names,
-    choice,
+    chosen_preset,
+    current_values,
     form_values,
     group_fields,
-    keep_typed,
+    keep_changed_values,
     preset_config,
-    standing_values,
     summary,
     widget,
     widget_values,
@@ -36,10 +36,10 @@ UNMATCHED = "unmatched"
 
 
 class TrainForm:
-    """The widgets of the form and what belongs to them."""
+    """The widgets of the form, their groups and the search."""
 
     def __init__(self, bindings: Bindings) -> None:
-        """Lay the form out and wire it."""
+        """Lay out the form and wire its events."""
         self.bindings = bindings
         self.folds: dict[str, Any] = {}
         made, added = build_picker(bindings)
@@ -47,13 +47,13 @@ class TrainForm:
         search = self._build_advanced(made)
         self.widgets: dict[str, Any] = {name: made[name] for name in FORM}
         self.fields = list(self.widgets.values())
-        # What this page was filled with: only what differs from it was typed here. Without it a second page
-        # would write its old values over what the first has typed since.
+        # What this page was filled with: only what differs from it was typed here. Without it, a second page
+        # would overwrite newer values of the first with its old ones.
         self.seen = gr.State(None)
         for index, name in enumerate(FORM):
             bindings.fill_on_load(self.widgets[name], functools.partial(_widget_value, bindings, index))
-        bindings.fill_on_load(self.goal, lambda: choice(bindings.app_state.project.draft())[0])
-        bindings.fill_on_load(self.level, lambda: choice(bindings.app_state.project.draft())[1])
+        bindings.fill_on_load(self.goal, lambda: chosen_preset(bindings.app_state.project.draft())[0])
+        bindings.fill_on_load(self.level, lambda: chosen_preset(bindings.app_state.project.draft())[1])
         bindings.fill_on_load(self.seen, lambda: widget_values(bindings.app_state.project))
         self._wire(search)
         wire_picker(bindings, self.widgets, self.level, added, self.seen)
@@ -102,33 +102,33 @@ class TrainForm:
     def _wire(self, search: Any) -> None:
         project, bindings = self.bindings.app_state.project, self.bindings
 
-        def typed(seen: list[Any] | None, *values: Any) -> list[Any]:
-            keep_typed(project, seen, list(values))
+        def keep(seen: list[Any] | None, *values: Any) -> list[Any]:
+            keep_changed_values(project, seen, list(values))
             return list(values)
 
-        def preset_chosen(base: str, goal: str, level: str) -> list[Any]:
+        def apply_preset(base: str, goal: str, level: str) -> list[Any]:
             family = lookup_base(str(base or EMBEDDED)).family
             values = dict(zip(FORM, form_values(preset_config(goal, level, family)), strict=True))
             values["model.base"] = base
             project.update_draft(goal=goal, level=level, values=values, fitted=None)
             return [list(values.values()), *values.values()]
 
-        def left_or_chosen(base: str, goal: str, level: str) -> list[Any]:
-            """A list's event fires also where it is merely left, which must not undo what was typed."""
-            if (goal, level) == choice(project.draft()):
+        def apply_if_changed(base: str, goal: str, level: str) -> list[Any]:
+            """A dropdown's event also fires on blur, which must not undo what was typed."""
+            if (goal, level) == chosen_preset(project.draft()):
                 return [gr.skip()] * len(filled)
-            return preset_chosen(base, goal, level)
+            return apply_preset(base, goal, level)
 
         kept = [field for name, field in self.widgets.items() if name != "model.base"]
-        # A group that is unfolded renders its fields anew, which is no typing: only a person's events count.
+        # Unfolding a group renders its fields anew, so only events of the user count.
         events = [event for field in kept for event in edit_events(field)]
-        bindings.refresh_after(gr.on(events, typed, [self.seen, *self.fields], self.seen, **TYPING))
+        bindings.refresh_after(gr.on(events, keep, [self.seen, *self.fields], self.seen, **TYPING))
         choices = [self.widgets["model.base"], self.goal, self.level]
         filled = [self.seen, *self.fields]
         for chosen in (self.goal, self.level):
-            bindings.refresh_after(chosen.input(left_or_chosen, choices, filled, **TYPING))
+            bindings.refresh_after(chosen.input(apply_if_changed, choices, filled, **TYPING))
         reset = gr.Button("Back to the preset", elem_id="reset", visible="hidden")
-        bindings.refresh_after(reset.click(preset_chosen, choices, filled, **QUIET))
+        bindings.refresh_after(reset.click(apply_preset, choices, filled, **QUIET))
         for group in FOLDED:
             back = gr.Button(f"Reset {group}", elem_id=f"reset-{_slug(group)}", visible="hidden")
             own = [self.widgets[name] for name in group_fields(group)]
@@ -137,25 +137,25 @@ class TrainForm:
             )
         matched = [name for group in FOLDED for name in group_fields(group)]
         outputs = [self.none, *self.folds.values(), *(self.widgets[name] for name in matched)]
-        # Its input event swallows the first key. Nothing is ever put into it: each change is a person's.
-        search.change(found, search, outputs, **TYPING)
+        # Its input event swallows the first key; each change comes from the user, as nothing else fills it.
+        search.change(search_settings, search, outputs, **TYPING)
 
     def _reset(self, group: str) -> list[Any]:
-        """Put a group's settings back to the preset's."""
+        """Reset the settings of a group to the preset."""
         project = self.bindings.app_state.project
         preset = Plan(project).preset
         standard = dict(zip(FORM, form_values(preset), strict=True))
         own = {name: standard[name] for name in group_fields(group)}
-        values = standing_values(project) | own
+        values = current_values(project) | own
         project.update_draft(values=values)
         return [list(values.values()), *own.values()]
 
 
-def found(words: str) -> list[Any]:
-    """What a search does to the form: groups with a match unfold, fields without one are hidden.
+def search_settings(words: str) -> list[Any]:
+    """Unfold the groups with a match and hide the fields without one.
 
     Args:
-        words: what was typed; a setting matches by its name, its title or its help.
+        words: what was typed; a setting matches by its name, its label, its help or its group.
 
     Returns:
         The note, then an update for each group and each field in it.
@@ -191,7 +191,7 @@ def _own_size(snapshot: Snapshot) -> int:
 
 
 def _resolutions(own: int) -> list[tuple[str, int]]:
-    """The sizes to choose from; 0 stands for what the base was trained at."""
+    """The sizes to choose from; 0 is what the base was trained at."""
     words = f"{own} (the base)" if own else "As the base"
     return [(words, 0), *((str(side), side) for side in RESOLUTIONS if side != own)]
 
@@ -201,7 +201,7 @@ def _widget_value(bindings: Bindings, index: int) -> Any:
 
 
 def _group_note(group: str, snapshot: Snapshot) -> str:
-    """What a folded group holds; where something was changed, the way back."""
+    """The summary of a folded group, with a reset button if something was changed."""
     config, preset = snapshot.plan.config, snapshot.plan.preset
     words = f"<span>{safe(summary(group, config, preset))}</span>"
     if not changed_names(config, preset, group_fields(group)):
@@ -213,7 +213,7 @@ def _group_note(group: str, snapshot: Snapshot) -> str:
 
 
 def _changed(snapshot: Snapshot) -> str:
-    """How much differs from the preset, with the way back."""
+    """How many settings differ from the preset, with a reset button."""
     names = [name for name in FORM if name != "model.base"]
     changed = changed_names(snapshot.plan.config, snapshot.plan.preset, names)
     titles = safe(", ".join(label_of(name) for name in changed))

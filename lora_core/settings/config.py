@@ -56,7 +56,7 @@ RETIRED: dict[str, tuple[Any, str]] = {
         " pictures that should come more often into a folder named like 10_name.",
     ),
 }
-"""Settings that are no more: the value that still means something, and why no other does."""
+"""Removed settings: the one value that is still accepted, and why no other is."""
 OLD_NAMES = {
     "loss.kind": "loss.type",
     "optim.clip": "optimizer.max_grad_norm",
@@ -256,7 +256,7 @@ def _sentences(
         value, shown_name = values[key], called or name
         if inside and is_pattern_table(name):
             value, shown_name = value[inside[0]], f"{shown_name} {inside[0]!r}"
-        # Of a type with two forms and of a list, the first problem says enough.
+        # A union and a list have several problems; the first says enough.
         found.setdefault(name, f"{shown_name} {_predicate(problem, name, value)}.")
     return list(found.values())
 
@@ -293,8 +293,8 @@ def _predicate(problem: ErrorDetails, name: str, value: Any) -> str:
 
 
 def with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The changes, with the word `auto` as the switch that it stands for; a number turns that off, where the
-    switch is not set beside it."""
+    """The changes, with `auto` replaced by the switch that it turns on; a number turns the switch off unless
+    the changes set it too."""
     for name, value in changes.items():
         switch = SWITCHES.get(name, "")
         if switch and isinstance(value, str) and value.strip().lower() == AUTO:
@@ -306,7 +306,7 @@ def with_switches(changes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def retired(changes: Iterable[tuple[str, Any]]) -> list[str]:
-    """A sentence for each setting that is no more and has a value that means nothing today."""
+    """A sentence for each removed setting whose value can no longer be used."""
     found = []
     for name, value in changes:
         if name in RETIRED:
@@ -318,12 +318,12 @@ def retired(changes: Iterable[tuple[str, Any]]) -> list[str]:
 
 
 def pattern_lines(table: Mapping[str, float]) -> str:
-    """A table of patterns as a person types it, one `pattern = number` a line."""
+    """A table of patterns as a user types it, one `pattern = number` a line."""
     return "\n".join(f"{pattern} = {number}" for pattern, number in table.items())
 
 
 def patterns_of_lines(name: str, text: str) -> dict[str, float]:
-    """The table that the lines of `pattern_lines` stand for; the number comes after the last `=`.
+    """Parse the lines of `pattern_lines`; the number comes after the last `=`.
 
     Raises:
         ConfigError: a line has no number; `name` is the setting's.
@@ -390,7 +390,7 @@ def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
 
 
 def in_short(value: Any) -> str:
-    """`repr` of a value for a message, cut to 80 characters."""
+    """`repr` of a value for a message, at most 80 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of over 4,300 digits, or a deep list
@@ -412,9 +412,9 @@ def _unknown(name: str) -> str:
 
 
 def parsed_assignment(text: str) -> tuple[str, Any]:
-    """A `section.key=value` of the command line as (name, value).
+    """Parse a `section.key=value` of the command line into (name, value).
 
-    The value is read as TOML; what is not TOML is a text, so that nobody has to quote twice.
+    The value is read as TOML; what is not TOML is a text, which saves a second level of quotes.
 
     Raises:
         ConfigError: there is no `=` or nothing before it, or the value is nested too deeply.
@@ -456,7 +456,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, source: str) -> dict[str, Any]:
-    """The tables of a TOML text by anybody.
+    """Parse a TOML text that may come from anyone.
 
     Args:
         text: the TOML.

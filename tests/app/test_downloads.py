@@ -12,7 +12,7 @@ import pytest
 from app.state import AppState, take_snapshot
 from app.train.base_picker import adopt_downloaded_base, base_note, choose_base, download_note
 from app.train.facts import blockers, notes
-from app.train.form import standing_values
+from app.train.form import current_values
 from app.train.routes import do_run_action
 from lora_core.errors import RunError
 from lora_core.model_files.detect import clear_base_cache
@@ -32,7 +32,7 @@ def hub(app_state: AppState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def choose(app_state: AppState, name: str) -> None:
-    _, level, values = choose_base(app_state, {**standing_values(app_state.project), "model.base": name})
+    _, level, values = choose_base(app_state, {**current_values(app_state.project), "model.base": name})
     app_state.project.update_draft(values=values, level=level)
 
 

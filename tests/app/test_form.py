@@ -8,13 +8,13 @@ from app.train.form import (
     FORM,
     GROUPS,
     Plan,
+    build_config,
     command_line,
-    config_of,
     form_values,
+    from_widget_value,
     group_fields,
     preset_config,
     summary,
-    typed,
     widget,
     widget_values,
 )
@@ -41,7 +41,7 @@ def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
         "sample.prompts": ["a cat", "a dog"], "optimizer.lr": 5e-5,
         "adapter.block_ranks": {r"unet\.mid_block": 4, "attn2": 0}, "optimizer.block_lr": {"mid_block": 1e-5},
     })  # fmt: skip
-    again, problems = config_of(dict(zip(FORM, form_values(config), strict=True)), RunConfig())
+    again, problems = build_config(dict(zip(FORM, form_values(config), strict=True)), RunConfig())
     assert (again, problems) == (config, [])
 
 
@@ -61,12 +61,12 @@ def test_what_is_not_legal_is_a_sentence_with_the_field_s_own_name(
     name: str, value: object, sentence: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        typed(name, value)
+        from_widget_value(name, value)
     assert str(caught.value).startswith(sentence)
 
 
 def test_a_resolution_may_be_typed() -> None:
-    assert typed("train.resolution", "640") == 640
+    assert from_widget_value("train.resolution", "640") == 640
 
 
 @pytest.mark.parametrize("goal", GOALS)

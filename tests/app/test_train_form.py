@@ -4,14 +4,14 @@ from pathlib import Path
 
 from app.state import AppState, take_snapshot
 from app.train.checks import in_words
-from app.train.form import FORM, Plan, group_fields, keep_typed, widget_values
-from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, found
+from app.train.form import FORM, Plan, group_fields, keep_changed_values, widget_values
+from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, search_settings
 from lora_core.projects.project import Project
 
 
 def hits(words: str) -> list[str]:
     """The settings that a search leaves to be seen."""
-    _, *updates = found(words)
+    _, *updates = search_settings(words)
     folds, fields = updates[: len(FOLDED)], updates[len(FOLDED) :]
     names = [name for group in FOLDED for name in group_fields(group)]
     shown = [n for n, update in zip(names, fields, strict=True) if UNMATCHED not in update["elem_classes"]]
@@ -30,11 +30,11 @@ def test_a_search_finds_by_name_title_and_help() -> None:
 
 def test_a_search_for_nothing_folds_all_and_hides_none() -> None:
     assert len(hits(" ")) == sum(len(group_fields(group)) for group in FOLDED)
-    assert not any(fold["open"] for fold in found("")[1 : 1 + len(FOLDED)])
+    assert not any(fold["open"] for fold in search_settings("")[1 : 1 + len(FOLDED)])
 
 
 def test_a_search_without_a_match_says_so_as_text() -> None:
-    note = found("<img src=x>")[0]
+    note = search_settings("<img src=x>")[0]
     assert "No setting is called" in note
     assert "<img" not in note
 
@@ -48,19 +48,19 @@ def test_two_pages_do_not_undo_each_other(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     first = second = widget_values(project)
     now = changed(first, train__steps=900)
-    keep_typed(project, first, now)
-    keep_typed(project, second, changed(second, adapter__rank=4))
+    keep_changed_values(project, first, now)
+    keep_changed_values(project, second, changed(second, adapter__rank=4))
     plan = Plan(project)
     assert (plan.config.train.steps, plan.config.adapter.rank) == (900, 4)
     # What the first page types next counts again, and it takes its own change back.
-    keep_typed(project, now, changed(now, train__steps=first[FORM.index("train.steps")]))
+    keep_changed_values(project, now, changed(now, train__steps=first[FORM.index("train.steps")]))
     plan = Plan(project)
     assert (plan.config.train.steps, plan.config.adapter.rank) == (first[FORM.index("train.steps")], 4)
 
 
 def test_a_page_that_nothing_is_known_of_counts_whole(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    keep_typed(project, None, changed(widget_values(project), train__steps=7))
+    keep_changed_values(project, None, changed(widget_values(project), train__steps=7))
     assert Plan(project).config.train.steps == 7
 
 
@@ -89,5 +89,5 @@ def test_an_older_draft_names_what_is_no_longer_used_until_it_is_changed(tmp_pat
     plan = Plan(project)
     assert [note.split(":")[0] for note in plan.notes] == ["dataset.repeats = 10 cannot be used"]
     assert (plan.problems, plan.config.loss.min_snr) == ([], 5.0)
-    keep_typed(project, None, widget_values(project))
+    keep_changed_values(project, None, widget_values(project))
     assert Plan(project).notes == []
