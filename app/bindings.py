@@ -1,8 +1,8 @@
-"""How the tabs plug into the page: what follows the snapshot, what is filled in at load, what makes the page
-look again.
+"""How tabs plug into the page: components that follow the snapshot, fields filled at load, events that
+refresh.
 
-There is one load event and one poll for the whole page. Each piece says what it shows; only what changed is
-sent.
+There is one load event and one poll for the whole page. A component declares a function of the snapshot; only
+values that changed are sent.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ TYPING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 
 @dataclass(frozen=True)
 class Live:
-    """A component that follows the snapshot."""
+    """A component that is a function of the snapshot."""
 
     component: Any
     shows: Callable[[Snapshot], Any]
@@ -29,7 +29,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Initial:
-    """A component that is filled from the draft when the page opens."""
+    """A component filled from the draft when the page opens."""
 
     component: Any
     value: Callable[[], Any]
@@ -37,7 +37,7 @@ class Initial:
 
 @dataclass
 class Bindings:
-    """What the tabs hand to the page."""
+    """What the tabs register with the page."""
 
     app_state: AppState
     live: list[Live] = field(default_factory=list)
@@ -46,35 +46,34 @@ class Bindings:
     trigger: Any = None
 
     def follow(self, component: Any, shows: Callable[[Snapshot], Any]) -> Any:
-        """Have a component follow the snapshot."""
+        """Update `component` with `shows(snapshot)` at each poll."""
         self.live.append(Live(component, shows))
         return component
 
     def fill_on_load(self, component: Any, value: Callable[[], Any]) -> Any:
-        """Have a component filled at load."""
+        """Fill `component` when the page opens."""
         self.initial.append(Initial(component, value))
         return component
 
     def refresh_after(self, event: Any) -> Any:
-        """Have the page look again after an event."""
+        """Poll right after `event`."""
         self.refreshing.append(event)
         return event
 
     def initial_values(self) -> list[Any]:
-        """The values of all filled components, in their order."""
+        """The values of all fields filled at load, in order."""
         return [fill.value() for fill in self.initial]
 
 
 def html_block(value: str = "", **options: Any) -> Any:
-    """A piece of our own HTML, without the frame and the type that Gradio would give it."""
+    """An HTML component without Gradio's frame and typography."""
     return gr.HTML(value, padding=False, apply_default_css=False, js_on_load=None, **options)
 
 
 def edit_events(component: Any) -> list[Any]:
-    """The events of a person's editing a field.
+    """The events that mean the user edited a field.
 
-    A text box swallows the first input after a value was put into it, a paste as well as a key: leaving it
-    counts too. Its change event is of no use here, as it fires with empty fields before the draft is filled
-    in.
+    A text box swallows the first input event after its value was set, so leaving it counts too. Its change
+    event is no use: it fires with empty fields before the draft is loaded.
     """
     return [component.input, component.blur] if isinstance(component, gr.Textbox) else [component.input]

@@ -1,4 +1,4 @@
-"""Numbers and states as a person reads them. Everything shown that somebody typed goes through `safe`."""
+"""Numbers and states as text. All text from outside goes through `safe` before it becomes HTML."""
 
 import html
 import json
@@ -25,8 +25,18 @@ STATES = {
 
 
 def safe(text: object) -> str:
-    """Text for HTML, in attributes too."""
+    """Escape text for HTML content and attributes."""
     return html.escape(str(text), quote=True)
+
+
+def problem_html(sentence: object) -> str:
+    """An error message."""
+    return f'<p class="problem" role="alert">{safe(sentence)}</p>'
+
+
+def note_html(sentence: object) -> str:
+    """A message that something was done."""
+    return f'<p class="small" role="status">{safe(sentence)}</p>'
 
 
 def chip(text: str, tone: str = "") -> str:
@@ -35,13 +45,13 @@ def chip(text: str, tone: str = "") -> str:
 
 
 def state_chip(state: str) -> str:
-    """The label of a run's state."""
+    """The chip of a run's state."""
     words, tone = STATES[state]
     return chip(words, tone)
 
 
 def format_clock(seconds: float | None) -> str:
-    """Time as 4:12 or 1:04:12, or a dash where unknown."""
+    """Format seconds as 4:12 or 1:04:12; a dash if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return UNKNOWN
     whole = round(seconds)
@@ -50,14 +60,14 @@ def format_clock(seconds: float | None) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A rough time: 40 s, 14 min, 2.5 h."""
+    """Format seconds roughly: 40 s, 14 min, 2.5 h."""
     if seconds < 90:
         return f"{max(5, 5 * round(seconds / 5))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def format_bytes(size: float) -> str:
-    """Bytes as kB, MB or GB."""
+    """Format bytes as kB, MB or GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
@@ -65,8 +75,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_speed(seconds_a_step: float | None) -> str:
-    """Speed as steps a second, or seconds a step where that is the clearer number; never broken over two
-    lines."""
+    """Format as it/s, or s/it when slower than one step per second; never wrapped."""
     if not seconds_a_step:
         return ""
     number, unit = (1 / seconds_a_step, "it/s") if seconds_a_step <= 1 else (seconds_a_step, "s/it")
@@ -74,18 +83,18 @@ def format_speed(seconds_a_step: float | None) -> str:
 
 
 def format_scientific(value: float) -> str:
-    """A learning rate as people write it: 1.0e-4."""
+    """Format a learning rate as 1.0e-4."""
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
 
 
 def pluralize(count: int, one: str, more: str | None = None) -> str:
-    """1 picture, 24 pictures."""
+    """ "1 picture", "24 pictures"."""
     return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 def describe_changes(names: list[str]) -> str:
-    """In a sentence, what is not as it was when a run began.
+    """A sentence that lists the inputs that changed since the run began.
 
     Args:
         names: as the trainer calls them; a picture stands for its caption too.

@@ -1,8 +1,11 @@
-"""The password page, needed only when the window listens beyond this computer.
+"""Access control in front of every route, Gradio's included: `Guard` checks where a request comes from,
+`Login` asks for the password when the window listens beyond this computer.
 
-It stands in front of every route, Gradio's and our own, so that no picture, preview or download can be had
-without it. The cookie holds a key drawn at login: it means nothing to another server, and a restart or
-logging out ends it.
+Any page open in the user's browser can reach a server on localhost. Plain Gradio answers a rebound page
+(`Host: evil.example`) and accepts uploads and events from other origins, and a host allow-list alone stops
+only the first. So Host, Origin and Sec-Fetch-Site are all checked, and bodies larger than any page sends are
+refused before anything holds them in memory. The login cookie holds a random key per login: it is worthless
+on another server and ends with a restart or logout.
 """
 
 import asyncio
@@ -40,11 +43,11 @@ autocomplete="current-password"></label>
 
 
 class Login:
-    """Asks for the password once a browser, and lets nothing through before.
+    """Lets nothing through before the password was entered, once per browser.
 
-    Guesses are compared one after the other, whoever makes them, each after a pause that doubles with every
-    wrong one up to `LONGEST_PAUSE` and is gone after a right one. Of each address one guess waits; more are
-    refused unread, so that a flood from one place cannot keep the others out.
+    Guesses are compared one at a time, each after a pause that doubles with every wrong guess up to
+    `LONGEST_PAUSE` and resets after a right one. One guess per address may wait; further ones are refused
+    unread, so that a flood from one address cannot lock out the others.
     """
 
     def __init__(self, app: ASGIApp, password: str) -> None:
@@ -57,7 +60,7 @@ class Login:
         self._pause = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on if its browser is logged in; else show the password page."""
+        """Pass the request on if its browser is logged in, else show the password page."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
@@ -112,7 +115,7 @@ class Login:
 
 
 def _network(address: str) -> str:
-    """Whom an address belongs to: itself, or of IPv6 the first half, as that is what one subscriber gets."""
+    """The network of an address: itself, or the first half of an IPv6 address (one subscriber)."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
@@ -133,15 +136,6 @@ def _page(note: str, status: int) -> HTMLResponse:
     return HTMLResponse(PAGE.format(note=safe(note)), status_code=status)
 
 
-# Who may talk to the window: a pure-ASGI guard in front of every route, Gradio's own included.
-#
-# A server on localhost is reachable by any page that the person has open. Plain Gradio answers a rebound
-# page (`Host: evil.example`) and takes uploads and events from other origins; a middleware of hosts alone
-# stops only the first. So three things are checked: the Host, the Origin, and what the browser says of
-# where a request comes from. A body that is larger than any page sends is refused too, before anything
-# holds it in memory.
-
-
 LARGEST_BODY = 4_000_000
 LARGEST_HEADER = MAX_HEADER + 8
 UPLOADS = ("/easel/upload/", "/gradio_api/upload")
@@ -152,10 +146,10 @@ HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\w.-]+)(?::\d{1,5})?", re.ASCII)
 
 
 class Guard:
-    """Refuses with 403 and a sentence what does not come from the window's own page."""
+    """Refuses with 403 and a reason everything that does not come from the window's own page."""
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str] = ()) -> None:
-        """Stand in front of `app`, letting through loopback names and those `allowed` besides."""
+        """Wrap `app`; loopback names and `allowed` are accepted as hosts."""
         self.app = app
         self.allowed = {name.lower() for name in (*LOOPBACK, *allowed)}
 
@@ -173,7 +167,7 @@ class Guard:
             await PlainTextResponse(reason, status_code=403)(scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on, its body read first where its length is not said, unless it is too large."""
+        """Pass the request on unless its body is too large; a body of unknown length is read first."""
         most = _most_bytes(scope["path"]) if scope["type"] == "http" else None
         if most is None:
             await self.app(scope, receive, send)
@@ -200,7 +194,7 @@ class Guard:
 
 
 def _once(body: bytes, after: Receive) -> Receive:
-    """Gives out a body that was read already, then what comes after it."""
+    """Replay a body that was already read, then continue with `after`."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
@@ -210,7 +204,7 @@ def _once(body: bytes, after: Receive) -> Receive:
 
 
 def refusal(headers: Headers, method: str, allowed: set[str]) -> str | None:
-    """Why a request is refused, in a sentence, or None."""
+    """Why a request is refused, or None."""
     host = headers.get("host", "")
     if host_name(host) not in allowed:
         return (
@@ -227,14 +221,14 @@ def refusal(headers: Headers, method: str, allowed: set[str]) -> str | None:
 
 
 def _most_bytes(path: str) -> int | None:
-    """How large the body of a request may be, in bytes; None for routes that count for themselves."""
+    """The largest body accepted on `path`, in bytes; None for routes that count for themselves."""
     if path.startswith(UPLOADS):
         return None
     return LARGEST_HEADER if path == "/easel/like" else LARGEST_BODY
 
 
 def _opens_the_page(headers: Headers, method: str) -> bool:
-    """A link on another site may open the window, at the top level and by GET only."""
+    """Whether this is a top-level GET navigation: other sites may link to the window."""
     return (
         method == "GET"
         and headers.get("sec-fetch-mode") == "navigate"
@@ -243,8 +237,7 @@ def _opens_the_page(headers: Headers, method: str) -> bool:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port, or "" where it is none; an IPv6 address keeps its
-    brackets."""
+    """The name in a Host header without its port, "" if malformed; IPv6 addresses keep their brackets."""
     found = HOST.fullmatch(host.strip().lower())
     return found[1] if found else ""
 

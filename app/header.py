@@ -1,10 +1,10 @@
-"""The header that stands above every tab: what runs, how far it is, and what one can do about it."""
+"""The header above every tab: the shown run, its progress and its buttons."""
 
 import json
 
 import psutil
 
-from app.formatting import STATES, format_clock, progress_bar, safe
+from app.formatting import STATES, format_clock, problem_html, progress_bar, safe
 from app.jobs import RunView
 from app.state import Snapshot
 from lora_core.system.hardware import Card
@@ -25,7 +25,7 @@ NAMES = {"pause": "Pause", "stop": "Stop", "preview": "Sample now", "save": "Sav
 
 
 def request_button(snapshot: Snapshot, do: str, name: str, text: str = "") -> str:
-    """A button that asks the run for something; where it cannot be pressed its tip says why.
+    """A button that sends a request to the run; when disabled, its tooltip says why.
 
     Args:
         snapshot: what the page shows.
@@ -42,7 +42,7 @@ def request_button(snapshot: Snapshot, do: str, name: str, text: str = "") -> st
 
 
 def why_disabled(snapshot: Snapshot, do: str) -> str:
-    """Why the run cannot be asked for something now; "" where it can."""
+    """Why the run cannot take a request now, "" if it can."""
     if not snapshot.live:
         return "No run is going on."
     if snapshot.state in ("pausing", "stopping"):
@@ -53,7 +53,7 @@ def why_disabled(snapshot: Snapshot, do: str) -> str:
 
 
 def resume_button(snapshot: Snapshot, name: str, tone: str = "") -> str:
-    """The button that goes on with the shown run, and from where."""
+    """The button that resumes the shown run; it names the step."""
     step = snapshot.run_view.resume_info().step if snapshot.run_view else 0
     words = "Resume" if name == "resume" else f"Continue at step {step:,}" if step else "Start again"
     if snapshot.state == "stopped" and snapshot.progress.reason:
@@ -68,10 +68,10 @@ def resume_button(snapshot: Snapshot, name: str, tone: str = "") -> str:
 
 
 def accept_button(run_view: RunView, name: str = "", tone: str = "", why: str = "") -> str:
-    """The button that goes on with a run although something has changed.
+    """The button that resumes a run although its inputs changed.
 
     Args:
-        watch: the run.
+        run_view: the run.
         name: the button's id, if it has one.
         tone: its look.
         why: why it cannot be pressed now, "" where it can.
@@ -86,7 +86,7 @@ def accept_button(run_view: RunView, name: str = "", tone: str = "", why: str = 
 
 
 def run_actions(snapshot: Snapshot) -> str:
-    """Pause and Stop while a run is going on, Resume where one can be gone on with."""
+    """Pause and Stop for a live run, Resume for one that can be resumed."""
     if snapshot.live:
         both = request_button(snapshot, "pause", "pause") + request_button(snapshot, "stop", "stop")
         return f'<div class="row run-actions">{both}</div>'
@@ -94,7 +94,7 @@ def run_actions(snapshot: Snapshot) -> str:
 
 
 def brand() -> str:
-    """The app's mark and name."""
+    """The logo and the name."""
     icon = (ASSETS / "icon.svg").read_text(encoding="utf-8")
     return f'<h1 class="brand">{icon}<span>{TITLE}</span></h1>'
 
@@ -123,7 +123,7 @@ def describe_run(snapshot: Snapshot) -> str:
 
 
 def percent(snapshot: Snapshot) -> int:
-    """How far the shown run is."""
+    """Progress of the shown run in percent."""
     progress = snapshot.progress
     if snapshot.state == "preparing":
         return round(100 * progress.phase_done / progress.phase_total) if progress.phase_total else 0
@@ -131,20 +131,20 @@ def percent(snapshot: Snapshot) -> int:
 
 
 def track(snapshot: Snapshot, label: str) -> str:
-    """The bar. Preparing is not step 0: it has a look of its own."""
+    """The progress bar; preparing has its own style, because it is not step 0."""
     return progress_bar(
         percent(snapshot), label, "track preparing" if snapshot.state == "preparing" else "track"
     )
 
 
 def draft_note(snapshot: Snapshot) -> str:
-    """That the draft was set aside, where it was."""
+    """A note that the draft was set aside, if it was."""
     problem = snapshot.app_state.project.draft_problem
-    return f'<p class="problem" role="alert">{safe(problem)}</p>' if problem else ""
+    return problem_html(problem) if problem else ""
 
 
 def page_title(snapshot: Snapshot) -> str:
-    """What the browser's tab says: how far, and which run."""
+    """Title of the browser's tab: percent and run."""
     name = snapshot.run_view.run.name if snapshot.run_view else ""
     if snapshot.state in ("running", "pausing", "stopping"):
         return f"{percent(snapshot)}% \N{MIDDLE DOT} {name}"
@@ -154,7 +154,7 @@ def page_title(snapshot: Snapshot) -> str:
 
 
 def run_bar(snapshot: Snapshot) -> str:
-    """Bar and words; the page's title rides along as data."""
+    """Progress bar and text; the page title is attached as data."""
     words = describe_run(snapshot)
     name = snapshot.run_view.run.name if snapshot.run_view else ""
     shown = "" if snapshot.state == "none" else track(snapshot, "Training")
@@ -166,8 +166,7 @@ def run_bar(snapshot: Snapshot) -> str:
 
 
 def memory_usage(card: Card | None) -> str:
-    """How much memory is taken, of the graphics card where there is one; rounded so that it does not
-    flicker."""
+    """Memory in use, of the GPU if there is one, rounded so that it does not flicker."""
     if card is not None:
         return (
             f'<span class="small num memory" title="Memory of {safe(card.name)} in use">GPU'
@@ -181,7 +180,7 @@ def memory_usage(card: Card | None) -> str:
 
 
 def header_buttons(has_password: bool) -> str:
-    """The small buttons at the end: tell at the end, light or dark, log out where one had to log in, quit."""
+    """The icon buttons: notify at the end, light or dark, log out, quit."""
     log_out = '<a class="link small" href="/easel/logout">Log out</a>' if has_password else ""
     return f'<div class="row tools">{_bell()}{theme_switch()}{log_out}{_quit()}</div>'
 
@@ -210,7 +209,7 @@ def _quit() -> str:
 
 
 def theme_switch() -> str:
-    """A button between light and dark; until it is used the system's choice holds."""
+    """The light/dark button; until it is used the system's setting applies."""
     return (
         '<button type="button" class="own icon" data-theme-switch aria-label="Switch between light and'
         ' dark"><svg viewBox="0 0 20 20" aria-hidden="true"><path d="M10 2.5a7.5 7.5 0 1 0 0 15z"'

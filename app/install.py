@@ -1,9 +1,7 @@
-"""Setting up: the environment .venv beside launch.py, the PyTorch build that suits the machine, and the
-project.
+"""Setup: the environment .venv beside launch.py, the PyTorch build that suits the machine, and the project.
 
-Standard library only, for it runs before anything is installed. What is there is judged by a stamp that is
-written only after everything succeeded, so that a start which was broken off is gone on with, and a later
-start costs nothing.
+Standard library only, as it runs before anything is installed. A stamp written after everything succeeded
+marks a finished setup: an interrupted one is resumed, and later starts cost nothing.
 """
 
 import contextlib
@@ -37,7 +35,7 @@ CARD_EXTRAS = ("eight-bit",)
 
 
 def say(text: str) -> None:
-    """Write to the person, whatever characters the console has."""
+    """Write to the user, whatever the console's encoding."""
     with contextlib.suppress(AttributeError, OSError):  # started without a console
         encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
@@ -45,17 +43,17 @@ def say(text: str) -> None:
 
 
 class SetupError(Exception):
-    """Something that a person has to put right first; the message says what and how."""
+    """Something that the user has to fix first; the message says what and how."""
 
 
 def expected_stamp(extra: str) -> dict[str, str]:
-    """The stamp of an environment in which everything that this start needs is installed."""
+    """The stamp of an environment that has everything this start needs."""
     digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
     return {"pyproject": digest, "extra": extra, "place": str(ROOT)}
 
 
 def written_stamp() -> dict[str, str]:
-    """What the last whole set-up wrote, or {}."""
+    """The stamp of the last finished setup, or {}."""
     try:
         return dict(json.loads((VENV / "launch.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -63,14 +61,14 @@ def written_stamp() -> dict[str, str]:
 
 
 def write_stamp(extra: str, python: str) -> None:
-    """Note that everything is installed, for a Python of this version ("3.11")."""
+    """Record that everything is installed, for this Python version ("3.11")."""
     temporary = VENV / "launch.json.tmp"
     temporary.write_text(json.dumps({**expected_stamp(extra), "python": python}), encoding="utf-8")
     os.replace(temporary, VENV / "launch.json")
 
 
 def is_ready(extra: str) -> bool:
-    """Whether .venv holds all that is needed; reads three small files and no more, to keep a start fast."""
+    """Whether .venv is complete; reads three small files, to keep starts fast."""
     stamp = written_stamp()
     python = stamp.pop("python", "")
     if stamp != expected_stamp(extra) or not PYTHON.exists() or not has_base():
@@ -81,7 +79,7 @@ def is_ready(extra: str) -> bool:
 
 
 def has_base() -> bool:
-    """Whether the Python that .venv was made from is still there."""
+    """Whether the Python that .venv was made from still exists."""
     with contextlib.suppress(OSError):
         text = (VENV / "pyvenv.cfg").read_text(encoding="utf-8", errors="replace")
         return any(Path(line[7:]).is_dir() for line in text.splitlines() if line.startswith("home = "))
@@ -108,7 +106,7 @@ class Cards:
 
 
 def find_cards() -> Cards:
-    """Ask the drivers for the cards."""
+    """Detect the graphics cards."""
     # One by one: a driver that does not know `compute_cap` answers a query for both with an error.
     drivers, capabilities = nvidia_smi("driver_version"), nvidia_smi("compute_cap")
     nvidia = bool(drivers) or bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia")
@@ -124,7 +122,7 @@ def find_cards() -> Cards:
 
 
 def windows_adapters() -> list[str]:
-    """Names of the display adapters on Windows, [] elsewhere."""
+    """Display adapter names on Windows, [] elsewhere."""
     names: list[str] = []
     if sys.platform == "win32":
         import winreg
@@ -138,7 +136,7 @@ def windows_adapters() -> list[str]:
 
 
 def intel_card(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Whether Linux lists a display controller of Intel's beside the processor's own (always 00:02.0)."""
+    """Whether Linux lists an Intel display controller besides the integrated one (always 00:02.0)."""
     for device in devices.glob("*") if devices.is_dir() else ():
         with contextlib.suppress(OSError):
             if device.name.endswith("00:02.0") or (device / "vendor").read_text().strip() != "0x8086":
@@ -149,7 +147,7 @@ def intel_card(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
 
 
 def nvidia_smi(field: str) -> list[float]:
-    """A field of each card as a number of the form 8.6 (of 580.65.06, 580.65), where the driver tells it."""
+    """A field of each card as a float (580.65.06 becomes 580.65), [] if the driver does not report it."""
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     found = []
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -161,7 +159,7 @@ def nvidia_smi(field: str) -> list[float]:
 
 
 def torch_backend(system: str, cards: Cards) -> str:
-    """The part of PyTorch's own index that suits a machine better than the default index does, or "".
+    """The part of PyTorch's own index that suits the machine better than PyPI's build, or "".
 
     The default index has CPU builds for Windows and macOS, and for Linux those of the newest CUDA. CUDA 13
     wants a driver from 580 on and a card from Turing (7.5) on; CUDA 12.6 serves cards from Maxwell (5.0) up
@@ -187,7 +185,7 @@ def torch_backend(system: str, cards: Cards) -> str:
 
 
 def card_notes(system: str, cards: Cards) -> list[str]:
-    """What keeps a card from being used, a sentence each."""
+    """What keeps a card from being used, one sentence each."""
     found = []
     if 0 < cards.driver < OLDEST_DRIVER:
         found.append(
@@ -208,7 +206,7 @@ def card_notes(system: str, cards: Cards) -> list[str]:
 
 
 def answers(url: str) -> bool:
-    """Whether a server answers within PROBE_SECONDS, the look-up of its name included."""
+    """Whether a server answers within PROBE_SECONDS, DNS included."""
     import urllib.request
 
     answered = threading.Event()
@@ -223,14 +221,14 @@ def answers(url: str) -> bool:
 
 
 def pip(*arguments: str, quiet: bool = False) -> bool:
-    """Run `pip install` in .venv; whether it succeeded."""
+    """Run `pip install` in .venv; returns whether it succeeded."""
     (VENV / "pip.log").unlink(missing_ok=True)
     command = [str(PYTHON), "-m", "pip", "--no-input", "--disable-pip-version-check"]
     return run_install([*command, "--log", str(VENV / "pip.log"), "install", *arguments], quiet)
 
 
 def run_install(command: list[str], quiet: bool = False) -> bool:
-    """Run an installer on .venv and show what it does; whether it succeeded."""
+    """Run an installer on .venv and show its progress; returns whether it succeeded."""
     foreign = ("PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PYTHONHOME", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in foreign}
     environment["PYTHONIOENCODING"] = "utf-8"
@@ -251,14 +249,14 @@ def run_install(command: list[str], quiet: bool = False) -> bool:
 
 
 def give_signs(ended: threading.Event) -> None:
-    """Say now and then that the work goes on."""
+    """Print a sign of life now and then."""
     began = time.monotonic()
     while not ended.wait(SIGN_SECONDS):
         say(f"  still at work after {time.monotonic() - began:.0f} s")
 
 
 def worth_saying(line: str) -> str:
-    """The short form of a line of pip's that a waiting person wants to see, or ""."""
+    """The short form of a line of pip's output that the user wants to see, or ""."""
     if line.startswith("Downloading ") and line.endswith(" MB)"):
         return line if float(line[:-4].rpartition("(")[2]) >= 10 else ""
     if line.startswith("Installing collected packages:"):
@@ -267,7 +265,7 @@ def worth_saying(line: str) -> str:
 
 
 def pip_errors() -> str:
-    """The last lines in which pip's log speaks of an error."""
+    """The last errors in pip's log."""
     with contextlib.suppress(OSError):
         log = (VENV / "pip.log").read_text(encoding="utf-8", errors="replace")
         texts = [line.partition(" ")[2].strip() for line in log.splitlines()]
@@ -276,7 +274,7 @@ def pip_errors() -> str:
 
 
 def environment_version() -> str:
-    """The Python version ("3.11") of a whole .venv, or "" if it is absent or half made."""
+    """The Python version ("3.11") of a complete .venv, or ""."""
     probe = [str(PYTHON), "-c", "import pip, sys; print('{}.{}'.format(*sys.version_info))"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(probe, capture_output=True, text=True, check=True, timeout=120)
@@ -285,7 +283,7 @@ def environment_version() -> str:
 
 
 def make_environment() -> None:
-    """Make .venv, from nothing.
+    """Make .venv from scratch.
 
     Raises:
         SetupError: it cannot be made.
@@ -333,10 +331,10 @@ def install_torch(cards: Cards) -> None:
 
 
 def uv(torch: str, backend: str) -> bool:
-    """Have uv install the PyTorch that it finds to fit this machine; whether it could.
+    """Install the PyTorch that uv finds for this machine; returns whether it could.
 
-    It knows each AMD card and each driver, but not which cards a CUDA build has no code for: where `backend`
-    is an older CUDA, uv is told it.
+    uv knows AMD cards and drivers, but not which cards a CUDA build lacks kernels for: if `backend` is an
+    older CUDA, it is passed on.
     """
     if not pip("uv", "--only-binary", ":all:", quiet=True):
         return False
@@ -347,7 +345,7 @@ def uv(torch: str, backend: str) -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Let one process at a time set up. The lock is the system's: it is free again when its holder dies.
+    """Let one process set up at a time. The lock is the system's: it is released when its holder dies.
 
     Raises:
         SetupError: the folder cannot be written.
@@ -370,7 +368,7 @@ def alone() -> Iterator[None]:
 
 
 def locked(handle: int) -> bool:
-    """Try to take the lock. Where the file system has no locks, it counts as taken."""
+    """Try to take the lock. File systems without locks count as taken."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -386,7 +384,7 @@ def locked(handle: int) -> bool:
 
 
 def set_up(extra: str) -> None:
-    """Make .venv if there is no whole one, and install the project into it.
+    """Make .venv if it is incomplete, and install the project into it.
 
     Raises:
         SetupError: something failed that a person can put right.

@@ -1,5 +1,4 @@
-"""Starts the window: arguments, port, guard, server. `launch.py` calls `main`; torch is never imported
-here."""
+"""Start of the window: options, port, guard, server. torch is never imported here."""
 
 import argparse
 import contextlib
@@ -32,7 +31,7 @@ PASSWORD_VARIABLE = "LORA_EASEL_PASSWORD"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The window's options."""
+    """The command line of `launch.py`."""
     made = argparse.ArgumentParser(prog="launch.py", description="Open the window of LoRA Easel.")
     made.add_argument(
         "--port", type=int, help=f"the port to listen on; without it, {FIRST_PORT} or the next free one"
@@ -78,7 +77,7 @@ def main(arguments: list[str]) -> int:
 
 
 def build_app(app_state: AppState, allowed: list[str], password: str = "") -> Any:
-    """The whole server as one ASGI app: guard, then login, then our routes and Gradio's."""
+    """Build the server as one ASGI app: guard, login, our routes, Gradio."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     add_routes(app, app_state)
     add_project_routes(app, app_state)
@@ -119,14 +118,14 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
 
 
 class _Server(uvicorn.Server):
-    """Says when it is ready, in the words that scripts wait for."""
+    """Prints the line that scripts wait for once it is ready."""
 
     def __init__(self, config: uvicorn.Config, address: str, browser: bool) -> None:
         super().__init__(config)
         self.address, self.browser = address, browser
 
     def quit(self) -> None:
-        """End the server, not the runs: each is a process of its own."""
+        """End the server; runs are processes of their own and continue."""
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -165,7 +164,7 @@ def _password(file: Path | None) -> str:
 
 
 def _listener(host: str, port: int | None) -> socket.socket:
-    """A listening socket, on the port asked for or on the first free one.
+    """Open a listening socket on the port asked for, or on the first free one.
 
     Raises:
         RunError: the port asked for is busy, or none is free, or the address is not this computer's.
@@ -196,7 +195,7 @@ def _listener(host: str, port: int | None) -> socket.socket:
 
 
 def _already_open(app_state: AppState) -> int | None:
-    """The port of a window that is open on this workspace already."""
+    """The port of a window that is already open on this workspace."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         port = int(json.loads((app_state.workspace / "window.json").read_text())["port"])
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -28,7 +28,7 @@ GPU.</p>"""
 
 
 def build_page(app_state: AppState) -> gr.Blocks:
-    """The whole page over one state."""
+    """Build the page over `app_state`."""
     bindings = Bindings(app_state)
     page: gr.Blocks
     with gr.Blocks(
@@ -61,7 +61,7 @@ def _header(bindings: Bindings) -> None:
 
 
 def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
-    """One load, one timer, one hidden button: all ask the same question, and get only what changed."""
+    """Wire one load event, one timer and one hidden refresh button; only values that changed are sent."""
     app_state = bindings.app_state
     timer = gr.Timer(LIVE_EVERY)
     bindings.follow(timer, lambda snap: gr.update(value=LIVE_EVERY if snap.busy else IDLE_EVERY))
@@ -104,8 +104,7 @@ def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
 
 
 def _retry_without_draft(project: Project, work: Callable[[], list[Any]]) -> list[Any]:
-    """What `work` gives; where the project's draft keeps it from that, without the draft, which is set
-    aside."""
+    """Run `work`; if the project's draft makes it fail, set the draft aside and run it again."""
     try:
         return work()
     except Exception:
@@ -117,7 +116,7 @@ def _retry_without_draft(project: Project, work: Callable[[], list[Any]]) -> lis
 
 
 def _valid(value: Any) -> Any:
-    """A component's value, or its update, that can be sent as JSON."""
+    """Make a component's value or update safe to send as JSON."""
     return clean_value(value) if isinstance(value, str | int | float | list | dict) else value
 
 
@@ -126,8 +125,7 @@ def _fingerprint(value: Any) -> str:
 
 
 def head() -> str:
-    """What the page loads besides Gradio: our own style and scripts, by addresses that change with the
-    files."""
+    """The page's own styles and scripts, with addresses that change when the files do."""
     script_files, style_files = registry.list_scripts(), registry.list_styles()
     version = max(int((ASSETS / name).stat().st_mtime) for name in (*script_files, *style_files))
     scripts = "".join(
@@ -155,7 +153,7 @@ def slow_queue_polling(page: gr.Blocks) -> None:
 
 
 def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
-    """Mount the page on a FastAPI app, with every switch of Gradio's that reaches outside turned off."""
+    """Mount the page on a FastAPI app with all of Gradio's network features turned off."""
     temporary.mkdir(parents=True, exist_ok=True)
     os.environ["GRADIO_TEMP_DIR"] = str(temporary)
     page = build_page(app_state)
@@ -178,7 +176,7 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
 
 
 def build_welcome(bindings: Bindings) -> Any:
-    """The three lines and the demo's button; gone once there is anything to see."""
+    """Lay out the introduction and the demo button, shown on the first visit."""
     with gr.Row(elem_id="welcome", visible=False) as row:
         html_block(WELCOME, elem_classes="grow")
         demo = gr.Button("Try it with the demo", variant="primary", elem_id="use-demo", min_width=0, scale=0)
@@ -187,12 +185,12 @@ def build_welcome(bindings: Bindings) -> Any:
 
 
 def wire_demo(bindings: Bindings, demo: Any, tabs: Any) -> None:
-    """Have the demo's button fill the form in and show the Train tab, where Start stands ready."""
+    """Make the demo button fill the form and open the Train tab."""
     project = bindings.app_state.project
     filled = [fill.component for fill in bindings.initial]
 
     def to_demo() -> list[Any]:
-        """The form alone: the tab is shown only when it stands there, lest what is typed be overwritten."""
+        """Fill the form first and switch tabs afterwards, so that nothing typed meanwhile is overwritten."""
         project.update_draft(
             dataset="demo", level="demo", goal="style", values={}, trigger="", preview={}, preview_loras={}
         )

@@ -1,6 +1,6 @@
-"""The project picker in the header: a button that says which project is open, and the dialog behind it.
+"""The project picker: a button in the header, the dialog behind it and its routes.
 
-The dialog's list is drawn by `assets/projects.js` when it is opened.
+`assets/projects.js` fills the dialog's list when it opens.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ class="own primary">New</button></form>
 
 
 def project_button(snapshot: Snapshot) -> str:
-    """Which project is open; opens the dialog."""
+    """The open project's name; opens the dialog."""
     project = snapshot.app_state.project
     demo = " (demo pictures)" if project.uses_demo else ""
     return (
@@ -42,9 +42,6 @@ def project_button(snapshot: Snapshot) -> str:
         ' aria-hidden="true"><path d="M2.5 4.5 6 8l3.5-3.5" fill="none" stroke="currentColor"'
         ' stroke-width="1.6"/></svg></button>'
     )
-
-
-# The project picker's routes: what there is and how large it is; new, open, rename, delete; caches.
 
 
 def add_project_routes(app: FastAPI, app_state: AppState) -> None:
@@ -62,7 +59,7 @@ def add_project_routes(app: FastAPI, app_state: AppState) -> None:
 
 
 def _changed(app_state: AppState, do: str, key: str, title: str) -> dict[str, Any]:
-    """Do what the picker asks; the page loads itself anew where another project is open after it."""
+    """Apply an action of the picker; the page reloads if another project is open afterwards."""
     if app_state.importer.working:
         raise RunError("Pictures are being imported; wait until that is done.")
     before, projects = app_state.project.path, app_state.projects
@@ -93,7 +90,7 @@ def _changed(app_state: AppState, do: str, key: str, title: str) -> dict[str, An
 
 
 def _restored(app_state: AppState, place: str) -> str:
-    """Put back what has that place in the trash, and say under which name it is there now.
+    """Restore an item from the trash and say under which name.
 
     Raises:
         RunError: it is not in the trash any more, or the disk refuses.

@@ -1,9 +1,7 @@
-"""The window's own routes: thumbnails, samples, downloads and captions, confined to folders that the person
-chose.
+"""Routes shared by the tabs: images, thumbnails, downloads and captions, confined to known folders.
 
-Gradio's static files are readable without a login and its gallery copies every original; these routes stand
-behind the guard and the login like the page itself. A path from the page is resolved and must stay below its
-root.
+Gradio serves static files without login and copies every original into its cache; these routes are behind
+guard and login. A path sent by the page is resolved and has to stay below its root.
 """
 
 import asyncio
@@ -40,11 +38,11 @@ KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 
 class BadRequest(Exception):
-    """A path that leaves its root or names nothing there."""
+    """The path leads out of its root, or the request is malformed; answered with 404."""
 
 
 class NotFound(Exception):
-    """A picture that was left out, taken back or deleted since the page was told of it."""
+    """An image was moved or deleted after the page learned of it; answered with 204."""
 
 
 def below(root: Path, path: str, suffixes: set[str], also: Sequence[Path] = ()) -> Path:
@@ -84,7 +82,7 @@ def _join_below(root: Path, path: str) -> Path:
 
 
 def add_routes(app: FastAPI, app_state: AppState) -> None:
-    """Add the window's own routes to `app`."""
+    """Add the shared routes to `app`."""
     _answer_problems(app)
 
     async def same_project(request: Request) -> None:
@@ -153,7 +151,7 @@ def add_assets(app: FastAPI, names: list[str]) -> None:
 
 
 def _answer_problems(app: FastAPI) -> None:
-    """Have each kind of exception answered in words, never with a traceback."""
+    """Answer each kind of exception with a sentence, never a traceback."""
     app.exception_handler(BadRequest)(_refused)
     app.exception_handler(NotFound)(_gone)
     app.exception_handler(LoraError)(_problem)
@@ -188,10 +186,10 @@ async def _fault(request: Request, error: Exception) -> Response:
 
 
 class Answer(JSONResponse):
-    """A JSON response that never fails for what a file's name or header holds."""
+    """A JSON response that tolerates invalid text and non-finite numbers."""
 
     def render(self, content: Any) -> bytes:
-        """The body; texts that are not valid and numbers that JSON cannot hold are replaced."""
+        """Encode the body, replacing what JSON cannot hold."""
         try:
             return super().render(content)
         except ValueError:
@@ -218,7 +216,7 @@ def _picture(app_state: AppState, kind: str, path: str) -> Path:
 
 
 async def read_sent_json(request: Request) -> dict[str, Any]:
-    """What a page sent, as an object.
+    """Read the request's body as a JSON object.
 
     Raises:
         BadRequest: it is not a JSON object, or too long.
@@ -250,8 +248,7 @@ async def _small(app_state: AppState, file: Path, side: int) -> Response:
 
 
 def image_url(kind: str, root: Path, file: Path, size: str = "picture") -> str:
-    """The address of a picture in the window; its time is part of it, so that browsers may keep it for
-    ever."""
+    """URL of an image; it contains the file's time, so browsers may cache it indefinitely."""
     try:
         version = file.stat().st_mtime_ns
     except OSError:

@@ -1,5 +1,7 @@
-"""Other tools on this computer as the window offers them: looked for in the background, so that no page
-waits."""
+"""State of the window: one `AppState` per server, shared by all its pages, and a `Snapshot` of it per poll.
+
+Two pages of the same window therefore show the same project, run and images.
+"""
 
 import hashlib
 import sys
@@ -34,19 +36,19 @@ Shelf = tuple[InstalledTool, list[Path]]
 
 
 class OtherTools:
-    """What was found at the last look."""
+    """Other tools on this computer, searched in the background so that no page waits."""
 
     def __init__(
         self, places: RecentPaths, search: Callable[[Iterable[Path]], list[InstalledTool]] = find_tools
     ) -> None:
-        """Look for tools with `search`, given the folders that a person added."""
+        """Search with `search`, given the folders that the user added."""
         self._places = places
         self._search = search
         self._shelves: list[Shelf] = []
         self._looking = threading.Lock()
 
     def look(self, wait: bool = False) -> None:
-        """Look again, in the background unless `wait`; one look at a time."""
+        """Search again, in the background unless `wait`; one search at a time."""
         if not self._looking.acquire(blocking=wait):
             return
         thread = threading.Thread(target=self._look, daemon=True, name="other-tools")
@@ -62,22 +64,16 @@ class OtherTools:
             self._looking.release()
 
     def shelves(self) -> list[Shelf]:
-        """The tools found so far, each with its bases."""
+        """The tools found so far, each with its base models."""
         return self._shelves
 
     def lora_folders(self) -> list[tuple[str, Path]]:
-        """Where tools look for LoRAs, as (tool, folder), each folder once."""
+        """LoRA folders of the tools as (tool, folder), each folder once."""
         found: dict[Path, tuple[str, Path]] = {}
         for tool, _ in self._shelves:
             if tool.loras is not None:
                 found.setdefault(tool.loras.resolve(), (tool.name, tool.loras))
         return list(found.values())
-
-
-# All that the window knows, in one place: the workspace, the project, the runs, the worker.
-#
-# One desk a server, shared by every page: two pages of the same window show the same run and the same
-# pictures.
 
 
 BESIDE_BASE = 1_500_000_000
@@ -120,24 +116,24 @@ class AppState:
 
     @property
     def generated(self) -> Path:
-        """Where the pictures that are drawn in the open project go."""
+        """Folder of the images generated in the open project."""
         return self.project.path / "generated"
 
     def _occupied(self) -> str:
-        """What needs the machine more than measuring does, in a sentence; "" where nothing does."""
+        """Why nothing can be measured now, "" if it can."""
         run = self._live_run()
         if run:
             return f"The run {run} is going on; it can be measured when that has ended."
         return "The queue is being worked through." if self.queue.is_running else ""
 
     def _device(self) -> str:
-        """The device that the open project's settings name."""
+        """`train.device` of the open project's draft."""
         values = self.project.draft().get("values")
         return str(values.get("train.device") or AUTO) if isinstance(values, dict) else AUTO
 
     def _in_the_way(self, request: dict[str, Any]) -> str:
-        """Why a request that takes a card's memory waits for the run: there is no room for both, or the run
-        has not taken its own yet. "" where it need not wait."""
+        """Why a request that needs GPU memory has to wait for the run, "" if it need not: both would not fit,
+        or the run has not allocated its memory yet."""
         live = self.jobs.live()
         if live is None:
             return ""
@@ -166,33 +162,30 @@ class AppState:
 
     @property
     def identity(self) -> str:
-        """Tells one workspace from another without naming its path to whoever asks."""
+        """A hash that identifies the workspace without revealing its path."""
         return hashlib.sha256(str(self.workspace.resolve()).encode()).hexdigest()[:16]
 
     def is_new(self) -> bool:
-        """Whether this is a first visit: no pictures, no demo chosen, no run."""
+        """Whether this is a first visit: no images, no demo, no run."""
         project = self.project
         return not project.uses_demo and not project.dataset().records and not self.jobs.all()
 
     def turn_to_project(self) -> None:
-        """Put away what was looked at in the project before, as another is open now."""
+        """Reset per-project view state after switching projects."""
         self.jobs.choose_anew()
         self.render_queue.clear()
         self.like_said = ""
 
     def close(self) -> None:
-        """End what must end with the window. Runs go on."""
+        """End what must end with the window; runs continue."""
         self.worker.close()
         self.downloads.cancel()
         self.thumbs.close()
 
 
-# The window at one moment: read once a poll, then shown by many pieces; and how a piece says what it shows.
-
-
 @dataclass(frozen=True)
 class Snapshot:
-    """What the pieces of a page need, read once."""
+    """State read once per poll, from which all components are rendered."""
 
     app_state: AppState
     run_view: RunView | None
@@ -203,27 +196,27 @@ class Snapshot:
 
     @property
     def progress(self) -> Progress:
-        """Of the shown run; empty where there is none."""
+        """Progress of the shown run; empty without one."""
         return self.run_view.progress if self.run_view else Progress()
 
     @property
     def live(self) -> bool:
-        """Whether a run is going on."""
+        """Whether the shown run is going on."""
         return self.state in LIVE
 
     @property
     def resumable(self) -> bool:
-        """Whether the shown run can be gone on with."""
+        """Whether the shown run can be resumed."""
         return self.state in RESUMABLE and self.run_view is not None
 
     @property
     def asks(self) -> bool:
-        """Whether the shown run ended to ask if it may go on with what has changed."""
+        """Whether the shown run ended to ask if it may continue with changed inputs."""
         return self.run_view is not None and asks_to_accept(self.run_view, self.state)
 
     @property
     def busy(self) -> bool:
-        """Whether something changes by itself, so that pages should look often."""
+        """Whether something changes by itself, so that pages should poll often."""
         app_state = self.app_state
         # Between two runs of a queue none is live.
         working = app_state.prober.active or app_state.queue.is_running or app_state.downloads.active
@@ -231,12 +224,12 @@ class Snapshot:
 
 
 def asks_to_accept(run_view: RunView, state: str) -> bool:
-    """Whether a run ended to ask if it may go on with what has changed."""
+    """Whether a run ended to ask if it may continue with changed inputs."""
     return state == "failed" and bool(run_view.changed)
 
 
 def take_snapshot(app_state: AppState) -> Snapshot:
-    """Read everything once."""
+    """Read the state once."""
     runs = [(run_view, app_state.jobs.state(run_view)) for run_view in app_state.jobs.all()]
     run_view = app_state.jobs.current()
     state = next((s for w, s in runs if w is run_view), "none")

@@ -1,9 +1,9 @@
-"""The client of the warm worker: one process that keeps a base model loaded and answers previews and exports.
+"""Client of the warm worker: a process that keeps a base model loaded and serves previews and exports.
 
-The window itself never imports torch. Requests wait in a queue and go out one at a time; a worker that died
-is started again for the next request, and the request in hand is answered with the reason, so nobody waits
-for ever. On a graphics card, the process ends as soon as a run begins, since even an idle one holds memory
-there; what it was drawing waits in the queue and is begun anew once there is room.
+The window itself never imports torch. Requests are queued and sent one at a time. If the worker dies, the
+current request is answered with the reason and the next one starts a new process. On a GPU the process is
+ended as soon as a run begins, because even an idle one holds memory; its request is queued again and
+restarted when memory is free.
 """
 
 import base64
@@ -38,7 +38,7 @@ STARTING_TAKES = "Loading the drawing process, which takes some seconds the firs
 
 @dataclass
 class Reply:
-    """What is known so far of one request."""
+    """Progress and result of one request."""
 
     request: dict[str, Any]
     state: str = "waiting"  # waiting, working, done, error
@@ -58,7 +58,7 @@ class WorkerClient:
     """Owns the worker process."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log_file: Path) -> None:
-        """Remember how to start it; nothing is started before the first request or `warm()`."""
+        """Store the command; the process starts with the first request or `warm()`."""
         self.command = command
         self.environment = environment
         self.log_file = log_file
@@ -88,16 +88,16 @@ class WorkerClient:
 
     @property
     def device(self) -> str:
-        """The kind of device that PyTorch computes on ("cuda", "cpu", ...), "" while that is not known."""
+        """Device type that torch computes on ("cuda", "cpu", ...), "" while unknown."""
         return self.found.get("device", "")
 
     def warm(self) -> None:
-        """Start the process in the background, so that the first preview need not wait for it."""
+        """Start the process in the background, so that the first preview does not wait for it."""
         if not self.ready and not any(reply.request["do"] == "warm" for reply in list(self.waiting)):
             self.submit({"do": "warm"})
 
     def submit(self, request: dict[str, Any]) -> Reply:
-        """Queue a request; its reply fills up as the worker answers."""
+        """Queue a request; the reply is filled in as the worker answers."""
         reply = Reply({"id": uuid.uuid4().hex, **request})
         self.waiting.append(reply)
         self._asked.set()
@@ -108,29 +108,29 @@ class WorkerClient:
         return reply
 
     def ask(self, request: dict[str, Any], timeout: float = 600.0) -> Reply:
-        """Queue a request and wait for its end."""
+        """Queue a request and wait for its result."""
         reply = self.submit(request)
         if not reply.finished.wait(timeout):
             reply.state, reply.message = "error", f"No answer came within {timeout:.0f} seconds."
         return reply
 
     def cancel(self, reply: Reply) -> None:
-        """Drop a request: at once where it still waits, within a step of the sampler where it is drawn."""
+        """Cancel a request: at once while it waits, within one sampler step while it runs."""
         reply.dropped = True
         self._asked.set()
         if reply.state == "working":
             self._write({"id": uuid.uuid4().hex, "do": "cancel", "target": reply.request["id"]})
 
     def ahead_of(self, reply: Reply) -> int:
-        """How many requests come before one that waits, the one in hand included; 0 where it is in hand, and
-        where its message says what else it waits for."""
+        """Number of requests before a waiting one, the current one included; 0 for the current request and
+        for one whose message says what it waits for."""
         if reply.state != "waiting" or reply.message:
             return 0
         may_begin = [one for one in list(self.waiting) if not one.message]
         return next((n for n, one in enumerate(may_begin, 1) if one is reply), 0)
 
     def release(self) -> None:
-        """Have a running worker give its memory back, on a card at once; one that does not run holds none."""
+        """Free the worker's memory, on a GPU by ending the process."""
         if not self._on_card:
             if self.ready:
                 self.submit({"do": "release"})
@@ -144,7 +144,7 @@ class WorkerClient:
 
     @property
     def computes_on(self) -> str:
-        """The kind of device that requests are answered on, "" while it is not known."""
+        """Device type that requests are served on, "" while unknown."""
         wanted = self.wanted_device()
         return self.device if wanted in ("", AUTO) else wanted.partition(":")[0]
 
@@ -153,7 +153,7 @@ class WorkerClient:
         return self.ready and self.computes_on in CARDS
 
     def close(self) -> None:
-        """End the process; called when the window ends."""
+        """End the process."""
         with self._starting:
             self._closed = True
             process = self._process
@@ -234,12 +234,12 @@ class WorkerClient:
             self._put_back(reply)
 
     def _put_back(self, reply: Reply) -> None:
-        """Let a request wait again, before all others."""
+        """Requeue a request at the front."""
         reply.state = "waiting"
         self.waiting.insert(0, reply)
 
     def _take(self, reply: Reply, message: dict[str, Any]) -> bool:
-        """Fold one answer into the reply; true when it was the last."""
+        """Apply one message to the reply; returns whether it was the last."""
         match message.get("event"):
             case "progress":
                 reply.done, reply.total = int(message.get("done", 0)), int(message.get("total", 0))
@@ -307,7 +307,7 @@ class WorkerClient:
 
 
 def _messages(stream: IO[bytes] | None) -> Any:
-    """The JSON objects of a stream; other output of libraries is passed over."""
+    """Parse a stream of JSON lines; other output is skipped."""
     for line in stream or ():
         try:
             message = json.loads(line)
@@ -326,21 +326,21 @@ def _close_pipes(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_log_line(path: Path) -> str:
-    """The last line of a log that says something, or ""."""
+    """The last non-empty line of a log, "" if none."""
     lines = log_tail(path, 40)
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 class MemoryYieldPolicy:
-    """Says when a worker's memory should go to a run: once as a run begins, later after a minute's rest."""
+    """When the worker gives its memory to a run: as soon as a run begins, later after a minute of idling."""
 
     def __init__(self, live_run: Callable[[], str], rest: float = 60.0) -> None:
-        """Ask `live_run` for the name of the run that is going on, "" where none is."""
+        """`live_run` returns the name of the live run, "" if none."""
         self._live_run = live_run
         self._rest = rest
         self._known = ""
 
     def __call__(self, idle: float) -> bool:
-        """Whether the memory should be given back after so many idle seconds."""
+        """Whether to free the memory after `idle` seconds."""
         before, self._known = self._known, self._live_run()
         return bool(self._known) and (self._known != before or idle >= self._rest)

@@ -1,6 +1,9 @@
-"""Looking the pictures over in the background: damaged, tiny, blurred, alike, or badly captioned.
+"""What the Dataset tab finds out about the images: file checks, and measurements by the base model.
 
-What was measured on a picture is kept for as long as the window is open, so that a second look takes no time.
+Checks (damaged, tiny, blurred, near-duplicate, badly captioned) run in a thread and are cached while the
+window is open. Measurements (captions that fit badly, trigger words, what the last run learned of each image)
+run in the warm worker and are stored in the project with a hash of their inputs, so they survive a restart
+and can be marked stale.
 """
 
 import contextlib
@@ -30,12 +33,12 @@ LISTS = ("problems", "learned", "shares")
 
 
 class _Outdated(Exception):
-    """The pictures have changed, or another project is open: a look at them is of no use any more."""
+    """The images changed or another project was opened during the check."""
 
 
 @dataclass(frozen=True)
 class _CheckKey:
-    """What a check is of."""
+    """The inputs of a check."""
 
     folder: Path
     revision: int
@@ -43,7 +46,7 @@ class _CheckKey:
 
 
 class Checker:
-    """The findings on the open project's pictures."""
+    """The checks of the open project's images."""
 
     def __init__(self, project: Project) -> None:
         """Nothing is looked at before it is asked for."""
@@ -54,14 +57,14 @@ class Checker:
         self._aim: _CheckKey | None = None
 
     def state(self) -> dict[str, Any]:
-        """`state` (idle, working, done, failed), how far, the findings, and whether they are of the pictures
-        as they are now."""
+        """`state` (idle, working, done, failed), progress, findings, and `fresh`: whether they are of the
+        current images."""
         aim = self._aim
         fresh = aim is not None and aim == self._now()
         return {**self._state, "fresh": fresh}
 
     def start(self) -> None:
-        """Look the pictures over, unless that is being done or has been done."""
+        """Start the check, unless it is running or done."""
         aim = self._now()
         with self._lock:
             if self._aim == aim and self._state["state"] in ("working", "done"):
@@ -106,7 +109,7 @@ class Checker:
 
 
 def plan_training(plan: Plan, records: list[ImageRecord]) -> TrainingView:
-    """How the pictures would be trained on by the run that the form stands for."""
+    """How the run described by the form would train on `records`."""
     config = plan.config
     out: frozenset[Path] = frozenset()
     # Where they cannot be parted, the form says so.
@@ -123,20 +126,13 @@ def plan_training(plan: Plan, records: list[ImageRecord]) -> TrainingView:
 
 
 def _relative_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A finding with names below the dataset folder in place of paths."""
+    """A finding with paths relative to the dataset folder."""
     named: dict[str, Any] = {
         key: relative_name(Path(row[key]), folder) for key in ("picture", "twin") if row.get(key)
     }
     if "pictures" in row:
         named["pictures"] = [relative_name(Path(path), folder) for path in row["pictures"]]
     return {**row, **named}
-
-
-# What the base says of the open project: captions that fit badly, words for a trigger, and what the last
-# run has learned of each picture.
-#
-# The warm worker measures; a page only asks and looks again. What was found is kept in the project with a
-# mark of what it is of, so that it is there after a restart and is told apart from what has changed since.
 
 
 WHATS = ("captions", "triggers", "pictures")
@@ -147,7 +143,7 @@ OF_A_RUN = "pictures.json"
 
 @dataclass
 class _Work:
-    """What is being measured, and of what."""
+    """A running measurement and its inputs."""
 
     reply: Reply
     mark: str
@@ -157,7 +153,7 @@ class _Work:
 
 @dataclass
 class DatasetInsights:
-    """Asks the worker, and keeps what it found.
+    """Asks the worker for measurements and stores the results.
 
     Attributes:
         project: the open one.
@@ -175,12 +171,12 @@ class DatasetInsights:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def state(self) -> dict[str, Any]:
-        """For each of `WHATS` its `state` (idle, working, done, failed), how far, `why` it cannot be asked
-        for, and what was `found`, `fresh` where nothing has changed since."""
+        """Per entry of `WHATS`: `state` (idle, working, done, failed), progress, `why` it cannot start, what
+        was `found`, and whether that is `fresh`."""
         return {what: self._state(what) for what in WHATS}
 
     def begin(self, what: str) -> None:
-        """Have something measured, unless that is being done.
+        """Start a measurement, unless it is running.
 
         Raises:
             RunError: it cannot be measured now; says why.
@@ -202,14 +198,14 @@ class DatasetInsights:
         threading.Thread(target=self._attend, args=(what, work), daemon=True, name=what).start()
 
     def cancel(self, what: str) -> None:
-        """Stop measuring; what was found before stays."""
+        """Stop a measurement; earlier results stay."""
         with self._lock:
             work = self._work.get(what)
         if work is not None:
             self.worker.cancel(work.reply)
 
     def _why(self, what: str) -> str:
-        """Why something cannot be measured now, "" where it can."""
+        """Why something cannot be measured now, "" if it can."""
         if what not in WHATS:
             return f"{what!r} cannot be measured; choose one of {', '.join(WHATS)}."
         busy = self.occupied()
@@ -228,7 +224,7 @@ class DatasetInsights:
         return "" if plan.base.facts is not None else plan.base.problem
 
     def _run(self) -> RunView | None:
-        """The project's newest run on the pictures that are shown, of those with a checkpoint."""
+        """The newest run with a checkpoint that trained on the shown images."""
         for run_view in self.jobs.all():
             config = run_view.config()
             if config is None or not self.jobs.own(run_view) or not run_view.run.checkpoint_steps():
@@ -239,7 +235,7 @@ class DatasetInsights:
         return None
 
     def _request(self, what: str) -> tuple[dict[str, Any], str]:
-        """What to ask the worker, and the mark of what it is of."""
+        """The worker's request and the hash of its inputs."""
         if what == "pictures":
             run_view = self._run()
             assert run_view is not None
@@ -294,7 +290,7 @@ class DatasetInsights:
         return {"found": shown, "run": run_view.run.name, "fresh": found.get("step") == wanted}
 
     def _attend(self, what: str, work: _Work) -> None:
-        """Wait for the end and keep what was found; a run that begins meanwhile comes first."""
+        """Wait for the result and store it; a run that begins meanwhile takes precedence."""
         reply, gave_way = work.reply, ""
         while not reply.finished.wait(LOOK_EVERY):
             gave_way = "" if reply.dropped else self.occupied()
@@ -321,7 +317,7 @@ class DatasetInsights:
 
 
 def _named(found: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """With names below the dataset folder in place of paths."""
+    """Paths relative to the dataset folder."""
     rows = []
     for row in found.get("rows", []):
         if not isinstance(row, dict):

@@ -1,7 +1,10 @@
-"""Small pictures for the window: made when they are first asked for, by two threads, and kept on disk.
+"""The images as the page shows them: thumbnails, token counts, facts per image, and the summary below the
+grid.
 
-Two threads, because each may hold a decoded picture of 90 million pixels; and they are never the threads that
-save captions. Large views are made anew each time somebody looks: a browser keeps them.
+`assets/dataset.js` draws the grid, so that selecting and filtering 1,000 images is instant; the server sends
+each image's facts once, and again when they change. Thumbnails are made on first request by two threads,
+because each may hold a decoded image of 90 million pixels, and cached on disk. Tokens are counted with the
+base's own tokenizer, on the longest text that training may use: trigger word, one line, longest alternative.
 """
 
 import asyncio
@@ -34,15 +37,15 @@ _THREADS = 2
 
 
 class Thumbnails:
-    """A folder of thumbnails, named for the picture's path, time and size; it can be emptied at any time."""
+    """A cache folder of thumbnails, named by the image's path, time and size; safe to delete."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep them in `folder`, which need not be there."""
+        """Cache in `folder`, created when needed."""
         self.folder = folder
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="thumbs")
 
     async def webp(self, file: Path, side: int) -> bytes:
-        """The picture as a WebP that fits into a square of `side` pixels.
+        """The image as WebP, fitted into a square of `side` pixels.
 
         Raises:
             DatasetError: it cannot be read as a picture.
@@ -70,7 +73,7 @@ class Thumbnails:
         return data
 
     def prepare(self, files: list[Path], side: int = KEPT_SIDE) -> None:
-        """Make those that will be looked at first; one that cannot be made is left to whoever asks for it."""
+        """Make the first ones in advance; failures are left to the request that needs the file."""
 
         def quietly(file: Path) -> None:
             with contextlib.suppress(LoraError, OSError):
@@ -79,21 +82,13 @@ class Thumbnails:
         list(self._pool.map(quietly, files))
 
     def close(self) -> None:
-        """Make no more."""
+        """Stop making thumbnails."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _whole(data: bytes) -> bool:
-    """Whether a WebP is as long as its head says (RIFF: the length less 8, in bytes 4 to 8)."""
+    """Whether a WebP has the length that its RIFF header states (bytes 4 to 8, plus 8)."""
     return data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 == len(data)
-
-
-# The token meter: how much of a caption the base reads, counted with its own tokenizer, and the part that
-# is cut.
-#
-# Bases with two text encoders count with the first one's tokenizer; both have the same words. What is
-# counted is what may be read at a look: the trigger word in front, one line of several, the longest of
-# alternatives.
 
 
 LIMITS: tuple[int, ...] = typing.get_args(FIELDS["train.max_token_length"].annotation)
@@ -115,7 +110,7 @@ class TokenCount:
 
 
 def count_caption_tokens(caption: str, plan: Plan) -> TokenCount:
-    """A caption as the run to come would read it."""
+    """Count a caption's tokens as the planned run would read it."""
     return _counted(
         clean_text(caption), plan.trigger, plan.config.train.max_token_length, plan.base.tokenizer
     )
@@ -134,12 +129,12 @@ def _counted(caption: str, trigger: str, limit: int, tokenizer: Path) -> TokenCo
 
 
 def _longest(line: str) -> str:
-    """The line with the longest of each group of alternatives, and of what stands between bars."""
+    """The line with the longest of each group of alternatives."""
     return choose_parts(line, lambda parts: max(parts, key=len))
 
 
 def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
-    """A sentence on the captions of which a part is not read, or ""."""
+    """A sentence about truncated captions, "" if there are none."""
     cut = [record.path.name for record in dataset.records if count_caption_tokens(record.caption, plan).cut]
     if not cut:
         return ""
@@ -152,21 +147,15 @@ def warn_of_long_captions(dataset: Dataset, plan: Plan) -> str:
 
 
 def meter_version(plan: Plan) -> str:
-    """What the browser compares to know that captions have to be counted again."""
+    """Changes when captions have to be counted again."""
     return f"{plan.config.train.max_token_length} {plan.base.tokenizer} {plan.trigger}"
-
-
-# The dataset as the page draws it: pictures as data, findings as HTML.
-#
-# The grid is drawn in the browser (`assets/dataset.js`), where choosing, filtering and the arrow keys are
-# instant with 1,000 pictures; the server sends each picture's facts once, and again only when they change.
 
 
 MOST_SENTENCES = 12
 
 
 def gallery_data(project: Project, plan: Plan) -> dict[str, Any]:
-    """All that the page shows of the pictures, as plain values.
+    """All that the page shows of the images, as plain values.
 
     Returns:
         `mark`: what these values belong to; `fixed`: whether they are the demo's; `pictures` and `left_out`:
@@ -184,7 +173,7 @@ def gallery_data(project: Project, plan: Plan) -> dict[str, Any]:
 
 
 def gallery_version(project: Project, plan: Plan) -> str:
-    """What a page compares to know that its pictures are no longer those on disk."""
+    """Changes when the page's images are no longer those on disk."""
     return f"{project.revision} {_size(plan)}"
 
 
@@ -193,7 +182,7 @@ def _size(plan: Plan) -> tuple[int, int]:
 
 
 def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: int) -> dict[str, Any]:
-    """One picture's facts: name, caption, size, bucket, crop in percent from each side, repeats, time."""
+    """An image's name, caption, size, bucket, crop in percent per side, repeats and time."""
     bucket, crop = _crop(record.width, record.height, resolution, multiple)
     try:
         version = record.path.stat().st_mtime_ns
@@ -216,7 +205,7 @@ def image_facts(record: ImageRecord, folder: Path, resolution: int, multiple: in
 
 
 def _is_much_smaller(record: ImageRecord, resolution: int) -> bool:
-    """Under a quarter of the area that is trained at, as the check says it."""
+    """Whether the area is less than a quarter of the training area."""
     return record.width * record.height * 4 < resolution**2
 
 
@@ -229,7 +218,7 @@ def _crop(width: int, height: int, resolution: int, multiple: int) -> tuple[list
 
 
 def version_marker(project: Project, plan: Plan) -> str:
-    """The hidden piece that tells pages when to ask for the pictures again, and to count captions anew."""
+    """A hidden element that tells pages when to reload images and recount captions."""
     project.dataset()
     return (
         f'<span id="dataset-mark" hidden data-mark="{safe(gallery_version(project, plan))}"'
@@ -239,7 +228,7 @@ def version_marker(project: Project, plan: Plan) -> str:
 
 
 def findings_html(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: list[str]) -> str:
-    """Chips with counts, and a sentence for each thing that is wrong.
+    """Chips with counts, and a sentence per problem.
 
     Args:
         dataset: the pictures.
@@ -283,14 +272,14 @@ def findings_html(dataset: Dataset, skipped: list[FileProblem], demo: bool, advi
 
 
 class FindingsView:
-    """The findings of the open project, worked out again only where something changed."""
+    """Caches `findings_html` until its inputs change."""
 
     def __init__(self) -> None:
         """Nothing is known yet."""
         self._known: tuple[object, str] | None = None
 
     def html(self, project: Project, plan: Plan) -> str:
-        """As `findings`."""
+        """See `findings_html`."""
         dataset, skipped = project.dataset(), [] if project.uses_demo else project.notes
         key = (project.revision, meter_version(plan), tuple(problem.sentence for problem in skipped))
         if self._known is None or self._known[0] != key:

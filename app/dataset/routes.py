@@ -1,5 +1,5 @@
-"""The Dataset tab's own routes. The page asks for the pictures as data and draws them itself: a caption that
-is saved then costs a few hundred bytes, and not the grid of a thousand pictures once more."""
+"""Routes of the Dataset tab. The page gets the images as data: saving a caption costs a few hundred bytes,
+not the grid."""
 
 import asyncio
 from collections.abc import Callable
@@ -149,7 +149,7 @@ def _add_insights(app: FastAPI, app_state: AppState) -> None:
 
 
 async def _done(work: Callable[[], Any], said: Callable[[], Any] | None = None) -> Response:
-    """What `work` gives, done in a thread as it reads and writes files; or what `said` gives after it."""
+    """Run `work` in a thread and answer with its result, or with `said()`."""
     found = await asyncio.to_thread(work)
     return Answer(said() if said else found, headers={"Cache-Control": "no-store"})
 

@@ -1,8 +1,7 @@
-"""Bringing pictures in: files that a page sends, or a path on this computer, taken over in a thread of its
-own.
+"""Import of images: files sent by a page, or a path on this computer, in a background thread.
 
-A page sends file by file into a folder beside the projects and then says that it is done; from there on
-nothing depends on the page. One import at a time; how far it is can be asked at any moment.
+A page sends file by file into a staging folder and then finishes the batch; after that nothing depends on the
+page. One import at a time.
 """
 
 import shutil
@@ -31,14 +30,14 @@ ROOM_LEFT = 200_000_000
 
 @dataclass
 class UploadBatch:
-    """Files that a page is sending: where they lie, and what the page calls them."""
+    """Files being sent: where they are, and their names on the page."""
 
     folder: Path
     files: dict[int, tuple[Path, str]] = field(default_factory=dict)
 
 
 class _BodyReader:
-    """Files as they come in one request."""
+    """Reads the files of one request."""
 
     def __init__(self, chunks: AsyncIterator[bytes]) -> None:
         self.chunks = chunks
@@ -81,7 +80,7 @@ class Importer:
     """The one import of a window."""
 
     def __init__(self, project: Project, staging: Path) -> None:
-        """Import into the open project, with sent files in `staging` until then."""
+        """Import into the open project; uploads are kept in `staging` until then."""
         self.project = project
         self.staging = staging
         # Whatever a window that was killed had received is of no use any more.
@@ -94,7 +93,7 @@ class Importer:
 
     def state(self) -> dict[str, Any]:
         """`state` (idle, working, done, failed), `phase`, `done`, `total`, `note`, the import's `number`, and
-        `left_demo` where the form has other values because of it."""
+        `left_demo` if the form changed because of it."""
         return dict(self._state)
 
     @property
@@ -103,7 +102,7 @@ class Importer:
         return bool(self._state["state"] == "working")
 
     def begin(self) -> str:
-        """A new batch of files to be sent; returns its name.
+        """Start a batch; returns its name.
 
         Raises:
             DatasetError: the disk refuses.
@@ -156,7 +155,7 @@ class Importer:
         return len(listed)
 
     def finish(self, batch: str) -> None:
-        """Take over what was sent.
+        """Import a batch.
 
         Raises:
             DatasetError: the batch is not known, or another import is under way.
@@ -178,13 +177,13 @@ class Importer:
         self._start(work, "move")
 
     def give_up(self, batch: str) -> None:
-        """Forget what was sent so far."""
+        """Discard a batch."""
         found = self._batches.pop(batch, None)
         if found is not None:
             shutil.rmtree(found.folder, ignore_errors=True)
 
     def from_path(self, text: str, link: bool) -> None:
-        """Take over a folder, a zip or a picture of this computer, copied or linked.
+        """Import a folder, zip or image of this computer, copied or linked.
 
         Raises:
             DatasetError: nothing is there, or another import is under way.

@@ -1,7 +1,7 @@
-"""The Dataset tab: bring pictures in, see them, write their captions.
+"""The Dataset tab: import images, browse them, write captions.
 
-Its pieces are HTML of our own, drawn in the browser over own routes; Gradio holds the trigger word, which the
-Train tab needs, and tells pages when something changed.
+The HTML below is fixed; `assets/dataset.js`, `dataset_tools.js` and `dataset_learned.js` draw into it. Gradio
+holds only the trigger word, which the Train tab needs.
 """
 
 import gradio as gr
@@ -64,10 +64,6 @@ def _trigger(bindings: Bindings) -> None:
     )
     bindings.refresh_after(save)
     bindings.trigger = trigger
-
-
-# The Dataset tab's fixed HTML; what moves in it is drawn by `assets/dataset.js`, `dataset_tools.js` and
-# `dataset_learned.js`.
 
 
 KINDS = "PNG, JPEG, WebP, HEIC, AVIF, with captions beside them. All stays on this computer."

@@ -1,4 +1,4 @@
-"""The Export tab's answers as HTML: the checkpoints to choose from, and where the written file works."""
+"""Checkpoints to choose from, and what each tool makes of a file: the written one, or any LoRA file."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
-from app.formatting import chip, format_bytes, pluralize, safe
+from app.formatting import chip, format_bytes, pluralize, problem_html, safe
 from app.jobs import RunView
 from app.routes import image_url
 from app.state import Snapshot
@@ -21,7 +21,7 @@ MOST_NAMES = 40
 
 
 def checkpoint_cards(snapshot: Snapshot, run_view: RunView | None, chosen: str) -> str:
-    """Best and last side by side, each with its newest sample and its gain."""
+    """Best and last side by side, each with its latest sample and gain."""
     if run_view is None:
         return (
             '<div class="empty"><h3>Nothing to export yet</h3><p class="small">Train first: each run leaves'
@@ -64,7 +64,7 @@ SAME_STRENGTH = 0.05
 
 
 def tool_rows(verified: dict[str, Any]) -> str:
-    """A row a tool: a tick with how many keys it reads, or what goes wrong."""
+    """A row per tool: how many keys it reads, or what goes wrong."""
     return f"<table>{''.join(_tool(row) for row in verified.get('tools', []))}</table>"
 
 
@@ -88,7 +88,7 @@ def _tool(row: dict[str, Any]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    """Names of keys, folded away."""
+    """Key names, folded."""
     more = [f"and {len(names) - MOST_NAMES:,} more"] if len(names) > MOST_NAMES else []
     lines = safe("\n".join(names[:MOST_NAMES] + more))
     return f'<details><summary>Which keys</summary><pre class="log" tabindex="0">{lines}</pre></details>'
@@ -100,7 +100,7 @@ def _row(row: dict[str, Any], said: str, verdict: str, listed: str = "") -> str:
 
 
 def verdict_chip(verified: dict[str, Any], fine: str) -> str:
-    """The whole in one label; `fine` where all is well."""
+    """All tools in one label; `fine` if all is well."""
     if verified.get("ok"):
         return chip(fine, "good")
     return chip("not every tool reads it", "bad")
@@ -130,7 +130,7 @@ def compatibility_card(result: dict[str, Any] | None, portable: bool) -> str:
 
 
 def written_line(result: dict[str, Any], precision: str, address_of_file: str, place: str) -> str:
-    """What was written, the link to have it again, and the line that says where it is."""
+    """What was written, a download link, and its location."""
     size = format_bytes(float(result.get("bytes", 0)))
     name = str(result.get("file", "")).replace("\\", "/").rsplit("/", 1)[-1]
     return (
@@ -138,9 +138,6 @@ def written_line(result: dict[str, Any], precision: str, address_of_file: str, p
         f' {safe(result.get("modules", ""))} layers. <a href="{safe(address_of_file)}" download>Download'
         f" again</a></p>{place}"
     )
-
-
-# The "Check a LoRA file" panel: what any file is, whoever wrote it, and what each tool would make of it.
 
 
 MOST_TAGS = 12
@@ -184,7 +181,7 @@ def build_check(bindings: Bindings) -> None:
     def from_path(text: str) -> str:
         name = text.strip().strip('"')
         if not name:
-            return _problem("Choose a file, or type its path first.")
+            return problem_html("Choose a file, or type its path first.")
         return check_file(bindings, Path(name).expanduser())
 
     busy = {**QUIET, "show_progress": "minimal"}
@@ -194,21 +191,17 @@ def build_check(bindings: Bindings) -> None:
 
 
 def move_aside(folder: Path, file: Path) -> Path:
-    """The dropped file in a place of its own, so that it can be looked into; the one before it goes."""
+    """Move an uploaded file to its own folder, replacing the previous one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     return Path(shutil.move(file, folder / file.name))
 
 
-def _problem(text: str) -> str:
-    return f'<p class="problem" role="alert">{safe(text)}</p>'
-
-
 def check_file(bindings: Bindings, file: Path) -> str:
-    """The worker's answer on a file, as HTML."""
+    """Ask the worker about a file; returns HTML."""
     reply = bindings.app_state.worker.ask({"do": "verify", "file": str(file)})
     if reply.state == "error":
-        return _problem(reply.message)
+        return problem_html(reply.message)
     into = (
         f'<div class="row"><button type="button" class="own" data-inside-file="{safe(file)}">Look inside it'
         "</button></div>"
@@ -217,7 +210,7 @@ def check_file(bindings: Bindings, file: Path) -> str:
 
 
 def report_html(name: str, result: Mapping[str, Any]) -> str:
-    """What a file is, and a row a tool."""
+    """What a file is, and a row per tool."""
     report: dict[str, Any] = dict(result.get("report") or {})
     metadata: dict[str, str] = dict(report.get("metadata") or {})
     rows = [
@@ -251,13 +244,13 @@ def _family_title(name: str) -> str:
 
 
 def _numbers(values: Any) -> str:
-    """Distinct numbers: all of a few, else the ends."""
+    """Distinct numbers: all of a few, else first and last."""
     found = [f"{float(value):g}" for value in values or []]
     return ", ".join(found) if len(found) <= 4 else f"{found[0]} to {found[-1]}, {len(found)} values"
 
 
 def find_writer(metadata: Mapping[str, str]) -> str:
-    """Which program wrote a file, where its header says it; "" otherwise."""
+    """The program that wrote a file, "" if its metadata does not say."""
     software = _json(metadata.get("software", ""))
     if isinstance(software, dict) and software.get("name"):
         return f"{software['name']} {software.get('version') or ''}".strip()
@@ -265,7 +258,7 @@ def find_writer(metadata: Mapping[str, str]) -> str:
 
 
 def find_trigger_words(metadata: Mapping[str, str]) -> str:
-    """The words that a file says call it up, else the tags that most of its captions had."""
+    """The trigger phrase in the metadata, else the most frequent tags."""
     phrase = metadata.get("modelspec.trigger_phrase", "").strip()
     if phrase:
         return phrase
@@ -280,7 +273,7 @@ def find_trigger_words(metadata: Mapping[str, str]) -> str:
 
 
 def describe_training(metadata: Mapping[str, str]) -> str:
-    """On what and how long, as far as the header says it."""
+    """Base, images and steps, as far as the metadata says."""
     words = []
     base = metadata.get("ss_sd_model_name", "")
     if base:

@@ -1,7 +1,7 @@
-"""Showing a file in the file manager of this computer.
+"""Shows a file in the file manager of this computer.
 
-Only a file that the window has named to a page is shown, and only where the page is on this computer too. No
-shell takes part. Where the button would do nothing, the path stands there to be copied, with the reason.
+Only for files that the window named to a page, and only if the page is on this computer too. No shell is
+involved. Where it cannot work, the path can be copied and the reason is given.
 """
 
 import json
@@ -25,7 +25,7 @@ class FileManager:
     """Shows files that the window has named."""
 
     def __init__(self) -> None:
-        """Nothing has been named yet."""
+        """Start without any named file."""
         self.shared = False
         """Whether the window listens to other computers."""
         self._named: set[str] = set()
@@ -36,7 +36,7 @@ class FileManager:
         return SHARED if self.shared else lacking(sys.platform, os.environ)
 
     def place(self, file: object, words: str) -> str:
-        """Where a file is, with a button that shows it and one that copies the path."""
+        """A file's location, with buttons to show it and to copy the path."""
         problem, path = self.problem, safe(file)
         self._named.add(str(file))
         body = safe(json.dumps({"file": str(file)}))

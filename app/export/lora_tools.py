@@ -1,6 +1,7 @@
-"""Work on LoRA files that takes a while: one piece at a time in the worker, and what came of it.
+""" "Look inside any LoRA": the tools, the worker request that each makes of a page's choices, and the card.
 
-The work goes on without the page; a page that comes back finds where it is.
+One task at a time runs in the worker, independent of the page; a page that returns finds its state.
+`assets/inside.js` fills the card's lists.
 """
 
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.formatting import format_bytes, safe
+from app.formatting import format_bytes, problem_html, safe
 from app.preview.request_form import ADDED, find_owner, lora_groups
 from app.state import AppState, Snapshot, take_snapshot
 from app.train.base_picker import base_choices
@@ -25,10 +26,10 @@ BUSY = "One look is under way already; wait for it, or cancel it."
 
 
 class BackgroundTask:
-    """The piece of work in hand, or the last one."""
+    """The current task, or the last one."""
 
     def __init__(self, worker: WorkerClient) -> None:
-        """Work through `worker`."""
+        """Run tasks in `worker`."""
         self._worker = worker
         self._lock = threading.Lock()
         self._reply: Reply | None = None
@@ -40,18 +41,18 @@ class BackgroundTask:
 
     @property
     def working(self) -> bool:
-        """Whether something is under way."""
+        """Whether a task is running."""
         reply = self._reply
         return reply is not None and not reply.finished.is_set()
 
     @property
     def result(self) -> dict[str, Any]:
-        """What the last piece of work answered; {} where it failed or there was none."""
+        """Result of the last task, {} if it failed or there was none."""
         reply = self._reply
         return dict(reply.result) if reply is not None and reply.state == "done" else {}
 
     def start(self, title: str, request: dict[str, Any], shows: Callable[[dict[str, Any]], str]) -> None:
-        """Begin.
+        """Start a task.
 
         Args:
             title: what it is called while it is under way.
@@ -68,13 +69,13 @@ class BackgroundTask:
             self._reply = self._worker.submit(request)
 
     def cancel(self) -> None:
-        """Drop what is under way."""
+        """Cancel the running task."""
         reply = self._reply
         if reply is not None and self.working:
             self._worker.cancel(reply)
 
     def now(self, known: int) -> dict[str, Any]:
-        """Where it is; the HTML only for a page that knows another revision of it."""
+        """The state; HTML only for a page that knows another revision."""
         with self._lock:
             reply = self._reply
             if reply is not None and reply.finished.is_set() and not self._told:
@@ -88,7 +89,7 @@ class BackgroundTask:
 
     def _outcome(self, reply: Reply) -> str:
         if reply.state == "error":
-            return f'<p class="problem" role="alert">{safe(reply.message)}</p>'
+            return problem_html(reply.message)
         return self._shows(reply.result)
 
     def _words(self) -> str:
@@ -101,10 +102,6 @@ class BackgroundTask:
         said = reply.phase or reply.message
         count = f", {reply.done:,} of {reply.total:,}" if reply.total > 1 else ""
         return f"{self.title}: {said[:1].lower() + said[1:]}{count}" if said else f"{self.title}"
-
-
-# The tools of "Look inside": which there are, what each needs, and the request that it makes of a page's
-# choices.
 
 
 MOST_FILES = 12
@@ -179,7 +176,7 @@ TOOLS: dict[str, LoraTool] = {
 
 
 def list_choices(app_state: AppState) -> dict[str, Any]:
-    """What a page offers: files with the run that they are of, runs to measure on, bases."""
+    """What a page offers: files with their runs, runs to measure on, bases."""
     snapshot = take_snapshot(app_state)
     groups = []
     for heading, files in lora_groups(snapshot):
@@ -193,7 +190,7 @@ def list_choices(app_state: AppState) -> dict[str, Any]:
 
 
 def _runs(snapshot: Snapshot) -> list[dict[str, str]]:
-    """Runs that something was held out of."""
+    """Runs with held-out images."""
     found = []
     for run_view, _ in snapshot.runs:
         config = run_view.config()
@@ -203,7 +200,7 @@ def _runs(snapshot: Snapshot) -> list[dict[str, str]]:
 
 
 def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -> dict[str, Any]:
-    """What the worker is asked for.
+    """Build the worker's request from a page's choices.
 
     Args:
         app_state: the window.
@@ -295,7 +292,7 @@ def _rank(value: Any) -> int:
 
 
 def _blocks(sent: dict[str, Any]) -> dict[str, Any]:
-    """Weights of blocks as `merge --blocks` takes them."""
+    """Block weights in the syntax of `merge --blocks`."""
     text = str(sent.get("blocks") or "").strip()
     if len(text) > LONGEST_TABLE:
         raise ConfigError(f"The weights of blocks are longer than {LONGEST_TABLE:,} letters; use fewer rows.")
@@ -320,7 +317,7 @@ def _size(sent: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_memory_is_free(app_state: AppState) -> None:
-    """Refuse to open a base for measuring while a run needs the memory and the time.
+    """Refuse to load a base for measuring while a run is going on.
 
     Raises:
         RunError: a run is going on.
@@ -330,7 +327,7 @@ def check_memory_is_free(app_state: AppState) -> None:
 
 
 def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:
-    """What to measure on: a run's held-out pictures, or a folder with a base."""
+    """What to measure on: a run's held-out images, or a folder with a base."""
     sent = sent if isinstance(sent, dict) else {}
     check_memory_is_free(app_state)
     name = str(sent.get("run") or "")
@@ -346,14 +343,14 @@ def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:
 
 
 def default_stem(app_state: AppState, file: Path) -> str:
-    """What a new file made of this one is called at its beginning; a checkpoint is called like its run."""
+    """Stem for a file made from this one; checkpoints use their run's name."""
     run_view = find_owner(take_snapshot(app_state), str(file))
     stem = f"{run_view.run.name}-{file.parent.name}" if run_view and file.name == CHECKPOINT else file.stem
     return re.sub(r"[^\w .()-]", "_", stem).strip(" .") or "lora"
 
 
 def free_path(app_state: AppState, source: str, suffix: str) -> Path:
-    """Where a file that is made of `source` goes: beside a run's exports, else among the project's own."""
+    """Path for a file made from `source`: beside a run's exports, else in the project."""
     file = Path(source).expanduser()
     run_view = find_owner(take_snapshot(app_state), str(file))
     folder = run_view.run.exports if run_view else app_state.project.path / ADDED
@@ -361,7 +358,7 @@ def free_path(app_state: AppState, source: str, suffix: str) -> Path:
 
 
 def _base_place(app_state: AppState, base: str, source: str) -> Path:
-    """Where a base that has `source` merged into it goes: among the project's bases.
+    """Path for a base with `source` merged into it: among the project's bases.
 
     Raises:
         ModelFileError: the base is not on this computer, or there is no room for a copy of it.
@@ -392,10 +389,6 @@ def _suffix(tool: str, request: dict[str, Any]) -> str:
         return {"merge": "merged", "plain": f"plain{request.get('rank')}"}.get(tool) or request["format"]
     small = f"rank{request['rank']}" if request.get("rank") else f"energy{100 * request['energy']:g}"
     return f"lora-{small}" if tool == "extract" else small
-
-
-# The "Look inside any LoRA" card of the Export tab. Its lists are filled by inside.js, which asks the
-# window.
 
 
 EMPTY = (
@@ -436,7 +429,7 @@ def _tool(key: str, tool: LoraTool) -> str:
 
 
 def _form() -> str:
-    """The fields of all tools; inside.js shows those that the chosen one needs."""
+    """The fields of all tools; inside.js shows those of the chosen one."""
     formats = "".join(f'<option value="{key}">{safe(row.title)}</option>' for key, row in FORMATS.items())
     return """<form id="inside-form" class="inside-form" autocomplete="off">
 <label class="entry" data-field="tuned" hidden>Fine-tuned model<input id="inside-tuned" type="text"

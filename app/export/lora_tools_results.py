@@ -1,4 +1,4 @@
-"""What the tools of "Look inside" found or made, as HTML."""
+"""Results of "Look inside" and of the report, as HTML."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ MOST_PAIRS = 30
 
 
 def result_html(tool: str, request: Row, result: Row) -> str:
-    """The HTML of a tool's answer.
+    """Render a tool's result.
 
     Args:
         tool: of `inside.TOOLS`.
@@ -50,7 +50,7 @@ def _heading(request: Row) -> str:
 
 
 def _name(file: str) -> str:
-    """A file's name; of a checkpoint the run's and the step's too."""
+    """A file's name; run and step for a checkpoint."""
     path = Path(file)
     known = path.name == CHECKPOINT and len(path.parts) > 3
     return f"{path.parents[2].name}, {path.parent.name}" if known else path.name
@@ -119,7 +119,7 @@ def _compare(result: Row) -> str:
 
 
 def _similarity_bars(layers: list[Row]) -> str:
-    """The layers that are most and least alike, against chance."""
+    """The most and least similar layers, against chance."""
     ordered = sorted(layers, key=lambda row: row["baseline"] - row["phi"])
     half = MOST_PAIRS // 4
     shown = ordered if len(ordered) <= 2 * half else [*ordered[:half], *ordered[-half:]]
@@ -133,7 +133,7 @@ def _similarity_bars(layers: list[Row]) -> str:
 
 
 def _short(module: str) -> str:
-    """The block and the layer; what lies between them is the same for many."""
+    """Block and layer of a module name."""
     parts = module.split(".")
     if len(parts) < 5:
         return module
@@ -209,7 +209,7 @@ def _blocks(found: Row) -> str:
 
 
 def written_html(result: Row) -> str:
-    """A file that was made: where it is, what it cost, and what can be done with it."""
+    """A file that was made: location, cost, next steps."""
     file = Path(str(result["file"]))
     said = "".join(paragraph(sentence) for sentence in result.get("sentences", []))
     size = format_bytes(float(result.get("bytes", 0)))
@@ -240,9 +240,6 @@ SHOWN: dict[str, Callable[[Row], str]] = {
 }
 
 
-# The part of the Export tab that makes a run's report: one page to pass on.
-
-
 REPORT = "report.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """A report is made of what people and files say; whatever got into it, nothing of it may run in this
@@ -257,7 +254,7 @@ STATE = (
 
 
 def report_card(run_view: RunView | None) -> str:
-    """The button, and the report that is there."""
+    """The button that makes a run's report, and the report if it exists."""
     if run_view is None:
         return (
             '<div class="row"><button type="button" class="own" id="report-make" disabled title="There is no'
@@ -282,10 +279,10 @@ def report_card(run_view: RunView | None) -> str:
 
 
 def report_entry(run_view: RunView, learned: bool) -> str:
-    """What the list of runs has of it: the way to the report, or a button that makes a quick one.
+    """A run's report in the list of runs: a link, or a button that makes a quick one.
 
     Args:
-        watch: the run.
+        run_view: the run.
         learned: whether it has a checkpoint, without which there is nothing to tell.
     """
     name = run_view.run.name
@@ -308,7 +305,7 @@ def _address(name: str) -> str:
 
 
 def report_links(name: str, words: str) -> str:
-    """To a report."""
+    """Links to open and to download a report."""
     address = _address(name)
     return (
         f'<p class="small" id="report-links"><a href="{safe(address)}" target="_blank" id="report-open">Open'
@@ -318,5 +315,5 @@ def report_links(name: str, words: str) -> str:
 
 
 def report_done(name: str, result: dict[str, Any]) -> str:
-    """Said once it is made."""
+    """The note that a report was made."""
     return f'<p class="small" role="status">The report of {safe(name)} is made.</p>'

@@ -1,5 +1,4 @@
-"""Routes of "Look inside" and of the report: what there is to choose, starting, how far it is, files that
-were made."""
+"""Routes of the Export tab: "Look inside", the report, and the files they make."""
 
 import asyncio
 import json
@@ -31,7 +30,7 @@ FRESH = {"Cache-Control": "no-store"}
 
 
 def add_export_routes(app: FastAPI, app_state: AppState) -> None:
-    """Add them to `app`."""
+    """Add the tab's routes to `app`."""
     look = _Look(app_state)
     report = BackgroundTask(app_state.worker)
 
@@ -79,7 +78,7 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
 
 
 def _follow(app: FastAPI, name: str, job: BackgroundTask) -> None:
-    """The routes that tell how far a job is and drop it."""
+    """Routes for a task's progress and cancellation."""
 
     @app.get(f"/easel/{name}/now")
     async def now(known: int = -1) -> Response:
@@ -93,7 +92,7 @@ def _follow(app: FastAPI, name: str, job: BackgroundTask) -> None:
 
 
 class _Look:
-    """Looks and what is made of them: one at a time, the last answer kept for what follows from it."""
+    """Runs the tools, one at a time, and keeps the last result for follow-up actions."""
 
     def __init__(self, app_state: AppState) -> None:
         self.job = BackgroundTask(app_state.worker)
@@ -103,7 +102,7 @@ class _Look:
         self._html = ""
 
     def start(self, sent: dict[str, Any]) -> None:
-        """Begin what a page asks for.
+        """Start what a page asks for.
 
         Raises:
             LoraError: something is missing.
@@ -121,7 +120,7 @@ class _Look:
         self.job.start(TOOLS[tool].title, request, shows)
 
     def act(self, sent: dict[str, Any]) -> None:
-        """Make the file that a measurement proposes.
+        """Make the file that a measurement proposed.
 
         Raises:
             RunError: nothing was measured that it could be made of.
@@ -141,11 +140,11 @@ class _Look:
         )
 
     def numbers(self) -> dict[str, Any]:
-        """The last answer."""
+        """The last result."""
         return {key: value for key, value in self._found.items() if key not in ("id", "event")}
 
     def _linked(self, result: dict[str, Any]) -> dict[str, Any]:
-        """With the address at which a file that was made can be had, and the line that says where it is."""
+        """Add the URL and the location of a file that was made."""
         if "file" not in result:
             return result
         file, runs = Path(str(result["file"])), runs_folder(self._desk.workspace)
@@ -156,7 +155,7 @@ class _Look:
 
 
 def train_on(app_state: AppState, name: str) -> None:
-    """Have the Train form start from a LoRA file.
+    """Make the Train form start from a LoRA file.
 
     Raises:
         AdapterFileError: it is gone.
@@ -169,7 +168,7 @@ def train_on(app_state: AppState, name: str) -> None:
 
 
 def begin_report_task(app_state: AppState, job: BackgroundTask, sent: dict[str, Any]) -> None:
-    """Have the report of a run made.
+    """Start making the report of a run.
 
     Raises:
         RunError: a report is being made, or it would measure while a run is going on.

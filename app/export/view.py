@@ -1,5 +1,5 @@
-"""The Export tab: choose a checkpoint, name the file, take it or have it put into another tool's folder, and
-see where it works; the run's report; and a look into any other LoRA file."""
+"""The Export tab: choose a checkpoint, download it or copy it to another tool, check compatibility, make the
+report."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.export.compatibility import build_check, checkpoint_cards, compatibility_card, written_line
 from app.export.lora_tools import lora_tools_card
 from app.export.lora_tools_results import FRAME, STATE, report_card
-from app.formatting import safe
+from app.formatting import problem_html, safe
 from app.jobs import RunView
 from app.preview.request_form import checkpoint_choices
 from app.state import AppState, Snapshot, take_snapshot
@@ -85,9 +85,9 @@ def _with_checkpoints(snapshot: Snapshot) -> list[RunView]:
 
 
 class _Chosen:
-    """Which run and checkpoint the tab is at: the person's choice, else the newest run and its best.
+    """The chosen run and checkpoint: the user's choice, else the newest run and its best.
 
-    A list's event fires also where it is merely left, which is no choice.
+    A dropdown's event fires also when it is merely left, which is not a choice.
     """
 
     def __init__(self, bindings: Bindings) -> None:
@@ -175,7 +175,7 @@ def _wire(bindings: Bindings, fields: dict[str, Any], buttons: dict[str, Any], o
 def write_export(
     app_state: AppState, run: str, checkpoint: str, name: str, form: str, precision: str
 ) -> tuple[RunView, dict[str, Any]]:
-    """Have the worker write the file. Returns the run and the worker's answer.
+    """Have the worker write the file; returns the run and the worker's answer.
 
     Raises:
         LoraError: there is no such run, the name is no file's, or the worker could not write it.
@@ -198,14 +198,11 @@ def _portable(run_view: RunView) -> bool:
     return family is None or family.portable
 
 
-# The part of the Export tab that puts the file where another tool looks for it.
-
-
 def build_copy(bindings: Bindings, ready: Callable[[Snapshot], bool]) -> dict[str, Any]:
-    """The dropdown of folders, the button, and the place for what came of it.
+    """Lay out the folder dropdown, the copy button and its result.
 
     Args:
-        parts: of the page.
+        bindings: of the page.
         ready: whether there is anything to export.
     """
     app_state = bindings.app_state
@@ -233,7 +230,7 @@ def build_copy(bindings: Bindings, ready: Callable[[Snapshot], bool]) -> dict[st
 
 
 def folder_choices(app_state: AppState) -> list[tuple[str, str]]:
-    """Where a LoRA can be copied to, as (words, path): tools' folders first, then others used before."""
+    """Folders a LoRA can be copied to, as (label, path): tools' folders first, then earlier ones."""
     found = [(f"{name}: {_short(folder)}", str(folder)) for name, folder in app_state.tools.lora_folders()]
     known = {Path(folder).resolve() for _, folder in found}
     before = [folder for folder in app_state.places.lora_folders() if folder.is_dir()]
@@ -241,13 +238,13 @@ def folder_choices(app_state: AppState) -> list[tuple[str, str]]:
 
 
 def _short(folder: Path) -> str:
-    """A path with the home folder as ~."""
+    """A path with ~ for the home folder."""
     home = Path.home()
     return f"~/{folder.relative_to(home).as_posix()}" if folder.is_relative_to(home) else str(folder)
 
 
 def _folders(app_state: AppState) -> Any:
-    """The choices; what was chosen, else the folder that was used last, else the first tool's."""
+    """The choices; selected is the user's choice, else the last used folder, else the first tool's."""
     choices = folder_choices(app_state)
     wanted = [str(app_state.project.draft().get("copy_to") or ""), *map(str, app_state.places.lora_folders())]
     there = [folder for _, folder in choices]
@@ -256,8 +253,7 @@ def _folders(app_state: AppState) -> Any:
 
 
 def _tools_note(app_state: AppState) -> str:
-    """What to do where no folder was found, and for tools that keep a list of their own and look into
-    none."""
+    """What to do if no folder was found, or a tool keeps its own list of LoRAs."""
     if not folder_choices(app_state):
         return '<p class="small">No folder of another tool was found here; type its path.</p>'
     names = [
@@ -274,7 +270,7 @@ def _tools_note(app_state: AppState) -> str:
 
 
 def check_folder(text: str | None) -> Path:
-    """The folder that was chosen or typed.
+    """Check the folder that was chosen or typed.
 
     Raises:
         RunError: nothing was, or it is no folder.
@@ -289,7 +285,7 @@ def check_folder(text: str | None) -> Path:
 
 
 def copied_line(app_state: AppState, done: CopiedFile) -> str:
-    """What was copied, and where it lies."""
+    """What was copied, and where it is."""
     tool = next(
         (n for n, f in app_state.tools.lora_folders() if f.resolve() == done.file.parent.resolve()), ""
     )
@@ -304,8 +300,3 @@ def copied_line(app_state: AppState, done: CopiedFile) -> str:
         '<p class="small"'
         f' role="status">{safe(" ".join(words).strip())}</p>{app_state.files.place(done.file, "It is at")}'
     )
-
-
-def problem_html(error: Exception) -> str:
-    """A problem as HTML."""
-    return f'<p class="problem" role="alert">{safe(error)}</p>'

@@ -1,5 +1,4 @@
-"""The Preview tab's pictures as HTML: base and LoRA under one slider, what was drawn before, the strip and
-the grid."""
+"""Images of the Preview tab as HTML: base against LoRA, history, strength strip and grid."""
 
 from pathlib import Path
 
@@ -21,7 +20,7 @@ ARROW = (
 
 
 def state_line(snapshot: Snapshot) -> str:
-    """What the worker is at; `#preview-state` is what scripts read."""
+    """What the worker is doing; scripts read `#preview-state`."""
     view = snapshot.view
     words = {"error": view.message, "idle": _idle(view), "working": working_words(view)}[view.state]
     tone = "problem" if view.state == "error" else "small"
@@ -47,14 +46,14 @@ def _idle(view: PreviewState) -> str:
 
 
 def working_words(view: PreviewState) -> str:
-    """How far the picture in hand is, or why it is not begun."""
+    """Progress of the current image, or why it has not started."""
     if view.message:
         return view.message
     return f"Drawing, {view.done} of {view.total} steps" if view.total else "Drawing"
 
 
 def comparison(snapshot: Snapshot) -> str:
-    """The two pictures under one slider, and beside them what was drawn before."""
+    """Base and LoRA under one slider, with the history beside them."""
     return f'<div class="stage"><div class="stage-main">{_compare(snapshot)}</div>{_history(snapshot)}</div>'
 
 
@@ -100,7 +99,7 @@ def _image(snapshot: Snapshot, path: Path, alt: str) -> str:
 
 
 def _label(shot: GenerationRequest) -> str:
-    """The strength, of one LoRA."""
+    """The strength, for a single LoRA."""
     if len(shot.loras) != 1:
         return f"{len(shot.loras)} LoRAs" if shot.loras else "base"
     lora = shot.loras[0]
@@ -113,7 +112,7 @@ def _ratio(shot: GenerationRequest) -> float:
 
 
 def _nearest(view: PreviewState, shot: GenerationRequest) -> Path | None:
-    """While a strength is drawn: the picture of the strip that is nearest to it."""
+    """The strip image nearest to the wanted strength, shown until that is ready."""
     if len(shot.loras) != 1:
         return None
     there = [one for one in view.strip_shots() if one.loras and one in view.pictures]
@@ -123,7 +122,7 @@ def _nearest(view: PreviewState, shot: GenerationRequest) -> Path | None:
 
 
 def _facts(snapshot: Snapshot, shot: GenerationRequest, base: Path | None, drawn: Path | None) -> str:
-    """The settings in one line, and the file to take."""
+    """The settings in one line, and a link to the file."""
     size = f", {shot.width} {TIMES} {shot.height}" if shot.width and shot.height else ""
     words = f"Seed {shot.seed}, {sampler_title(shot.sampler)}, {pluralize(shot.steps, 'step')}"
     words += f", guidance {shot.cfg:g}{size}"
@@ -214,7 +213,7 @@ def strength_strip(snapshot: Snapshot) -> str:
 
 
 def grid_result(snapshot: Snapshot) -> str:
-    """The grid as it fills, then the sheet."""
+    """The grid while it fills, then the finished sheet."""
     view = snapshot.view
     grid = view.grid
     if grid is None:

@@ -1,4 +1,10 @@
-"""What a page of the Preview tab shows at a moment: the shot looked at, its strip, and a grid."""
+"""What the Preview tab generates: an image beside the base's own, a strip of strengths, and a grid.
+
+A page states what it wants to see and polls; generation continues without it. The image looked at comes
+first, then the base's, the strip, and the grid. All of them are `GenerationRequest`s, so an image is
+generated once and reused wherever it appears. `generated/history.jsonl` lists the images of a project: unlike
+the PNGs, which get shared, it holds the paths of base and adapters.
+"""
 
 import dataclasses
 import json
@@ -31,7 +37,7 @@ STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass
 class GridState:
-    """A sheet that is wanted: its axes, its pictures, and the PNG once it is whole."""
+    """A wanted grid: axes, images, and the PNG when it is complete."""
 
     shot: GenerationRequest
     rows: Axis | None
@@ -42,7 +48,7 @@ class GridState:
 
     @classmethod
     def of(cls, shot: GenerationRequest, rows: Axis | None, columns: Axis | None) -> "GridState":
-        """The grid of a shot over two axes.
+        """Lay out the grid of `shot` over two axes.
 
         Raises:
             ConfigError: the axes do not fit.
@@ -52,13 +58,13 @@ class GridState:
 
     @property
     def shots(self) -> list[GenerationRequest]:
-        """All pictures in reading order."""
+        """All images in reading order."""
         return [shot for row in self.cells for shot in row]
 
 
 @dataclass(frozen=True)
 class PreviewState:
-    """What a page shows at a moment.
+    """What a page shows.
 
     Attributes:
         state: of the picture looked at, idle, working or error; strip and grid say for themselves.
@@ -88,33 +94,33 @@ class PreviewState:
     note: str = ""
 
     def picture(self, shot: GenerationRequest) -> Path | None:
-        """The picture of a shot, if it is there."""
+        """The file of an image, if it exists."""
         return self.pictures.get(shot.acting())
 
     def strip_shots(self) -> list[GenerationRequest]:
-        """The pictures of the strip."""
+        """The requests of the strip."""
         if self.shot is None or not self.shot.loras:
             return []
         return [self.shot.at("strength", value).acting() for value in self.strip]
 
     @property
     def working(self) -> bool:
-        """Whether anything is still to be drawn, strip and grid included."""
+        """Whether anything is still to be generated, strip and grid included."""
         return self.state == "working" or self.strip_waits or self.grid_waits
 
     @property
     def strip_waits(self) -> bool:
-        """Whether cells of the strip are empty and will be drawn."""
+        """Whether cells of the strip are still to be generated."""
         return self.state != "error" and any(shot not in self.pictures for shot in self.strip_shots())
 
     @property
     def grid_waits(self) -> bool:
-        """Whether the grid is still in the making."""
+        """Whether the grid is still to be generated."""
         return self.grid is not None and not self.grid.problem and self.grid.sheet is None
 
 
 def sheet_info(grid: GridState) -> str:
-    """What a sheet's PNG says: the settings that its pictures share, and its axes."""
+    """Infotext of a sheet: the settings its images share, and its axes."""
     shot = grid.shot
     return Infotext(
         prompt=shot.prompt, negative=shot.negative, steps=shot.steps, sampler=sampler_title(shot.sampler),
@@ -126,20 +132,14 @@ def sheet_info(grid: GridState) -> str:
 
 
 def _resolve_rescale(shot: GenerationRequest) -> float:
-    """CFG rescale as it was drawn with."""
+    """The CFG rescale that was used."""
     facts = lookup_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
     return facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0
 
 
 def sampler_title(key: str) -> str:
-    """A sampler as A1111 names it."""
+    """A sampler's name in A1111."""
     return SAMPLERS[key].title if key in SAMPLERS else key
-
-
-# What was drawn in a project: one line a picture in `generated/history.jsonl`, beside the pictures.
-#
-# A PNG says what it needs to be drawn again anywhere; this file also knows the paths of base and adapters,
-# which are nobody's business where a picture is shown around.
 
 
 MOST_SHOWN = 60
@@ -148,7 +148,7 @@ FILE = "history.jsonl"
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """A picture that was drawn.
+    """A generated image.
 
     Attributes:
         file: the PNG.
@@ -170,10 +170,10 @@ class HistoryEntry:
 
 
 class History:
-    """The pictures of one project, newest last."""
+    """The images of one project, newest last."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what `folder` holds; lines of pictures that are gone, and broken lines, are passed over."""
+        """Read `folder`; broken lines and deleted images are skipped."""
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
@@ -181,12 +181,12 @@ class History:
         self._kept = self._read()
 
     def newest(self, most: int = MOST_SHOWN) -> list[HistoryEntry]:
-        """The pictures, newest first."""
+        """The images, newest first."""
         with self._lock:
             return self._kept[::-1][:most]
 
     def named(self, name: str) -> HistoryEntry:
-        """The picture with that file name.
+        """The entry with that file name.
 
         Raises:
             RunError: there is none.
@@ -198,7 +198,7 @@ class History:
         return found
 
     def add(self, kept: HistoryEntry) -> None:
-        """Remember a picture; the same settings again replace the earlier line."""
+        """Add an image; an earlier entry with the same settings is replaced."""
         kept = dataclasses.replace(kept, time=time.time())
         line = {
             "file": kept.file.relative_to(self.folder).as_posix(),
@@ -215,7 +215,7 @@ class History:
             self._half_line = False
 
     def remove(self, name: str, workspace: Path) -> HistoryEntry:
-        """Move a picture into the trash.
+        """Move an image to the trash.
 
         Raises:
             RunError: there is none of that name, or the disk refuses.
@@ -255,7 +255,7 @@ class History:
 
 
 def request_from_settings(said: dict[str, Any]) -> GenerationRequest:
-    """A shot from its own JSON.
+    """Parse a request from its own JSON.
 
     Raises:
         TypeError, KeyError: it is none.
@@ -265,15 +265,6 @@ def request_from_settings(said: dict[str, Any]) -> GenerationRequest:
     return check_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
 
 
-# What the Preview tab shows: a shot beside the base's own picture, a strip of strengths, and a grid. Each
-# picture is drawn once and kept.
-#
-# A page only says what it wants to see and polls for it. The drawing goes on without the page, and a page
-# that comes back finds the pictures. What somebody looks at comes first; the strip, then the grid fill up
-# behind it. Because all of them are shots, a cell of a strip or of a grid is the very picture that was
-# drawn alone.
-
-
 MOST_DRAWN = 2000
 RESTS = 0.15
 """Seconds that a slider has to rest before a picture is begun."""
@@ -281,19 +272,19 @@ RESTS = 0.15
 
 @dataclass(frozen=True)
 class _RenderJob:
-    """What to do next: draw a shot for a place, or put the grid together."""
+    """The next thing to generate, and where it is shown."""
 
     place: str
     shot: GenerationRequest | None = None
 
 
 class RenderQueue:
-    """Draws shots through the worker, in a thread of its own."""
+    """Generates images through the worker, in its own thread."""
 
     def __init__(
         self, worker: WorkerClient, folder: Callable[[], Path], on_picture: Callable[[], None] = lambda: None
     ) -> None:
-        """Draw into what `folder` says at the time, calling `on_picture` for each picture that is there."""
+        """Generate into `folder()`."""
         self.worker = worker
         self._folder = folder
         self._on_picture = on_picture
@@ -314,7 +305,7 @@ class RenderQueue:
 
     @property
     def history(self) -> History:
-        """What was drawn in the project that is open."""
+        """History of the open project."""
         folder = self._folder()
         with self._changed:
             if folder not in self._histories:
@@ -322,8 +313,8 @@ class RenderQueue:
             return self._histories[folder]
 
     def want(self, shot: GenerationRequest, strip: tuple[float, ...] | None = None) -> None:
-        """Look at a shot, with the strip at these strengths (None: as it is); what is drawn for another shot
-        is dropped."""
+        """Show `shot`, with the strip at these strengths (None: unchanged); other images being generated are
+        dropped."""
         with self._changed:
             self._times.clear()
             other = self._shot is None or shot.alone() != self._shot.alone()
@@ -338,14 +329,14 @@ class RenderQueue:
             self._begin()
 
     def look_at(self, shot: GenerationRequest) -> bool:
-        """Move the strengths of what is looked at; false where nothing was drawn yet."""
+        """Change the strengths of the shown image; false if there is none."""
         if self._shot is None:
             return False
         self.want(shot)
         return True
 
     def draw_grid(self, grid: GridState) -> None:
-        """Fill a grid behind what is looked at; an earlier one that is not whole is dropped."""
+        """Generate a grid after the shown image; an unfinished earlier one is dropped."""
         with self._changed:
             self._times.clear()
             self._grid = grid
@@ -354,12 +345,12 @@ class RenderQueue:
             self._begin()
 
     def refuse(self, sentence: str) -> None:
-        """Show why nothing can be drawn."""
+        """Show why nothing can be generated."""
         with self._changed:
             self._error, self._wanted_at = sentence, time.monotonic()
 
     def cancel(self) -> None:
-        """Stop drawing; what is there stays."""
+        """Stop generating; finished images stay."""
         with self._changed:
             if self._reply is not None:
                 self.worker.cancel(self._reply)
@@ -371,14 +362,14 @@ class RenderQueue:
             self._wanted_at = time.monotonic()
 
     def clear(self) -> None:
-        """Forget what is looked at, as another project is open."""
+        """Reset, as another project is open."""
         with self._changed:
             if self._reply is not None:
                 self.worker.cancel(self._reply)
             self._shot, self._grid, self._strip, self._error = None, None, (), ""
 
     def view(self) -> PreviewState:
-        """The present shot, strip and grid with their pictures."""
+        """Image, strip and grid with the files that exist."""
         with self._changed:
             shot, reply, job, grid = self._shot, self._reply, self._job, self._grid
             wanted = set(self._strip_shots(shot)) | set(grid.shots if grid else ())
@@ -397,12 +388,12 @@ class RenderQueue:
             )  # fmt: skip
 
     def look(self) -> bytes:
-        """The picture under way as a small JPEG, b"" where there is none."""
+        """A small JPEG of the image in progress, b"" if there is none."""
         reply = self._reply
         return reply.look if reply is not None else b""
 
     def _words(self, reply: Reply) -> str:
-        """Why a request is not drawn yet, or ""."""
+        """Why a request has not started, or ""."""
         ahead = self.worker.ahead_of(reply)
         if ahead:
             return f"Waiting: {ahead} {'request' if ahead == 1 else 'requests'} before this one."
@@ -415,26 +406,26 @@ class RenderQueue:
         self._changed.notify()
 
     def _needed_pictures(self, shot: GenerationRequest) -> bool:
-        """Whether what is looked at is there, and the base's own picture with it."""
+        """Whether the shown image and the base's own exist."""
         return self._picture(shot.acting()) is not None and self._picture(shot.alone()) is not None
 
     def _strip_shots(self, shot: GenerationRequest | None) -> list[GenerationRequest]:
         return PreviewState("", "", 0, 0, shot, self._strip, None).strip_shots()
 
     def _picture(self, shot: GenerationRequest) -> Path | None:
-        """The picture of a shot, if it was drawn in the open project, from the files as they were at the last
-        wish, and is still there."""
+        """The file of a request, if it was generated in the open project from the adapter files as last
+        requested."""
         path = self._drawn.get(self._key(shot))
         if path is None or not path.is_relative_to(self._folder()):
             return None
         return path if path.is_file() else None
 
     def _key(self, shot: GenerationRequest) -> tuple[GenerationRequest, tuple[int, ...]]:
-        """A shot and the times of its files: a checkpoint that was written anew is another picture."""
+        """A request with the times of its files: a checkpoint that was rewritten gives another image."""
         return shot, tuple(self._times.setdefault(one.file, _time(one.file)) for one in shot.loras)
 
     def _next(self) -> _RenderJob | None:
-        """What is looked at, then the base beside it, the strip, the grid and its sheet."""
+        """The next job: shown image, base beside it, strip, grid, sheet."""
         shot = self._shot
         if shot is not None and not self._error:
             if self._picture(shot.acting()) is None:
@@ -514,11 +505,11 @@ class RenderQueue:
         (history or self.history_at(kept.file.parent.parent)).add(kept)
 
     def history_at(self, folder: Path) -> History:
-        """The history of a folder, opened if it was not."""
+        """The history of a folder, opened on first use."""
         return self._histories.setdefault(folder, History(folder))
 
     def _failed(self, job: _RenderJob, grid: GridState | None, reply: Reply) -> None:
-        """Say what went wrong where it belongs; what was cancelled by a new wish says nothing."""
+        """Report a failure where it belongs; cancellation by a new request is silent."""
         if job.place in ("grid", "sheet"):
             if grid is not None and not (reply.dropped and grid is self._grid and not grid.problem):
                 grid.problem = grid.problem or reply.message

@@ -1,5 +1,4 @@
-"""Which LoRAs there are to look at: the exports and checkpoints of all runs, files that were added, and those
-in the folders of other tools."""
+"""The form of the Preview tab: which LoRAs there are, the fields in the draft, and the request they make."""
 
 import math
 import os
@@ -43,12 +42,12 @@ class FoundLora:
 
 
 def find_loras(snapshot: Snapshot) -> list[FoundLora]:
-    """Newest run first; in a run its export, then its checkpoints from the last back."""
+    """Adapter files of all runs, newest run first."""
     return [found for run_view, _ in snapshot.runs for found in list_run_loras(run_view)]
 
 
 def list_run_loras(run_view: RunView) -> list[FoundLora]:
-    """A run's export, its other exported files, then its checkpoints from the last back."""
+    """A run's export, its other exports, then its checkpoints from the last back."""
     found, run = [], run_view.run
     files = sorted(run.exports.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
     named = run_view.progress.export
@@ -65,7 +64,7 @@ def list_run_loras(run_view: RunView) -> list[FoundLora]:
 
 
 def lora_groups(snapshot: Snapshot) -> list[Group]:
-    """All LoRAs to choose from, by where they are."""
+    """All LoRAs on offer, grouped by location."""
     groups: list[Group] = [("Runs", [(one.title, str(one.file)) for one in find_loras(snapshot)])]
     period = int(time.monotonic() / LOOK_AGAIN)
     added = snapshot.app_state.project.path / ADDED
@@ -84,7 +83,7 @@ def _changed(folder: Path) -> int:
 
 @lru_cache(maxsize=32)
 def _in_folder(folder: Path, changed: int, period: int) -> list[tuple[str, str]]:
-    """The files below a folder by their names; `changed` and `period` say when to read it again."""
+    """LoRA files below a folder; `changed` and `period` invalidate the cache."""
     found: list[tuple[str, str]] = []
     for place, folders, files in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
@@ -106,7 +105,7 @@ def find_owner(snapshot: Snapshot, file: str) -> RunView | None:
 
 
 def checkpoint_choices(run_view: RunView) -> list[tuple[str, str]]:
-    """What can be exported of a run: best and last first, then each step that is on disk."""
+    """Checkpoints to export: best and last first, then each step on disk."""
     steps = run_view.run.checkpoint_steps()
     best = run_view.progress.best_step
     choices = []
@@ -115,9 +114,6 @@ def checkpoint_choices(run_view: RunView) -> list[tuple[str, str]]:
     if steps:
         choices.append((f"Last, step {steps[-1]:,}", "last"))
     return choices + [(f"Step {step:,}", str(step)) for step in reversed(steps)]
-
-
-# What the Preview tab's form stands for: its part of the draft, and the shot that it asks for.
 
 
 FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
@@ -130,7 +126,7 @@ MOST_STRENGTH = 20.0
 
 
 def load_fields(snapshot: Snapshot) -> dict[str, Any]:
-    """The tab's fields: the draft, over what suits the shown run."""
+    """The tab's fields: the draft over defaults that suit the shown run."""
     draft = snapshot.app_state.project.draft().get("preview") or {}
     preview = snapshot.plan.config.sample
     usual: dict[str, Any] = {"sampler": preview.sampler, "steps": preview.steps, "cfg": preview.cfg}
@@ -145,7 +141,7 @@ def load_fields(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
-    """The LoRAs of the form, and the draft's record of them; the project's newest until the person chose."""
+    """The LoRAs of the form and the draft's record of them; the project's newest until the user chose."""
     kept = snapshot.app_state.project.draft().get("preview_loras") or {}
     if isinstance(kept.get("rows"), list):
         rows = parse_rows(kept["rows"])
@@ -160,7 +156,7 @@ def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
 
 
 def parse_rows(rows: Iterable[Any]) -> list[WeightedLora]:
-    """Rows as a page sends them: file, strength, and the text encoder's strength or None."""
+    """Parse rows as a page sends them: file, strength, and the text encoder's strength or None."""
     found = []
     for row in list(rows)[:MOST_LORAS]:
         if isinstance(row, dict) and str(row.get("file") or "").strip():
@@ -182,7 +178,7 @@ def _strength(value: Any) -> float:
 
 
 def save_rows(project: Project, rows: list[WeightedLora], apart: bool) -> int:
-    """Put the LoRAs into the draft; returns the number of this change, which grows."""
+    """Store the LoRAs in the draft; returns the new revision."""
     before = project.draft().get("preview_loras") or {}
     rev = int(before.get("rev") or 0) + 1
     listed = [{"file": r.file, "strength": r.strength, "text": r.text_strength} for r in rows]
@@ -191,8 +187,7 @@ def save_rows(project: Project, rows: list[WeightedLora], apart: bool) -> int:
 
 
 def take_sent_rows(snapshot: Snapshot, text: str) -> list[WeightedLora]:
-    """The LoRAs as a press brought them along, put into the draft if they are news; the draft's where it
-    brought none."""
+    """The LoRAs sent with a click, stored in the draft if they changed; the draft's if none were sent."""
     before, _ = lora_rows(snapshot)
     try:
         sent = parse_json(text)
@@ -205,7 +200,7 @@ def take_sent_rows(snapshot: Snapshot, text: str) -> list[WeightedLora]:
 
 
 def rows_data(snapshot: Snapshot) -> dict[str, Any]:
-    """What the page's script needs to show the rows."""
+    """The rows as the page's script needs them."""
     rows, kept = lora_rows(snapshot)
     listed = [{"file": r.file, "strength": r.strength, "text": r.text_strength} for r in rows]
     return {
@@ -218,20 +213,20 @@ def rows_data(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def settings_for(snapshot: Snapshot, loras: list[WeightedLora]) -> RunConfig:
-    """The settings that a LoRA was trained with, for its base; the Train tab's for a file from elsewhere."""
+    """The config that a LoRA was trained with; the Train tab's for files from elsewhere."""
     run_views = (find_owner(snapshot, lora.file) for lora in loras)
     config = next((c for run_view in run_views if run_view and (c := run_view.config())), None)
     return config or snapshot.plan.config
 
 
 def base_for(snapshot: Snapshot, loras: list[WeightedLora]) -> Base:
-    """The base that pictures with these LoRAs are drawn with."""
+    """The base that images with these LoRAs are generated with."""
     model = settings_for(snapshot, loras).model
     return lookup_base(model.base, model.prediction, model.zero_terminal_snr)
 
 
 def build_request(snapshot: Snapshot, given: dict[str, Any], loras: list[WeightedLora]) -> GenerationRequest:
-    """The shot that the form asks for. A seed of -1 becomes a random one.
+    """Build the request described by the form. A seed of -1 becomes random.
 
     Raises:
         ConfigError: a side is no multiple of what the base needs, or a number is out of range.
@@ -273,7 +268,7 @@ _TITLES = {
 
 
 def _side(given: dict[str, Any], name: str, base: Base) -> int:
-    """A side in pixels, 0 for the base's own."""
+    """A side in pixels, 0 for the base's default."""
     value = int(_number(given, name, 0, 0, 4096))
     multiple = base.multiple
     if value % multiple:
@@ -284,33 +279,32 @@ def _side(given: dict[str, Any], name: str, base: Base) -> int:
 
 
 def strip_values(project: Project) -> tuple[float, ...]:
-    """The strengths of the strip, as the draft has them."""
+    """The strengths of the strip in the draft."""
     kept = (project.draft().get("preview_strip_at") or {}).get("values")
     return tuple(kept) if isinstance(kept, list) and kept else STRIP
 
 
 def strip_is_on(project: Project, base: Base) -> bool:
-    """Whether the strip follows each picture: as the person chose, else where pictures cost next to
-    nothing."""
+    """Whether each image gets a strip: the user's choice, else only for the embedded base, which is fast."""
     chosen = (project.draft().get("preview_strip_at") or {}).get("on")
     return base.embedded if chosen is None else bool(chosen)
 
 
 def fields_of(shot: GenerationRequest) -> dict[str, Any]:
-    """A shot's fields as the form shows them."""
+    """A request's fields as the form shows them."""
     values = {name: getattr(shot, name) for name in FIELDS}
     return values | {"width": shot.width or None, "height": shot.height or None}
 
 
 def save_request(project: Project, shot: GenerationRequest) -> None:
-    """Put a shot's settings into the form."""
+    """Put a request's settings into the form."""
     apart = any(lora.text_strength is not None for lora in shot.loras)
     save_rows(project, list(shot.loras), apart)
     project.update_draft(preview=fields_of(shot))
 
 
 def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
-    """Put what a picture says of itself into the form; returns the LoRAs that are not found here."""
+    """Put an image's infotext into the form; returns the LoRAs that were not found."""
     project = snapshot.app_state.project
     fields = load_fields(snapshot)
     sampler = next((key for key, row in SAMPLERS.items() if info.sampler in (key, row.title)), None)
@@ -339,7 +333,7 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
 
 
 def new_lora_path(project: Project, name: str) -> Path:
-    """A free path for a LoRA file that was dropped on the page."""
+    """A free path for a LoRA file dropped on the page."""
     folder = project.path / ADDED
     folder.mkdir(parents=True, exist_ok=True)
     path, number = folder / name, 2
@@ -349,7 +343,7 @@ def new_lora_path(project: Project, name: str) -> Path:
 
 
 def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:
-    """A run's export at the run's own first sample prompt, with the sampler and the seed of its samples.
+    """A run's export at its own first sample prompt, with the sampler and seed of its samples.
 
     Raises:
         ConfigError: there is no such run, or it has no file yet.

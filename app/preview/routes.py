@@ -1,5 +1,4 @@
-"""The Preview tab's routes: how far a picture is and a look at it, the LoRA rows, the strip, what is opened
-with the tab."""
+"""Routes of the Preview tab: progress, image in progress, LoRA rows, strip, opening the tab."""
 
 import asyncio
 from pathlib import Path
@@ -76,7 +75,7 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
 
 
 def _rows(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Keep the LoRA rows; where strengths moved and a picture is looked at, draw it at them."""
+    """Store the LoRA rows; if only strengths changed, regenerate the shown image."""
     listed = sent.get("rows")
     if not isinstance(listed, list):
         raise BadRequest("no rows")
@@ -94,7 +93,7 @@ def _rows(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_tab(app_state: AppState) -> dict[str, Any]:
-    """What opening the tab sets off: once, the strip of the run that the draft names."""
+    """When the tab opens: once, the strip of the run named in the draft."""
     name = str(app_state.project.draft().get("preview_strip") or "")
     if not name:
         return {"fill": False, "drawn": app_state.render_queue.view().shot is not None}
@@ -118,7 +117,7 @@ def open_tab(app_state: AppState) -> dict[str, Any]:
 
 
 def strip_sheet(app_state: AppState) -> Path:
-    """The strip as one PNG, put together from the pictures that are there.
+    """The strip as one PNG, assembled from its images.
 
     Raises:
         RunError: it is not whole.

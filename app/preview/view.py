@@ -1,4 +1,4 @@
-"""The grid of the Preview tab: what rows and columns vary, typed or picked, and the sheet."""
+"""The Preview tab: form, LoRA rows, comparison, strip, grid, and files dropped on it."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import gradio as gr
 from PIL import Image, UnidentifiedImageError
 
 from app.bindings import QUIET, TYPING, Bindings, edit_events, html_block
-from app.formatting import TIMES, safe
+from app.formatting import TIMES, note_html, problem_html, safe
 from app.preview.compare_view import comparison, grid_result, state_line, strength_strip
 from app.preview.render_queue import GridState
 from app.preview.request_form import (
@@ -52,7 +52,7 @@ Choices = list[tuple[str, str]]
 
 
 def build_grid(bindings: Bindings, fields: dict[str, Any], rows_box: Any) -> None:
-    """Lay out the card and wire it; `fields` are the form's, `rows_box` brings the LoRA rows along."""
+    """Lay out the grid's card and wire it; `fields` are the form's, `rows_box` carries the LoRA rows."""
     with gr.Column(elem_classes="card", elem_id="grid-card"):
         html_block("<h2>Grid</h2>")
         with gr.Row(elem_classes="axes"):
@@ -107,7 +107,7 @@ def _wire_grid(
             rows, columns = parse_axis(values[0], values[1]), parse_axis(values[2], values[3])
             app_state.render_queue.draw_grid(GridState.of(shot, rows, columns))
         except LoraError as error:
-            return f'<p class="problem" role="alert">{safe(error)}</p>'
+            return problem_html(error)
         return ""
 
     for start, kind, values in (("rows", *axes[:2]), ("columns", *axes[2:])):
@@ -119,7 +119,7 @@ def _wire_grid(
 
 
 def list_axis_values(snapshot: Snapshot, kind: str) -> tuple[Choices, list[str]]:
-    """What can be picked for a kind, and what is picked at first."""
+    """Values on offer for an axis, and the default selection."""
     fields = load_fields(snapshot)
     match kind:
         case "strength":
@@ -139,7 +139,7 @@ def list_axis_values(snapshot: Snapshot, kind: str) -> tuple[Choices, list[str]]
 
 
 def _checkpoints(snapshot: Snapshot) -> tuple[Choices, list[str]]:
-    """All files; those of the run that the first LoRA is from are picked."""
+    """All adapter files; those of the first LoRA's run are selected."""
     rows, _ = lora_rows(snapshot)
     run_view = find_owner(snapshot, rows[0].file) if rows else None
     own = [str(one.file) for one in list_run_loras(run_view)] if run_view else []
@@ -153,7 +153,7 @@ def _checkpoints(snapshot: Snapshot) -> tuple[Choices, list[str]]:
 
 
 def parse_axis(kind: str, values: Any) -> Axis | None:
-    """What a person chose as rows or columns; numbers typed in one go are taken apart.
+    """Parse the chosen values of an axis; numbers typed together are split.
 
     Raises:
         ConfigError: there is no value, or one is not legal.
@@ -182,9 +182,6 @@ def _kept_kind(bindings: Bindings, start: str) -> str:
 def _kept_values(bindings: Bindings, start: str) -> Any:
     _, values, choices = _kept(bindings, start)
     return gr.update(choices=choices, value=values)
-
-
-# The Preview tab: a prompt, LoRAs with their strengths, base and LoRA under one slider, strip and grid.
 
 
 # A press takes along what the page's script knows of the LoRA rows, whose last change may be on its way.
@@ -252,7 +249,7 @@ def _last_seed(bindings: Bindings) -> Any:
 
 
 def _rows_piece(snapshot: Snapshot) -> str:
-    """The rows as data for the page's script, and the base that they are drawn with."""
+    """The rows as data for the page's script, and the base that is used."""
     data = json.dumps(rows_data(snapshot))
     base = base_for(snapshot, lora_rows(snapshot)[0])
     titles = {value: words for words, value in base_choices(snapshot.app_state)}
@@ -362,7 +359,7 @@ def _wire_strip(bindings: Bindings, own: tuple[Any, Any, Any], fields: dict[str,
 
 
 def _file_box(bindings: Bindings, fields: dict[str, Any]) -> None:
-    """A LoRA file or a picture with settings inside, chosen or dropped."""
+    """A LoRA file or an image with infotext, chosen or dropped."""
     app_state = bindings.app_state
     read = gr.State(None)
     with gr.Row(elem_id="preview-drop"):
@@ -386,7 +383,7 @@ def _file_box(bindings: Bindings, fields: dict[str, Any]) -> None:
             info = read_infotext(path)
             return info_html(path.name, info), info
         except LoraError as error:
-            return f'<p class="problem" role="alert">{safe(error)}</p>', None
+            return problem_html(error), None
         finally:
             # Gradio's copy has done its work.
             path.unlink(missing_ok=True)
@@ -398,7 +395,7 @@ def _file_box(bindings: Bindings, fields: dict[str, Any]) -> None:
         words = "Its settings are in the form."
         if missing:
             words += f" Not found here: {', '.join(missing)}; drop that LoRA file to add it."
-        return [f'<p class="small" role="status">{safe(words)}</p>', *_field_values(bindings)]
+        return [note_html(words), *_field_values(bindings)]
 
     bindings.refresh_after(
         upload.upload(uploaded, upload, [report, read], **{**QUIET, "show_progress": "minimal"})
@@ -408,7 +405,7 @@ def _file_box(bindings: Bindings, fields: dict[str, Any]) -> None:
 
 
 def _add_lora(bindings: Bindings, file: Path) -> str:
-    """Keep a copy of a LoRA file in the project and add a row for it."""
+    """Copy a LoRA file into the project and add a row for it."""
     read_header(file)
     project = bindings.app_state.project
     target = new_lora_path(project, safe_name(file.name).name)
@@ -421,14 +418,11 @@ def _add_lora(bindings: Bindings, file: Path) -> str:
     return f'<p class="small" role="status">{safe(target.stem)} is added.</p>'
 
 
-# What a dropped picture says of how it was made: A1111's text in a PNG, nothing of it trusted.
-
-
 LONGEST_SHOWN = 600
 
 
 def read_infotext(file: Path) -> Infotext:
-    """The settings inside a picture.
+    """Read A1111's infotext from a PNG; nothing in it is trusted.
 
     Raises:
         DatasetError: it is no picture, or holds no settings.
@@ -446,7 +440,7 @@ def read_infotext(file: Path) -> Infotext:
 
 
 def info_html(name: str, info: Infotext) -> str:
-    """What was read, with the button that sends it to the form."""
+    """The infotext as a table, with a button that sends it to the form."""
     size = f"{info.width} {TIMES} {info.height}" if info.width and info.height else ""
     loras = ", ".join(f"{tag.name} {tag.strength:g}" for tag in info.loras)
     rows = {

@@ -1,1 +1,1 @@
-"""What the Train tab is made of: the form, what is said before Start, the run, the queue, earlier runs."""
+"""The Train tab."""

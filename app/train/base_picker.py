@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import TYPING, Bindings, html_block
-from app.formatting import format_bytes, pluralize, post_button, progress_bar, safe
+from app.formatting import format_bytes, note_html, pluralize, post_button, problem_html, progress_bar, safe
 from app.state import AppState, Snapshot
 from app.train.form import (
     FORM,
@@ -27,8 +27,7 @@ from lora_core.system.other_tools import Machine, find_tools, list_base_files
 
 
 def base_choices(app_state: AppState) -> list[tuple[str, str]]:
-    """What the picker offers, as (words, value): the embedded base, those used before, then the other
-    tools'."""
+    """Bases on offer as (label, value): the embedded one, those used before, then other tools'."""
     titles: dict[str, tuple[str, str]] = {}
     for tool, files in app_state.tools.shelves():
         for file in files:
@@ -50,12 +49,8 @@ def _key(name: str) -> str:
 
 
 def _there(name: str) -> bool:
-    """Whether a base that was used before can be offered: a hub id always, a file or folder where it still
-    is."""
+    """Whether an earlier base can be offered: hub ids always, paths if they exist."""
     return Path(name).expanduser().exists() or not Path(name).is_absolute()
-
-
-# The base picker of the Train tab: the dropdown, what the base is, and what choosing one does to the form.
 
 
 INFO = (
@@ -67,7 +62,7 @@ USUAL_LEVEL = "balanced"
 
 
 def build_picker(bindings: Bindings) -> tuple[dict[str, Any], Any]:
-    """The dropdown, its notes, and the two settings that stand with it.
+    """Lay out the dropdown, its notes, and the settings beside it.
 
     Returns:
         The widgets by setting, and the place for what choosing a folder said.
@@ -99,7 +94,7 @@ def build_picker(bindings: Bindings) -> tuple[dict[str, Any], Any]:
 
 
 def _details_note(snapshot: Snapshot) -> str:
-    """What the folded settings hold."""
+    """Summary of the folded settings."""
     facts, vae = snapshot.plan.base.facts, snapshot.plan.config.model.vae
     if facts is None or facts.family is None:
         return ""
@@ -110,18 +105,17 @@ def _details_note(snapshot: Snapshot) -> str:
 
 
 def _asks(snapshot: Snapshot) -> bool:
-    """Whether the person has to look at these settings: a guess may be wrong, and what was set may be in
-    the way."""
+    """Whether the user should check these settings: detection was uncertain, or they were set before."""
     model = snapshot.plan.config.model
     by_hand = model.prediction != "auto" or model.zero_terminal_snr != "auto" or bool(model.vae)
     return snapshot.plan.base.guessed or by_hand
 
 
 def wire_picker(bindings: Bindings, widgets: dict[str, Any], level: Any, note: Any, seen: Any) -> None:
-    """Have a choice of a base fill the form with its starting values.
+    """Fill the form with a base's starting values when it is chosen.
 
     Args:
-        parts: of the page.
+        bindings: of the page.
         widgets: the form's, by setting.
         level: the dropdown of presets.
         note: the place for what choosing a folder said.
@@ -140,7 +134,7 @@ def wire_picker(bindings: Bindings, widgets: dict[str, Any], level: Any, note: A
         fresh = {name: value for name, value in changed.items() if value != given[name]}
         keep_changed_values(project, before, list(values))
         project.update_draft(values=current_values(project) | fresh, level=new_level)
-        shown_note = f'<p class="small" role="status">{safe(said)}</p>' if said else ""
+        shown_note = note_html(said) if said else ""
         shown_level = gr.skip() if new_level == old_level else new_level
         page = list((given | fresh).values())
         return [shown_note, shown_level, page, *(fresh.get(name, gr.skip()) for name in FORM)]
@@ -192,14 +186,14 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
 
 
 def _fitted(draft: dict[str, Any]) -> str:
-    """The base whose starting values the form was filled with: not one whose files could not be read."""
+    """The base whose starting values are in the form; not one whose files could not be read."""
     standing = str((draft.get("values") or {}).get("model.base") or EMBEDDED)
     fitted = draft.get("fitted") or {}
     return str(fitted["to"]) if fitted.get("base") == standing else standing
 
 
 def adopt_downloaded_base(app_state: AppState, name: str) -> None:
-    """Fill the form with the starting values of a base that has arrived, where it is still the chosen one."""
+    """Fill the form with a downloaded base's starting values if it is still chosen."""
     values = current_values(app_state.project)
     if values["model.base"] == name:
         _, level, changed = choose_base(app_state, values)
@@ -207,7 +201,7 @@ def adopt_downloaded_base(app_state: AppState, name: str) -> None:
 
 
 def _added_folder(app_state: AppState, folder: Path) -> str:
-    """Remember a folder with models in it; "" where it holds none."""
+    """Remember a folder of models; "" if it holds none."""
     if not folder.is_dir():
         return ""
     found = {tool.name: len(list_base_files(tool)) for tool in find_tools([folder], Machine(()))}
@@ -219,7 +213,7 @@ def _added_folder(app_state: AppState, folder: Path) -> str:
 
 
 def base_note(snapshot: Snapshot) -> str:
-    """What the chosen base is, and what the form starts with because of it."""
+    """What the chosen base is, and the values it sets in the form."""
     plan = snapshot.plan
     tone = "problem" if plan.base.problem and not plan.base.remote else "small"
     sentences = [plan.base.sentence]
@@ -237,12 +231,12 @@ def base_note(snapshot: Snapshot) -> str:
 
 
 def download_note(snapshot: Snapshot) -> str:
-    """What downloading a base of the hub takes, how far it is, and the buttons for it."""
+    """Size and progress of a hub base's download, with its buttons."""
     base = snapshot.plan.base
     if not base.remote:
         return ""
     offer = snapshot.app_state.downloads.offer(base.name)
-    problem = f'<p class="problem" role="alert">{safe(offer.problem)}</p>' if offer.problem else ""
+    problem = problem_html(offer.problem) if offer.problem else ""
     found = offer.found
     if offer.state == "asking":
         shown = _said("Asking the hub how large it is.")

@@ -1,4 +1,5 @@
-"""The two charts of a run and what they mean: one small piece of text a poll, no library, no node a point."""
+"""The run as HTML: card with state and buttons, loss and gain charts, log, and samples (one row per prompt,
+base first)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -60,8 +61,7 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
 
 
 def gain_chart(validations: Sequence[Validated]) -> str:
-    """Gain on held-out pictures with a band of two standard errors, beside it that on training pictures; the
-    best step marked."""
+    """Gain on held-out images with two standard errors, gain on training images, and the best step."""
     found = with_gain(validations)
     if not found:
         return _empty("Measured from time to time on the pictures that are held out.")
@@ -92,7 +92,7 @@ def _curve(
 
 
 def describe_gain(validations: Sequence[Validated]) -> str:
-    """What the curve of the gain means, in a sentence or two, and the two gauges behind it."""
+    """What the gain curve means, with the two measurements behind it."""
     said = verdict(validations)
     if not said:
         return ""
@@ -104,7 +104,7 @@ def describe_gain(validations: Sequence[Validated]) -> str:
 
 
 def _gauge(name: str, value: float, error: float) -> str:
-    """A measurement with its error; told strongly where it stands out of it."""
+    """A measurement with its error."""
     if not math.isfinite(value):
         return ""
     tips = {
@@ -115,9 +115,6 @@ def _gauge(name: str, value: float, error: float) -> str:
     return f'<span title="{safe(tips[name])}">{safe(name)} {words}</span>'
 
 
-# The run card and the charts of the Train tab as HTML: what the shown run does, and what to do about it.
-
-
 ASKS = ("preview", "save", "pause", "stop")
 TWINS = {"preview": "sample-now", "save": "save-now", "pause": "train-pause", "stop": "train-stop"}
 LOG_LINES = 40
@@ -125,7 +122,7 @@ MOST_WARNINGS = 3
 
 
 def run_card(snapshot: Snapshot) -> str:
-    """State, bar, buttons and the four figures. `#run-status` is what scripts read."""
+    """State, bar, buttons and four figures; scripts read `#run-status`."""
     progress = snapshot.progress
     open_tag = (
         f'<div class="panel" id="run-status" data-state="{snapshot.state}" data-step="{progress.step}"'
@@ -151,7 +148,7 @@ def _requests(snapshot: Snapshot) -> str:
 
 
 def _next_step(snapshot: Snapshot) -> str:
-    """What can be done now, the one clear thing first."""
+    """What can be done now, most useful first."""
     if snapshot.live or snapshot.run_view is None:
         return _requests(snapshot)
     if snapshot.state == "done":
@@ -199,7 +196,7 @@ def _queued(snapshot: Snapshot, run_view: RunView) -> str:
 
 
 def _asking(snapshot: Snapshot, run_view: RunView) -> str:
-    """What has changed since the run began, and what each answer leads to."""
+    """The inputs that changed since the run began, and what each answer does."""
     step = run_view.resume_info().step
     kept = f" What it saved up to step {step:,} stays in each case." if step else ""
     again = f"Continue at step {step:,}" if step else "Start again"
@@ -216,7 +213,7 @@ def _reached(snapshot: Snapshot) -> str:
 
 
 def _broken(snapshot: Snapshot, run_view: RunView) -> str:
-    """Why it broke off, what to change, and from where it goes on."""
+    """Why the run ended, what to change, and where it resumes."""
     after = run_view.resume_info()
     why = run_view.reason() or "The run ended without saying why."
     keeps = (
@@ -239,8 +236,7 @@ def _broken(snapshot: Snapshot, run_view: RunView) -> str:
 
 
 def _less_memory(run_view: RunView) -> str:
-    """For a run that memory was too small for: the two settings to lower, as they are and where they
-    stand."""
+    """After running out of memory: the two settings to lower, with their values and location."""
     config = run_view.config()
     if config is None or not run_view.out_of_memory:
         return ""
@@ -277,7 +273,7 @@ def _tiles(snapshot: Snapshot) -> list[str]:
 
 
 def _line(snapshot: Snapshot, run_view: RunView) -> str:
-    """What it is doing between steps, and the memory that it takes."""
+    """What the run does between steps, and its memory."""
     if not snapshot.live:
         return ""
     progress = snapshot.progress
@@ -287,7 +283,7 @@ def _line(snapshot: Snapshot, run_view: RunView) -> str:
 
 
 def _memory(snapshot: Snapshot, run_view: RunView) -> str:
-    """What the trainer's process takes, in words; nothing where that is not told."""
+    """Memory of the trainer's process; "" if unknown."""
     process = run_view.run.live_process()
     held = resident_bytes(process)
     if process is None or held is None:
@@ -323,7 +319,7 @@ def _remark(snapshot: Snapshot) -> str:
 
 
 def charts(snapshot: Snapshot) -> str:
-    """The two curves side by side, the smoothing of the loss in the person's hand."""
+    """Both charts side by side, with a smoothing slider."""
     if snapshot.run_view is None:
         return ""
     progress = snapshot.progress
@@ -342,7 +338,7 @@ def charts(snapshot: Snapshot) -> str:
 
 
 def _rate(found: RateFound | None) -> str:
-    """How the learning rate was found, where it was, for whoever wants to see it."""
+    """The learning-rate search, if there was one."""
     if found is None:
         return ""
     title = f"Learning rate {found.rate:.2g}, found by a range test"
@@ -352,7 +348,7 @@ def _rate(found: RateFound | None) -> str:
 
 
 def log_card(snapshot: Snapshot) -> str:
-    """The end of the run's log, and the zip for whoever looks for a defect."""
+    """The end of the run's log, and a zip for bug reports."""
     run_view = snapshot.run_view
     if run_view is None:
         return ""
@@ -367,15 +363,12 @@ def log_card(snapshot: Snapshot) -> str:
     )
 
 
-# The samples of a run: a row a prompt, the base first and beside it what was learned, the newest first.
-
-
 RAW = ", raw adapter (above: its average)"
 MOST_ROWS, FEWEST_COLUMNS, MOST_COLUMNS = 4, 3, 6
 
 
 def samples_card(snapshot: Snapshot) -> str:
-    """All rows; a click on one opens it large."""
+    """All samples; a click enlarges one."""
     run_view = snapshot.run_view
     if run_view is None:
         return ""
@@ -402,7 +395,7 @@ def samples_card(snapshot: Snapshot) -> str:
 def _strip(
     snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone], which: tuple[int, bool], columns: int
 ) -> str:
-    """The pictures of one prompt over the rounds; `which`: its number, and whether of the raw adapter."""
+    """Samples of one prompt over the rounds; `which`: its index, and whether from the raw adapter."""
     row, raw = which
     root = runs_folder(snapshot.app_state.workspace)
     prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
@@ -426,14 +419,14 @@ def _strip(
 
 
 def _columns(run_view: RunView, there: int) -> int:
-    """As many as the run will fill, so that pictures keep their size while more of them come."""
+    """As many columns as the run will fill, so that images keep their size."""
     config = run_view.config()
     planned = how_often(config.train.steps, config.sample.every) if config else 0
     return min(MOST_COLUMNS, max(FEWEST_COLUMNS, planned, there))
 
 
 def select_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:
-    """The first, then the newest, and as many between as fit, evenly spread, backwards in time."""
+    """The first round, then the newest and as many evenly spaced ones as fit, newest first."""
     if len(rounds) > MOST_COLUMNS:
         last = len(rounds) - 1
         rounds = [rounds[round(i * last / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]

@@ -1,5 +1,4 @@
-"""Routes of runs: steering them, the queue, a zip for whoever looks for a defect, settings of a dropped file,
-quitting."""
+"""Routes of the Train tab: runs, queue, debug zip, settings from a dropped file, quitting."""
 
 import asyncio
 import re
@@ -26,7 +25,7 @@ LARGEST_FILE = 2**40
 
 
 def add_run_routes(app: FastAPI, app_state: AppState) -> None:
-    """Add them to `app`."""
+    """Add the tab's routes to `app`."""
 
     @app.post("/easel/run")
     async def run(request: Request) -> Response:
@@ -67,7 +66,7 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
 
 
 def do_run_action(app_state: AppState, do: str, name: str) -> None:
-    """What a button of a run asks for.
+    """Do what a run's button asks for.
 
     Raises:
         RunError: it cannot be done now.
@@ -111,10 +110,10 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
 
 
 def _take_header(app_state: AppState, header: bytes, size: str, name: str) -> None:
-    """Read settings from the header of a file whose numbers stayed in the browser.
+    """Read settings from a LoRA file's header; its tensors stay in the browser.
 
-    A file of the same length without the numbers is read in its place, so that all that is checked of a file
-    is checked of this one too; on every usual drive it takes no room.
+    A sparse file of the same length stands in for it, so that all checks of a file apply; on most drives it
+    takes no space.
     """
     if not re.fullmatch("[0-9]{1,13}", size) or not len(header) <= int(size) <= LARGEST_FILE:
         raise RunError("The size of the dropped file does not fit its header.")

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
-from app.formatting import pluralize, safe
+from app.formatting import pluralize, problem_html, safe
 from app.state import Snapshot, take_snapshot
 from app.train.facts import blockers, facts, unfit
 from app.train.form import FORM, command_line, keep_changed_values, to_widget_value, widget_values
@@ -57,7 +57,7 @@ def _pressed(
         app_state.worker.release()
         app_state.jobs.start(config)
     except LoraError as error:
-        return gr.skip(), f'<p class="problem" role="alert">{safe(error)}</p>'
+        return gr.skip(), problem_html(error)
     return "", ""
 
 
@@ -119,13 +119,13 @@ def build_like(bindings: Bindings, form: TrainForm) -> None:
     def from_path(text: str) -> list[Any]:
         name = (text or "").strip().strip('"')
         if not name:
-            return [_problem("Choose a file, or type its path first."), *(gr.skip() for _ in outputs[1:])]
+            return [problem_html("Choose a file, or type its path first."), *(gr.skip() for _ in outputs[1:])]
         try:
             said = take_settings(
                 app_state.project, settings_from_lora(Path(name).expanduser()), Path(name).name
             )
         except (LoraError, OSError, ValueError) as error:
-            return [_problem(str(error)), *(gr.skip() for _ in outputs[1:])]
+            return [problem_html(str(error)), *(gr.skip() for _ in outputs[1:])]
         return [said, *_refilled()]
 
     def from_drop() -> list[Any]:
@@ -139,10 +139,6 @@ def build_like(bindings: Bindings, form: TrainForm) -> None:
     bindings.refresh_after(gr.on([take.click, path.submit], from_path, path, outputs, **QUIET))
     dropped = gr.Button("Settings of the dropped file", elem_id="like-taken", visible="hidden")
     bindings.refresh_after(dropped.click(from_drop, None, outputs, **QUIET))
-
-
-def _problem(text: str) -> str:
-    return f'<p class="problem" role="alert">{safe(text)}</p>'
 
 
 def take_settings(project: Any, like: LoraSettings, name: str) -> str:

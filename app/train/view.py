@@ -1,6 +1,7 @@
-"""Whom to tell when a run ends: a command or a web address of the person's choice, kept in the workspace.
+"""The Train tab: form, notifications, Start, and the run.
 
-The page's own notification, the bell in the header, needs an open page; this does not.
+Notifications at the end of a run go to a command or a web address, kept in the workspace; unlike the bell in
+the header they need no open page.
 """
 
 import os
@@ -9,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
-from app.formatting import safe
+from app.formatting import note_html, problem_html, safe
 from app.guard import is_loopback
 from app.train import cards
 from app.train.cards import samples_card
@@ -28,7 +29,7 @@ ENVIRONMENT = (
 
 
 def build_notifications(bindings: Bindings) -> None:
-    """A field, and buttons to keep it and to try it."""
+    """Lay out the field with its Save and Try buttons."""
     workspace = bindings.app_state.workspace
     with gr.Column(elem_classes="group"), gr.Accordion("When a run ends", open=False, elem_id="telling"):
         html_block(
@@ -56,32 +57,34 @@ def build_notifications(bindings: Bindings) -> None:
             checked(text, request)
             write_recipient(workspace, text or "")
         except (LoraError, OSError) as error:
-            return problem(error)
-        return done("Saved." if (text or "").strip() else "Saved: nobody is told.")
+            return problem_html(error)
+        return note_html("Saved." if (text or "").strip() else "Saved: nobody is told.")
 
     def tried(text: str, request: gr.Request) -> str:
         try:
             checked(text, request)
         except LoraError as error:
-            return problem(error)
+            return problem_html(error)
         said = send_test(text or "")
-        return problem(said) if said else done("It was told that this works; look whether it arrived.")
+        return (
+            problem_html(said) if said else note_html("It was told that this works; look whether it arrived.")
+        )
 
     for event, act in ((keep.click, saved), (whom.submit, saved), (attempt.click, tried)):
         event(act, whom, note, **QUIET)
 
 
 def chosen(bindings: Bindings) -> tuple[str, str]:
-    """What is kept, and a note where it plays no part or cannot be read."""
+    """The stored target, and a note if it is overridden or unreadable."""
     try:
         whom = read_recipient(bindings.app_state.workspace)
     except ConfigError as error:
-        return "", problem(error)
+        return "", problem_html(error)
     return whom, f'<p class="small">{safe(ENVIRONMENT)}</p>' if VARIABLE in os.environ else ""
 
 
 def checked(text: str, request: Any) -> None:
-    """Let a command be set by somebody at this computer alone: a password for the window is none for that.
+    """Allow commands only from this computer; the window's password does not entitle to run them.
 
     Raises:
         ConfigError: it comes from elsewhere.
@@ -90,19 +93,6 @@ def checked(text: str, request: Any) -> None:
     client = getattr(getattr(request, "client", None), "host", "") or ""
     if whom and not whom.startswith(WEB) and not is_loopback(client):
         raise ConfigError(ONLY_HERE)
-
-
-def problem(sentence: object) -> str:
-    """A sentence that something went wrong."""
-    return f'<p class="problem" role="alert">{safe(sentence)}</p>'
-
-
-def done(sentence: str) -> str:
-    """A sentence that all went well."""
-    return f'<p class="small" role="status">{safe(sentence)}</p>'
-
-
-# The Train tab: five settings, the rest folded; what will happen; Start; and the run as it goes.
 
 
 def build_train(bindings: Bindings) -> None:
