@@ -18,13 +18,13 @@ from app.header import accept_button, describe_run, percent, request_button, res
 from app.jobs import RunView
 from app.routes import image_url
 from app.state import Snapshot
-from app.train.checks import in_words
+from app.train.checks import with_labels
 from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
 from lora_core.report.rank_plots import rate_html
-from lora_core.runs.costs import how_often
+from lora_core.runs.costs import num_rounds
 from lora_core.runs.events import PreviewDone, RateFound, StepDone, Validated
 from lora_core.runs.folder import runs_folder
-from lora_core.runs.progress import smoothed
+from lora_core.runs.progress import smooth
 from lora_core.runs.verdict import SURE, best_of, known_error, verdict, with_gain
 from lora_core.settings.choices import PRECISIONS
 from lora_core.system.hardware import resident_bytes
@@ -43,7 +43,7 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
     if len(points) < 2:
         return _empty("The curve begins with the first steps.")
     # Rounded, so that a loss that stands still is no picture of rounding errors.
-    means = [round(y, DIGITS) for y in smoothed([y for _, y in points])]
+    means = [round(y, DIGITS) for y in smooth([y for _, y in points])]
     calm = downsample([(x, y) for (x, _), y in zip(points, means, strict=True)])
     raw = downsample(points)
     stride = math.ceil(len(points) / MOST_POINTS) or 1
@@ -230,7 +230,7 @@ def _broken(snapshot: Snapshot, run_view: RunView) -> str:
         else ""
     )
     return (
-        f'<p class="problem" role="alert">{safe(in_words(why))}</p>{_less_memory(run_view)}<p'
+        f'<p class="problem" role="alert">{safe(with_labels(why))}</p>{_less_memory(run_view)}<p'
         f' class="small num">Reached {_reached(snapshot)}. {keeps}</p>{log}'
     )
 
@@ -299,11 +299,11 @@ def _remark(snapshot: Snapshot) -> str:
     reason = snapshot.progress.reason
     if snapshot.state == "paused" and reason:
         # A pause that nobody asked for: the drive is full, for instance.
-        return f'<p class="problem" role="alert" data-hint="paused">{safe(in_words(reason))}</p>'
+        return f'<p class="problem" role="alert" data-hint="paused">{safe(with_labels(reason))}</p>'
     if snapshot.state == "stopped" and reason:
         # The run's own decision: nothing was gained any more.
         return (
-            f'<p role="status" data-hint="early">{safe(in_words(reason))} The file of what it learned is'
+            f'<p role="status" data-hint="early">{safe(with_labels(reason))} The file of what it learned is'
             " there.</p>"
         )
     texts = {
@@ -421,7 +421,7 @@ def _strip(
 def _columns(run_view: RunView, there: int) -> int:
     """As many columns as the run will fill, so that images keep their size."""
     config = run_view.config()
-    planned = how_often(config.train.steps, config.sample.every) if config else 0
+    planned = num_rounds(config.train.steps, config.sample.every) if config else 0
     return min(MOST_COLUMNS, max(FEWEST_COLUMNS, planned, there))
 
 

@@ -49,7 +49,7 @@ class Checks:
     def now(self, config: RunConfig, dataset: Dataset) -> list[RunProblem]:
         """Look it up and wait for it."""
         found = [
-            RunProblem(one.kind, in_words(one.sentence), one.blocking)
+            RunProblem(one.kind, with_labels(one.sentence), one.blocking)
             for one in preflight(config, self._workspace, dataset, self._free_on_card)
             if one.kind not in ELSEWHERE
         ]
@@ -71,6 +71,6 @@ class Checks:
         return card.total - card.used if card else None
 
 
-def in_words(sentence: str, title: Callable[[str], str] = label_of) -> str:
+def with_labels(sentence: str, title: Callable[[str], str] = label_of) -> str:
     """A sentence with the settings called as the form calls them."""
     return _NAMES.sub(lambda found: title(OLD_NAMES.get(found[0], found[0])), sentence)

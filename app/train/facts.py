@@ -24,7 +24,7 @@ NO_PICTURES = "There are no pictures yet: drop some on the Dataset tab, or try t
 
 def blockers(snapshot: Snapshot) -> list[str]:
     """Why Start is disabled, each with what to do; empty where it is not."""
-    found = unfit(snapshot)
+    found = start_problems(snapshot)
     if snapshot.live and snapshot.run_view:
         found.append(
             f"The run {snapshot.run_view.run.name} is going on; pause or stop it first, or add this one to"
@@ -33,7 +33,7 @@ def blockers(snapshot: Snapshot) -> list[str]:
     return found
 
 
-def unfit(snapshot: Snapshot) -> list[str]:
+def start_problems(snapshot: Snapshot) -> list[str]:
     """What must be fixed before this run can be started or queued."""
     plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
     found = list(plan.problems)

@@ -14,7 +14,7 @@ from app.formatting import (
 from app.header import accept_button
 from app.jobs import RESUMABLE, RunView
 from app.state import Snapshot, asks_to_accept
-from app.train.checks import in_words
+from app.train.checks import with_labels
 from lora_core.errors import RunError
 from lora_core.runs.queue import FAILED, RUNNING, WAITING, QueuedRun
 
@@ -85,7 +85,9 @@ def _job_row(job: QueuedRun, waiting: list[str], asking: RunView | None) -> str:
     if job.state != RUNNING:
         tip = "Takes it out of the queue; a run that began stays below."
         actions += post_button("Remove", "queue", {"do": "remove", "run": name}, tip=tip)
-    told = f"{describe_changes(asking.changed)} Decide below, under Runs." if asking else in_words(job.reason)
+    told = (
+        f"{describe_changes(asking.changed)} Decide below, under Runs." if asking else with_labels(job.reason)
+    )
     why = f'<span class="small">{safe(told)}</span>' if told else ""
     return (
         f'<div class="row apart" data-job="{safe(name)}" data-job-state="{job.state}"><div'
@@ -151,7 +153,7 @@ def _run_row(snapshot: Snapshot, run_view: RunView, state: str) -> str:
     )
     report = report_entry(run_view, after.step > 0)
     why = run_view.reason() if state in ("failed", "interrupted") else ""
-    told = describe_changes(run_view.changed) if yes else in_words(why)
+    told = describe_changes(run_view.changed) if yes else with_labels(why)
     reason = f'<p class="small">{safe(told)}</p>' if told else ""
     return (
         f'<div class="row apart" data-run="{safe(name)}"><div'

@@ -9,7 +9,7 @@ import gradio as gr
 from app.bindings import QUIET, Bindings, html_block
 from app.formatting import pluralize, problem_html, safe
 from app.state import Snapshot, take_snapshot
-from app.train.facts import blockers, facts, unfit
+from app.train.facts import blockers, facts, start_problems
 from app.train.form import FORM, command_line, keep_changed_values, to_widget_value, widget_values
 from app.train.train_form import TrainForm
 from lora_core.errors import LoraError
@@ -32,7 +32,7 @@ def build_start(bindings: Bindings, form: TrainForm) -> None:
         )
         queue = gr.Button("Add to queue", interactive=False, elem_id="add-to-queue", elem_classes="big")
     bindings.follow(start, lambda snap: gr.update(interactive=not blockers(snap)))
-    bindings.follow(queue, lambda snap: gr.update(interactive=not unfit(snap)))
+    bindings.follow(queue, lambda snap: gr.update(interactive=not start_problems(snap)))
     note = html_block(elem_id="start-note")
     bindings.follow(html_block(elem_id="command"), command)
     inputs = [name, bindings.trigger, form.seen, *form.fields]
@@ -78,7 +78,7 @@ def ready_config(bindings: Bindings, name: str, do: str = "start") -> RunConfig:
     found = list(snapshot.plan.problems) or [
         one.sentence for one in app_state.checks.now(config, app_state.project.dataset()) if one.blocking
     ]
-    stops = blockers(snapshot) if do == "start" else unfit(snapshot)
+    stops = blockers(snapshot) if do == "start" else start_problems(snapshot)
     sentences = list(dict.fromkeys([*found, *stops]))
     if sentences:
         raise LoraError(" ".join(sentences))

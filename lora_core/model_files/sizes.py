@@ -21,7 +21,7 @@ from lora_core.system.disk_space import MARGIN
 from lora_core.system.paths import FAMILY_CONFIGS
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
-"""The most memory that encoded captions take which vary from look to look: some 800 looks of SDXL."""
+"""The most memory for encoded captions that vary from draw to draw: some 800 of SDXL."""
 PREPACKED_COPIES = 2
 """How many times the CPU backend lays out a base's weights beside the plain ones."""
 WINOGRAD_COPIES = 3
@@ -39,19 +39,19 @@ _PIXEL = 2.0
 _HALF, _FULL = 2, 4
 
 
-def checkpoint_bytes(config: RunConfig, numbers: int) -> int:
+def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """About how large one checkpoint is.
 
     Args:
         config: the run's settings.
-        numbers: how many are trained.
+        parameters: how many are trained.
     """
     state = chosen(OPTIMIZERS, config.optimizer.name, "optimizer.name").state
     copies = 1.0 + state + (1.0 if config.save.ema else 0.0)
-    return int(copies * numbers * _FULL) + _HEADERS
+    return int(copies * parameters * _FULL) + _HEADERS
 
 
-def adapters_used(config: RunConfig) -> int:
+def num_adapters(config: RunConfig) -> int:
     """How many adapters a run samples and exports: its own, and the average where one is kept."""
     return 2 if config.save.ema else 1
 
@@ -59,7 +59,7 @@ def adapters_used(config: RunConfig) -> int:
 def preview_bytes(config: RunConfig) -> int:
     """About how much one round of samples takes."""
     side = config.train.resolution or _USUAL_SIDE
-    return int(max(2, len(config.sample.prompts)) * side * side * _PIXEL) * adapters_used(config)
+    return int(max(2, len(config.sample.prompts)) * side * side * _PIXEL) * num_adapters(config)
 
 
 def needed_bytes(config: RunConfig, export: int) -> int:
@@ -67,24 +67,24 @@ def needed_bytes(config: RunConfig, export: int) -> int:
 
     Args:
         config: the run's settings.
-        export: size of the exported file, as `sizes.export_bytes` says; half of that is how many numbers are
-            trained.
+        export: size of the exported file, as `sizes.export_bytes` says; half of that is the number of trained
+            parameters.
     """
-    numbers = export // _HALF
+    parameters = export // _HALF
     save = config.save
     # Those that stay, the best, the one to go back to, and the new one before an old one goes.
     count = save.keep_last + (1 if save.keep_best else 0) + 2 if save.every else 2
     rounds = config.train.steps // config.sample.every + 2 if config.sample.every else 0
     return (
-        count * checkpoint_bytes(config, numbers)
-        + export * adapters_used(config)
+        count * checkpoint_bytes(config, parameters)
+        + export * num_adapters(config)
         + rounds * preview_bytes(config)
         + MARGIN
     )
 
 
 Layers = dict[tuple[str, str], tuple[int, int]]
-"""(part, path as diffusers names it) to the numbers that one rank costs below and above: inputs x kernel,
+"""(part, path as diffusers names it) to the parameters that one rank costs below and above: inputs x kernel,
 outputs."""
 
 

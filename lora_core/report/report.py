@@ -33,7 +33,7 @@ from lora_core.report.plots import (
 from lora_core.report.rank_plots import intrinsic_html, rate_html, spectrum_html, strength_html
 from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.progress import smoothed
+from lora_core.runs.progress import smooth
 from lora_core.runs.verdict import (
     SURE,
     best_of,
@@ -355,13 +355,14 @@ def loss_html(data: ReportData) -> str:
     points = [(float(e.step), e.loss) for e in data.progress.losses if math.isfinite(e.loss)]
     if len(points) < 2:
         return paragraph("Too few steps for a curve.")
-    smooth = downsample([(x, y) for (x, _), y in zip(points, smoothed([y for _, y in points]), strict=True)])
+    means = smooth([y for _, y in points])
+    curve = downsample([(x, y) for (x, _), y in zip(points, means, strict=True)])
     raw = downsample(points)
     ys = sorted(y for _, y in raw)
     # A single outlier must not flatten the rest of the curve.
-    top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in smooth))
-    curves = [Curve("each step", raw, (), "raw"), Curve("smoothed", smooth)]
-    plot = curves_plot(f"Training loss, at the end {smooth[-1][1]:.4f} smoothed", curves, highest=top)
+    top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in curve))
+    curves = [Curve("each step", raw, (), "raw"), Curve("smoothed", curve)]
+    plot = curves_plot(f"Training loss, at the end {curve[-1][1]:.4f} smoothed", curves, highest=top)
     note = "It says little by itself, since noise and timesteps are random; the gain says more."
     return figure("Training loss", plot, note)
 

@@ -24,9 +24,9 @@ from lora_core.model_files.sizes import (
     PREPACKED_COPIES,
     PREPACKED_SPARE,
     WINOGRAD_COPIES,
-    adapters_used,
     count_base_parameters,
     export_bytes,
+    num_adapters,
 )
 from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes
 from lora_core.runs.progress import Progress
@@ -46,7 +46,7 @@ PROGRAM = 0.6e9
 """Bytes of torch and its libraries before a model is loaded."""
 ACTIVATIONS = 0.7e6
 """Bytes a latent pixel keeps for the backward pass of a UNet of SD 1.x's size, half precision, on the CPU."""
-USUAL_NUMBERS = 1.07e9
+USUAL_PARAMETERS = 1.07e9
 """Weights of all of SD 1.x, which ACTIVATIONS was measured with."""
 CHECKPOINTING_KEEPS = 0.2
 CONTEXT = 0.8e9
@@ -251,23 +251,23 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
     """
     steps, preview, validation = config.train.steps, config.sample, config.validation
     prompts = len(preview.prompts) or min(USUAL_PROMPTS, images)
-    sampling = how_often(steps, preview.every) * prompts * preview.steps * draw * adapters_used(config)
+    sampling = num_rounds(steps, preview.every) * prompts * preview.steps * draw * num_adapters(config)
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
     passes = (
         round(held)
         * validation.draws_per_image
-        * (adapters_used(config) + (1 if validation.memorization else 0))
+        * (num_adapters(config) + (1 if validation.memorization else 0))
     )
     passes += validation.forgetting * validation.draws_per_image if held else 0
     own = lookup_base(config.model.base).resolution
     share = ((config.train.resolution or own) / own) ** 2
-    measuring = how_often(steps, validation.every) * passes * draw / 2 * share / steps
+    measuring = num_rounds(steps, validation.every) * passes * draw / 2 * share / steps
     if validation.max_time_share:
         measuring = min(measuring, validation.max_time_share * step)
     return sampling / steps + measuring
 
 
-def how_often(steps: int, every: int) -> int:
+def num_rounds(steps: int, every: int) -> int:
     """How often something is done in a run, its beginning and its end included."""
     return math.ceil(steps / every) + 1 if every else 0
 
@@ -278,18 +278,18 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
     On a card within a quarter of what the simulated card counts, where no fallback is needed; on a processor
     within a factor of two at best.
     """
-    numbers, export = parameters_of(lookup_base(config.model.base)), export_bytes(known, config)
-    if not numbers or not export:
+    parameters, export = parameters_of(lookup_base(config.model.base)), export_bytes(known, config)
+    if not parameters or not export:
         return None
     if on_card and known.family is not None:
-        return _card_memory(config, known.family, known.resolution, (numbers, export // 2))
+        return _card_memory(config, known.family, known.resolution, (parameters, export // 2))
     asked = config.train.precision
     width = 4 if asked in ("fp32", "auto") else 2
     side = config.train.resolution or known.resolution
     kept = CHECKPOINTING_KEEPS if config.train.gradient_checkpointing else 1.0
     pixels = (side / 8) ** 2 * config.train.batch_size
-    activations = pixels * ACTIVATIONS * math.sqrt(numbers / USUAL_NUMBERS) * width / 2 * kept
-    weights = numbers * width
+    activations = pixels * ACTIVATIONS * math.sqrt(parameters / USUAL_PARAMETERS) * width / 2 * kept
+    weights = parameters * width
     if not (config.train.offload or config.train.quantize_base != "none"):
         # A processor's run takes more where there is more, because that is faster.
         room = psutil.virtual_memory().available - PREPACKED_SPARE
@@ -300,7 +300,7 @@ def memory_needed(config: RunConfig, known: BaseFacts, on_card: bool) -> float |
 
 
 def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tuple[int, int]) -> float:
-    """The peak of a run on a card; `counts` are the numbers of the base's weights and of the trained ones."""
+    """The peak of a run on a card; `counts` are the parameters of the base and the trained ones."""
     row, train = family.footprint, config.train
     weights, trained = counts
     larger = weights / (row.unet + row.text + row.vae)

@@ -372,12 +372,12 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
 def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int) -> list[RunProblem]:
     """Weights and adapter against what is free: rough, since how much the pictures take is seen when they
     run."""
-    numbers, export = count_base_parameters(facts), export_bytes(facts, config)
-    if not numbers or not export:
+    parameters, export = count_base_parameters(facts), export_bytes(facts, config)
+    if not parameters or not export:
         return []
     asked = config.train.precision
     width = 4 if asked == "fp32" or (asked == "auto" and card is None) else 2
-    need = numbers * width + (export // 2) * 4 * ADAPTER_COPIES
+    need = parameters * width + (export // 2) * 4 * ADAPTER_COPIES
     need += captions if card is None else 0
     free, where = (psutil.virtual_memory().available, "memory") if card is None else (card, "graphics memory")
     if need <= free:
@@ -415,15 +415,15 @@ def caption_bytes(records: Sequence[ImageRecord], config: RunConfig, facts: Base
     held = validation.pictures * (1 if validation.pictures >= 1 else len(records))
     again = min(len(records), fixed + _MEASURED + math.ceil(2 * held)) if records else 0
     again += len(config.sample.prompts) + validation.forgetting + 1
-    looks = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps
-    return again * one, min(DRAWN_CAPTIONS_BYTES, looks * one) if fixed < len(records) else 0
+    draws = config.train.steps * config.train.batch_size * config.train.gradient_accumulation_steps
+    return again * one, min(DRAWN_CAPTIONS_BYTES, draws * one) if fixed < len(records) else 0
 
 
 def _latent_bytes(records: list[ImageRecord], config: RunConfig, facts: BaseFacts) -> int:
     """Bytes of encoded pictures on disk."""
     side = config.train.resolution or facts.resolution
-    looks = 2 if config.dataset.flip else 1
-    return sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * looks
+    draws = 2 if config.dataset.flip else 1
+    return sum(int(min(r.width * r.height, side**2) * _LATENT_BYTES) + _FILE for r in records) * draws
 
 
 def _size(size: int) -> str:

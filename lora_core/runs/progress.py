@@ -90,7 +90,7 @@ class Progress:
 
     def smoothed_loss(self) -> float | None:
         """Exponential mean of the loss over about 50 steps, or None before the first step."""
-        curve = smoothed([e.loss for e in self.losses[-300:]])
+        curve = smooth([e.loss for e in self.losses[-300:]])
         return curve[-1] if curve else None
 
     def seconds_a_step(self) -> float | None:
@@ -114,7 +114,7 @@ class Progress:
         return None if pace is None else pace * max(0, self.steps - self.step)
 
 
-def smoothed(values: list[float], memory: float = 50.0) -> list[float]:
+def smooth(values: list[float], memory: float = 50.0) -> list[float]:
     """Exponential mean with the bias of the start taken out; values that are not finite are passed over."""
     decay = math.exp(-1.0 / memory)
     total = weight = 0.0

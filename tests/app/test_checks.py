@@ -12,7 +12,7 @@ from app.bindings import Bindings
 from app.dataset import findings, gallery
 from app.state import AppState, take_snapshot
 from app.train import checks
-from app.train.facts import facts, unfit
+from app.train.facts import facts, start_problems
 from app.train.starting import ready_config
 from lora_core.errors import LoraError
 from lora_core.runs.preflight import RunProblem
@@ -32,14 +32,14 @@ def test_a_poll_does_not_wait_and_the_next_one_knows(
         return [RunProblem("disk", "Make room, or lower save.keep_last.")]
 
     monkeypatch.setattr(checks, "preflight", slow)
-    assert unfit(take_snapshot(app_state)) == []
+    assert start_problems(take_snapshot(app_state)) == []
     go_on.set()
-    assert wait_for(lambda: unfit(take_snapshot(app_state))) == ["Make room, or lower Keep last."]
+    assert wait_for(lambda: start_problems(take_snapshot(app_state))) == ["Make room, or lower Keep last."]
     assert 'id="start-why"' in facts(take_snapshot(app_state))
     # Nothing changed: nothing is looked up again.
     assert len(asked) == 1
     app_state.project.update_draft(values={"train.steps": 9})
-    unfit(take_snapshot(app_state))
+    start_problems(take_snapshot(app_state))
     wait_for(lambda: len(asked) == 2)
 
 
@@ -78,7 +78,7 @@ def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: lis
         " (picture-0.png, picture-1-masklabel.png)."
     ]
     assert sum("regularisation" in text or "white background" in text for text in _notes(app_state)) == 2
-    assert unfit(take_snapshot(app_state)) == []
+    assert start_problems(take_snapshot(app_state)) == []
     app_state.project.save_caption("picture-0.png", "new")
     shown = gallery.findings_html(app_state.project.dataset(), [], False, [])
     assert "4 files not used" in shown
@@ -107,7 +107,7 @@ def test_a_check_that_breaks_is_a_note(
 
     monkeypatch.setattr(checks, "preflight", broken)
     assert "the drive is gone" in wait_for(lambda: _notes(app_state))[0]
-    assert unfit(take_snapshot(app_state)) == []
+    assert start_problems(take_snapshot(app_state)) == []
 
 
 def test_a_look_that_another_project_cuts_off_is_not_at_work_for_ever(

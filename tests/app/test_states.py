@@ -9,7 +9,7 @@ from app import header
 from app.state import AppState, Snapshot, take_snapshot
 from app.train import cards
 from app.train.cards import samples_card, select_rounds
-from app.train.facts import blockers, facts, notes, unfit
+from app.train.facts import blockers, facts, notes, start_problems
 from app.train.queue_client import QueueClient
 from app.train.run_list import earlier, queue_card
 from lora_core.runs import events
@@ -58,7 +58,7 @@ def test_no_run_yet(app_state: AppState) -> None:
 
 def test_no_pictures_says_where_to_put_some(app_state: AppState) -> None:
     snapshot = take_snapshot(app_state)
-    assert "drop some on the Dataset tab" in unfit(snapshot)[0]
+    assert "drop some on the Dataset tab" in start_problems(snapshot)[0]
     assert 'id="start-why"' in facts(snapshot)
 
 
@@ -244,7 +244,7 @@ def test_a_run_in_the_way_leaves_the_queue(app_state: AppState, pictures: list[P
     come_alive(make_run(app_state, "a", started(), step(5)))
     snapshot = take_snapshot(app_state)
     assert "add this one to the queue" in blockers(snapshot)[0]
-    assert unfit(snapshot) == []
+    assert start_problems(snapshot) == []
 
 
 def test_samples_begin_with_the_base_then_the_newest(app_state: AppState) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from app.state import AppState, take_snapshot
-from app.train.checks import in_words
+from app.train.checks import with_labels
 from app.train.form import FORM, Plan, group_fields, keep_changed_values, widget_values
 from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, search_settings
 from lora_core.projects.project import Project
@@ -78,7 +78,7 @@ def test_a_group_offers_its_own_way_back(app_state: AppState) -> None:
 
 def test_problems_call_settings_as_the_form_does() -> None:
     assert (
-        in_words("raise train.max_token_length, not optimizer.text_encoder_2_lr.")
+        with_labels("raise train.max_token_length, not optimizer.text_encoder_2_lr.")
         == "raise Caption tokens, not Second text encoder rate."
     )
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lora_core.runs import events
-from lora_core.runs.progress import Progress, smoothed
+from lora_core.runs.progress import Progress, smooth
 
 
 def started(steps: int = 100) -> events.Started:
@@ -123,11 +123,11 @@ def test_time_left_is_the_median_pace_times_the_steps_left() -> None:
 
 def test_smoothing_starts_without_a_bias() -> None:
     """By hand, memory 1: decay e^-1; second value (e^-1 * 1 + 3) / (e^-1 + 1) = 2.4621..."""
-    assert smoothed([1.0, 3.0], memory=1.0) == pytest.approx([1.0, (math.exp(-1) + 3) / (math.exp(-1) + 1)])
-    assert smoothed([2.0] * 200) == pytest.approx([2.0] * 200)
+    assert smooth([1.0, 3.0], memory=1.0) == pytest.approx([1.0, (math.exp(-1) + 3) / (math.exp(-1) + 1)])
+    assert smooth([2.0] * 200) == pytest.approx([2.0] * 200)
 
 
 def test_smoothing_passes_over_what_is_not_finite() -> None:
-    curve = smoothed([math.nan, 1.0, math.inf, 1.0])
+    curve = smooth([math.nan, 1.0, math.inf, 1.0])
     assert math.isnan(curve[0])
     assert curve[1:] == pytest.approx([1.0, 1.0, 1.0])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.train.checks import in_words
+from app.train.checks import with_labels
 from app.train.form import FORM, Plan, widget_values
 from lora_core.errors import ConfigError
 from lora_core.model_files.starting_settings import settings_from_lora
@@ -205,6 +205,6 @@ def test_an_old_header_is_read(tmp_path: Path) -> None:
 
 
 def test_sentences_of_old_events_call_settings_as_the_form_does() -> None:
-    assert in_words(json.loads('"raise train.tokens or lower optim.lr."')) == (
+    assert with_labels(json.loads('"raise train.tokens or lower optim.lr."')) == (
         "raise Caption tokens or lower Learning rate."
     )
