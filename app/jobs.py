@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.worker_client import last_log_line
-from lora_core.errors import RunError
-from lora_core.runs.diagnosis import LESS_MEMORY, ExitRecorder, crash_reason, resume_step
+from lora_core.errors import OutOfMemory, RunError
+from lora_core.runs.diagnosis import ExitRecorder, find_crash, resume_step
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.runs.progress import Progress
@@ -33,12 +33,13 @@ class ResumeInfo:
     """What an ended run left.
 
     Attributes:
-        reason: why it broke off or failed, "" where it did not.
+        reason, cause: why it broke off or failed, as `find_crash` says it.
         step: where a resume would continue, 0 for the start.
         size: bytes on disk.
     """
 
     reason: str
+    cause: str
     step: int
     size: int
 
@@ -94,7 +95,8 @@ class RunView:
         """What an ended run left; read from disk only where it went on meanwhile."""
         key = (self.offset, _changed_at(self.run.path / "exit.json"), _changed_at(self.run.checkpoints))
         if self._resume_info is None or self._resume_info[0] != key:
-            info = ResumeInfo(crash_reason(self.run), resume_step(self.run), folder_bytes(self.run.path))
+            crash, step = find_crash(self.run), resume_step(self.run)
+            info = ResumeInfo(crash.reason, crash.cause, step, folder_bytes(self.run.path))
             self._resume_info = (key, info)
         return self._resume_info[1]
 
@@ -106,8 +108,7 @@ class RunView:
     @property
     def out_of_memory(self) -> bool:
         """Whether it ended because memory ran out."""
-        said = self.reason().lower()
-        return LESS_MEMORY in said or "out of memory" in said or "not enough memory" in said
+        return OutOfMemory.cause in (self.progress.cause, self.resume_info().cause)
 
 
 class Jobs:

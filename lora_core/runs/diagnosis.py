@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import tomli_w
 
-from lora_core.errors import AdapterFileError
+from lora_core.errors import AdapterFileError, OutOfMemory
 from lora_core.model_files.header import read_header
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
@@ -94,6 +94,14 @@ class ExitRecord:
         )
 
 
+@dataclass(frozen=True)
+class Crash:
+    """Why a run broke off or failed: a sentence, "" where it did neither; its cause as in `events.Failed`."""
+
+    reason: str = ""
+    cause: str = ""
+
+
 class ExitRecorder:
     """Lets the parent of a trainer record how its process ends."""
 
@@ -142,23 +150,28 @@ def read_exit(run: RunFolder) -> ExitRecord | None:
 
 def crash_reason(run: RunFolder) -> str:
     """Why a run broke off or failed, in a sentence; "" where it did neither."""
+    return find_crash(run).reason
+
+
+def find_crash(run: RunFolder) -> Crash:
+    """Why a run broke off or failed, where it did."""
     if run.live_process() is not None:
-        return ""
+        return Crash()
     progress, ended = run.progress(), read_exit(run)
     status = run.status(progress)
     is_silent = (
         ended is not None and ended.code not in (0, 130) and ended.events == file_bytes(run.events_file)
     )
     if status == "failed" and not is_silent:
-        return progress.reason
+        return Crash(progress.reason, progress.cause)
     if status != "interrupted" and not is_silent:
-        return ""
+        return Crash()
     lines = _last_lines(run, ended)
-    sentence = _traceback_sentence(lines, progress, ended is not None) or _code_sentence(ended, progress)
-    if not sentence and is_silent and lines:
+    crash = _from_traceback(lines, progress, ended is not None) or _from_code(ended, progress)
+    if crash is None and is_silent and lines:
         # It said what was wrong before it could write an event.
-        return _as_sentence(lines[-1])
-    return sentence or _silence_sentence(run, progress, lines)
+        return Crash(_as_sentence(lines[-1]))
+    return crash or Crash(_silence_sentence(run, progress, lines))
 
 
 def last_log_sentence(run: RunFolder) -> str:
@@ -203,8 +216,8 @@ def _last_lines(run: RunFolder, ended: ExitRecord | None) -> list[str]:
     return [line for line in (re.sub(r"\x1b\[[0-9;]*K|\r", "", line).rstrip() for line in lines) if line]
 
 
-def _traceback_sentence(lines: list[str], progress: Progress, are_its_own: bool) -> str:
-    """The last line of the last traceback in the log.
+def _from_traceback(lines: list[str], progress: Progress, are_its_own: bool) -> Crash | None:
+    """From the last line of the last traceback in the log.
 
     Args:
         lines: of the log.
@@ -214,36 +227,38 @@ def _traceback_sentence(lines: list[str], progress: Progress, are_its_own: bool)
     """
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     if not starts:
-        return ""
+        return None
     end = next((i for i in range(starts[-1] + 1, len(lines)) if not lines[i].startswith(" ")), None)
     if end is None or not (are_its_own or end == len(lines) - 1):
-        return ""
-    return f"A defect of the program {_where(progress)}: {lines[end].rstrip('.')}."
+        return None
+    return Crash(f"A defect of the program {_where(progress)}: {lines[end].rstrip('.')}.", "defect")
 
 
-def _code_sentence(ended: ExitRecord | None, progress: Progress) -> str:
+def _from_code(ended: ExitRecord | None, progress: Progress) -> Crash | None:
     if ended is None or ended.code in (0, 1, 130):
-        return ""
+        return None
     where, name = _where(progress), _signal_name(ended.code)
     if ended.code & 0xFFFFFFFF in NO_MEMORY_CODES:
-        return f"Its process ran out of memory {where}; {LESS_MEMORY}."
+        return Crash(f"Its process ran out of memory {where}; {LESS_MEMORY}.", OutOfMemory.cause)
     if name == "SIGKILL":
         held = (
             f": it held {ended.held / GIGABYTE:.1f} of {ended.total / GIGABYTE:.1f} GB" if ended.held else ""
         )
         if ended.kills:
-            return f"The system killed its process {where} because memory ran out{held}; {LESS_MEMORY}."
+            reason = f"The system killed its process {where} because memory ran out{held}; {LESS_MEMORY}."
+            return Crash(reason, OutOfMemory.cause)
         if ended.out_of_memory:
-            return f"Its process was killed {where}, probably because memory ran out{held}; {LESS_MEMORY}."
-        return f"Its process was killed {where} (signal 9), by a person or by another program."
+            reason = f"Its process was killed {where}, probably because memory ran out{held}; {LESS_MEMORY}."
+            return Crash(reason, OutOfMemory.cause)
+        return Crash(f"Its process was killed {where} (signal 9), by a person or by another program.")
     if name in NATIVE_SIGNALS or ended.code & 0xFFFFFFFF in NATIVE_CODES:
         what = name or f"code {ended.code & 0xFFFFFFFF:#x}"
-        return (
+        return Crash(
             f"Its process crashed {where} in compiled code ({what}), which points to a graphics driver or a"
             " package; bring them up to date and resume."
         )
     how = f"was ended by the signal {name}" if name else f"ended with code {ended.code}"
-    return f"Its process {how} {where}."
+    return Crash(f"Its process {how} {where}.")
 
 
 def _silence_sentence(run: RunFolder, progress: Progress, lines: list[str]) -> str:

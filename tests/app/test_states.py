@@ -181,7 +181,7 @@ def test_out_of_memory_names_the_two_settings(app_state: AppState) -> None:
         "a",
         started(),
         step(3),
-        events.Failed(step=3, reason=f"Memory ran out at step 3; {LESS_MEMORY}."),
+        events.Failed(step=3, reason=f"Memory ran out at step 3; {LESS_MEMORY}.", cause="out_of_memory"),
         train__batch_size=6,
         train__resolution=768,
     )

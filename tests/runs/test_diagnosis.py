@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core.runs import diagnosis, events
-from lora_core.runs.diagnosis import ExitRecorder, crash_reason, exit_file, read_exit, resume_step
+from lora_core.runs.diagnosis import ExitRecorder, crash_reason, exit_file, find_crash, read_exit, resume_step
 from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
@@ -130,6 +130,7 @@ def test_who_killed_it(run: RunFolder, held: float, free: float, kills: int, wor
     exit_file(run).write_text(json.dumps(note))
     assert words in crash_reason(run)
     assert ("train.batch_size" in crash_reason(run)) == ("memory" in words)
+    assert find_crash(run).cause == ("out_of_memory" if "memory" in words else "")
 
 
 def test_windows_codes(run: RunFolder) -> None:
