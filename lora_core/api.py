@@ -53,7 +53,7 @@ _LAZY = {
     "AdapterWeights": "lora_core.lora.weights",
     "LayerWeights": "lora_core.lora.weights",
     "Merger": "lora_core.lora.inject",
-    "LoadedLora": "lora_core.lora.inject",
+    "LoadedLora": "lora_core.lora.weights",
     "adapter_weights": "lora_core.lora.inject",
     "generate_image": "lora_core.generate.pipeline",
     "inject": "lora_core.lora.inject",

@@ -31,8 +31,9 @@ from lora_core.backends.int8 import WeightPolicy, quantize_int8
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.formats.io import load_adapter
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora
-from lora_core.lora.inject import LoadedLora, Merger
-from lora_core.lora.weights import AdapterWeights
+from lora_core.lora.inject import Merger
+from lora_core.lora.weights import AdapterWeights, LoadedLora
+from lora_core.model_files.families import is_text_encoder
 from lora_core.models.device import (
     available_memory,
     best_device,
@@ -315,7 +316,7 @@ def open_pipeline(request: GenerationRequest, truncate: Truncate, precision: str
         kept = max(least, _fitting(base))
         policy.quantize = quantize_int8 if kept == INT8 else None
         try:
-            base.load("unet")
+            base.load(base.family.denoiser)
             for part in base.text_encoders:
                 base.load(part)
                 if kept != RESIDENT:
@@ -454,7 +455,10 @@ class Pipeline:
         ]
         self._merger.apply([one for _, one in acting])
         self._merged_text = tuple(
-            (key, one.on("text")) for key, one in acting if one.on("text") and one.weights.parts() != ["unet"]
+            (key, strength)
+            for key, one in acting
+            for strength in {one.on(part) for part in one.weights.parts() if is_text_encoder(part)}
+            if strength
         )
         self._merged = wanted
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import ConfigError
+from lora_core.model_files.families import is_text_encoder
 from lora_core.settings.schema import AUTO, NumberOrAuto
 
 Value = str | int | float
@@ -71,7 +72,7 @@ class WeightedLora:
 
     def on(self, part: str) -> float:
         """The strength on a part of the base."""
-        return self.strength if part == "unet" else self.on_text
+        return self.on_text if is_text_encoder(part) else self.strength
 
     def times(self, factor: float) -> "WeightedLora":
         """The same adapter with both strengths multiplied."""

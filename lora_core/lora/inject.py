@@ -16,8 +16,8 @@ from lora_core.backends.base import Adaptable, replace_submodule
 from lora_core.backends.int8 import CompactConv2d, CompactLinear, as_compact
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.model_files.families import TEXT_LEVEL, Targets, canonical_path, is_text_encoder
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
+from lora_core.model_files.families import TEXT_LEVEL, Targets, canonical_path
 from lora_core.settings.patterns import Pattern, last_matches
 
 ADAPTERS: dict[str, type[LoraLayer]] = {"lora": LoraLayer}
@@ -328,20 +328,6 @@ def fit_to_rank(given: LayerWeights, fresh: LayerWeights) -> tuple[LayerWeights,
         new_down.float().reshape(fresh.down.shape), new_up.float().reshape(fresh.up.shape), fresh.alpha
     )
     return layer, kept, lost
-
-
-@dataclass(frozen=True)
-class LoadedLora:
-    """An adapter and its strengths: on the denoiser, and on the text encoders where that differs."""
-
-    weights: AdapterWeights
-    strength: float = 1.0
-    text_strength: float | None = None
-
-    def on(self, part: str) -> float:
-        """The strength on a part."""
-        text = self.text_strength
-        return text if text is not None and is_text_encoder(part) else self.strength
 
 
 Factors = tuple[torch.Tensor, torch.Tensor]

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lora_core.model_files.families import is_text_encoder
+
 LayerKey = tuple[str, str]
 """(part, module path): the part is one of `Family.parts`, such as "unet"; the path is diffusers'
 dotted name below it, for text encoders always with the `text_model.` level
@@ -58,3 +60,17 @@ class AdapterWeights:
     def parts(self) -> list[str]:
         """The adapted components, in order of first appearance."""
         return list(dict.fromkeys(part for part, _ in self.layers))
+
+
+@dataclass(frozen=True)
+class LoadedLora:
+    """An adapter and its strengths: on the denoiser, and on the text encoders where that differs."""
+
+    weights: AdapterWeights
+    strength: float = 1.0
+    text_strength: float | None = None
+
+    def on(self, part: str) -> float:
+        """The strength on a part."""
+        text = self.text_strength
+        return text if text is not None and is_text_encoder(part) else self.strength

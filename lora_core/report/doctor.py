@@ -1,6 +1,7 @@
-"""What this computer is and what is wrong with it: each check with its finding and, where needed, the fix.
+"""Diagnoses this computer: a list of checks with their findings and fixes.
 
-Nothing is changed and nothing is downloaded. PyTorch is imported inside, so that a broken one is a finding.
+Nothing is changed and nothing is downloaded. PyTorch is imported in a function, so that a broken one is a
+finding.
 """
 
 import importlib.metadata
@@ -34,12 +35,12 @@ LONGEST_PATH = 260
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what it is.
-        found: as it is.
-        fix: what to do, in a sentence; "" where nothing is wrong.
+        name: what is checked.
+        found: the finding.
+        fix: what to do, in a sentence; "" if nothing is wrong.
     """
 
     name: str

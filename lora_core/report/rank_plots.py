@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_core.model_files.families import is_text_encoder
 from lora_core.report.plots import (
     Bar,
     Curve,
@@ -126,8 +127,8 @@ def _sorted_ranks(layers: Sequence[Row]) -> str:
 
 
 def block_name(row: Row) -> str:
-    """A block's name, with its part unless that is the UNet."""
-    return str(row["block"]) if row["part"] == "unet" else f"{row['part']} {row['block']}"
+    """A block's name, with its part for a text encoder."""
+    return f"{row['part']} {row['block']}" if is_text_encoder(row["part"]) else str(row["block"])
 
 
 def _energy_by_block(blocks: Sequence[Row]) -> str:

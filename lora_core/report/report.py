@@ -258,7 +258,7 @@ QUALITY = 80
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleFile:
     """One sample: the step that it was drawn at, and its file."""
 
     step: int
@@ -283,7 +283,7 @@ def _samples(data: ReportData) -> list[dict[str, Any]]:
     ]
 
 
-def sample_rows(data: ReportData) -> list[tuple[str, list[Sample]]]:
+def sample_rows(data: ReportData) -> list[tuple[str, list[SampleFile]]]:
     """(prompt, its samples over the steps), of a few prompts and a few steps."""
     done = _chosen(data.progress.previews, data.progress.best_step)
     if not done:
@@ -293,7 +293,7 @@ def sample_rows(data: ReportData) -> list[tuple[str, list[Sample]]]:
         same = [one for one in done if number < len(one.prompts) and one.prompts[number] == prompt]
         for words, drawn in (("", [one.files for one in same]), (RAW, [one.raw_files for one in same])):
             samples = [
-                Sample(one.step, data.run.path / files[number])
+                SampleFile(one.step, data.run.path / files[number])
                 for one, files in zip(same, drawn, strict=True)
                 if number < len(files)
             ]

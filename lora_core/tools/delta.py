@@ -345,7 +345,7 @@ class BaseWeights:
     def _in_file(self) -> dict[str, WeightLocator]:
         file = SafetensorsFile(self.path)
         encoders = {e.part: text_encoder_in_file(file, e) for e in self.family.text_encoders}
-        return {"unet": unet_in_file(file, self.family), **encoders}
+        return {self.family.denoiser: unet_in_file(file, self.family), **encoders}
 
     def places(self, layer: LayerKey) -> list[TensorSource]:
         """The tensors that hold a layer's weight; none, if the base has no such layer."""

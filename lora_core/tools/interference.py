@@ -32,8 +32,7 @@ from lora_core.evaluate.validator import MeasureGains, clustered_error
 from lora_core.formats import detect
 from lora_core.formats.io import load_adapter
 from lora_core.generate.request import WeightedLora
-from lora_core.lora.inject import LoadedLora
-from lora_core.lora.weights import LayerKey
+from lora_core.lora.weights import LayerKey, LoadedLora
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import Update, Updates

@@ -21,8 +21,7 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats import detect
 from lora_core.formats.layers import check_plain
 from lora_core.generate.request import WeightedLora
-from lora_core.lora.inject import LoadedLora
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.settings.config import load_toml, parse_toml

@@ -26,8 +26,7 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.evaluate.validator import MeasureGains, clustered_error
 from lora_core.formats.detect import extras_sentence
 from lora_core.formats.layers import check_plain
-from lora_core.lora.inject import LoadedLora
-from lora_core.lora.weights import AdapterWeights, LayerKey
+from lora_core.lora.weights import AdapterWeights, LayerKey, LoadedLora
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import (
@@ -398,7 +397,7 @@ class IntrinsicRank:
         }
 
 
-class _Search:
+class _RankSearch:
     """Truncates an adapter and measures what is kept."""
 
     def __init__(self, parts: DecomposedAdapter, measure: MeasureGains) -> None:
@@ -465,7 +464,7 @@ def intrinsic_rank(
         AdapterFileError: the adapter gains nothing here, so there is no gain to keep.
     """
     parts = decompose(weights)
-    search = _Search(parts, measure)
+    search = _RankSearch(parts, measure)
     gain, error = float(search.full.mean()), clustered_error(search.full)
     if not gain > 0:
         raise AdapterFileError(

@@ -18,9 +18,8 @@ import torch
 from lora_core.errors import ConfigError
 from lora_core.evaluate.validator import MeasureGains, clustered_error
 from lora_core.formats.io import AS_IT_IS
-from lora_core.lora.inject import LoadedLora
-from lora_core.lora.weights import AdapterWeights
-from lora_core.model_files.families import Family
+from lora_core.lora.weights import AdapterWeights, LoadedLora
+from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.tools.delta import load_plain_lora
 from lora_core.tools.save import Rewrite, check_out
 
@@ -156,7 +155,7 @@ def fit_strengths_apart(weights: AdapterWeights, measure: MeasureGains) -> tuple
         ConfigError: the adapter is on one of the two alone.
     """
     parts = weights.parts()
-    if "unet" not in parts or len(parts) == 1:
+    if len({is_text_encoder(part) for part in parts}) < 2:
         raise ConfigError(
             f"The adapter changes {', '.join(parts)} alone, so there are no strengths to tell apart; leave"
             " --apart out."

@@ -22,7 +22,7 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.formats import detect
 from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.model_files.families import Family
+from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.model_files.header import read_header
 from lora_core.tools.delta import Update, Updates, file_updates
 
@@ -387,14 +387,14 @@ def block_of(layer: LayerKey) -> str:
 
 
 def by_block(layers: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Rows with `part` and `module` grouped by (part, block): the UNet first, blocks by their number."""
+    """Rows with `part` and `module` grouped by (part, block): the denoiser first, blocks by number."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in layers:
         groups.setdefault((row["part"], block_of((row["part"], row["module"]))), []).append(row)
 
     def order(group: tuple[str, str]) -> tuple[bool, str, list[tuple[int, str]]]:
         words = re.findall(r"\d+|\D+", group[1])
-        return group[0] != "unet", group[0], [(int(w), "") if w.isdigit() else (-1, w) for w in words]
+        return is_text_encoder(group[0]), group[0], [(int(w), "") if w.isdigit() else (-1, w) for w in words]
 
     return {group: groups[group] for group in sorted(groups, key=order)}
 

@@ -166,7 +166,7 @@ def validate(
     """
     from lora_core.evaluate.validator import validation_report
     from lora_core.formats.io import load_adapter
-    from lora_core.lora.inject import LoadedLora
+    from lora_core.lora.weights import LoadedLora
 
     files = checked_loras(loras)
     base, records = measure.load()

@@ -15,8 +15,7 @@ from lora_core.errors import RunError
 from lora_core.evaluate.learned import image_rows, mark_outliers, measure_run_images
 from lora_core.evaluate.validator import validation_report
 from lora_core.formats.io import save_adapter
-from lora_core.lora.inject import LoadedLora
-from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig

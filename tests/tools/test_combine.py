@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lora_core.errors import AdapterFileError, ConfigError
-from lora_core.lora.inject import LoadedLora
-from lora_core.lora.weights import AdapterWeights, LayerWeights
+from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
 from lora_core.tools.merge import merge_adapters, parse_block_weights
 
 BLOCK = "transformer_blocks.0"

@@ -12,8 +12,7 @@ import torch
 from lora_core.__main__ import main
 from lora_core.errors import AdapterFileError
 from lora_core.formats.io import load_adapter
-from lora_core.lora.inject import LoadedLora
-from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
+from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
 from lora_core.model_files.header import read_header
 from lora_core.tools.shrink import (
     ShrinkTarget,
