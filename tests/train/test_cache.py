@@ -33,7 +33,7 @@ def _counted(monkeypatch, name):
 
 
 def test_latents_are_encoded_once_for_all_runs(base, record, tmp_path, monkeypatch):
-    calls = _counted(monkeypatch, "encoded_picture")
+    calls = _counted(monkeypatch, "encode_image")
     bucket = Bucket(64, 64)
     first = LatentCache(base, tmp_path / "cache").latents(record, bucket, False)
     again = LatentCache(base, tmp_path / "cache")
@@ -48,7 +48,7 @@ def test_each_kind_of_device_has_entries_of_its_own(base, record, tmp_path, monk
     """They round differently, so a run on one must not begin from another's numbers."""
     made = []
     monkeypatch.setattr(data, "encode_image", lambda *_: made.append("image") or torch.zeros(4, 8, 8))
-    condition = data.text_condition(base, ["owl"])
+    condition = data.encode_prompt(base, ["owl"])
     monkeypatch.setattr(data, "encode_prompt", lambda *_: made.append("caption") or condition)
     for device in map(torch.device, ("cpu", "meta", "cpu", "meta")):
         other = replace(base, device=device, vae=SimpleNamespace(device=device))
@@ -76,7 +76,7 @@ def test_a_broken_cache_file_is_made_again(base, record, tmp_path):
 
 
 def test_captions_are_encoded_once_unless_the_encoder_is_trained(base, tmp_path, monkeypatch):
-    calls = _counted(monkeypatch, "text_condition")
+    calls = _counted(monkeypatch, "encode_prompt")
     frozen = PromptCache(base, tmp_path / "text", False, 1, 75)
     both = torch.cat([frozen.condition(caption).context for caption in ("owl", "fox")])
     assert torch.equal(frozen.conditions(["owl", "fox"]).context, both)
@@ -91,7 +91,7 @@ def test_captions_are_encoded_once_unless_the_encoder_is_trained(base, tmp_path,
 
 
 def test_captions_that_vary_take_no_disk_and_little_memory(base, tmp_path, monkeypatch):
-    calls = _counted(monkeypatch, "text_condition")
+    calls = _counted(monkeypatch, "encode_prompt")
     fixed = PromptCache(base, tmp_path / "text", False, 1, 75).condition("owl").context
     monkeypatch.setattr(data, "DRAWN_CAPTIONS_BYTES", 3 * fixed.nbytes)
     text = PromptCache(base, tmp_path / "text", False, 1, 75)

@@ -117,7 +117,7 @@ def test_where_it_goes_back_to_does_not_depend_on_a_pause(
 ) -> None:
     """Paused in the midst of the validation before the checkpoint of step 8 is due: it is the same
     checkpoint."""
-    monkeypatch.setattr(callbacks, "SECONDS_BETWEEN_NOTES", -1.0)
+    monkeypatch.setattr(callbacks, "SECONDS_BETWEEN_REPORTS", -1.0)
     how = {"validation__pictures": 1, "validation__every": 8}
     asked = []
 

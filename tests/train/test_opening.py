@@ -40,7 +40,7 @@ def test_a_deferred_base_has_the_weights_of_one_that_was_read_at_once(own_toy: T
 
 def test_the_unet_is_read_when_everything_is_encoded(own_toy: Toy) -> None:
     seen: list[tuple[str, bool]] = []
-    encoded, condition = data.encoded_picture, data.text_condition
+    encoded, condition = data.encode_image, data.encode_prompt
 
     def picture(base, *more):
         seen.append(
