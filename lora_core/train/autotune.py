@@ -145,7 +145,7 @@ def _step(session: TrainSession, plan: StepSettings, number: int) -> float:
     state, base = session.state, session.state.base
     batch, draw = sample_batch(state, session.batches, plan, number)
     with torch.no_grad(), at_strength(state.injected, 0.0):
-        condition = session.text.conditions(batch.captions)
+        condition = session.text.embed_batch(batch.captions)
         bare = diffusion_loss(base, batch.latents, condition, draw, plan.loss, batch.sizes).mean()
     state.flat_params.zero_grad()
     loss = backward_micro_batch(state, session.batches, session.text, plan, number)
@@ -258,7 +258,7 @@ def _try_step(session: TrainSession, plan: StepSettings, optimizer_state: float)
     state.flat_params.zero_grad()
     if session.validation_sets.held_out:
         largest = max(session.validation_sets.held_out, key=lambda measured: measured.latents.numel())
-        eval_losses(base, [largest], session.text.condition)
+        eval_losses(base, [largest], session.text.embed)
     if session.validation_sets.forgetting is not None:
         _guided_pass(session, session.validation_sets.forgetting.side)
     del held
@@ -277,7 +277,7 @@ def _guided_pass(session: TrainSession, side: int) -> torch.Tensor:
     base = session.state.base
     edge = side // base.vae_scale_factor
     latents = torch.zeros(1, base.latent_channels, edge, edge, device=base.device)
-    text = PromptEmbeds.cat([session.text.negative(), session.text.condition("")])
+    text = PromptEmbeds.cat([session.text.embed_negative(), session.text.embed("")])
     with torch.no_grad():
         base.predict_noise(torch.cat([latents, latents]), torch.zeros(1, device=base.device).long(), text)
     return latents

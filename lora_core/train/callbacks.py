@@ -226,7 +226,7 @@ class Validate:
 
 
 class Save:
-    """Writes checkpoints: on schedule, on request, and of the best step so far."""
+    """Writes checkpoints: on schedule, on request, of the best step so far, and always of the last step."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class Save:
 
     def scheduled(self, step: int) -> bool:
         """Whether a checkpoint is due after `step`, whatever a validation finds."""
-        return step > 0 and (self._requested or self._schedule.due(step))
+        return step > 0 and (step == self._schedule.last or self._requested or self._schedule.due(step))
 
     def due(self, step: int) -> bool:
         """Whether to save after `step`."""
@@ -375,9 +375,9 @@ def draw_samples(
     files = []
     strength = 1.0 if name else 0.0
     with evaluating(state, averaged), torch.no_grad(), at_strength(state.injected, strength):
-        negative = session.text.negative()
+        negative = session.text.embed_negative()
         for number, prompt in enumerate(session.prompts):
-            image = sample_image(state.base, request, session.text.condition(prompt), negative, on_step)
+            image = sample_image(state.base, request, session.text.embed(prompt), negative, on_step)
             path = stem.with_name(f"{stem.name}-{number}.png")
             save_png(image, path, infotext(state.base, replace(request, prompt=prompt)))
             files.append(path)

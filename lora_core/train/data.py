@@ -1,9 +1,9 @@
-"""Latents and text conditions, encoded once and kept on disk by the hash of everything that they follow from.
+"""Micro-batches of a run, and the latents and prompt embeddings that they need.
 
-A changed picture, VAE, bucket or caption has another key, so nothing is ever stale. Each file holds the hash
-of its numbers; one that is broken in any way is made anew. Captions that are drawn at random (shuffled tags,
-tag dropout, alternatives) rarely come again: they are encoded as they come and kept in memory only, up to a
-limit.
+Which images and captions make up micro-batch n is a pure function of (seed, n), so a resume sees what an
+unbroken run would. Latents and the embeddings of fixed captions are encoded once and kept on disk under a
+hash of everything that they depend on, so nothing is ever stale; a damaged file is computed again. Captions
+that are drawn at random rarely come again: their embeddings are kept in memory only, up to a limit.
 """
 
 import hashlib
@@ -23,23 +23,133 @@ from lora_core.data.images import hash_file
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
-from lora_core.models.encode import (
-    as_negative_prompt,
-    encode_image,
-    encode_prompt,
-    load_pixels,
-    token_chunks,
-)
+from lora_core.models.encode import as_negative_prompt, encode_image, encode_prompt, load_pixels, token_chunks
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
 from lora_core.system.paths import write_atomically
 
 DIGEST = "sha256"
-"""The name in a file's header of the hash of its numbers."""
+"""The key in a cache file's header of the hash of its tensors."""
+
+
+@dataclass(frozen=True)
+class TrainImage:
+    """An image with the bucket that it is trained in."""
+
+    record: ImageRecord
+    bucket: Bucket
+
+    @property
+    def sizes(self) -> torch.Tensor:
+        """(6,), see `size_conditioning`."""
+        return torch.tensor(
+            size_conditioning(self.record.width, self.record.height, self.bucket), dtype=torch.float32
+        )
+
+
+def assign_buckets(records: list[ImageRecord], resolution: int, multiple: int) -> list[TrainImage]:
+    """Choose the bucket of each image.
+
+    Raises:
+        DatasetError: there is no image.
+    """
+    if not records:
+        raise DatasetError("No picture is left to train on; add pictures or hold fewer of them out.")
+    return [TrainImage(r, choose_bucket(r.width, r.height, resolution, multiple)) for r in records]
+
+
+def all_views(images: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bool]]:
+    """Every (image, mirrored) that a run can ask for: what to encode before the first step."""
+    return [(image, mirrored) for image in images for mirrored in ((False, True) if flip else (False,))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    Attributes:
+        latents: (B, 4, h, w) on the CPU.
+        captions, names: B drawn captions, and B file names for messages.
+        sizes: (B, 6) on the CPU, in pixels: original height and width, top and left of the crop, height and
+            width.
+    """
+
+    latents: torch.Tensor
+    captions: list[str]
+    names: list[str]
+    sizes: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What batches are made of: images per micro-batch, all of one bucket; whether half of them are mirrored;
+    how captions are drawn; and the seed of all draws."""
+
+    batch_size: int
+    flip: bool
+    captions: CaptionRules
+    seed: int
+
+
+class Batches:
+    """All micro-batches of a run, by number."""
+
+    def __init__(self, images: list[TrainImage], settings: BatchSettings, cache: "LatentCache") -> None:
+        """Draw from `images`, with latents from `cache`."""
+        self._images = images
+        self._settings = settings
+        self._cache = cache
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._batches_per_epoch = len(self._epoch_batches(0))
+
+    def batch(self, number: int) -> Batch:
+        """Micro-batch `number`, counted from 0 over the whole run."""
+        rows = [self._draw(number, row, index) for row, index in enumerate(self._indices(number))]
+        latents, captions, images = zip(*rows, strict=True)
+        names, sizes = [image.record.path.name for image in images], [image.sizes for image in images]
+        return Batch(torch.stack(latents), list(captions), names, torch.stack(sizes))
+
+    def heaviest(self) -> int:
+        """The number of a micro-batch of the largest bucket."""
+        epoch = self._epoch_batches(0)
+        sizes = [self._images[indices[0]].bucket for indices in epoch]
+        return max(range(len(epoch)), key=lambda number: sizes[number].width * sizes[number].height)
+
+    def _indices(self, number: int) -> list[int]:
+        epoch, place = divmod(number, self._batches_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._epoch_batches(epoch))
+        return self._epoch[1][place]
+
+    def _draw(self, number: int, row: int, index: int) -> tuple[torch.Tensor, str, TrainImage]:
+        draw = random.Random(f"{self._settings.seed}/look/{number}/{row}")
+        item = self._images[index]
+        flip = self._settings.flip and draw.random() < 0.5
+        caption = sample_caption(item.record.caption, self._settings.captions, draw)
+        return self._cache.latents(item.record, item.bucket, flip), caption, item
+
+    def _epoch_batches(self, epoch: int) -> list[list[int]]:
+        """One epoch: each picture as often as it repeats, cut into batches of one bucket in random order.
+
+        A last batch that is short is filled from the start of its bucket, so that all steps weigh the same.
+        """
+        draw = random.Random(f"{self._settings.seed}/epoch/{epoch}")
+        by_bucket: dict[Bucket, list[int]] = {}
+        for index, item in enumerate(self._images):
+            by_bucket.setdefault(item.bucket, []).extend([index] * item.record.repeats)
+        batches = []
+        size = self._settings.batch_size
+        for indices in by_bucket.values():
+            draw.shuffle(indices)
+            for start in range(0, len(indices), size):
+                rows = indices[start : start + size]
+                batches.append([rows[i] if i < len(rows) else indices[i % len(indices)] for i in range(size)])
+        draw.shuffle(batches)
+        return batches
 
 
 class LatentCache:
-    """Latents of (picture, bucket, flip), in memory for this run and on disk for the next."""
+    """Latents of (image, bucket, flip), in memory for this run and on disk for the next."""
 
     def __init__(self, base: BaseModel, folder: Path) -> None:
         """Keep files below `folder`."""
@@ -52,11 +162,11 @@ class LatentCache:
         """(4, h, w) in fp32 on the CPU.
 
         Raises:
-            DatasetError: the picture is not cached and cannot be read.
+            DatasetError: the image is not cached and cannot be read.
         """
         key = (record.path, bucket, flip)
         if key not in self._memory:
-            # Devices round differently, so that each has latents of its own.
+            # Devices round differently, so each has latents of its own.
             device = self._base.vae.device.type
             name = short_digest(hash_file(record.path), self._vae, bucket.width, bucket.height, flip, device)
             self._memory[key] = load_or_compute(
@@ -67,81 +177,81 @@ class LatentCache:
 
 
 class PromptCache:
-    """Text conditions of captions: live while the text encoder is trained, else encoded once and cached."""
+    """Embeddings of captions: computed each time while a text encoder is trained, else once and cached."""
 
     def __init__(self, base: BaseModel, folder: Path, trained: bool, clip_skip: int, tokens: int) -> None:
         """Keep files below `folder` where the encoder is not `trained`."""
         self._base = base
         self._folder = folder
         self._trained = trained
-        self._how = (clip_skip, tokens)
+        self._options = (clip_skip, tokens)
         self._fixed: dict[str, PromptEmbeds] = {}
-        self._drawn: OrderedDict[str, PromptEmbeds] = OrderedDict()
+        self._random: OrderedDict[str, PromptEmbeds] = OrderedDict()
         self._room = DRAWN_CAPTIONS_BYTES
         self._encoders = "" if trained else "/".join(map(base.digest, base.text_encoders))
 
-    def conditions(self, captions: list[str]) -> PromptEmbeds:
-        """The condition of B captions as they were drawn for a micro-batch, on the base's device."""
+    def embed_batch(self, captions: list[str]) -> PromptEmbeds:
+        """Embed the B captions of a micro-batch, on the base's device."""
         if self._trained:
-            return encode_prompt(self._base, captions, *self._how)
-        return PromptEmbeds.cat([self._of_drawn(caption) for caption in captions]).to(self._base.device)
+            return encode_prompt(self._base, captions, *self._options)
+        return PromptEmbeds.cat([self._embed_random(caption) for caption in captions]).to(self._base.device)
 
-    def condition(self, caption: str) -> PromptEmbeds:
-        """The condition of one caption that comes again, B = 1, on the base's device; it is kept on disk."""
+    def embed(self, caption: str) -> PromptEmbeds:
+        """Embed one fixed caption, B = 1, on the base's device; kept on disk."""
         if self._trained:
-            return encode_prompt(self._base, [caption], *self._how)
+            return encode_prompt(self._base, [caption], *self._options)
         if caption not in self._fixed:
             path = self._folder / f"{self._key(caption)}.safetensors"
-            found = load_or_compute(path, lambda: _tensors(self._encoded(caption)))
+            found = load_or_compute(path, lambda: _tensors(self._encode(caption)))
             self._fixed[caption] = PromptEmbeds(found["value"], found.get("pooled"))
         return self._fixed[caption].to(self._base.device)
 
-    def negative(self) -> PromptEmbeds:
-        """The condition of an empty negative prompt, B = 1."""
-        return as_negative_prompt(self._base, "", self.condition(""))
+    def embed_negative(self) -> PromptEmbeds:
+        """Embed the empty negative prompt, B = 1."""
+        return as_negative_prompt(self._base, "", self.embed(""))
 
     def release(self) -> None:
         """Free the text encoders: every caption that can come up is in memory now."""
         self._base.text_encoders.clear()
 
-    def _of_drawn(self, caption: str) -> PromptEmbeds:
+    def _embed_random(self, caption: str) -> PromptEmbeds:
         if caption in self._fixed:
             return self._fixed[caption]
-        found = self._drawn.pop(caption, None)
+        found = self._random.pop(caption, None)
         if found is None:
-            found = self._encoded(caption)
+            found = self._encode(caption)
             self._room -= found.nbytes
-        self._drawn[caption] = found
-        while self._room < 0 and len(self._drawn) > 1:
-            self._room += self._drawn.popitem(last=False)[1].nbytes
+        self._random[caption] = found
+        while self._room < 0 and len(self._random) > 1:
+            self._room += self._random.popitem(last=False)[1].nbytes
         return found
 
     def _key(self, caption: str) -> str:
-        """All that a condition follows from; token ids stand for the tokenizers and their padding."""
-        clip_skip, tokens = self._how
+        """A hash of all that embeddings depend on; token ids stand for the tokenizers and their padding."""
+        clip_skip, tokens = self._options
         encoders = self._base.family.text_encoders
         tokenizers = (self._base.tokenizers[encoder.part] for encoder in encoders)
         ids = [token_chunks(tokenizer, caption, tokens // CHUNK).tolist() for tokenizer in tokenizers]
         numbers = (self._base.device.type, self._base.dtype)
         return short_digest(self._encoders, encoders, ids, clip_skip, *numbers)
 
-    def _encoded(self, caption: str) -> PromptEmbeds:
-        """One at a time, on the CPU, so that its bits never depend on its neighbours."""
+    def _encode(self, caption: str) -> PromptEmbeds:
+        """One at a time, so that its bits never depend on its neighbours."""
         with torch.no_grad():
-            return encode_prompt(self._base, [caption], *self._how).to(torch.device("cpu"))
+            return encode_prompt(self._base, [caption], *self._options).to(torch.device("cpu"))
 
 
-def _tensors(condition: PromptEmbeds) -> dict[str, torch.Tensor]:
-    pooled = {} if condition.pooled is None else {"pooled": condition.pooled}
-    return {"value": condition.context, **pooled}
+def _tensors(embeds: PromptEmbeds) -> dict[str, torch.Tensor]:
+    pooled = {} if embeds.pooled is None else {"pooled": embeds.pooled}
+    return {"value": embeds.context, **pooled}
 
 
 def load_or_compute(path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors of a cache file, which is made where it is not there or not whole.
+    """Read the tensors of a cache file, which is written first if it is missing or damaged.
 
     Args:
         path: the file.
-        make: gives the tensors, one of them named "value".
+        make: computes the tensors, one of them named "value".
     """
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
@@ -165,134 +275,5 @@ def _tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def short_digest(*values: object) -> str:
-    """A short text that differs where any of the values does, as a name for what follows from them."""
+    """A file name for what depends on `values`."""
     return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()[:32]
-
-
-# Which pictures and captions make up the n-th micro-batch: a pure function of (seed, n).
-#
-# Nothing here has a state, so that a resume at any step sees the pictures, captions and mirrorings of an
-# unbroken run.
-
-
-@dataclass(frozen=True)
-class TrainImage:
-    """A picture with the bucket that it is trained in."""
-
-    record: ImageRecord
-    bucket: Bucket
-
-    @property
-    def sizes(self) -> torch.Tensor:
-        """(6,), see `size_conditioning`."""
-        return torch.tensor(
-            size_conditioning(self.record.width, self.record.height, self.bucket), dtype=torch.float32
-        )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch.
-
-    Attributes:
-        latents: (B, 4, h, w) on the CPU.
-        captions: B texts as drawn for this look.
-        names: B file names, for messages.
-        sizes: (B, 6) on the CPU: original height and width, top and left of the crop, height and width, in
-        pixels.
-    """
-
-    latents: torch.Tensor
-    captions: list[str]
-    names: list[str]
-    sizes: torch.Tensor
-
-
-@dataclass(frozen=True)
-class BatchSettings:
-    """How pictures are looked at.
-
-    Attributes:
-        batch_size: pictures a micro-batch, all of one bucket.
-        flip: whether half of the looks are mirrored.
-        captions: how captions are drawn.
-        seed: of all draws.
-    """
-
-    batch_size: int
-    flip: bool
-    captions: CaptionRules
-    seed: int
-
-
-def assign_buckets(records: list[ImageRecord], resolution: int, multiple: int) -> list[TrainImage]:
-    """Each picture with its bucket.
-
-    Raises:
-        DatasetError: there is no picture.
-    """
-    if not records:
-        raise DatasetError("No picture is left to train on; add pictures or hold fewer of them out.")
-    return [TrainImage(r, choose_bucket(r.width, r.height, resolution, multiple)) for r in records]
-
-
-class Batches:
-    """All micro-batches of a run, by number."""
-
-    def __init__(self, items: list[TrainImage], looks: BatchSettings, cache: LatentCache) -> None:
-        """Draw from `items` as `looks` says, latents from `cache`."""
-        self._items = items
-        self._looks = looks
-        self._cache = cache
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        self._an_epoch = len(self._epoch_batches(0))
-
-    def batch(self, number: int) -> Batch:
-        """Micro-batch `number`, counted from 0 over the whole run."""
-        rows = [self._look(number, row, index) for row, index in enumerate(self._indices(number))]
-        latents, captions, items = zip(*rows, strict=True)
-        names, sizes = [item.record.path.name for item in items], [item.sizes for item in items]
-        return Batch(torch.stack(latents), list(captions), names, torch.stack(sizes))
-
-    def heaviest(self) -> int:
-        """The number of a micro-batch of the largest bucket."""
-        epoch = self._epoch_batches(0)
-        sizes = [self._items[indices[0]].bucket for indices in epoch]
-        return max(range(len(epoch)), key=lambda number: sizes[number].width * sizes[number].height)
-
-    def _indices(self, number: int) -> list[int]:
-        epoch, place = divmod(number, self._an_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._epoch_batches(epoch))
-        return self._epoch[1][place]
-
-    def _look(self, number: int, row: int, index: int) -> tuple[torch.Tensor, str, TrainImage]:
-        draw = random.Random(f"{self._looks.seed}/look/{number}/{row}")
-        item = self._items[index]
-        flip = self._looks.flip and draw.random() < 0.5
-        caption = sample_caption(item.record.caption, self._looks.captions, draw)
-        return self._cache.latents(item.record, item.bucket, flip), caption, item
-
-    def _epoch_batches(self, epoch: int) -> list[list[int]]:
-        """One epoch: each picture as often as it repeats, cut into batches of one bucket in random order.
-
-        A last batch that is short is filled from the start of its bucket, so that all steps weigh the same.
-        """
-        draw = random.Random(f"{self._looks.seed}/epoch/{epoch}")
-        by_bucket: dict[Bucket, list[int]] = {}
-        for index, item in enumerate(self._items):
-            by_bucket.setdefault(item.bucket, []).extend([index] * item.record.repeats)
-        batches = []
-        size = self._looks.batch_size
-        for indices in by_bucket.values():
-            draw.shuffle(indices)
-            for start in range(0, len(indices), size):
-                rows = indices[start : start + size]
-                batches.append([rows[i] if i < len(rows) else indices[i % len(indices)] for i in range(size)])
-        draw.shuffle(batches)
-        return batches
-
-
-def all_views(items: list[TrainImage], flip: bool) -> list[tuple[TrainImage, bool]]:
-    """Every (item, flip) that a run can ask for: what to encode before the first step."""
-    return [(item, mirrored) for item in items for mirrored in ((False, True) if flip else (False,))]

@@ -192,7 +192,7 @@ def backward_micro_batch(
         rows = slice(start, min(start + size, local.stop))
         dropout.micro_batch, dropout.rows = number, count
         dropout.first, dropout.last = rows.start, rows.stop
-        embeds = text.conditions(batch.captions[rows])
+        embeds = text.embed_batch(batch.captions[rows])
         found = diffusion_loss(
             state.base, batch.latents[rows], embeds, noise.rows(rows), settings.loss, batch.sizes[rows]
         )

@@ -564,4 +564,4 @@ def _encode_captions(text: PromptCache, captions: list[str], say: OnProgress) ->
     wanted = list(dict.fromkeys(captions))
     for done, caption in enumerate(wanted):
         say("Encoding captions", done, len(wanted))
-        text.condition(caption)
+        text.embed(caption)

@@ -87,7 +87,7 @@ def _time_steps(
     counted = seconds[1:] or seconds
     return {
         "step": statistics.median(counted),
-        "draw": _time_sampler_step(base, text.condition(CAPTION)),
+        "draw": _time_sampler_step(base, text.embed(CAPTION)),
         "steps": len(counted),
         "peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "device": device.type,
@@ -118,7 +118,7 @@ class _OneCaption(PromptCache):
             self._condition = encode_prompt(base, [CAPTION], clip_skip, tokens)
         base.text_encoders.clear()
 
-    def conditions(self, captions: list[str]) -> PromptEmbeds:
+    def embed_batch(self, captions: list[str]) -> PromptEmbeds:
         """The same for each."""
         return self._condition.expand(len(captions))
 

@@ -105,8 +105,8 @@ class ForgettingSet:
         name = short_digest(self._identity, prompt, request, kept)
 
         def sample() -> dict[str, torch.Tensor]:
-            text = self._text.condition(prompt)
-            made = sample_latents(base, request, text, self._text.negative(), on_step)
+            text = self._text.embed(prompt)
+            made = sample_latents(base, request, text, self._text.embed_negative(), on_step)
             return {"value": made[0].float().cpu()}
 
         return load_or_compute(self._folder / f"{name}.safetensors", sample)["value"]
@@ -296,7 +296,7 @@ class Validator:
         return gain > self.best.gain if math.isnan(against) else is_better(against, error)
 
     def _losses(self, images: list[EvalImage], on_step: OnStep) -> torch.Tensor:
-        return eval_losses(self.state.base, images, self._text.condition, on_step)
+        return eval_losses(self.state.base, images, self._text.embed, on_step)
 
     def _event(self, step: int, adapted: dict[str, torch.Tensor]) -> events.Validated:
         base, now = self._base_losses, adapted["held out"]

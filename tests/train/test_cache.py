@@ -53,7 +53,7 @@ def test_each_kind_of_device_has_entries_of_its_own(base, record, tmp_path, monk
     for device in map(torch.device, ("cpu", "meta", "cpu", "meta")):
         other = replace(base, device=device, vae=SimpleNamespace(device=device))
         LatentCache(other, tmp_path / "latents").latents(record, Bucket(64, 64), False)
-        PromptCache(other, tmp_path / "text", False, 1, 75).condition("owl")
+        PromptCache(other, tmp_path / "text", False, 1, 75).embed("owl")
     assert made == ["image", "caption"] * 2
 
 
@@ -78,31 +78,29 @@ def test_a_broken_cache_file_is_made_again(base, record, tmp_path):
 def test_captions_are_encoded_once_unless_the_encoder_is_trained(base, tmp_path, monkeypatch):
     calls = _counted(monkeypatch, "encode_prompt")
     frozen = PromptCache(base, tmp_path / "text", False, 1, 75)
-    both = torch.cat([frozen.condition(caption).context for caption in ("owl", "fox")])
-    assert torch.equal(frozen.conditions(["owl", "fox"]).context, both)
-    assert torch.equal(
-        PromptCache(base, tmp_path / "text", False, 1, 75).condition("fox").context[0], both[1]
-    )
+    both = torch.cat([frozen.embed(caption).context for caption in ("owl", "fox")])
+    assert torch.equal(frozen.embed_batch(["owl", "fox"]).context, both)
+    assert torch.equal(PromptCache(base, tmp_path / "text", False, 1, 75).embed("fox").context[0], both[1])
     assert len(calls) == 2
     live = PromptCache(base, tmp_path / "text", True, 1, 75)
-    torch.testing.assert_close(live.conditions(["owl", "fox"]).context, both)
-    live.conditions(["owl"])
+    torch.testing.assert_close(live.embed_batch(["owl", "fox"]).context, both)
+    live.embed_batch(["owl"])
     assert len(calls) == 4
 
 
 def test_captions_that_vary_take_no_disk_and_little_memory(base, tmp_path, monkeypatch):
     calls = _counted(monkeypatch, "encode_prompt")
-    fixed = PromptCache(base, tmp_path / "text", False, 1, 75).condition("owl").context
+    fixed = PromptCache(base, tmp_path / "text", False, 1, 75).embed("owl").context
     monkeypatch.setattr(data, "DRAWN_CAPTIONS_BYTES", 3 * fixed.nbytes)
     text = PromptCache(base, tmp_path / "text", False, 1, 75)
-    assert torch.equal(text.condition("owl").context, fixed)
+    assert torch.equal(text.embed("owl").context, fixed)
     looks = [f"owl, tag {number}" for number in range(20)]
-    seen = [text.conditions(["owl", look]) for look in looks]
+    seen = [text.embed_batch(["owl", look]) for look in looks]
     assert torch.equal(seen[0].context[:1], fixed)
     assert len(list((tmp_path / "text").iterdir())) == 1
     assert len(calls) == 21
     # The newest three are in memory; one that has gone is encoded anew, to the same bits.
-    assert torch.equal(text.conditions(looks[-3:]).context[-1], seen[-1].context[1])
+    assert torch.equal(text.embed_batch(looks[-3:]).context[-1], seen[-1].context[1])
     assert len(calls) == 21
-    assert torch.equal(text.conditions(looks[:1]).context[0], seen[0].context[1])
+    assert torch.equal(text.embed_batch(looks[:1]).context[0], seen[0].context[1])
     assert len(calls) == 22

@@ -16,10 +16,11 @@ from lora_core.models.encode import encode_prompt
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
+from lora_core.train.callbacks import draw_samples
 from lora_core.train.data import PromptCache
 from lora_core.train.loop import StepSettings, training_steps
 from lora_core.train.setup import RuntimePlan, prepare
-from lora_core.train.validation import Validator, draw_samples
+from lora_core.train.validation import Validator
 from tests.checkpoints import write_folder
 
 BOTH = {"optimizer.text_encoder_lr": 5e-4, "optimizer.text_encoder_2_lr": 2e-4}
@@ -79,29 +80,29 @@ def test_frozen_encoders_are_cached_with_their_pooled_text_and_leave_memory(tmp_
     fresh = _session(tmp_path / "other", config.changed(BOTH)).state.base
     with torch.no_grad():
         expected = encode_prompt(fresh, ["thing a", ""])
-    found = session.text.conditions(["thing a", ""])
+    found = session.text.embed_batch(["thing a", ""])
     torch.testing.assert_close(found.context, expected.context, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-4, atol=1e-5)
     assert found.pooled.shape == (2, 1280)
     # This family was trained with zeros in place of an empty negative prompt.
-    assert not session.text.negative().context.any()
-    assert not session.text.negative().pooled.any()
+    assert not session.text.embed_negative().context.any()
+    assert not session.text.embed_negative().pooled.any()
 
 
 def test_conditions_come_back_from_disk_and_have_their_own_key(tmp_path, config):
     base = _session(tmp_path, config.changed(BOTH)).state.base
-    first = PromptCache(base, tmp_path / "text", False, 1, 75).condition("thing")
+    first = PromptCache(base, tmp_path / "text", False, 1, 75).embed("thing")
     with mock.patch("lora_core.train.data.encode_prompt") as encode:
-        again = PromptCache(base, tmp_path / "text", False, 1, 75).condition("thing")
+        again = PromptCache(base, tmp_path / "text", False, 1, 75).embed("thing")
         encode.assert_not_called()
     assert torch.equal(again.context, first.context)
     assert torch.equal(again.pooled, first.pooled)
     assert len(list((tmp_path / "text").iterdir())) == 1
-    longer = PromptCache(base, tmp_path / "text", False, 1, 150).condition("thing")
+    longer = PromptCache(base, tmp_path / "text", False, 1, 150).embed("thing")
     assert longer.context.shape[1] == 2 * first.context.shape[1]
     # The padding of the second tokenizer is part of the key.
     base.tokenizers["text_encoder_2"].pad_token = "<|endoftext|>"
-    PromptCache(base, tmp_path / "text", False, 1, 75).condition("thing")
+    PromptCache(base, tmp_path / "text", False, 1, 75).embed("thing")
     assert len(list((tmp_path / "text").iterdir())) == 3
 
 

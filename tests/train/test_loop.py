@@ -159,9 +159,9 @@ def test_it_learns(tmp_path, config):
     session = _session(tmp_path, config)
     base, text = session.state.base, session.text
     pictures = encode_eval_images(base, scan(Path(config.dataset.path)).records, 8, 0)
-    before = eval_losses(base, pictures, text.condition)
+    before = eval_losses(base, pictures, text.embed)
     list(training_steps(session.state, session.batches, text, StepSettings.of(config, 30), 0))
-    after = eval_losses(base, pictures, text.condition)
+    after = eval_losses(base, pictures, text.embed)
     # Five pictures differ too much for a small standard error: each of them has to be learned instead.
     assert (before - after).mean(1).min() > 0
     assert after.mean() < 0.9 * before.mean()

@@ -1,0 +1,80 @@
+"""A training step runs in few files: those that ARCHITECTURE lists, and no others, have code that is executed
+between the batch and `optimizer.step()`."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ENGINE = ROOT / "lora_core"
+ELSEWHERE = ("data/", "settings/", "backends/")
+"""How captions are drawn and the settings, which need no torch; what takes the place of plain torch."""
+HELPERS = {
+    "models/device.py": {"to_device"},
+    "models/load.py": {
+        "BaseModel.modules", "BaseModel.component", "BaseModel.on_device", "_DivideByOne.__rtruediv__",
+    },
+}  # fmt: skip
+"""Small functions of other files that a step calls: a copy to the device, a text encoder's device, and a
+division that is left out."""
+STEP = """
+import json, sys, threading, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+from tests.train.runs import toy
+from lora_core.train.loop import StepSettings, training_steps
+from lora_core.train.setup import RuntimePlan, prepare
+
+home, changes = Path(sys.argv[1]), json.loads(sys.argv[2])
+run = toy(home).run("one", train__steps=3, **changes)
+config = run.config()
+session = prepare(run, config, RuntimePlan.of(run, config), lambda *_: None)
+settings = StepSettings.of(config, 3)
+steps = training_steps(session.state, session.batches, session.text, settings, 0)
+next(steps)
+seen = {}
+
+def note(frame, event, arg):
+    _, engine, file = frame.f_code.co_filename.partition("/lora_core/")
+    if event == "call" and engine:
+        name = frame.f_code.co_qualname.partition(".<locals>")[0]
+        seen.setdefault(file, set()).add(name)
+
+threading.setprofile(note)
+sys.setprofile(note)
+next(steps)
+sys.setprofile(None)
+print(json.dumps({file: sorted(names) for file, names in seen.items()}))
+"""
+
+
+def reading_path() -> list[str]:
+    """The files that ARCHITECTURE lists under "A training step", below `lora_core`."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    section = text.partition("## A training step")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
+
+
+def executed(home: Path, **changes: object) -> dict[str, list[str]]:
+    """What functions a step calls, by file below `lora_core`."""
+    home.mkdir()
+    command = [sys.executable, "-c", STEP, str(home), json.dumps(changes)]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    found: dict[str, list[str]] = json.loads(said.splitlines()[-1])
+    return found
+
+
+def test_a_step_runs_in_the_files_that_are_listed(tmp_path: Path) -> None:
+    """With what is on by default, and with a text encoder that is trained, dropout and an average."""
+    listed = reading_path()
+    seen: set[str] = set()
+    more = {"optimizer__text_encoder_lr": 5e-4, "adapter__dropout": 0.1, "save__ema": 0.9}
+    for number, changes in enumerate(({}, more)):
+        for file, names in executed(tmp_path / str(number), **changes).items():
+            if file in listed or not file.startswith(ELSEWHERE):
+                assert file in listed or set(names) <= HELPERS.get(file, set()), (file, names)
+                seen.add(file)
+    assert set(listed) <= seen, "a file is listed that no step needs"
+    assert len(listed) <= 8
