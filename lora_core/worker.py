@@ -118,7 +118,7 @@ class Worker:
         self._opened_as: tuple[str, ...] = ()
 
     def handle(self, request: Request) -> None:
-        """Do one request; every problem becomes an answer, so that the worker goes on.
+        """Do one request; every problem becomes an answer, and the worker stays up.
 
         It uses one thread while another process trains, which is left the other cores.
         """

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     for word in words:
         if not is_unicode(word) and not os.path.lexists(word):
-            write(sys.stderr, f"{in_short(word)} holds bytes that are not UTF-8; type it anew.\n")
+            write(sys.stderr, f"{in_short(word)} holds bytes that are not UTF-8; type it again.\n")
             return 1
     replace_unprintable()
     call = parse(words)

@@ -33,8 +33,8 @@ def printable(text: str) -> str:
 def write(stream: TextIO, text: str, over: bool = False) -> None:
     """Write at once, for as long as somebody reads.
 
-    Work goes on when the reader of the output goes away: `train ... | head` is no reason to lose a run. What
-    is written after that goes nowhere, so that the process does not fail on its last flush either.
+    Work continues when the reader of the output is gone: `train ... | head` must not end a run. What is
+    written after that is dropped, so that the process does not fail on its last flush either.
 
     Args:
         stream: where.
@@ -177,7 +177,7 @@ def event_text(event: events.Event, progress: Progress) -> str:
         case events.Warned():
             return f"Note: {event.message}"
         case events.Resumed():
-            return f"Going on from step {event.step}"
+            return f"Resuming from step {event.step}"
         case events.Paused():
             return f"Paused at step {event.step}; go on with `resume`"
         case events.Stopped():
@@ -242,7 +242,7 @@ def _queue(rows: Rows, given: Given) -> None:
         steps = f"step {row['step']} of {row['steps']}" if row["steps"] else ""
         say(f"{place:>4} {row['name']:30}  {row['state']:8}  {steps}  {row['reason']}".rstrip())
     if any(row["position"] for row in rows) and Queue(workspace(given["workspace"])).runner() is None:
-        say("Nobody works through it: start it with `lora-easel queue run`.")
+        say("The queue is not running; start it with `lora-easel queue run`.")
 
 
 def _export(made: dict[str, Any], given: Given) -> None:
@@ -296,10 +296,7 @@ def _probe(found: dict[str, Any], given: Given) -> None:
 
 
 def _pictures(found: dict[str, Any], given: Given) -> None:
-    say(
-        f"Step {found['step']}, those that stand out first, then by what was learned; kept in the run's"
-        " pictures.json."
-    )
+    say(f"Step {found['step']}, outliers first, then by what was learned; kept in the run's pictures.json.")
     for row in found["rows"]:
         held = "  held out" if row["held_out"] else f"  {row['share']:.1%} of the steps"
         helps = "" if row["helps"] is None else f"  caption {row['helps']:+.4f}"
@@ -507,7 +504,7 @@ RESULTS: dict[str, Callable[[Any, Given], None]] = {
     "projects delete": lambda place, given: _deleted(place.parent.name),
     "leave-out": lambda count, given: say(f"{count} left out."),
     "caches clean": _freed, "trash empty": _freed,
-    "notify": lambda told, given: say(told or "Nobody is told when a run ends."),
+    "notify": lambda recipient, given: say(recipient or "Nobody is notified when a run ends."),
     "generate": lambda paths, given: None,
     **dict.fromkeys(
         (f"captions {how}" for how in ("replace", "prefix", "suffix", "rename-tag", "delete-tag", "trigger")),

@@ -178,7 +178,7 @@ def validate(
 
 @verb
 def inspect(file: AdapterFile, spectrum: bool = False) -> dict[str, Any]:
-    """Say what an adapter file is, whoever wrote it.
+    """Show what an adapter file is, whichever tool wrote it.
 
     Args:
         file: an adapter.
@@ -200,7 +200,7 @@ def inspect(file: AdapterFile, spectrum: bool = False) -> dict[str, Any]:
 
 @verb
 def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
-    """Say what six tools would make of an adapter file.
+    """Check what six tools would load from an adapter file.
 
     Args:
         file: an adapter.
@@ -451,7 +451,7 @@ def _tool_folder(name: str, workspace: Path) -> Path:
 def compare(
     first: Annotated[AdapterFile, "A"], second: Annotated[AdapterFile, "B"], note: Progress | None = None
 ) -> dict[str, Any]:
-    """Say how alike the directions of two adapters are."""
+    """Measure how similar the directions of two adapters are."""
     from lora_core.tools.interference import file_similarity
 
     return file_similarity(Path(first), Path(second), note)
@@ -459,7 +459,7 @@ def compare(
 
 @verb
 def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = None) -> dict[str, Any]:
-    """Say how adapters disturb each other when all are on.
+    """Measure how adapters interfere when all are active.
 
     Args:
         loras: the adapters.
@@ -480,7 +480,7 @@ def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = 
 def amplify(
     file: AdapterFile, base: Annotated[str, "--base"], note: Progress | None = None
 ) -> dict[str, Any]:
-    """Say how much stronger an adapter is than its base where it acts.
+    """Measure how much an adapter amplifies the directions of its base.
 
     Args:
         file: an adapter.

@@ -26,7 +26,7 @@ def audit(
     batch: int = 1,
     workspace: File | None = None,
 ) -> dict[str, Any]:
-    """Say what is wrong with a dataset, and what will be learned from it.
+    """Check a dataset: what is wrong with it, and what will be learned from it.
 
     Args:
         dataset: a folder of pictures, a zip of one, or `demo`.
@@ -55,7 +55,7 @@ def probe(
     workspace: File | None = None,
     note: Progress | None = None,
 ) -> dict[str, Any]:
-    """Say what a base makes of captions: which fit badly, and words for a trigger.
+    """Score captions with a base: which fit badly, and words for a trigger.
 
     Args:
         dataset: a folder of pictures, a zip of one, or `demo`.
@@ -83,7 +83,7 @@ def pictures(
     workspace: File | None = None,
     note: Progress | None = None,
 ) -> dict[str, Any]:
-    """Say what a run has learned of each of its pictures; it is kept in the run's folder too.
+    """Measure what a run has learned of each of its pictures; kept in the run's folder too.
 
     Args:
         checkpoint: best, last, or the step of a checkpoint.
@@ -99,7 +99,7 @@ def pictures(
 
 @verb
 def caches_list(workspace: File | None = None) -> dict[str, int]:
-    """Say how large each cache is, in bytes, the largest first."""
+    """Show the size of each cache, in bytes, the largest first."""
     from lora_core.runs.storage import cache_sizes
 
     return cache_sizes(workspace_folder(workspace))
@@ -107,7 +107,7 @@ def caches_list(workspace: File | None = None) -> dict[str, int]:
 
 @verb
 def caches_clean(workspace: File | None = None) -> int:
-    """Remove what a run can make again; returns the bytes freed.
+    """Delete all caches, which runs can rebuild; returns the bytes freed.
 
     Raises:
         RunError: a run is live, or the disk refuses.
@@ -119,7 +119,7 @@ def caches_clean(workspace: File | None = None) -> int:
 
 @verb
 def trash_list(workspace: File | None = None) -> list[dict[str, Any]]:
-    """List what can be restored, newest first: id, name, kind, came_from, time."""
+    """List what is in the trash, newest first: id, name, kind, came_from, time."""
     from lora_core.runs.storage import list_trash
 
     return [one.row() for one in list_trash(workspace_folder(workspace))]
@@ -127,7 +127,7 @@ def trash_list(workspace: File | None = None) -> list[dict[str, Any]]:
 
 @verb
 def trash_restore(name: str, workspace: File | None = None) -> Path:
-    """Put something back where it was, under another name if its own is taken; returns where it is.
+    """Restore something from the trash, under another name if its own is taken; returns its path.
 
     Args:
         name: its name, or the id that `list` shows.
@@ -151,7 +151,7 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
 
 @verb
 def trash_empty(workspace: File | None = None) -> int:
-    """Remove all of it for good; returns the bytes freed."""
+    """Delete everything in the trash for good; returns the bytes freed."""
     from lora_core.runs.storage import empty_trash, trash_folder
     from lora_core.system.disk_space import folder_bytes
 
@@ -285,7 +285,7 @@ def hold_out(
     on: Annotated[bool, "--undo"] = True,
     workspace: File | None = None,
 ) -> None:
-    """Choose the pictures of a project to measure on; `on=False` (`--undo`) has them trained on again."""
+    """Hold pictures of a project out for validation; `on=False` (`--undo`) has them trained on again."""
     project = _pictures_of(dataset, workspace)
     for name in pictures:
         project.find_image(name)
@@ -367,7 +367,7 @@ def captions_trigger(
 
 @verb
 def captions_undo(dataset: File, workspace: File | None = None) -> dict[str, int]:
-    """Take the last change of many captions back; returns how many are undone, and kept as changed since."""
+    """Undo the last change of many captions; returns how many are undone, and kept as changed since."""
     from lora_core.projects.caption_edits import undo
 
     undone, kept = undo(_pictures_of(dataset, workspace))
@@ -394,7 +394,7 @@ def _pictures_of(dataset: File, workspace: File | None) -> "Project":
 
 @verb
 def doctor(workspace: File | None = None) -> dict[str, Any]:
-    """Say what this computer has, and the fix for each thing that is wrong.
+    """Check this computer, with the fix for each thing that is wrong.
 
     Returns:
         ok, and checks [{name, found, ok, fix}].

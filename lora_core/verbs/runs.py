@@ -176,11 +176,11 @@ def resume(
     workspace: File | None = None,
     on_event: "Callable[[Event], None] | None" = None,
 ) -> "Outcome":
-    """Start a run or go on with it, to its end; returns how it ended and its exported file.
+    """Start or resume a run and train it to its end; returns how it ended and its exported file.
 
     Args:
         steps: train to so many steps in all, also a finished run.
-        accept_changes: go on although images, settings or packages changed since the run began.
+        accept_changes: resume although images, settings or packages changed since the run began.
         on_event: called with each event.
 
     Raises:
@@ -204,7 +204,7 @@ def stop(run: File, workspace: File | None = None) -> None:
 
 @verb
 def pause(run: File, workspace: File | None = None) -> None:
-    """End a run's process, to go on later."""
+    """End a run's process, to resume later."""
     _request(run, "pause", workspace)
 
 
@@ -245,24 +245,24 @@ def runs(workspace: File | None = None) -> list[dict[str, Any]]:
 def notify(
     whom: Annotated[str | None, "COMMAND|URL"] = None, test: bool = False, workspace: File | None = None
 ) -> str:
-    """Say who is told when a run ends: a command or a web address.
+    """Set or show who is notified when a run ends: a command or a web address.
 
     Args:
         whom: a command or a web address to keep; '' for nobody.
         test: tell them now.
 
     Raises:
-        ConfigError: the command has an open quote, or with `test`, they could not be told.
+        ConfigError: the command has an open quote, or with `test`, they could not be notified.
     """
     from lora_core.runs.notifications import read_recipient, send_test, write_recipient
 
     place = workspace_folder(workspace)
     if whom is not None:
         write_recipient(place, whom)
-    told = read_recipient(place)
-    if test and (problem := send_test(told)):
+    recipient = read_recipient(place)
+    if test and (problem := send_test(recipient)):
         raise ConfigError(problem)
-    return told
+    return recipient
 
 
 @verb
@@ -309,7 +309,7 @@ def queue_list(workspace: File | None = None) -> list[dict[str, Any]]:
 
 @verb
 def queue_move(run: File, position: int, workspace: File | None = None) -> None:
-    """Give a waiting run another place.
+    """Move a waiting run to another place in the queue.
 
     Args:
         position: 1 is the next to start.

@@ -74,7 +74,7 @@ def test_words_about_the_queue(home: Path, capsys: pytest.CaptureFixture[str]) -
         ["1.", "c", "waiting"],
         ["2.", "b", "waiting"],
     ]
-    assert "Nobody works through it" in listed
+    assert "The queue is not running" in listed
     # A job whose folder is gone can still be taken out.
     (runs_folder(home) / "b").rename(home / "b")
     said(capsys, "queue", "remove", "b", *where)

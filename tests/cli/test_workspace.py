@@ -96,19 +96,19 @@ def test_an_adapter_is_a_file_or_a_runs_checkpoint(home: Path, tmp_path: Path) -
 
 
 def test_who_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert words(capsys, "notify") == "Nobody is told when a run ends."
+    assert words(capsys, "notify") == "Nobody is notified when a run ends."
     assert words(capsys, "notify", "echo hello") == "echo hello"
     assert words(capsys, "notify", "--test") == "echo hello"
     assert main(["notify", "no-such-command-here", "--test"]) == 1
     assert "could not be told" in capsys.readouterr().err
     assert main(["notify", "echo 'open"]) == 1
-    assert words(capsys, "notify", "") == "Nobody is told when a run ends."
+    assert words(capsys, "notify", "") == "Nobody is notified when a run ends."
 
 
 @pytest.mark.parametrize("verb", [["generate", "--prompt"], ["projects", "new"], ["trash", "restore"]])
 def test_words_that_are_no_text(verb: list[str], home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*verb, "a\udcffb"]) == 1
-    assert capsys.readouterr().err == "'a\\udcffb' holds bytes that are not UTF-8; type it anew.\n"
+    assert capsys.readouterr().err == "'a\\udcffb' holds bytes that are not UTF-8; type it again.\n"
     assert not home.exists()
 
 
