@@ -206,7 +206,7 @@ class Jobs:
 
         Args:
             name: the run's.
-            accept_changes: also where pictures, settings, base or packages are not those that it began with.
+            accept_changes: also where images, settings, base or packages have changed since its start.
 
         Raises:
             RunError: it does not exist, or a run is going on.

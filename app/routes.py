@@ -199,7 +199,7 @@ class Answer(JSONResponse):
 def _picture(app_state: AppState, kind: str, path: str) -> Path:
     roots = {
         "dataset": app_state.project.dataset_folder,
-        "left-out": app_state.project.aside,
+        "left-out": app_state.project.left_out_folder,
         "run": runs_folder(app_state.workspace),
         "generated": app_state.generated,
     }

@@ -168,7 +168,9 @@ def gallery_data(project: Project, plan: Plan) -> dict[str, Any]:
         "revision": project.revision,
         "fixed": project.uses_demo,
         "pictures": [image_facts(record, folder, side, multiple) for record in dataset.records],
-        "left_out": [image_facts(record, project.aside, side, multiple) for record in list_left_out(project)],
+        "left_out": [
+            image_facts(record, project.left_out_folder, side, multiple) for record in list_left_out(project)
+        ],
     }
 
 

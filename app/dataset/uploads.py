@@ -170,7 +170,7 @@ class Importer:
         def work(way: TransferMode) -> Imported:
             try:
                 paths, names = [path for path, _ in files], [name for _, name in files]
-                return import_files(paths, self.project.pictures, names, way)
+                return import_files(paths, self.project.image_folder, names, way)
             finally:
                 shutil.rmtree(found.folder, ignore_errors=True)
 
@@ -202,7 +202,7 @@ class Importer:
             self.project.link(where if is_folder else where.parent)
 
         def work(way: TransferMode) -> Imported:
-            into = self.project.pictures
+            into = self.project.image_folder
             return import_folder(where, into, way) if is_folder else import_files([where], into, way=way)
 
         self._start(work, "link" if link else "copy")

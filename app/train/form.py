@@ -61,7 +61,7 @@ class Plan:
         self.base = base_of(values)
         self.preset = preset_config(self.goal, self.level, self.base.family)
         config, self.problems = build_config(values, self.preset)
-        path = DEMO if project.uses_demo else str(project.pictures)
+        path = DEMO if project.uses_demo else str(project.image_folder)
         self.trigger = str(draft.get("trigger") or "")
         self.config: RunConfig = config.changed({"dataset.path": path, "dataset.trigger": self.trigger})
 

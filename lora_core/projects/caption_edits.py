@@ -49,7 +49,9 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     with project.lock():
         # A pattern may take a while: what has moved or changed since stays as it is.
         project.invalidate()
-        now = {relative_name(record.path, project.pictures): record for record in project.dataset().records}
+        now = {
+            relative_name(record.path, project.image_folder): record for record in project.dataset().records
+        }
         changes = [one for one in changes if now.get(one[0]) == one[1]]
         if changes:
             _write(project, edit, changes)
@@ -66,7 +68,7 @@ def _write(project: Project, edit: Edit, changes: list[_Change]) -> None:
     _keep(project, [*_steps(project), kept])
     for _, record, after in changes:
         write_caption(record.path, after, wait=False)
-    sync_folder(project.pictures)
+    sync_folder(project.image_folder)
     project.invalidate()
 
 
@@ -94,7 +96,7 @@ def _undo(project: Project) -> tuple[int, int]:
     if not steps:
         raise DatasetError("There is no change of many captions left to take back.")
     last = steps.pop()
-    by_name = {relative_name(r.path, project.pictures): r for r in project.dataset().records}
+    by_name = {relative_name(r.path, project.image_folder): r for r in project.dataset().records}
     done = 0
     for name, old in last["before"].items():
         record = by_name.get(name)

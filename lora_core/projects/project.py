@@ -39,19 +39,19 @@ LARGEST_JSON = 16 * 2**20
 class Project:
     """One project folder: `pictures/` with copies and captions, `draft.json` with the unsent form."""
 
-    def __init__(self, path: Path, pictures: Path | None = None) -> None:
-        """Open the project at `path`, making its folders if absent; `pictures` may be elsewhere."""
+    def __init__(self, path: Path, image_folder: Path | None = None) -> None:
+        """Open the project at `path`, making its folders if absent; `image_folder` may be elsewhere."""
         self._lock = threading.RLock()
         self._revision = 0
-        self.open(path, pictures)
+        self.open(path, image_folder)
 
-    def open(self, path: Path, pictures: Path | None = None) -> None:
+    def open(self, path: Path, image_folder: Path | None = None) -> None:
         """Switch this object to another project."""
         with self._lock:
             self.path = path
-            self.pictures = pictures or path / "pictures"
-            self.aside = path / "left out"
-            self.pictures.mkdir(parents=True, exist_ok=True)
+            self.image_folder = image_folder or path / "pictures"
+            self.left_out_folder = path / "left out"
+            self.image_folder.mkdir(parents=True, exist_ok=True)
             self.title = read_title(path)
             self.sizes = SizeCache(path / "sizes.json")
             self._draft: dict[str, Any] = read_json(path / "draft.json")
@@ -87,16 +87,19 @@ class Project:
     @property
     def root(self) -> Path:
         """The folder of the images and of those that were left out."""
-        return self.pictures if self.path.is_relative_to(self.pictures) else self.path
+        return self.image_folder if self.path.is_relative_to(self.image_folder) else self.path
 
     def _mend(self) -> None:
         """Finish moves of a killed process, and bring captions back to their images."""
         clear_abandoned(self.path)
-        if not self.aside.is_dir() and not (self.root / JOURNAL).exists():
+        if not self.left_out_folder.is_dir() and not (self.root / JOURNAL).exists():
             return
         # A project that cannot be written can still be shown; it is repaired when that is possible.
         with contextlib.suppress(DatasetError, OSError), self.lock():
-            finished, joined = finish_moves(self.root), rejoin_sidecars(self.pictures, self.aside)
+            finished, joined = (
+                finish_moves(self.root),
+                rejoin_sidecars(self.image_folder, self.left_out_folder),
+            )
             if finished or joined:
                 self.invalidate()
 
@@ -148,7 +151,7 @@ class Project:
     @property
     def dataset_folder(self) -> Path:
         """The folder of the images that are shown and trained on."""
-        return DEMO_TRAIN if self.uses_demo else self.pictures
+        return DEMO_TRAIN if self.uses_demo else self.image_folder
 
     @property
     def linked_folders(self) -> list[Path]:
@@ -198,16 +201,16 @@ class Project:
         """Refuse to change what came with the program.
 
         Raises:
-            DatasetError: the demo's pictures are chosen.
+            DatasetError: the demo's images are chosen.
         """
         if self.uses_demo:
             raise DatasetError("The demo's pictures stay as they are; drop your own to work on them.")
 
     def save_caption(self, name: str, text: str) -> None:
-        """Write a picture's caption beside it.
+        """Write an image's caption beside it.
 
         Raises:
-            DatasetError: there is no such picture, or it is one of the demo's, or the disk refuses.
+            DatasetError: there is no such image, or it is one of the demo's, or the disk refuses.
         """
         if self.uses_demo:
             raise DatasetError(
@@ -231,10 +234,10 @@ class Project:
         self.refuse_demo()
         with self.lock():
             wanted = set(names)
-            by_name = {relative_name(r.path, self.pictures): r for r in self.dataset().records}
+            by_name = {relative_name(r.path, self.image_folder): r for r in self.dataset().records}
             held = {name for name, record in by_name.items() if record.held_out}
             held = held | (wanted & by_name.keys()) if on else held - wanted
-            write_holdout_list(self.pictures, held)
+            write_holdout_list(self.image_folder, held)
             changed = {r.path: replace(r, held_out=n in held) for n, r in by_name.items()}
             self._replace(changed)
 
@@ -276,37 +279,43 @@ def leave_out(project: Project, names: list[str]) -> int:
     """Move images aside; also damaged ones. Returns how many.
 
     Raises:
-        DatasetError: the demo is chosen, or there is no such picture, or the disk refuses.
+        DatasetError: the demo is chosen, or there is no such image, or the disk refuses.
     """
     project.refuse_demo()
     with project.lock():
         dataset = project.dataset()
-        there = {relative_name(r.path, project.pictures): r.path for r in dataset.records}
+        there = {relative_name(r.path, project.image_folder): r.path for r in dataset.records}
         there |= {
-            relative_name(p.path, project.pictures): p.path
+            relative_name(p.path, project.image_folder): p.path
             for p in dataset.problems
             if p.path.suffix.casefold() in IMAGE_SUFFIXES
         }
-        return _move(project, {name: there.get(name) for name in names}, project.pictures, project.aside)
+        return _move(
+            project, {name: there.get(name) for name in names}, project.image_folder, project.left_out_folder
+        )
 
 
 def take_back(project: Project, names: list[str]) -> int:
     """Move images that were left out back to where they were. Returns how many.
 
     Raises:
-        DatasetError: there is no such picture, or the disk refuses.
+        DatasetError: there is no such image, or the disk refuses.
     """
     project.refuse_demo()
     with project.lock():
-        there = {relative_name(path, project.aside): path for path in _images(project.aside)}
-        return _move(project, {name: there.get(name) for name in names}, project.aside, project.pictures)
+        there = {
+            relative_name(path, project.left_out_folder): path for path in _images(project.left_out_folder)
+        }
+        return _move(
+            project, {name: there.get(name) for name in names}, project.left_out_folder, project.image_folder
+        )
 
 
 def list_left_out(project: Project) -> list[ImageRecord]:
     """The images that were left out, without damaged ones."""
-    if project.uses_demo or not project.aside.is_dir():
+    if project.uses_demo or not project.left_out_folder.is_dir():
         return []
-    return scan(project.aside, project.sizes).records
+    return scan(project.left_out_folder, project.sizes).records
 
 
 def _images(folder: Path) -> list[Path]:

@@ -87,15 +87,15 @@ class StepDone(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Validated(Event):
-    """Gain on held-out pictures: base loss minus adapted loss, mean over triples, with its standard error.
+    """Gain on held-out images: base loss minus adapted loss, mean over triples, with its standard error.
 
     Attributes:
         best: whether this is now the best step, by the rule of `evaluate/early_stopping.py`.
         against_best, against_best_error: the gain less that of the best step before, paired; NaN at the
             first.
-        train_gain, gauge, gauge_error: the gain on training pictures; how much more that is than `gain`, the
+        train_gain, gauge, gauge_error: the gain on training images; how much more that is than `gain`, the
             memorisation gauge, with its error. NaN where it was not measured.
-        prior, prior_error: the gain on what should not change, pictures of the base's own: below 0 it is
+        prior, prior_error: the gain on what should not change, the base's own images: below 0 it is
             being forgotten. NaN where it was not measured.
         raw_gain: where an average of the adapter is kept, `gain` is the average's and this that of the raw
             adapter; NaN elsewhere.

@@ -305,7 +305,7 @@ def _holdout(records: list[ImageRecord], config: RunConfig) -> list[RunProblem]:
     try:
         if any(record.held_out for record in records):
             split_holdout(records, config.validation.pictures, config.seed)
-        else:  # counting is enough, and pictures need not be read for it
+        else:  # counting is enough, without reading images
             num_holdout(len(records), config.validation.pictures)
     except DatasetError as error:
         return [RunProblem("validation", str(error))] if records else []
@@ -370,8 +370,7 @@ def _disk(config: RunConfig, workspace: Path, facts: BaseFacts, caches: int) -> 
 
 
 def _memory(config: RunConfig, facts: BaseFacts, card: int | None, captions: int) -> list[RunProblem]:
-    """Weights and adapter against what is free: rough, since how much the pictures take is seen when they
-    run."""
+    """Weights and adapter against what is free; rough, since activations come on top."""
     parameters, export = count_base_parameters(facts), export_bytes(facts, config)
     if not parameters or not export:
         return []

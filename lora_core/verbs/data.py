@@ -234,9 +234,9 @@ def projects_import(
         raise DatasetError(f"There is no folder, zip or picture at {where}.")
     way = TransferMode("link" if link else "copy", sizes=into.sizes)
     if where.is_dir():
-        found = import_folder(where, into.pictures, way)
+        found = import_folder(where, into.image_folder, way)
     else:
-        found = import_files([where], into.pictures, way=way)
+        found = import_files([where], into.image_folder, way=way)
     if link:
         into.link(where if where.is_dir() else where.parent)
     return {"added": len(found.added), "skipped": [one.sentence for one in found.skipped]}
@@ -275,7 +275,7 @@ def left_out(dataset: File, workspace: File | None = None) -> list[str]:
     from lora_core.projects.project import relative_name
 
     project = _pictures_of(dataset, workspace)
-    return [relative_name(record.path, project.aside) for record in aside(project)]
+    return [relative_name(record.path, project.left_out_folder) for record in aside(project)]
 
 
 @verb

@@ -20,7 +20,7 @@ def pictures(app_state: AppState) -> list[Path]:
     """Three pictures in the project, the last without a caption."""
     made = []
     for index, size in enumerate([(160, 160), (300, 200), (90, 210)]):
-        path = app_state.project.pictures / f"picture-{index}.png"
+        path = app_state.project.image_folder / f"picture-{index}.png"
         Image.new("RGB", size, (40 * index, 90, 160)).save(path)
         if index < 2:
             path.with_suffix(".txt").write_text(f"a plain field, number {index}")

@@ -65,7 +65,7 @@ def _notes(app_state: AppState) -> list[str]:
 
 
 def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: list[Path]) -> None:
-    folder = app_state.project.pictures
+    folder = app_state.project.image_folder
     for name in ("mask/picture-0.png", "picture-1-masklabel.png", "reg/1_field/a.png", "reg/1_field/b.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(pictures[0], folder / name)

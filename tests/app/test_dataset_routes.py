@@ -69,7 +69,7 @@ def test_folders_stay_folders_and_files_stay_bytes(client: TestClient, app_state
     picture, caption = png(1), f"{HOSTILE}\r\nsecond".encode()
     state = imported(client, {"3_my dog/a é.png": picture, "3_my dog/a é.txt": caption, "b.png": png(2)})
     assert (state["state"], state["note"]) == ("done", "3 files added.")
-    pictures = app_state.project.pictures
+    pictures = app_state.project.image_folder
     assert (pictures / "3_my dog" / "a é.png").read_bytes() == picture
     assert (pictures / "3_my dog" / "a é.txt").read_bytes() == caption
     first, second = shelf(client)
@@ -113,7 +113,7 @@ def test_links_share_the_original_and_leave_it_alone(
     (folder / "a.txt").write_text("a thing")
     client.post("/easel/import", json={"path": str(folder), "link": True})
     assert settled(client, "import")["state"] == "done"
-    taken = app_state.project.pictures / "a.png"
+    taken = app_state.project.image_folder / "a.png"
     assert taken.samefile(folder / "a.png")
     client.post("/easel/caption", json={"picture": "a.png", "text": "changed"})
     client.post("/easel/leave-out", json={"pictures": ["a.png"]})
@@ -135,8 +135,8 @@ def test_a_link_to_another_disk_is_shown_but_no_other_link(
     monkeypatch.setattr("os.link", other_disk)
     client.post("/easel/import", json={"path": str(folder), "link": True})
     settled(client, "import")
-    assert (app_state.project.pictures / "a.png").is_symlink()
-    (app_state.project.pictures / "b.png").symlink_to(tmp_path / "secret.png")
+    assert (app_state.project.image_folder / "a.png").is_symlink()
+    (app_state.project.image_folder / "b.png").symlink_to(tmp_path / "secret.png")
     assert client.get("/easel/thumb/dataset/a.png").status_code == 200
     assert client.get("/easel/thumb/dataset/b.png").status_code == 404
     assert client.get("/easel/thumb/dataset/../../../originals/a.png").status_code == 404
@@ -193,13 +193,13 @@ def test_left_out_and_taken_back_whole(client: TestClient, app_state: AppState) 
     assert client.get(f"/easel/thumb/left-out/{said['left_out'][0]['url']}").status_code == 200
     client.post("/easel/take-back", json={"pictures": ["other/a.png"]})
     assert [(one["name"], one["caption"]) for one in shelf(client)] == [("other/a.png", "second")]
-    assert (app_state.project.pictures / "other" / "a.png").read_bytes() == png(2)
+    assert (app_state.project.image_folder / "other" / "a.png").read_bytes() == png(2)
 
 
 def test_what_is_no_picture_can_be_left_out(
     client: TestClient, app_state: AppState, pictures: list[Path]
 ) -> None:
-    (app_state.project.pictures / "broken.png").write_text("no picture")
+    (app_state.project.image_folder / "broken.png").write_text("no picture")
     client.post("/easel/leave-out", json={"pictures": ["broken.png"]})
     assert app_state.project.dataset().problems == []
     answer = client.post("/easel/leave-out", json={"pictures": ["../../draft.json"]})
@@ -209,9 +209,9 @@ def test_what_is_no_picture_can_be_left_out(
 def test_held_out_by_hand(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
     client.post("/easel/hold-out", json={"pictures": ["picture-1.png"], "on": True})
     assert [one["held"] for one in shelf(client)] == [False, True, False]
-    assert (app_state.project.pictures / "held_out.txt").read_text() == "picture-1.png\n"
+    assert (app_state.project.image_folder / "held_out.txt").read_text() == "picture-1.png\n"
     client.post("/easel/hold-out", json={"pictures": ["picture-1.png"], "on": False})
-    assert not (app_state.project.pictures / "held_out.txt").exists()
+    assert not (app_state.project.image_folder / "held_out.txt").exists()
 
 
 def test_a_caption_leaves_other_pages_one_step_behind(client: TestClient, pictures: list[Path]) -> None:
@@ -252,7 +252,7 @@ def test_the_trigger_word_reaches_every_caption(
 def test_the_check_finds_twins_and_names_both(client: TestClient, app_state: AppState) -> None:
     files = {f"{n}.png": png(n) for n in range(3)} | {"copy.png": png(1, (160, 120)), "bad.png": b"x"}
     imported(client, files)
-    (app_state.project.pictures / "bad.png").write_bytes(b"x")
+    (app_state.project.image_folder / "bad.png").write_bytes(b"x")
     client.post("/easel/check", json={})
     found = settled(client, "check")
     assert found["fresh"]
@@ -312,10 +312,10 @@ def test_a_hostile_folder_comes_in_without_harm(
     client.post("/easel/import", json={"path": str(folder)})
     state = settled(client, "import")
     assert (state["state"], state["note"]) == ("done", "1 file added. 5 skipped, see below.")
-    shutil.copy(folder / "a.png", os.fsencode(app_state.project.pictures) + b"/\xfe.png")
+    shutil.copy(folder / "a.png", os.fsencode(app_state.project.image_folder) + b"/\xfe.png")
     app_state.project.invalidate()
-    (app_state.project.pictures / "mask").mkdir()
-    (app_state.project.pictures / "mask" / "a.png").write_bytes(png(3))
+    (app_state.project.image_folder / "mask").mkdir()
+    (app_state.project.image_folder / "mask" / "a.png").write_bytes(png(3))
     assert [(one["name"], one["caption"]) for one in shelf(client)] == [("a.png", "")]
     shown = findings_html(app_state.project.dataset(), app_state.project.notes, False, [])
     for words in ("pipe.png is a pipe", "a.txt is a link to a file outside", "�.png", "mask/a.png is a mask"):

@@ -144,7 +144,7 @@ class Whole:
             place.mkdir(parents=True, exist_ok=True)
             for name in ("secret.png", "secret.txt", "secret.safetensors", "config.toml"):
                 (place / name).write_bytes(png(64, 64) + MARK)
-        self.picture = self.app_state.project.pictures / "own.png"
+        self.picture = self.app_state.project.image_folder / "own.png"
         self.picture.write_bytes(png(64, 64) + MARK)
         self.picture.with_suffix(".txt").write_text("a caption")
         run = workspace / "runs" / "first"
@@ -518,12 +518,12 @@ def test_files_that_were_made_to_do_harm(
     whole = Whole(tmp_path)
     client = whole.own()
     around = whole.around()
-    before = sorted(whole.app_state.project.pictures.rglob("*"))
+    before = sorted(whole.app_state.project.image_folder.rglob("*"))
     state = taken(client, name, made())
     notes = " ".join(note.sentence for note in whole.app_state.project.notes)
     assert state["state"] == "failed"
     assert said in state["note"] + notes
-    assert sorted(whole.app_state.project.pictures.rglob("*")) == before
+    assert sorted(whole.app_state.project.image_folder.rglob("*")) == before
     assert whole.around() == around
     assert not list((whole.app_state.workspace / "tmp" / "incoming").iterdir())
 
@@ -536,12 +536,12 @@ def test_names_of_dropped_files_lead_nowhere(tmp_path: Path, name: str) -> None:
     around = whole.around()
     taken(whole.own(), name, png(64, 64))
     assert whole.around() == around
-    assert len(list(whole.app_state.project.pictures.rglob("*.png"))) == 2
+    assert len(list(whole.app_state.project.image_folder.rglob("*.png"))) == 2
 
 
 def test_a_huge_picture_that_lies_there_already_is_not_opened(tmp_path: Path) -> None:
     whole = Whole(tmp_path)
-    (whole.app_state.project.pictures / "huge.png").write_bytes(a_huge_picture())
+    (whole.app_state.project.image_folder / "huge.png").write_bytes(a_huge_picture())
     for size in ("thumb", "picture"):
         answer = whole.own().get(f"/easel/{size}/dataset/huge.png")
         assert "million pixels" in answer.json()["problem"]

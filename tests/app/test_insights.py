@@ -95,7 +95,7 @@ def test_what_was_found_is_named_kept_and_goes_stale(
     (row,) = state["found"]["rows"]
     assert (row["picture"], row["better"]["picture"]) == ("picture-0.png", "picture-1.png")
     assert row["asked"]["base"] == "demo"
-    assert row["asked"]["dataset"] == str(app_state.project.pictures)
+    assert row["asked"]["dataset"] == str(app_state.project.image_folder)
     again = AppState(app_state.workspace, worker_command=["no-such-program"])
     assert again.insights.state()["captions"] == state
     app_state.project.save_caption("picture-0.png", "something else")
@@ -142,7 +142,7 @@ def test_a_run_s_pictures_are_read_from_its_folder(
 ) -> None:
     assert "no run on these pictures" in ask(client, "pictures")["problem"]
     other = make_run(app_state, "other", started(), dataset__path="demo")
-    mine = make_run(app_state, "mine", started(), dataset__path=str(app_state.project.pictures))
+    mine = make_run(app_state, "mine", started(), dataset__path=str(app_state.project.image_folder))
     for run in (other, mine):
         run.checkpoint(5).mkdir(parents=True)
         (run.checkpoint(5) / "adapter.safetensors").write_bytes(b"")

@@ -161,7 +161,7 @@ def test_one_run_at_a_time(app_state: AppState, pictures: list[Path]) -> None:
 
 
 def test_names_count_up(app_state: AppState) -> None:
-    config = RunConfig().changed({"dataset.path": str(app_state.project.pictures)})
+    config = RunConfig().changed({"dataset.path": str(app_state.project.image_folder)})
     first = app_state.jobs.free_name(config)
     make_run(app_state, first)
     assert app_state.jobs.free_name(config) == f"{first}-2"

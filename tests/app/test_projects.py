@@ -192,7 +192,7 @@ def test_caches_are_cleaned_and_pictures_are_not(
 def test_a_thumbnail_that_was_cut_short_is_made_again(
     client: TestClient, app_state: AppState, tmp_path: Path
 ) -> None:
-    Image.new("RGB", (40, 40)).save(app_state.project.pictures / "a.png")
+    Image.new("RGB", (40, 40)).save(app_state.project.image_folder / "a.png")
     whole = client.get("/easel/thumb/dataset/a.png").content
     [kept] = (app_state.workspace / "cache" / "thumbs").rglob("*.webp")
     kept.write_bytes(whole[:-3])

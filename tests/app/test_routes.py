@@ -22,7 +22,7 @@ def client(app_state: AppState) -> TestClient:
 
 def test_thumbnails_and_large_pictures(client: TestClient, app_state: AppState, pictures: list[Path]) -> None:
     for size, side in (("thumb", 256), ("picture", 1024)):
-        answer = client.get(image_url("dataset", app_state.project.pictures, pictures[0], size))
+        answer = client.get(image_url("dataset", app_state.project.image_folder, pictures[0], size))
         assert (answer.status_code, answer.headers["content-type"]) == (200, "image/webp")
         assert len(answer.content) < side * side
 
@@ -38,7 +38,8 @@ def test_a_thumbnail_of_a_picture_that_is_gone_by_now_is_no_error(
 
     monkeypatch.setattr(app_state.thumbs, "made", made_late)
     told = [
-        image_url("dataset", app_state.project.pictures, pictures[0], size) for size in ("thumb", "picture")
+        image_url("dataset", app_state.project.image_folder, pictures[0], size)
+        for size in ("thumb", "picture")
     ]
     # Moved while it is read, and before.
     for where in (told[0], *told):
@@ -70,10 +71,10 @@ def test_paths_that_lead_out_are_refused(
 def test_a_link_that_leads_out_is_refused(app_state: AppState) -> None:
     secret = app_state.workspace / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
-    link = app_state.project.pictures / "link.png"
+    link = app_state.project.image_folder / "link.png"
     link.symlink_to(secret)
     with pytest.raises(BadRequest):
-        below(app_state.project.pictures, "link.png", {".png"})
+        below(app_state.project.image_folder, "link.png", {".png"})
 
 
 def test_downloads_are_exports_alone(client: TestClient, app_state: AppState) -> None:

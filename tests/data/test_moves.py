@@ -24,15 +24,15 @@ NAMES = ["a.png", "sub/b.png", "c.png"]
 def project(tmp_path: Path, draw: Draw) -> Project:
     made = Project(tmp_path / "projects" / "mine")
     for seed, name in enumerate(NAMES):
-        draw(made.pictures / name, (16, 16), seed, f"words of {name}")
-    draw(made.pictures / "a-masklabel.png", (16, 16), 7)
+        draw(made.image_folder / name, (16, 16), seed, f"words of {name}")
+    draw(made.image_folder / "a-masklabel.png", (16, 16), 7)
     return made
 
 
 def together(project: Project) -> dict[str, str]:
     """Picture to the folder that it is in, and nothing may be parted, doubled or without its own caption."""
     found = {}
-    for folder in (project.pictures, project.aside):
+    for folder in (project.image_folder, project.left_out_folder):
         names = listed(folder) if folder.is_dir() else []
         pictures = [name for name in names if name.endswith(".png") and "masklabel" not in name]
         for name in pictures:
@@ -42,7 +42,9 @@ def together(project: Project) -> dict[str, str]:
         stems = {Path(name).stem.removesuffix("-masklabel") for name in names}
         assert stems == {Path(name).stem for name in pictures}, folder.name
     assert sorted(found) == sorted(NAMES)
-    assert found["a.png"] == ("pictures" if (project.pictures / "a-masklabel.png").exists() else "left out")
+    assert found["a.png"] == (
+        "pictures" if (project.image_folder / "a-masklabel.png").exists() else "left out"
+    )
     return found
 
 
@@ -195,8 +197,8 @@ def test_a_move_that_fails_leaves_everything_where_it_was(
 
 
 def test_a_caption_of_two_pictures_stays_with_both(project: Project, draw: Draw) -> None:
-    draw(project.pictures / "two.png", seed=8, caption="both")
-    draw(project.pictures / "two.jpg", seed=9)
+    draw(project.image_folder / "two.png", seed=8, caption="both")
+    draw(project.image_folder / "two.jpg", seed=9)
     project.invalidate()
     leave_out(project, ["two.png"])
     assert project.find_image("two.jpg").caption == "both"
@@ -207,17 +209,17 @@ def test_a_caption_of_two_pictures_stays_with_both(project: Project, draw: Draw)
 
 def test_a_caption_that_waits_for_its_picture_is_met_again(project: Project) -> None:
     leave_out(project, ["c.png"])
-    (project.aside / "c.txt").rename(project.pictures / "c.txt")
+    (project.left_out_folder / "c.txt").rename(project.image_folder / "c.txt")
     take_back(project, ["c.png"])
     assert set(together(project).values()) == {"pictures"}
 
 
 def test_nothing_is_written_over(project: Project, draw: Draw) -> None:
     leave_out(project, ["c.png"])
-    (project.pictures / "c.txt").write_text("another")
+    (project.image_folder / "c.txt").write_text("another")
     take_back(project, ["c.png"])
-    assert (project.pictures / "c.txt").read_text() == "another"
-    assert (project.pictures / "c-2.txt").read_text() == "words of c.png"
+    assert (project.image_folder / "c.txt").read_text() == "another"
+    assert (project.image_folder / "c-2.txt").read_text() == "words of c.png"
 
 
 def test_two_pages_at_once_leave_no_orphans(project: Project) -> None:
@@ -248,9 +250,9 @@ def test_two_pages_at_once_leave_no_orphans(project: Project) -> None:
     for thread in pages:
         thread.join()
     assert sorted(ended) == [0, 1, 2, 3]
-    files = [name for folder in (project.pictures, project.aside) for name in listed(folder)]
+    files = [name for folder in (project.image_folder, project.left_out_folder) for name in listed(folder)]
     assert sorted(files) == sorted([*NAMES, *(n.replace("png", "txt") for n in NAMES), "a-masklabel.png"])
-    for folder in (project.pictures, project.aside):
+    for folder in (project.image_folder, project.left_out_folder):
         stems = {Path(name).stem for name in listed(folder) if name.endswith(".png") and "mask" not in name}
         assert {Path(name).stem for name in listed(folder) if name.endswith(".txt")} == stems
 
