@@ -1,9 +1,9 @@
 """Patterns over layer names: the common part of regular expressions, matched in bounded time.
 
-Patterns also come from files of others: a LoRA's header, a config, a run folder. Python's `re` backtracks,
-so that a pattern such as `(\\w+)+!` keeps the process busy for hours, with the interpreter's lock held.
-Here a pattern becomes an automaton that is run over the name once (Thompson 1968): slower than `re` on a
-good pattern, never slow on a bad one. What needs backtracking (look-around, back-references) is refused.
+Patterns also come from files of other people: a LoRA's header, a config, a run folder. Python's `re`
+backtracks: a pattern such as `(\\w+)+!` blocks the process for hours, with the interpreter's lock held. Here
+a pattern becomes an automaton that reads the name once (Thompson 1968): slower than `re` on a good pattern,
+never slow on a bad one. What needs backtracking (look-around, back-references) is refused.
 
 Supported: literals, `.`, `[a-z]`, `[^a-z]`, `\\d \\w \\s` and their opposites, `|`, `( )`, `(?: )`,
 `* + ? {m,n}`, `^ $ \\A \\Z \\b`. A pattern means what it means to `re.search`.
@@ -17,7 +17,7 @@ from typing import TypeVar
 from lora_core.errors import ConfigError
 
 LONGEST = 200
-"""Letters of a pattern."""
+"""Characters of a pattern."""
 MOST = 100
 """Patterns of one table."""
 MOST_STATES = 400
@@ -36,7 +36,7 @@ class PatternError(ConfigError):
 
 @dataclass(frozen=True)
 class _Char:
-    """Takes one letter."""
+    """Matches one character."""
 
     test: Test
     literal: str = ""
@@ -44,14 +44,14 @@ class _Char:
 
 @dataclass(frozen=True)
 class _Assert:
-    """Takes nothing; holds between certain letters, "" being the end of the text."""
+    """Matches no character; holds between certain characters, "" being an end of the text."""
 
     holds: Callable[[str, str], bool]
 
 
 @dataclass(frozen=True)
 class _Fork:
-    """Takes nothing; goes on at each of these states."""
+    """Matches no character; continues at each of these states."""
 
     to: tuple[int, ...]
 
@@ -79,15 +79,15 @@ _State = _Char | _Assert | _Fork | None
 
 
 def _opposite(test: Test) -> Test:
-    return lambda letter: not test(letter)
+    return lambda char: not test(char)
 
 
 def _between(low: str, high: str) -> Test:
-    return lambda letter: low <= letter <= high
+    return lambda char: low <= char <= high
 
 
-def _is_word(letter: str) -> bool:
-    return letter.isalnum() or letter == "_"
+def _is_word(char: str) -> bool:
+    return char.isalnum() or char == "_"
 
 
 _CLASSES: dict[str, Test] = {"d": str.isdecimal, "w": _is_word, "s": str.isspace}
@@ -101,10 +101,10 @@ _CONTROLS = {"n": "\n", "t": "\t", "r": "\r"}
 
 
 class Pattern:
-    """One pattern, to look for in many names."""
+    """One pattern, compiled to search many names."""
 
     def __init__(self, text: str) -> None:
-        """Read the pattern.
+        """Compile the pattern.
 
         Raises:
             PatternError: it cannot be used.
@@ -123,18 +123,18 @@ class Pattern:
         if self._literal is not None:
             return self._literal in name
         live, before = 0, ""
-        for letter in (*name, ""):
-            key = (live, before, letter)
+        for char in (*name, ""):
+            key = (live, before, char)
             after = self._memo.get(key)
             if after is None:
                 after = self._memo[key] = self._step(*key)
             if after < 0:
                 return True
-            live, before = after, letter
+            live, before = after, char
         return False
 
-    def _step(self, live: int, before: str, letter: str) -> int:
-        """The states, as bits, after one more letter; -1 where the pattern is found before it."""
+    def _step(self, live: int, before: str, char: str) -> int:
+        """The states, as bits, after one more character; -1 if the pattern is found before it."""
         seen, left, after = 0, live | 1, 0
         while left:
             bit = left & -left
@@ -146,10 +146,10 @@ class Pattern:
                 case None:
                     return -1
                 case _Char(test):
-                    if letter and test(letter):
+                    if char and test(char):
                         after |= bit << 1
                 case _Assert(holds):
-                    if holds(before, letter):
+                    if holds(before, char):
                         left |= (bit << 1) & ~seen
                 case _Fork(to):
                     for other in to:
@@ -178,7 +178,7 @@ def _last_matches(table: tuple[tuple[str, T], ...], names: tuple[str, ...]) -> d
 
 
 def check_pattern(text: str) -> None:
-    """Refuse what is no pattern.
+    """Refuse a text that is not a pattern.
 
     Raises:
         PatternError: says why.
@@ -188,9 +188,9 @@ def check_pattern(text: str) -> None:
 
 @functools.lru_cache(maxsize=512)
 def _compiled(text: str) -> tuple[tuple[_State, ...], str | None]:
-    """The automaton, and the plain text that the pattern stands for, if it is one."""
+    """The automaton, and the literal text if the pattern is one."""
     if len(text) > LONGEST:
-        raise PatternError(f"it is longer than {LONGEST} letters")
+        raise PatternError(f"it is longer than {LONGEST} characters")
     node = _Reader(text).read()
     program = _Program()
     program.add(node)
@@ -265,11 +265,11 @@ class _Reader:
         return self._text[self._place : self._place + 1]
 
     def _take(self) -> str:
-        letter = self._next()
-        if not letter:
+        char = self._next()
+        if not char:
             raise PatternError("it ends in the middle")
         self._place += 1
-        return letter
+        return char
 
     def _took(self, text: str) -> bool:
         """Whether `text` comes next; it is taken then."""
@@ -303,7 +303,7 @@ class _Reader:
         return _Repeat(part, *times)
 
     def _times(self) -> tuple[int, int | None] | None:
-        """How often what stands before is repeated, or None where no such mark comes next."""
+        """How often the part before is repeated, or None where no repetition comes next."""
         for mark, times in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
             if self._took(mark):
                 return times
@@ -324,8 +324,8 @@ class _Reader:
         return low, high
 
     def _one(self) -> _Node:
-        letter = self._take()
-        match letter:
+        char = self._take()
+        match char:
             case "(":
                 return self._group()
             case "[":
@@ -338,7 +338,7 @@ class _Reader:
                 return _Assert(_ASSERTS["Z"])
             case "\\":
                 return self._escaped()
-        return _Char(letter.__eq__, letter)
+        return _Char(char.__eq__, char)
 
     def _group(self) -> _Node:
         if self._took("?") and not self._took(":"):
@@ -350,25 +350,25 @@ class _Reader:
         if not self._took(")"):
             raise PatternError("a group is not closed")
         self._depth -= 1
-        # A group is a part of its own, also where it is empty or an assertion.
+        # A group can be repeated even if it is empty or an assertion.
         return _Sequence((node,))
 
     def _escaped(self) -> _Node:
-        letter = self._take()
-        if letter in _CLASSES:
-            return _Char(_CLASSES[letter])
-        if letter in _ASSERTS:
-            return _Assert(_ASSERTS[letter])
-        plain = self._plain(letter)
+        char = self._take()
+        if char in _CLASSES:
+            return _Char(_CLASSES[char])
+        if char in _ASSERTS:
+            return _Assert(_ASSERTS[char])
+        plain = self._plain(char)
         return _Char(plain.__eq__, plain)
 
-    def _plain(self, letter: str) -> str:
-        """The letter that an escaped one stands for."""
-        if letter in _CONTROLS:
-            return _CONTROLS[letter]
-        if letter.isalnum() and letter.isascii():
-            raise PatternError(f"\\{letter} is not known here")
-        return letter
+    def _plain(self, char: str) -> str:
+        """The character that an escaped one means."""
+        if char in _CONTROLS:
+            return _CONTROLS[char]
+        if char.isalnum() and char.isascii():
+            raise PatternError(f"\\{char} is not known here")
+        return char
 
     def _class(self) -> _Node:
         negated = self._took("^")
@@ -381,7 +381,7 @@ class _Reader:
                 self._place += 1
                 high = self._class_letter()
                 if not isinstance(low, str) or not isinstance(high, str) or high < low:
-                    raise PatternError("a range of letters ends before it begins")
+                    raise PatternError("a range of characters ends before it begins")
                 tests.append(_between(low, high))
             else:
                 tests.append(low.__eq__ if isinstance(low, str) else low)
@@ -389,8 +389,8 @@ class _Reader:
         return _Char(lambda found: any(test(found) for test in tests) != negated)
 
     def _class_letter(self) -> str | Test:
-        letter = self._take()
-        if letter != "\\":
-            return letter
-        letter = self._take()
-        return _CLASSES.get(letter) or self._plain(letter)
+        char = self._take()
+        if char != "\\":
+            return char
+        char = self._take()
+        return _CLASSES.get(char) or self._plain(char)
