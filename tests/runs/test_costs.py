@@ -1,14 +1,18 @@
-"""What was measured on this machine is kept, and what decides a cost decides the key."""
+"""What was measured on this machine is kept by what decides a cost; memory is counted from footprints."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
 
-from lora_core.model_files.detect import lookup_base
+from lora_core.model_files.detect import lookup_base, read_base_facts
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.sizes import count_base_parameters
 from lora_core.runs import costs
-from lora_core.runs.costs import StepCost, cost_key, costs_file, keep_cost, read_costs
+from lora_core.runs.costs import StepCost, cost_key, costs_file, keep_cost, memory_needed, read_costs
 from lora_core.settings.config import RunConfig
+from tests.app.bases import checkpoint
 
 
 @pytest.mark.parametrize(
@@ -72,3 +76,87 @@ def test_a_broken_file_counts_as_empty(tmp_path: Path, text: str) -> None:
     assert read_costs(tmp_path, "a") == {}
     keep_cost(tmp_path, RunConfig(), StepCost(1.0, 0.1, 0, "demo", "a"))
     assert len(read_costs(tmp_path, "a")) == 1
+
+
+def test_memory_on_a_card_follows_what_it_takes(tmp_path: Path) -> None:
+    """Gigabytes, with 0.8 for context and workspaces; 5.0 is the UNet of SDXL in bf16, 1.7 that of SD 1.5."""
+    base = checkpoint(tmp_path / "xl.safetensors", "sdxl", 6_900_000_000)
+    known = read_base_facts(str(base))
+
+    def gigabytes(**changes: object) -> float:
+        own = {key.replace("__", "."): value for key, value in changes.items()}
+        settings = {
+            "model.base": str(base),
+            "train.resolution": 1024,
+            "optimizer.text_encoder_lr": 0.0,
+            **own,
+        }
+        found = memory_needed(RunConfig().changed(settings), known, True)
+        assert found is not None
+        return found / 1e9
+
+    plain = gigabytes()
+    assert 11 < plain < 14
+    # Less than without, by what the decoding of a sample leaves of it.
+    assert 9 < gigabytes(train__gradient_checkpointing=True) < 11
+    assert gigabytes(train__batch_size=2) - plain == pytest.approx(345_977 * 128**2 / 1e9, rel=0.01)
+    assert gigabytes(train__quantize_base="int8") < plain - 2.3
+    assert gigabytes(train__offload=True) < plain - 4.5
+    assert gigabytes(train__precision="fp32") > 2 * plain - 2
+    assert gigabytes(optimizer__text_encoder_lr=1e-4) - plain == pytest.approx(1.63, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "simulated", "changes"),
+    [
+        ("sd15", 4.04, {}),
+        ("sd15", 4.29, {"adapter.targets": "locon", "train.resolution": 768,
+        "train.gradient_checkpointing": True}),
+        ("sd15", 3.33, {"adapter.targets": "kohya", "train.quantize_base": "int8"}),
+        ("sd15", 2.42, {"train.offload": True, "train.gradient_checkpointing": True}),
+        ("sdxl", 13.94, {"adapter.targets": "kohya"}),
+        ("sdxl", 11.35, {"adapter.rank": 64, "train.gradient_checkpointing": True}),
+        (
+            "sdxl", 10.34,
+            {
+                "adapter.targets": "kohya", "train.batch_size": 2, "train.gradient_checkpointing": True,
+                "train.resolution": 768,
+            },
+        ),
+        ("sdxl", 11.65, {"adapter.targets": "locon", "train.quantize_base": "int8"}),
+        ("sdxl", 5.06, {"adapter.targets": "kohya", "train.offload": True,
+        "train.gradient_checkpointing": True}),
+    ],
+)  # fmt: skip
+def test_memory_is_within_a_quarter_of_the_simulated_card_s(
+    family: str, simulated: float, changes: dict[str, object], tmp_path: Path
+) -> None:
+    """Peaks in GB of runs from launch to export at true shapes, with 0.8 GB added.
+
+    The base here is a stub, whose adapter has few layers.
+    """
+    size = {"sd15": 2_132_000_000, "sdxl": 6_938_000_000}[family]
+    base = checkpoint(tmp_path / f"{family}.safetensors", family, size)
+    settings = {**FAMILIES[family].settings, "model.base": str(base), **changes}
+    found = memory_needed(RunConfig().changed(settings), read_base_facts(str(base)), True)
+    assert found is not None
+    assert found / 1e9 == pytest.approx(simulated, rel=0.25)
+
+
+def test_a_processor_s_run_takes_more_memory_where_there_is_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = checkpoint(tmp_path / "sd.safetensors", "sd15", 2_100_000_000)
+    config = RunConfig().changed({"model.base": str(base), "train.precision": "fp32"})
+    found = []
+    for available in (8, 16, 24):
+        memory = types.SimpleNamespace(available=available * 2**30)
+        monkeypatch.setattr("psutil.virtual_memory", lambda memory=memory: memory)
+        found.append(memory_needed(config, read_base_facts(str(base)), False))
+    weights = 4 * count_base_parameters(read_base_facts(str(base)))
+    assert found[1] - found[0] == pytest.approx(2 * weights)
+    assert found[2] - found[0] == pytest.approx(3 * weights)
+    assert (
+        memory_needed(config.changed({"train.quantize_base": "int8"}), read_base_facts(str(base)), False)
+        == found[0]
+    )
