@@ -15,7 +15,7 @@ from app.train import routes as run_routes
 from app.train.form import FORM, widget_values
 from app.train.routes import add_run_routes
 from tests.app.runs import come_alive, make_run, started, step
-from tests.app.test_like import KOHYA, lora
+from tests.model_files.test_starting_settings import KOHYA, lora
 from tests.waiting import PATIENCE
 
 

@@ -1,19 +1,73 @@
-"""Train like a file: our own header, kohya's, or nothing but layers."""
+"""The shipped presets: each goal with each level, legal, and nothing but settings that a preset may hold; and
+the settings that a LoRA was trained with: from our own header, kohya's, or nothing but layers."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
-from app.train.form import FORM, Plan, widget_values
-from app.train.starting import take_settings
-from lora_core.errors import AdapterFileError
-from lora_core.model_files.sizes import export_bytes
-from lora_core.model_files.starting_settings import settings_from_lora
-from lora_core.projects.project import Project
+from lora_core.errors import AdapterFileError, ConfigError
+from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.starting_settings import (
+    GOALS,
+    LEVELS,
+    preset,
+    preset_names,
+    settings_from_lora,
+    starting_settings,
+)
 from lora_core.settings.config import RunConfig
+from lora_core.system.paths import PRESETS
 from tests.app.bases import write_header
+
+PERSONAL = ("name", "dataset.path", "dataset.trigger", "model.base", "model.vae")
+
+
+def test_there_is_a_file_for_each_name_and_no_other() -> None:
+    assert sorted(path.stem for path in PRESETS.glob("*.toml")) == sorted(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_preset_is_legal(name: str) -> None:
+    values = preset(name)
+    assert values
+    config = RunConfig().changed(values)
+    for key, value in values.items():
+        assert config.get(key) == value, f"{key} is not written as the config keeps it"
+
+
+@pytest.mark.parametrize("name", [f"{goal}-{level}" for goal in GOALS for level in LEVELS])
+def test_a_goal_leaves_a_persons_own_settings_alone(name: str) -> None:
+    assert set(preset(name)).isdisjoint(PERSONAL)
+
+
+def test_more_quality_takes_more_steps() -> None:
+    for goal in GOALS:
+        steps = [RunConfig().changed(preset(f"{goal}-{level}")).train.steps for level in LEVELS]
+        assert steps == sorted(steps)
+
+
+def test_a_level_alone_means_a_character() -> None:
+    assert preset("quick") == preset("character-quick")
+
+
+@pytest.mark.parametrize("family", [None, *FAMILIES.values()])
+def test_what_a_family_needs_counts_more_than_the_preset(family) -> None:
+    """Text encoders of the largest family are not trained unless a person asks for it."""
+    for name in ("", *preset_names()):
+        start = starting_settings(name, family)
+        config = RunConfig().changed(start)
+        own = dict(family.settings) if family else {}
+        for key, value in ({**preset(name), **own} if name else own).items():
+            assert config.get(key) == value
+    assert starting_settings("character-high", FAMILIES["sdxl"])["optimizer.text_encoder_lr"] == 0.0
+    assert starting_settings("character-high", FAMILIES["sd15"])["optimizer.text_encoder_lr"] == 5e-5
+
+
+def test_an_unknown_preset_is_answered_with_all_names() -> None:
+    with pytest.raises(ConfigError, match="demo, character-quick"):
+        preset("best")
+
 
 DOWN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight"
 LAYERS = {DOWN: [8, 320], DOWN.replace("down.weight", "up.weight"): [320, 8]}
@@ -205,37 +259,6 @@ def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
         settings_from_lora(lora(tmp_path, {"lora_easel.config": "= ="}))
     with pytest.raises(AdapterFileError, match="does not exist"):
         settings_from_lora(tmp_path / "none.safetensors")
-
-
-def test_the_form_takes_them_and_the_page_says_what_was_taken(tmp_path: Path) -> None:
-    project = Project(tmp_path / "project")
-    project.update_draft(values=dict(zip(FORM, widget_values(project), strict=True)) | {"sample.cfg": 7.5})
-    hostile = {
-        **KOHYA,
-        "ss_sd_model_name": "<img src=x onerror=alert(1)>",
-        "modelspec.trigger_phrase": "zwx dog",
-    }
-    said = take_settings(project, settings_from_lora(lora(tmp_path, hostile)), "<b>.safetensors")
-    values = dict(zip(FORM, widget_values(project), strict=True))
-    assert (values["adapter.rank"], values["train.steps"], values["sample.cfg"]) == (32, 2000, 7.5)
-    assert values["adapter.block_ranks"] == r"\.conv[12]$|samplers.*\.conv$ = 8"
-    assert project.draft()["trigger"] == "zwx dog"
-    assert "23 settings taken" in said
-    assert "<img" not in said
-    assert "<b>" not in said
-
-
-def test_a_file_cannot_freeze_the_window_with_a_pattern(tmp_path: Path) -> None:
-    """`re` would look for this one in a layer's name for longer than anybody lives."""
-    hostile = {"lora_easel.config": "[adapter]\nrank = 4\n[adapter.block_ranks]\n'([a-z0-9_.]+)+!' = 4"}
-    project = Project(tmp_path / "project")
-    project.update_draft(values=dict(zip(FORM, widget_values(project), strict=True)))
-    take_settings(project, settings_from_lora(lora(tmp_path, hostile)), "x.safetensors")
-    plan = Plan(project)
-    begun = time.process_time()
-    assert plan.base.facts is not None
-    assert export_bytes(plan.base.facts, plan.config)
-    assert time.process_time() - begun < 2.0
 
 
 def test_a_pattern_that_cannot_be_used_is_left_out_and_said(tmp_path: Path) -> None:
