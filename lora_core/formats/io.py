@@ -36,7 +36,7 @@ AS_IT_IS = "as it is"
 """In place of a dtype: each tensor keeps its own."""
 
 CONVERTIBLE = ("LoHa", "LoKr", "DoRA")
-"""Kinds of adapters that `tools/combine.py` turns into plain LoRAs."""
+"""Kinds of adapters that `tools/shrink.py` turns into plain LoRAs."""
 
 _WRITER_KEYS = {
     HEADER_KEY, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "format",

@@ -68,9 +68,9 @@ def spectrum_html(spectrum: Row) -> str:
         spectrum: of `tools.svd.file_spectrum`.
     """
     layers: list[Row] = spectrum["layers"]
-    said = paragraph(spectrum_sentence(spectrum)) + left_out_html(spectrum["left_out"])
+    text = paragraph(spectrum_sentence(spectrum)) + left_out_html(spectrum["left_out"])
     if not layers:
-        return said
+        return text
     held = "Of the median layer, by its leading directions; four of five layers lie between the thin lines."
     plots = [
         figure("Energy held, in percent", _held(layers), held),
@@ -83,7 +83,7 @@ def spectrum_html(spectrum: Row) -> str:
         folded("Table by block", _block_table(spectrum["blocks"])),
         folded("Table of all layers", _layer_table(layers)),
     ]
-    return said + figures(plots) + "".join(tables)
+    return text + figures(plots) + "".join(tables)
 
 
 def _held(layers: Sequence[Row]) -> str:
@@ -92,7 +92,7 @@ def _held(layers: Sequence[Row]) -> str:
     shares = []
     for row in layers:
         sums = list(itertools.accumulate(value**2 for value in row["singular_values"]))
-        if sums[-1] > 0:
+        if sums and sums[-1] > 0:
             shares.append([value / sums[-1] for value in sums] + [1.0] * (longest - len(sums)))
     if not shares:
         return paragraph("All layers are zero.")
@@ -175,10 +175,10 @@ def intrinsic_html(found: Row) -> str:
     Args:
         found: the document of `shrink --intrinsic --json`, with `sentences`.
     """
-    said = "".join(paragraph(sentence) for sentence in found.get("sentences", []))
+    text = "".join(paragraph(sentence) for sentence in found.get("sentences", []))
     tried = sorted(found.get("tried", []), key=lambda row: row["columns"])
     if len(tried) < 2:
-        return said
+        return text
     points = [(float(row["columns"]), 100 * float(row["kept"])) for row in tried]
     errors = [200 * float(row["standard_error"]) for row in tried]
     label = "Share of the gain that is kept, over how many directions are kept in all layers together"
@@ -186,7 +186,7 @@ def intrinsic_html(found: Row) -> str:
     rows = [(f"{row['columns']:,}", f"{row['kept']:.1%}", f"{row['standard_error']:.1%}") for row in tried]
     table = table_html(("Directions kept", "Share of the gain", "Standard error"), rows, "Measured cuts")
     note = "In percent, over the directions kept in all layers together; the band is two standard errors."
-    return said + figure("Gain that is kept", plot, note) + folded("As a table", table)
+    return text + figure("Gain that is kept", plot, note) + folded("As a table", table)
 
 
 def strength_html(found: Row, what: str = "") -> str:
@@ -222,7 +222,7 @@ def amplified_html(report: Row) -> str:
     overall = report["amplification"]
     factor = "beyond measure" if overall is None else f"{overall:.1f}"
     count = report["intruders"]
-    said = paragraph(
+    text = paragraph(
         f"Where it acts it is {factor} times as strong as the base is there"
         f"{' in all' if overall is not None else ''}; {count:,} intruder"
         f" {'dimension' if count == 1 else 'dimensions'}: new leading directions that the base does not"
@@ -248,7 +248,7 @@ def amplified_html(report: Row) -> str:
         [(name, *cells) for name, cells in zip(names, words, strict=True)],
         "By block",
     )
-    return said + left_out_html(report["left_out"]) + figure("By block", plot) + folded("As a table", table)
+    return text + left_out_html(report["left_out"]) + figure("By block", plot) + folded("As a table", table)
 
 
 def rate_html(found: RateFound) -> str:

@@ -75,7 +75,7 @@ def _significant_left(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], co
 
 
 def _eigen_of_square(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues (descending) and -vectors of the smaller square of a matrix, without rounding.
+    """Eigenvalues (descending) and -vectors of the smaller square of a matrix, those that exceed rounding.
 
     They give its singular vectors in a tenth of an SVD's time; in double precision, since a square halves the
     digits.
