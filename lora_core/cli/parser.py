@@ -340,7 +340,8 @@ def _app(verbs: Iterable[str]) -> typer.Typer:
 def _callback(verb: str) -> Callable[..., Call]:
     def callback(**values: Any) -> Call:
         alone = EXACTLY_ONE.get(verb, ())
-        if alone and sum(values[name] not in (None, False) for name in alone) != 1:
+        # 0 is a value too, which its verb refuses.
+        if alone and sum(values[name] is not None and values[name] is not False for name in alone) != 1:
             raise typer.BadParameter(f"give exactly one of {', '.join(f'--{name}' for name in alone)}")
         return Call(verb, values)
 
