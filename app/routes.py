@@ -28,7 +28,7 @@ from lora_core.runs.folder import runs_folder
 from lora_core.system.paths import ASSETS
 from lora_core.system.untrusted import clean_value, parse_json
 
-PICTURES = set(IMAGE_SUFFIXES)
+IMAGE_TYPES = set(IMAGE_SUFFIXES)
 # What browsers show by themselves; the rest is sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 ASSET_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
@@ -98,15 +98,15 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         return Answer({"app": "lora-easel", "workspace": app_state.identity})
 
     @app.get("/easel/picture/{kind}/{path:path}")
-    async def picture(kind: str, path: str) -> Response:
-        file = _picture(app_state, kind, path)
+    async def image(kind: str, path: str) -> Response:
+        file = _resolve_image(app_state, kind, path)
         if file.suffix.lower() in SHOWN and kind not in ("dataset", "left-out"):
             return FileResponse(file, media_type=SHOWN[file.suffix.lower()], headers=KEEP)
         return await _small(app_state, file, 1024)
 
     @app.get("/easel/thumb/{kind}/{path:path}")
     async def thumb(kind: str, path: str) -> Response:
-        return await _small(app_state, _picture(app_state, kind, path), 256)
+        return await _small(app_state, _resolve_image(app_state, kind, path), 256)
 
     @app.get("/easel/download/{run}/{file}")
     async def download(run: str, file: str) -> Response:
@@ -196,7 +196,7 @@ class Answer(JSONResponse):
             return super().render(clean_value(content))
 
 
-def _picture(app_state: AppState, kind: str, path: str) -> Path:
+def _resolve_image(app_state: AppState, kind: str, path: str) -> Path:
     roots = {
         "dataset": app_state.project.dataset_folder,
         "left-out": app_state.project.left_out_folder,
@@ -207,10 +207,10 @@ def _picture(app_state: AppState, kind: str, path: str) -> Path:
         raise BadRequest(kind)
     root = roots[kind]
     try:
-        return below(root, path, PICTURES, app_state.project.linked_folders)
+        return below(root, path, IMAGE_TYPES, app_state.project.linked_folders)
     except BadRequest as error:
         plain = _join_below(root, path)
-        if plain.suffix.lower() in PICTURES and not os.path.lexists(plain):
+        if plain.suffix.lower() in IMAGE_TYPES and not os.path.lexists(plain):
             raise NotFound(path) from error
         raise
 

@@ -46,7 +46,7 @@ class Reply:
     total: int = 0
     message: str = ""
     phase: str = ""
-    pictures: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
     look: bytes = b""
     looks: int = 0
     dropped: bool = False
@@ -230,7 +230,7 @@ class WorkerClient:
         elif reply.dropped:
             self._end(reply, "error", CANCELLED)
         else:
-            reply.message, reply.done, reply.look, reply.pictures = GAVE_WAY, 0, b"", []
+            reply.message, reply.done, reply.look, reply.images = GAVE_WAY, 0, b"", []
             self._put_back(reply)
 
     def _put_back(self, reply: Reply) -> None:
@@ -249,7 +249,7 @@ class WorkerClient:
                     reply.look = base64.b64decode(str(message.get("image", "")), validate=True)
                     reply.looks += 1
             case "picture":
-                reply.pictures.append(message)
+                reply.images.append(message)
             case "done":
                 reply.result = message
                 self._end(reply, "done", "")

@@ -24,14 +24,14 @@ MOST_NAMES = 50_000
 
 def add_dataset_routes(app: FastAPI, app_state: AppState) -> None:
     """Add the tab's routes to `app`."""
-    _add_pictures(app, app_state)
+    _add_images(app, app_state)
     _add_import(app, app_state)
     _add_bulk(app, app_state)
     _add_check(app, app_state)
     _add_insights(app, app_state)
 
 
-def _add_pictures(app: FastAPI, app_state: AppState) -> None:
+def _add_images(app: FastAPI, app_state: AppState) -> None:
     project = app_state.project
 
     @app.get("/easel/dataset")

@@ -65,7 +65,7 @@ def _compare(snapshot: Snapshot) -> str:
             '<div class="compare empty" id="compare"><p class="small">Write what you would like to see and'
             " press Generate: one noise, drawn without and with the LoRA.</p></div>"
         )
-    base, drawn, label = view.picture(shot.alone()), view.picture(shot), _label(shot)
+    base, drawn, label = view.image(shot.alone()), view.image(shot), _label(shot)
     stale = ""
     if drawn is None and (near := _nearest(view, shot)) is not None:
         drawn, stale = near, " stale"
@@ -115,10 +115,10 @@ def _nearest(view: PreviewState, shot: GenerationRequest) -> Path | None:
     """The strip image nearest to the wanted strength, shown until that is ready."""
     if len(shot.loras) != 1:
         return None
-    there = [one for one in view.strip_shots() if one.loras and one in view.pictures]
+    there = [one for one in view.strip_shots() if one.loras and one in view.images]
     wanted = shot.loras[0].strength
     nearest = min(there, key=lambda one: abs(one.loras[0].strength - wanted), default=None)
-    return view.pictures[nearest] if nearest is not None else None
+    return view.images[nearest] if nearest is not None else None
 
 
 def _facts(snapshot: Snapshot, shot: GenerationRequest, base: Path | None, drawn: Path | None) -> str:
@@ -190,16 +190,12 @@ def strength_strip(snapshot: Snapshot) -> str:
         return '<p class="small" id="strip-note">Same prompt, same noise; only the strength differs.</p>'
     cells = []
     for value, shot in zip(view.strip, view.strip_shots(), strict=True):
-        picture = view.pictures.get(shot)
-        here = " drawing" if picture is None and view.drawing == shot else ""
-        image = (
-            _image(snapshot, picture, f"strength {value:.2f}")
-            if picture
-            else f'<div class="shot{here}"></div>'
-        )
+        file = view.images.get(shot)
+        here = " drawing" if file is None and view.drawing == shot else ""
+        image = _image(snapshot, file, f"strength {value:.2f}") if file else f'<div class="shot{here}"></div>'
         cells.append(f'<figure>{image}<figcaption class="small num">{value:.2f}</figcaption></figure>')
     mixed = " 1.00 is the mix as it is set." if len(view.shot.loras) > 1 else ""
-    whole = all(shot in view.pictures for shot in view.strip_shots())
+    whole = all(shot in view.images for shot in view.strip_shots())
     save = (
         '<a class="own" href="/easel/preview/strip.png" download id="save-strip">Save PNG</a>'
         if whole
@@ -221,7 +217,7 @@ def grid_result(snapshot: Snapshot) -> str:
             '<p class="small" id="grid-state" data-state="none">Two things against each other, such as three'
             " checkpoints at three strengths, on one labelled sheet.</p>"
         )
-    count = f"{sum(shot in view.pictures for shot in grid.shots)} of {len(grid.shots)}"
+    count = f"{sum(shot in view.images for shot in grid.shots)} of {len(grid.shots)}"
     if grid.sheet is not None and grid.sheet.is_file():
         link = safe(image_url("generated", snapshot.app_state.generated, grid.sheet))
         name = safe(grid.sheet.name)
@@ -252,8 +248,8 @@ def _table(snapshot: Snapshot, grid: GridState) -> str:
     for label, row in zip(labels, grid.cells, strict=True):
         cells = []
         for shot in row:
-            picture = snapshot.view.pictures.get(shot)
-            cells.append(f"<td>{_image(snapshot, picture, '') if picture else '<div class=shot></div>'}</td>")
+            file = snapshot.view.images.get(shot)
+            cells.append(f"<td>{_image(snapshot, file, '') if file else '<div class=shot></div>'}</td>")
         head = f'<th scope="row" class="small">{safe(label[:120])}</th>' if grid.rows else ""
         rows.append(f"<tr>{head}{''.join(cells)}</tr>")
     corner = "<td></td>" if grid.rows and heads else ""

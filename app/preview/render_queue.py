@@ -73,7 +73,7 @@ class PreviewState:
         shot: what is looked at, None before the first.
         strip: the strengths of the strip, none where it is not wanted.
         grid: the grid, or None.
-        pictures: those that are there, of what is looked at, the strip and the grid.
+        images: those that are there, of what is looked at, the strip and the grid.
         wanted_at: when it was wanted, which tells one look from the next.
         drawing: the shot in hand.
         looks: how many looks there were at it.
@@ -87,15 +87,15 @@ class PreviewState:
     shot: GenerationRequest | None
     strip: tuple[float, ...]
     grid: GridState | None
-    pictures: dict[GenerationRequest, Path] = field(default_factory=dict)
+    images: dict[GenerationRequest, Path] = field(default_factory=dict)
     wanted_at: float = 0.0
     drawing: GenerationRequest | None = None
     looks: int = 0
     note: str = ""
 
-    def picture(self, shot: GenerationRequest) -> Path | None:
+    def image(self, shot: GenerationRequest) -> Path | None:
         """The file of an image, if it exists."""
-        return self.pictures.get(shot.acting())
+        return self.images.get(shot.acting())
 
     def strip_shots(self) -> list[GenerationRequest]:
         """The requests of the strip."""
@@ -111,7 +111,7 @@ class PreviewState:
     @property
     def strip_waits(self) -> bool:
         """Whether cells of the strip are still to be generated."""
-        return self.state != "error" and any(shot not in self.pictures for shot in self.strip_shots())
+        return self.state != "error" and any(shot not in self.images for shot in self.strip_shots())
 
     @property
     def grid_waits(self) -> bool:
@@ -282,12 +282,12 @@ class RenderQueue:
     """Generates images through the worker, in its own thread."""
 
     def __init__(
-        self, worker: WorkerClient, folder: Callable[[], Path], on_picture: Callable[[], None] = lambda: None
+        self, worker: WorkerClient, folder: Callable[[], Path], on_image: Callable[[], None] = lambda: None
     ) -> None:
         """Generate into `folder()`."""
         self.worker = worker
         self._folder = folder
-        self._on_picture = on_picture
+        self._on_image = on_image
         self._shot: GenerationRequest | None = None
         self._strip: tuple[float, ...] = ()
         self._grid: GridState | None = None
@@ -357,7 +357,7 @@ class RenderQueue:
             self._strip = ()
             if self._grid is not None and self._grid.sheet is None:
                 self._grid.problem = self._grid.problem or CANCELLED
-            if self._shot is not None and not self._needed_pictures(self._shot):
+            if self._shot is not None and not self._has_needed_images(self._shot):
                 self._error = CANCELLED
             self._wanted_at = time.monotonic()
 
@@ -375,15 +375,15 @@ class RenderQueue:
             wanted = set(self._strip_shots(shot)) | set(grid.shots if grid else ())
             if shot is not None:
                 wanted |= {shot.acting(), shot.alone()}
-            pictures = {one: path for one in wanted if (path := self._picture(one)) is not None}
-            working = shot is not None and not self._needed_pictures(shot)
+            images = {one: path for one in wanted if (path := self._find_image(one)) is not None}
+            working = shot is not None and not self._has_needed_images(shot)
             told = "idle" if self._error == CANCELLED else "error" if self._error else ""
             state = told or ("working" if working else "idle")
             message = self._error or (self._words(reply) if reply is not None else "")
             done, total = (reply.done, reply.total) if reply is not None else (0, 0)
             looks = reply.looks if reply is not None else 0
             return PreviewState(
-                state, message, done, total, shot, self._strip, grid, pictures, self._wanted_at,
+                state, message, done, total, shot, self._strip, grid, images, self._wanted_at,
                 job.shot if job else None, looks, self._note,
             )  # fmt: skip
 
@@ -405,14 +405,14 @@ class RenderQueue:
             self._thread.start()
         self._changed.notify()
 
-    def _needed_pictures(self, shot: GenerationRequest) -> bool:
+    def _has_needed_images(self, shot: GenerationRequest) -> bool:
         """Whether the shown image and the base's own exist."""
-        return self._picture(shot.acting()) is not None and self._picture(shot.alone()) is not None
+        return self._find_image(shot.acting()) is not None and self._find_image(shot.alone()) is not None
 
     def _strip_shots(self, shot: GenerationRequest | None) -> list[GenerationRequest]:
         return PreviewState("", "", 0, 0, shot, self._strip, None).strip_shots()
 
-    def _picture(self, shot: GenerationRequest) -> Path | None:
+    def _find_image(self, shot: GenerationRequest) -> Path | None:
         """The file of a request, if it was generated in the open project from the adapter files as last
         requested."""
         path = self._drawn.get(self._key(shot))
@@ -428,17 +428,17 @@ class RenderQueue:
         """The next job: shown image, base beside it, strip, grid, sheet."""
         shot = self._shot
         if shot is not None and not self._error:
-            if self._picture(shot.acting()) is None:
+            if self._find_image(shot.acting()) is None:
                 return _RenderJob("shot", shot.acting())
-            if self._picture(shot.alone()) is None:
+            if self._find_image(shot.alone()) is None:
                 return _RenderJob("base", shot.alone())
             for wanted in self._strip_shots(shot):
-                if self._picture(wanted) is None:
+                if self._find_image(wanted) is None:
                     return _RenderJob("strip", wanted)
         grid = self._grid
         if grid is None or grid.problem or grid.sheet is not None:
             return None
-        missing = (cell for cell in grid.shots if self._picture(cell) is None)
+        missing = (cell for cell in grid.shots if self._find_image(cell) is None)
         cell = next(missing, None)
         return _RenderJob("grid", cell) if cell is not None else _RenderJob("sheet")
 
@@ -459,7 +459,7 @@ class RenderQueue:
             with self._changed:
                 self._keep(job, grid, reply)
                 self._job = self._reply = None
-            self._on_picture()
+            self._on_image()
 
     def _draw_request(self, shot: GenerationRequest) -> dict[str, Any]:
         place = self._folder() / time.strftime("%Y-%m")
@@ -468,7 +468,7 @@ class RenderQueue:
     def _sheet_request(self, grid: GridState | None) -> dict[str, Any]:
         assert grid is not None
         stem = f"{time.strftime('%Y%m%d-%H%M%S')}-grid-{time.monotonic_ns() % 100_000:05d}.png"
-        cells = [[str(path) if (path := self._picture(s)) else None for s in row] for row in grid.cells]
+        cells = [[str(path) if (path := self._find_image(s)) else None for s in row] for row in grid.cells]
         return {
             "do": "sheet",
             "cells": cells,
@@ -493,7 +493,7 @@ class RenderQueue:
             grid.sheet = path
             self._remember(HistoryEntry(path, grid.shot, grid.rows, grid.columns))
         else:
-            self._note = str(reply.pictures[-1].get("note", "")) if reply.pictures else ""
+            self._note = str(reply.images[-1].get("note", "")) if reply.images else ""
             self._drawn[job.shot, tuple(reply.request["key"])] = path
             while len(self._drawn) > MOST_DRAWN:
                 self._drawn.pop(next(iter(self._drawn)))

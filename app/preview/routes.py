@@ -33,7 +33,7 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
                 "words": working_words(view) if view.state == "working" else "",
                 "looks": view.looks if main else 0,
                 "at": f"{view.wanted_at:.3f}",
-                "pictures": len(view.pictures),
+                "pictures": len(view.images),
             },
             headers=FRESH,
         )
@@ -125,13 +125,13 @@ def strip_sheet(app_state: AppState) -> Path:
     render_queue = app_state.render_queue
     view = render_queue.view()
     shots = view.strip_shots()
-    if view.shot is None or not shots or any(shot not in view.pictures for shot in shots):
+    if view.shot is None or not shots or any(shot not in view.images for shot in shots):
         raise RunError("The strip is not drawn yet; draw it first.")
     columns = make_axis("strength", list(view.strip))
     grid = GridState(view.shot, None, columns, [shots])
-    stem = view.pictures[shots[0]]
+    stem = view.images[shots[0]]
     out = stem.with_name(f"{stem.stem}-strip.png")
-    cells = [[str(view.pictures[shot]) for shot in shots]]
+    cells = [[str(view.images[shot]) for shot in shots]]
     labels = [f"{value:g}" for value in view.strip]
     reply = app_state.worker.ask(
         {"do": "sheet", "cells": cells, "columns": labels, "parameters": sheet_info(grid), "out": str(out)}

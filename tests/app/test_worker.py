@@ -83,7 +83,7 @@ def worker(tmp_path: Path):
 
 def test_an_answer_and_an_error(worker: WorkerClient, tmp_path: Path) -> None:
     reply = worker.ask({"do": "generate", "strengths": [0.0, 1.0], "out": str(tmp_path)}, timeout=PATIENCE)
-    assert (reply.state, len(reply.pictures), reply.result["seconds"]) == ("done", 2, 0.1)
+    assert (reply.state, len(reply.images), reply.result["seconds"]) == ("done", 2, 0.1)
     assert worker.ask({"do": "inspect"}, timeout=PATIENCE).message == "It cannot be read."
 
 
@@ -122,7 +122,7 @@ def test_a_shot_is_drawn_then_the_base_then_the_strip(render_queue: RenderQueue)
     render_queue.want(shot("a cat", 0.8), STRIP)
     assert render_queue.view().state == "working"
     view = settled(render_queue)
-    assert {one.loras[0].strength if one.loras else 0.0 for one in view.pictures} == {0.8, *STRIP}
+    assert {one.loras[0].strength if one.loras else 0.0 for one in view.images} == {0.8, *STRIP}
     # The strip holds it already, so that nothing is drawn again.
     assert render_queue.look_at(shot("a cat", 0.5))
     assert render_queue.view().state == "idle"
@@ -132,13 +132,13 @@ def test_strength_zero_is_the_base_s_own_picture(render_queue: RenderQueue) -> N
     render_queue.want(shot("a cat", 1.0), (0.0, 1.0))
     view = settled(render_queue)
     assert view.shot is not None
-    assert view.picture(view.shot.at("strength", 0.0)) == view.picture(view.shot.alone())
-    assert len(set(view.pictures.values())) == 2
+    assert view.image(view.shot.at("strength", 0.0)) == view.image(view.shot.alone())
+    assert len(set(view.images.values())) == 2
 
 
 def test_without_a_lora_the_base_alone_is_drawn(render_queue: RenderQueue) -> None:
     render_queue.want(shot("a cat"), STRIP)
-    assert set(settled(render_queue).pictures) == {shot("a cat")}
+    assert set(settled(render_queue).images) == {shot("a cat")}
 
 
 def test_an_error_stays_until_something_else_is_wanted(render_queue: RenderQueue) -> None:
@@ -156,7 +156,7 @@ def test_a_grid_is_filled_cell_by_cell_and_put_together(render_queue: RenderQueu
     view = settled(render_queue)
     assert view.grid is not None
     assert view.grid.sheet is not None
-    assert len(view.pictures) == 6
+    assert len(view.images) == 6
     kept = render_queue.history.newest()[0]
     assert (kept.file, kept.rows, kept.is_sheet) == (view.grid.sheet, make_axis("seed", [1, 2]), True)
     asked = json.loads((view.grid.sheet).read_text())
@@ -171,14 +171,14 @@ def test_a_file_that_is_written_anew_waits_for_the_next_wish(
     file.write_bytes(b"one")
     wanted = GenerationRequest(prompt="a cat", loras=(WeightedLora(str(file), 1.0),))
     render_queue.want(wanted, ())
-    first = settled(render_queue).pictures
+    first = settled(render_queue).images
     # An export writes the file once more; nobody asked for another picture by that.
     file.write_bytes(b"two")
     os.utime(file, ns=(1, 1))
-    assert (render_queue.view().state, render_queue.view().pictures) == ("idle", first)
+    assert (render_queue.view().state, render_queue.view().images) == ("idle", first)
     render_queue.want(wanted)
     assert render_queue.view().state == "working"
-    again = settled(render_queue).pictures
+    again = settled(render_queue).images
     assert (again[wanted.alone()], again[wanted.acting()] == first[wanted.acting()]) == (
         first[wanted.alone()],
         False,
@@ -190,13 +190,13 @@ def test_another_project_draws_its_own(worker: WorkerClient, tmp_path: Path) -> 
     here = tmp_path / "one"
     render_queue = RenderQueue(worker, lambda: here)
     render_queue.want(shot("a cat", 0.8))
-    first = settled(render_queue).pictures
+    first = settled(render_queue).images
     assert first
     here = tmp_path / "two"
     render_queue.clear()
     assert render_queue.view().shot is None
     render_queue.want(shot("a cat", 0.8))
-    second = settled(render_queue).pictures
+    second = settled(render_queue).images
     assert first.keys() == second.keys()
     assert all(path.is_relative_to(tmp_path / "two") for path in second.values())
 
@@ -302,7 +302,7 @@ def test_on_a_card_the_process_ends_for_a_run_and_what_it_drew_is_drawn_after_it
     go.touch()
     run = ""
     assert reply.finished.wait(PATIENCE)
-    assert (reply.state, len(reply.pictures)) == ("done", 1)
+    assert (reply.state, len(reply.images)) == ("done", 1)
 
 
 def test_start_ends_an_idle_process_on_a_card_at_once_and_a_picture_starts_it_again(

@@ -193,7 +193,7 @@ def test_the_drawing_process_gives_way_and_draws_the_same_when_it_comes_back(tmp
         worker.release()
         assert process.poll() is not None
         again = worker.ask(asked, PATIENCE)
-        images = [Path(reply.pictures[0]["file"]).read_bytes() for reply in (first, again)]
+        images = [Path(reply.images[0]["file"]).read_bytes() for reply in (first, again)]
         assert images[0] == images[1]
     finally:
         worker.close()
