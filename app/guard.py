@@ -83,7 +83,7 @@ class Login:
         if request.scope["path"] == "/easel/login" and request.method == "POST":
             address = _network(request.client.host if request.client else "")
             if address in self._waiting:
-                return _page("Another guess from your address is being looked at; wait for it.", 429)
+                return _page("Another attempt from your address is being checked; wait for it.", 429)
             self._waiting.add(address)
             try:
                 return await self._guessed(request)
@@ -104,7 +104,7 @@ class Login:
             await asyncio.sleep(self._pause)
             if not hmac.compare_digest(given.encode("utf-8", "replace"), self.password):
                 self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))
-                return _page("That is not the password.", 401)
+                return _page("Wrong password.", 401)
             self._pause = 0.0
         key = secrets.token_urlsafe(32)
         self._keys.add(key)

@@ -12,14 +12,14 @@ from lora_core.system.paths import ASSETS
 
 TITLE = "LoRA Easel"
 REASONS = {
-    "pause": "Saves the run and ends its process, to go on later.",
-    "stop": "Saves the run, writes the file from what is learned so far, and ends it.",
-    "preview": "Draws the sample prompts after the present step.",
-    "save": "Saves a checkpoint after the present step.",
+    "pause": "Saves the run and ends its process; resume it later.",
+    "stop": "Saves the run, exports what it has learned so far, and ends it.",
+    "preview": "Generates the sample prompts after the current step.",
+    "save": "Saves a checkpoint after the current step.",
 }
 NOTE = (
     '<div id="header-note"><p id="other-pages" class="small" role="status" hidden>This window is open in'
-    " another tab too. Both show the same run; of the form, what was typed last in a field counts.</p></div>"
+    " another tab too. Both show the same run; if you edit the form in both, the last change wins.</p></div>"
 )
 NAMES = {"pause": "Pause", "stop": "Stop", "preview": "Sample now", "save": "Save now"}
 
@@ -46,9 +46,9 @@ def why_disabled(snapshot: Snapshot, do: str) -> str:
     if not snapshot.live:
         return "No run is going on."
     if snapshot.state in ("pausing", "stopping"):
-        return f"The run is {snapshot.state}; this takes until the present step is done and saved."
+        return f"The run is {snapshot.state}; this takes until the current step is finished and saved."
     if do in ("preview", "save") and snapshot.state == "preparing":
-        return "The run is still preparing; this can be asked for once it steps."
+        return "The run is still preparing; this is possible once it trains."
     return ""
 
 
@@ -58,9 +58,11 @@ def resume_button(snapshot: Snapshot, name: str, tone: str = "") -> str:
     words = "Resume" if name == "resume" else f"Continue at step {step:,}" if step else "Start again"
     if snapshot.state == "stopped" and snapshot.progress.reason:
         words = "Go on anyway"
-    tip = f"Goes on at step {step:,}." if step else "Starts again: no checkpoint was written yet."
+    tip = (
+        f"Resumes at step {step:,}." if step else "Starts from the beginning: no checkpoint was written yet."
+    )
     if snapshot.asks:
-        tip = "For when what has changed was put back; else it asks again."
+        tip = "Use this after restoring what changed; otherwise it asks again."
     return (
         f'<button type="button" class="own {tone}" id="{name}" data-run-do="resume"'
         f' title="{safe(tip)}">{words}</button>'
@@ -76,12 +78,12 @@ def accept_button(run_view: RunView, name: str = "", tone: str = "", why: str = 
         tone: its look.
         why: why it cannot be pressed now, "" where it can.
     """
-    tip = why or "The result is then not that of an unbroken run."
+    tip = why or "The result will differ from an uninterrupted run."
     body = json.dumps({"do": "accept", "run": run_view.run.name})
     named, off = f' id="{name}"' if name else "", " disabled" if why else ""
     return (
         f'<button type="button" class="own {tone}"{named} data-post="run" data-body="{safe(body)}"'
-        f' title="{safe(tip)}"{off}>Go on with the changes</button>'
+        f' title="{safe(tip)}"{off}>Continue with the changes</button>'
     )
 
 

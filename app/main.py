@@ -44,10 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="a name that browsers may call it by",
+        help="a host name under which browsers may open it",
     )
     made.add_argument(
-        "--password-file", type=Path, metavar="FILE", help=f"holds the password; or set {PASSWORD_VARIABLE}"
+        "--password-file",
+        type=Path,
+        metavar="FILE",
+        help=f"file with the password; or set {PASSWORD_VARIABLE}",
     )
     made.add_argument("--no-browser", action="store_true", help="do not open a browser")
     made.add_argument("--workspace", metavar="DIR", help="where runs, projects and pictures are kept")
@@ -111,7 +114,7 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
-        sys.stderr.write("\nLoRA Easel is closed. Runs that are going on go on.\n")
+        sys.stderr.write("\nLoRA Easel is closed. Runs continue.\n")
     finally:
         app_state.close()
     return 0
@@ -186,7 +189,7 @@ def _listener(host: str, port: int | None) -> socket.socket:
                 ) from error
             continue
         if candidate not in (port, FIRST_PORT):
-            sys.stdout.write(f"Port {FIRST_PORT} is taken by another program; {candidate} it is.\n")
+            sys.stdout.write(f"Port {FIRST_PORT} is taken by another program; using {candidate}.\n")
         return listener
     raise RunError(
         f"No port between {FIRST_PORT} and {FIRST_PORT + PORTS_TRIED - 1} is free on {host}; give one with"
@@ -207,7 +210,7 @@ def _already_open(app_state: AppState) -> int | None:
 
 
 def _point_to(port: int, options: argparse.Namespace) -> int:
-    sys.stdout.write("LoRA Easel is open on this workspace already.\n")
+    sys.stdout.write("LoRA Easel is already open on this workspace.\n")
     _say_ready(f"http://127.0.0.1:{port}", False)
     if not options.no_browser:
         webbrowser.open(f"http://127.0.0.1:{port}")

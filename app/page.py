@@ -21,7 +21,7 @@ from lora_core.system.untrusted import clean_value
 
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
 REST = 0.25
-WELCOME = """<h2>Teach a picture model something new, on your own computer</h2>
+WELCOME = """<h2>Teach an image model something new, on your own computer</h2>
 <p>1. Drop pictures of one thing or one style. &nbsp; 2. Press Start. &nbsp; 3. Move the strength slider, take
 the file.</p> <p class="small">No pictures at hand? The demo trains a style in a minute or two, without a
 GPU.</p>"""

@@ -20,7 +20,7 @@ from lora_core.system.disk_space import folder_bytes
 DIALOG = """<dialog id="projects" class="panel" aria-labelledby="projects-title">
 <div class="row apart"><h2 id="projects-title">Projects</h2><button type="button" class="own quiet"
  id="projects-close">Close</button></div>
-<p class="small">A project holds pictures, captions, the settings that you typed, and its runs.</p>
+<p class="small">A project holds pictures, captions, settings and runs.</p>
 <form class="row" id="project-new"><label class="entry grow"><span class="away">Name of a new
 project</span><input type="text"
  placeholder="Name of a new project" maxlength="80" autocomplete="off"></label><button

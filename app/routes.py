@@ -181,7 +181,7 @@ async def _disk_problem(request: Request, error: Exception) -> Response:
 
 async def _fault(request: Request, error: Exception) -> Response:
     # The server writes the traceback into its log; the page gets a sentence.
-    sentence = "This failed by a fault of the program; its log says more."
+    sentence = "This failed because of a bug in LoRA Easel; its log has the details."
     return Answer({"problem": sentence}, status_code=500)
 
 

@@ -123,8 +123,8 @@ class AppState:
         """Why nothing can be measured now, "" if it can."""
         run = self._live_run()
         if run:
-            return f"The run {run} is going on; it can be measured when that has ended."
-        return "The queue is being worked through." if self.queue.is_running else ""
+            return f"The run {run} is going on; measure once it has ended."
+        return "The queue is running." if self.queue.is_running else ""
 
     def _device(self) -> str:
         """`train.device` of the open project's draft."""

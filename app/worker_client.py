@@ -33,7 +33,7 @@ LOOK_AROUND_EVERY = 1.0
 """Seconds between two looks at whether somebody else needs the memory: a run imports torch for longer
 than that before it takes any. A look at 200 runs takes a hundredth of it."""
 GAVE_WAY = "Waiting: a run begins on the graphics card."
-STARTING_TAKES = "Loading the drawing process, which takes some seconds the first time."
+STARTING_TAKES = "Starting the worker, which takes some seconds the first time."
 
 
 @dataclass
@@ -255,7 +255,7 @@ class WorkerClient:
                 self._end(reply, "done", "")
                 return True
             case "error":
-                self._end(reply, "error", str(message.get("message", "It failed without a reason.")))
+                self._end(reply, "error", str(message.get("message", "It failed without giving a reason.")))
                 return True
         return False
 
@@ -303,7 +303,7 @@ class WorkerClient:
 
     def _death(self, reason: str) -> str:
         said = last_log_line(self.log_file)
-        return f"The drawing process is gone: {reason}. It starts again when you draw. {said}".strip()
+        return f"The worker process ended: {reason}. It restarts with the next request. {said}".strip()
 
 
 def _messages(stream: IO[bytes] | None) -> Any:

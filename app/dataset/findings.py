@@ -213,7 +213,7 @@ class DatasetInsights:
             return busy
         records = self.project.dataset().records
         if not records:
-            return "There are no pictures yet; put some in."
+            return "There are no pictures yet; add some."
         if what == "pictures":
             return (
                 "" if self._run() else "There is no run on these pictures with a checkpoint yet; train first."
@@ -313,7 +313,7 @@ class DatasetInsights:
         try:
             write_atomically(file, json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass"))
         except OSError as error:
-            self._problems[what] = f"What was found cannot be kept ({error.strerror}); free some disk space."
+            self._problems[what] = f"The results cannot be saved ({error.strerror}); free some disk space."
 
 
 def _named(found: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def findings_html(dataset: Dataset, skipped: list[FileProblem], demo: bool, advi
     if skipped:
         chips.append(chip(f"{len(skipped)} skipped at the last import", "warn"))
     if demo:
-        chips.append('<span class="chip" data-captions-fixed>the demo\'s own, which stay as they are</span>')
+        chips.append('<span class="chip" data-captions-fixed>the demo\'s own, read-only</span>')
     if not chips:
         return ""
     said = [*dataset.problems, *summarize_notes(dataset.notes, AUDIT_ONLY), *skipped]

@@ -55,7 +55,7 @@ class _BodyReader:
         try:
             listed = [(int(index), str(name), int(size)) for index, name, size in parse_json(line)]
         except (ValueError, TypeError, OverflowError) as error:
-            raise DatasetError("The list of files did not come through; drop them again.") from error
+            raise DatasetError("The list of files did not arrive; drop them again.") from error
         if any(not 0 <= index < MOST_FILES or size < 0 for index, _, size in listed):
             raise DatasetError(f"More than {MOST_FILES:,} files cannot be taken at once; drop fewer.")
         return listed
@@ -70,7 +70,7 @@ class _BodyReader:
             if not self.held:
                 self.held = await anext(self.chunks, b"")
             if not self.held:
-                raise DatasetError(f"{name} did not come through whole; drop it again.")
+                raise DatasetError(f"{name} did not arrive completely; drop it again.")
             part, self.held = self.held[:size], self.held[size:]
             size -= len(part)
             yield part
@@ -225,7 +225,7 @@ class Importer:
         def said(phase: str, done: int, total: int) -> None:
             self._state = {**self._state, "phase": phase, "done": done, "total": total}
 
-        state, note = "failed", "The import was broken off by a fault of the program; its log says more."
+        state, note = "failed", "The import failed because of a bug in LoRA Easel; its log has the details."
         try:
             imported = work(TransferMode(how, said, project.sizes))
             project.notes = imported.skipped
@@ -241,7 +241,7 @@ class Importer:
         except LoraError as error:
             note = str(error)
         except OSError as error:
-            note = f"The pictures cannot be taken over ({error.strerror or error}); try it again."
+            note = f"The pictures cannot be imported ({error.strerror or error}); try it again."
         finally:
             self._state = {**self._state, "state": state, "note": note}
 

@@ -77,13 +77,13 @@ def _tool(row: dict[str, Any]) -> str:
     if dropped or matched < keys:
         return _row(row, note, chip("drops keys", "bad"), _listed([str(name) for name in dropped]))
     if row.get("ok") and (error is None or row.get("unused_keys")):
-        return _row(row, note, chip("\N{CHECK MARK} reads it whole", "good"))
+        return _row(row, note, chip("\N{CHECK MARK} loads all keys", "good"))
     if error is None:
         return _row(row, note, chip("may differ", "warn"))
     if float(error) > SAME_STRENGTH:
         return _row(row, note, chip("wrong strength", "bad"))
     return _row(
-        row, f"{matched:,} of {keys:,} keys, same strength", chip("\N{CHECK MARK} reads it whole", "good")
+        row, f"{matched:,} of {keys:,} keys, same strength", chip("\N{CHECK MARK} loads all keys", "good")
     )
 
 
@@ -103,7 +103,7 @@ def verdict_chip(verified: dict[str, Any], fine: str) -> str:
     """All tools in one label; `fine` if all is well."""
     if verified.get("ok"):
         return chip(fine, "good")
-    return chip("not every tool reads it", "bad")
+    return chip("not every tool loads it", "bad")
 
 
 def compatibility_card(result: dict[str, Any] | None, portable: bool) -> str:
@@ -156,8 +156,8 @@ def build_check(bindings: Bindings) -> None:
     """Lay out the panel and wire it."""
     with gr.Column(elem_classes="card"):
         html_block(
-            '<h2>Check a LoRA file</h2><p class="small">Any tool\'s file: what it is, its trigger words, and'
-            " whether each tool reads it whole. Nothing in the file is run.</p>"
+            '<h2>Check a LoRA file</h2><p class="small">A file from any tool: its type, trigger words, and'
+            " whether each tool loads all of it. No code in the file is run.</p>"
         )
         with gr.Row(elem_id="check-drop"):
             upload = gr.UploadButton(
@@ -226,13 +226,13 @@ def report_html(name: str, result: Mapping[str, Any]) -> str:
     table = "".join(f'<tr><th scope="row">{safe(k)}</th><td>{safe(v)}</td></tr>' for k, v in rows)
     size = format_bytes(float(report.get("bytes", 0)))
     broken = report.get("hash_matches") is False
-    changed = chip("changed after it was written: its hash differs", "warn") if broken else ""
+    changed = chip("modified after it was written: its hash differs", "warn") if broken else ""
     verified: dict[str, Any] = dict(result.get("verify") or {})
     problem = str(result.get("problem") or "")
     tools = f'<p class="small">{safe(problem)}</p>' if problem else tool_rows(verified)
     said = [str(report.get(key) or "") for key in ("problem", "extras")]
     notes = "".join(f'<p class="small">{safe(text)}</p>' for text in said if text and text != problem)
-    verdict = "" if problem else verdict_chip(verified, "right for the tools that it is meant for")
+    verdict = "" if problem else verdict_chip(verified, "right for its intended tools")
     return (
         f'<div class="check-result"><div class="row apart"><h3>{safe(name)},'
         f' {size}</h3>{changed}{verdict}</div><table class="facts-table">{table}</table>{notes}{tools}</div>'

@@ -58,7 +58,7 @@ class FileManager:
         """
         file = Path(name)
         if name not in self._named:
-            raise RunError("The window has not written this file, so it does not show it.")
+            raise RunError("This file was not written by the window, so it is not shown.")
         if self.problem:
             raise RunError(self.problem)
         if not file.exists():
@@ -71,7 +71,7 @@ def lacking(platform: str, environment: Mapping[str, str]) -> str:
     if platform in ("darwin", "win32"):
         return ""
     if not environment.get("DISPLAY") and not environment.get("WAYLAND_DISPLAY"):
-        return "No desktop runs here that could show it; copy the path."
+        return "No desktop session is running; copy the path."
     if not shutil.which("dbus-send") and not shutil.which("xdg-open"):
         return "No file manager was found (dbus-send or xdg-open); copy the path."
     return ""

@@ -22,7 +22,7 @@ from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
 from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
 
-BUSY = "One look is under way already; wait for it, or cancel it."
+BUSY = "A tool is already running; wait for it, or cancel it."
 
 
 class BackgroundTask:
@@ -136,8 +136,8 @@ class LoraTool:
 
 
 TOOLS: dict[str, LoraTool] = {
-    "spectrum": LoraTool("Spectrum", "What it is, and how many directions each layer really uses."),
-    "amplify": LoraTool("Amplification", "What it brings out of its base, block by block.", needs=("base",)),
+    "spectrum": LoraTool("Spectrum", "Type of adapter, and the effective rank of each layer."),
+    "amplify": LoraTool("Amplification", "What it amplifies in its base, block by block.", needs=("base",)),
     "intrinsic": LoraTool(
         "Intrinsic rank", "The lowest rank that keeps 99% of its gain, measured.", (1, 1), ("measure",),
         "Measure",
@@ -145,12 +145,13 @@ TOOLS: dict[str, LoraTool] = {
     "strength": LoraTool(
         "Best strength", "Where it gains most, measured.", (1, 1), ("measure", "apart"), "Measure"
     ),
-    "compare": LoraTool("Similarity", "How alike the directions of two files are, against chance.", (2, 2)),
+    "compare": LoraTool("Similarity", "Similarity of the directions of two files, against chance.", (2, 2)),
     "stack": LoraTool(
-        "Stacking", "What is left of each when all are on.", (2, MOST_FILES), ("strengths", "measure?")
+        "Stacking", "How much of each LoRA survives when all are active.", (2, MOST_FILES),
+        ("strengths", "measure?"),
     ),
     "merge": LoraTool(
-        "Merge", "Several files as one: exactly or at a rank, with a weight for each block.", (1, MOST_FILES),
+        "Merge", "Several files as one, exactly or at a rank, with weights per block.", (1, MOST_FILES),
         ("strengths", "rank?", "blocks?", "base?"), "Merge", "adapter",
     ),
     "into-base": LoraTool(
@@ -158,7 +159,7 @@ TOOLS: dict[str, LoraTool] = {
         ("strengths", "base", "blocks?"), "Merge", "base",
     ),
     "plain": LoraTool(
-        "Plain LoRA", "A LoHa, LoKr or DoRA as a plain LoRA, which every tool reads.", (1, 1),
+        "Plain LoRA", "A LoHa, LoKr or DoRA as a plain LoRA, which every tool loads.", (1, 1),
         ("rank", "base?"), "Convert", "adapter", "merge",
     ),
     "convert": LoraTool(
@@ -166,7 +167,7 @@ TOOLS: dict[str, LoraTool] = {
         "adapter",
     ),
     "shrink": LoraTool(
-        "Shrink", "A smaller file, and what that costs.", (1, 1), ("size",), "Shrink", "adapter"
+        "Shrink", "A smaller file, and what it loses.", (1, 1), ("size",), "Shrink", "adapter"
     ),
     "extract": LoraTool(
         "Extract", "A LoRA out of a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract",
@@ -323,7 +324,7 @@ def check_memory_is_free(app_state: AppState) -> None:
         RunError: a run is going on.
     """
     if app_state.jobs.live() is not None:
-        raise RunError("A run is going on, which needs the memory; measure once it has ended.")
+        raise RunError("A run is using the memory; measure once it has ended.")
 
 
 def _measure(app_state: AppState, sent: Any) -> dict[str, Any]:

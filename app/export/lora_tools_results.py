@@ -59,7 +59,7 @@ def _name(file: str) -> str:
 def _spectrum(result: Row) -> str:
     report = result.get("report") or {}
     about = report_html("The file", {"report": report, "problem": " "})
-    return spectrum_html(result["spectrum"]) + folded("What the file says of itself", about)
+    return spectrum_html(result["spectrum"]) + folded("Metadata", about)
 
 
 def _on(result: Row) -> str:
@@ -184,13 +184,13 @@ def _stack_sentence(files: list[Row], names: list[str]) -> str:
         (row["survives"], name) for row, name in zip(files, names, strict=True) if row["survives"] is not None
     ]
     if not known:
-        return "None of them changes anything."
+        return "None of them has any effect."
     (low, weakest), (high, strongest) = min(known), max(known)
     if low < 0.98:
         return f"{weakest} loses most in the stack: {low:.0%} of it survives."
     if high > 1.02:
         return f"They do the same in part: in the stack {strongest} is {high:.0%} as strong as alone."
-    return "They leave each other alone: nearly all of each survives."
+    return "They hardly interfere: nearly all of each survives."
 
 
 def _share(value: float | None) -> str:
@@ -227,7 +227,7 @@ def written_html(result: Row) -> str:
 
 
 def _go_on(file: Path) -> str:
-    words = "Train on from this file"
+    words = "Continue training from this file"
     return f'<button type="button" class="own" data-inside-go-on="{safe(file)}">{words}</button>'
 
 

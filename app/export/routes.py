@@ -131,7 +131,7 @@ class _Look:
         elif do == "bake" and "strength" in found:
             more, suffix = {"strengths": found["strength"]["strengths"]}, "baked"
         else:
-            raise RunError("Measure first; there is nothing to make a file of.")
+            raise RunError("Measure first; there is no result to make a file from.")
         before = self._html
         out = free_path(self._desk, asked["file"], suffix)
         request = {"do": do, "file": asked["file"], "out": str(out), **more}

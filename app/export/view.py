@@ -182,7 +182,7 @@ def write_export(
     """
     run_view = next((w for w, _ in take_snapshot(app_state).runs if w.run.name == run), None)
     if run_view is None:
-        raise LoraError("Choose a run first; there is none with a checkpoint yet.")
+        raise LoraError("Choose a run first; none has a checkpoint yet.")
     stem = check_run_name(name.strip().removesuffix(".safetensors") or run_view.run.name)
     request = {"run": str(run_view.run.path), "checkpoint": checkpoint or "last", "name": stem}
     reply = app_state.worker.ask({"do": "export", **request, "format": form, "precision": precision})
@@ -207,7 +207,7 @@ def build_copy(bindings: Bindings, ready: Callable[[Snapshot], bool]) -> dict[st
     """
     app_state = bindings.app_state
     made: dict[str, Any] = {}
-    html_block('<h3 class="over-line">Or put it where your other tool looks for LoRAs</h3>')
+    html_block('<h3 class="over-line">Or copy it to the LoRA folder of another tool</h3>')
     with gr.Row(elem_id="copy-row"):
         made["folder"] = gr.Dropdown(
             label="Folder of the other tool",
@@ -255,7 +255,7 @@ def _folders(app_state: AppState) -> Any:
 def _tools_note(app_state: AppState) -> str:
     """What to do if no folder was found, or a tool keeps its own list of LoRAs."""
     if not folder_choices(app_state):
-        return '<p class="small">No folder of another tool was found here; type its path.</p>'
+        return '<p class="small">No folder of another tool was found; type its path.</p>'
     names = [
         tool.name
         for tool, _ in app_state.tools.shelves()
@@ -264,7 +264,7 @@ def _tools_note(app_state: AppState) -> str:
     if not names:
         return ""
     return (
-        f'<p class="small">{safe(" and ".join(dict.fromkeys(names)))} keeps a list of its own: add the file'
+        f'<p class="small">{safe(" and ".join(dict.fromkeys(names)))} keeps its own list: add the file'
         " there, in its model manager, by the path above.</p>"
     )
 
@@ -292,10 +292,10 @@ def copied_line(app_state: AppState, done: CopiedFile) -> str:
     with_it = ", with its side files" if done.beside else ""
     words = [f"Copied{f' to {tool}' if tool else ''}{with_it}."]
     if done.renamed:
-        words.append(f"Another file has that name there, so this one is called {done.file.stem}.")
+        words.append(f"That name was taken there, so this file is called {done.file.stem}.")
     if done.kept:
-        words.append(f"{', '.join(file.name for file in done.kept)} was there already and stays as it is.")
-    words.append("The tool lists it after a refresh." if tool else "")
+        words.append(f"{', '.join(file.name for file in done.kept)} was already there and is unchanged.")
+    words.append("Refresh the tool's list to see it." if tool else "")
     return (
         '<p class="small"'
         f' role="status">{safe(" ".join(words).strip())}</p>{app_state.files.place(done.file, "It is at")}'

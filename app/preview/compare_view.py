@@ -62,8 +62,8 @@ def _compare(snapshot: Snapshot) -> str:
     shot = view.shot
     if shot is None:
         return (
-            '<div class="compare empty" id="compare"><p class="small">Write what you would like to see and'
-            " press Generate: one noise, drawn without and with the LoRA.</p></div>"
+            '<div class="compare empty" id="compare"><p class="small">Type a prompt and'
+            " press Generate: the same noise, without and with the LoRA.</p></div>"
         )
     base, drawn, label = view.image(shot.alone()), view.image(shot), _label(shot)
     stale = ""
@@ -152,7 +152,7 @@ def _history(snapshot: Snapshot) -> str:
     cells = "".join(_cell(snapshot, one) for one in kept)
     return (
         f'<div class="recent" id="history"><h3>Drawn in this project</h3><div class="cells">{cells}</div><p'
-        ' class="small">A click puts its settings back.</p></div>'
+        ' class="small">Click one to restore its settings.</p></div>'
     )
 
 
@@ -180,7 +180,7 @@ def strength_strip(snapshot: Snapshot) -> str:
         words = (
             "Choose a LoRA to see it at these strengths."
             if view.shot
-            else "It fills once a picture is drawn."
+            else "It fills once an image is generated."
         )
         return (
             f'<p class="small" id="strip-note">{words} Same prompt, same noise; only the strength'
@@ -194,7 +194,7 @@ def strength_strip(snapshot: Snapshot) -> str:
         here = " drawing" if file is None and view.drawing == shot else ""
         image = _image(snapshot, file, f"strength {value:.2f}") if file else f'<div class="shot{here}"></div>'
         cells.append(f'<figure>{image}<figcaption class="small num">{value:.2f}</figcaption></figure>')
-    mixed = " 1.00 is the mix as it is set." if len(view.shot.loras) > 1 else ""
+    mixed = " 1.00 is the mix as set above." if len(view.shot.loras) > 1 else ""
     whole = all(shot in view.images for shot in view.strip_shots())
     save = (
         '<a class="own" href="/easel/preview/strip.png" download id="save-strip">Save PNG</a>'

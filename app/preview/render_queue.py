@@ -486,7 +486,7 @@ class RenderQueue:
         path = Path(str(files[0])) if files else None
         if path is None or not path.is_file():
             # Asking again would only loop: a worker that is done without a picture has a defect.
-            reply.message = "The drawing process ended without a picture; see the logs folder."
+            reply.message = "The worker ended without an image; see the logs folder."
             self._failed(job, grid, reply)
         elif job.shot is None:
             assert grid is not None

@@ -394,7 +394,7 @@ def _file_box(bindings: Bindings, fields: dict[str, Any]) -> None:
         missing = apply_infotext(take_snapshot(app_state), info)
         words = "Its settings are in the form."
         if missing:
-            words += f" Not found here: {', '.join(missing)}; drop that LoRA file to add it."
+            words += f" Not found: {', '.join(missing)}; drop the LoRA file to add it."
         return [note_html(words), *_field_values(bindings)]
 
     bindings.refresh_after(
@@ -431,10 +431,10 @@ def read_infotext(file: Path) -> Infotext:
         with Image.open(file) as opened:
             text: Any = opened.info.get("parameters")
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{file.name} is no picture that can be read.") from error
+        raise DatasetError(f"{file.name} is not a readable image.") from error
     if not isinstance(text, str) or not text.strip():
         raise DatasetError(
-            f"{file.name} holds no settings; pictures lose them when a site or a chat packs them anew."
+            f"{file.name} holds no settings; sites and chats strip them when they re-encode images."
         )
     return parse_infotext(text)
 

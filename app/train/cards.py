@@ -307,7 +307,7 @@ def _remark(snapshot: Snapshot) -> str:
             " there.</p>"
         )
     texts = {
-        "pausing": "It saves a checkpoint after the present step and ends.",
+        "pausing": "It saves a checkpoint after the current step and ends.",
         "stopping": "It saves, writes the file for other tools and ends.",
         "paused": "Resume goes on from here, with the same result as without the pause.",
         "stopped": (

@@ -164,11 +164,11 @@ def test_too_large_a_file_is_refused_as_it_comes(client: TestClient, monkeypatch
     [
         (parcel({"a.png": b"x"}, -1), "More than"),
         (parcel({"a.png": b"x"}, uploads.MOST_FILES), "More than"),
-        (parcel({"a.png": b"whole"})[:-2], "did not come through whole"),
+        (parcel({"a.png": b"whole"})[:-2], "did not arrive completely"),
         (b'[[0, "a.png", -5]]\n', "More than"),
         (b"x" * 100, "list of files"),
         (b'[[Infinity, "a.png", 3]]\n', "list of files"),
-        (b'[[0, "\\ud800.png", 5]]\nabc', "\N{REPLACEMENT CHARACTER}.png did not come through whole"),
+        (b'[[0, "\\ud800.png", 5]]\nabc', "\N{REPLACEMENT CHARACTER}.png did not arrive completely"),
         (b"", "list of files"),
         (b"{}\n", ""),
         (b"[" * 100_000 + b"\n", "list of files"),

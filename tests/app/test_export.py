@@ -41,9 +41,9 @@ def row(tool: str = "ComfyUI", **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "verdict", "said"),
     [
-        ({}, "reads it whole", "264 of 264 keys, same strength"),
-        ({"ok": True, "max_delta_error": None, "note": "reads every key"}, "reads it whole", "reads every"),
-        ({"ok": True, "unused_keys": ["x"], "note": "no use of x"}, "reads it whole", "no use of x"),
+        ({}, "loads all keys", "264 of 264 keys, same strength"),
+        ({"ok": True, "max_delta_error": None, "note": "reads every key"}, "loads all keys", "reads every"),
+        ({"ok": True, "unused_keys": ["x"], "note": "no use of x"}, "loads all keys", "no use of x"),
         (
             {"matched": 262, "dropped": 2, "dropped_keys": ["a.alpha", "b.alpha"], "note": "drops 2"},
             "drops keys",
@@ -70,7 +70,7 @@ def test_what_the_worker_says_of_tools_is_text() -> None:
     shown = compatibility_card({"works_in": {"ok": False, "tools": [hostile]}}, portable=False)
     assert "<img" not in shown
     assert "and 10 more" in shown
-    assert "not every tool reads it" in shown
+    assert "not every tool loads it" in shown
     assert "only with that base" in shown
     assert "only with that base" not in compatibility_card(None, portable=True)
     line = written_line({"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}, "fp16", "/x", "")
@@ -168,7 +168,7 @@ def test_what_was_copied_is_said(app_state: AppState, export: Path, loras: Path)
     (loras / export.name).write_bytes(b"other")
     said = copied_line(app_state, copy_export(export, loras))
     assert "Copied to ComfyUI, with its side files." in said
-    assert "this one is called my dög-2" in said
+    assert "this file is called my dög-2" in said
     assert str(loras / "my dög-2.safetensors") in said
 
 

@@ -651,4 +651,6 @@ def test_a_fault_of_the_program_is_one_sentence(whole: Whole, monkeypatch: pytes
     client = whole.client()
     answer = client.post("/easel/tokens", json={"text": "a"})
     assert answer.status_code == 500
-    assert answer.json() == {"problem": "This failed by a fault of the program; its log says more."}
+    assert answer.json() == {
+        "problem": "This failed because of a bug in LoRA Easel; its log has the details."
+    }

@@ -241,8 +241,8 @@ def test_nothing_is_measured_while_a_run_needs_the_memory(app_state: AppState, c
     come_alive(run)
     _, file = run_with_file(app_state)
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
-    assert "A run is going on" in say(client, "inside/start", tool="strength", **body)["problem"]
-    assert "A run is going on" in say(client, "report/start", run="mine", measure=True)["problem"]
+    assert "A run is using the memory" in say(client, "inside/start", tool="strength", **body)["problem"]
+    assert "A run is using the memory" in say(client, "report/start", run="mine", measure=True)["problem"]
     assert say(client, "report/start", run="mine", measure=False) == {"done": True}
     ended(client, "report")
 

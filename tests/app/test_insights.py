@@ -81,8 +81,8 @@ def working(client: TestClient, what: str) -> None:
 def test_nothing_can_be_asked_without_pictures(client: TestClient) -> None:
     for what in ("captions", "triggers", "pictures"):
         state = client.get("/easel/insights").json()[what]
-        assert state == {"state": "idle", "why": "There are no pictures yet; put some in."}
-        assert ask(client, what) == {"problem": "There are no pictures yet; put some in."}
+        assert state == {"state": "idle", "why": "There are no pictures yet; add some."}
+        assert ask(client, what) == {"problem": "There are no pictures yet; add some."}
     assert "cannot be measured" in ask(client, "everything")["problem"]
 
 

@@ -145,7 +145,7 @@ def test_a_question_waits_while_another_run_is_going_on(app_state: AppState) -> 
     make_run(app_state, "asks", started(), step(3), CHANGED)
     come_alive(make_run(app_state, "other", started(), step(1)))
     row = earlier(take_snapshot(app_state))
-    tag = row[: row.index("Go on with the changes")].rpartition("<button")[2]
+    tag = row[: row.index("Continue with the changes")].rpartition("<button")[2]
     assert "A run is going on; pause or stop it first." in tag
     assert tag.endswith(" disabled>")
 

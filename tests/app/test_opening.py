@@ -54,7 +54,7 @@ def client(app_state: AppState, near: str = "127.0.0.1", host: str = "127.0.0.1:
 def test_a_file_that_was_named_is_shown(app_state: AppState, file: Path) -> None:
     page = client(app_state)
     refused = page.post("/easel/show-file", json={"file": str(file)}).json()
-    assert "has not written this file" in refused["problem"]
+    assert "was not written by the window" in refused["problem"]
     assert "Show in folder" in app_state.files.place(file, "It is at")
     assert page.post("/easel/show-file", json={"file": str(file)}).json() == {"done": True}
     lines = asked(file, str(file.parent))
@@ -94,7 +94,7 @@ def test_where_it_cannot_be_shown_the_path_stays_with_the_reason(
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     shown = files.place("/tmp/<b>.safetensors", "It is at")
-    assert "No desktop runs here" in shown
+    assert "No desktop session is running" in shown
     assert "Copy path" in shown
     assert "Show in folder" not in shown
     assert "<b>" not in shown

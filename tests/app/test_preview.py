@@ -272,7 +272,7 @@ def test_a_picture_without_settings_and_no_picture_are_sentences(tmp_path: Path)
         picture_info.read_infotext(picture(tmp_path))
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     for name in ("b.png", "missing.png"):
-        with pytest.raises(DatasetError, match="no picture"):
+        with pytest.raises(DatasetError, match="not a readable image"):
             picture_info.read_infotext(tmp_path / name)
     # A text of 100 MB packed small: Pillow's limit for such texts, not ours, stops it.
     info = PngInfo()

@@ -47,7 +47,7 @@ def test_without_a_port_the_next_free_one_is_taken(capsys: pytest.CaptureFixture
     second = _listener("127.0.0.1", None)
     try:
         assert second.getsockname()[1] > first.getsockname()[1]
-        assert "it is" in capsys.readouterr().out
+        assert "taken by another program; using" in capsys.readouterr().out
     finally:
         first.close()
         second.close()

@@ -109,7 +109,7 @@ def test_what_was_asked_for_shows_at_once(app_state: AppState, do: str, state: s
     run.request(do)
     html = card(app_state)
     assert f'data-state="{state}"' in html
-    assert "present step" in html
+    assert "current step" in html
     assert f"is {state}" in disabled(html, "train-pause")
     assert f"is {state}" in disabled(html, "train-stop")
     assert disabled(header.run_actions(take_snapshot(app_state)), "pause")
@@ -172,7 +172,7 @@ def test_a_crash_says_why_and_from_where_it_goes_on(app_state: AppState) -> None
     assert "Nothing before step 812 is lost" in html
     assert "&lt;img" in html
     assert "<img" not in html
-    assert "Goes on at step 812." in header.run_actions(take_snapshot(app_state))
+    assert "Resumes at step 812." in header.run_actions(take_snapshot(app_state))
 
 
 def test_out_of_memory_names_the_two_settings(app_state: AppState) -> None:

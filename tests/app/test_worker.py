@@ -98,7 +98,7 @@ def test_a_worker_that_dies_is_reported_and_started_again(worker: WorkerClient, 
 
 def test_a_worker_that_cannot_start_is_a_sentence(tmp_path: Path) -> None:
     worker = WorkerClient([str(tmp_path / "missing")], {}, tmp_path / "log.txt")
-    assert "is gone" in worker.ask({"do": "warm"}, timeout=PATIENCE).message
+    assert "The worker process ended" in worker.ask({"do": "warm"}, timeout=PATIENCE).message
 
 
 def shot(prompt: str = "a cat", *strengths: float) -> GenerationRequest:
