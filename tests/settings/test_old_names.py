@@ -187,7 +187,7 @@ def test_an_old_and_a_new_name_together_are_refused() -> None:
 
 def test_an_old_draft_of_a_project_opens(tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
-    project.keep(
+    project.update_draft(
         values={"optim.lr": 3e-4, "train.checkpointing": True, "preview.cfg": 2.5, "adapter.kind": "lora"}
     )
     plan = Plan(project)
