@@ -23,10 +23,9 @@ from lora_core.errors import RunError
 from lora_core.system.disk_space import free_bytes
 from lora_core.system.hardware import REINSTALL, Card, card_problem, find_card
 from lora_core.system.paths import workspace as workspace_folder
+from lora_core.system.processes import FIRST_PORT, PORTS_TRIED
 
 PROJECT = "lora-easel"
-FIRST_PORT, PORTS_TRIED = 7860, 40
-"""Where the window listens: the first port that is free."""
 LITTLE_DISK, LITTLE_MEMORY = 5 * 10**9, 2 * 10**9
 LONGEST_BELOW = 130
 """Characters that the path of a file inside a workspace adds to that of the workspace."""

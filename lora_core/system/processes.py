@@ -24,6 +24,8 @@ from lora_core.errors import RunError
 from lora_core.system.paths import ASSETS, write_atomically
 from lora_core.system.untrusted import parse_json
 
+FIRST_PORT, PORTS_TRIED = 7860, 40
+"""The window listens on the first free port of these."""
 TRAINER = (sys.executable, "-m", "lora_core", "resume")
 """The command that a run's path is appended to."""
 ACCEPTING = "--accept-changes"

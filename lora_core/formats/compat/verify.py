@@ -92,20 +92,21 @@ def verify_adapter(
         "format": format,
         "kind": kind,
         "extras": detect.extras_sentence(header.shapes),
-        "tools": [
-            {
-                "tool": tool,
-                "ok": outcome.fine,
-                "keys": outcome.keys,
-                "matched": outcome.keys - len(outcome.dropped),
-                "dropped": len(outcome.dropped),
-                "dropped_keys": outcome.dropped,
-                "unused_keys": list(outcome.loaded.unused),
-                "max_delta_error": outcome.max_error,
-                "note": _note(outcome, tool in MEANT_FOR[format], format, family),
-            }
-            for tool, outcome in outcomes.items()
-        ],
+        "tools": [_tool_row(tool, outcome, format, family) for tool, outcome in outcomes.items()],
+    }
+
+
+def _tool_row(tool: str, outcome: "Outcome", format: str, family: Family) -> dict[str, Any]:
+    return {
+        "tool": tool,
+        "ok": outcome.fine,
+        "keys": outcome.keys,
+        "matched": outcome.keys - len(outcome.dropped),
+        "dropped": len(outcome.dropped),
+        "dropped_keys": outcome.dropped,
+        "unused_keys": list(outcome.loaded.unused),
+        "max_delta_error": outcome.max_error,
+        "note": _note(outcome, tool in MEANT_FOR[format], format, family),
     }
 
 
