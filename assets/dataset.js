@@ -1,6 +1,6 @@
-// The Dataset tab's grid, large view and caption editor, drawn from what /easel/dataset says.
+// The Dataset tab's grid, large view and caption editor, rendered from /easel/dataset.
 //
-// All text goes in as text, never as HTML: names and captions are whatever people and files say.
+// Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
   const { one, all, get, post, press, make } = window.easel;
   const MOST_STEPS = 200;
@@ -28,7 +28,7 @@
   const acted = () => (several.size > 1 ? [...several] : chosen ? [chosen] : []);
 
   // ---- the grid -------------------------------------------------------------------------------------------------
-  // A browser's own lazy loading asks for all that was ever scrolled past, and what is looked at waits behind it.
+  // Native lazy loading requests every image that was ever scrolled past, and the visible ones wait behind them.
   const near = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
       const image = target.firstChild;
@@ -54,7 +54,7 @@
     if (picture.small) marks.push("small");
     if (twins.has(picture.name)) marks.push("twin");
     if (doubts.has(picture.name)) marks.unshift("in doubt");
-    // Two where they fit into one line of the smallest cell.
+    // Two chips fit into one line of the smallest cell.
     cell.lastChild.textContent = marks.slice(0, 2).join(", ").length < 17 ? marks.slice(0, 2).join(", ") : marks[0];
     cell.lastChild.hidden = !marks.length;
     cell.title = picture.name;
@@ -87,7 +87,7 @@
     const words = (one("#dataset-search")?.value ?? "").trim().toLowerCase();
     for (const picture of pictures()) {
       const found = !words || picture.name.toLowerCase().includes(words) || picture.caption.toLowerCase().includes(words);
-      // A picture whose caption is being written stays, also where it no longer fits.
+      // An image whose caption is being edited stays visible even if it no longer matches.
       const written = picture.name === chosen && document.activeElement === one("#caption textarea");
       cells.get(picture.name).hidden = !(found && fits[filter](picture)) && !written;
     }
@@ -96,7 +96,7 @@
       button.setAttribute("aria-pressed", which === filter);
       const count = which === "out" ? shelf.left_out.length : shelf.pictures.filter(fits[which]).length;
       one("b", button).textContent = String(count);
-      // What is empty is not offered, but for the two that a person looks for.
+      // Empty filters are hidden, except for the two most used.
       button.hidden = !count && !["all", "bare"].includes(which) && which !== filter;
     }
     const nothing = !shown().length, [title, text] = EMPTY[shelf.pictures.length || shelf.left_out.length ? "filter" : "none"];
@@ -225,8 +225,8 @@
 
   const columns = () => Math.max(1, getComputedStyle(grid()).gridTemplateColumns.split(" ").length);
 
-  // ---- captions: saved as they are typed, the picture's name travelling with the text --------------------------------
-  // One after the other: of two on their way at once, the older text might arrive last.
+  // ---- captions: saved while typing, together with the image's name --------------------------------
+  // One request at a time: of two in flight, the older text might arrive last.
   let sent = Promise.resolve();
   const send = (body, options) => {
     const answer = options.keepalive ? post("caption", body, options) : sent.then(() => post("caption", body, options));
@@ -249,11 +249,11 @@
       if (answer.problem) throw new Error(answer.problem);
       saves += 1;
       if (waiting.get(name) === entry) waiting.delete(name);
-      // Nobody else changed anything meanwhile: the pictures need not be asked for again.
+      // Nothing else changed meanwhile, so the images need not be reloaded.
       const [revision, ...rest] = shelf.mark.split(" ");
       if (revision === String(answer.before)) shelf.mark = [answer.revision, ...rest].join(" ");
       if (name === chosen && !waiting.has(name)) { say("saved", "Saved"); showTokens(answer); one("#caption-undo").hidden = !history?.past.length; }
-      // The counts below the grid change only when a caption appears or goes.
+      // The counts below the grid change only when a caption is added or removed.
       if (!before.trim() !== !text.trim()) press("refresh");
     } catch (error) {
       if (name === chosen) say("error", `Not saved: ${error.message || "the window does not answer"}`);
@@ -269,7 +269,7 @@
     if (name === chosen) say("saving", "Saving");
     picture.caption = text;
     describe(picture);
-    // The picture stays in view although it may no longer fit the filter, until another is chosen.
+    // The image stays visible until another is selected, even if it no longer matches the filter.
     for (const button of all("[data-filter]")) if (button.dataset.filter === "bare") one("b", button).textContent = String(shelf.pictures.filter(bare).length);
   };
 
@@ -288,7 +288,7 @@
 
   addEventListener("pagehide", () => { for (const name of waiting.keys()) save(name, { keepalive: true }); });
 
-  // ---- what is done with pictures ---------------------------------------------------------------------------------
+  // ---- actions on images ---------------------------------------------------------------------------------
   const act = async (path, body) => {
     try {
       const answer = await post(path, body);
@@ -297,7 +297,7 @@
     } catch (error) { say("error", error.message || "The window does not answer"); return null; }
   };
 
-  // One after the other: whom a key is for that is pressed meanwhile is known once the picture before has gone.
+  // One at a time: the target of the next key press is known once the previous image is gone.
   let leaving = Promise.resolve();
   const leaveOut = (names) => { leaving = leaving.then(() => leaveNow(names ?? acted())).catch((error) => say("error", error.message)); return leaving; };
   const leaveNow = async (names) => {
@@ -317,7 +317,7 @@
     press("refresh");
   };
 
-  // ---- asking for the pictures, and again where something changed ------------------------------------------------------
+  // ---- loading the images, and reloading after changes ------------------------------------------------------
   let loading = null, again = false, saves = 0, asked = null;
   const load = async () => {
     if (loading) { again = true; return loading; }
@@ -325,14 +325,14 @@
       do {
         again = false;
         const saved = saves, answer = await get("dataset");
-        // A caption was saved meanwhile: the answer may be older than it.
+        // A caption was saved meanwhile: the response may be older.
         if (saved !== saves) { again = true; continue; }
         if (answer.problem) throw new Error(answer.problem);
         shelf = answer;
         for (const picture of shelf.pictures) {
           const entry = waiting.get(picture.name), history = edits.get(picture.name);
           if (entry) picture.caption = entry.text;
-          // Changed by a bulk edit or by another page: one can still go back to before that.
+          // Changed by a bulk edit or another page: undo still goes back to the earlier text.
           else if (history && history.base !== picture.caption) { history.past.push(history.base); history.base = picture.caption; }
         }
         if (!shelf.left_out.length && filter === "out") filter = "all";
@@ -347,7 +347,7 @@
 
   const render = () => {
     const before = [...cells].filter(([, cell]) => !cell.hidden).map(([name]) => name), at = before.indexOf(chosen);
-    // A cell that leaves the page takes the keyboard's focus with it, also where it comes back in the same instant.
+    // A removed cell loses the keyboard focus, even if it is inserted again at once.
     const focused = grid()?.contains(document.activeElement);
     if (!draw()) return;
     several = new Set([...several].filter((name) => cells.has(name)));
@@ -365,10 +365,10 @@
     const mark = one("#dataset-mark");
     if (!mark || !grid()) return;
     window.easel.project ??= mark.dataset.project;
-    // Another page opened another project: everything here is of the old one.
+    // Another page opened another project: everything here belongs to the old one.
     if (window.easel.project !== mark.dataset.project) { location.reload(); return; }
     if (mark.dataset.mark !== shelf.mark && mark.dataset.mark !== asked) { asked = mark.dataset.mark; load(); }
-    // Gradio may have made the tab anew.
+    // Gradio may have rebuilt the tab.
     else if (grid().dataset.mark === undefined && shelf.mark) render();
     if (mark.dataset.meter !== meter) {
       meter = mark.dataset.meter;
@@ -376,7 +376,7 @@
     }
   });
 
-  // ---- one listener a kind of event -------------------------------------------------------------------------------
+  // ---- one listener per event type -------------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, [data-picture]");
     if (!target) return;
@@ -422,13 +422,13 @@
     else if (event.target.closest?.("#dataset-grid .thumb")) inGrid(event);
   });
 
-  // For the tools beside the grid.
+  // API for the other scripts.
   Object.assign(window.easel, {
     load, leaveOut,
     shelf: () => shelf,
     waitingSaves: () => Promise.all([...waiting.keys()].map((name) => save(name))),
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },
-    // Which pictures a change of many captions is for, null for all.
+    // The images that a bulk edit applies to, null for all.
     scope: () => (several.size > 1 ? [...several] : shown().length < shelf.pictures.length ? shown().map((p) => p.name) : null),
     setDoubts: (names) => {
       window.easel.tellAgain();
@@ -437,7 +437,7 @@
       for (const picture of pictures()) if (cells.has(picture.name)) describe(picture);
       applyFilter();
     },
-    // What is known of the picture that is shown has changed.
+    // The facts of the shown image have changed.
     tellAgain: () => { if (named(chosen)) one("#picture-facts").textContent = facts(named(chosen)); },
     setTwins: (names) => { twins = new Set(names); for (const picture of pictures()) describe(picture); applyFilter(); },
   });

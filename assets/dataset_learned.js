@@ -1,5 +1,5 @@
-// The Dataset tab's "What will be learned": what pictures have in common, where the steps go, what the base says
-// of captions and of words for a trigger, and what the last run has learned of each picture.
+// The Dataset tab's "What will be learned": what images have in common, share of steps per image, what the base
+// says about captions and trigger words, and what the last run learned of each image.
 (() => {
   const easel = window.easel;
   const { one, get, post, make, plural, later, redraw } = easel;
@@ -16,7 +16,7 @@
   let odd = [];               // pictures that are told by the check to have a wrong caption
   let sortMost = false, whole = { captions: false, pictures: false };
 
-  // ---- pieces -----------------------------------------------------------------------------------------------------
+  // ---- elements -----------------------------------------------------------------------------------------------------
   const known = (name) => easel.shelf().pictures.find((picture) => picture.name === name);
   const mini = (name) => {
     const picture = known(name);
@@ -34,7 +34,7 @@
     return button;
   };
 
-  // ---- what pictures and captions say by themselves ------------------------------------------------------------------
+  // ---- from images and captions alone ------------------------------------------------------------------
   const learnedRow = ({ kind, name, sentence, pictures = [] }) => {
     const shown = pictures.slice(0, MOST_MINIS).map(mini);
     if (pictures.length > MOST_MINIS) shown.push(make("span", { className: "small", textContent: `and ${pictures.length - MOST_MINIS} more` }));
@@ -99,7 +99,7 @@
     if (again) { again = false; look(); }
   };
 
-  // ---- what the base says ---------------------------------------------------------------------------------------------
+  // ---- measured with the base ---------------------------------------------------------------------------------------------
   const BUTTONS = { captions: "#captions-start", pictures: "#pictures-start", triggers: "#trigger-propose" };
   const LINES = { captions: "#captions-state", pictures: "#pictures-state", triggers: "#trigger-state" };
 
@@ -161,7 +161,7 @@
     redraw(one("#pictures-found"), ...shown.map(gainRow), ...(rows.length > shown.length ? [rest(rows.length - shown.length, "pictures")] : []));
   };
 
-  // The words are shown where the trigger is typed, and only once somebody asked for them.
+  // Shown next to the trigger field, and only on request.
   let wordsOpen = false;
   const showWords = () => {
     const panel = one("#trigger-words"), now = state.triggers;
@@ -258,7 +258,7 @@
     clearTimeout(soon);
     soon = setTimeout(() => { if (panel.open && shelf.mark !== seen) look(); watch(); }, 600);
   });
-  // Whether the base can be asked follows from the run; the trigger word and the base count with what was found.
+  // Availability depends on the run; results depend on trigger word and base.
   let before = "";
   easel.settling.push(() => {
     const meter = one("#dataset-mark")?.dataset.meter ?? "", now = `${one("[data-run-state]")?.dataset.runState} ${meter}`;

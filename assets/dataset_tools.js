@@ -1,9 +1,9 @@
-// The Dataset tab's tools: bringing pictures in, changing many captions at once, looking the pictures over.
+// The Dataset tab's tools: import, bulk edit of captions, checks.
 (() => {
   const easel = window.easel;
   const { one, all, get, post, press, make, plural, later, redraw } = easel;
 
-  // ---- bringing pictures in: file by file, so that the server can say which one is wrong, and folders stay folders -----
+  // ---- import: file by file, so that errors name the file and folders stay folders -----
   const AT_ONCE = 4, PARCEL_BYTES = 8e6, PARCEL_FILES = 200;
   let sending = null;
 
@@ -27,7 +27,7 @@
     one("#import-stop").hidden = !stop;
   };
 
-  // Small files go together: a request for each of a thousand captions would take longer than the pictures.
+  // Small files share a request: one request per caption would take longer than the images.
   const parcels = (files) => {
     const made = [];
     let room = 0;
@@ -54,7 +54,7 @@
     request.send(body);
   });
 
-  // `files`: [{ file, path }], the path with the folders that it was dropped with.
+  // `files`: [{ file, path }], the path including dropped folders.
   const take = async (files) => {
     easel.openTab("Dataset");
     if (sending) return note("An import is under way; wait until it is done.", true);
@@ -95,7 +95,7 @@
       const state = await get("import");
       if (state.state !== "working") {
         await easel.load();
-        // Only where the form follows from the import: what is being typed at this moment must not go.
+        // Only if the import changed the form: text being typed must not be lost.
         if (state.left_demo) press("refill");
         press("refresh");
         end(state.note ?? "", state.state === "failed");
@@ -103,7 +103,7 @@
         return;
       }
       const share = state.total ? state.done / state.total : 0;
-      // Looking at the pictures takes most of the time, giving them their place the rest.
+      // Reading the images takes most of the time, moving them the rest.
       const part = { Checking: share * 0.85, "Importing": 0.85 + share * 0.15, "Reading captions": 1 }[state.phase] ?? 0;
       progress(state.total ? `${state.phase}, ${state.done.toLocaleString("en")} of ${state.total.toLocaleString("en")}` : state.phase, from + (1 - from) * part, false);
       await later(250);
@@ -124,7 +124,7 @@
   easel.takeFiles = take;
   addEventListener("beforeunload", (event) => { if (sending && "stopped" in sending) event.preventDefault(); });
 
-  // ---- many captions at once ------------------------------------------------------------------------------------
+  // ---- bulk edit ------------------------------------------------------------------------------------
   const edit = () => ({
     do: one("#bulk-do").value, find: one("#bulk-find").value, put: one("#bulk-put").value,
     regex: one("#bulk-regex").checked, any_case: one("#bulk-case").checked,
@@ -132,7 +132,7 @@
   const scoped = (body) => { const names = easel.scope(); return names ? { ...body, pictures: names } : body; };
   const bulkSay = (text, bad = false) => one("#bulk-preview").replaceChildren(make("p", { className: bad ? "problem" : "small", textContent: text }));
 
-  // Apart from the preview, which is made anew as soon as the captions have changed.
+  // Separate from the preview, which is rebuilt as soon as captions change.
   const outcome = (text, bad = false) => {
     one("#bulk-said").className = bad ? "problem" : "small";
     one("#bulk-said").textContent = text;
@@ -172,7 +172,7 @@
     if (more > 0) one("#bulk-preview").append(make("p", { className: "small", textContent: `And ${more.toLocaleString("en")} more.` }));
   };
 
-  // One change at a time: another one waits for its turn, but Undo pressed twice takes back one step.
+  // One change at a time: the next one waits; pressing Undo twice undoes one step.
   let changing = null;
   const alone = (work, queued) => async (...given) => {
     while (changing) {
@@ -209,7 +209,7 @@
     press("refresh");
   });
 
-  // Said at the top, where the trigger word is; with the way back beside it.
+  // Shown at the top, next to the trigger word, with an Undo button.
   const addTrigger = () => change({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, (text, bad) => {
     note(text, bad);
     if (bad || !/^\d/.test(text)) return;
@@ -305,7 +305,7 @@
     if (state.state === "failed") line.textContent = state.problem;
     if (state.state !== "done") return;
     const names = new Set(easel.shelf().pictures.map((picture) => picture.name));
-    // What was left out since is no problem any more.
+    // Images removed since are no longer a problem.
     const rows = state.problems.filter((row) => (row.kind === "twins" ? names.has(row.picture) && names.has(row.twin) : !row.picture || names.has(row.picture) || state.fresh));
     line.textContent = rows.length ? `${plural(rows.length, "thing")} to look at${state.fresh ? "" : ", before the last changes"}.` : "Nothing is wrong with the pictures.";
     one("#check > summary").textContent = rows.length ? `Check the pictures, ${rows.length} found` : "Check the pictures";
@@ -326,7 +326,7 @@
 
   const watchCheck = easel.follower(async () => {
     let state = await get("check");
-    // What was measured is kept, so that a second look at a few pictures takes no time.
+    // Measurements are cached, so checking a few images again takes no time.
     if (state.state === "done" && !state.fresh) state = await post("check", { by_itself: true });
     showCheck(state);
     return state.state === "working";
@@ -359,7 +359,7 @@
     take(files);
   });
   let typing = null;
-  // What has not been looked at cannot be applied: also an answer that is still on its way is out of date.
+  // Only a previewed change can be applied: a response still in flight is out of date.
   const soon = () => {
     looked += 1;
     allow(false, "What would change is being looked up");
@@ -376,7 +376,7 @@
     if (event.target.id === "check") watchCheck();
   }, true);
 
-  // A page that comes back while pictures are being taken over follows that.
+  // A page opened during an import follows it.
   let first = true;
   easel.settling.push(() => {
     if (!first || !one("#import-note") || !one("#dataset-mark")) return;

@@ -1,14 +1,14 @@
-// Dropping anywhere on the window, folders with sub-folders included.
+// Drag and drop anywhere on the window, including folders with sub-folders.
 //
-// A browser's file input cannot take a dropped folder. So drops are caught first, folders are walked, and each file is
-// handed on with the path that it had, so that `10_name` folders are not lost.
+// A file input cannot take a dropped folder, so drops are intercepted, folders are walked, and each file is passed on
+// with its path, so that `10_name` folders are kept.
 (() => {
   const MOST_FILES = 20000;
   const holdsFiles = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
 
   const allEntries = (folder) => new Promise((resolve, reject) => {
     const reader = folder.createReader(), found = [];
-    // One call gives at most 100 entries; an empty answer is the end.
+    // One call returns at most 100 entries; an empty result is the end.
     const more = () => reader.readEntries((part) => {
       if (!part.length) return resolve(found);
       found.push(...part);
@@ -30,7 +30,7 @@
   const dropped = async (transfer) => {
     const entries = [...transfer.items].map((item) => item.webkitGetAsEntry && item.webkitGetAsEntry()).filter(Boolean);
     const files = [];
-    // A single dropped folder is the dataset itself: its own name says nothing of the pictures in it.
+    // A single dropped folder is the dataset itself: its name is not part of the paths.
     for (const entry of entries) {
       const alone = entries.length === 1 && entry.isDirectory && !/^\d+_/.test(entry.name);
       if (alone) for (const inside of await allEntries(entry)) await walk(inside, "", files);
@@ -39,8 +39,8 @@
     return files;
   };
 
-  // An adapter file is no picture: it goes to the panel that says what it is, where that is in the page. On the
-  // Preview tab it is to be used there, and of a picture the settings are wanted.
+  // LoRA files go to the panel that checks them. On the Preview tab they are added as LoRAs, and images are read for
+  // their settings.
   const previewDrop = () => { const place = document.querySelector("#preview-drop"); return place?.offsetParent ? place : null; };
   const hand = (files) => {
     const name = files.length === 1 ? files[0].path : "", adapter = /\.safetensors$/i.test(name);

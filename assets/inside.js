@@ -1,5 +1,5 @@
-// The browser's half of "Look inside any LoRA" and of the report: which files and which tool, the fields that the tool
-// needs, and how far the work is. What was found comes as HTML from the window, escaped there.
+// Client of "Look inside any LoRA" and of the report: files, tool, the tool's fields, progress. Results come as HTML,
+// escaped by the server.
 (() => {
   const { one, all, get, post, press, make, openTab } = window.easel;
   const OTHER = "\u0000other", FOLDER = "\u0000folder";
@@ -41,7 +41,7 @@
     const measure = one("#inside-measure"), kept = measure.dataset.touched ? measure.value : optional.length ? "" : runOf();
     fill(measure, [...optional, ...measured, ["a folder of pictures", FOLDER]], kept);
     const base = one("#inside-base"), bases = offered.bases.map((row) => [row.title, row.name]);
-    // A base that only a DoRA needs is none until this tool is given one.
+    // A base that only a DoRA needs stays empty until one is chosen for this tool.
     const free = needs().includes("base?"), none = free ? [["none: only a DoRA needs it", ""]] : [];
     const given = free ? base.dataset.touched === tool : base.dataset.touched;
     fill(base, [...none, ...bases, ["another, by its path", OTHER]], given ? base.value : free ? "" : baseOf() || bases[0]?.[1]);
@@ -85,7 +85,7 @@
     show();
   };
 
-  // ---- what is sent -----------------------------------------------------------------------------------------------------
+  // ---- requests -----------------------------------------------------------------------------------------------------
   const base = () => { const value = one("#inside-base").value; return value === OTHER ? one("#inside-other-base").value : value; };
   const measure = () => {
     const value = one("#inside-measure").value;
@@ -103,12 +103,12 @@
     if (said.problem) tell(job, "error", said.problem);
     else follow(job);
   };
-  // From the list of runs, where the words of the Export tab are not seen.
+  // Started from the list of runs, where the Export tab's messages are not visible.
   let quick = false;
   const makeReport = ({ reportRun: run, reportQuick }) => {
     quick = reportQuick !== undefined;
     if (quick) window.easel.toast(`The report of ${run} is being made.`);
-    // Only a page that knows of an earlier answer is told that there is a new one.
+    // Only a page that knows an earlier result is told about a new one.
     if (revisions.report === -1) revisions.report = 0;
     begin("report", "report/start", { run, measure: !quick && one("#report-measure").checked });
   };
@@ -130,7 +130,7 @@
     }
   };
 
-  // ---- how far it is ------------------------------------------------------------------------------------------------------
+  // ---- progress ------------------------------------------------------------------------------------------------------
   const revisions = { inside: -1, report: -1 };
   const lookAt = (job) => async () => {
     const now = await get(`${job}/now?known=${revisions[job]}`);
@@ -164,7 +164,7 @@
   const load = async () => {
     offered = await get("inside/choices");
     if (!rows.some((row) => row.file) && offered.groups[0]?.files[0]) rows[0].file = offered.groups[0].files[0].path;
-    // Not under the hand of somebody who is typing there.
+    // Not while the user is typing there.
     if (!one("#inside-files").contains(document.activeElement)) showFiles();
     fillFields();
     show();
@@ -216,7 +216,7 @@
       show();
     }
   });
-  // Once the card is there, and whenever its tab is opened: runs and files come and go.
+  // When the card appears and whenever its tab opens: runs and files change.
   let seen = null;
   window.easel.settling.push(() => {
     const card = one("#inside"), open = card?.offsetParent;

@@ -1,7 +1,7 @@
-// The browser's half of the Preview tab: the LoRA rows, base against LoRA, a look at the picture under way.
+// Client of the Preview tab: LoRA rows, base against LoRA, the image in progress.
 //
-// The rows are built here and not by the window, so that no answer of the server replaces a slider that is being
-// moved. What the window knows comes as data with a number; each change of ours gets the next number.
+// The rows are built here, so that no response replaces a slider that is being moved. The server's state comes with a
+// revision; each change made here gets the next one.
 (() => {
   const { one, all, get, post, press, make, refocus } = window.easel;
   const MOST = 1.5;
@@ -53,7 +53,7 @@
     place.dataset.ready = "1";
   };
 
-  // One after the other, in the order in which they were made; `later` is what came while one was on its way.
+  // One request at a time, in order; `later` holds what changed while one was in flight.
   let later = null;
   const send = async (moved) => {
     if (sending) { later = { moved: moved || Boolean(later?.moved) }; return; }
@@ -75,8 +75,8 @@
     if (!place || !one("#loras") || sending || timer || (place.dataset.mark === mark && one("#loras").dataset.ready)) return;
     let data;
     try { data = JSON.parse(place.dataset.loras); } catch { return; }
-    // A longer list of files, or rows that follow the newest run until somebody changes them, can wait while a hand is
-    // at work in them.
+    // A longer list of files, or rows that follow the newest run, can wait while the user is
+    // editing them.
     const held = document.activeElement?.matches("#loras select, #loras input");
     const followed = data.rev === 0 && rev <= 0 && JSON.stringify([data.rows, data.apart]) !== JSON.stringify([rows, apart]);
     const listed = JSON.stringify(data.groups) !== JSON.stringify(groups);
@@ -111,7 +111,7 @@
     changed(true, 60);
   });
 
-  // ---- the picture under way ----------------------------------------------------------------------------------------
+  // ---- the image in progress ----------------------------------------------------------------------------------------
   const split = (value) => document.documentElement.style.setProperty("--split", `${value}%`);
   const working = () => {
     const state = one("#preview-state"), cancel = one("#cancel-drawing");
@@ -146,7 +146,7 @@
     } catch { /* The window is away; its poll says so. */ } finally { following = false; }
   };
 
-  // ---- opening the tab: once the strip of the run that was just trained, else a first picture if somebody asked ------------
+  // ---- opening the tab: once the strip of the run that was just trained, else a first image if requested ------------
   let wasOpen = false, wanted = false;
   const opened = async () => {
     try {
@@ -183,7 +183,7 @@
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || !one("#generate")?.offsetParent) return;
     event.preventDefault();
-    // What is typed is handed over when the field is left.
+    // Typed text is sent when the field loses focus.
     const at = document.activeElement;
     at?.blur();
     at?.focus();

@@ -18,7 +18,7 @@
     return make("div", { className: "row apart" }, words, make("div", { className: "row" }, button("rename", "Rename", project), button("delete", "Delete", project), open));
   };
 
-  // Names of what is in the trash may be any text; all of it is put in as text.
+  // Names of trashed items are untrusted: inserted as text.
   const trashRow = (thing) => {
     const when = new Date(1000 * thing.time).toLocaleString("en", { dateStyle: "medium", timeStyle: "short" });
     const words = make("div", { className: "grow" }, make("b", { textContent: thing.name }),
@@ -49,7 +49,7 @@
     const dialog = one("#projects");
     say("");
     one("#projects-said").textContent = "";
-    // The list of the last time would be replaced under a hand that is at work in it.
+    // The previous list would be replaced while the user acts on it.
     one("#projects-list").replaceChildren();
     dialog.showModal();
     try { show(await get("projects")); } catch { say("The window does not answer."); }
@@ -60,7 +60,7 @@
       await window.easel.waitingSaves();
       const answer = await post("projects", body);
       if (answer.problem) return say(answer.problem);
-      // Every field of the page is the project's: a new load fills them all.
+      // Every field belongs to the project: reload to fill them all.
       if (answer.switched) return location.reload();
       show(answer);
       say("");
@@ -69,7 +69,7 @@
     } catch (error) { say(error.message || "The window does not answer."); }
   };
 
-  // Asked for in the row itself, so that the question stands beside what it is about.
+  // Asked in the row itself, next to its item.
   const askIn = (target, field, words, sends) => {
     const place = target.closest(".row.apart"), yes = make("button", { className: "own primary", textContent: words });
     const no = make("button", { type: "button", className: "own", textContent: "Cancel" });

@@ -1,11 +1,11 @@
-// The browser's half of the Train tab and the header: steering runs and the queue, samples large, smoothing of the
-// loss, telling that a run has ended, settings of a dropped file, quitting.
+// Client of the Train tab and the header: runs and queue, enlarged samples, smoothing of the loss, notifications,
+// settings from a dropped file, quitting.
 //
-// By delegation on the document, as in window.js: the page's pieces of HTML are replaced as runs go on.
+// Events are delegated to the document, as in window.js: the HTML is replaced during runs.
 (() => {
   const { one, all, press } = window.easel;
 
-  // ---- words from the window, for a moment ------------------------------------------------------------------------
+  // ---- toasts ------------------------------------------------------------------------
   let toastTimer = 0;
   const toast = (text, tone = "") => {
     let place = one("#easel-toast");
@@ -38,7 +38,7 @@
   };
   const post = (path, body) => send(path, { headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
-  // ---- a question before something that cannot be taken lightly ----------------------------------------------------
+  // ---- confirmation ----------------------------------------------------
   const dialog = (className, label) => {
     const made = document.createElement("dialog");
     made.className = `easel-dialog ${className}`;
@@ -93,7 +93,7 @@
     box.showModal();
   };
 
-  // ---- smoothing: an exponential mean of the drawn points is the drawing of the mean --------------------------------
+  // ---- smoothing: exponential moving average of the drawn points --------------------------------
   const smooth = () => {
     const slider = one("#smoothing"), raw = one("#charts .raw"), calm = raw?.parentElement.querySelector(".smooth");
     if (!slider || !raw || !calm) return;
@@ -113,7 +113,7 @@
     calm.setAttribute("points", points);
   };
 
-  // ---- telling that a run has ended -----------------------------------------------------------------------------------
+  // ---- notifications -----------------------------------------------------------------------------------
   const LIVE = ["preparing", "running", "pausing", "stopping"];
   const ENDS = { done: "is done", stopped: "was stopped", paused: "is paused", failed: "failed", interrupted: "broke off" };
   const bell = {
@@ -173,14 +173,14 @@
     box.showModal();
   };
 
-  // ---- one listener a kind of event -------------------------------------------------------------------------------------------
+  // ---- one listener per event type -------------------------------------------------------------------------------------------
   const act = async (target, path, body) => {
     if (target.dataset.confirm && !await ask(target.dataset.confirm, target.textContent.trim())) return;
     const focused = document.activeElement === target;
     target.disabled = true;
     await post(path, body);
     target.disabled = false;
-    // What is disabled loses the keyboard's focus.
+    // A disabled element loses the keyboard focus.
     if (focused && document.activeElement === document.body) target.focus();
     press("refresh");
   };
@@ -190,7 +190,7 @@
     const data = target.dataset;
     if (data.runDo) act(target, "run", { do: data.runDo, run: "" });
     else if (data.post) act(target, data.post, JSON.parse(data.body));
-    // The tab asks, when it opens, what somebody wants to see: that has to be known by then.
+    // The tab asks for it when it opens, so it has to be stored before.
     else if (data.showPreview) post("run", { do: "see", run: data.showPreview }).then(() => window.easel.openTab("Preview"));
     else if (data.large !== undefined && !event.ctrlKey && !event.metaKey) { event.preventDefault(); enlarge(target); }
     else if (target.id === "tell-end") bell.toggle();
@@ -206,7 +206,7 @@
     takeHeader(event.target.files[0]);
     event.target.value = "";
   });
-  // What was unfolded stays so when its piece is drawn anew.
+  // Opened details stay open when their HTML is replaced.
   const unfolded = new Set();
   document.addEventListener("toggle", (event) => {
     if (event.target.tagName !== "DETAILS" || !event.target.id || !event.isTrusted) return;
@@ -233,7 +233,7 @@
     addEventListener("pagehide", () => channel.postMessage({ do: "leave", me }));
   }
 
-  // The fields are filled some frames after the header, which comes with the same answer.
+  // The fields are filled some frames after the header of the same response.
   let filling = false, arrived;
   const ready = () => {
     if (filling || !one("[data-run-state]")) return;
@@ -247,7 +247,7 @@
     watchEnd();
     bell.show();
     for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
-    // A base that has arrived fills the form with its starting values.
+    // A downloaded base fills the form with its starting values.
     const now = one("#base-note")?.dataset.arrived ?? arrived;
     if (arrived !== undefined && now !== arrived) press("refill");
     arrived = now;

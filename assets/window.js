@@ -1,11 +1,11 @@
-// The browser's half of the window: the run's buttons and the theme; each tab has a script of its own.
+// Shared client code: helpers, buttons, theme. Each tab has its own script.
 //
-// All of it works by delegation on the document, because the page's pieces of HTML are replaced as runs go on.
+// Events are delegated to the document, because the HTML is replaced during runs.
 (() => {
   const one = (selector, within = document) => within.querySelector(selector);
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const post = async (path, body, options = {}) => {
-    // Names of pictures are the project's: a page that another page has left behind must not change the other's.
+    // Image names belong to a project: a stale page must not change another project.
     const project = window.easel.project === undefined ? {} : { "X-Easel-Project": encodeURIComponent(window.easel.project) };
     const answer = await fetch(`/easel/${path}`, {
       method: "POST", headers: { "Content-Type": "application/json", ...project }, body: JSON.stringify(body), ...options,
@@ -28,8 +28,8 @@
   const plural = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
   const later = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
-  // Calls `look` until it says that there is nothing more to wait for. Who asks while it is at it gets at least one
-  // look that begins after that: an answer on its way may be of the time before.
+  // Calls `look` until it returns false. A call during a run causes at least one more `look`, because a response in
+  // flight may be older than the call.
   const follower = (look, pause) => {
     let running = false, again = false;
     return async () => {
@@ -45,8 +45,8 @@
     };
   };
 
-  // Calls `settle` once the page has changed: with the next frame, or a little later where nobody looks at the page,
-  // which then gets no frames, and whose title and notifications are all that tells how a run is.
+  // Calls `settle` after the page changed: in the next frame, or after a timeout for hidden pages, which get no frames but
+  // whose title and notifications have to follow the run.
   const whenChanged = (settle, attributeFilter) => {
     let asked = false;
     const now = () => { if (asked) { asked = false; settle(); } };
@@ -58,7 +58,7 @@
     }).observe(document.documentElement, { childList: true, subtree: true, attributes: true, attributeFilter });
   };
 
-  // The keyboard's focus stays where `draw` replaces the nodes in `place`: with the same control, or with its neighbour.
+  // Keeps the keyboard focus while `draw` replaces the nodes in `place`: on the same control, or on its neighbour.
   const refocus = (place, draw) => {
     const controls = () => all("button, input, select, textarea, summary, a[href]", place);
     const nameOf = (node) => [node.tagName, node.id, node.getAttribute("aria-label"), ...Object.entries(node.dataset)].join();
@@ -69,20 +69,19 @@
     const now = controls(), same = now.filter((node) => nameOf(node) === name);
     (same.includes(now[at]) ? now[at] : same[0] ?? now[Math.min(at, now.length - 1)])?.focus({ preventScroll: true });
   };
-  // Puts `nodes` into `place` only where they say something else than what is there: a click that has begun on a node
-  // ends on it.
+  // Replaces the content of `place` only if it differs: a click that started on a node has to end on it.
   const redraw = (place, ...nodes) => {
     const made = place.cloneNode();
     made.append(...nodes);
     if (made.innerHTML !== place.innerHTML) refocus(place, () => place.replaceChildren(...made.childNodes));
   };
 
-  // What the other scripts use; `settling` is called whenever pieces of the page may have been replaced.
+  // API for the other scripts; `settling` functions run whenever HTML may have been replaced.
   window.easel = {
     openTab, one, all, get, post, press, make, plural, later, follower, whenChanged, refocus, redraw, settling: [],
   };
 
-  // ---- one listener a kind of event -----------------------------------------------------------------------------
+  // ---- one listener per event type -----------------------------------------------------------------------------
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, a, [data-picture]");
     if (!target) return;
@@ -98,12 +97,12 @@
     }
   });
 
-  // ---- what must follow when Gradio replaces a piece ----------------------------------------------------------------
+  // ---- after Gradio replaced HTML ----------------------------------------------------------------
   const settle = () => {
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
     for (const follow of window.easel.settling) follow();
-    // A disabled button says why, to the pointer too.
+    // A disabled button explains itself in its tooltip.
     for (const button of all("#export-download, #copy-export")) {
       const why = button.disabled ? "There is no checkpoint yet; train something first." : "";
       if (button.title !== why) button.title = why;
