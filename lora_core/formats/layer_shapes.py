@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.model_files.families import Family
+from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
 from lora_core.system.untrusted import parse_json
 
@@ -34,7 +34,7 @@ def _layout(folder: Path, parts: tuple[str, ...]) -> Layout:
     layers: Layout = {}
     for part in parts:
         config = parse_json((folder / part / "config.json").read_bytes())
-        found = _unet(config) if part == "unet" else _text_encoder(config)
+        found = _text_encoder(config) if is_text_encoder(part) else _unet(config)
         layers |= {(part, path): shape for path, shape in found}
     return layers
 
@@ -82,7 +82,7 @@ def norm_layers(layout: Layout) -> list[LayerKey]:
         for end, norm in _NORMS.items():
             if path.endswith(end):
                 found.append((part, path.removesuffix(end) + norm))
-    encoders = dict.fromkeys(part for part, _ in layout if part != "unet")
+    encoders = dict.fromkeys(part for part, _ in layout if is_text_encoder(part))
     return [*found, *((part, "text_model.final_layer_norm") for part in encoders)]
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from lora_core.errors import AdapterFileError
-from lora_core.model_files.families import FAMILIES, Family
+from lora_core.model_files.families import FAMILIES, Family, is_text_encoder
 from lora_core.model_files.key_names import diffusers_unet_path, ldm_unet_path
 from lora_core.model_files.unsupported import other_family
 
@@ -71,7 +71,7 @@ _BY_FLAT_NAME = {kind: {path.replace(".", "_"): path for path in paths} for kind
 
 
 def _kind(part: str) -> str:
-    return "unet" if part == "unet" else "text"
+    return "text" if is_text_encoder(part) else "unet"
 
 
 def with_text_model(path: str) -> str:
@@ -106,7 +106,7 @@ def layer_of_prefix(prefix: str, family: Family | None = None) -> tuple[str, str
     if _kind(part) == "text" and name.startswith("encoder_layers_"):
         name = f"text_model_{name}"
     path = _dotted(name, _kind(part))
-    if path is None and part == "unet":
+    if path is None and not is_text_encoder(part):
         path = from_ldm(_dotted(name, "ldm") or "", family)
     if path is None:
         raise AdapterFileError(unknown_layer_message(prefix))
@@ -146,7 +146,7 @@ def prefix_of_layer(part: str, path: str, family: Family) -> str:
     if part not in prefixes:
         raise AdapterFileError(f"{family.title} has no part {part!r}; it has {', '.join(family.parts)}.")
     named: str | None = path if is_layer(part, path) else None
-    if part == "unet" and named and family.kohya_block_names == "ldm":
+    if not is_text_encoder(part) and named and family.kohya_block_names == "ldm":
         named = ldm_unet_path(path, family.attention_levels)
     if named is None:
         raise AdapterFileError(f"The layer {part}.{path} has no name in the kohya format.")

@@ -20,7 +20,7 @@ from lora_core.formats.detect import detect_family, extra_keys
 from lora_core.formats.layers import Tensors, check_plain, layer_from_tensors
 from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer_message, with_text_model
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
-from lora_core.model_files.families import Family
+from lora_core.model_files.families import Family, is_text_encoder
 from lora_core.system.untrusted import parse_json
 
 HEADER_KEY = "lora_adapter_metadata"
@@ -178,8 +178,8 @@ def parse_key(key: str, family: Family | None = None) -> tuple[LayerKey, str]:
     part = prefix[1] or ("text_encoder" if "encoder.layers." in path else "unet")
     part = _COMFY_PARTS.get(part, part)
     if leaf["old"]:
-        path = f"{path}.{_OLD_LEAVES['unet' if part == 'unet' else 'text'][leaf['old']]}"
-    path = with_text_model(path) if part != "unet" else from_ldm(path, family) or path
+        path = f"{path}.{_OLD_LEAVES['text' if is_text_encoder(part) else 'unet'][leaf['old']]}"
+    path = with_text_model(path) if is_text_encoder(part) else from_ldm(path, family) or path
     if not is_layer(part, path):
         raise AdapterFileError(unknown_layer_message(key))
     role = "alpha" if leaf["alpha"] else leaf["role"] or _PEFT_ROLES.get(leaf["new"], leaf["new"])

@@ -29,7 +29,7 @@ from lora_core.formats.compat.matching import (
 )
 from lora_core.formats.peft import HEADER_KEY, read_lora_config
 from lora_core.lora.weights import LayerKey
-from lora_core.model_files.families import FAMILIES
+from lora_core.model_files.families import FAMILIES, is_text_encoder
 
 IN_ENCODER = r"text_model\..+"
 NO_BIAS_KINDS = ("LoHa", "LoKr", "full difference", "norm")
@@ -314,7 +314,7 @@ def _diffusers_kohya(file: AdapterFile, keys: Sequence[str]) -> dict[LayerKey, A
 def _keeps_alpha(file: AdapterFile, part: str, path: str, key: str) -> bool:
     """Whether diffusers gives a layer its own alpha: outside of attention, if the file's names have the
     `text_model` level where the model has it."""
-    if part == "unet":
+    if not is_text_encoder(part):
         return re.search(r"\.attn[12]\.to_", path) is None
     if path.startswith("text_model.") and ("text_model" in key) != _has_text_level(file, part):
         return False
@@ -329,7 +329,7 @@ def _has_text_level(file: AdapterFile, part: str) -> bool:
 def _common_alpha(file: AdapterFile, part: str, keys: Sequence[str]) -> float | None:
     """The most frequent alpha of a component; of equally frequent ones the first that diffusers meets."""
     prefixes = [key.partition(".")[0] for key in keys if key.endswith(".lora_down.weight")]
-    if part == "unet" and file.ldm_named:
+    if not is_text_encoder(part) and file.ldm_named:
         prefixes = _by_block(prefixes)
     alphas = [file.alphas[f"{prefix}.alpha"] for prefix in prefixes if f"{prefix}.alpha" in file.alphas]
     return Counter(alphas).most_common(1)[0][0] if alphas else None
@@ -456,7 +456,8 @@ def _apply_header(
     for (part, path), module in matched.items():
         name = path if _has_text_level(file, part) else path.removeprefix("text_model.")
         targets = values.get(f"{part}.target_modules")
-        if part != "unet" and isinstance(targets, list) and not any(_ends(name, str(t)) for t in targets):
+        found = not isinstance(targets, list) or any(_ends(name, str(target)) for target in targets)
+        if is_text_encoder(part) and not found:
             continue
         rank = _rank(file, module)
         if _header_number(values, part, name, "r", "rank_pattern") != rank:
