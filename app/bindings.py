@@ -13,9 +13,9 @@ import gradio as gr
 
 from app.state import AppState, Snapshot
 
-# Every event of the window: a plain function that runs to its end, also when the page is closed meanwhile.
+# Options of every event: a plain function that completes even if the page is closed.
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-# For typing, sliding and choosing: while one is under way only the newest of those that follow is kept.
+# For typing, sliding and choosing: while one event runs, only the latest one waits.
 TYPING: dict[str, Any] = {**QUIET, "trigger_mode": "always_last"}
 
 

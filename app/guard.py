@@ -25,7 +25,7 @@ from app.formatting import safe
 from lora_core.model_files.header import MAX_HEADER
 
 COOKIE = "lora_easel_login"
-# What a stranger may see: the page's look, and whether it is this app at all.
+# Accessible without login: style and identity of the app.
 OPEN_PATHS = ("/easel", "/easel/assets/style.css", "/easel/assets/icon.svg")
 LARGEST_FORM, SLOWEST_FORM = 4096, 5.0
 LOGOUT = ("/easel/logout", "/logout")
@@ -100,7 +100,7 @@ class Login:
             body = (await _small_body(request)).decode("ascii", errors="replace")
         given = parse_qs(body).get("password", [""])[0]
         async with self._turn:
-            # A right guess waits as long as a wrong one, so that the time says nothing.
+            # Right and wrong guesses take equally long, so that timing reveals nothing.
             await asyncio.sleep(self._pause)
             if not hmac.compare_digest(given.encode("utf-8", "replace"), self.password):
                 self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * self._pause))

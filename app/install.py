@@ -73,7 +73,7 @@ def is_ready(extra: str) -> bool:
     python = stamp.pop("python", "")
     if stamp != expected_stamp(extra) or not PYTHON.exists() or not has_base():
         return False
-    # A system upgrade can put another version behind the same name; it would not see what was installed.
+    # A system upgrade can change the version behind the same name.
     same = os.path.realpath(PYTHON) == os.path.realpath(sys.executable)
     return not same or python == "{}.{}".format(*sys.version_info)
 
@@ -107,7 +107,7 @@ class Cards:
 
 def find_cards() -> Cards:
     """Detect the graphics cards."""
-    # One by one: a driver that does not know `compute_cap` answers a query for both with an error.
+    # Separate queries: drivers without `compute_cap` fail a combined one.
     drivers, capabilities = nvidia_smi("driver_version"), nvidia_smi("compute_cap")
     nvidia = bool(drivers) or bool(shutil.which("nvidia-smi")) or os.path.exists("/proc/driver/nvidia")
     names = windows_adapters()
@@ -115,7 +115,7 @@ def find_cards() -> Cards:
         nvidia or any("NVIDIA" in name for name in names),
         int(max(drivers, default=0)),
         tuple(capabilities),
-        # An APU may have /dev/kfd too; ROCm's build computes on the processor where it cannot use one.
+        # APUs may have /dev/kfd too; ROCm's build falls back to the processor.
         os.path.exists("/dev/kfd") or any("Radeon RX" in name or "Radeon PRO" in name for name in names),
         intel_card() or any("Arc" in name for name in names),
     )
@@ -172,7 +172,7 @@ def torch_backend(system: str, cards: Cards) -> str:
         return ""
     if cards.nvidia:
         newest = max(cards.capabilities, default=0.0)
-        # Cards below 5.0 have no build at all, so that they decide nothing.
+        # Cards below 5.0 have no build at all, so they are ignored.
         oldest = min((each for each in cards.capabilities if each >= 5.0), default=newest)
         if 0 < cards.driver < 580 or (0 < oldest < 7.5 and newest < 10):
             return "cu128" if newest >= 10 else "cu126"

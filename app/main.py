@@ -99,7 +99,7 @@ def _serve(app_state: AppState, listener: socket.socket, options: argparse.Names
     allowed = [*options.allow_host]
     if not is_loopback(options.host) and options.host not in ("0.0.0.0", "::"):
         allowed.append(f"[{options.host}]" if ":" in options.host else options.host)
-    # With the default, Ctrl-C waits for as long as a page is open.
+    # By default Ctrl-C would wait until all pages are closed.
     config = uvicorn.Config(
         build_app(app_state, allowed, password),
         log_level="warning",
@@ -146,7 +146,7 @@ def _say_ready(address: str, browser: bool) -> None:
     sys.stdout.write(f"Ready at {address}\n")
     sys.stdout.flush()
     if browser:
-        # Some platforms wait for the browser to come up; the server must not.
+        # On some platforms this blocks until the browser is up.
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
 
@@ -176,7 +176,7 @@ def _listener(host: str, port: int | None) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         if os.name != "nt":
-            # On Windows this option would let two servers share the port.
+            # On Windows this option lets two servers share a port.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, candidate))

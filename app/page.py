@@ -77,7 +77,7 @@ def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
         values = [_valid(value) for value in bindings.initial_values()]
         for fill, value in zip(bindings.initial, values, strict=True):
             if not isinstance(value, dict):
-                # What a field cannot show is to fail here, where the draft can be set aside.
+                # Values a field cannot show fail here, where the draft can be set aside.
                 fill.component.postprocess(value)
         return values
 
@@ -97,7 +97,7 @@ def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
     demo.load(opened, None, [*filled, *outputs], **QUIET)
     refill = gr.Button("Fill the form again", elem_id="refill", visible="hidden")
     bindings.refresh_after(refill.click(bindings.initial_values, None, filled, **QUIET))
-    # What was asked for during a look is looked for after it.
+    # A refresh requested during a poll runs after it.
     gr.on([timer.tick, refresh.click], look, seen, outputs, **TYPING)
     for event in bindings.refreshing:
         event.then(look, seen, outputs, **QUIET)

@@ -85,7 +85,7 @@ def _changed(app_state: AppState, do: str, key: str, title: str) -> dict[str, An
             raise BadRequest("no such action")
     switched = app_state.project.path != before
     if switched:
-        app_state.turn_to_project()
+        app_state.reset_project_view()
     return {**_shelves(app_state), "switched": switched, "said": said}
 
 

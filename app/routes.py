@@ -29,11 +29,11 @@ from lora_core.system.paths import ASSETS
 from lora_core.system.untrusted import clean_value, parse_json
 
 IMAGE_TYPES = set(IMAGE_SUFFIXES)
-# What browsers show by themselves; the rest is sent as a large thumbnail.
+# Types that browsers render; others are sent as a large thumbnail.
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 ASSET_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 LARGEST_CAPTION = 1_000_000
-# Addresses carry the file's time, so that a changed file has another address and this can be long.
+# URLs contain the file's time, so they can be cached indefinitely.
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 
@@ -90,7 +90,7 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
         if meant is not None and unquote(meant) != app_state.project.path.name:
             raise RunError("Another page has opened another project, so nothing was changed here.")
 
-    # In front of all routes that are added from here on.
+    # Applies to all routes added from here on.
     app.router.dependencies.append(Depends(same_project))
 
     @app.get("/easel")
@@ -117,7 +117,7 @@ def add_routes(app: FastAPI, app_state: AppState) -> None:
     async def show_file(request: Request) -> Response:
         sent = await read_sent_json(request)
         asker, host = request.client, request.headers.get("host", "")
-        # A proxy is on this computer too, for whoever it speaks.
+        # A local proxy may speak for a remote client.
         near = asker is not None and is_loopback(asker.host) and "x-forwarded-for" not in request.headers
         if not near or host_name(host) not in LOOPBACK:
             raise RunError(SHARED)
@@ -164,12 +164,12 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _gone(request: Request, error: Exception) -> Response:
-    # The page is about to show it elsewhere, or not at all.
+    # The page is about to update by itself.
     return Response(status_code=204)
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    # The page shows the sentence; an error status would only add a line to the browser's console.
+    # The page shows the sentence; an error status would only log to the console.
     return Answer({"problem": str(error)})
 
 
@@ -180,7 +180,7 @@ async def _disk_problem(request: Request, error: Exception) -> Response:
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    # The server writes the traceback into its log; the page gets a sentence.
+    # The traceback goes to the server's log.
     sentence = "This failed because of a bug in LoRA Easel; its log has the details."
     return Answer({"problem": sentence}, status_code=500)
 

@@ -87,7 +87,7 @@ class AppState:
         """Open a workspace; `worker_command` replaces the warm worker in tests."""
         self.workspace = workspace
         self.projects = Projects(workspace)
-        # One object for as long as the window is open, whichever project it stands for.
+        # The same object for the window's lifetime; its project changes.
         self.project = self.projects.current
         self.importer = Importer(self.project, workspace / "tmp" / "incoming")
         self.checker = Checker(self.project)
@@ -170,7 +170,7 @@ class AppState:
         project = self.project
         return not project.uses_demo and not project.dataset().records and not self.jobs.all()
 
-    def turn_to_project(self) -> None:
+    def reset_project_view(self) -> None:
         """Reset per-project view state after switching projects."""
         self.jobs.choose_anew()
         self.render_queue.clear()
@@ -218,7 +218,7 @@ class Snapshot:
     def busy(self) -> bool:
         """Whether something changes by itself, so that pages should poll often."""
         app_state = self.app_state
-        # Between two runs of a queue none is live.
+        # Between two runs of a queue, none is live.
         working = app_state.prober.active or app_state.queue.is_running or app_state.downloads.active
         return self.live or self.view.working or working
 

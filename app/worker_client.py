@@ -170,7 +170,7 @@ class WorkerClient:
             self._asked.clear()
             reply = next(filter(self._may_begin, list(self.waiting)), None)
             if reply is None:
-                # While nothing waits or is held, there is nothing to look around for.
+                # Without waiting requests or held memory there is nothing to poll for.
                 holds = self.holds_memory or self._on_card
                 asked = self._asked.wait(LOOK_AROUND_EVERY if holds or self.waiting else None)
                 if holds and not asked and self.is_needed_elsewhere(time.monotonic() - self._idle_since):
@@ -204,7 +204,7 @@ class WorkerClient:
             self._end(reply, "error", self._death("it could not be started"))
             return
         if not self._may_begin(reply):
-            # Only now is it known which device it computes on.
+            # The device is known only now.
             self._put_back(reply)
             return
         if reply.request["do"] == "warm":
@@ -213,7 +213,7 @@ class WorkerClient:
         device = self.wanted_device()
         self._write({**({"device": device} if device else {}), **reply.request})
         if reply.dropped:
-            # It was cancelled while the process came up.
+            # Cancelled while the process started.
             self.cancel(reply)
         looked = time.monotonic()
         for message in _messages(process.stdout):
@@ -279,7 +279,7 @@ class WorkerClient:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=self.environment,
-                # Ctrl-C in the terminal is for the window, which then ends the worker itself.
+                # Ctrl-C in the terminal reaches the window, which ends the worker itself.
                 **detached(),
             )
         for message in _messages(self._process.stdout):
@@ -298,7 +298,7 @@ class WorkerClient:
                 process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
             except OSError:
-                # The process is gone; whoever reads its output finds out and says so.
+                # The process ended; the reader of its output reports it.
                 return
 
     def _death(self, reason: str) -> str:
@@ -320,7 +320,7 @@ def _messages(stream: IO[bytes] | None) -> Any:
 def _close_pipes(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            # What was still to be written has nobody to read it any more.
+            # Unwritten data has no reader any more.
             with contextlib.suppress(OSError, ValueError):
                 pipe.close()
 

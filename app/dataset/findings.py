@@ -76,7 +76,7 @@ class Checker:
 
     def _now(self) -> _CheckKey:
         plan = Plan(self.project)
-        # First, as reading the folder may make a new revision.
+        # First, because reading the folder may create a new revision.
         self.project.dataset()
         config, base = plan.config, plan.base
         resolution = config.train.resolution or base.resolution
@@ -98,7 +98,7 @@ class Checker:
             state = {"state": "done", **rows}
         except _Outdated:
             with self._lock:
-                # Another project was opened; its page would follow this one for ever.
+                # Another project was opened; its page would follow this check forever.
                 if self._aim is aim:
                     self._aim, self._state = None, {"state": "idle"}
             return
@@ -112,7 +112,7 @@ def plan_training(plan: Plan, records: list[ImageRecord]) -> TrainingView:
     """How the run described by the form would train on `records`."""
     config = plan.config
     out: frozenset[Path] = frozenset()
-    # Where they cannot be parted, the form says so.
+    # If the split fails, the form says so.
     with contextlib.suppress(DatasetError):
         out = frozenset(r.path for r in split_holdout(records, config.validation.pictures, config.seed)[1])
     return TrainingView(
@@ -284,7 +284,7 @@ class DatasetInsights:
         if not isinstance(found.get("rows"), list):
             return {"run": run_view.run.name}
         shown = _named(found, self.project.dataset_folder)
-        # A run that was trained on since has another best or last checkpoint.
+        # A run that was resumed has another best or last checkpoint.
         best = run_view.run.progress().best_step
         wanted = best if best in steps else steps[-1]
         return {"found": shown, "run": run_view.run.name, "fresh": found.get("step") == wanted}
@@ -299,7 +299,7 @@ class DatasetInsights:
         found = reply.result.get("found")
         with self._lock:
             if reply.state == "done":
-                # What a run has learned stands in its folder.
+                # What a run learned is stored in its folder.
                 if isinstance(found, dict) and what != "pictures":
                     self._keep(what, work, found)
             elif work.project == self.project.path and (reply.message != CANCELLED or gave_way):

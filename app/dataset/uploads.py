@@ -83,12 +83,12 @@ class Importer:
         """Import into the open project; uploads are kept in `staging` until then."""
         self.project = project
         self.staging = staging
-        # Whatever a window that was killed had received is of no use any more.
+        # Uploads of a killed window are useless.
         shutil.rmtree(staging, ignore_errors=True)
         self._batches: dict[str, UploadBatch] = {}
         self._lock = threading.Lock()
         self._state: dict[str, Any] = {"state": "idle", "number": 0}
-        # What is to be worked out before an import counts as done.
+        # Called before an import counts as done.
         self.after: Callable[[], object] = lambda: None
 
     def state(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Importer:
             DatasetError: the disk refuses.
         """
         while len(self._batches) >= MOST_BATCHES:
-            # Pages that were closed while they sent.
+            # Batches of pages that were closed while sending.
             self.give_up(next(iter(self._batches)))
         name = uuid.uuid4().hex
         folder = self.staging / name
@@ -231,7 +231,7 @@ class Importer:
             project.notes = imported.skipped
             state, note = _summarize(imported)
             if imported.added and project.uses_demo:
-                # Own pictures were brought: from here on they are trained on, with a preset for them.
+                # The user's own images replace the demo, with a preset for them.
                 base = (project.draft().get("values") or {}).get("model.base", EMBEDDED)
                 project.update_draft(dataset="", level="", values={"model.base": base})
                 self._state = {**self._state, "left_demo": True}

@@ -55,7 +55,7 @@ def _trigger(bindings: Bindings) -> None:
         min_width=230,
         interactive=False,
     )
-    # What is typed before the draft has been filled in would be overwritten by it.
+    # Text typed before the draft is loaded would be overwritten by it.
     bindings.fill_on_load(
         trigger, lambda: gr.update(value=project.draft().get("trigger", ""), interactive=True)
     )

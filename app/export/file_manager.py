@@ -82,9 +82,9 @@ def commands(file: Path, platform: str) -> list[list[str]]:
     if platform == "darwin":
         return [["open", "-R", str(file)]]
     if platform == "win32":
-        # Explorer ends with 1 also where it has shown the file.
+        # Explorer returns 1 even on success.
         return [["explorer", "/select,", str(file)]]
-    # The address has no comma, at which dbus-send would cut: it is percent-encoded.
+    # Percent-encoded: dbus-send splits at commas.
     ask = ["dbus-send", "--session", "--print-reply", "--dest=org.freedesktop.FileManager1"]
     ask += ["/org/freedesktop/FileManager1", "org.freedesktop.FileManager1.ShowItems"]
     ask += [f"array:string:{file.as_uri()}", "string:"]
@@ -104,7 +104,7 @@ def _run(tries: list[list[str]]) -> None:
             if process.wait(SECONDS) == 0:
                 return
         except subprocess.TimeoutExpired:
-            # Some file managers stay with the program that starts them.
+            # Some file managers stay in the foreground.
             return
         except OSError:
             continue

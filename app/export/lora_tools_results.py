@@ -218,7 +218,7 @@ def written_html(result: Row) -> str:
         if result.get("link")
         else ""
     )
-    # What has no link is a base, which no training goes on from.
+    # A file without a link is a base; training does not continue from one.
     go_on = _go_on(file) if link else ""
     return (
         f'<div class="made"><h3 class="over-line">{safe(file.name)}, {size}</h3>{said}<div class="row">{link}'

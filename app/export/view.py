@@ -23,7 +23,7 @@ from lora_core.settings.choices import FORMATS
 from lora_core.system.other_tools import CopiedFile, copy_export
 
 PRECISIONS = [("fp16, half the size", "fp16"), ("bf16", "bf16"), ("fp32, exact", "fp32")]
-# The page starts a download by itself once the file is written.
+# Starts the download in the browser once the file is written.
 START_DOWNLOAD = """(address) => { if (address) { const link = document.createElement("a");
 link.href = address; link.download = ""; document.body.append(link); link.click(); link.remove(); } }"""
 
@@ -166,7 +166,7 @@ def _wire(bindings: Bindings, fields: dict[str, Any], buttons: dict[str, Any], o
     done.then(None, outputs[-1], None, js=START_DOWNLOAD, queue=False)
     bindings.refresh_after(done)
     note, table = buttons["copied"], outputs[1]
-    # What was said of one file says nothing of the next.
+    # Results of one file do not apply to the next.
     changes = [fields[name].input for name in ("run", "checkpoint", "format", "precision")]
     gr.on(changes, lambda: ["", compatibility_card(None, True), ""], None, [outputs[0], table, note], **QUIET)
     bindings.refresh_after(buttons["copy"].click(copy, [buttons["folder"], *inputs], [note, table], **busy))

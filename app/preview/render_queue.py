@@ -210,7 +210,7 @@ class History:
         with self._lock:
             self._kept = [one for one in self._kept if one.file != kept.file] + [kept]
             with open(self.folder / FILE, "ab") as file:
-                # A kill may have left half a line, which this one must not become part of.
+                # A kill may have left half a line; start a new one.
                 file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
             self._half_line = False
 
@@ -261,7 +261,7 @@ def request_from_settings(said: dict[str, Any]) -> GenerationRequest:
         TypeError, KeyError: it is none.
     """
     loras = tuple(check_fields(WeightedLora, row) for row in said["loras"])
-    # Before there was a choice, none was rescaled.
+    # Entries from before this setting were not rescaled.
     return check_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
 
 
@@ -446,7 +446,7 @@ class RenderQueue:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._next() is not None)
-                # A slider that is still moving: wait for it to rest before a picture is begun.
+                # The slider is still moving: wait for it to rest.
                 while (rest := self._wanted_at + RESTS - time.monotonic()) > 0:
                     self._changed.wait(rest)
                 job = self._next()
@@ -485,7 +485,7 @@ class RenderQueue:
         files = reply.result.get("files") or []
         path = Path(str(files[0])) if files else None
         if path is None or not path.is_file():
-            # Asking again would only loop: a worker that is done without a picture has a defect.
+            # Retrying would loop: a worker that finishes without an image has a bug.
             reply.message = "The worker ended without an image; see the logs folder."
             self._failed(job, grid, reply)
         elif job.shot is None:

@@ -117,7 +117,7 @@ def checkpoint_choices(run_view: RunView) -> list[tuple[str, str]]:
 
 
 FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
-# In no picture of the demo's training set: what is seen is carried over, not remembered.
+# Not in the demo's training set, so the result shows generalization.
 DEMO_PROMPT = "house, duskprint style, on a sky blue background"
 SEED = 1234
 LARGEST_RANDOM = 2**32
@@ -146,7 +146,7 @@ def lora_rows(snapshot: Snapshot) -> tuple[list[WeightedLora], dict[str, Any]]:
     if isinstance(kept.get("rows"), list):
         rows = parse_rows(kept["rows"])
         runs = snapshot.app_state.workspace / "runs"
-        # A run that was deleted took its files along; a path that somebody typed stays as it was typed.
+        # Files of deleted runs are dropped; typed paths stay as typed.
         there = [r for r in rows if not Path(r.file).is_relative_to(runs) or Path(r.file).is_file()]
         if there or not rows:
             return there, kept

@@ -84,7 +84,7 @@ def _rows(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     view = app_state.render_queue.view()
     drawn = False
     if sent.get("moved") and view.shot is not None:
-        # Only the strengths: another file waits for Generate, as it may need another base.
+        # Only strengths: another file waits for Generate, because it may need another base.
         files = [lora.file for lora in view.shot.loras]
         if rows and files == [row.file for row in rows]:
             shot = view.shot.__class__(**{**vars(view.shot), "loras": tuple(rows)})
@@ -105,7 +105,7 @@ def open_tab(app_state: AppState) -> dict[str, Any]:
             run_view.run.name == name and state in ("running", "preparing")
             for run_view, state in snapshot.runs
         ):
-            # It will have a file when it is done; the wish is kept until then.
+            # It has a file once it is done; the request is kept until then.
             return {"fill": False, "drawn": True, "problem": ""}
         app_state.project.update_draft(preview_strip="")
         app_state.render_queue.refuse(str(error))

@@ -94,7 +94,7 @@ def _wire_grid(
 
     def kind_chosen(start: str, kind: str) -> Any:
         if kind == _kept_kind(bindings, start):
-            return gr.skip()  # The list was merely left.
+            return gr.skip()  # The list was only left.
         choices, usual = list_axis_values(take_snapshot(app_state), kind)
         return gr.update(choices=choices, value=usual)
 
@@ -184,7 +184,7 @@ def _kept_values(bindings: Bindings, start: str) -> Any:
     return gr.update(choices=choices, value=values)
 
 
-# A press takes along what the page's script knows of the LoRA rows, whose last change may be on its way.
+# A click sends the LoRA rows along, because their last change may still be in flight.
 WITH_ROWS = "(...values) => [...values.slice(0, -1), window.easel.loraRows()]"
 
 
@@ -214,7 +214,7 @@ def _form(bindings: Bindings) -> dict[str, Any]:
     made: dict[str, Any] = {}
     made["prompt"] = gr.Textbox(label="Prompt", elem_id="prompt", lines=3, max_lines=8)
     made["negative"] = gr.Textbox(label="Negative prompt", elem_id="negative", lines=1, max_lines=4)
-    # The rows are the page's script's own: a slider that is being moved must not be replaced by a poll.
+    # The rows belong to the page's script: a poll must not replace a slider being moved.
     html_block('<div id="loras" role="group" aria-label="LoRAs"></div>')
     bindings.follow(html_block(), _rows_piece)
     with gr.Row(elem_classes="pair"):
@@ -336,7 +336,7 @@ def _wire_strip(bindings: Bindings, own: tuple[Any, Any, Any], fields: dict[str,
         try:
             kept(values, on)
         except LoraError:
-            # Said when the strip is drawn; half a number is no mistake yet.
+            # Reported when the strip is generated; a half-typed number is not an error yet.
             return
 
     def drawn(values: str, on: bool, *form: Any) -> None:
@@ -385,7 +385,7 @@ def _file_box(bindings: Bindings, fields: dict[str, Any]) -> None:
         except LoraError as error:
             return problem_html(error), None
         finally:
-            # Gradio's copy has done its work.
+            # Gradio's copy is no longer needed.
             path.unlink(missing_ok=True)
 
     def sent(info: Infotext | None) -> list[Any]:

@@ -164,7 +164,7 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
     if new.problem and (added := _added_folder(app_state, Path(name).expanduser())):
         return added, level, {**values, "model.base": before.name or EMBEDDED}
     if new.facts is None:
-        # Once its files are here, it is known whose starting values the form still holds.
+        # Needed once its files arrive, to know whose starting values the form holds.
         app_state.project.update_draft(fitted={"base": name, "to": before.name})
         return "", level, values
     # The demo's preset is for the embedded base alone: its rate and precision would be no good start
@@ -177,10 +177,10 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
     )
     changed["model.base"] = name
     if new.resolution != before.resolution:
-        # A size that suits another base is not meant for this one.
+        # A resolution chosen for another base does not apply to this one.
         changed["train.resolution"] = to_widget_value("train.resolution", 0)
     if name != before.name:
-        # What was set against one base's files says nothing of the next.
+        # Overrides of one base's detection do not apply to the next.
         changed |= {"model.prediction": "auto", "model.zero_terminal_snr": "auto", "model.vae": ""}
     return "", new_level, changed
 

@@ -42,13 +42,13 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
     points = [(float(e.step), round(e.loss, DIGITS)) for e in losses if math.isfinite(e.loss)]
     if len(points) < 2:
         return _empty("The curve begins with the first steps.")
-    # Rounded, so that a loss that stands still is no picture of rounding errors.
+    # Rounded, so that a constant loss does not plot rounding errors.
     means = [round(y, DIGITS) for y in smooth([y for _, y in points])]
     calm = downsample([(x, y) for (x, _), y in zip(points, means, strict=True)])
     raw = downsample(points)
     stride = math.ceil(len(points) / MOST_POINTS) or 1
     ys = sorted(y for _, y in raw)
-    # A single wild step must not flatten the rest of the curve.
+    # A single outlier must not flatten the curve.
     top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
     label = f"Training loss, now {calm[-1][1]:.4f} smoothed"
     drawn = curves_plot(
@@ -56,7 +56,7 @@ def loss_chart(losses: Sequence[StepDone]) -> str:
         [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)],
         highest=top if top > ys[0] else None,
     )
-    # The slider in the page smooths the drawn points, so it has to know how many steps each stands for.
+    # The page's slider smooths the drawn points, so it needs the number of steps per point.
     return drawn.replace('<polyline class="raw"', f'<polyline class="raw" data-stride="{stride}"', 1)
 
 
@@ -85,7 +85,7 @@ def _curve(
     value: Callable[[Validated], float],
     error: Callable[[Validated], float] | None = None,
 ) -> Curve:
-    # Step 0 is the base, which gains nothing over itself.
+    # Step 0 is the base, with a gain of 0 by definition.
     points = [(0.0, 0.0), *((float(one.step), value(one)) for one in found)]
     errors = [0.0, *(SURE * known_error(error(one)) for one in found)] if error else ()
     return Curve(name, points, errors, style)
@@ -259,7 +259,7 @@ def _tiles(snapshot: Snapshot) -> list[str]:
         tiles.append(tile(format_clock(progress.seconds_left()), f"left, {speed}" if speed else "left"))
     else:
         took = sum(event.seconds for event in progress.losses)
-        # Over the whole run: what its last steps took need not fit the time beside it.
+        # Averaged over the whole run: the last steps may not match the elapsed time next to it.
         mean = format_speed(took / len(progress.losses)) if progress.losses else ""
         tiles.append(tile(format_clock(took), f"of training, {mean}" if mean else "taken"))
     loss = progress.smoothed_loss()
@@ -290,7 +290,7 @@ def _memory(snapshot: Snapshot, run_view: RunView) -> str:
         return ""
     card = snapshot.app_state.hardware.card()
     own = card.by_process.get(process.pid) if card else None
-    # Coarse, so that a line that is looked at each second does not flicker.
+    # Coarse, so that the line does not flicker at every poll.
     on_card = f" and {format_bytes(own)} on the graphics card" if own else ""
     return f" Its process holds {round(held / 1e8) / 10:.1f} GB of memory{on_card}."
 
@@ -298,10 +298,10 @@ def _memory(snapshot: Snapshot, run_view: RunView) -> str:
 def _remark(snapshot: Snapshot) -> str:
     reason = snapshot.progress.reason
     if snapshot.state == "paused" and reason:
-        # A pause that nobody asked for: the drive is full, for instance.
+        # A pause that was not requested, e.g. because the drive is full.
         return f'<p class="problem" role="alert" data-hint="paused">{safe(with_labels(reason))}</p>'
     if snapshot.state == "stopped" and reason:
-        # The run's own decision: nothing was gained any more.
+        # Early stopping.
         return (
             f'<p role="status" data-hint="early">{safe(with_labels(reason))} The file of what it learned is'
             " there.</p>"

@@ -60,7 +60,7 @@ def add_run_routes(app: FastAPI, app_state: AppState) -> None:
     @app.post("/easel/quit")
     async def leave() -> Response:
         live = app_state.jobs.live()
-        # A run is a process of its own and the queue has its owner: both go on.
+        # Runs and queue are processes of their own and continue.
         threading.Timer(QUIT_AFTER, app_state.on_quit).start()
         return Answer({"run": live.run.name if live else "", "queue": app_state.queue.is_running})
 
@@ -91,7 +91,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
         loads[do]()
         return
     acts: dict[str, Callable[[str], Any]] = {
-        # The Preview tab draws the strip of this run when it is opened.
+        # The Preview tab generates this run's strip when it opens.
         "see": lambda run: app_state.project.update_draft(preview_strip=check_run_name(run)),
         "resume": app_state.jobs.resume,
         "accept": lambda run: app_state.jobs.resume(run, accept_changes=True),
@@ -104,7 +104,7 @@ def do_run_action(app_state: AppState, do: str, name: str) -> None:
     if not name and current is not None:
         name = current.run.name
     if do in ("resume", "accept"):
-        # A run needs the memory more than a picture does.
+        # A run has priority for memory.
         app_state.worker.release()
     acts[do](name)
 
