@@ -1,9 +1,10 @@
-"""The range test: short training at rates that rise from far too low to far too high, which finds the rate.
+"""What a run chooses by trying before its first step: memory fallbacks, and the learning rate.
 
-Source: L. N. Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3. The loss of a
-batch of diffusion training says nothing by itself, since noise and timesteps are drawn at random; so each
-batch is predicted by the bare base too, and what counts is the share of the base's loss that the adapter
-takes away.
+Nothing else of the run is changed by it. The learning rate is found by a range test: short training at rates
+that rise from far too low to far too high. The loss of a single diffusion batch says nothing, since noise and
+timesteps are random, so the bare base predicts each batch too; what counts is the share of the base's loss
+that the adapter takes away. Source: L. N. Smith 2017, "Cyclical Learning Rates for Training Neural Networks",
+section 3.3.
 """
 
 import copy
@@ -37,11 +38,11 @@ from lora_core.train.setup import OnProgress, RuntimePlan, TrainSession
 from lora_core.train.validation import at_strength
 
 LOWEST, HIGHEST, EACH = -4, 8, 4
-"""Octaves around the rate that is set, and steps an octave."""
+"""Octaves around the rate that is set, and steps per octave."""
 WINDOW = 2
-"""Neighbours on each side that a share is looked at with."""
+"""Neighbours on each side, for the running median of shares."""
 SPOILED = 0.5
-"""The test ends where less than this share of the best is left."""
+"""The test ends where less than this part of the best share is left."""
 LEAST = 0.01
 """A best share below this is noise."""
 ABOVE_HALF = 1.0
@@ -51,7 +52,7 @@ choices of layers that gained 94% to 100% of what the best fixed rate did (docs/
 
 @dataclass(frozen=True)
 class RangeTestResult:
-    """What was found.
+    """The result of a range test.
 
     Attributes:
         rates: of the first group, rising.
@@ -64,15 +65,13 @@ class RangeTestResult:
     octave: int
 
 
-def run_range_test(
-    session: TrainSession, plan: StepSettings, say: Callable[[str, int, int], None]
-) -> RangeTestResult:
-    """Find how all rates should be multiplied; everything is as it was afterwards.
+def run_range_test(session: TrainSession, settings: StepSettings, on_progress: OnProgress) -> RangeTestResult:
+    """Find the factor for all learning rates; the state is as before afterwards.
 
     Args:
         session: the run before its first step; no other process takes part.
-        plan: of its steps.
-        say: called with (phase, done, all); what it raises ends the test.
+        settings: of its steps.
+        on_progress: called with (phase, done, total); what it raises ends the test.
 
     Raises:
         RunError: nothing was learned at any rate.
@@ -87,11 +86,11 @@ def run_range_test(
     shares: list[float] = []
     try:
         for number in range(count):
-            say("Finding the learning rate", number, count)
+            on_progress("Finding the learning rate", number, count)
             factor = 2.0 ** (LOWEST + number / EACH)
             for group in groups:
                 group["lr"] = group["initial_lr"] * factor
-            share = _step(session, plan, number)
+            share = _share(session, settings, number)
             if not math.isfinite(share):
                 break
             rates.append(groups[0]["lr"])
@@ -99,7 +98,7 @@ def run_range_test(
             smooth = _smooth(shares)
             if smooth[-1] < SPOILED * max(smooth) - LEAST:
                 break
-        say("Finding the learning rate", count, count)
+        on_progress("Finding the learning rate", count, count)
     finally:
         with state.flat_params.mutate() as live:
             live.copy_(numbers)
@@ -118,10 +117,10 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, octave: int) -> None:
 
 
 def choose_octave(shares: list[float]) -> int:
-    """The octave to take for shares that were reached at rates `EACH` an octave from `LOWEST` on.
+    """Choose the octave, given the shares at `EACH` rates per octave from `LOWEST` on.
 
     Raises:
-        RunError: they are all next to nothing.
+        RunError: none is above noise.
     """
     smooth = _smooth(shares)
     best = max(smooth, default=0.0)
@@ -135,103 +134,104 @@ def choose_octave(shares: list[float]) -> int:
 
 
 def _smooth(shares: list[float]) -> list[float]:
-    """The median of each and its neighbours; one wild batch is no find."""
+    """The running median; one wild batch does not count."""
     parts = [shares[max(0, place - WINDOW) : place + WINDOW + 1] for place in range(len(shares))]
     return [statistics.median(part) for part in parts]
 
 
-def _step(session: TrainSession, plan: StepSettings, number: int) -> float:
+def _share(session: TrainSession, settings: StepSettings, number: int) -> float:
     """Train on micro-batch `number`; the share of the base's loss on it that the adapter took away before."""
     state, base = session.state, session.state.base
-    batch, draw = sample_batch(state, session.batches, plan, number)
+    batch, draw = sample_batch(state, session.batches, settings, number)
     with torch.no_grad(), at_strength(state.injected, 0.0):
         condition = session.text.embed_batch(batch.captions)
-        bare = diffusion_loss(base, batch.latents, condition, draw, plan.loss, batch.sizes).mean()
+        bare = diffusion_loss(base, batch.latents, condition, draw, settings.loss, batch.sizes).mean()
     state.flat_params.zero_grad()
-    loss = backward_micro_batch(state, session.batches, session.text, plan, number)
-    losses, ok = optimizer_step(state, plan.max_grad_norm, [loss], number + 1)
+    loss = backward_micro_batch(state, session.batches, session.text, settings, number)
+    losses, ok = optimizer_step(state, settings.max_grad_norm, [loss], number + 1)
     return 1.0 - mean_loss(losses) / max(float(bare), 1e-12) if ok else math.nan
 
 
-# The trial: what a run chooses by trying before its first step.
-#
-# Nothing of the run is changed by it but where its weights lie and at which rates it learns.
-
-
 TEMPORARIES = 2
-"""Tensors as large as all trained numbers that an optimizer's step may make besides its state."""
+"""Tensors as large as all trained parameters that an optimizer may allocate in a step besides its state."""
 
 
-class Autotune:
-    """Chooses for one run, and keeps what there is to tell of it."""
+def autotune(
+    session: TrainSession,
+    memory: MemoryFallback,
+    config: RunConfig,
+    settings: StepSettings,
+    plan: RuntimePlan,
+    fresh: bool,
+    on_progress: OnProgress,
+) -> tuple[RuntimePlan, list[events.Event]]:
+    """Choose what `plan` lacks.
 
-    def __init__(
-        self, session: TrainSession, memory: MemoryFallback, config: RunConfig, goal: int, say: OnProgress
-    ) -> None:
-        """For a run that is to have `goal` steps; `say` may end the trial by what it raises."""
-        self.found: list[events.Event] = []
-        self._session = session
-        self._memory = memory
-        self._config = config
-        self._steps = StepSettings.of(config, goal)
-        self._say = say
+    Args:
+        session: the run before its first step.
+        memory: its fallbacks.
+        config: its settings.
+        settings: of its steps.
+        plan: what was chosen before.
+        fresh: whether no step was ever taken.
+        on_progress: called with (phase, done, total); what it raises ends the work.
 
-    def plan(self, plan: RuntimePlan, fresh: bool) -> RuntimePlan:
-        """The plan with all that it lacks; `fresh` where no step was ever taken.
+    Returns:
+        The plan, and the events that tell of it.
 
-        Raises:
-            OutOfMemory: a step does not fit by any means.
-            RunError: the range test learned nothing.
-        """
-        state = self._session.state
-        if not plan.layout:
-            layouts = map(layout_of, state.base.modules.values())
-            plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
-        if not plan.tried and (fresh or plan.cap) and limited(state.base.device):
-            self._say("Trying the heaviest step", 0, 1)
-            optimizer_state = OPTIMIZERS[self._config.optimizer.name].state
-            told, peak = fit_memory(self._session, self._memory, self._steps, optimizer_state)
-            self.found += [events.Warned(message=sentence) for sentence in told]
-            plan = replace(plan, rungs=self._memory.applied, tried=True, peak=peak)
-        if self._config.optimizer.range_test and plan.octave is None:
-            found = run_range_test(self._session, self._steps, self._say)
-            scale_learning_rates(state.optimizer, found.octave)
-            plan = replace(plan, octave=found.octave)
-            rate = plan.rated(self._config).optimizer.lr
-            self.found.append(events.RateFound(rate=rate, rates=found.rates, shares=found.shares))
-        return plan
+    Raises:
+        OutOfMemory: a step does not fit by any means.
+        RunError: the range test learned nothing.
+    """
+    state = session.state
+    found: list[events.Event] = []
+    if not plan.layout:
+        layouts = map(layout_of, state.base.modules.values())
+        plan = replace(plan, layout=next((one for one in layouts if one != PLAIN), PLAIN))
+    if not plan.tried and (fresh or plan.cap) and limited(state.base.device):
+        on_progress("Trying the heaviest step", 0, 1)
+        warnings, peak = fit_memory(session, memory, settings, OPTIMIZERS[config.optimizer.name].state)
+        found += [events.Warned(message=warning) for warning in warnings]
+        plan = replace(plan, rungs=memory.applied, tried=True, peak=peak)
+    if config.optimizer.range_test and plan.octave is None:
+        test = run_range_test(session, settings, on_progress)
+        scale_learning_rates(state.optimizer, test.octave)
+        plan = replace(plan, octave=test.octave)
+        rate = plan.rated(config).optimizer.lr
+        found.append(events.RateFound(rate=rate, rates=test.rates, shares=test.shares))
+    return plan, found
 
 
 def fit_memory(
-    session: TrainSession, memory: MemoryFallback, plan: StepSettings, optimizer_state: float
+    session: TrainSession, memory: MemoryFallback, settings: StepSettings, optimizer_state: float
 ) -> tuple[list[str], int]:
-    """Try the heaviest step, a validation and a sample before the first real one, and climb until they fit.
+    """Try the heaviest step, a validation and a sample, and apply fallbacks until they fit.
 
     Args:
         session: the run, at step 0.
-        ladder: takes the rungs.
-        plan: of the steps.
-        optimizer_state: how many numbers the optimizer keeps for each that is trained.
+        memory: its fallbacks.
+        settings: of its steps.
+        optimizer_state: how many values the optimizer keeps for each trained parameter.
 
     Returns:
-        What there is to tell a person, and the peak in bytes where the device tells it.
+        Warnings for the user, and the peak in bytes where the device tells it, else 0.
 
     Raises:
-        OutOfMemory: it does not fit with all rungs taken.
+        OutOfMemory: it does not fit with all fallbacks.
     """
     state = session.state
-    told: list[str] = []
+    warnings: list[str] = []
     device = state.base.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    while not _fits(state, lambda: _try_step(session, plan, optimizer_state)):
-        told.append(f"The heaviest step does not fit into memory as it is. {memory.apply_next(0)}")
+    while not _fits(state, lambda: _try_step(session, settings, optimizer_state)):
+        warnings.append(f"The heaviest step does not fit into memory as it is. {memory.apply_next(0)}")
     while not _fits(state, lambda: _try_sample(session)):
         if memory.next is None or memory.next.name != VAE_ON_CPU:
-            told.append("Samples do not fit into memory beside the training, so they may be left out.")
+            warnings.append("Samples do not fit into memory beside the training, so they may be left out.")
             break
-        told.append(f"Samples do not fit into memory as it is. {memory.apply_next(0)}")
-    return told, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        warnings.append(f"Samples do not fit into memory as it is. {memory.apply_next(0)}")
+    return warnings, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _fits(state: TrainState, work: Callable[[], None]) -> bool:
@@ -247,17 +247,17 @@ def _fits(state: TrainState, work: Callable[[], None]) -> bool:
         free_memory(state)
 
 
-def _try_step(session: TrainSession, plan: StepSettings, optimizer_state: float) -> None:
-    """What a step and a validation take, with nothing changed by it."""
+def _try_step(session: TrainSession, settings: StepSettings, optimizer_state: float) -> None:
+    """Allocate what a step and a validation take, and change nothing."""
     state, base = session.state, session.state.base
-    numbers = sum(tensor.numel() for tensor in state.injected.parameters())
-    held = torch.empty(int(optimizer_state * numbers), device=base.device)
-    backward_micro_batch(state, session.batches, session.text, plan, session.batches.heaviest())
-    temporary = torch.empty(TEMPORARIES * numbers, device=base.device)
+    parameters = sum(tensor.numel() for tensor in state.injected.parameters())
+    held = torch.empty(int(optimizer_state * parameters), device=base.device)
+    backward_micro_batch(state, session.batches, session.text, settings, session.batches.heaviest())
+    temporary = torch.empty(TEMPORARIES * parameters, device=base.device)
     del temporary
     state.flat_params.zero_grad()
     if session.validation_sets.held_out:
-        largest = max(session.validation_sets.held_out, key=lambda measured: measured.latents.numel())
+        largest = max(session.validation_sets.held_out, key=lambda image: image.latents.numel())
         eval_losses(base, [largest], session.text.embed)
     if session.validation_sets.forgetting is not None:
         _guided_pass(session, session.validation_sets.forgetting.side)
@@ -265,15 +265,15 @@ def _try_step(session: TrainSession, plan: StepSettings, optimizer_state: float)
 
 
 def _try_sample(session: TrainSession) -> None:
-    """What a sample takes: guided predictions, and the latents turned into an image."""
+    """Allocate what a sample takes: guided predictions, and decoded latents."""
     base = session.state.base
     latents = _guided_pass(session, base.resolution)
     decode_latents(base, latents)
 
 
 def _guided_pass(session: TrainSession, side: int) -> torch.Tensor:
-    """One prediction with and without a prompt, as classifier-free guidance makes it, for an image of `side`
-    pixels; returns the latents that it began with, (1, C, h, w)."""
+    """Predict with and without a prompt, as classifier-free guidance does, for an image of `side` pixels;
+    returns the latents, (1, C, h, w)."""
     base = session.state.base
     edge = side // base.vae_scale_factor
     latents = torch.zeros(1, base.latent_channels, edge, edge, device=base.device)

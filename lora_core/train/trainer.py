@@ -26,7 +26,7 @@ from lora_core.runs.preflight import require_packages
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RunConfig
 from lora_core.system.processes import StopRequest
-from lora_core.train.autotune import Autotune
+from lora_core.train.autotune import autotune
 from lora_core.train.callbacks import (
     EXPORT_FORMAT,
     Callback,
@@ -240,10 +240,11 @@ def set_up(context: RunContext, config: RunConfig, accept_changes: bool) -> Setu
         reporter.warn(0, note)
     memory = MemoryFallback(session.state, config.train.batch_size, plan.rungs, session.offload_folder)
     memory.apply_until(0)
-    autotune = Autotune(session, memory, config, goal, reporter.preparing)
-    plan = autotune.plan(plan, fresh=not run.checkpoint_steps())
+    settings = StepSettings.of(config, goal)
+    fresh = not run.checkpoint_steps()
+    plan, found = autotune(session, memory, config, settings, plan, fresh, reporter.preparing)
     plan.write(run)
-    for event in autotune.found:
+    for event in found:
         reporter.emit(event)
     return Setup(plan.rated(config), plan, session, memory)
 
@@ -554,7 +555,7 @@ def train(
                 return context.finish_unprepared()
             return trainer.fit(accept_changes)
     except Exception as error:
-        problem = _to_lora_error(run, error)
+        problem = _to_lora_error(run, _original(error))
         _report_failure(log.emit, trainer.step if trainer else 0, problem, error)
         if problem is None or problem is error:
             raise
@@ -605,7 +606,7 @@ def _report_failure(
         emit(events.Failed(step=step, reason=reason, cause="defect"))
 
 
-def _to_lora_error(run: RunFolder, error: Exception) -> LoraError | None:
+def _to_lora_error(run: RunFolder, error: BaseException) -> LoraError | None:
     """What an error means for a user, or None for a defect."""
     if isinstance(error, NoRoom):
         return error
