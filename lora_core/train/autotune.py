@@ -197,7 +197,7 @@ def autotune(
         test = run_range_test(session, settings, on_progress)
         scale_learning_rates(state.optimizer, test.octave)
         plan = replace(plan, octave=test.octave)
-        rate = plan.rated(config).optimizer.lr
+        rate = plan.with_lr(config).optimizer.lr
         found.append(events.RateFound(rate=rate, rates=test.rates, shares=test.shares))
     return plan, found
 

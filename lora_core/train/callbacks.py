@@ -32,7 +32,7 @@ from lora_core.train.divergence import DivergenceGuard
 from lora_core.train.export import RAW_SUFFIX, export_checkpoint, latest_sample, write_export, write_raw
 from lora_core.train.loop import TrainState
 from lora_core.train.oom import free_memory
-from lora_core.train.setup import TrainSession, on_processor
+from lora_core.train.setup import TrainSession, is_on_cpu
 from lora_core.train.validation import BestStep, OnStep, Validator, at_strength, evaluating
 
 EXPORT_FORMAT = ("kohya", "fp16")
@@ -106,7 +106,7 @@ def skip_if_out_of_memory(
 
     `what` begins the warning, such as "The samples were".
     """
-    for last_try in (on_processor(state.base.vae), True):
+    for last_try in (is_on_cpu(state.base.vae), True):
         try:
             work(step)
             return

@@ -213,7 +213,7 @@ def train_as_worker(group: ProcessGroup) -> None:
     if start is None:
         return
     run, plan = RunFolder(start.run), start.plan
-    config = plan.rated(run.config())
+    config = plan.with_lr(run.config())
     try:
         plan.set_up()
         session = prepare(run, config, plan, lambda phase, done, total: None)

@@ -1,5 +1,8 @@
-"""The adapter of a run and its optimizer: which layers, how large, at which rate, and what they start
-from."""
+"""Everything before the first step: what is chosen for the machine, the adapter and its optimizer, the data.
+
+`prepare` makes a `TrainSession` from a run's settings. Nothing stays in memory longer than needed: VAE and text
+encoders are loaded and unloaded before the UNet.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -67,21 +70,21 @@ from lora_core.train.loop import EMA, TrainState
 from lora_core.train.validation import ForgettingSet, ValidationSets, build_validation_sets, make_eval_image
 
 FRESH = "default"
-"""The value of `adapter.init` for an adapter that starts from nothing."""
+"""The value of `adapter.init` for an adapter from scratch."""
 INT8, OFFLOAD = "int8", "offload"
-"""Rungs of `memory.LADDER` that change how the base is kept."""
+"""Memory fallbacks, see `oom.FALLBACKS`, that change how the base is kept."""
 
 
 def weight_policy(
     train: TrainSection, rungs: Sequence[tuple[str, int]], device: torch.device, folder: Path
 ) -> WeightPolicy:
-    """How the base is kept as it is opened: as the settings say, and as was found to be needed before step 1.
+    """How the weights of the base are kept: as the settings say, and as memory fallbacks before step 1 need.
 
     Args:
         train: the settings.
-        rungs: names of what was done to take less memory, and after how many steps.
+        rungs: names of the memory fallbacks, and the steps that they were applied after.
         device: what computes.
-        folder: on whose drive weights may be put aside.
+        folder: on whose drive weights may be offloaded to.
     """
     first = {name for name, step in rungs if step == 0}
     kind = INT8 if INT8 in first else train.quantize_base
@@ -96,9 +99,9 @@ class AdapterPlan:
 
     Attributes:
         layers: each layer's shape and rate.
-        start: the adapter to go on with, or None for a fresh one.
-        name: of the file that it comes from.
-        notes: what a person should know of it, a sentence each.
+        start: the LoRA to start from, or None for a new one.
+        name: of its file.
+        notes: what a user should know, a sentence each.
     """
 
     layers: dict[LayerKey, LayerPlan]
@@ -113,16 +116,16 @@ class AdapterPlan:
 
 
 def start_file(section: AdapterSection) -> Path | None:
-    """The file of the LoRA to go on with, or None."""
+    """The file of the LoRA to start from, or None."""
     return None if section.init.strip() in ("", FRESH) else Path(section.init).expanduser()
 
 
 def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
-    """The plan that a config means for a base. Its text encoders have to be there still.
+    """Choose the layers to train. The base's text encoders have to be loaded.
 
     Raises:
-        ConfigError: it fits no layer, or nothing would be trained.
-        AdapterFileError: the LoRA to go on with is not there, is broken, or is for another family.
+        ConfigError: no layer matches, or nothing would be trained.
+        AdapterFileError: the LoRA to start from is missing, broken, or for another family.
     """
     section, optim = config.adapter, config.optimizer
     rates = part_rates(base.family, optim)
@@ -154,16 +157,16 @@ def plan_adapter(base: BaseModel, config: RunConfig) -> AdapterPlan:
 
 
 def part_rates(family: Family, optim: OptimizerSection) -> dict[str, float]:
-    """Learning rate by part: the UNet's, then those of the text encoders in their order."""
+    """Learning rate by part: the UNet, then the text encoders in order."""
     rates = (optim.lr, optim.text_encoder_lr, optim.text_encoder_2_lr)
     return dict(zip(family.parts, rates, strict=False))
 
 
 def inject_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Injected, list[str]]:
-    """The adapter in the base, as it starts, and sentences on what of an earlier one it could not take over.
+    """Inject the adapter into the base; returns it, and what it could not take over from an earlier one.
 
     Raises:
-        AdapterFileError: the LoRA to go on with does not fit.
+        AdapterFileError: the LoRA to start from does not fit.
     """
     injected = inject_layers(base.modules, {key: layer.spec for key, layer in plan.layers.items()}, seed)
     notes = init_from_lora(injected, plan.start, plan.name) if plan.start is not None else []
@@ -174,8 +177,7 @@ def inject_adapter(base: BaseModel, plan: AdapterPlan, seed: int) -> tuple[Injec
 
 
 def set_train_mode(base: BaseModel, checkpointing: bool) -> None:
-    """Put the adapted parts into training mode, which checkpointing needs; the base has no dropout of its
-    own."""
+    """Put the adapted parts into training mode, which checkpointing needs, without dropout in the base."""
     for module in base.modules.values():
         for layer in module.modules():
             if isinstance(layer, torch.nn.Dropout):
@@ -188,7 +190,7 @@ def set_train_mode(base: BaseModel, checkpointing: bool) -> None:
 
 
 def enable_checkpointing(base: BaseModel) -> None:
-    """Have activations computed twice and kept once."""
+    """Recompute activations in the backward pass instead of keeping them."""
     denoiser: Any = base.denoiser
     denoiser.enable_gradient_checkpointing()
     for encoder in base.text_encoders.values():
@@ -198,8 +200,8 @@ def enable_checkpointing(base: BaseModel) -> None:
 def build_optimizer(
     injected: Injected, plan: AdapterPlan, base: BaseModel, optim: OptimizerSection
 ) -> tuple[torch.optim.Optimizer, FlatParams]:
-    """The optimizer and where what it trains lies, with one group for each part and rate, a part's own rate
-    first; `initial_lr` is a group's full rate, `until` the share of steps it is trained for.
+    """Build the optimizer and its flat parameters, with a group for each part and rate, a part's own rate
+    first; `initial_lr` is a group's full rate, `until` the share of steps that it is trained for.
 
     With `optimizer.lora_plus` each group is two, for the down factors and for the up factors at a multiple of
     the rate. Source: Hayou et al. 2024, "LoRA+", section 4.
@@ -245,11 +247,8 @@ def build_optimizer(
     return optimizer, storage
 
 
-# Everything before the first step: the base opened, pictures read and encoded, the adapter injected.
-
-
 OnProgress = Callable[[str, int, int], None]
-"""Called with (phase, done, all) as the preparation goes on; what it raises ends it."""
+"""Called with (phase, done, total); what it raises ends the work."""
 
 SAMPLE_PROMPTS = 2
 _DEVICES = {
@@ -259,28 +258,27 @@ _DEVICES = {
     "xpu": "an Intel graphics card",
 }
 ROOMIER = 1.1
-"""How many times the memory of before is worth trying with fewer rungs."""
+"""From how many times the memory of before fewer fallbacks are tried."""
 LARGE = 10**8
 """Numbers of a base; the embedded one has a twentieth, Stable Diffusion 1.5 ten times as many."""
 
 
 @dataclass(frozen=True)
 class RuntimePlan:
-    """What was chosen for this machine; a resume reads it and chooses nothing anew.
+    """What was chosen for this machine; a resumed run reads it from `plan.json` and chooses nothing again.
 
     Attributes:
         precision: of the base.
         device, threads: what computes.
-        rungs: what was done to take less memory, and after how many steps; see `memory.LADDER`.
+        rungs: memory fallbacks and the steps that they were applied after, see `oom.FALLBACKS`.
         tried: whether the heaviest step was tried before the first one.
         peak: bytes that it took, 0 where the device does not tell.
-        layout: how the base's weights are laid out for the processor; "" before that is decided.
-        octave: all learning rates are multiplied by 2 to this; None where no range test was made.
+        layout: how the base's weights are laid out for the CPU; "" before that is decided.
+        octave: log2 of the factor of all learning rates that a range test found, None without one.
         deterministic: whether a CUDA device computes with deterministic kernels alone.
-        cap: bytes that the device's memory was limited to when the last rung was taken, or before the first
-            step; 0 where there was no limit.
-        validate_every: steps between two validations as their share of the time allows it, 0 where that is
-            not known yet.
+        cap: bytes that the device's memory was limited to at the last fallback, or before the first step; 0
+            for no limit.
+        validate_every: steps between two validations as `max_time_share` allows, 0 where not known yet.
     """
 
     precision: str
@@ -297,29 +295,29 @@ class RuntimePlan:
 
     @classmethod
     def of(cls, run: RunFolder, config: RunConfig, accept_changes: bool = False) -> "RuntimePlan":
-        """The plan on disk, else a new one, written down.
+        """Read the plan of a run, else make and write one.
 
         Raises:
             InputsChanged: it was made on another kind of device, and that is not accepted.
             ConfigError: `train.device` is not there.
         """
         try:
-            begun = cls(**_of_today(json.loads(run.plan_file.read_text(encoding="utf-8"))))
-            begun = replace(begun, rungs=[(str(name), int(step)) for name, step in begun.rungs])
+            saved = cls(**_upgrade(json.loads(run.plan_file.read_text(encoding="utf-8"))))
+            saved = replace(saved, rungs=[(str(name), int(step)) for name, step in saved.rungs])
         except (OSError, ValueError, TypeError):
-            begun = None
+            saved = None
         try:
             device = use_device(config.train.device)
         except ConfigError:
             # A run whose card was taken out goes on with what is there, if that is accepted.
-            if begun is None or not accept_changes:
+            if saved is None or not accept_changes:
                 raise
             device = use_device(AUTO)
-        if begun is not None and begun.device == device.type:
-            return begun
-        if begun is not None and not accept_changes:
+        if saved is not None and saved.device == device.type:
+            return saved
+        if saved is not None and not accept_changes:
             raise InputsChanged(
-                f"The run {run.name} began on {_DEVICES.get(begun.device, begun.device)}, and this"
+                f"The run {run.name} began on {_DEVICES.get(saved.device, saved.device)}, and this"
                 f" computer now computes on {_DEVICES.get(device.type, device.type)}. Make that device"
                 " available again, or go on with --accept-changes; the result is then not that of an"
                 " unbroken run.",
@@ -333,23 +331,23 @@ class RuntimePlan:
             torch.get_num_threads(),
             deterministic=config.train.deterministic,
         )
-        if begun is not None:
-            plan = replace(begun, device=plan.device, precision=precision, threads=plan.threads, layout="")
+        if saved is not None:
+            plan = replace(saved, device=plan.device, precision=precision, threads=plan.threads, layout="")
         plan.write(run)
         return plan
 
     def within(self, cap: int) -> "RuntimePlan":
         """The plan for a process that may take `cap` bytes of the device's memory.
 
-        Where that is clearly more than when the rungs were taken, another process held memory then. The rungs
-        that change no gradient are taken back, and what is needed of them is tried anew.
+        If that is clearly more than when fallbacks were applied, another process held memory then: those that
+        change no gradient are dropped, and tried again where they are needed.
         """
         if not self.cap or cap < ROOMIER * self.cap or not self.rungs:
             return replace(self, cap=self.cap or cap)
         return replace(self, cap=cap, tried=False, rungs=[rung for rung in self.rungs if rung[0] == INT8])
 
-    def rated(self, config: RunConfig) -> RunConfig:
-        """The config with the learning rates that the range test found."""
+    def with_lr(self, config: RunConfig) -> RunConfig:
+        """The config with the learning rates of the range test."""
         if not self.octave:
             return config
         optim, factor = config.optimizer, 2.0**self.octave
@@ -363,30 +361,30 @@ class RuntimePlan:
         return replace(self, rungs=applied, cap=cap_memory(torch.device(self.device)))
 
     def set_up(self) -> None:
-        """Have this process compute as planned. Call it before the first kernel on the device."""
+        """Configure this process as planned. Call it before the first kernel on the device."""
         torch.set_num_threads(self.threads)
         if self.deterministic:
             compute_deterministically(torch.device(self.device))
 
     def notes(self) -> list[str]:
-        """What of the settings has no effect here, a sentence each."""
+        """Settings that have no effect here, a sentence each."""
         if not self.deterministic or self.device in ("cpu", "cuda"):
             return []
         return [f"train.deterministic has no effect on {_DEVICES.get(self.device, self.device)}."]
 
     def write(self, run: RunFolder) -> None:
-        """Write the plan down."""
+        """Write `plan.json`."""
         write_atomically(run.plan_file, json.dumps(vars(self)).encode())
 
 
 def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The number format of the frozen base.
+    """The dtype of the frozen base.
 
-    On a processor "auto" is bf16 where that is faster and the base is large: of a small one, more time goes
-    into turning numbers from one format into the other.
+    On a CPU "auto" is bf16 where that is faster and the base is large: with a small one, conversions cost
+    more than they save.
 
     Raises:
-        ModelFileError: the base is not there, or broken.
+        ModelFileError: the base is missing or broken.
     """
     asked, name = config.train.precision, config.model.base
     if asked == "auto" and device.type == "cpu":
@@ -398,8 +396,8 @@ def training_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     return dtype_of(asked, device)
 
 
-def _of_today(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan that was written before there was more than one layout."""
+def _upgrade(plan: dict[str, Any]) -> dict[str, Any]:
+    """Read a plan that was written before there was more than one layout."""
     before = plan.pop("prepacked", None)
     return plan if before is None else {"layout": DIRECT if before else PLAIN, **plan}
 
@@ -411,7 +409,7 @@ class TrainSession:
     Attributes:
         state: base, adapter, optimizer, scaler.
         batches: all micro-batches by number.
-        text: conditions of captions.
+        text: embeddings of captions.
         validation_sets: images to validate on.
         train_items: images to train on.
         prompts: of the samples.
@@ -432,11 +430,11 @@ class TrainSession:
 def prepare(
     run: RunFolder, config: RunConfig, plan: RuntimePlan, say: OnProgress, accept_changes: bool = False
 ) -> TrainSession:
-    """Do all that the first step needs.
+    """Load the base, encode images and captions, inject the adapter.
 
     Raises:
-        ConfigError, DatasetError, ModelFileError, AdapterFileError: in a sentence, what is wrong.
-        RunError: what the run follows from has changed since it began, and that is not accepted.
+        ConfigError, DatasetError, ModelFileError, AdapterFileError: what is wrong.
+        InputsChanged: images, settings or packages changed since it began, and that is not accepted.
     """
     workspace = run.path.parent.parent
     say("Reading the pictures", 0, 1)
@@ -451,7 +449,6 @@ def prepare(
     aside = workspace / "cache"
     policy = weight_policy(config.train, plan.rungs, device, aside)
     dtype = dtype_of(plan.precision, device)
-    # Nothing is in memory longer than needed: the VAE and the text encoders come and go before the UNet.
     base = open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
     layout = plan_adapter(base, config)
     base.load("vae")
@@ -505,16 +502,16 @@ def prepare(
 def build_train_state(
     base: BaseModel, layout: AdapterPlan, config: RunConfig, weights: str
 ) -> tuple[TrainState, list[str]]:
-    """The adapter in the base, ready to train, and sentences on its start.
+    """Inject the adapter and build its optimizer; returns the state, and notes for the user.
 
     Args:
-        base: its text encoders are gone where they are not trained.
-        layout: what is to be trained.
+        base: the base; its text encoders may be gone where they are not trained.
+        layout: what is trained.
         config: how.
-        weights: how the base's weights are laid out for the processor; "" is what is best here.
+        weights: how the base's weights are laid out for the CPU; "" for what is best here.
 
     Raises:
-        AdapterFileError: the LoRA to go on with does not fit.
+        AdapterFileError: the LoRA to start from does not fit.
         ConfigError: the optimizer's package is missing, or it cannot work with these rates.
     """
     injected, notes = inject_adapter(base, layout, config.seed)
@@ -530,7 +527,7 @@ def build_train_state(
 
 
 def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
-    """What the samples show: the person's prompts with the trigger in them, else captions of `records`."""
+    """The prompts of samples: the user's, with the trigger word added, else captions of `records`."""
     if config.sample.prompts:
         return [with_trigger(prompt, config.dataset.trigger) for prompt in config.sample.prompts]
     captions = dict.fromkeys(plain_caption(record.caption, config.dataset.trigger) for record in records)
@@ -540,13 +537,13 @@ def sample_prompts(config: RunConfig, records: list[ImageRecord]) -> list[str]:
 def _encode_pictures(
     base: BaseModel, cache: LatentCache, wanted: list[tuple[TrainImage, bool]], say: OnProgress
 ) -> None:
-    """Encode images; one that does not fit into the device's memory, and those after it, on the processor."""
+    """Encode images; from the first that does not fit into the device's memory on, on the CPU."""
     for done, (item, mirrored) in enumerate(wanted):
         say("Encoding pictures", done, len(wanted))
         try:
             cache.latents(item.record, item.bucket, mirrored)
         except Exception as error:
-            if not out_of_memory(error) or on_processor(base.vae):
+            if not out_of_memory(error) or is_on_cpu(base.vae):
                 raise
             release_failed(error, base.device)
             base.put("vae", torch.device("cpu"))
@@ -554,13 +551,13 @@ def _encode_pictures(
     say("Encoding pictures", len(wanted), len(wanted))
 
 
-def on_processor(module: torch.nn.Module) -> bool:
-    """Whether the weights of a module are in the processor's memory."""
+def is_on_cpu(module: torch.nn.Module) -> bool:
+    """Whether the weights of a module are on the CPU."""
     return next(module.parameters()).device.type == "cpu"
 
 
 def _encode_captions(text: PromptCache, captions: list[str], say: OnProgress) -> None:
-    """Encode the captions that come up as they are; those that vary are encoded as they are drawn."""
+    """Encode fixed captions; those that vary are encoded as they are drawn."""
     wanted = list(dict.fromkeys(captions))
     for done, caption in enumerate(wanted):
         say("Encoding captions", done, len(wanted))

@@ -222,7 +222,7 @@ def set_up(context: RunContext, config: RunConfig, accept_changes: bool) -> Setu
         reporter.warn(
             0, "More memory is free than before, so what was done to take less of it is tried anew."
         )
-    config = plan.rated(config)
+    config = plan.with_lr(config)
     while True:
         try:
             session = prepare(run, config, plan, reporter.preparing, accept_changes)
@@ -246,7 +246,7 @@ def set_up(context: RunContext, config: RunConfig, accept_changes: bool) -> Setu
     plan.write(run)
     for event in found:
         reporter.emit(event)
-    return Setup(plan.rated(config), plan, session, memory)
+    return Setup(plan.with_lr(config), plan, session, memory)
 
 
 class Trainer:

@@ -60,6 +60,7 @@ def test_a_write_that_fails_pauses_the_run(own_toy: Toy, what: str, wanted: dict
     assert "resume it when the drive is well" in sentence
     assert sentence.count("\n") == 0
     assert (run.status(), run.progress().reason) == ("paused", sentence)
+    assert run.progress().cause == "disk_full"
     assert run.summary()["reason"] == sentence
     check_whole(run)
     trained(run)

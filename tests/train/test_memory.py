@@ -172,7 +172,7 @@ def test_always_ends_in_a_sentence(own_toy: Toy) -> None:
     taken = [name for name, _ in json.loads(run.plan_file.read_text())["rungs"]]
     assert taken == ["checkpointing", "half", "half", "offload"]
     assert "train.resolution" in sentence
-    assert run.status() == "failed"
+    assert (run.status(), run.progress().cause) == ("failed", "out_of_memory")
     assert run.checkpoint_steps() == [4]
     check_whole(run)
     trained(run)

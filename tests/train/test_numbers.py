@@ -201,7 +201,7 @@ def test_after_three_returns_it_ends_with_a_diagnosis(own_toy: Toy) -> None:
         assert "does not hold at step 9" in sentence
         assert "halved 3 times, to 0.00025" in sentence
         assert ".png at timestep" in sentence
-        assert run.status() == "failed"
+        assert (run.status(), run.progress().cause) == ("failed", "diverged")
         assert run.progress().reason == sentence
         # Step 8 was passed over as well, so its checkpoint has the adapter of step 6.
         assert run.checkpoint_steps() == [4, 8]

@@ -126,7 +126,7 @@ def test_pictures_that_do_not_fit_the_card_are_encoded_on_the_processor(own_toy:
     with (
         mock.patch.object(data, "encode_image", encode),
         mock.patch.object(load.BaseModel, "put", put),
-        mock.patch.object(setup, "on_processor", return_value=False),
+        mock.patch.object(setup, "is_on_cpu", return_value=False),
     ):
         trained(run)
     assert moved[0] == "vae cpu"
