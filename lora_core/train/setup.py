@@ -1,7 +1,7 @@
 """Everything before the first step: what is chosen for the machine, the adapter and its optimizer, the data.
 
-`prepare` makes a `TrainSession` from a run's settings. Nothing stays in memory longer than needed: VAE and text
-encoders are loaded and unloaded before the UNet.
+`prepare` makes a `TrainSession` from a run's settings. Nothing stays in memory longer than needed: VAE and
+text encoders are loaded and unloaded before the UNet.
 """
 
 import json
