@@ -436,23 +436,16 @@ def prepare(
         ConfigError, DatasetError, ModelFileError, AdapterFileError: what is wrong.
         InputsChanged: images, settings or packages changed since it began, and that is not accepted.
     """
-    workspace = run.path.parent.parent
+    cache = run.path.parent.parent / "cache"
     say("Reading the pictures", 0, 1)
-    dataset = open_dataset(config.dataset.path, workspace / "cache" / "datasets")
-    require_clean(dataset)
     more = base_inputs(config.model) | start_input(start_file(config.adapter))
-    check_inputs(run, dataset.records, accept_changes, more)
-    train, held = split_holdout(dataset.records, config.validation.pictures, config.seed)
+    train, held = _read_dataset(run, config, accept_changes, more)
     say("Opening the base model", 0, 1)
     device = torch.device(plan.device)
-    model = config.model
-    aside = workspace / "cache"
-    policy = weight_policy(config.train, plan.rungs, device, aside)
-    dtype = dtype_of(plan.precision, device)
-    base = open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
+    base = _open_base(config, plan, device, cache)
     layout = plan_adapter(base, config)
     base.load("vae")
-    latents = LatentCache(base, workspace / "cache" / "latents")
+    latents = LatentCache(base, cache / "latents")
     resolution = config.train.resolution or base.resolution
     items, held_items = (
         assign_buckets(r, resolution, base.size_multiple) if r else [] for r in (train, held)
@@ -467,20 +460,13 @@ def prepare(
     sets = build_validation_sets(items, held_items, to_eval, section, config.dataset.trigger, config.seed)
     base.put("vae", torch.device("cpu"))
     base.load(*base.text_encoders)
-    text = PromptCache(
-        base,
-        workspace / "cache" / "text",
-        layout.encoders_trained,
-        config.train.clip_skip,
-        config.train.max_token_length,
-    )
+    clip_skip, max_token_length = config.train.clip_skip, config.train.max_token_length
+    text = PromptCache(base, cache / "text", layout.encoders_trained, clip_skip, max_token_length)
     rules = CaptionRules.of(config.dataset)
     prompts = sample_prompts(config, held or train)
     if section.forgetting and section.every and section.pictures:
         identity = short_digest(sorted(more.items()))
-        sets.forgetting = ForgettingSet(
-            base, text, workspace / "cache" / "prior", identity, section.forgetting, resolution
-        )
+        sets.forgetting = ForgettingSet(base, text, cache / "prior", identity, section.forgetting, resolution)
     if not layout.encoders_trained:
         fixed = [record for record in train if not varies_by_draw(record.caption, rules)]
         captions = [plain_caption(record.caption, rules.trigger) for record in fixed]
@@ -489,14 +475,31 @@ def prepare(
         _encode_captions(text, captions, say)
         if len(fixed) == len(train):
             text.release()
-    base.load("unet")
+    base.load(base.family.denoiser)
     base.put("vae", device)
     state, notes = build_train_state(base, layout, config, plan.layout)
     looks = BatchSettings(config.train.batch_size, config.dataset.flip, rules, config.seed)
     batches = Batches(items, looks, latents)
     guess = [f"What the base predicts is {GUESS}."] if base.facts.guessed else []
     sentences = [*guess, *layout.notes, *notes, *sets.notes]
-    return TrainSession(state, batches, text, sets, items, prompts, sentences, aside)
+    return TrainSession(state, batches, text, sets, items, prompts, sentences, cache)
+
+
+def _read_dataset(
+    run: RunFolder, config: RunConfig, accept_changes: bool, more: dict[str, str]
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Training and validation images, compared with what the run began with; `more` are further inputs."""
+    dataset = open_dataset(config.dataset.path, run.path.parent.parent / "cache" / "datasets")
+    require_clean(dataset)
+    check_inputs(run, dataset.records, accept_changes, more)
+    return split_holdout(dataset.records, config.validation.pictures, config.seed)
+
+
+def _open_base(config: RunConfig, plan: RuntimePlan, device: torch.device, cache: Path) -> BaseModel:
+    model = config.model
+    policy = weight_policy(config.train, plan.rungs, device, cache)
+    dtype = dtype_of(plan.precision, device)
+    return open_base(model.base, device, dtype, model.prediction, model.vae, policy, model.zero_terminal_snr)
 
 
 def build_train_state(
