@@ -35,7 +35,7 @@ from lora_core.lora.inject import (
 from lora_core.lora.layer import LoraLayer, LoraSpec
 from lora_core.lora.weights import AdapterWeights, LayerKey
 from lora_core.model_files.detect import GUESS, read_base_facts
-from lora_core.model_files.families import Family, named_targets
+from lora_core.model_files.families import Family, is_text_encoder, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.hub import fetch_base
 from lora_core.model_files.sizes import count_base_parameters
@@ -112,7 +112,7 @@ class AdapterPlan:
     @property
     def encoders_trained(self) -> bool:
         """Whether a text encoder is among the adapted parts."""
-        return any(part != "unet" for part, _ in self.layers)
+        return any(is_text_encoder(part) for part, _ in self.layers)
 
 
 def start_file(section: AdapterSection) -> Path | None:
@@ -218,7 +218,7 @@ def build_optimizer(
         for key, layer in injected.layers.items():
             if key[0] == part and plan.layers[key].rate > 0:
                 by_rate.setdefault(plan.layers[key].rate, []).append(layer)
-        until = 1.0 if part == "unet" else optim.stop_text_encoder_at
+        until = optim.stop_text_encoder_at if is_text_encoder(part) else 1.0
         for rate, layers in by_rate.items():
             if layers:
                 members.append(layers)
