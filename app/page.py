@@ -10,9 +10,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 
-from app import header
 from app import projects as project_picker
 from app import tabs as registry
+from app import top_bar
 from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.state import AppState, take_snapshot
 from lora_core.projects.project import Project
@@ -32,7 +32,7 @@ def build_page(app_state: AppState) -> gr.Blocks:
     bindings = Bindings(app_state)
     page: gr.Blocks
     with gr.Blocks(
-        title=header.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
+        title=top_bar.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
         _header(bindings)
         demo = build_welcome(bindings)
@@ -48,15 +48,15 @@ def build_page(app_state: AppState) -> gr.Blocks:
 def _header(bindings: Bindings) -> None:
     with gr.Row(elem_id="easel-header"):
         with gr.Row(elem_classes="brand-row"):
-            html_block(header.brand())
+            html_block(top_bar.brand())
             bindings.follow(html_block(), project_picker.project_button)
-        bindings.follow(html_block(elem_classes="grow"), header.run_bar)
+        bindings.follow(html_block(elem_classes="grow"), top_bar.run_bar)
         with gr.Row(elem_classes="header-actions"):
-            bindings.follow(html_block(), header.run_actions)
-            bindings.follow(html_block(), lambda snap: header.memory_usage(snap.app_state.hardware.card()))
-            html_block(header.header_buttons(bindings.app_state.has_password))
-    html_block(header.NOTE)
-    bindings.follow(html_block(), header.draft_note)
+            bindings.follow(html_block(), top_bar.run_actions)
+            bindings.follow(html_block(), lambda snap: top_bar.memory_usage(snap.app_state.hardware.card()))
+            html_block(top_bar.header_buttons(bindings.app_state.has_password))
+    html_block(top_bar.NOTE)
+    bindings.follow(html_block(), top_bar.draft_note)
     html_block(project_picker.DIALOG)
 
 

@@ -37,7 +37,7 @@ from lora_core.verbs.runs import (
     debug, delete, export, forecast, notify, pause, preview, queue_add, queue_list, queue_move, queue_pause,
     queue_remove, queue_run, report, resume, run_config, runs, save, stop, train,
 )
-from lora_core.verbs.data import (
+from lora_core.verbs.datasets import (
     audit, caches_clean, caches_list, captions_delete_tag, captions_prefix, captions_rename_tag,
     captions_replace, captions_set, captions_suffix, captions_trigger, captions_undo, doctor, hold_out,
     leave_out, left_out, pictures, probe, projects_delete, projects_import, projects_list, projects_new,

@@ -41,7 +41,7 @@ from lora_core.generate.request import GenerationRequest, WeightedLora, parse_cf
 from lora_core.model_files.header import read_header
 from lora_core.models.device import best_device, describe_torch, out_of_memory, use_device
 from lora_core.models.load import BaseModel
-from lora_core.report.data import RunEvaluator, run_evaluator
+from lora_core.report.collect import RunEvaluator, run_evaluator
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig, checked_value
 from lora_core.settings.schema import ModelSection

@@ -14,10 +14,10 @@ from app.formatting import (
     state_chip,
     tile,
 )
-from app.header import accept_button, describe_run, percent, request_button, resume_button, track
 from app.jobs import RunView
 from app.routes import image_url
 from app.state import Snapshot
+from app.top_bar import accept_button, describe_run, percent, request_button, resume_button, track
 from app.train.checks import with_labels
 from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
 from lora_core.report.rank_plots import rate_html

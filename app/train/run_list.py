@@ -11,9 +11,9 @@ from app.formatting import (
     safe,
     state_chip,
 )
-from app.header import accept_button
 from app.jobs import RESUMABLE, RunView
 from app.state import Snapshot, asks_to_accept
+from app.top_bar import accept_button
 from app.train.checks import with_labels
 from lora_core.errors import RunError
 from lora_core.runs.queue import FAILED, RUNNING, WAITING, QueuedRun

@@ -41,7 +41,7 @@ MUST_BE_GIVEN = {("generate", "prompt")}
 EXACTLY_ONE = {"extract": ("rank", "energy"), "shrink": ("rank", "energy", "intrinsic")}
 PANELS = {
     "lora_core.verbs.runs": "Runs",
-    "lora_core.verbs.data": "Pictures, projects and the workspace",
+    "lora_core.verbs.datasets": "Pictures, projects and the workspace",
     "lora_core.verbs.adapters": "Pictures and files with adapters",
     "lora_core.api": "This program",
 }

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from lora_core.errors import RunError
-from lora_core.report.data import OnPhase, ReportData, collect_data
+from lora_core.report.collect import OnPhase, ReportData, collect_data
 from lora_core.report.plots import (
     Bar,
     Curve,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app import header
+from app import top_bar
 from app.formatting import format_bytes
 from app.jobs import LIVE, Jobs
 from app.preview.request_form import checkpoint_choices, find_loras
@@ -32,8 +32,8 @@ def test_states_and_words(app_state: AppState) -> None:
     come_alive(run)
     snapshot = take_snapshot(app_state)
     assert snapshot.state == "running"
-    assert header.describe_run(snapshot) == "34%, step 34 of 100, 0:33 left"
-    assert 'aria-valuenow="34"' in header.run_bar(snapshot)
+    assert top_bar.describe_run(snapshot) == "34%, step 34 of 100, 0:33 left"
+    assert 'aria-valuenow="34"' in top_bar.run_bar(snapshot)
     assert 'data-state="running" data-step="34" data-steps="100"' in cards.run_card(snapshot)
     run.request("pause")
     assert take_snapshot(app_state).state == "pausing"
@@ -47,7 +47,7 @@ def test_preparing_is_not_step_0(app_state: AppState) -> None:
     )
     come_alive(run)
     snapshot = take_snapshot(app_state)
-    assert (snapshot.state, header.describe_run(snapshot)) == (
+    assert (snapshot.state, top_bar.describe_run(snapshot)) == (
         "preparing",
         "Preparing: Encoding pictures, 3 of 12",
     )
@@ -125,7 +125,7 @@ def test_a_run_whose_inputs_changed_says_what_and_asks(app_state: AppState) -> N
     assert yes in earlier(snapshot)
     # Who put it back goes on as always.
     assert 'id="train-resume"' in cards.run_card(snapshot)
-    assert "it asks again" in header.run_actions(snapshot)
+    assert "it asks again" in top_bar.run_actions(snapshot)
     # Going on takes the question back.
     come_alive(run)
     snapshot = take_snapshot(app_state)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app import header
+from app import top_bar
 from app.state import AppState, Snapshot, take_snapshot
 from app.train import cards
 from app.train.cards import samples_card, select_rounds
@@ -53,7 +53,7 @@ def test_no_run_yet(app_state: AppState) -> None:
     assert "Press Start" in html
     for name in ("sample-now", "save-now", "train-pause", "train-stop"):
         assert disabled(html, name) == "No run is going on."
-    assert header.run_actions(take_snapshot(app_state)) == ""
+    assert top_bar.run_actions(take_snapshot(app_state)) == ""
 
 
 def test_no_pictures_says_where_to_put_some(app_state: AppState) -> None:
@@ -73,7 +73,7 @@ def test_preparing_is_a_phase_with_a_number(app_state: AppState) -> None:
     assert "track preparing" in html
     assert "still preparing" in disabled(html, "sample-now")
     assert enabled(html, "train-pause")
-    assert header.page_title(take_snapshot(app_state)) == "Preparing · a"
+    assert top_bar.page_title(take_snapshot(app_state)) == "Preparing · a"
 
 
 def test_running(app_state: AppState) -> None:
@@ -85,8 +85,8 @@ def test_running(app_state: AppState) -> None:
     assert "1:06" in html
     assert "2.0\N{NO-BREAK SPACE}it/s" in html
     assert "GB of memory." in html
-    assert header.page_title(snapshot) == "34% · my-dog"
-    assert enabled(header.run_actions(snapshot), "pause")
+    assert top_bar.page_title(snapshot) == "34% · my-dog"
+    assert enabled(top_bar.run_actions(snapshot), "pause")
 
 
 def test_work_between_steps_is_named(app_state: AppState) -> None:
@@ -112,7 +112,7 @@ def test_what_was_asked_for_shows_at_once(app_state: AppState, do: str, state: s
     assert "current step" in html
     assert f"is {state}" in disabled(html, "train-pause")
     assert f"is {state}" in disabled(html, "train-stop")
-    assert disabled(header.run_actions(take_snapshot(app_state)), "pause")
+    assert disabled(top_bar.run_actions(take_snapshot(app_state)), "pause")
 
 
 def test_paused_goes_on(app_state: AppState) -> None:
@@ -140,8 +140,8 @@ def test_done_leads_on(app_state: AppState) -> None:
     html = card(app_state)
     assert SEE in html
     assert 'data-tab="Export"' in html
-    assert header.page_title(take_snapshot(app_state)) == "Done · a"
-    assert 'id="resume"' not in header.run_actions(take_snapshot(app_state))
+    assert top_bar.page_title(take_snapshot(app_state)) == "Done · a"
+    assert 'id="resume"' not in top_bar.run_actions(take_snapshot(app_state))
 
 
 def test_stopped_can_be_seen_and_gone_on_with(app_state: AppState) -> None:
@@ -172,7 +172,7 @@ def test_a_crash_says_why_and_from_where_it_goes_on(app_state: AppState) -> None
     assert "Nothing before step 812 is lost" in html
     assert "&lt;img" in html
     assert "<img" not in html
-    assert "Resumes at step 812." in header.run_actions(take_snapshot(app_state))
+    assert "Resumes at step 812." in top_bar.run_actions(take_snapshot(app_state))
 
 
 def test_out_of_memory_names_the_two_settings(app_state: AppState) -> None:
@@ -224,7 +224,7 @@ def test_without_a_card_it_says_that_it_takes_hours(
     app_state.hardware._card = Card("RTX 3060", 2**30, 8 * 2**30)
     assert not any("graphics card" in text for text in notes(without_card(app_state)))
     assert "of 8 GB on the card" in facts(take_snapshot(app_state))
-    assert "GPU 1.0 of 8 GB" in header.memory_usage(app_state.hardware.card())
+    assert "GPU 1.0 of 8 GB" in top_bar.memory_usage(app_state.hardware.card())
     # PyTorch was installed for a processor, or the driver is too old.
     app_state.worker.found = {"device": "cpu", "torch": "2.13.0+cpu", "build": "CPU", "lacks_code": ""}
     said = notes(take_snapshot(app_state))[0]

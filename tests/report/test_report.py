@@ -18,8 +18,8 @@ from PIL import Image
 from lora_core.__main__ import main
 from lora_core.errors import RunError
 from lora_core.lora.weights import AdapterWeights
-from lora_core.report import data as story_module
-from lora_core.report.data import collect_data, saved_image_rows, without_paths
+from lora_core.report import collect as story_module
+from lora_core.report.collect import collect_data, saved_image_rows, without_paths
 from lora_core.report.report import report_html, sample_rows, summary, write_report
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
