@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -98,7 +99,7 @@ class Bench:
         sizes = {"train__resolution": self.side(family), "train__precision": "auto"} if family else {}
         return self.runs(family).run(name, train__device=kind, **{**sizes, **changes})
 
-    def unet(self, family: str, device: torch.device | None = None) -> nn.Module:
+    def denoiser(self, family: str, device: torch.device | None = None) -> nn.Module:
         """A UNet with random weights."""
         _, unet = ("", tiny_unet()) if self.toy else next(components(FAMILIES[family], "full"))
         return unet.to(device or self.device, self.dtype).requires_grad_(False).train()
@@ -235,7 +236,9 @@ def _same(what: str, one: RunFolder, other: RunFolder, bar: bool) -> Finding:
 def _child(run: RunFolder, gigabytes: float = 0, step: int = 0) -> subprocess.Popen[bytes]:
     """Train a run in a process of its own; what it prints goes nowhere, what it ends with is an event."""
     command = [sys.executable, "-m", "tests.gpu.child", str(run.path), str(gigabytes), str(step)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # The same bits need the same number of threads.
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def step_time(bench: Bench) -> Iterator[Finding]:

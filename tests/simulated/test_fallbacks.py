@@ -10,6 +10,7 @@ import torch
 from lora_core.backends import offload
 from lora_core.backends.int8 import WeightPolicy, quantize_int8
 from lora_core.errors import OutOfMemory
+from lora_core.model_files.sizes import OFFLOAD_BUFFERS
 from lora_core.models.device import SPARE, cap_memory
 from lora_core.models.load import open_base
 from lora_core.runs import events
@@ -60,7 +61,7 @@ def test_fetching_allocates_nothing_once_buffers_are_there() -> None:
             for one, weight in zip(fetch, weights, strict=True):
                 assert torch.equal(one().cpu(), weight)
         assert card.allocations == before
-        assert card.live == offload.BUFFERS * 64 * 32 * 4
+        assert card.live == OFFLOAD_BUFFERS * 64 * 32 * 4
 
 
 @pytest.mark.parametrize("how", [None, quantize_int8], ids=["whole", "int8"])

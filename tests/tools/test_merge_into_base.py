@@ -23,7 +23,6 @@ from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
 from lora_core.model_files.families import FAMILIES, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.models.load import load_base
-from lora_core.tools import merge
 from lora_core.tools.delta import BaseWeights
 from lora_core.tools.merge_into_base import merge_files_into_base
 from tests.checkpoints import NARROW, write_folder, write_single
@@ -355,9 +354,7 @@ def test_what_the_base_cannot_hold(place):
 @pytest.mark.skipif(not hasattr(os, "pwrite"), reason="a byte is changed behind the writer's back")
 def test_a_file_that_comes_back_changed_is_not_called_done(place, monkeypatch):
     """A disk that loses a byte: what was written is read again before the name is given to it."""
-    monkeypatch.setattr(
-        merge.os, "fsync", lambda handle: os.pwrite(handle, b"\x55", 5000) if handle else None
-    )
+    monkeypatch.setattr(os, "fsync", lambda handle: os.pwrite(handle, b"\x55", 5000) if handle else None)
     refused(place, "read back changed", error=ModelFileError)
 
 
