@@ -270,7 +270,7 @@ class Trainer:
         self._state = session.state
         self._memory = setup.memory
         self._guard = DivergenceGuard()
-        self._timer = StepTimer()
+        timer = self._timer = StepTimer()
         self._stop_reason = ""
         self._retried_at = -1
         if context.group is not None:
@@ -280,6 +280,10 @@ class Trainer:
         def header(step: int) -> dict[str, str]:
             return export_header(config, session.state.base, session.train_items, step, started)
 
+        # Neither holds the trainer: a cycle would keep the card's memory until the garbage collector runs.
+        def report_checkpoint(step: int, path: Path) -> None:
+            context.reporter.emit(events.CheckpointDone(step=step, path=context.relative(path)))
+
         parameters = sum(tensor.numel() for tensor in session.state.injected.parameters())
         self._checkpoints = CheckpointManager(
             run, config.save, session.state, context.reporter.emit, checkpoint_bytes(config, parameters)
@@ -287,11 +291,11 @@ class Trainer:
         validator = Validator(session.state, session.text, session.validation_sets)
         self._validate = Validate(
             validator, config.validation, run, context.goal, setup.plan.validate_every,
-            lambda: self._timer.median, context.reporter,
+            lambda: timer.median, context.reporter,
         )  # fmt: skip
         self._save = Save(
             self._checkpoints, Schedule(config.save.every, context.goal), config.save.keep_best, validator,
-            self._guard, header, self._report_checkpoint,
+            self._guard, header, report_checkpoint,
         )  # fmt: skip
         self._sample = Sample(
             session, config.sample, run, context.goal, preview_bytes(config), context.reporter
@@ -495,9 +499,6 @@ class Trainer:
     def _save_if_missing(self) -> None:
         if self.step not in self._run.checkpoint_steps():
             self._save(self.step)
-
-    def _report_checkpoint(self, step: int, path: Path) -> None:
-        self._reporter.emit(events.CheckpointDone(step=step, path=self._context.relative(path)))
 
     def _report_resumed(self) -> None:
         self._reporter.emit(events.Resumed(step=self.step, steps=self._context.goal))

@@ -176,7 +176,7 @@ def test_shares_are_those_of_a_run(batch: int) -> None:
     batches = Batches(items, BatchSettings(batch, False, rules, 0), NoLatents())  # type: ignore[arg-type]
     epochs = 200
     counted: Counter[str] = Counter()
-    for number in range(epochs * batches._an_epoch):
+    for number in range(epochs * batches._batches_per_epoch):
         counted.update(batches.batch(number).names)
     shares = step_shares(RECORDS, TrainingView(64, 8, batch_size=batch))
     assert sum(shares) == pytest.approx(1)

@@ -322,7 +322,7 @@ def sd1_tensors(made):
             lambda t: t.update({UNET + "out.2.bias": torch.zeros(5)}),
             r"out.2.bias in the shape \[5\], not \[4\]",
         ),
-        (lambda t: t.update({UNET + "out.2.bias": torch.zeros(4, dtype=torch.int32)}), "whole numbers"),
+        (lambda t: t.update({UNET + "out.2.bias": torch.zeros(4, dtype=torch.int32)}), "as integers"),
     ],
 )
 def test_weights_that_cannot_be_right_are_named(tmp_path, sd1_tensors, change, words):
