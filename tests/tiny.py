@@ -85,3 +85,11 @@ def tiny_folder(path: Path, context_width: int = 768, prediction: str = "epsilon
     }
     (path / "model_index.json").write_text(json.dumps(index))
     return path
+
+
+def tiny_output(unet: torch.nn.Module) -> torch.Tensor:
+    """What a tiny UNet predicts for one fixed input."""
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        latents = torch.randn(1, 4, 8, 8, generator=generator)
+        return unet(latents, torch.tensor([500]), torch.randn(1, 7, 32, generator=generator)).sample

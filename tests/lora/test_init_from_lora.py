@@ -8,7 +8,7 @@ from lora_core.lora.inject import Merger, adapter_weights, fit_to_rank, init_fro
 from lora_core.lora.layer import LoraSpec
 from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
 from lora_core.model_files.families import KOHYA, LOCON
-from tests.tiny import tiny_unet
+from tests.tiny import tiny_output, tiny_unet
 
 CONV = "down_blocks.0.downsamplers.0.conv"
 
@@ -22,24 +22,17 @@ def _earlier(rank: int, alpha: float, seed: int = 3, targets=LOCON) -> AdapterWe
     return adapter_weights(injected)
 
 
-def _output(unet: torch.nn.Module) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        latents = torch.randn(1, 4, 8, 8, generator=generator)
-        return unet(latents, torch.tensor([500]), torch.randn(1, 7, 32, generator=generator)).sample
-
-
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 1.0), (9, 2.0)])
 def test_the_first_step_computes_what_the_merged_file_computes(rank, alpha):
     earlier = _earlier(4, 6.0)
     merged = tiny_unet()
-    base = _output(merged)
+    base = tiny_output(merged)
     Merger({"unet": merged}).apply([LoadedLora(earlier)])
     unet = tiny_unet()
     injected = inject({"unet": unet}, ["unet"], LOCON, LoraSpec(rank, alpha), 7)
     assert init_from_lora(injected, earlier, "x.safetensors") == []
-    torch.testing.assert_close(_output(unet), _output(merged), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(_output(unet), base, atol=1e-3)
+    torch.testing.assert_close(tiny_output(unet), tiny_output(merged), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(tiny_output(unet), base, atol=1e-3)
     assert {(w.rank, w.alpha) for w in adapter_weights(injected).layers.values()} == {(rank, alpha)}
 
 

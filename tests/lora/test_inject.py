@@ -7,7 +7,7 @@ from lora_core.lora.inject import Merger, adapter_weights, inject, layer_by_path
 from lora_core.lora.layer import LoraSpec
 from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
 from lora_core.model_files.families import KOHYA
-from tests.tiny import tiny_text_encoder, tiny_unet
+from tests.tiny import tiny_output, tiny_text_encoder, tiny_unet
 
 
 def _adapter(seed: int, rank: int = 3) -> AdapterWeights:
@@ -18,13 +18,6 @@ def _adapter(seed: int, rank: int = 3) -> AdapterWeights:
         for tensor in injected.parameters():
             tensor.copy_(0.05 * torch.randn(tensor.shape, generator=generator))
     return adapter_weights(injected)
-
-
-def _output(unet: torch.nn.Module) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(6)
-    with torch.no_grad():
-        latents = torch.randn(1, 4, 8, 8, generator=generator)
-        return unet(latents, torch.tensor([500]), torch.randn(1, 7, 32, generator=generator)).sample
 
 
 @pytest.fixture
@@ -40,11 +33,11 @@ def test_merged_equals_unmerged(modules):
     weights = adapter_weights(injected)
     for strength in (0.5, 1.0):
         injected.set_strength(strength)
-        unmerged = _output(modules["unet"])
+        unmerged = tiny_output(modules["unet"])
         remove(modules, injected)
         merger = Merger(modules)
         merger.apply([LoadedLora(weights, strength)])
-        torch.testing.assert_close(_output(modules["unet"]), unmerged, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tiny_output(modules["unet"]), unmerged, rtol=1e-4, atol=1e-5)
         merger.apply([])
         injected = inject(modules, ["unet"], KOHYA, LoraSpec(3, 6.0), 0)
         for key, layer in injected.layers.items():
@@ -52,44 +45,44 @@ def test_merged_equals_unmerged(modules):
 
 
 def test_strength_zero_and_taking_out_are_bit_equal_to_the_base(modules):
-    before = _output(modules["unet"])
+    before = tiny_output(modules["unet"])
     merger = Merger(modules)
     merger.apply([LoadedLora(_adapter(1), 0.0)])
-    assert torch.equal(_output(modules["unet"]), before)
+    assert torch.equal(tiny_output(modules["unet"]), before)
     for strength in (1.0, 0.3, 1.7):
         merger.apply([LoadedLora(_adapter(1), strength)])
-    assert not torch.equal(_output(modules["unet"]), before)
+    assert not torch.equal(tiny_output(modules["unet"]), before)
     merger.apply([])
-    assert torch.equal(_output(modules["unet"]), before)
+    assert torch.equal(tiny_output(modules["unet"]), before)
 
 
 def test_merging_again_does_not_drift(modules):
     merger = Merger(modules)
     merger.apply([LoadedLora(_adapter(1), 0.7)])
-    once = _output(modules["unet"])
+    once = tiny_output(modules["unet"])
     for strength in (0.1, 1.3, 0.7):
         merger.apply([LoadedLora(_adapter(1), strength)])
-    assert torch.equal(_output(modules["unet"]), once)
+    assert torch.equal(tiny_output(modules["unet"]), once)
 
 
 def test_factors_beside_a_frozen_weight_are_what_merging_gives_and_depend_on_no_history(modules):
     """The way of a card: each use of a layer makes the sum anew. Thin layers do so anywhere."""
     plain = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
     WeightPolicy().apply_to(modules["unet"])
-    before = _output(modules["unet"])
+    before = tiny_output(modules["unet"])
     beside, merged = Merger(modules), Merger(plain)
     adapters = [LoadedLora(_adapter(1), 0.7), LoadedLora(_adapter(2, rank=5), -0.4)]
     for merger in (beside, merged):
         merger.apply(adapters)
-    once = _output(modules["unet"])
-    torch.testing.assert_close(once, _output(plain["unet"]), rtol=1e-5, atol=1e-5)
+    once = tiny_output(modules["unet"])
+    torch.testing.assert_close(once, tiny_output(plain["unet"]), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(once, before, atol=1e-3)
     for strength in (0.1, 1.3, -2.0):
         beside.apply([LoadedLora(adapters[0].weights, strength)])
     beside.apply(adapters)
-    assert torch.equal(_output(modules["unet"]), once)
+    assert torch.equal(tiny_output(modules["unet"]), once)
     beside.apply([LoadedLora(adapters[0].weights, 0.0)])
-    assert torch.equal(_output(modules["unet"]), before)
+    assert torch.equal(tiny_output(modules["unet"]), before)
     frozen = dict(tiny_unet().named_parameters())
     for path, layer in modules["unet"].named_modules():
         if isinstance(layer, CompactLinear | CompactConv2d):
@@ -115,7 +108,7 @@ def test_text_strength_stands_apart(modules):
 
 
 def test_an_adapter_for_another_base_is_refused_and_nothing_changes(modules):
-    before = _output(modules["unet"])
+    before = tiny_output(modules["unet"])
     good = _adapter(1)
     wrong = dict(good.layers)
     wrong["unet", "mid_block.attentions.0.proj_in"] = LayerWeights(torch.ones(2, 7), torch.ones(5, 2), 1.0)
@@ -127,7 +120,7 @@ def test_an_adapter_for_another_base_is_refused_and_nothing_changes(modules):
     ):
         with pytest.raises(AdapterFileError, match=words):
             merger.apply([LoadedLora(AdapterWeights(layers))])
-    assert torch.equal(_output(modules["unet"]), before)
+    assert torch.equal(tiny_output(modules["unet"]), before)
 
 
 def test_several_adapters_add_up_exactly_in_any_order(modules):
@@ -167,16 +160,16 @@ def test_merged_adapters_and_live_layers_do_not_touch_each_other(modules):
         for tensor in injected.parameters():
             tensor.normal_(std=0.05)
     before = [tensor.detach().clone() for tensor in injected.parameters()]
-    live, frozen = _output(modules["unet"]), _adapter(1)
+    live, frozen = tiny_output(modules["unet"]), _adapter(1)
     merger = Merger(modules)
     merger.apply([LoadedLora(frozen, 0.8), LoadedLora(_adapter(2), 0.3)])
-    both = _output(modules["unet"])
+    both = tiny_output(modules["unet"])
     assert all(torch.equal(a, b) for a, b in zip(before, injected.parameters(), strict=True))
     # The same sum, all of it merged.
     trained = adapter_weights(injected)
     merger.apply([])
-    assert torch.equal(_output(modules["unet"]), live)
+    assert torch.equal(tiny_output(modules["unet"]), live)
     remove(modules, injected)
     merger.apply([LoadedLora(frozen, 0.8), LoadedLora(_adapter(2), 0.3), LoadedLora(trained)])
-    torch.testing.assert_close(_output(modules["unet"]), both, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tiny_output(modules["unet"]), both, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(both, live, atol=1e-3)
