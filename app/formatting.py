@@ -29,27 +29,6 @@ def safe(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-def problem_html(sentence: object) -> str:
-    """An error message."""
-    return f'<p class="problem" role="alert">{safe(sentence)}</p>'
-
-
-def note_html(sentence: object) -> str:
-    """A message that something was done."""
-    return f'<p class="small" role="status">{safe(sentence)}</p>'
-
-
-def chip(text: str, tone: str = "") -> str:
-    """A small rounded label."""
-    return f'<span class="chip {tone}">{safe(text)}</span>'
-
-
-def state_chip(state: str) -> str:
-    """The chip of a run's state."""
-    words, tone = STATES[state]
-    return chip(words, tone)
-
-
 def format_clock(seconds: float | None) -> str:
     """Format seconds as 4:12 or 1:04:12; a dash if unknown."""
     if seconds is None or not math.isfinite(seconds):

@@ -1,12 +1,14 @@
 """The header above every tab: the shown run, its progress and its buttons."""
 
-import json
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
-from app.formatting import STATES, format_clock, problem_html, progress_bar, safe
+from app.formatting import STATES, format_clock
 from app.jobs import RunView
 from app.state import Snapshot
+from app.templates import part, problem_html, render
 from lora_core.system.hardware import Card
 from lora_core.system.paths import ASSETS
 
@@ -17,28 +19,35 @@ REASONS = {
     "preview": "Generates the sample prompts after the current step.",
     "save": "Saves a checkpoint after the current step.",
 }
-NOTE = (
-    '<div id="header-note"><p id="other-pages" class="small" role="status" hidden>This window is open in'
-    " another tab too. Both show the same run; if you edit the form in both, the last change wins.</p></div>"
-)
 NAMES = {"pause": "Pause", "stop": "Stop", "preview": "Sample now", "save": "Save now"}
 
 
-def request_button(snapshot: Snapshot, do: str, name: str, text: str = "") -> str:
-    """A button that sends a request to the run; when disabled, its tooltip says why.
+@dataclass(frozen=True)
+class Act:
+    """What a button does.
 
-    Args:
-        snapshot: what the page shows.
-        do: the request, as in the run folder.
-        name: the button's id.
-        text: what stands on it, if not the usual words.
+    Attributes:
+        text: on the button.
+        body: posted as JSON to `path` below /easel.
+        title: its tooltip.
+        why: why it cannot be pressed now.
+        confirm: a question asked first.
+        id: of the button in the header.
     """
+
+    text: str
+    body: dict[str, Any]
+    path: str = "run"
+    title: str = ""
+    why: str = ""
+    confirm: str = ""
+    id: str = ""
+
+
+def request_act(snapshot: Snapshot, do: str) -> Act:
+    """Send the request `do` to the shown run."""
     why = why_disabled(snapshot, do)
-    tip, off = why or REASONS[do], " disabled" if why else ""
-    return (
-        f'<button type="button" class="own" id="{name}" data-run-do="{do}" title="{safe(tip)}"{off}>'
-        f"{safe(text or NAMES[do])}</button>"
-    )
+    return Act(NAMES[do], {"do": do, "run": ""}, title=REASONS[do], why=why, id=do)
 
 
 def why_disabled(snapshot: Snapshot, do: str) -> str:
@@ -52,53 +61,38 @@ def why_disabled(snapshot: Snapshot, do: str) -> str:
     return ""
 
 
-def resume_button(snapshot: Snapshot, name: str, tone: str = "") -> str:
-    """The button that resumes the shown run; it names the step."""
-    step = snapshot.run_view.resume_info().step if snapshot.run_view else 0
-    words = "Resume" if name == "resume" else f"Continue at step {step:,}" if step else "Start again"
-    if snapshot.state == "stopped" and snapshot.progress.reason:
-        words = "Go on anyway"
-    tip = (
-        f"Resumes at step {step:,}." if step else "Starts from the beginning: no checkpoint was written yet."
-    )
-    if snapshot.asks:
-        tip = "Use this after restoring what changed; otherwise it asks again."
-    return (
-        f'<button type="button" class="own {tone}" id="{name}" data-run-do="resume"'
-        f' title="{safe(tip)}">{words}</button>'
-    )
-
-
-def accept_button(run_view: RunView, name: str = "", tone: str = "", why: str = "") -> str:
-    """The button that resumes a run although its inputs changed.
+def resume_act(run_view: RunView, asks: bool = False, why: str = "") -> Act:
+    """Resume a run from its last checkpoint.
 
     Args:
         run_view: the run.
-        name: the button's id, if it has one.
-        tone: its look.
-        why: why it cannot be pressed now, "" where it can.
+        asks: whether it ended to ask if it may continue with changed inputs.
+        why: why it cannot be resumed now.
     """
-    tip = why or "The result will differ from an uninterrupted run."
-    body = json.dumps({"do": "accept", "run": run_view.run.name})
-    named, off = f' id="{name}"' if name else "", " disabled" if why else ""
-    return (
-        f'<button type="button" class="own {tone}"{named} data-post="run" data-body="{safe(body)}"'
-        f' title="{safe(tip)}"{off}>Continue with the changes</button>'
+    step = run_view.resume_info().step
+    tip = (
+        f"Resumes at step {step:,}." if step else "Starts from the beginning: no checkpoint was written yet."
     )
+    if asks:
+        tip = "Use this after restoring what changed; otherwise it asks again."
+    text = f"Resume from step {step:,}" if step else "Start over"
+    return Act(text, {"do": "resume", "run": run_view.run.name}, title=tip, why=why, id="resume")
+
+
+def accept_act(run_view: RunView, why: str = "") -> Act:
+    """Resume a run although its inputs changed."""
+    tip = "The result will differ from an uninterrupted run."
+    return Act("Continue with the changes", {"do": "accept", "run": run_view.run.name}, title=tip, why=why)
 
 
 def run_actions(snapshot: Snapshot) -> str:
     """Pause and Stop for a live run, Resume for one that can be resumed."""
+    acts: list[Act] = []
     if snapshot.live:
-        both = request_button(snapshot, "pause", "pause") + request_button(snapshot, "stop", "stop")
-        return f'<div class="row run-actions">{both}</div>'
-    return resume_button(snapshot, "resume") if snapshot.resumable else ""
-
-
-def brand() -> str:
-    """The logo and the name."""
-    icon = (ASSETS / "icon.svg").read_text(encoding="utf-8")
-    return f'<h1 class="brand">{icon}<span>{TITLE}</span></h1>'
+        acts = [request_act(snapshot, "pause"), request_act(snapshot, "stop")]
+    elif snapshot.resumable and snapshot.run_view is not None:
+        acts = [resume_act(snapshot.run_view, snapshot.asks)]
+    return render("header.html", part="acts", acts=acts)
 
 
 def describe_run(snapshot: Snapshot) -> str:
@@ -132,13 +126,6 @@ def percent(snapshot: Snapshot) -> int:
     return min(100, round(100 * progress.step / progress.steps)) if progress.steps else 0
 
 
-def track(snapshot: Snapshot, label: str) -> str:
-    """The progress bar; preparing has its own style, because it is not step 0."""
-    return progress_bar(
-        percent(snapshot), label, "track preparing" if snapshot.state == "preparing" else "track"
-    )
-
-
 def draft_note(snapshot: Snapshot) -> str:
     """A note that the draft was set aside, if it was."""
     problem = snapshot.app_state.project.draft_problem
@@ -157,64 +144,29 @@ def page_title(snapshot: Snapshot) -> str:
 
 def run_bar(snapshot: Snapshot) -> str:
     """Progress bar and text; the page title is attached as data."""
-    words = describe_run(snapshot)
     name = snapshot.run_view.run.name if snapshot.run_view else ""
-    shown = "" if snapshot.state == "none" else track(snapshot, "Training")
-    return (
-        f'<div class="runbar" data-page-title="{safe(page_title(snapshot))}"'
-        f' data-run-state="{snapshot.state}" data-run-name="{safe(name)}">{shown}<span'
-        f' class="num small-on-phone">{safe(words)}</span></div>'
+    return render(
+        "header.html",
+        part="run",
+        title=page_title(snapshot),
+        state=snapshot.state,
+        name=name,
+        percent=percent(snapshot),
+        words=describe_run(snapshot),
     )
 
 
 def memory_usage(card: Card | None) -> str:
     """Memory in use, of the GPU if there is one, rounded so that it does not flicker."""
     if card is not None:
-        return (
-            f'<span class="small num memory" title="Memory of {safe(card.name)} in use">GPU'
-            f" {card.used / 2**30:.1f} of {card.total / 2**30:.0f} GB</span>"
-        )
+        words = f"GPU {card.used / 2**30:.1f} of {card.total / 2**30:.0f} GB"
+        return render("header.html", part="memory", words=words, of=card.name)
     used = psutil.virtual_memory()
-    return (
-        '<span class="small num memory" title="Memory of this computer in use">Memory'
-        f" {(used.total - used.available) / 2**30:.0f} of {used.total / 2**30:.0f} GB</span>"
-    )
+    words = f"Memory {(used.total - used.available) / 2**30:.0f} of {used.total / 2**30:.0f} GB"
+    return render("header.html", part="memory", words=words, of="this computer")
 
 
-def header_buttons(has_password: bool) -> str:
-    """The icon buttons: notify at the end, light or dark, log out, quit."""
-    log_out = '<a class="link small" href="/easel/logout">Log out</a>' if has_password else ""
-    return f'<div class="row tools">{_bell()}{theme_switch()}{log_out}{_quit()}</div>'
-
-
-def _icon(paths: str) -> str:
-    return (
-        '<svg viewBox="0 0 20 20" aria-hidden="true" fill="none" stroke="currentColor" stroke-width="1.6"'
-        f' stroke-linecap="round" stroke-linejoin="round">{paths}</svg>'
-    )
-
-
-def _bell() -> str:
-    paths = '<path d="M5 14h10l-1.3-2V8.5a3.7 3.7 0 0 0-7.4 0V12z"/><path d="M8.6 16.5a1.5 1.5 0 0 0 2.8 0"/>'
-    return (
-        '<button type="button" class="own icon" id="tell-end" aria-pressed="false" aria-label="Tell me when a'
-        f' run ends" title="Tell me when a run ends">{_icon(paths)}</button>'
-    )
-
-
-def _quit() -> str:
-    paths = '<path d="M10 3v6.5"/><path d="M6 5.6a6 6 0 1 0 8 0"/>'
-    return (
-        '<button type="button" class="own icon" id="quit" aria-label="Quit LoRA Easel" title="Quit; a run'
-        f' that is going on goes on">{_icon(paths)}</button>'
-    )
-
-
-def theme_switch() -> str:
-    """The light/dark button; until it is used the system's setting applies."""
-    return (
-        '<button type="button" class="own icon" data-theme-switch aria-label="Switch between light and'
-        ' dark"><svg viewBox="0 0 20 20" aria-hidden="true"><path d="M10 2.5a7.5 7.5 0 1 0 0 15z"'
-        ' fill="currentColor"/><circle cx="10" cy="10" r="7.5" fill="none" stroke="currentColor"'
-        ' stroke-width="1.6"/></svg></button>'
-    )
+def brand() -> str:
+    """The logo and the name."""
+    icon = (ASSETS / "icon.svg").read_text(encoding="utf-8")
+    return render("header.html", part="brand", icon=icon, name=TITLE)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from app.formatting import chip, pluralize, safe
+from app.formatting import pluralize, safe
+from app.templates import chip
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.buckets import choose_bucket, crop_box

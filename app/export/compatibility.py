@@ -9,7 +9,8 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
-from app.formatting import chip, format_bytes, pluralize, problem_html, safe
+from app.formatting import format_bytes, pluralize, safe
+from app.templates import chip, problem_html
 from app.jobs import RunView
 from app.routes import image_url
 from app.state import Snapshot

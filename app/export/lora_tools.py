@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.formatting import format_bytes, problem_html, safe
+from app.formatting import format_bytes, safe
+from app.templates import problem_html
 from app.preview.request_form import ADDED, find_owner, lora_groups
 from app.state import AppState, Snapshot, take_snapshot
 from app.train.base_picker import base_choices

@@ -12,7 +12,8 @@ from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.export.compatibility import build_check, checkpoint_cards, compatibility_card, written_line
 from app.export.lora_tools import lora_tools_card
 from app.export.lora_tools_results import FRAME, STATE, report_card
-from app.formatting import problem_html, safe
+from app.formatting import safe
+from app.templates import problem_html
 from app.jobs import RunView
 from app.preview.request_form import checkpoint_choices
 from app.state import AppState, Snapshot, take_snapshot

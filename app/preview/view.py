@@ -11,7 +11,8 @@ import gradio as gr
 from PIL import Image, UnidentifiedImageError
 
 from app.bindings import QUIET, TYPING, Bindings, edit_events, html_block
-from app.formatting import TIMES, note_html, problem_html, safe
+from app.formatting import TIMES, safe
+from app.templates import note_html, problem_html
 from app.preview.compare_view import comparison, grid_result, state_line, strength_strip
 from app.preview.render_queue import GridState
 from app.preview.request_form import (

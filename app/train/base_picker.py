@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import TYPING, Bindings, html_block
-from app.formatting import format_bytes, note_html, pluralize, post_button, problem_html, progress_bar, safe
+from app.formatting import format_bytes, pluralize, post_button, progress_bar, safe
+from app.templates import note_html, problem_html
 from app.state import AppState, Snapshot
 from app.train.form import (
     FORM,

@@ -1,16 +1,8 @@
 """The queue and the earlier runs, each a list of rows with what can be done about them."""
 
 from app.export.lora_tools_results import report_entry
-from app.formatting import (
-    chip,
-    describe_changes,
-    format_bytes,
-    format_duration,
-    pluralize,
-    post_button,
-    safe,
-    state_chip,
-)
+from app.formatting import describe_changes, format_bytes, format_duration, pluralize, post_button, safe, state_chip
+from app.templates import chip
 from app.jobs import RESUMABLE, RunView
 from app.state import Snapshot, asks_to_accept
 from app.top_bar import accept_button

@@ -7,7 +7,8 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
-from app.formatting import pluralize, problem_html, safe
+from app.formatting import pluralize, safe
+from app.templates import problem_html
 from app.state import Snapshot, take_snapshot
 from app.train.facts import blockers, facts, start_problems
 from app.train.form import FORM, command_line, keep_changed_values, to_widget_value, widget_values

@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
-from app.formatting import note_html, problem_html, safe
+from app.formatting import safe
+from app.templates import note_html, problem_html
 from app.guard import is_loopback
 from app.train import cards
 from app.train.cards import samples_card
