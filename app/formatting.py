@@ -1,9 +1,7 @@
 """Numbers and states as text. All text from outside goes through `safe` before it becomes HTML."""
 
 import html
-import json
 import math
-from typing import Any
 
 UNKNOWN, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 
@@ -17,8 +15,8 @@ STATES = {
     "pausing": ("Pausing", "warn"),
     "stopping": ("Stopping", "warn"),
     "paused": ("Paused", "warn"),
-    "stopped": ("Stopped, work kept", ""),
-    "interrupted": ("Broken off", "warn"),
+    "stopped": ("Stopped", ""),
+    "interrupted": ("Interrupted", "warn"),
     "done": ("Done", "good"),
     "failed": ("Failed", "bad"),
 }
@@ -90,35 +88,3 @@ def describe_changes(names: list[str]) -> str:
     ]
     more = f" and {len(names) - CHANGED_SHOWN:,} more" if len(names) > CHANGED_SHOWN else ""
     return f"Since this run began, this has changed: {', '.join(shown)}{more}."
-
-
-def progress_bar(share: int, label: str, kind: str = "track") -> str:
-    """A progress bar at `share` percent."""
-    return (
-        f'<div class="{kind}" role="progressbar" aria-label="{safe(label)}" aria-valuemin="0"'
-        f' aria-valuemax="100" aria-valuenow="{share}"><i style="width:{share}%"></i></div>'
-    )
-
-
-def post_button(words: str, path: str, body: dict[str, Any], **options: str) -> str:
-    """A button that posts `body` to `path`.
-
-    Args:
-        words: its label.
-        path: below `/easel/`.
-        body: sent as JSON.
-        options: `tip`; `why` it cannot be pressed; `confirm`, asked first; `label` for screen readers.
-    """
-    why, ask, tip = options.get("why", ""), options.get("confirm", ""), options.get("tip", "")
-    off = " disabled" if why else ""
-    asks = f' data-confirm="{safe(ask)}"' if ask else ""
-    label = f' aria-label="{safe(options["label"])}"' if "label" in options else ""
-    return (
-        f'<button type="button" class="own quiet" data-post="{path}" data-body="{safe(json.dumps(body))}"'
-        f' title="{safe(why or tip)}"{label}{asks}{off}>{safe(words)}</button>'
-    )
-
-
-def tile(value: str, note: str) -> str:
-    """A number with its unit in small print below."""
-    return f'<div><b class="num">{safe(value)}</b><small>{safe(note)}</small></div>'

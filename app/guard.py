@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.formatting import safe
+from app.templates import render
 from lora_core.model_files.header import MAX_HEADER
 
 COOKIE = "lora_easel_login"
@@ -31,15 +31,6 @@ LARGEST_FORM, SLOWEST_FORM = 4096, 5.0
 LOGOUT = ("/easel/logout", "/logout")
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
 """Seconds before the guess after a wrong one is compared, at first and at most."""
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"
-content="width=device-width"> <title>LoRA Easel</title>
-<link rel="stylesheet" href="/easel/assets/style.css"><link rel="icon" href="/easel/assets/icon.svg">
-<body class="login"><main><form method="post" action="/easel/login" class="panel">
-<h1>LoRA Easel</h1><label>Password<input name="password" type="password" autofocus
-autocomplete="current-password"></label>
-<button class="own primary">Open</button><p role="alert" class="small">{note}</p></form></main></body>
-</html>"""
 
 
 class Login:
@@ -133,7 +124,7 @@ async def _small_body(request: Request) -> bytes:
 
 
 def _page(note: str, status: int) -> HTMLResponse:
-    return HTMLResponse(PAGE.format(note=safe(note)), status_code=status)
+    return HTMLResponse(render("login.html", note=note), status_code=status)
 
 
 LARGEST_BODY = 4_000_000

@@ -79,7 +79,9 @@ class RunView:
                 # It said why and left; one that a signal ended was broken off.
                 status = "failed"
         if status in LIVE:
-            asked = {r["action"] for r in self.run.requests() if r["id"] not in self.progress.handled}
+            # A stop is under way from its request to the end of the process.
+            done = self.progress.handled - (set() if self.progress.ending else self.progress.answered)
+            asked = {r["action"] for r in self.run.requests() if r["id"] not in done}
             status = "stopping" if "stop" in asked else "pausing" if "pause" in asked else status
         return status
 
@@ -121,6 +123,7 @@ class Jobs:
         self._views: dict[Path, RunView] = {}
         self._lock = threading.RLock()
         self._chosen: Path | None = None
+        self._last_live: Path | None = None
         # Told of each run that is made here; the window notes which project it belongs to.
         self.created: Callable[[RunFolder], None] = lambda run: None
         # Whether a run is one of the open project, as the window knows.
@@ -145,23 +148,29 @@ class Jobs:
         return next((run_view for run_view in self.all() if self.state(run_view) in LIVE), None)
 
     def current(self) -> RunView | None:
-        """The run that the window shows: the live one, else the one chosen, else the project's newest."""
+        """The run that the window shows: the one chosen, else the live one, else the project's newest."""
         live = self.live()
         if live is not None:
-            # What a queue starts is followed too, and stays in view when it has ended.
-            self._chosen = live.run.path
-            return live
-        run_views = self.all()
-        chosen = next((w for w in run_views if w.run.path == self._chosen), None)
-        return chosen or max(filter(self.own, run_views), key=_last_written, default=None)
+            # Who watched the last run of a queue watches the next one too.
+            if self._chosen in (None, self._last_live):
+                self._chosen = live.run.path
+            self._last_live = live.run.path
+        return self._find(self._chosen) or max(filter(self.own, self.all()), key=_last_written, default=None)
+
+    def active(self) -> RunView | None:
+        """The live run; without one the last that was, until another is shown."""
+        return self.live() or self._find(self._last_live) or self.current()
+
+    def _find(self, path: Path | None) -> RunView | None:
+        return next((run_view for run_view in self.all() if run_view.run.path == path), None)
 
     def choose_anew(self) -> None:
         """Forget which run was chosen, as when another project is opened."""
-        self._chosen = None
+        self._chosen = self._last_live = None
 
     def show(self, name: str) -> None:
-        """Choose which run the window shows while none is going on."""
-        self._chosen = runs_folder(self.workspace) / check_run_name(name)
+        """Choose which run the window shows."""
+        self._chosen, self._last_live = runs_folder(self.workspace) / check_run_name(name), None
 
     def create(self, config: RunConfig) -> RunFolder:
         """Make a run folder from `config`, to be started now or later.
@@ -235,6 +244,8 @@ class Jobs:
     def _launch(self, run: RunFolder, *options: str) -> None:
         with self._lock:
             view = self.run_view(run)
+            view.state()
+            view.progress.expect_start()
             exit_recorder = ExitRecorder(run)
             command = [*self.trainer, str(run.path), *options]
             view.child, self._chosen = start_detached(command, run.log_file, self.workspace), run.path

@@ -15,16 +15,13 @@ from app import tabs as registry
 from app import top_bar
 from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.state import AppState, take_snapshot
+from app.templates import render
 from lora_core.projects.project import Project
 from lora_core.system.paths import ASSETS
 from lora_core.system.untrusted import clean_value
 
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
 REST = 0.25
-WELCOME = """<h2>Teach an image model something new, on your own computer</h2>
-<p>1. Drop pictures of one thing or one style. &nbsp; 2. Press Start. &nbsp; 3. Move the strength slider, take
-the file.</p> <p class="small">No pictures at hand? The demo trains a style in a minute or two, without a
-GPU.</p>"""
 
 
 def build_page(app_state: AppState) -> gr.Blocks:
@@ -53,9 +50,9 @@ def _header(bindings: Bindings) -> None:
         bindings.follow(html_block(elem_classes="grow"), top_bar.run_bar)
         with gr.Row(elem_classes="header-actions"):
             bindings.follow(html_block(), top_bar.run_actions)
-            bindings.follow(html_block(), lambda snap: top_bar.memory_usage(snap.app_state.hardware.card()))
-            html_block(top_bar.header_buttons(bindings.app_state.has_password))
-    html_block(top_bar.NOTE)
+            bindings.follow(html_block(), top_bar.memory_usage)
+            html_block(render("header.html", part="tools", has_password=bindings.app_state.has_password))
+    html_block(render("header.html", part="notes"))
     bindings.follow(html_block(), top_bar.draft_note)
     html_block(project_picker.DIALOG)
 
@@ -128,16 +125,7 @@ def head() -> str:
     """The page's own styles and scripts, with addresses that change when the files do."""
     script_files, style_files = registry.list_scripts(), registry.list_styles()
     version = max(int((ASSETS / name).stat().st_mtime) for name in (*script_files, *style_files))
-    scripts = "".join(
-        f'<script defer src="/easel/assets/{name}?v={version}"></script>' for name in script_files
-    )
-    styles = "".join(
-        f'<link rel="stylesheet" href="/easel/assets/{name}?v={version}">' for name in style_files
-    )
-    return (
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon"'
-        f' href="/easel/assets/icon.svg">{styles}{scripts}'
-    )
+    return render("head.html", scripts=script_files, styles=style_files, version=version)
 
 
 def slow_queue_polling(page: gr.Blocks) -> None:
@@ -178,7 +166,7 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
 def build_welcome(bindings: Bindings) -> Any:
     """Lay out the introduction and the demo button, shown on the first visit."""
     with gr.Row(elem_id="welcome", visible=False) as row:
-        html_block(WELCOME, elem_classes="grow")
+        html_block(render("welcome.html"), elem_classes="grow")
         demo = gr.Button("Try it with the demo", variant="primary", elem_id="use-demo", min_width=0, scale=0)
     bindings.follow(row, lambda snap: gr.update(visible=snap.app_state.is_new()))
     return demo

@@ -15,7 +15,7 @@ from app.dataset.findings import Checker, DatasetInsights
 from app.dataset.gallery import Thumbnails
 from app.dataset.uploads import Importer
 from app.export.file_manager import FileManager
-from app.jobs import LIVE, RESUMABLE, Jobs, RunView, environment
+from app.jobs import LIVE, Jobs, RunView, environment
 from app.preview.render_queue import PreviewState, RenderQueue
 from app.train.checks import Checks
 from app.train.downloads import Downloads
@@ -184,35 +184,74 @@ class AppState:
 
 
 @dataclass(frozen=True)
+class ShownRun:
+    """A run as a part of the page shows it; `view` is None, and the state "none", where there is no run."""
+
+    view: RunView | None = None
+    state: str = "none"
+
+    @property
+    def name(self) -> str:
+        """Its name, or ""."""
+        return self.view.run.name if self.view else ""
+
+    @property
+    def progress(self) -> Progress:
+        """Its progress; empty without a run."""
+        return self.view.progress if self.view else Progress()
+
+    @property
+    def live(self) -> bool:
+        """Whether it is going on."""
+        return self.state in LIVE
+
+    @property
+    def asks(self) -> bool:
+        """Whether it ended to ask if it may continue with changed inputs."""
+        return self.view is not None and asks_to_accept(self.view, self.state)
+
+    @property
+    def percent(self) -> int:
+        """Progress in percent; of the phase while it is prepared."""
+        progress = self.progress
+        if self.state == "preparing":
+            return int(100 * progress.phases.get(progress.phase, 0.0))
+        return min(100, round(100 * progress.step / progress.steps)) if progress.steps else 0
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """State read once per poll, from which all components are rendered."""
+    """State read once per poll, from which all components are rendered.
+
+    Attributes:
+        shown: the run that the Train tab shows.
+        active: the run in the header: the live one, else the last that was.
+        runs: all runs with their states, newest first.
+        view: the Preview tab's.
+        plan: the settings of the run to come.
+    """
 
     app_state: AppState
-    run_view: RunView | None
-    state: str
+    shown: ShownRun
+    active: ShownRun
     runs: list[tuple[RunView, str]]
     view: PreviewState
     plan: Plan
 
     @property
+    def run_view(self) -> RunView | None:
+        """The run shown."""
+        return self.shown.view
+
+    @property
+    def state(self) -> str:
+        """State of the run shown."""
+        return self.shown.state
+
+    @property
     def progress(self) -> Progress:
-        """Progress of the shown run; empty without one."""
-        return self.run_view.progress if self.run_view else Progress()
-
-    @property
-    def live(self) -> bool:
-        """Whether the shown run is going on."""
-        return self.state in LIVE
-
-    @property
-    def resumable(self) -> bool:
-        """Whether the shown run can be resumed."""
-        return self.state in RESUMABLE and self.run_view is not None
-
-    @property
-    def asks(self) -> bool:
-        """Whether the shown run ended to ask if it may continue with changed inputs."""
-        return self.run_view is not None and asks_to_accept(self.run_view, self.state)
+        """Progress of the run shown."""
+        return self.shown.progress
 
     @property
     def busy(self) -> bool:
@@ -220,7 +259,7 @@ class Snapshot:
         app_state = self.app_state
         # Between two runs of a queue, none is live.
         working = app_state.prober.active or app_state.queue.is_running or app_state.downloads.active
-        return self.live or self.view.working or working
+        return self.active.live or self.view.working or working
 
 
 def asks_to_accept(run_view: RunView, state: str) -> bool:
@@ -231,6 +270,13 @@ def asks_to_accept(run_view: RunView, state: str) -> bool:
 def take_snapshot(app_state: AppState) -> Snapshot:
     """Read the state once."""
     runs = [(run_view, app_state.jobs.state(run_view)) for run_view in app_state.jobs.all()]
-    run_view = app_state.jobs.current()
-    state = next((s for w, s in runs if w is run_view), "none")
-    return Snapshot(app_state, run_view, state, runs, app_state.render_queue.view(), Plan(app_state.project))
+    states = {run_view.run.path: state for run_view, state in runs}
+
+    def shown(run_view: RunView | None) -> ShownRun:
+        return ShownRun(run_view, states.get(run_view.run.path, "none")) if run_view else ShownRun()
+
+    jobs = app_state.jobs
+    current = shown(jobs.current())
+    return Snapshot(
+        app_state, current, shown(jobs.active()), runs, app_state.render_queue.view(), Plan(app_state.project)
+    )

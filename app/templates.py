@@ -31,7 +31,9 @@ def _environment() -> jinja2.Environment:
         folder.parent.name: jinja2.FileSystemLoader(folder) for folder in sorted(FOLDER.glob("*/templates"))
     }
     made = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(FOLDER / "templates"), jinja2.PrefixLoader(tabs)]),
+        loader=jinja2.ChoiceLoader(
+            [jinja2.FileSystemLoader(FOLDER / "templates"), jinja2.PrefixLoader(tabs)]
+        ),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,15 +1,16 @@
-"""The header above every tab: the shown run, its progress and its buttons."""
+"""The header above every tab: the run that is going on, whatever run is shown, and its buttons."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
-from app.formatting import STATES, format_clock
-from app.jobs import RunView
-from app.state import Snapshot
-from app.templates import part, problem_html, render
-from lora_core.system.hardware import Card
+from app.formatting import STATES, format_bytes, format_clock, format_duration
+from app.jobs import RESUMABLE, RunView
+from app.state import ShownRun, Snapshot
+from app.templates import problem_html, render
+from lora_core.runs.progress import Progress
+from lora_core.system.hardware import resident_bytes
 from lora_core.system.paths import ASSETS
 
 TITLE = "LoRA Easel"
@@ -20,6 +21,8 @@ REASONS = {
     "save": "Saves a checkpoint after the current step.",
 }
 NAMES = {"pause": "Pause", "stop": "Stop", "preview": "Sample now", "save": "Save now"}
+FEW_STEPS = 10
+"""So many steps say how long the rest takes, but for samples and validations that are still to come."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Act:
         title: its tooltip.
         why: why it cannot be pressed now.
         confirm: a question asked first.
-        id: of the button in the header.
+        id: of the button.
     """
 
     text: str
@@ -44,30 +47,30 @@ class Act:
     id: str = ""
 
 
-def request_act(snapshot: Snapshot, do: str) -> Act:
-    """Send the request `do` to the shown run."""
-    why = why_disabled(snapshot, do)
-    return Act(NAMES[do], {"do": do, "run": ""}, title=REASONS[do], why=why, id=do)
+def request_act(run: ShownRun, do: str, name: str = "") -> Act:
+    """Send the request `do` to the live run; `name` is the button's id."""
+    return Act(NAMES[do], {"do": do, "run": ""}, title=REASONS[do], why=why_disabled(run, do), id=name or do)
 
 
-def why_disabled(snapshot: Snapshot, do: str) -> str:
-    """Why the run cannot take a request now, "" if it can."""
-    if not snapshot.live:
+def why_disabled(run: ShownRun, do: str) -> str:
+    """Why a run cannot take a request now, "" if it can."""
+    if not run.live:
         return "No run is going on."
-    if snapshot.state in ("pausing", "stopping"):
-        return f"The run is {snapshot.state}; this takes until the current step is finished and saved."
-    if do in ("preview", "save") and snapshot.state == "preparing":
+    if run.state in ("pausing", "stopping"):
+        return f"The run is {run.state}; this takes until the current step is finished and saved."
+    if do in ("preview", "save") and run.state == "preparing":
         return "The run is still preparing; this is possible once it trains."
     return ""
 
 
-def resume_act(run_view: RunView, asks: bool = False, why: str = "") -> Act:
+def resume_act(run_view: RunView, asks: bool = False, why: str = "", name: str = "resume") -> Act:
     """Resume a run from its last checkpoint.
 
     Args:
         run_view: the run.
         asks: whether it ended to ask if it may continue with changed inputs.
         why: why it cannot be resumed now.
+        name: the button's id.
     """
     step = run_view.resume_info().step
     tip = (
@@ -76,54 +79,60 @@ def resume_act(run_view: RunView, asks: bool = False, why: str = "") -> Act:
     if asks:
         tip = "Use this after restoring what changed; otherwise it asks again."
     text = f"Resume from step {step:,}" if step else "Start over"
-    return Act(text, {"do": "resume", "run": run_view.run.name}, title=tip, why=why, id="resume")
+    return Act(text, {"do": "resume", "run": run_view.run.name}, title=tip, why=why, id=name)
 
 
-def accept_act(run_view: RunView, why: str = "") -> Act:
+def accept_act(run_view: RunView, why: str = "", name: str = "") -> Act:
     """Resume a run although its inputs changed."""
     tip = "The result will differ from an uninterrupted run."
-    return Act("Continue with the changes", {"do": "accept", "run": run_view.run.name}, title=tip, why=why)
+    body = {"do": "accept", "run": run_view.run.name}
+    return Act("Continue with the changes", body, title=tip, why=why, id=name)
 
 
 def run_actions(snapshot: Snapshot) -> str:
     """Pause and Stop for a live run, Resume for one that can be resumed."""
+    run = snapshot.active
     acts: list[Act] = []
-    if snapshot.live:
-        acts = [request_act(snapshot, "pause"), request_act(snapshot, "stop")]
-    elif snapshot.resumable and snapshot.run_view is not None:
-        acts = [resume_act(snapshot.run_view, snapshot.asks)]
+    if run.live:
+        acts = [request_act(run, "pause"), request_act(run, "stop")]
+    elif run.view is not None and run.state in RESUMABLE and not run.progress.stopped_early:
+        acts = [resume_act(run.view, run.asks)]
     return render("header.html", part="acts", acts=acts)
 
 
-def describe_run(snapshot: Snapshot) -> str:
-    """The run in one line."""
-    progress, run_view = snapshot.progress, snapshot.run_view
-    name = run_view.run.name if run_view else ""
-    match snapshot.state:
+def describe_left(progress: Progress) -> str:
+    """The time left; a range as long as few steps were done."""
+    left = progress.seconds_left()
+    if left is None or len(progress.losses) >= FEW_STEPS:
+        return format_clock(left)
+    return f"{format_duration(left)} to {format_duration(2 * left)}"
+
+
+def describe_phase(progress: Progress) -> str:
+    """What the run does now, in a sentence."""
+    if not progress.phase:
+        return "Training." if progress.stepping else "Starting."
+    return f"{progress.phase}, {int(100 * progress.phases.get(progress.phase, 0.0))}%."
+
+
+def describe_run(run: ShownRun) -> str:
+    """A run in one line."""
+    progress = run.progress
+    match run.state:
         case "none":
             return "No run yet"
         case "preparing":
-            if not progress.phase:
-                return "Preparing: loading"
-            counted = f", {progress.phase_done} of {progress.phase_total}" if progress.phase_total > 1 else ""
-            return f"Preparing: {progress.phase}{counted}"
+            return f"Preparing: {describe_phase(progress)[:-1]}"
         case "running" | "pausing" | "stopping":
-            verb = "" if snapshot.state == "running" else f"{STATES[snapshot.state][0]}, "
-            left = f", {format_clock(progress.seconds_left())} left" if snapshot.state == "running" else ""
-            return f"{verb}{percent(snapshot)}%, step {progress.step:,} of {progress.steps:,}{left}"
+            verb = "" if run.state == "running" else f"{STATES[run.state][0]}, "
+            left = f", {describe_left(progress)} left" if run.state == "running" else ""
+            return f"{verb}{run.percent}%, step {progress.step:,} of {progress.steps:,}{left}"
         case "done":
-            return f"{name}: done, {progress.step:,} steps"
+            return f"{run.name}: done, {progress.step:,} steps"
         case _:
             at = f" at step {progress.step:,} of {progress.steps:,}" if progress.steps else ""
-            return f"{name}: {STATES[snapshot.state][0].lower()}{at}"
-
-
-def percent(snapshot: Snapshot) -> int:
-    """Progress of the shown run in percent."""
-    progress = snapshot.progress
-    if snapshot.state == "preparing":
-        return round(100 * progress.phase_done / progress.phase_total) if progress.phase_total else 0
-    return min(100, round(100 * progress.step / progress.steps)) if progress.steps else 0
+            early = " early" if run.state == "stopped" and progress.stopped_early else ""
+            return f"{run.name}: {STATES[run.state][0].lower()}{early}{at}"
 
 
 def draft_note(snapshot: Snapshot) -> str:
@@ -134,36 +143,46 @@ def draft_note(snapshot: Snapshot) -> str:
 
 def page_title(snapshot: Snapshot) -> str:
     """Title of the browser's tab: percent and run."""
-    name = snapshot.run_view.run.name if snapshot.run_view else ""
-    if snapshot.state in ("running", "pausing", "stopping"):
-        return f"{percent(snapshot)}% \N{MIDDLE DOT} {name}"
-    if snapshot.state in ("preparing", "done", "failed", "interrupted"):
-        return f"{STATES[snapshot.state][0]} \N{MIDDLE DOT} {name}"
+    run = snapshot.active
+    if run.state in ("running", "pausing", "stopping"):
+        return f"{run.percent}% \N{MIDDLE DOT} {run.name}"
+    if run.state in ("preparing", "done", "failed", "interrupted"):
+        return f"{STATES[run.state][0]} \N{MIDDLE DOT} {run.name}"
     return TITLE
 
 
 def run_bar(snapshot: Snapshot) -> str:
-    """Progress bar and text; the page title is attached as data."""
-    name = snapshot.run_view.run.name if snapshot.run_view else ""
+    """Progress bar and text; the page's title and the tabs' badges are attached as data."""
+    run = snapshot.active
+    images = len(snapshot.app_state.project.dataset().records)
     return render(
         "header.html",
         part="run",
+        run=run,
         title=page_title(snapshot),
-        state=snapshot.state,
-        name=name,
-        percent=percent(snapshot),
-        words=describe_run(snapshot),
+        words=describe_run(run),
+        badges={"Dataset": f"{images:,}" if images else "", "Train": f"{run.percent}%" if run.live else ""},
     )
 
 
-def memory_usage(card: Card | None) -> str:
-    """Memory in use, of the GPU if there is one, rounded so that it does not flicker."""
+def memory_usage(snapshot: Snapshot) -> str:
+    """Memory in use, of the GPU if there is one, else by the run; rounded so that it does not flicker."""
+    run, card = snapshot.active, snapshot.app_state.hardware.card()
+    process = run.view.run.live_process() if run.view else None
+    held = round((resident_bytes(process) or 0) / 1e8) / 10
+    own = f"This run uses {held:.1f} GB of memory" if held else ""
     if card is not None:
         words = f"GPU {card.used / 2**30:.1f} of {card.total / 2**30:.0f} GB"
-        return render("header.html", part="memory", words=words, of=card.name)
-    used = psutil.virtual_memory()
-    words = f"Memory {(used.total - used.available) / 2**30:.0f} of {used.total / 2**30:.0f} GB"
-    return render("header.html", part="memory", words=words, of="this computer")
+        on_card = card.by_process.get(process.pid) if process else None
+        more = f" and {format_bytes(on_card)} on the graphics card" if own and on_card else ""
+        tip = f"Memory of {card.name} in use. {own}{more}"
+    elif own:
+        used = psutil.virtual_memory()
+        words = f"{held:.1f} GB"
+        tip = f"{own}; {(used.total - used.available) / 2**30:.0f} of {used.total / 2**30:.0f} GB are in use."
+    else:
+        return ""
+    return render("header.html", part="memory", words=words, tip=tip)
 
 
 def brand() -> str:

@@ -10,10 +10,10 @@ import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
 from app.formatting import format_bytes, pluralize, safe
-from app.templates import chip, problem_html
 from app.jobs import RunView
 from app.routes import image_url
 from app.state import Snapshot
+from app.templates import chip, problem_html
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import runs_folder
 from lora_core.system.untrusted import parse_json

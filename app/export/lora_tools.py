@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from app.formatting import format_bytes, safe
-from app.templates import problem_html
 from app.preview.request_form import ADDED, find_owner, lora_groups
 from app.state import AppState, Snapshot, take_snapshot
+from app.templates import problem_html
 from app.train.base_picker import base_choices
 from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError

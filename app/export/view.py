@@ -13,10 +13,10 @@ from app.export.compatibility import build_check, checkpoint_cards, compatibilit
 from app.export.lora_tools import lora_tools_card
 from app.export.lora_tools_results import FRAME, STATE, report_card
 from app.formatting import safe
-from app.templates import problem_html
 from app.jobs import RunView
 from app.preview.request_form import checkpoint_choices
 from app.state import AppState, Snapshot, take_snapshot
+from app.templates import problem_html
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
 from lora_core.runs.folder import check_run_name

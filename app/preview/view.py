@@ -12,7 +12,6 @@ from PIL import Image, UnidentifiedImageError
 
 from app.bindings import QUIET, TYPING, Bindings, edit_events, html_block
 from app.formatting import TIMES, safe
-from app.templates import note_html, problem_html
 from app.preview.compare_view import comparison, grid_result, state_line, strength_strip
 from app.preview.render_queue import GridState
 from app.preview.request_form import (
@@ -35,6 +34,7 @@ from app.preview.request_form import (
     take_sent_rows,
 )
 from app.state import Snapshot, take_snapshot
+from app.templates import note_html, problem_html
 from app.train.base_picker import base_choices
 from lora_core.data.scan import safe_name
 from lora_core.errors import DatasetError, LoraError

@@ -7,9 +7,10 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import TYPING, Bindings, html_block
-from app.formatting import format_bytes, pluralize, post_button, progress_bar, safe
-from app.templates import note_html, problem_html
+from app.formatting import format_bytes, pluralize
 from app.state import AppState, Snapshot
+from app.templates import note_html, render
+from app.top_bar import Act
 from app.train.form import (
     FORM,
     carry_over,
@@ -102,7 +103,8 @@ def _details_note(snapshot: Snapshot) -> str:
     predicts = "velocity" if facts.prediction == "v_prediction" else "noise"
     guess = ", a guess" if facts.guessed else ""
     snr = ", zero terminal SNR" if facts.zero_terminal_snr else ""
-    return f"<span>{predicts}{guess}{snr}{', own VAE' if vae else ''}</span>"
+    text = f"{predicts}{guess}{snr}{', own VAE' if vae else ''}"
+    return render("train/form.html", part="group", text=text, reset="")
 
 
 def _asks(snapshot: Snapshot) -> bool:
@@ -225,10 +227,7 @@ def base_note(snapshot: Snapshot) -> str:
     if plan.base.facts and trained_at and trained_at != plan.base.resolution:
         sentences.append(f"You train it at {trained_at} px.")
     arrived = snapshot.app_state.downloads.arrived
-    return (
-        f'<p class="{tone}" id="base-note" role="status" data-arrived="{arrived}">'
-        f"{safe(' '.join(sentences))}</p>"
-    )
+    return render("train/base.html", part="note", tone=tone, text=" ".join(sentences), arrived=arrived)
 
 
 def download_note(snapshot: Snapshot) -> str:
@@ -237,31 +236,26 @@ def download_note(snapshot: Snapshot) -> str:
     if not base.remote:
         return ""
     offer = snapshot.app_state.downloads.offer(base.name)
-    problem = problem_html(offer.problem) if offer.problem else ""
-    found = offer.found
+    found, share, act, text = offer.found, None, None, ""
     if offer.state == "asking":
-        shown = _said("Asking the hub how large it is.")
+        text = "Asking the hub how large it is."
     elif found is None:
-        shown = post_button("Try again", "run", {"do": "download-ask"})
+        act = Act("Try again", {"do": "download-ask"})
     elif offer.state == "downloading":
         share = 100 * offer.here // max(found.size, 1)
-        words = f"{format_bytes(offer.here)} of {format_bytes(found.size)}, {share}%"
-        shown = progress_bar(share, f"Download of {base.name}") + _said(words, "download-cancel", "Cancel")
+        text = f"{format_bytes(offer.here)} of {format_bytes(found.size)}, {share}%"
+        act = Act("Cancel", {"do": "download-cancel"})
     else:
-        shown = _offered(found)
-    return f'<div id="base-download" data-state="{offer.state}">{problem}{shown}</div>'
+        text, act = _describe_offer(found)
+    return render("train/base.html", part="download", offer=offer, share=share, text=text, act=act)
 
 
-def _offered(found: Download) -> str:
+def _describe_offer(found: Download) -> tuple[str, Act | None]:
+    """What is to be downloaded, and the act that begins it where there is room."""
     here, free = found.here, format_bytes(found.free)
-    words = f"{format_bytes(found.size - here)} to download from the hub; {free} are free."
+    text = f"{format_bytes(found.size - here)} to download from the hub; {free} are free."
     if here:
-        words = f"{format_bytes(here)} of {format_bytes(found.size)} are here already. {words}"
+        text = f"{format_bytes(here)} of {format_bytes(found.size)} are here already. {text}"
     if not found.fits:
-        return _said(f"{words} Make room first, or set HF_HOME to a folder on another drive.")
-    return _said(words, "download", "Download the rest" if here else "Download")
-
-
-def _said(words: str, do: str = "", name: str = "") -> str:
-    button = post_button(name, "run", {"do": do}) if do else ""
-    return f'<p class="small num">{safe(words)} {button}</p>'
+        return f"{text} Make room first, or set HF_HOME to a folder on another drive.", None
+    return text, Act("Download the rest" if here else "Download", {"do": "download"})

@@ -60,7 +60,8 @@ class Plan:
         self.notes = retired(kept.items())
         self.base = base_of(values)
         self.preset = preset_config(self.goal, self.level, self.base.family)
-        config, self.problems = build_config(values, self.preset)
+        config, self.invalid = build_config(values, self.preset)
+        self.problems = list(self.invalid.values())
         path = DEMO if project.uses_demo else str(project.image_folder)
         self.trigger = str(draft.get("trigger") or "")
         self.config: RunConfig = config.changed({"dataset.path": path, "dataset.trigger": self.trigger})
@@ -204,20 +205,20 @@ def form_values(config: RunConfig) -> list[Any]:
     return [to_widget_value(name, config.get(name)) for name in FORM]
 
 
-def build_config(values: dict[str, Any], base: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The settings that the widgets hold, and a sentence for each value that is not legal.
+def build_config(values: dict[str, Any], base: RunConfig) -> tuple[RunConfig, dict[str, str]]:
+    """The settings that the widgets hold, and a sentence by name for each value that is not legal.
 
     Args:
         values: dotted name to what the widget holds.
         base: the settings of the preset, used where a value is not legal.
     """
     legal: dict[str, Any] = {}
-    problems = []
+    problems: dict[str, str] = {}
     for name, value in values.items():
         try:
             legal[name] = from_widget_value(name, value)
         except ConfigError as error:
-            problems.append(str(error))
+            problems[name] = str(error)
     return base.changed(legal), problems
 
 

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from app.routes import Answer, BadRequest, read_sent_json
 from app.state import AppState
 from app.train.form import Plan
-from app.train.starting import take_settings
+from app.train.start import take_settings
 from lora_core.errors import RunError
 from lora_core.model_files.header import MAX_HEADER
 from lora_core.model_files.starting_settings import settings_from_lora

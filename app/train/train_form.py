@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import QUIET, TYPING, Bindings, edit_events, html_block
-from app.formatting import safe
 from app.state import Snapshot
+from app.templates import render
 from app.train.base_picker import HIDDEN_INFO, build_picker, wire_picker
 from app.train.form import (
     FORM,
@@ -169,7 +169,7 @@ def search_settings(words: str) -> list[Any]:
         folds.append(gr.update(open=bool(wanted and matching)))
         hidden = [HIDDEN_INFO, UNMATCHED]
         fields += [gr.update(elem_classes=HIDDEN_INFO if name in matching else hidden) for name in names]
-    note = "" if hits else f'<p class="small" role="status">No setting is called “{safe(words[:60])}”.</p>'
+    note = "" if hits else render("train/form.html", part="none", words=words[:60])
     return [note, *folds, *fields]
 
 
@@ -203,23 +203,13 @@ def _widget_value(bindings: Bindings, index: int) -> Any:
 def _group_note(group: str, snapshot: Snapshot) -> str:
     """The summary of a folded group, with a reset button if something was changed."""
     config, preset = snapshot.plan.config, snapshot.plan.preset
-    words = f"<span>{safe(summary(group, config, preset))}</span>"
-    if not changed_names(config, preset, group_fields(group)):
-        return words
-    return (
-        f'{words} <button type="button" class="own quiet" data-press="reset-{_slug(group)}" aria-label="Reset'
-        f' {safe(group)}">Reset</button>'
-    )
+    changed = changed_names(config, preset, group_fields(group))
+    text, reset = summary(group, config, preset), f"reset-{_slug(group)}" if changed else ""
+    return render("train/form.html", part="group", group=group, text=text, reset=reset)
 
 
 def _changed(snapshot: Snapshot) -> str:
     """How many settings differ from the preset, with a reset button."""
     names = [name for name in FORM if name != "model.base"]
     changed = changed_names(snapshot.plan.config, snapshot.plan.preset, names)
-    titles = safe(", ".join(label_of(name) for name in changed))
-    words = f"{len(changed)} changed from preset" if changed else "as the preset has it"
-    reset = '<button type="button" class="own quiet" data-press="reset">Reset all</button>' if changed else ""
-    return (
-        '<div class="row apart"><b>Advanced</b><div class="row"><span class="small"'
-        f' title="{titles}">{words}</span>{reset}</div></div>'
-    )
+    return render("train/form.html", part="changed", names=[label_of(name) for name in changed])

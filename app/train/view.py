@@ -10,13 +10,10 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import QUIET, Bindings, html_block
-from app.formatting import safe
-from app.templates import note_html, problem_html
 from app.guard import is_loopback
-from app.train import cards
-from app.train.cards import samples_card
-from app.train.run_list import earlier, queue_card
-from app.train.starting import build_like, build_start
+from app.templates import note_html, problem_html, render
+from app.train import runs
+from app.train.start import build_action_bar, build_like, build_start
 from app.train.train_form import TrainForm
 from lora_core.errors import ConfigError, LoraError
 from lora_core.runs.notifications import VARIABLE, WEB, read_recipient, send_test, write_recipient
@@ -32,12 +29,8 @@ ENVIRONMENT = (
 def build_notifications(bindings: Bindings) -> None:
     """Lay out the field with its Save and Try buttons."""
     workspace = bindings.app_state.workspace
-    with gr.Column(elem_classes="group"), gr.Accordion("When a run ends", open=False, elem_id="telling"):
-        html_block(
-            '<p class="small">A command is run, or a web address is sent a message (ntfy, Slack, Discord,'
-            " Mattermost): also when this page and the window are closed. The bell above tells through the"
-            " browser.</p>"
-        )
+    with gr.Column(elem_classes="group"), gr.Accordion("Notifications", open=False, elem_id="telling"):
+        html_block(render("train/form.html", part="notifications"))
         whom = gr.Textbox(
             label="Command or web address",
             placeholder="https://ntfy.sh/my-own-topic, or a command",
@@ -81,7 +74,7 @@ def chosen(bindings: Bindings) -> tuple[str, str]:
         whom = read_recipient(bindings.app_state.workspace)
     except ConfigError as error:
         return "", problem_html(error)
-    return whom, f'<p class="small">{safe(ENVIRONMENT)}</p>' if VARIABLE in os.environ else ""
+    return whom, note_html(ENVIRONMENT) if VARIABLE in os.environ else ""
 
 
 def checked(text: str, request: Any) -> None:
@@ -101,13 +94,17 @@ def build_train(bindings: Bindings) -> None:
     with gr.Row(elem_classes="page page-train"):
         with gr.Column(elem_classes="side card"):
             form = TrainForm(bindings)
+            name = build_start(bindings)
             build_like(bindings, form)
             build_notifications(bindings)
-            build_start(bindings, form)
         with gr.Column(elem_classes="main"):
-            bindings.follow(html_block(elem_id="run-card"), cards.run_card)
-            bindings.follow(html_block(elem_id="queue"), queue_card)
-            bindings.follow(html_block(elem_id="charts"), cards.charts)
-            bindings.follow(html_block(elem_id="samples"), samples_card)
-            bindings.follow(html_block(elem_id="earlier"), earlier)
-            bindings.follow(html_block(elem_id="run-log"), cards.log_card)
+            for place, shows in (
+                ("run-card", runs.run_card),
+                ("queue", runs.queue_card),
+                ("samples", runs.samples_card),
+                ("charts", runs.charts),
+                ("earlier", runs.earlier),
+                ("run-log", runs.log_card),
+            ):
+                bindings.follow(html_block(elem_id=place), shows)
+    build_action_bar(bindings, form, name)

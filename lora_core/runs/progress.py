@@ -14,7 +14,13 @@ PACE_STEPS = 200
 
 @dataclass
 class Progress:
-    """The state of a run, updated with new events as they come."""
+    """The state of a run, updated with new events as they come.
+
+    Attributes:
+        phases: the share done of each phase of the present work between two steps; it never falls.
+        handled: the requests acted on, ever.
+        answered: those of them that the present process acted on.
+    """
 
     step: int = 0
     steps: int = 0
@@ -23,6 +29,7 @@ class Progress:
     phase: str = ""
     phase_done: int = 0
     phase_total: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
     ending: str = ""
     reason: str = ""
     cause: str = ""
@@ -36,6 +43,7 @@ class Progress:
     previews: list[events.PreviewDone] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     handled: set[str] = field(default_factory=set)
+    answered: set[str] = field(default_factory=set)
 
     def update(self, new: Iterable[events.Event]) -> None:
         """Fold in events in the order of the file."""
@@ -45,20 +53,22 @@ class Progress:
     def _fold(self, event: events.Event) -> None:
         match event:
             case events.Started():
-                self.started, self.steps, self.stepping = True, event.steps, False
+                self.expect_start()
+                self.started, self.steps = True, event.steps
                 self.ending, self.reason, self.cause, self.changed = "", "", "", []
             case events.Resumed():
                 self._forget_after(event.step)
                 self.steps = event.steps
             case events.Preparing():
                 self.stepping = False
-                self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
+                self._work(event)
             case events.Working():
-                self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
+                self._work(event)
             case events.RateFound():
                 self.rate = event
             case events.StepDone():
                 self.stepping, self.step, self.phase = True, event.step, ""
+                self.phases.clear()
                 self.losses.append(event)
             case events.Validated():
                 self.validations.append(event)
@@ -70,6 +80,7 @@ class Progress:
                 self.warnings.append(event.message)
             case events.Handled():
                 self.handled.add(event.request)
+                self.answered.add(event.request)
             case events.Paused():
                 self.ending, self.reason, self.cause = "paused", event.reason, event.cause
             case events.Stopped():
@@ -80,6 +91,17 @@ class Progress:
             case events.Failed():
                 self.ending, self.reason, self.changed = "failed", event.reason, event.changed
                 self.cause = event.cause
+
+    def expect_start(self) -> None:
+        """A new process trains from here on: what the last one did says nothing of it."""
+        self.stepping, self.phase = False, ""
+        self.phases.clear()
+        self.answered.clear()
+
+    def _work(self, event: events.Preparing | events.Working) -> None:
+        self.phase, self.phase_done, self.phase_total = event.phase, event.done, event.total
+        share = min(1.0, event.done / event.total) if event.total > 0 else 0.0
+        self.phases[event.phase] = max(share, self.phases.get(event.phase, 0.0))
 
     def _forget_after(self, step: int) -> None:
         self.step = step

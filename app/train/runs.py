@@ -1,0 +1,501 @@
+"""The runs of the Train tab: the one shown, with its progress, verdicts, charts, samples and log; the queue;
+and the list of all others."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from app.export.lora_tools_results import report_entry
+from app.formatting import (
+    UNKNOWN,
+    describe_changes,
+    format_bytes,
+    format_clock,
+    format_duration,
+    format_speed,
+    pluralize,
+)
+from app.jobs import RESUMABLE, RunView
+from app.routes import image_url
+from app.state import ShownRun, Snapshot, asks_to_accept
+from app.templates import render
+from app.top_bar import accept_act, describe_left, describe_phase, request_act, resume_act
+from app.train.checks import with_labels
+from lora_core.errors import RunError
+from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
+from lora_core.report.rank_plots import rate_html
+from lora_core.runs.costs import num_rounds
+from lora_core.runs.events import PreviewDone, StepDone, Validated
+from lora_core.runs.folder import runs_folder
+from lora_core.runs.progress import Progress, smooth
+from lora_core.runs.queue import FAILED, RUNNING, WAITING, QueuedRun
+from lora_core.runs.verdict import (
+    A_LITTLE,
+    MEMORIZED,
+    SURE,
+    best_of,
+    describe_average,
+    describe_forgetting,
+    describe_memorization,
+    known_error,
+    with_gain,
+)  # fmt: skip
+from lora_core.settings.choices import PRECISIONS
+from lora_core.system.processes import log_tail
+
+DIGITS = 7
+LOG_LINES = 40
+MOST_WARNINGS = 3
+MOST_EARLIER = 12
+MOST_FAILED = 3
+MOST_ROWS, FEWEST_COLUMNS, MOST_COLUMNS = 4, 3, 6
+RAW = ", raw adapter (above: its average)"
+ENCODE = ("Encoding pictures", "Encoding captions", "Finding the learning rate", "Trying the heaviest step")
+STAGES = (
+    ("Load base", ("Reading the pictures", "Opening the base model")),
+    ("Encode images", ENCODE),
+    ("Base samples", ("Sampling", "Validating")),
+)
+"""What comes before the first step: the trainer's phases, in their order."""
+REMARKS = {
+    "pausing": "It saves a checkpoint after the current step and ends.",
+    "stopping": "It saves and exports after the current step and ends.",
+    "paused": "Resuming gives exactly the same result as training without the pause.",
+}
+
+
+def run_card(snapshot: Snapshot) -> str:
+    """The run shown: state, stages, what can be done now, and how it ended."""
+    run, run_view = snapshot.shown, snapshot.run_view
+    values: dict[str, Any] = {"run": run, "kind": "steps"}
+    if run_view is not None:
+        values |= {
+            "acts": _acts(snapshot),
+            "can_try": run.state in ("done", "stopped"),
+            "summary": _summary(snapshot),
+            "stages": stages(run),
+            "doing": describe_phase(run.progress),
+            **_body(snapshot, run_view),
+        }
+    return render("train/run.html", **values)
+
+
+def stages(run: ShownRun) -> list[dict[str, Any]]:
+    """The stages of a run, of which none ever falls back: name, state, percent and a note."""
+    progress = run.progress
+    stepping = run.state != "preparing" and progress.stepping
+    reached = len(STAGES)
+    if not stepping:
+        seen = [n for n, (_, phases) in enumerate(STAGES) if set(phases) & set(progress.phases)]
+        reached = max(seen, default=0)
+    found = []
+    for number, (name, phases) in enumerate(STAGES):
+        now = number == reached
+        at = max((n for n, phase in enumerate(phases) if phase in progress.phases), default=0)
+        share = (at + progress.phases.get(phases[at], 0.0)) / len(phases)
+        counted = now and progress.phase in phases and progress.phase_total > 1
+        note = f"{progress.phase_done:,} of {progress.phase_total:,}" if counted else ""
+        state = "now" if now else "done" if number < reached else ""
+        found.append(
+            {"name": name, "state": state, "percent": 100 if state == "done" else int(100 * share * now)}
+            | {"note": note}
+        )
+    share = progress.step / progress.steps if progress.steps else 0.0
+    note = f"{progress.step:,} of {progress.steps:,}" if progress.steps else ""
+    found.append(
+        {"name": "Train", "state": "now" if stepping else "", "percent": int(100 * share), "note": note}
+    )
+    return found
+
+
+def _acts(snapshot: Snapshot) -> list[Any]:
+    run, run_view = snapshot.shown, snapshot.run_view
+    if run.live:
+        return [request_act(run, do, name) for do, name in (("preview", "sample-now"), ("save", "save-now"))]
+    if run.state not in RESUMABLE or run_view is None:
+        return []
+    again = resume_act(run_view, run.asks, _busy(snapshot), "train-resume")
+    return [accept_act(run_view, _busy(snapshot), "train-accept"), again] if run.asks else [again]
+
+
+def _busy(snapshot: Snapshot) -> str:
+    """Why no run can be resumed now."""
+    return f"{snapshot.active.name} is training; pause or stop it first." if snapshot.active.live else ""
+
+
+def _summary(snapshot: Snapshot) -> str:
+    if snapshot.active.live and snapshot.active.name != snapshot.shown.name:
+        return f"Viewed while {snapshot.active.name} trains."
+    return ""
+
+
+def _body(snapshot: Snapshot, run_view: RunView) -> dict[str, Any]:
+    """Which template tells the rest, and its values."""
+    run, progress = snapshot.shown, snapshot.progress
+    reached = f"{run.percent}%, step {progress.step:,} of {progress.steps:,}"
+    if run.asks:
+        return {"kind": "asks", "changes": describe_changes(run_view.changed), "reached": reached}
+    if run.state in ("failed", "interrupted"):
+        return {
+            "kind": "broken",
+            "why": with_labels(run_view.reason() or "The run ended without saying why."),
+            "memory": _less_memory(run_view),
+            "reached": reached,
+            "step": run_view.resume_info().step,
+            "log": "\n".join(log_tail(run_view.run.log_file, LOG_LINES)),
+        }
+    if run.state == "queued":
+        return {"kind": "queued", "in_queue": snapshot.app_state.queue.holds(run.name)}
+    hint, remark = _remark(run)
+    warnings = list(dict.fromkeys(progress.warnings[-MOST_WARNINGS:]))
+    return {"tiles": _tiles(run), "warnings": warnings, "hint": hint, "remark": remark}
+
+
+def _less_memory(run_view: RunView) -> dict[str, Any] | None:
+    """After running out of memory: the values of the settings to lower."""
+    config = run_view.config()
+    if config is None or not run_view.out_of_memory:
+        return None
+    side = config.train.resolution
+    return {
+        "batch": config.train.batch_size,
+        "side": f"{side} px" if side else "as the base",
+        "precision": PRECISIONS[config.train.precision].title,
+    }
+
+
+def _tiles(run: ShownRun) -> list[tuple[str, str]]:
+    progress = run.progress
+    if run.live:
+        speed = format_speed(progress.seconds_a_step())
+        first = (describe_left(progress), f"left, {speed}" if speed else "left")
+    else:
+        took = sum(event.seconds for event in progress.losses)
+        # Averaged over the whole run: the last steps may not match the elapsed time next to it.
+        mean = format_speed(took / len(progress.losses)) if progress.losses else ""
+        first = (format_clock(took), f"elapsed, {mean}" if mean else "elapsed")
+    loss = progress.smoothed_loss()
+    found = with_gain(progress.validations)
+    last = (best_of(found) or found[-1]) if found and not run.live else found[-1] if found else None
+    at = f" at step {last.step:,}" if last else ""
+    return [
+        first,
+        (_share(last.gain, last) if last else UNKNOWN, f"improvement on held-out images{at}"),
+        (f"{loss:.4f}" if loss is not None else UNKNOWN, "loss, smoothed"),
+        (f"{progress.step:,}", f"of {progress.steps:,} steps"),
+    ]
+
+
+def _share(value: float, of: Validated) -> str:
+    """A difference of losses as a share of the base's loss."""
+    share = f"{value / of.base_loss:.0%}" if of.base_loss > 0 else f"{value:+.4f}"
+    return share.replace("-", "\N{MINUS SIGN}")
+
+
+def _remark(run: ShownRun) -> tuple[str, str]:
+    """What the state means, with the kind of hint that scripts and tests know it by."""
+    progress, reason = run.progress, with_labels(run.progress.reason)
+    best = best_of(progress.validations)
+    at = f"best at step {best.step:,}" if best else ""
+    if run.state == "paused" and reason:
+        # A pause that was not requested, e.g. because the drive is full.
+        return "paused", reason
+    if run.state == "stopped" and reason:
+        return "early", f"Stopped early{f': {at}' if at else ''}. {reason}"
+    if run.state == "stopped":
+        return "", f"Stopped at step {progress.step:,}{f', {at}' if at else ''}. Exported; you can resume."
+    if run.state == "done":
+        return "", f"Done{f': {at}' if at else ''}. Exported."
+    return "", REMARKS.get(run.state, "")
+
+
+def charts(snapshot: Snapshot) -> str:
+    """Verdicts, and both charts side by side with a smoothing slider."""
+    run_view, progress = snapshot.run_view, snapshot.progress
+    if run_view is None:
+        return ""
+    config, found = run_view.config(), progress.rate
+    every = config.validation.every if config else 0
+    rate = found and {
+        "title": f"Learning rate {found.rate:.2g}, found by a range test",
+        "plot": rate_html(found),
+    }
+    return render(
+        "train/charts.html",
+        verdicts=verdicts(snapshot.shown),
+        gain=gain_chart(progress.validations),
+        loss=loss_chart(progress.losses),
+        first_validation=f"First measurement at step {every:,}." if every else "Validation is off.",
+        rate=rate,
+    )
+
+
+def verdicts(run: ShownRun) -> list[dict[str, Any]]:
+    """What the validations mean: name, grade (1 normal, 2 watch, 3 act), word, why, figures and one act."""
+    found = with_gain(run.progress.validations)
+    if not found:
+        return []
+    last = found[-1]
+    shown = {"show_preview": run.name}
+    see = {"text": "Try it", "data": shown} if run.progress.best_step else None
+    graded = [_grade_gain(found) | {"act": see}]
+    if math.isfinite(last.gauge) and last.train_gain > 0:
+        share = last.gauge / last.train_gain if last.gauge > SURE * known_error(last.gauge_error) else 0.0
+        grade = 1 + (share >= MEMORIZED) + (share >= 1)
+        why = describe_memorization(last) or "Held-out images improve as well."
+        stop = {"text": "Stop", "data": {"post": "run", "body": {"do": "stop", "run": ""}}}
+        act = (stop if run.state == "running" else see) if grade == 3 else None
+        figures = f"Gap {_figure(last.gauge, last.gauge_error)}"
+        graded.append(_verdict("Overfitting", grade, ("Low", "Medium", "High")[grade - 1], why, figures, act))
+    if math.isfinite(last.prior):
+        share = 0.0
+        if last.prior < -SURE * known_error(last.prior_error):
+            share = -last.prior / last.gain if last.gain > 0 else math.inf
+        grade = 1 + (share >= 1) + (share == math.inf)
+        word = "High" if grade > 1 else "Normal" if share < A_LITTLE else "Some"
+        why = describe_forgetting(last) or "The base's own images stay as they were."
+        if A_LITTLE <= share < math.inf:
+            why += " Usual for a style; lower the strength if it bothers you."
+        act = {"text": "Try lower strengths", "data": shown} if see and grade > 1 else None
+        figures = f"Gain on the base's own images {_figure(last.prior, last.prior_error)}"
+        graded.append(_verdict("Drift from the base", grade, word, why, figures, act))
+    average = describe_average(last)
+    return [*graded, _verdict("Averaged adapter", 1, "Measured", average)] if average else graded
+
+
+def _verdict(
+    name: str, grade: int, word: str, why: str, figures: str = "", act: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"name": name, "grade": grade, "word": word, "why": why, "figures": figures, "act": act}
+
+
+def _grade_gain(found: list[Validated]) -> dict[str, Any]:
+    """Whether held-out images improve, with the error of the difference to the best step."""
+    last, best = found[-1], best_of(found)
+    figures = f"Gain {_figure(last.gain, last.standard_error)}"
+    if best is None or best.gain < SURE * known_error(best.standard_error):
+        if last.gain < -SURE * known_error(last.standard_error):
+            return _verdict(
+                "Improvement", 3, "Worse", "Held-out images get worse than with the base.", figures
+            )
+        return _verdict("Improvement", 2, "None yet", f"Nothing certain up to step {last.step:,}.", figures)
+    why, grade = f"Best so far: step {best.step:,}.", 1
+    if last.step != best.step:
+        error = known_error(last.against_best_error)
+        if last.against_best < -SURE * error:
+            grade = 2
+            why += f" It is better than step {last.step:,} by {-last.against_best:.4f} ± {error:.4f}."
+        else:
+            why += " No certain difference since."
+    return _verdict("Improvement", grade, _share(best.gain, best), why, figures)
+
+
+def _figure(value: float, error: float) -> str:
+    return f"{value:+.4f} ± {known_error(error):.4f}".replace("-", "\N{MINUS SIGN}")
+
+
+def loss_chart(losses: Sequence[StepDone]) -> str:
+    """Training loss, raw and smoothed; "" with fewer than two steps."""
+    points = [(float(e.step), round(e.loss, DIGITS)) for e in losses if math.isfinite(e.loss)]
+    if len(points) < 2:
+        return ""
+    # Rounded, so that a constant loss does not plot rounding errors.
+    means = [round(y, DIGITS) for y in smooth([y for _, y in points])]
+    calm = downsample([(x, y) for (x, _), y in zip(points, means, strict=True)])
+    raw = downsample(points)
+    stride = math.ceil(len(points) / MOST_POINTS) or 1
+    ys = sorted(y for _, y in raw)
+    # A single outlier must not flatten the curve.
+    top = max(ys[int(0.98 * (len(ys) - 1))], max(y for _, y in calm))
+    label = f"Training loss, now {calm[-1][1]:.4f} smoothed"
+    drawn = curves_plot(
+        label,
+        [Curve("each step", raw, (), "raw"), Curve("smoothed", calm)],
+        highest=top if top > ys[0] else None,
+    )
+    # The page's slider smooths the drawn points, so it needs the number of steps per point.
+    return drawn.replace('<polyline class="raw"', f'<polyline class="raw" data-stride="{stride}"', 1)
+
+
+def gain_chart(validations: Sequence[Validated]) -> str:
+    """Gain on held-out images, gain on training images, and the best step; "" without a validation.
+
+    The band is two standard errors of the difference to the best step, of the gain itself at the first one.
+    """
+    found = with_gain(validations)
+    if not found:
+        return ""
+
+    def error(one: Validated) -> float:
+        paired = one.against_best_error
+        return paired if math.isfinite(paired) else one.standard_error
+
+    trained = [one for one in found if math.isfinite(one.train_gain)]
+    curves = [_curve("held-out images", found, "smooth", lambda e: e.gain, error)]
+    if trained:
+        curves.append(_curve("training images", trained, "second", lambda e: e.train_gain))
+    best = best_of(found)
+    raw = [one for one in found if math.isfinite(one.raw_gain)]
+    if raw:
+        curves.append(_curve("held-out images, raw adapter", raw, "third", lambda e: e.raw_gain))
+    mark = Mark(float(best.step), best.gain, f"best, step {best.step:,}") if best else None
+    words = f", best {best.gain:+.4f} at step {best.step}" if best else ""
+    return curves_plot(f"Gain on held-out images{words}", curves, mark)
+
+
+def _curve(
+    name: str,
+    found: Sequence[Validated],
+    style: str,
+    value: Callable[[Validated], float],
+    error: Callable[[Validated], float] | None = None,
+) -> Curve:
+    # Step 0 is the base, with a gain of 0 by definition.
+    points = [(0.0, 0.0), *((float(one.step), value(one)) for one in found)]
+    errors = [0.0, *(SURE * known_error(error(one)) for one in found)] if error else ()
+    return Curve(name, points, errors, style)
+
+
+def log_card(snapshot: Snapshot) -> str:
+    """The end of the run's log, and a zip for bug reports."""
+    run_view = snapshot.run_view
+    if run_view is None:
+        return ""
+    return render(
+        "train/log.html", log="\n".join(log_tail(run_view.run.log_file, LOG_LINES)), name=run_view.run.name
+    )
+
+
+def samples_card(snapshot: Snapshot) -> str:
+    """All samples, one row per prompt from the base to the newest; a click enlarges one."""
+    run_view = snapshot.run_view
+    if run_view is None:
+        return ""
+    rounds = select_rounds(snapshot.progress.previews)
+    kinds = (False, True) if any(one.raw_files for one in rounds) else (False,)
+    most = min(MOST_ROWS, max((len(one.files) for one in rounds), default=0))
+    strips = [_strip(snapshot, run_view, rounds, row, raw) for row in range(most) for raw in kinds]
+    return render("train/samples.html", strips=strips, columns=_columns(run_view, len(rounds)))
+
+
+def _strip(
+    snapshot: Snapshot, run_view: RunView, rounds: list[PreviewDone], row: int, raw: bool
+) -> dict[str, Any]:
+    """Samples of one prompt over the rounds, of the raw adapter where `raw`."""
+    root, best = runs_folder(snapshot.app_state.workspace), snapshot.progress.best_step
+    shots = []
+    for one in rounds:
+        files = one.raw_files if raw else one.files
+        if row < len(files):
+            shots.append(
+                {
+                    "step": one.step,
+                    "url": image_url("run", root, run_view.run.path / files[row]),
+                    "prompt": one.prompts[row] if row < len(one.prompts) else "",
+                    "title": f"step {one.step:,}" + (", the base" if one.step == 0 else ""),
+                    "best": bool(one.step) and one.step == best,
+                }
+            )
+    prompt = rounds[0].prompts[row] if row < len(rounds[0].prompts) else ""
+    return {"id": f"{row}-raw" if raw else str(row), "prompt": prompt + (RAW if raw else ""), "shots": shots}
+
+
+def _columns(run_view: RunView, there: int) -> int:
+    """As many columns as the run will fill, so that images keep their size."""
+    config = run_view.config()
+    planned = num_rounds(config.train.steps, config.sample.every) if config else 0
+    return min(MOST_COLUMNS, max(FEWEST_COLUMNS, planned, there))
+
+
+def select_rounds(rounds: list[PreviewDone]) -> list[PreviewDone]:
+    """The first round, the newest, and as many evenly spaced ones between as fit, oldest first."""
+    if len(rounds) <= MOST_COLUMNS:
+        return rounds
+    last = len(rounds) - 1
+    return [rounds[round(i * last / (MOST_COLUMNS - 1))] for i in range(MOST_COLUMNS)]
+
+
+def queue_card(snapshot: Snapshot) -> str:
+    """What waits, in order, and what failed; "" where nothing did."""
+    queue = snapshot.app_state.queue
+    try:
+        present = queue.queue.jobs()
+    except RunError as error:
+        return render("train/queue.html", problem=str(error))
+    jobs = [job for job in present if not job.has_ended]
+    failed = [job for job in reversed(present) if job.state == FAILED][:MOST_FAILED]
+    if not jobs and not failed:
+        return ""
+    waiting = [job.run for job in jobs if job.state == WAITING]
+    asking = {
+        run_view.run.name: run_view for run_view, state in snapshot.runs if asks_to_accept(run_view, state)
+    }
+    return render(
+        "train/queue.html",
+        problem="",
+        running=queue.is_running,
+        unfinished=bool(jobs),
+        waiting=len(waiting),
+        jobs=[_job(job, waiting, asking.get(job.run)) for job in [*jobs, *failed]],
+    )
+
+
+def _job(job: QueuedRun, waiting: list[str], asking: RunView | None) -> dict[str, Any]:
+    """One job; `asking` is its run where that ended to ask if it may continue with what has changed."""
+    place = waiting.index(job.run) + 1 if job.state == WAITING else 0
+    tones = {WAITING: "", RUNNING: "accent", "paused": "warn", "failed": "bad"}
+    why = with_labels(job.reason)
+    if asking:
+        why = f"{describe_changes(asking.changed)} Decide below, under Runs."
+    word = f"{place}." if place else job.state.capitalize()
+    named = {"run": job.run, "state": job.state, "place": place}
+    return {**named, "word": word, "tone": tones[job.state], "why": why}
+
+
+def earlier(snapshot: Snapshot) -> str:
+    """The runs of the open project, the one shown first; those of other projects are folded below."""
+    queue, jobs = snapshot.app_state.queue, snapshot.app_state.jobs
+    listed = [(w, s) for w, s in snapshot.runs if not (s == "queued" and queue.holds(w.run.name))]
+    listed = [(w, s) for w, s in listed if w is not snapshot.run_view or not snapshot.shown.live]
+    listed.sort(key=lambda one: one[0] is not snapshot.run_view)
+    own = [one for one in listed if jobs.own(one[0])]
+    others = [one for one in listed if not jobs.own(one[0])]
+    if not own and not others:
+        return ""
+    return render("train/earlier.html", own=_listed(snapshot, own), others=_listed(snapshot, others))
+
+
+def _listed(snapshot: Snapshot, listed: list[tuple[RunView, str]]) -> dict[str, Any]:
+    rows = [_run_row(snapshot, run_view, state) for run_view, state in listed[:MOST_EARLIER]]
+    return {"runs": rows, "more": max(0, len(listed) - MOST_EARLIER)}
+
+
+def _run_row(snapshot: Snapshot, run_view: RunView, state: str) -> dict[str, Any]:
+    progress, after, busy = run_view.progress, run_view.resume_info(), _busy(snapshot)
+    asks = asks_to_accept(run_view, state)
+    acts = [accept_act(run_view, busy)] if asks else []
+    acts += [resume_act(run_view, asks, busy)] if state in RESUMABLE else []
+    failed = state in ("failed", "interrupted")
+    why = describe_changes(run_view.changed) if asks else with_labels(run_view.reason()) if failed else ""
+    return {
+        "name": run_view.run.name,
+        "state": state,
+        "early": progress.stopped_early,
+        "facts": _facts_of(progress, after.size),
+        "shown": run_view is snapshot.run_view,
+        "live": run_view is snapshot.active.view and snapshot.active.live,
+        "acts": acts,
+        "report": report_entry(run_view, after.step > 0),
+        "path": str(run_view.run.path),
+        "why": why,
+    }
+
+
+def _facts_of(progress: Progress, size: int) -> str:
+    parts = [f"{progress.step:,} of {pluralize(progress.steps, 'step')}" if progress.steps else "no step yet"]
+    best = best_of(progress.validations)
+    if best is not None:
+        parts.append(f"best at step {best.step:,}, {_share(best.gain, best)}")
+    took = sum(event.seconds for event in progress.losses)
+    parts += [format_duration(took)] if took else []
+    return ", ".join([*parts, format_bytes(size)])

@@ -1,0 +1,393 @@
+"""Before a run: what it will take, what is in the way, Start and Add to queue, the same as a command, and
+settings imported from a LoRA file."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app.bindings import QUIET, Bindings, html_block
+from app.formatting import (
+    UNKNOWN,
+    format_bytes,
+    format_duration,
+    format_scientific,
+    format_speed,
+    pluralize,
+)
+from app.state import Snapshot, take_snapshot
+from app.templates import note_html, part, problem_html, render
+from app.top_bar import Act, resume_act
+from app.train.form import (
+    FORM,
+    command_line,
+    keep_changed_values,
+    to_widget_value,
+    widget_values,
+)
+from app.train.train_form import TrainForm
+from lora_core.errors import LoraError
+from lora_core.model_files.detect import EMBEDDED
+from lora_core.model_files.starting_settings import LoraSettings, settings_from_lora
+from lora_core.runs.costs import MEASURED, PROBED, SCALED, RunForecast, forecast_run
+from lora_core.runs.preflight import caption_bytes
+from lora_core.settings.config import RunConfig, label_of
+from lora_core.settings.schema import AUTO
+from lora_core.system.hardware import card_problem
+
+MOST_LISTED = 8
+RESUMED_FIRST = ("paused", "interrupted", "failed")
+"""States from which Resume is the primary act, rather than a new run."""
+SOURCES = {MEASURED: "measured", PROBED: "measured", SCALED: "estimated"}
+NO_IMAGES = "There are no images yet: drop some on the Dataset tab, or try the demo there."
+
+
+def build_start(bindings: Bindings) -> Any:
+    """Lay out what will happen and the command that does the same; returns the field of the run's name."""
+    name = gr.Textbox(
+        label="Name of the run", placeholder="date and dataset", elem_id="run-name", lines=1, max_lines=1
+    )
+    bindings.follow(html_block(elem_id="start-facts"), details)
+    bindings.follow(html_block(elem_id="command"), command)
+    return name
+
+
+def build_action_bar(bindings: Bindings, form: TrainForm, name: Any) -> None:
+    """Lay out the bar that stays in sight: what is in the way, Start and Add to queue."""
+    with gr.Row(elem_id="action-bar"):
+        bindings.follow(html_block(elem_id="facts", elem_classes="grow"), facts)
+        with gr.Row(elem_classes="start-row"):
+            note = html_block(elem_id="start-note")
+            queue = gr.Button("Add to queue", interactive=False, elem_id="add-to-queue", elem_classes="big")
+            start = gr.Button(
+                "Start training", variant="primary", interactive=False, elem_id="start", elem_classes="big"
+            )
+    bindings.follow(start, start_button)
+    bindings.follow(queue, lambda snap: gr.update(interactive=not start_problems(snap)))
+    inputs = [name, bindings.trigger, form.seen, *form.fields]
+    for button, do in ((start, "start"), (queue, "queue")):
+        act = functools.partial(_pressed, bindings, do)
+        bindings.refresh_after(button.click(act, inputs, [name, note], **QUIET))
+
+
+def start_button(snapshot: Snapshot) -> Any:
+    """Start is the primary act, unless the run shown can be resumed."""
+    second = _resume(snapshot) is not None
+    return gr.update(
+        value="Start a new run" if second else "Start training",
+        variant="secondary" if second else "primary",
+        interactive=not blockers(snapshot),
+    )
+
+
+def _resume(snapshot: Snapshot) -> Act | None:
+    """Resuming the run shown, where it was broken off or paused and nothing is asked about it."""
+    run = snapshot.shown
+    if run.view is None or run.asks or snapshot.active.live or run.state not in RESUMED_FIRST:
+        return None
+    return resume_act(run.view) if run.view.resume_info().step else None
+
+
+def _pressed(
+    bindings: Bindings, do: str, run_name: str, trigger: str, seen: list[Any] | None, *values: Any
+) -> tuple[Any, str]:
+    app_state = bindings.app_state
+    # The press of the button takes all with it: what was typed last may still be on its way to the draft.
+    keep_changed_values(app_state.project, seen, list(values))
+    app_state.project.update_draft(trigger=(trigger or "").strip())
+    try:
+        config = ready_config(bindings, (run_name or "").strip(), do)
+        if do == "queue":
+            return "", note_html(f"{app_state.queue.add(config).name} waits in the queue.")
+        # A run needs the memory more than an image does; the worker loads again when it is asked.
+        app_state.worker.release()
+        app_state.jobs.start(config)
+    except LoraError as error:
+        return gr.skip(), problem_html(error)
+    return "", ""
+
+
+def ready_config(bindings: Bindings, name: str, do: str = "start") -> RunConfig:
+    """The settings of the form, once all of it was checked.
+
+    Args:
+        bindings: of the page.
+        name: of the run, "" for date and dataset.
+        do: "start", which takes that no run is going on, or "queue".
+
+    Raises:
+        LoraError: something is in the way; all of it in one message.
+    """
+    app_state = bindings.app_state
+    snapshot = take_snapshot(app_state)
+    config = snapshot.plan.config.changed({"name": name})
+    found = list(snapshot.plan.problems) or [
+        one.sentence for one in app_state.checks.now(config, app_state.project.dataset()) if one.blocking
+    ]
+    stops = blockers(snapshot) if do == "start" else start_problems(snapshot)
+    sentences = list(dict.fromkeys([*found, *stops]))
+    if sentences:
+        raise LoraError(" ".join(sentences))
+    return config
+
+
+def blockers(snapshot: Snapshot) -> list[str]:
+    """Why Start is disabled, each with what to do; empty where it is not."""
+    found = start_problems(snapshot)
+    if snapshot.active.live:
+        name = snapshot.active.name
+        found.append(f"{name} is training; pause or stop it first, or add this one to the queue.")
+    return found
+
+
+def start_problems(snapshot: Snapshot) -> list[str]:
+    """What must be fixed before this run can be started or queued."""
+    plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
+    found = list(plan.problems)
+    if not dataset.records and not dataset.problems:
+        found.append(NO_IMAGES)
+    if plan.base.remote:
+        found.append("The base model is not on this computer yet; download it, below its name.")
+    elif plan.base.problem:
+        found.append("Fix the base model first: the reason is below its name.")
+    known = snapshot.app_state.checks.known(plan.config, dataset)
+    bad_base = bool(plan.base.problem)
+    found += [one.sentence for one in known if one.blocking and not (bad_base and one.kind == "base")]
+    return list(dict.fromkeys(found))
+
+
+def notes(snapshot: Snapshot) -> list[str]:
+    """What a user should know before Start, but may disregard."""
+    plan, dataset = snapshot.plan, snapshot.app_state.project.dataset()
+    known = [one for one in snapshot.app_state.checks.known(plan.config, dataset) if not one.blocking]
+    # Not repeated: it is shown below the base's name.
+    found = [one.sentence for one in known if not (plan.base.remote and one.kind == "base")]
+    found += plan.notes
+    hardware = snapshot.app_state.hardware
+    card, worker = hardware.card(), snapshot.app_state.worker
+    if card is not None and worker.device == "cpu" and plan.config.train.device == AUTO:
+        found.insert(0, card_problem(card, worker.found) + " Until then training runs on the CPU.")
+    elif hardware.known and not hardware.has_gpu and not plan.base.embedded and plan.base.facts:
+        slow = "With a base of this size it takes hours; the embedded base takes minutes."
+        found.insert(0, f"No GPU found: training on the CPU. {slow}")
+    return found
+
+
+def facts(snapshot: Snapshot) -> str:
+    """The bar: time, memory and size of the run to come, what is in the way, and Resume where it is due."""
+    plan = snapshot.plan
+    expected = forecast(snapshot, plan.config)
+    tried = snapshot.app_state.prober.known(plan.config)
+    is_measured = bool(tried and tried.peak)
+    memory, size, seconds = expected.memory_bytes, expected.file_bytes, expected.seconds
+    if plan.invalid:
+        # What hangs on a wrong value is not known.
+        memory = size = seconds = None
+    stops = blockers(snapshot)
+    named = {sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"}
+    # Neither a run that is going on nor an empty dataset is a problem of the form's.
+    harmless = all(text == NO_IMAGES for text in stops) or (snapshot.active.live and len(stops) == 1)
+    return render(
+        "train/action_bar.html",
+        active=snapshot.active,
+        tiles=[
+            (
+                format_duration(seconds) if seconds else UNKNOWN,
+                SOURCES.get(expected.source, "time, known after some steps"),
+            ),
+            (
+                f"{'' if is_measured else '~'}{memory / 1e9:.1f} GB" if memory else UNKNOWN,
+                _memory_words(snapshot, is_measured),
+            ),
+            (format_bytes(size) if size else UNKNOWN, "file size"),
+        ],
+        measuring=_measuring(snapshot, expected),
+        stops=[(named.get(text, ""), text) for text in stops],
+        repairs={name: to_widget_value(name, plan.preset.get(name)) for name in plan.invalid},
+        tone="small" if harmless else "problem",
+        resume=_resume(snapshot),
+    )
+
+
+def forecast(snapshot: Snapshot, config: RunConfig) -> RunForecast:
+    """What a run will take, from all that this window knows."""
+    app_state, base = snapshot.app_state, snapshot.plan.base
+    runs = [(run_view.progress, run_view.config()) for run_view, _ in snapshot.runs]
+    records, costs = app_state.project.dataset().records, app_state.prober.costs()
+    return forecast_run(config, base.facts, records, runs, costs, app_state.hardware.has_gpu)
+
+
+def _measuring(snapshot: Snapshot, expected: RunForecast) -> dict[str, Any]:
+    """Where the time comes from, and the way to measure it; one line in each case, so that nothing jumps."""
+    config, prober = snapshot.plan.config, snapshot.app_state.prober
+
+    def line(state: str, text: str, act: Act | None = None) -> dict[str, Any]:
+        return {"state": state, "text": text, "act": act}
+
+    if prober.working(config):
+        done, total = prober.steps_done()
+        count = f", {done} of {total}" if total else ""
+        return line("working", f"Trying some steps{count}.", Act("Stop", {"do": "unmeasure"}))
+    tried = prober.known(config)
+    if tried and expected.source == PROBED:
+        return line("known", f"Some steps were tried on this computer: {format_speed(tried.step)}.")
+    if expected.source == MEASURED:
+        return line("known", f"A run like it took {format_speed(expected.seconds_a_step)}, samples included.")
+    if not snapshot.plan.base.facts or snapshot.plan.problems:
+        return line("off", "The time is measured once the settings can be used.")
+    if snapshot.app_state.project.dataset().records and not snapshot.active.live and prober.schedule(config):
+        return line("soon", "The time is measured in a moment.")
+    unknown = "The time is an estimate." if expected.seconds else "The time is not known yet."
+    measure = Act("Measure it", {"do": "measure"}, title=_what_it_takes(snapshot))
+    return line("offered", prober.problem(config) or unknown, measure)
+
+
+def _what_it_takes(snapshot: Snapshot) -> str:
+    """What measuring costs, for the button's tip."""
+    base, hardware = snapshot.plan.base, snapshot.app_state.hardware
+    takes = "Loads the base and tries a few steps on noise; only the time is kept."
+    if base.embedded or hardware.has_gpu:
+        return takes
+    return f"{takes} On the CPU this takes some minutes and as much memory as training."
+
+
+def _memory_words(snapshot: Snapshot, measured: bool) -> str:
+    card = snapshot.app_state.hardware.card()
+    words = "memory, measured" if measured else "memory"
+    return f"{words}, of {card.total / 2**30:.0f} GB on the card" if card else "memory, roughly"
+
+
+def details(snapshot: Snapshot) -> str:
+    """What the run to come does, in sentences, and what a user should know of it."""
+    expected = forecast(snapshot, snapshot.plan.config)
+    return render("train/details.html", text=" ".join(_sentences(snapshot, expected)), notes=notes(snapshot))
+
+
+def _sentences(snapshot: Snapshot, expected: RunForecast) -> list[str]:
+    config, records = snapshot.plan.config, snapshot.app_state.project.dataset().records
+    sentences = []
+    if records:
+        bare = expected.pictures - expected.captions
+        captions = "all with captions" if not bare else f"{bare} without a caption"
+        looks = pluralize(max(1, round(expected.looks)), "time")
+        sentences.append(
+            f"{pluralize(expected.pictures, 'image')}, {captions}; each is seen about {looks} in"
+            f" {pluralize(expected.steps, 'step')}."
+        )
+        sentences += _caption_sentences(snapshot)
+    if config.optimizer.range_test:
+        sentences.append(
+            "A range test finds the learning rate before the first step, beginning around"
+            f" {_rate(config.optimizer.lr)}; it takes about as long as 65 steps."
+        )
+        return sentences
+    if config.adapter.scale != 1.0 and not snapshot.plan.invalid:
+        sentences.append(
+            f"Effective learning rate {_rate(config.optimizer.lr * config.adapter.scale)}"
+            f" ({_rate(config.optimizer.lr)} \N{MULTIPLICATION SIGN} {config.adapter.scale:.3g})."
+        )
+    if config.dataset.trigger:
+        sentences.append(f"Trigger word: {config.dataset.trigger}.")
+    held = config.validation.pictures
+    by_hand = sum(record.held_out for record in records)
+    if by_hand:
+        sentences.append(f"{by_hand} chosen for validation.")
+    elif held and records and config.validation.every:
+        count = held if held >= 1 else held * len(records)
+        sentences.append(f"About {max(1, round(count))} held out for validation.")
+    return sentences
+
+
+def _caption_sentences(snapshot: Snapshot) -> list[str]:
+    """What captions that vary cost, where they do."""
+    known = snapshot.plan.base.facts
+    records = snapshot.app_state.project.dataset().records
+    drawn = caption_bytes(records, snapshot.plan.config, known)[1] if known else 0
+    if not drawn:
+        return []
+    return [
+        "Captions vary, so each is encoded as it comes; up to"
+        f" {format_bytes(drawn)} of them stay in memory, none on disk."
+    ]
+
+
+def _rate(value: float) -> str:
+    """A learning rate that is not broken over two lines."""
+    return format_scientific(value).replace("-", "\N{NON-BREAKING HYPHEN}")
+
+
+def command(snapshot: Snapshot) -> str:
+    """The same as a command, to copy."""
+    plan = snapshot.plan
+    line = command_line(plan.config, plan.goal, plan.level, plan.base.family)
+    return render("train/command.html", line=line)
+
+
+def build_like(bindings: Bindings, form: TrainForm) -> None:
+    """Import settings from a LoRA file, dropped or given by its path."""
+    app_state = bindings.app_state
+    with gr.Column(elem_classes="group"), gr.Accordion("Import settings from a LoRA", open=False):
+        html_block(render("train/like.html"))
+        with gr.Row(elem_id="like-row"):
+            path = gr.Textbox(
+                label="Path of a LoRA file",
+                placeholder="or its path",
+                elem_id="like-path",
+                lines=1,
+                max_lines=1,
+            )
+            take = gr.Button("Import", elem_id="like-take", min_width=0, scale=0)
+        note = html_block(elem_id="like-note")
+
+    def from_path(text: str) -> list[Any]:
+        name = (text or "").strip().strip('"')
+        if not name:
+            return [problem_html("Choose a file, or type its path first."), *(gr.skip() for _ in outputs[1:])]
+        try:
+            said = take_settings(
+                app_state.project, settings_from_lora(Path(name).expanduser()), Path(name).name
+            )
+        except (LoraError, OSError, ValueError) as error:
+            return [problem_html(error), *(gr.skip() for _ in outputs[1:])]
+        return [said, *_refilled()]
+
+    def from_drop() -> list[Any]:
+        return [app_state.like_said, *_refilled()]
+
+    def _refilled() -> list[Any]:
+        values = widget_values(app_state.project)
+        return [app_state.project.draft().get("trigger") or "", values, *values]
+
+    outputs = [note, bindings.trigger, form.seen, *form.fields]
+    bindings.refresh_after(gr.on([take.click, path.submit], from_path, path, outputs, **QUIET))
+    dropped = gr.Button("Settings of the dropped file", elem_id="like-taken", visible="hidden")
+    bindings.refresh_after(dropped.click(from_drop, None, outputs, **QUIET))
+
+
+def take_settings(project: Any, like: LoraSettings, name: str) -> str:
+    """Put a file's settings into the draft; returns what was taken and what was not, as HTML."""
+    standing = dict(zip(FORM, widget_values(project), strict=True))
+    taken = {name: value for name, value in like.values.items() if name in FORM}
+    changed = [name for name, value in taken.items() if standing[name] != to_widget_value(name, value)]
+    values = standing | {name: to_widget_value(name, value) for name, value in taken.items()}
+    keep: dict[str, Any] = {"values": values}
+    if like.values.get("dataset.trigger"):
+        keep["trigger"] = str(like.values["dataset.trigger"])
+    sentences = describe_taken(like, name, taken, changed)
+    project.update_draft(**keep)
+    return part("sentences", sentences, "like-said")
+
+
+def describe_taken(like: LoraSettings, name: str, taken: dict[str, Any], changed: list[str]) -> list[str]:
+    """What was taken from a file and what was not, in sentences."""
+    count = pluralize(len(taken), "setting")
+    rows = [f"From {name}: {like.source}. {count} taken, {len(changed)} of them new here."]
+    told = [f"{label_of(n)} {to_widget_value(n, taken[n])}" for n in changed[:MOST_LISTED]]
+    more = f" and {len(changed) - MOST_LISTED} more" if len(changed) > MOST_LISTED else ""
+    if told:
+        rows.append(f"{'; '.join(' '.join(text.split()) for text in told)}{more}.")
+    if like.base:
+        base = "the embedded base" if like.base == EMBEDDED else like.base
+        rows.append(f"It was trained on {base}; the base is yours to choose.")
+    return [*rows, *like.left]
