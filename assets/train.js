@@ -72,21 +72,25 @@
   // ---- samples, large -----------------------------------------------------------------------------------------------
   const enlarge = (link) => {
     const row = all(`#samples [data-large="${link.dataset.large}"]`);
-    let at = row.indexOf(link);
+    let at = row.indexOf(link), last = at;
     const box = dialog("lightbox", "Sample"), image = document.createElement("img"), words = document.createElement("p");
     const go = (by) => {
-      at = (at + by + row.length) % row.length;
+      at = Math.max(0, Math.min(row.length - 1, at + by));
       image.src = row[at].getAttribute("href");
       image.alt = words.textContent = row[at].dataset.words;
     };
     const bar = document.createElement("div");
     bar.className = "row";
     bar.append(
-      button("Newer", "", () => go(-1)), button("Older", "", () => go(1)), button("Close", "primary", () => box.close()),
+      button("Earlier", "", () => go(-1)), button("Later", "", () => go(1)), button("Flip base", "", () => flip()),
+      button("Close", "primary", () => box.close()),
     );
+    // Between the base and the sample looked at last.
+    const flip = () => { if (at) { last = at; go(-at); } else go(last); };
     box.addEventListener("keydown", (event) => {
-      const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      const by = { ArrowLeft: -1, ArrowRight: 1, Home: -row.length, End: row.length }[event.key];
       if (by) { event.preventDefault(); go(by); }
+      if (event.key === " ") { event.preventDefault(); flip(); }
     });
     box.append(image, words, bar);
     go(0);
@@ -178,6 +182,7 @@
     if (target.dataset.confirm && !await ask(target.dataset.confirm, target.textContent.trim())) return;
     const focused = document.activeElement === target;
     target.disabled = true;
+    started = ["resume", "accept"].includes(body.do);
     await post(path, body);
     target.disabled = false;
     // A disabled element loses the keyboard focus.
@@ -188,11 +193,12 @@
     const target = event.target.closest("button, a");
     if (!target) return;
     const data = target.dataset;
-    if (data.runDo) act(target, "run", { do: data.runDo, run: "" });
-    else if (data.post) act(target, data.post, JSON.parse(data.body));
+    if (data.post) act(target, data.post, JSON.parse(data.body));
     // The tab asks for it when it opens, so it has to be stored before.
     else if (data.showPreview) post("run", { do: "see", run: data.showPreview }).then(() => window.easel.openTab("Preview"));
     else if (data.large !== undefined && !event.ctrlKey && !event.metaKey) { event.preventDefault(); enlarge(target); }
+    else if (data.repair !== undefined) repair(target);
+    else if (target.id === "start") started = true;
     else if (target.id === "tell-end") bell.toggle();
     else if (target.id === "quit") quit();
   });
@@ -233,6 +239,54 @@
     addEventListener("pagehide", () => channel.postMessage({ do: "leave", me }));
   }
 
+  // ---- wrong values are marked at their fields ---------------------------------------------------------------------------
+  const OWN_IDS = { "train.steps": "steps", "train.resolution": "resolution", "model.base": "base-model" };
+  const fieldOf = (name) => document.getElementById(OWN_IDS[name] ?? name.replace(/[._]/g, "-"));
+  const markFields = () => {
+    const wrong = new Map(all("#start-why [data-field]").map((each) => [fieldOf(each.dataset.field), each]));
+    for (const input of all(".page-train [aria-invalid]")) {
+      const field = input.closest(".block[id]");
+      if (wrong.has(field)) continue;
+      input.removeAttribute("aria-invalid");
+      input.removeAttribute("aria-describedby");
+      one(".field-problem", field)?.remove();
+    }
+    for (const [field, line] of wrong) {
+      const input = field && one("input, textarea", field);
+      if (!input) continue;
+      let told = one(".field-problem", field);
+      if (!told) {
+        told = Object.assign(document.createElement("p"), { className: "problem field-problem", id: `${field.id}-problem` });
+        field.append(told);
+      }
+      if (told.innerHTML !== line.innerHTML) told.replaceChildren(...line.cloneNode(true).childNodes);
+      if (input.getAttribute("aria-invalid") !== "true") {
+        input.setAttribute("aria-invalid", "true");
+        input.setAttribute("aria-describedby", told.id);
+      }
+    }
+  };
+  const repair = (pressed) => {
+    const name = pressed.closest("[data-field]")?.dataset.field;
+    const field = name ? fieldOf(name) : pressed.closest(".block[id]"), input = field && one("input, textarea", field);
+    if (!input) return;
+    const kind = input instanceof HTMLTextAreaElement ? HTMLTextAreaElement : HTMLInputElement;
+    // Through the prototype: Gradio listens for what a user types.
+    Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(input, pressed.dataset.repair);
+    for (const event of ["input", "change", "blur"]) input.dispatchEvent(new Event(event, { bubbles: true }));
+    input.focus();
+  };
+
+  // After Start, the run is where one looks.
+  let started = false;
+  const lookAtRun = () => {
+    const card = one("#run-status");
+    if (!started || !card || !LIVE.includes(card.dataset.state)) return;
+    started = false;
+    const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    card.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
+  };
+
   // The fields are filled some frames after the header of the same response.
   let filling = false, arrived;
   const ready = () => {
@@ -246,6 +300,8 @@
     smooth();
     watchEnd();
     bell.show();
+    markFields();
+    lookAtRun();
     for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
     // A downloaded base fills the form with its starting values.
     const now = one("#base-note")?.dataset.arrived ?? arrived;
@@ -259,5 +315,5 @@
       if (place && place.title !== title) place.title = title;
     }
   };
-  window.easel.whenChanged(settle, ["data-run-state", "points", "disabled", "open"]);
+  window.easel.whenChanged(settle, ["data-run-state", "data-state", "points", "disabled", "open"]);
 })();

@@ -88,8 +88,6 @@
     const data = target.dataset;
     if (data.press) press(data.press);
     else if (data.tab) openTab(data.tab);
-    else if (data.runShow) post("run", { do: "show", run: data.runShow }).then(() => press("refresh"));
-    else if (data.runResume) post("run", { do: "resume", run: data.runResume }).then(() => press("refresh"));
     else if (data.copy !== undefined) navigator.clipboard.writeText(data.copy).then(() => { target.textContent = "Copied"; });
     else if (data.themeSwitch !== undefined) {
       const dark = document.body.classList.toggle("dark");
@@ -97,8 +95,62 @@
     }
   });
 
+  // ---- addresses: #train, #run/NAME; Back works and a reload returns to the same place ------------------------
+  const place = () => location.hash.slice(1).split("/");
+  const openTabName = () => one("[role=tab][aria-selected=true]")?.textContent.trim().toLowerCase() ?? "";
+  const shownRun = () => one("#run-status")?.dataset.run ?? "";
+  let following = true, awaited = "";
+  const follow = () => {
+    const [name, run] = place();
+    const tabs = all("[role=tab]"), wanted = name === "run" ? "train" : name;
+    const tab = tabs.find((each) => each.textContent.trim().toLowerCase() === wanted) ?? tabs[0];
+    if (tab?.getAttribute("aria-selected") !== "true") tab?.click();
+    if (name === "run" && run && decodeURIComponent(run) !== shownRun()) {
+      awaited = decodeURIComponent(run);
+      post("run", { do: "show", run: awaited }).then(() => press("refresh")).finally(() => setTimeout(() => { awaited = ""; }, 5000));
+    }
+  };
+  addEventListener("hashchange", follow);
+  const keepAddress = () => {
+    if (!document.documentElement.dataset.ready) return;
+    // The address that the page was opened with is followed first.
+    if (following) { following = false; if (location.hash) follow(); return; }
+    const [name, run] = place(), now = openTabName(), shown = shownRun();
+    const tab = name === "run" ? "train" : name || "dataset";
+    if (now && now !== tab) history.pushState(null, "", `#${now}`);
+    else if (awaited && awaited === shown) awaited = "";
+    else if (name === "run" && !awaited && shown && decodeURIComponent(run) !== shown) history.replaceState(null, "", `#run/${encodeURIComponent(shown)}`);
+  };
+
+  // ---- the server is away ------------------------------------------------------------------------------------
+  const call = window.fetch.bind(window);
+  const away = (is) => {
+    document.documentElement.toggleAttribute("data-away", is);
+    const note = one("#away");
+    if (note) note.hidden = !is;
+  };
+  window.fetch = async (...asked) => {
+    try {
+      const answer = await call(...asked);
+      away(false);
+      return answer;
+    } catch (error) {
+      if (error instanceof TypeError) away(true);
+      throw error;
+    }
+  };
+
   // ---- after Gradio replaced HTML ----------------------------------------------------------------
+  const showBadges = () => {
+    const badges = JSON.parse(one("[data-badges]")?.dataset.badges ?? "{}");
+    for (const tab of all("[role=tab]")) {
+      const badge = badges[tab.textContent.trim()] ?? "";
+      if ((tab.dataset.badge ?? "") !== badge) tab.dataset.badge = badge;
+    }
+  };
   const settle = () => {
+    keepAddress();
+    showBadges();
     const title = one("[data-page-title]")?.dataset.pageTitle;
     if (title && document.title !== title) document.title = title;
     for (const follow of window.easel.settling) follow();
@@ -108,7 +160,7 @@
       if (button.title !== why) button.title = why;
     }
   };
-  whenChanged(settle, ["data-page-title", "data-mark", "data-meter", "data-project", "disabled"]);
+  whenChanged(settle, ["data-page-title", "data-mark", "data-meter", "data-project", "disabled", "aria-selected", "data-ready", "data-run"]);
 
   const theme = localStorage.getItem("easel-theme");
   if (theme) document.body.classList.toggle("dark", theme === "dark");

@@ -275,9 +275,7 @@ def _grade_gain(found: list[Validated]) -> dict[str, Any]:
     figures = f"Gain {_figure(last.gain, last.standard_error)}"
     if best is None or best.gain < SURE * known_error(best.standard_error):
         if last.gain < -SURE * known_error(last.standard_error):
-            return _verdict(
-                "Improvement", 3, "Worse", "Held-out images get worse than with the base.", figures
-            )
+            return _verdict("Improvement", 3, "Worse", "The base alone does better.", figures)
         return _verdict("Improvement", 2, "None yet", f"Nothing certain up to step {last.step:,}.", figures)
     why, grade = f"Best so far: step {best.step:,}.", 1
     if last.step != best.step:
