@@ -152,7 +152,7 @@ def event_text(event: events.Event, progress: Progress) -> str:
         case events.Preparing():
             return event.phase + (f": {event.done} of {event.total}" if event.total > 1 else "")
         case events.Working():
-            return f"step {event.step}  {event.phase}: {event.done} of {event.total}"
+            return f"step {event.step}  {event.phase}: {100 * event.done // max(event.total, 1)}%"
         case events.RateFound():
             return f"Learning rate {event.rate:.3g}, found by a range test"
         case events.StepDone():

@@ -84,13 +84,18 @@ class ProgressReporter:
             self.emit(events.Preparing(phase=phase, done=done, total=total))
         self._check()
 
-    def working(self, step: int, phase: str) -> OnStep:
-        """A function (done, total) that reports work after `step`."""
+    def working(self, step: int, phase: str, passes: int = 1) -> OnStep:
+        """A function (done, total) that reports work after `step` in percent, where it counts to `total` in
+        each of `passes`."""
+        passed = 0
 
         def report(done: int, total: int) -> None:
+            nonlocal passed
+            percent = min(100, int(100 * (passed + done / max(total, 1)) / max(passes, 1)))
+            passed += done >= total
             if self._due():
                 self._last = time.monotonic()
-                self.emit(events.Working(step=step, phase=phase, done=done, total=total))
+                self.emit(events.Working(step=step, phase=phase, done=percent, total=100))
             self._check()
 
         return report
@@ -218,7 +223,8 @@ class Validate:
             )
 
     def _validate(self, step: int, before_event: Callable[[dict[str, Any]], None] | None = None) -> None:
-        event = self._validator.validate(step, self._reporter.working(step, "Validating"))
+        validator = self._validator
+        event = validator.validate(step, self._reporter.working(step, "Validating", validator.passes))
         if before_event is not None:
             before_event(self._validator.best.record())
         self.history.append(event)
@@ -330,12 +336,14 @@ class Sample:
 
     def _sample(self, step: int) -> None:
         require_room(self._run.path, self._size, f"The samples of step {step}")
-        report = self._reporter.working(step, "Sampling")
+        has_raw = bool(step) and self._session.state.average is not None
+        passes = len(self._session.prompts) * (1 + has_raw)
+        report = self._reporter.working(step, "Sampling", passes)
         stem = self._run.previews / f"step-{step:06d}"
         name = self._run.name if step else ""
         files = draw_samples(self._session, self._section, stem, name, report)
         raw: list[Path] = []
-        if step and self._session.state.average is not None:
+        if has_raw:
             stem = stem.with_name(f"{stem.name}{RAW_SUFFIX}")
             raw = draw_samples(
                 self._session, self._section, stem, f"{name}{RAW_SUFFIX}", report, averaged=False

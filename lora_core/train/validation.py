@@ -85,6 +85,11 @@ class ForgettingSet:
         self.prompts = list(dict.fromkeys(prompt for prompt, _ in self._requests))
         self._images: list[EvalImage] = []
 
+    @property
+    def missing(self) -> list[tuple[str, int]]:
+        """The images, as (prompt, seed), that `images` has to sample or to load."""
+        return [] if self._images else self._requests
+
     def images(self, draws: int, seed: int, on_step: OnStep) -> list[EvalImage]:
         """The images with `draws` noise draws each; `on_step` is called while they are sampled."""
         if not self._images:
@@ -262,6 +267,15 @@ class Validator:
     def enabled(self) -> bool:
         """Whether there is anything to measure."""
         return bool(self._sets.held_out)
+
+    @property
+    def passes(self) -> int:
+        """How often the next `validate` counts to its end: over each set, with the base too where that is not
+        known yet, and over each image that the base samples first."""
+        sets = self._sets
+        count = 1 + bool(sets.training) + (sets.forgetting is not None)
+        sampled = len(sets.forgetting.missing) if sets.forgetting is not None else 0
+        return sampled + count * (1 if self._base_losses else 2) + (self.state.average is not None)
 
     def validate(self, step: int, on_step: OnStep) -> events.Validated:
         """Measure the adapter; `best` is this step afterwards if it is the best so far.

@@ -7,8 +7,8 @@ import pytest
 from app.dataset.gallery import count_caption_tokens, warn_of_long_captions
 from app.state import AppState, OtherTools, take_snapshot
 from app.train.base_picker import base_choices, base_note, choose_base
-from app.train.facts import blockers
 from app.train.form import FORM, Plan, form_values, preset_config, widget_values
+from app.train.start import blockers
 from lora_core.model_files.detect import lookup_base
 from lora_core.model_files.sizes import HEADER_A_LAYER, export_bytes
 from lora_core.settings.config import RunConfig
@@ -122,7 +122,7 @@ def test_a_refused_base_stands_in_the_way(app_state: AppState, tmp_path: Path) -
     before = draft_of(app_state)
     assert choose(app_state, str(file)) == ("", {**before, "model.base": str(file)})
     snapshot = take_snapshot(app_state)
-    assert "The base model cannot be used; the reason is below its name." in blockers(snapshot)
+    assert "Fix the base model first: the reason is below its name." in blockers(snapshot)
     assert 'class="problem"' in base_note(snapshot)
     assert "<b>" not in base_note(snapshot)
     assert app_state.places.bases() == []

@@ -12,8 +12,7 @@ from app.bindings import Bindings
 from app.dataset import findings, gallery
 from app.state import AppState, take_snapshot
 from app.train import checks
-from app.train.facts import facts, start_problems
-from app.train.starting import ready_config
+from app.train.start import facts, ready_config, start_problems
 from lora_core.errors import LoraError
 from lora_core.runs.preflight import RunProblem
 from tests.app.runs import come_alive, make_run, started, step
@@ -59,7 +58,7 @@ def test_start_says_everything_at_once(app_state: AppState, pictures: list[Path]
 
 
 def _notes(app_state: AppState) -> list[str]:
-    from app.train.facts import notes
+    from app.train.start import notes
 
     return notes(take_snapshot(app_state))
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from app.state import AppState, take_snapshot
-from app.train.facts import facts, forecast
 from app.train.form import preset_config
+from app.train.start import facts, forecast
 from lora_core.runs import events
 from lora_core.runs.costs import MEASURED, SCALED
 from lora_core.runs.progress import Progress

@@ -42,7 +42,7 @@ def test_what_the_form_shows_reads_back_as_the_same_settings() -> None:
         "adapter.block_ranks": {r"unet\.mid_block": 4, "attn2": 0}, "optimizer.block_lr": {"mid_block": 1e-5},
     })  # fmt: skip
     again, problems = build_config(dict(zip(FORM, form_values(config), strict=True)), RunConfig())
-    assert (again, problems) == (config, [])
+    assert (again, problems) == (config, {})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs as the window sees them: written by hand here as a trainer would write them."""
 
+import html
 import sys
 import threading
 import time
@@ -12,9 +13,9 @@ from app.formatting import format_bytes
 from app.jobs import LIVE, Jobs
 from app.preview.request_form import checkpoint_choices, find_loras
 from app.state import AppState, take_snapshot
-from app.train import cards
-from app.train.facts import blockers, facts
-from app.train.run_list import earlier, queue_card
+from app.train import runs as cards
+from app.train.runs import earlier, queue_card
+from app.train.start import blockers, details, facts
 from lora_core.errors import RunError
 from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.runs import events
@@ -32,7 +33,8 @@ def test_states_and_words(app_state: AppState) -> None:
     come_alive(run)
     snapshot = take_snapshot(app_state)
     assert snapshot.state == "running"
-    assert top_bar.describe_run(snapshot) == "34%, step 34 of 100, 0:33 left"
+    # As long as few steps were done the time is a range.
+    assert top_bar.describe_run(snapshot.shown) == "34%, step 34 of 100, 35 s to 65 s left"
     assert 'aria-valuenow="34"' in top_bar.run_bar(snapshot)
     assert 'data-state="running" data-step="34" data-steps="100"' in cards.run_card(snapshot)
     run.request("pause")
@@ -47,9 +49,9 @@ def test_preparing_is_not_step_0(app_state: AppState) -> None:
     )
     come_alive(run)
     snapshot = take_snapshot(app_state)
-    assert (snapshot.state, top_bar.describe_run(snapshot)) == (
+    assert (snapshot.state, top_bar.describe_run(snapshot.shown)) == (
         "preparing",
-        "Preparing: Encoding pictures, 3 of 12",
+        "Preparing: Encoding pictures, 25%",
     )
 
 
@@ -114,22 +116,22 @@ def test_a_run_whose_inputs_changed_says_what_and_asks(app_state: AppState) -> N
     app_state.queue.queue.update(QueuedRun("asks", "failed", CHANGED.reason))
     snapshot = take_snapshot(app_state)
     assert snapshot.state == "failed"
-    for html in (cards.run_card(snapshot), earlier(snapshot), queue_card(snapshot)):
-        assert "this has changed: its settings (config.toml), the picture &lt;img" in html
-        assert ".png or its caption, the package torch, a, b and 2 more." in html
-        assert "<img" not in html
-        assert "--accept" not in html
-    yes = 'data-body="{&quot;do&quot;: &quot;accept&quot;, &quot;run&quot;: &quot;asks&quot;}"'
+    for shown in (cards.run_card(snapshot), earlier(snapshot), queue_card(snapshot)):
+        assert "this has changed: its settings (config.toml), the picture &lt;img" in shown
+        assert ".png or its caption, the package torch, a, b and 2 more." in shown
+        assert "<img" not in shown
+        assert "--accept" not in shown
+    yes = 'data-body="{"do": "accept", "run": "asks"}"'
     assert 'data-hint="changed"' in cards.run_card(snapshot)
-    assert yes in cards.run_card(snapshot)
-    assert yes in earlier(snapshot)
+    assert yes in html.unescape(cards.run_card(snapshot))
+    assert yes in html.unescape(earlier(snapshot))
     # Who put it back goes on as always.
     assert 'id="train-resume"' in cards.run_card(snapshot)
     assert "it asks again" in top_bar.run_actions(snapshot)
     # Going on takes the question back.
     come_alive(run)
     snapshot = take_snapshot(app_state)
-    assert not any("accept" in html for html in (cards.run_card(snapshot), earlier(snapshot)))
+    assert not any("accept" in shown for shown in (cards.run_card(snapshot), earlier(snapshot)))
 
 
 def test_another_failure_asks_nothing(app_state: AppState) -> None:
@@ -146,14 +148,14 @@ def test_a_question_waits_while_another_run_is_going_on(app_state: AppState) -> 
     come_alive(make_run(app_state, "other", started(), step(1)))
     row = earlier(take_snapshot(app_state))
     tag = row[: row.index("Continue with the changes")].rpartition("<button")[2]
-    assert "A run is going on; pause or stop it first." in tag
+    assert "other is training; pause or stop it first." in tag
     assert tag.endswith(" disabled>")
 
 
 def test_one_run_at_a_time(app_state: AppState, pictures: list[Path]) -> None:
     assert blockers(take_snapshot(app_state)) == []
     come_alive(make_run(app_state, "first", started(), step(1)))
-    assert "first is going on" in blockers(take_snapshot(app_state))[0]
+    assert "first is training" in blockers(take_snapshot(app_state))[0]
     with pytest.raises(RunError, match="first is going on"):
         app_state.jobs.start(RunConfig())
     with pytest.raises(RunError, match="first is going on"):
@@ -175,18 +177,20 @@ def test_names_that_are_no_folder_s_are_refused(app_state: AppState, name: str) 
 
 
 def test_facts_before_start(app_state: AppState, pictures: list[Path]) -> None:
-    said = facts(take_snapshot(app_state))
-    assert "3 pictures, 1 without a caption." in said
-    assert "Effective learning rate" in said
-    assert "start-why" not in said
-    assert "Captions vary" not in said
+    snapshot = take_snapshot(app_state)
+    assert "3 images, 1 without a caption;" in details(snapshot)
+    assert "Captions vary" not in details(snapshot)
+    assert "start-why" not in facts(snapshot)
+    assert "Effective learning rate" not in details(snapshot)
+    app_state.project.update_draft(values={"adapter.alpha": 2.0, "adapter.rank": 8})
+    assert "Effective learning rate" in details(take_snapshot(app_state))
 
 
 def test_facts_say_what_captions_that_vary_take(app_state: AppState, pictures: list[Path]) -> None:
     values = {"dataset.shuffle_tags": True, "optimizer.text_encoder_lr": 0.0, "train.steps": 10**6}
     app_state.project.update_draft(values=values)
     limit = format_bytes(DRAWN_CAPTIONS_BYTES)
-    assert f"up to {limit} of them stay in memory, none on disk" in facts(take_snapshot(app_state))
+    assert f"up to {limit} of them stay in memory, none on disk" in details(take_snapshot(app_state))
 
 
 def test_without_pictures_start_says_why(app_state: AppState) -> None:
@@ -227,5 +231,5 @@ def test_earlier_runs_are_listed_with_what_can_be_done(app_state: AppState) -> N
     app_state.jobs.show("newer")
     listed = earlier(take_snapshot(app_state))
     assert 'data-run="older"' in listed
-    assert "&quot;do&quot;: &quot;resume&quot;" in listed
+    assert '"do": "resume"' in html.unescape(listed)
     assert "Paused" in listed

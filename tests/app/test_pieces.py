@@ -2,14 +2,18 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app import formatting
 from app.dataset import gallery
-from app.train import cards
+from app.jobs import RunView
+from app.state import ShownRun
+from app.train import runs as cards
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.runs import events
+from lora_core.runs.folder import RunFolder
 
 HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
 
@@ -55,6 +59,12 @@ def test_a_chart_needs_two_finite_losses() -> None:
     assert "<svg" not in cards.gain_chart([])
 
 
+def verdicts(found: list[events.Validated]) -> list[dict[str, Any]]:
+    view = RunView(RunFolder(Path("a")))
+    view.progress.update(found)
+    return cards.verdicts(ShownRun(view, "done"))
+
+
 def validated(step: int, gain: float, best: bool, **more: float) -> events.Validated:
     numbers = {"standard_error": 0.001, "base_loss": 0.2, "adapted_loss": 0.2 - gain}
     return events.Validated(step=step, gain=gain, best=best, **numbers | more)
@@ -64,7 +74,7 @@ def test_gain_marks_the_newest_that_was_called_best_and_not_the_highest() -> Non
     found = [validated(s, g, s < 30) for s, g in ((10, 0.01), (20, 0.03), (30, 0.0302))]
     drawn = cards.gain_chart(found)
     assert "best, step 20" in drawn
-    assert "training pictures" not in drawn
+    assert "training images" not in drawn
     # The base itself is the first point: five lines of the axis lie at 0, 0.01, 0.02, 0.03 and 0.04.
     line = drawn.split('<polyline class="smooth" points="')[1].split('"')[0]
     assert line.split()[0] == "52.0,172.0"
@@ -75,20 +85,39 @@ def test_the_gauges_stand_beside_what_they_mean() -> None:
     last = validated(20, 0.01, True, train_gain=0.03, gauge=0.02, gauge_error=0.004, prior=-0.0001)
     drawn = cards.gain_chart([validated(10, 0.005, True), last])
     assert drawn.count("<polyline") == 2
-    assert "training pictures" in drawn
-    said = cards.describe_gain([validated(10, 0.005, True), last])
-    assert "Still gaining. Memorization: 67% of" in said
-    assert "Learning by heart +0.0200 ± 0.0040" in said
-    assert "The base&#x27;s own pictures \N{MINUS SIGN}0.0001 ± 0.0000" in said
-    assert cards.describe_gain([]) == ""
-    assert "Learning by heart" not in cards.describe_gain([validated(10, 0.005, True)])
+    assert "training images" in drawn
+    gain, overfitting, drift = verdicts([validated(10, 0.005, True), last])
+    assert (gain["grade"], gain["word"], gain["why"]) == (1, "5%", "Best so far: step 20.")
+    assert (overfitting["grade"], overfitting["word"]) == (2, "Medium")
+    assert overfitting["why"].startswith("Memorization: 67% of")
+    assert overfitting["figures"] == "Gap +0.0200 ± 0.0040"
+    assert (drift["grade"], drift["word"]) == (1, "Normal")
+    assert drift["figures"].endswith("own images \N{MINUS SIGN}0.0001 ± 0.0000")
+    assert verdicts([]) == []
+    assert [one["name"] for one in verdicts([validated(10, 0.005, True)])] == ["Improvement"]
+
+
+def test_verdicts_are_graded_and_a_clear_loss_has_its_paired_error() -> None:
+    best = validated(10, 0.05, True)
+    level = validated(20, 0.049, False, against_best=-0.001, against_best_error=0.002)
+    worse = validated(
+        30, 0.04, False, against_best=-0.01, against_best_error=0.003, prior=-0.2, prior_error=0.01
+    )
+    assert verdicts([best, level])[0]["why"] == "Best so far: step 10. No certain difference since."
+    gain, drift = verdicts([best, level, worse])
+    assert gain["grade"] == 2
+    assert gain["why"] == "Best so far: step 10. It is better than step 30 by 0.0100 ± 0.0030."
+    assert (drift["grade"], drift["word"]) == (2, "High")
+    assert "lower the strength" in drift["why"]
+    assert drift["act"]["text"] == "Try lower strengths"
+    assert verdicts([validated(10, -0.05, False)])[0]["grade"] == 3
 
 
 def test_the_raw_adapter_stands_beside_its_average() -> None:
     raw = {"raw_gain": 0.02, "raw_against": 0.01, "raw_against_error": 0.001}
     found = [validated(10, 0.005, True), validated(20, 0.01, True, **raw)]
     assert "raw adapter" in cards.gain_chart(found)
-    assert "The raw adapter gains more than its average" in cards.describe_gain(found)
+    assert "The raw adapter gains more than its average" in verdicts(found)[-1]["why"]
 
 
 def test_numbers_as_people_read_them() -> None:

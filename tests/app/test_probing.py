@@ -12,8 +12,8 @@ import pytest
 
 from app.state import AppState, take_snapshot
 from app.train import probing
-from app.train.facts import facts, forecast
 from app.train.routes import do_run_action
+from app.train.start import facts, forecast
 from lora_core.errors import RunError
 from lora_core.runs.costs import PROBED, SCALED, StepCost, costs_file, keep_cost
 from tests.app.bases import checkpoint

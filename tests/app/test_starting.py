@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from app.train.form import FORM, Plan, widget_values
-from app.train.starting import take_settings
+from app.train.start import take_settings
 from lora_core.model_files.sizes import export_bytes
 from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.projects.project import Project

@@ -1,5 +1,6 @@
 """Each state of the Train tab as HTML: what it says, what can be pressed, and why not."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,11 +8,10 @@ import pytest
 
 from app import top_bar
 from app.state import AppState, Snapshot, take_snapshot
-from app.train import cards
-from app.train.cards import samples_card, select_rounds
-from app.train.facts import blockers, facts, notes, start_problems
+from app.train import runs
 from app.train.queue_client import QueueClient
-from app.train.run_list import earlier, queue_card
+from app.train.runs import earlier, queue_card, samples_card, select_rounds
+from app.train.start import blockers, facts, notes, start_problems
 from lora_core.runs import events
 from lora_core.runs.diagnosis import LESS_MEMORY
 from lora_core.runs.folder import RunFolder
@@ -22,7 +22,7 @@ SEE = 'id="see-result"'
 
 
 def card(app_state: AppState) -> str:
-    return cards.run_card(take_snapshot(app_state))
+    return runs.run_card(take_snapshot(app_state))
 
 
 def disabled(html: str, name: str) -> str:
@@ -51,8 +51,7 @@ def test_no_run_yet(app_state: AppState) -> None:
     html = card(app_state)
     assert 'data-state="none"' in html
     assert "Press Start" in html
-    for name in ("sample-now", "save-now", "train-pause", "train-stop"):
-        assert disabled(html, name) == "No run is going on."
+    assert "<button" not in html
     assert top_bar.run_actions(take_snapshot(app_state)) == ""
 
 
@@ -67,24 +66,71 @@ def test_preparing_is_a_phase_with_a_number(app_state: AppState) -> None:
         make_run(app_state, "a", started(), events.Preparing(phase="Encoding pictures", done=3, total=12))
     )
     html = card(app_state)
-    assert "Preparing: Encoding pictures, 3 of 12" in html
-    assert "Steps begin after" in html
-    assert 'aria-valuenow="25"' in html
-    assert "track preparing" in html
+    assert "Encoding pictures, 25%." in html
+    assert "3 of 12" in html
     assert "still preparing" in disabled(html, "sample-now")
-    assert enabled(html, "train-pause")
-    assert top_bar.page_title(take_snapshot(app_state)) == "Preparing · a"
+    snapshot = take_snapshot(app_state)
+    assert 'aria-valuenow="25"' in top_bar.run_bar(snapshot)
+    assert "track preparing" in top_bar.run_bar(snapshot)
+    assert enabled(top_bar.run_actions(snapshot), "pause")
+    assert top_bar.page_title(snapshot) == "Preparing · a"
+
+
+def test_stages_and_phases_only_grow(app_state: AppState) -> None:
+    run = make_run(app_state, "a", started())
+    come_alive(run)
+    seen: list[list[int]] = []
+    lines = [
+        events.Preparing(phase="Opening the base model", done=0, total=1),
+        events.Preparing(phase="Encoding pictures", done=3, total=12),
+        # Memory ran out: the base is opened again.
+        events.Preparing(phase="Opening the base model", done=0, total=1),
+        events.Preparing(phase="Encoding pictures", done=0, total=12),
+        events.Preparing(phase="Encoding pictures", done=12, total=12),
+        events.Working(step=0, phase="Sampling", done=15, total=20),
+        # The next of several images, as earlier versions counted them.
+        events.Working(step=0, phase="Sampling", done=2, total=20),
+        step(1),
+        step(2),
+        events.Working(step=2, phase="Validating", done=9, total=10),
+        step(3),
+    ]
+    for line in lines:
+        with open(run.events_file, "a", encoding="utf-8") as file:
+            file.write(events.to_line(line))
+        seen.append([stage["percent"] for stage in runs.stages(take_snapshot(app_state).shown)])
+    for before, after in itertools.pairwise(seen):
+        assert all(one <= other for one, other in zip(before, after, strict=True)), (before, after)
+    assert seen[-1] == [100, 100, 100, 3]
+
+
+def test_a_request_outranks_what_is_older_than_it(app_state: AppState) -> None:
+    run = make_run(app_state, "a", started(), step(5))
+    come_alive(run)
+    asked = run.request("stop")
+    # Acted on, but the process saves and exports before it says that it has ended.
+    with open(run.events_file, "a", encoding="utf-8") as file:
+        file.write(events.to_line(events.Handled(step=6, request=asked)))
+        file.write(events.to_line(step(6)))
+    assert take_snapshot(app_state).state == "stopping"
+    with open(run.events_file, "a", encoding="utf-8") as file:
+        file.write(events.to_line(events.Stopped(step=6, export="")))
+    run.process_file.unlink()
+    assert take_snapshot(app_state).state == "stopped"
+    # A new process, of which nothing is known yet.
+    come_alive(run)
+    assert take_snapshot(app_state).state == "preparing"
 
 
 def test_running(app_state: AppState) -> None:
     come_alive(make_run(app_state, "my-dog", started(), *(step(n, 10.0 + n) for n in range(1, 35))))
     snapshot = take_snapshot(app_state)
-    html = cards.run_card(snapshot)
-    assert all(enabled(html, name) for name in ("sample-now", "save-now", "train-pause", "train-stop"))
+    html = runs.run_card(snapshot)
+    assert all(enabled(html, name) for name in ("sample-now", "save-now"))
     # 66 steps are left, and from one to the next a second went by, of which a step takes half.
     assert "1:06" in html
     assert "2.0\N{NO-BREAK SPACE}it/s" in html
-    assert "GB of memory." in html
+    assert "This run uses" in top_bar.memory_usage(snapshot)
     assert top_bar.page_title(snapshot) == "34% · my-dog"
     assert enabled(top_bar.run_actions(snapshot), "pause")
 
@@ -99,7 +145,7 @@ def test_work_between_steps_is_named(app_state: AppState) -> None:
             events.Working(phase="Drawing samples", done=1, total=2, step=5),
         )
     )
-    assert "Drawing samples, 1 of 2." in card(app_state)
+    assert "Drawing samples, 50%." in card(app_state)
 
 
 @pytest.mark.parametrize(("do", "state"), [("pause", "pausing"), ("stop", "stopping")])
@@ -110,15 +156,16 @@ def test_what_was_asked_for_shows_at_once(app_state: AppState, do: str, state: s
     html = card(app_state)
     assert f'data-state="{state}"' in html
     assert "current step" in html
-    assert f"is {state}" in disabled(html, "train-pause")
-    assert f"is {state}" in disabled(html, "train-stop")
-    assert disabled(top_bar.run_actions(take_snapshot(app_state)), "pause")
+    assert f"is {state}" in disabled(html, "sample-now")
+    header = top_bar.run_actions(take_snapshot(app_state))
+    assert f"is {state}" in disabled(header, "pause")
+    assert f"is {state}" in disabled(header, "stop")
 
 
 def test_paused_goes_on(app_state: AppState) -> None:
     checkpoint(make_run(app_state, "a", started(), step(40), events.Paused(step=40)), 40)
     html = card(app_state)
-    assert "Continue at step 40" in html
+    assert "Resume from step 40" in html
     assert "same result" in html
     assert "data-hint" not in html
 
@@ -149,16 +196,19 @@ def test_stopped_can_be_seen_and_gone_on_with(app_state: AppState) -> None:
     html = card(app_state)
     assert SEE in html
     assert 'id="train-resume"' in html
-    assert "Ended early on request" in html
+    assert "Exported; you can resume." in html
 
 
 def test_a_run_that_ended_by_itself_says_why_and_may_go_on_anyway(app_state: AppState) -> None:
     why = "Nothing was gained on held-out pictures after step 300 <b>"
     make_run(app_state, "early", started(900), step(500), events.Stopped(step=500, export="", reason=why))
-    card = cards.run_card(take_snapshot(app_state))
+    card = runs.run_card(take_snapshot(app_state))
     assert 'data-hint="early"' in card
     assert "after step 300 &lt;b&gt;" in card
-    assert "Go on anyway" in card
+    assert "Stopped early" in card
+    assert 'id="train-resume"' in card
+    # The header does not offer what is advised against.
+    assert top_bar.run_actions(take_snapshot(app_state)) == ""
 
 
 def test_a_crash_says_why_and_from_where_it_goes_on(app_state: AppState) -> None:
@@ -168,7 +218,7 @@ def test_a_crash_says_why_and_from_where_it_goes_on(app_state: AppState) -> None
     html = card(app_state)
     assert 'data-state="interrupted"' in html
     assert 'role="alert"' in html
-    assert "Continue at step 812" in html
+    assert "Resume from step 812" in html
     assert "Nothing before step 812 is lost" in html
     assert "&lt;img" in html
     assert "<img" not in html
@@ -220,11 +270,11 @@ def test_without_a_card_it_says_that_it_takes_hours(
     assert not any("graphics card" in text for text in notes(without_card(app_state)))
     base = base_file(tmp_path / "base.safetensors", "sd15")
     app_state.project.update_draft(values={"model.base": str(base)})
-    assert "No graphics card was found" in notes(without_card(app_state))[0]
+    assert "No GPU found" in notes(without_card(app_state))[0]
     app_state.hardware._card = Card("RTX 3060", 2**30, 8 * 2**30)
     assert not any("graphics card" in text for text in notes(without_card(app_state)))
     assert "of 8 GB on the card" in facts(take_snapshot(app_state))
-    assert "GPU 1.0 of 8 GB" in top_bar.memory_usage(app_state.hardware.card())
+    assert "GPU 1.0 of 8 GB" in top_bar.memory_usage(take_snapshot(app_state))
     # PyTorch was installed for a processor, or the driver is too old.
     app_state.worker.found = {"device": "cpu", "torch": "2.13.0+cpu", "build": "CPU", "lacks_code": ""}
     said = notes(take_snapshot(app_state))[0]
@@ -247,7 +297,7 @@ def test_a_run_in_the_way_leaves_the_queue(app_state: AppState, pictures: list[P
     assert start_problems(snapshot) == []
 
 
-def test_samples_begin_with_the_base_then_the_newest(app_state: AppState) -> None:
+def test_samples_run_from_the_base_to_the_newest(app_state: AppState) -> None:
     rounds = [
         events.PreviewDone(step=n, files=[f"previews/{n}.png"], prompts=[f"a dog {HOSTILE}"])
         for n in (0, 10, 20, 30)
@@ -255,11 +305,11 @@ def test_samples_begin_with_the_base_then_the_newest(app_state: AppState) -> Non
     make_run(app_state, "a", started(), *rounds)
     html = samples_card(take_snapshot(app_state))
     steps = [part.split("<")[0] for part in html.split('<figcaption class="small num">')[1:]]
-    assert steps == ["step 0, the base", "step 30", "step 20", "step 10"]
+    assert steps == ["step 0, the base", "step 10", "step 20", "step 30"]
     assert "<img src=x" not in html
     assert "data-large" in html
     many = [events.PreviewDone(step=n, files=[], prompts=[]) for n in range(20)]
-    assert [r.step for r in select_rounds(many)] == [0, 19, 15, 11, 8, 4]
+    assert [r.step for r in select_rounds(many)] == [0, 4, 8, 11, 15, 19]
 
 
 def test_samples_of_the_raw_adapter_have_a_row_of_their_own(app_state: AppState) -> None:
@@ -282,9 +332,9 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
     checkpoint(make_run(app_state, "new", started(), step(12)), 10)
     app_state.jobs.show("new")
     html = earlier(take_snapshot(app_state))
-    assert "100 of 100 steps, best gain +0.0312 at 50" in html
+    assert "100 of 100 steps, best at step 50, 16%" in html
     assert "kB" in html
-    assert "Continue at 10" in html
+    assert "Resume from step 10" in html
     assert html.count("data-confirm=") == 2
     # A report can be made of what has a checkpoint, and opened where there is one.
     assert [name for name in ("old", "new") if f'data-report-run="{name}"' in html] == ["new"]
@@ -292,7 +342,13 @@ def test_earlier_runs_say_what_is_left_of_them(app_state: AppState) -> None:
     html = earlier(take_snapshot(app_state))
     assert '<a class="own quiet" href="/easel/report/of/old"' in html
     come_alive(RunFolder(app_state.workspace / "runs" / "new"))
-    assert "A run is going on; pause or stop it first." in earlier(take_snapshot(app_state))
+    app_state.jobs.show("old")
+    snapshot = take_snapshot(app_state)
+    assert (snapshot.shown.name, snapshot.active.name) == ("old", "new")
+    assert "Viewed while new trains." in runs.run_card(snapshot)
+    assert 'data-run-name="new"' in top_bar.run_bar(snapshot)
+    assert enabled(top_bar.run_actions(snapshot), "pause")
+    assert 'href="#run/new"' in earlier(snapshot)
 
 
 def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:
@@ -305,7 +361,7 @@ def test_the_queue_shows_its_order_and_why_not(app_state: AppState) -> None:
     assert "It is the first already." in html
     assert "It is the last already." in html
     assert "Start the queue" in html
-    assert "not being worked through" in html
+    assert "The queue is paused." in html
     # Runs that only wait are no earlier runs.
     assert earlier(take_snapshot(app_state)) == ""
     line.queue.file.write_bytes(b"broken" * 500)

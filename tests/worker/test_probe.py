@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from app.state import AppState, take_snapshot
-from app.train.facts import forecast
+from app.train.start import forecast
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.models.load import BaseModel
 from lora_core.projects.project import DEMO
