@@ -93,7 +93,7 @@ def test_a_name_that_is_taken_is_said(app_state: AppState, pictures: list[Path])
 
 def test_a_run_in_the_way_stops_start_and_not_the_queue(app_state: AppState, pictures: list[Path]) -> None:
     come_alive(make_run(app_state, "live", started(), step(3)))
-    with pytest.raises(LoraError, match="live is going on"):
+    with pytest.raises(LoraError, match="live is training"):
         ready_config(Bindings(app_state), "")
     assert ready_config(Bindings(app_state), "next", "queue").name == "next"
 
