@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from app.formatting import pluralize
+from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.data.importer import Imported, TransferMode, import_files, import_folder
 from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
@@ -247,6 +248,18 @@ class Importer:
 
 
 def _summarize(imported: Imported) -> tuple[str, str]:
-    added = f"{pluralize(len(imported.added), 'file')} added." if imported.added else "Nothing was added."
-    skipped = f" {len(imported.skipped)} skipped, see below." if imported.skipped else ""
-    return "done" if imported.added else "failed", added + skipped
+    """Whether anything came in or was here already, and a sentence on it."""
+    pictures = sum(path.suffix.casefold() in IMAGE_SUFFIXES for path in imported.added)
+    captions = len(imported.added) - pictures
+    counts = [(pictures, "picture"), (captions, "caption")]
+    added = " and ".join(pluralize(count, word) for count, word in counts if count)
+    same = sum(one.kind == "same picture" for one in imported.skipped)
+    others = [one for one in imported.skipped if one.kind not in ("same picture", "already there")]
+    parts = [f"{added} added." if added else "" if same else "Nothing was added."]
+    if same:
+        parts.append(f"{pluralize(same, 'picture is', 'pictures are')} already here, skipped.")
+    if len(others) == 1:
+        parts.append(f"1 file skipped: {others[0].sentence}")
+    elif others:
+        parts.append(f"{len(others)} files skipped, see below.")
+    return "done" if added or same else "failed", " ".join(filter(None, parts))

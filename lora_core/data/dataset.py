@@ -87,6 +87,8 @@ _SUMMARIES = {
     "second caption": "{} captions are not used, as their pictures have another one ({}).",
     "shared caption": "{} captions are shared by pictures of the same name ({}).",
     "other file": "{} other files are not used ({}).",
+    "same picture": "{} pictures are already here and were skipped ({}).",
+    "already there": "{} captions or masks are already here and were left as they are ({}).",
 }
 """What many notes of a kind come to: how many there are, and the names of some."""
 

@@ -7,7 +7,9 @@ read. A table of captions becomes one text file an image, because images may get
 window edits text files.
 """
 
+import contextlib
 import errno
+import filecmp
 import os
 import re
 import shutil
@@ -329,6 +331,11 @@ class _Incoming:
         """Whether it is a mask picture."""
         return is_mask(Path(self.name)) and self.suffix in IMAGE_SUFFIXES
 
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is a picture to train on."""
+        return self.suffix in IMAGE_SUFFIXES and not self.is_mask
+
 
 @dataclass
 class _Import:
@@ -341,6 +348,24 @@ class _Import:
     placed: dict[str, Path] = field(default_factory=dict)
     _names: dict[Path, set[str]] = field(default_factory=dict)
     _stems: dict[Path, set[str]] = field(default_factory=dict)
+    _by_size: dict[int, list[Path]] | None = None
+
+    def same_picture(self, file: Path) -> Path | None:
+        """The picture with the bytes of `file` that was in the dataset before this import, if any."""
+        if self._by_size is None:
+            self._by_size = {}
+            for path in walk_files(self.into, IMAGE_SUFFIXES):
+                if isinstance(path, Path) and _Incoming(path, self.name_of(path)).is_picture:
+                    self._by_size.setdefault(path.stat().st_size, []).append(path)
+        for path in self._by_size.get(file.stat().st_size, []):
+            with contextlib.suppress(OSError):
+                if filecmp.cmp(path, file, shallow=False):
+                    return path
+        return None
+
+    def name_of(self, path: Path) -> PurePosixPath:
+        """The name of a file of the dataset, with its folders."""
+        return PurePosixPath(path.relative_to(self.into).as_posix())
 
     def names(self, folder: Path) -> set[str]:
         """The folded names in a folder of the dataset, read once."""
@@ -371,8 +396,8 @@ def import_files(
 ) -> Imported:
     """Take over pictures, their captions and masks into a dataset folder, and unpack zips.
 
-    A name that is taken gets `-2`, a picture together with its caption. What is wrong with a file, a zip
-    included, is told in `skipped`.
+    A name that is taken gets `-2`, a picture together with its caption; a picture that the dataset holds byte
+    for byte is skipped. What is wrong with a file, a zip included, is told in `skipped`.
 
     Args:
         files: where they lie now.
@@ -508,9 +533,13 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
     # Two of a kind arrive only where a sender's names differ in case or in letters that had to be replaced.
     kinds = {(one.is_mask, one.suffix): one for one in reversed(members)}
     firsts = [one for one in members if kinds[one.is_mask, one.suffix] is one]
-    folder = under_way.into / members[0].name.parent
-    stem = firsts[0].stem
-    has_picture = any(one.suffix in IMAGE_SUFFIXES and not one.is_mask for one in firsts)
+    same = {one: found for one in firsts if one.is_picture and (found := under_way.same_picture(one.source))}
+    has_picture = any(one.is_picture and one not in same for one in firsts)
+    folder, stem = under_way.into / members[0].name.parent, firsts[0].stem
+    if same and not has_picture:
+        # Its caption and mask go beside the picture that is there.
+        there = next(iter(same.values()))
+        folder, stem = there.parent, there.stem
     if has_picture:
         stem = unused_stem(stem, under_way.stems(folder))
         # One may have been taken back since the folder was read.
@@ -519,7 +548,11 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
             stem = unused_stem(firsts[0].stem, under_way.stems(folder))
     for one in firsts:
         target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
-        if not has_picture and fold_name(target.name) in under_way.names(folder):
+        if one in same:
+            sentence = f"{one.name} is already here, as {under_way.name_of(same[one])}."
+            under_way.skip(one.source, "same picture", sentence)
+            under_way.placed[fold_name(one.name.as_posix())] = same[one]
+        elif not has_picture and fold_name(target.name) in under_way.names(folder):
             sentence = f"{one.name} is there already and was left as it is; change it in its place."
             under_way.skip(one.source, "already there", sentence)
         else:

@@ -173,7 +173,7 @@ def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
     page.keyboard.type(str(pictures[0].parent))
     page.keyboard.press("Enter")
     pictures_in(page, 6)
-    page.wait_for_selector("#import-note >> text=11 files added")
+    page.wait_for_selector("#import-note >> text=6 pictures and 5 captions added")
     for _ in range(40):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('thumb')"):
@@ -228,7 +228,7 @@ def test_a_thousand_pictures(page, window: Any, thousand: Path, record_property:
     began = computed(page, process)
     take(page, sorted(thousand.iterdir()))
     page.wait_for_selector("#import-note [role=progressbar]")
-    page.wait_for_selector("#import-note >> text=1,900 files added")
+    page.wait_for_selector("#import-note >> text=1,000 pictures and 900 captions added")
     took = computed(page, process) - began
     record_property("import, seconds", took)
     assert took < 60

@@ -129,7 +129,30 @@ def test_import_into_a_folder_inside(tmp_path: Path, draw: Draw) -> None:
     draw(tmp_path / "a.png")
     for _ in range(2):
         import_folder(tmp_path, tmp_path / "project")
-    assert listed(tmp_path) == ["a.png", "project/a-2.png", "project/a.png"]
+    assert listed(tmp_path) == ["a.png", "project/a.png"]
+
+
+def test_the_same_bytes_come_in_once(tmp_path: Path, draw: Draw) -> None:
+    source, into = tmp_path / "from", tmp_path / "into"
+    draw(source / "3_cat" / "a.png", seed=1, caption="a cat")
+    draw(source / "b.png", seed=2)
+    draw(source / "b-masklabel.png", seed=2)
+    import_folder(source, into)
+    first = listed(into)
+    # Under another name too; a caption that was missing comes along, one that is there stays.
+    draw(source / "c.png", seed=3)
+    (source / "b.png").rename(source / "renamed.png")
+    (source / "renamed.txt").write_text("late")
+    again = import_folder(source, into)
+    assert [path.name for path in again.added] == ["c.png", "b.txt"]
+    assert sorted(one.kind for one in again.skipped) == ["already there", "already there"] + ["same picture"] * 2
+    assert "renamed.png is already here, as b.png." in [one.sentence for one in again.skipped]
+    assert listed(into) == sorted([*first, "b.txt", "c.png"])
+
+
+def test_two_new_pictures_may_be_alike(tmp_path: Path, draw: Draw) -> None:
+    files = [draw(tmp_path / name, seed=1) for name in ("a.png", "b.png")]
+    assert len(import_files(files, tmp_path / "into").added) == 2
 
 
 def test_import_zips(tmp_path: Path, draw: Draw) -> None:
