@@ -70,6 +70,10 @@ def apply_edit(captions: list[str], edit: Edit) -> list[str]:
 
 def diff_captions(before: str, after: str) -> list[tuple[str, str]]:
     """Two captions as pieces: ("same", text), ("old", text) for what goes, ("new", text) for what comes."""
+    if before and after.endswith(before) and before != after:
+        return [("new", after.removesuffix(before)), ("same", before)]
+    if before and after.startswith(before) and before != after:
+        return [("same", before), ("new", after.removeprefix(before))]
     one, other = (re.findall(r"\w+|\W", text) for text in (before, after))
     pieces: list[tuple[str, str]] = []
     for kind, i, j, k, m in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
@@ -88,9 +92,15 @@ def _map_lines(caption: str, change: Callable[[str], str]) -> str:
 
 
 def _join_line(line: str, put: str, front: bool) -> str:
-    """The text before or after a line; a comma between where neither ends in a mark or a space."""
+    """The text before or after a line; a comma between where neither ends in a mark or a space. A line that
+    has it there already stays, so that an edit changes nothing the second time."""
+    core = put.strip(", ")
     if not line.strip():
-        return put.strip(", ")
+        return core
+    rest = line.removeprefix(core) if front else line.removesuffix(core)
+    edge = core[-1:] + rest[:1] if front else rest[-1:] + core[:1]
+    if rest != line and not (len(edge) == 2 and edge.isalnum()):
+        return line
     first, last = (put, line) if front else (line, put)
     apart = first[-1:].isalnum() and last[:1].isalnum()
     return f"{first}, {last}" if apart else first + last

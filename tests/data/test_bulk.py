@@ -26,7 +26,11 @@ def one(caption: str, edit: Edit) -> str:
         ("a  b", Edit("replace", "  ", " "), "a b"),
         ("a cat", Edit("prepend", put="sks"), "sks, a cat"),
         ("a cat", Edit("prepend", put="photo of "), "photo of a cat"),
+        ("photo of a cat", Edit("prepend", put="photo of "), "photo of a cat"),
+        ("reddish cat", Edit("prepend", put="red"), "red, reddish cat"),
         ("a cat", Edit("append", put="outside"), "a cat, outside"),
+        ("a cat, outside", Edit("append", put=", outside"), "a cat, outside"),
+        ("a wolfhound", Edit("append", put="hound"), "a wolfhound, hound"),
         ("a cat.", Edit("append", put=" It sleeps."), "a cat. It sleeps."),
         ("", Edit("append", put=", outside"), "outside"),
         ("one\ntwo", Edit("append", put="end"), "one, end\ntwo, end"),
@@ -82,3 +86,8 @@ def test_differences_add_up_to_both_texts() -> None:
     assert "".join(text for kind, text in pieces if kind != "old") == after
     assert ("old", "red") in pieces
     assert ("new", "blue") in pieces
+
+
+def test_what_is_put_in_front_is_marked_in_front() -> None:
+    assert diff_captions("ohwx dog", "ohwx dog, ohwx dog") == [("new", "ohwx dog, "), ("same", "ohwx dog")]
+    assert diff_captions("a cat", "a cat, outside") == [("same", "a cat"), ("new", ", outside")]
