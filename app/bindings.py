@@ -44,6 +44,7 @@ class Bindings:
     initial: list[Initial] = field(default_factory=list)
     refreshing: list[Any] = field(default_factory=list)
     trigger: Any = None
+    use_demo: Any = None
 
     def follow(self, component: Any, shows: Callable[[Snapshot], Any]) -> Any:
         """Update `component` with `shows(snapshot)` at each poll."""

@@ -32,12 +32,11 @@ def build_page(app_state: AppState) -> gr.Blocks:
         title=top_bar.TITLE, analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
         _header(bindings)
-        demo = build_welcome(bindings)
         with gr.Tabs(elem_id="tabs") as tabs:
             for tab in registry.TABS:
                 with gr.Tab(tab.title, id=tab.title, render_children=True):
                     tab.build(bindings)
-        wire_demo(bindings, demo, tabs)
+        wire_demo(bindings, tabs)
         _poll(bindings, page)
     return page
 
@@ -54,7 +53,7 @@ def _header(bindings: Bindings) -> None:
             html_block(render("header.html", part="tools", has_password=bindings.app_state.has_password))
     html_block(render("header.html", part="notes"))
     bindings.follow(html_block(), top_bar.draft_note)
-    html_block(project_picker.DIALOG)
+    html_block(render("projects.html"))
 
 
 def _poll(bindings: Bindings, demo: gr.Blocks) -> None:
@@ -163,16 +162,7 @@ def mount(app: Any, app_state: AppState, temporary: Path) -> Any:
     )
 
 
-def build_welcome(bindings: Bindings) -> Any:
-    """Lay out the introduction and the demo button, shown on the first visit."""
-    with gr.Row(elem_id="welcome", visible=False) as row:
-        html_block(render("welcome.html"), elem_classes="grow")
-        demo = gr.Button("Try it with the demo", variant="primary", elem_id="use-demo", min_width=0, scale=0)
-    bindings.follow(row, lambda snap: gr.update(visible=snap.app_state.is_new()))
-    return demo
-
-
-def wire_demo(bindings: Bindings, demo: Any, tabs: Any) -> None:
+def wire_demo(bindings: Bindings, tabs: Any) -> None:
     """Make the demo button fill the form and open the Train tab."""
     project = bindings.app_state.project
     filled = [fill.component for fill in bindings.initial]
@@ -188,7 +178,7 @@ def wire_demo(bindings: Bindings, demo: Any, tabs: Any) -> None:
         project.update_draft(dataset="", level="", values={}, preview={}, preview_loras={})
         return bindings.initial_values()
 
-    filled_in = demo.click(to_demo, None, filled, **QUIET)
+    filled_in = bindings.use_demo.click(to_demo, None, filled, **QUIET)
     bindings.refresh_after(filled_in.then(lambda: gr.Tabs(selected="Train"), None, tabs, **QUIET))
     own = gr.Button("Use my own pictures", elem_id="use-own", visible="hidden")
     bindings.refresh_after(own.click(to_own, None, filled, **QUIET))

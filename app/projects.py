@@ -10,38 +10,19 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from app.formatting import format_bytes, safe
+from app.formatting import format_bytes
 from app.routes import Answer, BadRequest, read_sent_json
 from app.state import AppState, Snapshot
+from app.templates import render
 from lora_core.errors import RunError
 from lora_core.runs.storage import clean_caches, empty_trash, list_trash, restore, trash_folder
 from lora_core.system.disk_space import folder_bytes
-
-DIALOG = """<dialog id="projects" class="panel" aria-labelledby="projects-title">
-<div class="row apart"><h2 id="projects-title">Projects</h2><button type="button" class="own quiet"
- id="projects-close">Close</button></div>
-<p class="small">A project holds pictures, captions, settings and runs.</p>
-<form class="row" id="project-new"><label class="entry grow"><span class="away">Name of a new
-project</span><input type="text"
- placeholder="Name of a new project" maxlength="80" autocomplete="off"></label><button
-class="own primary">New</button></form>
-<p class="problem" id="projects-note" role="alert"></p>
-<div class="list" id="projects-list"></div>
-<details id="projects-trash" hidden><summary></summary><div class="list"></div></details>
-<p class="small" id="projects-said" role="status"></p>
-<div class="row apart" id="projects-room"></div></dialog>"""
 
 
 def project_button(snapshot: Snapshot) -> str:
     """The open project's name; opens the dialog."""
     project = snapshot.app_state.project
-    demo = " (demo pictures)" if project.uses_demo else ""
-    return (
-        '<button type="button" class="project" id="project-picker" aria-haspopup="dialog" title="Projects:'
-        f' new, open, rename, delete"><span>{safe(project.title)}{demo}</span><svg viewBox="0 0 12 12"'
-        ' aria-hidden="true"><path d="M2.5 4.5 6 8l3.5-3.5" fill="none" stroke="currentColor"'
-        ' stroke-width="1.6"/></svg></button>'
-    )
+    return render("project_button.html", title=project.title, demo=project.uses_demo)
 
 
 def add_project_routes(app: FastAPI, app_state: AppState) -> None:

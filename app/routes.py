@@ -25,7 +25,7 @@ from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.errors import LoraError, RunError
 from lora_core.projects.project import relative_name
 from lora_core.runs.folder import runs_folder
-from lora_core.system.paths import ASSETS
+from lora_core.system.paths import ASSETS, DEMO_TRAIN
 from lora_core.system.untrusted import clean_value, parse_json
 
 IMAGE_TYPES = set(IMAGE_SUFFIXES)
@@ -202,6 +202,7 @@ def _resolve_image(app_state: AppState, kind: str, path: str) -> Path:
         "left-out": app_state.project.left_out_folder,
         "run": runs_folder(app_state.workspace),
         "generated": app_state.generated,
+        "demo": DEMO_TRAIN,
     }
     if kind not in roots:
         raise BadRequest(kind)

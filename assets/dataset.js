@@ -2,16 +2,17 @@
 //
 // Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
-  const { one, all, get, post, press, make } = window.easel;
-  const MOST_STEPS = 200;
+  const { one, all, get, post, press, make, plural } = window.easel;
+  const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
   const EMPTY = {
-    none: ["No pictures yet", "15 to 30 sharp pictures of one thing or one style are plenty. Write beside each what is in it; what you do not write is what gets learned."],
-    filter: ["Nothing matches", "No picture fits this filter. Choose All, or empty the search field."],
+    none: ["No pictures yet", "Take pictures of one thing or one style. In each caption write what is in the picture: what you do not write is what gets learned."],
+    filter: ["Nothing matches", "No picture fits this filter. Choose All, or clear the search field."],
   };
 
   let shelf = { mark: "", pictures: [], left_out: [], fixed: false };
-  let chosen = null;            // the name of the picture shown large
-  let several = new Set();      // the names that an action is for, where it is more than one
+  let chosen = null;            // the name of the picture shown large, which arrow keys move
+  let picked = new Set();       // the names that are selected; actions are for these, or for the chosen one
+  let anchor = { name: null, kept: new Set() };  // where a range begins, and what was selected before it
   let filter = "all";
   let twins = new Set();        // told by the check
   let doubts = new Set();       // told by the base, and by the last run
@@ -20,12 +21,13 @@
   const waiting = new Map();    // captions typed but not yet saved, by picture
 
   const pictures = () => (filter === "out" ? shelf.left_out : shelf.pictures);
-  const named = (name) => pictures().find((picture) => picture.name === name);
+  let byName = new Map();       // of the pictures that the grid shows
+  const named = (name) => byName.get(name);
   const kind = () => (filter === "out" ? "left-out" : "dataset");
   const bare = (picture) => !picture.caption.trim();
   const grid = () => one("#dataset-grid [role=listbox]");
   const shown = () => pictures().filter((picture) => cells.get(picture.name) && !cells.get(picture.name).hidden);
-  const acted = () => (several.size > 1 ? [...several] : chosen ? [chosen] : []);
+  const acted = () => (picked.size ? [...picked] : chosen ? [chosen] : []);
 
   // ---- the grid -------------------------------------------------------------------------------------------------
   // Native lazy loading requests every image that was ever scrolled past, and the visible ones wait behind them.
@@ -35,7 +37,7 @@
       if (isIntersecting) image.src = image.dataset.src;
       else if (!image.complete) image.removeAttribute("src");
     }
-  }, { rootMargin: "250px 0px" });
+  }, { rootMargin: "800px 0px" });
 
   const thumb = (picture) => {
     const image = make("img", { decoding: "async", alt: "" });
@@ -50,7 +52,7 @@
   const describe = (picture) => {
     const cell = cells.get(picture.name), marks = [];
     if (bare(picture)) marks.push("no caption");
-    if (picture.held) marks.push("held out");
+    if (picture.held) marks.push("validation");
     if (picture.small) marks.push("small");
     if (twins.has(picture.name)) marks.push("twin");
     if (doubts.has(picture.name)) marks.unshift("in doubt");
@@ -66,6 +68,7 @@
     if (!place) return false;
     const old = cells;
     cells = new Map();
+    byName = new Map(pictures().map((picture) => [picture.name, picture]));
     for (const picture of pictures()) {
       const before = old.get(picture.name);
       const same = before?.isConnected && before.firstChild.dataset.src === `/easel/thumb/${kind()}/${picture.url}`;
@@ -102,10 +105,13 @@
     const nothing = !shown().length, [title, text] = EMPTY[shelf.pictures.length || shelf.left_out.length ? "filter" : "none"];
     one("#grid-empty").hidden = !nothing;
     if (nothing) one("#grid-empty").replaceChildren(make("h3", { textContent: title }), make("p", { className: "small", textContent: text }));
-    one("#grid-keys").hidden = nothing;
     const any = shelf.pictures.length + shelf.left_out.length > 0;
     one("#dataset-filters").hidden = !any;
-    one("#dataset-tools").hidden = one("#trigger-to-all").hidden = !shelf.pictures.length || shelf.fixed;
+    one("#dataset-tools").hidden = !shelf.pictures.length;
+    one("#bulk").hidden = one("#check").hidden = one("#trigger-to-all").hidden = !shelf.pictures.length || shelf.fixed;
+    one("#dataset-drop").dataset.some = any;
+    one("#dataset-title").textContent = any ? plural(shelf.pictures.length, "picture") : "Drop pictures, a folder or a .zip";
+    showSelection();
     document.dispatchEvent(new CustomEvent("easel-shelf"));
   };
 
@@ -124,7 +130,7 @@
     place.textContent = tokens == null ? "" : `${tokens} of ${limit} tokens`;
     place.classList.toggle("over", Boolean(cut));
     rest.hidden = !cut;
-    rest.textContent = cut ? `Not read: ${cut}` : "";
+    rest.textContent = rest.title = cut ? `Not read: ${cut}` : "";
   };
 
   let counting = 0;
@@ -139,7 +145,7 @@
     const { shares, gains } = window.easel, share = shares?.get(picture.name), gain = gains?.get(picture.name);
     const steps = share === undefined ? "" : `, ${(100 * share).toFixed(1)}% of the steps`;
     const learned = gain ? `, ${Math.round(100 * gain.learned)}% of its loss gained by the last run` : "";
-    return `${picture.name}, ${width} × ${height}, trained at ${wide} × ${high}${more}${steps}${learned}, crop shown`;
+    return `${width} × ${height}, trained at ${wide} × ${high}${more}${steps}${learned}, crop shown`;
   };
 
   const showNothing = () => {
@@ -147,26 +153,53 @@
     one("#picture-big img").hidden = one("#picture-big .crop").hidden = true;
     one("#caption textarea").value = "";
     one("#picture-facts").textContent = "Choose a picture to see it large and to write its caption.";
-    one("#caption-state").textContent = "";
+    one("#picture-name").textContent = one("#caption-state").textContent = "";
     one("#caption-undo").hidden = true;
     showTokens();
   };
 
+  const tagsOf = (picture) => new Set(picture.caption.split(/[,\n]/).map((tag) => tag.trim()).filter(Boolean));
+  const commonTags = (members) => {
+    const [first, ...others] = members.map(tagsOf);
+    return [...(first ?? [])].filter((tag) => others.every((tags) => tags.has(tag)));
+  };
+
+  // The bar above the grid, and what the panel tells of several pictures.
+  const showSelection = () => {
+    const bar = one("#selection-bar"), count = picked.size, out = filter === "out";
+    if (!bar) return;
+    bar.hidden = !count;
+    one("#grid-keys").hidden = Boolean(count) || !shown().length;
+    const members = [...picked].map(named).filter(Boolean), held = members.length > 0 && members.every((picture) => picture.held);
+    one("#selection-count").textContent = count ? `${count.toLocaleString("en")} selected` : "";
+    for (const [does, words, hidden] of [["captions", "Edit captions", out || shelf.fixed], ["validation", held ? "Use for training" : "Use for validation", out || shelf.fixed], ["exclude", out ? "Include" : "Exclude", shelf.fixed]]) {
+      const button = one(`[data-select=${does}]`, bar);
+      button.textContent = words;
+      button.hidden = hidden;
+    }
+    const note = one("#picture-several"), tags = count > 1 ? commonTags(members) : [];
+    note.hidden = count < 2;
+    one("b", note).textContent = `${plural(count, "picture")} selected`;
+    one("#common-tags").replaceChildren(make("span", { className: "small", textContent: tags.length ? "In all captions:" : "Their captions have no tag in common." }),
+      ...tags.slice(0, 12).map((tag) => make("span", { className: "chip", dir: "auto", textContent: tag })));
+    one("#caption > span").textContent = count > 1 ? "Caption of this picture alone" : "Caption";
+  };
+
   const showButtons = () => {
-    const picture = named(chosen), out = filter === "out", count = several.size > 1 ? ` ${several.size}` : "";
-    const leave = one("#leave-out"), hold = one("#hold-out");
-    leave.textContent = `${out ? "Take back" : "Leave out"}${count}`;
-    leave.title = out ? "Puts it back among the pictures" : "Moves it aside within the project; Left out shows it";
-    hold.textContent = `${picture?.held ? "Train on" : "Hold out"}${count}`;
+    const picture = named(chosen), out = filter === "out", count = picked.size ? ` ${picked.size}` : "";
+    const leave = one("#leave-out"), hold = one("#hold-out"), held = picked.size ? [...picked].every((name) => named(name)?.held) : picture?.held;
+    leave.textContent = `${out ? "Include" : "Exclude"}${count}`;
+    hold.textContent = `${held ? "Use for training" : "Use for validation"}${count}`;
+    if (picture) leave.title = out ? "Puts it back among the pictures" : "Moves it aside within the project; Excluded shows it";
     leave.hidden = shelf.fixed;
     hold.hidden = shelf.fixed || out;
     for (const [name, cell] of cells) {
-      const on = several.size > 1 ? several.has(name) : name === chosen;
       cell.classList.toggle("on", name === chosen);
-      cell.classList.toggle("too", on && name !== chosen);
-      cell.setAttribute("aria-selected", on);
+      cell.classList.toggle("too", picked.has(name));
+      cell.setAttribute("aria-selected", picked.has(name));
       cell.tabIndex = name === chosen ? 0 : -1;
     }
+    showSelection();
   };
 
   const show = (name, focus = false) => {
@@ -175,9 +208,9 @@
     const picture = named(name), area = one("#caption textarea"), leaving = chosen;
     panel.dataset.none = picture ? "" : "1";
     for (const button of all("button", panel)) {
+      if (button.id === "detail-close") continue;
       button.disabled = !picture;
-      button.dataset.tip ??= button.title;
-      button.title = picture ? button.dataset.tip : "No picture is chosen.";
+      button.title = picture ? button.dataset.tip ?? button.getAttribute("aria-label") ?? "" : "No picture is chosen.";
     }
     area.disabled = !picture;
     if (leaving && leaving !== name && waiting.has(leaving)) save(leaving);
@@ -192,11 +225,13 @@
     frame.style.setProperty("--ratio", picture.size[0] / picture.size[1]);
     const [left, top, right, bottom] = picture.crop;
     crop.style.inset = `${top}% ${right}% ${bottom}% ${left}%`;
+    one("#picture-name").textContent = one("#picture-name").title = name;
     one("#picture-facts").textContent = facts(picture);
     const text = waiting.get(name)?.text ?? picture.caption, fixed = shelf.fixed || filter === "out";
     if (area.value !== text) area.value = text;
     area.readOnly = fixed;
     one("#caption-undo").hidden = fixed || !edits.get(name)?.past.length;
+    try { sessionStorage.setItem(KEPT, JSON.stringify([window.easel.project, name])); } catch { /* storage is off */ }
     if (!waiting.has(name)) say("saved", fixed ? "Read only" : text ? "Saved" : "No caption");
     countTokens(name, text);
     showButtons();
@@ -204,15 +239,19 @@
   };
 
   // ---- choosing -------------------------------------------------------------------------------------------------
-  const choose = (name, { toggle = false, range = false, focus = true } = {}) => {
+  const forget = () => { picked = new Set(); anchor = { name: null, kept: new Set() }; };
+  const tellSelection = () => { showButtons(); document.dispatchEvent(new CustomEvent("easel-shelf")); };
+
+  // Focus and selection are two things: arrows move the focus, Space, Ctrl and Shift select, Esc clears.
+  const choose = (name, { toggle = false, range = false, keep = false, focus = true } = {}) => {
     if (range && chosen) {
-      const names = shown().map((p) => p.name), [a, b] = [names.indexOf(chosen), names.indexOf(name)].sort((x, y) => x - y);
-      if (!several.size) several.add(chosen);
-      names.slice(a, b + 1).forEach((other) => several.add(other));
-    } else if (toggle) {
-      if (!several.size && chosen && chosen !== name) several.add(chosen);
-      if (!several.delete(name)) several.add(name);
-    } else several = new Set();
+      const names = shown().map((p) => p.name), [a, b] = [names.indexOf(names.includes(anchor.name) ? anchor.name : chosen), names.indexOf(name)].sort((x, y) => x - y);
+      picked = new Set([...anchor.kept, ...names.slice(Math.max(0, a), b + 1)]);
+    } else {
+      if (toggle && !picked.delete(name)) picked.add(name);
+      if (!toggle && !keep) forget();
+      anchor = { name, kept: new Set(picked) };
+    }
     show(name, focus);
     document.dispatchEvent(new CustomEvent("easel-shelf"));
   };
@@ -220,8 +259,10 @@
   const move = (by, { range = false, focus = true } = {}) => {
     const names = shown().map((picture) => picture.name), at = names.indexOf(chosen);
     const next = names[Math.min(names.length - 1, Math.max(0, at + by))];
-    if (next !== undefined) choose(next, { range, focus });
+    if (next !== undefined) choose(next, { range, focus, keep: true });
   };
+
+  const clear = () => { forget(); tellSelection(); };
 
   const columns = () => Math.max(1, getComputedStyle(grid()).gridTemplateColumns.split(" ").length);
 
@@ -256,7 +297,10 @@
       // The counts below the grid change only when a caption is added or removed.
       if (!before.trim() !== !text.trim()) press("refresh");
     } catch (error) {
-      if (name === chosen) say("error", `Not saved: ${error.message || "the window does not answer"}`);
+      // Without an answer it is tried again; a refusal is told.
+      const away = error instanceof TypeError;
+      if (away) entry.timer = setTimeout(() => save(name), RETRY);
+      if (name === chosen) say("error", away ? "Not saved yet, retrying" : `Not saved: ${error.message || "the window does not answer"}`);
     }
   };
 
@@ -302,20 +346,55 @@
   const leaveOut = (names) => { leaving = leaving.then(() => leaveNow(names ?? acted())).catch((error) => say("error", error.message)); return leaving; };
   const leaveNow = async (names) => {
     if (!names.length || shelf.fixed) return;
+    const back = filter === "out", [does, undoes] = back ? ["take-back", "leave-out"] : ["leave-out", "take-back"];
     await Promise.all(names.map((name) => save(name)));
-    if (!(await act(filter === "out" ? "take-back" : "leave-out", { pictures: names }))) return;
-    several = new Set();
-    await load();
-    press("refresh");
+    const send = (path) => async () => { if (!(await act(path, { pictures: names }))) return false; await changed(); return true; };
+    forget();
+    if (await send(does)()) window.easel.did(`${plural(names.length, "picture")} ${back ? "included" : "excluded"}.`, send(undoes), send(does));
   };
 
   const holdOut = async () => {
-    const names = acted(), on = !named(chosen)?.held;
+    const names = acted(), on = !names.every((name) => named(name)?.held);
     if (!names.length || shelf.fixed || filter === "out") return;
-    if (!(await act("hold-out", { pictures: names, on }))) return;
-    await load();
-    press("refresh");
+    const send = (on) => async () => { if (!(await act("hold-out", { pictures: names, on }))) return false; await changed(); return true; };
+    if (await send(on)()) window.easel.did(`${plural(names.length, "picture")} used for ${on ? "validation" : "training"}.`, send(!on), send(on));
   };
+
+  const changed = async () => { await load(); press("refresh"); };
+
+  // ---- undo: a note for ten seconds, and Ctrl+Z for as long as the page is open -----------------------------------
+  const journal = { past: [], future: [] };
+  const toast = (text, undo) => {
+    const place = one("#undo-toast") ?? document.body.appendChild(make("div", { id: "undo-toast", attributes: { role: "status" } }));
+    const close = () => { place.hidden = true; };
+    place.replaceChildren(make("span", { textContent: text }));
+    if (undo) place.append(make("button", { type: "button", className: "own quiet", onclick: undo }, "Undo ", make("kbd", { textContent: "Ctrl+Z" })));
+    place.append(make("button", { type: "button", className: "own quiet", textContent: "×", onclick: close, attributes: { "aria-label": "Dismiss" } }));
+    place.hidden = false;
+    clearTimeout(toast.timer);
+    toast.timer = setTimeout(close, 10_000);
+  };
+  // Notes what was done, with functions that take it back and do it again; both answer whether they could.
+  const did = (text, undo, redo) => {
+    journal.past.push({ text, undo, redo });
+    journal.past.splice(0, journal.past.length - MOST_STEPS);
+    journal.future = [];
+    toast(text, () => step(false));
+  };
+  // Something noted was taken back in another way.
+  const undone = (undo) => { const at = journal.past.findLastIndex((entry) => entry.undo === undo); if (at >= 0) journal.past.splice(at, 1); };
+  const step = async (forward) => {
+    const [from, into] = forward ? [journal.future, journal.past] : [journal.past, journal.future], entry = from.pop();
+    if (!entry || !(await entry[forward ? "redo" : "undo"]())) return;
+    into.push(entry);
+    toast(`${forward ? "Done again" : "Undone"}: ${entry.text}`, forward ? () => step(false) : null);
+  };
+  document.addEventListener("keydown", (event) => {
+    const key = event.key.toLowerCase(), writes = event.target.closest?.("input:not([type=checkbox]), textarea, select");
+    if (!(event.ctrlKey || event.metaKey) || !["z", "y"].includes(key) || writes || !grid()?.offsetParent) return;
+    event.preventDefault();
+    step(key === "y" || event.shiftKey);
+  });
 
   // ---- loading the images, and reloading after changes ------------------------------------------------------
   let loading = null, again = false, saves = 0, asked = null;
@@ -350,14 +429,20 @@
     // A removed cell loses the keyboard focus, even if it is inserted again at once.
     const focused = grid()?.contains(document.activeElement);
     if (!draw()) return;
-    several = new Set([...several].filter((name) => cells.has(name)));
+    picked = new Set([...picked].filter((name) => cells.has(name)));
     applyFilter();
     const typing = document.activeElement === one("#caption textarea") && waiting.has(chosen);
     if (typing) return;
     const left = new Set(shown().map((picture) => picture.name));
     const neighbour = [...before.slice(at + 1), ...before.slice(0, Math.max(0, at)).reverse()].find((name) => left.has(name));
-    show(named(chosen) ? chosen : neighbour ?? [...left][0] ?? null);
+    show([chosen, kept()].find(named) ?? neighbour ?? [...left][0] ?? null);
     if (focused) cells.get(chosen)?.focus({ preventScroll: true });
+  };
+
+  // What was chosen before the page was loaded again, as it is when the server comes back.
+  const kept = () => {
+    if (chosen) return null;
+    try { const [project, name] = JSON.parse(sessionStorage.getItem(KEPT)); return project === window.easel.project ? name : null; } catch { return null; }
   };
 
   let meter = null;
@@ -365,6 +450,7 @@
     const mark = one("#dataset-mark");
     if (!mark || !grid()) return;
     window.easel.project ??= mark.dataset.project;
+    one("#trigger :is(input, textarea)")?.setAttribute("dir", "auto");
     // Another page opened another project: everything here belongs to the old one.
     if (window.easel.project !== mark.dataset.project) { location.reload(); return; }
     if (mark.dataset.mark !== shelf.mark && mark.dataset.mark !== asked) { asked = mark.dataset.mark; load(); }
@@ -381,13 +467,24 @@
     const target = event.target.closest("button, [data-picture]");
     if (!target) return;
     const data = target.dataset;
-    if (data.picture !== undefined && target.classList.contains("thumb")) choose(data.picture, { toggle: event.ctrlKey || event.metaKey, range: event.shiftKey });
+    if (data.picture !== undefined && target.classList.contains("thumb")) {
+      const toggle = event.ctrlKey || event.metaKey;
+      // Ctrl adds to the picture that is open.
+      if (toggle && !picked.size && chosen && chosen !== data.picture) picked.add(chosen);
+      choose(data.picture, { toggle, range: event.shiftKey });
+      if (!toggle && !event.shiftKey) editOnPhone(true);
+    }
     else if (data.filter) {
       const other = (data.filter === "out") !== (filter === "out");
       filter = data.filter;
-      several = new Set();
+      forget();
       if (other) render(); else { applyFilter(); if (!shown().some((p) => p.name === chosen)) show(shown()[0]?.name ?? null); }
     } else if (data.step) move(Number(data.step), { focus: false });
+    else if (data.select === "clear") { clear(); cells.get(chosen)?.focus(); }
+    else if (data.select === "exclude") leaveOut().then(() => cells.get(chosen)?.focus({ preventScroll: true }));
+    else if (data.select === "validation") holdOut();
+    else if (data.select === "captions") window.easel.openBulk();
+    else if (target.id === "detail-close") editOnPhone(false);
     else if (target.id === "leave-out") leaveOut();
     else if (target.id === "hold-out") holdOut();
     else if (target.id === "caption-undo") goBack();
@@ -398,12 +495,15 @@
     else if (event.target.id === "dataset-search") applyFilter();
   });
 
+  // On a phone the editor fills the screen.
+  const editOnPhone = (on) => document.documentElement.classList.toggle("editing", on);
+
   const inCaption = (event) => {
     const area = event.target, key = event.key.toLowerCase();
     const control = event.ctrlKey || event.metaKey;
     if (control && (key === "z" || key === "y")) { event.preventDefault(); if (!area.readOnly) goBack(key === "y" || event.shiftKey); }
     else if (key === "pagedown" || key === "pageup") { event.preventDefault(); move(key === "pagedown" ? 1 : -1, { focus: false }); }
-    else if (key === "escape") { event.preventDefault(); cells.get(chosen)?.focus(); }
+    else if (key === "escape") { event.preventDefault(); editOnPhone(false); cells.get(chosen)?.focus(); }
   };
 
   const inGrid = (event) => {
@@ -411,25 +511,26 @@
     const control = event.ctrlKey || event.metaKey;
     if (by !== undefined) { event.preventDefault(); move(by, { range: event.shiftKey }); }
     else if (event.key === " ") { event.preventDefault(); choose(chosen, { toggle: true }); }
-    else if (event.key === "Enter" && !control) { event.preventDefault(); one("#caption textarea").focus(); }
+    else if (event.key === "Enter" && !control) { event.preventDefault(); editOnPhone(true); one("#caption textarea").focus(); }
     else if (event.key === "Delete") { event.preventDefault(); leaveOut(); }
-    else if (event.key === "Escape") { several = new Set(); showButtons(); }
-    else if (control && event.key.toLowerCase() === "a") { event.preventDefault(); several = new Set(shown().map((p) => p.name)); showButtons(); document.dispatchEvent(new CustomEvent("easel-shelf")); }
+    else if (event.key === "Escape") clear();
+    else if (control && event.key.toLowerCase() === "a") { event.preventDefault(); picked = new Set(shown().map((p) => p.name)); tellSelection(); }
   };
 
   document.addEventListener("keydown", (event) => {
     if (event.target.closest?.("#caption")) inCaption(event);
     else if (event.target.closest?.("#dataset-grid .thumb")) inGrid(event);
+    else if (event.key === "Escape" && event.target.closest?.("#selection-bar")) { clear(); cells.get(chosen)?.focus(); }
   });
 
   // API for the other scripts.
   Object.assign(window.easel, {
-    load, leaveOut,
+    load, leaveOut, did, undone,
     shelf: () => shelf,
     waitingSaves: () => Promise.all([...waiting.keys()].map((name) => save(name))),
     open: (name) => { if (filter !== "all") { filter = "all"; render(); } choose(name); },
     // The images that a bulk edit applies to, null for all.
-    scope: () => (several.size > 1 ? [...several] : shown().length < shelf.pictures.length ? shown().map((p) => p.name) : null),
+    scope: () => (picked.size ? [...picked] : shown().length < shelf.pictures.length ? shown().map((p) => p.name) : null),
     setDoubts: (names) => {
       window.easel.tellAgain();
       if (names.size === doubts.size && [...names].every((name) => doubts.has(name))) return;

@@ -4,12 +4,13 @@
   const easel = window.easel;
   const { one, get, post, make, plural, later, redraw } = easel;
   const percent = (share) => `${(100 * share).toFixed(share < 0.095 ? 1 : 0)}%`;
+  const median = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
   const signed = (value) => `${value < 0 ? "\u2212" : "+"}${Math.abs(value).toFixed(3)}`;
   const apart = (value, error) => `${Math.abs(value).toFixed(3)} ± ${error.toFixed(3)} ${value < 0 ? "higher" : "lower"}`;
   const MOST_MINIS = 10, MOST_ROWS = 12;
   const KINDS = {
-    absorbed: ["Goes to the trigger", "warn"], named: ["Stays with its words", "good"], wording: ["Promptable", "good"],
-    odd: ["Likely wrong", "bad"], meaning: ["Changes a word", "warn"], phrase: ["In all captions", "warn"], share: ["Many steps", "warn"], bucket: ["Alone in its size", "warn"],
+    absorbed: ["Will be baked in", "warn"], named: ["Can be prompted away", "good"], wording: ["Can be prompted", "good"],
+    odd: ["Check this caption", "bad"], meaning: ["Changes a meaning", "warn"], phrase: ["In all captions", "warn"], share: ["Many steps", "warn"], bucket: ["Alone in its size", "warn"],
   };
 
   let state = {};             // of /easel/insights
@@ -26,6 +27,11 @@
     button.setAttribute("aria-label", `Open ${name}`);
     return button;
   };
+  const meter = (share) => {
+    const bar = make("div", { className: "meter" }, make("i"));
+    bar.firstChild.style.width = `${Math.max(0, Math.min(100, 100 * share))}%`;
+    return bar;
+  };
   const chip = (text, tone) => make("span", { className: `chip ${tone}`, textContent: text });
   const words = (text, ...more) => make("div", { className: "why grow" }, make("p", { textContent: text }), ...more);
   const rest = (count, what) => {
@@ -38,23 +44,27 @@
   const learnedRow = ({ kind, name, sentence, pictures = [] }) => {
     const shown = pictures.slice(0, MOST_MINIS).map(mini);
     if (pictures.length > MOST_MINIS) shown.push(make("span", { className: "small", textContent: `and ${pictures.length - MOST_MINIS} more` }));
-    const [title, tone] = KINDS[kind];
+    const [title, tone] = KINDS[kind], fixed = easel.shelf().fixed;
+    if (kind === "absorbed" && name && pictures.length && !fixed) {
+      const words = `Add “${name}” to ${plural(pictures.length, "caption")}`;
+      shown.push(make("button", { type: "button", className: "own", textContent: words, data: { addTag: name, pictures: JSON.stringify(pictures) } }));
+    }
     if (kind === "wording" && name) {
       for (const word of name.split(", ")) {
         const button = make("button", { type: "button", className: "own quiet", textContent: word, title: "Shows the pictures with this word" });
         button.dataset.learnedWord = word.replace(/ \(\d+\)$/, "");
         shown.push(button);
       }
-      sentence = "Prompts can ask for, or leave out, what some captions say:";
+      sentence = "Prompts can ask for what some captions say, or leave it out:";
     }
-    return make("div", { className: "row finding" }, make("span", { className: "tag-kind" }, chip(title, tone)), words(sentence, ...(shown.length ? [make("div", { className: "minis" }, ...shown)] : [])));
+    return make("div", { className: "row finding" }, make("span", { className: "tag-kind" }, chip(title, fixed ? "" : tone)), words(sentence, ...(shown.length ? [make("div", { className: "minis" }, ...shown)] : [])));
   };
 
   const stepsSentence = (shares) => {
     const trained = shares.filter((row) => row.share > 0).sort((a, b) => a.share - b.share);
     if (!trained.length) return [];
     const [least, most] = [trained[0], trained.at(-1)], out = shares.length - trained.length;
-    const held = out ? ` ${out === 1 ? "One is held out and gets" : `${out} are held out and get`} none.` : "";
+    const held = out ? ` ${out === 1 ? "One is for validation and gets" : `${out} are for validation and get`} none.` : "";
     const even = most.share < 1.1 * least.share;
     const text = even ? `Each of the ${plural(trained.length, "picture")} gets ${percent(most.share)} of the steps.` : `A picture gets between ${percent(least.share)} and ${percent(most.share)} of the steps, by its repeats and by how batches are filled up.`;
     return [make("div", { className: "row" }, words(text + held, ...(even ? [] : [make("div", { className: "minis" }, mini(least.picture), make("span", { className: "small", textContent: "least" }), mini(most.picture), make("span", { className: "small", textContent: "most" }))])))];
@@ -73,9 +83,11 @@
     const order = ["odd", "absorbed", "meaning", "phrase", "share", "bucket", "named", "wording"];
     const rows = [...check.learned, ...phrases].sort((a, b) => order.indexOf(a.kind) - order.indexOf(b.kind));
     const told = rows.filter((row) => KINDS[row.kind][1] !== "good").length;
-    one("#learned > summary").textContent = `What will be learned${told ? `, ${told} to know` : ""}`;
-    if (!rows.length) rows.push({ kind: "wording", sentence: easel.shelf().pictures.length < 5 ? "With fewer than five pictures nothing can be said of what they have in common." : "The pictures have nothing in common that can be told without a model." });
-    redraw(place, ...rows.map(learnedRow), ...stepsSentence(check.shares));
+    const fixed = easel.shelf().fixed;
+    one("#learned > summary").textContent = `What will be learned${told && !fixed ? `, ${plural(told, "note")}` : ""}`;
+    if (!rows.length) rows.push({ kind: "wording", sentence: easel.shelf().pictures.length < 5 ? "Add pictures: with fewer than five, nothing common can be told." : "The pictures have nothing in common that shows without a model." });
+    const intended = fixed ? [make("p", { className: "small", textContent: "The demo teaches a style: these are as intended." })] : [];
+    redraw(place, ...intended, ...rows.map(learnedRow), ...stepsSentence(check.shares));
     odd = check.learned.filter((row) => row.kind === "odd").flatMap((row) => row.pictures);
     marked();
     easel.shares = new Map(check.shares.map((row) => [row.picture, row.share]));
@@ -118,14 +130,18 @@
   const captionRow = (row) => {
     const better = row.better && known(row.better.picture) ? [make("div", { className: "minis" }, make("span", { className: "small", textContent: "better with the caption of" }), mini(row.better.picture))] : [];
     const text = row.suspect ? row.sentence : `${row.picture}: ${row.caption}`;
-    const numbers = make("p", { className: "small num", textContent: `The loss is ${apart(row.fits, row.fits_error)} than with other captions, ${apart(row.helped, row.helped_error)} than with none` });
-    return make("div", { className: "row finding" }, mini(row.picture), words(text, numbers, ...better));
+    // A caption that lowers the loss as usual is a strong fit; the figures are on hover.
+    const usual = Math.max(1e-6, median(state.captions.found.rows.map((other) => other.fits))), share = Math.max(0, Math.min(1, row.fits / (2 * usual)));
+    const word = share > 0.35 ? "strong" : share > 0.15 ? "fair" : "weak";
+    const fit = make("div", { className: "row", title: `The loss is ${apart(row.fits, row.fits_error)} than with other captions, ${apart(row.helped, row.helped_error)} than with none.` },
+      make("span", { className: "small", textContent: `Fit: ${word}` }), meter(share));
+    return make("div", { className: "row finding" }, mini(row.picture), words(text, fit, ...better));
   };
 
   const showCaptions = () => {
     const found = state.captions?.found;
     showLine("captions", {
-      none: "Measures how well each caption fits its picture, by the base's own loss.",
+      none: "Measures how well each caption fits its picture.",
       fresh: "", stale: "Pictures, captions or base have changed since.",
     });
     one("#captions-found").hidden = !found;
@@ -138,12 +154,10 @@
   };
 
   const gainRow = (row) => {
-    const bar = make("div", { className: "meter" }, make("i"));
-    bar.firstChild.style.width = `${Math.max(0, Math.min(100, 100 * row.learned))}%`;
     const helps = row.helps === null ? "no caption" : `caption helps by ${signed(row.helps)} ± ${row.helps_error.toFixed(3)}`;
-    const steps = row.held_out ? "held out" : `${percent(row.share)} of the steps`;
+    const steps = row.held_out ? "for validation" : `${percent(row.share)} of the steps`;
     const text = `Gain ${signed(row.gain)} ± ${row.standard_error.toFixed(3)}, ${Math.round(100 * row.learned)}% of the base's loss; ${helps}; ${steps}`;
-    return make("div", { className: "row finding" }, mini(row.picture), words(row.suspect ? row.sentence : row.picture, bar, make("p", { className: "small num", textContent: text })));
+    return make("div", { className: "row finding" }, mini(row.picture), words(row.suspect ? row.sentence : row.picture, meter(row.learned), make("p", { className: "small num", textContent: text })));
   };
 
   const showPictures = () => {
@@ -241,6 +255,7 @@
       field.dispatchEvent(new Event("input", { bubbles: true }));
       field.scrollIntoView({ block: "center" });
     }
+    else if (data.addTag) { easel.addTag(data.addTag, JSON.parse(data.pictures)); }
     else if (data.learnedAll) { whole[data.learnedAll] = true; show(); }
     else if (data.learnedOrder) { sortMost = data.learnedOrder === "most"; showPictures(); }
   });
@@ -252,7 +267,7 @@
   document.addEventListener("easel-shelf", () => {
     const panel = one("#learned"), shelf = easel.shelf();
     if (!panel) return;
-    panel.hidden = one("#trigger-propose").hidden = !shelf.pictures.length;
+    one("#trigger-propose").hidden = !shelf.pictures.length;
     if (shelf.mark === mark) return;
     mark = shelf.mark;
     clearTimeout(soon);

@@ -121,7 +121,7 @@
       field.value = "";
     } catch (error) { note(error.message, true); } finally { sending = null; }
   };
-  easel.takeFiles = take;
+  Object.assign(easel, { takeFiles: take, openBulk: () => openBulk(), addTag: (...given) => addTag(...given) });
   addEventListener("beforeunload", (event) => { if (sending && "stopped" in sending) event.preventDefault(); });
 
   // ---- bulk edit ------------------------------------------------------------------------------------
@@ -182,39 +182,50 @@
     let done;
     changing = new Promise((resolve) => { done = resolve; });
     allow(false, "The captions are being changed");
-    try { await work(...given); } finally { changing = null; done(); }
+    try { return await work(...given); } finally { changing = null; done(); }
   };
 
-  const change = alone(async (body, tell = outcome) => {
+  const change = alone(async (body, tell = outcome, again = false) => {
     await easel.waitingSaves();
     const answer = await post("bulk", { ...body, apply: true }).catch((error) => ({ problem: error.message }));
-    if (answer.problem) { soon(); return tell(answer.problem, true); }
+    if (answer.problem) { soon(); tell(answer.problem, true); return false; }
     await easel.load();
     await tags();
-    looked += 1;
-    allow(false, "Nothing would change yet");
-    tell(answer.changed ? `${plural(answer.changed, "caption")} changed.` : "No caption had to be changed.");
+    // What was applied is not offered again.
+    if ("regex" in body) for (const name of ["#bulk-find", "#bulk-put"]) one(name).value = "";
+    preview();
+    const words = answer.changed ? `${plural(answer.changed, "caption")} changed.` : "No caption had to be changed.";
+    tell(words);
+    if (answer.changed && !again) easel.did(words, undo, () => change(body, outcome, true));
     press("refresh");
+    return true;
   }, true);
 
-  const undo = alone(async (tell = outcome) => {
+  const undo = alone(async () => {
     await easel.waitingSaves();
     const answer = await post("bulk/undo", {}).catch((error) => ({ problem: error.message }));
-    soon();
-    if (answer.problem) return tell(answer.problem, true);
+    if (answer.problem) { soon(); outcome(answer.problem, true); return false; }
     await easel.load();
     await tags();
     const kept = answer.kept ? ` ${plural(answer.kept, "caption")} changed since then and left as they are.` : "";
-    tell(`${plural(answer.undone, "caption")} as before.${kept}`);
+    outcome(`${plural(answer.undone, "caption")} restored.${kept}`);
+    preview();
     press("refresh");
+    return true;
   });
 
-  // Shown at the top, next to the trigger word, with an Undo button.
-  const addTrigger = () => change({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, (text, bad) => {
-    note(text, bad);
-    if (bad || !/^\d/.test(text)) return;
-    one("#import-note p").append(" ", make("button", { type: "button", className: "own quiet", id: "trigger-undo", textContent: "Undo" }));
-  });
+  const addTrigger = () => change({ do: "trigger", put: one("#trigger :is(input, textarea)").value }, note);
+
+  // For the selected pictures, from the bar above the grid.
+  const openBulk = () => {
+    one("#bulk").open = true;
+    if (one("#bulk-do").value === "replace") one("#bulk-do").value = "prepend";
+    preview();
+    one("#bulk-put").focus();
+    one("#bulk").scrollIntoView({ block: "nearest" });
+  };
+  // Writes a tag at the end of some captions, as a finding proposes.
+  const addTag = (tag, pictures) => change({ do: "append", put: tag, pictures });
 
   const MOST_TAGS = 60;
   const tags = async () => {
@@ -271,12 +282,7 @@
     const picture = easel.shelf().pictures.find((other) => other.name === name);
     return picture ? make("img", { loading: "lazy", alt: name, src: `/easel/thumb/dataset/${picture.url}` }) : "";
   };
-  const leave = (name) => {
-    const button = make("button", { type: "button", className: "own", textContent: "Leave out" });
-    button.dataset.leave = name;
-    button.setAttribute("aria-label", `Leave out ${name}`);
-    return button;
-  };
+  const leave = (name) => make("button", { type: "button", className: "own", textContent: "Exclude", data: { leave: name }, attributes: { "aria-label": `Exclude ${name}` } });
 
   const found = (row) => {
     const node = make("div", { className: "row found" });
@@ -314,7 +320,7 @@
     redraw(one("#check-found"), ...groups.map(([kind, title, members]) => {
       const head = make("div", { className: "row apart" }, make("h3", { textContent: `${title}, ${members.length}` }));
       if (LEAVABLE.has(kind) && members.length > 1) {
-        const every = make("button", { type: "button", className: "own quiet", textContent: kind === "twins" ? "Keep the first of each" : `Leave out all ${members.length}` });
+        const every = make("button", { type: "button", className: "own quiet", textContent: kind === "twins" ? "Keep the first of each" : `Exclude all ${members.length}` });
         every.dataset.leaveAll = JSON.stringify([...new Set(members.map((row) => row.picture))]);
         head.append(every);
       }
@@ -339,11 +345,15 @@
     if (!target) return;
     const data = target.dataset;
     if (target.id === "dataset-import") fromPath();
+    else if (target.id === "path-toggle") {
+      const open = one("#dataset-drop").toggleAttribute("data-path");
+      target.setAttribute("aria-expanded", open);
+      if (open) one("#dataset-path input").focus();
+    }
     else if (target.id === "import-stop") { if (sending) sending.stopped = true; }
     else if (target.id === "bulk-apply") change(scoped(edit()));
     else if (target.id === "trigger-to-all") addTrigger();
-    else if (target.id === "trigger-undo") undo(note);
-    else if (target.id === "bulk-undo") undo();
+    else if (target.id === "bulk-undo") undo().then((done) => { if (done) easel.undone(undo); });
     else if (data.tagDo === "delete") change({ do: "delete tag", find: data.tag });
     else if (data.tagDo === "rename") renameTag(target);
     else if (target.id === "check-start") check();

@@ -12,9 +12,9 @@
   };
 
   const row = (project) => {
-    const words = make("div", { className: "grow" }, make("b", { textContent: project.title }),
+    const words = make("div", { className: "grow" }, make("b", { textContent: project.title, dir: "auto" }),
       make("p", { className: "small num", textContent: `${plural(project.pictures, "picture")}, ${plural(project.runs, "run")}, ${project.size}` }));
-    const open = project.is_open ? make("span", { className: "chip accent", textContent: "Open" }) : button("open", "Open", project, "");
+    const open = project.is_open ? make("span", { className: "chip accent", textContent: "Current" }) : button("open", "Open", project, "");
     return make("div", { className: "row apart" }, words, make("div", { className: "row" }, button("rename", "Rename", project), button("delete", "Delete", project), open));
   };
 
@@ -30,7 +30,7 @@
   const showTrash = (things) => {
     const fold = one("#projects-trash");
     fold.hidden = !things.length;
-    one("summary", fold).textContent = `In the trash: ${plural(things.length, "thing")}`;
+    one("summary", fold).textContent = `Trash, ${plural(things.length, "item")}`;
     window.easel.refocus(fold, () => one(".list", fold).replaceChildren(...things.map(trashRow)));
   };
 
@@ -70,8 +70,8 @@
   };
 
   // Asked in the row itself, next to its item.
-  const askIn = (target, field, words, sends) => {
-    const place = target.closest(".row.apart"), yes = make("button", { className: "own primary", textContent: words });
+  const askIn = (target, field, words, sends, tone = "primary") => {
+    const place = target.closest(".row.apart"), yes = make("button", { className: `own ${tone}`, textContent: words });
     const no = make("button", { type: "button", className: "own", textContent: "Cancel" });
     const form = make("form", { className: "row grow" }, field, yes, no);
     form.addEventListener("submit", (event) => { event.preventDefault(); act(sends()); });
@@ -89,13 +89,13 @@
     else if (target.id === "projects-close") one("#projects").close();
     else if (["open", "clean", "restore"].includes(does)) act({ do: does, project });
     else if (does === "rename") {
-      const title = one("b", target.closest(".row.apart")).textContent, input = make("input", { type: "text", value: title, maxLength: 80 });
+      const title = one("b", target.closest(".row.apart")).textContent, input = make("input", { type: "text", value: title });
       input.setAttribute("aria-label", `New name of ${title}`);
       askIn(target, make("label", { className: "entry grow" }, input), "Rename", () => ({ do: "rename", project, title: input.value }));
     } else if (does === "delete") {
       const title = one("b", target.closest(".row.apart")).textContent;
-      askIn(target, make("span", { className: "grow small", textContent: `Move “${title}” with its pictures to the trash? Its runs stay.` }), "Delete", () => ({ do: "delete", project }));
-    } else if (does === "empty") askIn(target, make("span", { className: "grow small", textContent: "Remove for good what is in the trash?" }), "Remove", () => ({ do: "empty" }));
+      askIn(target, make("span", { className: "grow small", textContent: `Move “${title}” with its pictures to the trash? Its runs stay, and Trash below restores it.` }), "Delete", () => ({ do: "delete", project }), "danger");
+    } else if (does === "empty") askIn(target, make("span", { className: "grow small", textContent: "Delete everything in the trash for good?" }), "Delete for good", () => ({ do: "empty" }), "danger");
   });
 
   document.addEventListener("submit", (event) => {

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from app.formatting import pluralize, safe
-from app.templates import chip
+from app.formatting import pluralize
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.buckets import choose_bucket, crop_box
@@ -220,18 +219,17 @@ def _crop(width: int, height: int, resolution: int, multiple: int) -> tuple[list
     return [bucket.width, bucket.height], [round(100 * share, 2) for share in shares]
 
 
-def version_marker(project: Project, plan: Plan) -> str:
-    """A hidden element that tells pages when to reload images and recount captions."""
+def page_versions(project: Project, plan: Plan) -> dict[str, str]:
+    """What tells pages when to reload images and recount captions."""
     project.dataset()
-    return (
-        f'<span id="dataset-mark" hidden data-mark="{safe(gallery_version(project, plan))}"'
-        f' data-meter="{safe(meter_version(plan))}" data-project="{safe(project.path.name)}"'
-        f' data-trigger="{safe(plan.trigger)}"></span>'
-    )
+    return {
+        "mark": gallery_version(project, plan), "meter": meter_version(plan), "project": project.path.name,
+        "trigger": plan.trigger,
+    }  # fmt: skip
 
 
-def findings_html(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: list[str]) -> str:
-    """Chips with counts, and a sentence per problem.
+def summarize(dataset: Dataset, skipped: list[FileProblem], demo: bool, advice: list[str]) -> dict[str, Any]:
+    """The counts of the summary as (text, tone), and a sentence for each thing worth knowing.
 
     Args:
         dataset: the pictures.
@@ -241,48 +239,33 @@ def findings_html(dataset: Dataset, skipped: list[FileProblem], demo: bool, advi
     """
     bare = sum(not record.caption for record in dataset.records)
     held = sum(record.held_out for record in dataset.records)
-    ready = len(dataset.records) - bare
-    chips = []
-    if ready:
-        chips.append(chip(f"{ready} ready", "good"))
-    if bare:
-        chips.append(chip(f"{bare} without caption", "warn"))
-    if held:
-        chips.append(chip(f"{held} held out for validation"))
-    if dataset.problems:
-        chips.append(chip(pluralize(len(dataset.problems), "problem"), "bad"))
-    if unused := sum(note.kind in UNUSED for note in dataset.notes):
-        chips.append(chip(f"{pluralize(unused, 'file')} not used", "warn"))
-    if skipped:
-        chips.append(chip(f"{len(skipped)} skipped at the last import", "warn"))
-    if demo:
-        chips.append('<span class="chip" data-captions-fixed>the demo\'s own, read-only</span>')
-    if not chips:
-        return ""
-    said = [*dataset.problems, *summarize_notes(dataset.notes, AUDIT_ONLY), *skipped]
-    sentences = [*advice, *(problem.sentence for problem in said)]
-    lines = "".join(f"<li>{safe(sentence)}</li>" for sentence in sentences[:MOST_SENTENCES])
-    if len(sentences) > MOST_SENTENCES:
-        lines += f"<li>And {len(sentences) - MOST_SENTENCES} more.</li>"
-    listed = f'<ul class="sentences small">{lines}</ul>' if lines else ""
-    onward = (
-        '<button type="button" class="own" data-tab="Train">Next: Train</button>' if dataset.records else ""
-    )
-    return (
-        '<div class="panel tight"><div class="row apart"><div class="row"'
-        f' id="dataset-chips">{"".join(chips)}</div>{onward}</div>{listed}</div>'
-    )
+    unused = sum(note.kind in UNUSED for note in dataset.notes)
+    counts = [
+        (len(dataset.records) - bare, pluralize(len(dataset.records) - bare, "picture") + " ready", "good"),
+        (bare, f"{bare} without caption", "warn"),
+        (held, f"{held} for validation", ""),
+        (len(dataset.problems), pluralize(len(dataset.problems), "problem"), "bad"),
+        (unused, f"{pluralize(unused, 'file')} not used", "warn"),
+        (demo, "Demo pictures (read-only)", ""),
+    ]
+    found = [*dataset.problems, *summarize_notes(dataset.notes, AUDIT_ONLY), *summarize_notes(skipped)]
+    return {
+        "pictures": len(dataset.records),
+        "chips": [(text, tone) for count, text, tone in counts if count],
+        "sentences": [*advice, *(problem.sentence for problem in found)],
+        "most": MOST_SENTENCES,
+    }
 
 
-class FindingsView:
-    """Caches `findings_html` until its inputs change."""
+class DatasetSummary:
+    """Caches `summarize` until its inputs change."""
 
     def __init__(self) -> None:
         """Nothing is known yet."""
-        self._known: tuple[object, str] | None = None
+        self._known: tuple[object, dict[str, Any]] | None = None
 
-    def html(self, project: Project, plan: Plan) -> str:
-        """See `findings_html`."""
+    def read(self, project: Project, plan: Plan) -> dict[str, Any]:
+        """See `summarize`."""
         dataset, skipped = project.dataset(), [] if project.uses_demo else project.notes
         key = (project.revision, meter_version(plan), tuple(problem.sentence for problem in skipped))
         if self._known is None or self._known[0] != key:
@@ -290,5 +273,5 @@ class FindingsView:
             captions = [record.caption for record in dataset.records if record.caption]
             phrases = [] if project.uses_demo else phrase_sentences(captions, plan.trigger)[:3]
             advice = [*([cut] if cut else []), *phrases]
-            self._known = (key, findings_html(dataset, skipped, project.uses_demo, advice))
+            self._known = (key, summarize(dataset, skipped, project.uses_demo, advice))
         return self._known[1]

@@ -176,8 +176,8 @@ def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
         return []
     own = f" {' '.join(trigger.casefold().replace(',', ' ').split())} "
     return [
-        f"“{phrase}” stands in {count} of {len(captions)} captions; unless it is your trigger, take it out of"
-        " most, or what you want to teach is learned by this phrase."
+        f"“{phrase}” is in {count} of {len(captions)} captions: unless it is your trigger word, remove it"
+        " from most, or it will stand for what you teach."
         for phrase, count in common_phrases(captions)
         if f" {phrase} " not in own
     ]

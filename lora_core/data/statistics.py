@@ -246,8 +246,8 @@ def check_background_captions(
         odd = [i for i in members if colours[i] not in (shown, colour_of_word(word))]
         if shown != colour_of_word(word) and count >= _FEWEST:
             sentence = (
-                f"{len(members)} captions say “{word} background”, and {count} of their pictures have"
-                f" {_a_or_an(shown)} {shown} one: these words will come to mean that."
+                f"“{word} background” will come to mean {shown}: {count} of the {len(members)} pictures with"
+                f" these words have {_a_or_an(shown)} {shown} one. Write {shown} instead, unless you want it."
             )
             meant = [records[i] for i in members if colours[i] == shown]
             rows.append(
@@ -261,8 +261,8 @@ def check_background_captions(
 def _odd_caption(record: ImageRecord, name: str, colours: tuple[str, str, str], count: int) -> dict[str, Any]:
     word, own, shown = colours
     sentence = (
-        f"The caption of {name} says “{word} background”, but it has {_a_or_an(own)} {own} one; the other"
-        f" {count} with these words have {_a_or_an(shown)} {shown} one. Its caption is likely wrong."
+        f"Check the caption of {name}: it says “{word} background”, but it has {_a_or_an(own)} {own} one; the"
+        f" other {count} with these words have {_a_or_an(shown)} {shown} one."
     )
     return bias_finding("odd", word, sentence, [record], {"pictures": count})
 
@@ -395,20 +395,12 @@ def _attribute_row(
     kind = "absorbed"
     if said >= _NEARLY_ALL * len(records):
         kind = "named"
-        sentence = (
-            f"{shown}, and {said} of their captions say so: it is learned with these words, and prompts"
-            " without them can be free of it."
-        )
-    elif said > _FEW * len(records):
-        sentence = (
-            f"{shown}, but only {said} of their captions say so: part of it will be learned with {taker}. Say"
-            f" it in all of them ({attribute.name}), or in none if it belongs to what you teach."
-        )
+        sentence = f"{shown}, and {said} captions say so: prompts can leave it out."
     else:
-        told = "no caption says so" if not said else f"only {said} of their captions say so"
+        part = "partly " if said > _FEW * len(records) else ""
         sentence = (
-            f"{shown} and {told}: it will be learned with {taker}. Write “{attribute.name}” into their"
-            " captions, unless it belongs to what you teach."
+            f"{shown}, {len(silent)} of them without saying so in the caption: it will be {part}learned with"
+            f" {taker}. Add “{attribute.name}” to these captions, unless you want it always."
         )
     counts = {"pictures": len(records), "captions": said, "of": pictures}
     return bias_finding(kind, attribute.name, sentence, [] if kind == "named" else silent, counts)
@@ -434,8 +426,8 @@ def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
     ][:_MOST_WORDS]
     if not some:
         sentence = (
-            "No word stands in some captions and not in others, so that prompts can move nothing but what the"
-            " base knows by itself."
+            "No word is in some captions and not in others: prompts can change only what the base knows by"
+            " itself."
         )
         return [bias_finding("wording", "", sentence, [], {"captions": len(written)})]
     listed = ", ".join(f"{word} ({count})" for word, count in some)
@@ -460,7 +452,7 @@ def _uneven_shares(
             why = f"its {record.repeats} repeats" if record.repeats > 1 else "batches that it fills up alone"
             sentence = (
                 f"{name} gets {share:.0%} of all steps, {share / even:.1f} times an even share, by {why}: it"
-                " is learned more strongly than the others."
+                " is learned more strongly than the others. Lower its repeats, or add pictures like it."
             )
             rows.append(bias_finding("share", name, sentence, [record], {"share": share, "even": even}))
     return rows

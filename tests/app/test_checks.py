@@ -79,9 +79,9 @@ def test_what_is_not_used_stands_beside_start(app_state: AppState, pictures: lis
     assert sum("regularisation" in text or "white background" in text for text in _notes(app_state)) == 2
     assert start_problems(take_snapshot(app_state)) == []
     app_state.project.save_caption("picture-0.png", "new")
-    shown = gallery.findings_html(app_state.project.dataset(), [], False, [])
-    assert "4 files not used" in shown
-    assert "2 masks are not used yet" in shown
+    shown = gallery.summarize(app_state.project.dataset(), [], False, [])
+    assert "4 files not used" in [text for text, _ in shown["chips"]]
+    assert any("2 masks are not used yet" in sentence for sentence in shown["sentences"])
 
 
 def test_a_name_that_is_taken_is_said(app_state: AppState, pictures: list[Path]) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
 from app.dataset import uploads
-from app.dataset.gallery import findings_html
+from app.dataset.gallery import summarize
 from app.dataset.routes import add_dataset_routes
 from app.routes import add_routes
 from app.state import AppState
@@ -317,7 +317,8 @@ def test_a_hostile_folder_comes_in_without_harm(
     (app_state.project.image_folder / "mask").mkdir()
     (app_state.project.image_folder / "mask" / "a.png").write_bytes(png(3))
     assert [(one["name"], one["caption"]) for one in shelf(client)] == [("a.png", "")]
-    shown = findings_html(app_state.project.dataset(), app_state.project.notes, False, [])
+    found = summarize(app_state.project.dataset(), app_state.project.notes, False, [])
+    shown = "\n".join(found["sentences"])
     for words in ("pipe.png is a pipe", "a.txt is a link to a file outside", "�.png", "mask/a.png is a mask"):
         assert words in shown
     shown.encode()

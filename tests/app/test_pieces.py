@@ -10,6 +10,7 @@ from app import formatting
 from app.dataset import gallery
 from app.jobs import RunView
 from app.state import ShownRun
+from app.templates import render
 from app.train import runs as cards
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.runs import events
@@ -21,9 +22,11 @@ HOSTILE = '"><img src=x onerror=alert(1)>{{7*7}}${7*7}'
 def test_what_is_wrong_is_said_as_text(tmp_path: Path) -> None:
     record = ImageRecord(tmp_path / "a.png", 200, 100, HOSTILE)
     problem = FileProblem(tmp_path / "a.png", "broken", f"{HOSTILE} is damaged.")
-    shown = gallery.findings_html(Dataset([record], [problem]), [problem], False, [HOSTILE])
+    values = gallery.summarize(Dataset([record], [problem]), [problem], False, [HOSTILE])
+    marks = dict.fromkeys(("mark", "meter", "project", "trigger"), HOSTILE)
+    shown = render("dataset/status.html", **values, **marks)
     assert "<img src=x" not in shown
-    assert shown.count("&lt;img src=x") == 3
+    assert shown.count("&lt;img src=x") == 3 + len(marks)
 
 
 def test_the_crop_is_drawn_in_shares_of_the_picture(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     for left in ("a ball, no. 1", "a ball, number 1"):
         page.click("#bulk-undo")
         page.wait_for_function(f"easel.shelf().pictures[1].caption == {json.dumps(left)}")
-        page.wait_for_selector("#bulk-said >> text=5 captions as before")
+        page.wait_for_selector("#bulk-said >> text=5 captions restored")
     assert (stored(window) / "ball 1 é.txt").read_text() == "a ball, number 1"
 
     page.fill("#trigger input, #trigger textarea", "sks ball")
@@ -168,7 +168,59 @@ def test_the_check_and_leaving_out(page, window: Any, tmp_path: Path) -> None:
     assert (stored(window) / "tiny.png").exists()
 
 
+def test_several_are_selected_excluded_and_brought_back(page, window: Any, pictures: list[Path]) -> None:
+    take(page, [*pictures, *(p.with_suffix(".txt") for p in pictures[1:])])
+    pictures_in(page, 6)
+    selected = page.locator(".thumb[aria-selected=true]")
+    page.focus(".thumb.on")
+    for key in ("Space", "ArrowRight", "Space", "ArrowRight", "ArrowRight", "Space", "ArrowRight"):
+        page.keyboard.press(key)
+    page.wait_for_selector("#selection-count >> text=3 selected")
+    assert page.inner_text("#picture-several b") == "3 pictures selected"
+    assert page.evaluate("document.activeElement.ariaSelected") == "false"
+    page.keyboard.press("Escape")
+    assert selected.count() == 0
+    assert page.is_hidden("#selection-bar")
+    listed = names(page)
+    for index, modifiers in ((1, []), (3, ["Shift"]), (5, ["Control"]), (2, ["Control"])):
+        page.click(f"{GRID} >> nth={index}", modifiers=modifiers)
+    chosen = selected.evaluate_all("all => all.map(one => one.dataset.picture)")
+    assert chosen == [listed[1], listed[3], listed[5]]
+
+    # The edit is for these alone, and is not offered a second time.
+    page.click("[data-select=captions]")
+    page.fill("#bulk-put", "ohwx")
+    page.wait_for_selector("#bulk-apply:enabled")
+    assert page.inner_text("#bulk-preview ins >> nth=0").startswith("ohwx")
+    page.click("#bulk-apply")
+    page.wait_for_selector("#bulk-said >> text=3 captions changed")
+    has_value(page, "#bulk-put", "")
+    page.fill("#bulk-put", "ohwx")
+    page.wait_for_selector("#bulk-preview >> text=0 captions of 3 would change")
+    page.wait_for_selector("#common-tags .chip >> text=ohwx")
+
+    page.click("[data-select=exclude]")
+    pictures_in(page, 3)
+    page.wait_for_selector("#undo-toast >> text=3 pictures excluded")
+    page.keyboard.press("Control+z")
+    pictures_in(page, 6)
+    page.keyboard.press("Control+Shift+z")
+    pictures_in(page, 3)
+    page.click("#undo-toast button >> text=Undo")
+    pictures_in(page, 6)
+    page.wait_for_selector("#undo-toast >> text=Undone: 3 pictures excluded")
+    page.keyboard.press("Control+z")
+    page.wait_for_function("!easel.shelf().pictures.some(one => one.caption.includes('ohwx'))")
+    assert (stored(window) / "ball 1 é.txt").read_text() == "a ball, number 1"
+
+    # The same files again are the same pictures.
+    take(page, pictures)
+    page.wait_for_selector("#import-note >> text=6 pictures are already here, skipped.")
+    assert names(page) == listed
+
+
 def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
+    page.wait_for_selector("#dataset-drop[data-some=false]")
     page.focus("#dataset-path input")
     page.keyboard.type(str(pictures[0].parent))
     page.keyboard.press("Enter")
@@ -192,10 +244,10 @@ def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
     page.keyboard.press("Escape")
     assert (stored(window) / Path(first).with_suffix(".txt")).read_text() == "written by hand"
     page.keyboard.press("Shift+ArrowRight")
-    page.wait_for_selector("#leave-out >> text=Leave out 2")
+    page.wait_for_selector("#leave-out >> text=Exclude 2")
     page.focus("#hold-out")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#dataset-chips >> text=2 held out for validation")
+    page.wait_for_selector("#dataset-chips >> text=2 for validation")
     assert len((stored(window) / "held_out.txt").read_text().splitlines()) == 2
     page.focus(".thumb.on")
     page.evaluate("window.easel.load()")

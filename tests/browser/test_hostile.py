@@ -104,7 +104,7 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     assert shown == "we_ird '_img src=x onerror=hit=1_' {{7_7}} \u202eabc 😀_line.png"
     page.click("[data-picture]")
     has_value(page, "#caption textarea", HOSTILE)
-    assert shown in page.inner_text("#picture-facts")
+    assert shown in page.inner_text("#picture-name")
     caption = (project / "pictures" / shown).with_suffix(".txt")
     for text in (f"{HOSTILE} {LONG}".strip(), f"{HOSTILE} once more"):
         page.fill("#caption textarea", text)

@@ -145,7 +145,9 @@ def test_the_same_bytes_come_in_once(tmp_path: Path, draw: Draw) -> None:
     (source / "renamed.txt").write_text("late")
     again = import_folder(source, into)
     assert [path.name for path in again.added] == ["c.png", "b.txt"]
-    assert sorted(one.kind for one in again.skipped) == ["already there", "already there"] + ["same picture"] * 2
+    assert (
+        sorted(one.kind for one in again.skipped) == ["already there", "already there"] + ["same picture"] * 2
+    )
     assert "renamed.png is already here, as b.png." in [one.sentence for one in again.skipped]
     assert listed(into) == sorted([*first, "b.txt", "c.png"])
 
