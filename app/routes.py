@@ -8,6 +8,7 @@ import asyncio
 import dataclasses
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from app.guard import LOOPBACK, host_name, is_loopback
 from app.state import AppState
 from app.train.form import Plan
 from lora_core.data.images import IMAGE_SUFFIXES
+from lora_core.data.scan import safe_name
 from lora_core.errors import LoraError, RunError
 from lora_core.projects.project import relative_name
 from lora_core.runs.folder import runs_folder
@@ -33,7 +35,11 @@ IMAGE_TYPES = set(IMAGE_SUFFIXES)
 SHOWN = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 ASSET_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 LARGEST_CAPTION = 1_000_000
+LARGEST_FILE = 2_000_000_000
+ROOM_LEFT = 200_000_000
+"""Bytes that a disk keeps free."""
 # URLs contain the file's time, so they can be cached indefinitely.
+FRESH = {"Cache-Control": "no-store"}
 KEEP = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 
@@ -234,6 +240,25 @@ async def read_sent_json(request: Request) -> dict[str, Any]:
     if not isinstance(sent, dict):
         raise BadRequest("not an object")
     return sent
+
+
+async def receive_file(request: Request, folder: Path, name: str) -> Path:
+    """Write the request's body as the only file of `folder`, under its own name.
+
+    Raises:
+        RunError: it is too large, or the disk is full.
+    """
+    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / safe_name(name).name
+    room = min(LARGEST_FILE, shutil.disk_usage(folder).free - ROOM_LEFT)
+    with open(path, "wb") as file:
+        async for chunk in request.stream():
+            room -= len(chunk)
+            if room < 0:
+                raise RunError(f"{name} is too large; give its path instead.")
+            file.write(chunk)
+    return path
 
 
 def _tokens(app_state: AppState, text: str) -> dict[str, Any]:

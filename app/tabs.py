@@ -17,6 +17,8 @@ from app.export.view import build_export
 from app.preview.routes import add_preview_routes
 from app.preview.view import build_preview
 from app.state import AppState
+from app.toolbox.routes import add_toolbox_routes
+from app.toolbox.view import build_toolbox
 from app.train.routes import add_run_routes
 from app.train.view import build_train
 
@@ -46,14 +48,21 @@ TABS = (
         ("dataset.js", "dataset_tools.js", "dataset_learned.js"), ("dataset.css",),
     ),
     Tab("Train", build_train, add_run_routes, ("train.js",)),
-    Tab("Preview", build_preview, add_preview_routes, ("preview.js",)),
-    Tab("Export", build_export, add_export_routes, ("inside.js",), ("analysis.css",)),
+    Tab("Preview", build_preview, add_preview_routes, ("preview.js",), ("preview.css",)),
+    Tab("Export", build_export, add_export_routes, ("export.js",)),
+    Tab("Toolbox", build_toolbox, add_toolbox_routes, ("toolbox.js",), ("analysis.css",)),
 )  # fmt: skip
 
 
 def list_scripts() -> list[str]:
     """The page's scripts in loading order: the shared ones, then each tab's."""
-    return ["window.js", "folder_drop.js", "projects.js", *(name for tab in TABS for name in tab.scripts)]
+    return [
+        "window.js",
+        "lightbox.js",
+        "folder_drop.js",
+        "projects.js",
+        *(name for tab in TABS for name in tab.scripts),
+    ]
 
 
 def list_styles() -> list[str]:

@@ -39,20 +39,20 @@
     return files;
   };
 
-  // LoRA files go to the panel that checks them. On the Preview tab they are added as LoRAs, and images are read for
+  // LoRA files go to the Toolbox. On the Preview tab they are added as LoRAs, and images are read for
   // their settings.
   const previewDrop = () => { const place = document.querySelector("#preview-drop"); return place?.offsetParent ? place : null; };
   const hand = (files) => {
     const name = files.length === 1 ? files[0].path : "", adapter = /\.safetensors$/i.test(name);
     const preview = (adapter || /\.png$/i.test(name)) && previewDrop();
-    const place = preview || (adapter && document.querySelector("#check-drop"));
+    const place = preview || (adapter && document.querySelector("#toolbox-drop"));
     const input = place && place.querySelector("input[type=file]");
     if (!input) return window.easel.takeFiles(files);
     const transfer = new DataTransfer();
     transfer.items.add(files[0].file);
     input.files = transfer.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
-    if (!preview) window.easel.openTab("Export");
+    if (!preview) window.easel.openTab("Toolbox");
   };
 
   let depth = 0;

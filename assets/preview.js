@@ -1,16 +1,19 @@
-// Client of the Preview tab: LoRA rows, base against LoRA, the image in progress.
+// Client of the Preview tab: the form, base against LoRA, the image in progress.
 //
-// The rows are built here, so that no response replaces a slider that is being moved. The server's state comes with a
-// revision; each change made here gets the next one.
+// The form is drawn and filled here, so that no response replaces a control that is in use. The server's state of it
+// comes with a revision; each change made here gets the next one.
 (() => {
   const { one, all, get, post, press, make, refocus } = window.easel;
   const MOST = 1.5;
-  let rows = [], apart = false, groups = [], rev = -1, project = null, mark = "", sending = false;
+  const root = document.documentElement;
+  let rows = [], apart = false, groups = [], best = {}, rev = -1, project = null, mark = "", sending = false, changedAt = 0;
+  const form = (id = "preview-form") => document.getElementById(id);
+  const fieldsOf = () => Object.fromEntries([...new FormData(form())].map(([name, value]) => [name, String(value)]));
+  const stripOf = () => { const { values, on } = form("strip-form").elements; return { values: values.value, on: on.checked }; };
+  const rowsOf = () => rows.map(({ file, strength, text }) => ({ file, strength, text: apart ? text ?? strength : null }));
+  const sent = () => ({ rows: rowsOf(), apart, fields: fieldsOf(), strip: stripOf() });
 
-  const sent = () => rows.map(({ file, strength, text }) => ({ file, strength, text: apart ? text ?? strength : null }));
-  window.easel.loraRows = () => (one("#loras")?.dataset.ready ? JSON.stringify({ rows: sent(), apart }) : "");
-
-  // ---- the rows -------------------------------------------------------------------------------------------------
+  // ---- the LoRAs ------------------------------------------------------------------------------------------------
   const files = (row) => {
     const select = make("select", { className: "field", data: { part: "file" }, attributes: { "aria-label": "LoRA file" } });
     const known = groups.flatMap(([, found]) => found.map(([, file]) => file));
@@ -19,17 +22,26 @@
       for (const [title, file] of found) group.append(make("option", { value: file, textContent: title }));
       select.append(group);
     }
-    select.append(make("option", { value: "", textContent: "A file elsewhere: type its path" }));
+    select.append(make("option", { value: "", textContent: "Another file: type its path" }));
     select.value = known.includes(row.file) ? row.file : "";
+    select.title = row.file;
     return select;
   };
 
+  // A strength with marks at 0, at 1 and at the measured best.
   const dial = (row, index, part, words) => {
-    const value = part === "text" ? row.text ?? row.strength : row.strength;
+    const value = part === "text" ? row.text ?? row.strength : row.strength, found = part === "text" ? undefined : best[row.file];
     const label = rows.length > 1 ? `${words} of LoRA ${index + 1}` : words;
     const range = make("input", { type: "range", min: 0, max: MOST, step: 0.05, value, data: { part }, attributes: { "aria-label": label } });
     const number = make("input", { type: "number", step: 0.05, value, className: "field", data: { part, typed: "1" }, attributes: { "aria-label": `${label}, typed` } });
-    return make("div", { className: "dial", id: index || part === "text" ? "" : "strength" }, make("span", { className: "small", textContent: words }), range, number);
+    const at = (place, text, more) => { const tick = make("span", { textContent: text, ...more }); tick.style.left = `${(100 * place) / MOST}%`; return tick; };
+    const ticks = make("div", { className: "ticks small num", ariaHidden: "true" }, at(0, "0"), at(1, "1"), at(MOST, MOST));
+    const made = make("div", { className: "dial", id: index || part === "text" ? "" : "strength" }, make("span", { className: "small", textContent: words }), make("div", { className: "range" }, range, ticks), number);
+    if (found > 0 && found <= MOST) {
+      ticks.append(at(found, "★", { className: "best" }));
+      made.append(make("button", { type: "button", className: "own quiet", textContent: `Set to best, ${found}`, data: { setBest: index } }));
+    }
+    return made;
   };
 
   const rowOf = (row, index) => {
@@ -37,60 +49,81 @@
     const away = make("button", { type: "button", className: "own icon", title: "Remove this LoRA", data: { removeLora: index }, attributes: { "aria-label": `Remove LoRA ${index + 1}` } }, "×");
     const path = make("input", { type: "text", className: "field", value: row.file, hidden: select.value !== "", placeholder: "Path of a .safetensors file", spellcheck: false, data: { part: "path" }, attributes: { "aria-label": `Path of LoRA ${index + 1}` } });
     const head = make("div", { className: "lora-head", id: index ? "" : "preview-lora" }, select, away, path);
-    const dials = [dial(row, index, "strength", apart ? "UNet" : "LoRA strength")];
+    const dials = [dial(row, index, "strength", apart ? "UNet" : "Strength")];
     if (apart) dials.push(dial(row, index, "text", "Text encoder"));
     return make("div", { className: "lora-row", data: { row: index }, attributes: { role: "group", "aria-label": `LoRA ${index + 1}` } }, head, ...dials);
   };
 
   const show = () => {
     const place = one("#loras");
-    if (!place) return;
-    const add = make("button", { type: "button", className: "own", id: "add-lora", textContent: rows.length ? "Add another LoRA" : "Add a LoRA" });
+    const add = make("button", { type: "button", className: "own quiet", id: "add-lora", textContent: rows.length ? "Add another LoRA" : "Add a LoRA" });
     const box = make("input", { type: "checkbox", checked: apart, id: "text-apart" });
-    const note = rows.length ? [] : [make("p", { className: "small", textContent: "Without a LoRA the base alone is drawn." })];
-    const more = make("details", { open: apart || Boolean(one("details", place)?.open) }, make("summary", { textContent: "Advanced" }), make("label", { className: "small check" }, box, " Text encoder strength apart from the UNet's"));
-    refocus(place, () => place.replaceChildren(...rows.map(rowOf), ...note, add, ...(rows.length ? [more] : [])));
+    const note = rows.length ? [] : [make("p", { className: "small", textContent: "Without a LoRA only the base generates." })];
+    const more = rows.length ? [make("label", { className: "tick small" }, box, "Separate text encoder strength")] : [];
+    refocus(place, () => place.replaceChildren(...rows.map(rowOf), ...note, make("div", { className: "row apart" }, add, ...more)));
     place.dataset.ready = "1";
   };
 
+  // What is folded says what it holds.
+  const summarize = () => {
+    const { sampler, steps, cfg, width, height, negative } = form().elements;
+    const size = width.value && height.value ? `, ${width.value} × ${height.value}` : "";
+    const words = { negative: negative.value.slice(0, 40) || "none", sampling: `${sampler.selectedOptions[0]?.textContent}, ${steps.value} steps, guidance ${cfg.value}${size}` };
+    for (const place of all("[data-summary]")) if (place.textContent !== words[place.dataset.summary]) place.textContent = words[place.dataset.summary];
+  };
+  const fill = (fields, strip) => {
+    for (const [name, value] of Object.entries({ ...fields })) {
+      const field = form().elements[name];
+      if (field && field !== document.activeElement) field.value = value ?? "";
+    }
+    const { values, on } = form("strip-form").elements;
+    if (values !== document.activeElement) values.value = strip.values;
+    on.checked = strip.on;
+    summarize();
+  };
+
   // One request at a time, in order; `later` holds what changed while one was in flight.
-  let later = null;
+  let later = null, timer = null;
   const send = async (moved) => {
     if (sending) { later = { moved: moved || Boolean(later?.moved) }; return; }
     sending = true;
     try {
-      const answer = await post("preview/rows", { rows: sent(), apart, moved });
+      const answer = await post("preview/rows", { ...sent(), moved });
       if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
       if (answer.drawn) { follow(); press("refresh"); }
-    } catch { /* The next press of Generate takes the rows along anyway. */ } finally { sending = false; }
+    } catch { /* Generate sends the form again. */ } finally { sending = false; changedAt = Date.now(); }
     const next = later;
     later = null;
     if (next) send(next.moved); else read();
   };
-  let timer = null;
   const changed = (moved, wait) => { clearTimeout(timer); timer = setTimeout(() => { timer = null; send(moved); }, wait); };
 
   const read = () => {
     const place = one("#preview-base-note");
-    if (!place || !one("#loras") || sending || timer || (place.dataset.mark === mark && one("#loras").dataset.ready)) return;
+    if (!place || !one("#loras") || !form("strip-form") || sending || timer || (place.dataset.mark === mark && one("#loras").dataset.ready)) return;
     let data;
-    try { data = JSON.parse(place.dataset.loras); } catch { return; }
-    // A longer list of files, or rows that follow the newest run, can wait while the user is
-    // editing them.
+    try { data = JSON.parse(place.dataset.form); } catch { return; }
+    // A longer list of files, or a form that follows the newest run, can wait while the user is editing.
     const held = document.activeElement?.matches("#loras select, #loras input");
+    const reset = data.rev === 0 && rev > 0 && Date.now() - changedAt > 3000;
     const followed = data.rev === 0 && rev <= 0 && JSON.stringify([data.rows, data.apart]) !== JSON.stringify([rows, apart]);
-    const listed = JSON.stringify(data.groups) !== JSON.stringify(groups);
-    const fresh = data.project !== project || data.rev > rev || !one("#loras").dataset.ready;
+    const listed = JSON.stringify([data.groups, data.best]) !== JSON.stringify([groups, best]);
+    const fresh = data.project !== project || data.rev > rev || reset || !one("#loras").dataset.ready;
     mark = fresh || !held ? place.dataset.mark : "";
     if (fresh || (followed && !held)) ({ rows, apart, rev, project } = data);
-    if (fresh || ((followed || listed) && !held)) { groups = data.groups; show(); }
+    if (fresh || (data.rev === 0 && rev <= 0 && !form().contains(document.activeElement))) fill(data.fields, data.strip);
+    if (fresh || ((followed || listed) && !held)) { ({ groups, best } = data); show(); }
   };
 
   document.addEventListener("input", (event) => {
     const target = event.target;
     if (target.id === "text-apart") { apart = target.checked; show(); changed(true, 0); one("#text-apart").focus(); return; }
     const index = target.closest?.("#loras [data-row]")?.dataset.row, part = target.dataset?.part;
-    if (index === undefined || !part) { if (target.classList.contains("split")) split(target.value); return; }
+    if (index === undefined || !part) {
+      if (target.classList?.contains("split")) split(target.value);
+      else if (target.closest?.("#preview-form, #strip-form")) { summarize(); changed(false, 400); }
+      return;
+    }
     const row = rows[index];
     if (part === "file" || part === "path") {
       row.file = target.value;
@@ -112,13 +145,13 @@
   });
 
   // ---- the image in progress ----------------------------------------------------------------------------------------
-  const split = (value) => document.documentElement.style.setProperty("--split", `${value}%`);
+  const split = (value) => root.style.setProperty("--split", `${value}%`);
   const working = () => {
     const state = one("#preview-state"), cancel = one("#cancel-drawing");
     if (!state) return;
     Object.assign(state.dataset, { state: "working", busy: "1" });
     state.className = "small num";
-    state.textContent = "Drawing";
+    state.textContent = "Generating";
     if (cancel) { cancel.disabled = false; cancel.title = ""; }
     follow();
   };
@@ -146,56 +179,132 @@
     } catch { /* The window is away; its poll says so. */ } finally { following = false; }
   };
 
+  const generate = async (what) => {
+    clearTimeout(timer);
+    timer = null;
+    const note = one("#grid-note");
+    if (what === "grid") note.textContent = ""; else working();
+    sending = true;
+    try {
+      const answer = await post("preview/generate", { ...sent(), what, grid: gridOf() });
+      if (answer.rev !== undefined) rev = Math.max(rev, answer.rev);
+      if (answer.problem) note.textContent = answer.problem;
+    } catch { note.textContent = what === "grid" ? "The window does not answer; is it still open?" : ""; } finally { sending = false; changedAt = Date.now(); }
+    press("refresh");
+    follow();
+  };
+  document.addEventListener("submit", (event) => {
+    const what = { "preview-form": "image", "strip-form": "strip", "grid-form": "grid" }[event.target.id];
+    if (!what) return;
+    event.preventDefault();
+    generate(what);
+  });
+
+  // ---- the axes of the grid: files to tick, prompts by line, numbers by comma ---------------------------------------
+  const axes = () => all("#grid-form [data-axis]");
+  const valuesOf = (axis) => {
+    const text = one(":is(input[type=text], textarea)", axis);
+    if (!text) return all("input:checked", axis).map((box) => box.value);
+    return text.value.split(text.tagName === "TEXTAREA" ? "\n" : "\u0000").map((value) => value.trim()).filter(Boolean);
+  };
+  const gridOf = () => (form("grid-form")?.dataset.ready ? Object.fromEntries(axes().map((axis) => [axis.dataset.axis, { kind: one("select", axis).value, values: valuesOf(axis) }])) : null);
+  const showAxis = (axis, { kind, values, choices }) => {
+    const label = `Values of the ${axis.dataset.axis}`, place = one("[id$=-values]", axis);
+    one("select", axis).value = kind;
+    if (kind === "none") place.replaceChildren();
+    else if (kind === "checkpoint") {
+      const boxes = choices.map(([title, file]) => make("label", { className: "tick" }, make("input", { type: "checkbox", value: file, checked: values.includes(file) }), title));
+      place.replaceChildren(make("div", { className: "ticked", attributes: { role: "group", "aria-label": label } }, ...boxes));
+    } else {
+      const prompt = kind === "prompt";
+      place.replaceChildren(make("label", { className: "entry" }, prompt ? "One prompt a line" : "Values", make(prompt ? "textarea" : "input", { ...(prompt ? { rows: 3 } : { type: "text" }), value: values.join(prompt ? "\n" : ", "), attributes: { "aria-label": label } })));
+    }
+  };
+  const loadAxes = async () => {
+    const found = await get("preview/axes");
+    for (const axis of axes()) showAxis(axis, found[axis.dataset.axis]);
+    form("grid-form").dataset.ready = "1";
+  };
+  document.addEventListener("change", async ({ target }) => {
+    const axis = target.closest?.("#grid-form [data-axis]");
+    if (axis && target.name === "kind") showAxis(axis, await get(`preview/axes?kind=${target.value}`));
+    else if (target.id === "preview-file" && target.files.length) { await openFile(target.files[0]); target.value = ""; }
+  });
+
+  // ---- files: a LoRA is added, an image's settings are shown --------------------------------------------------------
+  let infotext = "";
+  const report = (said) => {
+    one("#preview-report").replaceChildren(said.problem ? make("p", { className: "problem", textContent: said.problem, attributes: { role: "alert" } }) : make("div", { innerHTML: said.html }));
+    press("refresh");
+  };
+  const openFile = async (file) => {
+    const answer = await fetch(`/easel/preview/file?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file }).then((said) => said.json()).catch(() => ({ problem: `${file.name} did not arrive; try again.` }));
+    infotext = answer.text ?? "";
+    report(answer);
+  };
+
   // ---- opening the tab: once the strip of the run that was just trained, else a first image if requested ------------
   let wasOpen = false, wanted = false;
   const opened = async () => {
     try {
+      loadAxes();
       const answer = await post("preview/open", {});
-      if (answer.fill) { press("preview-fill"); follow(); } else if (answer.drawn) press("refresh");
-      if (!answer.drawn && wanted) first();
+      press("refresh");
+      if (answer.fill) follow(); else if (!answer.drawn && wanted) first();
     } catch { /* As above. */ } finally { wanted = false; }
   };
   const first = (tries = 40) => {
-    const ready = one("#generate") && one("#preview-state") && one("#loras")?.dataset.ready && one("#prompt textarea")?.value;
+    const ready = one("#loras")?.dataset.ready && one("#prompt textarea").value;
     if (!ready && tries) setTimeout(() => first(tries - 1), 100);
-    else if (!one("#preview-base")) press("generate");
+    else if (!one("#preview-base")) generate("image");
   };
 
   document.addEventListener("click", async (event) => {
     const target = event.target.closest("button, a");
     if (!target) return;
     const data = target.dataset;
-    if (target.id === "generate" || target.id === "draw-strip") working();
-    else if (target.id === "cancel-drawing") { await post("preview/cancel", {}); press("refresh"); }
+    const setSeed = (value) => { form().elements.seed.value = value; changed(false, 0); };
+    if (target.id === "cancel-drawing") { await post("preview/cancel", {}); press("refresh"); }
+    else if (target.id === "dice") setSeed(-1);
+    else if (target.id === "last-seed") { const { seed } = one("#preview-state").dataset; if (seed) setSeed(seed); }
     else if (target.id === "add-lora") {
       rows.push({ file: groups[0]?.[1]?.[0]?.[1] ?? "", strength: 1, text: null });
       show();
       changed(false, 0);
       one(`#loras [data-row="${rows.length - 1}"] select`)?.focus();
     } else if (data.removeLora !== undefined) { rows.splice(Number(data.removeLora), 1); show(); changed(false, 0); one("#add-lora").focus(); }
-    else if (data.putBack !== undefined) { window.easel.putBack = data.putBack; press("put-back"); follow(); }
-    else if (data.forget !== undefined) { await post("preview/forget", { file: data.forget }); press("refresh"); }
-    else if (data.compare) { document.documentElement.dataset.compare = data.compare; localStorage.setItem("easel-compare", data.compare); modes(); }
+    else if (data.setBest !== undefined) { const row = rows[data.setBest]; row.strength = best[row.file]; show(); if (one("#preview-result")) working(); changed(true, 0); }
+    else if (data.putBack !== undefined) {
+      const answer = await post("preview/put-back", { file: data.putBack });
+      if (answer.problem) window.easel.toast(answer.problem, "bad");
+      press("refresh");
+      follow();
+    } else if (data.forget !== undefined) { await post("preview/forget", { file: data.forget }); press("refresh"); }
+    else if (target.id === "send-to-form") report(await post("preview/infotext", { text: infotext }));
+    else if (data.compare) { root.dataset.compare = data.compare; localStorage.setItem("easel-compare", data.compare); modes(); }
     else if (data.showPreview !== undefined) wanted = true;
-    else if (target.id === "draw-grid") setTimeout(follow, 300);
   }, true);
 
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || !one("#generate")?.offsetParent) return;
     event.preventDefault();
-    // Typed text is sent when the field loses focus.
-    const at = document.activeElement;
-    at?.blur();
-    at?.focus();
-    press("generate");
+    generate("image");
+  });
+  // The detail shows where the pointer is.
+  document.addEventListener("pointermove", ({ target, clientX, clientY }) => {
+    const stage = target.closest?.("#compare"), detail = one(".stage .detail > div");
+    if (!stage || !detail) return;
+    const box = stage.getBoundingClientRect();
+    detail.style.backgroundPosition = `${(100 * (clientX - box.left)) / box.width}% ${(100 * (clientY - box.top)) / box.height}%`;
   });
 
-  const modes = () => { for (const button of all("[data-compare]")) if (button.tagName === "BUTTON") button.setAttribute("aria-pressed", button.dataset.compare === (document.documentElement.dataset.compare || "slider")); };
-  document.documentElement.dataset.compare = localStorage.getItem("easel-compare") || "slider";
+  const modes = () => { for (const button of all("button[data-compare]")) button.setAttribute("aria-pressed", button.dataset.compare === root.dataset.compare); };
+  root.dataset.compare = localStorage.getItem("easel-compare") || "slider";
   window.easel.settling.push(() => {
+    if (!form()) return;
     read();
     modes();
-    const slider = one("input.split"), place = parseFloat(document.documentElement.style.getPropertyValue("--split"));
+    const slider = one("input.split"), place = parseFloat(root.style.getPropertyValue("--split"));
     if (slider && !Number.isNaN(place) && document.activeElement !== slider) slider.value = place;
     const open = Boolean(one("#generate")?.offsetParent);
     if (open && !wasOpen) opened();

@@ -1,4 +1,4 @@
-// Client of the Train tab and the header: runs and queue, enlarged samples, smoothing of the loss, notifications,
+// Client of the Train tab and the header: runs and queue, smoothing of the loss, notifications,
 // settings from a dropped file, quitting.
 //
 // Events are delegated to the document, as in window.js: the HTML is replaced during runs.
@@ -68,34 +68,6 @@
     box.addEventListener("close", () => resolve(box.returnValue === "yes"));
     box.showModal();
   });
-
-  // ---- samples, large -----------------------------------------------------------------------------------------------
-  const enlarge = (link) => {
-    const row = all(`#samples [data-large="${link.dataset.large}"]`);
-    let at = row.indexOf(link), last = at;
-    const box = dialog("lightbox", "Sample"), image = document.createElement("img"), words = document.createElement("p");
-    const go = (by) => {
-      at = Math.max(0, Math.min(row.length - 1, at + by));
-      image.src = row[at].getAttribute("href");
-      image.alt = words.textContent = row[at].dataset.words;
-    };
-    const bar = document.createElement("div");
-    bar.className = "row";
-    bar.append(
-      button("Earlier", "", () => go(-1)), button("Later", "", () => go(1)), button("Flip base", "", () => flip()),
-      button("Close", "primary", () => box.close()),
-    );
-    // Between the base and the sample looked at last.
-    const flip = () => { if (at) { last = at; go(-at); } else go(last); };
-    box.addEventListener("keydown", (event) => {
-      const by = { ArrowLeft: -1, ArrowRight: 1, Home: -row.length, End: row.length }[event.key];
-      if (by) { event.preventDefault(); go(by); }
-      if (event.key === " ") { event.preventDefault(); flip(); }
-    });
-    box.append(image, words, bar);
-    go(0);
-    box.showModal();
-  };
 
   // ---- smoothing: exponential moving average of the drawn points --------------------------------
   const smooth = () => {
@@ -196,7 +168,6 @@
     if (data.post) act(target, data.post, JSON.parse(data.body));
     // The tab asks for it when it opens, so it has to be stored before.
     else if (data.showPreview) post("run", { do: "see", run: data.showPreview }).then(() => window.easel.openTab("Preview"));
-    else if (data.large !== undefined && !event.ctrlKey && !event.metaKey) { event.preventDefault(); enlarge(target); }
     else if (data.repair !== undefined) repair(target);
     else if (target.id === "start") started = true;
     else if (target.id === "tell-end") bell.toggle();

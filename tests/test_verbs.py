@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app.export.lora_tools import TOOLS
+from app.preview.routes import ACTIONS
+from app.toolbox.tools import TOOLS
 from lora_core.api import VERBS
 from lora_core.cli.parser import parameters
 from lora_core.verbs import GROUPS
@@ -43,19 +44,19 @@ DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "captions delete-tag": (("bulk",), ()),
     "captions trigger": (("bulk",), ()),
     "captions undo": (("bulk/undo",), ()),
-    "generate": ((), ("generate",)),
+    "generate": (("preview/generate",), ("generate",)),
     "grid": ((), ("sheet",)),
-    "export": ((), ("export",)),
-    "inspect": (("inside/start spectrum",), ("inspect", "spectrum")),
-    "verify": ((), ("verify",)),
-    "convert": (("inside/start convert",), ("convert",)),
-    "merge": (("inside/start merge", "inside/start into-base", "inside/start plain"), ("merge", "into-base")),
-    "shrink": (("inside/start shrink", "inside/start intrinsic", "inside/act shrink"), ("shrink", "intrinsic")),  # noqa: E501
-    "extract": (("inside/start extract",), ("extract",)),
-    "strength": (("inside/start strength", "inside/act bake"), ("strength", "bake")),
-    "compare": (("inside/start compare",), ("compare",)),
-    "stack": (("inside/start stack",), ("stack",)),
-    "amplify": (("inside/start amplify",), ("amplify",)),
+    "export": (("export/write", "export/copy"), ("export",)),
+    "inspect": (("toolbox/start spectrum",), ("inspect", "spectrum")),
+    "verify": (("toolbox/start check",), ("verify",)),
+    "convert": (("toolbox/start convert",), ("convert",)),
+    "merge": (("toolbox/start merge", "toolbox/start into-base", "toolbox/start plain"), ("merge", "into-base")),  # noqa: E501
+    "shrink": (("toolbox/start shrink", "toolbox/start intrinsic", "toolbox/act shrink"), ("shrink", "intrinsic")),  # noqa: E501
+    "extract": (("toolbox/start extract",), ("extract",)),
+    "strength": (("toolbox/start strength", "toolbox/act bake"), ("strength", "bake")),
+    "compare": (("toolbox/start compare",), ("compare",)),
+    "stack": (("toolbox/start stack",), ("stack",)),
+    "amplify": (("toolbox/start amplify",), ("amplify",)),
     "report": (("report/start",), ("report",)),
     "projects new": (("projects new",), ()),
     "projects import": (("import", "upload", "upload/{batch}"), ()),
@@ -76,12 +77,17 @@ VIEW_STATE = {
     "run download-cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "run download-ask": "asks the hub again how large a base is",
     "run show": "chooses the run that the Train tab shows",
-    "preview/rows": "the sliders of the Preview tab; `generate --lora FILE:STRENGTH`",
+    "preview/rows": "keeps the form of the Preview tab; `generate --lora FILE:STRENGTH`",
+    "preview/file": "a file that was dropped on the Preview tab; its path on the command line",
+    "preview/infotext": "fills the form of the Preview tab with the settings in a PNG",
+    "preview/put-back": "fills the form of the Preview tab with the settings of an image of the history",
+    "export/choose": "keeps the form of the Export tab",
+    "toolbox/file": "a file that was dropped on the Toolbox; its path on the command line",
     "preview/open": "the Preview tab was opened",
     "preview/cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "preview/forget": "deletes a drawn picture from the history; it is a PNG file",
-    "inside/go-on": "fills the Train form; `train --set adapter.init=FILE`",
-    "inside/cancel": "drops what the page has asked for; Ctrl-C on the command line",
+    "toolbox/go-on": "fills the Train form; `train --set adapter.init=FILE`",
+    "toolbox/cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "report/cancel": "drops what the page has asked for; Ctrl-C on the command line",
     "show-file": "opens the file manager; the commands print the path",
     "quit": "ends the window itself",
@@ -120,8 +126,8 @@ def several() -> dict[str, set[str]]:
         "run": answered("accept", "unmeasure"),
         "queue": answered("up", "down"),
         "projects": answered("rename", "restore"),
-        "inside/start": set(TOOLS),
-        "inside/act": {"shrink", "bake"},
+        "toolbox/start": set(TOOLS),
+        "toolbox/act": {"shrink", "bake"},
     }
 
 
@@ -130,7 +136,8 @@ def needed() -> set[str]:
     parts = several()
     routes = {route for route in ROUTES if route not in parts}
     # One function makes the routes of two jobs.
-    routes = {r for r in routes if "{name}" not in r} | {"inside/cancel", "report/cancel"}
+    routes = {r for r in routes if "{name}" not in r} | {"toolbox/cancel", "report/cancel"}
+    routes |= {f"preview/{name}" for name in ACTIONS}
     return routes | {f"{route} {do}" for route, acts in parts.items() for do in acts}
 
 
@@ -143,7 +150,7 @@ def requests() -> set[str]:
 
 def test_every_route_that_changes_something_has_a_verb() -> None:
     known = {route for routes, _ in DOES.values() for route in routes}
-    assert {"caption", "bulk", "run stop", "projects delete", "inside/start merge"} <= needed()
+    assert {"caption", "bulk", "run stop", "projects delete", "toolbox/start merge"} <= needed()
     assert needed() - known - set(VIEW_STATE) == set()
     assert known | set(VIEW_STATE) == needed(), "a row names what is not there any more"
     assert not known & set(VIEW_STATE)

@@ -4,7 +4,6 @@ Only for files that the window named to a page, and only if the page is on this 
 involved. Where it cannot work, the path can be copied and the reason is given.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.formatting import safe
+from app.templates import render
 from lora_core.errors import RunError
 from lora_core.system.processes import detached
 
@@ -37,18 +36,8 @@ class FileManager:
 
     def place(self, file: object, words: str) -> str:
         """A file's location, with buttons to show it and to copy the path."""
-        problem, path = self.problem, safe(file)
         self._named.add(str(file))
-        body = safe(json.dumps({"file": str(file)}))
-        show = (
-            f'<button type="button" class="own quiet" data-post="show-file" data-body="{body}">Show in'
-            " folder</button>"
-        )
-        return (
-            f'<p class="small where">{safe(words)} <code>{path}</code> {"" if problem else show}<button'
-            f' type="button" class="own quiet" data-copy="{path}">Copy path</button>'
-            f" {safe(problem)}</p>"
-        )
+        return render("export/place.html", file=file, words=words, problem=self.problem)
 
     def show(self, name: str) -> None:
         """Open the folder of a file with the file selected, where the system can select one.

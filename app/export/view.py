@@ -1,176 +1,176 @@
-"""The Export tab: choose a checkpoint, download it or copy it to another tool, check compatibility, make the
-report."""
+"""The Export tab: the values of its templates, and what its buttons do: write a checkpoint as a file for
+other tools, copy it to one of them, and make the report of a run."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
 
-from app.bindings import QUIET, TYPING, Bindings, html_block
-from app.export.compatibility import build_check, checkpoint_cards, compatibility_card, written_line
-from app.export.lora_tools import lora_tools_card
-from app.export.lora_tools_results import FRAME, STATE, report_card
-from app.formatting import safe
+from app.bindings import Bindings, html_block
+from app.export.compatibility import compatibility_card
 from app.jobs import RunView
-from app.preview.request_form import checkpoint_choices
+from app.preview.loras import checkpoint_choices
+from app.routes import image_url
 from app.state import AppState, Snapshot, take_snapshot
-from app.templates import problem_html
+from app.templates import render
 from lora_core.errors import LoraError, RunError
 from lora_core.model_files.detect import lookup_base
-from lora_core.runs.folder import check_run_name
+from lora_core.runs.folder import check_run_name, runs_folder
 from lora_core.settings.choices import FORMATS
 from lora_core.system.other_tools import CopiedFile, copy_export
 
-PRECISIONS = [("fp16, half the size", "fp16"), ("bf16", "bf16"), ("fp32, exact", "fp32")]
-# Starts the download in the browser once the file is written.
-START_DOWNLOAD = """(address) => { if (address) { const link = document.createElement("a");
-link.href = address; link.download = ""; document.body.append(link); link.click(); link.remove(); } }"""
+PRECISIONS = {"fp16": "fp16, half the size", "bf16": "bf16", "fp32": "fp32, exact"}
+REPORT = "report.html"
 
 
 def build_export(bindings: Bindings) -> None:
-    """Lay out the tab and wire it."""
+    """Lay out the tab."""
+    formats = {key: row.title for key, row in FORMATS.items()}
     with gr.Row(elem_classes="page page-export"):
         with gr.Column(elem_classes="main card"):
-            html_block("<h2>Export</h2>")
-            fields = _form(bindings)
-            button = gr.Button(
-                "Download .safetensors", variant="primary", elem_id="export-download", elem_classes="big"
-            )
-            bindings.follow(button, lambda snap: gr.update(interactive=bool(_with_checkpoints(snap))))
-            written = html_block(elem_id="export-written")
-            address = gr.Textbox(visible="hidden", elem_id="export-address")
-            buttons = {"download": button, **build_copy(bindings, lambda snap: bool(_with_checkpoints(snap)))}
+            bindings.follow(html_block(), checkpoint_cards)
+            html_block(render("export/form.html", formats=formats, precisions=PRECISIONS))
+            bindings.follow(html_block(), export_buttons)
+            html_block(render("export/written.html"))
         with gr.Column(elem_classes="main"):
-            table = html_block(compatibility_card(None, True), elem_id="works-in")
-            build_check(bindings)
+            html_block(compatibility_card(None), elem_id="works-in")
             with gr.Column(elem_classes="card"):
-                html_block(FRAME)
-                bindings.follow(html_block(), lambda snap: report_card(_Chosen(bindings).run_view(snap)))
-                html_block(STATE)
-        with gr.Column(elem_classes="main wide"):
-            html_block(lora_tools_card())
-    _wire(bindings, fields, buttons, [written, table, address])
+                bindings.follow(html_block(), report_card)
+                html_block(render("export/report_state.html"))
 
 
-def _form(bindings: Bindings) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    made["run"] = gr.Dropdown(label="Run", elem_id="export-run", allow_custom_value=False)
-    cards = html_block(elem_id="export-cards")
-    with gr.Row(elem_classes="pair"):
-        made["checkpoint"] = gr.Dropdown(label="Checkpoint", elem_id="checkpoint")
-        made["name"] = gr.Textbox(label="File name", elem_id="export-name", lines=1, max_lines=1)
-    with gr.Row(elem_classes="pair"):
-        formats = [(row.title, key) for key, row in FORMATS.items()]
-        made["format"] = gr.Dropdown(formats, value="kohya", label="Format", elem_id="export-format")
-        made["precision"] = gr.Dropdown(
-            PRECISIONS, value="fp16", label="Precision", elem_id="export-precision"
+def runs_with_checkpoints(snapshot: Snapshot) -> list[RunView]:
+    """Runs that can be exported, those of the open project first."""
+    there = [run_view for run_view, _ in snapshot.runs if run_view.run.checkpoint_steps()]
+    return sorted(there, key=lambda run_view: not snapshot.app_state.jobs.own(run_view))
+
+
+def chosen_run(snapshot: Snapshot) -> RunView | None:
+    """The run that the user chose, else the newest of the project."""
+    there = runs_with_checkpoints(snapshot)
+    kept, own = snapshot.app_state.project.draft().get("export_run"), snapshot.app_state.jobs.own
+    return next((w for w in there if w.run.name == kept), next(filter(own, there), None))
+
+
+def chosen_checkpoint(snapshot: Snapshot, run_view: RunView) -> str:
+    """The checkpoint that the user chose, else the best."""
+    keys = [key for _, key in checkpoint_choices(run_view)]
+    kept = str(snapshot.app_state.project.draft().get("export_checkpoint") or "")
+    return kept if kept in keys else keys[0] if keys else ""
+
+
+def checkpoint_cards(snapshot: Snapshot) -> str:
+    """The run and its checkpoints; best and last as cards, each with its latest sample and improvement."""
+    app_state, run_view = snapshot.app_state, chosen_run(snapshot)
+    runs = [(w.run.name, app_state.jobs.own(w)) for w in runs_with_checkpoints(snapshot)]
+    if run_view is None:
+        return render("export/cards.html", run=None, runs=runs)
+    chosen, steps, best = chosen_checkpoint(snapshot, run_view), run_view.run.checkpoint_steps(), None
+    cards = []
+    if run_view.progress.best_step in steps:
+        best = run_view.progress.best_step
+        cards.append(
+            _card(snapshot, run_view, "Best and last" if best == steps[-1] else "Best", "best", best)
         )
-    chosen = _Chosen(bindings)
-    bindings.follow(made["run"], chosen.runs)
-    bindings.follow(made["checkpoint"], chosen.checkpoints)
-    bindings.follow(made["name"], chosen.name)
-    bindings.follow(
-        cards, lambda snap: checkpoint_cards(snap, chosen.run_view(snap), chosen.checkpoint(snap))
+    if steps[-1] != best:
+        cards.append(_card(snapshot, run_view, "Last", "last", steps[-1]))
+    if chosen in map(str, steps):
+        cards.append(_card(snapshot, run_view, "Step", chosen, int(chosen)))
+    if chosen == "last" and steps[-1] == best:
+        chosen = "best"
+    return render(
+        "export/cards.html",
+        run=run_view.run.name,
+        runs=runs,
+        cards=cards,
+        chosen=chosen,
+        choices=checkpoint_choices(run_view),
+        portable=_portable(run_view),
     )
-    bindings.refresh_after(made["run"].input(chosen.choose_run, made["run"], None, **TYPING))
-    bindings.refresh_after(
-        made["checkpoint"].input(chosen.choose_checkpoint, made["checkpoint"], None, **TYPING)
+
+
+def _card(snapshot: Snapshot, run_view: RunView, title: str, key: str, step: int) -> dict[str, Any]:
+    before = [p for p in run_view.progress.previews if p.step <= step and p.files]
+    root = runs_folder(snapshot.app_state.workspace)
+    image = image_url("run", root, run_view.run.path / before[-1].files[0]) if before else ""
+    gain = next((v for v in run_view.progress.validations if v.step == step), None)
+    share = f"{gain.gain / gain.base_loss:.0%} improvement" if gain and gain.base_loss else "not measured"
+    return {"title": title, "key": key, "step": step, "image": image, "note": share}
+
+
+def export_buttons(snapshot: Snapshot) -> str:
+    """The buttons, and the folders to copy to."""
+    app_state, choices = snapshot.app_state, folder_choices(snapshot.app_state)
+    wanted = [str(app_state.project.draft().get("copy_to") or ""), *map(str, app_state.places.lora_folders())]
+    there = [folder for _, folder in choices]
+    usual = next((f for f in wanted if f in there or (f and Path(f).is_dir())), there[0] if there else "")
+    names = [
+        tool.name
+        for tool, _ in app_state.tools.shelves()
+        if tool.loras is None and tool.root not in tool.models
+    ]
+    return render(
+        "export/buttons.html",
+        why="" if chosen_run(snapshot) else "There is no checkpoint yet; train something first.",
+        choices=choices,
+        usual=usual,
+        own_lists=list(dict.fromkeys(names)),
     )
-    return made
 
 
-def _with_checkpoints(snapshot: Snapshot) -> list[RunView]:
-    return [run_view for run_view, _ in snapshot.runs if run_view.run.checkpoint_steps()]
+def choose(app_state: AppState, sent: Mapping[str, Any]) -> None:
+    """Store the chosen run and checkpoint, or the folder to copy to."""
+    known = {"run": "export_run", "checkpoint": "export_checkpoint", "folder": "copy_to"}
+    app_state.project.update_draft(**{known[key]: str(sent[key]) for key in known if key in sent})
 
 
-class _Chosen:
-    """The chosen run and checkpoint: the user's choice, else the newest run and its best.
+def export(app_state: AppState, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the file; returns HTML of what was written and of what reads it, and the link to download it.
 
-    A dropdown's event fires also when it is merely left, which is not a choice.
+    Raises:
+        LoraError: it could not be written.
     """
-
-    def __init__(self, bindings: Bindings) -> None:
-        self.app_state, self.project = bindings.app_state, bindings.app_state.project
-
-    def choose_run(self, name: str) -> None:
-        run_view = self.run_view(take_snapshot(self.app_state))
-        if run_view is None or run_view.run.name != name:
-            self.project.update_draft(export_run=name, export_checkpoint="")
-
-    def choose_checkpoint(self, key: str) -> None:
-        if key != self.checkpoint(take_snapshot(self.app_state)):
-            self.project.update_draft(export_checkpoint=key)
-
-    def run_view(self, snapshot: Snapshot) -> RunView | None:
-        there = _with_checkpoints(snapshot)
-        kept = self.project.draft().get("export_run")
-        return next((w for w in there if w.run.name == kept), there[0] if there else None)
-
-    def checkpoint(self, snapshot: Snapshot) -> str:
-        run_view = self.run_view(snapshot)
-        keys = [key for _, key in checkpoint_choices(run_view)] if run_view else []
-        kept = str(self.project.draft().get("export_checkpoint") or "")
-        return kept if kept in keys else keys[0] if keys else ""
-
-    def runs(self, snapshot: Snapshot) -> Any:
-        run_view = self.run_view(snapshot)
-        names = [w.run.name for w in _with_checkpoints(snapshot)]
-        return gr.update(choices=names, value=run_view.run.name if run_view else None)
-
-    def checkpoints(self, snapshot: Snapshot) -> Any:
-        run_view = self.run_view(snapshot)
-        return gr.update(
-            choices=checkpoint_choices(run_view) if run_view else [], value=self.checkpoint(snapshot) or None
-        )
-
-    def name(self, snapshot: Snapshot) -> Any:
-        run_view = self.run_view(snapshot)
-        return gr.update(value=run_view.run.name if run_view else "")
+    run_view, result = write_export(app_state, *_choice(sent))
+    file = Path(str(result["file"]))
+    link = f"/easel/download/{quote(run_view.run.name)}/{quote(file.name)}"
+    places = [app_state.files.place(file, "Saved to")]
+    if result.get("raw"):
+        words = "It holds the averaged adapter; the raw one is at"
+        places.append(app_state.files.place(Path(result["raw"]), words))
+    return {
+        "written": written_line(result, str(sent.get("precision")), link, places),
+        "works_in": compatibility_card(result),
+        "link": link,
+    }
 
 
-def _wire(bindings: Bindings, fields: dict[str, Any], buttons: dict[str, Any], outputs: list[Any]) -> None:
-    app_state = bindings.app_state
+def _choice(sent: Mapping[str, Any]) -> list[str]:
+    return [str(sent.get(key) or "") for key in ("run", "checkpoint", "name", "format", "precision")]
 
-    def download(*choice: str) -> tuple[str, Any, str]:
-        try:
-            run_view, result = write_export(app_state, *choice)
-        except LoraError as error:
-            return problem_html(error), gr.skip(), ""
-        file = Path(str(result["file"]))
-        link = f"/easel/download/{quote(run_view.run.name)}/{quote(file.name)}"
-        place = app_state.files.place(file, "It is at")
-        if result.get("raw"):
-            place += app_state.files.place(
-                Path(result["raw"]), "It holds the averaged adapter; the raw one is at"
-            )
-        return (
-            written_line(result, choice[-1], link, place),
-            compatibility_card(result, _portable(run_view)),
-            link,
-        )
 
-    def copy(folder: str, *choice: str) -> tuple[str, Any]:
-        try:
-            target = check_folder(folder)
-            run_view, result = write_export(app_state, *choice)
-            done = copy_export(Path(str(result["file"])), target)
-        except LoraError as error:
-            return problem_html(error), gr.skip()
-        app_state.places.keep_lora_folder(target)
-        return copied_line(app_state, done), compatibility_card(result, _portable(run_view))
+def written_line(result: Mapping[str, Any], precision: str, link: str, places: list[str]) -> str:
+    """What was written, a download link, and its location."""
+    name = str(result.get("file", "")).replace("\\", "/").rsplit("/", 1)[-1]
+    size, layers = float(result.get("bytes", 0)), result.get("modules", "")
+    return render(
+        "export/written_file.html", name=name, file=result.get("file", ""), size=size, precision=precision,
+        layers=layers, link=link, places=places,
+    )  # fmt: skip
 
-    inputs = [fields[name] for name in ("run", "checkpoint", "name", "format", "precision")]
-    busy = {**QUIET, "show_progress": "minimal"}
-    done = buttons["download"].click(download, inputs, outputs, **busy)
-    done.then(None, outputs[-1], None, js=START_DOWNLOAD, queue=False)
-    bindings.refresh_after(done)
-    note, table = buttons["copied"], outputs[1]
-    # Results of one file do not apply to the next.
-    changes = [fields[name].input for name in ("run", "checkpoint", "format", "precision")]
-    gr.on(changes, lambda: ["", compatibility_card(None, True), ""], None, [outputs[0], table, note], **QUIET)
-    bindings.refresh_after(buttons["copy"].click(copy, [buttons["folder"], *inputs], [note, table], **busy))
+
+def copy(app_state: AppState, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the file and copy it to a folder of another tool.
+
+    Raises:
+        LoraError: there is no such folder, or the file could not be written.
+    """
+    target = check_folder(str(sent.get("folder") or ""))
+    _, result = write_export(app_state, *_choice(sent))
+    done = copy_export(Path(str(result["file"])), target)
+    app_state.places.keep_lora_folder(target)
+    return {"copied": copied_line(app_state, done), "works_in": compatibility_card(result)}
 
 
 def write_export(
@@ -199,37 +199,6 @@ def _portable(run_view: RunView) -> bool:
     return family is None or family.portable
 
 
-def build_copy(bindings: Bindings, ready: Callable[[Snapshot], bool]) -> dict[str, Any]:
-    """Lay out the folder dropdown, the copy button and its result.
-
-    Args:
-        bindings: of the page.
-        ready: whether there is anything to export.
-    """
-    app_state = bindings.app_state
-    made: dict[str, Any] = {}
-    html_block('<h3 class="over-line">Or copy it to the LoRA folder of another tool</h3>')
-    with gr.Row(elem_id="copy-row"):
-        made["folder"] = gr.Dropdown(
-            label="Folder of the other tool",
-            allow_custom_value=True,
-            filterable=True,
-            elem_id="copy-folder",
-            info="Found on this computer, or used before; or type the path of another folder.",
-            elem_classes="tip",
-        )
-        made["copy"] = gr.Button("Copy there", elem_id="copy-export", min_width=0, scale=0)
-    made["copied"] = html_block(elem_id="copy-note")
-    bindings.follow(html_block(), lambda snap: _tools_note(app_state))
-    bindings.follow(made["folder"], lambda snap: _folders(app_state))
-    bindings.follow(made["copy"], lambda snap: gr.update(interactive=ready(snap)))
-    chosen = made["folder"].input(
-        lambda folder: app_state.project.update_draft(copy_to=folder or ""), made["folder"], None, **TYPING
-    )
-    bindings.refresh_after(chosen)
-    return made
-
-
 def folder_choices(app_state: AppState) -> list[tuple[str, str]]:
     """Folders a LoRA can be copied to, as (label, path): tools' folders first, then earlier ones."""
     found = [(f"{name}: {_short(folder)}", str(folder)) for name, folder in app_state.tools.lora_folders()]
@@ -242,32 +211,6 @@ def _short(folder: Path) -> str:
     """A path with ~ for the home folder."""
     home = Path.home()
     return f"~/{folder.relative_to(home).as_posix()}" if folder.is_relative_to(home) else str(folder)
-
-
-def _folders(app_state: AppState) -> Any:
-    """The choices; selected is the user's choice, else the last used folder, else the first tool's."""
-    choices = folder_choices(app_state)
-    wanted = [str(app_state.project.draft().get("copy_to") or ""), *map(str, app_state.places.lora_folders())]
-    there = [folder for _, folder in choices]
-    value = next((f for f in wanted if f in there or (f and Path(f).is_dir())), there[0] if there else None)
-    return gr.update(choices=choices, value=value)
-
-
-def _tools_note(app_state: AppState) -> str:
-    """What to do if no folder was found, or a tool keeps its own list of LoRAs."""
-    if not folder_choices(app_state):
-        return '<p class="small">No folder of another tool was found; type its path.</p>'
-    names = [
-        tool.name
-        for tool, _ in app_state.tools.shelves()
-        if tool.loras is None and tool.root not in tool.models
-    ]
-    if not names:
-        return ""
-    return (
-        f'<p class="small">{safe(" and ".join(dict.fromkeys(names)))} keeps its own list: add the file'
-        " there, in its model manager, by the path above.</p>"
-    )
 
 
 def check_folder(text: str | None) -> Path:
@@ -287,17 +230,30 @@ def check_folder(text: str | None) -> Path:
 
 def copied_line(app_state: AppState, done: CopiedFile) -> str:
     """What was copied, and where it is."""
-    tool = next(
-        (n for n, f in app_state.tools.lora_folders() if f.resolve() == done.file.parent.resolve()), ""
-    )
-    with_it = ", with its side files" if done.beside else ""
-    words = [f"Copied{f' to {tool}' if tool else ''}{with_it}."]
-    if done.renamed:
-        words.append(f"That name was taken there, so this file is called {done.file.stem}.")
-    if done.kept:
-        words.append(f"{', '.join(file.name for file in done.kept)} was already there and is unchanged.")
-    words.append("Refresh the tool's list to see it." if tool else "")
-    return (
-        '<p class="small"'
-        f' role="status">{safe(" ".join(words).strip())}</p>{app_state.files.place(done.file, "It is at")}'
-    )
+    tools = [name for name, f in app_state.tools.lora_folders() if f.resolve() == done.file.parent.resolve()]
+    kept = [file.name for file in done.kept]
+    place = app_state.files.place(done.file, "Saved to")
+    return render("export/copied.html", done=done, tool=tools[0] if tools else "", kept=kept, place=place)
+
+
+# The report of a run.
+
+
+def report_card(snapshot: Snapshot) -> str:
+    """The button that makes the chosen run's report, and the report if it exists."""
+    run_view = chosen_run(snapshot)
+    file = run_view.run.path / REPORT if run_view else None
+    size = float(file.stat().st_size) if file is not None and file.is_file() else None
+    live = snapshot.app_state.jobs.live() is not None
+    return render("export/report.html", run=run_view.run.name if run_view else "", size=size, live=live)
+
+
+def report_entry(run_view: RunView, learned: bool) -> str:
+    """A run's report in the list of runs: a link, or a button that makes a quick one.
+
+    Args:
+        run_view: the run.
+        learned: whether it has a checkpoint, without which there is nothing to tell.
+    """
+    there = (run_view.run.path / REPORT).is_file()
+    return render("export/report_entry.html", run=run_view.run.name, there=there, learned=learned)

@@ -2,13 +2,9 @@
 
 A page states what it wants to see and polls; generation continues without it. The image looked at comes
 first, then the base's, the strip, and the grid. All of them are `GenerationRequest`s, so an image is
-generated once and reused wherever it appears. `generated/history.jsonl` lists the images of a project: unlike
-the PNGs, which get shared, it holds the paths of base and adapters.
+generated once and reused wherever it appears.
 """
 
-import dataclasses
-import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,21 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.preview.history import History, HistoryEntry, file_time
 from app.worker_client import CANCELLED, Reply, WorkerClient
-from lora_core.errors import LoraError, RunError
-from lora_core.generate.request import (
-    Axis,
-    GenerationRequest,
-    Infotext,
-    WeightedLora,
-    grid_requests,
-    grid_settings,
-    make_axis,
-)
+from lora_core.generate.request import Axis, GenerationRequest, Infotext, grid_requests, grid_settings
 from lora_core.model_files.detect import lookup_base
-from lora_core.runs.storage import move_to_trash
 from lora_core.settings.choices import SAMPLERS
-from lora_core.system.untrusted import check_fields, parse_json
 
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -142,129 +128,6 @@ def sampler_title(key: str) -> str:
     return SAMPLERS[key].title if key in SAMPLERS else key
 
 
-MOST_SHOWN = 60
-FILE = "history.jsonl"
-
-
-@dataclass(frozen=True)
-class HistoryEntry:
-    """A generated image.
-
-    Attributes:
-        file: the PNG.
-        shot: what it shows; of a sheet what its pictures have in common.
-        rows, columns: what a sheet varies.
-        time: when it was drawn, in seconds since the epoch.
-    """
-
-    file: Path
-    shot: GenerationRequest
-    rows: Axis | None = None
-    columns: Axis | None = None
-    time: float = 0.0
-
-    @property
-    def is_sheet(self) -> bool:
-        """Whether it is a grid or a strip."""
-        return self.rows is not None or self.columns is not None
-
-
-class History:
-    """The images of one project, newest last."""
-
-    def __init__(self, folder: Path) -> None:
-        """Read `folder`; broken lines and deleted images are skipped."""
-        self.folder = folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._half_line = False
-        self._kept = self._read()
-
-    def newest(self, most: int = MOST_SHOWN) -> list[HistoryEntry]:
-        """The images, newest first."""
-        with self._lock:
-            return self._kept[::-1][:most]
-
-    def named(self, name: str) -> HistoryEntry:
-        """The entry with that file name.
-
-        Raises:
-            RunError: there is none.
-        """
-        with self._lock:
-            found = next((one for one in self._kept if one.file.name == name), None)
-        if found is None:
-            raise RunError(f"There is no picture {name!r} any more.")
-        return found
-
-    def add(self, kept: HistoryEntry) -> None:
-        """Add an image; an earlier entry with the same settings is replaced."""
-        kept = dataclasses.replace(kept, time=time.time())
-        line = {
-            "file": kept.file.relative_to(self.folder).as_posix(),
-            "time": kept.time,
-            "shot": dataclasses.asdict(kept.shot),
-            "rows": dataclasses.asdict(kept.rows) if kept.rows else None,
-            "columns": dataclasses.asdict(kept.columns) if kept.columns else None,
-        }
-        with self._lock:
-            self._kept = [one for one in self._kept if one.file != kept.file] + [kept]
-            with open(self.folder / FILE, "ab") as file:
-                # A kill may have left half a line; start a new one.
-                file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
-            self._half_line = False
-
-    def remove(self, name: str, workspace: Path) -> HistoryEntry:
-        """Move an image to the trash.
-
-        Raises:
-            RunError: there is none of that name, or the disk refuses.
-        """
-        kept = self.named(name)
-        move_to_trash(kept.file, workspace)
-        with self._lock:
-            self._kept = [one for one in self._kept if one is not kept]
-        return kept
-
-    def _read(self) -> list[HistoryEntry]:
-        try:
-            lines = (self.folder / FILE).read_bytes().split(b"\n")
-        except OSError:
-            return []
-        self._half_line = bool(lines[-1])
-        found: dict[Path, HistoryEntry] = {}
-        for line in lines:
-            kept = self._of_line(line)
-            if kept is not None:
-                found.pop(kept.file, None)
-                found[kept.file] = kept
-        return list(found.values())
-
-    def _of_line(self, line: bytes) -> HistoryEntry | None:
-        try:
-            said: dict[str, Any] = parse_json(line)
-            file = Path(os.path.abspath(self.folder / said["file"]))
-            if not file.is_relative_to(self.folder.absolute()) or not file.is_file():
-                return None
-            rows, columns = (
-                make_axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
-            )
-            return HistoryEntry(file, request_from_settings(said["shot"]), rows, columns, float(said["time"]))
-        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
-            return None
-
-
-def request_from_settings(said: dict[str, Any]) -> GenerationRequest:
-    """Parse a request from its own JSON.
-
-    Raises:
-        TypeError, KeyError: it is none.
-    """
-    loras = tuple(check_fields(WeightedLora, row) for row in said["loras"])
-    # Entries from before this setting were not rescaled.
-    return check_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
-
-
 MOST_DRAWN = 2000
 RESTS = 0.15
 """Seconds that a slider has to rest before a picture is begun."""
@@ -308,9 +171,7 @@ class RenderQueue:
         """History of the open project."""
         folder = self._folder()
         with self._changed:
-            if folder not in self._histories:
-                self._histories[folder] = History(folder)
-            return self._histories[folder]
+            return self.history_at(folder)
 
     def want(self, shot: GenerationRequest, strip: tuple[float, ...] | None = None) -> None:
         """Show `shot`, with the strip at these strengths (None: unchanged); other images being generated are
@@ -327,13 +188,6 @@ class RenderQueue:
                 if job.shot not in wanted and (other or job.place == "shot"):
                     self.worker.cancel(self._reply)
             self._begin()
-
-    def look_at(self, shot: GenerationRequest) -> bool:
-        """Change the strengths of the shown image; false if there is none."""
-        if self._shot is None:
-            return False
-        self.want(shot)
-        return True
 
     def draw_grid(self, grid: GridState) -> None:
         """Generate a grid after the shown image; an unfinished earlier one is dropped."""
@@ -369,8 +223,10 @@ class RenderQueue:
             self._shot, self._grid, self._strip, self._error = None, None, (), ""
 
     def view(self) -> PreviewState:
-        """Image, strip and grid with the files that exist."""
+        """Image, strip and grid with the files that exist; at first the last image of the project."""
         with self._changed:
+            if self._shot is None and not self._error:
+                self._show_last()
             shot, reply, job, grid = self._shot, self._reply, self._job, self._grid
             wanted = set(self._strip_shots(shot)) | set(grid.shots if grid else ())
             if shot is not None:
@@ -386,6 +242,13 @@ class RenderQueue:
                 state, message, done, total, shot, self._strip, grid, images, self._wanted_at,
                 job.shot if job else None, looks, self._note,
             )  # fmt: skip
+
+    def _show_last(self) -> None:
+        pair = self.history_at(self._folder()).last_pair()
+        for one in pair:
+            self._drawn.setdefault(self._key(one.shot), one.file)
+        if pair:
+            self._shot = pair[0].shot
 
     def look(self) -> bytes:
         """A small JPEG of the image in progress, b"" if there is none."""
@@ -422,7 +285,7 @@ class RenderQueue:
 
     def _key(self, shot: GenerationRequest) -> tuple[GenerationRequest, tuple[int, ...]]:
         """A request with the times of its files: a checkpoint that was rewritten gives another image."""
-        return shot, tuple(self._times.setdefault(one.file, _time(one.file)) for one in shot.loras)
+        return shot, tuple(self._times.setdefault(one.file, file_time(one.file)) for one in shot.loras)
 
     def _next(self) -> _RenderJob | None:
         """The next job: shown image, base beside it, strip, grid, sheet."""
@@ -497,8 +360,8 @@ class RenderQueue:
             self._drawn[job.shot, tuple(reply.request["key"])] = path
             while len(self._drawn) > MOST_DRAWN:
                 self._drawn.pop(next(iter(self._drawn)))
-            if job.place == "shot":
-                self._remember(HistoryEntry(path, job.shot))
+            if job.place in ("shot", "base"):
+                self._remember(HistoryEntry(path, job.shot, beside=job.place == "base"))
 
     def _remember(self, kept: HistoryEntry) -> None:
         history = next((h for f, h in self._histories.items() if kept.file.is_relative_to(f)), None)
@@ -506,7 +369,9 @@ class RenderQueue:
 
     def history_at(self, folder: Path) -> History:
         """The history of a folder, opened on first use."""
-        return self._histories.setdefault(folder, History(folder))
+        if folder not in self._histories:
+            self._histories[folder] = History(folder)
+        return self._histories[folder]
 
     def _failed(self, job: _RenderJob, grid: GridState | None, reply: Reply) -> None:
         """Report a failure where it belongs; cancellation by a new request is silent."""
@@ -517,10 +382,3 @@ class RenderQueue:
             mine = {self._shot.acting(), self._shot.alone(), *self._strip_shots(self._shot)}
             if job.shot in mine:
                 self._error = reply.message
-
-
-def _time(file: str) -> int:
-    try:
-        return Path(file).stat().st_mtime_ns
-    except OSError:
-        return 0

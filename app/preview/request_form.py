@@ -1,120 +1,34 @@
-"""The form of the Preview tab: which LoRAs there are, the fields in the draft, and the request they make."""
+"""The form of the Preview tab: which LoRAs there are, what a page sends of the form, and the request that it
+makes. The form is stored in the project's draft; each change gets the next revision, so that a page knows
+which of two states is newer."""
 
+import contextlib
 import math
-import os
 import random
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from app.jobs import RunView
+from app.preview.loras import find_loras, find_owner, list_run_loras, lora_groups
 from app.preview.render_queue import STRIP
 from app.state import Snapshot
-from lora_core.errors import ConfigError
-from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, parse_cfg_rescale
+from lora_core.errors import ConfigError, LoraError
+from lora_core.generate.request import (
+    Axis,
+    GenerationRequest,
+    Infotext,
+    WeightedLora,
+    make_axis,
+    parse_cfg_rescale,
+    split_values,
+)
 from lora_core.model_files.detect import Base, lookup_base
 from lora_core.projects.project import Project
 from lora_core.settings.choices import SAMPLERS
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, NumberOrAuto
-from lora_core.system.untrusted import parse_json
-
-MOST_OF_A_TOOL, MOST_DEPTH = 300, 4
-LOOK_AGAIN = 20
-"""Seconds after which another tool's folder is read again."""
-ADDED = "loras"
-"""The folder of a project for LoRA files that were dropped on the page."""
-
-Group = tuple[str, list[tuple[str, str]]]
-"""A heading, and (title, path) of each file below it."""
-
-
-@dataclass(frozen=True)
-class FoundLora:
-    """One adapter file of a run."""
-
-    title: str
-    file: Path
-    run_view: RunView
-
-
-def find_loras(snapshot: Snapshot) -> list[FoundLora]:
-    """Adapter files of all runs, newest run first."""
-    return [found for run_view, _ in snapshot.runs for found in list_run_loras(run_view)]
-
-
-def list_run_loras(run_view: RunView) -> list[FoundLora]:
-    """A run's export, its other exports, then its checkpoints from the last back."""
-    found, run = [], run_view.run
-    files = sorted(run.exports.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
-    named = run_view.progress.export
-    main = run.path / named if named else None
-    files.sort(key=lambda file: file != main)
-    for file in files:
-        title = run.name if file.stem == run.name else f"{run.name}, {file.stem}"
-        found.append(FoundLora(title, file, run_view))
-    for step in reversed(run.checkpoint_steps()):
-        best = ", best" if step == run_view.progress.best_step else ""
-        file = run.checkpoint(step) / "adapter.safetensors"
-        found.append(FoundLora(f"{run.name}, step {step:,}{best}", file, run_view))
-    return found
-
-
-def lora_groups(snapshot: Snapshot) -> list[Group]:
-    """All LoRAs on offer, grouped by location."""
-    groups: list[Group] = [("Runs", [(one.title, str(one.file)) for one in find_loras(snapshot)])]
-    period = int(time.monotonic() / LOOK_AGAIN)
-    added = snapshot.app_state.project.path / ADDED
-    groups.append(("Added here", _in_folder(added, _changed(added), 0)))
-    for tool, folder in snapshot.app_state.tools.lora_folders():
-        groups.append((tool, _in_folder(folder, 0, period)))
-    return [(heading, files) for heading, files in groups if files]
-
-
-def _changed(folder: Path) -> int:
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-@lru_cache(maxsize=32)
-def _in_folder(folder: Path, changed: int, period: int) -> list[tuple[str, str]]:
-    """LoRA files below a folder; `changed` and `period` invalidate the cache."""
-    found: list[tuple[str, str]] = []
-    for place, folders, files in os.walk(folder):
-        depth = len(Path(place).relative_to(folder).parts)
-        folders[:] = sorted(f for f in folders if not f.startswith(".")) if depth < MOST_DEPTH else []
-        for name in sorted(files):
-            if name.lower().endswith(".safetensors") and not name.startswith("."):
-                path = Path(place) / name
-                found.append((path.relative_to(folder).with_suffix("").as_posix(), str(path)))
-        if len(found) >= MOST_OF_A_TOOL:
-            break
-    return found[:MOST_OF_A_TOOL]
-
-
-def find_owner(snapshot: Snapshot, file: str) -> RunView | None:
-    """The run that a file belongs to."""
-    return next(
-        (run_view for run_view, _ in snapshot.runs if Path(file).is_relative_to(run_view.run.path)), None
-    )
-
-
-def checkpoint_choices(run_view: RunView) -> list[tuple[str, str]]:
-    """Checkpoints to export: best and last first, then each step on disk."""
-    steps = run_view.run.checkpoint_steps()
-    best = run_view.progress.best_step
-    choices = []
-    if best in steps:
-        choices.append((f"Best, step {best:,}", "best"))
-    if steps:
-        choices.append((f"Last, step {steps[-1]:,}", "last"))
-    return choices + [(f"Step {step:,}", str(step)) for step in reversed(steps)]
-
 
 FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed", "width", "height")
 # Not in the demo's training set, so the result shows generalization.
@@ -177,38 +91,61 @@ def _strength(value: Any) -> float:
     return round(max(-MOST_STRENGTH, min(MOST_STRENGTH, number)), 3)
 
 
-def save_rows(project: Project, rows: list[WeightedLora], apart: bool) -> int:
-    """Store the LoRAs in the draft; returns the new revision."""
+def save_form(
+    project: Project, rows: list[WeightedLora], apart: bool, fields: dict[str, Any] | None = None, **more: Any
+) -> int:
+    """Store the LoRAs, the fields if given, and other entries of the draft; returns the new revision."""
     before = project.draft().get("preview_loras") or {}
     rev = int(before.get("rev") or 0) + 1
-    listed = [{"file": r.file, "strength": r.strength, "text": r.text_strength} for r in rows]
-    project.update_draft(preview_loras={"rows": listed, "apart": apart, "rev": rev})
+    if fields is not None:
+        more["preview"] = {name: _plain(fields.get(name)) for name in FIELDS}
+    project.update_draft(preview_loras={"rows": _row_data(rows), "apart": apart, "rev": rev}, **more)
     return rev
 
 
-def take_sent_rows(snapshot: Snapshot, text: str) -> list[WeightedLora]:
-    """The LoRAs sent with a click, stored in the draft if they changed; the draft's if none were sent."""
-    before, _ = lora_rows(snapshot)
-    try:
-        sent = parse_json(text)
-        rows, apart = parse_rows(sent["rows"]), bool(sent["apart"])
-    except (ValueError, KeyError, TypeError):
-        return before
-    if rows != before:
-        save_rows(snapshot.app_state.project, rows, apart)
-    return rows
+def _plain(value: Any) -> str | float | None:
+    return value if isinstance(value, str | int | float) else None
 
 
-def rows_data(snapshot: Snapshot) -> dict[str, Any]:
-    """The rows as the page's script needs them."""
+def _row_data(rows: list[WeightedLora]) -> list[dict[str, Any]]:
+    return [{"file": row.file, "strength": row.strength, "text": row.text_strength} for row in rows]
+
+
+def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[WeightedLora], int]:
+    """Store the form as a page sends it; returns its LoRAs and the new revision."""
+    rows = parse_rows(sent.get("rows") or [])
+    more: dict[str, Any] = {}
+    fields, strip, grid = (sent.get(key) for key in ("fields", "strip", "grid"))
+    if isinstance(strip, dict):
+        kept = {"on": bool(strip.get("on")), "values": list(strip_values(project))}
+        with contextlib.suppress(LoraError):
+            # Reported when the strip is generated; a half-typed number is not an error yet.
+            kept["values"] = list(parse_strengths(strip.get("values")))
+        more["preview_strip_at"] = kept
+    if isinstance(grid, dict):
+        more["preview_grid"] = {
+            key: value
+            for side in GRID_SIDES
+            for key, value in zip((side, _values_key(side)), _sent_axis(grid.get(side)), strict=True)
+        }
+    fields = fields if isinstance(fields, dict) else None
+    return rows, save_form(project, rows, bool(sent.get("apart")), fields, **more)
+
+
+def form_data(snapshot: Snapshot) -> dict[str, Any]:
+    """The whole form as the page's script needs it."""
     rows, kept = lora_rows(snapshot)
-    listed = [{"file": r.file, "strength": r.strength, "text": r.text_strength} for r in rows]
+    project = snapshot.app_state.project
+    strip = ", ".join(f"{value:g}" for value in strip_values(project))
     return {
-        "project": snapshot.app_state.project.path.name,
+        "project": project.path.name,
         "rev": int(kept.get("rev") or 0),
         "apart": bool(kept.get("apart")),
-        "rows": listed,
+        "rows": _row_data(rows),
         "groups": lora_groups(snapshot),
+        "best": project.draft().get("best_strengths") or {},
+        "fields": load_fields(snapshot),
+        "strip": {"values": strip, "on": strip_is_on(project, base_for(snapshot, rows))},
     }
 
 
@@ -252,7 +189,10 @@ def _rescale(given: dict[str, Any]) -> NumberOrAuto:
 
 def _number(given: dict[str, Any], name: str, usual: float, lowest: float, highest: float) -> float:
     value = given.get(name)
-    number = usual if value is None or value == "" else float(value)
+    try:
+        number = usual if value is None or value == "" else float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{_TITLES[name]} should be a number, not {str(value)[:40]!r}.") from error
     if not lowest <= number <= highest:
         raise ConfigError(f"{_TITLES[name]} {number:g} is out of range; it goes from {lowest} to {highest}.")
     return number
@@ -290,6 +230,110 @@ def strip_is_on(project: Project, base: Base) -> bool:
     return base.embedded if chosen is None else bool(chosen)
 
 
+def parse_strengths(text: Any) -> tuple[float, ...]:
+    """The strengths of the strip, as they are typed.
+
+    Raises:
+        ConfigError: there is none, or one is no number in range.
+    """
+    return tuple(float(v) for v in make_axis("strength", split_values(str(text or ""))).values)
+
+
+# The axes of the grid.
+
+GRID_SIDES = {"rows": "seed", "columns": "strength"}
+"""Rows and columns, and what each varies at first."""
+NOTHING = "none"
+GRID_KINDS = {
+    "strength": "LoRA strength", "checkpoint": "Checkpoint", "seed": "Seed", "prompt": "Prompt",
+    "rank": "Rank", NOTHING: "Nothing",
+}  # fmt: skip
+MOST_CHECKPOINTS = 40
+
+
+def _values_key(side: str) -> str:
+    return f"{side.removesuffix('s')}_values"
+
+
+def _sent_axis(sent: Any) -> tuple[str, list[str]]:
+    sent = sent if isinstance(sent, dict) else {}
+    values = sent.get("values")
+    return str(sent.get("kind")), [str(value) for value in values] if isinstance(values, list) else []
+
+
+def sent_axes(sent: dict[str, Any]) -> list[Axis | None]:
+    """Rows and columns as a page sends them.
+
+    Raises:
+        ConfigError: there is no value, or one is not legal.
+    """
+    grid = sent.get("grid")
+    grid = grid if isinstance(grid, dict) else {}
+    return [parse_axis(*_sent_axis(grid.get(side))) for side in GRID_SIDES]
+
+
+def parse_axis(kind: str, values: list[str]) -> Axis | None:
+    """Parse the chosen values of an axis; numbers typed together are split.
+
+    Raises:
+        ConfigError: there is no value, or one is not legal.
+    """
+    if kind == NOTHING:
+        return None
+    if kind in ("strength", "seed", "rank"):
+        values = [part for value in values for part in split_values(value)]
+    return make_axis(kind, values)
+
+
+def grid_axes(snapshot: Snapshot) -> dict[str, Any]:
+    """Rows and columns in the draft, each with its values and choices."""
+    kept = snapshot.app_state.project.draft().get("preview_grid") or {}
+    return {
+        side: axis_data(snapshot, str(kept.get(side) or usual), kept.get(_values_key(side)))
+        for side, usual in GRID_SIDES.items()
+    }
+
+
+def axis_data(snapshot: Snapshot, kind: str, values: Any = None) -> dict[str, Any]:
+    """An axis as the page's script needs it; without values those that are usual."""
+    choices, usual = list_axis_values(snapshot, kind)
+    listed = [str(value) for value in values] if isinstance(values, list) and values else usual
+    return {"kind": kind, "values": listed, "choices": choices}
+
+
+def list_axis_values(snapshot: Snapshot, kind: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Checkpoints on offer as (title, file), and the values selected by default."""
+    fields = load_fields(snapshot)
+    if kind == "checkpoint":
+        return _list_checkpoints(snapshot)
+    try:
+        first = max(0, int(fields["seed"]))
+    except ValueError:
+        first = SEED
+    usual = {
+        "strength": ["0", "0.5", "1"],
+        "rank": ["1", "4", "16"],
+        "seed": [str(first + number) for number in range(3)],
+        "prompt": [str(fields["prompt"])] if fields["prompt"] else [],
+    }
+    return [], usual.get(kind, [])
+
+
+def _list_checkpoints(snapshot: Snapshot) -> tuple[list[tuple[str, str]], list[str]]:
+    """All adapter files; those of the first LoRA's run are selected."""
+    rows, _ = lora_rows(snapshot)
+    run_view = find_owner(snapshot, rows[0].file) if rows else None
+    own = [str(one.file) for one in list_run_loras(run_view)] if run_view else []
+    choices = [
+        (title if place == "Runs" else f"{place}: {title}", file)
+        for place, files in lora_groups(snapshot)
+        for title, file in files
+    ]
+    steps = [file for file in own if "/checkpoints/" in file.replace("\\", "/")]
+    picked = (steps or own)[:3][::-1] or [file for _, file in choices[:2]]
+    return choices[:MOST_CHECKPOINTS], picked
+
+
 def fields_of(shot: GenerationRequest) -> dict[str, Any]:
     """A request's fields as the form shows them."""
     values = {name: getattr(shot, name) for name in FIELDS}
@@ -299,8 +343,7 @@ def fields_of(shot: GenerationRequest) -> dict[str, Any]:
 def save_request(project: Project, shot: GenerationRequest) -> None:
     """Put a request's settings into the form."""
     apart = any(lora.text_strength is not None for lora in shot.loras)
-    save_rows(project, list(shot.loras), apart)
-    project.update_draft(preview=fields_of(shot))
+    save_form(project, list(shot.loras), apart, fields_of(shot))
 
 
 def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
@@ -314,7 +357,7 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
         "width": info.width, "height": info.height,
     }  # fmt: skip
     fields |= {name: value for name, value in said.items() if value is not None}
-    project.update_draft(preview=fields | {"prompt": info.prompt, "negative": info.negative})
+    fields |= {"prompt": info.prompt, "negative": info.negative}
     names: dict[str, str] = {}
     for _, files in lora_groups(snapshot):
         for _, file in files:
@@ -327,19 +370,12 @@ def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
             missing.append(tag.name)
         else:
             rows.append(WeightedLora(found, _strength(tag.strength), tag.text_strength))
-    if info.prompt or info.loras:
-        save_rows(project, rows, any(row.text_strength is not None for row in rows))
+    if not (info.prompt or info.loras):
+        rows, kept = lora_rows(snapshot)
+        save_form(project, rows, bool(kept.get("apart")), fields)
+    else:
+        save_form(project, rows, any(row.text_strength is not None for row in rows), fields)
     return missing
-
-
-def new_lora_path(project: Project, name: str) -> Path:
-    """A free path for a LoRA file dropped on the page."""
-    folder = project.path / ADDED
-    folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / name, 2
-    while path.exists():
-        path, number = folder / f"{Path(name).stem}-{number}.safetensors", number + 1
-    return path
 
 
 def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:

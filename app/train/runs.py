@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from app.export.lora_tools_results import report_entry
+from app.export.view import report_entry
 from app.formatting import (
     UNKNOWN,
     describe_changes,

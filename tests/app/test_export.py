@@ -11,17 +11,26 @@ import pytest
 from app.export.compatibility import (
     compatibility_card,
     describe_training,
+    file_facts,
     find_trigger_words,
     find_writer,
-    report_html,
     tool_rows,
+)
+from app.export.view import (
+    check_folder,
+    checkpoint_cards,
+    choose,
+    copied_line,
+    export_buttons,
+    folder_choices,
+    report_card,
     written_line,
 )
-from app.export.view import check_folder, copied_line, folder_choices
-from app.state import AppState, OtherTools
+from app.state import AppState, OtherTools, take_snapshot
 from lora_core.errors import RunError
 from lora_core.system import other_tools
 from lora_core.system.other_tools import InstalledTool, copy_export
+from tests.app.test_preview import run_with_file
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
 
@@ -67,14 +76,33 @@ def test_a_row_a_tool(changes: dict[str, Any], verdict: str, said: str) -> None:
 
 def test_what_the_worker_says_of_tools_is_text() -> None:
     hostile = row(HOSTILE, matched=1, dropped=50, dropped_keys=[HOSTILE] * 50, note=HOSTILE)
-    shown = compatibility_card({"works_in": {"ok": False, "tools": [hostile]}}, portable=False)
+    shown = compatibility_card({"works_in": {"ok": False, "tools": [hostile]}})
     assert "<img" not in shown
     assert "and 10 more" in shown
     assert "not every tool loads it" in shown
-    assert "only with that base" in shown
-    assert "only with that base" not in compatibility_card(None, portable=True)
-    line = written_line({"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}, "fp16", "/x", "")
+    line = written_line({"file": f"/a/{HOSTILE}.safetensors", "bytes": 5e6, "modules": 3}, "fp16", "/x", [])
     assert "<img" not in line
+
+
+def test_the_project_s_own_run_is_offered_first(app_state: AppState) -> None:
+    """A run of another project is never chosen by itself, and the demo's file says where it works."""
+    run_with_file(app_state)
+    shown = checkpoint_cards(take_snapshot(app_state))
+    assert "Export mine" in shown
+    assert "works only with that base" in shown
+    assert 'value="last" selected' in shown
+    choose(app_state, {"checkpoint": "50"})
+    assert 'data-checkpoint="50" aria-pressed="true"' in checkpoint_cards(take_snapshot(app_state))
+    assert "disabled" not in export_buttons(take_snapshot(app_state))
+    app_state.projects.new("another")
+    snapshot = take_snapshot(app_state)
+    shown = checkpoint_cards(snapshot)
+    assert "Nothing to export yet" in shown
+    assert "Other projects" in shown
+    assert "disabled" in export_buttons(snapshot)
+    assert "disabled" in report_card(snapshot)
+    choose(app_state, {"run": "mine", "checkpoint": ""})
+    assert "Export mine" in checkpoint_cards(take_snapshot(app_state))
 
 
 @pytest.fixture
@@ -191,9 +219,9 @@ def test_who_wrote_a_file(metadata: dict[str, str], program: str) -> None:
 
 def test_trigger_words_are_those_said_else_the_frequent_tags() -> None:
     tags = json.dumps({"10_dog": {"zwx dog": 12, "grass": 3}, "5_more": {"grass": 20, "bad": "x"}, "odd": 7})
-    assert find_trigger_words({"modelspec.trigger_phrase": " zwx ", "ss_tag_frequency": tags}) == "zwx"
-    assert find_trigger_words({"ss_tag_frequency": tags}) == "most frequent tags: grass, zwx dog"
-    assert find_trigger_words({"ss_tag_frequency": "[1"}) == ""
+    assert find_trigger_words({"modelspec.trigger_phrase": " zwx ", "ss_tag_frequency": tags}) == ["zwx"]
+    assert find_trigger_words({"ss_tag_frequency": tags}) == ["grass", "zwx dog"]
+    assert find_trigger_words({"ss_tag_frequency": "[1"}) == []
     assert (
         describe_training({"ss_sd_model_name": "v1-5", "ss_num_train_images": "20", "ss_steps": "x"})
         == "on v1-5, 20 pictures"
@@ -206,19 +234,17 @@ def test_a_report_shows_what_a_file_says_as_text() -> None:
         "modules": 264, "parameters": 9_437_184, "bytes": 18_900_000, "hash_matches": False,
         "metadata": {"modelspec.trigger_phrase": HOSTILE, "software": json.dumps({"name": HOSTILE})},
     }  # fmt: skip
-    shown = report_html(
-        f"{HOSTILE}.safetensors", {"report": report, "verify": {"ok": True, "tools": [row()]}}
-    )
+    shown = file_facts(f"{HOSTILE}.safetensors", {"report": report, "verify": {"ok": True, "tools": [row()]}})
     assert "<img" not in shown
     assert "Stable Diffusion 1.x" in shown
     assert "1 to 32, 5 values" in shown
     assert "its hash differs" in shown
     assert "264 of 264 keys" in shown
     said = {"problem": f"it is broken {HOSTILE}", "extras": "Left out: changes of biases"}
-    shown = report_html("x", {"report": {**report, **said}, "verify": {"ok": True, "tools": [row()]}})
+    shown = file_facts("x", {"report": {**report, **said}, "verify": {"ok": True, "tools": [row()]}})
     assert "<img" not in shown
     assert "it is broken" in shown
     assert "changes of biases" in shown
-    shown = report_html("x", {"report": {**report, "family": HOSTILE}, "problem": HOSTILE})
+    shown = file_facts("x", {"report": {**report, "family": HOSTILE}, "problem": HOSTILE})
     assert "<img" not in shown
     assert "<table>" not in shown

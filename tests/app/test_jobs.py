@@ -11,7 +11,7 @@ import pytest
 from app import top_bar
 from app.formatting import format_bytes
 from app.jobs import LIVE, Jobs
-from app.preview.request_form import checkpoint_choices, find_loras
+from app.preview.loras import checkpoint_choices, find_loras
 from app.state import AppState, take_snapshot
 from app.train import runs as cards
 from app.train.runs import earlier, queue_card

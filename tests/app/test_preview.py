@@ -1,6 +1,5 @@
 """The Preview tab's logic: its form, history, HTML and what a dropped picture says."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +8,12 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from app.preview import compare_view
 from app.preview import request_form as preview_form
-from app.preview import view as grid_card
-from app.preview import view as picture_info
-from app.preview.render_queue import FILE, GridState, History, HistoryEntry, PreviewState, sheet_info
-from app.preview.request_form import lora_groups
-from app.preview.routes import open_tab
+from app.preview import view as preview
+from app.preview.history import FILE, History, HistoryEntry
+from app.preview.loras import lora_groups, new_lora_path
+from app.preview.render_queue import GridState, PreviewState, RenderQueue, sheet_info
+from app.preview.routes import open_tab, read_infotext, take_rows
 from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, make_axis
@@ -108,11 +106,11 @@ def test_the_newest_lora_is_in_the_form_until_a_person_chooses(app_state: AppSta
     run, file = run_with_file(app_state)
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == [WeightedLora(str(file))]
     rows = [WeightedLora(str(file), 0.5), WeightedLora("/typed/é.safetensors", 2.5, 0.25)]
-    first = preview_form.save_rows(app_state.project, rows, True)
+    first = preview_form.save_form(app_state.project, rows, True)
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == rows
-    assert preview_form.save_rows(app_state.project, [], False) == first + 1
+    assert preview_form.save_form(app_state.project, [], False) == first + 1
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == [], "the base alone is a choice too"
-    preview_form.save_rows(app_state.project, [WeightedLora(str(run.path / "gone.safetensors"))], False)
+    preview_form.save_form(app_state.project, [WeightedLora(str(run.path / "gone.safetensors"))], False)
     assert preview_form.lora_rows(take_snapshot(app_state))[0] == [WeightedLora(str(file))]
     # Another project begins with its own, of which there is none.
     app_state.projects.new("Other")
@@ -132,13 +130,62 @@ def test_rows_from_a_page_are_checked() -> None:
     assert len(preview_form.parse_rows([{"file": "x"}] * 500)) == preview_form.MOST_LORAS
 
 
-def test_a_press_brings_the_rows_along(app_state: AppState) -> None:
+def test_a_page_sends_the_whole_form(app_state: AppState) -> None:
+    fields = {"prompt": "a", "negative": "b", "sampler": "ddim", "steps": "9", "cfg": "4", "seed": "3"}
+    sent = {
+        "rows": [{"file": "x", "strength": 0.3, "text": None}], "apart": False, "fields": fields,
+        "strip": {"values": "0, 0.5", "on": True},
+        "grid": {"rows": {"kind": "none"}, "columns": {"kind": "seed", "values": ["1, 2"]}},
+    }  # fmt: skip
+    rows, rev = preview_form.take_sent_form(app_state.project, sent)
     snapshot = take_snapshot(app_state)
-    text = json.dumps({"rows": [{"file": "x", "strength": 0.3, "text": None}], "apart": False})
-    assert preview_form.take_sent_rows(snapshot, text) == [WeightedLora("x", 0.3)]
-    assert preview_form.lora_rows(snapshot)[0] == [WeightedLora("x", 0.3)]
-    for broken in ("", "[]", "{}", '{"rows": 3, "apart": 0}', "null"):
-        assert preview_form.take_sent_rows(snapshot, broken) == [WeightedLora("x", 0.3)]
+    assert rows == preview_form.lora_rows(snapshot)[0] == [WeightedLora("x", 0.3)]
+    data = preview_form.form_data(snapshot)
+    assert data["rev"] == rev
+    assert {name: data["fields"][name] for name in fields} == fields
+    assert data["strip"] == sent["strip"]
+    assert preview_form.grid_axes(snapshot)["columns"]["values"] == ["1, 2"]
+    assert preview_form.sent_axes(sent) == [None, make_axis("seed", [1, 2])]
+    assert preview_form.build_request(snapshot, data["fields"], rows).steps == 9
+    # A number that is half typed, and what a page of another kind might send.
+    preview_form.take_sent_form(app_state.project, {**sent, "strip": {"values": "0, x"}})
+    assert preview_form.strip_values(app_state.project) == (0.0, 0.5)
+    preview_form.take_sent_form(app_state.project, {"rows": [], "fields": {"prompt": ["a"]}, "grid": 3})
+    assert preview_form.form_data(take_snapshot(app_state))["rows"] == []
+
+
+def test_a_moved_strength_draws_the_shown_image_anew(app_state: AppState, tmp_path: Path) -> None:
+    sent = {"rows": [{"file": "x", "strength": 0.3}], "moved": True}
+    assert not take_rows(app_state, sent)["drawn"], "nothing is shown yet"
+    app_state.render_queue.want(GenerationRequest(loras=(WeightedLora("x", 1.0),)))
+    assert take_rows(app_state, sent)["drawn"]
+    shot = app_state.render_queue.view().shot
+    assert shot is not None
+    assert shot.loras == (WeightedLora("x", 0.3),)
+    assert not take_rows(app_state, {"rows": [{"file": "y"}], "moved": True})["drawn"], "another file waits"
+
+
+def test_the_last_image_is_shown_after_a_restart(app_state: AppState) -> None:
+    shot = GenerationRequest(prompt="a", loras=(WeightedLora("x", 0.5),))
+    history = app_state.render_queue.history
+    history.add(HistoryEntry(picture(app_state.generated, "a.png"), shot))
+    alone = HistoryEntry(picture(app_state.generated, "b.png"), shot.alone(), beside=True)
+
+    def reopened() -> PreviewState:
+        return RenderQueue(app_state.worker, lambda: app_state.generated).view()
+
+    assert reopened().shot is None, "the base's own image is missing"
+    history.add(alone)
+    assert [one.file.name for one in history.newest()] == ["a.png"]
+    view = reopened()
+    assert (view.state, view.shot) == ("idle", shot)
+    assert view.images == {shot: app_state.generated / "a.png", shot.alone(): alone.file}
+    lora = app_state.workspace / "x.safetensors"
+    lora.touch()
+    os.utime(lora, (2**33, 2**33))
+    other = replace(shot, loras=(WeightedLora(str(lora), 0.5),))
+    history.add(HistoryEntry(picture(app_state.generated, "c.png"), other))
+    assert reopened().shot is None, "the LoRA was written after its image"
 
 
 GIVEN = {"prompt": "a", "negative": "", "sampler": "ddim", "steps": 20, "cfg": 5.0, "seed": 3}
@@ -164,6 +211,7 @@ def test_a_seed_of_minus_one_is_drawn_by_lot(app_state: AppState) -> None:
         ({"cfg_rescale": "2"}, "CFG rescale 2 is out of range; it goes from 0 to 1"),
         ({"cfg_rescale": "much"}, "a number or auto"),
         ({"cfg_rescale": "nan"}, "out of range"),
+        ({"steps": "many"}, "Steps should be a number, not 'many'"),
     ],
 )
 def test_what_cannot_be_drawn_is_a_sentence(app_state: AppState, more: dict[str, object], words: str) -> None:
@@ -225,9 +273,9 @@ def test_other_tools_and_added_files_are_offered(
     (folder / "notes.txt").write_bytes(b"")
     monkeypatch.setattr(app_state.tools, "lora_folders", lambda: [("ComfyUI", folder)])
     _, file = run_with_file(app_state)
-    added = preview_form.new_lora_path(app_state.project, "y.safetensors")
+    added = new_lora_path(app_state.project, "y.safetensors")
     added.write_bytes(b"")
-    assert preview_form.new_lora_path(app_state.project, "y.safetensors").name == "y-2.safetensors"
+    assert new_lora_path(app_state.project, "y.safetensors").name == "y-2.safetensors"
     groups = dict(lora_groups(take_snapshot(app_state)))
     assert groups["ComfyUI"] == [("sub/x", str(folder / "sub" / "x.safetensors"))]
     assert groups["Added here"] == [("y", str(added))]
@@ -261,25 +309,25 @@ def test_the_strip_of_a_run_is_drawn_once(app_state: AppState, monkeypatch: pyte
 
 def test_a_picture_s_settings_are_read_and_shown_as_text(tmp_path: Path) -> None:
     written = Infotext(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(WeightedLora("x", 0.5),))
-    info = picture_info.read_infotext(picture(tmp_path, text=written.text()))
+    _, info = read_infotext(picture(tmp_path, text=written.text()))
     assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (WeightedLora("x", 0.5),))
-    shown = picture_info.info_html(f"{HOSTILE}.png", info)
+    shown = preview.infotext_table(f"{HOSTILE}.png", info)
     assert "<img" not in shown
 
 
 def test_a_picture_without_settings_and_no_picture_are_sentences(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="holds no settings"):
-        picture_info.read_infotext(picture(tmp_path))
+        read_infotext(picture(tmp_path))
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     for name in ("b.png", "missing.png"):
         with pytest.raises(DatasetError, match="not a readable image"):
-            picture_info.read_infotext(tmp_path / name)
+            read_infotext(tmp_path / name)
     # A text of 100 MB packed small: Pillow's limit for such texts, not ours, stops it.
     info = PngInfo()
     info.add_text("parameters", "a" * 2**21, zip=True)
     Image.new("RGB", (1, 1)).save(tmp_path / "bomb.png", pnginfo=info)
     with pytest.raises(DatasetError, match=r"\.$"):
-        picture_info.read_infotext(tmp_path / "bomb.png")
+        read_infotext(tmp_path / "bomb.png")
 
 
 # ---- HTML
@@ -300,42 +348,45 @@ def test_everything_of_people_is_text_and_addresses_stay_inside(app_state: AppSt
     view = PreviewState("error", HOSTILE, 1, 2, shot, (0.0, 0.5), grid, pictures)
     snapshot = shown(app_state, view)
     pieces = [
-        compare_view.comparison,
-        compare_view.state_line,
-        compare_view.strength_strip,
-        compare_view.grid_result,
+        preview.comparison,
+        preview.state_line,
+        preview.strength_strip,
+        preview.grid_result,
+        preview.history,
     ]
     for make in pieces:
         html = make(snapshot)
         assert "<img src=x" not in html
         assert "<b>é" not in html
-        assert html.count("<img") == html.count('src="/easel/') + html.count('class="look"')
-    assert "--ratio:1.5000" in compare_view.comparison(snapshot)
-    assert 'id="preview-result"' in compare_view.comparison(snapshot)
+        assert html.count("<img") == html.count('<img src="/easel/') + html.count(
+            'src="/easel/thumb'
+        ) + html.count('class="look"')
+    assert "--ratio:1.5000" in preview.comparison(snapshot)
+    assert 'id="preview-result"' in preview.comparison(snapshot)
     grid.sheet = path
-    assert "<img src=x" not in compare_view.grid_result(snapshot)
+    assert "<img src=x" not in preview.grid_result(snapshot)
 
 
 def test_what_is_not_there_yet_says_what_to_do(app_state: AppState) -> None:
     nothing = shown(app_state, PreviewState("idle", "", 0, 0, None, (), None))
-    assert "press Generate" in " ".join(compare_view.comparison(nothing).split())
-    assert "disabled title=" in compare_view.state_line(nothing)
-    assert "fills once" in compare_view.strength_strip(nothing)
+    assert "press Generate" in " ".join(preview.comparison(nothing).split())
+    assert "Nothing is being generated" in preview.state_line(nothing)
+    assert "press Update" in preview.strength_strip(nothing)
     busy = shown(
         app_state,
         PreviewState("working", "Waiting: 2 requests before this one.", 0, 0, GenerationRequest(), (), None),
     )
-    assert "Waiting: 2" in compare_view.state_line(busy)
-    assert "disabled" not in compare_view.state_line(busy)
+    assert "Waiting: 2" in preview.state_line(busy)
+    assert "disabled" not in preview.state_line(busy)
 
 
 def test_axes_are_typed_or_picked(app_state: AppState) -> None:
-    assert grid_card.parse_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
-    assert grid_card.parse_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
-    assert grid_card.parse_axis("none", []) is None
+    assert preview_form.parse_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
+    assert preview_form.parse_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
+    assert preview_form.parse_axis("none", []) is None
     with pytest.raises(LoraError, match="needs values"):
-        grid_card.parse_axis("seed", [])
+        preview_form.parse_axis("seed", [])
     run_with_file(app_state)
-    choices, picked = grid_card.list_axis_values(take_snapshot(app_state), "checkpoint")
+    choices, picked = preview_form.list_axis_values(take_snapshot(app_state), "checkpoint")
     assert [title for title, _ in choices] == ["mine", "mine, step 100", "mine, step 50"]
     assert [Path(file).parent.name for file in picked] == ["step-000050", "step-000100"]

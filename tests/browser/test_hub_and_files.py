@@ -12,7 +12,7 @@ import pytest
 from tests.browser.conftest import DEMO
 from tests.browser.pages import frames, loaded_anew, open_tab, until
 from tests.browser.test_axe import violations
-from tests.browser.test_inside import done, tool
+from tests.browser.test_toolbox import done, tool
 from tests.browser.windows import Window, close
 from tests.hub import Hub, hub_of, small_repo
 from tests.tools.planted import LAYERS, random_layer, saved

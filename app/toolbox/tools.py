@@ -1,109 +1,21 @@
-""" "Look inside any LoRA": the tools, the worker request that each makes of a page's choices, and the card.
-
-One task at a time runs in the worker, independent of the page; a page that returns finds its state.
-`assets/inside.js` fills the card's lists.
-"""
+"""What the Toolbox can do with LoRA files, and the worker request that each tool makes of a page's
+choices."""
 
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app.formatting import format_bytes, safe
-from app.preview.request_form import ADDED, find_owner, lora_groups
+from app.formatting import format_bytes
+from app.preview.loras import ADDED, find_owner, lora_groups
 from app.state import AppState, Snapshot, take_snapshot
-from app.templates import problem_html
 from app.train.base_picker import base_choices
-from app.worker_client import Reply, WorkerClient
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
 from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
 from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
-
-BUSY = "A tool is already running; wait for it, or cancel it."
-
-
-class BackgroundTask:
-    """The current task, or the last one."""
-
-    def __init__(self, worker: WorkerClient) -> None:
-        """Run tasks in `worker`."""
-        self._worker = worker
-        self._lock = threading.Lock()
-        self._reply: Reply | None = None
-        self._shows: Callable[[dict[str, Any]], str] = lambda result: ""
-        self._html = ""
-        self._revision = 0
-        self._told = True
-        self.title = ""
-
-    @property
-    def working(self) -> bool:
-        """Whether a task is running."""
-        reply = self._reply
-        return reply is not None and not reply.finished.is_set()
-
-    @property
-    def result(self) -> dict[str, Any]:
-        """Result of the last task, {} if it failed or there was none."""
-        reply = self._reply
-        return dict(reply.result) if reply is not None and reply.state == "done" else {}
-
-    def start(self, title: str, request: dict[str, Any], shows: Callable[[dict[str, Any]], str]) -> None:
-        """Start a task.
-
-        Args:
-            title: what it is called while it is under way.
-            request: for the worker.
-            shows: makes HTML of its answer.
-
-        Raises:
-            RunError: something is under way.
-        """
-        with self._lock:
-            if self.working:
-                raise RunError(BUSY)
-            self.title, self._shows, self._told = title, shows, False
-            self._reply = self._worker.submit(request)
-
-    def cancel(self) -> None:
-        """Cancel the running task."""
-        reply = self._reply
-        if reply is not None and self.working:
-            self._worker.cancel(reply)
-
-    def now(self, known: int) -> dict[str, Any]:
-        """The state; HTML only for a page that knows another revision."""
-        with self._lock:
-            reply = self._reply
-            if reply is not None and reply.finished.is_set() and not self._told:
-                self._told, self._revision = True, self._revision + 1
-                self._html = self._outcome(reply)
-            state = "idle" if reply is None else "working" if self.working else reply.state
-            said = {"state": state, "words": self._words(), "revision": self._revision}
-            if reply is not None and state == "working":
-                said |= {"done": reply.done, "total": reply.total}
-            return said | ({"html": self._html} if known != self._revision else {})
-
-    def _outcome(self, reply: Reply) -> str:
-        if reply.state == "error":
-            return problem_html(reply.message)
-        return self._shows(reply.result)
-
-    def _words(self) -> str:
-        reply = self._reply
-        if reply is None or not self.working:
-            return ""
-        ahead = self._worker.ahead_of(reply)
-        if ahead:
-            return f"{self.title}: waits for {ahead} other {'request' if ahead == 1 else 'requests'}"
-        said = reply.phase or reply.message
-        count = f", {reply.done:,} of {reply.total:,}" if reply.total > 1 else ""
-        return f"{self.title}: {said[:1].lower() + said[1:]}{count}" if said else f"{self.title}"
-
 
 MOST_FILES = 12
 LONGEST_TABLE = 4000
@@ -131,47 +43,50 @@ class LoraTool:
     line: str
     files: tuple[int, int] = (1, 1)
     needs: tuple[str, ...] = ()
-    go: str = "Look"
+    go: str = "Analyze"
     makes: str = ""
     do: str = ""
 
 
 TOOLS: dict[str, LoraTool] = {
-    "spectrum": LoraTool("Spectrum", "Type of adapter, and the effective rank of each layer."),
-    "amplify": LoraTool("Amplification", "What it amplifies in its base, block by block.", needs=("base",)),
+    "check": LoraTool(
+        "Inspect", "Type, trigger words, and which apps load it.", go="Inspect", do="verify"
+    ),
+    "spectrum": LoraTool("Spectrum", "The effective rank of each layer."),
+    "amplify": LoraTool("Amplification", "Which blocks it changes most.", needs=("base",)),
     "intrinsic": LoraTool(
-        "Intrinsic rank", "The lowest rank that keeps 99% of its gain, measured.", (1, 1), ("measure",),
+        "Intrinsic rank", "Finds the lowest rank that keeps 99% of the gain.", (1, 1), ("measure",),
         "Measure",
     ),
     "strength": LoraTool(
-        "Best strength", "Where it gains most, measured.", (1, 1), ("measure", "apart"), "Measure"
+        "Best strength", "Finds the best strength.", (1, 1), ("measure", "apart"), "Measure"
     ),
-    "compare": LoraTool("Similarity", "Similarity of the directions of two files, against chance.", (2, 2)),
+    "compare": LoraTool("Similarity", "How alike two LoRAs are.", (2, 2)),
     "stack": LoraTool(
-        "Stacking", "How much of each LoRA survives when all are active.", (2, MOST_FILES),
+        "Stacking", "How LoRAs interfere when combined.", (2, MOST_FILES),
         ("strengths", "measure?"),
     ),
     "merge": LoraTool(
-        "Merge", "Several files as one, exactly or at a rank, with weights per block.", (1, MOST_FILES),
+        "Merge", "Combine LoRAs into one file.", (1, MOST_FILES),
         ("strengths", "rank?", "blocks?", "base?"), "Merge", "adapter",
     ),
     "into-base": LoraTool(
-        "Merge into a base", "A copy of a base model with files merged into it.", (1, MOST_FILES),
+        "Merge into a base", "Write a copy of a base with LoRAs merged in.", (1, MOST_FILES),
         ("strengths", "base", "blocks?"), "Merge", "base",
     ),
     "plain": LoraTool(
-        "Plain LoRA", "A LoHa, LoKr or DoRA as a plain LoRA, which every tool loads.", (1, 1),
+        "Plain LoRA", "Turn a LoHa, LoKr or DoRA into a plain LoRA.", (1, 1),
         ("rank", "base?"), "Convert", "adapter", "merge",
     ),
     "convert": LoraTool(
-        "Convert", "The same LoRA in the format of other tools.", (1, 1), ("format", "alphas"), "Convert",
+        "Convert", "Write the same LoRA in another format.", (1, 1), ("format", "alphas"), "Convert",
         "adapter",
     ),
     "shrink": LoraTool(
-        "Shrink", "A smaller file, and what it loses.", (1, 1), ("size",), "Shrink", "adapter"
+        "Shrink", "Smaller file, same result.", (1, 1), ("size",), "Shrink", "adapter"
     ),
     "extract": LoraTool(
-        "Extract", "A LoRA out of a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract",
+        "Extract", "Get a LoRA from a fine-tuned model.", (0, 0), ("tuned", "base", "size"), "Extract",
         "adapter",
     ),
 }  # fmt: skip
@@ -391,73 +306,3 @@ def _suffix(tool: str, request: dict[str, Any]) -> str:
         return {"merge": "merged", "plain": f"plain{request.get('rank')}"}.get(tool) or request["format"]
     small = f"rank{request['rank']}" if request.get("rank") else f"energy{100 * request['energy']:g}"
     return f"lora-{small}" if tool == "extract" else small
-
-
-EMPTY = (
-    '<div class="empty"><h3>Nothing looked at yet</h3><p class="small">Choose a LoRA, of a run or from'
-    " anywhere, and a tool. Spectrum is a good first look: it says how many of the file's directions do"
-    " something.</p></div>"
-)
-
-
-def lora_tools_card() -> str:
-    """The whole card."""
-    return (
-        '<section id="inside" class="card" aria-labelledby="inside-title"><div><h2 id="inside-title">Look'
-        ' inside any LoRA</h2><p class="small">What low rank did in it, and better files made of it. Nothing'
-        " in a file is run, and none is changed: what is made is a new file.</p></div><div"
-        f' class="inside-cols"><div class="inside-side">{_file_row()}<div class="tools-list" role="group"'
-        f' aria-label="Tools">{"".join(_tool(key, tool) for key, tool in TOOLS.items())}</div></div><div'
-        f' class="inside-main">{_form()}<div id="inside-answer"'
-        f' aria-live="polite">{EMPTY}</div></div></div></section>'
-    )
-
-
-def _file_row() -> str:
-    return (
-        '<div><h3>LoRA files</h3><div id="inside-files"></div><button type="button" class="own quiet"'
-        ' id="inside-add">Add another file</button></div>'
-    )
-
-
-def _tool(key: str, tool: LoraTool) -> str:
-    low, high = tool.files
-    return (
-        f'<button type="button" class="own tool" data-tool="{key}" data-low="{low}" data-high="{high}"'
-        f' data-needs="{" ".join(tool.needs)}" data-go="{tool.go}"'
-        f' aria-pressed="false"><b>{safe(tool.title)}</b><span'
-        f' class="small">{safe(tool.line)}</span></button>'
-    )
-
-
-def _form() -> str:
-    """The fields of all tools; inside.js shows those of the chosen one."""
-    formats = "".join(f'<option value="{key}">{safe(row.title)}</option>' for key, row in FORMATS.items())
-    return """<form id="inside-form" class="inside-form" autocomplete="off">
-<label class="entry" data-field="tuned" hidden>Fine-tuned model<input id="inside-tuned" type="text"
- placeholder="path of a .safetensors file or a diffusers folder" spellcheck="false"></label>
-<label class="entry" data-field="measure" hidden>Measure on<select id="inside-measure"></select></label>
-<label class="entry" data-field="dataset" hidden>Folder of pictures<input id="inside-dataset" type="text"
- placeholder="pictures with captions that it was not trained on" spellcheck="false"></label>
-<label class="entry" data-field="base" hidden>Base<select id="inside-base"></select></label>
-<label class="entry" data-field="other-base" hidden>Path of the base<input id="inside-other-base" type="text"
- spellcheck="false"></label>
-<label class="entry" data-field="by" hidden>Keep<select id="inside-by"><option value="rank">a rank</option>
-<option value="energy">a share of the energy</option></select></label>
-<label class="entry" data-field="rank" hidden>Rank<input id="inside-rank"
- type="text" inputmode="numeric" value="8"></label>
-<label class="entry" data-field="energy" hidden>Percent of the energy<input id="inside-energy" type="text"
- inputmode="decimal" value="99"></label>
-<label class="entry" data-field="blocks" hidden>Weights of blocks<input id="inside-blocks" type="text"
- spellcheck="false" placeholder="mid_block=0.5, up_blocks.1=[1, 0]"></label>
-<label class="entry" data-field="format" hidden>Format<select id="inside-format">@FORMATS@</select></label>
-<label class="tick" data-field="alphas" hidden><input id="inside-alphas" type="checkbox">Keep an alpha for
- each layer</label>
-<label class="tick" data-field="apart" hidden><input id="inside-apart" type="checkbox">UNet and text encoders
- apart</label>
-<div class="row"><button type="submit" class="own primary" id="inside-go">Look</button>
-<button type="button" class="own" id="inside-cancel" hidden>Cancel</button>
-<span class="small" id="inside-why"></span>
-<span class="small num" id="inside-state" role="status" data-state="idle"></span></div>
-<div class="track" id="inside-track" hidden><i style="width: 0"></i></div>
-</form>""".replace("@FORMATS@", formats)

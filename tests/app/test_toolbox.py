@@ -1,4 +1,4 @@
-"""Look inside any LoRA and the report, as the window has them: what is asked of the worker, what is shown,
+"""The Toolbox and the report of a run, as the window has them: what is asked of the worker, what is shown,
 what is given out."""
 
 import json
@@ -11,11 +11,14 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from app.export.lora_tools import TOOLS, build_worker_request, free_path, list_choices, lora_tools_card
-from app.export.lora_tools_results import report_card, result_html, written_html
 from app.export.routes import add_export_routes
+from app.export.view import report_card
 from app.routes import add_routes
-from app.state import AppState
+from app.state import AppState, take_snapshot
+from app.templates import render
+from app.toolbox.routes import add_toolbox_routes
+from app.toolbox.tools import TOOLS, build_worker_request, free_path, list_choices
+from app.toolbox.view import result_html, written_html
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError
 from tests.app.runs import HOSTILE, come_alive, make_run, started, step
 from tests.app.test_preview import run_with_file
@@ -65,6 +68,7 @@ def client(app_state: AppState) -> Iterator[TestClient]:
     app = FastAPI()
     add_routes(app, app_state)
     add_export_routes(app, app_state)
+    add_toolbox_routes(app, app_state)
     with TestClient(app) as made:
         yield made
 
@@ -75,7 +79,7 @@ def say(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def ended(client: TestClient, job: str = "inside") -> dict[str, Any]:
+def ended(client: TestClient, job: str = "toolbox") -> dict[str, Any]:
     def look() -> dict[str, Any]:
         now = dict(client.get(f"/easel/{job}/now?known=-2").json())
         return now if now["state"] != "working" else {}
@@ -84,11 +88,12 @@ def ended(client: TestClient, job: str = "inside") -> dict[str, Any]:
 
 
 def test_every_tool_says_what_it_tells_and_what_it_needs() -> None:
-    card = lora_tools_card()
+    page = render("toolbox/page.html", tools=TOOLS, formats={})
     for key, tool in TOOLS.items():
-        assert f'data-tool="{key}"' in card
+        assert f'data-tool="{key}"' in page
+        assert tool.title in page
         assert tool.line.endswith(".")
-    assert "Nothing looked at yet" in card
+    assert "Choose a file and a tool" in page
 
 
 def test_what_there_is_to_choose(app_state: AppState) -> None:
@@ -172,14 +177,14 @@ def test_a_base_with_files_in_it_is_offered_as_a_base(
     asked = build_worker_request(app_state, "into-base", sent)
     out = app_state.project.path / "bases" / "base-mine"
     assert (asked["do"], asked["out"], asked["blocks"]) == ("into-base", str(out), "mid_block=0")
-    assert say(client, "inside/start", tool="into-base", **sent) == {"done": True}
+    assert say(client, "toolbox/start", tool="into-base", **sent) == {"done": True}
     shown = ended(client)["html"]
     assert "base-mine" in shown
     assert "/easel/made/" not in shown
     assert app_state.places.bases() == [str(out)]
     out.rename(out.with_name("base-mine-2"))
-    monkeypatch.setattr("app.export.lora_tools.free_bytes", lambda path: 1000)
-    assert "A copy of the base takes" in say(client, "inside/start", tool="into-base", **sent)["problem"]
+    monkeypatch.setattr("app.toolbox.tools.free_bytes", lambda path: 1000)
+    assert "A copy of the base takes" in say(client, "toolbox/start", tool="into-base", **sent)["problem"]
 
 
 def test_new_files_never_take_a_name_that_is_taken(app_state: AppState, tmp_path: Path) -> None:
@@ -194,24 +199,27 @@ def test_new_files_never_take_a_name_that_is_taken(app_state: AppState, tmp_path
 
 def test_a_measurement_and_the_file_made_of_it(app_state: AppState, client: TestClient) -> None:
     _, file = run_with_file(app_state)
-    assert say(client, "inside/act", do="shrink")["problem"].startswith("Measure first")
+    assert say(client, "toolbox/act", do="shrink")["problem"].startswith("Measure first")
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
-    assert say(client, "inside/start", tool="intrinsic", **body) == {"done": True}
+    assert say(client, "toolbox/start", tool="intrinsic", **body) == {"done": True}
     now = ended(client)
     assert "Trained at rank 4, needs 1." in now["html"]
-    assert 'data-inside-act="shrink"' in now["html"]
+    assert 'data-toolbox-act="shrink"' in now["html"]
     # A page that knows it is not told again.
-    assert "html" not in client.get(f"/easel/inside/now?known={now['revision']}").json()
-    assert client.get("/easel/inside/numbers.json").json()["intrinsic"]["rank"] == 1
-    assert say(client, "inside/act", do="shrink") == {"done": True}
+    assert "html" not in client.get(f"/easel/toolbox/now?known={now['revision']}").json()
+    assert client.get("/easel/toolbox/numbers.json").json()["intrinsic"]["rank"] == 1
+    assert say(client, "toolbox/act", do="shrink") == {"done": True}
     now = ended(client)
     assert "mine-rank1.safetensors" in now["html"]
     assert "needs 1" in now["html"]
     made = client.get("/easel/download/mine/mine-rank1.safetensors")
     assert json.loads(made.content)["ranks"] == [{"part": "unet", "module": "a", "rank": 1}]
-    say(client, "inside/start", tool="strength", **body)
-    assert "Bake 0.8 into the file" in ended(client)["html"]
-    say(client, "inside/act", do="bake")
+    say(client, "toolbox/start", tool="strength", **body)
+    now = ended(client)
+    assert now["name"] == "strength"
+    assert "Bake 0.8 into the file" in now["html"]
+    assert app_state.project.draft()["best_strengths"] == {str(file): 0.8}, "the Preview tab marks it"
+    say(client, "toolbox/act", do="bake")
     assert "mine-baked.safetensors" in ended(client)["html"]
 
 
@@ -220,7 +228,7 @@ def test_files_from_elsewhere_are_made_in_the_project(
 ) -> None:
     file = tmp_path / "found é.safetensors"
     file.write_bytes(b"x")
-    say(client, "inside/start", tool="shrink", files=[{"file": str(file)}], rank=2)
+    say(client, "toolbox/start", tool="shrink", files=[{"file": str(file)}], rank=2)
     html = ended(client)["html"]
     assert "/easel/made/found%20%C3%A9-rank2.safetensors" in html
     assert client.get("/easel/made/found%20%C3%A9-rank2.safetensors").status_code == 200
@@ -230,7 +238,7 @@ def test_files_from_elsewhere_are_made_in_the_project(
 
 def test_problems_of_the_worker_are_text(app_state: AppState, client: TestClient) -> None:
     _, file = run_with_file(app_state)
-    say(client, "inside/start", tool="spectrum", files=[{"file": str(file)}])
+    say(client, "toolbox/start", tool="spectrum", files=[{"file": str(file)}])
     now = ended(client)
     assert now["state"] == "error"
     assert "&lt;b&gt;It cannot be read." in now["html"]
@@ -241,7 +249,7 @@ def test_nothing_is_measured_while_a_run_needs_the_memory(app_state: AppState, c
     come_alive(run)
     _, file = run_with_file(app_state)
     body = {"files": [{"file": str(file)}], "measure": {"run": "mine"}}
-    assert "A run is using the memory" in say(client, "inside/start", tool="strength", **body)["problem"]
+    assert "A run is using the memory" in say(client, "toolbox/start", tool="strength", **body)["problem"]
     assert "A run is using the memory" in say(client, "report/start", run="mine", measure=True)["problem"]
     assert say(client, "report/start", run="mine", measure=False) == {"done": True}
     ended(client, "report")
@@ -250,16 +258,16 @@ def test_nothing_is_measured_while_a_run_needs_the_memory(app_state: AppState, c
 def test_training_goes_on_from_a_file(app_state: AppState, client: TestClient, tmp_path: Path) -> None:
     _, file = run_with_file(app_state)
     app_state.project.update_draft(values={"train.steps": 7})
-    assert say(client, "inside/go-on", file=str(file)) == {"done": True}
+    assert say(client, "toolbox/go-on", file=str(file)) == {"done": True}
     assert app_state.project.draft()["values"] == {"train.steps": 7, "adapter.init": str(file)}
-    assert "no file at" in say(client, "inside/go-on", file=str(tmp_path / "gone"))["problem"]
+    assert "no file at" in say(client, "toolbox/go-on", file=str(tmp_path / "gone"))["problem"]
 
 
 def test_the_report_is_made_shown_and_downloaded(app_state: AppState, client: TestClient) -> None:
     run = make_run(app_state, "mine é", started(), step(1))
-    run_view = app_state.jobs.all()[0]
-    assert "report-open" not in report_card(run_view)
-    assert "disabled" in report_card(None)
+    run.checkpoint(1).mkdir(parents=True)
+    (run.checkpoint(1) / "adapter.safetensors").touch()
+    assert "report-open" not in report_card(take_snapshot(app_state))
     assert client.get("/easel/report/of/mine é").status_code == 404
     assert client.post("/easel/report/start", json={"run": "../x"}).status_code == 404
     assert say(client, "report/start", run="mine é", measure=False) == {"done": True}
@@ -268,7 +276,7 @@ def test_the_report_is_made_shown_and_downloaded(app_state: AppState, client: Te
     assert page.text == "<p>told</p>"
     assert page.headers["content-security-policy"].startswith("default-src 'none'")
     assert "attachment" in client.get("/easel/report/of/mine é?download=1").headers["content-disposition"]
-    assert "report-open" in report_card(run_view)
+    assert "report-open" in report_card(take_snapshot(app_state))
     assert run.path.joinpath("report.html").is_file()
 
 

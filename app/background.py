@@ -1,0 +1,109 @@
+"""A task that a page starts in the worker and follows. One at a time, independent of the page: a page that
+returns finds its state."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from app.formatting import pluralize
+from app.routes import FRESH, Answer, read_sent_json
+from app.templates import problem_html
+from app.worker_client import Reply, WorkerClient
+from lora_core.errors import RunError
+
+BUSY = "A tool is already running; wait for it, or cancel it."
+
+
+class BackgroundTask:
+    """The current task, or the last one."""
+
+    def __init__(self, worker: WorkerClient) -> None:
+        """Run tasks in `worker`."""
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._reply: Reply | None = None
+        self._shows: Callable[[dict[str, Any]], str] = lambda result: ""
+        self._name = ""
+        self._html = ""
+        self._revision = 0
+        self._told = True
+        self.title = ""
+
+    @property
+    def working(self) -> bool:
+        """Whether a task is running."""
+        reply = self._reply
+        return reply is not None and not reply.finished.is_set()
+
+    def start(
+        self, title: str, request: dict[str, Any], shows: Callable[[dict[str, Any]], str], name: str = ""
+    ) -> None:
+        """Start a task.
+
+        Args:
+            title: what it is called while it is under way.
+            request: for the worker.
+            shows: makes HTML of its answer.
+            name: tells a page what the answer belongs to.
+
+        Raises:
+            RunError: something is under way.
+        """
+        with self._lock:
+            if self.working:
+                raise RunError(BUSY)
+            self.title, self._shows, self._told, self._name = title, shows, False, name
+            self._reply = self._worker.submit(request)
+
+    def cancel(self) -> None:
+        """Cancel the running task."""
+        reply = self._reply
+        if reply is not None and self.working:
+            self._worker.cancel(reply)
+
+    def now(self, known: int) -> dict[str, Any]:
+        """The state; HTML only for a page that knows another revision."""
+        with self._lock:
+            reply = self._reply
+            if reply is not None and reply.finished.is_set() and not self._told:
+                self._told, self._revision = True, self._revision + 1
+                self._html = self._outcome(reply)
+            state = "idle" if reply is None else "working" if self.working else reply.state
+            said = {"state": state, "words": self._words(), "revision": self._revision, "name": self._name}
+            if reply is not None and state == "working":
+                said |= {"done": reply.done, "total": reply.total}
+            return said | ({"html": self._html} if known != self._revision else {})
+
+    def _outcome(self, reply: Reply) -> str:
+        if reply.state == "error":
+            return problem_html(reply.message)
+        return self._shows(reply.result)
+
+    def _words(self) -> str:
+        reply = self._reply
+        if reply is None or not self.working:
+            return ""
+        ahead = self._worker.ahead_of(reply)
+        if ahead:
+            return f"{self.title}: waits for {pluralize(ahead, 'other request')}"
+        said = reply.phase or reply.message
+        count = f", {reply.done:,} of {reply.total:,}" if reply.total > 1 else ""
+        return f"{self.title}: {said[:1].lower() + said[1:]}{count}" if said else f"{self.title}"
+
+
+def add_task_routes(app: FastAPI, name: str, task: BackgroundTask) -> None:
+    """Add routes below `/easel/NAME` for a task's progress and cancellation."""
+
+    @app.get(f"/easel/{name}/now")
+    async def now(known: int = -1) -> Response:
+        return Answer(await asyncio.to_thread(task.now, known), headers=FRESH)
+
+    @app.post(f"/easel/{name}/cancel")
+    async def cancel(request: Request) -> Response:
+        await read_sent_json(request)
+        task.cancel()
+        return Answer({"done": True}, headers=FRESH)

@@ -1,0 +1,161 @@
+"""The images generated in a project. `generated/history.jsonl` lists them: unlike the PNGs, which get shared,
+it holds the paths of base and adapters."""
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_core.errors import LoraError, RunError
+from lora_core.generate.request import Axis, GenerationRequest, WeightedLora, make_axis
+from lora_core.runs.storage import move_to_trash
+from lora_core.system.untrusted import check_fields, parse_json
+
+MOST_SHOWN = 60
+FILE = "history.jsonl"
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """A generated image.
+
+    Attributes:
+        file: the PNG.
+        shot: what it shows; of a sheet what its pictures have in common.
+        rows, columns: what a sheet varies.
+        time: when it was drawn, in seconds since the epoch.
+        beside: whether it is the base's own image beside another, which the list does not show.
+    """
+
+    file: Path
+    shot: GenerationRequest
+    rows: Axis | None = None
+    columns: Axis | None = None
+    time: float = 0.0
+    beside: bool = False
+
+    @property
+    def is_sheet(self) -> bool:
+        """Whether it is a grid or a strip."""
+        return self.rows is not None or self.columns is not None
+
+
+class History:
+    """The images of one project, newest last."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read `folder`; broken lines and deleted images are skipped."""
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._half_line = False
+        self._kept = self._read()
+
+    def newest(self, most: int = MOST_SHOWN) -> list[HistoryEntry]:
+        """The images, newest first."""
+        with self._lock:
+            return [one for one in reversed(self._kept) if not one.beside][:most]
+
+    def last_pair(self) -> list[HistoryEntry]:
+        """The newest image that is no sheet, and the base's own; [] if one is missing or a LoRA has changed
+        since."""
+        newest = next((one for one in self.newest() if not one.is_sheet), None)
+        if newest is None or any(file_time(lora.file) > newest.time * 1e9 for lora in newest.shot.loras):
+            return []
+        alone = newest.shot.alone()
+        with self._lock:
+            base = next((one for one in reversed(self._kept) if one.shot == alone and not one.is_sheet), None)
+        return [newest, base] if base is not None else []
+
+    def named(self, name: str) -> HistoryEntry:
+        """The entry with that file name.
+
+        Raises:
+            RunError: there is none.
+        """
+        with self._lock:
+            found = next((one for one in self._kept if one.file.name == name), None)
+        if found is None:
+            raise RunError(f"There is no picture {name!r} any more.")
+        return found
+
+    def add(self, kept: HistoryEntry) -> None:
+        """Add an image; an earlier entry with the same settings is replaced."""
+        kept = dataclasses.replace(kept, time=time.time())
+        line = {
+            "file": kept.file.relative_to(self.folder).as_posix(),
+            "time": kept.time,
+            "shot": dataclasses.asdict(kept.shot),
+            "rows": dataclasses.asdict(kept.rows) if kept.rows else None,
+            "columns": dataclasses.asdict(kept.columns) if kept.columns else None,
+            "beside": kept.beside,
+        }
+        with self._lock:
+            self._kept = [one for one in self._kept if one.file != kept.file] + [kept]
+            with open(self.folder / FILE, "ab") as file:
+                # A kill may have left half a line; start a new one.
+                file.write(b"\n" * self._half_line + json.dumps(line).encode() + b"\n")
+            self._half_line = False
+
+    def remove(self, name: str, workspace: Path) -> HistoryEntry:
+        """Move an image to the trash.
+
+        Raises:
+            RunError: there is none of that name, or the disk refuses.
+        """
+        kept = self.named(name)
+        move_to_trash(kept.file, workspace)
+        with self._lock:
+            self._kept = [one for one in self._kept if one is not kept]
+        return kept
+
+    def _read(self) -> list[HistoryEntry]:
+        try:
+            lines = (self.folder / FILE).read_bytes().split(b"\n")
+        except OSError:
+            return []
+        self._half_line = bool(lines[-1])
+        found: dict[Path, HistoryEntry] = {}
+        for line in lines:
+            kept = self._of_line(line)
+            if kept is not None:
+                found.pop(kept.file, None)
+                found[kept.file] = kept
+        return list(found.values())
+
+    def _of_line(self, line: bytes) -> HistoryEntry | None:
+        try:
+            said: dict[str, Any] = parse_json(line)
+            file = Path(os.path.abspath(self.folder / said["file"]))
+            if not file.is_relative_to(self.folder.absolute()) or not file.is_file():
+                return None
+            rows, columns = (
+                make_axis(a["kind"], a["values"]) if a else None for a in (said["rows"], said["columns"])
+            )
+            shot, drawn_at = request_from_settings(said["shot"]), float(said["time"])
+            return HistoryEntry(file, shot, rows, columns, drawn_at, bool(said.get("beside")))
+        except (OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, LoraError):
+            return None
+
+
+def request_from_settings(said: dict[str, Any]) -> GenerationRequest:
+    """Parse a request from its own JSON.
+
+    Raises:
+        TypeError, KeyError: it is none.
+    """
+    loras = tuple(check_fields(WeightedLora, row) for row in said["loras"])
+    # Entries from before this setting were not rescaled.
+    return check_fields(GenerationRequest, {"cfg_rescale": 0.0, **said, "loras": loras})
+
+
+def file_time(file: str) -> int:
+    """When a file was last written, in nanoseconds; 0 if there is none."""
+    try:
+        return Path(file).stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,1 @@
+"""The Toolbox tab."""

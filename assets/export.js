@@ -1,0 +1,107 @@
+// Client of the Export tab: the choice of run and checkpoint, writing and copying the file, the report.
+(() => {
+  const { one, get, post, press, make } = window.easel;
+  const field = (name) => one("#export-form").elements[name];
+  const choice = () => ({
+    run: one("#export-run")?.value ?? "", checkpoint: one("#checkpoint")?.value ?? "",
+    ...Object.fromEntries(["name", "format", "precision", "folder"].map((name) => [name, field(name).value])),
+  });
+  const problem = (words) => make("p", { className: "problem", textContent: words, attributes: { role: "alert" } });
+  const AWAY = "The window does not answer; is it still open?";
+
+  const worksIn = () => one("#works-in .panel").parentElement;
+  // Results of one file do not apply to the next.
+  let unwritten = null;
+  const clear = () => {
+    one("#export-written").replaceChildren();
+    one("#copy-note").replaceChildren();
+    if (unwritten !== null) worksIn().innerHTML = unwritten;
+  };
+  const choose = async (body) => { clear(); await post("export/choose", body); press("refresh"); };
+  document.addEventListener("change", ({ target }) => {
+    if (target.id === "export-run") choose({ run: target.value, checkpoint: "" });
+    else if (target.id === "checkpoint") choose({ checkpoint: target.value });
+    else if (target.name === "folder" && target.form?.id === "export-form") post("export/choose", { folder: target.value });
+    else if (target.form?.id === "export-form") clear();
+  });
+
+  const write = async (button, path, note) => {
+    const words = button.textContent;
+    Object.assign(button, { disabled: true, textContent: "Writing…", title: "The file is being written." });
+    const said = await post(path, choice()).catch(() => ({ problem: AWAY }));
+    Object.assign(button, { disabled: false, textContent: words, title: "" });
+    const place = one(note);
+    if (said.problem) { place.replaceChildren(problem(said.problem)); return; }
+    place.innerHTML = said.written ?? said.copied;
+    const works = worksIn();
+    unwritten ??= works.innerHTML;
+    works.innerHTML = said.works_in;
+    if (said.link) make("a", { href: said.link, download: "" }).click();
+    press("refresh");
+  };
+
+  // ---- the report ---------------------------------------------------------------------------------------------------
+  // Started from the list of runs, where the Export tab's messages are not visible.
+  let quick = false, revision = -1;
+  const tell = (state, words) => {
+    if (quick && ["done", "error"].includes(state)) window.easel.toast(words, state === "error" ? "bad" : "");
+    const place = one("#report-state"), text = one("#report-words"), button = one("#report-make");
+    if (!place) return;
+    place.dataset.state = state;
+    place.classList.toggle("problem", state === "error");
+    if (text.textContent !== words) text.textContent = words;
+    one("#report-cancel").hidden = state !== "working";
+    if (button?.dataset.reportRun) { button.disabled = state === "working"; button.title = state === "working" ? "A report is being made." : ""; }
+  };
+  const look = window.easel.follower(async () => {
+    const now = await get(`report/now?known=${revision}`), working = now.state === "working";
+    tell(working ? "working" : "idle", now.words);
+    if (now.html !== undefined && !working) {
+      const first = revision === -1;
+      revision = now.revision;
+      if (now.html && !(first && now.state === "done")) {
+        tell(now.state === "error" ? "error" : "done", make("div", { innerHTML: now.html }).textContent);
+        press("refresh");
+      }
+    }
+    return working;
+  }, 300);
+  const follow = () => look().catch(() => tell("error", AWAY));
+  const makeReport = async ({ reportRun: run, reportQuick }) => {
+    quick = reportQuick !== undefined;
+    if (quick) window.easel.toast(`The report of ${run} is being made.`);
+    // Only a page that knows an earlier result is told about a new one.
+    if (revision === -1) revision = 0;
+    tell("working", "");
+    const box = one("#report-measure");
+    const said = await post("report/start", { run, measure: !quick && box.checked && !box.disabled }).catch(() => ({ problem: AWAY }));
+    if (said.problem) tell("error", said.problem); else follow();
+  };
+
+  document.addEventListener("click", (event) => {
+    const target = event.target.closest("button");
+    if (!target) return;
+    const data = target.dataset;
+    if (target.id === "export-download") write(target, "export/write", "#export-written");
+    else if (target.id === "copy-export") write(target, "export/copy", "#copy-note");
+    else if (data.checkpoint && target.closest("#export-choice")) choose({ checkpoint: data.checkpoint });
+    else if (target.id === "report-cancel") post("report/cancel", {});
+    else if (data.reportRun) makeReport(data);
+  });
+  document.addEventListener("submit", (event) => {
+    if (!["export-form", "export-choice"].includes(event.target.id)) return;
+    event.preventDefault();
+  });
+  let seen = false, usual = "";
+  window.easel.settling.push(() => {
+    const folders = one("#copy-folders"), run = one("#export-run")?.value ?? "";
+    if (!folders || !one("#export-form")) return;
+    if (field("name").placeholder !== run) field("name").placeholder = run;
+    // The usual folder, until another one is typed.
+    if (folders.dataset.usual !== usual && [usual, ""].includes(field("folder").value)) field("folder").value = folders.dataset.usual;
+    usual = folders.dataset.usual;
+    const open = Boolean(one("#export-form").offsetParent);
+    if (open && !seen) follow();
+    seen = open;
+  });
+})();

@@ -1,0 +1,71 @@
+// One lightbox for every image of the app. Whatever carries `data-zoom` or `data-large` opens in it, with all others of
+// the same value as its row: an image, a link to one, or a button with `data-src`. `data-flip` is what Space shows in its
+// place (of samples the first of the row, which is the base's), `data-words` the caption, `data-use` an image of the
+// history whose settings can be used.
+(() => {
+  const { one, all, make } = window.easel;
+  const kind = (node) => (node.dataset.large !== undefined ? "large" : "zoom");
+  const rowOf = (node) => all(`[data-${kind(node)}="${CSS.escape(node.dataset[kind(node)])}"]`);
+  const addressOf = (node) => node.dataset.src || node.getAttribute("href") || node.getAttribute("src");
+  const ZOOMS = [["Fit", 0], ["1:1", 1], ["4×", 4]];
+
+  const open = (node) => {
+    const row = rowOf(node), image = make("img"), words = make("p", { className: "small" });
+    let at = row.indexOf(node), flipped = false, zoom = 0;
+    const box = make("dialog", { className: "easel-dialog lightbox", attributes: { "aria-label": "Image" } });
+    const button = (text, act, more = {}) => { const made = make("button", { type: "button", className: "own", textContent: text, ...more }); made.addEventListener("click", act); return made; };
+    const flipOf = () => row[at].dataset.flip || (kind(row[at]) === "large" && at ? addressOf(row[0]) : "");
+    const show = () => {
+      const base = flipOf(), { words: said = "", use } = row[at].dataset;
+      flipped &&= Boolean(base);
+      image.src = flipped ? base : addressOf(row[at]);
+      image.alt = said || row[at].alt || "";
+      words.textContent = `${flipped ? "Base. " : ""}${image.alt}`;
+      flip.textContent = flipped ? "Show LoRA" : "Show base";
+      Object.assign(flip, { hidden: !base, title: "Space" });
+      useIt.hidden = use === undefined;
+      for (const step of [earlier, later]) step.hidden = row.length < 2;
+      scale();
+    };
+    const scale = () => {
+      frame.dataset.scale = zoom;
+      image.style.width = zoom ? `${(image.naturalWidth * zoom) / devicePixelRatio}px` : "";
+      for (const each of zooms) each.setAttribute("aria-pressed", Number(each.dataset.scale) === zoom);
+    };
+    const go = (by) => { at = Math.max(0, Math.min(row.length - 1, at + by)); show(); };
+    const [back, on] = kind(node) === "large" ? ["Earlier", "Later"] : ["Previous", "Next"];
+    const earlier = button(back, () => go(-1), { title: "Left arrow" }), later = button(on, () => go(1), { title: "Right arrow" });
+    const flip = button("Show base", () => { flipped = !flipped; show(); });
+    const useIt = button("Use these settings", () => { const { use } = row[at].dataset; box.close(); one(`[data-put-back="${CSS.escape(use)}"]`)?.click(); });
+    const zooms = ZOOMS.map(([text, value]) => button(text, () => { zoom = value; scale(); }, { className: "" }));
+    zooms.forEach((each, index) => { each.dataset.scale = ZOOMS[index][1]; });
+    const frame = make("div", { className: "lightbox-frame", tabIndex: 0, attributes: { role: "group", "aria-label": "Image, enlarged" } }, image);
+    const bar = make("div", { className: "row" }, earlier, later, make("div", { className: "seg", attributes: { role: "group", "aria-label": "Size" } }, ...zooms), flip, useIt, button("Close", () => box.close(), { className: "own primary" }));
+    image.addEventListener("load", scale);
+    image.addEventListener("click", () => { zoom = ZOOMS[(ZOOMS.findIndex(([, value]) => value === zoom) + 1) % ZOOMS.length][1]; scale(); });
+    box.addEventListener("keydown", (event) => {
+      const by = { ArrowLeft: -1, ArrowRight: 1, Home: -row.length, End: row.length }[event.key];
+      if (by && !(zoom && event.target === frame)) { event.preventDefault(); go(by); }
+      else if (event.key === " " && !event.target.matches("button")) { event.preventDefault(); if (!flip.hidden) flip.click(); }
+    });
+    box.addEventListener("click", (event) => { if (event.target === box) box.close(); });
+    box.addEventListener("close", () => box.remove());
+    box.append(frame, words, bar);
+    (one(".gradio-container") || document.body).append(box);
+    show();
+    box.showModal();
+    frame.focus();
+  };
+
+  // A click on the comparison moves its slider.
+  document.addEventListener("dblclick", (event) => { if (event.target.classList.contains("split")) one("#enlarge")?.click(); });
+  document.addEventListener("click", (event) => {
+    if (event.ctrlKey || event.metaKey) return;
+    const { enlarge } = event.target.closest("[data-enlarge]")?.dataset ?? {};
+    // Below the comparison's slider lie two images; the upper one is meant.
+    const node = enlarge ? all(enlarge).at(-1) : event.target.closest("[data-zoom], [data-large]");
+    if (!node || node.closest("dialog.lightbox")) return;
+    event.preventDefault();
+    open(node);
+  });
+})();
