@@ -40,6 +40,6 @@ def test_a_row_adds_tab_routes_and_script(
     assert client.get("/easel/assets/toy.js").text == "window.toy = true;"
     html = client.get("/").text
     assert "/easel/assets/toy.js" in html
-    for words in ("Toy button", "Dataset", "Train", "Preview", "Export"):
+    for words in ("Toy button", "Dataset", "Train", "Preview", "Export", "Toolbox"):
         assert words in html
     app_state.close()

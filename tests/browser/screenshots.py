@@ -23,8 +23,9 @@ from tests.waiting import PATIENCE
 READY = {
     "Dataset": ".thumb.on",
     "Train": "#samples img",
-    "Preview": "#strength-strip:has(figure:nth-child(5)):not(:has(figure:not(:has(img))))",
+    "Preview": "#preview-base img",
     "Export": "#export-cards img",
+    "Toolbox": "#toolbox-files select",
 }
 WIDTHS = (1440, 1024, 390)
 SCHEMES = ("light", "dark")
@@ -78,8 +79,10 @@ def shoot_all(browser, address: str, folder: Path) -> None:
             # Where the pictures were made is nobody's business.
             name = "code => code.textContent = '~/LoRA Easel/runs/' + code.textContent.split('/runs/').pop()"
             page.locator("#export-written code").evaluate(name)
-            page.click("#inside-go:enabled")
-            page.wait_for_selector("#inside-answer figure svg")
+        if tab == "Toolbox":
+            page.click("[data-tool=spectrum]")
+            page.click("#toolbox-go:enabled")
+            page.wait_for_selector("#toolbox-answer figure svg")
         page.wait_for_timeout(700)
         shoot(page, folder / f"{tab.lower()}-{width}{'-dark' if scheme == 'dark' else ''}.webp")
         page.close()

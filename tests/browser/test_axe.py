@@ -2,7 +2,7 @@
 
 from typing import Any
 
-TABS = ("Dataset", "Train", "Preview", "Export")
+TABS = ("Dataset", "Train", "Preview", "Export", "Toolbox")
 GRADIOS_OWN: dict[str, dict[str, str]] = {}
 """By selector: elements of Gradio's that break a rule (the rule, and why we cannot mend it)."""
 

@@ -13,6 +13,7 @@ from lora_core.runs import events
 from tests.app.runs import make_run, started, step
 from tests.browser.pages import frames, has_value, loaded_anew, open_tab
 from tests.browser.test_dataset import pictures_in, take
+from tests.browser.test_toolbox import type_path
 from tests.browser.windows import Window
 
 HOSTILE = (
@@ -137,16 +138,17 @@ def test_text_is_only_text(page: Any, window: Any, pictures: list[Path], tmp_pat
     page.wait_for_selector("#like-said, #like-note .problem")
     open_tab(page, "Preview")
     page.wait_for_selector("#loras[data-ready]")
+    page.click("#negative-fold summary")
     for field in ("#prompt textarea", "#negative textarea"):
         page.fill(field, f"{HOSTILE}\n{LONG}")
         page.press(field, "Tab")
     page.wait_for_timeout(300)
     unhurt(page)
-    open_tab(page, "Export")
-    page.fill("#check-path :is(input, textarea)", str(file))
-    page.click("#check-file")
-    page.wait_for_selector("#check-report .check-result")
-    assert said(page, "#check-report").count("{{7*7}}${7*7}") >= 3
+    open_tab(page, "Toolbox")
+    type_path(page, file)
+    page.click("#toolbox-go:enabled")
+    page.wait_for_selector("#toolbox-answer .check-result")
+    assert said(page, "#toolbox-answer").count("{{7*7}}${7*7}") >= 3
     unhurt(page)
 
     # All of it once more, after a new load; then the other project with its hostile run.

@@ -12,7 +12,7 @@ import pytest
 from tests.browser.conftest import DEMO
 from tests.browser.pages import frames, loaded_anew, open_tab, until
 from tests.browser.test_axe import violations
-from tests.browser.test_toolbox import done, tool
+from tests.browser.test_toolbox import done, tool, type_path
 from tests.browser.windows import Window, close
 from tests.hub import Hub, hub_of, small_repo
 from tests.tools.planted import LAYERS, random_layer, saved
@@ -77,44 +77,43 @@ def test_a_base_of_the_hub_is_downloaded(page: Any, hub: Hub) -> None:
 
 def test_new_files_and_the_file_manager(page: Any, place: Path) -> None:
     lora = saved({key: random_layer(key, 4, 4.0, 1, 0.1) for key in LAYERS}, place / "my lora.safetensors")
-    open_tab(page, "Export")
-    page.wait_for_selector(".inside-file select")
-    page.select_option(".inside-file select", label="Another file, by its path")
-    page.fill(".inside-file [data-part=path]", str(lora))
+    open_tab(page, "Toolbox")
+    page.wait_for_selector(".toolbox-file select")
+    type_path(page, lora)
 
     tool(page, "convert")
-    page.select_option("#inside-format", "diffusers")
-    page.click("#inside-go:enabled")
+    page.select_option("#toolbox-format", "diffusers")
+    page.click("#toolbox-go:enabled")
     done(page, "Only diffusers reads this format")
-    page.click("#inside-answer button >> text=Show in folder")
-    file = page.inner_text("#inside-answer .where code")
+    page.click("#toolbox-answer button >> text=Show in folder")
+    file = page.inner_text("#toolbox-answer .where code")
     until(
         page, lambda: (place / "asked").exists() and str(Path(file).parent) in (place / "asked").read_text()
     )
     assert Path(file).as_uri() in (place / "asked").read_text()
 
     tool(page, "plain")
-    assert page.input_value("#inside-base") == ""
-    page.fill("#inside-rank", "2")
-    page.click("#inside-go:enabled")
+    assert page.input_value("#toolbox-base") == ""
+    page.fill("#toolbox-rank", "2")
+    page.click("#toolbox-go:enabled")
     done(page, "-plain2")
 
     tool(page, "merge")
-    page.fill("#inside-blocks", "nothing_is_called_so=0")
-    page.click("#inside-go:enabled")
+    page.fill("#toolbox-blocks", "nothing_is_called_so=0")
+    page.click("#toolbox-go:enabled")
     done(page, "matches no layer of these files")
-    page.fill("#inside-blocks", "to_k=0.5")
-    page.click("#inside-go:enabled")
+    page.fill("#toolbox-blocks", "to_k=0.5")
+    page.click("#toolbox-go:enabled")
     done(page, "-merged")
     assert violations(page) == []
 
     tool(page, "into-base")
-    page.fill("#inside-blocks", "")
-    page.select_option("#inside-base", "demo")
-    page.click("#inside-go:enabled")
+    page.fill("#toolbox-blocks", "")
+    page.select_option("#toolbox-base", "demo")
+    page.click("#toolbox-go:enabled")
     done(page, "layers of the base changed by one file")
-    assert not page.locator("#inside-answer [data-inside-go-on]").count()
-    page.wait_for_selector("#inside-base option[value$='base-my lora']", state="attached")
+    assert not page.locator("#toolbox-answer [data-toolbox-go-on]").count()
+    page.wait_for_selector("#toolbox-base option[value$='base-my lora']", state="attached")
     page.set_viewport_size({"width": 390, "height": 844})
     frames(page)
     assert page.evaluate("document.documentElement.scrollWidth") == 390

@@ -83,7 +83,7 @@ def test_tabs_and_dialogs(look: Any) -> None:
     page.wait_for_function("!document.querySelector('#projects').open")
     assert page.evaluate("document.activeElement.id") == "project-picker"
     unseen += tab_to(page, "[role=tab]")
-    for name in ("Train", "Preview", "Export"):
+    for name in ("Train", "Preview", "Export", "Toolbox"):
         while page.evaluate("document.activeElement.textContent.trim()") != name:
             unseen += tab_to(page, "[role=tab]")
         page.keyboard.press("Enter")

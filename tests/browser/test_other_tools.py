@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.browser.pages import open_tab
 from tests.browser.test_main_path import drop
+from tests.browser.test_toolbox import type_path
 
 
 def choose_base(page, words: str) -> None:
@@ -64,8 +65,8 @@ def test_an_export_goes_into_another_tool_s_folder(home: Path, look: Any, traine
     assert json.loads((trained.workspace / "places.json").read_text())["lora_folders"] == [str(loras)]
 
     drop(page, loras / "my style-2.safetensors")
-    page.wait_for_selector("#check-report:has-text('LoRA Easel')")
-    assert "Embedded tiny base" in page.inner_text("#check-report")
-    page.fill("#check-path input, #check-path textarea", str(loras / "my style.safetensors"))
-    page.click("#check-file")
-    page.wait_for_selector("#check-report .problem:has-text('my style.safetensors')")
+    page.wait_for_selector("#toolbox-answer:has-text('LoRA Easel')")
+    assert "Embedded tiny base" in page.inner_text("#toolbox-answer")
+    type_path(page, loras / "my style.safetensors")
+    page.click("#toolbox-go:enabled")
+    page.wait_for_selector("#toolbox-answer .problem:has-text('my style.safetensors')")

@@ -1,4 +1,4 @@
-"""Looking inside a LoRA and making a run's report, as a person does it; the report opened alone, as a friend
+"""The Toolbox, and making a run's report, as a person does it; the report opened alone, as a friend
 would."""
 
 from pathlib import Path
@@ -9,35 +9,43 @@ from tests.browser.test_axe import violations
 
 
 def ready(page: Any) -> None:
-    open_tab(page, "Export")
-    page.wait_for_function("document.querySelector('#inside-files select')?.value.endsWith('.safetensors')")
+    open_tab(page, "Toolbox")
+    page.wait_for_function("document.querySelector('#toolbox-files select')?.value.endsWith('.safetensors')")
+
+
+def type_path(page: Any, file: Path) -> None:
+    """Choose a file by its path."""
+    page.select_option(".toolbox-file select", label="Another file: type its path")
+    page.fill(".toolbox-file [data-part=path]", str(file))
 
 
 def done(page: Any, words: str) -> str:
     page.wait_for_function(
-        "words => document.querySelector('#inside-state')?.dataset.state !== 'working' &&"
-        " document.querySelector('#inside-answer')?.innerText.includes(words)",
+        "words => document.querySelector('#toolbox-state')?.dataset.state !== 'working' &&"
+        " document.querySelector('#toolbox-answer')?.innerText.includes(words)",
         arg=words,
     )
-    return str(page.inner_text("#inside-answer"))
+    return str(page.inner_text("#toolbox-answer"))
 
 
 def tool(page: Any, name: str) -> None:
-    page.click(f"#inside [data-tool={name}]")
-    assert page.get_attribute(f"#inside [data-tool={name}]", "aria-pressed") == "true"
+    page.click(f"#toolbox [data-tool={name}]")
+    assert page.get_attribute(f"#toolbox [data-tool={name}]", "aria-pressed") == "true"
 
 
 def test_in_the_dark_on_a_phone(look: Any) -> None:
-    """Any file by its path, looked into from where it was checked."""
+    """Any file by its path."""
     page = look("dark", 390)
     assert page.evaluate("document.body.classList.contains('dark')")
     ready(page)
-    file = page.eval_on_selector("#inside-files select", "one => one.value")
-    page.fill("#check-path input, #check-path textarea", file)
-    page.click("#check-file")
-    page.click("#check-report [data-inside-file]")
+    file = page.eval_on_selector("#toolbox-files select", "one => one.value")
+    type_path(page, file)
+    page.click("#toolbox-go:enabled")
+    done(page, "Trigger words")
+    tool(page, "spectrum")
+    page.click("#toolbox-go:enabled")
     done(page, "layers of rank 8")
-    page.evaluate("document.querySelectorAll('#inside details').forEach(one => { one.open = true; })")
+    page.evaluate("document.querySelectorAll('#toolbox details').forEach(one => { one.open = true; })")
     assert violations(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
@@ -45,47 +53,49 @@ def test_in_the_dark_on_a_phone(look: Any) -> None:
 def test_a_file_is_looked_into_and_made_smaller(look: Any, trained: Any) -> None:
     page = look()
     ready(page)
-    page.click("#inside-go:enabled")
+    tool(page, "spectrum")
+    page.click("#toolbox-go:enabled")
     said = done(page, "layers of rank 8")
     assert "effective rank" in said
     labels = page.eval_on_selector_all(
-        "#inside-answer svg", "all => all.map(one => one.getAttribute('aria-label'))"
+        "#toolbox-answer svg", "all => all.map(one => one.getAttribute('aria-label'))"
     )
     assert len(labels) == 3
     assert all(labels)
-    page.evaluate("document.querySelectorAll('#inside details').forEach(one => { one.open = true; })")
-    assert page.locator("#inside-answer tbody tr").count() > 60
+    page.evaluate("document.querySelectorAll('#toolbox details').forEach(one => { one.open = true; })")
+    assert page.locator("#toolbox-answer tbody tr").count() > 60
     assert violations(page) == []
 
     tool(page, "compare")
-    assert page.is_disabled("#inside-go")
-    assert "Two files are needed" in page.inner_text("#inside-why")
-    page.click("#inside-add")
-    values = page.eval_on_selector_all(".inside-file:last-child option", "all => all.map(one => one.value)")
-    page.locator(".inside-file select").nth(1).select_option(values[1])
-    page.click("#inside-go:enabled")
+    assert page.is_disabled("#toolbox-go")
+    assert "Two files are needed" in page.inner_text("#toolbox-why")
+    page.click("#toolbox-add")
+    values = page.eval_on_selector_all(".toolbox-file:last-child option", "all => all.map(one => one.value)")
+    page.locator(".toolbox-file select").nth(1).select_option(values[1])
+    page.click("#toolbox-go:enabled")
     # A file is like itself, whichever layers it has.
-    assert "100.0% are shared" in done(page, "Of the directions")
-    page.locator(".inside-file [data-part=remove]").nth(1).click()
+    assert "100.0% of input directions" in done(page, "Almost identical")
 
+    # A tool for one file takes the first; each keeps its answer.
     tool(page, "amplify")
-    assert page.is_visible("#inside-base")
-    page.click("#inside-go:enabled")
+    assert "Almost identical" not in page.inner_text("#toolbox-answer")
+    assert page.is_visible("#toolbox-base")
+    page.click("#toolbox-go:enabled")
     done(page, "Where it acts")
     assert violations(page) == []
 
     tool(page, "shrink")
-    page.fill("#inside-rank", "none")
-    page.click("#inside-go:enabled")
-    page.wait_for_selector("#inside-state[data-state=error]:has-text('should be a number')")
-    page.fill("#inside-rank", "2")
-    page.click("#inside-go:enabled")
+    page.fill("#toolbox-rank", "none")
+    page.click("#toolbox-go:enabled")
+    page.wait_for_selector("#toolbox-state[data-state=error]:has-text('should be a number')")
+    page.fill("#toolbox-rank", "2")
+    page.click("#toolbox-go:enabled")
     done(page, "Each layer keeps rank 2")
     with page.expect_download() as started:
-        page.click("#inside-answer a[download]")
+        page.click("#toolbox-answer a[download]")
     assert started.value.suggested_filename.endswith(".safetensors")
     assert "-rank2" in started.value.suggested_filename
-    page.click("#inside-answer [data-inside-go-on]")
+    page.click("#toolbox-answer [data-toolbox-go-on]")
     page.wait_for_selector("#tabs [role=tab][aria-selected=true]:has-text('Train')")
     # The form says it, and the command that it stands for.
     page.wait_for_function("document.querySelector('#command pre')?.textContent.includes('adapter.init=')")
@@ -96,16 +106,16 @@ def test_measuring_can_be_cancelled_and_ends_in_a_file(look: Any) -> None:
     page = look()
     ready(page)
     tool(page, "strength")
-    chosen = page.eval_on_selector("#inside-measure", "one => one.selectedOptions[0].textContent")
+    chosen = page.eval_on_selector("#toolbox-measure", "one => one.selectedOptions[0].textContent")
     assert chosen.endswith("held out")
-    page.click("#inside-go:enabled")
-    page.wait_for_selector("#inside-cancel:visible")
-    page.click("#inside-cancel")
+    page.click("#toolbox-go:enabled")
+    page.wait_for_selector("#toolbox-cancel:visible")
+    page.click("#toolbox-cancel")
     done(page, "Cancelled.")
-    page.click("#inside-go:enabled")
+    page.click("#toolbox-go:enabled")
     said = done(page, "Measured on")
     if "Bake" in said:
-        page.click("#inside-answer [data-inside-act=bake]")
+        page.click("#toolbox-answer [data-toolbox-act=bake]")
         done(page, "is now strength 1")
     assert page.evaluate("document.documentElement.scrollWidth") <= 1440
 
@@ -121,7 +131,7 @@ def test_a_report_opens_anywhere(look: Any, trained: Any, browser: Any, tmp_path
         page.click("[data-run] [data-report-of]")
     opened.value.wait_for_selector(".strip img")
     opened.value.close()
-    ready(page)
+    open_tab(page, "Export")
     page.uncheck("#report-measure")
     page.click("#report-make:enabled")
     page.wait_for_selector("#report-state[data-state=done]")
