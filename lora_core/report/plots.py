@@ -100,9 +100,9 @@ class Axes:
     ) -> None:
         """Axes that contain `xs` and the values from `lowest` to `highest`.
 
-        The x axis is labelled with whole numbers where it is `whole`, else by `ticks`, or with two decimals.
+        The x axis is labelled at round numbers, whole ones where it is `whole`; with `ticks` at its quarters.
         """
-        self.ticks = ticks or (lambda x: f"{x:.2f}")
+        self.ticks = ticks
         self.x0 = min(xs)
         self.x1 = max(max(xs), self.x0 + 1) if whole else max(max(xs), self.x0 + 1e-9)
         self.whole = whole
@@ -129,12 +129,16 @@ class Axes:
 
     def columns(self) -> list[tuple[float, str]]:
         """The x coordinates of the ticks, and their labels."""
-        ticks = [self.x0 + (self.x1 - self.x0) * column / 4 for column in range(5)]
+        if self.ticks is not None:
+            ticks = [self.x0 + (self.x1 - self.x0) * column / 4 for column in range(5)]
+            return [(self.at(tick, self.y0)[0], self.ticks(tick)) for tick in ticks]
+        step = round_step((self.x1 - self.x0) / 5)
         if self.whole:
-            # A run of few steps has fewer whole numbers than ticks.
-            steps = sorted({round(tick) for tick in ticks})
-            return [(self.at(step, self.y0)[0], f"{step:,}") for step in steps]
-        return [(self.at(tick, self.y0)[0], self.ticks(tick)) for tick in ticks]
+            step = max(1.0, step)
+        digits = max(0, math.ceil(-math.log10(step) - 1e-9))
+        first, last = math.ceil(self.x0 / step - 1e-9), math.floor(self.x1 / step + 1e-9)
+        ticks = [number * step for number in range(first, last + 1)]
+        return [(self.at(tick, self.y0)[0], f"{tick:,.{digits}f}") for tick in ticks]
 
 
 @dataclass(frozen=True)

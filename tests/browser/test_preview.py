@@ -77,7 +77,7 @@ def test_loras_strengths_strip_and_history(page, window: Any, lora: Path) -> Non
     page.keyboard.press(" ")
     page.wait_for_selector("dialog.lightbox p:has-text('Base.')")
     assert page.get_attribute("dialog.lightbox img", "src") == base
-    page.click("dialog.lightbox >> text=4×")
+    page.click("dialog.lightbox >> text=4\N{MULTIPLICATION SIGN}")
     page.wait_for_function("document.querySelector('dialog.lightbox img').width === 512 / devicePixelRatio")
     page.keyboard.press("Escape")
 
