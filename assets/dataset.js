@@ -2,7 +2,7 @@
 //
 // Names and captions are untrusted: they are inserted as text, never as HTML.
 (() => {
-  const { one, all, get, post, press, make, plural } = window.easel;
+  const { one, all, get, post, press, make, plural, toast } = window.easel;
   const MOST_STEPS = 200, RETRY = 3000, KEPT = "easel-picture";
   const EMPTY = {
     none: ["No pictures yet", "Take pictures of one thing or one style. In each caption write what is in the picture: what you do not write is what gets learned."],
@@ -169,7 +169,8 @@
     const bar = one("#selection-bar"), count = picked.size, out = filter === "out";
     if (!bar) return;
     bar.hidden = !count;
-    one("#grid-keys").hidden = Boolean(count) || !shown().length;
+    one("#grid-keys").parentElement.hidden = Boolean(count);
+    one("#grid-keys").hidden = !shown().length;
     const members = [...picked].map(named).filter(Boolean), held = members.length > 0 && members.every((picture) => picture.held);
     one("#selection-count").textContent = count ? `${count.toLocaleString("en")} selected` : "";
     for (const [does, words, hidden] of [["captions", "Edit captions", out || shelf.fixed], ["validation", held ? "Use for training" : "Use for validation", out || shelf.fixed], ["exclude", out ? "Include" : "Exclude", shelf.fixed]]) {
@@ -364,22 +365,12 @@
 
   // ---- undo: a note for ten seconds, and Ctrl+Z for as long as the page is open -----------------------------------
   const journal = { past: [], future: [] };
-  const toast = (text, undo) => {
-    const place = one("#undo-toast") ?? document.body.appendChild(make("div", { id: "undo-toast", attributes: { role: "status" } }));
-    const close = () => { place.hidden = true; };
-    place.replaceChildren(make("span", { textContent: text }));
-    if (undo) place.append(make("button", { type: "button", className: "own quiet", onclick: undo }, "Undo ", make("kbd", { textContent: "Ctrl+Z" })));
-    place.append(make("button", { type: "button", className: "own quiet", textContent: "×", onclick: close, attributes: { "aria-label": "Dismiss" } }));
-    place.hidden = false;
-    clearTimeout(toast.timer);
-    toast.timer = setTimeout(close, 10_000);
-  };
   // Notes what was done, with functions that take it back and do it again; both answer whether they could.
   const did = (text, undo, redo) => {
     journal.past.push({ text, undo, redo });
     journal.past.splice(0, journal.past.length - MOST_STEPS);
     journal.future = [];
-    toast(text, () => step(false));
+    toast(text, "", () => step(false));
   };
   // Something noted was taken back in another way.
   const undone = (undo) => { const at = journal.past.findLastIndex((entry) => entry.undo === undo); if (at >= 0) journal.past.splice(at, 1); };
@@ -387,7 +378,7 @@
     const [from, into] = forward ? [journal.future, journal.past] : [journal.past, journal.future], entry = from.pop();
     if (!entry || !(await entry[forward ? "redo" : "undo"]())) return;
     into.push(entry);
-    toast(`${forward ? "Done again" : "Undone"}: ${entry.text}`, forward ? () => step(false) : null);
+    toast(`${forward ? "Done again" : "Undone"}: ${entry.text}`, "", forward ? () => step(false) : null);
   };
   document.addEventListener("keydown", (event) => {
     const key = event.key.toLowerCase(), writes = event.target.closest?.("input:not([type=checkbox]), textarea, select");

@@ -276,6 +276,7 @@
     ["link", "Links"], ["no file", "Not files"], ["name", "Names"], ["deep", "Too deep folders"],
   ];
   const LEAVABLE = new Set(["unreadable", "twins", "tiny", "blurred", "caption"]);
+  const ISSUES = { unreadable: ["unreadable", "Exclude"], twins: ["near-twins", "Keep the first of each"], tiny: ["tiny", "Exclude"], blurred: ["blurred", "Exclude"] };
   const MOST_ROWS = 40;
 
   const small = (name) => {
@@ -283,6 +284,9 @@
     return picture ? make("img", { loading: "lazy", alt: name, src: `/easel/thumb/dataset/${picture.url}` }) : "";
   };
   const leave = (name) => make("button", { type: "button", className: "own", textContent: "Exclude", data: { leave: name }, attributes: { "aria-label": `Exclude ${name}` } });
+
+  const leaveAll = (words, members) => make("button", { type: "button", className: "own quiet", textContent: words, data: { leaveAll: JSON.stringify([...new Set(members.map((row) => row.picture))]) } });
+  const issue = ([kind, , members]) => make("span", { className: "chip warn" }, `${members.length} ${ISSUES[kind][0]}`, leaveAll(ISSUES[kind][1], members));
 
   const found = (row) => {
     const node = make("div", { className: "row found" });
@@ -317,13 +321,10 @@
     one("#check > summary").textContent = rows.length ? `Check the pictures, ${rows.length} found` : "Check the pictures";
     easel.setTwins(rows.filter((row) => row.kind === "twins").flatMap((row) => [row.picture, row.twin]));
     const groups = GROUPS.map(([kind, title]) => [kind, title, rows.filter((row) => row.kind === kind)]).filter(([, , members]) => members.length);
+    redraw(one("#issues"), ...(easel.shelf().fixed ? [] : groups).filter(([kind]) => ISSUES[kind]).map(issue));
     redraw(one("#check-found"), ...groups.map(([kind, title, members]) => {
       const head = make("div", { className: "row apart" }, make("h3", { textContent: `${title}, ${members.length}` }));
-      if (LEAVABLE.has(kind) && members.length > 1) {
-        const every = make("button", { type: "button", className: "own quiet", textContent: kind === "twins" ? "Keep the first of each" : `Exclude all ${members.length}` });
-        every.dataset.leaveAll = JSON.stringify([...new Set(members.map((row) => row.picture))]);
-        head.append(every);
-      }
+      if (LEAVABLE.has(kind) && members.length > 1) head.append(leaveAll(kind === "twins" ? "Keep the first of each" : `Exclude all ${members.length}`, members));
       const more = members.length - MOST_ROWS;
       const note = more > 0 ? [make("p", { className: "small", textContent: `And ${more} more.` })] : [];
       return make("section", { className: `findings ${kind === "twins" ? "pairs" : ""}` }, head, make("div", { className: "list" }, ...members.slice(0, MOST_ROWS).map(found)), ...note);

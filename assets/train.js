@@ -3,26 +3,7 @@
 //
 // Events are delegated to the document, as in window.js: the HTML is replaced during runs.
 (() => {
-  const { one, all, press } = window.easel;
-
-  // ---- toasts ------------------------------------------------------------------------
-  let toastTimer = 0;
-  const toast = (text, tone = "") => {
-    let place = one("#easel-toast");
-    if (!place) {
-      place = document.createElement("div");
-      place.id = "easel-toast";
-      place.setAttribute("role", "status");
-      one(".gradio-container")?.append(place);
-    }
-    place.textContent = text;
-    place.dataset.tone = tone;
-    place.classList.add("on");
-    clearTimeout(toastTimer);
-    toastTimer = setTimeout(() => place.classList.remove("on"), 8000);
-  };
-
-  window.easel.toast = toast;
+  const { one, all, press, toast } = window.easel;
 
   const send = async (path, options) => {
     try {

@@ -76,9 +76,22 @@
     if (made.innerHTML !== place.innerHTML) refocus(place, () => place.replaceChildren(...made.childNodes));
   };
 
+  // A note for ten seconds; `undo` takes back what it tells.
+  const toast = (text, tone = "", undo = null) => {
+    const place = one("#easel-toast") ?? one(".gradio-container").appendChild(make("div", { id: "easel-toast", attributes: { role: "status" } }));
+    const close = () => place.classList.remove("on");
+    const buttons = [make("button", { type: "button", textContent: "×", onclick: close, attributes: { "aria-label": "Dismiss" } })];
+    if (undo) buttons.unshift(make("button", { type: "button", onclick: undo }, "Undo ", make("kbd", { textContent: "Ctrl+Z" })));
+    place.replaceChildren(make("span", { textContent: text }), ...buttons);
+    place.dataset.tone = tone;
+    place.classList.add("on");
+    clearTimeout(toast.timer);
+    toast.timer = setTimeout(close, 10_000);
+  };
+
   // API for the other scripts; `settling` functions run whenever HTML may have been replaced.
   window.easel = {
-    openTab, one, all, get, post, press, make, plural, later, follower, whenChanged, refocus, redraw, settling: [],
+    openTab, one, all, get, post, press, make, plural, later, follower, whenChanged, refocus, redraw, toast, settling: [],
   };
 
   // ---- one listener per event type -----------------------------------------------------------------------------

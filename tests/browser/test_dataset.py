@@ -201,14 +201,14 @@ def test_several_are_selected_excluded_and_brought_back(page, window: Any, pictu
 
     page.click("[data-select=exclude]")
     pictures_in(page, 3)
-    page.wait_for_selector("#undo-toast >> text=3 pictures excluded")
+    page.wait_for_selector("#easel-toast >> text=3 pictures excluded")
     page.keyboard.press("Control+z")
     pictures_in(page, 6)
     page.keyboard.press("Control+Shift+z")
     pictures_in(page, 3)
-    page.click("#undo-toast button >> text=Undo")
+    page.click("#easel-toast button >> text=Undo")
     pictures_in(page, 6)
-    page.wait_for_selector("#undo-toast >> text=Undone: 3 pictures excluded")
+    page.wait_for_selector("#easel-toast >> text=Undone: 3 pictures excluded")
     page.keyboard.press("Control+z")
     page.wait_for_function("!easel.shelf().pictures.some(one => one.caption.includes('ohwx'))")
     assert (stored(window) / "ball 1 é.txt").read_text() == "a ball, number 1"
