@@ -219,6 +219,26 @@ def test_several_are_selected_excluded_and_brought_back(page, window: Any, pictu
     assert names(page) == listed
 
 
+def test_what_is_typed_while_the_server_is_away_is_saved_later(
+    page, watched, window: Any, pictures: list[Path]
+) -> None:
+    take(page, pictures)
+    pictures_in(page, 6)
+    name = names(page)[3]
+    page.click(f"{GRID} >> nth=3")
+    watched.expected_away = True
+    page.route("**/easel/caption", lambda route: route.abort())
+    page.fill("#caption textarea", "typed on the train")
+    page.wait_for_selector("#caption-state[data-state=error] >> text=Not saved yet, retrying")
+    page.unroute("**/easel/caption")
+    page.wait_for_selector("#caption-state[data-state=saved]")
+    assert (stored(window) / Path(name).with_suffix(".txt")).read_text() == "typed on the train"
+    # A new load of the page opens the same picture.
+    page.reload()
+    page.wait_for_selector(f"{GRID}.on")
+    assert page.get_attribute(f"{GRID}.on", "data-picture") == name
+
+
 def test_by_keyboard_alone(page, window: Any, pictures: list[Path]) -> None:
     page.wait_for_selector("#dataset-drop[data-some=false]")
     page.focus("#dataset-path input")
