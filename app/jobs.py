@@ -80,7 +80,7 @@ class RunView:
                 status = "failed"
         if status in LIVE:
             # A stop is under way from its request to the end of the process.
-            done = self.progress.handled - (set() if self.progress.ending else self.progress.answered)
+            done = self.progress.handled - self.progress.answered
             asked = {r["action"] for r in self.run.requests() if r["id"] not in done}
             status = "stopping" if "stop" in asked else "pausing" if "pause" in asked else status
         return status

@@ -239,6 +239,16 @@
     card.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
   };
 
+  // The newest samples are in view, the base stays beside them.
+  const scrolled = new WeakSet();
+  const showNewest = () => {
+    for (const strip of all("#samples .strip")) {
+      if (scrolled.has(strip) || !strip.clientWidth) continue;
+      scrolled.add(strip);
+      strip.scrollLeft = strip.scrollWidth;
+    }
+  };
+
   // The fields are filled some frames after the header of the same response.
   let filling = false, arrived;
   const ready = () => {
@@ -253,6 +263,7 @@
     watchEnd();
     bell.show();
     markFields();
+    showNewest();
     lookAtRun();
     for (const id of unfolded) { const fold = document.getElementById(id); if (fold && !fold.open) fold.open = true; }
     // A downloaded base fills the form with its starting values.

@@ -135,6 +135,21 @@
     else if (name === "run" && !awaited && shown && decodeURIComponent(run) !== shown) history.replaceState(null, "", `#run/${encodeURIComponent(shown)}`);
   };
 
+  // ---- a list opens on a key or a click, not on the focus that Tab brings ----------------------------------------
+  let tabbed = false;
+  const closed = new WeakSet();
+  document.addEventListener("pointerdown", () => { tabbed = false; }, true);
+  document.addEventListener("keydown", (event) => {
+    tabbed = event.key === "Tab";
+    if (tabbed || event.key === "Shift" || !closed.delete(event.target)) return;
+    event.target.dispatchEvent(new FocusEvent("focus"));
+  }, true);
+  document.addEventListener("focus", (event) => {
+    if (!tabbed || !event.isTrusted || event.target.getAttribute?.("role") !== "listbox") return;
+    closed.add(event.target);
+    event.stopImmediatePropagation();
+  }, true);
+
   // ---- the server is away ------------------------------------------------------------------------------------
   const call = window.fetch.bind(window);
   const away = (is) => {

@@ -91,8 +91,7 @@ def stages(run: ShownRun) -> list[dict[str, Any]]:
     found = []
     for number, (name, phases) in enumerate(STAGES):
         now = number == reached
-        at = max((n for n, phase in enumerate(phases) if phase in progress.phases), default=0)
-        share = (at + progress.phases.get(phases[at], 0.0)) / len(phases)
+        share = max(progress.phases.get(phase, 0.0) for phase in phases)
         counted = now and progress.phase in phases and progress.phase_total > 1
         note = f"{progress.phase_done:,} of {progress.phase_total:,}" if counted else ""
         state = "now" if now else "done" if number < reached else ""

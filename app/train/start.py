@@ -184,10 +184,8 @@ def facts(snapshot: Snapshot) -> str:
     if plan.invalid:
         # What hangs on a wrong value is not known.
         memory = size = seconds = None
-    stops = blockers(snapshot)
+    stops = start_problems(snapshot)
     named = {sentence: name for name, sentence in plan.invalid.items()} | {NO_IMAGES: "no-images"}
-    # Neither a run that is going on nor an empty dataset is a problem of the form's.
-    harmless = all(text == NO_IMAGES for text in stops) or (snapshot.active.live and len(stops) == 1)
     return render(
         "train/action_bar.html",
         active=snapshot.active,
@@ -205,7 +203,7 @@ def facts(snapshot: Snapshot) -> str:
         measuring=_measuring(snapshot, expected),
         stops=[(named.get(text, ""), text) for text in stops],
         repairs={name: to_widget_value(name, plan.preset.get(name)) for name in plan.invalid},
-        tone="small" if harmless else "problem",
+        tone="small" if stops == [NO_IMAGES] else "problem",
         resume=_resume(snapshot),
     )
 

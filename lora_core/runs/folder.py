@@ -270,8 +270,7 @@ class RunFolder:
         """One of queued, preparing, running, paused, stopped, interrupted, done, failed."""
         progress = progress or self.progress()
         if self.live_process() is not None:
-            # After an ending and before `Started`, the process is a new one.
-            return "running" if progress.stepping and not progress.ending else "preparing"
+            return "running" if progress.stepping else "preparing"
         return progress.ending or ("interrupted" if progress.started else "queued")
 
     def checkpoint_steps(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,11 +116,17 @@ def test_a_request_outranks_what_is_older_than_it(app_state: AppState) -> None:
     assert take_snapshot(app_state).state == "stopping"
     with open(run.events_file, "a", encoding="utf-8") as file:
         file.write(events.to_line(events.Stopped(step=6, export="")))
+    assert take_snapshot(app_state).state == "stopping"
     run.process_file.unlink()
     assert take_snapshot(app_state).state == "stopped"
-    # A new process, of which nothing is known yet.
+    # Of a new process nothing is known yet, though the folder is claimed.
+    app_state.jobs.trainer = (sys.executable, "-c", "import time; time.sleep(60)")
+    app_state.jobs.resume("a")
     come_alive(run)
     assert take_snapshot(app_state).state == "preparing"
+    child = app_state.jobs.run_view(run).child
+    assert child is not None
+    child.kill()
 
 
 def test_running(app_state: AppState) -> None:

@@ -20,7 +20,7 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     kept = json.loads((window.workspace / "measured.json").read_text())["measured"]
     assert [one["base"] for one in kept.values()] == ["demo"]
 
-    page.click("#telling button:has-text('When a run ends')")
+    page.click("#telling button:has-text('Notifications')")
     frames(page)
     field = page.locator("#tell-whom input, #tell-whom textarea")
     field.fill("say 'hello")
@@ -36,7 +36,7 @@ def test_time_is_measured_and_who_is_told_is_kept(page: Any, window: Any, tmp_pa
     page.wait_for_selector("#tell-note >> text=Saved.")
     page.reload()
     open_tab(page, "Train")
-    page.click("#telling button:has-text('When a run ends')")
+    page.click("#telling button:has-text('Notifications')")
     frames(page)
     page.wait_for_function(
         "document.querySelector('#tell-whom input, #tell-whom textarea')?.value.length > 9"

@@ -82,7 +82,7 @@ def test_form_search_reset_and_two_pages(page, new_page, window: Any, tmp_path: 
         },
         KOHYA,
     )
-    page.get_by_text("Train like a LoRA file").click()
+    page.get_by_text("Import settings from a LoRA").click()
     frames(page)
     page.set_input_files("#like-file", str(file))
     page.wait_for_selector("#like-said")
@@ -147,8 +147,8 @@ def test_a_crash_says_why_and_goes_on_and_quit_leaves_it_running(page, watched, 
     # At once, not only when the page looks again: the wrong reason must not be told in between.
     assert "was killed" in page.inner_text("#run-status [role=alert]")
     page.wait_for_selector("#train-resume")
-    assert page.inner_text("#train-resume").startswith("Continue at step")
-    page.wait_for_function("document.title.startsWith('Broken off')")
+    assert page.inner_text("#train-resume").startswith("Resume from step")
+    page.wait_for_function("document.title.startsWith('Interrupted')")
     page.click("#train-resume")
     state_is(page, "running")
     # A phone sees the run first, and steers it.
@@ -197,7 +197,7 @@ def test_a_resume_after_a_change_asks_and_goes_on_only_with_a_yes(
     assert "--accept" not in page.inner_text("#run-status")
     row = page.locator(f"[data-run='{run.name}']")
     assert "ball 1 é.png or its caption" in row.inner_text()
-    assert row.get_by_role("button", name="Continue at").count() == 1
+    assert row.get_by_role("button", name="Resume from").count() == 1
     page.click("#train-accept")
     state_is(page, "done")
     assert page.get_attribute("#run-status", "data-step") == "60"
