@@ -10,6 +10,7 @@ the one that pictures are drawn with; never two at once, since there may be memo
 """
 
 import base64
+import functools
 import gc
 import inspect as signatures
 import io
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,6 +65,14 @@ SECONDS_BETWEEN_PREVIEWS = 0.25
 PREVIEW_SIDE = 128
 """The longer side of a preview, in pixels."""
 
+PHASES = {
+    "spectrum": "Reading the file", "compare": "Layers", "stack": "Layers", "amplify": "Layers",
+    "report": "Reading the run", "shrink": "Cutting the layers", "merge": "Merging the layers",
+    "into-base": "Writing a copy of the base", "convert": "Writing the file",
+    "extract": "Comparing the layers of the two models",
+}  # fmt: skip
+"""What is said when a request begins, of those that take a while."""
+
 
 class Cancelled(Exception):
     """The request was cancelled by its sender."""
@@ -87,10 +96,11 @@ class Reporter:
         self.check()
         self._answer({"id": self._name, "event": event, **what})
 
-    def phase(self, words: str) -> None:
-        """Say what is being done."""
-        self._phase, self._sent_at = words, 0.0
-        self.step(0, 0)
+    def phase(self, words: str, done: int = 0, total: int = 0) -> None:
+        """Say what is being done, and how far that is."""
+        if words != self._phase:
+            self._phase, self._sent_at = words, 0.0
+        self.step(done, total)
 
     def step(self, done: int, total: int) -> None:
         """Say how far it is, unless that was said a moment ago."""
@@ -98,12 +108,6 @@ class Reporter:
         if time.monotonic() - self._sent_at >= SECONDS_BETWEEN_PROGRESS:
             self._sent_at = time.monotonic()
             self.send("progress", done=done, total=total, phase=self._phase)
-
-    def both(self, words: str, done: int, total: int) -> None:
-        """Say what is being done, and how far that is."""
-        if words != self._phase:
-            self._phase, self._sent_at = words, 0.0
-        self.step(done, total)
 
 
 class Worker:
@@ -155,6 +159,8 @@ class Worker:
             before = best_device()
             if use_device(checked_value("train.device", request["device"], "device")) != before:
                 self._release()
+        if words := PHASES.get(str(request["do"])):
+            report.phase(words)
         result: Result = getattr(self, name)(request, report)
         return result
 
@@ -229,16 +235,20 @@ class Worker:
 
     def do_captions(self, request: Request, report: Reporter) -> Result:
         """How well the captions of the folder `dataset` fit, according to the base."""
-        base, records = self._bare_base(_model(request)), scan(Path(str(request["dataset"]))).records
-        triples, seed = int(request.get("triples", 4)), int(request.get("seed", 0))
-        return {"found": score_captions(base, records, triples, seed, on_progress=report.step)}
+        base, records, draws = self._open_dataset(request)
+        return {"found": score_captions(base, records, *draws, on_progress=report.step)}
 
     def do_triggers(self, request: Request, report: Reporter) -> Result:
         """Trigger words for the folder `dataset`, beside the word `trigger`."""
-        base, records = self._bare_base(_model(request)), scan(Path(str(request["dataset"]))).records
-        given, triples = str(request.get("trigger", "")), int(request.get("triples", 4))
-        seed = int(request.get("seed", 0))
-        return {"found": propose_triggers(base, records, given, triples, seed, on_progress=report.step)}
+        base, records, draws = self._open_dataset(request)
+        given = str(request.get("trigger", ""))
+        return {"found": propose_triggers(base, records, given, *draws, on_progress=report.step)}
+
+    def _open_dataset(self, request: Request) -> tuple[BaseModel, list[Any], tuple[int, int]]:
+        """The bare base, the images, and (triples, seed) of a request."""
+        records = list(scan(Path(str(request["dataset"]))).records)
+        draws = int(request.get("triples", 4)), int(request.get("seed", 0))
+        return self._bare_base(_model(request)), records, draws
 
     def do_pictures(self, request: Request, report: Reporter) -> Result:
         """What the run `run` has learned of each of its pictures."""
@@ -261,12 +271,11 @@ class Worker:
         finally:
             self._release()
 
-    # Adapter files
+    # Adapter files: most requests have the keys of a verb's parameters
 
     def do_export(self, request: Request, report: Reporter) -> Result:
         """Write a run's checkpoint as a file for other tools."""
-        checkpoint = str(request.get("checkpoint", "last"))
-        result: Result = _call(runs.export, request | {"checkpoint": checkpoint})
+        result: Result = _call(runs.export, {"checkpoint": "last"} | request, report)
         return result
 
     def do_inspect(self, request: Request, report: Reporter) -> Result:
@@ -283,7 +292,6 @@ class Worker:
 
     def do_spectrum(self, request: Request, report: Reporter) -> Result:
         """What a file is, and the singular values of its layers."""
-        report.phase("Reading the file")
         about = adapters.inspect(request["file"])
         report.phase("Layers")
         return {"report": about, "spectrum": file_spectrum(Path(str(request["file"])), report.step)}
@@ -293,13 +301,11 @@ class Worker:
         files = _loras(request)
         if len(files) != 2:
             raise AdapterFileError("Two files are compared, no more and no fewer.")
-        report.phase("Layers")
         return {"compare": adapters.compare(files[0].file, files[1].file, report.step)}
 
     def do_stack(self, request: Request, report: Reporter) -> Result:
         """What happens when several files are on at once; with `measure`, what they gain."""
         loras = _loras(request)
-        report.phase("Layers")
         found = adapters.stack(loras, note=report.step)
         if request.get("measure"):
             with self._evaluator(request["measure"], report) as on:
@@ -308,34 +314,33 @@ class Worker:
 
     def do_amplify(self, request: Request, report: Reporter) -> Result:
         """What a file amplifies of its base."""
-        report.phase("Layers")
-        return {"amplify": adapters.amplify(request["file"], str(request["base"]), report.step)}
+        return {"amplify": _call(adapters.amplify, request, report)}
 
     def do_intrinsic(self, request: Request, report: Reporter) -> Result:
         """The lowest rank that keeps nearly all of a file's gain."""
-        file = Path(str(request["file"]))
-        read_header(file)  # before a base is opened
-        with self._evaluator(request["measure"], report) as on:
-            found = measure_rank(file, on.base.family, on.evaluator.gains)
-        return {"intrinsic": found, "pictures": on.pictures, "note": on.note}
+        return self._measured("intrinsic", measure_rank, request, report)
 
     def do_strength(self, request: Request, report: Reporter) -> Result:
         """The strength at which a file gains most."""
-        file = Path(str(request["file"]))
-        read_header(file)
-        with self._evaluator(request["measure"], report) as on:
-            found = measure_strength(file, on.base.family, on.evaluator.gains, bool(request.get("apart")))
-        return {"strength": found, "pictures": on.pictures, "note": on.note}
+        measure = functools.partial(measure_strength, apart=bool(request.get("apart")))
+        return self._measured("strength", measure, request, report)
 
     def do_report(self, request: Request, report: Reporter) -> Result:
         """A run as one page."""
-        measure = bool(request.get("measure"))
-        report.phase("Reading the run")
-        if measure:
+        if request.get("measure"):
             self._release()
         with self._memory():
-            page = runs.report(request["run"], request.get("out"), measure, said=report.both)
-        return {"file": str(page), "bytes": page.stat().st_size}
+            page = _call(runs.report, {"measure": False} | request, report)
+        return _made(page)
+
+    def _measured(
+        self, key: str, measure: Callable[..., dict[str, Any]], request: Request, report: Reporter
+    ) -> Result:
+        file = Path(str(request["file"]))
+        read_header(file)  # before a base is opened
+        with self._evaluator(request["measure"], report) as on:
+            found = measure(file, on.base.family, on.evaluator.gains)
+        return {key: found, "pictures": on.pictures, "note": on.note}
 
     @contextmanager
     def _evaluator(self, measure: Request, report: Reporter) -> Iterator[RunEvaluator]:
@@ -347,7 +352,7 @@ class Worker:
                 run = RunFolder.open(Path(str(measure["run"])))
                 yield run_evaluator(run, run.config(), report.phase, report.step)
             else:
-                on = _call(Measure, measure)
+                on = _call(Measure, measure, report)
                 base, records = on.load()
                 evaluator = Evaluator(base, list(records), on.triples, on.seed, report.phase, report.step)
                 yield RunEvaluator(evaluator, base, len(records))
@@ -368,58 +373,51 @@ class Worker:
 
     def do_shrink(self, request: Request, report: Reporter) -> Result:
         """A smaller file: by `rank`, by `energy`, or by `ranks`, rows {part, module, rank}, as measured."""
-        out = Path(str(request["out"]))
-        report.phase("Cutting the layers")
-        check_out(out)
-        if request.get("ranks"):
-            ranks = {(str(r["part"]), str(r["module"])): int(r["rank"]) for r in request["ranks"]}
-            to = Rewrite(Path(str(request["file"])), out, "", time.time())
-            return _made(out, [truncate_file(to, None, ranks, {"measured": True})])
-        made = adapters.shrink(request["file"], out, **_size(request), note=report.step)
-        return _made(out, made["sentences"])
+        if not request.get("ranks"):
+            made = _call(adapters.shrink, request, report)
+            return _made(request["out"], made["sentences"])
+        ranks = {(str(r["part"]), str(r["module"])): int(r["rank"]) for r in request["ranks"]}
+        return _made(request["out"], [truncate_file(_rewrite(request), None, ranks, {"measured": True})])
 
     def do_bake(self, request: Request, report: Reporter) -> Result:
         """A file that has other `strengths` at strength 1."""
-        out = Path(str(request["out"]))
-        to = Rewrite(Path(str(request["file"])), out, "", time.time())
-        return _made(out, [bake_strength(to, None, [float(one) for one in request["strengths"]])])
+        strengths = [float(one) for one in request["strengths"]]
+        return _made(request["out"], [bake_strength(_rewrite(request), None, strengths)])
 
     def do_merge(self, request: Request, report: Reporter) -> Result:
         """Several files as one, in the dtype of the first; exact without `rank`. DoRAs need their `base`."""
-        loras, out, rank = _loras(request), Path(str(request["out"])), request.get("rank")
-        report.phase("Merging the layers")
-        how = (int(rank) if rank else None, str(request.get("blocks") or ""))
-        precision, base = file_precision(Path(loras[0].file)), str(request.get("base") or "")
-        return _made(out, adapters.merge(loras, out, *how, precision, base, report.step))
+        loras = _loras(request)
+        precision = file_precision(Path(loras[0].file))
+        return _made(
+            request["out"], _call(adapters.merge, request, report, loras=loras, precision=precision)
+        )
 
     def do_into_base(self, request: Request, report: Reporter) -> Result:
         """A copy of a base with files merged into it."""
-        loras, out = _loras(request), Path(str(request["out"]))
-        report.phase("Writing a copy of the base")
-        blocks = str(request.get("blocks") or "")
-        return _made(out, adapters.merge_into_base(loras, str(request["base"]), out, blocks))
+        done = _call(adapters.merge_into_base, request, report, loras=_loras(request))
+        return _made(request["out"], done)
 
     def do_convert(self, request: Request, report: Reporter) -> Result:
         """The same LoRA in another format."""
-        out = Path(str(request["out"]))
-        report.phase("Writing the file")
-        check_out(out)
-        to, keep = str(request["format"]), bool(request.get("keep_alphas"))
-        notes = adapters.convert(request["file"], out, to, keep)
-        return _made(out, [f"{note[:1].upper()}{note[1:]}" for note in notes])
+        check_out(Path(str(request["out"])))
+        names = {"source": request["file"], "target": request["out"], "to": request["format"]}
+        notes = _call(adapters.convert, request, report, **names)
+        return _made(request["out"], [f"{note[:1].upper()}{note[1:]}" for note in notes])
 
     def do_extract(self, request: Request, report: Reporter) -> Result:
         """The LoRA between a fine-tuned model and its base, in fp16."""
-        out = Path(str(request["out"]))
-        report.phase("Comparing the layers of the two models")
-        models, size = (str(request["tuned"]), str(request["base"])), _size(request)
-        return _made(out, adapters.extract(*models, out, **size, precision="fp16", note=report.step))
+        return _made(request["out"], _call(adapters.extract, request, report, precision="fp16"))
 
 
-def _call(function: Callable[..., Any], request: Request, **given: Any) -> Any:
-    """Call a function with the keys of a request that it has parameters for."""
+def _call(function: Callable[..., Any], request: Request, report: Reporter, **given: Any) -> Any:
+    """Call a function with the keys of a request that it has parameters for, and to report its progress."""
+    offered = {"note": report.step, "said": report.phase, **request, **given}
     known = signatures.signature(function).parameters
-    return function(**{key: value for key, value in request.items() if key in known}, **given)
+    return function(**{key: value for key, value in offered.items() if key in known})
+
+
+def _rewrite(request: Request) -> Rewrite:
+    return Rewrite(Path(str(request["file"])), Path(str(request["out"])), "", time.time())
 
 
 def generation_request(request: Request) -> GenerationRequest:
@@ -462,16 +460,10 @@ def _model(request: Request) -> ModelSection:
     return RunConfig().changed(given).model
 
 
-def _size(request: Request) -> dict[str, Any]:
-    """The size that a request asks for: an energy, or else a rank."""
-    if request.get("energy"):
-        return {"energy": float(request["energy"])}
-    return {"rank": int(request["rank"])}
-
-
-def _made(out: Path, sentences: list[str]) -> Result:
-    size = folder_bytes(out) if out.is_dir() else out.stat().st_size
-    return {"file": str(out), "bytes": size, "sentences": sentences}
+def _made(out: object, sentences: Sequence[str] = ()) -> Result:
+    file = Path(str(out))
+    size = folder_bytes(file) if file.is_dir() else file.stat().st_size
+    return {"file": str(file), "bytes": size, "sentences": list(sentences)}
 
 
 def _previewer(report: Reporter, matrix: torch.Tensor) -> OnLatents:

@@ -2,7 +2,7 @@
 
 Layers are called "part.path", such as "unet.down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q" or
 "text_encoder.text_model.encoder.layers.0.self_attn.q_proj". The patterns of block tables
-(`settings/patterns.py`) are searched for in these names; of several that match, the last in the table counts.
+(`settings/schema.py`) are searched for in these names; of several that match, the last in the table counts.
 """
 
 import math
@@ -18,7 +18,7 @@ from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.lora.layer import DropoutState, LoraLayer, LoraSpec
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, LoadedLora
 from lora_core.model_files.families import TEXT_LEVEL, Targets, canonical_path
-from lora_core.settings.patterns import Pattern, last_matches
+from lora_core.settings.schema import compile_pattern, last_matches
 
 ADAPTERS: dict[str, type[LoraLayer]] = {"lora": LoraLayer}
 """Kinds of adapters that can be trained, by `LoraSpec.kind`. With a second one, `adapter.kind` becomes a
@@ -97,7 +97,7 @@ def plan_layers(
         kept: layers of an adapter to continue.
 
     Raises:
-        ConfigError: a pattern matches no layer or takes too long, a trained part has no such layer, or
+        ConfigError: a pattern matches no layer, a trained part has no such layer, or
             nothing is left.
     """
     found: list[LayerKey] = []
@@ -153,7 +153,7 @@ def _check_patterns(
 ) -> None:
     """Refuse a pattern without effect; one that leaves layers out has only to match some."""
     for text, value in table.items():
-        pattern = Pattern(text)
+        pattern = compile_pattern(text)
         matches = [key for key in found if pattern.search(".".join(key))]
         if not matches or (value > 0 and not any(key in plans for key in matches)):
             raise ConfigError(

@@ -16,7 +16,7 @@ from lora_core.model_files.header import read_header
 from lora_core.model_files.key_names import diffusers_unet_path
 from lora_core.settings.choices import OPTIMIZERS, chosen
 from lora_core.settings.config import RunConfig
-from lora_core.settings.patterns import last_matches
+from lora_core.settings.schema import last_matches
 from lora_core.system.disk_space import MARGIN
 from lora_core.system.paths import FAMILY_CONFIGS
 

@@ -25,7 +25,7 @@ from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights, Loade
 from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.settings.config import load_toml, parse_toml
-from lora_core.settings.patterns import Pattern, PatternError
+from lora_core.settings.schema import PatternError, compile_pattern
 from lora_core.system.untrusted import parse_json
 from lora_core.tools.delta import BaseWeights, Updates, file_updates, plain_layers
 from lora_core.tools.save import check_out, file_record, save_with_side_file, titles
@@ -43,7 +43,7 @@ class BlockWeights:
         rows: a pattern that is searched in "part.path", and a weight for each file.
     """
 
-    rows: tuple[tuple[Pattern, tuple[float, ...]], ...] = ()
+    rows: tuple[tuple[Any, tuple[float, ...]], ...] = ()
 
     def weight(self, layer: LayerKey, file: int) -> float:
         """The weight of a layer in the file of that number; 1 where no row matches."""
@@ -60,7 +60,7 @@ class BlockWeights:
         for row, _ in self.rows:
             if not any(map(row.search, names)):
                 raise ConfigError(
-                    f"The pattern {row.text!r} of --blocks matches no layer of these files; their layers"
+                    f"The pattern {row.pattern!r} of --blocks matches no layer of these files; their layers"
                     f" are named like {names[0] if names else 'unet.mid_block...'}."
                 )
 
@@ -115,9 +115,9 @@ def _inline(text: str) -> dict[str, Any]:
         raise ConfigError(f"--blocks {text!r} holds a weight that is not a number.") from error
 
 
-def _pattern(name: str) -> Pattern:
+def _pattern(name: str) -> Any:
     try:
-        return Pattern(name)
+        return compile_pattern(name)
     except PatternError as error:
         raise ConfigError(f"The pattern {name!r} of --blocks cannot be used: {error}.") from error
 

@@ -190,7 +190,7 @@ def test_a_weight_for_each_block(tmp_path, inline):
         ("mid_block=nan", "should be a number"),
         ("mid_block=true", "should be a number"),
         ("mid_block=[1,2,3]", "3 weights for 2 files"),
-        ("mid_(block=1", "cannot be used: a group is not closed"),
+        ("mid_(block=1", "cannot be used: missing \\)"),
         ("nothing.toml", "does not exist"),
     ],
 )
