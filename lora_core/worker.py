@@ -388,9 +388,7 @@ class Worker:
         """Several files as one, in the dtype of the first; exact without `rank`. DoRAs need their `base`."""
         loras = _loras(request)
         precision = file_precision(Path(loras[0].file))
-        return _made(
-            request["out"], _call(adapters.merge, request, report, loras=loras, precision=precision)
-        )
+        return _made(request["out"], _call(adapters.merge, request, report, loras=loras, precision=precision))
 
     def do_into_base(self, request: Request, report: Reporter) -> Result:
         """A copy of a base with files merged into it."""

@@ -24,7 +24,7 @@ from lora_core.generate.request import (
     parse_cfg_rescale,
     split_values,
 )
-from lora_core.model_files.detect import Base, lookup_base
+from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.projects.project import Project
 from lora_core.settings.choices import SAMPLERS
 from lora_core.settings.config import RunConfig
@@ -156,7 +156,7 @@ def settings_for(snapshot: Snapshot, loras: list[WeightedLora]) -> RunConfig:
     return config or snapshot.plan.config
 
 
-def base_for(snapshot: Snapshot, loras: list[WeightedLora]) -> Base:
+def base_for(snapshot: Snapshot, loras: list[WeightedLora]) -> BaseFacts:
     """The base that images with these LoRAs are generated with."""
     model = settings_for(snapshot, loras).model
     return lookup_base(model.base, model.prediction, model.zero_terminal_snr)
@@ -207,7 +207,7 @@ _TITLES = {
 }
 
 
-def _side(given: dict[str, Any], name: str, base: Base) -> int:
+def _side(given: dict[str, Any], name: str, base: BaseFacts) -> int:
     """A side in pixels, 0 for the base's default."""
     value = int(_number(given, name, 0, 0, 4096))
     multiple = base.multiple
@@ -224,7 +224,7 @@ def strip_values(project: Project) -> tuple[float, ...]:
     return tuple(kept) if isinstance(kept, list) and kept else STRIP
 
 
-def strip_is_on(project: Project, base: Base) -> bool:
+def strip_is_on(project: Project, base: BaseFacts) -> bool:
     """Whether each image gets a strip: the user's choice, else only for the embedded base, which is fast."""
     chosen = (project.draft().get("preview_strip_at") or {}).get("on")
     return base.embedded if chosen is None else bool(chosen)

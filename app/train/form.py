@@ -14,7 +14,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from lora_core.errors import ConfigError
-from lora_core.model_files.detect import EMBEDDED, Base, lookup_base
+from lora_core.model_files.detect import EMBEDDED, BaseFacts, lookup_base
 from lora_core.model_files.families import Family
 from lora_core.model_files.starting_settings import starting_settings
 from lora_core.projects.project import DEMO, Project
@@ -78,7 +78,7 @@ def chosen_preset(draft: dict[str, Any]) -> tuple[str, str]:
     return str(draft.get("goal") or "style"), str(level)
 
 
-def base_of(values: dict[str, Any]) -> Base:
+def base_of(values: dict[str, Any]) -> BaseFacts:
     """The base that the form's values choose."""
     name = values.get("model.base") or EMBEDDED
     by_hand = (str(values.get(key) or "auto") for key in ("model.prediction", "model.zero_terminal_snr"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from app.worker_client import CANCELLED, Reply, WorkerClient
 from lora_core.errors import RunError
-from lora_core.model_files.detect import Base, lookup_base
+from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.runs.costs import (
     StepCost,
     cost_key,
@@ -184,7 +184,7 @@ class Prober:
         step, draw, peak = float(result["step"]), float(result["draw"]), int(result["peak"])
         return StepCost(step, draw, peak, config.model.base, self._hardware.device, step_passes(config))
 
-    def _has_room(self, base: Base) -> bool:
+    def _has_room(self, base: BaseFacts) -> bool:
         card = self._hardware.card()
         parameters = parameters_of(base)
         if card is None or not parameters:

@@ -18,16 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from lora_core import api
-from lora_core.cli.parser import LORA, Call, command, function_of, parse
-from lora_core.cli.terminal import (
-    EventPrinter,
-    forecast_lines,
-    say,
-    say_json,
-    show_result,
-    slow_notes,
-    write,
-)
+from lora_core.cli.parser import Call, command, function_of, parse
+from lora_core.cli.terminal import EventPrinter, say, say_json, show_result, slow_notes, write
 from lora_core.errors import AdapterFileError, ConfigError, LoraError, ModelFileError, RunError
 from lora_core.generate.request import GenerationRequest
 from lora_core.model_files.detect import read_base_facts
@@ -49,7 +41,7 @@ from lora_core.system.disk_space import file_bytes
 from lora_core.system.keep_awake import keep_awake
 from lora_core.system.paths import workspace as workspace_folder
 from lora_core.system.processes import INTERRUPTED, StopRequest
-from lora_core.verbs import CHECKPOINT, PRECISIONS, AdapterFile, File, Measure, Progress
+from lora_core.verbs import CHECKPOINT, FILE_PRECISIONS, AdapterFile, File, Measure
 
 if TYPE_CHECKING:
     from lora_core.train.distributed import ProcessGroup
@@ -154,33 +146,6 @@ def replace_unprintable() -> None:
 # Commands that do what two verbs do
 
 
-@command("merge")
-def _merge(  # noqa: PLR0913 - one option each
-    loras: Annotated[Sequence[str], LORA],
-    out: Annotated[Path, "--out"],
-    rank: int | None = None,
-    blocks: Annotated[str, "--blocks TABLE"] = "",
-    precision: Annotated[str, PRECISIONS] = "",
-    base: str = "",
-    into_base: Annotated[str, "--into-base B"] = "",
-    note: Progress | None = None,
-) -> list[str]:
-    """Merge adapters.
-
-    Args:
-        into_base: merge into a copy of this base instead.
-    """
-    if not into_base:
-        return api.merge(loras, out, rank, blocks, precision or "fp32", base, note)
-    given = [name for name, value in (("rank", rank), ("base", base), ("precision", precision)) if value]
-    if given:
-        raise ConfigError(
-            f"--{given[0]} goes with a merged adapter, not with --into-base: there the base's own precision"
-            " stays and nothing is approximated."
-        )
-    return api.merge_into_base(loras, into_base, out, blocks)
-
-
 @command("shrink")
 def _shrink(
     file: AdapterFile,
@@ -188,7 +153,7 @@ def _shrink(
     rank: int | None = None,
     energy: Annotated[float | None, "--energy SHARE"] = None,
     intrinsic: bool = False,
-    precision: Annotated[str, PRECISIONS] = "",
+    precision: Annotated[str, FILE_PRECISIONS] = "",
     measure: Measure = Measure("", base=""),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
     """Shrink an adapter.
@@ -292,10 +257,7 @@ def _train(training: Training, queue: bool = False, workspace: Path | None = Non
         with contextlib.suppress(ModelFileError):  # the run says it
             model = config.model
             say(f"Base: {read_base_facts(model.base, model.prediction, model.zero_terminal_snr).sentence}")
-        for line in forecast_lines(expected):
-            say(line)
-        for problem in expected["problems"]:
-            say(f"Note: {problem['sentence']}")
+        show_result("forecast", expected, {})
         if queue:
             api.queue_add(run.path)
             say(f"{run.name} waits in the queue of {place}")
@@ -307,10 +269,7 @@ def _train(training: Training, queue: bool = False, workspace: Path | None = Non
 
 @command("resume")
 def _resume(
-    run: str,
-    steps: int | None = None,
-    accept_changes: bool = False,
-    workspace: Path | None = None,
+    run: str, steps: int | None = None, accept_changes: bool = False, workspace: Path | None = None
 ) -> int:
     def lead(stopping: StopRequest, group: "ProcessGroup | None") -> int:
         return _resume_run(find_run(run, workspace), steps, accept_changes, stopping, group)

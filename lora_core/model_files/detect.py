@@ -5,6 +5,7 @@ window can tell as soon as a base is chosen, and no network.
 """
 
 import functools
+import os
 import re
 import time
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ from typing import Any
 from lora_core.errors import ModelFileError
 from lora_core.model_files.families import FAMILIES, Family, family_of_context_width, is_text_encoder
 from lora_core.model_files.header import Header, read_header
-from lora_core.model_files.unsupported import unsupported_kind
+from lora_core.model_files.unsupported import channels_kind, unsupported_kind
 from lora_core.settings.schema import NumberOrAuto
 from lora_core.system.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
 from lora_core.system.untrusted import parse_json
 
+EMBEDDED = "demo"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """Prefixes of the UNet's and the VAE's tensors in a single file."""
 VAE_SCALE_FACTOR = 8
@@ -48,15 +50,29 @@ class BaseFacts:
         multiple: sides of images, in pixels, must be multiples of this.
         scheduler: its noise schedule and prediction type, as a diffusers scheduler config.
         prediction_source: how its prediction type is known, for messages.
+        problem: from `lookup_base`, why it cannot be used, in a sentence; the rest is a guess then.
+        remote: from `lookup_base`, whether it is on the hub and not on this computer.
     """
 
     name: str
-    path: Path
-    family: Family | None
-    resolution: int
-    multiple: int
+    path: Path = Path(os.devnull)
+    family: Family | None = None
+    resolution: int = 512
+    multiple: int = 64
     scheduler: dict[str, Any] = field(default_factory=dict)
     prediction_source: str = ""
+    problem: str = ""
+    remote: bool = False
+
+    @property
+    def facts(self) -> "BaseFacts | None":
+        """Itself, or None where it cannot be used."""
+        return None if self.problem else self
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the bundled one."""
+        return self.name in (EMBEDDED, "")
 
     @property
     def single_file(self) -> bool:
@@ -106,6 +122,8 @@ class BaseFacts:
     @property
     def sentence(self) -> str:
         """A description in one line."""
+        if self.problem:
+            return self.problem
         if self.family is None:
             return "A .ckpt file; what kind of base it is shows when the run starts."
         predicts = "velocity" if self.prediction == "v_prediction" else "noise"
@@ -120,7 +138,7 @@ def base_path(name: str) -> Path:
     Raises:
         ModelFileError: nothing is there.
     """
-    if name in ("demo", ""):
+    if name in (EMBEDDED, ""):
         return DEMO_BASE
     path = Path(name).expanduser()
     if path.is_dir() or path.is_file():
@@ -257,7 +275,7 @@ def read_base_facts(name: str, prediction: str = "auto", zero_snr: str = "auto")
     if path.is_dir():
         return _folder_facts(name, path, prediction, zero_snr)
     if path.suffix.lower() == ".ckpt":
-        return BaseFacts(name, path, None, 512, 64)
+        return BaseFacts(name, path)
     header = read_header(path, ModelFileError)
     return read_single_file_facts(name, path, header, prediction, zero_snr)
 
@@ -353,7 +371,9 @@ def _config_beside(path: Path) -> tuple[dict[str, Any], str]:
 
 def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> BaseFacts:
     unet, vae = _json(path / "unet" / "config.json"), _json(path / "vae" / "config.json")
-    _check_channels(path, unet)
+    kind = channels_kind(unet.get("in_channels", 4))
+    if kind:
+        raise ModelFileError(f"The base {path} is {kind}, which cannot be trained here.")
     width = unet.get("cross_attention_dim")
     if not isinstance(width, int):
         raise ModelFileError(
@@ -371,27 +391,9 @@ def _folder_facts(name: str, path: Path, prediction: str, zero_snr: str) -> Base
     pixels = 2 ** (_count(path, vae, "vae") - 1)
     size = unet.get("sample_size")
     return BaseFacts(
-        name=name,
-        path=path,
-        family=family,
-        resolution=size * pixels if isinstance(size, int) else family.resolution,
-        multiple=pixels * 2 ** (_count(path, unet, "unet") - 1),
-        scheduler=scheduler,
-        prediction_source=prediction_source,
-    )
-
-
-def _check_channels(path: Path, unet: dict[str, Any]) -> None:
-    channels = unet.get("in_channels", 4)
-    if channels == 9:
-        raise ModelFileError(
-            f"The base {path} is an inpainting model (9 input channels), which cannot be trained here."
-        )
-    if channels != 4:
-        raise ModelFileError(
-            f"The base {path} takes {channels} input channels, not the 4 of Stable Diffusion's text-to-image"
-            " models; it cannot be trained here."
-        )
+        name, path, family, size * pixels if isinstance(size, int) else family.resolution,
+        pixels * 2 ** (_count(path, unet, "unet") - 1), scheduler, prediction_source,
+    )  # fmt: skip
 
 
 def _count(path: Path, config: dict[str, Any], part: str) -> int:
@@ -415,67 +417,12 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-EMBEDDED = "demo"
-USUAL_RESOLUTION, USUAL_MULTIPLE = 512, 64
-"""Shown while a base cannot be read."""
 FRESH_SECONDS = 20
 """Pages ask each second; files beside a base, such as a config, are read again after this time."""
 
 
-@dataclass(frozen=True)
-class Base:
-    """A base that the user named: what its files say, or why it cannot be used.
-
-    Attributes:
-        name: as typed.
-        facts: what its files say, or None where it cannot be used.
-        problem: why not, in a sentence.
-        remote: whether it is on the hub and not on this computer.
-    """
-
-    name: str
-    facts: BaseFacts | None
-    problem: str = ""
-    remote: bool = False
-
-    @property
-    def family(self) -> Family | None:
-        """Its row, if known before it is loaded."""
-        return self.facts.family if self.facts else None
-
-    @property
-    def embedded(self) -> bool:
-        """Whether it is the bundled one."""
-        return self.name in (EMBEDDED, "")
-
-    @property
-    def resolution(self) -> int:
-        """The side in pixels that it was trained at."""
-        return self.facts.resolution if self.facts else USUAL_RESOLUTION
-
-    @property
-    def multiple(self) -> int:
-        """Sides of images, in pixels, must be multiples of this."""
-        return self.facts.multiple if self.facts else USUAL_MULTIPLE
-
-    @property
-    def tokenizer(self) -> Path:
-        """The folder of its (first) tokenizer."""
-        return self.facts.tokenizer if self.facts else CLIP_TOKENIZER
-
-    @property
-    def guessed(self) -> bool:
-        """Whether its prediction type is a guess."""
-        return self.facts is not None and self.facts.guessed
-
-    @property
-    def sentence(self) -> str:
-        """A description in one line."""
-        return self.facts.sentence if self.facts else self.problem
-
-
-def lookup_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> Base:
-    """`read_base_facts` without raising, and cached; arguments as there."""
+def lookup_base(name: str, prediction: str = "auto", zero_snr: str = "auto") -> BaseFacts:
+    """`read_base_facts`, cached, and with the problem in place of an error; arguments as there."""
     name = name.strip().strip('"')
     return _base(name, prediction, zero_snr, _changed_at(name), int(time.monotonic() / FRESH_SECONDS))
 
@@ -489,11 +436,11 @@ def _changed_at(name: str) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=16)
-def _base(name: str, prediction: str, zero_snr: str, changed_at: tuple[int, int], period: int) -> Base:
+def _base(name: str, prediction: str, zero_snr: str, changed_at: tuple[int, int], period: int) -> BaseFacts:
     try:
-        return Base(name, read_base_facts(name, prediction, zero_snr))
+        return read_base_facts(name, prediction, zero_snr)
     except ModelFileError as error:
-        return Base(name, None, str(error), is_remote(name))
+        return BaseFacts(name, problem=str(error), remote=is_remote(name))
 
 
 def clear_base_cache() -> None:

@@ -213,6 +213,7 @@ FAMILIES: dict[str, Family] = {
         kohya_block_names="diffusers",
         base_version="easel_tiny",
         modelspec="easel-tiny/lora",
+        attention_levels=(False, True, True),
         subject_blocks=r"(?:down_blocks\.2|mid_block|up_blocks\.0)\..*",
         style_blocks=r"(?:down_blocks\.[01]|up_blocks\.[12])\..*",
         portable=False,

@@ -80,7 +80,9 @@ def read_header(path: Path, error: type[LoraError] = AdapterFileError) -> Header
     for name, entry in values.items():
         if len(name) > LONGEST_NAME or len(entry["shape"]) > 8 or entry["dtype"] not in DTYPES:
             what = f"{entry['dtype']} {str(entry['shape'])[:60]}"
-            raise error(f"{path} holds the tensor {name[:200]!r} ({what}), which no tool writes into a model.")
+            raise error(
+                f"{path} holds the tensor {name[:200]!r} ({what}), which no tool writes into a model."
+            )
     return Header(values, metadata, 8 + length)
 
 

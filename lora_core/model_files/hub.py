@@ -29,12 +29,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.errors import HTTPError as NetworkError
-from huggingface_hub.utils import (
-    build_hf_headers,
-    disable_progress_bars,
-    get_session,
-    hf_raise_for_status,
-)
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
 
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import UNET_CONFIG, is_remote, weight_names

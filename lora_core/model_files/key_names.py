@@ -6,8 +6,9 @@ resnets a level. Paths may end in a parameter (`.weight`). Sources: the original
 (ldm/modules/diffusionmodules/openaimodel.py and model.py) and of OpenCLIP (src/open_clip/transformer.py).
 """
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 RESNETS = 2
 """A level's resnets on the way down; there is one more on the way up."""
@@ -33,9 +34,37 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-_RESNET_BACK = {ldm: own for own, ldm in _RESNET.items()}
-_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
-_LDM_BLOCK = re.compile(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)")
+
+
+@functools.cache
+def _unet_names(attention_levels: tuple[bool, ...]) -> dict[str, str]:
+    """diffusers' path of each of the UNet's modules, or of the block that it is in, to the original one."""
+    blocks = {own: ldm for own, ldm in _UNET_ENDS.items() if "resnets" not in own}
+    resnets = {own: ldm for own, ldm in _UNET_ENDS.items() if "resnets" in own}
+    last = len(attention_levels) - 1
+    for block in range(len(attention_levels)):
+        ways = (("down", "input", RESNETS, 1, block), ("up", "output", RESNETS + 1, 0, -1 - block))
+        for way, ldm_way, count, first, level in ways:
+            for index in range(count):
+                start = f"{ldm_way}_blocks.{_STRIDE * block + index + first}"
+                resnets[f"{way}_blocks.{block}.resnets.{index}"] = f"{start}.0"
+                if attention_levels[level]:
+                    blocks[f"{way}_blocks.{block}.attentions.{index}"] = f"{start}.1"
+        if block < last:
+            blocks[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{_STRIDE * (block + 1)}.0.op"
+            place = 2 if attention_levels[-1 - block] else 1
+            upsampler = f"output_blocks.{_STRIDE * block + RESNETS}.{place}"
+            blocks[f"up_blocks.{block}.upsamplers.0"] = upsampler
+    return blocks | {
+        f"{own}.{inner}": f"{ldm}.{inner_ldm}"
+        for own, ldm in resnets.items()
+        for inner, inner_ldm in _RESNET.items()
+    }
+
+
+@functools.cache
+def _unet_names_back(attention_levels: tuple[bool, ...]) -> dict[str, str]:
+    return {ldm: own for own, ldm in _unet_names(attention_levels).items()}
 
 
 def ldm_unet_path(path: str, attention_levels: Sequence[bool]) -> str | None:
@@ -45,63 +74,22 @@ def ldm_unet_path(path: str, attention_levels: Sequence[bool]) -> str | None:
         path: a layer or parameter, such as "down_blocks.1.attentions.0.proj_in".
         attention_levels: `Family.attention_levels`.
     """
-    match = _BLOCK.fullmatch(path)
-    if match is None:
-        return _with_ends(path, _UNET_ENDS, _RESNET)
-    way, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    if block >= len(attention_levels):
-        return None
-    if kind == "downsamplers":
-        return f"input_blocks.{_STRIDE * (block + 1)}.0.{rest.replace('conv', 'op', 1)}"
-    if kind == "upsamplers":
-        place = 2 if attention_levels[-1 - block] else 1
-        return f"output_blocks.{_STRIDE * block + RESNETS}.{place}.{rest}"
-    number = _STRIDE * block + index
-    start = f"input_blocks.{number + 1}" if way == "down" else f"output_blocks.{number}"
-    if kind == "attentions":
-        return f"{start}.1.{rest}"
-    renamed = _renamed(rest, _RESNET)
-    return None if renamed is None else f"{start}.0.{renamed}"
+    return _renamed(path, _unet_names(tuple(attention_levels)))
 
 
 def diffusers_unet_path(path: str, attention_levels: Sequence[bool]) -> str | None:
     """The inverse of `ldm_unet_path`: diffusers' path of an original one, or None where there is none."""
-    match = _LDM_BLOCK.fullmatch(path)
-    if match is None or path.startswith("input_blocks.0."):
-        back = {ldm: own for own, ldm in _UNET_ENDS.items()}
-        return _with_ends(path, back, _RESNET_BACK)
-    way, number, place, rest = match[1], int(match[2]), int(match[3]), match[4]
-    block, index = divmod(number - 1 if way == "input" else number, _STRIDE)
-    if block >= len(attention_levels):
-        return None
-    if way == "input" and index == RESNETS:
-        return f"down_blocks.{block}.downsamplers.0.{rest.replace('op', 'conv', 1)}"
-    start = f"{'down' if way == 'input' else 'up'}_blocks.{block}"
-    if place == 0:
-        renamed = _renamed(rest, _RESNET_BACK)
-        return None if renamed is None else f"{start}.resnets.{index}.{renamed}"
-    attention = attention_levels[block if way == "input" else -1 - block]
-    if place == 1 and attention:
-        return f"{start}.attentions.{index}.{rest}"
-    return f"{start}.upsamplers.0.{rest}" if way == "output" and index == RESNETS else None
+    return _renamed(path, _unet_names_back(tuple(attention_levels)))
 
 
-def _with_ends(path: str, ends: dict[str, str], resnet: dict[str, str]) -> str | None:
-    for own, other in ends.items():
-        if path == own:
-            return other
-        if path.startswith(f"{own}."):
-            rest = path[len(own) + 1 :]
-            inner = _renamed(rest, resnet) if "resnets" in own or "resnets" in other else rest
-            return None if inner is None else f"{other}.{inner}"
-    return None
-
-
-def _renamed(rest: str, table: dict[str, str]) -> str | None:
-    for own, other in table.items():
-        if rest == own or rest.startswith(f"{own}."):
-            return other + rest[len(own) :]
-    return None
+def _renamed(path: str, names: Mapping[str, str]) -> str | None:
+    """`path` with the longest of its beginnings that is in `names` replaced."""
+    head = path
+    while head not in names:
+        head, dot, _ = head.rpartition(".")
+        if not dot:
+            return None
+    return names[head] + path[len(head) :]
 
 
 _VAE = (
@@ -157,9 +145,8 @@ def open_clip_path(path: str) -> tuple[str, int | None]:
     path = path.removeprefix("text_model.")
     if path == "text_projection.weight":
         return "text_projection", None
-    for own, other in _OPEN_CLIP.items():
-        if path == own or path.startswith(f"{own}."):
-            return other + path[len(own) :], None
+    if named := _renamed(path, _OPEN_CLIP):
+        return named, None
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", path)
     assert match is not None, path
     block = f"transformer.resblocks.{match[1]}"

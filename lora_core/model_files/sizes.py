@@ -4,13 +4,12 @@ weights: checkpoint, samples, exported file, the whole run, and the base in memo
 import functools
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_core.errors import LoraError, ModelFileError
-from lora_core.model_files.detect import UNET, BaseFacts
+from lora_core.model_files.detect import UNET, BaseFacts, weight_paths
 from lora_core.model_files.families import FAMILIES, Family, canonical_path, named_targets
 from lora_core.model_files.header import read_header
 from lora_core.model_files.key_names import diffusers_unet_path
@@ -116,21 +115,18 @@ def count_base_parameters(facts: BaseFacts) -> int | None:
 
     Raises:
         ModelFileError: a file of weights is broken.
+        OSError: the base is gone.
     """
     if facts.family is None:
         return None
     parts = () if facts.single_file else (*facts.family.parts, "vae")
-    try:
-        changed_at = facts.path.stat().st_mtime_ns
-    except OSError:
-        changed_at = 0
-    return _count_parameters(facts.path, parts, changed_at)
+    return _count_parameters(facts.path, parts, facts.path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=16)
 def _count_parameters(path: Path, parts: tuple[str, ...], changed_at: int) -> int:
     """Kept, since pages ask each second and a header may hold a megabyte."""
-    files = [file for part in parts for file in weight_files(path / part)] if parts else [path]
+    files = [file for part in parts for file in weight_paths(path / part, part)] if parts else [path]
     shapes = [item for file in files for item in read_header(file, ModelFileError).shapes.items()]
     return sum(math.prod(shape) for name, shape in shapes if not name.startswith("model_ema."))
 
@@ -144,12 +140,10 @@ def _layers(path: Path, family_name: str, changed_at: int) -> Layers:
         return dict(_single_file_unet(shapes, family)) | dict(_known_text_layers(family))
     found: Layers = {}
     for part in family.parts:
-        for file in weight_files(path / part):
+        for file in weight_paths(path / part, part):
             for name, shape in read_header(file).shapes.items():
                 if sides := _sides(shape):
                     found[part, canonical_path(part, name.removesuffix(".weight"))] = sides
-    if not found:
-        raise FileNotFoundError(path)
     return found
 
 
@@ -158,13 +152,6 @@ def _sides(shape: list[int]) -> tuple[int, int] | None:
     if len(shape) == 2:
         return shape[1], shape[0]
     return (shape[1] * shape[2] * shape[3], shape[0]) if len(shape) == 4 else None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weights of one component: those in full precision, where there are several versions."""
-    files = sorted(folder.glob("*.safetensors"))
-    variants = [file for file in files if re.search(r"\.(fp16|bf16|non_ema)\b", file.name)]
-    return [file for file in files if file not in variants] or variants
 
 
 def _single_file_unet(shapes: Mapping[str, list[int]], family: Family) -> Iterator[Any]:

@@ -30,7 +30,7 @@ _KINDS = (
     (r"^conditioner\.embedders\.0\.model\.transformer\.", "the refiner of Stable Diffusion XL"),
 )
 _INPUT = "model.diffusion_model.input_blocks.0.0.weight"
-_CHANNELS = {
+_CHANNELS: dict[object, str] = {
     4: "",
     5: "a depth-guided model (5 input channels)",
     7: "an upscaling model (7 input channels)",
@@ -55,12 +55,17 @@ def unsupported_kind(shapes: Mapping[str, Sequence[int]]) -> str:
             return kind
     entry = shapes.get(_INPUT)
     if entry is not None and len(entry) == 4:
-        return _CHANNELS.get(entry[1], f"a model with {entry[1]} input channels")
+        return channels_kind(entry[1])
     if not any(key.startswith("model.diffusion_model.") for key in shapes):
         for pattern, kind in _PARTS:
             if any(re.search(pattern, key) for key in shapes):
                 return kind
     return ""
+
+
+def channels_kind(channels: object) -> str:
+    """What a UNet with this many input channels is, for messages, if not a text-to-image model; else ""."""
+    return _CHANNELS.get(channels, f"a model with {channels} input channels")
 
 
 _START = re.compile(

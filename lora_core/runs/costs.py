@@ -17,7 +17,7 @@ import psutil
 
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import LoraError
-from lora_core.model_files.detect import Base, BaseFacts, lookup_base
+from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.model_files.families import Family
 from lora_core.model_files.sizes import (
     OFFLOAD_BUFFERS,
@@ -328,7 +328,7 @@ def _card_memory(config: RunConfig, family: Family, resolution: int, counts: tup
     return CONTEXT + max(training, vae + row.encode * pixels * math.sqrt(larger), row.text * width * larger)
 
 
-def parameters_of(base: Base) -> int | None:
+def parameters_of(base: BaseFacts) -> int | None:
     """How many weights a base has; None where its files do not tell."""
     try:
         return count_base_parameters(base.facts) if base.facts else None

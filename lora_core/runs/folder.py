@@ -335,7 +335,7 @@ def all_runs(workspace: Path) -> list[RunFolder]:
     return sorted(found, key=lambda run: run.config_file.stat().st_mtime, reverse=True)
 
 
-def find_run(name: str | Path, place: Path | None = None) -> RunFolder:
+def find_run(name: str | Path, place: str | Path | None = None) -> RunFolder:
     """The run that `name` means: a folder that holds a config.toml, else a run's name in a workspace.
 
     Args:

@@ -31,7 +31,6 @@ from lora_core.model_files.sizes import (
     count_base_parameters,
     export_bytes,
     needed_bytes,
-    weight_files,
 )
 from lora_core.runs.folder import all_runs, check_free_name
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
@@ -191,7 +190,7 @@ def _check_vae(name: str) -> None:
         raise ModelFileError(f"The VAE {name} does not exist; give a folder or a .safetensors file.")
     if not place.is_dir():
         read_header(place, ModelFileError)
-    elif not (place / "config.json").is_file() or not weight_files(place):
+    elif not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
         raise ModelFileError(f"The VAE {name} lacks its config.json or its weights.")
 
 

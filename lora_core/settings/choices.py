@@ -250,42 +250,24 @@ FORMATS: dict[str, Implementation] = {
 
 # Named as in A1111; each is a diffusers scheduler and how it is configured.
 SAMPLERS: dict[str, Implementation] = {
-    "ddim": Implementation(
-        "DDIM", "Plain and deterministic.", "diffusers.schedulers.scheduling_ddim:DDIMScheduler"
-    ),
-    "euler": Implementation(
-        "Euler", "Fast and smooth.", "diffusers.schedulers.scheduling_euler_discrete:EulerDiscreteScheduler"
-    ),
+    "ddim": Implementation("DDIM", "Plain and deterministic.", "diffusers:DDIMScheduler"),
+    "euler": Implementation("Euler", "Fast and smooth.", "diffusers:EulerDiscreteScheduler"),
     "euler_a": Implementation(
-        "Euler a",
-        "Adds noise at each step; livelier.",
-        "diffusers.schedulers.scheduling_euler_ancestral_discrete:EulerAncestralDiscreteScheduler",
+        "Euler a", "Adds noise at each step; livelier.", "diffusers:EulerAncestralDiscreteScheduler"
     ),
-    "heun": Implementation(
-        "Heun",
-        "Two model calls per step.",
-        "diffusers.schedulers.scheduling_heun_discrete:HeunDiscreteScheduler",
-    ),
-    "dpmpp_2m": Implementation(
-        "DPM++ 2M",
-        "Sharp in 20 steps.",
-        "diffusers.schedulers.scheduling_dpmsolver_multistep:DPMSolverMultistepScheduler",
-    ),
+    "heun": Implementation("Heun", "Two model calls per step.", "diffusers:HeunDiscreteScheduler"),
+    "dpmpp_2m": Implementation("DPM++ 2M", "Sharp in 20 steps.", "diffusers:DPMSolverMultistepScheduler"),
     "dpmpp_2m_karras": Implementation(
         "DPM++ 2M Karras",
         "DPM++ 2M with more steps where detail forms.",
-        "diffusers.schedulers.scheduling_dpmsolver_multistep:DPMSolverMultistepScheduler",
+        "diffusers:DPMSolverMultistepScheduler",
         {"use_karras_sigmas": True},
     ),
-    "unipc": Implementation(
-        "UniPC",
-        "Good in few steps.",
-        "diffusers.schedulers.scheduling_unipc_multistep:UniPCMultistepScheduler",
-    ),
+    "unipc": Implementation("UniPC", "Good in few steps.", "diffusers:UniPCMultistepScheduler"),
     "lcm": Implementation(
         "LCM",
         "4 to 8 steps at a CFG of 1 to 2, with a LoRA or base that was distilled for it.",
-        "diffusers.schedulers.scheduling_lcm:LCMScheduler",
+        "diffusers:LCMScheduler",
     ),
 }
 

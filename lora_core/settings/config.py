@@ -350,20 +350,19 @@ def current_names(values: Mapping[str, Any], say: bool = True) -> dict[str, Any]
     Raises:
         ConfigError: a setting is given by its old and its new name.
     """
-    found: dict[str, Any] = {}
-    for old, value in values.items():
-        name = OLD_NAMES.get(old, old)
-        if name != old and name in values:
-            raise ConfigError(f"{old} is the old name of {name}, which is given too; remove {old}.")
-        if name != old and say:
-            _say_new_name(old, name)
-        found[name] = value
-    return found
+    old = {name: OLD_NAMES[name] for name in values if name in OLD_NAMES}
+    for name, new in old.items():
+        if new in values:
+            raise ConfigError(f"{name} is the old name of {new}, which is given too; remove {name}.")
+    if say and (untold := old.keys() - _TOLD):
+        _TOLD.update(untold)
+        names = ", ".join(f"{name} is now {new}" for name, new in old.items() if name in untold)
+        logging.getLogger(__name__).warning("Old names of settings still work: %s.", names)
+    return {old.get(name, name): value for name, value in values.items()}
 
 
-@functools.cache
-def _say_new_name(old: str, name: str) -> None:
-    logging.getLogger(__name__).warning("%s is now called %s; the old name still works.", old, name)
+_TOLD: set[str] = set()
+"""Old names whose new ones this process has logged."""
 
 
 def flattened(values: Mapping[str, Any], say: bool = True) -> dict[str, Any]:

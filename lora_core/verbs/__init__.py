@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.generate.request import WeightedLora
+from lora_core.settings.config import checked_value
 from lora_core.system.paths import workspace as workspace_folder
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ Progress = Callable[[int, int], None]
 CHECKPOINT = object()
 """Marks a parameter that takes, on the command line, also a run's checkpoint: RUN or RUN@STEP."""
 AdapterFile = Annotated[File, CHECKPOINT]
-PRECISIONS = ("fp32", "fp16", "bf16")
+FILE_PRECISIONS = ("fp32", "fp16", "bf16")
+"""Of adapter files."""
 
 GROUPS = {
     "queue": "Train runs one after the other.",
@@ -93,7 +95,7 @@ class Measure:
         """
         from lora_core.data.dataset import require_clean
 
-        check_triples(self.triples)
+        checked_value("validation.draws_per_image", self.triples, "--triples")
         found = load_images(self.dataset, self.workspace)
         require_clean(found)
         from lora_core.models.device import dtype_of
@@ -121,7 +123,6 @@ def choose_device(name: str) -> Any:
         ConfigError: there is no such device.
     """
     from lora_core.models.device import best_device, use_device
-    from lora_core.settings.config import checked_value
 
     return best_device() if name == "auto" else use_device(checked_value("train.device", name, "--device"))
 
@@ -146,18 +147,7 @@ def checked_loras(loras: Sequence[Lora]) -> list[WeightedLora]:
     return found
 
 
-def optional_path(text: File | None) -> Path | None:
-    """A path, or None for nothing."""
-    return Path(text) if text else None
-
-
-def check_triples(triples: int) -> None:
-    """Raise ConfigError for a number of noise draws that is out of range."""
-    if not 1 <= triples <= 1000:
-        raise ConfigError(f"--triples {triples} is out of range; it goes from 1 to 1000.")
-
-
 def check_precision(precision: str) -> None:
     """Raise ConfigError for a dtype that adapter files are not written in."""
-    if precision not in PRECISIONS:
-        raise ConfigError(f"The precision {precision!r} is not one of {', '.join(PRECISIONS)}.")
+    if precision not in FILE_PRECISIONS:
+        raise ConfigError(f"The precision {precision!r} is not one of {', '.join(FILE_PRECISIONS)}.")

@@ -10,10 +10,10 @@ from lora_core.errors import AdapterFileError, ConfigError, RunError
 from lora_core.generate.request import Axis, GenerationRequest, grid_requests, grid_settings
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
-from lora_core.settings.choices import FORMATS
+from lora_core.settings.choices import FORMATS, PRECISIONS
 from lora_core.system.paths import workspace as workspace_folder
 from lora_core.verbs import (
-    PRECISIONS,
+    FILE_PRECISIONS,
     AdapterFile,
     File,
     Lora,
@@ -22,7 +22,6 @@ from lora_core.verbs import (
     check_precision,
     checked_loras,
     choose_device,
-    optional_path,
     verb,
 )
 
@@ -38,7 +37,7 @@ def generate(
     shot: GenerationRequest,
     out: File | None = None,
     count: int = 1,
-    precision: Annotated[str, ("auto", *PRECISIONS)] = "auto",
+    precision: Annotated[str, PRECISIONS] = "auto",
     workspace: File | None = None,
     drawn: Callable[[Path], None] | None = None,
     device: str = "auto",
@@ -59,7 +58,7 @@ def generate(
     if not 1 <= count <= 1000:
         raise ConfigError(f"--count {count} is out of range; it goes from 1 to 1000.")
     shot.check()
-    target = optional_path(out)
+    target = Path(out) if out else None
     if target:
         _check_png(target)
     pipeline = _open_pipeline(shot, precision, device)
@@ -86,7 +85,7 @@ def grid(
     out: Out,
     rows: Axis | None = None,
     columns: Axis | None = None,
-    precision: Annotated[str, ("auto", *PRECISIONS)] = "auto",
+    precision: Annotated[str, PRECISIONS] = "auto",
     device: str = "auto",
 ) -> Path:
     """Make a labelled sheet of pictures that differ in one or two things; returns its path.
@@ -243,14 +242,15 @@ def convert(
 
 
 @verb
-def merge(
+def merge(  # noqa: PLR0913 - one option each
     loras: Loras,
     out: Out,
     rank: int | None = None,
     blocks: Annotated[str, "--blocks TABLE"] = "",
-    precision: Annotated[str, PRECISIONS] = "fp32",
+    precision: Annotated[str, FILE_PRECISIONS] = "",
     base: str = "",
     note: Progress | None = None,
+    into_base: Annotated[str, "--into-base B"] = "",
 ) -> list[str]:
     """Merge adapters into one file, or into a base; returns what was done and what it cost, in sentences.
 
@@ -262,11 +262,20 @@ def merge(
         precision: dtype of the merged file, else fp32.
         base: the base of a DoRA, whose weights its update depends on.
         note: called with how far it is.
+        into_base: merge into a copy of this base instead.
     """
     from lora_core.tools.merge import MergeOptions, merge_files
 
-    check_precision(precision)
-    wanted = MergeOptions(rank, blocks, precision, base)
+    if into_base:
+        given = [name for name, value in (("rank", rank), ("base", base), ("precision", precision)) if value]
+        if given:
+            raise ConfigError(
+                f"--{given[0]} goes with a merged adapter, not with --into-base: there the base's own"
+                " precision stays and nothing is approximated."
+            )
+        return merge_into_base(loras, into_base, out, blocks)
+    check_precision(precision or "fp32")
+    wanted = MergeOptions(rank, blocks, precision or "fp32", base)
     return merge_files(checked_loras(loras), Path(out), wanted, time.time(), note)
 
 
@@ -283,7 +292,7 @@ def shrink(
     out: Out,
     rank: int | None = None,
     energy: Annotated[float | None, "--energy SHARE"] = None,
-    precision: Annotated[str, PRECISIONS] = "",
+    precision: Annotated[str, FILE_PRECISIONS] = "",
     base: str = "",
     note: Progress | None = None,
 ) -> dict[str, Any]:
@@ -335,7 +344,7 @@ def extract(
     out: Out,
     rank: int | None = None,
     energy: Annotated[float | None, "--energy SHARE"] = None,
-    precision: Annotated[str, PRECISIONS] = "fp32",
+    precision: Annotated[str, FILE_PRECISIONS] = "fp32",
     note: Progress | None = None,
 ) -> list[str]:
     """Extract a LoRA from a fine-tuned model; returns what was done, in sentences.
@@ -416,7 +425,7 @@ def copy(
 
     source, target = Path(file), Path(folder).expanduser()
     if not source.exists() and not source.suffix:
-        run = find_run(file, optional_path(workspace))
+        run = find_run(file, workspace)
         source = run.path / (run.progress().export or "export")
         if not source.is_file():
             raise RunError(f"The run {run.name} has no exported file; make one by `export {run.name}`.")

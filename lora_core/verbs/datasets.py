@@ -10,7 +10,7 @@ from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.config import checked_value
 from lora_core.system.paths import workspace as workspace_folder
-from lora_core.verbs import File, Measure, Progress, check_triples, load_images, optional_path, verb
+from lora_core.verbs import File, Measure, Progress, load_images, verb
 
 if TYPE_CHECKING:
     from lora_core.projects.project import Project
@@ -90,8 +90,8 @@ def pictures(
         triples: noise draws per picture.
         note: called with how far it is.
     """
-    check_triples(triples)
-    folder = find_run(run, optional_path(workspace))
+    checked_value("validation.draws_per_image", triples, "--triples")
+    folder = find_run(run, workspace)
     from lora_core.evaluate.learned import measure_run_images
 
     return measure_run_images(folder, checkpoint, triples, note)
@@ -401,4 +401,4 @@ def doctor(workspace: File | None = None) -> dict[str, Any]:
     """
     from lora_core.report.doctor import diagnosis
 
-    return diagnosis(optional_path(workspace))
+    return diagnosis(workspace)

@@ -14,7 +14,7 @@ from lora_core.runs.folder import RunFolder, check_run_name, find_run, runs_fold
 from lora_core.settings.choices import FORMATS
 from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
 from lora_core.system.paths import workspace as workspace_folder
-from lora_core.verbs import PRECISIONS, File, check_precision, load_images, optional_path, verb
+from lora_core.verbs import FILE_PRECISIONS, File, check_precision, load_images, verb
 
 if TYPE_CHECKING:
     from lora_core.data.scan import Dataset
@@ -190,7 +190,7 @@ def resume(
 
     if steps is not None:
         steps = checked_value("train.steps", steps, "steps")
-    folder = find_run(run, optional_path(workspace))
+    folder = find_run(run, workspace)
     with folder.hold():
         folder.request("resume")
         return train_run(folder, steps, on_event or (lambda event: None), accept_changes)
@@ -221,7 +221,7 @@ def preview(run: File, workspace: File | None = None) -> None:
 
 
 def _request(run: File, do: str, workspace: File | None) -> None:
-    find_run(run, optional_path(workspace)).request_live(do)
+    find_run(run, workspace).request_live(do)
 
 
 @verb
@@ -274,7 +274,7 @@ def delete(run: File, workspace: File | None = None) -> Path:
     """
     from lora_core.runs.storage import move_to_trash
 
-    folder = find_run(run, optional_path(workspace))
+    folder = find_run(run, workspace)
     return move_to_trash(folder.path, folder.path.parent.parent)
 
 
@@ -291,7 +291,7 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
     from lora_core.runs.queue import Queue
     from lora_core.runs.runner import ensure_runner
 
-    folder = find_run(run, optional_path(workspace))
+    folder = find_run(run, workspace)
     queue = Queue(workspace_folder(workspace) if workspace else folder.path.parent.parent)
     queue.add(folder)
     if start:
@@ -339,7 +339,7 @@ def _queue_of(run: File, workspace: File | None) -> "tuple[Queue, str]":
     queue = Queue(workspace_folder(workspace))
     if any(job.run == str(run) for job in queue.stored_jobs()):
         return queue, str(run)
-    folder = find_run(run, optional_path(workspace))
+    folder = find_run(run, workspace)
     return (queue if workspace else Queue(folder.path.parent.parent)), folder.name
 
 
@@ -371,8 +371,8 @@ def debug(
     from lora_core.runs.diagnosis import debug_zip
     from lora_core.system.paths import write_atomically
 
-    folder = find_run(run, optional_path(workspace))
-    target = optional_path(out) or folder.path / "debug.zip"
+    folder = find_run(run, workspace)
+    target = Path(out) if out else folder.path / "debug.zip"
     write_atomically(target, debug_zip(folder, folder.path.parent.parent))
     return target
 
@@ -394,8 +394,8 @@ def report(
     """
     from lora_core.report.report import FILE_NAME, write_report
 
-    folder = find_run(run, optional_path(workspace))
-    page = optional_path(out) or folder.path / FILE_NAME
+    folder = find_run(run, workspace)
+    page = Path(out) if out else folder.path / FILE_NAME
     write_report(folder, page, measure, said or (lambda words, done, total: None), time.time())
     return page
 
@@ -405,7 +405,7 @@ def export(
     run: File,
     checkpoint: Annotated[str, "--checkpoint STEP"] = "best",
     format: Annotated[str, FORMATS] = "kohya",
-    precision: Annotated[str, PRECISIONS] = "fp16",
+    precision: Annotated[str, FILE_PRECISIONS] = "fp16",
     name: str = "",
     workspace: File | None = None,
 ) -> dict[str, Any]:
@@ -424,7 +424,7 @@ def export(
     from lora_core.settings.choices import chosen
     from lora_core.train.export import export_checkpoint
 
-    folder = find_run(run, optional_path(workspace))
+    folder = find_run(run, workspace)
     chosen(FORMATS, format, "format")
     check_precision(precision)
     step = str(folder.step_of(checkpoint))
