@@ -129,7 +129,7 @@ def build_worker_request(app_state: AppState, tool: str, sent: dict[str, Any]) -
         LoraError: something is missing, in a sentence.
     """
     if tool not in TOOLS:
-        raise ConfigError(f"There is no tool {tool!r}.")
+        raise ConfigError(f"{tool!r} is not one of the tools for LoRA files.")
     wanted, files = TOOLS[tool], _files(sent.get("files"))
     low, high = wanted.files
     if not low <= len(files) <= high:

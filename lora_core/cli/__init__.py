@@ -45,7 +45,6 @@ from lora_core.verbs import CHECKPOINT, FILE_PRECISIONS, AdapterFile, File, Meas
 
 if TYPE_CHECKING:
     from lora_core.train.distributed import ProcessGroup
-    from lora_core.train.trainer import Outcome
 
 COMPUTING = ("train", "forecast", "resume", "generate", "grid", "validate")
 """Verbs that a user waits for."""
@@ -308,18 +307,40 @@ def _together(lead: Callable[[StopRequest, "ProcessGroup | None"], int]) -> int:
 
 
 def _resume_run(
-    run: RunFolder,
-    steps: int | None,
-    accept_changes: bool,
-    stopping: StopRequest,
+    run: RunFolder, steps: int | None, accept_changes: bool, stopping: StopRequest,
     group: "ProcessGroup | None",
-) -> int:
-    """Train a run to its end, and notify the user when it ends; returns the exit code."""
+) -> int:  # fmt: skip
+    """Train a run to its end, and notify the user when it ends; returns the exit code.
+
+    Signals are taken as a stop from here on, long before torch is imported.
+    """
     from lora_core.runs.notifications import notify_end
 
+    if steps is not None:
+        steps = checked_value("train.steps", steps, "--steps")
     before = file_bytes(run.events_file)
     try:
-        outcome = _train_run(run, steps, accept_changes, stopping, group)
+        with run.hold():
+            try:
+                # A stop that is asked for while torch is imported must not be voided by this line.
+                run.request("resume")
+                with stopping.raising(), without_collecting():
+                    from lora_core.train.trainer import train
+            except KeyboardInterrupt:
+                # The trainer, which writes this down itself, was not there yet.
+                progress, writer = run.progress(), EventWriter(run.events_file)
+                writer.write(Stopped(step=progress.step, export=progress.export))
+                writer.close()
+                raise
+            if group is not None:
+                size = run.config().train.batch_size
+                say(f"{group.world_size} processes share each batch of {size}.")
+                if idle := max(0, group.world_size - size):
+                    say(f"Note: {idle} of them have nothing to do; train.batch_size is {size}.")
+            printer = EventPrinter(sys.stdout)
+            with keep_awake():
+                outcome = train(run, steps, printer.show, accept_changes, stopping, group)
+            printer.close()
     finally:
         note = notify_end(run, run.path.parent.parent) if file_bytes(run.events_file) > before else ""
         if note:
@@ -327,43 +348,6 @@ def _resume_run(
     if outcome.export is not None:
         say(outcome.export)
     return INTERRUPTED if outcome.signalled else 0
-
-
-def _train_run(
-    run: RunFolder,
-    steps: int | None,
-    accept_changes: bool,
-    stopping: StopRequest,
-    group: "ProcessGroup | None",
-) -> "Outcome":
-    """Train, with signals taken as a stop from here on, long before torch is imported."""
-    if steps is not None:
-        steps = checked_value("train.steps", steps, "--steps")
-    with run.hold():
-        try:
-            # Torch takes seconds to import; a stop that is asked for meanwhile must not be voided by this
-            # line.
-            run.request("resume")
-            with stopping.raising(), without_collecting():
-                from lora_core.train.trainer import train
-        except KeyboardInterrupt:
-            # The trainer, which writes this down itself, was not there yet.
-            progress, writer = run.progress(), EventWriter(run.events_file)
-            writer.write(Stopped(step=progress.step, export=progress.export))
-            writer.close()
-            raise
-        if group is not None:
-            size = run.config().train.batch_size
-            say(f"{group.world_size} processes share each batch of {size}.")
-            if size < group.world_size:
-                say(
-                    f"Note: {group.world_size - size} of them have nothing to do; train.batch_size is {size}."
-                )
-        printer = EventPrinter(sys.stdout)
-        with keep_awake():
-            outcome = train(run, steps, printer.show, accept_changes, stopping, group)
-        printer.close()
-    return outcome
 
 
 @command("queue run")

@@ -41,9 +41,9 @@ MUST_BE_GIVEN = {("generate", "prompt")}
 EXACTLY_ONE = {"extract": ("rank", "energy"), "shrink": ("rank", "energy", "intrinsic")}
 PANELS = {
     "lora_core.verbs.runs": "Runs",
-    "lora_core.verbs.datasets": "Pictures, projects and the workspace",
-    "lora_core.verbs.adapters": "Pictures and files with adapters",
-    "lora_core.api": "This program",
+    "lora_core.verbs.datasets": "Datasets, projects and the workspace",
+    "lora_core.verbs.adapters": "Images and adapter files",
+    "lora_core.api": "Program",
 }
 """Headings of the list of verbs, by the module of their functions."""
 _AXIS = f"what they vary, {', '.join(KINDS)}; a value with a comma needs double quotes"
@@ -57,6 +57,7 @@ HELP = {
     "cfg_rescale": "0 to 1, off at 0; auto: 0.7 for a velocity base with zero terminal SNR, 0 for others and"
     " demo",
     "dataset": "a folder of pictures, a zip of one, or `demo`",
+    "device": "auto, cpu, cuda, cuda:1, mps or xpu",
     "dry_run": "show what would change, change nothing",
     "file": "an adapter",
     "first": "an adapter",
@@ -64,7 +65,9 @@ HELP = {
     "loras": "an adapter",
     "negative": "what it should not show",
     "on": "have them trained on again",
+    "out": "the file to make",
     "pictures": "paths below the folder",
+    "precision": "dtype of the base",
     "prediction": "what the base predicts, if it is known",
     "project": "its title, or its folder's name",
     "prompt": "what the picture shows",
@@ -73,12 +76,13 @@ HELP = {
     "second": "another",
     "seed": "of the noise",
     "steps": "of the sampler",
+    "triples": "noise draws per picture",
     "vae": "a VAE in place of the base's own: a folder or a file",
     "width": "in pixels; 0 for the base's own",
     "zero_terminal_snr": "whether the base's last timestep is pure noise, if it is known",
 }
-"""Help of parameters that many verbs have; but for the first four, the docstring of a verb comes first."""
-_OWN_HELP = ("workspace", "run", "rows", "columns")
+"""Help of parameters that many verbs have; but for `_OWN_HELP`, the docstring of a verb comes first."""
+_OWN_HELP = ("workspace", "run", "rows", "columns", "cfg_rescale", "sampler")
 
 
 def command(verb: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

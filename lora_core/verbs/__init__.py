@@ -9,8 +9,8 @@ spelled otherwise, `Annotated` says so: `"--to FOLDER"` is an option with its pl
 argument with its placeholder, a table or a tuple the values to choose from.
 
 `workspace` is where runs, projects and caches live and where names are looked for; `run` is a run's folder or
-its name there. Functions import what needs torch when they are called, so that `runs` and `stop` answer at
-once.
+its name there; `note` is called with (done, total). Functions import what needs torch when they are called,
+so that `runs` and `stop` answer at once.
 """
 
 from collections.abc import Callable, Sequence

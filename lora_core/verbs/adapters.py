@@ -48,9 +48,7 @@ def generate(
         shot: all that a picture depends on, adapters included; the first has its seed.
         out: a PNG file, with -2, -3, ... appended for more; else new files in the workspace.
         count: pictures, each with the next seed.
-        precision: dtype of the base.
         drawn: called with each path once the file is written.
-        device: auto, cpu, cuda, cuda:1, mps or xpu.
 
     Raises:
         LoraError: a value is out of range, or the base or an adapter cannot be used.
@@ -95,8 +93,6 @@ def grid(
         out: the PNG file.
         rows: what differs down the sheet, such as strength=0,0.5,1; a value with a comma needs double quotes.
         columns: what differs across it.
-        precision: dtype of the base.
-        device: auto, cpu, cuda, cuda:1, mps or xpu.
 
     Raises:
         LoraError: a value is out of range, or the base or an adapter cannot be used.
@@ -180,7 +176,6 @@ def inspect(file: AdapterFile, spectrum: bool = False) -> dict[str, Any]:
     """Show what an adapter file is, whichever tool wrote it.
 
     Args:
-        file: an adapter.
         spectrum: the singular values of each layer, and ranks.
 
     Returns:
@@ -202,7 +197,6 @@ def verify(file: AdapterFile, base: str = "") -> dict[str, Any]:
     """Check what six tools would load from an adapter file.
 
     Args:
-        file: an adapter.
         base: the base that it is for, where the file does not say it.
     """
     from lora_core.formats.compat.verify import verify_adapter
@@ -261,7 +255,6 @@ def merge(  # noqa: PLR0913 - one option each
         blocks: a TOML file of pattern = weight, or 'mid_block=0.5,...'.
         precision: dtype of the merged file, else fp32.
         base: the base of a DoRA, whose weights its update depends on.
-        note: called with how far it is.
         into_base: merge into a copy of this base instead.
     """
     from lora_core.tools.merge import MergeOptions, merge_files
@@ -300,12 +293,10 @@ def shrink(
 
     Args:
         file: an adapter; a LoHa, LoKr or DoRA with a rank.
-        out: the file to make.
         rank: the same for every layer.
         energy: what to keep of it, such as 0.99.
         precision: dtype of the file, else its own.
         base: the base of a DoRA.
-        note: called with how far it is.
     """
     from lora_core.tools.delta import BaseWeights
     from lora_core.tools.save import Rewrite
@@ -352,11 +343,9 @@ def extract(
     Args:
         tuned: a diffusers folder or a .safetensors file.
         base: the base that it was made from.
-        out: the file to make.
         rank: the same for every layer.
         energy: what to keep of it, such as 0.99.
         precision: dtype of the file.
-        note: called with how far it is.
     """
     from lora_core.tools.extract import extract_file
     from lora_core.tools.shrink import ShrinkTarget
@@ -473,7 +462,6 @@ def stack(loras: Loras, measure: Measure | None = None, note: Progress | None = 
     Args:
         loras: the adapters.
         measure: measure the stack and each alone on these pictures.
-        note: called with how far it is.
     """
     from lora_core.tools.interference import interference_report, measure_stack
 
@@ -492,9 +480,7 @@ def amplify(
     """Measure how much an adapter amplifies the directions of its base.
 
     Args:
-        file: an adapter.
         base: the base that it was made for.
-        note: called with how far it is.
     """
     from lora_core.tools.amplification import file_amplification
     from lora_core.tools.delta import BaseWeights

@@ -29,7 +29,6 @@ def audit(
     """Check a dataset: what is wrong with it, and what will be learned from it.
 
     Args:
-        dataset: a folder of pictures, a zip of one, or `demo`.
         base: the base that it is for.
         resolution: in pixels; 0 for what the base was trained at.
         trigger: a word that may be in every caption.
@@ -58,12 +57,8 @@ def probe(
     """Score captions with a base: which fit badly, and words for a trigger.
 
     Args:
-        dataset: a folder of pictures, a zip of one, or `demo`.
         base: that is asked.
-        triples: noise draws per picture.
-        seed: of the noise draws.
         trigger: the trigger word, to be measured too.
-        note: called with how far it is.
     """
     measure = Measure(dataset, base, triples=triples, seed=seed, workspace=workspace)
     opened, records = measure.load("auto")
@@ -87,8 +82,6 @@ def pictures(
 
     Args:
         checkpoint: best, last, or the step of a checkpoint.
-        triples: noise draws per picture.
-        note: called with how far it is.
     """
     checked_value("validation.draws_per_image", triples, "--triples")
     folder = find_run(run, workspace)

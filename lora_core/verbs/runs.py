@@ -389,7 +389,7 @@ def report(
 
     Args:
         out: the page, else report.html in the run's folder.
-        measure: intrinsic rank and strength too, which need the base (`--no-measure`: without them).
+        measure: intrinsic rank and strength too, which need the base; --no-measure leaves them out.
         said: called with what is being done, done and total.
     """
     from lora_core.report.report import FILE_NAME, write_report

@@ -128,7 +128,7 @@ def test_what_there_is_to_choose(app_state: AppState) -> None:
         ("into-base", {"files": 1}, "Choose the base"),
         ("into-base", {"files": 1, "base": "/none"}, "The base '/none' does not exist"),
         ("merge", {"files": 2, "blocks": "a=1," * 2000}, "longer than 4,000 letters"),
-        ("fly", {}, "There is no tool"),
+        ("fly", {}, "is not one of the tools"),
     ],
 )
 def test_what_is_missing_is_said(app_state: AppState, tool: str, sent: dict[str, Any], problem: str) -> None:
