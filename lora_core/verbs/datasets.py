@@ -394,4 +394,4 @@ def doctor(workspace: File | None = None) -> dict[str, Any]:
     """
     from lora_core.report.doctor import diagnosis
 
-    return diagnosis(workspace)
+    return diagnosis(Path(workspace) if workspace else None)

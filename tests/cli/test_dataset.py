@@ -50,7 +50,7 @@ def test_probe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found["rows"]) == 3
     assert "dog" in [row["word"] for row in found["trigger"]["rows"] if row["given"]]
     assert main(["probe", str(folder), "--triples", "0"]) == 1
-    assert "--triples 0 is out of range" in capsys.readouterr().err
+    assert "--triples = 0 is out of range" in capsys.readouterr().err
 
 
 def test_pictures_of_a_run(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

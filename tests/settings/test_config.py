@@ -72,7 +72,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("adapter.block_ranks", {"mid_block": True}, "should be a whole number"),
         ("adapter.block_ranks", {"unet": {"mid_block": 4}}, "begins with 'unet'; put it into quotes"),
         ("adapter.block_ranks", {"(mid": 4}, "'(mid', which cannot be used"),
-        ("adapter.block_ranks", {"(?!a)b": 4}, "cannot be used: groups that begin with"),
+        ("adapter.block_ranks", {"(?!a)b": 4}, "without look-around"),
         (
             "optimizer.block_lr",
             {f"a{n}": 0.0 for n in range(101)},
