@@ -26,8 +26,7 @@ from lora_core.formats.layers import Tensors, check_finite
 from lora_core.formats.peft import HEADER_KEY, add_peft_config
 from lora_core.lora.weights import AdapterWeights
 from lora_core.model_files.families import Family
-from lora_core.model_files.header import Header, read_header
-from lora_core.model_files.unsupported import other_family
+from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
 from lora_core.settings.choices import FORMATS, chosen
 from lora_core.system.paths import sync_folder

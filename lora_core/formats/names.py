@@ -3,16 +3,21 @@
 A prefix cannot be split at underscores, since they are part of the names too. So all adaptable layers are
 rows of a table with `#` for each number: a name's numbers are replaced, the row is looked up, and the numbers
 are put back. This needs no model. The original (ldm) block names, which some families have in kohya files
-(`Family.kohya_block_names`), are another table; `model_files/key_names.py` translates them.
+(`Family.kohya_block_names`), are another table; `model_files/families.py` translates them.
 """
 
 import re
 from collections.abc import Iterable
 
 from lora_core.errors import AdapterFileError
-from lora_core.model_files.families import FAMILIES, Family, is_text_encoder
-from lora_core.model_files.key_names import diffusers_unet_path, ldm_unet_path
-from lora_core.model_files.unsupported import other_family
+from lora_core.model_files.families import (
+    FAMILIES,
+    Family,
+    diffusers_unet_path,
+    is_text_encoder,
+    ldm_unet_path,
+)
+from lora_core.model_files.header import other_family
 
 _BLOCKS = ("down_blocks.#", "mid_block", "up_blocks.#")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.#")

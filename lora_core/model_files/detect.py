@@ -14,8 +14,7 @@ from typing import Any
 
 from lora_core.errors import ModelFileError
 from lora_core.model_files.families import FAMILIES, Family, family_of_context_width, is_text_encoder
-from lora_core.model_files.header import Header, read_header
-from lora_core.model_files.unsupported import channels_kind, unsupported_kind
+from lora_core.model_files.header import Header, channels_kind, read_header, unsupported_kind
 from lora_core.settings.schema import NumberOrAuto
 from lora_core.system.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
 from lora_core.system.untrusted import parse_json

@@ -9,8 +9,7 @@ import json
 import torch
 
 from lora_core.formats.layer_shapes import family_layout, norm_layers
-from lora_core.model_files.families import FAMILIES
-from lora_core.model_files.key_names import ldm_unet_path
+from lora_core.model_files.families import FAMILIES, ldm_unet_path
 from tests.formats.odd_files import diffusers_stem, ldm_stem, own_stem, swapped_dimensions
 
 SD15, SDXL = FAMILIES["sd15"], FAMILIES["sdxl"]

@@ -9,7 +9,7 @@ from lora_core.__main__ import main
 from lora_core.formats import detect
 from lora_core.formats.layer_shapes import family_layout
 from lora_core.model_files.families import FAMILIES
-from lora_core.model_files.unsupported import other_family
+from lora_core.model_files.header import other_family
 from tests.formats.odd_files import CASES, FAMILIES_HERE, serialised
 
 # Layers by the names that tools give them: sd-scripts and musubi-tuner (lora_unet_), OneTrainer

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from lora_core.formats.layer_shapes import Layout, norm_layers
 from lora_core.lora.weights import LayerKey
-from lora_core.model_files.families import Family
-from lora_core.model_files.key_names import ldm_unet_path
+from lora_core.model_files.families import Family, ldm_unet_path
 
 
 class LoadError(Exception):
