@@ -437,7 +437,7 @@ CASES: dict[str, tuple[Callable[[Place], list[object]], str]] = {
     "out is no png": (lambda p: p.generate("--out", p.root / "out.jpg"), r"out\.jpg.*\.png"),
     "out below a file": (out_below_a_file, r"file/out\.png"),
     "empty validation set": (empty_validation_set, r"no pictures in .*empty"),
-    "triples 0": (lambda p: ["validate", "--dataset", p.pictures, "--triples", "0"], r"--triples 0"),
+    "triples 0": (lambda p: ["validate", "--dataset", p.pictures, "--triples", "0"], r"--triples = 0"),
     "convert onto a file": (convert_onto_a_file, r"there\.safetensors exists already"),
     "convert no lora": (convert_no_lora, r"whole UNet"),
     "convert into nowhere": (convert_into_nowhere, r"no/new\.safetensors cannot be written"),
