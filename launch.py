@@ -93,7 +93,7 @@ def open_app(arguments: "list[str]") -> int:
     from app.install import VENV, SetupError
 
     try:
-        from lora_core.system.cpu_threads import without_collecting
+        from lora_core.system.processes import without_collecting
 
         with without_collecting():
             from app.main import main as app_main

@@ -17,7 +17,7 @@ from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_fold
 from lora_core.runs.progress import Progress
 from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
-from lora_core.system.disk_space import folder_bytes
+from lora_core.system.files import folder_bytes
 from lora_core.system.processes import ACCEPTING, TRAINER, start_detached
 from lora_core.system.processes import child_environment as environment
 

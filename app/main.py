@@ -24,7 +24,7 @@ from app.projects import add_project_routes
 from app.routes import add_assets, add_routes
 from app.state import AppState
 from lora_core.errors import LoraError, RunError
-from lora_core.system.paths import workspace, write_atomically
+from lora_core.system.files import workspace, write_atomically
 from lora_core.system.processes import FIRST_PORT, PORTS_TRIED
 
 PASSWORD_VARIABLE = "LORA_EASEL_PASSWORD"

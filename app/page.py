@@ -17,8 +17,7 @@ from app.bindings import QUIET, TYPING, Bindings, html_block
 from app.state import AppState, take_snapshot
 from app.templates import render
 from lora_core.projects.project import Project
-from lora_core.system.paths import ASSETS
-from lora_core.system.untrusted import clean_value
+from lora_core.system.files import ASSETS, clean_value
 
 LIVE_EVERY, IDLE_EVERY = 1.0, 5.0
 REST = 0.25

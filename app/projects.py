@@ -16,7 +16,7 @@ from app.state import AppState, Snapshot
 from app.templates import render
 from lora_core.errors import RunError
 from lora_core.runs.storage import clean_caches, empty_trash, list_trash, restore, trash_folder
-from lora_core.system.disk_space import folder_bytes
+from lora_core.system.files import folder_bytes
 
 
 def project_button(snapshot: Snapshot) -> str:

@@ -27,8 +27,7 @@ from lora_core.data.scan import safe_name
 from lora_core.errors import LoraError, RunError
 from lora_core.projects.project import relative_name
 from lora_core.runs.folder import runs_folder
-from lora_core.system.paths import ASSETS, DEMO_TRAIN
-from lora_core.system.untrusted import clean_value, parse_json
+from lora_core.system.files import ASSETS, DEMO_TRAIN, clean_value, parse_json
 
 IMAGE_TYPES = set(IMAGE_SUFFIXES)
 # Types that browsers render; others are sent as a large thumbnail.

@@ -10,8 +10,8 @@ from app.jobs import RESUMABLE, RunView
 from app.state import ShownRun, Snapshot
 from app.templates import problem_html, render
 from lora_core.runs.progress import Progress
+from lora_core.system.files import ASSETS
 from lora_core.system.hardware import resident_bytes
-from lora_core.system.paths import ASSETS
 
 TITLE = "LoRA Easel"
 REASONS = {

@@ -17,7 +17,7 @@ from lora_core.generate.request import GenerationRequest
 from lora_core.lora.inject import Merger
 from lora_core.lora.weights import LoadedLora
 from lora_core.models.load import load_base
-from lora_core.system.paths import ASSETS
+from lora_core.system.files import ASSETS
 
 STRENGTHS = (0.0, 0.5, 1.0)
 SHOWN, GAP, LABEL = 5, 8, 44

@@ -46,8 +46,8 @@ from lora_core.report.collect import RunEvaluator, run_evaluator
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig, checked_value
 from lora_core.settings.schema import ModelSection
-from lora_core.system.cpu_threads import others_spin
-from lora_core.system.disk_space import folder_bytes
+from lora_core.system.files import folder_bytes
+from lora_core.system.processes import others_spin
 from lora_core.tools.interference import measure_stack
 from lora_core.tools.save import Rewrite, check_out, file_precision
 from lora_core.tools.shrink import measure_rank, truncate_file

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_core.model_files.families import FAMILIES, Family, ldm_unet_path, ldm_vae_path, open_clip_path
-from lora_core.system.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
+from lora_core.system.files import CLIP_TOKENIZER, FAMILY_CONFIGS
 
 NARROW: dict[str, dict[str, Any]] = {
     "vae": {"block_out_channels": (32, 32, 32, 32)},

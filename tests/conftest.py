@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.system.cpu_threads import AWHILE, VARIABLE, without_collecting
+from lora_core.system.processes import AWHILE, VARIABLE, without_collecting
 from tests.faults import Nursery
 
 TESTS = Path(__file__).parent

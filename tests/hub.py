@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub.constants
 import pytest
 
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 from tests.app.bases import write_header
 from tests.waiting import PATIENCE
 

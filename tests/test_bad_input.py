@@ -28,7 +28,7 @@ from lora_core.runs import events
 from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 from tests.faults import Nursery
 from tests.waiting import PATIENCE
 

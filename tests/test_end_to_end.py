@@ -29,7 +29,7 @@ from lora_core.model_files.header import read_header
 from lora_core.runs import events
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 from lora_core.train.trainer import Outcome, train
 from tests.waiting import PATIENCE, wait_for
 

@@ -31,8 +31,8 @@ from lora_core.model_files.starting_settings import settings_from_lora
 from lora_core.models.weight_files import open_weights
 from lora_core.runs.events import from_line
 from lora_core.settings.config import RunConfig, load_toml
+from lora_core.system.files import clean_value
 from lora_core.system.other_tools import recognise_tool
-from lora_core.system.untrusted import clean_value
 
 TIMES = int(os.environ.get("LORA_EASEL_FUZZ", "1"))
 SLOWEST = 5.0

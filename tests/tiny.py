@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 
 TOKENIZER = DEMO_BASE / "tokenizer"
 

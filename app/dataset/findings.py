@@ -24,7 +24,7 @@ from lora_core.data.scan import ImageRecord
 from lora_core.data.statistics import TrainingView
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.projects.project import DEMO, Project, read_json, relative_name
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 
 BY_ITSELF = 150
 """Up to so many pictures are looked over without being asked; a thousand would take a minute of both

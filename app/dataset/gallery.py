@@ -30,7 +30,7 @@ from lora_core.data.sidecars import write_without_sync
 from lora_core.errors import LoraError
 from lora_core.projects.project import Project, list_left_out, relative_name
 from lora_core.settings.config import FIELDS
-from lora_core.system.paths import clean_text
+from lora_core.system.files import clean_text
 
 KEPT_SIDE = 256
 _THREADS = 2

@@ -18,7 +18,7 @@ from lora_core.data.importer import Imported, TransferMode, import_files, import
 from lora_core.errors import DatasetError, LoraError
 from lora_core.model_files.detect import EMBEDDED
 from lora_core.projects.project import Project
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json
 
 MOST_FILES = 40_000
 MOST_BATCHES = 8

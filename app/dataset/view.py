@@ -11,7 +11,7 @@ from app.dataset.gallery import DatasetSummary, page_versions
 from app.state import Snapshot
 from app.templates import render
 from app.train.form import Plan
-from lora_core.system.paths import DEMO_TRAIN
+from lora_core.system.files import DEMO_TRAIN
 
 FIRST_SEEN = 48
 """Pictures of which the thumbnails are made while an import still shows its bar."""

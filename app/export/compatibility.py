@@ -7,7 +7,7 @@ from typing import Any
 from app.formatting import pluralize
 from app.templates import render
 from lora_core.model_files.families import FAMILIES
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json
 
 MOST_NAMES = 40
 SAME_STRENGTH = 0.05

@@ -13,7 +13,7 @@ from typing import Any
 from lora_core.errors import LoraError, RunError
 from lora_core.generate.request import Axis, GenerationRequest, WeightedLora, make_axis
 from lora_core.runs.storage import move_to_trash
-from lora_core.system.untrusted import check_fields, parse_json
+from lora_core.system.files import check_fields, parse_json
 
 MOST_SHOWN = 60
 FILE = "history.jsonl"

@@ -15,7 +15,7 @@ from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunE
 from lora_core.model_files.detect import base_path
 from lora_core.runs.folder import check_run_name
 from lora_core.settings.choices import FORMATS
-from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
+from lora_core.system.files import MARGIN, folder_bytes, free_bytes
 
 MOST_FILES = 12
 LONGEST_TABLE = 4000

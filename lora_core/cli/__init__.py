@@ -36,11 +36,18 @@ from lora_core.settings.config import (
     load_toml,
     parsed_assignment,
 )
-from lora_core.system.cpu_threads import COMPUTES, GIVES_WAY, SLEEPS, limit_spinning, without_collecting
-from lora_core.system.disk_space import file_bytes
-from lora_core.system.keep_awake import keep_awake
-from lora_core.system.paths import workspace as workspace_folder
-from lora_core.system.processes import INTERRUPTED, StopRequest
+from lora_core.system.files import file_bytes
+from lora_core.system.files import workspace as workspace_folder
+from lora_core.system.processes import (
+    COMPUTES,
+    GIVES_WAY,
+    INTERRUPTED,
+    SLEEPS,
+    StopRequest,
+    keep_awake,
+    limit_spinning,
+    without_collecting,
+)
 from lora_core.verbs import CHECKPOINT, FILE_PRECISIONS, AdapterFile, File, Measure
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from lora_core.runs import events
 from lora_core.runs.progress import Progress
 from lora_core.runs.queue import Queue
 from lora_core.runs.verdict import verdict
-from lora_core.system.paths import workspace
+from lora_core.system.files import workspace
 
 if TYPE_CHECKING:
     from lora_core.data.scan import FileProblem

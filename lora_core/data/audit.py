@@ -23,7 +23,7 @@ from lora_core.data.near_duplicates import Fingerprint, compute_fingerprint, gro
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.data.statistics import STOP_WORDS, TrainingView, reduce_image, report_bias, step_shares
 from lora_core.errors import DatasetError
-from lora_core.system.paths import clean_text
+from lora_core.system.files import clean_text
 
 TOKENS_READ = 75
 # The steepest edges of a picture rise by this share of its contrast from one pixel to the next, or it is

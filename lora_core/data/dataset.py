@@ -32,7 +32,7 @@ from lora_core.data.sidecars import (
     read_text,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.paths import DEMO_TRAIN, clean_text, write_atomically
+from lora_core.system.files import DEMO_TRAIN, clean_text, write_atomically
 
 HOLDOUT_LIST = "held_out.txt"
 

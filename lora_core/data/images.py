@@ -24,8 +24,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lora_core.data.scan import FileProblem, check_regular_file
 from lora_core.errors import DatasetError
-from lora_core.system.paths import write_atomically
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json, write_atomically
 
 # What phones call MPO is opened as JPEG.
 FORMATS = ("PNG", "JPEG", "WEBP", "HEIF", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")

@@ -41,7 +41,7 @@ from lora_core.data.sidecars import (
     write_caption,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.paths import clean_text
+from lora_core.system.files import clean_text
 
 _CHUNK = 1 << 20
 

@@ -15,7 +15,7 @@ from lora_core.data.dataset import HOLDOUT_LIST
 from lora_core.data.images import IMAGE_SUFFIXES
 from lora_core.data.scan import FileProblem, fold_name, is_mask, walk_files
 from lora_core.data.sidecars import CAPTION_SUFFIXES
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 
 JOURNAL = "moving.json"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from lora_core.errors import DatasetError
-from lora_core.system.paths import clean_text, is_device
+from lora_core.system.files import clean_text, is_device
 
 
 @dataclass(frozen=True)

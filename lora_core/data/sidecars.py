@@ -10,8 +10,7 @@ from typing import Any
 
 from lora_core.data.scan import check_regular_file
 from lora_core.errors import DatasetError
-from lora_core.system.paths import clean_text, write_atomically
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import clean_text, parse_json, write_atomically
 
 CAPTION_BYTES = 1_000_000
 TABLE_BYTES = 50_000_000

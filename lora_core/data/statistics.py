@@ -18,7 +18,7 @@ from PIL import Image
 
 from lora_core.data.buckets import Bucket, choose_bucket
 from lora_core.data.scan import ImageRecord
-from lora_core.system.paths import clean_text
+from lora_core.system.files import clean_text
 
 SIDE = 24
 """Side of the thumbnail, in pixels: a pixel is 4% of the side."""

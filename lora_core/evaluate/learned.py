@@ -38,7 +38,7 @@ from lora_core.models.unet import PromptEmbeds
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import ModelSection
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 
 FILE = "pictures.json"
 OUTLIER = 2.5

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from lora_core.formats.names import ldm_family
 from lora_core.model_files.families import FAMILIES, Family
 from lora_core.model_files.header import other_family, unsupported_kind
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json
 
 Shapes = Mapping[str, Sequence[int]]
 

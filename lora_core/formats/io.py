@@ -29,7 +29,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, other_family, read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS, SafetensorsFile
 from lora_core.settings.choices import FORMATS, chosen
-from lora_core.system.paths import sync_folder
+from lora_core.system.files import sync_folder
 
 AS_IT_IS = "as it is"
 """In place of a dtype: each tensor keeps its own."""

@@ -12,8 +12,7 @@ from typing import Any
 
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family, is_text_encoder
-from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import DEMO_BASE, FAMILY_CONFIGS, parse_json
 
 Layout = dict[LayerKey, tuple[int, ...]]
 """Each linear layer and convolution to the shape of its weight, in the models' own order."""

@@ -18,8 +18,7 @@ from PIL import Image
 from lora_core.formats.detect import detect_family
 from lora_core.formats.peft import HEADER_KEY
 from lora_core.model_files.families import Family
-from lora_core.system.paths import write_atomically
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json, write_atomically
 
 if TYPE_CHECKING:
     import jinja2

@@ -21,7 +21,7 @@ from lora_core.formats.layers import Tensors, check_plain, layer_from_tensors
 from lora_core.formats.names import first_few, from_ldm, is_layer, unknown_layer_message, with_text_model
 from lora_core.lora.weights import AdapterWeights, LayerKey, LayerWeights
 from lora_core.model_files.families import Family, is_text_encoder
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json
 
 HEADER_KEY = "lora_adapter_metadata"
 """Never in a kohya file: diffusers refuses a file that has both this and alphas among its tensors."""

@@ -52,7 +52,7 @@ from lora_core.models.encode import (
 from lora_core.models.load import BaseModel, open_base
 from lora_core.models.unet import PromptEmbeds, default_time_ids
 from lora_core.settings.choices import SAMPLERS, chosen
-from lora_core.system.paths import DEMO_TRAIN, write_atomically
+from lora_core.system.files import DEMO_TRAIN, write_atomically
 
 OnStep = Callable[[int, int], None]
 """Called with (steps done, number of steps); an exception from it ends the image."""

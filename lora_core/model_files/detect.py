@@ -16,8 +16,7 @@ from lora_core.errors import ModelFileError
 from lora_core.model_files.families import FAMILIES, Family, family_of_context_width, is_text_encoder
 from lora_core.model_files.header import Header, channels_kind, read_header, unsupported_kind
 from lora_core.settings.schema import NumberOrAuto
-from lora_core.system.paths import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import CLIP_TOKENIZER, DEMO_BASE, FAMILY_CONFIGS, parse_json
 
 EMBEDDED = "demo"
 UNET, VAE = "model.diffusion_model.", "first_stage_model."

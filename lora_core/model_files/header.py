@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lora_core.errors import AdapterFileError, LoraError
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json
 
 MAX_HEADER = 16 * 2**20
 """Bytes. Real headers stay under 3 MB, even with the tags of a large dataset."""

@@ -34,7 +34,7 @@ from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_s
 from lora_core.errors import ModelFileError
 from lora_core.model_files.detect import UNET_CONFIG, is_remote, weight_names
 from lora_core.model_files.families import FAMILIES
-from lora_core.system.disk_space import MARGIN, free_bytes
+from lora_core.system.files import MARGIN, free_bytes
 
 WEIGHTS = (*dict.fromkeys(part for family in FAMILIES.values() for part in family.parts), "vae")
 CONFIGS = (*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2")

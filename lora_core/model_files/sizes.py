@@ -21,8 +21,7 @@ from lora_core.model_files.header import read_header
 from lora_core.settings.choices import OPTIMIZERS, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import last_matches
-from lora_core.system.disk_space import MARGIN
-from lora_core.system.paths import FAMILY_CONFIGS
+from lora_core.system.files import FAMILY_CONFIGS, MARGIN
 
 DRAWN_CAPTIONS_BYTES = 256 * 2**20
 """The most memory for encoded captions that vary from draw to draw: some 800 of SDXL."""

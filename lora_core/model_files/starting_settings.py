@@ -19,8 +19,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import Header, read_header
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import FIELDS, RETIRED, checked_value, flattened, label_of, load_toml, retired
-from lora_core.system.paths import PRESETS
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import PRESETS, parse_json
 
 GOALS = {"character": "Character", "style": "Style", "object": "Object"}
 LEVELS = {"quick": "Quick", "balanced": "Balanced", "high": "High"}

@@ -50,7 +50,7 @@ from lora_core.models.weight_files import (
     unet_in_file,
     vae_in_file,
 )
-from lora_core.system.paths import CLIP_TOKENIZER
+from lora_core.system.files import CLIP_TOKENIZER
 
 TITLES = {"unet": "UNet", "vae": "VAE"}
 """Components in messages, where the part's own name is no word."""

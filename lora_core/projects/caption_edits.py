@@ -10,7 +10,7 @@ from lora_core.data.scan import ImageRecord
 from lora_core.data.sidecars import write_caption, write_without_sync
 from lora_core.errors import DatasetError
 from lora_core.projects.project import Project, read_json, relative_name
-from lora_core.system.paths import sync_folder, write_atomically
+from lora_core.system.files import sync_folder, write_atomically
 
 SHOWN_ROWS = 8
 MOST_KEPT = 20

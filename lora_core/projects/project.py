@@ -22,8 +22,14 @@ from lora_core.data.moves import JOURNAL, Move, finish_moves, move_files, rejoin
 from lora_core.data.scan import MASK_ENDINGS, Dataset, FileProblem, ImageRecord, fold_name, unused_stem
 from lora_core.data.sidecars import CAPTION_SUFFIXES, write_caption
 from lora_core.errors import DatasetError
-from lora_core.system.paths import DEMO_TRAIN, clean_text, clear_abandoned, write_atomically
-from lora_core.system.untrusted import clean_value, parse_json
+from lora_core.system.files import (
+    DEMO_TRAIN,
+    clean_text,
+    clean_value,
+    clear_abandoned,
+    parse_json,
+    write_atomically,
+)
 
 DEMO = "demo"
 DEFAULT_TITLE = "My pictures"

@@ -15,8 +15,7 @@ from lora_core.projects.project import DEMO, LABEL, LONGEST_TITLE, Project, read
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.storage import move_to_trash
 from lora_core.settings.config import RunConfig
-from lora_core.system.disk_space import folder_bytes
-from lora_core.system.paths import clean_text, write_atomically
+from lora_core.system.files import clean_text, folder_bytes, write_atomically
 
 DEFAULT = "default"
 _OPEN = "open.json"

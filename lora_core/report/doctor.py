@@ -20,9 +20,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from lora_core.errors import RunError
-from lora_core.system.disk_space import free_bytes
+from lora_core.system.files import free_bytes
+from lora_core.system.files import workspace as workspace_folder
 from lora_core.system.hardware import REINSTALL, Card, card_problem, find_card
-from lora_core.system.paths import workspace as workspace_folder
 from lora_core.system.processes import FIRST_PORT, PORTS_TRIED
 
 PROJECT = "lora-easel"

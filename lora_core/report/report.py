@@ -44,7 +44,7 @@ from lora_core.runs.verdict import (
     with_gain,
 )
 from lora_core.settings.config import FIELDS, RunConfig, label_of
-from lora_core.system.paths import ASSETS, write_atomically
+from lora_core.system.files import ASSETS, write_atomically
 
 FILE_NAME = "report.html"
 STYLE = ASSETS / "report.css"

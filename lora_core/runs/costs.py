@@ -32,8 +32,7 @@ from lora_core.runs.preflight import ADAPTER_COPIES, caption_bytes
 from lora_core.runs.progress import Progress
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
-from lora_core.system.paths import write_atomically
-from lora_core.system.untrusted import check_fields, parse_json
+from lora_core.system.files import check_fields, parse_json, write_atomically
 
 MOST_KEPT = 300
 USUAL_PROMPTS = 2

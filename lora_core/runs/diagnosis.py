@@ -31,10 +31,8 @@ from lora_core.model_files.header import read_header
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import Progress
-from lora_core.system.disk_space import file_bytes
-from lora_core.system.paths import ASSETS, write_atomically
+from lora_core.system.files import ASSETS, check_fields, file_bytes, parse_json, write_atomically
 from lora_core.system.processes import log_tail
-from lora_core.system.untrusted import check_fields, parse_json
 
 GIGABYTE = 1e9
 LESS_MEMORY = "lower train.batch_size or train.resolution, or set train.gradient_checkpointing"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_core.system.untrusted import check_fields, parse_json
+from lora_core.system.files import check_fields, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,8 @@ from lora_core.errors import ConfigError, RunError
 from lora_core.runs.events import open_for_append, read_events, write_line
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
-from lora_core.system.paths import clear_abandoned, is_device, workspace, write_atomically
+from lora_core.system.files import clear_abandoned, is_device, parse_json, workspace, write_atomically
 from lora_core.system.processes import live_process, pid_file
-from lora_core.system.untrusted import parse_json
 
 REQUESTS = ("stop", "pause", "save", "preview", "resume")
 

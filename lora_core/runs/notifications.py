@@ -19,7 +19,7 @@ import tomli_w
 
 from lora_core.errors import ConfigError
 from lora_core.runs.folder import RunFolder
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 
 VARIABLE = "LORA_EASEL_NOTIFY"
 COMMAND_TAKES = 60.0

@@ -36,7 +36,7 @@ from lora_core.runs.folder import all_runs, check_free_name
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import LossSection
-from lora_core.system.disk_space import MARGIN, folder_bytes, free_bytes
+from lora_core.system.files import MARGIN, folder_bytes, free_bytes
 from lora_core.system.hardware import find_card
 
 RATES: dict[str, tuple[float, float]] = {

@@ -23,9 +23,8 @@ import psutil
 from lora_core.errors import RunError
 from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.system.disk_space import file_bytes, is_network_drive
+from lora_core.system.files import check_fields, file_bytes, is_network_drive, parse_json
 from lora_core.system.processes import live_process
-from lora_core.system.untrusted import check_fields, parse_json
 
 WAITING, RUNNING, PAUSED, DONE, STOPPED, FAILED = "waiting", "running", "paused", "done", "stopped", "failed"
 ENDED = (DONE, STOPPED, FAILED)

@@ -31,7 +31,7 @@ from lora_core.runs.queue import (
     Queue,
     QueuedRun,
 )
-from lora_core.system.disk_space import file_bytes
+from lora_core.system.files import file_bytes
 from lora_core.system.processes import INTERRUPTED, TRAINER, catch_signals, pid_file, start_detached
 
 DIED = "died"

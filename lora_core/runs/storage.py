@@ -20,9 +20,7 @@ from filelock import FileLock, Timeout
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder, all_runs
 from lora_core.runs.queue import Queue
-from lora_core.system.disk_space import folder_bytes
-from lora_core.system.paths import write_atomically
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import folder_bytes, parse_json, write_atomically
 
 _LABEL = "label.json"
 _CONTENT = "content"

@@ -40,7 +40,7 @@ from lora_core.settings.schema import (
     TrainSection,
     ValidationSection,
 )
-from lora_core.system.paths import clean_text
+from lora_core.system.files import clean_text
 
 SWITCHES = {"optimizer.lr": "optimizer.range_test"}
 """Settings that may be `auto` in place of a number, and the switch that this turns on."""

@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from lora_core.errors import ConfigError
 from lora_core.settings import choices
 from lora_core.settings.choices import Table
-from lora_core.system.paths import clean_text
+from lora_core.system.files import clean_text
 
 AUTO: Literal["auto"] = "auto"
 NumberOrAuto = float | Literal["auto"]

@@ -23,8 +23,7 @@ from typing import Any
 import psutil
 
 from lora_core.errors import RunError
-from lora_core.system.paths import sync_folder, write_atomically
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json, sync_folder, write_atomically
 
 LARGEST_SETTINGS = 1_000_000
 

@@ -26,7 +26,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.settings.config import load_toml, parse_toml
 from lora_core.settings.schema import PatternError, compile_pattern
-from lora_core.system.untrusted import parse_json
+from lora_core.system.files import parse_json
 from lora_core.tools.delta import BaseWeights, Updates, file_updates, plain_layers
 from lora_core.tools.save import check_out, file_record, save_with_side_file, titles
 from lora_core.tools.shrink import file_to_lora

@@ -22,7 +22,7 @@ from lora_core.generate.request import WeightedLora
 from lora_core.lora.weights import LayerKey
 from lora_core.model_files.header import Header, read_header
 from lora_core.models.weight_files import THIRDS, SafetensorsFile, TensorSource
-from lora_core.system.paths import sync_folder
+from lora_core.system.files import sync_folder
 from lora_core.tools.delta import BaseWeights, Update
 from lora_core.tools.merge import (
     MERGED_KEY,

@@ -17,7 +17,7 @@ from lora_core.model_files.families import Family
 from lora_core.model_files.header import read_header
 from lora_core.models.weight_files import DTYPES, PRECISIONS
 from lora_core.settings.choices import FORMATS
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 
 
 def check_out(out: Path) -> None:

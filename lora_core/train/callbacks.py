@@ -26,7 +26,7 @@ from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.verdict import describe_average
 from lora_core.settings.schema import SampleSection, ValidationSection
-from lora_core.system.disk_space import require_room
+from lora_core.system.files import require_room
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, amend_record, is_valid
 from lora_core.train.divergence import DivergenceGuard
 from lora_core.train.export import RAW_SUFFIX, export_checkpoint, latest_sample, write_export, write_raw

@@ -30,8 +30,7 @@ from lora_core.model_files.families import Family
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import SaveSection
-from lora_core.system.disk_space import require_room
-from lora_core.system.paths import clear_abandoned, sync_folder, write_atomically
+from lora_core.system.files import clear_abandoned, require_room, sync_folder, write_atomically
 from lora_core.train.divergence import DivergenceGuard
 from lora_core.train.loop import TrainState
 

@@ -26,7 +26,7 @@ from lora_core.model_files.sizes import DRAWN_CAPTIONS_BYTES
 from lora_core.models.encode import as_negative_prompt, encode_image, encode_prompt, load_pixels, token_chunks
 from lora_core.models.load import BaseModel
 from lora_core.models.unet import PromptEmbeds
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 
 DIGEST = "sha256"
 """The key in a cache file's header of the hash of its tensors."""

@@ -19,7 +19,7 @@ from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder, check_run_name
 from lora_core.settings.config import RunConfig, to_toml
 from lora_core.settings.schema import AdapterSection
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 from lora_core.train.checkpoint import FACTORS, STATE, verify_checkpoint
 from lora_core.train.data import TrainImage
 from lora_core.train.fingerprint import versions

@@ -16,7 +16,7 @@ from lora_core.model_files.hub import fetch_base
 from lora_core.models.weight_files import SAMPLE
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.schema import ModelSection
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 
 PACKAGES = ("lora-easel", "torch", "diffusers", "transformers")
 version = functools.cache(importlib.metadata.version)

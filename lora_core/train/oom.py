@@ -20,7 +20,7 @@ from lora_core.backends.onednn import is_prepacked, undo_prepack
 from lora_core.errors import OutOfMemory
 from lora_core.models.device import release_failed
 from lora_core.settings.schema import TrainSection
-from lora_core.system.disk_space import free_bytes
+from lora_core.system.files import free_bytes
 from lora_core.train.loop import TrainState
 from lora_core.train.setup import INT8, OFFLOAD, enable_checkpointing
 

@@ -54,7 +54,7 @@ from lora_core.runs.folder import RunFolder
 from lora_core.settings.choices import OPTIMIZERS, QUANTIZED, Implementation, chosen
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, AdapterSection, OptimizerSection, TrainSection
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 from lora_core.train.data import (
     Batches,
     BatchSettings,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from lora_core.errors import AdapterFileError, ConfigError
 from lora_core.generate.request import WeightedLora
 from lora_core.settings.config import checked_value
-from lora_core.system.paths import workspace as workspace_folder
+from lora_core.system.files import workspace as workspace_folder
 
 if TYPE_CHECKING:
     from lora_core.evaluate.validator import Evaluator

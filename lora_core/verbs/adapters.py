@@ -11,7 +11,7 @@ from lora_core.generate.request import Axis, GenerationRequest, grid_requests, g
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.choices import FORMATS, PRECISIONS
-from lora_core.system.paths import workspace as workspace_folder
+from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import (
     FILE_PRECISIONS,
     AdapterFile,

@@ -9,7 +9,7 @@ from lora_core.errors import DatasetError, RunError
 from lora_core.model_files.detect import read_base_facts
 from lora_core.runs.folder import find_run
 from lora_core.settings.config import checked_value
-from lora_core.system.paths import workspace as workspace_folder
+from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import File, Measure, Progress, load_images, verb
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def trash_restore(name: str, workspace: File | None = None) -> Path:
 def trash_empty(workspace: File | None = None) -> int:
     """Delete everything in the trash for good; returns the bytes freed."""
     from lora_core.runs.storage import empty_trash, trash_folder
-    from lora_core.system.disk_space import folder_bytes
+    from lora_core.system.files import folder_bytes
 
     place = workspace_folder(workspace)
     size = folder_bytes(trash_folder(place))

@@ -13,7 +13,7 @@ from lora_core.model_files.starting_settings import settings_from_lora, starting
 from lora_core.runs.folder import RunFolder, check_run_name, find_run, runs_folder
 from lora_core.settings.choices import FORMATS
 from lora_core.settings.config import RunConfig, checked_value, flattened, with_switches
-from lora_core.system.paths import workspace as workspace_folder
+from lora_core.system.files import workspace as workspace_folder
 from lora_core.verbs import FILE_PRECISIONS, File, check_precision, load_images, verb
 
 if TYPE_CHECKING:
@@ -369,7 +369,7 @@ def debug(
         out: the zip, else debug.zip in the run's folder.
     """
     from lora_core.runs.diagnosis import debug_zip
-    from lora_core.system.paths import write_atomically
+    from lora_core.system.files import write_atomically
 
     folder = find_run(run, workspace)
     target = Path(out) if out else folder.path / "debug.zip"

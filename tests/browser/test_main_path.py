@@ -73,7 +73,7 @@ def assert_diffusers_loads(file: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from safetensors import safe_open
 
-    from lora_core.system.paths import DEMO_BASE
+    from lora_core.system.files import DEMO_BASE
 
     pipe = StableDiffusionPipeline.from_pretrained(
         DEMO_BASE, torch_dtype=torch.float32, local_files_only=True

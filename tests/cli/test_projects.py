@@ -9,7 +9,7 @@ import pytest
 from lora_core import api
 from lora_core.__main__ import main
 from lora_core.errors import LoraError, RunError
-from lora_core.system.paths import DEMO_TRAIN
+from lora_core.system.files import DEMO_TRAIN
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from lora_core.data.audit import audit, common_phrases, sharpness
 from lora_core.data.dataset import scan
 from lora_core.data.statistics import TrainingView
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 from tests.data.conftest import Draw, noise
 
 WORDS = ("cat", "dog", "tree", "house", "boat", "lamp", "fish", "bird")

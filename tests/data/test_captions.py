@@ -22,7 +22,7 @@ from lora_core.data.captions import (
     with_trigger,
 )
 from lora_core.errors import ModelFileError
-from lora_core.system.paths import CLIP_TOKENIZER, DEMO_BASE
+from lora_core.system.files import CLIP_TOKENIZER, DEMO_BASE
 
 TAGS = "one, two, three, four, five"
 PLAIN = CaptionRules(trigger="", caption_dropout=0.0, tag_dropout=0.0, shuffle_tags=False, keep_tags=0)

@@ -8,7 +8,7 @@ import torch
 from lora_core.data.dataset import scan
 from lora_core.data.scan import ImageRecord
 from lora_core.models.load import BaseModel, load_base
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 
 
 @pytest.fixture(scope="session")

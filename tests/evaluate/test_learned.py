@@ -19,7 +19,7 @@ from lora_core.lora.weights import AdapterWeights, LayerWeights, LoadedLora
 from lora_core.models.load import BaseModel
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
-from lora_core.system.paths import DEMO_TRAIN
+from lora_core.system.files import DEMO_TRAIN
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
 

@@ -9,7 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_core.formats.layer_shapes import family_layout
 from lora_core.model_files.families import ATTENTION, FAMILIES, KOHYA, canonical_path
-from lora_core.system.paths import DEMO_BASE, FAMILY_CONFIGS
+from lora_core.system.files import DEMO_BASE, FAMILY_CONFIGS
 
 
 def real_layers(part, folder):

@@ -18,7 +18,7 @@ from lora_core.generate.pipeline import (
 from lora_core.generate.request import GenerationRequest, WeightedLora
 from lora_core.models.load import load_base
 from lora_core.settings.choices import SAMPLERS
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 
 CPU = torch.device("cpu")
 

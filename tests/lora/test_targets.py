@@ -14,7 +14,7 @@ from lora_core.errors import ConfigError
 from lora_core.lora.inject import target_modules
 from lora_core.model_files.families import FAMILIES, Family, Targets, named_targets
 from lora_core.settings.choices import TARGETS
-from lora_core.system.paths import FAMILY_CONFIGS
+from lora_core.system.files import FAMILY_CONFIGS
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import pytest
 from lora_core.errors import NoRoom
 from lora_core.model_files import sizes
 from lora_core.settings.config import RunConfig
-from lora_core.system import disk_space
+from lora_core.system import files
 
 NUMBERS = 1_000_000
 
@@ -26,17 +26,17 @@ def test_a_run_needs_its_checkpoints_samples_and_export() -> None:
     config = RunConfig().changed({"train.steps": 800, "sample.every": 100, "save.keep_last": 3})
     one = sizes.checkpoint_bytes(config, NUMBERS)
     need = sizes.needed_bytes(config, 2 * NUMBERS)
-    assert need == 6 * one + 2 * NUMBERS + 10 * 2 * 512 * 512 * 2 + disk_space.MARGIN
+    assert need == 6 * one + 2 * NUMBERS + 10 * 2 * 512 * 512 * 2 + files.MARGIN
     seldom = config.changed({"save.every": 0, "sample.every": 0})
-    assert sizes.needed_bytes(seldom, 2 * NUMBERS) == 2 * one + 2 * NUMBERS + disk_space.MARGIN
+    assert sizes.needed_bytes(seldom, 2 * NUMBERS) == 2 * one + 2 * NUMBERS + files.MARGIN
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=3 * 2**20))
-    disk_space.require_room(tmp_path, 2 * 2**20, "The file")
+    files.require_room(tmp_path, 2 * 2**20, "The file")
     with pytest.raises(NoRoom, match=r"The file needs 3\.0 MB, and the drive of .* has 3\.0 MB free"):
-        disk_space.require_room(tmp_path, 2 * 2**20 + 1, "The file")
+        files.require_room(tmp_path, 2 * 2**20 + 1, "The file")
     with pytest.raises(NoRoom, match="is gone"):
-        disk_space.require_room(tmp_path / "gone", 1, "The file")
-    assert disk_space.free_bytes(tmp_path / "gone" / "deeper") == 3 * 2**20
+        files.require_room(tmp_path / "gone", 1, "The file")
+    assert files.free_bytes(tmp_path / "gone" / "deeper") == 3 * 2**20

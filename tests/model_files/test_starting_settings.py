@@ -17,7 +17,7 @@ from lora_core.model_files.starting_settings import (
     starting_settings,
 )
 from lora_core.settings.config import RunConfig
-from lora_core.system.paths import PRESETS
+from lora_core.system.files import PRESETS
 from tests.app.bases import write_header
 
 PERSONAL = ("name", "dataset.path", "dataset.trigger", "model.base", "model.vae")

@@ -30,8 +30,8 @@ from lora_core.runs.preflight import (
 )
 from lora_core.settings.choices import OPTIMIZERS
 from lora_core.settings.config import RunConfig
-from lora_core.system import disk_space
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system import files as disk_space
+from lora_core.system.files import DEMO_BASE
 
 ROOT = Path(__file__).resolve().parents[2]
 

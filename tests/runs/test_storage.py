@@ -23,7 +23,7 @@ from lora_core.runs.storage import (
     trash_folder,
 )
 from lora_core.settings.config import RunConfig
-from lora_core.system.disk_space import folder_bytes
+from lora_core.system.files import folder_bytes
 from tests.waiting import PATIENCE
 
 

@@ -22,7 +22,7 @@ from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.model_files.families import FAMILIES, Family, named_targets
 from lora_core.settings.choices import TARGETS
-from lora_core.system.paths import FAMILY_CONFIGS
+from lora_core.system.files import FAMILY_CONFIGS
 from tests.simulated.device import SimulatedDevice
 
 RANKS = (16, 64)

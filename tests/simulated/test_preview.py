@@ -33,7 +33,7 @@ from lora_core.models.encode import decode_latents, encode_negative_prompt, enco
 from lora_core.models.load import BaseModel, load_base
 from lora_core.models.unet import NoiseSchedule
 from lora_core.settings.choices import SAMPLERS
-from lora_core.system.paths import CLIP_TOKENIZER, FAMILY_CONFIGS
+from lora_core.system.files import CLIP_TOKENIZER, FAMILY_CONFIGS
 from tests.simulated.device import GIB, SimulatedDevice
 from tests.waiting import PATIENCE
 

@@ -13,7 +13,7 @@ from lora_core.lora.inject import inject
 from lora_core.lora.layer import LoraSpec
 from lora_core.model_files.families import ATTENTION, FAMILIES
 from lora_core.models.load import streamline
-from lora_core.system.paths import FAMILY_CONFIGS
+from lora_core.system.files import FAMILY_CONFIGS
 from lora_core.train.loop import StepSettings, training_steps
 from lora_core.train.setup import RuntimePlan, prepare
 from tests.simulated.device import SimulatedDevice

@@ -9,12 +9,12 @@ import pytest
 
 from lora_core.cli import processor_use
 from lora_core.cli.parser import parse
-from lora_core.system.cpu_threads import AWHILE, COMPUTES, GIVES_WAY, SLEEPS, SOON, VARIABLE
+from lora_core.system.processes import AWHILE, COMPUTES, GIVES_WAY, SLEEPS, SOON, VARIABLE
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what Linux has")
 SAY = f"""
 import os, sys
-from lora_core.system.cpu_threads import others_spin, limit_spinning
+from lora_core.system.processes import others_spin, limit_spinning
 limit_spinning(sys.argv[1])
 others = ", others compute" if others_spin() else ""
 print(os.environ.get({VARIABLE!r}, "its own") + others, flush=True)

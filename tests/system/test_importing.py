@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import gc
-from lora_core.system.cpu_threads import without_collecting
+from lora_core.system.processes import without_collecting
 
 with without_collecting():
     assert not gc.isenabled()

@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lora_core.system import keep_awake as awake
-from lora_core.system.keep_awake import keep_awake
+from lora_core.system import processes as awake
+from lora_core.system.processes import keep_awake
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lora_core.errors import RunError
-from lora_core.system import paths
-from lora_core.system.paths import clean_text, workspace, write_atomically
+from lora_core.system import files
+from lora_core.system.files import clean_text, workspace, write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_workspace_of_nobody_s_choice_is_the_platforms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LORA_EASEL_HOME")
-    monkeypatch.setattr(paths.platformdirs, "user_data_dir", lambda *a, **k: str(tmp_path / "data"))
+    monkeypatch.setattr(files.platformdirs, "user_data_dir", lambda *a, **k: str(tmp_path / "data"))
     assert workspace() == tmp_path / "data"
 
 
@@ -87,7 +87,7 @@ def test_a_workspace_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_the_assets_are_found() -> None:
-    for folder in (paths.DEMO_BASE, paths.DEMO_TRAIN, paths.PRESETS):
+    for folder in (files.DEMO_BASE, files.DEMO_TRAIN, files.PRESETS):
         assert folder.is_dir(), folder
 
 

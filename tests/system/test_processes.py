@@ -10,7 +10,7 @@ import pytest
 
 from lora_core.errors import RunError
 from lora_core.system import processes
-from lora_core.system.paths import write_atomically
+from lora_core.system.files import write_atomically
 from lora_core.system.processes import live_process, pid_file
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from lora_core.model_files.header import read_header
-from lora_core.system.untrusted import check_fields, clean_value, parse_json
+from lora_core.system.files import check_fields, clean_value, parse_json
 
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.system.paths import DEMO_TRAIN
+from lora_core.system.files import DEMO_TRAIN
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_core.__main__ import main
 from lora_core.formats.io import load_adapter
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 from lora_core.tools.delta import BaseWeights
 from lora_core.tools.extract import extract_lora
 from lora_core.tools.shrink import ShrinkTarget

@@ -18,7 +18,7 @@ from lora_core.model_files import sizes
 from lora_core.runs import events
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
-from lora_core.system import disk_space
+from lora_core.system import files as disk_space
 from tests.faults import Fault, Nursery, armed
 from tests.train.runs import (
     SAMPLED,

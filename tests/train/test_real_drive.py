@@ -21,7 +21,7 @@ import pytest
 from lora_core.errors import LoraError, NoRoom
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.system import disk_space
+from lora_core.system import files as disk_space
 from tests.faults import Nursery
 from tests.train.runs import SAMPLED, Toy, broken_at, check_story, check_whole, notes, result, trained
 

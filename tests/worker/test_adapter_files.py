@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lora_core.formats.io import load_adapter
 from lora_core.lora.weights import LayerWeights
 from lora_core.model_files.header import read_header
-from lora_core.system.paths import DEMO_BASE, DEMO_TRAIN
+from lora_core.system.files import DEMO_BASE, DEMO_TRAIN
 from lora_core.tools.delta import BaseWeights
 from lora_core.tools.svd import file_spectrum
 from tests.report.test_report import made_run

@@ -13,7 +13,7 @@ from lora_core.lora.weights import AdapterWeights, LayerWeights
 from lora_core.model_files.families import FAMILIES
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
-from lora_core.system.paths import DEMO_BASE
+from lora_core.system.files import DEMO_BASE
 from lora_core.worker import Worker
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"

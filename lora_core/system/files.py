@@ -1,0 +1,296 @@
+"""Paths of the bundled assets and of the workspace; atomic writes."""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import platformdirs
+import psutil
+
+from lora_core.errors import NoRoom, RunError
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+DEMO_BASE = ASSETS / "base"
+DEMO_TRAIN = ASSETS / "demo" / "train"
+PRESETS = ASSETS / "presets"
+FAMILY_CONFIGS = ASSETS / "families"
+CLIP_TOKENIZER = FAMILY_CONFIGS / "clip"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_DEVICE = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\u00b9\u00b2\u00b3])\s*(\..*)?", re.IGNORECASE
+)
+
+
+def workspace(chosen: str | Path | None = None) -> Path:
+    """The workspace folder, made if absent.
+
+    `chosen`, else the environment variable LORA_EASEL_HOME, else the platform's user data folder.
+
+    Raises:
+        RunError: it cannot be made or written.
+    """
+    path = Path(
+        chosen
+        or os.environ.get("LORA_EASEL_HOME")
+        or platformdirs.user_data_dir("lora-easel", appauthor=False)
+    )
+    path = path.expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"The workspace {path} cannot be written ({error.strerror or error}); choose another with"
+            " --workspace."
+        ) from error
+    return path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file atomically: temporary file beside it, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        # A write that fails does not say of which file.
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        # What went wrong above matters; that there is nothing to clean up does not.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def clean_text(text: str) -> str:
+    """The text with U+FFFD in place of each lone surrogate, so that it can be encoded as UTF-8.
+
+    JSON (`"\\ud800"`) and file names that are not UTF-8 bring surrogates in; pages and files cannot hold
+    them.
+    """
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def is_device(name: str) -> bool:
+    """Whether a file name means a device on Windows, whatever its ending; superscript digits count there."""
+    return _DEVICE.fullmatch(name) is not None
+
+
+def clear_abandoned(folder: Path) -> None:
+    """Remove what killed processes left half-written in a folder: `.NAME.PID....tmp`, `.draft` or `.making`.
+
+    What another living process is just writing stays: its number is in the name.
+    """
+    for end in ("tmp", "draft", "making"):
+        for path in folder.glob(f".*.{end}"):
+            owner = re.search(rf"\.(\d+)[\w-]*\.{end}$", path.name)
+            if owner and _still_writing(int(owner[1]), path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
+def _still_writing(pid: int, path: Path) -> bool:
+    """Whether `path` may be the work of another living process; one that began later has only its number."""
+    try:
+        return pid != os.getpid() and psutil.Process(pid).create_time() <= path.stat().st_mtime + 2.0
+    except (OSError, psutil.Error):
+        return False
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder durable, where the platform can (Windows cannot open folders)."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# Capacity and free space of a drive, and whether it is a network drive.
+
+
+MARGIN = 2**20
+"""Bytes that a write must leave free, so that events and requests can still be written."""
+NETWORK_TYPES = ("nfs", "cifs", "smb", "afp", "webdav", "davfs", "9p", "sshfs", "vboxsf", "ceph", "lustre")
+"""Parts of the names by which Linux and macOS call file systems that other machines can write too."""
+_WINDOWS_REMOTE = 4
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the drive of `path`, which need not exist yet.
+
+    Raises:
+        OSError: the drive is gone.
+    """
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_room(path: Path, need: int, what: str) -> None:
+    """Refuse to begin a write that the drive has no room for.
+
+    Args:
+        path: the folder to write to.
+        need: bytes.
+        what: subject of the error's sentence: "The checkpoint of step 500".
+
+    Raises:
+        NoRoom: there is too little room, or the folder is gone.
+    """
+    if not path.exists():
+        raise NoRoom(f"{what} cannot be written: {path} is gone. Connect its drive again and resume.")
+    free = free_bytes(path)
+    if free < need + MARGIN:
+        raise NoRoom(
+            f"{what} needs {_megabytes(need + MARGIN)}, and the drive of {path} has {_megabytes(free)} free."
+            " What is saved is whole; make room and resume."
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MB"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed, and hard links count once.
+
+    Files that disappear during the count are 0.
+    """
+    total = 0
+    linked: set[tuple[int, int]] = set()
+    waiting = [str(folder)]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                        continue
+                    found = entry.stat(follow_symlinks=False)
+                    if found.st_nlink > 1:
+                        if (found.st_dev, found.st_ino) in linked:
+                            continue
+                        linked.add((found.st_dev, found.st_ino))
+                    total += found.st_size
+        except OSError:
+            continue
+    return total
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a file; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def is_network_drive(path: Path) -> bool:
+    """Whether `path` is on a drive that other machines can write too, as far as the system says so."""
+    path = Path(os.path.abspath(path))
+    if sys.platform == "win32":
+        root = path.anchor
+        return root.startswith("\\\\") or ctypes.windll.kernel32.GetDriveTypeW(root) == _WINDOWS_REMOTE
+    try:
+        drives = psutil.disk_partitions(all=True)
+    except (OSError, psutil.Error):
+        return False
+    holding = [drive for drive in drives if path.is_relative_to(drive.mountpoint)]
+    kind = max(holding, key=lambda drive: len(drive.mountpoint)).fstype.lower() if holding else ""
+    return any(word in kind for word in NETWORK_TYPES)
+
+
+# Cleans text and JSON from files and pages, so that they can be kept, written and shown.
+
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
+LARGEST = 2**63 - 1
+
+T = TypeVar("T")
+
+
+def clean_value(value: Any) -> Any:
+    """A JSON value with valid texts alone, and null for numbers that JSON or 64 bits cannot hold."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, dict):
+        return {clean_text(k) if isinstance(k, str) else k: clean_value(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean_value(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if not isinstance(value, int) or abs(value) <= LARGEST else None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, its texts made valid; NaN and Infinity, which are no JSON, become null.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deep to be read.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    try:
+        value = _DECODER.decode(text)
+        return clean_value(value) if _ESCAPED_SURROGATE.search(text) else value
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def check_fields(kind: type[T], values: Any) -> T:
+    """An instance of a dataclass, each value of the type that its field says.
+
+    Raises:
+        TypeError: `values` is no table, lacks a field or has one that is unknown or of another type.
+    """
+    fields = {one.name: one.type for one in dataclasses.fields(typing.cast(Any, kind))}
+    for name, value in dict(values).items():
+        if name in fields and not _fits(value, fields[name]):
+            raise TypeError(f"{name} = {str(value)[:80]!r}")
+    return kind(**values)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and (math.isnan(value) or abs(value) <= LARGEST)
+    if kind is int:
+        return type(value) is int and abs(value) <= LARGEST
+    if kind in (str, bool):
+        return isinstance(value, kind)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(one, inner[1]) for one in value.values())
+    return kind is Any or isinstance(value, kind)
