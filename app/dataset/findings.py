@@ -18,10 +18,9 @@ from typing import Any
 from app.jobs import Jobs, RunView
 from app.train.form import Plan
 from app.worker_client import CANCELLED, Reply, WorkerClient
-from lora_core.data.audit import Looks, audit
+from lora_core.data.audit import Looks, TrainingView, audit
 from lora_core.data.holdout import split_holdout
 from lora_core.data.scan import ImageRecord
-from lora_core.data.statistics import TrainingView
 from lora_core.errors import DatasetError, LoraError, RunError
 from lora_core.projects.project import DEMO, Project, read_json, relative_name
 from lora_core.system.files import write_atomically

@@ -13,10 +13,10 @@ from app.dataset.gallery import gallery_data
 from app.routes import Answer, BadRequest, read_sent_json
 from app.state import AppState
 from app.train.form import Plan
-from lora_core.data.bulk_edit import Edit
 from lora_core.data.captions import count_tags
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
+from lora_core.projects.caption_edits import Edit
 from lora_core.projects.project import leave_out, take_back
 
 MOST_NAMES = 50_000

@@ -9,8 +9,16 @@ from pathlib import Path
 from app.jobs import Jobs
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder, check_run_name, runs_folder
-from lora_core.runs.queue import PAUSED, RUNNING, WAITING, Queue, QueuedRun
-from lora_core.runs.runner import ensure_runner, pause_queue, resume_queue
+from lora_core.runs.queue import (
+    PAUSED,
+    RUNNING,
+    WAITING,
+    Queue,
+    QueuedRun,
+    ensure_runner,
+    pause_queue,
+    resume_queue,
+)
 from lora_core.settings.config import RunConfig
 
 

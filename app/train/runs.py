@@ -27,19 +27,20 @@ from lora_core.report.rank_plots import rate_html
 from lora_core.runs.costs import num_rounds
 from lora_core.runs.events import PreviewDone, StepDone, Validated
 from lora_core.runs.folder import runs_folder
-from lora_core.runs.progress import Progress, smooth
-from lora_core.runs.queue import FAILED, RUNNING, WAITING, QueuedRun
-from lora_core.runs.verdict import (
+from lora_core.runs.progress import (  # fmt: skip
     A_LITTLE,
     MEMORIZED,
     SURE,
+    Progress,
     best_of,
     describe_average,
     describe_forgetting,
     describe_memorization,
     known_error,
+    smooth,
     with_gain,
-)  # fmt: skip
+)
+from lora_core.runs.queue import FAILED, RUNNING, WAITING, QueuedRun
 from lora_core.settings.choices import PRECISIONS
 from lora_core.system.processes import log_tail
 

@@ -359,7 +359,7 @@ def _resume_run(
 
 @command("queue run")
 def _queue_run(workspace: Path | None = None, as_json: bool = False) -> int:
-    from lora_core.runs.runner import run_queue
+    from lora_core.runs.queue import run_queue
 
     place = workspace_folder(workspace)
     ended, interrupted = run_queue(place, (lambda line: None) if as_json else say)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lora_core.runs import events
-from lora_core.runs.progress import Progress
+from lora_core.runs.progress import Progress, verdict
 from lora_core.runs.queue import Queue
-from lora_core.runs.verdict import verdict
 from lora_core.system.files import workspace
 
 if TYPE_CHECKING:

@@ -1,29 +1,504 @@
-"""Finds what is wrong with a dataset and, with `learned`, what training on it will pick up.
+"""Predicts from pixels and captions, without a model, what training will pick up beside the subject.
 
-Findings are advice. Thresholds let a sharp photo, a flat drawing and a short caption pass, and each finding
-says what to do about it.
+A LoRA learns what its captions do not explain. An attribute that most images share goes to the trigger word
+unless captions name it, and a word in all captions cannot be told from the trigger. Attributes are the few
+that a thumbnail shows: a plain background's colour, a frame, brightness, one colour, black and white, one
+composition. Thresholds are strict: a missed attribute costs nothing, a reported one has to be plain to see.
 """
 
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lora_core.data.buckets import choose_bucket, resize_and_crop
+from lora_core.data.buckets import Bucket, choose_bucket, resize_and_crop
 from lora_core.data.captions import count_tags, count_tokens
+from lora_core.data.holdout import Fingerprint, compute_fingerprint, group_near_duplicates
 from lora_core.data.images import open_rgb_reduced
-from lora_core.data.near_duplicates import Fingerprint, compute_fingerprint, group_near_duplicates
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
-from lora_core.data.statistics import STOP_WORDS, TrainingView, reduce_image, report_bias, step_shares
 from lora_core.errors import DatasetError
 from lora_core.system.files import clean_text
+
+SIDE = 24
+"""Side of the thumbnail, in pixels: a pixel is 4% of the side."""
+BACKGROUND = " background"
+"""How names of attributes end that are the colour of a plain background."""
+_NEAR = 36
+_APART = 48
+_LOW_CHROMA, _PLAIN_CHROMA, _VIVID = 8.0, 25.0, 110.0
+_DARK, _BRIGHT = 60.0, 205.0
+_ALIKE = 0.7
+_WEIGHTS = np.array([0.299, 0.587, 0.114])
+# Up to which hue, in degrees, a colour has which name.
+_HUES = (
+    (15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (195, "turquoise"), (255, "blue"),
+    (290, "purple"), (345, "pink"), (361, "red"),
+)  # fmt: skip
+_ALSO = {
+    "turquoise": "cyan teal aqua", "blue": "navy azure sky indigo", "purple": "violet lilac magenta",
+    "pink": "magenta rose", "grey": "gray silver", "beige": "cream tan peach sand ivory", "brown": "sepia",
+    "orange": "amber sepia", "yellow": "golden gold", "red": "crimson scarlet", "green": "lime emerald",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """Something that pictures can have in common.
+
+    Attributes:
+        name: of it, which a caption could say.
+        has: how a sentence says that pictures have it: "have a white background".
+        words: any one of them in a caption says it.
+    """
+
+    name: str
+    has: str
+    words: frozenset[str]
+
+
+def reduce_image(image: Image.Image) -> np.ndarray:
+    """What is kept of a picture: (24, 24, 3), 0 to 255."""
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
+
+
+def find_attributes(thumbs: Sequence[np.ndarray]) -> dict[Attribute, list[int]]:
+    """Each attribute that a picture has, with the indices of all pictures that have it."""
+    found: dict[Attribute, list[int]] = {}
+    for index, one in enumerate(thumbs):
+        for attribute in _image_attributes(one.astype(np.float64)):
+            found.setdefault(attribute, []).append(index)
+    same = _same_composition(thumbs)
+    if same:
+        words = "centered centred centre center close-up closeup portrait headshot profile front side above"
+        words += " full-body middle symmetrical"
+        found[_attribute("composition", "share one composition", words)] = same
+    return found
+
+
+def _image_attributes(image: np.ndarray) -> list[Attribute]:
+    chroma = image.max(-1) - image.min(-1)
+    mean, luma = float(chroma.mean()), float((image @ _WEIGHTS).mean())
+    found = [_edge_attribute(image)]
+    if mean < _LOW_CHROMA:
+        words = "monochrome greyscale grayscale black-and-white b&w bw grey gray sketch pencil ink lineart"
+        found.append(_attribute("black and white", "are black and white", words))
+    elif mean > _VIVID:
+        words = "vivid saturated colorful colourful bright vibrant neon"
+        found.append(_attribute("vivid colours", "have vivid colours", words))
+    if luma < _DARK:
+        words = "dark night dim shadow shadows low-key black evening"
+        found.append(_attribute("dark", "are dark", words))
+    elif luma > _BRIGHT:
+        words = "bright light high-key sunny white pale overexposed"
+        found.append(_attribute("bright", "are bright", words))
+    if mean >= _PLAIN_CHROMA and (hue := _dominant_hue(image, chroma)):
+        found.append(_attribute(f"{hue} colours", f"are mostly {hue}", f"{hue} {_ALSO.get(hue, '')}"))
+    return [attribute for attribute in found if attribute is not None]
+
+
+def _attribute(name: str, has: str, words: str) -> Attribute:
+    return Attribute(name, has, frozenset(words.split()))
+
+
+def _edge_attribute(image: np.ndarray) -> Attribute | None:
+    """A frame, or a plain background, by the pixels along the edge."""
+    middle = np.median(_edge_pixels(image, 0), axis=0)
+
+    def near(depth: int, apart: float) -> float:
+        return float((np.abs(_edge_pixels(image, depth) - middle).max(-1) <= apart).mean())
+
+    if near(0, _NEAR) < 0.8:
+        return None
+    for depth in range(1, 4):
+        if near(depth, _APART) < 0.15:
+            return _attribute("frame", "have a frame", "frame framed border bordered polaroid vignette")
+    if near(1, _NEAR) < 0.8:
+        return None
+    colour = name_colour(middle)
+    words = f"background backdrop plain blank {colour} {_ALSO.get(colour, '')}"
+    return _attribute(colour + BACKGROUND, f"have {_article(colour)} {colour} background", words)
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _edge_pixels(image: np.ndarray, depth: int) -> np.ndarray:
+    """The pixels that are `depth` from the edge, (n, 3)."""
+    inner = image[depth : SIDE - depth, depth : SIDE - depth]
+    return np.concatenate([inner[0], inner[-1], inner[1:-1, 0], inner[1:-1, -1]])
+
+
+def name_colour(colour: np.ndarray) -> str:
+    """The name of an RGB colour of 0 to 255."""
+    value, chroma = float(colour.max()), float(colour.max() - colour.min())
+    if value < 50:
+        return "black"
+    saturation = chroma / value
+    if saturation < 0.12:
+        return "white" if value > 225 else "grey"
+    hue = float(_hue(colour[None])[0])
+    if 15 <= hue < 70:
+        if saturation < 0.45 and value > 200:
+            return "beige"
+        if hue < 42 and value < 140:
+            return "brown"
+    return _name_hue(hue)
+
+
+def _name_hue(hue: float) -> str:
+    return next(name for most, name in _HUES if hue < most)
+
+
+def _hue(colours: np.ndarray) -> np.ndarray:
+    """Hues in degrees of (n, 3) colours; 0 for greys."""
+    red, green, blue = colours.T
+    top, chroma = colours.max(-1), np.maximum(colours.max(-1) - colours.min(-1), 1e-9)
+    sector = np.where(
+        top == red,
+        (green - blue) / chroma % 6,
+        np.where(top == green, (blue - red) / chroma + 2, (red - green) / chroma + 4),
+    )
+    hues: np.ndarray = 60 * sector % 360
+    return hues
+
+
+def _dominant_hue(image: np.ndarray, chroma: np.ndarray) -> str:
+    """The colour that 70% of all colourfulness is within 30 degrees of, or ""."""
+    weights, hues = chroma.ravel(), _hue(image.reshape(-1, 3))
+    centres = np.arange(0, 360, 10)
+    apart = np.abs((hues[None] - centres[:, None] + 180) % 360 - 180)
+    inside = ((apart <= 30) * weights).sum(-1)
+    best = int(inside.argmax())
+    if inside[best] < 0.7 * weights.sum():
+        return ""
+    angles = np.radians(hues[apart[best] <= 30])
+    mean = (np.exp(1j * angles) * weights[apart[best] <= 30]).sum()
+    return _name_hue(float(np.degrees(np.angle(mean)) % 360))
+
+
+def _same_composition(thumbs: Sequence[np.ndarray]) -> list[int]:
+    """The pictures whose light and dark lie as in the mean of all others."""
+    if len(thumbs) < 3:
+        return []
+    blocks = np.array([one.astype(np.float64) @ _WEIGHTS for one in thumbs]).reshape(-1, 8, 3, 8, 3)
+    flat = blocks.mean((2, 4)).reshape(len(thumbs), -1)
+    flat -= flat.mean(-1, keepdims=True)
+    flat /= np.maximum(np.linalg.norm(flat, axis=-1, keepdims=True), 1e-9)
+    total = flat.sum(0)
+    return [
+        index
+        for index, one in enumerate(flat)
+        if float(one @ (total - one)) >= _ALIKE * max(float(np.linalg.norm(total - one)), 1e-9)
+    ]
+
+
+def colour_of_word(word: str) -> str:
+    """The colour that a word is a name of, "" where it is none."""
+    names = {name for _, name in _HUES} | {"black", "white", "grey", "beige", "brown"}
+    return word if word in names else next((n for n, also in _ALSO.items() if word in also.split()), "")
+
+
+def background_colours(found: dict[Attribute, list[int]], pictures: int) -> list[str]:
+    """The colour of each picture's plain background, "" where it has none."""
+    colours = [""] * pictures
+    for attribute, members in found.items():
+        if attribute.name.endswith(BACKGROUND):
+            for index in members:
+                colours[index] = attribute.name.removesuffix(BACKGROUND)
+    return colours
+
+
+_BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")
+_FEWEST, _FEWEST_ODD = 3, 4
+_MOSTLY = 0.75
+
+
+def bias_finding(
+    kind: str, name: str, sentence: str, records: Sequence[ImageRecord], counts: Mapping[str, float]
+) -> dict[str, Any]:
+    """A finding as plain values: `records` are the images to look at."""
+    pictures = [clean_text(str(record.path)) for record in records]
+    return {"kind": kind, "name": name, "sentence": sentence, "pictures": pictures, "counts": dict(counts)}
+
+
+def check_background_captions(
+    records: Sequence[ImageRecord], names: Sequence[str], colours: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Words for a background that mean something else in these pictures, and captions that are odd ones out.
+
+    Args:
+        records: pictures.
+        names: how each is named in sentences.
+        colours: of each plain background, "" where there is none.
+    """
+    by_word: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        for word in set(_BEHIND.findall(record.caption.casefold())):
+            if colour_of_word(word) and colours[index]:
+                by_word.setdefault(word, []).append(index)
+    rows = []
+    for word, members in by_word.items():
+        (shown, count), *_ = Counter(colours[i] for i in members).most_common(1)
+        if count < _MOSTLY * len(members):
+            continue
+        odd = [i for i in members if colours[i] not in (shown, colour_of_word(word))]
+        if shown != colour_of_word(word) and count >= _FEWEST:
+            sentence = (
+                f"“{word} background” will come to mean {shown}: {count} of the {len(members)} pictures with"
+                f" these words have {_a_or_an(shown)} {shown} one. Write {shown} instead, unless you want it."
+            )
+            meant = [records[i] for i in members if colours[i] == shown]
+            rows.append(
+                bias_finding("meaning", word, sentence, meant, {"captions": len(members), "pictures": count})
+            )
+        if len(members) >= _FEWEST_ODD:
+            rows += [_odd_caption(records[i], names[i], (word, colours[i], shown), count) for i in odd]
+    return rows
+
+
+def _odd_caption(record: ImageRecord, name: str, colours: tuple[str, str, str], count: int) -> dict[str, Any]:
+    word, own, shown = colours
+    sentence = (
+        f"Check the caption of {name}: it says “{word} background”, but it has {_a_or_an(own)} {own} one; the"
+        f" other {count} with these words have {_a_or_an(shown)} {shown} one."
+    )
+    return bias_finding("odd", word, sentence, [record], {"pictures": count})
+
+
+def _a_or_an(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+MAJORITY = 0.6
+"""The share of the pictures that is most of them."""
+MIN_IMAGES = 5
+"""With fewer images common attributes are not reported."""
+OVERREPRESENTED = 2.0
+"""A picture with so many times an even share of the steps is named."""
+_FEW, _NEARLY_ALL = 0.25, 0.75
+_ALL_CAPTIONS = 0.8
+_MOST_WORDS = 8
+_WORD = re.compile(r"[^\W\d_][\w&'-]+")
+_SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their very"
+STOP_WORDS = frozenset(_SMALL.split())
+"""Words that say nothing of a picture."""
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """The training settings that the report needs.
+
+    Attributes:
+        resolution: in pixels.
+        multiple: what a bucket's sides are divisible by, in pixels.
+        tokenizer: the base's tokenizer folder; None leaves the length of captions unchecked.
+        trigger: which should stand in most captions.
+        batch_size: pictures a micro-batch, all of one bucket.
+        held_out: pictures that are kept to measure on, by path; those chosen by hand are too.
+    """
+
+    resolution: int
+    multiple: int
+    tokenizer: Path | None = None
+    trigger: str = ""
+    batch_size: int = 1
+    held_out: Collection[Path] = field(default=frozenset())
+
+    def trains_on(self, record: ImageRecord) -> bool:
+        """Whether a picture is not held out."""
+        return not record.held_out and record.path not in self.held_out
+
+
+def step_shares(records: Sequence[ImageRecord], training: TrainingView) -> list[float]:
+    """The share of all looks that each picture gets, on average over epochs; 0 for one that is held out.
+
+    As `train/data` does it: a picture comes as often as it repeats; the last batch of a bucket is
+    filled up from the same bucket, where every place is as likely to be taken. So a bucket of n looks counts
+    for ceil(n / batch) * batch, and a picture for its part of that.
+    """
+    buckets = _buckets(records, training)
+    looks: Counter[Bucket] = Counter()
+    for record, bucket in zip(records, buckets, strict=True):
+        if bucket is not None:
+            looks[bucket] += record.repeats
+    size = max(1, training.batch_size)
+    filled = {bucket: -(-count // size) * size for bucket, count in looks.items()}
+    total = max(1, sum(filled.values()))
+    return [
+        0.0 if bucket is None else record.repeats / looks[bucket] * filled[bucket] / total
+        for record, bucket in zip(records, buckets, strict=True)
+    ]
+
+
+def report_bias(
+    records: Sequence[ImageRecord],
+    names: Sequence[str],
+    thumbs: Sequence[np.ndarray | None],
+    training: TrainingView,
+) -> list[dict[str, Any]]:
+    """What training will pick up, a row each: kind, name, sentence, the `pictures` to look at, `counts`.
+
+    Kinds: `absorbed` (most pictures show it, few captions say it), `named` (most show it, and captions say
+        so), `meaning` (words for a background that mean another one here), `odd` (a caption that says another
+        background than all like it), `wording` (words that some captions have), `share` (a picture with far
+        more steps than others), `bucket` (one picture has a bucket for itself).
+
+    Args:
+        records: all pictures.
+        names: how each is named in sentences.
+        thumbs: what `seen.thumb` gives; None for one that cannot be read.
+        training: how they are trained on.
+    """
+    used = [
+        (record, name, one)
+        for record, name, one in zip(records, names, thumbs, strict=True)
+        if one is not None and training.trains_on(record)
+    ]
+    rows: list[dict[str, Any]] = []
+    if len(used) >= MIN_IMAGES:
+        seen, called, looks = (list(column) for column in zip(*used, strict=True))
+        found = find_attributes(looks)
+        rows += _common_attributes(seen, found, training.trigger)
+        rows += check_background_captions(seen, called, background_colours(found, len(seen)))
+        rows += _wording(seen, training.trigger)
+    return [
+        *rows,
+        *_uneven_shares(records, names, training),
+        *_single_image_buckets(records, names, training),
+    ]
+
+
+def _common_attributes(
+    records: list[ImageRecord], found: dict[Attribute, list[int]], trigger: str
+) -> list[dict[str, Any]]:
+    plain = [i for i, colour in enumerate(background_colours(found, len(records))) if colour]
+    most = MAJORITY * len(records)
+    named = any(len(m) >= most and a.name.endswith(BACKGROUND) for a, m in found.items())
+    if len(plain) >= most and not named:
+        words = frozenset(["background", "backdrop", "plain", "simple", "blank"])
+        found = {**found, Attribute("plain background", "have a plain background", words): plain}
+    common = sorted(((a, m) for a, m in found.items() if len(m) >= most), key=lambda pair: -len(pair[1]))
+    return [
+        _attribute_row(attribute, [records[i] for i in m], len(records), trigger) for attribute, m in common
+    ]
+
+
+def _attribute_row(
+    attribute: Attribute, records: list[ImageRecord], pictures: int, trigger: str
+) -> dict[str, Any]:
+    silent = [record for record in records if not attribute.words & words_of(record.caption)]
+    said = len(records) - len(silent)
+    taker = f"“{trigger}”" if trigger else "the trigger word"
+    shown = f"{len(records)} of {pictures} pictures {attribute.has}"
+    kind = "absorbed"
+    if said >= _NEARLY_ALL * len(records):
+        kind = "named"
+        sentence = f"{shown}, and {said} captions say so: prompts can leave it out."
+    else:
+        part = "partly " if said > _FEW * len(records) else ""
+        sentence = (
+            f"{shown}, {len(silent)} of them without saying so in the caption: it will be {part}learned with"
+            f" {taker}. Add “{attribute.name}” to these captions, unless you want it always."
+        )
+    counts = {"pictures": len(records), "captions": said, "of": pictures}
+    return bias_finding(kind, attribute.name, sentence, [] if kind == "named" else silent, counts)
+
+
+def words_of(caption: str) -> frozenset[str]:
+    """The meaningful words of a caption in lower case; compounds both joined and split."""
+    whole = set(_WORD.findall(caption.casefold()))
+    return frozenset(whole | {part for word in whole for part in word.split("-")}) - STOP_WORDS
+
+
+def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
+    """The words that some captions have and others have not: what prompts can ask for."""
+    written = [record for record in records if record.caption]
+    if len(written) < MIN_IMAGES:
+        return []
+    own = words_of(trigger)
+    counts = Counter(word for record in written for word in words_of(record.caption) - own)
+    some = [
+        (word, count)
+        for word, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+        if count <= _ALL_CAPTIONS * len(written)
+    ][:_MOST_WORDS]
+    if not some:
+        sentence = (
+            "No word is in some captions and not in others: prompts can change only what the base knows by"
+            " itself."
+        )
+        return [bias_finding("wording", "", sentence, [], {"captions": len(written)})]
+    listed = ", ".join(f"{word} ({count})" for word, count in some)
+    sentence = f"Prompts can ask for, or leave out, what some captions say: {listed}."
+    return [bias_finding("wording", listed, sentence, [], {"captions": len(written)})]
+
+
+def _buckets(records: Sequence[ImageRecord], training: TrainingView) -> list[Bucket | None]:
+    """Where each picture is trained; None for one that is held out."""
+    size = (training.resolution, training.multiple)
+    return [choose_bucket(r.width, r.height, *size) if training.trains_on(r) else None for r in records]
+
+
+def _uneven_shares(
+    records: Sequence[ImageRecord], names: Sequence[str], training: TrainingView
+) -> list[dict[str, Any]]:
+    shares = step_shares(records, training)
+    even = 1 / max(1, sum(share > 0 for share in shares))
+    rows = []
+    for record, name, share in sorted(zip(records, names, shares, strict=True), key=lambda one: -one[2]):
+        if share > OVERREPRESENTED * even:
+            why = f"its {record.repeats} repeats" if record.repeats > 1 else "batches that it fills up alone"
+            sentence = (
+                f"{name} gets {share:.0%} of all steps, {share / even:.1f} times an even share, by {why}: it"
+                " is learned more strongly than the others. Lower its repeats, or add pictures like it."
+            )
+            rows.append(bias_finding("share", name, sentence, [record], {"share": share, "even": even}))
+    return rows
+
+
+def _single_image_buckets(
+    records: Sequence[ImageRecord], names: Sequence[str], training: TrainingView
+) -> list[dict[str, Any]]:
+    """Buckets that one picture has for itself while others share theirs."""
+    members: dict[Bucket, list[int]] = {}
+    for index, bucket in enumerate(_buckets(records, training)):
+        if bucket is not None:
+            members.setdefault(bucket, []).append(index)
+    if training.batch_size < 2 or len(members) < 2:
+        return []
+    rows = []
+    for bucket, indices in members.items():
+        repeats = [records[i].repeats for i in indices]
+        top = max(range(len(indices)), key=lambda i: repeats[i])
+        if repeats[top] * 2 <= sum(repeats):
+            continue
+        record, name = records[indices[top]], names[indices[top]]
+        size = f"{bucket.width} x {bucket.height}"
+        sentence = (
+            f"{name} is the only picture of the size {size}: each of its batches shows it"
+            f" {training.batch_size} times. Crop it to the shape of others, or add pictures of its shape."
+            if len(indices) == 1
+            else (
+                f"{name} is over half of what is looked at in the size {size}, by its {repeats[top]} repeats."
+            )
+        )
+        rows.append(bias_finding("bucket", size, sentence, [record], {"pictures": len(indices)}))
+    return rows
+
+
+# Finds what is wrong with a dataset and, with `learned`, what training on it will pick up.
+#
+# Findings are advice. Thresholds let a sharp photo, a flat drawing and a short caption pass, and each
+# finding says what to do about it.
+
 
 TOKENS_READ = 75
 # The steepest edges of a picture rise by this share of its contrast from one pixel to the next, or it is

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lora_core.data.captions import CAPTION_SUFFIXES, METADATA_NAMES, read_metadata_captions, read_text
 from lora_core.data.images import IMAGE_SUFFIXES, SizeCache, hash_file
 from lora_core.data.importer import LIMITS, is_dataset_file, list_skipped_entries, unpack
 from lora_core.data.scan import (
@@ -24,12 +25,6 @@ from lora_core.data.scan import (
     is_mask,
     unused_folder_kind,
     walk_files,
-)
-from lora_core.data.sidecars import (
-    CAPTION_SUFFIXES,
-    METADATA_NAMES,
-    read_metadata_captions,
-    read_text,
 )
 from lora_core.errors import DatasetError
 from lora_core.system.files import DEMO_TRAIN, clean_text, write_atomically

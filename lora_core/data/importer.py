@@ -21,6 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from lora_core.data.captions import (
+    CAPTION_SUFFIXES,
+    METADATA_NAMES,
+    read_metadata_captions,
+    read_text,
+    write_caption,
+)
 from lora_core.data.images import IMAGE_SUFFIXES, MAX_FILE_BYTES, SizeCache
 from lora_core.data.scan import (
     MOST_DEPTH,
@@ -32,13 +39,6 @@ from lora_core.data.scan import (
     safe_name,
     unused_stem,
     walk_files,
-)
-from lora_core.data.sidecars import (
-    CAPTION_SUFFIXES,
-    METADATA_NAMES,
-    read_metadata_captions,
-    read_text,
-    write_caption,
 )
 from lora_core.errors import DatasetError
 from lora_core.system.files import clean_text

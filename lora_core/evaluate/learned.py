@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from lora_core.data.audit import TrainingView, step_shares
 from lora_core.data.captions import plain_caption
 from lora_core.data.dataset import open_dataset, require_clean
 from lora_core.data.holdout import split_holdout
 from lora_core.data.scan import ImageRecord
-from lora_core.data.statistics import TrainingView, step_shares
 from lora_core.evaluate.validator import (
     EvalImage,
     OnProgress,

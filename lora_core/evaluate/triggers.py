@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from lora_core.data.audit import words_of
 from lora_core.data.captions import plain_caption, split_tags
 from lora_core.data.scan import ImageRecord
-from lora_core.data.statistics import words_of
 from lora_core.errors import DatasetError
 from lora_core.evaluate.validator import (
     Encode,

@@ -1,16 +1,174 @@
-"""Bulk edits of captions in the open project: previewed, applied, and undone."""
+"""Edits of many captions at once: the new text of each, and the difference.
 
+Nothing here writes; preview and edit use the same function. Each line of a caption is edited on its own,
+and a line that an edit does not match keeps every character.
+"""
+
+import difflib
 import json
-from collections.abc import Collection
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.bulk_edit import Edit, apply_edit, diff_captions
+from lora_core.data.captions import split_tags, with_trigger, write_caption, write_without_sync
 from lora_core.data.scan import ImageRecord
-from lora_core.data.sidecars import write_caption, write_without_sync
 from lora_core.errors import DatasetError
 from lora_core.projects.project import Project, read_json, relative_name
 from lora_core.system.files import sync_folder, write_atomically
+
+EDITS = ("replace", "prepend", "append", "rename tag", "delete tag", "trigger")
+PATIENCE = 5.0
+"""Seconds that a pattern may take for all captions; one that backtracks could take for ever."""
+
+# A pattern runs in a process of its own, because the standard library's matcher can neither be stopped nor
+# share the interpreter: in the window a bad pattern would stop everything.
+_PATTERN = """import json, re, sys
+sent = json.load(sys.stdin)
+pattern = re.compile(sent["find"], re.IGNORECASE if sent["any_case"] else 0)
+json.dump([pattern.sub(sent["put"], text) for text in sent["texts"]], sys.stdout)"""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change to many captions.
+
+    Attributes:
+        do: one of `EDITS`.
+        find: the text, pattern or tag that is looked for.
+        put: the text, tag or trigger that is put there.
+        regex: `find` is a pattern, and `put` may refer to its groups by `\\1`.
+        any_case: capitals and small letters count as the same; tags are always compared so.
+    """
+
+    do: str
+    find: str = ""
+    put: str = ""
+    regex: bool = False
+    any_case: bool = False
+
+
+def apply_edit(captions: list[str], edit: Edit) -> list[str]:
+    """What the captions become.
+
+    Raises:
+        DatasetError: something that the change needs is empty, or the pattern is wrong or takes too long.
+    """
+    needed = {"replace": edit.find, "rename tag": edit.find, "delete tag": edit.find}.get(edit.do, edit.put)
+    if edit.do not in EDITS:
+        raise DatasetError(f"{edit.do!r} is no change of captions; choose one of {', '.join(EDITS)}.")
+    if not needed.strip() and not (edit.do == "replace" and edit.find):
+        raise DatasetError("Type first what is to be found or added.")
+    if edit.do == "replace":
+        return _replace(captions, edit)
+    if edit.do in ("rename tag", "delete tag"):
+        put = edit.put if edit.do == "rename tag" else ""
+        return [_map_lines(caption, lambda line: _rename_tag(line, edit.find, put)) for caption in captions]
+    if edit.do == "trigger":
+        return [_add_trigger(caption, edit.put) for caption in captions]
+    front = edit.do == "prepend"
+    return [_map_lines(caption, lambda line: _join_line(line, edit.put, front)) for caption in captions]
+
+
+def diff_captions(before: str, after: str) -> list[tuple[str, str]]:
+    """Two captions as pieces: ("same", text), ("old", text) for what goes, ("new", text) for what comes."""
+    if before and after.endswith(before) and before != after:
+        return [("new", after.removesuffix(before)), ("same", before)]
+    if before and after.startswith(before) and before != after:
+        return [("same", before), ("new", after.removeprefix(before))]
+    one, other = (re.findall(r"\w+|\W", text) for text in (before, after))
+    pieces: list[tuple[str, str]] = []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+        if kind == "equal":
+            pieces.append(("same", "".join(one[i:j])))
+            continue
+        if j > i:
+            pieces.append(("old", "".join(one[i:j])))
+        if m > k:
+            pieces.append(("new", "".join(other[k:m])))
+    return pieces
+
+
+def _map_lines(caption: str, change: Callable[[str], str]) -> str:
+    return "\n".join(change(line) for line in caption.split("\n"))
+
+
+def _join_line(line: str, put: str, front: bool) -> str:
+    """The text before or after a line; a comma between where neither ends in a mark or a space. A line that
+    has it there already stays, so that an edit changes nothing the second time."""
+    core = put.strip(", ")
+    if not line.strip():
+        return core
+    rest = line.removeprefix(core) if front else line.removesuffix(core)
+    edge = core[-1:] + rest[:1] if front else rest[-1:] + core[:1]
+    if rest != line and not (len(edge) == 2 and edge.isalnum()):
+        return line
+    first, last = (put, line) if front else (line, put)
+    apart = first[-1:].isalnum() and last[:1].isalnum()
+    return f"{first}, {last}" if apart else first + last
+
+
+def _rename_tag(line: str, find: str, put: str) -> str:
+    """A line with a tag renamed, or removed where the new name is empty or already present."""
+    wanted = find.strip().casefold()
+    tags = split_tags(line)
+    if wanted not in (tag.casefold() for tag in tags):
+        return line
+    kept: list[str] = []
+    others = {tag.casefold() for tag in tags if tag.casefold() != wanted}
+    for tag in tags:
+        if tag.casefold() != wanted:
+            kept.append(tag)
+        elif put.strip() and put.strip().casefold() not in others:
+            kept.append(put.strip())
+            others.add(put.strip().casefold())
+    return ", ".join(kept)
+
+
+def _add_trigger(caption: str, trigger: str) -> str:
+    new = with_trigger(caption, trigger)
+    lines = [line.strip() for line in caption.split("\n") if line.strip()]
+    return caption if new == "\n".join(lines) else new
+
+
+def _replace(captions: list[str], edit: Edit) -> list[str]:
+    find, put = (edit.find, edit.put) if edit.regex else (re.escape(edit.find), edit.put.replace("\\", r"\\"))
+    try:
+        pattern = re.compile(find, re.IGNORECASE if edit.any_case else 0)
+        # The replacement is parsed when something matches first; an error should show before.
+        re.compile(f"{find}|").sub(put, "")
+    except re.error as error:
+        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {error}.") from error
+    except (IndexError, RecursionError, OverflowError) as error:
+        raise DatasetError(f"The replacement {edit.put!r} cannot be used: {error}.") from error
+    if not edit.regex:
+        return [pattern.sub(put, caption) for caption in captions]
+    sent = {"find": find, "put": put, "any_case": edit.any_case, "texts": captions}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _PATTERN],
+            input=json.dumps(sent),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DatasetError(
+            f"The pattern {edit.find!r} takes longer than {PATIENCE:.0f} s; make it simpler, without repeats"
+            " inside of repeats."
+        ) from error
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["it ended at once"])[-1]
+        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {last}.") from error
+    return [str(text) for text in json.loads(done.stdout)]
+
+
+# Bulk edits of captions in the open project: previewed, applied, and undone.
+
 
 SHOWN_ROWS = 8
 MOST_KEPT = 20

@@ -33,14 +33,14 @@ from lora_core.report.plots import (
 from lora_core.report.rank_plots import intrinsic_html, rate_html, spectrum_html, strength_html
 from lora_core.runs.events import PreviewDone, Validated
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.progress import smooth
-from lora_core.runs.verdict import (
+from lora_core.runs.progress import (
     SURE,
     best_of,
     describe_average,
     describe_forgetting,
     describe_memorization,
     known_error,
+    smooth,
     with_gain,
 )
 from lora_core.settings.config import FIELDS, RunConfig, label_of

@@ -24,7 +24,7 @@ from lora_core.lora.inject import adapter_weights
 from lora_core.models.device import out_of_memory
 from lora_core.runs import events
 from lora_core.runs.folder import RunFolder
-from lora_core.runs.verdict import describe_average
+from lora_core.runs.progress import describe_average
 from lora_core.settings.schema import SampleSection, ValidationSection
 from lora_core.system.files import require_room
 from lora_core.train.checkpoint import CheckpointManager, CheckpointState, amend_record, is_valid

@@ -34,8 +34,8 @@ def audit(
         trigger: a word that may be in every caption.
         batch: pictures per batch, for their shares of the steps.
     """
+    from lora_core.data.audit import TrainingView
     from lora_core.data.audit import audit as audited
-    from lora_core.data.statistics import TrainingView
 
     checked_value("train.batch_size", batch, "--batch")
     side = checked_value("train.resolution", resolution, "--resolution")
@@ -369,8 +369,8 @@ def captions_undo(dataset: File, workspace: File | None = None) -> dict[str, int
 
 def _edit(dataset: File, dry_run: bool, workspace: File | None, *how: Any) -> dict[str, Any]:
     """Change all captions, or show what would change; `how` are the fields of an `Edit`."""
-    from lora_core.data.bulk_edit import Edit
     from lora_core.projects import caption_edits
+    from lora_core.projects.caption_edits import Edit
 
     project, edit = _pictures_of(dataset, workspace), Edit(*how)
     found = caption_edits.preview(project, edit, None)

@@ -288,8 +288,7 @@ def queue_add(run: File, workspace: File | None = None, start: bool = False) -> 
     Raises:
         RunError: it is done, live, or in the queue already.
     """
-    from lora_core.runs.queue import Queue
-    from lora_core.runs.runner import ensure_runner
+    from lora_core.runs.queue import Queue, ensure_runner
 
     folder = find_run(run, workspace)
     queue = Queue(workspace_folder(workspace) if workspace else folder.path.parent.parent)
@@ -346,7 +345,7 @@ def _queue_of(run: File, workspace: File | None) -> "tuple[Queue, str]":
 @verb
 def queue_run(workspace: File | None = None, said: Callable[[str], None] | None = None) -> list[Any]:
     """Work through the queue, then end; returns the jobs that ended. `said` gets a line for each."""
-    from lora_core.runs.runner import run_queue
+    from lora_core.runs.queue import run_queue
 
     return run_queue(workspace_folder(workspace), said or (lambda line: None))[0]
 
@@ -354,7 +353,7 @@ def queue_run(workspace: File | None = None, said: Callable[[str], None] | None 
 @verb
 def queue_pause(workspace: File | None = None) -> None:
     """Stop working through the queue; the run in hand is paused and waits again."""
-    from lora_core.runs.runner import pause_queue
+    from lora_core.runs.queue import pause_queue
 
     pause_queue(workspace_folder(workspace))
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from app.state import AppState
-from lora_core.data.bulk_edit import Edit
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits as bulk
+from lora_core.projects.caption_edits import Edit
 
 
 def texts(pictures: list[Path]) -> list[bytes | None]:

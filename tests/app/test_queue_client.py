@@ -9,7 +9,7 @@ from app.jobs import Jobs
 from app.state import AppState, take_snapshot
 from app.train.queue_client import QueueClient
 from lora_core.errors import RunError
-from lora_core.runs import events, runner
+from lora_core.runs import events, queue
 from lora_core.runs.queue import Queue, QueuedRun
 from lora_core.settings.config import RunConfig
 from tests.app.runs import come_alive, make_run, started, step
@@ -89,7 +89,7 @@ def test_the_next_one_starts_after_a_failure_and_the_window_follows(
         " events.Finished(step=3, export=''));"
         "sys.exit(run.name == 'bad')"
     )
-    runner.run_queue(app_state.workspace, lambda text: None, (sys.executable, "-c", code))
+    queue.run_queue(app_state.workspace, lambda text: None, (sys.executable, "-c", code))
     assert [(job.run, job.state) for job in line.queue.jobs()] == [("bad", "failed"), ("good", "done")]
     assert Queue(app_state.workspace).is_enabled() is False
     snapshot = take_snapshot(app_state)

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFilter
 
-from lora_core.data.audit import audit, common_phrases, sharpness
+from lora_core.data.audit import TrainingView, audit, common_phrases, sharpness
 from lora_core.data.dataset import scan
-from lora_core.data.statistics import TrainingView
 from lora_core.system.files import DEMO_BASE
 from tests.data.conftest import Draw, noise
 

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from lora_core.data import bulk_edit
-from lora_core.data.bulk_edit import Edit, apply_edit, diff_captions
 from lora_core.errors import DatasetError
+from lora_core.projects import caption_edits
+from lora_core.projects.caption_edits import Edit, apply_edit, diff_captions
 from tests.waiting import PATIENCE
 
 
@@ -66,7 +66,7 @@ def test_what_cannot_be_done_is_a_sentence(edit: Edit, said: str) -> None:
 
 
 def test_a_pattern_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk_edit, "PATIENCE", 1.0)
+    monkeypatch.setattr(caption_edits, "PATIENCE", 1.0)
     began = time.monotonic()
     with pytest.raises(DatasetError, match="takes longer"):
         one("a" * 60 + "!", Edit("replace", "(a+)+$", "b", regex=True))

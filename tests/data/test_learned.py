@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lora_core.data.audit import audit
-from lora_core.data.captions import CaptionRules
-from lora_core.data.dataset import scan
-from lora_core.data.scan import ImageRecord
-from lora_core.data.statistics import (
+from lora_core.data.audit import (
     TrainingView,
+    audit,
     find_attributes,
     name_colour,
     reduce_image,
     report_bias,
     step_shares,
 )
+from lora_core.data.captions import CaptionRules
+from lora_core.data.dataset import scan
+from lora_core.data.scan import ImageRecord
 from lora_core.train.data import Batches, BatchSettings, assign_buckets
 
 

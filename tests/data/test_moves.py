@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_core.data import moves
-from lora_core.data.bulk_edit import Edit
 from lora_core.errors import DatasetError
 from lora_core.projects import caption_edits
+from lora_core.projects import project as moves
+from lora_core.projects.caption_edits import Edit
 from lora_core.projects.project import Project, leave_out, list_left_out, take_back
 from tests.data.conftest import Draw, listed
 

@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from lora_core.__main__ import main
-from lora_core.data.audit import audit
+from lora_core.data.audit import TrainingView, audit
 from lora_core.data.dataset import open_dataset, require_clean, scan
-from lora_core.data.statistics import TrainingView
 from lora_core.errors import DatasetError
 from lora_core.runs.preflight import preflight
 from lora_core.settings.config import RunConfig

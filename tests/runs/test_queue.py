@@ -21,8 +21,15 @@ from lora_core.errors import RunError
 from lora_core.runs import events
 from lora_core.runs.events import EventWriter, read_events
 from lora_core.runs.folder import RunFolder, runs_folder
-from lora_core.runs.queue import ENDED_KEPT, Queue, QueuedRun
-from lora_core.runs.runner import ensure_runner, pause_queue, resume_queue, run_queue
+from lora_core.runs.queue import (
+    ENDED_KEPT,
+    Queue,
+    QueuedRun,
+    ensure_runner,
+    pause_queue,
+    resume_queue,
+    run_queue,
+)
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for
 
@@ -70,7 +77,7 @@ with run.hold():
 RUNNER = """
 import sys
 from pathlib import Path
-from lora_core.runs.runner import run_queue
+from lora_core.runs.queue import run_queue
 ended, interrupted = run_queue(Path(sys.argv[1]), print, (sys.executable, sys.argv[2]))
 sys.exit(130 if interrupted else 0)
 """

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -57,3 +59,34 @@ def test_a_full_drive_is_told_with_the_file_that_it_did_not_take(
     with pytest.raises(RunError, match=sentence), pid_file(tmp_path / "process.json"):
         raise AssertionError("it was entered")
     assert list(tmp_path.iterdir()) == []
+
+
+# Imports without the garbage collector: it is on again afterwards, whatever happened, and has less to do.
+
+
+CODE = """
+import gc
+from lora_core.system.processes import without_collecting
+
+with without_collecting():
+    assert not gc.isenabled()
+    import email.mime.text
+assert gc.isenabled()
+frozen = gc.get_freeze_count()
+assert frozen > 1000, frozen
+try:
+    with without_collecting():
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    pass
+assert gc.isenabled()
+assert gc.get_freeze_count() <= frozen
+gc.disable()
+with without_collecting():
+    pass
+assert not gc.isenabled()
+"""
+
+
+def test_the_collector_is_as_it_was_before() -> None:
+    subprocess.run([sys.executable, "-c", CODE], check=True)

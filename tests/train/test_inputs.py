@@ -4,8 +4,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lora_core.data.captions import write_caption
 from lora_core.data.dataset import scan
-from lora_core.data.sidecars import write_caption
 from lora_core.errors import RunError
 from lora_core.runs.folder import RunFolder
 from lora_core.settings.config import RunConfig
