@@ -58,7 +58,7 @@ class OtherTools:
 
     def _look(self) -> None:
         try:
-            tools = self._search(self._places.folders())
+            tools = self._search(map(Path, self._places.read("folders")))
             self._shelves = [(tool, list_base_files(tool)) for tool in tools]
         finally:
             self._looking.release()

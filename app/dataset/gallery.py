@@ -22,20 +22,14 @@ from app.formatting import pluralize
 from app.train.form import Plan
 from lora_core.data.audit import phrase_sentences
 from lora_core.data.buckets import choose_bucket, crop_box
-from lora_core.data.captions import (
-    choose_parts,
-    count_tokens,
-    truncated_part,
-    with_trigger,
-    write_without_sync,
-)
+from lora_core.data.captions import choose_parts, count_tokens, truncated_part, with_trigger
 from lora_core.data.dataset import AUDIT_ONLY, UNUSED, summarize_notes
 from lora_core.data.images import make_thumbnail
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.errors import LoraError
 from lora_core.projects.project import Project, list_left_out, relative_name
 from lora_core.settings.config import FIELDS
-from lora_core.system.files import clean_text
+from lora_core.system.files import clean_text, write_atomically
 
 KEPT_SIDE = 256
 _THREADS = 2
@@ -74,7 +68,7 @@ class Thumbnails:
         # seen by its length and made again.
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_without_sync(kept, data)
+            write_atomically(kept, data, sync=False)
         return data
 
     def prepare(self, files: list[Path], side: int = KEPT_SIDE) -> None:

@@ -103,7 +103,7 @@ def _card(snapshot: Snapshot, run_view: RunView, title: str, key: str, step: int
 def export_buttons(snapshot: Snapshot) -> str:
     """The buttons, and the folders to copy to."""
     app_state, choices = snapshot.app_state, folder_choices(snapshot.app_state)
-    wanted = [str(app_state.project.draft().get("copy_to") or ""), *map(str, app_state.places.lora_folders())]
+    wanted = [str(app_state.project.draft().get("copy_to") or ""), *app_state.places.read("lora_folders")]
     there = [folder for _, folder in choices]
     usual = next((f for f in wanted if f in there or (f and Path(f).is_dir())), there[0] if there else "")
     names = [
@@ -169,7 +169,7 @@ def copy(app_state: AppState, sent: Mapping[str, Any]) -> dict[str, Any]:
     target = check_folder(str(sent.get("folder") or ""))
     _, result = write_export(app_state, *_choice(sent))
     done = copy_export(Path(str(result["file"])), target)
-    app_state.places.keep_lora_folder(target)
+    app_state.places.keep("lora_folders", str(target))
     return {"copied": copied_line(app_state, done), "works_in": compatibility_card(result)}
 
 
@@ -203,7 +203,7 @@ def folder_choices(app_state: AppState) -> list[tuple[str, str]]:
     """Folders a LoRA can be copied to, as (label, path): tools' folders first, then earlier ones."""
     found = [(f"{name}: {_short(folder)}", str(folder)) for name, folder in app_state.tools.lora_folders()]
     known = {Path(folder).resolve() for _, folder in found}
-    before = [folder for folder in app_state.places.lora_folders() if folder.is_dir()]
+    before = [folder for folder in map(Path, app_state.places.read("lora_folders")) if folder.is_dir()]
     return found + [(_short(folder), str(folder)) for folder in before if folder.resolve() not in known]
 
 

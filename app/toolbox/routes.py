@@ -83,7 +83,7 @@ class Toolbox:
         def shows(result: dict[str, Any]) -> str:
             self._tool, self._asked, self._found = tool, request, result
             if TOOLS[tool].makes == "base":
-                self._app_state.places.keep_base(str(result["file"]))
+                self._app_state.places.keep("bases", str(result["file"]))
             if tool == "strength":
                 self._keep_best(str(request["file"]), result["strength"]["strengths"])
             self._html = result_html(tool, request, self._linked(result))

@@ -36,7 +36,7 @@ def base_choices(app_state: AppState) -> list[tuple[str, str]]:
             top = next((folder for folder in tool.models if file.is_relative_to(folder)), file.parent)
             words = file.relative_to(top).as_posix() if file != top else file.name
             titles.setdefault(_key(str(file)), (f"{tool.name}: {words}", str(file)))
-    seen = {_key(name): name for name in app_state.places.bases() if _there(name)}
+    seen = {_key(name): name for name in app_state.places.read("bases") if _there(name)}
     before = [(titles[key][0] if key in titles else Path(name).name, name) for key, name in seen.items()]
     return [
         ("Embedded base (tiny)", EMBEDDED),
@@ -174,7 +174,7 @@ def choose_base(app_state: AppState, values: dict[str, Any]) -> tuple[str, str, 
     # elsewhere.
     new_level = USUAL_LEVEL if level == DEMO and not new.embedded else level
     if not new.embedded:
-        app_state.places.keep_base(name)
+        app_state.places.keep("bases", name)
     changed = carry_over(
         values, preset_config(goal, level, before.family), preset_config(goal, new_level, new.family)
     )
@@ -210,7 +210,7 @@ def _added_folder(app_state: AppState, folder: Path) -> str:
     found = {tool.name: len(list_base_files(tool)) for tool in find_tools([folder], Machine(()))}
     if not sum(found.values()):
         return ""
-    app_state.places.keep_folder(folder.absolute())
+    app_state.places.keep("folders", str(folder.absolute()))
     app_state.tools.look(wait=True)
     return f"{pluralize(sum(found.values()), 'model')} found in {folder}: open the list above to choose one."
 

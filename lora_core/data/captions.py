@@ -7,10 +7,8 @@ a run resumed after an update must see the same captions.
 import csv
 import functools
 import io
-import os
 import random
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,9 +262,6 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 _CAPTION_KEYS = ("text", "caption")
 
-# The temporary file of an atomic write is named for the process: two threads must not share it.
-_writing = threading.Lock()
-
 
 def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:
     """A text file's content, without a byte order mark and with plain newlines.
@@ -307,26 +302,12 @@ def write_caption(picture: Path, text: str, wait: bool = True) -> None:
     """
     target = picture.with_suffix(".txt")
     try:
-        with _writing:
-            if wait:
-                write_atomically(target, text.encode("utf-8", "replace"))
-            else:
-                write_without_sync(target, text.encode("utf-8", "replace"))
+        write_atomically(target, text.encode("utf-8", "replace"), wait)
     except OSError as error:
         raise DatasetError(
             f"The caption {target} cannot be written ({error.strerror}); check that the folder may be"
             " written."
         ) from error
-
-
-def write_without_sync(target: Path, data: bytes) -> None:
-    """Writes a file atomically, without waiting for the disk."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_metadata_captions(path: Path, shown: str) -> tuple[dict[str, str], list[str]]:

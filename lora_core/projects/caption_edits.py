@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.data.captions import split_tags, with_trigger, write_caption, write_without_sync
+from lora_core.data.captions import split_tags, with_trigger, write_caption
 from lora_core.data.scan import ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.projects.project import Project, read_json, relative_name
@@ -315,6 +315,6 @@ def _put(file: Path, old: str | None) -> None:
         if old is None:
             file.unlink(missing_ok=True)
         else:
-            write_without_sync(file, old.encode("utf-8", "surrogateescape"))
+            write_atomically(file, old.encode("utf-8", "surrogateescape"), sync=False)
     except OSError as error:
         raise DatasetError(f"The caption {file.name} cannot be written ({error.strerror}).") from error

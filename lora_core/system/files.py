@@ -1,4 +1,4 @@
-"""Paths of the bundled assets and of the workspace; atomic writes."""
+"""Where things are, atomic writes, room on a drive, and text and JSON that may come from anyone."""
 
 import contextlib
 import ctypes
@@ -13,6 +13,7 @@ import tempfile
 import threading
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,14 +60,18 @@ def workspace(chosen: str | Path | None = None) -> Path:
     return path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file atomically: temporary file beside it, fsync, rename."""
+@contextlib.contextmanager
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path` for the body to write; it replaces `path` unless the body fails.
+
+    `sync` waits until the disk has it.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         # A write that fails does not say of which file.
@@ -76,7 +81,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         # What went wrong above matters; that there is nothing to clean up does not.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
+
+
+def write_atomically(path: Path, data: bytes, sync: bool = True) -> None:
+    """Write a file whole or not at all; `sync` waits until the disk has it."""
+    with replacing(path, sync) as temporary:
+        temporary.write_bytes(data)
 
 
 def clean_text(text: str) -> str:
@@ -127,9 +139,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# Capacity and free space of a drive, and whether it is a network drive.
 
 
 MARGIN = 2**20
@@ -224,12 +233,9 @@ def is_network_drive(path: Path) -> bool:
     return any(word in kind for word in NETWORK_TYPES)
 
 
-# Cleans text and JSON from files and pages, so that they can be kept, written and shown.
-
-
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder(parse_constant=lambda _: None)
-LARGEST = 2**63 - 1
+_LARGEST = 2**63 - 1
 
 T = TypeVar("T")
 
@@ -244,7 +250,7 @@ def clean_value(value: Any) -> Any:
         return [clean_value(one) for one in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if not isinstance(value, int) or abs(value) <= LARGEST else None
+    return value if not isinstance(value, int) or abs(value) <= _LARGEST else None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -277,9 +283,9 @@ def check_fields(kind: type[T], values: Any) -> T:
 
 def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
-        return type(value) in (int, float) and (math.isnan(value) or abs(value) <= LARGEST)
+        return type(value) in (int, float) and (math.isnan(value) or abs(value) <= _LARGEST)
     if kind is int:
-        return type(value) is int and abs(value) <= LARGEST
+        return type(value) is int and abs(value) <= _LARGEST
     if kind in (str, bool):
         return isinstance(value, kind)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)

@@ -2,8 +2,7 @@
 
 A tool is recognised by files that only it has, and searched for in the usual places: the home folder, the
 top of each drive, and where managers of tools say. A search of the whole disk would take minutes; folders
-can be added by hand. Of the tools' settings only the lines that name folders are read, without a YAML
-library.
+can be added by hand.
 """
 
 import contextlib
@@ -23,27 +22,12 @@ from typing import Any
 import psutil
 
 from lora_core.errors import RunError
-from lora_core.system.files import parse_json, sync_folder, write_atomically
+from lora_core.system.files import parse_json, replacing, write_atomically
 
 LARGEST_SETTINGS = 1_000_000
 
 Folders = tuple[list[Path], list[Path]]
 """Folders with bases, and those with LoRAs, the one that files go into first."""
-
-
-@dataclass(frozen=True)
-class ToolKind:
-    """One tool.
-
-    Attributes:
-        name: display name.
-        markers: sets of paths below its root; it is the tool where all of one set are there.
-        folders: from the root to its folders, whether they are there or not.
-    """
-
-    name: str
-    markers: tuple[tuple[str, ...], ...]
-    folders: Callable[[Path], Folders]
 
 
 def json_path(file: Path, key: str) -> Path | None:
@@ -66,40 +50,36 @@ def _text(file: Path) -> str:
 
 
 def extra_model_paths(file: Path) -> Folders:
-    """What ComfyUI's `extra_model_paths.yaml` adds: its checkpoints and its LoRA folders.
+    """What ComfyUI's `extra_model_paths.yaml` adds: its checkpoints and its LoRA folders, one a line.
 
-    Two levels are read: sections, and in them `name: value` or `name: |` with one value a line. A section
-    with
-    `is_default: true` goes before the others.
+    A section with `is_default: true` goes before the others.
     """
-    sections: list[dict[str, list[str]]] = []
-    name, depth = "", 0
-    for line in _text(file).splitlines():
-        words = re.sub(r"(^|\s)#.*", "", line).rstrip()
-        if not words.strip():
-            continue
-        indent = len(words) - len(words.lstrip())
-        named = re.fullmatch(r"\s*([\w-]+)\s*:(?:\s+(.*)|)", words)
-        if indent == 0:
-            sections.append({})
-            name = ""
-        elif sections and named and (not name or indent <= depth):
-            name, depth = named[1], indent
-            value = (named[2] or "").strip().strip("\"'")
-            sections[-1][name] = [value] if value not in ("", "|", "|-", ">", ">-") else []
-        elif sections and name:
-            sections[-1][name].append(words.strip().lstrip("- ").strip("\"'"))
-    sections.sort(key=lambda section: section.get("is_default") != ["true"])
-    models, loras = [], []
-    for section in sections:
-        base = Path(_expanded((section.get("base_path") or [""])[0]))
-        models += [file.parent / base / _expanded(value) for value in section.get("checkpoints", [])]
-        loras += [file.parent / base / _expanded(value) for value in section.get("loras", [])]
+    models: list[Path] = []
+    loras: list[Path] = []
+    for section in _extra_sections(file):
+        texts = {key: value for key, value in section.items() if isinstance(value, str)}
+        base = file.parent / _expanded(texts.get("base_path", ""))
+        for key, found in (("checkpoints", models), ("loras", loras)):
+            lines = texts.get(key, "").splitlines()
+            found += [base / _expanded(line.strip()) for line in lines if line.strip()]
     return models, loras
 
 
-def _defaults_first(file: Path) -> bool:
-    return re.search(r"^[ \t]+is_default:\s*true\s*$", _text(file), re.M) is not None
+def _extra_sections(file: Path) -> list[dict[str, Any]]:
+    """The sections, those that are the default first; none where the file is no YAML."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        document = yaml.safe_load(_text(file))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return []
+    values = document.values() if isinstance(document, dict) else ()
+    sections = [one for one in values if isinstance(one, dict)]
+    return sorted(sections, key=_is_not_default)
+
+
+def _is_not_default(section: dict[str, Any]) -> bool:
+    return section.get("is_default") is not True
 
 
 def _expanded(text: str) -> str:
@@ -130,16 +110,12 @@ def _webui(root: Path) -> Folders:
 
 
 def _sdnext(root: Path) -> Folders:
-    config = root / "config.json"
-    models = [
-        json_path(config, "ckpt_dir"),
-        json_path(config, "diffusers_dir"),
-        Path("models/Stable-diffusion"),
-    ]
-    loras = [json_path(config, "lora_dir"), Path("models/Lora")]
+    models, diffusers, loras = (
+        json_path(root / "config.json", key) for key in ("ckpt_dir", "diffusers_dir", "lora_dir")
+    )
     return (
-        [root / path for path in (*models, Path("models/Diffusers")) if path is not None],
-        [root / path for path in loras if path is not None],
+        [root / path for path in (models, diffusers, "models/Stable-diffusion", "models/Diffusers") if path],
+        [root / path for path in (loras, "models/Lora") if path],
     )
 
 
@@ -149,7 +125,7 @@ def _comfy(root: Path) -> Folders:
     own = root / "models" / "loras"
     return (
         [root / "models" / "checkpoints", root / "models" / "diffusers", *models],
-        [*loras, own] if _defaults_first(file) else [own, *loras],
+        [own, *loras] if all(map(_is_not_default, _extra_sections(file))) else [*loras, own],
     )
 
 
@@ -161,43 +137,31 @@ def _invoke(root: Path) -> Folders:
     return [root / _expanded(folder)], [root / "autoimport" / "lora"]
 
 
-def _fooocus(root: Path) -> Folders:
-    return [root / "models" / "checkpoints"], [root / "models" / "loras"]
+def _fixed(models: str, loras: str) -> Callable[[Path], Folders]:
+    return lambda root: ([root / models], [root / loras])
 
 
-def _stability_matrix(root: Path) -> Folders:
-    return [root / "Models" / "StableDiffusion"], [root / "Models" / "Lora"]
-
-
-KINDS = (
-    ToolKind("Forge", (("webui.py", "modules_forge"),), _webui),
-    ToolKind("SD.Next", (("installer.py", "launch.py", "modules"),), _sdnext),
-    ToolKind("AUTOMATIC1111", (("webui.py", "modules", "models/Stable-diffusion"),), _webui),
-    ToolKind("Fooocus", (("fooocus_version.py", "models"),), _fooocus),
+KINDS: tuple[tuple[str, tuple[tuple[str, ...], ...], Callable[[Path], Folders]], ...] = (
+    ("Forge", (("webui.py", "modules_forge"),), _webui),
+    ("SD.Next", (("installer.py", "launch.py", "modules"),), _sdnext),
+    ("AUTOMATIC1111", (("webui.py", "modules", "models/Stable-diffusion"),), _webui),
+    ("Fooocus", (("fooocus_version.py", "models"),), _fixed("models/checkpoints", "models/loras")),
     # The desktop version keeps the user's models and nodes here, and its code elsewhere.
-    ToolKind("ComfyUI", (("main.py", "comfy", "models"), ("custom_nodes", "models/checkpoints")), _comfy),
-    ToolKind("InvokeAI", (("invokeai.yaml",), ("databases/invokeai.db", "models")), _invoke),
-    ToolKind("Stability Matrix", (("Models/StableDiffusion", "Packages"),), _stability_matrix),
+    ("ComfyUI", (("main.py", "comfy", "models"), ("custom_nodes", "models/checkpoints")), _comfy),
+    ("InvokeAI", (("invokeai.yaml",), ("databases/invokeai.db", "models")), _invoke),
+    (
+        "Stability Matrix",
+        (("Models/StableDiffusion", "Packages"),),
+        _fixed("Models/StableDiffusion", "Models/Lora"),
+    ),
 )
-"""The tools, the more special before those that they were made from."""
-
+"""Name, sets of paths below its root of which one set is all there, and from the root to its folders, whether
+they are there or not. The more special tools come before those that they were made from."""
 
 WORDS = (
-    "comfy",
-    "webui",
-    "forge",
-    "automatic",
-    "stable-diffusion",
-    "stable diffusion",
-    "stablediffusion",
-    "sdnext",
-    "sd.next",
-    "invoke",
-    "fooocus",
-    "stabilitymatrix",
-    "stability matrix",
-    "pinokio",
-)
+    "comfy", "webui", "forge", "automatic", "stable-diffusion", "stable diffusion", "stablediffusion",
+    "sdnext", "sd.next", "invoke", "fooocus", "stabilitymatrix", "stability matrix", "pinokio",
+)  # fmt: skip
 """A folder whose name holds one of these is looked into."""
 NESTED = ("webui", "ComfyUI", "app", "Data")
 """Where a download's folder keeps the tool itself."""
@@ -296,19 +260,16 @@ def find_tools(
 def recognise_tool(folder: Path) -> InstalledTool | None:
     """The tool that is installed in `folder` itself, if one is."""
     try:
-        kind = next((kind for kind in KINDS if _marked(folder, kind)), None)
-        if kind is None:
-            return None
-        models, loras = kind.folders(folder)
-        there = tuple(dict.fromkeys(path for path in models if path.is_dir()))
-        return InstalledTool(kind.name, folder, there, next((path for path in loras if path.is_dir()), None))
-    except OSError:
-        # A folder that may not be read is nobody's; the next one may.
-        return None
-
-
-def _marked(folder: Path, kind: ToolKind) -> bool:
-    return any(all((folder / name).exists() for name in names) for names in kind.markers)
+        for name, markers, folders in KINDS:
+            if any(all((folder / path).exists() for path in paths) for paths in markers):
+                models, loras = folders(folder)
+                there = tuple(dict.fromkeys(path for path in models if path.is_dir()))
+                return InstalledTool(
+                    name, folder, there, next((path for path in loras if path.is_dir()), None)
+                )
+    except OSError:  # A folder that may not be read is nobody's; the next one may.
+        pass
+    return None
 
 
 class _Search:
@@ -318,20 +279,20 @@ class _Search:
         self.ends_at = time.monotonic() + seconds
         self.entries_left = entries
 
+    def entries(self, folder: Path) -> list["os.DirEntry[str]"]:
+        """What is in `folder`; less where the search is over, nothing where it cannot be read."""
+        found: list[os.DirEntry[str]] = []
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                self.entries_left -= 1
+                if self.entries_left < 0 or time.monotonic() > self.ends_at:
+                    break
+                found.append(entry)
+        return found
+
     def children(self, folder: Path) -> list[Path]:
-        """The folders in `folder`, sorted; none where it cannot be read or the search is over."""
-        found = []
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    self.entries_left -= 1
-                    if self.entries_left < 0 or time.monotonic() > self.ends_at:
-                        break
-                    if not entry.name.startswith(".") and entry.is_dir():
-                        found.append(Path(entry.path))
-        except OSError:
-            return sorted(found)
-        return sorted(found)
+        """The folders in `folder` that are not hidden, sorted."""
+        return sorted(Path(entry.path) for entry in self.entries(folder) if _is_shown_folder(entry))
 
     def within(self, folder: Path) -> Iterator[Path]:
         """`folder`, and where downloads and managers keep the tool itself."""
@@ -357,6 +318,13 @@ class _Search:
             for child in self.children(place):
                 if any(word in child.name.lower() for word in WORDS):
                     yield from self.within(child)
+
+
+def _is_shown_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return not entry.name.startswith(".") and entry.is_dir()
+    except OSError:
+        return False
 
 
 def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float = MOST_SECONDS) -> list[Path]:
@@ -393,15 +361,11 @@ def list_base_files(tool: InstalledTool, most: int = MOST_FILES, seconds: float 
 def _large_files(folder: Path, search: _Search) -> dict[Path, float]:
     """Files of `folder` that are as large as bases are, with their times."""
     found = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            search.entries_left -= 1
-            if search.entries_left < 0 or time.monotonic() > search.ends_at:
-                break
-            if entry.name.lower().endswith((".safetensors", ".ckpt")) and entry.is_file():
-                status = entry.stat()
-                if status.st_size >= SMALLEST_BASE:
-                    found[Path(entry.path)] = status.st_mtime
+    for entry in search.entries(folder):
+        if entry.name.lower().endswith((".safetensors", ".ckpt")) and entry.is_file():
+            status = entry.stat()
+            if status.st_size >= SMALLEST_BASE:
+                found[Path(entry.path)] = status.st_mtime
     return found
 
 
@@ -476,72 +440,40 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
+    with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        # What went wrong above matters; that there is nothing to clean up does not.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
 
 
 MOST_KEPT = 24
 
 
 class RecentPaths:
-    """Three lists in one small file, the newest first; a broken file counts as empty."""
+    """Lists of paths in one small file, the newest first; a broken file counts as empty.
+
+    Kinds: "bases" that were chosen, "folders" of tools or models that the user added, "lora_folders" that
+    adapters were copied to.
+    """
 
     def __init__(self, file: Path) -> None:
         """Remember in `file`, which need not be there yet."""
-        self.file = file
-        self._lock = threading.RLock()
-        self._lists = self._read()
+        self._file = file
+        self._lock = threading.Lock()
+        self._lists: dict[str, list[str]] = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            for kind, paths in parse_json(file.read_bytes()).items():
+                if isinstance(paths, list):
+                    self._lists[kind] = [path for path in paths if isinstance(path, str)]
 
-    def _read(self) -> dict[str, list[str]]:
-        try:
-            found: Any = parse_json(self.file.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        if not isinstance(found, dict):
-            return {}
-        return {k: [x for x in v if isinstance(x, str)] for k, v in found.items() if isinstance(v, list)}
-
-    def bases(self) -> list[str]:
-        """Bases that were chosen before."""
-        return self._kept("bases")
-
-    def folders(self) -> list[Path]:
-        """Folders of tools or models that the user added."""
-        return [Path(name) for name in self._kept("folders")]
-
-    def lora_folders(self) -> list[Path]:
-        """Folders that LoRAs were copied to, the last one first."""
-        return [Path(name) for name in self._kept("lora_folders")]
-
-    def keep_base(self, name: str) -> None:
-        """Remember a base that was chosen."""
-        self._keep("bases", name)
-
-    def keep_folder(self, folder: Path) -> None:
-        """Remember a folder of a tool or of models."""
-        self._keep("folders", str(folder))
-
-    def keep_lora_folder(self, folder: Path) -> None:
-        """Remember where LoRAs go."""
-        self._keep("lora_folders", str(folder))
-
-    def _kept(self, kind: str) -> list[str]:
+    def read(self, kind: str) -> list[str]:
+        """The paths of a kind."""
         with self._lock:
             return list(self._lists.get(kind, []))
 
-    def _keep(self, kind: str, name: str) -> None:
+    def keep(self, kind: str, path: str) -> None:
+        """Put a path at the front of its kind."""
         with self._lock:
             before = self._lists.get(kind, [])
-            after = [name, *(other for other in before if other != name)][:MOST_KEPT]
+            after = [path, *(other for other in before if other != path)][:MOST_KEPT]
             if after != before:
                 self._lists[kind] = after
-                write_atomically(self.file, json.dumps(self._lists, indent=1, ensure_ascii=False).encode())
+                write_atomically(self._file, json.dumps(self._lists, indent=1, ensure_ascii=False).encode())

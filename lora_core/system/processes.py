@@ -1,8 +1,13 @@
-"""Detached child processes, pid files and stop signals.
+"""Our processes: detached children, pid files, stop signals, spinning threads, keeping the computer awake.
 
 Pids are reused, so a pid file holds the start time too, and both have to match. On Linux the start time is
 in ticks since boot, because psutil's time of day moves when the clock is set. Ctrl-C, SIGTERM and SIGHUP
 all mean: stop and keep the work.
+
+torch's threads wait for each other hundreds of times a step. libgomp lets them spin meanwhile, which is fast
+while each has a core of its own, and very slow beside any other program that computes. So only the process
+that the user waits for spins, for as long as most waits take; all others sleep soon. Figures:
+docs/decisions/speed.md.
 """
 
 import contextlib
@@ -34,6 +39,26 @@ TRAINER = (sys.executable, "-m", "lora_core", "resume")
 """The command that a run's path is appended to."""
 ACCEPTING = "--accept-changes"
 """Its option to go on although what the run follows from has changed."""
+INTERRUPTED = 130
+"""The exit code of a process that left on such a signal."""
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+_KEYS = ("SIGINT", "SIGBREAK")
+"""Signals sent from a keyboard."""
+VARIABLE = "GOMP_SPINCOUNT"
+SOON, AWHILE = "1000", "20000"
+"""Turns after which a waiting thread goes to sleep; libgomp's own are 300,000 and more."""
+COMPUTES, GIVES_WAY, SLEEPS = "computes", "gives way", "sleeps"
+"""Kinds of processes: one that the user waits for, which spins if it holds the lock; one that asks
+`others_spin` before each piece of work, and takes one thread where they do, which waits for nobody; any
+other, whose waiting threads sleep soon."""
+PATIENCE = 0.3
+"""Seconds to wait for the right: who only asks whether somebody has it holds it for a moment."""
+WHY = "A training run is going on"
+_CONTINUOUS, _SYSTEM_REQUIRED = 0x80000000, 0x00000001
+_SYSTEMD = Path("/run/systemd/system")
+"""There on machines that systemd runs, and nowhere else: sd_booted(3)."""
+
+_kept: list[FileLock] = []
 
 
 def detached() -> dict[str, Any]:
@@ -133,13 +158,6 @@ def log_tail(path: Path, lines: int) -> list[str]:
         return []
 
 
-INTERRUPTED = 130
-"""The exit code of a process that left on such a signal."""
-_ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-_KEYS = ("SIGINT", "SIGBREAK")
-"""Signals sent from a keyboard."""
-
-
 def _numbers(names: tuple[str, ...]) -> list[signal.Signals]:
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
@@ -166,13 +184,10 @@ def catch_signals(take: Callable[[int], None]) -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether a signal asked this process to end. A second Ctrl-C ends it at once.
+    """Whether a signal asked this process to end (`came`). A second Ctrl-C ends it at once.
 
     Only that one: closing a terminal sends SIGHUP from the shell and from the system, and whoever supervises
     a process may say SIGTERM twice.
-
-    Attributes:
-        came: whether one did.
     """
 
     def __init__(self) -> None:
@@ -228,27 +243,6 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-# Limits OpenMP spin-waiting: only one of our processes may spin at a time.
-#
-# torch's threads wait for each other hundreds of times a step. libgomp lets them spin meanwhile, which is
-# fast while each has a core of its own, and very slow beside any other program that computes. So the
-# process that the user waits for spins for as long as most waits take, and all others sleep soon. Figures:
-# docs/decisions/speed.md.
-
-
-VARIABLE = "GOMP_SPINCOUNT"
-SOON, AWHILE = "1000", "20000"
-"""Turns after which a waiting thread goes to sleep; libgomp's own are 300,000 and more."""
-COMPUTES, GIVES_WAY, SLEEPS = "computes", "gives way", "sleeps"
-"""Kinds of processes: one that the user waits for, which spins if it holds the lock; one that asks
-`others_spin` before each piece of work, and takes one thread where they do, which waits for nobody; any
-other, whose waiting threads sleep soon."""
-PATIENCE = 0.3
-"""Seconds to wait for the right: who only asks whether somebody has it holds it for a moment."""
-
-_kept: list[FileLock] = []
-
-
 def limit_spinning(kind: str) -> None:
     """Sets how long waiting threads spin, by the kind of this process.
 
@@ -265,12 +259,10 @@ def limit_spinning(kind: str) -> None:
     | 30,000 | 0.137 | 0.99 |
     | libgomp's own | 0.138 | 3.9 |
     """
-    if not _is_default():
+    if not sys.platform.startswith("linux") or os.environ.get(VARIABLE, SOON) not in (SOON, AWHILE):
         return
-    if kind == GIVES_WAY or (kind == COMPUTES and _may_spin()):
-        os.environ[VARIABLE] = AWHILE
-    else:
-        os.environ[VARIABLE] = SOON
+    spins = kind == GIVES_WAY or (kind == COMPUTES and _may_spin())
+    os.environ[VARIABLE] = AWHILE if spins else SOON
 
 
 def others_spin() -> bool:
@@ -284,10 +276,6 @@ def others_spin() -> bool:
         return True
     lock.release()
     return False
-
-
-def _is_default() -> bool:
-    return sys.platform.startswith("linux") and os.environ.get(VARIABLE, SOON) in (SOON, AWHILE)
 
 
 def _lock() -> FileLock:
@@ -323,39 +311,41 @@ def without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-# Keeps the computer awake during a run, by each system's own means.
-#
-# Best effort: where a system has no such means or refuses, the run continues as it would have.
-
-
-WHY = "A training run is going on"
-_CONTINUOUS, _SYSTEM_REQUIRED = 0x80000000, 0x00000001
-_SYSTEMD = Path("/run/systemd/system")
-"""There on machines that systemd runs, and nowhere else: sd_booted(3)."""
-
-
 @contextmanager
 def keep_awake(system: str = sys.platform) -> Iterator[None]:
     """The computer does not go to sleep by itself while the context is open; its screen may.
 
-    The process that holds it awake ends with this one, however this one ends.
+    Best effort: where a system has no means or refuses, nothing changes. The process that holds it awake ends
+    with this one, however this one ends.
     """
-    command = _command(system)
-    holder = None
+    command = _awake_command(system)
+    holder: subprocess.Popen[bytes] | None = None
     if system == "win32":
-        _windows(_CONTINUOUS | _SYSTEM_REQUIRED)
+        _set_execution_state(_CONTINUOUS | _SYSTEM_REQUIRED)
     elif command:
-        holder = _start(command)
+        with contextlib.suppress(OSError):
+            holder = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                # Ctrl-C is for the trainer, which still has work to save.
+                start_new_session=True,
+            )
     try:
         yield
     finally:
         if system == "win32":
-            _windows(_CONTINUOUS)
-        if holder is not None:
-            _end(holder)
+            _set_execution_state(_CONTINUOUS)
+        if holder:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                if holder.stdin is not None:
+                    holder.stdin.close()
+                holder.terminate()
+                holder.wait(5)
 
 
-def _command(system: str) -> list[str]:
+def _awake_command(system: str) -> list[str]:
     """The program that keeps this system awake, or [] where there is none."""
     if system == "darwin" and shutil.which("caffeinate"):
         return ["caffeinate", "-i", "-w", str(os.getpid())]
@@ -365,28 +355,7 @@ def _command(system: str) -> list[str]:
     return []
 
 
-def _start(command: list[str]) -> "subprocess.Popen[bytes] | None":
-    with contextlib.suppress(OSError):
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            # Ctrl-C is for the trainer, which still has work to save.
-            start_new_session=True,
-        )
-    return None
-
-
-def _end(holder: "subprocess.Popen[bytes]") -> None:
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        if holder.stdin is not None:
-            holder.stdin.close()
-        holder.terminate()
-        holder.wait(5)
-
-
-def _windows(state: int) -> None:
+def _set_execution_state(state: int) -> None:
     """SetThreadExecutionState of kernel32."""
     library: Any = getattr(ctypes, "windll", None)
     if library is not None:

@@ -432,7 +432,7 @@ def _tool_folder(name: str, workspace: Path) -> Path:
 
     there = [
         tool
-        for tool in find_tools(RecentPaths(workspace / "places.json").folders())
+        for tool in find_tools(map(Path, RecentPaths(workspace / "places.json").read("folders")))
         if tool.loras is not None
     ]
     for tool in there:

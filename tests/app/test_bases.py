@@ -105,7 +105,7 @@ def test_a_large_base_brings_its_starting_values(app_state: AppState, tmp_path: 
     _, back = choose(app_state, str(one))
     assert back["optimizer.text_encoder_lr"] == 5e-5
     assert "starts with" not in base_note(take_snapshot(app_state))
-    assert app_state.places.bases() == [str(one), str(xl)]
+    assert app_state.places.read("bases") == [str(one), str(xl)]
 
 
 def test_the_demo_s_preset_is_for_the_embedded_base_alone(app_state: AppState, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_refused_base_stands_in_the_way(app_state: AppState, tmp_path: Path) -
     assert "Fix the base model first: the reason is below its name." in blockers(snapshot)
     assert 'class="problem"' in base_note(snapshot)
     assert "<b>" not in base_note(snapshot)
-    assert app_state.places.bases() == []
+    assert app_state.places.read("bases") == []
 
 
 def test_a_folder_full_of_bases_is_remembered_and_offered(app_state: AppState, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_folder_full_of_bases_is_remembered_and_offered(app_state: AppState, t
     said, values = choose(app_state, str(folder))
     assert "1 model found" in said
     assert values["model.base"] == "demo"
-    assert app_state.places.folders() == [folder]
+    assert app_state.places.read("folders") == [str(folder)]
     assert ("my bases: sub/one.safetensors", str(file)) in base_choices(app_state)
 
 
@@ -145,9 +145,9 @@ def test_the_list_names_each_base_once(app_state: AppState, tmp_path: Path) -> N
     app_state.tools = OtherTools(app_state.places, lambda extra: tools)
     app_state.tools.look(wait=True)
     assert base_choices(app_state)[1:] == [("ComfyUI: one.safetensors", str(file))]
-    app_state.places.keep_base(str(file))
-    app_state.places.keep_base(str(tmp_path / "gone.safetensors"))
-    app_state.places.keep_base(str(checkpoint(tmp_path / "two.safetensors", "sd15")))
+    app_state.places.keep("bases", str(file))
+    app_state.places.keep("bases", str(tmp_path / "gone.safetensors"))
+    app_state.places.keep("bases", str(checkpoint(tmp_path / "two.safetensors", "sd15")))
     assert [words for words, _ in base_choices(app_state)[1:]] == [
         "two.safetensors",
         "ComfyUI: one.safetensors",
@@ -157,15 +157,15 @@ def test_the_list_names_each_base_once(app_state: AppState, tmp_path: Path) -> N
 def test_places_survive_and_a_broken_file_counts_as_empty(tmp_path: Path) -> None:
     places = RecentPaths(tmp_path / "places.json")
     for index in range(40):
-        places.keep_base(f"/ä/{index}")
-    places.keep_lora_folder(tmp_path / "loras")
+        places.keep("bases", f"/ä/{index}")
+    places.keep("lora_folders", str(tmp_path / "loras"))
     again = RecentPaths(tmp_path / "places.json")
-    assert again.bases()[:2] == ["/ä/39", "/ä/38"]
-    assert len(again.bases()) == 24
-    assert again.lora_folders() == [tmp_path / "loras"]
+    assert again.read("bases")[:2] == ["/ä/39", "/ä/38"]
+    assert len(again.read("bases")) == 24
+    assert again.read("lora_folders") == [str(tmp_path / "loras")]
     for text in ("{", "[]", '{"bases": [1, {}], "folders": "x"}'):
         (tmp_path / "places.json").write_text(text)
-        assert RecentPaths(tmp_path / "places.json").bases() == []
+        assert RecentPaths(tmp_path / "places.json").read("bases") == []
 
 
 def test_a_search_that_fails_leaves_the_last_result(tmp_path: Path) -> None:

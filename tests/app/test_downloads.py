@@ -55,7 +55,7 @@ def test_the_size_is_said_and_nothing_is_fetched_unasked(app_state: AppState, hu
     assert "The base model is not on this computer yet; download it, below its name." in blockers(snapshot)
     assert not any("owner/base" in note for note in notes(snapshot))
     assert 'class="problem"' not in base_note(snapshot)
-    assert snapshot.app_state.places.bases() == []
+    assert snapshot.app_state.places.read("bases") == []
 
 
 def test_it_arrives_with_its_starting_values(app_state: AppState, hub: Hub) -> None:
@@ -81,7 +81,7 @@ def test_it_arrives_with_its_starting_values(app_state: AppState, hub: Hub) -> N
     assert snapshot.plan.config == snapshot.plan.preset.changed(
         {name: snapshot.plan.config.get(name) for name in ("model.base", "dataset.path")}
     )
-    assert app_state.places.bases() == ["owner/base"]
+    assert app_state.places.read("bases") == ["owner/base"]
 
 
 def test_cancelled_and_continued(app_state: AppState, hub: Hub) -> None:

@@ -185,7 +185,7 @@ def test_folders_of_tools_and_folders_used_before_are_offered(
     app_state.tools = OtherTools(app_state.places, lambda extra: tools)
     app_state.tools.look(wait=True)
     for folder in (loras, own, tmp_path / "gone"):
-        app_state.places.keep_lora_folder(folder)
+        app_state.places.keep("lora_folders", str(folder))
     assert folder_choices(app_state) == [(f"ComfyUI: {loras}", str(loras)), (str(own), str(own))]
 
 

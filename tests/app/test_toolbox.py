@@ -181,7 +181,7 @@ def test_a_base_with_files_in_it_is_offered_as_a_base(
     shown = ended(client)["html"]
     assert "base-mine" in shown
     assert "/easel/made/" not in shown
-    assert app_state.places.bases() == [str(out)]
+    assert app_state.places.read("bases") == [str(out)]
     out.rename(out.with_name("base-mine-2"))
     monkeypatch.setattr("app.toolbox.tools.free_bytes", lambda path: 1000)
     assert "A copy of the base takes" in say(client, "toolbox/start", tool="into-base", **sent)["problem"]
