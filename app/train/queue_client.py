@@ -16,8 +16,6 @@ from lora_core.runs.queue import (
     Queue,
     QueuedRun,
     ensure_runner,
-    pause_queue,
-    resume_queue,
 )
 from lora_core.settings.config import RunConfig
 
@@ -33,7 +31,8 @@ class QueueClient:
         self._lock = threading.Lock()
         # A queue that cannot be read says so where it is shown.
         with contextlib.suppress(RunError, OSError):
-            resume_queue(workspace)
+            if self.queue.is_enabled():
+                ensure_runner(workspace)
 
     def jobs(self) -> list[QueuedRun]:
         """What waits, runs or is paused, in order.
@@ -72,14 +71,6 @@ class QueueClient:
                     self.queue.update(dataclasses.replace(job, state=WAITING, reason=""))
             ensure_runner(self.workspace)
 
-    def pause(self) -> None:
-        """Pause the queue: the run in hand is paused and waits again.
-
-        Raises:
-            RunError: the queue cannot be written.
-        """
-        pause_queue(self.workspace)
-
     def move(self, name: str, by: int) -> None:
         """Move a waiting job up or down.
 
@@ -114,7 +105,7 @@ class QueueClient:
             "down": lambda: self.move(name, 1),
             "remove": lambda: self.remove(name),
             "start": self.start,
-            "pause": self.pause,
+            "pause": lambda: self.queue.set_enabled(False),
         }
         if action not in actions:
             raise RunError("The queue knows no such action.")

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import tomli_w
@@ -31,10 +31,10 @@ from lora_core.model_files.header import read_header
 from lora_core.runs.events import read_events
 from lora_core.runs.folder import RunFolder
 from lora_core.runs.progress import Progress
+from lora_core.settings.config import FIELDS
 from lora_core.system.files import ASSETS, check_fields, file_bytes, parse_json, write_atomically
 from lora_core.system.processes import log_tail
 
-GIGABYTE = 1e9
 LESS_MEMORY = "lower train.batch_size or train.resolution, or set train.gradient_checkpointing"
 NEARLY_FULL = 0.1
 """A kill is put down to full memory where less than this share was free."""
@@ -54,7 +54,6 @@ PATH = re.compile(r"""(?:[A-Za-z]:)?(?:[\\/][^\\/\s"'<>|:*?,;()]+){2,}[\\/]?""")
 TAIL = r"""((?:[\\/][^"'<>\n:]*)?[\\/][^\\/\s"'<>|:*?,;()]*)?"""
 """What may follow a known folder: names with spaces too, up to the last separator of the line."""
 OURS = ("<run>", "<app>", "<python>")
-WRITTEN = ("dataset.trigger", "sample.prompts", "name")
 PACKAGES = ("lora-easel", "torch", "diffusers", "transformers", "gradio", "safetensors")
 
 
@@ -92,8 +91,7 @@ class ExitRecord:
         )
 
 
-@dataclass(frozen=True)
-class Crash:
+class Crash(NamedTuple):
     """Why a run broke off or failed: a sentence, "" where it did neither; its cause as in `events.Failed`."""
 
     reason: str = ""
@@ -144,11 +142,6 @@ def read_exit(run: RunFolder) -> ExitRecord | None:
     except (OSError, ValueError, TypeError):
         return None
     return found if found.written == file_bytes(run.events_file) else None
-
-
-def crash_reason(run: RunFolder) -> str:
-    """Why a run broke off or failed, in a sentence; "" where it did neither."""
-    return find_crash(run).reason
 
 
 def find_crash(run: RunFolder) -> Crash:
@@ -206,11 +199,7 @@ def _where(progress: Progress) -> str:
 
 def _last_lines(run: RunFolder, ended: ExitRecord | None) -> list[str]:
     """What the last process wrote to the log; without a record of its start, the log's end."""
-    lines = log_tail(run.log_file, CRASH_LINES)
-    if ended is not None:
-        with contextlib.suppress(OSError), open(run.log_file, "rb") as file:
-            file.seek(max(ended.log, file_bytes(run.log_file) - 200 * CRASH_LINES))
-            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    lines = log_tail(run.log_file, CRASH_LINES, ended.log if ended else 0)
     return [line for line in (re.sub(r"\x1b\[[0-9;]*K|\r", "", line).rstrip() for line in lines) if line]
 
 
@@ -235,25 +224,23 @@ def _from_traceback(lines: list[str], progress: Progress, are_its_own: bool) -> 
 def _from_code(ended: ExitRecord | None, progress: Progress) -> Crash | None:
     if ended is None or ended.code in (0, 1, 130):
         return None
-    where, name = _where(progress), _signal_name(ended.code)
-    if ended.code & 0xFFFFFFFF in NO_MEMORY_CODES:
+    where, name, code = _where(progress), _signal_name(ended.code), ended.code & 0xFFFFFFFF
+    if code in NO_MEMORY_CODES:
         return Crash(f"Its process ran out of memory {where}; {LESS_MEMORY}.", OutOfMemory.cause)
-    if name == "SIGKILL":
-        held = (
-            f": it held {ended.held / GIGABYTE:.1f} of {ended.total / GIGABYTE:.1f} GB" if ended.held else ""
+    if name == "SIGKILL" and (ended.kills or ended.out_of_memory):
+        who = (
+            f"The system killed its process {where} because"
+            if ended.kills
+            else f"Its process was killed {where}, probably because"
         )
-        if ended.kills:
-            reason = f"The system killed its process {where} because memory ran out{held}; {LESS_MEMORY}."
-            return Crash(reason, OutOfMemory.cause)
-        if ended.out_of_memory:
-            reason = f"Its process was killed {where}, probably because memory ran out{held}; {LESS_MEMORY}."
-            return Crash(reason, OutOfMemory.cause)
+        held = f": it held {ended.held / 1e9:.1f} of {ended.total / 1e9:.1f} GB" if ended.held else ""
+        return Crash(f"{who} memory ran out{held}; {LESS_MEMORY}.", OutOfMemory.cause)
+    if name == "SIGKILL":
         return Crash(f"Its process was killed {where} (signal 9), by a person or by another program.")
-    if name in NATIVE_SIGNALS or ended.code & 0xFFFFFFFF in NATIVE_CODES:
-        what = name or f"code {ended.code & 0xFFFFFFFF:#x}"
+    if name in NATIVE_SIGNALS or code in NATIVE_CODES:
         return Crash(
-            f"Its process crashed {where} in compiled code ({what}), which points to a graphics driver or a"
-            " package; bring them up to date and resume."
+            f"Its process crashed {where} in compiled code ({name or f'code {code:#x}'}), which points to a"
+            " graphics driver or a package; bring them up to date and resume."
         )
     how = f"was ended by the signal {name}" if name else f"ended with code {ended.code}"
     return Crash(f"Its process {how} {where}.")
@@ -359,10 +346,11 @@ def _known_words(run: RunFolder, workspace: Path) -> list[tuple[str, str]]:
     pairs += [(socket.gethostname(), "<computer>"), (run.name, "<run name>")]
     config = run.config_or_none()
     if config is not None:
-        for name in ("dataset.path", "model.base", "model.vae", "adapter.init"):
-            text = str(config.get(name))
-            if _is_path(text):
-                pairs += [(form, f"<{name}>") for form in _json_forms(text)]
+        for name in FIELDS:
+            value = config.get(name)
+            if isinstance(value, str) and _is_path(value):
+                instead = f"<{name}>{PureWindowsPath(value).suffix}"
+                pairs += [(form, instead) for form in _json_forms(value)]
         pairs.append((config.dataset.trigger, "<trigger>"))
         pairs += [(prompt, "<prompt>") for prompt in config.sample.prompts]
     progress = run.progress()
@@ -394,25 +382,14 @@ def _is_path(text: str) -> bool:
 
 
 def _settings(run: RunFolder) -> str:
-    """The settings, paths cut down to a suffix and what a user wrote left out."""
+    """The settings, without what a user wrote; paths are taken out with all others."""
     config = run.config_or_none()
     if config is None:
         return ""
     values = config.to_dict()
-    for name in WRITTEN:
-        section, _, key = name.rpartition(".")
-        table = values[section] if section else values
-        is_list = isinstance(table[key], list)
-        table[key] = [f"<prompt {number}>" for number, _ in enumerate(table[key], 1)] if is_list else ""
-    return tomli_w.dumps(_without_paths(values))
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, str) and _is_path(value):
-        return f"<path>{PureWindowsPath(value).suffix}"
-    return value
+    values["name"] = values["dataset"]["trigger"] = ""
+    values["sample"]["prompts"] = [f"<prompt {n}>" for n, _ in enumerate(config.sample.prompts, 1)]
+    return tomli_w.dumps(values)
 
 
 def _events(run: RunFolder) -> str:

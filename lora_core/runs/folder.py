@@ -11,21 +11,19 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from lora_core.errors import ConfigError, RunError
 from lora_core.runs.events import open_for_append, read_events, write_line
 from lora_core.runs.progress import Progress
 from lora_core.settings.config import RETIRED, RunConfig, flattened, in_short, load_toml, retired, to_toml
 from lora_core.system.files import clear_abandoned, is_device, parse_json, workspace, write_atomically
-from lora_core.system.processes import live_process, pid_file
+from lora_core.system.processes import hold_lock, live_process
 
 REQUESTS = ("stop", "pause", "save", "preview", "resume")
 
@@ -231,29 +229,14 @@ class RunFolder:
                 continue
         return found
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self) -> AbstractContextManager[None]:
         """Hold the run's lock and say who holds it; this process is the trainer while the context is open.
 
         Raises:
             RunError: another process is training this run, or the folder cannot be written.
         """
-        lock = FileLock(self.lock_file)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(
-                f"The run {self.name} is being trained by another process; stop or pause it first."
-            ) from error
-        except OSError as error:
-            raise RunError(
-                f"The run folder {self.path} cannot be written: {error.strerror or error}."
-            ) from error
-        try:
-            with pid_file(self.process_file):
-                yield
-        finally:
-            lock.release()
+        busy = f"The run {self.name} is being trained by another process; stop or pause it first."
+        return hold_lock(self.lock_file, self.process_file, busy)
 
     def live_process(self) -> psutil.Process | None:
         """The trainer, if it lives. Pids are reused, so the start time must agree too."""

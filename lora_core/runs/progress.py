@@ -1,4 +1,7 @@
-"""The state of a run, folded from its events: where it is, how fast, how good."""
+"""The state of a run, folded from its events: where it is, how fast, how good.
+
+What its validations mean is worded here for command line, report and window.
+"""
 
 import itertools
 import math
@@ -11,6 +14,12 @@ from lora_core.runs.events import Validated
 LONGEST_GAP = 600.0
 """Seconds between two steps beyond which the run was paused or broken off."""
 PACE_STEPS = 200
+SURE = 2.0
+"""Standard errors beyond which a difference counts."""
+MEMORIZED = 0.25
+"""Share of the gain on training images; where less is missing on others, that is usual."""
+A_LITTLE = 0.1
+"""Share of the gain; forgetting less is hardly seen."""
 
 
 @dataclass
@@ -148,19 +157,6 @@ def smooth(values: list[float], memory: float = 50.0) -> list[float]:
             weight = decay * weight + 1.0
         curve.append(total / weight if weight else math.nan)
     return curve
-
-
-# What the validations of a run mean, in sentences: gain, memorization, forgetting.
-#
-# Command line, report and window ask here, so that they say the same.
-
-
-SURE = 2.0
-"""Standard errors beyond which a difference counts."""
-MEMORIZED = 0.25
-"""Share of the gain on training images; where less is missing on others, that is usual."""
-A_LITTLE = 0.1
-"""Share of the gain; forgetting less is hardly seen."""
 
 
 def verdict(validations: Sequence[Validated]) -> str:

@@ -5,6 +5,11 @@ connection of its own, so that no change is lost, a kill leaves the state before
 share nothing. The table keeps the order and what the runner saw; whether a run goes on is read from its run
 folder. WAL lets readers and a writer work side by side but needs memory that all of them share, so a
 workspace on a network drive uses SQLite's rollback journal.
+
+The runner is the one process that starts the jobs, as children. It outlives the window, and its children
+outlive it: a killed runner leaves its trainer running, and the next runner waits for that one before it
+starts another. A job whose process died without an event (killed, or the machine went down) is started again
+from its last checkpoint, once; one that failed with a reason is not, since it would fail again.
 """
 
 import contextlib
@@ -22,20 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock, Timeout
 
 from lora_core.errors import RunError
-from lora_core.runs.diagnosis import ExitRecorder, crash_reason, last_log_sentence
+from lora_core.runs.diagnosis import ExitRecorder, find_crash, last_log_sentence
 from lora_core.runs.events import warn_on_stderr
 from lora_core.runs.folder import RunFolder, all_runs, runs_folder
-from lora_core.runs.notifications import notify_end
 from lora_core.system.files import check_fields, file_bytes, is_network_drive, parse_json
 from lora_core.system.processes import (
     INTERRUPTED,
     TRAINER,
     catch_signals,
+    hold_lock,
     live_process,
-    pid_file,
     start_detached,
 )
 
@@ -57,6 +60,18 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE TABLE IF NOT EXISTS runner (enabled INTEGER NOT NULL);
 """
 VERSION = 1
+DIED = "died"
+RESTARTS = 1
+"""How often a job whose process died is started again."""
+TICK = 0.25
+"""Seconds between two polls of a child."""
+LOOK = 1.0
+"""Seconds between two samples of its memory, and checks whether the queue was paused."""
+HANDOVER = 5.0
+"""Seconds that a runner which is about to end gets to do so."""
+
+_children: dict[Path, "subprocess.Popen[bytes]"] = {}
+"""Runners that this process started, by workspace; kept so that they are reaped when they end."""
 
 
 @dataclass(frozen=True)
@@ -371,28 +386,6 @@ def _problem(error: sqlite3.Error) -> str:
     return f"cannot be written: {error}; make room or give the right to write there."
 
 
-# The runner of a queue: the one process that starts its jobs, one after another, as children.
-#
-# It outlives the window, and its children outlive it: a killed runner leaves its trainer running, and the
-# next runner waits for that one before it starts another. A job whose process died without an event
-# (killed, or the machine went down) is started again from its last checkpoint, once; one that failed with a
-# reason is not, since it would fail again.
-
-
-DIED = "died"
-RESTARTS = 1
-"""How often a job whose process died is started again."""
-TICK = 0.25
-"""Seconds between two polls of a child."""
-LOOK = 1.0
-"""Seconds between two samples of its memory, and checks whether the queue was paused."""
-HANDOVER = 5.0
-"""Seconds that a runner which is about to end gets to do so."""
-
-_children: dict[Path, "subprocess.Popen[bytes]"] = {}
-"""Runners that this process started, by workspace; kept so that they are reaped when they end."""
-
-
 def ensure_runner(workspace: Path) -> bool:
     """Start a detached runner if jobs wait and there is none; whether one was started.
 
@@ -412,24 +405,6 @@ def ensure_runner(workspace: Path) -> bool:
     return True
 
 
-def pause_queue(workspace: Path) -> None:
-    """End the runner of a queue: it pauses its run, which waits again.
-
-    Raises:
-        RunError: the queue cannot be written.
-    """
-    Queue(workspace).set_enabled(False)
-
-
-def resume_queue(workspace: Path) -> bool:
-    """Go on with a queue that ran when the machine or its runner went down; whether it did.
-
-    Raises:
-        RunError: the queue cannot be read.
-    """
-    return Queue(workspace).is_enabled() and ensure_runner(workspace)
-
-
 def run_queue(
     workspace: Path, say: Callable[[str], None], trainer: tuple[str, ...] = TRAINER
 ) -> tuple[list[QueuedRun], bool]:
@@ -441,39 +416,22 @@ def run_queue(
         trainer: the command that a run's path is appended to.
 
     Returns:
-        The jobs that ended, in order, and whether a signal or `pause_queue` ended the work before its time.
+        The jobs that ended, in order, and whether a signal or a pause ended the work before its time.
 
     Raises:
         RunError: another process runs it already, or the queue cannot be read or written.
     """
     queue = Queue(workspace)
-    with _claimed(queue):
+    other = queue.runner()
+    pid = f" ({other.pid})" if other else ""
+    busy = f"The queue of {workspace} is being worked through by another process{pid} already."
+    if other is not None:
+        raise RunError(busy)
+    with hold_lock(queue.lock_file, queue.process_file, busy, HANDOVER):
         runner = _Runner(queue, say, trainer)
         with catch_signals(runner.on_signal):
             runner.work()
         return runner.ended, runner.must_end
-
-
-@contextmanager
-def _claimed(queue: Queue) -> Iterator[None]:
-    other = queue.runner()
-    lock = FileLock(queue.lock_file)
-    try:
-        if other is not None:
-            raise Timeout(str(queue.lock_file))
-        lock.acquire(timeout=HANDOVER)
-    except Timeout as error:
-        pid = f" ({other.pid})" if other else ""
-        raise RunError(
-            f"The queue of {queue.workspace} is being worked through by another process{pid} already."
-        ) from error
-    except OSError as error:
-        raise RunError(f"{queue.lock_file} cannot be written: {error.strerror or error}.") from error
-    try:
-        with pid_file(queue.process_file):
-            yield
-    finally:
-        lock.release()
 
 
 class _Runner:
@@ -547,6 +505,8 @@ class _Runner:
             self._queue.update(job)
             self._say(f"{job.run}: {reason} It is started again.")
         if state == DIED:
+            from lora_core.runs.notifications import notify_end
+
             note = notify_end(run, self._queue.workspace, reason)
             if note:
                 self._say(note)
@@ -605,14 +565,14 @@ class _Runner:
             # Another process was quicker by a moment, and the child refused.
             if not self._wait_for_run(run):
                 return DIED, ""
-            return self._outcome_elsewhere(run, 0) or (DIED, crash_reason(run))
+            return self._outcome_elsewhere(run, 0) or (DIED, find_crash(run).reason)
         progress = run.progress()
         status = run.status(progress)
         if code == 0 and status in (DONE, PAUSED, STOPPED):
             return status, ""
         if file_bytes(run.events_file) > events_before and status in (DONE, PAUSED, STOPPED, FAILED):
             return status, progress.reason or (last_log_sentence(run) if code == 1 else "")
-        return (FAILED if code == 1 else DIED), crash_reason(run)
+        return (FAILED if code == 1 else DIED), find_crash(run).reason
 
 
 def _ask_to_pause(run: RunFolder) -> None:

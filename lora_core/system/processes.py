@@ -119,6 +119,27 @@ def pid_file(file: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
+@contextmanager
+def hold_lock(lock_file: Path, process_file: Path, busy: str, timeout: float = 0.0) -> Iterator[None]:
+    """While the context is open, this process holds a lock, and `process_file` names it.
+
+    Raises:
+        RunError: another process holds it, which `busy` says, or the folder cannot be written.
+    """
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise RunError(busy) from error
+    except OSError as error:
+        raise RunError(f"{lock_file} cannot be written: {error.strerror or error}.") from error
+    try:
+        with pid_file(process_file):
+            yield
+    finally:
+        lock.release()
+
+
 def live_process(file: Path) -> psutil.Process | None:
     """The process that `file` names, if it lives."""
     try:
@@ -147,12 +168,11 @@ def _ticks(pid: int) -> str:
         return ""
 
 
-def log_tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a log, read from its end so that its size does not matter."""
+def log_tail(path: Path, lines: int, start: int = 0) -> list[str]:
+    """The last lines of a log from byte `start` on, read from its end so that its size does not matter."""
     try:
         with open(path, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 200 * lines))
+            file.seek(max(start, file.seek(0, os.SEEK_END) - 200 * lines))
             return file.read().decode("utf-8", errors="replace").splitlines()[-lines:]
     except OSError:
         return []

@@ -231,13 +231,13 @@ def runs(workspace: File | None = None) -> list[dict[str, Any]]:
     Returns:
         name, path, status, step, steps, loss, best_step and reason of each.
     """
-    from lora_core.runs.diagnosis import crash_reason
+    from lora_core.runs.diagnosis import find_crash
     from lora_core.runs.folder import all_runs
 
     found = []
     for run in all_runs(workspace_folder(workspace)):
         row = run.summary()
-        found.append(row | {"reason": crash_reason(run)} if row["status"] == "interrupted" else row)
+        found.append(row | {"reason": find_crash(run).reason} if row["status"] == "interrupted" else row)
     return found
 
 
@@ -353,9 +353,9 @@ def queue_run(workspace: File | None = None, said: Callable[[str], None] | None 
 @verb
 def queue_pause(workspace: File | None = None) -> None:
     """Stop working through the queue; the run in hand is paused and waits again."""
-    from lora_core.runs.queue import pause_queue
+    from lora_core.runs.queue import Queue
 
-    pause_queue(workspace_folder(workspace))
+    Queue(workspace_folder(workspace)).set_enabled(False)
 
 
 @verb

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_core.runs import diagnosis, events
-from lora_core.runs.diagnosis import ExitRecorder, crash_reason, exit_file, find_crash, read_exit, resume_step
+from lora_core.runs.diagnosis import ExitRecorder, exit_file, find_crash, read_exit, resume_step
 from lora_core.runs.events import EventWriter
 from lora_core.runs.folder import RunFolder, runs_folder
 from lora_core.settings.config import RunConfig
@@ -86,29 +86,29 @@ def ended(run: RunFolder, code: str) -> None:
 )  # fmt: skip
 def test_what_is_said(run: RunFolder, code: str, sentence: str) -> None:
     ended(run, code)
-    assert re.fullmatch(sentence, crash_reason(run)), crash_reason(run)
+    assert re.fullmatch(sentence, find_crash(run).reason), find_crash(run).reason
 
 
 def test_an_earlier_end_is_not_mistaken_for_the_last(run: RunFolder) -> None:
-    assert crash_reason(run) == ""  # never started
+    assert find_crash(run).reason == ""  # never started
     ended(run, "start(); {}['weights']")
     ended(run, "start(); os._exit(7)")
-    assert crash_reason(run) == "Its process ended with code 7 at step 8."
+    assert find_crash(run).reason == "Its process ended with code 7 at step 8."
     ended(run, "start(); writer.write(events.Failed(step=8, reason='The first.')); sys.exit(1)")
     ended(run, "sys.exit('The second.')")
-    assert crash_reason(run) == "The second."
+    assert find_crash(run).reason == "The second."
     # Somebody trains it by hand, and nobody watches: the note of the last exit is old.
     writer = EventWriter(run.events_file)
     writer.write(events.Started(steps=9, pid=1, device="cpu", threads=1, versions={}))
     writer.close()
     assert read_exit(run) is None
-    assert crash_reason(run).startswith("Its process ended before its first step without saying why")
+    assert find_crash(run).reason.startswith("Its process ended before its first step without saying why")
 
 
 def test_a_live_run_has_not_crashed(run: RunFolder) -> None:
     ended(run, "start(); os._exit(7)")
     with run.hold():
-        assert crash_reason(run) == ""
+        assert find_crash(run).reason == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -128,8 +128,8 @@ def test_who_killed_it(run: RunFolder, held: float, free: float, kills: int, wor
     assert 0 < note["held"] < note["total"] == psutil.virtual_memory().total
     note |= {"held": int(held * 1e9), "free": int(free * 1e9), "total": int(16e9), "kills": kills}
     exit_file(run).write_text(json.dumps(note))
-    assert words in crash_reason(run)
-    assert ("train.batch_size" in crash_reason(run)) == ("memory" in words)
+    assert words in find_crash(run).reason
+    assert ("train.batch_size" in find_crash(run).reason) == ("memory" in words)
     assert find_crash(run).cause == ("out_of_memory" if "memory" in words else "")
 
 
@@ -142,7 +142,7 @@ def test_windows_codes(run: RunFolder) -> None:
         ended(run, "start()")
         note = json.loads(exit_file(run).read_text())
         exit_file(run).write_text(json.dumps(note | {"code": code}))
-        assert words in crash_reason(run)
+        assert words in find_crash(run).reason
 
 
 def test_the_machine_went_down(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,10 +151,10 @@ def test_the_machine_went_down(run: RunFolder, monkeypatch: pytest.MonkeyPatch) 
     writer.write(events.StepDone(time=1001.0, step=5, loss=1.0, lr=1.0, seconds=0.1))
     writer.close()
     monkeypatch.setattr(diagnosis.psutil, "boot_time", lambda: 2000.0)
-    assert crash_reason(run) == "The computer was shut down or lost power while the run was at step 5."
+    assert find_crash(run).reason == "The computer was shut down or lost power while the run was at step 5."
     monkeypatch.setattr(diagnosis.psutil, "boot_time", lambda: 500.0)
     run.log_file.write_text("step 5 of 9\nKilled\n")
-    assert crash_reason(run) == "Its process ended at step 5 without saying why; its last words: Killed."
+    assert find_crash(run).reason == "Its process ended at step 5 without saying why; its last words: Killed."
 
 
 def test_the_step_that_a_resume_begins_with(run: RunFolder) -> None:

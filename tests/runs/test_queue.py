@@ -26,14 +26,19 @@ from lora_core.runs.queue import (
     Queue,
     QueuedRun,
     ensure_runner,
-    pause_queue,
-    resume_queue,
     run_queue,
 )
 from lora_core.settings.config import RunConfig
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def resume_queue(home: Path) -> bool:
+    """As the window does when it opens."""
+    return Queue(home).is_enabled() and ensure_runner(home)
+
+
 TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -402,7 +407,7 @@ def test_a_paused_queue_keeps_the_work_and_is_not_resumed(home: Path, trainer: t
     queue = queued(home, "waits-1", "ok-2")
     with runner(home, trainer) as process:
         wait_for(lambda: queue.run("waits-1").progress().step == 1)
-        pause_queue(home)
+        Queue(home).set_enabled(False)
         assert process.wait(PATIENCE) == 130
     assert queue.run("waits-1").status() == "paused"
     assert states(queue) == {"waits-1": "waiting", "ok-2": "waiting"}
