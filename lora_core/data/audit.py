@@ -1,4 +1,7 @@
-"""Predicts from pixels and captions, without a model, what training will pick up beside the subject.
+"""Finds what is wrong with a dataset, and what training will pick up beside the subject.
+
+Findings are advice, from pixels and captions, without a model. Thresholds let a sharp photo, a flat drawing
+and a short caption pass, and each finding says what to do about it.
 
 A LoRA learns what its captions do not explain. An attribute that most images share goes to the trigger word
 unless captions name it, and a word in all captions cannot be told from the trigger. Attributes are the few
@@ -7,6 +10,7 @@ composition. Thresholds are strict: a missed attribute costs nothing, a reported
 """
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -47,6 +51,41 @@ _ALSO = {
     "orange": "amber sepia", "yellow": "golden gold", "red": "crimson scarlet", "green": "lime emerald",
 }  # fmt: skip
 
+_BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")
+_FEWEST, _FEWEST_ODD = 3, 4
+_MOSTLY = 0.75
+MAJORITY = 0.6
+"""The share of the pictures that is most of them."""
+MIN_IMAGES = 5
+"""With fewer images common attributes are not reported."""
+OVERREPRESENTED = 2.0
+"""A picture with so many times an even share of the steps is named."""
+_FEW, _NEARLY_ALL = 0.25, 0.75
+_ALL_CAPTIONS = 0.8
+_MOST_WORDS = 8
+_WORD = re.compile(r"[^\W\d_][\w&'-]+")
+_SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their very"
+STOP_WORDS = frozenset(_SMALL.split())
+"""Words that say nothing of a picture."""
+TOKENS_READ = 75
+# The steepest edges of a picture rise by this share of its contrast from one pixel to the next, or it is
+# blurred. Photos measured at 0.2 to 0.7, blurred by 3 pixels at 0.07 to 0.1, flat drawings above both.
+_SHARP = 0.1
+_FLAT = 8.0
+_COMMON_SHARE = 0.8
+_FEWEST_CAPTIONS = 5
+_LONGEST_PHRASE = 6
+_THREADS = 4
+# Any of these in a caption says that a picture has the attribute.
+_GREY_WORDS = "monochrome greyscale grayscale black-and-white b&w bw grey gray sketch pencil ink lineart"
+_VIVID_WORDS = "vivid saturated colorful colourful bright vibrant neon"
+_DARK_WORDS = "dark night dim shadow shadows low-key black evening"
+_BRIGHT_WORDS = "bright light high-key sunny white pale overexposed"
+_COMPOSITION_WORDS = (
+    "centered centred centre center close-up closeup portrait headshot profile front side above full-body"
+    " middle symmetrical"
+)
+
 
 @dataclass(frozen=True)
 class Attribute:
@@ -76,31 +115,24 @@ def find_attributes(thumbs: Sequence[np.ndarray]) -> dict[Attribute, list[int]]:
             found.setdefault(attribute, []).append(index)
     same = _same_composition(thumbs)
     if same:
-        words = "centered centred centre center close-up closeup portrait headshot profile front side above"
-        words += " full-body middle symmetrical"
-        found[_attribute("composition", "share one composition", words)] = same
+        found[_attribute("composition", "share one composition", _COMPOSITION_WORDS)] = same
     return found
 
 
 def _image_attributes(image: np.ndarray) -> list[Attribute]:
     chroma = image.max(-1) - image.min(-1)
     mean, luma = float(chroma.mean()), float((image @ _WEIGHTS).mean())
-    found = [_edge_attribute(image)]
-    if mean < _LOW_CHROMA:
-        words = "monochrome greyscale grayscale black-and-white b&w bw grey gray sketch pencil ink lineart"
-        found.append(_attribute("black and white", "are black and white", words))
-    elif mean > _VIVID:
-        words = "vivid saturated colorful colourful bright vibrant neon"
-        found.append(_attribute("vivid colours", "have vivid colours", words))
-    if luma < _DARK:
-        words = "dark night dim shadow shadows low-key black evening"
-        found.append(_attribute("dark", "are dark", words))
-    elif luma > _BRIGHT:
-        words = "bright light high-key sunny white pale overexposed"
-        found.append(_attribute("bright", "are bright", words))
-    if mean >= _PLAIN_CHROMA and (hue := _dominant_hue(image, chroma)):
-        found.append(_attribute(f"{hue} colours", f"are mostly {hue}", f"{hue} {_ALSO.get(hue, '')}"))
-    return [attribute for attribute in found if attribute is not None]
+    hue = _dominant_hue(image, chroma) if mean >= _PLAIN_CHROMA else ""
+    plain = (
+        (mean < _LOW_CHROMA, "black and white", "are black and white", _GREY_WORDS),
+        (mean > _VIVID, "vivid colours", "have vivid colours", _VIVID_WORDS),
+        (luma < _DARK, "dark", "are dark", _DARK_WORDS),
+        (luma > _BRIGHT, "bright", "are bright", _BRIGHT_WORDS),
+        (bool(hue), f"{hue} colours", f"are mostly {hue}", f"{hue} {_ALSO.get(hue, '')}"),
+    )
+    edge = _edge_attribute(image)
+    found = [_attribute(name, has, words) for holds, name, has, words in plain if holds]
+    return [edge, *found] if edge else found
 
 
 def _attribute(name: str, has: str, words: str) -> Attribute:
@@ -123,11 +155,7 @@ def _edge_attribute(image: np.ndarray) -> Attribute | None:
         return None
     colour = name_colour(middle)
     words = f"background backdrop plain blank {colour} {_ALSO.get(colour, '')}"
-    return _attribute(colour + BACKGROUND, f"have {_article(colour)} {colour} background", words)
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+    return _attribute(colour + BACKGROUND, f"have {_a_or_an(colour)} background", words)
 
 
 def _edge_pixels(image: np.ndarray, depth: int) -> np.ndarray:
@@ -216,11 +244,6 @@ def background_colours(found: dict[Attribute, list[int]], pictures: int) -> list
     return colours
 
 
-_BEHIND = re.compile(r"\b(\w+)[ -](?:background|backdrop)\b")
-_FEWEST, _FEWEST_ODD = 3, 4
-_MOSTLY = 0.75
-
-
 def bias_finding(
     kind: str, name: str, sentence: str, records: Sequence[ImageRecord], counts: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -246,50 +269,32 @@ def check_background_captions(
                 by_word.setdefault(word, []).append(index)
     rows = []
     for word, members in by_word.items():
-        (shown, count), *_ = Counter(colours[i] for i in members).most_common(1)
+        ((shown, count),) = Counter(colours[i] for i in members).most_common(1)
         if count < _MOSTLY * len(members):
             continue
-        odd = [i for i in members if colours[i] not in (shown, colour_of_word(word))]
-        if shown != colour_of_word(word) and count >= _FEWEST:
+        own = colour_of_word(word)
+        if shown != own and count >= _FEWEST:
             sentence = (
                 f"“{word} background” will come to mean {shown}: {count} of the {len(members)} pictures with"
-                f" these words have {_a_or_an(shown)} {shown} one. Write {shown} instead, unless you want it."
+                f" these words have {_a_or_an(shown)} one. Write {shown} instead, unless you want it."
             )
             meant = [records[i] for i in members if colours[i] == shown]
             rows.append(
                 bias_finding("meaning", word, sentence, meant, {"captions": len(members), "pictures": count})
             )
-        if len(members) >= _FEWEST_ODD:
-            rows += [_odd_caption(records[i], names[i], (word, colours[i], shown), count) for i in odd]
+        for i in members if len(members) >= _FEWEST_ODD else ():
+            if colours[i] not in (shown, own):
+                sentence = (
+                    f"Check the caption of {names[i]}: it says “{word} background”, but it has"
+                    f" {_a_or_an(colours[i])} one; the other {count} with these words have"
+                    f" {_a_or_an(shown)} one."
+                )
+                rows.append(bias_finding("odd", word, sentence, [records[i]], {"pictures": count}))
     return rows
 
 
-def _odd_caption(record: ImageRecord, name: str, colours: tuple[str, str, str], count: int) -> dict[str, Any]:
-    word, own, shown = colours
-    sentence = (
-        f"Check the caption of {name}: it says “{word} background”, but it has {_a_or_an(own)} {own} one; the"
-        f" other {count} with these words have {_a_or_an(shown)} {shown} one."
-    )
-    return bias_finding("odd", word, sentence, [record], {"pictures": count})
-
-
 def _a_or_an(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
-MAJORITY = 0.6
-"""The share of the pictures that is most of them."""
-MIN_IMAGES = 5
-"""With fewer images common attributes are not reported."""
-OVERREPRESENTED = 2.0
-"""A picture with so many times an even share of the steps is named."""
-_FEW, _NEARLY_ALL = 0.25, 0.75
-_ALL_CAPTIONS = 0.8
-_MOST_WORDS = 8
-_WORD = re.compile(r"[^\W\d_][\w&'-]+")
-_SMALL = "a an the of in on at by to for from with and or as is are its it this that his her their very"
-STOP_WORDS = frozenset(_SMALL.split())
-"""Words that say nothing of a picture."""
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 @dataclass(frozen=True)
@@ -398,18 +403,16 @@ def _attribute_row(
     said = len(records) - len(silent)
     taker = f"“{trigger}”" if trigger else "the trigger word"
     shown = f"{len(records)} of {pictures} pictures {attribute.has}"
-    kind = "absorbed"
-    if said >= _NEARLY_ALL * len(records):
-        kind = "named"
-        sentence = f"{shown}, and {said} captions say so: prompts can leave it out."
-    else:
-        part = "partly " if said > _FEW * len(records) else ""
-        sentence = (
-            f"{shown}, {len(silent)} of them without saying so in the caption: it will be {part}learned with"
-            f" {taker}. Add “{attribute.name}” to these captions, unless you want it always."
-        )
     counts = {"pictures": len(records), "captions": said, "of": pictures}
-    return bias_finding(kind, attribute.name, sentence, [] if kind == "named" else silent, counts)
+    if said >= _NEARLY_ALL * len(records):
+        sentence = f"{shown}, and {said} captions say so: prompts can leave it out."
+        return bias_finding("named", attribute.name, sentence, [], counts)
+    part = "partly " if said > _FEW * len(records) else ""
+    sentence = (
+        f"{shown}, {len(silent)} of them without saying so in the caption: it will be {part}learned with"
+        f" {taker}. Add “{attribute.name}” to these captions, unless you want it always."
+    )
+    return bias_finding("absorbed", attribute.name, sentence, silent, counts)
 
 
 def words_of(caption: str) -> frozenset[str]:
@@ -426,18 +429,17 @@ def _wording(records: list[ImageRecord], trigger: str) -> list[dict[str, Any]]:
     own = words_of(trigger)
     counts = Counter(word for record in written for word in words_of(record.caption) - own)
     some = [
-        (word, count)
+        f"{word} ({count})"
         for word, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
         if count <= _ALL_CAPTIONS * len(written)
-    ][:_MOST_WORDS]
-    if not some:
-        sentence = (
-            "No word is in some captions and not in others: prompts can change only what the base knows by"
-            " itself."
-        )
-        return [bias_finding("wording", "", sentence, [], {"captions": len(written)})]
-    listed = ", ".join(f"{word} ({count})" for word, count in some)
-    sentence = f"Prompts can ask for, or leave out, what some captions say: {listed}."
+    ]
+    listed = ", ".join(some[:_MOST_WORDS])
+    sentence = (
+        f"Prompts can ask for, or leave out, what some captions say: {listed}."
+        if some
+        else "No word is in some captions and not in others: prompts can change only what the base knows by"
+        " itself."
+    )
     return [bias_finding("wording", listed, sentence, [], {"captions": len(written)})]
 
 
@@ -494,23 +496,6 @@ def _single_image_buckets(
     return rows
 
 
-# Finds what is wrong with a dataset and, with `learned`, what training on it will pick up.
-#
-# Findings are advice. Thresholds let a sharp photo, a flat drawing and a short caption pass, and each
-# finding says what to do about it.
-
-
-TOKENS_READ = 75
-# The steepest edges of a picture rise by this share of its contrast from one pixel to the next, or it is
-# blurred. Photos measured at 0.2 to 0.7, blurred by 3 pixels at 0.07 to 0.1, flat drawings above both.
-_SHARP = 0.1
-_FLAT = 8.0
-_COMMON_SHARE = 0.8
-_FEWEST_CAPTIONS = 5
-_LONGEST_PHRASE = 6
-_THREADS = 4
-
-
 @dataclass(frozen=True, eq=False)
 class _Look:
     """What is measured on a picture's pixels; `print` and `thumb` are None and `sharpness` 1 where it cannot
@@ -536,14 +521,13 @@ def audit(
     Args:
         dataset: what was scanned.
         training: how it will be trained on.
-        said: called with (done, all) as the pictures are looked at; what it raises ends the audit.
+        progress: called with (done, all) as the pictures are looked at; what it raises ends the audit.
         looks_before: results of earlier audits of the same files; new ones are added.
 
     Returns:
         `pictures` and `captions`: how many there are; `problems`: picture (or the file that is meant; empty
-        where all are), kind, sentence, and for near-duplicates the `twin` that is kept; `tags`: tag,
-        pictures; `shares`:
-        picture, its share of the training steps; `learned`: the rows of `report_bias`.
+        where all are), kind, sentence, and for near-duplicates the `twin` that is kept; `tags`: tag, pictures;
+        `shares`: picture, its share of the training steps; `learned`: the rows of `report_bias`.
 
     Raises:
         ModelFileError: the tokenizer folder holds no tokenizer.
@@ -555,8 +539,7 @@ def audit(
     twins = _twins(records, names, looks)
     problems = [
         *dataset.problems,
-        *_size_problems(records, names, training.resolution),
-        *_blurred(records, names, looks),
+        *_image_problems(records, names, looks, training.resolution),
         *twins,
         *_caption_problems(records, names, training.tokenizer),
         *dataset.notes,
@@ -567,7 +550,7 @@ def audit(
         "pictures": len(records),
         "captions": len(captions),
         "problems": [
-            *(_row(p, twins.get(p)) for p in problems),
+            *(_problem_row(problem, twins) for problem in problems),
             *(
                 {"picture": "", "kind": "common phrase", "sentence": s}
                 for s in phrase_sentences(captions, training.trigger)
@@ -598,9 +581,9 @@ def _looks(
     return looks
 
 
-def _row(problem: FileProblem, twin: Path | None) -> dict[str, str]:
+def _problem_row(problem: FileProblem, twins: Mapping[FileProblem, Path]) -> dict[str, str]:
     row = {"picture": clean_text(str(problem.path)), "kind": problem.kind, "sentence": problem.sentence}
-    return row if twin is None else {**row, "twin": clean_text(str(twin))}
+    return row | {"twin": clean_text(str(twins[problem]))} if problem in twins else row
 
 
 def sharpness(image: Image.Image) -> float:
@@ -622,9 +605,8 @@ def common_phrases(captions: list[str]) -> list[tuple[str, int]]:
     for caption in captions:
         counts.update(_phrases_of(caption))
     common = [phrase for phrase, count in counts.items() if count > _COMMON_SHARE * len(captions)]
-    common.sort(key=lambda phrase: (-phrase.count(" "), phrase))
     longest: list[str] = []
-    for phrase in common:
+    for phrase in sorted(common, key=lambda phrase: (-phrase.count(" "), phrase)):
         if not any(f" {phrase} " in f" {longer} " for longer in longest):
             longest.append(phrase)
     return [(phrase, counts[phrase]) for phrase in longest]
@@ -632,17 +614,15 @@ def common_phrases(captions: list[str]) -> list[tuple[str, int]]:
 
 @functools.lru_cache(maxsize=4096)
 def _phrases_of(caption: str) -> frozenset[str]:
-    return frozenset(phrase for part in re.split(r"[,.;:\n]", caption) for phrase in _phrases(part))
-
-
-def _phrases(part: str) -> set[str]:
-    """All runs of words that neither begin nor end with a small one: "photo" and "photo of a cat", not "of
-    a"."""
-    words = part.casefold().split()
-    runs = (
-        words[i:j] for i in range(len(words)) for j in range(i + 1, min(len(words), i + _LONGEST_PHRASE) + 1)
-    )
-    return {" ".join(run) for run in runs if run[0] not in STOP_WORDS and run[-1] not in STOP_WORDS}
+    """All runs of words within a part of the caption that neither begin nor end with a small one: "photo" and
+    "photo of a cat", not "of a"."""
+    found: set[str] = set()
+    for part in re.split(r"[,.;:\n]", caption):
+        words = part.casefold().split()
+        for i, j in itertools.product(range(len(words)), range(_LONGEST_PHRASE)):
+            if i + j < len(words) and STOP_WORDS.isdisjoint((words[i], words[i + j])):
+                found.add(" ".join(words[i : i + j + 1]))
+    return frozenset(found)
 
 
 def phrase_sentences(captions: list[str], trigger: str = "") -> list[str]:
@@ -679,29 +659,23 @@ def _names(records: list[ImageRecord]) -> list[str]:
     ]
 
 
-def _size_problems(records: list[ImageRecord], names: list[str], resolution: int) -> list[FileProblem]:
-    return [
-        FileProblem(
-            record.path,
-            "tiny",
-            f"{name} is only {record.width} x {record.height} pixels, under a quarter of the area that is"
-            f" trained at ({resolution} x {resolution}); use a larger copy if there is one.",
-        )
-        for record, name in zip(records, names, strict=True)
-        if record.width * record.height * 4 < resolution**2
-    ]
-
-
-def _blurred(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> list[FileProblem]:
-    return [
-        FileProblem(
-            record.path,
-            "blurred",
-            f"{name} has no sharp edge at the training size; leave it out, or its blur is learned too.",
-        )
-        for record, name, look in zip(records, names, looks, strict=True)
-        if look.sharpness < _SHARP
-    ]
+def _image_problems(
+    records: list[ImageRecord], names: list[str], looks: list[_Look], resolution: int
+) -> list[FileProblem]:
+    tiny, blurred = [], []
+    for record, name, look in zip(records, names, looks, strict=True):
+        if record.width * record.height * 4 < resolution**2:
+            sentence = (
+                f"{name} is only {record.width} x {record.height} pixels, under a quarter of the area that is"
+                f" trained at ({resolution} x {resolution}); use a larger copy if there is one."
+            )
+            tiny.append(FileProblem(record.path, "tiny", sentence))
+        if look.sharpness < _SHARP:
+            sentence = (
+                f"{name} has no sharp edge at the training size; leave it out, or its blur is learned too."
+            )
+            blurred.append(FileProblem(record.path, "blurred", sentence))
+    return tiny + blurred
 
 
 def _twins(records: list[ImageRecord], names: list[str], looks: list[_Look]) -> dict[FileProblem, Path]:
