@@ -526,8 +526,8 @@ def audit(
 
     Returns:
         `pictures` and `captions`: how many there are; `problems`: picture (or the file that is meant; empty
-        where all are), kind, sentence, and for near-duplicates the `twin` that is kept; `tags`: tag, pictures;
-        `shares`: picture, its share of the training steps; `learned`: the rows of `report_bias`.
+        where all are), kind, sentence, and for near-duplicates the `twin` that is kept; `tags`: tag,
+        pictures; `shares`: picture, its share of the steps; `learned`: the rows of `report_bias`.
 
     Raises:
         ModelFileError: the tokenizer folder holds no tokenizer.

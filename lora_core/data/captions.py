@@ -1,7 +1,8 @@
-"""Samples a caption for each draw and counts its tokens.
+"""Captions: read and written on disk, sampled for each draw, and their tokens counted.
 
-Only `Random.random` is used: it alone is guaranteed to give the same values in every version of Python, and
-a run resumed after an update must see the same captions.
+On disk they are a text file beside each image, or one table for a folder. To sample, only
+`Random.random` is used: it alone is guaranteed to give the same values in every version of Python, and a run
+resumed after an update must see the same captions.
 """
 
 import csv
@@ -10,7 +11,7 @@ import io
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,15 @@ from lora_core.settings.schema import DatasetSection
 from lora_core.system.files import clean_text, parse_json, write_atomically
 
 T = TypeVar("T")
+
+CAPTION_BYTES = 1_000_000
+TABLE_BYTES = 50_000_000
+"""Larger captions and tables of captions are refused, not read."""
+_MOST_FAULTS = 100
+_LONGEST_NAME = 1000
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+_CAPTION_KEYS = ("text", "caption")
 
 # A bar inside a word may be part of a tag, such as |_|. Of several spaces only the first is tried: otherwise
 # the time grows with their square.
@@ -55,13 +65,7 @@ class CaptionRules:
     @classmethod
     def of(cls, section: DatasetSection) -> "CaptionRules":
         """As the settings of a run say."""
-        return cls(
-            section.trigger,
-            section.caption_dropout,
-            section.tag_dropout,
-            section.shuffle_tags,
-            section.keep_tags,
-        )
+        return cls(**{field.name: getattr(section, field.name) for field in fields(cls)})
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -248,19 +252,6 @@ def _choose(values: Sequence[T], draw: random.Random) -> T:
 
 def _join_tags(tags: list[str]) -> str:
     return ", ".join(tag for tag in tags if tag)
-
-
-# Reads and writes captions on disk: a text file beside each image, or one table for a folder.
-
-
-CAPTION_BYTES = 1_000_000
-TABLE_BYTES = 50_000_000
-"""Larger captions and tables of captions are refused, not read."""
-_MOST_FAULTS = 100
-_LONGEST_NAME = 1000
-CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-_CAPTION_KEYS = ("text", "caption")
 
 
 def read_text(path: Path, shown: str, most: int = CAPTION_BYTES) -> str:

@@ -1,9 +1,13 @@
-"""Finds near-duplicate images: the same file twice, or another size, format or quality.
+"""Splits a dataset into training and validation images; near-duplicates stay on one side.
 
-The fingerprint holds an image's lowest frequencies, as perceptual hashes do (Zauner 2010, "Implementation
-and benchmarking of perceptual image hash functions"), but their values instead of their signs: in flat,
-symmetric drawings half of them are near zero and their sign is chance. A 4 x 4 colour thumbnail separates
-drawings of one shape in different colours.
+The user's own list decides where there is one. Otherwise each image is ranked by a hash of seed and name, so
+adding images hardly changes the split. A validation image that is a copy of a training image (the same file,
+another size, format or quality) would reward memorization.
+
+A fingerprint holds an image's lowest frequencies, as perceptual hashes do (Zauner 2010, "Implementation and
+benchmarking of perceptual image hash functions"), but their values instead of their signs: in flat, symmetric
+drawings half of them are near zero and their sign is chance. A 4 x 4 colour thumbnail separates drawings of
+one shape in different colours.
 """
 
 import hashlib
@@ -28,6 +32,7 @@ _COLOUR_APART = 12.0
 # Takes the place of the lowest frequency, so that pictures without any shape are alike.
 _FLAT = 10.0
 _THREADS = 4
+_FEWEST_TO_TRAIN_ON = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,16 +97,6 @@ def _cosines() -> np.ndarray:
     """The lowest rows of the cosine transform (DCT-II), (8, 32)."""
     k, x = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None, :]
     return np.cos(np.pi * k * (2 * x + 1) / (2 * _SIDE))
-
-
-# Splits a dataset into training and validation images.
-#
-# The user's own list decides where there is one. Otherwise each image is ranked by a hash of seed and name,
-# so adding images hardly changes the split. Near-duplicates stay on one side: a validation image that is a
-# copy of a training image would reward memorization.
-
-
-_FEWEST_TO_TRAIN_ON = 2
 
 
 def split_holdout(

@@ -1,14 +1,13 @@
-"""Edits of many captions at once: the new text of each, and the difference.
+"""Edits of many captions at once: previewed, applied to the open project, and undone.
 
-Nothing here writes; preview and edit use the same function. Each line of a caption is edited on its own,
-and a line that an edit does not match keeps every character.
+Preview and edit use the same function. Each line of a caption is edited on its own, and a line that an edit
+does not match keeps every character.
 """
 
 import difflib
 import json
 import re
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,11 @@ EDITS = ("replace", "prepend", "append", "rename tag", "delete tag", "trigger")
 PATIENCE = 5.0
 """Seconds that a pattern may take for all captions; one that backtracks could take for ever."""
 
-# A pattern runs in a process of its own, because the standard library's matcher can neither be stopped nor
-# share the interpreter: in the window a bad pattern would stop everything.
-_PATTERN = """import json, re, sys
-sent = json.load(sys.stdin)
-pattern = re.compile(sent["find"], re.IGNORECASE if sent["any_case"] else 0)
-json.dump([pattern.sub(sent["put"], text) for text in sent["texts"]], sys.stdout)"""
+SHOWN_ROWS = 8
+MOST_KEPT = 20
+_FILE = "undo.json"
+
+_Change = tuple[str, ImageRecord, str]
 
 
 @dataclass(frozen=True)
@@ -135,46 +133,32 @@ def _add_trigger(caption: str, trigger: str) -> str:
 
 
 def _replace(captions: list[str], edit: Edit) -> list[str]:
-    find, put = (edit.find, edit.put) if edit.regex else (re.escape(edit.find), edit.put.replace("\\", r"\\"))
-    try:
-        pattern = re.compile(find, re.IGNORECASE if edit.any_case else 0)
-        # The replacement is parsed when something matches first; an error should show before.
-        re.compile(f"{find}|").sub(put, "")
-    except re.error as error:
-        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {error}.") from error
-    except (IndexError, RecursionError, OverflowError) as error:
-        raise DatasetError(f"The replacement {edit.put!r} cannot be used: {error}.") from error
+    if not edit.regex and not edit.any_case:
+        return [caption.replace(edit.find, edit.put) for caption in captions]
+    # Unlike `re`, it can be stopped and lets other threads run: in the window a bad pattern would stop all.
+    import regex  # type: ignore[import-untyped]
+
+    find, put = edit.find, edit.put
     if not edit.regex:
-        return [pattern.sub(put, caption) for caption in captions]
-    sent = {"find": find, "put": put, "any_case": edit.any_case, "texts": captions}
+        find, put = regex.escape(find), put.replace("\\", r"\\")
+    ends_at = time.monotonic() + PATIENCE
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _PATTERN],
-            input=json.dumps(sent),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=True,
-        )
-    except subprocess.TimeoutExpired as error:
+        pattern = regex.compile(find, regex.IGNORECASE if edit.any_case else 0)
+        # The replacement is parsed when something matches first; an error should show before.
+        regex.compile(f"{find}|").sub(put, "")
+        return [
+            pattern.sub(put, caption, timeout=max(0.01, ends_at - time.monotonic()), concurrent=True)
+            for caption in captions
+        ]
+    except TimeoutError as error:
         raise DatasetError(
             f"The pattern {edit.find!r} takes longer than {PATIENCE:.0f} s; make it simpler, without repeats"
             " inside of repeats."
         ) from error
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["it ended at once"])[-1]
-        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {last}.") from error
-    return [str(text) for text in json.loads(done.stdout)]
-
-
-# Bulk edits of captions in the open project: previewed, applied, and undone.
-
-
-SHOWN_ROWS = 8
-MOST_KEPT = 20
-_FILE = "undo.json"
-
-_Change = tuple[str, ImageRecord, str]
+    except regex.error as error:
+        raise DatasetError(f"The pattern {edit.find!r} cannot be used: {error}.") from error
+    except (IndexError, RecursionError, OverflowError) as error:
+        raise DatasetError(f"The replacement {edit.put!r} cannot be used: {error}.") from error
 
 
 def preview(project: Project, edit: Edit, only: Collection[str] | None) -> dict[str, Any]:
@@ -207,27 +191,22 @@ def apply(project: Project, edit: Edit, only: Collection[str] | None) -> int:
     with project.lock():
         # A pattern may take a while: what has moved or changed since stays as it is.
         project.invalidate()
-        now = {
-            relative_name(record.path, project.image_folder): record for record in project.dataset().records
-        }
+        now = _by_name(project)
         changes = [one for one in changes if now.get(one[0]) == one[1]]
         if changes:
-            _write(project, edit, changes)
+            before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
+            after = {name: caption for name, _, caption in changes}
+            kept = {"what": describe_edit(edit), "before": before, "after": after}
+            _keep(project, [*_steps(project), kept])
+            for _, record, caption in changes:
+                write_caption(record.path, caption, wait=False)
+            sync_folder(project.image_folder)
+            project.invalidate()
     return len(changes)
 
 
-def _write(project: Project, edit: Edit, changes: list[_Change]) -> None:
-    before = {name: _bytes(record.path.with_suffix(".txt")) for name, record, _ in changes}
-    kept = {
-        "what": describe_edit(edit),
-        "before": before,
-        "after": {name: after for name, _, after in changes},
-    }
-    _keep(project, [*_steps(project), kept])
-    for _, record, after in changes:
-        write_caption(record.path, after, wait=False)
-    sync_folder(project.image_folder)
-    project.invalidate()
+def _by_name(project: Project) -> dict[str, ImageRecord]:
+    return {relative_name(r.path, project.image_folder): r for r in project.dataset().records}
 
 
 def last_change(project: Project) -> str:
@@ -245,25 +224,20 @@ def undo(project: Project) -> tuple[int, int]:
     """
     project.refuse_demo()
     with project.lock():
-        return _undo(project)
-
-
-def _undo(project: Project) -> tuple[int, int]:
-    project.invalidate()
-    steps = _steps(project)
-    if not steps:
-        raise DatasetError("There is no change of many captions left to take back.")
-    last = steps.pop()
-    by_name = {relative_name(r.path, project.image_folder): r for r in project.dataset().records}
-    done = 0
-    for name, old in last["before"].items():
-        record = by_name.get(name)
-        if record is None or record.caption != last["after"].get(name, "").strip():
-            continue
-        _put(record.path.with_suffix(".txt"), old)
-        done += 1
-    _keep(project, steps)
-    project.invalidate()
+        project.invalidate()
+        steps = _steps(project)
+        if not steps:
+            raise DatasetError("There is no change of many captions left to take back.")
+        last = steps.pop()
+        by_name = _by_name(project)
+        done = 0
+        for name, old in last["before"].items():
+            record = by_name.get(name)
+            if record is not None and record.caption == last["after"].get(name, "").strip():
+                _put(record.path.with_suffix(".txt"), old)
+                done += 1
+        _keep(project, steps)
+        project.invalidate()
     return done, len(last["before"]) - done
 
 

@@ -1,6 +1,8 @@
-"""Moves files that belong together: an image with its caption and mask.
+"""The open project: the user's images and the unsent form, both on disk, so that nothing typed is lost.
 
-The moves are written to a journal first, so that the next start completes what a killed process began.
+There is one object a window, whichever project is open, so that its holders follow when another is opened.
+Images that were left out are moved aside into the project, with captions and masks. Moves are written to a
+journal first, so that the next start completes what a killed process began.
 """
 
 import contextlib
@@ -41,6 +43,15 @@ from lora_core.system.files import (
 )
 
 JOURNAL = "moving.json"
+DEMO = "demo"
+DEFAULT_TITLE = "My pictures"
+LABEL = "project.json"
+_LOCK = ".lock"
+_PATIENCE = 30.0
+"""Seconds to wait for another process that changes the project."""
+LONGEST_TITLE = 80
+LARGEST_JSON = 16 * 2**20
+"""Bytes; what is larger was not written here."""
 
 
 @dataclass(frozen=True)
@@ -193,23 +204,6 @@ def _journal_path(root: Path, name: str) -> Path:
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise ValueError(name)
     return root / path
-
-
-# The open project: the user's images and the unsent form, both on disk, so that nothing typed is lost.
-#
-# There is one object a window, whichever project is open, so that its holders follow when another is
-# opened. Images that were left out are moved aside into the project, with captions and masks.
-
-
-DEMO = "demo"
-DEFAULT_TITLE = "My pictures"
-LABEL = "project.json"
-_LOCK = ".lock"
-_PATIENCE = 30.0
-"""Seconds to wait for another process that changes the project."""
-LONGEST_TITLE = 80
-LARGEST_JSON = 16 * 2**20
-"""Bytes; what is larger was not written here."""
 
 
 class Project:

@@ -69,7 +69,7 @@ def test_a_pattern_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(caption_edits, "PATIENCE", 1.0)
     began = time.monotonic()
     with pytest.raises(DatasetError, match="takes longer"):
-        one("a" * 60 + "!", Edit("replace", "(a+)+$", "b", regex=True))
+        one("a" * 60 + "!", Edit("replace", "(a|aa)+$", "b", regex=True))
     assert time.monotonic() - began < PATIENCE
 
 
