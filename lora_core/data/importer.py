@@ -41,7 +41,7 @@ from lora_core.data.scan import (
     walk_files,
 )
 from lora_core.errors import DatasetError
-from lora_core.system.files import clean_text
+from lora_core.system.files import clean_text, replacing
 
 _CHUNK = 1 << 20
 
@@ -61,6 +61,7 @@ class Limits:
 
 LIMITS = Limits()
 _SHOWN_NAME = 200
+_TWICE = "has the name of another entry; the first one is used."
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,9 @@ def _sort_entries(
         if any(is_junk(part) for part in name.split("/")):
             hidden.append(name)
         elif not is_dataset_file(name):
-            sentence = f"{name} in {zip_path.name} is neither a picture nor a caption; it is not used."
-            notes.append(FileProblem(zip_path / safe_name(name), "other file", sentence, False))
+            notes.append(_unused_entry(zip_path, name, "is neither a picture nor a caption; it is not used."))
         elif safe_name(name) in useful:
-            sentence = f"{name} stands in {zip_path.name} twice; the first one is used."
-            notes.append(FileProblem(zip_path / safe_name(name), "other file", sentence, False))
+            notes.append(_unused_entry(zip_path, name, _TWICE))
         else:
             useful[safe_name(name)] = entry
     if hidden:
@@ -199,6 +198,10 @@ def _sort_entries(
         )
         notes.append(FileProblem(zip_path, "hidden", sentence, False))
     return useful, notes
+
+
+def _unused_entry(zip_path: Path, name: str, why: str) -> FileProblem:
+    return FileProblem(zip_path / safe_name(name), "other file", f"{name} in {zip_path.name} {why}", False)
 
 
 def _extract(
@@ -211,8 +214,7 @@ def _extract(
     for name, entry in useful.items():
         target = into / name
         if target.exists():  # where the file system takes two names for one
-            sentence = f"{name} stands in {zip_path.name} twice; the first one is used."
-            skipped.append(FileProblem(zip_path / name, "other file", sentence, False))
+            skipped.append(_unused_entry(zip_path, str(name), _TWICE))
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         room -= _write(archive, entry, target, min(room, limits.file_bytes))
@@ -273,25 +275,19 @@ def transfer_file(source: Path, target: Path, way: TransferMode) -> None:
     Raises:
         OSError: it cannot be read, or its place not be written; nothing is left there then.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, sync=False) as temporary:
         if way.how == "move":
             shutil.move(source, temporary)
         elif way.how == "link" and target.suffix.casefold() in IMAGE_SUFFIXES:
             _link_file(source, temporary)
         else:
             shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
     way.sizes.carry(source, target)
 
 
 def _link_file(source: Path, target: Path) -> None:
     """A hard link, which stays when the original is moved or removed; to another disk a symbolic one."""
-    target.unlink(missing_ok=True)
     try:
         os.link(os.path.realpath(source), target)
     except OSError as error:
@@ -313,8 +309,11 @@ class _Incoming:
 
     @property
     def suffix(self) -> str:
-        """In lower case."""
         return self.name.suffix.casefold()
+
+    @property
+    def is_mask(self) -> bool:
+        return is_mask(Path(self.name)) and self.suffix in IMAGE_SUFFIXES
 
     @property
     def stem(self) -> str:
@@ -325,11 +324,6 @@ class _Incoming:
     def set_name(self) -> str:
         """Shared by a picture, its mask and its caption, which must keep together."""
         return fold_name((self.name.parent / self.stem).as_posix())
-
-    @property
-    def is_mask(self) -> bool:
-        """Whether it is a mask picture."""
-        return is_mask(Path(self.name)) and self.suffix in IMAGE_SUFFIXES
 
     @property
     def is_picture(self) -> bool:
@@ -346,8 +340,7 @@ class _Import:
     added: list[Path] = field(default_factory=list)
     skipped: list[FileProblem] = field(default_factory=list)
     placed: dict[str, Path] = field(default_factory=dict)
-    _names: dict[Path, set[str]] = field(default_factory=dict)
-    _stems: dict[Path, set[str]] = field(default_factory=dict)
+    _taken: dict[Path, tuple[set[str], set[str]]] = field(default_factory=dict)
     _by_size: dict[int, list[Path]] | None = None
 
     def same_picture(self, file: Path) -> Path | None:
@@ -367,27 +360,14 @@ class _Import:
         """The name of a file of the dataset, with its folders."""
         return PurePosixPath(path.relative_to(self.into).as_posix())
 
-    def names(self, folder: Path) -> set[str]:
-        """The folded names in a folder of the dataset, read once."""
-        if folder not in self._names:
+    def taken(self, folder: Path) -> tuple[set[str], set[str]]:
+        """The folded names and stems in a folder of the dataset, read once."""
+        if folder not in self._taken:
             there = [p.name for p in (folder.iterdir() if folder.is_dir() else ()) if not is_junk(p.name)]
-            self._names[folder] = {fold_name(name) for name in there}
-            self._stems[folder] = {fold_name(Path(name).stem) for name in there}
-        return self._names[folder]
-
-    def stems(self, folder: Path) -> set[str]:
-        """The folded stems in a folder of the dataset."""
-        self.names(folder)
-        return self._stems[folder]
-
-    def place(self, target: Path) -> None:
-        """Note that a name is taken from now on."""
-        self.added.append(target)
-        self.names(target.parent).add(fold_name(target.name))
-        self.stems(target.parent).add(fold_name(target.stem))
+            self._taken[folder] = ({fold_name(n) for n in there}, {fold_name(Path(n).stem) for n in there})
+        return self._taken[folder]
 
     def skip(self, source: Path, kind: str, sentence: str) -> None:
-        """Note that a file was left out, and why."""
         self.skipped.append(FileProblem(source, kind, sentence))
 
 
@@ -540,39 +520,37 @@ def _import_set(members: list[_Incoming], under_way: _Import) -> None:
         # Its caption and mask go beside the picture that is there.
         there = next(iter(same.values()))
         folder, stem = there.parent, there.stem
+    names, stems = under_way.taken(folder)
     if has_picture:
-        stem = unused_stem(stem, under_way.stems(folder))
+        stem = unused_stem(stem, stems)
         # One may have been taken back since the folder was read.
         while any(os.path.lexists(folder / f"{stem}{one.suffix}") for one in firsts):
-            under_way.stems(folder).add(fold_name(stem))
-            stem = unused_stem(firsts[0].stem, under_way.stems(folder))
+            stems.add(fold_name(stem))
+            stem = unused_stem(firsts[0].stem, stems)
     for one in firsts:
         target = folder / f"{stem}{_MASK if one.is_mask else ''}{one.suffix}"
         if one in same:
             sentence = f"{one.name} is already here, as {under_way.name_of(same[one])}."
             under_way.skip(one.source, "same picture", sentence)
             under_way.placed[fold_name(one.name.as_posix())] = same[one]
-        elif not has_picture and fold_name(target.name) in under_way.names(folder):
+            continue
+        if not has_picture and fold_name(target.name) in names:
             sentence = f"{one.name} is there already and was left as it is; change it in its place."
             under_way.skip(one.source, "already there", sentence)
-        else:
-            _place(one, target, under_way)
+            continue
+        try:
+            transfer_file(one.source, target, under_way.way)
+        except OSError as error:
+            sentence = f"{one.name} cannot be copied ({error.strerror}); try it again."
+            under_way.skip(one.source, "unreadable", sentence)
+            continue
+        under_way.added.append(target)
+        names.add(fold_name(target.name))
+        stems.add(fold_name(target.stem))
+        under_way.placed[fold_name(one.name.as_posix())] = target
     for one in members:
         if one not in firsts:
             _import_set([one], under_way)
-
-
-def _place(one: _Incoming, target: Path, under_way: _Import) -> None:
-    """Imports one file, completely or not at all."""
-    try:
-        transfer_file(one.source, target, under_way.way)
-    except OSError as error:
-        under_way.skip(
-            one.source, "unreadable", f"{one.name} cannot be copied ({error.strerror}); try it again."
-        )
-        return
-    under_way.place(target)
-    under_way.placed[fold_name(one.name.as_posix())] = target
 
 
 def _import_table(table: _Incoming, under_way: _Import) -> None:
@@ -582,8 +560,9 @@ def _import_table(table: _Incoming, under_way: _Import) -> None:
         under_way.skip(table.source, "metadata", sentence)
     for name, caption in captions.items():
         shown = safe_name((table.name.parent / name).as_posix())
-        picture = under_way.placed.get(fold_name(shown.as_posix())) or _existing_names(under_way.into / shown)
-        if picture is None:
+        picture = under_way.placed.get(fold_name(shown.as_posix()), under_way.into / shown)
+        # `Path.is_file` raises where a name is too long for the file system.
+        if not os.path.isfile(picture):
             sentence = (
                 f"{table.name} names {name}, which did not come along; add the picture and the table"
                 " together."
@@ -592,8 +571,3 @@ def _import_table(table: _Incoming, under_way: _Import) -> None:
         elif not any(picture.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
             write_caption(picture, caption, wait=False)
             under_way.added.append(picture.with_suffix(".txt"))
-
-
-def _existing_names(path: Path) -> Path | None:
-    # `Path.is_file` raises where a name is too long for the file system.
-    return path if os.path.isfile(path) else None
