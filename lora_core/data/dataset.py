@@ -157,7 +157,7 @@ def summarize_notes(notes: Iterable[FileProblem], leave_out: Container[str] = ()
         if len(members) == 1 or kind not in _SUMMARIES:
             found += members
         else:
-            names = abbreviate([clean_text(one.path.name) for one in members], len(members))
+            names = abbreviate([clean_text(one.path.name) for one in members])
             sentence = _SUMMARIES[kind].format(len(members), names)
             found.append(FileProblem(members[0].path, kind, sentence, False))
     return found
@@ -238,8 +238,10 @@ def _list_files(root: Path, sizes: SizeCache) -> _Listing:
         listing.texts[:] = [path for path in listing.texts if path != root / HOLDOUT_LIST]
         there = {fold_name(listing.shown(path)) for path in listing.pictures}
         if missing := sorted(listing.held_out - there):
-            names = abbreviate(missing, len(missing))
-            sentence = f"{HOLDOUT_LIST} names pictures that are not there ({names}); they are not held out."
+            sentence = (
+                f"{HOLDOUT_LIST} names pictures that are not there ({abbreviate(missing)}); they are not held"
+                " out."
+            )
             listing.notes.append(FileProblem(root / HOLDOUT_LIST, "held out", sentence, False))
     return listing
 

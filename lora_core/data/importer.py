@@ -193,9 +193,7 @@ def _sort_entries(
         else:
             useful[safe_name(name)] = entry
     if hidden:
-        sentence = (
-            f"{len(hidden)} hidden in {zip_path.name}, not looked at ({abbreviate(hidden, len(hidden))})."
-        )
+        sentence = f"{len(hidden)} hidden in {zip_path.name}, not looked at ({abbreviate(hidden)})."
         notes.append(FileProblem(zip_path, "hidden", sentence, False))
     return useful, notes
 

@@ -108,7 +108,7 @@ MASK_ENDINGS = ("-masklabel", "-condlabel")
 _MASK_FOLDER = re.compile(r"masks?")
 _IMAGES = r"[ _-]?(images?|imgs?|pictures|data|set)"
 _REGULARISATION = re.compile(rf"(regs?|regulari[sz]ation)({_IMAGES})?|class{_IMAGES}")
-_SHOWN_HIDDEN = 5
+_SHOWN_NAMES = 5
 
 
 def is_junk(name: str) -> bool:
@@ -159,16 +159,6 @@ def check_regular_file(path: Path, shown: str, most: int) -> int:
     return found.st_size
 
 
-@dataclass
-class _Walk:
-    """State of a walk: the resolved folder, and hidden files."""
-
-    real: Path
-    may_lead_out: Container[str]
-    hidden: list[str] = field(default_factory=list)
-    hidden_count: int = 0
-
-
 def walk_files(root: Path, may_lead_out: Container[str] = ()) -> Iterator[Path | FileProblem]:
     """All regular files below a folder that are not hidden, sorted; a problem for everything else.
 
@@ -179,22 +169,25 @@ def walk_files(root: Path, may_lead_out: Container[str] = ()) -> Iterator[Path |
         root: the folder; it may be a link itself.
         may_lead_out: suffixes, in lower case, of files that may be links to files elsewhere.
     """
-    walk = _Walk(Path(os.path.realpath(root)), may_lead_out)
-    yield from _walk_folder(root, "", walk)
-    if walk.hidden_count:
-        names = abbreviate(walk.hidden, walk.hidden_count)
-        what = "hidden file or folder is" if walk.hidden_count == 1 else "hidden files or folders are"
-        yield FileProblem(root, "hidden", f"{walk.hidden_count} {what} not looked at ({names}).", False)
+    real = Path(os.path.realpath(root))
+    hidden: list[str] = []
+    yield from _walk_folder(root, "", (real, may_lead_out), hidden)
+    if hidden:
+        what = "hidden file or folder is" if len(hidden) == 1 else "hidden files or folders are"
+        sentence = f"{len(hidden)} {what} not looked at ({abbreviate(hidden)})."
+        yield FileProblem(root, "hidden", sentence, False)
 
 
-def abbreviate(names: list[str], count: int) -> str:
-    """The first names, and how many more there are of `count`."""
-    shown = ", ".join(names[:_SHOWN_HIDDEN])
-    more = count - min(len(names), _SHOWN_HIDDEN)
-    return f"{shown} and {more} more" if more else shown
+def abbreviate(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    more = len(names) - _SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _walk_folder(folder: Path, above: str, walk: _Walk) -> Iterator[Path | FileProblem]:
+def _walk_folder(
+    folder: Path, above: str, bounds: tuple[Path, Container[str]], hidden: list[str]
+) -> Iterator[Path | FileProblem]:
     """The files of a folder; `above` is its path below the root, empty or ending with a slash."""
     try:
         with os.scandir(folder) as scanned:
@@ -206,23 +199,21 @@ def _walk_folder(folder: Path, above: str, walk: _Walk) -> Iterator[Path | FileP
     for entry in entries:
         path, shown = folder / entry.name, clean_text(above + entry.name)
         if is_junk(entry.name):
-            walk.hidden_count += 1
-            if len(walk.hidden) < _SHOWN_HIDDEN:
-                walk.hidden.append(shown)
+            hidden.append(shown)
         elif clean_text(entry.name) != entry.name:
             yield FileProblem(path, "name", f"The name of {shown} is not UTF-8; rename it.")
         elif not os.path.isdir(path):
-            yield _check_file(path, shown, walk)
+            yield _check_file(path, shown, *bounds)
         elif entry.is_symlink() or getattr(os.path, "isjunction", lambda _: False)(path):
-            yield _check_folder_link(path, shown, walk)
+            yield _check_folder_link(path, shown, bounds[0])
         elif shown.count("/") + 1 > MOST_DEPTH:
             sentence = f"The folder {shown} lies more than {MOST_DEPTH} folders deep; move it further up."
             yield FileProblem(path, "deep", sentence)
         else:
-            yield from _walk_folder(path, f"{shown}/", walk)
+            yield from _walk_folder(path, f"{shown}/", bounds, hidden)
 
 
-def _check_file(path: Path, shown: str, walk: _Walk) -> Path | FileProblem:
+def _check_file(path: Path, shown: str, real: Path, may_lead_out: Container[str]) -> Path | FileProblem:
     try:
         found = path.stat()
     except OSError as error:
@@ -230,19 +221,19 @@ def _check_file(path: Path, shown: str, walk: _Walk) -> Path | FileProblem:
         return FileProblem(path, "unreadable", sentence)
     if not stat.S_ISREG(found.st_mode):
         return FileProblem(path, "no file", f"{shown} is a pipe, a device or a socket; remove it.")
-    if path.is_symlink() and path.suffix.casefold() not in walk.may_lead_out and not _is_inside(path, walk):
+    if path.is_symlink() and path.suffix.casefold() not in may_lead_out and not _is_inside(path, real):
         sentence = f"{shown} is a link to a file outside of the folder; put a copy of the file there."
         return FileProblem(path, "link", sentence)
     return path
 
 
-def _check_folder_link(path: Path, shown: str, walk: _Walk) -> FileProblem:
-    if _is_inside(path, walk):
+def _check_folder_link(path: Path, shown: str, real: Path) -> FileProblem:
+    if _is_inside(path, real):
         sentence = f"{shown} is a link to a folder that is there already; it is not followed."
         return FileProblem(path, "link", sentence, False)
     sentence = f"{shown} is a link to a folder elsewhere, which is not followed; put the folder itself there."
     return FileProblem(path, "link", sentence)
 
 
-def _is_inside(path: Path, walk: _Walk) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(walk.real)
+def _is_inside(path: Path, real: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(real)
