@@ -25,7 +25,7 @@ from PIL import Image
 from lora_core.data.buckets import Bucket, choose_bucket, resize_and_crop
 from lora_core.data.captions import count_tags, count_tokens
 from lora_core.data.holdout import Fingerprint, compute_fingerprint, group_near_duplicates
-from lora_core.data.images import open_rgb_reduced
+from lora_core.data.images import open_rgb
 from lora_core.data.scan import Dataset, FileProblem, ImageRecord
 from lora_core.errors import DatasetError
 from lora_core.system.files import clean_text
@@ -642,7 +642,7 @@ def _look(record: ImageRecord, resolution: int, multiple: int, known: Looks) -> 
     try:
         key = (str(record.path), record.path.stat().st_mtime_ns, resolution)
         if key not in known:
-            image = open_rgb_reduced(record.path, 2 * resolution)
+            image = open_rgb(record.path, 2 * resolution)
             fitted = resize_and_crop(image, choose_bucket(*image.size, resolution, multiple))
             known[key] = _Look(compute_fingerprint(image), sharpness(fitted), reduce_image(fitted))
     except (DatasetError, OSError):

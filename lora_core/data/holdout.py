@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lora_core.data.images import open_rgb_reduced
+from lora_core.data.images import open_rgb
 from lora_core.data.scan import ImageRecord, fold_name
 from lora_core.errors import DatasetError
 
@@ -88,7 +88,7 @@ def compute_fingerprints(paths: Iterable[Path]) -> list[Fingerprint | None]:
 
 def _fingerprint_or_none(path: Path) -> Fingerprint | None:
     try:
-        return compute_fingerprint(open_rgb_reduced(path, 2 * _SIDE))
+        return compute_fingerprint(open_rgb(path, 2 * _SIDE))
     except DatasetError:
         return None
 

@@ -65,15 +65,20 @@ class ImageInfo(NamedTuple):
     transparent: bool
 
 
-def open_rgb(path: Path) -> Image.Image:
+def open_rgb(path: Path, least: int | None = None) -> Image.Image:
     """The picture as 8-bit RGB, upright.
 
     16-bit values are scaled, transparency is laid on white, and of an animation the first frame is taken.
 
+    Args:
+        path: the file.
+        least: let it be shrunk, with sides of at least so many pixels if it has them: JPEGs are reduced while
+            decoding, which is several times faster.
+
     Raises:
         DatasetError: the file is not a picture, is damaged, or has too many pixels; names the file.
     """
-    with _load_image(path, str(path)) as (image, _):
+    with _load_image(path, str(path), least) as (image, _):
         return _apply_orientation(to_rgb(image), _orientation(image))
 
 
@@ -83,23 +88,11 @@ def make_thumbnail(path: Path, side: int = 256) -> bytes:
     Raises:
         DatasetError: as `open_rgb`.
     """
-    small = open_rgb_reduced(path, side)
+    small = open_rgb(path, side)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=80, method=2)
     return buffer.getvalue()
-
-
-def open_rgb_reduced(path: Path, least: int) -> Image.Image:
-    """The picture as upright RGB, possibly shrunk, with sides of at least `least` pixels if it has them.
-
-    JPEGs are reduced while decoding, which is several times faster than decoding them fully.
-
-    Raises:
-        DatasetError: as `open_rgb`.
-    """
-    with _load_image(path, str(path), least) as (image, _):
-        return _apply_orientation(to_rgb(image), _orientation(image))
 
 
 def hash_file(path: Path, most: int = sys.maxsize) -> str:
@@ -120,38 +113,22 @@ def hash_file(path: Path, most: int = sys.maxsize) -> str:
         raise DatasetError(_describe_error(path, str(path), error)) from error
 
 
-def read_image_info(path: Path, shown: str) -> ImageInfo:
-    """Upright size and transparency, after decoding the full file.
-
-    Args:
-        path: the file.
-        shown: how to name it in a message.
-
-    Raises:
-        DatasetError: as `open_rgb`.
-    """
-    with _load_image(path, shown, 1) as (image, stated):
-        # Decoding may change the size: a JPEG is shrunk on purpose, a TIFF is turned upright by Pillow.
-        width, height = stated if image.format in ("JPEG", "MPO") else image.size
-        if _orientation(image) in _SIDEWAYS:
-            width, height = height, width
-        return ImageInfo(width, height, _is_transparent(image))
-
-
 def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
-    """As `read_image_info`, or the problem of an image that cannot be trained on."""
+    """Upright size and transparency, after decoding the full file; or the problem of an image that cannot be
+    trained on, which names it as `shown`."""
     try:
-        info = read_image_info(path, shown)
+        with _load_image(path, shown, 1) as (image, stated):
+            # Decoding may change the size: a JPEG is shrunk on purpose, a TIFF is turned upright by Pillow.
+            width, height = stated if image.format in ("JPEG", "MPO") else image.size
+            if _orientation(image) in _SIDEWAYS:
+                width, height = height, width
+            info = ImageInfo(width, height, _is_transparent(image))
     except DatasetError as error:
         return FileProblem(path, "unreadable", str(error))
-    if min(info.width, info.height) < MIN_SIDE:
-        return FileProblem(
-            path,
-            "tiny",
-            f"{shown} is only {info.width} x {info.height} pixels; remove it or use a copy with sides of"
-            f" {MIN_SIDE} or more.",
-        )
-    return info
+    if min(width, height) >= MIN_SIDE:
+        return info
+    sentence = f"{shown} is only {width} x {height} pixels; remove it or use a copy with sides of {MIN_SIDE} or more."
+    return FileProblem(path, "tiny", sentence)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -208,15 +185,10 @@ def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
 def _load_image(
     path: Path, shown: str, least: int | None = None
 ) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
-    """A decoded picture and the size that its file states; errors become sentences.
-
-    Args:
-        path: the file.
-        shown: how to name it in a message.
-        least: let a JPEG be decoded smaller, down to this side in pixels.
+    """A decoded picture, at full size or as `open_rgb`, and the size that its file states.
 
     Raises:
-        DatasetError: as `open_rgb`.
+        DatasetError: as `open_rgb`; names the file as `shown`.
     """
     if not check_regular_file(path, shown, MAX_FILE_BYTES):
         raise DatasetError(f"{shown} is empty (0 bytes); copy it again from its source or remove it.")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_core.data.images import check_image, hash_file, make_thumbnail, open_rgb, read_image_info, to_rgb
+from lora_core.data.images import check_image, hash_file, make_thumbnail, open_rgb, to_rgb
 from lora_core.data.scan import FileProblem
 from lora_core.errors import DatasetError
 
@@ -132,7 +132,7 @@ def test_exif_orientation(tmp_path: Path, ending: str, orientation: int) -> None
     x = width // 8 if "l" in corners[orientation] else width * 7 // 8
     y = height // 8 if "t" in corners[orientation] else height * 7 // 8
     red, green, blue = upright.getpixel((x, y))
-    assert upright.size == read_image_info(tmp_path / f"a.{ending}", "a")[:2] == wanted
+    assert upright.size == check_image(tmp_path / f"a.{ending}", "a")[:2] == wanted
     assert red > 200
     assert green < 60
     assert blue < 60
@@ -224,7 +224,7 @@ def test_smallest_that_is_taken(tmp_path: Path) -> None:
 def test_size_of_a_jpeg_is_that_of_the_file(tmp_path: Path, mode: str) -> None:
     """The check decodes JPEGs at an eighth, which must not show."""
     Image.new(mode, (1001, 333)).save(tmp_path / "a.jpg")
-    assert read_image_info(tmp_path / "a.jpg", "a.jpg")[:2] == (1001, 333)
+    assert check_image(tmp_path / "a.jpg", "a.jpg")[:2] == (1001, 333)
 
 
 @pytest.mark.parametrize(
