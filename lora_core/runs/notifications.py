@@ -104,10 +104,7 @@ def _is_address(recipient: str) -> bool:
 
 
 def _send(recipient: str, facts: dict[str, Any]) -> str:
-    if not _is_address(recipient):
-        return _run(recipient, facts)
-    _post(recipient, facts)
-    return ""
+    return _post(recipient, facts) if _is_address(recipient) else _run(recipient, facts)
 
 
 def _facts(run: RunFolder, reason: str) -> dict[str, Any] | None:
@@ -157,13 +154,14 @@ def _split(command: str) -> list[str]:
         raise ConfigError(f"The command {command!r} cannot be read: {error}.") from error
 
 
-def _post(address: str, facts: dict[str, Any]) -> None:
+def _post(address: str, facts: dict[str, Any]) -> str:
     """One POST of JSON: `text` is what Slack and Mattermost show, `content` what Discord does."""
     body = json.dumps({**facts, "content": facts["text"]}).encode()
     headers = {"Content-Type": "application/json", "User-Agent": "lora-easel"}
     request = urllib.request.Request(address, body, headers, method="POST")
     with contextlib.closing(urllib.request.urlopen(request, timeout=ADDRESS_TAKES)) as answer:
         answer.read(1000)
+    return ""
 
 
 def _short(error: Exception) -> str:

@@ -11,6 +11,8 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,8 @@ _GOING = ".going"
 
 @dataclass(frozen=True)
 class TrashItem:
-    """Something in the trash.
-
-    Attributes:
-        place: its folder in the trash.
-        name: what it was called.
-        came_from: where it was.
-        time: when it was deleted, in seconds since the epoch.
-    """
+    """Something in the trash: its folder there, its name, where it was, and when it was deleted (seconds since
+    the epoch)."""
 
     place: Path
     name: str
@@ -53,11 +49,10 @@ class TrashItem:
 
     def row(self) -> dict[str, Any]:
         """The row of `trash list --json`."""
-        kind = KINDS.get(self.came_from.parent.name, "picture")
         return {
             "id": self.place.name,
             "name": self.name,
-            "kind": kind,
+            "kind": KINDS.get(self.came_from.parent.name, "picture"),
             "came_from": str(self.came_from),
             "time": self.time,
         }
@@ -85,10 +80,11 @@ def move_to_trash(path: Path, workspace: Path) -> Path:
     elif kind == "project":
         _refuse_used_project(path, workspace)
     place = trash_folder(workspace) / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
-    label = {"name": path.name, "came_from": path.relative_to(workspace.absolute()).as_posix()}
+    came_from = path.relative_to(workspace.absolute()).as_posix()
+    label = {"name": path.name, "came_from": came_from, "time": time.time()}
     try:
         place.mkdir(parents=True)
-        write_atomically(place / _LABEL, json.dumps({**label, "time": time.time()}).encode())
+        write_atomically(place / _LABEL, json.dumps(label).encode())
         os.rename(path, place / _CONTENT)
     except OSError as error:
         shutil.rmtree(place, ignore_errors=True)
@@ -141,9 +137,15 @@ def empty_trash(workspace: Path) -> None:
         RunError: the disk refuses.
     """
     folder = trash_folder(workspace)
-    try:
+    with _removing(folder):
         if folder.is_dir():
             shutil.rmtree(folder)
+
+
+@contextmanager
+def _removing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunError(
             f"{error.filename or folder} cannot be removed: {error.strerror or error}; close what uses it and"
@@ -196,14 +198,12 @@ def _refuse_used_project(path: Path, workspace: Path) -> None:
 def cache_sizes(workspace: Path) -> dict[str, int]:
     """Bytes of each cache (latents, text, datasets), the largest first."""
     folder = workspace / "cache"
-    paths = (path for path in folder.iterdir() if _is_shown(path)) if folder.is_dir() else ()
-    return dict(
-        sorted(((path.name, folder_bytes(path)) for path in paths), key=lambda one: (-one[1], one[0]))
-    )
-
-
-def _is_shown(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
+    sizes = {
+        path.name: folder_bytes(path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
+    }
+    return dict(sorted(sizes.items(), key=lambda one: (-one[1], one[0])))
 
 
 def clean_caches(workspace: Path) -> int:
@@ -221,7 +221,7 @@ def clean_caches(workspace: Path) -> int:
         )
     cache = workspace / "cache"
     freed = folder_bytes(cache)
-    try:
+    with _removing(cache):
         for path in list(cache.iterdir()) if cache.is_dir() else []:
             aside = path if path.name.endswith(_GOING) else cache / f".{path.name}.{uuid.uuid4().hex}{_GOING}"
             if aside != path:
@@ -230,9 +230,4 @@ def clean_caches(workspace: Path) -> int:
                 shutil.rmtree(aside)
             else:
                 aside.unlink()
-    except OSError as error:
-        raise RunError(
-            f"{error.filename or cache} cannot be removed: {error.strerror or error}; close what uses it and"
-            " try again."
-        ) from error
     return freed - folder_bytes(cache)
