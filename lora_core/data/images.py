@@ -127,8 +127,8 @@ def check_image(path: Path, shown: str) -> ImageInfo | FileProblem:
         return FileProblem(path, "unreadable", str(error))
     if min(width, height) >= MIN_SIDE:
         return info
-    sentence = f"{shown} is only {width} x {height} pixels; remove it or use a copy with sides of {MIN_SIDE} or more."
-    return FileProblem(path, "tiny", sentence)
+    advice = f"remove it or use a copy with sides of {MIN_SIDE} or more"
+    return FileProblem(path, "tiny", f"{shown} is only {width} x {height} pixels; {advice}.")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

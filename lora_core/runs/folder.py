@@ -346,15 +346,6 @@ def find_run(name: str | Path, place: str | Path | None = None) -> RunFolder:
     )
 
 
-def check_free_name(workspace: Path, name: str) -> None:
-    """Refuse a name that a new run of a workspace cannot have.
-
-    Raises:
-        RunError: as `check_run_name`, or the name is taken.
-    """
-    RunFolder(runs_folder(workspace) / check_run_name(name)).require_free()
-
-
 def check_run_name(name: str) -> str:
     """A run name that every file system takes.
 

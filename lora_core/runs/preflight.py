@@ -32,7 +32,7 @@ from lora_core.model_files.sizes import (
     export_bytes,
     needed_bytes,
 )
-from lora_core.runs.folder import all_runs, check_free_name
+from lora_core.runs.folder import RunFolder, all_runs, check_run_name, runs_folder
 from lora_core.settings.choices import OPTIMIZERS, TARGETS, chosen, require_package
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import LossSection
@@ -116,7 +116,8 @@ def preflight(
     if facts is not None:
         found += _captions(records, config, facts)
     if config.name:
-        found += _found_by(lambda: check_free_name(workspace, config.name), "name")
+        folder = runs_folder(workspace)
+        found += _found_by(lambda: RunFolder(folder / check_run_name(config.name)).require_free(), "name")
     found += _found_by(lambda: require_packages(config), "package")
     found += _found_by(lambda: _check_vae(config.model.vae.strip()), "vae")
     found += _found_by(lambda: _check_adapter(config.adapter.init.strip(), family), "adapter")
@@ -217,8 +218,8 @@ def _loss(config: RunConfig, facts: BaseFacts | None) -> list[RunProblem]:
     """Settings of the loss that do nothing with this kind of it, or that leave the last timestep out."""
     loss, found = config.loss, []
     usual = LossSection()
-    for name in ("huber_delta", "huber_schedule"):
-        if loss.type != "huber" and getattr(loss, name) != getattr(usual, name):
+    for name in ("huber_delta", "huber_schedule") if loss.type != "huber" else ():
+        if getattr(loss, name) != getattr(usual, name):
             sentence = f"loss.{name} plays no part where loss.type is {loss.type}; it is for huber."
             found.append(RunProblem("loss", sentence, False))
     velocity = facts is not None and facts.zero_terminal_snr and facts.prediction == "v_prediction"
@@ -240,28 +241,25 @@ def rate_problems(config: RunConfig, family: Family | None) -> list[RunProblem]:
     """
     optim, row = config.optimizer, chosen(OPTIMIZERS, config.optimizer.name, "optimizer.name")
     rates = _part_rates(config, family)
+    wrong = ""
     if not rates and not any(rate > 0 for rate in optim.block_lr.values()):
-        return [
-            RunProblem(
-                "rate",
-                "Nothing would be trained: the learning rates of all chosen layers are 0; see optimizer.lr,"
-                " optimizer.text_encoder_lr and optimizer.block_lr.",
-            )
-        ]
-    if row.one_rate and (len(set(rates.values())) > 1 or optim.lora_plus != 1.0):
-        return [
-            RunProblem(
-                "rate",
-                f"{row.title} works with one learning rate; set the rates of the text encoders to"
-                f" optimizer.lr ({optim.lr:g}) or to 0, and optimizer.lora_plus to 1.",
-            )
-        ]
-    if optim.range_test and (row.one_rate or not optim.lr):
-        why = "finds its own rate" if row.one_rate else "has nothing to begin with where optimizer.lr is 0"
-        what = row.title if row.one_rate else "The range test"
-        return [RunProblem("rate", f"{what} {why}; turn optimizer.range_test off.")]
-    if optim.range_test:
-        return []
+        wrong = (
+            "Nothing would be trained: the learning rates of all chosen layers are 0; see optimizer.lr,"
+            " optimizer.text_encoder_lr and optimizer.block_lr."
+        )
+    elif row.one_rate and (len(set(rates.values())) > 1 or optim.lora_plus != 1.0):
+        wrong = (
+            f"{row.title} works with one learning rate; set the rates of the text encoders to optimizer.lr"
+            f" ({optim.lr:g}) or to 0, and optimizer.lora_plus to 1."
+        )
+    elif optim.range_test and row.one_rate:
+        wrong = f"{row.title} finds its own rate; turn optimizer.range_test off."
+    elif optim.range_test and not optim.lr:
+        wrong = (
+            "The range test has nothing to begin with where optimizer.lr is 0; turn optimizer.range_test off."
+        )
+    if wrong or optim.range_test:
+        return [RunProblem("rate", wrong)] if wrong else []
     low, high = RATES.get(optim.name, (0.0, math.inf))
     scale, product = (1.0, "") if row.one_rate else (config.adapter.scale, " x alpha / rank")
     found = []

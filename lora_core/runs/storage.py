@@ -34,8 +34,8 @@ _GOING = ".going"
 
 @dataclass(frozen=True)
 class TrashItem:
-    """Something in the trash: its folder there, its name, where it was, and when it was deleted (seconds since
-    the epoch)."""
+    """Something in the trash: its folder there, its name, where it was, and when it was deleted, in seconds
+    since the epoch."""
 
     place: Path
     name: str
