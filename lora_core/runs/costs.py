@@ -220,23 +220,21 @@ def _forecast_step(
 ) -> tuple[float, str] | None:
     """Seconds of a step with what comes between steps, and their source; None where nothing of the base was
     timed yet."""
-    key, base = cost_key(config), config.model.base
-    others = []
+    key, base, passes = cost_key(config), config.model.base, step_passes(config)
+    scaled: float | None = None
     for progress, other in runs:
         pace = progress.wall_pace()
-        if pace is None or other is None or other.model.base != base:
-            continue
-        if cost_key(other) == key:
-            return pace, MEASURED
-        others.append(pace / step_passes(other))
-    if key in costs:
-        cost = costs[key]
+        if pace is not None and other is not None and other.model.base == base:
+            if cost_key(other) == key:
+                return pace, MEASURED
+            scaled = scaled or pace / step_passes(other) * passes
+    if cost := costs.get(key):
         return cost.step + seconds_between_steps(config, cost.step, cost.draw, images), PROBED
     for cost in sorted(costs.values(), key=lambda one: -one.time):
         if cost.passes and cost.base == base:
-            step = cost.step * step_passes(config) / cost.passes
+            step = cost.step * passes / cost.passes
             return step + seconds_between_steps(config, step, cost.draw, images), SCALED
-    return (others[0] * step_passes(config), SCALED) if others else None
+    return (scaled, SCALED) if scaled else None
 
 
 def seconds_between_steps(config: RunConfig, step: float, draw: float, images: int) -> float:
@@ -252,11 +250,8 @@ def seconds_between_steps(config: RunConfig, step: float, draw: float, images: i
     prompts = len(preview.prompts) or min(USUAL_PROMPTS, images)
     sampling = num_rounds(steps, preview.every) * prompts * preview.steps * draw * num_adapters(config)
     held = validation.pictures if validation.pictures >= 1 else validation.pictures * images
-    passes = (
-        round(held)
-        * validation.draws_per_image
-        * (num_adapters(config) + (1 if validation.memorization else 0))
-    )
+    rated = num_adapters(config) + (1 if validation.memorization else 0)
+    passes = round(held) * validation.draws_per_image * rated
     passes += validation.forgetting * validation.draws_per_image if held else 0
     own = lookup_base(config.model.base).resolution
     share = ((config.train.resolution or own) / own) ** 2
