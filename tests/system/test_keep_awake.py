@@ -58,7 +58,7 @@ def test_a_program_holds_it_awake_and_ends(programs: Path, system: str, words: s
 
 def test_it_ends_also_with_a_killed_trainer(programs: Path) -> None:
     code = (
-        "import time; from pathlib import Path; from lora_core.system import keep_awake as awake\n"
+        "import time; from pathlib import Path; from lora_core.system import processes as awake\n"
         f"awake._SYSTEMD = Path({str(programs)!r})\n"
         "with awake.keep_awake('linux'):\n    time.sleep(600)"
     )
