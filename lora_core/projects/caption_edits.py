@@ -136,7 +136,7 @@ def _replace(captions: list[str], edit: Edit) -> list[str]:
     if not edit.regex and not edit.any_case:
         return [caption.replace(edit.find, edit.put) for caption in captions]
     # Unlike `re`, it can be stopped and lets other threads run: in the window a bad pattern would stop all.
-    import regex  # type: ignore[import-untyped]
+    import regex
 
     find, put = edit.find, edit.put
     if not edit.regex:

@@ -67,7 +67,7 @@ def extra_model_paths(file: Path) -> Folders:
 
 def _extra_sections(file: Path) -> list[dict[str, Any]]:
     """The sections, those that are the default first; none where the file is no YAML."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         document = yaml.safe_load(_text(file))
