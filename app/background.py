@@ -6,11 +6,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import Response
 
 from app.formatting import pluralize
-from app.routes import FRESH, Answer, read_sent_json
+from app.routes import FRESH, Answer, add_actions
 from app.templates import problem_html
 from app.worker_client import Reply, WorkerClient
 from lora_core.errors import RunError
@@ -102,8 +102,4 @@ def add_task_routes(app: FastAPI, name: str, task: BackgroundTask) -> None:
     async def now(known: int = -1) -> Response:
         return Answer(await asyncio.to_thread(task.now, known), headers=FRESH)
 
-    @app.post(f"/easel/{name}/cancel")
-    async def cancel(request: Request) -> Response:
-        await read_sent_json(request)
-        task.cancel()
-        return Answer({"done": True}, headers=FRESH)
+    add_actions(app, name, {"cancel": lambda sent: task.cancel()})

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -239,6 +239,20 @@ async def read_sent_json(request: Request) -> dict[str, Any]:
     if not isinstance(sent, dict):
         raise BadRequest("not an object")
     return sent
+
+
+def add_actions(app: FastAPI, prefix: str, actions: Mapping[str, Callable[[dict[str, Any]], Any]]) -> None:
+    """Add a route for each action, which is called with the posted JSON and may return the answer."""
+
+    def route(act: Callable[[dict[str, Any]], Any]) -> Any:
+        async def answer(request: Request) -> Response:
+            sent = await read_sent_json(request)
+            return Answer(await asyncio.to_thread(act, sent) or {"done": True}, headers=FRESH)
+
+        return answer
+
+    for name, act in actions.items():
+        app.post(f"/easel/{prefix}/{name}")(route(act))
 
 
 async def receive_file(request: Request, folder: Path, name: str) -> Path:

@@ -1,20 +1,40 @@
 """Nothing that the window or the worker does is without a command, and the table of verbs says the truth."""
 
 import ast
-import re
+import tempfile
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
-from app.preview.routes import ACTIONS
+from app.projects import add_project_routes
+from app.routes import add_routes
+from app.state import AppState
+from app.tabs import TABS
 from app.toolbox.tools import TOOLS
 from lora_core.api import VERBS
 from lora_core.cli.parser import parameters
 from lora_core.verbs import GROUPS
 
 ROOT = Path(__file__).resolve().parents[1]
-WINDOW = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
-ROUTES = set(re.findall(r'@app\.(?:post|put)\(\s*f?"/easel/([^"]+)"', WINDOW))
+
+
+def served() -> set[str]:
+    """What a page may post or put below /easel/."""
+    with tempfile.TemporaryDirectory() as folder:
+        app_state = AppState(Path(folder), worker_command=["no-such-program"])
+        app = FastAPI()
+        for add in (add_routes, add_project_routes, *(tab.add_routes for tab in TABS)):
+            add(app, app_state)
+        app_state.close()
+    routes = [
+        route for route in app.routes if isinstance(route, APIRoute) and route.methods & {"POST", "PUT"}
+    ]
+    return {route.path.removeprefix("/easel/") for route in routes}
+
+
+ROUTES = served()
 
 
 DOES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -135,9 +155,6 @@ def needed() -> set[str]:
     """All that the window can be asked to do."""
     parts = several()
     routes = {route for route in ROUTES if route not in parts}
-    # One function makes the routes of two jobs.
-    routes = {r for r in routes if "{name}" not in r} | {"toolbox/cancel", "report/cancel"}
-    routes |= {f"preview/{name}" for name in ACTIONS}
     return routes | {f"{route} {do}" for route, acts in parts.items() for do in acts}
 
 

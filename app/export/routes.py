@@ -1,16 +1,15 @@
 """Routes of the Export tab: writing, copying, and the report."""
 
-import asyncio
-from collections.abc import Callable
+import functools
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import FileResponse, Response
 
 from app.background import BackgroundTask, add_task_routes
 from app.export.view import REPORT, choose, copy, export
 from app.jobs import RunView
-from app.routes import FRESH, Answer, BadRequest, below, read_sent_json
+from app.routes import FRESH, BadRequest, add_actions, below
 from app.state import AppState
 from app.templates import note_html
 from app.toolbox.tools import check_memory_is_free
@@ -26,24 +25,9 @@ def add_export_routes(app: FastAPI, app_state: AppState) -> None:
     report = BackgroundTask(app_state.worker)
     add_task_routes(app, "report", report)
 
-    async def answer(do: Callable[..., Any], *given: Any) -> Response:
-        return Answer(await asyncio.to_thread(do, *given) or {"done": True}, headers=FRESH)
-
-    @app.post("/easel/export/choose")
-    async def chosen(request: Request) -> Response:
-        return await answer(choose, app_state, await read_sent_json(request))
-
-    @app.post("/easel/export/write")
-    async def write(request: Request) -> Response:
-        return await answer(export, app_state, await read_sent_json(request))
-
-    @app.post("/easel/export/copy")
-    async def copied(request: Request) -> Response:
-        return await answer(copy, app_state, await read_sent_json(request))
-
-    @app.post("/easel/report/start")
-    async def start_report(request: Request) -> Response:
-        return await answer(begin_report_task, app_state, report, await read_sent_json(request))
+    actions = {"choose": choose, "write": export, "copy": copy}
+    add_actions(app, "export", {name: functools.partial(act, app_state) for name, act in actions.items()})
+    add_actions(app, "report", {"start": functools.partial(begin_report_task, app_state, report)})
 
     @app.get("/easel/report/of/{run}")
     async def page(run: str, download: int = 0) -> Response:

@@ -32,7 +32,7 @@ def build_export(bindings: Bindings) -> None:
         with gr.Column(elem_classes="main card"):
             bindings.follow(html_block(), checkpoint_cards)
             html_block(render("export/form.html", formats=formats, precisions=PRECISIONS))
-            bindings.follow(html_block(), export_buttons)
+            bindings.follow(html_block(elem_classes="sticky-actions"), export_buttons)
             html_block(render("export/written.html"))
         with gr.Column(elem_classes="main"):
             html_block(compatibility_card(None), elem_id="works-in")
@@ -120,19 +120,19 @@ def export_buttons(snapshot: Snapshot) -> str:
     )
 
 
-def choose(app_state: AppState, sent: Mapping[str, Any]) -> None:
+def choose(app_state: AppState, sent: dict[str, Any]) -> None:
     """Store the chosen run and checkpoint, or the folder to copy to."""
     known = {"run": "export_run", "checkpoint": "export_checkpoint", "folder": "copy_to"}
     app_state.project.update_draft(**{known[key]: str(sent[key]) for key in known if key in sent})
 
 
-def export(app_state: AppState, sent: Mapping[str, Any]) -> dict[str, Any]:
+def export(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Write the file; returns HTML of what was written and of what reads it, and the link to download it.
 
     Raises:
         LoraError: it could not be written.
     """
-    run_view, result = write_export(app_state, *_choice(sent))
+    run_view, result = write_export(app_state, sent)
     file = Path(str(result["file"]))
     link = f"/easel/download/{quote(run_view.run.name)}/{quote(file.name)}"
     places = [app_state.files.place(file, "Saved to")]
@@ -146,10 +146,6 @@ def export(app_state: AppState, sent: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _choice(sent: Mapping[str, Any]) -> list[str]:
-    return [str(sent.get(key) or "") for key in ("run", "checkpoint", "name", "format", "precision")]
-
-
 def written_line(result: Mapping[str, Any], precision: str, link: str, places: list[str]) -> str:
     """What was written, a download link, and its location."""
     name = str(result.get("file", "")).replace("\\", "/").rsplit("/", 1)[-1]
@@ -160,27 +156,27 @@ def written_line(result: Mapping[str, Any], precision: str, link: str, places: l
     )  # fmt: skip
 
 
-def copy(app_state: AppState, sent: Mapping[str, Any]) -> dict[str, Any]:
+def copy(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     """Write the file and copy it to a folder of another tool.
 
     Raises:
         LoraError: there is no such folder, or the file could not be written.
     """
     target = check_folder(str(sent.get("folder") or ""))
-    _, result = write_export(app_state, *_choice(sent))
+    _, result = write_export(app_state, sent)
     done = copy_export(Path(str(result["file"])), target)
     app_state.places.keep("lora_folders", str(target))
     return {"copied": copied_line(app_state, done), "works_in": compatibility_card(result)}
 
 
-def write_export(
-    app_state: AppState, run: str, checkpoint: str, name: str, form: str, precision: str
-) -> tuple[RunView, dict[str, Any]]:
+def write_export(app_state: AppState, sent: dict[str, Any]) -> tuple[RunView, dict[str, Any]]:
     """Have the worker write the file; returns the run and the worker's answer.
 
     Raises:
         LoraError: there is no such run, the name is no file's, or the worker could not write it.
     """
+    names = ("run", "checkpoint", "name", "format", "precision")
+    run, checkpoint, name, form, precision = (str(sent.get(key) or "") for key in names)
     run_view = next((w for w, _ in take_snapshot(app_state).runs if w.run.name == run), None)
     if run_view is None:
         raise LoraError("Choose a run first; none has a checkpoint yet.")

@@ -1,5 +1,8 @@
-"""The images generated in a project. `generated/history.jsonl` lists them: unlike the PNGs, which get shared,
-it holds the paths of base and adapters."""
+"""The images generated in a project, and sheets of several.
+
+`generated/history.jsonl` lists them: unlike the PNGs, which get shared, it holds the paths of base and
+adapters.
+"""
 
 import dataclasses
 import json
@@ -11,8 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import LoraError, RunError
-from lora_core.generate.request import Axis, GenerationRequest, WeightedLora, make_axis
+from lora_core.generate.request import (
+    Axis,
+    GenerationRequest,
+    Infotext,
+    WeightedLora,
+    grid_requests,
+    grid_settings,
+    make_axis,
+)
+from lora_core.model_files.detect import lookup_base
 from lora_core.runs.storage import move_to_trash
+from lora_core.settings.choices import SAMPLERS
 from lora_core.system.files import check_fields, parse_json
 
 MOST_SHOWN = 60
@@ -159,3 +172,56 @@ def file_time(file: str) -> int:
         return Path(file).stat().st_mtime_ns
     except OSError:
         return 0
+
+
+# Sheets: several images as one.
+
+
+@dataclass
+class GridState:
+    """A wanted grid: axes, images, and the PNG when it is complete."""
+
+    shot: GenerationRequest
+    rows: Axis | None
+    columns: Axis | None
+    cells: list[list[GenerationRequest]]
+    sheet: Path | None = None
+    problem: str = ""
+
+    @classmethod
+    def of(cls, shot: GenerationRequest, rows: Axis | None, columns: Axis | None) -> "GridState":
+        """Lay out the grid of `shot` over two axes.
+
+        Raises:
+            ConfigError: the axes do not fit.
+        """
+        cells = [[cell.acting() for cell in row] for row in grid_requests(shot, rows, columns)]
+        return cls(shot, rows, columns, cells)
+
+    @property
+    def shots(self) -> list[GenerationRequest]:
+        """All images in reading order."""
+        return [shot for row in self.cells for shot in row]
+
+
+def sheet_info(grid: GridState) -> str:
+    """Infotext of a sheet: the settings its images share, and its axes."""
+    shot = grid.shot
+    return Infotext(
+        prompt=shot.prompt, negative=shot.negative, steps=shot.steps, sampler=sampler_title(shot.sampler),
+        cfg=shot.cfg, cfg_rescale=_resolve_rescale(shot), seed=shot.seed,
+        width=shot.width, height=shot.height, model=Path(shot.base).stem, clip_skip=shot.clip_skip,
+        loras=tuple(one for one in shot.loras if one.acts),
+        extra=grid_settings(grid.rows, grid.columns),
+    ).text()  # fmt: skip
+
+
+def _resolve_rescale(shot: GenerationRequest) -> float:
+    """The CFG rescale that was used."""
+    facts = lookup_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
+    return facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0
+
+
+def sampler_title(key: str) -> str:
+    """A sampler's name in A1111."""
+    return SAMPLERS[key].title if key in SAMPLERS else key

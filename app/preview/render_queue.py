@@ -12,40 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.preview.history import History, HistoryEntry, file_time
+from app.preview.history import GridState, History, HistoryEntry, file_time, sheet_info
 from app.worker_client import CANCELLED, Reply, WorkerClient
-from lora_core.generate.request import Axis, GenerationRequest, Infotext, grid_requests, grid_settings
-from lora_core.model_files.detect import lookup_base
-from lora_core.settings.choices import SAMPLERS
-
-STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass
-class GridState:
-    """A wanted grid: axes, images, and the PNG when it is complete."""
-
-    shot: GenerationRequest
-    rows: Axis | None
-    columns: Axis | None
-    cells: list[list[GenerationRequest]]
-    sheet: Path | None = None
-    problem: str = ""
-
-    @classmethod
-    def of(cls, shot: GenerationRequest, rows: Axis | None, columns: Axis | None) -> "GridState":
-        """Lay out the grid of `shot` over two axes.
-
-        Raises:
-            ConfigError: the axes do not fit.
-        """
-        cells = [[cell.acting() for cell in row] for row in grid_requests(shot, rows, columns)]
-        return cls(shot, rows, columns, cells)
-
-    @property
-    def shots(self) -> list[GenerationRequest]:
-        """All images in reading order."""
-        return [shot for row in self.cells for shot in row]
+from lora_core.generate.request import GenerationRequest
 
 
 @dataclass(frozen=True)
@@ -103,29 +72,6 @@ class PreviewState:
     def grid_waits(self) -> bool:
         """Whether the grid is still to be generated."""
         return self.grid is not None and not self.grid.problem and self.grid.sheet is None
-
-
-def sheet_info(grid: GridState) -> str:
-    """Infotext of a sheet: the settings its images share, and its axes."""
-    shot = grid.shot
-    return Infotext(
-        prompt=shot.prompt, negative=shot.negative, steps=shot.steps, sampler=sampler_title(shot.sampler),
-        cfg=shot.cfg, cfg_rescale=_resolve_rescale(shot), seed=shot.seed,
-        width=shot.width, height=shot.height, model=Path(shot.base).stem, clip_skip=shot.clip_skip,
-        loras=tuple(one for one in shot.loras if one.acts),
-        extra=grid_settings(grid.rows, grid.columns),
-    ).text()  # fmt: skip
-
-
-def _resolve_rescale(shot: GenerationRequest) -> float:
-    """The CFG rescale that was used."""
-    facts = lookup_base(shot.base, shot.prediction, shot.zero_terminal_snr).facts
-    return facts.cfg_rescale(shot.cfg_rescale) if facts is not None and shot.cfg > 1 else 0.0
-
-
-def sampler_title(key: str) -> str:
-    """A sampler's name in A1111."""
-    return SAMPLERS[key].title if key in SAMPLERS else key
 
 
 MOST_DRAWN = 2000

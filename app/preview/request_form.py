@@ -12,13 +12,10 @@ from typing import Any
 
 from app.jobs import RunView
 from app.preview.loras import find_loras, find_owner, list_run_loras, lora_groups
-from app.preview.render_queue import STRIP
 from app.state import Snapshot
 from lora_core.errors import ConfigError, LoraError
 from lora_core.generate.request import (
-    Axis,
     GenerationRequest,
-    Infotext,
     WeightedLora,
     make_axis,
     parse_cfg_rescale,
@@ -26,7 +23,6 @@ from lora_core.generate.request import (
 )
 from lora_core.model_files.detect import BaseFacts, lookup_base
 from lora_core.projects.project import Project
-from lora_core.settings.choices import SAMPLERS
 from lora_core.settings.config import RunConfig
 from lora_core.settings.schema import AUTO, NumberOrAuto
 
@@ -34,6 +30,7 @@ FIELDS = ("prompt", "negative", "sampler", "steps", "cfg", "cfg_rescale", "seed"
 # Not in the demo's training set, so the result shows generalization.
 DEMO_PROMPT = "house, duskprint style, on a sky blue background"
 SEED = 1234
+STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)
 LARGEST_RANDOM = 2**32
 MOST_LORAS = 20
 MOST_STRENGTH = 20.0
@@ -77,12 +74,15 @@ def parse_rows(rows: Iterable[Any]) -> list[WeightedLora]:
             text = row.get("text")
             file = str(row["file"]).strip().strip('"')
             found.append(
-                WeightedLora(file, _strength(row.get("strength")), None if text is None else _strength(text))
+                WeightedLora(
+                    file, parse_strength(row.get("strength")), None if text is None else parse_strength(text)
+                )
             )
     return found
 
 
-def _strength(value: Any) -> float:
+def parse_strength(value: Any) -> float:
+    """A strength within its limits; 0 for what is no number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -115,19 +115,13 @@ def take_sent_form(project: Project, sent: dict[str, Any]) -> tuple[list[Weighte
     """Store the form as a page sends it; returns its LoRAs and the new revision."""
     rows = parse_rows(sent.get("rows") or [])
     more: dict[str, Any] = {}
-    fields, strip, grid = (sent.get(key) for key in ("fields", "strip", "grid"))
+    fields, strip = sent.get("fields"), sent.get("strip")
     if isinstance(strip, dict):
         kept = {"on": bool(strip.get("on")), "values": list(strip_values(project))}
         with contextlib.suppress(LoraError):
             # Reported when the strip is generated; a half-typed number is not an error yet.
             kept["values"] = list(parse_strengths(strip.get("values")))
         more["preview_strip_at"] = kept
-    if isinstance(grid, dict):
-        more["preview_grid"] = {
-            key: value
-            for side in GRID_SIDES
-            for key, value in zip((side, _values_key(side)), _sent_axis(grid.get(side)), strict=True)
-        }
     fields = fields if isinstance(fields, dict) else None
     return rows, save_form(project, rows, bool(sent.get("apart")), fields, **more)
 
@@ -239,101 +233,6 @@ def parse_strengths(text: Any) -> tuple[float, ...]:
     return tuple(float(v) for v in make_axis("strength", split_values(str(text or ""))).values)
 
 
-# The axes of the grid.
-
-GRID_SIDES = {"rows": "seed", "columns": "strength"}
-"""Rows and columns, and what each varies at first."""
-NOTHING = "none"
-GRID_KINDS = {
-    "strength": "LoRA strength", "checkpoint": "Checkpoint", "seed": "Seed", "prompt": "Prompt",
-    "rank": "Rank", NOTHING: "Nothing",
-}  # fmt: skip
-MOST_CHECKPOINTS = 40
-
-
-def _values_key(side: str) -> str:
-    return f"{side.removesuffix('s')}_values"
-
-
-def _sent_axis(sent: Any) -> tuple[str, list[str]]:
-    sent = sent if isinstance(sent, dict) else {}
-    values = sent.get("values")
-    return str(sent.get("kind")), [str(value) for value in values] if isinstance(values, list) else []
-
-
-def sent_axes(sent: dict[str, Any]) -> list[Axis | None]:
-    """Rows and columns as a page sends them.
-
-    Raises:
-        ConfigError: there is no value, or one is not legal.
-    """
-    grid = sent.get("grid")
-    grid = grid if isinstance(grid, dict) else {}
-    return [parse_axis(*_sent_axis(grid.get(side))) for side in GRID_SIDES]
-
-
-def parse_axis(kind: str, values: list[str]) -> Axis | None:
-    """Parse the chosen values of an axis; numbers typed together are split.
-
-    Raises:
-        ConfigError: there is no value, or one is not legal.
-    """
-    if kind == NOTHING:
-        return None
-    if kind in ("strength", "seed", "rank"):
-        values = [part for value in values for part in split_values(value)]
-    return make_axis(kind, values)
-
-
-def grid_axes(snapshot: Snapshot) -> dict[str, Any]:
-    """Rows and columns in the draft, each with its values and choices."""
-    kept = snapshot.app_state.project.draft().get("preview_grid") or {}
-    return {
-        side: axis_data(snapshot, str(kept.get(side) or usual), kept.get(_values_key(side)))
-        for side, usual in GRID_SIDES.items()
-    }
-
-
-def axis_data(snapshot: Snapshot, kind: str, values: Any = None) -> dict[str, Any]:
-    """An axis as the page's script needs it; without values those that are usual."""
-    choices, usual = list_axis_values(snapshot, kind)
-    listed = [str(value) for value in values] if isinstance(values, list) and values else usual
-    return {"kind": kind, "values": listed, "choices": choices}
-
-
-def list_axis_values(snapshot: Snapshot, kind: str) -> tuple[list[tuple[str, str]], list[str]]:
-    """Checkpoints on offer as (title, file), and the values selected by default."""
-    fields = load_fields(snapshot)
-    if kind == "checkpoint":
-        return _list_checkpoints(snapshot)
-    try:
-        first = max(0, int(fields["seed"]))
-    except ValueError:
-        first = SEED
-    usual = {
-        "strength": ["0", "0.5", "1"],
-        "rank": ["1", "4", "16"],
-        "seed": [str(first + number) for number in range(3)],
-        "prompt": [str(fields["prompt"])] if fields["prompt"] else [],
-    }
-    return [], usual.get(kind, [])
-
-
-def _list_checkpoints(snapshot: Snapshot) -> tuple[list[tuple[str, str]], list[str]]:
-    """All adapter files; those of the first LoRA's run are selected."""
-    rows, _ = lora_rows(snapshot)
-    run_view = find_owner(snapshot, rows[0].file) if rows else None
-    own = [str(one.file) for one in list_run_loras(run_view)] if run_view else []
-    choices = [
-        (title if place == "Runs" else f"{place}: {title}", file)
-        for place, files in lora_groups(snapshot)
-        for title, file in files
-    ]
-    steps = [file for file in own if "/checkpoints/" in file.replace("\\", "/")]
-    picked = (steps or own)[:3][::-1] or [file for _, file in choices[:2]]
-    return choices[:MOST_CHECKPOINTS], picked
-
-
 def fields_of(shot: GenerationRequest) -> dict[str, Any]:
     """A request's fields as the form shows them."""
     values = {name: getattr(shot, name) for name in FIELDS}
@@ -344,38 +243,6 @@ def save_request(project: Project, shot: GenerationRequest) -> None:
     """Put a request's settings into the form."""
     apart = any(lora.text_strength is not None for lora in shot.loras)
     save_form(project, list(shot.loras), apart, fields_of(shot))
-
-
-def apply_infotext(snapshot: Snapshot, info: Infotext) -> list[str]:
-    """Put an image's infotext into the form; returns the LoRAs that were not found."""
-    project = snapshot.app_state.project
-    fields = load_fields(snapshot)
-    sampler = next((key for key, row in SAMPLERS.items() if info.sampler in (key, row.title)), None)
-    said = {
-        "steps": info.steps, "cfg": info.cfg, "seed": info.seed, "sampler": sampler,
-        "cfg_rescale": (info.cfg_rescale or 0.0) if info.cfg is not None else None,
-        "width": info.width, "height": info.height,
-    }  # fmt: skip
-    fields |= {name: value for name, value in said.items() if value is not None}
-    fields |= {"prompt": info.prompt, "negative": info.negative}
-    names: dict[str, str] = {}
-    for _, files in lora_groups(snapshot):
-        for _, file in files:
-            names.setdefault(WeightedLora(file).name.casefold(), file)
-    rows: list[WeightedLora] = []
-    missing: list[str] = []
-    for tag in info.loras:
-        found = names.get(tag.name.casefold())
-        if found is None:
-            missing.append(tag.name)
-        else:
-            rows.append(WeightedLora(found, _strength(tag.strength), tag.text_strength))
-    if not (info.prompt or info.loras):
-        rows, kept = lora_rows(snapshot)
-        save_form(project, rows, bool(kept.get("apart")), fields)
-    else:
-        save_form(project, rows, any(row.text_strength is not None for row in rows), fields)
-    return missing
 
 
 def build_run_request(snapshot: Snapshot, name: str) -> GenerationRequest:

@@ -1,38 +1,30 @@
 """Routes of the Preview tab. Every change of the form arrives here, is stored, and draws what it asks for."""
 
 import asyncio
-from pathlib import Path
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
-from PIL import Image, UnidentifiedImageError
 
-from app.preview.history import HistoryEntry
-from app.preview.loras import add_lora
-from app.preview.render_queue import GridState, sheet_info
+from app.preview.grid import axis_data, grid_axes, strip_sheet, take_sent_axes
+from app.preview.history import GridState
+from app.preview.infotext import open_file, use_infotext
 from app.preview.request_form import (
-    apply_infotext,
-    axis_data,
     base_for,
     build_request,
     build_run_request,
-    grid_axes,
-    lora_rows,
     parse_strengths,
-    save_form,
     save_request,
-    sent_axes,
     strip_is_on,
     strip_values,
     take_sent_form,
 )
-from app.preview.view import infotext_table, working_words
-from app.routes import FRESH, Answer, BadRequest, read_sent_json, receive_file
+from app.preview.view import working_words
+from app.routes import FRESH, Answer, BadRequest, add_actions, receive_file
 from app.state import AppState, take_snapshot
-from app.templates import note_html
-from lora_core.errors import DatasetError, LoraError, RunError
-from lora_core.generate.request import Infotext, WeightedLora, make_axis, parse_infotext
+from lora_core.errors import LoraError
 
 
 def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
@@ -62,8 +54,7 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
             return Response(status_code=204, headers=FRESH)
         return Response(data, media_type="image/jpeg", headers=FRESH)
 
-    for name, act in ACTIONS.items():
-        _add_action(app, app_state, name, act)
+    add_actions(app, "preview", {name: functools.partial(act, app_state) for name, act in ACTIONS.items()})
 
     @app.get("/easel/preview/axes")
     async def axes(kind: str = "") -> Response:
@@ -79,13 +70,6 @@ def add_preview_routes(app: FastAPI, app_state: AppState) -> None:
     async def strip() -> Response:
         path = await asyncio.to_thread(strip_sheet, app_state)
         return FileResponse(path, filename=path.name, media_type="image/png", headers=FRESH)
-
-
-def _add_action(app: FastAPI, app_state: AppState, name: str, act: Any) -> None:
-    @app.post(f"/easel/preview/{name}")
-    async def answer(request: Request) -> Response:
-        sent = await read_sent_json(request)
-        return Answer(await asyncio.to_thread(act, app_state, sent) or {"done": True}, headers=FRESH)
 
 
 def take_rows(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +99,7 @@ def generate(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
     try:
         shot = build_request(snapshot, fields or {}, rows)
         if what == "grid":
-            app_state.render_queue.draw_grid(GridState.of(shot, *sent_axes(sent)))
+            app_state.render_queue.draw_grid(GridState.of(shot, *take_sent_axes(app_state.project, sent)))
             return {"rev": rev}
         on = what == "strip" or strip_is_on(app_state.project, base_for(snapshot, rows))
         strip = strip_values(app_state.project) if on else ()
@@ -167,90 +151,15 @@ def put_back(app_state: AppState, sent: dict[str, Any]) -> None:
         app_state.render_queue.want(kept.shot, ())
 
 
-def open_file(app_state: AppState, file: Path) -> dict[str, Any]:
-    """Take a file that was sent to the tab: a LoRA is added, the settings in a PNG are shown.
-
-    Raises:
-        LoraError: it is neither.
-    """
-    try:
-        if file.suffix.lower() != ".safetensors":
-            text, info = read_infotext(file)
-            return {"html": infotext_table(file.name, info), "text": text}
-        added = add_lora(app_state.project, file)
-    finally:
-        file.unlink(missing_ok=True)
-    rows, kept = lora_rows(take_snapshot(app_state))
-    save_form(app_state.project, [*rows, WeightedLora(str(added))], bool(kept.get("apart")))
-    return {"html": note_html(f"{added.stem} is added.")}
-
-
-def read_infotext(file: Path) -> tuple[str, Infotext]:
-    """A1111's infotext in a PNG, as text and parsed; nothing in it is trusted.
-
-    Raises:
-        DatasetError: it is no image, or holds no settings.
-    """
-    try:
-        with Image.open(file) as opened:
-            text: Any = opened.info.get("parameters")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{file.name} is not a readable image.") from error
-    if not isinstance(text, str) or not text.strip():
-        raise DatasetError(
-            f"{file.name} holds no settings; sites and chats strip them when they re-encode images."
-        )
-    return text, parse_infotext(text)
-
-
-def use_infotext(app_state: AppState, sent: dict[str, Any]) -> dict[str, Any]:
-    """Put an infotext into the form."""
-    missing = apply_infotext(take_snapshot(app_state), parse_infotext(str(sent.get("text", ""))))
-    lost = f" Not found: {', '.join(missing)}; drop the LoRA file to add it." if missing else ""
-    return {"html": note_html(f"Its settings are in the form.{lost}")}
-
-
-def strip_sheet(app_state: AppState) -> Path:
-    """The strip as one PNG, assembled from its images.
-
-    Raises:
-        RunError: it is not whole.
-    """
-    render_queue = app_state.render_queue
-    view = render_queue.view()
-    shots = view.strip_shots()
-    if view.shot is None or not shots or any(shot not in view.images for shot in shots):
-        raise RunError("The strip is not generated yet; generate it first.")
-    columns = make_axis("strength", list(view.strip))
-    grid = GridState(view.shot, None, columns, [shots])
-    stem = view.images[shots[0]]
-    out = stem.with_name(f"{stem.stem}-strip.png")
-    cells = [[str(view.images[shot]) for shot in shots]]
-    labels = [f"{value:g}" for value in view.strip]
-    reply = app_state.worker.ask(
-        {"do": "sheet", "cells": cells, "columns": labels, "parameters": sheet_info(grid), "out": str(out)}
-    )
-    if reply.state == "error":
-        raise RunError(reply.message)
-    render_queue.history.add(HistoryEntry(out, view.shot, None, columns))
-    return out
-
-
-def _forget(app_state: AppState, sent: dict[str, Any]) -> None:
-    app_state.render_queue.history.remove(str(sent.get("file", "")), app_state.workspace)
-
-
-def _cancel(app_state: AppState, sent: dict[str, Any]) -> None:
-    app_state.render_queue.cancel()
-
-
-ACTIONS = {
+ACTIONS: dict[str, Callable[[AppState, dict[str, Any]], Any]] = {
     "rows": take_rows,
     "generate": generate,
     "open": open_tab,
     "put-back": put_back,
-    "forget": _forget,
-    "cancel": _cancel,
+    "forget": lambda app_state, sent: app_state.render_queue.history.remove(
+        str(sent.get("file", "")), app_state.workspace
+    ),
+    "cancel": lambda app_state, sent: app_state.render_queue.cancel(),
     "infotext": use_infotext,
 }
 """What a page may post below /easel/preview/."""

@@ -9,17 +9,16 @@ from typing import Any
 import gradio as gr
 
 from app.bindings import Bindings, html_block
-from app.preview.history import HistoryEntry
-from app.preview.render_queue import GridState, PreviewState, sampler_title
-from app.preview.request_form import GRID_KINDS, base_for, form_data, lora_rows
+from app.preview.grid import GRID_KINDS
+from app.preview.history import GridState, HistoryEntry, sampler_title
+from app.preview.render_queue import PreviewState
+from app.preview.request_form import base_for, form_data, lora_rows
 from app.routes import image_url
 from app.state import Snapshot
 from app.templates import render
 from app.train.base_picker import base_choices
-from lora_core.generate.request import GenerationRequest, Infotext
+from lora_core.generate.request import GenerationRequest
 from lora_core.settings.choices import SAMPLERS
-
-LONGEST_SHOWN = 600
 
 
 def build_preview(bindings: Bindings) -> None:
@@ -178,21 +177,3 @@ def grid_result(snapshot: Snapshot) -> str:
 def _grid_words(grid: GridState) -> str:
     axes = [("Rows", grid.rows), ("Columns", grid.columns)]
     return ". ".join(f"{name}: {', '.join(axis.labels())}" for name, axis in axes if axis)[:1000]
-
-
-def infotext_table(name: str, info: Infotext) -> str:
-    """The infotext of an image as a table, with a button that puts it into the form."""
-    rows = {
-        "Prompt": info.prompt[:LONGEST_SHOWN],
-        "Negative": info.negative[:LONGEST_SHOWN],
-        "LoRAs": ", ".join(f"{tag.name} {tag.strength:g}" for tag in info.loras),
-        "Model": info.model,
-        "Sampler": info.sampler,
-        "Steps": info.steps,
-        "Guidance": info.cfg,
-        "CFG rescale": info.cfg_rescale,
-        "Seed": info.seed,
-        "Size": f"{info.width} \N{MULTIPLICATION SIGN} {info.height}" if info.width and info.height else "",
-    }
-    shown = [(title, value) for title, value in rows.items() if value not in (None, "")]
-    return render("preview/infotext.html", name=name, rows=shown)

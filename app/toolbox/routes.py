@@ -1,8 +1,7 @@
 """Routes of the Toolbox: its tools, and the files they make."""
 
-import asyncio
+import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -12,7 +11,7 @@ from fastapi.responses import FileResponse, Response
 
 from app.background import BackgroundTask, add_task_routes
 from app.preview.loras import ADDED
-from app.routes import FRESH, Answer, below, read_sent_json, receive_file
+from app.routes import FRESH, Answer, add_actions, below, receive_file
 from app.state import AppState
 from app.toolbox.tools import TOOLS, build_worker_request, free_path, list_choices
 from app.toolbox.view import result_html, written_html
@@ -25,22 +24,9 @@ def add_toolbox_routes(app: FastAPI, app_state: AppState) -> None:
     toolbox = Toolbox(app_state)
     add_task_routes(app, "toolbox", toolbox.task)
 
-    async def answer(do: Callable[..., Any], *given: Any) -> Response:
-        return Answer(await asyncio.to_thread(do, *given) or {"done": True}, headers=FRESH)
-
     app.get("/easel/toolbox/choices")(lambda: Answer(list_choices(app_state), headers=FRESH))
-
-    @app.post("/easel/toolbox/start")
-    async def start(request: Request) -> Response:
-        return await answer(toolbox.start, await read_sent_json(request))
-
-    @app.post("/easel/toolbox/act")
-    async def act(request: Request) -> Response:
-        return await answer(toolbox.act, await read_sent_json(request))
-
-    @app.post("/easel/toolbox/go-on")
-    async def go_on(request: Request) -> Response:
-        return await answer(train_on, app_state, str((await read_sent_json(request)).get("file", "")))
+    go_on = functools.partial(train_on, app_state)
+    add_actions(app, "toolbox", {"start": toolbox.start, "act": toolbox.act, "go-on": go_on})
 
     @app.post("/easel/toolbox/file")
     async def file(request: Request, name: str) -> Response:
@@ -136,14 +122,14 @@ class Toolbox:
         return {**result, "link": link, "place": self._app_state.files.place(file, "Saved to")}
 
 
-def train_on(app_state: AppState, name: str) -> None:
+def train_on(app_state: AppState, sent: dict[str, Any]) -> None:
     """Make the Train form start from a LoRA file.
 
     Raises:
         AdapterFileError: it is gone.
     """
-    file = Path(name)
-    if not name or not file.is_file():
-        raise AdapterFileError(f"There is no file at {name}; choose another.")
+    file = Path(str(sent.get("file", "")))
+    if not file.is_file():
+        raise AdapterFileError(f"There is no file at {file}; choose another.")
     values = dict(app_state.project.draft().get("values") or {})
     app_state.project.update_draft(values={**values, "adapter.init": str(file)})

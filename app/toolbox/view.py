@@ -127,14 +127,6 @@ def _similarity_bars(layers: list[Row]) -> str:
     )
 
 
-def _short(module: str) -> str:
-    """Block and layer of a module name."""
-    parts = module.split(".")
-    if len(parts) < 5:
-        return module
-    return f"{'.'.join(parts[:2])} \N{HORIZONTAL ELLIPSIS} {'.'.join(parts[-2:])}"
-
-
 def _stack(found: Row, names: list[str]) -> str:
     files = found["files"]
     rows = [

@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from app.preview import grid
 from app.preview import request_form as preview_form
 from app.preview import view as preview
-from app.preview.history import FILE, History, HistoryEntry
+from app.preview.history import FILE, GridState, History, HistoryEntry, sheet_info
+from app.preview.infotext import apply_infotext, infotext_table, read_infotext
 from app.preview.loras import lora_groups, new_lora_path
-from app.preview.render_queue import GridState, PreviewState, RenderQueue, sheet_info
-from app.preview.routes import open_tab, read_infotext, take_rows
+from app.preview.render_queue import PreviewState, RenderQueue
+from app.preview.routes import open_tab, take_rows
 from app.state import AppState, Snapshot, take_snapshot
 from lora_core.errors import ConfigError, DatasetError, LoraError, RunError
 from lora_core.generate.request import GenerationRequest, Infotext, WeightedLora, make_axis
@@ -144,8 +146,8 @@ def test_a_page_sends_the_whole_form(app_state: AppState) -> None:
     assert data["rev"] == rev
     assert {name: data["fields"][name] for name in fields} == fields
     assert data["strip"] == sent["strip"]
-    assert preview_form.grid_axes(snapshot)["columns"]["values"] == ["1, 2"]
-    assert preview_form.sent_axes(sent) == [None, make_axis("seed", [1, 2])]
+    assert grid.take_sent_axes(app_state.project, sent) == [None, make_axis("seed", [1, 2])]
+    assert grid.grid_axes(snapshot)["columns"]["values"] == ["1, 2"]
     assert preview_form.build_request(snapshot, data["fields"], rows).steps == 9
     # A number that is half typed, and what a page of another kind might send.
     preview_form.take_sent_form(app_state.project, {**sent, "strip": {"values": "0, x"}})
@@ -255,7 +257,7 @@ def test_settings_of_a_picture_go_into_the_form(app_state: AppState) -> None:
         "demo",
         loras=(WeightedLora("mine", 0.8, 0.4), WeightedLora("away", 1)),
     )
-    assert preview_form.apply_infotext(take_snapshot(app_state), info) == ["away"]
+    assert apply_infotext(take_snapshot(app_state), info) == ["away"]
     snapshot = take_snapshot(app_state)
     assert preview_form.load_fields(snapshot) == {
         "prompt": HOSTILE, "negative": "no", "sampler": "euler_a", "steps": 7, "cfg": 3.5, "seed": 99,
@@ -311,7 +313,7 @@ def test_a_picture_s_settings_are_read_and_shown_as_text(tmp_path: Path) -> None
     written = Infotext(HOSTILE, HOSTILE, 7, "DDIM", 3.5, 9, 96, 128, HOSTILE, loras=(WeightedLora("x", 0.5),))
     _, info = read_infotext(picture(tmp_path, text=written.text()))
     assert (info.prompt, info.seed, info.loras) == (HOSTILE, 9, (WeightedLora("x", 0.5),))
-    shown = preview.infotext_table(f"{HOSTILE}.png", info)
+    shown = infotext_table(f"{HOSTILE}.png", info)
     assert "<img" not in shown
 
 
@@ -342,10 +344,10 @@ def test_everything_of_people_is_text_and_addresses_stay_inside(app_state: AppSt
     shot = GenerationRequest(
         prompt=HOSTILE, seed=5, width=96, height=64, loras=(WeightedLora(f"/{HOSTILE}.safetensors", 0.5),)
     )
-    grid = GridState.of(shot, make_axis("prompt", [HOSTILE]), make_axis("strength", [0, 0.5]))
-    pictures = dict.fromkeys((shot, shot.alone(), *grid.shots[:1]), path)
+    sheet = GridState.of(shot, make_axis("prompt", [HOSTILE]), make_axis("strength", [0, 0.5]))
+    pictures = dict.fromkeys((shot, shot.alone(), *sheet.shots[:1]), path)
     app_state.render_queue.history.add(HistoryEntry(path, shot))
-    view = PreviewState("error", HOSTILE, 1, 2, shot, (0.0, 0.5), grid, pictures)
+    view = PreviewState("error", HOSTILE, 1, 2, shot, (0.0, 0.5), sheet, pictures)
     snapshot = shown(app_state, view)
     pieces = [
         preview.comparison,
@@ -363,7 +365,7 @@ def test_everything_of_people_is_text_and_addresses_stay_inside(app_state: AppSt
         ) + html.count('class="look"')
     assert "--ratio:1.5000" in preview.comparison(snapshot)
     assert 'id="preview-result"' in preview.comparison(snapshot)
-    grid.sheet = path
+    sheet.sheet = path
     assert "<img src=x" not in preview.grid_result(snapshot)
 
 
@@ -381,12 +383,12 @@ def test_what_is_not_there_yet_says_what_to_do(app_state: AppState) -> None:
 
 
 def test_axes_are_typed_or_picked(app_state: AppState) -> None:
-    assert preview_form.parse_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
-    assert preview_form.parse_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
-    assert preview_form.parse_axis("none", []) is None
+    assert grid.parse_axis("strength", ["0, 0.5", "1"]) == make_axis("strength", [0, 0.5, 1])
+    assert grid.parse_axis("prompt", ["a, b"]) == make_axis("prompt", ["a, b"])
+    assert grid.parse_axis("none", []) is None
     with pytest.raises(LoraError, match="needs values"):
-        preview_form.parse_axis("seed", [])
+        grid.parse_axis("seed", [])
     run_with_file(app_state)
-    choices, picked = preview_form.list_axis_values(take_snapshot(app_state), "checkpoint")
+    choices, picked = grid.list_axis_values(take_snapshot(app_state), "checkpoint")
     assert [title for title, _ in choices] == ["mine", "mine, step 100", "mine, step 50"]
     assert [Path(file).parent.name for file in picked] == ["step-000050", "step-000100"]

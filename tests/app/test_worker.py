@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from app.preview.render_queue import STRIP, GridState, PreviewState, RenderQueue
+from app.preview.history import GridState
+from app.preview.render_queue import PreviewState, RenderQueue
+from app.preview.request_form import STRIP
 from app.state import AppState
 from app.worker_client import MemoryYieldPolicy, WorkerClient
 from lora_core.generate.request import GenerationRequest, WeightedLora, make_axis
