@@ -15,13 +15,10 @@ from app.dataset.findings import Checker, DatasetInsights
 from app.dataset.gallery import Thumbnails
 from app.dataset.uploads import Importer
 from app.export.file_manager import FileManager
-from app.jobs import LIVE, Jobs, RunView, environment
+from app.jobs import LIVE, Jobs, QueueClient, RunView, environment
 from app.preview.render_queue import PreviewState, RenderQueue
-from app.train.checks import Checks
-from app.train.downloads import Downloads
+from app.train.background import BYTES_A_NUMBER, Checks, Downloads, Prober
 from app.train.form import Plan
-from app.train.probing import BYTES_A_NUMBER, Prober
-from app.train.queue_client import QueueClient
 from app.worker_client import CARDS, MemoryYieldPolicy, WorkerClient
 from lora_core.model_files.detect import lookup_base
 from lora_core.projects.workspace import Projects, belongs_to, mark_project

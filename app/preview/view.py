@@ -16,7 +16,7 @@ from app.preview.request_form import base_for, form_data, lora_rows
 from app.routes import image_url
 from app.state import Snapshot
 from app.templates import render
-from app.train.base_picker import base_choices
+from app.train.train_form import base_choices
 from lora_core.generate.request import GenerationRequest
 from lora_core.settings.choices import SAMPLERS
 

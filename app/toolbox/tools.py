@@ -10,7 +10,7 @@ from typing import Any
 from app.formatting import format_bytes
 from app.preview.loras import ADDED, find_owner, lora_groups
 from app.state import AppState, Snapshot, take_snapshot
-from app.train.base_picker import base_choices
+from app.train.train_form import base_choices
 from lora_core.errors import AdapterFileError, ConfigError, ModelFileError, RunError
 from lora_core.model_files.detect import base_path
 from lora_core.runs.folder import check_run_name

@@ -20,7 +20,7 @@ from app.routes import image_url
 from app.state import ShownRun, Snapshot, asks_to_accept
 from app.templates import render
 from app.top_bar import accept_act, describe_left, describe_phase, request_act, resume_act
-from app.train.checks import with_labels
+from app.train.background import with_labels
 from lora_core.errors import RunError
 from lora_core.report.plots import MOST_POINTS, Curve, Mark, curves_plot, downsample
 from lora_core.report.rank_plots import rate_html

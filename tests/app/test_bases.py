@@ -6,9 +6,9 @@ import pytest
 
 from app.dataset.gallery import count_caption_tokens, warn_of_long_captions
 from app.state import AppState, OtherTools, take_snapshot
-from app.train.base_picker import base_choices, base_note, choose_base
 from app.train.form import FORM, Plan, form_values, preset_config, widget_values
 from app.train.start import blockers
+from app.train.train_form import base_choices, base_note, choose_base
 from lora_core.model_files.detect import lookup_base
 from lora_core.model_files.sizes import HEADER_A_LAYER, export_bytes
 from lora_core.settings.config import RunConfig

@@ -11,7 +11,7 @@ from PIL import Image
 from app.bindings import Bindings
 from app.dataset import findings, gallery
 from app.state import AppState, take_snapshot
-from app.train import checks
+from app.train import background
 from app.train.start import facts, ready_config, start_problems
 from lora_core.errors import LoraError
 from lora_core.runs.preflight import RunProblem
@@ -30,7 +30,7 @@ def test_a_poll_does_not_wait_and_the_next_one_knows(
         assert go_on.wait(PATIENCE)
         return [RunProblem("disk", "Make room, or lower save.keep_last.")]
 
-    monkeypatch.setattr(checks, "preflight", slow)
+    monkeypatch.setattr(background, "preflight", slow)
     assert start_problems(take_snapshot(app_state)) == []
     go_on.set()
     assert wait_for(lambda: start_problems(take_snapshot(app_state))) == ["Make room, or lower Keep last."]
@@ -104,7 +104,7 @@ def test_a_check_that_breaks_is_a_note(
     def broken(*more: object) -> list[RunProblem]:
         raise OSError("the drive is gone")
 
-    monkeypatch.setattr(checks, "preflight", broken)
+    monkeypatch.setattr(background, "preflight", broken)
     assert "the drive is gone" in wait_for(lambda: _notes(app_state))[0]
     assert start_problems(take_snapshot(app_state)) == []
 

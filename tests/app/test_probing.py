@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.state import AppState, take_snapshot
-from app.train import probing
+from app.train import background
 from app.train.routes import do_run_action
 from app.train.start import facts, forecast
 from lora_core.errors import RunError
@@ -48,8 +48,8 @@ while True:
 
 @pytest.fixture
 def app_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AppState]:
-    monkeypatch.setattr(probing, "STILL_FOR", 0.05)
-    monkeypatch.setattr(probing, "LOOK_EVERY", 0.02)
+    monkeypatch.setattr(background, "STILL_FOR", 0.05)
+    monkeypatch.setattr(background, "LOOK_EVERY", 0.02)
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     workspace = tmp_path / "work space é"

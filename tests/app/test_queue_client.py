@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs import Jobs
+from app.jobs import Jobs, QueueClient
 from app.state import AppState, take_snapshot
-from app.train.queue_client import QueueClient
 from lora_core.errors import RunError
 from lora_core.runs import events, queue
 from lora_core.runs.queue import Queue, QueuedRun
@@ -18,7 +17,7 @@ from tests.app.runs import come_alive, make_run, started, step
 @pytest.fixture
 def line(app_state: AppState, monkeypatch: pytest.MonkeyPatch) -> QueueClient:
     """A queue that nobody works through."""
-    monkeypatch.setattr("app.train.queue_client.ensure_runner", lambda workspace: False)
+    monkeypatch.setattr("app.jobs.ensure_runner", lambda workspace: False)
     return app_state.queue
 
 
@@ -68,7 +67,7 @@ def test_behind_a_live_run_the_queue_is_set_enabled(
     app_state: AppState, line: QueueClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going: list[Path] = []
-    monkeypatch.setattr("app.train.queue_client.ensure_runner", going.append)
+    monkeypatch.setattr("app.jobs.ensure_runner", going.append)
     line.add(RunConfig().changed({"name": "alone"}))
     assert going == []
     come_alive(make_run(app_state, "live", started(), step(1)))

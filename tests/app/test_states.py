@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from app import top_bar
+from app.jobs import QueueClient
 from app.state import AppState, Snapshot, take_snapshot
 from app.train import runs
-from app.train.queue_client import QueueClient
 from app.train.runs import earlier, queue_card, samples_card, select_rounds
 from app.train.start import blockers, facts, notes, start_problems
 from lora_core.runs import events

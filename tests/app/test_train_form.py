@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from app.state import AppState, take_snapshot
-from app.train.checks import with_labels
+from app.train.background import with_labels
 from app.train.form import FORM, Plan, group_fields, keep_changed_values, widget_values
 from app.train.train_form import FOLDED, UNMATCHED, _changed, _group_note, search_settings
 from lora_core.projects.project import Project

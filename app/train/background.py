@@ -1,17 +1,22 @@
-"""Times a few steps in the warm worker before the first run of its kind, once the form rests for a moment.
+"""What the Train tab's form learns in the background, since a page that polls must not wait: the problems of
+the run to come, bases of the hub with their downloads, and the time of a step.
 
-Where that is a burden (a full-size base on the CPU) it needs a click. It yields to runs, to images that a
-user asks for, and to changes of the form.
+All of it runs in threads of the window or in the warm worker; nothing here imports torch.
 """
 
+import re
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from app.worker_client import CANCELLED, Reply, WorkerClient
-from lora_core.errors import RunError
-from lora_core.model_files.detect import BaseFacts, lookup_base
+from lora_core.data.scan import Dataset
+from lora_core.errors import LoraError, RunError
+from lora_core.model_files.detect import BaseFacts, clear_base_cache, lookup_base
+from lora_core.model_files.hub import Download, DownloadCancelled, download, find_download
 from lora_core.runs.costs import (
     StepCost,
     cost_key,
@@ -21,18 +26,194 @@ from lora_core.runs.costs import (
     read_costs,
     step_passes,
 )
-from lora_core.settings.config import RunConfig
+from lora_core.runs.preflight import RunProblem, preflight
+from lora_core.settings.config import FIELDS, OLD_NAMES, RunConfig, label_of
 from lora_core.system.hardware import Hardware
 
+FRESH_SECONDS = 60.0
+"""Checked again after so long, as drives fill up and other programs take memory."""
+ELSEWHERE = ("busy", "dataset")
+"""Kinds for which the window has sentences of its own, which name its tabs."""
 STILL_FOR = 1.5
 """Seconds without a change of the form before measuring starts by itself."""
 LOOK_EVERY = 0.4
 BYTES_A_NUMBER, ROOM = 2, 2.0
 """On a card: half precision, and as much again for the steps."""
+_NAMES = re.compile(
+    "|".join(sorted((re.escape(n) for n in (*FIELDS, *OLD_NAMES) if "." in n), key=len, reverse=True))
+)
+
+
+class Checks:
+    """The problems of the newest plan that was asked about."""
+
+    def __init__(self, workspace: Path, hardware: Hardware) -> None:
+        """Nothing is checked before the first question."""
+        self._workspace = workspace
+        self._hardware = hardware
+        self._lock = threading.Lock()
+        self._asked: tuple[RunConfig, Dataset, float] | None = None
+        self._found: list[RunProblem] = []
+        self._busy = False
+
+    def known(self, config: RunConfig, dataset: Dataset) -> list[RunProblem]:
+        """What was found last; where that is of another plan it is looked up meanwhile."""
+        now = time.monotonic()
+        with self._lock:
+            asked = self._asked
+            same = asked is not None and asked[0] == config and asked[1] is dataset
+            if not self._busy and not (same and asked is not None and now - asked[2] < FRESH_SECONDS):
+                self._asked, self._busy = (config, dataset, now), True
+                threading.Thread(
+                    target=self._look, args=(config, dataset), daemon=True, name="preflight"
+                ).start()
+            return list(self._found)
+
+    def now(self, config: RunConfig, dataset: Dataset) -> list[RunProblem]:
+        """Look it up and wait for it."""
+        found = [
+            RunProblem(one.kind, with_labels(one.sentence), one.blocking)
+            for one in preflight(config, self._workspace, dataset, self._free_on_card)
+            if one.kind not in ELSEWHERE
+        ]
+        with self._lock:
+            self._asked, self._found = (config, dataset, time.monotonic()), found
+        return found
+
+    def _look(self, config: RunConfig, dataset: Dataset) -> None:
+        try:
+            self.now(config, dataset)
+        except (LoraError, OSError) as error:
+            with self._lock:
+                self._found = [RunProblem("check", f"The check before Start failed: {error}", False)]
+        finally:
+            self._busy = False
+
+    def _free_on_card(self) -> int | None:
+        card = self._hardware.card()
+        return card.total - card.used if card else None
+
+
+def with_labels(sentence: str, title: Callable[[str], str] = label_of) -> str:
+    """A sentence with the settings called as the form calls them."""
+    return _NAMES.sub(lambda found: title(OLD_NAMES.get(found[0], found[0])), sentence)
+
+
+@dataclass
+class DownloadOffer:
+    """A base of the hub.
+
+    Attributes:
+        repo: the hub id.
+        state: "asking" for its size, "offered", "downloading", "done" or "failed".
+        found: its files, once the hub has named them.
+        here: bytes that are on this computer.
+        problem: why the last attempt failed, or "".
+    """
+
+    repo: str
+    state: str = "asking"
+    found: Download | None = None
+    here: int = 0
+    problem: str = ""
+
+
+class Downloads:
+    """Bases of the hub that were asked about: how large they are, and the download that is under way.
+
+    What has arrived stays in the cache, from which a download that was cancelled continues.
+    """
+
+    def __init__(self) -> None:
+        """The hub is asked nothing before a base of it is chosen."""
+        self.finished: Callable[[str], None] = lambda repo: None
+        """Told of each base that has arrived."""
+        self.arrived = 0
+        """How many have, each counted once `finished` was told of it."""
+        self._offers: dict[str, DownloadOffer] = {}
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+
+    @property
+    def active(self) -> bool:
+        """Whether a question or a download is under way."""
+        return any(offer.state in ("asking", "downloading") for offer in list(self._offers.values()))
+
+    def offer(self, repo: str) -> DownloadOffer:
+        """What is known of a base; the hub is asked where that is nothing yet."""
+        with self._lock:
+            known = self._offers.get(repo)
+            if known is not None and known.state != "done":
+                return known
+            made = self._offers[repo] = DownloadOffer(repo)
+        self._begin(made, self._ask)
+        return made
+
+    def ask_again(self, repo: str) -> None:
+        """Ask the hub again, where it did not answer."""
+        with self._lock:
+            known = self._offers.get(repo)
+            if known is not None and known.state == "failed":
+                del self._offers[repo]
+        self.offer(repo)
+
+    def start(self, repo: str) -> None:
+        """Begin or continue a download.
+
+        Raises:
+            RunError: another one is under way, or the hub has not said yet how large it is.
+        """
+        with self._lock:
+            busy = next((one.repo for one in self._offers.values() if one.state == "downloading"), "")
+            if busy:
+                raise RunError(f"{busy} is being downloaded; wait for it, or cancel it.")
+            offer = self._offers.get(repo)
+            if offer is None or offer.found is None:
+                raise RunError(f"The hub has not said yet how large {repo} is.")
+            offer.state, offer.problem = "downloading", ""
+            self._cancelled.clear()
+        self._begin(offer, self._download)
+
+    def cancel(self) -> None:
+        """End the download that is under way; what has arrived stays."""
+        self._cancelled.set()
+
+    def _begin(self, offer: DownloadOffer, work: Callable[[DownloadOffer], None]) -> None:
+        threading.Thread(target=work, args=(offer,), daemon=True, name="hub").start()
+
+    def _ask(self, offer: DownloadOffer) -> None:
+        try:
+            found = find_download(offer.repo)
+        except LoraError as error:
+            offer.problem, offer.state = str(error), "failed"
+            return
+        offer.found, offer.here, offer.state = found, found.here, "offered"
+
+    def _download(self, offer: DownloadOffer) -> None:
+        assert offer.found is not None
+
+        def progress(here: int, size: int) -> None:
+            offer.here = here
+
+        try:
+            download(offer.found, progress, self._cancelled.is_set)
+        except DownloadCancelled:
+            offer.state = "offered"
+        except LoraError as error:
+            offer.problem, offer.state = str(error), "offered"
+        else:
+            clear_base_cache()
+            self.finished(offer.repo)
+            self.arrived += 1
+            offer.state = "done"
 
 
 class Prober:
-    """What was measured, what is being measured, and why a measurement failed."""
+    """Times a few steps in the warm worker before the first run of its kind, once the form rests.
+
+    Where that is a burden (a full-size base on the CPU) it needs a click. It yields to runs, to images that a
+    user asks for, and to changes of the form.
+    """
 
     def __init__(
         self, workspace: Path, worker: WorkerClient, hardware: Hardware, occupied: Callable[[], str]
