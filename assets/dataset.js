@@ -156,12 +156,37 @@
     one("#picture-name").textContent = one("#caption-state").textContent = "";
     one("#caption-undo").hidden = true;
     showTokens();
+    showTags();
   };
 
   const tagsOf = (picture) => new Set(picture.caption.split(/[,\n]/).map((tag) => tag.trim()).filter(Boolean));
   const commonTags = (members) => {
     const [first, ...others] = members.map(tagsOf);
     return [...(first ?? [])].filter((tag) => others.every((tags) => tags.has(tag)));
+  };
+
+  // A caption of tags can be edited tag by tag; sentences and alternatives on several lines are left alone.
+  const splitTags = (text) => text.split(",").map((tag) => tag.trim()).filter(Boolean);
+  const showTags = () => {
+    const place = one("#picture-tags"), area = one("#caption textarea"), tags = splitTags(area.value);
+    place.hidden = !chosen || area.readOnly || area.disabled || tags.length < 2 || area.value.includes("\n");
+    if (place.hidden) return place.replaceChildren();
+    const chips = tags.map((tag, index) => make("span", { className: "chip" }, make("span", { textContent: tag, dir: "auto" }),
+      make("button", { type: "button", textContent: "×", data: { tagOut: index }, attributes: { "aria-label": `Remove the tag ${tag}` } })));
+    window.easel.redraw(place, ...chips, make("input", { type: "text", id: "tag-in", placeholder: "Add a tag", autocomplete: "off", dir: "auto", attributes: { list: "known-tags", "aria-label": "Add a tag" } }));
+  };
+  const putTags = (tags) => {
+    const area = one("#caption textarea");
+    area.value = tags.join(", ");
+    write(chosen, area.value);
+    showTags();
+  };
+  // The tags of all captions, the most frequent first.
+  const suggestTags = () => {
+    const counts = new Map();
+    for (const picture of shelf.pictures) for (const tag of tagsOf(picture)) counts.set(tag, (counts.get(tag) ?? 0) + 1);
+    const tags = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 60).map(([tag]) => make("option", { value: tag }));
+    one("#known-tags").replaceChildren(...tags);
   };
 
   // The bar above the grid, and what the panel tells of several pictures.
@@ -235,6 +260,7 @@
     try { sessionStorage.setItem(KEPT, JSON.stringify([window.easel.project, name])); } catch { /* storage is off */ }
     if (!waiting.has(name)) say("saved", fixed ? "Read only" : text ? "Saved" : "No caption");
     countTokens(name, text);
+    showTags();
     showButtons();
     if (focus) { cells.get(name).focus({ preventScroll: true }); cells.get(name).scrollIntoView({ block: "nearest" }); }
   };
@@ -328,6 +354,7 @@
     history.base = text;
     one("#caption textarea").value = text;
     write(name, text, true);
+    showTags();
     one("#caption-undo").hidden = !history.past.length;
   };
 
@@ -384,7 +411,8 @@
     const key = event.key.toLowerCase(), writes = event.target.closest?.("input:not([type=checkbox]), textarea, select");
     if (!(event.ctrlKey || event.metaKey) || !["z", "y"].includes(key) || writes || !grid()?.offsetParent) return;
     event.preventDefault();
-    step(key === "y" || event.shiftKey);
+    const forward = key === "y" || event.shiftKey;
+    if (event.target.closest?.("#picture-tags")) goBack(forward); else step(forward);
   });
 
   // ---- loading the images, and reloading after changes ------------------------------------------------------
@@ -476,13 +504,14 @@
     else if (data.select === "validation") holdOut();
     else if (data.select === "captions") window.easel.openBulk();
     else if (target.id === "detail-close") editOnPhone(false);
+    else if (data.tagOut) putTags(splitTags(one("#caption textarea").value).filter((_, index) => index !== Number(data.tagOut)));
     else if (target.id === "leave-out") leaveOut();
     else if (target.id === "hold-out") holdOut();
     else if (target.id === "caption-undo") goBack();
   });
 
   document.addEventListener("input", (event) => {
-    if (event.target.closest("#caption") && chosen && !event.target.readOnly) write(chosen, event.target.value);
+    if (event.target.closest("#caption") && chosen && !event.target.readOnly) { write(chosen, event.target.value); showTags(); }
     else if (event.target.id === "dataset-search") applyFilter();
   });
 
@@ -508,8 +537,17 @@
     else if (control && event.key.toLowerCase() === "a") { event.preventDefault(); picked = new Set(shown().map((p) => p.name)); tellSelection(); }
   };
 
+  document.addEventListener("focusin", (event) => { if (event.target.id === "tag-in") suggestTags(); });
   document.addEventListener("keydown", (event) => {
     if (event.target.closest?.("#caption")) inCaption(event);
+    else if (event.target.id === "tag-in" && event.key === "Enter") {
+      const tags = splitTags(one("#caption textarea").value), more = splitTags(event.target.value).filter((tag) => !tags.includes(tag));
+      event.preventDefault();
+      event.target.value = "";
+      if (more.length) putTags([...tags, ...more]);
+      one("#tag-in")?.focus();
+    }
+    else if (event.target.closest?.("#picture-detail") && event.key === "Escape") { editOnPhone(false); cells.get(chosen)?.focus(); }
     else if (event.target.closest?.("#dataset-grid .thumb")) inGrid(event);
     else if (event.key === "Escape" && event.target.closest?.("#selection-bar")) { clear(); cells.get(chosen)?.focus(); }
   });

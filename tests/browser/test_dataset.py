@@ -131,7 +131,17 @@ def test_captions_undo_bulk_edit_and_two_pages(page, new_page, window: Any, pict
     page.fill("#trigger input, #trigger textarea", "sks ball")
     page.click("#trigger-to-all")
     page.wait_for_selector("#import-note >> text=6 captions changed")
-    assert (stored(window) / "ball 1 é.txt").read_text() == "sks ball, a ball, number 1"
+    tagged = stored(window) / "ball 1 é.txt"
+    assert tagged.read_text() == "sks ball, a ball, number 1"
+
+    page.click("#dataset-grid [data-picture='ball 1 é.png']")
+    page.click("#picture-tags [aria-label='Remove the tag a ball']")
+    until(page, lambda: tagged.read_text() == "sks ball, number 1")
+    page.keyboard.press("Control+z")
+    until(page, lambda: tagged.read_text() == "sks ball, a ball, number 1")
+    page.fill("#tag-in", "outside, sks ball")
+    page.keyboard.press("Enter")
+    until(page, lambda: tagged.read_text() == "sks ball, a ball, number 1, outside")
 
 
 def test_the_check_and_leaving_out(page, window: Any, tmp_path: Path) -> None:
