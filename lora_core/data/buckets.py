@@ -27,8 +27,7 @@ def choose_bucket(width: int, height: int, resolution: int, multiple: int) -> Bu
     that nothing is enlarged, unless a side of the picture is shorter than `multiple`.
 
     Args:
-        width: of the picture, in pixels.
-        height: of the picture, in pixels.
+        width, height: of the picture, in pixels.
         resolution: side in pixels of a square with the largest area.
         multiple: what the sides must be divisible by, in pixels.
     """
@@ -40,8 +39,7 @@ def choose_bucket(width: int, height: int, resolution: int, multiple: int) -> Bu
     for w, h in _roundings(width * scale, height * scale, multiple):
         if w > most_wide or h > most_high or w * h > area:
             continue
-        # To nine places, so that two shapes that crop the same differ by their area and not by
-        # rounding.
+        # To nine places, so that two shapes that crop the same differ by their area and not by rounding.
         error = round(abs(math.log(w / h / aspect)), 9)
         best = min(best, (error, -w * h, Bucket(w, h)), key=lambda one: one[:2])
     return best[2]
@@ -68,8 +66,7 @@ def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, flo
     """The largest centred part of a picture that has the bucket's shape.
 
     Args:
-        width: of the picture, in pixels.
-        height: of the picture, in pixels.
+        width, height: of the picture, in pixels.
         bucket: the size it is trained at.
 
     Returns:
@@ -87,14 +84,12 @@ def size_conditioning(width: int, height: int, bucket: Bucket) -> tuple[int, int
     The crop is the centred one of `crop_box`, so that a mirrored picture has the same numbers.
 
     Args:
-        width: of the picture on disk, in pixels.
-        height: of the picture on disk, in pixels.
+        width, height: of the picture on disk, in pixels.
         bucket: the size it is trained at.
 
     Returns:
         Original height and width, in pixels of the picture on disk; top and left of the crop, in pixels of
-        the image as resized before cropping, rounded; height and width of what is left, the
-        bucket.
+        the image as resized before cropping, rounded; height and width of what is left, the bucket.
     """
     left, top, right, bottom = crop_box(width, height, bucket)
     down, across = bucket.height / (bottom - top), bucket.width / (right - left)

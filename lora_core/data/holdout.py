@@ -11,6 +11,7 @@ one shape in different colours.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,20 +114,28 @@ def split_holdout(
     Raises:
         DatasetError: fewer than two pictures would be left to train on.
     """
-    if any(record.held_out for record in records):
-        return _split_by_list(records)
-    wished = num_holdout(len(records), pictures)
-    if not wished:
+    by_hand = any(record.held_out for record in records)
+    wished = 0 if by_hand else num_holdout(len(records), pictures)
+    if not by_hand and not wished:
         return list(records), []
-    groups: dict[int, list[int]] = {}
-    for index, first in enumerate(_groups(records)):
-        groups.setdefault(first, []).append(index)
-    chosen: set[int] = set()
-    for members in sorted(groups.values(), key=lambda members: _rank(records[members[0]], members[0], seed)):
-        if len(chosen) + len(members) <= wished:
-            chosen.update(members)
-    train = [record for index, record in enumerate(records) if index not in chosen]
-    return train, [record for index, record in enumerate(records) if index in chosen]
+    groups = _groups(records)
+    if by_hand:
+        # Near-duplicates of the user's choice would otherwise be trained on.
+        chosen = {group for group, record in zip(groups, records, strict=True) if record.held_out}
+    else:
+        chosen, sizes = set(), Counter(groups)
+        for first in sorted(sizes, key=lambda first: (_rank(records[first], seed), first)):
+            if sizes[first] <= wished:
+                chosen.add(first)
+                wished -= sizes[first]
+    train = [record for group, record in zip(groups, records, strict=True) if group not in chosen]
+    held = [record for group, record in zip(groups, records, strict=True) if group in chosen]
+    if by_hand and len(train) < _FEWEST_TO_TRAIN_ON:
+        raise DatasetError(
+            f"Holding out {len(held)} of {len(records)} pictures, those that look the same included, leaves"
+            f" fewer than {_FEWEST_TO_TRAIN_ON} to train on; choose fewer of them by hand."
+        )
+    return train, held
 
 
 def num_holdout(count: int, pictures: float) -> int:
@@ -151,20 +160,6 @@ def num_holdout(count: int, pictures: float) -> int:
     return wished
 
 
-def _split_by_list(records: list[ImageRecord]) -> tuple[list[ImageRecord], list[ImageRecord]]:
-    """The user's choice and its near-duplicates, which would otherwise be trained on."""
-    groups = _groups(records)
-    chosen = {group for group, record in zip(groups, records, strict=True) if record.held_out}
-    train = [record for group, record in zip(groups, records, strict=True) if group not in chosen]
-    held = [record for group, record in zip(groups, records, strict=True) if group in chosen]
-    if len(train) < _FEWEST_TO_TRAIN_ON:
-        raise DatasetError(
-            f"Holding out {len(held)} of {len(records)} pictures, those that look the same included, leaves"
-            f" fewer than {_FEWEST_TO_TRAIN_ON} to train on; choose fewer of them by hand."
-        )
-    return train, held
-
-
 def _groups(records: list[ImageRecord]) -> list[int]:
     """For each record the index of the first one of its group: the same file, or one that looks the same."""
     by_look = group_near_duplicates(compute_fingerprints(record.path for record in records))
@@ -172,6 +167,6 @@ def _groups(records: list[ImageRecord]) -> list[int]:
     return [by_look[first.setdefault(str(record.path), index)] for index, record in enumerate(records)]
 
 
-def _rank(record: ImageRecord, index: int, seed: int) -> tuple[str, int]:
+def _rank(record: ImageRecord, seed: int) -> str:
     name = fold_name(record.path.name)
-    return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogatepass")).hexdigest(), index
+    return hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "surrogatepass")).hexdigest()

@@ -115,11 +115,7 @@ def unpack(zip_path: Path, into: Path, limits: Limits = Limits()) -> Imported:
 
 
 def _check(archive: zipfile.ZipFile, shown: str, limits: Limits, free: int) -> None:
-    """Refuse what can be refused by the table of contents.
-
-    Raises:
-        DatasetError: names the zip and the entry.
-    """
+    """Refuse what can be refused by the table of contents."""
     entries = archive.infolist()
     if len(entries) > limits.entries:
         raise DatasetError(
@@ -421,11 +417,7 @@ def import_folder(folder: Path, into: Path, way: TransferMode | None = None) -> 
 
 
 def _begin_import(into: Path, files: list[Path], way: TransferMode) -> _Import:
-    """An import, after checking free space.
-
-    Raises:
-        DatasetError: the folder cannot be written, or the disk is too full for the files.
-    """
+    """An import, after checking free space."""
     try:
         into.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(into).free

@@ -206,11 +206,8 @@ def _last_lines(run: RunFolder, ended: ExitRecord | None) -> list[str]:
 def _from_traceback(lines: list[str], progress: Progress, are_its_own: bool) -> Crash | None:
     """From the last line of the last traceback in the log.
 
-    Args:
-        lines: of the log.
-        progress: of the run.
-        are_its_own: whether the last process is known to have written the lines; else only a traceback at the
-            very end counts, as an earlier one is of an earlier process.
+    Where the last process is not known to have written the lines, only a traceback at the very end counts, as
+    an earlier one is of an earlier process.
     """
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     if not starts:

@@ -28,6 +28,16 @@ from lora_core.system.processes import hold_lock, live_process
 REQUESTS = ("stop", "pause", "save", "preview", "resume")
 
 
+class _Below:
+    """An attribute of a run: a path below its folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: "RunFolder", kind: type | None = None) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run on disk."""
@@ -39,60 +49,28 @@ class RunFolder:
         """The run's name, which is its folder's."""
         return self.path.name
 
-    @property
-    def config_file(self) -> Path:
-        """The frozen settings, complete."""
-        return self.path / "config.toml"
-
-    @property
-    def events_file(self) -> Path:
-        """Events, appended by the trainer."""
-        return self.path / "events.jsonl"
-
-    @property
-    def requests_file(self) -> Path:
-        """Requests to the trainer, appended by anyone."""
-        return self.path / "requests.jsonl"
-
-    @property
-    def lock_file(self) -> Path:
-        """Held by the live trainer; freed by the system on a crash."""
-        return self.path / "run.lock"
-
-    @property
-    def process_file(self) -> Path:
-        """Pid and start time of the lock's holder, for readers, which never try the lock."""
-        return self.path / "process.json"
-
-    @property
-    def plan_file(self) -> Path:
-        """What was chosen by measuring before the first step."""
-        return self.path / "plan.json"
-
-    @property
-    def inputs_file(self) -> Path:
-        """Hashes of all inputs of the run, written at its first start."""
-        return self.path / "inputs.json"
-
-    @property
-    def log_file(self) -> Path:
-        """The trainer's own output."""
-        return self.path / "log.txt"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Resumable states, one folder a step."""
-        return self.path / "checkpoints"
-
-    @property
-    def previews(self) -> Path:
-        """Samples taken while training."""
-        return self.path / "previews"
-
-    @property
-    def exports(self) -> Path:
-        """Files for other tools."""
-        return self.path / "export"
+    config_file = _Below("config.toml")
+    """The frozen settings, complete."""
+    events_file = _Below("events.jsonl")
+    """Events, appended by the trainer."""
+    requests_file = _Below("requests.jsonl")
+    """Requests to the trainer, appended by anyone."""
+    lock_file = _Below("run.lock")
+    """Held by the live trainer; freed by the system on a crash."""
+    process_file = _Below("process.json")
+    """Pid and start time of the lock's holder, for readers, which never try the lock."""
+    plan_file = _Below("plan.json")
+    """What was chosen by measuring before the first step."""
+    inputs_file = _Below("inputs.json")
+    """Hashes of all inputs of the run, written at its first start."""
+    log_file = _Below("log.txt")
+    """The trainer's own output."""
+    checkpoints = _Below("checkpoints")
+    """Resumable states, one folder a step."""
+    previews = _Below("previews")
+    """Samples taken while training."""
+    exports = _Below("export")
+    """Files for other tools."""
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":

@@ -103,7 +103,10 @@ COLUMNS = ", ".join(field.name for field in dataclasses.fields(QueuedRun))
 
 
 class Queue:
-    """The queue of one workspace."""
+    """The queue of one workspace.
+
+    All that reads or writes it raises RunError where the file is not a queue or cannot be written.
+    """
 
     def __init__(self, workspace: Path) -> None:
         """The queue of `workspace`; nothing is written before the first change."""
@@ -123,22 +126,14 @@ class Queue:
         return live_process(self.process_file)
 
     def stored_jobs(self) -> list[QueuedRun]:
-        """The jobs in order as they were last written.
-
-        Raises:
-            RunError: the file is not a queue.
-        """
+        """The jobs in order as they were last written."""
         if not self.file.exists() and not self._old_file.exists():
             return []
         with self._open() as db:
             return _jobs(db)
 
     def jobs(self) -> list[QueuedRun]:
-        """The jobs in order with their present states: what a run did outside the queue counts too.
-
-        Raises:
-            RunError: as `stored_jobs`.
-        """
+        """The jobs in order with their present states: what a run did outside the queue counts too."""
         has_runner = self.runner() is not None
         return [self._refreshed(job, has_runner) for job in self.stored_jobs()]
 
@@ -157,11 +152,7 @@ class Queue:
         return dataclasses.replace(job, state=status, reason=progress.reason)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of `queue list --json`.
-
-        Raises:
-            RunError: as `stored_jobs`.
-        """
+        """The rows of `queue list --json`."""
         rows: list[dict[str, Any]] = []
         position = 0
         for job in self.jobs():
@@ -267,11 +258,7 @@ class Queue:
             )
 
     def is_enabled(self) -> bool:
-        """Whether the queue was started, and neither worked off nor paused since.
-
-        Raises:
-            RunError: as `stored_jobs`.
-        """
+        """Whether the queue was started, and neither worked off nor paused since."""
         if not self.file.exists() and not self._old_file.exists():
             return False
         with self._open() as db:
@@ -284,11 +271,7 @@ class Queue:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Changes that are made together or, where the body raises, not at all.
-
-        Raises:
-            RunError: the file cannot be read or written.
-        """
+        """Changes that are made together or, where the body raises, not at all."""
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
             with db:
@@ -312,11 +295,7 @@ class Queue:
             raise RunError(f"The queue {self.file} {_problem(error)}") from error
 
     def _import_old(self, db: sqlite3.Connection) -> None:
-        """Take over the queue.json of an earlier version, once.
-
-        Raises:
-            RunError: it is not a queue.
-        """
+        """Take over the queue.json of an earlier version, once."""
         try:
             document = parse_json(self._old_file.read_bytes())
             known = {"run", "state", "reason", "restarts", "seen"}

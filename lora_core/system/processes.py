@@ -267,21 +267,16 @@ def limit_spinning(kind: str) -> None:
     """Sets how long waiting threads spin, by the kind of this process.
 
     Call it before torch is imported. Nothing of it changes a result. The right ends with the process, however
-    it ends. The user's own setting is kept. Seconds for a step of the demo on two cores of a virtual
-    machine, by turns:
-
-    | turns | alone | beside another program that keeps one core busy |
-    |---|---|---|
-    | 1,000 | 0.24 | 0.30 |
-    | 3,000 | 0.17 | 0.39 |
-    | 10,000 | 0.145 | 0.63 |
-    | 20,000 | 0.141 | 0.84 |
-    | 30,000 | 0.137 | 0.99 |
-    | libgomp's own | 0.138 | 3.9 |
+    it ends. The user's own setting is kept.
     """
     if not sys.platform.startswith("linux") or os.environ.get(VARIABLE, SOON) not in (SOON, AWHILE):
         return
-    spins = kind == GIVES_WAY or (kind == COMPUTES and _may_spin())
+    if kind == COMPUTES and not _kept:
+        with contextlib.suppress(Timeout, OSError):
+            lock = _spin_lock()
+            lock.acquire(timeout=PATIENCE)
+            _kept.append(lock)
+    spins = kind == GIVES_WAY or (kind == COMPUTES and bool(_kept))
     os.environ[VARIABLE] = AWHILE if spins else SOON
 
 
@@ -289,7 +284,7 @@ def others_spin() -> bool:
     """Whether another of our processes has the right to spin now."""
     if _kept or not sys.platform.startswith("linux"):
         return False
-    lock = _lock()
+    lock = _spin_lock()
     try:
         lock.acquire(timeout=0)
     except (Timeout, OSError):
@@ -298,17 +293,8 @@ def others_spin() -> bool:
     return False
 
 
-def _lock() -> FileLock:
+def _spin_lock() -> FileLock:
     return FileLock(Path(tempfile.gettempdir()) / f"lora-easel-processor-{os.getuid()}.lock")
-
-
-def _may_spin() -> bool:
-    if not _kept:
-        lock = _lock()
-        with contextlib.suppress(Timeout, OSError):
-            lock.acquire(timeout=PATIENCE)
-            _kept.append(lock)
-    return bool(_kept)
 
 
 @contextlib.contextmanager
